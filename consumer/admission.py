@@ -1,0 +1,180 @@
+"""What a delivery asks for, and who is to be told: pure, from bytes and headers.
+
+Reading goes in two passes. The envelope (id, reply subject, trace) is read leniently from whatever
+came, so that even an invalid request gets its answer; the request itself is read strictly.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic_core import from_json
+
+from consumer.job import State, advance
+from consumer.ports import Delivery, ResultEvent
+from consumer.run import Interrupt
+from generation_contracts import (
+    ImageArtifact,
+    InvalidRequest,
+    Request,
+    Subjects,
+    Task,
+    TextOutput,
+    UnsafeReplySubject,
+    decode_request,
+)
+from generation_contracts.headers import MESSAGE_ID, REPLY_TO, TRACE_PARENT
+from generation_contracts.subjects import is_request_id
+
+# W3C trace context, level 1.
+_TRACE_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """Who asks, read as far as it can be.
+
+    Attributes:
+        request_id: Always there: the sender's, or one derived from the delivery.
+        reply_to: Only where it is a subject that this worker may publish to.
+        trace_parent: Only where it is well formed.
+    """
+
+    request_id: str
+    reply_to: str | None
+    trace_parent: str | None
+
+
+@dataclass
+class Job:
+    """One request being handled: its delivery, and what has come of it so far.
+
+    Attributes:
+        digest: What the request asks for; of the raw bytes until it is decoded.
+        existing: The terminal event that was stored before, if there is one.
+        sequence: Number of the next event of this attempt.
+        queued: Seconds from stored to taken.
+        inference: Seconds of the model's runs.
+        encode: Seconds of encoding.
+        upload: Seconds of storing.
+    """
+
+    delivery: Delivery
+    envelope: Envelope
+    digest: str
+    queued: float
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    state: State = State.RECEIVED
+    request: Request | None = None
+    existing: ResultEvent | None = None
+    outputs: tuple[ImageArtifact, ...] | tuple[TextOutput, ...] = ()
+    warnings: tuple[str, ...] = ()
+    sequence: int = 0
+    inference: float = 0.0
+    encode: float = 0.0
+    upload: float = 0.0
+
+    @property
+    def request_id(self) -> str:
+        """The sender's id, or the derived one."""
+        return self.envelope.request_id
+
+    def advance(self, to: State) -> None:
+        """Move to the next state.
+
+        Raises:
+            IllegalTransition: It cannot follow.
+        """
+        self.state = advance(self.state, to)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The rules by which deliveries are read: one worker's task, subjects and reply prefixes."""
+
+    task: Task
+    subjects: Subjects
+    reply_prefixes: tuple[str, ...]
+
+    def open(self, delivery: Delivery) -> Job:
+        """Begin a job with what can be read of any delivery. Never raises."""
+        queued = (datetime.now(UTC) - delivery.stored_at).total_seconds()
+        return Job(
+            delivery=delivery,
+            envelope=self._envelope(delivery),
+            digest=f"sha256:{hashlib.sha256(delivery.body).hexdigest()}",
+            queued=max(0.0, queued),  # the server's clock may be ahead of this one
+        )
+
+    def request(self, delivery: Delivery) -> Request:
+        """What is asked for.
+
+        Raises:
+            InvalidRequest: Not JSON, not the contract, or contradicting its subject.
+        """
+        request = decode_request(self.task, delivery.body)
+        in_subject = self.subjects.id_in(delivery.subject, self.task)
+        if in_subject is not None and not is_request_id(in_subject):
+            raise InvalidRequest("the subject's last token is no request id: 1-64 of A-Za-z0-9_-")
+        if in_subject is not None and request.request_id not in {None, in_subject}:
+            raise InvalidRequest("request_id: differs from the last token of the subject")
+        for reply_to in (request.reply_to, delivery.headers.get(REPLY_TO)):
+            if reply_to is not None:
+                self._check_reply(reply_to)
+        return request
+
+    def _envelope(self, delivery: Delivery) -> Envelope:
+        fields = _fields(delivery.body)
+        trace_parent = delivery.headers.get(TRACE_PARENT, "")
+        return Envelope(
+            request_id=self._request_id(delivery, fields),
+            reply_to=self._reply_to(delivery, fields),
+            trace_parent=trace_parent if _TRACE_PARENT.match(trace_parent) else None,
+        )
+
+    def _check_reply(self, reply_to: str) -> None:
+        try:
+            self.subjects.check_reply(reply_to, self.reply_prefixes)
+        except UnsafeReplySubject as error:
+            raise InvalidRequest(
+                str(error), ({"field": "reply_to", "problem": str(error)},)
+            ) from None
+
+    def _request_id(self, delivery: Delivery, fields: Mapping[str, Any]) -> str:
+        candidates = (
+            fields.get("request_id"),
+            self.subjects.id_in(delivery.subject, self.task),
+            delivery.headers.get(MESSAGE_ID),
+        )
+        for candidate in candidates:
+            if isinstance(candidate, str) and is_request_id(candidate):
+                return candidate
+        return _derived_id(delivery)
+
+    def _reply_to(self, delivery: Delivery, fields: Mapping[str, Any]) -> str | None:
+        for candidate in (fields.get("reply_to"), delivery.headers.get(REPLY_TO)):
+            if isinstance(candidate, str):
+                try:
+                    self.subjects.check_reply(candidate, self.reply_prefixes)
+                except UnsafeReplySubject:
+                    continue
+                return candidate
+        return None
+
+
+def _derived_id(delivery: Delivery) -> str:
+    # The sequence alone would repeat when the stream is deleted and made again, and the new request
+    # would be taken for a copy of the old one, whose result is kept for days.
+    stored_at = int(delivery.stored_at.timestamp())
+    return f"{delivery.stream}-{delivery.stream_sequence}-{stored_at:x}"[-64:]
+
+
+def _fields(body: bytes) -> dict[str, Any]:
+    try:
+        value = from_json(body)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

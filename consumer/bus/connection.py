@@ -1,0 +1,140 @@
+"""The one connection of a process to NATS, made to outlive the server's restarts."""
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from nats.aio.client import Client
+from nats.errors import AuthorizationError
+from nats.js import JetStreamContext
+
+from consumer.settings import Settings
+
+log = structlog.get_logger()
+
+RECONNECT_WAIT = 0.25  # seconds between two tries
+PING_INTERVAL = 5  # seconds; a dead read loop is noticed after two unanswered pings
+API_TIMEOUT = 5.0  # seconds that one call of the JetStream API may take
+CLOSE_TIMEOUT = 5.0  # seconds for what is still to be written
+
+
+class BusUnavailable(Exception):  # noqa: N818 - a state of the bus
+    """NATS cannot be reached or refuses; the text is one clear line without credentials."""
+
+
+class Bus:
+    """A connection and what can be seen of it.
+
+    Attributes:
+        client: The nats-py client.
+        jetstream: Its JetStream context.
+        closed: Set when the client has given up for good, which it does after a payload violation,
+            an over-long subject or an expired token in spite of endless reconnects: the process
+            has to end.
+    """
+
+    def __init__(self) -> None:
+        self.client = Client()
+        self.jetstream: JetStreamContext = self.client.jetstream(timeout=API_TIMEOUT)
+        self.closed = asyncio.Event()
+        self.last_error = ""
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server can be reached now."""
+        return self.client.is_connected
+
+    def on_reconnect(self, listener: Callable[[], None]) -> None:
+        """Call a function each time the connection is there again."""
+        self._listeners.append(listener)
+
+    async def close(self) -> None:
+        """Write what is left and close; never raises, never hangs."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                if self.client.is_connected:
+                    await self.client.drain()
+                else:
+                    await self.client.close()
+        except Exception as error:  # noqa: BLE001 - the process ends either way
+            log.warning("bus_close_failed", error=type(error).__name__)
+
+    async def _on_error(self, error: Exception) -> None:
+        self.last_error = str(error) or type(error).__name__
+        log.warning("bus_error", error=type(error).__name__, reason=self.last_error[:200])
+
+    async def _on_disconnect(self) -> None:
+        if not self.client.is_draining and not self.client.is_closed:
+            log.warning("bus_disconnected")
+
+    async def _on_reconnect(self) -> None:
+        log.info("bus_reconnected")
+        for listener in self._listeners:
+            listener()
+
+    async def _on_closed(self) -> None:
+        self.closed.set()
+
+    async def open(self, settings: Settings, *, name: str, within: float) -> None:
+        """Connect.
+
+        Raises:
+            BusUnavailable: Not within so many seconds.
+        """
+        options = _options(settings)
+        try:
+            # Without the limit a failing TLS handshake, or no server at all, is tried for ever.
+            async with asyncio.timeout(within):
+                await self.client.connect(
+                    servers=settings.nats_url.split(","),
+                    name=name,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=RECONNECT_WAIT,  # type: ignore[arg-type] # takes fractions
+                    ping_interval=PING_INTERVAL,
+                    max_outstanding_pings=2,
+                    error_cb=self._on_error,
+                    disconnected_cb=self._on_disconnect,
+                    reconnected_cb=self._on_reconnect,
+                    closed_cb=self._on_closed,
+                    **options,
+                )
+        except AuthorizationError:
+            await self.close()
+            raise BusUnavailable("NATS: the credentials are refused") from None
+        except Exception as error:  # noqa: BLE001 - nats-py raises many kinds here
+            await self.close()
+            reason = self.last_error or str(error) or type(error).__name__
+            raise BusUnavailable(f"NATS: cannot connect: {reason}") from None
+
+
+async def connect(settings: Settings, *, name: str, within: float) -> Bus:
+    """Connect to NATS with the settings' servers, credentials and certificates.
+
+    Args:
+        settings: NATS_* settings.
+        name: Shown by the server's monitoring.
+        within: Seconds to try.
+
+    Raises:
+        BusUnavailable: Not within so many seconds.
+    """
+    bus = Bus()
+    await bus.open(settings, name=name, within=within)
+    return bus
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if settings.nats_creds is not None:
+        options["user_credentials"] = str(settings.nats_creds)
+    if settings.nats_nkey_seed is not None:
+        options["nkeys_seed"] = str(settings.nats_nkey_seed)
+    if settings.nats_ca is not None or settings.nats_cert is not None:
+        context = ssl.create_default_context(cafile=settings.nats_ca)
+        if settings.nats_cert is not None and settings.nats_key is not None:
+            context.load_cert_chain(settings.nats_cert, settings.nats_key)
+        options["tls"] = context
+    return options

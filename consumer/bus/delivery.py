@@ -1,0 +1,88 @@
+"""A delivery as JetStream hands it out, and its settlement confirmed by the server."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from datetime import UTC
+
+import structlog
+from nats.aio.msg import Msg
+from nats.errors import ConnectionClosedError, Error
+
+from consumer.bus.connection import Bus
+
+log = structlog.get_logger()
+
+CONFIRM_TIMEOUT = 2.0  # seconds for one try; the server takes 0.2 ms
+CONFIRM_PAUSE = 0.25  # seconds between two tries
+# Seconds of a reachable server that does not confirm: the stream or the durable is gone, or is not
+# up yet after a restart. Whatever becomes of the delivery then, the stored result is fenced.
+GIVE_UP_AFTER = 10.0
+
+
+class JetStreamDelivery:
+    """One message of the pull consumer; implements `consumer.ports.Delivery`."""
+
+    def __init__(self, bus: Bus, message: Msg) -> None:
+        self._bus = bus
+        self._message = message
+        metadata = message.metadata
+        self.subject = message.subject
+        self.body = message.data
+        # Non-ASCII header values come as email.header.Header.
+        self.headers: Mapping[str, str] = {
+            str(name): str(value) for name, value in (message.headers or {}).items()
+        }
+        self.stream = metadata.stream
+        self.stream_sequence = metadata.sequence.stream
+        self.attempt = metadata.num_delivered
+        self.stored_at = metadata.timestamp.astimezone(UTC)
+
+    async def ack(self) -> None:
+        """Settle as done, confirmed."""
+        await self._settle(b"+ACK")
+
+    async def nak(self) -> None:
+        """Give it back at once, confirmed."""
+        await self._settle(b"-NAK")
+
+    async def term(self, reason: str) -> None:
+        """Settle as never to be delivered again, confirmed."""
+        # nats-py's own method takes no reason; the server puts this one into its advisory.
+        await self._settle(f"+TERM {reason}".encode())
+
+    async def extend(self) -> None:
+        """Renew the lease."""
+        try:
+            await self._bus.client.publish(self._message.reply, b"+WPI")
+        except (Error, OSError) as error:
+            # Nothing to do: the lease may run out, and the fence on the result holds all the same.
+            log.warning("heartbeat_failed", error=type(error).__name__)
+
+    async def _settle(self, payload: bytes) -> None:
+        # The server confirms every kind of settlement that has a reply subject. A late one is still
+        # accepted after a reconnect, so an unreachable bus is waited for.
+        unconfirmed = 0.0
+        while True:
+            started = time.monotonic()
+            try:
+                await self._bus.client.request(
+                    self._message.reply, payload, timeout=CONFIRM_TIMEOUT
+                )
+            except ConnectionClosedError:
+                raise
+            except (Error, OSError) as error:
+                log.warning("settlement_unconfirmed", error=type(error).__name__)
+            else:
+                return
+            await asyncio.sleep(CONFIRM_PAUSE)
+            if self._bus.connected:
+                unconfirmed += time.monotonic() - started
+            if unconfirmed > GIVE_UP_AFTER:
+                log.error("settlement_given_up")
+                return
+
+
+def is_delivery(message: Msg) -> bool:
+    """Whether a message on a pull's inbox is a delivery; else it is a status line."""
+    return message.reply.startswith("$JS.ACK")

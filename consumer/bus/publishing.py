@@ -1,0 +1,213 @@
+"""Publishing: terminal events and dead letters until the stream has them, the rest as it goes."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Mapping
+
+import structlog
+from nats.errors import ConnectionClosedError, Error, NoRespondersError
+from nats.js.api import PubAck
+from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
+
+from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.bus.topology import TopologyError
+from consumer.ports import DeadLetter, Delivery, MessageTooLarge, ResultEvent
+from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task, decode_result, encode
+from generation_contracts.headers import (
+    DEAD_LETTER_ATTEMPTS,
+    DEAD_LETTER_CODE,
+    DEAD_LETTER_REASON,
+    DEAD_LETTER_REQUEST_ID,
+    DEAD_LETTER_SUBJECT,
+    DEAD_LETTER_TIME,
+    DEAD_LETTER_TRUNCATED,
+    DEAD_LETTER_WORKER,
+    EXPECTED_LAST_SUBJECT_SEQUENCE,
+    MESSAGE_ID,
+    ORIGINAL_PREFIX,
+    event_headers,
+    wire_size,
+)
+
+log = structlog.get_logger()
+
+PAUSE_FIRST = 0.1  # seconds
+PAUSE_MOST = 2.0  # seconds; a stored result waits at most so long once the bus is back
+_WRONG_LAST_SEQUENCE = 10071  # err_code: the subject has a message already
+_TOO_LARGE_FOR_STREAM = 10054  # err_code: over the stream's max_msg_size
+
+
+class _AlreadyThere(Exception):  # noqa: N818 - not an error
+    """The fence has held: another terminal event stands on the subject."""
+
+
+class JetStreamEvents:
+    """Implements `consumer.ports.Events` on JetStream.
+
+    Args:
+        bus: The connection.
+        subjects: Where things go.
+        ensure: Makes the streams again when they are gone.
+    """
+
+    def __init__(
+        self, bus: Bus, subjects: Subjects, *, ensure: Callable[[], Awaitable[object]]
+    ) -> None:
+        self._bus = bus
+        self._subjects = subjects
+        self._ensure = ensure
+
+    async def find_result(self, task: Task, request_id: str) -> ResultEvent | None:
+        """The stored terminal event of a request, or None; waits for the bus."""
+        subject = self._subjects.result(task, request_id)
+        pause = PAUSE_FIRST
+        while True:
+            try:
+                found = await self._bus.jetstream.get_last_msg(
+                    self._subjects.results_stream, subject, direct=True
+                )
+            except NotFoundError:
+                return None
+            except ConnectionClosedError:
+                raise
+            except NoRespondersError:
+                await self._restore()
+            except (Error, OSError) as error:
+                log.warning("result_not_read", error=type(error).__name__)
+            else:
+                return decode_result(found.data or b"")
+            pause = await _rest(pause)
+
+    async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> bool:
+        """Store the terminal event behind two fences; waits for the bus.
+
+        `Nats-Msg-Id` drops a second copy within the duplicate window, and the expectation of an
+        empty subject drops it for as long as the stream keeps the first.
+
+        Raises:
+            MessageTooLarge: It does not fit the server's limit.
+        """
+        headers = event_headers(event, trace_parent=trace_parent)
+        headers[EXPECTED_LAST_SUBJECT_SEQUENCE] = "0"
+        subject = self._subjects.result(event.task, event.request_id)
+        try:
+            confirmed = await self._persist(subject, encode(event), headers)
+        except _AlreadyThere:
+            pass
+        else:
+            if not confirmed.duplicate:
+                return True
+        # Stored before: by another worker, or by this one in a try whose answer was lost.
+        found = await self.find_result(event.task, event.request_id)
+        return found is not None and (found.worker, found.attempt, found.sequence) == (
+            event.worker,
+            event.attempt,
+            event.sequence,
+        )
+
+    async def publish_progress(
+        self, event: StartedEvent | ProgressEvent, *, trace_parent: str | None
+    ) -> None:
+        """Tell what happens, when someone can be told; nothing is buffered for later."""
+        if not self._bus.connected:
+            return
+        headers = event_headers(event, trace_parent=trace_parent)
+        subject = self._subjects.progress(event.task, event.request_id)
+        await self._tell(subject, encode(event), headers, "progress_not_published")
+
+    async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
+        """Answer the sender, who may be gone."""
+        headers = event_headers(event, trace_parent=trace_parent)
+        # A reply subject under a stream would take the message id of the stored event.
+        del headers[MESSAGE_ID]
+        await self._tell(subject, encode(event), headers, "reply_not_published")
+
+    async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
+        """Keep a request's bytes and headers with the reason; waits for the bus."""
+        headers = _dead_letter_headers(delivery, letter)
+        originals = {f"{ORIGINAL_PREFIX}{name}": text for name, text in delivery.headers.items()}
+        limit = self._bus.client.max_payload
+        if wire_size(delivery.body, {**headers, **originals}) <= limit:
+            headers |= originals
+        body = delivery.body
+        if wire_size(body, headers) > limit:
+            headers[DEAD_LETTER_TRUNCATED] = str(len(body))
+            body = body[: limit - wire_size(b"", headers)]
+        try:
+            await self._persist(self._subjects.dead_letter(task), body, headers)
+        except MessageTooLarge:
+            # The stream's own limit is below the server's. The request must not come back for it.
+            log.exception("dead_letter_too_large")
+
+    async def _persist(self, subject: str, body: bytes, headers: Mapping[str, str]) -> PubAck:
+        # A try that timed out while the server was away may be stored later: every message has an
+        # id, so the next try is dropped as its copy.
+        self._check_size(body, headers)
+        pause = PAUSE_FIRST
+        while True:
+            try:
+                # A copy of the headers: js.publish writes into what it is given.
+                return await self._bus.jetstream.publish(
+                    subject, body, timeout=API_TIMEOUT, headers=dict(headers)
+                )
+            except ConnectionClosedError:
+                raise
+            except NoStreamResponseError:
+                await self._restore()
+            except APIError as error:
+                if error.err_code == _WRONG_LAST_SEQUENCE:
+                    raise _AlreadyThere from None
+                if error.err_code == _TOO_LARGE_FOR_STREAM:
+                    raise MessageTooLarge from None
+                log.warning("publish_refused", code=error.err_code, reason=error.description)
+            except (Error, OSError, TypeError, AttributeError) as error:
+                # The last two come out of js.publish itself when the connection is lost under it.
+                log.warning("publish_failed", error=type(error).__name__)
+            pause = await _rest(pause)
+
+    async def _restore(self) -> None:
+        try:
+            await self._ensure()
+        except (BusUnavailable, TopologyError) as error:
+            log.warning("streams_not_restored", reason=str(error))
+
+    async def _tell(
+        self, subject: str, body: bytes, headers: Mapping[str, str], unheard: str
+    ) -> None:
+        try:
+            self._check_size(body, headers)
+            await self._bus.client.publish(subject, body, headers=dict(headers))
+        except MessageTooLarge:
+            log.warning(unheard, error="MessageTooLarge")
+        except (Error, OSError) as error:
+            log.warning(unheard, error=type(error).__name__)
+
+    def _check_size(self, body: bytes, headers: Mapping[str, str]) -> None:
+        # nats-py checks the body alone; over the limit the server drops the connection, and the
+        # client stays closed for good.
+        if wire_size(body, headers) > self._bus.client.max_payload:
+            raise MessageTooLarge
+
+
+def _dead_letter_headers(delivery: Delivery, letter: DeadLetter) -> dict[str, str]:
+    place = f"{delivery.stream}-{delivery.stream_sequence}-{int(delivery.stored_at.timestamp()):x}"
+    return {
+        MESSAGE_ID: f"{place}.dead",
+        DEAD_LETTER_CODE: letter.code,
+        DEAD_LETTER_REASON: _ascii(letter.reason),
+        DEAD_LETTER_REQUEST_ID: letter.request_id,
+        DEAD_LETTER_ATTEMPTS: str(delivery.attempt),
+        DEAD_LETTER_WORKER: letter.worker,
+        DEAD_LETTER_SUBJECT: delivery.subject,
+        DEAD_LETTER_TIME: delivery.stored_at.isoformat().replace("+00:00", "Z"),
+    }
+
+
+def _ascii(text: str) -> str:
+    # nats-py writes a header as it stands: a line break in it would begin another one.
+    return text.encode("ascii", "replace").decode().replace("\r", " ").replace("\n", " ")
+
+
+async def _rest(pause: float) -> float:
+    await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter
+    return min(pause * 2, PAUSE_MOST)

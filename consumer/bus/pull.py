@@ -1,0 +1,196 @@
+"""The pull loop: one delivery at a time from the durable, whatever happens to the server.
+
+nats-py's `fetch` stays blind for its whole timeout when the server restarts under it, swallows
+"409 Consumer Deleted", and loses messages when it is cancelled. So this is a loop of its own on a
+core subscription: a fresh inbox for each pull, idle heartbeats that are watched, a new pull at once
+after a reconnect, and no cancellation anywhere: `stop` sets a flag.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import ConnectionClosedError, Error
+
+from consumer.bus.connection import Bus, BusUnavailable
+from consumer.bus.delivery import JetStreamDelivery, is_delivery
+from consumer.bus.topology import NANOSECONDS, Durable, TopologyError
+
+log = structlog.get_logger()
+
+IDLE_HEARTBEAT = 2.0  # seconds
+EXPIRES = 20.0  # seconds that one pull stands
+SILENCE = 2.5 * IDLE_HEARTBEAT  # seconds without a word after which a pull is taken to be lost
+SILENCES = 2  # in a row, after which the connection is taken to be dead although it looks alive
+PAUSE_REFUSED = 0.1  # seconds
+PAUSE_MISSING = 0.5  # seconds
+
+
+class PullLoop:
+    """Pulls deliveries of one durable.
+
+    Args:
+        bus: The connection.
+        durable: What to pull from.
+        ensure: Makes the streams and the durable again when they are gone.
+    """
+
+    def __init__(
+        self, bus: Bus, durable: Durable, *, ensure: Callable[[], Awaitable[object]]
+    ) -> None:
+        self._bus = bus
+        self._durable = durable
+        self._ensure = ensure
+        self._inbox = bus.client.new_inbox()
+        self._subscription: Subscription | None = None
+        # None wakes the loop without a message: to stop, or to pull again.
+        self._received: asyncio.Queue[Msg | None] = asyncio.Queue()
+        self._stopping = False
+        self._pulls = 0
+        self._standing = False  # whether the last pull may still be answered
+        self._silences = 0
+        self._heard = time.monotonic()
+        self.attached = False  # whether the server knows the durable
+
+    async def start(self) -> None:
+        """Listen for what pulls give."""
+        self._subscription = await self._bus.client.subscribe(f"{self._inbox}.*", cb=self._take)
+        self._bus.on_reconnect(self._pull_again)
+
+    def stop(self) -> None:
+        """Make `next` return None."""
+        self._stopping = True
+        self._received.put_nowait(None)
+
+    async def next(self) -> JetStreamDelivery | None:
+        """The next delivery, or None when stopping.
+
+        Raises:
+            ConnectionClosedError: The client has given up; the process has to end.
+        """
+        while not self._stopping:
+            if self._bus.closed.is_set():
+                raise ConnectionClosedError
+            if not self._standing and self._bus.connected:
+                await self._pull()
+            message = await self._hear()
+            if message is None:
+                continue
+            if is_delivery(message):
+                self.attached = True
+                return JetStreamDelivery(self._bus, message)
+            if message.subject == self._current:  # else the word of an older pull
+                await self._heed(message)
+        return None
+
+    async def close(self) -> None:
+        """Withdraw the standing pull, and give back what came too late to be handled."""
+        self._stopping = True
+        if self._subscription is None:
+            return
+        try:
+            # Takes the interest away from the pull, then waits for what was under way. (nats-py
+            # writes the PING before the UNSUB: a message within these microseconds would come
+            # again after ack_wait.)
+            await asyncio.wait_for(self._subscription.drain(), IDLE_HEARTBEAT)  # type: ignore[no-untyped-call]
+        except (Error, TimeoutError, OSError) as error:
+            log.warning("pull_not_withdrawn", error=type(error).__name__)
+        while not self._received.empty():
+            message = self._received.get_nowait()
+            if message is not None and is_delivery(message):
+                await JetStreamDelivery(self._bus, message).nak()
+
+    @property
+    def _current(self) -> str:
+        return f"{self._inbox}.{self._pulls}"
+
+    async def _take(self, message: Msg) -> None:
+        if not is_delivery(message):
+            self._received.put_nowait(message)
+        elif self._standing:
+            self._standing = False
+            self._received.put_nowait(message)
+        else:
+            # The answer to a pull that was taken to be lost. Nobody would renew its lease here
+            # while another job runs.
+            log.warning("delivery_not_asked_for")
+            await JetStreamDelivery(self._bus, message).nak()
+
+    def _pull_again(self) -> None:
+        self._standing = False
+        self._received.put_nowait(None)
+
+    async def _pull(self) -> None:
+        self._pulls += 1
+        request = {
+            "batch": 1,
+            "expires": round(EXPIRES * NANOSECONDS),
+            "idle_heartbeat": round(IDLE_HEARTBEAT * NANOSECONDS),
+        }
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._durable.stream}.{self._durable.name}"
+        try:
+            await self._bus.client.publish(
+                subject, json.dumps(request).encode(), reply=self._current
+            )
+        except ConnectionClosedError:
+            raise
+        except Error as error:
+            log.warning("pull_failed", error=type(error).__name__)
+            await asyncio.sleep(PAUSE_MISSING)
+            return
+        self._standing = True
+        self._heard = time.monotonic()
+
+    async def _hear(self) -> Msg | None:
+        left = self._heard + SILENCE - time.monotonic()
+        try:
+            message = await asyncio.wait_for(self._received.get(), max(0.0, left))
+        except TimeoutError:
+            await self._silence()
+            return None
+        if message is not None:
+            self._heard = time.monotonic()
+            self._silences = 0
+        return message
+
+    async def _silence(self) -> None:
+        self._standing = False
+        if not self._bus.connected:
+            self._heard = time.monotonic()  # nothing can be heard; the reconnect wakes the loop
+            return
+        self._silences += 1
+        log.warning("pull_silent", times=self._silences)
+        if self._silences >= SILENCES:
+            self._silences = 0
+            await self._bus.client.force_reconnect()
+
+    async def _heed(self, status: Msg) -> None:
+        headers = status.headers or {}
+        code, description = headers.get("Status", ""), headers.get("Description", "")
+        if code == "100":  # idle heartbeat
+            self.attached = True
+            return
+        self._standing = False
+        if code in {"404", "408"}:  # no message; the pull has expired
+            self.attached = True
+        elif code == "503" or "Deleted" in description or "push based" in description:
+            log.warning("durable_missing", code=code, description=description)
+            self.attached = False
+            await self._restore()
+        else:
+            log.warning("pull_refused", code=code, description=description)
+            await asyncio.sleep(PAUSE_REFUSED)
+
+    async def _restore(self) -> None:
+        try:
+            await self._ensure()
+        except (BusUnavailable, TopologyError) as error:
+            log.warning("durable_not_restored", reason=str(error))
+            await asyncio.sleep(PAUSE_MISSING)
+        except Error as error:
+            log.warning("durable_not_restored", reason=type(error).__name__)
+            await asyncio.sleep(PAUSE_MISSING)

@@ -1,0 +1,237 @@
+"""Streams and durable consumers, from the JSON files under infra/nats.
+
+The files are in the server's own terms (`nats stream add --config FILE` reads them too). What
+exists is compared with them key by key: `apply` updates with the full configuration, because a
+partial one resets whatever it leaves out; `ensure` creates what is missing, refuses to start on
+what would break the guarantees, and reports the rest. Neither is ever silent.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+from nats.errors import NoRespondersError
+from nats.errors import TimeoutError as BusTimeout
+
+from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from generation_contracts import Subjects, Task
+
+log = structlog.get_logger()
+
+NANOSECONDS = 1_000_000_000
+_FILES_ROOT = "generation"
+_STREAMS = ("REQUESTS", "RESULTS", "DEAD_LETTERS")
+_NOT_FOUND = frozenset({10059, 10014})  # stream, consumer
+
+# A difference in one of these breaks a guarantee: requests lost or done twice, results not found.
+_VITAL = frozenset(
+    {"subjects", "retention", "discard", "allow_direct", "filter_subjects", "ack_policy", "backoff"}
+)
+
+Change = Literal["created", "updated", "unchanged"]
+Config = dict[str, Any]
+
+
+class TopologyError(Exception):
+    """A stream or consumer is not as it must be, or cannot be made so; one clear line."""
+
+
+@dataclass(frozen=True)
+class Durable:
+    """What the server really has for a durable consumer, whoever set it.
+
+    Attributes:
+        ack_wait: Seconds that a lease lasts.
+        max_ack_pending: Deliveries in flight, over all workers.
+    """
+
+    stream: str
+    name: str
+    ack_wait: float
+    max_ack_pending: int
+
+
+class Topology:
+    """The streams of one installation and the durables of its tasks.
+
+    Args:
+        bus: A connection.
+        subjects: The root decides the names of streams and subjects.
+        ack_wait: Seconds, for durables that are created or applied.
+        max_ack_pending: For the same.
+        durable_name: Overrides the files' name of the durable, for one task.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        subjects: Subjects,
+        *,
+        ack_wait: float,
+        max_ack_pending: int,
+        durable_name: str | None = None,
+    ) -> None:
+        self._bus = bus
+        self._subjects = subjects
+        self._ack_wait = ack_wait
+        self._max_ack_pending = max_ack_pending
+        self._durable_name = durable_name
+
+    async def apply(self, tasks: tuple[Task, ...]) -> dict[str, Change]:
+        """Create or update every stream and the tasks' durables.
+
+        Returns:
+            What was done, by name.
+
+        Raises:
+            TopologyError: The server refuses.
+            BusUnavailable: The server does not answer.
+        """
+        done: dict[str, Change] = {}
+        for wanted in self._streams():
+            done[wanted["name"]] = await self._apply_stream(wanted)
+        for task in tasks:
+            wanted = self._consumer(task)
+            done[wanted["durable_name"]] = await self._apply_consumer(wanted)
+        return done
+
+    async def ensure(self, task: Task) -> Durable:
+        """Create what is missing, and see that what exists can be worked with.
+
+        Returns:
+            The durable as the server has it: its `ack_wait` and `max_ack_pending` may have been set
+            by `consumer apply` for more workers, and are left as they are.
+
+        Raises:
+            TopologyError: A stream or the durable would break a guarantee, or cannot be created.
+            BusUnavailable: The server does not answer.
+        """
+        for wanted in self._streams():
+            found = await self._call(f"STREAM.INFO.{wanted['name']}")
+            if found is None:
+                await self._call(f"STREAM.CREATE.{wanted['name']}", wanted)
+                log.info("stream_created", stream=wanted["name"])
+            else:
+                _compare(f"stream {wanted['name']}", wanted, found["config"])
+        wanted = self._consumer(task)
+        stream, name = self._subjects.requests_stream, wanted["durable_name"]
+        found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
+        if found is None:
+            found = await self._create_consumer(stream, name, wanted)
+            log.info("consumer_created", consumer=name)
+        else:
+            _compare(f"consumer {name}", wanted, found["config"])
+        if found["config"].get("deliver_subject"):
+            raise TopologyError(f"consumer {name}: it is a push consumer; delete it")
+        return Durable(
+            stream=stream,
+            name=name,
+            ack_wait=found["config"]["ack_wait"] / NANOSECONDS,
+            max_ack_pending=found["config"]["max_ack_pending"],
+        )
+
+    def _streams(self) -> list[Config]:
+        root = _FILES_ROOT.upper()
+        return [self._rooted(f"streams/{root}_{stream}.json") for stream in _STREAMS]
+
+    def _consumer(self, task: Task) -> Config:
+        wanted = self._rooted(f"consumers/{task}.json")
+        wanted["ack_wait"] = round(self._ack_wait * NANOSECONDS)
+        wanted["max_ack_pending"] = self._max_ack_pending
+        if self._durable_name is not None:
+            wanted["durable_name"] = self._durable_name
+        wanted["name"] = wanted["durable_name"]
+        return wanted
+
+    def _rooted(self, name: str) -> Config:
+        config: Config = json.loads(_definition(name))
+        if "name" in config:
+            own = self._subjects.requests_stream.removesuffix("_REQUESTS")
+            config["name"] = config["name"].replace(_FILES_ROOT.upper(), own, 1)
+        for key in ("subjects", "filter_subjects"):
+            if key in config:
+                config[key] = [
+                    subject.replace(_FILES_ROOT, self._subjects.root, 1) for subject in config[key]
+                ]
+        return config
+
+    async def _apply_stream(self, wanted: Config) -> Change:
+        found = await self._call(f"STREAM.INFO.{wanted['name']}")
+        if found is None:
+            await self._call(f"STREAM.CREATE.{wanted['name']}", wanted)
+            return "created"
+        if not _differences(wanted, found["config"]):
+            return "unchanged"
+        # What the files do not speak of stays as the operator has set it.
+        await self._call(f"STREAM.UPDATE.{wanted['name']}", {**found["config"], **wanted})
+        return "updated"
+
+    async def _apply_consumer(self, wanted: Config) -> Change:
+        stream, name = self._subjects.requests_stream, wanted["durable_name"]
+        found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
+        if found is not None and not _differences(wanted, found["config"]):
+            return "unchanged"
+        config = wanted if found is None else {**found["config"], **wanted}
+        await self._create_consumer(stream, name, config)
+        return "created" if found is None else "updated"
+
+    async def _create_consumer(self, stream: str, name: str, config: Config) -> Config:
+        body = {"stream_name": stream, "config": config}
+        made = await self._call(f"CONSUMER.CREATE.{stream}.{name}", body)
+        if made is None:
+            raise TopologyError(f"stream {stream}: it does not exist; run `consumer apply`")
+        return made
+
+    async def _call(self, subject: str, body: Config | None = None) -> Config | None:
+        payload = b"" if body is None else json.dumps(body).encode()
+        try:
+            answer = await self._bus.client.request(
+                f"$JS.API.{subject}", payload, timeout=API_TIMEOUT
+            )
+        except NoRespondersError:
+            raise BusUnavailable("NATS: JetStream is not enabled for this account") from None
+        except BusTimeout:
+            # The server drops what is not permitted; the reason goes to the error callback.
+            reason = self._bus.last_error or "no answer"
+            raise BusUnavailable(f"NATS: $JS.API.{subject}: {reason}") from None
+        value: Config = json.loads(answer.data)
+        error = value.get("error")
+        if error is None:
+            return value
+        if error.get("err_code") in _NOT_FOUND:
+            return None
+        raise TopologyError(f"{subject}: {error.get('description', 'refused')}")
+
+
+def _definition(name: str) -> str:
+    packaged = files("consumer") / "infra" / "nats" / name
+    if packaged.is_file():
+        return packaged.read_text()
+    # In a checkout the files are beside the package, not in it.
+    return (Path(__file__).parents[2] / "infra" / "nats" / name).read_text()
+
+
+def _differences(wanted: Config, found: Config) -> dict[str, tuple[Any, Any]]:
+    # The server leaves out what is zero, false or empty.
+    return {
+        key: (found.get(key), value)
+        for key, value in wanted.items()
+        if (found.get(key) or None) != (value or None)
+    }
+
+
+def _compare(what: str, wanted: Config, found: Config) -> None:
+    differences = _differences(wanted, found)
+    if found.get("backoff"):
+        # Its first entry overrides ack_wait, and the lease with it.
+        differences["backoff"] = (found["backoff"], None)
+    for key, (has, needs) in differences.items():
+        if key in _VITAL:
+            raise TopologyError(
+                f"{what}: {key} is {json.dumps(has)} and must be {json.dumps(needs)}; "
+                "`consumer apply` changes it, or delete it where the server refuses"
+            )
+        log.warning("topology_differs", what=what, key=key, found=has, wanted=needs)

@@ -1,0 +1,35 @@
+"""The development stack: real servers as child processes on loopback, without Docker.
+
+`consumer up`, `consumer demo` and the tests run the same nats-server and the same S3 server that
+come as wheels (the extra `devstack`), and `consumer run` daemons beside them. Everything listens
+on 127.0.0.1 only, the S3 server asks for credentials, and no child outlives the process that
+started it. The stack is for development: its internal gRPC ports trust every local user.
+"""
+
+from consumer.devstack.daemon import Daemon
+from consumer.devstack.errors import (
+    DevStackError,
+    DirectoryInUseError,
+    PortTakenError,
+    ServerMissingError,
+    StartFailedError,
+)
+from consumer.devstack.loopback import free_ports
+from consumer.devstack.nats_server import NatsServer
+from consumer.devstack.object_store import ObjectStore
+from consumer.devstack.process import ChildProcess
+from consumer.devstack.stack import DevStack
+
+__all__ = [
+    "ChildProcess",
+    "Daemon",
+    "DevStack",
+    "DevStackError",
+    "DirectoryInUseError",
+    "NatsServer",
+    "ObjectStore",
+    "PortTakenError",
+    "ServerMissingError",
+    "StartFailedError",
+    "free_ports",
+]

@@ -1,0 +1,59 @@
+"""`consumer run` as a child process: the very command that an installation runs."""
+
+import os
+import sys
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+
+from consumer.devstack.loopback import HOST, free_ports, http_status
+from consumer.devstack.process import ChildProcess
+
+_SECRET_SETTINGS = ("S3_SECRET_KEY", "NATS_NKEY_SEED")
+_OTHER_SERVERS = ("NATS_", "S3_")  # settings with these prefixes name servers and credentials
+
+
+class Daemon(ChildProcess):
+    """One `consumer run`.
+
+    Args:
+        name: what people call it, in messages.
+        settings: its environment settings. They come on top of this process's environment, from
+            which the settings of NATS and S3 are left out: those name other servers.
+        log: file that its output is appended to.
+        probes_port: where it serves /livez, /readyz and /metrics; None chooses a free port.
+
+    Ready when `/readyz` answers 200, that is, with its model loaded; SIGTERM drains it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Mapping[str, str],
+        *,
+        log: Path,
+        probes_port: int | None = None,
+    ) -> None:
+        port = free_ports(1)[0] if probes_port is None else probes_port
+        inherited = {
+            key: value for key, value in os.environ.items() if not key.startswith(_OTHER_SERVERS)
+        }
+        super().__init__(
+            name,
+            # -P: a folder named consumer in the working directory is not this package.
+            [sys.executable, "-P", "-m", "consumer", "run"],
+            log=log,
+            env={**inherited, **settings, "CONSUMER_PROBES_PORT": str(port)},
+            ports={"probes": port},
+            secrets=[settings[key] for key in _SECRET_SETTINGS if settings.get(key)],
+            grace=40.0,  # the default CONSUMER_DRAIN_GRACE of 30 s, and its clean-up
+            ready_timeout=300.0,  # a large model takes minutes to load
+        )
+
+    @property
+    def probes_url(self) -> str:
+        """Where it serves /livez, /readyz and /metrics."""
+        return f"http://{HOST}:{self.ports['probes']}"
+
+    def _is_ready(self) -> bool:
+        return http_status(self.ports["probes"], "/readyz") == HTTPStatus.OK

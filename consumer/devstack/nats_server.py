@@ -1,0 +1,78 @@
+"""nats-server with JetStream as a child process on loopback."""
+
+import contextlib
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+
+from consumer.devstack.loopback import HOST, FreePorts, http_status
+from consumer.devstack.process import ChildProcess, find_program, server_environment
+
+_CONFIG = "nats.conf"
+_PRIVATE_FILE = 0o600
+
+
+class NatsServer(ChildProcess):
+    """One nats-server; its streams live in `directory` and stay there over restarts.
+
+    Args:
+        directory: holds configuration and streams; created with mode 0700.
+        ports: `client` and `monitoring`; None chooses free ones.
+        config: more configuration, appended to the server's file as it is (users, limits, TLS).
+        log: None puts `nats.log` into `directory`.
+
+    Ready when `/healthz` of the monitoring port answers 200, which JetStream's recovery precedes.
+    """
+
+    port_names = ("client", "monitoring")
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        ports: Mapping[str, int] | None = None,
+        config: str = "",
+        log: Path | None = None,
+    ) -> None:
+        self.directory = directory.absolute()
+        self._config = config
+        super().__init__(
+            "nats-server",
+            [find_program("nats-server"), "-c", _CONFIG],
+            log=log or self.directory / "nats.log",
+            env=server_environment(self.directory),
+            cwd=self.directory,
+            ports=ports or self.choose_ports(),
+            umask=0o077,
+        )
+
+    @classmethod
+    def choose_ports(cls, free: FreePorts | None = None) -> dict[str, int]:
+        """Choose the server's ports, among the others of `free` where given."""
+        with contextlib.nullcontext(free) if free else FreePorts() as choice:
+            return {name: choice.take() for name in cls.port_names}
+
+    @property
+    def url(self) -> str:
+        """Where clients connect."""
+        return f"nats://{HOST}:{self.ports['client']}"
+
+    @property
+    def monitoring_url(self) -> str:
+        """Where the server shows its state over HTTP: /varz, /jsz, /connz, /healthz."""
+        return f"http://{HOST}:{self.ports['monitoring']}"
+
+    def _prepare(self) -> None:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self.directory / _CONFIG
+        path.touch(_PRIVATE_FILE)  # before it is written: the appended text may hold passwords
+        client, monitoring = (self.ports[name] for name in self.port_names)
+        path.write_text(
+            f'listen: "{HOST}:{client}"\n'
+            f'http: "{HOST}:{monitoring}"\n'
+            'jetstream { store_dir: "jetstream" }\n'  # relative to the working directory
+            f"{self._config}\n"
+        )
+
+    def _is_ready(self) -> bool:
+        return http_status(self.ports["monitoring"], "/healthz") == HTTPStatus.OK

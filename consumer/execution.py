@@ -1,0 +1,405 @@
+"""The life of a job: one delivery through its stages.
+
+decode -> admit -> run -> encode -> store -> publish the result -> reply -> settle. A stage gives
+its value or raises; `_outcome_of` turns what was raised into an outcome, `job.decide` says what the
+outcome means, and `conclusion` carries that out.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from consumer import job as outcomes
+from consumer.admission import Admission, Job
+from consumer.conclusion import Conclusion
+from consumer.heartbeat import Lease
+from consumer.job import Decision, Outcome, Publish, Settlement, State, decide
+from consumer.ports import (
+    Artifacts,
+    Delivery,
+    DeviceLost,
+    EncodedImage,
+    Events,
+    Images,
+    Inference,
+    InputUnavailable,
+    ModelDescription,
+    ModelError,
+    Observer,
+    OutOfMemory,
+    Runner,
+    RunnerOutput,
+    StoreUnavailable,
+    UnsupportedParameter,
+)
+from consumer.run import Hanging, Reason, Steps, Stopped, watch
+from consumer.telemetry import JobReport
+from generation_contracts import (
+    ImageArtifact,
+    ImageToTextRequest,
+    InvalidRequest,
+    ProgressEvent,
+    Request,
+    StartedEvent,
+    TextOutput,
+    TextToImageRequest,
+    request_digest,
+)
+from generation_contracts.artifacts import ImageSource
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+STORE_PAUSE_FIRST = 0.5  # seconds
+STORE_PAUSE_MOST = 15.0  # seconds; how long an output waits at most once the store is back
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The worker's own numbers.
+
+    Attributes:
+        ack_wait: Seconds that a lease lasts without a renewal.
+        max_attempts: How often a request is tried whose model raises, or whose workers die.
+        stall_timeout: Seconds without a step after which the inference thread is taken to hang.
+    """
+
+    ack_wait: float
+    max_attempts: int
+    stall_timeout: float
+
+
+class _SettledBefore(Exception):  # noqa: N818 - not an error
+    """A terminal event for the request's id is stored already."""
+
+
+class _OtherContent(Exception):  # noqa: N818 - the contract's word: request_id_conflict
+    """The same, but for a request that asked for something else."""
+
+
+class _TooManyDeliveries(Exception):  # noqa: N818 - a state of the request
+    """The request killed the workers that took it."""
+
+
+class Execution:
+    """Takes deliveries through their lives, by ports only.
+
+    Args:
+        worker: Name of this process in its events.
+        admission: How deliveries are read.
+        limits: The worker's numbers.
+        model: What the loaded runner says of itself.
+        runner: The loaded model; used in the inference thread only, but for `check`.
+        inference: That thread.
+        events: The way to the bus.
+        artifacts: The object store.
+        images: The pictures' codec.
+        observer: Told what happens.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        admission: Admission,
+        limits: Limits,
+        model: ModelDescription,
+        runner: Runner,
+        inference: Inference,
+        events: Events,
+        artifacts: Artifacts,
+        images: Images,
+        observer: Observer,
+    ) -> None:
+        self._admission = admission
+        self._task = admission.task
+        self._limits = limits
+        self._model = model
+        self._runner = runner
+        self._inference = inference
+        self._events = events
+        self._artifacts = artifacts
+        self._images = images
+        self._observer = observer
+        self._jobs: list[Job] = []
+        self._conclusion = Conclusion(
+            task=self._task,
+            worker=worker,
+            model=model,
+            events=events,
+            max_attempts=limits.max_attempts,
+        )
+
+    async def handle(self, delivery: Delivery) -> int | None:
+        """Take one delivery through its life.
+
+        Returns:
+            An exit code when this process must end (device lost, thread hung), else None.
+        """
+        job = self._admission.open(delivery)
+        self._jobs.append(job)
+        self._observer.job_started()
+        decision: Decision | None = None
+        with structlog.contextvars.bound_contextvars(
+            request_id=job.request_id, task=str(self._task), attempt=delivery.attempt
+        ):
+            try:
+                async with Lease(delivery, ack_wait=self._limits.ack_wait):
+                    outcome = await self._stages(job)
+                    decision = await self._conclusion.conclude(job, self._decide(job, outcome))
+            except asyncio.CancelledError:
+                await delivery.nak()
+                raise
+            except Exception:
+                # Nobody knows how far it came: the lease runs out and the request comes again.
+                log.exception("job_abandoned")
+            finally:
+                self._jobs.remove(job)
+                self._report(job, decision)
+        return None if decision is None else decision.exit_code
+
+    def interrupt(self, reason: Reason, request_id: str | None = None) -> bool:
+        """Ask a job, or all of them, to stop at the next step.
+
+        Returns:
+            Whether there was one to ask.
+        """
+        asked = [job for job in self._jobs if request_id in {None, job.request_id}]
+        for job in asked:
+            job.interrupt.set(reason)
+        return bool(asked)
+
+    # -- the stages -------------------------------------------------------------------------------
+
+    async def _stages(self, job: Job) -> Outcome:
+        timer: asyncio.TimerHandle | None = None
+        try:
+            job.request = request = self._admission.request(job.delivery)
+            job.digest = request_digest(request)
+            if request.deadline is not None:
+                left = (request.deadline - datetime.now(UTC)).total_seconds()
+                timer = asyncio.get_running_loop().call_later(
+                    max(0.0, left), job.interrupt.set, Reason.DEADLINE
+                )
+            pictures = await self._admit(job, request)
+            output = await self._run(job, request, pictures)
+            await self._keep(job, request, output)
+        except Exception as error:  # noqa: BLE001 - each of them is an outcome
+            return _outcome_of(error)
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return outcomes.Done()
+
+    async def _admit(self, job: Job, request: Request) -> "list[Image]":
+        job.existing = await self._events.find_result(self._task, job.request_id)
+        if job.existing is not None:
+            same = job.existing.request_digest == job.digest
+            raise _SettledBefore if same else _OtherContent
+        if job.delivery.attempt > self._limits.max_attempts:
+            raise _TooManyDeliveries
+        if request.deadline is not None and request.deadline <= datetime.now(UTC):
+            raise Stopped(Reason.DEADLINE)
+        self._runner.check(request)
+        sources = request.images if isinstance(request, ImageToTextRequest) else ()
+        pictures = [await self._input(job, n, source) for n, source in enumerate(sources)]
+        job.interrupt.check()
+        job.advance(State.ADMITTED)
+        return pictures
+
+    async def _input(self, job: Job, index: int, source: ImageSource) -> "Image":
+        try:
+            data = await self._once_the_store_is_there(
+                job, lambda: self._artifacts.fetch(source, max_bytes=self._images.max_bytes)
+            )
+            return await asyncio.to_thread(self._images.decode, data)
+        except InputUnavailable as error:
+            raise InputUnavailable(f"images.{index}: {error}") from None
+
+    async def _run(self, job: Job, request: Request, pictures: "list[Image]") -> RunnerOutput:
+        started = StartedEvent(
+            **self._conclusion.event_fields(job), queued=job.queued, model=self._model.info
+        )
+        await self._events.publish_progress(started, trace_parent=job.envelope.trace_parent)
+        log.info("job_started", queued=round(job.queued, 3))
+        try:
+            return await self._run_once(job, request, pictures, save_memory=False)
+        except OutOfMemory:
+            log.warning("out_of_memory")
+        # Outside the except block: the traceback keeps the first run's tensors alive.
+        again = self._decide(job, outcomes.RanOutOfMemory(saved_memory=False))
+        return await self._run_once(job, request, pictures, save_memory=again.save_memory)
+
+    async def _run_once(
+        self, job: Job, request: Request, pictures: "list[Image]", *, save_memory: bool
+    ) -> RunnerOutput:
+        job.advance(State.RUNNING)
+        steps = Steps()
+        run = asyncio.ensure_future(
+            self._inference.call(
+                self._runner.run,
+                request,
+                pictures,
+                on_step=steps,
+                cancelled=job.interrupt.is_set,
+                save_memory=save_memory,
+            )
+        )
+        # A run that is given up on still ends some day, and its exception has no other reader.
+        run.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        try:
+            return await watch(
+                run,
+                steps=steps,
+                interrupt=job.interrupt,
+                stall_timeout=self._limits.stall_timeout,
+                publish=lambda: self._tell(job, steps),
+            )
+        finally:
+            seconds = time.monotonic() - steps.started
+            job.inference += seconds
+            self._observer.device_busy(seconds)
+
+    async def _tell(self, job: Job, steps: Steps) -> None:
+        step, of = steps.position
+        each = steps.seconds_per_step()
+        progress = ProgressEvent(
+            **self._conclusion.event_fields(job),
+            step=step,
+            of=of,
+            seconds_per_step=each,
+            eta=None if each is None else each * (of - step),
+        )
+        await self._events.publish_progress(progress, trace_parent=job.envelope.trace_parent)
+
+    async def _keep(self, job: Job, request: Request, output: RunnerOutput) -> None:
+        job.warnings = output.warnings
+        if output.text is not None:
+            job.outputs = (TextOutput(**asdict(output.text)),)
+        elif isinstance(request, TextToImageRequest):
+            encoded = await self._encode(job, request, output)
+            job.outputs = await self._store(job, encoded)
+        if not job.outputs:
+            raise ModelError("NoOutput")
+
+    async def _encode(
+        self, job: Job, request: TextToImageRequest, output: RunnerOutput
+    ) -> list[EncodedImage]:
+        job.advance(State.ENCODING)
+        started = time.monotonic()
+        encoded = [
+            await asyncio.to_thread(
+                self._images.encode, made.image, request.output_format, seed=made.seed
+            )
+            for made in output.images
+        ]
+        job.encode = time.monotonic() - started
+        return encoded
+
+    async def _store(self, job: Job, encoded: list[EncodedImage]) -> tuple[ImageArtifact, ...]:
+        job.advance(State.STORING)
+        started = time.monotonic()
+        artifacts = [
+            await self._once_the_store_is_there(
+                job,
+                partial(self._artifacts.store, self._task, job.request_id, index, image),
+            )
+            for index, image in enumerate(encoded)
+        ]
+        job.upload = time.monotonic() - started
+        return tuple(artifacts)
+
+    async def _once_the_store_is_there(self, job: Job, action: Callable[[], Awaitable[T]]) -> T:
+        # The finished output is kept and so is the lease, for as long as it takes.
+        pause = STORE_PAUSE_FIRST
+        while True:
+            try:
+                return await action()
+            except StoreUnavailable as error:
+                log.warning("store_unavailable", reason=str(error), pause=round(pause, 1))
+            decision = self._decide(job, outcomes.StoreUnreachable())
+            if decision.settlement is not Settlement.KEEP:
+                raise AssertionError("the table keeps a job while the store is away")
+            await job.interrupt.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter
+            pause = min(pause * 2, STORE_PAUSE_MOST)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def _decide(self, job: Job, outcome: Outcome) -> Decision:
+        return decide(outcome, attempt=job.delivery.attempt, max_attempts=self._limits.max_attempts)
+
+    def _report(self, job: Job, decision: Decision | None) -> None:
+        report = JobReport(
+            outcome=_outcome_name(decision),
+            attempt=job.delivery.attempt,
+            queued=job.queued,
+            inference=job.inference,
+            encode=job.encode,
+            upload=job.upload,
+        )
+        self._observer.job_finished(report)
+        log.info(
+            "job_finished",
+            **{k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(report).items()},
+        )
+
+
+_STOPPED: dict[Reason, Outcome] = {
+    Reason.DEADLINE: outcomes.Expired(),
+    Reason.CANCEL: outcomes.Cancelled(),
+    Reason.DRAIN: outcomes.Draining(),
+}
+
+
+def _outcome_of(error: Exception) -> Outcome:  # noqa: C901, PLR0911 - one row of the table each
+    match error:
+        case InvalidRequest():
+            return outcomes.Malformed(str(error), error.problems)
+        case _SettledBefore():
+            return outcomes.AlreadyDone()
+        case _OtherContent():
+            return outcomes.Conflict()
+        case _TooManyDeliveries():
+            return outcomes.WorkerLost()
+        case Stopped():
+            return _STOPPED[error.reason]
+        case UnsupportedParameter():
+            return outcomes.Unsupported(error.parameter, str(error))
+        case InputUnavailable():
+            return outcomes.InputMissing(str(error))
+        case OutOfMemory():  # the first time was seen to in `_run`
+            return outcomes.RanOutOfMemory(saved_memory=True)
+        case DeviceLost():
+            return outcomes.LostDevice()
+        case Hanging():
+            return outcomes.Stalled()
+        case ModelError():
+            return outcomes.ModelRaised(str(error))
+        case _:
+            log.error("worker_failed", exc_info=error)
+            return outcomes.Broken(type(error).__name__)
+
+
+def _outcome_name(decision: Decision | None) -> str:
+    if decision is None or decision.settlement is Settlement.ABANDON:
+        return "abandoned"
+    if decision.settlement is Settlement.NAK:
+        return "given_back"
+    if decision.failure is not None:
+        return str(decision.failure.code)
+    return {
+        Publish.SUCCEEDED: "succeeded",
+        Publish.CANCELLED: "cancelled",
+        Publish.STORED_AGAIN: "already_done",
+    }[decision.publish]

@@ -1,0 +1,45 @@
+"""The lease on a delivery: as long as it is held, no other worker gets the request."""
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+from consumer.ports import Delivery
+
+# Ratio of ack_wait to the interval: three beats may be lost, to a server's restart or a GIL held
+# by the model, and the fourth still comes in time.
+BEATS_PER_ACK_WAIT = 5
+
+
+class Lease:
+    """Renews the lease on a delivery until the block ends.
+
+    Attributes:
+        delivery: The delivery that is held.
+        interval: Seconds between two renewals.
+    """
+
+    def __init__(self, delivery: Delivery, *, ack_wait: float) -> None:
+        self.delivery = delivery
+        self.interval = ack_wait / BEATS_PER_ACK_WAIT
+        self._beating: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._beating = asyncio.create_task(self._beat(), name="heartbeat")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        beating, self._beating = self._beating, None
+        if beating is not None:
+            beating.cancel()
+            await asyncio.wait({beating})
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self.interval)
+            await self.delivery.extend()

@@ -1,0 +1,308 @@
+"""A job's states, and what each outcome means: pure, no input or output.
+
+`decide` is the settlement table of the design as one function. It returns data and never acts;
+`execution` carries the decision out, in one place.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from generation_contracts import Failure, FailureCode
+
+EXIT_DEVICE_LOST = 70  # EX_SOFTWARE of sysexits.h: the supervisor starts a new process
+
+
+class State(Enum):
+    """How far a job has come. Order is the order of the stages."""
+
+    RECEIVED = auto()
+    ADMITTED = auto()
+    RUNNING = auto()
+    ENCODING = auto()
+    STORING = auto()
+    CONCLUDING = auto()  # publishing, replying, putting aside
+    SETTLED = auto()
+    ABANDONED = auto()  # not settled by this process: the lease runs out
+
+
+_NEXT: dict[State, frozenset[State]] = {
+    State.RECEIVED: frozenset({State.ADMITTED, State.CONCLUDING}),
+    State.ADMITTED: frozenset({State.RUNNING, State.CONCLUDING}),
+    # RUNNING again is the second try with the memory-saving options.
+    State.RUNNING: frozenset({State.RUNNING, State.ENCODING, State.CONCLUDING}),
+    State.ENCODING: frozenset({State.STORING, State.CONCLUDING}),
+    State.STORING: frozenset({State.CONCLUDING}),
+    State.CONCLUDING: frozenset({State.SETTLED, State.ABANDONED}),
+    State.SETTLED: frozenset(),
+    State.ABANDONED: frozenset(),
+}
+
+
+class IllegalTransition(RuntimeError):  # noqa: N818 - it names what was tried
+    """A job was moved to a state that cannot follow its own: a fault in the daemon."""
+
+
+def advance(state: State, to: State) -> State:
+    """The next state.
+
+    Raises:
+        IllegalTransition: `to` cannot follow; above all, nothing follows a settlement.
+    """
+    if to not in _NEXT[state]:
+        raise IllegalTransition(f"{state.name} -> {to.name}")
+    return to
+
+
+# -- what can come of a stage ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Done:
+    """Every output is stored (or, for text, in hand)."""
+
+
+@dataclass(frozen=True)
+class AlreadyDone:
+    """A terminal event for this id and this content exists: a redelivery or a second copy."""
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A terminal event for this id exists, for another content."""
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """Not JSON, or not the contract."""
+
+    message: str
+    problems: tuple[dict[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """The model lacks a parameter that the request sets."""
+
+    parameter: str
+    message: str
+
+
+@dataclass(frozen=True)
+class InputMissing:
+    """An input picture cannot be had or read."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Expired:
+    """The deadline passed, before the run or during it."""
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """Withdrawn by the sender, and the device has stopped."""
+
+
+@dataclass(frozen=True)
+class ModelRaised:
+    """The model raised; the name of the exception's class is safe to show."""
+
+    exception: str
+
+
+@dataclass(frozen=True)
+class RanOutOfMemory:
+    """The device's memory did not suffice."""
+
+    saved_memory: bool  # whether the memory-saving options were on already
+
+
+@dataclass(frozen=True)
+class LostDevice:
+    """A sticky device error."""
+
+
+@dataclass(frozen=True)
+class Stalled:
+    """No step for `stall_timeout`: the inference thread hangs and cannot be ended."""
+
+
+@dataclass(frozen=True)
+class StoreUnreachable:
+    """The store does not take the output now."""
+
+
+@dataclass(frozen=True)
+class BusUnreachable:
+    """The bus does not take the event or the settlement now."""
+
+
+@dataclass(frozen=True)
+class WorkerLost:
+    """Delivered more often than is allowed: it killed its workers."""
+
+
+@dataclass(frozen=True)
+class Draining:
+    """The process is to end, and the job cannot be finished within the grace."""
+
+
+@dataclass(frozen=True)
+class ResultTooLarge:
+    """The event does not fit the server's `max_payload`."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The daemon itself raised where nothing may raise."""
+
+    exception: str
+
+
+Outcome = (
+    Done
+    | AlreadyDone
+    | Conflict
+    | Malformed
+    | Unsupported
+    | InputMissing
+    | Expired
+    | Cancelled
+    | ModelRaised
+    | RanOutOfMemory
+    | LostDevice
+    | Stalled
+    | StoreUnreachable
+    | BusUnreachable
+    | WorkerLost
+    | Draining
+    | ResultTooLarge
+    | Broken
+)
+
+
+# -- what is done about it ------------------------------------------------------------------------
+
+
+class Settlement(Enum):
+    """What becomes of the delivery."""
+
+    ACK = auto()
+    NAK = auto()
+    TERM = auto()
+    KEEP = auto()  # not yet: the heartbeat goes on and the stage is tried again
+    ABANDON = auto()  # never by this process: the heartbeat stops
+
+
+class Publish(Enum):
+    """Which terminal event is published."""
+
+    NONE = auto()
+    SUCCEEDED = auto()
+    FAILED = auto()
+    CANCELLED = auto()
+    STORED_AGAIN = auto()  # the one that exists already, to the reply subject only
+    FAILED_REPLY_ONLY = auto()  # the stored event belongs to another request
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What an outcome means.
+
+    Attributes:
+        settlement: What becomes of the delivery, after everything else is done.
+        publish: Which event goes out first.
+        failure: What a failed event says.
+        dead_letter: Whether the original bytes are put aside.
+        save_memory: Run again at once, with the memory-saving options; only with KEEP.
+        exit_code: Ends the process, readiness false, for the supervisor to start a new one.
+    """
+
+    settlement: Settlement
+    publish: Publish = Publish.NONE
+    failure: Failure | None = None
+    dead_letter: bool = False
+    save_memory: bool = False
+    exit_code: int | None = None
+
+
+def decide(  # noqa: PLR0911 - one row of the table each
+    outcome: Outcome, *, attempt: int, max_attempts: int
+) -> Decision:
+    """The settlement table.
+
+    Args:
+        outcome: What came of the job's last stage.
+        attempt: How often the request has been delivered, this time included; from 1.
+        max_attempts: How often a model that raises is tried.
+    """
+    match outcome:
+        case Done():
+            return Decision(Settlement.ACK, Publish.SUCCEEDED)
+        case AlreadyDone():
+            return Decision(Settlement.ACK, Publish.STORED_AGAIN)
+        case Cancelled():
+            return Decision(Settlement.ACK, Publish.CANCELLED)
+        case StoreUnreachable() | BusUnreachable():
+            return Decision(Settlement.KEEP)
+        case RanOutOfMemory(saved_memory=False):
+            return Decision(Settlement.KEEP, save_memory=True)
+        case LostDevice():
+            return Decision(Settlement.NAK, exit_code=EXIT_DEVICE_LOST)
+        case Stalled():
+            return Decision(Settlement.ABANDON, exit_code=EXIT_DEVICE_LOST)
+        case Draining():
+            return Decision(Settlement.NAK)
+        case ModelRaised() | Broken() if attempt < max_attempts:
+            return Decision(Settlement.NAK)
+        case _:
+            return _failed(outcome)
+
+
+def _failed(outcome: Outcome) -> Decision:
+    failure = _failure(outcome)
+    match outcome:
+        case Conflict():
+            return Decision(Settlement.ACK, Publish.FAILED_REPLY_ONLY, failure)
+        case Malformed() | ModelRaised() | Broken() | WorkerLost():
+            return Decision(Settlement.TERM, Publish.FAILED, failure, dead_letter=True)
+        case _:
+            return Decision(Settlement.ACK, Publish.FAILED, failure)
+
+
+def _failure(outcome: Outcome) -> Failure:  # noqa: C901, PLR0911 - the same
+    match outcome:
+        case Malformed(message, problems):
+            return Failure.of(FailureCode.INVALID_REQUEST, message, problems=list(problems))
+        case Unsupported(parameter, message):
+            return Failure.of(FailureCode.UNSUPPORTED_PARAMETER, message, parameter=parameter)
+        case InputMissing(message):
+            return Failure.of(FailureCode.INPUT_UNAVAILABLE, message)
+        case Conflict():
+            return Failure.of(
+                FailureCode.REQUEST_ID_CONFLICT,
+                "another request with this id and other content has been done already",
+            )
+        case Expired():
+            return Failure.of(FailureCode.DEADLINE_EXCEEDED, "the deadline has passed")
+        case RanOutOfMemory():
+            return Failure.of(
+                FailureCode.OUT_OF_MEMORY, "the device has too little memory for this request"
+            )
+        case ModelRaised(exception):
+            return Failure.of(
+                FailureCode.MODEL_ERROR, "the model failed on this request", exception=exception
+            )
+        case WorkerLost():
+            return Failure.of(
+                FailureCode.WORKER_LOST, "the workers that took this request were lost"
+            )
+        case ResultTooLarge():
+            return Failure.of(FailureCode.INTERNAL, "the result is too large for the bus")
+        case Broken(exception):
+            return Failure.of(
+                FailureCode.INTERNAL, "the worker failed on this request", exception=exception
+            )
+        case _:
+            raise AssertionError(f"{outcome} is no failure")  # decide() has handled every other one

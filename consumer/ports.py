@@ -1,0 +1,355 @@
+"""Ports: what the life of a job needs from the outside, as Protocols and plain values.
+
+`execution` knows the bus, the store, the pictures' codec and the model only through these, so that
+a job can be driven through every outcome with in-memory ports, and none of the libraries behind
+them reaches the part that decides.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
+
+from consumer.telemetry import JobReport
+from generation_contracts import (
+    CancelledEvent,
+    FailedEvent,
+    ImageArtifact,
+    ModelInfo,
+    ProgressEvent,
+    Request,
+    StartedEvent,
+    SucceededEvent,
+    Task,
+)
+from generation_contracts.artifacts import ImageSource
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ResultEvent = SucceededEvent | FailedEvent | CancelledEvent
+OutputFormat = Literal["png", "webp", "jpeg"]
+
+
+# -- the bus --------------------------------------------------------------------------------------
+
+
+class Delivery(Protocol):
+    """One JetStream message handed to this worker. It is settled exactly once."""
+
+    @property
+    def subject(self) -> str:
+        """Where the request was published."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The request's headers, empty where it has none."""
+
+    @property
+    def body(self) -> bytes:
+        """The request's bytes."""
+
+    @property
+    def stream(self) -> str:
+        """Name of the stream that holds the request."""
+
+    @property
+    def stream_sequence(self) -> int:
+        """The request's place in its stream; the same for every delivery of it."""
+
+    @property
+    def attempt(self) -> int:
+        """How often the request has been delivered, this time included; from 1."""
+
+    @property
+    def stored_at(self) -> datetime:
+        """When the stream took the request, aware; the same for every delivery of it."""
+
+    async def ack(self) -> None:
+        """Settle as done; returns when the server has confirmed it."""
+
+    async def nak(self) -> None:
+        """Give it back, to be delivered again at once."""
+
+    async def term(self, reason: str) -> None:
+        """Settle as never to be delivered again, with a reason for the advisory."""
+
+    async def extend(self) -> None:
+        """Renew the lease for another `ack_wait`. Fire and forget: it never raises."""
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """Why a delivery is put aside, for the headers of its copy."""
+
+    code: str
+    reason: str
+    request_id: str
+    worker: str
+
+
+class Events(Protocol):
+    """The daemon's way of publishing. What must not be lost is retried until the bus has it."""
+
+    async def find_result(self, task: Task, request_id: str) -> ResultEvent | None:
+        """The stored terminal event of a request, or None."""
+
+    async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> bool:
+        """Store the terminal event.
+
+        Returns:
+            True when this event is the stored one; False when another already stands for the
+            request.
+
+        Raises:
+            MessageTooLarge: The event does not fit the server's `max_payload`.
+        """
+
+    async def publish_progress(
+        self, event: StartedEvent | ProgressEvent, *, trace_parent: str | None
+    ) -> None:
+        """Tell what happens: passing news, lost when the bus is away; it never raises."""
+
+    async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
+        """Answer on the sender's subject: a courtesy, the stored event is the truth."""
+
+    async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
+        """Keep the original bytes and headers of a request that no worker can handle."""
+
+
+class MessageTooLarge(Exception):  # noqa: N818 - a state of the message
+    """Body and headers together exceed the server's `max_payload`."""
+
+
+# -- the store ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One picture as a file, hashed once.
+
+    Attributes:
+        md5: Hex; what a store answers as the ETag of a single PUT.
+        sha256: Hex.
+    """
+
+    data: bytes = field(repr=False)
+    media_type: Literal["image/png", "image/webp", "image/jpeg"]
+    extension: str
+    width: int  # pixels
+    height: int  # pixels
+    seed: int
+    md5: str
+    sha256: str
+
+
+class Artifacts(Protocol):
+    """The object store."""
+
+    async def store(
+        self, task: Task, request_id: str, index: int, image: EncodedImage
+    ) -> ImageArtifact:
+        """Put one output under the key derived from the request id.
+
+        Raises:
+            StoreUnavailable: Not stored within the adapter's own tries.
+        """
+
+    async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:
+        """The bytes of one input picture.
+
+        Raises:
+            InputUnavailable: It is missing, too large, or not one that this worker may read.
+            StoreUnavailable: The store does not answer.
+        """
+
+
+class StoreUnavailable(Exception):  # noqa: N818 - a state of the store
+    """The store does not answer, or refuses for a reason that may pass; safe to show."""
+
+
+class InputUnavailable(Exception):  # noqa: N818 - the contract's word for it is input_unavailable
+    """An input picture cannot be had or read. The text is safe to show to the sender."""
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+class Images(Protocol):
+    """The pictures' codec. Both methods compute: call them in a thread."""
+
+    @property
+    def max_bytes(self) -> int:
+        """The largest input file."""
+
+    def decode(self, data: bytes) -> "Image":
+        """An input file to an RGB picture, upright.
+
+        Raises:
+            InputUnavailable: Not a PNG, JPEG or WebP file, broken, animated, or over the limits.
+        """
+
+    def encode(self, image: "Image", output_format: OutputFormat, *, seed: int) -> EncodedImage:
+        """A picture to a file with its hashes."""
+
+
+# -- the model ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a loaded model is and takes.
+
+    Attributes:
+        info: Goes into events.
+        parameters: Names of the optional request fields that the model knows; any other one in a
+            request is refused.
+        defaults: What the model uses where a request says nothing.
+        size_multiple: Width and height must be multiples of it, in pixels; None for text.
+        max_pixels: Largest width times height of an output picture; None for text.
+    """
+
+    info: ModelInfo
+    parameters: frozenset[str]
+    defaults: Mapping[str, int | float | str | None]
+    size_multiple: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One picture as the model made it."""
+
+    image: "Image"
+    seed: int
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """One text as the model made it, without the prompt's tokens."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class RunnerOutput:
+    """What one run gave: pictures for text-to-image, one text for image-to-text."""
+
+    images: tuple[GeneratedImage, ...] = ()
+    text: GeneratedText | None = None
+    warnings: tuple[str, ...] = ()
+
+
+OnStep = Callable[[int, int], None]  # (steps done, steps in all); called in the inference thread
+IsCancelled = Callable[[], bool]
+
+
+class Runner(Protocol):
+    """A model. All methods are called in one and the same thread: the inference thread.
+
+    One thread for each loaded model is a correctness requirement: a shared diffusers pipeline on
+    two threads gives IndexErrors or silently wrong pictures.
+    """
+
+    def load(self) -> ModelDescription:
+        """Load the weights.
+
+        Raises:
+            ModelUnavailable: With one clear line.
+        """
+
+    def check(self, request: Request) -> None:
+        """See whether the model can do what is asked, without running it; any thread may call it.
+
+        Raises:
+            UnsupportedParameter: Names the field.
+        """
+
+    def run(
+        self,
+        request: Request,
+        images: Sequence["Image"],
+        *,
+        on_step: OnStep,
+        cancelled: IsCancelled,
+        save_memory: bool = False,
+    ) -> RunnerOutput:
+        """Run the model once.
+
+        Args:
+            request: A request that `check` has passed.
+            images: Its decoded inputs, RGB; empty for text-to-image.
+            on_step: Told after each step.
+            cancelled: Asked after each step; when it says yes, the run stops there.
+            save_memory: Turn on what makes the run smaller and slower, for a second try.
+
+        Raises:
+            Interrupted: `cancelled` said yes; the model is ready for the next run.
+            UnsupportedParameter: The model refused a value that `check` could not judge.
+            OutOfMemory: The device's memory did not suffice; it has been freed as far as possible.
+            DeviceLost: The device cannot be used by this process any more.
+            ModelError: Anything else that went wrong inside the model.
+        """
+
+    def close(self) -> None:
+        """Let go of the weights."""
+
+
+class Inference(Protocol):
+    """The one thread in which the runner's methods are called."""
+
+    async def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function there and wait for what it gives."""
+
+
+class ModelUnavailable(Exception):  # noqa: N818 - a state of the model
+    """The model cannot be loaded."""
+
+
+class UnsupportedParameter(Exception):  # noqa: N818 - the contract's word: unsupported_parameter
+    """The model does not have a parameter, or not with this value; the text is safe to show."""
+
+    def __init__(self, parameter: str, message: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: it was asked for
+    """The run was stopped because `cancelled` said so."""
+
+
+class OutOfMemory(Exception):  # noqa: N818 - the contract's word for it is out_of_memory
+    """The device's memory did not suffice."""
+
+
+class DeviceLost(Exception):  # noqa: N818 - a state of the device
+    """A sticky device error: every later call in this process would fail too."""
+
+
+class ModelError(Exception):
+    """The model raised; the text, the exception's class name, is safe to show."""
+
+
+# -- what goes on, told to whoever watches --------------------------------------------------------
+
+
+class Observer(Protocol):
+    """Told what the daemon does; it never raises and never blocks."""
+
+    def job_started(self) -> None:
+        """A delivery is in hand."""
+
+    def job_finished(self, report: JobReport) -> None:
+        """A delivery is settled or given back."""
+
+    def device_busy(self, seconds: float) -> None:
+        """The device has worked for so long."""
+
+    def store_reachable(self, reachable: bool, reason: str = "") -> None:
+        """The store has answered, or not."""

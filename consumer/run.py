@@ -1,0 +1,137 @@
+"""One run of the model, watched from the event loop: progress, interruption, a hanging thread."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from enum import Enum, auto
+
+from consumer.ports import Interrupted, RunnerOutput
+
+PROGRESS_INTERVAL = 0.2  # seconds; at most 5 events a second, the latest wins
+PATIENCE = 5.0  # seconds that a thread gets to come to its next step when the process is to end
+
+
+class Reason(Enum):
+    """Why a job is to stop."""
+
+    DEADLINE = auto()
+    CANCEL = auto()
+    DRAIN = auto()
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: it was asked for
+    """The job stopped for the reason of its `Interrupt`."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.name)
+        self.reason = reason
+
+
+class Hanging(Exception):  # noqa: N818 - a state of the thread
+    """No step for `stall_timeout`: the thread cannot be ended from outside."""
+
+
+class Interrupt:
+    """Asks a job to stop: the inference thread reads the flag, the event loop can await it."""
+
+    def __init__(self) -> None:
+        self.reason: Reason | None = None
+        self._event = asyncio.Event()
+
+    def set(self, reason: Reason) -> None:
+        """Ask to stop; the first reason stands. Only in the event loop's thread."""
+        if self.reason is None:
+            self.reason = reason
+            self._event.set()
+
+    def is_set(self) -> bool:
+        """Whether to stop; any thread may ask."""
+        return self.reason is not None
+
+    def check(self) -> None:
+        """Raise when it is set.
+
+        Raises:
+            Stopped: With the reason.
+        """
+        if self.reason is not None:
+            raise Stopped(self.reason)
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait, but no longer than until it is set.
+
+        Raises:
+            Stopped: It was set.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+        except TimeoutError:
+            return
+        self.check()
+
+
+class Steps:
+    """Where a run stands: written by the inference thread at each step, read by the event loop."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.monotonic()
+        self.position = (0, 0)  # one assignment, so that a reader never sees half of it
+
+    def __call__(self, step: int, of: int) -> None:
+        """Note a step. Takes well under a microsecond: it runs between two steps of the model."""
+        self.position = (step, of)
+        self.last = time.monotonic()
+
+    def seconds_per_step(self) -> float | None:
+        """Mean time of a step so far, in seconds."""
+        step = self.position[0]
+        return (self.last - self.started) / step if step else None
+
+
+async def watch(
+    run: asyncio.Future[RunnerOutput],
+    *,
+    steps: Steps,
+    interrupt: Interrupt,
+    stall_timeout: float,
+    publish: Callable[[], Awaitable[None]],
+) -> RunnerOutput:
+    """Wait for a run and tell how it goes on.
+
+    Args:
+        run: The run, in its thread. It is never cancelled: a thread cannot be.
+        steps: What the thread writes.
+        interrupt: Asks it to stop at its next step.
+        stall_timeout: Seconds without a step after which the thread is taken to hang.
+        publish: Called when there is a new step, at most every `PROGRESS_INTERVAL`.
+
+    Raises:
+        Stopped: The run has ended because it was asked to, or the process must not wait longer.
+        Hanging: The thread does not come to its next step.
+        Exception: What the run raised.
+    """
+    told = steps.position
+    asked_to_end: float | None = None
+    while not run.done():
+        await asyncio.wait({run}, timeout=PROGRESS_INTERVAL)
+        if steps.position != told:
+            told = steps.position
+            await publish()
+        now = time.monotonic()
+        if run.done():
+            break
+        if now - steps.last > stall_timeout:
+            raise Hanging
+        if interrupt.reason is Reason.DRAIN:
+            asked_to_end = asked_to_end or now
+            if now - asked_to_end > PATIENCE:
+                raise Stopped(Reason.DRAIN)
+    try:
+        output = run.result()
+    except Interrupted:
+        interrupt.check()
+        raise
+    # The last step may have been done by then; the request has ended all the same.
+    interrupt.check()
+    return output

@@ -1,0 +1,214 @@
+"""Settings: from the environment or a TOML file; a wrong value stops the start with one line."""
+
+import os
+import re
+import socket
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    HttpUrl,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from generation_contracts import Subjects, Task
+
+_SPELLINGS = {"text2image": Task.TEXT_TO_IMAGE, "image2text": Task.IMAGE_TO_TEXT}
+
+
+class SettingsError(Exception):
+    """A setting is wrong or missing; the text is one clear line without the value."""
+
+
+def _comma_separated(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _known_spelling(value: object) -> object:
+    if isinstance(value, str):
+        return _SPELLINGS.get(value, value.replace("-", "_"))
+    return value
+
+
+def _http_url(value: str) -> str:
+    url = HttpUrl(value)
+    if url.username or url.password or url.query or url.fragment or url.path not in {None, "/"}:
+        raise ValueError("must be http(s)://host[:port], without anything else")
+    return value.rstrip("/")
+
+
+def _worker_name() -> str:
+    # Part of events and of the CloudEvents source: letters, digits, `_` and `-` only.
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{socket.gethostname()}-{os.getpid()}")[-64:]
+
+
+List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
+Url = Annotated[str, AfterValidator(_http_url)]
+Seconds = Annotated[float, Field(gt=0)]
+DurableName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class Settings(BaseSettings):
+    """Every setting of every command; the environment variable is the name in capitals."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+    )
+
+    nats_url: str = Field(default="nats://127.0.0.1:4222", description="comma-separated for more")
+    nats_creds: Path | None = Field(default=None, description="a .creds file")
+    nats_nkey_seed: Path | None = Field(default=None, description="a file with an nkey seed")
+    nats_ca: Path | None = Field(default=None, description="PEM: who signs the server")
+    nats_cert: Path | None = Field(default=None, description="PEM: the client's certificate")
+    nats_key: Path | None = Field(default=None, description="PEM: the client's key")
+
+    model_type: Annotated[Task | None, BeforeValidator(_known_spelling)] = None
+    model_id: str = Field(default="", description="hub id or directory; empty: demonstration model")
+    model_revision: str | None = None
+    model_device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    model_offload: Literal["none", "model", "sequential", "group"] = "none"
+    model_quantization: str = "none"
+    model_compile: bool = False
+
+    s3_endpoint: Url = "http://127.0.0.1:9000"
+    s3_access_key: str = ""
+    s3_secret_key: SecretStr = SecretStr("")
+    s3_bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "generation"
+    s3_prefix: Annotated[str, Field(pattern=r"^([A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*)?$")] = ""
+    s3_region: str = "us-east-1"
+    s3_public_endpoint: Url | None = None
+    s3_url_ttl: Annotated[int, Field(ge=1, le=7 * 86_400, description="seconds")] = 86_400
+    s3_input_prefixes: List = Field(
+        default=(), description="bucket/prefix that inputs may name; empty: the own ones"
+    )
+
+    consumer_subject_root: str = "generation"
+    consumer_name: DurableName | None = Field(default=None, description="default: the task")
+    consumer_worker: DurableName = Field(default_factory=_worker_name)
+    consumer_max_ack_pending: Annotated[int, Field(ge=1, le=10_000)] = 1
+    consumer_ack_wait: Annotated[float, Field(ge=1, le=3_600)] = 60.0
+    consumer_max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    consumer_drain_grace: Seconds = 30.0
+    consumer_stall_timeout: Seconds = 300.0
+    consumer_probes_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    consumer_probes_host: str = "127.0.0.1"
+    consumer_reply_prefixes: List = Field(
+        default=(), description="what reply subjects begin with; empty: _INBOX. and <root>.reply."
+    )
+    consumer_max_input_bytes: Annotated[int, Field(gt=0)] = 20 * 2**20
+    consumer_max_input_pixels: Annotated[int, Field(gt=0)] = 16_000_000
+
+    log_format: Literal["json", "console"] = "json"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("consumer_subject_root")
+    @classmethod
+    def _usable_root(cls, value: str) -> str:
+        Subjects(value)
+        return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _whole_pairs(self) -> Self:
+        if (self.nats_cert is None) != (self.nats_key is None):
+            raise ValueError("NATS_CERT and NATS_KEY go together")
+        return self
+
+    @classmethod
+    def load(cls, config: Path | None = None) -> Self:
+        """Read the environment, then what the file has for settings that the environment lacks.
+
+        Args:
+            config: TOML; `nats_url = …` and `[nats] url = …` are the same.
+
+        Raises:
+            SettingsError: One line that names the setting.
+        """
+        values = {} if config is None else _read(config)
+        from_file = {k: v for k, v in values.items() if not os.environ.get(k.upper())}
+        try:
+            return cls(**from_file)
+        except ValidationError as error:
+            raise SettingsError(_line(error)) from None
+
+    @property
+    def task(self) -> Task:
+        """The task of this daemon.
+
+        Raises:
+            SettingsError: MODEL_TYPE is not set.
+        """
+        if self.model_type is None:
+            raise SettingsError("MODEL_TYPE: set it to text_to_image or image_to_text")
+        return self.model_type
+
+    @property
+    def subjects(self) -> Subjects:
+        """The subjects under the configured root."""
+        return Subjects(self.consumer_subject_root)
+
+    @property
+    def input_prefixes(self) -> tuple[str, ...]:
+        """`bucket/prefix` of every place that inputs may be read from."""
+        return self.s3_input_prefixes or (f"{self.s3_bucket}/{self.s3_prefix}".rstrip("/"),)
+
+    @property
+    def reply_prefixes(self) -> tuple[str, ...]:
+        """What the reply subjects that this worker may publish to begin with."""
+        return self.consumer_reply_prefixes or ("_INBOX.", f"{self.consumer_subject_root}.reply.")
+
+    def durable(self, task: Task) -> str:
+        """Name of the durable consumer that serves a task."""
+        return self.consumer_name or str(task)
+
+    def shown(self) -> dict[str, str]:
+        """All settings by their environment names, secrets hidden, for `consumer check`."""
+        return {name.upper(): _shown(name, value) for name, value in self}
+
+
+def _read(config: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(config.read_text())
+    except OSError as error:
+        raise SettingsError(f"{config}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{config}: {error}") from None
+    flat: dict[str, Any] = {}
+    for name, value in document.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}_{key}".lower(): inner for key, inner in value.items()})
+        else:
+            flat[name.lower()] = value
+    return flat
+
+
+def _line(error: ValidationError) -> str:
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    place = ".".join(str(part) for part in first["loc"]).upper()
+    if first["type"] == "extra_forbidden":
+        message = "there is no such setting"
+    return f"{place}: {message}" if place else message
+
+
+def _shown(name: str, value: object) -> str:
+    if name == "nats_url":
+        return re.sub(r"//[^@/]*@", "//***@", str(value))
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "" if value is None else str(value)

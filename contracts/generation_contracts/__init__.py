@@ -1,0 +1,60 @@
+"""The messages of the generation consumer, for senders and readers alike: pydantic only, no I/O."""
+
+from generation_contracts.artifacts import ArtifactReference, ImageArtifact, InlineImage, TextOutput
+from generation_contracts.base import Task
+from generation_contracts.events import (
+    CancelledEvent,
+    FailedEvent,
+    ModelInfo,
+    ProgressEvent,
+    StartedEvent,
+    SucceededEvent,
+    TerminalEvent,
+    Timings,
+    decode_event,
+    decode_result,
+)
+from generation_contracts.failures import Failure, FailureCode
+from generation_contracts.requests import (
+    ImageToTextRequest,
+    ImageToTextStep,
+    InvalidRequest,
+    Request,
+    TextToImageRequest,
+    TextToImageStep,
+    decode_request,
+    encode,
+    request_digest,
+)
+from generation_contracts.subjects import Subjects, UnsafeReplySubject
+
+__all__ = [
+    "ArtifactReference",
+    "CancelledEvent",
+    "FailedEvent",
+    "Failure",
+    "FailureCode",
+    "ImageArtifact",
+    "ImageToTextRequest",
+    "ImageToTextStep",
+    "InlineImage",
+    "InvalidRequest",
+    "ModelInfo",
+    "ProgressEvent",
+    "Request",
+    "StartedEvent",
+    "Subjects",
+    "SucceededEvent",
+    "Task",
+    "TerminalEvent",
+    "TextOutput",
+    "TextToImageRequest",
+    "TextToImageStep",
+    "Timings",
+    "UnsafeReplySubject",
+    "decode_event",
+    "decode_request",
+    "decode_result",
+    "encode",
+    "request_digest",
+]

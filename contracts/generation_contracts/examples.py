@@ -1,0 +1,275 @@
+"""Example messages: one of every kind, and two of each request, the shortest and the fullest.
+
+The schemas show them and the golden files pin them, so that a document and the wire format cannot
+drift apart. Together they set every field of every message.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from generation_contracts.artifacts import (
+    ArtifactReference,
+    ImageArtifact,
+    InlineImage,
+    TextOutput,
+)
+from generation_contracts.base import Task
+from generation_contracts.events import (
+    CancelledEvent,
+    FailedEvent,
+    ModelInfo,
+    ProgressEvent,
+    StartedEvent,
+    SucceededEvent,
+    Timings,
+)
+from generation_contracts.failures import Failure, FailureCode
+from generation_contracts.requests import (
+    ImageToTextRequest,
+    ImageToTextStep,
+    Request,
+    TextToImageRequest,
+    TextToImageStep,
+    request_digest,
+)
+
+Event = StartedEvent | ProgressEvent | SucceededEvent | FailedEvent | CancelledEvent
+
+TRACE_PARENT: Final = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+_PICTURE_ID = "poster-0001"
+_TEXT_ID = "caption-0001"
+_TIME = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
+_LATER = datetime(2026, 1, 3, 3, 4, 5, tzinfo=UTC)
+_PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mM4AQAAygDJNEIn8wAAAABJRU5ErkJggg=="
+)
+_JPEG = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAP//////////////////////////////////////////////////////"
+    "////////////////////////////////wAALCAAIAAgBAREA/8QAFAABAAAAAAAAAAAAAAAAAAAAAv/EABQQAQAA"
+    "AAAAAAAAAAAAAAAAAAD/2gAIAQEAAD8AT//Z"
+)
+_METADATA = {"customer": "Åsa", "order": "42"}
+
+REQUESTS: Final[Mapping[str, Request]] = {
+    "text_to_image_minimal": TextToImageRequest(prompt="a red circle on a blue background"),
+    "text_to_image_full": TextToImageRequest(
+        request_id=_PICTURE_ID,
+        reply_to="generation.reply.posters",
+        deadline=_LATER,
+        metadata=_METADATA,
+        prompt="a lighthouse at dusk, “oil on canvas”",
+        negative_prompt="text, frame",
+        width=1024,
+        height=768,
+        num_inference_steps=28,
+        guidance_scale=4.5,
+        num_images=2,
+        seed=7,
+        output_format="webp",
+        preview=True,
+        then=(
+            ImageToTextStep(
+                task="image_to_text", prompt="Describe each picture.", images="$outputs", each=True
+            ),
+            TextToImageStep(task="text_to_image", prompt="as a woodcut: $text", num_images=1),
+        ),
+    ),
+    "image_to_text_minimal": ImageToTextRequest(
+        prompt="What is in this picture?",
+        images=("s3://generation/text_to_image/poster-0001/0.png",),
+    ),
+    "image_to_text_full": ImageToTextRequest(
+        request_id=_TEXT_ID,
+        reply_to="_INBOX.Zx81kGq3.1",
+        deadline=_LATER,
+        metadata=_METADATA,
+        prompt="What has changed between the first and the last picture?",
+        images=(
+            ArtifactReference(bucket="generation", key="text_to_image/poster-0001/0.png"),
+            "s3://generation/text_to_image/poster-0001/1.png",
+            InlineImage(base64=_PNG),
+            f"data:image/png;base64,{_PNG}",
+            "https://pictures.example/lighthouse.jpg",
+        ),
+        system="Answer in one sentence.",
+        max_new_tokens=128,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=40,
+        repetition_penalty=1.05,
+        seed=7,
+        stream=True,
+        then=(
+            TextToImageStep(
+                task="text_to_image",
+                prompt="$text",
+                negative_prompt="text",
+                width=512,
+                height=512,
+                num_inference_steps=20,
+                guidance_scale=7.0,
+                seed=8,
+                output_format="jpeg",
+            ),
+            ImageToTextStep(
+                task="image_to_text",
+                prompt="Is it the same place?",
+                images=("s3://generation/text_to_image/poster-0001/0.png",),
+                system="Answer yes or no.",
+                max_new_tokens=4,
+                temperature=0.0,
+                top_p=1.0,
+                top_k=1,
+                repetition_penalty=1.0,
+                seed=9,
+                stream=True,
+            ),
+        ),
+    ),
+}
+
+_WORKER = "text_to_image-7f9c"
+_PICTURE_DIGEST = request_digest(REQUESTS["text_to_image_full"])
+_PICTURE_MODEL = ModelInfo(
+    id="black-forest-labs/FLUX.1-schnell",
+    revision="741f7c3ce8b383c54771c7003378a50191e9efe9",
+    family="flux",
+    dtype="bfloat16",
+    device="cuda:0",
+)
+
+
+_DETAILS: Mapping[FailureCode, dict[str, Any]] = {
+    FailureCode.INVALID_REQUEST: {
+        "problems": [{"field": "width", "problem": "input should be less than or equal to 4096"}]
+    },
+    FailureCode.UNSUPPORTED_PARAMETER: {"parameter": "negative_prompt"},
+}
+
+
+def _failed(code: FailureCode, message: str) -> FailedEvent:
+    return FailedEvent(
+        request_id=_PICTURE_ID,
+        task=Task.TEXT_TO_IMAGE,
+        sequence=1,
+        time=_TIME,
+        worker=_WORKER,
+        attempt=1,
+        metadata=_METADATA,
+        request_digest=_PICTURE_DIGEST,
+        failure=Failure.of(code, message, **_DETAILS.get(code, {})),
+    )
+
+
+_FAILURES = {
+    FailureCode.INVALID_REQUEST: "width: input should be less than or equal to 4096",
+    FailureCode.UNSUPPORTED_PARAMETER: "negative_prompt: this model has no such parameter",
+    FailureCode.REQUEST_ID_CONFLICT: "another request with this id has been done already",
+    FailureCode.INPUT_UNAVAILABLE: "images.0: there is no such object",
+    FailureCode.DEADLINE_EXCEEDED: "the deadline passed before the request was done",
+    FailureCode.OUT_OF_MEMORY: "the device's memory did not suffice",
+    FailureCode.MODEL_ERROR: "the model failed: RuntimeError",
+    FailureCode.WORKER_LOST: "the workers that ran this request were lost",
+    FailureCode.INTERNAL: "the worker failed",
+}
+
+EVENTS: Final[Mapping[str, Event]] = {
+    "started": StartedEvent(
+        request_id=_PICTURE_ID,
+        task=Task.TEXT_TO_IMAGE,
+        sequence=0,
+        time=_TIME,
+        worker=_WORKER,
+        attempt=1,
+        metadata=_METADATA,
+        queued=0.25,
+        model=_PICTURE_MODEL,
+    ),
+    "progress_image": ProgressEvent(
+        request_id=_PICTURE_ID,
+        task=Task.TEXT_TO_IMAGE,
+        sequence=5,
+        time=_TIME,
+        worker=_WORKER,
+        attempt=1,
+        metadata=_METADATA,
+        step=14,
+        of=28,
+        seconds_per_step=0.125,
+        eta=1.75,
+        preview=_JPEG,
+    ),
+    "progress_text": ProgressEvent(
+        request_id=_TEXT_ID,
+        task=Task.IMAGE_TO_TEXT,
+        sequence=3,
+        time=_TIME,
+        worker="image_to_text-1",
+        attempt=2,
+        step=12,
+        of=128,
+        text=" a red circle",
+    ),
+    "succeeded_image": SucceededEvent(
+        request_id=_PICTURE_ID,
+        task=Task.TEXT_TO_IMAGE,
+        sequence=9,
+        time=_TIME,
+        worker=_WORKER,
+        attempt=1,
+        metadata=_METADATA,
+        request_digest=_PICTURE_DIGEST,
+        outputs=(
+            ImageArtifact(
+                bucket="generation",
+                key="text_to_image/poster-0001/0.webp",
+                url="https://pictures.example/generation/text_to_image/poster-0001/0.webp?X-Amz-Signature=0",
+                url_expires_at=_LATER,
+                etag="9a0364b9e99bb480dd25e1f0284c8555",
+                sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+                size=143_210,
+                media_type="image/webp",
+                width=1024,
+                height=768,
+                seed=7,
+            ),
+        ),
+        model=_PICTURE_MODEL,
+        timings=Timings(queued=0.25, inference=3.5, encode=0.125, upload=0.0625),
+        warnings=("the prompt was cut to the model's 256 tokens",),
+    ),
+    "succeeded_text": SucceededEvent(
+        request_id=_TEXT_ID,
+        task=Task.IMAGE_TO_TEXT,
+        sequence=12,
+        time=_TIME,
+        worker="image_to_text-1",
+        attempt=2,
+        request_digest=request_digest(REQUESTS["image_to_text_full"]),
+        outputs=(
+            TextOutput(
+                text="The light is on: “at last”.",
+                finish_reason="stop",
+                prompt_tokens=911,
+                completion_tokens=9,
+            ),
+        ),
+        model=ModelInfo(
+            id="Qwen/Qwen2.5-VL-3B-Instruct", family="qwen2_5_vl", dtype="float32", device="cpu"
+        ),
+        timings=Timings(queued=0.5, inference=1.5),
+    ),
+    **{f"failed_{code}": _failed(code, message) for code, message in _FAILURES.items()},
+    "cancelled": CancelledEvent(
+        request_id=_PICTURE_ID,
+        task=Task.TEXT_TO_IMAGE,
+        sequence=2,
+        time=_TIME,
+        worker=_WORKER,
+        attempt=1,
+        metadata=_METADATA,
+        request_digest=_PICTURE_DIGEST,
+    ),
+}

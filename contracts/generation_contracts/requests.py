@@ -1,0 +1,225 @@
+"""Requests: what a sender publishes, and how its bytes become one.
+
+`decode_request` is the only way from bytes to a request. It is strict ("512" is no number), takes
+no unknown field, and says in one sentence per field what is wrong without repeating the value, so
+that what it says may be shown and logged.
+"""
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    AwareDatetime,
+    BaseModel,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+
+from generation_contracts.artifacts import ImageSource
+from generation_contracts.base import RequestPart, Task
+from generation_contracts.subjects import RequestId, SubjectName
+
+MAX_PROMPT = 8_000  # characters; text encoders read far fewer, language models more
+MAX_IMAGES = 16  # pictures in one image-to-text request
+MAX_OUTPUTS = 8  # pictures from one text-to-image request
+MAX_SIDE = 4_096  # pixels; a model's own maximum is checked by its worker
+MAX_SEED = 2**32 - 1  # what every random generator in use accepts, and JSON holds exactly
+MAX_STEPS = 200
+MAX_NEW_TOKENS = 8_192
+MAX_CHAIN = 8  # steps in a routing slip
+MAX_METADATA = 16  # entries
+MAX_PROBLEMS = 8  # told of one invalid request
+
+
+def _says_something(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must contain more than white space")
+    return value
+
+
+Prompt = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_PROMPT), AfterValidator(_says_something)
+]
+Metadata = Annotated[
+    dict[
+        Annotated[str, StringConstraints(min_length=1, max_length=64)],
+        Annotated[str, StringConstraints(max_length=512)],
+    ],
+    Field(max_length=MAX_METADATA),
+]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Side = Annotated[int, Field(ge=16, le=MAX_SIDE, description="pixels")]
+
+
+class TextToImageParameters(RequestPart):
+    """How a picture is made. None means the model's own default."""
+
+    negative_prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT)] | None = None
+    width: Side | None = None
+    height: Side | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = Field(
+        default=None, validation_alias=AliasChoices("num_inference_steps", "steps")
+    )
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    num_images: Annotated[int, Field(ge=1, le=MAX_OUTPUTS)] = 1
+    seed: Seed | None = Field(
+        default=None, description="picture n uses seed + n; absent: drawn, and told in the result"
+    )
+    output_format: Literal["png", "webp", "jpeg"] = "png"
+    preview: bool = False
+
+
+class ImageToTextParameters(RequestPart):
+    """How a text is made. None means the model's own default."""
+
+    system: Annotated[str, StringConstraints(max_length=MAX_PROMPT)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=10, description="0 is greedy")] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1_000)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    seed: Seed | None = None
+    stream: bool = False
+
+
+class TextToImageStep(TextToImageParameters):
+    """A later step of a routing slip; `$text` in the prompt is the text of the step before."""
+
+    task: Literal["text_to_image"]
+    prompt: Prompt
+
+
+class ImageToTextStep(ImageToTextParameters):
+    """A later step of a routing slip; `"$outputs"` are the pictures of the step before."""
+
+    task: Literal["image_to_text"]
+    prompt: Prompt
+    images: (
+        Literal["$outputs"]
+        | Annotated[tuple[ImageSource, ...], Field(min_length=1, max_length=MAX_IMAGES)]
+    ) = "$outputs"
+    each: bool = Field(default=False, description="one request for each picture, not one for all")
+
+
+NextStep = Annotated[TextToImageStep | ImageToTextStep, Field(discriminator="task")]
+
+
+class RequestEnvelope(RequestPart):
+    """What every request carries besides its parameters."""
+
+    request_id: RequestId | None = Field(
+        default=None,
+        description="absent: the subject's last token, else Nats-Msg-Id, else derived",
+    )
+    reply_to: SubjectName | None = Field(
+        default=None, description="subject for the result event; also as the header Reply-To"
+    )
+    deadline: AwareDatetime | None = None
+    metadata: Metadata = Field(default_factory=dict, description="echoed in every event")
+    then: Annotated[tuple[NextStep, ...], Field(max_length=MAX_CHAIN)] = ()
+
+
+class TextToImageRequest(TextToImageParameters, RequestEnvelope):
+    """Make pictures from a prompt."""
+
+    prompt: Prompt
+
+
+class ImageToTextRequest(ImageToTextParameters, RequestEnvelope):
+    """Describe pictures, or answer a question about them."""
+
+    prompt: Prompt
+    images: Annotated[tuple[ImageSource, ...], Field(min_length=1, max_length=MAX_IMAGES)]
+
+
+Request = TextToImageRequest | ImageToTextRequest
+
+REQUEST_TYPES: dict[Task, type[TextToImageRequest] | type[ImageToTextRequest]] = {
+    Task.TEXT_TO_IMAGE: TextToImageRequest,
+    Task.IMAGE_TO_TEXT: ImageToTextRequest,
+}
+
+_UNION_TAGS = frozenset(
+    {"ArtifactReference", "InlineImage", "InlineUri", "S3Uri", "HttpUri", *Task, "constrained-str"}
+)
+
+# Where a request comes from, not what it asks for: a second copy may differ in these.
+_ADDRESSING = frozenset({"request_id", "reply_to"})
+
+
+class InvalidRequest(ValueError):  # noqa: N818 - the contract's word for it is invalid_request
+    """The bytes are not a request of this task.
+
+    Attributes:
+        problems: One `{"field": …, "problem": …}` for each thing that is wrong, without the values.
+    """
+
+    def __init__(self, message: str, problems: tuple[dict[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+def decode_request(task: Task, body: bytes) -> Request:
+    """Bytes to a request.
+
+    Raises:
+        InvalidRequest: Not JSON, or not the contract; its text may be shown to the sender.
+    """
+    try:
+        return REQUEST_TYPES[task].model_validate_json(body, strict=True)
+    except ValidationError as error:
+        details = error.errors(include_input=False, include_url=False, include_context=False)
+        problems = tuple(_problem(detail) for detail in _causes(details)[:MAX_PROBLEMS])
+        raise InvalidRequest(_sentence(problems), problems) from None
+
+
+def encode(message: BaseModel) -> bytes:
+    """A request or an event as the JSON that goes on the wire, without its absent fields."""
+    return message.model_dump_json(exclude_none=True).encode()
+
+
+def request_digest(request: Request) -> str:
+    """What a request asks for, as `sha256:<hex>`.
+
+    Two requests with one id and one digest are copies; with different digests they conflict. Where
+    the answer goes does not count.
+    """
+    content = request.model_dump_json(exclude=set(_ADDRESSING), exclude_defaults=True)
+    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+
+
+def _causes(details: list[Any]) -> list[Any]:
+    # A list whose only item is wrong is also reported as too short: a consequence, not a cause.
+    causes = [d for d in details if d["type"] != "too_short"]
+    return causes or details
+
+
+def _problem(detail: Any) -> dict[str, str]:
+    if detail["type"] == "json_invalid":
+        return {"field": "", "problem": "the body is not JSON"}
+    # Union members appear in the location as type names; a sender knows fields and indexes only.
+    location = [part for part in detail["loc"] if part not in _UNION_TAGS]
+    if detail["type"] == "extra_forbidden":
+        return {"field": _dotted(location), "problem": "there is no such field"}
+    return {"field": _dotted(location), "problem": _plain(detail)}
+
+
+def _plain(detail: Any) -> str:
+    message: str = detail["msg"].removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
+
+
+def _dotted(location: list[int | str]) -> str:
+    # An unknown field's name is the sender's text: bounded and printable before it is shown.
+    dotted = ".".join(str(part) for part in location)
+    return "".join(c for c in dotted if c.isprintable())[:100]
+
+
+def _sentence(problems: tuple[dict[str, str], ...]) -> str:
+    first = problems[0]
+    place = f"{first['field']}: " if first["field"] else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{place}{first['problem']}{more}"

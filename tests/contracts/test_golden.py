@@ -1,0 +1,84 @@
+"""The golden files pin the wire format: each message as it is sent, byte for byte."""
+
+import json
+from typing import Any, get_args
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from generation_contracts import FailedEvent, FailureCode, Request, decode_event, decode_request, encode
+from generation_contracts.events import EventBase
+from generation_contracts.examples import Event
+from generation_contracts.schema import json_schemas
+from tests.contracts.rewrite_golden import GOLDEN, MESSAGES, golden, render, task_of
+
+FILES = sorted(path.stem for path in GOLDEN.glob("*.json"))
+by_name = pytest.mark.parametrize("name", sorted(MESSAGES))
+
+
+def read(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def as_bytes(body: Any) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def models_in(value: Any) -> list[Any]:
+    """A message and every message part in it."""
+    if isinstance(value, tuple):
+        return [model for item in value for model in models_in(item)]
+    if not hasattr(value, "model_fields_set"):
+        return []
+    return [value, *(m for name in type(value).model_fields for m in models_in(getattr(value, name)))]
+
+
+@by_name
+def test_encoded_message_is_the_golden_one_byte_for_byte(name: str) -> None:
+    assert encode(MESSAGES[name]) == as_bytes(read(name)["body"])
+
+
+@by_name
+def test_subject_and_headers_are_the_golden_ones(name: str) -> None:
+    assert (GOLDEN / f"{name}.json").read_text(encoding="utf-8") == render(golden(MESSAGES[name]))
+
+
+@by_name
+def test_golden_message_decodes_to_the_same_object(name: str) -> None:
+    message, body = MESSAGES[name], as_bytes(read(name)["body"])
+    if isinstance(message, EventBase):
+        decoded: Any = decode_event(body)
+    else:
+        decoded = decode_request(task_of(message), body)
+    assert decoded == message
+    assert type(decoded) is type(message)
+
+
+@by_name
+def test_golden_message_fits_its_schema(name: str) -> None:
+    schema = json_schemas()[type(MESSAGES[name]).__name__]
+    Draft202012Validator(schema).validate(read(name)["body"])
+
+
+def test_golden_files_and_messages_are_the_same_set() -> None:
+    assert sorted(MESSAGES) == FILES
+
+
+def test_every_kind_of_message_has_a_golden_file() -> None:
+    kinds = {*get_args(Request), *get_args(Event)}
+    assert {type(message) for message in MESSAGES.values()} == kinds
+
+
+def test_every_failure_code_has_a_golden_file() -> None:
+    codes = {m.failure.code for m in MESSAGES.values() if isinstance(m, FailedEvent)}
+    assert codes == set(FailureCode)
+
+
+def test_every_field_of_every_message_is_written_in_some_golden_file() -> None:
+    written: dict[type[Any], set[str]] = {}
+    for message in MESSAGES.values():
+        for model in models_in(message):
+            told = {n for n in type(model).model_fields if getattr(model, n) not in (None, (), {})}
+            written.setdefault(type(model), set()).update(told)
+    assert written == {model: set(model.model_fields) for model in written}

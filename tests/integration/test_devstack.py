@@ -1,0 +1,687 @@
+"""The development stack with its real servers: what it starts, keeps, refuses and leaves behind."""
+
+import io
+import json
+import os
+import re
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Self
+
+import nats
+import pytest
+from minio import Minio
+from minio.error import S3Error
+
+from consumer.devstack import (
+    ChildProcess,
+    Daemon,
+    DevStack,
+    DevStackError,
+    DirectoryInUseError,
+    NatsServer,
+    ObjectStore,
+    PortTakenError,
+    ServerMissingError,
+    StartFailedError,
+    free_ports,
+    loopback,
+    orphan_guard,
+    process,
+)
+from consumer.devstack.loopback import FreePorts, http_status, require_free
+from consumer.devstack.stack import Addresses
+
+_LISTEN = "0A"  # a socket's state in /proc/net/tcp
+_SOON = 20.0  # seconds; only bounds a wait for something that must happen
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
+    """One running stack, for the tests that leave it as it is, except for a bucket each."""
+    with DevStack(tmp_path_factory.mktemp("stack"), persist=False) as running:
+        yield running
+
+
+def python_child(tmp_path: Path, code: str, **options: object) -> ChildProcess:
+    """A plain Python process as a child, for what does not depend on the program."""
+    return ChildProcess(
+        "a program",
+        [sys.executable, "-I", "-S", "-c", code],
+        log=tmp_path / "log" / "program.log",
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def listening_addresses(pid: int) -> set[tuple[str, int]]:
+    """What a process listens on, read from the kernel: {(hexadecimal address, port)}."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = descriptor.readlink()
+        except FileNotFoundError:  # closed since it was listed
+            continue
+        if target.name.startswith("socket:["):
+            inodes.add(target.name.removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == _LISTEN and columns[9] in inodes:
+                address, port = columns[1].split(":")
+                found.add((address, int(port, 16)))
+    return found
+
+
+class Watched:
+    """Another process, which need not be a child: its end can be awaited, and ends with the test."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def __enter__(self) -> Self:
+        self._descriptor = os.pidfd_open(self.pid)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+        os.close(self._descriptor)
+
+    def wait_until_gone(self) -> None:
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        assert poll.poll(_SOON * 1_000), f"process {self.pid} is still there"
+
+
+def s3_client(store: ObjectStore) -> Minio:
+    return Minio(
+        store.endpoint.removeprefix("http://"),
+        access_key=store.access_key,
+        secret_key=store.secret_key,
+        secure=False,
+        region="us-east-1",
+    )
+
+
+def sockets_left_by(store: ObjectStore) -> list[Path]:
+    ports = store.ports.values()
+    files = [
+        Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock")  # noqa: S108 - weed puts them there
+        for part in ("admin", "filer", "master", "s3", "volume")
+        for port in ports
+    ]
+    return [path for path in [*files, *store.directory.glob("*.sock")] if path.exists()]
+
+
+async def test_both_servers_answer_with_the_settings_of_the_environment(stack: DevStack) -> None:
+    settings = stack.environment()
+    assert set(settings) == {
+        "NATS_URL",
+        "S3_ENDPOINT",
+        "S3_ACCESS_KEY",
+        "S3_SECRET_KEY",
+        "S3_BUCKET",
+    }
+
+    connection = await nats.connect(settings["NATS_URL"])
+    try:
+        account = await connection.jetstream().account_info()
+        assert account.streams == 0
+    finally:
+        await connection.close()
+
+    store = Minio(
+        settings["S3_ENDPOINT"].removeprefix("http://"),
+        access_key=settings["S3_ACCESS_KEY"],
+        secret_key=settings["S3_SECRET_KEY"],
+        secure=False,
+        region="us-east-1",
+    )
+    assert store.list_buckets() == []
+    store.make_bucket(settings["S3_BUCKET"])
+    store.put_object(settings["S3_BUCKET"], "a/b", io.BytesIO(b"picture"), 7)
+    assert store.get_object(settings["S3_BUCKET"], "a/b").read() == b"picture"
+
+
+def test_everything_listens_on_loopback_at_the_chosen_ports_only(stack: DevStack) -> None:
+    while http_status(stack.store.ports["admin.port"], "/") is None:  # its last, after S3 is ready
+        assert stack.store.alive
+    address = "0100007F"  # 127.0.0.1 as the kernel writes it
+    for server in (stack.nats, stack.store):
+        expected = {(address, port) for port in server.ports.values()}
+        assert listening_addresses(server.pid) == expected
+
+
+def test_the_stores_maintenance_worker_finds_its_own_server(stack: DevStack) -> None:
+    while "INITIAL CONNECTION" not in (log := stack.store.log_since_start()):
+        assert stack.store.alive
+        time.sleep(0.01)  # a file announces nothing
+    assert "INITIAL CONNECTION SUCCESS" in log
+
+
+def test_the_store_refuses_anonymous_and_wrongly_signed_writes(stack: DevStack) -> None:
+    client = s3_client(stack.store)
+    client.make_bucket("anonymous")
+    with socket.create_connection(("127.0.0.1", stack.store.ports["s3.port"])) as anonymous:
+        anonymous.sendall(
+            b"PUT /anonymous/a HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            b"Content-Length: 1\r\nConnection: close\r\n\r\nx"
+        )
+        assert anonymous.makefile("rb").readline().startswith(b"HTTP/1.1 403")
+    stranger = Minio(
+        stack.store.endpoint.removeprefix("http://"),
+        access_key=stack.store.access_key,
+        secret_key="another secret",
+        secure=False,
+        region="us-east-1",
+    )
+    with pytest.raises(S3Error, match="SignatureDoesNotMatch"):
+        stranger.put_object("anonymous", "a", io.BytesIO(b"x"), 1)
+    assert list(client.list_objects("anonymous")) == []
+
+
+def test_the_filer_hands_out_nothing_without_credentials(stack: DevStack) -> None:
+    client = s3_client(stack.store)
+    client.make_bucket("filer")
+    client.put_object("filer", "a", io.BytesIO(b"x"), 1)
+    assert http_status(stack.store.ports["filer.port"], "/buckets/filer/a") != 200
+
+
+def test_aws_credentials_of_the_environment_do_not_open_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "fromenvironment")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secretofenvironment")
+    monkeypatch.setenv("S3_BUCKET", "unwanted")
+    with ObjectStore(tmp_path / "store") as store:
+        client = Minio(
+            store.endpoint.removeprefix("http://"),
+            access_key="fromenvironment",
+            secret_key="secretofenvironment",
+            secure=False,
+            region="us-east-1",
+        )
+        with pytest.raises(S3Error, match="InvalidAccessKeyId"):
+            client.make_bucket("generation")
+
+
+@pytest.mark.parametrize("how", ["restart", "kill"])
+async def test_a_message_survives_the_server_on_the_same_ports(tmp_path: Path, how: str) -> None:
+    with NatsServer(tmp_path / "nats") as server:
+        before = (server.url, server.pid)
+        connection = await nats.connect(server.url)
+        await connection.jetstream().add_stream(name="KEPT", subjects=["kept"])
+        await connection.jetstream().publish("kept", b"a job")
+        await connection.close()
+
+        if how == "kill":
+            server.kill()
+            assert server.returncode == -signal.SIGKILL
+            server.start()
+            server.wait_ready()
+        else:
+            server.restart()
+
+        assert server.url == before[0]
+        assert server.pid != before[1]
+        connection = await nats.connect(server.url)
+        try:
+            message = await connection.jetstream().get_msg("KEPT", 1)
+            assert message.data == b"a job"
+        finally:
+            await connection.close()
+
+
+async def test_more_nats_configuration_is_used(tmp_path: Path) -> None:
+    with NatsServer(tmp_path / "nats", config="max_payload: 4096") as server:
+        connection = await nats.connect(server.url)
+        assert connection.max_payload == 4096
+        await connection.close()
+
+
+def test_a_stack_that_persists_keeps_ports_credentials_and_objects(tmp_path: Path) -> None:
+    with DevStack(tmp_path / "stack", persist=True) as stack:
+        first = stack.environment()
+        ports = {**stack.nats.ports, **stack.store.ports}
+        client = s3_client(stack.store)
+        client.make_bucket("generation")
+        client.put_object("generation", "a/b", io.BytesIO(b"picture"), 7)
+    with DevStack(tmp_path / "stack", persist=True) as stack:
+        assert stack.environment() == first
+        assert {**stack.nats.ports, **stack.store.ports} == ports
+        client = s3_client(stack.store)
+        assert client.get_object("generation", "a/b").read() == b"picture"
+
+
+def test_what_a_stack_writes_is_for_its_owner_only(tmp_path: Path) -> None:
+    directory = tmp_path / "stack"
+    directory.mkdir(mode=0o755)
+    with DevStack(directory, persist=True) as stack:
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        files = [
+            directory / "devstack.json",
+            stack.store.directory / "s3.json",
+            stack.nats.directory / "nats.conf",
+            stack.nats.log,
+            stack.store.log,
+        ]
+        assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [0o600] * len(files)
+        assert stack.store.secret_key not in stack.store.log.read_text()
+
+
+def test_a_throw_away_stack_begins_empty_every_time(tmp_path: Path) -> None:
+    stack = DevStack(tmp_path / "stack", persist=False)
+    keys = set()
+    for _ in range(2):
+        with stack:
+            keys.add(stack.store.secret_key)
+            assert s3_client(stack.store).list_buckets() == []
+            s3_client(stack.store).make_bucket("generation")
+    assert len(keys) == 2
+    assert not (tmp_path / "stack" / "devstack.json").exists()
+
+
+@pytest.mark.parametrize("persist", [True, False])
+def test_stop_leaves_no_process_no_port_and_no_socket_file(tmp_path: Path, persist: bool) -> None:
+    stack = DevStack(tmp_path / "stack", persist=persist)
+    stack.start()
+    servers = (stack.nats, stack.store)
+    pids = [server.pid for server in servers]
+
+    stack.stop()
+
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert sockets_left_by(servers[1]) == []
+    for port in [port for server in servers for port in server.ports.values()]:
+        with socket.socket() as again:
+            again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            again.bind(("127.0.0.1", port))
+    stack.stop()  # a second time is no error
+    with pytest.raises(DevStackError, match="not running"):
+        stack.environment()
+
+
+def test_everything_is_stopped_even_where_one_stop_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = DevStack(tmp_path / "stack", persist=False)
+    stack.start()
+    pids = [stack.nats.pid, stack.store.pid]
+
+    def fail() -> None:
+        raise OSError("the socket file cannot be removed")
+
+    store = stack.store
+    monkeypatch.setattr(store, "_after_exit", fail)
+    with pytest.raises(OSError, match="cannot be removed"):
+        stack.stop()
+    monkeypatch.undo()
+    store.kill()  # only to remove those files
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    with DevStack(tmp_path / "stack", persist=False):  # the lock was let go of
+        pass
+
+
+def test_a_second_stack_on_the_same_directory_is_refused_with_the_first_ones_process(
+    tmp_path: Path,
+) -> None:
+    with DevStack(tmp_path / "stack", persist=True) as stack:
+        second = DevStack(tmp_path / "stack", persist=True)
+        with pytest.raises(DirectoryInUseError, match=rf"in use.*process {os.getpid()}\b"):
+            second.start()
+        second.stop()
+        assert stack.nats.alive
+        assert stack.store.alive
+
+
+def test_a_failed_start_stops_what_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[NatsServer] = []
+    start = NatsServer.start
+
+    def remember(server: NatsServer) -> None:
+        start(server)
+        started.append(server)
+
+    def interrupt(_store: ObjectStore) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NatsServer, "start", remember)
+    monkeypatch.setattr(ObjectStore, "_is_ready", interrupt)
+    stack = DevStack(tmp_path / "stack", persist=True)
+    with pytest.raises(KeyboardInterrupt):
+        stack.start()
+    assert [server.alive for server in started] == [False]
+
+    monkeypatch.undo()
+    with stack:  # the ports and the lock are free again
+        assert stack.store.alive
+
+
+def test_a_remembered_port_that_is_taken_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "stack"
+    directory.mkdir()
+    addresses = Addresses.choose()
+    addresses.write(directory / "devstack.json")
+    port = addresses.store["admin.port.grpc"]
+    monkeypatch.setattr(loopback, "_RELEASE_WAIT", 0.1)
+    with socket.create_server(("127.0.0.1", port)):
+        stack = DevStack(directory, persist=True)
+        with pytest.raises(PortTakenError, match=rf"{port} \(weed, admin.port.grpc\)"):
+            stack.start()
+
+
+def test_a_port_of_a_server_that_is_just_ending_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ending = socket.create_server(("127.0.0.1", 0))
+    waits = []
+
+    def end(seconds: float) -> None:
+        waits.append(seconds)
+        ending.close()
+
+    monkeypatch.setattr(loopback.time, "sleep", end)
+    require_free(ending.getsockname()[1], "a server that is ending")
+    assert len(waits) == 1
+
+
+def test_a_throw_away_stack_tries_other_ports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlucky = Addresses.choose()
+    choices = [unlucky, Addresses.choose()]
+    monkeypatch.setattr(Addresses, "choose", lambda: choices.pop(0))
+    monkeypatch.setattr(loopback, "_RELEASE_WAIT", 0.1)
+    taken = unlucky.store["filer.port"]
+    with (
+        socket.create_server(("127.0.0.1", taken)),
+        DevStack(tmp_path / "stack", persist=False) as stack,
+    ):
+        assert choices == []
+        assert stack.store.ports["filer.port"] != taken
+
+
+@pytest.mark.parametrize("purpose", NatsServer.port_names)
+def test_nats_that_loses_the_race_for_a_port_is_known_by_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, purpose: str
+) -> None:
+    monkeypatch.setattr(process, "require_free", lambda _port, _purpose: None)
+    server = NatsServer(tmp_path / "nats")
+    with (
+        socket.create_server(("127.0.0.1", server.ports[purpose])),
+        pytest.raises(PortTakenError, match="address already in use"),
+        server,
+    ):
+        pass
+    assert not server.alive
+
+
+@pytest.mark.parametrize("purpose", ["volume.port", "volume.port.grpc"])
+def test_a_store_that_loses_the_race_for_a_port_does_not_move_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, purpose: str
+) -> None:
+    monkeypatch.setattr(process, "require_free", lambda _port, _purpose: None)
+    store = ObjectStore(tmp_path / "store")
+    with (
+        socket.create_server(("127.0.0.1", store.ports[purpose])),
+        pytest.raises(PortTakenError, match="is not available"),
+        store,
+    ):
+        pass
+    assert not store.alive
+    for path in re.findall(r"/\S+/seaweedfs-\S+\.sock", store.log_since_start()):
+        Path(path).unlink(missing_ok=True)  # the one of the other port
+
+
+def test_a_damaged_memory_of_ports_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "devstack.json").write_text('{"nats": {"client": 1}}')
+    with pytest.raises(DevStackError, match=r"devstack\.json is damaged"):
+        DevStack(tmp_path, persist=True).start()
+
+
+def test_free_ports_differ_and_lie_below_the_ephemeral_range() -> None:
+    ports = free_ports(400)
+    assert len(set(ports)) == 400
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(ports) < first_ephemeral
+    with FreePorts() as free:
+        pairs = [free.take_pair(10_000) for _ in range(50)]
+    assert {second - first for first, second in pairs} == {10_000}
+    assert max(second for _, second in pairs) < first_ephemeral
+
+
+def test_a_missing_server_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ServerMissingError, match=r"nats-server is not installed.*devstack"):
+        NatsServer(tmp_path / "nats")
+
+
+def test_a_server_that_dies_at_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    server = NatsServer(tmp_path / "nats", config="max_payload: much")
+    server.start()
+    with pytest.raises(
+        StartFailedError, match=r"exit code 1; .*nats\.log:\n.*nats\.conf:4"
+    ) as failure:
+        server.wait_ready()
+    assert not isinstance(failure.value, PortTakenError)
+    server.stop()
+
+
+def test_the_shown_log_is_of_this_start_and_without_secrets(tmp_path: Path) -> None:
+    code = (
+        "import os; print('key', os.environ['KEY'], 'run', os.environ['RUN']); raise SystemExit(3)"
+    )
+    child = Daemon("a daemon", {"S3_SECRET_KEY": "hunter2"}, log=tmp_path / "daemon.log")
+    child.argv = (sys.executable, "-c", code)
+    for run in ("first", "second"):
+        child.env = {"KEY": "hunter2", "RUN": run}
+        child.start()
+        with pytest.raises(StartFailedError, match="exit code 3") as failure:
+            child.wait_ready()
+        assert str(failure.value).endswith(f"{child.log}:\nkey *** run {run}")
+
+
+def test_a_child_that_never_gets_ready_fails_after_the_timeout(tmp_path: Path) -> None:
+    daemon = Daemon("a daemon", {}, log=tmp_path / "daemon.log")
+    daemon.argv = (
+        sys.executable,
+        "-c",
+        "import signal; print('loading', flush=True); signal.pause()",
+    )
+    daemon.start()
+    with pytest.raises(StartFailedError, match=r"was not ready after 0\.3 s"):
+        daemon.wait_ready(0.3)
+    assert daemon.alive
+    daemon.kill()
+    assert not daemon.alive
+
+
+def test_a_program_that_cannot_be_executed_is_a_failed_start(tmp_path: Path) -> None:
+    server = NatsServer(tmp_path / "nats")
+    server.argv = (str(tmp_path / "ghost"),)
+    with pytest.raises(StartFailedError, match=r"(?s)nats-server.*ghost: No such file"), server:
+        pass
+    child = ChildProcess("x", [sys.executable], log=tmp_path / "x.log", cwd=tmp_path / "nowhere")
+    with pytest.raises(StartFailedError, match="nowhere"):
+        child.start()
+    assert not child.alive
+
+
+def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); grandchild = os.fork()\n"
+        "if grandchild: os.write(1, f'{grandchild}\\n'.encode())\n"
+        "signal.pause()"
+    )
+    with python_child(tmp_path, code, grace=0.2) as child:
+        with Watched(int(first_line(child))) as grandchild:
+            child.stop()
+            assert child.returncode == -signal.SIGKILL
+            grandchild.wait_until_gone()
+
+
+def test_what_a_child_leaves_running_ends_with_its_stop(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; grandchild = os.fork()\n"
+        "if grandchild: os.write(1, f'{grandchild}\\n'.encode())\n"
+        "else: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "signal.pause()"
+    )
+    with python_child(tmp_path, code) as child:
+        with Watched(int(first_line(child))) as grandchild:
+            child.stop()
+            assert child.returncode == -signal.SIGTERM
+            grandchild.wait_until_gone()
+
+
+def first_line(child: ChildProcess) -> str:
+    """The first line of a child's output, awaited."""
+    while not (written := child.log_since_start().partition("\n"))[1]:
+        assert child.alive
+        time.sleep(0.01)  # a file announces nothing
+    return written[0]
+
+
+def test_an_interrupt_during_stop_kills_the_child_at_once(tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getppid(), signal.SIGINT))\n"
+        "print('armed', flush=True)\n"
+        "while True: signal.pause()"
+    )
+    with python_child(tmp_path, code, grace=_SOON) as child:
+        assert first_line(child) == "armed"
+        with pytest.raises(KeyboardInterrupt):
+            child.stop()
+        assert child.returncode == -signal.SIGKILL
+
+
+def test_a_child_leads_its_own_session_so_that_the_terminal_does_not_reach_it(
+    tmp_path: Path,
+) -> None:
+    with python_child(tmp_path, "import signal; signal.pause()") as child:
+        assert os.getsid(child.pid) == child.pid
+        assert os.getsid(0) != child.pid
+
+
+def test_a_running_child_is_not_started_twice(tmp_path: Path) -> None:
+    with (
+        python_child(tmp_path, "import signal; signal.pause()") as child,
+        pytest.raises(RuntimeError, match="runs already"),
+    ):
+        child.start()
+
+
+def test_a_signal_reaches_a_child_and_is_nothing_to_one_that_ended(tmp_path: Path) -> None:
+    with python_child(tmp_path, "import signal; signal.pause()") as child:
+        with Watched(child.pid) as watched:
+            child.signal(signal.SIGUSR1)
+            watched.wait_until_gone()
+        assert child.returncode == -signal.SIGUSR1
+        child.signal(signal.SIGUSR1)
+
+
+def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
+    code = "import signal; print('up', flush=True); signal.pause()"
+    child = python_child(tmp_path, code)
+
+    def start() -> None:
+        child.start()
+        assert first_line(child) == "up"
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert child._spawned is not None
+    with child._spawned.result() as running:
+        # Linux would send the parent-death signal as the thread ends, which is after join returns.
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(0.3)
+        child.stop()
+    assert child.returncode == -signal.SIGTERM
+
+
+def test_the_guard_starts_nothing_for_a_parent_that_is_gone(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["/bin/true"])
+    ended.wait()
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            orphan_guard.__file__,
+            str(ended.pid),
+            "/bin/touch",
+            str(tmp_path / "started"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "the parent ended" in result.stderr
+    assert not (tmp_path / "started").exists()
+
+
+def test_no_child_outlives_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "import json, signal, sys\n"
+        "from pathlib import Path\n"
+        "from consumer.devstack import DevStack\n"
+        "with DevStack(Path(sys.argv[1]), persist=True) as stack:\n"
+        "    print(json.dumps([stack.nats.pid, stack.store.pid]), flush=True)\n"
+        "    signal.pause()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "stack")], stdout=subprocess.PIPE, text=True
+    )
+    with parent, ExitStack() as ends:
+        ends.callback(parent.kill)
+        assert parent.stdout is not None
+        pids = json.loads(parent.stdout.readline())
+        servers = [ends.enter_context(Watched(pid)) for pid in pids]
+        parent.kill()
+        parent.wait()
+        for server in servers:
+            server.wait_until_gone()
+    with DevStack(tmp_path / "stack", persist=True) as stack:  # lock and ports are free at once
+        assert stack.nats.pid not in pids
+        assert stack.store.alive
+
+
+def test_a_daemon_gets_this_stack_and_no_other_servers_settings(
+    stack: DevStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NATS_CREDS", "someone.creds")
+    monkeypatch.setenv("S3_PUBLIC_ENDPOINT", "https://elsewhere.example")
+    monkeypatch.setenv("MODEL_DEVICE", "cpu")
+    daemon = Daemon("text_to_image", stack.environment(), log=stack.directory / "daemon.log")
+    assert daemon.env is not None
+    servers = {key: value for key, value in daemon.env.items() if key.startswith(("NATS_", "S3_"))}
+    assert servers == stack.environment()
+    assert daemon.env["MODEL_DEVICE"] == "cpu"
+    assert daemon.env["CONSUMER_PROBES_PORT"] == str(daemon.ports["probes"])
+    assert daemon.argv[-3:] == ("-m", "consumer", "run")
+
+
+def test_a_folder_named_consumer_does_not_replace_the_daemon(tmp_path: Path) -> None:
+    (tmp_path / "consumer").mkdir()
+    (tmp_path / "consumer" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    daemon = Daemon("a daemon", {}, log=tmp_path / "daemon.log")
+    interpreter = daemon.argv[: daemon.argv.index("-m")]
+    subprocess.run([*interpreter, "-c", "import consumer"], cwd=tmp_path, check=True)
