@@ -6,6 +6,7 @@ outcome means, and `conclusion` carries that out.
 """
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -61,6 +62,7 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
+LAST_WORD = 1.0  # seconds to give a delivery back when the process ends at once
 STORE_PAUSE_FIRST = 0.5  # seconds
 STORE_PAUSE_MOST = 15.0  # seconds; how long an output waits at most once the store is back
 
@@ -159,7 +161,8 @@ class Execution:
                     outcome = await self._stages(job)
                     decision = await self._conclusion.conclude(job, self._decide(job, outcome))
             except asyncio.CancelledError:
-                await delivery.nak()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(delivery.nak(), LAST_WORD)
                 raise
             except Exception:
                 # Nobody knows how far it came: the lease runs out and the request comes again.

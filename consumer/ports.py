@@ -34,6 +34,10 @@ ResultEvent = SucceededEvent | FailedEvent | CancelledEvent
 OutputFormat = Literal["png", "webp", "jpeg"]
 
 
+class Unavailable(Exception):  # noqa: N818 - a state of the service
+    """A service cannot be reached or used; the text is one clear line, without secrets."""
+
+
 # -- the bus --------------------------------------------------------------------------------------
 
 
@@ -167,7 +171,7 @@ class Artifacts(Protocol):
         """
 
 
-class StoreUnavailable(Exception):  # noqa: N818 - a state of the store
+class StoreUnavailable(Unavailable):
     """The store does not answer, or refuses for a reason that may pass; safe to show."""
 
 

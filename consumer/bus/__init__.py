@@ -6,13 +6,17 @@ Only this package imports nats. What the life of a job needs of it is in `consum
 from consumer.bus.connection import Bus, BusUnavailable, connect
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
-from consumer.bus.topology import Topology, TopologyError
+from consumer.bus.requesting import QueueFull, Requester
+from consumer.bus.topology import Durable, Topology, TopologyError
 
 __all__ = [
     "Bus",
     "BusUnavailable",
+    "Durable",
     "JetStreamEvents",
     "PullLoop",
+    "QueueFull",
+    "Requester",
     "Topology",
     "TopologyError",
     "connect",

@@ -10,6 +10,7 @@ from nats.aio.client import Client
 from nats.errors import AuthorizationError
 from nats.js import JetStreamContext
 
+from consumer.ports import Unavailable
 from consumer.settings import Settings
 
 log = structlog.get_logger()
@@ -20,7 +21,7 @@ API_TIMEOUT = 5.0  # seconds that one call of the JetStream API may take
 CLOSE_TIMEOUT = 5.0  # seconds for what is still to be written
 
 
-class BusUnavailable(Exception):  # noqa: N818 - a state of the bus
+class BusUnavailable(Unavailable):
     """NATS cannot be reached or refuses; the text is one clear line without credentials."""
 
 

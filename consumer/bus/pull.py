@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import ConnectionClosedError, Error
+from nats.errors import Error
 
 from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.delivery import JetStreamDelivery, is_delivery
@@ -54,7 +54,7 @@ class PullLoop:
         self._standing = False  # whether the last pull may still be answered
         self._silences = 0
         self._heard = time.monotonic()
-        self.attached = False  # whether the server knows the durable
+        self.attached = True  # whether the server knows the durable; it did when it was ensured
 
     async def start(self) -> None:
         """Listen for what pulls give."""
@@ -70,11 +70,11 @@ class PullLoop:
         """The next delivery, or None when stopping.
 
         Raises:
-            ConnectionClosedError: The client has given up; the process has to end.
+            BusUnavailable: The client has given up; the process has to end.
         """
         while not self._stopping:
             if self._bus.closed.is_set():
-                raise ConnectionClosedError
+                raise BusUnavailable("NATS: the client has given up on the connection")
             if not self._standing and self._bus.connected:
                 await self._pull()
             message = await self._hear()
@@ -136,8 +136,6 @@ class PullLoop:
             await self._bus.client.publish(
                 subject, json.dumps(request).encode(), reply=self._current
             )
-        except ConnectionClosedError:
-            raise
         except Error as error:
             log.warning("pull_failed", error=type(error).__name__)
             await asyncio.sleep(PAUSE_MISSING)

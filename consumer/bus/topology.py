@@ -17,6 +17,7 @@ from nats.errors import NoRespondersError
 from nats.errors import TimeoutError as BusTimeout
 
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.ports import Unavailable
 from generation_contracts import Subjects, Task
 
 log = structlog.get_logger()
@@ -35,7 +36,7 @@ Change = Literal["created", "updated", "unchanged"]
 Config = dict[str, Any]
 
 
-class TopologyError(Exception):
+class TopologyError(Unavailable):
     """A stream or consumer is not as it must be, or cannot be made so; one clear line."""
 
 
@@ -122,16 +123,26 @@ class Topology:
         if found is None:
             found = await self._create_consumer(stream, name, wanted)
             log.info("consumer_created", consumer=name)
-        else:
-            _compare(f"consumer {name}", wanted, found["config"])
-        if found["config"].get("deliver_subject"):
-            raise TopologyError(f"consumer {name}: it is a push consumer; delete it")
-        return Durable(
-            stream=stream,
-            name=name,
-            ack_wait=found["config"]["ack_wait"] / NANOSECONDS,
-            max_ack_pending=found["config"]["max_ack_pending"],
-        )
+        return _durable(stream, name, wanted, found["config"])
+
+    async def look(self, task: Task) -> Durable:
+        """Compare everything without changing anything, for `consumer check`.
+
+        Raises:
+            TopologyError: Something is missing or would break a guarantee.
+            BusUnavailable: The server does not answer.
+        """
+        for wanted in self._streams():
+            found = await self._call(f"STREAM.INFO.{wanted['name']}")
+            if found is None:
+                raise TopologyError(f"stream {wanted['name']}: missing; run `consumer apply`")
+            _compare(f"stream {wanted['name']}", wanted, found["config"])
+        wanted = self._consumer(task)
+        stream, name = self._subjects.requests_stream, wanted["durable_name"]
+        found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
+        if found is None:
+            raise TopologyError(f"consumer {name}: missing; run `consumer apply`")
+        return _durable(stream, name, wanted, found["config"])
 
     def _streams(self) -> list[Config]:
         root = _FILES_ROOT.upper()
@@ -212,6 +223,18 @@ def _definition(name: str) -> str:
         return packaged.read_text()
     # In a checkout the files are beside the package, not in it.
     return (Path(__file__).parents[2] / "infra" / "nats" / name).read_text()
+
+
+def _durable(stream: str, name: str, wanted: Config, found: Config) -> Durable:
+    if found.get("deliver_subject"):
+        raise TopologyError(f"consumer {name}: it is a push consumer; delete it")
+    _compare(f"consumer {name}", wanted, found)
+    return Durable(
+        stream=stream,
+        name=name,
+        ack_wait=found["ack_wait"] / NANOSECONDS,
+        max_ack_pending=found["max_ack_pending"],
+    )
 
 
 def _differences(wanted: Config, found: Config) -> dict[str, tuple[Any, Any]]:

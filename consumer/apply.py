@@ -1,0 +1,35 @@
+"""`consumer apply`: what must be there before a daemon can work: streams, durables, the bucket."""
+
+from consumer.bus import connect
+from consumer.composition import make_artifacts, make_topology
+from consumer.probes import Unwatched
+from consumer.settings import Settings
+from generation_contracts import Task
+
+CONNECT_WITHIN = 5.0  # seconds; a person waits
+
+
+async def apply(settings: Settings) -> dict[str, str]:
+    """Create or update the streams, the durables and the bucket.
+
+    With MODEL_TYPE set only that task's durable is applied, else both.
+
+    Returns:
+        What was done, by name: created, updated or unchanged.
+
+    Raises:
+        BusUnavailable, TopologyError, StoreUnavailable: With one clear line.
+    """
+    tasks = tuple(Task) if settings.model_type is None else (settings.model_type,)
+    bus = await connect(settings, name="generation apply", within=CONNECT_WITHIN)
+    try:
+        done: dict[str, str] = dict(await make_topology(settings, bus).apply(tasks))
+    finally:
+        await bus.close()
+    artifacts = make_artifacts(settings, Unwatched())
+    try:
+        created = await artifacts.ensure_bucket()
+    finally:
+        await artifacts.close()
+    done[f"bucket {settings.s3_bucket}"] = "created" if created else "unchanged"
+    return done

@@ -1,0 +1,289 @@
+"""The `consumer` command. Each command imports what it needs: --help must not wait for torch."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from consumer.settings import Settings
+    from generation_contracts import Request
+
+EXIT_FAILED = 1  # the job failed
+EXIT_USAGE = 2  # usage or settings
+EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h: a service cannot be reached or used
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it; for SIGTERM too
+
+T = TypeVar("T")
+
+config_option = click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file with settings; the environment has precedence.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="generation-consumer")
+def cli() -> None:
+    """Message-driven generation: requests from NATS JetStream, outputs to S3, events back."""
+
+
+@cli.command()
+@config_option
+def run(config: Path | None) -> None:
+    """The daemon: load one model, serve one task until SIGTERM."""
+    settings = _settings(config)
+    _require_task(settings)
+    from consumer.daemon import run as run_daemon
+    from consumer.telemetry import configure_logging
+
+    configure_logging(settings.log_format, settings.log_level)
+    sys.exit(run_daemon(settings))
+
+
+@cli.command()
+@click.option(
+    "--directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(".consumer"),
+    show_default=True,
+    help="Where data, ports and credentials are kept.",
+)
+def up(directory: Path) -> None:
+    """NATS, an S3 server and one daemon of each type, for development."""
+    from consumer.development import up as run_up
+
+    sys.exit(_guarded(lambda: run_up(directory, _console()), interrupted=0))
+
+
+@cli.command()
+@click.argument("prompt", default="a red circle on a blue background")
+@click.option(
+    "--question",
+    default="Describe this picture.",
+    show_default=True,
+    help="Asked about the result.",
+)
+def demo(prompt: str, question: str) -> None:
+    """Everything in one command: draw PROMPT, save it, describe it, stop."""
+    from consumer.development import demo as run_demo
+
+    sys.exit(_guarded(lambda: run_demo(prompt, question, Path.cwd(), _console())))
+
+
+@cli.command()
+@config_option
+def apply(config: Path | None) -> None:
+    """Create or update the streams, the durables and the bucket."""
+    settings = _settings(config)
+    from consumer.apply import apply as run_apply
+
+    for name, change in _guarded(lambda: asyncio.run(run_apply(settings))).items():
+        click.echo(f"{name}: {change}")
+
+
+@cli.command()
+@config_option
+@click.option("--model", is_flag=True, help="Also load the model.")
+def check(config: Path | None, model: bool) -> None:
+    """Settings, NATS, streams and S3: try what a daemon needs, say what is wrong."""
+    settings = _settings(config)
+    _require_task(settings)
+    from consumer.check import Finding
+    from consumer.check import check as run_check
+
+    for name, value in settings.shown().items():
+        click.echo(f"{name}={value}")
+
+    def report(finding: Finding) -> None:
+        click.echo(f"{'FAIL' if finding.exit_code else 'ok  '} {finding.what}: {finding.said}")
+
+    sys.exit(_guarded(lambda: asyncio.run(run_check(settings, report, model=model))))
+
+
+@cli.command()
+@click.option("--json-schema", is_flag=True, help="JSON Schemas of the messages instead.")
+@config_option
+def schema(config: Path | None, json_schema: bool) -> None:
+    """AsyncAPI 3 of all subjects and messages, as JSON."""
+    from generation_contracts.schema import asyncapi, json_schemas
+
+    document = json_schemas() if json_schema else asyncapi(_settings(config).subjects)
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+@cli.group()
+def request() -> None:
+    """Publish a request on a running bus and wait for its result."""
+
+
+def common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What both kinds of request take."""
+    for option in (
+        config_option,
+        click.option("--json", "as_json", is_flag=True, help="Print the result event only."),
+        click.option("--seed", type=int),
+        click.option("--deadline", type=float, metavar="SECONDS", help="Give up after so long."),
+        click.option("--id", "request_id", help="The request's id; default: a new one."),
+    ):
+        command = option(command)
+    return command
+
+
+@request.command("text-to-image")
+@click.argument("prompt")
+@click.option("--negative-prompt")
+@click.option("--width", type=int)
+@click.option("--height", type=int)
+@click.option("--steps", "num_inference_steps", type=int)
+@click.option("--guidance-scale", type=float)
+@click.option("--images", "num_images", type=int, help="How many pictures.")
+@click.option("--format", "output_format", type=click.Choice(["png", "webp", "jpeg"]))
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    default=Path(),
+    help="Folder for the pictures; default: the working folder.",
+)
+@common_options
+def request_text_to_image(
+    config: Path | None, as_json: bool, output: Path, **parameters: Any
+) -> None:
+    """Make a picture of PROMPT and save it."""
+    from consumer.client import text_to_image
+
+    made = _request(text_to_image, parameters)
+    _ask(_settings(config), made, as_json=as_json, folder=output)
+
+
+@request.command("image-to-text")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("prompt")
+@click.option("--system")
+@click.option("--max-new-tokens", type=int)
+@click.option("--temperature", type=float)
+@click.option("--top-p", type=float)
+@click.option("--top-k", type=int)
+@click.option("--repetition-penalty", type=float)
+@common_options
+def request_image_to_text(
+    config: Path | None, as_json: bool, images: tuple[str, ...], **parameters: Any
+) -> None:
+    """Ask PROMPT about each IMAGE: a file, or s3://bucket/key."""
+    from consumer.client import image_source, image_to_text
+
+    try:
+        sources = tuple(image_source(image) for image in images)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}", EXIT_USAGE)
+    made = _request(image_to_text, {**parameters, "images": sources})
+    _ask(_settings(config), made, as_json=as_json, folder=Path())
+
+
+def main() -> None:
+    """Entry point of the `consumer` command."""
+    cli()
+
+
+# -- between the commands and the parts -----------------------------------------------------------
+
+
+def _settings(config: Path | None) -> "Settings":
+    from consumer.settings import Settings, SettingsError
+
+    try:
+        return Settings.load(config)
+    except SettingsError as error:
+        _fail(str(error), EXIT_USAGE)
+
+
+def _require_task(settings: "Settings") -> None:
+    from consumer.settings import SettingsError
+
+    try:
+        _ = settings.task
+    except SettingsError as error:
+        _fail(str(error), EXIT_USAGE)
+
+
+def _request(make: Callable[..., "Request"], parameters: dict[str, Any]) -> "Request":
+    from datetime import UTC, datetime, timedelta
+
+    from pydantic import ValidationError
+
+    seconds = parameters.pop("deadline")
+    if seconds is not None:
+        parameters["deadline"] = datetime.now(UTC) + timedelta(seconds=seconds)
+    try:
+        return make(**parameters)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        _fail(f"{place}: {first['msg']}", EXIT_USAGE)
+
+
+def _ask(settings: "Settings", request: "Request", *, as_json: bool, folder: Path) -> None:
+    from contextlib import nullcontext
+
+    from consumer.bus import connect
+    from consumer.client import ProgressBar, Quiet, ask, save_pictures, summary
+    from generation_contracts import SucceededEvent, encode
+
+    async def ask_and_save() -> int:
+        bus = await connect(settings, name="generation request", within=5.0)
+        try:
+            display = nullcontext(Quiet()) if as_json else ProgressBar(_console())
+            with display as shown:
+                event = await ask(bus, settings.subjects, request, shown)
+            saved = []
+            if isinstance(event, SucceededEvent):
+                saved = await save_pictures(event, folder, event.request_id)
+            click.echo(encode(event).decode() if as_json else summary(event, saved))
+            return 0 if isinstance(event, SucceededEvent) else EXIT_FAILED
+        finally:
+            await bus.close()
+
+    sys.exit(_guarded(lambda: asyncio.run(ask_and_save())))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -> T:
+    """Call a command; what stops it is one line and an exit code, never a traceback.
+
+    Args:
+        command: Stops what it has started on its way out.
+        interrupted: The exit code after Ctrl-C or SIGTERM.
+    """
+    from consumer.development import Terminated, sigterm_unwinds
+    from consumer.devstack import DevStackError
+    from consumer.ports import MessageTooLarge, Unavailable
+    from consumer.telemetry import configure_logging
+
+    configure_logging("console", "ERROR")
+    try:
+        with sigterm_unwinds():
+            return command()
+    except (Unavailable, DevStackError) as error:
+        _fail(str(error), EXIT_UNAVAILABLE)
+    except MessageTooLarge:
+        _fail("the request is too large for the bus: name its images by s3://", EXIT_USAGE)
+    except (KeyboardInterrupt, Terminated):
+        sys.exit(interrupted)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"consumer: {message}", err=True)
+    sys.stdout.flush()
+    sys.exit(code)

@@ -1,0 +1,52 @@
+"""From settings to parts: the bus' topology, the object store, the runner."""
+
+from consumer.artifacts import ObjectStoreArtifacts, StoreConfig
+from consumer.bus import Bus, Topology
+from consumer.ports import Observer, Runner
+from consumer.runners import ModelConfig, create_runner
+from consumer.settings import Settings
+
+
+def make_topology(settings: Settings, bus: Bus) -> Topology:
+    """The streams and durables under the configured root."""
+    return Topology(
+        bus,
+        settings.subjects,
+        ack_wait=settings.consumer_ack_wait,
+        max_ack_pending=settings.consumer_max_ack_pending,
+        durable_name=settings.consumer_name,
+    )
+
+
+def make_artifacts(settings: Settings, observer: Observer) -> ObjectStoreArtifacts:
+    """The object store with the configured credentials."""
+    config = StoreConfig(
+        endpoint=settings.s3_endpoint,
+        access_key=settings.s3_access_key,
+        secret_key=settings.s3_secret_key.get_secret_value(),
+        bucket=settings.s3_bucket,
+        prefix=settings.s3_prefix,
+        region=settings.s3_region,
+        public_endpoint=settings.s3_public_endpoint,
+        input_prefixes=settings.input_prefixes,
+        url_ttl=settings.s3_url_ttl,
+    )
+    return ObjectStoreArtifacts(config, observer=observer)
+
+
+def make_runner(settings: Settings) -> Runner:
+    """The configured model, not loaded yet.
+
+    Raises:
+        SettingsError: MODEL_TYPE is not set.
+    """
+    config = ModelConfig(
+        model_id=settings.model_id,
+        revision=settings.model_revision,
+        device=settings.model_device,
+        dtype=settings.model_dtype,
+        offload=settings.model_offload,
+        quantization=settings.model_quantization,
+        compile=settings.model_compile,
+    )
+    return create_runner(settings.task, config)

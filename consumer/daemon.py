@@ -1,0 +1,224 @@
+"""The daemon: puts the parts together, and start -> serve -> drain -> stop with its signals."""
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack
+from functools import partial
+
+import structlog
+
+from consumer.admission import Admission
+from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
+from consumer.bus import (
+    Bus,
+    Durable,
+    JetStreamEvents,
+    PullLoop,
+    connect,
+)
+from consumer.composition import make_artifacts, make_runner, make_topology
+from consumer.execution import Execution, Limits
+from consumer.images import ImageCodec
+from consumer.ports import ModelDescription, ModelUnavailable, Runner, StoreUnavailable, Unavailable
+from consumer.probes import Probes, Watch
+from consumer.run import PATIENCE, Reason
+from consumer.runners.thread import InferenceThread
+from consumer.settings import Settings
+from consumer.telemetry import Metrics
+
+log = structlog.get_logger()
+
+EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h: a service cannot be reached or used
+EXIT_MODEL_LOST = 70  # EX_SOFTWARE: the model cannot be loaded, or the device is lost
+
+CONNECT_WITHIN = 30.0  # seconds that the daemon waits for NATS at its start
+STORE_CHECK_EVERY = 30.0  # seconds between two looks at an idle store
+STORE_CHECK_AGAIN = 5.0  # seconds, while it is away
+FORCE_AFTER = 2.0  # seconds after a second signal in which the delivery is given back
+
+
+def run(settings: Settings) -> int:
+    """Run one daemon until a signal, a lost device or a closed bus ends it.
+
+    Returns:
+        The exit code: 0, 69 or 70.
+    """
+    daemon = Daemon(settings)
+    code = asyncio.run(daemon.run())
+    if daemon.inference.busy:
+        # A thread that loads or hangs cannot be ended, and the interpreter would wait for it.
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+class Daemon:
+    """One process, one loaded model, one request subject."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._task = settings.task
+        self._watch = Watch(Metrics(str(self._task)))
+        self._health = self._watch.health
+        self.inference = InferenceThread()
+        self._life: asyncio.Task[int] | None = None
+        self._pull: PullLoop | None = None
+        self._execution: Execution | None = None
+        self._signals = 0
+
+    async def run(self) -> int:
+        """Start, serve until told to stop, drain, stop; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        self._life = asyncio.create_task(self._start_and_serve(), name="life")
+        try:
+            return await self._life
+        except asyncio.CancelledError:
+            log.warning("stopped_before_drained", running=self._execution is not None)
+            return 0
+        except ModelUnavailable as error:
+            log.error("model_unavailable", reason=str(error))  # noqa: TRY400 - one clear line
+            return EXIT_MODEL_LOST
+        except (Unavailable, OSError) as error:
+            log.error("service_unavailable", reason=str(error))  # noqa: TRY400 - the same
+            return EXIT_UNAVAILABLE
+        finally:
+            self.inference.close()
+            log.info("daemon_stopped")
+
+    # -- start ------------------------------------------------------------------------------------
+
+    async def _start_and_serve(self) -> int:
+        async with AsyncExitStack() as parts:
+            await self._start_probes(parts)
+            runner = make_runner(self._settings)
+            # The weights come in while the connections are made.
+            loading = asyncio.create_task(self.inference.call(runner.load), name="load")
+            parts.callback(loading.cancel)
+            bus = await self._connect(parts)
+            artifacts = make_artifacts(self._settings, self._watch)
+            parts.push_async_callback(artifacts.close)
+            await self._look_at_store(artifacts)
+            topology = make_topology(self._settings, bus)
+            ensure = partial(topology.ensure, self._task)
+            durable = await ensure()
+            model = await loading
+            self._health.model_loaded = True
+            events = JetStreamEvents(bus, self._settings.subjects, ensure=ensure)
+            execution = self._make_execution(durable, model, runner, events, artifacts)
+            pull = PullLoop(bus, durable, ensure=ensure)
+            await pull.start()
+            parts.push_async_callback(pull.close)
+            self._health.durable_present = lambda: pull.attached
+            self._pull, self._execution = pull, execution
+            watching = asyncio.create_task(self._watch_store(artifacts), name="watch-store")
+            parts.callback(watching.cancel)
+            log.info(
+                "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
+            )
+            code = await self._serve(pull, execution)
+            if code == 0:
+                await self.inference.call(runner.close)
+            return code
+
+    async def _start_probes(self, parts: AsyncExitStack) -> None:
+        port, host = self._settings.consumer_probes_port, self._settings.consumer_probes_host
+        if port:
+            probes = Probes(self._watch, host=host, port=port)
+            await probes.start()
+            parts.push_async_callback(probes.close)
+
+    async def _connect(self, parts: AsyncExitStack) -> Bus:
+        name = f"generation {self._settings.consumer_worker}"
+        bus = await connect(self._settings, name=name, within=CONNECT_WITHIN)
+        parts.push_async_callback(bus.close)
+        self._health.bus_connected = lambda: bus.connected
+        return bus
+
+    def _make_execution(
+        self,
+        durable: Durable,
+        model: ModelDescription,
+        runner: Runner,
+        events: JetStreamEvents,
+        artifacts: ObjectStoreArtifacts,
+    ) -> Execution:
+        settings = self._settings
+        return Execution(
+            worker=settings.consumer_worker,
+            admission=Admission(self._task, settings.subjects, settings.reply_prefixes),
+            limits=Limits(
+                # The server's value, whoever set it: the heartbeat depends on it.
+                ack_wait=durable.ack_wait,
+                max_attempts=settings.consumer_max_attempts,
+                stall_timeout=settings.consumer_stall_timeout,
+            ),
+            model=model,
+            runner=runner,
+            inference=self.inference,
+            events=events,
+            artifacts=artifacts,
+            images=ImageCodec(
+                max_bytes=settings.consumer_max_input_bytes,
+                max_pixels=settings.consumer_max_input_pixels,
+            ),
+            observer=self._watch,
+        )
+
+    async def _look_at_store(self, artifacts: ObjectStoreArtifacts) -> None:
+        # A wrong secret or a missing bucket stops the start; a store that is down for a while does
+        # not: the readiness says so, and the first output waits for it.
+        try:
+            await artifacts.probe()
+        except StoreMisconfigured:
+            raise
+        except StoreUnavailable as error:
+            log.warning("store_unavailable", reason=str(error))
+
+    async def _watch_store(self, artifacts: ObjectStoreArtifacts) -> None:
+        while True:
+            away = bool(self._health.store_problem)
+            await asyncio.sleep(STORE_CHECK_AGAIN if away else STORE_CHECK_EVERY)
+            try:
+                await artifacts.reachable()
+            except Exception as error:  # noqa: BLE001 - a look at the store must not end the daemon
+                log.warning("store_check_failed", error=type(error).__name__)
+
+    # -- serve ------------------------------------------------------------------------------------
+
+    async def _serve(self, pull: PullLoop, execution: Execution) -> int:
+        while (delivery := await pull.next()) is not None:
+            code = await execution.handle(delivery)
+            del delivery  # its body may be a megabyte, and the next one may be long in coming
+            if code is not None:
+                self._health.device_lost = True
+                log.error("device_lost")
+                return code
+        return 0
+
+    # -- drain ------------------------------------------------------------------------------------
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        self._signals += 1
+        log.info("signal", name=signal.Signals(number).name, times=self._signals)
+        self._health.draining = True
+        if self._life is None:
+            return
+        if self._execution is None or self._pull is None:
+            self._life.cancel()  # still starting: nothing has been taken
+        elif self._signals == 1:
+            self._pull.stop()
+            self._end_after(self._settings.consumer_drain_grace, PATIENCE + FORCE_AFTER)
+        else:
+            self._end_after(0.0, FORCE_AFTER)
+
+    def _end_after(self, grace: float, patience: float) -> None:
+        if self._execution is None or self._life is None:
+            return
+        loop = asyncio.get_running_loop()
+        loop.call_later(grace, self._execution.interrupt, Reason.DRAIN)
+        loop.call_later(grace + patience, self._life.cancel)

@@ -1,0 +1,174 @@
+"""`consumer up` and `consumer demo`: the whole system on one machine, without Docker."""
+
+import asyncio
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from consumer.apply import CONNECT_WITHIN, apply
+from consumer.bus import Bus, connect
+from consumer.client import ProgressBar, ask, image_to_text, save_pictures, summary, text_to_image
+from consumer.devstack import Daemon, DevStack
+from consumer.ports import ResultEvent
+from consumer.settings import Settings
+from generation_contracts import (
+    ArtifactReference,
+    ImageArtifact,
+    Request,
+    SucceededEvent,
+    Task,
+    encode,
+)
+
+LOOK_EVERY = 0.5  # seconds between two looks at the children of `up`
+RANDOM_WEIGHTS = (
+    "The demonstration models have random weights until trained ones ship: the picture is noise "
+    "and the description is gibberish. All else is real."
+)
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the program is, so that everything is stopped on the way out."""
+
+
+@contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """Turn SIGTERM into an exception, as Ctrl-C is, for as long as the block lasts."""
+
+    def unwind(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def demo(prompt: str, question: str, folder: Path, console: Console) -> int:
+    """Draw, describe, show both results, stop everything.
+
+    Args:
+        prompt: What to draw.
+        question: What to ask about the picture.
+        folder: Where the picture is saved.
+        console: Standard error; the result events go to standard output.
+
+    Returns:
+        0, or 1 when a job failed.
+    """
+    started = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="generation-demo-") as directory,
+        DevStack(Path(directory), persist=False) as stack,
+    ):
+        console.print(f"nats-server on {stack.nats.url}, S3 on {stack.store.endpoint}")
+        _start_daemons(stack, console)
+        with _environment(stack):
+            settings = Settings.load()
+        return asyncio.run(
+            _demo(settings, prompt, question, folder=folder, console=console, started=started)
+        )
+
+
+def up(directory: Path, console: Console) -> int:
+    """Keep the stack running until Ctrl-C or SIGTERM.
+
+    Returns:
+        0, or 70 when a daemon ended by itself.
+    """
+    with DevStack(directory, persist=True) as stack:
+        daemons = _start_daemons(stack, console)
+        console.print(_instructions(stack, daemons), highlight=False, soft_wrap=True)
+        while True:
+            for daemon in daemons:
+                if not daemon.alive:
+                    console.print(f"{daemon.name} ended by itself with code {daemon.returncode}")
+                    return 70
+            time.sleep(LOOK_EVERY)
+
+
+def _start_daemons(stack: DevStack, console: Console) -> list[Daemon]:
+    with _environment(stack):
+        asyncio.run(apply(Settings.load()))
+    daemons = [stack.start_daemon(str(task), {"MODEL_TYPE": str(task)}) for task in Task]
+    console.print("loading the models …")
+    for daemon in daemons:
+        daemon.wait_ready()
+    return daemons
+
+
+@contextmanager
+def _environment(stack: DevStack) -> Iterator[None]:
+    """The stack's settings in this process's environment, where `Settings` reads them."""
+    before = dict(os.environ)
+    os.environ.update(stack.environment())
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+async def _demo(
+    settings: Settings,
+    prompt: str,
+    question: str,
+    *,
+    folder: Path,
+    console: Console,
+    started: float,
+) -> int:
+    bus = await connect(settings, name="generation demo", within=CONNECT_WITHIN)
+    try:
+        console.print(f"drawing: {prompt}")
+        drawn = await _show(bus, settings, text_to_image(prompt), console)
+        if not isinstance(drawn, SucceededEvent):
+            return 1
+        files = await save_pictures(drawn, folder, f"demo-{drawn.request_id[:8]}")
+        seconds = time.monotonic() - started
+        console.print(f"{summary(drawn, files)} ({seconds:.1f} s after the start)")
+        picture = next(o for o in drawn.outputs if isinstance(o, ImageArtifact))
+        console.print(f"asking about it: {question}")
+        reference = ArtifactReference(bucket=picture.bucket, key=picture.key)
+        described = await _show(bus, settings, image_to_text(question, (reference,)), console)
+        console.print(summary(described, []), markup=False)
+        console.print(RANDOM_WEIGHTS)
+        return 0 if isinstance(described, SucceededEvent) else 1
+    finally:
+        await bus.close()
+
+
+async def _show(bus: Bus, settings: Settings, request: Request, console: Console) -> ResultEvent:
+    with ProgressBar(console) as bar:
+        event = await ask(bus, settings.subjects, request, bar)
+    print(encode(event).decode(), flush=True)  # noqa: T201 - the result is this command's output
+    return event
+
+
+def _instructions(stack: DevStack, daemons: list[Daemon]) -> str:
+    settings = " ".join(f"{name}={value}" for name, value in stack.environment().items())
+    probes = "\n".join(f"  {daemon.name}: {daemon.probes_url}/readyz" for daemon in daemons)
+    return f"""
+Running until Ctrl-C. Data and ports stay in {stack.directory}.
+
+  NATS  {stack.nats.url}
+  S3    {stack.store.endpoint}  (bucket {stack.store.bucket})
+{probes}
+
+Ask for a picture and wait for its result:
+
+  {settings} consumer request text-to-image "a red circle"
+
+or with the nats command line:
+
+  nats --server {stack.nats.url} sub 'generation.result.>' &
+  nats --server {stack.nats.url} req generation.request.text_to_image '{{"prompt":"a red circle"}}'
+"""

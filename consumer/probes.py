@@ -1,0 +1,145 @@
+"""Health for whoever supervises the daemon: /livez, /readyz and /metrics over HTTP.
+
+`/livez` answers as long as the event loop turns and no job hangs; `/readyz` says in JSON which of
+its conditions does not hold; `/metrics` is Prometheus text.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from aiohttp import web
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from consumer.ports import Observer
+from consumer.telemetry import JobReport, Metrics
+
+SHUTDOWN_TIMEOUT = 1.0  # seconds that a scrape under way may take when the daemon ends
+
+
+@dataclass
+class Health:
+    """What readiness depends on.
+
+    Attributes:
+        bus_connected: Asked at each probe.
+        durable_present: The same.
+        model_loaded: Set when the first job could run.
+        store_problem: Why the store was not reachable when it was last used; empty when it was.
+        draining: No new job will be taken.
+        device_lost: The process is about to end, for a new one to take over.
+    """
+
+    bus_connected: Callable[[], bool] = lambda: False
+    durable_present: Callable[[], bool] = lambda: False
+    model_loaded: bool = False
+    store_problem: str = "not reached yet"
+    draining: bool = False
+    device_lost: bool = False
+
+    def conditions(self) -> dict[str, str]:
+        """Each condition and `ok`, or why it does not hold. Safe to show."""
+        return {
+            "bus": "ok" if self.bus_connected() else "not connected",
+            "durable": "ok" if self.durable_present() else "not present",
+            "store": self.store_problem or "ok",
+            "model": "ok" if self.model_loaded else "not loaded",
+            "device": "lost" if self.device_lost else "ok",
+            "daemon": "draining" if self.draining else "ok",
+        }
+
+
+@dataclass
+class Watch(Observer):
+    """Tells the metrics and the health what the daemon does."""
+
+    metrics: Metrics
+    health: Health = field(default_factory=Health)
+
+    def job_started(self) -> None:
+        """A delivery is in hand."""
+        self.metrics.job_started()
+
+    def job_finished(self, report: JobReport) -> None:
+        """A delivery is settled, given back or abandoned."""
+        self.metrics.job_finished(report)
+
+    def device_busy(self, seconds: float) -> None:
+        """The device has worked for so long."""
+        self.metrics.device_busy(seconds)
+
+    def store_reachable(self, reachable: bool, reason: str = "") -> None:
+        """The store has answered, or not."""
+        self.metrics.store_reachable(reachable, reason)
+        self.health.store_problem = "" if reachable else reason or "not reachable"
+
+
+class Unwatched(Observer):
+    """Tells nobody: for commands that use a part outside the daemon."""
+
+    def job_started(self) -> None:
+        """Not told."""
+
+    def job_finished(self, report: JobReport) -> None:
+        """Not told."""
+
+    def device_busy(self, seconds: float) -> None:
+        """Not told."""
+
+    def store_reachable(self, reachable: bool, reason: str = "") -> None:
+        """Not told."""
+
+
+class Probes:
+    """The HTTP server of one daemon.
+
+    Args:
+        watch: What is shown.
+        host: Address to listen on.
+        port: 0 for a free one.
+    """
+
+    def __init__(self, watch: Watch, *, host: str, port: int) -> None:
+        self._watch = watch
+        self._host = host
+        self._port = port
+        application = web.Application()
+        application.router.add_get("/livez", self._live)
+        application.router.add_get("/readyz", self._ready)
+        application.router.add_get("/metrics", self._metrics)
+        self._runner = web.AppRunner(
+            application, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT
+        )
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        return int(self._runner.addresses[0][1])
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: The port is taken.
+        """
+        await self._runner.setup()
+        await web.TCPSite(self._runner, self._host, self._port).start()
+
+    async def close(self) -> None:
+        """Stop listening."""
+        await self._runner.cleanup()
+
+    async def _live(self, _: web.Request) -> web.Response:
+        lost = self._watch.health.device_lost
+        return web.Response(text="device lost\n" if lost else "ok\n", status=503 if lost else 200)
+
+    async def _ready(self, _: web.Request) -> web.Response:
+        conditions = self._watch.health.conditions()
+        ready = all(state == "ok" for state in conditions.values())
+        return web.json_response(conditions, status=200 if ready else 503)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        # The content type as prometheus-client has it: aiohttp takes no charset in `content_type`.
+        return web.Response(
+            body=generate_latest(self._watch.metrics.registry),
+            headers={"Content-Type": CONTENT_TYPE_LATEST},
+        )
