@@ -74,6 +74,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        log.info("daemon_starting", worker=self._settings.consumer_worker)
         self._life = asyncio.create_task(self._start_and_serve(), name="life")
         try:
             return await self._life

@@ -1,0 +1,70 @@
+"""One running system for the whole folder: servers, bucket, streams, a daemon of each task."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import nats
+import pytest
+from minio import Minio
+from nats.aio.client import Client
+
+from consumer.apply import apply
+from consumer.devstack import DevStack
+from consumer.settings import Settings
+from generation_contracts import Task
+
+
+@pytest.fixture(scope="session")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
+    """The stack that `consumer up` runs, with short leases."""
+    with DevStack(tmp_path_factory.mktemp("system"), persist=False) as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**stack.environment(), "CONSUMER_ACK_WAIT": "5"}.items():
+                patch.setenv(name, value)
+            asyncio.run(apply(Settings.load()))
+        daemons = [
+            stack.start_daemon(str(task), {"MODEL_TYPE": str(task), "CONSUMER_ACK_WAIT": "5"})
+            for task in Task
+        ]
+        for daemon in daemons:
+            daemon.wait_ready()
+        yield stack
+        for daemon in daemons:
+            assert daemon.alive, daemon.log_since_start()
+
+
+@pytest.fixture
+async def sender(system: DevStack) -> AsyncIterator[Client]:
+    """A bare nats-py connection, as a sender without any of this project's code has it."""
+    connection = await nats.connect(system.nats.url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def plain_s3(system: DevStack) -> Minio:
+    """A plain S3 client."""
+    return Minio(
+        system.store.endpoint.removeprefix("http://"),
+        access_key=system.store.access_key,
+        secret_key=system.store.secret_key,
+        secure=False,
+        region="us-east-1",
+    )
+
+
+@pytest.fixture
+def log_of(system: DevStack) -> "LogOf":
+    return LogOf(system)
+
+
+class LogOf:
+    """What a daemon has logged."""
+
+    def __init__(self, system: DevStack) -> None:
+        self._system = system
+
+    def __call__(self, task: str) -> str:
+        log: Path = self._system.directory / "logs" / f"{task}.log"
+        return log.read_text()

@@ -1,0 +1,243 @@
+"""What bad input gets: one clear failed event, a dead letter where due, a daemon that goes on.
+
+Every case is published with bare nats-py, and each is followed by a good request.
+"""
+
+import base64
+import io
+import json
+import struct
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from minio import Minio
+from nats.aio.client import Client
+from nats.errors import TimeoutError as NatsTimeout
+from PIL import Image
+
+from consumer.devstack import DevStack
+from tests.e2e.conftest import LogOf
+from tests.e2e.senders import WITHIN, ask, dead_letter_of, new_id, publish_and_wait
+
+SECRET_WORDS = "xyzzy-the-prompt"  # recognisable in a message or a log, where it must not be
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One bad request, and what becomes of it."""
+
+    task: str
+    fields: dict[str, Any]
+    code: str
+    says: str  # part of the failure's message
+    dead_letter: bool = True
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def picture(**fields: Any) -> dict[str, Any]:
+    return {"prompt": SECRET_WORDS, "steps": 2, **fields}
+
+
+def question(*images: Any, **fields: Any) -> dict[str, Any]:
+    return {"prompt": SECRET_WORDS, "images": list(images), "max_new_tokens": 2, **fields}
+
+
+def inline(data: bytes) -> dict[str, str]:
+    return {"base64": base64.b64encode(data).decode()}
+
+
+def truncated_png() -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "PNG")
+    return file.getvalue()[:-200]
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A well-formed file of a few kilobytes that decodes to width times height pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(b"\0" * ((width // 8 + 1) * height), 9)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
+T2I, I2T = "text_to_image", "image_to_text"
+INVALID = "invalid_request"
+CASES = {
+    "an unknown field": Bad(T2I, picture(wdith=64), INVALID, "wdith: there is no such field"),
+    "a wrong type": Bad(
+        T2I, picture(width="64"), INVALID, "width: input should be a valid integer"
+    ),
+    "no prompt": Bad(T2I, {"steps": 2}, INVALID, "prompt: field required"),
+    "a width of 100000": Bad(T2I, picture(width=100_000), INVALID, "less than or equal to 4096"),
+    "no images": Bad(I2T, question(), INVALID, "images: tuple should have at least 1 item"),
+    "a text over the limit": Bad(T2I, {"prompt": "x" * 8_001}, INVALID, "at most 8000"),
+    "a reply subject of the JetStream API": Bad(
+        T2I, picture(reply_to="$JS.API.STREAM.DELETE.GENERATION_REQUESTS"), INVALID, "reply_to"
+    ),
+    "the same in the header": Bad(
+        T2I,
+        picture(),
+        INVALID,
+        "reply_to",
+        headers={"Reply-To": "$JS.API.STREAM.DELETE.GENERATION_REQUESTS"},
+    ),
+    "a reply subject of 5,000 characters": Bad(
+        T2I, picture(reply_to="_INBOX." + "x" * 5_000), INVALID, "reply_to"
+    ),
+    "a reply subject that is a request subject": Bad(
+        T2I, picture(reply_to="generation.request.text_to_image"), INVALID, "reply_to"
+    ),
+    "a reply subject under no allowed prefix": Bad(
+        T2I, picture(reply_to="accounts.delete"), INVALID, "reply_to"
+    ),
+    "a file URL": Bad(I2T, question("file:///etc/passwd"), INVALID, "images.0: must be"),
+    "an image in another bucket": Bad(
+        I2T,
+        question({"bucket": "other-bucket", "key": "a.png"}),
+        "input_unavailable",
+        "images.0",
+        dead_letter=False,
+    ),
+    "an http URL": Bad(
+        I2T,
+        question("http://127.0.0.1:1/a.png"),
+        "input_unavailable",
+        "images.0: http inputs are not enabled",
+        dead_letter=False,
+    ),
+    "an object that does not exist": Bad(
+        I2T,
+        question({"bucket": "generation", "key": "text_to_image/none/0.png"}),
+        "input_unavailable",
+        "images.0",
+        dead_letter=False,
+    ),
+    "a truncated PNG": Bad(
+        I2T, question(inline(truncated_png())), "input_unavailable", "images.0", dead_letter=False
+    ),
+    "a decompression bomb": Bad(
+        I2T,
+        question(inline(png_claiming(30_000, 30_000))),
+        "input_unavailable",
+        "images.0",
+        dead_letter=False,
+    ),
+    "a parameter that the worker lacks": Bad(
+        T2I, picture(preview=True), "unsupported_parameter", "preview", dead_letter=False
+    ),
+    "a width that the model cannot draw": Bad(
+        T2I, picture(width=65), "unsupported_parameter", "width", dead_letter=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_bad_input(name: str, sender: Client, log_of: LogOf) -> None:
+    bad, request_id = CASES[name], new_id()
+    body = json.dumps({**bad.fields, "request_id": request_id}).encode()
+    event = await publish_and_wait(
+        sender,
+        f"generation.request.{bad.task}",
+        body,
+        result=f"generation.result.{bad.task}.{request_id}",
+        headers=bad.headers or None,
+    )
+    assert event["type"] == "generation.v1.failed"
+    assert event["failure"]["code"] == bad.code
+    assert bad.says in event["failure"]["message"]
+    assert SECRET_WORDS not in json.dumps(event)
+    if bad.dead_letter:
+        letter = await dead_letter_of(sender, bad.task, request_id)
+        assert letter.data == body
+        assert letter.headers["Dead-Letter-Code"] == bad.code
+    await assert_still_serving(sender, bad.task)
+    assert SECRET_WORDS not in log_of(bad.task)
+
+
+async def assert_still_serving(sender: Client, task: str) -> None:
+    good = inline(png_claiming(32, 32))
+    fields = picture() if task == T2I else question(good)
+    event = await ask(sender, task, **fields)
+    assert event["type"] == "generation.v1.succeeded", event
+    # Nothing is left behind in the queue.
+    assert (await sender.jetstream().stream_info("GENERATION_REQUESTS")).state.messages == 0
+
+
+async def test_bytes_that_are_not_json_are_answered_under_the_message_id(sender: Client) -> None:
+    request_id = new_id()
+    event = await publish_and_wait(
+        sender,
+        "generation.request.text_to_image",
+        b"\x00\xffno json",
+        result=f"generation.result.text_to_image.{request_id}",
+        headers={"Nats-Msg-Id": request_id},
+    )
+    assert event["failure"]["code"] == "invalid_request"
+    assert event["failure"]["message"] == "the body is not JSON"
+    letter = await dead_letter_of(sender, T2I, request_id)
+    assert letter.data == b"\x00\xffno json"
+    assert letter.headers["Original-Nats-Msg-Id"] == request_id
+    await assert_still_serving(sender, T2I)
+
+
+async def test_an_illegal_id_is_answered_to_the_reply_subject(sender: Client) -> None:
+    reply_to = sender.new_inbox()
+    body = json.dumps(picture(request_id="a.b", reply_to=reply_to)).encode()
+    event = await publish_and_wait(
+        sender, "generation.request.text_to_image", body, result=reply_to
+    )
+    assert event["failure"]["code"] == "invalid_request"
+    assert event["failure"]["message"].startswith("request_id: ")
+    assert event["request_id"].startswith("GENERATION_REQUESTS-")  # derived
+    letter = await dead_letter_of(sender, T2I, event["request_id"])
+    assert letter.data == body
+    await assert_still_serving(sender, T2I)
+
+
+async def test_a_wildcard_subject_as_id_reaches_nobody_elses_results(sender: Client) -> None:
+    results = await sender.subscribe("generation.result.text_to_image.>")
+    await sender.jetstream().publish(
+        "generation.request.text_to_image", json.dumps(picture(request_id=">")).encode()
+    )
+    message = await results.next_msg(timeout=WITHIN)
+    assert message.subject.startswith("generation.result.text_to_image.GENERATION_REQUESTS-")
+    assert json.loads(message.data)["failure"]["code"] == "invalid_request"
+
+
+async def test_a_harmful_reply_subject_is_never_published_to(sender: Client) -> None:
+    for reply_to in (
+        "$JS.API.STREAM.DELETE.GENERATION_RESULTS",
+        "generation.request.text_to_image",
+        "accounts.delete",
+    ):
+        heard = await sender.subscribe(reply_to)
+        await sender.flush()
+        await ask(sender, T2I, **picture(reply_to=reply_to))
+        published = 1 if reply_to == "generation.request.text_to_image" else 0  # the request itself
+        for _ in range(published):
+            await heard.next_msg(timeout=WITHIN)
+        # The stored event comes after the reply would have come, on the same connection.
+        with pytest.raises(NatsTimeout):
+            await heard.next_msg(timeout=0.2)
+        await heard.unsubscribe()
+    names = {info.config.name for info in await sender.jetstream().streams_info()}
+    assert {"GENERATION_REQUESTS", "GENERATION_RESULTS", "GENERATION_DEAD_LETTERS"} <= names
+
+
+async def test_an_object_that_is_no_picture_is_an_input_error(
+    sender: Client, plain_s3: Minio, system: DevStack
+) -> None:
+    key = f"text_to_image/{new_id()}/0.png"
+    plain_s3.put_object(system.store.bucket, key, io.BytesIO(b"hello"), 5, "image/png")
+    event = await ask(sender, I2T, **question({"bucket": system.store.bucket, "key": key}))
+    assert event["failure"]["code"] == "input_unavailable"
+    assert event["failure"]["message"].startswith("images.0: ")

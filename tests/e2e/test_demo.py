@@ -1,0 +1,128 @@
+"""`consumer demo` and `consumer up` as a person runs them, and what they leave behind: nothing."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.e2e.senders import WITHIN
+
+DEMO = [sys.executable, "-m", "consumer", "demo", "a red circle on a blue background"]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """A working folder and a folder for temporary files."""
+    work, temporary = tmp_path / "work", tmp_path / "tmp"
+    work.mkdir()
+    temporary.mkdir()
+    return work, temporary
+
+
+def environment(temporary: Path) -> dict[str, str]:
+    return {**os.environ, "TMPDIR": str(temporary)}
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of living processes that have to do with a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            names = line + (process / "environ").read_bytes().decode(errors="replace")
+        except OSError:  # it has ended meanwhile
+            continue
+        if str(folder) in names:
+            found.append(line)
+    return found
+
+
+def test_demo_draws_saves_and_describes(folders: tuple[Path, Path]) -> None:
+    work, temporary = folders
+    done = subprocess.run(
+        DEMO,
+        cwd=work,
+        env=environment(temporary),
+        capture_output=True,
+        text=True,
+        timeout=2 * WITHIN,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    drawn, described = [json.loads(line) for line in done.stdout.splitlines()]
+    assert drawn["type"] == described["type"] == "generation.v1.succeeded"
+    assert described["outputs"][0]["kind"] == "text"
+    (file,) = work.glob("demo-*.png")
+    with Image.open(file) as picture:
+        assert picture.size == (64, 64)
+    assert str(file.name) in done.stderr
+    assert_nothing_left(temporary)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)], ids=["Ctrl-C", "SIGTERM"]
+)
+@pytest.mark.parametrize("moment", ["nats-server on", "loading the models"])
+def test_demo_interrupted_leaves_nothing(
+    folders: tuple[Path, Path], number: signal.Signals, code: int, moment: str
+) -> None:
+    work, temporary = folders
+    with started(DEMO, work, temporary) as process:
+        read_until(process, moment)
+        process.send_signal(number)
+        assert process.wait(WITHIN) == code
+    assert_nothing_left(temporary)
+
+
+def test_up_keeps_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) -> None:
+    work, temporary = folders
+    addresses = []
+    for _ in range(2):
+        with started([sys.executable, "-m", "consumer", "up"], work, temporary) as process:
+            shown = read_until(process, "nats --server")
+            address = next(line.split()[1] for line in shown if line.strip().startswith("NATS"))
+            addresses.append(address)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(WITHIN) == 0
+        host, port = address.removeprefix("nats://").split(":")
+        with pytest.raises(ConnectionRefusedError), socket.create_connection((host, int(port))):
+            pass
+    assert addresses[0] == addresses[1]
+    assert (work / ".consumer" / "devstack.json").stat().st_mode & 0o777 == 0o600
+    assert not processes_of(temporary)
+
+
+@contextmanager
+def started(command: list[str], work: Path, temporary: Path) -> Iterator["subprocess.Popen[str]"]:
+    process = subprocess.Popen(
+        command, cwd=work, env=environment(temporary), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: "subprocess.Popen[str]", words: str) -> list[str]:
+    """What is shown, up to the line with these words."""
+    assert process.stderr is not None
+    shown: list[str] = []
+    for line in process.stderr:
+        shown.append(line)
+        if words in line:
+            return shown
+    raise AssertionError(f"{words!r} was never shown:\n{''.join(shown)}")
+
+
+def assert_nothing_left(temporary: Path) -> None:
+    assert not processes_of(temporary)
+    assert list(temporary.iterdir()) == []

@@ -1,0 +1,116 @@
+"""SIGTERM: nothing is lost, nothing stays behind, exit code 0 within the grace."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator, Iterator
+
+import nats
+import pytest
+from nats.aio.client import Client
+
+from consumer.apply import apply
+from consumer.devstack import Daemon, DevStack
+from consumer.settings import Settings
+from tests.e2e.senders import WITHIN, new_id
+
+LONG = {"prompt": "a", "steps": 200, "num_images": 4}  # some seconds on these models
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
+    with DevStack(tmp_path_factory.mktemp("shutdown"), persist=False) as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in stack.environment().items():
+                patch.setenv(name, value)
+            asyncio.run(apply(Settings.load()))
+        yield stack
+
+
+@pytest.fixture
+async def sender(servers: DevStack) -> AsyncIterator[Client]:
+    connection = await nats.connect(servers.nats.url)
+    yield connection
+    await connection.close()
+
+
+async def start(servers: DevStack, name: str, **settings: str) -> Daemon:
+    daemon = servers.start_daemon(name, {"MODEL_TYPE": "text_to_image", **settings})
+    await asyncio.to_thread(daemon.wait_ready)
+    return daemon
+
+
+async def ended(daemon: Daemon) -> int | None:
+    """The exit code of a daemon that was told to end."""
+    async with asyncio.timeout(WITHIN):
+        while daemon.alive:  # noqa: ASYNC110 - another process's end is no event of this loop
+            await asyncio.sleep(0.05)
+    return daemon.returncode
+
+
+async def test_idle(servers: DevStack) -> None:
+    daemon = await start(servers, "idle")
+    daemon.signal(signal.SIGTERM)
+    assert await ended(daemon) == 0, daemon.log_since_start()
+    assert "daemon_stopped" in daemon.log_since_start()
+
+
+async def test_a_running_job_is_finished_first(servers: DevStack, sender: Client) -> None:
+    daemon = await start(servers, "finishing")
+    request_id = new_id()
+    results = await sender.subscribe(f"generation.result.text_to_image.{request_id}")
+    await running(sender, request_id)
+    daemon.signal(signal.SIGTERM)
+    event = json.loads((await results.next_msg(timeout=WITHIN)).data)
+    assert event["type"] == "generation.v1.succeeded"
+    assert await ended(daemon) == 0, daemon.log_since_start()
+    assert await waiting(sender) == 0
+
+
+async def test_a_job_that_does_not_fit_the_grace_is_given_back_at_once(
+    servers: DevStack, sender: Client
+) -> None:
+    first = await start(servers, "giving-back", CONSUMER_DRAIN_GRACE="0.1")
+    request_id = new_id()
+    results = await sender.subscribe(f"generation.result.text_to_image.{request_id}")
+    await running(sender, request_id)
+    first.signal(signal.SIGTERM)
+    assert await ended(first) == 0, first.log_since_start()
+    assert "given_back" in first.log_since_start()
+
+    second = await start(servers, "taking-over")
+    # ack_wait is 60 s: only a delivery that was given back can be here within this time.
+    event = json.loads((await results.next_msg(timeout=WITHIN / 2)).data)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
+    second.signal(signal.SIGTERM)
+    assert await ended(second) == 0
+
+
+async def test_while_the_model_is_loading(servers: DevStack) -> None:
+    daemon = servers.start_daemon("loading", {"MODEL_TYPE": "text_to_image"})
+    async with asyncio.timeout(WITHIN):
+        while "daemon_starting" not in daemon.log_since_start():
+            assert daemon.alive, daemon.log_since_start()
+            await asyncio.sleep(0.02)
+    daemon.signal(signal.SIGTERM)
+    assert await ended(daemon) == 0, daemon.log_since_start()
+    assert "daemon_ready" not in daemon.log_since_start()
+
+
+async def running(sender: Client, request_id: str) -> None:
+    """Publish a long request and wait until the model is at it."""
+    steps = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
+    await sender.flush()
+    body = json.dumps({**LONG, "request_id": request_id}).encode()
+    await sender.jetstream().publish("generation.request.text_to_image", body)
+    while json.loads((await steps.next_msg(timeout=WITHIN)).data)["type"] != (
+        "generation.v1.progress"
+    ):
+        pass
+
+
+async def waiting(sender: Client) -> int:
+    """How many requests the queue holds."""
+    info = await sender.jetstream().stream_info("GENERATION_REQUESTS")
+    messages: int = info.state.messages
+    return messages
