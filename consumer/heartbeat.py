@@ -4,7 +4,11 @@ import asyncio
 from types import TracebackType
 from typing import Self
 
+import structlog
+
 from consumer.ports import Delivery
+
+log = structlog.get_logger()
 
 # Ratio of ack_wait to the interval: three beats may be lost, to a server's restart or a GIL held
 # by the model, and the fourth still comes in time.
@@ -42,4 +46,7 @@ class Lease:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self.interval)
-            await self.delivery.extend()
+            try:
+                await self.delivery.extend()
+            except Exception as error:  # noqa: BLE001 - one beat may be lost, not all that follow
+                log.warning("heartbeat_failed", error=type(error).__name__)

@@ -136,7 +136,7 @@ class ImageCodec:
         if short < _MIN_SIDE:
             raise InputUnavailable(f"the image has a side of less than {_MIN_SIDE} pixels")
         if long > _MAX_ASPECT_RATIO * short:
-            raise InputUnavailable(f"the image is more than {_MAX_ASPECT_RATIO} times as long")
+            raise InputUnavailable(f"the image has sides of more than 1 to {_MAX_ASPECT_RATIO}")
         # A JPEG with more than one picture is what many telephones write: the first one counts.
         if image.format in {"PNG", "WEBP"} and getattr(image, "n_frames", 1) > 1:
             raise InputUnavailable("the image is animated")

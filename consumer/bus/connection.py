@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import structlog
-from nats.aio.client import Client
-from nats.errors import AuthorizationError
+from nats.aio.client import DEFAULT_FLUSH_TIMEOUT, Client
 from nats.js import JetStreamContext
 
 from consumer.ports import Unavailable
@@ -18,11 +17,24 @@ log = structlog.get_logger()
 RECONNECT_WAIT = 0.25  # seconds between two tries
 PING_INTERVAL = 5  # seconds; a dead read loop is noticed after two unanswered pings
 API_TIMEOUT = 5.0  # seconds that one call of the JetStream API may take
-CLOSE_TIMEOUT = 5.0  # seconds for what is still to be written
+CLOSE_TIMEOUT = 2.0  # seconds for what is still to be written, and for the closing
 
 
 class BusUnavailable(Unavailable):
     """NATS cannot be reached or refuses; the text is one clear line without credentials."""
+
+
+class _Client(Client):
+    """nats-py with a `flush` after which the server has had everything."""
+
+    async def flush(self, timeout: int = DEFAULT_FLUSH_TIMEOUT) -> None:  # noqa: ASYNC109 - nats-py
+        """Two round trips: nats-py writes the first PING ahead of what is still to be written.
+
+        An UNSUB, for one: what the server sends between that PING and the UNSUB would be dropped
+        here as not subscribed to, and a delivery would come again after `ack_wait`.
+        """
+        await super().flush(timeout)
+        await super().flush(timeout)
 
 
 class Bus:
@@ -37,7 +49,7 @@ class Bus:
     """
 
     def __init__(self) -> None:
-        self.client = Client()
+        self.client = _Client()
         self.jetstream: JetStreamContext = self.client.jetstream(timeout=API_TIMEOUT)
         self.closed = asyncio.Event()
         self.last_error = ""
@@ -54,14 +66,17 @@ class Bus:
 
     async def close(self) -> None:
         """Write what is left and close; never raises, never hangs."""
-        try:
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                if self.client.is_connected:
-                    await self.client.drain()
-                else:
-                    await self.client.close()
-        except Exception as error:  # noqa: BLE001 - the process ends either way
-            log.warning("bus_close_failed", error=type(error).__name__)
+        # Not drain(): on a frozen server it goes on for 10 s after it has been cancelled.
+        for step in (self._flush, self.client.close):
+            try:
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await step()
+            except Exception as error:  # noqa: BLE001 - the process ends either way
+                log.warning("bus_close_failed", error=type(error).__name__)
+
+    async def _flush(self) -> None:
+        if self.client.is_connected:
+            await self.client.flush()
 
     async def _on_error(self, error: Exception) -> None:
         self.last_error = str(error) or type(error).__name__
@@ -85,12 +100,12 @@ class Bus:
         Raises:
             BusUnavailable: Not within so many seconds.
         """
-        options = _options(settings)
         try:
+            options = _options(settings)
             # Without the limit a failing TLS handshake, or no server at all, is tried for ever.
             async with asyncio.timeout(within):
                 await self.client.connect(
-                    servers=settings.nats_url.split(","),
+                    servers=[url.strip() for url in settings.nats_url.split(",")],
                     name=name,
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=RECONNECT_WAIT,  # type: ignore[arg-type] # takes fractions
@@ -102,12 +117,11 @@ class Bus:
                     closed_cb=self._on_closed,
                     **options,
                 )
-        except AuthorizationError:
-            await self.close()
-            raise BusUnavailable("NATS: the credentials are refused") from None
         except Exception as error:  # noqa: BLE001 - nats-py raises many kinds here
             await self.close()
             reason = self.last_error or str(error) or type(error).__name__
+            if "authorization" in reason.lower():
+                raise BusUnavailable("NATS: the credentials are refused") from None
             raise BusUnavailable(f"NATS: cannot connect: {reason}") from None
 
 

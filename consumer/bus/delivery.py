@@ -43,8 +43,15 @@ class JetStreamDelivery:
         await self._settle(b"+ACK")
 
     async def nak(self) -> None:
-        """Give it back at once, confirmed."""
-        await self._settle(b"-NAK")
+        """Give it back at once, confirmed; what cannot be given back in time is left to its lease.
+
+        It never raises: it is what a process does that ends.
+        """
+        try:
+            async with asyncio.timeout(GIVE_UP_AFTER):
+                await self._settle(b"-NAK")
+        except (TimeoutError, ConnectionClosedError) as error:
+            log.warning("not_given_back", error=type(error).__name__)
 
     async def term(self, reason: str) -> None:
         """Settle as never to be delivered again, confirmed."""
@@ -63,24 +70,27 @@ class JetStreamDelivery:
         # The server confirms every kind of settlement that has a reply subject. A late one is still
         # accepted after a reconnect, so an unreachable bus is waited for.
         unconfirmed = 0.0
-        while True:
+        while unconfirmed < GIVE_UP_AFTER:
             started = time.monotonic()
-            try:
-                await self._bus.client.request(
-                    self._message.reply, payload, timeout=CONFIRM_TIMEOUT
-                )
-            except ConnectionClosedError:
-                raise
-            except (Error, OSError) as error:
-                log.warning("settlement_unconfirmed", error=type(error).__name__)
-            else:
+            # Not while it is unreachable: nats-py would keep each try and send them all at the
+            # reconnect, and the second nak takes the request from the worker that has it by then.
+            reachable = self._bus.connected
+            if reachable and await self._confirmed(payload):
                 return
+            if self._bus.client.is_closed:
+                raise ConnectionClosedError
             await asyncio.sleep(CONFIRM_PAUSE)
-            if self._bus.connected:
+            if reachable:
                 unconfirmed += time.monotonic() - started
-            if unconfirmed > GIVE_UP_AFTER:
-                log.error("settlement_given_up")
-                return
+        log.error("settlement_given_up")
+
+    async def _confirmed(self, payload: bytes) -> bool:
+        try:
+            await self._bus.client.request(self._message.reply, payload, timeout=CONFIRM_TIMEOUT)
+        except (Error, OSError) as error:
+            log.warning("settlement_unconfirmed", error=type(error).__name__)
+            return False
+        return True
 
 
 def is_delivery(message: Msg) -> bool:

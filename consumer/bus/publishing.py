@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+import re
 from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 from nats.errors import ConnectionClosedError, Error, NoRespondersError
 from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
+from pydantic import ValidationError
 
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.topology import TopologyError
@@ -35,6 +37,11 @@ PAUSE_FIRST = 0.1  # seconds
 PAUSE_MOST = 2.0  # seconds; a stored result waits at most so long once the bus is back
 _WRONG_LAST_SEQUENCE = 10071  # err_code: the subject has a message already
 _TOO_LARGE_FOR_STREAM = 10054  # err_code: over the stream's max_msg_size
+# js.publish raises these when the connection is lost under it, and when not the stream but one who
+# listens to the subject has answered.
+_NO_PUB_ACK = (TypeError, AttributeError, ValueError, KeyError)
+MAX_REASON = 1_000  # characters
+_NOT_IN_HEADER_NAMES = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
 
 
 class _AlreadyThere(Exception):  # noqa: N818 - not an error
@@ -75,7 +82,7 @@ class JetStreamEvents:
             except (Error, OSError) as error:
                 log.warning("result_not_read", error=type(error).__name__)
             else:
-                return decode_result(found.data or b"")
+                return _read(found.data or b"")
             pause = await _rest(pause)
 
     async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> bool:
@@ -89,21 +96,28 @@ class JetStreamEvents:
         """
         headers = event_headers(event, trace_parent=trace_parent)
         headers[EXPECTED_LAST_SUBJECT_SEQUENCE] = "0"
-        subject = self._subjects.result(event.task, event.request_id)
-        try:
-            confirmed = await self._persist(subject, encode(event), headers)
-        except _AlreadyThere:
-            pass
-        else:
-            if not confirmed.duplicate:
-                return True
+        if await self._fenced(event, headers):
+            return True
         # Stored before: by another worker, or by this one in a try whose answer was lost.
         found = await self.find_result(event.task, event.request_id)
+        if found is None:
+            # Removed from the stream since, but the duplicate window knows its id.
+            del headers[MESSAGE_ID]
+            if await self._fenced(event, headers):
+                return True
+            found = await self.find_result(event.task, event.request_id)
         return found is not None and (found.worker, found.attempt, found.sequence) == (
             event.worker,
             event.attempt,
             event.sequence,
         )
+
+    async def _fenced(self, event: ResultEvent, headers: Mapping[str, str]) -> bool:
+        subject = self._subjects.result(event.task, event.request_id)
+        try:
+            return not (await self._persist(subject, encode(event), headers)).duplicate
+        except _AlreadyThere:
+            return False
 
     async def publish_progress(
         self, event: StartedEvent | ProgressEvent, *, trace_parent: str | None
@@ -125,7 +139,11 @@ class JetStreamEvents:
     async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
         """Keep a request's bytes and headers with the reason; waits for the bus."""
         headers = _dead_letter_headers(delivery, letter)
-        originals = {f"{ORIGINAL_PREFIX}{name}": text for name, text in delivery.headers.items()}
+        # Other clients publish header names that nats-py refuses to write.
+        originals = {
+            f"{ORIGINAL_PREFIX}{_NOT_IN_HEADER_NAMES.sub('_', name)}": text
+            for name, text in delivery.headers.items()
+        }
         limit = self._bus.client.max_payload
         if wire_size(delivery.body, {**headers, **originals}) <= limit:
             headers |= originals
@@ -160,9 +178,12 @@ class JetStreamEvents:
                 if error.err_code == _TOO_LARGE_FOR_STREAM:
                     raise MessageTooLarge from None
                 log.warning("publish_refused", code=error.err_code, reason=error.description)
-            except (Error, OSError, TypeError, AttributeError) as error:
-                # The last two come out of js.publish itself when the connection is lost under it.
+            except (Error, OSError, *_NO_PUB_ACK) as error:
                 log.warning("publish_failed", error=type(error).__name__)
+                if self._bus.connected:
+                    # Where somebody listens to the subject without storing it, a missing stream is
+                    # not answered with an error.
+                    await self._restore()
             pause = await _rest(pause)
 
     async def _restore(self) -> None:
@@ -189,12 +210,22 @@ class JetStreamEvents:
             raise MessageTooLarge
 
 
+def _read(body: bytes) -> ResultEvent | None:
+    try:
+        return decode_result(body)
+    except ValidationError:
+        # Of a later version, or not ours. The job goes on, and the fence decides in the end; to
+        # fail here would give the request back for ever.
+        log.error("result_not_readable")  # noqa: TRY400 - the body may hold what is not for logs
+        return None
+
+
 def _dead_letter_headers(delivery: Delivery, letter: DeadLetter) -> dict[str, str]:
     place = f"{delivery.stream}-{delivery.stream_sequence}-{int(delivery.stored_at.timestamp()):x}"
     return {
         MESSAGE_ID: f"{place}.dead",
         DEAD_LETTER_CODE: letter.code,
-        DEAD_LETTER_REASON: _ascii(letter.reason),
+        DEAD_LETTER_REASON: _ascii(letter.reason)[:MAX_REASON],
         DEAD_LETTER_REQUEST_ID: letter.request_id,
         DEAD_LETTER_ATTEMPTS: str(delivery.attempt),
         DEAD_LETTER_WORKER: letter.worker,

@@ -52,6 +52,7 @@ class PullLoop:
         self._stopping = False
         self._pulls = 0
         self._standing = False  # whether the last pull may still be answered
+        self._giving_back: set[asyncio.Task[None]] = set()
         self._silences = 0
         self._heard = time.monotonic()
         self.attached = True  # whether the server knows the durable; it did when it was ensured
@@ -88,21 +89,24 @@ class PullLoop:
         return None
 
     async def close(self) -> None:
-        """Withdraw the standing pull, and give back what came too late to be handled."""
+        """Withdraw the standing pull, and give back what came too late to be handled.
+
+        Call it as soon as `next` is not called any more: nobody renews those leases. Never raises.
+        """
         self._stopping = True
         if self._subscription is None:
             return
         try:
-            # Takes the interest away from the pull, then waits for what was under way. (nats-py
-            # writes the PING before the UNSUB: a message within these microseconds would come
-            # again after ack_wait.)
+            # Takes the interest away from the pull, then waits for what was under way.
             await asyncio.wait_for(self._subscription.drain(), IDLE_HEARTBEAT)  # type: ignore[no-untyped-call]
         except (Error, TimeoutError, OSError) as error:
             log.warning("pull_not_withdrawn", error=type(error).__name__)
         while not self._received.empty():
             message = self._received.get_nowait()
             if message is not None and is_delivery(message):
-                await JetStreamDelivery(self._bus, message).nak()
+                self._give_back(message)
+        if self._giving_back:
+            await asyncio.wait(self._giving_back, timeout=IDLE_HEARTBEAT)
 
     @property
     def _current(self) -> str:
@@ -118,7 +122,15 @@ class PullLoop:
             # The answer to a pull that was taken to be lost. Nobody would renew its lease here
             # while another job runs.
             log.warning("delivery_not_asked_for")
-            await JetStreamDelivery(self._bus, message).nak()
+            self._give_back(message)
+
+    def _give_back(self, message: Msg) -> None:
+        # In a task of its own: until it is confirmed, heartbeats must be heard.
+        giving_back = asyncio.create_task(
+            JetStreamDelivery(self._bus, message).nak(), name="give-back"
+        )
+        self._giving_back.add(giving_back)
+        giving_back.add_done_callback(self._giving_back.discard)
 
     def _pull_again(self) -> None:
         self._standing = False
@@ -132,16 +144,17 @@ class PullLoop:
             "idle_heartbeat": round(IDLE_HEARTBEAT * NANOSECONDS),
         }
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._durable.stream}.{self._durable.name}"
+        # Before it is sent: behind a full buffer the answer may be here first.
+        self._standing = True
+        self._heard = time.monotonic()
         try:
             await self._bus.client.publish(
                 subject, json.dumps(request).encode(), reply=self._current
             )
-        except Error as error:
+        except (Error, OSError) as error:
             log.warning("pull_failed", error=type(error).__name__)
+            self._standing = False
             await asyncio.sleep(PAUSE_MISSING)
-            return
-        self._standing = True
-        self._heard = time.monotonic()
 
     async def _hear(self) -> Msg | None:
         left = self._heard + SILENCE - time.monotonic()
@@ -188,7 +201,4 @@ class PullLoop:
             await self._ensure()
         except (BusUnavailable, TopologyError) as error:
             log.warning("durable_not_restored", reason=str(error))
-            await asyncio.sleep(PAUSE_MISSING)
-        except Error as error:
-            log.warning("durable_not_restored", reason=type(error).__name__)
             await asyncio.sleep(PAUSE_MISSING)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import structlog
-from nats.errors import NoRespondersError
+from nats.errors import Error, NoRespondersError
 from nats.errors import TimeoutError as BusTimeout
 
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
@@ -29,8 +29,13 @@ _NOT_FOUND = frozenset({10059, 10014})  # stream, consumer
 
 # A difference in one of these breaks a guarantee: requests lost or done twice, results not found.
 _VITAL = frozenset(
-    {"subjects", "retention", "discard", "allow_direct", "filter_subjects", "ack_policy", "backoff"}
+    {"subjects", "retention", "discard", "allow_direct"}
+    | {"filter_subjects", "filter_subject", "ack_policy", "backoff"}
 )
+
+# What a consumer must not have. The first entry of a backoff overrides ack_wait, and the lease with
+# it; one filter beside the list of them is refused by the server.
+_NOT_FOR_CONSUMERS: dict[str, Any] = {"backoff": [], "filter_subject": ""}
 
 Change = Literal["created", "updated", "unchanged"]
 Config = dict[str, Any]
@@ -155,7 +160,7 @@ class Topology:
         if self._durable_name is not None:
             wanted["durable_name"] = self._durable_name
         wanted["name"] = wanted["durable_name"]
-        return wanted
+        return wanted | _NOT_FOR_CONSUMERS
 
     def _rooted(self, name: str) -> Config:
         config: Config = json.loads(_definition(name))
@@ -198,6 +203,7 @@ class Topology:
 
     async def _call(self, subject: str, body: Config | None = None) -> Config | None:
         payload = b"" if body is None else json.dumps(body).encode()
+        self._bus.last_error = ""
         try:
             answer = await self._bus.client.request(
                 f"$JS.API.{subject}", payload, timeout=API_TIMEOUT
@@ -208,6 +214,8 @@ class Topology:
             # The server drops what is not permitted; the reason goes to the error callback.
             reason = self._bus.last_error or "no answer"
             raise BusUnavailable(f"NATS: $JS.API.{subject}: {reason}") from None
+        except (Error, OSError) as problem:
+            raise BusUnavailable(f"NATS: $JS.API.{subject}: {problem}") from None
         value: Config = json.loads(answer.data)
         error = value.get("error")
         if error is None:
@@ -247,11 +255,7 @@ def _differences(wanted: Config, found: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _compare(what: str, wanted: Config, found: Config) -> None:
-    differences = _differences(wanted, found)
-    if found.get("backoff"):
-        # Its first entry overrides ack_wait, and the lease with it.
-        differences["backoff"] = (found["backoff"], None)
-    for key, (has, needs) in differences.items():
+    for key, (has, needs) in _differences(wanted, found).items():
         if key in _VITAL:
             raise TopologyError(
                 f"{what}: {key} is {json.dumps(has)} and must be {json.dumps(needs)}; "

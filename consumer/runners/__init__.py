@@ -1,0 +1,24 @@
+"""Runners: the loaded models. The only folder in which torch, diffusers or transformers appear.
+
+Importing this package is cheap: the libraries, 9 s and 780 MB for diffusers, are imported by
+`Runner.load`, in the inference thread.
+"""
+
+import os
+
+from consumer.runners.config import ModelConfig
+from consumer.runners.runner import ModelRunner
+from consumer.runners.thread import InferenceThread
+from generation_contracts import Task
+
+# Both are read once, when the libraries are imported, so they must be set before. The first beats
+# even trust_remote_code=True: no code that came with a model is ever run.
+os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+__all__ = ["InferenceThread", "ModelConfig", "ModelRunner", "create_runner"]
+
+
+def create_runner(task: Task, config: ModelConfig) -> ModelRunner:
+    """A runner for a task; nothing is loaded before its `load` is called."""
+    return ModelRunner(task, config)

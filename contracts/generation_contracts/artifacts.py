@@ -12,9 +12,11 @@ BucketName = Annotated[
 ]
 # Printable ASCII without backslash, query and fragment signs: minio-py lets tabs, newlines and ESC
 # through to the server.
-ObjectKey = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9_\-.!~*'()/=@+, ]+$", min_length=1, max_length=1024)
-]
+# No empty, `.` or `..` segment either: the S3 client refuses some of them with a bare ValueError,
+# and a store on a file system takes `a//b` for `a/b`.
+_SEGMENT = r"(?:\.*[A-Za-z0-9_\-!~*'()=@+, ][A-Za-z0-9_\-.!~*'()=@+, ]*|\.{3,})"
+_KEY = rf"{_SEGMENT}(?:/{_SEGMENT})*"
+ObjectKey = Annotated[str, StringConstraints(pattern=rf"^{_KEY}$", min_length=1, max_length=1024)]
 
 MAX_INLINE_IMAGE = 8 * 2**20  # base64 characters; the server's max_payload bounds it further
 MAX_URI = 2048  # characters
@@ -29,7 +31,7 @@ InlineUri = Annotated[
 S3Uri = Annotated[
     str,
     StringConstraints(
-        pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[A-Za-z0-9_\-.!~*'()/=@+, ]+$",
+        pattern=rf"^s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]/{_KEY}$",
         max_length=MAX_URI,
     ),
 ]

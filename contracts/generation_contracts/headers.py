@@ -1,11 +1,13 @@
 """Headers: CloudEvents' NATS binding in binary mode, and the few of our own.
 
 In binary mode the attributes travel as `ce-` headers and the body stays plain JSON, so `nats sub`
-and `jq` read it at once. Source: the CloudEvents specification, NATS protocol binding 1.0.
+and `jq` read it at once. Source: the CloudEvents specification, NATS protocol binding, working
+draft 1.0.3: 1.0.2 has the structured mode only.
 """
 
 from collections.abc import Mapping
 from typing import Final
+from urllib.parse import quote
 
 from generation_contracts.events import EventBase, TerminalEvent
 
@@ -55,10 +57,10 @@ def event_headers(event: EventBase, *, trace_parent: str | None = None) -> dict[
         "ce-specversion": "1.0",
         "ce-id": event_id(event),
         "ce-type": event_type(event),
-        "ce-source": f"urn:generation:worker:{event.worker}",
+        "ce-source": f"urn:generation:worker:{quote(event.worker, safe='')}",
         "ce-subject": event.request_id,
         "ce-time": event.time.isoformat().replace("+00:00", "Z"),
-        "content-type": "application/json",
+        "ce-datacontenttype": "application/json",
     }
     if isinstance(event, TerminalEvent):
         headers[MESSAGE_ID] = result_message_id(event.request_id)

@@ -6,6 +6,9 @@ that what it says may be shown and logged.
 """
 
 import hashlib
+import json
+import re
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -13,8 +16,11 @@ from pydantic import (
     AliasChoices,
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationError,
 )
 
@@ -40,6 +46,36 @@ def _says_something(value: str) -> str:
     return value
 
 
+# pydantic would also take a number, and "1767323045", as seconds or milliseconds by its size.
+_RFC_3339 = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]", re.ASCII)
+
+
+def _rfc_3339(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        if _RFC_3339.match(value):
+            return datetime.fromisoformat(value)
+    except ValueError:
+        pass  # its text repeats the value
+    raise ValueError("must be a time like 2030-01-02T03:04:05Z")
+
+
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is out of range") from None
+
+
+def _outputs_or_list(value: Any) -> str:
+    return "outputs" if isinstance(value, str) else "list"
+
+
+Deadline = Annotated[AwareDatetime, BeforeValidator(_rfc_3339), AfterValidator(_in_utc)]
+Images = Annotated[
+    tuple[ImageSource, ...], Field(min_length=1, max_length=MAX_IMAGES, fail_fast=True)
+]
 Prompt = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_PROMPT), AfterValidator(_says_something)
 ]
@@ -97,10 +133,10 @@ class ImageToTextStep(ImageToTextParameters):
 
     task: Literal["image_to_text"]
     prompt: Prompt
-    images: (
-        Literal["$outputs"]
-        | Annotated[tuple[ImageSource, ...], Field(min_length=1, max_length=MAX_IMAGES)]
-    ) = "$outputs"
+    images: Annotated[
+        Annotated[Literal["$outputs"], Tag("outputs")] | Annotated[Images, Tag("list")],
+        Discriminator(_outputs_or_list),
+    ] = "$outputs"
     each: bool = Field(default=False, description="one request for each picture, not one for all")
 
 
@@ -117,9 +153,9 @@ class RequestEnvelope(RequestPart):
     reply_to: SubjectName | None = Field(
         default=None, description="subject for the result event; also as the header Reply-To"
     )
-    deadline: AwareDatetime | None = None
+    deadline: Deadline | None = None
     metadata: Metadata = Field(default_factory=dict, description="echoed in every event")
-    then: Annotated[tuple[NextStep, ...], Field(max_length=MAX_CHAIN)] = ()
+    then: Annotated[tuple[NextStep, ...], Field(max_length=MAX_CHAIN, fail_fast=True)] = ()
 
 
 class TextToImageRequest(TextToImageParameters, RequestEnvelope):
@@ -132,7 +168,7 @@ class ImageToTextRequest(ImageToTextParameters, RequestEnvelope):
     """Describe pictures, or answer a question about them."""
 
     prompt: Prompt
-    images: Annotated[tuple[ImageSource, ...], Field(min_length=1, max_length=MAX_IMAGES)]
+    images: Images
 
 
 Request = TextToImageRequest | ImageToTextRequest
@@ -142,12 +178,8 @@ REQUEST_TYPES: dict[Task, type[TextToImageRequest] | type[ImageToTextRequest]] =
     Task.IMAGE_TO_TEXT: ImageToTextRequest,
 }
 
-_UNION_TAGS = frozenset(
-    {"ArtifactReference", "InlineImage", "InlineUri", "S3Uri", "HttpUri", *Task, "constrained-str"}
-)
-
-# Where a request comes from, not what it asks for: a second copy may differ in these.
-_ADDRESSING = frozenset({"request_id", "reply_to"})
+# Who asks and until when, not what for: a second copy may differ in these.
+_NOT_CONTENT = frozenset({"request_id", "reply_to", "deadline", "metadata"})
 
 
 class InvalidRequest(ValueError):  # noqa: N818 - the contract's word for it is invalid_request
@@ -185,26 +217,44 @@ def request_digest(request: Request) -> str:
     """What a request asks for, as `sha256:<hex>`.
 
     Two requests with one id and one digest are copies; with different digests they conflict. Where
-    the answer goes does not count.
+    the answer goes, the deadline and the metadata do not count: a sender that asks again with a
+    later deadline means the same picture.
     """
-    content = request.model_dump_json(exclude=set(_ADDRESSING), exclude_defaults=True)
+    asked = request.model_dump(mode="json", exclude=set(_NOT_CONTENT), exclude_defaults=True)
+    content = json.dumps(asked, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
 def _causes(details: list[Any]) -> list[Any]:
     # A list whose only item is wrong is also reported as too short: a consequence, not a cause.
-    causes = [d for d in details if d["type"] != "too_short"]
-    return causes or details
+    def within(place: Any) -> bool:
+        return any(len(d["loc"]) > len(place) and d["loc"][: len(place)] == place for d in details)
+
+    return [d for d in details if d["type"] != "too_short" or not within(d["loc"])]
 
 
 def _problem(detail: Any) -> dict[str, str]:
     if detail["type"] == "json_invalid":
         return {"field": "", "problem": "the body is not JSON"}
-    # Union members appear in the location as type names; a sender knows fields and indexes only.
-    location = [part for part in detail["loc"] if part not in _UNION_TAGS]
+    location = _without_union_members(detail["loc"])
+    if detail["type"] in {"union_tag_invalid", "union_tag_not_found"}:
+        # pydantic's own message repeats the value, at any length.
+        tags = f"must be one of {', '.join(Task)}"
+        return {"field": _dotted([*location, "task"]), "problem": tags}
     if detail["type"] == "extra_forbidden":
         return {"field": _dotted(location), "problem": "there is no such field"}
     return {"field": _dotted(location), "problem": _plain(detail)}
+
+
+def _without_union_members(location: tuple[int | str, ...]) -> list[int | str]:
+    # A sender knows fields and indexes only. pydantic names the chosen member of a union after the
+    # index of a picture or step, and after `images` in a step.
+    before: list[int | str] = ["", *location]
+    return [
+        part
+        for part, previous in zip(location, before, strict=False)
+        if isinstance(part, int) or not (isinstance(previous, int) or previous == "images")
+    ]
 
 
 def _plain(detail: Any) -> str:

@@ -43,14 +43,6 @@ _MODELS: Final[tuple[tuple[type[BaseModel], JsonSchemaMode], ...]] = (
 # Stands for any request id while an address is built; it has to be a valid id itself.
 _ANY_ID: Final = "request_id"
 
-_PARAMETERS: Final[Mapping[str, Document]] = {
-    "request_id": {
-        "description": "1-64 characters of A-Z a-z 0-9 _ -",
-        "examples": ["poster-0001"],
-    },
-    "task": {"description": "what the model does", "enum": [str(task) for task in Task]},
-}
-
 
 class _Generator(GenerateJsonSchema):
     """pydantic's generator, made complete."""
@@ -126,7 +118,6 @@ def asyncapi(subjects: Subjects | None = None) -> Document:
                 "happened. `receive` and `send` are what the daemon does: a sender does the "
                 "opposite. Each stored channel names its JetStream stream as `x-stream`."
             ),
-            "license": {"name": "Apache-2.0"},
         },
         "defaultContentType": _JSON,
         "servers": {"nats": _server()},
@@ -223,11 +214,14 @@ def _channel(
         "description": description,
         "messages": {name: _ref("components/messages", name) for name in messages},
     }
-    parameters = {
-        name: dict(parameter)
-        for name, parameter in _PARAMETERS.items()
-        if f"{{{name}}}" in str(address)
+    described: Document = {
+        "request_id": {
+            "description": "1-64 characters of A-Z a-z 0-9 _ -",
+            "examples": ["poster-0001"],
+        },
+        "task": {"description": "what the model does", "enum": [str(task) for task in Task]},
     }
+    parameters = {name: text for name, text in described.items() if f"{{{name}}}" in str(address)}
     if parameters:
         channel["parameters"] = parameters
     if stream is not None:
@@ -361,20 +355,21 @@ def _schemas() -> Document:
         "ce-subject": "the request id",
         "ce-time": "RFC 3339",
         "ce-type": "the versioned type, as in the body",
-        "content-type": _JSON,
+        "ce-datacontenttype": _JSON,
     }
-    result = {**event, headers.MESSAGE_ID: "`<request id>.done`: a request has one terminal event"}
+    trace = {headers.TRACE_PARENT: "W3C trace context, from the request"}
+    result = {headers.MESSAGE_ID: "`<request id>.done`; only where it is stored, not in a reply"}
     schemas = {
         **bodies["$defs"],
         "DeadLetterHeaders": _dead_letter_headers(),
-        "EventHeaders": _headers(event, required=event),
-        "RequestHeaders": _request_headers(),
-        "ResultHeaders": _headers(result, required=result),
+        "EventHeaders": _headers({**event, **trace}, required=event),
+        "RequestHeaders": _request_headers(trace),
+        "ResultHeaders": _headers({**event, **result, **trace}, required=event),
     }
     return dict(sorted(schemas.items()))
 
 
-def _request_headers() -> Document:
+def _request_headers(trace: Mapping[str, str]) -> Document:
     schema = _headers(
         {
             headers.MESSAGE_ID: (
@@ -382,6 +377,7 @@ def _request_headers() -> Document:
                 "request id where neither subject nor body has one"
             ),
             headers.REPLY_TO: "subject for the result event where the body has no `reply_to`",
+            **trace,
         }
     )
     schema["properties"][headers.REPLY_TO] |= {"maxLength": MAX_SUBJECT, "pattern": SUBJECT_PATTERN}
@@ -395,10 +391,11 @@ def _dead_letter_headers() -> Document:
         headers.DEAD_LETTER_REASON: "in one sentence, safe to show",
         headers.DEAD_LETTER_REQUEST_ID: "its own, or the one derived for it",
         headers.DEAD_LETTER_SUBJECT: "where it was published",
-        headers.DEAD_LETTER_TIME: "RFC 3339",
+        headers.DEAD_LETTER_TIME: "when its stream took it, RFC 3339",
         headers.DEAD_LETTER_WORKER: "who put it aside",
+        headers.MESSAGE_ID: "the request's place in its stream, with `.dead`",
     }
-    truncated = {headers.DEAD_LETTER_TRUNCATED: "present where the original did not fit"}
+    truncated = {headers.DEAD_LETTER_TRUNCATED: "bytes of the original, where it was cut to fit"}
     schema = _headers({**always, **truncated}, required=always)
     schema["properties"][headers.DEAD_LETTER_CODE]["enum"] = [str(code) for code in FailureCode]
     schema["patternProperties"] = {
@@ -408,11 +405,10 @@ def _dead_letter_headers() -> Document:
 
 
 def _headers(descriptions: Mapping[str, str], *, required: Iterable[str] = ()) -> Document:
-    described = {**descriptions, headers.TRACE_PARENT: "W3C trace context, from the request"}
     schema: Document = {
         "type": "object",
         "properties": {
-            name: {"type": "string", "description": text} for name, text in described.items()
+            name: {"type": "string", "description": text} for name, text in descriptions.items()
         },
     }
     if names := sorted(required):

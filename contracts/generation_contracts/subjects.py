@@ -21,6 +21,8 @@ SubjectName = Annotated[
 ]
 
 _REQUEST_ID = re.compile(REQUEST_ID_PATTERN.removesuffix("$") + r"\Z")
+# Narrower than a subject, so that two roots never share a stream name.
+_ROOT = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*\Z")
 _SUBJECT = re.compile(SUBJECT_PATTERN.removesuffix("$") + r"\Z")
 
 
@@ -44,8 +46,8 @@ class Subjects:
     root: str = "generation"
 
     def __post_init__(self) -> None:
-        if len(self.root) > MAX_ROOT or _SUBJECT.match(self.root) is None:
-            raise ValueError("the subject root must be 1-24 characters of A-Z a-z 0-9 _ - and dots")
+        if len(self.root) > MAX_ROOT or _ROOT.match(self.root) is None:
+            raise ValueError("the subject root must be 1-24 characters of a-z 0-9 - between dots")
 
     def request(self, task: Task, request_id: str | None = None) -> str:
         """Where a request is published; with its id as the last token it can be found by it."""

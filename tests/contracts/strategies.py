@@ -1,7 +1,7 @@
 """Hypothesis strategies: valid requests of every shape, and JSON of no shape at all."""
 
 import base64
-from datetime import timedelta, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from hypothesis import strategies as st
@@ -22,8 +22,12 @@ prompts = st.text(min_size=1, max_size=40).filter(lambda text: bool(text.strip()
 request_ids = st.text(_NAME, min_size=1, max_size=64)
 subjects = st.lists(st.text(_NAME, min_size=1, max_size=9), min_size=1, max_size=9).map(".".join)
 offsets = st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes)))
+# Seconds since 1970: far from the first and the last year, which no time zone can shift.
+deadlines = st.builds(datetime.fromtimestamp, st.integers(0, 2**35), offsets)
 buckets = st.from_regex(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]", fullmatch=True)
-keys = st.lists(st.from_regex(r"[A-Za-z0-9_!~*'()=@+, -]{1,20}", fullmatch=True), min_size=1, max_size=5).map("/".join)
+keys = st.lists(
+    st.from_regex(r"[A-Za-z0-9_!~*'()=@+, -]{1,20}", fullmatch=True), min_size=1, max_size=5
+).map("/".join)
 seeds = st.integers(0, 2**32 - 1)
 
 images = st.one_of(
@@ -57,7 +61,9 @@ IMAGE_TO_TEXT: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-def _some(model: type[Any], required: dict[str, Any], optional: dict[str, Any]) -> st.SearchStrategy[Any]:
+def _some(
+    model: type[Any], required: dict[str, Any], optional: dict[str, Any]
+) -> st.SearchStrategy[Any]:
     return st.fixed_dictionaries(required, optional=optional).map(lambda fields: model(**fields))
 
 
@@ -66,18 +72,24 @@ _steps = st.one_of(
     _some(
         ImageToTextStep,
         {"task": st.just("image_to_text"), "prompt": prompts},
-        {**IMAGE_TO_TEXT, "images": st.just("$outputs") | st.lists(images, min_size=1, max_size=3), "each": st.booleans()},
+        {
+            **IMAGE_TO_TEXT,
+            "images": st.just("$outputs") | st.lists(images, min_size=1, max_size=3),
+            "each": st.booleans(),
+        },
     ),
 )
 ENVELOPE: dict[str, st.SearchStrategy[Any]] = {
     "request_id": request_ids,
     "reply_to": subjects,
-    "deadline": st.datetimes(timezones=offsets),
+    "deadline": deadlines,
     "metadata": st.dictionaries(st.text(min_size=1, max_size=20), st.text(max_size=20), max_size=4),
     "then": st.lists(_steps, max_size=3),
 }
 
-text_to_image_requests = _some(TextToImageRequest, {"prompt": prompts}, {**ENVELOPE, **TEXT_TO_IMAGE})
+text_to_image_requests = _some(
+    TextToImageRequest, {"prompt": prompts}, {**ENVELOPE, **TEXT_TO_IMAGE}
+)
 image_to_text_requests = _some(
     ImageToTextRequest,
     {"prompt": prompts, "images": st.lists(images, min_size=1, max_size=4)},
@@ -87,6 +99,8 @@ requests = text_to_image_requests | image_to_text_requests
 
 json_values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4)
+    ),
     max_leaves=12,
 )

@@ -6,7 +6,14 @@ from typing import Any, get_args
 import pytest
 from jsonschema import Draft202012Validator
 
-from generation_contracts import FailedEvent, FailureCode, Request, decode_event, decode_request, encode
+from generation_contracts import (
+    FailedEvent,
+    FailureCode,
+    Request,
+    decode_event,
+    decode_request,
+    encode,
+)
 from generation_contracts.events import EventBase
 from generation_contracts.examples import Event
 from generation_contracts.schema import json_schemas
@@ -31,7 +38,10 @@ def models_in(value: Any) -> list[Any]:
         return [model for item in value for model in models_in(item)]
     if not hasattr(value, "model_fields_set"):
         return []
-    return [value, *(m for name in type(value).model_fields for m in models_in(getattr(value, name)))]
+    return [
+        value,
+        *(m for name in type(value).model_fields for m in models_in(getattr(value, name))),
+    ]
 
 
 @by_name

@@ -1,0 +1,150 @@
+"""Blocking calls to the store that can be broken off, and the connections that make it possible.
+
+urllib3's timeouts count from one received piece to the next: a server that sends a byte now and
+then would hold its thread, and with it the end of the process, for as long as it likes. Closing the
+connection from outside is the only way to end such a call.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import certifi
+from urllib3 import PoolManager, Timeout
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from consumer.ports import StoreUnavailable
+
+T = TypeVar("T")
+
+_THREADS = 8  # also the most connections; more than the outputs of one request would gain nothing
+
+
+class Calls:
+    """A few threads for blocking calls, apart from those of the event loop."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="artifacts")
+        self._under_way: set[_Call] = set()
+        self._closed = False
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run `work` in a thread; it is broken off when the awaiting task is cancelled.
+
+        Raises:
+            StoreUnavailable: `close` has been called.
+        """
+        if self._closed:
+            raise StoreUnavailable("S3: the client is closed")
+        call = _Call()
+        self._under_way.add(call)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call.run, work)
+        except asyncio.CancelledError:
+            call.break_off()
+            raise
+        finally:
+            self._under_way.discard(call)
+
+    def close(self) -> None:
+        """Break off what is under way; the threads end by themselves."""
+        self._closed = True
+        for call in tuple(self._under_way):
+            call.break_off()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Call:
+    """One piece of work in a thread, and the connection that it uses at the moment."""
+
+    in_thread = threading.local()  # its attribute `call`: the one that the thread works on
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._broken_off = False
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do the work, in its thread."""
+        _Call.in_thread.call = self
+        try:
+            return work()
+        finally:
+            _Call.in_thread.call = None
+            self.uses(None)  # from here on the connection may belong to another call
+
+    def uses(self, connection: socket.socket | None) -> None:
+        """Remember what to close."""
+        with self._lock:
+            self._socket = connection
+            if self._broken_off:
+                self._shut()
+
+    def break_off(self) -> None:
+        """Make what it reads or writes now, and all that follows, fail."""
+        with self._lock:
+            self._broken_off = True
+            self._shut()
+
+    def _shut(self) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # the other side has closed it already
+                # Not SSLSocket's method, which takes the TLS state away under the reading thread.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+
+def _note(connection: HTTPConnection) -> None:
+    call: _Call | None = getattr(_Call.in_thread, "call", None)
+    if call is not None:
+        call.uses(connection.sock)
+
+
+class _PlainConnection(HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        _note(self)
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        _note(self)  # one that was kept alive is not connected again
+        super().request(*args, **kwargs)
+
+
+class _TlsConnection(HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()
+        _note(self)
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        _note(self)
+        super().request(*args, **kwargs)
+
+
+class _PlainPool(HTTPConnectionPool):
+    ConnectionCls = _PlainConnection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+def connection_pools(*, connect_timeout: float, read_timeout: float) -> PoolManager:
+    """Connections that `Calls` can break off; timeouts in seconds.
+
+    It neither retries nor follows redirects. With urllib3's defaults a refused connection takes
+    6 s, a silent server half an hour, and the store's error code is lost.
+    """
+    pools = PoolManager(
+        timeout=Timeout(connect=connect_timeout, read=read_timeout),
+        maxsize=_THREADS,
+        block=True,
+        retries=False,
+        ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),  # as the SDK does by itself
+    )
+    pools.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
+    return pools

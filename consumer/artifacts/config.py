@@ -1,0 +1,107 @@
+"""Where the store is, who we are to it, what may be read from it, and how long it may take."""
+
+from dataclasses import dataclass, field
+
+from minio.helpers import BaseURL, check_bucket_name
+
+from consumer.ports import StoreUnavailable
+from consumer.settings import Settings
+
+_MAX_URL_TTL = 7 * 86_400  # seconds; S3's limit for presigned URLs
+
+
+class StoreMisconfigured(StoreUnavailable):
+    """Trying again is of no use until somebody changes the settings, the store or its policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """What `ObjectStoreArtifacts` is made of.
+
+    Attributes:
+        endpoint: `http(s)://host[:port]`.
+        prefix: Begins the keys of all outputs, without slashes around it; may be empty.
+        region: Part of every signature; most stores of one's own take any.
+        public_endpoint: What presigned URLs name, where readers reach the store by another address.
+        input_prefixes: `bucket/prefix` or `bucket`: what requests may name as inputs. Empty: the
+            own bucket and prefix.
+        url_ttl: Seconds that a presigned URL is good for, up to 7 days.
+        connect_timeout: Seconds.
+        read_timeout: Seconds between two received pieces of an answer.
+        try_timeout: Seconds for one try, whatever arrives.
+        deadline: Seconds for all tries of one operation.
+        first_pause: Seconds; the longest pause after the first failed try, doubled by each next
+            one. The pause itself is random below it (full jitter).
+        longest_pause: Seconds.
+
+    Raises:
+        StoreMisconfigured: With one line that names the setting.
+    """
+
+    endpoint: str
+    access_key: str = field(repr=False)
+    secret_key: str = field(repr=False)
+    bucket: str
+    prefix: str = ""
+    region: str = "us-east-1"
+    public_endpoint: str | None = None
+    input_prefixes: tuple[str, ...] = ()
+    url_ttl: int = 86_400
+    connect_timeout: float = 2.0
+    read_timeout: float = 20.0
+    try_timeout: float = 30.0
+    deadline: float = 60.0
+    first_pause: float = 0.2
+    longest_pause: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.access_key or not self.secret_key:
+            # The SDK would go on unsigned, as nobody in particular.
+            raise StoreMisconfigured("S3: set S3_ACCESS_KEY and S3_SECRET_KEY")
+        try:
+            check_bucket_name(self.bucket, strict=True)
+            for endpoint in (self.endpoint, self.public_endpoint or self.endpoint):
+                BaseURL(endpoint, self.region)
+        except ValueError as error:
+            raise StoreMisconfigured(f"S3: {error}") from None
+        if not 1 <= self.url_ttl <= _MAX_URL_TTL:
+            raise StoreMisconfigured(f"S3: URLs can be good for 1 to {_MAX_URL_TTL} seconds")
+        if self.prefix and not is_plain(self.prefix):
+            raise StoreMisconfigured("S3: the prefix must be names between slashes")
+
+    def key(self, *parts: str) -> str:
+        """An object key under the prefix."""
+        return "/".join((self.prefix, *parts) if self.prefix else parts)
+
+    def may_read(self, bucket: str, key: str) -> bool:
+        """Whether requests may name this object as an input."""
+        for allowed in self.input_prefixes or (f"{self.bucket}/{self.prefix}",):
+            allowed_bucket, _, prefix = allowed.rstrip("/").partition("/")
+            # With the slash: the prefix `outputs` must not open `outputs-of-others`.
+            if bucket == allowed_bucket and (not prefix or key.startswith(f"{prefix}/")):
+                return True
+        return False
+
+
+def is_plain(key: str) -> bool:
+    """Whether a key names one object only: no empty, `.` or `..` part, which stores resolve."""
+    return all(part.strip() not in {"", ".", ".."} for part in key.split("/"))
+
+
+def store_config(settings: Settings) -> StoreConfig:
+    """The store's part of the settings.
+
+    Raises:
+        StoreMisconfigured: With one line that names the setting.
+    """
+    return StoreConfig(
+        endpoint=settings.s3_endpoint,
+        access_key=settings.s3_access_key,
+        secret_key=settings.s3_secret_key.get_secret_value(),
+        bucket=settings.s3_bucket,
+        prefix=settings.s3_prefix,
+        region=settings.s3_region,
+        public_endpoint=settings.s3_public_endpoint,
+        input_prefixes=settings.input_prefixes,
+        url_ttl=settings.s3_url_ttl,
+    )

@@ -1,0 +1,101 @@
+"""What a failed try means: whether it may pass, and words for it that are safe to show.
+
+The words name S3 codes, the own bucket and nothing else: no address, no key pair, no signed query.
+"""
+
+import re
+import ssl
+from http import HTTPStatus
+from xml.etree.ElementTree import ParseError
+
+from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NameResolutionError,
+    NewConnectionError,
+    ProtocolError,
+    ReadTimeoutError,
+    SSLError,
+)
+
+from consumer.artifacts.config import StoreConfig, StoreMisconfigured
+from consumer.ports import StoreUnavailable
+
+_S3_CODE = re.compile(r"[A-Za-z0-9.]{1,64}\Z")
+_HTTP_STATUS = re.compile(r"Response code: (\d{3})")
+
+# Codes below 500 that another try may not meet; all others there are faults of configuration.
+_PASSING_CODES = frozenset(
+    {
+        "BadDigest",
+        "IncompleteBody",
+        "OperationAborted",
+        "RequestTimeout",
+        "SlowDown",
+        "TooManyRequests",
+        "XAmzContentChecksumMismatch",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+_PASSING_STATUSES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
+
+# The first class that fits counts.
+_CONNECTION_FAULTS: tuple[tuple[type[Exception], str], ...] = (
+    (NameResolutionError, "the name of its host is not known"),
+    (NewConnectionError, "no connection"),
+    (ConnectTimeoutError, "no connection in time"),
+    (ReadTimeoutError, "no answer in time"),
+    (TimeoutError, "no complete answer in time"),
+    (ProtocolError, "the connection broke"),
+    (HTTPError, "the connection failed"),
+    (OSError, "the connection broke"),
+    (ParseError, "the answer is not that of an S3 store"),
+    (ValueError, "the answer is not that of an S3 store"),  # the SDK's, for some odd answers
+)
+
+
+class WrongAnswer(Exception):  # noqa: N818 - it names the answer, not the program's error
+    """The store said yes, but its answer shows that what was asked did not happen."""
+
+
+# What a try may raise; anything else is a fault of this program and goes up as it is.
+FAILURES = (WrongAnswer, MinioException, HTTPError, OSError, ParseError, ValueError)
+
+
+def fault_of(error: Exception, config: StoreConfig) -> StoreUnavailable:
+    """What one of `FAILURES` means: `StoreMisconfigured`, or `StoreUnavailable` if it may pass."""
+    if isinstance(error, WrongAnswer):
+        return StoreUnavailable(f"S3: {error}")
+    if isinstance(error, S3Error):
+        code = error.code if error.code and _S3_CODE.match(error.code) else "an unknown code"
+        return _refusal(code, error.response.status, config)
+    if isinstance(error, ServerError):
+        return _refusal(f"HTTP {error.status_code}", error.status_code, config)
+    if isinstance(error, InvalidResponseError):
+        found = _HTTP_STATUS.search(str(error))
+        status = found.group(1) if found else "unknown"
+        return StoreUnavailable(f"S3: the answer is not that of an S3 store (HTTP {status})")
+    if isinstance(error, SSLError) and not isinstance(error.args[0], ssl.SSLEOFError):
+        reason = getattr(error.args[0], "reason", None) or "unknown reason"
+        return StoreMisconfigured(f"S3: TLS fails ({reason.lower().replace('_', ' ')})")
+    words = next(words for kind, words in _CONNECTION_FAULTS if isinstance(error, kind))
+    return StoreUnavailable(f"S3: {words}")
+
+
+def _refusal(code: str, status: int, config: StoreConfig) -> StoreUnavailable:
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _PASSING_STATUSES:
+        return StoreUnavailable(f"S3: the store cannot do it now ({code})")
+    if code in _PASSING_CODES:
+        return StoreUnavailable(f"S3: the store did not take it ({code})")
+    place = f"{config.bucket}/{config.key('*')}"
+    known = {
+        "AccessDenied": f'access is denied; reading and writing "{place}" is needed',
+        "AuthorizationHeaderMalformed": f'the region "{config.region}" is wrong',
+        "InvalidAccessKeyId": "the access key is not known",
+        "NoSuchBucket": f'the bucket "{config.bucket}" does not exist; '
+        "create it with consumer apply",
+        "RequestTimeTooSkewed": "the clocks of this machine and of the store differ",
+        "SignatureDoesNotMatch": "the secret key is wrong",
+    }
+    return StoreMisconfigured(f"S3: {known.get(code, f'the store refuses ({code})')}")

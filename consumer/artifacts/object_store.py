@@ -1,0 +1,339 @@
+"""The object store through the MinIO SDK: outputs in, inputs out, and the looks at it.
+
+The SDK blocks and knows no overall time limit, so each call runs in a thread of its own small pool
+and is broken off when its time is up. Retries are made here and not in urllib3: each try is signed
+anew, each failed one is told to the observer, and the store's error code survives. Keys are derived
+from the request id, so that storing twice is storing once.
+"""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import random
+import re
+import secrets
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from io import BytesIO
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from minio import Minio
+from minio.error import S3Error
+from minio.helpers import DictType
+from pydantic import ValidationError
+from urllib3 import PoolManager
+from urllib3.response import BaseHTTPResponse
+
+from consumer.artifacts.calls import Calls, connection_pools
+from consumer.artifacts.config import StoreConfig, StoreMisconfigured, is_plain
+from consumer.artifacts.faults import FAILURES, WrongAnswer, fault_of
+from consumer.ports import EncodedImage, InputUnavailable, Observer, StoreUnavailable
+from generation_contracts import ArtifactReference, ImageArtifact, InlineImage, Task
+from generation_contracts.artifacts import ImageSource
+from generation_contracts.subjects import is_request_id
+
+T = TypeVar("T")
+
+_PART_SIZE = 64 * 2**20  # bytes; one PUT below it, whose ETag is the MD5; the SDK's own is 5 MiB
+_LOOK_WITHIN = 5.0  # seconds for one look at an idle store
+_MD5 = re.compile(r"[0-9a-f]{32}\Z")
+_PROBE = b"generation consumer: the store works\n"
+
+_INPUT_FAULTS = {  # by S3's code; told to the sender
+    "AccessDenied": "this worker may not read the object",
+    "NoSuchBucket": "the bucket does not exist",
+    "NoSuchKey": "the object does not exist",
+    "PreconditionFailed": "the object changed while it was read",
+}
+
+
+class ObjectStoreArtifacts:
+    """The object store (`ports.Artifacts`): one for the process, used in one event loop.
+
+    Args:
+        config: Where and how.
+        observer: Told after each try whether the store answered.
+    """
+
+    def __init__(self, config: StoreConfig, *, observer: Observer) -> None:
+        self._config = config
+        self._observer = observer
+        self._calls = Calls()
+        self._pools = connection_pools(
+            connect_timeout=config.connect_timeout, read_timeout=config.read_timeout
+        )
+        self._client = _client(config, config.endpoint, self._pools)
+        # The host is part of the signature. This one only computes: it opens no connection.
+        public = config.public_endpoint or config.endpoint
+        self._presigner = _client(config, public, self._pools)
+
+    # -- what the port asks for -------------------------------------------------------------------
+
+    async def store(
+        self, task: Task, request_id: str, index: int, image: EncodedImage
+    ) -> ImageArtifact:
+        """Put one output under `<prefix>/<task>/<request_id>/<index>.<extension>`.
+
+        Raises:
+            StoreUnavailable: Not stored within the deadline.
+            StoreMisconfigured: The store refuses; raised at once.
+            ValueError: The request id cannot be part of a key.
+        """
+        if not is_request_id(request_id):
+            raise ValueError("a request id is 1-64 characters of A-Z a-z 0-9 _ -")
+        bucket = self._config.bucket
+        key = self._config.key(task, request_id, f"{index}.{image.extension}")
+        put = partial(self._put, image.media_type, md5=image.md5, sha256=image.sha256)
+        etag = await self._tried(partial(put, key, image.data))
+        signed_at = datetime.now(UTC).replace(microsecond=0)  # signatures count whole seconds
+        lifetime = timedelta(seconds=self._config.url_ttl)
+        return ImageArtifact(
+            bucket=bucket,
+            key=key,
+            url=self._presigner.get_presigned_url(
+                "GET", bucket, key, expires=lifetime, request_date=signed_at
+            ),
+            url_expires_at=signed_at + lifetime,
+            etag=etag,
+            sha256=image.sha256,
+            size=len(image.data),
+            media_type=image.media_type,
+            width=image.width,
+            height=image.height,
+            seed=image.seed,
+        )
+
+    async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:
+        """The bytes of one input picture, from the store or from the request itself.
+
+        Raises:
+            InputUnavailable: It is missing, too large, or not one that this worker may read.
+            StoreUnavailable: The store does not answer within the deadline.
+            StoreMisconfigured: The store refuses this worker; raised at once.
+        """
+        found = _content_or_reference(source, max_bytes)
+        if isinstance(found, bytes):
+            return found
+        if not is_plain(found.key):
+            raise InputUnavailable("the key has an empty part or one of dots")
+        if not self._config.may_read(found.bucket, found.key):
+            raise InputUnavailable("this worker reads no inputs from that bucket and prefix")
+        return await self._tried(partial(self._read, found.bucket, found.key, max_bytes))
+
+    # -- for the start, the readiness and the commands --------------------------------------------
+
+    async def ensure_bucket(self) -> bool:
+        """Create the bucket where it is missing; for `consumer apply` and development only.
+
+        Returns:
+            Whether it was created.
+
+        Raises:
+            StoreUnavailable: The store does not answer.
+            StoreMisconfigured: One clear line about what is wrong.
+        """
+        return await self._tried(self._make_bucket)
+
+    async def probe(self, *, within: float = 10.0) -> None:
+        """Write, read and delete one small object under the prefix.
+
+        A worker that may not delete passes: outputs are never deleted.
+
+        Args:
+            within: Seconds for all tries.
+
+        Raises:
+            StoreUnavailable: The store does not answer.
+            StoreMisconfigured: One clear line about what is wrong.
+        """
+        await self._tried(self._write_read_delete, within=within)
+
+    async def reachable(self) -> bool:
+        """Whether the store answers and knows us: one try with one small request."""
+        try:
+            await self._tried(self._ask, within=_LOOK_WITHIN, again=False)
+        except StoreUnavailable:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Break off what is under way and let go of threads and connections."""
+        self._calls.close()
+        self._pools.clear()
+
+    # -- tries ------------------------------------------------------------------------------------
+
+    async def _tried(
+        self, work: Callable[[], T], *, within: float | None = None, again: bool = True
+    ) -> T:
+        """Run `work` in a thread, `again` while its failures are of the passing kind."""
+        config = self._config
+        now = asyncio.get_running_loop().time
+        deadline = now() + (config.deadline if within is None else within)
+        longest = config.first_pause
+        while True:
+            try:
+                async with asyncio.timeout_at(min(deadline, now() + config.try_timeout)):
+                    result = await self._calls.run(work)
+            except InputUnavailable:  # an answer, too
+                self._observer.store_reachable(reachable=True)
+                raise
+            except FAILURES as error:
+                fault = fault_of(error, config)
+            else:
+                self._observer.store_reachable(reachable=True)
+                return result
+            self._observer.store_reachable(reachable=False, reason=str(fault))
+            pause = random.uniform(0, longest)  # noqa: S311 - it spreads tries and guards nothing
+            lasting = isinstance(fault, StoreMisconfigured)
+            if lasting or not again or now() + pause >= deadline:
+                raise fault
+            await asyncio.sleep(pause)
+            longest = min(2 * longest, config.longest_pause)
+
+    # -- the calls themselves, in a thread --------------------------------------------------------
+
+    def _put(self, content_type: str, key: str, data: bytes, *, md5: str, sha256: str) -> str:
+        """One PUT; returns the ETag. Of the two checks each tested store leaves one out."""
+        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+        result = self._client.put_object(
+            self._config.bucket,
+            key,
+            BytesIO(data),
+            len(data),
+            content_type=content_type,
+            metadata={"x-amz-checksum-sha256": checksum},
+            part_size=_PART_SIZE,
+            num_parallel_uploads=1,  # more would run in threads that cannot be broken off
+        )
+        if not result.etag:  # what a proxy's page with status 200 amounts to
+            raise WrongAnswer("the answer has no ETag")
+        headers = result.http_headers
+        encryption = headers.get("x-amz-server-side-encryption", "") if headers else ""
+        # With SSE-KMS the ETag is no MD5, though it looks like one.
+        is_md5 = _MD5.match(result.etag) and not encryption.startswith("aws:kms")
+        if is_md5 and result.etag != md5:
+            raise WrongAnswer("the ETag is not the MD5 of what was sent")
+        return result.etag
+
+    def _read(self, bucket: str, key: str, max_bytes: int) -> bytes:
+        try:
+            size, etag = self._look_at(bucket, key)
+            if size > max_bytes:
+                raise InputUnavailable(f"the object has more than {max_bytes} bytes")
+            return self._get(bucket, key, size, etag)
+        except S3Error as error:
+            words = _INPUT_FAULTS.get(error.code or "")
+            if words is None:
+                raise
+        raise InputUnavailable(words)
+
+    def _look_at(self, bucket: str, key: str) -> tuple[int, str]:
+        """Size in bytes and ETag."""
+        try:
+            found = self._client.stat_object(bucket, key)
+        except S3Error as error:
+            if error.code == "AccessDenied":
+                # The answer to a HEAD has no body: only a GET tells that our own key pair is wrong.
+                _body(self._client.get_object(bucket, key, length=1), 1)
+            raise
+        if found.size is None or not found.etag:
+            raise WrongAnswer("the answer has no size or no ETag")
+        return found.size, found.etag
+
+    def _get(self, bucket: str, key: str, size: int, etag: str) -> bytes:
+        unchanged: DictType = {"If-Match": f'"{etag}"'}
+        data = _body(self._client.get_object(bucket, key, request_headers=unchanged), size + 1)
+        if len(data) != size:
+            raise WrongAnswer("the object was cut short")
+        return data
+
+    def _make_bucket(self) -> bool:
+        bucket = self._config.bucket
+        try:
+            self._client.make_bucket(bucket)
+        except S3Error as error:
+            if error.code == "AccessDenied":
+                # A key pair that may only use the bucket, which somebody else has made then.
+                self._write_read_delete()
+                return False
+            known = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
+            if error.code not in known or not self._client.bucket_exists(bucket):
+                raise
+            return False
+        return True
+
+    def _write_read_delete(self) -> None:
+        # One of 65,536 keys: workers that start together do not meet, and where nothing may be
+        # deleted the objects do not pile up for ever.
+        key = self._config.key(f"probe-{secrets.token_hex(2)}")
+        md5 = hashlib.md5(_PROBE, usedforsecurity=False).hexdigest()
+        sha256 = hashlib.sha256(_PROBE).hexdigest()
+        etag = self._put("text/plain", key, _PROBE, md5=md5, sha256=sha256)
+        if self._get(self._config.bucket, key, len(_PROBE), etag) != _PROBE:
+            raise WrongAnswer("what was written is not what is read")
+        try:
+            self._client.remove_object(self._config.bucket, key)
+        except S3Error as error:
+            if error.code != "AccessDenied":
+                raise
+
+    def _ask(self) -> None:
+        try:
+            _body(self._client.get_object(self._config.bucket, self._config.key("probe")), 1)
+        except S3Error as error:
+            # Without the right to list, AWS answers AccessDenied for an object that is missing.
+            if error.code not in {"NoSuchKey", "AccessDenied"}:
+                raise
+
+
+def _client(config: StoreConfig, endpoint: str, pools: PoolManager) -> Minio:
+    url = urlsplit(endpoint)
+    return Minio(
+        url.netloc,
+        access_key=config.access_key,
+        secret_key=config.secret_key,
+        secure=url.scheme == "https",
+        region=config.region,  # without it the SDK asks the store before the first call
+        http_client=pools,
+    )
+
+
+def _body(response: BaseHTTPResponse, limit: int) -> bytes:
+    """Up to `limit` bytes of an answer; the connection goes back to its pool."""
+    try:
+        # Not decoded: an object that says it is gzip could grow without limit.
+        return response.read(limit, decode_content=False)
+    finally:
+        response.close()
+        response.release_conn()
+
+
+def _content_or_reference(source: ImageSource, max_bytes: int) -> bytes | ArtifactReference:
+    """The picture where the request itself holds it, else the object it names."""
+    if isinstance(source, ArtifactReference):
+        return source
+    if isinstance(source, InlineImage):
+        return _from_base64(source.base64, max_bytes)
+    scheme, _, rest = source.partition(":")
+    if scheme == "data":
+        return _from_base64(rest.partition(",")[2], max_bytes)
+    if scheme != "s3":
+        raise InputUnavailable("http inputs are not enabled on this worker")
+    bucket, _, key = rest.removeprefix("//").partition("/")
+    try:
+        return ArtifactReference(bucket=bucket, key=key)
+    except ValidationError:
+        raise InputUnavailable("not an address of the form s3://bucket/key") from None
+
+
+def _from_base64(text: str, max_bytes: int) -> bytes:
+    if len(text) // 4 * 3 - text[-2:].count("=") > max_bytes:
+        raise InputUnavailable(f"the image has more than {max_bytes} bytes")
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise InputUnavailable("the image is not valid base64") from None

@@ -1,0 +1,233 @@
+"""Loading a diffusers pipeline, and refusing what would load and then give wrong pictures."""
+
+# mypy: allow-untyped-calls
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, get_type_hints
+
+import diffusers
+import diffusers.utils.logging
+import structlog
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+
+from consumer.ports import ModelUnavailable
+from consumer.runners import quantization
+from consumer.runners.config import ModelConfig
+from consumer.runners.device import Placement
+from consumer.runners.faults import load_failure
+from consumer.runners.source import Source
+from consumer.runners.weights import see_that_none_are_missing, see_that_none_were_invented
+
+log = structlog.get_logger()
+
+# What a pipeline must be able to be asked for.
+_NEEDED = (
+    "prompt",
+    "width",
+    "height",
+    "num_inference_steps",
+    "num_images_per_prompt",
+    "generator",
+    "output_type",
+)
+# What a pipeline takes that needs more than a text, or does not make pictures from it.
+_MORE_THAN_TEXT = (
+    "strength",
+    "mask_image",
+    "control_image",
+    "video",
+    "num_frames",
+    "video_length",
+    "prior_num_inference_steps",  # two pipelines in one, whose schedulers would be shared
+)
+_GIVEN = {"self", "prompt", "width", "height"}  # a pipeline may require them: they are always given
+
+STEP_CALLBACK = "callback_on_step_end"
+OLD_STEP_CALLBACK = "callback"  # of PixArt, Amused and others
+
+
+def download(model_id: str, revision: str | None) -> str:
+    """Fetch a pipeline from the hub, its index first: a wrong class costs no gigabytes."""
+    index = DiffusionPipeline.load_config(model_id, revision=revision)
+    text_to_image_class(index, model_id)
+    folder: str = DiffusionPipeline.download(model_id, revision=revision, use_safetensors=True)
+    return folder
+
+
+def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> Any:
+    """A text-to-image pipeline with all its weights, placed as the configuration wants it.
+
+    Raises:
+        ModelUnavailable: One clear line.
+    """
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    index = _read_index(source)
+    text_to_image_class(index, source.id)
+    try:
+        parts = _text_models(source, index, placement, config)
+        pipe = _from_folder(source, index, parts, placement, config)
+        _see_that_it_is_whole(pipe, source.id)
+        _put_in_place(pipe, placement, config)
+    except ModelUnavailable:
+        raise
+    except Exception as error:  # noqa: BLE001 - the libraries raise dozens of kinds
+        failure = load_failure(error, name=source.id, folder=source.folder)
+    else:
+        return pipe
+    raise failure
+
+
+def text_to_image_class(index: Mapping[str, Any], name: str) -> type[Any]:
+    """The pipeline's class, if it makes pictures from a text alone.
+
+    Raises:
+        ModelUnavailable: It does not, or it is not a class of diffusers itself.
+    """
+    class_name = index.get("_class_name")
+    found = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
+    if not (inspect.isclass(found) and issubclass(found, DiffusionPipeline)):
+        raise ModelUnavailable(f"{name}: model_index.json names no pipeline of diffusers")
+    parameters = inspect.signature(found.__call__).parameters
+    required = {
+        p.name
+        for p in parameters.values()
+        if p.default is p.empty and p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}
+    }
+    if (
+        not parameters.keys() >= set(_NEEDED)
+        or not required <= _GIVEN
+        or any(unwanted in parameters for unwanted in _MORE_THAN_TEXT)
+        or parameters["output_type"].default != "pil"
+        or ("image" in parameters and not _image_is_optional(found))
+    ):
+        raise ModelUnavailable(f"{name}: {class_name} does not make pictures from a text alone")
+    if not {STEP_CALLBACK, OLD_STEP_CALLBACK} & parameters.keys():
+        raise ModelUnavailable(f"{name}: {class_name} cannot be stopped or watched at its steps")
+    return found
+
+
+def modules(pipe: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The parts that have weights, by their names."""
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            yield name, part
+
+
+def denoiser(pipe: Any) -> Any:
+    """The part that is run at each step."""
+    return getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+
+
+def _image_is_optional(found: type[Any]) -> bool:
+    # Nothing in a signature tells an editor from FLUX.2, which takes pictures or none: diffusers'
+    # own list does. It also lists pipelines with a ControlNet, which do need a picture.
+    listed = diffusers.AutoPipelineForText2Image  # imported with its lists
+    known = inspect.getmodule(listed).AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()  # type: ignore[union-attr]
+    return found in known and "controlnet" not in inspect.signature(found.__init__).parameters
+
+
+def _read_index(source: Source) -> dict[str, Any]:
+    try:
+        index = json.loads((source.folder / "model_index.json").read_text())
+    except FileNotFoundError:
+        raise ModelUnavailable(f"{source.id}: there is no model_index.json in it") from None
+    except (OSError, ValueError):
+        raise ModelUnavailable(f"{source.id}: its model_index.json cannot be read") from None
+    if not isinstance(index, dict):
+        raise ModelUnavailable(f"{source.id}: its model_index.json cannot be read")
+    return index
+
+
+def _text_models(
+    source: Source, index: Mapping[str, Any], placement: Placement, config: ModelConfig
+) -> dict[str, Any]:
+    """Load what comes from transformers, which fills missing weights with random ones.
+
+    It tells so only in its loading info, which diffusers does not ask for.
+    """
+    loaded = {}
+    for name, entry in index.items():
+        library, class_name = entry if isinstance(entry, list) else (None, "")
+        part: Any = None
+        if library == "transformers" and isinstance(class_name, str):
+            part = getattr(transformers, class_name, None)
+        if not (inspect.isclass(part) and issubclass(part, transformers.PreTrainedModel)):
+            continue
+        folder = source.folder / name
+        model_and_info: Any = part.from_pretrained(
+            folder,
+            dtype=placement.dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **quantization.for_transformers(config, placement, folder),
+        )
+        model, info = model_and_info
+        see_that_none_were_invented(info, f"{source.id}: {name}")
+        loaded[name] = model
+    return loaded
+
+
+def _from_folder(
+    source: Source,
+    index: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    placement: Placement,
+    config: ModelConfig,
+) -> Any:
+    # A part that is saved as absent, such as the T5 of Stable Diffusion 3, must be named as absent.
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    return DiffusionPipeline.from_pretrained(
+        str(source.folder),
+        dtype=placement.dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        **quantization.for_diffusers(config, placement, index),
+        **absent,
+        **parts,
+    )
+
+
+def _see_that_it_is_whole(pipe: Any, name: str) -> None:
+    for part, module in modules(pipe):
+        see_that_none_are_missing(module, f"{name}: {part}")
+    wanted = get_type_hints(type(pipe).__init__)
+    for part, module in modules(pipe):
+        hint = wanted.get(part)
+        classes = tuple(c for c in get_args(hint) or (hint,) if inspect.isclass(c))
+        if not classes or isinstance(module, classes):
+            continue
+        # Text encoders and autoencoders have stand-ins that work; a denoiser has none.
+        log.warning("unexpected_part", model=name, part=part, found=type(module).__name__)
+        if module is denoiser(pipe):
+            raise ModelUnavailable(
+                f"{name}: {part} is a {type(module).__name__}, not a {classes[0].__name__}"
+            )
+
+
+def _put_in_place(pipe: Any, placement: Placement, config: ModelConfig) -> None:
+    device = placement.device
+    if config.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif config.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif config.offload == "group":
+        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level")
+    else:
+        pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if config.compile:
+        _compile(denoiser(pipe))
+
+
+def _compile(model: Any) -> None:
+    # The blocks of a transformer are alike: compiled once, used for all of them.
+    if getattr(model, "_repeated_blocks", None):
+        model.compile_repeated_blocks(fullgraph=True)
+    else:
+        model.compile()

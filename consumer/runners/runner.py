@@ -1,0 +1,110 @@
+"""The runner that the daemon holds: cheap to make, it imports and loads everything in `load`."""
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from consumer.ports import (
+    IsCancelled,
+    ModelDescription,
+    ModelUnavailable,
+    OnStep,
+    RunnerOutput,
+)
+from consumer.runners.config import ModelConfig
+from generation_contracts import Request, Task
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = structlog.get_logger()
+
+_MODULES = {
+    Task.TEXT_TO_IMAGE: "consumer.runners.diffusion",
+    Task.IMAGE_TO_TEXT: "consumer.runners.vision_language",
+}
+
+
+class LoadedModel(Protocol):
+    """What a module of `_MODULES` makes with its `load(config)`."""
+
+    @property
+    def description(self) -> ModelDescription:
+        """What the model is and takes."""
+
+    def check(self, request: Request) -> None:
+        """See `consumer.ports.Runner.check`."""
+
+    def run(
+        self,
+        request: Request,
+        images: Sequence["Image"],
+        *,
+        on_step: OnStep,
+        cancelled: IsCancelled,
+        save_memory: bool,
+    ) -> RunnerOutput:
+        """See `consumer.ports.Runner.run`."""
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+
+
+class ModelRunner:
+    """A `consumer.ports.Runner`. Its methods are called in the inference thread, but for `check`.
+
+    Args:
+        task: Decides which kind of model it is.
+        config: Which model, and how it is loaded.
+    """
+
+    def __init__(self, task: Task, config: ModelConfig) -> None:
+        self._task = task
+        self._config = config
+        self._model: LoadedModel | None = None
+
+    def load(self) -> ModelDescription:
+        """Import the libraries and load the weights.
+
+        Raises:
+            ModelUnavailable: With one clear line that has no path in it.
+        """
+        model: LoadedModel = importlib.import_module(_MODULES[self._task]).load(self._config)
+        self._model = model
+        log.info("model_loaded", **model.description.info.model_dump())
+        return model.description
+
+    def check(self, request: Request) -> None:
+        """See whether the model can do what is asked, without running it; in any thread.
+
+        Raises:
+            UnsupportedParameter: Names the field.
+        """
+        self._loaded().check(request)
+
+    def run(
+        self,
+        request: Request,
+        images: Sequence["Image"],
+        *,
+        on_step: OnStep,
+        cancelled: IsCancelled,
+        save_memory: bool = False,
+    ) -> RunnerOutput:
+        """Run the model once; see `consumer.ports.Runner.run` for what it raises."""
+        return self._loaded().run(
+            request, images, on_step=on_step, cancelled=cancelled, save_memory=save_memory
+        )
+
+    def close(self) -> None:
+        """Let go of the weights; once more is no fault."""
+        model, self._model = self._model, None
+        if model is not None:
+            model.close()
+
+    def _loaded(self) -> LoadedModel:
+        if self._model is None:
+            raise ModelUnavailable("no model is loaded")
+        return self._model

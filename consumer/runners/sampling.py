@@ -1,0 +1,65 @@
+"""How a text is written: the request's sampling parameters over the model's own."""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from generation_contracts import ImageToTextRequest
+
+NEW_TOKENS = 512  # the most that a text has where neither the request nor the model says
+SEEDS = 2**32
+
+# What transformers does where a model's generation_config.json says nothing.
+_LIBRARY: Mapping[str, int | float] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "repetition_penalty": 1.0,
+}
+
+
+def defaults_of(generation: Any) -> Mapping[str, int | float]:
+    """What a model with this generation config does where a request says nothing.
+
+    A temperature of 0 is greedy: the most likely token each time.
+    """
+    defaults: dict[str, int | float] = dict(_LIBRARY)
+    for name in _LIBRARY:
+        own = getattr(generation, name, None)
+        defaults[name] = defaults[name] if own is None else own
+    if not generation.do_sample:
+        defaults["temperature"] = 0.0
+    return {"max_new_tokens": generation.max_new_tokens or NEW_TOKENS, **defaults}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one text is written.
+
+    Attributes:
+        options: Keywords for `generate`.
+        seed: For the global random generator, the only one that sampling has; None for greedy.
+    """
+
+    options: Mapping[str, Any]
+    seed: int | None
+
+    @classmethod
+    def of(cls, request: ImageToTextRequest, defaults: Mapping[str, Any]) -> "Sampling":
+        """What a request asks for.
+
+        A temperature of 0 would raise in transformers: it is greedy here, and then `top_p`, `top_k`
+        and `seed` choose nothing. A request that gives `top_p` or `top_k` to a model that is greedy
+        by default wants sampling, at the temperature 1.
+        """
+        asked = {name: getattr(request, name) for name in _LIBRARY}
+        chosen = {name: defaults[name] if asked[name] is None else asked[name] for name in asked}
+        wants_choice = any(getattr(request, n) is not None for n in ("top_p", "top_k"))
+        if request.temperature is None and chosen["temperature"] == 0 and wants_choice:
+            chosen["temperature"] = _LIBRARY["temperature"]
+        always = {"repetition_penalty": chosen["repetition_penalty"], "num_beams": 1}
+        if chosen["temperature"] == 0:
+            return cls({**always, "do_sample": False}, seed=None)
+        seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
+        return cls({**always, **chosen, "do_sample": True}, seed)

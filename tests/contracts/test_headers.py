@@ -1,0 +1,133 @@
+"""Headers: CloudEvents in binary mode, and a size that counts as NATS counts."""
+
+import asyncio
+from pathlib import Path
+from urllib.parse import unquote
+
+import nats
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nats.aio.client import Client
+
+from consumer.devstack import NatsServer
+from generation_contracts import TerminalEvent
+from generation_contracts.events import VERSION
+from generation_contracts.examples import EVENTS, TRACE_PARENT
+from generation_contracts.headers import event_headers, event_id, event_type, wire_size
+
+by_name = pytest.mark.parametrize("name", EVENTS)
+header_names = st.text("abcXYZ-", min_size=1, max_size=12)
+header_values = st.text(max_size=20)
+
+
+async def hpub(body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
+    """The total that nats-py itself announces for a message, and the bytes that follow it."""
+    commands: list[bytes] = []
+
+    class Unconnected(Client):
+        async def _send_command(self, cmd: bytes, priority: bool = False) -> None:  # noqa: ARG002, FBT002
+            commands.append(bytes(cmd))
+
+    client = Unconnected()
+    await client._send_publish("s", "", body, len(body), headers or None)
+    announced, _, rest = commands[0].partition(b"\r\n")
+    return int(announced.split()[-1]), rest.removesuffix(b"\r\n")
+
+
+@by_name
+async def test_size_of_an_event_is_what_the_client_announces(name: str) -> None:
+    headers = event_headers(EVENTS[name], trace_parent=TRACE_PARENT)
+    announced, sent = await hpub(b"x" * 1000, headers)
+    assert wire_size(b"x" * 1000, headers) == announced == len(sent)
+
+
+async def test_size_without_headers_is_the_body_alone() -> None:
+    announced, sent = await hpub(b"abc", {})
+    assert wire_size(b"abc", {}) == announced == len(sent) == 3
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=50), st.dictionaries(header_names, header_values, min_size=1, max_size=5))
+def test_size_is_never_less_than_what_the_client_announces(
+    body: bytes, headers: dict[str, str]
+) -> None:
+    """The client strips values, so that it may be less by the white space at their ends."""
+    announced, _ = asyncio.run(hpub(body, headers))
+    stripped = sum(len(v.encode()) - len(v.strip().encode()) for v in headers.values())
+    assert wire_size(body, headers) == announced + stripped
+
+
+async def test_server_takes_a_message_of_exactly_the_largest_size_and_drops_one_byte_more(
+    tmp_path: Path,
+) -> None:
+    headers = event_headers(EVENTS["cancelled"], trace_parent=TRACE_PARENT)
+    closed = asyncio.Event()
+
+    async def on_close() -> None:
+        closed.set()
+
+    async def on_error(_: Exception) -> None:
+        """What the server says is seen in the closed connection."""
+
+    with NatsServer(tmp_path, config="max_payload: 2048") as server:
+        client = await nats.connect(
+            server.url, closed_cb=on_close, error_cb=on_error, allow_reconnect=False
+        )
+        heard = await client.subscribe("s")
+        largest = b"x" * (client.max_payload - wire_size(b"", headers))
+        await client.publish("s", largest, headers=headers)
+        assert (await heard.next_msg(timeout=10)).data == largest
+        await client.publish("s", largest + b"x", headers=headers)
+        await asyncio.wait_for(closed.wait(), 10)
+
+
+@by_name
+def test_headers_are_a_cloud_event_in_binary_mode(name: str) -> None:
+    event = EVENTS[name]
+    headers = event_headers(event)
+    assert headers["ce-specversion"] == "1.0"
+    assert headers["ce-type"] == event_type(event) == event.type
+    assert headers["ce-type"].startswith(f"{VERSION}.")
+    assert headers["ce-id"] == event_id(event)
+    assert headers["ce-subject"] == event.request_id
+    assert headers["ce-time"] == "2026-01-02T03:04:05.678000Z"
+    assert headers["ce-source"].endswith(event.worker)
+    assert headers["ce-datacontenttype"] == "application/json"
+
+
+@by_name
+def test_only_a_terminal_event_is_deduplicated_by_its_request(name: str) -> None:
+    event = EVENTS[name]
+    expected = f"{event.request_id}.done" if isinstance(event, TerminalEvent) else None
+    assert event_headers(event).get("Nats-Msg-Id") == expected
+
+
+def test_ids_of_all_events_of_a_request_differ() -> None:
+    event = EVENTS["progress_image"]
+    events = [
+        event.model_copy(update={"attempt": attempt, "sequence": sequence})
+        for attempt in (1, 2, 11)
+        for sequence in (0, 1, 2, 11)
+    ]
+    assert len({event_id(event) for event in [*events, EVENTS["cancelled"]]}) == len(events) + 1
+
+
+def test_second_terminal_event_of_a_request_has_the_id_of_the_first() -> None:
+    first, second = EVENTS["cancelled"], EVENTS["failed_internal"]
+    assert event_id(first.model_copy(update={"attempt": 2})) == event_id(second)
+
+
+def test_trace_is_passed_on_only_where_there_is_one() -> None:
+    event = EVENTS["started"]
+    assert event_headers(event, trace_parent=TRACE_PARENT)["traceparent"] == TRACE_PARENT
+    assert "traceparent" not in event_headers(event)
+
+
+def test_name_of_a_worker_is_percent_encoded_as_cloud_events_ask() -> None:
+    worker = 'Büro 7 "b"\r\nNats-Msg-Id: x'
+    source = event_headers(EVENTS["started"].model_copy(update={"worker": worker}))["ce-source"]
+    assert source.isascii()
+    assert source.isprintable()
+    assert " " not in source
+    assert unquote(source).endswith(worker)

@@ -1,0 +1,53 @@
+"""The examples of the contracts' README run as they stand there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nats
+from nats.js.api import StreamConfig
+
+from consumer.devstack import NatsServer
+from generation_contracts import Subjects, Task, TextToImageRequest, decode_request
+
+README = Path(__file__).parents[2] / "contracts" / "README.md"
+PUBLISH, READ, CHECK = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+
+
+def run(code: str, **environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, **environment},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+
+
+async def test_published_request_is_stored_once_where_the_daemon_pulls_it(tmp_path: Path) -> None:
+    subjects = Subjects()
+    with NatsServer(tmp_path) as server:
+        client = await nats.connect(server.url)
+        stream = client.jetstream()
+        filters = list(subjects.request_filters(Task.TEXT_TO_IMAGE))
+        await stream.add_stream(StreamConfig(name=subjects.requests_stream, subjects=filters))
+        assert run(PUBLISH, NATS_URL=server.url) == "GENERATION_REQUESTS 1\n"
+        run(PUBLISH, NATS_URL=server.url)
+        assert (await stream.stream_info(subjects.requests_stream)).state.messages == 1
+        stored = await stream.get_msg(subjects.requests_stream, 1)
+        await client.close()
+    assert stored.subject == "generation.request.text_to_image.poster-0001"
+    assert stored.data is not None
+    request = decode_request(Task.TEXT_TO_IMAGE, stored.data)
+    assert isinstance(request, TextToImageRequest)
+    assert (request.request_id, request.width) == ("poster-0001", 64)
+
+
+def test_result_is_read() -> None:
+    assert run(READ) == "out_of_memory True\n"
+
+
+def test_schema_finds_the_wrong_picture() -> None:
+    assert run(CHECK) == "$.images[0]\n"

@@ -1,0 +1,171 @@
+"""Requests are strict: what is not in the contract is refused, in words that a sender can use."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from generation_contracts import Task, decode_request, encode
+from generation_contracts.examples import REQUESTS
+from tests.contracts.senders import BASES, IMAGE_TO_TEXT, TEXT_TO_IMAGE, decode, refusal
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"not JSON",
+        b'{"prompt": "x"',
+        b'{"prompt": "x"} {}',
+        b"{'prompt': 'x'}",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b"\xef\xbb\xbf" + b'{"prompt": "x"}',
+        b"[" * 100_000,
+        b'{"metadata":' + b'{"a":' * 100_000,
+        b'{"prompt": "x", "seed": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=lambda body: ascii(body[:24]),
+)
+@pytest.mark.parametrize("task", Task)
+def test_body_that_is_not_json_is_refused_in_one_clear_sentence(task: Task, body: bytes) -> None:
+    error = refusal(task, body)
+    assert error.problems == ({"field": "", "problem": "the body is not JSON"},)
+    assert str(error) == "the body is not JSON"
+
+
+@pytest.mark.parametrize("body", [b"null", b"[]", b'"prompt"', b"5", b"true"])
+def test_json_that_is_no_object_is_refused(body: bytes) -> None:
+    assert str(refusal(TEXT_TO_IMAGE, body)) == "input should be an object"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    ("task", "field"),
+    [
+        (TEXT_TO_IMAGE, "guidance_scale"),
+        (IMAGE_TO_TEXT, "temperature"),
+        (IMAGE_TO_TEXT, "top_p"),
+        (IMAGE_TO_TEXT, "repetition_penalty"),
+    ],
+)
+def test_number_that_is_not_finite_is_refused(task: Task, field: str, number: str) -> None:
+    fields = json.dumps(BASES[task])[1:-1]
+    body = f'{{{fields}, "{field}": {number}}}'.encode()
+    assert refusal(task, body).problems == (
+        {"field": field, "problem": "input should be a finite number"},
+    )
+
+
+def test_last_of_two_equal_keys_counts() -> None:
+    # As json.loads, jq and JavaScript have it.
+    request = decode_request(TEXT_TO_IMAGE, b'{"prompt": "first", "prompt": "last"}')
+    assert request.prompt == "last"
+
+
+@pytest.mark.parametrize("task", Task)
+def test_missing_fields_are_named_all_at_once(task: Task) -> None:
+    fields = {p["field"] for p in refusal(task, b"{}").problems}
+    assert fields == {"prompt"} | ({"images"} if task is IMAGE_TO_TEXT else set())
+
+
+def test_empty_list_is_told_beside_other_problems() -> None:
+    problems = refusal(IMAGE_TO_TEXT, b'{"images": []}').problems
+    assert {p["field"] for p in problems} == {"prompt", "images"}
+
+
+def test_list_that_is_short_of_its_wrong_items_is_told_once() -> None:
+    problems = refusal(IMAGE_TO_TEXT, {"images": [5]}).problems
+    assert [p["field"] for p in problems] == ["images.0"]
+
+
+@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize(
+    "field", ["promt", "Prompt", "task", "type", "S3Uri", "text_to_image", "x"]
+)
+def test_unknown_field_is_refused_by_its_name(task: Task, field: str) -> None:
+    assert refusal(task, {field: 1}).problems == (
+        {"field": field, "problem": "there is no such field"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"metadata": {"text_to_image": 5}}, "metadata.text_to_image"),
+        ({"metadata": {"InlineUri": 5}}, "metadata.InlineUri"),
+        ({"then": [{"task": "text_to_image", "prompt": "x", "widht": 5}]}, "then.0.widht"),
+        ({"then": [{"task": "text_to_image", "prompt": "x", "width": 5}]}, "then.0.width"),
+        ({"then": [{"task": "image_to_text"}]}, "then.0.prompt"),
+        ({"then": [{"task": "image_to_text", "prompt": "x", "images": 5}]}, "then.0.images"),
+        ({"then": [{"task": "image_to_text", "prompt": "x", "images": ["x"]}]}, "then.0.images.0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_problem_names_its_place_in_the_senders_own_words(
+    fields: dict[str, Any], place: str
+) -> None:
+    assert [p["field"] for p in refusal(TEXT_TO_IMAGE, fields).problems] == [place]
+
+
+@pytest.mark.parametrize("task", Task)
+def test_many_problems_are_told_in_few(task: Task) -> None:
+    error = refusal(task, {f"unknown_{n}": n for n in range(1000)})
+    assert len(error.problems) == 8
+    assert str(error).endswith("(and 7 more)")
+
+
+def test_name_of_an_unknown_field_is_shown_short_and_printable() -> None:
+    problem = refusal(TEXT_TO_IMAGE, {"\x1b[31m\u202e\n" + "x" * 1000: 1}).problems[0]
+    assert problem["field"].isprintable()
+    assert len(problem["field"]) == 100
+
+
+def test_unknown_task_of_a_step_is_told_in_a_few_words() -> None:
+    error = refusal(TEXT_TO_IMAGE, {"then": [{"task": "A" * 100_000, "prompt": "x"}]})
+    assert len(str(error)) < 500
+    assert len(str(error.problems)) < 500
+
+
+def test_steps_is_another_name_of_num_inference_steps() -> None:
+    request = decode(TEXT_TO_IMAGE, {"steps": 30})
+    assert request == decode(TEXT_TO_IMAGE, {"num_inference_steps": 30})
+    assert json.loads(encode(request))["num_inference_steps"] == 30
+    assert "steps" not in json.loads(encode(request))
+
+
+def test_steps_under_both_names_is_refused() -> None:
+    error = refusal(TEXT_TO_IMAGE, {"steps": 30, "num_inference_steps": 30})
+    assert [p["field"] for p in error.problems] == ["steps"]
+
+
+def test_steps_is_taken_in_a_routing_slip_too() -> None:
+    step = {"task": "text_to_image", "prompt": "$text", "steps": 5}
+    request = decode(IMAGE_TO_TEXT, {"then": [step]})
+    assert json.loads(encode(request))["then"][0]["num_inference_steps"] == 5
+
+
+@pytest.mark.parametrize("task", Task)
+def test_null_is_absent_for_what_has_no_default(task: Task) -> None:
+    names = ["request_id", "reply_to", "deadline", "seed"]
+    assert decode(task, dict.fromkeys(names)) == decode(task, {})
+
+
+def test_deadline_keeps_its_instant() -> None:
+    request = decode(TEXT_TO_IMAGE, {"deadline": "2030-01-02T03:04:05+02:00"})
+    assert request.deadline == datetime(2030, 1, 2, 1, 4, 5, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_request_is_frozen(name: str) -> None:
+    request = REQUESTS[name]
+    for field in type(request).model_fields:
+        with pytest.raises(ValidationError):
+            setattr(request, field, getattr(request, field))
+
+
+def test_request_of_one_task_is_no_request_of_the_other() -> None:
+    refusal(TEXT_TO_IMAGE, encode(REQUESTS["image_to_text_full"]))
+    refusal(IMAGE_TO_TEXT, encode(REQUESTS["text_to_image_full"]))

@@ -1,0 +1,65 @@
+"""The contracts install alone: their wheel needs pydantic, and none of the daemon's libraries."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# What the daemon is made of: importing any of it in a sender's process is what must not happen.
+NOT_NEEDED = ["consumer", "torch", "nats", "minio", "diffusers", "transformers", "PIL", "structlog"]
+
+IN_THE_SENDERS_PROGRAM = f"""
+import importlib.metadata, importlib.util, json
+from generation_contracts import Task, decode_request
+from generation_contracts.schema import asyncapi, json_schemas
+
+request = decode_request(Task.TEXT_TO_IMAGE, b'{{"prompt": "a red circle", "steps": 5}}')
+print(json.dumps({{
+    "steps": request.num_inference_steps,
+    "schemas": list(json_schemas()),
+    "asyncapi": asyncapi()["asyncapi"],
+    "importable": [name for name in {NOT_NEEDED} if importlib.util.find_spec(name)],
+    "needs": importlib.metadata.requires("generation-contracts"),
+    "typed": importlib.util.find_spec("generation_contracts").loader.get_filename(),
+}}))
+"""
+
+
+def uv(*arguments: str | Path) -> None:
+    """Run uv, as a program or as a module; a machine without it fails here, and does not skip."""
+    program = shutil.which("uv")
+    command = [program] if program else [sys.executable, "-m", "uv"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.fail(f"uv {arguments[0]} ended with {done.returncode}:\n{done.stderr}")
+
+
+def test_wheel_installs_and_works_alone(tmp_path: Path) -> None:
+    uv("build", "--package", "generation-contracts", "--wheel", "-o", tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    uv("venv", "--python", sys.executable, tmp_path / "alone")
+    python = tmp_path / "alone" / "bin" / "python"
+    uv("pip", "install", "--python", python, wheel)
+
+    told = json.loads(
+        subprocess.run(
+            [python, "-I", "-c", IN_THE_SENDERS_PROGRAM],
+            cwd=tmp_path,
+            check=True,
+            stdout=subprocess.PIPE,
+        ).stdout
+    )
+    assert told["steps"] == 5
+    assert "TextToImageRequest" in told["schemas"]
+    assert told["asyncapi"] == "3.0.0"
+    assert told["importable"] == []
+    assert [need.partition(">")[0] for need in told["needs"]] == ["pydantic"]
+    assert Path(told["typed"]).with_name("py.typed").is_file()
+    assert Path(told["typed"]).is_relative_to(tmp_path / "alone")
