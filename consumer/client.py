@@ -149,7 +149,8 @@ class ProgressBar:
         if isinstance(event, StartedEvent):
             self._console.print(
                 f"started by {event.worker} after {event.queued:.2f} s in the queue, "
-                f"model {event.model.id} ({event.model.family})"
+                f"model {event.model.id} ({event.model.family})",
+                soft_wrap=True,
             )
             return
         self._progress.update(

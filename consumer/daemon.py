@@ -87,6 +87,10 @@ class Daemon:
         except (Unavailable, OSError) as error:
             log.error("service_unavailable", reason=str(error))  # noqa: TRY400 - the same
             return EXIT_UNAVAILABLE
+        except Exception:
+            # Not foreseen. The supervisor may start a new process; what is in hand comes again.
+            log.exception("daemon_failed")
+            return EXIT_MODEL_LOST
         finally:
             self.inference.close()
             log.info("daemon_stopped")

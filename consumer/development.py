@@ -128,19 +128,19 @@ async def _demo(
 ) -> int:
     bus = await connect(settings, name="generation demo", within=CONNECT_WITHIN)
     try:
-        console.print(f"drawing: {prompt}")
+        console.print(f"drawing: {prompt}", markup=False)
         drawn = await _show(bus, settings, text_to_image(prompt), console)
         if not isinstance(drawn, SucceededEvent):
             return 1
         files = await save_pictures(drawn, folder, f"demo-{drawn.request_id[:8]}")
         seconds = time.monotonic() - started
-        console.print(f"{summary(drawn, files)} ({seconds:.1f} s after the start)")
+        console.print(f"{summary(drawn, files)} ({seconds:.1f} s after the start)", soft_wrap=True)
         picture = next(o for o in drawn.outputs if isinstance(o, ImageArtifact))
-        console.print(f"asking about it: {question}")
+        console.print(f"asking about it: {question}", markup=False)
         reference = ArtifactReference(bucket=picture.bucket, key=picture.key)
         described = await _show(bus, settings, image_to_text(question, (reference,)), console)
-        console.print(summary(described, []), markup=False)
-        console.print(RANDOM_WEIGHTS)
+        console.print(summary(described, []), markup=False, soft_wrap=True)
+        console.print(RANDOM_WEIGHTS, soft_wrap=True)
         return 0 if isinstance(described, SucceededEvent) else 1
     finally:
         await bus.close()

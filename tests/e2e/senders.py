@@ -54,3 +54,11 @@ async def dead_letter_of(sender: Client, task: str, request_id: str) -> Any:
                     return message
     finally:
         await subscription.unsubscribe()
+
+
+async def nothing_waits(sender: Client) -> None:
+    """Wait until every request is settled: that is the moment after its event is heard."""
+    async with asyncio.timeout(WITHIN):
+        # JetStream tells nobody that a message is gone.
+        while (await sender.jetstream().stream_info("GENERATION_REQUESTS")).state.messages:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)

@@ -12,7 +12,7 @@ from nats.aio.client import Client
 from consumer.apply import apply
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
-from tests.e2e.senders import WITHIN, new_id
+from tests.e2e.senders import WITHIN, new_id, nothing_waits
 
 LONG = {"prompt": "a", "steps": 200, "num_images": 4}  # some seconds on these models
 
@@ -64,7 +64,7 @@ async def test_a_running_job_is_finished_first(servers: DevStack, sender: Client
     event = json.loads((await results.next_msg(timeout=WITHIN)).data)
     assert event["type"] == "generation.v1.succeeded"
     assert await ended(daemon) == 0, daemon.log_since_start()
-    assert await waiting(sender) == 0
+    await nothing_waits(sender)
 
 
 async def test_a_job_that_does_not_fit_the_grace_is_given_back_at_once(
@@ -107,10 +107,3 @@ async def running(sender: Client, request_id: str) -> None:
         "generation.v1.progress"
     ):
         pass
-
-
-async def waiting(sender: Client) -> int:
-    """How many requests the queue holds."""
-    info = await sender.jetstream().stream_info("GENERATION_REQUESTS")
-    messages: int = info.state.messages
-    return messages
