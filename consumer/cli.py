@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -259,6 +262,24 @@ def _console() -> "Console":
     return Console(stderr=True)
 
 
+class _Terminated(BaseException):
+    """SIGTERM, raised where the program is, so that everything is stopped on the way out."""
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Turn SIGTERM into an exception, as Ctrl-C is, for as long as the block lasts."""
+
+    def unwind(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -> T:
     """Call a command; what stops it is one line and an exit code, never a traceback.
 
@@ -266,20 +287,22 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
         command: Stops what it has started on its way out.
         interrupted: The exit code after Ctrl-C or SIGTERM.
     """
-    from consumer.development import Terminated, sigterm_unwinds
     from consumer.devstack import DevStackError
     from consumer.ports import MessageTooLarge, Unavailable
+    from consumer.settings import SettingsError
     from consumer.telemetry import configure_logging
 
     configure_logging("console", "ERROR")
     try:
-        with sigterm_unwinds():
+        with _sigterm_unwinds():
             return command()
     except (Unavailable, DevStackError) as error:
         _fail(str(error), EXIT_UNAVAILABLE)
+    except SettingsError as error:
+        _fail(str(error), EXIT_USAGE)
     except MessageTooLarge:
         _fail("the request is too large for the bus: name its images by s3://", EXIT_USAGE)
-    except (KeyboardInterrupt, Terminated):
+    except (KeyboardInterrupt, _Terminated):
         sys.exit(interrupted)
 
 

@@ -6,7 +6,15 @@ from typing import Any
 import structlog
 
 from consumer.admission import Job
-from consumer.job import Decision, Publish, ResultTooLarge, Settlement, State, decide
+from consumer.job import (
+    Conflict,
+    Decision,
+    Publish,
+    ResultTooLarge,
+    Settlement,
+    State,
+    decide,
+)
 from consumer.ports import DeadLetter, Events, MessageTooLarge, ModelDescription, ResultEvent
 from generation_contracts import (
     CancelledEvent,
@@ -20,10 +28,12 @@ log = structlog.get_logger()
 
 
 class Conclusion:
-    """Carries decisions out: publish, reply, put aside, settle, in this order.
+    """Carries decisions out: put aside, publish, reply, settle, in this order.
 
-    The order is what makes a crash between any two of them harmless: the result has a fence of its
-    own, the reply is a courtesy, the dead letter is deduplicated, and the settlement comes last.
+    The order is what makes a crash between any two of them harmless. The dead letter comes first:
+    once the result is stored, a redelivery is only answered and acknowledged; a second letter is
+    dropped by its id. The result has a fence of its own, the reply is a courtesy, and the
+    settlement comes last.
     """
 
     def __init__(
@@ -43,6 +53,8 @@ class Conclusion:
             result turned out too large for the bus.
         """
         job.advance(State.CONCLUDING)
+        if decision.dead_letter:
+            await self._put_aside(job, decision)
         try:
             await self._announce(job, decision)
         except MessageTooLarge:
@@ -50,9 +62,7 @@ class Conclusion:
             decision = decide(
                 ResultTooLarge(), attempt=job.delivery.attempt, max_attempts=self._max_attempts
             )
-            await self._announce(job, decision)
-        if decision.dead_letter:
-            await self._put_aside(job, decision)
+            await self._announce_the_bare_failure(job, decision)
         await self._settle(job, decision)
         return decision
 
@@ -81,11 +91,28 @@ class Conclusion:
                 event = self._event(job, decision)
                 trace_parent = job.envelope.trace_parent
                 stored = await self._events.publish_result(event, trace_parent=trace_parent)
-                if not stored:  # another worker with the same delivery was quicker
-                    log.warning("result_stored_before")
-                    found = await self._events.find_result(self._task, job.request_id)
-                    event = event if found is None else found
-                await self._reply(job, event)
+                await self._reply(job, event if stored else await self._instead(job, event))
+
+    async def _announce_the_bare_failure(self, job: Job, decision: Decision) -> None:
+        # Without what the sender brought in itself; else it would come back for ever.
+        job.request = None
+        try:
+            await self._announce(job, decision)
+        except MessageTooLarge:
+            log.exception("failure_too_large")
+
+    async def _instead(self, job: Job, event: ResultEvent) -> ResultEvent:
+        log.warning("result_stored_before")
+        found = await self._events.find_result(self._task, job.request_id)
+        if found is None:
+            return event
+        if found.request_digest == job.digest:  # another worker with the same request was quicker
+            return found
+        if isinstance(event, FailedEvent):
+            return event
+        # What stands is the end of another request: its outputs are not for this sender.
+        conflict = decide(Conflict(), attempt=job.delivery.attempt, max_attempts=self._max_attempts)
+        return self._event(job, conflict)
 
     async def _reply(self, job: Job, event: ResultEvent | None) -> None:
         if job.envelope.reply_to is not None and event is not None:

@@ -36,6 +36,7 @@ EXIT_MODEL_LOST = 70  # EX_SOFTWARE: the model cannot be loaded, or the device i
 CONNECT_WITHIN = 30.0  # seconds that the daemon waits for NATS at its start
 STORE_CHECK_EVERY = 30.0  # seconds between two looks at an idle store
 STORE_CHECK_AGAIN = 5.0  # seconds, while it is away
+CANCEL_EVERY = 1.0  # seconds; more than the parts take to close
 FORCE_AFTER = 2.0  # seconds after a second signal in which the delivery is given back
 
 
@@ -214,7 +215,7 @@ class Daemon:
         if self._life is None:
             return
         if self._execution is None or self._pull is None:
-            self._life.cancel()  # still starting: nothing has been taken
+            self._cancel(self._life)  # still starting: nothing has been taken
         elif self._signals == 1:
             self._pull.stop()
             self._end_after(self._settings.consumer_drain_grace, PATIENCE + FORCE_AFTER)
@@ -226,4 +227,11 @@ class Daemon:
             return
         loop = asyncio.get_running_loop()
         loop.call_later(grace, self._execution.interrupt, Reason.DRAIN)
-        loop.call_later(grace + patience, self._life.cancel)
+        loop.call_later(grace + patience, self._cancel, self._life)
+
+    def _cancel(self, life: asyncio.Task[int]) -> None:
+        # More than once: until Python 3.12, asyncio.wait_for loses a cancellation that comes in the
+        # moment in which what it waits for is done (python/cpython#86296).
+        if not life.done():
+            life.cancel()
+            asyncio.get_running_loop().call_later(CANCEL_EVERY, self._cancel, life)

@@ -2,13 +2,11 @@
 
 import asyncio
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -32,24 +30,6 @@ RANDOM_WEIGHTS = (
     "The demonstration models have random weights until trained ones ship: the picture is noise "
     "and the description is gibberish. All else is real."
 )
-
-
-class Terminated(BaseException):
-    """SIGTERM, raised where the program is, so that everything is stopped on the way out."""
-
-
-@contextmanager
-def sigterm_unwinds() -> Iterator[None]:
-    """Turn SIGTERM into an exception, as Ctrl-C is, for as long as the block lasts."""
-
-    def unwind(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, unwind)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def demo(prompt: str, question: str, folder: Path, console: Console) -> int:
@@ -98,7 +78,16 @@ def up(directory: Path, console: Console) -> int:
 def _start_daemons(stack: DevStack, console: Console) -> list[Daemon]:
     with _environment(stack):
         asyncio.run(apply(Settings.load()))
-    daemons = [stack.start_daemon(str(task), {"MODEL_TYPE": str(task)}) for task in Task]
+    settings = {
+        # Nothing of the environment that could only be meant for one of the two.
+        "MODEL_ID": "",
+        "CONSUMER_NAME": "",
+        # torch makes the folder for its compiler when it is imported, else in the temporary folder.
+        "TORCHINDUCTOR_CACHE_DIR": str(stack.directory / "torchinductor"),
+    }
+    daemons = [
+        stack.start_daemon(str(task), {**settings, "MODEL_TYPE": str(task)}) for task in Task
+    ]
     console.print("loading the models …")
     for daemon in daemons:
         daemon.wait_ready()
@@ -154,21 +143,21 @@ async def _show(bus: Bus, settings: Settings, request: Request, console: Console
 
 
 def _instructions(stack: DevStack, daemons: list[Daemon]) -> str:
-    settings = " ".join(f"{name}={value}" for name, value in stack.environment().items())
-    probes = "\n".join(f"  {daemon.name}: {daemon.probes_url}/readyz" for daemon in daemons)
+    nats = f"nats --server {stack.nats.url}"
+    probes = "\n".join(f"  {daemon.name:<14} {daemon.probes_url}/readyz" for daemon in daemons)
     return f"""
-Running until Ctrl-C. Data and ports stay in {stack.directory}.
+Running until Ctrl-C. Data, ports and credentials stay in {stack.directory}.
 
-  NATS  {stack.nats.url}
-  S3    {stack.store.endpoint}  (bucket {stack.store.bucket})
+  NATS           {stack.nats.url}
+  S3             {stack.store.endpoint} (bucket {stack.store.bucket})
 {probes}
 
-Ask for a picture and wait for its result:
+Ask for a picture and wait for it:
 
-  {settings} consumer request text-to-image "a red circle"
+  NATS_URL={stack.nats.url} uv run consumer request text-to-image "a red circle"
 
-or with the nats command line:
+With the nats command line, the results in one terminal and a request in another:
 
-  nats --server {stack.nats.url} sub 'generation.result.>' &
-  nats --server {stack.nats.url} req generation.request.text_to_image '{{"prompt":"a red circle"}}'
+  {nats} subscribe 'generation.result.>'
+  {nats} publish --jetstream generation.request.text_to_image '{{"prompt":"a red circle"}}'
 """

@@ -6,7 +6,6 @@ outcome means, and `conclusion` carries that out.
 """
 
 import asyncio
-import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -153,16 +152,18 @@ class Execution:
         self._jobs.append(job)
         self._observer.job_started()
         decision: Decision | None = None
+        exit_code: int | None = None
         with structlog.contextvars.bound_contextvars(
             request_id=job.request_id, task=str(self._task), attempt=delivery.attempt
         ):
             try:
                 async with Lease(delivery, ack_wait=self._limits.ack_wait):
-                    outcome = await self._stages(job)
-                    decision = await self._conclusion.conclude(job, self._decide(job, outcome))
+                    wanted = self._decide(job, await self._stages(job))
+                    exit_code = wanted.exit_code  # stands even if the end goes wrong
+                    decision = await self._conclusion.conclude(job, wanted)
             except asyncio.CancelledError:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(delivery.nak(), LAST_WORD)
+                if await self._give_back(job):
+                    decision = self._decide(job, outcomes.Draining())
                 raise
             except Exception:
                 # Nobody knows how far it came: the lease runs out and the request comes again.
@@ -170,7 +171,7 @@ class Execution:
             finally:
                 self._jobs.remove(job)
                 self._report(job, decision)
-        return None if decision is None else decision.exit_code
+        return exit_code
 
     def interrupt(self, reason: Reason, request_id: str | None = None) -> bool:
         """Ask a job, or all of them, to stop at the next step.
@@ -270,12 +271,14 @@ class Execution:
                 publish=lambda: self._tell(job, steps),
             )
         finally:
+            del run  # for the reason given in `watch`
             seconds = time.monotonic() - steps.started
             job.inference += seconds
             self._observer.device_busy(seconds)
 
     async def _tell(self, job: Job, steps: Steps) -> None:
         step, of = steps.position
+        of = max(of, step, 1)  # some schedulers take more steps than they were asked for
         each = steps.seconds_per_step()
         progress = ProgressEvent(
             **self._conclusion.event_fields(job),
@@ -341,6 +344,16 @@ class Execution:
 
     def _decide(self, job: Job, outcome: Outcome) -> Decision:
         return decide(outcome, attempt=job.delivery.attempt, max_attempts=self._limits.max_attempts)
+
+    async def _give_back(self, job: Job) -> bool:
+        if job.state in {State.SETTLED, State.ABANDONED}:
+            return False
+        try:
+            await asyncio.wait_for(job.delivery.nak(), LAST_WORD)
+        except Exception as error:  # noqa: BLE001 - the cancellation goes on, and the lease runs out
+            log.warning("not_given_back", error=type(error).__name__)
+            return False
+        return True
 
     def _report(self, job: Job, decision: Decision | None) -> None:
         report = JobReport(

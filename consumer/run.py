@@ -132,6 +132,9 @@ async def watch(
     except Interrupted:
         interrupt.check()
         raise
+    finally:
+        # What it raised has this frame in its traceback: the cycle would keep the run's tensors.
+        del run
     # The last step may have been done by then; the request has ended all the same.
     interrupt.check()
     return output

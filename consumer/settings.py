@@ -140,7 +140,8 @@ class Settings(BaseSettings):
             SettingsError: One line that names the setting.
         """
         values = {} if config is None else _read(config)
-        from_file = {k: v for k, v in values.items() if not os.environ.get(k.upper())}
+        present = {name.lower() for name, value in os.environ.items() if value}
+        from_file = {name: value for name, value in values.items() if name not in present}
         try:
             return cls(**from_file)
         except ValidationError as error:
@@ -208,7 +209,9 @@ def _line(error: ValidationError) -> str:
 
 def _shown(name: str, value: object) -> str:
     if name == "nats_url":
-        return re.sub(r"//[^@/]*@", "//***@", str(value))
+        # A password may contain every separator: hiding a server's name is better than half of it.
+        servers = re.split(r",(?=\s*\w+://)", str(value))
+        return ",".join(re.sub(r"^(\s*(?:\w+://)?).*@", r"\1***@", server) for server in servers)
     if isinstance(value, tuple):
         return ",".join(value)
     return "" if value is None else str(value)

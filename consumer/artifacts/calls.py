@@ -53,11 +53,12 @@ class Calls:
             self._under_way.discard(call)
 
     def close(self) -> None:
-        """Break off what is under way; the threads end by themselves."""
+        """Break off what is under way, also what waits for a thread; the threads then end."""
         self._closed = True
         for call in tuple(self._under_way):
             call.break_off()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        # Not cancel_futures: those who wait would take it for a cancellation of their own.
+        self._threads.shutdown(wait=False)
 
 
 class _Call:
@@ -99,30 +100,25 @@ class _Call:
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
 
-def _note(connection: HTTPConnection) -> None:
-    call: _Call | None = getattr(_Call.in_thread, "call", None)
-    if call is not None:
-        call.uses(connection.sock)
-
-
 class _PlainConnection(HTTPConnection):
+    """A connection that its call knows of."""
+
     def connect(self) -> None:
         super().connect()
-        _note(self)
+        self._note()
 
     def request(self, *args: Any, **kwargs: Any) -> None:
-        _note(self)  # one that was kept alive is not connected again
+        self._note()  # one that was kept alive is not connected again
         super().request(*args, **kwargs)
 
+    def _note(self) -> None:
+        call: _Call | None = getattr(_Call.in_thread, "call", None)
+        if call is not None:
+            call.uses(self.sock)
 
-class _TlsConnection(HTTPSConnection):
-    def connect(self) -> None:
-        super().connect()
-        _note(self)
 
-    def request(self, *args: Any, **kwargs: Any) -> None:
-        _note(self)
-        super().request(*args, **kwargs)
+class _TlsConnection(_PlainConnection, HTTPSConnection):
+    """The same over TLS."""
 
 
 class _PlainPool(HTTPConnectionPool):

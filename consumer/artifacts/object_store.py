@@ -117,8 +117,8 @@ class ObjectStoreArtifacts:
         found = _content_or_reference(source, max_bytes)
         if isinstance(found, bytes):
             return found
-        if not is_plain(found.key):
-            raise InputUnavailable("the key has an empty part or one of dots")
+        if not is_plain(found.key):  # the SDK has a bare ValueError for some of these
+            raise InputUnavailable("the key has an empty, `.` or `..` part")
         if not self._config.may_read(found.bucket, found.key):
             raise InputUnavailable("this worker reads no inputs from that bucket and prefix")
         return await self._tried(partial(self._read, found.bucket, found.key, max_bytes))

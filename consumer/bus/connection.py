@@ -2,7 +2,8 @@
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
@@ -17,6 +18,7 @@ log = structlog.get_logger()
 RECONNECT_WAIT = 0.25  # seconds between two tries
 PING_INTERVAL = 5  # seconds; a dead read loop is noticed after two unanswered pings
 API_TIMEOUT = 5.0  # seconds that one call of the JetStream API may take
+GIVEN_UP = "NATS: the client has given up on the connection"
 CLOSE_TIMEOUT = 2.0  # seconds for what is still to be written, and for the closing
 
 
@@ -53,12 +55,39 @@ class Bus:
         self.jetstream: JetStreamContext = self.client.jetstream(timeout=API_TIMEOUT)
         self.closed = asyncio.Event()
         self.last_error = ""
+        self._refused = False  # whether the server has ever refused the credentials
+        self._up = asyncio.Event()  # set while the server can be reached, and when it is all over
+        self._limits: set[asyncio.Timeout] = set()  # of the questions that are under way
         self._listeners: list[Callable[[], None]] = []
 
     @property
     def connected(self) -> bool:
         """Whether the server can be reached now."""
         return self.client.is_connected
+
+    async def reachable(self) -> None:
+        """Wait until the server can be reached.
+
+        Raises:
+            BusUnavailable: The client has given up; the process has to end.
+        """
+        await self._up.wait()
+        if self.client.is_closed:
+            raise BusUnavailable(GIVEN_UP)
+
+    @asynccontextmanager
+    async def question(self, within: float) -> AsyncIterator[None]:
+        """Limit a question to the server, and end it when its answer is lost with the connection.
+
+        Raises:
+            TimeoutError: No answer within so many seconds, or the connection is lost.
+        """
+        async with asyncio.timeout(within) as limit:
+            self._limits.add(limit)
+            try:
+                yield
+            finally:
+                self._limits.remove(limit)
 
     def on_reconnect(self, listener: Callable[[], None]) -> None:
         """Call a function each time the connection is there again."""
@@ -73,6 +102,7 @@ class Bus:
                     await step()
             except Exception as error:  # noqa: BLE001 - the process ends either way
                 log.warning("bus_close_failed", error=type(error).__name__)
+        await self._on_closed()  # nats-py does not say so when it was cut short
 
     async def _flush(self) -> None:
         if self.client.is_connected:
@@ -80,19 +110,27 @@ class Bus:
 
     async def _on_error(self, error: Exception) -> None:
         self.last_error = str(error) or type(error).__name__
+        # Of one try in a hundred nothing is left but that the connection was reset.
+        self._refused = self._refused or "authorization" in self.last_error.lower()
         log.warning("bus_error", error=type(error).__name__, reason=self.last_error[:200])
 
     async def _on_disconnect(self) -> None:
         if not self.client.is_draining and not self.client.is_closed:
             log.warning("bus_disconnected")
+        self._up.clear()
+        for limit in self._limits:
+            if not limit.expired():
+                limit.reschedule(0.0)
 
     async def _on_reconnect(self) -> None:
         log.info("bus_reconnected")
+        self._up.set()
         for listener in self._listeners:
             listener()
 
     async def _on_closed(self) -> None:
         self.closed.set()
+        self._up.set()
 
     async def open(self, settings: Settings, *, name: str, within: float) -> None:
         """Connect.
@@ -102,10 +140,13 @@ class Bus:
         """
         try:
             options = _options(settings)
+        except OSError as error:  # ssl.SSLError is one
+            raise BusUnavailable(f"NATS: the credentials cannot be read: {error}") from None
+        try:
             # Without the limit a failing TLS handshake, or no server at all, is tried for ever.
             async with asyncio.timeout(within):
                 await self.client.connect(
-                    servers=[url.strip() for url in settings.nats_url.split(",")],
+                    servers=settings.nats_url.split(","),
                     name=name,
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=RECONNECT_WAIT,  # type: ignore[arg-type] # takes fractions
@@ -120,9 +161,10 @@ class Bus:
         except Exception as error:  # noqa: BLE001 - nats-py raises many kinds here
             await self.close()
             reason = self.last_error or str(error) or type(error).__name__
-            if "authorization" in reason.lower():
+            if self._refused:
                 raise BusUnavailable("NATS: the credentials are refused") from None
             raise BusUnavailable(f"NATS: cannot connect: {reason}") from None
+        self._up.set()
 
 
 async def connect(settings: Settings, *, name: str, within: float) -> Bus:
@@ -143,6 +185,9 @@ async def connect(settings: Settings, *, name: str, within: float) -> Bus:
 
 def _options(settings: Settings) -> dict[str, Any]:
     options: dict[str, Any] = {}
+    for path in (settings.nats_creds, settings.nats_nkey_seed):
+        if path is not None:
+            path.open("rb").close()  # nats-py opens it when the server asks, and tries for ever
     if settings.nats_creds is not None:
         options["user_credentials"] = str(settings.nats_creds)
     if settings.nats_nkey_seed is not None:

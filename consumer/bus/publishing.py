@@ -6,7 +6,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
-from nats.errors import ConnectionClosedError, Error, NoRespondersError
+from nats.errors import Error, NoRespondersError
 from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 from pydantic import ValidationError
@@ -69,14 +69,14 @@ class JetStreamEvents:
         subject = self._subjects.result(task, request_id)
         pause = PAUSE_FIRST
         while True:
+            await self._bus.reachable()
             try:
-                found = await self._bus.jetstream.get_last_msg(
-                    self._subjects.results_stream, subject, direct=True
-                )
+                async with self._bus.question(API_TIMEOUT):
+                    found = await self._bus.jetstream.get_last_msg(
+                        self._subjects.results_stream, subject, direct=True
+                    )
             except NotFoundError:
                 return None
-            except ConnectionClosedError:
-                raise
             except NoRespondersError:
                 await self._restore()
             except (Error, OSError) as error:
@@ -158,18 +158,18 @@ class JetStreamEvents:
             log.exception("dead_letter_too_large")
 
     async def _persist(self, subject: str, body: bytes, headers: Mapping[str, str]) -> PubAck:
-        # A try that timed out while the server was away may be stored later: every message has an
-        # id, so the next try is dropped as its copy.
+        # A try whose answer is lost may have been stored: every message has an id, so the next try
+        # is dropped as its copy.
         self._check_size(body, headers)
         pause = PAUSE_FIRST
         while True:
+            await self._bus.reachable()
             try:
-                # A copy of the headers: js.publish writes into what it is given.
-                return await self._bus.jetstream.publish(
-                    subject, body, timeout=API_TIMEOUT, headers=dict(headers)
-                )
-            except ConnectionClosedError:
-                raise
+                async with self._bus.question(API_TIMEOUT):
+                    # A copy of the headers: js.publish writes into what it is given.
+                    return await self._bus.jetstream.publish(
+                        subject, body, timeout=API_TIMEOUT, headers=dict(headers)
+                    )
             except NoStreamResponseError:
                 await self._restore()
             except APIError as error:
@@ -235,8 +235,8 @@ def _dead_letter_headers(delivery: Delivery, letter: DeadLetter) -> dict[str, st
 
 
 def _ascii(text: str) -> str:
-    # nats-py writes a header as it stands: a line break in it would begin another one.
-    return text.encode("ascii", "replace").decode().replace("\r", " ").replace("\n", " ")
+    # nats-py makes spaces of line breaks, so that none can begin another header.
+    return text.encode("ascii", "replace").decode()
 
 
 async def _rest(pause: float) -> float:

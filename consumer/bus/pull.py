@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error
 
-from consumer.bus.connection import Bus, BusUnavailable
+from consumer.bus.connection import GIVEN_UP, Bus, BusUnavailable
 from consumer.bus.delivery import JetStreamDelivery, is_delivery
 from consumer.bus.topology import NANOSECONDS, Durable, TopologyError
 
@@ -55,7 +55,7 @@ class PullLoop:
         self._giving_back: set[asyncio.Task[None]] = set()
         self._silences = 0
         self._heard = time.monotonic()
-        self.attached = True  # whether the server knows the durable; it did when it was ensured
+        self.attached = True  # whether the server takes pulls; it knew the durable when ensured
 
     async def start(self) -> None:
         """Listen for what pulls give."""
@@ -75,7 +75,7 @@ class PullLoop:
         """
         while not self._stopping:
             if self._bus.closed.is_set():
-                raise BusUnavailable("NATS: the client has given up on the connection")
+                raise BusUnavailable(GIVEN_UP)
             if not self._standing and self._bus.connected:
                 await self._pull()
             message = await self._hear()
@@ -194,6 +194,7 @@ class PullLoop:
             await self._restore()
         else:
             log.warning("pull_refused", code=code, description=description)
+            self.attached = False
             await asyncio.sleep(PAUSE_REFUSED)
 
     async def _restore(self) -> None:

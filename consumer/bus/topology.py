@@ -8,13 +8,13 @@ what would break the guarantees, and reports the rest. Neither is ever silent.
 
 import json
 from dataclasses import dataclass
+from http import HTTPStatus
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import structlog
 from nats.errors import Error, NoRespondersError
-from nats.errors import TimeoutError as BusTimeout
 
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.ports import Unavailable
@@ -188,8 +188,10 @@ class Topology:
     async def _apply_consumer(self, wanted: Config) -> Change:
         stream, name = self._subjects.requests_stream, wanted["durable_name"]
         found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
-        if found is not None and not _differences(wanted, found["config"]):
-            return "unchanged"
+        if found is not None:
+            _refuse_push(name, found["config"])
+            if not _differences(wanted, found["config"]):
+                return "unchanged"
         config = wanted if found is None else {**found["config"], **wanted}
         await self._create_consumer(stream, name, config)
         return "created" if found is None else "updated"
@@ -205,12 +207,13 @@ class Topology:
         payload = b"" if body is None else json.dumps(body).encode()
         self._bus.last_error = ""
         try:
-            answer = await self._bus.client.request(
-                f"$JS.API.{subject}", payload, timeout=API_TIMEOUT
-            )
+            async with self._bus.question(API_TIMEOUT):
+                answer = await self._bus.client.request(
+                    f"$JS.API.{subject}", payload, timeout=API_TIMEOUT
+                )
         except NoRespondersError:
             raise BusUnavailable("NATS: JetStream is not enabled for this account") from None
-        except BusTimeout:
+        except TimeoutError:
             # The server drops what is not permitted; the reason goes to the error callback.
             reason = self._bus.last_error or "no answer"
             raise BusUnavailable(f"NATS: $JS.API.{subject}: {reason}") from None
@@ -222,7 +225,10 @@ class Topology:
             return value
         if error.get("err_code") in _NOT_FOUND:
             return None
-        raise TopologyError(f"{subject}: {error.get('description', 'refused')}")
+        description = error.get("description", "refused")
+        if error.get("code") == HTTPStatus.SERVICE_UNAVAILABLE:  # not enabled, or not for now
+            raise BusUnavailable(f"NATS: {description}")
+        raise TopologyError(f"{subject}: {description}")
 
 
 def _definition(name: str) -> str:
@@ -234,8 +240,7 @@ def _definition(name: str) -> str:
 
 
 def _durable(stream: str, name: str, wanted: Config, found: Config) -> Durable:
-    if found.get("deliver_subject"):
-        raise TopologyError(f"consumer {name}: it is a push consumer; delete it")
+    _refuse_push(name, found)
     _compare(f"consumer {name}", wanted, found)
     return Durable(
         stream=stream,
@@ -243,6 +248,11 @@ def _durable(stream: str, name: str, wanted: Config, found: Config) -> Durable:
         ack_wait=found["ack_wait"] / NANOSECONDS,
         max_ack_pending=found["max_ack_pending"],
     )
+
+
+def _refuse_push(name: str, found: Config) -> None:
+    if found.get("deliver_subject"):
+        raise TopologyError(f"consumer {name}: it is a push consumer; delete it")
 
 
 def _differences(wanted: Config, found: Config) -> dict[str, tuple[Any, Any]]:

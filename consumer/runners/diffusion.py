@@ -5,7 +5,7 @@
 import copy
 import secrets
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +51,8 @@ def load(config: ModelConfig) -> "DiffusionModel":
     Raises:
         ModelUnavailable: With one clear line.
     """
-    quantization.see_that_it_is_there(config)
     placement = place(config)
+    quantization.see_that_it_can_be(config, placement)
     with located(Task.TEXT_TO_IMAGE, config, download) as source:
         pipe = load_pipeline(source, placement, config)
     info = ModelInfo(
@@ -83,6 +83,7 @@ class DiffusionModel:
         self._placement = placement
         self._parameters = Parameters(pipe, info)
         self._types = memory.types_of(pipe)
+        self._undo = ExitStack()  # what saves memory in this run
         self._can_offload = placement.device.type != "cpu" and not offloaded
 
     @property
@@ -114,7 +115,7 @@ class DiffusionModel:
 
     def close(self) -> None:
         """Give the device's memory back."""
-        self._pipe = None
+        del self._pipe, self._parameters  # each of them holds the weights
         release(self._placement.device)
 
     def _make(
@@ -128,15 +129,13 @@ class DiffusionModel:
         first = secrets.randbelow(SEEDS) if request.seed is None else request.seed
         seeds = [(first + n) % SEEDS for n in range(request.num_images)]
         batches = [[seed] for seed in seeds] if save_memory else [seeds]
-        saving = (
-            memory.saving(self._pipe, self._placement.device, offload=self._can_offload)
-            if save_memory
-            else nullcontext()
-        )
         cuts = Cuts()
         pictures: list[GeneratedImage] = []
         blanked = 0
-        with torch.inference_mode(), saving:
+        with torch.inference_mode():
+            if save_memory:
+                device = self._placement.device
+                memory.save(self._undo, self._pipe, device, offload=self._can_offload)
             for number, batch in enumerate(batches):
                 steps = _Steps(
                     on_step,
@@ -148,6 +147,7 @@ class DiffusionModel:
                 arrays, blanks = self._run_pipeline(request, batch, steps, cuts)
                 pictures += map(GeneratedImage, map(_picture, arrays), batch)
                 blanked += blanks
+            self._undo.close()
         warnings = cuts.warnings()
         if blanked:
             warnings += (f"the model's safety checker blanked pictures: {blanked}",)
@@ -185,7 +185,8 @@ class DiffusionModel:
         parts: dict[str, Any] = self._pipe.components
         for name, part in parts.items():
             if isinstance(part, SchedulerMixin):
-                setattr(pipe, name, part.from_config(part.config))
+                scheduler: Any = part
+                setattr(pipe, name, scheduler.from_config(scheduler.config))
             elif isinstance(part, BaseGuidance):
                 scale = request.guidance_scale
                 mine = {} if scale is None or name != "guider" else {"guidance_scale": scale}
@@ -195,8 +196,10 @@ class DiffusionModel:
         return pipe
 
     def _free(self) -> None:
-        memory.restore_types(self._pipe, self._types)
         release(self._placement.device)
+        with torch.inference_mode():
+            self._undo.close()
+            memory.restore_types(self._pipe, self._types)
 
 
 class _Steps:

@@ -52,7 +52,8 @@ def translated(run: Callable[[], T], *, free: Callable[[], None]) -> T:
 
     Args:
         run: The run.
-        free: Gives back what a failed run holds; called once nothing refers to its tensors.
+        free: Gives back what an ended run holds; called once nothing refers to its tensors, and not
+            when the device is lost.
 
     Raises:
         Interrupted, UnsupportedParameter, OutOfMemory, DeviceLost, ModelError: See the port.

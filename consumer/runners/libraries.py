@@ -2,8 +2,8 @@
 
 # mypy: allow-untyped-calls
 
-from huggingface_hub.utils.tqdm import disable_progress_bars
 import transformers.utils.logging
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 
 def quiet() -> None:

@@ -1,37 +1,36 @@
 """What makes a run of a pipeline smaller and slower, turned on for one run."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
+import structlog
 import torch
 
 from consumer.runners.device import release
 from consumer.runners.pipeline_loading import modules
 
+log = structlog.get_logger()
 
-@contextmanager
-def saving(pipe: Any, device: torch.device, *, offload: bool) -> Iterator[None]:
+
+def save(undo: ExitStack, pipe: Any, device: torch.device, *, offload: bool) -> None:
     """Decode in slices and tiles and, where it is possible, hold one part on the device at a time.
 
-    Everything is afterwards as it was before, however the run ends.
-
     Args:
-        pipe: The shared pipeline; the copies made of it inside the context save memory.
+        undo: Takes what makes everything as it was before. It is closed once nothing holds the
+            run's tensors any more: there must be room for the weights on the device.
+        pipe: The shared pipeline; the copies made of it meanwhile save memory.
         device: Where it computes.
         offload: Whether to move the parts; not when they are moved anyway, and not on a CPU.
     """
-    with ExitStack() as stack:
-        decoder = getattr(pipe, "vae", None)  # families that work on pixels have none
-        stack.callback(_decode_whole, decoder, _decoding(decoder))
-        for switch in ("enable_slicing", "enable_tiling"):
-            if hasattr(decoder, switch):
-                getattr(decoder, switch)()
-        if offload and pipe.model_cpu_offload_seq is not None:
-            stack.callback(_bring_back, pipe, device)
-            pipe.enable_model_cpu_offload(device=device)
-            release(device)
-        yield
+    decoder = getattr(pipe, "vae", None)  # families that work on pixels have none
+    undo.callback(_decode_whole, decoder, _decoding(decoder))
+    for switch in ("enable_slicing", "enable_tiling"):
+        if hasattr(decoder, switch):
+            getattr(decoder, switch)()
+    if offload and pipe.model_cpu_offload_seq is not None:
+        undo.callback(_bring_back, pipe, device)
+        pipe.enable_model_cpu_offload(device=device)
+        release(device)
 
 
 def types_of(pipe: Any) -> dict[str, torch.dtype]:
@@ -63,5 +62,12 @@ def _decode_whole(decoder: Any, before: tuple[bool, bool]) -> None:
 
 def _bring_back(pipe: Any, device: torch.device) -> None:
     pipe.remove_all_hooks()
-    pipe._all_hooks = []  # noqa: SLF001 - else `maybe_free_model_hooks` would offload again
-    pipe.to(device)
+    fits = True
+    try:
+        pipe.to(device)
+    except torch.OutOfMemoryError:
+        fits = False
+    if not fits:
+        log.warning("weights_stay_in_main_memory")
+        release(device)
+        pipe.enable_model_cpu_offload(device=device)

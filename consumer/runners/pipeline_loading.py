@@ -9,7 +9,6 @@ from typing import Any, get_args, get_type_hints
 
 import diffusers
 import diffusers.utils.logging
-import structlog
 import torch
 import transformers
 from diffusers import DiffusionPipeline
@@ -21,8 +20,6 @@ from consumer.runners.device import Placement
 from consumer.runners.faults import load_failure
 from consumer.runners.source import Source
 from consumer.runners.weights import see_that_none_are_missing, see_that_none_were_invented
-
-log = structlog.get_logger()
 
 # What a pipeline must be able to be asked for.
 _NEEDED = (
@@ -45,6 +42,8 @@ _MORE_THAN_TEXT = (
     "prior_num_inference_steps",  # two pipelines in one, whose schedulers would be shared
 )
 _GIVEN = {"self", "prompt", "width", "height"}  # a pipeline may require them: they are always given
+
+_DENOISERS = ("transformer", "unet")
 
 STEP_CALLBACK = "callback_on_step_end"
 OLD_STEP_CALLBACK = "callback"  # of PixArt, Amused and others
@@ -71,7 +70,8 @@ def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> 
     try:
         parts = _text_models(source, index, placement, config)
         pipe = _from_folder(source, index, parts, placement, config)
-        _see_that_it_is_whole(pipe, source.id)
+        for name, module in modules(pipe):
+            see_that_none_are_missing(module, f"{source.id}: {name}")
         _put_in_place(pipe, placement, config)
     except ModelUnavailable:
         raise
@@ -108,6 +108,7 @@ def text_to_image_class(index: Mapping[str, Any], name: str) -> type[Any]:
         raise ModelUnavailable(f"{name}: {class_name} does not make pictures from a text alone")
     if not {STEP_CALLBACK, OLD_STEP_CALLBACK} & parameters.keys():
         raise ModelUnavailable(f"{name}: {class_name} cannot be stopped or watched at its steps")
+    _see_that_the_denoiser_fits(found, index, name)
     return found
 
 
@@ -129,6 +130,22 @@ def _image_is_optional(found: type[Any]) -> bool:
     listed = diffusers.AutoPipelineForText2Image  # imported with its lists
     known = inspect.getmodule(listed).AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()  # type: ignore[union-attr]
     return found in known and "controlnet" not in inspect.signature(found.__init__).parameters
+
+
+def _see_that_the_denoiser_fits(found: type[Any], index: Mapping[str, Any], name: str) -> None:
+    """Refuse a denoiser of another class, which diffusers loads with no more than a warning.
+
+    Text encoders and autoencoders are not judged: they have stand-ins that work.
+    """
+    for part, hint in get_type_hints(found.__init__).items():
+        wanted = tuple(c for c in get_args(hint) or (hint,) if inspect.isclass(c))
+        entry = index.get(part)
+        if part not in _DENOISERS or not wanted or not isinstance(entry, list) or entry[0] is None:
+            continue
+        given = getattr(diffusers, str(entry[-1]), None)
+        if inspect.isclass(given) and not issubclass(given, wanted):
+            expected = wanted[0].__name__
+            raise ModelUnavailable(f"{name}: {part} is of {given.__name__}, not of {expected}")
 
 
 def _read_index(source: Source) -> dict[str, Any]:
@@ -191,23 +208,6 @@ def _from_folder(
         **absent,
         **parts,
     )
-
-
-def _see_that_it_is_whole(pipe: Any, name: str) -> None:
-    for part, module in modules(pipe):
-        see_that_none_are_missing(module, f"{name}: {part}")
-    wanted = get_type_hints(type(pipe).__init__)
-    for part, module in modules(pipe):
-        hint = wanted.get(part)
-        classes = tuple(c for c in get_args(hint) or (hint,) if inspect.isclass(c))
-        if not classes or isinstance(module, classes):
-            continue
-        # Text encoders and autoencoders have stand-ins that work; a denoiser has none.
-        log.warning("unexpected_part", model=name, part=part, found=type(module).__name__)
-        if module is denoiser(pipe):
-            raise ModelUnavailable(
-                f"{name}: {part} is a {type(module).__name__}, not a {classes[0].__name__}"
-            )
 
 
 def _put_in_place(pipe: Any, placement: Placement, config: ModelConfig) -> None:

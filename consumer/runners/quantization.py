@@ -19,8 +19,8 @@ _WORTH_IT = 2**30  # bytes of weights; a CLIP text encoder would lose precision 
 _DENOISERS = ("transformer", "unet")
 
 
-def see_that_it_is_there(config: ModelConfig) -> None:
-    """Refuse a quantization that is unknown or not installed, before anything is loaded.
+def see_that_it_can_be(config: ModelConfig, placement: Placement) -> None:
+    """Refuse a quantization that cannot be had here, before anything is loaded.
 
     Raises:
         ModelUnavailable: Says which.
@@ -31,6 +31,8 @@ def see_that_it_is_there(config: ModelConfig) -> None:
         raise ModelUnavailable(f"MODEL_QUANTIZATION: must be none or {FOUR_BITS}")
     if find_spec("bitsandbytes") is None:
         raise ModelUnavailable("MODEL_QUANTIZATION: the package bitsandbytes is not installed")
+    if placement.device.type != "cuda":
+        raise ModelUnavailable("MODEL_QUANTIZATION: needs the device cuda")
 
 
 def for_transformers(
@@ -54,15 +56,9 @@ def for_transformers(
 def for_diffusers(
     config: ModelConfig, placement: Placement, index: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments for `from_pretrained` of a pipeline: its denoiser is quantized.
-
-    Raises:
-        ModelUnavailable: diffusers quantizes on cuda only.
-    """
+    """Arguments for `from_pretrained` of a pipeline: its denoiser is quantized."""
     if config.quantization == "none":
         return {}
-    if placement.device.type != "cuda":
-        raise ModelUnavailable("MODEL_QUANTIZATION: a pipeline is quantized on cuda only")
     # Not at the top: a vision-language model has no use for diffusers, which takes seconds.
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 

@@ -50,6 +50,9 @@ def located(task: Task, config: ModelConfig, download: Download) -> Iterator[Sou
         ModelUnavailable: Neither a folder nor an id on the hub that can be reached.
     """
     quiet()
+    folder_or_id = Path(config.model_id).expanduser()
+    if config.revision is not None and folder_or_id.is_dir():
+        raise ModelUnavailable("MODEL_REVISION: only a model of the hub has revisions")
     if not config.model_id:
         # Only a demonstration model costs the import of its parts.
         # Its tensors are too small to be shared out: a picture takes 0.2 s in one thread and up to
@@ -59,7 +62,6 @@ def located(task: Task, config: ModelConfig, download: Download) -> Iterator[Sou
             demonstration.build(task, Path(folder))
             yield Source(Path(folder), DEMONSTRATION)
         return
-    folder_or_id = Path(config.model_id).expanduser()
     if folder_or_id.is_dir():
         yield Source(folder_or_id.resolve(), folder_or_id.resolve().name)
     elif _HUB_ID.fullmatch(config.model_id):

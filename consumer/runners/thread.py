@@ -37,11 +37,10 @@ class InferenceThread:
         Cancelling the caller does not stop a call that has begun: nothing can.
         """
         context = contextvars.copy_context()
-        work = partial(context.run, partial(function, *args, **kwargs))
-        running = self._executor.submit(_call, work)
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)
-        return await asyncio.wrap_future(running)
+        submitted = [self._submit(partial(context.run, partial(function, *args, **kwargs)))]
+        # The traceback keeps this frame as well: neither the arguments nor the future stay in it.
+        del function, args, kwargs
+        return await submitted.pop()
 
     def close(self) -> None:
         """Take no more calls and drop those that have not begun; does not wait for the running one.
@@ -49,6 +48,12 @@ class InferenceThread:
         A thread that hangs keeps the interpreter from ending: leave by `os._exit` then.
         """
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        running = self._executor.submit(_call, work)
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return asyncio.wrap_future(running)
 
 
 def _call(work: Callable[[], T]) -> T:

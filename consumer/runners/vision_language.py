@@ -56,8 +56,8 @@ def load(config: ModelConfig) -> "VisionLanguageModel":
     Raises:
         ModelUnavailable: With one clear line.
     """
-    quantization.see_that_it_is_there(config)
     placement = place(config)
+    quantization.see_that_it_can_be(config, placement)
     with located(Task.IMAGE_TO_TEXT, config, download) as source:
         model, processor = load_vision_language(source, placement, config)
     info = ModelInfo(
@@ -140,7 +140,7 @@ class VisionLanguageModel:
 
     def close(self) -> None:
         """Give the device's memory back."""
-        self._model = self._processor = None
+        del self._model
         release(self._placement.device)
 
     def _write(

@@ -82,12 +82,29 @@ def test_demo_interrupted_leaves_nothing(
     assert_nothing_left(temporary)
 
 
+def test_demo_that_fails_says_why_and_leaves_nothing(folders: tuple[Path, Path]) -> None:
+    work, temporary = folders
+    done = subprocess.run(
+        DEMO,
+        cwd=work,
+        env={**environment(temporary), "MODEL_QUANTIZATION": "nonsense"},
+        capture_output=True,
+        text=True,
+        timeout=2 * WITHIN,
+        check=False,
+    )
+    assert done.returncode == 69
+    assert "model_unavailable" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert_nothing_left(temporary)
+
+
 def test_up_keeps_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) -> None:
     work, temporary = folders
     addresses = []
     for _ in range(2):
         with started([sys.executable, "-m", "consumer", "up"], work, temporary) as process:
-            shown = read_until(process, "nats --server")
+            shown = read_until(process, "publish --jetstream")
             address = next(line.split()[1] for line in shown if line.strip().startswith("NATS"))
             addresses.append(address)
             process.send_signal(signal.SIGTERM)

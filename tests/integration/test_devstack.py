@@ -83,7 +83,7 @@ def listening_addresses(pid: int) -> set[tuple[str, int]]:
 
 
 class Watched:
-    """Another process, which need not be a child: its end can be awaited, and ends with the test."""
+    """Another process, which need not be a child: awaited, and ended with the test."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -335,8 +335,8 @@ def test_everything_is_stopped_even_where_one_stop_fails(
 def test_a_second_stack_on_the_same_directory_is_refused_with_the_first_ones_process(
     tmp_path: Path,
 ) -> None:
-    with DevStack(tmp_path / "stack", persist=True) as stack:
-        second = DevStack(tmp_path / "stack", persist=True)
+    with DevStack(tmp_path / "stack", persist=False) as stack:
+        second = DevStack(tmp_path / "stack", persist=False)
         with pytest.raises(DirectoryInUseError, match=rf"in use.*process {os.getpid()}\b"):
             second.start()
         second.stop()
@@ -394,7 +394,7 @@ def test_a_port_of_a_server_that_is_just_ending_is_waited_for(
         waits.append(seconds)
         ending.close()
 
-    monkeypatch.setattr(loopback.time, "sleep", end)
+    monkeypatch.setattr(time, "sleep", end)
     require_free(ending.getsockname()[1], "a server that is ending")
     assert len(waits) == 1
 
@@ -528,11 +528,13 @@ def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(tmp_path: P
         "if grandchild: os.write(1, f'{grandchild}\\n'.encode())\n"
         "signal.pause()"
     )
-    with python_child(tmp_path, code, grace=0.2) as child:
-        with Watched(int(first_line(child))) as grandchild:
-            child.stop()
-            assert child.returncode == -signal.SIGKILL
-            grandchild.wait_until_gone()
+    with (
+        python_child(tmp_path, code, grace=0.2) as child,
+        Watched(int(first_line(child))) as grandchild,
+    ):
+        child.stop()
+        assert child.returncode == -signal.SIGKILL
+        grandchild.wait_until_gone()
 
 
 def test_what_a_child_leaves_running_ends_with_its_stop(tmp_path: Path) -> None:
@@ -542,11 +544,13 @@ def test_what_a_child_leaves_running_ends_with_its_stop(tmp_path: Path) -> None:
         "else: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "signal.pause()"
     )
-    with python_child(tmp_path, code) as child:
-        with Watched(int(first_line(child))) as grandchild:
-            child.stop()
-            assert child.returncode == -signal.SIGTERM
-            grandchild.wait_until_gone()
+    with (
+        python_child(tmp_path, code) as child,
+        Watched(int(first_line(child))) as grandchild,
+    ):
+        child.stop()
+        assert child.returncode == -signal.SIGTERM
+        grandchild.wait_until_gone()
 
 
 def first_line(child: ChildProcess) -> str:

@@ -1,0 +1,552 @@
+"""What a worker does with a request, whatever bus and store it works on.
+
+`Behaviour` is a suite without a world: a test module subclasses it and gives it a `make_world`
+fixture. The model is scripted in every world; deliveries, events and objects are the world's own.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol, TypeVar
+
+import pytest
+
+from consumer import execution, run
+from consumer.execution import Execution
+from consumer.job import EXIT_DEVICE_LOST
+from consumer.ports import (
+    DeadLetter,
+    DeviceLost,
+    GeneratedText,
+    ModelError,
+    OutOfMemory,
+    ResultEvent,
+    RunnerOutput,
+)
+from consumer.run import Reason
+from generation_contracts import (
+    CancelledEvent,
+    FailedEvent,
+    FailureCode,
+    ImageArtifact,
+    ProgressEvent,
+    StartedEvent,
+    SucceededEvent,
+    Task,
+    TextOutput,
+)
+from tests.memory_ports import POLL, Hold, MemoryObserver, Outage, ScriptedRunner, raising
+
+T = TypeVar("T")
+
+SOON = 15.0  # seconds; only bounds a wait for something that must happen
+INBOX = "_INBOX.sender.1"
+
+
+class World(Protocol):
+    """One worker and what surrounds it.
+
+    Attributes:
+        runner: The scripted model.
+        execution: What is tested.
+        observer: Keeps what the execution tells.
+        store: Makes the store go away and come back.
+    """
+
+    runner: ScriptedRunner
+    execution: Execution
+    observer: MemoryObserver
+    store: Outage
+
+    async def send(
+        self,
+        body: bytes,
+        *,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Publish a request; with an id, on the subject that carries it."""
+
+    async def work(self) -> int | None:
+        """Handle the next delivery as the daemon does; its exit code, if it has to end."""
+
+    async def left(self) -> int:
+        """How many requests are not settled for good."""
+
+    async def result(self, request_id: str) -> ResultEvent | None:
+        """The stored terminal event."""
+
+    async def replies(self) -> list[tuple[str, ResultEvent]]:
+        """All replies so far, with their subjects."""
+
+    async def news(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
+        """What has been told of a request so far."""
+
+    async def dead_letters(self) -> list[tuple[DeadLetter, bytes]]:
+        """What has been put aside so far."""
+
+    async def put_object(self, key: str, data: bytes) -> None:
+        """Make an input picture available."""
+
+    async def object(self, bucket: str, key: str) -> bytes:
+        """An object's bytes."""
+
+    async def objects(self) -> set[str]:
+        """The keys of all objects."""
+
+    async def store_is_missed(self) -> None:
+        """Return once the worker has tried the store in vain."""
+
+
+MakeWorld = Callable[..., Awaitable[World]]
+
+
+def asking(request_id: str | None = "a", **fields: Any) -> bytes:
+    """A request for a picture."""
+    own = {} if request_id is None else {"request_id": request_id}
+    return json.dumps({"prompt": "a red circle", **own, **fields}).encode()
+
+
+def from_now(**distance: float) -> str:
+    return (datetime.now(UTC) + timedelta(**distance)).isoformat()
+
+
+async def soon(value: Awaitable[T]) -> T:
+    """Wait for what must come."""
+    async with asyncio.timeout(SOON):
+        return await value
+
+
+async def while_running(world: World, hold: Hold, act: Callable[[], object]) -> int | None:
+    """Handle the next delivery, and do something once its run has begun."""
+    working = asyncio.create_task(world.work())
+    await soon(hold.begun())
+    act()
+    return await soon(working)
+
+
+def failure(event: ResultEvent | None) -> FailureCode:
+    assert isinstance(event, FailedEvent)
+    return event.failure.code
+
+
+def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look often and try again soon: nothing here depends on how long a pause is."""
+    monkeypatch.setattr(run, "PROGRESS_INTERVAL", 0.002)
+    monkeypatch.setattr(execution, "STORE_PAUSE_FIRST", 0.001)
+    monkeypatch.setattr(execution, "STORE_PAUSE_MOST", 0.002)
+
+
+class Behaviour:
+    """The suite."""
+
+    @pytest.fixture(autouse=True)
+    def _short_pauses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shorten_pauses(monkeypatch)
+
+    @pytest.fixture
+    async def world(self, make_world: MakeWorld) -> World:
+        """A worker that makes pictures."""
+        return await make_world()
+
+    # -- done -------------------------------------------------------------------------------------
+
+    async def test_request_is_done_stored_told_and_answered(self, world: World) -> None:
+        sent = asking(num_images=2, seed=7, metadata={"customer": "42"}, reply_to=INBOX)
+        await world.send(sent)
+        assert await soon(world.work()) is None
+        done = await world.result("a")
+        assert isinstance(done, SucceededEvent)
+        assert (done.attempt, done.task, done.metadata) == (1, "text_to_image", {"customer": "42"})
+        assert [output.seed for output in done.outputs if isinstance(output, ImageArtifact)] == [
+            7,
+            8,
+        ]
+        assert done.timings.inference > 0
+        for output in done.outputs:
+            assert isinstance(output, ImageArtifact)
+            data = await world.object(output.bucket, output.key)
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (output.size, output.sha256)
+        assert await world.replies() == [(INBOX, done)]
+        assert await world.left() == 0
+        assert await world.dead_letters() == []
+        assert world.observer.outcomes == ["succeeded"]
+
+    async def test_events_of_a_request_are_numbered_in_order(self, world: World) -> None:
+        await world.send(asking())
+        await soon(world.work())
+        started, progress = await world.news("a")
+        done = await world.result("a")
+        assert isinstance(started, StartedEvent)
+        assert isinstance(progress, ProgressEvent)
+        assert (progress.step, progress.of, progress.eta) == (1, 1, 0.0)
+        assert done is not None
+        assert [started.sequence, progress.sequence, done.sequence] == [0, 1, 2]
+
+    async def test_question_about_pictures_is_answered_with_text(
+        self, make_world: MakeWorld
+    ) -> None:
+        world = await make_world(task=Task.IMAGE_TO_TEXT)
+        await world.put_object("one", b"picture 1 1\nabc")
+        image = {"bucket": "generation", "key": "one"}
+        await world.send(asking(images=[image, image]))
+        await soon(world.work())
+        done = await world.result("a")
+        assert isinstance(done, SucceededEvent)
+        text = TextOutput(
+            text="2 pictures", finish_reason="stop", prompt_tokens=3, completion_tokens=2
+        )
+        assert done.outputs == (text,)
+        assert [picture.size for picture in world.runner.runs[0].images] == [(1, 1), (1, 1)]
+        assert await world.left() == 0
+
+    async def test_request_without_an_id_gets_the_same_one_at_every_delivery(
+        self, world: World
+    ) -> None:
+        world.runner.will(raising(lambda: ModelError("E")))
+        await world.send(asking(None, reply_to=INBOX))
+        for _ in range(2):
+            await soon(world.work())
+        ((_, event),) = await world.replies()
+        assert await world.result(event.request_id) == event
+        assert event.attempt == 2
+
+    # -- done before ------------------------------------------------------------------------------
+
+    async def test_second_copy_is_answered_and_not_run(self, world: World) -> None:
+        for reply_to in (INBOX, "_INBOX.other"):  # where the answer goes makes no other request
+            await world.send(asking(reply_to=reply_to))
+            await soon(world.work())
+        done = await world.result("a")
+        assert await world.replies() == [(INBOX, done), ("_INBOX.other", done)]
+        assert len(world.runner.runs) == 1
+        assert await world.left() == 0
+        assert world.observer.outcomes == ["succeeded", "already_done"]
+
+    async def test_other_content_under_the_same_id_is_told_to_its_sender_alone(
+        self, world: World
+    ) -> None:
+        await world.send(asking())
+        await world.send(asking(width=32, reply_to=INBOX))
+        await soon(world.work())
+        first = await world.result("a")
+        await soon(world.work())
+        ((subject, conflict),) = await world.replies()
+        assert (subject, failure(conflict)) == (INBOX, "request_id_conflict")
+        assert await world.result("a") == first
+        assert len(world.runner.runs) == 1
+        assert await world.left() == 0
+        assert world.observer.outcomes == ["succeeded", "request_id_conflict"]
+
+    # -- refused ----------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        ("body", "says"),
+        [
+            (b"not json", "the body is not JSON"),
+            (b'"text"', "object"),
+            (b'{"prompt":"x","colour":"red"}', "colour: there is no such field"),
+            (b'{"prompt":"x","width":"512"}', "width: "),
+            (b'{"prompt":"x","width":100000}', "width: "),
+            (b'{"prompt":"x","num_images":0}', "num_images: "),
+            (b'{"prompt":"x","request_id":"a.b"}', "request_id: "),
+            (b'{"prompt":"x","reply_to":"$JS.API.STREAM.DELETE.X"}', "reply_to: "),
+        ],
+    )
+    async def test_invalid_request_is_failed_put_aside_and_never_run(
+        self, world: World, body: bytes, says: str
+    ) -> None:
+        await world.send(body, request_id="a", headers={"Reply-To": INBOX})
+        await soon(world.work())
+        event = await world.result("a")
+        assert failure(event) == "invalid_request"
+        assert isinstance(event, FailedEvent)
+        assert says in event.failure.message
+        assert await world.replies() == [(INBOX, event)]
+        ((letter, original),) = await world.dead_letters()
+        assert (letter.code, letter.request_id, original) == ("invalid_request", "a", body)
+        assert world.runner.runs == []
+        assert await world.left() == 0
+
+    async def test_parameter_that_the_model_lacks_is_failed(self, world: World) -> None:
+        await world.send(asking(negative_prompt="text"))
+        await soon(world.work())
+        event = await world.result("a")
+        assert failure(event) == "unsupported_parameter"
+        assert isinstance(event, FailedEvent)
+        assert event.failure.details == {"parameter": "negative_prompt"}
+        assert world.runner.runs == []
+        assert (await world.left(), await world.dead_letters()) == (0, [])
+
+    @pytest.mark.parametrize("second", ["gone", "broken"])
+    async def test_input_that_cannot_be_had_or_read_is_named(
+        self, make_world: MakeWorld, second: str
+    ) -> None:
+        world = await make_world(task=Task.IMAGE_TO_TEXT)
+        await world.put_object("good", b"picture 1 1\nabc")
+        await world.put_object("broken", b"no picture")
+        images = [{"bucket": "generation", "key": key} for key in ("good", second)]
+        await world.send(asking(images=images))
+        await soon(world.work())
+        event = await world.result("a")
+        assert failure(event) == "input_unavailable"
+        assert isinstance(event, FailedEvent)
+        assert event.failure.message.startswith("images.1: ")
+        assert world.runner.runs == []
+        assert (await world.left(), await world.dead_letters()) == (0, [])
+
+    # -- stopped ----------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("deadline", ["0001-01-01T00:00:00Z", "2020-01-01T00:00:00+02:00"])
+    async def test_request_after_its_deadline_is_failed_and_never_run(
+        self, world: World, deadline: str
+    ) -> None:
+        await world.send(asking(deadline=deadline))
+        await soon(world.work())
+        assert failure(await world.result("a")) == "deadline_exceeded"
+        assert world.runner.runs == []
+        assert (await world.left(), await world.dead_letters()) == (0, [])
+
+    @pytest.mark.parametrize("deadline", ["9999-12-31T23:59:59Z", None])
+    async def test_request_with_time_enough_is_done(
+        self, world: World, deadline: str | None
+    ) -> None:
+        await world.send(asking(deadline=deadline or from_now(hours=1)))
+        await soon(world.work())
+        assert isinstance(await world.result("a"), SucceededEvent)
+
+    async def test_deadline_in_the_run_stops_it(self, world: World) -> None:
+        world.runner.will_hold()
+        await world.send(asking(deadline=from_now(seconds=0.2)))
+        await soon(world.work())
+        assert failure(await world.result("a")) == "deadline_exceeded"
+        assert await world.objects() == set()
+        assert await world.left() == 0
+
+    async def test_cancellation_in_the_run_is_told_once_the_device_has_stopped(
+        self, world: World
+    ) -> None:
+        hold = world.runner.will_hold()
+        await world.send(asking(reply_to=INBOX))
+        assert not world.execution.interrupt(Reason.CANCEL, "a")
+        asked: list[bool] = []
+
+        def cancel() -> None:
+            asked.extend(world.execution.interrupt(Reason.CANCEL, one) for one in ("other", "a"))
+
+        await while_running(world, hold, cancel)
+        assert asked == [False, True]
+        event = await world.result("a")
+        assert isinstance(event, CancelledEvent)
+        assert await world.replies() == [(INBOX, event)]
+        assert await world.left() == 0
+        assert not world.execution.interrupt(Reason.CANCEL, "a")
+        assert world.observer.outcomes == ["cancelled"]
+
+    async def test_drained_run_is_given_back_for_another_worker(self, world: World) -> None:
+        hold = world.runner.will_hold()
+        await world.send(asking())
+        code = await while_running(world, hold, lambda: world.execution.interrupt(Reason.DRAIN))
+        assert code is None
+        assert await world.result("a") is None
+        assert await world.left() == 1
+        await soon(world.work())
+        done = await world.result("a")
+        assert isinstance(done, SucceededEvent)
+        assert done.attempt == 2
+        assert world.observer.outcomes == ["given_back", "succeeded"]
+
+    # -- the model fails --------------------------------------------------------------------------
+
+    async def test_model_that_raises_is_tried_three_times(self, world: World) -> None:
+        world.runner.will(*[raising(lambda: ModelError("ValueError"))] * 3)
+        await world.send(sent := asking(reply_to=INBOX))
+        for _ in range(2):
+            await soon(world.work())
+            assert (await world.result("a"), await world.left()) == (None, 1)
+        await soon(world.work())
+        event = await world.result("a")
+        assert failure(event) == "model_error"
+        assert isinstance(event, FailedEvent)
+        assert (event.attempt, event.failure.details) == (3, {"exception": "ValueError"})
+        assert await world.replies() == [(INBOX, event)]
+        ((letter, original),) = await world.dead_letters()
+        assert (letter.code, original) == ("model_error", sent)
+        assert await world.left() == 0
+        assert world.observer.outcomes == ["given_back", "given_back", "model_error"]
+
+    async def test_model_that_raises_once_is_forgiven(self, world: World) -> None:
+        world.runner.will(raising(lambda: ModelError("ValueError")))
+        await world.send(asking())
+        for _ in range(2):
+            await soon(world.work())
+        assert isinstance(await world.result("a"), SucceededEvent)
+        assert (await world.left(), await world.dead_letters()) == (0, [])
+
+    async def test_model_that_gives_nothing_has_failed(self, world: World) -> None:
+        world.runner.will(*[lambda _: RunnerOutput()] * 3)
+        await world.send(asking())
+        for _ in range(3):
+            await soon(world.work())
+        assert failure(await world.result("a")) == "model_error"
+
+    async def test_run_out_of_memory_is_tried_again_with_less(self, world: World) -> None:
+        world.runner.will(raising(OutOfMemory))
+        await world.send(asking())
+        await soon(world.work())
+        assert [one.save_memory for one in world.runner.runs] == [False, True]
+        done = await world.result("a")
+        assert isinstance(done, SucceededEvent)
+        assert done.attempt == 1
+        assert await world.left() == 0
+
+    async def test_run_out_of_memory_twice_is_failed(self, world: World) -> None:
+        world.runner.will(raising(OutOfMemory), raising(OutOfMemory))
+        await world.send(asking())
+        await soon(world.work())
+        assert [one.save_memory for one in world.runner.runs] == [False, True]
+        assert failure(await world.result("a")) == "out_of_memory"
+        assert (await world.left(), await world.dead_letters()) == (0, [])
+
+    async def test_lost_device_ends_the_worker_and_gives_the_request_back(
+        self, world: World
+    ) -> None:
+        world.runner.will(raising(DeviceLost))
+        await world.send(asking())
+        assert await soon(world.work()) == EXIT_DEVICE_LOST == 70
+        assert await world.result("a") is None
+        assert await world.left() == 1
+        assert await soon(world.work()) is None
+        assert isinstance(await world.result("a"), SucceededEvent)
+
+    async def test_request_that_loses_every_worker_is_put_aside_unrun(self, world: World) -> None:
+        world.runner.will(*[raising(DeviceLost)] * 3)
+        await world.send(sent := asking(reply_to=INBOX))
+        for _ in range(3):
+            assert await soon(world.work()) == 70
+        assert await soon(world.work()) is None
+        event = await world.result("a")
+        assert failure(event) == "worker_lost"
+        assert event is not None
+        assert event.attempt == 4
+        assert len(world.runner.runs) == 3
+        ((letter, original),) = await world.dead_letters()
+        assert (letter.code, original) == ("worker_lost", sent)
+        assert await world.left() == 0
+
+    async def test_hanging_run_ends_the_worker_and_settles_nothing(
+        self, make_world: MakeWorld
+    ) -> None:
+        world = await make_world(stall_timeout=0.02)
+        world.runner.will_hold(heeds=False)
+        await world.send(asking())
+        assert await soon(world.work()) == EXIT_DEVICE_LOST
+        assert await world.result("a") is None
+        assert await world.left() == 1
+        assert world.observer.outcomes == ["abandoned"]
+
+    async def test_fault_of_the_worker_is_tried_again_and_then_told(self, world: World) -> None:
+        world.runner.will(*[raising(lambda: KeyError("secret"))] * 3)
+        await world.send(asking())
+        for _ in range(2):
+            await soon(world.work())
+            assert (await world.result("a"), await world.left()) == (None, 1)
+        await soon(world.work())
+        event = await world.result("a")
+        assert failure(event) == "internal"
+        assert isinstance(event, FailedEvent)
+        assert event.failure.details == {"exception": "KeyError"}
+        assert "secret" not in event.model_dump_json()
+        assert await world.left() == 0
+
+    @pytest.mark.parametrize("position", [(3, 2), (1, 0)])
+    async def test_odd_step_does_not_fail_the_request(
+        self, world: World, position: tuple[int, int]
+    ) -> None:
+        # Some schedulers take more steps than they were asked for.
+        hold = world.runner.will_hold(before=lambda one: one.on_step(*position))
+        await world.send(asking())
+        working = asyncio.create_task(world.work())
+        while len(await world.news("a")) < 2 and not working.done():
+            await asyncio.wait({working}, timeout=POLL)
+        hold.release()
+        await soon(working)
+        assert isinstance(await world.result("a"), SucceededEvent)
+
+    # -- the store is away ------------------------------------------------------------------------
+
+    async def test_output_waits_for_the_store_and_is_not_made_again(self, world: World) -> None:
+        world.store.begin()
+        await world.send(asking(num_images=2))
+        working = asyncio.create_task(world.work())
+        await soon(world.store_is_missed())
+        assert (await world.result("a"), await world.left()) == (None, 1)
+        world.store.end()
+        await soon(working)
+        done = await world.result("a")
+        assert isinstance(done, SucceededEvent)
+        assert len(done.outputs) == 2
+        assert len(world.runner.runs) == 1
+        assert await world.left() == 0
+
+    async def test_input_waits_for_the_store(self, make_world: MakeWorld) -> None:
+        world = await make_world(task=Task.IMAGE_TO_TEXT)
+        await world.put_object("one", b"picture 1 1\nabc")
+        world.store.begin()
+        await world.send(asking(images=[{"bucket": "generation", "key": "one"}]))
+        working = asyncio.create_task(world.work())
+        await soon(world.store_is_missed())
+        world.store.end()
+        await soon(working)
+        assert isinstance(await world.result("a"), SucceededEvent)
+
+    @pytest.mark.parametrize(
+        ("reason", "left"), [(Reason.DRAIN, 1), (Reason.CANCEL, 0), (Reason.DEADLINE, 0)]
+    )
+    async def test_wait_for_the_store_can_be_ended(
+        self, world: World, reason: Reason, left: int
+    ) -> None:
+        world.store.begin()
+        await world.send(asking())
+        working = asyncio.create_task(world.work())
+        await soon(world.store_is_missed())
+        world.execution.interrupt(reason)
+        await soon(working)
+        assert await world.left() == left
+        event = await world.result("a")
+        if reason is Reason.DRAIN:
+            assert event is None
+        elif reason is Reason.CANCEL:
+            assert isinstance(event, CancelledEvent)
+        else:
+            assert failure(event) == "deadline_exceeded"
+
+    # -- too large --------------------------------------------------------------------------------
+
+    async def test_result_too_large_for_the_bus_is_failed(self, make_world: MakeWorld) -> None:
+        world = await make_world(task=Task.IMAGE_TO_TEXT)
+        text = GeneratedText("x" * 2**21, "length", prompt_tokens=1, completion_tokens=1)
+        world.runner.will(lambda _: RunnerOutput(text=text))
+        await world.put_object("one", b"picture 1 1\nabc")
+        await world.send(asking(images=[{"bucket": "generation", "key": "one"}], reply_to=INBOX))
+        await soon(world.work())
+        event = await world.result("a")
+        assert failure(event) == "internal"
+        assert isinstance(event, FailedEvent)
+        assert "too large" in event.failure.message
+        assert await world.replies() == [(INBOX, event)]
+        assert (await world.left(), await world.dead_letters()) == (0, [])
+        assert world.observer.outcomes == ["internal"]
+
+    async def test_next_request_is_done_after_every_failure(self, world: World) -> None:
+        world.runner.will(
+            raising(lambda: ModelError("E")), raising(OutOfMemory), raising(OutOfMemory)
+        )
+        bodies = [b"no json", asking("b", deadline="2020-01-01T00:00:00Z"), asking("c")]
+        for body in [*bodies, asking("d")]:
+            await world.send(body)
+        while await world.left():
+            await soon(world.work())
+        assert isinstance(await world.result("d"), SucceededEvent)

@@ -1,0 +1,48 @@
+"""Fixtures for all tests: real servers, each test with its own."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from consumer.devstack import NatsServer
+from tests.integration.bus_installation import Installation
+
+pytest_plugins = ["tests.tiny_models"]
+pytest.register_assert_rewrite("tests.behaviour")
+
+StartNats = Callable[..., NatsServer]
+InstallationOf = Callable[..., Awaitable[Installation]]
+
+
+@pytest.fixture
+def start_nats(tmp_path: Path) -> Iterator[StartNats]:
+    """Starts servers with more configuration: `start_nats("max_payload: 2048")`."""
+    with ExitStack() as running:
+
+        def start(config: str = "") -> NatsServer:
+            directory = tmp_path / f"nats-{len(list(tmp_path.glob('nats-*')))}"
+            return running.enter_context(NatsServer(directory, config=config))
+
+        yield start
+
+
+@pytest.fixture
+def nats_server(start_nats: StartNats) -> NatsServer:
+    """A nats-server that the test may kill and start again; ready in 30 ms."""
+    return start_nats()
+
+
+@pytest.fixture
+async def installation_of() -> AsyncIterator[InstallationOf]:
+    """Makes the streams and the durable of text_to_image on a server."""
+    async with AsyncExitStack() as parts:
+        yield partial(Installation.make, parts=parts)
+
+
+@pytest.fixture
+async def installation(nats_server: NatsServer, installation_of: InstallationOf) -> Installation:
+    """Streams and the durable of text_to_image on a server of its own."""
+    return await installation_of(nats_server)

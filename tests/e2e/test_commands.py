@@ -1,0 +1,180 @@
+"""The commands as a shell sees them: output, exit codes, what they must not import."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from consumer.devstack import DevStack, free_ports
+
+
+def consumer(
+    *arguments: str, folder: Path | None = None, **settings: str
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "consumer", *arguments],
+        cwd=folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def settings(system: DevStack) -> dict[str, str]:
+    return system.environment()
+
+
+def test_request_saves_the_picture(settings: dict[str, str], tmp_path: Path) -> None:
+    done = consumer(
+        *("request", "text-to-image", "a circle", "--steps", "2", "--id", "shell-1"),
+        folder=tmp_path,
+        **settings,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "saved shell-1.png\n"
+    assert (tmp_path / "shell-1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_request_as_json_takes_a_file(settings: dict[str, str], tmp_path: Path) -> None:
+    consumer(
+        *("request", "text-to-image", "a", "--steps", "1", "--id", "shell-2"),
+        folder=tmp_path,
+        **settings,
+    )
+    done = consumer(
+        *("request", "image-to-text", "shell-2.png", "What?", "--max-new-tokens", "3", "--json"),
+        folder=tmp_path,
+        **settings,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["outputs"][0]["completion_tokens"] <= 3
+    assert done.stderr == ""
+
+
+def test_request_that_fails_says_why_with_1(settings: dict[str, str]) -> None:
+    done = consumer("request", "text-to-image", "a", "--width", "65", **settings)
+    assert done.returncode == 1
+    assert done.stdout.startswith("failed: unsupported_parameter: width: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("request", "text-to-image", "a", "--steps", "1000"), "num_inference_steps: "),
+        (("request", "image-to-text", "no-such-file.png", "What?"), "no-such-file.png: No such"),
+        (("run",), "MODEL_TYPE: "),
+        (("run", "--config", "no-such-file.toml"), "no-such-file.toml: No such"),
+        (("check",), "MODEL_TYPE: "),
+    ],
+)
+def test_wrong_usage_is_one_line_with_2(arguments: tuple[str, ...], says: str) -> None:
+    done = consumer(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"consumer: {says}")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("request", "text-to-image", "a"), ("apply",)], ids=["request", "apply"]
+)
+def test_no_server_is_one_line_with_69(arguments: tuple[str, ...]) -> None:
+    (port,) = free_ports(1)
+    done = consumer(*arguments, NATS_URL=f"nats://someone:secret@127.0.0.1:{port}")
+    assert done.returncode == 69
+    assert done.stderr.startswith("consumer: NATS: cannot connect: ")
+    assert done.stderr.count("\n") == 1
+    assert "secret" not in done.stderr
+
+
+def test_check_tries_everything_and_hides_the_secret(settings: dict[str, str]) -> None:
+    done = consumer("check", MODEL_TYPE="text_to_image", CONSUMER_ACK_WAIT="5", **settings)
+    assert done.returncode == 0, done.stdout
+    assert [line[:4] for line in done.stdout.splitlines()[-3:]] == ["ok  "] * 3
+    assert "S3_SECRET_KEY=" in done.stdout
+    assert settings["S3_SECRET_KEY"] not in done.stdout + done.stderr
+
+
+def test_check_of_a_wrong_secret_fails_with_69(settings: dict[str, str]) -> None:
+    done = consumer(
+        "check", **{**settings, "MODEL_TYPE": "text_to_image", "S3_SECRET_KEY": "wrong-one"}
+    )
+    assert done.returncode == 69
+    assert "FAIL s3: " in done.stdout
+    assert "wrong-one" not in done.stdout + done.stderr
+
+
+def test_apply_a_second_time_changes_nothing(settings: dict[str, str]) -> None:
+    done = consumer("apply", CONSUMER_ACK_WAIT="5", **settings)
+    assert done.returncode == 0, done.stderr
+    assert {line.rsplit(": ", 1)[1] for line in done.stdout.splitlines()} == {"unchanged"}
+
+
+@pytest.mark.parametrize("setting", ["S3_BUCKET=no-such-bucket", "S3_SECRET_KEY=wrong-one"])
+def test_a_daemon_that_cannot_use_the_store_does_not_start(
+    settings: dict[str, str], setting: str
+) -> None:
+    name, _, value = setting.partition("=")
+    done = consumer("run", **{**settings, "MODEL_TYPE": "text_to_image", name: value})
+    assert done.returncode == 69
+    last = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert "service_unavailable" in {line["event"] for line in last}
+    assert "wrong-one" not in done.stderr
+
+
+def test_a_model_that_cannot_be_loaded_ends_with_70_and_takes_nothing(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    done = consumer(
+        "run",
+        **{**settings, "MODEL_TYPE": "text_to_image", "MODEL_ID": str(tmp_path)},
+        CONSUMER_SUBJECT_ROOT="unloaded",
+    )
+    assert done.returncode == 70
+    events = {json.loads(line)["event"] for line in done.stderr.splitlines()}
+    assert "model_unavailable" in events
+    assert "job_started" not in events
+
+
+def test_schema_prints_json() -> None:
+    assert json.loads(consumer("schema").stdout)["asyncapi"] == "3.0.0"
+    assert "TextToImageRequest" in json.loads(consumer("schema", "--json-schema").stdout)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["request", "text-to-image", "--help"]])
+def test_help_imports_no_model_library(arguments: list[str]) -> None:
+    shown = "import sys; from consumer.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
+    look = "; print('HEAVY', sorted({'torch', 'diffusers', 'nats', 'minio'} & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", shown + look, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.endswith("HEAVY []\n")
+
+
+def test_request_imports_no_torch(settings: dict[str, str]) -> None:
+    code = """
+import sys
+from consumer.cli import cli
+try:
+    cli(["request", "text-to-image", "a", "--steps", "1", "--json"])
+except SystemExit as ended:
+    print(ended.code, sorted({"torch", "diffusers", "transformers", "minio"} & sys.modules.keys()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "0 []"

@@ -1,0 +1,138 @@
+"""The connection to a real server: refused, lost, given up, closed."""
+
+import asyncio
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from consumer.bus import BusUnavailable, connect
+from consumer.devstack import NatsServer, free_ports
+from tests.conftest import StartNats
+from tests.integration.bus_installation import (
+    bus_settings,
+    measured,
+    open_bus,
+    soon,
+    until_connected,
+    until_lost,
+)
+
+SECRET = "a-secret-of-the-url"
+WITHIN = 0.6  # seconds; two tries
+
+
+async def refused(url: str) -> str:
+    """The text of the refusal; no secret is in it or in the log."""
+    started = time.monotonic()
+    with capture_logs() as logs, pytest.raises(BusUnavailable) as caught:
+        await soon(connect(bus_settings(url), name="test", within=WITHIN))
+    measured(f"refusal within {WITHIN} s", time.monotonic() - started)
+    text = str(caught.value)
+    assert SECRET not in text + repr(logs)
+    assert "\n" not in text
+    assert caught.value.__suppress_context__
+    return text
+
+
+async def test_no_server_is_a_clear_error_without_credentials() -> None:
+    (port,) = free_ports(1)
+    text = await refused(f"nats://user:{SECRET}@127.0.0.1:{port}")
+    assert "cannot connect" in text
+    assert "Connect call failed" in text
+
+
+async def test_a_server_that_says_nothing_is_a_clear_error() -> None:
+    async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await closing.wait()
+        writer.close()
+
+    closing = asyncio.Event()
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as silent:
+        port = silent.sockets[0].getsockname()[1]
+        assert "cannot connect" in await refused(f"nats://user:{SECRET}@127.0.0.1:{port}")
+        closing.set()
+
+
+async def test_an_address_that_is_none_is_a_clear_error_without_credentials() -> None:
+    assert "cannot connect" in await refused(f"nats://user:{SECRET}@127.0.0.1:none")
+
+
+@pytest.mark.parametrize("user", [f"user:{SECRET}", f"user:{SECRET}x", SECRET])
+async def test_wrong_credentials_are_a_clear_error(start_nats: StartNats, user: str) -> None:
+    server = start_nats('authorization { user: "user", password: "right" }')
+    text = await refused(server.url.replace("//", f"//{user}@"))
+    assert text == "NATS: the credentials are refused"
+
+
+async def test_a_missing_file_of_credentials_is_a_clear_error(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    for name in ("nats_creds", "nats_nkey_seed", "nats_ca"):
+        settings = bus_settings(nats_server.url).model_copy(update={name: tmp_path / "none"})
+        with pytest.raises(BusUnavailable, match=r"credentials cannot be read: .*No such file"):
+            await soon(connect(settings, name="test", within=WITHIN))
+
+
+async def test_the_second_of_two_servers_is_used_when_the_first_is_away(
+    nats_server: NatsServer,
+) -> None:
+    (port,) = free_ports(1)
+    async with AsyncExitStack() as parts:
+        bus = await open_bus(f"nats://127.0.0.1:{port},{nats_server.url}", parts)
+        assert bus.connected
+
+
+async def test_the_connection_is_there_again_after_a_restart(nats_server: NatsServer) -> None:
+    async with AsyncExitStack() as parts:
+        bus = await open_bus(nats_server.url, parts)
+        reconnected = asyncio.Event()
+        bus.on_reconnect(reconnected.set)
+        nats_server.kill()
+        await until_lost(bus)
+        nats_server.start()
+        nats_server.wait_ready()
+        returned = time.monotonic()
+        await soon(reconnected.wait())
+        measured("server's return to reconnected", time.monotonic() - returned)
+        await until_connected(bus)
+        assert not bus.closed.is_set()
+
+
+async def test_closed_is_set_when_the_client_has_given_up(nats_server: NatsServer) -> None:
+    async with AsyncExitStack() as parts:
+        bus = await open_bus(nats_server.url, parts)
+        # What nats-py lets pass, because it does not count the headers, and the server does not.
+        body = bytes(bus.client.max_payload)
+        await bus.client.publish("anything", body, headers={"one": "more"})
+        await soon(bus.closed.wait())
+        assert not bus.connected
+
+
+async def test_close_writes_what_is_left(nats_server: NatsServer) -> None:
+    async with AsyncExitStack() as parts:
+        listening = await open_bus(nats_server.url, parts)
+        heard = await listening.client.subscribe("news")
+        await listening.client.flush()
+
+        bus = await open_bus(nats_server.url, parts)
+        await bus.client.publish("news", b"last words")
+        await bus.close()
+
+        assert bus.closed.is_set()
+        assert (await heard.next_msg(timeout=5)).data == b"last words"
+
+
+async def test_flush_means_that_the_server_has_had_everything(nats_server: NatsServer) -> None:
+    async with AsyncExitStack() as parts:
+        bus, other = (
+            await open_bus(nats_server.url, parts),
+            await open_bus(nats_server.url, parts),
+        )
+        for n in range(200):
+            heard = await bus.client.subscribe(f"news.{n}")
+            await bus.client.flush()
+            await other.client.publish(f"news.{n}", b"now")
+            assert (await heard.next_msg(timeout=5)).data == b"now"

@@ -1,0 +1,531 @@
+"""The pull loop on a real server: what it delivers, survives, and gives back."""
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from consumer.bus import BusUnavailable, connection, delivery, pull
+from consumer.ports import Delivery
+from tests.conftest import InstallationOf, StartNats
+from tests.integration.blackhole import Blackhole
+from tests.integration.bus_installation import (
+    MUTE,
+    REQUESTS,
+    RESULTS,
+    TASK,
+    Installation,
+    Worker,
+    measured,
+    soon,
+    take,
+    until,
+    until_connected,
+    until_lost,
+)
+
+ROUNDS = 50
+CHANCES = 150  # rounds; one in 18 lost its request when nothing was done about it
+MOST_TURNS = 15  # of the event loop, within which a worker closes
+QUICK = 0.2  # seconds; an idle heartbeat for tests that wait for silence
+
+
+def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let silence be noticed in half a second, and leave nats-py's own pings out of it."""
+    monkeypatch.setattr(pull, "IDLE_HEARTBEAT", QUICK)
+    monkeypatch.setattr(pull, "SILENCE", 2.5 * QUICK)
+    monkeypatch.setattr(connection, "PING_INTERVAL", 1_000)
+
+
+def do_not_hear_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave it to the reconnect, or to the stop, to wake the loop."""
+    monkeypatch.setattr(pull, "SILENCE", 1_000.0)
+
+
+async def waiting(installation: Installation, worker: Worker) -> "asyncio.Task[Delivery | None]":
+    """A worker that waits for a request, and the server knows it."""
+    task: asyncio.Task[Delivery | None] = asyncio.create_task(worker.loop.next())
+    await installation.until_pulls_stand(1)
+    return task
+
+
+async def taken(task: "asyncio.Task[Delivery | None]") -> Delivery:
+    delivery = await soon(task)
+    assert delivery is not None
+    return delivery
+
+
+async def publish_after(installation: Installation, turns: int) -> None:
+    """Publish after so many turns of the event loop."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await installation.publish()
+
+
+# -- delivering -----------------------------------------------------------------------------------
+
+
+async def test_a_request_is_delivered_as_it_was_published(installation: Installation) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    sequence = await installation.publish(
+        b'{"prompt":"x"}', request_id="r-1", headers={"Trace": "abc"}
+    )
+
+    delivered: Delivery = await take(await installation.worker())
+
+    assert delivered.body == b'{"prompt":"x"}'
+    assert delivered.subject == "generation.request.text_to_image.r-1"
+    assert delivered.headers == {"Trace": "abc"}
+    assert (delivered.stream, delivered.stream_sequence) == (REQUESTS, sequence)
+    assert delivered.attempt == 1
+    assert delivered.stored_at.tzinfo is UTC
+    assert before < delivered.stored_at < datetime.now(UTC) + timedelta(seconds=1)
+
+
+async def test_requests_come_in_order_and_none_stays(installation: Installation) -> None:
+    worker = await installation.worker()
+    for n in range(20):
+        await installation.publish(b"%d" % n)
+    started = time.monotonic()
+    for n in range(20):
+        delivered = await take(worker)
+        assert delivered.body == b"%d" % n
+        await delivered.ack()
+    measured("20 requests delivered and acked", time.monotonic() - started)
+    assert await installation.count(REQUESTS) == 0
+
+
+async def test_a_waiting_worker_gets_a_request_at_once(installation: Installation) -> None:
+    worker = await installation.worker()
+    latencies = []
+    for _ in range(30):
+        task = await waiting(installation, worker)
+        started = time.monotonic()
+        await installation.publish()
+        delivered = await taken(task)
+        latencies.append(time.monotonic() - started)
+        await delivered.ack()
+    latencies.sort()
+    measured("publish to delivery, median", latencies[15])
+    measured("publish to delivery, longest", latencies[-1])
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+async def test_max_ack_pending_limits_the_jobs_of_all_workers_together(
+    start_nats: StartNats, installation_of: InstallationOf, at_once: int
+) -> None:
+    installation = await installation_of(start_nats(), max_ack_pending=at_once)
+    jobs = 30
+    in_hand: set[int] = set()
+    most = done = 0
+    meeting = asyncio.Event()  # set once so many jobs are in hand as there may be
+
+    async def work(worker: Worker) -> None:
+        nonlocal most, done
+        while (delivered := await worker.loop.next()) is not None:
+            in_hand.add(delivered.stream_sequence)
+            most = max(most, len(in_hand))
+            if len(in_hand) == at_once:
+                meeting.set()
+            await meeting.wait()
+            in_hand.remove(delivered.stream_sequence)
+            await delivered.ack()
+            done += 1
+            if done == jobs:
+                for each in workers:
+                    each.loop.stop()
+
+    workers = [await installation.worker() for _ in range(3)]
+    working = [asyncio.create_task(work(worker)) for worker in workers]
+    for _ in range(jobs):
+        await installation.publish()
+    await soon(asyncio.gather(*working))
+
+    assert most == at_once
+    assert await installation.count(REQUESTS) == 0
+
+
+async def test_a_paused_durable_is_waited_for(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasten(monkeypatch)
+    until_tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    await installation.api(f"CONSUMER.PAUSE.{REQUESTS}.{TASK}", {"pause_until": until_tomorrow})
+    worker = await installation.worker()
+    await installation.publish()
+    task = await waiting(installation, worker)
+    pulls = worker.loop._pulls
+    await asyncio.wait({task}, timeout=5 * QUICK)
+    assert not task.done()
+    assert worker.loop._pulls == pulls, "the heartbeats of a paused durable are heard"
+    assert worker.loop.attached
+
+    await installation.api(f"CONSUMER.PAUSE.{REQUESTS}.{TASK}", {})
+    assert (await taken(task)).attempt == 1
+
+
+# -- the server goes and comes back ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
+async def test_an_idle_worker_goes_on_after_a_restart_of_the_server(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    do_not_hear_silence(monkeypatch)
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+
+    await (installation.kill_server() if how == "SIGKILL" else installation.stop_server())
+    returned = await installation.start_server()
+    await installation.publish_on_a_new_connection(b"after")
+
+    delivered = await taken(task)
+    measured(f"server's return to the next request, after {how}", time.monotonic() - returned)
+    assert (delivered.body, delivered.attempt) == (b"after", 1)
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
+async def test_a_request_that_waits_on_the_returning_server_is_delivered(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    do_not_hear_silence(monkeypatch)
+    holder, worker = await installation.worker(), await installation.worker()
+    await installation.publish(b"first")
+    first = await take(holder)
+    await installation.publish(b"second")
+    task = await waiting(installation, worker)
+
+    await (installation.kill_server() if how == "SIGKILL" else installation.stop_server())
+    settling = asyncio.create_task(first.ack())
+    returned = await installation.start_server()
+
+    delivered = await taken(task)
+    measured(
+        f"server's return to a waiting request in hand, after {how}", time.monotonic() - returned
+    )
+    assert (delivered.body, delivered.attempt) == (b"second", 1)
+    await soon(settling)
+
+
+async def test_a_restart_while_a_job_is_in_hand_costs_nothing(installation: Installation) -> None:
+    worker = await installation.worker()
+    await installation.publish(b"first")
+    first = await take(worker)
+    await installation.kill_server()
+    await installation.start_server()
+    await until_connected(worker.bus)
+    await soon(first.ack())
+
+    await installation.publish_on_a_new_connection(b"second")
+    second = await take(worker)
+    assert (second.body, second.attempt) == (b"second", 1)
+
+
+async def test_a_pull_that_was_lost_is_made_again(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasten(monkeypatch)
+    monkeypatch.setattr(pull, "SILENCES", 1_000)
+    worker = await installation.worker()
+    worker.loop._standing = True  # as it believes; the server knows of no pull
+    worker.loop._heard = time.monotonic()
+    task = await waiting(installation, worker)
+    await installation.publish()
+    await taken(task)
+
+
+async def test_a_pull_that_the_server_refuses_is_tried_again(installation: Installation) -> None:
+    durable = (await installation.api(f"CONSUMER.INFO.{REQUESTS}.{TASK}"))["config"]
+    shorter = {**durable, "max_expires": 1_000_000_000}  # nanoseconds; the loop asks for more
+    update = f"CONSUMER.CREATE.{REQUESTS}.{TASK}"
+    await installation.api(update, {"stream_name": REQUESTS, "config": shorter})
+    worker = await installation.worker()
+    task = asyncio.create_task(worker.loop.next())
+
+    async def noticed() -> bool:
+        return not worker.loop.attached
+
+    await until(noticed)
+    await installation.publish()
+    await installation.api(update, {"stream_name": REQUESTS, "config": durable})
+    await taken(task)
+    assert worker.loop.attached
+
+
+async def test_a_dead_connection_that_looks_alive_is_made_anew(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasten(monkeypatch)
+    async with Blackhole(installation.server.ports["client"]) as relay:
+        worker = await installation.worker(relay.url)
+        task = await waiting(installation, worker)
+
+        reconnected = asyncio.Event()
+        worker.bus.on_reconnect(reconnected.set)
+
+        relay.swallow()
+        swallowed = time.monotonic()
+        await soon(reconnected.wait())
+        await installation.publish()
+
+        await taken(task)
+        measured(
+            f"a dead connection to the next request, with heartbeats of {QUICK} s",
+            time.monotonic() - swallowed,
+        )
+        worker.loop.stop()
+        await worker.loop.close()
+        await worker.bus.close()
+
+
+async def test_a_frozen_server_is_waited_for(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasten(monkeypatch)
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+
+    reconnected = asyncio.Event()
+    worker.bus.on_reconnect(reconnected.set)
+
+    with installation.frozen():
+        await until_lost(worker.bus)
+    thawed = time.monotonic()
+    await soon(reconnected.wait())
+    await installation.publish()
+
+    await taken(task)
+    measured("a frozen server's return to the next request", time.monotonic() - thawed)
+
+
+# -- the durable goes -----------------------------------------------------------------------------
+
+
+async def test_a_durable_deleted_while_idle_is_made_again(installation: Installation) -> None:
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+
+    await installation.api(f"CONSUMER.DELETE.{REQUESTS}.{TASK}")
+    deleted = time.monotonic()
+    await installation.publish()
+
+    assert (await taken(task)).attempt == 1
+    measured("a deleted durable to the next request", time.monotonic() - deleted)
+    assert worker.loop.attached
+
+
+async def test_a_durable_deleted_while_a_job_is_in_hand_is_made_again(
+    installation: Installation,
+) -> None:
+    worker = await installation.worker()
+    await installation.publish(b"first")
+    await take(worker)
+    await installation.publish(b"second")
+    await installation.api(f"CONSUMER.DELETE.{REQUESTS}.{TASK}")
+
+    again = await take(worker)
+    assert again.body == b"first", "the new durable knows of no delivery"
+    await again.ack()
+    assert (await take(worker)).body == b"second"
+
+
+async def test_a_stream_deleted_while_idle_is_made_again(installation: Installation) -> None:
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+
+    await installation.api(f"STREAM.DELETE.{REQUESTS}")
+    deleted = time.monotonic()
+
+    async def there_again() -> bool:
+        answer = await installation.plain.request(f"$JS.API.STREAM.INFO.{REQUESTS}", timeout=5)
+        return b'"error"' not in answer.data
+
+    await until(there_again)
+    await installation.publish(b"after")
+    assert (await taken(task)).body == b"after"
+    measured("a deleted stream to the next request", time.monotonic() - deleted)
+
+
+async def test_the_worker_is_not_attached_while_the_durable_cannot_be_made(
+    installation: Installation,
+) -> None:
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+    assert worker.loop.attached
+
+    results = (await installation.api(f"STREAM.INFO.{RESULTS}"))["config"]
+    await installation.api(f"STREAM.UPDATE.{RESULTS}", {**results, "allow_direct": False})
+    await installation.api(f"CONSUMER.DELETE.{REQUESTS}.{TASK}")
+
+    async def noticed() -> bool:
+        return not worker.loop.attached
+
+    await until(noticed)
+    await installation.api(f"STREAM.UPDATE.{RESULTS}", results)
+    await installation.publish()
+    await taken(task)
+    assert worker.loop.attached
+
+
+# -- stopping -------------------------------------------------------------------------------------
+
+
+async def test_stop_ends_an_idle_wait(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do_not_hear_silence(monkeypatch)
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+    started = time.monotonic()
+    worker.loop.stop()
+    assert await soon(task) is None
+    measured("stop", time.monotonic() - started)
+    assert await soon(worker.loop.next()) is None
+
+
+async def test_stop_ends_a_wait_for_a_server_that_is_away(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do_not_hear_silence(monkeypatch)
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+    await installation.kill_server()
+    worker.loop.stop()
+    assert await soon(task) is None
+    started = time.monotonic()
+    await soon(worker.loop.close())
+    measured("close without a server", time.monotonic() - started)
+
+
+async def test_what_is_published_after_close_goes_to_another_worker_at_once(
+    installation: Installation,
+) -> None:
+    other = await installation.worker()
+    for _ in range(ROUNDS):
+        worker = await installation.worker()
+        task = await waiting(installation, worker)
+        worker.loop.stop()
+        assert await soon(task) is None
+        await soon(worker.loop.close())
+
+        await installation.publish()
+        delivered = await take(other)
+        assert delivered.attempt == 1
+        await delivered.ack()
+        await worker.bus.close()
+
+
+async def test_what_is_published_during_close_goes_to_another_worker_at_once(
+    installation: Installation,
+) -> None:
+    """ack_wait is 60 s: what the closing worker lost could not come again within this test."""
+    other = await installation.worker()
+    given_back = 0
+    for turns in range(CHANCES):
+        worker = await installation.worker()
+        task = await waiting(installation, worker)
+        worker.loop.stop()
+        assert await soon(task) is None
+        await soon(
+            asyncio.gather(worker.loop.close(), publish_after(installation, turns % MOST_TURNS))
+        )
+
+        delivered = await take(other)
+        assert delivered.attempt <= 2
+        given_back += delivered.attempt == 2
+        await delivered.ack()
+        await worker.bus.close()
+    print(f"{given_back} of {CHANCES} requests had come to the closing worker")  # noqa: T201
+
+
+async def test_a_delivery_that_nobody_took_is_given_back_by_close(
+    installation: Installation,
+) -> None:
+    worker, other = await installation.worker(), await installation.worker()
+    task = await waiting(installation, worker)
+    worker.loop.stop()
+    assert await soon(task) is None
+    await installation.publish()
+
+    async def received() -> bool:
+        return (await installation.consumer_info()).num_ack_pending == 1
+
+    await until(received)
+    await soon(worker.loop.close())
+    assert (await take(other)).attempt == 2
+
+
+async def test_close_does_not_wait_for_a_frozen_server(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasten(monkeypatch)
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", QUICK)
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+    with installation.frozen():
+        worker.loop.stop()
+        assert await soon(task) is None
+        started = time.monotonic()
+        await worker.loop.close()
+        measured("close with a frozen server", time.monotonic() - started)
+        started = time.monotonic()
+        await worker.bus.close()
+        measured("the connection's close with a frozen server", time.monotonic() - started)
+
+
+async def test_a_client_that_has_given_up_ends_the_wait(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasten(monkeypatch)
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+    await worker.bus.client.close()
+    with pytest.raises(BusUnavailable):
+        await soon(task)
+
+
+# -- pulls that were taken to be lost -------------------------------------------------------------
+
+
+async def test_a_delivery_that_was_not_asked_for_is_given_back(
+    start_nats: StartNats, installation_of: InstallationOf
+) -> None:
+    installation = await installation_of(start_nats(), max_ack_pending=2)
+    worker, other = await installation.worker(), await installation.worker()
+    await installation.publish(b"first")
+    first = await take(worker)
+
+    await answer_an_old_pull(installation, worker, b"second")
+
+    second = await take(other)
+    assert (second.body, second.attempt) == (b"second", 2)
+    await first.ack()
+
+
+async def test_the_loop_hears_while_it_gives_back(
+    start_nats: StartNats, installation_of: InstallationOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "GIVE_UP_AFTER", 1_000.0)
+    monkeypatch.setattr(pull, "IDLE_HEARTBEAT", QUICK)
+    installation = await installation_of(start_nats(MUTE), max_ack_pending=3)
+    worker = await installation.worker(installation.server.url.replace("//", "//mute:x@"))
+    await installation.publish(b"first")
+    await take(worker)
+    await answer_an_old_pull(installation, worker, b"second")
+
+    await installation.publish(b"third")
+    assert (await take(worker)).body == b"third"
+    assert worker.loop._giving_back, "the second is not given back, because nobody confirms it"
+    started = time.monotonic()
+    await soon(worker.loop.close())
+    measured("close with something that cannot be given back", time.monotonic() - started)
+
+
+async def answer_an_old_pull(installation: Installation, worker: Worker, body: bytes) -> None:
+    """Let the server answer a pull only now that the worker has taken to be lost."""
+    await worker.bus.client.publish(
+        f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{TASK}", b"1", reply=f"{worker.loop._inbox}.0"
+    )
+    await installation.until_pulls_stand(1)
+    await installation.publish(body)

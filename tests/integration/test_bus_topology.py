@@ -1,0 +1,400 @@
+"""Streams and durables on a real server: created, left alone, updated, refused."""
+
+import json
+import signal
+import subprocess
+import zipfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from consumer.bus import Bus, BusUnavailable, Durable, Topology, TopologyError
+from consumer.devstack import NatsServer
+from consumer.devstack.process import find_program
+from generation_contracts import Subjects, Task
+from tests.conftest import StartNats
+from tests.integration.bus_installation import (
+    DEAD_LETTERS,
+    REQUESTS,
+    RESULTS,
+    TASK,
+    api,
+    open_bus,
+)
+
+ROOT = Path(__file__).parents[2]
+STREAMS = (REQUESTS, RESULTS, DEAD_LETTERS)
+EVERYTHING = (*STREAMS, "text_to_image", "image_to_text")
+BOTH = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_TEXT)
+SECOND = 1_000_000_000  # nanoseconds
+
+
+def topology(bus: Bus, root: str = "generation", **options: Any) -> Topology:
+    return Topology(bus, Subjects(root), **{"ack_wait": 60.0, "max_ack_pending": 1, **options})
+
+
+async def stream_config(bus: Bus, name: str) -> dict[str, Any]:
+    config: dict[str, Any] = (await api(bus, f"STREAM.INFO.{name}"))["config"]
+    return config
+
+
+async def consumer_config(
+    bus: Bus, name: str = "text_to_image", stream: str = REQUESTS
+) -> dict[str, Any]:
+    config: dict[str, Any] = (await api(bus, f"CONSUMER.INFO.{stream}.{name}"))["config"]
+    return config
+
+
+async def change_stream(bus: Bus, name: str, **changes: Any) -> None:
+    await api(bus, f"STREAM.UPDATE.{name}", {**await stream_config(bus, name), **changes})
+
+
+async def change_consumer(bus: Bus, **changes: Any) -> None:
+    config = {**await consumer_config(bus), **changes}
+    await api(
+        bus,
+        f"CONSUMER.CREATE.{REQUESTS}.text_to_image",
+        {"stream_name": REQUESTS, "config": config},
+    )
+
+
+@pytest.fixture
+async def parts() -> Any:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+async def bus(nats_server: NatsServer, parts: AsyncExitStack) -> Bus:
+    return await open_bus(nats_server.url, parts)
+
+
+# -- apply ----------------------------------------------------------------------------------------
+
+
+async def test_apply_creates_everything_and_then_finds_it_unchanged(bus: Bus) -> None:
+    assert await topology(bus).apply(BOTH) == dict.fromkeys(EVERYTHING, "created")
+    assert await topology(bus).apply(BOTH) == dict.fromkeys(EVERYTHING, "unchanged")
+
+
+async def test_what_apply_creates_is_what_the_files_say(bus: Bus) -> None:
+    await topology(bus, ack_wait=90.0, max_ack_pending=3).apply(BOTH)
+    for path in (ROOT / "infra/nats/streams").glob("*.json"):
+        wanted = json.loads(path.read_text())
+        found = await stream_config(bus, wanted["name"])
+        assert {key: found.get(key, 0) for key in wanted} == wanted
+    for path in (ROOT / "infra/nats/consumers").glob("*.json"):
+        wanted = {
+            **json.loads(path.read_text()),
+            "ack_wait": 90 * SECOND,
+            "max_ack_pending": 3,
+        }
+        found = await consumer_config(bus, wanted["durable_name"])
+        assert {key: found.get(key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("ack_wait", [1.0, 1.1, 12.345, 60.0])
+async def test_seconds_survive_the_way_to_nanoseconds_and_back(bus: Bus, ack_wait: float) -> None:
+    applied = topology(bus, ack_wait=ack_wait)
+    await applied.apply((TASK,))
+    assert (await applied.apply((TASK,)))["text_to_image"] == "unchanged"
+    assert (await applied.ensure(TASK)).ack_wait == ack_wait
+
+
+async def test_apply_updates_a_live_durable_and_keeps_the_rest_of_it(bus: Bus) -> None:
+    await topology(bus).apply((TASK,))
+    await change_consumer(bus, sample_freq="100", metadata={"owner": "us"})
+
+    done = await topology(bus, max_ack_pending=5, ack_wait=30.0).apply((TASK,))
+
+    assert done["text_to_image"] == "updated"
+    assert {done[name] for name in STREAMS} == {"unchanged"}
+    found = await consumer_config(bus)
+    assert (found["max_ack_pending"], found["ack_wait"]) == (5, 30 * SECOND)
+    assert (found["max_waiting"], found["max_deliver"]) == (512, -1)
+    assert found["sample_freq"] == "100"
+    assert found["metadata"]["owner"] == "us"
+    again = await topology(bus, max_ack_pending=5, ack_wait=30.0).apply((TASK,))
+    assert set(again.values()) == {"unchanged"}
+
+
+async def test_apply_brings_a_stream_back_to_its_file_and_keeps_the_rest_of_it(bus: Bus) -> None:
+    await topology(bus).apply((TASK,))
+    await change_stream(bus, REQUESTS, max_msgs=5, metadata={"owner": "us"}, compression="s2")
+
+    done = await topology(bus).apply((TASK,))
+
+    assert (done[REQUESTS], done[RESULTS]) == ("updated", "unchanged")
+    found = await stream_config(bus, REQUESTS)
+    assert found["max_msgs"] == 100_000
+    assert (found["metadata"]["owner"], found["compression"]) == ("us", "s2")
+
+
+async def test_an_operators_extra_settings_are_no_difference(bus: Bus) -> None:
+    await topology(bus).apply((TASK,))
+    await change_stream(bus, RESULTS, metadata={"owner": "us"}, max_msgs_per_subject=1)
+    await change_consumer(bus, metadata={"owner": "us"})
+    assert set((await topology(bus).apply((TASK,))).values()) == {"unchanged"}
+    with capture_logs() as logs:
+        await topology(bus).ensure(TASK)
+    assert logs == []
+
+
+async def test_apply_removes_a_backoff(bus: Bus) -> None:
+    await topology(bus).apply((TASK,))
+    await change_consumer(bus, backoff=[SECOND, 5 * SECOND], max_deliver=3)
+    assert (await topology(bus).apply((TASK,)))["text_to_image"] == "updated"
+    found = await consumer_config(bus)
+    assert not found.get("backoff")
+    assert found["ack_wait"] == 60 * SECOND
+
+
+async def test_apply_replaces_a_single_filter(bus: Bus) -> None:
+    await topology(bus).apply(())
+    config = {"durable_name": "text_to_image", "ack_policy": "explicit"}
+    await api(
+        bus,
+        f"CONSUMER.CREATE.{REQUESTS}.text_to_image",
+        {
+            "stream_name": REQUESTS,
+            "config": {**config, "filter_subject": "generation.request.text_to_image"},
+        },
+    )
+    with pytest.raises(TopologyError, match="filter_subject"):
+        await topology(bus).ensure(TASK)
+    assert (await topology(bus).apply((TASK,)))["text_to_image"] == "updated"
+    assert len((await consumer_config(bus))["filter_subjects"]) == 2
+    await topology(bus).ensure(TASK)
+
+
+# -- refused --------------------------------------------------------------------------------------
+
+
+async def test_a_wrong_retention_is_a_clear_error(bus: Bus) -> None:
+    config = json.loads((ROOT / f"infra/nats/streams/{REQUESTS}.json").read_text())
+    await api(bus, f"STREAM.CREATE.{REQUESTS}", {**config, "retention": "limits"})
+
+    with pytest.raises(TopologyError, match=f"stream {REQUESTS}: retention is") as ensured:
+        await topology(bus).ensure(TASK)
+    assert '"limits"' in str(ensured.value)
+    assert '"workqueue"' in str(ensured.value)
+    with pytest.raises(TopologyError, match=f"STREAM.UPDATE.{REQUESTS}: .*retention"):
+        await topology(bus).apply((TASK,))
+    assert (await stream_config(bus, REQUESTS))["retention"] == "limits"
+
+
+@pytest.mark.parametrize(
+    ("stream", "key", "value"),
+    [
+        (REQUESTS, "discard", "old"),
+        (RESULTS, "allow_direct", False),
+        (RESULTS, "subjects", ["generation.result.text_to_image.*"]),
+    ],
+)
+async def test_ensure_refuses_a_stream_that_breaks_a_guarantee(
+    bus: Bus, stream: str, key: str, value: object
+) -> None:
+    await topology(bus).apply((TASK,))
+    await change_stream(bus, stream, **{key: value})
+    with pytest.raises(TopologyError, match=f"stream {stream}: {key} is"):
+        await topology(bus).ensure(TASK)
+    with pytest.raises(TopologyError, match=f"stream {stream}: {key} is"):
+        await topology(bus).look(TASK)
+    assert (await topology(bus).apply((TASK,)))[stream] == "updated"
+    await topology(bus).ensure(TASK)
+
+
+async def test_ensure_refuses_a_backoff(bus: Bus) -> None:
+    await topology(bus).apply((TASK,))
+    await change_consumer(bus, backoff=[SECOND, 5 * SECOND], max_deliver=3)
+    with pytest.raises(TopologyError, match="consumer text_to_image: backoff is"):
+        await topology(bus).ensure(TASK)
+
+
+async def test_a_push_consumer_is_refused(bus: Bus) -> None:
+    await topology(bus).apply(())
+    definition = json.loads((ROOT / "infra/nats/consumers/text_to_image.json").read_text())
+    del definition["max_waiting"]
+    await api(
+        bus,
+        f"CONSUMER.CREATE.{REQUESTS}.text_to_image",
+        {
+            "stream_name": REQUESTS,
+            "config": {**definition, "deliver_subject": "somewhere"},
+        },
+    )
+    with pytest.raises(TopologyError, match="consumer text_to_image: it is a push consumer"):
+        await topology(bus).ensure(TASK)
+    with pytest.raises(TopologyError, match="consumer text_to_image: it is a push consumer"):
+        await topology(bus).apply((TASK,))
+
+
+async def test_what_another_durable_filters_already_is_refused(bus: Bus) -> None:
+    await topology(bus).apply((TASK,))
+    with pytest.raises(TopologyError, match="filter"):
+        await topology(bus, durable_name="second").ensure(TASK)
+
+
+# -- ensure ---------------------------------------------------------------------------------------
+
+
+async def test_ensure_creates_what_is_missing(bus: Bus) -> None:
+    found = await topology(bus, ack_wait=12.5, max_ack_pending=2).ensure(TASK)
+    assert found == Durable(stream=REQUESTS, name="text_to_image", ack_wait=12.5, max_ack_pending=2)
+    for name in STREAMS:
+        assert (await stream_config(bus, name))["name"] == name
+
+
+async def test_ensure_leaves_and_reports_what_others_have_set(bus: Bus) -> None:
+    await topology(bus, ack_wait=25.0, max_ack_pending=8).apply((TASK,))
+    with capture_logs() as logs:
+        found = await topology(bus, ack_wait=60.0, max_ack_pending=1).ensure(TASK)
+    assert (found.ack_wait, found.max_ack_pending) == (25.0, 8)
+    config = await consumer_config(bus)
+    assert (config["ack_wait"], config["max_ack_pending"]) == (25 * SECOND, 8)
+    assert {entry["key"] for entry in logs} == {"ack_wait", "max_ack_pending"}
+
+
+async def test_look_changes_nothing(bus: Bus) -> None:
+    with pytest.raises(TopologyError, match=f"stream {REQUESTS}: missing"):
+        await topology(bus).look(TASK)
+    await topology(bus).apply(())
+    with pytest.raises(TopologyError, match="consumer text_to_image: missing"):
+        await topology(bus).look(TASK)
+    await topology(bus).apply((TASK,))
+    assert await topology(bus).look(TASK) == await topology(bus).ensure(TASK)
+
+
+async def test_another_root_makes_streams_of_its_own(bus: Bus) -> None:
+    await topology(bus).apply(BOTH)
+    done = await topology(bus, "team.a").apply(BOTH)
+    assert done == {
+        "TEAM_A_REQUESTS": "created",
+        "TEAM_A_RESULTS": "created",
+        "TEAM_A_DEAD_LETTERS": "created",
+        "text_to_image": "created",
+        "image_to_text": "created",
+    }
+    assert (await stream_config(bus, "TEAM_A_REQUESTS"))["subjects"] == ["team.a.request.>"]
+    durable = await consumer_config(bus, stream="TEAM_A_REQUESTS")
+    assert durable["filter_subjects"] == list(Subjects("team.a").request_filters(TASK))
+    assert set((await topology(bus).apply(BOTH)).values()) == {"unchanged"}
+
+
+async def test_the_filters_of_the_files_are_those_of_the_contract(bus: Bus) -> None:
+    await topology(bus).apply(BOTH)
+    for task in BOTH:
+        found = await consumer_config(bus, str(task))
+        assert found["filter_subjects"] == list(Subjects().request_filters(task))
+
+
+async def test_the_durable_may_have_another_name(bus: Bus) -> None:
+    named = topology(bus, durable_name="blue")
+    assert (await named.apply((TASK,)))["blue"] == "created"
+    assert (await named.apply((TASK,)))["blue"] == "unchanged"
+    assert (await named.ensure(TASK)).name == "blue"
+    assert (await consumer_config(bus, "blue"))["durable_name"] == "blue"
+
+
+# -- servers that cannot --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    ['accounts { PLAIN { users: [{user: "u", password: "p"}] } }', "jetstream: disabled"],
+    ids=["account", "server"],
+)
+async def test_missing_jetstream_is_a_clear_error(
+    start_nats: StartNats, parts: AsyncExitStack, config: str
+) -> None:
+    server = start_nats(config)
+    bus = await open_bus(server.url.replace("//", "//u:p@"), parts)
+    with pytest.raises(BusUnavailable, match=r"JetStream (is )?not enabled"):
+        await topology(bus).apply((TASK,))
+    with pytest.raises(BusUnavailable, match=r"JetStream (is )?not enabled"):
+        await topology(bus).ensure(TASK)
+
+
+async def test_what_a_user_may_not_do_is_named(
+    start_nats: StartNats, parts: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consumer.bus.topology.API_TIMEOUT", 0.5)
+    server = start_nats(
+        """
+        accounts { A { jetstream: enabled, users: [{
+          user: "u", password: "p",
+          permissions: { publish: { deny: ["$JS.API.STREAM.CREATE.>"] } }
+        }] } }
+        """
+    )
+    bus = await open_bus(server.url.replace("//", "//u:p@"), parts)
+    with pytest.raises(BusUnavailable, match=r"STREAM.CREATE.*[Pp]ermissions"):
+        await topology(bus).apply((TASK,))
+
+
+async def test_a_server_that_is_away_is_a_clear_error(
+    bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consumer.bus.topology.API_TIMEOUT", 0.2)
+    nats_server.kill()
+    with pytest.raises(BusUnavailable, match=r"STREAM.INFO"):
+        await topology(bus).ensure(TASK)
+
+
+async def test_an_old_error_is_not_given_as_the_reason(
+    bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consumer.bus.topology.API_TIMEOUT", 0.2)
+    bus.last_error = "a story of yesterday"
+    nats_server.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(BusUnavailable, match=r"STREAM.INFO.*no answer"):
+            await topology(bus).ensure(TASK)
+    finally:
+        nats_server.signal(signal.SIGCONT)
+
+
+# -- the files ------------------------------------------------------------------------------------
+
+
+async def test_the_server_takes_the_files_as_they_are(bus: Bus) -> None:
+    """What `nats stream add --config FILE` and `nats consumer add` send."""
+    for path in sorted((ROOT / "infra/nats/streams").glob("*.json")):
+        config = json.loads(path.read_text())
+        assert path.stem == config["name"]
+        await api(bus, f"STREAM.CREATE.{config['name']}", config)
+    for path in sorted((ROOT / "infra/nats/consumers").glob("*.json")):
+        config = json.loads(path.read_text())
+        assert path.stem == config["durable_name"]
+        await api(
+            bus,
+            f"CONSUMER.DURABLE.CREATE.{REQUESTS}.{config['durable_name']}",
+            {"stream_name": REQUESTS, "config": config},
+        )
+    assert set((await topology(bus).apply(BOTH)).values()) == {"unchanged"}
+
+
+def test_the_server_takes_its_configuration_file() -> None:
+    subprocess.run(
+        [find_program("nats-server"), "-t", "-c", ROOT / "infra/nats/server.conf"],
+        check=True,
+        capture_output=True,
+        timeout=10,
+    )
+
+
+def test_the_wheel_carries_the_files(tmp_path: Path) -> None:
+    subprocess.run(
+        ["uv", "build", "--wheel", "--offline", "--out-dir", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    (wheel,) = tmp_path.glob("generation_consumer-*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        for path in (ROOT / "infra/nats").rglob("*.*"):
+            name = f"consumer/infra/nats/{path.relative_to(ROOT / 'infra/nats')}"
+            assert packed.read(name) == path.read_bytes()

@@ -1,0 +1,582 @@
+"""Text to image through the real from_pretrained path, with tiny models of five families."""
+
+# mypy: allow-untyped-calls
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, HeunDiscreteScheduler
+from PIL import Image, ImageChops
+from structlog.testing import capture_logs
+
+from consumer.ports import (
+    DeviceLost,
+    Interrupted,
+    ModelError,
+    OutOfMemory,
+    RunnerOutput,
+    UnsupportedParameter,
+)
+from consumer.runners import ModelRunner, create_runner, diffusion
+from consumer.runners.config import ModelConfig
+from consumer.runners.device import Placement
+from consumer.runners.memory import save
+from generation_contracts import Task, TextToImageRequest, TextToImageStep
+from tests.tiny_models import FAMILIES, Folder, Load
+
+SECRET = "zanzibar"  # a word of the prompt that must not turn up in a log, warning or error
+
+Shared = Callable[..., ModelRunner]
+
+
+def asked(**fields: Any) -> TextToImageRequest:
+    small = {"prompt": "a cat", "width": 64, "height": 64, "num_inference_steps": 3, "seed": 7}
+    return TextToImageRequest(**{**small, **fields})
+
+
+def made(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> RunnerOutput:
+    request = asked(**fields)
+    runner.check(request)
+    return runner.run(
+        request, [], on_step=lambda *_: None, cancelled=lambda: False, save_memory=save_memory
+    )
+
+
+def pixels(output: RunnerOutput) -> list[bytes]:
+    return [picture.image.tobytes() for picture in output.images]
+
+
+def largest_difference(one: Image.Image, other: Image.Image) -> int:
+    bands: Any = ImageChops.difference(one, other).getextrema()
+    return max(int(high) for _, high in bands)
+
+
+def pipeline(runner: ModelRunner) -> Any:
+    model: Any = runner._model
+    return model._pipe
+
+
+class StopAt:
+    """Says yes at a step, counted by how often it was asked; the first time is before the run."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def is_reached(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture
+def sd3(shared_runner: Shared) -> ModelRunner:
+    return shared_runner("stable_diffusion_3")
+
+
+# -- what every family gives --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_makes_the_picture_asked_for(family: str, shared_runner: Shared) -> None:
+    steps: list[tuple[int, int]] = []
+    output = shared_runner(family).run(
+        asked(), [], on_step=lambda *step: steps.append(step), cancelled=lambda: False
+    )
+    (picture,) = output.images
+    assert (picture.image.size, picture.image.mode, picture.seed) == ((64, 64), "RGB", 7)
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    assert output.warnings == ()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_after_a_cancelled_one_is_bit_identical_to_an_undisturbed_one(
+    family: str, shared_runner: Shared
+) -> None:
+    runner = shared_runner(family)
+    undisturbed = pixels(made(runner))
+    steps: list[int] = []
+    with pytest.raises(Interrupted):
+        runner.run(
+            asked(seed=8, num_inference_steps=5),
+            [],
+            on_step=lambda step, _: steps.append(step),
+            cancelled=lambda: len(steps) == 2,
+        )
+    assert steps == [1, 2]
+    assert pixels(made(runner)) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("family", "multiple", "size", "steps", "guidance"),
+    [
+        ("stable_diffusion_3", 8, 64, 28, 7.0),
+        ("flux", 16, 1024, 28, 3.5),
+        ("hunyuan_dit", 16, 64, 50, 5.0),
+        ("stable_diffusion_xl", 8, 64, 50, 5.0),
+        ("pixart", 16, 64, 20, 4.5),
+    ],
+)
+def test_the_description_has_the_pipelines_own_defaults(  # noqa: PLR0917 - a table
+    family: str, multiple: int, size: int, steps: int, guidance: float, model_folder: Folder
+) -> None:
+    runner = create_runner(Task.TEXT_TO_IMAGE, ModelConfig(model_id=str(model_folder(family))))
+    description = runner.load()
+    assert description.size_multiple == multiple
+    assert description.defaults["width"] == description.defaults["height"] == size
+    assert description.defaults["num_inference_steps"] == steps
+    assert description.defaults["guidance_scale"] == guidance
+    assert description.info.model_dump() == {
+        "id": family,
+        "revision": None,
+        "family": type(pipeline(runner)).__name__.removesuffix("Pipeline"),
+        "dtype": "float32",
+        "device": "cpu",
+    }
+
+
+def test_the_demonstration_model_makes_64_by_64_pixels_where_nothing_is_said() -> None:
+    runner = create_runner(Task.TEXT_TO_IMAGE, ModelConfig())
+    description = runner.load()
+    assert description.info.id == "demonstration"
+    assert description.info.revision is None
+    request = TextToImageRequest(prompt="a cat", num_inference_steps=2)
+    output = runner.run(request, [], on_step=lambda *_: None, cancelled=lambda: False)
+    assert output.images[0].image.size == (64, 64)
+
+
+def test_the_side_that_is_not_asked_for_is_the_default(sd3: ModelRunner) -> None:
+    assert made(sd3, width=96, height=None).images[0].image.size == (96, 64)
+    assert made(sd3, width=None, height=32).images[0].image.size == (64, 32)
+
+
+def test_a_second_order_scheduler_counts_its_own_steps(model_folder: Folder, load: Load) -> None:
+    runner = load(model_folder("stable_diffusion_xl"))
+    shared = pipeline(runner)
+    shared.scheduler = HeunDiscreteScheduler.from_config(shared.scheduler.config)
+    steps: list[tuple[int, int]] = []
+    runner.run(asked(), [], on_step=lambda *step: steps.append(step), cancelled=lambda: False)
+    assert steps == [(n, 5) for n in range(1, 6)]
+
+
+def test_a_blanked_picture_is_told(shared_runner: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = shared_runner("hunyuan_dit")
+    monkeypatch.setattr(
+        pipeline(runner), "run_safety_checker", lambda image, *_: (image, [False, True])
+    )
+    output = made(runner, num_images=2)
+    assert output.warnings == ("the model's safety checker blanked pictures: 1",)
+
+
+# -- seeds ----------------------------------------------------------------------------------------
+
+
+def test_one_seed_makes_one_picture(sd3: ModelRunner) -> None:
+    assert pixels(made(sd3)) == pixels(made(sd3))
+    assert pixels(made(sd3)) != pixels(made(sd3, seed=8))
+
+
+def test_a_drawn_seed_is_told_and_makes_the_picture_again(sd3: ModelRunner) -> None:
+    drawn = made(sd3, seed=None)
+    assert drawn.images[0].seed != made(sd3, seed=None).images[0].seed
+    assert pixels(made(sd3, seed=drawn.images[0].seed)) == pixels(drawn)
+
+
+def test_seeds_go_up_by_one_and_start_again_after_the_largest(sd3: ModelRunner) -> None:
+    output = made(sd3, seed=2**32 - 1, num_images=3)
+    assert [picture.seed for picture in output.images] == [2**32 - 1, 0, 1]
+    assert len(set(pixels(output))) == 3
+
+
+# HunyuanDiT's scheduler draws noise at each step: with one generator for all pictures of a batch
+# each of them would be another picture than alone.
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "hunyuan_dit"])
+def test_a_picture_of_several_is_the_picture_of_its_own_seed(
+    family: str, shared_runner: Shared
+) -> None:
+    runner = shared_runner(family)
+    several = made(runner, num_images=3).images
+    alone = [made(runner, seed=7 + n).images[0] for n in range(3)]
+    for one, other in zip(several, alone, strict=True):
+        assert largest_difference(one.image, other.image) <= 3  # of 255; batches round otherwise
+
+
+# -- what a run must not leave behind -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_run_does_not_cast_the_shared_weights(
+    dtype: str, model_folder: Folder, load: Load
+) -> None:
+    runner = load(model_folder("stable_diffusion_3"), dtype=dtype)
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    wanted = {part: getattr(torch, dtype) for part in parts}
+    assert {part: getattr(pipeline(runner), part).dtype for part in parts} == wanted
+    made(runner)
+    assert {part: getattr(pipeline(runner), part).dtype for part in parts} == wanted
+    description = runner._model.description if runner._model else None
+    assert description is not None
+    assert description.info.dtype == dtype
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shared_pipeline_keeps_nothing_of_a_run(family: str, shared_runner: Shared) -> None:
+    shared = pipeline(shared_runner(family))
+    before = dict(shared.__dict__), dict(shared.scheduler.__dict__), dict(shared.config)
+    made(shared_runner(family), num_inference_steps=4, guidance_scale=2.0)
+    after = dict(shared.__dict__), dict(shared.scheduler.__dict__), dict(shared.config)
+    assert str(after) == str(before)
+
+
+def test_vae_types_are_given_back_when_decoding_fails(model_folder: Folder, load: Load) -> None:
+    # SDXL in float16 decodes in float32; a failure there left the autoencoder so for good.
+    runner = load(model_folder("stable_diffusion_xl"), dtype="float16")
+    vae = pipeline(runner).vae
+    undisturbed = pixels(made(runner))
+
+    def fail(*_: Any) -> None:
+        assert vae.dtype == torch.float32
+        raise torch.OutOfMemoryError("no more")
+
+    hook = vae.decoder.register_forward_pre_hook(fail)
+    with pytest.raises(OutOfMemory):
+        made(runner)
+    hook.remove()
+    assert vae.dtype == torch.float16
+    assert pixels(made(runner)) == undisturbed
+
+
+def test_a_step_cache_of_a_cancelled_run_is_not_used_by_the_next(
+    model_folder: Folder, load: Load
+) -> None:
+    runner = load(model_folder("flux", blocks=2))
+    pipeline(runner).transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    undisturbed = pixels(made(runner))
+    with pytest.raises(Interrupted):
+        runner.run(
+            asked(prompt="another"), [], on_step=lambda *_: None, cancelled=StopAt(2).is_reached
+        )
+    assert pixels(made(runner)) == undisturbed
+
+
+# The CPU stands for an accelerator: parts are moved by the same hooks, only not far. Sequential
+# offload cannot be had this way: accelerate's hook needs two kinds of device.
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_an_offloaded_pipeline_makes_the_same_pictures(
+    offload: str,
+    sd3: ModelRunner,
+    model_folder: Folder,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = Placement(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(diffusion, "place", lambda _: cpu)
+    runner = load(model_folder("stable_diffusion_3"), offload=offload)
+    undisturbed = pixels(made(sd3))
+    assert pixels(made(runner)) == undisturbed
+    with pytest.raises(Interrupted):
+        runner.run(asked(), [], on_step=lambda *_: None, cancelled=StopAt(2).is_reached)
+    assert pixels(made(runner)) == undisturbed
+    assert pixels(made(runner, save_memory=True)) == undisturbed
+
+
+# -- what the model lacks ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "field", "message"),
+    [
+        ("stable_diffusion_3", {"preview": True}, "preview", "this worker sends no previews"),
+        (
+            "stable_diffusion_3",
+            {"then": (TextToImageStep(task="text_to_image", prompt="$text"),)},
+            "then",
+            "this worker starts no further steps",
+        ),
+        ("stable_diffusion_3", {"width": 100}, "width", "must be a multiple of 8"),
+        ("flux", {"height": 72}, "height", "must be a multiple of 16"),
+        ("stable_diffusion_3", {"width": 520}, "width", "must be at most 512"),
+        ("flux", {"width": 4096, "height": 2048}, "width", "at most 4194304 pixels"),
+        ("flux", {"width": None, "height": 4096}, None, ""),
+        ("flux", {"negative_prompt": "a dog"}, "negative_prompt", "Flux does not have it"),
+        (
+            "stable_diffusion_3",
+            {"negative_prompt": "a dog", "guidance_scale": 1.0},
+            "negative_prompt",
+            "only with guidance_scale above 1",
+        ),
+        ("stable_diffusion_3", {"negative_prompt": "a dog"}, None, ""),
+        ("flux", {"negative_prompt": " "}, None, ""),
+        (
+            "flux",
+            {"preview": False, "then": (), "num_images": 1, "negative_prompt": None},
+            None,
+            "",
+        ),
+    ],
+)
+def test_check_refuses_by_name_what_the_model_cannot_do(
+    family: str,
+    fields: dict[str, Any],
+    field: str | None,
+    message: str,
+    shared_runner: Shared,
+) -> None:
+    runner = shared_runner(family)
+    if field is None:
+        runner.check(asked(**fields))
+        return
+    with pytest.raises(UnsupportedParameter, match=message) as refused:
+        runner.check(asked(**fields))
+    assert refused.value.parameter == field
+    assert str(refused.value).startswith(f"{field}: ")
+
+
+def test_guidance_acts_under_whatever_name_the_family_has(shared_runner: Shared) -> None:
+    for family in FAMILIES:
+        runner = shared_runner(family)
+        weak, strong = made(runner, guidance_scale=1.5), made(runner, guidance_scale=30.0)
+        assert pixels(weak) != pixels(strong), family
+
+
+def test_flux_without_a_distilled_scale_is_guided_against_a_negative_prompt(
+    shared_runner: Shared,
+) -> None:
+    schnell = shared_runner("flux", reads_guidance=False)
+    plain = pixels(made(schnell))
+    guided = pixels(made(schnell, guidance_scale=4.0))
+    assert guided != plain
+    assert pixels(made(schnell, guidance_scale=4.0, negative_prompt="a dog")) not in (guided, plain)
+    with pytest.raises(UnsupportedParameter, match="only with guidance_scale above 1"):
+        made(schnell, negative_prompt="a dog")
+
+
+def test_a_negative_prompt_changes_the_picture(sd3: ModelRunner) -> None:
+    assert pixels(made(sd3, negative_prompt="a dog")) != pixels(made(sd3))
+
+
+# -- a prompt that is too long --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "encoders"),
+    [
+        ("stable_diffusion_3", {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 256}),
+        ("flux", {"tokenizer": 77, "tokenizer_2": 512}),
+        ("hunyuan_dit", {"tokenizer": 77, "tokenizer_2": 256}),
+    ],
+)
+def test_a_cut_prompt_is_told_without_its_words(
+    family: str,
+    encoders: dict[str, int],
+    shared_runner: Shared,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with caplog.at_level(logging.DEBUG), capture_logs() as logs:
+        output = made(shared_runner(family), prompt=f"{SECRET} " * 100)
+    assert output.warnings == tuple(
+        f"a prompt is longer than the model reads: {name} saw its first {tokens} tokens only"
+        for name, tokens in encoders.items()
+    )
+    printed = capsys.readouterr()
+    for told in (str(output.warnings), caplog.text, str(logs), printed.out, printed.err):
+        assert SECRET not in told
+
+
+def test_a_prompt_that_fits_one_encoder_only_is_told_of_the_other(sd3: ModelRunner) -> None:
+    warnings = made(sd3, prompt="x" * 100).warnings
+    assert [w.split(": ")[1].split()[0] for w in warnings] == ["tokenizer", "tokenizer_2"]
+
+
+# -- what goes wrong inside the model -------------------------------------------------------------
+
+
+class Inside:
+    """Makes a part of a pipeline raise, with a tensor in the frame that raises."""
+
+    def __init__(self, part: torch.nn.Module, error: Exception) -> None:
+        self.error: Exception | None = error
+        self.tensor: weakref.ref[torch.Tensor] | None = None
+        self.hook = part.register_forward_pre_hook(self._raise)
+
+    def _raise(self, *_: Any) -> None:
+        tensor = torch.zeros(1000)
+        self.tensor = weakref.ref(tensor)
+        error, self.error = self.error, None
+        assert error is not None
+        raise error
+
+    def freed(self) -> bool:
+        self.hook.remove()
+        return self.tensor is not None and self.tensor() is None
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "translated", "text"),
+    [
+        (torch.OutOfMemoryError, SECRET, OutOfMemory, "did not suffice"),
+        (MemoryError, "", OutOfMemory, "did not suffice"),
+        (
+            RuntimeError,
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: 4 bytes",
+            OutOfMemory,
+            "did not suffice",
+        ),
+        (ValueError, SECRET, ModelError, "ValueError"),
+        (RuntimeError, SECRET, ModelError, "RuntimeError"),
+    ],
+)
+def test_an_exception_is_translated_and_its_tensors_are_freed(
+    error: type[Exception],
+    message: str,
+    translated: type[Exception],
+    text: str,
+    sd3: ModelRunner,
+) -> None:
+    undisturbed = pixels(made(sd3))
+    inside = Inside(pipeline(sd3).transformer, error(message))
+    gc.disable()
+    try:
+        with capture_logs() as logs, pytest.raises(translated, match=text) as raised:
+            made(sd3, prompt=SECRET)
+        assert inside.freed()
+    finally:
+        gc.enable()
+    assert raised.value.__context__ is None
+    assert SECRET not in f"{raised.value} {logs}"
+    assert pixels(made(sd3)) == undisturbed
+
+
+def test_a_device_error_is_a_lost_device_and_the_device_is_not_used_again(
+    sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[torch.device] = []
+    monkeypatch.setattr(diffusion, "release", released.append)
+    inside = Inside(pipeline(sd3).transformer, torch.AcceleratorError(f"CUDA error: {SECRET}"))
+    with capture_logs() as logs, pytest.raises(DeviceLost) as raised:
+        made(sd3)
+    inside.hook.remove()
+    assert released == []
+    assert SECRET not in f"{raised.value} {logs}"
+
+
+def test_a_device_error_while_memory_is_given_back_is_a_lost_device(
+    sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: torch.device) -> None:
+        raise torch.AcceleratorError("CUDA error: gone")
+
+    monkeypatch.setattr(diffusion, "release", fail)
+    inside = Inside(pipeline(sd3).transformer, torch.OutOfMemoryError("no more"))
+    with pytest.raises(DeviceLost):
+        made(sd3)
+    inside.hook.remove()
+
+
+def test_a_raised_exception_is_logged_with_its_class_and_place(sd3: ModelRunner) -> None:
+    inside = Inside(pipeline(sd3).vae.decoder, ValueError(SECRET))
+    with capture_logs() as logs, pytest.raises(ModelError):
+        made(sd3)
+    inside.hook.remove()
+    (entry,) = logs
+    assert (entry["event"], entry["error"]) == ("model_raised", "ValueError")
+    assert "test_diffusion.py" in entry["where"]
+
+
+def test_pixels_that_are_not_numbers_are_an_error_and_no_black_picture(
+    model_folder: Folder, load: Load
+) -> None:
+    runner = load(model_folder("stable_diffusion_3"))
+    with torch.no_grad():
+        pipeline(runner).vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(ModelError, match="pixels that are not numbers"):
+        made(runner)
+
+
+def test_pictures_of_another_shape_are_an_error(
+    sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = pipeline(sd3).image_processor
+    whole = processor.postprocess
+    monkeypatch.setattr(processor, "postprocess", lambda *a, **k: whole(*a, **k)[:, :-8])
+    with pytest.raises(ModelError, match="another shape"):
+        made(sd3)
+
+
+def test_a_request_that_is_cancelled_already_does_not_start(sd3: ModelRunner) -> None:
+    inside = Inside(pipeline(sd3).text_encoder, AssertionError("the text was read"))
+    with pytest.raises(Interrupted):
+        sd3.run(asked(), [], on_step=lambda *_: None, cancelled=lambda: True)
+    inside.hook.remove()
+
+
+# -- saving memory --------------------------------------------------------------------------------
+
+
+def test_saving_memory_makes_one_picture_at_a_time_and_is_off_afterwards(sd3: ModelRunner) -> None:
+    vae = pipeline(sd3).vae
+    batches: list[tuple[int, bool, bool]] = []
+    hook = vae.decoder.register_forward_pre_hook(
+        lambda _, inputs: batches.append((len(inputs[0]), vae.use_slicing, vae.use_tiling))
+    )
+    steps: list[tuple[int, int]] = []
+    output = sd3.run(
+        asked(num_images=2),
+        [],
+        on_step=lambda *step: steps.append(step),
+        cancelled=lambda: False,
+        save_memory=True,
+    )
+    hook.remove()
+    assert batches == [(1, True, True)] * 2
+    assert steps == [(n, 6) for n in range(1, 7)]
+    assert [picture.seed for picture in output.images] == [7, 8]
+    assert "memory was short" in output.warnings[0]
+    assert (vae.use_slicing, vae.use_tiling) == (False, False)
+    assert pixels(output)[0] == pixels(made(sd3))[0]
+
+
+def test_saving_memory_is_off_after_a_failure_too(sd3: ModelRunner) -> None:
+    inside = Inside(pipeline(sd3).transformer, torch.OutOfMemoryError("no more"))
+    with pytest.raises(OutOfMemory):
+        made(sd3, save_memory=True)
+    inside.hook.remove()
+    assert (pipeline(sd3).vae.use_slicing, pipeline(sd3).vae.use_tiling) == (False, False)
+
+
+def test_parts_moved_for_one_run_are_brought_back(sd3: ModelRunner) -> None:
+    shared = pipeline(sd3)
+    undisturbed = pixels(made(sd3))
+    with ExitStack() as undo:
+        save(undo, shared, torch.device("cpu"), offload=True)
+        assert shared.transformer._hf_hook is not None
+        assert pixels(made(sd3)) == undisturbed
+    assert not hasattr(shared.transformer, "_hf_hook")
+    assert pixels(made(sd3)) == undisturbed
+
+
+def test_parts_that_do_not_fit_any_more_stay_in_main_memory(
+    model_folder: Folder, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = load(model_folder("stable_diffusion_3"))
+    shared = pipeline(runner)
+    undisturbed = pixels(made(runner))
+    undo = ExitStack()
+    save(undo, shared, torch.device("cpu"), offload=True)
+    there_is_room = shared.to
+
+    def no_room(*_: Any, **__: Any) -> None:
+        monkeypatch.setattr(shared, "to", there_is_room)
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(shared, "to", no_room)
+    with capture_logs() as logs:
+        undo.close()
+    assert [entry["event"] for entry in logs] == ["weights_stay_in_main_memory"]
+    assert shared.transformer._hf_hook is not None
+    assert pixels(made(runner)) == undisturbed

@@ -1,0 +1,410 @@
+"""Loading: what is refused, and that each refusal is one clear line without a path."""
+
+import gc
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers.utils.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from consumer.ports import ModelUnavailable
+from consumer.runners import ModelConfig, create_runner, vision_language
+from consumer.runners.device import Placement, place
+from consumer.runners.pipeline_loading import text_to_image_class
+from generation_contracts import Task, TextToImageRequest
+from tests.tiny_models import Folder, Load
+
+SD3, VISION = "stable_diffusion_3", "vision_language"
+
+
+def refusal(folder: Path | str, task: Task = Task.TEXT_TO_IMAGE, **options: Any) -> str:
+    runner = create_runner(task, ModelConfig(model_id=str(folder), **options))
+    with pytest.raises(ModelUnavailable) as refused:
+        runner.load()
+    line = str(refused.value)
+    assert "\n" not in line
+    if isinstance(folder, Path):
+        assert str(folder.parent) not in line
+    assert refused.value.__cause__ is None
+    return line
+
+
+def without_weight(file: Path, ending: str) -> None:
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith(ending))
+    save_file({n: t for n, t in weights.items() if n != name}, file, metadata={"format": "pt"})
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+# -- the folder -----------------------------------------------------------------------------------
+
+
+def test_importing_the_runners_imports_no_library() -> None:
+    code = (
+        "import sys, consumer.runners as r; from generation_contracts import Task;"
+        "r.create_runner(Task.TEXT_TO_IMAGE, r.ModelConfig()); r.InferenceThread().close();"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'numpy', 'PIL'};"
+        "sys.exit(' '.join(heavy & sys.modules.keys()) or None)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_folder_that_is_not_there_is_told_by_its_name(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "no-such-model") == "MODEL_ID: there is no folder no-such-model"
+
+
+def test_a_folder_without_an_index_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert refusal(folder) == "empty: there is no model_index.json in it"
+    assert refusal(folder, Task.IMAGE_TO_TEXT) == "empty: there is no config.json in it"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+def test_an_index_that_cannot_be_read_is_told(content: str, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "model_index.json").write_text(content)
+    assert refusal(folder) == "broken: its model_index.json cannot be read"
+
+
+def test_a_part_without_files_is_told_without_a_path(own_folder: Folder) -> None:
+    folder = own_folder(SD3)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    line = refusal(folder)
+    assert line.startswith("stable_diffusion_3: cannot be loaded: ")
+    assert "diffusion_pytorch_model" in line
+
+
+def test_pickled_weights_are_not_read(own_folder: Folder) -> None:
+    folder = own_folder(SD3)
+    safe = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(safe), safe.with_suffix(".bin"))
+    safe.unlink()
+    assert "cannot be loaded" in refusal(folder)
+
+
+# -- the class ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("class_name", "line"),
+    [
+        ("NoSuchPipeline", "names no pipeline of diffusers"),
+        (None, "names no pipeline of diffusers"),
+        (["pipeline", "OwnPipeline"], "names no pipeline of diffusers"),
+        ("AutoencoderKL", "names no pipeline of diffusers"),
+        ("StableDiffusion3Img2ImgPipeline", "does not make pictures from a text alone"),
+        ("StableDiffusion3InpaintPipeline", "does not make pictures from a text alone"),
+        ("StableDiffusionXLControlNetPipeline", "does not make pictures from a text alone"),
+        ("QwenImageEditPipeline", "does not make pictures from a text alone"),
+        ("FluxControlPipeline", "does not make pictures from a text alone"),
+        ("EasyAnimatePipeline", "does not make pictures from a text alone"),
+        ("KandinskyV22CombinedPipeline", "does not make pictures from a text alone"),
+        ("WanPipeline", "does not make pictures from a text alone"),
+        ("StableAudioPipeline", "does not make pictures from a text alone"),
+        ("StableCascadePriorPipeline", "does not make pictures from a text alone"),
+        ("LongCatImagePipeline", "cannot be stopped or watched at its steps"),
+    ],
+)
+def test_a_class_that_makes_no_pictures_from_text_is_refused(
+    class_name: object, line: str, own_folder: Folder
+) -> None:
+    folder = own_folder(SD3)
+    rewrite(folder / "model_index.json", lambda index: index.update(_class_name=class_name))
+    assert line in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "class_name",
+    [
+        "FluxPipeline",
+        "Flux2Pipeline",
+        "FluxKontextPipeline",
+        "StableDiffusion3Pipeline",
+        "StableDiffusionPipeline",
+        "HunyuanDiTPipeline",
+        "HunyuanImagePipeline",
+        "QwenImagePipeline",
+        "ZImagePipeline",
+        "PixArtSigmaPipeline",
+        "SanaPipeline",
+        "CogView4Pipeline",
+        "Lumina2Pipeline",
+    ],
+)
+def test_text_to_image_classes_are_taken(class_name: str) -> None:
+    found = text_to_image_class({"_class_name": class_name}, "a model")
+    assert found.__name__ == class_name
+
+
+def test_a_denoiser_of_another_class_is_refused(own_folder: Folder) -> None:
+    folder = own_folder(SD3)
+    rewrite(
+        folder / "model_index.json",
+        lambda index: index.update(transformer=["diffusers", "AutoencoderKL"]),
+    )
+    line = refusal(folder)
+    assert line == (
+        "stable_diffusion_3: transformer is of AutoencoderKL, not of SD3Transformer2DModel"
+    )
+
+
+def test_remote_code_is_turned_off_for_the_whole_process() -> None:
+    # Read once, when diffusers is imported: the runners' package must have come first.
+    assert diffusers.utils.constants.DIFFUSERS_DISABLE_REMOTE_CODE is True
+
+
+def test_code_that_came_with_a_model_is_not_run(own_folder: Folder, tmp_path: Path) -> None:
+    folder, mark = own_folder(SD3), tmp_path / "ran"
+    code = f"import pathlib; pathlib.Path({str(mark)!r}).touch()\nclass Own: pass\n"
+    (folder / "transformer" / "own.py").write_text(code)
+    (folder / "pipeline.py").write_text(code)
+    rewrite(folder / "model_index.json", lambda index: index.update(transformer=["own", "Own"]))
+    assert "cannot be loaded" in refusal(folder)
+    assert not mark.exists()
+
+
+def test_code_that_came_with_a_vision_language_model_is_not_run(
+    own_folder: Folder, tmp_path: Path
+) -> None:
+    folder, mark = own_folder(VISION), tmp_path / "ran"
+    (folder / "own.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
+    own = {"AutoConfig": "own.Own", "AutoModelForImageTextToText": "own.Own"}
+    rewrite(folder / "config.json", lambda c: c.update(model_type="own", auto_map=own))
+    assert "cannot be loaded" in refusal(folder, Task.IMAGE_TO_TEXT)
+    assert not mark.exists()
+
+
+# -- the weights ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "weight"),
+    [
+        ("transformer", "diffusion_pytorch_model", "proj_out.weight"),
+        ("vae", "diffusion_pytorch_model", "decoder.conv_out.bias"),
+        ("text_encoder_3", "model", "final_layer_norm.weight"),
+        ("text_encoder", "model", "final_layer_norm.bias"),
+    ],
+)
+def test_a_missing_weight_is_not_made_up(
+    part: str, file: str, weight: str, own_folder: Folder
+) -> None:
+    folder = own_folder(SD3)
+    without_weight(folder / part / f"{file}.safetensors", weight)
+    line = refusal(folder)
+    assert line.startswith(f"stable_diffusion_3: {part}: 1 weights are missing, such as ")
+    assert line.endswith(weight)
+
+
+def test_a_missing_weight_of_a_vision_language_model_is_not_made_up(own_folder: Folder) -> None:
+    folder = own_folder(VISION)
+    without_weight(folder / "model.safetensors", "layers.1.mlp.up_proj.weight")
+    line = refusal(folder, Task.IMAGE_TO_TEXT)
+    assert line.startswith("vision_language: 1 weights are missing, such as ")
+
+
+def test_a_part_that_is_saved_as_absent_stays_absent(own_folder: Folder, load: Load) -> None:
+    folder = own_folder(SD3)
+    absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    rewrite(folder / "model_index.json", lambda index: index.update(absent))
+    model: Any = load(folder)._model
+    assert model._pipe.text_encoder_3 is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)],
+)
+def test_a_vision_language_model_has_the_type_asked_for(
+    dtype: str, wanted: torch.dtype, model_folder: Folder, load: Load
+) -> None:
+    runner = load(model_folder(VISION), Task.IMAGE_TO_TEXT, dtype=dtype)
+    model: Any = runner._model
+    assert {p.dtype for p in model._model.parameters()} == {wanted}
+    assert model.description.info.dtype == str(wanted).removeprefix("torch.")
+
+
+def test_a_model_that_reads_no_pictures_is_refused(model_folder: Folder) -> None:
+    line = refusal(model_folder(SD3) / "text_encoder_3", Task.IMAGE_TO_TEXT)
+    assert line == "text_encoder_3: t5 does not write texts about pictures"
+
+
+def test_a_processor_without_a_chat_template_is_refused(own_folder: Folder) -> None:
+    folder = own_folder(VISION)
+    (folder / "chat_template.jinja").unlink()
+    assert refusal(folder, Task.IMAGE_TO_TEXT) == (
+        "vision_language: its processor has no chat template"
+    )
+
+
+# -- the hub --------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, and no hub."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("family", "task"), [(SD3, Task.TEXT_TO_IMAGE), (VISION, Task.IMAGE_TO_TEXT)]
+)
+def test_a_model_of_the_hub_is_told_with_its_commit(
+    family: str, task: Task, hub_cache: Path, model_folder: Folder, load: Load
+) -> None:
+    repository = hub_cache / "models--tiny--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / COMMIT).symlink_to(model_folder(family))
+    runner = load("tiny/model", task)
+    model: Any = runner._model
+    assert model.description.info.id == "tiny/model"
+    assert model.description.info.revision == COMMIT
+
+
+def test_a_revision_of_a_folder_is_refused(model_folder: Folder) -> None:
+    line = "MODEL_REVISION: only a model of the hub has revisions"
+    assert refusal(model_folder(SD3), revision="main") == line
+    assert refusal("", revision="main") == line
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_a_model_that_is_not_to_be_had_is_told(task: Task, hub_cache: Path) -> None:
+    assert refusal("tiny/unknown", task).startswith("tiny/unknown: cannot be loaded: ")
+
+
+# -- how it is loaded -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"device": "cuda"}, "MODEL_DEVICE: there is no cuda device for this process"),
+        ({"device": "mps"}, "MODEL_DEVICE: there is no mps device for this process"),
+        (
+            {"device": "cpu", "offload": "model"},
+            "MODEL_OFFLOAD: the device is cpu, there is nothing to offload from",
+        ),
+        ({"quantization": "3-bit"}, "MODEL_QUANTIZATION: must be none or bitsandbytes-4bit"),
+        (
+            {"quantization": "bitsandbytes-4bit"},
+            "MODEL_QUANTIZATION: the package bitsandbytes is not installed",
+        ),
+    ],
+)
+@pytest.mark.parametrize("task", list(Task))
+def test_what_this_machine_lacks_is_told_before_anything_is_loaded(
+    options: dict[str, Any], line: str, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    monkeypatch.setattr("consumer.runners.quantization.find_spec", lambda _: None)
+    assert refusal("no/model", task, **options) == line
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_quantization_on_a_cpu_is_refused(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consumer.runners.quantization.find_spec", lambda name: name)
+    line = refusal("no/model", task, quantization="bitsandbytes-4bit", device="cpu")
+    assert line == "MODEL_QUANTIZATION: needs the device cuda"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device", "dtype"),
+    [
+        (True, True, "cuda", torch.bfloat16),
+        (False, True, "mps", torch.float32),
+        (False, False, "cpu", torch.float32),
+    ],
+)
+def test_auto_takes_the_best_device_and_its_type(
+    cuda: bool, mps: bool, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
+    placement = place(ModelConfig())
+    assert (placement.device.type, placement.dtype) == (device, dtype)
+    assert place(ModelConfig(dtype="float16")).dtype is torch.float16
+
+
+@pytest.mark.parametrize(
+    ("family", "blocks"),
+    [
+        ("flux", ["FluxTransformerBlock", "FluxSingleTransformerBlock"]),
+        (SD3, ["SD3Transformer2DModel"]),  # diffusers knows of no repeated blocks in it
+    ],
+)
+def test_compile_compiles_the_repeated_blocks_of_the_denoiser(
+    family: str,
+    blocks: list[str],
+    model_folder: Folder,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        "torch.nn.Module.compile", lambda self, **_: compiled.append(type(self).__name__)
+    )
+    load(model_folder(family), compile=True)
+    assert compiled == blocks
+
+
+def test_group_offload_of_a_vision_language_model_is_refused(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = Placement(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(vision_language, "place", lambda _: cpu)
+    line = refusal(model_folder(VISION), Task.IMAGE_TO_TEXT, offload="group")
+    assert line == "MODEL_OFFLOAD: group is for pipelines; take model or sequential"
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "module", "weights"),
+    [
+        (SD3, Task.TEXT_TO_IMAGE, "diffusion", "_pipe"),
+        (VISION, Task.IMAGE_TO_TEXT, "vision_language", "_model"),
+    ],
+)
+def test_closing_lets_go_of_the_weights_before_the_memory_is_given_back(  # noqa: PLR0917 - fixtures
+    family: str,
+    task: Task,
+    module: str,
+    weights: str,
+    model_folder: Folder,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = load(model_folder(family), task)
+    held = weakref.ref(getattr(runner._model, weights))
+    gone: list[bool] = []
+
+    def observe(_: torch.device) -> None:
+        gc.collect()
+        gone.append(held() is None)
+
+    monkeypatch.setattr(f"consumer.runners.{module}.release", observe)
+    runner.close()
+    assert gone == [True]
+    runner.close()
+    with pytest.raises(ModelUnavailable, match="no model is loaded"):
+        runner.check(TextToImageRequest(prompt="a cat"))

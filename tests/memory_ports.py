@@ -1,0 +1,543 @@
+"""In-memory implementations of every port in `consumer.ports`, to drive a job without a server.
+
+They keep the promises that the real ones make: messages pass through their wire format, a request
+has at most one stored terminal event, what is given back is delivered again with one attempt more,
+and the model runs in a thread of its own. Whatever they do is noted in one journal, in order.
+"""
+
+import asyncio
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from PIL import Image
+
+from consumer.ports import (
+    DeadLetter,
+    Delivery,
+    EncodedImage,
+    GeneratedImage,
+    GeneratedText,
+    InputUnavailable,
+    Interrupted,
+    IsCancelled,
+    MessageTooLarge,
+    ModelDescription,
+    OnStep,
+    OutputFormat,
+    ResultEvent,
+    RunnerOutput,
+    StoreUnavailable,
+    UnsupportedParameter,
+)
+from consumer.telemetry import JobReport
+from generation_contracts import (
+    ArtifactReference,
+    ImageArtifact,
+    ModelInfo,
+    ProgressEvent,
+    Request,
+    StartedEvent,
+    Task,
+    TextToImageRequest,
+    decode_event,
+    decode_result,
+    encode,
+)
+from generation_contracts.artifacts import ImageSource
+from generation_contracts.headers import event_headers, event_type, wire_size
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BUCKET = "generation"
+MAX_PAYLOAD = 2**20  # bytes, the default of nats-server
+POLL = 0.001  # seconds; how often a held run looks whether it is to stop
+URL_ENDS = datetime(2100, 1, 1, tzinfo=UTC)
+
+
+class Tally:
+    """Counts, and lets a test wait for a count."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._changed = asyncio.Event()
+
+    def add(self) -> None:
+        self.count += 1
+        self._changed.set()
+
+    async def until(self, count: int) -> None:
+        """Return once it has been counted so far."""
+        while self.count < count:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def more(self, count: int) -> None:
+        """Return once it has been counted so many times more."""
+        await self.until(self.count + count)
+
+
+class Outage:
+    """A service that can be away."""
+
+    def __init__(self) -> None:
+        self._over = asyncio.Event()
+        self._over.set()
+
+    @property
+    def away(self) -> bool:
+        return not self._over.is_set()
+
+    def begin(self) -> None:
+        self._over.clear()
+
+    def end(self) -> None:
+        self._over.set()
+
+    async def over(self) -> None:
+        await self._over.wait()
+
+
+# -- the bus --------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class MemoryDelivery:
+    """One handing over of a message; its queue hears how it is settled."""
+
+    queue: "MemoryQueue"
+    subject: str
+    headers: Mapping[str, str]
+    body: bytes
+    stream: str
+    stream_sequence: int
+    attempt: int
+    stored_at: datetime
+    settlements: list[str] = field(default_factory=list)
+    beats: Tally = field(default_factory=Tally)
+    settling: Tally = field(default_factory=Tally)
+    refusal: Exception | None = None  # what every try to settle raises
+    beat_refusal: Exception | None = None  # what the next renewal raises
+
+    async def ack(self) -> None:
+        await self._settle("ack")
+
+    async def nak(self) -> None:
+        await self._settle("nak")
+
+    async def term(self, reason: str) -> None:
+        await self._settle(f"term {reason}")
+
+    async def extend(self) -> None:
+        self.beats.add()
+        refusal, self.beat_refusal = self.beat_refusal, None
+        if refusal is not None:
+            raise refusal
+
+    async def _settle(self, how: str) -> None:
+        self.settling.add()
+        await self.queue.outage.over()
+        if self.refusal is not None:
+            raise self.refusal
+        self.settlements.append(how)
+        self.queue.settled(self, how)
+
+
+class MemoryQueue:
+    """A work queue stream with its durable consumer."""
+
+    def __init__(self, journal: list[str], outage: Outage) -> None:
+        self.stream = "GENERATION_REQUESTS"
+        self.outage = outage
+        self._journal = journal
+        self._sequence = 0
+        self._waiting: deque[MemoryDelivery] = deque()
+        self._in_hand: list[MemoryDelivery] = []
+
+    def publish(self, subject: str, body: bytes, headers: Mapping[str, str]) -> None:
+        self._sequence += 1
+        delivery = MemoryDelivery(
+            queue=self,
+            subject=subject,
+            headers=headers,
+            body=body,
+            stream=self.stream,
+            stream_sequence=self._sequence,
+            attempt=1,
+            stored_at=datetime.now(UTC),
+        )
+        self._waiting.append(delivery)
+
+    def take(self) -> MemoryDelivery:
+        """The next delivery.
+
+        Raises:
+            IndexError: None waits.
+        """
+        delivery = self._waiting.popleft()
+        self._in_hand.append(delivery)
+        return delivery
+
+    def settled(self, delivery: MemoryDelivery, how: str) -> None:
+        self._journal.append(how)
+        if how != "nak":
+            # A late settlement is taken too, and ends whatever else is in hand of the message.
+            number = delivery.stream_sequence
+            self._waiting = deque(d for d in self._waiting if d.stream_sequence != number)
+            self._in_hand = [d for d in self._in_hand if d.stream_sequence != number]
+        elif delivery in self._in_hand:
+            self._in_hand.remove(delivery)
+            self._again(delivery)
+
+    def run_out_leases(self) -> None:
+        """Deliver again whatever has not been settled, as if the workers had died."""
+        while self._in_hand:
+            self._again(self._in_hand.pop())
+
+    def __len__(self) -> int:
+        """How many requests are not settled for good, as `num_pending` and `num_ack_pending`."""
+        return len(self._waiting) + len(self._in_hand)
+
+    def _again(self, delivery: MemoryDelivery) -> None:
+        self._waiting.appendleft(
+            MemoryDelivery(
+                queue=self,
+                subject=delivery.subject,
+                headers=delivery.headers,
+                body=delivery.body,
+                stream=delivery.stream,
+                stream_sequence=delivery.stream_sequence,
+                attempt=delivery.attempt + 1,
+                stored_at=delivery.stored_at,
+            )
+        )
+
+
+class MemoryEvents:
+    """Results behind a fence, dead letters without copies, and everything else as it goes."""
+
+    def __init__(self, journal: list[str], outage: Outage) -> None:
+        self.max_payload = MAX_PAYLOAD
+        self.broken: Exception | None = None  # what storing a result raises
+        self.progress: list[StartedEvent | ProgressEvent] = []
+        self.replies: list[tuple[str, ResultEvent]] = []
+        self.trace_parents: list[str | None] = []
+        self.told = Tally()
+        self.asked = Tally()
+        self._results: dict[tuple[Task, str], bytes] = {}
+        self._letters: dict[tuple[Task, str, int], tuple[DeadLetter, bytes]] = {}
+        self._journal = journal
+        self._outage = outage
+
+    @property
+    def letters(self) -> list[tuple[DeadLetter, bytes]]:
+        return list(self._letters.values())
+
+    def put(self, event: ResultEvent) -> bool:
+        """Store as another worker would; whether it is the first of its request."""
+        key = event.task, event.request_id
+        return self._results.setdefault(key, body := encode(event)) is body
+
+    async def find_result(self, task: Task, request_id: str) -> ResultEvent | None:
+        self.asked.add()
+        await self._outage.over()
+        body = self._results.get((task, request_id))
+        return None if body is None else decode_result(body)
+
+    async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> bool:
+        if wire_size(encode(event), event_headers(event)) > self.max_payload:
+            raise MessageTooLarge
+        await self._outage.over()
+        if self.broken is not None:
+            raise self.broken
+        self.trace_parents.append(trace_parent)
+        stored = self.put(event)
+        self._journal.append(f"publish {_kind(event)}" if stored else "fenced")
+        return stored
+
+    async def publish_progress(
+        self, event: StartedEvent | ProgressEvent, *, trace_parent: str | None
+    ) -> None:
+        if not self._outage.away:
+            passed = decode_event(encode(event))
+            assert isinstance(passed, StartedEvent | ProgressEvent)
+            self.progress.append(passed)
+            self.trace_parents.append(trace_parent)
+            self.told.add()
+
+    async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
+        if not self._outage.away:
+            self.replies.append((subject, decode_result(encode(event))))
+            self.trace_parents.append(trace_parent)
+            self._journal.append(f"reply {_kind(event)}")
+
+    async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
+        await self._outage.over()
+        place = task, delivery.stream, delivery.stream_sequence
+        self._letters.setdefault(place, (letter, delivery.body))
+        self._journal.append("dead_letter")
+
+
+def _kind(event: ResultEvent) -> str:
+    return event_type(event).rpartition(".")[2]
+
+
+# -- the store ------------------------------------------------------------------------------------
+
+
+class MemoryArtifacts:
+    """An object store with one bucket."""
+
+    def __init__(self, journal: list[str]) -> None:
+        self.outage = Outage()
+        self.objects: dict[str, bytes] = {}
+        self.tries = Tally()
+        self._journal = journal
+
+    async def store(
+        self, task: Task, request_id: str, index: int, image: EncodedImage
+    ) -> ImageArtifact:
+        self._answer()
+        key = f"{task}/{request_id}/{index}.{image.extension}"
+        self.objects[key] = image.data
+        self._journal.append("store")
+        return ImageArtifact(
+            bucket=BUCKET,
+            key=key,
+            url=f"memory://{BUCKET}/{key}",
+            url_expires_at=URL_ENDS,
+            etag=image.md5,
+            sha256=image.sha256,
+            size=len(image.data),
+            media_type=image.media_type,
+            width=image.width,
+            height=image.height,
+            seed=image.seed,
+        )
+
+    async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:
+        self._answer()
+        if not isinstance(source, ArtifactReference) or source.bucket != BUCKET:
+            raise InputUnavailable("not a place that this worker may read")
+        data = self.objects.get(source.key)
+        if data is None:
+            raise InputUnavailable("there is no such object")
+        if len(data) > max_bytes:
+            raise InputUnavailable("too large")
+        return data
+
+    def _answer(self) -> None:
+        self.tries.add()
+        if self.outage.away:
+            raise StoreUnavailable("the store does not answer")
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+class MemoryImages:
+    """A codec whose files are a line of text and the raw pixels."""
+
+    max_bytes = 2**20
+
+    def __init__(self) -> None:
+        self.broken: Exception | None = None  # what encoding raises
+
+    def decode(self, data: bytes) -> Image.Image:
+        head, _, pixels = data.partition(b"\n")
+        if not head.startswith(b"picture "):
+            raise InputUnavailable("not a picture")
+        width, height = (int(side) for side in head.split()[1:])
+        return Image.frombytes("RGB", (width, height), pixels)
+
+    def encode(self, image: Image.Image, output_format: OutputFormat, *, seed: int) -> EncodedImage:
+        if self.broken is not None:
+            raise self.broken
+        data = b"picture %d %d\n%s" % (image.width, image.height, image.tobytes())
+        return EncodedImage(
+            data=data,
+            media_type=f"image/{output_format}",  # type: ignore[arg-type] # one of the three
+            extension=output_format,
+            width=image.width,
+            height=image.height,
+            seed=seed,
+            md5=hashlib.md5(data, usedforsecurity=False).hexdigest(),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+
+
+# -- the model ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of the model was given."""
+
+    request: Request
+    images: tuple[Image.Image, ...]
+    on_step: OnStep
+    cancelled: IsCancelled
+    save_memory: bool
+
+
+Script = Callable[[Run], RunnerOutput]
+
+
+def make(run: Run) -> RunnerOutput:
+    """A run that does what is asked, in one step."""
+    run.on_step(1, 1)
+    request = run.request
+    if not isinstance(request, TextToImageRequest):
+        text = f"{len(run.images)} pictures"
+        return RunnerOutput(text=GeneratedText(text, "stop", prompt_tokens=3, completion_tokens=2))
+    seed = request.seed or 0
+    size = request.width or 4, request.height or 4
+    pictures = (
+        GeneratedImage(Image.new("RGB", size, (n, 0, 0)), seed + n)
+        for n in range(request.num_images)
+    )
+    return RunnerOutput(images=tuple(pictures))
+
+
+def raising(error: Callable[[], Exception]) -> Script:
+    """A run that raises; a function makes the error, so that nobody else holds it."""
+
+    def run(_: Run) -> RunnerOutput:
+        raise error()
+
+    return run
+
+
+class Hold:
+    """A run that stays in the model until it is released or, when it heeds, asked to stop."""
+
+    def __init__(self, *, heeds: bool, before: Callable[[Run], None], then: Script) -> None:
+        self._heeds = heeds
+        self._before = before
+        self._then = then
+        self._loop = asyncio.get_running_loop()
+        self._begun = asyncio.Event()
+        self._released = threading.Event()
+
+    def __call__(self, run: Run) -> RunnerOutput:
+        self._before(run)
+        self._loop.call_soon_threadsafe(self._begun.set)
+        while not self._released.wait(POLL):
+            if self._heeds and run.cancelled():
+                raise Interrupted
+        return self._then(run)
+
+    async def begun(self) -> None:
+        """Return once the model runs."""
+        await self._begun.wait()
+
+    def release(self) -> None:
+        self._released.set()
+
+
+class ScriptedRunner:
+    """A model that does in each run what the next script says, and else what is asked."""
+
+    description = ModelDescription(
+        info=ModelInfo(id="scripted", family="memory", dtype="float32", device="cpu"),
+        parameters=frozenset({"width", "height", "num_inference_steps"}),
+        defaults={},
+    )
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self._scripts: deque[Script] = deque()
+        self._holds: list[Hold] = []
+
+    def will(self, *scripts: Script) -> None:
+        """What the next runs do."""
+        self._scripts.extend(scripts)
+
+    def will_hold(
+        self,
+        *,
+        heeds: bool = True,
+        before: Callable[[Run], None] = lambda _: None,
+        then: Script = make,
+    ) -> Hold:
+        """Make the next run stay in the model."""
+        hold = Hold(heeds=heeds, before=before, then=then)
+        self._holds.append(hold)
+        self.will(hold)
+        return hold
+
+    def load(self) -> ModelDescription:
+        return self.description
+
+    def check(self, request: Request) -> None:
+        if isinstance(request, TextToImageRequest) and request.negative_prompt is not None:
+            raise UnsupportedParameter("negative_prompt", "negative_prompt: no such parameter")
+
+    def run(
+        self,
+        request: Request,
+        images: Sequence[Image.Image],
+        *,
+        on_step: OnStep,
+        cancelled: IsCancelled,
+        save_memory: bool = False,
+    ) -> RunnerOutput:
+        run = Run(request, tuple(images), on_step, cancelled, save_memory)
+        self.runs.append(run)
+        script = self._scripts.popleft() if self._scripts else make
+        return script(run)
+
+    def close(self) -> None:
+        """Let every held run end: the interpreter waits for its thread."""
+        for hold in self._holds:
+            hold.release()
+
+
+class MemoryInference:
+    """One thread, as `consumer.runners.thread` has it, without its care for the frames."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
+
+    async def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        work = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False)
+
+
+# -- what goes on ---------------------------------------------------------------------------------
+
+
+class MemoryObserver:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.reports: list[JobReport] = []
+        self.busy: list[float] = []
+        self.store: list[tuple[bool, str]] = []
+
+    @property
+    def outcomes(self) -> list[str]:
+        return [report.outcome for report in self.reports]
+
+    def job_started(self) -> None:
+        self.started += 1
+
+    def job_finished(self, report: JobReport) -> None:
+        self.reports.append(report)
+
+    def device_busy(self, seconds: float) -> None:
+        self.busy.append(seconds)
+
+    def store_reachable(self, reachable: bool, reason: str = "") -> None:
+        self.store.append((reachable, reason))

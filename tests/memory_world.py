@@ -1,0 +1,136 @@
+"""One worker on in-memory ports, with everything that a test may want to look at or break."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from consumer.admission import Admission
+from consumer.execution import Execution, Limits
+from consumer.ports import DeadLetter, ResultEvent
+from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task
+from tests.memory_ports import (
+    BUCKET,
+    MemoryArtifacts,
+    MemoryDelivery,
+    MemoryEvents,
+    MemoryImages,
+    MemoryInference,
+    MemoryObserver,
+    MemoryQueue,
+    Outage,
+    ScriptedRunner,
+)
+
+LONG = 3_600.0  # seconds; longer than any test
+
+
+class MemoryWorld:
+    """Implements `tests.behaviour.World`.
+
+    Attributes:
+        journal: What the worker has done to the outside, in order.
+        delivery: The one that was taken last.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task = Task.TEXT_TO_IMAGE,
+        ack_wait: float = LONG,
+        max_attempts: int = 3,
+        stall_timeout: float = LONG,
+    ) -> None:
+        self.journal: list[str] = []
+        self.task = task
+        self.subjects = Subjects()
+        self.bus = Outage()
+        self.queue = MemoryQueue(self.journal, self.bus)
+        self.events = MemoryEvents(self.journal, self.bus)
+        self.artifacts = MemoryArtifacts(self.journal)
+        self.store = self.artifacts.outage
+        self.images = MemoryImages()
+        self.inference = MemoryInference()
+        self.observer = MemoryObserver()
+        self.runner = ScriptedRunner()
+        self.delivery: MemoryDelivery | None = None
+        self.execution = Execution(
+            worker="worker-1",
+            admission=Admission(task, self.subjects, ("_INBOX.", "generation.reply.")),
+            limits=Limits(
+                ack_wait=ack_wait, max_attempts=max_attempts, stall_timeout=stall_timeout
+            ),
+            model=self.runner.load(),
+            runner=self.runner,
+            inference=self.inference,
+            events=self.events,
+            artifacts=self.artifacts,
+            images=self.images,
+            observer=self.observer,
+        )
+
+    async def send(
+        self,
+        body: bytes,
+        *,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.queue.publish(self.subjects.request(self.task, request_id), body, dict(headers or {}))
+
+    async def work(self) -> int | None:
+        delivery = self.delivery = self.queue.take()
+        return await self.execution.handle(delivery)
+
+    async def left(self) -> int:
+        return len(self.queue)
+
+    async def result(self, request_id: str) -> ResultEvent | None:
+        return await self.events.find_result(self.task, request_id)
+
+    async def replies(self) -> list[tuple[str, ResultEvent]]:
+        return self.events.replies
+
+    async def news(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
+        return [event for event in self.events.progress if event.request_id == request_id]
+
+    async def dead_letters(self) -> list[tuple[DeadLetter, bytes]]:
+        return self.events.letters
+
+    async def put_object(self, key: str, data: bytes) -> None:
+        self.artifacts.objects[key] = data
+
+    async def object(self, bucket: str, key: str) -> bytes:
+        assert bucket == BUCKET
+        return self.artifacts.objects[key]
+
+    async def objects(self) -> set[str]:
+        return set(self.artifacts.objects)
+
+    async def store_is_missed(self) -> None:
+        await self.artifacts.tries.more(2)
+
+    def close(self) -> None:
+        """End the inference thread."""
+        self.runner.close()
+        self.inference.close()
+
+    @property
+    def settlements(self) -> list[str]:
+        """How the last delivery has been settled."""
+        assert self.delivery is not None
+        return self.delivery.settlements
+
+
+class Worlds:
+    """Makes worlds, and closes them all at the end of a test."""
+
+    def __init__(self) -> None:
+        self._made: list[MemoryWorld] = []
+
+    async def __call__(self, **options: Any) -> MemoryWorld:
+        world = MemoryWorld(**options)
+        self._made.append(world)
+        return world
+
+    def close(self) -> None:
+        for world in self._made:
+            world.close()

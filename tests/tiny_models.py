@@ -1,0 +1,104 @@
+"""Fixtures: folders with tiny models of random weights, and runners that have loaded them.
+
+Nothing heavy is imported before a test asks for a model.
+"""
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consumer.runners import ModelConfig, ModelRunner, create_runner
+from generation_contracts import Task
+
+FAMILIES = ("stable_diffusion_3", "flux", "hunyuan_dit", "stable_diffusion_xl", "pixart")
+
+Folder = Callable[..., Path]
+Load = Callable[..., ModelRunner]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Folder of a family of `tests.tiny_families`, or of `vision_language`; not to be changed.
+
+    The texts of `vision_language` are as long as they may be.
+    """
+    made: dict[str, Path] = {}
+
+    def folder(family: str, **options: Any) -> Path:
+        name = "-".join([family, *(f"{key}-{value}" for key, value in options.items())])
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("models") / name
+            _build(family, made[name], **options)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture
+def own_folder(model_folder: Folder, tmp_path: Path) -> Folder:
+    """A copy of such a folder that the test may break."""
+
+    def folder(family: str) -> Path:
+        return Path(shutil.copytree(model_folder(family), tmp_path / family))
+
+    return folder
+
+
+@pytest.fixture
+def load() -> Iterator[Load]:
+    """Load a model from a folder; closed when the test ends."""
+    loaded: list[ModelRunner] = []
+
+    def runner(folder: Path | str, task: Task = Task.TEXT_TO_IMAGE, **options: Any) -> ModelRunner:
+        made = create_runner(task, ModelConfig(model_id=str(folder), **options))
+        loaded.append(made)
+        made.load()
+        return made
+
+    yield runner
+    for made in loaded:
+        made.close()
+
+
+@pytest.fixture(scope="session")
+def shared_runner(model_folder: Folder) -> Iterator[Callable[[str], ModelRunner]]:
+    """A loaded runner of a family, one for all tests that leave it as it is."""
+    loaded: dict[str, ModelRunner] = {}
+
+    def runner(family: str, **options: Any) -> ModelRunner:
+        folder = model_folder(family, **options)
+        if str(folder) not in loaded:
+            task = Task.IMAGE_TO_TEXT if family == "vision_language" else Task.TEXT_TO_IMAGE
+            loaded[str(folder)] = create_runner(task, ModelConfig(model_id=str(folder)))
+            loaded[str(folder)].load()
+        return loaded[str(folder)]
+
+    yield runner
+    for made in loaded.values():
+        made.close()
+
+
+def _build(family: str, folder: Path, **options: Any) -> None:
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(
+        1
+    )  # such small tensors are slower in two, and far slower on a busy machine
+    if family == "vision_language":
+        importlib.import_module("consumer.runners.demonstration").build(Task.IMAGE_TO_TEXT, folder)
+        _never_end(folder / "generation_config.json")
+        return
+    families = importlib.import_module("tests.tiny_families")
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        getattr(families, family)(**options).save_pretrained(folder)
+
+
+def _never_end(file: Path) -> None:
+    content = json.loads(file.read_text())
+    content["suppress_tokens"] += content["eos_token_id"]
+    file.write_text(json.dumps(content))

@@ -1,0 +1,133 @@
+"""Blocking calls that are broken off: what is closed, and what is left alone."""
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from consumer.artifacts.calls import Calls, _Call, connection_pools
+from consumer.ports import StoreUnavailable
+
+SOON = 30.0  # seconds; only bounds a wait for something that must happen
+
+
+@pytest.fixture
+def calls() -> Iterator[Calls]:
+    made = Calls()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    near, far = socket.socketpair()
+    with near, far:
+        far.settimeout(SOON)
+        yield near, far
+
+
+def is_open(far: socket.socket) -> bool:
+    far.settimeout(0)
+    try:
+        return far.recv(1) != b""
+    except BlockingIOError:
+        return True
+
+
+async def test_the_result_and_the_error_come_back(calls: Calls) -> None:
+    def fails() -> None:
+        raise KeyError("x")
+
+    assert await calls.run(lambda: 7) == 7
+    with pytest.raises(KeyError):
+        await calls.run(fails)
+    assert calls._under_way == set()  # nothing is kept
+
+
+async def test_after_the_end_nothing_is_taken(calls: Calls) -> None:
+    calls.close()
+    with pytest.raises(StoreUnavailable, match="the client is closed"):
+        await calls.run(lambda: 7)
+
+
+def test_a_blocked_read_ends_when_its_call_is_broken_off(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    near, far = ends
+    call = _Call()
+
+    def read() -> bytes:
+        _Call.in_thread.call.uses(near)
+        near.send(b"!")
+        return near.recv(1)
+
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(call.run, read)
+        assert far.recv(1) == b"!"
+        call.break_off()
+        assert reading.result(SOON) == b""
+    assert not is_open(far)
+
+
+def test_a_connection_made_after_the_break_is_closed_at_once(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    near, far = ends
+    call = _Call()
+    call.break_off()
+    call.uses(near)
+    assert not is_open(far)
+
+
+def test_a_connection_that_was_given_back_is_left_alone(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    near, far = ends
+    call = _Call()
+    call.run(lambda: call.uses(near))
+    call.break_off()
+    assert is_open(far)
+    assert _Call.in_thread.call is None
+
+
+def test_a_connection_that_is_closed_already_is_no_error(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    near, _ = ends
+    call = _Call()
+    call.uses(near)
+    near.close()
+    call.break_off()
+
+
+async def test_a_call_on_a_connection_kept_alive_can_be_broken_off(calls: Calls) -> None:
+    requests: asyncio.Queue[int] = asyncio.Queue()  # the number of its connection, for each
+    gone = asyncio.Event()
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        requests.put_nowait(connections)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await reader.readuntil(b"\r\n\r\n")
+        requests.put_nowait(connections)
+        await reader.read()  # silent, until the client goes
+        gone.set()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+    pools = connection_pools(connect_timeout=600, read_timeout=600)
+    async with server, asyncio.timeout(SOON):
+        assert (await calls.run(lambda: pools.request("GET", url))).data == b"ok"
+        second = asyncio.create_task(calls.run(lambda: pools.request("GET", url)))
+        assert [await requests.get(), await requests.get()] == [1, 1]
+        second.cancel()
+        await gone.wait()
+        await asyncio.wait([second])
+    assert second.cancelled()
+    pools.clear()

@@ -1,0 +1,113 @@
+"""What the store's configuration allows and refuses, without a store."""
+
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from consumer.artifacts import StoreConfig, StoreMisconfigured, store_config
+from consumer.ports import StoreUnavailable
+from consumer.settings import Settings
+
+
+def config(**changes: Any) -> StoreConfig:
+    values: dict[str, Any] = {
+        "endpoint": "http://127.0.0.1:9000",
+        "access_key": "the-access-key",
+        "secret_key": "the-secret-key",
+        "bucket": "generation",
+        "prefix": "outputs",
+    }
+    return StoreConfig(**(values | changes))
+
+
+def test_keys_lie_under_the_prefix() -> None:
+    assert config().key("text_to_image", "a", "0.png") == "outputs/text_to_image/a/0.png"
+    assert config(prefix="a/b").key("c") == "a/b/c"
+    assert config(prefix="").key("text_to_image", "a") == "text_to_image/a"
+
+
+@pytest.mark.parametrize(
+    ("bucket", "key", "allowed"),
+    [
+        ("generation", "outputs/text_to_image/a/0.png", True),
+        ("generation", "outputs", False),
+        ("generation", "outputs-of-others/0.png", False),
+        ("generation", "private/0.png", False),
+        ("generation-2", "outputs/0.png", False),
+        ("other", "outputs/0.png", False),
+    ],
+)
+def test_the_own_prefix_may_be_read_and_nothing_else(bucket: str, key: str, allowed: bool) -> None:
+    assert config().may_read(bucket, key) is allowed
+
+
+def test_listed_places_may_be_read_instead() -> None:
+    listed = config(input_prefixes=("uploads/photos", "archive", "generation/outputs/"))
+    assert listed.may_read("uploads", "photos/1.png")
+    assert not listed.may_read("uploads", "photos2/1.png")
+    assert not listed.may_read("uploads", "1.png")
+    assert listed.may_read("archive", "1.png")
+    assert listed.may_read("generation", "outputs/1.png")
+    assert not config(input_prefixes=("archive",)).may_read("generation", "outputs/1.png")
+
+
+def test_without_a_prefix_the_own_bucket_may_be_read() -> None:
+    assert config(prefix="").may_read("generation", "anything.png")
+    assert not config(prefix="").may_read("other", "anything.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"access_key": ""}, "S3: set S3_ACCESS_KEY and S3_SECRET_KEY"),
+        ({"secret_key": ""}, "S3: set S3_ACCESS_KEY and S3_SECRET_KEY"),
+        ({"endpoint": "127.0.0.1:9000"}, "S3: scheme in endpoint must be http or https"),
+        ({"endpoint": "http://x/path"}, "S3: path in endpoint is not allowed"),
+        ({"public_endpoint": "ftp://x"}, "S3: scheme in endpoint must be http or https"),
+        ({"bucket": "a..b"}, "S3: bucket name a..b contains invalid successive characters"),
+        ({"bucket": "A_B"}, "S3: invalid bucket name A_B"),
+        ({"region": "no region"}, "S3: invalid region no region"),
+        ({"url_ttl": 0}, "S3: URLs can be good for 1 to 604800 seconds"),
+        ({"url_ttl": 604_801}, "S3: URLs can be good for 1 to 604800 seconds"),
+        ({"prefix": "a//b"}, "S3: the prefix must be names between slashes"),
+        ({"prefix": "/a"}, "S3: the prefix must be names between slashes"),
+        ({"prefix": "a/../b"}, "S3: the prefix must be names between slashes"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(StoreMisconfigured) as raised:
+        config(**changes)
+    assert str(raised.value) == line
+
+
+def test_whoever_handles_an_absent_store_handles_a_misconfigured_one() -> None:
+    assert issubclass(StoreMisconfigured, StoreUnavailable)
+
+
+def test_the_keys_are_not_shown() -> None:
+    assert "the-" not in repr(config())
+
+
+def test_the_settings_become_the_configuration() -> None:
+    settings = Settings(
+        s3_endpoint="http://127.0.0.1:9333",
+        s3_access_key="the-access-key",
+        s3_secret_key=SecretStr("the-secret-key"),
+        s3_bucket="pictures",
+        s3_prefix="a/b",
+        s3_region="eu-west-1",
+        s3_public_endpoint="https://pictures.example",
+        s3_url_ttl=60,
+        s3_input_prefixes=("uploads/photos",),
+    )
+    made = store_config(settings)
+    assert made == config(
+        endpoint="http://127.0.0.1:9333",
+        bucket="pictures",
+        prefix="a/b",
+        region="eu-west-1",
+        public_endpoint="https://pictures.example",
+        url_ttl=60,
+        input_prefixes=("uploads/photos",),
+    )

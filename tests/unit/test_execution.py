@@ -1,0 +1,7 @@
+"""What every worker does, on in-memory ports."""
+
+from tests.behaviour import Behaviour
+
+
+class TestExecution(Behaviour):
+    """`make_world` comes from the fixtures of this folder."""

@@ -1,0 +1,457 @@
+"""The pictures' codec: what senders may hand in, and what the outputs are made of."""
+
+import hashlib
+import struct
+import warnings
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin
+
+from consumer.images import ImageCodec
+from consumer.ports import InputUnavailable, OutputFormat
+
+CODEC = ImageCodec()
+FORMATS = ("PNG", "JPEG", "WEBP")
+RED, BLUE, WHITE = (200, 30, 40), (20, 40, 190), (255, 255, 255)
+
+
+def picture(width: int = 40, height: int = 24) -> Image.Image:
+    """Red above, blue below, with a corner of its own: every turn and flip of it is different."""
+    image = Image.new("RGB", (width, height), BLUE)
+    image.paste(RED, (0, 0, width, height // 2))
+    image.paste(WHITE, (0, 0, width // 4, height // 4))
+    return image
+
+
+def as_file(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def near(actual: Any, expected: tuple[int, int, int], tolerance: int = 3) -> bool:
+    return all(abs(a - e) <= tolerance for a, e in zip(actual, expected, strict=True))
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    checksum = zlib.crc32(kind + body)
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+
+def png_file(width: int, height: int, pixels: bytes, *, depth: int = 1, colour: int = 0) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(pixels, 9))
+    return b"\x89PNG\r\n\x1a\n" + chunks + png_chunk(b"IEND", b"")
+
+
+def refusal(data: bytes, codec: ImageCodec = CODEC) -> str:
+    with pytest.raises(InputUnavailable) as raised:
+        codec.decode(data)
+    return str(raised.value)
+
+
+# -- what is taken --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_the_three_formats_decode_to_rgb(file_format: str) -> None:
+    decoded = CODEC.decode(as_file(picture(), file_format))
+    assert (decoded.mode, decoded.size) == ("RGB", (40, 24))
+    assert near(decoded.getpixel((30, 3)), RED, 20)
+    assert near(decoded.getpixel((30, 20)), BLUE, 20)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_every_exif_orientation_comes_out_upright(file_format: str, orientation: int) -> None:
+    turn_back = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,  # the file is turned left; its EXIF says: turn it right
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }.get(orientation)
+    stored = picture() if turn_back is None else picture().transpose(turn_back)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    lossless = {"lossless": True} if file_format == "WEBP" else {"quality": 95, "subsampling": 0}
+
+    decoded = CODEC.decode(as_file(stored, file_format, exif=exif, **lossless))
+
+    assert decoded.size == (40, 24)
+    assert near(decoded.getpixel((2, 2)), WHITE, 12)
+    assert near(decoded.getpixel((37, 2)), RED, 12)
+    assert near(decoded.getpixel((37, 21)), BLUE, 12)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning")
+def test_a_broken_exif_does_not_cost_a_good_picture() -> None:
+    plain = as_file(picture(), "JPEG")
+    exif = b"Exif\0\0II*\0" + b"\xff" * 40
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    assert list(CODEC.decode(plain[:2] + segment + plain[2:]).tobytes()) == list(
+        CODEC.decode(plain).tobytes()
+    )
+
+
+def test_an_exif_that_is_none_does_not_cost_a_good_picture() -> None:
+    plain = as_file(picture())
+    data = plain[:33] + png_chunk(b"eXIf", b"not a TIFF header") + plain[33:]
+    with Image.open(BytesIO(data)) as opened, pytest.raises(SyntaxError):
+        opened.getexif()
+    assert CODEC.decode(data).tobytes() == picture().tobytes()
+
+
+def test_transparency_comes_out_over_white() -> None:
+    image = Image.new("RGBA", (10, 10), (*RED, 255))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 51))
+    decoded = CODEC.decode(as_file(image))
+    assert decoded.mode == "RGB"
+    assert decoded.getpixel((0, 0)) == WHITE
+    assert near(decoded.getpixel((1, 0)), (204, 204, 204), 1)
+    assert decoded.getpixel((9, 9)) == RED
+
+
+def test_a_transparent_webp_comes_out_over_white() -> None:
+    image = Image.new("RGBA", (10, 10), (0, 0, 0, 0))
+    image.paste((*RED, 255), (5, 0, 10, 10))
+    decoded = CODEC.decode(as_file(image, "WEBP", lossless=True, exact=True))
+    assert (decoded.getpixel((0, 0)), decoded.getpixel((9, 9))) == (WHITE, RED)
+
+
+def test_a_palette_with_transparency_comes_out_over_white() -> None:
+    image = Image.new("P", (10, 10), 1)
+    image.putpalette([9, 9, 9, *RED])
+    image.putpixel((0, 0), 0)
+    decoded = CODEC.decode(as_file(image, transparency=0))
+    assert (decoded.getpixel((0, 0)), decoded.getpixel((9, 9))) == (WHITE, RED)
+
+
+def test_one_transparent_colour_comes_out_white() -> None:
+    image = picture()
+    decoded = CODEC.decode(as_file(image, transparency=BLUE))
+    assert (decoded.getpixel((39, 23)), decoded.getpixel((39, 0))) == (WHITE, RED)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P"])
+def test_other_png_modes_come_out_as_they_look(mode: str) -> None:
+    image = picture().convert(mode)
+    decoded = CODEC.decode(as_file(image))
+    assert decoded.mode == "RGB"
+    assert decoded.tobytes() == image.convert("RGB").tobytes()
+
+
+def test_a_16_bit_grey_picture_keeps_its_greys() -> None:
+    rows = b"".join(b"\0" + struct.pack(">4H", 0, 0x4040, 0x8080, 0xFFFF) for _ in range(4))
+    decoded = CODEC.decode(png_file(4, 4, rows, depth=16))
+    assert [decoded.getpixel((x, 0)) for x in range(4)] == [
+        (0, 0, 0),
+        (64, 64, 64),
+        (128, 128, 128),
+        WHITE,
+    ]
+
+
+def test_a_cmyk_jpeg_keeps_its_colours() -> None:
+    decoded = CODEC.decode(as_file(picture().convert("CMYK"), "JPEG", quality=95))
+    assert decoded.mode == "RGB"
+    assert near(decoded.getpixel((30, 3)), RED, 12)
+    assert near(decoded.getpixel((30, 20)), BLUE, 12)
+
+
+def test_of_a_telephones_two_pictures_the_first_counts() -> None:
+    second = Image.new("RGB", (40, 24), (0, 255, 0))
+    data = as_file(picture(), "MPO", save_all=True, append_images=[second])
+    assert Image.open(BytesIO(data)).format == "MPO"
+    assert near(CODEC.decode(data).getpixel((30, 3)), RED, 20)
+
+
+def test_the_picture_carries_no_metadata() -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", "a prompt")
+    decoded = CODEC.decode(as_file(picture(), pnginfo=text, dpi=(72, 72)))
+    assert decoded.info == {}
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+def test_no_bytes_are_a_clear_input_error() -> None:
+    assert refusal(b"") == "the image is empty"
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_truncated_file_is_refused_at_every_length(file_format: str) -> None:
+    """A file without its last bytes, which hold no pixels, may pass, but only with all pixels."""
+    data = as_file(picture(), file_format)
+    whole = CODEC.decode(data).tobytes()
+    refused = 0
+    for length in range(len(data)):
+        try:
+            assert CODEC.decode(data[:length]).tobytes() == whole
+        except InputUnavailable:
+            refused += 1
+    assert refused >= len(data) - 21  # what ends a PNG: zlib's checksum, the chunk's, and IEND
+    assert refusal(data[: len(data) // 2]) in {
+        "the image is broken or incomplete",
+        "the image is not a readable PNG, JPEG or WebP file",
+    }
+
+
+def test_the_process_wide_switch_for_truncated_files_stays_off() -> None:
+    refusal(as_file(picture())[:80])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+def test_a_png_that_claims_60000_pixels_a_side_is_refused() -> None:
+    data = png_file(60_000, 60_000, b"\0" * 100)
+    assert len(data) < 100
+    assert refusal(data) == "the image has more than 16000000 pixels"
+
+
+@pytest.mark.parametrize("side", [6_000, 10_000])
+@pytest.mark.parametrize("action", ["ignore", "error"])
+def test_a_bomb_that_decodes_is_refused_from_its_header(side: int, action: Any) -> None:
+    """Whatever the process does with Pillow's warning, which begins at 89 million pixels."""
+    data = png_file(side, side, b"\0" * (side // 8 + 1) * side)
+    assert len(data) < 15_000
+    with warnings.catch_warnings():
+        warnings.simplefilter(action, Image.DecompressionBombWarning)
+        assert refusal(data) == "the image has more than 16000000 pixels"
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(BytesIO(data)) as bomb:
+            bomb.load()  # it is one: this takes a byte a pixel
+
+
+def test_no_pixel_of_a_picture_over_the_limit_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[int, int]] = []
+    load = ImageFile.ImageFile.load
+
+    def noted(image: ImageFile.ImageFile) -> Any:
+        loaded.append(image.size)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", noted)
+    codec = ImageCodec(max_pixels=100)
+    for file_format in FORMATS:
+        refusal(as_file(picture(), file_format), codec)
+    codec.decode(as_file(picture(10, 10)))
+    assert set(loaded) == {(10, 10)}
+
+
+def test_a_webp_that_claims_a_huge_canvas_is_refused() -> None:
+    frame = as_file(picture(), "WEBP")[12:]
+    side = (16_382).to_bytes(3, "little")
+    canvas = b"VP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + side + side
+    body = b"WEBP" + canvas + frame
+    data = b"RIFF" + struct.pack("<I", len(body)) + body
+    assert refusal(data) == "the image has more than 16000000 pixels"
+
+
+def test_the_limit_of_pixels_is_exact() -> None:
+    codec = ImageCodec(max_pixels=40 * 24)
+    assert codec.decode(as_file(picture())).size == (40, 24)
+    assert refusal(as_file(picture(41, 24)), codec) == "the image has more than 960 pixels"
+
+
+def test_the_limit_of_bytes_is_exact() -> None:
+    data = as_file(picture())
+    codec = ImageCodec(len(data))
+    assert codec.max_bytes == len(data)
+    assert codec.decode(data).size == (40, 24)
+    assert refusal(data + b"\0", codec) == f"the image has more than {len(data)} bytes"
+
+
+def test_a_long_side_is_refused() -> None:
+    codec = ImageCodec(max_side=50)
+    assert codec.decode(as_file(picture(50, 8))).size == (50, 8)
+    assert refusal(as_file(picture(8, 51)), codec) == "the image has a side of more than 50 pixels"
+
+
+def test_a_tiny_side_is_refused() -> None:
+    assert CODEC.decode(as_file(Image.new("RGB", (4, 4)))).size == (4, 4)
+    assert refusal(as_file(Image.new("RGB", (4, 3)))) == (
+        "the image has a side of less than 4 pixels"
+    )
+
+
+def test_a_strip_that_no_model_takes_is_refused() -> None:
+    assert CODEC.decode(as_file(Image.new("RGB", (4, 800)))).size == (4, 800)
+    assert refusal(as_file(Image.new("RGB", (801, 4)))) == (
+        "the image has sides of more than 1 to 200"
+    )
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_an_animation_is_refused(file_format: str) -> None:
+    frames = [Image.new("RGB", (40, 24), colour) for colour in (RED, BLUE)]
+    data = as_file(frames[0], file_format, save_all=True, append_images=frames[1:])
+    assert refusal(data) == "the image is animated"
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "BMP", "TIFF", "PPM", "ICO", "PDF", "TGA"])
+def test_other_formats_are_refused(file_format: str) -> None:
+    data = as_file(picture(), file_format)
+    assert refusal(data) == "the image is not a readable PNG, JPEG or WebP file"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        b"<!DOCTYPE html><title>not found</title>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"\x89PNG\r\n\x1a\n" + b"\0" * 64,
+        b"\xff\xd8\xff" + b"\0" * 64,
+        b"RIFF\x40\0\0\0WEBPVP8 " + b"\0" * 64,
+        b"GIF89a" + as_file(picture()),
+        b"\0" + as_file(picture()),
+    ],
+    ids=["svg", "html", "eps", "png", "jpeg", "webp", "gif-before-png", "byte-before-png"],
+)
+def test_what_only_pretends_is_refused(data: bytes) -> None:
+    assert refusal(data).startswith("the image is ")
+
+
+def test_bytes_after_the_picture_are_not_looked_at() -> None:
+    assert CODEC.decode(as_file(picture()) + b"<?php exit();").tobytes() == picture().tobytes()
+
+
+def test_a_damaged_png_is_refused() -> None:
+    data = bytearray(as_file(picture()))
+    data[data.index(b"IDAT") + 12] ^= 0xFF
+    assert refusal(bytes(data)) == "the image is broken or incomplete"
+
+
+def test_a_jpeg_with_endless_scans_is_refused() -> None:
+    """Each repeated scan costs the time of a whole pass over the picture."""
+    data = as_file(picture(), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    few, many = (data[:-2] + scan * count + b"\xff\xd9" for count in (50, 100))
+    assert CODEC.decode(few).size == (40, 24)
+    assert refusal(many) == "the image has too many JPEG segments"
+
+
+@pytest.mark.parametrize(("marker", "limit"), [(0xE1, 500), (0xE9, 4_900)])
+def test_a_jpeg_with_endless_segments_is_refused(marker: int, limit: int) -> None:
+    """Pillow joins EXIF segments in quadratic time, and keeps each other one."""
+    data = as_file(picture(), "JPEG")
+    segment = bytes((0xFF, marker, 0, 10)) + b"Exif\0\0ab"
+    few, many = (data[:2] + segment * count + data[2:] for count in (limit, limit + 110))
+    assert CODEC.decode(few).size == (40, 24)
+    assert refusal(many) == "the image has too many JPEG segments"
+
+
+def test_a_refusal_says_nothing_of_the_machine(tmp_path: Path) -> None:
+    for data in (b"x", as_file(picture())[:60], as_file(picture(), "GIF")):
+        assert "/" not in refusal(data)
+        assert "object at" not in refusal(data)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_only_ever_refused(data: bytes) -> None:
+    refusal(data)
+
+
+SEEDS = (
+    *(as_file(picture(), file_format) for file_format in FORMATS),
+    as_file(picture(), "JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"),
+    as_file(picture().convert("P"), transparency=0),
+    as_file(picture(), "MPO", save_all=True, append_images=[picture()]),
+)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about broken EXIF
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.integers(0, 2_000), st.integers(0, 255)), min_size=1, max_size=8),
+)
+def test_damaged_files_decode_or_are_refused(seed: bytes, damage: list[tuple[int, int]]) -> None:
+    data = bytearray(seed)
+    for place, value in damage:
+        data[place % len(data)] = value
+    try:
+        decoded = CODEC.decode(bytes(data))
+    except InputUnavailable:
+        return
+    assert (decoded.mode, decoded.info) == ("RGB", {})
+
+
+# -- what is written ------------------------------------------------------------------------------
+
+
+def test_png_is_lossless() -> None:
+    encoded = CODEC.encode(picture(), "png", seed=7)
+    assert CODEC.decode(encoded.data).tobytes() == picture().tobytes()
+
+
+@given(st.binary(min_size=48, max_size=48), st.integers(0, 2**63 - 1))
+def test_any_pixels_survive_a_round_trip(pixels: bytes, seed: int) -> None:
+    image = Image.frombytes("RGB", (4, 4), pixels)
+    encoded = CODEC.encode(image, "png", seed=seed)
+    assert CODEC.decode(encoded.data).tobytes() == pixels
+    assert encoded.seed == seed
+
+
+@pytest.mark.parametrize(
+    ("output_format", "media_type", "extension", "pillow_format"),
+    [
+        ("png", "image/png", "png", "PNG"),
+        ("webp", "image/webp", "webp", "WEBP"),
+        ("jpeg", "image/jpeg", "jpg", "JPEG"),
+    ],
+)
+def test_an_encoded_picture_describes_itself(
+    output_format: OutputFormat, media_type: str, extension: str, pillow_format: str
+) -> None:
+    encoded = CODEC.encode(picture(), output_format, seed=7)
+    assert (encoded.media_type, encoded.extension) == (media_type, extension)
+    assert (encoded.width, encoded.height, encoded.seed) == (40, 24, 7)
+    assert encoded.md5 == hashlib.md5(encoded.data, usedforsecurity=False).hexdigest()
+    assert encoded.sha256 == hashlib.sha256(encoded.data).hexdigest()
+    with Image.open(BytesIO(encoded.data)) as written:
+        assert (written.format, written.size) == (pillow_format, (40, 24))
+    decoded = CODEC.decode(encoded.data)
+    assert near(decoded.getpixel((30, 3)), RED, 12)
+    assert near(decoded.getpixel((30, 20)), BLUE, 12)
+
+
+def test_jpeg_keeps_the_edges_of_colours() -> None:
+    image = Image.new("RGB", (16, 16), RED)
+    image.paste(BLUE, (7, 0, 16, 16))
+    decoded = CODEC.decode(CODEC.encode(image, "jpeg", seed=0).data)
+    assert near(decoded.getpixel((6, 8)), RED, 25)  # subsampled colours would be off by 60
+    assert near(decoded.getpixel((7, 8)), BLUE, 25)
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
+def test_the_same_pixels_give_the_same_bytes_without_metadata(output_format: OutputFormat) -> None:
+    marked = picture()
+    profile = b"a colour profile"
+    marked.info = {"comment": b"a prompt", "icc_profile": profile, "dpi": (72, 72)}
+    marked.getexif()[ExifTags.Base.ImageDescription] = "a prompt"
+    plain = CODEC.encode(picture(), output_format, seed=1)
+    encoded = CODEC.encode(marked, output_format, seed=2)
+    assert encoded.data == plain.data
+    assert b"a prompt" not in encoded.data
+    assert marked.info["icc_profile"] == profile  # the caller's picture is left alone
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
+def test_any_mode_can_be_written(output_format: OutputFormat) -> None:
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        encoded = CODEC.encode(picture().convert(mode), output_format, seed=0)
+        assert CODEC.decode(encoded.data).mode == "RGB"
+
+
+def test_an_encoded_picture_does_not_show_its_bytes() -> None:
+    assert "PNG" not in repr(CODEC.encode(picture(), "png", seed=0))

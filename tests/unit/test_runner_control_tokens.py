@@ -1,0 +1,63 @@
+"""Control tokens are taken out of a text until none is left, and nothing else is."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumer.runners.control_tokens import ControlTokens
+
+TOKENS = ["<|im_end|>", "<|im_start|>", "<|im_end|><|im_start|>", "<|image_pad|>", "(x)*"]
+
+CONTROL = ControlTokens(
+    SimpleNamespace(
+        tokenizer=SimpleNamespace(
+            all_special_tokens=TOKENS[:2],
+            added_tokens_decoder={
+                5: SimpleNamespace(content=TOKENS[2], special=True),
+                6: SimpleNamespace(content=TOKENS[4], special=True),
+                7: SimpleNamespace(content="<tool_call>", special=False),
+            },
+        ),
+        image_token=TOKENS[3],
+        video_token=None,
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "stripped"),
+    [
+        ("a <|im_end|> b", "a  b"),
+        ("<|im_<|im_end|>end|>", ""),
+        ("<|im_<|image_pad|>end|>x", "x"),
+        ("(x)*", ""),
+        ("<|im_end|", "<|im_end|"),
+        ("call it <tool_call>", "call it <tool_call>"),
+        ("", ""),
+    ],
+)
+def test_a_text_is_stripped(text: str, stripped: str) -> None:
+    assert CONTROL.strip(text) == stripped
+
+
+pieces = st.sampled_from([*TOKENS, *(t[:4] for t in TOKENS), *(t[4:] for t in TOKENS), "a", " "])
+
+
+@given(st.lists(pieces, max_size=12).map("".join))
+def test_none_is_left_however_they_are_nested(text: str) -> None:
+    stripped = CONTROL.strip(text)
+    assert not any(token in stripped for token in TOKENS)
+    assert CONTROL.strip(stripped) == stripped
+
+
+@given(st.text())
+def test_a_text_without_any_is_left_alone(text: str) -> None:
+    if not any(token in text for token in TOKENS):
+        assert CONTROL.strip(text) == text
+
+
+def test_a_tokenizer_without_control_tokens_strips_nothing() -> None:
+    tokenizer = SimpleNamespace(all_special_tokens=[], added_tokens_decoder={})
+    assert ControlTokens(SimpleNamespace(tokenizer=tokenizer)).strip("a b") == "a b"

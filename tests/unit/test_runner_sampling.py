@@ -1,0 +1,82 @@
+"""What a request and a model's own defaults make of the sampling parameters."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from consumer.runners.sampling import Sampling, defaults_of
+from generation_contracts import ArtifactReference, ImageToTextRequest
+
+SOURCE = ArtifactReference(bucket="inputs", key="picture.png")
+
+GREEDY = defaults_of(SimpleNamespace(do_sample=False, max_new_tokens=None))
+# What Qwen2-VL has in its generation_config.json, rounded.
+SAMPLING = defaults_of(
+    SimpleNamespace(
+        do_sample=True,
+        temperature=0.01,
+        top_p=0.001,
+        top_k=1,
+        repetition_penalty=1.05,
+        max_new_tokens=100,
+    )
+)
+
+
+def sampled(defaults: Any, **fields: Any) -> Sampling:
+    return Sampling.of(ImageToTextRequest(prompt="x", images=(SOURCE,), **fields), defaults)
+
+
+def test_a_model_that_says_nothing_is_greedy_and_writes_512_tokens() -> None:
+    assert GREEDY == {
+        "max_new_tokens": 512,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 50,
+        "repetition_penalty": 1.0,
+    }
+
+
+def test_a_models_own_defaults_are_told() -> None:
+    assert SAMPLING == {
+        "max_new_tokens": 100,
+        "temperature": 0.01,
+        "top_p": 0.001,
+        "top_k": 1,
+        "repetition_penalty": 1.05,
+    }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"temperature": 0.0}, {"temperature": 0.0, "top_p": 0.5, "seed": 1}, {"seed": 1}],
+)
+def test_greedy_has_no_temperature_and_no_seed(fields: dict[str, Any]) -> None:
+    options = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
+    assert sampled(GREEDY, **fields) == Sampling(options, None)
+
+
+def test_a_temperature_of_zero_makes_a_sampling_model_greedy() -> None:
+    assert sampled(SAMPLING, temperature=0.0).options["do_sample"] is False
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 0.9}, {"top_k": 5}])
+def test_a_choice_among_tokens_makes_a_greedy_model_sample(fields: dict[str, Any]) -> None:
+    options = sampled(GREEDY, **fields).options
+    assert options["do_sample"] is True
+    assert options["temperature"] == 1.0
+    assert options.items() >= fields.items()
+
+
+def test_the_request_comes_before_the_model() -> None:
+    asked = {"temperature": 2.0, "top_p": 0.5, "top_k": 7, "repetition_penalty": 1.5}
+    chosen = sampled(SAMPLING, seed=3, **asked)
+    assert chosen == Sampling({**asked, "do_sample": True, "num_beams": 1}, 3)
+    assert sampled(SAMPLING, temperature=2.0, seed=3).options["top_k"] == 1
+
+
+def test_a_seed_is_drawn_for_sampling_without_one() -> None:
+    seeds = {sampled(SAMPLING).seed for _ in range(3)}
+    assert None not in seeds
+    assert len(seeds) == 3

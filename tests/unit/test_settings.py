@@ -1,0 +1,323 @@
+"""Settings: the documented names, where their values come from, and what a wrong one says."""
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from consumer.settings import Settings, SettingsError
+from generation_contracts import Task
+
+SECRET = "k3y-that-nobody-may-see"
+# Every documented setting, with a value other than its default and how that is shown.
+VALUES = {
+    "NATS_URL": ("nats://bus:4333", "nats://bus:4333"),
+    "NATS_CREDS": ("/run/worker.creds", "/run/worker.creds"),
+    "NATS_NKEY_SEED": ("/run/seed", "/run/seed"),
+    "NATS_CA": ("/run/ca.pem", "/run/ca.pem"),
+    "NATS_CERT": ("/run/cert.pem", "/run/cert.pem"),
+    "NATS_KEY": ("/run/key.pem", "/run/key.pem"),
+    "MODEL_TYPE": ("image_to_text", "image_to_text"),
+    "MODEL_ID": ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"),
+    "MODEL_REVISION": ("abc", "abc"),
+    "MODEL_DEVICE": ("cpu", "cpu"),
+    "MODEL_DTYPE": ("bfloat16", "bfloat16"),
+    "MODEL_OFFLOAD": ("model", "model"),
+    "MODEL_QUANTIZATION": ("int8", "int8"),
+    "MODEL_COMPILE": ("true", "True"),
+    "S3_ENDPOINT": ("https://s3.example:9000/", "https://s3.example:9000"),
+    "S3_ACCESS_KEY": ("worker", "worker"),
+    "S3_SECRET_KEY": (SECRET, "**********"),
+    "S3_BUCKET": ("pictures", "pictures"),
+    "S3_PREFIX": ("team/a", "team/a"),
+    "S3_REGION": ("eu-west-1", "eu-west-1"),
+    "S3_PUBLIC_ENDPOINT": ("https://pictures.example", "https://pictures.example"),
+    "CONSUMER_SUBJECT_ROOT": ("team-a.generation", "team-a.generation"),
+    "CONSUMER_NAME": ("batch", "batch"),
+    "CONSUMER_MAX_ACK_PENDING": ("7", "7"),
+    "CONSUMER_ACK_WAIT": ("30", "30.0"),
+    "CONSUMER_MAX_ATTEMPTS": ("5", "5"),
+    "CONSUMER_DRAIN_GRACE": ("0.5", "0.5"),
+    "CONSUMER_STALL_TIMEOUT": ("12", "12.0"),
+    "CONSUMER_PROBES_PORT": ("8080", "8080"),
+    "CONSUMER_REPLY_PREFIXES": ("_INBOX_a., reply.b. ,", "_INBOX_a.,reply.b."),
+    "LOG_FORMAT": ("console", "console"),
+    "LOG_LEVEL": ("debug", "DEBUG"),
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting from outside reaches a test."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.delenv(name, raising=False)
+
+
+def refusal(config: Path | None = None) -> str:
+    with pytest.raises(SettingsError) as refused:
+        Settings.load(config)
+    text = str(refused.value)
+    assert "\n" not in text
+    return text
+
+
+def toml(directory: Path, text: str) -> Path:
+    path = directory / "consumer.toml"
+    path.write_text(text)
+    return path
+
+
+# -- names and values -----------------------------------------------------------------------------
+
+
+def test_every_documented_setting_is_read_from_the_environment_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    defaults = Settings.load().shown()
+    for name, (value, _) in VALUES.items():
+        monkeypatch.setenv(name, value)
+    shown = Settings.load().shown()
+    assert {name: shown[name] for name in VALUES} == {n: s for n, (_, s) in VALUES.items()}
+    assert [name for name in VALUES if shown[name] == defaults[name]] == []
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    settings = Settings.load()
+    assert settings.model_type is None
+    assert (settings.model_device, settings.model_dtype) == ("auto", "auto")
+    assert (settings.s3_bucket, settings.consumer_subject_root) == ("generation", "generation")
+    assert settings.consumer_max_ack_pending == 1
+    assert settings.consumer_ack_wait == 60
+    assert settings.consumer_max_attempts == 3
+    assert settings.consumer_drain_grace == 30
+    assert settings.consumer_stall_timeout == 300
+    assert settings.consumer_probes_port == 0
+    assert settings.reply_prefixes == ("_INBOX.", "generation.reply.")
+    assert settings.input_prefixes == ("generation",)
+    assert settings.durable(Task.TEXT_TO_IMAGE) == "text_to_image"
+
+
+def test_empty_variable_is_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_TYPE", "")
+    monkeypatch.setenv("CONSUMER_ACK_WAIT", "")
+    assert Settings.load().model_type is None
+    assert Settings.load().consumer_ack_wait == 60
+
+
+@pytest.mark.parametrize(
+    ("spelling", "task"),
+    [
+        ("text_to_image", Task.TEXT_TO_IMAGE),
+        ("image_to_text", Task.IMAGE_TO_TEXT),
+        ("text2image", Task.TEXT_TO_IMAGE),
+        ("image2text", Task.IMAGE_TO_TEXT),
+        ("text-to-image", Task.TEXT_TO_IMAGE),
+        ("image-to-text", Task.IMAGE_TO_TEXT),
+    ],
+)
+def test_task_is_known_by_its_old_spellings_too(
+    monkeypatch: pytest.MonkeyPatch, spelling: str, task: Task
+) -> None:
+    monkeypatch.setenv("MODEL_TYPE", spelling)
+    assert Settings.load().task is task
+
+
+def test_daemon_without_a_task_is_told_which_setting_it_lacks() -> None:
+    settings = Settings.load()
+    with pytest.raises(SettingsError, match=r"^MODEL_TYPE: "):
+        _ = settings.task
+
+
+def test_reply_prefixes_follow_the_subject_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONSUMER_SUBJECT_ROOT", "team-a")
+    settings = Settings.load()
+    assert settings.reply_prefixes == ("_INBOX.", "team-a.reply.")
+    assert settings.subjects.request(Task.TEXT_TO_IMAGE) == "team-a.request.text_to_image"
+
+
+def test_inputs_may_be_read_below_the_own_prefix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S3_PREFIX", "team/a")
+    assert Settings.load().input_prefixes == ("generation/team/a",)
+    monkeypatch.setenv("S3_INPUT_PREFIXES", "uploads/x,pictures")
+    assert Settings.load().input_prefixes == ("uploads/x", "pictures")
+
+
+# -- the file -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """
+        nats_url = "nats://bus:1"
+        consumer_ack_wait = 30
+        model_type = "text2image"
+        consumer_reply_prefixes = ["a.", "b."]
+        """,
+        """
+        [nats]
+        url = "nats://bus:1"
+        [consumer]
+        ack_wait = 30
+        reply_prefixes = "a.,b."
+        [model]
+        type = "text2image"
+        """,
+    ],
+    ids=["flat", "in sections"],
+)
+def test_file_may_be_flat_or_in_sections(tmp_path: Path, text: str) -> None:
+    settings = Settings.load(toml(tmp_path, text))
+    assert (settings.nats_url, settings.consumer_ack_wait) == ("nats://bus:1", 30)
+    assert settings.task is Task.TEXT_TO_IMAGE
+    assert settings.reply_prefixes == ("a.", "b.")
+
+
+def test_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toml(tmp_path, 's3_bucket = "from-file"\n[nats]\nurl = "nats://file:1"')
+    monkeypatch.setenv("NATS_URL", "nats://environment:1")
+    settings = Settings.load(config)
+    assert settings.nats_url == "nats://environment:1"
+    assert settings.s3_bucket == "from-file"
+    monkeypatch.setenv("NATS_URL", "")
+    assert Settings.load(config).nats_url == "nats://file:1"
+
+
+def test_environment_wins_whatever_its_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("nats_url", "nats://environment:1")
+    assert Settings.load(toml(tmp_path, 'nats_url = "nats://file:1"')).nats_url == (
+        "nats://environment:1"
+    )
+
+
+def test_wrong_value_in_the_file_does_not_matter_where_the_environment_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOG_LEVEL", "INFO")
+    assert Settings.load(toml(tmp_path, 'log_level = "LOUD"')).log_level == "INFO"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('nats_uri = "x"', "NATS_URI: there is no such setting"),
+        ('[nats]\nuri = "x"', "NATS_URI: there is no such setting"),
+        ("[consumer.reply]\nprefixes = []", "CONSUMER_REPLY: there is no such setting"),
+        ("nats_url = ", "consumer.toml: "),
+        ("\xff", "consumer.toml: "),
+        ('consumer_ack_wait = "soon"', "CONSUMER_ACK_WAIT: "),
+    ],
+)
+def test_unusable_file_is_told_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "consumer.toml"
+    path.write_bytes(text.encode("latin-1"))
+    assert says in refusal(path)
+
+
+def test_missing_file_is_told_in_one_line(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "none.toml").endswith("none.toml: No such file or directory")
+
+
+# -- wrong values ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MODEL_TYPE", "text2video"),
+        ("MODEL_DEVICE", "tpu"),
+        ("MODEL_DTYPE", "float8"),
+        ("MODEL_OFFLOAD", "all"),
+        ("MODEL_COMPILE", "perhaps"),
+        ("S3_ENDPOINT", "s3.example:9000"),
+        ("S3_ENDPOINT", "ftp://s3.example"),
+        ("S3_ENDPOINT", "http://s3.example/bucket"),
+        ("S3_ENDPOINT", "http://s3.example?x=1"),
+        ("S3_ENDPOINT", f"http://user:{SECRET}@s3.example"),
+        ("S3_PUBLIC_ENDPOINT", "pictures"),
+        ("S3_BUCKET", "Generation"),
+        ("S3_BUCKET", "a"),
+        ("S3_PREFIX", "/team"),
+        ("S3_PREFIX", "team/"),
+        ("S3_PREFIX", "../team"),
+        ("S3_URL_TTL", "604801"),
+        ("CONSUMER_SUBJECT_ROOT", "a.*"),
+        ("CONSUMER_SUBJECT_ROOT", "$JS.API"),
+        ("CONSUMER_NAME", "a.b"),
+        ("CONSUMER_WORKER", "a b"),
+        ("CONSUMER_MAX_ACK_PENDING", "0"),
+        ("CONSUMER_ACK_WAIT", "0.5"),
+        ("CONSUMER_ACK_WAIT", "nan"),
+        ("CONSUMER_MAX_ATTEMPTS", "0"),
+        ("CONSUMER_DRAIN_GRACE", "0"),
+        ("CONSUMER_DRAIN_GRACE", "-1"),
+        ("CONSUMER_STALL_TIMEOUT", "soon"),
+        ("CONSUMER_PROBES_PORT", "65536"),
+        ("LOG_FORMAT", "xml"),
+        ("LOG_LEVEL", "LOUD"),
+    ],
+)
+def test_wrong_value_is_told_in_one_line_that_names_the_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    text = refusal()
+    assert text.startswith(f"{name}: ")
+    assert SECRET not in text
+
+
+def test_certificate_and_key_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NATS_CERT", "/run/cert.pem")
+    assert refusal() == "NATS_CERT and NATS_KEY go together"
+
+
+def test_value_of_a_secret_is_never_told(tmp_path: Path) -> None:
+    text = refusal(toml(tmp_path, f's3_secret_key = ["{SECRET}"]'))
+    assert text.startswith("S3_SECRET_KEY: ")
+    assert SECRET not in text
+    with pytest.raises(ValidationError) as raised:
+        Settings(s3_secret_key=[SECRET])
+    assert SECRET not in str(raised.value)
+
+
+# -- what is shown --------------------------------------------------------------------------------
+
+
+def test_secret_key_is_hidden_wherever_settings_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S3_SECRET_KEY", SECRET)
+    settings = Settings.load()
+    assert settings.s3_secret_key == SecretStr(SECRET)
+    assert SECRET not in " ".join(settings.shown().values())
+    assert SECRET not in repr(settings)
+    monkeypatch.delenv("S3_SECRET_KEY")
+    assert Settings.load().shown()["S3_SECRET_KEY"] == ""
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (f"nats://user:{SECRET}@bus:4222", "nats://***@bus:4222"),
+        (f"nats://{SECRET}@bus:4222", "nats://***@bus:4222"),
+        (f"nats://user:{SECRET}/{SECRET}@bus", "nats://***@bus"),
+        (f"nats://user:{SECRET}@{SECRET}@bus", "nats://***@bus"),
+        (f"user:{SECRET}@bus:4222", "***@bus:4222"),
+        (f"nats://a:{SECRET}@b1,tls://c:{SECRET}@b2", "nats://***@b1,tls://***@b2"),
+        (f"nats://b1:4222, nats://c:{SECRET}@b2", "nats://b1:4222, nats://***@b2"),
+        (f"nats://c:{SECRET},{SECRET}@b2", "nats://***@b2"),
+        (f"nats://b1:4222,c:{SECRET}@b2", "nats://***@b2"),
+        ("nats://b1:4222,nats://b2:4222", "nats://b1:4222,nats://b2:4222"),
+    ],
+)
+def test_credentials_in_the_address_of_the_bus_are_hidden(
+    monkeypatch: pytest.MonkeyPatch, url: str, shown: str
+) -> None:
+    monkeypatch.setenv("NATS_URL", url)
+    assert Settings.load().shown()["NATS_URL"] == shown
+
+
+def test_worker_has_a_name_that_is_safe_in_events() -> None:
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,64}", Settings.load().consumer_worker)
