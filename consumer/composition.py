@@ -1,6 +1,6 @@
 """From settings to parts: the bus' topology, the object store, the runner."""
 
-from consumer.artifacts import ObjectStoreArtifacts, StoreConfig
+from consumer.artifacts import ObjectStoreArtifacts, store_config
 from consumer.bus import Bus, Topology
 from consumer.ports import Observer, Runner
 from consumer.runners import ModelConfig, create_runner
@@ -20,18 +20,7 @@ def make_topology(settings: Settings, bus: Bus) -> Topology:
 
 def make_artifacts(settings: Settings, observer: Observer) -> ObjectStoreArtifacts:
     """The object store with the configured credentials."""
-    config = StoreConfig(
-        endpoint=settings.s3_endpoint,
-        access_key=settings.s3_access_key,
-        secret_key=settings.s3_secret_key.get_secret_value(),
-        bucket=settings.s3_bucket,
-        prefix=settings.s3_prefix,
-        region=settings.s3_region,
-        public_endpoint=settings.s3_public_endpoint,
-        input_prefixes=settings.input_prefixes,
-        url_ttl=settings.s3_url_ttl,
-    )
-    return ObjectStoreArtifacts(config, observer=observer)
+    return ObjectStoreArtifacts(store_config(settings), observer=observer)
 
 
 def make_runner(settings: Settings) -> Runner:

@@ -31,7 +31,7 @@ class Calls:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="artifacts")
-        self._under_way: set[_Call] = set()
+        self._under_way: list[_Call] = []
         self._closed = False
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -43,19 +43,20 @@ class Calls:
         if self._closed:
             raise StoreUnavailable("S3: the client is closed")
         call = _Call()
-        self._under_way.add(call)
+        self._under_way.append(call)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, call.run, work)
         except asyncio.CancelledError:
             call.break_off()
             raise
         finally:
-            self._under_way.discard(call)
+            self._under_way.remove(call)
 
     def close(self) -> None:
         """Break off what is under way, also what waits for a thread; the threads then end."""
         self._closed = True
-        for call in tuple(self._under_way):
+        # Those that wait for a thread first: they would take the threads that become free.
+        for call in reversed(self._under_way):
             call.break_off()
         # Not cancel_futures: those who wait would take it for a cancellation of their own.
         self._threads.shutdown(wait=False)

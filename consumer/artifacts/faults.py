@@ -76,8 +76,9 @@ def fault_of(error: Exception, config: StoreConfig) -> StoreUnavailable:
         found = _HTTP_STATUS.search(str(error))
         status = found.group(1) if found else "unknown"
         return StoreUnavailable(f"S3: the answer is not that of an S3 store (HTTP {status})")
-    if isinstance(error, SSLError) and not isinstance(error.args[0], ssl.SSLEOFError):
-        reason = getattr(error.args[0], "reason", None) or "unknown reason"
+    inner = error.args[0] if error.args else None
+    if isinstance(error, SSLError) and not isinstance(inner, ssl.SSLEOFError):
+        reason = getattr(inner, "reason", None) or "unknown reason"
         return StoreMisconfigured(f"S3: TLS fails ({reason.lower().replace('_', ' ')})")
     words = next(words for kind, words in _CONNECTION_FAULTS if isinstance(error, kind))
     return StoreUnavailable(f"S3: {words}")

@@ -43,7 +43,7 @@ async def test_the_result_and_the_error_come_back(calls: Calls) -> None:
     assert await calls.run(lambda: 7) == 7
     with pytest.raises(KeyError):
         await calls.run(fails)
-    assert calls._under_way == set()  # nothing is kept
+    assert calls._under_way == []  # nothing is kept
 
 
 async def test_after_the_end_nothing_is_taken(calls: Calls) -> None:
