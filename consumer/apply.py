@@ -3,7 +3,7 @@
 from consumer.bus import connect
 from consumer.composition import make_artifacts, make_topology
 from consumer.probes import Unwatched
-from consumer.settings import Settings
+from consumer.settings import Settings, SettingsError
 from generation_contracts import Task
 
 CONNECT_WITHIN = 5.0  # seconds; a person waits
@@ -18,9 +18,13 @@ async def apply(settings: Settings) -> dict[str, str]:
         What was done, by name: created, updated or unchanged.
 
     Raises:
+        SettingsError: CONSUMER_NAME is set and MODEL_TYPE is not.
         BusUnavailable, TopologyError, StoreUnavailable: With one clear line.
     """
     tasks = tuple(Task) if settings.model_type is None else (settings.model_type,)
+    if settings.consumer_name is not None and len(tasks) > 1:
+        # One durable would be turned from the one task to the other.
+        raise SettingsError("CONSUMER_NAME: set MODEL_TYPE too, to say whose durable it is")
     bus = await connect(settings, name="generation apply", within=CONNECT_WITHIN)
     try:
         done: dict[str, str] = dict(await make_topology(settings, bus).apply(tasks))

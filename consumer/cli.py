@@ -23,6 +23,8 @@ EXIT_USAGE = 2  # usage or settings
 EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h: a service cannot be reached or used
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it; for SIGTERM too
 
+DEADLINE_MARGIN = 5.0  # seconds in which the worker's own word on the deadline may come
+
 T = TypeVar("T")
 
 config_option = click.option(
@@ -133,7 +135,12 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         config_option,
         click.option("--json", "as_json", is_flag=True, help="Print the result event only."),
         click.option("--seed", type=int),
-        click.option("--deadline", type=float, metavar="SECONDS", help="Give up after so long."),
+        click.option(
+            "--deadline",
+            type=click.FloatRange(0, 1e7, min_open=True),
+            metavar="SECONDS",
+            help="Give up after so long; else the request waits for a worker.",
+        ),
         click.option("--id", "request_id", help="The request's id; default: a new one."),
     ):
         command = option(command)
@@ -244,7 +251,8 @@ def _ask(settings: "Settings", request: "Request", *, as_json: bool, folder: Pat
         try:
             display = nullcontext(Quiet()) if as_json else ProgressBar(_console())
             with display as shown:
-                event = await ask(bus, settings.subjects, request, shown)
+                async with asyncio.timeout(_patience(request)):
+                    event = await ask(bus, settings.subjects, request, shown)
             saved = []
             if isinstance(event, SucceededEvent):
                 saved = await save_pictures(event, folder, event.request_id)
@@ -256,14 +264,26 @@ def _ask(settings: "Settings", request: "Request", *, as_json: bool, folder: Pat
     sys.exit(_guarded(lambda: asyncio.run(ask_and_save())))
 
 
+def _patience(request: "Request") -> float | None:
+    """Seconds to wait for a result: for ever without a deadline, else a little longer than it."""
+    from datetime import UTC, datetime
+
+    if request.deadline is None:
+        return None
+    return (request.deadline - datetime.now(UTC)).total_seconds() + DEADLINE_MARGIN
+
+
 def _console() -> "Console":
     from rich.console import Console
 
     return Console(stderr=True)
 
 
-class _Terminated(BaseException):
-    """SIGTERM, raised where the program is, so that everything is stopped on the way out."""
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program is, so that everything is stopped on the way out.
+
+    A KeyboardInterrupt, because asyncio lets no other exception out of a task.
+    """
 
 
 @contextmanager
@@ -287,6 +307,7 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
         command: Stops what it has started on its way out.
         interrupted: The exit code after Ctrl-C or SIGTERM.
     """
+    from consumer.client import RequestIdTaken
     from consumer.devstack import DevStackError
     from consumer.ports import MessageTooLarge, Unavailable
     from consumer.settings import SettingsError
@@ -300,9 +321,15 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
         _fail(str(error), EXIT_UNAVAILABLE)
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
+    except RequestIdTaken:
+        _fail("the id has been used for another request", EXIT_FAILED)
+    except TimeoutError:
+        _fail("no result by the deadline", EXIT_UNAVAILABLE)
+    except OSError as error:  # a folder that cannot be written to, a full disk
+        _fail(f"{error.filename or 'system'}: {error.strerror}", EXIT_FAILED)
     except MessageTooLarge:
         _fail("the request is too large for the bus: name its images by s3://", EXIT_USAGE)
-    except (KeyboardInterrupt, _Terminated):
+    except KeyboardInterrupt:
         sys.exit(interrupted)
 
 

@@ -26,6 +26,8 @@ from generation_contracts import (
     Task,
     TextOutput,
     TextToImageRequest,
+    encode,
+    request_digest,
 )
 from generation_contracts.artifacts import ImageSource
 from generation_contracts.events import CancelledEvent
@@ -35,6 +37,10 @@ DOWNLOAD_WITHIN = 60.0  # seconds for one output
 
 class DownloadFailed(Unavailable):
     """An output cannot be fetched, or is not what its event says."""
+
+
+class RequestIdTaken(Exception):  # noqa: N818 - what has happened
+    """The result under the id is that of another request."""
 
 
 class Display(Protocol):
@@ -70,6 +76,7 @@ async def ask(bus: Bus, subjects: Subjects, request: Request, display: Display) 
 
     Raises:
         QueueFull, MessageTooLarge, BusUnavailable: See `Requester.submit`.
+        RequestIdTaken: The id was used before, for something else.
     """
     if request.request_id is None:
         raise ValueError("a request that is submitted has an id")
@@ -78,10 +85,18 @@ async def ask(bus: Bus, subjects: Subjects, request: Request, display: Display) 
         await requester.submit(task, request)
         async for event in events:
             if isinstance(event, SucceededEvent | FailedEvent | CancelledEvent):
+                if event.request_digest not in _digests(request):
+                    raise RequestIdTaken
                 return event
             if isinstance(event, StartedEvent | ProgressEvent):
                 display.show(event)
     raise AssertionError("events end with a terminal one")
+
+
+def _digests(request: Request) -> set[str]:
+    # What a worker could not read as a request has the digest of its bytes.
+    raw = hashlib.sha256(encode(request)).hexdigest()
+    return {request_digest(request), f"sha256:{raw}"}
 
 
 async def save_pictures(event: SucceededEvent, folder: Path, name: str) -> list[Path]:

@@ -96,8 +96,14 @@ def _start_daemons(stack: DevStack, console: Console) -> list[Daemon]:
 
 @contextmanager
 def _environment(stack: DevStack) -> Iterator[None]:
-    """The stack's settings in this process's environment, where `Settings` reads them."""
+    """The stack's settings in this process's environment, where `Settings` reads them.
+
+    Without what names other servers, their credentials or one of the two daemons.
+    """
     before = dict(os.environ)
+    for name in before:
+        if name.upper().startswith(("NATS_", "S3_", "MODEL_")) or name.upper() == "CONSUMER_NAME":
+            del os.environ[name]
     os.environ.update(stack.environment())
     try:
         yield

@@ -62,6 +62,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 LAST_WORD = 1.0  # seconds to give a delivery back when the process ends at once
+MAX_PIXELS_IN_ALL = 64_000_000  # of one request's pictures; 192 MB as RGB
 STORE_PAUSE_FIRST = 0.5  # seconds
 STORE_PAUSE_MOST = 15.0  # seconds; how long an output waits at most once the store is back
 
@@ -217,7 +218,11 @@ class Execution:
             raise Stopped(Reason.DEADLINE)
         self._runner.check(request)
         sources = request.images if isinstance(request, ImageToTextRequest) else ()
-        pictures = [await self._input(job, n, source) for n, source in enumerate(sources)]
+        pictures: list[Image] = []
+        for index, source in enumerate(sources):
+            pictures.append(await self._input(job, index, source))
+            if sum(picture.width * picture.height for picture in pictures) > MAX_PIXELS_IN_ALL:
+                raise InputUnavailable("images: too many pixels together")
         job.interrupt.check()
         job.advance(State.ADMITTED)
         return pictures

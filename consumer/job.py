@@ -135,7 +135,7 @@ class StoreUnreachable:
 
 @dataclass(frozen=True)
 class BusUnreachable:
-    """The bus does not take the event or the settlement now."""
+    """The bus does not take the event or the settlement now; `consumer.bus` waits for it."""
 
 
 @dataclass(frozen=True)

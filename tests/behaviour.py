@@ -280,6 +280,21 @@ class Behaviour:
         assert world.runner.runs == []
         assert (await world.left(), await world.dead_letters()) == (0, [])
 
+    async def test_pictures_with_too_many_pixels_together_are_refused(
+        self, make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("consumer.execution.MAX_PIXELS_IN_ALL", 2)
+        world = await make_world(task=Task.IMAGE_TO_TEXT)
+        await world.put_object("one", b"picture 1 1\nabc")
+        image = {"bucket": "generation", "key": "one"}
+        await world.send(asking("a", images=[image] * 3))
+        await soon(world.work())
+        assert failure(await world.result("a")) == "input_unavailable"
+        assert world.runner.runs == []
+        await world.send(asking("b", images=[image] * 2))
+        await soon(world.work())
+        assert isinstance(await world.result("b"), SucceededEvent)
+
     @pytest.mark.parametrize("second", ["gone", "broken"])
     async def test_input_that_cannot_be_had_or_read_is_named(
         self, make_world: MakeWorld, second: str

@@ -49,6 +49,18 @@ _INPUT_FAULTS = {  # by S3's code; told to the sender
     "PreconditionFailed": "the object changed while it was read",
 }
 
+# By S3's code: it is this worker that is refused, not the object.
+_OWN_FAULTS = frozenset(
+    {
+        "AuthorizationHeaderMalformed",
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "InvalidToken",
+        "RequestTimeTooSkewed",
+        "SignatureDoesNotMatch",
+    }
+)
+
 
 class ObjectStoreArtifacts:
     """The object store (`ports.Artifacts`): one for the process, used in one event loop.
@@ -228,7 +240,11 @@ class ObjectStoreArtifacts:
         except S3Error as error:
             words = _INPUT_FAULTS.get(error.code or "")
             if words is None:
-                raise
+                passing = not isinstance(fault_of(error, self._config), StoreMisconfigured)
+                if passing or error.code in _OWN_FAULTS:
+                    raise
+                # An archived or encrypted object, a delete marker: nothing that waiting mends.
+                words = "the store refuses the object"
         raise InputUnavailable(words)
 
     def _look_at(self, bucket: str, key: str) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 from nats.aio.client import DEFAULT_FLUSH_TIMEOUT, Client
+from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from consumer.ports import Unavailable
@@ -27,7 +28,31 @@ class BusUnavailable(Unavailable):
 
 
 class _Client(Client):
-    """nats-py with a `flush` after which the server has had everything."""
+    """nats-py with two faults mended.
+
+    What it cannot decode ends its read loop, while it still takes itself for connected: one such
+    request would come again for ever and stop the queue. And its `flush` does not wait for all.
+    """
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        try:
+            return await super()._process_headers(headers)
+        except (IndexError, ValueError):  # a UnicodeDecodeError is a ValueError
+            log.warning("unreadable_headers")
+            return None
+
+    def _build_message(
+        self,
+        sid: int,
+        subject: bytes,
+        reply: bytes,
+        data: bytes,
+        headers: dict[str, str] | None,
+    ) -> Msg:
+        # A subject that is no UTF-8 names no request id; the request is refused for it.
+        readable = subject.decode(errors="replace").encode()
+        message: Msg = super()._build_message(sid, readable, reply, data, headers)
+        return message
 
     async def flush(self, timeout: int = DEFAULT_FLUSH_TIMEOUT) -> None:  # noqa: ASYNC109 - nats-py
         """Two round trips: nats-py writes the first PING ahead of what is still to be written.
@@ -71,6 +96,8 @@ class Bus:
         Raises:
             BusUnavailable: The client has given up; the process has to end.
         """
+        if not self.client.is_connected and not self.client.is_closed:
+            self._up.clear()  # nats-py calls back a little later
         await self._up.wait()
         if self.client.is_closed:
             raise BusUnavailable(GIVEN_UP)

@@ -229,7 +229,7 @@ def _dead_letter_headers(delivery: Delivery, letter: DeadLetter) -> dict[str, st
         DEAD_LETTER_REQUEST_ID: letter.request_id,
         DEAD_LETTER_ATTEMPTS: str(delivery.attempt),
         DEAD_LETTER_WORKER: letter.worker,
-        DEAD_LETTER_SUBJECT: delivery.subject,
+        DEAD_LETTER_SUBJECT: _ascii(delivery.subject),
         DEAD_LETTER_TIME: delivery.stored_at.isoformat().replace("+00:00", "Z"),
     }
 

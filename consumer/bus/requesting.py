@@ -65,7 +65,7 @@ class Requester:
         """
         if request.request_id is None:
             raise ValueError("a request that is submitted has an id")
-        body, headers = encode(request), {MESSAGE_ID: request.request_id}
+        body, headers = encode(request), {MESSAGE_ID: f"{task}.{request.request_id}"}
         if wire_size(body, headers) > self._bus.client.max_payload:
             raise MessageTooLarge
         subject = self._subjects.request(task, request.request_id)

@@ -29,8 +29,10 @@ _NOT_FOUND = frozenset({10059, 10014})  # stream, consumer
 
 # A difference in one of these breaks a guarantee: requests lost or done twice, results not found.
 _VITAL = frozenset(
-    {"subjects", "retention", "discard", "allow_direct"}
-    | {"filter_subjects", "filter_subject", "ack_policy", "backoff"}
+    {"subjects", "retention", "discard", "storage", "allow_direct"}
+    | {"filter_subjects", "filter_subject", "deliver_policy", "ack_policy", "backoff"}
+    # A request that reaches max_deliver stays in the stream, unseen by any worker.
+    | {"max_deliver"}
 )
 
 # What a consumer must not have. The first entry of a backoff overrides ack_wait, and the lease with
@@ -266,7 +268,8 @@ def _differences(wanted: Config, found: Config) -> dict[str, tuple[Any, Any]]:
 
 def _compare(what: str, wanted: Config, found: Config) -> None:
     for key, (has, needs) in _differences(wanted, found).items():
-        if key in _VITAL:
+        # Where the file wants no max_age: it deletes a message even while it is worked on.
+        if key in _VITAL or (key == "max_age" and not needs):
             raise TopologyError(
                 f"{what}: {key} is {json.dumps(has)} and must be {json.dumps(needs)}; "
                 "`consumer apply` changes it, or delete it where the server refuses"

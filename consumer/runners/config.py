@@ -23,7 +23,7 @@ class ModelConfig:
         offload: Where the weights wait while they are not in use: on the device (`none`), or in
             main memory, whole models at a time (`model`), layer by layer (`sequential`), or in
             groups of layers (`group`).
-        quantization: `none`, `bitsandbytes-4bit` or `bitsandbytes-8bit`.
+        quantization: `none` or `bitsandbytes-4bit`.
         compile: Compile the model; the first run takes minutes longer.
         max_image_pixels: An input picture larger than this is made smaller, in pixels.
     """

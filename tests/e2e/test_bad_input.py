@@ -3,11 +3,13 @@
 Every case is published with bare nats-py, and each is followed by a good request.
 """
 
+import asyncio
 import base64
 import io
 import json
 import struct
 import zlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ from nats.aio.client import Client
 from nats.errors import TimeoutError as NatsTimeout
 from PIL import Image
 
-from consumer.devstack import DevStack
+from consumer.devstack import Daemon, DevStack
 from tests.e2e.conftest import LogOf
 from tests.e2e.senders import (
     WITHIN,
@@ -27,6 +29,7 @@ from tests.e2e.senders import (
     nothing_waits,
     publish_and_wait,
 )
+from tests.tiny_models import Folder
 
 SECRET_WORDS = "xyzzy-the-prompt"  # recognisable in a message or a log, where it must not be
 
@@ -138,7 +141,7 @@ CASES = {
         "images.0",
         dead_letter=False,
     ),
-    "a parameter that the worker lacks": Bad(
+    "a preview, which no worker of this version sends": Bad(
         T2I, picture(preview=True), "unsupported_parameter", "preview", dead_letter=False
     ),
     "a width that the model cannot draw": Bad(
@@ -247,3 +250,80 @@ async def test_an_object_that_is_no_picture_is_an_input_error(
     event = await ask(sender, I2T, **question({"bucket": system.store.bucket, "key": key}))
     assert event["failure"]["code"] == "input_unavailable"
     assert event["failure"]["message"].startswith("images.0: ")
+
+
+@pytest.fixture
+async def flux(system: DevStack, model_folder: Folder) -> AsyncIterator[Daemon]:
+    """A worker under a root of its own, with a model that has no use for a negative prompt."""
+    settings = {
+        "MODEL_TYPE": T2I,
+        "MODEL_ID": str(model_folder("flux")),
+        "CONSUMER_SUBJECT_ROOT": "flux",
+        "OMP_NUM_THREADS": "1",
+    }
+    daemon = system.start_daemon("flux", settings)
+    await asyncio.to_thread(daemon.wait_ready)
+    yield daemon
+    daemon.stop()
+
+
+@pytest.mark.usefixtures("flux")
+async def test_a_parameter_that_the_model_lacks(sender: Client) -> None:
+    request_id = new_id()
+    body = json.dumps(picture(request_id=request_id, negative_prompt="blue")).encode()
+    event = await publish_and_wait(
+        sender,
+        f"flux.request.{T2I}",
+        body,
+        result=f"flux.result.{T2I}.{request_id}",
+    )
+    assert event["failure"]["code"] == "unsupported_parameter"
+    assert event["failure"]["details"] == {"parameter": "negative_prompt"}
+    good = await publish_and_wait(
+        sender,
+        f"flux.request.{T2I}.{new_id()}",
+        json.dumps(picture(width=64, height=64)).encode(),
+        result=f"flux.result.{T2I}.*",
+    )
+    assert good["type"] == "generation.v1.succeeded", good
+
+
+# What nats-py cannot decode on the other side, and the server stores all the same.
+UNDECODABLE = {
+    "a header block without an end": (b"", b"NATS/1.0"),
+    "a header block that is no text": (b"", b"NATS/1.0 \xff\xfe: \xff\r\n\r\n"),
+    "a subject that is no text": (b".\xff\xfe", b""),
+}
+
+
+@pytest.mark.parametrize("name", UNDECODABLE)
+async def test_bytes_that_nats_py_cannot_decode_do_not_stop_the_queue(
+    name: str, system: DevStack, sender: Client
+) -> None:
+    subject, headers = UNDECODABLE[name]
+    body = json.dumps(picture()).encode()
+    results = await sender.subscribe(f"generation.result.{T2I}.>")
+    await sender.flush()
+    await publish_raw(system, b"generation.request.text_to_image" + subject, headers, body)
+    event = json.loads((await results.next_msg(timeout=WITHIN)).data)
+    if subject:  # names no id, which is an error; headers that cannot be read are none
+        assert event["failure"]["code"] == "invalid_request"
+    else:
+        assert event["type"] == "generation.v1.succeeded", event
+    await assert_still_serving(sender, T2I)
+
+
+async def publish_raw(system: DevStack, subject: bytes, headers: bytes, body: bytes) -> None:
+    """Publish what no client library would, and wait until the server has taken it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", system.nats.ports["client"])
+    await reader.readline()  # INFO
+    writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n')
+    if headers:
+        sizes = b"%d %d" % (len(headers), len(headers) + len(body))
+        writer.write(b"HPUB %s %s\r\n%s%s\r\n" % (subject, sizes, headers, body))
+    else:
+        writer.write(b"PUB %s %d\r\n%s\r\n" % (subject, len(body), body))
+    writer.write(b"PING\r\n")
+    assert await reader.readline() == b"PONG\r\n"
+    writer.close()
+    await writer.wait_closed()

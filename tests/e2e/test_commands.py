@@ -115,6 +115,29 @@ def test_apply_a_second_time_changes_nothing(settings: dict[str, str]) -> None:
     assert {line.rsplit(": ", 1)[1] for line in done.stdout.splitlines()} == {"unchanged"}
 
 
+def test_apply_of_one_durable_for_two_tasks_is_refused(settings: dict[str, str]) -> None:
+    done = consumer("apply", **{**settings, "CONSUMER_NAME": "mine"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("consumer: CONSUMER_NAME: ")
+
+
+def test_an_id_that_was_used_for_something_else_is_said_to_be(settings: dict[str, str]) -> None:
+    ask = ("request", "text-to-image", "--steps", "1", "--id", "shell-3", "--json")
+    assert consumer(*ask, "one", **settings).returncode == 0
+    assert consumer(*ask, "one", **settings).returncode == 0
+    other = consumer(*ask, "another", **settings)
+    assert (other.returncode, other.stdout) == (1, "")
+    assert other.stderr == "consumer: the id has been used for another request\n"
+
+
+def test_a_deadline_ends_the_waiting_where_no_worker_is(settings: dict[str, str]) -> None:
+    alone = {**settings, "CONSUMER_SUBJECT_ROOT": "alone"}
+    assert consumer("apply", **alone).returncode == 0
+    done = consumer("request", "text-to-image", "a", "--deadline", "0.1", **alone)
+    assert done.returncode == 69
+    assert done.stderr.endswith("consumer: no result by the deadline\n")
+
+
 @pytest.mark.parametrize("setting", ["S3_BUCKET=no-such-bucket", "S3_SECRET_KEY=wrong-one"])
 def test_a_daemon_that_cannot_use_the_store_does_not_start(
     settings: dict[str, str], setting: str

@@ -88,9 +88,12 @@ async def test_two_pictures_are_described_one_by_reference_one_inline(
     key = f"text_to_image/{new_id()}/0.png"
     red = png((200, 0, 0))
     plain_s3.put_object(system.store.bucket, key, io.BytesIO(red), len(red), "image/png")
+    reply_to = sender.new_inbox()
+    replied = await sender.subscribe(reply_to)
     event = await ask(
         sender,
         "image_to_text",
+        reply_to=reply_to,
         prompt="What differs?",
         images=[
             {"bucket": system.store.bucket, "key": key},
@@ -99,6 +102,7 @@ async def test_two_pictures_are_described_one_by_reference_one_inline(
         max_new_tokens=8,
     )
     assert event["type"] == "generation.v1.succeeded", event
+    assert json.loads((await replied.next_msg(timeout=WITHIN)).data) == event
     (output,) = event["outputs"]
     assert output["kind"] == "text"
     assert isinstance(output["text"], str)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -250,9 +251,17 @@ class Installation:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """For the block, the server does nothing and hears nothing; its connections stay."""
-        self.server.signal(signal.SIGSTOP)
-        try:
+        """See `frozen`."""
+        with frozen(self.server):
             yield
-        finally:
-            self.server.signal(signal.SIGCONT)
+
+
+@contextmanager
+def frozen(server: NatsServer) -> Iterator[None]:
+    """For the block, the server does nothing and hears nothing; its connections stay."""
+    server.signal(signal.SIGSTOP)
+    os.waitpid(server.pid, os.WUNTRACED)  # returns when all its threads have stopped
+    try:
+        yield
+    finally:
+        server.signal(signal.SIGCONT)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.bus import BusUnavailable, connect
+from consumer.bus import BusUnavailable, connect, connection
 from consumer.devstack import NatsServer, free_ports
 from tests.conftest import StartNats
 from tests.integration.bus_installation import (
     bus_settings,
+    frozen,
     measured,
     open_bus,
     soon,
@@ -136,3 +137,43 @@ async def test_flush_means_that_the_server_has_had_everything(nats_server: NatsS
             await bus.client.flush()
             await other.client.publish(f"news.{n}", b"now")
             assert (await heard.next_msg(timeout=5)).data == b"now"
+
+
+async def test_close_is_cut_short_when_a_frozen_server_takes_nothing(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.2)
+    async with AsyncExitStack() as parts:
+        bus = await open_bus(nats_server.url, parts)
+
+        async def stuff() -> None:
+            while True:  # until the socket's buffers and nats-py's own are full
+                await bus.client.publish("anything", bytes(1_000_000))
+
+        with frozen(nats_server):
+            stuffing = asyncio.create_task(stuff())
+            await asyncio.wait({stuffing}, timeout=0.3)
+            assert not stuffing.done()
+            started = time.monotonic()
+            await bus.close()
+            measured("close with what a frozen server does not take", time.monotonic() - started)
+            assert bus.closed.is_set()
+        stuffing.cancel()
+        await asyncio.wait({stuffing})
+
+
+async def test_a_connection_lost_while_a_question_expires_is_no_error(
+    nats_server: NatsServer,
+) -> None:
+    async with AsyncExitStack() as parts:
+        bus = await open_bus(nats_server.url, parts)
+
+        async def ask() -> None:
+            async with bus.question(0.0):
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    await bus._on_disconnect()
+
+        with pytest.raises(TimeoutError):
+            await ask()

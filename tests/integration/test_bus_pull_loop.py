@@ -226,7 +226,7 @@ async def test_a_pull_that_was_lost_is_made_again(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hasten(monkeypatch)
-    monkeypatch.setattr(pull, "SILENCES", 1_000)
+    monkeypatch.setattr(pull, "SILENCES", 10**9)
     worker = await installation.worker()
     worker.loop._standing = True  # as it believes; the server knows of no pull
     worker.loop._heard = time.monotonic()
@@ -302,7 +302,10 @@ async def test_a_frozen_server_is_waited_for(
 # -- the durable goes -----------------------------------------------------------------------------
 
 
-async def test_a_durable_deleted_while_idle_is_made_again(installation: Installation) -> None:
+async def test_a_durable_deleted_while_idle_is_made_again(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    do_not_hear_silence(monkeypatch)
     worker = await installation.worker()
     task = await waiting(installation, worker)
 
@@ -453,6 +456,7 @@ async def test_a_delivery_that_nobody_took_is_given_back_by_close(
 
     await until(received)
     await soon(worker.loop.close())
+    assert not worker.loop._giving_back, "the connection is closed next"
     assert (await take(other)).attempt == 2
 
 
