@@ -49,7 +49,7 @@ def demo(prompt: str, question: str, folder: Path, console: Console) -> int:
         tempfile.TemporaryDirectory(prefix="generation-demo-") as directory,
         DevStack(Path(directory), persist=False) as stack,
     ):
-        console.print(f"nats-server on {stack.nats.url}, S3 on {stack.store.endpoint}")
+        console.print(_addresses(stack))
         _start_daemons(stack, console)
         with _environment(stack):
             settings = Settings.load()
@@ -65,6 +65,7 @@ def up(directory: Path, console: Console) -> int:
         0, or 70 when a daemon ended by itself.
     """
     with DevStack(directory, persist=True) as stack:
+        console.print(_addresses(stack))
         daemons = _start_daemons(stack, console)
         console.print(_instructions(stack, daemons), highlight=False, soft_wrap=True)
         while True:
@@ -146,6 +147,10 @@ async def _show(bus: Bus, settings: Settings, request: Request, console: Console
         event = await ask(bus, settings.subjects, request, bar)
     print(encode(event).decode(), flush=True)  # noqa: T201 - the result is this command's output
     return event
+
+
+def _addresses(stack: DevStack) -> str:
+    return f"nats-server on {stack.nats.url}, S3 on {stack.store.endpoint}"
 
 
 def _instructions(stack: DevStack, daemons: list[Daemon]) -> str:
