@@ -102,6 +102,23 @@ async def test_the_connection_is_there_again_after_a_restart(nats_server: NatsSe
         assert not bus.closed.is_set()
 
 
+async def test_a_lost_server_is_waited_for_before_the_client_says_that_it_is_lost(
+    nats_server: NatsServer,
+) -> None:
+    async with AsyncExitStack() as parts:
+        bus = await open_bus(nats_server.url, parts)
+        await soon(bus.reachable())
+        nats_server.kill()
+        await until_lost(bus)
+        bus._up.set()  # nats-py calls back some turns of the event loop later
+        reaching = asyncio.create_task(bus.reachable())
+        await asyncio.wait({reaching}, timeout=0.05)
+        assert not reaching.done()
+        nats_server.start()
+        await soon(reaching)
+        assert bus.connected
+
+
 async def test_closed_is_set_when_the_client_has_given_up(nats_server: NatsServer) -> None:
     async with AsyncExitStack() as parts:
         bus = await open_bus(nats_server.url, parts)
