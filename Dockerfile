@@ -3,18 +3,18 @@
 #   docker run --gpus all -e MODEL_TYPE=text_to_image -e NATS_URL=… -e S3_ENDPOINT=… generation-consumer
 FROM python:3.12-slim-bookworm AS build
 RUN pip install --no-cache-dir uv==0.13.8
-ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_PROJECT_ENVIRONMENT=/opt/venv
+ENV UV_CACHE_DIR=/var/cache/uv UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_PROJECT_ENVIRONMENT=/opt/venv
 WORKDIR /src
 # The dependencies first: this layer changes only with the lock.
 COPY pyproject.toml uv.lock ./
 COPY contracts/pyproject.toml contracts/
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv sync --locked --no-dev --no-install-workspace
 COPY contracts contracts
 COPY consumer consumer
 COPY infra/nats infra/nats
 COPY README.md ./
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/var/cache/uv \
     uv sync --locked --no-dev --no-editable
 
 FROM python:3.12-slim-bookworm

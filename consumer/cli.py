@@ -133,7 +133,9 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """What both kinds of request take."""
     for option in (
         config_option,
-        click.option("--json", "as_json", is_flag=True, help="Print the result event only."),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print the result event; save nothing."
+        ),
         click.option("--seed", type=int),
         click.option(
             "--deadline",
@@ -254,7 +256,7 @@ def _ask(settings: "Settings", request: "Request", *, as_json: bool, folder: Pat
                 async with asyncio.timeout(_patience(request)):
                     event = await ask(bus, settings.subjects, request, shown)
             saved = []
-            if isinstance(event, SucceededEvent):
+            if isinstance(event, SucceededEvent) and not as_json:
                 saved = await save_pictures(event, folder, event.request_id)
             click.echo(encode(event).decode() if as_json else summary(event, saved))
             return 0 if isinstance(event, SucceededEvent) else EXIT_FAILED

@@ -121,6 +121,13 @@ def test_apply_of_one_durable_for_two_tasks_is_refused(settings: dict[str, str])
     assert done.stderr.startswith("consumer: CONSUMER_NAME: ")
 
 
+def test_request_as_json_saves_nothing(settings: dict[str, str], tmp_path: Path) -> None:
+    ask = ("request", "text-to-image", "a", "--steps", "1", "--json")
+    done = consumer(*ask, folder=tmp_path, **settings)
+    assert json.loads(done.stdout)["type"] == "generation.v1.succeeded"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_id_that_was_used_for_something_else_is_said_to_be(settings: dict[str, str]) -> None:
     ask = ("request", "text-to-image", "--steps", "1", "--id", "shell-3", "--json")
     assert consumer(*ask, "one", **settings).returncode == 0

@@ -1,0 +1,100 @@
+"""The probes over real HTTP: what they say, and when they say no."""
+
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+
+from consumer.probes import Probes, Watch
+from consumer.telemetry import JobReport, Metrics
+
+
+@pytest.fixture
+def watch() -> Watch:
+    """Of a daemon that could take its first job."""
+    made = Watch(Metrics("text_to_image"))
+    made.health.bus_connected = lambda: True
+    made.health.durable_present = lambda: True
+    made.health.model_loaded = True
+    made.store_reachable(reachable=True)
+    return made
+
+
+@pytest.fixture
+async def http(watch: Watch) -> AsyncIterator[aiohttp.ClientSession]:
+    probes = Probes(watch, host="127.0.0.1", port=0)
+    await probes.start()
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{probes.port}") as session:
+        yield session
+    await probes.close()
+
+
+async def readiness(http: aiohttp.ClientSession) -> tuple[int, dict[str, str]]:
+    async with http.get("/readyz") as answer:
+        return answer.status, {k: v for k, v in (await answer.json()).items() if v != "ok"}
+
+
+async def test_ready_when_every_condition_holds(http: aiohttp.ClientSession) -> None:
+    assert await readiness(http) == (200, {})
+    async with http.get("/livez") as answer:
+        assert (answer.status, await answer.text()) == (200, "ok\n")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "said"),
+    [
+        ("bus_connected", lambda: False, {"bus": "not connected"}),
+        ("durable_present", lambda: False, {"durable": "not present"}),
+        ("model_loaded", False, {"model": "not loaded"}),
+        ("draining", True, {"daemon": "draining"}),
+    ],
+)
+async def test_one_condition_that_does_not_hold_is_said_and_the_daemon_is_alive(
+    http: aiohttp.ClientSession, watch: Watch, attribute: str, value: object, said: dict[str, str]
+) -> None:
+    setattr(watch.health, attribute, value)
+    assert await readiness(http) == (503, said)
+    async with http.get("/livez") as answer:
+        assert answer.status == 200
+
+
+async def test_the_store_is_said_to_be_away_until_it_answers(
+    http: aiohttp.ClientSession, watch: Watch
+) -> None:
+    watch.store_reachable(reachable=False, reason="S3: no connection")
+    assert await readiness(http) == (503, {"store": "S3: no connection"})
+    watch.store_reachable(reachable=True)
+    assert await readiness(http) == (200, {})
+
+
+async def test_a_lost_device_is_neither_ready_nor_alive(
+    http: aiohttp.ClientSession, watch: Watch
+) -> None:
+    watch.health.device_lost = True
+    assert await readiness(http) == (503, {"device": "lost"})
+    async with http.get("/livez") as answer:
+        assert answer.status == 503
+
+
+async def test_metrics_tell_jobs_stages_and_the_device(
+    http: aiohttp.ClientSession, watch: Watch
+) -> None:
+    watch.job_started()
+    watch.device_busy(1.5)
+    watch.job_finished(JobReport("succeeded", 2, queued=0.1, inference=1.5, encode=0.2, upload=0.3))
+    watch.job_started()
+    async with http.get("/metrics") as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=")
+        lines = set((await answer.text()).splitlines())
+    task = 'task="text_to_image"'
+    assert {
+        f'generation_jobs_total{{outcome="succeeded",{task}}} 1.0',
+        f"generation_redelivered_jobs_total{{{task}}} 1.0",
+        f"generation_jobs_in_flight{{{task}}} 1.0",
+        f"generation_device_busy_seconds_total{{{task}}} 1.5",
+        f"generation_queue_wait_seconds_sum{{{task}}} 0.1",
+        f"generation_inference_seconds_sum{{{task}}} 1.5",
+        f"generation_encode_seconds_sum{{{task}}} 0.2",
+        f"generation_upload_seconds_sum{{{task}}} 0.3",
+        f"generation_store_reachable{{{task}}} 1.0",
+    } <= lines
