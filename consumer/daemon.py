@@ -36,7 +36,7 @@ EXIT_MODEL_LOST = 70  # EX_SOFTWARE: the model cannot be loaded, or the device i
 CONNECT_WITHIN = 30.0  # seconds that the daemon waits for NATS at its start
 STORE_CHECK_EVERY = 30.0  # seconds between two looks at an idle store
 STORE_CHECK_AGAIN = 5.0  # seconds, while it is away
-CANCEL_EVERY = 1.0  # seconds; more than the parts take to close
+CANCEL_EVERY = 1.0  # seconds; a close that takes longer is cut short, and the next part is closed
 FORCE_AFTER = 2.0  # seconds after a second signal in which the delivery is given back
 
 

@@ -228,7 +228,7 @@ class Topology:
         if error.get("err_code") in _NOT_FOUND:
             return None
         description = error.get("description", "refused")
-        if error.get("code") == HTTPStatus.SERVICE_UNAVAILABLE:  # not enabled, or not for now
+        if error.get("code") == HTTPStatus.SERVICE_UNAVAILABLE:  # not enabled, or no leader yet
             raise BusUnavailable(f"NATS: {description}")
         raise TopologyError(f"{subject}: {description}")
 
