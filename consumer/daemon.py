@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -30,6 +31,8 @@ from consumer.telemetry import Metrics
 
 log = structlog.get_logger()
 
+MakeRunner = Callable[[Settings], Runner]
+
 EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h: a service cannot be reached or used
 EXIT_MODEL_LOST = 70  # EX_SOFTWARE: the model cannot be loaded, or the device is lost
 
@@ -40,13 +43,17 @@ CANCEL_EVERY = 1.0  # seconds; a close that takes longer is cut short, and the n
 FORCE_AFTER = 2.0  # seconds after a second signal in which the delivery is given back
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, *, make_runner: MakeRunner = make_runner) -> int:
     """Run one daemon until a signal, a lost device or a closed bus ends it.
+
+    Args:
+        settings: All of them.
+        make_runner: Makes the model, not loaded yet.
 
     Returns:
         The exit code: 0, 69 or 70.
     """
-    daemon = Daemon(settings)
+    daemon = Daemon(settings, make_runner)
     code = asyncio.run(daemon.run())
     if daemon.inference.busy:
         # A thread that loads or hangs cannot be ended, and the interpreter would wait for it.
@@ -59,8 +66,9 @@ def run(settings: Settings) -> int:
 class Daemon:
     """One process, one loaded model, one request subject."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, make_runner: MakeRunner) -> None:
         self._settings = settings
+        self._make_runner = make_runner
         self._task = settings.task
         self._watch = Watch(Metrics(str(self._task)))
         self._health = self._watch.health
@@ -101,7 +109,7 @@ class Daemon:
     async def _start_and_serve(self) -> int:
         async with AsyncExitStack() as parts:
             await self._start_probes(parts)
-            runner = make_runner(self._settings)
+            runner = self._make_runner(self._settings)
             # The weights come in while the connections are made.
             loading = asyncio.create_task(self.inference.call(runner.load), name="load")
             parts.callback(loading.cancel)

@@ -1,0 +1,115 @@
+"""A model that takes no time to load: the faults are made with it, in real daemon processes."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from consumer.ports import (
+    GeneratedImage,
+    GeneratedText,
+    Interrupted,
+    IsCancelled,
+    ModelDescription,
+    OnStep,
+    RunnerOutput,
+)
+from generation_contracts import ModelInfo, Request, TextToImageRequest
+
+FOLDER = "FAULTS_FOLDER"  # environment: where the processes of one test leave their marks
+STEP = 0.01  # seconds
+STEPS = 2  # where a request does not say
+
+
+def first_time(mark: str) -> bool:
+    """Whether no process of this test has asked this before."""
+    try:
+        os.close(os.open(Path(os.environ[FOLDER]) / mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    return True
+
+
+def note(name: str, line: str) -> None:
+    """Add a line to a file that the test reads; whole, whoever writes at the same time."""
+    handle = os.open(Path(os.environ[FOLDER]) / name, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    try:
+        os.write(handle, f"{line}\n".encode())
+    finally:
+        os.close(handle)
+
+
+class QuickRunner:
+    """A `consumer.ports.Runner` for both tasks. It notes every run that begins in `runs`.
+
+    A run takes `num_inference_steps` (or `max_new_tokens`) times `STEP`. A cause overrides `step`,
+    `begin` or `output`.
+    """
+
+    def load(self) -> ModelDescription:
+        return ModelDescription(
+            info=ModelInfo(id="quick", family="faults", dtype="float32", device="cpu"),
+            parameters=frozenset(
+                {"width", "height", "num_inference_steps", "num_images", "seed", "max_new_tokens"}
+            ),
+            defaults={"num_inference_steps": STEPS},
+            size_multiple=1,
+            max_pixels=2048 * 2048,
+        )
+
+    def check(self, request: Request) -> None:
+        """Everything is taken."""
+
+    def run(
+        self,
+        request: Request,
+        images: Sequence[Image.Image],
+        *,
+        on_step: OnStep,
+        cancelled: IsCancelled,
+        save_memory: bool = False,
+    ) -> RunnerOutput:
+        note("runs", request.request_id or "")
+        self.begin(request, save_memory=save_memory)
+        steps = _steps(request)
+        for step in range(1, steps + 1):
+            self.step(request, step)
+            on_step(step, steps)
+            if cancelled():
+                raise Interrupted
+        return self.output(request, images)
+
+    def begin(self, request: Request, *, save_memory: bool) -> None:
+        """Before the first step."""
+
+    def step(self, request: Request, number: int) -> None:  # noqa: ARG002 - for those that override
+        time.sleep(STEP)
+
+    def output(self, request: Request, images: Sequence[Image.Image]) -> RunnerOutput:
+        if not isinstance(request, TextToImageRequest):
+            text = f"{len(images)} pictures"
+            return RunnerOutput(
+                text=GeneratedText(text, "stop", prompt_tokens=3, completion_tokens=2)
+            )
+        seed = request.seed or 0
+        size = request.width or 16, request.height or 16
+        return RunnerOutput(
+            images=tuple(
+                GeneratedImage(Image.new("RGB", size, (seed % 256, number, 0)), seed + number)
+                for number in range(request.num_images)
+            )
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _steps(request: Request) -> int:
+    wanted = (
+        request.num_inference_steps
+        if isinstance(request, TextToImageRequest)
+        else request.max_new_tokens
+    )
+    return wanted or STEPS

@@ -1,0 +1,254 @@
+"""What a fault is made on: real servers, real daemon processes, and a bare sender."""
+
+import asyncio
+import json
+import os
+import sys
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import nats
+from minio import Minio
+from nats.aio.client import Client
+from nats.js.errors import NotFoundError
+
+from consumer.apply import apply
+from consumer.devstack import Daemon, DevStack
+from consumer.settings import Settings
+from generation_contracts import Subjects, Task
+from tests.faults.quick_runner import FOLDER
+
+ROOT = Path(__file__).parents[2]
+WITHIN = 30.0  # seconds; only bounds a wait for something that must happen
+ACK_WAIT = 2.0  # seconds
+POLL = 0.01  # seconds
+
+Event = dict[str, Any]
+
+
+class Scene:
+    """One installation under a root of its own, on servers that other tests use too.
+
+    Attributes:
+        stack: The servers; a test may kill them and start them again.
+        folder: Where the workers leave their marks.
+        sender: A bare nats-py connection.
+        subjects: Of this installation.
+    """
+
+    def __init__(self, stack: DevStack, folder: Path, parts: AsyncExitStack) -> None:
+        self.stack = stack
+        self.folder = folder
+        self.subjects = Subjects(f"t{uuid.uuid4().hex[:8]}")
+        self.task = Task.TEXT_TO_IMAGE
+        self.sender: Client
+        self.workers: list[Daemon] = []
+        self._parts = parts
+
+    async def open(self) -> None:
+        """Connect the sender, make the streams, the durable and the bucket."""
+
+        async def quiet(_: Exception) -> None:
+            """What the servers do here is not the sender's concern."""
+
+        self.sender = await nats.connect(
+            self.stack.nats.url,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=0.05,
+            error_cb=quiet,
+        )
+        self._parts.push_async_callback(self._close)
+        settings = {name.lower(): value for name, value in self.settings().items()}
+        await apply(Settings(**settings))
+
+    def settings(self) -> dict[str, str]:
+        """The environment of a worker."""
+        return {
+            **self.stack.environment(),
+            "MODEL_TYPE": str(self.task),
+            "CONSUMER_SUBJECT_ROOT": self.subjects.root,
+            "CONSUMER_ACK_WAIT": str(ACK_WAIT),
+            "S3_PREFIX": self.subjects.root,
+        }
+
+    async def start(self, cause: str = "none", **settings: str) -> Daemon:
+        """A worker with a fault, ready."""
+        worker = self.launch(cause, **settings)
+        await asyncio.to_thread(worker.wait_ready)
+        return worker
+
+    def launch(self, cause: str = "none", **settings: str) -> Daemon:
+        """A worker with a fault, starting."""
+        number = len(self.workers)
+        environment = {**self.settings(), FOLDER: str(self.folder), **settings}
+        worker = Daemon(
+            f"worker-{number}-{cause}",
+            {**environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'contracts'}"},
+            log=self.folder / f"worker-{number}-{cause}.log",
+        )
+        worker.argv = (sys.executable, "-P", "-m", "tests.faults.worker", cause)
+        self._parts.callback(worker.kill)
+        self.workers.append(worker)
+        worker.start()
+        return worker
+
+    # -- the sender -------------------------------------------------------------------------------
+
+    async def submit(self, **fields: Any) -> str:
+        """Publish a request; its id."""
+        request_id = str(fields.pop("request_id", None) or uuid.uuid4().hex)
+        await self.publish({"prompt": "a", "request_id": request_id, **fields})
+        return request_id
+
+    async def publish(self, body: object, headers: dict[str, str] | None = None) -> int:
+        """Publish anything on the request subject; its sequence in the stream."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        subject = self.subjects.request(self.task)
+        return (await self.sender.jetstream().publish(subject, data, headers=headers)).seq
+
+    async def events(self, request_id: str) -> list[Event]:
+        """Every stored terminal event of a request; more than one is a broken promise."""
+        subject = self.subjects.result(self.task, request_id)
+        return await self._stored(self.subjects.results_stream, subject)
+
+    async def event(self, request_id: str, within: float = WITHIN) -> Event:
+        """The terminal event of a request, waited for."""
+        found: list[Event] = []
+
+        async def there() -> bool:
+            found[:] = await self.events(request_id)
+            return bool(found)
+
+        await self.until(there, f"event of {request_id}", within)
+        assert len(found) == 1
+        return found[0]
+
+    async def dead_letters(self) -> list[dict[str, str]]:
+        """The headers of every dead letter."""
+        jetstream = self.sender.jetstream()
+        info = await jetstream.stream_info(self.subjects.dead_letters_stream)
+        letters = []
+        for sequence in range(info.state.first_seq, info.state.last_seq + 1):
+            message = await jetstream.get_msg(self.subjects.dead_letters_stream, sequence)
+            letters.append(message.headers or {})
+        return letters
+
+    async def left(self) -> int:
+        """How many requests are in the stream."""
+        info = await self.sender.jetstream().stream_info(self.subjects.requests_stream)
+        return int(info.state.messages)
+
+    async def emptied(self, within: float = WITHIN) -> None:
+        """Return once no request is left."""
+
+        async def empty() -> bool:
+            return await self.left() == 0
+
+        await self.until(empty, "an empty queue", within)
+
+    # -- the workers ------------------------------------------------------------------------------
+
+    def runs(self) -> list[str]:
+        """The request ids of every run that has begun, in order."""
+        return self.notes("runs")
+
+    def notes(self, name: str) -> list[str]:
+        """The lines that the workers have noted under a name."""
+        file = self.folder / name
+        return file.read_text().splitlines() if file.exists() else []
+
+    async def noted(self, name: str, lines: int = 1) -> None:
+        """Return once there are so many lines."""
+
+        async def there() -> bool:
+            return len(self.notes(name)) >= lines
+
+        await self.until(there, f"{lines} lines in {name}")
+
+    async def logged(self, worker: Daemon, text: str) -> None:
+        """Return once a worker has logged a text."""
+
+        async def there() -> bool:
+            return text in worker.log_since_start()
+
+        await self.until(there, f"{text} in the log of {worker.name}")
+
+    async def ended(self, worker: Daemon, within: float = WITHIN) -> int:
+        """The exit code of a worker that ends by itself."""
+
+        async def dead() -> bool:
+            return not worker.alive
+
+        await self.until(dead, f"the end of {worker.name}", within)
+        assert worker.returncode is not None
+        return worker.returncode
+
+    async def object(self, output: Event) -> bytes:
+        """What the store has for an output."""
+        return await asyncio.to_thread(self._object, output["bucket"], output["key"])
+
+    async def keys(self) -> set[str]:
+        """The keys of every object of this installation."""
+        return await asyncio.to_thread(self._keys)
+
+    async def until(
+        self, true: Callable[[], Awaitable[bool]], what: str, within: float = WITHIN
+    ) -> None:
+        """Ask until the answer is yes: other processes announce nothing to this one."""
+        try:
+            async with asyncio.timeout(within):
+                while not await true():
+                    await asyncio.sleep(POLL)
+        except TimeoutError:
+            logs = "\n".join(worker.log_since_start()[-3000:] for worker in self.workers)
+            raise AssertionError(f"no {what} within {within:g} s\n{logs}") from None
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    async def _stored(self, stream: str, subject: str) -> list[Event]:
+        jetstream = self.sender.jetstream()
+        try:
+            info = await jetstream.stream_info(stream, subjects_filter=subject)
+            last = await jetstream.get_last_msg(stream, subject)
+        except NotFoundError:
+            return []
+        count = (info.state.subjects or {}).get(subject, 0)
+        event: Event = json.loads(last.data or b"")
+        return [event] * count
+
+    def _store(self) -> Minio:
+        return Minio(
+            self.stack.store.endpoint.removeprefix("http://"),
+            access_key=self.stack.store.access_key,
+            secret_key=self.stack.store.secret_key,
+            secure=False,
+            region="us-east-1",
+        )
+
+    def _object(self, bucket: str, key: str) -> bytes:
+        response = self._store().get_object(bucket_name=bucket, object_name=key)
+        try:
+            return response.read()
+        finally:
+            response.close()
+            response.release_conn()
+
+    def _keys(self) -> set[str]:
+        prefix = f"{self.subjects.root}/"
+        found = self._store().list_objects(
+            bucket_name=self.stack.store.bucket, prefix=prefix, recursive=True
+        )
+        return {one.object_name or "" for one in found}
+
+    async def _close(self) -> None:
+        # The streams reserve gigabytes; the server has only so many.
+        for worker in self.workers:
+            await asyncio.to_thread(worker.kill)
+        jetstream = self.sender.jetstream()
+        for stream in await jetstream.streams_info():
+            if str(stream.config.name).startswith(f"{self.subjects.root.upper()}_"):
+                await jetstream.delete_stream(str(stream.config.name))
+        await self.sender.close()
