@@ -200,7 +200,7 @@ class Scene:
         """Ask until the answer is yes: other processes announce nothing to this one."""
         try:
             async with asyncio.timeout(within):
-                while not await true():
+                while not await true():  # noqa: ASYNC110 - there is no event to wait for
                     await asyncio.sleep(POLL)
         except TimeoutError:
             logs = "\n".join(worker.log_since_start()[-3000:] for worker in self.workers)
