@@ -54,6 +54,7 @@ class Job:
 
     Attributes:
         digest: What the request asks for; of the raw bytes until it is decoded.
+        releases: How many of the deliveries were given back on purpose.
         existing: The terminal event that was stored before, if there is one.
         sequence: Number of the next event of this attempt.
         queued: Seconds from stored to taken.
@@ -66,6 +67,7 @@ class Job:
     envelope: Envelope
     digest: str
     queued: float
+    releases: int = 0
     interrupt: Interrupt = field(default_factory=Interrupt)
     state: State = State.RECEIVED
     request: Request | None = None
@@ -81,6 +83,11 @@ class Job:
     def request_id(self) -> str:
         """The sender's id, or the derived one."""
         return self.envelope.request_id
+
+    @property
+    def attempt(self) -> int:
+        """How often the request has been tried, this time included; from 1."""
+        return max(1, self.delivery.attempt - self.releases)
 
     def advance(self, to: State) -> None:
         """Move to the next state.

@@ -6,6 +6,10 @@ from consumer.ports import Observer, Runner
 from consumer.runners import ModelConfig, create_runner
 from consumer.settings import Settings
 
+# The worker counts tries and the server deliveries, with those that were given back on purpose. The
+# server's number is only for what kills a worker before it can count.
+DELIVERIES_PER_ATTEMPT = 10
+
 
 def make_topology(settings: Settings, bus: Bus) -> Topology:
     """The streams and durables under the configured root."""
@@ -14,6 +18,7 @@ def make_topology(settings: Settings, bus: Bus) -> Topology:
         settings.subjects,
         ack_wait=settings.consumer_ack_wait,
         max_ack_pending=settings.consumer_max_ack_pending,
+        max_deliver=DELIVERIES_PER_ATTEMPT * settings.consumer_max_attempts,
         durable_name=settings.consumer_name,
     )
 

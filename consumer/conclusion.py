@@ -60,7 +60,7 @@ class Conclusion:
         except MessageTooLarge:
             log.warning("result_too_large")
             decision = decide(
-                ResultTooLarge(), attempt=job.delivery.attempt, max_attempts=self._max_attempts
+                ResultTooLarge(), attempt=job.attempt, max_attempts=self._max_attempts
             )
             await self._announce_the_bare_failure(job, decision)
         await self._settle(job, decision)
@@ -111,7 +111,7 @@ class Conclusion:
         if isinstance(event, FailedEvent):
             return event
         # What stands is the end of another request: its outputs are not for this sender.
-        conflict = decide(Conflict(), attempt=job.delivery.attempt, max_attempts=self._max_attempts)
+        conflict = decide(Conflict(), attempt=job.attempt, max_attempts=self._max_attempts)
         return self._event(job, conflict)
 
     async def _reply(self, job: Job, event: ResultEvent | None) -> None:
@@ -158,6 +158,8 @@ class Conclusion:
                 await job.delivery.ack()
             case Settlement.NAK:
                 await job.delivery.nak()
+            case Settlement.RELEASE:
+                await job.delivery.release()
             case Settlement.TERM:
                 code = "" if decision.failure is None else decision.failure.code
                 await job.delivery.term(code)

@@ -1,12 +1,15 @@
 """The daemon: puts the parts together, and start -> serve -> drain -> stop with its signals."""
 
 import asyncio
+import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -14,10 +17,15 @@ from consumer.admission import Admission
 from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
 from consumer.bus import (
     Bus,
+    Custody,
     Durable,
     JetStreamEvents,
     PullLoop,
+    Releases,
+    Standby,
+    Topology,
     connect,
+    find_stranded,
 )
 from consumer.composition import make_artifacts, make_runner, make_topology
 from consumer.execution import Execution, Limits
@@ -53,6 +61,9 @@ def run(settings: Settings, *, make_runner: MakeRunner = make_runner) -> int:
     Returns:
         The exit code: 0, 69 or 70.
     """
+    # The standby asks for it before it kills a process whose threads hang: where they are, on
+    # standard error, written without the interpreter's lock.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     daemon = Daemon(settings, make_runner)
     code = asyncio.run(daemon.run())
     if daemon.inference.busy:
@@ -77,6 +88,7 @@ class Daemon:
         self._pull: PullLoop | None = None
         self._execution: Execution | None = None
         self._signals = 0
+        self._failure: BaseException | None = None  # of what must go on beside the serving
 
     async def run(self) -> int:
         """Start, serve until told to stop, drain, stop; returns the exit code."""
@@ -89,17 +101,9 @@ class Daemon:
             return await self._life
         except asyncio.CancelledError:
             log.warning("stopped_before_drained", running=self._execution is not None)
-            return 0
-        except ModelUnavailable as error:
-            log.error("model_unavailable", reason=str(error))  # noqa: TRY400 - one clear line
-            return EXIT_MODEL_LOST
-        except (Unavailable, OSError) as error:
-            log.error("service_unavailable", reason=str(error))  # noqa: TRY400 - the same
-            return EXIT_UNAVAILABLE
-        except Exception:
-            # Not foreseen. The supervisor may start a new process; what is in hand comes again.
-            log.exception("daemon_failed")
-            return EXIT_MODEL_LOST
+            return 0 if self._failure is None else _exit_code(self._failure)
+        except Exception as error:  # noqa: BLE001 - each of them is an exit code
+            return _exit_code(error)
         finally:
             self.inference.close()
             log.info("daemon_stopped")
@@ -113,6 +117,7 @@ class Daemon:
             # The weights come in while the connections are made.
             loading = asyncio.create_task(self.inference.call(runner.load), name="load")
             parts.callback(loading.cancel)
+            standby = await self._start_standby(parts)
             bus = await self._connect(parts)
             artifacts = make_artifacts(self._settings, self._watch)
             parts.push_async_callback(artifacts.close)
@@ -124,13 +129,14 @@ class Daemon:
             self._health.model_loaded = True
             events = JetStreamEvents(bus, self._settings.subjects, ensure=ensure)
             execution = self._make_execution(durable, model, runner, events, artifacts)
-            pull = PullLoop(bus, durable, ensure=ensure)
+            custody = self._make_custody(bus, durable, standby)
+            pull = PullLoop(bus, durable, ensure=ensure, custody=custody)
             await pull.start()
             parts.push_async_callback(pull.close)
             self._health.durable_present = lambda: pull.attached
             self._pull, self._execution = pull, execution
-            watching = asyncio.create_task(self._watch_store(artifacts), name="watch-store")
-            parts.callback(watching.cancel)
+            await self._beside(self._watch_store(artifacts), "watch-store", parts)
+            await self._watch_advisories(topology, custody, execution, parts)
             log.info(
                 "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
             )
@@ -145,6 +151,19 @@ class Daemon:
             probes = Probes(self._watch, host=host, port=port)
             await probes.start()
             parts.push_async_callback(probes.close)
+
+    async def _start_standby(self, parts: AsyncExitStack) -> Standby:
+        standby = Standby(self._settings)
+        await standby.start()
+        parts.push_async_callback(standby.close)
+        return standby
+
+    def _make_custody(self, bus: Bus, durable: Durable, standby: Standby) -> Custody:
+        subjects = self._settings.subjects
+        releases = Releases(
+            bus, stream=subjects.releases_stream, subject=subjects.releases(self._task)
+        )
+        return Custody(bus, durable.ack_wait, releases, standby)
 
     async def _connect(self, parts: AsyncExitStack) -> Bus:
         name = f"generation {self._settings.consumer_worker}"
@@ -202,6 +221,56 @@ class Daemon:
             except Exception as error:  # noqa: BLE001 - a look at the store must not end the daemon
                 log.warning("store_check_failed", error=type(error).__name__)
 
+    async def _watch_advisories(
+        self, topology: Topology, custody: Custody, execution: Execution, parts: AsyncExitStack
+    ) -> None:
+        subjects, bus = self._settings.subjects, custody.bus
+        notes = f"{subjects.releases(self._task)}.advisories"  # they have sequences of their own
+        pull = PullLoop(
+            bus,
+            topology.watcher(self._task),
+            ensure=partial(topology.ensure, self._task),
+            custody=replace(
+                custody, releases=Releases(bus, stream=subjects.releases_stream, subject=notes)
+            ),
+        )
+        await pull.start()
+        parts.push_async_callback(pull.close)
+        await self._beside(
+            self._put_stranded_aside(pull, bus, execution), "watch-advisories", parts
+        )
+
+    async def _put_stranded_aside(self, pull: PullLoop, bus: Bus, execution: Execution) -> None:
+        stream = self._settings.subjects.requests_stream
+        while (advisory := await pull.next()) is not None:
+            delivery = await find_stranded(bus, stream, advisory)
+            if delivery is not None:
+                await execution.put_aside(delivery)
+            if delivery is None or delivery.settled:
+                await advisory.ack()
+
+    async def _beside(
+        self, work: Coroutine[Any, Any, None], name: str, parts: AsyncExitStack
+    ) -> None:
+        """Do something beside the serving, until the parts are taken down.
+
+        When it raises, nobody may go on as if it were still done: the daemon ends.
+        """
+
+        def look(ended: asyncio.Task[None]) -> None:
+            if not ended.cancelled() and ended.exception() is not None:
+                self._failure = ended.exception()
+                if self._life is not None:
+                    self._cancel(self._life)
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.wait({task})
+
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(look)
+        parts.push_async_callback(end)
+
     # -- serve ------------------------------------------------------------------------------------
 
     async def _serve(self, pull: PullLoop, execution: Execution) -> int:
@@ -243,3 +312,17 @@ class Daemon:
         if not life.done():
             life.cancel()
             asyncio.get_running_loop().call_later(CANCEL_EVERY, self._cancel, life)
+
+
+def _exit_code(error: BaseException) -> int:
+    match error:
+        case ModelUnavailable():
+            log.error("model_unavailable", reason=str(error))
+            return EXIT_MODEL_LOST
+        case Unavailable() | OSError():
+            log.error("service_unavailable", reason=str(error))
+            return EXIT_UNAVAILABLE
+        case _:
+            # Not foreseen. The supervisor may start a new process; what is in hand comes again.
+            log.error("daemon_failed", exc_info=error)
+            return EXIT_MODEL_LOST

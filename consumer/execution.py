@@ -149,6 +149,26 @@ class Execution:
         Returns:
             An exit code when this process must end (device lost, thread hung), else None.
         """
+        return await self._take(delivery, self._stages)
+
+    async def put_aside(self, delivery: Delivery) -> None:
+        """Conclude a request that no worker will be given any more, without running it."""
+        await self._take(delivery, self._lost)
+
+    def interrupt(self, reason: Reason, request_id: str | None = None) -> bool:
+        """Ask a job, or all of them, to stop at the next step.
+
+        Returns:
+            Whether there was one to ask.
+        """
+        asked = [job for job in self._jobs if request_id in {None, job.request_id}]
+        for job in asked:
+            job.interrupt.set(reason)
+        return bool(asked)
+
+    async def _take(
+        self, delivery: Delivery, stages: Callable[[Job], Awaitable[Outcome]]
+    ) -> int | None:
         job = self._admission.open(delivery)
         self._jobs.append(job)
         self._observer.job_started()
@@ -159,7 +179,7 @@ class Execution:
         ):
             try:
                 async with Lease(delivery, ack_wait=self._limits.ack_wait):
-                    wanted = self._decide(job, await self._stages(job))
+                    wanted = self._decide(job, await stages(job))
                     exit_code = wanted.exit_code  # stands even if the end goes wrong
                     decision = await self._conclusion.conclude(job, wanted)
             except asyncio.CancelledError:
@@ -174,24 +194,14 @@ class Execution:
                 self._report(job, decision)
         return exit_code
 
-    def interrupt(self, reason: Reason, request_id: str | None = None) -> bool:
-        """Ask a job, or all of them, to stop at the next step.
-
-        Returns:
-            Whether there was one to ask.
-        """
-        asked = [job for job in self._jobs if request_id in {None, job.request_id}]
-        for job in asked:
-            job.interrupt.set(reason)
-        return bool(asked)
-
     # -- the stages -------------------------------------------------------------------------------
 
     async def _stages(self, job: Job) -> Outcome:
         timer: asyncio.TimerHandle | None = None
         try:
-            job.request = request = self._admission.request(job.delivery)
-            job.digest = request_digest(request)
+            if job.delivery.attempt > 1:
+                job.releases = await job.delivery.releases()
+            request = self._read(job)
             if request.deadline is not None:
                 left = (request.deadline - datetime.now(UTC)).total_seconds()
                 timer = asyncio.get_running_loop().call_later(
@@ -207,12 +217,28 @@ class Execution:
                 timer.cancel()
         return outcomes.Done()
 
-    async def _admit(self, job: Job, request: Request) -> "list[Image]":
+    async def _lost(self, job: Job) -> Outcome:
+        try:
+            self._read(job)
+            await self._look_for_result(job)
+        except Exception as error:  # noqa: BLE001 - each of them is an outcome
+            return _outcome_of(error)
+        return outcomes.WorkerLost()
+
+    def _read(self, job: Job) -> Request:
+        job.request = request = self._admission.request(job.delivery)
+        job.digest = request_digest(request)
+        return request
+
+    async def _look_for_result(self, job: Job) -> None:
         job.existing = await self._events.find_result(self._task, job.request_id)
         if job.existing is not None:
             same = job.existing.request_digest == job.digest
             raise _SettledBefore if same else _OtherContent
-        if job.delivery.attempt > self._limits.max_attempts:
+
+    async def _admit(self, job: Job, request: Request) -> "list[Image]":
+        await self._look_for_result(job)
+        if job.attempt > self._limits.max_attempts:
             raise _TooManyDeliveries
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
             raise Stopped(Reason.DEADLINE)
@@ -348,13 +374,13 @@ class Execution:
     # -- the end ----------------------------------------------------------------------------------
 
     def _decide(self, job: Job, outcome: Outcome) -> Decision:
-        return decide(outcome, attempt=job.delivery.attempt, max_attempts=self._limits.max_attempts)
+        return decide(outcome, attempt=job.attempt, max_attempts=self._limits.max_attempts)
 
     async def _give_back(self, job: Job) -> bool:
         if job.state in {State.SETTLED, State.ABANDONED}:
             return False
         try:
-            await asyncio.wait_for(job.delivery.nak(), LAST_WORD)
+            await asyncio.wait_for(job.delivery.release(), LAST_WORD)
         except Exception as error:  # noqa: BLE001 - the cancellation goes on, and the lease runs out
             log.warning("not_given_back", error=type(error).__name__)
             return False
@@ -415,7 +441,7 @@ def _outcome_of(error: Exception) -> Outcome:  # noqa: C901, PLR0911 - one row o
 def _outcome_name(decision: Decision | None) -> str:
     if decision is None or decision.settlement is Settlement.ABANDON:
         return "abandoned"
-    if decision.settlement is Settlement.NAK:
+    if decision.settlement in {Settlement.NAK, Settlement.RELEASE}:
         return "given_back"
     if decision.failure is not None:
         return str(decision.failure.code)

@@ -42,11 +42,13 @@ class Lease:
         if beating is not None:
             beating.cancel()
             await asyncio.wait({beating})
+        self.delivery.let_lapse()
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(self.interval)
+            # The first one at once: whoever stands in for this process learns of the lease by it.
             try:
                 await self.delivery.extend()
             except Exception as error:  # noqa: BLE001 - one beat may be lost, not all that follow
                 log.warning("heartbeat_failed", error=type(error).__name__)
+            await asyncio.sleep(self.interval)

@@ -189,7 +189,8 @@ class Settlement(Enum):
     """What becomes of the delivery."""
 
     ACK = auto()
-    NAK = auto()
+    NAK = auto()  # a try that failed: it counts
+    RELEASE = auto()  # given back on purpose: no try, it does not count
     TERM = auto()
     KEEP = auto()  # not yet: the heartbeat goes on and the stage is tried again
     ABANDON = auto()  # never by this process: the heartbeat stops
@@ -234,7 +235,8 @@ def decide(  # noqa: PLR0911 - one row of the table each
 
     Args:
         outcome: What came of the job's last stage.
-        attempt: How often the request has been delivered, this time included; from 1.
+        attempt: How often the request has been tried, this time included; from 1. What a worker
+            gave back on purpose was no try.
         max_attempts: How often a model that raises is tried.
     """
     match outcome:
@@ -253,7 +255,7 @@ def decide(  # noqa: PLR0911 - one row of the table each
         case Stalled():
             return Decision(Settlement.ABANDON, exit_code=EXIT_DEVICE_LOST)
         case Draining():
-            return Decision(Settlement.NAK)
+            return Decision(Settlement.RELEASE)
         case ModelRaised() | Broken() if attempt < max_attempts:
             return Decision(Settlement.NAK)
         case _:

@@ -76,13 +76,25 @@ class Delivery(Protocol):
         """Settle as done; returns when the server has confirmed it."""
 
     async def nak(self) -> None:
-        """Give it back, to be delivered again at once."""
+        """Give it back after a try that failed, to be delivered again at once."""
+
+    async def release(self) -> None:
+        """Give it back without a try: to be delivered again at once, and not counted.
+
+        Never raises: it is what a process does that ends.
+        """
+
+    async def releases(self) -> int:
+        """How many earlier deliveries of the request were released."""
 
     async def term(self, reason: str) -> None:
         """Settle as never to be delivered again, with a reason for the advisory."""
 
     async def extend(self) -> None:
         """Renew the lease for another `ack_wait`. Fire and forget: it never raises."""
+
+    def let_lapse(self) -> None:
+        """Renew the lease no more, nor let anyone else do it for this process."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ and the model runs in a thread of its own. Whatever they do is noted in one jour
 import asyncio
 import hashlib
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -125,12 +125,20 @@ class MemoryDelivery:
     settling: Tally = field(default_factory=Tally)
     refusal: Exception | None = None  # what every try to settle raises
     beat_refusal: Exception | None = None  # what the next renewal raises
+    lapsed: bool = False  # whether it is renewed no more
 
     async def ack(self) -> None:
         await self._settle("ack")
 
     async def nak(self) -> None:
         await self._settle("nak")
+
+    async def release(self) -> None:
+        self.queue.released[self.stream_sequence] += 1
+        await self._settle("release")
+
+    async def releases(self) -> int:
+        return self.queue.released[self.stream_sequence]
 
     async def term(self, reason: str) -> None:
         await self._settle(f"term {reason}")
@@ -140,6 +148,9 @@ class MemoryDelivery:
         refusal, self.beat_refusal = self.beat_refusal, None
         if refusal is not None:
             raise refusal
+
+    def let_lapse(self) -> None:
+        self.lapsed = True
 
     async def _settle(self, how: str) -> None:
         self.settling.add()
@@ -156,6 +167,7 @@ class MemoryQueue:
     def __init__(self, journal: list[str], outage: Outage) -> None:
         self.stream = "GENERATION_REQUESTS"
         self.outage = outage
+        self.released: Counter[int] = Counter()  # by sequence
         self._journal = journal
         self._sequence = 0
         self._waiting: deque[MemoryDelivery] = deque()
@@ -187,7 +199,7 @@ class MemoryQueue:
 
     def settled(self, delivery: MemoryDelivery, how: str) -> None:
         self._journal.append(how)
-        if how != "nak":
+        if how not in {"nak", "release"}:
             # A late settlement is taken too, and ends whatever else is in hand of the message.
             number = delivery.stream_sequence
             self._waiting = deque(d for d in self._waiting if d.stream_sequence != number)

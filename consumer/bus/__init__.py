@@ -4,20 +4,28 @@ Only this package imports nats. What the life of a job needs of it is in `consum
 """
 
 from consumer.bus.connection import Bus, BusUnavailable, connect
+from consumer.bus.delivery import Custody
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
+from consumer.bus.releases import Releases
 from consumer.bus.requesting import QueueFull, Requester
+from consumer.bus.standby import Standby
+from consumer.bus.stranded import find_stranded
 from consumer.bus.topology import Durable, Topology, TopologyError
 
 __all__ = [
     "Bus",
     "BusUnavailable",
+    "Custody",
     "Durable",
     "JetStreamEvents",
     "PullLoop",
     "QueueFull",
+    "Releases",
     "Requester",
+    "Standby",
     "Topology",
     "TopologyError",
     "connect",
+    "find_stranded",
 ]

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC
 
 import structlog
@@ -11,6 +12,9 @@ from nats.errors import Error
 from nats.js.errors import NotFoundError
 
 from consumer.bus.connection import Bus, BusUnavailable
+from consumer.bus.releases import Releases
+from consumer.bus.standby import Standby
+from consumer.ports import Delivery
 
 log = structlog.get_logger()
 
@@ -21,12 +25,30 @@ CONFIRM_PAUSE = 0.1  # seconds between two tries
 GIVE_UP_AFTER = 10.0
 
 
+@dataclass(frozen=True)
+class Custody:
+    """What a delivery needs while it is in hand.
+
+    Attributes:
+        bus: The connection that it came over.
+        ack_wait: Seconds that its lease lasts.
+        releases: Where it is noted that it was given back on purpose.
+        standby: Renews its lease while this process cannot.
+    """
+
+    bus: Bus
+    ack_wait: float
+    releases: Releases
+    standby: Standby
+
+
 class JetStreamDelivery:
     """One message of the pull consumer; implements `consumer.ports.Delivery`."""
 
-    def __init__(self, bus: Bus, message: Msg) -> None:
-        self._bus = bus
+    def __init__(self, message: Msg, custody: Custody) -> None:
+        self._bus = custody.bus
         self._message = message
+        self._custody = custody
         metadata = message.metadata
         self.subject = message.subject
         self.body = message.data
@@ -51,6 +73,15 @@ class JetStreamDelivery:
         except (TimeoutError, BusUnavailable) as error:
             log.warning("not_given_back", error=type(error).__name__)
 
+    async def release(self) -> None:
+        """Give it back at once; a note says that it was no try."""
+        await self._custody.releases.note(place_of(self), self.attempt)
+        await self.nak()
+
+    async def releases(self) -> int:
+        """How many earlier deliveries of this message were released; waits for the bus."""
+        return await self._custody.releases.count(place_of(self))
+
     async def term(self, reason: str) -> None:
         """Settle as never to be delivered again, confirmed."""
         # nats-py's own method takes no reason; the server puts this one into its advisory.
@@ -58,11 +89,16 @@ class JetStreamDelivery:
 
     async def extend(self) -> None:
         """Renew the lease."""
+        self._custody.standby.renewed(self._message.reply, self._custody.ack_wait)
         try:
             await self._bus.client.publish(self._message.reply, b"+WPI")
         except (Error, OSError) as error:
             # Nothing to do: the lease may run out, and the fence on the result holds all the same.
             log.warning("heartbeat_failed", error=type(error).__name__)
+
+    def let_lapse(self) -> None:
+        """Renew the lease no more."""
+        self._custody.standby.let_lapse(self._message.reply)
 
     async def _settle(self, payload: bytes) -> None:
         # The server confirms every kind of settlement that has a reply subject. A late one is still
@@ -103,6 +139,11 @@ class JetStreamDelivery:
             return False
         known: int = info.delivered.consumer_seq
         return known < metadata.sequence.consumer
+
+
+def place_of(delivery: Delivery) -> str:
+    """What names a request's message for ever: a stream that is made again begins at 1 again."""
+    return f"{delivery.stream_sequence}-{int(delivery.stored_at.timestamp()):x}"
 
 
 def is_delivery(message: Msg) -> bool:

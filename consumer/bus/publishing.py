@@ -11,7 +11,8 @@ from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 from pydantic import ValidationError
 
-from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.bus.connection import API_TIMEOUT, NO_PUB_ACK, Bus, BusUnavailable
+from consumer.bus.delivery import place_of
 from consumer.bus.topology import TopologyError
 from consumer.ports import DeadLetter, Delivery, MessageTooLarge, ResultEvent
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task, decode_result, encode
@@ -37,9 +38,6 @@ PAUSE_FIRST = 0.1  # seconds
 PAUSE_MOST = 2.0  # seconds; a stored result waits at most so long once the bus is back
 _WRONG_LAST_SEQUENCE = 10071  # err_code: the subject has a message already
 _TOO_LARGE_FOR_STREAM = 10054  # err_code: over the stream's max_msg_size
-# js.publish raises these when the connection is lost under it, and when not the stream but one who
-# listens to the subject has answered.
-_NO_PUB_ACK = (TypeError, AttributeError, ValueError, KeyError)
 MAX_REASON = 1_000  # characters
 _NOT_IN_HEADER_NAMES = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
 
@@ -178,7 +176,7 @@ class JetStreamEvents:
                 if error.err_code == _TOO_LARGE_FOR_STREAM:
                     raise MessageTooLarge from None
                 log.warning("publish_refused", code=error.err_code, reason=error.description)
-            except (Error, OSError, *_NO_PUB_ACK) as error:
+            except (Error, OSError, *NO_PUB_ACK) as error:
                 log.warning("publish_failed", error=type(error).__name__)
                 if self._bus.connected:
                     # Where somebody listens to the subject without storing it, a missing stream is
@@ -221,9 +219,8 @@ def _read(body: bytes) -> ResultEvent | None:
 
 
 def _dead_letter_headers(delivery: Delivery, letter: DeadLetter) -> dict[str, str]:
-    place = f"{delivery.stream}-{delivery.stream_sequence}-{int(delivery.stored_at.timestamp()):x}"
     return {
-        MESSAGE_ID: f"{place}.dead",
+        MESSAGE_ID: f"{delivery.stream}-{place_of(delivery)}.dead",
         DEAD_LETTER_CODE: letter.code,
         DEAD_LETTER_REASON: _ascii(letter.reason)[:MAX_REASON],
         DEAD_LETTER_REQUEST_ID: letter.request_id,

@@ -17,7 +17,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error
 
 from consumer.bus.connection import GIVEN_UP, Bus, BusUnavailable
-from consumer.bus.delivery import JetStreamDelivery, is_delivery
+from consumer.bus.delivery import Custody, JetStreamDelivery, is_delivery
 from consumer.bus.topology import NANOSECONDS, Durable, TopologyError
 
 log = structlog.get_logger()
@@ -37,14 +37,21 @@ class PullLoop:
         bus: The connection.
         durable: What to pull from.
         ensure: Makes the streams and the durable again when they are gone.
+        custody: What its deliveries need.
     """
 
     def __init__(
-        self, bus: Bus, durable: Durable, *, ensure: Callable[[], Awaitable[object]]
+        self,
+        bus: Bus,
+        durable: Durable,
+        *,
+        ensure: Callable[[], Awaitable[object]],
+        custody: Custody,
     ) -> None:
         self._bus = bus
         self._durable = durable
         self._ensure = ensure
+        self._custody = custody
         self._inbox = bus.client.new_inbox()
         self._subscription: Subscription | None = None
         # None wakes the loop without a message: to stop, or to pull again.
@@ -83,7 +90,7 @@ class PullLoop:
                 continue
             if is_delivery(message):
                 self.attached = True
-                return JetStreamDelivery(self._bus, message)
+                return JetStreamDelivery(message, self._custody)
             if message.subject == self._current:  # else the word of an older pull
                 await self._heed(message)
         return None
@@ -127,7 +134,7 @@ class PullLoop:
     def _give_back(self, message: Msg) -> None:
         # In a task of its own: until it is confirmed, heartbeats must be heard.
         giving_back = asyncio.create_task(
-            JetStreamDelivery(self._bus, message).nak(), name="give-back"
+            JetStreamDelivery(message, self._custody).release(), name="give-back"
         )
         self._giving_back.add(giving_back)
         giving_back.add_done_callback(self._giving_back.discard)

@@ -24,15 +24,13 @@ log = structlog.get_logger()
 
 NANOSECONDS = 1_000_000_000
 _FILES_ROOT = "generation"
-_STREAMS = ("REQUESTS", "RESULTS", "DEAD_LETTERS")
+_STREAMS = ("REQUESTS", "RESULTS", "DEAD_LETTERS", "RELEASES", "ADVISORIES")
 _NOT_FOUND = frozenset({10059, 10014})  # stream, consumer
 
 # A difference in one of these breaks a guarantee: requests lost or done twice, results not found.
 _VITAL = frozenset(
     {"subjects", "retention", "discard", "storage", "allow_direct"}
     | {"filter_subjects", "filter_subject", "deliver_policy", "ack_policy", "backoff"}
-    # A request that reaches max_deliver stays in the stream, unseen by any worker.
-    | {"max_deliver"}
 )
 
 # What a consumer must not have. The first entry of a backoff overrides ack_wait, and the lease with
@@ -70,6 +68,7 @@ class Topology:
         subjects: The root decides the names of streams and subjects.
         ack_wait: Seconds, for durables that are created or applied.
         max_ack_pending: For the same.
+        max_deliver: For the same; None is the files'. What reaches it is put aside by the watcher.
         durable_name: Overrides the files' name of the durable, for one task.
     """
 
@@ -80,12 +79,14 @@ class Topology:
         *,
         ack_wait: float,
         max_ack_pending: int,
+        max_deliver: int | None = None,
         durable_name: str | None = None,
     ) -> None:
         self._bus = bus
         self._subjects = subjects
         self._ack_wait = ack_wait
         self._max_ack_pending = max_ack_pending
+        self._max_deliver = max_deliver
         self._durable_name = durable_name
 
     async def apply(self, tasks: tuple[Task, ...]) -> dict[str, Change]:
@@ -102,8 +103,10 @@ class Topology:
         for wanted in self._streams():
             done[wanted["name"]] = await self._apply_stream(wanted)
         for task in tasks:
-            wanted = self._consumer(task)
-            done[wanted["durable_name"]] = await self._apply_consumer(wanted)
+            stream, wanted = self._subjects.requests_stream, self._consumer(task)
+            done[wanted["durable_name"]] = await self._apply_consumer(stream, wanted)
+            stream, wanted = self._subjects.advisories_stream, self._watcher(task)
+            done[f"watcher {wanted['durable_name']}"] = await self._apply_consumer(stream, wanted)
         return done
 
     async def ensure(self, task: Task) -> Durable:
@@ -124,13 +127,13 @@ class Topology:
                 log.info("stream_created", stream=wanted["name"])
             else:
                 _compare(f"stream {wanted['name']}", wanted, found["config"])
-        wanted = self._consumer(task)
-        stream, name = self._subjects.requests_stream, wanted["durable_name"]
-        found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
-        if found is None:
-            found = await self._create_consumer(stream, name, wanted)
-            log.info("consumer_created", consumer=name)
-        return _durable(stream, name, wanted, found["config"])
+        await self._ensure_consumer(self._subjects.advisories_stream, self._watcher(task))
+        return await self._ensure_consumer(self._subjects.requests_stream, self._consumer(task))
+
+    def watcher(self, task: Task) -> Durable:
+        """The durable of the server's advisories about a task's durable, as `ensure` makes it."""
+        wanted = self._watcher(task)
+        return _durable(self._subjects.advisories_stream, wanted, wanted)
 
     async def look(self, task: Task) -> Durable:
         """Compare everything without changing anything, for `consumer check`.
@@ -144,12 +147,8 @@ class Topology:
             if found is None:
                 raise TopologyError(f"stream {wanted['name']}: missing; run `consumer apply`")
             _compare(f"stream {wanted['name']}", wanted, found["config"])
-        wanted = self._consumer(task)
-        stream, name = self._subjects.requests_stream, wanted["durable_name"]
-        found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
-        if found is None:
-            raise TopologyError(f"consumer {name}: missing; run `consumer apply`")
-        return _durable(stream, name, wanted, found["config"])
+        await self._look_at_consumer(self._subjects.advisories_stream, self._watcher(task))
+        return await self._look_at_consumer(self._subjects.requests_stream, self._consumer(task))
 
     def _streams(self) -> list[Config]:
         root = _FILES_ROOT.upper()
@@ -159,10 +158,22 @@ class Topology:
         wanted = self._rooted(f"consumers/{task}.json")
         wanted["ack_wait"] = round(self._ack_wait * NANOSECONDS)
         wanted["max_ack_pending"] = self._max_ack_pending
+        if self._max_deliver is not None:
+            wanted["max_deliver"] = self._max_deliver
+        return self._named(wanted)
+
+    def _watcher(self, task: Task) -> Config:
+        wanted = self._rooted(f"watchers/{task}.json")
         if self._durable_name is not None:
-            wanted["durable_name"] = self._durable_name
-        wanted["name"] = wanted["durable_name"]
-        return wanted | _NOT_FOR_CONSUMERS
+            wanted["filter_subjects"] = [
+                subject.removesuffix(f".{task}") + f".{self._durable_name}"
+                for subject in wanted["filter_subjects"]
+            ]
+        return self._named(wanted)
+
+    def _named(self, wanted: Config) -> Config:
+        name = self._durable_name or wanted["durable_name"]
+        return {**wanted, "durable_name": name, "name": name, **_NOT_FOR_CONSUMERS}
 
     def _rooted(self, name: str) -> Config:
         config: Config = json.loads(_definition(name))
@@ -171,10 +182,14 @@ class Topology:
             config["name"] = config["name"].replace(_FILES_ROOT.upper(), own, 1)
         for key in ("subjects", "filter_subjects"):
             if key in config:
-                config[key] = [
-                    subject.replace(_FILES_ROOT, self._subjects.root, 1) for subject in config[key]
-                ]
+                config[key] = [self._rooted_subject(subject) for subject in config[key]]
         return config
+
+    def _rooted_subject(self, subject: str) -> str:
+        # The server's own subjects name the stream.
+        return subject.replace(
+            f"{_FILES_ROOT.upper()}_REQUESTS", self._subjects.requests_stream
+        ).replace(f"{_FILES_ROOT}.", f"{self._subjects.root}.", 1)
 
     async def _apply_stream(self, wanted: Config) -> Change:
         found = await self._call(f"STREAM.INFO.{wanted['name']}")
@@ -187,8 +202,8 @@ class Topology:
         await self._call(f"STREAM.UPDATE.{wanted['name']}", {**found["config"], **wanted})
         return "updated"
 
-    async def _apply_consumer(self, wanted: Config) -> Change:
-        stream, name = self._subjects.requests_stream, wanted["durable_name"]
+    async def _apply_consumer(self, stream: str, wanted: Config) -> Change:
+        name = wanted["durable_name"]
         found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
         if found is not None:
             _refuse_push(name, found["config"])
@@ -197,6 +212,23 @@ class Topology:
         config = wanted if found is None else {**found["config"], **wanted}
         await self._create_consumer(stream, name, config)
         return "created" if found is None else "updated"
+
+    async def _ensure_consumer(self, stream: str, wanted: Config) -> Durable:
+        name = wanted["durable_name"]
+        found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
+        if found is None:
+            found = await self._create_consumer(stream, name, wanted)
+            log.info("consumer_created", stream=stream, consumer=name)
+        return _durable(stream, wanted, found["config"])
+
+    async def _look_at_consumer(self, stream: str, wanted: Config) -> Durable:
+        name = wanted["durable_name"]
+        found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
+        if found is None:
+            raise TopologyError(
+                f"stream {stream}: consumer {name} is missing; run `consumer apply`"
+            )
+        return _durable(stream, wanted, found["config"])
 
     async def _create_consumer(self, stream: str, name: str, config: Config) -> Config:
         body = {"stream_name": stream, "config": config}
@@ -241,7 +273,8 @@ def _definition(name: str) -> str:
     return (Path(__file__).parents[2] / "infra" / "nats" / name).read_text()
 
 
-def _durable(stream: str, name: str, wanted: Config, found: Config) -> Durable:
+def _durable(stream: str, wanted: Config, found: Config) -> Durable:
+    name = wanted["durable_name"]
     _refuse_push(name, found)
     _compare(f"consumer {name}", wanted, found)
     return Durable(

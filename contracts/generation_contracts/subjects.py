@@ -70,6 +70,10 @@ class Subjects:
         """Where the original bytes of a request go that no worker can handle."""
         return f"{self.root}.dead.{task}"
 
+    def releases(self, task: Task) -> str:
+        """Where it is noted, under one more token for each message, that it was given back."""
+        return f"{self.root}.released.{task}"
+
     def call(self, task: Task) -> str:
         """The front door for request-reply."""
         return f"{self.root}.call.{task}"
@@ -92,6 +96,16 @@ class Subjects:
     def dead_letters_stream(self) -> str:
         """Name of the stream that keeps what could not be handled."""
         return self._stream("DEAD_LETTERS")
+
+    @property
+    def releases_stream(self) -> str:
+        """Name of the stream that keeps the notes of what was given back on purpose."""
+        return self._stream("RELEASES")
+
+    @property
+    def advisories_stream(self) -> str:
+        """Name of the stream that keeps what the server says of its own accord."""
+        return self._stream("ADVISORIES")
 
     def id_in(self, subject: str, task: Task) -> str | None:
         """The request id in a request's subject, or None in the form without one."""

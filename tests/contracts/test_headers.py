@@ -26,7 +26,7 @@ async def hpub(body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
     commands: list[bytes] = []
 
     class Unconnected(Client):
-        async def _send_command(self, cmd: bytes, priority: bool = False) -> None:  # noqa: ARG002, FBT002
+        async def _send_command(self, cmd: bytes, priority: bool = False) -> None:  # noqa: FBT002
             commands.append(bytes(cmd))
 
     client = Unconnected()

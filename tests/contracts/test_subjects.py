@@ -36,12 +36,17 @@ def test_subjects_are_those_of_the_design() -> None:
     assert subjects.progress(IMAGE_TO_TEXT, "a-1") == "generation.progress.image_to_text.a-1"
     assert subjects.dead_letter(TEXT_TO_IMAGE) == "generation.dead.text_to_image"
     assert subjects.call(TEXT_TO_IMAGE) == "generation.call.text_to_image"
+    assert subjects.releases(TEXT_TO_IMAGE) == "generation.released.text_to_image"
     assert subjects.cancel("a-1") == "generation.cancel.a-1"
 
 
 def test_streams_are_those_of_the_design() -> None:
-    streams = Subjects().requests_stream, Subjects().results_stream, Subjects().dead_letters_stream
-    assert streams == ("GENERATION_REQUESTS", "GENERATION_RESULTS", "GENERATION_DEAD_LETTERS")
+    subjects = Subjects()
+    assert subjects.requests_stream == "GENERATION_REQUESTS"
+    assert subjects.results_stream == "GENERATION_RESULTS"
+    assert subjects.dead_letters_stream == "GENERATION_DEAD_LETTERS"
+    assert subjects.releases_stream == "GENERATION_RELEASES"
+    assert subjects.advisories_stream == "GENERATION_ADVISORIES"
 
 
 def test_another_root_moves_every_subject_and_stream() -> None:

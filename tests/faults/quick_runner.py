@@ -84,7 +84,7 @@ class QuickRunner:
     def begin(self, request: Request, *, save_memory: bool) -> None:
         """Before the first step."""
 
-    def step(self, request: Request, number: int) -> None:  # noqa: ARG002 - for those that override
+    def step(self, request: Request, number: int) -> None:
         time.sleep(STEP)
 
     def output(self, request: Request, images: Sequence[Image.Image]) -> RunnerOutput:

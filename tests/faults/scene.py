@@ -131,7 +131,7 @@ class Scene:
         jetstream = self.sender.jetstream()
         info = await jetstream.stream_info(self.subjects.dead_letters_stream)
         letters = []
-        for sequence in range(info.state.first_seq, info.state.last_seq + 1):
+        for sequence in range(max(1, info.state.first_seq), info.state.last_seq + 1):
             message = await jetstream.get_msg(self.subjects.dead_letters_stream, sequence)
             letters.append(message.headers or {})
         return letters

@@ -16,7 +16,17 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js.api import ConsumerInfo
 
-from consumer.bus import Bus, JetStreamEvents, PullLoop, Topology, connect
+from consumer.bus import (
+    Bus,
+    Custody,
+    Durable,
+    JetStreamEvents,
+    PullLoop,
+    Releases,
+    Standby,
+    Topology,
+    connect,
+)
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.devstack import NatsServer
 from consumer.settings import Settings
@@ -175,9 +185,19 @@ class Installation:
         self._buses.append(bus)
         topology = Topology(bus, self.subjects, ack_wait=ACK_WAIT, max_ack_pending=1)
         ensure = partial(topology.ensure, TASK)
-        loop = PullLoop(bus, await ensure(), ensure=ensure)
+        durable = await ensure()
+        loop = PullLoop(bus, durable, ensure=ensure, custody=self.custody(bus, durable))
         await loop.start()
         return Worker(bus, loop)
+
+    def custody(self, bus: Bus, durable: Durable) -> Custody:
+        """What deliveries need, with a standby that is not started."""
+        releases = Releases(
+            bus,
+            stream=self.subjects.releases_stream,
+            subject=self.subjects.releases(TASK),
+        )
+        return Custody(bus, durable.ack_wait, releases, Standby(bus_settings(self.server.url)))
 
     def events_of(self, worker: Worker) -> JetStreamEvents:
         """The publishing side of a worker, on its own connection."""

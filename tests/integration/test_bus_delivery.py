@@ -44,6 +44,51 @@ async def test_a_nak_brings_the_request_again_at_once(installation: Installation
     measured("nak", time.monotonic() - started)
 
 
+async def test_released_request_comes_again_at_once_and_knows_of_it(
+    installation: Installation,
+) -> None:
+    worker = await installation.worker()
+    await installation.publish(b"again")
+    await installation.publish(b"other")
+    for attempt, releases in ((1, 0), (2, 1), (3, 2)):
+        delivered = await take(worker)
+        assert (delivered.body, delivered.attempt) == (b"again", attempt)
+        assert await soon(delivered.releases()) == releases
+        await soon(delivered.release())
+    again = await take(worker)
+    await soon(again.release())
+    await soon(again.release())  # as after a confirmation that was lost: it is one release
+    again = await take(worker)
+    assert await soon(again.releases()) == 4
+    await soon(again.nak())  # a try that failed is no release
+    again = await take(worker)
+    assert await soon(again.releases()) == 4
+    await soon(again.ack())
+    assert await soon((await take(worker)).releases()) == 0
+
+
+async def test_release_without_a_place_for_its_note_gives_back_all_the_same(
+    installation: Installation,
+) -> None:
+    worker = await installation.worker()
+    await installation.publish()
+    delivered = await take(worker)
+    await installation.api("STREAM.DELETE.GENERATION_RELEASES")
+    await soon(delivered.release())
+    again = await take(worker)
+    assert (again.attempt, await soon(again.releases())) == (2, 0)
+
+
+async def test_release_over_a_dead_server_ends(installation: Installation) -> None:
+    worker = await installation.worker()
+    await installation.publish()
+    delivered = await take(worker)
+    with installation.frozen():
+        await soon(delivered.release())
+    again = await take(worker)
+    assert again.attempt == 2
+
+
 async def test_what_is_the_same_for_every_delivery_stays_the_same(
     installation: Installation,
 ) -> None:

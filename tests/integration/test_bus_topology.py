@@ -26,8 +26,10 @@ from tests.integration.bus_installation import (
 )
 
 ROOT = Path(__file__).parents[2]
-STREAMS = (REQUESTS, RESULTS, DEAD_LETTERS)
-EVERYTHING = (*STREAMS, "text_to_image", "image_to_text")
+RELEASES, ADVISORIES = "GENERATION_RELEASES", "GENERATION_ADVISORIES"
+STREAMS = (REQUESTS, RESULTS, DEAD_LETTERS, RELEASES, ADVISORIES)
+TASKS = ("text_to_image", "image_to_text")
+EVERYTHING = (*STREAMS, *TASKS, *(f"watcher {task}" for task in TASKS))
 BOTH = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_TEXT)
 SECOND = 1_000_000_000  # nanoseconds
 
@@ -94,6 +96,10 @@ async def test_what_apply_creates_is_what_the_files_say(bus: Bus) -> None:
         }
         found = await consumer_config(bus, wanted["durable_name"])
         assert {key: found.get(key) for key in wanted} == wanted
+    for path in (ROOT / "infra/nats/watchers").glob("*.json"):
+        wanted = json.loads(path.read_text())
+        found = await consumer_config(bus, wanted["durable_name"], stream=ADVISORIES)
+        assert {key: found.get(key) for key in wanted} == wanted
 
 
 @pytest.mark.parametrize("ack_wait", [1.0, 1.1, 12.345, 60.0])
@@ -114,7 +120,7 @@ async def test_apply_updates_a_live_durable_and_keeps_the_rest_of_it(bus: Bus) -
     assert {done[name] for name in STREAMS} == {"unchanged"}
     found = await consumer_config(bus)
     assert (found["max_ack_pending"], found["ack_wait"]) == (5, 30 * SECOND)
-    assert (found["max_waiting"], found["max_deliver"]) == (512, -1)
+    assert (found["max_waiting"], found["max_deliver"]) == (512, 30)
     assert found["sample_freq"] == "100"
     assert found["metadata"]["owner"] == "us"
     again = await topology(bus, max_ack_pending=5, ack_wait=30.0).apply((TASK,))
@@ -218,13 +224,28 @@ async def test_ensure_refuses_a_backoff(bus: Bus) -> None:
         await topology(bus).ensure(TASK)
 
 
-async def test_ensure_refuses_a_max_deliver(bus: Bus) -> None:
+async def test_another_max_deliver_is_reported_and_applied(bus: Bus) -> None:
     await topology(bus).apply((TASK,))
     await change_consumer(bus, max_deliver=3)
-    with pytest.raises(TopologyError, match="consumer text_to_image: max_deliver is 3"):
+    with capture_logs() as logs:
         await topology(bus).ensure(TASK)
-    assert (await topology(bus).apply((TASK,)))["text_to_image"] == "updated"
-    await topology(bus).ensure(TASK)
+    assert [(entry["key"], entry["found"], entry["wanted"]) for entry in logs] == [
+        ("max_deliver", 3, 30)
+    ]
+    assert (await topology(bus, max_deliver=50).apply((TASK,)))["text_to_image"] == "updated"
+    assert (await consumer_config(bus))["max_deliver"] == 50
+
+
+async def test_watcher_hears_of_its_own_durable_alone(bus: Bus) -> None:
+    await topology(bus, durable_name="mine").apply((TASK,))
+    await topology(bus).apply((Task.IMAGE_TO_TEXT,))
+    advisories = f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{REQUESTS}"
+    for durable in ("mine", "image_to_text"):
+        found = await consumer_config(bus, durable, stream=ADVISORIES)
+        assert found["filter_subjects"] == [f"{advisories}.{durable}"]
+        assert found["max_deliver"] == -1
+    wanted = topology(bus, durable_name="mine").watcher(TASK)
+    assert wanted == Durable(stream=ADVISORIES, name="mine", ack_wait=30.0, max_ack_pending=1)
 
 
 async def test_a_push_consumer_is_refused(bus: Bus) -> None:
@@ -275,7 +296,7 @@ async def test_look_changes_nothing(bus: Bus) -> None:
     with pytest.raises(TopologyError, match=f"stream {REQUESTS}: missing"):
         await topology(bus).look(TASK)
     await topology(bus).apply(())
-    with pytest.raises(TopologyError, match="consumer text_to_image: missing"):
+    with pytest.raises(TopologyError, match="consumer text_to_image is missing"):
         await topology(bus).look(TASK)
     await topology(bus).apply((TASK,))
     assert await topology(bus).look(TASK) == await topology(bus).ensure(TASK)
@@ -284,16 +305,14 @@ async def test_look_changes_nothing(bus: Bus) -> None:
 async def test_another_root_makes_streams_of_its_own(bus: Bus) -> None:
     await topology(bus).apply(BOTH)
     done = await topology(bus, "team.a").apply(BOTH)
-    assert done == {
-        "TEAM_A_REQUESTS": "created",
-        "TEAM_A_RESULTS": "created",
-        "TEAM_A_DEAD_LETTERS": "created",
-        "text_to_image": "created",
-        "image_to_text": "created",
-    }
+    assert done == {name.replace("GENERATION", "TEAM_A"): "created" for name in EVERYTHING}
     assert (await stream_config(bus, "TEAM_A_REQUESTS"))["subjects"] == ["team.a.request.>"]
     durable = await consumer_config(bus, stream="TEAM_A_REQUESTS")
     assert durable["filter_subjects"] == list(Subjects("team.a").request_filters(TASK))
+    assert (await stream_config(bus, "TEAM_A_ADVISORIES"))["subjects"] == [
+        "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.TEAM_A_REQUESTS.*"
+    ]
+    assert (await stream_config(bus, "TEAM_A_RELEASES"))["subjects"] == ["team.a.released.>"]
     assert set((await topology(bus).apply(BOTH)).values()) == {"unchanged"}
 
 
@@ -375,14 +394,15 @@ async def test_the_server_takes_the_files_as_they_are(bus: Bus) -> None:
         config = json.loads(path.read_text())
         assert path.stem == config["name"]
         await api(bus, f"STREAM.CREATE.{config['name']}", config)
-    for path in sorted((ROOT / "infra/nats/consumers").glob("*.json")):
-        config = json.loads(path.read_text())
-        assert path.stem == config["durable_name"]
-        await api(
-            bus,
-            f"CONSUMER.DURABLE.CREATE.{REQUESTS}.{config['durable_name']}",
-            {"stream_name": REQUESTS, "config": config},
-        )
+    for folder, stream in (("consumers", REQUESTS), ("watchers", ADVISORIES)):
+        for path in sorted((ROOT / "infra/nats" / folder).glob("*.json")):
+            config = json.loads(path.read_text())
+            assert path.stem == config["durable_name"]
+            await api(
+                bus,
+                f"CONSUMER.DURABLE.CREATE.{stream}.{config['durable_name']}",
+                {"stream_name": stream, "config": config},
+            )
     assert set((await topology(bus).apply(BOTH)).values()) == {"unchanged"}
 
 

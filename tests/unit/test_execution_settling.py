@@ -313,7 +313,7 @@ async def test_cancelled_task_gives_the_request_back(world: MemoryWorld) -> None
     working = asyncio.create_task(world.work())
     await soon(hold.begun())
     await cancel(working)
-    assert world.settlements == ["nak"]
+    assert world.settlements == ["release"]
     assert not beating()
     assert not world.execution.interrupt(Reason.CANCEL)
     assert world.observer.outcomes == ["given_back"]

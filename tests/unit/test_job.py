@@ -61,7 +61,7 @@ TABLE: list[tuple[Outcome, range, str, FailureCode | None, str, str]] = [
     (StoreUnreachable(), ANY, "none", None, "keep", ""),
     (BusUnreachable(), ANY, "none", None, "keep", ""),
     (WorkerLost(), ANY, "failed", FailureCode.WORKER_LOST, "term", "dead letter"),
-    (Draining(), ANY, "none", None, "nak", ""),
+    (Draining(), ANY, "none", None, "release", ""),
     (ResultTooLarge(), ANY, "failed", FailureCode.INTERNAL, "ack", ""),
     (Broken("E"), EARLY, "none", None, "nak", ""),
     (Broken("E"), LATE, "failed", FailureCode.INTERNAL, "term", "dead letter"),

@@ -1,0 +1,30 @@
+"""The model holds the interpreter's lock in C in its first run, for `FAULTS_SECONDS`.
+
+It does so at once, or where `FAULTS_WAIT` is set, when the test has made the mark `hold`.
+"""
+
+import ctypes
+import os
+import time
+from pathlib import Path
+
+from consumer.settings import Settings
+from generation_contracts import Request
+from tests.faults.quick_runner import FOLDER, STEP, QuickRunner, first_time, note
+
+MICROSECONDS = 1_000_000
+
+
+class HoldingTheLock(QuickRunner):
+    def begin(self, request: Request, *, save_memory: bool) -> None:
+        if not first_time("held"):
+            return
+        while "FAULTS_WAIT" in os.environ and not (Path(os.environ[FOLDER]) / "hold").exists():
+            time.sleep(STEP)
+        note("holding", str(os.getpid()))
+        # PyDLL keeps the lock while it calls, as a badly written extension does.
+        ctypes.PyDLL(None).usleep(int(float(os.environ["FAULTS_SECONDS"]) * MICROSECONDS))
+
+
+def make_runner(_: Settings) -> HoldingTheLock:
+    return HoldingTheLock()

@@ -1,0 +1,95 @@
+"""What counts as a try, and what becomes of requests that nobody counted."""
+
+import json
+import signal
+from typing import Any
+
+import pytest
+
+from generation_contracts import Task
+from tests.faults.scene import ACK_WAIT, Scene
+
+
+async def change_durable(scene: Scene, **values: Any) -> None:
+    """Change the durable as an operator would, behind the workers' backs."""
+    jetstream = scene.sender.jetstream()
+    stream, name = scene.subjects.requests_stream, str(scene.task)
+    found = await scene.sender.request(f"$JS.API.CONSUMER.INFO.{stream}.{name}")
+    config = {**json.loads(found.data)["config"], **values}
+    made = await scene.sender.request(
+        f"$JS.API.CONSUMER.CREATE.{stream}.{name}",
+        json.dumps({"stream_name": stream, "config": config}).encode(),
+    )
+    assert "error" not in json.loads(made.data), made.data
+    assert (await jetstream.consumer_info(stream, name)).config.max_deliver == values["max_deliver"]
+
+
+async def test_request_that_is_given_back_by_a_draining_worker_is_not_counted(scene: Scene) -> None:
+    settings = {"CONSUMER_MAX_ATTEMPTS": "1", "CONSUMER_DRAIN_GRACE": "0.1"}
+    request_id = await scene.submit(steps=200)
+    for run in (1, 2):
+        draining = await scene.start(**settings)
+        await scene.noted("runs", run)
+        draining.signal(signal.SIGTERM)
+        assert await scene.ended(draining) == 0
+    await scene.start(**settings)
+    event = await scene.event(request_id)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 3)
+    assert await scene.dead_letters() == []
+    await scene.emptied()
+
+
+async def test_request_whose_model_raised_is_counted(scene: Scene) -> None:
+    await scene.start("raising", CONSUMER_MAX_ATTEMPTS="2")
+    request_id = await scene.submit()
+    event = await scene.event(request_id)
+    assert (event["failure"]["code"], event["attempt"]) == ("model_error", 2)
+
+
+async def test_what_reaches_max_deliver_without_a_word_is_put_aside(scene: Scene) -> None:
+    await change_durable(scene, max_deliver=1)
+    dying = await scene.start("killed_in_run")
+    inbox = scene.sender.new_inbox()
+    answers = await scene.sender.subscribe(inbox)
+    request_id = await scene.submit(reply_to=inbox, metadata={"customer": "42"})
+    next_id = await scene.submit()
+    assert await scene.ended(dying) == -signal.SIGKILL
+    await scene.start()
+
+    event = await scene.event(request_id, within=ACK_WAIT + 10)
+    assert (event["failure"]["code"], event["attempt"]) == ("worker_lost", 1)
+    assert event["metadata"] == {"customer": "42"}
+    assert json.loads((await answers.next_msg(timeout=5)).data) == event
+    assert (await scene.event(next_id))["type"] == "generation.v1.succeeded"
+    await scene.emptied()
+    (letter,) = await scene.dead_letters()
+    assert letter["Dead-Letter-Code"] == "worker_lost"
+    assert letter["Dead-Letter-Request-Id"] == request_id
+    assert scene.runs() == [request_id, next_id]
+    info = await scene.sender.jetstream().stream_info(scene.subjects.advisories_stream)
+    assert info.state.messages == 0, "the advisory is settled too"
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [b"no json", b"{}", b'{"stream":"%s","stream_seq":1,"deliveries":9}'],
+    ids=["not json", "empty", "another stream"],
+)
+async def test_advisory_that_is_none_does_no_harm(scene: Scene, forged: bytes) -> None:
+    await scene.start()
+    request_id = await scene.submit()
+    event = await scene.event(request_id)
+    results = scene.subjects.results_stream
+    durable = f"{scene.subjects.requests_stream}.{Task.TEXT_TO_IMAGE}"
+    await scene.sender.publish(
+        f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{durable}",
+        forged % results.encode() if b"%s" in forged else forged,
+    )
+
+    async def read() -> bool:
+        info = await scene.sender.jetstream().stream_info(scene.subjects.advisories_stream)
+        return info.state.last_seq == 1 and info.state.messages == 0
+
+    await scene.until(read, "advisory read")
+    assert await scene.event(request_id) == event
+    assert (await scene.event(await scene.submit()))["type"] == "generation.v1.succeeded"

@@ -1,0 +1,89 @@
+"""The interpreter's lock held in C for longer than a lease: it is kept, but not for ever."""
+
+import os
+import signal
+from pathlib import Path
+
+from consumer.devstack import Daemon
+from tests.faults.scene import ACK_WAIT, Scene
+
+
+def standby_of(worker: Daemon) -> int:
+    """The process id of a worker's standby."""
+    children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    (standby,) = (
+        int(child)
+        for child in children
+        if b"standby_process" in Path(f"/proc/{child}/cmdline").read_bytes()
+    )
+    return standby
+
+
+def exists(pid: int) -> bool:
+    """Whether a process that is no child of this one goes on."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+async def test_lease_survives_a_lock_held_for_twice_as_long(scene: Scene) -> None:
+    worker = await scene.start("holding_the_lock", FAULTS_SECONDS=str(2 * ACK_WAIT + 0.5))
+    await scene.logged(worker, "standby_connected")
+    request_id = await scene.submit()
+    await scene.noted("holding")
+    await scene.start()  # it would get the request as soon as the lease ran out
+    event = await scene.event(request_id)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
+    assert scene.runs() == [request_id]
+    await scene.emptied()
+
+
+async def test_lock_that_is_held_too_long_costs_the_lease_and_the_process(scene: Scene) -> None:
+    hanging = await scene.start(
+        "holding_the_lock", FAULTS_SECONDS="600", CONSUMER_STALL_TIMEOUT="1"
+    )
+    request_id = await scene.submit()
+    await scene.noted("holding")
+    await scene.start()
+    assert await scene.ended(hanging) == -signal.SIGKILL
+    log = hanging.log_since_start()
+    assert "worker_hangs" in log
+    assert "holding_the_lock.py" in log, "it says where the thread is"
+    event = await scene.event(request_id, within=ACK_WAIT + 2)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
+    assert scene.runs() == [request_id] * 2
+
+
+async def test_standby_ends_with_its_worker(scene: Scene) -> None:
+    worker = await scene.start()
+    standby = standby_of(worker)
+    os.kill(worker.pid, signal.SIGKILL)
+
+    async def gone() -> bool:
+        return not exists(standby)
+
+    await scene.until(gone, "end of the standby")
+
+
+async def test_standby_that_is_killed_is_replaced_and_knows_the_leases(scene: Scene) -> None:
+    worker = await scene.start(
+        "holding_the_lock", FAULTS_SECONDS=str(2 * ACK_WAIT), FAULTS_WAIT="1"
+    )
+    request_id = await scene.submit()
+    await scene.noted("runs")
+    await scene.logged(worker, "standby_connected")
+    os.kill(standby_of(worker), signal.SIGKILL)
+
+    async def replaced() -> bool:
+        return worker.log_since_start().count("standby_connected") == 2
+
+    await scene.until(replaced, "new standby")
+    (scene.folder / "hold").touch()
+    await scene.noted("holding")
+    await scene.start()
+    event = await scene.event(request_id)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
+    assert scene.runs() == [request_id]
+    assert worker.alive
