@@ -362,7 +362,7 @@ class Execution:
         pause = STORE_PAUSE_FIRST
         while True:
             try:
-                return await action()
+                return await job.interrupt.during(action())
             except StoreUnavailable as error:
                 log.warning("store_unavailable", reason=str(error), pause=round(pause, 1))
             decision = self._decide(job, outcomes.StoreUnreachable())

@@ -7,11 +7,14 @@ its conditions does not hold; `/metrics` is Prometheus text.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import structlog
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from consumer.ports import Observer
 from consumer.telemetry import JobReport, Metrics
+
+log = structlog.get_logger()
 
 SHUTDOWN_TIMEOUT = 1.0  # seconds that a scrape under way may take when the daemon ends
 
@@ -70,7 +73,12 @@ class Watch(Observer):
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
         """The store has answered, or not."""
         self.metrics.store_reachable(reachable, reason)
-        self.health.store_problem = "" if reachable else reason or "not reachable"
+        problem = "" if reachable else reason or "not reachable"
+        if problem and problem != self.health.store_problem:
+            log.warning("store_unreachable", reason=problem)
+        elif self.health.store_problem and not problem:
+            log.info("store_reachable")
+        self.health.store_problem = problem
 
 
 class Unwatched(Observer):

@@ -4,8 +4,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from enum import Enum, auto
+from typing import TypeVar
 
 from consumer.ports import Interrupted, RunnerOutput
+
+T = TypeVar("T")
 
 PROGRESS_INTERVAL = 0.2  # seconds; at most 5 events a second, the latest wins
 PATIENCE = 5.0  # seconds that a thread gets to come to its next step when the process is to end
@@ -56,6 +59,27 @@ class Interrupt:
         """
         if self.reason is not None:
             raise Stopped(self.reason)
+
+    async def during(self, work: Awaitable[T]) -> T:
+        """Wait for something that may be broken off, but no longer than until it is set.
+
+        Raises:
+            Stopped: It was set first; the work has been cancelled.
+            Exception: What the work raised.
+        """
+        doing = asyncio.ensure_future(work)
+        told = asyncio.ensure_future(self._event.wait())
+        try:
+            await asyncio.wait({doing, told}, return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                self.check()
+            return await doing
+        finally:
+            doing.cancel()
+            told.cancel()
+            # What is broken off has ended before anything else is done with its parts.
+            await asyncio.gather(doing, told, return_exceptions=True)
+            del doing, told  # what the work raised has this frame in its traceback
 
     async def sleep(self, seconds: float) -> None:
         """Wait, but no longer than until it is set.

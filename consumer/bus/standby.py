@@ -25,7 +25,6 @@ from consumer.settings import Settings
 log = structlog.get_logger()
 
 START_AGAIN_AFTER = 1.0  # seconds
-END_WITHIN = 2.0  # seconds between the end of its input and SIGKILL
 _CONNECTION = ("nats_url", "nats_creds", "nats_nkey_seed", "nats_ca", "nats_cert", "nats_key")
 
 
@@ -84,14 +83,8 @@ class Standby:
             supervising.cancel()
             await asyncio.wait({supervising})
         process, self._process = self._process, None
-        if process is None or process.stdin is None:
-            return
-        process.stdin.close()
-        try:
-            async with asyncio.timeout(END_WITHIN):
-                await process.wait()
-        except TimeoutError:
-            process.kill()
+        if process is not None and process.returncode is None:
+            process.kill()  # it has nothing to lose
             await process.wait()
 
     def renewed(self, lease: str, ack_wait: float) -> None:

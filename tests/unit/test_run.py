@@ -247,3 +247,77 @@ async def test_sleep_after_an_interrupt_does_not_begin() -> None:
 
 async def test_sleep_without_an_interrupt_ends_by_itself() -> None:
     await asyncio.wait_for(Interrupt().sleep(0.001), SOON)
+
+
+# -- work that may be broken off ------------------------------------------------------------------
+
+
+async def test_work_gives_what_it_gives() -> None:
+    async def work() -> int:
+        await asyncio.sleep(0)
+        return 7
+
+    assert await asyncio.wait_for(Interrupt().during(work()), SOON) == 7
+
+
+async def test_work_raises_what_it_raises() -> None:
+    async def work() -> None:
+        raise OutOfMemory
+
+    with pytest.raises(OutOfMemory):
+        await asyncio.wait_for(Interrupt().during(work()), SOON)
+
+
+@REASONS
+@pytest.mark.parametrize("before", [True, False])
+async def test_interrupt_breaks_work_off_and_waits_for_its_end(
+    reason: Reason, *, before: bool
+) -> None:
+    interrupt, ended = Interrupt(), False
+
+    async def work() -> None:
+        nonlocal ended
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended = True
+
+    if before:
+        interrupt.set(reason)
+    doing = asyncio.create_task(interrupt.during(work()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    interrupt.set(reason)
+    with pytest.raises(Stopped) as stopped:
+        await asyncio.wait_for(doing, SOON)
+    assert stopped.value.reason is reason
+    assert ended or before  # what has not begun has nothing to end
+
+
+async def test_work_that_is_done_when_the_interrupt_comes_is_kept() -> None:
+    interrupt = Interrupt()
+
+    async def work() -> int:
+        interrupt.set(Reason.DRAIN)
+        return 7
+
+    assert await asyncio.wait_for(interrupt.during(work()), SOON) == 7
+
+
+async def test_cancellation_of_the_waiter_ends_the_work() -> None:
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    doing = asyncio.create_task(Interrupt().during(work()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    doing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await doing
+    assert ended.is_set()

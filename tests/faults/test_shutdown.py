@@ -1,0 +1,178 @@
+"""SIGTERM in every state: nothing is lost, nothing stays behind, the exit code is the design's."""
+
+import asyncio
+import json
+import os
+import signal
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consumer.devstack import Daemon
+from tests.faults.scene import Event, Scene
+
+LONG = 200  # steps; two seconds of the quick model
+
+
+@pytest.fixture
+async def scene(scene: Scene) -> Scene:
+    """The installation, with leases that do not run out in any test."""
+    jetstream = scene.sender.jetstream()
+    stream, name = scene.subjects.requests_stream, str(scene.task)
+    config = (await jetstream.consumer_info(stream, name)).config
+    config.ack_wait = 60.0
+    await jetstream.add_consumer(stream, config)
+    return scene
+
+
+def connections(scene: Scene) -> list[str]:
+    """The names of the connections that the server has from workers and their standbys."""
+    with urllib.request.urlopen(f"{scene.stack.nats.monitoring_url}/connz") as answer:  # noqa: S310 - loopback
+        found: dict[str, Any] = json.load(answer)
+    return [
+        one.get("name", "") for one in found["connections"] if "generation" in one.get("name", "")
+    ]
+
+
+def group(pid: int) -> list[int]:
+    """Every process of the group that a worker leads, the worker included."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getpgid(int(entry.name)) == pid:
+                    members.append(int(entry.name))
+            except ProcessLookupError:
+                continue
+    return members
+
+
+async def gone(scene: Scene, worker: Daemon) -> int:
+    """The exit code of a worker that has been told to end, and of which nothing is left."""
+    code = await scene.ended(worker)
+
+    async def nothing_left() -> bool:
+        return not group(worker.pid) and not await asyncio.to_thread(connections, scene)
+
+    await scene.until(nothing_left, "end of the worker's processes and connections")
+    assert "daemon_stopped" in worker.log_since_start()
+    return code
+
+
+async def done_by_another(scene: Scene, request_id: str) -> Event:
+    """The result of a request that has been given back."""
+    assert await scene.events(request_id) == []
+    await scene.start()
+    event = await scene.event(request_id)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
+    await scene.emptied()
+    assert len(await scene.keys()) == 1
+    return event
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_idle(scene: Scene, number: signal.Signals) -> None:
+    worker = await scene.start()
+    assert len(group(worker.pid)) == 2, "the worker and its standby"
+    worker.signal(number)
+    assert await gone(scene, worker) == 0
+    assert scene.runs() == []
+
+
+async def test_running_job_is_finished_and_the_next_one_not_begun(scene: Scene) -> None:
+    worker = await scene.start()
+    request_id = await scene.submit(steps=LONG)
+    waiting = await scene.submit()
+    await scene.noted("runs")
+    worker.signal(signal.SIGTERM)
+    event = await scene.event(request_id)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
+    assert await gone(scene, worker) == 0
+    assert scene.runs() == [request_id]
+    assert (await scene.left(), await scene.events(waiting)) == (1, [])
+
+
+async def test_running_job_that_outlasts_the_grace_is_given_back(scene: Scene) -> None:
+    worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
+    request_id = await scene.submit(steps=LONG)
+    await scene.noted("runs")
+    worker.signal(signal.SIGTERM)
+    assert await gone(scene, worker) == 0
+    await done_by_another(scene, request_id)
+    assert scene.runs() == [request_id] * 2
+
+
+async def test_second_signal_gives_back_at_once(scene: Scene) -> None:
+    worker = await scene.start(CONSUMER_DRAIN_GRACE="600")
+    request_id = await scene.submit(steps=LONG)
+    await scene.noted("runs")
+    worker.signal(signal.SIGTERM)
+    await scene.logged(worker, '"times": 1')
+    worker.signal(signal.SIGTERM)
+    assert await gone(scene, worker) == 0
+    await done_by_another(scene, request_id)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+async def test_model_that_heeds_nothing_is_left_behind(scene: Scene, signals: int) -> None:
+    worker = await scene.start("deaf", CONSUMER_DRAIN_GRACE="0.1" if signals == 1 else "600")
+    request_id = await scene.submit()
+    await scene.noted("runs")
+    for number in range(1, signals + 1):
+        worker.signal(signal.SIGTERM)
+        await scene.logged(worker, f'"times": {number}')  # two at once are one to the kernel
+    assert await gone(scene, worker) == 0
+    await done_by_another(scene, request_id)
+
+
+async def test_upload_that_ends_within_the_grace_is_the_end_of_the_job(scene: Scene) -> None:
+    worker = await scene.start()
+    await asyncio.to_thread(scene.stack.store.kill)
+    request_id = await scene.submit()
+    await scene.logged(worker, "store_unreachable")
+    worker.signal(signal.SIGTERM)
+    await scene.logged(worker, '"times": 1')
+    await asyncio.to_thread(scene.stack.store.start)
+    event = await scene.event(request_id)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
+    assert await gone(scene, worker) == 0
+    assert scene.runs() == [request_id]
+    await scene.emptied()
+
+
+async def test_upload_that_outlasts_the_grace_is_given_back(scene: Scene) -> None:
+    worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
+    await asyncio.to_thread(scene.stack.store.kill)
+    request_id = await scene.submit()
+    await scene.logged(worker, "store_unreachable")
+    worker.signal(signal.SIGTERM)
+    assert await gone(scene, worker) == 0
+    await asyncio.to_thread(scene.stack.store.start)
+    await asyncio.to_thread(scene.stack.store.wait_ready)
+    await done_by_another(scene, request_id)
+
+
+async def test_nats_away_does_not_keep_a_draining_worker(scene: Scene) -> None:
+    worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
+    request_id = await scene.submit(steps=LONG)
+    await scene.noted("runs")
+    await asyncio.to_thread(scene.stack.nats.kill)
+    worker.signal(signal.SIGTERM)
+    assert await scene.ended(worker) == 0
+    assert group(worker.pid) == []
+    await asyncio.to_thread(scene.stack.nats.start)
+    await asyncio.to_thread(scene.stack.nats.wait_ready)
+    assert scene.runs() == [request_id]
+
+
+async def test_signal_while_the_servers_are_waited_for(scene: Scene) -> None:
+    await asyncio.to_thread(scene.stack.nats.kill)
+    worker = scene.launch()
+    await scene.logged(worker, "daemon_starting")
+    worker.signal(signal.SIGTERM)
+    assert await scene.ended(worker) == 0
+    assert group(worker.pid) == []
+    await asyncio.to_thread(scene.stack.nats.start)
+    await asyncio.to_thread(scene.stack.nats.wait_ready)
