@@ -11,6 +11,7 @@ from consumer.ports import Interrupted, RunnerOutput
 T = TypeVar("T")
 
 PROGRESS_INTERVAL = 0.2  # seconds; at most 5 events a second, the latest wins
+MOST_OF_ONE_TURN = 0.25  # of the stall timeout
 PATIENCE = 5.0  # seconds that a thread gets to come to its next step when the process is to end
 
 
@@ -113,6 +114,32 @@ class Steps:
         return (self.last - self.started) / step if step else None
 
 
+class Silence:
+    """How long a run has taken no step, as far as this process was there to see it.
+
+    Args:
+        steps: Of the run.
+        most: Seconds that count of one turn of the watcher: a process that was frozen (a paused
+            container, a suspended machine) finds the time gone, and its thread has not had it.
+    """
+
+    def __init__(self, steps: Steps, *, most: float) -> None:
+        self._steps = steps
+        self._most = most
+        self._step = self._looked = steps.last
+        self._seconds = 0.0
+
+    def at(self, now: float) -> float:
+        """Seconds; called at each turn."""
+        passed, self._looked = now - self._looked, now
+        if self._steps.last != self._step:
+            self._step = self._steps.last
+            self._seconds = 0.0
+        else:
+            self._seconds += min(passed, self._most)
+        return self._seconds
+
+
 async def watch(
     run: asyncio.Future[RunnerOutput],
     *,
@@ -136,6 +163,7 @@ async def watch(
         Exception: What the run raised.
     """
     told = steps.position
+    silence = Silence(steps, most=stall_timeout * MOST_OF_ONE_TURN)
     asked_to_end: float | None = None
     while not run.done():
         await asyncio.wait({run}, timeout=PROGRESS_INTERVAL)
@@ -145,7 +173,7 @@ async def watch(
         now = time.monotonic()
         if run.done():
             break
-        if now - steps.last > stall_timeout:
+        if silence.at(now) > stall_timeout:
             raise Hanging
         if interrupt.reason is Reason.DRAIN:
             asked_to_end = asked_to_end or now

@@ -1,5 +1,6 @@
 """The interpreter's lock held in C for longer than a lease: it is kept, but not for ever."""
 
+import asyncio
 import os
 import signal
 from pathlib import Path
@@ -87,3 +88,53 @@ async def test_standby_that_is_killed_is_replaced_and_knows_the_leases(scene: Sc
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert scene.runs() == [request_id]
     assert worker.alive
+
+
+async def test_worker_that_is_done_with_a_lease_is_left_alone(scene: Scene) -> None:
+    worker = await scene.start(CONSUMER_STALL_TIMEOUT="1")
+    await scene.logged(worker, "standby_connected")
+    # Each takes longer than the patience for a lease that nobody speaks of any more.
+    for request_id in [await scene.submit(steps=200) for _ in range(2)]:
+        assert (await scene.event(request_id))["attempt"] == 1
+    assert worker.alive
+
+
+async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None:
+    worker = await scene.start(
+        "holding_the_lock", CONSUMER_STALL_TIMEOUT="2", FAULTS_SECONDS="0", FAULTS_WAIT="1"
+    )
+    await scene.logged(worker, "standby_connected")
+    request_id = await scene.submit()
+    await scene.noted("runs")
+    standby = standby_of(worker)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        os.kill(worker.pid, number)
+        os.kill(standby, number)
+        if number == signal.SIGSTOP:
+            await lease_has_run_out(scene)
+    (scene.folder / "hold").touch()
+    event = await scene.event(request_id)
+    assert event["type"] == "generation.v1.succeeded"
+    assert worker.alive
+    assert standby_of(worker) == standby
+    await scene.emptied()
+
+
+async def lease_has_run_out(scene: Scene) -> None:
+    """Return twice `ack_wait` after the last renewal: nothing announces it."""
+    await asyncio.sleep(2 * ACK_WAIT)
+
+
+async def test_standby_ends_though_a_fork_keeps_its_input_open(scene: Scene) -> None:
+    dying = await scene.start("survived_by_a_fork")
+    await scene.logged(dying, "standby_connected")
+    standby = standby_of(dying)
+    request_id = await scene.submit()
+    assert await scene.ended(dying) == -signal.SIGKILL
+    await scene.start()
+    event = await scene.event(request_id)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
+    assert not exists(standby)
+    (fork,) = scene.notes("forks")
+    assert exists(int(fork)), "else this shows nothing"
+    (scene.folder / "end").touch()

@@ -180,11 +180,20 @@ async def test_thread_that_does_not_stop_on_drain_is_left_behind(clockwork: Cloc
 
 async def test_thread_without_a_step_hangs(clockwork: Clockwork) -> None:
     watched = Watched()
-    clockwork.turns = [clockwork.passing(s) for s in (60.0, 0.1)]
+    clockwork.turns = [clockwork.passing(s) for s in (15.0, 15.0, 15.0, 15.0, 0.1)]
     with pytest.raises(Hanging):
         await watched.watch(stall_timeout=60.0)
     assert clockwork.turns == []
     assert not watched.ending.done()
+
+
+async def test_process_that_was_frozen_does_not_take_its_thread_to_hang(
+    clockwork: Clockwork,
+) -> None:
+    watched = Watched()
+    clockwork.turns = [clockwork.passing(s) for s in (3_600.0, 15.0, 15.0, 14.9)]
+    clockwork.turns.append(lambda: watched.ending.set_result(OUTPUT))
+    assert await watched.watch(stall_timeout=60.0) is OUTPUT
 
 
 async def test_run_that_ends_at_the_last_moment_does_not_hang(clockwork: Clockwork) -> None:
@@ -205,7 +214,7 @@ async def test_each_step_starts_the_stall_timeout_anew(clockwork: Clockwork) -> 
         clockwork.now += 9.0
         watched.steps(watched.steps.position[0] + 1, 100)
 
-    clockwork.turns = [step] * 5 + [clockwork.passing(9.0), clockwork.passing(2.0)]
+    clockwork.turns = [step] * 5 + [clockwork.passing(s) for s in (2.5, 2.5, 2.5, 2.5, 0.1)]
     with pytest.raises(Hanging):
         await watched.watch(stall_timeout=10.0)
     assert clockwork.turns == []
