@@ -32,6 +32,8 @@ from generation_contracts.subjects import is_request_id
 # W3C trace context, level 1.
 _TRACE_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
 
+SEED_BYTES = 4  # the contract's seeds are below 2**32
+
 
 @dataclass(frozen=True)
 class Envelope:
@@ -83,6 +85,20 @@ class Job:
     def request_id(self) -> str:
         """The sender's id, or the derived one."""
         return self.envelope.request_id
+
+    @property
+    def seeded_request(self) -> Request:
+        """The decoded request with a seed: its own, else one that its id decides.
+
+        A request may be run twice, by two workers at the same time when a lease was lost, and both
+        write the same keys: with the same seed they write the same bytes.
+        """
+        if self.request is None:
+            raise AssertionError("nothing has been decoded")
+        if self.request.seed is not None:
+            return self.request
+        drawn = hashlib.sha256(self.request_id.encode()).digest()[:SEED_BYTES]
+        return self.request.model_copy(update={"seed": int.from_bytes(drawn)})
 
     @property
     def attempt(self) -> int:

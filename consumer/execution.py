@@ -208,7 +208,7 @@ class Execution:
                     max(0.0, left), job.interrupt.set, Reason.DEADLINE
                 )
             pictures = await self._admit(job, request)
-            output = await self._run(job, request, pictures)
+            output = await self._run(job, pictures)
             await self._keep(job, request, output)
         except Exception as error:  # noqa: BLE001 - each of them is an outcome
             return _outcome_of(error)
@@ -262,29 +262,29 @@ class Execution:
         except InputUnavailable as error:
             raise InputUnavailable(f"images.{index}: {error}") from None
 
-    async def _run(self, job: Job, request: Request, pictures: "list[Image]") -> RunnerOutput:
+    async def _run(self, job: Job, pictures: "list[Image]") -> RunnerOutput:
         started = StartedEvent(
             **self._conclusion.event_fields(job), queued=job.queued, model=self._model.info
         )
         await self._events.publish_progress(started, trace_parent=job.envelope.trace_parent)
         log.info("job_started", queued=round(job.queued, 3))
         try:
-            return await self._run_once(job, request, pictures, save_memory=False)
+            return await self._run_once(job, pictures, save_memory=False)
         except OutOfMemory:
             log.warning("out_of_memory")
         # Outside the except block: the traceback keeps the first run's tensors alive.
         again = self._decide(job, outcomes.RanOutOfMemory(saved_memory=False))
-        return await self._run_once(job, request, pictures, save_memory=again.save_memory)
+        return await self._run_once(job, pictures, save_memory=again.save_memory)
 
     async def _run_once(
-        self, job: Job, request: Request, pictures: "list[Image]", *, save_memory: bool
+        self, job: Job, pictures: "list[Image]", *, save_memory: bool
     ) -> RunnerOutput:
         job.advance(State.RUNNING)
         steps = Steps()
         run = asyncio.ensure_future(
             self._inference.call(
                 self._runner.run,
-                request,
+                job.seeded_request,
                 pictures,
                 on_step=steps,
                 cancelled=job.interrupt.is_set,

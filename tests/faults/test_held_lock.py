@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from consumer.devstack import Daemon
-from tests.faults.scene import ACK_WAIT, Scene
+from tests.faults.scene import ACK_WAIT, WITHIN, Scene
 
 
 def standby_of(worker: Daemon) -> int:
@@ -107,11 +107,14 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     request_id = await scene.submit()
     await scene.noted("runs")
     standby = standby_of(worker)
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        os.kill(worker.pid, number)
-        os.kill(standby, number)
-        if number == signal.SIGSTOP:
-            await lease_has_run_out(scene)
+    for pid in (worker.pid, standby):
+        os.kill(pid, signal.SIGSTOP)
+    await lease_has_run_out()
+    beats = await scene.sender.subscribe(f"$JS.ACK.{scene.subjects.requests_stream}.>")
+    await scene.sender.flush()
+    os.kill(standby, signal.SIGCONT)
+    assert (await beats.next_msg(timeout=WITHIN)).data == b"+WPI", "it stands in, and kills nobody"
+    os.kill(worker.pid, signal.SIGCONT)
     (scene.folder / "hold").touch()
     event = await scene.event(request_id)
     assert event["type"] == "generation.v1.succeeded"
@@ -120,7 +123,7 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     await scene.emptied()
 
 
-async def lease_has_run_out(scene: Scene) -> None:
+async def lease_has_run_out() -> None:
     """Return twice `ack_wait` after the last renewal: nothing announces it."""
     await asyncio.sleep(2 * ACK_WAIT)
 

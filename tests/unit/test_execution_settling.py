@@ -136,6 +136,34 @@ async def test_message_id_of_the_sender_becomes_the_request_id(world: MemoryWorl
     assert isinstance(await world.result("a"), SucceededEvent)
 
 
+# -- run twice ------------------------------------------------------------------------------------
+
+
+async def test_every_run_of_a_request_has_the_same_seed_and_other_requests_another(
+    world: MemoryWorld,
+) -> None:
+    world.runner.will(ERROR, ERROR)
+    for body in (asking("a"), asking("b"), asking("c", seed=7)):
+        await world.send(body)
+    while await world.left():
+        await soon(world.work())
+    seeds: dict[str, list[int | None]] = {}
+    for run in world.runner.runs:
+        seeds.setdefault(run.request.request_id or "", []).append(run.request.seed)
+    assert len(world.runner.runs) == 5
+    assert {request_id: len(set(drawn)) for request_id, drawn in seeds.items()} == {
+        "a": 1,
+        "b": 1,
+        "c": 1,
+    }
+    assert seeds["a"][0] != seeds["b"][0]
+    assert None not in {seeds["a"][0], seeds["b"][0]}
+    assert seeds["c"] == [7]
+    done = await world.result("a")
+    assert done is not None
+    assert done.request_digest == digest_of(asking("a")), "the seed is not part of what was asked"
+
+
 # -- another worker was quicker -------------------------------------------------------------------
 
 

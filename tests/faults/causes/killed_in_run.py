@@ -1,18 +1,16 @@
-"""The process is killed in the middle of its first run."""
-
-import os
-import signal
+"""The process is killed in the middle of a run."""
 
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.quick_runner import QuickRunner, first_time
+from tests.faults.holding import die, hold
+from tests.faults.quick_runner import QuickRunner
 
 
 class KilledInRun(QuickRunner):
     def step(self, request: Request, number: int) -> None:
         super().step(request, number)
-        if first_time("killed"):
-            os.kill(os.getpid(), signal.SIGKILL)
+        hold("die")
+        die()
 
 
 def make_runner(_: Settings) -> KilledInRun:

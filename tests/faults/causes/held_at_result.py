@@ -1,0 +1,17 @@
+"""A result is in hand, with its outputs stored, and published when the test lets it go."""
+
+import asyncio
+import os
+
+from consumer.bus import JetStreamEvents
+from tests.faults.causes.none import make_runner
+from tests.faults.holding import LET_GO, before, hold
+
+__all__ = ["make_runner"]
+
+
+async def _held() -> None:
+    await asyncio.to_thread(hold, os.environ[LET_GO])
+
+
+before(JetStreamEvents, "publish_result", _held)

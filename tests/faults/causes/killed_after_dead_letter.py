@@ -1,0 +1,9 @@
+"""The process is killed when a request is put aside, before its failed event is published."""
+
+from consumer.bus import JetStreamEvents
+from tests.faults.causes.none import make_runner
+from tests.faults.holding import after, die_once_marked
+
+__all__ = ["make_runner"]
+
+after(JetStreamEvents, "dead_letter", die_once_marked)

@@ -1,0 +1,9 @@
+"""The process is killed when its result is stored, before it replies and acknowledges."""
+
+from consumer.bus import JetStreamEvents
+from tests.faults.causes.none import make_runner
+from tests.faults.holding import after, die_once_marked
+
+__all__ = ["make_runner"]
+
+after(JetStreamEvents, "publish_result", die_once_marked)

@@ -1,0 +1,9 @@
+"""The process is killed with a request in its hand that it has not begun to run."""
+
+from consumer.bus import JetStreamEvents
+from tests.faults.causes.none import make_runner
+from tests.faults.holding import after, die_once_marked
+
+__all__ = ["make_runner"]
+
+after(JetStreamEvents, "find_result", die_once_marked)

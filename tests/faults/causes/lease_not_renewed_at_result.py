@@ -1,0 +1,7 @@
+"""A process that does not renew the lease of its delivery, held as in `held_at_result`."""
+
+from tests.faults.causes import held_at_result, lease_not_renewed
+
+__all__ = ["lease_not_renewed", "make_runner"]
+
+make_runner = held_at_result.make_runner

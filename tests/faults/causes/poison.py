@@ -1,0 +1,18 @@
+"""A request that kills each process that runs it: native code that crashes, for one."""
+
+import os
+import signal
+
+from consumer.settings import Settings
+from generation_contracts import Request
+from tests.faults.quick_runner import QuickRunner
+
+
+class Poisoned(QuickRunner):
+    def begin(self, request: Request, *, save_memory: bool) -> None:
+        if request.prompt == "poison":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_runner(_: Settings) -> Poisoned:
+    return Poisoned()

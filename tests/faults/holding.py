@@ -1,0 +1,57 @@
+"""Where a worker waits for the test, and how it dies: for causes whose moment the test chooses."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from tests.faults.quick_runner import FOLDER, note
+
+LET_GO = "LET_GO"  # environment: the mark for which a worker waits, where there are several
+PLACE = "at_the_place"  # noted when a worker begins to wait
+POLL = 0.01  # seconds; a file announces nothing
+
+
+def hold(mark: str) -> None:
+    """Wait until the test makes a mark. Blocks: not in the event loop's thread."""
+    note(PLACE, mark)
+    while not (Path(os.environ[FOLDER]) / mark).exists():
+        time.sleep(POLL)
+
+
+async def die_once_marked() -> None:
+    """Wait until the test makes the mark `die`, with the heartbeat going on, and die."""
+    await asyncio.to_thread(hold, "die")
+    die()
+
+
+def die() -> None:
+    """kill -9 of this process; its moment goes to `died`."""
+    note("died", repr(time.time()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: type, method: str, first: Callable[[], Awaitable[None]]) -> None:
+    """Let something come before each call of an asynchronous method."""
+    original = getattr(owner, method)
+
+    async def preceded(*args: Any, **kwargs: Any) -> Any:
+        await first()
+        return await original(*args, **kwargs)
+
+    setattr(owner, method, preceded)
+
+
+def after(owner: type, method: str, then: Callable[[], Awaitable[None]]) -> None:
+    """Let something follow each call of an asynchronous method, before its caller goes on."""
+    original = getattr(owner, method)
+
+    async def followed(*args: Any, **kwargs: Any) -> Any:
+        value = await original(*args, **kwargs)
+        await then()
+        return value
+
+    setattr(owner, method, followed)

@@ -1,0 +1,70 @@
+"""Deadlines that pass: before the request is taken, in the queue, in the run."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+from tests.faults.scene import Event, Scene
+from tests.faults.seen import number_of_dead_letters, promised, stored
+
+
+def _in(seconds: float) -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=seconds)
+
+
+async def _pass(deadline: datetime) -> None:
+    await asyncio.sleep((deadline - datetime.now(UTC)).total_seconds())
+    assert datetime.now(UTC) >= deadline
+
+
+def _expired(event: Event) -> bool:
+    return (event["type"], event.get("failure", {}).get("code")) == (
+        "generation.v1.failed",
+        "deadline_exceeded",
+    )
+
+
+async def test_a_deadline_that_is_past_already_is_not_run(scene: Scene) -> None:
+    late = await scene.submit(deadline=_in(-1).isoformat())
+    later = await scene.submit()
+    await scene.start()
+    assert _expired(await scene.event(late))
+    assert (await scene.event(later))["type"] == "generation.v1.succeeded"
+    await scene.emptied()
+    assert scene.runs() == [later]
+    assert await number_of_dead_letters(scene) == 0
+
+
+async def test_a_deadline_that_passes_in_the_queue_is_not_run(scene: Scene) -> None:
+    await scene.start("held_until_let_go", LET_GO="go")
+    long = await scene.submit()
+    await scene.noted("runs")
+    deadline = _in(1)
+    waiting = await scene.submit(deadline=deadline.isoformat())
+    later = await scene.submit(deadline=_in(60).isoformat())
+    assert datetime.now(UTC) < deadline
+    await _pass(deadline)
+    (scene.folder / "go").touch()
+    assert _expired(await scene.event(waiting))
+    for request_id in (long, later):
+        assert (await scene.event(request_id))["type"] == "generation.v1.succeeded"
+    await scene.emptied()
+    assert scene.runs() == [long, later]
+
+
+async def test_a_deadline_that_passes_in_the_run_stops_it_within_one_step(scene: Scene) -> None:
+    await scene.start("slow_steps")
+    deadline = _in(1.5)
+    long = await scene.submit(deadline=deadline.isoformat(), steps=100)
+    event = await scene.event(long)
+    assert _expired(event)
+    assert datetime.fromisoformat(event["time"]) >= deadline
+    begun = [float(moment) for moment in scene.notes("steps")]
+    # The one that runs at that moment has begun before. Another one can have begun only between
+    # the deadline and the flag.
+    assert sum(moment > deadline.timestamp() for moment in begun) <= 1
+    assert begun[0] < deadline.timestamp()
+    later = await scene.submit()
+    done = await scene.event(later)
+    await scene.emptied()
+    assert scene.runs() == [long, later]
+    assert await stored(scene) == promised(done)

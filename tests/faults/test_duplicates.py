@@ -1,0 +1,157 @@
+"""The same request twice, the same id for two requests, and one delivery in two workers' hands."""
+
+import asyncio
+
+import pytest
+
+from consumer.devstack import Daemon
+from tests.faults.holding import PLACE
+from tests.faults.scene import Event, Scene
+from tests.faults.seen import (
+    Answers,
+    apply_with,
+    number_of_dead_letters,
+    promised,
+    stored,
+)
+
+# -- one after the other --------------------------------------------------------------------------
+
+
+async def test_a_second_copy_gets_the_first_result_again(scene: Scene) -> None:
+    answers = await Answers.listen(scene)
+    request = {"request_id": "twice", "prompt": "a", "reply_to": answers.subject}
+    assert await scene.publish(request) != await scene.publish(request)
+    await scene.start()
+    event = await scene.event("twice")
+    assert [await answers.next(), await answers.next()] == [event] * 2
+    assert await answers.are_all_read()
+    assert scene.runs() == ["twice"]
+    assert await scene.events("twice") == [event]
+    assert await stored(scene) == promised(event)
+
+
+async def test_a_second_copy_with_the_same_message_id_is_not_queued(scene: Scene) -> None:
+    answers = await Answers.listen(scene)
+    request = {"request_id": "twice", "prompt": "a", "reply_to": answers.subject}
+    sequence = await scene.publish(request, {"Nats-Msg-Id": "sent-1"})
+    await scene.start()
+    event = await scene.event("twice")
+    await scene.emptied()
+    assert await scene.publish(request, {"Nats-Msg-Id": "sent-1"}) == sequence
+    assert await answers.next() == event
+    assert await answers.are_all_read()
+    assert scene.runs() == ["twice"]
+
+
+async def test_the_same_id_for_another_content_is_told_to_its_sender_only(scene: Scene) -> None:
+    first_answers = await Answers.listen(scene)
+    other_answers = await Answers.listen(scene)
+    await scene.submit(request_id="mine", prompt="a", reply_to=first_answers.subject)
+    await scene.submit(request_id="mine", prompt="b", reply_to=other_answers.subject)
+    await scene.start()
+    conflict = await other_answers.next()
+    assert conflict["failure"]["code"] == "request_id_conflict"
+    event = await first_answers.next()
+    assert event["type"] == "generation.v1.succeeded"
+    assert await first_answers.are_all_read()
+    assert await other_answers.are_all_read()
+    assert await scene.events("mine") == [event]
+    assert scene.runs() == ["mine"]
+    assert await number_of_dead_letters(scene) == 0
+    assert await stored(scene) == promised(event)
+
+
+async def test_the_result_of_another_worker_is_sent_again(scene: Scene) -> None:
+    first = await scene.start()
+    await scene.submit(request_id="known")
+    event = await scene.event("known")
+    await scene.emptied()
+    await asyncio.to_thread(first.stop)
+    second = await scene.start()
+    answers = await Answers.listen(scene)
+    await scene.submit(request_id="known", reply_to=answers.subject)
+    assert await answers.next() == event
+    assert await answers.are_all_read()
+    await scene.logged(second, "already_done")
+    assert await scene.events("known") == [event]
+    assert scene.runs() == ["known"]
+    assert await stored(scene) == promised(event)
+
+
+# -- at the same time -----------------------------------------------------------------------------
+
+
+async def _settled(scene: Scene, *workers: Daemon) -> None:
+    for worker in workers:
+        await scene.logged(worker, "job_finished")
+    await scene.emptied()
+    stream, durable = scene.subjects.requests_stream, str(scene.task)
+    info = await scene.sender.jetstream().consumer_info(stream, durable)
+    assert (info.num_pending, info.num_ack_pending) == (0, 0)
+
+
+async def _shared(scene: Scene, causes: tuple[str, str], quicker: str) -> Event:
+    """Have one delivery in the hands of two workers, and let one after the other go on."""
+    await apply_with(scene, CONSUMER_MAX_ACK_PENDING="2")
+    answers = await Answers.listen(scene)
+    first = await scene.start(causes[0], LET_GO="first")
+    await scene.submit(request_id="shared", reply_to=answers.subject)
+    await scene.noted(PLACE)
+    second = await scene.start(causes[1], LET_GO="second")
+    await scene.noted(PLACE, 2)
+    assert await scene.events("shared") == []
+
+    (scene.folder / quicker).touch()
+    event = await scene.event("shared")
+    assert event["attempt"] == {"first": 1, "second": 2}[quicker]
+    assert await answers.next() == event
+    (scene.folder / {"first": "second", "second": "first"}[quicker]).touch()
+    assert await answers.next() == event
+
+    await _settled(scene, first, second)
+    assert await answers.are_all_read()
+    assert await scene.events("shared") == [event]
+    assert scene.runs() == ["shared"] * 2
+    return event
+
+
+@pytest.mark.parametrize("quicker", ["first", "second"])
+async def test_two_workers_that_run_the_same_delivery_give_one_result(
+    scene: Scene, quicker: str
+) -> None:
+    event = await _shared(scene, ("lease_not_renewed", "held_until_let_go"), quicker)
+    # The pictures of the two differ. What the later one has made must not take the place of what
+    # the event tells.
+    assert await stored(scene) == promised(event)
+
+
+@pytest.mark.parametrize("quicker", ["first", "second"])
+async def test_two_workers_that_publish_the_same_result_store_one(
+    scene: Scene, quicker: str
+) -> None:
+    event = await _shared(scene, ("lease_not_renewed_at_result", "held_at_result"), quicker)
+    assert await stored(scene) == promised(event)  # the pictures are the same here
+
+
+async def test_the_same_id_for_another_content_at_the_same_time(scene: Scene) -> None:
+    await apply_with(scene, CONSUMER_MAX_ACK_PENDING="2")
+    first_answers = await Answers.listen(scene)
+    other_answers = await Answers.listen(scene)
+    first = await scene.start("held_until_let_go", LET_GO="first")
+    await scene.submit(request_id="mine", prompt="a", reply_to=first_answers.subject)
+    await scene.noted(PLACE)
+    other = await scene.start("held_until_let_go", LET_GO="other")
+    await scene.submit(request_id="mine", prompt="b", reply_to=other_answers.subject)
+    await scene.noted(PLACE, 2)
+
+    (scene.folder / "first").touch()
+    event = await first_answers.next()
+    assert event["type"] == "generation.v1.succeeded"
+    (scene.folder / "other").touch()
+    conflict = await other_answers.next()
+    assert conflict["failure"]["code"] == "request_id_conflict"
+
+    await _settled(scene, first, other)
+    assert await scene.events("mine") == [event]
+    assert await stored(scene) == promised(event)

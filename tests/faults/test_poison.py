@@ -1,0 +1,52 @@
+"""A request that kills every process that runs it is put aside, and the queue goes on."""
+
+import json
+import signal
+
+from tests.faults.scene import Scene
+from tests.faults.seen import apply_with, promised, stored
+
+POISON = json.dumps({"request_id": "poison-1", "prompt": "poison", "metadata": {"a": "b"}}).encode()
+HEADERS = {"X-Sender": "somebody", "Nats-Msg-Id": "sent-1"}
+DEATHS = 3  # CONSUMER_MAX_ATTEMPTS
+
+
+async def test_poison_is_dead_lettered_unrun_after_three_deaths(scene: Scene) -> None:
+    await apply_with(scene, CONSUMER_ACK_WAIT="1")
+    await scene.publish(POISON, HEADERS)
+    harmless = await scene.submit()
+    for _ in range(DEATHS):
+        dying = scene.launch("poison")
+        assert await scene.ended(dying) == -signal.SIGKILL
+    assert await scene.events("poison-1") == []
+    last = await scene.start("poison")
+
+    event = await scene.event("poison-1")
+    assert (event["type"], event["failure"]["code"]) == ("generation.v1.failed", "worker_lost")
+    assert (event["attempt"], event["metadata"]) == (DEATHS + 1, {"a": "b"})
+    done = await scene.event(harmless)
+    assert done["type"] == "generation.v1.succeeded"
+    assert done["worker"] == event["worker"]
+    await scene.emptied()
+    assert last.alive
+    assert scene.runs() == ["poison-1"] * DEATHS + [harmless]
+    assert await stored(scene) == promised(done)
+    await _is_put_aside(scene, event["worker"])
+
+
+async def _is_put_aside(scene: Scene, worker: str) -> None:
+    (headers,) = await scene.dead_letters()
+    stream, subject = scene.subjects.dead_letters_stream, scene.subjects.dead_letter(scene.task)
+    letter = await scene.sender.jetstream().get_last_msg(stream, subject)
+    assert letter.data == POISON
+    own = {name: text for name, text in headers.items() if name.startswith("Dead-Letter-")}
+    del own["Dead-Letter-Time"]
+    assert own == {
+        "Dead-Letter-Code": "worker_lost",
+        "Dead-Letter-Reason": "the workers that took this request were lost",
+        "Dead-Letter-Request-Id": "poison-1",
+        "Dead-Letter-Attempts": str(DEATHS + 1),  # deliveries: the last one was not run
+        "Dead-Letter-Worker": worker,
+        "Dead-Letter-Subject": scene.subjects.request(scene.task),
+    }
+    assert {name: headers[f"Original-{name}"] for name in HEADERS} == HEADERS
