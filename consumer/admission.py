@@ -58,6 +58,7 @@ class Job:
         digest: What the request asks for; of the raw bytes until it is decoded.
         releases: How many of the deliveries were given back on purpose.
         existing: The terminal event that was stored before, if there is one.
+        stored: The outputs that are in the store so far, whether an event tells of them or not.
         sequence: Number of the next event of this attempt.
         queued: Seconds from stored to taken.
         inference: Seconds of the model's runs.
@@ -74,6 +75,7 @@ class Job:
     state: State = State.RECEIVED
     request: Request | None = None
     existing: ResultEvent | None = None
+    stored: list[ImageArtifact] = field(default_factory=list)
     outputs: tuple[ImageArtifact, ...] | tuple[TextOutput, ...] = ()
     warnings: tuple[str, ...] = ()
     sequence: int = 0

@@ -15,10 +15,18 @@ from consumer.job import (
     State,
     decide,
 )
-from consumer.ports import DeadLetter, Events, MessageTooLarge, ModelDescription, ResultEvent
+from consumer.ports import (
+    Artifacts,
+    DeadLetter,
+    Events,
+    MessageTooLarge,
+    ModelDescription,
+    ResultEvent,
+)
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,
+    ImageArtifact,
     SucceededEvent,
     Task,
     Timings,
@@ -33,16 +41,24 @@ class Conclusion:
     The order is what makes a crash between any two of them harmless. The dead letter comes first:
     once the result is stored, a redelivery is only answered and acknowledged; a second letter is
     dropped by its id. The result has a fence of its own, the reply is a courtesy, and the
-    settlement comes last.
+    settlement comes last. What is in the store then and no event tells of is removed.
     """
 
     def __init__(
-        self, *, task: Task, worker: str, model: ModelDescription, events: Events, max_attempts: int
+        self,
+        *,
+        task: Task,
+        worker: str,
+        model: ModelDescription,
+        events: Events,
+        artifacts: Artifacts,
+        max_attempts: int,
     ) -> None:
         self._task = task
         self._worker = worker
         self._model = model
         self._events = events
+        self._artifacts = artifacts
         self._max_attempts = max_attempts
 
     async def conclude(self, job: Job, decision: Decision) -> Decision:
@@ -56,14 +72,16 @@ class Conclusion:
         if decision.dead_letter:
             await self._put_aside(job, decision)
         try:
-            await self._announce(job, decision)
+            standing = await self._announce(job, decision)
         except MessageTooLarge:
             log.warning("result_too_large")
             decision = decide(
                 ResultTooLarge(), attempt=job.attempt, max_attempts=self._max_attempts
             )
-            await self._announce_the_bare_failure(job, decision)
+            standing = await self._announce_the_bare_failure(job, decision)
         await self._settle(job, decision)
+        if standing is not None:
+            await self._discard_all_but(standing, job)
         return decision
 
     def event_fields(self, job: Job) -> dict[str, Any]:
@@ -79,31 +97,38 @@ class Conclusion:
             "metadata": {} if job.request is None else job.request.metadata,
         }
 
-    async def _announce(self, job: Job, decision: Decision) -> None:
+    async def _announce(self, job: Job, decision: Decision) -> ResultEvent | None:
+        """Publish and reply; the terminal event that stands for the request's id, if one does."""
         match decision.publish:
             case Publish.NONE:
-                return
+                return None
             case Publish.STORED_AGAIN:
                 await self._reply(job, job.existing)
+                return job.existing
             case Publish.FAILED_REPLY_ONLY:
                 await self._reply(job, self._event(job, decision))
+                return job.existing
             case Publish.SUCCEEDED | Publish.FAILED | Publish.CANCELLED:
                 event = self._event(job, decision)
                 trace_parent = job.envelope.trace_parent
-                stored = await self._events.publish_result(event, trace_parent=trace_parent)
-                await self._reply(job, event if stored else await self._instead(job, event))
+                if await self._events.publish_result(event, trace_parent=trace_parent):
+                    await self._reply(job, event)
+                    return event
+                log.warning("result_stored_before")
+                job.existing = await self._events.find_result(self._task, job.request_id)
+                await self._reply(job, self._instead(job, event, job.existing))
+                return job.existing
 
-    async def _announce_the_bare_failure(self, job: Job, decision: Decision) -> None:
+    async def _announce_the_bare_failure(self, job: Job, decision: Decision) -> ResultEvent | None:
         # Without what the sender brought in itself; else it would come back for ever.
         job.request = None
         try:
-            await self._announce(job, decision)
+            return await self._announce(job, decision)
         except MessageTooLarge:
             log.exception("failure_too_large")
+            return None
 
-    async def _instead(self, job: Job, event: ResultEvent) -> ResultEvent:
-        log.warning("result_stored_before")
-        found = await self._events.find_result(self._task, job.request_id)
+    def _instead(self, job: Job, event: ResultEvent, found: ResultEvent | None) -> ResultEvent:
         if found is None:
             return event
         if found.request_digest == job.digest:  # another worker with the same request was quicker
@@ -113,6 +138,13 @@ class Conclusion:
         # What stands is the end of another request: its outputs are not for this sender.
         conflict = decide(Conflict(), attempt=job.attempt, max_attempts=self._max_attempts)
         return self._event(job, conflict)
+
+    async def _discard_all_but(self, standing: ResultEvent, job: Job) -> None:
+        outputs = standing.outputs if isinstance(standing, SucceededEvent) else ()
+        told = {output.key for output in outputs if isinstance(output, ImageArtifact)}
+        for artifact in job.stored:
+            if artifact.key not in told:
+                await self._artifacts.discard(artifact)
 
     async def _reply(self, job: Job, event: ResultEvent | None) -> None:
         if job.envelope.reply_to is not None and event is not None:

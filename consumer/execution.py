@@ -140,6 +140,7 @@ class Execution:
             worker=worker,
             model=model,
             events=events,
+            artifacts=artifacts,
             max_attempts=limits.max_attempts,
         )
 
@@ -347,15 +348,11 @@ class Execution:
     async def _store(self, job: Job, encoded: list[EncodedImage]) -> tuple[ImageArtifact, ...]:
         job.advance(State.STORING)
         started = time.monotonic()
-        artifacts = [
-            await self._once_the_store_is_there(
-                job,
-                partial(self._artifacts.store, self._task, job.request_id, index, image),
-            )
-            for index, image in enumerate(encoded)
-        ]
+        for index, image in enumerate(encoded):
+            put = partial(self._artifacts.store, self._task, job.request_id, index, image)
+            job.stored.append(await self._once_the_store_is_there(job, put))
         job.upload = time.monotonic() - started
-        return tuple(artifacts)
+        return tuple(job.stored)
 
     async def _once_the_store_is_there(self, job: Job, action: Callable[[], Awaitable[T]]) -> T:
         # The finished output is kept and so is the lease, for as long as it takes.

@@ -168,11 +168,14 @@ class Artifacts(Protocol):
     async def store(
         self, task: Task, request_id: str, index: int, image: EncodedImage
     ) -> ImageArtifact:
-        """Put one output under the key derived from the request id.
+        """Put one output under a key derived from the request id and the output's bytes.
 
         Raises:
             StoreUnavailable: Not stored within the adapter's own tries.
         """
+
+    async def discard(self, artifact: ImageArtifact) -> None:
+        """Delete an output that no event tells of, if possible. Never raises."""
 
     async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:
         """The bytes of one input picture.

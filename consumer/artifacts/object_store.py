@@ -3,7 +3,7 @@
 The SDK blocks and knows no overall time limit, so each call runs in a thread of its own small pool
 and is broken off when its time is up. Retries are made here and not in urllib3: each try is signed
 anew, each failed one is told to the observer, and the store's error code survives. Keys are derived
-from the request id, so that storing twice is storing once.
+from the request id and their bytes, so that storing twice is storing once.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from io import BytesIO
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+import structlog
 from minio import Minio
 from minio.error import S3Error
 from minio.helpers import DictType
@@ -35,9 +36,12 @@ from generation_contracts import ArtifactReference, ImageArtifact, InlineImage, 
 from generation_contracts.artifacts import ImageSource
 from generation_contracts.subjects import is_request_id
 
+log = structlog.get_logger()
+
 T = TypeVar("T")
 
 _PART_SIZE = 64 * 2**20  # bytes; one PUT below it, whose ETag is the MD5; the SDK's own is 5 MiB
+DIGITS = 8  # of the SHA-256 in a key; it tells apart what different runs of one request have made
 _LOOK_WITHIN = 5.0  # seconds for one look at an idle store
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 _PROBE = b"generation consumer: the store works\n"
@@ -87,7 +91,11 @@ class ObjectStoreArtifacts:
     async def store(
         self, task: Task, request_id: str, index: int, image: EncodedImage
     ) -> ImageArtifact:
-        """Put one output under `<prefix>/<task>/<request_id>/<index>.<extension>`.
+        """Put one output under `<prefix>/<task>/<request_id>/<index>-<sha256>.<extension>`.
+
+        The key has the first digits of the SHA-256: two workers may have the same request in hand
+        (a lease was lost, or two requests were given one id), and neither may change the bytes
+        that the other's event tells of.
 
         Raises:
             StoreUnavailable: Not stored within the deadline.
@@ -97,7 +105,9 @@ class ObjectStoreArtifacts:
         if not is_request_id(request_id):
             raise ValueError("a request id is 1-64 characters of A-Z a-z 0-9 _ -")
         bucket = self._config.bucket
-        key = self._config.key(task, request_id, f"{index}.{image.extension}")
+        key = self._config.key(
+            task, request_id, f"{index}-{image.sha256[:DIGITS]}.{image.extension}"
+        )
         put = partial(self._put, image.media_type, md5=image.md5, sha256=image.sha256)
         etag = await self._tried(partial(put, key, image.data))
         signed_at = datetime.now(UTC).replace(microsecond=0)  # signatures count whole seconds
@@ -135,6 +145,17 @@ class ObjectStoreArtifacts:
             raise InputUnavailable("this worker reads no inputs from that bucket and prefix")
         return await self._tried(partial(self._read, found.bucket, found.key, max_bytes))
 
+    async def discard(self, artifact: ImageArtifact) -> None:
+        """Delete an output that no event tells of: one try, and never raises."""
+        remove = partial(self._client.remove_object, artifact.bucket, artifact.key)
+        try:
+            async with asyncio.timeout(_LOOK_WITHIN):
+                await self._calls.run(remove)
+        except (StoreUnavailable, *FAILURES) as error:
+            # It may stay: nobody is told of it. The worker needs no permission to delete, so this
+            # says nothing about the store.
+            log.warning("output_not_discarded", key=artifact.key, error=type(error).__name__)
+
     # -- for the start, the readiness and the commands --------------------------------------------
 
     async def ensure_bucket(self) -> bool:
@@ -152,7 +173,7 @@ class ObjectStoreArtifacts:
     async def probe(self, *, within: float = 10.0) -> None:
         """Write, read and delete one small object under the prefix.
 
-        A worker that may not delete passes: outputs are never deleted.
+        A worker that may not delete passes: outputs that nobody is told of stay then.
 
         Args:
             within: Seconds for all tries.

@@ -62,7 +62,8 @@ async def test_a_picture_comes_back_on_both_subjects_and_lies_in_the_store(
     (output,) = event["outputs"]
     assert output["seed"] == 7
     body = plain_s3.get_object(output["bucket"], output["key"]).read()
-    assert output["key"] == f"text_to_image/{request_id}/0.png"
+    name = f"0-{output['sha256'][:8]}.png"
+    assert output["key"] == f"text_to_image/{request_id}/{name}"
     assert hashlib.sha256(body).hexdigest() == output["sha256"]
     assert len(body) == output["size"]
     picture = Image.open(io.BytesIO(body))

@@ -181,7 +181,8 @@ async def test_event_of_a_quicker_worker_stands_and_is_what_the_sender_gets(
     await while_running(world, hold, store_and_go_on)
     assert await world.result("a") == theirs
     assert world.events.replies == [(INBOX, theirs)]
-    assert world.journal == ["store", "fenced", "reply cancelled", "ack"]
+    assert world.journal == ["store", "fenced", "reply cancelled", "ack", "discard"]
+    assert await world.objects() == set(), "nobody is told of them"
 
 
 async def test_event_of_another_request_is_never_the_answer_to_a_done_one(

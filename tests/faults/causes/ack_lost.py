@@ -1,0 +1,28 @@
+"""The first acknowledgement gets lost on its way to the server."""
+
+import asyncio
+from typing import Any
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import TimeoutError as BusTimeout
+
+from consumer.settings import Settings
+from tests.faults.moments import TimedRunner, hold
+from tests.faults.quick_runner import first_time
+
+request = Client.request
+
+
+async def unsent(self: Client, subject: str, *args: Any, **more: Any) -> Msg:
+    if subject.startswith("$JS.ACK.") and first_time("lost"):
+        await asyncio.to_thread(hold, "ack")
+        raise BusTimeout
+    return await request(self, subject, *args, **more)
+
+
+Client.request = unsent  # type: ignore[method-assign] # that is the fault
+
+
+def make_runner(_: Settings) -> TimedRunner:
+    return TimedRunner()

@@ -1,0 +1,29 @@
+"""The first acknowledgement is taken, and the worker never hears so."""
+
+import asyncio
+from typing import Any
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import TimeoutError as BusTimeout
+
+from consumer.settings import Settings
+from tests.faults.moments import TimedRunner, hold
+from tests.faults.quick_runner import first_time
+
+request = Client.request
+
+
+async def unheard(self: Client, subject: str, *args: Any, **more: Any) -> Msg:
+    answer = await request(self, subject, *args, **more)
+    if subject.startswith("$JS.ACK.") and first_time("answer"):
+        await asyncio.to_thread(hold, "ack")
+        raise BusTimeout
+    return answer
+
+
+Client.request = unheard  # type: ignore[method-assign] # that is the fault
+
+
+def make_runner(_: Settings) -> TimedRunner:
+    return TimedRunner()

@@ -1,0 +1,29 @@
+"""The first result is stored, and the worker never hears so."""
+
+import asyncio
+from typing import Any
+
+from nats.errors import TimeoutError as BusTimeout
+from nats.js import JetStreamContext
+from nats.js.api import PubAck
+
+from consumer.settings import Settings
+from tests.faults.moments import TimedRunner, hold
+from tests.faults.quick_runner import first_time
+
+publish = JetStreamContext.publish
+
+
+async def unheard(self: JetStreamContext, subject: str, *args: Any, **more: Any) -> PubAck:
+    answer = await publish(self, subject, *args, **more)
+    if ".result." in subject and first_time("answer"):
+        await asyncio.to_thread(hold, "result")
+        raise BusTimeout
+    return answer
+
+
+JetStreamContext.publish = unheard  # type: ignore[method-assign] # that is the fault
+
+
+def make_runner(_: Settings) -> TimedRunner:
+    return TimedRunner()

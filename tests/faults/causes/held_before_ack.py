@@ -1,0 +1,21 @@
+"""The first job waits with everything done but its acknowledgement."""
+
+import asyncio
+
+from consumer.bus.delivery import JetStreamDelivery
+from consumer.settings import Settings
+from tests.faults.moments import TimedRunner, hold
+
+ack = JetStreamDelivery.ack
+
+
+async def held(self: JetStreamDelivery) -> None:
+    await asyncio.to_thread(hold, "ack")
+    await ack(self)
+
+
+JetStreamDelivery.ack = held  # type: ignore[method-assign] # that is the fault
+
+
+def make_runner(_: Settings) -> TimedRunner:
+    return TimedRunner()

@@ -1,0 +1,22 @@
+"""The first result waits with everything done but its publishing."""
+
+import asyncio
+
+from consumer.bus import JetStreamEvents
+from consumer.ports import ResultEvent
+from consumer.settings import Settings
+from tests.faults.moments import TimedRunner, hold
+
+publish_result = JetStreamEvents.publish_result
+
+
+async def held(self: JetStreamEvents, event: ResultEvent, *, trace_parent: str | None) -> bool:
+    await asyncio.to_thread(hold, "result")
+    return await publish_result(self, event, trace_parent=trace_parent)
+
+
+JetStreamEvents.publish_result = held  # type: ignore[method-assign] # that is the fault
+
+
+def make_runner(_: Settings) -> TimedRunner:
+    return TimedRunner()

@@ -1,0 +1,28 @@
+"""The first result gets lost on its way to the server."""
+
+import asyncio
+from typing import Any
+
+from nats.errors import TimeoutError as BusTimeout
+from nats.js import JetStreamContext
+from nats.js.api import PubAck
+
+from consumer.settings import Settings
+from tests.faults.moments import TimedRunner, hold
+from tests.faults.quick_runner import first_time
+
+publish = JetStreamContext.publish
+
+
+async def unsent(self: JetStreamContext, subject: str, *args: Any, **more: Any) -> PubAck:
+    if ".result." in subject and first_time("lost"):
+        await asyncio.to_thread(hold, "result")
+        raise BusTimeout
+    return await publish(self, subject, *args, **more)
+
+
+JetStreamContext.publish = unsent  # type: ignore[method-assign] # that is the fault
+
+
+def make_runner(_: Settings) -> TimedRunner:
+    return TimedRunner()

@@ -1,0 +1,30 @@
+"""nats-server is killed in the moment in which it has handed the second request out."""
+
+import os
+import signal
+
+from nats.aio.msg import Msg
+
+from consumer.bus import Custody
+from consumer.bus.delivery import JetStreamDelivery
+from consumer.settings import Settings
+from tests.faults.moments import TimedRunner
+from tests.faults.quick_runner import first_time, note
+
+SERVER = "SERVER_PID"  # environment
+
+take = JetStreamDelivery.__init__
+
+
+def taken(self: JetStreamDelivery, message: Msg, custody: Custody) -> None:
+    if not first_time("first") and first_time("second"):
+        os.kill(int(os.environ[SERVER]), signal.SIGKILL)
+        note("killed", "the server")
+    take(self, message, custody)
+
+
+JetStreamDelivery.__init__ = taken  # type: ignore[method-assign] # that is the fault
+
+
+def make_runner(_: Settings) -> TimedRunner:
+    return TimedRunner()

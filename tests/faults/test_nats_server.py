@@ -1,0 +1,172 @@
+"""nats-server ends, by kill -9 and by SIGTERM, at every stage of a job: nothing is lost or doubled.
+
+In every test the worker's process is the same at the end as at the beginning.
+"""
+
+import asyncio
+import json
+
+import pytest
+from nats.aio.msg import Msg
+
+from tests.faults.causes.server_killed_at_delivery import SERVER
+from tests.faults.outage import (
+    HOW,
+    SLACK,
+    Replies,
+    all_well,
+    begun,
+    deliveries,
+    done,
+    let_go,
+    measured,
+    nothing_left,
+    outage,
+    two_workers,
+    until_pulls_stand,
+)
+from tests.faults.scene import ACK_WAIT, Event, Scene
+
+LONG = ACK_WAIT * 1.25  # seconds; a lease that nobody renews is over by then
+
+ends = pytest.mark.parametrize("how", HOW)
+
+
+@ends
+async def test_idle(scene: Scene, how: str) -> None:
+    worker = await scene.start("timed")
+    first = await scene.submit()
+    await done(scene, first)
+    await until_pulls_stand(scene, 1)
+    async with outage(scene, how, worker) as this:
+        pass
+    second = await scene.submit()
+    event = await done(scene, second)
+    assert event["attempt"] == 1
+    await nothing_left(scene, first, second)
+    await all_well(scene, worker)
+    assert scene.runs() == [first, second]
+    measured(f"{how}, idle: return to next run", begun(scene, second) - this.returned)
+
+
+@ends
+@pytest.mark.parametrize("lasting", [0.0, LONG], ids=["short", "longer than ack_wait"])
+async def test_run_goes_on_through_an_outage(scene: Scene, how: str, lasting: float) -> None:
+    """There is one worker: even where the lease is over, nobody else begins another run."""
+    worker = await scene.start("held_in_run")
+    heard: asyncio.Queue[Event] = asyncio.Queue()
+    inbox = scene.sender.new_inbox()
+
+    async def hear(message: Msg) -> None:
+        heard.put_nowait(json.loads(message.data))
+
+    await scene.sender.subscribe(inbox, cb=hear)
+    request_id = await scene.submit(reply_to=inbox)
+    waiting = await scene.submit()
+    await scene.noted("run")
+    async with outage(scene, how, worker):
+        await asyncio.sleep(lasting)
+    await all_well(scene, worker)
+    await let_go(scene, "run")
+    event = await done(scene, request_id)
+    assert event["attempt"] == 1
+    assert await asyncio.wait_for(heard.get(), SLACK) == event
+    await done(scene, waiting)
+    await nothing_left(scene, request_id, waiting)
+    await all_well(scene, worker)
+    assert scene.runs() == [request_id, waiting]
+
+
+@ends
+async def test_lease_outlives_a_short_outage(scene: Scene, how: str) -> None:
+    """The other worker would get the request as soon as the lease ran out."""
+    workers = await two_workers(scene, "held_in_run")
+    request_id = await scene.submit()
+    await scene.noted("run")
+    # The server writes down within 0.25 s who has what. What one that is killed does not know of
+    # any more is another test.
+    await asyncio.sleep(0.5)
+    async with outage(scene, how):
+        pass
+    await asyncio.sleep(LONG)
+    assert scene.runs() == [request_id]
+    await let_go(scene, "run")
+    assert (await done(scene, request_id))["attempt"] == 1
+    await nothing_left(scene, request_id)
+    await all_well(scene, *workers)
+    assert scene.runs() == [request_id]
+
+
+@ends
+async def test_second_run_after_a_long_outage_changes_nothing(scene: Scene, how: str) -> None:
+    """The lease is over when the server returns, before it can be renewed: a second run is right.
+
+    The server may not know whether the first worker is still there.
+    """
+    workers = await two_workers(scene, "held_in_run")
+    replies = Replies(scene)
+    await replies.open()
+    request_id = await scene.submit(reply_to=replies.subject)
+    await scene.noted("run")
+    async with outage(scene, how):
+        await asyncio.sleep(LONG)
+    await scene.noted("runs", 2)
+    event = await done(scene, request_id)
+    await let_go(scene, "run")
+    await nothing_left(scene, request_id)
+    assert await scene.event(request_id) == event, "the second end has not taken its place"
+    assert await replies.these(2) == [event, event]
+    await all_well(scene, *workers)
+    assert scene.runs() == [request_id] * 2
+
+
+@ends
+@pytest.mark.parametrize(
+    ("moment", "cause"),
+    [
+        ("result", "held_before_result"),
+        ("result", "result_lost"),
+        ("result", "answer_to_result_lost"),
+        ("ack", "held_before_ack"),
+        ("ack", "ack_lost"),
+        ("ack", "answer_to_ack_lost"),
+    ],
+)
+async def test_end_of_a_job_is_made_up_for(scene: Scene, how: str, moment: str, cause: str) -> None:
+    worker = await scene.start(cause)
+    replies = Replies(scene)
+    await replies.open()
+    request_id = await scene.submit(reply_to=replies.subject)
+    waiting = await scene.submit()
+    await scene.noted(moment)
+    async with outage(scene, how, worker) as this:
+        await let_go(scene, moment)
+    event = await done(scene, request_id)
+    assert event["attempt"] == 1
+    assert await replies.these(1) == [event]
+    await done(scene, waiting)
+    await nothing_left(scene, request_id, waiting)
+    await all_well(scene, worker)
+    assert scene.runs() == [request_id, waiting]
+    # One that is killed may have lost what it was told last, and deliver once more.
+    assert await deliveries(scene) in ({2} if how == "stop" else {2, 3})
+    measured(f"{how}, {cause}: return to next run", begun(scene, waiting) - this.returned)
+
+
+async def test_delivery_that_the_server_has_forgotten_is_not_run_again(scene: Scene) -> None:
+    """A killed server hands out again, as new, what it had no time to write down."""
+    pid = scene.stack.nats.pid
+    worker = await scene.start("server_killed_at_delivery", **{SERVER: str(pid)})
+    ids = [await scene.submit() for _ in range(3)]
+    await scene.noted("killed")
+    async with outage(scene, "kill", worker) as this:
+        pass
+    for request_id in ids:
+        assert (await done(scene, request_id))["attempt"] == 1
+    await nothing_left(scene, *ids)
+    await all_well(scene, worker)
+    assert scene.runs() == ids
+    again = worker.log_since_start().count('"outcome": "already_done"')
+    print(f"the killed server delivered {again} request again")  # noqa: T201 - nearly always one
+    measured("kill, delivery: return to the run", begun(scene, ids[1]) - this.returned)
+    measured("kill, delivery: return to next run", begun(scene, ids[2]) - this.returned)

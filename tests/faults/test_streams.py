@@ -1,0 +1,272 @@
+"""What the bus keeps is deleted, paused or full while daemons work: they go on by themselves.
+
+What a deleted stream held is lost with it; everything else keeps its promise.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from nats.js.errors import APIError, NoStreamResponseError
+
+from tests.faults.outage import (
+    all_well,
+    begun,
+    done,
+    let_go,
+    measured,
+    nothing_left,
+    two_workers,
+    until_pulls_stand,
+)
+from tests.faults.scene import ROOT, Scene
+
+PAUSE = 2.0  # seconds
+MOST_WORDS = 5  # messages of a worker's that has nothing to do, in PAUSE; one that spins sends 20
+QUEUE_FULL = 10077  # err_code: maximum messages, with discard=new
+WORKER = "watched"
+PATH = f"{ROOT}{os.pathsep}{ROOT / 'contracts'}"
+
+what_goes = pytest.mark.parametrize(
+    "what", ["durable", "requests", "results", "dead letters", "advisories"]
+)
+
+
+@what_goes
+async def test_deleted_while_idle(scene: Scene, what: str) -> None:
+    """Two workers make it again at the same time, as it was."""
+    workers = await two_workers(scene, "timed")
+    first = await scene.submit()
+    await done(scene, first)
+    await until_pulls_stand(scene, len(workers))
+    before = await config(scene, what)
+    await api(scene, f"{place(scene, what)[0]}.DELETE.{place(scene, what)[1]}")
+    deleted = time.monotonic()
+    second = await submit_once_there_is_a_stream(scene)
+    await done(scene, second)
+    await scene.emptied()
+    await put_aside(scene)
+    assert await config(scene, what) == before
+    assert len(await scene.events(second)) == 1
+    await all_well(scene, *workers)
+    assert scene.runs() == [first, second]
+    measured(f"{what} deleted: to next run", begun(scene, second) - deleted)
+
+
+@what_goes
+async def test_deleted_while_a_job_runs(scene: Scene, what: str) -> None:
+    """The job ends as it would have; where it is delivered again, it is not run again."""
+    worker = await scene.start("held_in_run")
+    first = await scene.submit()
+    await scene.noted("run")
+    before = await config(scene, what)
+    await api(scene, f"{place(scene, what)[0]}.DELETE.{place(scene, what)[1]}")
+    await let_go(scene, "run")
+    ended = time.monotonic()
+    assert (await done(scene, first))["attempt"] == 1
+    second = await submit_once_there_is_a_stream(scene)
+    await done(scene, second)
+    await scene.emptied()
+    await put_aside(scene)
+    assert await config(scene, what) == before
+    assert [len(await scene.events(one)) for one in (first, second)] == [1, 1]
+    assert len(await scene.keys()) == 2
+    await all_well(scene, worker)
+    assert scene.runs() == [first, second]
+    measured(f"{what} deleted in a run: its end to next run", begun(scene, second) - ended)
+
+
+async def test_dead_letters_deleted_while_a_job_fails(scene: Scene) -> None:
+    worker = await scene.start("held_then_raises", CONSUMER_MAX_ATTEMPTS="1")
+    request_id = await scene.submit()
+    await scene.noted("run")
+    await scene.sender.jetstream().delete_stream(scene.subjects.dead_letters_stream)
+    await let_go(scene, "run")
+    event = await scene.event(request_id)
+    assert event["failure"]["code"] == "model_error"
+    await scene.emptied()
+    assert await letters(scene) == 1
+    assert len(await scene.events(request_id)) == 1
+    await all_well(scene, worker)
+    assert scene.runs() == [request_id]
+
+
+async def test_paused_durable_delivers_nothing_until_it_is_resumed(scene: Scene) -> None:
+    worker = await scene.start("held_in_run", CONSUMER_WORKER=WORKER)
+    first, second = await scene.submit(), await scene.submit()
+    await scene.noted("run")
+    await pause(scene, datetime.now(UTC) + timedelta(days=1))
+    await let_go(scene, "run")
+    await done(scene, first)
+
+    async def settled() -> bool:
+        return await scene.left() == 1
+
+    await scene.until(settled, "settlement of the first")
+    before = await words(scene)
+    await asyncio.sleep(PAUSE)
+    assert scene.runs() == [first]
+    assert await words(scene) - before <= MOST_WORDS
+    await all_well(scene, worker)
+    await pause(scene, None)
+    resumed = time.monotonic()
+    assert (await done(scene, second))["attempt"] == 1
+    await nothing_left(scene, first, second)
+    await all_well(scene, worker)
+    assert scene.runs() == [first, second]
+    measured("resumed to next run", begun(scene, second) - resumed)
+
+
+async def test_pause_that_ends_by_itself_is_waited_for(scene: Scene) -> None:
+    worker = await scene.start("timed")
+    await until_pulls_stand(scene, 1)
+    ends, end = time.monotonic() + PAUSE, datetime.now(UTC) + timedelta(seconds=PAUSE)
+    await pause(scene, end)
+    request_id = await scene.submit()
+    await done(scene, request_id)
+    await nothing_left(scene, request_id)
+    await all_well(scene, worker)
+    assert scene.runs() == [request_id]
+    assert begun(scene, request_id) > ends - 0.05, "the server's clock is the same one"
+    measured("end of a pause to next run", begun(scene, request_id) - ends)
+
+
+async def test_full_request_stream_refuses_and_takes_again(scene: Scene, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    worker = await scene.start("held_in_run")
+    full = {**await config(scene, "requests"), "max_msgs": 1}
+    await api(scene, f"STREAM.UPDATE.{scene.subjects.requests_stream}", full)
+    first = await scene.submit()
+    await scene.noted("run")  # what is being handled is in the stream until it is settled
+    with pytest.raises(APIError) as refused:
+        await scene.submit()
+    assert refused.value.err_code == QUEUE_FULL
+    code, said = await command(scene, pictures, "refused")
+    assert (code, said) == (69, "consumer: the queue is full: try again later\n")
+    await let_go(scene, "run")
+    await done(scene, first)
+    await scene.emptied()
+
+    second = await scene.submit()
+    await done(scene, second)
+    await scene.emptied()
+    code, said = await command(scene, pictures, "taken")
+    assert code == 0, said
+    assert files(pictures) == ["taken.png"]
+    await nothing_left(scene, first, second, "taken")
+    await all_well(scene, worker)
+    assert scene.runs() == [first, second, "taken"]
+
+
+# -- what the tests do to the bus -----------------------------------------------------------------
+
+
+def place(scene: Scene, what: str) -> tuple[str, str]:
+    """The JetStream API's word for it, and its name there."""
+    subjects = scene.subjects
+    if what == "durable":
+        return "CONSUMER", f"{subjects.requests_stream}.{scene.task}"
+    return "STREAM", {
+        "requests": subjects.requests_stream,
+        "results": subjects.results_stream,
+        "dead letters": subjects.dead_letters_stream,
+        "advisories": subjects.advisories_stream,
+    }[what]
+
+
+async def api(scene: Scene, subject: str, body: object = None) -> dict[str, Any]:
+    """Call the JetStream API as it is; it must not refuse."""
+    payload = b"" if body is None else json.dumps(body).encode()
+    answer = await scene.sender.request(f"$JS.API.{subject}", payload, timeout=5)
+    value: dict[str, Any] = json.loads(answer.data)
+    assert "error" not in value, value
+    return value
+
+
+async def config(scene: Scene, what: str) -> dict[str, Any]:
+    """The configuration as the server has it."""
+    kind, name = place(scene, what)
+    found: dict[str, Any] = (await api(scene, f"{kind}.INFO.{name}"))["config"]
+    return found
+
+
+async def pause(scene: Scene, until: datetime | None) -> None:
+    """Pause the durable, or resume it."""
+    name = f"{scene.subjects.requests_stream}.{scene.task}"
+    body = {} if until is None else {"pause_until": until.isoformat()}
+    answer = await api(scene, f"CONSUMER.PAUSE.{name}", body)
+    assert answer.get("paused", False) is (until is not None)
+
+
+async def submit_once_there_is_a_stream(scene: Scene) -> str:
+    """Publish a request, again and again until it is stored."""
+    taken: list[str] = []
+
+    async def stored() -> bool:
+        try:
+            taken.append(await scene.submit())
+        except NoStreamResponseError:
+            return False
+        return True
+
+    await scene.until(stored, "request stream")
+    return taken[0]
+
+
+async def letters(scene: Scene) -> int:
+    """How many dead letters are stored."""
+    info = await scene.sender.jetstream().stream_info(scene.subjects.dead_letters_stream)
+    return int(info.state.messages)
+
+
+async def put_aside(scene: Scene) -> None:
+    """See that what is no request becomes a dead letter, and that the queue is empty then."""
+    await scene.publish(b"no request")
+    await scene.emptied()
+    assert await letters(scene) == 1
+
+
+async def words(scene: Scene) -> int:
+    """How many messages the worker has sent over its connection."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{scene.stack.nats.monitoring_url}/connz") as response,
+    ):
+        connections = (await response.json())["connections"]
+    (sent,) = (
+        connection["in_msgs"]
+        for connection in connections
+        if connection.get("name") == f"generation {WORKER}"
+    )
+    return int(sent)
+
+
+def files(folder: Path) -> list[str]:
+    """The names of what a command has saved."""
+    return [file.name for file in folder.iterdir()]
+
+
+async def command(scene: Scene, folder: Path, request_id: str) -> tuple[int, str]:
+    """Run `consumer request`; its exit code and what it says on standard error."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "consumer", "request", "text-to-image", "a"),
+        *("--id", request_id, "--output", str(folder)),
+        env={
+            **os.environ,
+            **scene.settings(),
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'contracts'}",
+        },
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, said.decode()
