@@ -148,6 +148,7 @@ class ProgressBar:
             TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
             TimeRemainingColumn(),
             console=console,
+            disable=not console.is_interactive,  # where nothing can be redrawn, it is an empty line
         )
         self._bar = self._progress.add_task("waiting", total=1, visible=False)
         self._console = console

@@ -89,6 +89,11 @@ class Bus:
         self._listeners: list[Callable[[], None]] = []
 
     @property
+    def connection(self) -> int:
+        """The number of the connection; it counts on with each reconnect."""
+        return int(self.client.stats["reconnects"])
+
+    @property
     def connected(self) -> bool:
         """Whether the server can be reached now."""
         return self.client.is_connected

@@ -49,6 +49,7 @@ class JetStreamDelivery:
         self._bus = custody.bus
         self._message = message
         self._custody = custody
+        self._connection = custody.bus.connection
         metadata = message.metadata
         self.subject = message.subject
         self.body = message.data
@@ -109,7 +110,9 @@ class JetStreamDelivery:
             # reconnect, and the second nak takes the request from the worker that has it by then.
             await self._bus.reachable()
             started = time.monotonic()
-            if unconfirmed and await self._forgotten():
+            # After a reconnect at once: a server that has forgotten the delivery does not answer.
+            doubtful = unconfirmed or self._connection != self._bus.connection
+            if doubtful and await self._forgotten():
                 log.warning("delivery_forgotten")
                 return
             try:

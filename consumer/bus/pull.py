@@ -199,6 +199,9 @@ class PullLoop:
             log.warning("durable_missing", code=code, description=description)
             self.attached = False
             await self._restore()
+        elif description == "Server Shutdown":
+            # By SIGTERM: the connection is lost next, and the durable is there when it is back.
+            await asyncio.sleep(PAUSE_REFUSED)
         else:
             log.warning("pull_refused", code=code, description=description)
             self.attached = False
