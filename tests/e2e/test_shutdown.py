@@ -1,4 +1,7 @@
-"""SIGTERM: nothing is lost, nothing stays behind, exit code 0 within the grace."""
+"""SIGTERM with a real model: in the middle of its steps, and while it is loading.
+
+Every other state of a daemon is in tests/faults, with a model that takes no time to load.
+"""
 
 import asyncio
 import json
@@ -12,7 +15,7 @@ from nats.aio.client import Client
 from consumer.apply import apply
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
-from tests.e2e.senders import WITHIN, new_id, nothing_waits
+from tests.e2e.senders import WITHIN, new_id
 
 LONG = {"prompt": "a", "steps": 200, "num_images": 4}  # some seconds on these models
 
@@ -47,25 +50,6 @@ async def ended(daemon: Daemon) -> int | None:
             return daemon.returncode
         await asyncio.sleep(0.05)  # another process's end is no event of this loop
     raise AssertionError(f"{daemon.name} goes on:\n{daemon.log_since_start()}")
-
-
-async def test_idle(servers: DevStack) -> None:
-    daemon = await start(servers, "idle")
-    daemon.signal(signal.SIGTERM)
-    assert await ended(daemon) == 0, daemon.log_since_start()
-    assert "daemon_stopped" in daemon.log_since_start()
-
-
-async def test_a_running_job_is_finished_first(servers: DevStack, sender: Client) -> None:
-    daemon = await start(servers, "finishing")
-    request_id = new_id()
-    results = await sender.subscribe(f"generation.result.text_to_image.{request_id}")
-    await running(sender, request_id)
-    daemon.signal(signal.SIGTERM)
-    event = json.loads((await results.next_msg(timeout=WITHIN)).data)
-    assert event["type"] == "generation.v1.succeeded"
-    assert await ended(daemon) == 0, daemon.log_since_start()
-    await nothing_waits(sender)
 
 
 async def test_a_job_that_does_not_fit_the_grace_is_given_back_at_once(
