@@ -199,6 +199,83 @@ def request_image_to_text(
     _ask(_settings(config), made, as_json=as_json, folder=Path())
 
 
+@cli.group("dead-letters")
+def dead_letters() -> None:
+    """What no worker could handle: list it, look at it, ask for it again."""
+
+
+only_code_option = click.option(
+    "--code", metavar="CODE", help="Only letters with this code of failure, as model_error."
+)
+
+
+@dead_letters.command("list")
+@config_option
+@only_code_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def dead_letters_list(config: Path | None, code: str | None, *, as_json: bool) -> None:
+    """All dead letters, oldest first."""
+    settings = _settings(config)
+    _require_known(code)
+    from consumer.dead_letters import print_list
+
+    _guarded(lambda: asyncio.run(print_list(settings, code=code, as_json=as_json)))
+
+
+@dead_letters.command("show")
+@click.argument("letter", metavar="SEQUENCE|ID")
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+def dead_letters_show(config: Path | None, letter: str, *, as_json: bool) -> None:
+    """One letter: headers on standard error, the request's bytes on standard output.
+
+    A number is the sequence of a letter, anything else a request id, whose newest letter is
+    shown. A request id of digits alone is written id:123.
+    """
+    settings = _settings(config)
+    from consumer.dead_letters import print_letter
+
+    sys.exit(_guarded(lambda: asyncio.run(print_letter(settings, letter, as_json=as_json))))
+
+
+@dead_letters.command("replay")
+@click.argument("letters", metavar="[SEQUENCE|ID]...", nargs=-1)
+@config_option
+@click.option("--all", "every", is_flag=True, help="All that there are now.")
+@only_code_option
+def dead_letters_replay(
+    config: Path | None, letters: tuple[str, ...], code: str | None, *, every: bool
+) -> None:
+    """Ask again for the requests of letters.
+
+    A replay is a new attempt of the same request under the same id; the letter is deleted. The
+    failed event of the request is taken out of the stream of results, and the next one is in its
+    place when a worker has done the request. A deadline in the request stays in force: when it has
+    passed, the new attempt fails with deadline_exceeded.
+
+    Not replayed, and kept: a letter with only a part of its request; one whose id has been
+    cancelled, is waiting in the queue, or has been used for another request since. When the request
+    itself has succeeded since, its letter is deleted.
+
+    Run it again after an interruption: it finishes what was begun. Exit codes: 0, 1 when one was
+    not replayed, 69 when a service is unreachable or the queue is full; the rest is kept then.
+
+    A number is the sequence of a letter, anything else a request id, whose newest letter is
+    replayed. A request id of digits alone is written id:123.
+    """
+    if every == bool(letters) or (code is not None and not every):
+        _fail("name letters or say --all; --code goes with --all", EXIT_USAGE)
+    settings = _settings(config)
+    _require_known(code)
+    from consumer.dead_letters import replay, replay_all
+
+    def run_replay() -> int:
+        work = replay_all(settings, code=code) if every else replay(settings, letters)
+        return asyncio.run(work)
+
+    sys.exit(_guarded(run_replay))
+
+
 def main() -> None:
     """Entry point of the `consumer` command."""
     cli()
@@ -223,6 +300,13 @@ def _require_task(settings: "Settings") -> None:
         _ = settings.task
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
+
+
+def _require_known(code: str | None) -> None:
+    from generation_contracts import FailureCode
+
+    if code is not None and code not in set(FailureCode):
+        _fail(f"--code: must be one of {', '.join(FailureCode)}", EXIT_USAGE)
 
 
 def _request(make: Callable[..., "Request"], parameters: dict[str, Any]) -> "Request":
@@ -327,6 +411,8 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
         _fail("the id has been used for another request", EXIT_FAILED)
     except TimeoutError:
         _fail("no result by the deadline", EXIT_UNAVAILABLE)
+    except BrokenPipeError:  # click ends quietly where nobody reads on
+        raise
     except OSError as error:  # a folder that cannot be written to, a full disk
         _fail(f"{error.filename or 'system'}: {error.strerror}", EXIT_FAILED)
     except MessageTooLarge:

@@ -4,10 +4,12 @@ Only this package imports nats. What the life of a job needs of it is in `consum
 """
 
 from consumer.bus.connection import Bus, BusUnavailable, connect
+from consumer.bus.dead_letters import DeadLetters, NoSuchLetter, StoredLetter
 from consumer.bus.delivery import Custody
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
 from consumer.bus.releases import Releases
+from consumer.bus.replaying import NotReplayed, Replay, Replayer
 from consumer.bus.requesting import QueueFull, Requester
 from consumer.bus.standby import Standby
 from consumer.bus.stranded import find_stranded
@@ -17,13 +19,19 @@ __all__ = [
     "Bus",
     "BusUnavailable",
     "Custody",
+    "DeadLetters",
     "Durable",
     "JetStreamEvents",
+    "NoSuchLetter",
+    "NotReplayed",
     "PullLoop",
     "QueueFull",
     "Releases",
+    "Replay",
+    "Replayer",
     "Requester",
     "Standby",
+    "StoredLetter",
     "Topology",
     "TopologyError",
     "connect",

@@ -11,6 +11,7 @@ from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 from pydantic import ValidationError
 
+from consumer.bus.codes import TOO_LARGE_FOR_STREAM, WRONG_LAST_SEQUENCE
 from consumer.bus.connection import API_TIMEOUT, NO_PUB_ACK, Bus, BusUnavailable
 from consumer.bus.delivery import place_of
 from consumer.bus.topology import TopologyError
@@ -36,8 +37,6 @@ log = structlog.get_logger()
 
 PAUSE_FIRST = 0.1  # seconds
 PAUSE_MOST = 2.0  # seconds; a stored result waits at most so long once the bus is back
-_WRONG_LAST_SEQUENCE = 10071  # err_code: the subject has a message already
-_TOO_LARGE_FOR_STREAM = 10054  # err_code: over the stream's max_msg_size
 MAX_REASON = 1_000  # characters
 _NOT_IN_HEADER_NAMES = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
 
@@ -171,9 +170,9 @@ class JetStreamEvents:
             except NoStreamResponseError:
                 await self._restore()
             except APIError as error:
-                if error.err_code == _WRONG_LAST_SEQUENCE:
+                if error.err_code == WRONG_LAST_SEQUENCE:
                     raise _AlreadyThere from None
-                if error.err_code == _TOO_LARGE_FOR_STREAM:
+                if error.err_code == TOO_LARGE_FOR_STREAM:
                     raise MessageTooLarge from None
                 log.warning("publish_refused", code=error.err_code, reason=error.description)
             except (Error, OSError, *NO_PUB_ACK) as error:

@@ -11,6 +11,7 @@ from nats.errors import TimeoutError as BusTimeout
 from nats.js.errors import APIError, NoStreamResponseError
 from pydantic import ValidationError
 
+from consumer.bus.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.publishing import JetStreamEvents
 from consumer.ports import MessageTooLarge, Unavailable
@@ -29,8 +30,6 @@ from generation_contracts.headers import MESSAGE_ID, wire_size
 log = structlog.get_logger()
 
 LOOK_EVERY = 2.0  # seconds; a result whose announcement was missed is found in the stream
-_QUEUE_FULL = 10077  # err_code: maximum messages or bytes, with discard=new
-_TOO_LARGE_FOR_STREAM = 10054  # err_code: over the stream's max_msg_size
 
 AnyEvent = StartedEvent | ProgressEvent | TerminalEvent
 
@@ -74,9 +73,9 @@ class Requester:
         except NoStreamResponseError:
             raise BusUnavailable("NATS: there is no request stream; run `consumer apply`") from None
         except APIError as error:
-            if error.err_code == _QUEUE_FULL:
+            if error.err_code == STREAM_FULL:
                 raise QueueFull from None
-            if error.err_code == _TOO_LARGE_FOR_STREAM:
+            if error.err_code == TOO_LARGE_FOR_STREAM:
                 raise MessageTooLarge from None
             raise BusUnavailable(f"NATS: the request is refused: {error.description}") from None
         except (BusTimeout, Error, OSError):

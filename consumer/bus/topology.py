@@ -16,6 +16,7 @@ from typing import Any, Literal
 import structlog
 from nats.errors import Error, NoRespondersError
 
+from consumer.bus.codes import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.ports import Unavailable
 from generation_contracts import Subjects, Task
@@ -25,7 +26,7 @@ log = structlog.get_logger()
 NANOSECONDS = 1_000_000_000
 _FILES_ROOT = "generation"
 _STREAMS = ("REQUESTS", "RESULTS", "DEAD_LETTERS", "RELEASES", "ADVISORIES")
-_NOT_FOUND = frozenset({10059, 10014})  # stream, consumer
+_NOT_FOUND = frozenset({STREAM_NOT_FOUND, CONSUMER_NOT_FOUND})
 
 # A difference in one of these breaks a guarantee: requests lost or done twice, results not found.
 _VITAL = frozenset(

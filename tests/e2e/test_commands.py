@@ -176,7 +176,14 @@ def test_schema_prints_json() -> None:
     assert "TextToImageRequest" in json.loads(consumer("schema", "--json-schema").stdout)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["request", "text-to-image", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["request", "text-to-image", "--help"],
+        ["dead-letters", "replay", "--help"],
+    ],
+)
 def test_help_imports_no_model_library(arguments: list[str]) -> None:
     shown = "import sys; from consumer.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
     look = "; print('HEAVY', sorted({'torch', 'diffusers', 'nats', 'minio'} & sys.modules.keys()))"

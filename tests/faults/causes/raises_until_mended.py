@@ -1,0 +1,22 @@
+"""The model raises at every run until the test leaves a mark."""
+
+import os
+from pathlib import Path
+
+from consumer.ports import ModelError
+from consumer.settings import Settings
+from generation_contracts import Request
+from tests.faults.quick_runner import FOLDER, QuickRunner
+
+MENDED = "mended"  # the mark
+
+
+class RaisesUntilMended(QuickRunner):
+    def begin(self, request: Request, *, save_memory: bool) -> None:
+        super().begin(request, save_memory=save_memory)
+        if not (Path(os.environ[FOLDER]) / MENDED).exists():
+            raise ModelError("RuntimeError")
+
+
+def make_runner(_: Settings) -> RaisesUntilMended:
+    return RaisesUntilMended()

@@ -1,0 +1,284 @@
+"""What no worker could handle, in the hands of the people who operate it: the real commands."""
+
+import asyncio
+import json
+import os
+import pty
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from consumer.devstack import free_ports
+from generation_contracts.headers import (
+    DEAD_LETTER_CODE,
+    DEAD_LETTER_REASON,
+    DEAD_LETTER_REQUEST_ID,
+    DEAD_LETTER_TRUNCATED,
+)
+from tests.faults.causes.raises_until_mended import MENDED
+from tests.faults.scene import Scene
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int | None
+    stdout: bytes
+    stderr: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.stdout.decode().splitlines()
+
+
+def environment(scene: Scene, **settings: str) -> dict[str, str]:
+    """What an operator has: no MODEL_TYPE, nothing of a store."""
+    own = {
+        name: value
+        for name, value in scene.settings().items()
+        if name.startswith(("NATS_", "CONSUMER_SUBJECT_ROOT"))
+    }
+    return {**os.environ, **own, **settings}
+
+
+async def dead_letters(scene: Scene, *arguments: str, **settings: str) -> Done:
+    """Run `consumer dead-letters …`."""
+    command = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "consumer", "dead-letters", *arguments),
+        env=environment(scene, **settings),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    stdout, stderr = await command.communicate()
+    return Done(command.returncode, stdout, stderr.decode())
+
+
+async def put_aside(
+    scene: Scene,
+    body: bytes = b"{}",
+    *,
+    request_id: str = "r-1",
+    headers: dict[str, str] | None = None,
+) -> None:
+    """A letter as a worker writes it."""
+    own = {DEAD_LETTER_REQUEST_ID: request_id, DEAD_LETTER_CODE: "model_error"}
+    await scene.sender.jetstream().publish(
+        scene.subjects.dead_letter(scene.task), body, headers={**own, **(headers or {})}
+    )
+
+
+async def letters(scene: Scene) -> int:
+    info = await scene.sender.jetstream().stream_info(scene.subjects.dead_letters_stream)
+    return int(info.state.messages)
+
+
+# -- with a worker --------------------------------------------------------------------------------
+
+
+async def test_a_request_is_replayed_once_its_model_is_mended(scene: Scene) -> None:
+    await scene.start("raises_until_mended")
+    request_id = await scene.submit()
+    failed = await scene.event(request_id)
+    assert (failed["type"], failed["attempt"]) == ("generation.v1.failed", 3)
+    await scene.emptied()
+    assert await letters(scene) == 1
+
+    (scene.folder / MENDED).touch()
+    done = await dead_letters(scene, "replay", request_id)
+
+    assert (done.code, done.stderr) == (0, "")
+    assert done.lines == [f"1 {request_id}: replayed"]
+    await scene.emptied()
+    event = await scene.event(request_id)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
+    assert event["request_digest"] == failed["request_digest"]
+    assert scene.runs() == [request_id] * 4
+    assert len(await scene.keys()) == 1
+    assert await letters(scene) == 0
+    again = await dead_letters(scene, "replay", request_id)
+    assert (again.code, again.lines) == (1, [f"{request_id}: no such letter"])
+
+
+async def test_a_replay_that_fails_again_has_a_new_event_and_a_new_letter(scene: Scene) -> None:
+    await scene.start("raises_until_mended")
+    derived = f"{scene.subjects.requests_stream}-1-"
+    await scene.publish({"prompt": "a"})
+    await scene.emptied()
+    done = await dead_letters(scene, "replay", "--all")
+    assert done.code == 0
+    await scene.emptied()
+    (letter,) = [json.loads(line) for line in (await dead_letters(scene, "list", "--json")).lines]
+    assert letter["sequence"] == 2
+    assert letter["request_id"].startswith(derived)
+    assert done.lines == [f"1 {letter['request_id']}: replayed"]
+    assert (await scene.event(letter["request_id"]))["failure"]["code"] == "model_error"
+    assert len(scene.runs()) == 6
+
+
+# -- replay ---------------------------------------------------------------------------------------
+
+
+async def test_all_goes_on_where_one_is_refused(scene: Scene) -> None:
+    await put_aside(scene, request_id="r-1")
+    await put_aside(scene, request_id="r-2", headers={DEAD_LETTER_TRUNCATED: "2000000"})
+    await put_aside(scene, request_id="r-3", headers={DEAD_LETTER_CODE: "invalid_request"})
+    await put_aside(scene, request_id="r-4")
+    done = await dead_letters(scene, "replay", "--all", "--code", "model_error")
+    assert done.code == 1
+    assert done.lines == [
+        "1 r-1: replayed",
+        "2 r-2: not replayed: it is truncated: the rest of the request is lost",
+        "4 r-4: replayed",
+    ]
+    assert (await scene.left(), await letters(scene)) == (2, 2)
+
+
+async def test_letters_are_named_by_sequence_or_by_id_and_digits_are_a_sequence(
+    scene: Scene,
+) -> None:
+    for request_id in ("r-1", "3", "r-1", "r-2"):
+        await put_aside(scene, request_id=request_id)
+    done = await dead_letters(scene, "replay", "r-1", "id:3", "4", "9", "r-9")
+    assert done.code == 1
+    assert done.lines == [
+        "3 r-1: replayed",
+        "2 3: replayed",
+        "4 r-2: replayed",
+        "9: no such letter",
+        "r-9: no such letter",
+    ]
+    assert await letters(scene) == 1
+
+
+async def test_a_full_queue_ends_it_with_69_and_keeps_the_rest(scene: Scene) -> None:
+    jetstream = scene.sender.jetstream()
+    for request_id in ("r-1", "r-2", "r-3"):
+        await put_aside(scene, request_id=request_id)
+    info = await jetstream.stream_info(scene.subjects.requests_stream)
+    info.config.max_msgs = 1
+    await jetstream.update_stream(info.config)
+    done = await dead_letters(scene, "replay", "--all")
+    assert (done.code, done.lines) == (69, ["1 r-1: replayed"])
+    assert done.stderr == "consumer: the queue is full: try again later\n"
+    assert await letters(scene) == 2
+
+
+# -- list and show --------------------------------------------------------------------------------
+
+
+async def test_no_letters_are_said_on_standard_error(scene: Scene) -> None:
+    for arguments in (["list"], ["replay", "--all"]):
+        done = await dead_letters(scene, *arguments)
+        assert (done.code, done.stdout, done.stderr) == (0, b"", "no dead letters\n")
+
+
+async def test_the_table_is_plain_text_in_which_nothing_steers_the_terminal(scene: Scene) -> None:
+    reason = "[red]x[/red]\x1b[2J" + "y" * 300
+    await put_aside(scene, request_id="r-1", headers={DEAD_LETTER_REASON: reason})
+    await put_aside(scene, request_id="r-2", headers={DEAD_LETTER_CODE: "internal"})
+    done = await dead_letters(scene, "list")
+    assert done.code == 0
+    heading, first, second = done.lines
+    assert heading.split()[:3] == ["SEQUENCE", "STORED", "TASK"]
+    assert first.split()[0] == "1"
+    assert "r-1" in first.split()
+    assert first.rstrip().endswith("[red]x[/red]?[2J" + "y" * 300)
+    assert second.split()[0] == "2"
+    assert (await dead_letters(scene, "list", "--code", "internal")).lines[1].split()[0] == "2"
+
+
+async def test_a_listing_that_nobody_reads_on_ends_quietly(scene: Scene) -> None:
+    await put_aside(scene)
+    read, write = os.pipe()
+    os.close(read)
+    command = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "consumer", "dead-letters", "list", "--json"),
+        env=environment(scene),
+        stdout=write,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    os.close(write)
+    _, stderr = await command.communicate()
+    assert (command.returncode, stderr) == (1, b"")
+
+
+async def test_show_gives_the_bytes_alone_on_standard_output(scene: Scene) -> None:
+    body = bytes(range(256))
+    await put_aside(scene, body, headers={"Original-Title": "Grüße\x1b"})
+    done = await dead_letters(scene, "show", "r-1")
+    assert (done.code, done.stdout) == (0, body)
+    assert "Dead-Letter-Request-Id: r-1\n" in done.stderr
+    assert "Original-Title: Grüße?\n" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [("ü{".encode(), {"body": "ü{"}), (b"\xff\x00", {"body_base64": "/wA="})],
+)
+async def test_show_as_json_is_one_object_with_everything(
+    scene: Scene, body: bytes, shown: dict[str, str]
+) -> None:
+    await put_aside(scene, body, headers={"Original-Title": "Grüße", DEAD_LETTER_REASON: "why"})
+    done = await dead_letters(scene, "show", "1", "--json")
+    (line,) = done.lines
+    letter = json.loads(line)
+    assert (letter["request_id"], letter["code"], letter["reason"]) == ("r-1", "model_error", "why")
+    assert letter["headers"] == {"Title": "Grüße"}
+    assert {key: text for key, text in letter.items() if key.startswith("body")} == shown
+
+
+async def test_show_on_a_terminal_leaves_the_prompt_on_a_line_of_its_own(scene: Scene) -> None:
+    await put_aside(scene, b"{}")
+    terminal, side = pty.openpty()
+    command = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "consumer", "dead-letters", "show", "1"),
+        env=environment(scene),
+        stdout=side,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    await command.wait()
+    os.close(side)
+    assert os.read(terminal, 100) == b"{}\r\n"
+    os.close(terminal)
+
+
+@pytest.mark.parametrize("name", ["r-1", "1", "id:1", "no\x1bthing"])
+async def test_a_letter_that_is_not_there_is_one_line_with_1(scene: Scene, name: str) -> None:
+    done = await dead_letters(scene, "show", name)
+    assert (done.code, done.stdout) == (1, b"")
+    assert done.stderr == f"consumer: {name.replace(chr(27), '?')}: no such letter\n"
+
+
+# -- usage ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["replay"],
+        ["replay", "1", "--all"],
+        ["replay", "1", "--code", "model_error"],
+        ["replay", "--all", "--code", "model-error"],
+        ["list", "--code", "unknown"],
+        ["list", "--config", "no-such-file.toml"],
+    ],
+)
+async def test_wrong_usage_is_one_line_with_2(scene: Scene, arguments: list[str]) -> None:
+    done = await dead_letters(scene, *arguments)
+    assert (done.code, done.stdout) == (2, b"")
+    assert done.stderr.startswith("consumer: ")
+    assert done.stderr.count("\n") == 1
+
+
+async def test_no_streams_and_no_server_are_one_line_with_69(scene: Scene) -> None:
+    other = await dead_letters(scene, "list", CONSUMER_SUBJECT_ROOT="nobody")
+    assert other.code == 69
+    assert other.stderr == (
+        "consumer: NATS: there is no stream NOBODY_DEAD_LETTERS; run `consumer apply`\n"
+    )
+    (port,) = free_ports(1)
+    gone = await dead_letters(scene, "list", NATS_URL=f"nats://a:secret@127.0.0.1:{port}")
+    assert gone.code == 69
+    assert gone.stderr.startswith("consumer: NATS: cannot connect: ")
+    assert "secret" not in gone.stderr
