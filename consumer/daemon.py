@@ -135,7 +135,7 @@ class Daemon:
             parts.push_async_callback(pull.close)
             self._health.durable_present = lambda: pull.attached
             self._pull, self._execution = pull, execution
-            await self._beside(self._watch_store(artifacts), "watch-store", parts)
+            await self._beside(self._watch_store(artifacts, execution), "watch-store", parts)
             await self._watch_advisories(topology, custody, execution, parts)
             log.info(
                 "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
@@ -212,10 +212,12 @@ class Daemon:
         except StoreUnavailable as error:
             log.warning("store_unavailable", reason=str(error))
 
-    async def _watch_store(self, artifacts: ObjectStoreArtifacts) -> None:
+    async def _watch_store(self, artifacts: ObjectStoreArtifacts, execution: Execution) -> None:
         while True:
             away = bool(self._health.store_problem)
             await asyncio.sleep(STORE_CHECK_AGAIN if away else STORE_CHECK_EVERY)
+            if execution.storing:
+                continue  # its tries tell more than a look, which a full store answers as well
             try:
                 await artifacts.reachable()
             except Exception as error:  # noqa: BLE001 - a look at the store must not end the daemon

@@ -156,6 +156,11 @@ class Execution:
         """Conclude a request that no worker will be given any more, without running it."""
         await self._take(delivery, self._lost)
 
+    @property
+    def storing(self) -> bool:
+        """Whether an output is on its way into the store, or waits for it to take it."""
+        return any(job.state is State.STORING for job in self._jobs)
+
     def interrupt(self, reason: Reason, request_id: str | None = None) -> bool:
         """Ask a job, or all of them, to stop at the next step.
 

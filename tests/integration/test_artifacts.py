@@ -9,13 +9,12 @@ import threading
 import traceback
 import urllib.error
 import urllib.request
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -29,6 +28,18 @@ from consumer.images import ImageCodec
 from consumer.ports import EncodedImage, InputUnavailable, StoreUnavailable
 from consumer.telemetry import JobReport
 from generation_contracts import ArtifactReference, InlineImage, Task
+from tests.integration.fault_proxy import (
+    Exchange,
+    Fault,
+    FaultProxy,
+    damages_the_body,
+    drips,
+    hangs_up,
+    is_silent,
+    passes,
+    refuses,
+    says,
+)
 
 BUCKET = "generation"
 PREFIX = "outputs"
@@ -77,112 +88,6 @@ class Recorder:
         assert threading.current_thread() is threading.main_thread()
         self.told.append(reason)
         self.news.put_nowait(reason)
-
-
-@dataclass
-class Exchange:
-    """One request at the proxy, and the way to answer it."""
-
-    head: bytes
-    body: bytes
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    upstream: int
-
-    @property
-    def method(self) -> str:
-        return self.head.split(b" ", 1)[0].decode()
-
-    async def forward(self) -> bytes:
-        """The real store's whole answer."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.upstream)
-        first, rest = self.head.split(b"\r\n", 1)
-        writer.write(first + b"\r\nConnection: close\r\n" + rest + self.body)
-        answer = await reader.read()
-        writer.close()
-        return answer
-
-    async def answer(self, status: str, body: bytes = b"", **headers: str) -> None:
-        lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close"]
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        self.writer.write("\r\n".join([*lines, "", ""]).encode() + body)
-
-
-Fault = Callable[[Exchange], Awaitable[None]]
-
-
-class FaultProxy:
-    """Stands before the store; the next requests meet `faults`, all others pass."""
-
-    def __init__(self, upstream: int) -> None:
-        self.faults: deque[Fault] = deque()
-        self.methods: list[str] = []
-        self.heads: list[bytes] = []
-        self.met: asyncio.Queue[None] = asyncio.Queue()  # one for each request that has come
-        self.left: asyncio.Queue[None] = asyncio.Queue()  # one for each client that has gone
-        self._upstream = upstream
-        self._server: asyncio.Server | None = None
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._server is not None
-        self._server.close()
-
-    @property
-    def endpoint(self) -> str:
-        assert self._server is not None
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
-            head = await reader.readuntil(b"\r\n\r\n")
-            headers = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:] if line)
-            body = await reader.readexactly(int(headers.get(b"Content-Length", b"0")))
-            exchange = Exchange(head, body, reader, writer, self._upstream)
-            self.methods.append(exchange.method)
-            self.heads.append(head)
-            self.met.put_nowait(None)
-            fault = self.faults.popleft() if self.faults else passes
-            await fault(exchange)
-        writer.close()
-        self.left.put_nowait(None)
-
-
-async def passes(exchange: Exchange) -> None:
-    exchange.writer.write(await exchange.forward())
-
-
-async def is_silent(exchange: Exchange) -> None:
-    await exchange.reader.read()  # until the client goes
-
-
-async def hangs_up(exchange: Exchange) -> None:
-    exchange.writer.close()
-
-
-async def drips(exchange: Exchange) -> None:
-    """Sends one byte after the other of an endless header, faster than any timeout for reading."""
-    exchange.writer.write(b"HTTP/1.1 200 OK\r\nX-Drip: ")
-    gone = asyncio.ensure_future(exchange.reader.read())
-    while not gone.done():
-        exchange.writer.write(b"x")
-        await asyncio.wait([gone], timeout=0.02)
-
-
-async def damages_the_body(exchange: Exchange) -> None:
-    await passes(replace(exchange, body=b"\xff" + exchange.body[1:]))
-
-
-def says(status: str, body: bytes = b"", **headers: str) -> Fault:
-    return lambda exchange: exchange.answer(status, body, **headers)
-
-
-def refuses(status: str, code: str) -> Fault:
-    body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
-    return says(status, body, Content_Type="application/xml")
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +206,10 @@ async def test_a_stored_picture_is_what_any_client_finds(
     image = picture()
     stored = await artifacts.store(TASK, "request-1", 3, image)
 
-    assert (stored.bucket, stored.key) == (BUCKET, "outputs/text_to_image/request-1/3.png")
+    assert (stored.bucket, stored.key) == (
+        BUCKET,
+        f"outputs/text_to_image/request-1/3-{image.sha256[:8]}.png",
+    )
     found = plain.stat_object(BUCKET, stored.key)
     assert (found.size, found.etag) == (stored.size, stored.etag) == (len(image.data), image.md5)
     assert found.content_type == stored.media_type == "image/png"
@@ -745,6 +653,18 @@ FAILS: dict[str, tuple[Fault, str]] = {
         says("503 No", PAGE, Content_Type="text/html"),
         "S3: the answer is not that of an S3 store (HTTP 503)",
     ),
+    "full": (
+        refuses("507 Insufficient Storage", "XMinioStorageFull"),
+        "S3: the store cannot do it now (XMinioStorageFull)",
+    ),
+    "full-500": (
+        refuses("500 Internal Server Error", "InsufficientStorage"),
+        "S3: the store cannot do it now (InsufficientStorage)",
+    ),
+    "full-without-words": (
+        says("507 Insufficient Storage"),
+        "S3: the answer is not that of an S3 store (HTTP 507)",
+    ),
     "200-page": (says("200 OK", PAGE), "S3: the answer has no ETag"),
     "empty-etag": (says("200 OK", ETag='""'), "S3: the answer has no ETag"),
     "wrong-etag": (says("200 OK", ETag=ETAG), "S3: the ETag is not the MD5 of what was sent"),
@@ -956,3 +876,30 @@ async def test_no_secret_and_no_address_is_in_what_is_raised(
         for hidden in (store.secret_key, store.access_key, "X-Amz", "Signature", proxy.endpoint):
             assert hidden not in text
     assert raised.value.__context__ is None  # and no library's exception comes along
+
+
+# -- outputs that nobody is told of ---------------------------------------------------------------
+
+
+async def test_two_runs_of_one_request_do_not_touch_each_others_pictures(
+    artifacts: ObjectStoreArtifacts, plain: Minio
+) -> None:
+    first, second = picture(120), picture(121)
+    kept, lost = [await artifacts.store(TASK, "race", 0, image) for image in (first, second)]
+    assert kept.key != lost.key
+    await artifacts.discard(lost)
+    assert got(plain, kept.key) == first.data
+    left = plain.list_objects(bucket_name=BUCKET, prefix=f"{PREFIX}/{TASK}/race/")
+    assert [one.object_name for one in left] == [kept.key]
+
+
+async def test_discarding_never_raises_and_says_nothing_about_the_store(
+    make: Make, store: StoreOfTwo, seen: Recorder
+) -> None:
+    scoped = make(access_key=store.scoped_access_key, secret_key=store.scoped_secret_key)
+    stored = await scoped.store(TASK, "discarded", 0, picture())
+    told = list(seen.told)
+    await scoped.discard(stored.model_copy(update={"key": "elsewhere/0.png"}))  # not allowed to
+    for _ in range(2):  # the second time it is gone already
+        await scoped.discard(stored)
+    assert seen.told == told

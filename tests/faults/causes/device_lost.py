@@ -1,0 +1,35 @@
+"""The device fails in the first run, once the test has made the mark `lose`.
+
+The exception is the one that torch raises for a sticky error.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+
+from consumer.ports import RunnerOutput
+from consumer.runners.faults import translated
+from consumer.settings import Settings
+from generation_contracts import Request
+from tests.faults.holding import hold
+from tests.faults.quick_runner import QuickRunner, first_time, note
+
+
+class DeviceLostOnce(QuickRunner):
+    def run(self, request: Request, images: Sequence[Image.Image], **more: Any) -> RunnerOutput:
+        return translated(
+            partial(super().run, request, images, **more), free=partial(note, "freed", "memory")
+        )
+
+    def step(self, request: Request, number: int) -> None:
+        super().step(request, number)
+        if first_time("lost"):
+            hold("lose")
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def make_runner(_: Settings) -> DeviceLostOnce:
+    return DeviceLostOnce()

@@ -1,0 +1,21 @@
+"""The first run hangs in C for ever, with the interpreter's lock given back."""
+
+import ctypes
+import os
+import time
+
+from consumer.settings import Settings
+from generation_contracts import Request
+from tests.faults.quick_runner import QuickRunner, first_time, note
+
+
+class HangsOnce(QuickRunner):
+    def begin(self, request: Request, *, save_memory: bool) -> None:
+        note("begun", repr(time.monotonic()))
+        if first_time("hung"):
+            note("hanging", str(os.getpid()))
+            ctypes.CDLL(None).pause()
+
+
+def make_runner(_: Settings) -> HangsOnce:
+    return HangsOnce()

@@ -1,0 +1,22 @@
+"""The model cannot be loaded: a library of the real runners raises an error that names a file."""
+
+from pathlib import Path
+
+from consumer.ports import ModelDescription
+from consumer.runners.faults import load_failure
+from consumer.settings import Settings
+from tests.faults.quick_runner import QuickRunner
+
+FOLDER = Path("/srv/models/portraits")
+ERROR = OSError(
+    f"Error while reading {FOLDER}/vae/weights.safetensors and /root/.cache/hub/x:\ncut"
+)
+
+
+class LoadFails(QuickRunner):
+    def load(self) -> ModelDescription:
+        raise load_failure(ERROR, name="portraits", folder=FOLDER)
+
+
+def make_runner(_: Settings) -> LoadFails:
+    return LoadFails()

@@ -1,0 +1,17 @@
+"""A `large` picture fits into the device's memory only where it is saved, a `huge` one never."""
+
+from consumer.ports import OutOfMemory
+from consumer.settings import Settings
+from generation_contracts import Request
+from tests.faults.quick_runner import QuickRunner, note
+
+
+class OutOfMemoryOnDemand(QuickRunner):
+    def begin(self, request: Request, *, save_memory: bool) -> None:
+        note("saving", str(save_memory))
+        if request.prompt == "huge" or (request.prompt == "large" and not save_memory):
+            raise OutOfMemory
+
+
+def make_runner(_: Settings) -> OutOfMemoryOnDemand:
+    return OutOfMemoryOnDemand()

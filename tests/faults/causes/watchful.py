@@ -1,0 +1,8 @@
+"""The model is well, and the process looks at its store all the time, not every few seconds."""
+
+from consumer import daemon
+from tests.faults.causes.impatient import make_runner
+
+__all__ = ["make_runner"]
+
+daemon.STORE_CHECK_EVERY = daemon.STORE_CHECK_AGAIN = 0.2

@@ -1,0 +1,133 @@
+"""What a real model makes and is no picture never leaves the worker, and the next one is unharmed.
+
+That the runner refuses such outputs is shown in `tests/integration`, for both tasks; here is what
+becomes of the request, with the real runner and codec, and ports in memory.
+"""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from consumer.admission import Admission
+from consumer.execution import Execution, Limits
+from consumer.images import ImageCodec
+from consumer.runners import ModelConfig, ModelRunner, create_runner
+from consumer.runners.thread import InferenceThread
+from generation_contracts import FailedEvent, FailureCode, ImageArtifact, SucceededEvent, Task
+from tests.memory_ports import MemoryDelivery
+from tests.memory_world import LONG, MemoryWorld
+from tests.tiny_models import Folder
+
+TASK = Task.TEXT_TO_IMAGE
+SIDE = 32  # pixels
+
+
+class Worker:
+    """A worker with a real model.
+
+    Attributes:
+        world: What surrounds it.
+        pipe: The model's pipeline.
+    """
+
+    def __init__(self, runner: ModelRunner, inference: InferenceThread) -> None:
+        self.world = MemoryWorld(task=TASK)
+        self._runner = runner
+        self._inference = inference
+        self._execution: Execution
+
+    async def open(self) -> None:
+        model = await self._inference.call(self._runner.load)
+        self.pipe: Any = vars(self._runner._model)["_pipe"]
+        world = self.world
+        self._execution = Execution(
+            worker="worker-1",
+            admission=Admission(TASK, world.subjects, ()),
+            limits=Limits(ack_wait=LONG, max_attempts=3, stall_timeout=LONG),
+            model=model,
+            runner=self._runner,
+            inference=self._inference,
+            events=world.events,
+            artifacts=world.artifacts,
+            images=ImageCodec(),
+            observer=world.observer,
+        )
+
+    async def takes(self, request_id: str) -> MemoryDelivery:
+        """Have a request delivered, the same one each time, until it is settled for good."""
+        size = {"width": SIDE, "height": SIDE, "num_inference_steps": 1, "seed": 7}
+        body = {"request_id": request_id, "prompt": "a circle", **size}
+        await self.world.send(json.dumps(body).encode())
+        while len(self.world.queue):
+            delivery = self.world.queue.take()
+            assert await self._execution.handle(delivery) is None
+        return delivery
+
+    async def sha256(self, request_id: str) -> str:
+        """Of the picture of a request that succeeds at its first try."""
+        assert (await self.takes(request_id)).attempt == 1
+        event = await self.world.result(request_id)
+        assert isinstance(event, SucceededEvent)
+        (output,) = event.outputs
+        assert isinstance(output, ImageArtifact)
+        return output.sha256
+
+
+@pytest.fixture
+async def worker(model_folder: Folder) -> AsyncIterator[Worker]:
+    config = ModelConfig(model_id=str(model_folder("stable_diffusion_3")))
+    runner, inference = create_runner(TASK, config), InferenceThread()
+    made = Worker(runner, inference)
+    await made.open()
+    yield made
+    await inference.call(runner.close)
+    inference.close()
+    made.world.close()
+
+
+@contextmanager
+def not_numbers(pipe: Any) -> Iterator[None]:
+    """A weight of the autoencoder is not a number."""
+    bias = pipe.vae.decoder.conv_out.bias
+    kept = bias.detach().clone()
+    with torch.no_grad():
+        bias.fill_(float("nan"))
+        yield
+        bias.copy_(kept)
+
+
+@contextmanager
+def too_small(pipe: Any) -> Iterator[None]:
+    """The pipeline takes its autoencoder to enlarge twice as much as it does."""
+    factor = pipe.vae_scale_factor
+    pipe.vae_scale_factor = 2 * factor
+    yield
+    pipe.vae_scale_factor = factor
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (not_numbers, "the model made pixels that are not numbers"),
+        (too_small, "the model made pictures of another shape than asked for"),
+    ],
+)
+async def test_output_that_is_no_picture_is_a_model_error_and_the_next_one_is_unharmed(
+    worker: Worker, fault: Any, reason: str
+) -> None:
+    before = await worker.sha256("before")
+    with fault(worker.pipe):
+        last = await worker.takes("bad")
+    assert last.attempt == 3
+    event = await worker.world.result("bad")
+    assert isinstance(event, FailedEvent)
+    assert event.failure.code is FailureCode.MODEL_ERROR
+    assert event.failure.details == {"exception": reason}
+    ((letter, _),) = await worker.world.dead_letters()
+    assert letter.code is FailureCode.MODEL_ERROR
+    assert await worker.sha256("after") == before
+    assert {key.split("/")[-2] for key in await worker.world.objects()} == {"before", "after"}

@@ -1,0 +1,217 @@
+"""The object store fails in every known way, for longer than a lease lasts.
+
+Each time the worker keeps the finished output and the lease, says why it is not ready, and stores
+the output when the store is back: the model runs once, and there is one terminal event.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+
+import pytest
+from nats.errors import TimeoutError as BusTimeout
+
+from consumer.devstack import Daemon
+from tests.faults.outage import all_well, done, nothing_left, readiness, until_readiness
+from tests.faults.scene import ACK_WAIT, WITHIN, Scene
+from tests.integration.fault_proxy import (
+    Fault,
+    FaultProxy,
+    HoldsHalfway,
+    cuts_halfway,
+    drips,
+    for_writing,
+    is_silent,
+    refuses,
+    says,
+)
+
+LASTS = ACK_WAIT * 1.25  # seconds that a fault lasts: a lease that is not renewed is over by then
+UNAVAILABLE = 69  # the exit code for a service that cannot be used
+
+LARGE = {"width": 1_700, "height": 1_700}  # 8.7 MB: half of it is more than one piece in the store
+
+# What servers say when nothing more fits: MinIO, and Ceph of a quota. They still answer readers.
+FULL: dict[str, tuple[Fault, str]] = {
+    "507 XMinioStorageFull": (
+        for_writing(refuses("507 Insufficient Storage", "XMinioStorageFull")),
+        "S3: the store cannot do it now (XMinioStorageFull)",
+    ),
+    "403 QuotaExceeded": (
+        for_writing(refuses("403 Forbidden", "QuotaExceeded")),
+        "S3: the store refuses (QuotaExceeded)",
+    ),
+}
+FAILS: dict[str, tuple[Fault, str]] = {
+    "silent": (is_silent, "S3: no answer in time"),
+    "drip": (drips, "S3: no complete answer in time"),
+    "503": (refuses("503 Slow Down", "SlowDown"), "S3: the store cannot do it now (SlowDown)"),
+    "200 without ETag": (says("200 OK"), "S3: the answer has no ETag"),
+    **FULL,
+}
+DENIES = refuses("403 Forbidden", "AccessDenied")
+
+
+@pytest.fixture
+async def proxy(scene: Scene) -> AsyncIterator[FaultProxy]:
+    async with FaultProxy(scene.stack.store.ports["s3.port"]) as running:
+        yield running
+
+
+async def start(scene: Scene, proxy: FaultProxy, cause: str) -> Daemon:
+    """A worker with the proxy between it and its store."""
+    return await scene.start(cause, S3_ENDPOINT=proxy.endpoint)
+
+
+def denied(scene: Scene) -> str:
+    place = f"{scene.stack.store.bucket}/{scene.subjects.root}/*"
+    return f'S3: access is denied; reading and writing "{place}" is needed'
+
+
+async def outlasts_the_lease(scene: Scene, worker: Daemon, request_id: str) -> None:
+    """Let the fault last, and see that it costs neither the lease nor the output."""
+    durable, stream = str(scene.task), scene.subjects.requests_stream
+    other = await scene.sender.jetstream().pull_subscribe_bind(durable=durable, stream=stream)
+    with pytest.raises(BusTimeout):  # another worker asks for the request all that time
+        await other.fetch(1, timeout=LASTS)
+    await other.unsubscribe()
+    status, conditions = await readiness(worker)
+    assert status == HTTPStatus.SERVICE_UNAVAILABLE
+    assert conditions["store"].startswith("S3: ")
+    assert await scene.events(request_id) == []
+    assert scene.runs() == [request_id]
+
+
+async def is_over(scene: Scene, worker: Daemon, request_id: str) -> None:
+    """See that the output is stored, that nothing came twice, and that the next request is done."""
+    first = await done(scene, request_id)
+    assert first["attempt"] == 1
+    next_id = await scene.submit()
+    second = await done(scene, next_id)
+    assert (second["worker"], second["attempt"]) == (first["worker"], 1)
+    await nothing_left(scene, request_id, next_id)
+    assert scene.runs() == [request_id, next_id]
+    await all_well(scene, worker)
+    log = worker.log.read_text()
+    for secret in (scene.stack.store.secret_key, scene.stack.store.access_key, "X-Amz"):
+        assert secret not in log
+
+
+async def survives(
+    scene: Scene,
+    proxy: FaultProxy,
+    fault: Fault,
+    reason: str,
+    cause: str = "impatient",
+    **asked: int,
+) -> None:
+    worker = await start(scene, proxy, cause)
+    proxy.otherwise = fault
+    request_id = await scene.submit(**asked)
+    await until_readiness(scene, worker, store=reason)
+    await outlasts_the_lease(scene, worker, request_id)
+    assert await scene.keys() == set()
+    proxy.heal()
+    await is_over(scene, worker, request_id)
+
+
+@pytest.mark.parametrize("name", FAILS)
+async def test_store_that_fails_delays_the_result_and_no_more(
+    scene: Scene, proxy: FaultProxy, name: str
+) -> None:
+    await survives(scene, proxy, *FAILS[name])
+
+
+async def test_store_that_denies_access_for_a_while(scene: Scene, proxy: FaultProxy) -> None:
+    await survives(scene, proxy, DENIES, denied(scene))
+
+
+async def test_store_that_cuts_each_upload_in_the_middle(scene: Scene, proxy: FaultProxy) -> None:
+    await survives(scene, proxy, cuts_halfway, "S3: the connection broke", "noise", **LARGE)
+
+
+async def test_store_that_refuses_connections(scene: Scene, proxy: FaultProxy) -> None:
+    worker = await start(scene, proxy, "impatient")
+    proxy.refuse()
+    request_id = await scene.submit()
+    await until_readiness(scene, worker, store="S3: no connection")
+    await outlasts_the_lease(scene, worker, request_id)
+    await proxy.listen()
+    await is_over(scene, worker, request_id)
+
+
+async def test_store_that_is_killed_in_the_middle_of_an_upload(
+    scene: Scene, proxy: FaultProxy
+) -> None:
+    worker = await start(scene, proxy, "noise")
+    held = HoldsHalfway()
+    proxy.faults.append(held)
+    request_id = await scene.submit(**LARGE)
+    await asyncio.wait_for(held.reached.wait(), timeout=WITHIN)
+    store = scene.stack.store
+    await asyncio.to_thread(store.kill)
+    await until_readiness(scene, worker, store="S3: the connection broke")
+    await outlasts_the_lease(scene, worker, request_id)
+    await asyncio.to_thread(store.start)
+    await asyncio.to_thread(store.wait_ready)
+    await is_over(scene, worker, request_id)
+
+
+@pytest.mark.parametrize("fault", [FULL["507 XMinioStorageFull"][0], DENIES], ids=["full", "403"])
+async def test_a_look_at_the_store_does_not_hide_that_an_output_waits(
+    scene: Scene, proxy: FaultProxy, fault: Fault
+) -> None:
+    """A store that takes no more still answers those who read."""
+    worker = await start(scene, proxy, "watchful")
+    proxy.otherwise = fault
+    request_id = await scene.submit()
+    said: list[int] = []
+    uploads = f"PUT /{scene.stack.store.bucket}/{scene.subjects.root}/{scene.task}/".encode()
+
+    async def tried_several_times() -> bool:
+        tries = sum(head.startswith(uploads) for head in proxy.heads)
+        if tries > 1:  # by then no look is under way that began before the first
+            said.append((await readiness(worker))[0])
+        return tries > 8
+
+    await scene.until(tried_several_times, "tries of the output that waits")
+    assert set(said) == {HTTPStatus.SERVICE_UNAVAILABLE}
+    proxy.heal()
+    await done(scene, request_id)
+    await all_well(scene, worker)
+
+
+# -- at the start ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"S3_SECRET_KEY": "not-the-secret-at-all"}, "S3: the secret key is wrong"),
+        ({"S3_ACCESS_KEY": "nobody-we-know"}, "S3: the access key is not known"),
+        ({"S3_SECRET_KEY": ""}, "S3: set S3_ACCESS_KEY and S3_SECRET_KEY"),
+        (
+            {"S3_BUCKET": "no-such-bucket"},
+            'S3: the bucket "no-such-bucket" does not exist; create it with consumer apply',
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+async def test_store_that_will_never_do_ends_the_start_with_one_line(
+    scene: Scene, settings: dict[str, str], reason: str
+) -> None:
+    await scene.submit()
+    worker = scene.launch(**settings)
+    assert await scene.ended(worker) == UNAVAILABLE
+    log = worker.log.read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
+    (said,) = (line for line in lines if line["level"] == "error")
+    assert (said["event"], said["reason"]) == ("service_unavailable", reason)
+    for secret in (scene.stack.store.secret_key, scene.stack.store.access_key, *settings.values()):
+        assert not secret or secret in reason or secret not in log
+    durable = await scene.sender.jetstream().consumer_info(
+        scene.subjects.requests_stream, str(scene.task)
+    )
+    assert durable.delivered is not None
+    assert (durable.delivered.consumer_seq, durable.num_pending) == (0, 1)
