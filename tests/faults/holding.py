@@ -8,16 +8,33 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from tests.faults.quick_runner import FOLDER, note
+from tests.faults.quick_runner import FOLDER, first_time, note
 
 LET_GO = "LET_GO"  # environment: the mark for which a worker waits, where there are several
 PLACE = "at_the_place"  # noted when a worker begins to wait
-POLL = 0.01  # seconds; a file announces nothing
+GO = ".go"  # ends the name of the mark that lets a moment go on
+ON = ".on"  # ends the name under which it is noted that the process has gone on
+POLL = 0.005  # seconds; a file announces nothing
 
 
 def hold(mark: str) -> None:
     """Wait until the test makes a mark. Blocks: not in the event loop's thread."""
     note(PLACE, mark)
+    _until_marked(mark)
+
+
+def hold_once(moment: str) -> None:
+    """Note that a moment has come, and wait for the test. Blocks, as `hold`.
+
+    Only the first process that comes to it is held, and only once.
+    """
+    if first_time(f"{moment}.held"):
+        note(moment, "here")
+        _until_marked(f"{moment}{GO}")
+        note(f"{moment}{ON}", "going on")
+
+
+def _until_marked(mark: str) -> None:
     while not (Path(os.environ[FOLDER]) / mark).exists():
         time.sleep(POLL)
 

@@ -1,21 +1,19 @@
 """The test's side of an outage of nats-server, and what must hold when it is over."""
 
 import asyncio
-import hashlib
 import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
 
-import aiohttp
-from nats.js.api import ConsumerInfo
 from nats.js.errors import NotFoundError
 
 from consumer.devstack import Daemon
-from tests.faults.moments import BEGUN, GO, ON
+from tests.faults.holding import GO, ON
+from tests.faults.quick_runner import BEGUN
 from tests.faults.scene import Event, Scene
+from tests.faults.seen import until_readiness
 
 SLACK = 4.0  # seconds; one is the promise, and the machine may be loaded
 HOW = ("kill", "stop")  # methods of `NatsServer`: SIGKILL and SIGTERM
@@ -66,38 +64,6 @@ async def two_workers(scene: Scene, cause: str) -> list[Daemon]:
     return workers
 
 
-async def readiness(worker: Daemon) -> tuple[int, dict[str, str]]:
-    """What /readyz says: its status and its conditions."""
-    async with (
-        aiohttp.ClientSession() as session,
-        session.get(f"{worker.probes_url}/readyz") as response,
-    ):
-        conditions: dict[str, str] = await response.json()
-        return response.status, conditions
-
-
-async def until_readiness(scene: Scene, worker: Daemon, **conditions: str) -> None:
-    """Return once a worker is not ready, for these reasons and no others."""
-
-    async def says_so() -> bool:
-        status, found = await readiness(worker)
-        wrong = {name: said for name, said in found.items() if said != "ok"}
-        return status == HTTPStatus.SERVICE_UNAVAILABLE and wrong == conditions
-
-    await scene.until(says_so, f"readiness of {worker.name} without {conditions}")
-
-
-async def all_well(scene: Scene, *workers: Daemon) -> None:
-    """Every worker is the process that it was, and is ready again."""
-    for worker in workers:
-
-        async def ready(worker: Daemon = worker) -> bool:
-            return (await readiness(worker))[0] == HTTPStatus.OK
-
-        await scene.until(ready, f"readiness of {worker.name}")
-        assert worker.alive
-
-
 async def let_go(scene: Scene, moment: str) -> None:
     """Let a held process go on, and return once it does."""
     (scene.folder / f"{moment}{GO}").touch()
@@ -114,49 +80,6 @@ def measured(what: str, seconds: float) -> None:
     """Show a measurement (`pytest -s`), and bound it."""
     print(f"{what}: {seconds:.3f} s")  # noqa: T201 - for people
     assert seconds < SLACK
-
-
-async def done(scene: Scene, request_id: str) -> Event:
-    """The one terminal event: succeeded, and the object is what it says."""
-    event = await scene.event(request_id)
-    assert event["type"] == "generation.v1.succeeded", event
-    (output,) = event["outputs"]
-    assert hashlib.sha256(await scene.object(output)).hexdigest() == output["sha256"]
-    return event
-
-
-async def nothing_left(scene: Scene, *request_ids: str) -> None:
-    """The queue is empty; of each request there is one event and one object, and no dead letter."""
-    await scene.emptied()
-    for request_id in request_ids:
-        assert len(await scene.events(request_id)) == 1
-    assert len(await scene.keys()) == len(request_ids)
-    letters = await scene.sender.jetstream().stream_info(scene.subjects.dead_letters_stream)
-    assert letters.state.messages == 0
-
-
-async def deliveries(scene: Scene) -> int:
-    """How many deliveries the durable has made."""
-    delivered = (await _durable(scene)).delivered
-    assert delivered is not None
-    return int(delivered.consumer_seq)
-
-
-async def until_pulls_stand(scene: Scene, count: int) -> None:
-    """Return once nothing is left to do and so many workers wait for more."""
-
-    async def waiting() -> bool:
-        durable = await _durable(scene)
-        return durable.num_waiting == count and not durable.num_ack_pending
-
-    await scene.until(waiting, f"{count} workers that wait")
-
-
-async def _durable(scene: Scene) -> ConsumerInfo:
-    info: ConsumerInfo = await scene.sender.jetstream().consumer_info(
-        scene.subjects.requests_stream, str(scene.task)
-    )
-    return info
 
 
 class Replies:

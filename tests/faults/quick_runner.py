@@ -19,6 +19,7 @@ from consumer.ports import (
 from generation_contracts import ModelInfo, Request, TextToImageRequest
 
 FOLDER = "FAULTS_FOLDER"  # environment: where the processes of one test leave their marks
+BEGUN = "begun"  # request id and `time.monotonic()`, common to all processes, of every run
 STEP = 0.01  # seconds
 STEPS = 2  # where a request does not say
 
@@ -42,7 +43,7 @@ def note(name: str, line: str) -> None:
 
 
 class QuickRunner:
-    """A `consumer.ports.Runner` for both tasks. It notes every run that begins in `runs`.
+    """A `consumer.ports.Runner` for both tasks; it notes every run that begins.
 
     A run takes `num_inference_steps` (or `max_new_tokens`) times `STEP`. A cause overrides `step`,
     `begin` or `output`.
@@ -72,6 +73,7 @@ class QuickRunner:
         save_memory: bool = False,
     ) -> RunnerOutput:
         note("runs", request.request_id or "")
+        note(BEGUN, f"{request.request_id} {time.monotonic()}")
         self.begin(request, save_memory=save_memory)
         steps = _steps(request)
         for step in range(1, steps + 1):

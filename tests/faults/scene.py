@@ -61,8 +61,12 @@ class Scene:
             error_cb=quiet,
         )
         self._parts.push_async_callback(self._close)
-        settings = {name.lower(): value for name, value in self.settings().items()}
-        await apply(Settings(**settings))
+        await self.apply()
+
+    async def apply(self, **settings: str) -> None:
+        """`consumer apply`, with settings on top of this installation's."""
+        values: dict[str, Any] = {**self.settings(), **settings}
+        await apply(Settings(**{name.lower(): value for name, value in values.items()}))
 
     def settings(self) -> dict[str, str]:
         """The environment of a worker."""

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from typing import Any, Self
+from http import HTTPStatus
+from typing import Self
 
+import aiohttp
 from nats.aio.subscription import Subscription
+from nats.js.api import ConsumerInfo
 
-from consumer.apply import apply
-from consumer.settings import Settings
+from consumer.devstack import Daemon
 from tests.faults.scene import WITHIN, Event, Scene
 
 
@@ -40,12 +42,6 @@ class Answers:
         return await self.next() == {}
 
 
-async def apply_with(scene: Scene, **settings: str) -> None:
-    """`consumer apply` once more, with other settings."""
-    values: dict[str, Any] = {**scene.settings(), **settings}
-    await apply(Settings(**{name.lower(): value for name, value in values.items()}))
-
-
 def promised(event: Event) -> dict[str, str]:
     """The sha256 of each output of an event, hex, by its key."""
     return {output["key"]: output["sha256"] for output in event["outputs"]}
@@ -60,6 +56,76 @@ async def stored(scene: Scene) -> dict[str, str]:
     }
 
 
-async def number_of_dead_letters(scene: Scene) -> int:
-    info = await scene.sender.jetstream().stream_info(scene.subjects.dead_letters_stream)
-    return int(info.state.messages)
+async def readiness(worker: Daemon) -> tuple[int, dict[str, str]]:
+    """What /readyz says: its status and its conditions."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{worker.probes_url}/readyz") as response,
+    ):
+        conditions: dict[str, str] = await response.json()
+        return response.status, conditions
+
+
+async def until_readiness(scene: Scene, worker: Daemon, **conditions: str) -> None:
+    """Return once a worker is not ready, for these reasons and no others."""
+
+    async def says_so() -> bool:
+        status, found = await readiness(worker)
+        wrong = {name: said for name, said in found.items() if said != "ok"}
+        return status == HTTPStatus.SERVICE_UNAVAILABLE and wrong == conditions
+
+    await scene.until(says_so, f"readiness of {worker.name} without {conditions}")
+
+
+async def all_well(scene: Scene, *workers: Daemon) -> None:
+    """Every worker is the process that it was, and is ready again."""
+    for worker in workers:
+
+        async def ready(worker: Daemon = worker) -> bool:
+            return (await readiness(worker))[0] == HTTPStatus.OK
+
+        await scene.until(ready, f"readiness of {worker.name}")
+        assert worker.alive
+
+
+async def done(scene: Scene, request_id: str) -> Event:
+    """The one terminal event: succeeded, and the object is what it says."""
+    event = await scene.event(request_id)
+    assert event["type"] == "generation.v1.succeeded", event
+    (output,) = event["outputs"]
+    assert hashlib.sha256(await scene.object(output)).hexdigest() == output["sha256"]
+    return event
+
+
+async def nothing_left(scene: Scene, *request_ids: str) -> None:
+    """The queue is empty; of each request there is one event and one object, and no dead letter."""
+    await scene.emptied()
+    for request_id in request_ids:
+        assert len(await scene.events(request_id)) == 1
+    assert len(await scene.keys()) == len(request_ids)
+    letters = await scene.sender.jetstream().stream_info(scene.subjects.dead_letters_stream)
+    assert letters.state.messages == 0
+
+
+async def deliveries(scene: Scene) -> int:
+    """How many deliveries the durable has made."""
+    delivered = (await _durable(scene)).delivered
+    assert delivered is not None
+    return int(delivered.consumer_seq)
+
+
+async def until_pulls_stand(scene: Scene, count: int) -> None:
+    """Return once nothing is left to do and so many workers wait for more."""
+
+    async def waiting() -> bool:
+        durable = await _durable(scene)
+        return durable.num_waiting == count and not durable.num_ack_pending
+
+    await scene.until(waiting, f"{count} workers that wait")
+
+
+async def _durable(scene: Scene) -> ConsumerInfo:
+    info: ConsumerInfo = await scene.sender.jetstream().consumer_info(
+        scene.subjects.requests_stream, str(scene.task)
+    )
+    return info

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from generation_contracts import Task
-from tests.faults.scene import ACK_WAIT, Scene
+from tests.faults.scene import Scene
 
 
 async def change_durable(scene: Scene, **values: Any) -> None:
@@ -48,15 +48,15 @@ async def test_request_whose_model_raised_is_counted(scene: Scene) -> None:
 
 async def test_what_reaches_max_deliver_without_a_word_is_put_aside(scene: Scene) -> None:
     await change_durable(scene, max_deliver=1)
-    dying = await scene.start("killed_in_run")
+    dying = await scene.start("poison")
     inbox = scene.sender.new_inbox()
     answers = await scene.sender.subscribe(inbox)
-    request_id = await scene.submit(reply_to=inbox, metadata={"customer": "42"})
+    request_id = await scene.submit(prompt="poison", reply_to=inbox, metadata={"customer": "42"})
     next_id = await scene.submit()
     assert await scene.ended(dying) == -signal.SIGKILL
     await scene.start()
 
-    event = await scene.event(request_id, within=ACK_WAIT + 10)
+    event = await scene.event(request_id)
     assert (event["failure"]["code"], event["attempt"]) == ("worker_lost", 1)
     assert event["metadata"] == {"customer": "42"}
     assert json.loads((await answers.next_msg(timeout=5)).data) == event

@@ -4,7 +4,7 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 from tests.faults.scene import Event, Scene
-from tests.faults.seen import number_of_dead_letters, promised, stored
+from tests.faults.seen import promised, stored
 
 
 def _in(seconds: float) -> datetime:
@@ -31,7 +31,7 @@ async def test_a_deadline_that_is_past_already_is_not_run(scene: Scene) -> None:
     assert (await scene.event(later))["type"] == "generation.v1.succeeded"
     await scene.emptied()
     assert scene.runs() == [later]
-    assert await number_of_dead_letters(scene) == 0
+    assert len(await scene.dead_letters()) == 0
 
 
 async def test_a_deadline_that_passes_in_the_queue_is_not_run(scene: Scene) -> None:

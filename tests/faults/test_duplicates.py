@@ -7,13 +7,7 @@ import pytest
 from consumer.devstack import Daemon
 from tests.faults.holding import PLACE
 from tests.faults.scene import Event, Scene
-from tests.faults.seen import (
-    Answers,
-    apply_with,
-    number_of_dead_letters,
-    promised,
-    stored,
-)
+from tests.faults.seen import Answers, promised, stored
 
 # -- one after the other --------------------------------------------------------------------------
 
@@ -58,7 +52,7 @@ async def test_the_same_id_for_another_content_is_told_to_its_sender_only(scene:
     assert await other_answers.are_all_read()
     assert await scene.events("mine") == [event]
     assert scene.runs() == ["mine"]
-    assert await number_of_dead_letters(scene) == 0
+    assert len(await scene.dead_letters()) == 0
     assert await stored(scene) == promised(event)
 
 
@@ -93,7 +87,7 @@ async def _settled(scene: Scene, *workers: Daemon) -> None:
 
 async def _shared(scene: Scene, causes: tuple[str, str], quicker: str) -> Event:
     """Have one delivery in the hands of two workers, and let one after the other go on."""
-    await apply_with(scene, CONSUMER_MAX_ACK_PENDING="2")
+    await scene.apply(CONSUMER_MAX_ACK_PENDING="2")
     answers = await Answers.listen(scene)
     first = await scene.start(causes[0], LET_GO="first")
     await scene.submit(request_id="shared", reply_to=answers.subject)
@@ -135,7 +129,7 @@ async def test_two_workers_that_publish_the_same_result_store_one(
 
 
 async def test_the_same_id_for_another_content_at_the_same_time(scene: Scene) -> None:
-    await apply_with(scene, CONSUMER_MAX_ACK_PENDING="2")
+    await scene.apply(CONSUMER_MAX_ACK_PENDING="2")
     first_answers = await Answers.listen(scene)
     other_answers = await Answers.listen(scene)
     first = await scene.start("held_until_let_go", LET_GO="first")

@@ -52,7 +52,7 @@ async def test_lock_that_is_held_too_long_costs_the_lease_and_the_process(scene:
     log = hanging.log_since_start()
     assert "worker_hangs" in log
     assert "holding_the_lock.py" in log, "it says where the thread is"
-    event = await scene.event(request_id, within=ACK_WAIT + 2)
+    event = await scene.event(request_id, within=ACK_WAIT + 1 + 5)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
     assert scene.runs() == [request_id] * 2
 

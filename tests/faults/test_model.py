@@ -10,24 +10,16 @@ import time
 import pytest
 
 from consumer.devstack import Daemon
-from tests.faults.outage import all_well, done, nothing_left
+from tests.faults.quick_runner import BEGUN
 from tests.faults.scene import ACK_WAIT, Event, Scene
-from tests.faults.seen import apply_with, promised, stored
+from tests.faults.seen import all_well, deliveries, done, nothing_left, promised, stored
 
 MODEL_LOST = 70  # the exit code for a model that cannot be loaded, or a device that is lost
 STALL = 1.0  # seconds
 # The promise is ack_wait and a second; the rest is for a machine whose cores are all at work.
-AGAIN_WITHIN = ACK_WAIT + 1 + 2  # seconds
+AGAIN_WITHIN = ACK_WAIT + 1 + 5  # seconds
 SECRET = "secret words"
 FAILED = "generation.v1.failed"
-
-
-async def delivered(scene: Scene) -> int:
-    """How many deliveries the workers have had, redeliveries included."""
-    jetstream = scene.sender.jetstream()
-    info = await jetstream.consumer_info(scene.subjects.requests_stream, str(scene.task))
-    assert info.delivered is not None
-    return int(info.delivered.consumer_seq)
 
 
 async def is_done_next(scene: Scene, worker: Daemon, failed: Event) -> None:
@@ -96,7 +88,7 @@ async def test_out_of_memory_once_is_run_again_at_once_and_saves_memory(scene: S
     await nothing_left(scene, request_id)
     await is_done_next(scene, worker, event)
     assert scene.notes("saving") == ["False", "True", "False"]
-    assert await delivered(scene) == 2
+    assert await deliveries(scene) == 2
 
 
 async def test_out_of_memory_for_good_is_a_failure_and_no_dead_letter(scene: Scene) -> None:
@@ -109,7 +101,7 @@ async def test_out_of_memory_for_good_is_a_failure_and_no_dead_letter(scene: Sce
     assert await scene.dead_letters() == []
     await is_done_next(scene, worker, event)
     assert scene.notes("saving") == ["False", "True", "False"]
-    assert await delivered(scene) == 2
+    assert await deliveries(scene) == 2
 
 
 # -- the device is lost, the thread hangs ---------------------------------------------------------
@@ -119,7 +111,7 @@ async def test_lost_device_ends_the_process_and_the_next_worker_has_the_request_
     scene: Scene,
 ) -> None:
     lease = {"CONSUMER_ACK_WAIT": "30"}  # only a give-back can explain a recovery before it is over
-    await apply_with(scene, **lease)
+    await scene.apply(**lease)
     losing = await scene.start("device_lost", **lease)
     request_id = await scene.submit()
     await scene.noted("runs")
@@ -149,7 +141,7 @@ async def test_thread_that_hangs_ends_the_process_and_its_lease(scene: Scene) ->
     assert await scene.ended(hanging) == MODEL_LOST
     ended = time.monotonic()
     event = await scene.event(request_id)
-    hung, again = map(float, scene.notes("begun"))
+    hung, again = (float(line.split()[1]) for line in scene.notes(BEGUN))
     print(  # noqa: T201 - for people
         f"hanging thread: ended {ended - hung:.2f} s after its start with a stall timeout of "
         f"{STALL:g} s; begun again {again - ended:.2f} s after that"
@@ -178,7 +170,7 @@ async def test_model_that_cannot_be_loaded_takes_no_request(scene: Scene) -> Non
         "… cut"
     )
     assert not any("exception" in line for line in lines)
-    assert await delivered(scene) == 0
+    assert await deliveries(scene) == 0
     assert await scene.left() == 1
     await scene.start()
     assert (await done(scene, request_id))["attempt"] == 1

@@ -10,22 +10,9 @@ import pytest
 from nats.aio.msg import Msg
 
 from tests.faults.causes.server_killed_at_delivery import SERVER
-from tests.faults.outage import (
-    HOW,
-    SLACK,
-    Replies,
-    all_well,
-    begun,
-    deliveries,
-    done,
-    let_go,
-    measured,
-    nothing_left,
-    outage,
-    two_workers,
-    until_pulls_stand,
-)
+from tests.faults.outage import HOW, SLACK, Replies, begun, let_go, measured, outage, two_workers
 from tests.faults.scene import ACK_WAIT, Event, Scene
+from tests.faults.seen import all_well, deliveries, done, nothing_left, until_pulls_stand
 
 LONG = ACK_WAIT * 1.25  # seconds; a lease that nobody renews is over by then
 
@@ -34,7 +21,7 @@ ends = pytest.mark.parametrize("how", HOW)
 
 @ends
 async def test_idle(scene: Scene, how: str) -> None:
-    worker = await scene.start("timed")
+    worker = await scene.start()
     first = await scene.submit()
     await done(scene, first)
     await until_pulls_stand(scene, 1)
@@ -77,8 +64,7 @@ async def test_run_goes_on_through_an_outage(scene: Scene, how: str, lasting: fl
     assert scene.runs() == [request_id, waiting]
 
 
-@ends
-async def test_lease_outlives_a_short_outage(scene: Scene, how: str) -> None:
+async def test_lease_outlives_a_short_outage(scene: Scene) -> None:
     """The other worker would get the request as soon as the lease ran out."""
     workers = await two_workers(scene, "held_in_run")
     request_id = await scene.submit()
@@ -86,7 +72,7 @@ async def test_lease_outlives_a_short_outage(scene: Scene, how: str) -> None:
     # The server writes down within 0.25 s who has what. What one that is killed does not know of
     # any more is another test.
     await asyncio.sleep(0.5)
-    async with outage(scene, how):
+    async with outage(scene, "kill"):
         pass
     await asyncio.sleep(LONG)
     assert scene.runs() == [request_id]
@@ -97,8 +83,7 @@ async def test_lease_outlives_a_short_outage(scene: Scene, how: str) -> None:
     assert scene.runs() == [request_id]
 
 
-@ends
-async def test_second_run_after_a_long_outage_changes_nothing(scene: Scene, how: str) -> None:
+async def test_second_run_after_a_long_outage_changes_nothing(scene: Scene) -> None:
     """The lease is over when the server returns, before it can be renewed: a second run is right.
 
     The server may not know whether the first worker is still there.
@@ -108,7 +93,7 @@ async def test_second_run_after_a_long_outage_changes_nothing(scene: Scene, how:
     await replies.open()
     request_id = await scene.submit(reply_to=replies.subject)
     await scene.noted("run")
-    async with outage(scene, how):
+    async with outage(scene, "kill"):
         await asyncio.sleep(LONG)
     await scene.noted("runs", 2)
     event = await done(scene, request_id)
@@ -120,19 +105,20 @@ async def test_second_run_after_a_long_outage_changes_nothing(scene: Scene, how:
     assert scene.runs() == [request_id] * 2
 
 
-@ends
 @pytest.mark.parametrize(
-    ("moment", "cause"),
+    ("moment", "cause", "how"),
     [
-        ("result", "held_before_result"),
-        ("result", "result_lost"),
-        ("result", "answer_to_result_lost"),
-        ("ack", "held_before_ack"),
-        ("ack", "ack_lost"),
-        ("ack", "answer_to_ack_lost"),
+        ("result", "held_before_result", "kill"),
+        ("result", "held_before_result", "stop"),
+        ("result", "result_lost", "stop"),
+        ("result", "answer_to_result_lost", "kill"),
+        ("ack", "held_before_ack", "kill"),
+        ("ack", "held_before_ack", "stop"),
+        ("ack", "ack_lost", "stop"),
+        ("ack", "answer_to_ack_lost", "kill"),
     ],
 )
-async def test_end_of_a_job_is_made_up_for(scene: Scene, how: str, moment: str, cause: str) -> None:
+async def test_end_of_a_job_is_made_up_for(scene: Scene, moment: str, cause: str, how: str) -> None:
     worker = await scene.start(cause)
     replies = Replies(scene)
     await replies.open()

@@ -4,7 +4,7 @@ import json
 import signal
 
 from tests.faults.scene import Scene
-from tests.faults.seen import apply_with, promised, stored
+from tests.faults.seen import promised, stored
 
 POISON = json.dumps({"request_id": "poison-1", "prompt": "poison", "metadata": {"a": "b"}}).encode()
 HEADERS = {"X-Sender": "somebody", "Nats-Msg-Id": "sent-1"}
@@ -12,7 +12,7 @@ DEATHS = 3  # CONSUMER_MAX_ATTEMPTS
 
 
 async def test_poison_is_dead_lettered_unrun_after_three_deaths(scene: Scene) -> None:
-    await apply_with(scene, CONSUMER_ACK_WAIT="1")
+    await scene.apply(CONSUMER_ACK_WAIT="1")
     await scene.publish(POISON, HEADERS)
     harmless = await scene.submit()
     for _ in range(DEATHS):

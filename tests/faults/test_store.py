@@ -13,8 +13,8 @@ import pytest
 from nats.errors import TimeoutError as BusTimeout
 
 from consumer.devstack import Daemon
-from tests.faults.outage import all_well, done, nothing_left, readiness, until_readiness
 from tests.faults.scene import ACK_WAIT, WITHIN, Scene
+from tests.faults.seen import all_well, done, nothing_left, readiness, until_readiness
 from tests.integration.fault_proxy import (
     Fault,
     FaultProxy,

@@ -16,17 +16,9 @@ import aiohttp
 import pytest
 from nats.js.errors import APIError, NoStreamResponseError
 
-from tests.faults.outage import (
-    all_well,
-    begun,
-    done,
-    let_go,
-    measured,
-    nothing_left,
-    two_workers,
-    until_pulls_stand,
-)
+from tests.faults.outage import begun, let_go, measured, two_workers
 from tests.faults.scene import ROOT, Scene
+from tests.faults.seen import all_well, done, nothing_left, until_pulls_stand
 
 PAUSE = 2.0  # seconds
 MOST_WORDS = 5  # messages of a worker's that has nothing to do, in PAUSE; one that spins sends 20
@@ -42,7 +34,7 @@ what_goes = pytest.mark.parametrize(
 @what_goes
 async def test_deleted_while_idle(scene: Scene, what: str) -> None:
     """Two workers make it again at the same time, as it was."""
-    workers = await two_workers(scene, "timed")
+    workers = await two_workers(scene, "none")
     first = await scene.submit()
     await done(scene, first)
     await until_pulls_stand(scene, len(workers))
@@ -125,7 +117,7 @@ async def test_paused_durable_delivers_nothing_until_it_is_resumed(scene: Scene)
 
 
 async def test_pause_that_ends_by_itself_is_waited_for(scene: Scene) -> None:
-    worker = await scene.start("timed")
+    worker = await scene.start()
     await until_pulls_stand(scene, 1)
     ends, end = time.monotonic() + PAUSE, datetime.now(UTC) + timedelta(seconds=PAUSE)
     await pause(scene, end)

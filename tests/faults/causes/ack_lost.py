@@ -8,15 +8,15 @@ from nats.aio.msg import Msg
 from nats.errors import TimeoutError as BusTimeout
 
 from consumer.settings import Settings
-from tests.faults.moments import TimedRunner, hold
-from tests.faults.quick_runner import first_time
+from tests.faults.holding import hold_once
+from tests.faults.quick_runner import QuickRunner, first_time
 
 request = Client.request
 
 
 async def unsent(self: Client, subject: str, *args: Any, **more: Any) -> Msg:
     if subject.startswith("$JS.ACK.") and first_time("lost"):
-        await asyncio.to_thread(hold, "ack")
+        await asyncio.to_thread(hold_once, "ack")
         raise BusTimeout
     return await request(self, subject, *args, **more)
 
@@ -24,5 +24,5 @@ async def unsent(self: Client, subject: str, *args: Any, **more: Any) -> Msg:
 Client.request = unsent  # type: ignore[method-assign] # that is the fault
 
 
-def make_runner(_: Settings) -> TimedRunner:
-    return TimedRunner()
+def make_runner(_: Settings) -> QuickRunner:
+    return QuickRunner()

@@ -8,8 +8,8 @@ from nats.aio.msg import Msg
 from nats.errors import TimeoutError as BusTimeout
 
 from consumer.settings import Settings
-from tests.faults.moments import TimedRunner, hold
-from tests.faults.quick_runner import first_time
+from tests.faults.holding import hold_once
+from tests.faults.quick_runner import QuickRunner, first_time
 
 request = Client.request
 
@@ -17,7 +17,7 @@ request = Client.request
 async def unheard(self: Client, subject: str, *args: Any, **more: Any) -> Msg:
     answer = await request(self, subject, *args, **more)
     if subject.startswith("$JS.ACK.") and first_time("answer"):
-        await asyncio.to_thread(hold, "ack")
+        await asyncio.to_thread(hold_once, "ack")
         raise BusTimeout
     return answer
 
@@ -25,5 +25,5 @@ async def unheard(self: Client, subject: str, *args: Any, **more: Any) -> Msg:
 Client.request = unheard  # type: ignore[method-assign] # that is the fault
 
 
-def make_runner(_: Settings) -> TimedRunner:
-    return TimedRunner()
+def make_runner(_: Settings) -> QuickRunner:
+    return QuickRunner()

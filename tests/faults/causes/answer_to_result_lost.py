@@ -8,8 +8,8 @@ from nats.js import JetStreamContext
 from nats.js.api import PubAck
 
 from consumer.settings import Settings
-from tests.faults.moments import TimedRunner, hold
-from tests.faults.quick_runner import first_time
+from tests.faults.holding import hold_once
+from tests.faults.quick_runner import QuickRunner, first_time
 
 publish = JetStreamContext.publish
 
@@ -17,7 +17,7 @@ publish = JetStreamContext.publish
 async def unheard(self: JetStreamContext, subject: str, *args: Any, **more: Any) -> PubAck:
     answer = await publish(self, subject, *args, **more)
     if ".result." in subject and first_time("answer"):
-        await asyncio.to_thread(hold, "result")
+        await asyncio.to_thread(hold_once, "result")
         raise BusTimeout
     return answer
 
@@ -25,5 +25,5 @@ async def unheard(self: JetStreamContext, subject: str, *args: Any, **more: Any)
 JetStreamContext.publish = unheard  # type: ignore[method-assign] # that is the fault
 
 
-def make_runner(_: Settings) -> TimedRunner:
-    return TimedRunner()
+def make_runner(_: Settings) -> QuickRunner:
+    return QuickRunner()

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import time
 
 from consumer.settings import Settings
 from generation_contracts import Request
@@ -11,7 +10,6 @@ from tests.faults.quick_runner import QuickRunner, first_time, note
 
 class HangsOnce(QuickRunner):
     def begin(self, request: Request, *, save_memory: bool) -> None:
-        note("begun", repr(time.monotonic()))
         if first_time("hung"):
             note("hanging", str(os.getpid()))
             ctypes.CDLL(None).pause()

@@ -4,18 +4,19 @@ import asyncio
 
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.settings import Settings
-from tests.faults.moments import TimedRunner, hold
+from tests.faults.holding import hold_once
+from tests.faults.quick_runner import QuickRunner
 
 ack = JetStreamDelivery.ack
 
 
 async def held(self: JetStreamDelivery) -> None:
-    await asyncio.to_thread(hold, "ack")
+    await asyncio.to_thread(hold_once, "ack")
     await ack(self)
 
 
 JetStreamDelivery.ack = held  # type: ignore[method-assign] # that is the fault
 
 
-def make_runner(_: Settings) -> TimedRunner:
-    return TimedRunner()
+def make_runner(_: Settings) -> QuickRunner:
+    return QuickRunner()

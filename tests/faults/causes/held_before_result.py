@@ -5,18 +5,19 @@ import asyncio
 from consumer.bus import JetStreamEvents
 from consumer.ports import ResultEvent
 from consumer.settings import Settings
-from tests.faults.moments import TimedRunner, hold
+from tests.faults.holding import hold_once
+from tests.faults.quick_runner import QuickRunner
 
 publish_result = JetStreamEvents.publish_result
 
 
 async def held(self: JetStreamEvents, event: ResultEvent, *, trace_parent: str | None) -> bool:
-    await asyncio.to_thread(hold, "result")
+    await asyncio.to_thread(hold_once, "result")
     return await publish_result(self, event, trace_parent=trace_parent)
 
 
 JetStreamEvents.publish_result = held  # type: ignore[method-assign] # that is the fault
 
 
-def make_runner(_: Settings) -> TimedRunner:
-    return TimedRunner()
+def make_runner(_: Settings) -> QuickRunner:
+    return QuickRunner()

@@ -2,13 +2,14 @@
 
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.moments import TimedRunner, hold
+from tests.faults.holding import hold_once
+from tests.faults.quick_runner import QuickRunner
 
 
-class HeldInRun(TimedRunner):
+class HeldInRun(QuickRunner):
     def begin(self, request: Request, *, save_memory: bool) -> None:
         super().begin(request, save_memory=save_memory)
-        hold("run")
+        hold_once("run")
 
 
 def make_runner(_: Settings) -> HeldInRun:

@@ -8,15 +8,15 @@ from nats.js import JetStreamContext
 from nats.js.api import PubAck
 
 from consumer.settings import Settings
-from tests.faults.moments import TimedRunner, hold
-from tests.faults.quick_runner import first_time
+from tests.faults.holding import hold_once
+from tests.faults.quick_runner import QuickRunner, first_time
 
 publish = JetStreamContext.publish
 
 
 async def unsent(self: JetStreamContext, subject: str, *args: Any, **more: Any) -> PubAck:
     if ".result." in subject and first_time("lost"):
-        await asyncio.to_thread(hold, "result")
+        await asyncio.to_thread(hold_once, "result")
         raise BusTimeout
     return await publish(self, subject, *args, **more)
 
@@ -24,5 +24,5 @@ async def unsent(self: JetStreamContext, subject: str, *args: Any, **more: Any) 
 JetStreamContext.publish = unsent  # type: ignore[method-assign] # that is the fault
 
 
-def make_runner(_: Settings) -> TimedRunner:
-    return TimedRunner()
+def make_runner(_: Settings) -> QuickRunner:
+    return QuickRunner()

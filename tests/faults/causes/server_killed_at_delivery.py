@@ -8,8 +8,7 @@ from nats.aio.msg import Msg
 from consumer.bus import Custody
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.settings import Settings
-from tests.faults.moments import TimedRunner
-from tests.faults.quick_runner import first_time, note
+from tests.faults.quick_runner import QuickRunner, first_time, note
 
 SERVER = "SERVER_PID"  # environment
 
@@ -26,5 +25,5 @@ def taken(self: JetStreamDelivery, message: Msg, custody: Custody) -> None:
 JetStreamDelivery.__init__ = taken  # type: ignore[method-assign] # that is the fault
 
 
-def make_runner(_: Settings) -> TimedRunner:
-    return TimedRunner()
+def make_runner(_: Settings) -> QuickRunner:
+    return QuickRunner()
