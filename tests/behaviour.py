@@ -7,7 +7,7 @@ fixture. The model is scripted in every world; deliveries, events and objects ar
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -37,12 +37,23 @@ from generation_contracts import (
     Task,
     TextOutput,
 )
-from tests.memory_ports import POLL, Hold, MemoryObserver, Outage, ScriptedRunner, raising
+from tests.daemon_logging import daemon_logging
+from tests.memory_ports import POLL, Hold, MemoryObserver, ScriptedRunner, raising
 
 T = TypeVar("T")
 
 SOON = 15.0  # seconds; only bounds a wait for something that must happen
-INBOX = "_INBOX.sender.1"
+INBOX, OTHER_INBOX = "_INBOX.sender.1", "_INBOX.sender.2"
+
+
+class Service(Protocol):
+    """What the worker depends on."""
+
+    def begin(self) -> None:
+        """Begin an outage."""
+
+    def end(self) -> None:
+        """End it."""
 
 
 class World(Protocol):
@@ -52,13 +63,21 @@ class World(Protocol):
         runner: The scripted model.
         execution: What is tested.
         observer: Keeps what the execution tells.
-        store: Makes the store go away and come back.
+        picture: A file of 4 by 4 pixels that the worker's codec can read.
     """
 
     runner: ScriptedRunner
     execution: Execution
     observer: MemoryObserver
-    store: Outage
+    picture: bytes
+
+    @property
+    def store(self) -> Service:
+        """The store, which can go away."""
+
+    @property
+    def bus(self) -> Service:
+        """The bus, as the worker sees it."""
 
     async def send(
         self,
@@ -87,7 +106,10 @@ class World(Protocol):
     async def dead_letters(self) -> list[tuple[DeadLetter, bytes]]:
         """What has been put aside so far."""
 
-    async def put_object(self, key: str, data: bytes) -> None:
+    def source(self, name: str) -> dict[str, str]:
+        """How a request names an input picture."""
+
+    async def put_object(self, name: str, data: bytes) -> None:
         """Make an input picture available."""
 
     async def object(self, bucket: str, key: str) -> bytes:
@@ -143,8 +165,10 @@ class Behaviour:
     """The suite."""
 
     @pytest.fixture(autouse=True)
-    def _short_pauses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _short_pauses_and_logs(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         shorten_pauses(monkeypatch)
+        with daemon_logging():  # without it, to draw a traceback takes longer than any test
+            yield
 
     @pytest.fixture
     async def world(self, make_world: MakeWorld) -> World:
@@ -189,8 +213,8 @@ class Behaviour:
         self, make_world: MakeWorld
     ) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
-        await world.put_object("one", b"picture 1 1\nabc")
-        image = {"bucket": "generation", "key": "one"}
+        await world.put_object("one", world.picture)
+        image = world.source("one")
         await world.send(asking(images=[image, image]))
         await soon(world.work())
         done = await world.result("a")
@@ -199,7 +223,7 @@ class Behaviour:
             text="2 pictures", finish_reason="stop", prompt_tokens=3, completion_tokens=2
         )
         assert done.outputs == (text,)
-        assert [picture.size for picture in world.runner.runs[0].images] == [(1, 1), (1, 1)]
+        assert [picture.size for picture in world.runner.runs[0].images] == [(4, 4), (4, 4)]
         assert await world.left() == 0
 
     async def test_request_without_an_id_gets_the_same_one_at_every_delivery(
@@ -216,11 +240,11 @@ class Behaviour:
     # -- done before ------------------------------------------------------------------------------
 
     async def test_second_copy_is_answered_and_not_run(self, world: World) -> None:
-        for reply_to in (INBOX, "_INBOX.other"):  # where the answer goes makes no other request
+        for reply_to in (INBOX, OTHER_INBOX):  # where the answer goes makes no other request
             await world.send(asking(reply_to=reply_to))
             await soon(world.work())
         done = await world.result("a")
-        assert await world.replies() == [(INBOX, done), ("_INBOX.other", done)]
+        assert await world.replies() == [(INBOX, done), (OTHER_INBOX, done)]
         assert len(world.runner.runs) == 1
         assert await world.left() == 0
         assert world.observer.outcomes == ["succeeded", "already_done"]
@@ -283,10 +307,10 @@ class Behaviour:
     async def test_pictures_with_too_many_pixels_together_are_refused(
         self, make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("consumer.execution.MAX_PIXELS_IN_ALL", 2)
+        monkeypatch.setattr("consumer.execution.MAX_PIXELS_IN_ALL", 2 * 4 * 4)
         world = await make_world(task=Task.IMAGE_TO_TEXT)
-        await world.put_object("one", b"picture 1 1\nabc")
-        image = {"bucket": "generation", "key": "one"}
+        await world.put_object("one", world.picture)
+        image = world.source("one")
         await world.send(asking("a", images=[image] * 3))
         await soon(world.work())
         assert failure(await world.result("a")) == "input_unavailable"
@@ -300,9 +324,9 @@ class Behaviour:
         self, make_world: MakeWorld, second: str
     ) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
-        await world.put_object("good", b"picture 1 1\nabc")
+        await world.put_object("good", world.picture)
         await world.put_object("broken", b"no picture")
-        images = [{"bucket": "generation", "key": key} for key in ("good", second)]
+        images = [world.source(name) for name in ("good", second)]
         await world.send(asking(images=images))
         await soon(world.work())
         event = await world.result("a")
@@ -371,6 +395,36 @@ class Behaviour:
         done = await world.result("a")
         assert isinstance(done, SucceededEvent)
         assert done.attempt == 2
+        assert world.observer.outcomes == ["given_back", "succeeded"]
+
+    async def test_what_was_given_back_on_purpose_is_not_counted_as_a_try(
+        self, world: World
+    ) -> None:
+        await world.send(asking())
+        for _ in range(3):
+            hold = world.runner.will_hold()
+            await while_running(world, hold, lambda: world.execution.interrupt(Reason.DRAIN))
+        world.runner.will(raising(lambda: ModelError("ValueError")))
+        await soon(world.work())
+        assert (await world.result("a"), await world.left()) == (None, 1)
+        await soon(world.work())
+        done = await world.result("a")
+        assert isinstance(done, SucceededEvent)
+        assert done.attempt == 5
+        assert await world.dead_letters() == []
+
+    async def test_job_that_is_cut_short_is_given_back(self, world: World) -> None:
+        hold = world.runner.will_hold(heeds=False)
+        await world.send(asking())
+        working = asyncio.create_task(world.work())
+        await soon(hold.begun())
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await soon(working)
+        assert (await world.result("a"), await world.left()) == (None, 1)
+        hold.release()
+        await soon(world.work())
+        assert isinstance(await world.result("a"), SucceededEvent)
         assert world.observer.outcomes == ["given_back", "succeeded"]
 
     # -- the model fails --------------------------------------------------------------------------
@@ -508,9 +562,9 @@ class Behaviour:
 
     async def test_input_waits_for_the_store(self, make_world: MakeWorld) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
-        await world.put_object("one", b"picture 1 1\nabc")
+        await world.put_object("one", world.picture)
         world.store.begin()
-        await world.send(asking(images=[{"bucket": "generation", "key": "one"}]))
+        await world.send(asking(images=[world.source("one")]))
         working = asyncio.create_task(world.work())
         await soon(world.store_is_missed())
         world.store.end()
@@ -538,14 +592,35 @@ class Behaviour:
         else:
             assert failure(event) == "deadline_exceeded"
 
+    # -- the bus is away --------------------------------------------------------------------------
+
+    async def test_result_waits_for_the_bus_and_is_not_made_again(self, world: World) -> None:
+        hold = world.runner.will_hold()
+        await world.send(asking(reply_to=INBOX))
+        working = asyncio.create_task(world.work())
+        await soon(hold.begun())
+        world.bus.begin()
+        hold.release()
+        while not await world.objects():
+            await asyncio.wait({working}, timeout=POLL)
+        assert (await world.result("a"), await world.left()) == (None, 1)
+        world.bus.end()
+        assert await soon(working) is None
+        done = await world.result("a")
+        assert isinstance(done, SucceededEvent)
+        assert done.attempt == 1
+        assert await world.replies() == [(INBOX, done)]
+        assert len(world.runner.runs) == 1
+        assert await world.left() == 0
+
     # -- too large --------------------------------------------------------------------------------
 
     async def test_result_too_large_for_the_bus_is_failed(self, make_world: MakeWorld) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         text = GeneratedText("x" * 2**21, "length", prompt_tokens=1, completion_tokens=1)
         world.runner.will(lambda _: RunnerOutput(text=text))
-        await world.put_object("one", b"picture 1 1\nabc")
-        await world.send(asking(images=[{"bucket": "generation", "key": "one"}], reply_to=INBOX))
+        await world.put_object("one", world.picture)
+        await world.send(asking(images=[world.source("one")], reply_to=INBOX))
         await soon(world.work())
         event = await world.result("a")
         assert failure(event) == "internal"

@@ -8,7 +8,7 @@ and the model runs in a thread of its own. Whatever they do is noted in one jour
 import asyncio
 import hashlib
 import threading
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -134,11 +134,13 @@ class MemoryDelivery:
         await self._settle("nak")
 
     async def release(self) -> None:
-        self.queue.released[self.stream_sequence] += 1
+        if not self.queue.outage.away:  # the real one notes it soon or not at all
+            self.queue.released[self.stream_sequence].add(self.attempt)
         await self._settle("release")
 
     async def releases(self) -> int:
-        return self.queue.released[self.stream_sequence]
+        await self.queue.outage.over()
+        return len(self.queue.released[self.stream_sequence])
 
     async def term(self, reason: str) -> None:
         await self._settle(f"term {reason}")
@@ -152,6 +154,19 @@ class MemoryDelivery:
     def let_lapse(self) -> None:
         self.lapsed = True
 
+    def again(self, attempt: int) -> "MemoryDelivery":
+        """Another handing over of the same message."""
+        return MemoryDelivery(
+            queue=self.queue,
+            subject=self.subject,
+            headers=self.headers,
+            body=self.body,
+            stream=self.stream,
+            stream_sequence=self.stream_sequence,
+            attempt=attempt,
+            stored_at=self.stored_at,
+        )
+
     async def _settle(self, how: str) -> None:
         self.settling.add()
         await self.queue.outage.over()
@@ -162,30 +177,45 @@ class MemoryDelivery:
 
 
 class MemoryQueue:
-    """A work queue stream with its durable consumer."""
+    """A work queue stream with its durable consumer.
 
-    def __init__(self, journal: list[str], outage: Outage) -> None:
+    Attributes:
+        max_deliver: How often a message is delivered.
+        in_hand: The deliveries whose leases have not run out; at most one of each message.
+        stranded: The last deliveries of messages that come no more, and stay in the stream.
+        released: The attempts that were given back on purpose, by sequence.
+    """
+
+    def __init__(self, journal: list[str], outage: Outage, *, max_deliver: int = 30) -> None:
+        self.max_deliver = max_deliver
         self.stream = "GENERATION_REQUESTS"
         self.outage = outage
-        self.released: Counter[int] = Counter()  # by sequence
+        self.in_hand: list[MemoryDelivery] = []
+        self.stranded: list[MemoryDelivery] = []
+        self.released: defaultdict[int, set[int]] = defaultdict(set)
         self._journal = journal
-        self._sequence = 0
-        self._waiting: deque[MemoryDelivery] = deque()
-        self._in_hand: list[MemoryDelivery] = []
+        self._last = 0
+        self._new: deque[MemoryDelivery] = deque()
+        self._again: deque[MemoryDelivery] = deque()  # these come before all new ones
 
     def publish(self, subject: str, body: bytes, headers: Mapping[str, str]) -> None:
-        self._sequence += 1
+        self._last += 1
         delivery = MemoryDelivery(
             queue=self,
             subject=subject,
             headers=headers,
             body=body,
             stream=self.stream,
-            stream_sequence=self._sequence,
+            stream_sequence=self._last,
             attempt=1,
             stored_at=datetime.now(UTC),
         )
-        self._waiting.append(delivery)
+        self._new.append(delivery)
+
+    @property
+    def waiting(self) -> int:
+        """How many deliveries can be taken."""
+        return len(self._again) + len(self._new)
 
     def take(self) -> MemoryDelivery:
         """The next delivery.
@@ -193,43 +223,42 @@ class MemoryQueue:
         Raises:
             IndexError: None waits.
         """
-        delivery = self._waiting.popleft()
-        self._in_hand.append(delivery)
+        delivery = (self._again or self._new).popleft()
+        self.in_hand.append(delivery)
         return delivery
 
     def settled(self, delivery: MemoryDelivery, how: str) -> None:
         self._journal.append(how)
-        if how not in {"nak", "release"}:
-            # A late settlement is taken too, and ends whatever else is in hand of the message.
-            number = delivery.stream_sequence
-            self._waiting = deque(d for d in self._waiting if d.stream_sequence != number)
-            self._in_hand = [d for d in self._in_hand if d.stream_sequence != number]
-        elif delivery in self._in_hand:
-            self._in_hand.remove(delivery)
-            self._again(delivery)
+        number = delivery.stream_sequence
+        if how in {"nak", "release"}:
+            # The server takes it from whoever held the message before, too, and delivers it again
+            # although another worker has it by then. What waits or is settled is left alone.
+            for held in self.in_hand:
+                if held.stream_sequence == number:
+                    self.run_out(held)
+                    return
+        else:
+            # A late settlement is taken as well, and ends whatever else there is of the message.
+            self._again = deque(d for d in self._again if d.stream_sequence != number)
+            self.in_hand = [d for d in self.in_hand if d.stream_sequence != number]
+            self.stranded = [d for d in self.stranded if d.stream_sequence != number]
+
+    def run_out(self, delivery: MemoryDelivery) -> None:
+        """Let the lease on a delivery run out: it comes again, if it may."""
+        self.in_hand.remove(delivery)
+        if delivery.attempt == self.max_deliver:
+            self.stranded.append(delivery)
+        else:
+            self._again.append(delivery.again(delivery.attempt + 1))
 
     def run_out_leases(self) -> None:
-        """Deliver again whatever has not been settled, as if the workers had died."""
-        while self._in_hand:
-            self._again(self._in_hand.pop())
+        """Let all of them run out."""
+        for delivery in list(self.in_hand):
+            self.run_out(delivery)
 
     def __len__(self) -> int:
-        """How many requests are not settled for good, as `num_pending` and `num_ack_pending`."""
-        return len(self._waiting) + len(self._in_hand)
-
-    def _again(self, delivery: MemoryDelivery) -> None:
-        self._waiting.appendleft(
-            MemoryDelivery(
-                queue=self,
-                subject=delivery.subject,
-                headers=delivery.headers,
-                body=delivery.body,
-                stream=delivery.stream,
-                stream_sequence=delivery.stream_sequence,
-                attempt=delivery.attempt + 1,
-                stored_at=delivery.stored_at,
-            )
-        )
+        """How many requests are not settled for good: what the stream holds."""
+        return self.waiting + len(self.in_hand) + len(self.stranded)
 
 
 class MemoryEvents:
@@ -252,6 +281,16 @@ class MemoryEvents:
     def letters(self) -> list[tuple[DeadLetter, bytes]]:
         return list(self._letters.values())
 
+    @property
+    def put_aside(self) -> set[int]:
+        """The requests that have a letter, by their place in their stream."""
+        return {sequence for _, _, sequence in self._letters}
+
+    def stored(self, task: Task, request_id: str) -> ResultEvent | None:
+        """The terminal event as whoever reads the stream sees it."""
+        body = self._results.get((task, request_id))
+        return None if body is None else decode_result(body)
+
     def put(self, event: ResultEvent) -> bool:
         """Store as another worker would; whether it is the first of its request."""
         key = event.task, event.request_id
@@ -260,8 +299,7 @@ class MemoryEvents:
     async def find_result(self, task: Task, request_id: str) -> ResultEvent | None:
         self.asked.add()
         await self._outage.over()
-        body = self._results.get((task, request_id))
-        return None if body is None else decode_result(body)
+        return self.stored(task, request_id)
 
     async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> bool:
         if wire_size(encode(event), event_headers(event)) > self.max_payload:
@@ -317,7 +355,7 @@ class MemoryArtifacts:
         self, task: Task, request_id: str, index: int, image: EncodedImage
     ) -> ImageArtifact:
         self._answer()
-        key = f"{task}/{request_id}/{index}.{image.extension}"
+        key = f"{task}/{request_id}/{index}-{image.sha256[:8]}.{image.extension}"
         self.objects[key] = image.data
         self._journal.append("store")
         return ImageArtifact(
@@ -333,6 +371,11 @@ class MemoryArtifacts:
             height=image.height,
             seed=image.seed,
         )
+
+    async def discard(self, artifact: ImageArtifact) -> None:
+        if not self.outage.away:
+            self.objects.pop(artifact.key, None)
+            self._journal.append("discard")
 
     async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:
         self._answer()
@@ -412,7 +455,7 @@ def make(run: Run) -> RunnerOutput:
     seed = request.seed or 0
     size = request.width or 4, request.height or 4
     pictures = (
-        GeneratedImage(Image.new("RGB", size, (n, 0, 0)), seed + n)
+        GeneratedImage(Image.new("RGB", size, (n, seed & 255, seed >> 8 & 255)), seed + n)
         for n in range(request.num_images)
     )
     return RunnerOutput(images=tuple(pictures))

@@ -31,6 +31,8 @@ class MemoryWorld:
         delivery: The one that was taken last.
     """
 
+    picture = b"picture 4 4\n" + bytes(3 * 4 * 4)
+
     def __init__(
         self,
         *,
@@ -84,7 +86,7 @@ class MemoryWorld:
         return len(self.queue)
 
     async def result(self, request_id: str) -> ResultEvent | None:
-        return await self.events.find_result(self.task, request_id)
+        return self.events.stored(self.task, request_id)
 
     async def replies(self) -> list[tuple[str, ResultEvent]]:
         return self.events.replies
@@ -95,8 +97,11 @@ class MemoryWorld:
     async def dead_letters(self) -> list[tuple[DeadLetter, bytes]]:
         return self.events.letters
 
-    async def put_object(self, key: str, data: bytes) -> None:
-        self.artifacts.objects[key] = data
+    def source(self, name: str) -> dict[str, str]:
+        return {"bucket": BUCKET, "key": name}
+
+    async def put_object(self, name: str, data: bytes) -> None:
+        self.artifacts.objects[name] = data
 
     async def object(self, bucket: str, key: str) -> bytes:
         assert bucket == BUCKET

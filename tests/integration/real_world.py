@@ -1,0 +1,380 @@
+"""One worker on a real nats-server and a real S3 server, for the suite of `tests.behaviour`.
+
+The worker's connections go through relays, so that one service can be taken away from one worker
+while the sender, on connections of its own and without the project's code, still sees everything.
+The model is scripted; every other part is the one that the daemon uses.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
+from io import BytesIO
+from typing import Any, Self
+from uuid import uuid4
+
+import nats
+from minio import Minio
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.js.errors import NotFoundError
+from PIL import Image
+
+from consumer.admission import Admission
+from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, store_config
+from consumer.bus import Custody, JetStreamEvents, PullLoop, Releases, Standby, connect
+from consumer.composition import make_topology
+from consumer.devstack import DevStack
+from consumer.execution import Execution, Limits
+from consumer.images import ImageCodec
+from consumer.ports import DeadLetter, EncodedImage, Observer, ResultEvent, StoreUnavailable
+from consumer.runners.thread import InferenceThread
+from consumer.settings import Settings
+from generation_contracts import (
+    ImageArtifact,
+    ProgressEvent,
+    StartedEvent,
+    Subjects,
+    Task,
+    decode_event,
+    decode_result,
+)
+from generation_contracts.artifacts import ImageSource
+from generation_contracts.headers import (
+    DEAD_LETTER_CODE,
+    DEAD_LETTER_REASON,
+    DEAD_LETTER_REQUEST_ID,
+    DEAD_LETTER_WORKER,
+)
+from tests.memory_ports import MemoryObserver, ScriptedRunner, Tally
+
+CHUNK = 65_536  # bytes
+CONNECT_WITHIN = 10.0  # seconds; only bounds what must happen
+LONG = 3_600.0  # seconds; longer than any test
+# The adapter gives up early, so that the execution's own patience is what is tested.
+STORE_DEADLINE = 0.2  # seconds for all tries of one operation
+STORE_PAUSE = 0.005  # seconds
+
+
+class Relay:
+    """Stands before a server; while it is away, whoever connects or is connected is cut off."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._away = False
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.begin()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def begin(self) -> None:
+        """Go away."""
+        self._away = True
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def end(self) -> None:
+        """Come back."""
+        self._away = False
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._away:
+            writer.transport.abort()
+            return
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        for source, sink in ((reader, server_writer), (server_reader, writer)):
+            pump = asyncio.create_task(self._pump(source, sink))
+            self._pumps.add(pump)
+            pump.add_done_callback(self._pumps.discard)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        self._writers.add(sink)
+        with suppress(ConnectionError):
+            while data := await source.read(CHUNK):
+                sink.write(data)
+                await sink.drain()
+        self._writers.remove(sink)
+        sink.close()
+
+
+class CountingArtifacts(ObjectStoreArtifacts):
+    """The store's adapter; lets a test wait until it has given up, tries and all."""
+
+    def __init__(self, config: StoreConfig, *, observer: Observer) -> None:
+        super().__init__(config, observer=observer)
+        self.misses = Tally()
+
+    async def store(
+        self, task: Task, request_id: str, index: int, image: EncodedImage
+    ) -> ImageArtifact:
+        try:
+            return await super().store(task, request_id, index, image)
+        except StoreUnavailable:
+            self.misses.add()
+            raise
+
+    async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:
+        try:
+            return await super().fetch(source, max_bytes=max_bytes)
+        except StoreUnavailable:
+            self.misses.add()
+            raise
+
+
+def plain_store(servers: DevStack) -> Minio:
+    """A client of the S3 server that shares no code with the product."""
+    store = servers.store
+    return Minio(
+        store.endpoint.removeprefix("http://"),
+        access_key=store.access_key,
+        secret_key=store.secret_key,
+        secure=False,
+        region="us-east-1",
+    )
+
+
+class Sender:
+    """What is seen and done from outside, with plain nats-py and MinIO clients."""
+
+    def __init__(self, servers: DevStack, subjects: Subjects) -> None:
+        self._servers = servers
+        self._subjects = subjects
+        self._client: Client
+        self._listening: dict[str, Subscription] = {}
+        self._heard: dict[str, list[Msg]] = {"replies": [], "news": []}
+
+    async def open(self, parts: AsyncExitStack) -> None:
+        """Connect and listen; the streams are deleted at the end."""
+        self._client = await nats.connect(self._servers.nats.url)
+        parts.push_async_callback(self._client.close)
+        parts.push_async_callback(self._delete_streams)
+        for what, subject in (
+            ("replies", "_INBOX.sender.*"),
+            ("news", f"{self._subjects.root}.progress.>"),
+        ):
+            self._listening[what] = await self._client.subscribe(subject)
+        await self._client.flush()  # its PING is ahead of the SUBs
+        await self._client.flush()
+
+    async def publish(self, subject: str, body: bytes, headers: dict[str, str] | None) -> None:
+        await self._client.jetstream().publish(subject, body, headers=headers)
+
+    async def heard(self, what: str) -> list[Msg]:
+        """Everything that has come to a subscription so far."""
+        await self._client.flush()  # what the server sent before its PONG is here then
+        listening, heard = self._listening[what], self._heard[what]
+        while listening.pending_msgs:
+            heard.append(await listening.next_msg())
+        return heard
+
+    async def last(self, stream: str, subject: str) -> bytes | None:
+        """The stored message of a subject."""
+        try:
+            found = await self._client.jetstream().get_last_msg(stream, subject)
+        except NotFoundError:
+            return None
+        return found.data or b""
+
+    async def count(self, stream: str) -> int:
+        info = await self._client.jetstream().stream_info(stream)
+        return int(info.state.messages)
+
+    async def dead_letters(self) -> list[tuple[DeadLetter, bytes]]:
+        jetstream, stream = self._client.jetstream(), self._subjects.dead_letters_stream
+        found = []
+        for sequence in range(1, await self.count(stream) + 1):
+            message = await jetstream.get_msg(stream, sequence)
+            headers = message.headers or {}
+            letter = DeadLetter(
+                code=headers[DEAD_LETTER_CODE],
+                reason=headers[DEAD_LETTER_REASON],
+                request_id=headers[DEAD_LETTER_REQUEST_ID],
+                worker=headers[DEAD_LETTER_WORKER],
+            )
+            found.append((letter, message.data or b""))
+        return found
+
+    def put_object(self, bucket: str, key: str, data: bytes) -> None:
+        plain_store(self._servers).put_object(bucket, key, BytesIO(data), len(data))
+
+    def get_object(self, bucket: str, key: str) -> bytes:
+        response = plain_store(self._servers).get_object(bucket, key)
+        try:
+            return response.read()
+        finally:
+            response.close()
+            response.release_conn()
+
+    def keys(self, bucket: str, prefix: str) -> set[str]:
+        found = plain_store(self._servers).list_objects(bucket, prefix=prefix, recursive=True)
+        return {one.object_name or "" for one in found}
+
+    async def _delete_streams(self) -> None:
+        # They reserve gigabytes; the server has only so many.
+        jetstream = self._client.jetstream()
+        for stream in await jetstream.streams_info():
+            if str(stream.config.name).startswith(f"{self._subjects.root.upper()}_"):
+                await jetstream.delete_stream(str(stream.config.name))
+
+
+def _picture() -> bytes:
+    """A file of 4 by 4 pixels."""
+    return ImageCodec().encode(Image.new("RGB", (4, 4)), "png", seed=0).data
+
+
+class RealWorld:
+    """Implements `tests.behaviour.World`, under a root of its own on servers that others use too.
+
+    Attributes:
+        store: The relay before the S3 server.
+        bus: The relay before the nats-server.
+    """
+
+    picture = _picture()
+
+    def __init__(self, servers: DevStack, task: Task, store: Relay, bus: Relay) -> None:
+        root = f"t{uuid4().hex[:8]}"
+        values: dict[str, Any] = {name.lower(): v for name, v in servers.environment().items()}
+        values |= {"nats_url": f"nats://{bus.address}", "s3_endpoint": f"http://{store.address}"}
+        values |= {"consumer_subject_root": root, "s3_prefix": root, "model_type": task}
+        self._settings = Settings(**values)
+        self._task = task
+        self._subjects = self._settings.subjects
+        self._sender = Sender(servers, self._subjects)
+        self._pull: PullLoop
+        self.store = store
+        self.bus = bus
+        self.runner = ScriptedRunner()
+        self.observer = MemoryObserver()
+        self.execution: Execution
+
+    @classmethod
+    async def make(
+        cls,
+        servers: DevStack,
+        parts: AsyncExitStack,
+        *,
+        task: Task = Task.TEXT_TO_IMAGE,
+        **limits: float,
+    ) -> Self:
+        """A worker that is ready; `limits` are fields of `execution.Limits`."""
+        store = await parts.enter_async_context(Relay(servers.store.ports["s3.port"]))
+        bus = await parts.enter_async_context(Relay(int(servers.nats.url.rpartition(":")[2])))
+        world = cls(servers, task, store, bus)
+        await world._sender.open(parts)
+        await world._open(parts, limits)
+        return world
+
+    async def _open(self, parts: AsyncExitStack, limits: Mapping[str, Any]) -> None:
+        bus = await connect(self._settings, name="test", within=CONNECT_WITHIN)
+        parts.push_async_callback(bus.close)
+        topology = make_topology(self._settings, bus)
+        await topology.apply((self._task,))
+
+        async def ensure() -> object:
+            return await topology.ensure(self._task)
+
+        durable = await topology.ensure(self._task)
+        config = replace(
+            store_config(self._settings),
+            deadline=STORE_DEADLINE,
+            first_pause=STORE_PAUSE,
+            longest_pause=STORE_PAUSE,
+        )
+        self._artifacts = CountingArtifacts(config, observer=self.observer)
+        parts.push_async_callback(self._artifacts.close)
+        inference = InferenceThread()
+        parts.callback(inference.close)
+        parts.callback(self.runner.close)
+        numbers = {"ack_wait": durable.ack_wait, "max_attempts": 3, "stall_timeout": LONG, **limits}
+        self.execution = Execution(
+            worker="worker-1",
+            admission=Admission(self._task, self._subjects, self._settings.reply_prefixes),
+            limits=Limits(**numbers),
+            model=self.runner.load(),
+            runner=self.runner,
+            inference=inference,
+            events=JetStreamEvents(bus, self._subjects, ensure=ensure),
+            artifacts=self._artifacts,
+            images=ImageCodec(),
+            observer=self.observer,
+        )
+        releases = Releases(
+            bus,
+            stream=self._subjects.releases_stream,
+            subject=self._subjects.releases(self._task),
+        )
+        custody = Custody(bus, durable.ack_wait, releases, Standby(self._settings))
+        self._pull = PullLoop(bus, durable, ensure=ensure, custody=custody)
+        await self._pull.start()
+        parts.push_async_callback(self._pull.close)
+
+    # -- what the suite asks for ------------------------------------------------------------------
+
+    async def send(
+        self,
+        body: bytes,
+        *,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        subject = self._subjects.request(self._task, request_id)
+        await self._sender.publish(subject, body, None if headers is None else dict(headers))
+
+    async def work(self) -> int | None:
+        delivery = await self._pull.next()
+        assert delivery is not None
+        return await self.execution.handle(delivery)
+
+    async def left(self) -> int:
+        return await self._sender.count(self._subjects.requests_stream)
+
+    async def result(self, request_id: str) -> ResultEvent | None:
+        subject = self._subjects.result(self._task, request_id)
+        body = await self._sender.last(self._subjects.results_stream, subject)
+        return None if body is None else decode_result(body)
+
+    async def replies(self) -> list[tuple[str, ResultEvent]]:
+        heard = await self._sender.heard("replies")
+        return [(message.subject, decode_result(message.data)) for message in heard]
+
+    async def news(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
+        told = [decode_event(message.data) for message in await self._sender.heard("news")]
+        return [
+            event
+            for event in told
+            if isinstance(event, StartedEvent | ProgressEvent) and event.request_id == request_id
+        ]
+
+    async def dead_letters(self) -> list[tuple[DeadLetter, bytes]]:
+        return await self._sender.dead_letters()
+
+    def source(self, name: str) -> dict[str, str]:
+        return {"bucket": self._settings.s3_bucket, "key": f"{self._subjects.root}/{name}"}
+
+    async def put_object(self, name: str, data: bytes) -> None:
+        await asyncio.to_thread(self._sender.put_object, **self.source(name), data=data)
+
+    async def object(self, bucket: str, key: str) -> bytes:
+        return await asyncio.to_thread(self._sender.get_object, bucket, key)
+
+    async def objects(self) -> set[str]:
+        return await asyncio.to_thread(
+            self._sender.keys, self._settings.s3_bucket, f"{self._subjects.root}/"
+        )
+
+    async def store_is_missed(self) -> None:
+        await self._artifacts.misses.more(2)

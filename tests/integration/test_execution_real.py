@@ -1,0 +1,30 @@
+"""What every worker does, on a real bus and a real store."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from functools import partial
+
+import pytest
+
+from consumer.devstack import DevStack
+from tests.behaviour import Behaviour, MakeWorld
+from tests.integration.real_world import RealWorld, plain_store
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
+    """Servers for all tests of this module: each worker has a root of its own on them."""
+    with DevStack(tmp_path_factory.mktemp("servers"), persist=False) as stack:
+        plain_store(stack).make_bucket(stack.store.bucket)
+        yield stack
+
+
+@pytest.fixture
+async def make_world(servers: DevStack) -> AsyncIterator[MakeWorld]:
+    """Makes workers and closes them."""
+    async with AsyncExitStack() as parts:
+        yield partial(RealWorld.make, servers, parts)
+
+
+class TestExecution(Behaviour):
+    """`make_world` comes from the fixtures of this module."""

@@ -1,0 +1,209 @@
+"""Hypothesis drives workers through whatever can happen, and the settlement table must hold.
+
+The machine publishes requests, brings workers to any point of their jobs, says how the runs of
+their models end, and there lets workers die, leases run out and services go away. `tests.story`
+watches every call and judges it; `tests.crew` sees to what must hold for all of them together.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+import structlog
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from consumer import run
+from consumer.run import PATIENCE, Reason
+from generation_contracts import Task
+from tests.crew import ENOUGH, MAX_DELIVER, Crew
+from tests.story import ATTEMPTS, STALL
+from tests.wishes import CALLS, ENDINGS, PLACES, WHICH, WISHES, Ending, Place, Wish
+
+# The same examples at every run: a red one is the change's doing, not the day's. To search, give
+# a number of examples; they are then others each time, and one that fails is kept for the next.
+SEARCH = int(os.environ.get("MACHINE_EXAMPLES", "0"))
+EXAMPLES = 600
+RULES = 30  # in one example
+
+REASONS = st.sampled_from([Reason.CANCEL, Reason.DRAIN])
+
+
+def to_the_run(which: int) -> Place:
+    return Place(which, ENOUGH, None)
+
+
+class Workers(RuleBasedStateMachine):
+    """What can happen to a bus, a store and the workers that share them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crew: Crew
+        self.failed = False
+
+    @initialize(task=st.sampled_from(Task), wishes=st.lists(WISHES, min_size=2, max_size=8))
+    def start(self, task: Task, wishes: list[Wish]) -> None:
+        self.crew = Crew(task)
+        self.crew.world.open()
+        for wish in wishes:
+            self.crew.publish(wish)
+
+    @rule(wish=WISHES)
+    def publish(self, wish: Wish) -> None:
+        self.crew.publish(wish)
+
+    # -- the workers go on ------------------------------------------------------------------------
+
+    @precondition(lambda self: self.crew.can_work)
+    @rule(place=PLACES)
+    def go_on(self, place: Place) -> None:
+        self.crew.bring(place)
+
+    @precondition(lambda self: self.crew.can_work)
+    @rule(which=WHICH, position=st.sampled_from([(1, 2), (3, 2), (1, 0)]))
+    def step(self, which: int, position: tuple[int, int]) -> None:
+        worker = self.crew.bring(to_the_run(which))
+        if worker in self.crew.running:
+            self.crew.step(worker, position)
+
+    @precondition(lambda self: self.crew.can_take)
+    @rule(ending=ENDINGS)
+    def work_in_vain(self, ending: Ending) -> None:
+        """One delivery after the other, with one and the same end."""
+        for _ in range(ATTEMPTS + 1):
+            if self.crew.can_take:
+                self.crew.go_on(self.crew.take(), ENOUGH, ending)
+
+    @precondition(lambda self: self.crew.strays and self.crew.idle)
+    @rule(calls=CALLS)
+    def put_aside(self, calls: int) -> None:
+        self.crew.go_on(self.crew.take(self.crew.strays[0]), calls, None)
+
+    # -- what happens to them ---------------------------------------------------------------------
+
+    @precondition(lambda self: self.crew.can_work)
+    @rule(place=PLACES, reason=REASONS)
+    def ask_to_stop(self, place: Place, reason: Reason) -> None:
+        if worker := self.crew.bring(place):
+            self.crew.ask(worker, reason)
+
+    @precondition(lambda self: self.crew.can_work)
+    @rule(which=WHICH, reason=REASONS, then=st.sampled_from(["heeds", "is done", "hangs"]))
+    def stop_run(self, which: int, reason: Reason, then: str) -> None:
+        worker = self.crew.bring(to_the_run(which))
+        if worker not in self.crew.running:
+            return
+        self.crew.ask(worker, reason)
+        match then:
+            case "heeds":
+                self.crew.step(worker, (1, 2))
+            case "is done":
+                self.crew.end_run(worker, "made")
+            case "hangs":
+                self.crew.hang(PATIENCE + 2)
+
+    @precondition(lambda self: self.crew.can_work)
+    @rule(which=WHICH)
+    def run_hangs(self, which: int) -> None:
+        if self.crew.bring(to_the_run(which)):
+            self.crew.hang(STALL + 2)
+
+    @precondition(lambda self: self.crew.can_work)
+    @rule(place=PLACES)
+    def force_to_end(self, place: Place) -> None:
+        if worker := self.crew.bring(place):
+            self.crew.force(worker)
+
+    @precondition(lambda self: self.crew.can_work)
+    @rule(place=PLACES)
+    def cut_off(self, place: Place) -> None:
+        if worker := self.crew.bring(place):
+            self.crew.cut_off(worker)
+
+    @precondition(lambda self: self.crew.can_work)
+    @rule(place=PLACES)
+    def kill(self, place: Place) -> None:
+        if worker := self.crew.bring(place):
+            self.crew.kill(worker)
+
+    @precondition(lambda self: self.crew.can_take)
+    @rule(calls=CALLS)
+    def kill_whoever_takes_it(self, calls: int) -> None:
+        for _ in range(MAX_DELIVER):
+            if self.crew.can_take:
+                worker = self.crew.take()
+                self.crew.go_on(worker, calls, None)
+                if worker in self.crew.stories:
+                    self.crew.kill(worker)
+                self.crew.world.queue.run_out_leases()
+
+    @precondition(lambda self: self.crew.can_work)
+    @rule(place=PLACES)
+    def lease_runs_out(self, place: Place) -> None:
+        self.crew.bring(place)
+        self.crew.world.queue.run_out_leases()
+
+    @rule(away=st.booleans())
+    def bus(self, *, away: bool) -> None:
+        self.crew.away(self.crew.world.bus, away=away)
+
+    @rule(away=st.booleans())
+    def store(self, *, away: bool) -> None:
+        self.crew.away(self.crew.world.artifacts.outage, away=away)
+
+    @rule(seconds=st.sampled_from([1, 7, 25]))
+    def time_passes(self, seconds: float) -> None:
+        self.crew.pass_time(seconds)
+
+    # -- the promises -----------------------------------------------------------------------------
+
+    @invariant()
+    def promises_are_kept(self) -> None:
+        self.failed = True  # until it is shown that they are
+        self.crew.check()
+        self.failed = False
+
+    def teardown(self) -> None:
+        if not hasattr(self, "crew"):
+            return
+        try:
+            if not self.failed:
+                self.crew.heal()
+                self.crew.check_the_end()
+        finally:
+            self.crew.close()
+            self.crew.world.close()
+
+
+@pytest.fixture
+def _silence() -> Iterator[None]:
+    """Tracebacks take longer to draw than jobs to do."""
+    quiet = structlog.make_filtering_bound_logger(logging.CRITICAL)
+    structlog.configure(wrapper_class=quiet, cache_logger_on_first_use=False)
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.mark.timeout(900)  # a failing example is made smaller first, for up to 5 minutes
+@pytest.mark.usefixtures("_silence")
+def test_settlement_table_holds_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "PROGRESS_INTERVAL", 1.0)  # of the world's seconds
+    run_state_machine_as_test(
+        Workers,
+        settings=settings(
+            max_examples=SEARCH or EXAMPLES,
+            stateful_step_count=RULES,
+            deadline=None,
+            derandomize=not SEARCH,
+            suppress_health_check=[HealthCheck.too_slow],  # the machine may be busy
+        ),
+    )
