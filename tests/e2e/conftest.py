@@ -15,6 +15,13 @@ from consumer.settings import Settings
 from generation_contracts import Task
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever uses the running system goes to one process: it takes half a minute to start."""
+    for item in items:
+        if "system" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("system"))
+
+
 @pytest.fixture(scope="session")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
     """The stack that `consumer up` runs, with short leases."""

@@ -11,6 +11,7 @@ from typing import Any
 from tests.faults.quick_runner import FOLDER, first_time, note
 
 LET_GO = "LET_GO"  # environment: the mark for which a worker waits, where there are several
+SERVER = "SERVER_PID"  # environment: process id of nats-server
 PLACE = "at_the_place"  # noted when a worker begins to wait
 GO = ".go"  # ends the name of the mark that lets a moment go on
 ON = ".on"  # ends the name under which it is noted that the process has gone on

@@ -9,7 +9,7 @@ import json
 import pytest
 from nats.aio.msg import Msg
 
-from tests.faults.causes.server_killed_at_delivery import SERVER
+from tests.faults.holding import SERVER
 from tests.faults.outage import HOW, SLACK, Replies, begun, let_go, measured, outage, two_workers
 from tests.faults.scene import ACK_WAIT, Event, Scene
 from tests.faults.seen import all_well, deliveries, done, nothing_left, until_pulls_stand

@@ -1,7 +1,7 @@
 """A daemon with a fault: `python -m tests.faults.worker CAUSE`.
 
 It is `consumer run` in everything but the model, which the file `causes/CAUSE.py` makes. A cause
-may also break another part of its process, when it is imported.
+may also break another part of its process, when it is imported: so no test imports one.
 """
 
 import importlib

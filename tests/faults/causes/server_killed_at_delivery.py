@@ -8,9 +8,8 @@ from nats.aio.msg import Msg
 from consumer.bus import Custody
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.settings import Settings
+from tests.faults.holding import SERVER
 from tests.faults.quick_runner import QuickRunner, first_time, note
-
-SERVER = "SERVER_PID"  # environment
 
 take = JetStreamDelivery.__init__
 
