@@ -15,11 +15,15 @@ from consumer.settings import Settings
 from generation_contracts import Task
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the running system goes to one process: it takes half a minute to start."""
+    """One of the parallel processes takes all of these: each daemon loads torch and a model.
+
+    It begins with them, because the largest group is handed out first.
+    """
     for item in items:
-        if "system" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("system"))
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("models"))
 
 
 @pytest.fixture(scope="session")

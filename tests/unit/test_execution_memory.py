@@ -4,22 +4,28 @@ import asyncio
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from consumer.ports import (
     DeviceLost,
+    EncodedImage,
     GeneratedImage,
     Interrupted,
     ModelError,
     OutOfMemory,
+    OutputFormat,
     RunnerOutput,
+    UnsupportedParameter,
 )
 from consumer.run import Reason
+from generation_contracts import CancelledEvent, Task
 from tests.behaviour import asking, from_now, soon, while_running
 from tests.daemon_logging import daemon_logging
-from tests.memory_ports import POLL, Run, make
+from tests.memory_ports import POLL, Hold, MemoryImages, Run, make
 from tests.memory_world import MemoryWorld, Worlds
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -91,15 +97,31 @@ class Traced:
         self.watch(output, output.images[0].image)
         return output
 
+    def files_of(self, images: MemoryImages) -> None:
+        """Watch every picture's file from now on."""
+        encode = images.encode
+
+        def watched(image: Image.Image, output_format: OutputFormat, *, seed: int) -> EncodedImage:
+            made = encode(image, output_format, seed=seed)
+            self.watch(made)
+            return made
+
+        images.encode = watched  # type: ignore[method-assign] # of this object only
+
+
+# -- the run raises -------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(
     "make_error",
     [
         lambda: ModelError("E"),
+        lambda: UnsupportedParameter("width", "width: not this one"),
         DeviceLost,
+        Interrupted,
         Fault,
     ],
-    ids=["model", "device", "fault"],
+    ids=["model", "parameter", "device", "stopped unasked", "fault"],
 )
 async def test_error_and_tensors_of_a_failed_run_are_gone_with_the_job(
     world: MemoryWorld, make_error: Callable[[], Exception]
@@ -128,20 +150,142 @@ async def test_tensors_of_a_run_out_of_memory_are_gone_before_the_second_try(
     assert left == []
 
 
-async def test_error_and_tensors_of_a_stopped_run_are_gone_with_the_job(
+async def test_both_errors_and_tensors_of_a_run_always_out_of_memory_are_gone_with_the_job(
     world: MemoryWorld,
+) -> None:
+    traced = Traced()
+    world.runner.will(traced.raising(OutOfMemory), traced.raising(OutOfMemory))
+    await world.send(asking())
+    await soon(world.work())
+    assert world.observer.outcomes == ["out_of_memory"]
+    assert await traced.are_gone(), traced.alive
+
+
+async def test_pictures_of_a_request_are_gone_with_the_job(make_world: Worlds) -> None:
+    world = await make_world(task=Task.IMAGE_TO_TEXT)
+    await world.put_object("one", world.picture)
+    traced = Traced()
+
+    def look(run: Run) -> RunnerOutput:
+        traced.watch(*run.images)
+        raise ModelError("E")
+
+    world.runner.will(look)
+    await world.send(asking(images=[world.source("one")]))
+    await soon(world.work())
+    world.runner.runs.clear()
+    assert await traced.are_gone(), traced.alive
+
+
+# -- the run is stopped ---------------------------------------------------------------------------
+
+REASONS = {
+    Reason.CANCEL: "cancelled",
+    Reason.DEADLINE: "deadline_exceeded",
+    Reason.DRAIN: "given_back",
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+async def test_error_and_tensors_of_a_stopped_run_are_gone_with_the_job(
+    world: MemoryWorld, reason: Reason
 ) -> None:
     traced = Traced()
     hold = world.runner.will_hold(heeds=False, then=traced.raising(Interrupted))
     await world.send(asking())
 
     def stop() -> None:
-        world.execution.interrupt(Reason.CANCEL)
+        world.execution.interrupt(reason)
         hold.release()
 
     await while_running(world, hold, stop)
-    assert world.observer.outcomes == ["cancelled"]
+    assert world.observer.outcomes == [REASONS[reason]]
     assert await traced.are_gone(), traced.alive
+
+
+@pytest.mark.parametrize("reason", REASONS)
+async def test_output_of_a_run_that_was_done_before_it_could_stop_is_gone_with_the_job(
+    world: MemoryWorld, reason: Reason
+) -> None:
+    traced = Traced()
+    hold = world.runner.will_hold(heeds=False, then=traced.giving)
+    await world.send(asking())
+
+    def stop() -> None:
+        world.execution.interrupt(reason)
+        hold.release()
+
+    await while_running(world, hold, stop)
+    assert world.observer.outcomes == [REASONS[reason]]
+    assert await traced.are_gone(), traced.alive
+
+
+class Complaints:
+    """What asyncio would log of an exception that nobody has heard."""
+
+    def __init__(self) -> None:
+        self.heard: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: self.heard.append(what))
+
+
+async def late_run_is_gone(world: MemoryWorld, hold: Hold, traced: Traced) -> bool:
+    """Whether nothing is kept of a run that ends when its job is over."""
+    hold.release()
+    await soon(world.inference.call(lambda: None))  # behind it, in its thread
+    await asyncio.sleep(0)
+    return await traced.are_gone()
+
+
+async def test_error_of_a_run_that_hung_is_heard_by_nobody_and_gone(make_world: Worlds) -> None:
+    complaints = Complaints()
+    world = await make_world(stall_timeout=0.02)
+    traced = Traced()
+    hold = world.runner.will_hold(heeds=False, then=traced.raising(lambda: ModelError("late")))
+    await world.send(asking())
+    assert await soon(world.work()) == 70
+    assert await late_run_is_gone(world, hold, traced), traced.alive
+    assert complaints.heard == []
+
+
+async def test_error_of_a_run_that_a_draining_process_left_is_heard_by_nobody_and_gone(
+    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consumer.run.PATIENCE", 0.01)
+    complaints = Complaints()
+    traced = Traced()
+    hold = world.runner.will_hold(heeds=False, then=traced.raising(lambda: ModelError("late")))
+    await world.send(asking())
+    await while_running(world, hold, lambda: world.execution.interrupt(Reason.DRAIN))
+    assert world.observer.outcomes == ["given_back"]
+    assert await late_run_is_gone(world, hold, traced), traced.alive
+    assert complaints.heard == []
+
+
+@pytest.mark.parametrize("late", ["raises", "gives"])
+async def test_run_of_a_cancelled_task_is_heard_by_nobody_and_gone(
+    world: MemoryWorld, late: str
+) -> None:
+    complaints = Complaints()
+    traced = Traced()
+    then = traced.giving if late == "gives" else traced.raising(lambda: ModelError("late"))
+    hold = world.runner.will_hold(heeds=False, then=then)
+    await world.send(asking())
+    working = asyncio.create_task(world.work())
+    await soon(hold.begun())
+    await cancel(working)
+    del working
+    assert world.observer.outcomes == ["given_back"]
+    assert await late_run_is_gone(world, hold, traced), traced.alive
+    assert complaints.heard == []
+
+
+async def cancel(working: "asyncio.Task[int | None]") -> None:
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await soon(working)
+
+
+# -- the run is done ------------------------------------------------------------------------------
 
 
 async def test_output_of_a_done_run_is_gone_with_the_job(world: MemoryWorld) -> None:
@@ -164,34 +308,91 @@ async def test_output_that_cannot_be_encoded_is_gone_with_the_job(world: MemoryW
     assert await traced.are_gone(), traced.alive
 
 
-async def test_output_that_the_store_did_not_take_is_gone_with_the_job(world: MemoryWorld) -> None:
+@pytest.mark.parametrize("then", ["comes back", *REASONS, "task cancelled"], ids=str)
+async def test_output_that_waited_for_the_store_is_gone_with_the_job(
+    world: MemoryWorld, then: str | Reason
+) -> None:
     traced = Traced()
+    traced.files_of(world.images)
     world.store.begin()
     world.runner.will(traced.giving)
     await world.send(asking())
     working = asyncio.create_task(world.work())
     await soon(world.store_is_missed())
-    world.execution.interrupt(Reason.DRAIN)
-    await soon(working)
+    match then:
+        case Reason():
+            world.execution.interrupt(then)
+            await soon(working)
+        case "comes back":
+            world.store.end()
+            await soon(working)
+        case _:
+            await cancel(working)
     del working
     assert await traced.are_gone(), traced.alive
 
 
-async def test_error_of_a_run_that_was_left_behind_is_heard_by_nobody_and_gone(
-    make_world: Worlds,
-) -> None:
-    complaints: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
-    world = await make_world(stall_timeout=0.02)
+async def test_output_without_a_picture_is_gone_with_the_job(world: MemoryWorld) -> None:
     traced = Traced()
-    hold = world.runner.will_hold(heeds=False, then=traced.raising(lambda: ModelError("late")))
+
+    def nothing(_: Run) -> RunnerOutput:
+        output = RunnerOutput()
+        traced.watch(output)
+        return output
+
+    world.runner.will(nothing)
     await world.send(asking())
-    assert await soon(world.work()) == 70
-    hold.release()
-    await soon(world.inference.call(lambda: None))
-    await asyncio.sleep(0)
+    await soon(world.work())
+    assert world.observer.outcomes == ["given_back"]
     assert await traced.are_gone(), traced.alive
-    assert complaints == []
+
+
+async def test_output_whose_result_cannot_be_published_is_gone_with_the_job(
+    world: MemoryWorld,
+) -> None:
+    traced = Traced()
+    world.events.broken = Fault()
+    world.runner.will(traced.giving)
+    await world.send(asking())
+    await soon(world.work())
+    assert world.observer.outcomes == ["abandoned"]
+    world.events.broken = None  # it carries the traceback
+    assert await traced.are_gone(), traced.alive
+
+
+async def test_output_whose_result_is_too_large_is_gone_with_the_job(world: MemoryWorld) -> None:
+    traced = Traced()
+    world.events.max_payload = 900  # bytes; a failure fits
+    world.runner.will(traced.giving)
+    await world.send(asking(num_images=4))
+    await soon(world.work())
+    assert world.observer.outcomes == ["internal"]
+    assert await traced.are_gone(), traced.alive
+
+
+async def test_output_that_another_worker_was_quicker_with_is_gone_with_the_job(
+    world: MemoryWorld,
+) -> None:
+    traced = Traced()
+    hold = world.runner.will_hold(then=traced.giving)
+    await world.send(asking())
+
+    def store_and_go_on() -> None:
+        assert world.events.put(quicker)
+        hold.release()
+
+    quicker = CancelledEvent(
+        request_id="a",
+        task=Task.TEXT_TO_IMAGE,
+        sequence=1,
+        time=datetime.now(UTC),
+        worker="worker-2",
+        attempt=1,
+        request_digest=f"sha256:{'0' * 64}",
+    )
+    await while_running(world, hold, store_and_go_on)
+    assert await world.result("a") == quicker
+    assert await traced.are_gone(), traced.alive
 
 
 async def test_timer_of_a_deadline_does_not_outlive_the_job(world: MemoryWorld) -> None:

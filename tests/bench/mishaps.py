@@ -1,0 +1,5 @@
+"""The words with which a prompt begins that goes wrong in the model of `tests.bench.memory`."""
+
+RAISES = "raises"
+OUT_OF_MEMORY_ONCE = "out-of-memory-once"
+OUT_OF_MEMORY = "out-of-memory"

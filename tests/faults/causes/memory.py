@@ -1,0 +1,63 @@
+"""A model that has something large in its hands whenever it raises.
+
+What keeps an exception, or a frame of its traceback, keeps megabytes, and the worker's size shows
+it. The prompt's first word says what happens.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+from PIL import Image
+
+from consumer.ports import ModelError, OutOfMemory, RunnerOutput
+from consumer.settings import Settings
+from generation_contracts import Request
+from tests.bench import mishaps
+from tests.faults.quick_runner import QuickRunner
+
+_LIBC = ctypes.CDLL(None)
+
+LARGE = 8 * 2**20  # bytes
+
+
+class LargeError(ModelError):
+    """Carries what the run had, as the exceptions of some libraries do."""
+
+    def __init__(self, tensors: bytes) -> None:
+        super().__init__("LargeError")
+        self.tensors = tensors
+
+
+class LargeOutOfMemory(OutOfMemory):
+    """The same."""
+
+    def __init__(self, tensors: bytes) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+
+class MemoryRunner(QuickRunner):
+    def begin(self, request: Request, *, save_memory: bool) -> None:
+        # Megabytes of holes, which the imports leave in the heap, would hide what is kept.
+        _LIBC.malloc_trim(0)
+        # Other bytes than zero: pages that were never written take no memory.
+        tensors = b"\1" * LARGE
+        match request.prompt.split()[0]:
+            case mishaps.RAISES:
+                raise LargeError(tensors)
+            case mishaps.OUT_OF_MEMORY:
+                raise LargeOutOfMemory(tensors)
+            case mishaps.OUT_OF_MEMORY_ONCE if not save_memory:
+                raise LargeOutOfMemory(tensors)
+            case _:
+                pass
+
+    def output(self, request: Request, images: Sequence[Image.Image]) -> RunnerOutput:
+        made = super().output(request, images)
+        for one in made.images:
+            one.image.info["tensors"] = b"\1" * LARGE
+        return made
+
+
+def make_runner(_: Settings) -> MemoryRunner:
+    return MemoryRunner()

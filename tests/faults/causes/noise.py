@@ -1,0 +1,31 @@
+"""The model is well and makes noise, which no encoder makes smaller: uploads can be cut in two."""
+
+import random
+from collections.abc import Sequence
+
+from PIL import Image
+
+from consumer.ports import GeneratedImage, RunnerOutput
+from consumer.settings import Settings
+from generation_contracts import TextToImageRequest
+from tests.faults.quick_runner import QuickRunner
+from tests.faults.store_times import shorten
+
+SEED = 7
+SMALL = 16  # pixels, where a request does not say
+
+
+class Noise(QuickRunner):
+    def output(self, request: object, images: Sequence[Image.Image]) -> RunnerOutput:
+        assert isinstance(request, TextToImageRequest)
+        size = request.width or SMALL, request.height or SMALL
+        noise = random.Random(SEED).randbytes(3 * size[0] * size[1])  # noqa: S311 - a picture
+        picture = Image.frombytes("RGB", size, noise)
+        return RunnerOutput(images=(GeneratedImage(picture, SEED),))
+
+
+shorten()
+
+
+def make_runner(_: Settings) -> Noise:
+    return Noise()

@@ -1,0 +1,83 @@
+"""A model whose faults are drawn from the request's seed, so that a soak can be repeated."""
+
+import ctypes
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Sequence
+
+from PIL import Image
+
+from consumer.ports import DeviceLost, ModelError, OutOfMemory, RunnerOutput
+from consumer.settings import Settings
+from generation_contracts import Request, TextToImageRequest
+from tests.faults.quick_runner import STEPS, QuickRunner, first_time, note
+from tests.soak.fates import RUNS, SEEDS, UNFATED, Fate, fate
+
+LONG = 3.0  # seconds; longer than the soak's ack_wait
+
+# Calls through it keep the GIL; those through ctypes.CDLL let it go.
+_HOLDING_THE_GIL = ctypes.PyDLL(None)
+
+
+class SoakRunner(QuickRunner):
+    def begin(self, request: Request, *, save_memory: bool) -> None:
+        if not save_memory:
+            note(RUNS, f"{_id(request)} {time.time()}")
+        match _fate(request):
+            case Fate.OUT_OF_MEMORY:
+                raise OutOfMemory
+            case Fate.OUT_OF_MEMORY_ONCE if not save_memory:
+                raise OutOfMemory
+            case _:
+                pass
+
+    def step(self, request: Request, number: int) -> None:
+        super().step(request, number)
+        match _fate(request):
+            case Fate.SLOW if isinstance(request, TextToImageRequest):
+                time.sleep(LONG / (request.num_inference_steps or STEPS))
+            case Fate.HOLDS_THE_GIL if number == 1:
+                _HOLDING_THE_GIL.usleep(round(LONG * 1_000_000))
+            case Fate.RAISES:
+                raise ModelError("Soaked")
+            case Fate.RAISES_ONCE if _not_yet(request):
+                raise ModelError("Soaked")
+            case Fate.DEVICE_LOST_ONCE if _not_yet(request):
+                raise DeviceLost
+            case Fate.KILLED:
+                _die()
+            case Fate.KILLED_ONCE if _not_yet(request):
+                _die()
+            case Fate.HANGS_ONCE if _not_yet(request):
+                threading.Event().wait()
+            case _:
+                pass
+
+    def output(self, request: Request, images: Sequence[Image.Image]) -> RunnerOutput:
+        if request.seed is None:  # as the real one: another picture in every run
+            request = request.model_copy(update={"seed": secrets.randbelow(SEEDS)})
+        return super().output(request, images)
+
+
+def _fate(request: Request) -> Fate:
+    return Fate.PLAIN if UNFATED in request.prompt else fate(request.seed or 0)
+
+
+def _id(request: Request) -> str:
+    # The body need not have it: the sender says it in the prompt too.
+    return request.prompt.split()[0]
+
+
+def _not_yet(request: Request) -> bool:
+    return first_time(f"once-{_id(request)}")
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_runner(_: Settings) -> SoakRunner:
+    return SoakRunner()

@@ -1,0 +1,150 @@
+"""A short soak, with chaos of every kind; and that its verdict sees each promise that is broken."""
+
+import secrets
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generation_contracts import Subjects
+from generation_contracts.headers import DEAD_LETTER_REQUEST_ID, MESSAGE_ID
+from tests.soak.chaos import AT_LEAST, Kind
+from tests.soak.figures import longest_stall
+from tests.soak.records import Records, Stored
+from tests.soak.soaking import Options, soak
+from tests.soak.verdict import problems
+from tests.soak.workload import Sending, Workload
+
+SHA256 = "0" * 64
+KEY = "root/text_to_image/done/0.png"
+
+
+@pytest.mark.timeout(400)  # seconds; 25 on idle cores
+async def test_short_soak_is_clean(tmp_path: Path) -> None:
+    seed = secrets.randbelow(2**32)
+    async with soak(Options(requests=40, workers=2, seconds=15, seed=seed), tmp_path) as soaked:
+        print("\n".join(soaked.figures()))  # noqa: T201 - for people
+        assert soaked.problems() == [], f"seed {seed}"
+        kinds = [blow.kind for blow in soaked.blows]
+        assert all(kinds.count(kind) >= AT_LEAST for kind in Kind)
+        assert len(soaked.records.results) == 40
+        assert -9 in soaked.records.ends
+
+
+# -- its parts ------------------------------------------------------------------------------------
+
+
+def sending(request_id: str, *ends: str, kind: str = "plain") -> Sending:
+    headers = {MESSAGE_ID: f"{request_id}.1"}
+    return Sending(0.0, kind, request_id, None, b"", headers, frozenset(ends))
+
+
+def succeeded(request_id: str, key: str = KEY) -> Stored:
+    event = {"type": "generation.v1.succeeded", "outputs": [{"key": key, "sha256": SHA256}]}
+    return Stored(request_id, 1.0, event)
+
+
+def failed(request_id: str, code: str) -> Stored:
+    event: dict[str, Any] = {"type": "generation.v1.failed", "failure": {"code": code}}
+    return Stored(request_id, 1.0, event)
+
+
+SENDINGS = [
+    sending("done", "succeeded"),
+    sending("bad", "invalid_request"),
+    sending("raises", "model_error"),
+]
+GOOD = Records(
+    results=[succeeded("done"), failed("bad", "invalid_request"), failed("raises", "model_error")],
+    counts={"done": 1, "bad": 1, "raises": 1},
+    letters=[{DEAD_LETTER_REQUEST_ID: "bad"}, {DEAD_LETTER_REQUEST_ID: "raises"}],
+    objects={KEY: SHA256},
+    replies={"done": [succeeded("done").event]},
+    ends=[0, -9, 70],
+)
+
+
+def test_verdict_has_nothing_against_what_is_promised() -> None:
+    assert problems(SENDINGS, GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"results": GOOD.results[1:]}, "done (plain): 0 terminal events"),
+        ({"results": [*GOOD.results, succeeded("done")]}, "done (plain): 2 terminal events"),
+        ({"counts": {**GOOD.counts, "done": 2}}, "counts other terminal events"),
+        ({"results": [*GOOD.results, failed("new", "internal")]}, "never sent"),
+        (
+            {"results": [failed("done", "internal"), *GOOD.results[1:]]},
+            "done (plain): ended as int",
+        ),
+        (
+            {"results": [GOOD.results[0], failed("bad", "worker_lost"), GOOD.results[2]]},
+            "bad (plain): ended as worker_lost",
+        ),
+        ({"left": 1}, "1 requests left in the queue"),
+        ({"unsettled": 1}, "1 unsettled"),
+        ({"objects": {}}, f"{KEY} does not exist"),
+        ({"objects": {KEY: "1" * 64}}, "has other content than its event says"),
+        (
+            {"objects": {**GOOD.objects, "root/text_to_image/raises/0.png": SHA256}},
+            "raises/0.png belongs to no succeeded request",
+        ),
+        ({"letters": GOOD.letters[1:]}, "bad: no dead letter"),
+        ({"letters": GOOD.letters[:1]}, "raises: no dead letter"),
+        ({"letters": [*GOOD.letters, GOOD.letters[0]]}, "bad: 2 dead letters of 1 messages"),
+        (
+            {"letters": [*GOOD.letters, {DEAD_LETTER_REQUEST_ID: "done"}]},
+            "done: a dead letter, and another end",
+        ),
+        ({"replies": {"done": [succeeded("done", "other").event]}}, "not the stored event"),
+        ({"replies": {"done": [failed("done", "request_id_conflict").event]}}, "not the stored"),
+        ({"ends": [1]}, "a worker ended with 1"),
+        ({"cries": ["worker-0: daemon_failed"]}, "daemon_failed"),
+        ({"orphans": [17]}, "left behind by killed workers: [17]"),
+    ],
+)
+def test_verdict_sees_what_is_broken(broken: dict[str, Any], said: str) -> None:
+    assert any(said in one for one in problems(SENDINGS, replace(GOOD, **broken)))
+
+
+def test_worker_lost_is_an_end_of_any_valid_request() -> None:
+    records = replace(
+        GOOD,
+        results=[failed("done", "worker_lost"), *GOOD.results[1:]],
+        letters=[*GOOD.letters, {DEAD_LETTER_REQUEST_ID: "done"}],
+        replies={},
+    )
+    assert problems(SENDINGS, records) == []  # its object was uploaded before
+
+
+def test_conflict_may_be_told_where_two_contents_have_one_id() -> None:
+    twice = [sending("done", "succeeded", kind="other content"), *SENDINGS[1:]]
+    conflict = failed("done", "request_id_conflict").event
+    assert problems(twice, replace(GOOD, replies={"done": [conflict]})) == []
+
+
+def test_same_seed_sends_the_same() -> None:
+    def drawn(seed: int) -> list[bytes]:
+        workload = Workload(Subjects(), seed, seconds=60.0, costly=True)
+        return [one.body for one in workload.sendings(100) if one.kind != "deadline short"]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "seconds"),
+    [
+        ([], 0.0),
+        ([(0.0, 1.0), (5.0, 7.0)], 2.0),  # nothing waits between the two
+        ([(0.0, 1.0), (0.5, 7.0)], 6.0),
+        ([(0.0, 7.0), (6.0, 8.0)], 7.0),
+    ],
+)
+def test_longest_stall_counts_while_something_waits(
+    waiting: list[tuple[float, float]], seconds: float
+) -> None:
+    assert longest_stall(waiting) == seconds

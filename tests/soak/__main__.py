@@ -1,0 +1,47 @@
+"""`python -m tests.soak`: random kills and random input for some minutes, then the verdict."""
+
+import asyncio
+import secrets
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from tests.soak.soaking import Options, soak
+
+
+@click.command()
+@click.option("--requests", default=300, show_default=True, help="Distinct request ids.")
+@click.option("--workers", default=2, show_default=True, help="Daemon processes.")
+@click.option("--minutes", default=3.0, show_default=True, help="How long the chaos lasts.")
+@click.option("--seed", type=int, help="Repeats what is sent and what is killed.")
+@click.option("--keep", is_flag=True, help="Keep the folder of a clean soak too.")
+def main(requests: int, workers: int, minutes: float, seed: int | None, *, keep: bool) -> None:
+    """Kill at random, then see whether anything was lost or done twice. Exit code 0 or 1."""
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    click.echo(f"seed {seed}, logs in {folder}")
+    options = Options(requests=requests, workers=workers, seconds=minutes * 60, seed=seed)
+    found = asyncio.run(_soak(options, folder, keep=keep))
+    if found:
+        click.echo(f"{len(found)} problems (seed {seed}, everything is kept in {folder}):")
+        click.echo("\n".join(found))
+        sys.exit(1)
+    if not keep:
+        shutil.rmtree(folder)
+    click.echo("clean")
+
+
+async def _soak(options: Options, folder: Path, *, keep: bool) -> list[str]:
+    async with soak(options, folder) as soaked:
+        click.echo("\n".join(soaked.figures()))
+        found = soaked.problems()
+        if found or keep:
+            soaked.keep()
+        return found
+
+
+if __name__ == "__main__":
+    main()

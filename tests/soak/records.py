@@ -1,0 +1,181 @@
+"""What a soak has left behind, read from the servers and the workers' files."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from nats.js.errors import NotFoundError
+
+from tests.faults.quick_runner import FOLDER
+from tests.faults.scene import Scene
+from tests.soak.fates import RUNS
+
+Event = dict[str, Any]
+
+# What no worker may ever log, whatever is killed around it.
+CRIES = (
+    "daemon_failed",
+    "job_abandoned",
+    "worker_failed",
+    "result_too_large",
+    "settlement_given_up",
+    "standby_ended",
+    "Traceback",
+)
+_API_WITHIN = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One message of the results stream.
+
+    Attributes:
+        at: Seconds since the epoch.
+    """
+
+    request_id: str
+    at: float
+    event: Event
+
+    @property
+    def outcome(self) -> str:
+        """`succeeded`, `cancelled`, or the failure's code."""
+        kind: str = self.event["type"].rpartition(".")[2]
+        code: str = self.event["failure"]["code"] if kind == "failed" else kind
+        return code
+
+
+@dataclass(frozen=True)
+class Records:
+    """Everything that the verdict is made of.
+
+    Attributes:
+        results: Every message of the results stream, in order.
+        counts: How many messages each result subject has, as the server counts them.
+        letters: The headers of every dead letter.
+        objects: SHA-256 in hex of every object, by key.
+        begun: Request id and moment of every run of the model, in seconds since the epoch.
+        replies: Every reply that was heard, by request id.
+        left: Messages in the requests stream.
+        unsettled: Deliveries that the durable still waits for.
+        ends: Exit codes of the workers, in no order.
+        cries: Lines of the workers' logs that must not be there.
+        orphans: Process ids that a worker has left behind.
+    """
+
+    results: Sequence[Stored] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+    letters: Sequence[Mapping[str, str]] = ()
+    objects: Mapping[str, str] = field(default_factory=dict)
+    begun: Sequence[tuple[str, float]] = ()
+    replies: Mapping[str, Sequence[Event]] = field(default_factory=dict)
+    left: int = 0
+    unsettled: int = 0
+    ends: Sequence[int] = ()
+    cries: Sequence[str] = ()
+    orphans: Sequence[int] = ()
+
+
+async def read(
+    scene: Scene, *, ends: Sequence[int], replies: Mapping[str, Sequence[Event]]
+) -> Records:
+    """Read everything; the workers have been stopped."""
+    durable = await scene.sender.jetstream().consumer_info(
+        scene.subjects.requests_stream, str(scene.task)
+    )
+    keys = sorted(await scene.keys())
+    bucket = scene.stack.store.bucket
+    return Records(
+        results=await _results(scene),
+        counts=await _counts(scene),
+        letters=await scene.dead_letters(),
+        objects={
+            key: hashlib.sha256(await scene.object({"bucket": bucket, "key": key})).hexdigest()
+            for key in keys
+        },
+        begun=[_begun(line) for line in scene.notes(RUNS)],
+        replies=replies,
+        left=await scene.left(),
+        unsettled=durable.num_ack_pending or 0,
+        ends=ends,
+        cries=await asyncio.to_thread(_cries, scene),
+        orphans=processes_of(scene.folder),
+    )
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Every process of a soak's workers, by the environment that they have inherited.
+
+    Where the system has no /proc it finds none.
+    """
+    mark = f"{FOLDER}={folder}".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes()
+        except OSError:  # it has ended, or is not ours
+            continue
+        if mark in environment.split(b"\0"):
+            found.append(int(process.name))
+    return found
+
+
+async def _results(scene: Scene) -> list[Stored]:
+    jetstream, stream = scene.sender.jetstream(), scene.subjects.results_stream
+    info = await jetstream.stream_info(stream)
+    found = []
+    for sequence in range(info.state.first_seq, info.state.last_seq + 1):
+        try:
+            message = await jetstream.get_msg(stream, sequence)
+        except NotFoundError:
+            continue
+        assert message.time is not None
+        at: datetime = message.time
+        found.append(
+            Stored(
+                request_id=str(message.subject).rpartition(".")[2],
+                at=at.timestamp(),
+                event=json.loads(message.data or b""),
+            )
+        )
+    return found
+
+
+async def _counts(scene: Scene) -> dict[str, int]:
+    # The server answers with a part at a time; nats-py asks for the first one only.
+    counts: dict[str, int] = {}
+    while True:
+        question = {"subjects_filter": f"{scene.subjects.root}.result.>", "offset": len(counts)}
+        answer = await scene.sender.request(
+            f"$JS.API.STREAM.INFO.{scene.subjects.results_stream}",
+            json.dumps(question).encode(),
+            timeout=_API_WITHIN,
+        )
+        page = json.loads(answer.data)
+        more: dict[str, int] = page["state"].get("subjects") or {}
+        counts |= {subject.rpartition(".")[2]: count for subject, count in more.items()}
+        if not more or len(counts) >= page.get("total", 0):
+            return counts
+
+
+def _begun(line: str) -> tuple[str, float]:
+    request_id, at = line.split()
+    return request_id, float(at)
+
+
+def _cries(scene: Scene) -> list[str]:
+    found = []
+    for worker in scene.workers:
+        lines = ["", *worker.log.read_text(errors="replace").splitlines()]
+        for before, line in pairwise(lines):
+            # Of nats-py's tasks, when a process ends in the moment of a reconnect.
+            ignored = before.startswith("Exception ignored in")
+            if any(cry in line for cry in CRIES) and not ignored:
+                found.append(f"{worker.name}: {line}")
+    return found
