@@ -4,14 +4,31 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from consumer.devstack import NatsServer
 from tests.integration.bus_installation import Installation
 
 pytest_plugins = ["tests.tiny_models"]
 pytest.register_assert_rewrite("tests.behaviour")
+
+E2E = "tests/e2e/"
+
+
+class OneProcessForModels(LoadScopeScheduling):
+    """Hands out single tests, but those of tests/e2e together, and first: it is the largest lot."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return E2E if nodeid.startswith(E2E) else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessForModels:
+    """A hook of pytest-xdist, whose own groups do not work with pytest 9."""
+    return OneProcessForModels(config, log)
+
 
 StartNats = Callable[..., NatsServer]
 InstallationOf = Callable[..., Awaitable[Installation]]

@@ -169,6 +169,10 @@ async def main() -> None:
     charge = Charge(**from_json(line))
     configure_logging(charge.log_format, charge.log_level)  # type: ignore[arg-type] # the worker's
     await StandbyProcess(charge, words).run()
+    # At once: a reconnect under way in nats-py can swallow its cancellation and keep the loop, and
+    # with it a process whose worker is gone.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""One running system for the whole folder: servers, bucket, streams, a daemon of each task."""
+"""One running system for the whole folder: servers, bucket, streams, a daemon of each task.
+
+One of the parallel processes takes the whole folder: each daemon loads torch and a model.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -13,17 +16,6 @@ from consumer.apply import apply
 from consumer.devstack import DevStack
 from consumer.settings import Settings
 from generation_contracts import Task
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One of the parallel processes takes all of these: each daemon loads torch and a model.
-
-    It begins with them, because the largest group is handed out first.
-    """
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("models"))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from tests.faults.quick_runner import FOLDER, first_time, note
 
 LET_GO = "LET_GO"  # environment: the mark for which a worker waits, where there are several
 SERVER = "SERVER_PID"  # environment: process id of nats-server
+MENDED = "mended"  # the mark after which a model that raised does so no more
 PLACE = "at_the_place"  # noted when a worker begins to wait
 GO = ".go"  # ends the name of the mark that lets a moment go on
 ON = ".on"  # ends the name under which it is noted that the process has gone on

@@ -16,7 +16,7 @@ from generation_contracts.headers import (
     DEAD_LETTER_REQUEST_ID,
     DEAD_LETTER_TRUNCATED,
 )
-from tests.faults.causes.raises_until_mended import MENDED
+from tests.faults.holding import MENDED
 from tests.faults.scene import Scene
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from consumer.ports import ModelError
 from consumer.settings import Settings
 from generation_contracts import Request
+from tests.faults.holding import MENDED
 from tests.faults.quick_runner import FOLDER, QuickRunner
-
-MENDED = "mended"  # the mark
 
 
 class RaisesUntilMended(QuickRunner):
