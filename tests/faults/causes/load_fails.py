@@ -9,7 +9,7 @@ from tests.faults.quick_runner import QuickRunner
 
 FOLDER = Path("/srv/models/portraits")
 ERROR = OSError(
-    f"Error while reading {FOLDER}/vae/weights.safetensors and /root/.cache/hub/x:\ncut"
+    f"Error while reading {FOLDER}/vae/weights.safetensors and /var/cache/hub/x:\ncut"
 )
 
 
