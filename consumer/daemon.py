@@ -135,7 +135,7 @@ class Daemon:
             parts.push_async_callback(pull.close)
             self._health.durable_present = lambda: pull.attached
             self._pull, self._execution = pull, execution
-            await self._beside(self._watch_store(artifacts, execution), "watch-store", parts)
+            self._beside(self._watch_store(artifacts, execution), "watch-store", parts)
             await self._watch_advisories(topology, custody, execution, parts)
             log.info(
                 "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
@@ -238,9 +238,7 @@ class Daemon:
         )
         await pull.start()
         parts.push_async_callback(pull.close)
-        await self._beside(
-            self._put_stranded_aside(pull, bus, execution), "watch-advisories", parts
-        )
+        self._beside(self._put_stranded_aside(pull, bus, execution), "watch-advisories", parts)
 
     async def _put_stranded_aside(self, pull: PullLoop, bus: Bus, execution: Execution) -> None:
         stream = self._settings.subjects.requests_stream
@@ -251,9 +249,7 @@ class Daemon:
             if delivery is None or delivery.settled:
                 await advisory.ack()
 
-    async def _beside(
-        self, work: Coroutine[Any, Any, None], name: str, parts: AsyncExitStack
-    ) -> None:
+    def _beside(self, work: Coroutine[Any, Any, None], name: str, parts: AsyncExitStack) -> None:
         """Do something beside the serving, until the parts are taken down.
 
         When it raises, nobody may go on as if it were still done: the daemon ends.

@@ -1,9 +1,10 @@
 """The interpreter's lock held in C for longer than a lease: it is kept, but not for ever."""
 
-import asyncio
 import os
 import signal
 from pathlib import Path
+
+from nats.aio.subscription import Subscription
 
 from consumer.devstack import Daemon
 from tests.faults.scene import ACK_WAIT, WITHIN, Scene
@@ -99,17 +100,29 @@ async def test_worker_that_is_done_with_a_lease_is_left_alone(scene: Scene) -> N
     assert worker.alive
 
 
+async def pulled(scene: Scene) -> Subscription:
+    """Ask the durable for the request: it comes when the lease of whoever has it runs out."""
+    inbox = scene.sender.new_inbox()
+    subscription = await scene.sender.subscribe(inbox)
+    durable = f"{scene.subjects.requests_stream}.{scene.task}"
+    pull = b'{"batch":1,"expires":30000000000}'
+    await scene.sender.publish(f"$JS.API.CONSUMER.MSG.NEXT.{durable}", pull, reply=inbox)
+    await scene.sender.flush()
+    return subscription
+
+
 async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None:
     worker = await scene.start(
-        "holding_the_lock", CONSUMER_STALL_TIMEOUT="2", FAULTS_SECONDS="0", FAULTS_WAIT="1"
+        "holding_the_lock", CONSUMER_STALL_TIMEOUT="1", FAULTS_SECONDS="0", FAULTS_WAIT="1"
     )
     await scene.logged(worker, "standby_connected")
     request_id = await scene.submit()
     await scene.noted("runs")
     standby = standby_of(worker)
+    taken = await pulled(scene)
     for pid in (worker.pid, standby):
         os.kill(pid, signal.SIGSTOP)
-    await lease_has_run_out()
+    await taken.next_msg(timeout=WITHIN)  # the lease has run out
     beats = await scene.sender.subscribe(f"$JS.ACK.{scene.subjects.requests_stream}.>")
     await scene.sender.flush()
     os.kill(standby, signal.SIGCONT)
@@ -121,11 +134,6 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     assert worker.alive
     assert standby_of(worker) == standby
     await scene.emptied()
-
-
-async def lease_has_run_out() -> None:
-    """Return twice `ack_wait` after the last renewal: nothing announces it."""
-    await asyncio.sleep(2 * ACK_WAIT)
 
 
 async def test_standby_ends_though_a_fork_keeps_its_input_open(scene: Scene) -> None:

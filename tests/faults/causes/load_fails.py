@@ -8,9 +8,7 @@ from consumer.settings import Settings
 from tests.faults.quick_runner import QuickRunner
 
 FOLDER = Path("/srv/models/portraits")
-ERROR = OSError(
-    f"Error while reading {FOLDER}/vae/weights.safetensors and /var/cache/hub/x:\ncut"
-)
+ERROR = OSError(f"Error while reading {FOLDER}/vae/weights.safetensors and /var/cache/hub/x:\ncut")
 
 
 class LoadFails(QuickRunner):
