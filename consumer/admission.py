@@ -26,6 +26,7 @@ from generation_contracts import (
     UnsafeReplySubject,
     decode_request,
 )
+from generation_contracts.events import ParameterValue
 from generation_contracts.headers import MESSAGE_ID, REPLY_TO, TRACE_PARENT
 from generation_contracts.subjects import is_request_id
 
@@ -59,6 +60,7 @@ class Job:
         releases: How many of the deliveries were given back on purpose.
         existing: The terminal event that was stored before, if there is one.
         stored: The outputs that are in the store so far, whether an event tells of them or not.
+        parameters: What the outputs were made with.
         sequence: Number of the next event of this attempt.
         queued: Seconds from stored to taken.
         inference: Seconds of the model's runs.
@@ -77,6 +79,7 @@ class Job:
     existing: ResultEvent | None = None
     stored: list[ImageArtifact] = field(default_factory=list)
     outputs: tuple[ImageArtifact, ...] | tuple[TextOutput, ...] = ()
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     sequence: int = 0
     inference: float = 0.0

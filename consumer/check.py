@@ -1,18 +1,40 @@
 """`consumer check`: every setting and service that a daemon needs, tried one after the other."""
 
+import importlib
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from consumer.apply import CONNECT_WITHIN
 from consumer.bus import Bus, connect
 from consumer.composition import make_artifacts, make_runner, make_topology
-from consumer.ports import ModelUnavailable, Unavailable
+from consumer.ports import (
+    DeviceLost,
+    ModelDescription,
+    ModelError,
+    ModelUnavailable,
+    OutOfMemory,
+    Runner,
+    RunnerOutput,
+    Unavailable,
+    UnsupportedParameter,
+)
 from consumer.probes import Unwatched
 from consumer.runners.thread import InferenceThread
 from consumer.settings import Settings
+from generation_contracts import ImageToTextRequest, Request, Task, TextToImageRequest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 EXIT_UNAVAILABLE = 69
 EXIT_MODEL_LOST = 70
+
+_PROMPT = "a small red star on a white background at the top"
+_QUESTION = "Describe this picture."
+_SIDE = 224  # pixels of the picture that is described
+_SHOWN = 200  # characters of the text
 
 
 @dataclass(frozen=True)
@@ -34,7 +56,7 @@ async def check(settings: Settings, report: Callable[[Finding], None], *, model:
     Args:
         settings: All of them.
         report: Called with each finding.
-        model: Also load the model.
+        model: Also load the model, and make one output with its defaults.
 
     Returns:
         The first exit code that is not 0, else 0.
@@ -43,9 +65,37 @@ async def check(settings: Settings, report: Callable[[Finding], None], *, model:
     for finding in findings:
         report(finding)
     if model:
-        findings.append(await _model(settings))
-        report(findings[-1])
+        findings += await check_model(settings, report)
     return next((finding.exit_code for finding in findings if finding.exit_code), 0)
+
+
+async def check_model(settings: Settings, report: Callable[[Finding], None]) -> list[Finding]:
+    """Load the model, make one output with its defaults, tell what both took.
+
+    Args:
+        settings: Which model, and how.
+        report: Called with each finding.
+
+    Returns:
+        What was reported: of the model and, if it could be loaded, of its output and the memory.
+    """
+    findings: list[Finding] = []
+    inference = InferenceThread()
+
+    async def tell(what: str, look: Callable[[], Awaitable[str]]) -> bool:
+        findings.append(await _tried(what, look))
+        report(findings[-1])
+        return not findings[-1].exit_code
+
+    try:
+        runner = make_runner(settings)
+        if await tell("model", lambda: _loaded(runner, inference)):
+            await tell("output", lambda: _made(runner, inference, settings.task))
+            await tell("memory", lambda: _held(inference))
+            await inference.call(runner.close)
+    finally:
+        inference.close()
+    return findings
 
 
 async def _bus(settings: Settings) -> list[Finding]:
@@ -83,22 +133,67 @@ async def _store(settings: Settings) -> Finding:
     return await _tried("s3", look)
 
 
-async def _model(settings: Settings) -> Finding:
-    async def look() -> str:
-        inference = InferenceThread()
-        try:
-            runner = make_runner(settings)
-            model = await inference.call(runner.load)
-            await inference.call(runner.close)
-        finally:
-            inference.close()
-        defaults = ", ".join(f"{k} {v}" for k, v in model.defaults.items() if v is not None)
-        return (
-            f"{model.info.id}: {model.info.family}, {model.info.dtype} on {model.info.device}; "
-            f"takes {', '.join(sorted(model.parameters))}; defaults {defaults}"
-        )
+async def _loaded(runner: Runner, inference: InferenceThread) -> str:
+    start = time.perf_counter()
+    model = await inference.call(runner.load)
+    return f"{_described(model)}; loaded in {time.perf_counter() - start:.1f} s"
 
-    return await _tried("model", look)
+
+def _described(model: ModelDescription) -> str:
+    defaults = ", ".join(f"{k} {v}" for k, v in model.defaults.items() if v is not None)
+    said = (
+        f"{model.info.id}: {model.info.family}, {model.info.dtype} on {model.info.device}; "
+        f"takes {', '.join(sorted(model.parameters))}; defaults {defaults}"
+    )
+    if model.size_multiple is not None:
+        said += f"; sides are multiples of {model.size_multiple} pixels"
+    if model.max_pixels is not None:
+        said += f", at most {model.max_pixels} pixels in all"
+    return said
+
+
+async def _made(runner: Runner, inference: InferenceThread, task: Task) -> str:
+    request, pictures = _asked(task)
+    start = time.perf_counter()
+    runner.check(request)
+    output = await inference.call(
+        runner.run, request, pictures, on_step=_tell_nobody, cancelled=_never
+    )
+    return f"{_summary(output)} in {time.perf_counter() - start:.1f} s"
+
+
+def _asked(task: Task) -> tuple[Request, list["Image"]]:
+    if task is Task.TEXT_TO_IMAGE:
+        return TextToImageRequest(prompt=_PROMPT), []
+    from PIL import Image, ImageDraw  # noqa: PLC0415 - the other checks need no pictures
+
+    picture = Image.new("RGB", (_SIDE, _SIDE), "white")
+    box = [_SIDE // 4, _SIDE // 4, 3 * _SIDE // 4, 3 * _SIDE // 4]
+    ImageDraw.Draw(picture).ellipse(box, fill="red")
+    # A request names its pictures; the runner is given this one.
+    return ImageToTextRequest(prompt=_QUESTION, images=("s3://check/picture.png",)), [picture]
+
+
+def _summary(output: RunnerOutput) -> str:
+    if output.text is not None:
+        text = " ".join(output.text.text.split())
+        return f'"{text[:_SHOWN]}", {output.text.completion_tokens} tokens'
+    sizes = [f"{made.image.width}x{made.image.height} pixels" for made in output.images]
+    return f"a picture of {', '.join(sizes)}"
+
+
+async def _held(inference: InferenceThread) -> str:
+    # Imports torch: in the thread, once the model has done so anyway.
+    measure: Callable[[], str] = importlib.import_module("consumer.runners.footprint").footprint
+    return await inference.call(measure)
+
+
+def _tell_nobody(*_: int) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
 
 
 async def _tried(what: str, look: Callable[[], Awaitable[str]]) -> Finding:
@@ -106,5 +201,5 @@ async def _tried(what: str, look: Callable[[], Awaitable[str]]) -> Finding:
         return Finding(what, await look())
     except Unavailable as error:
         return Finding(what, str(error), EXIT_UNAVAILABLE)
-    except ModelUnavailable as error:
+    except (ModelUnavailable, UnsupportedParameter, OutOfMemory, DeviceLost, ModelError) as error:
         return Finding(what, str(error), EXIT_MODEL_LOST)

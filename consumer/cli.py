@@ -184,6 +184,7 @@ def request_text_to_image(
 @click.option("--top-p", type=float)
 @click.option("--top-k", type=int)
 @click.option("--repetition-penalty", type=float)
+@click.option("--stream", is_flag=True, help="Show the text as it appears.")
 @common_options
 def request_image_to_text(
     config: Path | None, as_json: bool, images: tuple[str, ...], **parameters: Any

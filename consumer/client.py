@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 
 import aiohttp
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from consumer.bus import Bus, Requester
@@ -33,6 +34,7 @@ from generation_contracts.artifacts import ImageSource
 from generation_contracts.events import CancelledEvent
 
 DOWNLOAD_WITHIN = 60.0  # seconds for one output
+SHOWN_OF_A_TEXT = 40  # characters, the last ones, beside the bar while it is being written
 
 
 class DownloadFailed(Unavailable):
@@ -135,7 +137,7 @@ async def _fetch(session: aiohttp.ClientSession, picture: ImageArtifact) -> byte
 
 
 class ProgressBar:
-    """Shows a request's progress on a terminal; a context manager.
+    """Shows a request's progress and how a text grows, on a terminal; a context manager.
 
     Args:
         console: Where; standard error, so that results can be piped.
@@ -152,6 +154,7 @@ class ProgressBar:
         )
         self._bar = self._progress.add_task("waiting", total=1, visible=False)
         self._console = console
+        self._text = ""
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -169,9 +172,12 @@ class ProgressBar:
                 soft_wrap=True,
             )
             return
+        # Step 0 begins a second try, and its text anew.
+        self._text = ("" if event.step == 0 else self._text) + (event.text or "")
+        end = " ".join(self._text.split())[-SHOWN_OF_A_TEXT:]
         self._progress.update(
             self._bar,
-            description=str(event.task).replace("_", " "),
+            description=escape(end) or str(event.task).replace("_", " "),
             completed=event.step,
             total=event.of,
             visible=True,

@@ -42,5 +42,16 @@ def make_runner(settings: Settings) -> Runner:
         offload=settings.model_offload,
         quantization=settings.model_quantization,
         compile=settings.model_compile,
+        device_map=settings.model_device_map,
+        warm_up=settings.model_warm_up,
+        vae_tiling=settings.model_vae_tiling,
+        vae_slicing=settings.model_vae_slicing,
+        channels_last=settings.model_channels_last,
+        attention=settings.model_attention,
+        step_cache=settings.model_step_cache,
+        defaults=settings.model_defaults,
+        adapters=settings.model_adapters,
+        safety_checker=settings.model_safety_checker,
+        max_image_pixels=settings.model_max_image_pixels,
     )
     return create_runner(settings.task, config)

@@ -159,6 +159,7 @@ class Conclusion:
                 **fields,
                 outputs=job.outputs,
                 model=self._model.info,
+                parameters=dict(job.parameters),
                 timings=Timings(
                     queued=job.queued,
                     inference=job.inference,

@@ -200,6 +200,7 @@ class Daemon:
                 max_pixels=settings.consumer_max_input_pixels,
             ),
             observer=self._watch,
+            prompt_in_pictures=settings.consumer_prompt_in_pictures,
         )
 
     async def _look_at_store(self, artifacts: ObjectStoreArtifacts) -> None:

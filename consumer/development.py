@@ -82,6 +82,9 @@ def _start_daemons(stack: DevStack, console: Console) -> list[Daemon]:
     settings = {
         # Nothing of the environment that could only be meant for one of the two.
         "MODEL_ID": "",
+        "MODEL_DEFAULTS": "",
+        "MODEL_ADAPTERS": "",
+        "MODEL_SAFETY_CHECKER": "",
         "CONSUMER_NAME": "",
         # torch makes the folder for its compiler when it is imported, else in the temporary folder.
         "TORCHINDUCTOR_CACHE_DIR": str(stack.directory / "torchinductor"),

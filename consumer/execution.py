@@ -39,6 +39,7 @@ from consumer.ports import (
     StoreUnavailable,
     UnsupportedParameter,
 )
+from consumer.provenance import provenance_of
 from consumer.run import Hanging, Reason, Steps, Stopped, watch
 from consumer.telemetry import JobReport
 from generation_contracts import (
@@ -108,6 +109,7 @@ class Execution:
         artifacts: The object store.
         images: The pictures' codec.
         observer: Told what happens.
+        prompt_in_pictures: Whether the files of pictures say their prompts.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Execution:
         artifacts: Artifacts,
         images: Images,
         observer: Observer,
+        prompt_in_pictures: bool = False,
     ) -> None:
         self._admission = admission
         self._task = admission.task
@@ -134,6 +137,7 @@ class Execution:
         self._artifacts = artifacts
         self._images = images
         self._observer = observer
+        self._prompt_in_pictures = prompt_in_pictures
         self._jobs: list[Job] = []
         self._conclusion = Conclusion(
             task=self._task,
@@ -269,31 +273,52 @@ class Execution:
             raise InputUnavailable(f"images.{index}: {error}") from None
 
     async def _run(self, job: Job, pictures: "list[Image]") -> RunnerOutput:
+        await self._tell_start(job)
+        steps = Steps()
+        try:
+            return await self._run_once(job, pictures, steps, save_memory=False)
+        except OutOfMemory as error:
+            tried = error.tried
+        # Outside the except block: the traceback keeps the first run's tensors alive.
+        log.warning("out_of_memory", tried=tried)
+        again = self._decide(job, outcomes.RanOutOfMemory(saved_memory=False))
+        told = steps.position != (0, 0)
+        steps.begin_again()
+        if told:
+            await self._tell(job, steps)  # of step 0: what was told of the first run is over
+        try:
+            return await self._run_once(job, pictures, steps, save_memory=again.save_memory)
+        except OutOfMemory as error:
+            tried = tuple(dict.fromkeys((*tried, *error.tried)))
+        raise OutOfMemory("twice", tried)
+
+    async def _tell_start(self, job: Job) -> None:
+        defaults = {
+            name: value for name, value in self._model.defaults.items() if value is not None
+        }
         started = StartedEvent(
-            **self._conclusion.event_fields(job), queued=job.queued, model=self._model.info
+            **self._conclusion.event_fields(job),
+            queued=job.queued,
+            model=self._model.info,
+            defaults=defaults,
         )
         await self._events.publish_progress(started, trace_parent=job.envelope.trace_parent)
         log.info("job_started", queued=round(job.queued, 3))
-        try:
-            return await self._run_once(job, pictures, save_memory=False)
-        except OutOfMemory:
-            log.warning("out_of_memory")
-        # Outside the except block: the traceback keeps the first run's tensors alive.
-        again = self._decide(job, outcomes.RanOutOfMemory(saved_memory=False))
-        return await self._run_once(job, pictures, save_memory=again.save_memory)
 
     async def _run_once(
-        self, job: Job, pictures: "list[Image]", *, save_memory: bool
+        self, job: Job, pictures: "list[Image]", steps: Steps, *, save_memory: bool
     ) -> RunnerOutput:
         job.advance(State.RUNNING)
-        steps = Steps()
+        request = job.seeded_request
+        streams = isinstance(request, ImageToTextRequest) and request.stream
         run = asyncio.ensure_future(
             self._inference.call(
                 self._runner.run,
-                job.seeded_request,
+                request,
                 pictures,
                 on_step=steps,
                 cancelled=job.interrupt.is_set,
+                on_text=steps.add if streams else None,
                 save_memory=save_memory,
             )
         )
@@ -314,6 +339,7 @@ class Execution:
             self._observer.device_busy(seconds)
 
     async def _tell(self, job: Job, steps: Steps) -> None:
+        text = steps.take_text()  # before the step, which then is that of the text or a later one
         step, of = steps.position
         of = max(of, step, 1)  # some schedulers take more steps than they were asked for
         each = steps.seconds_per_step()
@@ -323,16 +349,21 @@ class Execution:
             of=of,
             seconds_per_step=each,
             eta=None if each is None else each * (of - step),
+            text=text or None,
         )
         await self._events.publish_progress(progress, trace_parent=job.envelope.trace_parent)
 
     async def _keep(self, job: Job, request: Request, output: RunnerOutput) -> None:
-        job.warnings = output.warnings
+        job.warnings, job.parameters = output.warnings, output.parameters
         if output.text is not None:
             job.outputs = (TextOutput(**asdict(output.text)),)
         elif isinstance(request, TextToImageRequest):
             encoded = await self._encode(job, request, output)
-            job.outputs = await self._store(job, encoded)
+            stored = await self._store(job, encoded)
+            job.outputs = tuple(
+                artifact.model_copy(update={"flagged": made.flagged})
+                for artifact, made in zip(stored, output.images, strict=True)
+            )
         if not job.outputs:
             raise ModelError("NoOutput")
 
@@ -341,12 +372,18 @@ class Execution:
     ) -> list[EncodedImage]:
         job.advance(State.ENCODING)
         started = time.monotonic()
-        encoded = [
-            await asyncio.to_thread(
-                self._images.encode, made.image, request.output_format, seed=made.seed
+        encoded = []
+        for made in output.images:
+            said = provenance_of(
+                made,
+                request_id=job.request_id,
+                request=request,
+                model=self._model.info,
+                parameters=output.parameters,
+                with_prompt=self._prompt_in_pictures,
             )
-            for made in output.images
-        ]
+            write = partial(self._images.encode, made.image, request.output_format)
+            encoded.append(await asyncio.to_thread(write, seed=made.seed, provenance=said))
         job.encode = time.monotonic() - started
         return encoded
 
@@ -428,7 +465,7 @@ def _outcome_of(error: Exception) -> Outcome:  # noqa: C901, PLR0911 - one row o
         case InputUnavailable():
             return outcomes.InputMissing(str(error))
         case OutOfMemory():  # the first time was seen to in `_run`
-            return outcomes.RanOutOfMemory(saved_memory=True)
+            return outcomes.RanOutOfMemory(saved_memory=True, tried=error.tried)
         case DeviceLost():
             return outcomes.LostDevice()
         case Hanging():

@@ -6,12 +6,14 @@ other parts of the process use Pillow too.
 """
 
 import hashlib
+import json
 import re
+from collections.abc import Mapping
 from io import BytesIO
 from itertools import islice
 from typing import Any, Literal, NamedTuple, assert_never
 
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from consumer.ports import EncodedImage, InputUnavailable, OutputFormat
 
@@ -26,6 +28,13 @@ _MAX_JPEG_EXIF_SEGMENTS = 500
 _MAX_JPEG_MARKERS = 5_000  # chance alone finds 1,000 in 1 MB of a colour profile
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # all but restarts, which pictures repeat
 _WHITE = (255, 255, 255, 255)
+# Of one value in a file's metadata. A JPEG segment has room for 65,533 bytes, and a character needs
+# up to 12 in JSON: so two prompts and a few short values fit, whatever they are written in.
+MAX_SAID = 2_500  # characters
+_CUT_SHORT = "…"
+# What a value must not have: NUL ends it for many readers, an escape steers terminals, and half of
+# a surrogate pair is no text. Tabs and ends of lines are left.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 MediaType = Literal["image/png", "image/webp", "image/jpeg"]
 
@@ -103,17 +112,33 @@ class ImageCodec:
         except Exception:  # noqa: BLE001 - what Pillow's decoders raise on hostile bytes is not documented: OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and others
             raise InputUnavailable("the image is broken or incomplete") from None
 
-    def encode(self, image: Image.Image, output_format: OutputFormat, *, seed: int) -> EncodedImage:
+    def encode(
+        self,
+        image: Image.Image,
+        output_format: OutputFormat,
+        *,
+        seed: int,
+        provenance: Mapping[str, str] | None = None,
+    ) -> EncodedImage:
         """A picture to a file with its hashes; PNG is lossless, WebP and JPEG are not.
 
-        The file holds pixels only: no metadata, whatever the picture carries. The same pixels give
-        the same bytes with the same Pillow.
+        The file holds the pixels and the provenance: nothing of what the picture carries. The same
+        of both give the same bytes with the same Pillow, and the provenance changes no pixel.
+
+        Args:
+            image: RGB, or any other mode.
+            output_format: Of the file.
+            seed: Goes into what is returned.
+            provenance: In a PNG each name is a text chunk of its own; WebP and JPEG have all of
+                them in the EXIF's ImageDescription, as a JSON object in ASCII. A value is cut to
+                `MAX_SAID` characters, and control characters are left out of it.
         """
         written = _file_format(output_format)
         pixels = _to_rgb(image)
         pixels.info = {}  # Pillow writes a comment or a colour profile that it finds here
         file = BytesIO()
-        pixels.save(file, output_format.upper(), **written.options)
+        metadata = _metadata(output_format, provenance or {})
+        pixels.save(file, output_format.upper(), **written.options, **metadata)
         data = file.getvalue()
         return EncodedImage(
             data=data,
@@ -143,6 +168,26 @@ class ImageCodec:
 
     def _too_many_pixels(self) -> InputUnavailable:
         return InputUnavailable(f"the image has more than {self._max_pixels} pixels")
+
+
+def _metadata(output_format: OutputFormat, provenance: Mapping[str, str]) -> dict[str, Any]:
+    """The provenance as an option of Pillow's `save`."""
+    said = {name: _fit_to_be_said(value) for name, value in provenance.items()}
+    if not said:
+        return {}
+    if output_format == "png":
+        texts = PngImagePlugin.PngInfo()
+        for name, value in said.items():
+            texts.add_text(name, value)
+        return {"pnginfo": texts}
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(said)  # by EXIF 2, it is ASCII
+    return {"exif": exif}
+
+
+def _fit_to_be_said(value: str) -> str:
+    value = _UNPRINTABLE.sub("", value)
+    return value if len(value) <= MAX_SAID else value[: MAX_SAID - 1] + _CUT_SHORT
 
 
 def _check_jpeg(data: bytes) -> None:

@@ -116,6 +116,7 @@ class RanOutOfMemory:
     """The device's memory did not suffice."""
 
     saved_memory: bool  # whether the memory-saving options were on already
+    tried: tuple[str, ...] = ()  # what was turned on to save memory, in words for the sender
 
 
 @dataclass(frozen=True)
@@ -288,9 +289,11 @@ def _failure(outcome: Outcome) -> Failure:  # noqa: C901, PLR0911 - the same
             )
         case Expired():
             return Failure.of(FailureCode.DEADLINE_EXCEEDED, "the deadline has passed")
-        case RanOutOfMemory():
+        case RanOutOfMemory(tried=tried):
             return Failure.of(
-                FailureCode.OUT_OF_MEMORY, "the device has too little memory for this request"
+                FailureCode.OUT_OF_MEMORY,
+                "the device has too little memory for this request",
+                tried=list(tried),
             )
         case ModelRaised(exception):
             return Failure.of(

@@ -23,6 +23,7 @@ from generation_contracts import (
     Task,
 )
 from generation_contracts.artifacts import ImageSource
+from generation_contracts.events import ParameterValue
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -211,8 +212,22 @@ class Images(Protocol):
             InputUnavailable: Not a PNG, JPEG or WebP file, broken, animated, or over the limits.
         """
 
-    def encode(self, image: "Image", output_format: OutputFormat, *, seed: int) -> EncodedImage:
-        """A picture to a file with its hashes."""
+    def encode(
+        self,
+        image: "Image",
+        output_format: OutputFormat,
+        *,
+        seed: int,
+        provenance: Mapping[str, str] | None = None,
+    ) -> EncodedImage:
+        """A picture to a file with its hashes.
+
+        Args:
+            image: RGB.
+            output_format: Of the file.
+            seed: Goes into what is returned.
+            provenance: Written into the file as its metadata: names and values.
+        """
 
 
 # -- the model ------------------------------------------------------------------------------------
@@ -244,6 +259,7 @@ class GeneratedImage:
 
     image: "Image"
     seed: int
+    flagged: bool | None = None  # by the safety checker; None: there is none
 
 
 @dataclass(frozen=True)
@@ -254,6 +270,7 @@ class GeneratedText:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    seed: int | None = None  # None: nothing was drawn by chance
 
 
 @dataclass(frozen=True)
@@ -263,9 +280,11 @@ class RunnerOutput:
     images: tuple[GeneratedImage, ...] = ()
     text: GeneratedText | None = None
     warnings: tuple[str, ...] = ()
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)  # defaults included
 
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all); called in the inference thread
+OnText = Callable[[str], None]  # (what has been added to the text); called in the inference thread
 IsCancelled = Callable[[], bool]
 
 
@@ -297,6 +316,7 @@ class Runner(Protocol):
         *,
         on_step: OnStep,
         cancelled: IsCancelled,
+        on_text: OnText | None = None,
         save_memory: bool = False,
     ) -> RunnerOutput:
         """Run the model once.
@@ -306,6 +326,7 @@ class Runner(Protocol):
             images: Its decoded inputs, RGB; empty for text-to-image.
             on_step: Told after each step.
             cancelled: Asked after each step; when it says yes, the run stops there.
+            on_text: Told what is added to a text, where the request wants to see it grow.
             save_memory: Turn on what makes the run smaller and slower, for a second try.
 
         Raises:
@@ -344,7 +365,15 @@ class Interrupted(Exception):  # noqa: N818 - not an error: it was asked for
 
 
 class OutOfMemory(Exception):  # noqa: N818 - the contract's word for it is out_of_memory
-    """The device's memory did not suffice."""
+    """The device's memory did not suffice.
+
+    Attributes:
+        tried: What had been turned on to save memory, in words that are safe to show.
+    """
+
+    def __init__(self, message: str, tried: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.tried = tried
 
 
 class DeviceLost(Exception):  # noqa: N818 - a state of the device

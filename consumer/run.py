@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from enum import Enum, auto
 from typing import TypeVar
@@ -102,11 +103,31 @@ class Steps:
     def __init__(self) -> None:
         self.started = self.last = time.monotonic()
         self.position = (0, 0)  # one assignment, so that a reader never sees half of it
+        self._added: deque[str] = deque()  # either end of it may be used in a thread of its own
 
     def __call__(self, step: int, of: int) -> None:
         """Note a step. Takes well under a microsecond: it runs between two steps of the model."""
         self.position = (step, of)
         self.last = time.monotonic()
+
+    def add(self, text: str) -> None:
+        """Note what has been added to a text; as quick as a step."""
+        self._added.append(text)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether something has been added since `take_text`."""
+        return bool(self._added)
+
+    def take_text(self) -> str:
+        """What has been added since the last time; only in the event loop's thread."""
+        return "".join(self._added.popleft() for _ in range(len(self._added)))
+
+    def begin_again(self) -> None:
+        """Go back to step 0 for another run, once the thread has ended the one before."""
+        self._added.clear()
+        self.position = (0, self.position[1])
+        self.started = self.last = time.monotonic()
 
     def seconds_per_step(self) -> float | None:
         """Mean time of a step so far, in seconds."""
@@ -155,7 +176,8 @@ async def watch(
         steps: What the thread writes.
         interrupt: Asks it to stop at its next step.
         stall_timeout: Seconds without a step after which the thread is taken to hang.
-        publish: Called when there is a new step, at most every `PROGRESS_INTERVAL`.
+        publish: Called when there is a new step or text, at most every `PROGRESS_INTERVAL`, and
+            once more for the last of a text, before the event that ends the request.
 
     Raises:
         Stopped: The run has ended because it was asked to, or the process must not wait longer.
@@ -167,7 +189,7 @@ async def watch(
     asked_to_end: float | None = None
     while not run.done():
         await asyncio.wait({run}, timeout=PROGRESS_INTERVAL)
-        if steps.position != told:
+        if steps.position != told or steps.has_text:
             told = steps.position
             await publish()
         now = time.monotonic()
@@ -189,4 +211,6 @@ async def watch(
         del run
     # The last step may have been done by then; the request has ended all the same.
     interrupt.check()
+    if steps.has_text:  # it was added while the text before it was told
+        await publish()
     return output

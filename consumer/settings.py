@@ -1,5 +1,6 @@
 """Settings: from the environment or a TOML file; a wrong value stops the start with one line."""
 
+import json
 import os
 import re
 import socket
@@ -34,6 +35,24 @@ def _comma_separated(value: object) -> object:
     return value
 
 
+def _json(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError('must be JSON, for example {"num_inference_steps": 4}') from None
+
+
+def _named(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+    if not all(name.strip() and folder.strip() for name, _, folder in pairs):
+        raise ValueError("must be name=folder, comma-separated")
+    return {name.strip(): folder.strip() for name, _, folder in pairs}
+
+
 def _known_spelling(value: object) -> object:
     if isinstance(value, str):
         return _SPELLINGS.get(value, value.replace("-", "_"))
@@ -55,6 +74,8 @@ def _worker_name() -> str:
 List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
 Url = Annotated[str, AfterValidator(_http_url)]
 Seconds = Annotated[float, Field(gt=0)]
+Defaults = Annotated[dict[str, int | float | str], NoDecode, BeforeValidator(_json)]
+Adapters = Annotated[dict[str, str], NoDecode, BeforeValidator(_named)]
 DurableName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
@@ -78,8 +99,31 @@ class Settings(BaseSettings):
     model_device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     model_offload: Literal["none", "model", "sequential", "group"] = "none"
-    model_quantization: str = "none"
-    model_compile: bool = False
+    model_device_map: Literal["none", "balanced"] = Field(
+        default="none", description="balanced: the parts are shared out over all GPUs"
+    )
+    model_quantization: Literal[
+        "none", "bitsandbytes-4bit", "bitsandbytes-8bit", "torchao-int8", "torchao-int4", "gguf"
+    ] = "none"
+    model_compile: bool = Field(default=False, description="compile the repeated blocks")
+    model_warm_up: bool = Field(default=False, description="make one output before being ready")
+    model_vae_tiling: bool = Field(default=False, description="decode pictures in tiles")
+    model_vae_slicing: bool = Field(default=False, description="decode one picture at a time")
+    model_channels_last: bool = Field(default=False, description="memory format of convolutions")
+    model_attention: str = Field(default="", description="attention backend; empty: torch's own")
+    model_step_cache: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="threshold of the first-block cache; 0: off"
+    )
+    model_defaults: Defaults = Field(
+        default={}, description="JSON: what a request that says nothing gets, by field"
+    )
+    model_adapters: Adapters = Field(
+        default={}, description="LoRA adapters: name=folder, comma-separated"
+    )
+    model_safety_checker: str = Field(
+        default="", description="package.module:callable; empty: no picture is checked"
+    )
+    model_max_image_pixels: Annotated[int, Field(ge=28 * 28)] = 1_200_000
 
     s3_endpoint: Url = "http://127.0.0.1:9000"
     s3_access_key: str = ""
@@ -105,6 +149,9 @@ class Settings(BaseSettings):
     consumer_probes_host: str = "127.0.0.1"
     consumer_reply_prefixes: List = Field(
         default=(), description="what reply subjects begin with; empty: _INBOX. and <root>.reply."
+    )
+    consumer_prompt_in_pictures: bool = Field(
+        default=False, description="write the prompt into the metadata of pictures"
     )
     consumer_max_input_bytes: Annotated[int, Field(gt=0)] = 20 * 2**20
     consumer_max_input_pixels: Annotated[int, Field(gt=0)] = 16_000_000
@@ -191,7 +238,7 @@ def _read(config: Path) -> dict[str, Any]:
         raise SettingsError(f"{config}: {error}") from None
     flat: dict[str, Any] = {}
     for name, value in document.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name.lower() not in Settings.model_fields:
             flat.update({f"{name}_{key}".lower(): inner for key, inner in value.items()})
         else:
             flat[name.lower()] = value
@@ -214,4 +261,6 @@ def _shown(name: str, value: object) -> str:
         return ",".join(re.sub(r"^(\s*(?:\w+://)?).*@", r"\1***@", server) for server in servers)
     if isinstance(value, tuple):
         return ",".join(value)
+    if isinstance(value, dict):
+        return ",".join(f"{key}={inner}" for key, inner in value.items())
     return "" if value is None else str(value)

@@ -7,7 +7,8 @@ fixture. The model is scripted in every world; deliveries, events and objects ar
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -21,7 +22,6 @@ from consumer.ports import (
     DeviceLost,
     GeneratedText,
     ModelError,
-    OutOfMemory,
     ResultEvent,
     RunnerOutput,
 )
@@ -38,7 +38,17 @@ from generation_contracts import (
     TextOutput,
 )
 from tests.daemon_logging import daemon_logging
-from tests.memory_ports import POLL, Hold, MemoryObserver, ScriptedRunner, raising
+from tests.memory_ports import (
+    POLL,
+    Hold,
+    MemoryObserver,
+    Run,
+    Script,
+    ScriptedRunner,
+    make,
+    out_of_memory,
+    raising,
+)
 
 T = TypeVar("T")
 
@@ -149,6 +159,35 @@ async def while_running(world: World, hold: Hold, act: Callable[[], object]) -> 
     return await soon(working)
 
 
+def writing(*texts: str) -> Callable[[Run], None]:
+    """A part of a run, in which each text is added in a step of its own."""
+
+    def write(run: Run) -> None:
+        for step, text in enumerate(texts, start=1):
+            run.on_step(step, len(texts))
+            if run.on_text is not None:
+                run.on_text(text)
+        run.written.extend(texts)
+
+    return write
+
+
+def ending(text: str) -> Script:
+    """A run that adds one more text, and gives the whole."""
+
+    def end(run: Run) -> RunnerOutput:
+        writing(text)(run)
+        whole = "".join(run.written)
+        return RunnerOutput(text=GeneratedText(whole, "stop", prompt_tokens=3, completion_tokens=2))
+
+    return end
+
+
+def told_text(news: Iterable[StartedEvent | ProgressEvent]) -> str:
+    """What events tell of a text, joined."""
+    return "".join(event.text or "" for event in news if isinstance(event, ProgressEvent))
+
+
 def failure(event: ResultEvent | None) -> FailureCode:
     assert isinstance(event, FailedEvent)
     return event.failure.code
@@ -220,11 +259,106 @@ class Behaviour:
         done = await world.result("a")
         assert isinstance(done, SucceededEvent)
         text = TextOutput(
-            text="2 pictures", finish_reason="stop", prompt_tokens=3, completion_tokens=2
+            text="2 pictures", finish_reason="stop", prompt_tokens=3, completion_tokens=2, seed=None
         )
         assert done.outputs == (text,)
         assert [picture.size for picture in world.runner.runs[0].images] == [(4, 4), (4, 4)]
         assert await world.left() == 0
+
+    async def test_start_tells_what_is_used_where_a_request_says_nothing(
+        self, world: World
+    ) -> None:
+        await world.send(asking())
+        await soon(world.work())
+        started, *_ = await world.news("a")
+        assert isinstance(started, StartedEvent)
+        assert started.defaults == {"num_inference_steps": 1}  # and no width, which is None
+
+    async def test_result_tells_what_it_was_made_with_and_what_the_safety_checker_says(
+        self, world: World
+    ) -> None:
+        used = {"width": 4, "guidance_scale": 3.5, "adapters": {"pencil": 0.5}}
+
+        def flag(one: Run) -> RunnerOutput:
+            flags = zip(make(one).images, (True, False, None), strict=True)
+            images = tuple(replace(made, flagged=flagged) for made, flagged in flags)
+            return RunnerOutput(images=images, parameters=used)
+
+        world.runner.will(flag)
+        await world.send(asking(num_images=3))
+        await soon(world.work())
+        done = await world.result("a")
+        assert isinstance(done, SucceededEvent)
+        assert done.parameters == used
+        flags = [one.flagged for one in done.outputs if isinstance(one, ImageArtifact)]
+        assert flags == [True, False, None]
+
+    async def test_text_tells_the_seed_it_was_drawn_with(self, make_world: MakeWorld) -> None:
+        world = await make_world(task=Task.IMAGE_TO_TEXT)
+        await world.put_object("one", world.picture)
+        drawn = GeneratedText("a circle", "stop", prompt_tokens=3, completion_tokens=2, seed=9)
+        world.runner.will(lambda _: RunnerOutput(text=drawn))
+        await world.send(asking(images=[world.source("one")]))
+        await soon(world.work())
+        done = await world.result("a")
+        assert isinstance(done, SucceededEvent)
+        (output,) = done.outputs
+        assert isinstance(output, TextOutput)
+        assert output.seed == 9
+
+    # -- a text as it grows -----------------------------------------------------------------------
+
+    async def test_text_is_told_as_it_grows_and_its_parts_are_the_whole(
+        self, make_world: MakeWorld
+    ) -> None:
+        world = await make_world(task=Task.IMAGE_TO_TEXT)
+        await world.put_object("one", world.picture)
+        hold = world.runner.will_hold(
+            before=writing("  A lighthouse", " at"), then=ending(" dusk.\n")
+        )
+        await world.send(asking(images=[world.source("one")], stream=True))
+        working = asyncio.create_task(world.work())
+        while not told_text(await world.news("a")) and not working.done():
+            await asyncio.wait({working}, timeout=POLL)
+        assert await world.result("a") is None  # while it is being written
+        hold.release()
+        await soon(working)
+        done, news = await world.result("a"), await world.news("a")
+        assert isinstance(done, SucceededEvent)
+        (output,) = done.outputs
+        assert isinstance(output, TextOutput)
+        assert told_text(news) == output.text == "  A lighthouse at dusk.\n"
+        assert max(event.sequence for event in news) < done.sequence
+
+    async def test_text_that_nobody_wants_to_see_grow_is_not_told(
+        self, make_world: MakeWorld
+    ) -> None:
+        world = await make_world(task=Task.IMAGE_TO_TEXT)
+        await world.put_object("one", world.picture)
+        await world.send(asking(images=[world.source("one")]))
+        await soon(world.work())
+        assert world.runner.runs[0].on_text is None
+        assert told_text(await world.news("a")) == ""
+
+    async def test_second_try_begins_the_text_anew_at_step_0(self, make_world: MakeWorld) -> None:
+        world = await make_world(task=Task.IMAGE_TO_TEXT)
+        await world.put_object("one", world.picture)
+        hold = world.runner.will_hold(
+            before=writing("first", "words", "lost"), then=raising(out_of_memory)
+        )
+        world.runner.will(lambda one: [writing("A", " lighthouse")(one), ending(".")(one)][1])
+        await world.send(asking(images=[world.source("one")], stream=True))
+        working = asyncio.create_task(world.work())
+        while told_text(await world.news("a")) != "firstwordslost" and not working.done():
+            await asyncio.wait({working}, timeout=POLL)
+        hold.release()
+        await soon(working)
+        news = [event for event in await world.news("a") if isinstance(event, ProgressEvent)]
+        begins = [number for number, event in enumerate(news) if event.step == 0]
+        (again,) = begins
+        assert (news[again].text, news[again].of) == (None, 3)
+        assert told_text(news[:again]) == "firstwordslost"
+        assert told_text(news[again:]) == "A lighthouse."
 
     async def test_request_without_an_id_gets_the_same_one_at_every_delivery(
         self, world: World
@@ -462,7 +596,7 @@ class Behaviour:
         assert failure(await world.result("a")) == "model_error"
 
     async def test_run_out_of_memory_is_tried_again_with_less(self, world: World) -> None:
-        world.runner.will(raising(OutOfMemory))
+        world.runner.will(raising(out_of_memory))
         await world.send(asking())
         await soon(world.work())
         assert [one.save_memory for one in world.runner.runs] == [False, True]
@@ -472,11 +606,17 @@ class Behaviour:
         assert await world.left() == 0
 
     async def test_run_out_of_memory_twice_is_failed(self, world: World) -> None:
-        world.runner.will(raising(OutOfMemory), raising(OutOfMemory))
+        world.runner.will(
+            raising(lambda: out_of_memory("offload", "slices")),
+            raising(lambda: out_of_memory("offload", "tiles")),
+        )
         await world.send(asking())
         await soon(world.work())
         assert [one.save_memory for one in world.runner.runs] == [False, True]
-        assert failure(await world.result("a")) == "out_of_memory"
+        event = await world.result("a")
+        assert failure(event) == "out_of_memory"
+        assert isinstance(event, FailedEvent)
+        assert event.failure.details == {"tried": ["offload", "slices", "tiles"]}
         assert (await world.left(), await world.dead_letters()) == (0, [])
 
     async def test_lost_device_ends_the_worker_and_gives_the_request_back(
@@ -632,7 +772,7 @@ class Behaviour:
 
     async def test_next_request_is_done_after_every_failure(self, world: World) -> None:
         world.runner.will(
-            raising(lambda: ModelError("E")), raising(OutOfMemory), raising(OutOfMemory)
+            raising(lambda: ModelError("E")), raising(out_of_memory), raising(out_of_memory)
         )
         bodies = [b"no json", asking("b", deadline="2020-01-01T00:00:00Z"), asking("c")]
         for body in [*bodies, asking("d")]:

@@ -30,6 +30,8 @@ from consumer.ports import (
     MessageTooLarge,
     ModelDescription,
     OnStep,
+    OnText,
+    OutOfMemory,
     OutputFormat,
     ResultEvent,
     RunnerOutput,
@@ -398,12 +400,18 @@ class MemoryArtifacts:
 
 
 class MemoryImages:
-    """A codec whose files are a line of text and the raw pixels."""
+    """A codec whose files are a line of text and the raw pixels, without the provenance.
+
+    Attributes:
+        broken: What encoding raises.
+        said: The provenance of each picture so far.
+    """
 
     max_bytes = 2**20
 
     def __init__(self) -> None:
-        self.broken: Exception | None = None  # what encoding raises
+        self.broken: Exception | None = None
+        self.said: list[Mapping[str, str]] = []
 
     def decode(self, data: bytes) -> Image.Image:
         head, _, pixels = data.partition(b"\n")
@@ -412,9 +420,17 @@ class MemoryImages:
         width, height = (int(side) for side in head.split()[1:])
         return Image.frombytes("RGB", (width, height), pixels)
 
-    def encode(self, image: Image.Image, output_format: OutputFormat, *, seed: int) -> EncodedImage:
+    def encode(
+        self,
+        image: Image.Image,
+        output_format: OutputFormat,
+        *,
+        seed: int,
+        provenance: Mapping[str, str] | None = None,
+    ) -> EncodedImage:
         if self.broken is not None:
             raise self.broken
+        self.said.append(provenance or {})
         data = b"picture %d %d\n%s" % (image.width, image.height, image.tobytes())
         return EncodedImage(
             data=data,
@@ -433,13 +449,15 @@ class MemoryImages:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of the model was given."""
+    """What one run of the model was given, and what its script has written so far."""
 
     request: Request
     images: tuple[Image.Image, ...]
     on_step: OnStep
     cancelled: IsCancelled
+    on_text: OnText | None
     save_memory: bool
+    written: list[str] = field(default_factory=list)  # by the scripts
 
 
 Script = Callable[[Run], RunnerOutput]
@@ -468,6 +486,11 @@ def raising(error: Callable[[], Exception]) -> Script:
         raise error()
 
     return run
+
+
+def out_of_memory(*tried: str) -> OutOfMemory:
+    """What a run raises for which the device's memory did not suffice."""
+    return OutOfMemory("the device's memory did not suffice", tried)
 
 
 class Hold:
@@ -503,7 +526,7 @@ class ScriptedRunner:
     description = ModelDescription(
         info=ModelInfo(id="scripted", family="memory", dtype="float32", device="cpu"),
         parameters=frozenset({"width", "height", "num_inference_steps"}),
-        defaults={},
+        defaults={"num_inference_steps": 1, "width": None},
     )
 
     def __init__(self) -> None:
@@ -542,9 +565,10 @@ class ScriptedRunner:
         *,
         on_step: OnStep,
         cancelled: IsCancelled,
+        on_text: OnText | None = None,
         save_memory: bool = False,
     ) -> RunnerOutput:
-        run = Run(request, tuple(images), on_step, cancelled, save_memory)
+        run = Run(request, tuple(images), on_step, cancelled, on_text, save_memory)
         self.runs.append(run)
         script = self._scripts.popleft() if self._scripts else make
         return script(run)

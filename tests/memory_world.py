@@ -40,6 +40,7 @@ class MemoryWorld:
         ack_wait: float = LONG,
         max_attempts: int = 3,
         stall_timeout: float = LONG,
+        prompt_in_pictures: bool = False,
     ) -> None:
         self.journal: list[str] = []
         self.task = task
@@ -67,6 +68,7 @@ class MemoryWorld:
             artifacts=self.artifacts,
             images=self.images,
             observer=self.observer,
+            prompt_in_pictures=prompt_in_pictures,
         )
 
     async def send(

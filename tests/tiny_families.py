@@ -1,103 +1,83 @@
-"""Tiny pipelines of further families with random weights: FLUX.1, HunyuanDiT, SDXL, PixArt.
+"""Tiny pipelines of the families with random weights, small enough for a CPU.
 
-Real classes of diffusers and transformers, small enough for a CPU, made of the demonstration
-model's parts. Importing this file costs the import of diffusers: `tests/tiny_models.py` does it in
-its fixtures.
+Each function makes one family, by whose name the fixtures of `tests/tiny_models.py` know it; its
+options make the variants. `full_size` gives a pipeline the default and largest picture of the
+published weights, where these come from a configuration and not from the pipeline's code.
 """
 
 # mypy: allow-untyped-calls
 
-import string
 from typing import Any
 
 import diffusers
-from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModel
+from transformers import ByT5Tokenizer, Qwen3ForCausalLM, Qwen3Model
 
-from consumer.runners.demonstration.pictures import (
+from tests.tiny_mistral import mistral_encoder, mistral_processor
+from tests.tiny_parts import (
+    LATENTS,
+    MODEL,
     autoencoder,
-    clip_config,
+    bert_encoder,
+    bert_tokenizer,
+    chat_tokenizer,
     clip_encoder,
     clip_tokenizer,
+    qwen3_config,
     t5_encoder,
     t5_tokenizer,
-    text_to_image,
+    templated_tokenizer,
+    vision_language_model,
 )
 
-LATENTS = 4
-WIDTHS = (4, 8, 8, 8)  # of the autoencoders: pictures become smaller by eight, as in the large ones
+_FULL_SIZE = 128  # latents, each side: 1024 pixels
+_SMALL = 8  # latents, each side: 64 pixels
 
 
-def stable_diffusion_3() -> Any:
-    return text_to_image()
+# -- Stable Diffusion -----------------------------------------------------------------------------
 
 
-def flux(*, reads_guidance: bool = True, blocks: int = 1) -> Any:
-    """FLUX.1-dev, whose weights read the guidance scale, or FLUX.1-schnell, whose do not."""
-    return diffusers.FluxPipeline(
-        transformer=diffusers.FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=4 * LATENTS,
-            num_layers=blocks,
-            num_single_layers=blocks,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=32,
-            axes_dims_rope=[4, 4, 8],
-            guidance_embeds=reads_guidance,
-        ),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=autoencoder(latents=LATENTS, widths=WIDTHS, scaling_factor=0.36, shift_factor=0.12),
-        text_encoder=CLIPTextModel(clip_config()).eval(),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=t5_encoder(),
-        tokenizer_2=t5_tokenizer(),
-    )
-
-
-def hunyuan_dit() -> Any:
-    letters = string.ascii_lowercase + string.digits + string.punctuation
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    tokenizer = BertTokenizer(vocab={p: n for n, p in enumerate(pieces)}, model_max_length=77)
-    encoder = BertConfig(
-        vocab_size=len(pieces),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-    )
-    return diffusers.HunyuanDiTPipeline(
-        transformer=diffusers.HunyuanDiT2DModel(
-            sample_size=8,
-            num_layers=2,
-            patch_size=2,
-            attention_head_dim=8,
-            num_attention_heads=3,
+def stable_diffusion_3(
+    *, t5: bool = True, full_size: bool = False, **of_the_transformer: Any
+) -> Any:
+    """64x64 pixels by default, at most 512x512; `full_size`: 1024x1024 and 3072x3072."""
+    patch = 2
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=diffusers.SD3Transformer2DModel(
+            sample_size=_FULL_SIZE if full_size else _SMALL,
+            patch_size=patch,
             in_channels=LATENTS,
-            cross_attention_dim=32,
-            cross_attention_dim_t5=32,
-            pooled_projection_dim=16,
-            hidden_size=24,
-            activation_fn="gelu-approximate",
+            out_channels=LATENTS,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=2 * MODEL,
+            caption_projection_dim=16,
+            pooled_projection_dim=2 * MODEL,
+            pos_embed_max_size=192 if full_size else 512 // 8 // patch,
+            **of_the_transformer,
         ),
-        vae=autoencoder(latents=LATENTS, widths=WIDTHS, quantized=True),
-        scheduler=diffusers.DDPMScheduler(),
-        text_encoder=BertModel(encoder).eval(),
-        tokenizer=tokenizer,
-        text_encoder_2=t5_encoder(),
-        tokenizer_2=t5_tokenizer(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(scaling_factor=1.5, shift_factor=0.06),
+        text_encoder=clip_encoder(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_encoder(),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5_encoder(width=2 * MODEL) if t5 else None,
+        tokenizer_3=t5_tokenizer() if t5 else None,
     )
 
 
-def stable_diffusion_xl() -> Any:
+def stable_diffusion_35(*, full_size: bool = False) -> Any:
+    """As the 3.5 weights are: normalised attention, and a second one in some layers."""
+    return stable_diffusion_3(full_size=full_size, qk_norm="rms_norm", dual_attention_layers=(0,))
+
+
+def stable_diffusion_xl(*, full_size: bool = False) -> Any:
     return diffusers.StableDiffusionXLPipeline(
         unet=diffusers.UNet2DConditionModel(
             block_out_channels=(32, 64),
             layers_per_block=1,
-            sample_size=8,
+            sample_size=_FULL_SIZE if full_size else _SMALL,
             in_channels=LATENTS,
             out_channels=LATENTS,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -114,11 +94,206 @@ def stable_diffusion_xl() -> Any:
         scheduler=diffusers.EulerDiscreteScheduler(
             beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
         ),
-        vae=autoencoder(latents=LATENTS, widths=WIDTHS, quantized=True, force_upcast=True),
-        text_encoder=CLIPTextModel(clip_config()).eval(),
+        vae=autoencoder(quantized=True, force_upcast=True),
+        text_encoder=clip_encoder(projection=False),
         tokenizer=clip_tokenizer(),
         text_encoder_2=clip_encoder(),
         tokenizer_2=clip_tokenizer(),
+    )
+
+
+# -- FLUX -----------------------------------------------------------------------------------------
+
+
+def flux(*, reads_guidance: bool = True, blocks: int = 1) -> Any:
+    """FLUX.1-dev, whose weights read the guidance scale, or FLUX.1-schnell, whose do not."""
+    return diffusers.FluxPipeline(
+        transformer=diffusers.FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=4 * LATENTS,
+            num_layers=blocks,
+            num_single_layers=blocks,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=MODEL,
+            pooled_projection_dim=MODEL,
+            axes_dims_rope=[4, 4, 8],
+            guidance_embeds=reads_guidance,
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=clip_encoder(projection=False),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
+    )
+
+
+def flux_2() -> Any:
+    """FLUX.2-dev, whose text encoder is a Mistral that reads pictures as well."""
+    layers = 30  # the last of the three whose states are read
+    processor = mistral_processor()
+    return diffusers.Flux2Pipeline(
+        transformer=_flux_2_transformer(reads_guidance=True),
+        vae=autoencoder(kind=diffusers.AutoencoderKLFlux2),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text_encoder=mistral_encoder(processor.tokenizer, layers=layers),
+        tokenizer=processor,
+    )
+
+
+def flux_2_klein(*, is_distilled: bool = False) -> Any:
+    layers = 27  # the last of the three whose states are read
+    tokenizer = templated_tokenizer()
+    return diffusers.Flux2KleinPipeline(
+        transformer=_flux_2_transformer(reads_guidance=False),
+        vae=autoencoder(kind=diffusers.AutoencoderKLFlux2),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text_encoder=Qwen3ForCausalLM(qwen3_config(tokenizer, layers=layers)).eval(),
+        tokenizer=tokenizer,
+        is_distilled=is_distilled,
+    )
+
+
+def _flux_2_transformer(*, reads_guidance: bool) -> Any:
+    return diffusers.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENTS,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * MODEL,
+        axes_dims_rope=[4, 4, 4, 4],
+        guidance_embeds=reads_guidance,
+    )
+
+
+# -- Hunyuan --------------------------------------------------------------------------------------
+
+
+def hunyuan_dit(*, full_size: bool = False) -> Any:
+    return diffusers.HunyuanDiTPipeline(
+        transformer=diffusers.HunyuanDiT2DModel(
+            sample_size=_FULL_SIZE if full_size else _SMALL,
+            num_layers=2,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=3,
+            in_channels=LATENTS,
+            cross_attention_dim=MODEL,
+            cross_attention_dim_t5=MODEL,
+            pooled_projection_dim=16,
+            hidden_size=24,
+            activation_fn="gelu-approximate",
+        ),
+        vae=autoencoder(quantized=True),
+        scheduler=diffusers.DDPMScheduler(),
+        text_encoder=bert_encoder(),
+        tokenizer=bert_tokenizer(),
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def hunyuan_image(*, is_distilled: bool = False) -> Any:
+    """HunyuanImage 2.1 with its guiders, or distilled, whose weights read the scale instead."""
+    tokenizer, glyphs = chat_tokenizer(), ByT5Tokenizer()
+    guider = diffusers.AdaptiveProjectedMixGuidance
+    return diffusers.HunyuanImagePipeline(
+        transformer=diffusers.HunyuanImageTransformer2DModel(
+            in_channels=LATENTS,
+            out_channels=LATENTS,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            patch_size=(1, 1),
+            guidance_embeds=is_distilled,
+            use_meanflow=is_distilled,
+            text_embed_dim=MODEL,
+            text_embed_2_dim=MODEL,
+            rope_axes_dim=(4, 4),
+        ),
+        vae=diffusers.AutoencoderKLHunyuanImage(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=LATENTS,
+            block_out_channels=(32,) * 6,
+            layers_per_block=1,
+            scaling_factor=0.75,
+            spatial_compression_ratio=32,
+            sample_size=64,
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        text_encoder=vision_language_model(tokenizer, width=MODEL),
+        tokenizer=tokenizer,
+        text_encoder_2=t5_encoder(words=len(glyphs)),
+        tokenizer_2=glyphs,
+        guider=None if is_distilled else guider(guidance_scale=3.5),
+        ocr_guider=None if is_distilled else guider(guidance_scale=4.5),
+    )
+
+
+# -- Qwen, Z-Image, PixArt ------------------------------------------------------------------------
+
+
+def qwen_image() -> Any:
+    tokenizer = chat_tokenizer()
+    return diffusers.QwenImagePipeline(
+        transformer=diffusers.QwenImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4 * LATENTS,
+            out_channels=LATENTS,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=MODEL,
+            guidance_embeds=False,
+            axes_dims_rope=(8, 4, 4),
+        ),
+        vae=diffusers.AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=LATENTS,
+            dim_mult=[1, 2, 2, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * LATENTS,
+            latents_std=[1.0] * LATENTS,
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift_terminal=0.02
+        ),
+        text_encoder=vision_language_model(tokenizer, width=MODEL),
+        tokenizer=tokenizer,
+    )
+
+
+def z_image() -> Any:
+    tokenizer = templated_tokenizer()
+    return diffusers.ZImagePipeline(
+        transformer=diffusers.ZImageTransformer2DModel(
+            all_patch_size=(2,),
+            all_f_patch_size=(1,),
+            in_channels=LATENTS,
+            dim=MODEL,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            qk_norm=True,
+            cap_feat_dim=MODEL,
+            axes_dims=[8, 4, 4],
+            axes_lens=[1024, 64, 64],
+        ),
+        vae=autoencoder(scaling_factor=0.36, shift_factor=0.12),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=Qwen3Model(qwen3_config(tokenizer)).eval(),
+        tokenizer=tokenizer,
     )
 
 
@@ -126,7 +301,7 @@ def pixart() -> Any:
     """A family with the old callback, which is told of steps but returns nothing."""
     return diffusers.PixArtSigmaPipeline(
         transformer=diffusers.PixArtTransformer2DModel(
-            sample_size=8,
+            sample_size=_SMALL,
             num_layers=1,
             patch_size=2,
             attention_head_dim=8,
@@ -134,10 +309,10 @@ def pixart() -> Any:
             in_channels=LATENTS,
             out_channels=2 * LATENTS,
             cross_attention_dim=24,
-            caption_channels=32,
+            caption_channels=MODEL,
             use_additional_conditions=False,
         ),
-        vae=autoencoder(latents=LATENTS, widths=WIDTHS, quantized=True),
+        vae=autoencoder(quantized=True),
         scheduler=diffusers.DDIMScheduler(),
         text_encoder=t5_encoder(),
         tokenizer=t5_tokenizer(),

@@ -3,8 +3,9 @@
 Nothing heavy is imported before a test asks for a model.
 """
 
+import functools
+import gc
 import importlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from generation_contracts import Task
 
-FAMILIES = ("stable_diffusion_3", "flux", "hunyuan_dit", "stable_diffusion_xl", "pixart")
+VISION_LANGUAGE = "vision_language"
 
 Folder = Callable[..., Path]
 Load = Callable[..., ModelRunner]
@@ -23,10 +24,7 @@ Load = Callable[..., ModelRunner]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """Folder of a family of `tests.tiny_families`, or of `vision_language`; not to be changed.
-
-    The texts of `vision_language` are as long as they may be.
-    """
+    """Folder of a family of `tests.tiny_families`, or of `vision_language`; not to be changed."""
     made: dict[str, Path] = {}
 
     def folder(family: str, **options: Any) -> Path:
@@ -73,7 +71,7 @@ def shared_runner(model_folder: Folder) -> Iterator[Callable[[str], ModelRunner]
     def runner(family: str, **options: Any) -> ModelRunner:
         folder = model_folder(family, **options)
         if str(folder) not in loaded:
-            task = Task.IMAGE_TO_TEXT if family == "vision_language" else Task.TEXT_TO_IMAGE
+            task = Task.IMAGE_TO_TEXT if family == VISION_LANGUAGE else Task.TEXT_TO_IMAGE
             loaded[str(folder)] = create_runner(task, ModelConfig(model_id=str(folder)))
             loaded[str(folder)].load()
         return loaded[str(folder)]
@@ -84,21 +82,25 @@ def shared_runner(model_folder: Folder) -> Iterator[Callable[[str], ModelRunner]
 
 
 def _build(family: str, folder: Path, **options: Any) -> None:
-    torch = importlib.import_module("torch")
-    torch.set_num_threads(
-        1
-    )  # such small tensors are slower in two, and far slower on a busy machine
-    if family == "vision_language":
-        importlib.import_module("consumer.runners.demonstration").build(Task.IMAGE_TO_TEXT, folder)
-        _never_end(folder / "generation_config.json")
-        return
-    families = importlib.import_module("tests.tiny_families")
+    torch = _torch()
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        getattr(families, family)(**options).save_pretrained(folder)
+        if family == VISION_LANGUAGE:
+            importlib.import_module("tests.tiny_vision_language").save(folder)
+        else:
+            families = importlib.import_module("tests.tiny_families")
+            getattr(families, family)(**options).save_pretrained(folder)
 
 
-def _never_end(file: Path) -> None:
-    content = json.loads(file.read_text())
-    content["suppress_tokens"] += content["eos_token_id"]
-    file.write_text(json.dumps(content))
+@functools.cache
+def _torch() -> Any:
+    torch = importlib.import_module("torch")
+    # Such small tensors are slower in two threads, and far slower on a busy machine.
+    torch.set_num_threads(1)
+    # A runner collects garbage after each run that ends early, and would go through all objects of
+    # the libraries each time.
+    importlib.import_module("tests.tiny_families")
+    importlib.import_module("consumer.runners.diffusion")
+    gc.collect()
+    gc.freeze()
+    return torch

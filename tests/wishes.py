@@ -12,13 +12,12 @@ from consumer.ports import (
     DeviceLost,
     GeneratedImage,
     ModelError,
-    OutOfMemory,
     RunnerOutput,
     UnsupportedParameter,
 )
 from generation_contracts import Task, decode_request, request_digest
 from tests.behaviour import INBOX, asking
-from tests.memory_ports import BUCKET, Script, make, raising
+from tests.memory_ports import BUCKET, Script, make, out_of_memory, raising
 
 MAX_PAYLOAD = 6_000  # bytes: more than any event without the sender's metadata
 BULKY = {str(number): "x" * 512 for number in range(16)}  # what makes an event larger
@@ -34,7 +33,7 @@ SCRIPTS: dict[Ending, Script] = {
     "odd": lambda _: RunnerOutput(images=(GeneratedImage(None, seed=0),)),  # type: ignore[arg-type]
     "raised": raising(lambda: ModelError("ValueError")),
     "broken": raising(lambda: KeyError("secret")),
-    "memory": raising(OutOfMemory),
+    "memory": raising(out_of_memory),
     "lost": raising(DeviceLost),
     "refused": raising(lambda: UnsupportedParameter("width", "width: not this one")),
 }

@@ -1,11 +1,15 @@
 """What the settings say about the model, as the runners take it; no library is imported here."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Offload = Literal["none", "model", "sequential", "group"]
+Quantization = Literal[
+    "none", "bitsandbytes-4bit", "bitsandbytes-8bit", "torchao-int8", "torchao-int4", "gguf"
+]
 
 MAX_IMAGE_PIXELS = 1_200_000  # pixels; about 1,530 tokens of Qwen2.5-VL, whose own limit is 16,384
 
@@ -23,8 +27,18 @@ class ModelConfig:
         offload: Where the weights wait while they are not in use: on the device (`none`), or in
             main memory, whole models at a time (`model`), layer by layer (`sequential`), or in
             groups of layers (`group`).
-        quantization: `none` or `bitsandbytes-4bit`.
-        compile: Compile the model; the first run takes minutes longer.
+        device_map: `balanced` shares the parts out over all GPUs.
+        quantization: Of the large parts; `gguf` for a transformer that is stored so.
+        compile: Compile the repeated blocks; the first run takes minutes longer.
+        warm_up: Make one output when loading.
+        vae_tiling: Decode pictures in tiles.
+        vae_slicing: Decode one picture at a time.
+        channels_last: Memory format of the convolutions.
+        attention: An attention backend of diffusers or transformers; empty for their own choice.
+        step_cache: Threshold of the first-block cache; 0 is off.
+        defaults: What a request gets that says nothing, by its field: before the model's own.
+        adapters: Folders of LoRA adapters by the names that requests use.
+        safety_checker: `package.module:callable`; empty for none.
         max_image_pixels: An input picture larger than this is made smaller, in pixels.
     """
 
@@ -33,6 +47,16 @@ class ModelConfig:
     device: Device = "auto"
     dtype: Dtype = "auto"
     offload: Offload = "none"
-    quantization: str = "none"
+    device_map: Literal["none", "balanced"] = "none"
+    quantization: Quantization = "none"
     compile: bool = False
+    warm_up: bool = False
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+    channels_last: bool = False
+    attention: str = ""
+    step_cache: float = 0.0
+    defaults: Mapping[str, int | float | str] = field(default_factory=dict)
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    safety_checker: str = ""
     max_image_pixels: int = MAX_IMAGE_PIXELS

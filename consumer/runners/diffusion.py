@@ -2,17 +2,14 @@
 
 # mypy: allow-untyped-calls
 
-import copy
 import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
-from diffusers.guiders.guider_utils import BaseGuidance
 from PIL import Image as Pillow
 
 from consumer.ports import (
@@ -21,20 +18,21 @@ from consumer.ports import (
     IsCancelled,
     ModelDescription,
     OnStep,
+    OnText,
     RunnerOutput,
 )
-from consumer.runners import memory, quantization
+from consumer.runners import memory, options
+from consumer.runners.adapters import Adapters, find_adapters
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement, place, release
-from consumer.runners.faults import BadOutput, StoppedAtStep, translated
+from consumer.runners.faults import BadOutput, translated
+from consumer.runners.memory_guard import FreeBytes, free_bytes, least_to_decode
+from consumer.runners.own_pipeline import own_pipeline
 from consumer.runners.parameters import Parameters
-from consumer.runners.pipeline_loading import (
-    OLD_STEP_CALLBACK,
-    STEP_CALLBACK,
-    download,
-    load_pipeline,
-)
+from consumer.runners.pipeline_loading import STEP_CALLBACK, download, load_pipeline
+from consumer.runners.safety import SafetyChecker, load_checker
 from consumer.runners.source import located
+from consumer.runners.step_callback import StepCallback
 from consumer.runners.truncation import Cuts
 from generation_contracts import ModelInfo, Request, Task, TextToImageRequest
 
@@ -46,13 +44,15 @@ CHANNELS = 3  # red, green, blue
 
 
 def load(config: ModelConfig) -> "DiffusionModel":
-    """Load the configured pipeline.
+    """Load the configured pipeline, its adapters and the safety checker.
 
     Raises:
         ModelUnavailable: With one clear line.
     """
     placement = place(config)
-    quantization.see_that_it_can_be(config, placement)
+    options.see_that_they_fit(Task.TEXT_TO_IMAGE, config, placement)
+    files = find_adapters(config)
+    checker = load_checker(config.safety_checker)
     with located(Task.TEXT_TO_IMAGE, config, download) as source:
         pipe = load_pipeline(source, placement, config)
     info = ModelInfo(
@@ -62,29 +62,63 @@ def load(config: ModelConfig) -> "DiffusionModel":
         dtype=placement.dtype_name,
         device=placement.device.type,
     )
-    return DiffusionModel(pipe, placement, info, offloaded=config.offload != "none")
+    parameters = Parameters(pipe, info, config.defaults, adapters=files)
+    # Parts that are quantized or shared out over several devices do not move.
+    fixed = config.quantization != "none" or config.device_map != "none"
+    return DiffusionModel(
+        pipe,
+        placement,
+        parameters,
+        Adapters(pipe, files),
+        checker,
+        movable=placement.device.type != "cpu" and config.offload == "none" and not fixed,
+    )
+
+
+@dataclass
+class _Run:
+    """What one run asks for, and what it has told so far."""
+
+    request: TextToImageRequest
+    on_step: OnStep
+    cancelled: IsCancelled
+    cuts: Cuts
+    saved: list[str]  # what it did to save memory
 
 
 class DiffusionModel:
     """A loaded pipeline; see `consumer.ports.Runner` for what its methods promise.
 
     Args:
-        pipe: The pipeline whose weights all runs share. A run has a copy of its own, with a
-            scheduler of its own; never one from `from_pipe`, which casts the shared weights.
+        pipe: The pipeline whose weights all runs share. A run has a copy of its own.
         placement: Where it was put.
-        info: What it is called.
-        offloaded: Whether its parts wait in main memory.
+        parameters: What it takes.
+        adapters: What was loaded into it, to be used by single runs.
+        checker: Says which pictures are flagged; None: nobody does.
+        movable: Whether its parts can be moved to main memory for a run that needs the room.
+        free: Tells the memory of the device that a run can have.
     """
 
     def __init__(
-        self, pipe: Any, placement: Placement, info: ModelInfo, *, offloaded: bool
+        self,
+        pipe: Any,
+        placement: Placement,
+        parameters: Parameters,
+        adapters: Adapters,
+        checker: SafetyChecker | None,
+        *,
+        movable: bool,
+        free: FreeBytes = free_bytes,
     ) -> None:
         self._pipe = pipe
         self._placement = placement
-        self._parameters = Parameters(pipe, info)
+        self._parameters = parameters
+        self._adapters = adapters
+        self._checker = checker
         self._types = memory.types_of(pipe)
         self._undo = ExitStack()  # what saves memory in this run
-        self._can_offload = placement.device.type != "cpu" and not offloaded
+        self._movable = movable
+        self._free_bytes = free
 
     @property
     def description(self) -> ModelDescription:
@@ -102,67 +136,71 @@ class DiffusionModel:
         *,
         on_step: OnStep,
         cancelled: IsCancelled,
+        on_text: OnText | None,  # noqa: ARG002 - of the port
         save_memory: bool,
     ) -> RunnerOutput:
         """Make the pictures of one request."""
         if cancelled():
             raise Interrupted("stopped before the first step")
-        asked = _text_to_image(request)
+        run = _Run(_text_to_image(request), on_step, cancelled, Cuts(), [])
         return translated(
-            lambda: self._make(asked, on_step, cancelled, save_memory=save_memory),
-            free=self._free,
+            lambda: self._make(run, save_memory=save_memory), free=self._free, saved=run.saved
         )
 
     def close(self) -> None:
         """Give the device's memory back."""
-        del self._pipe, self._parameters  # each of them holds the weights
+        del self._pipe, self._parameters, self._adapters  # each of them holds the weights
         release(self._placement.device)
 
-    def _make(
-        self,
-        request: TextToImageRequest,
-        on_step: OnStep,
-        cancelled: IsCancelled,
-        *,
-        save_memory: bool,
-    ) -> RunnerOutput:
+    def _make(self, run: _Run, *, save_memory: bool) -> RunnerOutput:
+        request = run.request
         first = secrets.randbelow(SEEDS) if request.seed is None else request.seed
         seeds = [(first + n) % SEEDS for n in range(request.num_images)]
-        batches = [[seed] for seed in seeds] if save_memory else [seeds]
-        cuts = Cuts()
         pictures: list[GeneratedImage] = []
-        blanked = 0
         with torch.inference_mode():
-            if save_memory:
-                device = self._placement.device
-                memory.save(self._undo, self._pipe, device, offload=self._can_offload)
-            for number, batch in enumerate(batches):
-                steps = _Steps(
-                    on_step,
-                    cancelled,
-                    modern=self._parameters.takes(STEP_CALLBACK),
-                    run=number,
-                    runs=len(batches),
-                )
-                arrays, blanks = self._run_pipeline(request, batch, steps, cuts)
-                pictures += map(GeneratedImage, map(_picture, arrays), batch)
-                blanked += blanks
+            batches = [seeds]
+            if save_memory or self._cannot_be_decoded(request):
+                batches = self._save_memory(run, seeds, move=save_memory and self._movable)
+            with self._adapters.active(request.adapters):
+                for number, batch in enumerate(batches):
+                    steps = StepCallback(
+                        run.on_step,
+                        run.cancelled,
+                        modern=self._parameters.takes(STEP_CALLBACK),
+                        run=number,
+                        runs=len(batches),
+                    )
+                    pictures += self._run_pipeline(run, batch, steps)
             self._undo.close()
-        warnings = cuts.warnings()
-        if blanked:
-            warnings += (f"the model's safety checker blanked pictures: {blanked}",)
-        if save_memory:
-            warnings += ("memory was short: made one picture at a time, decoded in tiles",)
-        return RunnerOutput(images=tuple(pictures), warnings=warnings)
+        blanked = sum(picture.flagged is True for picture in pictures)
+        return RunnerOutput(
+            images=tuple(self._checked(pictures)),
+            warnings=_warnings(run, blanked),
+            parameters=self._parameters.resolved(request, seeds),
+        )
+
+    def _cannot_be_decoded(self, request: TextToImageRequest) -> bool:
+        width, height = self._parameters.size(request)
+        least = least_to_decode(self._pipe, pictures=request.num_images, width=width, height=height)
+        free = self._free_bytes(self._placement.device)
+        return least is not None and free is not None and free < least
+
+    def _save_memory(self, run: _Run, seeds: list[int], *, move: bool) -> list[list[int]]:
+        if len(seeds) > 1:
+            run.saved.append("made one picture at a time")
+        run.saved += memory.save(self._undo, self._pipe, self._placement.device, offload=move)
+        return [[seed] for seed in seeds]
 
     def _run_pipeline(
-        self, request: TextToImageRequest, seeds: list[int], steps: "_Steps", cuts: Cuts
-    ) -> tuple[Any, int]:
-        pipe = self._own_pipeline(request, cuts)
+        self, run: _Run, seeds: list[int], steps: StepCallback
+    ) -> list[GeneratedImage]:
+        request, parameters = run.request, self._parameters
+        scale = parameters.scale_of_guiders(request)
+        pipe = own_pipeline(self._pipe, run.cuts, guidance_scale=scale)
         try:
             output = pipe(
-                **self._parameters.arguments(request),
-                **steps.arguments(self._parameters.steps(request)),
+                **parameters.arguments(request),
+                **steps.arguments(parameters.steps(request)),
                 num_images_per_prompt=len(seeds),
                 # One for each picture, and on the CPU, whose numbers are the same everywhere.
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
@@ -170,30 +208,26 @@ class DiffusionModel:
         finally:
             # Also after a failure: a step cache or an offloaded part would spoil the next run.
             pipe.maybe_free_model_hooks()
-        width, height = self._parameters.size(request)
+        width, height = parameters.size(request)
         arrays = np.asarray(output.images)
         if arrays.shape != (len(seeds), height, width, CHANNELS):
             raise BadOutput("the model made pictures of another shape than asked for")
         if not np.isfinite(arrays).all():
             raise BadOutput("the model made pixels that are not numbers")
-        flags = getattr(output, "nsfw_content_detected", None) or []
-        return arrays, sum(bool(flag) for flag in flags)
+        return [
+            GeneratedImage(_picture(array), seed, flag)
+            for array, seed, flag in zip(arrays, seeds, _own_flags(output, len(seeds)), strict=True)
+        ]
 
-    def _own_pipeline(self, request: TextToImageRequest, cuts: Cuts) -> Any:
-        """A shallow copy with its own state: a fresh scheduler and guider, watched tokenizers."""
-        pipe = copy.copy(self._pipe)
-        parts: dict[str, Any] = self._pipe.components
-        for name, part in parts.items():
-            if isinstance(part, SchedulerMixin):
-                scheduler: Any = part
-                setattr(pipe, name, scheduler.from_config(scheduler.config))
-            elif isinstance(part, BaseGuidance):
-                scale = request.guidance_scale
-                mine = {} if scale is None or name != "guider" else {"guidance_scale": scale}
-                setattr(pipe, name, part.new(**mine))
-            elif (watched := cuts.watched(name, part)) is not part:
-                setattr(pipe, name, watched)
-        return pipe
+    def _checked(self, pictures: list[GeneratedImage]) -> list[GeneratedImage]:
+        """The pictures with the flags of the safety checker, besides those of the model's own."""
+        if self._checker is None:
+            return pictures
+        flags = self._checker.flags([made.image for made in pictures])
+        return [
+            GeneratedImage(made.image, made.seed, flagged=bool(made.flagged) or flag)
+            for made, flag in zip(pictures, flags, strict=True)
+        ]
 
     def _free(self) -> None:
         release(self._placement.device)
@@ -202,47 +236,28 @@ class DiffusionModel:
             memory.restore_types(self._pipe, self._types)
 
 
-class _Steps:
-    """Tells each step, and stops the pipeline when it is cancelled.
-
-    Raising is the way that stops all families at once and leaves the next run undisturbed; the flag
-    `_interrupt` of the pipelines still decodes, and some have none.
-    """
-
-    def __init__(
-        self, on_step: OnStep, cancelled: IsCancelled, *, modern: bool, run: int, runs: int
-    ) -> None:
-        self._modern = modern
-        self._on_step = on_step
-        self._cancelled = cancelled
-        self._run = run
-        self._runs = runs
-
-    def arguments(self, asked: int) -> dict[str, Any]:
-        """The callback as the pipeline takes it, for a number of steps asked for."""
-        if self._modern:
-            return {STEP_CALLBACK: partial(self._at_end, asked)}
-        return {OLD_STEP_CALLBACK: partial(self._at_end_of_old, asked), "callback_steps": 1}
-
-    def _at_end(self, asked: int, pipe: Any, index: int, *_: Any) -> dict[str, Any]:
-        # Second-order schedulers make nearly twice as many steps as were asked for.
-        self._tell(index, getattr(pipe, "_num_timesteps", None) or asked)
-        return {}  # None raises in the pipelines
-
-    def _at_end_of_old(self, asked: int, index: int, *_: Any) -> None:
-        self._tell(index, asked)
-
-    def _tell(self, index: int, steps: int) -> None:
-        done = self._run * steps + index + 1
-        self._on_step(done, self._runs * steps)
-        if self._cancelled():
-            raise StoppedAtStep
-
-
 def _text_to_image(request: Request) -> TextToImageRequest:
     if not isinstance(request, TextToImageRequest):
         raise TypeError("a request for another task")
     return request
+
+
+def _own_flags(output: Any, pictures: int) -> list[bool | None]:
+    flags = getattr(output, "nsfw_content_detected", None)
+    if flags is None:
+        return [None] * pictures
+    if len(flags) != pictures:
+        raise BadOutput("the model's safety checker did not judge each picture")
+    return [bool(flag) for flag in flags]
+
+
+def _warnings(run: _Run, blanked: int) -> tuple[str, ...]:
+    warnings = run.cuts.warnings()
+    if blanked:
+        warnings += (f"the model's safety checker blanked pictures: {blanked}",)
+    if run.saved:
+        warnings += (f"memory was short: {', '.join(run.saved)}",)
+    return warnings
 
 
 def _picture(array: Any) -> "Image":

@@ -7,7 +7,7 @@ original.
 
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,13 +47,14 @@ class BadOutput(Exception):  # noqa: N818 - a state of the output
     """The model ran, but what it made is not a result; the text is safe to show."""
 
 
-def translated(run: Callable[[], T], *, free: Callable[[], None]) -> T:
+def translated(run: Callable[[], T], *, free: Callable[[], None], saved: Sequence[str] = ()) -> T:
     """Run a model and raise nothing but the exceptions of `consumer.ports.Runner.run`.
 
     Args:
         run: The run.
         free: Gives back what an ended run holds; called once nothing refers to its tensors, and not
             when the device is lost.
+        saved: What the run did to save memory, in words for the sender; read when it has failed.
 
     Raises:
         Interrupted, UnsupportedParameter, OutOfMemory, DeviceLost, ModelError: See the port.
@@ -62,7 +63,7 @@ def translated(run: Callable[[], T], *, free: Callable[[], None]) -> T:
     try:
         return run()
     except Exception as error:  # noqa: BLE001 - each of them is translated
-        failure = _translate(error)
+        failure = _translate(error, tuple(saved))
     try:
         if not isinstance(failure, DeviceLost):
             free()
@@ -84,7 +85,7 @@ def load_failure(error: Exception, *, name: str, folder: Path | None = None) -> 
     return ModelUnavailable(f"{name}: cannot be loaded: {line or type(error).__name__}")
 
 
-def _translate(error: Exception) -> Exception:
+def _translate(error: Exception, saved: tuple[str, ...]) -> Exception:
     match error:
         case StoppedAtStep() | Interrupted():
             return Interrupted("stopped at a step")
@@ -94,7 +95,7 @@ def _translate(error: Exception) -> Exception:
             log.error("model_output_unusable", reason=str(error))
             return ModelError(str(error))
     if _is_out_of_memory(error):
-        return OutOfMemory("the device's memory did not suffice")
+        return OutOfMemory("the device's memory did not suffice", saved)
     if isinstance(error, torch.AcceleratorError):
         log.error("device_lost", error=type(error).__name__, where=_where(error))
         return DeviceLost("the device cannot be used any more")

@@ -12,7 +12,7 @@ from consumer.runners.pipeline_loading import modules
 log = structlog.get_logger()
 
 
-def save(undo: ExitStack, pipe: Any, device: torch.device, *, offload: bool) -> None:
+def save(undo: ExitStack, pipe: Any, device: torch.device, *, offload: bool) -> tuple[str, ...]:
     """Decode in slices and tiles and, where it is possible, hold one part on the device at a time.
 
     Args:
@@ -21,16 +21,25 @@ def save(undo: ExitStack, pipe: Any, device: torch.device, *, offload: bool) -> 
         pipe: The shared pipeline; the copies made of it meanwhile save memory.
         device: Where it computes.
         offload: Whether to move the parts; not when they are moved anyway, and not on a CPU.
+
+    Returns:
+        What was not so before, in words for the sender.
     """
+    done = []
     decoder = getattr(pipe, "vae", None)  # families that work on pixels have none
-    undo.callback(_decode_whole, decoder, _decoding(decoder))
+    before = _decoding(decoder)
+    undo.callback(_decode_whole, decoder, before)
     for switch in ("enable_slicing", "enable_tiling"):
         if hasattr(decoder, switch):
             getattr(decoder, switch)()
+    if _decoding(decoder)[1] and not before[1]:
+        done.append("decoded in tiles")
     if offload and pipe.model_cpu_offload_seq is not None:
         undo.callback(_bring_back, pipe, device)
         pipe.enable_model_cpu_offload(device=device)
         release(device)
+        done.append("kept only the part at work on the device")
+    return tuple(done)
 
 
 def types_of(pipe: Any) -> dict[str, torch.dtype]:

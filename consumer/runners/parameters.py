@@ -1,30 +1,25 @@
 """What a pipeline takes, read off its `__call__`, and requests measured by it.
 
-`**kwargs` of a pipeline do not count: SDXL swallows what it does not know. Guidance has three names
-in diffusers and one in the requests, `guidance_scale`:
-
-- `guidance_scale`, most families; a negative prompt counts only above 1.
-- `true_cfg_scale` with `guidance_scale` for weights that were distilled to read it (FLUX.1-dev):
-  the request's is the distilled one. A negative prompt would need the other scale as well, which
-  requests do not have: refused.
-- `true_cfg_scale` where the weights do not read a scale (Qwen-Image, FLUX.1-schnell): the request's
-  is this one. It acts only against a negative prompt, so an empty one is given when the request has
-  a scale and no negative prompt.
-- `distilled_guidance_scale` of HunyuanImage's distilled weights; its others have a `guider`.
+`**kwargs` of a pipeline do not count: SDXL swallows what it does not know.
 """
 
-import copy
 import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from diffusers.models.embeddings import PatchEmbed
 
-from consumer.ports import ModelDescription, UnsupportedParameter
+from consumer.ports import ModelDescription, ModelUnavailable, UnsupportedParameter
+from consumer.runners.defaults import SETTING, Default, checked_defaults
+from consumer.runners.distilled import distilled
+from consumer.runners.guidance import Guidance, guides
+from consumer.runners.part_config import config_of
 from consumer.runners.pipeline_loading import denoiser
 from generation_contracts import ModelInfo, TextToImageRequest
+from generation_contracts.events import ParameterValue
+from generation_contracts.requests import TextToImageParameters
 
 # Enough for the largest default among the families, 2048x2048 of HunyuanImage. A request can ask
 # for eight pictures of this size at most, so memory is bounded whatever is asked.
@@ -38,23 +33,7 @@ _NOT_OF_THIS_WORKER = {
     "preview": "this worker sends no previews",
     "then": "this worker starts no further steps",
 }
-
-GuidanceName = Literal["guidance_scale", "true_cfg_scale", "distilled_guidance_scale", "guider"]
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How a pipeline is guided.
-
-    Attributes:
-        name: What it calls the request's `guidance_scale`; None: it has none.
-        default: Its own scale.
-        negative: Whether it reads a negative prompt.
-    """
-
-    name: GuidanceName | None
-    default: float | None
-    negative: bool
+_NO_DEFAULTS: Mapping[str, Default] = MappingProxyType({})
 
 
 class Parameters:
@@ -63,14 +42,30 @@ class Parameters:
     Args:
         pipe: The pipeline; never changed.
         info: Goes into the description.
+        defaults: What a request gets that says nothing, by its field, as MODEL_DEFAULTS has it;
+            goes before what the weights and the pipeline themselves would do.
+        adapters: Names of the LoRA adapters that a request may ask for.
+
+    Raises:
+        ModelUnavailable: A default is none that a request could ask this pipeline for.
     """
 
-    def __init__(self, pipe: Any, info: ModelInfo) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        info: ModelInfo,
+        defaults: Mapping[str, Default] = _NO_DEFAULTS,
+        adapters: Collection[str] = (),
+    ) -> None:
         self._pipe = pipe
         self._known = inspect.signature(type(pipe).__call__).parameters
-        self.guidance = _guidance(pipe, self._known)
-        self.description = self._describe(info)
+        self._adapters = frozenset(adapters)
+        self._distilled = distilled(pipe)
         self._max_side = _max_side(pipe)
+        self.guidance = Guidance.of(pipe, self._known)
+        self._defaults = checked_defaults(TextToImageParameters, defaults)
+        self.description = self._describe(info)
+        self._check_defaults()
 
     def check(self, request: TextToImageRequest) -> None:
         """See whether the pipeline can do what is asked.
@@ -84,7 +79,9 @@ class Parameters:
                 continue
             if name in _NOT_OF_THIS_WORKER:
                 raise UnsupportedParameter(name, f"{name}: {_NOT_OF_THIS_WORKER[name]}")
-            if name not in self.description.parameters and not _says_nothing(asked):
+            if name == "adapters":
+                self._check_adapters(asked)
+            elif name not in self.description.parameters and not _says_nothing(asked):
                 raise UnsupportedParameter(name, f"{name}: {self._family} does not have it")
         self._check_size(request)
         self._check_negative_prompt(request)
@@ -103,34 +100,81 @@ class Parameters:
         defaults = self.description.defaults
         return request.num_inference_steps or _int(defaults["num_inference_steps"])
 
+    def scale(self, request: TextToImageRequest) -> float | None:
+        """The guidance scale, by whatever name the pipeline has it; None: it has none."""
+        if request.guidance_scale is not None:
+            return request.guidance_scale
+        return _number(self.description.defaults["guidance_scale"])
+
+    def scale_of_guiders(self, request: TextToImageRequest) -> float | None:
+        """What the request or MODEL_DEFAULTS sets; None: each guider of the model has its own."""
+        if request.guidance_scale is not None:
+            return request.guidance_scale
+        return _number(self._defaults.get("guidance_scale"))
+
     def arguments(self, request: TextToImageRequest) -> dict[str, Any]:
         """Keywords for the pipeline, but for the generators and the callback.
 
-        The size is always given, so that a default is what the description says; pictures come back
-        as arrays, in which a NaN can still be seen.
+        What has a default is always given, so that the default is what the description says;
+        pictures come back as arrays, in which a NaN can still be seen.
         """
         width, height = self.size(request)
+        negative_prompt: Any = request.negative_prompt
+        if negative_prompt is None:
+            negative_prompt = self.description.defaults.get("negative_prompt")
         arguments: dict[str, Any] = {
             "prompt": request.prompt,
             "width": width,
             "height": height,
             "num_inference_steps": self.steps(request),
             "output_type": "np",
+            **self.guidance.arguments(self.scale(request), negative_prompt),
         }
-        if self.guidance.negative and not _says_nothing(request.negative_prompt):
-            arguments["negative_prompt"] = request.negative_prompt
-        if request.guidance_scale is not None and self.guidance.name not in {None, "guider"}:
-            arguments[str(self.guidance.name)] = request.guidance_scale
-            if self.guidance.name == "true_cfg_scale" and self.guidance.negative:
-                arguments.setdefault("negative_prompt", " ")
+        if self._distilled is not None:
+            arguments.update(self._distilled.arguments)
         if self.takes("use_resolution_binning"):
             # It would turn 64x64 into 1024x1024 and cut the rest off.
             arguments["use_resolution_binning"] = False
         return arguments
 
+    def resolved(
+        self, request: TextToImageRequest, seeds: Sequence[int]
+    ) -> dict[str, ParameterValue]:
+        """What the pictures are made with, defaults included, but without any text.
+
+        Args:
+            request: What is asked.
+            seeds: Of the pictures, in their order.
+        """
+        width, height = self.size(request)
+        resolved: dict[str, ParameterValue] = {
+            "width": width,
+            "height": height,
+            "num_inference_steps": self.steps(request),
+            "num_images": len(seeds),
+            "seed": seeds[0],
+        }
+        scale = self.scale(request)
+        if scale is not None:
+            resolved["guidance_scale"] = scale
+        if request.adapters:
+            resolved["adapters"] = dict(request.adapters)
+        return resolved
+
     @property
     def _family(self) -> str:
         return self.description.info.family
+
+    def _check_defaults(self) -> None:
+        try:
+            self.check(TextToImageRequest.model_validate({**self._defaults, "prompt": "any"}))
+        except UnsupportedParameter as refused:
+            raise ModelUnavailable(f"{SETTING}: {refused}") from None
+
+    def _check_adapters(self, asked: Mapping[str, float]) -> None:
+        for name in asked:
+            if name not in self._adapters:
+                raise UnsupportedParameter("adapters", f"adapters: there is no adapter {name}")
 
     def _check_size(self, request: TextToImageRequest) -> None:
         multiple = self.description.size_multiple or 1
@@ -151,11 +195,12 @@ class Parameters:
     def _check_negative_prompt(self, request: TextToImageRequest) -> None:
         if _says_nothing(request.negative_prompt) or self.guidance.name == "guider":
             return
-        scale = request.guidance_scale
-        scale = self.guidance.default if scale is None else scale
-        if scale is not None and not _guides(self._pipe, scale):
+        scale = self.scale(request)
+        if scale is not None and not guides(self._pipe, scale):
+            least = 0 if guides(self._pipe, 1.0) else 1
             raise UnsupportedParameter(
-                "negative_prompt", "negative_prompt: has an effect only with guidance_scale above 1"
+                "negative_prompt",
+                f"negative_prompt: has an effect only with guidance_scale above {least}",
             )
 
     def _describe(self, info: ModelInfo) -> ModelDescription:
@@ -164,20 +209,31 @@ class Parameters:
             names.add("guidance_scale")
         if self.guidance.negative:
             names.add("negative_prompt")
+        if self._adapters:
+            names.add("adapters")
         return ModelDescription(
             info=info,
             parameters=frozenset(names),
-            defaults={
-                "width": _default_side(self._pipe, self._known, "width"),
-                "height": _default_side(self._pipe, self._known, "height"),
-                "num_inference_steps": self._known["num_inference_steps"].default or _STEPS,
-                "guidance_scale": self.guidance.default,
-                "num_images": 1,
-                "output_format": "png",
-            },
+            defaults={**self._own_defaults(), **self._defaults},
             size_multiple=_size_multiple(self._pipe),
             max_pixels=MAX_PIXELS,
         )
+
+    def _own_defaults(self) -> dict[str, Default | None]:
+        steps = self._known["num_inference_steps"].default or _STEPS
+        scale = self.guidance.default
+        if self._distilled is not None:
+            steps = self._distilled.steps
+            if self._distilled.guidance_scale is not None:
+                scale = self._distilled.guidance_scale
+        return {
+            "width": _default_side(self._pipe, self._known, "width"),
+            "height": _default_side(self._pipe, self._known, "height"),
+            "num_inference_steps": steps,
+            "guidance_scale": scale,
+            "num_images": 1,
+            "output_format": "png",
+        }
 
 
 def _optional_fields() -> set[str]:
@@ -190,41 +246,11 @@ def _says_nothing(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _guidance(pipe: Any, known: Mapping[str, inspect.Parameter]) -> Guidance:
-    reads_scale = bool(_config(denoiser(pipe)).get("guidance_embeds"))
-    takes_negative = "negative_prompt" in known
-    name: GuidanceName
-    if "distilled_guidance_scale" in known:
-        guider = getattr(pipe, "guider", None)
-        name = "distilled_guidance_scale" if reads_scale else "guider"
-        if name == "guider":
-            scale = _config(guider).get("guidance_scale")
-            return Guidance(name if scale is not None else None, scale, negative=scale is not None)
-        return Guidance(name, known[name].default, negative=guider is not None)
-    if "true_cfg_scale" in known:
-        name = "guidance_scale" if reads_scale else "true_cfg_scale"
-        return Guidance(name, known[name].default, negative=takes_negative and not reads_scale)
-    if "guidance_scale" not in known or _config(pipe).get("is_distilled"):
-        return Guidance(None, None, negative=takes_negative)
-    certainly = 2.0  # weights that read the scale themselves never compare with a negative prompt
-    negative = takes_negative and _guides(pipe, certainly)
-    return Guidance("guidance_scale", known["guidance_scale"].default, negative=negative)
-
-
-def _guides(pipe: Any, scale: float) -> bool:
-    """Whether the pipeline compares with a negative prompt at this scale, by its own rule."""
-    if not hasattr(type(pipe), "do_classifier_free_guidance"):
-        return scale > 1
-    probe = copy.copy(pipe)
-    probe._guidance_scale = scale  # noqa: SLF001 - where each pipeline keeps its argument
-    return bool(probe.do_classifier_free_guidance)
-
-
 def _default_side(pipe: Any, known: Mapping[str, inspect.Parameter], name: str) -> int:
     default = known[name].default
     if isinstance(default, int):
         return default
-    sample = getattr(pipe, "default_sample_size", None) or _config(denoiser(pipe)).get(
+    sample = getattr(pipe, "default_sample_size", None) or config_of(denoiser(pipe)).get(
         "sample_size"
     )
     if isinstance(sample, list | tuple):
@@ -239,9 +265,9 @@ def _default_side(pipe: Any, known: Mapping[str, inspect.Parameter], name: str) 
 def _size_multiple(pipe: Any) -> int:
     """What both factors divide: fits FLUX.1 and .2, SD3, SDXL, both Hunyuans, Qwen and Z-Image."""
     scale = int(getattr(pipe, "vae_scale_factor", 1))
-    patch = _config(denoiser(pipe)).get("patch_size", 1) or 1
+    patch = config_of(denoiser(pipe)).get("patch_size", 1) or 1
     patch = patch[-1] if isinstance(patch, list | tuple) else patch
-    processor = _config(getattr(pipe, "image_processor", None)).get("vae_scale_factor", 1)
+    processor = config_of(getattr(pipe, "image_processor", None)).get("vae_scale_factor", 1)
     return math.lcm(scale * int(patch), int(processor))
 
 
@@ -253,9 +279,8 @@ def _max_side(pipe: Any) -> int | None:
     return int(embed.pos_embed_max_size) * int(embed.patch_size) * int(pipe.vae_scale_factor)
 
 
-def _config(part: Any) -> Mapping[str, Any]:
-    config = getattr(part, "config", None)
-    return config if isinstance(config, Mapping) else {}
+def _number(value: object) -> float | None:
+    return value if isinstance(value, int | float) else None
 
 
 def _int(value: object) -> int:

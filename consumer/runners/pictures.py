@@ -37,11 +37,13 @@ class PictureBudget:
     @classmethod
     def of(cls, image_processor: Any, most: int) -> "PictureBudget":
         """The budget of a model, at most `most` pixels and at most what the model itself wants."""
+        patch = getattr(image_processor, "patch_size", None)
+        if patch is None or getattr(image_processor, "merge_size", None) != _MERGED:
+            return cls(most, 0, None)
+        # Qwen-VL's edges are numbers of pixels; those of other families are lengths.
         size = image_processor.size
         own_most = getattr(size, "longest_edge", None) or most
         own_least = getattr(size, "shortest_edge", None) or 0
-        merged = getattr(image_processor, "merge_size", None) == _MERGED
-        patch = getattr(image_processor, "patch_size", None) if merged else None
         return cls(max(min(most, own_most), own_least), own_least, patch)
 
     def fit(self, images: Sequence["Image"]) -> "list[Image]":

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_type_hints
 
+import accelerate
 import diffusers
 import diffusers.utils.logging
 import torch
@@ -14,7 +15,7 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from consumer.ports import ModelUnavailable
-from consumer.runners import quantization
+from consumer.runners import pipeline_options, quantization, vocabulary
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 from consumer.runners.faults import load_failure
@@ -58,7 +59,7 @@ def download(model_id: str, revision: str | None) -> str:
 
 
 def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> Any:
-    """A text-to-image pipeline with all its weights, placed as the configuration wants it.
+    """A text-to-image pipeline with all its weights and options, where the configuration wants it.
 
     Raises:
         ModelUnavailable: One clear line.
@@ -67,12 +68,16 @@ def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> 
     diffusers.utils.logging.disable_progress_bar()
     index = _read_index(source)
     text_to_image_class(index, source.id)
+    vocabulary.see_that_none_are_missing(source.folder, index, source.id)
+    pipeline_options.see_that_the_attention_is_here(config)
     try:
-        parts = _text_models(source, index, placement, config)
+        parts = quantization.denoiser_from_gguf(config, placement, source.folder, index)
+        parts |= _text_models(source, index, placement, config)
         pipe = _from_folder(source, index, parts, placement, config)
         for name, module in modules(pipe):
             see_that_none_are_missing(module, f"{source.id}: {name}")
-        _put_in_place(pipe, placement, config)
+        _share_out(pipe, parts)
+        pipeline_options.apply(pipe, denoiser(pipe), placement, config)
     except ModelUnavailable:
         raise
     except Exception as error:  # noqa: BLE001 - the libraries raise dozens of kinds
@@ -205,29 +210,25 @@ def _from_folder(
         use_safetensors=True,
         local_files_only=True,
         **quantization.for_diffusers(config, placement, index),
+        **({"device_map": config.device_map} if config.device_map != "none" else {}),
         **absent,
         **parts,
     )
 
 
-def _put_in_place(pipe: Any, placement: Placement, config: ModelConfig) -> None:
-    device = placement.device
-    if config.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif config.offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    elif config.offload == "group":
-        pipe.enable_group_offload(onload_device=device, offload_type="leaf_level")
-    else:
-        pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-    if config.compile:
-        _compile(denoiser(pipe))
+def _share_out(pipe: Any, parts: Mapping[str, Any]) -> None:
+    """Put the parts that were loaded here where the pipeline's device map has them.
 
-
-def _compile(model: Any) -> None:
-    # The blocks of a transformer are alike: compiled once, used for all of them.
-    if getattr(model, "_repeated_blocks", None):
-        model.compile_repeated_blocks(fullgraph=True)
-    else:
-        model.compile()
+    diffusers shares out whole parts. One that fits on no GPU it leaves in main memory, where each
+    step would fetch it; of several such it forgets all but one.
+    """
+    places = pipe.hf_device_map
+    if not isinstance(places, dict):
+        return
+    for name, _ in modules(pipe):
+        device = places.get(name, "cpu")
+        if device == "cpu":
+            raise ModelUnavailable(f"MODEL_DEVICE_MAP: {name} does not fit on a GPU")
+        if name in parts:
+            # With hooks, for its inputs come from other devices.
+            accelerate.dispatch_model(parts[name], {"": device}, force_hooks=True)

@@ -11,6 +11,7 @@ from consumer.ports import (
     ModelDescription,
     ModelUnavailable,
     OnStep,
+    OnText,
     RunnerOutput,
 )
 from consumer.runners.config import ModelConfig
@@ -44,6 +45,7 @@ class LoadedModel(Protocol):
         *,
         on_step: OnStep,
         cancelled: IsCancelled,
+        on_text: OnText | None,
         save_memory: bool,
     ) -> RunnerOutput:
         """See `consumer.ports.Runner.run`."""
@@ -66,12 +68,16 @@ class ModelRunner:
         self._model: LoadedModel | None = None
 
     def load(self) -> ModelDescription:
-        """Import the libraries and load the weights.
+        """Import the libraries, load the weights and, where an option wants it, run once.
 
         Raises:
             ModelUnavailable: With one clear line that has no path in it.
         """
         model: LoadedModel = importlib.import_module(_MODULES[self._task]).load(self._config)
+        from consumer.runners import first_run, options
+
+        if settings := options.shown_by_a_run(self._config):
+            first_run.run_once(model, self._task, settings)
         self._model = model
         log.info("model_loaded", **model.description.info.model_dump())
         return model.description
@@ -91,11 +97,17 @@ class ModelRunner:
         *,
         on_step: OnStep,
         cancelled: IsCancelled,
+        on_text: OnText | None = None,
         save_memory: bool = False,
     ) -> RunnerOutput:
         """Run the model once; see `consumer.ports.Runner.run` for what it raises."""
         return self._loaded().run(
-            request, images, on_step=on_step, cancelled=cancelled, save_memory=save_memory
+            request,
+            images,
+            on_step=on_step,
+            cancelled=cancelled,
+            on_text=on_text,
+            save_memory=save_memory,
         )
 
     def close(self) -> None:

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from consumer.ports import ModelUnavailable
+from consumer.runners.defaults import SETTING, checked_defaults
 from generation_contracts import ImageToTextRequest
+from generation_contracts.requests import ImageToTextParameters
 
 NEW_TOKENS = 512  # the most that a text has where neither the request nor the model says
 SEEDS = 2**32
@@ -19,11 +22,36 @@ _LIBRARY: Mapping[str, int | float] = {
 }
 
 
-def defaults_of(generation: Any) -> Mapping[str, int | float]:
-    """What a model with this generation config does where a request says nothing.
+# These choose among tokens: whoever sets one of them wants no greedy text.
+_CHOICE = ("top_p", "top_k")
+
+
+def defaults_of(
+    generation: Any, configured: Mapping[str, int | float | str]
+) -> Mapping[str, int | float]:
+    """What a model does where a request says nothing.
 
     A temperature of 0 is greedy: the most likely token each time.
+
+    Args:
+        generation: The model's generation config.
+        configured: MODEL_DEFAULTS, which come before it.
+
+    Raises:
+        ModelUnavailable: A default is none of a request's, or the contract refuses its value.
     """
+    own = _own_defaults(generation)
+    set_here = checked_defaults(ImageToTextParameters, configured)
+    for name, value in set_here.items():
+        if name not in own or isinstance(value, str):
+            raise ModelUnavailable(f"{SETTING}: {name}: cannot have a default")
+        own[name] = value
+    if "temperature" not in set_here and not set_here.keys().isdisjoint(_CHOICE):
+        own["temperature"] = own["temperature"] or _LIBRARY["temperature"]
+    return own
+
+
+def _own_defaults(generation: Any) -> dict[str, int | float]:
     defaults: dict[str, int | float] = dict(_LIBRARY)
     for name in _LIBRARY:
         own = getattr(generation, name, None)
@@ -39,10 +67,12 @@ class Sampling:
 
     Attributes:
         options: Keywords for `generate`.
+        parameters: The same by the names of a request's fields, with those that choose nothing.
         seed: For the global random generator, the only one that sampling has; None for greedy.
     """
 
     options: Mapping[str, Any]
+    parameters: Mapping[str, int | float]
     seed: int | None
 
     @classmethod
@@ -55,11 +85,11 @@ class Sampling:
         """
         asked = {name: getattr(request, name) for name in _LIBRARY}
         chosen = {name: defaults[name] if asked[name] is None else asked[name] for name in asked}
-        wants_choice = any(getattr(request, n) is not None for n in ("top_p", "top_k"))
+        wants_choice = any(asked[name] is not None for name in _CHOICE)
         if request.temperature is None and chosen["temperature"] == 0 and wants_choice:
             chosen["temperature"] = _LIBRARY["temperature"]
         always = {"repetition_penalty": chosen["repetition_penalty"], "num_beams": 1}
         if chosen["temperature"] == 0:
-            return cls({**always, "do_sample": False}, seed=None)
+            return cls({**always, "do_sample": False}, chosen, seed=None)
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
-        return cls({**always, **chosen, "do_sample": True}, seed)
+        return cls({**always, **chosen, "do_sample": True}, chosen, seed)

@@ -1,11 +1,13 @@
-"""Image to text: Qwen2.5-VL, Qwen2-VL and what else AutoModelForImageTextToText loads."""
+"""Image to text: Qwen2-VL to Qwen3-VL and what else AutoModelForImageTextToText loads."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.hooks import CpuOffload
+from PIL import Image
+from PIL.Image import Image as PILImage
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -18,23 +20,23 @@ from consumer.ports import (
     Interrupted,
     IsCancelled,
     ModelDescription,
+    ModelUnavailable,
     OnStep,
+    OnText,
     RunnerOutput,
     UnsupportedParameter,
 )
-from consumer.runners import quantization
 from consumer.runners.config import ModelConfig
 from consumer.runners.control_tokens import ControlTokens
+from consumer.runners.deltas import Deltas, written_text
 from consumer.runners.device import Placement, place, release
-from consumer.runners.faults import BadOutput, StoppedAtStep, translated
+from consumer.runners.faults import BadOutput, StoppedAtStep, load_failure, translated
+from consumer.runners.options import see_that_they_fit
 from consumer.runners.pictures import PictureBudget
 from consumer.runners.sampling import Sampling, defaults_of
 from consumer.runners.source import located
 from consumer.runners.vision_loading import download, load_vision_language
 from generation_contracts import ImageToTextRequest, ModelInfo, Request, Task
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _PARAMETERS = {
     "max_new_tokens",
@@ -44,10 +46,10 @@ _PARAMETERS = {
     "repetition_penalty",
     "seed",
 }
-_REFUSED = {
-    "stream": "this worker does not send a text in parts",
-    "then": "this worker starts no further steps",
-}
+_REFUSED = {"then": "this worker starts no further steps"}
+_FEWER_PIXELS = "the pictures were read at half their pixels"
+_ANY_SIZE = (64, 64)  # pixels
+_CACHE_ELSEWHERE = "the cache of keys and values was kept in main memory"
 
 
 def load(config: ModelConfig) -> "VisionLanguageModel":
@@ -57,7 +59,7 @@ def load(config: ModelConfig) -> "VisionLanguageModel":
         ModelUnavailable: With one clear line.
     """
     placement = place(config)
-    quantization.see_that_it_can_be(config, placement)
+    see_that_they_fit(Task.IMAGE_TO_TEXT, config, placement)
     with located(Task.IMAGE_TO_TEXT, config, download) as source:
         model, processor = load_vision_language(source, placement, config)
     info = ModelInfo(
@@ -67,7 +69,16 @@ def load(config: ModelConfig) -> "VisionLanguageModel":
         dtype=placement.dtype_name,
         device=placement.device.type,
     )
-    return VisionLanguageModel(model, processor, placement, info, config.max_image_pixels)
+    try:
+        loaded = VisionLanguageModel(model, processor, placement, info, config)
+        loaded.see_that_it_reads_pictures()
+    except ModelUnavailable:
+        raise
+    except Exception as error:  # noqa: BLE001 - families lack what they like, and templates raise
+        failure = load_failure(error, name=info.id)
+    else:
+        return loaded
+    raise failure
 
 
 class VisionLanguageModel:
@@ -78,7 +89,10 @@ class VisionLanguageModel:
         processor: Its processor, with a tokenizer and a chat template.
         placement: Where it was put.
         info: What it is called.
-        max_image_pixels: An input picture larger than this is made smaller.
+        config: How pictures are read, and what a request gets that says nothing.
+
+    Raises:
+        ModelUnavailable: It cannot be used, or a setting is not for it.
     """
 
     def __init__(
@@ -87,12 +101,14 @@ class VisionLanguageModel:
         processor: Any,
         placement: Placement,
         info: ModelInfo,
-        max_image_pixels: int,
+        config: ModelConfig,
     ) -> None:
+        if model.config.is_encoder_decoder:
+            raise ModelUnavailable(f"{info.id}: {info.family} has a decoder of its own for texts")
         self._model = model
         self._processor = processor
         self._placement = placement
-        self._budget = PictureBudget.of(processor.image_processor, max_image_pixels)
+        self._budget = PictureBudget.of(processor.image_processor, config.max_image_pixels)
         self._control = ControlTokens(processor)
         self._context = int(model.config.get_text_config().max_position_embeddings)  # tokens
         self._ends = _end_tokens(model.generation_config, processor.tokenizer)
@@ -100,13 +116,25 @@ class VisionLanguageModel:
         self._description = ModelDescription(
             info=info,
             parameters=frozenset(_PARAMETERS | system),
-            defaults=defaults_of(model.generation_config),
+            defaults=defaults_of(model.generation_config, config.defaults),
         )
 
     @property
     def description(self) -> ModelDescription:
         """What the model is and takes."""
         return self._description
+
+    def see_that_it_reads_pictures(self) -> None:
+        """Prepare a question about a picture as a run does, without the model.
+
+        Raises:
+            ModelUnavailable: The chat template leaves pictures out.
+            Exception: Whatever the template and the processor raise.
+        """
+        if self._chat("x", None, pictures=1) == self._chat("x", None, pictures=0):
+            name = self._description.info.id
+            raise ModelUnavailable(f"{name}: its chat template has no place for pictures")
+        self._inputs(("x", None), self._budget.fit([Image.new("RGB", _ANY_SIZE)]))
 
     def check(self, request: Request) -> None:
         """See whether the model can do what is asked."""
@@ -123,19 +151,23 @@ class VisionLanguageModel:
     def run(
         self,
         request: Request,
-        images: Sequence["Image"],
+        images: Sequence[PILImage],
         *,
         on_step: OnStep,
         cancelled: IsCancelled,
+        on_text: OnText | None,
         save_memory: bool,
     ) -> RunnerOutput:
         """Write the text of one request."""
         if cancelled():
             raise Interrupted("stopped before the first token")
         asked = _image_to_text(request)
+        deltas = None if on_text is None else Deltas(self._processor.tokenizer, on_text)
+        savings = self._savings() if save_memory else ()
         return translated(
-            lambda: self._write(asked, images, on_step, cancelled, save_memory=save_memory),
+            lambda: self._write(asked, images, on_step, cancelled, deltas=deltas, savings=savings),
             free=lambda: release(self._placement.device),
+            saved=savings,
         )
 
     def close(self) -> None:
@@ -146,48 +178,73 @@ class VisionLanguageModel:
     def _write(
         self,
         request: ImageToTextRequest,
-        images: Sequence["Image"],
+        images: Sequence[PILImage],
         on_step: OnStep,
         cancelled: IsCancelled,
         *,
-        save_memory: bool,
+        deltas: Deltas | None,
+        savings: tuple[str, ...],
     ) -> RunnerOutput:
-        warnings = []
+        warnings = [f"memory was short: {saving}" for saving in savings]
         budget = self._budget
-        if save_memory:
+        if _FEWER_PIXELS in savings:
             budget = replace(budget, most=max(budget.most // 2, budget.least))
-            warnings.append("memory was short: the pictures were read at half their pixels")
-        if self._cleaned(request) != (request.prompt, request.system):
+        said = self._cleaned(request)
+        if said != (request.prompt, request.system):
             warnings.append("control tokens of the model were taken out of the text")
-        inputs = self._inputs(request, budget.fit(images))
+        inputs = self._inputs(said, budget.fit(images))
         most = self._most_new_tokens(request, inputs["input_ids"].shape[1])
         if request.max_new_tokens is not None and most < request.max_new_tokens:
             warnings.append(f"max_new_tokens: the model's context has room for {most} only")
         watch = _Watch(inputs["input_ids"].shape[1], most, on_step, cancelled)
-        written = self._generate(request, inputs, watch, most, offload_cache=save_memory)
-        return RunnerOutput(text=self._text(written, watch), warnings=tuple(warnings))
+        sampling = Sampling.of(request, self._description.defaults)
+        cache = {"cache_implementation": "offloaded"} if _CACHE_ELSEWHERE in savings else {}
+        written = self._generate(sampling, {**inputs, **cache}, watch, deltas)
+        text = self._text(written, watch, sampling)
+        if deltas is not None:
+            deltas.finish(text.text)
+        return RunnerOutput(
+            text=text,
+            warnings=tuple(warnings),
+            parameters={"max_new_tokens": most, **sampling.parameters},
+        )
+
+    def _savings(self) -> tuple[str, ...]:
+        """What a run can do with less memory, in words for the sender."""
+        # Other families make every picture the same size, whatever they are given.
+        fewer = (_FEWER_PIXELS,) if self._budget.patch is not None else ()
+        return (*fewer, _CACHE_ELSEWHERE) if self._placement.device.type == "cuda" else fewer
 
     def _cleaned(self, request: ImageToTextRequest) -> tuple[str, str | None]:
         system = None if request.system is None else self._control.strip(request.system)
         return self._control.strip(request.prompt), system
 
-    def _inputs(self, request: ImageToTextRequest, images: "list[Image]") -> Any:
+    def _inputs(self, said: tuple[str, str | None], images: list[PILImage]) -> Any:
         """The tensors for the model, on its device: the chat in tokens and the pictures in patches.
 
-        The template sees that there are pictures, not the pictures: what it gives is text only.
+        Args:
+            said: The prompt and the system prompt, without control tokens.
+            images: Within the budget.
         """
-        prompt, system = self._cleaned(request)
-        places: list[dict[str, str]] = [{"type": "image"} for _ in images]
+        text = self._chat(*said, pictures=len(images))
+        # Where the template writes the first token itself, the tokenizer must not do so again.
+        first = self._processor.tokenizer.bos_token
+        more = {"add_special_tokens": False} if first and text.startswith(first) else {}
+        inputs = self._processor(text=[text], images=images, return_tensors="pt", **more)
+        return inputs.to(self._placement.device, dtype=self._placement.dtype)
+
+    def _chat(self, prompt: str, system: str | None, *, pictures: int) -> str:
+        """The chat as the template writes it; of the pictures it sees how many there are."""
+        places: list[dict[str, str]] = [{"type": "image"}] * pictures
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": [*places, {"type": "text", "text": prompt}]}
         ]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        text = self._processor.apply_chat_template(
+        text: str = self._processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-        inputs = self._processor(text=[text], images=images, return_tensors="pt")
-        return inputs.to(self._placement.device, dtype=self._placement.dtype)
+        return text
 
     def _most_new_tokens(self, request: ImageToTextRequest, prompt_tokens: int) -> int:
         room = self._context - prompt_tokens
@@ -200,30 +257,21 @@ class VisionLanguageModel:
         return min(int(wanted or 1), room)
 
     def _generate(
-        self,
-        request: ImageToTextRequest,
-        inputs: Any,
-        watch: "_Watch",
-        most: int,
-        *,
-        offload_cache: bool,
+        self, sampling: Sampling, inputs: Any, watch: "_Watch", deltas: Deltas | None
     ) -> list[int]:
         """The tokens that the model wrote, without the prompt's."""
-        sampling = Sampling.of(request, self._description.defaults)
         if sampling.seed is not None:
             # There is no generator argument; one thread for each model makes the global one safe.
             torch.manual_seed(sampling.seed)
-        options = dict(sampling.options)
-        if offload_cache and self._placement.device.type == "cuda":
-            options["cache_implementation"] = "offloaded"
         try:
             with torch.inference_mode():
                 tokens = self._model.generate(
                     **inputs,
-                    **options,
-                    max_new_tokens=most,
+                    **sampling.options,
+                    max_new_tokens=watch.most,
                     stopping_criteria=StoppingCriteriaList([watch]),
                     logits_processor=LogitsProcessorList([_Numbers()]),
+                    streamer=deltas,
                 )
         finally:
             _wait_in_main_memory(self._model)
@@ -232,15 +280,13 @@ class VisionLanguageModel:
         written: list[int] = tokens[0, watch.prompt_tokens :].tolist()
         return written
 
-    def _text(self, written: list[int], watch: "_Watch") -> GeneratedText:
-        text: str = self._processor.tokenizer.decode(
-            written, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def _text(self, written: list[int], watch: "_Watch", sampling: Sampling) -> GeneratedText:
         return GeneratedText(
-            text=text,
+            text=written_text(self._processor.tokenizer, written),
             finish_reason="stop" if written and written[-1] in self._ends else "length",
             prompt_tokens=watch.prompt_tokens,
             completion_tokens=len(written),
+            seed=sampling.seed,
         )
 
 

@@ -10,8 +10,8 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedConfig,
 )
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from consumer.ports import ModelUnavailable
 from consumer.runners import quantization
@@ -23,6 +23,14 @@ from consumer.runners.weights import see_that_none_were_invented
 
 # Never a path or an address of anything but the folder, and never code from it.
 _LOCALLY = {"local_files_only": True, "trust_remote_code": False}
+
+# What transformers brings itself, or by one package, and the models' word for having it.
+_ATTENTION = {
+    "eager": None,
+    "sdpa": "_supports_sdpa",
+    "flex_attention": "_supports_flex_attn",
+    "flash_attention_2": "_supports_flash_attn",
+}
 
 
 def download(model_id: str, revision: str | None) -> str:
@@ -45,21 +53,23 @@ def load_vision_language(
     """
     if not (source.folder / "config.json").is_file():
         raise ModelUnavailable(f"{source.id}: there is no config.json in it")
-    if config.offload == "group":
-        raise ModelUnavailable("MODEL_OFFLOAD: group is for pipelines; take model or sequential")
     try:
-        _see_that_it_writes(AutoConfig.from_pretrained(source.folder, **_LOCALLY), source.id)
+        model_class = _class_that_writes(source)
+        _see_that_the_attention_is_here(config.attention, model_class)
         processor = _processor(source)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source.folder,
             dtype=placement.dtype,
             use_safetensors=True,
             output_loading_info=True,
+            **({"attn_implementation": config.attention} if config.attention else {}),
+            **({"device_map": config.device_map} if config.device_map != "none" else {}),
             **quantization.for_transformers(config, placement, source.folder, worth_it=0),
             **_LOCALLY,
         )
         model, info = loaded
         see_that_none_were_invented(info, source.id)
+        _see_that_none_is_off_the_gpus(model, config)
         model.eval()
         _put_in_place(model, placement, config)
     except ModelUnavailable:
@@ -71,9 +81,15 @@ def load_vision_language(
     raise failure
 
 
-def _see_that_it_writes(config: PreTrainedConfig, name: str) -> None:
-    if type(config) not in AutoModelForImageTextToText._model_mapping:  # noqa: SLF001 - no public way
-        raise ModelUnavailable(f"{name}: {config.model_type} does not write texts about pictures")
+def _class_that_writes(source: Source) -> type[Any]:
+    config = AutoConfig.from_pretrained(source.folder, **_LOCALLY)
+    classes: Any = AutoModelForImageTextToText._model_mapping  # noqa: SLF001 - no public way
+    if type(config) not in classes:
+        raise ModelUnavailable(
+            f"{source.id}: {config.model_type} does not write texts about pictures"
+        )
+    found: type[Any] = classes[type(config)]
+    return found
 
 
 def _processor(source: Source) -> Any:
@@ -84,12 +100,39 @@ def _processor(source: Source) -> Any:
     return processor
 
 
+def _see_that_the_attention_is_here(name: str, model_class: type[Any]) -> None:
+    if not name:
+        return
+    # Any other name would be fetched from the hub and run.
+    if name not in _ATTENTION:
+        raise ModelUnavailable(f"MODEL_ATTENTION: must be one of {', '.join(_ATTENTION)}")
+    if (having := _ATTENTION[name]) and not getattr(model_class, having):
+        raise ModelUnavailable(f"MODEL_ATTENTION: {model_class.__name__} has no {name}")
+    # Where its package is missing but `kernels` is there, it would be fetched from the hub too.
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ModelUnavailable("MODEL_ATTENTION: the package flash-attn is not installed")
+
+
+def _see_that_none_is_off_the_gpus(model: Any, config: ModelConfig) -> None:
+    if config.device_map != "none" and {"cpu", "disk"} & set(model.hf_device_map.values()):
+        raise ModelUnavailable("MODEL_DEVICE_MAP: the model does not fit on the GPUs")
+
+
 def _put_in_place(model: Any, placement: Placement, config: ModelConfig) -> None:
     if config.offload == "model":
         accelerate.cpu_offload_with_hook(model, placement.device)
     elif config.offload == "sequential":
         accelerate.cpu_offload(model, placement.device)
-    elif config.quantization == "none":
+    elif config.quantization == "none" and config.device_map == "none":
         model.to(placement.device)  # a quantized one was put there while it was loaded
     if config.compile:
-        model.compile(dynamic=True)
+        _compile_the_layers(model)
+
+
+def _compile_the_layers(model: Any) -> None:
+    # What must not be split over devices are the layers that repeat. Their lengths change with
+    # every request: dynamic, or each would be compiled anew.
+    layers = set(model._no_split_modules or ())  # noqa: SLF001 - no public way
+    repeated = [module for module in model.modules() if type(module).__name__ in layers]
+    for module in repeated or [model]:
+        module.compile(dynamic=True)

@@ -103,6 +103,9 @@ class ImageArtifact(EventPart):
     width: Annotated[int, Field(gt=0, description="pixels")]
     height: Annotated[int, Field(gt=0, description="pixels")]
     seed: Annotated[int, Field(ge=0)]
+    flagged: bool | None = Field(
+        default=None, description="what the worker's safety checker says; absent: there is none"
+    )
 
 
 class TextOutput(EventPart):
@@ -113,6 +116,9 @@ class TextOutput(EventPart):
     finish_reason: Literal["stop", "length"]
     prompt_tokens: Annotated[int, Field(ge=0)]
     completion_tokens: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="of the sampling; absent where the text was not drawn by chance"
+    )
 
 
 Output = Annotated[ImageArtifact | TextOutput, Field(discriminator="kind")]

@@ -16,6 +16,7 @@ from generation_contracts.subjects import RequestId
 VERSION = "generation.v1"
 
 Seconds = Annotated[float, Field(ge=0, description="seconds")]
+ParameterValue = int | float | str | dict[str, float]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
@@ -62,10 +63,20 @@ class StartedEvent(EventBase):
     type: Literal["generation.v1.started"] = "generation.v1.started"
     queued: Seconds
     model: ModelInfo
+    defaults: dict[str, ParameterValue] = Field(
+        default_factory=dict, description="what the model uses where a request says nothing"
+    )
 
 
 class ProgressEvent(EventBase):
-    """The run has come to a step. For text a step is a token."""
+    """The run has come to a step. For text a step is a token.
+
+    A step of 0, or another attempt, begins the run and its text anew. These are passing news and
+    some may be lost; the text in the result is the truth.
+
+    Attributes:
+        text: What has been added since the last event with a text, where the request streams.
+    """
 
     type: Literal["generation.v1.progress"] = "generation.v1.progress"
     step: Annotated[int, Field(ge=0)]
@@ -93,6 +104,9 @@ class SucceededEvent(TerminalEvent):
     type: Literal["generation.v1.succeeded"] = "generation.v1.succeeded"
     outputs: Annotated[tuple[Output, ...], Field(min_length=1)]
     model: ModelInfo
+    parameters: dict[str, ParameterValue] = Field(
+        default_factory=dict, description="what the outputs were made with, defaults included"
+    )
     timings: Timings
     warnings: tuple[str, ...] = Field(
         default=(), description="what was done otherwise than asked, for example a prompt cut short"

@@ -76,6 +76,16 @@ REQUESTS: Final[Mapping[str, Request]] = {
             TextToImageStep(task="text_to_image", prompt="as a woodcut: $text", num_images=1),
         ),
     ),
+    "text_to_image_adapters": TextToImageRequest(
+        request_id="sketch-0001",
+        prompt="a lighthouse at dusk",
+        adapters={"pencil": 0.75, "storm_2": -0.5},
+        then=(
+            TextToImageStep(
+                task="text_to_image", prompt="the same by night", adapters={"pencil": 1.0}
+            ),
+        ),
+    ),
     "image_to_text_minimal": ImageToTextRequest(
         prompt="What is in this picture?",
         images=("s3://generation/text_to_image/poster-0001/0.png",),
@@ -140,6 +150,9 @@ _PICTURE_MODEL = ModelInfo(
     device="cuda:0",
 )
 
+_TEXT_MODEL = ModelInfo(
+    id="Qwen/Qwen2.5-VL-3B-Instruct", family="qwen2_5_vl", dtype="float32", device="cpu"
+)
 
 _DETAILS: Mapping[FailureCode, dict[str, Any]] = {
     FailureCode.INVALID_REQUEST: {
@@ -149,7 +162,7 @@ _DETAILS: Mapping[FailureCode, dict[str, Any]] = {
 }
 
 
-def _failed(code: FailureCode, message: str) -> FailedEvent:
+def _failed(code: FailureCode, message: str, **details: Any) -> FailedEvent:
     return FailedEvent(
         request_id=_PICTURE_ID,
         task=Task.TEXT_TO_IMAGE,
@@ -159,7 +172,7 @@ def _failed(code: FailureCode, message: str) -> FailedEvent:
         attempt=1,
         metadata=_METADATA,
         request_digest=_PICTURE_DIGEST,
-        failure=Failure.of(code, message, **_DETAILS.get(code, {})),
+        failure=Failure.of(code, message, **_DETAILS.get(code, {}), **details),
     )
 
 
@@ -187,6 +200,24 @@ EVENTS: Final[Mapping[str, Event]] = {
         queued=0.25,
         model=_PICTURE_MODEL,
     ),
+    "started_defaults": StartedEvent(
+        request_id="sketch-0001",
+        task=Task.TEXT_TO_IMAGE,
+        sequence=0,
+        time=_TIME,
+        worker=_WORKER,
+        attempt=1,
+        queued=0.25,
+        model=_PICTURE_MODEL,
+        defaults={
+            "width": 1024,
+            "height": 1024,
+            "num_inference_steps": 4,
+            "guidance_scale": 0.0,
+            "num_images": 1,
+            "output_format": "png",
+        },
+    ),
     "progress_image": ProgressEvent(
         request_id=_PICTURE_ID,
         task=Task.TEXT_TO_IMAGE,
@@ -211,6 +242,16 @@ EVENTS: Final[Mapping[str, Event]] = {
         step=12,
         of=128,
         text=" a red circle",
+    ),
+    "progress_begun_again": ProgressEvent(
+        request_id=_TEXT_ID,
+        task=Task.IMAGE_TO_TEXT,
+        sequence=4,
+        time=_TIME,
+        worker="image_to_text-1",
+        attempt=2,
+        step=0,
+        of=128,
     ),
     "succeeded_image": SucceededEvent(
         request_id=_PICTURE_ID,
@@ -256,10 +297,74 @@ EVENTS: Final[Mapping[str, Event]] = {
                 completion_tokens=9,
             ),
         ),
-        model=ModelInfo(
-            id="Qwen/Qwen2.5-VL-3B-Instruct", family="qwen2_5_vl", dtype="float32", device="cpu"
-        ),
+        model=_TEXT_MODEL,
         timings=Timings(queued=0.5, inference=1.5),
+    ),
+    "succeeded_image_flagged": SucceededEvent(
+        request_id="sketch-0001",
+        task=Task.TEXT_TO_IMAGE,
+        sequence=9,
+        time=_TIME,
+        worker=_WORKER,
+        attempt=1,
+        request_digest=request_digest(REQUESTS["text_to_image_adapters"]),
+        outputs=(
+            ImageArtifact(
+                bucket="generation",
+                key="text_to_image/sketch-0001/0.png",
+                url="https://pictures.example/generation/text_to_image/sketch-0001/0.png?X-Amz-Signature=0",
+                url_expires_at=_LATER,
+                etag="9a0364b9e99bb480dd25e1f0284c8555",
+                sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+                size=1_432_100,
+                media_type="image/png",
+                width=1024,
+                height=1024,
+                seed=4_019_283_746,
+                flagged=False,
+            ),
+        ),
+        model=_PICTURE_MODEL,
+        parameters={
+            "width": 1024,
+            "height": 1024,
+            "num_inference_steps": 4,
+            "guidance_scale": 0.0,
+            "adapters": {"pencil": 0.75, "storm_2": -0.5},
+        },
+        timings=Timings(queued=0.25, inference=3.5, encode=0.125, upload=0.0625),
+    ),
+    "succeeded_text_sampled": SucceededEvent(
+        request_id=_TEXT_ID,
+        task=Task.IMAGE_TO_TEXT,
+        sequence=12,
+        time=_TIME,
+        worker="image_to_text-1",
+        attempt=2,
+        request_digest=request_digest(REQUESTS["image_to_text_full"]),
+        outputs=(
+            TextOutput(
+                text="The light is on: “at last”.",
+                finish_reason="stop",
+                prompt_tokens=911,
+                completion_tokens=9,
+                seed=7,
+            ),
+        ),
+        model=_TEXT_MODEL,
+        parameters={
+            "max_new_tokens": 128,
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "top_k": 40,
+            "repetition_penalty": 1.05,
+        },
+        timings=Timings(queued=0.5, inference=1.5),
+    ),
+    "failed_out_of_memory_tried": _failed(
+        FailureCode.OUT_OF_MEMORY,
+        "the device has too little memory for this request",
+        tried=["decoding in tiles", "parts in main memory while they are not used"],
     ),
     **{f"failed_{code}": _failed(code, message) for code, message in _FAILURES.items()},
     "cancelled": CancelledEvent(

@@ -37,6 +37,7 @@ MAX_STEPS = 200
 MAX_NEW_TOKENS = 8_192
 MAX_CHAIN = 8  # steps in a routing slip
 MAX_METADATA = 16  # entries
+MAX_ADAPTERS = 4  # in one request
 MAX_PROBLEMS = 8  # told of one invalid request
 
 
@@ -88,6 +89,8 @@ Metadata = Annotated[
 ]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Side = Annotated[int, Field(ge=16, le=MAX_SIDE, description="pixels")]
+AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+AdapterWeight = Annotated[float, Field(ge=-4, le=4, description="1 is the adapter as it was made")]
 
 
 class TextToImageParameters(RequestPart):
@@ -105,6 +108,10 @@ class TextToImageParameters(RequestPart):
         default=None, description="picture n uses seed + n; absent: drawn, and told in the result"
     )
     output_format: Literal["png", "webp", "jpeg"] = "png"
+    adapters: Annotated[dict[AdapterName, AdapterWeight], Field(max_length=MAX_ADAPTERS)] = Field(
+        default_factory=dict,
+        description="LoRA adapters by the names that the worker's settings give them",
+    )
     preview: bool = False
 
 

@@ -1,8 +1,9 @@
 """The contract as documents: AsyncAPI 3 for all subjects and messages, JSON Schema for each body.
 
 Both are made from the models, the header names and the examples of this package, so they say what
-the code does. Three things pydantic leaves out are added: a second name that a field is accepted
-under, the constant field that tells events apart as required, and examples.
+the code does. What pydantic leaves out is added: a second name that a field is accepted
+under, the constant field that tells events apart as required, the end of a map whose keys have a
+pattern, and examples.
 """
 
 import json
@@ -72,6 +73,13 @@ class _Generator(GenerateJsonSchema):
         if self.mode == "serialization" and inner["type"] == "default":
             return bool(inner["schema"]["type"] == "literal")
         return super().field_is_required(field, total)
+
+    def dict_schema(self, schema: core_schema.DictSchema) -> Document:
+        """Close a map whose keys have a pattern: pydantic leaves it open to every other key."""
+        document = super().dict_schema(schema)
+        if "patternProperties" in document:
+            document["additionalProperties"] = False
+        return document
 
     def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> Document:
         """Leave out `discriminator`: it is OpenAPI's, and the constant fields say the same."""

@@ -47,6 +47,11 @@ TEXT_TO_IMAGE: dict[str, st.SearchStrategy[Any]] = {
     "num_images": st.integers(1, 8),
     "seed": seeds,
     "output_format": st.sampled_from(["png", "webp", "jpeg"]),
+    "adapters": st.dictionaries(
+        st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True),
+        st.floats(-4, 4),
+        max_size=4,
+    ),
     "preview": st.booleans(),
 }
 IMAGE_TO_TEXT: dict[str, st.SearchStrategy[Any]] = {

@@ -32,7 +32,8 @@ def with_unknown_fields(value: Any) -> Any:
 @by_name
 def test_fields_of_a_newer_daemon_are_ignored_at_every_depth(name: str) -> None:
     body = json.loads(encode(EVENTS[name]))
-    free = {"metadata": body["metadata"]}  # a free map: whatever is in it belongs to it
+    maps = ("metadata", "defaults", "parameters")  # free: whatever is in one belongs to it
+    free = {name: body[name] for name in maps if name in body}
     if "failure" in body:
         free["failure"] = {**body["failure"], "later": 1}
     newer = with_unknown_fields(body) | free

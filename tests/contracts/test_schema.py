@@ -24,7 +24,7 @@ REQUEST_SCHEMAS = {TEXT_TO_IMAGE: "TextToImageRequest", IMAGE_TO_TEXT: "ImageToT
 # What JSON Schema cannot say, or this validator says otherwise: it takes 512.0 for a whole number,
 # does not look at formats, and its `$` allows a line break at the end.
 BEYOND_THE_SCHEMA = [512.0, " \t\n", "a\n", "soon", "2026-01-02", "2030-01-02T03:04:05"]
-BEYOND_THE_SCHEMA += ["2030-13-02T03:04:05Z", "1767323045", ""]
+BEYOND_THE_SCHEMA += ["2030-13-02T03:04:05Z", "1767323045", "", {"a\n": 1}]
 
 
 def taken_by_schema(task: Any, fields: dict[str, Any]) -> bool:

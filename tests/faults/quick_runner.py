@@ -14,6 +14,7 @@ from consumer.ports import (
     IsCancelled,
     ModelDescription,
     OnStep,
+    OnText,
     RunnerOutput,
 )
 from generation_contracts import ModelInfo, Request, TextToImageRequest
@@ -70,6 +71,7 @@ class QuickRunner:
         *,
         on_step: OnStep,
         cancelled: IsCancelled,
+        on_text: OnText | None = None,
         save_memory: bool = False,
     ) -> RunnerOutput:
         note("runs", request.request_id or "")

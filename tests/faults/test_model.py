@@ -97,6 +97,7 @@ async def test_out_of_memory_for_good_is_a_failure_and_no_dead_letter(scene: Sce
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == (FAILED, 1)
     assert event["failure"]["code"] == "out_of_memory"
+    assert event["failure"]["details"] == {"tried": ["saving"]}
     assert scene.runs() == [request_id] * 2
     assert await scene.dead_letters() == []
     await is_done_next(scene, worker, event)

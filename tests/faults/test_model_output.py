@@ -7,10 +7,12 @@ becomes of the request, with the real runner and codec, and ports in memory.
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
@@ -67,14 +69,15 @@ class Worker:
             assert await self._execution.handle(delivery) is None
         return delivery
 
-    async def sha256(self, request_id: str) -> str:
-        """Of the picture of a request that succeeds at its first try."""
+    async def pixels(self, request_id: str) -> bytes:
+        """The picture of a request that succeeds at its first try, without what its file says."""
         assert (await self.takes(request_id)).attempt == 1
         event = await self.world.result(request_id)
         assert isinstance(event, SucceededEvent)
         (output,) = event.outputs
         assert isinstance(output, ImageArtifact)
-        return output.sha256
+        file = await self.world.object(output.bucket, output.key)
+        return Image.open(BytesIO(file)).tobytes()
 
 
 @pytest.fixture
@@ -119,7 +122,7 @@ def too_small(pipe: Any) -> Iterator[None]:
 async def test_output_that_is_no_picture_is_a_model_error_and_the_next_one_is_unharmed(
     worker: Worker, fault: Any, reason: str
 ) -> None:
-    before = await worker.sha256("before")
+    before = await worker.pixels("before")
     with fault(worker.pipe):
         last = await worker.takes("bad")
     assert last.attempt == 3
@@ -129,5 +132,5 @@ async def test_output_that_is_no_picture_is_a_model_error_and_the_next_one_is_un
     assert event.failure.details == {"exception": reason}
     ((letter, _),) = await worker.world.dead_letters()
     assert letter.code is FailureCode.MODEL_ERROR
-    assert await worker.sha256("after") == before
+    assert await worker.pixels("after") == before
     assert {key.split("/")[-2] for key in await worker.world.objects()} == {"before", "after"}

@@ -58,7 +58,7 @@ async def test_every_request_has_one_result_though_the_server_dies_again_and_aga
 async def work(installation: Installation, worker: Worker, runs: Counter[str]) -> None:
     example = EVENTS["succeeded_image"]
     assert isinstance(example, SucceededEvent)
-    chance = random.Random(2)  # noqa: S311 - no secret
+    chance = random.Random(2)
     events = installation.events_of(worker)
     while (delivered := await worker.loop.next()) is not None:
         request_id = installation.subjects.id_in(delivered.subject, TASK)

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from consumer.ports import ModelUnavailable
-from consumer.runners import ModelConfig, create_runner, vision_language
-from consumer.runners.device import Placement, place
+from consumer.runners import ModelConfig, create_runner
+from consumer.runners.device import place
 from consumer.runners.pipeline_loading import text_to_image_class
 from generation_contracts import Task, TextToImageRequest
 from tests.tiny_models import Folder, Load
@@ -305,11 +305,6 @@ def test_a_model_that_is_not_to_be_had_is_told(task: Task, hub_cache: Path) -> N
             {"device": "cpu", "offload": "model"},
             "MODEL_OFFLOAD: the device is cpu, there is nothing to offload from",
         ),
-        ({"quantization": "3-bit"}, "MODEL_QUANTIZATION: must be none or bitsandbytes-4bit"),
-        (
-            {"quantization": "bitsandbytes-4bit"},
-            "MODEL_QUANTIZATION: the package bitsandbytes is not installed",
-        ),
     ],
 )
 @pytest.mark.parametrize("task", list(Task))
@@ -318,15 +313,7 @@ def test_what_this_machine_lacks_is_told_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    monkeypatch.setattr("consumer.runners.quantization.find_spec", lambda _: None)
     assert refusal("no/model", task, **options) == line
-
-
-@pytest.mark.parametrize("task", list(Task))
-def test_quantization_on_a_cpu_is_refused(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("consumer.runners.quantization.find_spec", lambda name: name)
-    line = refusal("no/model", task, quantization="bitsandbytes-4bit", device="cpu")
-    assert line == "MODEL_QUANTIZATION: needs the device cuda"
 
 
 @pytest.mark.parametrize(
@@ -365,17 +352,8 @@ def test_compile_compiles_the_repeated_blocks_of_the_denoiser(
     monkeypatch.setattr(
         "torch.nn.Module.compile", lambda self, **_: compiled.append(type(self).__name__)
     )
-    load(model_folder(family), compile=True)
+    load(model_folder(family), compile=True, defaults={"width": 64, "height": 64})
     assert compiled == blocks
-
-
-def test_group_offload_of_a_vision_language_model_is_refused(
-    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cpu = Placement(torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(vision_language, "place", lambda _: cpu)
-    line = refusal(model_folder(VISION), Task.IMAGE_TO_TEXT, offload="group")
-    assert line == "MODEL_OFFLOAD: group is for pipelines; take model or sequential"
 
 
 @pytest.mark.parametrize(

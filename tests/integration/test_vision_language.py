@@ -65,7 +65,9 @@ def inner(runner: ModelRunner) -> Any:
 
 def ids_of_prompt(runner: ModelRunner, *images: Image.Image, **fields: Any) -> list[int]:
     ids: list[int] = (
-        inner(runner)._inputs(asked(**fields), list(images or (RED,)))["input_ids"][0].tolist()
+        inner(runner)
+        ._inputs(inner(runner)._cleaned(asked(**fields)), list(images or (RED,)))["input_ids"][0]
+        .tolist()
     )
     return ids
 
@@ -205,7 +207,23 @@ def test_saving_memory_reads_fewer_pixels(qwen: ModelRunner) -> None:
     )
     assert output.text is not None
     assert output.text.prompt_tokens < written(qwen, large).prompt_tokens
-    assert "half their pixels" in output.warnings[0]
+    assert output.warnings == ("memory was short: the pictures were read at half their pixels",)
+
+
+def test_a_run_out_of_memory_tells_what_was_tried(qwen: ModelRunner) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError(SECRET)
+
+    hook = inner(qwen)._model.lm_head.register_forward_pre_hook(fail)
+    tried = []
+    try:
+        for save_memory in (False, True):
+            with pytest.raises(OutOfMemory) as raised:
+                written(qwen, save_memory=save_memory)
+            tried.append(raised.value.tried)
+    finally:
+        hook.remove()
+    assert tried == [(), ("the pictures were read at half their pixels",)]
 
 
 # -- what a sender writes is text, not control ----------------------------------------------------
@@ -251,7 +269,6 @@ def test_a_system_prompt_takes_the_place_of_the_models_own(qwen: ModelRunner) ->
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"stream": True}, "stream"),
         ({"then": (TextToImageStep(task="text_to_image", prompt="$text"),)}, "then"),
     ],
 )

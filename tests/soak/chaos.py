@@ -112,7 +112,7 @@ class Chaos:
         self._nats = nats
         self._store = store
         self._workers = workers
-        self._draw = random.Random(f"{seed} chaos")  # noqa: S311 - nothing is guarded by it
+        self._draw = random.Random(f"{seed} chaos")
         self._seconds = seconds
         self.blows: list[Blow] = []
 

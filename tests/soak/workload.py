@@ -97,7 +97,7 @@ class Workload:
 
     def __init__(self, subjects: Subjects, seed: int, *, seconds: float, costly: bool) -> None:
         self._subjects = subjects
-        self._draw = random.Random(f"{seed} workload")  # noqa: S311 - nothing is guarded by it
+        self._draw = random.Random(f"{seed} workload")
         self._seconds = seconds
         self._shares: dict[str, int] = {**_FATES, **(_COSTLY if costly else {}), **_OTHERS}
 

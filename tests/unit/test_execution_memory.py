@@ -16,7 +16,6 @@ from consumer.ports import (
     GeneratedImage,
     Interrupted,
     ModelError,
-    OutOfMemory,
     OutputFormat,
     RunnerOutput,
     UnsupportedParameter,
@@ -25,7 +24,7 @@ from consumer.run import Reason
 from generation_contracts import CancelledEvent, Task
 from tests.behaviour import asking, from_now, soon, while_running
 from tests.daemon_logging import daemon_logging
-from tests.memory_ports import POLL, Hold, MemoryImages, Run, make
+from tests.memory_ports import POLL, Hold, MemoryImages, Run, make, out_of_memory
 from tests.memory_world import MemoryWorld, Worlds
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -101,8 +100,8 @@ class Traced:
         """Watch every picture's file from now on."""
         encode = images.encode
 
-        def watched(image: Image.Image, output_format: OutputFormat, *, seed: int) -> EncodedImage:
-            made = encode(image, output_format, seed=seed)
+        def watched(image: Image.Image, output_format: OutputFormat, **said: Any) -> EncodedImage:
+            made = encode(image, output_format, **said)
             self.watch(made)
             return made
 
@@ -143,7 +142,7 @@ async def test_tensors_of_a_run_out_of_memory_are_gone_before_the_second_try(
         left.extend(traced.alive)
         return make(run)
 
-    world.runner.will(traced.raising(OutOfMemory), look)
+    world.runner.will(traced.raising(out_of_memory), look)
     await world.send(asking())
     await soon(world.work())
     assert len(world.runner.runs) == 2
@@ -154,7 +153,7 @@ async def test_both_errors_and_tensors_of_a_run_always_out_of_memory_are_gone_wi
     world: MemoryWorld,
 ) -> None:
     traced = Traced()
-    world.runner.will(traced.raising(OutOfMemory), traced.raising(OutOfMemory))
+    world.runner.will(traced.raising(out_of_memory), traced.raising(out_of_memory))
     await world.send(asking())
     await soon(world.work())
     assert world.observer.outcomes == ["out_of_memory"]

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from consumer import execution
-from consumer.ports import DeviceLost, ModelError, OutOfMemory
+from consumer.ports import DeviceLost, ModelError
 from consumer.run import Reason
 from generation_contracts import (
     CancelledEvent,
@@ -20,7 +20,7 @@ from generation_contracts import (
     request_digest,
 )
 from tests.behaviour import INBOX, asking, failure, soon, while_running
-from tests.memory_ports import Script, raising
+from tests.memory_ports import Script, out_of_memory, raising
 from tests.memory_world import MemoryWorld, Worlds
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -81,7 +81,7 @@ ORDERS: list[tuple[str, list[Script], int, list[str]]] = [
         4,
         ["nak"] * 3 + ["dead_letter", "publish failed", "reply failed", "term worker_lost"],
     ),
-    ("out of memory", [raising(OutOfMemory)] * 2, 1, ["publish failed", "reply failed", "ack"]),
+    ("out of memory", [raising(out_of_memory)] * 2, 1, ["publish failed", "reply failed", "ack"]),
 ]
 BODIES = {
     "expired": asking(reply_to=INBOX, deadline="2020-01-01T00:00:00Z"),

@@ -1,7 +1,11 @@
 """The pictures' codec: what senders may hand in, and what the outputs are made of."""
 
 import hashlib
+import json
+import re
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from io import BytesIO
@@ -9,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 
-from consumer.images import ImageCodec
+from consumer.images import MAX_SAID, ImageCodec
 from consumer.ports import InputUnavailable, OutputFormat
 
 CODEC = ImageCodec()
+unhurried = settings(deadline=None)  # a slow machine is no failure
 FORMATS = ("PNG", "JPEG", "WEBP")
 RED, BLUE, WHITE = (200, 30, 40), (20, 40, 190), (255, 255, 255)
 
@@ -357,6 +362,7 @@ def test_a_refusal_says_nothing_of_the_machine(tmp_path: Path) -> None:
         assert "object at" not in refusal(data)
 
 
+@unhurried
 @given(st.binary(max_size=200))
 def test_random_bytes_are_only_ever_refused(data: bytes) -> None:
     refusal(data)
@@ -371,6 +377,7 @@ SEEDS = (
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about broken EXIF
+@unhurried
 @given(
     st.sampled_from(SEEDS),
     st.lists(st.tuples(st.integers(0, 2_000), st.integers(0, 255)), min_size=1, max_size=8),
@@ -394,6 +401,7 @@ def test_png_is_lossless() -> None:
     assert CODEC.decode(encoded.data).tobytes() == picture().tobytes()
 
 
+@unhurried
 @given(st.binary(min_size=48, max_size=48), st.integers(0, 2**63 - 1))
 def test_any_pixels_survive_a_round_trip(pixels: bytes, seed: int) -> None:
     image = Image.frombytes("RGB", (4, 4), pixels)
@@ -451,6 +459,122 @@ def test_any_mode_can_be_written(output_format: OutputFormat) -> None:
     for mode in ("L", "RGBA", "P", "CMYK"):
         encoded = CODEC.encode(picture().convert(mode), output_format, seed=0)
         assert CODEC.decode(encoded.data).mode == "RGB"
+
+
+# -- what a file says -----------------------------------------------------------------------------
+
+EVERY_FORMAT = pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
+PAGE = Path(__file__).parents[2] / "docs" / "provenance.md"
+# As long as senders can make them, in characters that need the most room in JSON.
+LONGEST = {
+    "software": "generation-consumer 10.20.30",
+    "request_id": "x" * 64,
+    "seed": str(2**32 - 1),
+    "model": "m" * 200,
+    "revision": "f" * 40,
+    "parameters": json.dumps({f"{'a' * 64}{n}": 0.123456789 for n in range(8)}),
+    "flagged": "false",
+    "prompt": "\U0001f4a1" * 8_000,
+    "negative_prompt": "\U0001f4a1" * 8_000,
+}
+
+
+def read_back(data: bytes) -> dict[str, str]:
+    with Image.open(BytesIO(data)) as opened:
+        if isinstance(opened, PngImagePlugin.PngImageFile):
+            return {name: str(value) for name, value in opened.text.items()}
+        told: dict[str, str] = json.loads(opened.getexif()[ExifTags.Base.ImageDescription])
+        return told
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize(
+    "value",
+    [
+        "7",
+        "eine Brücke, «à l'aube»",
+        "灯台と海 маяк \U0001f4a1",
+        'quotes " and \\ and <b>&amp;</b>',
+        "two\nlines and a\ttab",
+    ],
+)
+def test_what_a_file_says_comes_back_in_any_script(output_format: OutputFormat, value: str) -> None:
+    said = {"seed": "7", "prompt": value}
+    assert read_back(CODEC.encode(picture(), output_format, seed=7, provenance=said).data) == said
+
+
+@EVERY_FORMAT
+@unhurried
+@given(st.text(max_size=50))
+def test_any_text_can_be_said_without_its_control_characters(
+    output_format: OutputFormat, value: str
+) -> None:
+    encoded = CODEC.encode(Image.new("RGB", (4, 4)), output_format, seed=0, provenance={"a": value})
+    kept = "".join(c for c in value if c in "\t\n" or not ("\0" <= c < " " or "\x7f" <= c < "\xa0"))
+    assert read_back(encoded.data) == {"a": kept}
+
+
+@EVERY_FORMAT
+def test_half_a_character_is_not_said(output_format: OutputFormat) -> None:
+    said = {"prompt": "a\ud800b\x1b[31mc\0d"}
+    encoded = CODEC.encode(picture(), output_format, seed=0, provenance=said)
+    assert read_back(encoded.data) == {"prompt": "ab[31mcd"}
+
+
+@EVERY_FORMAT
+def test_long_values_are_cut_so_that_every_format_can_hold_them(
+    output_format: OutputFormat,
+) -> None:
+    told = read_back(CODEC.encode(picture(), output_format, seed=0, provenance=LONGEST).data)
+    assert told.keys() == LONGEST.keys()
+    assert told["prompt"] == "\U0001f4a1" * (MAX_SAID - 1) + "…"
+    assert told["parameters"] == LONGEST["parameters"]
+
+
+@EVERY_FORMAT
+def test_what_a_file_says_changes_no_pixel(output_format: OutputFormat) -> None:
+    silent = CODEC.encode(picture(), output_format, seed=0).data
+    saying = CODEC.encode(picture(), output_format, seed=0, provenance=LONGEST).data
+    assert saying != silent
+    assert CODEC.decode(saying).tobytes() == CODEC.decode(silent).tobytes()
+    assert CODEC.encode(picture(), output_format, seed=0, provenance=LONGEST).data == saying
+    assert CODEC.encode(picture(), output_format, seed=0, provenance={}).data == silent
+
+
+@EVERY_FORMAT
+def test_metadata_that_a_picture_brings_does_not_get_into_what_its_file_says(
+    output_format: OutputFormat,
+) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("prompt", "a secret")
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = "a secret"
+    exif[ExifTags.Base.Artist] = "somebody"
+    for file in (as_file(picture(), pnginfo=text), as_file(picture(), "JPEG", exif=exif)):
+        with Image.open(BytesIO(file)) as brought:
+            brought.load()
+            encoded = CODEC.encode(brought, output_format, seed=0, provenance={"seed": "0"})
+        assert read_back(encoded.data) == {"seed": "0"}
+        assert b"secret" not in encoded.data
+        assert b"somebody" not in encoded.data
+
+
+def test_page_says_how_to_read_it(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    files = []
+    for output_format in ("png", "webp", "jpeg"):
+        said = {"request_id": "poster-0001", "prompt": "маяк"}
+        encoded = CODEC.encode(picture(), output_format, seed=0, provenance=said)
+        files.append(tmp_path / f"picture.{encoded.extension}")
+        files[-1].write_bytes(encoded.data)
+    for file in files:
+        told = subprocess.run(
+            [sys.executable, "-X", "utf8", "-c", code, str(file)],
+            check=True,
+            capture_output=True,
+            encoding="utf-8",
+        ).stdout
+        assert told == "request_id: poster-0001\nprompt: маяк\n"
 
 
 def test_an_encoded_picture_does_not_show_its_bytes() -> None:

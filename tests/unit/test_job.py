@@ -134,7 +134,11 @@ def test_failures_carry_what_the_sender_can_act_on() -> None:
     assert failure(ModelRaised("ValueError"))[1:] == ({"exception": "ValueError"}, True)
     assert failure(Broken("KeyError"))[1:] == ({"exception": "KeyError"}, True)
     assert failure(WorkerLost())[1:] == ({}, True)
-    assert failure(RanOutOfMemory(saved_memory=True))[1:] == ({}, True)
+    tried = ("decoding in tiles", "offload")
+    assert failure(RanOutOfMemory(saved_memory=True, tried=tried))[1:] == (
+        {"tried": ["decoding in tiles", "offload"]},
+        True,
+    )
     assert failure(Conflict())[1:] == ({}, False)
 
 

@@ -1,6 +1,7 @@
 """One watched run: what is told of it, what stops it, and what becomes of a thread that hangs."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ class Watched:
     steps: Steps = field(default_factory=Steps)
     interrupt: Interrupt = field(default_factory=Interrupt)
     told: list[tuple[int, int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    while_telling: Callable[[], None] = lambda: None
     ending: asyncio.Future[RunnerOutput] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -39,7 +42,9 @@ class Watched:
             )
 
     async def _publish(self) -> None:
+        self.texts.append(self.steps.take_text())
         self.told.append(self.steps.position)
+        self.while_telling()
 
 
 Turn = Callable[[], None]
@@ -108,6 +113,86 @@ async def test_run_that_tells_no_step_is_not_told_of(clockwork: Clockwork) -> No
     assert watched.told == []
 
 
+async def test_what_is_added_to_a_text_is_told_in_one_piece_for_each_look(
+    clockwork: Clockwork,
+) -> None:
+    watched = Watched()
+
+    def write(*texts: str) -> Turn:
+        def turn() -> None:
+            for number, text in enumerate(texts):
+                watched.steps(len(watched.texts) * 10 + number, 100)
+                watched.steps.add(text)
+
+        return turn
+
+    nothing = clockwork.passing(run.PROGRESS_INTERVAL)
+    end = lambda: watched.ending.set_result(OUTPUT)  # noqa: E731 - a turn like the others
+    clockwork.turns = [write("a", " b"), nothing, write("", " c"), end]
+    assert await watched.watch() is OUTPUT
+    assert watched.texts == ["a b", " c"]
+
+
+async def test_text_without_a_new_step_is_told_at_the_next_look(clockwork: Clockwork) -> None:
+    watched = Watched()
+
+    def end() -> None:
+        assert watched.texts == ["late"]
+        watched.ending.set_result(OUTPUT)
+
+    clockwork.turns = [lambda: watched.steps.add("late"), end]
+    assert await watched.watch() is OUTPUT
+    assert watched.texts == ["late"]
+
+
+async def test_last_of_a_text_is_told_though_the_run_ends_while_the_text_before_is_told(
+    clockwork: Clockwork,
+) -> None:
+    watched = Watched()
+
+    def add_and_end() -> None:
+        if not watched.ending.done():
+            watched.steps.add("the end")
+            watched.ending.set_result(OUTPUT)
+
+    watched.while_telling = add_and_end
+    clockwork.turns = [lambda: watched.steps(1, 9)]
+    assert await watched.watch() is OUTPUT
+    assert watched.texts == ["", "the end"]
+
+
+async def test_text_of_a_run_that_stopped_is_not_waited_for(clockwork: Clockwork) -> None:
+    watched = Watched()
+    watched.interrupt.set(Reason.CANCEL)
+    watched.steps.add("half a sen")
+    watched.ending.set_exception(Interrupted())
+    with pytest.raises(Stopped):
+        await watched.watch()
+    assert watched.texts == []
+
+
+def test_nothing_that_a_thread_adds_is_lost_or_told_twice() -> None:
+    steps = Steps()
+    pieces = [f"{number} " for number in range(20_000)]
+    writing = threading.Thread(target=lambda: [steps.add(piece) for piece in pieces])
+    writing.start()
+    taken = []
+    while writing.is_alive() or steps.has_text:
+        taken.append(steps.take_text())
+    assert "".join(taken) == "".join(pieces)
+
+
+async def test_run_that_begins_again_is_at_step_0_without_a_text(clockwork: Clockwork) -> None:
+    steps = Steps()
+    steps(7, 9)
+    steps.add("the first try")
+    clockwork.now += 5.0
+    steps.begin_again()
+    assert (steps.position, steps.take_text(), steps.has_text) == ((0, 9), "", False)
+    assert steps.started == steps.last == clockwork.now
+    assert steps.seconds_per_step() is None
+
+
 async def test_mean_time_of_a_step_is_known_after_the_first() -> None:
     steps = Steps()
     assert steps.seconds_per_step() is None
@@ -118,7 +203,7 @@ async def test_mean_time_of_a_step_is_known_after_the_first() -> None:
 # -- the end --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [ModelError("E"), OutOfMemory(), ValueError("v")])
+@pytest.mark.parametrize("error", [ModelError("E"), OutOfMemory("E"), ValueError("v")])
 async def test_what_the_run_raises_comes_out(error: Exception) -> None:
     watched = Watched()
     watched.ending.set_exception(error)
@@ -271,7 +356,7 @@ async def test_work_gives_what_it_gives() -> None:
 
 async def test_work_raises_what_it_raises() -> None:
     async def work() -> None:
-        raise OutOfMemory
+        raise OutOfMemory("E")
 
     with pytest.raises(OutOfMemory):
         await asyncio.wait_for(Interrupt().during(work()), SOON)

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
+from consumer.ports import ModelUnavailable
 from consumer.runners.sampling import Sampling, defaults_of
 from generation_contracts import ArtifactReference, ImageToTextRequest
 
 SOURCE = ArtifactReference(bucket="inputs", key="picture.png")
 
-GREEDY = defaults_of(SimpleNamespace(do_sample=False, max_new_tokens=None))
+SILENT = SimpleNamespace(do_sample=False, max_new_tokens=None)
+GREEDY = defaults_of(SILENT, {})
 # What Qwen2-VL has in its generation_config.json, rounded.
 SAMPLING = defaults_of(
     SimpleNamespace(
@@ -20,7 +22,8 @@ SAMPLING = defaults_of(
         top_k=1,
         repetition_penalty=1.05,
         max_new_tokens=100,
-    )
+    ),
+    {},
 )
 
 
@@ -53,8 +56,15 @@ def test_a_models_own_defaults_are_told() -> None:
     [{}, {"temperature": 0.0}, {"temperature": 0.0, "top_p": 0.5, "seed": 1}, {"seed": 1}],
 )
 def test_greedy_has_no_temperature_and_no_seed(fields: dict[str, Any]) -> None:
-    options = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
-    assert sampled(GREEDY, **fields) == Sampling(options, None)
+    made = sampled(GREEDY, **fields)
+    assert made.options == {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
+    assert made.seed is None
+    assert made.parameters == {
+        "temperature": 0.0,
+        "top_p": fields.get("top_p", 1.0),
+        "top_k": 50,
+        "repetition_penalty": 1.0,
+    }
 
 
 def test_a_temperature_of_zero_makes_a_sampling_model_greedy() -> None:
@@ -72,7 +82,7 @@ def test_a_choice_among_tokens_makes_a_greedy_model_sample(fields: dict[str, Any
 def test_the_request_comes_before_the_model() -> None:
     asked = {"temperature": 2.0, "top_p": 0.5, "top_k": 7, "repetition_penalty": 1.5}
     chosen = sampled(SAMPLING, seed=3, **asked)
-    assert chosen == Sampling({**asked, "do_sample": True, "num_beams": 1}, 3)
+    assert chosen == Sampling({**asked, "do_sample": True, "num_beams": 1}, asked, 3)
     assert sampled(SAMPLING, temperature=2.0, seed=3).options["top_k"] == 1
 
 
@@ -80,3 +90,51 @@ def test_a_seed_is_drawn_for_sampling_without_one() -> None:
     seeds = {sampled(SAMPLING).seed for _ in range(3)}
     assert None not in seeds
     assert len(seeds) == 3
+
+
+# -- MODEL_DEFAULTS -------------------------------------------------------------------------------
+
+
+def test_defaults_of_the_worker_come_before_the_models_own() -> None:
+    assert defaults_of(SILENT, {"max_new_tokens": 7, "temperature": 0.5}) == {
+        **GREEDY,
+        "max_new_tokens": 7,
+        "temperature": 0.5,
+    }
+    assert sampled(defaults_of(SILENT, {"temperature": 0.5})).options["temperature"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("defaults", "temperature"),
+    [
+        ({"top_p": 0.9}, 1.0),
+        ({"top_k": 5}, 1.0),
+        ({"top_p": 0.9, "temperature": 0}, 0.0),
+        ({"repetition_penalty": 1.1}, 0.0),
+    ],
+)
+def test_a_default_that_chooses_among_tokens_makes_a_greedy_model_sample(
+    defaults: dict[str, Any], temperature: float
+) -> None:
+    assert defaults_of(SILENT, defaults)["temperature"] == temperature
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_p", 1.5),
+        ("top_k", 0),
+        ("max_new_tokens", "many"),
+        ("temprature", 0.5),
+        ("width", 64),
+        ("seed", 7),
+        ("stream", 1),
+        ("system", "Be brief."),
+    ],
+)
+def test_a_default_that_no_request_could_have_stops_the_start(
+    name: str, value: float | str
+) -> None:
+    with pytest.raises(ModelUnavailable, match=f"^MODEL_DEFAULTS: {name}: ") as refused:
+        defaults_of(SILENT, {name: value})
+    assert "\n" not in str(refused.value)

@@ -24,8 +24,22 @@ VALUES = {
     "MODEL_DEVICE": ("cpu", "cpu"),
     "MODEL_DTYPE": ("bfloat16", "bfloat16"),
     "MODEL_OFFLOAD": ("model", "model"),
-    "MODEL_QUANTIZATION": ("int8", "int8"),
+    "MODEL_DEVICE_MAP": ("balanced", "balanced"),
+    "MODEL_QUANTIZATION": ("torchao-int8", "torchao-int8"),
     "MODEL_COMPILE": ("true", "True"),
+    "MODEL_WARM_UP": ("true", "True"),
+    "MODEL_VAE_TILING": ("true", "True"),
+    "MODEL_VAE_SLICING": ("true", "True"),
+    "MODEL_CHANNELS_LAST": ("true", "True"),
+    "MODEL_ATTENTION": ("native", "native"),
+    "MODEL_STEP_CACHE": ("0.05", "0.05"),
+    "MODEL_DEFAULTS": ('{"guidance_scale": 3.5, "width": 64}', "guidance_scale=3.5,width=64"),
+    "MODEL_ADAPTERS": (
+        "pencil=/models/pencil, storm = /models/a=b ,",
+        "pencil=/models/pencil,storm=/models/a=b",
+    ),
+    "MODEL_SAFETY_CHECKER": ("checks.pictures:safe", "checks.pictures:safe"),
+    "MODEL_MAX_IMAGE_PIXELS": ("500000", "500000"),
     "S3_ENDPOINT": ("https://s3.example:9000/", "https://s3.example:9000"),
     "S3_ACCESS_KEY": ("worker", "worker"),
     "S3_SECRET_KEY": (SECRET, "**********"),
@@ -41,6 +55,7 @@ VALUES = {
     "CONSUMER_DRAIN_GRACE": ("0.5", "0.5"),
     "CONSUMER_STALL_TIMEOUT": ("12", "12.0"),
     "CONSUMER_PROBES_PORT": ("8080", "8080"),
+    "CONSUMER_PROMPT_IN_PICTURES": ("true", "True"),
     "CONSUMER_REPLY_PREFIXES": ("_INBOX_a., reply.b. ,", "_INBOX_a.,reply.b."),
     "LOG_FORMAT": ("console", "console"),
     "LOG_LEVEL": ("debug", "DEBUG"),
@@ -97,6 +112,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert settings.reply_prefixes == ("_INBOX.", "generation.reply.")
     assert settings.input_prefixes == ("generation",)
     assert settings.durable(Task.TEXT_TO_IMAGE) == "text_to_image"
+    assert settings.consumer_prompt_in_pictures is False
 
 
 def test_empty_variable_is_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +170,8 @@ def test_inputs_may_be_read_below_the_own_prefix_alone(monkeypatch: pytest.Monke
         nats_url = "nats://bus:1"
         consumer_ack_wait = 30
         model_type = "text2image"
+        model_defaults = '{"width": 64}'
+        model_adapters = "pencil=/models/pencil"
         consumer_reply_prefixes = ["a.", "b."]
         """,
         """
@@ -164,6 +182,8 @@ def test_inputs_may_be_read_below_the_own_prefix_alone(monkeypatch: pytest.Monke
         reply_prefixes = "a.,b."
         [model]
         type = "text2image"
+        defaults = { width = 64 }
+        adapters = { pencil = "/models/pencil" }
         """,
     ],
     ids=["flat", "in sections"],
@@ -173,6 +193,8 @@ def test_file_may_be_flat_or_in_sections(tmp_path: Path, text: str) -> None:
     assert (settings.nats_url, settings.consumer_ack_wait) == ("nats://bus:1", 30)
     assert settings.task is Task.TEXT_TO_IMAGE
     assert settings.reply_prefixes == ("a.", "b.")
+    assert settings.model_defaults == {"width": 64}
+    assert settings.model_adapters == {"pencil": "/models/pencil"}
 
 
 def test_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +230,7 @@ def test_wrong_value_in_the_file_does_not_matter_where_the_environment_has_one(
         ('[nats]\nuri = "x"', "NATS_URI: there is no such setting"),
         ("[consumer.reply]\nprefixes = []", "CONSUMER_REPLY: there is no such setting"),
         ("nats_url = ", "consumer.toml: "),
+        ("model_defaults = 4", "MODEL_DEFAULTS: "),
         ("\xff", "consumer.toml: "),
         ('consumer_ack_wait = "soon"', "CONSUMER_ACK_WAIT: "),
     ],
@@ -232,7 +255,15 @@ def test_missing_file_is_told_in_one_line(tmp_path: Path) -> None:
         ("MODEL_DEVICE", "tpu"),
         ("MODEL_DTYPE", "float8"),
         ("MODEL_OFFLOAD", "all"),
+        ("MODEL_QUANTIZATION", "int8"),
         ("MODEL_COMPILE", "perhaps"),
+        ("MODEL_STEP_CACHE", "1"),
+        ("MODEL_DEFAULTS", "width=64"),
+        ("MODEL_DEFAULTS", "[64]"),
+        ("MODEL_ADAPTERS", "pencil"),
+        ("MODEL_ADAPTERS", "=/models/pencil"),
+        ("MODEL_ADAPTERS", "pencil="),
+        ("MODEL_MAX_IMAGE_PIXELS", "10"),
         ("S3_ENDPOINT", "s3.example:9000"),
         ("S3_ENDPOINT", "ftp://s3.example"),
         ("S3_ENDPOINT", "http://s3.example/bucket"),
@@ -321,3 +352,35 @@ def test_credentials_in_the_address_of_the_bus_are_hidden(
 
 def test_worker_has_a_name_that_is_safe_in_events() -> None:
     assert re.fullmatch(r"[A-Za-z0-9_-]{1,64}", Settings.load().consumer_worker)
+
+
+def test_tables_and_text_are_the_same_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = toml(
+        tmp_path, 'model_defaults = {num_inference_steps = 4}\nmodel_adapters = {ink = "/m/ink"}'
+    )
+    from_file = Settings.load(tables)
+    monkeypatch.setenv("MODEL_DEFAULTS", '{"num_inference_steps": 4}')
+    monkeypatch.setenv("MODEL_ADAPTERS", "ink=/m/ink, ")
+    from_environment = Settings.load()
+    for settings in (from_file, from_environment):
+        assert settings.model_defaults == {"num_inference_steps": 4}
+        assert settings.model_adapters == {"ink": "/m/ink"}
+    assert from_environment.shown()["MODEL_ADAPTERS"] == "ink=/m/ink"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("MODEL_DEFAULTS", "steps=4", "must be JSON"),
+        ("MODEL_ADAPTERS", "ink", "must be name=folder"),
+        ("MODEL_ADAPTERS", "=/m/ink", "must be name=folder"),
+        ("MODEL_QUANTIZATION", "int3", "torchao-int8"),
+        ("MODEL_STEP_CACHE", "1", "less than 1"),
+    ],
+)
+def test_a_setting_of_a_model_that_is_wrong_is_told(
+    name: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"^{name}: .*{told}"):
+        Settings.load()

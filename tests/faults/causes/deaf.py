@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL.Image import Image
 
-from consumer.ports import IsCancelled, OnStep, RunnerOutput
+from consumer.ports import IsCancelled, OnStep, OnText, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.faults.quick_runner import QuickRunner, note
@@ -21,6 +21,7 @@ class Deaf(QuickRunner):
         *,
         on_step: OnStep,
         cancelled: IsCancelled,
+        on_text: OnText | None = None,
         save_memory: bool = False,
     ) -> RunnerOutput:
         note("runs", request.request_id or "")

@@ -32,7 +32,7 @@ class LargeOutOfMemory(OutOfMemory):
     """The same."""
 
     def __init__(self, tensors: bytes) -> None:
-        super().__init__()
+        super().__init__("LargeOutOfMemory")
         self.tensors = tensors
 
 

@@ -19,7 +19,7 @@ class Noise(QuickRunner):
     def output(self, request: object, images: Sequence[Image.Image]) -> RunnerOutput:
         assert isinstance(request, TextToImageRequest)
         size = request.width or SMALL, request.height or SMALL
-        noise = random.Random(SEED).randbytes(3 * size[0] * size[1])  # noqa: S311 - a picture
+        noise = random.Random(SEED).randbytes(3 * size[0] * size[1])
         picture = Image.frombytes("RGB", size, noise)
         return RunnerOutput(images=(GeneratedImage(picture, SEED),))
 

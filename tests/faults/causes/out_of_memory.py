@@ -10,7 +10,7 @@ class OutOfMemoryOnDemand(QuickRunner):
     def begin(self, request: Request, *, save_memory: bool) -> None:
         note("saving", str(save_memory))
         if request.prompt == "huge" or (request.prompt == "large" and not save_memory):
-            raise OutOfMemory
+            raise OutOfMemory("too large", ("saving",) if save_memory else ())
 
 
 def make_runner(_: Settings) -> OutOfMemoryOnDemand:

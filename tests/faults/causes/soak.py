@@ -28,9 +28,9 @@ class SoakRunner(QuickRunner):
             note(RUNS, f"{_id(request)} {time.time()}")
         match _fate(request):
             case Fate.OUT_OF_MEMORY:
-                raise OutOfMemory
+                raise OutOfMemory("as it was fated")
             case Fate.OUT_OF_MEMORY_ONCE if not save_memory:
-                raise OutOfMemory
+                raise OutOfMemory("as it was fated")
             case _:
                 pass
 

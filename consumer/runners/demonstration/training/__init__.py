@@ -1,0 +1,1 @@
+"""How the demonstration models were made, and how to make them again."""

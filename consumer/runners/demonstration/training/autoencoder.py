@@ -1,0 +1,124 @@
+"""The autoencoder between pictures of 64x64 pixels and latents of 16x16.
+
+It is trained with noise on its latents: its decoder must make clean shapes of latents that are a
+little off, as those that the transformer makes always are.
+"""
+
+# mypy: allow-untyped-calls
+
+import random
+from typing import Any
+
+import structlog
+import torch
+from diffusers import AutoencoderKL
+from torch.nn import functional
+
+from consumer.runners.demonstration.training.pixels import tensors
+from consumer.runners.demonstration.training.scenes import SIDE, draw, some_scene
+from consumer.runners.demonstration.training.schedule import Schedule, Watch
+
+log = structlog.get_logger()
+
+DOWNSCALE = 4
+CHANNELS = 8  # of the latents
+_WIDTHS = (16, 48, 64)
+_PICTURES = 16_384  # drawn once, and turned over and around
+_BATCH = 16
+_OF_TWO = 0.5  # of the pictures show two things
+_NOISE = 0.3  # standard deviations of the latents: the most noise that is put on them
+_KL = 1e-5
+
+
+def autoencoder() -> Any:
+    """The autoencoder with fresh weights."""
+    return AutoencoderKL(
+        sample_size=SIDE,
+        block_out_channels=_WIDTHS,
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * len(_WIDTHS),
+        up_block_types=("UpDecoderBlock2D",) * len(_WIDTHS),
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+def train(steps: int, seed: int) -> Any:
+    """An autoencoder whose latents have a mean of 0 and a deviation of 1."""
+    torch.manual_seed(seed)
+    choice = random.Random(seed)
+    number = min(_PICTURES, _BATCH * steps)
+    pictures = tensors([draw(some_scene(choice, of_two=_OF_TWO), choice) for _ in range(number)])
+    model = autoencoder()
+    schedule = Schedule(model.parameters(), rate=2e-3, steps=steps)
+    watch = Watch("autoencoder", steps)
+    for step in range(steps):
+        batch = _batch(pictures)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = model.encode(batch).latent_dist
+            sample = latents.sample()
+            noise = torch.rand(len(batch), 1, 1, 1) * _NOISE * sample.detach().std()
+            decoded = model.decode(sample + noise * torch.randn_like(sample)).sample
+        loss = _distance(decoded.float(), batch) + _KL * latents.kl().mean() / SIDE
+        schedule.step(loss)
+        watch.tell(step, loss)
+    model.eval()
+    _normalize(model, pictures[:2048])
+    return model
+
+
+def _batch(pictures: torch.Tensor) -> torch.Tensor:
+    batch = pictures[torch.randint(len(pictures), (_BATCH,))].float() / 127.5 - 1
+    if random.random() < 0.5:
+        batch = batch.flip(3)
+    return batch
+
+
+def _distance(decoded: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    # Edges are few of the pixels and all of the shape: their differences count again.
+    across = functional.l1_loss(decoded.diff(dim=3), wanted.diff(dim=3))
+    down = functional.l1_loss(decoded.diff(dim=2), wanted.diff(dim=2))
+    return (
+        functional.l1_loss(decoded, wanted) + functional.mse_loss(decoded, wanted) + across + down
+    )
+
+
+@torch.inference_mode()
+def _normalize(model: Any, pictures: torch.Tensor) -> None:
+    """Scale each channel of the latents within the weights, and write down the rest.
+
+    The transformer learns latents of equal deviations best, and the pipeline has one factor only.
+    """
+    latents = encoded(model, pictures)
+    deviations = latents.std(dim=(0, 2, 3))
+    means = model.encoder.conv_out.weight[:CHANNELS]
+    means /= deviations[:, None, None, None]
+    model.encoder.conv_out.bias[:CHANNELS] /= deviations
+    model.decoder.conv_in.weight *= deviations[None, :, None, None]
+    scaled = latents / deviations[None, :, None, None]
+    model.register_to_config(
+        scaling_factor=1 / scaled.std().item(), shift_factor=scaled.mean().item()
+    )
+    log.info("latents", deviation=scaled.std().item(), mean=scaled.mean().item())
+
+
+@torch.inference_mode()
+def encoded(model: Any, pictures: torch.Tensor, *, batch: int = 64) -> torch.Tensor:
+    """Latents of pictures, unscaled: float32, (number, CHANNELS, 16, 16).
+
+    Args:
+        model: The autoencoder.
+        pictures: uint8, (number, 3, SIDE, SIDE).
+        batch: How many at once.
+    """
+    parts = []
+    for part in pictures.split(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = model.encode(part.float() / 127.5 - 1).latent_dist
+        parts.append(moments.mean.float())
+    return torch.cat(parts)

@@ -1,0 +1,12 @@
+"""Pictures as tensors."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def tensors(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Pictures of one size, RGB, as uint8 of (number, 3, height, width)."""
+    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)

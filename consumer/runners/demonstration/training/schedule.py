@@ -1,0 +1,138 @@
+"""How every one of the models is trained: a warm-up, a cosine, clipped gradients."""
+
+import math
+import time
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import structlog
+import torch
+from torch.nn import functional
+
+log = structlog.get_logger()
+
+_WARM_UP = 200  # steps
+_LARGEST_GRADIENT = 1.0
+_TELL_EVERY = 100  # steps
+
+
+class Schedule:
+    """Optimizers whose rates rise at first and then fall to almost nothing.
+
+    Args:
+        parameters: What AdamW trains, or groups of it as torch takes them.
+        matrices: What Muon trains: the weights within the layers of a transformer, which it turns
+            in all directions alike, and so in fewer steps.
+        rate: The highest learning rate; a group's own `lr` goes before it.
+        steps: How many there will be.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.Tensor] | list[dict[str, object]],
+        *,
+        matrices: Iterable[torch.Tensor] = (),
+        rate: float,
+        steps: int,
+    ) -> None:
+        adam = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), fused=True)
+        self._optimizers: list[torch.optim.Optimizer] = [adam]
+        if weights := list(matrices):
+            muon = torch.optim.Muon(
+                weights, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            )
+            self._optimizers.append(muon)
+        self._rates = [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps))
+            for optimizer in self._optimizers
+        ]
+
+    def state_dict(self) -> dict[str, object]:
+        """All that changes from step to step."""
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "rates": [rates.state_dict() for rates in self._rates],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        for rates, kept in zip(self._rates, state["rates"], strict=True):
+            rates.load_state_dict(kept)
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Learn from one batch."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, _LARGEST_GRADIENT)
+        for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
+            optimizer.step()
+            rates.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def split(modules: Iterable[torch.nn.Module]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The weights within the layers of transformers, for Muon, and all the others.
+
+    Not those that make scales and shifts of a condition: they begin at zero and have no direction.
+    """
+    inner: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            within = any(part in name for part in ("blocks.", "layers."))
+            matrix = parameter.ndim == 2
+            (inner if within and matrix and "norm" not in name else others).append(parameter)
+    return inner, others
+
+
+class Watch:
+    """Tells how the training goes."""
+
+    def __init__(self, model: str, steps: int) -> None:
+        self._model = model
+        self._steps = steps
+        self._began = time.monotonic()
+        self._sum = 0.0
+        self._count = 0
+
+    def tell(self, step: int, loss: torch.Tensor) -> None:
+        """Log the mean loss every hundred steps."""
+        self._sum += float(loss.detach())
+        self._count += 1
+        if (step + 1) % _TELL_EVERY == 0:
+            seconds = time.monotonic() - self._began
+            log.info(
+                "training",
+                model=self._model,
+                step=step + 1,
+                of=self._steps,
+                loss=round(self._sum / self._count, 5),
+                minutes=round(seconds / 60, 1),
+            )
+            self._sum, self._count = 0.0, 0
+
+
+def _rate(step: int, *, steps: int) -> float:
+    if step < _WARM_UP:
+        return (step + 1) / _WARM_UP
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def told(
+    heads: Iterable[torch.nn.Module], seen: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """How wrong throw-away heads are about labels.
+
+    Args:
+        heads: One for each attribute.
+        seen: Vectors, (number, width).
+        labels: (number, attributes).
+    """
+    losses = [
+        functional.cross_entropy(head(seen).float(), labels[:, n]) for n, head in enumerate(heads)
+    ]
+    return torch.stack(losses).sum()

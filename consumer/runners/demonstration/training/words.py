@@ -1,0 +1,74 @@
+"""The pieces of the tokenizers: whole words of what the models know, bytes for all else."""
+
+import itertools
+import json
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from consumer.runners.demonstration.training.prompts import prompt, vague_prompt
+from consumer.runners.demonstration.training.questions import (
+    ask_about,
+    ask_about_two,
+    ask_for_description,
+)
+from consumer.runners.demonstration.training.scenes import single_scenes, some_scene
+
+_SCENES = 4_000  # of which something is said
+
+# The printable stand-ins for the 256 bytes that byte-level tokenizers are made of.
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def merges(
+    said: Iterable[str], split: pre_tokenizers.PreTokenizer, *, end_of_word: str = ""
+) -> Any:
+    """The pairs of pieces to be joined, in their order, until every word that is said is one piece.
+
+    Args:
+        said: All sentences.
+        split: How the tokenizer finds the words in a sentence.
+        end_of_word: What CLIP's tokenizer appends to a word.
+    """
+    model = models.BPE()
+    model.end_of_word_suffix = end_of_word or None
+    learner = tokenizers.Tokenizer(model)
+    learner.pre_tokenizer = split
+    words = sorted({word for sentence in said for word in sentence.split(" ")})
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,  # it ends when nothing is left to join
+        min_frequency=1,
+        initial_alphabet=BYTES,
+        end_of_word_suffix=end_of_word,
+        show_progress=False,
+    )
+    learner.train_from_iterator([*words, *(f" {word}" for word in words)], trainer)
+    learned = json.loads(learner.to_str())["model"]["merges"]
+    return [(first, second) for first, second in learned]
+
+
+def vocabulary(joined: Iterable[tuple[str, str]], alphabet: Iterable[str]) -> dict[str, int]:
+    """Each piece with its number: the alphabet, then what the merges make."""
+    pieces = dict.fromkeys(alphabet)
+    pieces |= dict.fromkeys(first + second for first, second in joined)
+    return {piece: number for number, piece in enumerate(pieces)}
+
+
+def every_word() -> list[str]:
+    """A sample of all that is said, from which the tokenizers learn their words."""
+    choice = random.Random(0)
+    scenes = [some_scene(choice, of_two=0.5) for _ in range(_SCENES)]
+    scenes += list(single_scenes())[::7]
+    said = [prompt(scene, choice) for scene in scenes]
+    said += [vague_prompt(scene, choice) for scene in scenes[:1000]]
+    for scene, other in itertools.pairwise(scenes):
+        for question in (
+            ask_for_description(scene, choice),
+            ask_about(scene, choice),
+            ask_about_two((scene, other), choice),
+        ):
+            said += [question.question, question.answer]
+    return said

@@ -1,0 +1,80 @@
+"""The run before the first job: it compiles what is compiled, and shows that the options work.
+
+Whether a kernel takes this device, or a cache this family, shows nowhere else; and the first job
+need not wait for what a first run does only once.
+"""
+
+from typing import TYPE_CHECKING
+
+from consumer.ports import (
+    DeviceLost,
+    ModelDescription,
+    ModelError,
+    ModelUnavailable,
+    OutOfMemory,
+    UnsupportedParameter,
+)
+from generation_contracts import ImageToTextRequest, Request, Task, TextToImageRequest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from consumer.runners.runner import LoadedModel
+
+_STEPS = 2  # the first fills a step cache, the second reads it
+_TOKENS = 2  # the first comes from the prompt, the second from the cache of keys and values
+_SIDE = 224  # pixels of the picture that is read
+_SEED = 0
+_UNREAD = "s3://first-run/picture.png"  # whoever runs a model gives it the decoded picture
+
+
+def run_once(model: "LoadedModel", task: Task, settings: tuple[str, ...]) -> None:
+    """Make one output of the default size in the fewest steps that pass through everything.
+
+    Args:
+        model: Just loaded; closed if it fails.
+        task: What it makes.
+        settings: Names of the settings whose effect the run shows, for the message.
+
+    Raises:
+        ModelUnavailable: One line with the settings and what the run raised.
+    """
+    failure = ""
+    try:
+        request, images = _least(model.description, task)
+        model.check(request)
+        model.run(
+            request,
+            images,
+            on_step=_tell_nobody,
+            cancelled=_never,
+            on_text=None,
+            save_memory=False,
+        )
+    except (UnsupportedParameter, OutOfMemory, DeviceLost, ModelError) as error:
+        failure = f"{', '.join(settings)}: the first run failed: {error}"
+    if failure:
+        model.close()
+        raise ModelUnavailable(failure)
+
+
+def _least(description: ModelDescription, task: Task) -> tuple[Request, list["Image"]]:
+    if task is Task.IMAGE_TO_TEXT:
+        from PIL import Image
+
+        picture = Image.new("RGB", (_SIDE, _SIDE), "gray")
+        request = ImageToTextRequest(
+            prompt="What is it?", images=(_UNREAD,), max_new_tokens=_TOKENS, seed=_SEED
+        )
+        return request, [picture]
+    default = description.defaults.get("num_inference_steps")
+    steps = min(_STEPS, default) if isinstance(default, int) else _STEPS
+    return TextToImageRequest(prompt="a gray square", num_inference_steps=steps, seed=_SEED), []
+
+
+def _tell_nobody(*_: int) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False

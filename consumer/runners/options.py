@@ -1,0 +1,105 @@
+"""Options for memory and speed: which of them go together, told before anything is loaded.
+
+What a loaded pipeline must have for its options is seen in `pipeline_options`, and whether all of
+it runs, in `first_run`.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from consumer.ports import ModelUnavailable
+from consumer.runners import quantization
+from consumer.runners.config import ModelConfig
+from consumer.runners.device import Placement
+from generation_contracts import Task
+
+# Fields of the configuration that only one of the tasks has a use for.
+_FOR_PICTURES = (
+    "vae_tiling",
+    "vae_slicing",
+    "channels_last",
+    "step_cache",
+    "adapters",
+    "safety_checker",
+)
+_FOR_TEXTS = ("max_image_pixels",)
+
+# Whether these work shows in a run: a kernel may refuse the device, a family the cache.
+_SHOWN_BY_A_RUN = ("quantization", "attention", "step_cache", "compile", "device_map", "warm_up")
+
+_BY_PARTS = {"sequential", "group"}  # what moves weights layer by layer
+_FEWEST_GPUS = 2  # to share parts out over
+
+
+def see_that_they_fit(task: Task, config: ModelConfig, placement: Placement) -> None:
+    """Refuse settings that contradict each other, the task or this machine.
+
+    Raises:
+        ModelUnavailable: One line that begins with the names of the settings.
+    """
+    for line in _refusals(task, config, placement):
+        raise ModelUnavailable(line)
+    quantization.see_that_it_can_be(config, placement)
+
+
+def shown_by_a_run(config: ModelConfig) -> tuple[str, ...]:
+    """The settings in use that a first run must show to work."""
+    return _in_use(config, _SHOWN_BY_A_RUN)
+
+
+def _refusals(task: Task, config: ModelConfig, placement: Placement) -> Iterator[str]:
+    yield from _of_the_task(task, config)
+    yield from _of_several_gpus(task, config, placement)
+    if config.quantization != "none" and config.offload in _BY_PARTS:
+        # accelerate cannot take torchao's and gguf's weights apart, and nobody says that
+        # bitsandbytes' survive the groups.
+        yield (
+            "MODEL_QUANTIZATION, MODEL_OFFLOAD: quantized weights are moved as whole parts only; "
+            "take none or model"
+        )
+    if config.quantization == "torchao-int4" and config.offload == "model":
+        yield "MODEL_QUANTIZATION, MODEL_OFFLOAD: torchao-int4 stays on its device; take none"
+    if config.compile and config.offload in _BY_PARTS:
+        yield (
+            "MODEL_COMPILE, MODEL_OFFLOAD: the weights of compiled blocks stay in them; "
+            "take none or model"
+        )
+    if config.compile and config.adapters:
+        # Each change of adapters would be compiled anew, in the middle of a job.
+        yield "MODEL_COMPILE, MODEL_ADAPTERS: a change of adapters would be compiled anew; set one"
+
+
+def _of_the_task(task: Task, config: ModelConfig) -> Iterator[str]:
+    if task is Task.TEXT_TO_IMAGE:
+        others, foreign = Task.IMAGE_TO_TEXT, _in_use(config, _FOR_TEXTS)
+    else:
+        others, foreign = Task.TEXT_TO_IMAGE, _in_use(config, _FOR_PICTURES)
+        if config.offload == "group":
+            yield "MODEL_OFFLOAD: group is for pipelines; take model or sequential"
+        if config.quantization == "gguf":
+            yield f"MODEL_QUANTIZATION: gguf is only for MODEL_TYPE={others}"
+    if foreign:
+        yield f"{', '.join(foreign)}: only for MODEL_TYPE={others}"
+
+
+def _of_several_gpus(task: Task, config: ModelConfig, placement: Placement) -> Iterator[str]:
+    if config.device_map == "none":
+        return
+    if config.offload != "none":
+        yield "MODEL_DEVICE_MAP, MODEL_OFFLOAD: parts on several GPUs stay there; set one of them"
+    if config.quantization != "none" and task is Task.TEXT_TO_IMAGE:
+        yield "MODEL_DEVICE_MAP, MODEL_QUANTIZATION: not together for a pipeline; set one of them"
+    if placement.device.type != "cuda":
+        yield f"MODEL_DEVICE_MAP: needs the device cuda, this one is {placement.device.type}"
+    elif torch.cuda.device_count() < _FEWEST_GPUS:
+        yield f"MODEL_DEVICE_MAP: needs {_FEWEST_GPUS} GPUs, there is {torch.cuda.device_count()}"
+
+
+def _in_use(config: ModelConfig, fields: Iterable[str]) -> tuple[str, ...]:
+    unset = ModelConfig()
+    return tuple(
+        f"MODEL_{field.upper()}"
+        for field in fields
+        if getattr(config, field) != getattr(unset, field)
+    )

@@ -1,0 +1,36 @@
+"""A pipeline for one run: it shares the weights with all others, and nothing that a run changes."""
+
+# mypy: allow-untyped-calls
+
+import copy
+from typing import Any
+
+from diffusers import SchedulerMixin
+from diffusers.guiders.guider_utils import BaseGuidance
+
+from consumer.runners.truncation import Cuts
+
+
+def own_pipeline(shared: Any, cuts: Cuts, *, guidance_scale: float | None) -> Any:
+    """A shallow copy with its own state: a fresh scheduler and guider, watched tokenizers.
+
+    Never one from `from_pipe`, which casts the shared weights.
+
+    Args:
+        shared: The pipeline; not changed.
+        cuts: Notes the prompts that are cut.
+        guidance_scale: For the guider, where the pipeline has one; None: the guider's own.
+    """
+    pipe = copy.copy(shared)
+    parts: dict[str, Any] = shared.components
+    for name, part in parts.items():
+        if isinstance(part, SchedulerMixin):
+            scheduler: Any = part
+            setattr(pipe, name, scheduler.from_config(scheduler.config))
+        elif isinstance(part, BaseGuidance):
+            given = guidance_scale is not None and name == "guider"
+            scale = {"guidance_scale": guidance_scale} if given else {}
+            setattr(pipe, name, part.new(**scale))
+        elif (watched := cuts.watched(name, part)) is not part:
+            setattr(pipe, name, watched)
+    return pipe

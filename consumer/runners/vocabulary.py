@@ -1,0 +1,35 @@
+"""Seeing that the tokenizers of a pipeline came with their vocabularies.
+
+transformers makes a tokenizer of a folder without one: it reads every prompt as the same unknown
+word, and the pictures have nothing to do with it.
+"""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from consumer.ports import ModelUnavailable
+
+
+def see_that_none_are_missing(folder: Path, index: Mapping[str, Any], name: str) -> None:
+    """Refuse a pipeline one of whose tokenizers has no vocabulary.
+
+    Args:
+        folder: Of the pipeline.
+        index: Its model_index.json.
+        name: What to call the pipeline.
+
+    Raises:
+        ModelUnavailable: Names the tokenizer.
+    """
+    for part, entry in index.items():
+        class_name = entry[-1] if isinstance(entry, list) and entry else None
+        kind = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
+        if not (inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
+            continue
+        files = kind.vocab_files_names.values()  # any one will do; none: it reads bytes
+        if files and not any((folder / part / file).is_file() for file in files):
+            raise ModelUnavailable(f"{name}: {part}: its vocabulary is missing")

@@ -1,0 +1,209 @@
+"""How well the demonstration models draw and describe: `python -m tests.bench.models`.
+
+Every prompt here names a combination of colour, shape and background that no training picture
+showed. What the pictures show is read off their pixels by `tests.pixel_checker`; what is said of
+them is compared with the one right sentence. The models run as the daemon runs them.
+"""
+
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from consumer.runners import ModelConfig, ModelRunner, create_runner
+from consumer.runners.demonstration.training.prompts import prompt
+from consumer.runners.demonstration.training.scenes import Scene, draw, some_held_out_scene
+from consumer.runners.demonstration.training.sentences import description
+from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
+from tests.pixel_checker import same, seen
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SEED = 2_026  # of the scenes, the prompts and the pictures
+# Words that no training sentence has, around the ones that it knows.
+OTHER_WORDS = (
+    "could you sketch {thing} {background} {place} for my website?",
+    "we'd love to see {thing}, {place}, {background}",
+    "{thing} located {place} and placed {background}, high quality",
+)
+QUESTIONS = ("Describe this picture.", "What do you see?", "Describe this image in one sentence.")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One line of the table: how many of how many, and how many it must be."""
+
+    name: str
+    right: int
+    of: int
+    least: float | None = None  # the part of them that must be right
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is high enough."""
+        return self.least is None or self.right >= self.least * self.of
+
+    def __str__(self) -> str:
+        bar = (
+            ""
+            if self.least is None
+            else f"  bar {self.least:.0%}  {'ok' if self.passed else 'MISSED'}"
+        )
+        return f"{self.name:<58} {self.right:>4} of {self.of:<4} {self.right / self.of:>6.1%}{bar}"
+
+
+class Bench:
+    """Both models, as a daemon holds them.
+
+    Args:
+        models: A folder with `text_to_image` and `image_to_text`; None for the shipped ones.
+    """
+
+    def __init__(self, models: Path | None) -> None:
+        self._draws = self._loaded(Task.TEXT_TO_IMAGE, models)
+        self._tells = self._loaded(Task.IMAGE_TO_TEXT, models)
+
+    def picture(self, wanted: str, seed: int, **parameters: float) -> "Image":
+        """A picture for a prompt."""
+        request = TextToImageRequest(prompt=wanted, seed=seed, **parameters)
+        output = self._draws.run(request, (), on_step=_ignore, cancelled=_never)
+        return output.images[0].image
+
+    def text(self, pictures: Sequence["Image"], question: str) -> str:
+        """What is answered about pictures."""
+        request = ImageToTextRequest(prompt=question, images=("s3://bucket/key",) * len(pictures))
+        output = self._tells.run(request, pictures, on_step=_ignore, cancelled=_never)
+        return "" if output.text is None else output.text.text
+
+    def close(self) -> None:
+        """Let go of both."""
+        self._draws.close()
+        self._tells.close()
+
+    def _loaded(self, task: Task, models: Path | None) -> ModelRunner:
+        runner = create_runner(task, ModelConfig(model_id=str(models / task) if models else ""))
+        began = time.monotonic()
+        runner.load()
+        click.echo(f"{task}: loaded in {time.monotonic() - began:.2f} s, the libraries included")
+        return runner
+
+
+def _ignore(*_: int) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
+
+def measure(bench: Bench, number: int, **parameters: float) -> list[Bar]:
+    """Every bar, on so many prompts."""
+    choice = random.Random(SEED)
+    alone = [some_held_out_scene(choice, two=False) for _ in range(number)]
+    pairs = [some_held_out_scene(choice, two=True) for _ in range(number // 2)]
+    drawn = [bench.picture(prompt(s, choice), n, **parameters) for n, s in enumerate(alone)]
+    of_two = [bench.picture(prompt(s, choice), n, **parameters) for n, s in enumerate(pairs)]
+    other = [
+        bench.picture(_in_other_words(s, choice), n, **parameters)
+        for n, s in enumerate(alone[: number // 2])
+    ]
+    shown = [seen(picture) for picture in drawn]
+    told = [bench.text([picture], choice.choice(QUESTIONS)) for picture in drawn]
+    told_of_two = [bench.text([picture], choice.choice(QUESTIONS)) for picture in of_two]
+    own = [(scene, draw(scene, choice)) for scene in alone + pairs]
+    told_of_own = [bench.text([picture], choice.choice(QUESTIONS)) for _, picture in own]
+
+    def right(get: Callable[[Scene], object]) -> int:
+        return sum(s is not None and get(s) == get(w) for s, w in zip(shown, alone, strict=True))
+
+    everything = _right(drawn, alone)
+    readable = [(s, t) for s, t in zip(shown, told, strict=True) if s is not None]
+    return [
+        Bar("pictures: background", right(lambda s: s.background), number),
+        Bar("pictures: colour", right(lambda s: s.things[0].colour), number),
+        Bar("pictures: shape", right(lambda s: s.things[0].shape), number),
+        Bar("pictures: position", right(lambda s: s.place), number),
+        Bar("pictures: size", right(lambda s: s.things[0].size), number),
+        Bar("pictures: colours, shape and position together", right(_without_size), number, 0.95),
+        Bar("pictures: size as well", everything, number),
+        Bar("pictures: two things and how they stand", _right(of_two, pairs), len(pairs)),
+        Bar("pictures: in words never learned", _right(other, alone), len(other)),
+        Bar(
+            "descriptions: of drawn pictures, word for word",
+            sum(_says(t, s) for t, (s, _) in zip(told_of_own, own, strict=True)),
+            len(own),
+            0.95,
+        ),
+        Bar(
+            "descriptions: of the pipeline's own pictures",
+            sum(_says(text, scene) for scene, text in readable),
+            len(readable),
+            0.90,
+        ),
+        Bar(
+            "round trip: prompt to picture to description",
+            sum(_says(text, scene) for text, scene in zip(told, alone, strict=True)),
+            number,
+            0.90,
+        ),
+        Bar(
+            "round trip: two things",
+            sum(_says(text, scene) for text, scene in zip(told_of_two, pairs, strict=True)),
+            len(pairs),
+        ),
+    ]
+
+
+def _without_size(scene: Scene) -> object:
+    return scene.background, scene.place, [(t.colour, t.shape) for t in scene.things]
+
+
+def _right(pictures: "Sequence[Image]", scenes: Sequence[Scene]) -> int:
+    shown = [seen(picture) for picture in pictures]
+    return sum(s is not None and same(s, w) for s, w in zip(shown, scenes, strict=False))
+
+
+def _says(text: str, scene: Scene) -> bool:
+    ways = {description(scene)}
+    if scene.relation:
+        ways.add(description(scene.turned))
+    return text in ways
+
+
+def _in_other_words(scene: Scene, choice: random.Random) -> str:
+    sentence = description(scene).removesuffix(".")
+    thing, rest = sentence.split(" on ", 1)
+    background, place = rest.split(" background ", 1)
+    return choice.choice(OTHER_WORDS).format(
+        thing=thing[0].lower() + thing[1:], background=f"on {background} background", place=place
+    )
+
+
+@click.command()
+@click.option("--models", type=click.Path(path_type=Path), help="default: the shipped ones")
+@click.option("--number", default=400, show_default=True, help="of prompts")
+@click.option("--steps", type=int)
+@click.option("--guidance", type=float)
+def main(models: Path | None, number: int, steps: int | None, guidance: float | None) -> None:
+    """Print how well the demonstration models do; exit with 1 when a bar is missed."""
+    asked = {"num_inference_steps": steps, "guidance_scale": guidance}
+    bench = Bench(models)
+    bars = measure(bench, number, **{k: v for k, v in asked.items() if v is not None})
+    for bar in bars:
+        click.echo(bar)
+    sys.exit(0 if all(bar.passed for bar in bars) else 1)
+
+
+if __name__ == "__main__":
+    main()
+
+assert json
+assert Counter

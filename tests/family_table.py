@@ -1,0 +1,220 @@
+"""What each family takes and does: the literal table that the tests hold the runners to.
+
+`docs/families.md` shows the same table to people; a test compares the two.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LARGEST_AREA = 2048 * 2048  # pixels
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row.
+
+    Attributes:
+        title: In the documentation.
+        name: Of a function of `tests.tiny_families`, with its `options`.
+        pipeline: The `_class_name` of its model_index.json.
+        steps: Denoising steps of a request that does not say.
+        guidance: What the pipeline calls the request's guidance_scale; None: it has none.
+        scale: Its default.
+        negative: Whether it reads a negative prompt.
+        side: Of its default picture, which is square, in pixels.
+        multiple: Both sides of a picture must be multiples of it, in pixels.
+        largest: Side, in pixels; None: only the area is limited.
+        adapters: Whether LoRA adapters can be loaded into it.
+    """
+
+    title: str
+    name: str
+    pipeline: str
+    steps: int
+    guidance: str | None
+    scale: float | None
+    negative: bool
+    side: int
+    multiple: int
+    largest: int | None = None
+    adapters: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def takes(self) -> set[str]:
+        """The parameters that not every family has."""
+        guided = {"guidance_scale"} if self.guidance else set()
+        return guided | ({"negative_prompt"} if self.negative else set())
+
+
+FAMILIES = (
+    Family(
+        title="Stable Diffusion 3",
+        name="stable_diffusion_3",
+        options={"full_size": True},
+        pipeline="StableDiffusion3Pipeline",
+        steps=28,
+        guidance="guidance_scale",
+        scale=7.0,
+        negative=True,
+        side=1024,
+        multiple=16,
+        largest=3072,
+    ),
+    Family(
+        title="Stable Diffusion 3 without T5",
+        name="stable_diffusion_3",
+        options={"full_size": True, "t5": False},
+        pipeline="StableDiffusion3Pipeline",
+        steps=28,
+        guidance="guidance_scale",
+        scale=7.0,
+        negative=True,
+        side=1024,
+        multiple=16,
+        largest=3072,
+    ),
+    Family(
+        title="Stable Diffusion 3.5",
+        name="stable_diffusion_35",
+        options={"full_size": True},
+        pipeline="StableDiffusion3Pipeline",
+        steps=28,
+        guidance="guidance_scale",
+        scale=7.0,
+        negative=True,
+        side=1024,
+        multiple=16,
+        largest=3072,
+    ),
+    Family(
+        title="SDXL",
+        name="stable_diffusion_xl",
+        options={"full_size": True},
+        pipeline="StableDiffusionXLPipeline",
+        steps=50,
+        guidance="guidance_scale",
+        scale=5.0,
+        negative=True,
+        side=1024,
+        multiple=8,
+    ),
+    Family(
+        title="FLUX.1-dev",
+        name="flux",
+        pipeline="FluxPipeline",
+        steps=28,
+        guidance="guidance_scale",
+        scale=3.5,
+        negative=False,
+        side=1024,
+        multiple=16,
+    ),
+    Family(
+        title="FLUX.1-schnell",
+        name="flux",
+        options={"reads_guidance": False},
+        pipeline="FluxPipeline",
+        steps=4,
+        guidance="true_cfg_scale",
+        scale=1.0,
+        negative=True,
+        side=1024,
+        multiple=16,
+    ),
+    Family(
+        title="FLUX.2-dev",
+        name="flux_2",
+        pipeline="Flux2Pipeline",
+        steps=50,
+        guidance="guidance_scale",
+        scale=4.0,
+        negative=False,
+        side=1024,
+        multiple=16,
+    ),
+    Family(
+        title="FLUX.2 klein base",
+        name="flux_2_klein",
+        pipeline="Flux2KleinPipeline",
+        steps=50,
+        guidance="guidance_scale",
+        scale=4.0,
+        negative=False,
+        side=1024,
+        multiple=16,
+    ),
+    Family(
+        title="FLUX.2 klein",
+        name="flux_2_klein",
+        options={"is_distilled": True},
+        pipeline="Flux2KleinPipeline",
+        steps=4,
+        guidance=None,
+        scale=None,
+        negative=False,
+        side=1024,
+        multiple=16,
+    ),
+    Family(
+        title="HunyuanDiT",
+        name="hunyuan_dit",
+        options={"full_size": True},
+        pipeline="HunyuanDiTPipeline",
+        steps=50,
+        guidance="guidance_scale",
+        scale=5.0,
+        negative=True,
+        side=1024,
+        multiple=16,
+        adapters=False,
+    ),
+    Family(
+        title="HunyuanImage 2.1",
+        name="hunyuan_image",
+        pipeline="HunyuanImagePipeline",
+        steps=50,
+        guidance="guider",
+        scale=3.5,
+        negative=True,
+        side=2048,
+        multiple=32,
+        adapters=False,
+    ),
+    Family(
+        title="HunyuanImage 2.1 distilled",
+        name="hunyuan_image",
+        options={"is_distilled": True},
+        pipeline="HunyuanImagePipeline",
+        steps=8,
+        guidance="distilled_guidance_scale",
+        scale=3.25,
+        negative=False,
+        side=2048,
+        multiple=32,
+        adapters=False,
+    ),
+    Family(
+        title="Qwen-Image",
+        name="qwen_image",
+        pipeline="QwenImagePipeline",
+        steps=50,
+        guidance="true_cfg_scale",
+        scale=4.0,
+        negative=True,
+        side=1024,
+        multiple=16,
+    ),
+    Family(
+        title="Z-Image",
+        name="z_image",
+        pipeline="ZImagePipeline",
+        steps=50,
+        guidance="guidance_scale",
+        scale=5.0,
+        negative=True,
+        side=1024,
+        multiple=16,
+    ),
+)

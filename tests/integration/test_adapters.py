@@ -1,0 +1,359 @@
+"""LoRA adapters: named in the settings, in use for single jobs, and the model the same afterwards.
+
+The base is judged by the bytes of its pictures, and against a model that never saw an adapter.
+"""
+
+# mypy: allow-untyped-calls
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from structlog.testing import capture_logs
+
+from consumer.ports import (
+    Interrupted,
+    ModelError,
+    ModelUnavailable,
+    OutOfMemory,
+    UnsupportedParameter,
+)
+from consumer.runners import ModelRunner, create_runner, diffusion, options
+from consumer.runners.adapters import find_adapters
+from consumer.runners.config import ModelConfig
+from consumer.runners.device import Placement
+from generation_contracts import Task, TextToImageRequest
+from tests.tiny_adapters import FILE, add_weights, pipeline, save_adapter
+from tests.tiny_models import Folder, Load
+
+Shared = Callable[..., ModelRunner]
+
+
+def asked(**fields: Any) -> TextToImageRequest:
+    small = {"prompt": "a cat", "width": 32, "height": 32, "num_inference_steps": 2, "seed": 7}
+    return TextToImageRequest(**{**small, **fields})
+
+
+def pixels(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> list[bytes]:
+    request = asked(**fields)
+    runner.check(request)
+    output = runner.run(
+        request, [], on_step=lambda *_: None, cancelled=lambda: False, save_memory=save_memory
+    )
+    return [picture.image.tobytes() for picture in output.images]
+
+
+@pytest.fixture
+def plain(shared_runner: Shared) -> ModelRunner:
+    """The same model, which never saw an adapter."""
+    return shared_runner("stable_diffusion_3")
+
+
+@pytest.fixture(scope="module")
+def styled(
+    model_folder: Folder, shared_runner: Shared, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ModelRunner]:
+    """Stable Diffusion 3 with three adapters: of a folder, of the text's, and of a linked file."""
+    folder = tmp_path_factory.mktemp("adapters")
+    pipe = pipeline(shared_runner("stable_diffusion_3"))
+    save_adapter(pipe, folder / "ink", seed=1)
+    save_adapter(pipe, folder / "tale", seed=2, part="text_encoder", layers=("q_proj", "v_proj"))
+    blob = save_adapter(pipe, folder / "blobs", seed=3).rename(folder / "blobs" / "4b1d")
+    (folder / "wash.safetensors").symlink_to(blob)  # as the hub's cache has its files
+    runner = create_runner(
+        Task.TEXT_TO_IMAGE,
+        ModelConfig(
+            model_id=str(model_folder("stable_diffusion_3")),
+            adapters={
+                "wash": str(folder / "wash.safetensors"),
+                "ink": str(folder / "ink"),
+                "tale": str(folder / "tale"),
+            },
+        ),
+    )
+    runner.load()
+    yield runner
+    runner.close()
+
+
+# -- in use for a job -----------------------------------------------------------------------------
+
+
+def test_adapters_that_nobody_asks_for_change_no_byte(
+    styled: ModelRunner, plain: ModelRunner
+) -> None:
+    assert pixels(styled, num_images=2) == pixels(plain, num_images=2)
+
+
+@pytest.mark.parametrize("name", ["ink", "wash", "tale"])
+def test_an_adapter_changes_the_picture_that_asks_for_it_and_no_other(
+    name: str, styled: ModelRunner, plain: ModelRunner
+) -> None:
+    untouched = pixels(plain)
+    with_it = pixels(styled, adapters={name: 1})
+    assert with_it != untouched
+    assert pixels(styled) == untouched
+    assert pixels(styled, adapters={name: 1}) == with_it
+    assert pixels(styled, adapters={name: 0.5}) not in (with_it, untouched)
+
+
+def test_adapters_at_once_add_up_in_whatever_order_they_are_named(styled: ModelRunner) -> None:
+    single = [pixels(styled, adapters={name: 1}) for name in ("ink", "wash", "tale")]
+    together = pixels(styled, adapters={"ink": 1, "wash": 0.7, "tale": -1})
+    assert together not in single
+    assert pixels(styled, adapters={"tale": -1, "wash": 0.7, "ink": 1}) == together
+
+
+def test_the_order_in_which_adapters_are_added_is_always_the_same(styled: ModelRunner) -> None:
+    # A tiny model's pictures do not show it: sums of floats differ in the last bit.
+    for asked_for in ({"wash": 1.0, "ink": 1.0}, {"ink": 1.0, "wash": 1.0}):
+        orders: list[list[str]] = []
+        styled.run(
+            asked(adapters=asked_for),
+            [],
+            on_step=lambda *_, seen=orders: seen.append(pipeline(styled).get_active_adapters()),
+            cancelled=lambda: False,
+        )
+        assert orders == [["ink", "wash"]] * 2
+
+
+def test_weight_zero_is_without_the_adapter(styled: ModelRunner, plain: ModelRunner) -> None:
+    assert pixels(styled, adapters={"ink": 0}) == pixels(plain)
+    only_ink = pixels(styled, adapters={"ink": 1})
+    assert pixels(styled, adapters={"wash": 0, "ink": 1}) == only_ink
+
+
+def test_a_cancelled_job_leaves_no_adapter_on(styled: ModelRunner, plain: ModelRunner) -> None:
+    steps: list[int] = []
+    with pytest.raises(Interrupted):
+        styled.run(
+            asked(adapters={"ink": 1, "tale": 1}),
+            [],
+            on_step=lambda step, _: steps.append(step),
+            cancelled=lambda: bool(steps),
+        )
+    assert steps == [1]
+    assert pixels(styled) == pixels(plain)
+
+
+@pytest.mark.parametrize(
+    ("error", "translated"), [(ValueError, ModelError), (torch.OutOfMemoryError, OutOfMemory)]
+)
+@pytest.mark.parametrize("save_memory", [False, True])
+def test_a_failed_job_leaves_no_adapter_on(
+    error: type[Exception],
+    translated: type[Exception],
+    *,
+    save_memory: bool,
+    styled: ModelRunner,
+    plain: ModelRunner,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    hook = pipeline(styled).vae.decoder.register_forward_pre_hook(fail)
+    with pytest.raises(translated):
+        pixels(styled, save_memory=save_memory, adapters={"ink": 1, "tale": 1})
+    hook.remove()
+    assert pixels(styled) == pixels(plain)
+
+
+def test_only_the_configured_adapters_can_be_asked_for(
+    styled: ModelRunner, plain: ModelRunner
+) -> None:
+    with pytest.raises(UnsupportedParameter, match="there is no adapter other") as refused:
+        pixels(styled, adapters={"ink": 1, "other": 1})
+    assert refused.value.parameter == "adapters"
+    with pytest.raises(UnsupportedParameter, match="there is no adapter ink"):
+        pixels(plain, adapters={"ink": 1})
+
+
+def test_the_adapters_are_told_with_what_the_picture_was_made_with(styled: ModelRunner) -> None:
+    output = styled.run(
+        asked(adapters={"ink": 0.5}), [], on_step=lambda *_: None, cancelled=lambda: False
+    )
+    assert output.parameters["adapters"] == {"ink": 0.5}
+
+
+def test_weights_that_were_moved_in_a_run_can_still_be_switched(
+    styled: ModelRunner, plain: ModelRunner
+) -> None:
+    # Offloading moves them in inference mode, which makes tensors of another kind of them.
+    transformer = pipeline(styled).transformer
+    with torch.inference_mode():
+        transformer.to(torch.float64).to(torch.float32)
+    assert next(transformer.parameters()).is_inference()
+    assert pixels(styled, adapters={"ink": 1}) != pixels(plain)
+    assert pixels(styled) == pixels(plain)
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family", ["flux", "flux_2_klein", "stable_diffusion_xl", "qwen_image", "z_image"]
+)
+def test_every_family_that_takes_adapters_is_the_same_without_them(
+    family: str, shared_runner: Shared, model_folder: Folder, load: Load, tmp_path: Path
+) -> None:
+    untouched = shared_runner(family)
+    file = save_adapter(pipeline(untouched), tmp_path)
+    runner = load(model_folder(family), adapters={"ink": str(file)})
+    before = pixels(untouched)
+    assert pixels(runner, adapters={"ink": 1}) != before
+    assert pixels(runner) == before
+
+
+def test_a_family_without_adapters_does_not_start_with_them(
+    shared_runner: Shared, model_folder: Folder, load: Load, tmp_path: Path
+) -> None:
+    file = save_adapter(pipeline(shared_runner("stable_diffusion_3")), tmp_path)
+    with pytest.raises(ModelUnavailable, match="MODEL_ADAPTERS: HunyuanDiT takes no LoRA adapters"):
+        load(model_folder("hunyuan_dit"), adapters={"ink": str(file)})
+
+
+def of_nothing(file: Path, _: Any) -> None:
+    save_file({"other.lora_A.weight": torch.zeros(2, 8)}, file)
+
+
+def of_no_lora(file: Path, _: Any) -> None:
+    save_file({"transformer.weight": torch.zeros(2, 8)}, file)
+
+
+def broken(file: Path, _: Any) -> None:
+    file.write_bytes(b"\xff" * 100)
+
+
+def of_another_size(file: Path, pipe: Any) -> None:
+    save_adapter(pipe, file.parent, wider=2)
+
+
+def of_another_model(file: Path, _: Any) -> None:
+    matrices = {f"transformer.deep.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"}
+    save_file(matrices, file)
+
+
+def widening(file: Path, pipe: Any) -> None:
+    save_adapter(pipe, file.parent, layers=("x_embedder",), wider=2)
+
+
+def replacing_norms(file: Path, pipe: Any) -> None:
+    add_weights(
+        save_adapter(pipe, file.parent),
+        transformer__transformer_blocks__0__attn__norm_q__weight=torch.zeros(16),
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "write", "message"),
+    [
+        ("stable_diffusion_3", of_nothing, "none of its weights are for this model"),
+        ("stable_diffusion_3", of_no_lora, "cannot be loaded: Invalid LoRA checkpoint"),
+        ("stable_diffusion_3", broken, "cannot be loaded: "),
+        ("stable_diffusion_3", of_another_size, "cannot be loaded: .*size mismatch"),
+        ("stable_diffusion_3", of_another_model, "cannot be loaded: "),
+        ("flux", widening, "it would change the model for all requests"),
+        ("flux", replacing_norms, "it would change the model for all requests"),
+    ],
+)
+def test_an_adapter_that_is_none_for_this_model_stops_the_start(
+    *,
+    family: str,
+    write: Callable[[Path, Any], None],
+    message: str,
+    shared_runner: Shared,
+    model_folder: Folder,
+    load: Load,
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / FILE, pipeline(shared_runner(family)))
+    with pytest.raises(ModelUnavailable, match=f"^MODEL_ADAPTERS: ink: {message}") as refused:
+        load(model_folder(family), adapters={"ink": str(tmp_path)})
+    assert str(tmp_path) not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_that_fits_in_part_is_told_in_the_log(
+    shared_runner: Shared, model_folder: Folder, load: Load, tmp_path: Path
+) -> None:
+    pipe = pipeline(shared_runner("stable_diffusion_3"))
+    file = save_adapter(pipe, tmp_path)
+    with capture_logs() as logs:
+        load(model_folder("stable_diffusion_3"), adapters={"ink": str(file)})
+    (whole,) = [entry for entry in logs if entry["event"] == "adapter_loaded"]
+    deep = {f"transformer__deep__lora_{half}__weight": torch.zeros(2, 2) for half in "AB"}
+    add_weights(file, **deep)
+    with capture_logs() as logs:
+        load(model_folder("stable_diffusion_3"), adapters={"ink": str(file)})
+    (part,) = [entry for entry in logs if entry["event"] == "adapter_loaded_in_part"]
+    assert (part["adapter"], part["layers"], part["of"]) == (
+        "ink",
+        whole["layers"],
+        whole["layers"] + 1,
+    )
+
+
+def test_offloading_goes_with_adapters(
+    plain: ModelRunner,
+    model_folder: Folder,
+    load: Load,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = Placement(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(diffusion, "place", lambda _: cpu)  # it stands for an accelerator
+    monkeypatch.setattr(options, "see_that_they_fit", lambda *_: None)
+    file = save_adapter(pipeline(plain), tmp_path)
+    runner = load(model_folder("stable_diffusion_3"), offload="group", adapters={"ink": str(file)})
+    assert pixels(runner, adapters={"ink": 1}) != pixels(plain)
+    assert pixels(runner) == pixels(plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": "balanced"}, "MODEL_ADAPTERS, MODEL_DEVICE_MAP: "),
+        ({"quantization": "torchao-int4"}, "MODEL_ADAPTERS, MODEL_QUANTIZATION: "),
+    ],
+)
+def test_settings_that_adapters_do_not_go_with_are_named(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelUnavailable, match=f"^{message}"):
+        find_adapters(ModelConfig(adapters={"ink": "/nowhere"}, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        ("ink", "nothing", "ink: there is no such folder or .safetensors file"),
+        ("ink", "one/../pickle.bin", "ink: there is no such folder or .safetensors file"),
+        ("ink", "none", "ink: its folder has 0 .safetensors files instead of one"),
+        ("ink", "two", "ink: its folder has 2 .safetensors files instead of one"),
+        ("../ink", "one", "'../ink' is no name"),
+        ("a.b", "one", "'a.b' is no name"),
+    ],
+)
+def test_a_file_that_is_not_there_stops_the_start(
+    name: str, place: str, message: str, tmp_path: Path
+) -> None:
+    for folder, count in (("none", 0), ("one", 1), ("two", 2)):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            (tmp_path / folder / f"{number}.safetensors").touch()
+    (tmp_path / "pickle.bin").touch()
+    with pytest.raises(ModelUnavailable) as refused:
+        find_adapters(ModelConfig(adapters={name: str(tmp_path / place)}))
+    assert str(refused.value).startswith(f"MODEL_ADAPTERS: {message}")
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_folder_stands_for_the_one_file_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    file.touch()
+    (tmp_path / "README.md").touch()
+    found = find_adapters(ModelConfig(adapters={"ink": str(tmp_path), "wash": str(file)}))
+    assert found == {"ink": file, "wash": file}

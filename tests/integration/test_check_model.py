@@ -1,0 +1,94 @@
+"""`consumer check --model`: loads the model, makes one output, tells what both took."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from consumer.check import Finding, check, check_model
+from consumer.devstack import free_ports
+from consumer.settings import Settings
+from tests.tiny_models import Folder
+
+SECONDS = r"\d+\.\d s"
+
+
+def settings_of(folder: Path | str, task: str = "text_to_image", **given: Any) -> Settings:
+    return Settings(model_type=task, model_id=str(folder), **given)
+
+
+async def test_a_pipeline_is_described_and_makes_a_picture(model_folder: Folder) -> None:
+    told: list[Finding] = []
+    settings = settings_of(
+        model_folder("stable_diffusion_3"), model_defaults='{"num_inference_steps": 2}'
+    )
+    findings = await check_model(settings, told.append)
+    assert findings == told
+    assert [(finding.what, finding.exit_code) for finding in told] == [
+        ("model", 0),
+        ("output", 0),
+        ("memory", 0),
+    ]
+    model, output, memory = (finding.said for finding in told)
+    assert model.startswith("stable_diffusion_3: StableDiffusion3, float32 on cpu; takes ")
+    assert "defaults width 64, height 64, num_inference_steps 2, " in model
+    assert re.search(
+        rf"; sides are multiples of 16 pixels, at most \d+ pixels in all; loaded in {SECONDS}$",
+        model,
+    )
+    assert re.fullmatch(rf"a picture of 64x64 pixels in {SECONDS}", output)
+    assert re.fullmatch(r"main memory at most \d+\.\d\d GiB", memory)
+
+
+async def test_a_vision_language_model_describes_a_picture(model_folder: Folder) -> None:
+    told: list[Finding] = []
+    settings = settings_of(
+        model_folder("vision_language"), "image_to_text", model_defaults='{"max_new_tokens": 3}'
+    )
+    await check_model(settings, told.append)
+    model, output, _ = told
+    assert "takes" in model.said
+    assert "pixels" not in model.said
+    assert re.fullmatch(rf'"[^\n]*", 3 tokens in {SECONDS}', output.said)
+
+
+async def test_a_model_that_cannot_be_loaded_is_told_with_70(tmp_path: Path) -> None:
+    told: list[Finding] = []
+    await check_model(settings_of(tmp_path), told.append)
+    assert told == [Finding("model", f"{tmp_path.name}: there is no model_index.json in it", 70)]
+
+
+async def test_a_model_whose_output_is_unusable_is_told_with_70(own_folder: Folder) -> None:
+    folder = own_folder("stable_diffusion_3")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_out.bias"][:] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    told: list[Finding] = []
+    settings = settings_of(folder, model_defaults='{"num_inference_steps": 1}')
+    await check_model(settings, told.append)
+    assert [(finding.what, finding.exit_code) for finding in told] == [
+        ("model", 0),
+        ("output", 70),
+        ("memory", 0),
+    ]
+    assert told[1].said == "the model made pixels that are not numbers"
+
+
+@pytest.mark.parametrize("model", [True, False])
+async def test_the_model_is_tried_when_asked_for_even_where_no_service_is(
+    model: bool, tmp_path: Path
+) -> None:
+    bus, store = free_ports(2)
+    told: list[Finding] = []
+    settings = settings_of(
+        tmp_path,
+        nats_url=f"nats://127.0.0.1:{bus}",
+        s3_endpoint=f"http://127.0.0.1:{store}",
+        s3_access_key="someone",
+        s3_secret_key="something",
+    )
+    assert await check(settings, told.append, model=model) == 69
+    assert [finding.what for finding in told] == ["nats", "s3", *(["model"] if model else [])]

@@ -1,0 +1,61 @@
+"""The training of the demonstration models: its command, and that it trains what is run later."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.bench.models import Bench
+
+
+def test_training_leaves_both_models_where_the_runners_load_them(tmp_path: Path) -> None:
+    """The command of the model card with a thousandth of its steps: it learns nothing, but runs."""
+    command = [sys.executable, "-m", "consumer.runners.demonstration.training"]
+    done = subprocess.run(
+        [*command, "--share", "0.001", "--to", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2_000:]
+    loaded = Bench(tmp_path)
+    picture = loaded.picture("a red circle", 1)
+    assert picture.size == (64, 64)
+    assert isinstance(loaded.text([picture], "What is this?"), str)
+    loaded.close()
+
+
+def test_the_short_way_through_attention_is_the_pipelines_own() -> None:
+    """Training has one token in place of the 256 that the pipeline appends: the same numbers."""
+    torch = importlib.import_module("torch")
+    pictures = importlib.import_module("consumer.runners.demonstration.training.pictures")
+    autoencoder = importlib.import_module("consumer.runners.demonstration.training.autoencoder")
+    torch.manual_seed(0)
+    pipe = pictures.pipeline(autoencoder.autoencoder())
+    for parameter in pipe.transformer.parameters():
+        if not parameter.any():  # zero at first, and then nothing would differ
+            torch.nn.init.normal_(parameter, std=0.05)
+    trained = pictures.Trained(pipe)
+    prompts = ["a small red star on a white background at the top", ""]
+    noisy, times = torch.randn(2, 8, 16, 16), torch.tensor([300.0, 700.0])
+    with torch.inference_mode():
+        words, _, pooled, _ = pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False
+        )
+        long = _way(pipe.transformer, noisy, times, words, pooled)
+        trained.use_short_attention()
+        words, pooled = trained.read(pictures.tokens(pipe, prompts))
+        short = _way(pipe.transformer, noisy, times, words, pooled)
+    assert long.abs().mean() > 0.1
+    torch.testing.assert_close(short, long, atol=1e-5, rtol=1e-4)
+
+
+def _way(transformer, noisy, times, words, pooled):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    return transformer(
+        hidden_states=noisy,
+        timestep=times,
+        encoder_hidden_states=words,
+        pooled_projections=pooled,
+        return_dict=False,
+    )[0]

@@ -1,0 +1,120 @@
+"""The same request and seed make the same bytes, alone or after other jobs, in every family."""
+
+# mypy: allow-untyped-calls
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from consumer.ports import Interrupted, ModelError
+from consumer.runners import ModelRunner
+from tests.family_table import FAMILIES, Family
+from tests.picture_runs import asked, made, pipeline, pixels
+from tests.tiny_models import Folder, Load
+
+OLD_CALLBACK = Family(
+    title="PixArt, whose callback is the old one",
+    name="pixart",
+    pipeline="PixArtSigmaPipeline",
+    steps=20,
+    guidance="guidance_scale",
+    scale=4.5,
+    negative=True,
+    side=64,
+    multiple=16,
+    adapters=False,
+)
+
+each_family = pytest.mark.parametrize(
+    "family", [*FAMILIES, OLD_CALLBACK], ids=lambda family: family.title
+)
+
+
+@pytest.fixture
+def fresh(family: Family, model_folder: Folder, load: Load) -> ModelRunner:
+    """A model that has made nothing yet."""
+    return load(model_folder(family.name, **family.options))
+
+
+@pytest.fixture
+def used(family: Family, shared_runner: Callable[..., ModelRunner]) -> ModelRunner:
+    """The same model, loaded once for many tests."""
+    return shared_runner(family.name, **family.options)
+
+
+def cancel(runner: ModelRunner, *, at_step: int, **fields: Any) -> None:
+    steps: list[int] = []
+    with pytest.raises(Interrupted):
+        runner.run(
+            asked(**fields),
+            [],
+            on_step=lambda step, _: steps.append(step),
+            cancelled=lambda: len(steps) == at_step,
+        )
+    assert steps == list(range(1, at_step + 1))  # no step was made after it
+
+
+def fail(runner: ModelRunner) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("made to fail")
+
+    hook = pipeline(runner).vae.decoder.register_forward_pre_hook(refuse)
+    with pytest.raises(ModelError):
+        made(runner, seed=9, num_inference_steps=2)
+    hook.remove()
+
+
+@each_family
+def test_a_picture_is_the_same_alone_and_after_other_jobs(
+    family: Family, fresh: ModelRunner, used: ModelRunner
+) -> None:
+    alone = pixels(made(fresh))
+    made(fresh, seed=8, num_inference_steps=5, height=96, prompt="another, longer prompt")
+    assert pixels(made(fresh)) == alone  # three steps after five
+    cancel(fresh, at_step=2, seed=8, num_inference_steps=5)
+    assert pixels(made(fresh)) == alone
+    fail(fresh)
+    assert pixels(made(fresh)) == alone
+    assert pixels(made(used)) == alone
+
+
+@each_family
+def test_a_job_in_the_middle_of_another_changes_neither(family: Family, used: ModelRunner) -> None:
+    # With one scheduler for all jobs this raises an IndexError, or gives other pictures.
+    inner_alone = pixels(made(used, seed=8, num_inference_steps=2))
+    outer_alone = pixels(made(used))
+    inner: list[list[bytes]] = []
+
+    def between(step: int, _: int) -> None:
+        if step == 1:
+            inner.append(pixels(made(used, seed=8, num_inference_steps=2)))
+
+    outer = used.run(asked(), [], on_step=between, cancelled=lambda: False)
+    assert inner == [inner_alone]
+    assert pixels(outer) == outer_alone
+
+
+@each_family
+def test_the_shared_pipeline_keeps_nothing_of_a_run(family: Family, used: ModelRunner) -> None:
+    shared = pipeline(used)
+
+    def state() -> str:
+        return str((shared.__dict__, shared.scheduler.__dict__, dict(shared.config)))
+
+    before = state()
+    scale = {} if family.guidance is None else {"guidance_scale": 2.0}
+    made(used, num_inference_steps=4, **scale)
+    cancel(used, at_step=1)
+    assert state() == before
+
+
+@each_family
+def test_a_drawn_seed_is_told_and_makes_the_picture_again(
+    family: Family, used: ModelRunner
+) -> None:
+    drawn = made(used, seed=None, num_inference_steps=2)
+    (picture,) = drawn.images
+    assert drawn.parameters["seed"] == picture.seed
+    assert made(used, seed=None, num_inference_steps=2).images[0].seed != picture.seed
+    assert pixels(made(used, seed=picture.seed, num_inference_steps=2)) == pixels(drawn)

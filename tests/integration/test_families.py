@@ -1,0 +1,259 @@
+"""Every family through the real from_pretrained path: what it makes, takes and refuses.
+
+The table that they are held to is `tests/family_table.py`; `docs/families.md` shows it to people.
+"""
+
+# mypy: allow-untyped-calls
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers.loaders.lora_base import LoraBaseMixin
+from structlog.testing import capture_logs
+
+from consumer.ports import Interrupted, ModelUnavailable, UnsupportedParameter
+from consumer.runners import ModelConfig, ModelRunner, create_runner
+from consumer.runners.faults import StoppedAtStep
+from generation_contracts import Task, TextToImageRequest
+from tests.family_table import FAMILIES, LARGEST_AREA, Family
+from tests.picture_runs import asked, made, made_of, model, pipeline, pixels
+from tests.tiny_models import Folder
+
+ALWAYS = {"width", "height", "num_inference_steps", "num_images", "seed", "output_format"}
+KEYWORDS = {"guidance_scale", "true_cfg_scale", "distilled_guidance_scale"}
+DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
+
+
+@pytest.fixture
+def runner(family: Family, shared_runner: Callable[..., ModelRunner]) -> ModelRunner:
+    return shared_runner(family.name, **family.options)
+
+
+def refused(runner: ModelRunner, **fields: Any) -> str:
+    with pytest.raises(UnsupportedParameter) as refusal:
+        runner.check(asked(**fields))
+    assert str(refusal.value).startswith(f"{refusal.value.parameter}: ")
+    return str(refusal.value)
+
+
+# -- what a family is -----------------------------------------------------------------------------
+
+
+@each_family
+def test_a_family_is_described_as_the_table_has_it(family: Family, runner: ModelRunner) -> None:
+    description = model(runner).description
+    assert type(pipeline(runner)).__name__ == family.pipeline
+    assert description.info.family == family.pipeline.removesuffix("Pipeline")
+    assert description.parameters == ALWAYS | family.takes
+    assert description.defaults == {
+        "width": family.side,
+        "height": family.side,
+        "num_inference_steps": family.steps,
+        "guidance_scale": family.scale,
+        "num_images": 1,
+        "output_format": "png",
+    }
+    assert (description.size_multiple, description.max_pixels) == (family.multiple, LARGEST_AREA)
+    assert isinstance(pipeline(runner), LoraBaseMixin) is family.adapters
+
+
+@each_family
+def test_a_family_makes_the_picture_asked_for(family: Family, runner: ModelRunner) -> None:
+    steps: list[tuple[int, int]] = []
+    request = asked(width=96, num_inference_steps=2)
+    output = runner.run(
+        request, [], on_step=lambda *step: steps.append(step), cancelled=lambda: False
+    )
+    (picture,) = output.images
+    assert (picture.image.size, picture.image.mode, picture.seed) == ((96, 64), "RGB", 7)
+    assert steps == [(1, 2), (2, 2)]
+    assert output.warnings == ()
+    scale = {} if family.scale is None else {"guidance_scale": family.scale}
+    assert output.parameters == {
+        "width": 96,
+        "height": 64,
+        "num_inference_steps": 2,
+        "num_images": 1,
+        "seed": 7,
+        **scale,
+    }
+
+
+# -- what it does where a request says nothing ----------------------------------------------------
+
+
+@each_family
+def test_a_request_that_says_nothing_is_made_with_the_described_defaults(
+    family: Family, runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def note(pipe: Any, **arguments: Any) -> None:
+        given.update(arguments, of_the_guider=getattr(pipe, "guider", None))
+        raise StoppedAtStep  # a picture of the default size would take minutes
+
+    monkeypatch.setattr(type(pipeline(runner)), "__call__", note)
+    with pytest.raises(Interrupted):
+        made_of(runner, TextToImageRequest(prompt="a cat"))
+    assert (given["width"], given["height"]) == (family.side, family.side)
+    assert given["num_inference_steps"] == family.steps
+    if family.guidance == "guider":
+        given["guider"] = given["of_the_guider"].config.guidance_scale
+    keywords = {name: given[name] for name in (*KEYWORDS, "guider") if name in given}
+    assert keywords == ({} if family.guidance is None else {family.guidance: family.scale})
+    # FLUX.1-schnell was trained on prompts of 256 tokens.
+    schnell = family.title == "FLUX.1-schnell"
+    assert given.get("max_sequence_length") == (256 if schnell else None)
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family.guidance], ids=lambda family: family.title
+)
+def test_to_ask_for_the_default_guidance_is_the_same_as_to_say_nothing(
+    family: Family, runner: ModelRunner
+) -> None:
+    assert pixels(made(runner, guidance_scale=family.scale)) == pixels(made(runner))
+
+
+# -- what it takes and refuses --------------------------------------------------------------------
+
+
+@each_family
+def test_guidance_acts_or_is_refused(family: Family, runner: ModelRunner) -> None:
+    if family.guidance is None:
+        line = refused(runner, guidance_scale=4.0)
+        assert line == f"guidance_scale: {model(runner).description.info.family} does not have it"
+        return
+    weak, strong = made(runner, guidance_scale=1.5), made(runner, guidance_scale=30.0)
+    assert pixels(weak) != pixels(strong)
+
+
+@each_family
+def test_a_negative_prompt_acts_or_is_refused(family: Family, runner: ModelRunner) -> None:
+    if not family.negative:
+        line = refused(runner, negative_prompt="a dog")
+        assert line == f"negative_prompt: {model(runner).description.info.family} does not have it"
+        return
+    guided = pixels(made(runner, guidance_scale=6.0))
+    assert pixels(made(runner, guidance_scale=6.0, negative_prompt="a dog")) != guided
+
+
+@each_family
+def test_sizes_that_the_family_cannot_make_are_refused(family: Family, runner: ModelRunner) -> None:
+    for name in ("width", "height"):
+        line = refused(runner, **{name: 64 + family.multiple // 2})
+        assert line == f"{name}: must be a multiple of {family.multiple}"
+        sides = {"width": 2048, "height": 2048, name: 2048 + family.multiple}
+        too_large = refused(runner, **sides)
+        assert f"at most {LARGEST_AREA} pixels" in too_large
+    runner.check(asked(width=2048, height=2048))
+    longest = family.largest or 4096
+    runner.check(asked(width=longest, height=64))
+    if family.largest is not None:
+        line = refused(runner, height=family.largest + family.multiple)
+        assert line == f"height: must be at most {family.largest}"
+
+
+@each_family
+def test_no_family_has_previews_or_adapters_that_are_not_configured(
+    family: Family, runner: ModelRunner
+) -> None:
+    assert refused(runner, preview=True) == "preview: this worker sends no previews"
+    assert refused(runner, adapters={"ink": 1.0}) == "adapters: there is no adapter ink"
+
+
+# -- what has a model_index.json and is no family of this worker ----------------------------------
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def without_its_words(folder: Path) -> None:
+    for file in (folder / "tokenizer").glob("*.json"):
+        file.unlink()
+
+
+def with_a_config_that_is_no_json(folder: Path) -> None:
+    (folder / "vae" / "config.json").write_text("{")
+
+
+def with_a_scheduler_that_nobody_knows(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "NoSuchScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def of_the_class(name: str) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
+
+    return rewrite
+
+
+FROM_PICTURES = "FluxImg2ImgPipeline does not make pictures from a text alone"
+VIDEO = "HunyuanVideoPipeline does not make pictures from a text alone"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        pytest.param(of_the_class("FluxImg2ImgPipeline"), FROM_PICTURES, id="from pictures"),
+        pytest.param(of_the_class("HunyuanVideoPipeline"), VIDEO, id="video"),
+        pytest.param(cut_short, "cannot be loaded: ", id="weights cut short"),
+        pytest.param(without_its_words, "tokenizer: its vocabulary is missing", id="no words"),
+        pytest.param(with_a_config_that_is_no_json, "cannot be loaded: ", id="broken config"),
+        pytest.param(with_a_scheduler_that_nobody_knows, "cannot be loaded: ", id="no class"),
+    ],
+)
+def test_what_cannot_be_driven_fails_with_one_clear_line(
+    spoil: Callable[[Path], None], line: str, own_folder: Folder
+) -> None:
+    folder = own_folder("flux")
+    spoil(folder)
+    runner = create_runner(Task.TEXT_TO_IMAGE, ModelConfig(model_id=str(folder)))
+    with capture_logs(), pytest.raises(ModelUnavailable) as unavailable:
+        runner.load()
+    told = str(unavailable.value)
+    assert told.startswith(f"flux: {line}")
+    assert "\n" not in told
+    assert str(folder.parent) not in told
+
+
+# -- the document ---------------------------------------------------------------------------------
+
+
+def row_of(family: Family) -> list[str]:
+    """The row of a family as the document has it."""
+    guidance = "none" if family.guidance is None else f"`{family.guidance}` {family.scale}"
+    sides = "" if family.largest is None else f", sides {family.largest}"
+    return [
+        family.title,
+        f"`{family.pipeline}`",
+        str(family.steps),
+        guidance,
+        "yes" if family.negative else "no",
+        f"{family.side}x{family.side}",
+        str(family.multiple),
+        f"{LARGEST_AREA} pixels{sides}",
+        "yes" if family.adapters else "no",
+        "yes",  # stops at a step: tests/integration/test_determinism.py
+        "no",  # previews
+        "yes",
+    ]
+
+
+def test_the_document_has_the_table_of_the_tests() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in DOCUMENT.read_text().splitlines()
+        if line.startswith("| ") and "Pipeline`" in line
+    ]
+    assert rows == [row_of(family) for family in FAMILIES]

@@ -1,0 +1,302 @@
+"""What is tried when memory is short, what is told of it, and that nothing of it stays on."""
+
+# mypy: allow-untyped-calls
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from consumer.ports import OutOfMemory, RunnerOutput
+from consumer.runners import ModelRunner
+from consumer.runners.memory_guard import free_bytes, least_to_decode
+from generation_contracts import TextToImageRequest
+from tests.tiny_adapters import pipeline, save_adapter
+from tests.tiny_models import Folder, Load
+
+CPU = torch.device("cpu")
+ONE_AT_A_TIME, IN_TILES, MOVED = (
+    "made one picture at a time",
+    "decoded in tiles",
+    "kept only the part at work on the device",
+)
+
+Shared = Callable[..., ModelRunner]
+
+
+def made(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> RunnerOutput:
+    small = {"prompt": "a cat", "width": 32, "height": 32, "num_inference_steps": 2, "seed": 7}
+    return runner.run(
+        TextToImageRequest(**{**small, **fields}),
+        [],
+        on_step=lambda *_: None,
+        cancelled=lambda: False,
+        save_memory=save_memory,
+    )
+
+
+def pixels(output: RunnerOutput) -> list[bytes]:
+    return [picture.image.tobytes() for picture in output.images]
+
+
+def is_movable(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands for an accelerator: parts are moved by the same hooks, only not far."""
+    monkeypatch.setattr(runner._model, "_movable", True)
+
+
+def has_free(runner: ModelRunner, free: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner._model, "_free_bytes", lambda _: free)
+
+
+class Full:
+    """A device that is full when pictures are decoded; the tensors of the run are watched."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.tensors: list[weakref.ref[torch.Tensor]] = []
+        self.switches: list[tuple[bool, bool]] = []
+        self._vae = pipe.vae
+        self._hook = pipe.vae.decoder.register_forward_pre_hook(self._fail)
+
+    def _fail(self, _: torch.nn.Module, latents: tuple[torch.Tensor, ...]) -> None:
+        own = torch.zeros(1000)
+        self.tensors += [weakref.ref(own), *map(weakref.ref, latents)]
+        self.switches.append((self._vae.use_slicing, self._vae.use_tiling))
+        raise torch.OutOfMemoryError("no more")
+
+    def again(self) -> None:
+        self._hook.remove()
+
+
+@pytest.fixture
+def sd3(shared_runner: Shared) -> ModelRunner:
+    return shared_runner("stable_diffusion_3")
+
+
+# -- what is tried, and told ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("save_memory", "movable", "pictures", "tried"),
+    [
+        (False, True, 2, ()),
+        (True, False, 2, (ONE_AT_A_TIME, IN_TILES)),
+        (True, False, 1, (IN_TILES,)),
+        (True, True, 1, (IN_TILES, MOVED)),
+    ],
+)
+def test_a_full_device_tells_what_was_tried(
+    *,
+    save_memory: bool,
+    movable: bool,
+    pictures: int,
+    tried: tuple[str, ...],
+    sd3: ModelRunner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if movable:
+        is_movable(sd3, monkeypatch)
+    full = Full(pipeline(sd3))
+    with pytest.raises(OutOfMemory) as failed:
+        made(sd3, save_memory=save_memory, num_images=pictures)
+    full.again()
+    assert failed.value.tried == tried
+    assert full.switches == [(save_memory, save_memory)]
+
+
+def test_what_was_on_before_is_not_told_as_tried_and_stays_on(
+    sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = pipeline(sd3).vae
+    monkeypatch.setattr(vae, "use_tiling", True)
+    full = Full(pipeline(sd3))
+    with pytest.raises(OutOfMemory) as failed:
+        made(sd3, save_memory=True)
+    full.again()
+    assert failed.value.tried == ()
+    assert (vae.use_slicing, vae.use_tiling) == (False, True)
+
+
+def test_what_a_run_did_to_save_memory_is_a_warning(
+    sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_movable(sd3, monkeypatch)
+    output = made(sd3, save_memory=True, num_images=2)
+    assert output.warnings == (f"memory was short: {ONE_AT_A_TIME}, {IN_TILES}, {MOVED}",)
+    assert made(sd3).warnings == ()
+
+
+# -- everything as before -------------------------------------------------------------------------
+
+
+def test_after_a_full_device_the_model_is_as_before_and_no_tensor_of_the_run_lives(
+    model_folder: Folder,
+    load: Load,
+    tmp_path_factory: pytest.TempPathFactory,
+    shared_runner: Shared,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = {"family": "flux", "blocks": 2}
+    file = save_adapter(
+        pipeline(shared_runner(**family)), tmp_path_factory.mktemp("adapters") / "ink"
+    )
+    runner = load(model_folder(**family), adapters={"ink": str(file)})
+    is_movable(runner, monkeypatch)
+    pipe = pipeline(runner)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    before = pixels(made(runner, num_inference_steps=3))
+    full = Full(pipe)
+    failures: list[OutOfMemory] = []
+    gc.disable()
+    try:
+        for save_memory in (False, True):
+            with pytest.raises(OutOfMemory) as failed:
+                made(runner, save_memory=save_memory, num_images=2, adapters={"ink": 1})
+            failures.append(failed.value)  # nor does the exception keep a tensor
+        assert [tensor() for tensor in full.tensors] == [None] * len(full.tensors)
+    finally:
+        gc.enable()
+        full.again()
+    assert len(full.tensors) == 4
+    assert pipe.transformer.is_cache_enabled
+    assert (pipe.vae.use_slicing, pipe.vae.use_tiling) == (False, False)
+    assert not [part for part in pipe.components.values() if hasattr(part, "_hf_hook")]
+    assert pixels(made(runner, num_inference_steps=3)) == before
+
+
+def test_a_step_cache_and_adapters_go_on_while_parts_are_moved(
+    model_folder: Folder,
+    load: Load,
+    tmp_path_factory: pytest.TempPathFactory,
+    shared_runner: Shared,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = {"family": "flux", "blocks": 2}
+    file = save_adapter(
+        pipeline(shared_runner(**family)), tmp_path_factory.mktemp("adapters") / "ink"
+    )
+    runner = load(model_folder(**family), adapters={"ink": str(file)})
+    is_movable(runner, monkeypatch)
+    pipeline(runner).transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    fields: dict[str, Any] = {"num_inference_steps": 3, "adapters": {"ink": 1}}
+    before = pixels(made(runner, **fields))
+    assert pixels(made(runner, save_memory=True, **fields)) == before
+    assert pixels(made(runner, **fields)) == before
+
+
+# -- seen before the run --------------------------------------------------------------------------
+
+
+def test_what_cannot_be_decoded_at_once_is_made_one_picture_at_a_time_from_the_start(
+    sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_movable(sd3, monkeypatch)
+    least = least_to_decode(pipeline(sd3), pictures=2, width=32, height=32)
+    assert least is not None
+    has_free(sd3, least - 1, monkeypatch)
+    short = made(sd3, num_images=2)
+    has_free(sd3, least, monkeypatch)
+    enough = made(sd3, num_images=2)
+    # Moving parts is slow, and no help for decoding: only the second try does it.
+    assert short.warnings == (f"memory was short: {ONE_AT_A_TIME}, {IN_TILES}",)
+    assert enough.warnings == ()
+    assert pixels(short) == [*pixels(made(sd3)), *pixels(made(sd3, seed=8))]
+    vae = pipeline(sd3).vae
+    assert (vae.use_slicing, vae.use_tiling) == (False, False)
+
+
+def test_a_device_that_does_not_tell_its_free_memory_is_not_judged(
+    sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert free_bytes(CPU) is None
+    has_free(sd3, None, monkeypatch)
+    assert made(sd3, num_images=2).warnings == ()
+
+
+def test_what_torch_keeps_for_itself_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 30)
+    assert free_bytes(torch.device("cuda")) == 140
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all tensors that were made and are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: Any) -> None:
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self._now += storage.nbytes()
+            self.most = max(self.most, self._now)
+            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["stable_diffusion_3", "stable_diffusion_xl", "flux", "flux_2_klein", "hunyuan_dit", "z_image"],
+)
+def test_decoding_takes_what_was_estimated_and_a_little_more(
+    family: str, shared_runner: Shared
+) -> None:
+    pipe = pipeline(shared_runner(family))
+    side, pictures = 256, 2
+    least = least_to_decode(pipe, pictures=pictures, width=side, height=side)
+    assert least is not None
+    smaller = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    latents = torch.zeros(
+        pictures, pipe.vae.config.latent_channels, side // smaller, side // smaller
+    )
+    with torch.no_grad(), Living() as living:
+        pipe.vae.decode(latents)
+    assert least <= living.most < 1.1 * least
+
+
+@pytest.mark.parametrize("family", ["qwen_image", "hunyuan_image"])
+def test_another_kind_of_autoencoder_is_not_judged(family: str, shared_runner: Shared) -> None:
+    pipe = pipeline(shared_runner(family))
+    assert least_to_decode(pipe, pictures=8, width=2048, height=2048) is None
+
+
+def test_slices_are_judged_by_one_picture_and_tiles_not_at_all(
+    sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = pipeline(sd3)
+    size = {"width": 64, "height": 32}
+    one = least_to_decode(pipe, pictures=1, **size)
+    assert one is not None
+    assert least_to_decode(pipe, pictures=8, **size) == 8 * one
+    monkeypatch.setattr(pipe.vae, "use_slicing", True)
+    assert least_to_decode(pipe, pictures=8, **size) == one
+    monkeypatch.setattr(pipe.vae, "use_tiling", True)
+    assert least_to_decode(pipe, pictures=8, **size) is None
+
+
+def test_parts_on_several_devices_are_not_judged(
+    sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline(sd3), "hf_device_map", {"vae": 1})
+    assert least_to_decode(pipeline(sd3), pictures=1, width=64, height=64) is None

@@ -1,0 +1,162 @@
+"""MODEL_DEFAULTS and the names of adapters, measured by real pipelines."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consumer.ports import ModelUnavailable, UnsupportedParameter
+from consumer.runners import ModelRunner
+from consumer.runners.defaults import Default, checked_defaults
+from consumer.runners.parameters import Parameters
+from generation_contracts import TextToImageRequest
+from generation_contracts.requests import ImageToTextParameters, TextToImageParameters
+from tests.picture_runs import asked, made_of, model, pipeline, pixels
+from tests.tiny_models import Folder, Load
+
+Shared = Callable[..., ModelRunner]
+DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+@pytest.fixture
+def parameters_of(shared_runner: Shared) -> Callable[..., Parameters]:
+    """The parameters of a tiny pipeline with these defaults and adapters."""
+
+    def parameters(
+        family: str, defaults: Mapping[str, Default], adapters: tuple[str, ...] = ()
+    ) -> Parameters:
+        runner = shared_runner(family)
+        return Parameters(pipeline(runner), model(runner).description.info, defaults, adapters)
+
+    return parameters
+
+
+@pytest.mark.parametrize(
+    ("family", "defaults", "line"),
+    [
+        ("flux", {"colour": "red"}, "colour: a request has no such parameter"),
+        ("flux", {"prompt": "a cat"}, "prompt: a request has no such parameter"),
+        ("flux", {"num_inference_steps": 0}, "num_inference_steps: Input should be greater than"),
+        ("flux", {"num_inference_steps": 4.5}, "num_inference_steps: Input should be a valid int"),
+        ("flux", {"num_inference_steps": "4"}, "num_inference_steps: Input should be a valid int"),
+        ("flux", {"guidance_scale": -1}, "guidance_scale: Input should be greater than"),
+        ("flux", {"seed": 7}, "seed: cannot have a default"),
+        ("flux", {"output_format": "webp"}, "output_format: cannot have a default"),
+        ("flux", {"num_images": 2}, "num_images: cannot have a default"),
+        ("flux", {"width": 1000}, "width: must be a multiple of 16"),
+        ("flux", {"negative_prompt": "a dog"}, "negative_prompt: Flux does not have it"),
+        ("stable_diffusion_3", {"height": 528}, "height: must be at most 512"),
+        (
+            "stable_diffusion_3",
+            {"negative_prompt": "a dog", "guidance_scale": 1.0},
+            "negative_prompt: has an effect only with guidance_scale above 1",
+        ),
+        (
+            "z_image",
+            {"negative_prompt": "a dog", "guidance_scale": 0.0},
+            "negative_prompt: has an effect only with guidance_scale above 0",
+        ),
+    ],
+)
+def test_a_default_that_no_request_could_ask_for_is_refused(
+    family: str,
+    defaults: dict[str, Default],
+    line: str,
+    parameters_of: Callable[..., Parameters],
+) -> None:
+    with pytest.raises(ModelUnavailable) as refused:
+        parameters_of(family, defaults)
+    assert str(refused.value).startswith(f"MODEL_DEFAULTS: {line}")
+    assert "\n" not in str(refused.value)
+
+
+def test_defaults_are_described_and_go_before_those_of_the_model(
+    parameters_of: Callable[..., Parameters],
+) -> None:
+    turbo = {"steps": 4, "guidance_scale": 0, "width": 512}  # `steps` is a name of the contract
+    parameters = parameters_of("stable_diffusion_xl", turbo)
+    described = parameters.description.defaults
+    assert (described["num_inference_steps"], described["guidance_scale"]) == (4, 0)
+    assert (described["width"], described["height"]) == (512, 64)
+    silent = asked(width=None, height=None, num_inference_steps=None)
+    assert parameters.arguments(silent).items() >= {
+        ("num_inference_steps", 4),
+        ("guidance_scale", 0),
+        ("width", 512),
+        ("height", 64),
+    }
+    assert parameters.resolved(silent, [7, 8]) == {
+        "width": 512,
+        "height": 64,
+        "num_inference_steps": 4,
+        "guidance_scale": 0,
+        "num_images": 2,
+        "seed": 7,
+    }
+    assert parameters.arguments(asked(guidance_scale=3.0))["guidance_scale"] == 3.0
+
+
+def test_a_model_refuses_to_load_with_defaults_that_it_cannot_honour(
+    model_folder: Folder, load: Load
+) -> None:
+    with pytest.raises(ModelUnavailable, match=r"^MODEL_DEFAULTS: width: must be a multiple"):
+        load(model_folder("flux"), defaults={"width": 1000})
+
+
+def test_a_request_that_says_nothing_is_made_with_the_configured_defaults(
+    model_folder: Folder, load: Load
+) -> None:
+    small = {"width": 96, "num_inference_steps": 2, "guidance_scale": 4.0}
+    runner = load(model_folder("flux", reads_guidance=False), defaults={**small, "height": 64})
+    silent = made_of(runner, TextToImageRequest(prompt="a cat", seed=7))
+    assert silent.images[0].image.size == (96, 64)
+    assert silent.parameters.items() >= small.items()
+    assert pixels(made_of(runner, asked(**small))) == pixels(silent)
+    assert pixels(made_of(runner, asked(**{**small, "guidance_scale": 1.0}))) != pixels(silent)
+
+
+def test_a_default_negative_prompt_acts_until_a_request_has_its_own(
+    model_folder: Folder, load: Load, shared_runner: Shared
+) -> None:
+    plain = shared_runner("stable_diffusion_3")
+    runner = load(model_folder("stable_diffusion_3"), defaults={"negative_prompt": "a dog"})
+
+    def picture(runner: ModelRunner, **fields: Any) -> list[bytes]:
+        return pixels(made_of(runner, asked(**fields)))
+
+    assert picture(runner) == picture(plain, negative_prompt="a dog")
+    assert picture(runner, negative_prompt="a fox") == picture(plain, negative_prompt="a fox")
+    assert picture(runner, negative_prompt="") == picture(plain)
+    # Not refused, as it would be if the request had asked for it.
+    assert picture(runner, guidance_scale=1.0) == picture(plain, guidance_scale=1.0)
+
+
+def test_a_text_model_has_defaults_of_its_own() -> None:
+    defaults: dict[str, Default] = {"max_new_tokens": 200, "temperature": 0.2}
+    assert checked_defaults(ImageToTextParameters, defaults) == defaults
+    with pytest.raises(ModelUnavailable, match="MODEL_DEFAULTS: stream: cannot have a default"):
+        checked_defaults(ImageToTextParameters, {"stream": True})
+
+
+def test_the_documents_defaults_are_taken() -> None:
+    shown = re.findall(r"MODEL_DEFAULTS='(\{.*?\})'", DOCUMENT.read_text())
+    assert len(shown) >= 5
+    for value in shown:
+        defaults = json.loads(value)
+        assert checked_defaults(TextToImageParameters, defaults).keys() == defaults.keys()
+
+
+def test_adapters_are_asked_for_by_the_names_that_the_settings_give_them(
+    parameters_of: Callable[..., Parameters],
+) -> None:
+    parameters = parameters_of("flux", {}, ("ink", "clay"))
+    assert "adapters" in parameters.description.parameters
+    mixed = asked(adapters={"clay": 0.5, "ink": 1.0})
+    parameters.check(mixed)
+    assert parameters.resolved(mixed, [7])["adapters"] == {"clay": 0.5, "ink": 1.0}
+    with pytest.raises(UnsupportedParameter, match=r"^adapters: there is no adapter wax$") as no:
+        parameters.check(asked(adapters={"ink": 1.0, "wax": 1.0}))
+    assert no.value.parameter == "adapters"

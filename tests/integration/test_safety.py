@@ -1,0 +1,164 @@
+"""The operator's safety checker: a flag for each picture, and no picture that was not judged."""
+
+# mypy: allow-untyped-calls
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from consumer.ports import ModelError, ModelUnavailable, OutOfMemory, RunnerOutput
+from consumer.runners import ModelRunner
+from consumer.runners.safety import load_checker
+from generation_contracts import TextToImageRequest
+from tests.checkers import SECRET
+from tests.tiny_adapters import pipeline
+from tests.tiny_models import Folder, Load
+
+Shared = Callable[..., ModelRunner]
+
+
+def made(runner: ModelRunner, *, num_images: int = 1, size: int = 32) -> RunnerOutput:
+    request = TextToImageRequest(
+        prompt=SECRET,
+        width=size,
+        height=size,
+        num_inference_steps=1,
+        num_images=num_images,
+        seed=7,
+    )
+    return runner.run(request, [], on_step=lambda *_: None, cancelled=lambda: False)
+
+
+def flags(output: RunnerOutput) -> list[bool | None]:
+    return [picture.flagged for picture in output.images]
+
+
+def pixels(output: RunnerOutput) -> list[bytes]:
+    return [picture.image.tobytes() for picture in output.images]
+
+
+@pytest.fixture
+def sd3(shared_runner: Shared) -> ModelRunner:
+    return shared_runner("stable_diffusion_3")
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelRunner, str], None]:
+    """Give a loaded model a checker, as it has with MODEL_SAFETY_CHECKER=tests.checkers:<name>."""
+
+    def with_checker(runner: ModelRunner, name: str) -> None:
+        monkeypatch.setattr(runner._model, "_checker", load_checker(f"tests.checkers:{name}"))
+
+    return with_checker
+
+
+def test_without_a_checker_no_picture_has_a_flag_and_the_log_says_so(
+    model_folder: Folder, load: Load
+) -> None:
+    with capture_logs() as logs:
+        runner = load(model_folder("stable_diffusion_3"))
+    assert [entry for entry in logs if entry["event"] == "safety_checker"] == [
+        {"event": "safety_checker", "checker": "off", "log_level": "info"}
+    ]
+    assert flags(made(runner)) == [None]
+
+
+def test_the_checker_of_the_settings_judges_each_picture(model_folder: Folder, load: Load) -> None:
+    name = "tests.checkers:flags_the_second"
+    with capture_logs() as logs:
+        runner = load(model_folder("stable_diffusion_3"), safety_checker=name)
+    assert [entry["checker"] for entry in logs if entry["event"] == "safety_checker"] == [name]
+    assert flags(made(runner, num_images=3)) == [False, True, False]
+
+
+def test_a_checker_does_not_change_the_pictures(sd3: ModelRunner, use: Callable[..., None]) -> None:
+    unchecked = pixels(made(sd3, num_images=2))
+    use(sd3, "flags_and_paints")
+    checked = made(sd3, num_images=2)
+    assert flags(checked) == [True, True]
+    assert pixels(checked) == unchecked
+
+
+@pytest.mark.parametrize(
+    ("checker", "message"),
+    [
+        ("raises", "the safety checker raised ValueError"),
+        ("takes_no_pictures", "the safety checker raised TypeError"),
+        ("answers_too_little", "did not answer with one flag for each picture"),
+        ("answers_once", "did not answer with one flag for each picture"),
+        ("answers_numbers", "neither true nor false"),
+        ("answers_nothing", "neither true nor false"),
+    ],
+)
+def test_a_picture_that_was_not_judged_is_not_given_out(
+    checker: str, message: str, sd3: ModelRunner, use: Callable[..., None]
+) -> None:
+    use(sd3, checker)
+    with pytest.raises(ModelError, match=message) as failed:
+        made(sd3, num_images=2)
+    assert SECRET not in str(failed.value)
+
+
+def test_a_checker_that_finds_the_device_full_is_no_faulty_checker(
+    sd3: ModelRunner, use: Callable[..., None]
+) -> None:
+    use(sd3, "runs_out_of_memory")
+    with pytest.raises(OutOfMemory):
+        made(sd3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("tests.checkers", "must be package.module:callable"),
+        ("tests.checkers:missing", "AttributeError"),
+        ("tests.no_such_module:check", "ModuleNotFoundError"),
+        ("tests.checkers:NOT_CALLABLE", "it cannot be called"),
+        ("..:check", "ValueError"),
+    ],
+)
+def test_a_checker_that_is_not_there_stops_the_start(setting: str, reason: str) -> None:
+    with pytest.raises(ModelUnavailable, match=f"^MODEL_SAFETY_CHECKER: .*{reason}$"):
+        load_checker(setting)
+
+
+# -- a pipeline with a checker of its own ---------------------------------------------------------
+
+
+def judged_by_the_model(runner: ModelRunner, judged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline(runner), "run_safety_checker", lambda image, *_: (image, judged))
+
+
+@pytest.mark.parametrize(
+    ("checker", "expected"),
+    [
+        (None, [True, False]),
+        ("flags_the_second", [True, True]),
+        ("flags_none", [True, False]),
+    ],
+)
+def test_the_flags_of_the_models_own_checker_are_told_as_well(
+    checker: str | None,
+    expected: list[bool],
+    shared_runner: Shared,
+    use: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = shared_runner("hunyuan_dit")
+    judged_by_the_model(runner, [True, False], monkeypatch)
+    if checker is not None:
+        use(runner, checker)
+    output = made(runner, num_images=2)
+    assert flags(output) == expected
+    assert output.warnings == ("the model's safety checker blanked pictures: 1",)
+
+
+def test_flags_of_the_models_own_checker_that_fit_no_pictures_are_not_guessed_at(
+    shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = shared_runner("hunyuan_dit")
+    judged_by_the_model(runner, [False, True, False], monkeypatch)
+    with pytest.raises(ModelError, match="did not judge each picture"):
+        made(runner, num_images=2)

@@ -1,0 +1,54 @@
+"""Small requests for pictures, run on a loaded model in the thread of the test."""
+
+from typing import Any
+
+from consumer.ports import RunnerOutput
+from consumer.runners import ModelRunner
+from generation_contracts import TextToImageRequest
+
+
+def asked(**fields: Any) -> TextToImageRequest:
+    """A request for one picture of 64x64 pixels in three steps, but for these fields."""
+    small = {"prompt": "a cat", "width": 64, "height": 64, "num_inference_steps": 3, "seed": 7}
+    return TextToImageRequest(**{**small, **fields})
+
+
+def made(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> RunnerOutput:
+    """What the model makes of such a request, once it has passed the check."""
+    return made_of(runner, asked(**fields), save_memory=save_memory)
+
+
+def made_of(
+    runner: ModelRunner, request: TextToImageRequest, *, save_memory: bool = False
+) -> RunnerOutput:
+    """What the model makes of a request, once it has passed the check."""
+    runner.check(request)
+    return runner.run(
+        request, [], on_step=lambda *_: None, cancelled=lambda: False, save_memory=save_memory
+    )
+
+
+def pixels(output: RunnerOutput) -> list[bytes]:
+    """The pictures' pixels."""
+    return [picture.image.tobytes() for picture in output.images]
+
+
+def model(runner: ModelRunner) -> Any:
+    """The loaded model of a runner."""
+    return runner._model
+
+
+def pipeline(runner: ModelRunner) -> Any:
+    """The pipeline that all runs of a runner share."""
+    return model(runner)._pipe
+
+
+class StopAt:
+    """Says yes at a step, counted by how often it was asked; the first time is before the run."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def is_reached(self) -> bool:
+        self.left -= 1
+        return self.left < 0

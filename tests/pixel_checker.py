@@ -1,0 +1,194 @@
+"""What a picture of the demonstration model's world shows, read off its pixels alone.
+
+It knows the palette and the outlines of the shapes, and nothing of models or prompts: regions of
+one colour, their places and sizes, and how well each fills the outline of a shape.
+"""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from consumer.runners.demonstration.training.scenes import (
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIDE,
+    SIZES,
+    SIZES_OF_TWO,
+    Scene,
+    Thing,
+    outline,
+)
+
+LARGE = 128  # pixels, each side of the enlarged picture that is looked at
+SCALE = LARGE / SIDE
+MOST_OFF = 70.0  # distance in RGB; two colours of the palette are at least 75 apart
+LEAST_INSIDE = 20  # pixels that have the colour of a thing and nothing of its edge
+LEAST_PIXELS = 90  # of a thing; the smallest cross has some 240
+LEAST_LIKE = 0.78  # intersection over union with the outline that is most like it
+LEAST_PLAIN = 0.80  # the part of the background that has its colour
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One region of a picture.
+
+    Attributes:
+        thing: What it looks like; its size as of a single thing.
+        radius: Half the width that the shape would have been drawn with, in pixels.
+        middle: Where it was drawn around, in pixels of the enlarged picture: x and y.
+    """
+
+    thing: Thing
+    radius: float
+    middle: tuple[float, float]
+
+
+def seen(picture: Image.Image) -> Scene | None:
+    """The scene that a picture shows; None if it is none."""
+    pixels = np.asarray(
+        picture.convert("RGB").resize((LARGE, LARGE), Image.Resampling.BICUBIC), dtype=np.float32
+    )
+    background = _background(pixels)
+    if background is None:
+        return None
+    regions = list(_regions(pixels, background))
+    if any(region is None for region in regions):
+        return None
+    things = [region for region in regions if region is not None]
+    if len(things) == 1:
+        return Scene(background, (things[0].thing,), _place(things[0].middle))
+    if len(things) == 2:
+        return _scene_of_two(background, things[0], things[1])
+    return None
+
+
+def _background(pixels: NDArray[np.float32]) -> str | None:
+    edge = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3)])
+    edge = np.concatenate([edge, pixels[:, :3].reshape(-1, 3), pixels[:, -3:].reshape(-1, 3)])
+    return _colour(np.median(edge, axis=0))
+
+
+def _colour(value: NDArray[np.float32]) -> str | None:
+    distances = {
+        name: float(np.linalg.norm(value - np.array(rgb))) for name, rgb in COLOURS.items()
+    }
+    name = min(distances, key=distances.__getitem__)
+    return name if distances[name] <= MOST_OFF else None
+
+
+def _regions(pixels: NDArray[np.float32], background: str) -> Iterator[Seen | None]:
+    """The things in a picture; None for a region that is no thing."""
+    names = list(COLOURS)
+    palette = np.array([COLOURS[name] for name in names], dtype=np.float32)
+    distances = np.linalg.norm(pixels[:, :, None] - palette, axis=3)
+    mine = names.index(background)
+    off = distances[:, :, mine]
+    # Half way to whatever colour is there: the soft edge of a thing is cut in its middle.
+    strongest = ndimage.maximum_filter(off, size=5)
+    mask = (off > np.maximum(strongest / 2, 30.0)) & (strongest > 45.0)
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    for number in range(1, count + 1):
+        region = labels == number
+        if region.sum() >= LEAST_PIXELS:
+            yield _thing(pixels, region)
+    left_over = (off > MOST_OFF) & ~ndimage.binary_dilation(mask, iterations=4)
+    if left_over.mean() > 1 - LEAST_PLAIN:
+        yield None
+
+
+def _thing(pixels: NDArray[np.float32], region: NDArray[np.bool_]) -> Seen | None:
+    inside = ndimage.binary_erosion(region, iterations=2)
+    colour = _colour(np.median(pixels[inside if inside.sum() > LEAST_INSIDE else region], axis=0))
+    down, across = ndimage.center_of_mass(region)
+    # By its area: the tips of a star are too fine to be measured by.
+    radii = {shape: math.sqrt(float(region.sum()) / _area(shape)) for shape in SHAPES}
+    likeness = {
+        shape: _likeness(region, shape, radius, (across, down)) for shape, radius in radii.items()
+    }
+    shape = max(likeness, key=likeness.__getitem__)
+    if colour is None or likeness[shape] < LEAST_LIKE:
+        return None
+    radius = radii[shape] / SCALE
+    size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
+    x, y = (across, down) - np.array(_centroid(shape)) * radii[shape]
+    return Seen(Thing(colour, shape, size), radius, (float(x), float(y)))
+
+
+def _likeness(
+    region: NDArray[np.bool_], shape: str, radius: float, middle: tuple[float, float]
+) -> float:
+    """Intersection over union with the outline of the same area and middle."""
+    origin = np.array(middle) - np.array(_centroid(shape)) * radius
+    points = np.array(outline(shape)) * radius + origin
+    canvas = Image.new("1", (region.shape[1], region.shape[0]))
+    ImageDraw.Draw(canvas).polygon([tuple(point) for point in points.tolist()], fill=1)
+    wanted = np.asarray(canvas)
+    return float((region & wanted).sum() / (region | wanted).sum())
+
+
+@cache
+def _centroid(shape: str) -> tuple[float, float]:
+    """The middle of mass of a shape whose radius is 1."""
+    points = outline(shape)
+    x_sum = y_sum = twice = 0.0
+    for (x, y), (next_x, next_y) in zip(points, [*points[1:], points[0]], strict=True):
+        cross = x * next_y - next_x * y
+        twice += cross
+        x_sum += (x + next_x) * cross
+        y_sum += (y + next_y) * cross
+    return x_sum / (3 * twice), y_sum / (3 * twice)
+
+
+@cache
+def _area(shape: str) -> float:
+    """Of a shape whose radius is 1."""
+    points = outline(shape)
+    pairs = zip(points, [*points[1:], points[0]], strict=True)
+    return abs(sum(x * next_y - next_x * y for (x, y), (next_x, next_y) in pairs)) / 2
+
+
+def _place(middle: tuple[float, float]) -> str:
+    thirds = tuple(
+        min(2, max(0, round((part - LARGE / 2) / (13.0 * SCALE)) + 1)) for part in middle
+    )
+    return next(name for name, place in PLACES.items() if place == thirds)
+
+
+def _scene_of_two(background: str, first: Seen, second: Seen) -> Scene:
+    across = first.middle[0] - second.middle[0]
+    down = first.middle[1] - second.middle[1]
+    if abs(across) > abs(down):
+        relation = "left of" if across < 0 else "right of"
+    else:
+        relation = "above" if down < 0 else "below"
+    things = tuple(
+        Thing(
+            one.thing.colour,
+            one.thing.shape,
+            min(SIZES_OF_TWO, key=lambda name: abs(SIZES_OF_TWO[name] - one.radius)),
+        )
+        for one in (first, second)
+    )
+    return Scene(background, things, relation=relation)
+
+
+def same(one: Scene, other: Scene) -> bool:
+    """Whether two scenes are the same, from whichever of two things they are told."""
+    return one == other or (len(one.things) == 2 and one == other.turned)
+
+
+assert all(
+    np.linalg.norm(np.array(COLOURS[a]) - np.array(COLOURS[b])) > MOST_OFF
+    for a, b in product(COLOURS, COLOURS)
+    if a != b
+)
+assert random

@@ -1,0 +1,71 @@
+"""LoRA adapters of random matrices for the tiny models, saved by the library itself.
+
+Importing this file costs the import of torch.
+"""
+
+# mypy: allow-untyped-calls
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from consumer.runners import ModelRunner
+
+FILE = "pytorch_lora_weights.safetensors"
+RANK = 2
+STRENGTH = 0.5  # of the random numbers; a tiny model's picture then differs at once
+
+
+def pipeline(runner: ModelRunner) -> Any:
+    model: Any = runner._model
+    return model._pipe
+
+
+def denoiser(pipe: Any) -> str:
+    return "unet" if "unet" in pipe.components else "transformer"
+
+
+def save_adapter(
+    pipe: Any,
+    folder: Path,
+    *,
+    seed: int = 1,
+    part: str = "",
+    layers: Collection[str] = ("to_q", "to_v", "to_out.0"),
+    wider: int = 1,
+) -> Path:
+    """Save an adapter for the layers of these names.
+
+    Args:
+        pipe: A pipeline; it is not changed.
+        folder: Where to.
+        seed: Of the matrices.
+        part: The pipeline's part that is adapted; empty: its denoiser.
+        layers: How the names of the layers end.
+        wider: How many times as many inputs the layers are to have as they have.
+
+    Returns:
+        The file.
+    """
+    part = part or denoiser(pipe)
+    chance = torch.Generator().manual_seed(seed)
+    matrices = {}
+    for name, layer in getattr(pipe, part).named_modules():
+        if not isinstance(layer, torch.nn.Linear) or not name.endswith(tuple(layers)):
+            continue
+        inputs, outputs = layer.in_features * wider, layer.out_features
+        for half, shape in (("A", (RANK, inputs)), ("B", (outputs, RANK))):
+            matrix = torch.randn(shape, generator=chance) * STRENGTH
+            matrices[f"{name}.lora_{half}.weight"] = matrix
+    assert matrices
+    type(pipe).save_lora_weights(folder, **{f"{part}_lora_layers": matrices})
+    return folder / FILE
+
+
+def add_weights(file: Path, **weights: torch.Tensor) -> None:
+    """Add to a file what is no matrix of the adapter; `__` in a name stands for a dot."""
+    named = {name.replace("__", "."): weight for name, weight in weights.items()}
+    save_file({**load_file(file), **named}, file)

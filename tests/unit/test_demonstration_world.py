@@ -1,0 +1,162 @@
+"""The world that the demonstration models are trained in: what is shown fits what is said."""
+
+import random
+from itertools import product
+
+import pytest
+
+from consumer.runners.demonstration.training import prompts, questions
+from consumer.runners.demonstration.training.scenes import (
+    ATTRIBUTES,
+    COLOURS,
+    NONE,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIDE,
+    Scene,
+    Thing,
+    attributes,
+    covered,
+    draw,
+    held_out,
+    outline,
+    single_scenes,
+    some_held_out_scene,
+    some_scene,
+)
+from consumer.runners.demonstration.training.sentences import a, description
+
+STAR = Scene("white", (Thing("red", "star", "small"),), "top")
+PAIR = Scene("gray", (Thing("red", "circle"), Thing("blue", "square", "large")), relation="left of")
+
+
+def test_the_sentence_of_a_scene_is_like_its_prompt() -> None:
+    assert description(STAR) == "A small red star on a white background at the top."
+    assert description(PAIR) == "A red circle left of a large blue square on a gray background."
+
+
+def test_no_two_scenes_have_the_same_description() -> None:
+    told: dict[str, Scene] = {}
+    for scene in single_scenes():
+        assert told.setdefault(description(scene), scene) == scene
+
+
+def test_training_never_shows_a_combination_that_is_held_out() -> None:
+    choice = random.Random(0)
+    kept_out = {
+        (thing.colour, thing.shape, scene.background)
+        for scene in single_scenes()
+        for thing in scene.things
+        if held_out(scene)
+    }
+    of_all = len(COLOURS) * (len(COLOURS) - 1) * len(SHAPES)
+    assert 0.07 < len(kept_out) / of_all < 0.13
+    for _ in range(3_000):
+        scene = some_scene(choice, of_two=0.5)
+        assert kept_out.isdisjoint((t.colour, t.shape, scene.background) for t in scene.things)
+    for two in (False, True):
+        assert held_out(some_held_out_scene(choice, two=two))
+
+
+def test_every_colour_shape_and_background_is_shown_with_every_other() -> None:
+    """What is held out is three together: each two of them are to be learned."""
+    shown = [scene for scene in single_scenes() if not held_out(scene)]
+    pairs = {(s.things[0].colour, s.things[0].shape) for s in shown}
+    assert pairs == set(product(COLOURS, SHAPES))
+    pairs = {(s.things[0].shape, s.background) for s in shown}
+    assert pairs == set(product(SHAPES, COLOURS))
+
+
+def test_a_prompt_says_everything_that_is_not_the_default() -> None:
+    choice = random.Random(1)
+    words = {"disc": "circle", "plus": "cross", "grey": "gray", "violet": "purple"}
+    for _ in range(2_000):
+        scene = some_scene(choice, of_two=0.4)
+        said = prompts.prompt(scene, choice)
+        named = {words.get(word.strip(",").lower(), word.strip(",")) for word in said.split()}
+        for thing in scene.things:
+            assert {thing.colour, thing.shape} <= named
+        if scene.background != "white":
+            assert scene.background in named
+
+
+def test_the_same_chance_gives_the_same_prompt_and_picture() -> None:
+    assert prompts.prompt(PAIR, random.Random(2)) == prompts.prompt(PAIR, random.Random(2))
+    assert draw(PAIR, random.Random(2)).tobytes() == draw(PAIR, random.Random(2)).tobytes()
+    assert draw(PAIR, random.Random(2)).tobytes() != draw(PAIR, random.Random(3)).tobytes()
+
+
+def test_every_outline_lies_within_its_picture_at_every_place() -> None:
+    choice = random.Random(4)
+    for scene in single_scenes():
+        if (scene.things[0].size, scene.background) == ("large", "white"):
+            picture = draw(scene, choice)
+            assert picture.size == (SIDE, SIDE)
+            corners = [(0, 0), (0, SIDE - 1), (SIDE - 1, 0), (SIDE - 1, SIDE - 1)]
+            assert {picture.getpixel(corner) for corner in corners} == {COLOURS["white"]}
+    with pytest.raises(ValueError, match="no shape"):
+        outline("hexagon")
+
+
+def test_attributes_are_the_same_from_either_thing() -> None:
+    assert attributes(PAIR) == attributes(PAIR.turned)
+    assert attributes(PAIR)[2] == NONE  # two things have no place
+    assert attributes(STAR)[6:] == [NONE] * 3
+    for relation in RELATIONS:
+        numbers = attributes(Scene("gray", PAIR.things, relation=relation))
+        assert all(n == NONE or n < most for n, most in zip(numbers, ATTRIBUTES, strict=True))
+
+
+def test_the_cells_of_a_thing_tell_it_and_the_others_the_background() -> None:
+    cells = covered(STAR, 4)
+    white = list(COLOURS).index("white")
+    assert {cell[3] for cell in cells} == {white}
+    told = {cell[:3] for cell in cells} - {(0, 0, 0)}
+    assert told == {(SHAPES.index("star") + 1, list(COLOURS).index("red") + 1, 1)}
+    assert covered(Scene("white", STAR.things, "bottom"), 4) != cells
+
+
+def test_answers_are_true_of_their_scene() -> None:
+    choice = random.Random(5)
+    asked = {
+        "What colour is the background?": "The background is white.",
+        "What shape is it?": "The shape is a star.",
+        "Where is the star?": "The star is at the top.",
+        "How large is the star?": "The star is small.",
+        "What colour is the star?": "The star is red.",
+        "How many shapes are there?": "There is one shape.",
+        "Is there a star?": "Yes, there is a star.",
+        "Is there a circle?": "No, there is not a circle.",
+    }
+    found: dict[str, str] = {}
+    for _ in range(4_000):
+        question = questions.ask_about(STAR, choice)
+        if question.question in asked:
+            found[question.question] = question.answer
+    assert found == asked
+
+
+def test_a_question_about_two_pictures_names_the_right_one() -> None:
+    choice = random.Random(6)
+    circle = Scene("blue", (Thing("pink", "circle"),), "left")
+    answers = {
+        question.question: question.answer
+        for question in (questions.ask_about_two([STAR, circle], choice) for _ in range(500))
+    }
+    assert answers["Which picture has a star?"] == "The first picture."
+    assert answers["Which picture has a circle?"] == "The second picture."
+    assert answers["Describe the second picture."] == description(circle)
+    assert answers["Describe both pictures."] == (
+        "The first picture: a small red star on a white background at the top. "
+        "The second picture: a pink circle on a blue background on the left."
+    )
+
+
+def test_an_article_fits_its_word() -> None:
+    assert a("orange star") == "an orange star"
+    assert a("red star") == "a red star"
+
+
+def test_all_places_differ() -> None:
+    assert len(set(PLACES.values())) == len(PLACES) == 9

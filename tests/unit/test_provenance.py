@@ -1,0 +1,118 @@
+"""What a picture's file is to say of how it was made."""
+
+import json
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from consumer.daemon import Daemon
+from consumer.ports import GeneratedImage, RunnerOutput
+from consumer.provenance import provenance_of
+from consumer.settings import Settings
+from generation_contracts import ModelInfo, TextToImageRequest
+from generation_contracts.events import ParameterValue
+from tests.behaviour import asking, soon
+from tests.memory_ports import Run, raising
+from tests.memory_world import MemoryWorld, Worlds
+
+MODEL = ModelInfo(
+    id="someone/model", revision="7f3c", family="flux", dtype="float32", device="cuda"
+)
+PARAMETERS: dict[str, ParameterValue] = {"width": 64, "adapters": {"b": 0.5, "a": 1.0}}
+
+
+def said(
+    *, model: ModelInfo = MODEL, flagged: bool | None = None, with_prompt: bool = False
+) -> dict[str, str]:
+    return provenance_of(
+        GeneratedImage(Image.new("RGB", (4, 4)), seed=8, flagged=flagged),
+        request_id="poster-0001",
+        request=TextToImageRequest(prompt="a lighthouse", negative_prompt="frame", seed=7),
+        model=model,
+        parameters=PARAMETERS,
+        with_prompt=with_prompt,
+    )
+
+
+def test_file_says_what_made_the_picture_and_not_what_was_asked_for() -> None:
+    assert said() == {
+        "software": f"generation-consumer {version('generation-consumer')}",
+        "request_id": "poster-0001",
+        "seed": "8",
+        "model": "someone/model",
+        "revision": "7f3c",
+        "parameters": '{"adapters":{"a":1.0,"b":0.5},"width":64}',
+    }
+
+
+def test_prompts_are_said_where_they_may_be() -> None:
+    more = said(with_prompt=True)
+    assert (more.pop("prompt"), more.pop("negative_prompt")) == ("a lighthouse", "frame")
+    assert more == said()
+
+
+@pytest.mark.parametrize(("flagged", "value"), [(True, "true"), (False, "false")])
+def test_word_of_the_safety_checker_is_said(flagged: bool, value: str) -> None:
+    assert said(flagged=flagged) == {**said(), "flagged": value}
+
+
+def test_model_without_a_revision_has_none() -> None:
+    assert "revision" not in said(model=MODEL.model_copy(update={"revision": None}))
+
+
+# -- in the life of a job -------------------------------------------------------------------------
+
+
+def two_pictures(_: Run) -> RunnerOutput:
+    images = [GeneratedImage(Image.new("RGB", (4, 4)), seed, flagged=False) for seed in (3, 4)]
+    return RunnerOutput(images=tuple(images), parameters=PARAMETERS)
+
+
+async def test_each_picture_of_a_job_says_its_own_seed_and_what_it_was_made_with(
+    world: MemoryWorld,
+) -> None:
+    world.runner.will(two_pictures)
+    await world.send(asking(num_images=2, seed=3))
+    await soon(world.work())
+    one, other = world.images.said
+    assert (one["seed"], other["seed"]) == ("3", "4")
+    assert {**one, "seed": ""} == {**other, "seed": ""}
+    assert (one["request_id"], one["model"], one["flagged"]) == ("a", "scripted", "false")
+    assert json.loads(one["parameters"]) == PARAMETERS
+    assert one.keys().isdisjoint({"prompt", "negative_prompt"})
+
+
+async def test_prompt_is_in_pictures_where_the_worker_puts_it_there(make_world: Worlds) -> None:
+    world = await make_world(prompt_in_pictures=True)
+    await world.send(asking())
+    await soon(world.work())
+    assert [one["prompt"] for one in world.images.said] == ["a red circle"]
+
+
+async def test_picture_says_the_same_whichever_attempt_and_worker_makes_it(
+    make_world: Worlds,
+) -> None:
+    every: list[Any] = []
+    for failures in (0, 2):
+        world = await make_world()
+        world.runner.will(*[raising(lambda: KeyError("x"))] * failures)
+        await world.send(asking())
+        for _ in range(failures + 1):
+            await soon(world.work())
+        every += world.images.said
+    assert every == [every[0]] * 2
+
+
+@pytest.mark.parametrize("setting", [True, False])
+async def test_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> None:
+    settings = Settings(model_type="text_to_image", consumer_prompt_in_pictures=setting)
+    daemon = Daemon(settings, lambda _: world.runner)
+    durable: Any = type("Durable", (), {"ack_wait": 1.0})
+    ports: Any = world
+    execution = daemon._make_execution(
+        durable, world.runner.description, world.runner, ports.events, ports.artifacts
+    )
+    daemon.inference.close()
+    assert execution._prompt_in_pictures is setting
