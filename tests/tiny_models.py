@@ -23,7 +23,7 @@ Load = Callable[..., ModelRunner]
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
     """Folder of a family of `tests.tiny_families`, or of `vision_language`; not to be changed."""
     made: dict[str, Path] = {}
 
@@ -34,7 +34,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
             _build(family, made[name], **options)
         return made[name]
 
-    return folder
+    yield folder
+    gc.unfreeze()  # see `_torch`
 
 
 @pytest.fixture

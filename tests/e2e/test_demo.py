@@ -101,7 +101,7 @@ def test_demo_that_fails_says_why_and_leaves_nothing(folders: tuple[Path, Path])
     done = subprocess.run(
         DEMO,
         cwd=work,
-        env={**environment(temporary), "MODEL_QUANTIZATION": "nonsense"},
+        env={**environment(temporary), "MODEL_ATTENTION": "nonsense"},
         capture_output=True,
         text=True,
         timeout=2 * WITHIN,
