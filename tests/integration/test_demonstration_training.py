@@ -1,29 +1,6 @@
-"""The training of the demonstration models: its command, and that it trains what is run later."""
+"""The training of the demonstration models trains what is run later."""
 
 import importlib
-import subprocess
-import sys
-from pathlib import Path
-
-from tests.bench.models import Bench
-
-
-def test_training_leaves_both_models_where_the_runners_load_them(tmp_path: Path) -> None:
-    """The command of the model card with a thousandth of its steps: it learns nothing, but runs."""
-    command = [sys.executable, "-m", "consumer.runners.demonstration.training"]
-    done = subprocess.run(
-        [*command, "--share", "0.001", "--to", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2_000:]
-    loaded = Bench(tmp_path)
-    picture = loaded.picture("a red circle", 1)
-    assert picture.size == (64, 64)
-    assert isinstance(loaded.text([picture], "What is this?"), str)
-    loaded.close()
 
 
 def test_the_short_way_through_attention_is_the_pipelines_own() -> None:

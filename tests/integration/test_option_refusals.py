@@ -5,6 +5,7 @@ Each with the one line that stops the start.
 
 # mypy: allow-untyped-calls
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,19 @@ SD3, SDXL, FLUX, VISION = "stable_diffusion_3", "stable_diffusion_xl", "flux", "
 PICTURES, TEXTS = Task.TEXT_TO_IMAGE, Task.IMAGE_TO_TEXT
 
 Machine = Callable[[int], None]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _libraries() -> None:
+    """Imported while the machine is as it is: the tests pretend that it has GPUs."""
+    for library in (
+        "torch._inductor.config",
+        "consumer.runners.diffusion",
+        "consumer.runners.vision_language",
+        "transformers.models.qwen3.modeling_qwen3",
+        "transformers.models.auto.processing_auto",
+    ):
+        importlib.import_module(library)
 
 
 @pytest.fixture
