@@ -70,6 +70,7 @@ def configure_logging(log_format: Literal["json", "console"], level: str) -> Non
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.captureWarnings(capture=True)
 
 
 class Metrics:

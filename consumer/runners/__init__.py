@@ -11,10 +11,13 @@ from consumer.runners.runner import ModelRunner
 from consumer.runners.thread import InferenceThread
 from generation_contracts import Task
 
-# Both are read once, when the libraries are imported, so they must be set before. The first beats
-# even trust_remote_code=True: no code that came with a model is ever run.
+# All are read once, when the libraries are imported, so they must be set before. The first beats
+# even trust_remote_code=True: no code that came with a model is ever run. The others: no telemetry,
+# and no warnings while they are imported, of optional libraries that nobody asked for.
 os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 __all__ = ["InferenceThread", "ModelConfig", "ModelRunner", "create_runner"]
 

@@ -9,7 +9,6 @@ from typing import Any, get_args, get_type_hints
 
 import accelerate
 import diffusers
-import diffusers.utils.logging
 import torch
 import transformers
 from diffusers import DiffusionPipeline
@@ -64,8 +63,6 @@ def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> 
     Raises:
         ModelUnavailable: One clear line.
     """
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
     index = _read_index(source)
     text_to_image_class(index, source.id)
     vocabulary.see_that_none_are_missing(source.folder, index, source.id)

@@ -14,6 +14,7 @@ from consumer.ports import (
     OnText,
     RunnerOutput,
 )
+from consumer.runners import libraries
 from consumer.runners.config import ModelConfig
 from generation_contracts import Request, Task
 
@@ -73,6 +74,7 @@ class ModelRunner:
         Raises:
             ModelUnavailable: With one clear line that has no path in it.
         """
+        libraries.torch_to_root()
         model: LoadedModel = importlib.import_module(_MODULES[self._task]).load(self._config)
         from consumer.runners import first_run, options
 

@@ -5,11 +5,9 @@ showed. What the pictures show is read off their pixels by `tests.pixel_checker`
 them is compared with the one right sentence. The models run as the daemon runs them.
 """
 
-import json
 import random
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +202,3 @@ def main(models: Path | None, number: int, steps: int | None, guidance: float | 
 
 if __name__ == "__main__":
     main()
-
-assert json
-assert Counter
