@@ -101,7 +101,7 @@ def _torch() -> Any:
     # A runner collects garbage after each run that ends early, and would go through all objects of
     # the libraries each time.
     importlib.import_module("tests.tiny_families")
-    importlib.import_module("consumer.runners.diffusion")
+    importlib.import_module("consumer.runners.text_to_image.diffusion")
     gc.collect()
     gc.freeze()
     return torch

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 _MODULES = {
-    Task.TEXT_TO_IMAGE: "consumer.runners.diffusion",
-    Task.IMAGE_TO_TEXT: "consumer.runners.vision_language",
+    Task.TEXT_TO_IMAGE: "consumer.runners.text_to_image.diffusion",
+    Task.IMAGE_TO_TEXT: "consumer.runners.image_to_text.vision_language",
 }
 
 

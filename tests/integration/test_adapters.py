@@ -21,10 +21,11 @@ from consumer.ports import (
     OutOfMemory,
     UnsupportedParameter,
 )
-from consumer.runners import ModelRunner, create_runner, diffusion, options
-from consumer.runners.adapters import find_adapters
+from consumer.runners import ModelRunner, create_runner, options
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
+from consumer.runners.text_to_image import diffusion
+from consumer.runners.text_to_image.adapters import find_adapters
 from generation_contracts import Task, TextToImageRequest
 from tests.tiny_adapters import FILE, add_weights, pipeline, save_adapter
 from tests.tiny_models import Folder, Load

@@ -22,10 +22,11 @@ from consumer.ports import (
     OutOfMemory,
     UnsupportedParameter,
 )
-from consumer.runners import ModelRunner, create_runner, diffusion
+from consumer.runners import ModelRunner, create_runner
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
-from consumer.runners.memory import save
+from consumer.runners.text_to_image import diffusion
+from consumer.runners.text_to_image.memory import save
 from generation_contracts import Task, TextToImageRequest, TextToImageStep
 from tests.picture_runs import StopAt, asked, made, model, pipeline, pixels
 from tests.tiny_models import Folder, Load

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from consumer.ports import ModelError, ModelUnavailable, OutOfMemory
-from consumer.runners import InferenceThread, ModelConfig, create_runner, diffusion, vision_language
+from consumer.runners import InferenceThread, ModelConfig, create_runner
+from consumer.runners.image_to_text import vision_language
+from consumer.runners.text_to_image import diffusion
 from generation_contracts import Request, Task, TextToImageRequest
 from tests.tiny_models import Folder, Load
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from consumer.ports import OutOfMemory, RunnerOutput
 from consumer.runners import ModelRunner
-from consumer.runners.memory_guard import free_bytes, least_to_decode
+from consumer.runners.text_to_image.memory_guard import free_bytes, least_to_decode
 from generation_contracts import TextToImageRequest
 from tests.tiny_adapters import pipeline, save_adapter
 from tests.tiny_models import Folder, Load

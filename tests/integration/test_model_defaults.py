@@ -11,7 +11,7 @@ import pytest
 from consumer.ports import ModelUnavailable, UnsupportedParameter
 from consumer.runners import ModelRunner
 from consumer.runners.defaults import Default, checked_defaults
-from consumer.runners.parameters import Parameters
+from consumer.runners.text_to_image.parameters import Parameters
 from generation_contracts import TextToImageRequest
 from generation_contracts.requests import ImageToTextParameters, TextToImageParameters
 from tests.picture_runs import asked, made_of, model, pipeline, pixels

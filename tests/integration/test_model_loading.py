@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from consumer.ports import ModelUnavailable
 from consumer.runners import ModelConfig, create_runner
 from consumer.runners.device import place
-from consumer.runners.pipeline_loading import text_to_image_class
+from consumer.runners.text_to_image.pipeline_loading import text_to_image_class
 from generation_contracts import Task, TextToImageRequest
 from tests.tiny_models import Folder, Load
 

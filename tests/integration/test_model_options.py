@@ -13,10 +13,11 @@ from accelerate.hooks import AlignDevicesHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from consumer.ports import Interrupted, ModelUnavailable
-from consumer.runners import ModelConfig, ModelRunner, options, vision_loading
+from consumer.runners import ModelConfig, ModelRunner, options
 from consumer.runners.device import Placement
-from consumer.runners.pipeline_loading import load_pipeline
+from consumer.runners.image_to_text import vision_loading
 from consumer.runners.source import Source
+from consumer.runners.text_to_image.pipeline_loading import load_pipeline
 from generation_contracts import Task, TextToImageRequest
 from tests.integration.small_runs import SMALL, largest_difference, made, pipeline, refusal, written
 from tests.tiny_models import Folder, Load
@@ -196,7 +197,8 @@ def test_a_part_that_fits_on_no_gpu_is_told(
         "_assign_components_to_devices",
         lambda *_, **__: {torch.device("cpu"): ["transformer", "vae"], "cpu": ["text_encoder"]},
     )
-    monkeypatch.setattr("consumer.runners.diffusion.options.see_that_they_fit", lambda *_: None)
+    fitting = "consumer.runners.text_to_image.diffusion.options.see_that_they_fit"
+    monkeypatch.setattr(fitting, lambda *_: None)
     line = refusal(model_folder(FLUX), device_map="balanced")
     assert line.startswith("MODEL_DEVICE_MAP: text_encoder")
     assert line.endswith(" does not fit on a GPU")

@@ -31,8 +31,8 @@ def _libraries() -> None:
     """Imported while the machine is as it is: the tests pretend that it has GPUs."""
     for library in (
         "torch._inductor.config",
-        "consumer.runners.diffusion",
-        "consumer.runners.vision_language",
+        "consumer.runners.text_to_image.diffusion",
+        "consumer.runners.image_to_text.vision_language",
         "transformers.models.qwen3.modeling_qwen3",
         "transformers.models.auto.processing_auto",
     ):

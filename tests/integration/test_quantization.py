@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from consumer.runners import ModelConfig, ModelRunner, quantization
 from consumer.runners.device import Placement
+from consumer.runners.image_to_text.vision_loading import load_vision_language
 from consumer.runners.source import Source
-from consumer.runners.vision_loading import load_vision_language
 from generation_contracts import Task
 from tests.integration.small_runs import SMALL, largest_difference, made, pipeline, refusal, written
 from tests.tiny_models import Folder, Load

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from consumer.ports import ModelError, ModelUnavailable, OutOfMemory, RunnerOutput
 from consumer.runners import ModelRunner
-from consumer.runners.safety import load_checker
+from consumer.runners.text_to_image.safety import load_checker
 from generation_contracts import TextToImageRequest
 from tests.checkers import SECRET
 from tests.tiny_adapters import pipeline

@@ -191,7 +191,7 @@ def test_a_family_with_one_size_of_pictures_is_given_them_whole(runner_of: Runne
 
 def test_an_edge_that_is_a_length_is_not_taken_for_a_number_of_pixels() -> None:
     processor = importlib.import_module("transformers").SmolVLMImageProcessor()
-    budget = importlib.import_module("consumer.runners.pictures").PictureBudget.of(
+    budget = importlib.import_module("consumer.runners.image_to_text.pictures").PictureBudget.of(
         processor, 240_000
     )
     assert processor.size.longest_edge < 240_000
@@ -343,7 +343,7 @@ TEXTS = (
 def test_no_character_is_told_before_it_is_whole(
     family: str, text: str, runner_of: RunnerOf
 ) -> None:
-    deltas = importlib.import_module("consumer.runners.deltas")
+    deltas = importlib.import_module("consumer.runners.image_to_text.deltas")
     torch = importlib.import_module("torch")
     tokenizer = inner(runner_of(family))._processor.tokenizer
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -364,7 +364,7 @@ def test_no_character_is_told_before_it_is_whole(
 def test_the_rest_of_a_text_that_ends_within_a_character_is_told_at_the_end(
     runner_of: RunnerOf,
 ) -> None:
-    deltas = importlib.import_module("consumer.runners.deltas")
+    deltas = importlib.import_module("consumer.runners.image_to_text.deltas")
     torch = importlib.import_module("torch")
     tokenizer = inner(runner_of("qwen2_vl"))._processor.tokenizer
     tokens = tokenizer("a\U0001f4a1", add_special_tokens=False)["input_ids"][:-1]

@@ -19,8 +19,9 @@ from consumer.ports import (
     OutOfMemory,
     UnsupportedParameter,
 )
-from consumer.runners import ModelRunner, vision_language
+from consumer.runners import ModelRunner
 from consumer.runners.device import Placement
+from consumer.runners.image_to_text import vision_language
 from generation_contracts import ArtifactReference, ImageToTextRequest, Task, TextToImageStep
 from tests.tiny_models import Folder, Load
 

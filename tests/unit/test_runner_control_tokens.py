@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.runners.control_tokens import ControlTokens
+from consumer.runners.image_to_text.control_tokens import ControlTokens
 
 TOKENS = ["<|im_end|>", "<|im_start|>", "<|im_end|><|im_start|>", "<|image_pad|>", "(x)*"]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from consumer.ports import ModelUnavailable
-from consumer.runners.sampling import Sampling, defaults_of
+from consumer.runners.image_to_text.sampling import Sampling, defaults_of
 from generation_contracts import ArtifactReference, ImageToTextRequest
 
 SOURCE = ArtifactReference(bucket="inputs", key="picture.png")

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from consumer.runners.part_config import config_of
-from consumer.runners.pipeline_loading import denoiser
+from consumer.runners.text_to_image.part_config import config_of
+from consumer.runners.text_to_image.pipeline_loading import denoiser
 
 
 @dataclass(frozen=True)

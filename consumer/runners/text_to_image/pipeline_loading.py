@@ -14,11 +14,12 @@ import transformers
 from diffusers import DiffusionPipeline
 
 from consumer.ports import ModelUnavailable
-from consumer.runners import pipeline_options, quantization, vocabulary
+from consumer.runners import quantization, vocabulary
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 from consumer.runners.faults import load_failure
 from consumer.runners.source import Source
+from consumer.runners.text_to_image import pipeline_options
 from consumer.runners.weights import see_that_none_are_missing, see_that_none_were_invented
 
 # What a pipeline must be able to be asked for.

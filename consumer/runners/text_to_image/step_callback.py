@@ -9,7 +9,7 @@ from typing import Any
 
 from consumer.ports import IsCancelled, OnStep
 from consumer.runners.faults import StoppedAtStep
-from consumer.runners.pipeline_loading import OLD_STEP_CALLBACK, STEP_CALLBACK
+from consumer.runners.text_to_image.pipeline_loading import OLD_STEP_CALLBACK, STEP_CALLBACK
 
 
 class StepCallback:

@@ -13,10 +13,10 @@ from diffusers.models.embeddings import PatchEmbed
 
 from consumer.ports import ModelDescription, ModelUnavailable, UnsupportedParameter
 from consumer.runners.defaults import SETTING, Default, checked_defaults
-from consumer.runners.distilled import distilled
-from consumer.runners.guidance import Guidance, guides
-from consumer.runners.part_config import config_of
-from consumer.runners.pipeline_loading import denoiser
+from consumer.runners.text_to_image.distilled import distilled
+from consumer.runners.text_to_image.guidance import Guidance, guides
+from consumer.runners.text_to_image.part_config import config_of
+from consumer.runners.text_to_image.pipeline_loading import denoiser
 from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue
 from generation_contracts.requests import TextToImageParameters

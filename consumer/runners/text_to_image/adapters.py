@@ -23,7 +23,7 @@ from safetensors import safe_open
 from consumer.ports import ModelUnavailable
 from consumer.runners.config import ModelConfig
 from consumer.runners.faults import load_failure
-from consumer.runners.pipeline_loading import modules
+from consumer.runners.text_to_image.pipeline_loading import modules
 from generation_contracts.requests import AdapterName
 
 SETTING = "MODEL_ADAPTERS"

@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import SchedulerMixin
 from diffusers.guiders.guider_utils import BaseGuidance
 
-from consumer.runners.truncation import Cuts
+from consumer.runners.text_to_image.truncation import Cuts
 
 
 def own_pipeline(shared: Any, cuts: Cuts, *, guidance_scale: float | None) -> Any:

@@ -27,15 +27,15 @@ from consumer.ports import (
     UnsupportedParameter,
 )
 from consumer.runners.config import ModelConfig
-from consumer.runners.control_tokens import ControlTokens
-from consumer.runners.deltas import Deltas, written_text
 from consumer.runners.device import Placement, place, release
 from consumer.runners.faults import BadOutput, StoppedAtStep, load_failure, translated
+from consumer.runners.image_to_text.control_tokens import ControlTokens
+from consumer.runners.image_to_text.deltas import Deltas, written_text
+from consumer.runners.image_to_text.pictures import PictureBudget
+from consumer.runners.image_to_text.sampling import Sampling, defaults_of
+from consumer.runners.image_to_text.vision_loading import download, load_vision_language
 from consumer.runners.options import see_that_they_fit
-from consumer.runners.pictures import PictureBudget
-from consumer.runners.sampling import Sampling, defaults_of
 from consumer.runners.source import located
-from consumer.runners.vision_loading import download, load_vision_language
 from generation_contracts import ImageToTextRequest, ModelInfo, Request, Task
 
 _PARAMETERS = {

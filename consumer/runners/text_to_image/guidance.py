@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from inspect import Parameter
 from typing import Any, Literal
 
-from consumer.runners.part_config import config_of
-from consumer.runners.pipeline_loading import denoiser
+from consumer.runners.text_to_image.part_config import config_of
+from consumer.runners.text_to_image.pipeline_loading import denoiser
 
 GuidanceName = Literal["guidance_scale", "true_cfg_scale", "distilled_guidance_scale", "guider"]
 

@@ -7,7 +7,7 @@ import structlog
 import torch
 
 from consumer.runners.device import release
-from consumer.runners.pipeline_loading import modules
+from consumer.runners.text_to_image.pipeline_loading import modules
 
 log = structlog.get_logger()
 

@@ -21,19 +21,20 @@ from consumer.ports import (
     OnText,
     RunnerOutput,
 )
-from consumer.runners import memory, options
-from consumer.runners.adapters import Adapters, find_adapters
+from consumer.runners import options
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement, place, release
 from consumer.runners.faults import BadOutput, translated
-from consumer.runners.memory_guard import FreeBytes, free_bytes, least_to_decode
-from consumer.runners.own_pipeline import own_pipeline
-from consumer.runners.parameters import Parameters
-from consumer.runners.pipeline_loading import STEP_CALLBACK, download, load_pipeline
-from consumer.runners.safety import SafetyChecker, load_checker
 from consumer.runners.source import located
-from consumer.runners.step_callback import StepCallback
-from consumer.runners.truncation import Cuts
+from consumer.runners.text_to_image import memory
+from consumer.runners.text_to_image.adapters import Adapters, find_adapters
+from consumer.runners.text_to_image.memory_guard import FreeBytes, free_bytes, least_to_decode
+from consumer.runners.text_to_image.own_pipeline import own_pipeline
+from consumer.runners.text_to_image.parameters import Parameters
+from consumer.runners.text_to_image.pipeline_loading import STEP_CALLBACK, download, load_pipeline
+from consumer.runners.text_to_image.safety import SafetyChecker, load_checker
+from consumer.runners.text_to_image.step_callback import StepCallback
+from consumer.runners.text_to_image.truncation import Cuts
 from generation_contracts import ModelInfo, Request, Task, TextToImageRequest
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Texts about pictures: what AutoModelForImageTextToText of transformers loads."""

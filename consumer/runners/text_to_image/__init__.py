@@ -1,0 +1,1 @@
+"""Pictures from texts: any pipeline of diffusers."""
