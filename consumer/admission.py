@@ -28,6 +28,7 @@ from generation_contracts import (
 )
 from generation_contracts.events import ParameterValue
 from generation_contracts.headers import MESSAGE_ID, REPLY_TO, TRACE_PARENT
+from generation_contracts.requests import digest_of_bytes
 from generation_contracts.subjects import is_request_id
 
 # W3C trace context, level 1.
@@ -58,6 +59,7 @@ class Job:
     Attributes:
         digest: What the request asks for; of the raw bytes until it is decoded.
         releases: How many of the deliveries were given back on purpose.
+        withdrawn: Whether it was cancelled while an earlier worker had it.
         existing: The terminal event that was stored before, if there is one.
         stored: The outputs that are in the store so far, whether an event tells of them or not.
         parameters: What the outputs were made with.
@@ -73,6 +75,7 @@ class Job:
     digest: str
     queued: float
     releases: int = 0
+    withdrawn: bool = False
     interrupt: Interrupt = field(default_factory=Interrupt)
     state: State = State.RECEIVED
     request: Request | None = None
@@ -133,7 +136,7 @@ class Admission:
         return Job(
             delivery=delivery,
             envelope=self._envelope(delivery),
-            digest=f"sha256:{hashlib.sha256(delivery.body).hexdigest()}",
+            digest=digest_of_bytes(delivery.body),
             queued=max(0.0, queued),  # the server's clock may be ahead of this one
         )
 

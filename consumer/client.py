@@ -32,6 +32,7 @@ from generation_contracts import (
 )
 from generation_contracts.artifacts import ImageSource
 from generation_contracts.events import CancelledEvent
+from generation_contracts.requests import digest_of_bytes
 
 DOWNLOAD_WITHIN = 60.0  # seconds for one output
 SHOWN_OF_A_TEXT = 40  # characters, the last ones, beside the bar while it is being written
@@ -97,8 +98,7 @@ async def ask(bus: Bus, subjects: Subjects, request: Request, display: Display) 
 
 def _digests(request: Request) -> set[str]:
     # What a worker could not read as a request has the digest of its bytes.
-    raw = hashlib.sha256(encode(request)).hexdigest()
-    return {request_digest(request), f"sha256:{raw}"}
+    return {request_digest(request), digest_of_bytes(encode(request))}
 
 
 async def save_pictures(event: SucceededEvent, folder: Path, name: str) -> list[Path]:

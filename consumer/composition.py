@@ -1,10 +1,24 @@
-"""From settings to parts: the bus' topology, the object store, the runner."""
+"""From settings to parts: the bus' topology and front door, the object store, the runner."""
 
+from collections.abc import Awaitable, Callable, Mapping
+
+from consumer.admission import Admission
 from consumer.artifacts import ObjectStoreArtifacts, store_config
-from consumer.bus import Bus, Topology
-from consumer.ports import Observer, Runner
+from consumer.bus import (
+    BroadcastWorkers,
+    Bus,
+    FrontDoor,
+    House,
+    JetStreamEvents,
+    JetStreamQueue,
+    Topology,
+)
+from consumer.cancellation import Cancellation, Ending
+from consumer.conclusion import Conclusion
+from consumer.ports import Grip, ModelDescription, Observer, Runner
 from consumer.runners import ModelConfig, create_runner
 from consumer.settings import Settings
+from generation_contracts import Request, Task
 
 # The worker counts tries and the server deliveries, with those that were given back on purpose. The
 # server's number is only for what kills a worker before it can count.
@@ -26,6 +40,66 @@ def make_topology(settings: Settings, bus: Bus) -> Topology:
 def make_artifacts(settings: Settings, observer: Observer) -> ObjectStoreArtifacts:
     """The object store with the configured credentials."""
     return ObjectStoreArtifacts(store_config(settings), observer=observer)
+
+
+def make_admission(settings: Settings, task: Task) -> Admission:
+    """How the requests of a task are read."""
+    return Admission(task, settings.subjects, settings.reply_prefixes)
+
+
+def make_front_door(
+    settings: Settings,
+    bus: Bus,
+    *,
+    durables: Mapping[Task, str],
+    events: JetStreamEvents,
+    artifacts: ObjectStoreArtifacts,
+    model: ModelDescription,
+    check: Callable[[Request], None],
+    withdraw: Callable[[str], Awaitable[Grip | None]],
+) -> FrontDoor:
+    """Calls for the own task, and cancellation for every task: a worker of another may be away.
+
+    Args:
+        settings: All of them.
+        bus: A connection.
+        durables: Names of the durables, by task.
+        events: The way to the bus.
+        artifacts: The object store.
+        model: What is loaded.
+        check: Says whether the model can do what is asked.
+        withdraw: Stops a request that this worker has.
+    """
+    endings = {
+        task: Ending(
+            make_admission(settings, task),
+            Conclusion(
+                task=task,
+                worker=settings.consumer_worker,
+                model=model,
+                events=events,
+                artifacts=artifacts,
+                max_attempts=settings.consumer_max_attempts,
+            ),
+        )
+        for task in Task
+    }
+    cancellation = Cancellation(
+        queue=JetStreamQueue(bus, settings.subjects, durables),
+        workers=BroadcastWorkers(bus, settings.subjects),
+        events=events,
+        endings=endings,
+    )
+    house = House(
+        task=settings.task,
+        worker=settings.consumer_worker,
+        model=model.info,
+        reply_prefixes=settings.reply_prefixes,
+        check=check,
+        cancel=cancellation.cancel,
+        withdraw=withdraw,
+    )
+    return FrontDoor(bus, settings.subjects, house)
 
 
 def make_runner(settings: Settings) -> Runner:

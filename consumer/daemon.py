@@ -13,21 +13,26 @@ from typing import Any
 
 import structlog
 
-from consumer.admission import Admission
 from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
 from consumer.bus import (
     Bus,
     Custody,
     Durable,
     JetStreamEvents,
+    Notes,
     PullLoop,
-    Releases,
     Standby,
     Topology,
     connect,
     find_stranded,
 )
-from consumer.composition import make_artifacts, make_runner, make_topology
+from consumer.composition import (
+    make_admission,
+    make_artifacts,
+    make_front_door,
+    make_runner,
+    make_topology,
+)
 from consumer.execution import Execution, Limits
 from consumer.images import ImageCodec
 from consumer.ports import ModelDescription, ModelUnavailable, Runner, StoreUnavailable, Unavailable
@@ -131,6 +136,18 @@ class Daemon:
             execution = self._make_execution(durable, model, runner, events, artifacts)
             custody = self._make_custody(bus, durable, standby)
             pull = PullLoop(bus, durable, ensure=ensure, custody=custody)
+            door = make_front_door(
+                self._settings,
+                bus,
+                durables=topology.durables(self._task),
+                events=events,
+                artifacts=artifacts,
+                model=model,
+                check=runner.check,
+                withdraw=execution.withdraw,
+            )
+            await door.start()
+            parts.push_async_callback(door.close)
             await pull.start()
             parts.push_async_callback(pull.close)
             self._health.durable_present = lambda: pull.attached
@@ -159,11 +176,8 @@ class Daemon:
         return standby
 
     def _make_custody(self, bus: Bus, durable: Durable, standby: Standby) -> Custody:
-        subjects = self._settings.subjects
-        releases = Releases(
-            bus, stream=subjects.releases_stream, subject=subjects.releases(self._task)
-        )
-        return Custody(bus, durable.ack_wait, releases, standby)
+        notes = Notes(bus, self._settings.subjects, self._task)
+        return Custody(bus, durable.ack_wait, notes, standby)
 
     async def _connect(self, parts: AsyncExitStack) -> Bus:
         name = f"generation {self._settings.consumer_worker}"
@@ -183,7 +197,7 @@ class Daemon:
         settings = self._settings
         return Execution(
             worker=settings.consumer_worker,
-            admission=Admission(self._task, settings.subjects, settings.reply_prefixes),
+            admission=make_admission(settings, self._task),
             limits=Limits(
                 # The server's value, whoever set it: the heartbeat depends on it.
                 ack_wait=durable.ack_wait,
@@ -228,14 +242,12 @@ class Daemon:
         self, topology: Topology, custody: Custody, execution: Execution, parts: AsyncExitStack
     ) -> None:
         subjects, bus = self._settings.subjects, custody.bus
-        notes = f"{subjects.releases(self._task)}.advisories"  # they have sequences of their own
+        notes = Notes(bus, subjects, self._task, of="advisories")
         pull = PullLoop(
             bus,
             topology.watcher(self._task),
             ensure=partial(topology.ensure, self._task),
-            custody=replace(
-                custody, releases=Releases(bus, stream=subjects.releases_stream, subject=notes)
-            ),
+            custody=replace(custody, notes=notes),
         )
         await pull.start()
         parts.push_async_callback(pull.close)

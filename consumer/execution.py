@@ -27,6 +27,7 @@ from consumer.ports import (
     DeviceLost,
     EncodedImage,
     Events,
+    Grip,
     Images,
     Inference,
     InputUnavailable,
@@ -62,6 +63,7 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
+_AT_THE_END = frozenset({State.CONCLUDING, State.SETTLED, State.ABANDONED})
 LAST_WORD = 1.0  # seconds to give a delivery back when the process ends at once
 MAX_PIXELS_IN_ALL = 64_000_000  # of one request's pictures; 192 MB as RGB
 STORE_PAUSE_FIRST = 0.5  # seconds
@@ -176,6 +178,21 @@ class Execution:
             job.interrupt.set(reason)
         return bool(asked)
 
+    async def withdraw(self, request_id: str) -> Grip | None:
+        """Stop a job at its next step because its sender wants it no more.
+
+        Returns:
+            How it is held; None when this worker does not have it.
+        """
+        held = [job for job in self._jobs if job.request_id == request_id]
+        in_time = [job for job in held if job.state not in _AT_THE_END]
+        for job in in_time:
+            job.interrupt.set(Reason.CANCEL)
+            await job.delivery.withdraw()
+        if not held:
+            return None
+        return Grip.STOPPING if in_time else Grip.ENDING
+
     async def _take(
         self, delivery: Delivery, stages: Callable[[Job], Awaitable[Outcome]]
     ) -> int | None:
@@ -210,7 +227,7 @@ class Execution:
         timer: asyncio.TimerHandle | None = None
         try:
             if job.delivery.attempt > 1:
-                job.releases = await job.delivery.releases()
+                await self._read_notes(job)
             request = self._read(job)
             if request.deadline is not None:
                 left = (request.deadline - datetime.now(UTC)).total_seconds()
@@ -220,6 +237,10 @@ class Execution:
             pictures = await self._admit(job, request)
             output = await self._run(job, pictures)
             await self._keep(job, request, output)
+            if job.interrupt.reason is Reason.CANCEL:
+                # Whoever cancelled has been told that it stops. A deadline or a drain that comes as
+                # late as this is too late.
+                job.interrupt.check()
         except Exception as error:  # noqa: BLE001 - each of them is an outcome
             return _outcome_of(error)
         finally:
@@ -235,6 +256,12 @@ class Execution:
             return _outcome_of(error)
         return outcomes.WorkerLost()
 
+    async def _read_notes(self, job: Job) -> None:
+        job.releases = await job.delivery.releases()
+        job.withdrawn = await job.delivery.withdrawn()
+        if job.withdrawn:
+            job.interrupt.set(Reason.CANCEL)
+
     def _read(self, job: Job) -> Request:
         job.request = request = self._admission.request(job.delivery)
         job.digest = request_digest(request)
@@ -248,7 +275,7 @@ class Execution:
 
     async def _admit(self, job: Job, request: Request) -> "list[Image]":
         await self._look_for_result(job)
-        if job.attempt > self._limits.max_attempts:
+        if job.attempt > self._limits.max_attempts and not job.withdrawn:
             raise _TooManyDeliveries
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
             raise Stopped(Reason.DEADLINE)

@@ -8,6 +8,7 @@ them reaches the part that decides.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import Enum
 from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
 
 from consumer.telemetry import JobReport
@@ -88,6 +89,12 @@ class Delivery(Protocol):
     async def releases(self) -> int:
         """How many earlier deliveries of the request were released."""
 
+    async def withdraw(self) -> None:
+        """Note that it is cancelled, for the next worker should this one die. Never raises."""
+
+    async def withdrawn(self) -> bool:
+        """Whether the request was cancelled while an earlier worker had it."""
+
     async def term(self, reason: str) -> None:
         """Settle as never to be delivered again, with a reason for the advisory."""
 
@@ -135,6 +142,48 @@ class Events(Protocol):
 
     async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
         """Keep the original bytes and headers of a request that no worker can handle."""
+
+
+@dataclass(frozen=True)
+class StoredRequest:
+    """A request as it lies in its stream.
+
+    Attributes:
+        delivery: Settling it deletes it.
+        untouched: Whether it had been given to no worker when it was found.
+    """
+
+    task: Task
+    delivery: Delivery
+    untouched: bool
+
+
+class Queue(Protocol):
+    """The requests in their stream, for whoever looks for one."""
+
+    async def find(self, request_id: str) -> list[StoredRequest]:
+        """Every message in the stream whose subject has the id; a request may have been sent twice.
+
+        Raises:
+            Unavailable: The bus cannot be used.
+        """
+
+
+class Grip(Enum):
+    """How a worker holds a request that it is asked to stop."""
+
+    STOPPING = "stopping"  # it stops at its next step, even if this worker should die
+    ENDING = "ending"  # too late: its end is being published
+
+
+class Workers(Protocol):
+    """All workers of the installation."""
+
+    async def ask(self, request_id: str) -> Grip | None:
+        """Ask whoever has a request to stop it; None: nobody says to have it. Never raises."""
+
+    async def tell(self, request_id: str) -> None:
+        """The same, without waiting for an answer. Never raises."""
 
 
 class MessageTooLarge(Exception):  # noqa: N818 - a state of the message

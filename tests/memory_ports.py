@@ -144,6 +144,14 @@ class MemoryDelivery:
         await self.queue.outage.over()
         return len(self.queue.released[self.stream_sequence])
 
+    async def withdraw(self) -> None:
+        if not self.queue.outage.away:  # as with a release
+            self.queue.withdrawn.add(self.stream_sequence)
+
+    async def withdrawn(self) -> bool:
+        await self.queue.outage.over()
+        return self.stream_sequence in self.queue.withdrawn
+
     async def term(self, reason: str) -> None:
         await self._settle(f"term {reason}")
 
@@ -186,6 +194,7 @@ class MemoryQueue:
         in_hand: The deliveries whose leases have not run out; at most one of each message.
         stranded: The last deliveries of messages that come no more, and stay in the stream.
         released: The attempts that were given back on purpose, by sequence.
+        withdrawn: Sequences of what was cancelled in a worker's hands.
     """
 
     def __init__(self, journal: list[str], outage: Outage, *, max_deliver: int = 30) -> None:
@@ -195,6 +204,7 @@ class MemoryQueue:
         self.in_hand: list[MemoryDelivery] = []
         self.stranded: list[MemoryDelivery] = []
         self.released: defaultdict[int, set[int]] = defaultdict(set)
+        self.withdrawn: set[int] = set()
         self._journal = journal
         self._last = 0
         self._new: deque[MemoryDelivery] = deque()

@@ -276,7 +276,7 @@ class Story:
         if call == "publish_result" and isinstance(error, MessageTooLarge):
             self._too_large = True
             self._event = None
-        if call in {"releases", "find_result"} and not self.concluding:
+        if call in {"releases", "withdrawn", "find_result"} and not self.concluding:
             self._unread = True
         if call == "releases":
             self._releases = 0  # every delivery counts where it cannot be asked

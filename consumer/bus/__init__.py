@@ -6,9 +6,11 @@ Only this package imports nats. What the life of a job needs of it is in `consum
 from consumer.bus.connection import Bus, BusUnavailable, connect
 from consumer.bus.dead_letters import DeadLetters, NoSuchLetter, StoredLetter
 from consumer.bus.delivery import Custody
+from consumer.bus.front_door import FrontDoor, House
+from consumer.bus.notes import Notes
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
-from consumer.bus.releases import Releases
+from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.bus.replaying import NotReplayed, Replay, Replayer
 from consumer.bus.requesting import QueueFull, Requester
 from consumer.bus.standby import Standby
@@ -16,17 +18,21 @@ from consumer.bus.stranded import find_stranded
 from consumer.bus.topology import Durable, Topology, TopologyError
 
 __all__ = [
+    "BroadcastWorkers",
     "Bus",
     "BusUnavailable",
     "Custody",
     "DeadLetters",
     "Durable",
+    "FrontDoor",
+    "House",
     "JetStreamEvents",
+    "JetStreamQueue",
     "NoSuchLetter",
     "NotReplayed",
+    "Notes",
     "PullLoop",
     "QueueFull",
-    "Releases",
     "Replay",
     "Replayer",
     "Requester",

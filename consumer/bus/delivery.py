@@ -12,7 +12,7 @@ from nats.errors import Error
 from nats.js.errors import NotFoundError
 
 from consumer.bus.connection import Bus, BusUnavailable
-from consumer.bus.releases import Releases
+from consumer.bus.notes import Notes
 from consumer.bus.standby import Standby
 from consumer.ports import Delivery
 
@@ -32,13 +32,13 @@ class Custody:
     Attributes:
         bus: The connection that it came over.
         ack_wait: Seconds that its lease lasts.
-        releases: Where it is noted that it was given back on purpose.
+        notes: Where it is noted that it was given back on purpose, or withdrawn.
         standby: Renews its lease while this process cannot.
     """
 
     bus: Bus
     ack_wait: float
-    releases: Releases
+    notes: Notes
     standby: Standby
 
 
@@ -76,12 +76,20 @@ class JetStreamDelivery:
 
     async def release(self) -> None:
         """Give it back at once; a note says that it was no try."""
-        await self._custody.releases.note(place_of(self), self.attempt)
+        await self._custody.notes.release(place_of(self), self.attempt)
         await self.nak()
 
     async def releases(self) -> int:
         """How many earlier deliveries of this message were released; waits for the bus."""
-        return await self._custody.releases.count(place_of(self))
+        return await self._custody.notes.releases(place_of(self))
+
+    async def withdraw(self) -> None:
+        """Note that it is cancelled, for the next worker should this one die first."""
+        await self._custody.notes.withdraw(place_of(self))
+
+    async def withdrawn(self) -> bool:
+        """Whether it was cancelled in the hands of an earlier worker; waits for the bus."""
+        return await self._custody.notes.withdrawn(place_of(self))
 
     async def term(self, reason: str) -> None:
         """Settle as never to be delivered again, confirmed."""

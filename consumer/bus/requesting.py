@@ -1,7 +1,7 @@
 """The sender's side of the bus: publish a request, hear its events, collect its result."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import structlog
@@ -54,8 +54,15 @@ class Requester:
         self._subjects = subjects
         self._results = JetStreamEvents(bus, subjects, ensure=_leave_alone)
 
-    async def submit(self, task: Task, request: Request) -> None:
+    async def submit(
+        self, task: Task, request: Request, *, headers: Mapping[str, str] | None = None
+    ) -> None:
         """Store a request durably; it must have an id, which makes a second submit harmless.
+
+        Args:
+            task: Whose queue.
+            request: With an id.
+            headers: In addition, or in the place of the usual `Nats-Msg-Id`.
 
         Raises:
             QueueFull: The stream is full.
@@ -64,12 +71,13 @@ class Requester:
         """
         if request.request_id is None:
             raise ValueError("a request that is submitted has an id")
-        body, headers = encode(request), {MESSAGE_ID: f"{task}.{request.request_id}"}
-        if wire_size(body, headers) > self._bus.client.max_payload:
+        body = encode(request)
+        sent = {MESSAGE_ID: f"{task}.{request.request_id}", **(headers or {})}
+        if wire_size(body, sent) > self._bus.client.max_payload:
             raise MessageTooLarge
         subject = self._subjects.request(task, request.request_id)
         try:
-            await self._bus.jetstream.publish(subject, body, timeout=API_TIMEOUT, headers=headers)
+            await self._bus.jetstream.publish(subject, body, timeout=API_TIMEOUT, headers=sent)
         except NoStreamResponseError:
             raise BusUnavailable("NATS: there is no request stream; run `consumer apply`") from None
         except APIError as error:

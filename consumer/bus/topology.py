@@ -151,6 +151,14 @@ class Topology:
         await self._look_at_consumer(self._subjects.advisories_stream, self._watcher(task))
         return await self._look_at_consumer(self._subjects.requests_stream, self._consumer(task))
 
+    def durables(self, own: Task) -> dict[Task, str]:
+        """Names of the durables of all tasks: the own one as it is set, the others as in the files.
+
+        What the workers of another task are set to is not known here.
+        """
+        usual = {task: self._rooted(f"consumers/{task}.json")["durable_name"] for task in Task}
+        return {**usual, own: self._consumer(own)["durable_name"]}
+
     def _streams(self) -> list[Config]:
         root = _FILES_ROOT.upper()
         return [self._rooted(f"streams/{root}_{stream}.json") for stream in _STREAMS]

@@ -2,6 +2,7 @@
 
 from generation_contracts.artifacts import ArtifactReference, ImageArtifact, InlineImage, TextOutput
 from generation_contracts.base import Task
+from generation_contracts.cancellation import CancelReply, decode_cancel_reply
 from generation_contracts.events import (
     CancelledEvent,
     FailedEvent,
@@ -30,6 +31,7 @@ from generation_contracts.subjects import Subjects, UnsafeReplySubject
 
 __all__ = [
     "ArtifactReference",
+    "CancelReply",
     "CancelledEvent",
     "FailedEvent",
     "Failure",
@@ -52,6 +54,7 @@ __all__ = [
     "TextToImageStep",
     "Timings",
     "UnsafeReplySubject",
+    "decode_cancel_reply",
     "decode_event",
     "decode_request",
     "decode_result",

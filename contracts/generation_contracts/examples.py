@@ -15,6 +15,7 @@ from generation_contracts.artifacts import (
     TextOutput,
 )
 from generation_contracts.base import Task
+from generation_contracts.cancellation import CancelReply
 from generation_contracts.events import (
     CancelledEvent,
     FailedEvent,
@@ -185,6 +186,7 @@ _FAILURES = {
     FailureCode.OUT_OF_MEMORY: "the device's memory did not suffice",
     FailureCode.MODEL_ERROR: "the model failed: RuntimeError",
     FailureCode.WORKER_LOST: "the workers that ran this request were lost",
+    FailureCode.QUEUE_FULL: "the queue is full: try again later",
     FailureCode.INTERNAL: "the worker failed",
 }
 
@@ -377,4 +379,11 @@ EVENTS: Final[Mapping[str, Event]] = {
         metadata=_METADATA,
         request_digest=_PICTURE_DIGEST,
     ),
+}
+
+REPLIES: Final[Mapping[str, CancelReply]] = {
+    "cancel_reply": CancelReply(
+        request_id=_PICTURE_ID, status="cancelled", result="generation.v1.cancelled"
+    ),
+    "cancel_reply_stopping": CancelReply(request_id=_PICTURE_ID, status="stopping"),
 }

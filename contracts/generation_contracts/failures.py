@@ -19,6 +19,7 @@ class FailureCode(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     MODEL_ERROR = "model_error"
     WORKER_LOST = "worker_lost"
+    QUEUE_FULL = "queue_full"
     INTERNAL = "internal"
 
 
@@ -29,6 +30,7 @@ RETRYABLE = frozenset(
         FailureCode.OUT_OF_MEMORY,
         FailureCode.MODEL_ERROR,
         FailureCode.WORKER_LOST,
+        FailureCode.QUEUE_FULL,
         FailureCode.INTERNAL,
     }
 )

@@ -232,6 +232,11 @@ def request_digest(request: Request) -> str:
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
+def digest_of_bytes(body: bytes) -> str:
+    """The same for what cannot be read as a request."""
+    return f"sha256:{hashlib.sha256(body).hexdigest()}"
+
+
 def _causes(details: list[Any]) -> list[Any]:
     # A list whose only item is wrong is also reported as too short: a consequence, not a cause.
     def within(place: Any) -> bool:

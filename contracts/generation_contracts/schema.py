@@ -16,8 +16,9 @@ from pydantic_core import core_schema
 
 from generation_contracts import events, headers
 from generation_contracts.base import Task
+from generation_contracts.cancellation import CancelReply
 from generation_contracts.events import VERSION, EventBase
-from generation_contracts.examples import EVENTS, REQUESTS, TRACE_PARENT
+from generation_contracts.examples import EVENTS, REPLIES, REQUESTS, TRACE_PARENT
 from generation_contracts.failures import FailureCode
 from generation_contracts.requests import REQUEST_TYPES, encode
 from generation_contracts.subjects import MAX_SUBJECT, SUBJECT_PATTERN, Subjects
@@ -39,7 +40,11 @@ _ENDS: Final[Mapping[str, type[EventBase]]] = {
 _MODELS: Final[tuple[tuple[type[BaseModel], JsonSchemaMode], ...]] = (
     *((model, "validation") for model in REQUEST_TYPES.values()),
     *((model, "serialization") for model in (*_NEWS.values(), *_ENDS.values())),
+    (CancelReply, "serialization"),
 )
+
+# The queue group that NATS micro services are in unless told otherwise.
+_QUEUE_GROUP: Final = {"nats": {"queue": "q", "bindingVersion": "0.1.0"}}
 
 # Stands for any request id while an address is built; it has to be a valid id itself.
 _ANY_ID: Final = "request_id"
@@ -136,7 +141,7 @@ def asyncapi(subjects: Subjects | None = None) -> Document:
 
 
 def _examples_of(model: type[BaseModel]) -> dict[str, BaseModel]:
-    every: dict[str, BaseModel] = {**REQUESTS, **EVENTS}
+    every: dict[str, BaseModel] = {**REQUESTS, **EVENTS, **REPLIES}
     return {name: example for name, example in every.items() if type(example) is model}
 
 
@@ -183,7 +188,7 @@ def _channels(subjects: Subjects) -> Document:
             _ENDS,
         ),
         "cancel_reply": _channel(
-            None, "The caller's inbox: whether there was something to cancel.", []
+            None, "The caller's inbox: what there was to cancel.", ["cancel_reply"]
         ),
     }
     for task in Task:
@@ -208,7 +213,7 @@ def _task_channels(subjects: Subjects, task: Task) -> Document:
         ),
         f"{task}_call": _channel(
             _address(subjects, subjects.call(task)),
-            "The front door for request-reply. It is served by a later version of the daemon.",
+            "The front door for request-reply: the caller's inbox gets the terminal event.",
             [request],
         ),
     }
@@ -247,8 +252,14 @@ def _address(subjects: Subjects, subject: str, *, any_task: bool = False) -> str
 
 def _operations() -> Document:
     operations = {
-        "cancel": _operation("receive", "cancel", ["cancel"], "Every worker hears it.")
-        | {"reply": {"channel": _ref("channels", "cancel_reply")}},
+        "cancel": _operation("receive", "cancel", ["cancel"], "Any worker sees to it.")
+        | {
+            "reply": {
+                "channel": _ref("channels", "cancel_reply"),
+                "messages": _messages_of("cancel_reply", ["cancel_reply"]),
+            },
+            "bindings": _QUEUE_GROUP,
+        },
         "send_dead_letter": _operation("send", "dead_letter", ["dead_letter"], "Put it aside."),
         "send_progress": _operation("send", "progress", _NEWS, "Tell what happens."),
         "send_result": _operation("send", "result", _ENDS, "Store how the request ended."),
@@ -263,8 +274,7 @@ def _operations() -> Document:
             "receive", f"{task}_call", [request], "Queued; the worker answers the caller's inbox."
         ) | {
             "reply": _reply(None),
-            # The queue group that NATS micro services are in unless told otherwise.
-            "bindings": {"nats": {"queue": "q", "bindingVersion": "0.1.0"}},
+            "bindings": _QUEUE_GROUP,
         }
         operations[f"send_{request}"] = _operation(
             "send", f"{request}_by_id", [request], "The next step of a routing slip."
@@ -304,7 +314,17 @@ def _messages() -> Document:
             "name": "cancel",
             "title": "Cancellation",
             "summary": "The subject says all: send an empty body.",
-            "description": "The service and its reply come with a later version of the daemon.",
+        },
+        "cancel_reply": {
+            "name": "cancel_reply",
+            "title": CancelReply.__name__,
+            "summary": (CancelReply.__doc__ or "").partition("\n")[0],
+            "contentType": _JSON,
+            "payload": _ref("components/schemas", CancelReply.__name__),
+            "examples": [
+                {"name": name, "payload": json.loads(encode(example))}
+                for name, example in REPLIES.items()
+            ],
         },
         "dead_letter": {
             "name": "dead_letter",

@@ -74,6 +74,24 @@ class Subjects:
         """Where it is noted, under one more token for each message, that it was given back."""
         return f"{self.root}.released.{task}"
 
+    def withdrawals(self, task: Task) -> str:
+        """Where it is noted, in the same form, that it was cancelled while a worker had it."""
+        return f"{self.root}.withdrawn.{task}"
+
+    def interrupt(self, request_id: str) -> str:
+        """Where all workers are asked to stop a request, by the one that was told to cancel it."""
+        return f"{self.root}.interrupt.{_checked(request_id)}"
+
+    @property
+    def interrupts(self) -> str:
+        """What every worker listens to."""
+        return f"{self.root}.interrupt.*"
+
+    @property
+    def cancels(self) -> str:
+        """All of `cancel`."""
+        return f"{self.root}.cancel.*"
+
     def call(self, task: Task) -> str:
         """The front door for request-reply."""
         return f"{self.root}.call.{task}"
@@ -99,7 +117,7 @@ class Subjects:
 
     @property
     def releases_stream(self) -> str:
-        """Name of the stream that keeps the notes of what was given back on purpose."""
+        """Name of the stream that keeps the notes on requests: given back, or withdrawn."""
         return self._stream("RELEASES")
 
     @property

@@ -11,13 +11,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from generation_contracts import Subjects, Task, TerminalEvent, TextToImageRequest, encode
+from generation_contracts import (
+    CancelReply,
+    Subjects,
+    Task,
+    TerminalEvent,
+    TextToImageRequest,
+    encode,
+)
 from generation_contracts.events import EventBase
-from generation_contracts.examples import EVENTS, REQUESTS, TRACE_PARENT
+from generation_contracts.examples import EVENTS, REPLIES, REQUESTS, TRACE_PARENT
 from generation_contracts.headers import event_headers
 
 GOLDEN = Path(__file__).parent / "golden"
-MESSAGES = {**REQUESTS, **EVENTS}
+MESSAGES = {**REQUESTS, **EVENTS, **REPLIES}
 
 
 def task_of(message: Any) -> Task:
@@ -28,6 +35,8 @@ def task_of(message: Any) -> Task:
 
 def golden(message: Any) -> dict[str, Any]:
     """Subject, headers (the daemon writes them for events only) and body of a message."""
+    if isinstance(message, CancelReply):
+        return {"body": json.loads(encode(message))}  # on the inbox of whoever cancels
     task, body = task_of(message), json.loads(encode(message))
     if not isinstance(message, EventBase):
         return {"subject": Subjects().request(task, message.request_id), "body": body}

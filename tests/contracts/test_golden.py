@@ -7,9 +7,11 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from generation_contracts import (
+    CancelReply,
     FailedEvent,
     FailureCode,
     Request,
+    decode_cancel_reply,
     decode_event,
     decode_request,
     encode,
@@ -57,8 +59,11 @@ def test_subject_and_headers_are_the_golden_ones(name: str) -> None:
 @by_name
 def test_golden_message_decodes_to_the_same_object(name: str) -> None:
     message, body = MESSAGES[name], as_bytes(read(name)["body"])
-    if isinstance(message, EventBase):
-        decoded: Any = decode_event(body)
+    decoded: Any
+    if isinstance(message, CancelReply):
+        decoded = decode_cancel_reply(body)
+    elif isinstance(message, EventBase):
+        decoded = decode_event(body)
     else:
         decoded = decode_request(task_of(message), body)
     assert decoded == message
@@ -76,7 +81,7 @@ def test_golden_files_and_messages_are_the_same_set() -> None:
 
 
 def test_every_kind_of_message_has_a_golden_file() -> None:
-    kinds = {*get_args(Request), *get_args(Event)}
+    kinds = {*get_args(Request), *get_args(Event), CancelReply}
     assert {type(message) for message in MESSAGES.values()} == kinds
 
 

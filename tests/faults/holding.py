@@ -36,6 +36,14 @@ def hold_once(moment: str) -> None:
         note(f"{moment}{ON}", "going on")
 
 
+async def hold_once_without_blocking(moment: str) -> None:
+    """The same in the event loop's thread: it ends where it is broken off."""
+    if first_time(f"{moment}.held"):
+        note(moment, "here")
+        while not (Path(os.environ[FOLDER]) / f"{moment}{GO}").exists():  # noqa: ASYNC110
+            await asyncio.sleep(POLL)
+
+
 def _until_marked(mark: str) -> None:
     while not (Path(os.environ[FOLDER]) / mark).exists():
         time.sleep(POLL)

@@ -21,8 +21,8 @@ from consumer.bus import (
     Custody,
     Durable,
     JetStreamEvents,
+    Notes,
     PullLoop,
-    Releases,
     Standby,
     Topology,
     connect,
@@ -192,12 +192,8 @@ class Installation:
 
     def custody(self, bus: Bus, durable: Durable) -> Custody:
         """What deliveries need, with a standby that is not started."""
-        releases = Releases(
-            bus,
-            stream=self.subjects.releases_stream,
-            subject=self.subjects.releases(TASK),
-        )
-        return Custody(bus, durable.ack_wait, releases, Standby(bus_settings(self.server.url)))
+        notes = Notes(bus, self.subjects, TASK)
+        return Custody(bus, durable.ack_wait, notes, Standby(bus_settings(self.server.url)))
 
     def events_of(self, worker: Worker) -> JetStreamEvents:
         """The publishing side of a worker, on its own connection."""

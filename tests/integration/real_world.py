@@ -23,7 +23,7 @@ from PIL import Image
 
 from consumer.admission import Admission
 from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, store_config
-from consumer.bus import Custody, JetStreamEvents, PullLoop, Releases, Standby, connect
+from consumer.bus import Custody, JetStreamEvents, Notes, PullLoop, Standby, connect
 from consumer.composition import make_topology
 from consumer.devstack import DevStack
 from consumer.execution import Execution, Limits
@@ -312,12 +312,8 @@ class RealWorld:
             images=ImageCodec(),
             observer=self.observer,
         )
-        releases = Releases(
-            bus,
-            stream=self._subjects.releases_stream,
-            subject=self._subjects.releases(self._task),
-        )
-        custody = Custody(bus, durable.ack_wait, releases, Standby(self._settings))
+        notes = Notes(bus, self._subjects, self._task)
+        custody = Custody(bus, durable.ack_wait, notes, Standby(self._settings))
         self._pull = PullLoop(bus, durable, ensure=ensure, custody=custody)
         await self._pull.start()
         parts.push_async_callback(self._pull.close)

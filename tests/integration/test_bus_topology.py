@@ -312,7 +312,10 @@ async def test_another_root_makes_streams_of_its_own(bus: Bus) -> None:
     assert (await stream_config(bus, "TEAM_A_ADVISORIES"))["subjects"] == [
         "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.TEAM_A_REQUESTS.*"
     ]
-    assert (await stream_config(bus, "TEAM_A_RELEASES"))["subjects"] == ["team.a.released.>"]
+    assert (await stream_config(bus, "TEAM_A_RELEASES"))["subjects"] == [
+        "team.a.released.>",
+        "team.a.withdrawn.>",
+    ]
     assert set((await topology(bus).apply(BOTH)).values()) == {"unchanged"}
 
 

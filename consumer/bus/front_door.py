@@ -1,0 +1,306 @@
+"""The front door: for callers who send a request and wait for its result on their inbox.
+
+A request to a subject of a stream is answered by the server at once, with the place where it was
+stored, never with a result; and the caller's inbox is nowhere in the message that a worker gets.
+So this is a NATS micro service on subjects of its own. It checks a request, stores it with the
+inbox in a header, and says nothing: whichever worker ends the request answers the inbox. What is
+wrong is answered at once, with a failed event.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+from uuid import uuid4
+
+import structlog
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import Error
+from nats.micro import add_service
+from nats.micro.request import Request as Call
+from nats.micro.service import Service, ServiceConfig
+from pydantic_core import from_json
+
+from consumer import job as outcomes
+from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.bus.requesting import QueueFull, Requester
+from consumer.job import Outcome, decide
+from consumer.ports import Grip, MessageTooLarge, Unavailable, UnsupportedParameter
+from generation_contracts import (
+    CancelReply,
+    FailedEvent,
+    Failure,
+    FailureCode,
+    InvalidRequest,
+    ModelInfo,
+    Request,
+    Subjects,
+    Task,
+    UnsafeReplySubject,
+    decode_request,
+    encode,
+    request_digest,
+)
+from generation_contracts.headers import (
+    MESSAGE_ID,
+    REPLY_TO,
+    TRACE_PARENT,
+    event_headers,
+)
+from generation_contracts.requests import digest_of_bytes
+from generation_contracts.schema import json_schemas
+from generation_contracts.subjects import is_request_id
+
+log = structlog.get_logger()
+
+SERVICE = "generation"
+CANCELLATIONS = 64  # at the same time; each may wait a second for a worker's word
+
+
+@dataclass(frozen=True)
+class House:
+    """What is behind the door.
+
+    Attributes:
+        task: What calls are for.
+        worker: Name of this process in the events that it answers with.
+        model: Shown by `nats micro info`.
+        reply_prefixes: What an inbox may begin with.
+        check: Says whether the model can do what is asked; raises UnsupportedParameter.
+        cancel: Cancels a request by its id, wherever it is.
+        withdraw: Stops a request that this worker has; None when it has not.
+    """
+
+    task: Task
+    worker: str
+    model: ModelInfo
+    reply_prefixes: tuple[str, ...]
+    check: Callable[[Request], None]
+    cancel: Callable[[str], Awaitable[CancelReply]]
+    withdraw: Callable[[str], Awaitable[Grip | None]]
+
+
+class FrontDoor:
+    """The service of one daemon; all daemons of a task share its calls, and all of them the rest.
+
+    Args:
+        bus: A connection.
+        subjects: Where calls come in, and where requests go.
+        house: What is behind the door.
+    """
+
+    def __init__(self, bus: Bus, subjects: Subjects, house: House) -> None:
+        self._bus = bus
+        self._subjects = subjects
+        self._house = house
+        self._requester = Requester(bus, subjects)
+        self._service: Service | None = None
+        self._interrupts: Subscription | None = None
+        self._cancelling: set[asyncio.Task[None]] = set()
+        self._places = asyncio.Semaphore(CANCELLATIONS)
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            BusUnavailable: The connection is closed.
+        """
+        task, model = self._house.task, self._house.model
+        try:
+            # First: whoever is told to cancel may ask this worker, too.
+            self._interrupts = await self._bus.client.subscribe(
+                self._subjects.interrupts, cb=self._interrupt
+            )
+            self._service = await add_service(
+                self._bus.client,
+                ServiceConfig(
+                    name=SERVICE,
+                    version=version("generation-consumer"),
+                    description="Pictures from texts, texts about pictures",
+                    metadata=_texts(worker=self._house.worker, task=task, **model.model_dump()),
+                ),
+            )
+            await self._service.add_endpoint(
+                name=str(task),
+                subject=self._subjects.call(task),
+                handler=self._call,
+                metadata={"request": json.dumps(json_schemas()[_TITLES[task]])},
+            )
+            await self._service.add_endpoint(
+                name="cancel", subject=self._subjects.cancels, handler=self._cancel
+            )
+            # Its own answer says that the server has all of these subscriptions.
+            async with self._bus.question(API_TIMEOUT):
+                await self._bus.client.request(
+                    f"$SRV.PING.{SERVICE}.{self._service.id}", timeout=API_TIMEOUT
+                )
+        except (Error, OSError) as error:
+            raise BusUnavailable(f"NATS: no service: {type(error).__name__}") from None
+
+    async def close(self) -> None:
+        """Listen no more, and finish what has been begun. Never raises."""
+        try:
+            if self._service is not None:
+                await self._service.stop()
+            if self._interrupts is not None:
+                await self._interrupts.unsubscribe()
+        except (Error, OSError) as error:
+            log.warning("front_door_not_closed", error=type(error).__name__)
+        if self._cancelling:
+            await asyncio.wait(self._cancelling)
+
+    # -- calls ------------------------------------------------------------------------------------
+
+    async def _call(self, call: Call) -> None:
+        # Handlers run one after another: this one stores the request and returns.
+        inbox = call._msg.reply  # noqa: SLF001 - nats-py gives no other way to it
+        if not inbox:
+            return  # nobody waits for an answer: it was published, and belongs to another subject
+        headers = call.headers or {}
+        request_id = _id_of(call.data, headers)
+        digest = digest_of_bytes(call.data)
+        try:
+            request = self._admitted(call.data, request_id, inbox)
+            digest = request_digest(request)
+            await self._requester.submit(
+                self._house.task, request, headers=self._sent_with(request_id, inbox, headers)
+            )
+        except Exception as error:  # noqa: BLE001 - the caller is told, whatever it is
+            failure = _failure(error)
+            log.info("call_refused", request_id=request_id, code=failure.code)
+            event = FailedEvent(
+                request_id=request_id,
+                task=self._house.task,
+                sequence=0,
+                time=datetime.now(UTC),
+                worker=self._house.worker,
+                attempt=1,
+                request_digest=digest,
+                failure=failure,
+            )
+            await self._answer(inbox, event)
+
+    def _admitted(self, body: bytes, request_id: str, inbox: str) -> Request:
+        request = decode_request(self._house.task, body)
+        if request.reply_to is not None:
+            raise InvalidRequest("reply_to: a call is answered on its inbox")
+        try:
+            self._subjects.check_reply(inbox, self._house.reply_prefixes)
+        except UnsafeReplySubject as error:
+            raise InvalidRequest(str(error)) from None
+        if request.deadline is not None and request.deadline <= datetime.now(UTC):
+            raise _Expired
+        self._house.check(request)
+        return request.model_copy(update={"request_id": request_id})
+
+    def _sent_with(self, request_id: str, inbox: str, headers: Mapping[str, str]) -> dict[str, str]:
+        # Two callers with one request both wait for an answer, so both requests are stored; the
+        # second is not run, only answered.
+        sent = {MESSAGE_ID: f"{self._house.task}.{request_id}.{inbox}", REPLY_TO: inbox}
+        if TRACE_PARENT in headers:
+            sent[TRACE_PARENT] = headers[TRACE_PARENT]
+        return sent
+
+    async def _answer(self, inbox: str, event: FailedEvent) -> None:
+        headers = event_headers(event)
+        del headers[MESSAGE_ID]
+        try:
+            await self._bus.client.publish(inbox, encode(event), headers=headers)
+        except (Error, OSError) as error:
+            log.warning("call_not_answered", error=type(error).__name__)
+
+    # -- cancellation -----------------------------------------------------------------------------
+
+    async def _cancel(self, call: Call) -> None:
+        # In a task of its own: it may wait a second for a worker, and the next caller must not.
+        await self._places.acquire()
+        cancelling = asyncio.create_task(self._cancelled(call), name="cancel")
+        self._cancelling.add(cancelling)
+        cancelling.add_done_callback(self._cancelling.discard)
+        cancelling.add_done_callback(lambda _: self._places.release())
+
+    async def _cancelled(self, call: Call) -> None:
+        request_id = call.subject.rpartition(".")[2]
+        inbox = call._msg.reply  # noqa: SLF001 - as above
+        try:
+            if not is_request_id(request_id):
+                await _refuse(call, inbox, "400", "the subject's last token is no request id")
+                return
+            reply = await self._house.cancel(request_id)
+            if inbox:
+                await call.respond(encode(reply))
+        except Unavailable as error:
+            await _refuse(call, inbox, "503", str(error))
+        except Exception:
+            log.exception("cancellation_failed", request_id=request_id)
+            await _refuse(call, inbox, "500", "the worker failed on this cancellation")
+
+    async def _interrupt(self, message: Msg) -> None:
+        request_id = message.subject.rpartition(".")[2]
+        grip = await self._house.withdraw(request_id)
+        if grip is not None and message.reply:
+            try:
+                await self._bus.client.publish(message.reply, grip.value.encode())
+            except (Error, OSError) as error:
+                log.warning("interrupt_not_answered", error=type(error).__name__)
+
+
+_TITLES = {Task.TEXT_TO_IMAGE: "TextToImageRequest", Task.IMAGE_TO_TEXT: "ImageToTextRequest"}
+
+
+class _Expired(Exception):  # noqa: N818 - a state of the request
+    """The deadline had passed when the call came."""
+
+
+def _failure(error: Exception) -> Failure:  # noqa: PLR0911 - one for each
+    match error:
+        case InvalidRequest():
+            return _said_of(outcomes.Malformed(str(error), error.problems))
+        case MessageTooLarge():
+            return _said_of(outcomes.Malformed("the request is too large for the bus"))
+        case UnsupportedParameter():
+            return _said_of(outcomes.Unsupported(error.parameter, str(error)))
+        case _Expired():
+            return _said_of(outcomes.Expired())
+        case QueueFull():
+            return Failure.of(FailureCode.QUEUE_FULL, str(error))
+        case Unavailable():
+            return Failure.of(FailureCode.INTERNAL, "the request could not be queued")
+        case _:
+            log.error("call_failed", exc_info=error)
+            return Failure.of(FailureCode.INTERNAL, "the worker failed on this call")
+
+
+def _said_of(outcome: Outcome) -> Failure:
+    """What a worker would say of a request that it was given."""
+    failure = decide(outcome, attempt=1, max_attempts=1).failure
+    if failure is None:
+        raise AssertionError(f"{outcome} is no failure")
+    return failure
+
+
+def _id_of(body: bytes, headers: Mapping[str, str]) -> str:
+    """The caller's id, read from whatever came; else a new one."""
+    try:
+        value = from_json(body)
+    except ValueError:
+        value = None
+    given = value.get("request_id") if isinstance(value, dict) else None
+    for candidate in (given, headers.get(MESSAGE_ID)):
+        if isinstance(candidate, str) and is_request_id(candidate):
+            return candidate
+    return uuid4().hex
+
+
+def _texts(**values: Any) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+async def _refuse(call: Call, inbox: str, code: str, description: str) -> None:
+    if inbox:
+        body = json.dumps({"error": {"code": code, "description": description}}).encode()
+        await call.respond_error(code, description, data=body)

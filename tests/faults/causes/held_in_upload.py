@@ -1,0 +1,14 @@
+"""The first upload waits until the test lets it go on; it is broken off where the job is."""
+
+from consumer.artifacts import ObjectStoreArtifacts
+from tests.faults.causes.none import make_runner
+from tests.faults.holding import before, hold_once_without_blocking
+
+__all__ = ["make_runner"]
+
+
+async def _held() -> None:
+    await hold_once_without_blocking("upload")
+
+
+before(ObjectStoreArtifacts, "store", _held)

@@ -1,0 +1,200 @@
+"""Cancelling: queued, running, ending, ended, unknown; and what happens at the same time."""
+
+import asyncio
+from uuid import uuid4
+
+from generation_contracts import Task
+from tests.faults.scene import Event, Scene
+from tests.services.conftest import Caller, NewCaller
+
+SUCCEEDED = "generation.v1.succeeded"
+CANCELLED = "generation.v1.cancelled"
+
+
+def told(request_id: str, status: str, result: str | None = None) -> Event:
+    reply = {"request_id": request_id, "status": status}
+    return reply if result is None else {**reply, "result": result}
+
+
+async def queue(scene: Scene, *ids: str, **fields: object) -> None:
+    """Requests under subjects with their ids."""
+    jetstream = scene.sender.jetstream()
+    for one in ids:
+        body = f'{{"prompt":"a","num_inference_steps":{fields.get("steps", 2)}}}'.encode()
+        await jetstream.publish(scene.subjects.request(scene.task, one), body)
+
+
+async def test_a_queued_request_is_gone_and_the_others_are_done(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.start("held_in_run")
+    await queue(scene, "first", "unwanted", "last")
+    await scene.noted("run")
+    assert await caller.cancel("unwanted") == told("unwanted", "cancelled", CANCELLED)
+    assert await scene.left() == 2
+    assert (await scene.event("unwanted"))["type"] == CANCELLED
+    (scene.folder / "run.go").touch()
+    await scene.emptied()
+    assert scene.runs() == ["", ""]  # ids in subjects only
+    assert (await scene.event("last"))["type"] == SUCCEEDED
+
+
+async def test_the_caller_of_a_queued_request_is_answered(
+    scene: Scene, new_caller: NewCaller
+) -> None:
+    await scene.start("held_in_run")
+    first, second, third = [await new_caller() for _ in range(3)]
+    running = first.asking(first.call(request_id="running"))
+    await scene.noted("run")
+    waiting = [one.asking(one.call(request_id="unwanted")) for one in (second, third)]
+
+    async def stored() -> bool:
+        return await scene.left() == 3
+
+    await scene.until(stored, "three requests")
+    assert (await first.cancel("unwanted"))["status"] == "cancelled"
+    answers = await asyncio.gather(*waiting)
+    assert [answer["type"] for answer in answers] == [CANCELLED, CANCELLED]
+    assert await scene.left() == 1
+    (scene.folder / "run.go").touch()
+    assert (await running)["type"] == SUCCEEDED
+
+
+async def test_a_running_request_stops_at_its_next_step_and_the_next_one_is_done(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.start("slow_steps")
+    running = caller.asking(caller.call(request_id="long", num_inference_steps=200))
+    await scene.noted("steps", 2)
+    assert await caller.cancel("long") == told("long", "stopping")
+    event = await running
+    assert event["type"] == CANCELLED
+    steps = len(scene.notes("steps"))
+    assert steps < 20
+    assert (await caller.call(num_inference_steps=1))["type"] == SUCCEEDED
+    assert len(scene.notes("steps")) == steps + 1  # the device was free: no step of it came after
+    await scene.emptied()
+    assert await scene.keys() != set()
+    assert not any("/long/" in key for key in await scene.keys())
+
+
+async def test_a_request_without_its_id_in_the_subject_is_cancelled_while_it_runs(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.start("slow_steps")
+    request_id = await scene.submit(num_inference_steps=200)
+    await scene.noted("steps", 1)
+    assert (await caller.cancel(request_id))["status"] == "stopping"
+    assert (await scene.event(request_id))["type"] == CANCELLED
+
+
+async def test_what_has_ended_or_never_was_is_said(scene: Scene, caller: Caller) -> None:
+    await scene.start()
+    done = await caller.call(request_id="done")
+    assert done["type"] == SUCCEEDED
+    assert await caller.cancel("done") == told("done", "finished", SUCCEEDED)
+    assert await caller.cancel("never-was") == told("never-was", "unknown")
+    refused = await caller.cancel("*")
+    assert refused["error"]["code"] == "400"
+    assert await scene.events("never-was") == []
+
+
+async def test_twice_is_once(scene: Scene, caller: Caller) -> None:
+    await scene.start("held_in_run")
+    await queue(scene, "first", "unwanted")
+    await scene.noted("run")
+    replies = await asyncio.gather(*(caller.cancel("unwanted") for _ in range(5)))
+    assert {reply["status"] for reply in replies} == {"cancelled"}
+    assert len(await scene.events("unwanted")) == 1
+    (scene.folder / "run.go").touch()
+    await scene.emptied()
+
+
+async def test_a_cancelled_id_stays_cancelled(scene: Scene, caller: Caller) -> None:
+    await scene.start("held_in_run")
+    await queue(scene, "first", "unwanted")
+    await scene.noted("run")
+    cancelled = await caller.cancel("unwanted")
+    (scene.folder / "run.go").touch()
+    await scene.emptied()
+    again = await caller.call(b'{"prompt":"a","num_inference_steps":2,"request_id":"unwanted"}')
+    assert (again["type"], cancelled["status"]) == (CANCELLED, "cancelled")
+    other = await caller.call(request_id="unwanted", seed=3)
+    assert other["failure"]["code"] == "request_id_conflict"
+    assert scene.runs() == [""]
+
+
+async def test_during_the_upload_it_stops_and_leaves_nothing(scene: Scene, caller: Caller) -> None:
+    await scene.start("held_in_upload")
+    running = caller.asking(caller.call(request_id="late"))
+    await scene.noted("upload")
+    assert (await caller.cancel("late"))["status"] == "stopping"
+    assert (await running)["type"] == CANCELLED
+    assert await scene.keys() == set()
+
+
+async def test_at_its_end_it_is_too_late(scene: Scene, caller: Caller) -> None:
+    await scene.start("held_before_result")
+    running = caller.asking(caller.call(request_id="late"))
+    await scene.noted("result")
+    cancelling = caller.asking(caller.cancel("late"))
+    (scene.folder / "result.go").touch()
+    assert await cancelling == told("late", "finished", SUCCEEDED)
+    assert (await running)["type"] == SUCCEEDED
+
+
+async def test_what_is_fetched_in_the_same_moment_has_one_end(scene: Scene, caller: Caller) -> None:
+    """Who cancels has seen it waiting, and a worker gets it before its end is stored."""
+    await scene.apply(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
+    await scene.start("held_before_result", MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
+    await queue(scene, "unwanted", steps=200)
+    cancelling = caller.asking(caller.cancel("unwanted"))
+    await scene.noted("result")
+    await scene.start("slow_steps")
+    await scene.noted("steps", 1)
+    (scene.folder / "result.go").touch()
+    assert await cancelling == told("unwanted", "cancelled", CANCELLED)
+    await scene.logged(scene.workers[1], "job_finished")
+    assert (await scene.event("unwanted"))["worker"] != scene.workers[1].name
+    assert len(scene.notes("steps")) < 20  # it did not go on for nothing
+    assert await scene.left() == 0
+
+
+async def test_a_worker_that_dies_before_it_has_stopped_has_a_successor_that_knows(
+    scene: Scene, caller: Caller
+) -> None:
+    deaf = await scene.start("held_in_run")  # it does not look whether it is to stop
+    request_id = await scene.submit()
+    await scene.noted("run")
+    assert (await caller.cancel(request_id))["status"] == "stopping"
+    deaf.kill()
+    await scene.start()
+    event = await scene.event(request_id)
+    assert (event["type"], event["attempt"]) == (CANCELLED, 2)
+    await scene.emptied()
+    assert scene.runs() == [request_id]
+
+
+async def test_a_dead_workers_request_is_cancelled_before_its_lease_has_run_out(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.apply(CONSUMER_ACK_WAIT="60")
+    dead = await scene.start("held_in_run", CONSUMER_ACK_WAIT="60")
+    await queue(scene, "orphan")
+    await scene.noted("run")
+    dead.kill()
+    await scene.start(CONSUMER_ACK_WAIT="60")
+    assert (await caller.cancel("orphan"))["status"] == "cancelled"
+    await scene.emptied()
+    assert (await caller.call())["type"] == SUCCEEDED  # the place in the queue is free again
+
+
+async def test_requests_of_a_task_without_workers_are_cancelled_by_the_others(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.start()
+    orphan = uuid4().hex
+    subject = scene.subjects.request(Task.IMAGE_TO_TEXT, orphan)
+    await scene.sender.jetstream().publish(subject, b'{"prompt":"a","images":["s3://bbb/k"]}')
+    assert (await caller.cancel(orphan))["status"] == "cancelled"
+    assert await scene.left() == 0

@@ -1,0 +1,173 @@
+"""Request-reply: a caller with a plain NATS client gets the result event, and nothing before it."""
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+from generation_contracts import Task
+from tests.faults.scene import Scene
+from tests.services.conftest import Caller, NewCaller
+
+SUCCEEDED = "generation.v1.succeeded"
+
+
+async def test_a_call_is_answered_with_the_stored_event_and_nothing_else(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.start()
+    inbox = caller.client.new_inbox()
+    answers = await caller.client.subscribe(inbox)
+    subject = scene.subjects.call(scene.task)
+    await caller.client.publish(subject, b'{"prompt":"a red circle","width":16}', reply=inbox)
+    event = json.loads((await answers.next_msg(timeout=30)).data)
+    assert event["type"] == SUCCEEDED
+    assert event == await scene.event(event["request_id"])
+    await scene.emptied()
+    await caller.client.flush()
+    assert answers.pending_msgs == 0
+    assert await scene.object(event["outputs"][0])
+
+
+async def test_what_is_wrong_is_answered_at_once_and_never_queued(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.start("held_until_let_go", LET_GO="go")
+    await scene.submit()
+    await scene.noted("at_the_place")  # the only worker is busy, for as long as this test likes
+    past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
+    refused = {
+        "invalid_request": [
+            b"{",
+            b'{"prompt":""}',
+            b'{"prompt":"a","colour":"red"}',
+            b'{"prompt":"a","reply_to":"_INBOX.other"}',
+        ],
+        "deadline_exceeded": [json.dumps({"prompt": "a", "deadline": past}).encode()],
+    }
+    for code, bodies in refused.items():
+        for body in bodies:
+            event = await caller.call(body, within=10)
+            assert (event["type"], event["failure"]["code"]) == ("generation.v1.failed", code)
+            assert await scene.events(event["request_id"]) == []
+    assert (await caller.call(b'{"prompt":"","request_id":"mine"}'))["request_id"] == "mine"
+    assert await scene.left() == 1
+    (scene.folder / "go").touch()
+    await scene.emptied()
+
+
+async def test_an_inbox_that_the_worker_may_not_publish_to_is_refused(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.start()
+    answers = await caller.client.subscribe("elsewhere.me")
+    subject = scene.subjects.call(scene.task)
+    await caller.client.publish(subject, b'{"prompt":"a"}', reply="elsewhere.me")
+    event = json.loads((await answers.next_msg(timeout=30)).data)
+    assert event["failure"]["code"] == "invalid_request"
+    assert "prefix" in event["failure"]["message"]
+    assert scene.runs() == []
+
+
+async def test_callers_at_the_same_time_get_their_own_answers(
+    scene: Scene, new_caller: NewCaller
+) -> None:
+    await scene.start()
+    callers = [await new_caller() for _ in range(3)]
+    ids = [uuid4().hex for _ in range(12)]
+    events = await asyncio.gather(
+        *(callers[n % 3].call(request_id=one, width=16 + n) for n, one in enumerate(ids))
+    )
+    assert [event["request_id"] for event in events] == ids
+    assert [event["outputs"][0]["width"] for event in events] == [16 + n for n in range(12)]
+
+
+async def test_two_callers_with_one_request_both_get_its_one_result(
+    scene: Scene, new_caller: NewCaller
+) -> None:
+    await scene.start("held_until_let_go", LET_GO="go")
+    first, second = await new_caller(), await new_caller()
+    asked = [one.asking(one.call(request_id="same", seed=7)) for one in (first, second)]
+
+    async def both_are_stored() -> bool:
+        return await scene.left() == 2
+
+    await scene.until(both_are_stored, "two requests")
+    (scene.folder / "go").touch()
+    one, other = await asyncio.gather(*asked)
+    assert one == other
+    assert one["type"] == SUCCEEDED
+    assert len(await scene.events("same")) == 1
+    conflicting = await first.call(request_id="same", seed=8)
+    assert conflicting["failure"]["code"] == "request_id_conflict"
+
+
+async def test_the_answer_comes_although_the_worker_is_killed(scene: Scene, caller: Caller) -> None:
+    first = await scene.start("held_in_run")
+    asked = caller.asking(caller.call(request_id="survivor"))
+    await scene.noted("run")
+    first.kill()
+    await scene.start()
+    event = await asked
+    assert (event["type"], event["attempt"]) == (SUCCEEDED, 2)
+    assert event["worker"] != first.name
+
+
+async def test_the_answer_comes_although_the_server_is_killed(scene: Scene, caller: Caller) -> None:
+    await scene.start("held_in_run")
+    asked = caller.asking(caller.call(request_id="survivor"))
+    await scene.noted("run")
+    scene.stack.nats.kill()
+    scene.stack.nats.start()
+    await asyncio.to_thread(scene.stack.nats.wait_ready)
+    (scene.folder / "run.go").touch()
+    assert (await asked)["type"] == SUCCEEDED
+
+
+async def test_a_caller_that_is_gone_finds_its_result_in_the_stream(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.start("held_in_run")
+    asked = caller.asking(caller.call(request_id="left"))
+    await scene.noted("run")
+    asked.cancel()
+    await caller.client.close()
+    (scene.folder / "run.go").touch()
+    assert (await scene.event("left"))["type"] == SUCCEEDED
+
+
+async def test_a_full_queue_is_told_at_once(scene: Scene, caller: Caller) -> None:
+    await scene.start("held_in_run")
+    jetstream = scene.sender.jetstream()
+    config = (await jetstream.stream_info(scene.subjects.requests_stream)).config
+    await jetstream.update_stream(config.evolve(max_msgs=1))
+    waiting = caller.asking(caller.call(request_id="the-one"))
+    await scene.noted("run")
+    refused = await caller.call(within=10)
+    assert (refused["failure"]["code"], refused["failure"]["retryable"]) == ("queue_full", True)
+    (scene.folder / "run.go").touch()
+    assert (await waiting)["type"] == SUCCEEDED
+
+
+async def test_the_service_tells_its_model_and_schema(scene: Scene, caller: Caller) -> None:
+    await scene.start()
+    answer = await caller.client.request("$SRV.INFO.generation", b"", timeout=10)
+    info = json.loads(answer.data)
+    assert (info["metadata"]["id"], info["metadata"]["family"]) == ("quick", "faults")
+    endpoints = {one["name"]: one for one in info["endpoints"]}
+    call = endpoints[str(Task.TEXT_TO_IMAGE)]
+    assert call["subject"] == scene.subjects.call(scene.task)
+    schema = json.loads(call["metadata"]["request"])
+    assert schema["properties"]["prompt"]["type"] == "string"
+    await caller.call()
+    stats = json.loads((await caller.client.request("$SRV.STATS.generation", timeout=10)).data)
+    calls = {one["name"]: one["num_requests"] for one in stats["endpoints"]}
+    assert calls == {str(Task.TEXT_TO_IMAGE): 1, "cancel": 0}
+
+
+async def test_several_workers_share_the_calls(scene: Scene, caller: Caller) -> None:
+    await scene.start()
+    await scene.start()
+    events = [await caller.call() for _ in range(6)]
+    assert {event["type"] for event in events} == {SUCCEEDED}
+    assert len(scene.runs()) == 6  # no call was taken twice
