@@ -4,7 +4,7 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from consumer.settings import Settings
+    from generation_client import GenerationClient
     from generation_contracts import Request
 
 EXIT_FAILED = 1  # the job failed
@@ -169,7 +170,7 @@ def request_text_to_image(
     config: Path | None, as_json: bool, output: Path, **parameters: Any
 ) -> None:
     """Make a picture of PROMPT and save it."""
-    from consumer.client import text_to_image
+    from consumer.asking import text_to_image
 
     made = _request(text_to_image, parameters)
     _ask(_settings(config), made, as_json=as_json, folder=output)
@@ -190,7 +191,7 @@ def request_image_to_text(
     config: Path | None, as_json: bool, images: tuple[str, ...], **parameters: Any
 ) -> None:
     """Ask PROMPT about each IMAGE: a file, or s3://bucket/key."""
-    from consumer.client import image_source, image_to_text
+    from consumer.asking import image_source, image_to_text
 
     try:
         sources = tuple(image_source(image) for image in images)
@@ -198,6 +199,39 @@ def request_image_to_text(
         _fail(f"{error.filename}: {error.strerror}", EXIT_USAGE)
     made = _request(image_to_text, {**parameters, "images": sources})
     _ask(_settings(config), made, as_json=as_json, folder=Path())
+
+
+@cli.command()
+@click.argument("request_id", metavar="ID")
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Print the reply as JSON; do not wait.")
+def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
+    """Cancel the request ID, queued or running, and wait until it has stopped.
+
+    Exit codes: 0 it is cancelled, 1 it has ended otherwise or there is none, 69 no worker is there
+    to see to it.
+    """
+    settings = _settings(config)
+    from generation_contracts import encode
+    from generation_contracts.subjects import is_request_id
+
+    if not is_request_id(request_id):
+        _fail("ID: 1-64 characters of A-Z a-z 0-9 _ -", EXIT_USAGE)
+
+    async def cancel_and_wait(client: "GenerationClient") -> int:
+        reply = await client.cancel(request_id)
+        if as_json:
+            click.echo(encode(reply).decode())
+            return 0 if reply.status in {"cancelled", "stopping"} else EXIT_FAILED
+        ended = reply.result
+        if reply.status == "stopping":
+            click.echo("stopping …", err=True)
+            ended = await client.ended(request_id)
+        kind = "there is no such request" if ended is None else ended.rpartition(".")[2]
+        click.echo(kind)
+        return 0 if kind == "cancelled" else EXIT_FAILED
+
+    sys.exit(_as_client(settings, cancel_and_wait))
 
 
 @cli.group("dead-letters")
@@ -329,26 +363,39 @@ def _request(make: Callable[..., "Request"], parameters: dict[str, Any]) -> "Req
 def _ask(settings: "Settings", request: "Request", *, as_json: bool, folder: Path) -> None:
     from contextlib import nullcontext
 
-    from consumer.bus import connect
-    from consumer.client import ProgressBar, Quiet, ask, save_pictures, summary
+    from consumer.asking import ProgressBar, Quiet, ask, save_pictures, summary
     from generation_contracts import SucceededEvent, encode
 
-    async def ask_and_save() -> int:
+    async def ask_and_save(client: "GenerationClient") -> int:
+        display = nullcontext(Quiet()) if as_json else ProgressBar(_console())
+        with display as shown:
+            async with asyncio.timeout(_patience(request)):
+                event = await ask(client, request, shown)
+        saved = []
+        if isinstance(event, SucceededEvent) and not as_json:
+            saved = await save_pictures(client, event, folder, event.request_id)
+        click.echo(encode(event).decode() if as_json else summary(event, saved))
+        return 0 if isinstance(event, SucceededEvent) else EXIT_FAILED
+
+    sys.exit(_as_client(settings, ask_and_save))
+
+
+def _as_client(
+    settings: "Settings", work: Callable[["GenerationClient"], Coroutine[Any, Any, int]]
+) -> int:
+    """Do something with a client of the configured bus; what stops it is one line."""
+    from consumer.bus import connect
+    from generation_client import GenerationClient
+
+    async def connected() -> int:
         bus = await connect(settings, name="generation request", within=5.0)
         try:
-            display = nullcontext(Quiet()) if as_json else ProgressBar(_console())
-            with display as shown:
-                async with asyncio.timeout(_patience(request)):
-                    event = await ask(bus, settings.subjects, request, shown)
-            saved = []
-            if isinstance(event, SucceededEvent) and not as_json:
-                saved = await save_pictures(event, folder, event.request_id)
-            click.echo(encode(event).decode() if as_json else summary(event, saved))
-            return 0 if isinstance(event, SucceededEvent) else EXIT_FAILED
+            async with GenerationClient(bus.client, root=settings.subjects.root) as client:
+                return await work(client)
         finally:
             await bus.close()
 
-    sys.exit(_guarded(lambda: asyncio.run(ask_and_save())))
+    return _guarded(lambda: asyncio.run(connected()))
 
 
 def _patience(request: "Request") -> float | None:
@@ -394,30 +441,30 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
         command: Stops what it has started on its way out.
         interrupted: The exit code after Ctrl-C or SIGTERM.
     """
-    from consumer.client import RequestIdTaken
     from consumer.devstack import DevStackError
-    from consumer.ports import MessageTooLarge, Unavailable
+    from consumer.ports import Unavailable
     from consumer.settings import SettingsError
     from consumer.telemetry import configure_logging
+    from generation_client import GenerationError, RequestTooLarge, ServiceUnavailable
 
     configure_logging("console", "ERROR")
     try:
         with _sigterm_unwinds():
             return command()
-    except (Unavailable, DevStackError) as error:
+    except (Unavailable, ServiceUnavailable, DevStackError) as error:
         _fail(str(error), EXIT_UNAVAILABLE)
+    except RequestTooLarge:
+        _fail("the request is too large for the bus: name its images by s3://", EXIT_USAGE)
+    except GenerationError as error:  # the id is taken, a download has failed
+        _fail(str(error), EXIT_FAILED)
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
-    except RequestIdTaken:
-        _fail("the id has been used for another request", EXIT_FAILED)
     except TimeoutError:
         _fail("no result by the deadline", EXIT_UNAVAILABLE)
     except BrokenPipeError:  # click ends quietly where nobody reads on
         raise
     except OSError as error:  # a folder that cannot be written to, a full disk
         _fail(f"{error.filename or 'system'}: {error.strerror}", EXIT_FAILED)
-    except MessageTooLarge:
-        _fail("the request is too large for the bus: name its images by s3://", EXIT_USAGE)
     except KeyboardInterrupt:
         sys.exit(interrupted)
 

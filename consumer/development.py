@@ -11,11 +11,12 @@ from pathlib import Path
 from rich.console import Console
 
 from consumer.apply import CONNECT_WITHIN, apply
-from consumer.bus import Bus, connect
-from consumer.client import ProgressBar, ask, image_to_text, save_pictures, summary, text_to_image
+from consumer.asking import ProgressBar, ask, image_to_text, save_pictures, summary, text_to_image
+from consumer.bus import connect
 from consumer.devstack import Daemon, DevStack
 from consumer.ports import ResultEvent
 from consumer.settings import Settings
+from generation_client import GenerationClient
 from generation_contracts import (
     ArtifactReference,
     ImageArtifact,
@@ -126,18 +127,19 @@ async def _demo(
     started: float,
 ) -> int:
     bus = await connect(settings, name="generation demo", within=CONNECT_WITHIN)
+    client = GenerationClient(bus.client, root=settings.subjects.root)
     try:
         console.print(f"drawing: {prompt}", markup=False)
-        drawn = await _show(bus, settings, text_to_image(prompt), console)
+        drawn = await _show(client, text_to_image(prompt), console)
         if not isinstance(drawn, SucceededEvent):
             return 1
-        files = await save_pictures(drawn, folder, f"demo-{drawn.request_id[:8]}")
+        files = await save_pictures(client, drawn, folder, f"demo-{drawn.request_id[:8]}")
         seconds = time.monotonic() - started
         console.print(f"{summary(drawn, files)} ({seconds:.1f} s after the start)", soft_wrap=True)
         picture = next(o for o in drawn.outputs if isinstance(o, ImageArtifact))
         console.print(f"asking about it: {question}", markup=False)
         reference = ArtifactReference(bucket=picture.bucket, key=picture.key)
-        described = await _show(bus, settings, image_to_text(question, (reference,)), console)
+        described = await _show(client, image_to_text(question, (reference,)), console)
         console.print(summary(described, []), markup=False, soft_wrap=True)
         console.print(RANDOM_WEIGHTS, soft_wrap=True)
         return 0 if isinstance(described, SucceededEvent) else 1
@@ -145,9 +147,9 @@ async def _demo(
         await bus.close()
 
 
-async def _show(bus: Bus, settings: Settings, request: Request, console: Console) -> ResultEvent:
+async def _show(client: GenerationClient, request: Request, console: Console) -> ResultEvent:
     with ProgressBar(console) as bar:
-        event = await ask(bus, settings.subjects, request, bar)
+        event = await ask(client, request, bar)
     print(encode(event).decode(), flush=True)  # noqa: T201 - the result is this command's output
     return event
 

@@ -12,7 +12,6 @@ from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.bus.replaying import NotReplayed, Replay, Replayer
-from consumer.bus.requesting import QueueFull, Requester
 from consumer.bus.standby import Standby
 from consumer.bus.stranded import find_stranded
 from consumer.bus.topology import Durable, Topology, TopologyError
@@ -32,10 +31,8 @@ __all__ = [
     "NotReplayed",
     "Notes",
     "PullLoop",
-    "QueueFull",
     "Replay",
     "Replayer",
-    "Requester",
     "Standby",
     "StoredLetter",
     "Topology",

@@ -2,8 +2,16 @@
 
 from typing import Final
 
+from generation_client.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM
+
+__all__ = [
+    "CONSUMER_NOT_FOUND",
+    "STREAM_FULL",
+    "STREAM_NOT_FOUND",
+    "TOO_LARGE_FOR_STREAM",
+    "WRONG_LAST_SEQUENCE",
+]
+
 CONSUMER_NOT_FOUND: Final = 10014
-TOO_LARGE_FOR_STREAM: Final = 10054  # over the stream's max_msg_size
 STREAM_NOT_FOUND: Final = 10059
 WRONG_LAST_SEQUENCE: Final = 10071  # the subject has another message than expected
-STREAM_FULL: Final = 10077  # maximum messages or bytes, with discard=new

@@ -20,9 +20,6 @@ RECONNECT_WAIT = 0.25  # seconds between two tries
 PING_INTERVAL = 5  # seconds; a dead read loop is noticed after two unanswered pings
 API_TIMEOUT = 5.0  # seconds that one call of the JetStream API may take
 GIVEN_UP = "NATS: the client has given up on the connection"
-# js.publish raises these when the connection is lost under it, and when not the stream but one who
-# listens to the subject has answered.
-NO_PUB_ACK = (TypeError, AttributeError, ValueError, KeyError)
 CLOSE_TIMEOUT = 2.0  # seconds for what is still to be written, and for the closing
 
 

@@ -27,9 +27,9 @@ from pydantic_core import from_json
 
 from consumer import job as outcomes
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
-from consumer.bus.requesting import QueueFull, Requester
 from consumer.job import Outcome, decide
-from consumer.ports import Grip, MessageTooLarge, Unavailable, UnsupportedParameter
+from consumer.ports import Grip, Unavailable, UnsupportedParameter
+from generation_client import QueueFull, RequestTooLarge, ServiceUnavailable, submit
 from generation_contracts import (
     CancelReply,
     FailedEvent,
@@ -97,7 +97,6 @@ class FrontDoor:
         self._bus = bus
         self._subjects = subjects
         self._house = house
-        self._requester = Requester(bus, subjects)
         self._service: Service | None = None
         self._interrupts: Subscription | None = None
         self._cancelling: set[asyncio.Task[None]] = set()
@@ -166,8 +165,12 @@ class FrontDoor:
         try:
             request = self._admitted(call.data, request_id, inbox)
             digest = request_digest(request)
-            await self._requester.submit(
-                self._house.task, request, headers=self._sent_with(request_id, inbox, headers)
+            await submit(
+                self._bus.client,
+                self._subjects,
+                self._house.task,
+                request,
+                headers=self._sent_with(request_id, inbox, headers),
             )
         except Exception as error:  # noqa: BLE001 - the caller is told, whatever it is
             failure = _failure(error)
@@ -260,7 +263,7 @@ def _failure(error: Exception) -> Failure:  # noqa: PLR0911 - one for each
     match error:
         case InvalidRequest():
             return _said_of(outcomes.Malformed(str(error), error.problems))
-        case MessageTooLarge():
+        case RequestTooLarge():
             return _said_of(outcomes.Malformed("the request is too large for the bus"))
         case UnsupportedParameter():
             return _said_of(outcomes.Unsupported(error.parameter, str(error)))
@@ -268,7 +271,7 @@ def _failure(error: Exception) -> Failure:  # noqa: PLR0911 - one for each
             return _said_of(outcomes.Expired())
         case QueueFull():
             return Failure.of(FailureCode.QUEUE_FULL, str(error))
-        case Unavailable():
+        case ServiceUnavailable():
             return Failure.of(FailureCode.INTERNAL, "the request could not be queued")
         case _:
             log.error("call_failed", exc_info=error)

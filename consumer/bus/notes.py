@@ -14,7 +14,8 @@ import structlog
 from nats.errors import Error
 from nats.js.errors import NotFoundError
 
-from consumer.bus.connection import NO_PUB_ACK, Bus
+from consumer.bus.connection import Bus
+from generation_client.submitting import NO_PUB_ACK
 from generation_contracts import Subjects, Task
 from generation_contracts.headers import MESSAGE_ID
 

@@ -12,10 +12,11 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 from pydantic import ValidationError
 
 from consumer.bus.codes import TOO_LARGE_FOR_STREAM, WRONG_LAST_SEQUENCE
-from consumer.bus.connection import API_TIMEOUT, NO_PUB_ACK, Bus, BusUnavailable
+from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.delivery import place_of
 from consumer.bus.topology import TopologyError
 from consumer.ports import DeadLetter, Delivery, MessageTooLarge, ResultEvent
+from generation_client.submitting import NO_PUB_ACK
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task, decode_result, encode
 from generation_contracts.headers import (
     DEAD_LETTER_ATTEMPTS,

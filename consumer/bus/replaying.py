@@ -24,10 +24,11 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 from pydantic import ValidationError
 
 from consumer.bus.codes import STREAM_FULL, STREAM_NOT_FOUND, TOO_LARGE_FOR_STREAM
-from consumer.bus.connection import API_TIMEOUT, NO_PUB_ACK, Bus, BusUnavailable
+from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.dead_letters import StoredLetter, answered
-from consumer.bus.requesting import QueueFull
 from consumer.ports import ResultEvent
+from generation_client import QueueFull
+from generation_client.submitting import NO_PUB_ACK
 from generation_contracts import (
     CancelledEvent,
     InvalidRequest,

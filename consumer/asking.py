@@ -2,18 +2,16 @@
 
 import asyncio
 import base64
-import hashlib
-import uuid
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import aiohttp
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from consumer.bus import Bus, Requester
-from consumer.ports import ResultEvent, Unavailable
+from consumer.ports import ResultEvent
+from generation_client import GenerationClient, new_request_id
 from generation_contracts import (
     FailedEvent,
     ImageArtifact,
@@ -22,28 +20,13 @@ from generation_contracts import (
     ProgressEvent,
     Request,
     StartedEvent,
-    Subjects,
     SucceededEvent,
-    Task,
     TextOutput,
     TextToImageRequest,
-    encode,
-    request_digest,
 )
 from generation_contracts.artifacts import ImageSource
-from generation_contracts.events import CancelledEvent
-from generation_contracts.requests import digest_of_bytes
 
-DOWNLOAD_WITHIN = 60.0  # seconds for one output
 SHOWN_OF_A_TEXT = 40  # characters, the last ones, beside the bar while it is being written
-
-
-class DownloadFailed(Unavailable):
-    """An output cannot be fetched, or is not what its event says."""
-
-
-class RequestIdTaken(Exception):  # noqa: N818 - what has happened
-    """The result under the id is that of another request."""
 
 
 class Display(Protocol):
@@ -51,16 +34,6 @@ class Display(Protocol):
 
     def show(self, event: StartedEvent | ProgressEvent) -> None:
         """Something has happened."""
-
-
-def new_request_id() -> str:
-    """An id of its own for each request."""
-    return uuid.uuid4().hex
-
-
-def task_of(request: Request) -> Task:
-    """The task that a request belongs to."""
-    return Task.TEXT_TO_IMAGE if isinstance(request, TextToImageRequest) else Task.IMAGE_TO_TEXT
 
 
 def image_source(argument: str) -> ImageSource:
@@ -74,35 +47,24 @@ def image_source(argument: str) -> ImageSource:
     return InlineImage(base64=base64.b64encode(Path(argument).read_bytes()).decode())
 
 
-async def ask(bus: Bus, subjects: Subjects, request: Request, display: Display) -> ResultEvent:
-    """Publish a request and wait for its terminal event.
+async def ask(client: GenerationClient, request: Request, display: Display) -> ResultEvent:
+    """Send a request and wait for its terminal event.
 
     Raises:
-        QueueFull, MessageTooLarge, BusUnavailable: See `Requester.submit`.
-        RequestIdTaken: The id was used before, for something else.
+        GenerationError: See `GenerationClient.events`.
     """
-    if request.request_id is None:
-        raise ValueError("a request that is submitted has an id")
-    requester, task = Requester(bus, subjects), task_of(request)
-    async with requester.listening(task, request.request_id) as events:
-        await requester.submit(task, request)
+    async with aclosing(client.events(request)) as events:
         async for event in events:
-            if isinstance(event, SucceededEvent | FailedEvent | CancelledEvent):
-                if event.request_digest not in _digests(request):
-                    raise RequestIdTaken
+            if not isinstance(event, StartedEvent | ProgressEvent):
                 return event
-            if isinstance(event, StartedEvent | ProgressEvent):
-                display.show(event)
+            display.show(event)
     raise AssertionError("events end with a terminal one")
 
 
-def _digests(request: Request) -> set[str]:
-    # What a worker could not read as a request has the digest of its bytes.
-    return {request_digest(request), digest_of_bytes(encode(request))}
-
-
-async def save_pictures(event: SucceededEvent, folder: Path, name: str) -> list[Path]:
-    """Fetch every picture of a result and check it against the event.
+async def save_pictures(
+    client: GenerationClient, event: SucceededEvent, folder: Path, name: str
+) -> list[Path]:
+    """Fetch every picture of a result.
 
     Returns:
         The files, `<name>.png` or `<name>-<n>.png` where there are several.
@@ -111,9 +73,7 @@ async def save_pictures(event: SucceededEvent, folder: Path, name: str) -> list[
         DownloadFailed: A picture cannot be fetched, or its bytes are not the ones that were stored.
     """
     pictures = [output for output in event.outputs if isinstance(output, ImageArtifact)]
-    timeout = aiohttp.ClientTimeout(total=DOWNLOAD_WITHIN)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
-        contents = [await _fetch(session, picture) for picture in pictures]
+    contents = [await client.download(picture) for picture in pictures]
     saved = []
     for number, (picture, content) in enumerate(zip(pictures, contents, strict=True)):
         suffix = Path(picture.key).suffix
@@ -121,19 +81,6 @@ async def save_pictures(event: SucceededEvent, folder: Path, name: str) -> list[
         await asyncio.to_thread(file.write_bytes, content)
         saved.append(file)
     return saved
-
-
-async def _fetch(session: aiohttp.ClientSession, picture: ImageArtifact) -> bytes:
-    try:
-        async with session.get(picture.url) as response:
-            response.raise_for_status()
-            content = await response.read()
-    except (aiohttp.ClientError, TimeoutError) as error:
-        # The error's own text has the presigned URL in it.
-        raise DownloadFailed(f"{picture.key}: {type(error).__name__}") from None
-    if hashlib.sha256(content).hexdigest() != picture.sha256:
-        raise DownloadFailed(f"{picture.key}: the bytes are not the ones that were stored")
-    return content
 
 
 class ProgressBar:

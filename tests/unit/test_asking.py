@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
-from consumer.client import ProgressBar
+from consumer.asking import ProgressBar
 from generation_contracts import ProgressEvent, Task
 
 

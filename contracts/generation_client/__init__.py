@@ -1,0 +1,37 @@
+"""A client of the generation consumer: ask, watch, wait, cancel; needs the extra `client`.
+
+async with GenerationClient("nats://127.0.0.1:4222") as client:
+    result = await client.text_to_image("a red circle")
+    picture = await client.download(result.outputs[0])
+"""
+
+from generation_client.client import AnyEvent, GenerationClient, new_request_id, task_of
+from generation_client.errors import (
+    DownloadFailed,
+    GenerationError,
+    NoWorker,
+    QueueFull,
+    RequestCancelled,
+    RequestFailed,
+    RequestIdTaken,
+    RequestTooLarge,
+    ServiceUnavailable,
+)
+from generation_client.submitting import submit
+
+__all__ = [
+    "AnyEvent",
+    "DownloadFailed",
+    "GenerationClient",
+    "GenerationError",
+    "NoWorker",
+    "QueueFull",
+    "RequestCancelled",
+    "RequestFailed",
+    "RequestIdTaken",
+    "RequestTooLarge",
+    "ServiceUnavailable",
+    "new_request_id",
+    "submit",
+    "task_of",
+]
