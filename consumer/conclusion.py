@@ -9,7 +9,10 @@ from consumer.admission import Job
 from consumer.job import (
     Conflict,
     Decision,
+    Malformed,
+    Outcome,
     Publish,
+    QueueIsFull,
     ResultTooLarge,
     Settlement,
     State,
@@ -21,22 +24,29 @@ from consumer.ports import (
     Events,
     MessageTooLarge,
     ModelDescription,
+    QueueFull,
     ResultEvent,
 )
 from generation_contracts import (
     CancelledEvent,
+    ChainLink,
+    ChainPlace,
     FailedEvent,
     ImageArtifact,
+    InvalidRequest,
+    Request,
     SucceededEvent,
     Task,
     Timings,
+    next_requests,
 )
+from generation_contracts.chains import id_of, next_link, place_of
 
 log = structlog.get_logger()
 
 
 class Conclusion:
-    """Carries decisions out: put aside, publish, reply, settle, in this order.
+    """Carries decisions out: put aside, publish, reply or go on, settle, in this order.
 
     The order is what makes a crash between any two of them harmless. The dead letter comes first:
     once the result is stored, a redelivery is only answered and acknowledged; a second letter is
@@ -95,6 +105,7 @@ class Conclusion:
             "worker": self._worker,
             "attempt": job.delivery.attempt,
             "metadata": {} if job.request is None else job.request.metadata,
+            "chain": None if job.request is None else place_of(job.request, job.request_id),
         }
 
     async def _announce(self, job: Job, decision: Decision) -> ResultEvent | None:
@@ -103,7 +114,7 @@ class Conclusion:
             case Publish.NONE:
                 return None
             case Publish.STORED_AGAIN:
-                await self._reply(job, job.existing)
+                await self._answer(job, job.existing)
                 return job.existing
             case Publish.FAILED_REPLY_ONLY:
                 await self._reply(job, self._event(job, decision))
@@ -112,11 +123,11 @@ class Conclusion:
                 event = self._event(job, decision)
                 trace_parent = job.envelope.trace_parent
                 if await self._events.publish_result(event, trace_parent=trace_parent):
-                    await self._reply(job, event)
+                    await self._answer(job, event)
                     return event
                 log.warning("result_stored_before")
                 job.existing = await self._events.find_result(self._task, job.request_id)
-                await self._reply(job, self._instead(job, event, job.existing))
+                await self._answer(job, self._instead(job, event, job.existing))
                 return job.existing
 
     async def _announce_the_bare_failure(self, job: Job, decision: Decision) -> ResultEvent | None:
@@ -145,6 +156,62 @@ class Conclusion:
         for artifact in job.stored:
             if artifact.key not in told:
                 await self._artifacts.discard(artifact)
+
+    async def _answer(self, job: Job, event: ResultEvent | None) -> None:
+        """Go on with the chain, where there is a next step and the event leads to it; else reply.
+
+        A crash between the stored event and the next request is harmless: whoever gets the request
+        then finds the event, comes here with it, and makes the same next requests.
+        """
+        if job.request is None or not job.request.then or not isinstance(event, SucceededEvent):
+            await self._reply(job, event)
+            return
+        try:
+            following = next_requests(job.request, job.request_id, event)
+        except InvalidRequest as error:
+            link = next_link(job.request, job.request_id)
+            task = Task(job.request.then[0].task)
+            await self._break_chain(job, task, link, Malformed(str(error), error.problems))
+            return
+        for task, request in following:
+            await self._queue(job, task, request)
+
+    async def _queue(self, job: Job, task: Task, request: Request) -> None:
+        if request.chain is None:
+            raise AssertionError("a next request without its place")
+        try:
+            await self._events.publish_request(
+                task,
+                request,
+                reply_to=job.envelope.reply_to,
+                trace_parent=job.envelope.trace_parent,
+            )
+        except MessageTooLarge:
+            wrong = Malformed("the next request is too large for the bus")
+            await self._break_chain(job, task, request.chain, wrong)
+        except QueueFull:
+            await self._break_chain(job, task, request.chain, QueueIsFull())
+
+    async def _break_chain(self, job: Job, task: Task, link: ChainLink, why: Outcome) -> None:
+        """End a chain at a step that cannot be queued, in the name of that step."""
+        failure = decide(why, attempt=1, max_attempts=1).failure
+        if failure is None or job.request is None:
+            raise AssertionError(f"{why} ends no chain")
+        event = FailedEvent(
+            request_id=id_of(link),
+            task=task,
+            sequence=0,
+            time=datetime.now(UTC),
+            worker=self._worker,
+            attempt=1,
+            metadata=job.request.metadata,
+            chain=ChainPlace(id=link.id, step=link.step, of=link.step + len(job.request.then) - 1),
+            request_digest=job.digest,
+            failure=failure,
+        )
+        log.warning("chain_broken", chain=link.id, step=link.step, code=str(failure.code))
+        await self._events.publish_result(event, trace_parent=job.envelope.trace_parent)
+        await self._reply(job, event)
 
     async def _reply(self, job: Job, event: ResultEvent | None) -> None:
         if job.envelope.reply_to is not None and event is not None:

@@ -155,6 +155,11 @@ class ResultTooLarge:
 
 
 @dataclass(frozen=True)
+class QueueIsFull:
+    """The next request of a chain finds no place in the queue."""
+
+
+@dataclass(frozen=True)
 class Broken:
     """The daemon itself raised where nothing may raise."""
 
@@ -179,6 +184,7 @@ Outcome = (
     | WorkerLost
     | Draining
     | ResultTooLarge
+    | QueueIsFull
     | Broken
 )
 
@@ -305,6 +311,8 @@ def _failure(outcome: Outcome) -> Failure:  # noqa: C901, PLR0911 - the same
             )
         case ResultTooLarge():
             return Failure.of(FailureCode.INTERNAL, "the result is too large for the bus")
+        case QueueIsFull():
+            return Failure.of(FailureCode.QUEUE_FULL, "the queue is full: try again later")
         case Broken(exception):
             return Failure.of(
                 FailureCode.INTERNAL, "the worker failed on this request", exception=exception

@@ -140,6 +140,16 @@ class Events(Protocol):
     async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
         """Answer on the sender's subject: a courtesy, the stored event is the truth."""
 
+    async def publish_request(
+        self, task: Task, request: Request, *, reply_to: str | None, trace_parent: str | None
+    ) -> None:
+        """Queue the next request of a chain; a second time is harmless.
+
+        Raises:
+            MessageTooLarge: It does not fit the server's limit or the stream's.
+            QueueFull: The stream takes no more.
+        """
+
     async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
         """Keep the original bytes and headers of a request that no worker can handle."""
 
@@ -184,6 +194,10 @@ class Workers(Protocol):
 
     async def tell(self, request_id: str) -> None:
         """The same, without waiting for an answer. Never raises."""
+
+
+class QueueFull(Exception):  # noqa: N818 - a state of the queue
+    """The request stream takes no more."""
 
 
 class MessageTooLarge(Exception):  # noqa: N818 - a state of the message

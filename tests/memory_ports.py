@@ -284,6 +284,7 @@ class MemoryEvents:
         self.trace_parents: list[str | None] = []
         self.told = Tally()
         self.asked = Tally()
+        self.requests: list[tuple[Task, Request, str | None]] = []  # of chains
         self._results: dict[tuple[Task, str], bytes] = {}
         self._letters: dict[tuple[Task, str, int], tuple[DeadLetter, bytes]] = {}
         self._journal = journal
@@ -339,6 +340,15 @@ class MemoryEvents:
             self.replies.append((subject, decode_result(encode(event))))
             self.trace_parents.append(trace_parent)
             self._journal.append(f"reply {_kind(event)}")
+
+    async def publish_request(
+        self, task: Task, request: Request, *, reply_to: str | None, trace_parent: str | None
+    ) -> None:
+        await self._outage.over()
+        if wire_size(encode(request), {}) > MAX_PAYLOAD:
+            raise MessageTooLarge
+        self._journal.append(f"request {request.request_id}")
+        self.requests.append((task, request, reply_to))
 
     async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
         await self._outage.over()

@@ -41,6 +41,7 @@ from generation_contracts import (
     Subjects,
     Task,
     UnsafeReplySubject,
+    check_slip,
     decode_request,
     encode,
     request_digest,
@@ -189,6 +190,7 @@ class FrontDoor:
 
     def _admitted(self, body: bytes, request_id: str, inbox: str) -> Request:
         request = decode_request(self._house.task, body)
+        check_slip(request)
         if request.reply_to is not None:
             raise InvalidRequest("reply_to: a call is answered on its inbox")
         try:
@@ -270,7 +272,7 @@ def _failure(error: Exception) -> Failure:  # noqa: PLR0911 - one for each
         case _Expired():
             return _said_of(outcomes.Expired())
         case QueueFull():
-            return Failure.of(FailureCode.QUEUE_FULL, str(error))
+            return _said_of(outcomes.QueueIsFull())
         case ServiceUnavailable():
             return Failure.of(FailureCode.INTERNAL, "the request could not be queued")
         case _:

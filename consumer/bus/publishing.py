@@ -11,13 +11,21 @@ from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 from pydantic import ValidationError
 
-from consumer.bus.codes import TOO_LARGE_FOR_STREAM, WRONG_LAST_SEQUENCE
+from consumer.bus.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM, WRONG_LAST_SEQUENCE
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.delivery import place_of
 from consumer.bus.topology import TopologyError
-from consumer.ports import DeadLetter, Delivery, MessageTooLarge, ResultEvent
+from consumer.ports import DeadLetter, Delivery, MessageTooLarge, QueueFull, ResultEvent
 from generation_client.submitting import NO_PUB_ACK
-from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task, decode_result, encode
+from generation_contracts import (
+    ProgressEvent,
+    Request,
+    StartedEvent,
+    Subjects,
+    Task,
+    decode_result,
+    encode,
+)
 from generation_contracts.headers import (
     DEAD_LETTER_ATTEMPTS,
     DEAD_LETTER_CODE,
@@ -30,6 +38,8 @@ from generation_contracts.headers import (
     EXPECTED_LAST_SUBJECT_SEQUENCE,
     MESSAGE_ID,
     ORIGINAL_PREFIX,
+    REPLY_TO,
+    TRACE_PARENT,
     event_headers,
     wire_size,
 )
@@ -127,6 +137,25 @@ class JetStreamEvents:
         subject = self._subjects.progress(event.task, event.request_id)
         await self._tell(subject, encode(event), headers, "progress_not_published")
 
+    async def publish_request(
+        self, task: Task, request: Request, *, reply_to: str | None, trace_parent: str | None
+    ) -> None:
+        """Queue the next request of a chain; waits for the bus, but not for a place in the queue.
+
+        It is stored once for each reply subject: a second copy is not run, only answered.
+
+        Raises:
+            MessageTooLarge: It does not fit the server's limit or the stream's.
+            QueueFull: The stream takes no more, as long as this worker holds a place in it.
+        """
+        headers = {MESSAGE_ID: f"{task}.{request.request_id}.{reply_to or ''}"}
+        if reply_to is not None:
+            headers[REPLY_TO] = reply_to
+        if trace_parent is not None:
+            headers[TRACE_PARENT] = trace_parent
+        subject = self._subjects.request(task, request.request_id)
+        await self._persist(subject, encode(request), headers, final=frozenset({STREAM_FULL}))
+
     async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
         """Answer the sender, who may be gone."""
         headers = event_headers(event, trace_parent=trace_parent)
@@ -155,7 +184,14 @@ class JetStreamEvents:
             # The stream's own limit is below the server's. The request must not come back for it.
             log.exception("dead_letter_too_large")
 
-    async def _persist(self, subject: str, body: bytes, headers: Mapping[str, str]) -> PubAck:
+    async def _persist(
+        self,
+        subject: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        *,
+        final: frozenset[int] = frozenset(),
+    ) -> PubAck:
         # A try whose answer is lost may have been stored: every message has an id, so the next try
         # is dropped as its copy.
         self._check_size(body, headers)
@@ -175,6 +211,8 @@ class JetStreamEvents:
                     raise _AlreadyThere from None
                 if error.err_code == TOO_LARGE_FOR_STREAM:
                     raise MessageTooLarge from None
+                if error.err_code in final:
+                    raise QueueFull from None
                 log.warning("publish_refused", code=error.err_code, reason=error.description)
             except (Error, OSError, *NO_PUB_ACK) as error:
                 log.warning("publish_failed", error=type(error).__name__)

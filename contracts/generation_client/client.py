@@ -38,6 +38,7 @@ from generation_contracts import (
     Task,
     TerminalEvent,
     TextToImageRequest,
+    check_slip,
     decode_cancel_reply,
     decode_event,
     decode_result,
@@ -195,8 +196,10 @@ class GenerationClient:
         Raises:
             QueueFull: The stream is full.
             RequestTooLarge: The request does not fit.
+            InvalidRequest: A step of its slip cannot follow the one before it.
             ServiceUnavailable: No server, or no stream for requests.
         """
+        check_slip(request)
         request = _identified(request)
         await submit(self._connected, self._subjects, task_of(request), request)
         return str(request.request_id)

@@ -3,8 +3,10 @@
 from generation_contracts.artifacts import ArtifactReference, ImageArtifact, InlineImage, TextOutput
 from generation_contracts.base import Task
 from generation_contracts.cancellation import CancelReply, decode_cancel_reply
+from generation_contracts.chains import check_slip, next_requests
 from generation_contracts.events import (
     CancelledEvent,
+    ChainPlace,
     FailedEvent,
     ModelInfo,
     ProgressEvent,
@@ -17,6 +19,7 @@ from generation_contracts.events import (
 )
 from generation_contracts.failures import Failure, FailureCode
 from generation_contracts.requests import (
+    ChainLink,
     ImageToTextRequest,
     ImageToTextStep,
     InvalidRequest,
@@ -33,6 +36,8 @@ __all__ = [
     "ArtifactReference",
     "CancelReply",
     "CancelledEvent",
+    "ChainLink",
+    "ChainPlace",
     "FailedEvent",
     "Failure",
     "FailureCode",
@@ -54,10 +59,12 @@ __all__ = [
     "TextToImageStep",
     "Timings",
     "UnsafeReplySubject",
+    "check_slip",
     "decode_cancel_reply",
     "decode_event",
     "decode_request",
     "decode_result",
     "encode",
+    "next_requests",
     "request_digest",
 ]

@@ -39,6 +39,20 @@ class Timings(EventPart):
     upload: Seconds = 0.0
 
 
+class ChainPlace(EventPart):
+    """Where in a chain of requests an event belongs.
+
+    Attributes:
+        id: Id of the first request: what all events of a chain have in common.
+        step: From 1.
+        of: How many steps the chain has.
+    """
+
+    id: RequestId
+    step: Annotated[int, Field(ge=1)]
+    of: Annotated[int, Field(ge=1)]
+
+
 class EventBase(EventPart):
     """What every event carries.
 
@@ -55,6 +69,7 @@ class EventBase(EventPart):
     worker: str
     attempt: Annotated[int, Field(ge=1)]
     metadata: dict[str, str] = Field(default_factory=dict)
+    chain: ChainPlace | None = None
 
 
 class StartedEvent(EventBase):

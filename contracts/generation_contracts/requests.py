@@ -150,6 +150,23 @@ class ImageToTextStep(ImageToTextParameters):
 NextStep = Annotated[TextToImageStep | ImageToTextStep, Field(discriminator="task")]
 
 
+Branch = Annotated[str, StringConstraints(pattern=r"^([0-9]+(-[0-9]+)*)?$", max_length=24)]
+
+
+class ChainLink(RequestPart):
+    """Where in a chain a request stands; written by the worker that makes the next request.
+
+    Attributes:
+        id: Id of the chain's first request; all of its events carry it.
+        step: From 1, the first request.
+        branch: Which of several requests of one step it came from.
+    """
+
+    id: RequestId
+    step: Annotated[int, Field(ge=1, le=MAX_CHAIN + 1)]
+    branch: Branch = ""
+
+
 class RequestEnvelope(RequestPart):
     """What every request carries besides its parameters."""
 
@@ -163,6 +180,7 @@ class RequestEnvelope(RequestPart):
     deadline: Deadline | None = None
     metadata: Metadata = Field(default_factory=dict, description="echoed in every event")
     then: Annotated[tuple[NextStep, ...], Field(max_length=MAX_CHAIN, fail_fast=True)] = ()
+    chain: ChainLink | None = Field(default=None, description="set by workers, not by senders")
 
 
 class TextToImageRequest(TextToImageParameters, RequestEnvelope):
@@ -186,7 +204,7 @@ REQUEST_TYPES: dict[Task, type[TextToImageRequest] | type[ImageToTextRequest]] =
 }
 
 # Who asks and until when, not what for: a second copy may differ in these.
-_NOT_CONTENT = frozenset({"request_id", "reply_to", "deadline", "metadata"})
+_NOT_CONTENT = frozenset({"request_id", "reply_to", "deadline", "metadata", "chain"})
 
 
 class InvalidRequest(ValueError):  # noqa: N818 - the contract's word for it is invalid_request

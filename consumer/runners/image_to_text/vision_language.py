@@ -46,7 +46,6 @@ _PARAMETERS = {
     "repetition_penalty",
     "seed",
 }
-_REFUSED = {"then": "this worker starts no further steps"}
 _FEWER_PIXELS = "the pictures were read at half their pixels"
 _ANY_SIZE = (64, 64)  # pixels
 _CACHE_ELSEWHERE = "the cache of keys and values was kept in main memory"
@@ -139,9 +138,6 @@ class VisionLanguageModel:
     def check(self, request: Request) -> None:
         """See whether the model can do what is asked."""
         asked = _image_to_text(request)
-        for name, reason in _REFUSED.items():
-            if getattr(asked, name):
-                raise UnsupportedParameter(name, f"{name}: {reason}")
         if asked.system is not None and "system" not in self._description.parameters:
             family = self._description.info.family
             raise UnsupportedParameter("system", f"system: {family} does not have it")

@@ -31,7 +31,6 @@ _STEPS = 50  # where a pipeline has no default: the one most often used in diffu
 _ALWAYS = {"width", "height", "num_inference_steps", "num_images", "seed", "output_format"}
 _NOT_OF_THIS_WORKER = {
     "preview": "this worker sends no previews",
-    "then": "this worker starts no further steps",
 }
 _NO_DEFAULTS: Mapping[str, Default] = MappingProxyType({})
 

@@ -1,0 +1,184 @@
+"""Routing slips: which can be followed, and what the next requests are."""
+
+import json
+from typing import Any
+
+import pytest
+
+from generation_contracts import (
+    ImageToTextRequest,
+    InvalidRequest,
+    Request,
+    SucceededEvent,
+    Task,
+    TextToImageRequest,
+    check_slip,
+    decode_request,
+    encode,
+    next_requests,
+    request_digest,
+)
+from generation_contracts.chains import MAX_BRANCHES, place_of
+from generation_contracts.examples import EVENTS
+from generation_contracts.requests import MAX_PROMPT
+from generation_contracts.subjects import is_request_id
+
+DRAW = {"task": "text_to_image", "prompt": "as a woodcut: $text", "steps": 4}
+TELL = {"task": "image_to_text", "prompt": "Describe it.", "max_new_tokens": 9}
+
+
+def drawing(*then: dict[str, Any], **fields: Any) -> Request:
+    return read(Task.TEXT_TO_IMAGE, {"prompt": "a", "then": then, **fields})
+
+
+def telling(*then: dict[str, Any], **fields: Any) -> Request:
+    images = ["s3://bucket/key"]
+    return read(Task.IMAGE_TO_TEXT, {"prompt": "a", "images": images, "then": then, **fields})
+
+
+def read(task: Task, fields: dict[str, Any]) -> Request:
+    return decode_request(task, json.dumps(fields).encode())
+
+
+def pictures(number: int) -> SucceededEvent:
+    event = EVENTS["succeeded_image"]
+    assert isinstance(event, SucceededEvent)
+    (first,) = event.outputs
+    keys = [f"text_to_image/a/{n}.png" for n in range(number)]
+    return event.model_copy(
+        update={"outputs": tuple(first.model_copy(update={"key": key}) for key in keys)}
+    )
+
+
+def text(said: str) -> SucceededEvent:
+    event = EVENTS["succeeded_text"]
+    assert isinstance(event, SucceededEvent)
+    (first,) = event.outputs
+    return event.model_copy(update={"outputs": (first.model_copy(update={"text": said}),)})
+
+
+def test_a_text_step_takes_all_pictures_of_the_step_before() -> None:
+    request = drawing(TELL, metadata={"order": "7"}, deadline="2030-01-02T03:04:05Z")
+    ((task, following),) = next_requests(request, "first", pictures(3))
+    assert task is Task.IMAGE_TO_TEXT
+    assert isinstance(following, ImageToTextRequest)
+    assert [image.key for image in following.images] == [  # type: ignore[union-attr] # references
+        f"text_to_image/a/{n}.png" for n in range(3)
+    ]
+    assert (following.prompt, following.max_new_tokens) == ("Describe it.", 9)
+    assert (following.request_id, following.then) == ("first-2", ())
+    assert (following.metadata, following.deadline) == (request.metadata, request.deadline)
+
+
+def test_a_picture_step_takes_the_text_into_its_prompt() -> None:
+    ((task, following),) = next_requests(telling(DRAW), "first", text("a $text cat"))
+    assert task is Task.TEXT_TO_IMAGE
+    assert isinstance(following, TextToImageRequest)
+    assert following.prompt == "as a woodcut: a $text cat"
+    assert following.num_inference_steps == 4
+
+
+def test_one_request_for_each_picture_with_an_id_of_its_own() -> None:
+    request = drawing({**TELL, "each": True}, {**DRAW, "num_images": 2}, TELL, num_images=3)
+    branches = next_requests(request, "first", pictures(3))
+    assert [one.request_id for _, one in branches] == ["first-2-0", "first-2-1", "first-2-2"]
+    assert [len(one.images) for _, one in branches if isinstance(one, ImageToTextRequest)] == [
+        1
+    ] * 3
+    ((_, second),) = next_requests(branches[1][1], "first-2-1", text("a cat"))
+    assert second.request_id == "first-3-1"
+    ((_, third),) = next_requests(second, "first-3-1", pictures(2))
+    assert third.request_id == "first-4-1"
+    assert third.chain is not None
+    assert third.chain.id == "first"
+
+
+def test_a_step_may_have_its_own_pictures_and_a_prompt_without_the_text() -> None:
+    own = {**TELL, "images": ["s3://bucket/other"], "each": True}
+    request = telling(own, {"task": "text_to_image", "prompt": "a house"})
+    ((_, second),) = next_requests(request, "first", text("x"))
+    assert isinstance(second, ImageToTextRequest)
+    assert second.images == ("s3://bucket/other",)
+    ((_, third),) = next_requests(second, "first-2", text("y"))
+    assert third.prompt == "a house"
+
+
+def test_the_end_of_a_slip_leads_nowhere() -> None:
+    assert next_requests(drawing(), "first", pictures(1)) == ()
+
+
+def test_the_next_request_is_on_the_wire_what_it_was_made_as_and_always_the_same() -> None:
+    request = drawing({**TELL, "each": True}, DRAW, num_images=2)
+    once, again = (next_requests(request, "first", pictures(2)) for _ in range(2))
+    assert once == again
+    for task, following in once:
+        assert decode_request(task, encode(following)) == following
+        check_slip(following)
+
+
+def test_ids_stay_ids_however_long_the_first_one_is() -> None:
+    request = drawing({**TELL, "each": True}, num_images=8)
+    ids = {one.request_id for _, one in next_requests(request, "x" * 64, pictures(8))}
+    assert len(ids) == 8
+    assert all(is_request_id(str(one)) for one in ids)
+    others = {one.request_id for _, one in next_requests(request, "x" * 63 + "y", pictures(8))}
+    assert not ids & others
+
+
+def test_the_place_in_the_chain_is_no_part_of_what_is_asked_for() -> None:
+    ((_, following),) = next_requests(drawing(TELL), "first", pictures(1))
+    assert request_digest(following) == request_digest(following.model_copy(update={"chain": None}))
+
+
+def test_places() -> None:
+    request = drawing(TELL, DRAW)
+    first = place_of(request, "first")
+    ((_, following),) = next_requests(request, "first", pictures(1))
+    second = place_of(following, "first-2")
+    assert first is not None
+    assert second is not None
+    assert (first.id, first.step, first.of) == ("first", 1, 3)
+    assert (second.id, second.step, second.of) == ("first", 2, 3)
+    assert place_of(drawing(), "alone") is None
+
+
+def test_a_long_text_is_cut_to_the_contracts_prompt() -> None:
+    ((_, following),) = next_requests(telling(DRAW), "first", text("x" * 2 * MAX_PROMPT))
+    assert len(following.prompt) == MAX_PROMPT
+
+
+def test_an_empty_text_makes_no_prompt() -> None:
+    only = {"task": "text_to_image", "prompt": "$text"}
+    with pytest.raises(InvalidRequest, match="empty text"):
+        next_requests(telling(only), "first", text(" \n"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "place"),
+    [
+        (drawing(DRAW), "then.0.prompt"),
+        (telling(TELL), "then.0.images"),
+        (drawing(TELL, TELL), "then.1.images"),
+        (telling(DRAW, TELL, DRAW, TELL, TELL), "then.4.images"),
+        (
+            drawing(
+                {**TELL, "each": True},
+                {**DRAW, "num_images": 8},
+                {**TELL, "each": True},
+                {**DRAW, "num_images": 8},
+                {**TELL, "each": True},
+                num_images=8,
+            ),
+            "then.4.each",
+        ),
+    ],
+)
+def test_a_slip_that_cannot_be_followed_is_refused(request_: Request, place: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        check_slip(request_)
+    assert refused.value.problems[0]["field"] == place
+
+
+def test_a_slip_that_fans_out_to_the_limit_is_taken() -> None:
+    each = {**TELL, "each": True}
+    check_slip(drawing(each, {**DRAW, "num_images": 8}, each, num_images=MAX_BRANCHES // 8))

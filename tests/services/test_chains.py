@@ -1,0 +1,139 @@
+"""Chains of requests: through real daemon processes of both tasks, also where one is killed."""
+
+import asyncio
+import json
+from typing import Any
+
+from generation_contracts import Task
+from tests.faults.scene import Event, Scene
+from tests.services.conftest import Caller
+
+SUCCEEDED = "generation.v1.succeeded"
+DRAW = {"task": "text_to_image", "prompt": "as a woodcut: $text"}
+TELL = {"task": "image_to_text", "prompt": "Describe it."}
+
+
+async def start_both(scene: Scene, cause: str = "none") -> None:
+    await scene.apply(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
+    await scene.start(cause)
+    await scene.start(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
+
+
+async def stored(scene: Scene, task: Task, request_id: str) -> Event:
+    """The one terminal event of a step, waited for."""
+    scene.task = task
+    try:
+        return await scene.event(request_id)
+    finally:
+        scene.task = Task.TEXT_TO_IMAGE
+
+
+async def test_the_caller_gets_the_last_steps_result_and_nothing_else(
+    scene: Scene, caller: Caller
+) -> None:
+    await start_both(scene)
+    inbox = caller.client.new_inbox()
+    answers = await caller.client.subscribe(inbox)
+    body: dict[str, Any] = {"prompt": "a", "request_id": "c", "metadata": {"order": "7"}}
+    body |= {"num_images": 3, "then": [TELL, DRAW]}
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    await caller.client.publish(
+        scene.subjects.call(scene.task),
+        json.dumps(body).encode(),
+        reply=inbox,
+        headers={"traceparent": trace},
+    )
+    answer = await answers.next_msg(timeout=30)
+    event = json.loads(answer.data)
+    assert (event["request_id"], event["type"]) == ("c-3", SUCCEEDED)
+    assert event["chain"] == {"id": "c", "step": 3, "of": 3}
+    assert event["metadata"] == {"order": "7"}
+    assert (answer.headers or {})["traceparent"] == trace
+    described = await stored(scene, Task.IMAGE_TO_TEXT, "c-2")
+    assert described["outputs"][0]["text"] == "3 pictures"
+    assert (await scene.event("c"))["chain"] == {"id": "c", "step": 1, "of": 3}
+    await scene.emptied()
+    await caller.client.flush()
+    assert answers.pending_msgs == 0
+
+
+async def test_each_picture_has_a_request_and_an_answer_of_its_own(
+    scene: Scene, caller: Caller
+) -> None:
+    await start_both(scene)
+    inbox = caller.client.new_inbox()
+    answers = await caller.client.subscribe(inbox)
+    body = {"prompt": "a", "request_id": "e", "num_images": 3, "then": [{**TELL, "each": True}]}
+    await caller.client.publish(
+        scene.subjects.call(scene.task), json.dumps(body).encode(), reply=inbox
+    )
+    events = [json.loads((await answers.next_msg(timeout=30)).data) for _ in range(3)]
+    assert {event["request_id"] for event in events} == {"e-2-0", "e-2-1", "e-2-2"}
+    assert {event["outputs"][0]["text"] for event in events} == {"1 pictures"}
+
+
+async def test_a_worker_killed_between_two_steps_loses_none_and_repeats_none(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.apply(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
+    await scene.start("killed_after_result")
+    await scene.start(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
+    asked = caller.asking(caller.call(request_id="k", then=[TELL]))
+    assert (await scene.event("k"))["type"] == SUCCEEDED
+    (scene.folder / "die").touch()
+    await scene.ended(scene.workers[0])
+    await scene.start()
+    event = await asked
+    assert (event["request_id"], event["type"]) == ("k-2", SUCCEEDED)
+    await scene.emptied()
+    assert sorted(scene.runs()) == ["k", "k-2"]
+
+
+async def test_a_failed_step_ends_the_chain_and_is_named(scene: Scene, caller: Caller) -> None:
+    await scene.apply(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
+    await scene.start()
+    await scene.start("raising", MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
+    event = await caller.call(request_id="f", then=[TELL, DRAW])
+    assert (event["request_id"], event["failure"]["code"]) == ("f-2", "model_error")
+    assert event["chain"] == {"id": "f", "step": 2, "of": 3}
+    await scene.emptied()
+    assert await scene.events("f-3") == []
+
+
+async def test_a_slip_that_cannot_be_followed_is_refused_at_once(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.start()
+    event = await caller.call(then=[DRAW])
+    assert event["failure"]["code"] == "invalid_request"
+    assert event["failure"]["message"].startswith("then.0.prompt")
+    request_id = await scene.submit(then=[DRAW])
+    assert (await scene.event(request_id))["failure"]["code"] == "invalid_request"
+    assert scene.runs() == []
+
+
+async def test_a_chain_that_finds_no_place_in_the_queue_is_told(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.start("held_in_run")
+    asked = caller.asking(caller.call(request_id="q", then=[TELL]))
+    await scene.noted("run")
+    jetstream = scene.sender.jetstream()
+    config = (await jetstream.stream_info(scene.subjects.requests_stream)).config
+    await jetstream.update_stream(config.evolve(max_msgs=1))
+    (scene.folder / "run.go").touch()
+    event = await asked
+    assert (event["request_id"], event["failure"]["code"]) == ("q-2", "queue_full")
+    assert (await stored(scene, Task.IMAGE_TO_TEXT, "q-2")) == event
+    assert (await scene.event("q"))["type"] == SUCCEEDED
+
+
+async def test_a_second_caller_of_a_chain_gets_its_end_too(scene: Scene, caller: Caller) -> None:
+    await start_both(scene)
+    first, second = await asyncio.gather(
+        *(caller.call(request_id="twice", then=[TELL]) for _ in range(2))
+    )
+    assert first == second
+    assert first["request_id"] == "twice-2"
+    await scene.emptied()
+    assert sorted(scene.runs()) == ["twice", "twice-2"]
