@@ -18,6 +18,7 @@ from generation_contracts.base import Task
 from generation_contracts.cancellation import CancelReply
 from generation_contracts.events import (
     CancelledEvent,
+    ChainPlace,
     FailedEvent,
     ModelInfo,
     ProgressEvent,
@@ -27,6 +28,7 @@ from generation_contracts.events import (
 )
 from generation_contracts.failures import Failure, FailureCode
 from generation_contracts.requests import (
+    ChainLink,
     ImageToTextRequest,
     ImageToTextStep,
     Request,
@@ -86,6 +88,20 @@ REQUESTS: Final[Mapping[str, Request]] = {
                 task="text_to_image", prompt="the same by night", adapters={"pencil": 1.0}
             ),
         ),
+    ),
+    "text_to_image_in_a_chain": TextToImageRequest(
+        request_id="poster-0001-3-1",
+        prompt="as a woodcut: a lighthouse",
+        metadata=_METADATA,
+        chain=ChainLink(id=_PICTURE_ID, step=3, branch="1"),
+    ),
+    "image_to_text_in_a_chain": ImageToTextRequest(
+        request_id="poster-0001-2-1",
+        prompt="Describe each picture.",
+        images=(ArtifactReference(bucket="generation", key="text_to_image/poster-0001/1.png"),),
+        metadata=_METADATA,
+        then=(TextToImageStep(task="text_to_image", prompt="as a woodcut: $text"),),
+        chain=ChainLink(id=_PICTURE_ID, step=2, branch="1"),
     ),
     "image_to_text_minimal": ImageToTextRequest(
         prompt="What is in this picture?",
@@ -190,7 +206,7 @@ _FAILURES = {
     FailureCode.INTERNAL: "the worker failed",
 }
 
-EVENTS: Final[Mapping[str, Event]] = {
+_ALONE: Mapping[str, Event] = {
     "started": StartedEvent(
         request_id=_PICTURE_ID,
         task=Task.TEXT_TO_IMAGE,
@@ -379,6 +395,22 @@ EVENTS: Final[Mapping[str, Event]] = {
         metadata=_METADATA,
         request_digest=_PICTURE_DIGEST,
     ),
+}
+
+EVENTS: Final[Mapping[str, Event]] = {
+    **_ALONE,
+    **{
+        f"{kind}_in_a_chain": _ALONE[name].model_copy(
+            update={"chain": ChainPlace(id=_PICTURE_ID, step=1, of=3)}
+        )
+        for kind, name in {
+            "started": "started",
+            "progress": "progress_image",
+            "succeeded": "succeeded_image",
+            "failed": "failed_internal",
+            "cancelled": "cancelled",
+        }.items()
+    },
 }
 
 REPLIES: Final[Mapping[str, CancelReply]] = {

@@ -90,6 +90,10 @@ ENVELOPE: dict[str, st.SearchStrategy[Any]] = {
     "deadline": deadlines,
     "metadata": st.dictionaries(st.text(min_size=1, max_size=20), st.text(max_size=20), max_size=4),
     "then": st.lists(_steps, max_size=3),
+    "chain": st.fixed_dictionaries(
+        {"id": request_ids, "step": st.integers(1, 9)},
+        optional={"branch": st.sampled_from(["", "0", "7-12"])},
+    ),
 }
 
 text_to_image_requests = _some(

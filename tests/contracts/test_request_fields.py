@@ -49,6 +49,7 @@ TYPES: list[tuple[Task, str, tuple[str, list[Any]]]] = [
             "deadline": ("time", [1767323045, 1.5, True, [], "soon", "2026-01-02", ""]),
             "metadata": ("map", [[], "x", 5, None, {"k": 5}, {"k": None}, {"k": ["v"]}]),
             "then": ("list", [{}, "x", 5, None, [5], ["x"], [{}], [[]]]),
+            "chain": ("link", [[], "x", 5, {"id": "a"}, {"step": 1}, {"id": 5, "step": 1}]),
         }.items()
     ),
 ]
@@ -121,6 +122,21 @@ LIMITS: list[tuple[Task, str, list[Any], list[Any]]] = [  # the last good ones, 
                     [{"task": "text_to_image", "prompt": "x", "request_id": "a"}],
                     [{"task": "image_to_text", "prompt": "x", "images": []}],
                     [{"task": "image_to_text", "prompt": "x", "images": "$text"}],
+                ],
+            ),
+            (
+                "chain",
+                [
+                    {"id": "a", "step": 1, "branch": ""},
+                    {"id": "x" * 64, "step": 9, "branch": "0-12"},
+                ],
+                [
+                    {"id": "a.b", "step": 1},
+                    {"id": "a", "step": 0},
+                    {"id": "a", "step": 10},
+                    {"id": "a", "step": 1, "branch": "-1"},
+                    {"id": "a", "step": 1, "branch": "1-" * 12 + "1"},
+                    {"id": "a", "step": 1, "of": 2},
                 ],
             ),
         ]

@@ -27,7 +27,7 @@ from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 from consumer.runners.text_to_image import diffusion
 from consumer.runners.text_to_image.memory import save
-from generation_contracts import Task, TextToImageRequest, TextToImageStep
+from generation_contracts import Task, TextToImageRequest
 from tests.picture_runs import StopAt, asked, made, model, pipeline, pixels
 from tests.tiny_models import Folder, Load
 
@@ -196,12 +196,6 @@ def test_an_offloaded_pipeline_makes_the_same_pictures(
     ("family", "fields", "field", "message"),
     [
         ("stable_diffusion_3", {"preview": True}, "preview", "this worker sends no previews"),
-        (
-            "stable_diffusion_3",
-            {"then": (TextToImageStep(task="text_to_image", prompt="$text"),)},
-            "then",
-            "this worker starts no further steps",
-        ),
         ("stable_diffusion_3", {"width": 100}, "width", "must be a multiple of 16"),
         ("flux", {"height": 72}, "height", "must be a multiple of 16"),
         ("stable_diffusion_3", {"width": 528}, "width", "must be at most 512"),

@@ -22,7 +22,7 @@ from consumer.ports import (
 from consumer.runners import ModelRunner
 from consumer.runners.device import Placement
 from consumer.runners.image_to_text import vision_language
-from generation_contracts import ArtifactReference, ImageToTextRequest, Task, TextToImageStep
+from generation_contracts import ArtifactReference, ImageToTextRequest, Task
 from tests.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
@@ -265,20 +265,6 @@ def test_a_system_prompt_takes_the_place_of_the_models_own(qwen: ModelRunner) ->
     assert own.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
     assert given.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
     assert given.endswith("<|vision_end|>What is this?<|im_end|>\n<|im_start|>assistant\n")
-
-
-@pytest.mark.parametrize(
-    ("fields", "field"),
-    [
-        ({"then": (TextToImageStep(task="text_to_image", prompt="$text"),)}, "then"),
-    ],
-)
-def test_check_refuses_by_name_what_this_worker_does_not_do(
-    fields: dict[str, Any], field: str, qwen: ModelRunner
-) -> None:
-    with pytest.raises(UnsupportedParameter, match="this worker") as refused:
-        qwen.check(asked(**fields))
-    assert refused.value.parameter == field
 
 
 def test_a_chat_template_without_system_messages_refuses_them(

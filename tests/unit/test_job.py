@@ -24,6 +24,7 @@ from consumer.job import (
     ModelRaised,
     Outcome,
     Publish,
+    QueueIsFull,
     RanOutOfMemory,
     ResultTooLarge,
     Settlement,
@@ -63,6 +64,7 @@ TABLE: list[tuple[Outcome, range, str, FailureCode | None, str, str]] = [
     (WorkerLost(), ANY, "failed", FailureCode.WORKER_LOST, "term", "dead letter"),
     (Draining(), ANY, "none", None, "release", ""),
     (ResultTooLarge(), ANY, "failed", FailureCode.INTERNAL, "ack", ""),
+    (QueueIsFull(), ANY, "failed", FailureCode.QUEUE_FULL, "ack", ""),
     (Broken("E"), EARLY, "none", None, "nak", ""),
     (Broken("E"), LATE, "failed", FailureCode.INTERNAL, "term", "dead letter"),
 ]
@@ -102,8 +104,7 @@ def test_outcome_means_what_the_settlement_table_says(
 
 def test_table_has_every_outcome_and_reaches_every_failure_code_and_settlement() -> None:
     assert {type(row[0]) for row in TABLE} == set(typing.get_args(Outcome))
-    # A full queue is told by the front door: a job was queued.
-    assert {row[3] for row in TABLE} == {None, *FailureCode} - {FailureCode.QUEUE_FULL}
+    assert {row[3] for row in TABLE} == {None, *FailureCode}
     assert {row[4].upper() for row in TABLE} == set(Settlement.__members__)
     assert {row[2].upper() for row in TABLE} == set(Publish.__members__)
 

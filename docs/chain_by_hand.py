@@ -1,0 +1,44 @@
+"""Have every picture described as soon as it is there: a subscriber in plain nats-py.
+
+    python docs/chain_by_hand.py nats://127.0.0.1:4222
+
+It does by hand what `then` does inside the workers. It reads the stream of results with a durable
+consumer of its own, so it misses none while it is away; a request that is published twice after a
+crash has the same id and is dropped.
+"""
+
+import asyncio
+import json
+import sys
+
+import nats
+from nats.errors import TimeoutError as NothingNew
+
+ROOT = "generation"
+
+
+async def main(server: str, question: str = "Describe this picture.") -> None:
+    client = await nats.connect(server)
+    jetstream = client.jetstream()
+    results = await jetstream.pull_subscribe(
+        f"{ROOT}.result.text_to_image.*", durable="describer", stream=f"{ROOT.upper()}_RESULTS"
+    )
+    while True:
+        try:
+            (message,) = await results.fetch(1, timeout=5)
+        except NothingNew:
+            continue
+        event = json.loads(message.data)
+        if event["type"] == "generation.v1.succeeded":
+            request_id = f"{event['request_id'][:54]}-described"
+            images = [{"bucket": one["bucket"], "key": one["key"]} for one in event["outputs"]]
+            await jetstream.publish(
+                f"{ROOT}.request.image_to_text.{request_id}",
+                json.dumps({"prompt": question, "images": images}).encode(),
+                headers={"Nats-Msg-Id": request_id},
+            )
+        await message.ack_sync()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
