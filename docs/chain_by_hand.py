@@ -18,6 +18,7 @@ ROOT = "generation"
 
 
 async def main(server: str, question: str = "Describe this picture.") -> None:
+    """Ask a question about the pictures of every result, for ever."""
     client = await nats.connect(server)
     jetstream = client.jetstream()
     results = await jetstream.pull_subscribe(

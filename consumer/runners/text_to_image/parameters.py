@@ -72,7 +72,7 @@ class Parameters:
         Raises:
             UnsupportedParameter: Names the first field that it cannot.
         """
-        for name in sorted(request.model_fields_set & _optional_fields()):
+        for name in sorted(request.model_fields_set & TextToImageParameters.model_fields.keys()):
             asked = getattr(request, name)
             if asked == type(request).model_fields[name].get_default(call_default_factory=True):
                 continue
@@ -233,12 +233,6 @@ class Parameters:
             "num_images": 1,
             "output_format": "png",
         }
-
-
-def _optional_fields() -> set[str]:
-    fields = TextToImageRequest.model_fields
-    addressing = {"request_id", "reply_to", "deadline", "metadata"}  # not for the model
-    return {name for name, field in fields.items() if not field.is_required()} - addressing
 
 
 def _says_nothing(value: object) -> bool:

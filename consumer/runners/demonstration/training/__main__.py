@@ -21,7 +21,7 @@ from generation_contracts import Task
 log = structlog.get_logger()
 
 SEED = 1
-STEPS = {"autoencoder": 3_600, "pictures": 10_000, "captions": 4_000}
+STEPS = {"autoencoder": 3_600, "pictures": 8_000, "captions": 4_000}
 
 
 @click.command()

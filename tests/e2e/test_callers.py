@@ -1,0 +1,108 @@
+"""What the README shows to callers, on a running system with the demonstration models."""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from nats.aio.client import Client
+
+from consumer.devstack import DevStack
+from tests.e2e.senders import WITHIN, ask, new_id
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+SUCCEEDED = "generation.v1.succeeded"
+
+
+def consumer(system: DevStack, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "consumer", *arguments],
+        env={**os.environ, **system.environment()},
+        capture_output=True,
+        text=True,
+        timeout=WITHIN,
+        check=False,
+    )
+
+
+async def call(sender: Client, task: str, body: str) -> dict[str, object]:
+    answer = await sender.request(f"generation.call.{task}", body.encode(), timeout=WITHIN)
+    event: dict[str, object] = json.loads(answer.data)
+    return event
+
+
+async def test_the_chain_of_the_readme_runs(sender: Client) -> None:
+    (slip,) = re.findall(r"call\.text_to_image '(\{[^']*\"then\"[^']*\})'", README)
+    event = await call(sender, "text_to_image", slip)
+    assert (event["type"], event["request_id"]) == (SUCCEEDED, "tour-3"), event
+    assert event["chain"] == {"id": "tour", "step": 3, "of": 3}
+
+
+async def test_the_clients_example_of_the_readme_runs(system: DevStack, tmp_path: Path) -> None:
+    (example,) = [
+        code
+        for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        if "GenerationClient" in code
+    ]
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", example.replace("nats://127.0.0.1:4222", system.nats.url)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=WITHIN,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
+    assert (tmp_path / "circle.png").read_bytes().startswith(b"\x89PNG")
+
+
+async def test_the_chain_by_hand_describes_every_picture(system: DevStack, sender: Client) -> None:
+    describer = await asyncio.create_subprocess_exec(
+        sys.executable, str(ROOT / "docs" / "chain_by_hand.py"), system.nats.url
+    )
+    try:
+        request_id = new_id()
+        subject = f"generation.result.image_to_text.{request_id}-described"
+        answers = await sender.subscribe(subject)
+        await sender.flush()
+        await ask(sender, "text_to_image", request_id=request_id, prompt="a red circle", steps=1)
+        event = json.loads((await answers.next_msg(timeout=WITHIN)).data)
+    finally:
+        describer.terminate()
+        await describer.wait()
+    assert event["type"] == SUCCEEDED
+    await sender.jetstream().delete_consumer("GENERATION_RESULTS", "describer")
+
+
+async def test_what_the_model_lacks_is_refused_at_the_door(sender: Client) -> None:
+    body = json.dumps({"prompt": "a", "adapters": {"none": 1}})
+    event = await call(sender, "text_to_image", body)
+    failure = event["failure"]
+    assert isinstance(failure, dict)
+    assert failure["code"] == "unsupported_parameter"
+
+
+async def test_cancel_on_the_command_line(system: DevStack, sender: Client) -> None:
+    unknown = await asyncio.to_thread(consumer, system, "cancel", "nobody")
+    assert (unknown.returncode, unknown.stdout) == (1, "there is no such request\n")
+    request_id = new_id()
+    events = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
+    await sender.flush()
+    body = json.dumps({"prompt": "a", "steps": 200, "width": 64, "height": 64, "num_images": 8})
+    subject = f"generation.request.text_to_image.{request_id}"
+    await sender.jetstream().publish(subject, body.encode())
+    await events.next_msg(timeout=WITHIN)
+    stopped = await asyncio.to_thread(consumer, system, "cancel", request_id)
+    assert (stopped.returncode, stopped.stdout) == (0, "cancelled\n")
+    again = await asyncio.to_thread(consumer, system, "cancel", request_id, "--json")
+    assert json.loads(again.stdout)["status"] == "cancelled"
+    done = await ask(sender, "text_to_image", prompt="a", steps=1)
+    late = await asyncio.to_thread(consumer, system, "cancel", done["request_id"])
+    assert (late.returncode, late.stdout) == (1, "succeeded\n")
+    assert (await asyncio.to_thread(consumer, system, "cancel", "a.b")).returncode == 2
