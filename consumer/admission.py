@@ -6,6 +6,7 @@ came, so that even an invalid request gets its answer; the request itself is rea
 
 import hashlib
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from consumer.job import State, advance
-from consumer.ports import Delivery, ResultEvent
+from consumer.ports import Delivery, ResultEvent, Stage
 from consumer.run import Interrupt
 from generation_contracts import (
     ImageArtifact,
@@ -35,6 +36,7 @@ from generation_contracts.subjects import is_request_id
 # W3C trace context, level 1.
 _TRACE_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
 
+NANOSECONDS = 1_000_000_000  # in a second
 SEED_BYTES = 4  # the contract's seeds are below 2**32
 
 
@@ -66,6 +68,7 @@ class Job:
         parameters: What the outputs were made with.
         sequence: Number of the next event of this attempt.
         queued: Seconds from stored to taken.
+        stages: Where the time went, in the order in which they ended; for traces.
         inference: Seconds of the model's runs.
         encode: Seconds of encoding.
         upload: Seconds of storing.
@@ -86,6 +89,7 @@ class Job:
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     sequence: int = 0
+    stages: list[Stage] = field(default_factory=list)
     inference: float = 0.0
     encode: float = 0.0
     upload: float = 0.0
@@ -113,6 +117,11 @@ class Job:
     def attempt(self) -> int:
         """How often the request has been tried, this time included; from 1."""
         return max(1, self.delivery.attempt - self.releases)
+
+    def spent(self, name: str, seconds: float) -> None:
+        """Note that a stage has ended now, after so many seconds."""
+        now = time.time_ns()
+        self.stages.append(Stage(name, now - round(seconds * NANOSECONDS), now))
 
     def advance(self, to: State) -> None:
         """Move to the next state.

@@ -48,10 +48,15 @@ def run(config: Path | None) -> None:
     settings = _settings(config)
     _require_task(settings)
     from consumer.daemon import run as run_daemon
+    from consumer.settings import SettingsError
     from consumer.telemetry import configure_logging
 
     configure_logging(settings.log_format, settings.log_level)
-    sys.exit(run_daemon(settings))
+    try:
+        code = run_daemon(settings)
+    except SettingsError as error:
+        _fail(str(error), EXIT_USAGE)
+    sys.exit(code)
 
 
 @cli.command()
@@ -70,7 +75,7 @@ def up(directory: Path) -> None:
 
 
 @cli.command()
-@click.argument("prompt", default="a red circle on a blue background")
+@click.argument("prompt", default="a small red star on a white background at the top")
 @click.option(
     "--question",
     default="Describe this picture.",
@@ -116,11 +121,16 @@ def check(config: Path | None, model: bool) -> None:
 
 @cli.command()
 @click.option("--json-schema", is_flag=True, help="JSON Schemas of the messages instead.")
+@click.option("--markdown", is_flag=True, help="A page to read instead.")
 @config_option
-def schema(config: Path | None, json_schema: bool) -> None:
+def schema(config: Path | None, *, json_schema: bool, markdown: bool) -> None:
     """AsyncAPI 3 of all subjects and messages, as JSON."""
+    from generation_contracts.reference import markdown as page_of
     from generation_contracts.schema import asyncapi, json_schemas
 
+    if markdown:
+        click.echo(page_of(asyncapi(_settings(config).subjects)), nl=False)
+        return
     document = json_schemas() if json_schema else asyncapi(_settings(config).subjects)
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))
 

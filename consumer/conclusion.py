@@ -1,5 +1,6 @@
 """The end of a job: its terminal event, the dead letter, and the only place that settles."""
 
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -81,6 +82,7 @@ class Conclusion:
         job.advance(State.CONCLUDING)
         if decision.dead_letter:
             await self._put_aside(job, decision)
+        began = time.monotonic()
         try:
             standing = await self._announce(job, decision)
         except MessageTooLarge:
@@ -89,6 +91,7 @@ class Conclusion:
                 ResultTooLarge(), attempt=job.attempt, max_attempts=self._max_attempts
             )
             standing = await self._announce_the_bare_failure(job, decision)
+        job.spent("publish", time.monotonic() - began)
         await self._settle(job, decision)
         if standing is not None:
             await self._discard_all_but(standing, job)

@@ -35,12 +35,21 @@ from consumer.composition import (
 )
 from consumer.execution import Execution, Limits
 from consumer.images import ImageCodec
-from consumer.ports import ModelDescription, ModelUnavailable, Runner, StoreUnavailable, Unavailable
+from consumer.ports import (
+    ModelDescription,
+    ModelUnavailable,
+    NoTracer,
+    Runner,
+    StoreUnavailable,
+    Tracer,
+    Unavailable,
+)
 from consumer.probes import Probes, Watch
 from consumer.run import PATIENCE, Reason
 from consumer.runners.thread import InferenceThread
 from consumer.settings import Settings
 from consumer.telemetry import Metrics
+from consumer.tracing import OpenTelemetry, open_telemetry
 
 log = structlog.get_logger()
 
@@ -65,6 +74,9 @@ def run(settings: Settings, *, make_runner: MakeRunner = make_runner) -> int:
 
     Returns:
         The exit code: 0, 69 or 70.
+
+    Raises:
+        SettingsError: Before anything is started.
     """
     # The standby asks for it before it kills a process whose threads hang: where they are, on
     # standard error, written without the interpreter's lock.
@@ -92,6 +104,7 @@ class Daemon:
         self._life: asyncio.Task[int] | None = None
         self._pull: PullLoop | None = None
         self._execution: Execution | None = None
+        self._tracer: Tracer = open_telemetry() if settings.consumer_traces else NoTracer()
         self._signals = 0
         self._failure: BaseException | None = None  # of what must go on beside the serving
 
@@ -118,6 +131,8 @@ class Daemon:
     async def _start_and_serve(self) -> int:
         async with AsyncExitStack() as parts:
             await self._start_probes(parts)
+            if isinstance(self._tracer, OpenTelemetry):
+                parts.push_async_callback(asyncio.to_thread, self._tracer.close)
             runner = self._make_runner(self._settings)
             # The weights come in while the connections are made.
             loading = asyncio.create_task(self.inference.call(runner.load), name="load")
@@ -215,6 +230,7 @@ class Daemon:
             ),
             observer=self._watch,
             prompt_in_pictures=settings.consumer_prompt_in_pictures,
+            tracer=self._tracer,
         )
 
     async def _look_at_store(self, artifacts: ObjectStoreArtifacts) -> None:

@@ -6,47 +6,43 @@ outcome means, and `conclusion` carries that out.
 """
 
 import asyncio
-import random
+import base64
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
 from consumer import job as outcomes
-from consumer.admission import Admission, Job
+from consumer.admission import NANOSECONDS, Admission, Job
 from consumer.conclusion import Conclusion
 from consumer.heartbeat import Lease
-from consumer.job import Decision, Outcome, Publish, Settlement, State, decide
+from consumer.job import Decision, Outcome, State, decide
+from consumer.pictures import Pictures
 from consumer.ports import (
     Artifacts,
     Delivery,
-    DeviceLost,
-    EncodedImage,
     Events,
     Grip,
     Images,
     Inference,
-    InputUnavailable,
+    JobTrace,
     ModelDescription,
     ModelError,
+    NoTracer,
     Observer,
     OutOfMemory,
     Runner,
     RunnerOutput,
-    StoreUnavailable,
-    UnsupportedParameter,
+    Tracer,
 )
-from consumer.provenance import provenance_of
-from consumer.run import Hanging, Reason, Steps, Stopped, watch
+from consumer.run import Reason, Steps, Stopped, watch
 from consumer.telemetry import JobReport
+from consumer.verdict import OtherContent, SettledBefore, TooManyDeliveries, name_of, outcome_of
 from generation_contracts import (
-    ImageArtifact,
     ImageToTextRequest,
-    InvalidRequest,
     ProgressEvent,
     Request,
     StartedEvent,
@@ -54,7 +50,6 @@ from generation_contracts import (
     TextToImageRequest,
     request_digest,
 )
-from generation_contracts.artifacts import ImageSource
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,9 +60,6 @@ T = TypeVar("T")
 
 _AT_THE_END = frozenset({State.CONCLUDING, State.SETTLED, State.ABANDONED})
 LAST_WORD = 1.0  # seconds to give a delivery back when the process ends at once
-MAX_PIXELS_IN_ALL = 64_000_000  # of one request's pictures; 192 MB as RGB
-STORE_PAUSE_FIRST = 0.5  # seconds
-STORE_PAUSE_MOST = 15.0  # seconds; how long an output waits at most once the store is back
 
 
 @dataclass(frozen=True)
@@ -85,18 +77,6 @@ class Limits:
     stall_timeout: float
 
 
-class _SettledBefore(Exception):  # noqa: N818 - not an error
-    """A terminal event for the request's id is stored already."""
-
-
-class _OtherContent(Exception):  # noqa: N818 - the contract's word: request_id_conflict
-    """The same, but for a request that asked for something else."""
-
-
-class _TooManyDeliveries(Exception):  # noqa: N818 - a state of the request
-    """The request killed the workers that took it."""
-
-
 class Execution:
     """Takes deliveries through their lives, by ports only.
 
@@ -112,6 +92,7 @@ class Execution:
         images: The pictures' codec.
         observer: Told what happens.
         prompt_in_pictures: Whether the files of pictures say their prompts.
+        tracer: Where traces go; None: nowhere.
     """
 
     def __init__(
@@ -128,6 +109,7 @@ class Execution:
         images: Images,
         observer: Observer,
         prompt_in_pictures: bool = False,
+        tracer: Tracer | None = None,
     ) -> None:
         self._admission = admission
         self._task = admission.task
@@ -136,10 +118,15 @@ class Execution:
         self._runner = runner
         self._inference = inference
         self._events = events
-        self._artifacts = artifacts
-        self._images = images
+        self._pictures = Pictures(
+            artifacts,
+            images,
+            task=self._task,
+            model=model.info,
+            prompt_in_files=prompt_in_pictures,
+        )
         self._observer = observer
-        self._prompt_in_pictures = prompt_in_pictures
+        self._tracer = tracer or NoTracer()
         self._jobs: list[Job] = []
         self._conclusion = Conclusion(
             task=self._task,
@@ -197,6 +184,7 @@ class Execution:
         self, delivery: Delivery, stages: Callable[[Job], Awaitable[Outcome]]
     ) -> int | None:
         job = self._admission.open(delivery)
+        trace = self._begin_trace(job)
         self._jobs.append(job)
         self._observer.job_started()
         decision: Decision | None = None
@@ -219,7 +207,23 @@ class Execution:
             finally:
                 self._jobs.remove(job)
                 self._report(job, decision)
+                trace.end(outcome=name_of(decision), queued=job.queued, stages=job.stages)
         return exit_code
+
+    def _begin_trace(self, job: Job) -> JobTrace:
+        trace = self._tracer.begin(
+            trace_parent=job.envelope.trace_parent,
+            began=round(job.delivery.stored_at.timestamp() * NANOSECONDS),
+            attributes={
+                "generation.request_id": job.request_id,
+                "generation.task": str(self._task),
+                "generation.attempt": job.delivery.attempt,
+                "generation.model": self._model.info.id,
+            },
+        )
+        # What this job publishes belongs to its own span.
+        job.envelope = replace(job.envelope, trace_parent=trace.trace_parent)
+        return trace
 
     # -- the stages -------------------------------------------------------------------------------
 
@@ -242,7 +246,7 @@ class Execution:
                 # late as this is too late.
                 job.interrupt.check()
         except Exception as error:  # noqa: BLE001 - each of them is an outcome
-            return _outcome_of(error)
+            return outcome_of(error)
         finally:
             if timer is not None:
                 timer.cancel()
@@ -253,7 +257,7 @@ class Execution:
             self._read(job)
             await self._look_for_result(job)
         except Exception as error:  # noqa: BLE001 - each of them is an outcome
-            return _outcome_of(error)
+            return outcome_of(error)
         return outcomes.WorkerLost()
 
     async def _read_notes(self, job: Job) -> None:
@@ -271,33 +275,20 @@ class Execution:
         job.existing = await self._events.find_result(self._task, job.request_id)
         if job.existing is not None:
             same = job.existing.request_digest == job.digest
-            raise _SettledBefore if same else _OtherContent
+            raise SettledBefore if same else OtherContent
 
     async def _admit(self, job: Job, request: Request) -> "list[Image]":
         await self._look_for_result(job)
         if job.attempt > self._limits.max_attempts and not job.withdrawn:
-            raise _TooManyDeliveries
+            raise TooManyDeliveries
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
             raise Stopped(Reason.DEADLINE)
         self._runner.check(request)
         sources = request.images if isinstance(request, ImageToTextRequest) else ()
-        pictures: list[Image] = []
-        for index, source in enumerate(sources):
-            pictures.append(await self._input(job, index, source))
-            if sum(picture.width * picture.height for picture in pictures) > MAX_PIXELS_IN_ALL:
-                raise InputUnavailable("images: too many pixels together")
+        pictures = await self._pictures.fetch(job, sources)
         job.interrupt.check()
         job.advance(State.ADMITTED)
         return pictures
-
-    async def _input(self, job: Job, index: int, source: ImageSource) -> "Image":
-        try:
-            data = await self._once_the_store_is_there(
-                job, lambda: self._artifacts.fetch(source, max_bytes=self._images.max_bytes)
-            )
-            return await asyncio.to_thread(self._images.decode, data)
-        except InputUnavailable as error:
-            raise InputUnavailable(f"images.{index}: {error}") from None
 
     async def _run(self, job: Job, pictures: "list[Image]") -> RunnerOutput:
         await self._tell_start(job)
@@ -338,6 +329,7 @@ class Execution:
         job.advance(State.RUNNING)
         request = job.seeded_request
         streams = isinstance(request, ImageToTextRequest) and request.stream
+        previews = isinstance(request, TextToImageRequest) and request.preview
         run = asyncio.ensure_future(
             self._inference.call(
                 self._runner.run,
@@ -346,6 +338,7 @@ class Execution:
                 on_step=steps,
                 cancelled=job.interrupt.is_set,
                 on_text=steps.add if streams else None,
+                on_preview=steps.see if previews else None,
                 save_memory=save_memory,
             )
         )
@@ -363,10 +356,12 @@ class Execution:
             del run  # for the reason given in `watch`
             seconds = time.monotonic() - steps.started
             job.inference += seconds
+            job.spent("inference", seconds)
             self._observer.device_busy(seconds)
 
     async def _tell(self, job: Job, steps: Steps) -> None:
         text = steps.take_text()  # before the step, which then is that of the text or a later one
+        preview = steps.take_preview()
         step, of = steps.position
         of = max(of, step, 1)  # some schedulers take more steps than they were asked for
         each = steps.seconds_per_step()
@@ -377,6 +372,7 @@ class Execution:
             seconds_per_step=each,
             eta=None if each is None else each * (of - step),
             text=text or None,
+            preview=None if preview is None else base64.b64encode(preview).decode(),
         )
         await self._events.publish_progress(progress, trace_parent=job.envelope.trace_parent)
 
@@ -385,57 +381,9 @@ class Execution:
         if output.text is not None:
             job.outputs = (TextOutput(**asdict(output.text)),)
         elif isinstance(request, TextToImageRequest):
-            encoded = await self._encode(job, request, output)
-            stored = await self._store(job, encoded)
-            job.outputs = tuple(
-                artifact.model_copy(update={"flagged": made.flagged})
-                for artifact, made in zip(stored, output.images, strict=True)
-            )
+            job.outputs = await self._pictures.keep(job, request, output)
         if not job.outputs:
             raise ModelError("NoOutput")
-
-    async def _encode(
-        self, job: Job, request: TextToImageRequest, output: RunnerOutput
-    ) -> list[EncodedImage]:
-        job.advance(State.ENCODING)
-        started = time.monotonic()
-        encoded = []
-        for made in output.images:
-            said = provenance_of(
-                made,
-                request_id=job.request_id,
-                request=request,
-                model=self._model.info,
-                parameters=output.parameters,
-                with_prompt=self._prompt_in_pictures,
-            )
-            write = partial(self._images.encode, made.image, request.output_format)
-            encoded.append(await asyncio.to_thread(write, seed=made.seed, provenance=said))
-        job.encode = time.monotonic() - started
-        return encoded
-
-    async def _store(self, job: Job, encoded: list[EncodedImage]) -> tuple[ImageArtifact, ...]:
-        job.advance(State.STORING)
-        started = time.monotonic()
-        for index, image in enumerate(encoded):
-            put = partial(self._artifacts.store, self._task, job.request_id, index, image)
-            job.stored.append(await self._once_the_store_is_there(job, put))
-        job.upload = time.monotonic() - started
-        return tuple(job.stored)
-
-    async def _once_the_store_is_there(self, job: Job, action: Callable[[], Awaitable[T]]) -> T:
-        # The finished output is kept and so is the lease, for as long as it takes.
-        pause = STORE_PAUSE_FIRST
-        while True:
-            try:
-                return await job.interrupt.during(action())
-            except StoreUnavailable as error:
-                log.warning("store_unavailable", reason=str(error), pause=round(pause, 1))
-            decision = self._decide(job, outcomes.StoreUnreachable())
-            if decision.settlement is not Settlement.KEEP:
-                raise AssertionError("the table keeps a job while the store is away")
-            await job.interrupt.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter
-            pause = min(pause * 2, STORE_PAUSE_MOST)
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -454,7 +402,7 @@ class Execution:
 
     def _report(self, job: Job, decision: Decision | None) -> None:
         report = JobReport(
-            outcome=_outcome_name(decision),
+            outcome=name_of(decision),
             attempt=job.delivery.attempt,
             queued=job.queued,
             inference=job.inference,
@@ -466,53 +414,3 @@ class Execution:
             "job_finished",
             **{k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(report).items()},
         )
-
-
-_STOPPED: dict[Reason, Outcome] = {
-    Reason.DEADLINE: outcomes.Expired(),
-    Reason.CANCEL: outcomes.Cancelled(),
-    Reason.DRAIN: outcomes.Draining(),
-}
-
-
-def _outcome_of(error: Exception) -> Outcome:  # noqa: C901, PLR0911 - one row of the table each
-    match error:
-        case InvalidRequest():
-            return outcomes.Malformed(str(error), error.problems)
-        case _SettledBefore():
-            return outcomes.AlreadyDone()
-        case _OtherContent():
-            return outcomes.Conflict()
-        case _TooManyDeliveries():
-            return outcomes.WorkerLost()
-        case Stopped():
-            return _STOPPED[error.reason]
-        case UnsupportedParameter():
-            return outcomes.Unsupported(error.parameter, str(error))
-        case InputUnavailable():
-            return outcomes.InputMissing(str(error))
-        case OutOfMemory():  # the first time was seen to in `_run`
-            return outcomes.RanOutOfMemory(saved_memory=True, tried=error.tried)
-        case DeviceLost():
-            return outcomes.LostDevice()
-        case Hanging():
-            return outcomes.Stalled()
-        case ModelError():
-            return outcomes.ModelRaised(str(error))
-        case _:
-            log.error("worker_failed", exc_info=error)
-            return outcomes.Broken(type(error).__name__)
-
-
-def _outcome_name(decision: Decision | None) -> str:
-    if decision is None or decision.settlement is Settlement.ABANDON:
-        return "abandoned"
-    if decision.settlement in {Settlement.NAK, Settlement.RELEASE}:
-        return "given_back"
-    if decision.failure is not None:
-        return str(decision.failure.code)
-    return {
-        Publish.SUCCEEDED: "succeeded",
-        Publish.CANCELLED: "cancelled",
-        Publish.STORED_AGAIN: "already_done",
-    }[decision.publish]

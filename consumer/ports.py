@@ -5,7 +5,7 @@ a job can be driven through every outcome with in-memory ports, and none of the 
 them reaches the part that decides.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -347,6 +347,7 @@ class RunnerOutput:
 
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all); called in the inference thread
+OnPreview = Callable[[bytes], None]  # (a small JPEG file); called in the inference thread
 OnText = Callable[[str], None]  # (what has been added to the text); called in the inference thread
 IsCancelled = Callable[[], bool]
 
@@ -380,6 +381,7 @@ class Runner(Protocol):
         on_step: OnStep,
         cancelled: IsCancelled,
         on_text: OnText | None = None,
+        on_preview: OnPreview | None = None,
         save_memory: bool = False,
     ) -> RunnerOutput:
         """Run the model once.
@@ -390,6 +392,7 @@ class Runner(Protocol):
             on_step: Told after each step.
             cancelled: Asked after each step; when it says yes, the run stops there.
             on_text: Told what is added to a text, where the request wants to see it grow.
+            on_preview: Told how a picture looks so far, where the request wants to see it.
             save_memory: Turn on what makes the run smaller and slower, for a second try.
 
         Raises:
@@ -448,6 +451,73 @@ class ModelError(Exception):
 
 
 # -- what goes on, told to whoever watches --------------------------------------------------------
+
+
+class JobTrace(Protocol):
+    """The trace of one job.
+
+    Attributes:
+        trace_parent: What goes out with everything that the job publishes: W3C trace context.
+    """
+
+    trace_parent: str | None
+
+    def end(self, *, outcome: str, queued: float, stages: "Iterable[Stage]") -> None:
+        """The job has come to its end.
+
+        Args:
+            outcome: As in `JobReport`.
+            queued: Seconds from stored to taken.
+            stages: Where the time went.
+        """
+
+
+class Tracer(Protocol):
+    """Where traces go; nothing of it raises or waits."""
+
+    def begin(
+        self, *, trace_parent: str | None, began: int, attributes: Mapping[str, str | int]
+    ) -> JobTrace:
+        """A job has begun.
+
+        Args:
+            trace_parent: The sender's.
+            began: When the stream took the request, nanoseconds since the epoch.
+            attributes: What it is about.
+        """
+
+
+@dataclass(frozen=True)
+class Stage:
+    """When a stage of a job began and ended, in nanoseconds since the epoch."""
+
+    name: str
+    began: int
+    ended: int
+
+
+@dataclass
+class PassedOn:
+    """A trace that nobody keeps here: the sender's context goes out as it came."""
+
+    trace_parent: str | None
+
+    def end(self, *, outcome: str, queued: float, stages: "Iterable[Stage]") -> None:
+        """Nothing is kept."""
+
+
+class NoTracer:
+    """Without the extra, or turned off."""
+
+    def begin(
+        self,
+        *,
+        trace_parent: str | None,
+        began: int,  # noqa: ARG002 - the port's
+        attributes: Mapping[str, str | int],  # noqa: ARG002 - the port's
+    ) -> JobTrace:
+        """Pass the sender's context on."""
+        return PassedOn(trace_parent)
 
 
 class Observer(Protocol):

@@ -103,6 +103,7 @@ class Steps:
     def __init__(self) -> None:
         self.started = self.last = time.monotonic()
         self.position = (0, 0)  # one assignment, so that a reader never sees half of it
+        self._preview: bytes | None = None
         self._added: deque[str] = deque()  # either end of it may be used in a thread of its own
 
     def __call__(self, step: int, of: int) -> None:
@@ -113,6 +114,15 @@ class Steps:
     def add(self, text: str) -> None:
         """Note what has been added to a text; as quick as a step."""
         self._added.append(text)
+
+    def see(self, preview: bytes) -> None:
+        """Note how the picture looks; the latest one counts."""
+        self._preview = preview
+
+    def take_preview(self) -> bytes | None:
+        """How it looks, if that is new since the last time; only in the event loop's thread."""
+        preview, self._preview = self._preview, None
+        return preview
 
     @property
     def has_text(self) -> bool:

@@ -150,6 +150,9 @@ class Settings(BaseSettings):
     consumer_reply_prefixes: List = Field(
         default=(), description="what reply subjects begin with; empty: _INBOX. and <root>.reply."
     )
+    consumer_traces: bool = Field(
+        default=False, description="OpenTelemetry spans, to where OTEL_EXPORTER_OTLP_ENDPOINT says"
+    )
     consumer_prompt_in_pictures: bool = Field(
         default=False, description="write the prompt into the metadata of pictures"
     )

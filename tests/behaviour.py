@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-from consumer import execution, run
+from consumer import pictures, run
 from consumer.execution import Execution
 from consumer.job import EXIT_DEVICE_LOST
 from consumer.ports import (
@@ -196,8 +196,8 @@ def failure(event: ResultEvent | None) -> FailureCode:
 def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look often and try again soon: nothing here depends on how long a pause is."""
     monkeypatch.setattr(run, "PROGRESS_INTERVAL", 0.002)
-    monkeypatch.setattr(execution, "STORE_PAUSE_FIRST", 0.001)
-    monkeypatch.setattr(execution, "STORE_PAUSE_MOST", 0.002)
+    monkeypatch.setattr(pictures, "STORE_PAUSE_FIRST", 0.001)
+    monkeypatch.setattr(pictures, "STORE_PAUSE_MOST", 0.002)
 
 
 class Behaviour:
@@ -441,7 +441,7 @@ class Behaviour:
     async def test_pictures_with_too_many_pixels_together_are_refused(
         self, make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("consumer.execution.MAX_PIXELS_IN_ALL", 2 * 4 * 4)
+        monkeypatch.setattr("consumer.pictures.MAX_PIXELS_IN_ALL", 2 * 4 * 4)
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
         image = world.source("one")

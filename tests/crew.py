@@ -7,7 +7,8 @@ in `broken`; `whole` says so, and `heal` ends every outage and has everything do
 import asyncio
 from collections import defaultdict
 
-from consumer.execution import STORE_PAUSE_MOST, Limits
+from consumer.execution import Limits
+from consumer.pictures import STORE_PAUSE_MOST
 from consumer.ports import Interrupted
 from consumer.run import Reason
 from generation_contracts import Task

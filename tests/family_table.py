@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LARGEST_AREA = 2048 * 2048  # pixels
+PREVIEWS = {"stable_diffusion_3", "stable_diffusion_35", "flux", "z_image"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,13 @@ class Family:
     def takes(self) -> set[str]:
         """The parameters that not every family has."""
         guided = {"guidance_scale"} if self.guidance else set()
-        return guided | ({"negative_prompt"} if self.negative else set())
+        negative = {"negative_prompt"} if self.negative else set()
+        return guided | negative | ({"preview"} if self.previews else set())
+
+    @property
+    def previews(self) -> bool:
+        """Whether a request may ask for previews."""
+        return self.name in PREVIEWS
 
 
 FAMILIES = (

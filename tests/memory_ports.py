@@ -29,6 +29,7 @@ from consumer.ports import (
     IsCancelled,
     MessageTooLarge,
     ModelDescription,
+    OnPreview,
     OnStep,
     OnText,
     OutOfMemory,
@@ -586,6 +587,7 @@ class ScriptedRunner:
         on_step: OnStep,
         cancelled: IsCancelled,
         on_text: OnText | None = None,
+        on_preview: OnPreview | None = None,
         save_memory: bool = False,
     ) -> RunnerOutput:
         run = Run(request, tuple(images), on_step, cancelled, on_text, save_memory)

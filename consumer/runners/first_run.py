@@ -49,6 +49,7 @@ def run_once(model: "LoadedModel", task: Task, settings: tuple[str, ...]) -> Non
             on_step=_tell_nobody,
             cancelled=_never,
             on_text=None,
+            on_preview=None,
             save_memory=False,
         )
     except (UnsupportedParameter, OutOfMemory, DeviceLost, ModelError) as error:

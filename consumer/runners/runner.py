@@ -10,6 +10,7 @@ from consumer.ports import (
     IsCancelled,
     ModelDescription,
     ModelUnavailable,
+    OnPreview,
     OnStep,
     OnText,
     RunnerOutput,
@@ -47,6 +48,7 @@ class LoadedModel(Protocol):
         on_step: OnStep,
         cancelled: IsCancelled,
         on_text: OnText | None,
+        on_preview: OnPreview | None,
         save_memory: bool,
     ) -> RunnerOutput:
         """See `consumer.ports.Runner.run`."""
@@ -100,6 +102,7 @@ class ModelRunner:
         on_step: OnStep,
         cancelled: IsCancelled,
         on_text: OnText | None = None,
+        on_preview: OnPreview | None = None,
         save_memory: bool = False,
     ) -> RunnerOutput:
         """Run the model once; see `consumer.ports.Runner.run` for what it raises."""
@@ -109,6 +112,7 @@ class ModelRunner:
             on_step=on_step,
             cancelled=cancelled,
             on_text=on_text,
+            on_preview=on_preview,
             save_memory=save_memory,
         )
 

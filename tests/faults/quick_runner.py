@@ -13,6 +13,7 @@ from consumer.ports import (
     Interrupted,
     IsCancelled,
     ModelDescription,
+    OnPreview,
     OnStep,
     OnText,
     RunnerOutput,
@@ -72,6 +73,7 @@ class QuickRunner:
         on_step: OnStep,
         cancelled: IsCancelled,
         on_text: OnText | None = None,
+        on_preview: OnPreview | None = None,
         save_memory: bool = False,
     ) -> RunnerOutput:
         note("runs", request.request_id or "")

@@ -195,7 +195,7 @@ def test_an_offloaded_pipeline_makes_the_same_pictures(
 @pytest.mark.parametrize(
     ("family", "fields", "field", "message"),
     [
-        ("stable_diffusion_3", {"preview": True}, "preview", "this worker sends no previews"),
+        ("stable_diffusion_xl", {"preview": True}, "preview", "StableDiffusionXL does not have it"),
         ("stable_diffusion_3", {"width": 100}, "width", "must be a multiple of 16"),
         ("flux", {"height": 72}, "height", "must be a multiple of 16"),
         ("stable_diffusion_3", {"width": 528}, "width", "must be at most 512"),

@@ -5,6 +5,7 @@ The table that they are held to is `tests/family_table.py`; `docs/families.md` s
 
 # mypy: allow-untyped-calls
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from diffusers.loaders.lora_base import LoraBaseMixin
+from PIL import Image
 from structlog.testing import capture_logs
 
 from consumer.ports import Interrupted, ModelUnavailable, UnsupportedParameter
@@ -160,10 +162,35 @@ def test_sizes_that_the_family_cannot_make_are_refused(family: Family, runner: M
 
 
 @each_family
-def test_no_family_has_previews_or_adapters_that_are_not_configured(
-    family: Family, runner: ModelRunner
+def test_previews_are_small_pictures_that_change_nothing_or_are_refused(
+    family: Family, runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert refused(runner, preview=True) == "preview: this worker sends no previews"
+    if not family.previews:
+        name = model(runner).description.info.family
+        assert refused(runner, preview=True) == f"preview: {name} does not have it"
+        return
+    monkeypatch.setattr("consumer.runners.text_to_image.preview.PAUSE", 0.0)
+    monkeypatch.setattr("consumer.runners.text_to_image.preview.MOST_OF_THE_RUN", 1e9)
+    request = asked(preview=True, num_inference_steps=6, num_images=2)
+    runner.check(request)
+    previews: list[bytes] = []
+    output = runner.run(
+        request,
+        [],
+        on_step=lambda *_: None,
+        cancelled=lambda: False,
+        on_preview=previews.append,
+    )
+    assert len(previews) == 4  # not after the first step, and not of the picture itself
+    for preview in previews:
+        with Image.open(io.BytesIO(preview)) as picture:
+            assert picture.format == "JPEG"
+            assert max(picture.size) <= 256
+    assert pixels(output) == pixels(made(runner, num_inference_steps=6, num_images=2))
+
+
+@each_family
+def test_adapters_that_are_not_configured_are_refused(family: Family, runner: ModelRunner) -> None:
     assert refused(runner, adapters={"ink": 1.0}) == "adapters: there is no adapter ink"
 
 
@@ -245,7 +272,7 @@ def row_of(family: Family) -> list[str]:
         f"{LARGEST_AREA} pixels{sides}",
         "yes" if family.adapters else "no",
         "yes",  # stops at a step: tests/integration/test_determinism.py
-        "no",  # previews
+        "yes" if family.previews else "no",
         "yes",
     ]
 

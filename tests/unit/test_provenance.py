@@ -115,4 +115,4 @@ async def test_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> 
         durable, world.runner.description, world.runner, ports.events, ports.artifacts
     )
     daemon.inference.close()
-    assert execution._prompt_in_pictures is setting
+    assert execution._pictures.prompt_in_files is setting

@@ -21,6 +21,7 @@ from consumer.ports import (
     IsCancelled,
     ModelDescription,
     ModelUnavailable,
+    OnPreview,
     OnStep,
     OnText,
     RunnerOutput,
@@ -152,6 +153,7 @@ class VisionLanguageModel:
         on_step: OnStep,
         cancelled: IsCancelled,
         on_text: OnText | None,
+        on_preview: OnPreview | None,  # noqa: ARG002 - of the port; there is no picture
         save_memory: bool,
     ) -> RunnerOutput:
         """Write the text of one request."""

@@ -17,6 +17,7 @@ from consumer.ports import (
     Interrupted,
     IsCancelled,
     ModelDescription,
+    OnPreview,
     OnStep,
     OnText,
     RunnerOutput,
@@ -32,6 +33,7 @@ from consumer.runners.text_to_image.memory_guard import FreeBytes, free_bytes, l
 from consumer.runners.text_to_image.own_pipeline import own_pipeline
 from consumer.runners.text_to_image.parameters import Parameters
 from consumer.runners.text_to_image.pipeline_loading import STEP_CALLBACK, download, load_pipeline
+from consumer.runners.text_to_image.preview import Preview
 from consumer.runners.text_to_image.safety import SafetyChecker, load_checker
 from consumer.runners.text_to_image.step_callback import StepCallback
 from consumer.runners.text_to_image.truncation import Cuts
@@ -83,6 +85,7 @@ class _Run:
     request: TextToImageRequest
     on_step: OnStep
     cancelled: IsCancelled
+    on_preview: OnPreview | None
     cuts: Cuts
     saved: list[str]  # what it did to save memory
 
@@ -138,12 +141,13 @@ class DiffusionModel:
         on_step: OnStep,
         cancelled: IsCancelled,
         on_text: OnText | None,  # noqa: ARG002 - of the port
+        on_preview: OnPreview | None,
         save_memory: bool,
     ) -> RunnerOutput:
         """Make the pictures of one request."""
         if cancelled():
             raise Interrupted("stopped before the first step")
-        run = _Run(_text_to_image(request), on_step, cancelled, Cuts(), [])
+        run = _Run(_text_to_image(request), on_step, cancelled, on_preview, Cuts(), [])
         return translated(
             lambda: self._make(run, save_memory=save_memory), free=self._free, saved=run.saved
         )
@@ -170,6 +174,7 @@ class DiffusionModel:
                         modern=self._parameters.takes(STEP_CALLBACK),
                         run=number,
                         runs=len(batches),
+                        preview=self._preview(run, number),
                     )
                     pictures += self._run_pipeline(run, batch, steps)
             self._undo.close()
@@ -179,6 +184,12 @@ class DiffusionModel:
             warnings=_warnings(run, blanked),
             parameters=self._parameters.resolved(request, seeds),
         )
+
+    def _preview(self, run: _Run, number: int) -> Preview | None:
+        # Of the first picture; and not where memory is short.
+        if run.on_preview is None or number or run.saved:
+            return None
+        return Preview(run.on_preview, *self._parameters.size(run.request))
 
     def _cannot_be_decoded(self, request: TextToImageRequest) -> bool:
         width, height = self._parameters.size(request)

@@ -17,6 +17,7 @@ from consumer.runners.text_to_image.distilled import distilled
 from consumer.runners.text_to_image.guidance import Guidance, guides
 from consumer.runners.text_to_image.part_config import config_of
 from consumer.runners.text_to_image.pipeline_loading import denoiser
+from consumer.runners.text_to_image.preview import allows_previews
 from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue
 from generation_contracts.requests import TextToImageParameters
@@ -29,9 +30,6 @@ _SIDE = 1024  # pixels; where a pipeline has its default size in its code only (
 _STEPS = 50  # where a pipeline has no default: the one most often used in diffusers
 
 _ALWAYS = {"width", "height", "num_inference_steps", "num_images", "seed", "output_format"}
-_NOT_OF_THIS_WORKER = {
-    "preview": "this worker sends no previews",
-}
 _NO_DEFAULTS: Mapping[str, Default] = MappingProxyType({})
 
 
@@ -76,8 +74,6 @@ class Parameters:
             asked = getattr(request, name)
             if asked == type(request).model_fields[name].get_default(call_default_factory=True):
                 continue
-            if name in _NOT_OF_THIS_WORKER:
-                raise UnsupportedParameter(name, f"{name}: {_NOT_OF_THIS_WORKER[name]}")
             if name == "adapters":
                 self._check_adapters(asked)
             elif name not in self.description.parameters and not _says_nothing(asked):
@@ -210,6 +206,8 @@ class Parameters:
             names.add("negative_prompt")
         if self._adapters:
             names.add("adapters")
+        if allows_previews(self._pipe):
+            names.add("preview")
         return ModelDescription(
             info=info,
             parameters=frozenset(names),

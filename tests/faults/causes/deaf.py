@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL.Image import Image
 
-from consumer.ports import IsCancelled, OnStep, OnText, RunnerOutput
+from consumer.ports import IsCancelled, OnPreview, OnStep, OnText, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.faults.quick_runner import QuickRunner, note
@@ -22,6 +22,7 @@ class Deaf(QuickRunner):
         on_step: OnStep,
         cancelled: IsCancelled,
         on_text: OnText | None = None,
+        on_preview: OnPreview | None = None,
         save_memory: bool = False,
     ) -> RunnerOutput:
         note("runs", request.request_id or "")

@@ -1,0 +1,144 @@
+"""A job's pictures: fetched and decoded before the run, encoded and stored after it.
+
+While the store is away the job waits, with what it has in hand and its lease renewed.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from consumer.admission import Job
+from consumer.job import Settlement, State, StoreUnreachable, decide
+from consumer.ports import (
+    Artifacts,
+    EncodedImage,
+    Images,
+    InputUnavailable,
+    RunnerOutput,
+    StoreUnavailable,
+)
+from consumer.provenance import provenance_of
+from generation_contracts import ImageArtifact, ModelInfo, Task, TextToImageRequest
+from generation_contracts.artifacts import ImageSource
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+MAX_PIXELS_IN_ALL = 64_000_000  # of one request's pictures; 192 MB as RGB
+STORE_PAUSE_FIRST = 0.5  # seconds
+STORE_PAUSE_MOST = 15.0  # seconds; how long an output waits at most once the store is back
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The stages in which pictures come in and go out.
+
+    Attributes:
+        artifacts: The object store.
+        images: The codec.
+        task: Part of the outputs' keys.
+        model: What the files say of where they come from.
+        prompt_in_files: Whether they say their prompts.
+    """
+
+    artifacts: Artifacts
+    images: Images
+    task: Task
+    model: ModelInfo
+    prompt_in_files: bool
+
+    async def fetch(self, job: Job, sources: Sequence[ImageSource]) -> "list[Image]":
+        """The request's input pictures, decoded.
+
+        Raises:
+            InputUnavailable: One cannot be had or read, or they are too large together.
+            Stopped: The job was asked to stop while the store was away.
+        """
+        started = time.monotonic()
+        pictures: list[Image] = []
+        for index, source in enumerate(sources):
+            pictures.append(await self._input(job, index, source))
+            if sum(picture.width * picture.height for picture in pictures) > MAX_PIXELS_IN_ALL:
+                raise InputUnavailable("images: too many pixels together")
+        if sources:
+            job.spent("inputs", time.monotonic() - started)
+        return pictures
+
+    async def keep(
+        self, job: Job, request: TextToImageRequest, output: RunnerOutput
+    ) -> tuple[ImageArtifact, ...]:
+        """Encode and store what a run has made.
+
+        Raises:
+            Stopped: The job was asked to stop before everything was stored.
+        """
+        encoded = await self._encode(job, request, output)
+        stored = await self._store(job, encoded)
+        return tuple(
+            artifact.model_copy(update={"flagged": made.flagged})
+            for artifact, made in zip(stored, output.images, strict=True)
+        )
+
+    async def _input(self, job: Job, index: int, source: ImageSource) -> "Image":
+        try:
+            data = await self._once_the_store_is_there(
+                job, lambda: self.artifacts.fetch(source, max_bytes=self.images.max_bytes)
+            )
+            return await asyncio.to_thread(self.images.decode, data)
+        except InputUnavailable as error:
+            raise InputUnavailable(f"images.{index}: {error}") from None
+
+    async def _encode(
+        self, job: Job, request: TextToImageRequest, output: RunnerOutput
+    ) -> list[EncodedImage]:
+        job.advance(State.ENCODING)
+        started = time.monotonic()
+        encoded = []
+        for made in output.images:
+            said = provenance_of(
+                made,
+                request_id=job.request_id,
+                request=request,
+                model=self.model,
+                parameters=output.parameters,
+                with_prompt=self.prompt_in_files,
+            )
+            write = partial(self.images.encode, made.image, request.output_format)
+            encoded.append(await asyncio.to_thread(write, seed=made.seed, provenance=said))
+        job.encode = time.monotonic() - started
+        job.spent("encode", job.encode)
+        return encoded
+
+    async def _store(self, job: Job, encoded: list[EncodedImage]) -> tuple[ImageArtifact, ...]:
+        job.advance(State.STORING)
+        started = time.monotonic()
+        for index, image in enumerate(encoded):
+            put = partial(self.artifacts.store, self.task, job.request_id, index, image)
+            job.stored.append(await self._once_the_store_is_there(job, put))
+        job.upload = time.monotonic() - started
+        job.spent("upload", job.upload)
+        return tuple(job.stored)
+
+    async def _once_the_store_is_there(self, job: Job, action: Callable[[], Awaitable[T]]) -> T:
+        # The finished output is kept and so is the lease, for as long as it takes.
+        pause = STORE_PAUSE_FIRST
+        while True:
+            try:
+                return await job.interrupt.during(action())
+            except StoreUnavailable as error:
+                log.warning("store_unavailable", reason=str(error), pause=round(pause, 1))
+            decision = decide(StoreUnreachable(), attempt=job.attempt, max_attempts=job.attempt)
+            if decision.settlement is not Settlement.KEEP:
+                raise AssertionError("the table keeps a job while the store is away")
+            await job.interrupt.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter
+            pause = min(pause * 2, STORE_PAUSE_MOST)
