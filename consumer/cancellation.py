@@ -10,7 +10,6 @@ stands already, the worker is told to stop, and its own word on the request is d
 import asyncio
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -89,9 +88,11 @@ class Cancellation:
     async def _end(self, request: StoredRequest) -> None:
         ending, delivery = self._endings[request.task], request.delivery
         job = ending.admission.open(delivery)
-        with suppress(InvalidRequest):  # then it is cancelled as the bytes that it is
+        try:
             job.request = ending.admission.request(delivery)
-            job.digest = request_digest(job.request)
+        except InvalidRequest:
+            return  # its body may name another id; a worker will say what is wrong with it
+        job.digest = request_digest(job.request)
         log.info("cancellation", request_id=job.request_id, found="waiting")
         await ending.conclusion.conclude(
             job, decide(outcomes.Cancelled(), attempt=1, max_attempts=1)

@@ -5,10 +5,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from consumer.admission import Admission
 from consumer.artifacts import ObjectStoreArtifacts, store_config
 from consumer.bus import (
+    Backend,
     BroadcastWorkers,
     Bus,
     FrontDoor,
-    House,
     JetStreamEvents,
     JetStreamQueue,
     Topology,
@@ -90,7 +90,7 @@ def make_front_door(
         events=events,
         endings=endings,
     )
-    house = House(
+    backend = Backend(
         task=settings.task,
         worker=settings.consumer_worker,
         model=model.info,
@@ -99,7 +99,7 @@ def make_front_door(
         cancel=cancellation.cancel,
         withdraw=withdraw,
     )
-    return FrontDoor(bus, settings.subjects, house)
+    return FrontDoor(bus, settings.subjects, backend)
 
 
 def make_runner(settings: Settings) -> Runner:

@@ -27,10 +27,6 @@ from generation_contracts import (
 )
 
 LOOK_EVERY = 0.5  # seconds between two looks at the children of `up`
-RANDOM_WEIGHTS = (
-    "The demonstration models have random weights until trained ones ship: the picture is noise "
-    "and the description is gibberish. All else is real."
-)
 
 
 def demo(prompt: str, question: str, folder: Path, console: Console) -> int:
@@ -141,7 +137,6 @@ async def _demo(
         reference = ArtifactReference(bucket=picture.bucket, key=picture.key)
         described = await _show(client, image_to_text(question, (reference,)), console)
         console.print(summary(described, []), markup=False, soft_wrap=True)
-        console.print(RANDOM_WEIGHTS, soft_wrap=True)
         return 0 if isinstance(described, SucceededEvent) else 1
     finally:
         await bus.close()

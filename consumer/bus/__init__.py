@@ -6,7 +6,7 @@ Only this package imports nats. What the life of a job needs of it is in `consum
 from consumer.bus.connection import Bus, BusUnavailable, connect
 from consumer.bus.dead_letters import DeadLetters, NoSuchLetter, StoredLetter
 from consumer.bus.delivery import Custody
-from consumer.bus.front_door import FrontDoor, House
+from consumer.bus.front_door import Backend, FrontDoor
 from consumer.bus.notes import Notes
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
@@ -17,6 +17,7 @@ from consumer.bus.stranded import find_stranded
 from consumer.bus.topology import Durable, Topology, TopologyError
 
 __all__ = [
+    "Backend",
     "BroadcastWorkers",
     "Bus",
     "BusUnavailable",
@@ -24,7 +25,6 @@ __all__ = [
     "DeadLetters",
     "Durable",
     "FrontDoor",
-    "House",
     "JetStreamEvents",
     "JetStreamQueue",
     "NoSuchLetter",

@@ -63,7 +63,7 @@ CANCELLATIONS = 64  # at the same time; each may wait a second for a worker's wo
 
 
 @dataclass(frozen=True)
-class House:
+class Backend:
     """What is behind the door.
 
     Attributes:
@@ -91,13 +91,13 @@ class FrontDoor:
     Args:
         bus: A connection.
         subjects: Where calls come in, and where requests go.
-        house: What is behind the door.
+        backend: What is behind the door.
     """
 
-    def __init__(self, bus: Bus, subjects: Subjects, house: House) -> None:
+    def __init__(self, bus: Bus, subjects: Subjects, backend: Backend) -> None:
         self._bus = bus
         self._subjects = subjects
-        self._house = house
+        self._backend = backend
         self._service: Service | None = None
         self._interrupts: Subscription | None = None
         self._cancelling: set[asyncio.Task[None]] = set()
@@ -109,7 +109,7 @@ class FrontDoor:
         Raises:
             BusUnavailable: The connection is closed.
         """
-        task, model = self._house.task, self._house.model
+        task, model = self._backend.task, self._backend.model
         try:
             # First: whoever is told to cancel may ask this worker, too.
             self._interrupts = await self._bus.client.subscribe(
@@ -121,7 +121,7 @@ class FrontDoor:
                     name=SERVICE,
                     version=version("generation-consumer"),
                     description="Pictures from texts, texts about pictures",
-                    metadata=_texts(worker=self._house.worker, task=task, **model.model_dump()),
+                    metadata=_texts(worker=self._backend.worker, task=task, **model.model_dump()),
                 ),
             )
             await self._service.add_endpoint(
@@ -169,7 +169,7 @@ class FrontDoor:
             await submit(
                 self._bus.client,
                 self._subjects,
-                self._house.task,
+                self._backend.task,
                 request,
                 headers=self._sent_with(request_id, inbox, headers),
             )
@@ -178,10 +178,10 @@ class FrontDoor:
             log.info("call_refused", request_id=request_id, code=failure.code)
             event = FailedEvent(
                 request_id=request_id,
-                task=self._house.task,
+                task=self._backend.task,
                 sequence=0,
                 time=datetime.now(UTC),
-                worker=self._house.worker,
+                worker=self._backend.worker,
                 attempt=1,
                 request_digest=digest,
                 failure=failure,
@@ -189,23 +189,23 @@ class FrontDoor:
             await self._answer(inbox, event)
 
     def _admitted(self, body: bytes, request_id: str, inbox: str) -> Request:
-        request = decode_request(self._house.task, body)
+        request = decode_request(self._backend.task, body)
         check_slip(request)
         if request.reply_to is not None:
             raise InvalidRequest("reply_to: a call is answered on its inbox")
         try:
-            self._subjects.check_reply(inbox, self._house.reply_prefixes)
+            self._subjects.check_reply(inbox, self._backend.reply_prefixes)
         except UnsafeReplySubject as error:
             raise InvalidRequest(str(error)) from None
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
             raise _Expired
-        self._house.check(request)
+        self._backend.check(request)
         return request.model_copy(update={"request_id": request_id})
 
     def _sent_with(self, request_id: str, inbox: str, headers: Mapping[str, str]) -> dict[str, str]:
         # Two callers with one request both wait for an answer, so both requests are stored; the
         # second is not run, only answered.
-        sent = {MESSAGE_ID: f"{self._house.task}.{request_id}.{inbox}", REPLY_TO: inbox}
+        sent = {MESSAGE_ID: f"{self._backend.task}.{request_id}.{inbox}", REPLY_TO: inbox}
         if TRACE_PARENT in headers:
             sent[TRACE_PARENT] = headers[TRACE_PARENT]
         return sent
@@ -235,7 +235,7 @@ class FrontDoor:
             if not is_request_id(request_id):
                 await _refuse(call, inbox, "400", "the subject's last token is no request id")
                 return
-            reply = await self._house.cancel(request_id)
+            reply = await self._backend.cancel(request_id)
             if inbox:
                 await call.respond(encode(reply))
         except Unavailable as error:
@@ -246,7 +246,7 @@ class FrontDoor:
 
     async def _interrupt(self, message: Msg) -> None:
         request_id = message.subject.rpartition(".")[2]
-        grip = await self._house.withdraw(request_id)
+        grip = await self._backend.withdraw(request_id)
         if grip is not None and message.reply:
             try:
                 await self._bus.client.publish(message.reply, grip.value.encode())

@@ -5,7 +5,9 @@ Importing this package is cheap: the libraries, 9 s and 780 MB for diffusers, ar
 """
 
 import os
+from dataclasses import replace
 
+from consumer.runners import demonstration
 from consumer.runners.config import ModelConfig
 from consumer.runners.runner import ModelRunner
 from consumer.runners.thread import InferenceThread
@@ -24,4 +26,7 @@ __all__ = ["InferenceThread", "ModelConfig", "ModelRunner", "create_runner"]
 
 def create_runner(task: Task, config: ModelConfig) -> ModelRunner:
     """A runner for a task; nothing is loaded before its `load` is called."""
+    if not config.model_id:  # the demonstration model, at its best where nobody says otherwise
+        own = {**demonstration.DEFAULTS[task], **config.defaults}
+        config = replace(config, defaults=own)
     return ModelRunner(task, config)

@@ -19,8 +19,7 @@ class ModelConfig:
     """Which model to load, and how.
 
     Attributes:
-        model_id: A folder, or an id on the Hugging Face hub; empty for the demonstration model,
-            whose weights are random until trained ones come with it.
+        model_id: A folder, or an id on the Hugging Face hub; empty for the demonstration model.
         revision: Commit, tag or branch on the hub; a folder has none.
         device: `auto` takes the first of cuda, mps and cpu that is there.
         dtype: `auto` is bfloat16 on cuda, float32 elsewhere.

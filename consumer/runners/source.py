@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -54,13 +53,10 @@ def located(task: Task, config: ModelConfig, download: Download) -> Iterator[Sou
     if config.revision is not None and folder_or_id.is_dir():
         raise ModelUnavailable("MODEL_REVISION: only a model of the hub has revisions")
     if not config.model_id:
-        # Only a demonstration model costs the import of its parts.
         # Its tensors are too small to be shared out: a picture takes 0.2 s in one thread and up to
         # 6 s in two, when the two cores have other work.
         torch.set_num_threads(1)
-        with TemporaryDirectory(prefix="demonstration-") as folder:
-            demonstration.build(task, Path(folder))
-            yield Source(Path(folder), DEMONSTRATION)
+        yield Source(demonstration.folder_of(task), DEMONSTRATION)
         return
     if folder_or_id.is_dir():
         yield Source(folder_or_id.resolve(), folder_or_id.resolve().name)

@@ -1,6 +1,12 @@
 """The training of the demonstration models trains what is run later."""
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.bench.models import Bench
 
 
 def test_the_short_way_through_attention_is_the_pipelines_own() -> None:
@@ -36,3 +42,22 @@ def _way(transformer, noisy, times, words, pooled):  # type: ignore[no-untyped-d
         pooled_projections=pooled,
         return_dict=False,
     )[0]
+
+
+def test_training_leaves_both_models_where_the_runners_load_them(tmp_path: Path) -> None:
+    """The command of the model card with a thousandth of its steps: it learns nothing, but runs."""
+    command = [sys.executable, "-m", "consumer.runners.demonstration.training"]
+    done = subprocess.run(
+        [*command, "--share", "0.001", "--to", str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # its tensors are too small to be shared out
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2_000:]
+    loaded = Bench(tmp_path)
+    picture = loaded.picture("a red circle", 1)
+    assert picture.size == (64, 64)
+    assert isinstance(loaded.text([picture], "What is this?"), str)
+    loaded.close()

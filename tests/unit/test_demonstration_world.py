@@ -34,6 +34,7 @@ PAIR = Scene("gray", (Thing("red", "circle"), Thing("blue", "square", "large")),
 def test_the_sentence_of_a_scene_is_like_its_prompt() -> None:
     assert description(STAR) == "A small red star on a white background at the top."
     assert description(PAIR) == "A red circle left of a large blue square on a gray background."
+    assert description(PAIR.turned) == description(PAIR)
 
 
 def test_no_two_scenes_have_the_same_description() -> None:

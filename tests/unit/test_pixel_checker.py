@@ -88,6 +88,41 @@ def test_what_is_no_scene_is_none(fault: Callable[[ImageDraw.ImageDraw], None]) 
     assert seen(picture) is None
 
 
+def _small_half(canvas: ImageDraw.ImageDraw) -> None:
+    canvas.pieslice((23, 23, 41, 41), 0, 180, fill="red")
+
+
+def _small_ring(canvas: ImageDraw.ImageDraw) -> None:
+    canvas.ellipse((24, 24, 40, 40), outline="red", width=3)
+
+
+def _small_long(canvas: ImageDraw.ImageDraw) -> None:
+    canvas.rectangle((22, 28, 42, 33), fill="red")
+
+
+def _small_corner(canvas: ImageDraw.ImageDraw) -> None:
+    canvas.rectangle((24, 24, 29, 40), fill="red")
+    canvas.rectangle((24, 35, 40, 40), fill="red")
+
+
+@pytest.mark.parametrize("fault", [_small_half, _small_ring, _small_long, _small_corner])
+def test_what_is_small_and_no_shape_is_none(fault: Callable[[ImageDraw.ImageDraw], None]) -> None:
+    picture = Image.new("RGB", (SIDE, SIDE), "white")
+    fault(ImageDraw.Draw(picture))
+    assert seen(picture.filter(ImageFilter.GaussianBlur(0.7))) is None
+    assert seen(picture) is None
+
+
+def test_small_shapes_with_softer_edges_are_still_read() -> None:
+    choice = random.Random(6)
+    for shape in SHAPES:
+        for place in PLACES:
+            scene = Scene("blue", (Thing("yellow", shape, "small"),), place)
+            found = seen(draw(scene, choice).filter(ImageFilter.GaussianBlur(0.9)))
+            assert found is not None
+            assert found.things[0].shape == shape
+
+
 def test_noise_is_none() -> None:
     noise = Image.frombytes("RGB", (SIDE, SIDE), random.Random(4).randbytes(SIDE * SIDE * 3))
     assert seen(noise) is None
@@ -102,3 +137,11 @@ def test_a_shape_that_a_blur_has_made_another_is_not_the_first() -> None:
 def _without_sizes(scene: Scene) -> Scene:
     things = tuple(Thing(thing.colour, thing.shape) for thing in scene.things)
     return Scene(scene.background, things, scene.place, scene.relation)
+
+
+def test_two_things_are_never_the_same_as_one() -> None:
+    red, blue = Thing("red", "star"), Thing("blue", "heart")
+    one, two = Scene("white", (red,)), Scene("white", (red, blue), relation="above")
+    assert not same(one, two)
+    assert not same(two, one)
+    assert same(two, two.turned)

@@ -20,13 +20,16 @@ from generation_contracts import Task
 
 log = structlog.get_logger()
 
+HERE = Path(__file__).parent
 SEED = 1
-STEPS = {"autoencoder": 3_600, "pictures": 8_000, "captions": 4_000}
+STEPS = {"autoencoder": 3_600, "pictures": 11_000, "captions": 5_200}
 
 
 @click.command()
 @click.argument("parts", nargs=-1, type=click.Choice(list(STEPS)))
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="a folder")
+@click.option(
+    "--to", type=click.Path(path_type=Path), default=HERE.parent, help="default: in the package"
+)
 @click.option("--keep", type=click.Path(path_type=Path), help="a folder, to go on after a break")
 @click.option("--seed", default=SEED, show_default=True)
 @click.option("--share", default=1.0, show_default=True, help="of the steps, to try it out")

@@ -58,7 +58,7 @@ def train(steps: int, seed: int) -> Any:
     schedule = Schedule(model.parameters(), rate=2e-3, steps=steps)
     watch = Watch("autoencoder", steps)
     for step in range(steps):
-        batch = _batch(pictures)
+        batch = _batch(pictures, choice)
         with torch.autocast("cpu", torch.bfloat16):
             latents = model.encode(batch).latent_dist
             sample = latents.sample()
@@ -72,9 +72,9 @@ def train(steps: int, seed: int) -> Any:
     return model
 
 
-def _batch(pictures: torch.Tensor) -> torch.Tensor:
+def _batch(pictures: torch.Tensor, choice: random.Random) -> torch.Tensor:
     batch = pictures[torch.randint(len(pictures), (_BATCH,))].float() / 127.5 - 1
-    if random.random() < 0.5:
+    if choice.random() < 0.5:
         batch = batch.flip(3)
     return batch
 

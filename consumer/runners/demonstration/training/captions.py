@@ -59,7 +59,7 @@ _IGNORED = -100  # a label that torch does not count
 _SCENES = 12_288
 _OF_TWO = 0.4
 _BATCH = 64
-_LOOK_STEPS = 0.35  # of the steps: the vision tower alone
+_LOOK_STEPS = 1_400  # the vision tower alone; at most a third of the steps
 
 
 def processor() -> Any:
@@ -195,7 +195,7 @@ def train(vae: Any, steps: int, seed: int, keep: Path | None = None) -> tuple[An
     drawn = _Drawn.of(scenes, reads.image_processor, choice, vae)
     log.info("drawn", scenes=len(scenes))
     learns.set_attn_implementation("eager")  # on a CPU, five times as fast on the way back
-    look = int(_LOOK_STEPS * steps)
+    look = min(_LOOK_STEPS, steps // 3)
     _learn_to_look(learns.model.visual, drawn, look, choice, keep)
     _learn_to_tell(learns, reads.tokenizer, drawn, steps - look, choice, keep=keep)
     return learns.eval(), reads

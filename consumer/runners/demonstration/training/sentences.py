@@ -4,7 +4,9 @@ from consumer.runners.demonstration.training.scenes import Scene, Thing
 
 
 def description(scene: Scene) -> str:
-    """The one sentence that describes a scene."""
+    """The one sentence that describes a scene: of two things, the left or upper one first."""
+    if scene.relation in {"right of", "below"}:
+        scene = scene.turned
     background = f"on {a(scene.background)} background"
     if len(scene.things) == 1:
         return f"{named(scene.things[0]).capitalize()} {background} {place_words(scene.place)}."
