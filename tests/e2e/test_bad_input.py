@@ -141,8 +141,8 @@ CASES = {
         "images.0",
         dead_letter=False,
     ),
-    "a preview, which no worker of this version sends": Bad(
-        T2I, picture(preview=True), "unsupported_parameter", "preview", dead_letter=False
+    "an adapter that the worker does not have": Bad(
+        T2I, picture(adapters={"ink": 1}), "unsupported_parameter", "adapters", dead_letter=False
     ),
     "a width that the model cannot draw": Bad(
         T2I, picture(width=65), "unsupported_parameter", "width", dead_letter=False

@@ -16,7 +16,6 @@ from consumer.bus import (
     DeadLetters,
     NoSuchLetter,
     NotReplayed,
-    QueueFull,
     Replay,
     Replayer,
     StoredLetter,
@@ -24,6 +23,7 @@ from consumer.bus import (
 )
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.ports import DeadLetter, ResultEvent
+from generation_client import QueueFull
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,

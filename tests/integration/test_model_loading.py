@@ -359,8 +359,8 @@ def test_compile_compiles_the_repeated_blocks_of_the_denoiser(
 @pytest.mark.parametrize(
     ("family", "task", "module", "weights"),
     [
-        (SD3, Task.TEXT_TO_IMAGE, "diffusion", "_pipe"),
-        (VISION, Task.IMAGE_TO_TEXT, "vision_language", "_model"),
+        (SD3, Task.TEXT_TO_IMAGE, "text_to_image.diffusion", "_pipe"),
+        (VISION, Task.IMAGE_TO_TEXT, "image_to_text.vision_language", "_model"),
     ],
 )
 def test_closing_lets_go_of_the_weights_before_the_memory_is_given_back(  # noqa: PLR0917 - fixtures

@@ -41,10 +41,12 @@ def main(parts: tuple[str, ...], to: Path, keep: Path | None, seed: int, share: 
     drawing, telling = (to / str(task) for task in Task)
     if "autoencoder" in parts:
         _save(autoencoder.train(steps["autoencoder"], seed), drawing / "vae")
-    vae = AutoencoderKL.from_pretrained(drawing / "vae").eval()
+    # Loaded for each: it is in the pipeline, and what is saved is made half as precise.
     if "pictures" in parts:
+        vae = AutoencoderKL.from_pretrained(drawing / "vae").eval()
         _save(pictures.train(vae, steps["pictures"], seed, keep), drawing)
     if "captions" in parts:
+        vae = AutoencoderKL.from_pretrained(drawing / "vae").eval()
         model, processor = captions.train(vae, steps["captions"], seed, keep)
         _save(model, telling)
         processor.save_pretrained(telling)
