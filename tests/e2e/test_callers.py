@@ -1,6 +1,8 @@
 """What the README shows to callers, on a running system with the demonstration models."""
 
 import asyncio
+import base64
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 
 from nats.aio.client import Client
+from PIL import Image
 
 from consumer.devstack import DevStack
 from tests.e2e.senders import WITHIN, ask, new_id
@@ -78,6 +81,22 @@ async def test_the_chain_by_hand_describes_every_picture(system: DevStack, sende
         await describer.wait()
     assert event["type"] == SUCCEEDED
     await sender.jetstream().delete_consumer("GENERATION_RESULTS", "describer")
+
+
+async def test_previews_come_with_the_progress(sender: Client) -> None:
+    request_id = new_id()
+    news = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
+    await sender.flush()
+    body = {"prompt": "a large red circle", "steps": 200, "preview": True}
+    await sender.jetstream().publish(
+        f"generation.request.text_to_image.{request_id}", json.dumps(body).encode()
+    )
+    preview = None
+    while preview is None:
+        preview = json.loads((await news.next_msg(timeout=WITHIN)).data).get("preview")
+    with Image.open(io.BytesIO(base64.b64decode(preview))) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (64, 64))
+    await sender.request(f"generation.cancel.{request_id}", b"", timeout=WITHIN)
 
 
 async def test_what_the_model_lacks_is_refused_at_the_door(sender: Client) -> None:
