@@ -33,6 +33,8 @@ def test_both_models_are_small_and_in_safetensors_only() -> None:
     weights = [file for file in files if file.suffix == ".safetensors"]
     assert len(weights) == 6
     assert sum(file.stat().st_size for file in weights) < MOST_BYTES
+    texts = [file.read_text("utf-8") for file in files if file.suffix == ".json"]
+    assert not any('"_name_or_path": "/' in text for text in texts)  # of whoever trained them
     assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt", ".jinja"}
 
 

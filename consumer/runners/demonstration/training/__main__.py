@@ -43,14 +43,20 @@ def main(parts: tuple[str, ...], to: Path, keep: Path | None, seed: int, share: 
         _save(autoencoder.train(steps["autoencoder"], seed), drawing / "vae")
     # Loaded for each: it is in the pipeline, and what is saved is made half as precise.
     if "pictures" in parts:
-        vae = AutoencoderKL.from_pretrained(drawing / "vae").eval()
+        vae = _autoencoder(drawing / "vae")
         _save(pictures.train(vae, steps["pictures"], seed, keep), drawing)
     if "captions" in parts:
-        vae = AutoencoderKL.from_pretrained(drawing / "vae").eval()
+        vae = _autoencoder(drawing / "vae")
         model, processor = captions.train(vae, steps["captions"], seed, keep)
         _save(model, telling)
         processor.save_pretrained(telling)
     log.info("trained", parts=parts, minutes=round((time.monotonic() - began) / 60, 1))
+
+
+def _autoencoder(folder: Path) -> Any:
+    vae: Any = AutoencoderKL.from_pretrained(folder).eval()
+    vae.register_to_config(_name_or_path="")  # else it is saved with the name of this folder
+    return vae
 
 
 def _save(model: Any, folder: Path) -> None:
