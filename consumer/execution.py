@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -55,8 +55,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
 
 _AT_THE_END = frozenset({State.CONCLUDING, State.SETTLED, State.ABANDONED})
 LAST_WORD = 1.0  # seconds to give a delivery back when the process ends at once

@@ -153,6 +153,8 @@ class GenerationClient:
     ) -> SucceededEvent:
         """Send a request and wait until it has succeeded.
 
+        Of a chain this is the first step; `result` collects the later ones by their ids.
+
         Raises:
             QueueFull, RequestTooLarge, ServiceUnavailable: See `submit`.
             RequestIdTaken: The id was used before, for something else.
