@@ -47,6 +47,7 @@ def digest(task: Task, fields: dict[str, Any]) -> str:
         {"request_id": None},
         {"deadline": "2030-01-01T00:00:00Z"},
         {"metadata": {"try": "2"}},
+        {"chain": {"id": "first", "step": 2}},
     ],
 )
 def test_who_asks_and_until_when_does_not_count(task: Task, addressing: dict[str, Any]) -> None:
