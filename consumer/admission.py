@@ -17,6 +17,7 @@ from pydantic_core import from_json
 from consumer.job import State, advance
 from consumer.ports import Delivery, ResultEvent, Stage
 from consumer.run import Interrupt
+from consumer.turns import Place, Turns
 from generation_contracts import (
     ImageArtifact,
     InvalidRequest,
@@ -61,13 +62,15 @@ class Job:
 
     Attributes:
         digest: What the request asks for; of the raw bytes until it is decoded.
+        place: Among the jobs in hand.
+        told_start: Whether its started event has been published.
         releases: How many of the deliveries were given back on purpose.
         withdrawn: Whether it was cancelled while an earlier worker had it.
         existing: The terminal event that was stored before, if there is one.
         stored: The outputs that are in the store so far, whether an event tells of them or not.
         parameters: What the outputs were made with.
         sequence: Number of the next event of this attempt.
-        queued: Seconds from stored to taken.
+        queued: Seconds from stored to the device.
         stages: Where the time went, in the order in which they ended; for traces.
         inference: Seconds of the model's runs.
         encode: Seconds of encoding.
@@ -78,6 +81,8 @@ class Job:
     envelope: Envelope
     digest: str
     queued: float
+    place: Place
+    told_start: bool = False
     releases: int = 0
     withdrawn: bool = False
     interrupt: Interrupt = field(default_factory=Interrupt)
@@ -140,11 +145,17 @@ class Admission:
     subjects: Subjects
     reply_prefixes: tuple[str, ...]
 
-    def open(self, delivery: Delivery) -> Job:
-        """Begin a job with what can be read of any delivery. Never raises."""
+    def open(self, delivery: Delivery, place: Place | None = None) -> Job:
+        """Begin a job with what can be read of any delivery. Never raises.
+
+        Args:
+            delivery: What was handed out.
+            place: Among the jobs in hand; None: it is none of them.
+        """
         queued = (datetime.now(UTC) - delivery.stored_at).total_seconds()
         return Job(
             delivery=delivery,
+            place=place or Turns().join(),
             envelope=self._envelope(delivery),
             digest=digest_of_bytes(delivery.body),
             queued=max(0.0, queued),  # the server's clock may be ahead of this one

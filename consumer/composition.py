@@ -2,12 +2,15 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 
+import structlog
+
 from consumer.admission import Admission
 from consumer.artifacts import ObjectStoreArtifacts, store_config
 from consumer.bus import (
     Backend,
     BroadcastWorkers,
     Bus,
+    Durable,
     FrontDoor,
     JetStreamEvents,
     JetStreamQueue,
@@ -18,7 +21,10 @@ from consumer.conclusion import Conclusion
 from consumer.ports import Grip, ModelDescription, Observer, Runner
 from consumer.runners import ModelConfig, create_runner
 from consumer.settings import Settings
+from consumer.turns import STAGES, Bounds, Turns
 from generation_contracts import Request, Task
+
+log = structlog.get_logger()
 
 # The worker counts tries and the server deliveries, with those that were given back on purpose. The
 # server's number is only for what kills a worker before it can count.
@@ -45,6 +51,30 @@ def make_artifacts(settings: Settings, observer: Observer) -> ObjectStoreArtifac
 def make_admission(settings: Settings, task: Task) -> Admission:
     """How the requests of a task are read."""
     return Admission(task, settings.subjects, settings.reply_prefixes)
+
+
+def make_turns(settings: Settings, durable: Durable) -> Turns:
+    """How much this worker may have in hand.
+
+    The server gives all workers together no more than the durable's `max_ack_pending`, which can be
+    changed while they run: so it is no bound of the worker's own.
+    """
+    batch = settings.consumer_max_batch
+    in_flight = settings.consumer_jobs_in_flight or STAGES * batch
+    if batch > min(in_flight, durable.max_ack_pending):
+        log.warning(
+            "batches_cut_short",
+            max_batch=batch,
+            jobs_in_flight=in_flight,
+            max_ack_pending=durable.max_ack_pending,
+        )
+    return Turns(
+        Bounds(
+            in_flight=in_flight,
+            together=min(batch, in_flight),
+            window=settings.consumer_batch_window_ms / 1000,
+        )
+    )
 
 
 def make_front_door(

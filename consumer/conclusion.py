@@ -256,6 +256,8 @@ class Conclusion:
         await self._events.dead_letter(self._task, job.delivery, letter)
 
     async def _settle(self, job: Job, decision: Decision) -> None:
+        # The next pull goes out with the settlement, not after its confirmation: one round trip.
+        job.place.leave()
         match decision.settlement:
             case Settlement.ACK:
                 await job.delivery.ack()

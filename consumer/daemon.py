@@ -18,6 +18,7 @@ from consumer.bus import (
     Bus,
     Custody,
     Durable,
+    JetStreamDelivery,
     JetStreamEvents,
     Notes,
     PullLoop,
@@ -32,9 +33,11 @@ from consumer.composition import (
     make_front_door,
     make_runner,
     make_topology,
+    make_turns,
 )
 from consumer.execution import Execution, Limits
 from consumer.images import ImageCodec
+from consumer.metrics import Metrics
 from consumer.ports import (
     ModelDescription,
     ModelUnavailable,
@@ -48,7 +51,6 @@ from consumer.probes import Probes, Watch
 from consumer.run import PATIENCE, Reason
 from consumer.runners.thread import InferenceThread
 from consumer.settings import Settings
-from consumer.telemetry import Metrics
 from consumer.tracing import OpenTelemetry, open_telemetry
 
 log = structlog.get_logger()
@@ -106,6 +108,7 @@ class Daemon:
         self._execution: Execution | None = None
         self._tracer: Tracer = open_telemetry() if settings.consumer_traces else NoTracer()
         self._signals = 0
+        self._code = 0  # how the process ends
         self._failure: BaseException | None = None  # of what must go on beside the serving
 
     async def run(self) -> int:
@@ -135,7 +138,7 @@ class Daemon:
                 parts.push_async_callback(asyncio.to_thread, self._tracer.close)
             runner = self._make_runner(self._settings)
             # The weights come in while the connections are made.
-            loading = asyncio.create_task(self.inference.call(runner.load), name="load")
+            loading = self.inference.call(runner.load)
             parts.callback(loading.cancel)
             standby = await self._start_standby(parts)
             bus = await self._connect(parts)
@@ -231,6 +234,7 @@ class Daemon:
             observer=self._watch,
             prompt_in_pictures=settings.consumer_prompt_in_pictures,
             tracer=self._tracer,
+            turns=make_turns(settings, durable),
         )
 
     async def _look_at_store(self, artifacts: ObjectStoreArtifacts) -> None:
@@ -301,14 +305,37 @@ class Daemon:
     # -- serve ------------------------------------------------------------------------------------
 
     async def _serve(self, pull: PullLoop, execution: Execution) -> int:
-        while (delivery := await pull.next()) is not None:
-            code = await execution.handle(delivery)
-            del delivery  # its body may be a megabyte, and the next one may be long in coming
-            if code is not None:
-                self._health.device_lost = True
-                log.error("device_lost")
-                return code
-        return 0
+        handling: set[asyncio.Task[None]] = set()
+        drained = False
+        try:
+            await execution.room()
+            while (delivery := await pull.next()) is not None:
+                task = asyncio.create_task(self._handle(delivery, pull, execution), name="job")
+                handling.add(task)
+                task.add_done_callback(handling.discard)
+                del delivery  # its body may be a megabyte, and the next may be long in coming
+                await asyncio.sleep(0)  # the task takes its place
+                await execution.room()
+            drained = True
+        finally:
+            if not drained:  # the bus is lost for good, or the process ends at once
+                for task in handling:
+                    task.cancel()
+            await _ended(handling)
+        return self._code
+
+    async def _handle(
+        self, delivery: JetStreamDelivery, pull: PullLoop, execution: Execution
+    ) -> None:
+        code = await execution.handle(delivery)
+        if code is not None and not self._code:
+            # What is on its way to the store may still get there; nothing more is begun.
+            self._code = code
+            self._health.device_lost = True
+            log.error("device_lost")
+            pull.stop()
+            execution.give_back_what_waits()
+            self._end_after(self._settings.consumer_drain_grace, PATIENCE + FORCE_AFTER)
 
     # -- drain ------------------------------------------------------------------------------------
 
@@ -322,6 +349,7 @@ class Daemon:
             self._cancel(self._life)  # still starting: nothing has been taken
         elif self._signals == 1:
             self._pull.stop()
+            self._execution.give_back_what_waits()
             self._end_after(self._settings.consumer_drain_grace, PATIENCE + FORCE_AFTER)
         else:
             self._end_after(0.0, FORCE_AFTER)
@@ -339,6 +367,20 @@ class Daemon:
         if not life.done():
             life.cancel()
             asyncio.get_running_loop().call_later(CANCEL_EVERY, self._cancel, life)
+
+
+async def _ended(tasks: set[asyncio.Task[None]]) -> None:
+    """Wait until tasks have ended; to cancel the waiting is to cancel them, as often as it is."""
+    cancelled = False
+    while running := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(running)
+        except asyncio.CancelledError:
+            cancelled = True
+            for task in running:
+                task.cancel()
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 def _exit_code(error: BaseException) -> int:

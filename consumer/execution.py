@@ -6,8 +6,6 @@ outcome means, and `conclusion` carries that out.
 """
 
 import asyncio
-import base64
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -18,6 +16,7 @@ import structlog
 from consumer import job as outcomes
 from consumer.admission import NANOSECONDS, Admission, Job
 from consumer.conclusion import Conclusion
+from consumer.device import Device
 from consumer.heartbeat import Lease
 from consumer.job import Decision, Outcome, State, decide
 from consumer.pictures import Pictures
@@ -33,19 +32,17 @@ from consumer.ports import (
     ModelError,
     NoTracer,
     Observer,
-    OutOfMemory,
     Runner,
     RunnerOutput,
     Tracer,
 )
-from consumer.run import Reason, Steps, Stopped, watch
+from consumer.run import Reason, Stopped
 from consumer.telemetry import JobReport
+from consumer.turns import Place, Turns
 from consumer.verdict import OtherContent, SettledBefore, TooManyDeliveries, name_of, outcome_of
 from generation_contracts import (
     ImageToTextRequest,
-    ProgressEvent,
     Request,
-    StartedEvent,
     TextOutput,
     TextToImageRequest,
     request_digest,
@@ -83,14 +80,15 @@ class Execution:
         admission: How deliveries are read.
         limits: The worker's numbers.
         model: What the loaded runner says of itself.
-        runner: The loaded model; used in the inference thread only, but for `check`.
-        inference: That thread.
+        runner: The loaded model.
+        inference: The one thread in which it runs.
         events: The way to the bus.
         artifacts: The object store.
         images: The pictures' codec.
         observer: Told what happens.
         prompt_in_pictures: Whether the files of pictures say their prompts.
         tracer: Where traces go; None: nowhere.
+        turns: How much may be in hand; None: one at a time.
     """
 
     def __init__(
@@ -108,14 +106,15 @@ class Execution:
         observer: Observer,
         prompt_in_pictures: bool = False,
         tracer: Tracer | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self._admission = admission
         self._task = admission.task
         self._limits = limits
         self._model = model
         self._runner = runner
-        self._inference = inference
         self._events = events
+        self._turns = turns or Turns()
         self._pictures = Pictures(
             artifacts,
             images,
@@ -134,14 +133,28 @@ class Execution:
             artifacts=artifacts,
             max_attempts=limits.max_attempts,
         )
+        self._device = Device(
+            turns=self._turns,
+            runner=runner,
+            inference=inference,
+            model=model,
+            events=events,
+            event_fields=self._conclusion.event_fields,
+            stall_timeout=limits.stall_timeout,
+            observer=observer,
+        )
+
+    async def room(self) -> None:
+        """Wait until there is room for one more delivery."""
+        await self._turns.room()
 
     async def handle(self, delivery: Delivery) -> int | None:
-        """Take one delivery through its life.
+        """Take one delivery through its life; several may be under way.
 
         Returns:
             An exit code when this process must end (device lost, thread hung), else None.
         """
-        return await self._take(delivery, self._stages)
+        return await self._take(delivery, self._stages, self._turns.join())
 
     async def put_aside(self, delivery: Delivery) -> None:
         """Conclude a request that no worker will be given any more, without running it."""
@@ -163,6 +176,12 @@ class Execution:
             job.interrupt.set(reason)
         return bool(asked)
 
+    def give_back_what_waits(self) -> None:
+        """Give back what waits for the device behind another request: it has not begun."""
+        for job in self._jobs:
+            if self._turns.waits_behind_another(job.place):
+                job.interrupt.set(Reason.DRAIN)
+
     async def withdraw(self, request_id: str) -> Grip | None:
         """Stop a job at its next step because its sender wants it no more.
 
@@ -179,9 +198,12 @@ class Execution:
         return Grip.STOPPING if in_time else Grip.ENDING
 
     async def _take(
-        self, delivery: Delivery, stages: Callable[[Job], Awaitable[Outcome]]
+        self,
+        delivery: Delivery,
+        stages: Callable[[Job], Awaitable[Outcome]],
+        place: Place | None = None,
     ) -> int | None:
-        job = self._admission.open(delivery)
+        job = self._admission.open(delivery, place)
         trace = self._begin_trace(job)
         self._jobs.append(job)
         self._observer.job_started()
@@ -204,6 +226,7 @@ class Execution:
                 log.exception("job_abandoned")
             finally:
                 self._jobs.remove(job)
+                job.place.leave()
                 self._report(job, decision)
                 trace.end(outcome=name_of(decision), queued=job.queued, stages=job.stages)
         return exit_code
@@ -237,7 +260,8 @@ class Execution:
                     max(0.0, left), job.interrupt.set, Reason.DEADLINE
                 )
             pictures = await self._admit(job, request)
-            output = await self._run(job, pictures)
+            output = await self._device.run(job, pictures)
+            del pictures  # nothing of them is needed while the output is stored
             await self._keep(job, request, output)
             if job.interrupt.reason is Reason.CANCEL:
                 # Whoever cancelled has been told that it stops. A deadline or a drain that comes as
@@ -288,97 +312,11 @@ class Execution:
         job.advance(State.ADMITTED)
         return pictures
 
-    async def _run(self, job: Job, pictures: "list[Image]") -> RunnerOutput:
-        await self._tell_start(job)
-        steps = Steps()
-        try:
-            return await self._run_once(job, pictures, steps, save_memory=False)
-        except OutOfMemory as error:
-            tried = error.tried
-        # Outside the except block: the traceback keeps the first run's tensors alive.
-        log.warning("out_of_memory", tried=tried)
-        again = self._decide(job, outcomes.RanOutOfMemory(saved_memory=False))
-        told = steps.position != (0, 0)
-        steps.begin_again()
-        if told:
-            await self._tell(job, steps)  # of step 0: what was told of the first run is over
-        try:
-            return await self._run_once(job, pictures, steps, save_memory=again.save_memory)
-        except OutOfMemory as error:
-            tried = tuple(dict.fromkeys((*tried, *error.tried)))
-        raise OutOfMemory("twice", tried)
-
-    async def _tell_start(self, job: Job) -> None:
-        defaults = {
-            name: value for name, value in self._model.defaults.items() if value is not None
-        }
-        started = StartedEvent(
-            **self._conclusion.event_fields(job),
-            queued=job.queued,
-            model=self._model.info,
-            defaults=defaults,
-        )
-        await self._events.publish_progress(started, trace_parent=job.envelope.trace_parent)
-        log.info("job_started", queued=round(job.queued, 3))
-
-    async def _run_once(
-        self, job: Job, pictures: "list[Image]", steps: Steps, *, save_memory: bool
-    ) -> RunnerOutput:
-        job.advance(State.RUNNING)
-        request = job.seeded_request
-        streams = isinstance(request, ImageToTextRequest) and request.stream
-        previews = isinstance(request, TextToImageRequest) and request.preview
-        run = asyncio.ensure_future(
-            self._inference.call(
-                self._runner.run,
-                request,
-                pictures,
-                on_step=steps,
-                cancelled=job.interrupt.is_set,
-                on_text=steps.add if streams else None,
-                on_preview=steps.see if previews else None,
-                save_memory=save_memory,
-            )
-        )
-        # A run that is given up on still ends some day, and its exception has no other reader.
-        run.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        try:
-            return await watch(
-                run,
-                steps=steps,
-                interrupt=job.interrupt,
-                stall_timeout=self._limits.stall_timeout,
-                publish=lambda: self._tell(job, steps),
-            )
-        finally:
-            del run  # for the reason given in `watch`
-            seconds = time.monotonic() - steps.started
-            job.inference += seconds
-            job.spent("inference", seconds)
-            self._observer.device_busy(seconds)
-
-    async def _tell(self, job: Job, steps: Steps) -> None:
-        text = steps.take_text()  # before the step, which then is that of the text or a later one
-        preview = steps.take_preview()
-        step, of = steps.position
-        of = max(of, step, 1)  # some schedulers take more steps than they were asked for
-        each = steps.seconds_per_step()
-        progress = ProgressEvent(
-            **self._conclusion.event_fields(job),
-            step=step,
-            of=of,
-            seconds_per_step=each,
-            eta=None if each is None else each * (of - step),
-            text=text or None,
-            preview=None if preview is None else base64.b64encode(preview).decode(),
-        )
-        await self._events.publish_progress(progress, trace_parent=job.envelope.trace_parent)
-
     async def _keep(self, job: Job, request: Request, output: RunnerOutput) -> None:
         job.warnings, job.parameters = output.warnings, output.parameters
         if output.text is not None:
             job.outputs = (TextOutput(**asdict(output.text)),)
-        elif isinstance(request, TextToImageRequest):
+        elif isinstance(request, TextToImageRequest) and output.images:
             job.outputs = await self._pictures.keep(job, request, output)
         if not job.outputs:
             raise ModelError("NoOutput")

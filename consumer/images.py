@@ -11,10 +11,11 @@ import re
 from collections.abc import Mapping
 from io import BytesIO
 from itertools import islice
-from typing import Any, Literal, NamedTuple, assert_never
+from typing import Any, Literal, NamedTuple
 
-from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from consumer.png import COLOUR_TYPES, write_png
 from consumer.ports import EncodedImage, InputUnavailable, OutputFormat
 
 _FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow knows some 40 more, far less trodden
@@ -42,20 +43,16 @@ MediaType = Literal["image/png", "image/webp", "image/jpeg"]
 class _FileFormat(NamedTuple):
     media_type: MediaType
     extension: str
-    options: dict[str, Any]
 
 
-def _file_format(output_format: OutputFormat) -> _FileFormat:
-    """How a format is written; times and sizes are of one 1024x1024 picture with a little grain."""
-    match output_format:
-        case "png":  # 101 ms and 2.0 MB; Pillow's own level 6 takes 173 to 500 ms for 11 % less
-            return _FileFormat("image/png", "png", {"compress_level": 1})
-        case "webp":  # 44 ms and 178 KB at 35.6 dB; method 4 takes twice as long for 0.2 dB
-            return _FileFormat("image/webp", "webp", {"quality": 90, "method": 2})
-        case "jpeg":  # 6 ms and 655 KB; 4:4:4 keeps the edges of saturated colours
-            return _FileFormat("image/jpeg", "jpg", {"quality": 95, "subsampling": 0})
-        case _:
-            assert_never(output_format)
+_FILE_FORMATS: dict[OutputFormat, _FileFormat] = {
+    "png": _FileFormat("image/png", "png"),
+    "webp": _FileFormat("image/webp", "webp"),
+    "jpeg": _FileFormat("image/jpeg", "jpg"),
+}
+# Times and sizes are of one 1024x1024 picture with a little grain.
+_WEBP = {"quality": 90, "method": 2}  # 44 ms, 178 KB, 35.6 dB; method 4: twice as long for 0.2 dB
+_JPEG = {"quality": 95, "subsampling": 0}  # 6 ms, 655 KB; 4:4:4 keeps edges of saturated colours
 
 
 class ImageCodec:
@@ -123,29 +120,26 @@ class ImageCodec:
         """A picture to a file with its hashes; PNG is lossless, WebP and JPEG are not.
 
         The file holds the pixels and the provenance: nothing of what the picture carries. The same
-        of both give the same bytes with the same Pillow, and the provenance changes no pixel.
+        of both give the same bytes with the same libraries, and the provenance changes no pixel.
 
         Args:
-            image: RGB, or any other mode.
+            image: RGB, or any other mode. A PNG keeps grey and alpha; of the other formats, and
+                of any mode that has more bits or a palette, the pixels become RGB over white.
             output_format: Of the file.
             seed: Goes into what is returned.
             provenance: In a PNG each name is a text chunk of its own; WebP and JPEG have all of
                 them in the EXIF's ImageDescription, as a JSON object in ASCII. A value is cut to
                 `MAX_SAID` characters, and control characters are left out of it.
         """
-        written = _file_format(output_format)
-        pixels = _to_rgb(image)
-        pixels.info = {}  # Pillow writes a comment or a colour profile that it finds here
-        file = BytesIO()
-        metadata = _metadata(output_format, provenance or {})
-        pixels.save(file, output_format.upper(), **written.options, **metadata)
-        data = file.getvalue()
+        said = {name: _fit_to_be_said(value) for name, value in (provenance or {}).items()}
+        data = _written(image, output_format, said)
+        file_format = _FILE_FORMATS[output_format]
         return EncodedImage(
             data=data,
-            media_type=written.media_type,
-            extension=written.extension,
-            width=pixels.width,
-            height=pixels.height,
+            media_type=file_format.media_type,
+            extension=file_format.extension,
+            width=image.width,
+            height=image.height,
             seed=seed,
             md5=hashlib.md5(data, usedforsecurity=False).hexdigest(),
             sha256=hashlib.sha256(data).hexdigest(),
@@ -170,19 +164,19 @@ class ImageCodec:
         return InputUnavailable(f"the image has more than {self._max_pixels} pixels")
 
 
-def _metadata(output_format: OutputFormat, provenance: Mapping[str, str]) -> dict[str, Any]:
-    """The provenance as an option of Pillow's `save`."""
-    said = {name: _fit_to_be_said(value) for name, value in provenance.items()}
-    if not said:
-        return {}
+def _written(image: Image.Image, output_format: OutputFormat, said: dict[str, str]) -> bytes:
     if output_format == "png":
-        texts = PngImagePlugin.PngInfo()
-        for name, value in said.items():
-            texts.add_text(name, value)
-        return {"pnginfo": texts}
-    exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = json.dumps(said)  # by EXIF 2, it is ASCII
-    return {"exif": exif}
+        as_it_is = image.mode in COLOUR_TYPES and "transparency" not in image.info
+        return write_png(image if as_it_is else _to_rgb(image), said)
+    pixels = _to_rgb(image)
+    pixels.info = {}  # Pillow writes a comment or a colour profile that it finds here
+    options: dict[str, Any] = dict(_WEBP if output_format == "webp" else _JPEG)
+    if said:
+        options["exif"] = exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = json.dumps(said)  # by EXIF 2, it is ASCII
+    file = BytesIO()
+    pixels.save(file, output_format.upper(), **options)
+    return file.getvalue()
 
 
 def _fit_to_be_said(value: str) -> str:

@@ -4,10 +4,11 @@ While the store is away the job waits, with what it has in hand and its lease re
 """
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +19,7 @@ from consumer.job import Settlement, State, StoreUnreachable, decide
 from consumer.ports import (
     Artifacts,
     EncodedImage,
+    GeneratedImage,
     Images,
     InputUnavailable,
     RunnerOutput,
@@ -56,6 +58,10 @@ class Pictures:
     task: Task
     model: ModelInfo
     prompt_in_files: bool
+    # Encoders compute: more of them than cores would only hold more pictures.
+    _encoders: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(os.cpu_count() or 1)
+    )
 
     async def fetch(self, job: Job, sources: Sequence[ImageSource]) -> "list[Image]":
         """The request's input pictures, decoded.
@@ -103,8 +109,8 @@ class Pictures:
     ) -> list[EncodedImage]:
         job.advance(State.ENCODING)
         started = time.monotonic()
-        encoded = []
-        for made in output.images:
+
+        async def encode(made: GeneratedImage) -> EncodedImage:
             said = provenance_of(
                 made,
                 request_id=job.request_id,
@@ -114,7 +120,10 @@ class Pictures:
                 with_prompt=self.prompt_in_files,
             )
             write = partial(self.images.encode, made.image, request.output_format)
-            encoded.append(await asyncio.to_thread(write, seed=made.seed, provenance=said))
+            async with self._encoders:
+                return await asyncio.to_thread(write, seed=made.seed, provenance=said)
+
+        encoded = await asyncio.gather(*map(encode, output.images))
         job.encode = time.monotonic() - started
         job.spent("encode", job.encode)
         return encoded
@@ -122,9 +131,26 @@ class Pictures:
     async def _store(self, job: Job, encoded: list[EncodedImage]) -> tuple[ImageArtifact, ...]:
         job.advance(State.STORING)
         started = time.monotonic()
-        for index, image in enumerate(encoded):
-            put = partial(self.artifacts.store, self.task, job.request_id, index, image)
-            job.stored.append(await self._once_the_store_is_there(job, put))
+        putting = [
+            asyncio.ensure_future(
+                self._once_the_store_is_there(
+                    job, partial(self.artifacts.store, self.task, job.request_id, index, image)
+                )
+            )
+            for index, image in enumerate(encoded)
+        ]
+        try:
+            await asyncio.gather(*putting)
+        finally:
+            # When one is broken off so are the others, and what is in the store by then is known:
+            # no event will tell of it.
+            for put in putting:
+                put.cancel()
+            await asyncio.wait(putting)
+            job.stored = [
+                put.result() for put in putting if not put.cancelled() and not put.exception()
+            ]
+            del putting, put  # what they raised has this frame in its traceback
         job.upload = time.monotonic() - started
         job.spent("upload", job.upload)
         return tuple(job.stored)

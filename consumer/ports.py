@@ -5,7 +5,7 @@ a job can be driven through every outcome with in-memory ports, and none of the 
 them reaches the part that decides.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -352,6 +352,16 @@ OnText = Callable[[str], None]  # (what has been added to the text); called in t
 IsCancelled = Callable[[], bool]
 
 
+@dataclass(frozen=True, eq=False)
+class BatchMember:
+    """One of several requests that run as one; see `Runner.run` for what each field is."""
+
+    request: Request
+    images: Sequence["Image"]
+    on_step: OnStep
+    cancelled: IsCancelled
+
+
 class Runner(Protocol):
     """A model. All methods are called in one and the same thread: the inference thread.
 
@@ -403,6 +413,33 @@ class Runner(Protocol):
             ModelError: Anything else that went wrong inside the model.
         """
 
+    def batch_key(self, request: Request) -> Hashable | None:
+        """What requests have in common that can run as one; any thread may call it.
+
+        Args:
+            request: A request with a seed, which `check` has passed.
+
+        Returns:
+            Equal for requests that go together; None: this one runs alone.
+        """
+
+    def run_batch(self, members: Sequence[BatchMember]) -> Sequence[RunnerOutput | None]:
+        """Run the model once for several requests.
+
+        After each step each member's `on_step` is told and its `cancelled` asked. Who says yes is
+        asked no more and gets no output; the others go on.
+
+        Args:
+            members: Two or more whose `batch_key` is the same.
+
+        Returns:
+            One output for each, in their order; None for who was cancelled.
+
+        Raises:
+            Interrupted: All of them were cancelled.
+            Exception: What `run` raises; it may be one member's fault, and nobody can tell whose.
+        """
+
     def close(self) -> None:
         """Let go of the weights."""
 
@@ -410,8 +447,8 @@ class Runner(Protocol):
 class Inference(Protocol):
     """The one thread in which the runner's methods are called."""
 
-    async def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function there and wait for what it gives."""
+    def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+        """Call a function there, and wait for what it gives."""
 
 
 class ModelUnavailable(Exception):  # noqa: N818 - a state of the model

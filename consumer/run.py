@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from enum import Enum, auto
 from typing import TypeVar
 
-from consumer.ports import Interrupted, RunnerOutput
+from consumer.ports import Interrupted
 
 T = TypeVar("T")
 
@@ -41,6 +41,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.reason: Reason | None = None
+        self.heard = False  # by the inference thread, which then does no more for this job
         self._event = asyncio.Event()
 
     def set(self, reason: Reason) -> None:
@@ -49,9 +50,12 @@ class Interrupt:
             self.reason = reason
             self._event.set()
 
-    def is_set(self) -> bool:
-        """Whether to stop; any thread may ask."""
-        return self.reason is not None
+    def ask(self) -> bool:
+        """Whether to stop; the inference thread asks, and heeds the answer."""
+        if self.reason is None:
+            return False
+        self.heard = True
+        return True
 
     def check(self) -> None:
         """Raise when it is set.
@@ -172,13 +176,14 @@ class Silence:
 
 
 async def watch(
-    run: asyncio.Future[RunnerOutput],
+    run: asyncio.Future[T],
     *,
     steps: Steps,
     interrupt: Interrupt,
     stall_timeout: float,
     publish: Callable[[], Awaitable[None]],
-) -> RunnerOutput:
+    shared: bool = False,
+) -> T:
     """Wait for a run and tell how it goes on.
 
     Args:
@@ -188,23 +193,27 @@ async def watch(
         stall_timeout: Seconds without a step after which the thread is taken to hang.
         publish: Called when there is a new step or text, at most every `PROGRESS_INTERVAL`, and
             once more for the last of a text, before the event that ends the request.
+        shared: Whether it is the run of other jobs too, and goes on when this one is to stop.
 
     Raises:
-        Stopped: The run has ended because it was asked to, or the process must not wait longer.
+        Stopped: The run has ended because it was asked to, or goes on without this job, or the
+            process must not wait longer.
         Hanging: The thread does not come to its next step.
         Exception: What the run raised.
     """
-    told = steps.position
+    told = 0  # the run may be ahead of its watcher already
     silence = Silence(steps, most=stall_timeout * MOST_OF_ONE_TURN)
     asked_to_end: float | None = None
     while not run.done():
         await asyncio.wait({run}, timeout=PROGRESS_INTERVAL)
-        if steps.position != told or steps.has_text:
-            told = steps.position
+        if steps.position[0] != told or steps.has_text:
+            told = steps.position[0]
             await publish()
         now = time.monotonic()
         if run.done():
             break
+        if shared and interrupt.heard:
+            interrupt.check()
         if silence.at(now) > stall_timeout:
             raise Hanging
         if interrupt.reason is Reason.DRAIN:

@@ -141,6 +141,15 @@ class Settings(BaseSettings):
     consumer_name: DurableName | None = Field(default=None, description="default: the task")
     consumer_worker: DurableName = Field(default_factory=_worker_name)
     consumer_max_ack_pending: Annotated[int, Field(ge=1, le=10_000)] = 1
+    consumer_jobs_in_flight: Annotated[int, Field(ge=1, le=1_000)] | None = Field(
+        default=None, description="of this worker; default: three stages of CONSUMER_MAX_BATCH each"
+    )
+    consumer_max_batch: Annotated[int, Field(ge=1, le=256)] = Field(
+        default=1, description="requests that go together in one run of the model"
+    )
+    consumer_batch_window_ms: Annotated[float, Field(ge=0, le=60_000)] = Field(
+        default=10.0, description="how long a request that is ready waits for others"
+    )
     consumer_ack_wait: Annotated[float, Field(ge=1, le=3_600)] = 60.0
     consumer_max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     consumer_drain_grace: Seconds = 30.0

@@ -6,6 +6,7 @@ from typing import Any
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
 from consumer.ports import DeadLetter, ResultEvent
+from consumer.turns import Bounds, Turns
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task
 from tests.memory_ports import (
     BUCKET,
@@ -41,6 +42,8 @@ class MemoryWorld:
         max_attempts: int = 3,
         stall_timeout: float = LONG,
         prompt_in_pictures: bool = False,
+        bounds: Bounds | None = None,
+        runner: ScriptedRunner | None = None,
     ) -> None:
         self.journal: list[str] = []
         self.task = task
@@ -53,9 +56,9 @@ class MemoryWorld:
         self.images = MemoryImages()
         self.inference = MemoryInference()
         self.observer = MemoryObserver()
-        self.runner = ScriptedRunner()
+        self.runner = runner or ScriptedRunner()
         self.delivery: MemoryDelivery | None = None
-        self.execution = Execution(
+        self._start = lambda: Execution(
             worker="worker-1",
             admission=Admission(task, self.subjects, ("_INBOX.", "generation.reply.")),
             limits=Limits(
@@ -69,7 +72,9 @@ class MemoryWorld:
             images=self.images,
             observer=self.observer,
             prompt_in_pictures=prompt_in_pictures,
+            turns=Turns(bounds),
         )
+        self.execution = self._start()
 
     async def send(
         self,
@@ -82,7 +87,10 @@ class MemoryWorld:
 
     async def work(self) -> int | None:
         delivery = self.delivery = self.queue.take()
-        return await self.execution.handle(delivery)
+        code = await self.execution.handle(delivery)
+        if code is not None:  # the process ends, and its supervisor starts another one
+            self.execution = self._start()
+        return code
 
     async def left(self) -> int:
         return len(self.queue)

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import structlog
 from minio import Minio
+from minio.credentials.credentials import Credentials
 from minio.error import S3Error
 from minio.helpers import DictType
 from pydantic import ValidationError
@@ -44,6 +45,7 @@ _PART_SIZE = 64 * 2**20  # bytes; one PUT below it, whose ETag is the MD5; the S
 DIGITS = 8  # of the SHA-256 in a key; it tells apart what different runs of one request have made
 _LOOK_WITHIN = 5.0  # seconds for one look at an idle store
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
+_CHECKSUM = "x-amz-checksum-sha256"
 _PROBE = b"generation consumer: the store works\n"
 
 _INPUT_FAULTS = {  # by S3's code; told to the sender
@@ -238,7 +240,7 @@ class ObjectStoreArtifacts:
             BytesIO(data),
             len(data),
             content_type=content_type,
-            metadata={"x-amz-checksum-sha256": checksum},
+            metadata={_CHECKSUM: checksum},
             part_size=_PART_SIZE,
             num_parallel_uploads=1,  # more would run in threads that cannot be broken off
         )
@@ -327,9 +329,28 @@ class ObjectStoreArtifacts:
                 raise
 
 
+class _Client(Minio):
+    """The SDK, which does not hash again what comes with its checksum."""
+
+    def _build_headers(
+        self,
+        host: str,
+        headers: DictType | None = None,
+        body: bytes | None = None,
+        creds: Credentials | None = None,
+    ) -> tuple[DictType, datetime]:
+        checksum = (headers or {}).get(_CHECKSUM)
+        if not isinstance(checksum, str):
+            return super()._build_headers(host, headers, body, creds)
+        built, date = super()._build_headers(host, headers, None, creds)
+        if not self._base_url.is_https:  # else the signature leaves the body to TLS
+            built["x-amz-content-sha256"] = base64.b64decode(checksum).hex()
+        return built, date
+
+
 def _client(config: StoreConfig, endpoint: str, pools: PoolManager) -> Minio:
     url = urlsplit(endpoint)
-    return Minio(
+    return _Client(
         url.netloc,
         access_key=config.access_key,
         secret_key=config.secret_key,

@@ -5,7 +5,7 @@ Only this package imports nats. What the life of a job needs of it is in `consum
 
 from consumer.bus.connection import Bus, BusUnavailable, connect
 from consumer.bus.dead_letters import DeadLetters, NoSuchLetter, StoredLetter
-from consumer.bus.delivery import Custody
+from consumer.bus.delivery import Custody, JetStreamDelivery
 from consumer.bus.front_door import Backend, FrontDoor
 from consumer.bus.notes import Notes
 from consumer.bus.publishing import JetStreamEvents
@@ -25,6 +25,7 @@ __all__ = [
     "DeadLetters",
     "Durable",
     "FrontDoor",
+    "JetStreamDelivery",
     "JetStreamEvents",
     "JetStreamQueue",
     "NoSuchLetter",

@@ -1,12 +1,12 @@
 """The runner that the daemon holds: cheap to make, it imports and loads everything in `load`."""
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 from consumer.ports import (
+    BatchMember,
     IsCancelled,
     ModelDescription,
     ModelUnavailable,
@@ -53,6 +53,12 @@ class LoadedModel(Protocol):
     ) -> RunnerOutput:
         """See `consumer.ports.Runner.run`."""
 
+    def batch_key(self, request: Request) -> Hashable | None:
+        """See `consumer.ports.Runner.batch_key`."""
+
+    def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
+        """See `consumer.ports.Runner.run_batch`."""
+
     def close(self) -> None:
         """Give the device's memory back."""
 
@@ -76,8 +82,7 @@ class ModelRunner:
         Raises:
             ModelUnavailable: With one clear line that has no path in it.
         """
-        libraries.torch_to_root()
-        model: LoadedModel = importlib.import_module(_MODULES[self._task]).load(self._config)
+        model: LoadedModel = libraries.import_with_all(_MODULES[self._task]).load(self._config)
         from consumer.runners import first_run, options
 
         if settings := options.shown_by_a_run(self._config):
@@ -115,6 +120,14 @@ class ModelRunner:
             on_preview=on_preview,
             save_memory=save_memory,
         )
+
+    def batch_key(self, request: Request) -> Hashable | None:
+        """What requests have in common that can run as one; None: it runs alone."""
+        return self._loaded().batch_key(request)
+
+    def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
+        """Run several as one; see `consumer.ports.Runner.run_batch` for what it raises."""
+        return self._loaded().run_batch(members)
 
     def close(self) -> None:
         """Let go of the weights; once more is no fault."""

@@ -28,8 +28,10 @@ class InferenceThread:
         """Whether a call is under way, which nothing from outside can end."""
         return any(call.running() for call in tuple(self._running))
 
-    async def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function in the thread, with the caller's context variables.
+    def call(
+        self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
+        """Call a function in the thread, at once, with the caller's context variables.
 
         What it raises comes out here with its traceback, but without the local variables of the
         frames: they can be tensors, and whoever keeps the exception would keep them too.
@@ -37,10 +39,12 @@ class InferenceThread:
         Cancelling the caller does not stop a call that has begun: nothing can.
         """
         context = contextvars.copy_context()
-        submitted = [self._submit(partial(context.run, partial(function, *args, **kwargs)))]
-        # The traceback keeps this frame as well: neither the arguments nor the future stay in it.
-        del function, args, kwargs
-        return await submitted.pop()
+        running = self._executor.submit(
+            _call, partial(context.run, partial(function, *args, **kwargs))
+        )
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return asyncio.wrap_future(running)
 
     def close(self) -> None:
         """Take no more calls and drop those that have not begun; does not wait for the running one.
@@ -48,12 +52,6 @@ class InferenceThread:
         A thread that hangs keeps the interpreter from ending: leave by `os._exit` then.
         """
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _submit(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        running = self._executor.submit(_call, work)
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)
-        return asyncio.wrap_future(running)
 
 
 def _call(work: Callable[[], T]) -> T:

@@ -300,18 +300,20 @@ class RealWorld:
         parts.callback(inference.close)
         parts.callback(self.runner.close)
         numbers = {"ack_wait": durable.ack_wait, "max_attempts": 3, "stall_timeout": LONG, **limits}
-        self.execution = Execution(
+        events = JetStreamEvents(bus, self._subjects, ensure=ensure)
+        self._start = lambda: Execution(
             worker="worker-1",
             admission=Admission(self._task, self._subjects, self._settings.reply_prefixes),
             limits=Limits(**numbers),
             model=self.runner.load(),
             runner=self.runner,
             inference=inference,
-            events=JetStreamEvents(bus, self._subjects, ensure=ensure),
+            events=events,
             artifacts=self._artifacts,
             images=ImageCodec(),
             observer=self.observer,
         )
+        self.execution = self._start()
         notes = Notes(bus, self._subjects, self._task)
         custody = Custody(bus, durable.ack_wait, notes, Standby(self._settings))
         self._pull = PullLoop(bus, durable, ensure=ensure, custody=custody)
@@ -333,7 +335,10 @@ class RealWorld:
     async def work(self) -> int | None:
         delivery = await self._pull.next()
         assert delivery is not None
-        return await self.execution.handle(delivery)
+        code = await self.execution.handle(delivery)
+        if code is not None:  # the process ends, and its supervisor starts another one
+            self.execution = self._start()
+        return code
 
     async def left(self) -> int:
         return await self._sender.count(self._subjects.requests_stream)

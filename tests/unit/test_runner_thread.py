@@ -44,8 +44,8 @@ async def test_calls_do_not_overlap_and_keep_their_order(inference: InferenceThr
         go_on.wait(30)
         seen.append("slow")
 
-    first = asyncio.create_task(inference.call(slow))
-    second = asyncio.create_task(inference.call(seen.append, "quick"))
+    first = asyncio.ensure_future(inference.call(slow))
+    second = asyncio.ensure_future(inference.call(seen.append, "quick"))
     await asyncio.to_thread(begun.wait, 30)
     assert seen == []
     go_on.set()
@@ -130,9 +130,9 @@ async def test_closing_drops_what_has_not_begun_and_does_not_wait() -> None:
         go_on.wait(30)
         return "done"
 
-    running = asyncio.create_task(inference.call(slow))
+    running = asyncio.ensure_future(inference.call(slow))
     await asyncio.to_thread(begun.wait, 30)
-    waiting = asyncio.create_task(inference.call(int))
+    waiting = asyncio.ensure_future(inference.call(int))
     await asyncio.sleep(0)  # lets the task hand its call over
     assert inference.busy
     inference.close()

@@ -1,0 +1,254 @@
+"""The stage on the device: a job waits for its turn, the model runs, and whoever asks is told.
+
+The device is free for the next job as soon as the run has ended: encoding, storing and publishing
+happen beside the next run.
+"""
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import structlog
+
+from consumer.admission import Job
+from consumer.job import RanOutOfMemory, State, decide
+from consumer.ports import (
+    BatchMember,
+    DeviceLost,
+    Events,
+    Inference,
+    ModelDescription,
+    Observer,
+    OutOfMemory,
+    Runner,
+    RunnerOutput,
+)
+from consumer.run import Hanging, Steps, Stopped, watch
+from consumer.turns import Place, Turn, Turns
+from generation_contracts import (
+    ImageToTextRequest,
+    ProgressEvent,
+    StartedEvent,
+    TextToImageRequest,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+
+class Device:
+    """The loaded model, given to one job after another, or to several that go together.
+
+    Args:
+        turns: Who is next.
+        runner: The loaded model; used in the inference thread only, but for `check` and
+            `batch_key`.
+        inference: That thread.
+        model: What the runner says of itself.
+        events: The way to the bus.
+        event_fields: What every event of a job carries.
+        stall_timeout: Seconds without a step after which the inference thread is taken to hang.
+        observer: Told how long the device works.
+    """
+
+    def __init__(
+        self,
+        *,
+        turns: Turns,
+        runner: Runner,
+        inference: Inference,
+        model: ModelDescription,
+        events: Events,
+        event_fields: Callable[[Job], dict[str, Any]],
+        stall_timeout: float,
+        observer: Observer,
+    ) -> None:
+        self._turns = turns
+        self._runner = runner
+        self._inference = inference
+        self._model = model
+        self._events = events
+        self._event_fields = event_fields
+        self._stall_timeout = stall_timeout
+        self._observer = observer
+
+    async def run(self, job: Job, pictures: "Sequence[Image]") -> RunnerOutput:
+        """Wait for the job's turn, and run the model for it.
+
+        Raises:
+            Stopped: The job was asked to stop, while it waited or ran.
+            Hanging: The thread does not come to its next step.
+            Exception: What `Runner.run` raises.
+        """
+        steps = Steps()
+        member = BatchMember(job.seeded_request, pictures, steps, job.interrupt.ask)
+        turn = await self._turn(job, member)
+        try:
+            steps.begin_again()
+            job.advance(State.RUNNING)
+            if len(turn.members) > 1:
+                output = await self._run_together(job, turn, member, steps)
+                if output is not None:
+                    return output
+            async with turn.alone:
+                return await self._run_alone(job, turn, member, steps)
+        except (DeviceLost, Hanging):
+            self._turns.close()
+            raise
+        finally:
+            job.place.off_the_device()
+
+    async def _turn(self, job: Job, member: BatchMember) -> Turn:
+        began = time.monotonic()
+        several = self._turns.bounds.together > 1
+        key = self._runner.batch_key(member.request) if several else None
+        turn = await job.interrupt.during(job.place.its_turn(member, key))
+        waited = time.monotonic() - began
+        job.queued += waited
+        job.spent("waiting", waited)
+        return turn
+
+    async def _run_together(
+        self, job: Job, turn: Turn, member: BatchMember, steps: Steps
+    ) -> RunnerOutput | None:
+        """One run for all; None: it has failed, and each of them has to run alone.
+
+        Nobody can tell whose fault it was, and one bad request must not end the others.
+        """
+        first = turn.run is None
+        if turn.run is None:
+            turn.run = self._begin(turn, turn.places, self._runner.run_batch, turn.members)
+        await self._tell_start(job)
+        try:
+            outputs = await self._watch(job, turn.run, steps, shared=True)
+        except (Stopped, Hanging, DeviceLost):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it shows again in its own run
+            if first:
+                log.warning("batch_failed", of=len(turn.members), error=type(error).__name__)
+            return None
+        output: RunnerOutput | None = outputs[turn.members.index(member)]
+        if output is None:
+            raise AssertionError("a member of a batch without an output was not asked to stop")
+        return output
+
+    async def _run_alone(
+        self, job: Job, turn: Turn, member: BatchMember, steps: Steps
+    ) -> RunnerOutput:
+        try:
+            return await self._run_once(job, turn, member, steps, save_memory=False)
+        except OutOfMemory as error:
+            tried = error.tried
+        # Outside the except block: the traceback keeps the first run's tensors alive.
+        log.warning("out_of_memory", tried=tried)
+        again = decide(
+            RanOutOfMemory(saved_memory=False), attempt=job.attempt, max_attempts=job.attempt
+        )
+        try:
+            return await self._run_once(job, turn, member, steps, save_memory=again.save_memory)
+        except OutOfMemory as error:
+            tried = tuple(dict.fromkeys((*tried, *error.tried)))
+        raise OutOfMemory("twice", tried)
+
+    async def _run_once(
+        self, job: Job, turn: Turn, member: BatchMember, steps: Steps, *, save_memory: bool
+    ) -> RunnerOutput:
+        request = member.request
+        streams = isinstance(request, ImageToTextRequest) and request.stream
+        previews = isinstance(request, TextToImageRequest) and request.preview
+        again = job.told_start
+        told = steps.position != (0, 0)
+        steps.begin_again()
+        run = self._begin(
+            turn,
+            (job.place,),
+            self._runner.run,
+            request,
+            member.images,
+            on_step=steps,
+            cancelled=member.cancelled,
+            on_text=steps.add if streams else None,
+            on_preview=steps.see if previews else None,
+            save_memory=save_memory,
+        )
+        if not again:
+            await self._tell_start(job)
+        elif told:
+            await self._tell(job, steps)  # of step 0: what was told of the run before is over
+        try:
+            return await self._watch(job, run, steps)
+        finally:
+            del run  # for the reason given in `watch`
+
+    def _begin(
+        self,
+        turn: Turn,
+        places: tuple[Place, ...],
+        function: Callable[..., T],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> asyncio.Future[T]:
+        began = time.monotonic()
+        run = asyncio.ensure_future(self._inference.call(function, *args, **kwargs))
+        # A run that is given up on still ends some day, and its exception has no other reader.
+        run.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        run.add_done_callback(lambda _: self._observer.device_busy(time.monotonic() - began))
+        self._turns.begun(turn, run, *places)
+        return run
+
+    async def _watch(
+        self, job: Job, run: asyncio.Future[T], steps: Steps, *, shared: bool = False
+    ) -> T:
+        job.advance(State.RUNNING)
+        try:
+            return await watch(
+                run,
+                steps=steps,
+                interrupt=job.interrupt,
+                stall_timeout=self._stall_timeout,
+                publish=lambda: self._tell(job, steps),
+                shared=shared,
+            )
+        finally:
+            del run
+            seconds = time.monotonic() - steps.started
+            job.inference += seconds
+            job.spent("inference", seconds)
+
+    async def _tell_start(self, job: Job) -> None:
+        job.told_start = True
+        defaults = {
+            name: value for name, value in self._model.defaults.items() if value is not None
+        }
+        started = StartedEvent(
+            **self._event_fields(job),
+            queued=job.queued,
+            model=self._model.info,
+            defaults=defaults,
+        )
+        await self._events.publish_progress(started, trace_parent=job.envelope.trace_parent)
+        log.info("job_started", queued=round(job.queued, 3))
+
+    async def _tell(self, job: Job, steps: Steps) -> None:
+        text = steps.take_text()  # before the step, which then is that of the text or a later one
+        preview = steps.take_preview()
+        step, of = steps.position
+        of = max(of, step, 1)  # some schedulers take more steps than they were asked for
+        each = steps.seconds_per_step()
+        progress = ProgressEvent(
+            **self._event_fields(job),
+            step=step,
+            of=of,
+            seconds_per_step=each,
+            eta=None if each is None else each * (of - step),
+            text=text or None,
+            preview=None if preview is None else base64.b64encode(preview).decode(),
+        )
+        await self._events.publish_progress(progress, trace_parent=job.envelope.trace_parent)

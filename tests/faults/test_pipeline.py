@@ -1,0 +1,181 @@
+"""Several deliveries in one worker's hands: what runs beside what, and what becomes of them."""
+
+import signal
+
+import pytest
+
+from consumer.job import EXIT_DEVICE_LOST
+from tests.faults.holding import GO, ON
+from tests.faults.scene import Scene
+
+LONG = 200  # steps; two seconds of the quick model
+
+
+@pytest.fixture
+async def scene(scene: Scene) -> Scene:
+    """The installation, with three deliveries in flight, whose leases last."""
+    await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="60")
+    return scene
+
+
+def go_on(scene: Scene, moment: str) -> None:
+    (scene.folder / f"{moment}{GO}").touch()
+
+
+async def in_flight(scene: Scene, number: int) -> None:
+    """Return once so many deliveries are in the workers' hands."""
+    jetstream = scene.sender.jetstream()
+
+    async def there() -> bool:
+        stream, name = scene.subjects.requests_stream, str(scene.task)
+        return (await jetstream.consumer_info(stream, name)).num_ack_pending == number
+
+    await scene.until(there, f"{number} deliveries in flight")
+
+
+async def test_next_one_runs_while_an_output_is_stored(scene: Scene) -> None:
+    await scene.start("held_in_upload")
+    first = await scene.submit()
+    await scene.noted("upload")
+    others = [await scene.submit() for _ in range(3)]
+    await scene.noted("runs", 3)
+    results = [await scene.event(one) for one in others[:1]]
+    assert [one["type"] for one in results] == ["generation.v1.succeeded"]
+    assert await scene.events(first) == []
+    go_on(scene, "upload")
+    for one in (first, *others):
+        event = await scene.event(one)
+        assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
+    await scene.emptied()
+    assert scene.runs() == [first, *others], "the order of start is the order of the queue"
+
+
+async def test_one_at_a_time_where_the_queue_gives_one(scene: Scene) -> None:
+    await scene.apply(CONSUMER_MAX_ACK_PENDING="1")
+    await scene.start("held_in_upload")
+    first = await scene.submit()
+    second = await scene.submit()
+    await scene.noted("upload")
+    await in_flight(scene, 1)
+    assert scene.runs() == [first]
+    go_on(scene, "upload")
+    await scene.event(second)
+    assert scene.runs() == [first, second]
+
+
+async def test_no_more_than_the_workers_own_bound(scene: Scene) -> None:
+    await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
+    sent = [await scene.submit() for _ in range(3)]
+    await scene.noted("run")
+    other = await scene.start()
+    for one in sent[1:]:  # the second worker does all that the first has not
+        await scene.event(one)
+    assert other.alive
+    go_on(scene, "run")
+    await scene.event(sent[0])
+
+
+async def test_each_delivery_in_flight_has_its_heartbeat(scene: Scene) -> None:
+    await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="1")
+    await scene.start("held_in_run")
+    sent = [await scene.submit() for _ in range(2)]
+    await scene.noted("run")
+    await in_flight(scene, 2)
+    other = await scene.start()  # would get what is not renewed
+    third = await scene.submit(steps=LONG)  # longer than a lease
+    assert (await scene.event(third))["type"] == "generation.v1.succeeded"
+    go_on(scene, "run")
+    for one in sent:
+        assert (await scene.event(one))["attempt"] == 1
+    assert other.alive
+    assert sorted(scene.runs()) == sorted([*sent, third])
+
+
+async def test_killed_worker_gives_all_of_them_to_another(scene: Scene) -> None:
+    await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="2")
+    worker = await scene.start("held_in_run")
+    sent = [await scene.submit() for _ in range(2)]
+    await scene.noted("run")
+    await in_flight(scene, 2)
+    worker.kill()
+    await scene.start()
+    for one in sent:
+        assert (await scene.event(one))["type"] == "generation.v1.succeeded"
+    await scene.emptied()
+    assert sorted(scene.runs()) == sorted([sent[0], *sent]), "only what ran is run again"
+
+
+async def test_draining_worker_gives_back_what_has_not_begun(scene: Scene) -> None:
+    worker = await scene.start("held_in_run")
+    running = await scene.submit()
+    waiting = await scene.submit()
+    await scene.noted("run")
+    await in_flight(scene, 2)
+    worker.signal(signal.SIGTERM)
+    await scene.logged(worker, "given_back")
+    await scene.start()
+    event = await scene.event(waiting)
+    assert event["type"] == "generation.v1.succeeded"
+    assert worker.alive
+    go_on(scene, "run")
+    assert (await scene.event(running))["attempt"] == 1
+    assert await scene.ended(worker) == 0
+    assert scene.runs() == [running, waiting]
+
+
+async def test_draining_worker_finishes_what_it_is_storing(scene: Scene) -> None:
+    worker = await scene.start("held_in_upload")
+    storing = await scene.submit()
+    await scene.noted("upload")
+    running = await scene.submit(steps=LONG)
+    await scene.noted("runs", 2)
+    worker.signal(signal.SIGTERM)
+    await scene.logged(worker, '"times": 1')
+    go_on(scene, "upload")
+    for one in (storing, running):
+        assert (await scene.event(one))["attempt"] == 1
+    assert await scene.ended(worker) == 0
+
+
+async def test_grace_that_is_over_ends_all_of_them(scene: Scene) -> None:
+    worker = await scene.start("held_in_upload", CONSUMER_DRAIN_GRACE="0.1")
+    storing = await scene.submit()
+    await scene.noted("upload")
+    running = await scene.submit(steps=LONG)
+    await scene.noted("runs", 2)
+    worker.signal(signal.SIGTERM)
+    assert await scene.ended(worker) == 0
+    assert await scene.left() == 2
+    await scene.start()
+    for one in (storing, running):
+        assert (await scene.event(one))["type"] == "generation.v1.succeeded"
+
+
+async def test_lost_device_is_given_to_no_other(scene: Scene) -> None:
+    worker = await scene.start("device_lost")
+    lost = await scene.submit()
+    await scene.noted("at_the_place")
+    waiting = await scene.submit()
+    await in_flight(scene, 2)
+    (scene.folder / "lose").touch()
+    assert await scene.ended(worker) == EXIT_DEVICE_LOST
+    assert worker.log_since_start().count("given_back") == 2
+    assert scene.runs() == [lost], "nothing more is begun on a lost device"
+    await scene.start()
+    for one in (lost, waiting):
+        assert (await scene.event(one))["type"] == "generation.v1.succeeded"
+
+
+async def test_waiting_one_is_cancelled_without_a_run(scene: Scene) -> None:
+    await scene.start("held_in_run")
+    running = await scene.submit()
+    waiting = await scene.submit()
+    await scene.noted("run")
+    await in_flight(scene, 2)
+    answer = await scene.sender.request(scene.subjects.cancel(waiting), b"", timeout=10)
+    assert b"stopping" in answer.data
+    assert (await scene.event(waiting))["type"] == "generation.v1.cancelled"
+    go_on(scene, "run")
+    await scene.noted(f"run{ON}")
+    await scene.event(running)
+    assert scene.runs() == [running]

@@ -1,0 +1,282 @@
+"""Several requests in one run of the model: each keeps its event, failure, cancel and deadline."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from typing import Any
+
+import pytest
+
+from consumer import run as running
+from consumer.job import EXIT_DEVICE_LOST, State
+from consumer.ports import (
+    BatchMember,
+    DeviceLost,
+    Interrupted,
+    ModelError,
+    OutOfMemory,
+    RunnerOutput,
+)
+from consumer.run import Reason
+from consumer.turns import Bounds
+from generation_contracts import FailedEvent, ProgressEvent, Request, SucceededEvent, Task
+from tests.behaviour import asking, failure, soon
+from tests.memory_ports import POLL, Run, ScriptedRunner, make
+from tests.memory_world import MemoryWorld
+
+TOGETHER = 3
+
+
+class BatchingRunner(ScriptedRunner):
+    """A model for which all requests of one width go together.
+
+    Attributes:
+        batches: The request ids of every run of several.
+        refusal: Makes what a run of several raises.
+        poisoned: The prompt of a request whose own run raises.
+        held: Whether a run of several waits until it is let go.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[list[str | None]] = []
+        self.refusal: Callable[[], Exception] | None = None
+        self.poisoned = "poison"
+        self.begun = threading.Event()
+        self.let_go = threading.Event()
+        self.let_go.set()
+
+    def batch_key(self, request: Request) -> Hashable | None:
+        return None if request.metadata.get("alone") else getattr(request, "width", None)
+
+    def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
+        self.batches.append([member.request.request_id for member in members])
+        going_on = dict.fromkeys(range(len(members)), True)
+        self.begun.set()
+        step = 0
+        while going_on and (step == 0 or not self.let_go.wait(POLL)):
+            step += 1
+            for number in [*going_on]:
+                members[number].on_step(min(step, 9), 9)
+                if members[number].cancelled():
+                    del going_on[number]
+        if not going_on:
+            raise Interrupted
+        if self.refusal is not None:
+            raise self.refusal()
+        return [
+            make(_run_of(member)) if number in going_on else None
+            for number, member in enumerate(members)
+        ]
+
+    def run(self, request: Request, *args: Any, **kwargs: Any) -> RunnerOutput:
+        if request.prompt == self.poisoned:
+            raise ModelError("PoisonError")
+        return super().run(request, *args, **kwargs)
+
+    def close(self) -> None:
+        self.let_go.set()
+        super().close()
+
+
+def _run_of(member: BatchMember) -> Run:
+    return Run(
+        member.request,
+        tuple(member.images),
+        member.on_step,
+        member.cancelled,
+        on_text=None,
+        save_memory=False,
+    )
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[MemoryWorld]:
+    made = MemoryWorld(
+        runner=BatchingRunner(), bounds=Bounds(in_flight=10, together=TOGETHER, window=5.0)
+    )
+    yield made
+    made.close()
+
+
+def model(world: MemoryWorld) -> BatchingRunner:
+    assert isinstance(world.runner, BatchingRunner)
+    return world.runner
+
+
+async def begin(world: MemoryWorld, *ids: str, **fields: Any) -> list["asyncio.Task[int | None]"]:
+    """Send requests of one size, and begin to handle them."""
+    for request_id in ids:
+        await world.send(asking(request_id, width=64, **fields), request_id=request_id)
+    return [asyncio.create_task(world.work()) for _ in ids]
+
+
+async def until_begun(world: MemoryWorld) -> None:
+    await soon(asyncio.to_thread(model(world).begun.wait))
+
+
+async def test_each_member_has_its_own_events_and_output(world: MemoryWorld) -> None:
+    await soon(asyncio.gather(*await begin(world, "a", "b", "c")))
+    assert model(world).batches == [["a", "b", "c"]]
+    assert model(world).runs == []
+    outputs = set()
+    for request_id in ("a", "b", "c"):
+        event = await world.result(request_id)
+        assert isinstance(event, SucceededEvent)
+        told = [one.sequence for one in await world.news(request_id)]
+        assert [*told, event.sequence] == [*range(len(told) + 1)]
+        outputs.add(event.outputs[0].sha256)  # type: ignore[union-attr]
+        assert event.timings.inference > 0
+    assert len(outputs) == 3, "each has the picture of its own seed"
+    assert await world.left() == 0
+
+
+async def test_device_is_busy_once_for_all(world: MemoryWorld) -> None:
+    await soon(asyncio.gather(*await begin(world, "a", "b", "c")))
+    assert len(world.observer.busy) == 1
+
+
+async def test_another_size_and_what_runs_alone_are_not_in_it(world: MemoryWorld) -> None:
+    handling = await begin(world, "a", "b")
+    await world.send(asking("other", width=128))
+    await world.send(asking("alone", width=64, metadata={"alone": "yes"}))
+    handling += [asyncio.create_task(world.work()) for _ in range(2)]
+    await soon(asyncio.gather(*handling))
+    assert model(world).batches == [["a", "b"]]
+    assert [run.request.request_id for run in model(world).runs] == ["other", "alone"]
+
+
+async def test_failed_batch_is_run_one_by_one_so_that_the_bad_one_fails_alone(
+    world: MemoryWorld,
+) -> None:
+    model(world).refusal = lambda: ModelError("PoisonError")
+    await world.send(asking("a", width=64))
+    await world.send(asking("bad", width=64).replace(b"a red circle", b"poison"))
+    await world.send(asking("c", width=64))
+    await soon(asyncio.gather(*(asyncio.create_task(world.work()) for _ in range(3))))
+    assert model(world).batches == [["a", "bad", "c"]]
+    assert isinstance(await world.result("a"), SucceededEvent)
+    assert isinstance(await world.result("c"), SucceededEvent)
+    assert await world.result("bad") is None, "it is tried again"
+    assert await world.left() == 1
+    for _ in range(2):
+        await soon(world.work())
+    assert failure(await world.result("bad")) == "model_error"
+
+
+@pytest.mark.parametrize("error", [OutOfMemory("the batch"), KeyError("key")])
+async def test_batch_that_cannot_be_run_is_no_failure_of_its_members(
+    world: MemoryWorld, error: Exception
+) -> None:
+    model(world).refusal = lambda: error
+    await soon(asyncio.gather(*await begin(world, "a", "b", "c")))
+    for request_id in ("a", "b", "c"):
+        assert isinstance(await world.result(request_id), SucceededEvent)
+    assert [run.save_memory for run in model(world).runs] == [False] * 3
+
+
+async def test_progress_of_a_batch_is_told_to_each(
+    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "PROGRESS_INTERVAL", POLL)
+    model(world).let_go.clear()
+    handling = await begin(world, "a", "b", "c")
+    for request_id in ("a", "b", "c"):
+        while len(await world.news(request_id)) < 2:
+            await asyncio.wait(handling, timeout=POLL)
+    model(world).let_go.set()
+    await soon(asyncio.gather(*handling))
+    for request_id in ("a", "b", "c"):
+        progress = (await world.news(request_id))[1]
+        assert isinstance(progress, ProgressEvent)
+
+
+async def test_cancelled_member_ends_at_its_next_step_and_the_others_go_on(
+    world: MemoryWorld,
+) -> None:
+    model(world).let_go.clear()
+    handling = await begin(world, "a", "b", "c")
+    await until_begun(world)
+    assert await world.execution.withdraw("b")
+    await soon(handling[1])
+    assert (await world.result("b")).type == "generation.v1.cancelled"  # type: ignore[union-attr]
+    assert (await world.result("a"), await world.result("c")) == (None, None)
+    model(world).let_go.set()
+    await soon(asyncio.gather(*handling))
+    assert isinstance(await world.result("a"), SucceededEvent)
+    assert isinstance(await world.result("c"), SucceededEvent)
+
+
+async def test_batch_of_which_all_are_cancelled_frees_the_device(world: MemoryWorld) -> None:
+    model(world).let_go.clear()
+    handling = await begin(world, "a", "b", "c")
+    await until_begun(world)
+    for request_id in ("a", "b", "c"):
+        await world.execution.withdraw(request_id)
+    await soon(asyncio.gather(*handling))
+    await world.send(asking("after"))
+    await soon(world.work())
+    assert isinstance(await world.result("after"), SucceededEvent)
+
+
+async def test_deadline_of_one_member_ends_that_one(world: MemoryWorld) -> None:
+    model(world).let_go.clear()
+    handling = await begin(world, "a", "b", "c")
+    await until_begun(world)
+    world.execution.interrupt(Reason.DEADLINE, "a")
+    await soon(handling[0])
+    event = await world.result("a")
+    assert isinstance(event, FailedEvent)
+    assert failure(event) == "deadline_exceeded"
+    model(world).let_go.set()
+    await soon(asyncio.gather(*handling))
+    assert isinstance(await world.result("b"), SucceededEvent)
+
+
+async def test_member_cancelled_while_it_waits_is_in_no_batch(world: MemoryWorld) -> None:
+    hold = world.runner.will_hold()
+    await world.send(asking("first"))
+    first = asyncio.create_task(world.work())
+    await soon(hold.begun())
+    handling = await begin(world, "a", "b", "c")
+    while [job.state for job in world.execution._jobs[1:]] != [State.ADMITTED] * 3:
+        await asyncio.wait(handling, timeout=POLL)
+    await world.execution.withdraw("b")
+    await soon(handling[1])
+    hold.release()
+    await soon(asyncio.gather(first, *handling))
+    assert model(world).batches == [["a", "c"]]
+
+
+async def test_lost_device_gives_all_members_back(world: MemoryWorld) -> None:
+    model(world).refusal = lambda: DeviceLost("gone")
+    codes = await soon(asyncio.gather(*await begin(world, "a", "b", "c")))
+    assert codes == [EXIT_DEVICE_LOST] * 3
+    assert await world.left() == 3
+    assert model(world).runs == []
+
+
+async def test_drain_gives_all_members_back(world: MemoryWorld) -> None:
+    model(world).let_go.clear()
+    handling = await begin(world, "a", "b", "c")
+    await until_begun(world)
+    world.execution.interrupt(Reason.DRAIN)
+    await soon(asyncio.gather(*handling))
+    assert await world.left() == 3
+    assert world.observer.outcomes == ["given_back"] * 3
+
+
+async def test_texts_go_together_too() -> None:
+    world = MemoryWorld(
+        task=Task.IMAGE_TO_TEXT,
+        runner=BatchingRunner(),
+        bounds=Bounds(in_flight=4, together=2, window=5.0),
+    )
+    model(world).batch_key = lambda _: "text"  # type: ignore[method-assign]
+    await world.put_object("in", world.picture)
+    for request_id in ("a", "b"):
+        await world.send(asking(request_id, images=[world.source("in")]))
+    await soon(asyncio.gather(*(asyncio.create_task(world.work()) for _ in range(2))))
+    world.close()
+    assert model(world).batches == [["a", "b"]]
+    assert isinstance(await world.result("b"), SucceededEvent)

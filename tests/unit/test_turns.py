@@ -1,0 +1,245 @@
+"""Who has the device, who waits, and whether there is room: without a model, a bus or a store."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from consumer.ports import BatchMember
+from consumer.turns import Bounds, Place, Turn, Turns
+from generation_contracts import TextToImageRequest
+
+LONG = 3_600.0  # seconds
+
+
+def member() -> BatchMember:
+    return BatchMember(TextToImageRequest(prompt="a"), (), lambda *_: None, lambda: False)
+
+
+def waiting(place: Place, key: object = None) -> "asyncio.Task[Turn]":
+    return asyncio.ensure_future(place.its_turn(member(), key))
+
+
+async def settle_down() -> None:
+    """Let everything that can go on go on."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_first_one_has_its_turn_at_once() -> None:
+    turn = await Turns().join().its_turn(member(), None)
+    assert len(turn.members) == 1
+
+
+async def test_turns_are_in_the_order_of_delivery_not_of_getting_ready() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    first, second, third = (turns.join() for _ in range(3))
+    late, later = waiting(third), waiting(second)
+    await settle_down()
+    assert not late.done()
+    assert not later.done()
+    assert await first.its_turn(member(), None)
+    first.off_the_device()
+    await settle_down()
+    assert later.done()
+    assert not late.done()
+    second.off_the_device()
+    await settle_down()
+    assert late.done()
+
+
+async def test_device_is_not_free_while_a_run_goes_on_that_nobody_waits_for() -> None:
+    turns = Turns(Bounds(in_flight=2))
+    first, second = turns.join(), turns.join()
+    turn = await first.its_turn(member(), None)
+    run: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    turns.begun(turn, run)
+    first.off_the_device()
+    next_one = waiting(second)
+    await settle_down()
+    assert not next_one.done()
+    run.set_result(None)
+    await settle_down()
+    assert next_one.done()
+
+
+async def test_who_leaves_the_line_makes_way() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    first, second, third = (turns.join() for _ in range(3))
+    await first.its_turn(member(), None)
+    given_up, last = waiting(second), waiting(third)
+    await settle_down()
+    given_up.cancel()
+    await settle_down()
+    first.off_the_device()
+    second.leave()
+    await settle_down()
+    assert last.done()
+
+
+async def test_room_is_for_so_many_in_flight() -> None:
+    turns = Turns(Bounds(in_flight=2))
+    first = turns.join()
+    await first.its_turn(member(), None)
+    first.off_the_device()  # on its way out
+    second = turns.join()
+    await second.its_turn(member(), None)
+    room = asyncio.ensure_future(turns.room())
+    await settle_down()
+    assert not room.done()
+    first.leave()
+    await settle_down()
+    assert room.done()
+
+
+async def test_no_more_than_one_waits_for_the_device() -> None:
+    turns = Turns(Bounds(in_flight=10))
+    first = turns.join()
+    await first.its_turn(member(), None)
+    second = turns.join()
+    room = asyncio.ensure_future(turns.room())
+    await settle_down()
+    assert not room.done()
+    first.off_the_device()
+    await second.its_turn(member(), None)
+    await settle_down()
+    assert room.done()
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+async def test_one_after_another_at_one_and_never_more_than_the_bound(in_flight: int) -> None:
+    turns = Turns(Bounds(in_flight=in_flight))
+    most = now = 0
+
+    async def handle(place: Place) -> None:
+        nonlocal now
+        await place.its_turn(member(), None)
+        await asyncio.sleep(0)
+        place.off_the_device()
+        await asyncio.sleep(0)
+        now -= 1
+        place.leave()
+
+    handling = []
+    for _ in range(20):
+        await turns.room()
+        now += 1
+        most = max(most, now)
+        handling.append(asyncio.ensure_future(handle(turns.join())))
+    await asyncio.gather(*handling)
+    assert most == in_flight
+
+
+async def test_waits_behind_another() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    first, second = turns.join(), turns.join()
+    assert not turns.waits_behind_another(first)
+    assert turns.waits_behind_another(second)
+    await first.its_turn(member(), None)
+    assert not turns.waits_behind_another(first)
+    assert turns.waits_behind_another(second)
+    first.off_the_device()
+    assert not turns.waits_behind_another(second)
+
+
+# -- several together -----------------------------------------------------------------------------
+
+
+async def busy(turns: Turns) -> Place:
+    """Occupy the device, so that others have to wait."""
+    place = turns.join()
+    await place.its_turn(member(), None)
+    return place
+
+
+async def test_those_that_go_together_have_their_turn_together() -> None:
+    turns = Turns(Bounds(in_flight=10, together=3))
+    first = await busy(turns)
+    places = [turns.join() for _ in range(4)]
+    granted = [waiting(place, "small") for place in places]
+    await settle_down()
+    first.off_the_device()
+    await settle_down()
+    assert [one.done() for one in granted] == [True, True, True, False]
+    assert granted[0].result() is granted[2].result()
+    assert granted[0].result().members == tuple(place.member for place in places[:3])
+
+
+async def test_one_that_does_not_fit_ends_a_batch_and_is_not_overtaken() -> None:
+    turns = Turns(Bounds(in_flight=10, together=4, window=LONG))
+    first = await busy(turns)
+    places = [turns.join() for _ in range(3)]
+    granted = [waiting(place, key) for place, key in zip(places, "aba", strict=True)]
+    await settle_down()
+    first.off_the_device()
+    await settle_down()
+    assert [one.done() for one in granted] == [True, False, False]
+
+
+async def test_without_a_key_each_runs_alone() -> None:
+    turns = Turns(Bounds(in_flight=10, together=4))
+    first = await busy(turns)
+    granted = [waiting(turns.join()) for _ in range(2)]
+    await settle_down()
+    first.off_the_device()
+    await settle_down()
+    assert [one.done() for one in granted] == [True, False]
+
+
+async def test_device_is_free_when_the_last_of_a_batch_lets_go() -> None:
+    turns = Turns(Bounds(in_flight=10, together=2))
+    first = await busy(turns)
+    one, other, after = (turns.join() for _ in range(3))
+    granted = [waiting(place, "a") for place in (one, other, after)]
+    await settle_down()
+    first.off_the_device()
+    await settle_down()
+    one.off_the_device()
+    await settle_down()
+    assert not granted[2].done()
+    other.leave()
+    await asyncio.wait_for(granted[2], LONG)
+
+
+async def test_window_ends_the_wait_for_others() -> None:
+    turns = Turns(Bounds(in_flight=10, together=4, window=0.05))
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    turn = await turns.join().its_turn(member(), "a")
+    assert loop.time() - began >= 0.04
+    assert len(turn.members) == 1
+
+
+async def test_window_is_not_waited_for_once_it_is_full() -> None:
+    turns = Turns(Bounds(in_flight=10, together=2, window=LONG))
+    granted = [waiting(turns.join(), "a") for _ in range(2)]
+    async with asyncio.timeout(10):
+        assert len((await granted[0]).members) == 2
+
+
+async def test_window_of_one_that_runs_alone_is_not_waited_for() -> None:
+    turns = Turns(Bounds(in_flight=10, together=2, window=LONG))
+    async with asyncio.timeout(10):
+        await turns.join().its_turn(member(), None)
+
+
+async def test_time_behind_another_run_counts_as_the_window() -> None:
+    turns = Turns(Bounds(in_flight=10, together=2, window=0.02))
+    first = await busy(turns)
+    granted = waiting(turns.join(), "a")
+    await asyncio.sleep(0.05)
+    first.off_the_device()
+    await settle_down()
+    assert granted.done()
+
+
+async def test_lost_device_is_given_to_nobody() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    first, second = turns.join(), turns.join()
+    await first.its_turn(member(), None)
+    next_one = waiting(second)
+    turns.close()
+    first.off_the_device()
+    await settle_down()
+    assert not next_one.done()
+    assert turns.waits_behind_another(second)
