@@ -13,6 +13,7 @@ from torchvision.io import ImageReadMode, decode_png
 from consumer import png
 from consumer.images import ImageCodec
 from consumer.png import COLOUR_TYPES, write_png
+from tests.bench.encoders import lets_go
 
 # torchvision gives its decoders away to another package.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -110,3 +111,9 @@ def test_one_transparent_colour_is_written_over_white() -> None:
     image.info["transparency"] = (0, 0, 255)
     opened = by_pillow(ImageCodec().encode(image, "png", seed=0).data)
     assert opened.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_other_threads_run_while_a_picture_is_compressed(compressor: str) -> None:
+    image = noise("RGB", (2000, 1500))
+    filtered = png._filtered(image)
+    assert lets_go(lambda _: png._compressed(filtered), image)
