@@ -108,7 +108,8 @@ class Device:
         began = time.monotonic()
         several = self._turns.bounds.together > 1
         key = self._runner.batch_key(member.request) if several else None
-        turn = await job.interrupt.during(job.place.its_turn(member, key))
+        granted = job.place.its_turn(member, key)
+        turn = granted.result() if granted.done() else await job.interrupt.during(granted)
         waited = time.monotonic() - began
         job.queued += waited
         job.spent("waiting", waited)
@@ -133,6 +134,8 @@ class Device:
             if first:
                 log.warning("batch_failed", of=len(turn.members), error=type(error).__name__)
             return None
+        finally:
+            turn.had_its_part()
         output: RunnerOutput | None = outputs[turn.members.index(member)]
         if output is None:
             raise AssertionError("a member of a batch without an output was not asked to stop")

@@ -45,6 +45,7 @@ class Turn:
         self.alone = asyncio.Lock()
         self.run: asyncio.Future[Any] | None = None  # of all together, once one has begun it
         self.places = places
+        self._parts = len(places)
         self._holding = set(places)
         self._under_way: set[asyncio.Future[Any]] = set()
 
@@ -60,8 +61,12 @@ class Turn:
     def let_go(self, place: "Place") -> None:
         """One of the members needs the device no more."""
         self._holding.discard(place)
-        if not self._holding:
-            self.run = None  # for the same reason
+
+    def had_its_part(self) -> None:
+        """One of the members is done with the run of all together."""
+        self._parts -= 1
+        if not self._parts:
+            self.run = None  # for the reason given in `ended`
 
     @property
     def over(self) -> bool:
@@ -84,8 +89,8 @@ class Place:
         self.granted: asyncio.Future[Turn] | None = None
         self.turn: Turn | None = None
 
-    async def its_turn(self, member: BatchMember, key: Hashable | None) -> Turn:
-        """Wait for the device.
+    def its_turn(self, member: BatchMember, key: Hashable | None) -> asyncio.Future[Turn]:
+        """Ask for the device; the future's result is there as soon as it is free.
 
         Args:
             member: What the runner needs.
@@ -93,9 +98,9 @@ class Place:
         """
         self.member, self.key = member, key
         self.ready_since = time.monotonic()
-        self.granted = asyncio.get_running_loop().create_future()
+        self.granted = granted = asyncio.get_running_loop().create_future()
         self._turns.advance()
-        return await self.granted
+        return granted
 
     def off_the_device(self) -> None:
         """It waits for the device no more, or has no more use for it; once more is no fault."""

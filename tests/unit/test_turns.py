@@ -16,8 +16,8 @@ def member() -> BatchMember:
     return BatchMember(TextToImageRequest(prompt="a"), (), lambda *_: None, lambda: False)
 
 
-def waiting(place: Place, key: object = None) -> "asyncio.Task[Turn]":
-    return asyncio.ensure_future(place.its_turn(member(), key))
+def waiting(place: Place, key: object = None) -> "asyncio.Future[Turn]":
+    return place.its_turn(member(), key)
 
 
 async def settle_down() -> None:
