@@ -106,7 +106,7 @@ class Device:
 
     async def _turn(self, job: Job, member: BatchMember) -> Turn:
         began = time.monotonic()
-        several = self._turns.bounds.together > 1
+        several = self._turns.bounds.together > 1 and not job.place.suspect
         key = self._runner.batch_key(member.request) if several else None
         granted = job.place.its_turn(member, key)
         turn = granted.result() if granted.done() else await job.interrupt.during(granted)

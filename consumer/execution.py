@@ -154,7 +154,9 @@ class Execution:
         Returns:
             An exit code when this process must end (device lost, thread hung), else None.
         """
-        return await self._take(delivery, self._stages, self._turns.join())
+        return await self._take(
+            delivery, self._stages, self._turns.join(suspect=delivery.attempt > 1)
+        )
 
     async def put_aside(self, delivery: Delivery) -> None:
         """Conclude a request that no worker will be given any more, without running it."""
@@ -251,7 +253,7 @@ class Execution:
     async def _stages(self, job: Job) -> Outcome:
         timer: asyncio.TimerHandle | None = None
         try:
-            if job.delivery.attempt > 1:
+            if job.place.suspect:
                 await self._read_notes(job)
             request = self._read(job)
             if request.deadline is not None:
@@ -283,6 +285,10 @@ class Execution:
         return outcomes.WorkerLost()
 
     async def _read_notes(self, job: Job) -> None:
+        if job.place.in_company:
+            # If the worker dies now, it may be of another one: what waits behind a request that
+            # kills three workers must not be put aside with it.
+            await job.delivery.discount()
         job.releases = await job.delivery.releases()
         job.withdrawn = await job.delivery.withdrawn()
         if job.withdrawn:

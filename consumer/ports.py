@@ -86,8 +86,11 @@ class Delivery(Protocol):
         Never raises: it is what a process does that ends.
         """
 
+    async def discount(self) -> None:
+        """Note that this delivery is no try, whatever becomes of it. Never raises."""
+
     async def releases(self) -> int:
-        """How many earlier deliveries of the request were released."""
+        """How many deliveries of the request were released or discounted."""
 
     async def withdraw(self) -> None:
         """Note that it is cancelled, for the next worker should this one die. Never raises."""

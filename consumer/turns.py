@@ -78,11 +78,15 @@ class Place:
     """One request among those in hand; `Turns.join` makes it.
 
     Attributes:
+        suspect: Whether its last worker may have died of it.
+        in_company: Whether others were in hand when it came.
         member: What the runner needs of it, from the time it is ready to the end of its turn.
     """
 
-    def __init__(self, turns: "Turns") -> None:
+    def __init__(self, turns: "Turns", *, suspect: bool, in_company: bool) -> None:
         self._turns = turns
+        self.suspect = suspect
+        self.in_company = in_company
         self.member: BatchMember | None = None
         self.key: Hashable | None = None
         self.ready_since: float | None = None
@@ -126,9 +130,14 @@ class Turns:
         self._closing: asyncio.TimerHandle | None = None  # ends the window
         self._changed = asyncio.Event()
 
-    def join(self) -> Place:
-        """A place behind all others."""
-        place = Place(self)
+    def join(self, *, suspect: bool = False) -> Place:
+        """A place behind all others.
+
+        Args:
+            suspect: Its last worker may have died of it. Until it is settled there is no room for
+                others: should this worker die as well, it is known of whom.
+        """
+        place = Place(self, suspect=suspect, in_company=bool(self._in_hand))
         self._in_hand.add(place)
         self._waiting.append(place)
         return place
@@ -139,11 +148,16 @@ class Turns:
         No more than one run's requests wait for the device: another worker may have one that is
         idle.
         """
-        while len(self._in_hand) >= self.bounds.in_flight or (
-            len(self._waiting) >= self.bounds.together
-        ):
+        while not self._has_room():
             self._changed.clear()
             await self._changed.wait()
+
+    def _has_room(self) -> bool:
+        return (
+            len(self._in_hand) < self.bounds.in_flight
+            and len(self._waiting) < self.bounds.together
+            and not any(place.suspect for place in self._in_hand)
+        )
 
     def waits_behind_another(self, place: Place) -> bool:
         """Whether a place is not the next one, or the device is not free."""

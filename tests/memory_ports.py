@@ -137,9 +137,12 @@ class MemoryDelivery:
         await self._settle("nak")
 
     async def release(self) -> None:
+        await self.discount()
+        await self._settle("release")
+
+    async def discount(self) -> None:
         if not self.queue.outage.away:  # the real one notes it soon or not at all
             self.queue.released[self.stream_sequence].add(self.attempt)
-        await self._settle("release")
 
     async def releases(self) -> int:
         await self.queue.outage.over()
@@ -200,7 +203,7 @@ class MemoryQueue:
 
     def __init__(self, journal: list[str], outage: Outage, *, max_deliver: int = 30) -> None:
         self.max_deliver = max_deliver
-        self.stream = "GENERATION_REQUESTS"
+        self.stream = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
         self.outage = outage
         self.in_hand: list[MemoryDelivery] = []
         self.stranded: list[MemoryDelivery] = []

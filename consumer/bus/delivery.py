@@ -76,11 +76,15 @@ class JetStreamDelivery:
 
     async def release(self) -> None:
         """Give it back at once; a note says that it was no try."""
-        await self._custody.notes.release(place_of(self), self.attempt)
+        await self.discount()
         await self.nak()
 
+    async def discount(self) -> None:
+        """Note that this delivery is no try; a second note of it is harmless."""
+        await self._custody.notes.release(place_of(self), self.attempt)
+
     async def releases(self) -> int:
-        """How many earlier deliveries of this message were released; waits for the bus."""
+        """How many deliveries of this message were no tries; waits for the bus."""
         return await self._custody.notes.releases(place_of(self))
 
     async def withdraw(self) -> None:

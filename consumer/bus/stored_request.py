@@ -13,7 +13,7 @@ log = structlog.get_logger()
 
 
 class RequestInStream:
-    """A message of the request stream without a delivery; implements `consumer.ports.Delivery`.
+    """A message of a request stream without a delivery; implements `consumer.ports.Delivery`.
 
     To settle it is to delete it from its stream; until then it stays where it is.
 
@@ -49,6 +49,9 @@ class RequestInStream:
 
     async def release(self) -> None:
         """Leave it where it is."""
+
+    async def discount(self) -> None:
+        """Tries are over for it."""
 
     async def releases(self) -> int:
         """What was given back on purpose does not matter any more."""

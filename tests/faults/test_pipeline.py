@@ -4,10 +4,12 @@ import signal
 
 import pytest
 
+from consumer.devstack import Daemon
 from consumer.job import EXIT_DEVICE_LOST
 from tests.faults.holding import GO, ON
 from tests.faults.scene import Scene
 
+POISON_STEPS = 30  # its worker dies with the last one
 LONG = 200  # steps; two seconds of the quick model
 
 
@@ -27,7 +29,7 @@ async def in_flight(scene: Scene, number: int) -> None:
     jetstream = scene.sender.jetstream()
 
     async def there() -> bool:
-        stream, name = scene.subjects.requests_stream, str(scene.task)
+        stream, name = scene.subjects.requests_stream(scene.task), str(scene.task)
         return (await jetstream.consumer_info(stream, name)).num_ack_pending == number
 
     await scene.until(there, f"{number} deliveries in flight")
@@ -179,3 +181,24 @@ async def test_waiting_one_is_cancelled_without_a_run(scene: Scene) -> None:
     await scene.noted(f"run{ON}")
     await scene.event(running)
     assert scene.runs() == [running]
+
+
+@pytest.mark.timeout(300)  # seconds; a dozen workers are started
+async def test_what_waits_behind_a_poison_is_not_put_aside_with_it(scene: Scene) -> None:
+    await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="1")
+    poisons = [await scene.submit(prompt="poison", steps=POISON_STEPS) for _ in range(3)]
+    harmless = [await scene.submit() for _ in range(2)]
+    deaths = 0
+    while await scene.left():
+        worker = await scene.start("poison_at_its_end")
+
+        async def over(worker: Daemon = worker) -> bool:
+            return not worker.alive or await scene.left() == 0
+
+        await scene.until(over, "a death, or an empty queue")
+        deaths += not worker.alive
+    for one in harmless:
+        assert (await scene.event(one))["type"] == "generation.v1.succeeded"
+    for one in poisons:
+        assert (await scene.event(one))["failure"]["code"] == "worker_lost"
+    assert deaths == sum(scene.runs().count(one) for one in poisons)

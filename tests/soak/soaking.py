@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from consumer.devstack import DevStack
+from consumer.turns import STAGES
 from tests.faults.scene import POLL, Scene
 from tests.soak.chaos import Blow, Chaos, Supervised
 from tests.soak.figures import figures
@@ -95,7 +96,7 @@ class SoakScene(Scene):
         """The environment of a worker."""
         return {
             **super().settings(),
-            "CONSUMER_MAX_ACK_PENDING": str(self._options.workers),
+            "CONSUMER_MAX_ACK_PENDING": str(STAGES * self._options.workers),
             "CONSUMER_MAX_ATTEMPTS": str(MAX_ATTEMPTS),
             "CONSUMER_DRAIN_GRACE": str(DRAIN_GRACE),
             "CONSUMER_STALL_TIMEOUT": str(STALL_TIMEOUT),

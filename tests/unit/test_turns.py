@@ -243,3 +243,17 @@ async def test_lost_device_is_given_to_nobody() -> None:
     await settle_down()
     assert not next_one.done()
     assert turns.waits_behind_another(second)
+
+
+async def test_no_room_beside_one_that_may_have_killed_its_worker() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    suspect = turns.join(suspect=True)
+    await suspect.its_turn(member(), None)
+    room = asyncio.ensure_future(turns.room())
+    await settle_down()
+    assert not room.done()
+    suspect.leave()
+    await settle_down()
+    assert room.done()
+    assert (suspect.in_company, turns.join().in_company) == (False, False)
+    assert turns.join(suspect=True).in_company

@@ -1,0 +1,21 @@
+"""A request that kills its process with its last step, when others wait behind it."""
+
+import os
+import signal
+
+from consumer.settings import Settings
+from generation_contracts import Request
+from tests.faults.quick_runner import QuickRunner
+
+LAST_STEP = 30  # 0.3 seconds
+
+
+class PoisonedAtItsEnd(QuickRunner):
+    def step(self, request: Request, number: int) -> None:
+        super().step(request, number)
+        if request.prompt == "poison" and number == LAST_STEP:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_runner(_: Settings) -> PoisonedAtItsEnd:
+    return PoisonedAtItsEnd()
