@@ -274,7 +274,7 @@ class Daemon:
         self._beside(self._put_stranded_aside(pull, bus, execution), "watch-advisories", parts)
 
     async def _put_stranded_aside(self, pull: PullLoop, bus: Bus, execution: Execution) -> None:
-        stream = self._settings.subjects.requests_stream
+        stream = self._settings.subjects.requests_stream(self._task)
         while (advisory := await pull.next()) is not None:
             delivery = await find_stranded(bus, stream, advisory)
             if delivery is not None:

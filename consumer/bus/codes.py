@@ -8,10 +8,12 @@ __all__ = [
     "CONSUMER_NOT_FOUND",
     "STREAM_FULL",
     "STREAM_NOT_FOUND",
+    "SUBJECTS_OVERLAP",
     "TOO_LARGE_FOR_STREAM",
     "WRONG_LAST_SEQUENCE",
 ]
 
 CONSUMER_NOT_FOUND: Final = 10014
 STREAM_NOT_FOUND: Final = 10059
+SUBJECTS_OVERLAP: Final = 10065  # with those of another stream
 WRONG_LAST_SEQUENCE: Final = 10071  # the subject has another message than expected

@@ -146,7 +146,8 @@ class JetStreamEvents:
 
         Raises:
             MessageTooLarge: It does not fit the server's limit or the stream's.
-            QueueFull: The stream takes no more, as long as this worker holds a place in it.
+            QueueFull: The stream takes no more. It may be the workers of another task that have to
+                make room, and they may be waiting for room in this one's.
         """
         headers = {MESSAGE_ID: f"{task}.{request.request_id}.{reply_to or ''}"}
         if reply_to is not None:

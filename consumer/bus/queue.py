@@ -34,7 +34,7 @@ class JetStreamQueue:
         self._durables = durables
 
     async def find(self, request_id: str) -> list[StoredRequest]:
-        """Every message in the stream whose subject has the id.
+        """Every message in the request streams whose subject has the id.
 
         Raises:
             BusUnavailable: The server does not answer.
@@ -43,35 +43,38 @@ class JetStreamQueue:
             async with self._bus.question(API_TIMEOUT):
                 return [
                     StoredRequest(
-                        task, self._delivery(message), await self._untouched(message, task)
+                        task, self._delivery(message, task), await self._untouched(message, task)
                     )
                     for task in Task
-                    async for message in self._messages(self._subjects.request(task, request_id))
+                    async for message in self._messages(task, request_id)
                 ]
         except (Error, OSError, TimeoutError) as error:
             raise BusUnavailable(
                 f"NATS: the queue cannot be read: {type(error).__name__}"
             ) from None
 
-    async def _messages(self, subject: str) -> AsyncIterator[RawStreamMsg]:
+    async def _messages(self, task: Task, request_id: str) -> AsyncIterator[RawStreamMsg]:
+        stream = self._subjects.requests_stream(task)
+        subject = self._subjects.request(task, request_id)
         sequence = 0
         while True:
             try:
                 message = await self._bus.jetstream.get_msg(
-                    self._subjects.requests_stream, sequence + 1, subject=subject, next=True
+                    stream, sequence + 1, subject=subject, next=True
                 )
             except NotFoundError:
                 return
             yield message
             sequence = message.seq or 0
 
-    def _delivery(self, message: RawStreamMsg) -> RequestInStream:
-        return RequestInStream(self._bus, self._subjects.requests_stream, message, deliveries=1)
+    def _delivery(self, message: RawStreamMsg, task: Task) -> RequestInStream:
+        stream = self._subjects.requests_stream(task)
+        return RequestInStream(self._bus, stream, message, deliveries=1)
 
     async def _untouched(self, message: RawStreamMsg, task: Task) -> bool:
         try:
             info = await self._bus.jetstream.consumer_info(
-                self._subjects.requests_stream, self._durables[task]
+                self._subjects.requests_stream(task), self._durables[task]
             )
         except NotFoundError:
             return False  # another name than the usual one: the workers are asked

@@ -63,6 +63,7 @@ class _Attempt:
     """What is published for a letter.
 
     Attributes:
+        stream: Where requests of its task are.
         subject: Ends in the request's id, whatever the request's own subject was.
         headers: Those of the request, but for what NATS acts upon.
         message_id: Of the first copy; those of later ones begin with it.
@@ -71,6 +72,7 @@ class _Attempt:
 
     task: Task
     request_id: str
+    stream: str
     subject: str
     headers: dict[str, str]
     message_id: str
@@ -99,6 +101,7 @@ class _Attempt:
         return cls(
             task=letter.task,
             request_id=letter.request_id,
+            stream=subjects.requests_stream(letter.task),
             subject=subjects.request(letter.task, known),
             headers=_without_orders(letter.originals),
             message_id=f"{place}-{int(letter.stored_at.timestamp() * 1e6):x}.replay",
@@ -126,7 +129,6 @@ class Replayer:
     def __init__(self, bus: Bus, subjects: Subjects) -> None:
         self._bus = bus
         self._subjects = subjects
-        self._requests = subjects.requests_stream
         self._results = subjects.results_stream
 
     async def replay(self, letter: StoredLetter) -> Replay:
@@ -154,10 +156,10 @@ class Replayer:
         return outcome
 
     async def _ask_again(self, letter: StoredLetter, attempt: _Attempt) -> Replay:
-        if await self._is_in_hand(letter):
+        if await self._is_in_hand(letter, attempt.stream):
             raise NotReplayed("a worker still has it: try again later")
         # Before the event is read: what is not here any more has its event there.
-        waiting = await self._read(self._requests, subject=attempt.subject)
+        waiting = await self._read(attempt.stream, subject=attempt.subject)
         if waiting is not None:
             if str((waiting.headers or {}).get(MESSAGE_ID)).startswith(attempt.message_id):
                 return Replay.PUBLISHED  # by a call that did not come to deleting the letter
@@ -174,21 +176,21 @@ class Replayer:
 
     async def _publish(self, attempt: _Attempt, *, removed: bool) -> None:
         stored = await self._store(attempt, attempt.message_id)
-        while stored.duplicate and (removed or not await self._is_queued(stored.seq)):
+        while stored.duplicate and (removed or not await self._is_queued(attempt, stored.seq)):
             stored = await self._store(attempt, f"{attempt.message_id}-{stored.seq}")
 
     # -- what the streams have --------------------------------------------------------------------
 
-    async def _is_in_hand(self, letter: StoredLetter) -> bool:
+    async def _is_in_hand(self, letter: StoredLetter, stream: str) -> bool:
         # The letter is written before the failed event, and that before the request is settled. A
         # copy that is published in between would be answered with that event, and never run.
         place = re.fullmatch(
-            rf"{self._requests}-([1-9][0-9]{{,18}})-([0-9a-f]+)\.dead",
+            rf"{stream}-([1-9][0-9]{{,18}})-([0-9a-f]+)\.dead",
             letter.headers.get(MESSAGE_ID, ""),
         )
         if place is None:
             return False
-        request = await self._read(self._requests, sequence=int(place[1]))
+        request = await self._read(stream, sequence=int(place[1]))
         # A stream that was made again counts from 1 again.
         return (
             request is not None
@@ -196,8 +198,8 @@ class Replayer:
             and int(request.time.timestamp()) == int(place[2], 16)
         )
 
-    async def _is_queued(self, sequence: int) -> bool:
-        return await self._read(self._requests, sequence=sequence) is not None
+    async def _is_queued(self, attempt: _Attempt, sequence: int) -> bool:
+        return await self._read(attempt.stream, sequence=sequence) is not None
 
     async def _standing(self, attempt: _Attempt) -> _Standing | None:
         subject = self._subjects.result(attempt.task, attempt.request_id)
@@ -211,9 +213,9 @@ class Replayer:
 
     async def _check_room(self, attempt: _Attempt) -> None:
         # Before the event goes; what fills the stream in between is still refused by it.
-        with answered(self._bus, self._requests):
+        with answered(self._bus, attempt.stream):
             async with self._bus.question(API_TIMEOUT):
-                info = await self._bus.jetstream.stream_info(self._requests)
+                info = await self._bus.jetstream.stream_info(attempt.stream)
         size = wire_size(attempt.body, {**attempt.headers, MESSAGE_ID: attempt.message_id})
         if size > self._bus.client.max_payload or 0 < (info.config.max_msg_size or 0) < size:
             raise NotReplayed(_TOO_LARGE)
@@ -239,7 +241,7 @@ class Replayer:
 
     async def _store(self, attempt: _Attempt, message_id: str) -> PubAck:
         headers = {**attempt.headers, MESSAGE_ID: message_id}
-        with answered(self._bus, self._requests):
+        with answered(self._bus, attempt.stream):
             try:
                 async with self._bus.question(API_TIMEOUT):
                     return await self._bus.jetstream.publish(
@@ -247,7 +249,7 @@ class Replayer:
                     )
             except NoStreamResponseError:
                 raise BusUnavailable(
-                    f"NATS: there is no stream {self._requests}; run `consumer apply`"
+                    f"NATS: there is no stream {attempt.stream}; run `consumer apply`"
                 ) from None
             except APIError as error:
                 if error.err_code == STREAM_FULL:

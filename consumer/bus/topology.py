@@ -16,7 +16,7 @@ from typing import Any, Literal
 import structlog
 from nats.errors import Error, NoRespondersError
 
-from consumer.bus.codes import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND
+from consumer.bus.codes import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND, SUBJECTS_OVERLAP
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.ports import Unavailable
 from generation_contracts import Subjects, Task
@@ -24,8 +24,14 @@ from generation_contracts import Subjects, Task
 log = structlog.get_logger()
 
 NANOSECONDS = 1_000_000_000
-_FILES_ROOT = "generation"
-_STREAMS = ("REQUESTS", "RESULTS", "DEAD_LETTERS", "RELEASES", "ADVISORIES")
+_FILES = Subjects()  # what the files are written for
+_STREAMS = (
+    *(_FILES.requests_stream(task) for task in Task),
+    _FILES.results_stream,
+    _FILES.dead_letters_stream,
+    _FILES.releases_stream,
+    _FILES.advisories_stream,
+)
 _NOT_FOUND = frozenset({STREAM_NOT_FOUND, CONSUMER_NOT_FOUND})
 
 # A difference in one of these breaks a guarantee: requests lost or done twice, results not found.
@@ -37,6 +43,9 @@ _VITAL = frozenset(
 # What a consumer must not have. The first entry of a backoff overrides ack_wait, and the lease with
 # it; one filter beside the list of them is refused by the server.
 _NOT_FOR_CONSUMERS: dict[str, Any] = {"backoff": [], "filter_subject": ""}
+# Nor a list of filters, where the file has none: at each delivery the server compares it with every
+# subject that waits, which is 25 ms of CPU with 50,000 requests and grows with their number.
+_WITHOUT_FILTERS: dict[str, Any] = {"filter_subjects": []}
 
 Change = Literal["created", "updated", "unchanged"]
 Config = dict[str, Any]
@@ -44,6 +53,10 @@ Config = dict[str, Any]
 
 class TopologyError(Unavailable):
     """A stream or consumer is not as it must be, or cannot be made so; one clear line."""
+
+
+class _OverlapError(TopologyError):
+    """Another stream stores what a new one is to store."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ class Topology:
         for wanted in self._streams():
             done[wanted["name"]] = await self._apply_stream(wanted)
         for task in tasks:
-            stream, wanted = self._subjects.requests_stream, self._consumer(task)
+            stream, wanted = self._subjects.requests_stream(task), self._consumer(task)
             done[wanted["durable_name"]] = await self._apply_consumer(stream, wanted)
             stream, wanted = self._subjects.advisories_stream, self._watcher(task)
             done[f"watcher {wanted['durable_name']}"] = await self._apply_consumer(stream, wanted)
@@ -124,12 +137,13 @@ class Topology:
         for wanted in self._streams():
             found = await self._call(f"STREAM.INFO.{wanted['name']}")
             if found is None:
-                await self._call(f"STREAM.CREATE.{wanted['name']}", wanted)
+                await self._create_stream(wanted)
                 log.info("stream_created", stream=wanted["name"])
             else:
                 _compare(f"stream {wanted['name']}", wanted, found["config"])
         await self._ensure_consumer(self._subjects.advisories_stream, self._watcher(task))
-        return await self._ensure_consumer(self._subjects.requests_stream, self._consumer(task))
+        stream = self._subjects.requests_stream(task)
+        return await self._ensure_consumer(stream, self._consumer(task))
 
     def watcher(self, task: Task) -> Durable:
         """The durable of the server's advisories about a task's durable, as `ensure` makes it."""
@@ -149,7 +163,8 @@ class Topology:
                 raise TopologyError(f"stream {wanted['name']}: missing; run `consumer apply`")
             _compare(f"stream {wanted['name']}", wanted, found["config"])
         await self._look_at_consumer(self._subjects.advisories_stream, self._watcher(task))
-        return await self._look_at_consumer(self._subjects.requests_stream, self._consumer(task))
+        stream = self._subjects.requests_stream(task)
+        return await self._look_at_consumer(stream, self._consumer(task))
 
     def durables(self, own: Task) -> dict[Task, str]:
         """Names of the durables of all tasks: the own one as it is set, the others as in the files.
@@ -160,8 +175,7 @@ class Topology:
         return {**usual, own: self._consumer(own)["durable_name"]}
 
     def _streams(self) -> list[Config]:
-        root = _FILES_ROOT.upper()
-        return [self._rooted(f"streams/{root}_{stream}.json") for stream in _STREAMS]
+        return [self._rooted(f"streams/{stream}.json") for stream in _STREAMS]
 
     def _consumer(self, task: Task) -> Config:
         wanted = self._rooted(f"consumers/{task}.json")
@@ -182,13 +196,13 @@ class Topology:
 
     def _named(self, wanted: Config) -> Config:
         name = self._durable_name or wanted["durable_name"]
-        return {**wanted, "durable_name": name, "name": name, **_NOT_FOR_CONSUMERS}
+        named = {**wanted, "durable_name": name, "name": name}
+        return {**_WITHOUT_FILTERS, **named, **_NOT_FOR_CONSUMERS}
 
     def _rooted(self, name: str) -> Config:
         config: Config = json.loads(_definition(name))
         if "name" in config:
-            own = self._subjects.requests_stream.removesuffix("_REQUESTS")
-            config["name"] = config["name"].replace(_FILES_ROOT.upper(), own, 1)
+            config["name"] = self._rooted_stream(config["name"])
         for key in ("subjects", "filter_subjects"):
             if key in config:
                 config[key] = [self._rooted_subject(subject) for subject in config[key]]
@@ -196,14 +210,35 @@ class Topology:
 
     def _rooted_subject(self, subject: str) -> str:
         # The server's own subjects name the stream.
-        return subject.replace(
-            f"{_FILES_ROOT.upper()}_REQUESTS", self._subjects.requests_stream
-        ).replace(f"{_FILES_ROOT}.", f"{self._subjects.root}.", 1)
+        named = self._rooted_stream(subject)
+        return named.replace(f"{_FILES.root}.", f"{self._subjects.root}.", 1)
+
+    def _rooted_stream(self, text: str) -> str:
+        return text.replace(_family(_FILES), _family(self._subjects), 1)
+
+    async def _create_stream(self, wanted: Config) -> None:
+        try:
+            await self._call(f"STREAM.CREATE.{wanted['name']}", wanted)
+        except _OverlapError as error:
+            raise await self._explained(error, wanted["name"]) from None
+
+    async def _explained(self, error: TopologyError, name: str) -> TopologyError:
+        former = f"{_family(self._subjects)}REQUESTS"  # when all tasks had one stream
+        if not name.startswith(f"{former}_"):
+            return error
+        found = await self._call(f"STREAM.INFO.{former}")
+        if found is None:
+            return error
+        return TopologyError(
+            f"stream {name}: {former}, the request stream of an earlier version, stores its "
+            f"subjects (requests in it: {found['state']['messages']}); let the earlier workers "
+            f"empty it, then delete it (`nats stream rm {former}`)"
+        )
 
     async def _apply_stream(self, wanted: Config) -> Change:
         found = await self._call(f"STREAM.INFO.{wanted['name']}")
         if found is None:
-            await self._call(f"STREAM.CREATE.{wanted['name']}", wanted)
+            await self._create_stream(wanted)
             return "created"
         if not _differences(wanted, found["config"]):
             return "unchanged"
@@ -271,7 +306,13 @@ class Topology:
         description = error.get("description", "refused")
         if error.get("code") == HTTPStatus.SERVICE_UNAVAILABLE:  # not enabled, or no leader yet
             raise BusUnavailable(f"NATS: {description}")
-        raise TopologyError(f"{subject}: {description}")
+        kind = _OverlapError if error.get("err_code") == SUBJECTS_OVERLAP else TopologyError
+        raise kind(f"{subject}: {description}")
+
+
+def _family(subjects: Subjects) -> str:
+    """What the names of all streams of an installation begin with."""
+    return subjects.results_stream.removesuffix("RESULTS")
 
 
 def _definition(name: str) -> str:

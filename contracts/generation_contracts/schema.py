@@ -203,13 +203,13 @@ def _task_channels(subjects: Subjects, task: Task) -> Document:
             _address(subjects, subjects.request(task)),
             "Requests; the id is in the body, in Nats-Msg-Id, or made by the worker.",
             [request],
-            subjects.requests_stream,
+            subjects.requests_stream(task),
         ),
         f"{request}_by_id": _channel(
             _address(subjects, subjects.request(task, _ANY_ID)),
             "Requests that can be found and cancelled by their id while they are queued.",
             [request],
-            subjects.requests_stream,
+            subjects.requests_stream(task),
         ),
         f"{task}_call": _channel(
             _address(subjects, subjects.call(task)),

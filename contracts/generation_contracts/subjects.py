@@ -13,7 +13,7 @@ REQUEST_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 # checked before any subject is built from them.
 SUBJECT_PATTERN = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$"
 MAX_SUBJECT = 200  # characters; a 5,000-character reply subject closes the worker's connection
-MAX_ROOT = 24  # characters; derived request ids carry the stream's name and have 64 in all
+MAX_ROOT = 24  # characters; derived request ids begin with it, and have 64 in all
 
 RequestId = Annotated[str, StringConstraints(pattern=REQUEST_ID_PATTERN)]
 SubjectName = Annotated[
@@ -54,8 +54,8 @@ class Subjects:
         subject = f"{self.root}.request.{task}"
         return subject if request_id is None else f"{subject}.{_checked(request_id)}"
 
-    def request_filters(self, task: Task) -> tuple[str, str]:
-        """What the durable consumer of a task receives."""
+    def request_subjects(self, task: Task) -> tuple[str, str]:
+        """What the request stream of a task stores."""
         return self.request(task), f"{self.root}.request.{task}.*"
 
     def result(self, task: Task, request_id: str) -> str:
@@ -100,10 +100,13 @@ class Subjects:
         """Where a cancellation is asked for."""
         return f"{self.root}.cancel.{_checked(request_id)}"
 
-    @property
-    def requests_stream(self) -> str:
-        """Name of the work queue stream."""
-        return self._stream("REQUESTS")
+    def requests_stream(self, task: Task) -> str:
+        """Name of the work queue stream of a task.
+
+        Each has its own: what a durable with a filter costs the server for each delivery grows with
+        the number of requests that wait, and without one it does not.
+        """
+        return self._stream(f"REQUESTS_{task.upper()}")
 
     @property
     def results_stream(self) -> str:

@@ -94,8 +94,11 @@ def test_another_root_moves_every_address_and_nothing_else(root: str) -> None:
 
 def test_stored_channels_name_their_streams() -> None:
     streams = {n: c["x-stream"] for n, c in CHANNELS.items() if "x-stream" in c}
-    requests = {n: "GENERATION_REQUESTS" for n in ADDRESSES if "_request" in n}
-    assert streams == requests | {
+    assert streams == {
+        "text_to_image_request": "GENERATION_REQUESTS_TEXT_TO_IMAGE",
+        "text_to_image_request_by_id": "GENERATION_REQUESTS_TEXT_TO_IMAGE",
+        "image_to_text_request": "GENERATION_REQUESTS_IMAGE_TO_TEXT",
+        "image_to_text_request_by_id": "GENERATION_REQUESTS_IMAGE_TO_TEXT",
         "result": "GENERATION_RESULTS",
         "dead_letter": "GENERATION_DEAD_LETTERS",
     }

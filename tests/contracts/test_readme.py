@@ -31,12 +31,13 @@ async def test_published_request_is_stored_once_where_the_daemon_pulls_it(tmp_pa
     with NatsServer(tmp_path) as server:
         client = await nats.connect(server.url)
         stream = client.jetstream()
-        filters = list(subjects.request_filters(Task.TEXT_TO_IMAGE))
-        await stream.add_stream(StreamConfig(name=subjects.requests_stream, subjects=filters))
-        assert run(PUBLISH, NATS_URL=server.url) == "GENERATION_REQUESTS 1\n"
+        name = subjects.requests_stream(Task.TEXT_TO_IMAGE)
+        stored_there = list(subjects.request_subjects(Task.TEXT_TO_IMAGE))
+        await stream.add_stream(StreamConfig(name=name, subjects=stored_there))
+        assert run(PUBLISH, NATS_URL=server.url) == "GENERATION_REQUESTS_TEXT_TO_IMAGE 1\n"
         run(PUBLISH, NATS_URL=server.url)
-        assert (await stream.stream_info(subjects.requests_stream)).state.messages == 1
-        stored = await stream.get_msg(subjects.requests_stream, 1)
+        assert (await stream.stream_info(name)).state.messages == 1
+        stored = await stream.get_msg(name, 1)
         await client.close()
     assert stored.subject == "generation.request.text_to_image.poster-0001"
     assert stored.data is not None

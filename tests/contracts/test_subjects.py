@@ -28,7 +28,7 @@ def test_subjects_are_those_of_the_design() -> None:
     subjects = Subjects()
     assert subjects.request(TEXT_TO_IMAGE) == "generation.request.text_to_image"
     assert subjects.request(TEXT_TO_IMAGE, "a-1") == "generation.request.text_to_image.a-1"
-    assert subjects.request_filters(IMAGE_TO_TEXT) == (
+    assert subjects.request_subjects(IMAGE_TO_TEXT) == (
         "generation.request.image_to_text",
         "generation.request.image_to_text.*",
     )
@@ -42,7 +42,8 @@ def test_subjects_are_those_of_the_design() -> None:
 
 def test_streams_are_those_of_the_design() -> None:
     subjects = Subjects()
-    assert subjects.requests_stream == "GENERATION_REQUESTS"
+    assert subjects.requests_stream(TEXT_TO_IMAGE) == "GENERATION_REQUESTS_TEXT_TO_IMAGE"
+    assert subjects.requests_stream(IMAGE_TO_TEXT) == "GENERATION_REQUESTS_IMAGE_TO_TEXT"
     assert subjects.results_stream == "GENERATION_RESULTS"
     assert subjects.dead_letters_stream == "GENERATION_DEAD_LETTERS"
     assert subjects.releases_stream == "GENERATION_RELEASES"
@@ -52,7 +53,7 @@ def test_streams_are_those_of_the_design() -> None:
 def test_another_root_moves_every_subject_and_stream() -> None:
     subjects = Subjects("team-a.images")
     assert subjects.result(TEXT_TO_IMAGE, "a") == "team-a.images.result.text_to_image.a"
-    assert subjects.requests_stream == "TEAM-A_IMAGES_REQUESTS"
+    assert subjects.requests_stream(TEXT_TO_IMAGE) == "TEAM-A_IMAGES_REQUESTS_TEXT_TO_IMAGE"
 
 
 @pytest.mark.parametrize("root", ["g", "x" * 24, "team-a.generation", "a.b.c-d"])
@@ -84,11 +85,6 @@ def test_root_of_plain_tokens_is_taken(root: str) -> None:
 def test_root_that_is_no_subject_is_refused(root: str) -> None:
     with pytest.raises(ValueError, match="subject root"):
         Subjects(root)
-
-
-def test_derived_request_id_fits_under_the_longest_root() -> None:
-    largest = 2**64 - 1  # JetStream's sequences are unsigned 64-bit
-    assert is_request_id(f"{Subjects('x' * 24).requests_stream}-{largest}")
 
 
 @pytest.mark.parametrize("bad", BAD_IDS)
@@ -137,7 +133,7 @@ def test_reply_under_an_allowed_prefix_is_taken(reply: str) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
-        "$JS.API.STREAM.DELETE.GENERATION_REQUESTS",
+        "$JS.API.STREAM.DELETE.GENERATION_REQUESTS_TEXT_TO_IMAGE",
         "$JS.ACK.x",
         "$SYS.REQ.SERVER.PING",
         "_INBOX." + "a" * 5_000,

@@ -8,6 +8,7 @@ from typing import Any
 from nats.aio.client import Client
 
 WITHIN = 60.0  # seconds; generous, a hang is a failure
+QUEUES = ("GENERATION_REQUESTS_TEXT_TO_IMAGE", "GENERATION_REQUESTS_IMAGE_TO_TEXT")
 
 
 def new_id() -> str:
@@ -60,5 +61,6 @@ async def nothing_waits(sender: Client) -> None:
     """Wait until every request is settled: that is the moment after its event is heard."""
     async with asyncio.timeout(WITHIN):
         # JetStream tells nobody that a message is gone.
-        while (await sender.jetstream().stream_info("GENERATION_REQUESTS")).state.messages:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+        for queue in QUEUES:
+            while (await sender.jetstream().stream_info(queue)).state.messages:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)

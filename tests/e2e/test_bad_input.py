@@ -91,14 +91,17 @@ CASES = {
     "no images": Bad(I2T, question(), INVALID, "images: tuple should have at least 1 item"),
     "a text over the limit": Bad(T2I, {"prompt": "x" * 8_001}, INVALID, "at most 8000"),
     "a reply subject of the JetStream API": Bad(
-        T2I, picture(reply_to="$JS.API.STREAM.DELETE.GENERATION_REQUESTS"), INVALID, "reply_to"
+        T2I,
+        picture(reply_to="$JS.API.STREAM.DELETE.GENERATION_REQUESTS_TEXT_TO_IMAGE"),
+        INVALID,
+        "reply_to",
     ),
     "the same in the header": Bad(
         T2I,
         picture(),
         INVALID,
         "reply_to",
-        headers={"Reply-To": "$JS.API.STREAM.DELETE.GENERATION_REQUESTS"},
+        headers={"Reply-To": "$JS.API.STREAM.DELETE.GENERATION_REQUESTS_TEXT_TO_IMAGE"},
     ),
     "a reply subject of 5,000 characters": Bad(
         T2I, picture(reply_to="_INBOX." + "x" * 5_000), INVALID, "reply_to"
@@ -206,7 +209,7 @@ async def test_an_illegal_id_is_answered_to_the_reply_subject(sender: Client) ->
     )
     assert event["failure"]["code"] == "invalid_request"
     assert event["failure"]["message"].startswith("request_id: ")
-    assert event["request_id"].startswith("GENERATION_REQUESTS-")  # derived
+    assert event["request_id"].startswith("GENERATION_REQUESTS_TEXT_TO_IMAGE-")  # derived
     letter = await dead_letter_of(sender, T2I, event["request_id"])
     assert letter.data == body
     await assert_still_serving(sender, T2I)
@@ -218,7 +221,9 @@ async def test_a_wildcard_subject_as_id_reaches_nobody_elses_results(sender: Cli
         "generation.request.text_to_image", json.dumps(picture(request_id=">")).encode()
     )
     message = await results.next_msg(timeout=WITHIN)
-    assert message.subject.startswith("generation.result.text_to_image.GENERATION_REQUESTS-")
+    assert message.subject.startswith(
+        "generation.result.text_to_image.GENERATION_REQUESTS_TEXT_TO_IMAGE-"
+    )
     assert json.loads(message.data)["failure"]["code"] == "invalid_request"
 
 
@@ -239,7 +244,11 @@ async def test_a_harmful_reply_subject_is_never_published_to(sender: Client) -> 
             await heard.next_msg(timeout=0.2)
         await heard.unsubscribe()
     names = {info.config.name for info in await sender.jetstream().streams_info()}
-    assert {"GENERATION_REQUESTS", "GENERATION_RESULTS", "GENERATION_DEAD_LETTERS"} <= names
+    assert {
+        "GENERATION_REQUESTS_TEXT_TO_IMAGE",
+        "GENERATION_RESULTS",
+        "GENERATION_DEAD_LETTERS",
+    } <= names
 
 
 async def test_an_object_that_is_no_picture_is_an_input_error(

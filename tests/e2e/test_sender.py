@@ -43,7 +43,7 @@ async def test_a_picture_comes_back_on_both_subjects_and_lies_in_the_store(
     acknowledged = await sender.jetstream().publish(
         "generation.request.text_to_image", json.dumps(request).encode()
     )
-    assert acknowledged.stream == "GENERATION_REQUESTS"
+    assert acknowledged.stream == "GENERATION_REQUESTS_TEXT_TO_IMAGE"
 
     message = await stored.next_msg(timeout=WITHIN)
     answer = await replied.next_msg(timeout=WITHIN)

@@ -141,9 +141,10 @@ class Scene:
         return letters
 
     async def left(self) -> int:
-        """How many requests are in the stream."""
-        info = await self.sender.jetstream().stream_info(self.subjects.requests_stream)
-        return int(info.state.messages)
+        """How many requests are in the streams of both tasks."""
+        jetstream = self.sender.jetstream()
+        infos = [await jetstream.stream_info(self.subjects.requests_stream(task)) for task in Task]
+        return sum(info.state.messages for info in infos)
 
     async def emptied(self, within: float = WITHIN) -> None:
         """Return once no request is left."""

@@ -126,6 +126,6 @@ async def until_pulls_stand(scene: Scene, count: int) -> None:
 
 async def _durable(scene: Scene) -> ConsumerInfo:
     info: ConsumerInfo = await scene.sender.jetstream().consumer_info(
-        scene.subjects.requests_stream, str(scene.task)
+        scene.subjects.requests_stream(scene.task), str(scene.task)
     )
     return info

@@ -13,7 +13,7 @@ from tests.faults.scene import Scene
 async def change_durable(scene: Scene, **values: Any) -> None:
     """Change the durable as an operator would, behind the workers' backs."""
     jetstream = scene.sender.jetstream()
-    stream, name = scene.subjects.requests_stream, str(scene.task)
+    stream, name = scene.subjects.requests_stream(scene.task), str(scene.task)
     found = await scene.sender.request(f"$JS.API.CONSUMER.INFO.{stream}.{name}")
     config = {**json.loads(found.data)["config"], **values}
     made = await scene.sender.request(
@@ -80,7 +80,7 @@ async def test_advisory_that_is_none_does_no_harm(scene: Scene, forged: bytes) -
     request_id = await scene.submit()
     event = await scene.event(request_id)
     results = scene.subjects.results_stream
-    durable = f"{scene.subjects.requests_stream}.{Task.TEXT_TO_IMAGE}"
+    durable = f"{scene.subjects.requests_stream(scene.task)}.{Task.TEXT_TO_IMAGE}"
     await scene.sender.publish(
         f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{durable}",
         forged % results.encode() if b"%s" in forged else forged,

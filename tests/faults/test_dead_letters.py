@@ -102,7 +102,7 @@ async def test_a_request_is_replayed_once_its_model_is_mended(scene: Scene) -> N
 
 async def test_a_replay_that_fails_again_has_a_new_event_and_a_new_letter(scene: Scene) -> None:
     await scene.start("raises_until_mended")
-    derived = f"{scene.subjects.requests_stream}-1-"
+    derived = f"{scene.subjects.requests_stream(scene.task)}-1-"
     await scene.publish({"prompt": "a"})
     await scene.emptied()
     done = await dead_letters(scene, "replay", "--all")
@@ -155,7 +155,7 @@ async def test_a_full_queue_ends_it_with_69_and_keeps_the_rest(scene: Scene) -> 
     jetstream = scene.sender.jetstream()
     for request_id in ("r-1", "r-2", "r-3"):
         await put_aside(scene, request_id=request_id)
-    info = await jetstream.stream_info(scene.subjects.requests_stream)
+    info = await jetstream.stream_info(scene.subjects.requests_stream(scene.task))
     info.config.max_msgs = 1
     await jetstream.update_stream(info.config)
     done = await dead_letters(scene, "replay", "--all")

@@ -80,7 +80,7 @@ async def _settled(scene: Scene, *workers: Daemon) -> None:
     for worker in workers:
         await scene.logged(worker, "job_finished")
     await scene.emptied()
-    stream, durable = scene.subjects.requests_stream, str(scene.task)
+    stream, durable = scene.subjects.requests_stream(scene.task), str(scene.task)
     info = await scene.sender.jetstream().consumer_info(stream, durable)
     assert (info.num_pending, info.num_ack_pending) == (0, 0)
 

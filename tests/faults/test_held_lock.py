@@ -104,7 +104,7 @@ async def pulled(scene: Scene) -> Subscription:
     """Ask the durable for the request: it comes when the lease of whoever has it runs out."""
     inbox = scene.sender.new_inbox()
     subscription = await scene.sender.subscribe(inbox)
-    durable = f"{scene.subjects.requests_stream}.{scene.task}"
+    durable = f"{scene.subjects.requests_stream(scene.task)}.{scene.task}"
     pull = b'{"batch":1,"expires":30000000000}'
     await scene.sender.publish(f"$JS.API.CONSUMER.MSG.NEXT.{durable}", pull, reply=inbox)
     await scene.sender.flush()
@@ -123,7 +123,7 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     for pid in (worker.pid, standby):
         os.kill(pid, signal.SIGSTOP)
     await taken.next_msg(timeout=WITHIN)  # the lease has run out
-    beats = await scene.sender.subscribe(f"$JS.ACK.{scene.subjects.requests_stream}.>")
+    beats = await scene.sender.subscribe(f"$JS.ACK.{scene.subjects.requests_stream(scene.task)}.>")
     await scene.sender.flush()
     os.kill(standby, signal.SIGCONT)
     assert (await beats.next_msg(timeout=WITHIN)).data == b"+WPI", "it stands in, and kills nobody"

@@ -20,7 +20,7 @@ LONG = 200  # steps; two seconds of the quick model
 async def scene(scene: Scene) -> Scene:
     """The installation, with leases that do not run out in any test."""
     jetstream = scene.sender.jetstream()
-    stream, name = scene.subjects.requests_stream, str(scene.task)
+    stream, name = scene.subjects.requests_stream(scene.task), str(scene.task)
     config = (await jetstream.consumer_info(stream, name)).config
     config.ack_wait = 60.0
     await jetstream.add_consumer(stream, config)

@@ -71,7 +71,7 @@ def denied(scene: Scene) -> str:
 
 async def outlasts_the_lease(scene: Scene, worker: Daemon, request_id: str) -> None:
     """Let the fault last, and see that it costs neither the lease nor the output."""
-    durable, stream = str(scene.task), scene.subjects.requests_stream
+    durable, stream = str(scene.task), scene.subjects.requests_stream(scene.task)
     other = await scene.sender.jetstream().pull_subscribe_bind(durable=durable, stream=stream)
     with pytest.raises(BusTimeout):  # another worker asks for the request all that time
         await other.fetch(1, timeout=LASTS)
@@ -211,7 +211,7 @@ async def test_store_that_will_never_do_ends_the_start_with_one_line(
     for secret in (scene.stack.store.secret_key, scene.stack.store.access_key, *settings.values()):
         assert not secret or secret in reason or secret not in log
     durable = await scene.sender.jetstream().consumer_info(
-        scene.subjects.requests_stream, str(scene.task)
+        scene.subjects.requests_stream(scene.task), str(scene.task)
     )
     assert durable.delivered is not None
     assert (durable.delivered.consumer_seq, durable.num_pending) == (0, 1)

@@ -135,7 +135,7 @@ async def test_full_request_stream_refuses_and_takes_again(scene: Scene, tmp_pat
     pictures.mkdir()
     worker = await scene.start("held_in_run")
     full = {**await config(scene, "requests"), "max_msgs": 1}
-    await api(scene, f"STREAM.UPDATE.{scene.subjects.requests_stream}", full)
+    await api(scene, f"STREAM.UPDATE.{scene.subjects.requests_stream(scene.task)}", full)
     first = await scene.submit()
     await scene.noted("run")  # what is being handled is in the stream until it is settled
     with pytest.raises(APIError) as refused:
@@ -165,9 +165,9 @@ def place(scene: Scene, what: str) -> tuple[str, str]:
     """The JetStream API's word for it, and its name there."""
     subjects = scene.subjects
     if what == "durable":
-        return "CONSUMER", f"{subjects.requests_stream}.{scene.task}"
+        return "CONSUMER", f"{subjects.requests_stream(scene.task)}.{scene.task}"
     return "STREAM", {
-        "requests": subjects.requests_stream,
+        "requests": subjects.requests_stream(scene.task),
         "results": subjects.results_stream,
         "dead letters": subjects.dead_letters_stream,
         "advisories": subjects.advisories_stream,
@@ -192,7 +192,7 @@ async def config(scene: Scene, what: str) -> dict[str, Any]:
 
 async def pause(scene: Scene, until: datetime | None) -> None:
     """Pause the durable, or resume it."""
-    name = f"{scene.subjects.requests_stream}.{scene.task}"
+    name = f"{scene.subjects.requests_stream(scene.task)}.{scene.task}"
     body = {} if until is None else {"pause_until": until.isoformat()}
     answer = await api(scene, f"CONSUMER.PAUSE.{name}", body)
     assert answer.get("paused", False) is (until is not None)

@@ -35,8 +35,9 @@ from generation_contracts import Subjects, Task
 T = TypeVar("T")
 
 TASK = Task.TEXT_TO_IMAGE
-REQUESTS, RESULTS, DEAD_LETTERS = (
-    f"GENERATION_{name}" for name in ("REQUESTS", "RESULTS", "DEAD_LETTERS")
+REQUESTS, OTHER_REQUESTS, RESULTS, DEAD_LETTERS = (
+    f"GENERATION_{name}"
+    for name in ("REQUESTS_TEXT_TO_IMAGE", "REQUESTS_IMAGE_TO_TEXT", "RESULTS", "DEAD_LETTERS")
 )
 SOON = 15.0  # seconds; only bounds a wait for something that must happen
 ACK_WAIT = 60.0  # seconds; longer than any test: what comes again has been given back

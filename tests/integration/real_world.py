@@ -341,7 +341,7 @@ class RealWorld:
         return code
 
     async def left(self) -> int:
-        return await self._sender.count(self._subjects.requests_stream)
+        return await self._sender.count(self._subjects.requests_stream(self._task))
 
     async def result(self, request_id: str) -> ResultEvent | None:
         subject = self._subjects.result(self._task, request_id)

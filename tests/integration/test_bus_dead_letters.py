@@ -43,6 +43,7 @@ from generation_contracts.headers import (
 )
 from tests.integration.bus_installation import (
     DEAD_LETTERS,
+    OTHER_REQUESTS,
     REQUESTS,
     RESULTS,
     TASK,
@@ -448,6 +449,22 @@ async def test_a_request_that_is_queued_already_is_not_replayed(office: Office) 
     letter = await office.letter()
     await office.installation.publish(BODY, request_id="r-1")
     await office.refused(letter, "in the queue already")
+
+
+async def test_a_letter_of_the_other_task_is_held_against_that_tasks_queue(office: Office) -> None:
+    stored = await office.jetstream.publish("generation.request.image_to_text.r-1", BODY)
+    request = await office.jetstream.get_msg(OTHER_REQUESTS, stored.seq)
+    assert request.time is not None
+    place = f"{OTHER_REQUESTS}-{stored.seq}-{int(request.time.timestamp()):x}.dead"
+    of_it = {DEAD_LETTER_REQUEST_ID: "r-1"}
+    letter = await office.forge({**of_it, MESSAGE_ID: place}, "image_to_text")
+    await office.refused(letter, "a worker still has it")
+    letter = await office.forge(of_it, "image_to_text")
+    await office.refused(letter, "in the queue already")
+    await office.installation.api(f"STREAM.PURGE.{OTHER_REQUESTS}")
+    assert await office.replayer.replay(letter) is Replay.PUBLISHED
+    count = office.installation.count
+    assert (await count(OTHER_REQUESTS), await count(REQUESTS)) == (1, 0)
 
 
 @pytest.mark.parametrize("limits", [{"max_msgs": 2}, {"max_bytes": 600}])

@@ -17,6 +17,7 @@ from generation_contracts import Subjects, Task
 from tests.conftest import StartNats
 from tests.integration.bus_installation import (
     DEAD_LETTERS,
+    OTHER_REQUESTS,
     REQUESTS,
     RESULTS,
     TASK,
@@ -26,9 +27,11 @@ from tests.integration.bus_installation import (
 )
 
 ROOT = Path(__file__).parents[2]
+FORMER = "GENERATION_REQUESTS"  # of all tasks, in earlier versions
 RELEASES, ADVISORIES = "GENERATION_RELEASES", "GENERATION_ADVISORIES"
-STREAMS = (REQUESTS, RESULTS, DEAD_LETTERS, RELEASES, ADVISORIES)
+STREAMS = (REQUESTS, OTHER_REQUESTS, RESULTS, DEAD_LETTERS, RELEASES, ADVISORIES)
 TASKS = ("text_to_image", "image_to_text")
+QUEUES = {"text_to_image": REQUESTS, "image_to_text": OTHER_REQUESTS}
 EVERYTHING = (*STREAMS, *TASKS, *(f"watcher {task}" for task in TASKS))
 BOTH = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_TEXT)
 SECOND = 1_000_000_000  # nanoseconds
@@ -94,7 +97,7 @@ async def test_what_apply_creates_is_what_the_files_say(bus: Bus) -> None:
             "ack_wait": 90 * SECOND,
             "max_ack_pending": 3,
         }
-        found = await consumer_config(bus, wanted["durable_name"])
+        found = await consumer_config(bus, path.stem, stream=QUEUES[path.stem])
         assert {key: found.get(key) for key in wanted} == wanted
     for path in (ROOT / "infra/nats/watchers").glob("*.json"):
         wanted = json.loads(path.read_text())
@@ -158,22 +161,36 @@ async def test_apply_removes_a_backoff(bus: Bus) -> None:
     assert found["ack_wait"] == 60 * SECOND
 
 
-async def test_apply_replaces_a_single_filter(bus: Bus) -> None:
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"filter_subject": "generation.request.text_to_image"},
+        {"filter_subjects": list(Subjects().request_subjects(TASK))},
+    ],
+    ids=["one that hides requests", "two that make them dear"],
+)
+async def test_apply_takes_filters_away(bus: Bus, filters: dict[str, Any]) -> None:
     await topology(bus).apply(())
-    config = {"durable_name": "text_to_image", "ack_policy": "explicit"}
+    config = {"durable_name": "text_to_image", "ack_policy": "explicit", **filters}
     await api(
         bus,
         f"CONSUMER.CREATE.{REQUESTS}.text_to_image",
-        {
-            "stream_name": REQUESTS,
-            "config": {**config, "filter_subject": "generation.request.text_to_image"},
-        },
+        {"stream_name": REQUESTS, "config": config},
     )
-    with pytest.raises(TopologyError, match="filter_subject"):
+    (name,) = filters
+    with pytest.raises(TopologyError, match=f"consumer text_to_image: {name} is"):
         await topology(bus).ensure(TASK)
+    with pytest.raises(TopologyError, match=f"consumer text_to_image: {name} is"):
+        await topology(bus).look(TASK)
     assert (await topology(bus).apply((TASK,)))["text_to_image"] == "updated"
-    assert len((await consumer_config(bus))["filter_subjects"]) == 2
+    assert_unfiltered(await consumer_config(bus))
     await topology(bus).ensure(TASK)
+
+
+def assert_unfiltered(durable: dict[str, Any]) -> None:
+    """What a delivery costs the server does not grow with the queue then (tests/bench/speed)."""
+    assert not durable.get("filter_subject")
+    assert not durable.get("filter_subjects")
 
 
 # -- refused --------------------------------------------------------------------------------------
@@ -239,10 +256,10 @@ async def test_another_max_deliver_is_reported_and_applied(bus: Bus) -> None:
 async def test_watcher_hears_of_its_own_durable_alone(bus: Bus) -> None:
     await topology(bus, durable_name="mine").apply((TASK,))
     await topology(bus).apply((Task.IMAGE_TO_TEXT,))
-    advisories = f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{REQUESTS}"
-    for durable in ("mine", "image_to_text"):
+    advisories = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES"
+    for queue, durable in ((REQUESTS, "mine"), (OTHER_REQUESTS, "image_to_text")):
         found = await consumer_config(bus, durable, stream=ADVISORIES)
-        assert found["filter_subjects"] == [f"{advisories}.{durable}"]
+        assert found["filter_subjects"] == [f"{advisories}.{queue}.{durable}"]
         assert found["max_deliver"] == -1
     wanted = topology(bus, durable_name="mine").watcher(TASK)
     assert wanted == Durable(stream=ADVISORIES, name="mine", ack_wait=30.0, max_ack_pending=1)
@@ -266,9 +283,9 @@ async def test_a_push_consumer_is_refused(bus: Bus) -> None:
         await topology(bus).apply((TASK,))
 
 
-async def test_what_another_durable_filters_already_is_refused(bus: Bus) -> None:
+async def test_a_second_durable_of_a_task_is_refused(bus: Bus) -> None:
     await topology(bus).apply((TASK,))
-    with pytest.raises(TopologyError, match="filter"):
+    with pytest.raises(TopologyError, match="multiple non-filtered consumers not allowed"):
         await topology(bus, durable_name="second").ensure(TASK)
 
 
@@ -306,12 +323,17 @@ async def test_another_root_makes_streams_of_its_own(bus: Bus) -> None:
     await topology(bus).apply(BOTH)
     done = await topology(bus, "team.a").apply(BOTH)
     assert done == {name.replace("GENERATION", "TEAM_A"): "created" for name in EVERYTHING}
-    assert (await stream_config(bus, "TEAM_A_REQUESTS"))["subjects"] == ["team.a.request.>"]
-    durable = await consumer_config(bus, stream="TEAM_A_REQUESTS")
-    assert durable["filter_subjects"] == list(Subjects("team.a").request_filters(TASK))
+    queues = {str(task): Subjects("team.a").requests_stream(task) for task in BOTH}
+    for task, queue in queues.items():
+        found = (await stream_config(bus, queue))["subjects"]
+        assert found == [f"team.a.request.{task}", f"team.a.request.{task}.*"]
+    advisories = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES"
     assert (await stream_config(bus, "TEAM_A_ADVISORIES"))["subjects"] == [
-        "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.TEAM_A_REQUESTS.*"
+        f"{advisories}.{queue}.*" for queue in queues.values()
     ]
+    for task, queue in queues.items():
+        watcher = await consumer_config(bus, task, stream="TEAM_A_ADVISORIES")
+        assert watcher["filter_subjects"] == [f"{advisories}.{queue}.{task}"]
     assert (await stream_config(bus, "TEAM_A_RELEASES"))["subjects"] == [
         "team.a.released.>",
         "team.a.withdrawn.>",
@@ -319,11 +341,69 @@ async def test_another_root_makes_streams_of_its_own(bus: Bus) -> None:
     assert set((await topology(bus).apply(BOTH)).values()) == {"unchanged"}
 
 
-async def test_the_filters_of_the_files_are_those_of_the_contract(bus: Bus) -> None:
+async def test_each_task_has_a_stream_of_its_own_and_a_durable_without_a_filter(bus: Bus) -> None:
     await topology(bus).apply(BOTH)
     for task in BOTH:
-        found = await consumer_config(bus, str(task))
-        assert found["filter_subjects"] == list(Subjects().request_filters(task))
+        queue = Subjects().requests_stream(task)
+        found = await stream_config(bus, queue)
+        assert found["subjects"] == list(Subjects().request_subjects(task))
+        assert (found["retention"], found["discard"]) == ("workqueue", "new")
+        assert_unfiltered(await consumer_config(bus, str(task), stream=queue))
+
+
+# -- the one stream of earlier versions -----------------------------------------------------------
+
+
+async def make_earlier_version(bus: Bus) -> None:
+    """One request stream for all tasks, durables with filters, and the stream of advisories."""
+    everything = {"subjects": ["generation.request.>"], "retention": "workqueue"}
+    await api(bus, f"STREAM.CREATE.{FORMER}", {"name": FORMER, **everything})
+    advisories = f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{FORMER}"
+    config = json.loads((ROOT / f"infra/nats/streams/{ADVISORIES}.json").read_text())
+    await api(bus, f"STREAM.CREATE.{ADVISORIES}", {**config, "subjects": [f"{advisories}.*"]})
+    for task in BOTH:
+        durable = {"durable_name": str(task), "ack_policy": "explicit"}
+        for stream, filters in (
+            (FORMER, list(Subjects().request_subjects(task))),
+            (ADVISORIES, [f"{advisories}.{task}"]),
+        ):
+            body = {"stream_name": stream, "config": {**durable, "filter_subjects": filters}}
+            await api(bus, f"CONSUMER.CREATE.{stream}.{task}", body)
+
+
+async def test_the_stream_of_an_earlier_version_is_named_and_left_alone(bus: Bus) -> None:
+    await make_earlier_version(bus)
+    await bus.jetstream.publish("generation.request.text_to_image", b"{}")
+    line = (
+        "stream GENERATION_REQUESTS_TEXT_TO_IMAGE: GENERATION_REQUESTS, the request stream of an "
+        "earlier version, stores its subjects (requests in it: 1); let the earlier workers "
+        "empty it, then delete it (`nats stream rm GENERATION_REQUESTS`)"
+    )
+    with pytest.raises(TopologyError) as applied:
+        await topology(bus).apply(BOTH)
+    with pytest.raises(TopologyError) as ensured:
+        await topology(bus).ensure(TASK)
+    assert str(applied.value) == str(ensured.value) == line
+    assert (await api(bus, f"STREAM.INFO.{FORMER}"))["state"]["messages"] == 1
+    assert (await api(bus, "STREAM.NAMES"))["total"] == 2
+
+
+async def test_an_installation_of_an_earlier_version_is_upgraded_once_that_is_deleted(
+    bus: Bus,
+) -> None:
+    await make_earlier_version(bus)
+    await api(bus, f"STREAM.DELETE.{FORMER}")
+    done = await topology(bus).apply(BOTH)
+    assert (done[OTHER_REQUESTS], done["image_to_text"]) == ("created", "created")
+    assert (done[ADVISORIES], done["watcher image_to_text"]) == ("updated", "updated")
+    await topology(bus).ensure(TASK)
+
+
+async def test_any_other_stream_in_the_way_is_the_servers_word(bus: Bus) -> None:
+    stranger = {"name": "STRANGER", "subjects": ["generation.request.image_to_text"]}
+    await api(bus, "STREAM.CREATE.STRANGER", stranger)
+    with pytest.raises(TopologyError, match=f"STREAM.CREATE.{OTHER_REQUESTS}: subjects overlap"):
+        await topology(bus).apply(BOTH)
 
 
 async def test_the_durable_may_have_another_name(bus: Bus) -> None:
@@ -397,10 +477,11 @@ async def test_the_server_takes_the_files_as_they_are(bus: Bus) -> None:
         config = json.loads(path.read_text())
         assert path.stem == config["name"]
         await api(bus, f"STREAM.CREATE.{config['name']}", config)
-    for folder, stream in (("consumers", REQUESTS), ("watchers", ADVISORIES)):
+    for folder in ("consumers", "watchers"):
         for path in sorted((ROOT / "infra/nats" / folder).glob("*.json")):
             config = json.loads(path.read_text())
             assert path.stem == config["durable_name"]
+            stream = QUEUES[path.stem] if folder == "consumers" else ADVISORIES
             await api(
                 bus,
                 f"CONSUMER.DURABLE.CREATE.{stream}.{config['durable_name']}",

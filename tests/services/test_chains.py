@@ -119,8 +119,10 @@ async def test_a_chain_that_finds_no_place_in_the_queue_is_told(
     asked = caller.asking(caller.call(request_id="q", then=[TELL]))
     await scene.noted("run")
     jetstream = scene.sender.jetstream()
-    config = (await jetstream.stream_info(scene.subjects.requests_stream)).config
+    next_queue = scene.subjects.requests_stream(Task.IMAGE_TO_TEXT)
+    config = (await jetstream.stream_info(next_queue)).config
     await jetstream.update_stream(config.evolve(max_msgs=1))
+    await jetstream.publish(scene.subjects.request(Task.IMAGE_TO_TEXT), b"{}")
     (scene.folder / "run.go").touch()
     event = await asked
     assert (event["request_id"], event["failure"]["code"]) == ("q-2", "queue_full")

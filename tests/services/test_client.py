@@ -122,7 +122,7 @@ async def test_what_cannot_be_sent_is_said(scene: Scene) -> None:
         with pytest.raises(NoWorker):
             await client.cancel("nobody")
         jetstream = scene.sender.jetstream()
-        config = (await jetstream.stream_info(scene.subjects.requests_stream)).config
+        config = (await jetstream.stream_info(scene.subjects.requests_stream(scene.task))).config
         await jetstream.update_stream(config.evolve(max_msgs=1))
         await client.submit(TextToImageRequest(prompt="a"))
         with pytest.raises(QueueFull):

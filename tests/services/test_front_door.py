@@ -139,7 +139,7 @@ async def test_a_caller_that_is_gone_finds_its_result_in_the_stream(
 async def test_a_full_queue_is_told_at_once(scene: Scene, caller: Caller) -> None:
     await scene.start("held_in_run")
     jetstream = scene.sender.jetstream()
-    config = (await jetstream.stream_info(scene.subjects.requests_stream)).config
+    config = (await jetstream.stream_info(scene.subjects.requests_stream(scene.task))).config
     await jetstream.update_stream(config.evolve(max_msgs=1))
     waiting = caller.asking(caller.call(request_id="the-one"))
     await scene.noted("run")

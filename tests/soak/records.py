@@ -87,7 +87,7 @@ async def read(
 ) -> Records:
     """Read everything; the workers have been stopped."""
     durable = await scene.sender.jetstream().consumer_info(
-        scene.subjects.requests_stream, str(scene.task)
+        scene.subjects.requests_stream(scene.task), str(scene.task)
     )
     keys = sorted(await scene.keys())
     bucket = scene.stack.store.bucket

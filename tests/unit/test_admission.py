@@ -30,7 +30,7 @@ class Arrival:
     body: bytes = b'{"prompt":"a red circle"}'
     subject: str = SUBJECT
     headers: Mapping[str, str] = field(default_factory=dict)
-    stream: str = "GENERATION_REQUESTS"
+    stream: str = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
     stream_sequence: int = 7
     attempt: int = 1
     stored_at: datetime = STORED_AT
@@ -83,7 +83,7 @@ def test_id_is_the_bodys_then_the_subjects_then_the_headers(
 def test_derived_id_is_the_same_at_every_delivery_of_a_request() -> None:
     first, second = read_id(attempt=1), read_id(attempt=2)
     assert first == second
-    assert first.startswith("GENERATION_REQUESTS-7-")
+    assert first.startswith("GENERATION_REQUESTS_TEXT_TO_IMAGE-7-")
     assert is_request_id(first)
 
 
@@ -91,7 +91,8 @@ def test_derived_id_is_the_same_at_every_delivery_of_a_request() -> None:
     "other",
     [
         {"stream_sequence": 8},
-        {"stream": "OTHER_REQUESTS"},
+        {"stream": "GENERATION_REQUESTS_IMAGE_TO_TEXT"},
+        {"stream": "OTHER_REQUESTS_TEXT_TO_IMAGE"},
         {"stored_at": STORED_AT + timedelta(seconds=1)},  # the stream was deleted and made again
     ],
 )
@@ -104,9 +105,15 @@ def test_derived_id_of_another_request_is_another(other: dict[str, Any]) -> None
     st.integers(1, 2**64 - 1),
     st.datetimes(datetime(2020, 1, 1), datetime(9999, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001
 )
-def test_derived_id_is_legal_for_every_stream(root: str, sequence: int, at: datetime) -> None:
-    stream = Subjects(root).requests_stream
-    assert is_request_id(read_id(stream=stream, stream_sequence=sequence, stored_at=at))
+def test_derived_id_is_legal_and_names_its_message_under_every_root(
+    root: str, sequence: int, at: datetime
+) -> None:
+    for task in Task:
+        stream = Subjects(root).requests_stream(task)
+        derived = read_id(stream=stream, stream_sequence=sequence, stored_at=at)
+        assert is_request_id(derived)
+        # What is cut off, beyond 64 characters, is of the root alone.
+        assert derived.endswith(f"_REQUESTS_{task.upper()}-{sequence}-{int(at.timestamp()):x}")
 
 
 ILLEGAL_IDS = ["a.b", "*", ">", "", "a b", "ä", "x" * 65, "a\n", "$JS", 7, None, ["a"], {}]
@@ -147,8 +154,10 @@ def test_ids_in_body_and_subject_must_agree() -> None:
 # -- the reply ------------------------------------------------------------------------------------
 
 UNSAFE_REPLIES = [
-    pytest.param("$JS.API.STREAM.DELETE.GENERATION_REQUESTS", id="deletes a stream"),
-    pytest.param("$JS.ACK.GENERATION_REQUESTS.text_to_image.1.1.1.1.0", id="settles another"),
+    pytest.param("$JS.API.STREAM.DELETE.GENERATION_REQUESTS_TEXT_TO_IMAGE", id="deletes a stream"),
+    pytest.param(
+        "$JS.ACK.GENERATION_REQUESTS_TEXT_TO_IMAGE.text_to_image.1.1.1.1.0", id="settles another"
+    ),
     pytest.param("$SYS.REQ.SERVER.PING", id="system"),
     pytest.param("_INBOX." + "a" * 5_000, id="closes the connection"),
     pytest.param("_INBOX." + "a" * 194, id="201 characters"),

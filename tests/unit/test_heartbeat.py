@@ -18,7 +18,7 @@ def make_delivery() -> MemoryDelivery:
         subject="generation.request.text_to_image",
         headers={},
         body=b"",
-        stream="GENERATION_REQUESTS",
+        stream="GENERATION_REQUESTS_TEXT_TO_IMAGE",
         stream_sequence=1,
         attempt=1,
         stored_at=datetime.now(UTC),
