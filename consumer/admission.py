@@ -4,6 +4,7 @@ Reading goes in two passes. The envelope (id, reply subject, trace) is read leni
 came, so that even an invalid request gets its answer; the request itself is read strictly.
 """
 
+import asyncio
 import hashlib
 import re
 import time
@@ -66,6 +67,7 @@ class Job:
         told_start: Whether its started event has been published.
         releases: How many of the deliveries were given back on purpose.
         withdrawn: Whether it was cancelled while an earlier worker had it.
+        over: Set when it has come to its end in this worker.
         existing: The terminal event that was stored before, if there is one.
         stored: The outputs that are in the store so far, whether an event tells of them or not.
         parameters: What the outputs were made with.
@@ -86,6 +88,7 @@ class Job:
     releases: int = 0
     withdrawn: bool = False
     interrupt: Interrupt = field(default_factory=Interrupt)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
     state: State = State.RECEIVED
     request: Request | None = None
     existing: ResultEvent | None = None

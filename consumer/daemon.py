@@ -235,6 +235,7 @@ class Daemon:
             prompt_in_pictures=settings.consumer_prompt_in_pictures,
             tracer=self._tracer,
             turns=make_turns(settings, durable),
+            ending=self._end_pulling,
         )
 
     async def _look_at_store(self, artifacts: ObjectStoreArtifacts) -> None:
@@ -310,7 +311,7 @@ class Daemon:
         try:
             await execution.room()
             while (delivery := await pull.next()) is not None:
-                task = asyncio.create_task(self._handle(delivery, pull, execution), name="job")
+                task = asyncio.create_task(self._handle(delivery, execution), name="job")
                 handling.add(task)
                 task.add_done_callback(handling.discard)
                 del delivery  # its body may be a megabyte, and the next may be long in coming
@@ -324,18 +325,20 @@ class Daemon:
             await _ended(handling)
         return self._code
 
-    async def _handle(
-        self, delivery: JetStreamDelivery, pull: PullLoop, execution: Execution
-    ) -> None:
+    async def _handle(self, delivery: JetStreamDelivery, execution: Execution) -> None:
         code = await execution.handle(delivery)
         if code is not None and not self._code:
             # What is on its way to the store may still get there; nothing more is begun.
             self._code = code
             self._health.device_lost = True
             log.error("device_lost")
-            pull.stop()
-            execution.give_back_what_waits()
             self._end_after(self._settings.consumer_drain_grace, PATIENCE + FORCE_AFTER)
+
+    async def _end_pulling(self) -> None:
+        # Before the request is given back: a standing pull would bring it here again.
+        if self._pull is not None and self._execution is not None:
+            await self._pull.withdraw()
+            self._execution.give_back_what_waits()
 
     # -- drain ------------------------------------------------------------------------------------
 

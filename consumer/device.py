@@ -105,11 +105,13 @@ class Device:
             job.place.off_the_device()
 
     async def _turn(self, job: Job, member: BatchMember) -> Turn:
-        began = time.monotonic()
         several = self._turns.bounds.together > 1 and not job.place.suspect
         key = self._runner.batch_key(member.request) if several else None
         granted = job.place.its_turn(member, key)
-        turn = granted.result() if granted.done() else await job.interrupt.during(granted)
+        if granted.done():
+            return granted.result()
+        began = time.monotonic()
+        turn = await job.interrupt.during(granted)
         waited = time.monotonic() - began
         job.queued += waited
         job.spent("waiting", waited)

@@ -89,6 +89,7 @@ class Execution:
         prompt_in_pictures: Whether the files of pictures say their prompts.
         tracer: Where traces go; None: nowhere.
         turns: How much may be in hand; None: one at a time.
+        ending: Called when this process must end, before anything is given back.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Execution:
         prompt_in_pictures: bool = False,
         tracer: Tracer | None = None,
         turns: Turns | None = None,
+        ending: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._admission = admission
         self._task = admission.task
@@ -115,6 +117,7 @@ class Execution:
         self._runner = runner
         self._events = events
         self._turns = turns or Turns()
+        self._ending = ending
         self._pictures = Pictures(
             artifacts,
             images,
@@ -218,6 +221,8 @@ class Execution:
                 async with Lease(delivery, ack_wait=self._limits.ack_wait):
                     wanted = self._decide(job, await stages(job))
                     exit_code = wanted.exit_code  # stands even if the end goes wrong
+                    if exit_code is not None and self._ending is not None:
+                        await self._ending()
                     decision = await self._conclusion.conclude(job, wanted)
             except asyncio.CancelledError:
                 if await self._give_back(job):
@@ -228,6 +233,7 @@ class Execution:
                 log.exception("job_abandoned")
             finally:
                 self._jobs.remove(job)
+                job.over.set()
                 job.place.leave()
                 self._report(job, decision)
                 trace.end(outcome=name_of(decision), queued=job.queued, stages=job.stages)
@@ -261,6 +267,7 @@ class Execution:
                 timer = asyncio.get_running_loop().call_later(
                     max(0.0, left), job.interrupt.set, Reason.DEADLINE
                 )
+            await self._wait_for_its_twin(job)
             pictures = await self._admit(job, request)
             output = await self._device.run(job, pictures)
             del pictures  # nothing of them is needed while the output is stored
@@ -304,6 +311,14 @@ class Execution:
         if job.existing is not None:
             same = job.existing.request_digest == job.digest
             raise SettledBefore if same else OtherContent
+
+    async def _wait_for_its_twin(self, job: Job) -> None:
+        """Let an earlier copy of the request come to its end: its result is then looked for."""
+        for other in self._jobs:
+            if other is job:
+                return
+            if other.request_id == job.request_id:
+                await job.interrupt.during(other.over.wait())
 
     async def _admit(self, job: Job, request: Request) -> "list[Image]":
         await self._look_for_result(job)

@@ -114,11 +114,8 @@ class JetStreamEvents:
             if await self._fenced(event, headers):
                 return True
             found = await self.find_result(event.task, event.request_id)
-        return found is not None and (found.worker, found.attempt, found.sequence) == (
-            event.worker,
-            event.attempt,
-            event.sequence,
-        )
+        # All of it: a second copy of a request may be in this worker's hands at the same time.
+        return found == event
 
     async def _fenced(self, event: ResultEvent, headers: Mapping[str, str]) -> bool:
         subject = self._subjects.result(event.task, event.request_id)

@@ -57,6 +57,7 @@ class PullLoop:
         # None wakes the loop without a message: to stop, or to pull again.
         self._received: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._stopping = False
+        self._withdrawal: asyncio.Future[None] | None = None
         self._pulls = 0
         self._standing = False  # whether the last pull may still be answered
         self._giving_back: set[asyncio.Task[None]] = set()
@@ -70,9 +71,17 @@ class PullLoop:
         self._bus.on_reconnect(self._pull_again)
 
     def stop(self) -> None:
-        """Make `next` return None."""
+        """Make `next` return None, and withdraw the standing pull."""
         self._stopping = True
         self._received.put_nowait(None)
+        if self._subscription is not None and self._withdrawal is None:
+            self._withdrawal = asyncio.ensure_future(self._withdraw())
+
+    async def withdraw(self) -> None:
+        """The same; when it returns, nothing that is given back can come to this worker again."""
+        self.stop()
+        if self._withdrawal is not None:
+            await asyncio.wait({self._withdrawal})
 
     async def next(self) -> JetStreamDelivery | None:
         """The next delivery, or None when stopping.
@@ -100,7 +109,15 @@ class PullLoop:
 
         Call it as soon as `next` is not called any more: nobody renews those leases. Never raises.
         """
-        self._stopping = True
+        await self.withdraw()
+        while not self._received.empty():
+            message = self._received.get_nowait()
+            if message is not None and is_delivery(message):
+                self._give_back(message)
+        if self._giving_back:
+            await asyncio.wait(self._giving_back, timeout=IDLE_HEARTBEAT)
+
+    async def _withdraw(self) -> None:
         if self._subscription is None:
             return
         try:
@@ -108,12 +125,6 @@ class PullLoop:
             await asyncio.wait_for(self._subscription.drain(), IDLE_HEARTBEAT)  # type: ignore[no-untyped-call]
         except (Error, TimeoutError, OSError) as error:
             log.warning("pull_not_withdrawn", error=type(error).__name__)
-        while not self._received.empty():
-            message = self._received.get_nowait()
-            if message is not None and is_delivery(message):
-                self._give_back(message)
-        if self._giving_back:
-            await asyncio.wait(self._giving_back, timeout=IDLE_HEARTBEAT)
 
     @property
     def _current(self) -> str:
@@ -122,7 +133,7 @@ class PullLoop:
     async def _take(self, message: Msg) -> None:
         if not is_delivery(message):
             self._received.put_nowait(message)
-        elif self._standing:
+        elif self._standing and not self._stopping:
             self._standing = False
             self._received.put_nowait(message)
         else:

@@ -11,6 +11,9 @@ from tests.faults.seen import Answers, promised, stored
 
 # -- one after the other --------------------------------------------------------------------------
 
+# So that a lease that runs out gives the request to the other worker.
+ONE = {"CONSUMER_JOBS_IN_FLIGHT": "1"}
+
 
 async def test_a_second_copy_gets_the_first_result_again(scene: Scene) -> None:
     answers = await Answers.listen(scene)
@@ -89,10 +92,10 @@ async def _shared(scene: Scene, causes: tuple[str, str], quicker: str) -> Event:
     """Have one delivery in the hands of two workers, and let one after the other go on."""
     await scene.apply(CONSUMER_MAX_ACK_PENDING="2")
     answers = await Answers.listen(scene)
-    first = await scene.start(causes[0], LET_GO="first")
+    first = await scene.start(causes[0], LET_GO="first", **ONE)
     await scene.submit(request_id="shared", reply_to=answers.subject)
     await scene.noted(PLACE)
-    second = await scene.start(causes[1], LET_GO="second")
+    second = await scene.start(causes[1], LET_GO="second", **ONE)
     await scene.noted(PLACE, 2)
     assert await scene.events("shared") == []
 
@@ -132,10 +135,10 @@ async def test_the_same_id_for_another_content_at_the_same_time(scene: Scene) ->
     await scene.apply(CONSUMER_MAX_ACK_PENDING="2")
     first_answers = await Answers.listen(scene)
     other_answers = await Answers.listen(scene)
-    first = await scene.start("held_until_let_go", LET_GO="first")
+    first = await scene.start("held_until_let_go", LET_GO="first", **ONE)
     await scene.submit(request_id="mine", prompt="a", reply_to=first_answers.subject)
     await scene.noted(PLACE)
-    other = await scene.start("held_until_let_go", LET_GO="other")
+    other = await scene.start("held_until_let_go", LET_GO="other", **ONE)
     await scene.submit(request_id="mine", prompt="b", reply_to=other_answers.subject)
     await scene.noted(PLACE, 2)
 

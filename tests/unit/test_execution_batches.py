@@ -280,3 +280,19 @@ async def test_texts_go_together_too() -> None:
     world.close()
     assert model(world).batches == [["a", "b"]]
     assert isinstance(await world.result("b"), SucceededEvent)
+
+
+async def test_second_copy_in_the_same_hands_waits_for_the_first_and_is_not_run() -> None:
+    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    hold = world.runner.will_hold()
+    handling = []
+    for _ in range(2):
+        await world.send(asking("a"))
+        handling.append(asyncio.create_task(world.work()))
+    await soon(hold.begun())
+    hold.release()
+    await soon(asyncio.gather(*handling))
+    world.close()
+    assert len(world.runner.runs) == 1
+    assert world.observer.outcomes == ["succeeded", "already_done"]
+    assert await world.left() == 0
