@@ -1,6 +1,6 @@
 """Image to text: Qwen2-VL to Qwen3-VL and what else AutoModelForImageTextToText loads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,14 +8,10 @@ import torch
 from accelerate.hooks import CpuOffload
 from PIL import Image
 from PIL.Image import Image as PILImage
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from consumer.ports import (
+    BatchMember,
     GeneratedText,
     Interrupted,
     IsCancelled,
@@ -29,10 +25,13 @@ from consumer.ports import (
 )
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement, place, release
-from consumer.runners.faults import BadOutput, StoppedAtStep, load_failure, translated
+from consumer.runners.faults import StoppedAtStep, load_failure, translated
+from consumer.runners.image_to_text.batch import BatchKeys
+from consumer.runners.image_to_text.chats import Chat, Chats, prompt_tokens
 from consumer.runners.image_to_text.control_tokens import ControlTokens
 from consumer.runners.image_to_text.deltas import Deltas, written_text
 from consumer.runners.image_to_text.pictures import PictureBudget
+from consumer.runners.image_to_text.rows import Numbers, Row, Rows
 from consumer.runners.image_to_text.sampling import Sampling, defaults_of
 from consumer.runners.image_to_text.vision_loading import download, load_vision_language
 from consumer.runners.options import see_that_they_fit
@@ -112,7 +111,9 @@ class VisionLanguageModel:
         self._control = ControlTokens(processor)
         self._context = int(model.config.get_text_config().max_position_embeddings)  # tokens
         self._ends = _end_tokens(model.generation_config, processor.tokenizer)
-        system = {"system"} if _has_system(processor) else set()
+        self._keys = BatchKeys(model, processor.tokenizer, config)
+        self._chats = Chats(processor, placement)
+        system = {"system"} if self._chats.have_system() else set()
         self._description = ModelDescription(
             info=info,
             parameters=frozenset(_PARAMETERS | system),
@@ -131,7 +132,7 @@ class VisionLanguageModel:
             ModelUnavailable: The chat template leaves pictures out.
             Exception: Whatever the template and the processor raise.
         """
-        if self._chat("x", None, pictures=1) == self._chat("x", None, pictures=0):
+        if not self._chats.have_pictures():
             name = self._description.info.id
             raise ModelUnavailable(f"{name}: its chat template has no place for pictures")
         self._inputs(("x", None), self._budget.fit([Image.new("RGB", _ANY_SIZE)]))
@@ -157,54 +158,101 @@ class VisionLanguageModel:
         save_memory: bool,
     ) -> RunnerOutput:
         """Write the text of one request."""
-        if cancelled():
-            raise Interrupted("stopped before the first token")
-        asked = _image_to_text(request)
         deltas = None if on_text is None else Deltas(self._processor.tokenizer, on_text)
         savings = self._savings() if save_memory else ()
-        return translated(
-            lambda: self._write(asked, images, on_step, cancelled, deltas=deltas, savings=savings),
-            free=lambda: release(self._placement.device),
-            saved=savings,
-        )
+        member = BatchMember(request, images, on_step, cancelled)
+        return self._run([member], deltas=deltas, savings=savings)[0]
+
+    def batch_key(self, request: Request) -> Hashable | None:
+        """What requests have in common that can be written together; None: this one runs alone."""
+        asked = _image_to_text(request)
+        return self._keys.key(asked, Sampling.of(asked, self._description.defaults))
+
+    def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
+        """Write the texts of several requests, as equal to the single runs' as `batch` says.
+
+        A text that has ended has no more steps: its request is neither told nor asked while the
+        others go on.
+        """
+        outputs = self._run(members)
+        return [outputs.get(place) for place in range(len(members))]
 
     def close(self) -> None:
         """Give the device's memory back."""
         del self._model
         release(self._placement.device)
 
-    def _write(
+    def _run(
         self,
-        request: ImageToTextRequest,
-        images: Sequence[PILImage],
-        on_step: OnStep,
-        cancelled: IsCancelled,
+        members: Sequence[BatchMember],
         *,
-        deltas: Deltas | None,
-        savings: tuple[str, ...],
-    ) -> RunnerOutput:
-        warnings = [f"memory was short: {saving}" for saving in savings]
+        deltas: Deltas | None = None,
+        savings: tuple[str, ...] = (),
+    ) -> dict[int, RunnerOutput]:
+        """The outputs of those who were not cancelled, by their places."""
+        staying = {n: member for n, member in enumerate(members) if not member.cancelled()}
+        if not staying:
+            raise Interrupted("stopped before the first token")
+        outputs = translated(
+            lambda: self._write([*staying.values()], deltas=deltas, savings=savings),
+            free=lambda: release(self._placement.device),
+            saved=savings,
+        )
+        written = zip(staying, outputs, strict=True)
+        return {place: output for place, output in written if output is not None}
+
+    def _write(
+        self, members: Sequence[BatchMember], *, deltas: Deltas | None, savings: tuple[str, ...]
+    ) -> list[RunnerOutput | None]:
+        asked = [self._asked(member, savings) for member in members]
+        inputs = self._chats.inputs([one.chat for one in asked])
+        rows = [
+            self._row(member, one, tokens)
+            for member, one, tokens in zip(members, asked, prompt_tokens(inputs), strict=True)
+        ]
+        cache = {"cache_implementation": "offloaded"} if _CACHE_ELSEWHERE in savings else {}
+        written = self._generate(asked[0].sampling, {**inputs, **cache}, rows, deltas)
+        outputs = [
+            None if row.is_cancelled else self._output(one, row, tokens)
+            for one, row, tokens in zip(asked, rows, written, strict=True)
+        ]
+        if deltas is not None and (output := outputs[0]) is not None and output.text is not None:
+            deltas.finish(output.text.text)
+        return outputs
+
+    def _asked(self, member: BatchMember, savings: tuple[str, ...]) -> "_Asked":
+        request = _image_to_text(member.request)
         budget = self._budget
         if _FEWER_PIXELS in savings:
             budget = replace(budget, most=max(budget.most // 2, budget.least))
+        warnings = [f"memory was short: {saving}" for saving in savings]
         said = self._cleaned(request)
         if said != (request.prompt, request.system):
             warnings.append("control tokens of the model were taken out of the text")
-        inputs = self._inputs(said, budget.fit(images))
-        most = self._most_new_tokens(request, inputs["input_ids"].shape[1])
-        if request.max_new_tokens is not None and most < request.max_new_tokens:
-            warnings.append(f"max_new_tokens: the model's context has room for {most} only")
-        watch = _Watch(inputs["input_ids"].shape[1], most, on_step, cancelled)
+        chat = Chat(*said, budget.fit(member.images))
         sampling = Sampling.of(request, self._description.defaults)
-        cache = {"cache_implementation": "offloaded"} if _CACHE_ELSEWHERE in savings else {}
-        written = self._generate(sampling, {**inputs, **cache}, watch, deltas)
-        text = self._text(written, watch, sampling)
-        if deltas is not None:
-            deltas.finish(text.text)
+        return _Asked(request, chat, sampling, warnings)
+
+    def _row(self, member: BatchMember, asked: "_Asked", tokens: int) -> Row:
+        most = self._most_new_tokens(asked.request, tokens)
+        wanted = asked.request.max_new_tokens
+        if wanted is not None and most < wanted:
+            line = f"max_new_tokens: the model's context has room for {most} only"
+            asked.warnings.append(line)
+        return Row(member, tokens, most)
+
+    def _output(self, asked: "_Asked", row: Row, tokens: list[int]) -> RunnerOutput:
+        text = GeneratedText(
+            text=written_text(self._processor.tokenizer, tokens),
+            finish_reason="stop" if tokens and tokens[-1] in self._ends else "length",
+            prompt_tokens=row.prompt_tokens,
+            completion_tokens=len(tokens),
+            seed=asked.sampling.seed,
+        )
         return RunnerOutput(
             text=text,
-            warnings=tuple(warnings),
-            parameters={"max_new_tokens": most, **sampling.parameters},
+            warnings=tuple(asked.warnings),
+            parameters={"max_new_tokens": row.most, **asked.sampling.parameters},
         )
 
     def _savings(self) -> tuple[str, ...]:
@@ -217,32 +265,9 @@ class VisionLanguageModel:
         system = None if request.system is None else self._control.strip(request.system)
         return self._control.strip(request.prompt), system
 
-    def _inputs(self, said: tuple[str, str | None], images: list[PILImage]) -> Any:
-        """The tensors for the model, on its device: the chat in tokens and the pictures in patches.
-
-        Args:
-            said: The prompt and the system prompt, without control tokens.
-            images: Within the budget.
-        """
-        text = self._chat(*said, pictures=len(images))
-        # Where the template writes the first token itself, the tokenizer must not do so again.
-        first = self._processor.tokenizer.bos_token
-        more = {"add_special_tokens": False} if first and text.startswith(first) else {}
-        inputs = self._processor(text=[text], images=images, return_tensors="pt", **more)
-        return inputs.to(self._placement.device, dtype=self._placement.dtype)
-
-    def _chat(self, prompt: str, system: str | None, *, pictures: int) -> str:
-        """The chat as the template writes it; of the pictures it sees how many there are."""
-        places: list[dict[str, str]] = [{"type": "image"}] * pictures
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": [*places, {"type": "text", "text": prompt}]}
-        ]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        text: str = self._processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        return text
+    def _inputs(self, said: tuple[str, str | None], images: Sequence[PILImage]) -> Any:
+        """The tensors for one chat."""
+        return self._chats.inputs([Chat(*said, images)])
 
     def _most_new_tokens(self, request: ImageToTextRequest, prompt_tokens: int) -> int:
         room = self._context - prompt_tokens
@@ -255,9 +280,9 @@ class VisionLanguageModel:
         return min(int(wanted or 1), room)
 
     def _generate(
-        self, sampling: Sampling, inputs: Any, watch: "_Watch", deltas: Deltas | None
-    ) -> list[int]:
-        """The tokens that the model wrote, without the prompt's."""
+        self, sampling: Sampling, inputs: Any, rows: Sequence[Row], deltas: Deltas | None
+    ) -> list[list[int]]:
+        """The tokens that the model wrote in each row, without the prompt's and the padding."""
         if sampling.seed is not None:
             # There is no generator argument; one thread for each model makes the global one safe.
             torch.manual_seed(sampling.seed)
@@ -266,54 +291,27 @@ class VisionLanguageModel:
                 tokens = self._model.generate(
                     **inputs,
                     **sampling.options,
-                    max_new_tokens=watch.most,
-                    stopping_criteria=StoppingCriteriaList([watch]),
-                    logits_processor=LogitsProcessorList([_Numbers()]),
+                    max_new_tokens=max(row.most for row in rows),
+                    stopping_criteria=StoppingCriteriaList([Rows(rows, self._ends)]),
+                    logits_processor=LogitsProcessorList([Numbers()]),
                     streamer=deltas,
                 )
         finally:
             _wait_in_main_memory(self._model)
-        if watch.stopped:
+        if all(row.is_cancelled for row in rows):
             raise StoppedAtStep
-        written: list[int] = tokens[0, watch.prompt_tokens :].tolist()
-        return written
-
-    def _text(self, written: list[int], watch: "_Watch", sampling: Sampling) -> GeneratedText:
-        return GeneratedText(
-            text=written_text(self._processor.tokenizer, written),
-            finish_reason="stop" if written and written[-1] in self._ends else "length",
-            prompt_tokens=watch.prompt_tokens,
-            completion_tokens=len(written),
-            seed=sampling.seed,
-        )
+        written: list[list[int]] = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+        return [of_one[: row.tokens] for of_one, row in zip(written, rows, strict=True)]
 
 
 @dataclass
-class _Watch(StoppingCriteria):
-    """Tells each token, and stops at the very one after which it is cancelled."""
+class _Asked:
+    """What one request asks for, ready for the model."""
 
-    prompt_tokens: int
-    most: int
-    on_step: Callable[[int, int], None]
-    cancelled: Callable[[], bool]
-    stopped: bool = False
-
-    def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
-        self.on_step(input_ids.shape[1] - self.prompt_tokens, self.most)
-        self.stopped = self.stopped or self.cancelled()
-        return torch.full((len(input_ids),), self.stopped, device=input_ids.device)
-
-
-class _Numbers(LogitsProcessor):
-    """Refuses scores that are not numbers.
-
-    Greedy decoding would make gibberish of them, and sampling on cuda ends the process's device.
-    """
-
-    def __call__(self, _: Any, scores: Any) -> Any:
-        if torch.isnan(scores).any():
-            raise BadOutput("the model made scores that are not numbers")
-        return scores
+    request: ImageToTextRequest
+    chat: Chat
+    sampling: Sampling
+    warnings: list[str]
 
 
 def _wait_in_main_memory(model: Any) -> None:
@@ -327,15 +325,6 @@ def _end_tokens(generation: Any, tokenizer: Any) -> frozenset[int]:
     ends = generation.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     return frozenset(ends if isinstance(ends, list) else [ends])
-
-
-def _has_system(processor: Any) -> bool:
-    mark = "a system message"
-    messages = [{"role": "system", "content": mark}, {"role": "user", "content": "a prompt"}]
-    try:
-        return mark in processor.apply_chat_template(messages, tokenize=False)
-    except Exception:  # noqa: BLE001 - templates raise what they like at a role they lack
-        return False
 
 
 def _image_to_text(request: Request) -> ImageToTextRequest:

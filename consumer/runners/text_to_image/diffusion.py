@@ -3,9 +3,8 @@
 # mypy: allow-untyped-calls
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from PIL import Image as Pillow
 
 from consumer.ports import (
+    BatchMember,
     GeneratedImage,
     Interrupted,
     IsCancelled,
@@ -29,9 +29,11 @@ from consumer.runners.faults import BadOutput, translated
 from consumer.runners.source import located
 from consumer.runners.text_to_image import memory
 from consumer.runners.text_to_image.adapters import Adapters, find_adapters
+from consumer.runners.text_to_image.batch import BatchKeys, arguments_of_a_batch
 from consumer.runners.text_to_image.memory_guard import FreeBytes, free_bytes, least_to_decode
 from consumer.runners.text_to_image.own_pipeline import own_pipeline
 from consumer.runners.text_to_image.parameters import Parameters
+from consumer.runners.text_to_image.picture_run import Company, PictureRun, Wanted
 from consumer.runners.text_to_image.pipeline_loading import STEP_CALLBACK, download, load_pipeline
 from consumer.runners.text_to_image.preview import Preview
 from consumer.runners.text_to_image.safety import SafetyChecker, load_checker
@@ -74,20 +76,9 @@ def load(config: ModelConfig) -> "DiffusionModel":
         parameters,
         Adapters(pipe, files),
         checker,
+        keys=BatchKeys(pipe, parameters, config),
         movable=placement.device.type != "cpu" and config.offload == "none" and not fixed,
     )
-
-
-@dataclass
-class _Run:
-    """What one run asks for, and what it has told so far."""
-
-    request: TextToImageRequest
-    on_step: OnStep
-    cancelled: IsCancelled
-    on_preview: OnPreview | None
-    cuts: Cuts
-    saved: list[str]  # what it did to save memory
 
 
 class DiffusionModel:
@@ -99,6 +90,7 @@ class DiffusionModel:
         parameters: What it takes.
         adapters: What was loaded into it, to be used by single runs.
         checker: Says which pictures are flagged; None: nobody does.
+        keys: Says which requests go together.
         movable: Whether its parts can be moved to main memory for a run that needs the room.
         free: Tells the memory of the device that a run can have.
     """
@@ -111,6 +103,7 @@ class DiffusionModel:
         adapters: Adapters,
         checker: SafetyChecker | None,
         *,
+        keys: BatchKeys,
         movable: bool,
         free: FreeBytes = free_bytes,
     ) -> None:
@@ -118,6 +111,7 @@ class DiffusionModel:
         self._placement = placement
         self._parameters = parameters
         self._adapters = adapters
+        self._keys = keys
         self._checker = checker
         self._types = memory.types_of(pipe)
         self._undo = ExitStack()  # what saves memory in this run
@@ -136,7 +130,7 @@ class DiffusionModel:
     def run(
         self,
         request: Request,
-        images: Sequence["Image"],  # noqa: ARG002 - of the port; a text is all that is read
+        images: Sequence["Image"],
         *,
         on_step: OnStep,
         cancelled: IsCancelled,
@@ -145,91 +139,134 @@ class DiffusionModel:
         save_memory: bool,
     ) -> RunnerOutput:
         """Make the pictures of one request."""
-        if cancelled():
+        member = BatchMember(request, images, on_step, cancelled)
+        return self._run([member], on_preview=on_preview, save_memory=save_memory)[0]
+
+    def batch_key(self, request: Request) -> Hashable | None:
+        """What requests have in common that can be made together; None: this one runs alone."""
+        return self._keys.key(_text_to_image(request))
+
+    def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
+        """Make the pictures of several requests, as equal to the single runs' as `batch` says.
+
+        Raises `OutOfMemory` before it starts where the pictures could not be decoded all at once.
+        """
+        outputs = self._run(members)
+        return [outputs.get(place) for place in range(len(members))]
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        del self._pipe, self._parameters, self._adapters, self._keys  # each of them holds weights
+        release(self._placement.device)
+
+    def _run(
+        self,
+        members: Sequence[BatchMember],
+        *,
+        on_preview: OnPreview | None = None,
+        save_memory: bool = False,
+    ) -> dict[int, RunnerOutput]:
+        """The outputs of those who stay to the end, by their places."""
+        company = Company(members)
+        if company.have_all_left():
             raise Interrupted("stopped before the first step")
-        run = _Run(_text_to_image(request), on_step, cancelled, on_preview, Cuts(), [])
+        requests = [_text_to_image(member.request) for member in members]
+        wanted = [
+            Wanted(place, seed) for place in company.staying for seed in _seeds(requests[place])
+        ]
+        prompts = len(wanted) if len(company.staying) > 1 else 1
+        run = PictureRun(company, requests, wanted, Cuts(prompts), on_preview)
         return translated(
             lambda: self._make(run, save_memory=save_memory), free=self._free, saved=run.saved
         )
 
-    def close(self) -> None:
-        """Give the device's memory back."""
-        del self._pipe, self._parameters, self._adapters  # each of them holds the weights
-        release(self._placement.device)
-
-    def _make(self, run: _Run, *, save_memory: bool) -> RunnerOutput:
-        request = run.request
-        first = secrets.randbelow(SEEDS) if request.seed is None else request.seed
-        seeds = [(first + n) % SEEDS for n in range(request.num_images)]
-        pictures: list[GeneratedImage] = []
+    def _make(self, run: PictureRun, *, save_memory: bool) -> dict[int, RunnerOutput]:
+        pictures: dict[int, list[GeneratedImage]] = {}
         with torch.inference_mode():
-            batches = [seeds]
-            if save_memory or self._cannot_be_decoded(request):
-                batches = self._save_memory(run, seeds, move=save_memory and self._movable)
-            with self._adapters.active(request.adapters):
-                for number, batch in enumerate(batches):
+            parts = [run.wanted]
+            if save_memory or self._cannot_be_decoded(run):
+                parts = self._save_memory(run, move=save_memory and self._movable)
+            with self._adapters.active(run.request.adapters):
+                for number, part in enumerate(parts):
                     steps = StepCallback(
-                        run.on_step,
-                        run.cancelled,
+                        run.company.tell,
+                        run.company.have_all_left,
                         modern=self._parameters.takes(STEP_CALLBACK),
                         run=number,
-                        runs=len(batches),
+                        runs=len(parts),
                         preview=self._preview(run, number),
                     )
-                    pictures += self._run_pipeline(run, batch, steps)
+                    made = self._run_pipeline(run, part, steps)
+                    for picture, wanted in zip(made, part, strict=True):
+                        pictures.setdefault(wanted.place, []).append(picture)
             self._undo.close()
-        blanked = sum(picture.flagged is True for picture in pictures)
+        return {place: self._output(run, place, pictures[place]) for place in run.company.staying}
+
+    def _output(self, run: PictureRun, place: int, pictures: list[GeneratedImage]) -> RunnerOutput:
+        warnings = run.cuts.warnings(run.prompt_of(place))
+        if blanked := sum(picture.flagged is True for picture in pictures):
+            warnings += (f"the model's safety checker blanked pictures: {blanked}",)
+        if run.saved:
+            warnings += (f"memory was short: {', '.join(run.saved)}",)
         return RunnerOutput(
             images=tuple(self._checked(pictures)),
-            warnings=_warnings(run, blanked),
-            parameters=self._parameters.resolved(request, seeds),
+            warnings=warnings,
+            parameters=self._parameters.resolved(run.requests[place], run.seeds_of(place)),
         )
 
-    def _preview(self, run: _Run, number: int) -> Preview | None:
+    def _preview(self, run: PictureRun, number: int) -> Preview | None:
         # Of the first picture; and not where memory is short.
         if run.on_preview is None or number or run.saved:
             return None
         return Preview(run.on_preview, *self._parameters.size(run.request))
 
-    def _cannot_be_decoded(self, request: TextToImageRequest) -> bool:
-        width, height = self._parameters.size(request)
-        least = least_to_decode(self._pipe, pictures=request.num_images, width=width, height=height)
+    def _cannot_be_decoded(self, run: PictureRun) -> bool:
+        width, height = self._parameters.size(run.request)
+        least = least_to_decode(self._pipe, pictures=len(run.wanted), width=width, height=height)
         free = self._free_bytes(self._placement.device)
         return least is not None and free is not None and free < least
 
-    def _save_memory(self, run: _Run, seeds: list[int], *, move: bool) -> list[list[int]]:
-        if len(seeds) > 1:
+    def _save_memory(self, run: PictureRun, *, move: bool) -> list[Sequence[Wanted]]:
+        if run.is_batch:
+            # One by one they are faster than all at once in tiles: the caller runs them so.
+            raise MemoryError("so many pictures cannot be decoded at once")
+        if len(run.wanted) > 1:
             run.saved.append("made one picture at a time")
         run.saved += memory.save(self._undo, self._pipe, self._placement.device, offload=move)
-        return [[seed] for seed in seeds]
+        return [[wanted] for wanted in run.wanted]
 
     def _run_pipeline(
-        self, run: _Run, seeds: list[int], steps: StepCallback
+        self, run: PictureRun, part: Sequence[Wanted], steps: StepCallback
     ) -> list[GeneratedImage]:
         request, parameters = run.request, self._parameters
         scale = parameters.scale_of_guiders(request)
         pipe = own_pipeline(self._pipe, run.cuts, guidance_scale=scale)
         try:
             output = pipe(
-                **parameters.arguments(request),
+                **self._arguments(run, part),
                 **steps.arguments(parameters.steps(request)),
-                num_images_per_prompt=len(seeds),
                 # One for each picture, and on the CPU, whose numbers are the same everywhere.
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                generator=[torch.Generator("cpu").manual_seed(wanted.seed) for wanted in part],
             )
         finally:
             # Also after a failure: a step cache or an offloaded part would spoil the next run.
             pipe.maybe_free_model_hooks()
         width, height = parameters.size(request)
         arrays = np.asarray(output.images)
-        if arrays.shape != (len(seeds), height, width, CHANNELS):
+        if arrays.shape != (len(part), height, width, CHANNELS):
             raise BadOutput("the model made pictures of another shape than asked for")
         if not np.isfinite(arrays).all():
             raise BadOutput("the model made pixels that are not numbers")
+        flags = _own_flags(output, len(part))
         return [
-            GeneratedImage(_picture(array), seed, flag)
-            for array, seed, flag in zip(arrays, seeds, _own_flags(output, len(seeds)), strict=True)
+            GeneratedImage(_picture(array), wanted.seed, flag)
+            for array, wanted, flag in zip(arrays, part, flags, strict=True)
         ]
+
+    def _arguments(self, run: PictureRun, part: Sequence[Wanted]) -> dict[str, Any]:
+        if run.is_batch:
+            return arguments_of_a_batch(self._parameters, [run.requests[w.place] for w in part])
+        return {**self._parameters.arguments(run.request), "num_images_per_prompt": len(part)}
 
     def _checked(self, pictures: list[GeneratedImage]) -> list[GeneratedImage]:
         """The pictures with the flags of the safety checker, besides those of the model's own."""
@@ -254,6 +291,11 @@ def _text_to_image(request: Request) -> TextToImageRequest:
     return request
 
 
+def _seeds(request: TextToImageRequest) -> list[int]:
+    first = secrets.randbelow(SEEDS) if request.seed is None else request.seed
+    return [(first + n) % SEEDS for n in range(request.num_images)]
+
+
 def _own_flags(output: Any, pictures: int) -> list[bool | None]:
     flags = getattr(output, "nsfw_content_detected", None)
     if flags is None:
@@ -261,15 +303,6 @@ def _own_flags(output: Any, pictures: int) -> list[bool | None]:
     if len(flags) != pictures:
         raise BadOutput("the model's safety checker did not judge each picture")
     return [bool(flag) for flag in flags]
-
-
-def _warnings(run: _Run, blanked: int) -> tuple[str, ...]:
-    warnings = run.cuts.warnings()
-    if blanked:
-        warnings += (f"the model's safety checker blanked pictures: {blanked}",)
-    if run.saved:
-        warnings += (f"memory was short: {', '.join(run.saved)}",)
-    return warnings
 
 
 def _picture(array: Any) -> "Image":

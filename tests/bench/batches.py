@@ -1,0 +1,145 @@
+"""What running requests together saves: `python -m tests.bench.batches`.
+
+The shipped demonstration models, and a Stable Diffusion 3 of two tiny layers, do the same requests
+one by one and in batches of several sizes, in turns, so that whatever else the machine does falls
+on all of them. Each row is the median of the rounds, and each ratio that of a round's own numbers.
+"""
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import torch
+
+from consumer.ports import BatchMember
+from consumer.runners import ModelConfig, ModelRunner, create_runner
+from consumer.runners.demonstration.training.prompts import prompt
+from consumer.runners.demonstration.training.scenes import draw, some_held_out_scene
+from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
+from tests.tiny_families import stable_diffusion_3
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SEED = 2_026  # of the scenes
+SIZES = (1, 2, 4, 8)  # requests in one run; 1 is the ordinary run
+JOBS = 8  # of each size in a round: a multiple of all sizes
+TINY = "tiny_sd3"
+MODELS = (Task.TEXT_TO_IMAGE, TINY, Task.IMAGE_TO_TEXT)
+
+
+@dataclass(frozen=True)
+class Took:
+    """How long a round's jobs took."""
+
+    wall: float  # seconds
+    cpu: float  # seconds, of all threads
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model and what it is asked."""
+
+    runner: ModelRunner
+    members: Sequence[BatchMember]
+
+    @classmethod
+    def of(cls, model: str) -> "Bench":
+        """A loaded model that has run once."""
+        choice = random.Random(SEED)
+        if model == Task.IMAGE_TO_TEXT:
+            members = [_text(choice) for _ in range(JOBS)]
+        else:
+            members = [_picture(choice, number) for number in range(JOBS)]
+        runner = _loaded(model)
+        if len({runner.batch_key(member.request) for member in members}) != 1:
+            raise click.ClickException(f"{model}: not all of the requests go together")
+        bench = cls(runner, members)
+        bench.takes(max(SIZES))
+        return bench
+
+    def takes(self, size: int) -> Took:
+        """Make all of it, so many at a time."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        for first in range(0, JOBS, size):
+            members = self.members[first : first + size]
+            if size > 1:
+                self.runner.run_batch(members)
+                continue
+            self.runner.run(
+                members[0].request,
+                members[0].images,
+                on_step=members[0].on_step,
+                cancelled=members[0].cancelled,
+            )
+        return Took(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def _loaded(model: str) -> ModelRunner:
+    if model != TINY:
+        runner = create_runner(Task(model), ModelConfig())
+        runner.load()
+        return runner
+    with tempfile.TemporaryDirectory() as folder:
+        stable_diffusion_3().save_pretrained(Path(folder) / model)
+        config = ModelConfig(model_id=str(Path(folder) / model))
+        runner = create_runner(Task.TEXT_TO_IMAGE, config)
+        runner.load()
+    return runner
+
+
+def _picture(choice: random.Random, number: int) -> BatchMember:
+    scene = some_held_out_scene(choice, two=False)
+    request = TextToImageRequest(prompt=prompt(scene, choice), seed=number)
+    return _member(request, ())
+
+
+def _text(choice: random.Random) -> BatchMember:
+    drawn = draw(some_held_out_scene(choice, two=False), choice)
+    request = ImageToTextRequest(prompt="Describe this picture.", images=("s3://bucket/key",))
+    return _member(request, [drawn])
+
+
+def _member(
+    request: TextToImageRequest | ImageToTextRequest, images: "Sequence[Image]"
+) -> BatchMember:
+    return BatchMember(request, images, on_step=lambda *_: None, cancelled=lambda: False)
+
+
+def table(model: str, threads: int, rounds: Sequence[dict[int, Took]]) -> list[str]:
+    """The lines of one model on so many threads."""
+    lines = []
+    for size in SIZES:
+        wall = [took[size].wall / JOBS for took in rounds]
+        faster = [took[1].wall / took[size].wall for took in rounds]
+        cheaper = [took[1].cpu / took[size].cpu for took in rounds]
+        lines.append(
+            f"{model:<14} {threads:>7} {size:>6} {statistics.median(wall) * 1000:>11.1f}"
+            f" {1 / statistics.median(wall):>10.2f} {statistics.median(faster):>8.2f}x"
+            f"  {min(faster):>4.2f}-{max(faster):<4.2f} {statistics.median(cheaper):>8.2f}x"
+        )
+    return lines
+
+
+@click.command()
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--threads", default=(1, 2), multiple=True, show_default=True)
+def main(rounds: int, threads: tuple[int, ...]) -> None:
+    """Print how many jobs a second the models make at each size of batches."""
+    benches = {model: Bench.of(model) for model in MODELS}
+    click.echo("model          threads  batch  ms of a job  jobs in s   faster  range     CPU less")
+    for number in threads:
+        torch.set_num_threads(number)
+        for model, bench in benches.items():
+            took = [{size: bench.takes(size) for size in SIZES} for _ in range(rounds)]
+            click.echo("\n".join(table(model, number, took)))
+
+
+if __name__ == "__main__":
+    main()
