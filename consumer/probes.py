@@ -11,8 +11,9 @@ import structlog
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from consumer.metrics import Metrics
 from consumer.ports import Observer
-from consumer.telemetry import JobReport, Metrics
+from consumer.telemetry import JobReport
 
 log = structlog.get_logger()
 

@@ -4,8 +4,10 @@ The messages name ports and files of this machine, so they are for the terminal,
 sender of requests.
 """
 
+from consumer.ports import Unavailable
 
-class DevStackError(Exception):
+
+class DevStackError(Unavailable):
     """The development stack cannot do what was asked; the message says why and what helps."""
 
 

@@ -1,4 +1,7 @@
-"""Seeing that a model's weights all came from its files: the libraries go on without them."""
+"""A model's weights: where they are read to, and that all came from its files.
+
+The libraries go on without those that did not.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +9,20 @@ from typing import Any
 import torch
 
 from consumer.ports import ModelUnavailable
+from consumer.runners.config import ModelConfig
+from consumer.runners.device import Placement
+
+_OWN_MEMORY = {"cuda"}  # devices to which main memory would be a detour; mps has no other
+
+
+def straight_to_the_device(placement: Placement, config: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained`, with which main memory need not hold all of the weights.
+
+    Each goes from its file to the device; not where an option puts them in their places by itself.
+    """
+    placed = {config.offload, config.device_map, config.quantization}
+    straight = placement.device.type in _OWN_MEMORY and placed == {"none"}
+    return {"device_map": placement.device.type} if straight else {}
 
 
 def see_that_none_were_invented(info: Mapping[str, Any], name: str) -> None:

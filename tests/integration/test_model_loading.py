@@ -13,12 +13,14 @@ import diffusers.utils.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from consumer.ports import ModelUnavailable
-from consumer.runners import ModelConfig, create_runner
-from consumer.runners.device import place
+from consumer.runners import ModelConfig, ModelRunner, create_runner, weights
+from consumer.runners.device import Placement, place
 from consumer.runners.text_to_image.pipeline_loading import text_to_image_class
 from generation_contracts import Task, TextToImageRequest
+from tests.integration.small_runs import made, pipeline, written
 from tests.tiny_models import Folder, Load
 
 SD3, VISION = "stable_diffusion_3", "vision_language"
@@ -59,6 +61,20 @@ def test_importing_the_runners_imports_no_library() -> None:
         "sys.exit(' '.join(heavy & sys.modules.keys()) or None)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_model_imports_its_own_libraries_and_no_look_for_garbage_meets_them() -> None:
+    code = (
+        "import gc, sys; from consumer.runners import libraries;"
+        "libraries.import_with_all('consumer.runners.image_to_text.vision_language');"
+        "others = {'diffusers', 'peft', 'bitsandbytes', 'gguf', 'nats', 'minio', 'opentelemetry'};"
+        "print(gc.isenabled(), gc.get_freeze_count() > 10 * len(gc.get_objects()),"
+        " *others & sys.modules.keys())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=150
+    )
+    assert done.stdout == "True True\n"
 
 
 def test_a_folder_that_is_not_there_is_told_by_its_name(tmp_path: Path) -> None:
@@ -332,6 +348,62 @@ def test_auto_takes_the_best_device_and_its_type(
     placement = place(ModelConfig())
     assert (placement.device.type, placement.dtype) == (device, dtype)
     assert place(ModelConfig(dtype="float16")).dtype is torch.float16
+
+
+def cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """From now on the CPU stands in for a GPU; the device maps that transformers is then given."""
+    maps: list[Any] = []
+    read = PreTrainedModel.from_pretrained.__func__
+
+    def note(model_class: type, *places: Any, **options: Any) -> Any:
+        maps.append(options.get("device_map"))
+        return read(model_class, *places, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(note))
+    monkeypatch.setattr(weights, "_OWN_MEMORY", {"cpu"})
+    return maps
+
+
+def test_pictures_are_the_same_when_weights_go_straight_to_the_device(
+    shared_runner: Callable[[str], ModelRunner],
+    model_folder: Folder,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = made(shared_runner(SD3))
+    device_maps = cpu_for_gpu(monkeypatch)
+    runner = load(model_folder(SD3))
+    pipe = pipeline(runner)
+    assert device_maps == ["cpu"] * 3  # of the text encoders
+    for part in (pipe.transformer, pipe.vae):
+        assert part.hf_device_map == {"": torch.device("cpu")}
+    assert not any(hasattr(part, "_hf_hook") for part in (pipe.transformer, pipe.text_encoder))
+    assert pipe.hf_device_map is None
+    assert made(runner).tobytes() == expected.tobytes()
+
+
+def test_texts_are_the_same_when_weights_go_straight_to_the_device(
+    shared_runner: Callable[[str], ModelRunner],
+    model_folder: Folder,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = written(shared_runner(VISION))
+    device_maps = cpu_for_gpu(monkeypatch)
+    runner = load(model_folder(VISION), Task.IMAGE_TO_TEXT)
+    assert device_maps == ["cpu"]
+    assert written(runner) == expected
+
+
+@pytest.mark.parametrize(
+    "other", [{"offload": "model"}, {"device_map": "balanced"}, {"quantization": "torchao-int8"}]
+)
+def test_weights_go_straight_where_no_option_places_them(other: dict[str, Any]) -> None:
+    gpu = Placement(torch.device("cuda"), torch.bfloat16)
+    assert weights.straight_to_the_device(gpu, ModelConfig()) == {"device_map": "cuda"}
+    assert weights.straight_to_the_device(gpu, ModelConfig(**other)) == {}
+    cpu = Placement(torch.device("cpu"), torch.float32)
+    assert weights.straight_to_the_device(cpu, ModelConfig()) == {}
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
+from consumer.metrics import Metrics
 from consumer.probes import Probes, Watch
-from consumer.telemetry import JobReport, Metrics
+from consumer.telemetry import JobReport
 
 
 @pytest.fixture

@@ -1,7 +1,11 @@
-"""What importing costs: the life of a job knows no library of models, the bus or the store."""
+"""What importing costs: a module has only what it needs, and a command what it does."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 LIGHT = (
     "generation_contracts",
@@ -15,18 +19,48 @@ LIGHT = (
     "consumer.conclusion",
     "consumer.execution",
 )
-HEAVY = frozenset(
-    {"torch", "torchvision", "diffusers", "transformers", "accelerate", "nats", "minio", "PIL"}
-)
+LIBRARIES_OF_MODELS = frozenset({"torch", "torchvision", "diffusers", "transformers", "accelerate"})
+HEAVY = LIBRARIES_OF_MODELS | {"nats", "minio", "PIL"}
+
+# What only a daemon needs, and what each of them brings is a tenth of a second or more.
+OF_A_DAEMON = LIBRARIES_OF_MODELS | {
+    "consumer.artifacts",
+    "consumer.daemon",
+    "consumer.execution",
+    "consumer.metrics",
+    "consumer.runners",
+    "minio",
+    "numpy",
+    "opentelemetry",
+    "PIL",
+    "prometheus_client",
+}
+OF_A_STACK = {"consumer.devstack", "consumer.development"}
+
+
+def modules_after(code: str, **environment: str) -> set[str]:
+    """The modules that an interpreter of its own has at its end, whatever its exit code."""
+    told = "import atexit, sys; atexit.register(lambda: print(*sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{told}\n{code}"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return set(done.stdout.splitlines()[-1].split())
 
 
 def imported_with(*modules: str) -> set[str]:
-    """The top-level modules that an interpreter of its own has after importing some."""
-    code = f"import sys, {', '.join(modules)}; print(*sorted(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    return {name.partition(".")[0] for name in done.stdout.split()}
+    """The modules that are there after importing some."""
+    return modules_after(f"import {', '.join(modules)}")
+
+
+def imported_by_command(*arguments: str, **environment: str) -> set[str]:
+    """The modules that are there after a command."""
+    code = f"from consumer.cli import main; sys.argv = ['consumer', *{arguments}]; main()"
+    return modules_after(code, **environment)
 
 
 def test_life_of_a_job_is_imported_without_model_bus_and_store() -> None:
@@ -37,3 +71,40 @@ def test_life_of_a_job_is_imported_without_model_bus_and_store() -> None:
 
 def test_what_is_heavy_would_be_seen() -> None:
     assert {"nats", "minio"} <= imported_with("nats", "minio")
+
+
+def test_help_waits_for_nothing() -> None:
+    imported = imported_by_command("--help")
+    assert "click" in imported
+    assert imported & {"nats", "pydantic", "rich", "structlog"} == set()
+
+
+@pytest.mark.parametrize("arguments", [["text-to-image", "a star"], ["image-to-text", "{}", "?"]])
+def test_a_request_imports_what_sends_it_alone(arguments: list[str], tmp_path: Path) -> None:
+    picture = tmp_path / "star.png"
+    picture.write_bytes(b"star")
+    imported = imported_by_command(
+        "request",
+        *(argument.format(picture) for argument in arguments),
+        NATS_CREDS=str(tmp_path / "missing"),  # it ends where it would connect
+    )
+    assert {"nats.aio.client", "consumer.asking", "consumer.bus.connection"} <= imported
+    assert imported & (OF_A_DAEMON | OF_A_STACK) == set()
+
+
+def test_nobody_needs_aiohttp_before_a_download() -> None:
+    code = "sys.modules['aiohttp'] = None; import generation_client, consumer.asking"
+    assert "consumer.asking" in modules_after(code)
+
+
+def test_a_daemon_begins_without_the_libraries_of_models() -> None:
+    imported = imported_with("consumer.daemon")
+    assert "consumer.execution" in imported
+    unused = LIBRARIES_OF_MODELS | OF_A_STACK | {"opentelemetry", "consumer.asking"}
+    assert imported & unused == set()
+
+
+def test_a_standby_imports_nothing_of_a_model_or_a_store() -> None:
+    imported = imported_with("consumer.bus.standby_process")
+    assert "nats.aio.client" in imported
+    assert imported & OF_A_DAEMON == set()

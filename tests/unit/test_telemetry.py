@@ -9,7 +9,8 @@ from typing import Literal
 import pytest
 import structlog
 
-from consumer.telemetry import JobReport, Metrics
+from consumer.metrics import Metrics
+from consumer.telemetry import JobReport
 from tests.daemon_logging import daemon_logging
 
 FORMATS = pytest.mark.parametrize("log_format", ["json", "console"])

@@ -19,7 +19,7 @@ from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 from consumer.runners.faults import load_failure
 from consumer.runners.source import Source
-from consumer.runners.weights import see_that_none_were_invented
+from consumer.runners.weights import see_that_none_were_invented, straight_to_the_device
 
 # Never a path or an address of anything but the folder, and never code from it.
 _LOCALLY = {"local_files_only": True, "trust_remote_code": False}
@@ -64,6 +64,7 @@ def load_vision_language(
             output_loading_info=True,
             **({"attn_implementation": config.attention} if config.attention else {}),
             **({"device_map": config.device_map} if config.device_map != "none" else {}),
+            **straight_to_the_device(placement, config),
             **quantization.for_transformers(config, placement, source.folder, worth_it=0),
             **_LOCALLY,
         )

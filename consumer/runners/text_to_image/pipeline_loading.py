@@ -20,7 +20,11 @@ from consumer.runners.device import Placement
 from consumer.runners.faults import load_failure
 from consumer.runners.source import Source
 from consumer.runners.text_to_image import pipeline_options
-from consumer.runners.weights import see_that_none_are_missing, see_that_none_were_invented
+from consumer.runners.weights import (
+    see_that_none_are_missing,
+    see_that_none_were_invented,
+    straight_to_the_device,
+)
 
 # What a pipeline must be able to be asked for.
 _NEEDED = (
@@ -185,6 +189,7 @@ def _text_models(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **straight_to_the_device(placement, config),
             **quantization.for_transformers(config, placement, folder),
         )
         model, info = model_and_info
@@ -202,16 +207,21 @@ def _from_folder(
 ) -> Any:
     # A part that is saved as absent, such as the T5 of Stable Diffusion 3, must be named as absent.
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
-    return DiffusionPipeline.from_pretrained(
+    straight = straight_to_the_device(placement, config)
+    pipe = DiffusionPipeline.from_pretrained(
         str(source.folder),
         dtype=placement.dtype,
         use_safetensors=True,
         local_files_only=True,
         **quantization.for_diffusers(config, placement, index),
         **({"device_map": config.device_map} if config.device_map != "none" else {}),
+        **straight,
         **absent,
         **parts,
     )
+    if straight:
+        pipe.hf_device_map = None  # nothing is shared out
+    return pipe
 
 
 def _share_out(pipe: Any, parts: Mapping[str, Any]) -> None:
