@@ -1,0 +1,125 @@
+"""The table of systems: every row, every system, in turn."""
+
+import traceback
+from collections.abc import Mapping, Sequence
+
+import click
+
+from tests.bench.speed import profiling
+from tests.bench.speed.bars import bars
+from tests.bench.speed.figures import Figures
+from tests.bench.speed.measuring import Plan, measure
+from tests.bench.speed.report import Section, table
+from tests.bench.speed.rows import Row
+from tests.bench.speed.systems import Which
+
+_COLUMNS = (
+    "",
+    "jobs/s",
+    "device busy",
+    "over the device, ms/job",
+    "one job p50, ms",
+    "p99, ms",
+    "CPU, ms/job",
+    "of the servers",
+    "RSS, MB",
+    "jobs",
+)
+_BARS = ("the daemon's", "found", "bar", "")
+_EXPLAINED = """\
+Each system is one process with nothing else running, on servers of its own; it gets jobs without
+a gap, and then one at a time. *Device busy* is the part of the time in which the device works, from
+the beginning of the first job to that of the last one; *over the device* is the rest of that time,
+for each job. *One job* is from asking an idle system to its result; p99 is the slowest one where
+there are fewer than 100. CPU is that of the system's process with what it has started, and that of
+nats-server and the store together; beside the device alone, it is what these take for nothing."""
+
+
+class Comparison:
+    """Rows times systems.
+
+    Args:
+        plan: How long each is measured.
+        rounds: How often. All systems take their turns in each round, because a machine's speed
+            drifts; the median counts.
+
+    Attributes:
+        results: What has been measured.
+        failed: What could not be.
+    """
+
+    def __init__(self, plan: Plan, rounds: int) -> None:
+        self.results: dict[Row, dict[Which, Figures]] = {}
+        self.failed: list[tuple[Row, Which]] = []
+        self._plan = plan
+        self._rounds = rounds
+
+    async def run(self, rows: Sequence[Row], systems: Sequence[Which]) -> None:
+        """Measure everything, and print each row's table when it is there."""
+        for row in rows:
+            turns: dict[Which, list[Figures]] = {which: [] for which in systems}
+            for which in list(systems) * self._rounds:
+                figures = await self._turn(which, row)
+                if figures is not None:
+                    turns[which].append(figures)
+            self.results[row] = {
+                which: Figures.median(several) for which, several in turns.items() if several
+            }
+            click.echo(f"\n{text(row, self.results[row])}\n")
+        if bars(self.results):
+            click.echo(text_of_bars(self.results))
+
+    async def _turn(self, which: Which, row: Row) -> Figures | None:
+        try:
+            figures = await measure(which, row, self._plan)
+        except Exception:  # noqa: BLE001 - what one system does is no reason to lose the others
+            click.echo(f"{which}, {row}:\n{traceback.format_exc()}", err=True)
+            self.failed.append((row, which))
+            return None
+        click.echo(f"{row}: {which}: {figures.jobs_per_second:.1f} jobs/s", err=True)
+        stacks = self._plan.profile_of(which, row)
+        if stacks is not None:
+            click.echo(f"{profiling.summary(stacks)}\n")
+        return figures
+
+
+def section(comparison: Comparison, *, picture: str | None) -> Section:
+    """All rows, for a file; the picture's name where there is one."""
+    results = comparison.results
+    parts = [_EXPLAINED]
+    if picture is not None:
+        parts.append(f"![How busy each system keeps the device]({picture})")
+    parts += [text(row, found) for row, found in results.items()]
+    parts += [f"Went wrong, so not measured: {which}, {row}." for row, which in comparison.failed]
+    parts.append(f"### Bars\n\n{text_of_bars(results)}")
+    numbers = {
+        str(row): {which.slug: figures.small() for which, figures in found.items()}
+        for row, found in results.items()
+    }
+    return Section("compare", "\n\n".join(parts), numbers)
+
+
+def text_of_bars(results: Mapping[Row, Mapping[Which, Figures]]) -> str:
+    """What the daemon has to reach, as far as it was measured."""
+    return table(_BARS, [bar.cells() for bar in bars(results)])
+
+
+def text(row: Row, found: Mapping[Which, Figures]) -> str:
+    """One row's table."""
+    lines = [_line(row, which, figures) for which, figures in found.items()]
+    return f"### {row}\n\n{table(_COLUMNS, lines)}"
+
+
+def _line(row: Row, which: Which, figures: Figures) -> tuple[object, ...]:
+    return (
+        str(which),
+        figures.jobs_per_second,
+        figures.busy if row.milliseconds else None,  # of nothing there is no part
+        figures.over,
+        figures.p50,
+        figures.p99,
+        figures.cpu,
+        figures.servers,
+        figures.resident,
+        int(figures.jobs),
+    )

@@ -1,0 +1,89 @@
+"""How often a sender hears how far a request is, whatever the number of steps."""
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from nats.aio.msg import Msg
+
+from tests.bench.speed.figures import MILLI
+from tests.bench.speed.report import Section, table
+from tests.bench.speed.rows import Row
+from tests.bench.speed.sender import Sender
+from tests.bench.speed.systems import wire_of_daemon
+from tests.bench.speed.trial import new_trial
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What was heard of one request.
+
+    Attributes:
+        steps: Of the run, in each second, as asked for.
+        events: Of kind progress, in all.
+        per_second: Events over the time of the run.
+        shortest: Milliseconds between two events.
+        longest: The same.
+    """
+
+    steps: int
+    events: int
+    per_second: float
+    shortest: float
+    longest: float
+
+
+async def measure(steps_per_second: Sequence[int], milliseconds: int) -> list[Rate]:
+    """Ask one daemon for runs of one length and different numbers of steps."""
+    row = Row("sleeps", milliseconds, 64, "png")
+    with new_trial(row) as trial:
+        async with AsyncExitStack() as parts:
+            trial.start_daemon("daemon", 1).wait_ready()
+            sender = Sender(wire_of_daemon(trial))
+            await sender.open(trial.stack.nats.url, parts)
+            heard: list[float] = []
+
+            async def hear(message: Msg) -> None:
+                if json.loads(message.data)["type"].endswith("progress"):
+                    heard.append(time.monotonic())
+
+            await sender.client.subscribe(f"{trial.subjects.root}.progress.>", cb=hear)
+            rates = []
+            for each_second in steps_per_second:
+                steps = max(1, round(each_second * row.seconds))
+                await sender.one(num_inference_steps=steps)
+                await sender.client.flush()  # what came before the result is here
+                run = trial.runs("daemon")[-1]
+                rates.append(rate(heard, each_second, run.ended - run.began))
+                heard.clear()
+            return rates
+
+
+def rate(heard: Sequence[float], steps: int, seconds: float) -> Rate:
+    """The numbers of one run."""
+    gaps = [(late - early) * MILLI for early, late in itertools.pairwise(heard)]
+    return Rate(
+        steps=steps,
+        events=len(heard),
+        per_second=len(heard) / seconds,
+        shortest=min(gaps, default=0.0),
+        longest=max(gaps, default=0.0),
+    )
+
+
+def section(milliseconds: int, found: Sequence[Rate]) -> Section:
+    """The table, by steps a second."""
+    lines = [
+        (str(rate.steps), rate.events, rate.per_second, rate.shortest, rate.longest)
+        for rate in found
+    ]
+    columns = ("steps/s", "progress events", "events/s", "shortest gap, ms", "longest gap, ms")
+    text = (
+        f"Progress events of runs of {milliseconds / MILLI:g} s with more and more steps.\n\n"
+        f"{table(columns, lines)}"
+    )
+    numbers = {str(rate.steps): {"per_second": rate.per_second} for rate in found}
+    return Section("progress", text, numbers)

@@ -1,0 +1,94 @@
+"""What is measured: the rows of the table, and how a row reaches the processes that do it."""
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, Self, get_args
+
+from consumer.ports import OutputFormat
+
+Device = Literal["sleeps", "computes"]
+DEVICES: tuple[Device, ...] = get_args(Device)
+MILLISECONDS = (0, 20, 50, 200, 1000)
+SIDES = (64, 1024)
+FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
+
+_VARIABLE = "SPEED_ROW"  # environment
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of job, which every system is given.
+
+    Attributes:
+        device: What the stand-in does with its time: it sleeps as the host does while a GPU works,
+            or it computes as a CPU model does, beside all else that the machine has to do.
+        milliseconds: How long the stand-in takes.
+        side: Pixels of each side of the picture.
+        file_format: Of the artifact.
+    """
+
+    device: Device
+    milliseconds: int
+    side: int
+    file_format: OutputFormat
+
+    def __str__(self) -> str:
+        size = f"{self.side}x{self.side} {self.file_format.upper()}"
+        return f"{self.milliseconds} ms, {size}, the device {self.device}"
+
+    @property
+    def slug(self) -> str:
+        """A name for files."""
+        return f"{self.device}-{self.milliseconds}-ms-{self.side}-{self.file_format}"
+
+    @property
+    def seconds(self) -> float:
+        """How long the stand-in takes."""
+        return self.milliseconds / 1000
+
+    def environment(self) -> dict[str, str]:
+        """What `from_environment` reads in another process."""
+        return {_VARIABLE: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """The row of this process."""
+        return cls(**json.loads(environment[_VARIABLE]))
+
+
+# Some ten minutes with every system: the sizes and times that the bars are about, one row for each
+# other format, and one in which the device takes a core of its own.
+STANDARD = (
+    Row("sleeps", 0, 64, "png"),
+    Row("sleeps", 50, 64, "png"),
+    Row("sleeps", 0, 1024, "png"),
+    Row("sleeps", 50, 1024, "png"),
+    Row("sleeps", 200, 1024, "png"),
+    Row("sleeps", 50, 1024, "webp"),
+    Row("sleeps", 50, 1024, "jpeg"),
+    Row("computes", 50, 1024, "png"),
+)
+
+
+def product(
+    devices: Iterable[Device],
+    milliseconds: Iterable[int],
+    sides: Iterable[int],
+    formats: Iterable[OutputFormat],
+) -> tuple[Row, ...]:
+    """Every combination."""
+    return tuple(
+        Row(device, time, side, file_format)
+        for device, side, file_format, time in itertools.product(
+            devices, sides, formats, milliseconds
+        )
+    )
+
+
+# Everything; the computing device only where it can make a difference to the others.
+ALL = (
+    *product(["sleeps"], MILLISECONDS, SIDES, FORMATS),
+    *product(["computes"], (20, 50, 200), (1024,), ("png",)),
+)

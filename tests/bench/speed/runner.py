@@ -1,0 +1,89 @@
+"""The daemon of the bench: `python -m tests.bench.speed.runner`.
+
+It is `consumer run` in everything but the model, which is the stand-in.
+"""
+
+import os
+import sys
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from consumer.daemon import run
+from consumer.ports import (
+    BatchMember,
+    GeneratedImage,
+    Interrupted,
+    IsCancelled,
+    ModelDescription,
+    OnPreview,
+    OnStep,
+    OnText,
+    RunnerOutput,
+)
+from consumer.settings import Settings
+from consumer.telemetry import configure_logging
+from generation_contracts import ModelInfo, Request, TextToImageRequest
+from tests.bench.speed.rows import Row
+from tests.bench.speed.stand_in import NOTES, StandIn
+
+
+class StandInRunner:
+    """The stand-in as a `consumer.ports.Runner`; it takes as many steps as a request says."""
+
+    def __init__(self) -> None:
+        self._device: StandIn
+
+    def load(self) -> ModelDescription:
+        self._device = StandIn(Row.from_environment(os.environ), Path(os.environ[NOTES]))
+        return ModelDescription(
+            info=ModelInfo(id="stand-in", family="speed", dtype="uint8", device="cpu"),
+            parameters=frozenset({"width", "height", "num_inference_steps", "num_images", "seed"}),
+            defaults={"num_inference_steps": 1},
+            size_multiple=1,
+            max_pixels=2048 * 2048,
+        )
+
+    def check(self, request: Request) -> None:
+        """Everything is taken."""
+
+    def run(
+        self,
+        request: Request,
+        images: Sequence[Image.Image],
+        *,
+        on_step: OnStep,
+        cancelled: IsCancelled,
+        on_text: OnText | None = None,
+        on_preview: OnPreview | None = None,
+        save_memory: bool = False,
+    ) -> RunnerOutput:
+        assert isinstance(request, TextToImageRequest)
+
+        def stepped(step: int, of: int) -> None:
+            on_step(step, of)
+            if cancelled():
+                raise Interrupted
+
+        picture = self._device.run(stepped, request.num_inference_steps or 1)
+        return RunnerOutput(images=(GeneratedImage(picture, request.seed or 0),))
+
+    def batch_key(self, request: Request) -> Hashable | None:
+        """Each runs alone: a stand-in would win whatever it pretended to win by more."""
+
+    def run_batch(self, members: Sequence[BatchMember]) -> Sequence[RunnerOutput | None]:
+        raise NotImplementedError  # no request has a key
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def main() -> None:
+    settings = Settings.load()
+    configure_logging(settings.log_format, settings.log_level)
+    sys.exit(run(settings, make_runner=lambda _: StandInRunner()))
+
+
+if __name__ == "__main__":
+    main()
