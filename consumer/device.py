@@ -129,7 +129,8 @@ class Device:
             turn.run = self._begin(turn, turn.places, self._runner.run_batch, turn.members)
         await self._tell_start(job)
         try:
-            outputs = await self._watch(job, turn.run, steps, shared=True)
+            company = [one.on_step for one in turn.members if isinstance(one.on_step, Steps)]
+            outputs = await self._watch(job, turn.run, steps, company)
         except (Stopped, Hanging, DeviceLost):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it shows again in its own run
@@ -209,7 +210,7 @@ class Device:
         return run
 
     async def _watch(
-        self, job: Job, run: asyncio.Future[T], steps: Steps, *, shared: bool = False
+        self, job: Job, run: asyncio.Future[T], steps: Steps, company: Sequence[Steps] = ()
     ) -> T:
         job.advance(State.RUNNING)
         try:
@@ -219,7 +220,7 @@ class Device:
                 interrupt=job.interrupt,
                 stall_timeout=self._stall_timeout,
                 publish=lambda: self._tell(job, steps),
-                shared=shared,
+                company=company,
             )
         finally:
             del run

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum, auto
 from typing import TypeVar
 
@@ -153,26 +153,30 @@ class Silence:
     """How long a run has taken no step, as far as this process was there to see it.
 
     Args:
-        steps: Of the run.
+        company: The steps of all whose run it is: one may have come to its end before the others.
         most: Seconds that count of one turn of the watcher: a process that was frozen (a paused
             container, a suspended machine) finds the time gone, and its thread has not had it.
     """
 
-    def __init__(self, steps: Steps, *, most: float) -> None:
-        self._steps = steps
+    def __init__(self, company: Sequence[Steps], *, most: float) -> None:
+        self._company = company
         self._most = most
-        self._step = self._looked = steps.last
+        self._step = self._looked = self._last
         self._seconds = 0.0
 
     def at(self, now: float) -> float:
         """Seconds; called at each turn."""
         passed, self._looked = now - self._looked, now
-        if self._steps.last != self._step:
-            self._step = self._steps.last
+        if self._last != self._step:
+            self._step = self._last
             self._seconds = 0.0
         else:
             self._seconds += min(passed, self._most)
         return self._seconds
+
+    @property
+    def _last(self) -> float:
+        return max(steps.last for steps in self._company)
 
 
 async def watch(
@@ -182,7 +186,7 @@ async def watch(
     interrupt: Interrupt,
     stall_timeout: float,
     publish: Callable[[], Awaitable[None]],
-    shared: bool = False,
+    company: Sequence[Steps] = (),
 ) -> T:
     """Wait for a run and tell how it goes on.
 
@@ -193,7 +197,8 @@ async def watch(
         stall_timeout: Seconds without a step after which the thread is taken to hang.
         publish: Called when there is a new step or text, at most every `PROGRESS_INTERVAL`, and
             once more for the last of a text, before the event that ends the request.
-        shared: Whether it is the run of other jobs too, and goes on when this one is to stop.
+        company: The steps of all jobs whose run it is, where it is not this one's alone: it then
+            goes on when this one is to stop.
 
     Raises:
         Stopped: The run has ended because it was asked to, or goes on without this job, or the
@@ -202,7 +207,7 @@ async def watch(
         Exception: What the run raised.
     """
     told = 0  # the run may be ahead of its watcher already
-    silence = Silence(steps, most=stall_timeout * MOST_OF_ONE_TURN)
+    silence = Silence(company or (steps,), most=stall_timeout * MOST_OF_ONE_TURN)
     asked_to_end: float | None = None
     while not run.done():
         await asyncio.wait({run}, timeout=PROGRESS_INTERVAL)
@@ -212,7 +217,7 @@ async def watch(
         now = time.monotonic()
         if run.done():
             break
-        if shared and interrupt.heard:
+        if company and interrupt.heard:
             interrupt.check()
         if silence.at(now) > stall_timeout:
             raise Hanging

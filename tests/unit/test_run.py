@@ -26,6 +26,7 @@ class Watched:
     interrupt: Interrupt = field(default_factory=Interrupt)
     told: list[tuple[int, int]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    company: tuple[Steps, ...] = ()
     while_telling: Callable[[], None] = lambda: None
     ending: asyncio.Future[RunnerOutput] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -39,6 +40,7 @@ class Watched:
                 interrupt=self.interrupt,
                 stall_timeout=stall_timeout,
                 publish=self._publish,
+                company=self.company,
             )
 
     async def _publish(self) -> None:
@@ -290,6 +292,30 @@ async def test_run_that_ends_at_the_last_moment_does_not_hang(clockwork: Clockwo
 
     clockwork.turns = [late]
     assert await watched.watch(stall_timeout=60.0) is OUTPUT
+
+
+async def test_one_whose_part_is_over_does_not_hang_while_its_company_takes_steps(
+    clockwork: Clockwork,
+) -> None:
+    other = Steps()
+    watched = Watched()
+    watched.company = (watched.steps, other)
+
+    def step_of_the_other() -> None:
+        clockwork.now += 9.0
+        other(other.position[0] + 1, 100)
+
+    clockwork.turns = [step_of_the_other] * 9 + [lambda: watched.ending.set_result(OUTPUT)]
+    assert await watched.watch(stall_timeout=10.0) is OUTPUT
+    assert clockwork.turns == []
+
+
+async def test_company_of_which_nobody_takes_a_step_hangs(clockwork: Clockwork) -> None:
+    watched = Watched()
+    watched.company = (watched.steps, Steps())
+    clockwork.turns = [clockwork.passing(s) for s in (15.0, 15.0, 15.0, 15.0, 0.1)]
+    with pytest.raises(Hanging):
+        await watched.watch(stall_timeout=60.0)
 
 
 async def test_each_step_starts_the_stall_timeout_anew(clockwork: Clockwork) -> None:
