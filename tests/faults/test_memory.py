@@ -5,7 +5,7 @@ import pytest
 from tests.bench.memory import measure, slope
 from tests.faults.scene import Scene
 
-JOBS = 500
+JOBS = 1_200  # so many that one arena of 1 MB, which comes at any time, is no growth
 WARM_UP = 150  # jobs; by then every pool and cache has its size
 
 # KB a job. Measured: 0.0 to 0.3, a part of it the JSON parser's cache of short strings, which is
