@@ -64,7 +64,6 @@ class Job:
     Attributes:
         digest: What the request asks for; of the raw bytes until it is decoded.
         place: Among the jobs in hand.
-        told_start: Whether its started event has been published.
         releases: How many of the deliveries were given back on purpose.
         withdrawn: Whether it was cancelled while an earlier worker had it.
         over: Set when it has come to its end in this worker.
@@ -84,7 +83,6 @@ class Job:
     digest: str
     queued: float
     place: Place
-    told_start: bool = False
     releases: int = 0
     withdrawn: bool = False
     interrupt: Interrupt = field(default_factory=Interrupt)

@@ -91,7 +91,6 @@ class Device:
         turn = await self._turn(job, member)
         try:
             steps.begin_again()
-            job.advance(State.RUNNING)
             if len(turn.members) > 1:
                 output = await self._run_together(job, turn, member, steps)
                 if output is not None:
@@ -168,7 +167,7 @@ class Device:
         request = member.request
         streams = isinstance(request, ImageToTextRequest) and request.stream
         previews = isinstance(request, TextToImageRequest) and request.preview
-        again = job.told_start
+        again = job.sequence > 0  # the started event is the first of all
         told = steps.position != (0, 0)
         steps.begin_again()
         run = self._begin(
@@ -229,7 +228,6 @@ class Device:
             job.spent("inference", seconds)
 
     async def _tell_start(self, job: Job) -> None:
-        job.told_start = True
         defaults = {
             name: value for name, value in self._model.defaults.items() if value is not None
         }

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import minio.api
 import pytest
 from minio import Minio
 from PIL import Image
@@ -224,6 +225,22 @@ async def test_the_store_is_told_the_media_type(
     """SeaweedFS derives it from the key where nothing is said; not every store does."""
     await behind.store(TASK, "typed", 0, picture())
     assert b"\r\nContent-Type: image/png\r\n" in proxy.heads[0]
+
+
+async def test_a_picture_is_not_hashed_again_by_the_sdk(
+    artifacts: ObjectStoreArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[int] = []
+    for name in ("sha256_hash", "md5sum_hash"):
+        original = getattr(minio.api, name)
+
+        def counted(data: bytes | None, original: Any = original) -> Any:
+            hashed.append(len(data or b""))
+            return original(data)
+
+        monkeypatch.setattr(minio.api, name, counted)
+    await artifacts.store(TASK, "hashed", 0, picture())
+    assert sum(hashed) == 0
 
 
 async def test_a_picture_above_the_sdks_own_part_size_is_still_one_put(

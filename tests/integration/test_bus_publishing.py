@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -122,6 +122,16 @@ async def test_the_same_event_may_be_published_again_and_another_not(
     assert not await publish(installation, result(attempt=event.attempt + 1))
     assert await installation.count(RESULTS) == 1
     assert await installation.events.find_result(TASK, "r-1") == event
+
+
+async def test_an_event_of_the_same_worker_and_attempt_is_not_taken_for_this_one(
+    installation: Installation,
+) -> None:
+    first = result()
+    second = first.model_copy(update={"time": first.time + timedelta(seconds=1)})
+    assert await publish(installation, first)
+    assert await publish(installation, first), "a try whose answer was lost"
+    assert not await publish(installation, second), "of a second copy in the same hands"
 
 
 async def test_a_cancelled_event_is_fenced_like_every_terminal_event(

@@ -19,7 +19,14 @@ from consumer.ports import (
 )
 from consumer.run import Reason
 from consumer.turns import Bounds
-from generation_contracts import FailedEvent, ProgressEvent, Request, SucceededEvent, Task
+from generation_contracts import (
+    FailedEvent,
+    ImageArtifact,
+    ProgressEvent,
+    Request,
+    SucceededEvent,
+    Task,
+)
 from tests.behaviour import asking, failure, soon
 from tests.memory_ports import POLL, Run, ScriptedRunner, make
 from tests.memory_world import MemoryWorld
@@ -296,3 +303,25 @@ async def test_second_copy_in_the_same_hands_waits_for_the_first_and_is_not_run(
     assert len(world.runner.runs) == 1
     assert world.observer.outcomes == ["succeeded", "already_done"]
     assert await world.left() == 0
+
+
+async def test_pictures_of_a_request_are_stored_at_the_same_time() -> None:
+    world = MemoryWorld()
+    store, all_there = world.artifacts.store, asyncio.Event()
+    under_way = 0
+
+    async def together(*arguments: Any) -> ImageArtifact:
+        nonlocal under_way
+        under_way += 1
+        if under_way == TOGETHER:
+            all_there.set()
+        await soon(all_there.wait())
+        return await store(*arguments)
+
+    world.artifacts.store = together  # type: ignore[method-assign]
+    await world.send(asking("a", num_images=TOGETHER))
+    await soon(world.work())
+    world.close()
+    event = await world.result("a")
+    assert isinstance(event, SucceededEvent)
+    assert [one.seed for one in event.outputs] == sorted(one.seed for one in event.outputs)  # type: ignore[union-attr,type-var]

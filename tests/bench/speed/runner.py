@@ -73,7 +73,7 @@ class StandInRunner:
         """Each runs alone: a stand-in would win whatever it pretended to win by more."""
 
     def run_batch(self, members: Sequence[BatchMember]) -> Sequence[RunnerOutput | None]:
-        raise NotImplementedError  # no request has a key
+        raise AssertionError("no request of a stand-in has a key")
 
     def close(self) -> None:
         """Nothing is held."""
