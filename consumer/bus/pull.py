@@ -23,7 +23,11 @@ from consumer.bus.topology import NANOSECONDS, Durable, TopologyError
 log = structlog.get_logger()
 
 IDLE_HEARTBEAT = 2.0  # seconds
-EXPIRES = 20.0  # seconds that one pull stands
+EXPIRES = 20.0  # seconds that one pull stands at most
+# Ratio of that to `ack_wait`. A worker whose machine is lost, or which a fork outlives, leaves its
+# connection standing, and its pull with it: that must be over before the lease on its request is,
+# or it takes the request again, into nobody's hands, and one more try is counted.
+EXPIRES_PER_ACK_WAIT = 0.5
 SILENCE = 2.5 * IDLE_HEARTBEAT  # seconds without a word after which a pull is taken to be lost
 SILENCES = 2  # in a row, after which the connection is taken to be dead although it looks alive
 PAUSE_REFUSED = 0.1  # seconds
@@ -59,6 +63,7 @@ class PullLoop:
         self._stopping = False
         self._withdrawal: asyncio.Future[None] | None = None
         self._pulls = 0
+        self._expires = min(EXPIRES, EXPIRES_PER_ACK_WAIT * durable.ack_wait)
         self._standing = False  # whether the last pull may still be answered
         self._giving_back: set[asyncio.Task[None]] = set()
         self._silences = 0
@@ -158,8 +163,9 @@ class PullLoop:
         self._pulls += 1
         request = {
             "batch": 1,
-            "expires": round(EXPIRES * NANOSECONDS),
-            "idle_heartbeat": round(IDLE_HEARTBEAT * NANOSECONDS),
+            "expires": round(self._expires * NANOSECONDS),
+            # The server takes no more than half of the other.
+            "idle_heartbeat": round(min(IDLE_HEARTBEAT, self._expires / 2) * NANOSECONDS),
         }
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._durable.stream}.{self._durable.name}"
         # Before it is sent: behind a full buffer the answer may be here first.

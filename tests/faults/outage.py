@@ -56,9 +56,9 @@ async def until_sender(scene: Scene, *, connected: bool) -> None:
     await scene.until(knows, f"sender with connected={connected}")
 
 
-async def two_workers(scene: Scene, cause: str) -> list[Daemon]:
+async def two_workers(scene: Scene, cause: str, **settings: str) -> list[Daemon]:
     """Two workers with the same fault, ready."""
-    workers = [scene.launch(cause) for _ in range(2)]
+    workers = [scene.launch(cause, **settings) for _ in range(2)]
     for worker in workers:
         await asyncio.to_thread(worker.wait_ready)
     return workers

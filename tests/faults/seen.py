@@ -114,12 +114,12 @@ async def deliveries(scene: Scene) -> int:
     return int(delivered.consumer_seq)
 
 
-async def until_pulls_stand(scene: Scene, count: int) -> None:
-    """Return once nothing is left to do and so many workers wait for more."""
+async def until_pulls_stand(scene: Scene, count: int, *, in_hand: int = 0) -> None:
+    """Return once so many requests are in hand, and so many workers wait for more."""
 
     async def waiting() -> bool:
         durable = await _durable(scene)
-        return durable.num_waiting == count and not durable.num_ack_pending
+        return (durable.num_waiting, durable.num_ack_pending) == (count, in_hand)
 
     await scene.until(waiting, f"{count} workers that wait")
 

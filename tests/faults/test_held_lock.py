@@ -7,7 +7,9 @@ from pathlib import Path
 from nats.aio.subscription import Subscription
 
 from consumer.devstack import Daemon
+from tests.faults.holding import GO
 from tests.faults.scene import ACK_WAIT, WITHIN, Scene
+from tests.faults.seen import until_pulls_stand
 
 
 def standby_of(worker: Daemon) -> int:
@@ -141,6 +143,10 @@ async def test_standby_ends_though_a_fork_keeps_its_input_open(scene: Scene) -> 
     await scene.logged(dying, "standby_connected")
     standby = standby_of(dying)
     request_id = await scene.submit()
+    await scene.noted("run")
+    # The server takes the dead worker's connection, which the fork has too, to be there still.
+    await until_pulls_stand(scene, 1, in_hand=1)
+    (scene.folder / f"run{GO}").touch()
     assert await scene.ended(dying) == -signal.SIGKILL
     await scene.start()
     event = await scene.event(request_id)

@@ -1,6 +1,6 @@
-"""The process is killed in its first run, and a process that it has forked lives on.
+"""The process is killed in its first run, on the test's word, and its fork lives on.
 
-The fork has inherited every pipe, as the workers of a data loader do.
+The fork has inherited every pipe and every connection, as the workers of a data loader do.
 """
 
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from consumer.settings import Settings
 from generation_contracts import Request
+from tests.faults.holding import hold_once
 from tests.faults.quick_runner import FOLDER, STEP, QuickRunner, first_time, note
 
 MOST = 60.0  # seconds; the test ends it much sooner
@@ -19,6 +20,7 @@ class SurvivedByAFork(QuickRunner):
     def begin(self, request: Request, *, save_memory: bool) -> None:
         if not first_time("forked"):
             return
+        hold_once("run")
         if os.fork():
             os.kill(os.getpid(), signal.SIGKILL)
         note("forks", str(os.getpid()))
