@@ -7,7 +7,9 @@ happen beside the next run.
 import asyncio
 import base64
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
@@ -77,9 +79,10 @@ class Device:
         self._event_fields = event_fields
         self._stall_timeout = stall_timeout
         self._observer = observer
+        turns.attend(self)
 
     async def run(self, job: Job, pictures: "Sequence[Image]") -> RunnerOutput:
-        """Wait for the job's turn, and run the model for it.
+        """Wait for the job's turn, and for what the model makes of it.
 
         Raises:
             Stopped: The job was asked to stop, while it waited or ran.
@@ -88,9 +91,8 @@ class Device:
         """
         steps = Steps()
         member = BatchMember(job.seeded_request, pictures, steps, job.interrupt.ask)
-        turn = await self._turn(job, member)
+        turn = await self._turn(job, member, steps)
         try:
-            steps.begin_again()
             if len(turn.members) > 1:
                 output = await self._run_together(job, turn, member, steps)
                 if output is not None:
@@ -103,18 +105,77 @@ class Device:
         finally:
             job.place.off_the_device()
 
-    async def _turn(self, job: Job, member: BatchMember) -> Turn:
+    async def _turn(self, job: Job, member: BatchMember, steps: Steps) -> Turn:
         several = self._turns.bounds.together > 1 and not job.place.suspect
         key = self._runner.batch_key(member.request) if several else None
+        began = time.monotonic()
         granted = job.place.its_turn(member, key)
         if granted.done():
             return granted.result()
-        began = time.monotonic()
-        turn = await job.interrupt.during(granted)
-        waited = time.monotonic() - began
+        try:
+            turn = await job.interrupt.during(granted)
+        except Stopped:
+            late = job.place.give_up()
+            if late is None:
+                raise
+            turn = late  # the run has begun, and ends at its first step
+        # The thread notes the beginning, which may be a moment before or after this one.
+        begun_at = steps.started if steps.started > began else time.monotonic()
+        waited = begun_at - began
         job.queued += waited
         job.spent("waiting", waited)
         return turn
+
+    # -- beginning runs, as `turns.Operator` ------------------------------------------------------
+
+    def begin(self, turn: Turn) -> asyncio.Future[Any]:
+        """Begin the run of a turn in the inference thread."""
+        return self._on_the_device(self._inference.call, turn.places[0], turn.members)
+
+    def begin_next(self, turn: Turn) -> asyncio.Future[Any]:
+        """Have the inference thread begin it as soon as the run under way has ended well."""
+        return self._on_the_device(self._inference.call_next, turn.places[0], turn.members)
+
+    def take_back(self) -> bool:
+        """Do not begin what was to begin next; False: it has begun."""
+        return self._inference.take_back()
+
+    def _on_the_device(
+        self,
+        call: Callable[..., Awaitable[Any]],
+        place: Place,
+        members: Sequence[BatchMember],
+        *,
+        save_memory: bool = False,
+    ) -> asyncio.Future[Any]:
+        """Hand a run over to the inference thread, in one of its two ways."""
+        if len(members) > 1:
+            stretch = _Stretch(self._runner.run_batch, members, place.context)
+            run = asyncio.ensure_future(call(stretch, members))
+        else:
+            (member,) = members
+            stretch = _Stretch(self._runner.run, members, place.context)
+            run = asyncio.ensure_future(
+                call(
+                    stretch,
+                    member.request,
+                    member.images,
+                    **_told_by(member),
+                    save_memory=save_memory,
+                )
+            )
+
+        def look(ended: asyncio.Future[Any]) -> None:
+            if not ended.cancelled():
+                self._observer.device_busy(stretch.seconds)
+                # A run that is given up on still ends some day, and its exception has no other
+                # reader.
+                ended.exception()
+
+        run.add_done_callback(look)
+        return run
+
+    # -- waiting for runs -------------------------------------------------------------------------
 
     async def _run_together(
         self, job: Job, turn: Turn, member: BatchMember, steps: Steps
@@ -123,17 +184,14 @@ class Device:
 
         Nobody can tell whose fault it was, and one bad request must not end the others.
         """
-        first = turn.run is None
-        if turn.run is None:
-            turn.run = self._begin(turn, turn.places, self._runner.run_batch, turn.members)
-        await self._tell_start(job)
+        company = [one.on_step for one in turn.members if isinstance(one.on_step, Steps)]
         try:
-            company = [one.on_step for one in turn.members if isinstance(one.on_step, Steps)]
-            outputs = await self._watch(job, turn.run, steps, company)
+            await self._tell_start(job)
+            outputs = await self._watch(job, turn.first_run(), steps, company)
         except (Stopped, Hanging, DeviceLost):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it shows again in its own run
-            if first:
+            if member is turn.members[0]:
                 log.warning("batch_failed", of=len(turn.members), error=type(error).__name__)
             return None
         finally:
@@ -147,7 +205,13 @@ class Device:
         self, job: Job, turn: Turn, member: BatchMember, steps: Steps
     ) -> RunnerOutput:
         try:
-            return await self._run_once(job, turn, member, steps, save_memory=False)
+            if len(turn.members) > 1:
+                return await self._run_again(job, turn, member, steps, save_memory=False)
+            try:
+                await self._tell_start(job)
+                return await self._watch(job, turn.first_run(), steps)
+            finally:
+                turn.had_its_part()
         except OutOfMemory as error:
             tried = error.tried
         # Outside the except block: the traceback keeps the first run's tensors alive.
@@ -156,57 +220,26 @@ class Device:
             RanOutOfMemory(saved_memory=False), attempt=job.attempt, max_attempts=job.attempt
         )
         try:
-            return await self._run_once(job, turn, member, steps, save_memory=again.save_memory)
+            return await self._run_again(job, turn, member, steps, save_memory=again.save_memory)
         except OutOfMemory as error:
             tried = tuple(dict.fromkeys((*tried, *error.tried)))
         raise OutOfMemory("twice", tried)
 
-    async def _run_once(
+    async def _run_again(
         self, job: Job, turn: Turn, member: BatchMember, steps: Steps, *, save_memory: bool
     ) -> RunnerOutput:
-        request = member.request
-        streams = isinstance(request, ImageToTextRequest) and request.stream
-        previews = isinstance(request, TextToImageRequest) and request.preview
-        again = job.sequence > 0  # the started event is the first of all
         told = steps.position != (0, 0)
         steps.begin_again()
-        run = self._begin(
-            turn,
-            (job.place,),
-            self._runner.run,
-            request,
-            member.images,
-            on_step=steps,
-            cancelled=member.cancelled,
-            on_text=steps.add if streams else None,
-            on_preview=steps.see if previews else None,
-            save_memory=save_memory,
+        run = self._on_the_device(
+            self._inference.call, job.place, (member,), save_memory=save_memory
         )
-        if not again:
-            await self._tell_start(job)
-        elif told:
+        self._turns.begun(turn, run, job.place)
+        if told:
             await self._tell(job, steps)  # of step 0: what was told of the run before is over
         try:
             return await self._watch(job, run, steps)
         finally:
             del run  # for the reason given in `watch`
-
-    def _begin(
-        self,
-        turn: Turn,
-        places: tuple[Place, ...],
-        function: Callable[..., T],
-        /,
-        *args: Any,
-        **kwargs: Any,
-    ) -> asyncio.Future[T]:
-        began = time.monotonic()
-        run = asyncio.ensure_future(self._inference.call(function, *args, **kwargs))
-        # A run that is given up on still ends some day, and its exception has no other reader.
-        run.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        run.add_done_callback(lambda _: self._observer.device_busy(time.monotonic() - began))
-        self._turns.begun(turn, run, *places)
-        return run
 
     async def _watch(
         self, job: Job, run: asyncio.Future[T], steps: Steps, company: Sequence[Steps] = ()
@@ -256,3 +289,44 @@ class Device:
             preview=None if preview is None else base64.b64encode(preview).decode(),
         )
         await self._events.publish_progress(progress, trace_parent=job.envelope.trace_parent)
+
+
+class _Stretch:
+    """The device's time for one run, noted by the inference thread, which calls this.
+
+    Args:
+        function: Of the runner.
+        members: Those for whom it is.
+        context: The context variables of the first of them.
+    """
+
+    def __init__(
+        self, function: Callable[..., T], members: Sequence[BatchMember], context: Context
+    ) -> None:
+        self.seconds = 0.0
+        self._work: Callable[..., T] = partial(context.run, function)
+        self._members = members
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        members, self._members = self._members, ()  # their pictures are kept by nobody
+        began = time.monotonic()
+        for member in members:
+            if isinstance(member.on_step, Steps):
+                member.on_step.begin()
+        try:
+            return self._work(*args, **kwargs)
+        finally:
+            self.seconds = time.monotonic() - began
+
+
+def _told_by(member: BatchMember) -> dict[str, Any]:
+    """How a run of one tells its watcher where it is, by the arguments of `Runner.run`."""
+    request, steps = member.request, member.on_step
+    streams = isinstance(request, ImageToTextRequest) and request.stream
+    previews = isinstance(request, TextToImageRequest) and request.preview
+    return {
+        "on_step": steps,
+        "cancelled": member.cancelled,
+        "on_text": steps.add if streams and isinstance(steps, Steps) else None,
+        "on_preview": steps.see if previews and isinstance(steps, Steps) else None,
+    }

@@ -453,6 +453,18 @@ class Inference(Protocol):
     def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Call a function there, and wait for what it gives."""
 
+    def call_next(
+        self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Awaitable[T]:
+        """Have a function called there as soon as the call that is under way returns.
+
+        Where that raises, or none is under way, it is not called: take it back then. There is one
+        place for such a call.
+        """
+
+    def take_back(self) -> bool:
+        """Do not make the call of `call_next`; False: it has begun."""
+
 
 class ModelUnavailable(Exception):  # noqa: N818 - a state of the model
     """The model cannot be loaded."""

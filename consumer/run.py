@@ -137,11 +137,15 @@ class Steps:
         """What has been added since the last time; only in the event loop's thread."""
         return "".join(self._added.popleft() for _ in range(len(self._added)))
 
+    def begin(self) -> None:
+        """Note that the run begins now; the inference thread does."""
+        self.started = self.last = time.monotonic()
+
     def begin_again(self) -> None:
         """Go back to step 0 for another run, once the thread has ended the one before."""
         self._added.clear()
         self.position = (0, self.position[1])
-        self.started = self.last = time.monotonic()
+        self.begin()
 
     def seconds_per_step(self) -> float | None:
         """Mean time of a step so far, in seconds."""

@@ -3,13 +3,18 @@
 A worker may have several requests in hand: one on the device, the ones before it on their way to
 the store, the next ones being read while they wait. Waiting requests that go together have their
 turn together, in one run of the model.
+
+Whoever is next is told to the inference thread while the run before goes on, and the thread begins
+with it by itself: the device does not wait for the event loop, which is busy with what has just
+been made. The event loop learns of it afterwards.
 """
 
 import asyncio
+import contextvars
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from consumer.ports import BatchMember
 
@@ -38,13 +43,16 @@ class Turn:
         members: What the runner needs of each, in the order of their delivery.
         places: Whose turn it is.
         alone: Held by the one whose turn it is where the members run one after another.
+        run: The run that the turn began with, until all of them are done with it.
+        hands_over: Whether the thread may go on to the next turn by itself when its run has ended.
     """
 
     def __init__(self, places: "tuple[Place, ...]") -> None:
         self.members = tuple(place.member for place in places if place.member is not None)
         self.alone = asyncio.Lock()
-        self.run: asyncio.Future[Any] | None = None  # of all together, once one has begun it
+        self.run: asyncio.Future[Any] | None = None
         self.places = places
+        self.hands_over = True
         self._parts = len(places)
         self._holding = set(places)
         self._under_way: set[asyncio.Future[Any]] = set()
@@ -62,8 +70,14 @@ class Turn:
         """One of the members needs the device no more."""
         self._holding.discard(place)
 
+    def first_run(self) -> asyncio.Future[Any]:
+        """The run that the turn began with."""
+        if self.run is None:
+            raise AssertionError("the turn has not begun with a run")
+        return self.run
+
     def had_its_part(self) -> None:
-        """One of the members is done with the run of all together."""
+        """One of the members is done with the run that the turn began with."""
         self._parts -= 1
         if not self._parts:
             self.run = None  # for the reason given in `ended`
@@ -74,6 +88,19 @@ class Turn:
         return not self._holding and not self._under_way
 
 
+class Operator(Protocol):
+    """Begins the run of a turn."""
+
+    def begin(self, turn: Turn) -> asyncio.Future[Any]:
+        """Begin it: the device is free."""
+
+    def begin_next(self, turn: Turn) -> asyncio.Future[Any]:
+        """Have it begun as soon as the run that is under way has ended well."""
+
+    def take_back(self) -> bool:
+        """Do not begin what was to begin next; False: it has begun."""
+
+
 class Place:
     """One request among those in hand; `Turns.join` makes it.
 
@@ -81,6 +108,7 @@ class Place:
         suspect: Whether its last worker may have died of it.
         in_company: Whether others were in hand when it came.
         member: What the runner needs of it, from the time it is ready to the end of its turn.
+        context: The context variables of whoever asked for its turn.
     """
 
     def __init__(self, turns: "Turns", *, suspect: bool, in_company: bool) -> None:
@@ -88,23 +116,29 @@ class Place:
         self.suspect = suspect
         self.in_company = in_company
         self.member: BatchMember | None = None
+        self.context = contextvars.Context()
         self.key: Hashable | None = None
         self.ready_since: float | None = None
         self.granted: asyncio.Future[Turn] | None = None
         self.turn: Turn | None = None
 
     def its_turn(self, member: BatchMember, key: Hashable | None) -> asyncio.Future[Turn]:
-        """Ask for the device; the future's result is there as soon as it is free.
+        """Ask for the device; the future's result is there once the run has begun.
 
         Args:
             member: What the runner needs.
             key: Equal for requests that go together; None: this one has its turn alone.
         """
         self.member, self.key = member, key
+        self.context = contextvars.copy_context()
         self.ready_since = time.monotonic()
         self.granted = granted = asyncio.get_running_loop().create_future()
         self._turns.advance()
         return granted
+
+    def give_up(self) -> Turn | None:
+        """Wait for the turn no more, unless its run has begun in this moment: then the turn."""
+        return self._turns.take_back(self)
 
     def off_the_device(self) -> None:
         """It waits for the device no more, or has no more use for it; once more is no fault."""
@@ -123,12 +157,18 @@ class Turns:
 
     def __init__(self, bounds: Bounds | None = None) -> None:
         self.bounds = bounds or Bounds()
+        self._operator: Operator | None = None
         self._in_hand: set[Place] = set()
         self._waiting: list[Place] = []  # in the order of their delivery
         self._turn: Turn | None = None
+        self._ahead: _Ahead | None = None
         self._closed = False
         self._closing: asyncio.TimerHandle | None = None  # ends the window
         self._changed = asyncio.Event()
+
+    def attend(self, operator: Operator) -> None:
+        """Have the runs begun by this one."""
+        self._operator = operator
 
     def join(self, *, suspect: bool = False) -> Place:
         """A place behind all others.
@@ -168,6 +208,13 @@ class Turns:
     def close(self) -> None:
         """Give the device to nobody any more: it is lost."""
         self._closed = True
+        self._keep_ahead()
+
+    def take_back(self, place: Place) -> Turn | None:
+        """See `Place.give_up`."""
+        if self._ahead is not None and place in self._ahead.turn.places:
+            self._keep_ahead()
+        return place.turn
 
     def release(self, place: Place) -> None:
         """See `Place.off_the_device`."""
@@ -192,15 +239,18 @@ class Turns:
         if self._closing is not None:
             self._closing.cancel()
             self._closing = None
-        free = self._turn is None and not self._closed
-        if free and self._waiting and self._waiting[0].ready_since is not None:
-            together = self._together()
+        self._keep_ahead(() if self._turn is None else self._together())
+        together = self._together()
+        if together:
             patience = self._patience(together)
             if patience > 0:
                 loop = asyncio.get_running_loop()
                 self._closing = loop.call_later(patience, self.advance)
-            else:
-                self._grant(together)
+            elif self._turn is None:
+                self._begin(Turn(tuple(together)))
+            elif self._ahead is None and self._turn.hands_over and self._operator is not None:
+                turn = Turn(tuple(together))
+                self._ahead = _Ahead(turn, self._operator.begin_next(turn))
         self._changed.set()
 
     def begun(self, turn: Turn, run: asyncio.Future[Any], *places: Place) -> None:
@@ -215,13 +265,36 @@ class Turns:
             if not ended.cancelled() and ended.exception() is None:
                 for place in places:
                     self.release(place)
+            else:
+                # It is run again, or its members one by one, before anybody else's turn comes.
+                turn.hands_over = False
+                self._keep_ahead()
             self.advance()
 
         turn.occupied_by(run)
         run.add_done_callback(look)
 
+    def _begin(self, turn: Turn) -> None:
+        run = None if self._operator is None else self._operator.begin(turn)
+        self._grant(turn, run)
+
+    def _keep_ahead(self, wanted: Sequence[Place] = ()) -> None:
+        """Take back what the thread was told to begin next, unless it is for these.
+
+        Where that comes too late, the thread has begun with it: the run before has ended well, and
+        it is their turn.
+        """
+        ahead = self._ahead
+        if ahead is None or ahead.turn.places == tuple(wanted):
+            return
+        self._ahead = None
+        if self._operator is not None and not self._operator.take_back():
+            self._grant(ahead.turn, ahead.run)
+
     def _together(self) -> list[Place]:
-        """The next one, with those right behind it that go with it."""
+        """The next one, where it is ready, with those right behind it that go with it."""
+        if self._closed or not self._waiting or self._waiting[0].ready_since is None:
+            return []
         first, *others = self._waiting
         together = [first]
         for place in others:
@@ -241,10 +314,24 @@ class Turns:
             return 0.0
         return first.ready_since + self.bounds.window - time.monotonic()
 
-    def _grant(self, together: list[Place]) -> None:
-        del self._waiting[: len(together)]
-        self._turn = turn = Turn(tuple(together))
-        for place in together:
+    def _grant(self, turn: Turn, run: asyncio.Future[Any] | None) -> None:
+        self._turn, turn.run = turn, run
+        for place in turn.places:
+            if place not in self._waiting:  # gone while its run began
+                turn.let_go(place)
+                turn.had_its_part()
+                continue
+            self._waiting.remove(place)
             place.turn = turn
             if place.granted is not None and not place.granted.done():
                 place.granted.set_result(turn)
+        if run is not None:
+            self.begun(turn, run, *turn.places)
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """The turn that the inference thread has been told to begin next."""
+
+    turn: Turn
+    run: asyncio.Future[Any]

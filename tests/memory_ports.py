@@ -10,11 +10,9 @@ import hashlib
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
@@ -56,7 +54,6 @@ from generation_contracts import (
 from generation_contracts.artifacts import ImageSource
 from generation_contracts.headers import event_headers, event_type, wire_size
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 BUCKET = "generation"
@@ -602,20 +599,6 @@ class ScriptedRunner:
         """Let every held run end: the interpreter waits for its thread."""
         for hold in self._holds:
             hold.release()
-
-
-class MemoryInference:
-    """One thread, as `consumer.runners.thread` has it, without its care for the frames."""
-
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
-
-    async def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        work = partial(function, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=False)
 
 
 # -- what goes on ---------------------------------------------------------------------------------

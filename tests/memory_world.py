@@ -6,6 +6,7 @@ from typing import Any
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
 from consumer.ports import DeadLetter, ResultEvent
+from consumer.runners.thread import InferenceThread
 from consumer.turns import Bounds, Turns
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task
 from tests.memory_ports import (
@@ -14,7 +15,6 @@ from tests.memory_ports import (
     MemoryDelivery,
     MemoryEvents,
     MemoryImages,
-    MemoryInference,
     MemoryObserver,
     MemoryQueue,
     Outage,
@@ -54,7 +54,7 @@ class MemoryWorld:
         self.artifacts = MemoryArtifacts(self.journal)
         self.store = self.artifacts.outage
         self.images = MemoryImages()
-        self.inference = MemoryInference()
+        self.inference = InferenceThread()
         self.observer = MemoryObserver()
         self.runner = runner or ScriptedRunner()
         self.delivery: MemoryDelivery | None = None

@@ -149,6 +149,12 @@ class SteppedInference:
             self._worker.run = None
         return function(*args, **kwargs)
 
+    def call_next(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("one at a time")
+
+    def take_back(self) -> bool:
+        raise AssertionError("one at a time")
+
 
 # What keeps its word never to raise, whatever becomes of the connection.
 NEVER_RAISE = frozenset({"publish_progress", "reply", "nak", "release"})

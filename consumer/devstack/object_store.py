@@ -45,8 +45,8 @@ _FLAGS = (
 # Its maintenance worker looks for the admin server's gRPC port here, whatever -admin.port.grpc
 # says, and would knock at another program's door every few seconds.
 _ADMIN_GRPC_DISTANCE = 10_000
-# A goal for Go's collector, not a limit. It counts more than what is resident (150 to 200 MB): below
-# 320 MiB the collector never rests, and an object of 1.8 MB takes 64 ms of CPU instead of 16.
+# A goal for Go's collector, not a limit. It counts more than what is resident (150 to 200 MB):
+# below 320 MiB the collector never rests, and an object of 1.8 MB takes 64 ms of CPU instead of 16.
 _MEMORY = "512MiB"
 
 

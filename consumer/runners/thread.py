@@ -7,10 +7,11 @@ sampling in transformers has only the global random generator.
 import asyncio
 import contextvars
 import traceback
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -21,6 +22,9 @@ class InferenceThread:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
+        # Not with the executor's own items: these keep what they call until the thread is idle.
+        self._calls: deque[_Call[Any]] = deque()
+        self._next: deque[_Call[Any]] = deque(maxlen=1)  # whoever takes it out of here decides
         self._running: set[Future[Any]] = set()
 
     @property
@@ -38,13 +42,35 @@ class InferenceThread:
 
         Cancelling the caller does not stop a call that has begun: nothing can.
         """
-        context = contextvars.copy_context()
-        running = self._executor.submit(
-            _call, partial(context.run, partial(function, *args, **kwargs))
-        )
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)
-        return asyncio.wrap_future(running)
+        call = self._made(partial(function, *args, **kwargs))
+        self._calls.append(call)
+        try:
+            self._executor.submit(self._work)
+        except RuntimeError:  # closed
+            self._calls.remove(call)
+            raise
+        return asyncio.wrap_future(call.future)
+
+    def call_next(
+        self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
+        """Have the thread itself call a function when the call that is under way returns.
+
+        The device then waits for no other thread to wake up. There is one place for it. It is not
+        called where the call under way raises, or none is; whoever hears of that end takes it back.
+        """
+        call = self._made(partial(function, *args, **kwargs))
+        self._next.append(call)
+        return asyncio.wrap_future(call.future)
+
+    def take_back(self) -> bool:
+        """Do not make the call of `call_next`; False: it has begun."""
+        try:
+            call = self._next.pop()
+        except IndexError:
+            return False
+        call.future.cancel()
+        return True
 
     def close(self) -> None:
         """Take no more calls and drop those that have not begun; does not wait for the running one.
@@ -52,15 +78,48 @@ class InferenceThread:
         A thread that hangs keeps the interpreter from ending: leave by `os._exit` then.
         """
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self.take_back()
+        for call in tuple(self._calls):
+            call.future.cancel()
+
+    def _made(self, work: Callable[[], T]) -> "_Call[T]":
+        call = _Call(partial(contextvars.copy_context().run, work))
+        self._running.add(call.future)
+        call.future.add_done_callback(self._running.discard)
+        return call
+
+    # -- in the thread ----------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        call: _Call[Any] | None = self._calls.popleft()
+        while call is not None and call.future.set_running_or_notify_cancel():
+            call = call.make(self._next)
 
 
-def _call(work: Callable[[], T]) -> T:
-    try:
-        return work()
-    except BaseException as error:
+class _Call(Generic[T]):
+    """One call, and where whoever made it waits for its end."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.future: Future[T] = Future()
+        self._work: Callable[[], T] | None = work
+
+    def make(self, following: "deque[_Call[Any]]") -> "_Call[Any] | None":
+        """Make it, and give the following one, taken before anybody is told that this has ended."""
+        future, work, self._work = self.future, self._work, None
+        if work is None:
+            raise AssertionError("a call is made once")
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - it is for whoever waits
+            del work, self  # what it raised has this frame in its traceback
+            _drop_locals(error)
+            future.set_exception(error)
+            del future
+            return None
         del work
-        _drop_locals(error)
-        raise
+        then = following.popleft() if following else None
+        future.set_result(result)
+        return then
 
 
 def _drop_locals(error: BaseException) -> None:

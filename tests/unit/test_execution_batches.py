@@ -32,6 +32,7 @@ from tests.memory_ports import POLL, Run, ScriptedRunner, make
 from tests.memory_world import MemoryWorld
 
 TOGETHER = 3
+LONG = 30.0  # seconds; only bounds a wait for something that must happen
 
 
 class BatchingRunner(ScriptedRunner):
@@ -303,6 +304,53 @@ async def test_second_copy_in_the_same_hands_waits_for_the_first_and_is_not_run(
     assert len(world.runner.runs) == 1
     assert world.observer.outcomes == ["succeeded", "already_done"]
     assert await world.left() == 0
+
+
+async def test_next_run_begins_while_the_event_loop_does_something_else() -> None:
+    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    first, begun = world.runner.will_hold(), threading.Event()
+    second = world.runner.will_hold(before=lambda _: begun.set())
+    for request_id in ("a", "b"):
+        await world.send(asking(request_id))
+    handling = [asyncio.create_task(world.work()) for _ in range(2)]
+    await soon(first.begun())
+    while world.execution._turns._ahead is None:
+        await asyncio.wait(handling, timeout=POLL)
+    first.release()
+    assert begun.wait(LONG), "the event loop stands here"
+    second.release()
+    await soon(asyncio.gather(*handling))
+    world.close()
+    assert world.observer.outcomes == ["succeeded"] * 2
+    assert [run.request.request_id for run in world.runner.runs] == ["a", "b"]
+    assert len(world.observer.busy) == 2
+    event = await world.result("b")
+    assert isinstance(event, SucceededEvent)
+    assert event.timings.queued > 0
+
+
+@pytest.mark.parametrize("withdrawn", ["at its first step", "in time"])
+async def test_cancellation_of_who_is_next(withdrawn: str) -> None:
+    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    first, begun = world.runner.will_hold(), threading.Event()
+    world.runner.will_hold(before=lambda _: begun.set())
+    for request_id in ("a", "b"):
+        await world.send(asking(request_id))
+    handling = [asyncio.create_task(world.work()) for _ in range(2)]
+    await soon(first.begun())
+    while world.execution._turns._ahead is None:
+        await asyncio.wait(handling, timeout=POLL)
+    if withdrawn != "in time":
+        first.release()
+        assert begun.wait(LONG)
+    await world.execution.withdraw("b")
+    await soon(handling[1])
+    first.release()
+    await soon(handling[0])
+    world.close()
+    assert begun.is_set() == (withdrawn != "in time")
+    assert world.observer.outcomes[-2:].count("cancelled") == 1
+    assert isinstance(await world.result("a"), SucceededEvent)
 
 
 async def test_pictures_of_a_request_are_stored_at_the_same_time() -> None:

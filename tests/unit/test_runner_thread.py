@@ -120,6 +120,130 @@ async def test_the_result_is_not_kept(inference: InferenceThread) -> None:
         gc.enable()
 
 
+# -- the call that the thread goes on with by itself ----------------------------------------------
+
+
+class Gate:
+    """A call that says when it has begun, and goes on when it is let."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+
+    def __call__(self) -> str:
+        self.begun.set()
+        assert self.go_on.wait(30)
+        return "done"
+
+
+async def under_way(inference: InferenceThread, gate: Gate) -> "asyncio.Future[str]":
+    call = inference.call(gate)
+    await asyncio.to_thread(gate.begun.wait, 30)
+    return call
+
+
+async def test_next_call_begins_while_the_event_loop_does_something_else(
+    inference: InferenceThread,
+) -> None:
+    gate, following = Gate(), threading.Event()
+    first = await under_way(inference, gate)
+    second = inference.call_next(following.set)
+    assert not following.is_set()
+    gate.go_on.set()
+    assert following.wait(30), "the event loop stands here"
+    assert not first.done()
+    assert not inference.take_back()
+    assert (await first, await second) == ("done", None)
+
+
+async def test_next_call_that_is_taken_back_is_not_made(inference: InferenceThread) -> None:
+    gate, called = Gate(), threading.Event()
+    first = await under_way(inference, gate)
+    second = inference.call_next(called.set)
+    assert inference.take_back()
+    gate.go_on.set()
+    await first
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    third = inference.call(int)
+    await third
+    assert not called.is_set()
+    assert not inference.take_back()
+
+
+async def test_next_call_is_not_made_where_the_one_before_raises(
+    inference: InferenceThread,
+) -> None:
+    gate, called = Gate(), threading.Event()
+
+    def fail() -> None:
+        gate()
+        raise ValueError("inside")
+
+    first = inference.call(fail)
+    await asyncio.to_thread(gate.begun.wait, 30)
+    inference.call_next(called.set)
+    gate.go_on.set()
+    with pytest.raises(ValueError, match="inside"):
+        await first
+    assert inference.take_back()
+    await inference.call(int)
+    assert not called.is_set()
+
+
+async def test_next_call_waits_where_none_is_under_way(inference: InferenceThread) -> None:
+    called = threading.Event()
+    following = inference.call_next(called.set)
+    await asyncio.to_thread(called.wait, 0.05)
+    assert not called.is_set()
+    assert await inference.call(int) == 0
+    await following
+    assert called.is_set()
+
+
+async def test_result_is_not_kept_while_the_next_call_is_made(inference: InferenceThread) -> None:
+    before, gate = Gate(), Gate()
+
+    def make() -> Tensor:
+        before()
+        return Tensor()
+
+    first = inference.call(make)
+    await asyncio.to_thread(before.begun.wait, 30)
+    second = inference.call_next(gate)
+    gc.disable()
+    try:
+        before.go_on.set()
+        held = weakref.ref(await first)
+        del first
+        await asyncio.to_thread(gate.begun.wait, 30)
+        assert held() is None
+    finally:
+        gc.enable()
+    gate.go_on.set()
+    await second
+
+
+async def test_what_a_call_that_is_taken_back_was_given_is_not_kept(
+    inference: InferenceThread,
+) -> None:
+    gate = Gate()
+    first = await under_way(inference, gate)
+    tensor = Tensor()
+    held = weakref.ref(tensor)
+    gc.disable()
+    try:
+        inference.call_next(repr, tensor)
+        del tensor
+        assert inference.take_back()
+        await asyncio.sleep(0)  # its future is told
+        assert held() is None
+    finally:
+        gc.enable()
+    gate.go_on.set()
+    await first
+
+
 async def test_closing_drops_what_has_not_begun_and_does_not_wait() -> None:
     inference = InferenceThread()
     begun = threading.Event()
@@ -133,13 +257,14 @@ async def test_closing_drops_what_has_not_begun_and_does_not_wait() -> None:
     running = asyncio.ensure_future(inference.call(slow))
     await asyncio.to_thread(begun.wait, 30)
     waiting = asyncio.ensure_future(inference.call(int))
-    await asyncio.sleep(0)  # lets the task hand its call over
+    following = inference.call_next(int)
     assert inference.busy
     inference.close()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
+    for dropped in (waiting, following):
+        with pytest.raises(asyncio.CancelledError):
+            await dropped
     with pytest.raises(RuntimeError):
-        await inference.call(int)
+        inference.call(int)
     go_on.set()
     assert await running == "done"
     assert not inference.busy

@@ -257,3 +257,170 @@ async def test_no_room_beside_one_that_may_have_killed_its_worker() -> None:
     assert room.done()
     assert (suspect.in_company, turns.join().in_company) == (False, False)
     assert turns.join(suspect=True).in_company
+
+
+# -- who is next is told to the thread before the device is free ----------------------------------
+
+
+class Thread:
+    """Begins runs as the inference thread does: the next one by itself, before anybody looks."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.began: list[Turn] = []  # by the word of the turns
+        self.next: tuple[Turn, asyncio.Future[Any]] | None = None
+        self.under_way: asyncio.Future[Any]
+        turns.attend(self)
+
+    def begin(self, turn: Turn) -> asyncio.Future[Any]:
+        self.began.append(turn)
+        self.under_way = asyncio.get_running_loop().create_future()
+        return self.under_way
+
+    def begin_next(self, turn: Turn) -> asyncio.Future[Any]:
+        assert self.next is None, "there is one place"
+        self.next = turn, asyncio.get_running_loop().create_future()
+        return self.next[1]
+
+    def take_back(self) -> bool:
+        taken, self.next = self.next, None
+        return taken is not None
+
+    def ends(self) -> None:
+        """The run under way ends well, and the thread goes on."""
+        ended = self.under_way
+        if self.next is not None:
+            (_, self.under_way), self.next = self.next, None
+        ended.set_result(None)
+
+    def fails(self) -> None:
+        self.under_way.set_exception(ValueError())
+
+    @property
+    def told(self) -> tuple[Place, ...]:
+        """Who is to begin next."""
+        return () if self.next is None else self.next[0].places
+
+
+async def test_next_one_has_its_turn_by_the_thread_alone() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    thread = Thread(turns)
+    first, second, third = (turns.join() for _ in range(3))
+    await first.its_turn(member(), None)
+    granted = [waiting(place) for place in (second, third)]
+    assert thread.told == (second,)
+    thread.ends()
+    await settle_down()
+    assert [one.done() for one in granted] == [True, False]
+    assert granted[0].result().first_run() is thread.under_way
+    assert thread.told == (third,)
+    thread.ends()
+    await settle_down()
+    assert granted[1].done()
+    assert len(thread.began) == 1, "the two others were begun by the thread"
+
+
+async def test_company_that_gets_ready_meanwhile_joins_who_is_next() -> None:
+    turns = Turns(Bounds(in_flight=10, together=2))
+    thread = Thread(turns)
+    await turns.join().its_turn(member(), None)
+    places = [turns.join() for _ in range(3)]
+    granted = [waiting(places[0], "a")]
+    assert thread.told == (places[0],)
+    granted += [waiting(place, "a") for place in places[1:]]
+    assert thread.told == tuple(places[:2])
+    thread.ends()
+    await settle_down()
+    assert [one.done() for one in granted] == [True, True, False]
+
+
+async def test_who_is_next_waits_out_its_window_first() -> None:
+    turns = Turns(Bounds(in_flight=10, together=2, window=LONG))
+    thread = Thread(turns)
+    await turns.join().its_turn(member(), None)
+    granted = waiting(turns.join(), "a")
+    assert thread.told == ()
+    thread.ends()
+    await settle_down()
+    assert not granted.done()
+
+
+async def test_who_gives_up_in_time_is_not_begun() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    thread = Thread(turns)
+    await turns.join().its_turn(member(), None)
+    second, third = turns.join(), turns.join()
+    given_up, granted = waiting(second), waiting(third)
+    assert second.give_up() is None
+    given_up.cancel()
+    second.off_the_device()
+    assert thread.told == (third,)
+    thread.ends()
+    await settle_down()
+    assert granted.done()
+
+
+async def test_who_gives_up_too_late_has_its_turn() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    thread = Thread(turns)
+    await turns.join().its_turn(member(), None)
+    second, third = turns.join(), turns.join()
+    given_up, granted = waiting(second), waiting(third)
+    thread.ends()  # and nobody has looked yet
+    given_up.cancel()
+    turn = second.give_up()
+    assert turn is not None
+    assert turn.places == (second,)
+    await settle_down()
+    assert not granted.done()
+    second.off_the_device()
+    await settle_down()
+    assert not granted.done(), "its run goes on"
+    thread.ends()
+    await settle_down()
+    assert granted.done()
+
+
+async def test_who_leaves_without_a_word_while_its_run_begins_holds_nobody_up() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    thread = Thread(turns)
+    await turns.join().its_turn(member(), None)
+    second, third = turns.join(), turns.join()
+    waiting(second)
+    granted = waiting(third)
+    thread.ends()
+    second.leave()
+    await settle_down()
+    assert not granted.done(), "its run goes on"
+    thread.ends()
+    await settle_down()
+    assert granted.done()
+
+
+async def test_nobody_is_next_while_a_turn_goes_on_that_began_badly() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    thread = Thread(turns)
+    first, second = turns.join(), turns.join()
+    turn = await first.its_turn(member(), None)
+    granted = waiting(second)
+    assert thread.told == (second,)
+    thread.fails()
+    await settle_down()
+    assert thread.told == ()
+    again: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    turns.begun(turn, again, first)
+    again.set_result(None)
+    await settle_down()
+    assert granted.done()
+    assert thread.began[-1].places == (second,)
+
+
+async def test_lost_device_takes_back_who_was_next() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    thread = Thread(turns)
+    await turns.join().its_turn(member(), None)
+    granted = waiting(turns.join())
+    turns.close()
+    assert thread.told == ()
+    thread.ends()
+    await settle_down()
+    assert not granted.done()
