@@ -7,8 +7,10 @@ other parts of the process use Pillow too.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -37,6 +39,8 @@ _CUT_SHORT = "…"
 # a surrogate pair is no text. Tabs and ends of lines are left.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
+_TWO_THREADS = 2**18  # bytes, above which two hashes are worth a thread each
+
 MediaType = Literal["image/png", "image/webp", "image/jpeg"]
 
 
@@ -56,7 +60,7 @@ _JPEG = {"quality": 95, "subsampling": 0}  # 6 ms, 655 KB; 4:4:4 keeps edges of 
 
 
 class ImageCodec:
-    """The pictures' codec (`ports.Images`). It keeps no state: any thread may call it.
+    """The pictures' codec (`ports.Images`). It keeps nothing but threads: any thread may call it.
 
     Args:
         max_bytes: The largest input file.
@@ -74,6 +78,8 @@ class ImageCodec:
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._max_side = max_side
+        # For one large picture at a time; what is encoded beside it has to share.
+        self._threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="encoding")
 
     @property
     def max_bytes(self) -> int:
@@ -132,7 +138,8 @@ class ImageCodec:
                 `MAX_SAID` characters, and control characters are left out of it.
         """
         said = {name: _fit_to_be_said(value) for name, value in (provenance or {}).items()}
-        data = _written(image, output_format, said)
+        data = self._written(image, output_format, said)
+        md5 = self._threads.submit(_md5, data) if len(data) > _TWO_THREADS else None
         file_format = _FILE_FORMATS[output_format]
         return EncodedImage(
             data=data,
@@ -141,9 +148,25 @@ class ImageCodec:
             width=image.width,
             height=image.height,
             seed=seed,
-            md5=hashlib.md5(data, usedforsecurity=False).hexdigest(),
             sha256=hashlib.sha256(data).hexdigest(),
+            md5=_md5(data) if md5 is None else md5.result(),
         )
+
+    def _written(
+        self, image: Image.Image, output_format: OutputFormat, said: dict[str, str]
+    ) -> bytes:
+        if output_format == "png":
+            as_it_is = image.mode in COLOUR_TYPES and "transparency" not in image.info
+            return write_png(image if as_it_is else _to_rgb(image), said, each=self._threads.map)
+        pixels = _to_rgb(image)
+        pixels.info = {}  # Pillow writes a comment or a colour profile that it finds here
+        options: dict[str, Any] = dict(_WEBP if output_format == "webp" else _JPEG)
+        if said:
+            options["exif"] = exif = Image.Exif()
+            exif[ExifTags.Base.ImageDescription] = json.dumps(said)  # by EXIF 2, it is ASCII
+        file = BytesIO()
+        pixels.save(file, output_format.upper(), **options)
+        return file.getvalue()
 
     def _check(self, image: ImageFile.ImageFile) -> None:
         """What the header says must be within the limits before a pixel is decoded."""
@@ -164,19 +187,8 @@ class ImageCodec:
         return InputUnavailable(f"the image has more than {self._max_pixels} pixels")
 
 
-def _written(image: Image.Image, output_format: OutputFormat, said: dict[str, str]) -> bytes:
-    if output_format == "png":
-        as_it_is = image.mode in COLOUR_TYPES and "transparency" not in image.info
-        return write_png(image if as_it_is else _to_rgb(image), said)
-    pixels = _to_rgb(image)
-    pixels.info = {}  # Pillow writes a comment or a colour profile that it finds here
-    options: dict[str, Any] = dict(_WEBP if output_format == "webp" else _JPEG)
-    if said:
-        options["exif"] = exif = Image.Exif()
-        exif[ExifTags.Base.ImageDescription] = json.dumps(said)  # by EXIF 2, it is ASCII
-    file = BytesIO()
-    pixels.save(file, output_format.upper(), **options)
-    return file.getvalue()
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def _fit_to_be_said(value: str) -> str:

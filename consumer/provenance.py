@@ -1,5 +1,6 @@
 """Provenance: what the file of a picture says of how it was made."""
 
+import functools
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -34,7 +35,7 @@ def provenance_of(
         with_prompt: Whether the prompts may be in the file, for whoever gets the picture.
     """
     said = {
-        "software": f"{SOFTWARE} {version(SOFTWARE)}",
+        "software": _software(),
         "request_id": request_id,
         "seed": str(made.seed),
         "model": model.id,
@@ -45,3 +46,8 @@ def provenance_of(
     if with_prompt:
         said |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
     return {name: value for name, value in said.items() if value is not None}
+
+
+@functools.cache  # it reads the distribution's files
+def _software() -> str:
+    return f"{SOFTWARE} {version(SOFTWARE)}"
