@@ -1,4 +1,4 @@
-"""Images: input files to RGB pictures within limits, and pictures to files with their hashes.
+"""Images: input files to RGB pictures within limits, and pictures to files with their hash.
 
 Inputs come from whoever may publish, so each limit is checked before the work that it limits: bytes
 before parsing, pixels from the header before decoding. Nothing of Pillow's global state is changed:
@@ -38,8 +38,6 @@ _CUT_SHORT = "…"
 # What a value must not have: NUL ends it for many readers, an escape steers terminals, and half of
 # a surrogate pair is no text. Tabs and ends of lines are left.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-
-_TWO_THREADS = 2**18  # bytes, above which two hashes are worth a thread each
 
 MediaType = Literal["image/png", "image/webp", "image/jpeg"]
 
@@ -123,7 +121,7 @@ class ImageCodec:
         seed: int,
         provenance: Mapping[str, str] | None = None,
     ) -> EncodedImage:
-        """A picture to a file with its hashes; PNG is lossless, WebP and JPEG are not.
+        """A picture to a file with its hash; PNG is lossless, WebP and JPEG are not.
 
         The file holds the pixels and the provenance: nothing of what the picture carries. The same
         of both give the same bytes with the same libraries, and the provenance changes no pixel.
@@ -139,7 +137,6 @@ class ImageCodec:
         """
         said = {name: _fit_to_be_said(value) for name, value in (provenance or {}).items()}
         data = self._written(image, output_format, said)
-        md5 = self._threads.submit(_md5, data) if len(data) > _TWO_THREADS else None
         file_format = _FILE_FORMATS[output_format]
         return EncodedImage(
             data=data,
@@ -149,7 +146,6 @@ class ImageCodec:
             height=image.height,
             seed=seed,
             sha256=hashlib.sha256(data).hexdigest(),
-            md5=_md5(data) if md5 is None else md5.result(),
         )
 
     def _written(
@@ -185,10 +181,6 @@ class ImageCodec:
 
     def _too_many_pixels(self) -> InputUnavailable:
         return InputUnavailable(f"the image has more than {self._max_pixels} pixels")
-
-
-def _md5(data: bytes) -> str:
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def _fit_to_be_said(value: str) -> str:

@@ -215,7 +215,6 @@ class EncodedImage:
     """One picture as a file, hashed once.
 
     Attributes:
-        md5: Hex; what a store answers as the ETag of a single PUT.
         sha256: Hex.
     """
 
@@ -225,7 +224,6 @@ class EncodedImage:
     width: int  # pixels
     height: int  # pixels
     seed: int
-    md5: str
     sha256: str
 
 

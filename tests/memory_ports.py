@@ -386,7 +386,7 @@ class MemoryArtifacts:
             key=key,
             url=f"memory://{BUCKET}/{key}",
             url_expires_at=URL_ENDS,
-            etag=image.md5,
+            etag=hashlib.md5(image.data, usedforsecurity=False).hexdigest(),
             sha256=image.sha256,
             size=len(image.data),
             media_type=image.media_type,
@@ -460,7 +460,6 @@ class MemoryImages:
             width=image.width,
             height=image.height,
             seed=seed,
-            md5=hashlib.md5(data, usedforsecurity=False).hexdigest(),
             sha256=hashlib.sha256(data).hexdigest(),
         )
 

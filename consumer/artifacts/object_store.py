@@ -10,10 +10,12 @@ import asyncio
 import base64
 import binascii
 import hashlib
+import os
 import random
 import re
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from io import BytesIO
@@ -45,6 +47,7 @@ _PART_SIZE = 64 * 2**20  # bytes; one PUT below it, whose ETag is the MD5; the S
 DIGITS = 8  # of the SHA-256 in a key; it tells apart what different runs of one request have made
 _LOOK_WITHIN = 5.0  # seconds for one look at an idle store
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
+_WORTH_A_THREAD = 2**18  # bytes, which take 0.3 ms to hash
 _CHECKSUM = "x-amz-checksum-sha256"
 _PROBE = b"generation consumer: the store works\n"
 
@@ -80,6 +83,7 @@ class ObjectStoreArtifacts:
         self._config = config
         self._observer = observer
         self._calls = Calls()
+        self._hashing = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="hashing")
         self._pools = connection_pools(
             connect_timeout=config.connect_timeout, read_timeout=config.read_timeout
         )
@@ -110,7 +114,7 @@ class ObjectStoreArtifacts:
         key = self._config.key(
             task, request_id, f"{index}-{image.sha256[:DIGITS]}.{image.extension}"
         )
-        put = partial(self._put, image.media_type, md5=image.md5, sha256=image.sha256)
+        put = partial(self._put, image.media_type, md5=self._md5(image.data), sha256=image.sha256)
         etag = await self._tried(partial(put, key, image.data))
         signed_at = datetime.now(UTC).replace(microsecond=0)  # signatures count whole seconds
         lifetime = timedelta(seconds=self._config.url_ttl)
@@ -197,6 +201,7 @@ class ObjectStoreArtifacts:
     async def close(self) -> None:
         """Break off what is under way and let go of threads and connections."""
         self._calls.close()
+        self._hashing.shutdown(wait=False)
         self._pools.clear()
 
     # -- tries ------------------------------------------------------------------------------------
@@ -231,7 +236,15 @@ class ObjectStoreArtifacts:
 
     # -- the calls themselves, in a thread --------------------------------------------------------
 
-    def _put(self, content_type: str, key: str, data: bytes, *, md5: str, sha256: str) -> str:
+    def _md5(self, data: bytes) -> Callable[[], str]:
+        """Gives the MD5 in hex, which is computed while the data is on its way to the store."""
+        if len(data) < _WORTH_A_THREAD:
+            return partial(_md5, data)
+        return self._hashing.submit(_md5, data).result
+
+    def _put(
+        self, content_type: str, key: str, data: bytes, *, md5: Callable[[], str], sha256: str
+    ) -> str:
         """One PUT; returns the ETag. Of the two checks each tested store leaves one out."""
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         result = self._client.put_object(
@@ -250,7 +263,7 @@ class ObjectStoreArtifacts:
         encryption = headers.get("x-amz-server-side-encryption", "") if headers else ""
         # With SSE-KMS the ETag is no MD5, though it looks like one.
         is_md5 = _MD5.match(result.etag) and not encryption.startswith("aws:kms")
-        if is_md5 and result.etag != md5:
+        if is_md5 and result.etag != md5():
             raise WrongAnswer("the ETag is not the MD5 of what was sent")
         return result.etag
 
@@ -309,9 +322,8 @@ class ObjectStoreArtifacts:
         # One of 65,536 keys: workers that start together do not meet, and where nothing may be
         # deleted the objects do not pile up for ever.
         key = self._config.key(f"probe-{secrets.token_hex(2)}")
-        md5 = hashlib.md5(_PROBE, usedforsecurity=False).hexdigest()
         sha256 = hashlib.sha256(_PROBE).hexdigest()
-        etag = self._put("text/plain", key, _PROBE, md5=md5, sha256=sha256)
+        etag = self._put("text/plain", key, _PROBE, md5=partial(_md5, _PROBE), sha256=sha256)
         if self._get(self._config.bucket, key, len(_PROBE), etag) != _PROBE:
             raise WrongAnswer("what was written is not what is read")
         try:
@@ -358,6 +370,10 @@ def _client(config: StoreConfig, endpoint: str, pools: PoolManager) -> Minio:
         region=config.region,  # without it the SDK asks the store before the first call
         http_client=pools,
     )
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def _body(response: BaseHTTPResponse, limit: int) -> bytes:
