@@ -1,6 +1,6 @@
 """`consumer apply`: what must be there before a daemon can work: streams, durables, the bucket."""
 
-from consumer.bus import connect
+from consumer.bus.connection import connect
 from consumer.composition import make_artifacts, make_topology
 from consumer.probes import Unwatched
 from consumer.settings import Settings, SettingsError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from consumer.apply import CONNECT_WITHIN
-from consumer.bus import Bus, connect
+from consumer.bus.connection import Bus, connect
 from consumer.composition import make_artifacts, make_runner, make_topology
 from consumer.ports import (
     DeviceLost,

@@ -6,16 +6,11 @@ import structlog
 
 from consumer.admission import Admission
 from consumer.artifacts import ObjectStoreArtifacts, store_config
-from consumer.bus import (
-    Backend,
-    BroadcastWorkers,
-    Bus,
-    Durable,
-    FrontDoor,
-    JetStreamEvents,
-    JetStreamQueue,
-    Topology,
-)
+from consumer.bus.connection import Bus
+from consumer.bus.front_door import Backend, FrontDoor
+from consumer.bus.publishing import JetStreamEvents
+from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
+from consumer.bus.topology import Durable, Topology
 from consumer.cancellation import Cancellation, Ending
 from consumer.conclusion import Conclusion
 from consumer.ports import Grip, ModelDescription, Observer, Runner

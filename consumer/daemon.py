@@ -14,19 +14,14 @@ from typing import Any
 import structlog
 
 from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
-from consumer.bus import (
-    Bus,
-    Custody,
-    Durable,
-    JetStreamDelivery,
-    JetStreamEvents,
-    Notes,
-    PullLoop,
-    Standby,
-    Topology,
-    connect,
-    find_stranded,
-)
+from consumer.bus.connection import Bus, connect
+from consumer.bus.delivery import Custody, JetStreamDelivery
+from consumer.bus.notes import Notes
+from consumer.bus.publishing import JetStreamEvents
+from consumer.bus.pull import PullLoop
+from consumer.bus.standby import Standby
+from consumer.bus.stranded import find_stranded
+from consumer.bus.topology import Durable, Topology
 from consumer.composition import (
     make_admission,
     make_artifacts,

@@ -13,15 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from consumer.bus import (
-    Bus,
-    DeadLetters,
-    NoSuchLetter,
-    NotReplayed,
-    Replayer,
-    StoredLetter,
-    connect,
-)
+from consumer.bus.connection import Bus, connect
+from consumer.bus.dead_letters import DeadLetters, NoSuchLetter, StoredLetter
+from consumer.bus.replaying import NotReplayed, Replayer
 from consumer.settings import Settings
 
 CONNECT_WITHIN = 5.0  # seconds

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from consumer.apply import CONNECT_WITHIN, apply
 from consumer.asking import ProgressBar, ask, image_to_text, save_pictures, summary, text_to_image
-from consumer.bus import connect
+from consumer.bus.connection import connect
 from consumer.devstack import Daemon, DevStack
 from consumer.ports import ResultEvent
 from consumer.settings import Settings

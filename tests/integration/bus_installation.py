@@ -16,18 +16,13 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js.api import ConsumerInfo
 
-from consumer.bus import (
-    Bus,
-    Custody,
-    Durable,
-    JetStreamEvents,
-    Notes,
-    PullLoop,
-    Standby,
-    Topology,
-    connect,
-)
-from consumer.bus.delivery import JetStreamDelivery
+from consumer.bus.connection import Bus, connect
+from consumer.bus.delivery import Custody, JetStreamDelivery
+from consumer.bus.notes import Notes
+from consumer.bus.publishing import JetStreamEvents
+from consumer.bus.pull import PullLoop
+from consumer.bus.standby import Standby
+from consumer.bus.topology import Durable, Topology
 from consumer.devstack import NatsServer
 from consumer.settings import Settings
 from generation_contracts import Subjects, Task

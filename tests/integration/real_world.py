@@ -23,7 +23,12 @@ from PIL import Image
 
 from consumer.admission import Admission
 from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, store_config
-from consumer.bus import Custody, JetStreamEvents, Notes, PullLoop, Standby, connect
+from consumer.bus.connection import connect
+from consumer.bus.delivery import Custody
+from consumer.bus.notes import Notes
+from consumer.bus.publishing import JetStreamEvents
+from consumer.bus.pull import PullLoop
+from consumer.bus.standby import Standby
 from consumer.composition import make_topology
 from consumer.devstack import DevStack
 from consumer.execution import Execution, Limits

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.bus import BusUnavailable, connect, connection
+from consumer.bus import connection
+from consumer.bus.connection import BusUnavailable, connect
 from consumer.devstack import NatsServer, free_ports
 from tests.conftest import StartNats
 from tests.integration.bus_installation import (

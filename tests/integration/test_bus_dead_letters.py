@@ -11,17 +11,11 @@ from nats.js.api import RawStreamMsg
 from nats.js.errors import NotFoundError
 
 from consumer.admission import Admission
-from consumer.bus import (
-    BusUnavailable,
-    DeadLetters,
-    NoSuchLetter,
-    NotReplayed,
-    Replay,
-    Replayer,
-    StoredLetter,
-    dead_letters,
-)
+from consumer.bus import dead_letters
+from consumer.bus.connection import BusUnavailable
+from consumer.bus.dead_letters import DeadLetters, NoSuchLetter, StoredLetter
 from consumer.bus.delivery import JetStreamDelivery
+from consumer.bus.replaying import NotReplayed, Replay, Replayer
 from consumer.ports import DeadLetter, ResultEvent
 from generation_client import QueueFull
 from generation_contracts import (

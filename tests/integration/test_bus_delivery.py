@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from consumer.bus import BusUnavailable, delivery
+from consumer.bus import delivery
+from consumer.bus.connection import BusUnavailable
 from tests.conftest import InstallationOf, StartNats
 from tests.integration.bus_installation import (
     MUTE,

@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from consumer.bus import BusUnavailable, connection, delivery, pull
+from consumer.bus import connection, delivery, pull
+from consumer.bus.connection import BusUnavailable
 from consumer.ports import Delivery
 from tests.conftest import InstallationOf, StartNats
 from tests.integration.blackhole import Blackhole

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from consumer.bus import Standby
+from consumer.bus.standby import Standby
 from tests.integration.bus_installation import Installation, bus_settings, soon
 
 LEASE = "lease.1"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.bus import Bus, BusUnavailable, Durable, Topology, TopologyError
+from consumer.bus.connection import Bus, BusUnavailable
+from consumer.bus.topology import Durable, Topology, TopologyError
 from consumer.devstack import NatsServer
 from consumer.devstack.process import find_program
 from generation_contracts import Subjects, Task

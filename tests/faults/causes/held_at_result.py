@@ -3,7 +3,7 @@
 import asyncio
 import os
 
-from consumer.bus import JetStreamEvents
+from consumer.bus.publishing import JetStreamEvents
 from tests.faults.causes.none import make_runner
 from tests.faults.holding import LET_GO, before, hold
 

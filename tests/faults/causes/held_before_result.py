@@ -2,7 +2,7 @@
 
 import asyncio
 
-from consumer.bus import JetStreamEvents
+from consumer.bus.publishing import JetStreamEvents
 from consumer.ports import ResultEvent
 from consumer.settings import Settings
 from tests.faults.holding import hold_once

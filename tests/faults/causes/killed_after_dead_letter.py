@@ -1,6 +1,6 @@
 """The process is killed when a request is put aside, before its failed event is published."""
 
-from consumer.bus import JetStreamEvents
+from consumer.bus.publishing import JetStreamEvents
 from tests.faults.causes.none import make_runner
 from tests.faults.holding import after, die_once_marked
 

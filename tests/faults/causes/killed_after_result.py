@@ -1,6 +1,6 @@
 """The process is killed when its result is stored, before it replies and acknowledges."""
 
-from consumer.bus import JetStreamEvents
+from consumer.bus.publishing import JetStreamEvents
 from tests.faults.causes.none import make_runner
 from tests.faults.holding import after, die_once_marked
 

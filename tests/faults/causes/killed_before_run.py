@@ -1,6 +1,6 @@
 """The process is killed with a request in its hand that it has not begun to run."""
 
-from consumer.bus import JetStreamEvents
+from consumer.bus.publishing import JetStreamEvents
 from tests.faults.causes.none import make_runner
 from tests.faults.holding import after, die_once_marked
 

@@ -5,8 +5,7 @@ import signal
 
 from nats.aio.msg import Msg
 
-from consumer.bus import Custody
-from consumer.bus.delivery import JetStreamDelivery
+from consumer.bus.delivery import Custody, JetStreamDelivery
 from consumer.settings import Settings
 from tests.faults.holding import SERVER
 from tests.faults.quick_runner import QuickRunner, first_time, note
