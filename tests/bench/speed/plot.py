@@ -9,7 +9,7 @@ from tests.bench.speed.systems import Which
 
 Results = Mapping[Row, Mapping[Which, Figures]]
 
-_SIZE = (9, 4.5)  # inches
+_SIZE = (12, 5)  # inches: room for ten systems and four rows
 _DOTS = 120  # an inch
 _GROUP = 0.84  # of the distance between two groups
 _DAEMON, _PEERS = "Greens", "Greys"  # colour maps
@@ -34,7 +34,7 @@ def draw(results: Results, file: Path) -> bool:
         busy = [results[row][which].busy if which in results[row] else 0.0 for row in rows]
         colours = colormaps[_DAEMON if which.kind == "consumer" else _PEERS]
         bars = axes.bar(places, busy, width, label=str(which), color=colours(_shade(which)))
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6)
     axes.axhline(1.0, color="lightgrey", linewidth=0.8, zorder=0)  # the device alone
     axes.set_xticks(range(len(rows)), [f"{row.milliseconds} ms" for row in rows])
     axes.set_ylabel("part of the time in which the device works")
