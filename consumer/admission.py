@@ -124,10 +124,10 @@ class Job:
         """How often the request has been tried, this time included; from 1."""
         return max(1, self.delivery.attempt - self.releases)
 
-    def spent(self, name: str, seconds: float) -> None:
-        """Note that a stage has ended now, after so many seconds."""
-        now = time.time_ns()
-        self.stages.append(Stage(name, now - round(seconds * NANOSECONDS), now))
+    def spent(self, name: str, seconds: float, *, ago: float = 0.0) -> None:
+        """Note that a stage has ended so many seconds ago, after so many seconds."""
+        ended = time.time_ns() - round(ago * NANOSECONDS)
+        self.stages.append(Stage(name, ended - round(seconds * NANOSECONDS), ended))
 
     def advance(self, to: State) -> None:
         """Move to the next state.

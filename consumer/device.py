@@ -91,8 +91,8 @@ class Device:
         """
         steps = Steps()
         member = BatchMember(job.seeded_request, pictures, steps, job.interrupt.ask)
-        turn = await self._turn(job, member, steps)
         try:
+            turn = await self._turn(job, member, steps)
             if len(turn.members) > 1:
                 output = await self._run_together(job, turn, member, steps)
                 if output is not None:
@@ -120,10 +120,10 @@ class Device:
                 raise
             turn = late  # the run has begun, and ends at its first step
         # The thread notes the beginning, which may be a moment before or after this one.
-        begun_at = steps.started if steps.started > began else time.monotonic()
-        waited = begun_at - began
-        job.queued += waited
-        job.spent("waiting", waited)
+        now = time.monotonic()
+        begun_at = steps.started if steps.started > began else now
+        job.queued += begun_at - began
+        job.spent("waiting", begun_at - began, ago=now - begun_at)
         return turn
 
     # -- beginning runs, as `turns.Operator` ------------------------------------------------------
@@ -191,7 +191,8 @@ class Device:
         except (Stopped, Hanging, DeviceLost):
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it shows again in its own run
-            if member is turn.members[0]:
+            if not turn.failed:
+                turn.failed = True
                 log.warning("batch_failed", of=len(turn.members), error=type(error).__name__)
             return None
         finally:
@@ -228,6 +229,7 @@ class Device:
     async def _run_again(
         self, job: Job, turn: Turn, member: BatchMember, steps: Steps, *, save_memory: bool
     ) -> RunnerOutput:
+        self._turns.hold(turn)
         told = steps.position != (0, 0)
         steps.begin_again()
         run = self._on_the_device(
@@ -256,9 +258,11 @@ class Device:
             )
         finally:
             del run
-            seconds = time.monotonic() - steps.started
-            job.inference += seconds
-            job.spent("inference", seconds)
+            # By the thread's clock: this one may be late, and the next run has begun by then.
+            now = time.monotonic()
+            ended = now if steps.ended is None else steps.ended
+            job.inference += ended - steps.started
+            job.spent("inference", ended - steps.started, ago=now - ended)
 
     async def _tell_start(self, job: Job) -> None:
         defaults = {
@@ -308,15 +312,17 @@ class _Stretch:
         self._members = members
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        members, self._members = self._members, ()  # their pictures are kept by nobody
+        told = [one.on_step for one in self._members if isinstance(one.on_step, Steps)]
+        self._members = ()  # their pictures are kept by nobody
         began = time.monotonic()
-        for member in members:
-            if isinstance(member.on_step, Steps):
-                member.on_step.begin()
+        for steps in told:
+            steps.begin()
         try:
             return self._work(*args, **kwargs)
         finally:
             self.seconds = time.monotonic() - began
+            for steps in told:
+                steps.end()
 
 
 def _told_by(member: BatchMember) -> dict[str, Any]:

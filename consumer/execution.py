@@ -182,7 +182,7 @@ class Execution:
         return bool(asked)
 
     def give_back_what_waits(self) -> None:
-        """Give back what waits for the device behind another request: it has not begun."""
+        """Give back what waits for the device behind another request, and has not begun."""
         for job in self._jobs:
             if self._turns.waits_behind_another(job.place):
                 job.interrupt.set(Reason.DRAIN)

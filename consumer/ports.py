@@ -284,7 +284,7 @@ class Images(Protocol):
         seed: int,
         provenance: Mapping[str, str] | None = None,
     ) -> EncodedImage:
-        """A picture to a file with its hashes.
+        """A picture to a file with its hash.
 
         Args:
             image: RGB.
@@ -456,8 +456,8 @@ class Inference(Protocol):
     ) -> Awaitable[T]:
         """Have a function called there as soon as the call that is under way returns.
 
-        Where that raises, or none is under way, it is not called: take it back then. There is one
-        place for such a call.
+        Where that raises, or none is under way, it waits for one that returns: take it back then.
+        There is one place for such a call.
         """
 
     def take_back(self) -> bool:

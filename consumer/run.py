@@ -106,6 +106,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.started = self.last = time.monotonic()
+        self.ended: float | None = None
         self.position = (0, 0)  # one assignment, so that a reader never sees half of it
         self._preview: bytes | None = None
         self._added: deque[str] = deque()  # either end of it may be used in a thread of its own
@@ -139,7 +140,12 @@ class Steps:
 
     def begin(self) -> None:
         """Note that the run begins now; the inference thread does."""
+        self.ended = None
         self.started = self.last = time.monotonic()
+
+    def end(self) -> None:
+        """Note that the run has ended; the inference thread does."""
+        self.ended = time.monotonic()
 
     def begin_again(self) -> None:
         """Go back to step 0 for another run, once the thread has ended the one before."""

@@ -45,6 +45,7 @@ class Turn:
         alone: Held by the one whose turn it is where the members run one after another.
         run: The run that the turn began with, until all of them are done with it.
         hands_over: Whether the thread may go on to the next turn by itself when its run has ended.
+        failed: Whether one of several has seen that their run failed.
     """
 
     def __init__(self, places: "tuple[Place, ...]") -> None:
@@ -53,6 +54,7 @@ class Turn:
         self.run: asyncio.Future[Any] | None = None
         self.places = places
         self.hands_over = True
+        self.failed = False
         self._parts = len(places)
         self._holding = set(places)
         self._under_way: set[asyncio.Future[Any]] = set()
@@ -216,6 +218,14 @@ class Turns:
             self._keep_ahead()
         return place.turn
 
+    def hold(self, turn: Turn) -> None:
+        """Keep the device in this turn: its run is made again, or its members' one by one.
+
+        The thread would go on to the next turn by itself after the first of them.
+        """
+        turn.hands_over = False
+        self._keep_ahead()
+
     def release(self, place: Place) -> None:
         """See `Place.off_the_device`."""
         if place in self._waiting:
@@ -266,9 +276,7 @@ class Turns:
                 for place in places:
                     self.release(place)
             else:
-                # It is run again, or its members one by one, before anybody else's turn comes.
-                turn.hands_over = False
-                self._keep_ahead()
+                self.hold(turn)
             self.advance()
 
         turn.occupied_by(run)

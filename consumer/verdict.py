@@ -53,7 +53,7 @@ def outcome_of(error: Exception) -> Outcome:  # noqa: C901, PLR0911 - one row of
             return outcomes.Unsupported(error.parameter, str(error))
         case InputUnavailable():
             return outcomes.InputMissing(str(error))
-        case OutOfMemory():  # the first time was seen to in `_run`
+        case OutOfMemory():  # the first time was seen to in `device`
             return outcomes.RanOutOfMemory(saved_memory=True, tried=error.tried)
         case DeviceLost():
             return outcomes.LostDevice()

@@ -237,7 +237,7 @@ class ObjectStoreArtifacts:
     # -- the calls themselves, in a thread --------------------------------------------------------
 
     def _md5(self, data: bytes) -> Callable[[], str]:
-        """Gives the MD5 in hex, which is computed while the data is on its way to the store."""
+        """Gives the MD5 in hex; of much data, it is computed while that is on its way."""
         if len(data) < _WORTH_A_THREAD:
             return partial(_md5, data)
         return self._hashing.submit(_md5, data).result

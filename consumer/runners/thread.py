@@ -5,6 +5,7 @@ sampling in transformers has only the global random generator.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import traceback
 from collections import deque
@@ -56,8 +57,9 @@ class InferenceThread:
     ) -> asyncio.Future[T]:
         """Have the thread itself call a function when the call that is under way returns.
 
-        The device then waits for no other thread to wake up. There is one place for it. It is not
-        called where the call under way raises, or none is; whoever hears of that end takes it back.
+        The device then waits for no other thread to wake up. There is one place for it. Where the
+        call under way raises, or none is under way, it waits for one that returns: whoever hears of
+        that end takes it back.
         """
         call = self._made(partial(function, *args, **kwargs))
         self._next.append(call)
@@ -117,7 +119,9 @@ class _Call(Generic[T]):
             del future
             return None
         del work
-        then = following.popleft() if following else None
+        then: _Call[Any] | None = None
+        with contextlib.suppress(IndexError):  # there is none
+            then = following.popleft()
         future.set_result(result)
         return then
 

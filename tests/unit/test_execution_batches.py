@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.memory_ports import POLL, Run, ScriptedRunner, make
 from tests.memory_world import MemoryWorld
 
 TOGETHER = 3
+HELD_UP = 0.3  # seconds
 LONG = 30.0  # seconds; only bounds a wait for something that must happen
 
 
@@ -351,6 +353,93 @@ async def test_cancellation_of_who_is_next(withdrawn: str) -> None:
     assert begun.is_set() == (withdrawn != "in time")
     assert world.observer.outcomes[-2:].count("cancelled") == 1
     assert isinstance(await world.result("a"), SucceededEvent)
+
+
+async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The device gets free, and others get ready, while the bus takes its time with the event."""
+    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    first, told, stored = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
+    publish = world.events.publish_result
+
+    async def slowly(*arguments: Any, **named: Any) -> bool:
+        if arguments[0].request_id == "b":
+            told.set()
+            await soon(stored.wait())
+        return await publish(*arguments, **named)
+
+    monkeypatch.setattr(world.events, "publish_result", slowly)
+    for request_id in ("a", "b"):
+        await world.send(asking(request_id))
+    handling = [asyncio.create_task(world.work()) for _ in range(2)]
+    await soon(first.begun())
+    while world.execution._turns._ahead is None:
+        await asyncio.wait(handling, timeout=POLL)
+    await world.execution.withdraw("b")
+    await soon(told.wait())
+    await world.send(asking("c"))
+    handling.append(asyncio.create_task(world.work()))
+    first.release()
+    await soon(asyncio.wait({handling[0], handling[2]}))
+    assert [run.request.request_id for run in world.runner.runs] == ["a", "c"]
+    stored.set()
+    await soon(asyncio.gather(*handling))
+    world.close()
+    assert [run.request.request_id for run in world.runner.runs] == ["a", "c"]
+
+
+async def test_forced_end_begins_nothing() -> None:
+    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    first, giving_back, given_back = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
+    for request_id in ("a", "b"):
+        await world.send(asking(request_id))
+    handling = [asyncio.create_task(world.work()) for _ in range(2)]
+    await soon(first.begun())
+    while world.execution._turns._ahead is None:
+        await asyncio.wait(handling, timeout=POLL)
+    release = world.execution._jobs[1].delivery.release
+
+    async def slowly() -> None:
+        giving_back.set()
+        await given_back.wait()
+        await release()
+
+    world.execution._jobs[1].delivery.release = slowly  # type: ignore[method-assign]
+    handling[1].cancel()
+    await soon(giving_back.wait())
+    first.release()
+    await soon(handling[0])
+    given_back.set()
+    await asyncio.wait({handling[1]})
+    world.close()
+    assert [run.request.request_id for run in world.runner.runs] == ["a"]
+
+
+async def test_seconds_of_a_run_are_those_of_its_thread() -> None:
+    """The event loop is held up while the second run begins and ends."""
+    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    first, ended = world.runner.will_hold(), threading.Event()
+
+    def make_and_tell(run: Run) -> RunnerOutput:
+        ended.set()
+        return make(run)
+
+    world.runner.will(make_and_tell)
+    for request_id in ("a", "b"):
+        await world.send(asking(request_id))
+    handling = [asyncio.create_task(world.work()) for _ in range(2)]
+    await soon(first.begun())
+    while world.execution._turns._ahead is None:
+        await asyncio.wait(handling, timeout=POLL)
+    first.release()
+    assert ended.wait(LONG)
+    time.sleep(HELD_UP)  # noqa: ASYNC251 - that is what happens here
+    await soon(asyncio.gather(*handling))
+    world.close()
+    event = await world.result("b")
+    assert isinstance(event, SucceededEvent)
+    assert event.timings.inference < HELD_UP
 
 
 async def test_pictures_of_a_request_are_stored_at_the_same_time() -> None:

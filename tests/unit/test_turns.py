@@ -414,6 +414,18 @@ async def test_nobody_is_next_while_a_turn_goes_on_that_began_badly() -> None:
     assert thread.began[-1].places == (second,)
 
 
+async def test_nobody_is_next_in_a_turn_that_is_held() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    thread = Thread(turns)
+    first, second = turns.join(), turns.join()
+    turn = await first.its_turn(member(), None)
+    waiting(second)
+    turns.hold(turn)
+    assert thread.told == ()
+    turns.advance()
+    assert thread.told == ()
+
+
 async def test_lost_device_takes_back_who_was_next() -> None:
     turns = Turns(Bounds(in_flight=3))
     thread = Thread(turns)
