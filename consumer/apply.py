@@ -9,6 +9,17 @@ from generation_contracts import Task
 CONNECT_WITHIN = 5.0  # seconds; a person waits
 
 
+def for_workers(settings: Settings, number: int) -> Settings:
+    """The settings with room for so many workers of each task.
+
+    `max_ack_pending` belongs to the durable and counts for all its workers together: it is their
+    number times what one has in hand, CONSUMER_JOBS_IN_FLIGHT or, where that is not set,
+    CONSUMER_MAX_ACK_PENDING. The server heeds it at once, also while they run.
+    """
+    each = settings.consumer_jobs_in_flight or settings.consumer_max_ack_pending
+    return settings.model_copy(update={"consumer_max_ack_pending": number * each})
+
+
 async def apply(settings: Settings) -> dict[str, str]:
     """Create or update the streams, the durables and the bucket.
 

@@ -93,11 +93,19 @@ def demo(prompt: str, question: str) -> None:
 
 @cli.command()
 @config_option
-def apply(config: Path | None) -> None:
+@click.option(
+    "--replicas",
+    type=click.IntRange(1, 1_000),
+    help="Workers of each task: makes room for as many times the deliveries of one.",
+)
+def apply(config: Path | None, replicas: int | None) -> None:
     """Create or update the streams, the durables and the bucket."""
     settings = _settings(config)
     from consumer.apply import apply as run_apply
+    from consumer.apply import for_workers
 
+    if replicas is not None:
+        settings = for_workers(settings, replicas)
     for name, change in _guarded(lambda: asyncio.run(run_apply(settings))).items():
         click.echo(f"{name}: {change}")
 

@@ -35,6 +35,7 @@ def make_topology(settings: Settings, bus: Bus) -> Topology:
         max_ack_pending=settings.consumer_max_ack_pending,
         max_deliver=DELIVERIES_PER_ATTEMPT * settings.consumer_max_attempts,
         durable_name=settings.consumer_name,
+        replicas=settings.nats_replicas,
     )
 
 

@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from generation_contracts import Subjects, Task
+from generation_contracts.subjects import SUBJECT_PATTERN
 
 _SPELLINGS = {"text2image": Task.TEXT_TO_IMAGE, "image2text": Task.IMAGE_TO_TEXT}
 
@@ -92,6 +93,13 @@ class Settings(BaseSettings):
     nats_ca: Path | None = Field(default=None, description="PEM: who signs the server")
     nats_cert: Path | None = Field(default=None, description="PEM: the client's certificate")
     nats_key: Path | None = Field(default=None, description="PEM: the client's key")
+    nats_inbox_prefix: Annotated[str, Field(pattern=SUBJECT_PATTERN, max_length=64)] = Field(
+        default="_INBOX", description="what the user's own inboxes begin with"
+    )
+    nats_replicas: Annotated[int, Field(ge=1, le=5)] | None = Field(
+        default=None,
+        description="copies of each stream, for `apply`; unset: one, or as they are",
+    )
 
     model_type: Annotated[Task | None, BeforeValidator(_known_spelling)] = None
     model_id: str = Field(default="", description="hub id or directory; empty: demonstration model")

@@ -216,7 +216,7 @@ async def connect(settings: Settings, *, name: str, within: float) -> Bus:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"inbox_prefix": settings.nats_inbox_prefix}
     for path in (settings.nats_creds, settings.nats_nkey_seed):
         if path is not None:
             path.open("rb").close()  # nats-py opens it when the server asks, and tries for ever

@@ -25,7 +25,15 @@ from consumer.settings import Settings
 log = structlog.get_logger()
 
 START_AGAIN_AFTER = 1.0  # seconds
-_CONNECTION = ("nats_url", "nats_creds", "nats_nkey_seed", "nats_ca", "nats_cert", "nats_key")
+_CONNECTION = (
+    "nats_url",
+    "nats_creds",
+    "nats_nkey_seed",
+    "nats_ca",
+    "nats_cert",
+    "nats_key",
+    "nats_inbox_prefix",
+)
 
 
 @dataclass(frozen=True)

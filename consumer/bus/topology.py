@@ -84,6 +84,8 @@ class Topology:
         max_ack_pending: For the same.
         max_deliver: For the same; None is the files'. What reaches it is put aside by the watcher.
         durable_name: Overrides the files' name of the durable, for one task.
+        replicas: Servers of a cluster that each stream is kept on. None: the files' for a stream
+            that is created; what exists stays as it is.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Topology:
         max_ack_pending: int,
         max_deliver: int | None = None,
         durable_name: str | None = None,
+        replicas: int | None = None,
     ) -> None:
         self._bus = bus
         self._subjects = subjects
@@ -102,6 +105,7 @@ class Topology:
         self._max_ack_pending = max_ack_pending
         self._max_deliver = max_deliver
         self._durable_name = durable_name
+        self._replicas = replicas
 
     async def apply(self, tasks: tuple[Task, ...]) -> dict[str, Change]:
         """Create or update every stream and the tasks' durables.
@@ -140,7 +144,7 @@ class Topology:
                 await self._create_stream(wanted)
                 log.info("stream_created", stream=wanted["name"])
             else:
-                _compare(f"stream {wanted['name']}", wanted, found["config"])
+                self._compare_stream(wanted, found["config"])
         await self._ensure_consumer(self._subjects.advisories_stream, self._watcher(task))
         stream = self._subjects.requests_stream(task)
         return await self._ensure_consumer(stream, self._consumer(task))
@@ -161,7 +165,7 @@ class Topology:
             found = await self._call(f"STREAM.INFO.{wanted['name']}")
             if found is None:
                 raise TopologyError(f"stream {wanted['name']}: missing; run `consumer apply`")
-            _compare(f"stream {wanted['name']}", wanted, found["config"])
+            self._compare_stream(wanted, found["config"])
         await self._look_at_consumer(self._subjects.advisories_stream, self._watcher(task))
         stream = self._subjects.requests_stream(task)
         return await self._look_at_consumer(stream, self._consumer(task))
@@ -175,7 +179,19 @@ class Topology:
         return {**usual, own: self._consumer(own)["durable_name"]}
 
     def _streams(self) -> list[Config]:
-        return [self._rooted(f"streams/{stream}.json") for stream in _STREAMS]
+        configs = [self._rooted(f"streams/{stream}.json") for stream in _STREAMS]
+        if self._replicas is not None:
+            configs = [{**config, "num_replicas": self._replicas} for config in configs]
+        return configs
+
+    def _beside(self, wanted: Config, found: Config) -> Config:
+        """What is wanted of a stream that exists: its copies are its operator's, unless set."""
+        if self._replicas is not None:
+            return wanted
+        return {**wanted, "num_replicas": found["num_replicas"]}
+
+    def _compare_stream(self, wanted: Config, found: Config) -> None:
+        _compare(f"stream {wanted['name']}", self._beside(wanted, found), found)
 
     def _consumer(self, task: Task) -> Config:
         wanted = self._rooted(f"consumers/{task}.json")
@@ -240,6 +256,7 @@ class Topology:
         if found is None:
             await self._create_stream(wanted)
             return "created"
+        wanted = self._beside(wanted, found["config"])
         if not _differences(wanted, found["config"]):
             return "unchanged"
         # What the files do not speak of stays as the operator has set it.
