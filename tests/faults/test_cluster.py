@@ -1,0 +1,111 @@
+"""A NATS cluster of three, streams on all of them, three workers: a server is killed under load."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from consumer.devstack import NatsServer
+from tests.faults.cluster import Cluster, ClusterScene, cluster
+from tests.faults.quick_runner import BEGUN
+from tests.faults.scene import Scene
+from tests.faults.seen import all_well, done
+
+REQUESTS = 90
+BEFORE = 20  # runs that have begun when the server is killed
+AFTER = 20  # runs that begin without it, before it comes back
+WORKERS = 3
+WITHIN = 60.0  # seconds; an election takes up to ten
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> AsyncIterator[ClusterScene]:
+    with cluster(tmp_path / "servers") as servers:
+        async with AsyncExitStack() as parts:
+            folder = tmp_path / "marks"
+            folder.mkdir()
+            made = ClusterScene(servers, folder, parts)  # type: ignore[arg-type] # as a stack
+            await scene_is_open(made, servers)
+            yield made
+
+
+async def scene_is_open(scene: ClusterScene, servers: Cluster) -> None:
+    """Make the streams once the cluster can."""
+
+    async def has_leader() -> bool:
+        return bool(await asyncio.to_thread(servers.meta_leader))
+
+    await scene.until(has_leader, "a leader of the cluster", WITHIN)
+    await scene.open()
+
+
+def runs(scene: Scene) -> int:
+    return len(scene.notes("runs"))
+
+
+async def submitted(scene: Scene, request_id: str) -> None:
+    """Publish until it is stored: the server may be killed in the middle of it."""
+
+    async def stored() -> bool:
+        try:
+            await scene.submit(request_id=request_id, steps=10)
+        except Exception:  # noqa: BLE001 - nats-py raises many kinds here
+            return False
+        return True
+
+    await scene.until(stored, f"acknowledgement of {request_id}", WITHIN)
+
+
+def longest_gap(scene: Scene) -> float:
+    """Seconds between two beginnings of runs that lie farthest apart."""
+    times = sorted(float(line.split()[1]) for line in scene.notes(BEGUN))
+    return max(later - sooner for sooner, later in pairwise(times))
+
+
+@pytest.mark.parametrize("victim", ["leader of the queue", "leader of the cluster"])
+async def test_a_server_is_killed_in_mid_load_and_nothing_is_lost(
+    scene: ClusterScene, victim: str
+) -> None:
+    servers: Cluster = scene.stack  # type: ignore[assignment]
+    queue = scene.subjects.requests_stream(scene.task)
+    await scene.apply(consumer_max_ack_pending=str(WORKERS))
+    workers = [scene.launch(CONSUMER_JOBS_IN_FLIGHT="1") for _ in range(WORKERS)]
+    for worker in workers:
+        await asyncio.to_thread(worker.wait_ready)
+    ids = [f"r{number}" for number in range(REQUESTS)]
+    submitting = asyncio.create_task(submit_all(scene, ids))
+
+    await scene.until(lambda: so_many(scene, BEFORE), "the first runs", WITHIN)
+    name = await scene.leader(queue) if "queue" in victim else servers.meta_leader()
+    killed: NatsServer = servers.nodes[name]
+    at = time.monotonic()
+    await asyncio.to_thread(killed.kill)
+    then = runs(scene)
+    await scene.until(lambda: so_many(scene, then + AFTER), "runs without it", WITHIN)
+    print(f"{victim}: {AFTER} runs began within {time.monotonic() - at:.1f} s of its death")  # noqa: T201
+    await asyncio.to_thread(killed.start)
+    await asyncio.to_thread(killed.wait_ready)
+
+    await submitting
+    for request_id in ids:
+        assert (await done(scene, request_id))["type"] == "generation.v1.succeeded"
+    await scene.emptied(WITHIN)
+    await all_well(scene, *workers)
+    again = sum(times - 1 for times in Counter(scene.runs()).values())
+    print(f"longest gap {longest_gap(scene):.1f} s, run twice {again}")  # noqa: T201
+    assert set(scene.runs()) == set(ids)
+    assert again <= WORKERS, "only what was in hand may be run again"
+
+
+async def submit_all(scene: Scene, ids: list[str]) -> None:
+    for request_id in ids:
+        await submitted(scene, request_id)
+
+
+async def so_many(scene: Scene, number: int) -> bool:
+    return runs(scene) >= number
