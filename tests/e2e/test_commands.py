@@ -1,11 +1,13 @@
 """The commands as a shell sees them: output, exit codes, what they must not import."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import nats
 import pytest
 
 from consumer.devstack import DevStack, free_ports
@@ -113,6 +115,32 @@ def test_apply_a_second_time_changes_nothing(settings: dict[str, str]) -> None:
     done = consumer("apply", CONSUMER_ACK_WAIT="5", **settings)
     assert done.returncode == 0, done.stderr
     assert {line.rsplit(": ", 1)[1] for line in done.stdout.splitlines()} == {"unchanged"}
+
+
+def test_apply_for_several_workers_makes_room_for_them(settings: dict[str, str]) -> None:
+    room = {"CONSUMER_ACK_WAIT": "5", **settings}
+    for arguments, more, expected in (
+        (("--replicas", "4"), {}, 4),
+        (("--replicas", "4"), {"CONSUMER_JOBS_IN_FLIGHT": "3"}, 12),
+        ((), {}, 1),
+    ):
+        assert consumer("apply", *arguments, **room, **more).returncode == 0
+        assert max_ack_pending(settings["NATS_URL"]) == expected
+
+
+def max_ack_pending(url: str) -> int | None:
+    """Of the durable of text_to_image."""
+
+    async def ask() -> int | None:
+        client = await nats.connect(url)
+        try:
+            stream = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
+            info = await client.jetstream().consumer_info(stream, "text_to_image")
+            return info.config.max_ack_pending
+        finally:
+            await client.close()
+
+    return asyncio.run(ask())
 
 
 def test_apply_of_one_durable_for_two_tasks_is_refused(settings: dict[str, str]) -> None:

@@ -513,3 +513,22 @@ def test_the_wheel_carries_the_files(tmp_path: Path) -> None:
         for path in (ROOT / "infra/nats").rglob("*.*"):
             name = f"consumer/{path.relative_to(ROOT)}"
             assert packed.read(name) == path.read_bytes()
+
+
+async def test_copies_of_streams_are_asked_for_and_refused_where_there_is_one_server(
+    bus: Bus,
+) -> None:
+    with pytest.raises((TopologyError, BusUnavailable), match=r"replicas|insufficient"):
+        await topology(bus, replicas=3).apply(BOTH)
+
+
+async def test_copies_that_exist_are_left_alone_unless_a_number_is_set() -> None:
+    """As an answer of the server: one server alone makes no copies."""
+    found = {"num_replicas": 3, "name": REQUESTS}
+    wanted = {"num_replicas": 1, "name": REQUESTS}
+    without, one = (
+        Topology(Bus(), Subjects(), ack_wait=60.0, max_ack_pending=1, replicas=replicas)
+        for replicas in (None, 1)
+    )
+    assert without._beside(wanted, found)["num_replicas"] == 3
+    assert one._beside(wanted, found)["num_replicas"] == 1
