@@ -1,0 +1,120 @@
+"""Fuzz what reads bytes of strangers: `uv run --group fuzz python -m tests.fuzz TARGET`.
+
+TARGET is `requests`, `results` or `images`; what follows are options of libFuzzer, for example
+`-max_total_time=60`. A target may raise what the daemon makes an answer of, and nothing else: any
+other exception is a finding, and so is a hang. Coverage guides it through this project's modules
+and the Python part of Pillow.
+"""
+
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from io import BytesIO
+
+import atheris
+
+with atheris.instrument_imports(include=["consumer", "generation_contracts", "PIL"]):
+    from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+    from pydantic import ValidationError
+
+    from consumer.admission import Admission
+    from consumer.images import ImageCodec
+    from consumer.ports import InputUnavailable
+    from generation_contracts import InvalidRequest, Subjects, Task, decode_result
+    from generation_contracts.headers import REPLY_TO
+
+SUBJECTS = Subjects()
+ADMISSION = Admission(Task.IMAGE_TO_TEXT, SUBJECTS, ("_INBOX.",))
+CODEC = ImageCodec(max_bytes=2**20, max_pixels=1_000_000)
+SEEDS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin)  # instrumented by being imported
+
+
+class Delivery:
+    """What admission reads of a delivery."""
+
+    stream = "GENERATION_REQUESTS_IMAGE_TO_TEXT"
+    stream_sequence = 1
+    attempt = 1
+
+    def __init__(self, body: bytes, subject: str, reply_to: str) -> None:
+        self.body = body
+        self.subject = subject
+        self.headers = {REPLY_TO: reply_to}
+        self.stored_at = datetime.now(UTC)
+
+
+def requests(data: bytes) -> None:
+    """A message of the request stream: body, last token of the subject, reply header."""
+    given = atheris.FuzzedDataProvider(data)
+    subject = SUBJECTS.request(Task.IMAGE_TO_TEXT) + given.ConsumeUnicodeNoSurrogates(8)
+    reply_to = given.ConsumeUnicodeNoSurrogates(24)
+    delivery = Delivery(given.ConsumeBytes(given.remaining_bytes()), subject, reply_to)
+    job = ADMISSION.open(delivery)  # type: ignore[arg-type] # never raises
+    assert 1 <= len(job.request_id) <= 64
+    try:
+        ADMISSION.request(delivery)  # type: ignore[arg-type]
+    except InvalidRequest:
+        return
+
+
+def results(data: bytes) -> None:
+    """What stands in the stream of results."""
+    try:
+        decode_result(data)
+    except ValidationError:
+        return
+
+
+def images(data: bytes) -> None:
+    """An input picture."""
+    try:
+        picture = CODEC.decode(data)
+    except InputUnavailable:
+        return
+    assert picture.mode == "RGB"
+    assert picture.width * picture.height <= 1_000_000
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "requests": requests,
+    "results": results,
+    "images": images,
+}
+
+
+def beginnings(target: str) -> list[bytes]:
+    """Something to begin with: without it, chance does not come past the first byte of a file."""
+    if target != "images":
+        return [b'{"prompt":"a","images":[{"base64":"aGFsbG8="}],"then":[]}']
+    files = []
+    for mode, kind in (("RGB", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("L", "JPEG"), ("RGB", "WEBP")):
+        file = BytesIO()
+        Image.new(mode, (9, 7)).save(file, kind)
+        files.append(file.getvalue())
+    return files
+
+
+def main() -> None:
+    target = sys.argv.pop(1)
+    for seed in beginnings(target):
+        TARGETS[target](seed)
+    # From the beginning as long as a small file is.
+    options = [*sys.argv, "-len_control=0", *([] if _has("-max_len") else ["-max_len=4096"])]
+    atheris.Setup(options, TARGETS[target], custom_mutator=_mutator(beginnings(target)))
+    atheris.Fuzz()
+
+
+def _has(option: str) -> bool:
+    return any(argument.startswith(option) for argument in sys.argv)
+
+
+def _mutator(seeds: list[bytes]) -> Callable[[bytes, int, int], bytes]:
+    def mutate(data: bytes, max_size: int, seed: int) -> bytes:
+        begin = data if len(data) > 1 else seeds[seed % len(seeds)]
+        return bytes(atheris.Mutate(begin[:max_size], max_size))
+
+    return mutate
+
+
+if __name__ == "__main__":
+    main()
