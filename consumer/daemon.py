@@ -145,6 +145,7 @@ class Daemon:
             durable = await ensure()
             model = await loading
             self._health.model_loaded = True
+            self._watch.metrics.model_loaded(model.info)
             events = JetStreamEvents(bus, self._settings.subjects, ensure=ensure)
             execution = self._make_execution(durable, model, runner, events, artifacts)
             custody = self._make_custody(bus, durable, standby)

@@ -365,6 +365,7 @@ class Execution:
             inference=job.inference,
             encode=job.encode,
             upload=job.upload,
+            dead_letter=decision is not None and decision.dead_letter,
         )
         self._observer.job_finished(report)
         log.info(

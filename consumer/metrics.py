@@ -3,35 +3,92 @@
 Whoever only sends requests never imports this: prometheus-client brings an HTTP server with it.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Mapping
+from importlib.metadata import version
 
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+)
+
+from consumer.provenance import SOFTWARE
 from consumer.telemetry import JobReport
+from generation_contracts import FailureCode, ModelInfo
 
-# Seconds; a demonstration picture takes 0.2, a large model on a small card minutes.
-_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# Seconds; a demonstration picture takes 0.2, a large model on a small card minutes, and a request
+# in a long queue, or an output that waits for its store, hours.
+_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400)
+
+# What a job's report says beside the failure codes.
+_NO_FAILURES = ("succeeded", "cancelled", "already_done", "given_back", "abandoned")
+
+# What puts a request aside; see the table in `consumer.job`.
+_PUT_ASIDE = (
+    FailureCode.INVALID_REQUEST,
+    FailureCode.MODEL_ERROR,
+    FailureCode.WORKER_LOST,
+    FailureCode.INTERNAL,
+)
 
 
 class Metrics:
-    """The metrics of one daemon, in a registry of its own."""
+    """The metrics of one daemon, in a registry of its own.
+
+    Every series is made here and not when it is first counted: an increase from nothing to 1 is
+    none to Prometheus, so the first failure would be missed. It also spares each job the looking
+    up of labels.
+    """
 
     def __init__(self, task: str) -> None:
         self.registry = CollectorRegistry()
         self._task = task
 
         def histogram(name: str, text: str) -> Histogram:
-            return Histogram(name, text, ["task"], registry=self.registry, buckets=_BUCKETS)
+            made = Histogram(name, text, ["task"], registry=self.registry, buckets=_BUCKETS)
+            return made.labels(task)
 
-        self._jobs = Counter(
-            "generation_jobs",
-            "Deliveries handled, by outcome",
-            ["task", "outcome"],
-            registry=self.registry,
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["task"], registry=self.registry).labels(task)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, ["task"], registry=self.registry).labels(task)
+
+        self._jobs = _Kinds(
+            Counter(
+                "generation_jobs",
+                "Deliveries handled, by outcome",
+                ["task", "outcome"],
+                registry=self.registry,
+            ),
+            task,
+            (*_NO_FAILURES, *map(str, FailureCode)),
         )
-        self._redelivered = Counter(
-            "generation_redelivered_jobs",
-            "Deliveries that were not the first of their request",
-            ["task"],
-            registry=self.registry,
+        self._failures = _Kinds(
+            Counter(
+                "generation_failures",
+                "Requests that ended as failed, by failure code",
+                ["task", "code"],
+                registry=self.registry,
+            ),
+            task,
+            tuple(map(str, FailureCode)),
+        )
+        self._dead_letters = _Kinds(
+            Counter(
+                "generation_dead_letters",
+                "Requests put aside as dead letters, by failure code",
+                ["task", "code"],
+                registry=self.registry,
+            ),
+            task,
+            tuple(map(str, _PUT_ASIDE)),
+        )
+        self._redelivered = counter(
+            "generation_redelivered_jobs", "Deliveries that were not the first of their request"
         )
         self._stages = {
             "queued": histogram("generation_queue_wait_seconds", "From stored to started"),
@@ -39,49 +96,83 @@ class Metrics:
             "encode": histogram("generation_encode_seconds", "Encoding the outputs"),
             "upload": histogram("generation_upload_seconds", "Storing the outputs"),
         }
-        self._in_flight = Gauge(
-            "generation_jobs_in_flight", "Deliveries in hand", ["task"], registry=self.registry
-        )
-        self._device_busy = Counter(
+        self._in_flight = gauge("generation_jobs_in_flight", "Deliveries in hand")
+        self._device_busy = counter(
             "generation_device_busy_seconds",
-            "Time that the device has worked",
-            ["task"],
+            "Time that the device has worked, counted at the end of each run",
+        )
+        self._store_up = gauge("generation_store_reachable", "1 while the store answers")
+        self._store_failures = counter(
+            "generation_store_failures", "Tries that the store did not answer or refused"
+        )
+        self._conditions = Gauge(
+            "generation_ready_condition",
+            "1 while a condition of readiness holds",
+            ["task", "condition"],
             registry=self.registry,
         )
-        self._store_up = Gauge(
-            "generation_store_reachable",
-            "1 while the store answers",
-            ["task"],
-            registry=self.registry,
+        self._model = Info(
+            "generation_model", "The model that is loaded", ["task"], registry=self.registry
         )
-        self._store_failures = Counter(
-            "generation_store_failures",
-            "Tries that the store did not answer or refused",
-            ["task"],
-            registry=self.registry,
-        )
+        build = Info("generation_build", "The daemon", ["task"], registry=self.registry)
+        build.labels(task).info({"version": version(SOFTWARE)})
+        ProcessCollector(registry=self.registry)
 
     def job_started(self) -> None:
         """A delivery is in hand."""
-        self._in_flight.labels(self._task).inc()
+        self._in_flight.inc()
 
     def job_finished(self, report: JobReport) -> None:
         """A delivery is settled, given back or abandoned."""
-        self._in_flight.labels(self._task).dec()
-        self._jobs.labels(self._task, report.outcome).inc()
+        self._in_flight.dec()
+        self._jobs.count(report.outcome)
+        if report.outcome not in _NO_FAILURES:
+            self._failures.count(report.outcome)
+        if report.dead_letter:
+            self._dead_letters.count(report.outcome)
         if report.attempt > 1:
-            self._redelivered.labels(self._task).inc()
+            self._redelivered.inc()
         for stage, metric in self._stages.items():
             seconds = getattr(report, stage)
             if seconds > 0:
-                metric.labels(self._task).observe(seconds)
+                metric.observe(seconds)
 
     def device_busy(self, seconds: float) -> None:
         """The device has worked for so long."""
-        self._device_busy.labels(self._task).inc(seconds)
+        self._device_busy.inc(seconds)
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:  # noqa: ARG002 - Observer's
         """The store has answered, or not."""
-        self._store_up.labels(self._task).set(reachable)
+        self._store_up.set(reachable)
         if not reachable:
-            self._store_failures.labels(self._task).inc()
+            self._store_failures.inc()
+
+    def model_loaded(self, model: ModelInfo) -> None:
+        """This model is what jobs run on."""
+        said = model.model_dump(exclude_none=True)
+        self._model.labels(self._task).info({name: str(value) for name, value in said.items()})
+
+    def readiness(self, conditions: Mapping[str, str]) -> None:
+        """What readiness depends on: `ok`, or why a condition does not hold."""
+        for condition, state in conditions.items():
+            self._conditions.labels(self._task, condition).set(state == "ok")
+
+
+class _Kinds:
+    """A counter of one task with a label of its own for the kind of what is counted.
+
+    Args:
+        counter: With the labels `task` and the kind.
+        task: The value of the first.
+        kinds: Shown from the start, at 0.
+    """
+
+    def __init__(self, counter: Counter, task: str, kinds: tuple[str, ...]) -> None:
+        self._counter = counter
+        self._task = task
+        self._known = {kind: counter.labels(task, kind) for kind in kinds}
+
+    def count(self, kind: str) -> None:
+        """One more."""
+        known = self._known.get(kind)
+        (self._counter.labels(self._task, kind) if known is None else known).inc()

@@ -147,6 +147,7 @@ class Probes:
         return web.json_response(conditions, status=200 if ready else 503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
+        self._watch.metrics.readiness(self._watch.health.conditions())
         # The content type as prometheus-client has it: aiohttp takes no charset in `content_type`.
         return web.Response(
             body=generate_latest(self._watch.metrics.registry),

@@ -20,6 +20,7 @@ class JobReport:
         outcome: `succeeded`, a failure code, `cancelled`, `already_done`, `given_back` or
             `abandoned`.
         attempt: How often the request has been delivered.
+        dead_letter: Whether it was put aside.
     """
 
     outcome: str
@@ -28,6 +29,7 @@ class JobReport:
     inference: float = 0.0  # seconds
     encode: float = 0.0  # seconds
     upload: float = 0.0  # seconds
+    dead_letter: bool = False
 
 
 def configure_logging(log_format: Literal["json", "console"], level: str) -> None:

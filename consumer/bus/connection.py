@@ -223,7 +223,8 @@ def _options(settings: Settings) -> dict[str, Any]:
     if settings.nats_creds is not None:
         options["user_credentials"] = str(settings.nats_creds)
     if settings.nats_nkey_seed is not None:
-        options["nkeys_seed"] = str(settings.nats_nkey_seed)
+        # Not as a file: nats-py refuses one that ends with its line, as most do.
+        options["nkeys_seed_str"] = settings.nats_nkey_seed.read_text().strip()
     if settings.nats_ca is not None or settings.nats_cert is not None:
         context = ssl.create_default_context(cafile=settings.nats_ca)
         if settings.nats_cert is not None and settings.nats_key is not None:

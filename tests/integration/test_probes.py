@@ -1,6 +1,8 @@
 """The probes over real HTTP: what they say, and when they say no."""
 
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -99,3 +101,36 @@ async def test_metrics_tell_jobs_stages_and_the_device(
         f"generation_upload_seconds_sum{{{task}}} 0.3",
         f"generation_store_reachable{{{task}}} 1.0",
     } <= lines
+
+
+async def test_metrics_tell_which_condition_of_readiness_holds(
+    http: aiohttp.ClientSession, watch: Watch
+) -> None:
+    watch.store_reachable(reachable=False, reason="S3: no connection")
+    watch.health.draining = True
+    async with http.get("/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    told = "generation_ready_condition{"
+    assert {line.removeprefix(told) for line in lines if line.startswith(told)} == {
+        f'condition="{condition}",task="text_to_image"}} {holds}'
+        for condition, holds in {
+            "bus": 1.0,
+            "durable": 1.0,
+            "store": 0.0,
+            "model": 1.0,
+            "device": 1.0,
+            "daemon": 0.0,
+        }.items()
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc here")
+async def test_metrics_tell_what_the_process_takes(http: aiohttp.ClientSession) -> None:
+    async with http.get("/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    told = {
+        name: float(value)
+        for name, value in (line.rsplit(" ", 1) for line in lines[1:] if "#" not in line)
+    }
+    assert told["process_resident_memory_bytes"] > 10_000_000
+    assert abs(told["process_start_time_seconds"] - time.time()) < 24 * 3600

@@ -124,6 +124,13 @@ async def test_no_reply_is_sent_where_none_is_asked_for(world: MemoryWorld) -> N
     assert world.journal == ["store", "publish succeeded", "ack"]
 
 
+async def test_report_says_whether_a_request_was_put_aside(world: MemoryWorld) -> None:
+    for body in (b"no request", asking("good")):
+        await world.send(body)
+        await soon(world.work())
+    assert [one.dead_letter for one in world.observer.reports] == [True, False]
+
+
 async def test_trace_goes_into_every_message(world: MemoryWorld) -> None:
     await world.send(asking(reply_to=INBOX), headers={"traceparent": TRACE})
     await soon(world.work())

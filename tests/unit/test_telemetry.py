@@ -4,13 +4,30 @@ import gc
 import json
 import logging
 import weakref
-from typing import Literal
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Literal, get_args
 
 import pytest
 import structlog
 
+from consumer.job import (
+    Broken,
+    Decision,
+    InputMissing,
+    Malformed,
+    ModelRaised,
+    Outcome,
+    RanOutOfMemory,
+    Settlement,
+    Unsupported,
+    decide,
+)
 from consumer.metrics import Metrics
+from consumer.provenance import SOFTWARE
 from consumer.telemetry import JobReport
+from consumer.verdict import name_of
+from generation_contracts import ModelInfo
 from tests.daemon_logging import daemon_logging
 
 FORMATS = pytest.mark.parametrize("log_format", ["json", "console"])
@@ -18,12 +35,23 @@ PROMPT = "a prompt that is nobody's business"
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
-    """Every sample as Prometheus would show it, without the buckets and the times of making."""
+    """What has been counted, as Prometheus would show it: what is not 0, and not of the process."""
     return {
         sample.name + str(sample.labels or ""): sample.value
         for family in metrics.registry.collect()
         for sample in family.samples
-        if not sample.name.endswith(("_bucket", "_created"))
+        if sample.value and not sample.name.endswith(("_bucket", "_created", "_info"))
+        if not sample.name.startswith("process_")
+    }
+
+
+def series(metrics: Metrics, name: str) -> dict[str, float]:
+    """The samples of that name, by the value of the label that is not the task."""
+    return {
+        next(value for label, value in sample.labels.items() if label != "task"): sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == name
     }
 
 
@@ -42,6 +70,7 @@ def test_jobs_are_counted_by_outcome_with_the_time_of_each_stage() -> None:
     assert samples(metrics) == {
         "generation_jobs_total{'task': 'text_to_image', 'outcome': 'succeeded'}": 2,
         "generation_jobs_total{'task': 'text_to_image', 'outcome': 'deadline_exceeded'}": 1,
+        "generation_failures_total{'task': 'text_to_image', 'code': 'deadline_exceeded'}": 1,
         f"generation_redelivered_jobs_total{task}": 1,
         f"generation_jobs_in_flight{task}": 1,
         f"generation_queue_wait_seconds_count{task}": 3,
@@ -64,7 +93,7 @@ def test_store_is_shown_as_it_last_answered() -> None:
     assert samples(metrics) == {up: 1}
     metrics.store_reachable(False, "503")  # noqa: FBT003 - the same
     metrics.store_reachable(False, "503")  # noqa: FBT003 - the same
-    assert samples(metrics) == {up: 0, failures: 2}
+    assert samples(metrics) == {failures: 2}
     metrics.store_reachable(True)  # noqa: FBT003 - the same
     assert samples(metrics) == {up: 1, failures: 2}
 
@@ -73,6 +102,72 @@ def test_daemons_in_one_process_count_apart() -> None:
     first, second = Metrics("text_to_image"), Metrics("image_to_text")
     first.device_busy(1)
     assert samples(second) == {}
+
+
+def decisions() -> Iterator[Decision]:
+    """What `decide` says of every outcome there is, on the first try and on the last."""
+    made = {
+        ModelRaised: ModelRaised("E"),
+        Broken: Broken("E"),
+        Malformed: Malformed("m"),
+        Unsupported: Unsupported("p", "m"),
+        InputMissing: InputMissing("m"),
+        RanOutOfMemory: RanOutOfMemory(saved_memory=True),
+    }
+    for kind in get_args(Outcome):
+        for attempt in (1, 3):
+            yield decide(made.get(kind) or kind(), attempt=attempt, max_attempts=3)
+
+
+def test_every_outcome_is_shown_from_the_start() -> None:
+    metrics = Metrics("text_to_image")
+    ended = [one for one in decisions() if one.settlement is not Settlement.KEEP]
+    names = {name_of(None), *map(name_of, ended)}
+    assert names == series(metrics, "generation_jobs_total").keys()
+    codes = {str(one.failure.code) for one in ended if one.failure is not None}
+    assert codes == series(metrics, "generation_failures_total").keys()
+    put_aside = {str(one.failure.code) for one in ended if one.dead_letter and one.failure}
+    assert put_aside == series(metrics, "generation_dead_letters_total").keys()
+
+
+def test_failures_and_dead_letters_are_counted_by_code() -> None:
+    metrics = Metrics("text_to_image")
+    for report in (
+        JobReport("succeeded", 1),
+        JobReport("given_back", 1),
+        JobReport("out_of_memory", 1),
+        JobReport("model_error", 3, dead_letter=True),
+        JobReport("internal", 1),  # a result that is too large: the request is not put aside
+        JobReport("a_later_code", 1, dead_letter=True),
+    ):
+        metrics.job_finished(report)
+    counted = {k: v for k, v in series(metrics, "generation_failures_total").items() if v}
+    assert counted == {"out_of_memory": 1, "model_error": 1, "internal": 1, "a_later_code": 1}
+    aside = {k: v for k, v in series(metrics, "generation_dead_letters_total").items() if v}
+    assert aside == {"model_error": 1, "a_later_code": 1}
+
+
+def test_the_model_and_the_version_are_told() -> None:
+    metrics = Metrics("text_to_image")
+    metrics.model_loaded(
+        ModelInfo(id="some/model", family="FluxPipeline", dtype="bfloat16", device="cuda")
+    )
+    told = {
+        sample.name: sample.labels
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name.endswith("_info")
+    }
+    assert told == {
+        "generation_build_info": {"task": "text_to_image", "version": version(SOFTWARE)},
+        "generation_model_info": {
+            "task": "text_to_image",
+            "id": "some/model",
+            "family": "FluxPipeline",
+            "dtype": "bfloat16",
+            "device": "cuda",
+        },
+    }
 
 
 # -- logs -----------------------------------------------------------------------------------------

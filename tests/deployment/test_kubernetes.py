@@ -1,0 +1,661 @@
+"""The manifests under infra/k8s: as they are written, and as kustomize builds them.
+
+What a cluster would say of them is asked of the schemas: Kubernetes' own, by kubernetes-validate,
+and those in `schemas/` for the resources of KEDA and of the Prometheus Operator. What they say of
+the daemon is compared with the daemon.
+"""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from consumer.bus.connection import CLOSE_TIMEOUT, connect
+from consumer.composition import make_topology
+from consumer.daemon import FORCE_AFTER
+from consumer.metrics import Metrics
+from consumer.probes import SHUTDOWN_TIMEOUT, Probes, Watch
+from consumer.run import PATIENCE
+from consumer.settings import Settings
+from consumer.tracing import FLUSH_WITHIN
+from generation_contracts import Task
+
+ROOT = Path(__file__).parents[2]
+K8S = ROOT / "infra/k8s"
+NATS = ROOT / "infra/nats"
+SCHEMAS = Path(__file__).parent / "schemas"
+BUILDS = ("base", "overlays/cpu", "overlays/production")
+KUBERNETES = ("1.29", "1.37")  # the oldest that has every field, and the newest known
+
+# What the libraries read, beside the daemon's settings.
+OF_LIBRARIES = {"HOME", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"}
+
+Manifest = dict[str, Any]
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def written() -> list[Manifest]:
+    """Every manifest as it is in its file."""
+    found = []
+    for file in sorted(K8S.rglob("*.yaml")):
+        if file.name != "kustomization.yaml":
+            found += list(yaml.safe_load_all(file.read_text()))
+    return found
+
+
+@cache
+def built(overlay: str) -> str:
+    """What `kubectl apply -k` would send."""
+    if shutil.which("kustomize"):
+        command = ["kustomize", "build"]
+    elif shutil.which("kubectl"):
+        command = ["kubectl", "kustomize"]
+    elif os.environ.get("KUSTOMIZE_REQUIRED"):
+        pytest.fail("neither kustomize nor kubectl is on the PATH")
+    else:
+        pytest.skip("neither kustomize nor kubectl is on the PATH: nothing was built")
+    ended = subprocess.run([*command, K8S / overlay], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "deprecated" not in ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(params=BUILDS)
+def build(request: pytest.FixtureRequest) -> list[Manifest]:
+    """The manifests of one overlay."""
+    return list(yaml.safe_load_all(built(request.param)))
+
+
+@pytest.fixture
+def production() -> list[Manifest]:
+    return list(yaml.safe_load_all(built("overlays/production")))
+
+
+def of_kind(manifests: list[Manifest], *kinds: str) -> list[Manifest]:
+    return [each for each in manifests if each["kind"] in kinds]
+
+
+def with_pods(manifests: list[Manifest]) -> list[Manifest]:
+    found = of_kind(manifests, "Deployment", "Job")
+    assert found
+    return found
+
+
+def pod(manifest: Manifest) -> Manifest:
+    return manifest["spec"]["template"]["spec"]
+
+
+def container(manifest: Manifest) -> Manifest:
+    (only,) = pod(manifest)["containers"]
+    assert "initContainers" not in pod(manifest)
+    return only
+
+
+def pod_labels(manifest: Manifest) -> dict[str, str]:
+    return manifest["spec"]["template"]["metadata"]["labels"]
+
+
+def selects(selector: Manifest, labels: dict[str, str]) -> bool:
+    matching = all(labels.get(k) == v for k, v in selector.get("matchLabels", {}).items())
+    for each in selector.get("matchExpressions", []):
+        assert each["operator"] == "In"
+        matching = matching and labels.get(each["key"]) in each["values"]
+    return matching
+
+
+def config_map(manifests: list[Manifest]) -> dict[str, str]:
+    (only,) = of_kind(manifests, "ConfigMap")
+    return only["data"]
+
+
+def environment(manifest: Manifest, manifests: list[Manifest]) -> dict[str, str]:
+    """What a container's process finds."""
+    found: dict[str, str] = {}
+    for source in container(manifest).get("envFrom", []):
+        (settings,) = of_kind(manifests, "ConfigMap")
+        assert source == {"configMapRef": {"name": settings["metadata"]["name"]}}
+        found |= settings["data"]
+    return found | {each["name"]: each["value"] for each in container(manifest).get("env", [])}
+
+
+def literals(overlay: str) -> dict[str, str]:
+    """The settings that an overlay changes, as its file says."""
+    kustomization = yaml.safe_load((K8S / overlay / "kustomization.yaml").read_text())
+    (generator,) = kustomization["configMapGenerator"]
+    return dict(each.split("=", 1) for each in generator["literals"])
+
+
+def base_settings() -> dict[str, str]:
+    lines = (K8S / "base/settings.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def settings_of(
+    manifest: Manifest,
+    manifests: list[Manifest],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Settings:
+    """The settings as the daemon itself would read them in that container."""
+    for name in list(os.environ):
+        if name.lower() in Settings.model_fields:
+            monkeypatch.delenv(name)
+    for name, value in environment(manifest, manifests).items():
+        if name not in OF_LIBRARIES:
+            monkeypatch.setenv(name, value)
+    file = tmp_path / "s3.toml"
+    file.write_text('[s3]\naccess_key = "a"\nsecret_key = "b"\n')
+    return Settings.load(file)
+
+
+# -- schemas --------------------------------------------------------------------------------------
+
+
+def validate(manifest: Manifest) -> None:
+    """Raise where an API server would refuse, or drop a field."""
+    own = {"ScaledObject": "scaledobject.json", "PodMonitor": "podmonitor.json"}
+    if manifest["kind"] not in own:
+        for version in KUBERNETES:
+            kubernetes_validate.validate(manifest, version, strict=True)
+        return
+    schema = json.loads((SCHEMAS / own[manifest["kind"]]).read_text())
+    jsonschema.Draft202012Validator(schema).validate(manifest)
+    triggers = json.loads((SCHEMAS / "nats-jetstream.json").read_text())
+    for trigger in manifest["spec"].get("triggers", []):
+        assert trigger["type"] == "nats-jetstream"
+        jsonschema.Draft202012Validator(triggers).validate(trigger["metadata"])
+
+
+def test_every_manifest_is_valid_as_it_is_written() -> None:
+    assert {each["kind"] for each in written()} >= {"Deployment", "ScaledObject", "PodMonitor"}
+    for manifest in written():
+        validate(manifest)
+
+
+def test_every_manifest_is_valid_as_it_is_built(build: list[Manifest]) -> None:
+    for manifest in build:
+        validate(manifest)
+        if manifest["kind"] != "Namespace":
+            assert manifest["metadata"]["namespace"] == "generation"
+    names = [(each["kind"], each["metadata"]["name"]) for each in build]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil"),
+    [
+        ("Deployment", lambda spec: spec.update(replica=1)),
+        ("PodMonitor", lambda spec: spec["podMetricsEndpoints"][0].update(paths="/metrics")),
+        ("ScaledObject", lambda spec: spec.update(maxReplicas=1)),
+        ("ScaledObject", lambda spec: spec["triggers"][0]["metadata"].update(lag="1")),
+        ("ScaledObject", lambda spec: spec["triggers"][0]["metadata"].pop("stream")),
+        ("ScaledObject", lambda spec: spec["triggers"][0]["metadata"].update(lagThreshold=1)),
+    ],
+)
+def test_a_wrong_field_is_not_valid(kind: str, spoil: Callable[[Manifest], None]) -> None:
+    manifest = of_kind(written(), kind)[0]
+    spoil(manifest["spec"])
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        validate(manifest)
+
+
+# -- what belongs together ------------------------------------------------------------------------
+
+
+def test_every_name_that_is_referred_to_is_there(build: list[Manifest]) -> None:
+    def names(kind: str) -> set[str]:
+        return {each["metadata"]["name"] for each in of_kind(build, kind)}
+
+    for manifest in with_pods(build):
+        assert pod(manifest)["serviceAccountName"] in names("ServiceAccount")
+        volumes = {each["name"]: each for each in pod(manifest)["volumes"]}
+        mounts = [each["name"] for each in container(manifest)["volumeMounts"]]
+        assert sorted(mounts) == sorted(volumes)
+        for volume in volumes.values():
+            assert len(volume) == 2, volume  # a name and one source: a merge can leave two
+            if claim := volume.get("persistentVolumeClaim"):
+                assert claim["claimName"] in names("PersistentVolumeClaim")
+    for scaled in of_kind(build, "ScaledObject"):
+        assert scaled["spec"]["scaleTargetRef"]["name"] in names("Deployment")
+
+
+def test_selectors_select_what_they_are_for(build: list[Manifest]) -> None:
+    deployments = of_kind(build, "Deployment")
+    assert len(deployments) == len(Task)
+    budgets = of_kind(build, "PodDisruptionBudget")
+    for deployment in deployments:
+        own = [
+            deployment["spec"]["selector"],
+            *(each["labelSelector"] for each in pod(deployment)["topologySpreadConstraints"]),
+        ]
+        own += [
+            each["spec"]["selector"]
+            for each in budgets
+            if each["metadata"]["name"] == deployment["metadata"]["name"]
+        ]
+        assert len(own) == 4
+        for selector in own:
+            # Its own pods, and nobody else's: two Deployments would fight over them.
+            chosen = [each for each in with_pods(build) if selects(selector, pod_labels(each))]
+            assert chosen == [deployment]
+    for monitor in of_kind(build, "PodMonitor"):
+        chosen = [
+            d for d in with_pods(build) if selects(monitor["spec"]["selector"], pod_labels(d))
+        ]
+        assert chosen == deployments
+        prometheus = yaml.safe_load((ROOT / "infra/observability/prometheus.yml").read_text())
+        jobs = {pod_labels(each)[monitor["spec"]["jobLabel"]] for each in chosen}
+        assert jobs == {prometheus["scrape_configs"][0]["job_name"]}  # what the alerts go by
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+def test_every_setting_exists() -> None:
+    names = set(base_settings()) | set(literals("overlays/cpu"))
+    names |= set(literals("overlays/production"))
+    for manifest in with_pods(written()):
+        names |= {each["name"] for each in container(manifest).get("env", [])}
+    for file in K8S.rglob("kustomization.yaml"):
+        for patch in yaml.safe_load(file.read_text()).get("patches", []):
+            names |= set(re.findall(r"^\s*name: ([A-Z][A-Z0-9_]+)$", patch["patch"], re.MULTILINE))
+    assert {"MODEL_TYPE", "MODEL_ID", "NATS_URL"} <= names
+    assert names - OF_LIBRARIES <= {name.upper() for name in Settings.model_fields}
+
+
+def test_the_daemon_can_read_its_settings(
+    build: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tasks = set()
+    for deployment in of_kind(build, "Deployment"):
+        settings = settings_of(deployment, build, monkeypatch, tmp_path)
+        tasks.add(settings.task)
+        label = deployment["metadata"]["labels"]["app.kubernetes.io/component"]
+        assert label == str(settings.task).replace("_", "-")
+        (port,) = container(deployment)["ports"]
+        assert port["containerPort"] == settings.consumer_probes_port
+        assert settings.consumer_probes_host == "0.0.0.0"  # noqa: S104 - the kubelet comes from outside
+        assert "command" not in container(deployment)  # the image's, with tini as process 1
+        assert container(deployment)["args"] == ["run", "--config", "/etc/generation/s3/s3.toml"]
+    assert tasks == set(Task)
+
+
+def test_apply_serves_both_tasks(
+    build: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (job,) = (each for each in of_kind(build, "Job") if "apply" in each["metadata"]["name"])
+    settings = settings_of(job, build, monkeypatch, tmp_path)
+    assert settings.model_type is None
+    assert settings.consumer_name is None
+    assert container(job)["args"] == ["apply", "--config", "/etc/generation/s3/s3.toml"]
+
+
+def test_room_for_all_workers(build: list[Manifest]) -> None:
+    """CONSUMER_MAX_ACK_PENDING is the most workers times what each has in hand."""
+    most = 1
+    for scaled in of_kind(build, "ScaledObject"):
+        most = max(most, scaled["spec"]["maxReplicaCount"])
+    for deployment in of_kind(build, "Deployment"):
+        most = max(most, deployment["spec"].get("replicas", 1))
+    settings = config_map(build)
+    each = int(settings["CONSUMER_JOBS_IN_FLIGHT"])
+    assert int(settings["CONSUMER_MAX_ACK_PENDING"]) == most * each
+
+
+def test_a_reply_prefix_is_one_that_a_worker_may_publish_to() -> None:
+    users = (NATS / "users.conf").read_text()
+    worker = users.split("GENERATION_WORKER_NKEY")[1].split("GENERATION_PUBLISHER_NKEY")[0]
+    publish, subscribe = worker.split("subscribe {")
+    settings = base_settings()
+    for prefix in settings["CONSUMER_REPLY_PREFIXES"].split(","):
+        assert f'"{prefix}>"' in publish
+    assert f'"{settings["NATS_INBOX_PREFIX"]}.>"' in subscribe
+
+
+# -- secrets --------------------------------------------------------------------------------------
+
+
+def secret_mounts(manifest: Manifest) -> dict[str, str]:
+    """Folders in the container and the Secrets behind them."""
+    secrets = {v["name"]: v["secret"] for v in pod(manifest)["volumes"] if "secret" in v}
+    mounts = {m["name"]: m for m in container(manifest)["volumeMounts"]}
+    for name, secret in secrets.items():
+        assert mounts[name]["readOnly"]
+        # A file of root, for the group that fsGroup makes its owner; octal in YAML 1.1.
+        assert secret["defaultMode"] == 0o440
+    assert pod(manifest)["securityContext"]["fsGroup"] > 0
+    return {mounts[name]["mountPath"]: secret["secretName"] for name, secret in secrets.items()}
+
+
+def test_secrets_are_files_and_not_here() -> None:
+    assert not of_kind(written(), "Secret")
+    assert "S3_SECRET_KEY" not in base_settings()
+    seed = Path(base_settings()["NATS_NKEY_SEED"])
+    for manifest in with_pods(written()):
+        assert not [each for each in container(manifest).get("env", []) if "valueFrom" in each]
+        secrets = secret_mounts(manifest)
+        if "args" not in container(manifest):
+            continue  # a Job that only fetches a model
+        whose = "worker" if manifest["kind"] == "Deployment" else "admin"
+        assert secrets[str(seed.parent)] == f"generation-nats-{whose}"
+        assert secrets[str(Path(container(manifest)["args"][-1]).parent)] == "generation-s3"
+
+
+# -- probes, draining, rollouts -------------------------------------------------------------------
+
+
+def the_worker() -> Manifest:
+    (worker,) = of_kind(written(), "Deployment")
+    return worker
+
+
+def patience(probe: Manifest) -> int:
+    return probe["periodSeconds"] * probe["failureThreshold"]
+
+
+def test_the_probes_are_there_to_answer() -> None:
+    probes = Probes(Watch(Metrics("task")), host="127.0.0.1", port=0)
+    paths = {route.resource.canonical for route in probes._runner.app.router.routes()}
+    assert paths == {"/livez", "/readyz", "/metrics"}
+    worker = container(the_worker())
+    names = ("startup", "liveness", "readiness")
+    asked = {name: worker[f"{name}Probe"]["httpGet"] for name in names}
+    assert {name: each["path"] for name, each in asked.items()} == {
+        "startup": "/readyz",
+        "liveness": "/livez",
+        "readiness": "/readyz",
+    }
+    (port,) = worker["ports"]
+    assert {each["port"] for each in asked.values()} == {port["name"]}
+    (monitor,) = of_kind(written(), "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["path"] in paths
+    assert endpoint["port"] == port["name"]
+
+
+def test_a_model_has_time_to_load_and_a_hanging_one_is_left_to_the_daemon() -> None:
+    worker = container(the_worker())
+    assert patience(worker["startupProbe"]) >= 1800
+    assert the_worker()["spec"]["progressDeadlineSeconds"] > patience(worker["startupProbe"])
+    stall = float(base_settings().get("CONSUMER_STALL_TIMEOUT", Settings().consumer_stall_timeout))
+    assert patience(worker["livenessProbe"]) > stall
+
+
+def test_a_pod_has_time_to_drain() -> None:
+    closing = 2 * CLOSE_TIMEOUT + FLUSH_WITHIN / 1000 + SHUTDOWN_TIMEOUT
+    grace = float(base_settings()["CONSUMER_DRAIN_GRACE"])
+    for overlay in ("overlays/cpu", "overlays/production"):
+        assert "CONSUMER_DRAIN_GRACE" not in literals(overlay)
+    needed = max(grace, Settings().consumer_drain_grace) + PATIENCE + FORCE_AFTER + closing
+    margin = 10  # seconds, for a busy node
+    assert pod(the_worker())["terminationGracePeriodSeconds"] >= needed + margin
+    assert "lifecycle" not in container(the_worker())  # its time would be taken off
+
+
+def test_a_rollout_needs_no_second_gpu() -> None:
+    assert the_worker()["spec"]["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1},
+    }
+
+
+def test_nothing_but_the_scaler_sets_the_number_of_workers(production: list[Manifest]) -> None:
+    """Else each `kubectl apply` would take its workers away in the middle of their work."""
+    deployments = of_kind(production, "Deployment")
+    assert all("replicas" not in each["spec"] for each in deployments)
+    scaled = {s["spec"]["scaleTargetRef"]["name"] for s in of_kind(production, "ScaledObject")}
+    assert scaled == {each["metadata"]["name"] for each in deployments}
+
+
+def test_gpus_are_asked_for_where_there_are_some() -> None:
+    for overlay, gpus in (("base", 1), ("overlays/cpu", None), ("overlays/production", 1)):
+        for deployment in of_kind(list(yaml.safe_load_all(built(overlay))), "Deployment"):
+            limits = container(deployment)["resources"]["limits"]
+            assert limits.get("nvidia.com/gpu") == gpus
+            tolerated = [each["key"] for each in pod(deployment).get("tolerations", [])]
+            assert tolerated == ([] if gpus is None else ["nvidia.com/gpu"])
+
+
+# -- security -------------------------------------------------------------------------------------
+
+
+def see_that_it_is_restricted(manifest: Manifest) -> None:
+    assert pod(manifest)["automountServiceAccountToken"] is False
+    assert pod(manifest)["enableServiceLinks"] is False
+    of_pod = pod(manifest)["securityContext"]
+    assert of_pod["runAsNonRoot"] is True
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert f"--uid {of_pod['runAsUser']} " in dockerfile
+    assert of_pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container(manifest)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    for volume in pod(manifest)["volumes"]:
+        assert set(volume) - {"name"} <= {"emptyDir", "secret", "persistentVolumeClaim"}
+    mounts = {each["mountPath"] for each in container(manifest)["volumeMounts"]}
+    assert "/tmp" in mounts  # noqa: S108 - the only folder that can be written
+    home = {each["name"]: each["value"] for each in container(manifest)["env"]}["HOME"]
+    assert home in mounts
+
+
+def test_containers_are_restricted_as_they_are_written() -> None:
+    for manifest in with_pods(written()):
+        see_that_it_is_restricted(manifest)
+    (account,) = of_kind(written(), "ServiceAccount")
+    assert account["automountServiceAccountToken"] is False
+    (namespace,) = of_kind(written(), "Namespace")
+    labels = namespace["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_containers_are_restricted_as_they_are_built(build: list[Manifest]) -> None:
+    for manifest in with_pods(build):
+        see_that_it_is_restricted(manifest)
+
+
+def test_models_are_where_the_image_looks_for_them() -> None:
+    (folder,) = re.findall(r"HF_HOME=(\S+)", (ROOT / "Dockerfile").read_text())
+    for manifest in with_pods(written()):
+        mounts = {m["name"]: m["mountPath"] for m in container(manifest)["volumeMounts"]}
+        assert mounts.get("models", folder) == folder
+
+
+# -- network --------------------------------------------------------------------------------------
+
+
+def policies(manifests: list[Manifest], labels: dict[str, str]) -> list[Manifest]:
+    found = of_kind(manifests, "NetworkPolicy")
+    return [each["spec"] for each in found if selects(each["spec"]["podSelector"], labels)]
+
+
+def ways_out(manifests: list[Manifest], labels: dict[str, str]) -> set[tuple[str, str, int]]:
+    """Namespace (`*` for anywhere), protocol and port of whatever a pod may reach."""
+    found = set()
+    for policy in policies(manifests, labels):
+        for rule in policy.get("egress", []):
+            for peer in rule.get("to", [None]):
+                where = "*"
+                if peer is not None:
+                    space = peer["namespaceSelector"]["matchLabels"]
+                    where = space["kubernetes.io/metadata.name"]
+                found |= {(where, each["protocol"], each["port"]) for each in rule["ports"]}
+    return found
+
+
+def used(settings: dict[str, str]) -> set[tuple[str, str, int]]:
+    """What a worker does reach: NATS, the store, and whoever knows their addresses."""
+    found = {("kube-system", "UDP", 53), ("kube-system", "TCP", 53)}
+    for url in (settings["NATS_URL"], settings["S3_ENDPOINT"]):
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        assert parts.port is not None
+        found.add((parts.hostname.split(".")[1], "TCP", parts.port))
+    return found
+
+
+def see_that_only_what_is_used_is_open(manifests: list[Manifest], settings: dict[str, str]) -> None:
+    everything = [each["spec"] for each in of_kind(manifests, "NetworkPolicy")]
+    denied = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert denied in everything
+    for manifest in with_pods(manifests):
+        labels = pod_labels(manifest)
+        ingress = [rule for each in policies(manifests, labels) for rule in each.get("ingress", [])]
+        if labels["app.kubernetes.io/name"] == "generation-fetch":
+            names = {each for each in used(settings) if each[2] == 53}
+            assert ways_out(manifests, labels) == {("*", "TCP", 443), *names}
+        else:
+            assert ways_out(manifests, labels) == used(settings)
+        if manifest["kind"] == "Deployment":
+            (rule,) = ingress
+            (peer,) = rule["from"]
+            space = peer["namespaceSelector"]["matchLabels"]
+            assert space == {"kubernetes.io/metadata.name": "monitoring"}
+            (port,) = container(manifest)["ports"]
+            assert rule["ports"] == [{"protocol": "TCP", "port": port["name"]}]
+        else:
+            assert not ingress
+
+
+def test_only_what_is_used_is_open_as_it_is_written() -> None:
+    see_that_only_what_is_used_is_open(written(), base_settings())
+
+
+def test_only_what_is_used_is_open_as_it_is_built(build: list[Manifest]) -> None:
+    see_that_only_what_is_used_is_open(build, config_map(build))
+
+
+# -- scaling --------------------------------------------------------------------------------------
+
+
+def triggers() -> Iterator[tuple[Task, Manifest]]:
+    """Each task and what its ScaledObject watches, as it is written."""
+    scaled = {each["metadata"]["name"]: each for each in of_kind(written(), "ScaledObject")}
+    assert len(scaled) == len(Task)
+    for task in Task:
+        (trigger,) = scaled[str(task).replace("_", "-")]["spec"]["triggers"]
+        yield task, trigger["metadata"]
+
+
+def test_the_scaler_watches_the_streams_and_durables_that_are_applied() -> None:
+    users = (NATS / "users.conf").read_text()
+    (account,) = re.findall(r"^accounts \{\s+(\w+) \{", users, re.MULTILINE)
+    for task, watched in triggers():
+        stream = json.loads((NATS / f"streams/{watched['stream']}.json").read_text())
+        assert f"generation.request.{task}" in stream["subjects"]
+        durable = json.loads((NATS / f"consumers/{task}.json").read_text())
+        assert watched["consumer"] == durable["durable_name"]
+        assert watched["account"] == account
+        assert watched["activationLagThreshold"] == "0"
+        # Else a second worker would come before the first has its hands full.
+        assert int(watched["lagThreshold"]) >= int(base_settings()["CONSUMER_JOBS_IN_FLIGHT"])
+
+
+async def test_the_scaler_sees_what_waits_and_what_is_in_hand(
+    start_nats: Callable[..., Any],
+) -> None:
+    """The number that KEDA computes from /jsz, from a real server with that account."""
+    watched = dict(triggers())
+    (account,) = {each["account"] for each in watched.values()}
+    server = start_nats(
+        f"accounts {{ {account} {{ jetstream: enabled, users: [{{user: any, password: x}}] }} }}\n"
+        "no_auth_user: any"
+    )
+    unset = dict.fromkeys(("nats_creds", "nats_nkey_seed", "nats_ca", "nats_cert", "nats_key"))
+    settings = Settings(nats_url=server.url, **unset)
+
+    def lag(task: Task) -> int:
+        metadata = watched[task]
+        query = f"acc={quote(metadata['account'])}&consumers=true&config=true"
+        address = f"{server.monitoring_url}/jsz?{query}"
+        with urllib.request.urlopen(address) as answer:  # noqa: S310 - loopback
+            (of_account,) = json.load(answer)["account_details"]
+        assert of_account["name"] == metadata["account"]
+        (stream,) = (s for s in of_account["stream_detail"] if s["name"] == metadata["stream"])
+        (durable,) = (c for c in stream["consumer_detail"] if c["name"] == metadata["consumer"])
+        return durable["num_pending"] + durable["num_ack_pending"]
+
+    bus = await connect(settings, name="lag", within=10.0)
+    try:
+        await make_topology(settings, bus).apply(tuple(Task))
+        for task in Task:
+            assert lag(task) == 0
+            for number in range(3):
+                subject = settings.subjects.request(task, f"{number}")
+                await bus.jetstream.publish(subject, b"{}")
+            taken = await bus.jetstream.pull_subscribe_bind(
+                watched[task]["consumer"], watched[task]["stream"]
+            )
+            (delivery,) = await taken.fetch(1)
+            assert lag(task) == 3  # one of them in hand: its worker is not taken away as idle
+            await delivery.ack_sync()
+            assert lag(task) == 2
+    finally:
+        await bus.close()
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+def test_what_is_fetched_is_what_is_loaded(production: list[Manifest]) -> None:
+    ids: dict[str, set[str]] = {}
+    for manifest in with_pods(production):
+        component = pod_labels(manifest).get("app.kubernetes.io/component")
+        if component is not None:
+            found = environment(manifest, production)
+            ids.setdefault(component, set()).add(found["MODEL_ID"])
+    assert {component: len(each) for component, each in ids.items()} == {
+        "text-to-image": 1,
+        "image-to-text": 1,
+    }
+
+
+def test_models_are_fetched_by_the_daemons_own_functions() -> None:
+    jobs = [each for each in of_kind(written(), "Job") if "command" in container(each)]
+    assert len(jobs) == len(Task)
+    for job in jobs:
+        program, flag, script = container(job)["command"]
+        assert (program, flag) == ("python", "-c")
+        (imported,) = (n for n in ast.parse(script).body if isinstance(n, ast.ImportFrom))
+        assert imported.module is not None
+        assert job["metadata"]["name"].removesuffix("-fetch").replace("-", "_") in imported.module
+        module = ast.parse((ROOT / f"{imported.module.replace('.', '/')}.py").read_text())
+        functions = {n.name: n for n in module.body if isinstance(n, ast.FunctionDef)}
+        (name,) = (each.name for each in imported.names)
+        assert [each.arg for each in functions[name].args.args] == ["model_id", "revision"]
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def test_the_page_names_what_there_is() -> None:
+    page = (ROOT / "docs/kubernetes.md").read_text()
+    lines = page.replace("\\\n", " ").splitlines()
+    applied = [line for line in lines if "kubectl apply -k" in line]
+    assert applied
+    for line in applied:
+        words = shlex.split(line.strip("`$ "), comments=True)
+        assert (ROOT / words[words.index("-k") + 1] / "kustomization.yaml").is_file()
+    secrets = {name for m in with_pods(written()) for name in secret_mounts(m).values()}
+    made = set(re.findall(r"create secret generic (\S+)", page))
+    assert made == secrets
+    jobs = {each["metadata"]["name"] for each in of_kind(written(), "Job")}
+    deleted = re.findall(r"delete job (.+?) --ignore-not-found", page)
+    assert {name for each in deleted for name in each.split()} == jobs

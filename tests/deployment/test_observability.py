@@ -1,0 +1,362 @@
+"""Rules, dashboard and documentation name what a worker really shows.
+
+Where promtool is on the PATH it reads the rules too; what it would say of names, nobody else does.
+"""
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from consumer.metrics import Metrics
+from consumer.probes import Health
+from consumer.telemetry import JobReport
+from generation_contracts import FailureCode, ModelInfo, Task
+
+ROOT = Path(__file__).parents[2]
+OBSERVABILITY = ROOT / "infra/observability"
+PAGE = ROOT / "docs/observability.md"
+PROMTOOL = shutil.which("promtool")
+
+# What Prometheus adds to each series, and `le` of buckets.
+ADDED = {"job", "instance"}
+# Of prometheus-nats-exporter; a subset of the labels that it gives.
+EXPORTER = {
+    "jetstream_consumer_num_pending": {"stream_name", "consumer_name", "is_consumer_leader"},
+    "jetstream_consumer_num_ack_pending": {"stream_name", "consumer_name", "is_consumer_leader"},
+    "jetstream_stream_total_messages": {"stream_name", "is_stream_leader"},
+}
+PROMETHEUS_OWN: dict[str, set[str]] = {"up": set()}
+
+
+# -- what a worker shows --------------------------------------------------------------------------
+
+
+def families() -> Iterator[Any]:
+    """Everything that one worker can show, as Prometheus reads it."""
+    metrics = Metrics(str(Task.TEXT_TO_IMAGE))
+    for attempt, outcome in enumerate(("succeeded", *FailureCode), start=1):
+        metrics.job_started()
+        metrics.job_finished(
+            JobReport(str(outcome), attempt, queued=1, inference=1, encode=1, upload=1)
+        )
+    metrics.device_busy(1)
+    metrics.store_reachable(reachable=False)
+    metrics.readiness(Health().conditions())
+    metrics.model_loaded(
+        ModelInfo(id="model", revision="main", family="F", dtype="float32", device="cpu")
+    )
+    yield from text_string_to_metric_families(generate_latest(metrics.registry).decode())
+
+
+@functools.cache
+def shown() -> dict[str, set[str]]:
+    """The names of the samples, with their labels."""
+    found: dict[str, set[str]] = {}
+    for family in families():
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+# -- PromQL, as far as names go -------------------------------------------------------------------
+
+TOKEN = re.compile(
+    r"""(?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
+      | (?P<range>\[[^\]]*\])
+      | (?P<word>[A-Za-z_:$][A-Za-z0-9_:]*)
+      | (?P<number>[0-9][0-9a-zA-Z_.]*)
+      | (?P<sign>=~|!~|!=|[<>=]=|\S)""",
+    re.VERBOSE,
+)
+WITH_LABELS = {"by", "without", "on", "ignoring", "group_left", "group_right"}
+WORDS = {"and", "or", "unless", "bool", "offset"}
+
+
+def names_in(expr: str) -> tuple[dict[str, set[str]], set[str]]:
+    """The metrics of an expression with the labels that they are selected by; the other labels."""
+    tokens = [(match.lastgroup, match.group()) for match in TOKEN.finditer(expr)]
+    metrics: dict[str, set[str]] = {}
+    others: set[str] = set()
+    at = 0
+    while at < len(tokens):
+        kind, text = tokens[at]
+        following = tokens[at + 1][1] if at + 1 < len(tokens) else ""
+        at += 1
+        if kind != "word" or text in WORDS:
+            continue
+        if text in WITH_LABELS:
+            labels, at = _words_until(tokens, at, ")")
+            others |= labels
+        elif following == "{":
+            labels, at = _words_until(tokens, at, "}")
+            metrics.setdefault(text, set()).update(labels)
+        elif following != "(" and tokens[at : at + 1] and following in WITH_LABELS:
+            continue  # an aggregation, as in `sum by (task) (…)`
+        elif following != "(":
+            metrics.setdefault(text, set())
+    return metrics, others
+
+
+def _words_until(tokens: list[tuple[str | None, str]], at: int, end: str) -> tuple[set[str], int]:
+    words = set()
+    while tokens[at][1] != end:
+        kind, text = tokens[at]
+        if kind == "word":
+            words.add(text)
+        at += 1
+    return words, at + 1
+
+
+@pytest.mark.parametrize(
+    ("expr", "metrics", "others"),
+    [
+        ("up == 0", {"up": set()}, set()),
+        ('a_total{x="b",y=~"c|d{e}"}[5m]', {"a_total": {"x", "y"}}, set()),
+        (
+            "sum by (q, r) (rate(a[$__rate_interval])) / on (q) s:t:u",
+            {"a": set(), "s:t:u": set()},
+            {"q", "r"},
+        ),
+        ("sum(rate(a[5m])) by (q)", {"a": set()}, {"q"}),
+        ("a and b or c unless a offset 5m > bool 1e3", {"a": set(), "b": set(), "c": set()}, set()),
+        ("sum without (q) (a)", {"a": set()}, {"q"}),
+    ],
+)
+def test_names_are_found_in_an_expression(
+    expr: str, metrics: dict[str, set[str]], others: set[str]
+) -> None:
+    assert names_in(expr) == (metrics, others)
+
+
+# -- the files ------------------------------------------------------------------------------------
+
+
+def rules() -> list[dict[str, Any]]:
+    """The rules of all groups."""
+    loaded = yaml.safe_load((OBSERVABILITY / "alerts.yaml").read_text())
+    return [rule for group in loaded["groups"] for rule in group["rules"]]
+
+
+ALERTS = [rule for rule in rules() if "alert" in rule]
+DASHBOARD = json.loads((OBSERVABILITY / "grafana/dashboards/generation.json").read_text())
+
+
+def panels() -> Iterator[dict[str, Any]]:
+    """Those in rows that are closed included."""
+    for panel in DASHBOARD["panels"]:
+        yield panel
+        yield from panel.get("panels", ())
+
+
+def targets() -> Iterator[tuple[str, str]]:
+    """Titles and expressions of the dashboard."""
+    for panel in panels():
+        for target in panel.get("targets", ()):
+            yield panel["title"], target["expr"]
+
+
+def expressions() -> list[tuple[str, str]]:
+    """Every expression, and where it is."""
+    of_rules = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()]
+    return of_rules + list(targets())
+
+
+def recorded() -> dict[str, set[str]]:
+    """What the recording rules make, with the labels that they leave."""
+    return {rule["record"]: names_in(rule["expr"])[1] for rule in rules() if "record" in rule}
+
+
+@pytest.mark.parametrize(("where", "expr"), expressions())
+def test_an_expression_uses_names_and_labels_that_exist(where: str, expr: str) -> None:
+    known = shown() | EXPORTER | PROMETHEUS_OWN | recorded()
+    metrics, others = names_in(expr)
+    assert metrics, f"{where}: no metric in it"
+    assert metrics.keys() <= known.keys(), where
+    for name, labels in metrics.items():
+        assert labels <= known[name] | ADDED, f"{where}: {name}"
+    of_all = set().union(*(known[name] for name in metrics)) | ADDED
+    if "label_replace" in expr:
+        of_all.add("task")
+    assert others <= of_all, where
+
+
+@pytest.mark.parametrize(("where", "expr"), expressions())
+def test_only_the_group_for_it_needs_the_exporter(where: str, expr: str) -> None:
+    loaded = yaml.safe_load((OBSERVABILITY / "alerts.yaml").read_text())
+    its_own = next(one for one in loaded["groups"] if one["name"] == "generation-nats-exporter")
+    (closed,) = [panel for panel in DASHBOARD["panels"] if panel.get("collapsed")]
+    allowed = {rule.get("alert") or rule["record"] for rule in its_own["rules"]}
+    allowed |= {panel["title"] for panel in closed["panels"]}
+    used = names_in(expr)[0].keys()
+    of_exporter = EXPORTER.keys() | {one["record"] for one in its_own["rules"] if "record" in one}
+    assert where in allowed or not used & of_exporter
+
+
+def test_a_recording_rule_is_used_more_than_once() -> None:
+    used = [name for rule in rules() for name in names_in(rule["expr"])[0]]
+    assert {name: used.count(name) >= 2 for name in recorded()} == dict.fromkeys(recorded(), True)
+
+
+# -- alerts ---------------------------------------------------------------------------------------
+
+
+def anchors() -> set[str]:
+    """Where links into the page may lead, as GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", PAGE.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=[alert["alert"] for alert in ALERTS])
+def test_an_alert_says_what_it_means_and_where_to_read_on(alert: dict[str, Any]) -> None:
+    assert alert["labels"]["severity"] in {"critical", "warning", "info"}
+    assert alert["for"]
+    assert all(alert["annotations"][name] for name in ("summary", "description"))
+    page, _, anchor = alert["annotations"]["runbook"].partition("#")
+    assert ROOT / page == PAGE
+    assert anchor in anchors()
+    assert alert["alert"] in PAGE.read_text()
+
+
+def test_names_of_alerts_are_used_once_and_each_is_tested() -> None:
+    names = [alert["alert"] for alert in ALERTS]
+    assert len(names) == len(set(names))
+    loaded = yaml.safe_load((OBSERVABILITY / "alerts_test.yaml").read_text())
+    tried = [one for test in loaded["tests"] for one in test["alert_rule_test"]]
+    assert {one["alertname"] for one in tried if one["exp_alerts"]} == set(names)
+    assert {one["alertname"] for one in loaded["tests"][0]["alert_rule_test"]} == set(names)
+
+
+def test_a_queue_is_nearly_full_at_eighty_of_a_hundred() -> None:
+    (alert,) = [alert for alert in ALERTS if alert["alert"] == "GenerationQueueNearlyFull"]
+    said = float(alert["expr"].rpartition(">")[2])
+    for task in Task:
+        stream = ROOT / f"infra/nats/streams/GENERATION_REQUESTS_{task.upper()}.json"
+        assert said == 0.8 * json.loads(stream.read_text())["max_msgs"]
+
+
+# -- the dashboard --------------------------------------------------------------------------------
+
+
+def test_panels_have_an_id_and_a_place_of_their_own() -> None:
+    ids = [panel["id"] for panel in panels()]
+    assert len(ids) == len(set(ids))
+    taken: dict[tuple[int, int], str] = {}
+    for panel in panels():
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert (x, y) not in taken, f"{panel['title']} on {taken[x, y]}"
+                taken[x, y] = panel["title"]
+
+
+def test_every_panel_shows_something() -> None:
+    for panel in panels():
+        if panel["type"] == "row":
+            continue
+        assert panel["description"], panel["title"]
+        assert panel["targets"], panel["title"]
+        assert all(target["expr"] for target in panel["targets"]), panel["title"]
+
+
+def test_variables_that_are_used_exist_and_are_used() -> None:
+    made = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)\}?", json.dumps(DASHBOARD)))
+    assert used - {"__rate_interval", "__all"} == made
+
+
+def sources_in(value: Any) -> Iterator[Any]:
+    """Every data source that is named anywhere inside."""
+    if isinstance(value, dict):
+        if "datasource" in value:
+            yield value["datasource"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from sources_in(one)
+
+
+def test_no_data_source_is_named() -> None:
+    by_variable = {"type": "prometheus", "uid": "${datasource}"}
+    sources = list(sources_in(DASHBOARD))
+    assert sources == [by_variable] * len(sources)
+    asking = [
+        part for panel in panels() if panel["type"] != "row" for part in (panel, *panel["targets"])
+    ]
+    assert all(part["datasource"] == by_variable for part in asking)
+    provisioned = yaml.safe_load(
+        (OBSERVABILITY / "grafana/provisioning/datasources/prometheus.yaml").read_text()
+    )
+    assert all("uid" not in source for source in provisioned["datasources"])
+
+
+def test_the_dashboard_refreshes_itself() -> None:
+    assert DASHBOARD["refresh"]
+    assert DASHBOARD["schemaVersion"] >= 42
+    assert DASHBOARD["uid"]
+    assert DASHBOARD["id"] is None  # Grafana gives it
+
+
+# -- the configuration ----------------------------------------------------------------------------
+
+
+def test_both_workers_are_scraped_and_the_rules_are_loaded() -> None:
+    config = yaml.safe_load((OBSERVABILITY / "prometheus.yml").read_text())
+    jobs = {
+        job["job_name"]: [target for one in job["static_configs"] for target in one["targets"]]
+        for job in config["scrape_configs"]
+    }
+    assert jobs["generation"] == [f"{task.replace('_', '-')}:8080" for task in Task]
+    assert [OBSERVABILITY / name for name in config["rule_files"]] == [
+        OBSERVABILITY / "alerts.yaml"
+    ]
+    used = set(re.findall(r'job="(\w+)"', " ".join(rule["expr"] for rule in rules())))
+    assert used == jobs.keys()
+
+
+# -- the documentation ----------------------------------------------------------------------------
+
+
+def test_the_page_has_every_metric_with_its_type_and_labels() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", PAGE.read_text(), re.MULTILINE)
+    said = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+    really = {}
+    for family in families():
+        if family.name.endswith("_created"):  # the client's own, beside each counter
+            continue
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        really[name] = (family.type, labels)
+    if not Path("/proc/self/stat").exists():  # then the client tells nothing of the process
+        said = {name: what for name, what in said.items() if not name.startswith("process_")}
+    assert said == really
+
+
+# -- promtool -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not on the PATH")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "rules", "alerts.yaml"),
+        ("check", "config", "prometheus.yml"),
+        ("test", "rules", "alerts_test.yaml"),
+    ],
+    ids=" ".join,
+)
+def test_promtool_takes_the_rules(arguments: tuple[str, ...]) -> None:
+    run = subprocess.run(
+        [str(PROMTOOL), *arguments], cwd=OBSERVABILITY, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,127 @@
+"""The worker's least privilege in S3, as infra/s3 has it, on the embedded store."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from minio import Minio
+from minio.error import S3Error
+from PIL import Image
+
+from consumer.artifacts import ObjectStoreArtifacts, store_config
+from consumer.devstack import ObjectStore
+from consumer.devstack.object_store import Credentials
+from consumer.images import ImageCodec
+from consumer.probes import Unwatched
+from consumer.settings import Settings
+from generation_contracts import ArtifactReference, Task
+from tests.faults.scene import ROOT
+
+IDENTITIES = ROOT / "infra" / "s3" / "identities.json"
+POLICY = ROOT / "infra" / "s3" / "policy.json"
+BUCKET = "generation"
+
+
+class StoreWithUsers(ObjectStore):
+    """The store with the identities of infra/s3 instead of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, bucket=BUCKET)
+        self.keys: dict[str, Credentials] = {}
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        identities: dict[str, Any] = json.loads(IDENTITIES.read_text())
+        for identity in identities["identities"]:
+            key = self.keys[identity["name"]] = Credentials()
+            identity["credentials"] = [{"accessKey": key.access_key, "secretKey": key.secret_key}]
+        (self.directory / "s3.json").write_text(json.dumps(identities))
+
+    def client(self, name: str) -> Minio:
+        """The SDK as one of them."""
+        key = self.keys[name]
+        return Minio(
+            self.endpoint.removeprefix("http://"),
+            access_key=key.access_key,
+            secret_key=key.secret_key,
+            secure=False,
+            region="us-east-1",
+        )
+
+    def artifacts(self, name: str) -> ObjectStoreArtifacts:
+        """The daemon's own way to it."""
+        key = self.keys[name]
+        settings = Settings(
+            s3_endpoint=self.endpoint,
+            s3_access_key=key.access_key,
+            s3_secret_key=key.secret_key,  # type: ignore[arg-type] # as the environment gives it
+            s3_bucket=BUCKET,
+        )
+        return ObjectStoreArtifacts(store_config(settings), observer=Unwatched())
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreWithUsers]:
+    made = StoreWithUsers(tmp_path_factory.mktemp("store"))
+    try:
+        made.start()
+        made.wait_ready()
+        for bucket in (BUCKET, "private"):
+            made.client("admin").make_bucket(bucket)
+        yield made
+    finally:
+        made.kill()
+
+
+async def test_the_worker_can_do_its_work(store: StoreWithUsers) -> None:
+
+    artifacts = store.artifacts("worker")
+    try:
+        assert not await artifacts.ensure_bucket()
+        await artifacts.probe()
+        assert await artifacts.reachable()
+        image = ImageCodec().encode(Image.new("RGB", (8, 8)), "png", seed=1)
+        stored = await artifacts.store(Task.TEXT_TO_IMAGE, "r1", 0, image)
+        reference = ArtifactReference(bucket=stored.bucket, key=stored.key)
+        assert await artifacts.fetch(reference, max_bytes=10_000) == image.data
+        await artifacts.discard(stored)
+    finally:
+        await artifacts.close()
+    with pytest.raises(S3Error, match="NoSuchKey"):
+        store.client("admin").stat_object(BUCKET, stored.key)
+
+
+FORBIDDEN = {
+    "another bucket's objects, to read": lambda client: client.get_object("private", "x"),
+    "another bucket's objects, to write": lambda client: client.fput_object(
+        "private", "x", str(POLICY)
+    ),
+    "another bucket's objects, to delete": lambda client: client.remove_object("private", "x"),
+    "a bucket, to make": lambda client: client.make_bucket("mine"),
+    "its bucket, to delete": lambda client: client.remove_bucket(BUCKET),
+    "its bucket's policy, to change": lambda client: client.set_bucket_policy(
+        BUCKET, POLICY.read_text()
+    ),
+    "its bucket's objects, to list": lambda client: list(client.list_objects(BUCKET)),
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_what_the_worker_must_not_do(store: StoreWithUsers, what: str) -> None:
+    with pytest.raises(S3Error) as refused:
+        FORBIDDEN[what](store.client("worker"))
+    assert refused.value.code == "AccessDenied"
+
+
+def test_the_policy_for_other_stores_says_the_same() -> None:
+    (statement,) = json.loads(POLICY.read_text())["Statement"]
+    assert statement["Effect"] == "Allow"
+    assert statement["Resource"] == [f"arn:aws:s3:::{BUCKET}/*"]
+    assert set(statement["Action"]) == {
+        "s3:PutObject",
+        "s3:GetObject",
+        "s3:DeleteObject",
+        "s3:AbortMultipartUpload",
+    }
