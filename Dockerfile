@@ -1,34 +1,104 @@
-# The daemon with the locked dependencies (CUDA comes with the torch wheels of the lock).
-#   docker build -t generation-consumer .
-#   docker run --gpus all -e MODEL_TYPE=text_to_image -e NATS_URL=… -e S3_ENDPOINT=… generation-consumer
-FROM python:3.12-slim-bookworm AS build
+# The daemon with the dependencies of the lock. Needs BuildKit, which every current engine has.
+#
+#   docker build -t generation-consumer:0.1.0 .
+#   docker run --gpus all --read-only --tmpfs /tmp --volume models:/home/generation/models --stop-timeout 45 \
+#     -e MODEL_TYPE=text_to_image -e NATS_URL=… -e S3_ENDPOINT=… generation-consumer:0.1.0
+#
+# The root file system may be read-only. Two places only are written to: /home/generation/models, the
+# cache of downloaded models, a volume; and /tmp, a tmpfs.
+#
+# TORCH=cuda, the default, installs torch as the lock has it: on Linux that build brings CUDA, and
+# works on a machine without a GPU too. Its libraries cannot be left out, torch does not import
+# without them; so TORCH=cpu takes the same versions of torch and torchvision from another index,
+# whose address is TORCH_INDEX. Those two wheels are then pinned by version only, all others by the
+# hashes of the lock. EXTRAS are options of `uv sync`, such as "--extra=traces --extra=quantization".
+#
+# There is no compiler in the image: MODEL_COMPILE needs one, and a /tmp that programs may be run from.
+ARG PYTHON=3.11-slim-bookworm
+ARG TORCH=cuda
+
+FROM python:${PYTHON} AS tools
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends "tini=0.19.0-*" \
+    && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir uv==0.13.8
-ENV UV_CACHE_DIR=/var/cache/uv UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_PROJECT_ENVIRONMENT=/opt/venv
+# Compiled byte code: a start without it takes three times as long, and nothing can be written later.
+ENV UV_CACHE_DIR=/var/cache/uv \
+    UV_COMPILE_BYTECODE=1 \
+    UV_LINK_MODE=copy \
+    UV_PROJECT_ENVIRONMENT=/opt/venv \
+    UV_PYTHON_DOWNLOADS=never
 WORKDIR /src
-# The dependencies first: this layer changes only with the lock.
+# The dependencies need these files only: their layer, of gigabytes, changes with the lock alone.
 COPY pyproject.toml uv.lock ./
 COPY contracts/pyproject.toml contracts/
+
+FROM tools AS dependencies-cuda
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+ARG EXTRAS="--extra=traces"
 RUN --mount=type=cache,target=/var/cache/uv \
-    uv sync --locked --no-dev --no-install-workspace
+    echo "${EXTRAS}" | xargs uv sync --locked --no-dev --no-install-workspace
+
+FROM tools AS dependencies-cpu
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+ARG EXTRAS="--extra=traces"
+ARG TORCH_INDEX
+RUN --mount=type=cache,target=/var/cache/uv \
+    : "${TORCH_INDEX:?the address of an index with wheels of torch for CPUs}" \
+    && { echo "${EXTRAS}"; \
+         sed -nE 's/^name = "(torch|torchvision|triton|(nvidia|cuda)-.+)"$/--no-install-package=\1/p' uv.lock; } \
+       | xargs uv sync --locked --no-dev --no-install-workspace \
+    && sed -nE '/^name = "(torch|torchvision)"$/{N;s/name = "(.+)"\nversion = "(.+)"/\1==\2/p}' uv.lock \
+       | xargs uv pip install --python /opt/venv/bin/python --no-deps --default-index "${TORCH_INDEX}"
+
+# hadolint ignore=DL3006 # one of the two stages above, no image of a registry
+FROM dependencies-${TORCH} AS dependencies
+
+FROM tools AS project
 COPY contracts contracts
 COPY consumer consumer
 COPY infra/nats infra/nats
 COPY README.md ./
 RUN --mount=type=cache,target=/var/cache/uv \
-    uv sync --locked --no-dev --no-editable
+    uv build --all-packages --wheel --out-dir /wheels
 
-FROM python:3.12-slim-bookworm
-COPY --from=build /opt/venv /opt/venv
-RUN useradd --create-home --uid 10001 generation
-USER generation
+FROM python:${PYTHON}
+# A number, so that whoever forbids root can see that it is not; its home is the tmpfs.
+RUN groupadd --gid 10001 generation \
+    && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /tmp \
+       --shell /usr/sbin/nologin generation \
+    && install --directory --owner=10001 --group=10001 /home/generation/models
+COPY --from=tools /usr/bin/tini /usr/bin/tini
+COPY --from=dependencies /opt/venv /opt/venv
+# Two small wheels on top, so that a change of the code is not another layer of gigabytes. pip is not
+# needed after that.
+RUN --mount=type=bind,from=project,source=/wheels,target=/wheels \
+    pip --python /opt/venv/bin/python install --no-cache-dir --no-index --no-deps /wheels/*.whl \
+    && pip uninstall --yes --root-user-action=ignore setuptools wheel pip
 ENV PATH=/opt/venv/bin:$PATH \
+    HOME=/tmp \
     HF_HOME=/home/generation/models \
     CONSUMER_PROBES_HOST=0.0.0.0 \
     CONSUMER_PROBES_PORT=8080
+USER 10001:10001
 VOLUME /home/generation/models
 EXPOSE 8080
+# On SIGTERM the daemon finishes what it has within CONSUMER_DRAIN_GRACE, 30 s by default, then closes
+# its connections: whoever stops it must wait some 15 s longer than that, 45 s, before it kills. The
+# 10 s that engines wait by themselves would have every running request made again.
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=15s --timeout=3s --start-period=10m \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/livez', timeout=2)"]
-ENTRYPOINT ["consumer"]
+# The first minutes may go to a download. /livez, not /readyz: a store that is away is no reason to
+# start the daemon anew. Six minutes without an answer, more than CONSUMER_STALL_TIMEOUT: a model
+# that holds the interpreter's lock is for the daemon's own helper process to judge.
+HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --start-interval=2s --retries=24 \
+    CMD ["python", "-ISc", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/livez', timeout=4)"]
+# tini: the daemon must not be process 1, which the kernel does not let anybody in the container
+# kill, not even the helper process that ends a daemon whose threads hang.
+ENTRYPOINT ["/usr/bin/tini", "--", "consumer"]
 CMD ["run"]
+ARG VERSION=0.1.0
+ARG REVISION
+LABEL org.opencontainers.image.title="generation-consumer" \
+      org.opencontainers.image.description="A message-driven generation daemon: requests from NATS JetStream, outputs to S3, result events back" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"

@@ -1,0 +1,82 @@
+"""Make what infra/compose.yaml has in `secrets`: keys and passwords, each in a file.
+
+    uv run python infra/compose/make_secrets.py
+
+What exists is kept, so it may be run again; a file that is deleted is made anew. The folder is for
+its owner alone (0700). Files that are mounted into containers are readable there for all (0444):
+an engine mounts them as they are, and no container runs as their owner. The others are 0600.
+"""
+
+# ruff: noqa: INP001 - a program to run, no package
+
+import json
+import os
+import secrets
+import sys
+import tomllib
+from pathlib import Path
+
+import nkeys
+
+HERE = Path(__file__).parent
+FOLDER = HERE / "secrets"
+IDENTITIES = HERE.parent / "s3" / "identities.json"
+MOUNTED, OWN = 0o444, 0o600
+
+
+def write(name: str, text: str, mode: int = MOUNTED) -> str:
+    """Write a file unless it has this text already."""
+    path = FOLDER / name
+    if not path.exists() or path.read_text() != text:
+        draft = FOLDER / f".{name}"
+        draft.unlink(missing_ok=True)
+        draft.touch(OWN)  # before the secret is in it
+        draft.write_text(text)
+        draft.replace(path)
+        sys.stdout.write(f"{path}\n")
+    path.chmod(mode)
+    return text
+
+
+def keep(name: str, text: str, mode: int = MOUNTED) -> str:
+    """Write a file unless there is one, and return what it has."""
+    path = FOLDER / name
+    return write(name, path.read_text() if path.exists() else text, mode)
+
+
+def public_key(role: str, mode: int) -> str:
+    """The public key of a NATS user, whose seed is in a file."""
+    seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode()
+    pair = nkeys.from_seed(bytearray(keep(f"{role}.nk", seed, mode).encode()))
+    return pair.public_key.decode()
+
+
+def s3_keys(role: str) -> dict[str, str]:
+    """The S3 credentials of a role, which are in its settings."""
+    made = (
+        f's3_access_key = "{role}-{secrets.token_hex(6)}"\n'
+        f's3_secret_key = "{secrets.token_urlsafe(30)}"\n'
+    )
+    settings = tomllib.loads(keep(f"{role}.toml", made))
+    return {"accessKey": settings["s3_access_key"], "secretKey": settings["s3_secret_key"]}
+
+
+def main() -> None:
+    """Make all that is missing, and derive the rest from it."""
+    FOLDER.mkdir(mode=0o700, exist_ok=True)
+    FOLDER.chmod(0o700)
+    roles = {"admin": MOUNTED, "worker": MOUNTED, "publisher": OWN, "observer": OWN}
+    users = {role: public_key(role, mode) for role, mode in roles.items()}
+    write("nkeys.env", "".join(f"GENERATION_{r.upper()}_NKEY={key}\n" for r, key in users.items()))
+    stores = {role: s3_keys(role) for role in ("admin", "worker")}
+    identities = json.loads(IDENTITIES.read_text())
+    for identity in identities["identities"]:
+        identity["credentials"] = [stores[identity["name"]]]
+    write("s3.json", json.dumps(identities, indent=2) + "\n")
+    write("minio_root_user", stores["admin"]["accessKey"])
+    write("minio_root_password", stores["admin"]["secretKey"])
+    keep("grafana_admin_password", secrets.token_urlsafe(18))
+
+
+if __name__ == "__main__":
+    main()

