@@ -67,6 +67,13 @@ def _http_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _hosts(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?", value):
+            raise ValueError("must be host or host:port, in small letters, with commas")
+    return values
+
+
 def _worker_name() -> str:
     # Part of events and of the CloudEvents source: letters, digits, `_` and `-` only.
     return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{socket.gethostname()}-{os.getpid()}")[-64:]
@@ -166,6 +173,9 @@ class Settings(BaseSettings):
     consumer_probes_host: str = "127.0.0.1"
     consumer_reply_prefixes: List = Field(
         default=(), description="what reply subjects begin with; empty: _INBOX. and <root>.reply."
+    )
+    consumer_input_hosts: Annotated[List, AfterValidator(_hosts)] = Field(
+        default=(), description="host or host:port that inputs may be read from over https"
     )
     consumer_traces: bool = Field(
         default=False, description="OpenTelemetry spans, to where OTEL_EXPORTER_OTLP_ENDPOINT says"

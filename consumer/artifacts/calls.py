@@ -23,6 +23,7 @@ from consumer.ports import StoreUnavailable
 
 T = TypeVar("T")
 
+PINNED_TIMEOUT = 5.0  # seconds to connect, and between two received pieces
 _THREADS = 8  # also the most connections; more than the outputs of one request would gain nothing
 
 
@@ -128,6 +129,28 @@ class _PlainPool(HTTPConnectionPool):
 
 class _TlsPool(HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
+
+
+def pinned_pool(
+    address: str, port: int, *, host: str, ca_certs: str | None = None
+) -> HTTPSConnectionPool:
+    """Connections to one address, which has to prove that it is a host; `Calls` can break them off.
+
+    Args:
+        address: IPv4 or IPv6.
+        port: TCP.
+        host: Its name, for TLS.
+        ca_certs: PEM file of whoever signs it; None: those that this system trusts.
+    """
+    return _TlsPool(
+        address,
+        port,
+        timeout=Timeout(connect=PINNED_TIMEOUT, read=PINNED_TIMEOUT),
+        retries=False,
+        server_hostname=host,
+        assert_hostname=host,
+        ca_certs=ca_certs or os.environ.get("SSL_CERT_FILE") or certifi.where(),
+    )
 
 
 def connection_pools(*, connect_timeout: float, read_timeout: float) -> PoolManager:

@@ -25,6 +25,7 @@ class StoreConfig:
         public_endpoint: What presigned URLs name, where readers reach the store by another address.
         input_prefixes: `bucket/prefix` or `bucket`: what requests may name as inputs. Empty: the
             own bucket and prefix.
+        input_hosts: `host` or `host:port`: what requests may name as inputs at https. Empty: none.
         url_ttl: Seconds that a presigned URL is good for, up to 7 days.
         connect_timeout: Seconds.
         read_timeout: Seconds between two received pieces of an answer.
@@ -46,6 +47,7 @@ class StoreConfig:
     region: str = "us-east-1"
     public_endpoint: str | None = None
     input_prefixes: tuple[str, ...] = ()
+    input_hosts: tuple[str, ...] = ()
     url_ttl: int = 86_400
     connect_timeout: float = 2.0
     read_timeout: float = 20.0
@@ -103,5 +105,6 @@ def store_config(settings: Settings) -> StoreConfig:
         region=settings.s3_region,
         public_endpoint=settings.s3_public_endpoint,
         input_prefixes=settings.input_prefixes,
+        input_hosts=settings.consumer_input_hosts,
         url_ttl=settings.s3_url_ttl,
     )

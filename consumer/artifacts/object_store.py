@@ -34,6 +34,7 @@ from urllib3.response import BaseHTTPResponse
 from consumer.artifacts.calls import Calls, connection_pools
 from consumer.artifacts.config import StoreConfig, StoreMisconfigured, is_plain
 from consumer.artifacts.faults import FAILURES, WrongAnswer, fault_of
+from consumer.artifacts.web_inputs import WebInputs
 from consumer.ports import EncodedImage, InputUnavailable, Observer, StoreUnavailable
 from generation_contracts import ArtifactReference, ImageArtifact, InlineImage, Task
 from generation_contracts.artifacts import ImageSource
@@ -83,6 +84,7 @@ class ObjectStoreArtifacts:
         self._config = config
         self._observer = observer
         self._calls = Calls()
+        self._web = WebInputs(config.input_hosts, self._calls) if config.input_hosts else None
         self._hashing = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="hashing")
         self._pools = connection_pools(
             connect_timeout=config.connect_timeout, read_timeout=config.read_timeout
@@ -135,13 +137,17 @@ class ObjectStoreArtifacts:
         )
 
     async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:
-        """The bytes of one input picture, from the store or from the request itself.
+        """The bytes of one input picture, from the store, the request itself, or a known host.
 
         Raises:
             InputUnavailable: It is missing, too large, or not one that this worker may read.
             StoreUnavailable: The store does not answer within the deadline.
             StoreMisconfigured: The store refuses this worker; raised at once.
         """
+        if isinstance(source, str) and source.startswith(("http:", "https:")):
+            if self._web is None:
+                raise InputUnavailable("http inputs are not enabled on this worker")
+            return await self._web.fetch(source, max_bytes=max_bytes)
         found = _content_or_reference(source, max_bytes)
         if isinstance(found, bytes):
             return found
@@ -392,11 +398,9 @@ def _content_or_reference(source: ImageSource, max_bytes: int) -> bytes | Artifa
         return source
     if isinstance(source, InlineImage):
         return _from_base64(source.base64, max_bytes)
-    scheme, _, rest = source.partition(":")
+    scheme, _, rest = source.partition(":")  # the contract takes no other than these two
     if scheme == "data":
         return _from_base64(rest.partition(",")[2], max_bytes)
-    if scheme != "s3":
-        raise InputUnavailable("http inputs are not enabled on this worker")
     bucket, _, key = rest.removeprefix("//").partition("/")
     try:
         return ArtifactReference(bucket=bucket, key=key)

@@ -1,0 +1,160 @@
+"""Input pictures from the web: from the hosts of a list, and never from inside the own network.
+
+A sender chooses the address, and the worker may stand where senders cannot reach: so nothing is
+asked before host, port and every address that the name stands for have been checked, the
+connection goes to the address that was checked and to no other one, and a redirect is checked as
+the first address was.
+"""
+
+import asyncio
+import ipaddress
+import re
+import socket
+from collections.abc import Callable, Iterable
+from functools import partial
+from http import HTTPStatus
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from urllib3.exceptions import HTTPError, SSLError
+from urllib3.response import BaseHTTPResponse
+
+from consumer.artifacts.calls import Calls, pinned_pool
+from consumer.ports import InputUnavailable
+
+WITHIN = 20.0  # seconds for one picture, redirects included
+MAX_REDIRECTS = 3
+MAX_URL = 2_048  # characters
+_HTTPS = 443
+_URL = re.compile(r"https://[!-~]+\Z")  # printable ASCII without spaces
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_REDIRECTS = frozenset(
+    {
+        HTTPStatus.MOVED_PERMANENTLY,
+        HTTPStatus.FOUND,
+        HTTPStatus.SEE_OTHER,
+        HTTPStatus.TEMPORARY_REDIRECT,
+        HTTPStatus.PERMANENT_REDIRECT,
+    }
+)
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address, and every other one that it stands for, is in nobody's own network."""
+    return all(one.is_global and not one.is_multicast for one in _meant(address))
+
+
+def resolved(host: str, port: int) -> list[Address]:
+    """Every address of a host.
+
+    Raises:
+        OSError: Its name is not known.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [ipaddress.ip_address(place[0]) for *_, place in found]
+
+
+class WebInputs:
+    """Reads pictures over https.
+
+    Args:
+        hosts: `host` or `host:port` of each that requests may name; the port is 443 unless said.
+        calls: Threads for it.
+        resolve: Gives the addresses of a host.
+        may_connect: Which of them may be connected to.
+        ca_certs: PEM file of whoever signs the hosts; None: those that this system trusts.
+    """
+
+    def __init__(
+        self,
+        hosts: Iterable[str],
+        calls: Calls,
+        *,
+        resolve: Callable[[str, int], list[Address]] = resolved,
+        may_connect: Callable[[Address], bool] = is_public,
+        ca_certs: str | None = None,
+    ) -> None:
+        self._hosts = {host if ":" in host else f"{host}:{_HTTPS}" for host in hosts}
+        self._calls = calls
+        self._resolve = resolve
+        self._may_connect = may_connect
+        self._ca_certs = ca_certs
+
+    async def fetch(self, url: str, *, max_bytes: int) -> bytes:
+        """What the address gives.
+
+        Raises:
+            InputUnavailable: It may not be asked, does not answer, or gives too much.
+        """
+        try:
+            async with asyncio.timeout(WITHIN):
+                return await self._calls.run(partial(self._read, url, max_bytes))
+        except TimeoutError:
+            raise InputUnavailable(f"the host took longer than {WITHIN:g} s") from None
+        except SSLError:
+            raise InputUnavailable("the host does not prove who it is (TLS)") from None
+        except (HTTPError, OSError):
+            raise InputUnavailable("the host cannot be reached") from None
+
+    def _read(self, url: str, max_bytes: int) -> bytes:
+        for _ in range(MAX_REDIRECTS + 1):
+            response = self._ask(self._checked(url))
+            try:
+                if response.status not in _REDIRECTS:
+                    return _content(response, max_bytes)
+                url = urljoin(url, response.headers.get("Location", ""))
+            finally:
+                response.close()
+        raise InputUnavailable(f"the host redirects more than {MAX_REDIRECTS} times")
+
+    def _checked(self, url: str) -> SplitResult:
+        if url.startswith("http://"):
+            raise InputUnavailable("only https is read, not http")
+        if len(url) > MAX_URL or not _URL.match(url):
+            raise InputUnavailable("not an https address of at most 2048 plain characters")
+        try:
+            parts = urlsplit(url)
+            known = f"{parts.hostname}:{parts.port or _HTTPS}" in self._hosts
+        except ValueError:  # a port that is no number, a bracket alone
+            raise InputUnavailable("not an https address") from None
+        if not known or "@" in parts.netloc:
+            raise InputUnavailable("this worker reads no inputs from that host")
+        return parts
+
+    def _ask(self, url: SplitResult) -> BaseHTTPResponse:
+        host, port = url.hostname or "", url.port or _HTTPS
+        addresses = self._resolve(host, port)
+        # All of them: a name that stands for an own address too is not to be trusted.
+        if not addresses or not all(map(self._may_connect, addresses)):
+            raise InputUnavailable("that host is not in the public network")
+        pool = pinned_pool(str(addresses[0]), port, host=host, ca_certs=self._ca_certs)
+        return pool.urlopen(
+            "GET",
+            f"{url.path or '/'}{'?' if url.query else ''}{url.query}",
+            headers={"Host": url.netloc, "Accept": "image/png, image/jpeg, image/webp"},
+            redirect=False,
+            preload_content=False,
+            decode_content=False,
+        )
+
+
+def _content(response: BaseHTTPResponse, max_bytes: int) -> bytes:
+    if response.status != HTTPStatus.OK:
+        raise InputUnavailable(f"the host answered {response.status}")
+    # Not decoded: what says that it is gzip could grow without limit.
+    data = response.read(max_bytes + 1, decode_content=False)
+    if len(data) > max_bytes:
+        raise InputUnavailable(f"the image has more than {max_bytes} bytes")
+    return data
+
+
+def _meant(address: Address) -> list[Address]:
+    """An address, and the IPv4 ones that it is another way to write or to reach."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return [address]
+    inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    if address in _NAT64:
+        inner.append(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
+    mapped = address.ipv4_mapped is not None  # says nothing itself
+    return [*([] if mapped else [address]), *(one for one in inner if one is not None)]
