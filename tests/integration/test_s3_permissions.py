@@ -1,7 +1,11 @@
-"""The worker's least privilege in S3, as infra/s3 has it, on the embedded store."""
+"""The worker's least privilege in S3, as infra/s3 has it: on SeaweedFS and on MinIO's front end."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,10 @@ from minio.error import S3Error
 from PIL import Image
 
 from consumer.artifacts import ObjectStoreArtifacts, store_config
-from consumer.devstack import ObjectStore
+from consumer.devstack import ChildProcess, ObjectStore, free_ports
+from consumer.devstack.loopback import HOST, http_status
 from consumer.devstack.object_store import Credentials
+from consumer.devstack.process import find_program, server_environment
 from consumer.images import ImageCodec
 from consumer.probes import Unwatched
 from consumer.settings import Settings
@@ -24,20 +30,16 @@ POLICY = ROOT / "infra" / "s3" / "policy.json"
 BUCKET = "generation"
 
 
-class StoreWithUsers(ObjectStore):
-    """The store with the identities of infra/s3 instead of its own."""
+class Users:
+    """What both stores are asked for.
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory, bucket=BUCKET)
-        self.keys: dict[str, Credentials] = {}
+    Attributes:
+        endpoint: The URL of the S3 API.
+        keys: The key pair of `admin` and `worker`.
+    """
 
-    def _prepare(self) -> None:
-        super()._prepare()
-        identities: dict[str, Any] = json.loads(IDENTITIES.read_text())
-        for identity in identities["identities"]:
-            key = self.keys[identity["name"]] = Credentials()
-            identity["credentials"] = [{"accessKey": key.access_key, "secretKey": key.secret_key}]
-        (self.directory / "s3.json").write_text(json.dumps(identities))
+    endpoint: str
+    keys: dict[str, Credentials]
 
     def client(self, name: str) -> Minio:
         """The SDK as one of them."""
@@ -62,12 +64,98 @@ class StoreWithUsers(ObjectStore):
         return ObjectStoreArtifacts(store_config(settings), observer=Unwatched())
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreWithUsers]:
-    made = StoreWithUsers(tmp_path_factory.mktemp("store"))
+class SeaweedWithUsers(ObjectStore, Users):  # type: ignore[misc] # its endpoint is a property
+    """SeaweedFS with the identities of infra/s3 instead of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, bucket=BUCKET)
+        self.keys = {}
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        identities: dict[str, Any] = json.loads(IDENTITIES.read_text())
+        for identity in identities["identities"]:
+            key = self.keys[identity["name"]] = Credentials()
+            identity["credentials"] = [{"accessKey": key.access_key, "secretKey": key.secret_key}]
+        (self.directory / "s3.json").write_text(json.dumps(identities))
+
+    def make_worker(self) -> None:
+        """The file has said it."""
+
+
+class MinioWithUsers(ChildProcess, Users):
+    """MinIO's S3 front end, in the gateway of JuiceFS, told of its users as compose does it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        ports = dict(zip(("s3", "metrics"), free_ports(2), strict=True))
+        self.endpoint = f"http://{HOST}:{ports['s3']}"
+        self.keys = {name: Credentials() for name in ("admin", "worker")}
+        meta = f"sqlite3://{directory}/meta.db"
+        admin = self.keys["admin"]
+        super().__init__(
+            "juicefs",
+            [
+                find_program("juicefs"),
+                *("--no-agent", "gateway", meta, f"{HOST}:{ports['s3']}", "--multi-buckets"),
+                *("--keep-etag", "--object-tag", "--object-meta", "--no-usage-report"),
+                *("--no-banner", "--backup-meta", "0", "--metrics", f"{HOST}:{ports['metrics']}"),
+                *("--log", str(directory / "gateway.log"), "--cache-dir", str(directory / "cache")),
+                *("--cache-size", "100M", "--buffer-size", "64M"),
+            ],
+            log=directory / "juicefs.log",
+            env=server_environment(
+                directory, MINIO_ROOT_USER=admin.access_key, MINIO_ROOT_PASSWORD=admin.secret_key
+            ),
+            ports=ports,
+        )
+        self._meta = meta
+
+    def _prepare(self) -> None:
+        subprocess.run(
+            [
+                find_program("juicefs"),
+                *("--no-agent", "format", self._meta, "volume", "--storage", "file"),
+                *("--bucket", f"{self.directory}/blobs/", "--trash-days", "0"),
+            ],
+            check=True,
+            capture_output=True,
+        )
+
+    def _is_ready(self) -> bool:
+        return http_status(self.ports["s3"], "/minio/health/ready") == HTTPStatus.OK
+
+    def make_worker(self) -> None:
+        """By the program that compose runs."""
+        secrets = self.directory / "secrets"
+        secrets.mkdir()
+        for name, key in self.keys.items():
+            (secrets / f"{name}_settings").write_text(
+                f's3_access_key = "{key.access_key}"\ns3_secret_key = "{key.secret_key}"\n'
+            )
+        for _ in range(2):  # it may be run again
+            subprocess.run(
+                [sys.executable, str(ROOT / "infra" / "compose" / "minio_worker.py")],
+                env={
+                    **os.environ,
+                    "S3_ENDPOINT": self.endpoint,
+                    "SECRETS": str(secrets),
+                    "POLICY_FILE": str(POLICY),
+                },
+                check=True,
+                capture_output=True,
+            )
+
+
+@pytest.fixture(scope="module", params=[SeaweedWithUsers, MinioWithUsers], ids=["weed", "minio"])
+def store(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Users]:
+    made = request.param(tmp_path_factory.mktemp("store"))
     try:
         made.start()
         made.wait_ready()
+        made.make_worker()
         for bucket in (BUCKET, "private"):
             made.client("admin").make_bucket(bucket)
         yield made
@@ -75,7 +163,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreWithUsers]:
         made.kill()
 
 
-async def test_the_worker_can_do_its_work(store: StoreWithUsers) -> None:
+async def test_the_worker_can_do_its_work(store: Users) -> None:
 
     artifacts = store.artifacts("worker")
     try:
@@ -109,7 +197,7 @@ FORBIDDEN = {
 
 
 @pytest.mark.parametrize("what", FORBIDDEN)
-def test_what_the_worker_must_not_do(store: StoreWithUsers, what: str) -> None:
+def test_what_the_worker_must_not_do(store: Users, what: str) -> None:
     with pytest.raises(S3Error) as refused:
         FORBIDDEN[what](store.client("worker"))
     assert refused.value.code == "AccessDenied"
