@@ -1,4 +1,4 @@
-"""The worker's least privilege in S3, as infra/s3 has it: on SeaweedFS and on MinIO's front end."""
+"""The worker's least privilege in S3, as infra/s3 has it, on SeaweedFS and on MinIO."""
 
 import json
 import os
@@ -24,6 +24,8 @@ from consumer.probes import Unwatched
 from consumer.settings import Settings
 from generation_contracts import ArtifactReference, Task
 from tests.faults.scene import ROOT
+from tests.integration import minio_server
+from tests.integration.minio_server import MinioServer
 
 IDENTITIES = ROOT / "infra" / "s3" / "identities.json"
 POLICY = ROOT / "infra" / "s3" / "policy.json"
@@ -62,6 +64,27 @@ class Users:
             s3_bucket=BUCKET,
         )
         return ObjectStoreArtifacts(store_config(settings), observer=Unwatched())
+
+    def make_worker(self) -> None:
+        """By the program that compose runs for MinIO."""
+        secrets = self.directory / "secrets"
+        secrets.mkdir()
+        for name, key in self.keys.items():
+            (secrets / f"{name}_settings").write_text(
+                f's3_access_key = "{key.access_key}"\ns3_secret_key = "{key.secret_key}"\n'
+            )
+        for _ in range(2):  # it may be run again
+            subprocess.run(
+                [sys.executable, str(ROOT / "infra" / "compose" / "minio_worker.py")],
+                env={
+                    **os.environ,
+                    "S3_ENDPOINT": self.endpoint,
+                    "SECRETS": str(secrets),
+                    "POLICY_FILE": str(POLICY),
+                },
+                check=True,
+                capture_output=True,
+            )
 
 
 class SeaweedWithUsers(ObjectStore, Users):  # type: ignore[misc] # its endpoint is a property
@@ -125,33 +148,29 @@ class MinioWithUsers(ChildProcess, Users):
     def _is_ready(self) -> bool:
         return http_status(self.ports["s3"], "/minio/health/ready") == HTTPStatus.OK
 
-    def make_worker(self) -> None:
-        """By the program that compose runs."""
-        secrets = self.directory / "secrets"
-        secrets.mkdir()
-        for name, key in self.keys.items():
-            (secrets / f"{name}_settings").write_text(
-                f's3_access_key = "{key.access_key}"\ns3_secret_key = "{key.secret_key}"\n'
-            )
-        for _ in range(2):  # it may be run again
-            subprocess.run(
-                [sys.executable, str(ROOT / "infra" / "compose" / "minio_worker.py")],
-                env={
-                    **os.environ,
-                    "S3_ENDPOINT": self.endpoint,
-                    "SECRETS": str(secrets),
-                    "POLICY_FILE": str(POLICY),
-                },
-                check=True,
-                capture_output=True,
-            )
+
+class RealMinioWithUsers(MinioServer, Users):
+    """MinIO itself, told of them in the same way."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        super().__init__(directory)
+        root = Credentials(self.access_key, self.secret_key)
+        self.keys = {"admin": root, "worker": Credentials()}
 
 
-@pytest.fixture(scope="module", params=[SeaweedWithUsers, MinioWithUsers], ids=["weed", "minio"])
+STORES: dict[str, type] = {
+    "SeaweedFS": SeaweedWithUsers,
+    "MinIO's front end": MinioWithUsers,
+    **({"MinIO": RealMinioWithUsers} if minio_server.is_there() else {}),
+}
+
+
+@pytest.fixture(scope="module", params=STORES, ids=str)
 def store(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Users]:
-    made = request.param(tmp_path_factory.mktemp("store"))
+    made = STORES[request.param](tmp_path_factory.mktemp("store"))
     try:
         made.start()
         made.wait_ready()
