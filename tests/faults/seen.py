@@ -66,6 +66,20 @@ async def readiness(worker: Daemon) -> tuple[int, dict[str, str]]:
         return response.status, conditions
 
 
+async def until_in_hand(scene: Scene, worker: Daemon, count: int) -> None:
+    """Return once a worker has so many deliveries: the server knows of them a moment before."""
+    wanted = f'generation_jobs_in_flight{{task="{scene.task}"}} {float(count)}'
+
+    async def so_many() -> bool:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"{worker.probes_url}/metrics") as response,
+        ):
+            return wanted in await response.text()
+
+    await scene.until(so_many, f"{count} deliveries in the hands of {worker.name}")
+
+
 async def until_readiness(scene: Scene, worker: Daemon, **conditions: str) -> None:
     """Return once a worker is not ready, for these reasons and no others."""
 

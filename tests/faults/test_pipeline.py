@@ -8,6 +8,7 @@ from consumer.devstack import Daemon
 from consumer.job import EXIT_DEVICE_LOST
 from tests.faults.holding import GO, ON
 from tests.faults.scene import Scene
+from tests.faults.seen import until_in_hand
 
 POISON_STEPS = 30  # its worker dies with the last one
 LONG = 200  # steps; two seconds of the quick model
@@ -158,7 +159,7 @@ async def test_lost_device_is_given_to_no_other(scene: Scene) -> None:
     lost = await scene.submit()
     await scene.noted("at_the_place")
     waiting = await scene.submit()
-    await in_flight(scene, 2)
+    await until_in_hand(scene, worker, 2)
     (scene.folder / "lose").touch()
     assert await scene.ended(worker) == EXIT_DEVICE_LOST
     assert worker.log_since_start().count("given_back") == 2

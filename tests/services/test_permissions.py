@@ -122,7 +122,7 @@ def start_worker(
 
 @pytest.fixture
 def workers(installation: Installation, tmp_path: Path) -> Iterator[Mapping[Task, Daemon]]:
-    started = {task: start_worker(installation, task, tmp_path) for task in Task}
+    started = {task: start_worker(installation, task, tmp_path, "slow_steps") for task in Task}
     try:
         for worker in started.values():
             worker.wait_ready()
@@ -150,7 +150,7 @@ async def test_everything_that_senders_and_workers_do_is_allowed(
         assert end.type == "generation.v1.succeeded"
         begun = asyncio.Event()
         running = asyncio.ensure_future(
-            client.text_to_image("a", num_inference_steps=200, on_event=lambda _: begun.set())
+            client.text_to_image("a", num_inference_steps=100, on_event=lambda _: begun.set())
         )
         await begun.wait()
         request_id = (tmp_path / "runs").read_text().split()[-1]
@@ -176,6 +176,7 @@ async def test_a_call_and_a_dead_letter(
         assert event.type == "generation.v1.failed"
         await results.unsubscribe()
         assert refused.empty()
+    await settled(installation)  # else it is still in the queue, and a replay is refused
     assert await replay(installation.settings("admin"), ("id:bad",)) == 0
     for worker in workers.values():
         assert "ermissions violation" not in worker.log_since_start()
@@ -203,6 +204,14 @@ async def test_a_worker_that_is_killed_has_a_successor(
             successor.kill()
     for worker in (dying, successor):
         assert "ermissions violation" not in worker.log_since_start()
+
+
+async def settled(installation: Installation) -> None:
+    """Return once no request of text_to_image is left."""
+    async with installation.client("observer") as (client, _), asyncio.timeout(WITHIN):
+        jetstream = client.jetstream()
+        while (await jetstream.stream_info(REQUESTS)).state.messages:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.01)
 
 
 async def logged(worker: Daemon, text: str) -> None:
