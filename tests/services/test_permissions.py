@@ -133,7 +133,7 @@ def workers(installation: Installation, tmp_path: Path) -> Iterator[Mapping[Task
 
 
 async def test_everything_that_senders_and_workers_do_is_allowed(
-    installation: Installation, workers: Mapping[Task, Daemon], tmp_path: Path
+    installation: Installation, workers: Mapping[Task, Daemon]
 ) -> None:
     async with asyncio.timeout(WITHIN), installation.generation_client() as client:
         event = await client.text_to_image("a", num_inference_steps=2)
@@ -150,11 +150,15 @@ async def test_everything_that_senders_and_workers_do_is_allowed(
         assert end.type == "generation.v1.succeeded"
         begun = asyncio.Event()
         running = asyncio.ensure_future(
-            client.text_to_image("a", num_inference_steps=100, on_event=lambda _: begun.set())
+            client.text_to_image(
+                "a",
+                request_id="stopped",
+                num_inference_steps=100,
+                on_event=lambda _: begun.set(),
+            )
         )
         await begun.wait()
-        request_id = (tmp_path / "runs").read_text().split()[-1]
-        assert (await client.cancel(request_id)).status == "stopping"
+        assert (await client.cancel("stopped")).status == "stopping"
         with pytest.raises(RequestCancelled):
             await running
     for worker in workers.values():
