@@ -116,7 +116,8 @@ class StandbyProcess:
     async def _watch(self) -> None:
         # The parent is looked for too: a process that it has forked may keep the input open.
         while os.getppid() == self._charge.parent:
-            if not await self._lease_within(LOOK_EVERY):
+            # One that is over at once may be gone by the time at which this is told of it.
+            if not await self._lease_within(LOOK_EVERY) or not self._leases:
                 continue
             shortest = min(lease.ack_wait for lease in self._leases.values())
             tick = min(TICK_MOST, shortest / TICKS_PER_ACK_WAIT)

@@ -29,7 +29,7 @@ from generation_contracts import (
     Task,
 )
 from tests.behaviour import asking, failure, soon
-from tests.memory_ports import POLL, Run, ScriptedRunner, make
+from tests.memory_ports import POLL, Hold, Run, ScriptedRunner, make
 from tests.memory_world import MemoryWorld
 
 TOGETHER = 3
@@ -308,16 +308,22 @@ async def test_second_copy_in_the_same_hands_waits_for_the_first_and_is_not_run(
     assert await world.left() == 0
 
 
-async def test_next_run_begins_while_the_event_loop_does_something_else() -> None:
-    world = MemoryWorld(bounds=Bounds(in_flight=3))
-    first, begun = world.runner.will_hold(), threading.Event()
-    second = world.runner.will_hold(before=lambda _: begun.set())
+async def one_behind_another(world: MemoryWorld, first: Hold) -> list["asyncio.Task[int | None]"]:
+    """Request `a` runs, and `b` is what the inference thread goes on with."""
     for request_id in ("a", "b"):
         await world.send(asking(request_id))
     handling = [asyncio.create_task(world.work()) for _ in range(2)]
     await soon(first.begun())
     while world.execution._turns._ahead is None:
         await asyncio.wait(handling, timeout=POLL)
+    return handling
+
+
+async def test_next_run_begins_while_the_event_loop_does_something_else() -> None:
+    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    first, begun = world.runner.will_hold(), threading.Event()
+    second = world.runner.will_hold(before=lambda _: begun.set())
+    handling = await one_behind_another(world, first)
     first.release()
     assert begun.wait(LONG), "the event loop stands here"
     second.release()
@@ -336,12 +342,7 @@ async def test_cancellation_of_who_is_next(withdrawn: str) -> None:
     world = MemoryWorld(bounds=Bounds(in_flight=3))
     first, begun = world.runner.will_hold(), threading.Event()
     world.runner.will_hold(before=lambda _: begun.set())
-    for request_id in ("a", "b"):
-        await world.send(asking(request_id))
-    handling = [asyncio.create_task(world.work()) for _ in range(2)]
-    await soon(first.begun())
-    while world.execution._turns._ahead is None:
-        await asyncio.wait(handling, timeout=POLL)
+    handling = await one_behind_another(world, first)
     if withdrawn != "in time":
         first.release()
         assert begun.wait(LONG)
@@ -370,12 +371,7 @@ async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
         return await publish(*arguments, **named)
 
     monkeypatch.setattr(world.events, "publish_result", slowly)
-    for request_id in ("a", "b"):
-        await world.send(asking(request_id))
-    handling = [asyncio.create_task(world.work()) for _ in range(2)]
-    await soon(first.begun())
-    while world.execution._turns._ahead is None:
-        await asyncio.wait(handling, timeout=POLL)
+    handling = await one_behind_another(world, first)
     await world.execution.withdraw("b")
     await soon(told.wait())
     await world.send(asking("c"))
@@ -392,12 +388,7 @@ async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
 async def test_forced_end_begins_nothing() -> None:
     world = MemoryWorld(bounds=Bounds(in_flight=3))
     first, giving_back, given_back = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
-    for request_id in ("a", "b"):
-        await world.send(asking(request_id))
-    handling = [asyncio.create_task(world.work()) for _ in range(2)]
-    await soon(first.begun())
-    while world.execution._turns._ahead is None:
-        await asyncio.wait(handling, timeout=POLL)
+    handling = await one_behind_another(world, first)
     release = world.execution._jobs[1].delivery.release
 
     async def slowly() -> None:
@@ -426,12 +417,7 @@ async def test_seconds_of_a_run_are_those_of_its_thread() -> None:
         return make(run)
 
     world.runner.will(make_and_tell)
-    for request_id in ("a", "b"):
-        await world.send(asking(request_id))
-    handling = [asyncio.create_task(world.work()) for _ in range(2)]
-    await soon(first.begun())
-    while world.execution._turns._ahead is None:
-        await asyncio.wait(handling, timeout=POLL)
+    handling = await one_behind_another(world, first)
     first.release()
     assert ended.wait(LONG)
     time.sleep(HELD_UP)  # noqa: ASYNC251 - that is what happens here
