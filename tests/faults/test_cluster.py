@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from consumer.devstack import NatsServer
+from consumer.ports import Unavailable
 from tests.faults.cluster import Cluster, ClusterScene, cluster
 from tests.faults.quick_runner import BEGUN
 from tests.faults.scene import Scene
@@ -40,7 +41,15 @@ async def scene_is_open(scene: ClusterScene, servers: Cluster) -> None:
     async def has_leader() -> bool:
         return bool(await asyncio.to_thread(servers.meta_leader))
 
+    async def applied() -> bool:
+        try:
+            await scene.apply()
+        except Unavailable:  # its servers do not know of each other yet
+            return False
+        return True
+
     await scene.until(has_leader, "a leader of the cluster", WITHIN)
+    await scene.until(applied, "a cluster that makes streams", WITHIN)
     await scene.open()
 
 
