@@ -159,6 +159,7 @@ class Daemon:
                 model=model,
                 check=runner.check,
                 withdraw=execution.withdraw,
+                refused=self._watch.metrics.call_refused,
             )
             await door.start()
             parts.push_async_callback(door.close)

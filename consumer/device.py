@@ -56,7 +56,7 @@ class Device:
         events: The way to the bus.
         event_fields: What every event of a job carries.
         stall_timeout: Seconds without a step after which the inference thread is taken to hang.
-        observer: Told how long the device works.
+        observer: Told of steps, and how long the device works.
     """
 
     def __init__(
@@ -253,7 +253,7 @@ class Device:
                 steps=steps,
                 interrupt=job.interrupt,
                 stall_timeout=self._stall_timeout,
-                publish=lambda: self._tell(job, steps),
+                publish=lambda: self._go_on(job, steps),
                 company=company,
             )
         finally:
@@ -276,6 +276,10 @@ class Device:
         )
         await self._events.publish_progress(started, trace_parent=job.envelope.trace_parent)
         log.info("job_started", queued=round(job.queued, 3))
+
+    async def _go_on(self, job: Job, steps: Steps) -> None:
+        self._observer.device_stepped()
+        await self._tell(job, steps)
 
     async def _tell(self, job: Job, steps: Steps) -> None:
         text = steps.take_text()  # before the step, which then is that of the text or a later one

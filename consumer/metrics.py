@@ -26,6 +26,15 @@ _BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 18
 # What a job's report says beside the failure codes.
 _NO_FAILURES = ("succeeded", "cancelled", "already_done", "given_back", "abandoned")
 
+# What the front door may say of a call; see `consumer.bus.front_door`.
+_REFUSED = (
+    FailureCode.INVALID_REQUEST,
+    FailureCode.UNSUPPORTED_PARAMETER,
+    FailureCode.DEADLINE_EXCEEDED,
+    FailureCode.QUEUE_FULL,
+    FailureCode.INTERNAL,
+)
+
 # What puts a request aside; see the table in `consumer.job`.
 _PUT_ASIDE = (
     FailureCode.INVALID_REQUEST,
@@ -87,6 +96,16 @@ class Metrics:
             task,
             tuple(map(str, _PUT_ASIDE)),
         )
+        self._refused_calls = _Kinds(
+            Counter(
+                "generation_refused_calls",
+                "Calls that were refused at the front door, by failure code",
+                ["task", "code"],
+                registry=self.registry,
+            ),
+            task,
+            tuple(map(str, _REFUSED)),
+        )
         self._redelivered = counter(
             "generation_redelivered_jobs", "Deliveries that were not the first of their request"
         )
@@ -100,6 +119,10 @@ class Metrics:
         self._device_busy = counter(
             "generation_device_busy_seconds",
             "Time that the device has worked, counted at the end of each run",
+        )
+        self._last_step = gauge(
+            "generation_last_step_timestamp_seconds",
+            "When a run last came to a new step, more text or its end; 0 before the first",
         )
         self._store_up = gauge("generation_store_reachable", "1 while the store answers")
         self._store_failures = counter(
@@ -137,9 +160,18 @@ class Metrics:
             if seconds > 0:
                 metric.observe(seconds)
 
+    def device_stepped(self) -> None:
+        """The run under way has come to a new step, or to more text."""
+        self._last_step.set_to_current_time()
+
     def device_busy(self, seconds: float) -> None:
-        """The device has worked for so long."""
+        """A run has ended, in which the device worked for so long."""
         self._device_busy.inc(seconds)
+        self._last_step.set_to_current_time()
+
+    def call_refused(self, code: FailureCode) -> None:
+        """The front door has refused a call."""
+        self._refused_calls.count(str(code))
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:  # noqa: ARG002 - Observer's
         """The store has answered, or not."""

@@ -579,8 +579,11 @@ class Observer(Protocol):
     def job_finished(self, report: JobReport) -> None:
         """A delivery is settled or given back."""
 
+    def device_stepped(self) -> None:
+        """The run under way has come to a new step, or to more text."""
+
     def device_busy(self, seconds: float) -> None:
-        """The device has worked for so long."""
+        """A run has ended, in which the device worked for so long."""
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
         """The store has answered, or not."""

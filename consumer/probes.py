@@ -67,8 +67,12 @@ class Watch(Observer):
         """A delivery is settled, given back or abandoned."""
         self.metrics.job_finished(report)
 
+    def device_stepped(self) -> None:
+        """The run under way has come to a new step, or to more text."""
+        self.metrics.device_stepped()
+
     def device_busy(self, seconds: float) -> None:
-        """The device has worked for so long."""
+        """A run has ended, in which the device worked for so long."""
         self.metrics.device_busy(seconds)
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
@@ -89,6 +93,9 @@ class Unwatched(Observer):
         """Not told."""
 
     def job_finished(self, report: JobReport) -> None:
+        """Not told."""
+
+    def device_stepped(self) -> None:
         """Not told."""
 
     def device_busy(self, seconds: float) -> None:

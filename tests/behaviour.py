@@ -247,6 +247,7 @@ class Behaviour:
         assert (progress.step, progress.of, progress.eta) == (1, 1, 0.0)
         assert done is not None
         assert [started.sequence, progress.sequence, done.sequence] == [0, 1, 2]
+        assert world.observer.steps == 1
 
     async def test_question_about_pictures_is_answered_with_text(
         self, make_world: MakeWorld

@@ -609,6 +609,7 @@ class MemoryObserver:
     def __init__(self) -> None:
         self.started = 0
         self.reports: list[JobReport] = []
+        self.steps = 0
         self.busy: list[float] = []
         self.store: list[tuple[bool, str]] = []
 
@@ -621,6 +622,9 @@ class MemoryObserver:
 
     def job_finished(self, report: JobReport) -> None:
         self.reports.append(report)
+
+    def device_stepped(self) -> None:
+        self.steps += 1
 
     def device_busy(self, seconds: float) -> None:
         self.busy.append(seconds)

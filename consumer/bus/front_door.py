@@ -74,6 +74,7 @@ class Backend:
         check: Says whether the model can do what is asked; raises UnsupportedParameter.
         cancel: Cancels a request by its id, wherever it is.
         withdraw: Stops a request that this worker has; None when it has not.
+        refused: Told of each call that is refused, and why.
     """
 
     task: Task
@@ -83,6 +84,7 @@ class Backend:
     check: Callable[[Request], None]
     cancel: Callable[[str], Awaitable[CancelReply]]
     withdraw: Callable[[str], Awaitable[Grip | None]]
+    refused: Callable[[FailureCode], None]
 
 
 class FrontDoor:
@@ -176,6 +178,7 @@ class FrontDoor:
         except Exception as error:  # noqa: BLE001 - the caller is told, whatever it is
             failure = _failure(error)
             log.info("call_refused", request_id=request_id, code=failure.code)
+            self._backend.refused(failure.code)
             event = FailedEvent(
                 request_id=request_id,
                 task=self._backend.task,

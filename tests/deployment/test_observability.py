@@ -50,6 +50,8 @@ def families() -> Iterator[Any]:
             JobReport(str(outcome), attempt, queued=1, inference=1, encode=1, upload=1)
         )
     metrics.device_busy(1)
+    for code in FailureCode:
+        metrics.call_refused(code)
     metrics.store_reachable(reachable=False)
     metrics.readiness(Health().conditions())
     metrics.model_loaded(

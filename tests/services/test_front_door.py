@@ -5,6 +5,9 @@ import json
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
 from generation_contracts import Task
 from tests.faults.scene import Scene
 from tests.services.conftest import Caller, NewCaller
@@ -54,6 +57,32 @@ async def test_what_is_wrong_is_answered_at_once_and_never_queued(
     assert await scene.left() == 1
     (scene.folder / "go").touch()
     await scene.emptied()
+
+
+async def test_refused_calls_are_counted_by_code(scene: Scene, caller: Caller) -> None:
+    worker = await scene.start()
+    past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
+    for body in (b"{", b'{"prompt":""}', json.dumps({"prompt": "a", "deadline": past}).encode()):
+        assert (await caller.call(body, within=10))["type"] == "generation.v1.failed"
+    assert (await caller.call(b'{"prompt":"a","width":16}'))["type"] == SUCCEEDED
+    async with (
+        aiohttp.ClientSession() as http,
+        http.get(f"{worker.probes_url}/metrics") as answer,
+    ):
+        families = text_string_to_metric_families(await answer.text())
+    counted = {
+        sample.labels["code"]: sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "generation_refused_calls_total"
+    }
+    assert counted == {
+        "invalid_request": 2,
+        "deadline_exceeded": 1,
+        "unsupported_parameter": 0,
+        "queue_full": 0,
+        "internal": 0,
+    }
 
 
 async def test_an_inbox_that_the_worker_may_not_publish_to_is_refused(

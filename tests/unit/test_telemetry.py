@@ -3,8 +3,9 @@
 import gc
 import json
 import logging
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Literal, get_args
 
@@ -27,7 +28,7 @@ from consumer.metrics import Metrics
 from consumer.provenance import SOFTWARE
 from consumer.telemetry import JobReport
 from consumer.verdict import name_of
-from generation_contracts import ModelInfo
+from generation_contracts import FailureCode, ModelInfo
 from tests.daemon_logging import daemon_logging
 
 FORMATS = pytest.mark.parametrize("log_format", ["json", "console"])
@@ -42,6 +43,7 @@ def samples(metrics: Metrics) -> dict[str, float]:
         for sample in family.samples
         if sample.value and not sample.name.endswith(("_bucket", "_created", "_info"))
         if not sample.name.startswith("process_")
+        if not sample.name.endswith("_timestamp_seconds")
     }
 
 
@@ -83,6 +85,32 @@ def test_jobs_are_counted_by_outcome_with_the_time_of_each_stage() -> None:
         f"generation_upload_seconds_sum{task}": 3,
         f"generation_device_busy_seconds_total{task}": 6.5,
     }
+
+
+@pytest.mark.parametrize(
+    "goes_on", [lambda told: told.device_stepped(), lambda told: told.device_busy(1)]
+)
+def test_last_step_is_when_a_run_last_went_on(goes_on: Callable[[Metrics], None]) -> None:
+    metrics = Metrics("text_to_image")
+
+    def last_step() -> float | None:
+        return metrics.registry.get_sample_value(
+            "generation_last_step_timestamp_seconds", {"task": "text_to_image"}
+        )
+
+    assert last_step() == 0
+    began = time.time()
+    goes_on(metrics)
+    assert began <= (last_step() or 0) <= time.time()
+
+
+def test_refused_calls_are_counted_by_code() -> None:
+    metrics = Metrics("text_to_image")
+    metrics.call_refused(FailureCode.QUEUE_FULL)
+    metrics.call_refused(FailureCode.WORKER_LOST)  # one that the front door has no reason to say
+    counted = series(metrics, "generation_refused_calls_total")
+    assert {code for code, number in counted.items() if number} == {"queue_full", "worker_lost"}
+    assert counted["invalid_request"] == 0  # shown from the start
 
 
 def test_store_is_shown_as_it_last_answered() -> None:
