@@ -25,17 +25,6 @@ def go_on(scene: Scene, moment: str) -> None:
     (scene.folder / f"{moment}{GO}").touch()
 
 
-async def in_flight(scene: Scene, number: int) -> None:
-    """Return once so many deliveries are in the workers' hands."""
-    jetstream = scene.sender.jetstream()
-
-    async def there() -> bool:
-        stream, name = scene.subjects.requests_stream(scene.task), str(scene.task)
-        return (await jetstream.consumer_info(stream, name)).num_ack_pending == number
-
-    await scene.until(there, f"{number} deliveries in flight")
-
-
 async def test_next_one_runs_while_an_output_is_stored(scene: Scene) -> None:
     await scene.start("held_in_upload")
     first = await scene.submit()
@@ -55,11 +44,11 @@ async def test_next_one_runs_while_an_output_is_stored(scene: Scene) -> None:
 
 async def test_one_at_a_time_where_the_queue_gives_one(scene: Scene) -> None:
     await scene.apply(CONSUMER_MAX_ACK_PENDING="1")
-    await scene.start("held_in_upload")
+    worker = await scene.start("held_in_upload")
     first = await scene.submit()
     second = await scene.submit()
     await scene.noted("upload")
-    await in_flight(scene, 1)
+    await until_in_hand(scene, worker, 1)
     assert scene.runs() == [first]
     go_on(scene, "upload")
     await scene.event(second)
@@ -80,10 +69,10 @@ async def test_no_more_than_the_workers_own_bound(scene: Scene) -> None:
 
 async def test_each_delivery_in_flight_has_its_heartbeat(scene: Scene) -> None:
     await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="1")
-    await scene.start("held_in_run")
+    worker = await scene.start("held_in_run")
     sent = [await scene.submit() for _ in range(2)]
     await scene.noted("run")
-    await in_flight(scene, 2)
+    await until_in_hand(scene, worker, 2)
     other = await scene.start()  # would get what is not renewed
     third = await scene.submit(steps=LONG)  # longer than a lease
     assert (await scene.event(third))["type"] == "generation.v1.succeeded"
@@ -99,7 +88,7 @@ async def test_killed_worker_gives_all_of_them_to_another(scene: Scene) -> None:
     worker = await scene.start("held_in_run")
     sent = [await scene.submit() for _ in range(2)]
     await scene.noted("run")
-    await in_flight(scene, 2)
+    await until_in_hand(scene, worker, 2)
     worker.kill()
     await scene.start()
     for one in sent:
@@ -113,7 +102,7 @@ async def test_draining_worker_gives_back_what_has_not_begun(scene: Scene) -> No
     running = await scene.submit()
     waiting = await scene.submit()
     await scene.noted("run")
-    await in_flight(scene, 2)
+    await until_in_hand(scene, worker, 2)
     worker.signal(signal.SIGTERM)
     await scene.logged(worker, "given_back")
     await scene.start()
@@ -170,11 +159,11 @@ async def test_lost_device_is_given_to_no_other(scene: Scene) -> None:
 
 
 async def test_waiting_one_is_cancelled_without_a_run(scene: Scene) -> None:
-    await scene.start("held_in_run")
+    worker = await scene.start("held_in_run")
     running = await scene.submit()
     waiting = await scene.submit()
     await scene.noted("run")
-    await in_flight(scene, 2)
+    await until_in_hand(scene, worker, 2)
     answer = await scene.sender.request(scene.subjects.cancel(waiting), b"", timeout=10)
     assert b"stopping" in answer.data
     assert (await scene.event(waiting))["type"] == "generation.v1.cancelled"
