@@ -94,15 +94,17 @@ class ImageArtifact(EventPart):
     kind: Literal["image"] = "image"
     bucket: str
     key: str
-    url: str
+    url: str = Field(description="presigned: whoever has it can fetch the file")
     url_expires_at: AwareDatetime
-    etag: str
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    etag: str = Field(description="as the store gave it")
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] = Field(
+        description="of the file, hexadecimal"
+    )
     size: Annotated[int, Field(gt=0, description="bytes")]
     media_type: Literal["image/png", "image/webp", "image/jpeg"]
     width: Annotated[int, Field(gt=0, description="pixels")]
     height: Annotated[int, Field(gt=0, description="pixels")]
-    seed: Annotated[int, Field(ge=0)]
+    seed: int = Field(ge=0, description="of this picture: that of the request, plus its number")
     flagged: bool | None = Field(
         default=None, description="what the worker's safety checker says; absent: there is none"
     )
@@ -113,8 +115,10 @@ class TextOutput(EventPart):
 
     kind: Literal["text"] = "text"
     text: str
-    finish_reason: Literal["stop", "length"]
-    prompt_tokens: Annotated[int, Field(ge=0)]
+    finish_reason: Literal["stop", "length"] = Field(
+        description="the model ended it, or it reached `max_new_tokens`"
+    )
+    prompt_tokens: int = Field(ge=0, description="pictures included")
     completion_tokens: Annotated[int, Field(ge=0)]
     seed: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="of the sampling; absent where the text was not drawn by chance"

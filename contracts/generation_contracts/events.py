@@ -23,53 +23,49 @@ Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 class ModelInfo(EventPart):
     """Which model made the outputs."""
 
-    id: str
-    revision: str | None = None
-    family: str
-    dtype: str
-    device: str
+    id: str = Field(description="hub id or name of the folder; `demonstration` by default")
+    revision: str | None = Field(default=None, description="as it is set; absent where it is not")
+    family: str = Field(description="of the pipeline or model, for example `Flux` or `qwen2_5_vl`")
+    dtype: str = Field(description="of the weights, for example `bfloat16`")
+    device: str = Field(description="`cuda`, `mps`, `cpu`, …")
 
 
 class Timings(EventPart):
-    """Where the time went; `queued` is from the stream's time stamp of the request to its start."""
+    """Where the time went."""
 
-    queued: Seconds
+    queued: Annotated[float, Field(ge=0)] = Field(
+        description="seconds from the stream's time stamp of the request to its start"
+    )
     inference: Seconds
     encode: Seconds = 0.0
     upload: Seconds = 0.0
 
 
 class ChainPlace(EventPart):
-    """Where in a chain of requests an event belongs.
+    """Where in a chain of requests an event belongs."""
 
-    Attributes:
-        id: Id of the first request: what all events of a chain have in common.
-        step: From 1.
-        of: How many steps the chain has.
-    """
-
-    id: RequestId
-    step: Annotated[int, Field(ge=1)]
-    of: Annotated[int, Field(ge=1)]
+    id: RequestId = Field(
+        description="of the first request: what all events of a chain have in common"
+    )
+    step: int = Field(ge=1, description="the first request is 1")
+    of: int = Field(ge=1, description="steps of the chain")
 
 
 class EventBase(EventPart):
-    """What every event carries.
-
-    Attributes:
-        sequence: Counts the events of one attempt from 0; a terminal event has the highest.
-        attempt: How often the request has been delivered to a worker, from 1.
-        worker: Name of the daemon process.
-    """
+    """What every event carries."""
 
     request_id: RequestId
     task: Task
-    sequence: Annotated[int, Field(ge=0)]
+    sequence: int = Field(
+        ge=0, description="counts the events of one attempt; a terminal event has the highest"
+    )
     time: AwareDatetime
-    worker: str
-    attempt: Annotated[int, Field(ge=1)]
-    metadata: dict[str, str] = Field(default_factory=dict)
-    chain: ChainPlace | None = None
+    worker: str = Field(description="name of the daemon's process")
+    attempt: int = Field(
+        ge=1, description="how often the request has been delivered to a worker, this time included"
+    )
+    metadata: dict[str, str] = Field(default_factory=dict, description="the request's")
+    chain: ChainPlace | None = Field(default=None, description="absent where it is alone")
 
 
 class StartedEvent(EventBase):
@@ -88,29 +84,32 @@ class ProgressEvent(EventBase):
 
     A step of 0, or another attempt, begins the run and its text anew. These are passing news and
     some may be lost; the text in the result is the truth.
-
-    Attributes:
-        text: What has been added since the last event with a text, where the request streams.
     """
 
     type: Literal["generation.v1.progress"] = "generation.v1.progress"
-    step: Annotated[int, Field(ge=0)]
-    of: Annotated[int, Field(ge=1)]
-    seconds_per_step: Seconds | None = None
+    step: int = Field(ge=0, description="the last one that was done")
+    of: int = Field(ge=1, description="steps of the run; for text, the most tokens")
+    seconds_per_step: Seconds | None = Field(
+        default=None, description="seconds, the mean so far; absent before the first step"
+    )
     eta: Seconds | None = Field(default=None, description="seconds until the last step")
-    text: str | None = Field(default=None, description="what has been added to the text")
-    preview: str | None = Field(default=None, description="a small JPEG, base64")
+    text: str | None = Field(
+        default=None, description="what was added since the last one, where the request streams"
+    )
+    preview: str | None = Field(
+        default=None, description="a small JPEG, base64, where the request wants previews"
+    )
 
 
 class TerminalEvent(EventBase):
     """Base of the events that end a request.
 
-    Attributes:
-        request_digest: What the request asked for; a later request with the same id and another
-            digest is a conflict. See `generation_contracts.requests.request_digest`.
+    The digest is made by `generation_contracts.requests.request_digest`.
     """
 
-    request_digest: Digest
+    request_digest: Digest = Field(
+        description="of what was asked for; another one under the same id is a conflict"
+    )
 
 
 class SucceededEvent(TerminalEvent):

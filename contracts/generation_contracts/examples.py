@@ -162,9 +162,9 @@ _PICTURE_DIGEST = request_digest(REQUESTS["text_to_image_full"])
 _PICTURE_MODEL = ModelInfo(
     id="black-forest-labs/FLUX.1-schnell",
     revision="741f7c3ce8b383c54771c7003378a50191e9efe9",
-    family="flux",
+    family="Flux",
     dtype="bfloat16",
-    device="cuda:0",
+    device="cuda",
 )
 
 _TEXT_MODEL = ModelInfo(
@@ -283,8 +283,8 @@ _ALONE: Mapping[str, Event] = {
         outputs=(
             ImageArtifact(
                 bucket="generation",
-                key="text_to_image/poster-0001/0.webp",
-                url="https://pictures.example/generation/text_to_image/poster-0001/0.webp?X-Amz-Signature=0",
+                key="text_to_image/poster-0001/0-ba7816bf.webp",
+                url="https://pictures.example/generation/text_to_image/poster-0001/0-ba7816bf.webp?X-Amz-Signature=0",
                 url_expires_at=_LATER,
                 etag="9a0364b9e99bb480dd25e1f0284c8555",
                 sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
@@ -329,8 +329,8 @@ _ALONE: Mapping[str, Event] = {
         outputs=(
             ImageArtifact(
                 bucket="generation",
-                key="text_to_image/sketch-0001/0.png",
-                url="https://pictures.example/generation/text_to_image/sketch-0001/0.png?X-Amz-Signature=0",
+                key="text_to_image/sketch-0001/0-ba7816bf.png",
+                url="https://pictures.example/generation/text_to_image/sketch-0001/0-ba7816bf.png?X-Amz-Signature=0",
                 url_expires_at=_LATER,
                 etag="9a0364b9e99bb480dd25e1f0284c8555",
                 sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",

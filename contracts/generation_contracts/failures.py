@@ -35,6 +35,20 @@ RETRYABLE = frozenset(
     }
 )
 
+# What each code says; for the documents.
+MEANINGS = {
+    FailureCode.INVALID_REQUEST: "It is no request, or breaks the contract.",
+    FailureCode.UNSUPPORTED_PARAMETER: "The model, or this installation, does not have it.",
+    FailureCode.REQUEST_ID_CONFLICT: "The id was used for a request with other content.",
+    FailureCode.INPUT_UNAVAILABLE: "An input picture cannot be read, or may not be.",
+    FailureCode.DEADLINE_EXCEEDED: "The deadline passed before the end.",
+    FailureCode.OUT_OF_MEMORY: "It does not fit the device, nor with what saves memory.",
+    FailureCode.MODEL_ERROR: "The model raised, at every try.",
+    FailureCode.WORKER_LOST: "Its workers died with it, or their devices were lost.",
+    FailureCode.QUEUE_FULL: "The queue takes no more: a call, or a step of a chain.",
+    FailureCode.INTERNAL: "The worker failed on it otherwise.",
+}
+
 MAX_MESSAGE = 500  # characters
 
 
@@ -42,9 +56,13 @@ class Failure(EventPart):
     """Why a request failed. Safe to show: no stack, no path, no secret."""
 
     code: FailureCode
-    message: Annotated[str, StringConstraints(max_length=MAX_MESSAGE)]
-    retryable: bool
-    details: dict[str, Any] = Field(default_factory=dict)
+    message: Annotated[str, StringConstraints(max_length=MAX_MESSAGE)] = Field(
+        description="one sentence for people"
+    )
+    retryable: bool = Field(description="whether the same under a new id may well succeed")
+    details: dict[str, Any] = Field(
+        default_factory=dict, description="for programs: the field, what was tried, …"
+    )
 
     @classmethod
     def of(cls, code: FailureCode, message: str, **details: Any) -> "Failure":

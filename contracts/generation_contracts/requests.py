@@ -35,7 +35,7 @@ MAX_SIDE = 4_096  # pixels; a model's own maximum is checked by its worker
 MAX_SEED = 2**32 - 1  # what every random generator in use accepts, and JSON holds exactly
 MAX_STEPS = 200
 MAX_NEW_TOKENS = 8_192
-MAX_CHAIN = 8  # steps in a routing slip
+MAX_CHAIN = 8  # requests in a routing slip, so nine steps with the first
 MAX_METADATA = 16  # entries
 MAX_ADAPTERS = 4  # in one request
 MAX_PROBLEMS = 8  # told of one invalid request
@@ -75,7 +75,16 @@ def _outputs_or_list(value: Any) -> str:
 
 Deadline = Annotated[AwareDatetime, BeforeValidator(_rfc_3339), AfterValidator(_in_utc)]
 Images = Annotated[
-    tuple[ImageSource, ...], Field(min_length=1, max_length=MAX_IMAGES, fail_fast=True)
+    tuple[ImageSource, ...],
+    Field(
+        min_length=1,
+        max_length=MAX_IMAGES,
+        fail_fast=True,
+        description=(
+            "PNG, JPEG or WebP files: in the store, inside the request, which must fit the "
+            "server's `max_payload`, or at `https://` where the worker's settings list the host"
+        ),
+    ),
 ]
 Prompt = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_PROMPT), AfterValidator(_says_something)
@@ -96,13 +105,20 @@ AdapterWeight = Annotated[float, Field(ge=-4, le=4, description="1 is the adapte
 class TextToImageParameters(RequestPart):
     """How a picture is made. None means the model's own default."""
 
-    negative_prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT)] | None = None
+    negative_prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT)] | None = Field(
+        default=None,
+        description="what must not be on the picture; refused where it would have no effect",
+    )
     width: Side | None = None
     height: Side | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = Field(
-        default=None, validation_alias=AliasChoices("num_inference_steps", "steps")
+        default=None,
+        validation_alias=AliasChoices("num_inference_steps", "steps"),
+        description="denoising steps",
     )
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        default=None, description="how closely the prompt is followed"
+    )
     num_images: Annotated[int, Field(ge=1, le=MAX_OUTPUTS)] = 1
     seed: Seed | None = Field(
         default=None, description="picture n uses seed + n; absent: drawn, and told in the result"
@@ -112,38 +128,57 @@ class TextToImageParameters(RequestPart):
         default_factory=dict,
         description="LoRA adapters by the names that the worker's settings give them",
     )
-    preview: bool = False
+    preview: bool = Field(
+        default=False, description="small JPEGs in the progress, where the model's family can"
+    )
 
 
 class ImageToTextParameters(RequestPart):
     """How a text is made. None means the model's own default."""
 
-    system: Annotated[str, StringConstraints(max_length=MAX_PROMPT)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=10, description="0 is greedy")] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=1_000)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    seed: Seed | None = None
-    stream: bool = False
+    system: Annotated[str, StringConstraints(max_length=MAX_PROMPT)] | None = Field(
+        default=None, description="what the model is told before the prompt"
+    )
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = Field(
+        default=None, description="the text ends there, with the finish reason `length`"
+    )
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        default=None,
+        description="0 takes the likeliest token each time; above it tokens are drawn by chance",
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="drawn from the likeliest tokens that are so probable together"
+    )
+    top_k: Annotated[int, Field(ge=1, le=1_000)] | None = Field(
+        default=None, description="drawn from so many of the likeliest tokens"
+    )
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        default=None, description="above 1, what was said before becomes less likely"
+    )
+    seed: Seed | None = Field(
+        default=None, description="of what is drawn by chance; absent: told in the result"
+    )
+    stream: bool = Field(default=False, description="the progress has the text as it grows")
 
 
 class TextToImageStep(TextToImageParameters):
-    """A later step of a routing slip; `$text` in the prompt is the text of the step before."""
+    """A later step of a routing slip that makes pictures."""
 
     task: Literal["text_to_image"]
-    prompt: Prompt
+    prompt: Prompt = Field(description="`$text` in it is the text of the step before")
 
 
 class ImageToTextStep(ImageToTextParameters):
-    """A later step of a routing slip; `"$outputs"` are the pictures of the step before."""
+    """A later step of a routing slip that makes a text."""
 
     task: Literal["image_to_text"]
     prompt: Prompt
     images: Annotated[
         Annotated[Literal["$outputs"], Tag("outputs")] | Annotated[Images, Tag("list")],
         Discriminator(_outputs_or_list),
-    ] = "$outputs"
+    ] = Field(
+        default="$outputs", description="`$outputs`, the pictures of the step before; or a list"
+    )
     each: bool = Field(default=False, description="one request for each picture, not one for all")
 
 
@@ -154,17 +189,13 @@ Branch = Annotated[str, StringConstraints(pattern=r"^([0-9]+(-[0-9]+)*)?$", max_
 
 
 class ChainLink(RequestPart):
-    """Where in a chain a request stands; written by the worker that makes the next request.
+    """Where in a chain a request stands; written by the worker that makes the next request."""
 
-    Attributes:
-        id: Id of the chain's first request; all of its events carry it.
-        step: From 1, the first request.
-        branch: Which of several requests of one step it came from.
-    """
-
-    id: RequestId
-    step: Annotated[int, Field(ge=1, le=MAX_CHAIN + 1)]
-    branch: Branch = ""
+    id: RequestId = Field(description="of the chain's first request; all of its events carry it")
+    step: int = Field(ge=1, le=MAX_CHAIN + 1, description="the first request is 1")
+    branch: Branch = Field(
+        default="", description="which of several requests of one step it came from"
+    )
 
 
 class RequestEnvelope(RequestPart):
@@ -177,9 +208,16 @@ class RequestEnvelope(RequestPart):
     reply_to: SubjectName | None = Field(
         default=None, description="subject for the result event; also as the header Reply-To"
     )
-    deadline: Deadline | None = None
-    metadata: Metadata = Field(default_factory=dict, description="echoed in every event")
-    then: Annotated[tuple[NextStep, ...], Field(max_length=MAX_CHAIN, fail_fast=True)] = ()
+    deadline: Deadline | None = Field(
+        default=None,
+        description="with its time zone; what has not ended by then fails with `deadline_exceeded`",
+    )
+    metadata: Metadata = Field(
+        default_factory=dict, description="the sender's own, echoed in every event"
+    )
+    then: Annotated[tuple[NextStep, ...], Field(max_length=MAX_CHAIN, fail_fast=True)] = Field(
+        default=(), description="routing slip: the requests that follow, each made from a result"
+    )
     chain: ChainLink | None = Field(default=None, description="set by workers, not by senders")
 
 

@@ -1,7 +1,9 @@
 """The page of subjects and messages is what the code says, and names everything."""
 
+import re
 from pathlib import Path
 
+from generation_contracts.failures import RETRYABLE, FailureCode
 from generation_contracts.reference import markdown
 from generation_contracts.schema import asyncapi
 
@@ -24,3 +26,32 @@ def test_the_page_has_every_subject_message_and_field() -> None:
         schema = document["components"]["schemas"].get(message.get("title", ""), {})
         for field in schema.get("properties", {}):
             assert f"| `{field}`" in section
+
+
+def test_every_part_that_is_named_has_a_section() -> None:
+    page = markdown(asyncapi())
+    sections = {line.strip("# ").lower() for line in page.splitlines() if line.startswith("#")}
+    assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= sections
+
+
+def test_every_failure_code_is_explained() -> None:
+    page = markdown(asyncapi())
+    for code in FailureCode:
+        retry = "yes" if code in RETRYABLE else "no"
+        assert re.search(rf"^\| `{code}` \| {retry} \| \S.*\|$", page, re.MULTILINE)
+
+
+def test_every_header_is_explained() -> None:
+    document = asyncapi()
+    page = markdown(document)
+    for name, schema in document["components"]["schemas"].items():
+        if name.endswith("Headers"):
+            section = page.partition(f"### {name}\n")[2].partition("\n### ")[0]
+            for header in schema["properties"]:
+                assert f"| `{header}`" in section
+
+
+def test_a_bound_that_is_none_is_said_to_be_none() -> None:
+    """`top_p` is above 0: a request with 0 is refused."""
+    page = markdown(asyncapi())
+    assert "| `top_p` (optional) | number, above 0, up to 1 |" in page
