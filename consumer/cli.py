@@ -70,7 +70,7 @@ def run(config: Path | None) -> None:
     help="Where data, ports and credentials are kept.",
 )
 def up(directory: Path) -> None:
-    """NATS, an S3 server and one daemon of each type, for development."""
+    """NATS, an S3 server and one daemon of each task, for development."""
     from consumer.development import up as run_up
 
     sys.exit(_guarded(lambda: run_up(directory, _console()), interrupted=0))
@@ -96,7 +96,8 @@ def demo(prompt: str, question: str) -> None:
 @click.option(
     "--replicas",
     type=click.IntRange(1, 1_000),
-    help="Workers of each task: makes room for as many times the deliveries of one.",
+    help="Workers of each task: makes room for as many times the deliveries of one. "
+    "(Copies of the streams are NATS_REPLICAS.)",
 )
 def apply(config: Path | None, replicas: int | None) -> None:
     """Create or update the streams, the durables and the bucket."""

@@ -89,7 +89,7 @@ def run(settings: Settings, *, make_runner: MakeRunner = make_runner) -> int:
 
 
 class Daemon:
-    """One process, one loaded model, one request subject."""
+    """One process, one loaded model, one queue."""
 
     def __init__(self, settings: Settings, make_runner: MakeRunner) -> None:
         self._settings = settings

@@ -1,7 +1,7 @@
 """Health for whoever supervises the daemon: /livez, /readyz and /metrics over HTTP.
 
-`/livez` answers as long as the event loop turns and no job hangs; `/readyz` says in JSON which of
-its conditions does not hold; `/metrics` is Prometheus text.
+`/livez` answers as long as the event loop turns and the device is not lost; `/readyz` says in JSON
+which of its conditions does not hold; `/metrics` is Prometheus text.
 """
 
 from collections.abc import Callable

@@ -34,6 +34,7 @@ EXPORTER = {
     "jetstream_consumer_num_pending": {"stream_name", "consumer_name", "is_consumer_leader"},
     "jetstream_consumer_num_ack_pending": {"stream_name", "consumer_name", "is_consumer_leader"},
     "jetstream_stream_total_messages": {"stream_name", "is_stream_leader"},
+    "jetstream_stream_total_bytes": {"stream_name", "is_stream_leader"},
 }
 PROMETHEUS_OWN: dict[str, set[str]] = {"up": set()}
 
@@ -240,10 +241,11 @@ def test_names_of_alerts_are_used_once_and_each_is_tested() -> None:
 
 def test_a_queue_is_nearly_full_at_eighty_of_a_hundred() -> None:
     (alert,) = [alert for alert in ALERTS if alert["alert"] == "GenerationQueueNearlyFull"]
-    said = float(alert["expr"].rpartition(">")[2])
+    bounds = re.findall(r"/ (\d+) > 0\.8", alert["expr"])
     for task in Task:
         stream = ROOT / f"infra/nats/streams/GENERATION_REQUESTS_{task.upper()}.json"
-        assert said == 0.8 * json.loads(stream.read_text())["max_msgs"]
+        of = json.loads(stream.read_text())
+        assert bounds == [str(of["max_msgs"]), str(of["max_bytes"])]
 
 
 # -- the dashboard --------------------------------------------------------------------------------

@@ -45,23 +45,30 @@ async def test_the_chain_of_the_readme_runs(sender: Client) -> None:
     assert event["chain"] == {"id": "tour", "step": 3, "of": 3}
 
 
-async def test_the_clients_example_of_the_readme_runs(system: DevStack, tmp_path: Path) -> None:
-    (example,) = [
-        code
-        for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-        if "GenerationClient" in code
-    ]
+async def run_example(of: str, system: DevStack, folder: Path) -> str:
+    """What the README's only example with these words prints."""
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = [code for code in examples if of in code]
     done = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-c", example.replace("nats://127.0.0.1:4222", system.nats.url)],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=WITHIN,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
+    return done.stdout
+
+
+async def test_the_example_without_the_client_runs(system: DevStack, tmp_path: Path) -> None:
+    event = json.loads(await run_example("nats.connect", system, tmp_path))
+    assert (event["type"], event["request_id"]) == (SUCCEEDED, "my-2")
+
+
+async def test_the_clients_example_of_the_readme_runs(system: DevStack, tmp_path: Path) -> None:
+    assert (await run_example("GenerationClient", system, tmp_path)).strip()
     assert (tmp_path / "circle.png").read_bytes().startswith(b"\x89PNG")
 
 
