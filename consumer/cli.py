@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import json
+import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -28,6 +30,18 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it; for SIGTERM too
 DEADLINE_MARGIN = 5.0  # seconds in which the worker's own word on the deadline may come
 
 T = TypeVar("T")
+
+
+class _Range(click.FloatRange):
+    """Numbers between two others; click takes `nan` for one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number.", param, ctx)
+        return number
+
 
 config_option = click.option(
     "--config",
@@ -140,10 +154,12 @@ def schema(config: Path | None, *, json_schema: bool, markdown: bool) -> None:
     from generation_contracts.schema import asyncapi, json_schemas
 
     if markdown:
-        click.echo(page_of(asyncapi(_settings(config).subjects)), nl=False)
+        text = page_of(asyncapi(_settings(config).subjects)).rstrip("\n")
+        _guarded(lambda: click.echo(text))
         return
     document = json_schemas() if json_schema else asyncapi(_settings(config).subjects)
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    _guarded(lambda: click.echo(text))
 
 
 @cli.group()
@@ -161,7 +177,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--seed", type=int),
         click.option(
             "--deadline",
-            type=click.FloatRange(0, 1e7, min_open=True),
+            type=_Range(0, 1e7, min_open=True),
             metavar="SECONDS",
             help="Give up after so long; else the request waits for a worker.",
         ),
@@ -513,5 +529,8 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
 
 def _fail(message: str, code: int) -> NoReturn:
     click.echo(f"consumer: {message}", err=True)
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # it is full; the interpreter would try once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

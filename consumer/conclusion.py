@@ -8,6 +8,7 @@ import structlog
 
 from consumer.admission import Job
 from consumer.job import (
+    Broken,
     Conflict,
     Decision,
     Malformed,
@@ -40,6 +41,7 @@ from generation_contracts import (
     Task,
     Timings,
     next_requests,
+    request_digest,
 )
 from generation_contracts.chains import id_of, next_link, place_of
 
@@ -95,6 +97,36 @@ class Conclusion:
         await self._settle(job, decision)
         if standing is not None:
             await self._discard_all_but(standing, job)
+        return decision
+
+    async def give_up(self, job: Job, exception: str) -> Decision | None:
+        """Put a request aside whose end has failed each time, for a reason nobody has foreseen.
+
+        Else it would come back, with everything behind it waiting, until the server gives it out
+        no more. Never raises.
+
+        Args:
+            job: Of which nobody knows how far it came.
+            exception: Name of the class of what was raised.
+
+        Returns:
+            What was carried out; None where that failed as well, or it had been settled.
+        """
+        if job.state in {State.SETTLED, State.ABANDONED}:
+            return None
+        if job.state is not State.CONCLUDING:
+            job.advance(State.CONCLUDING)
+        decision = decide(Broken(exception), attempt=job.attempt, max_attempts=job.attempt)
+        try:
+            await self._put_aside(job, decision)
+            try:
+                await self._announce_the_bare_failure(job, decision)
+            except Exception:
+                log.exception("not_announced")
+            await self._settle(job, decision)
+        except Exception:
+            log.exception("not_given_up")
+            return None
         return decision
 
     def event_fields(self, job: Job) -> dict[str, Any]:
@@ -174,7 +206,8 @@ class Conclusion:
         except InvalidRequest as error:
             link = next_link(job.request, job.request_id)
             task = Task(job.request.then[0].task)
-            await self._break_chain(job, task, link, Malformed(str(error), error.problems))
+            why = Malformed(str(error), error.problems)
+            await self._break_chain(job, task, link, why, job.digest)
             return
         for task, request in following:
             await self._queue(job, task, request)
@@ -191,12 +224,19 @@ class Conclusion:
             )
         except MessageTooLarge:
             wrong = Malformed("the next request is too large for the bus")
-            await self._break_chain(job, task, request.chain, wrong)
+            await self._break_chain(job, task, request.chain, wrong, request_digest(request))
         except QueueFull:
-            await self._break_chain(job, task, request.chain, QueueIsFull())
+            full, digest = QueueIsFull(), request_digest(request)
+            await self._break_chain(job, task, request.chain, full, digest)
 
-    async def _break_chain(self, job: Job, task: Task, link: ChainLink, why: Outcome) -> None:
-        """End a chain at a step that cannot be queued, in the name of that step."""
+    async def _break_chain(
+        self, job: Job, task: Task, link: ChainLink, why: Outcome, digest: str
+    ) -> None:
+        """End a chain at a step that cannot be queued, in the name of that step.
+
+        Its digest is what the step asks for: should it be queued after all, because the step before
+        has come again, it is the same request, and gets this end.
+        """
         failure = decide(why, attempt=1, max_attempts=1).failure
         if failure is None or job.request is None:
             raise AssertionError(f"{why} ends no chain")
@@ -209,7 +249,7 @@ class Conclusion:
             attempt=1,
             metadata=job.request.metadata,
             chain=ChainPlace(id=link.id, step=link.step, of=link.step + len(job.request.then) - 1),
-            request_digest=job.digest,
+            request_digest=digest,
             failure=failure,
         )
         log.warning("chain_broken", chain=link.id, step=link.step, code=str(failure.code))

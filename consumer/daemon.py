@@ -117,7 +117,7 @@ class Daemon:
             return await self._life
         except asyncio.CancelledError:
             log.warning("stopped_before_drained", running=self._execution is not None)
-            return 0 if self._failure is None else _exit_code(self._failure)
+            return self._code if self._failure is None else _exit_code(self._failure)
         except Exception as error:  # noqa: BLE001 - each of them is an exit code
             return _exit_code(error)
         finally:

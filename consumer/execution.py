@@ -196,8 +196,9 @@ class Execution:
         held = [job for job in self._jobs if job.request_id == request_id]
         in_time = [job for job in held if job.state not in _AT_THE_END]
         for job in in_time:
-            job.interrupt.set(Reason.CANCEL)
+            # First the note: whoever gets the request from this worker looks for it.
             await job.delivery.withdraw()
+            job.interrupt.set(Reason.CANCEL)
         if not held:
             return None
         return Grip.STOPPING if in_time else Grip.ENDING
@@ -228,9 +229,11 @@ class Execution:
                 if await self._give_back(job):
                     decision = self._decide(job, outcomes.Draining())
                 raise
-            except Exception:
+            except Exception as error:
                 # Nobody knows how far it came: the lease runs out and the request comes again.
                 log.exception("job_abandoned")
+                if job.attempt > self._limits.max_attempts:
+                    decision = await self._conclusion.give_up(job, type(error).__name__)
             finally:
                 self._jobs.remove(job)
                 job.over.set()
@@ -294,12 +297,19 @@ class Execution:
     async def _read_notes(self, job: Job) -> None:
         if job.place.in_company:
             # If the worker dies now, it may be of another one: what waits behind a request that
-            # kills three workers must not be put aside with it.
+            # kills three workers must not be put aside with it. `_be_alone` ends that.
             await job.delivery.discount()
         job.releases = await job.delivery.releases()
         job.withdrawn = await job.delivery.withdrawn()
         if job.withdrawn:
             job.interrupt.set(Reason.CANCEL)
+
+    async def _be_alone(self, job: Job) -> None:
+        """Let those leave who were in hand before a suspect: what happens then is its own doing."""
+        if job.place.suspect and job.place.in_company:
+            await job.interrupt.during(self._turns.alone(job.place))
+            await job.delivery.count()
+            job.releases = await job.delivery.releases()
 
     def _read(self, job: Job) -> Request:
         job.request = request = self._admission.request(job.delivery)
@@ -314,14 +324,14 @@ class Execution:
 
     async def _wait_for_its_twin(self, job: Job) -> None:
         """Let an earlier copy of the request come to its end: its result is then looked for."""
-        for other in self._jobs:
-            if other is job:
-                return
+        # A copy of the list: those that end meanwhile are taken out of it.
+        for other in self._jobs[: self._jobs.index(job)]:
             if other.request_id == job.request_id:
                 await job.interrupt.during(other.over.wait())
 
     async def _admit(self, job: Job, request: Request) -> "list[Image]":
         await self._look_for_result(job)
+        await self._be_alone(job)
         if job.attempt > self._limits.max_attempts and not job.withdrawn:
             raise TooManyDeliveries
         if request.deadline is not None and request.deadline <= datetime.now(UTC):

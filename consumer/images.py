@@ -30,6 +30,10 @@ _MAX_JPEG_SCANS = 100
 _MAX_JPEG_EXIF_SEGMENTS = 500
 _MAX_JPEG_MARKERS = 5_000  # chance alone finds 1,000 in 1 MB of a colour profile
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # all but restarts, which pictures repeat
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNK = 12  # bytes, without its data
+_MAX_PNG_CHUNKS = 20_000  # 20 MB in chunks of 1 KB
+_MAX_PNG_PROFILES = 8  # there may be one; chance finds its name once in 4 GB
 _WHITE = (255, 255, 255, 255)
 # Of one value in a file's metadata. A JPEG segment has room for 65,533 bytes, and a character needs
 # up to 12 in JSON: so two prompts and a few short values fit, whatever they are written in.
@@ -97,6 +101,7 @@ class ImageCodec:
         if len(data) > self._max_bytes:
             raise InputUnavailable(f"the image has more than {self._max_bytes} bytes")
         _check_jpeg(data)
+        _check_png(data)
         try:
             with Image.open(BytesIO(data), formats=_FORMATS) as opened:
                 self._check(opened)
@@ -186,6 +191,25 @@ class ImageCodec:
 def _fit_to_be_said(value: str) -> str:
     value = _UNPRINTABLE.sub("", value)
     return value if len(value) <= MAX_SAID else value[: MAX_SAID - 1] + _CUT_SHORT
+
+
+def _check_png(data: bytes) -> None:
+    """Refuse a PNG that costs out of all proportion to its size.
+
+    Pillow inflates each colour profile to a megabyte, out of a thousandth of that, and counts none
+    of them.
+    """
+    if not data.startswith(_PNG_SIGNATURE):
+        return
+    at = len(_PNG_SIGNATURE)
+    for _ in range(_MAX_PNG_CHUNKS):
+        if at >= len(data):
+            break
+        at += _PNG_CHUNK + int.from_bytes(data[at : at + 4])
+    else:
+        raise InputUnavailable("the image has too many PNG chunks")
+    if data.count(b"iCCP") > _MAX_PNG_PROFILES:
+        raise InputUnavailable("the image has too many PNG chunks")
 
 
 def _check_jpeg(data: bytes) -> None:

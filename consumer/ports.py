@@ -87,10 +87,13 @@ class Delivery(Protocol):
         """
 
     async def discount(self) -> None:
-        """Note that this delivery is no try, whatever becomes of it. Never raises."""
+        """Note that this delivery is no try, unless `count` says that it is. Never raises."""
+
+    async def count(self) -> None:
+        """Note that this delivery is a try after all, unless it is released. Never raises."""
 
     async def releases(self) -> int:
-        """How many deliveries of the request were released or discounted."""
+        """How many deliveries of the request were no tries."""
 
     async def withdraw(self) -> None:
         """Note that it is cancelled, for the next worker should this one die. Never raises."""

@@ -177,7 +177,8 @@ class Turns:
 
         Args:
             suspect: Its last worker may have died of it. Until it is settled there is no room for
-                others: should this worker die as well, it is known of whom.
+                others, and it goes on once it is `alone`: should this worker die as well, it is
+                known of whom.
         """
         place = Place(self, suspect=suspect, in_company=bool(self._in_hand))
         self._in_hand.add(place)
@@ -201,11 +202,19 @@ class Turns:
             and not any(place.suspect for place in self._in_hand)
         )
 
+    async def alone(self, place: Place) -> None:
+        """Wait until all others have left. A suspect lets nobody in meanwhile."""
+        while self._in_hand != {place}:
+            self._changed.clear()
+            await self._changed.wait()
+
     def waits_behind_another(self, place: Place) -> bool:
         """Whether a place is not the next one, or the device is not free."""
         if place not in self._waiting:
             return False
-        return self._closed or self._turn is not None or place != self._waiting[0]
+        lets_others_leave = place.suspect and self._in_hand != {place}
+        taken = self._closed or self._turn is not None
+        return taken or lets_others_leave or place != self._waiting[0]
 
     def close(self) -> None:
         """Give the device to nobody any more: it is lost."""

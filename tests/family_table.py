@@ -27,6 +27,7 @@ class Family:
         multiple: Both sides of a picture must be multiples of it, in pixels.
         largest: Side, in pixels; None: only the area is limited.
         adapters: Whether LoRA adapters can be loaded into it.
+        least: Denoising steps that a request may ask for.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Family:
     multiple: int
     largest: int | None = None
     adapters: bool = True
+    least: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -206,6 +208,7 @@ FAMILIES = (
         title="Qwen-Image",
         name="qwen_image",
         pipeline="QwenImagePipeline",
+        least=2,
         steps=50,
         guidance="true_cfg_scale",
         scale=4.0,

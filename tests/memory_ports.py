@@ -134,16 +134,22 @@ class MemoryDelivery:
         await self._settle("nak")
 
     async def release(self) -> None:
-        await self.discount()
+        if not self.queue.outage.away:  # the real one notes it soon or not at all
+            self.queue.released[self.stream_sequence].add(self.attempt)
         await self._settle("release")
 
     async def discount(self) -> None:
-        if not self.queue.outage.away:  # the real one notes it soon or not at all
-            self.queue.released[self.stream_sequence].add(self.attempt)
+        if not self.queue.outage.away:
+            self.queue.discounted[self.stream_sequence].add(self.attempt)
+
+    async def count(self) -> None:
+        if not self.queue.outage.away:
+            self.queue.discounted[self.stream_sequence].discard(self.attempt)
 
     async def releases(self) -> int:
         await self.queue.outage.over()
-        return len(self.queue.released[self.stream_sequence])
+        number = self.stream_sequence
+        return len(self.queue.released[number] | self.queue.discounted[number])
 
     async def withdraw(self) -> None:
         if not self.queue.outage.away:  # as with a release
@@ -195,6 +201,7 @@ class MemoryQueue:
         in_hand: The deliveries whose leases have not run out; at most one of each message.
         stranded: The last deliveries of messages that come no more, and stay in the stream.
         released: The attempts that were given back on purpose, by sequence.
+        discounted: The attempts that were in hand with others to their end, by sequence.
         withdrawn: Sequences of what was cancelled in a worker's hands.
     """
 
@@ -205,6 +212,7 @@ class MemoryQueue:
         self.in_hand: list[MemoryDelivery] = []
         self.stranded: list[MemoryDelivery] = []
         self.released: defaultdict[int, set[int]] = defaultdict(set)
+        self.discounted: defaultdict[int, set[int]] = defaultdict(set)
         self.withdrawn: set[int] = set()
         self._journal = journal
         self._last = 0

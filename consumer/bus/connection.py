@@ -28,10 +28,11 @@ class BusUnavailable(Unavailable):
 
 
 class _Client(Client):
-    """nats-py with two faults mended.
+    """nats-py with three faults mended.
 
     What it cannot decode ends its read loop, while it still takes itself for connected: one such
-    request would come again for ever and stop the queue. And its `flush` does not wait for all.
+    request would come again for ever and stop the queue. So does the answer to a `flush` that was
+    cancelled. And its `flush` does not wait for all.
     """
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
@@ -53,6 +54,11 @@ class _Client(Client):
         readable = subject.decode(errors="replace").encode()
         message: Msg = super()._build_message(sid, readable, reply, data, headers)
         return message
+
+    async def _process_pong(self) -> None:
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()  # nobody waits for it
+        await super()._process_pong()
 
     async def flush(self, timeout: int = DEFAULT_FLUSH_TIMEOUT) -> None:  # noqa: ASYNC109 - nats-py
         """Two round trips: nats-py writes the first PING ahead of what is still to be written.

@@ -12,7 +12,7 @@ from nats.errors import Error
 from nats.js.errors import NotFoundError
 
 from consumer.bus.connection import Bus, BusUnavailable
-from consumer.bus.notes import Notes
+from consumer.bus.notes import Notes, NoTry
 from consumer.bus.standby import Standby
 from consumer.ports import Delivery
 
@@ -76,12 +76,19 @@ class JetStreamDelivery:
 
     async def release(self) -> None:
         """Give it back at once; a note says that it was no try."""
-        await self.discount()
+        await self._note(NoTry.RELEASED)
         await self.nak()
 
     async def discount(self) -> None:
-        """Note that this delivery is no try; a second note of it is harmless."""
-        await self._custody.notes.release(place_of(self), self.attempt)
+        """Note that this delivery is no try, until `count`."""
+        await self._note(NoTry.DISCOUNTED)
+
+    async def count(self) -> None:
+        """Note that it is one after all."""
+        await self._note(NoTry.COUNTED)
+
+    async def _note(self, kind: NoTry) -> None:
+        await self._custody.notes.attempt(place_of(self), self.attempt, kind)
 
     async def releases(self) -> int:
         """How many deliveries of this message were no tries; waits for the bus."""

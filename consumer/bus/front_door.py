@@ -59,6 +59,7 @@ from generation_contracts.subjects import is_request_id
 log = structlog.get_logger()
 
 SERVICE = "generation"
+EMPTY_WITHIN = 2.0  # seconds, at the end, for calls that have come; one takes a millisecond
 CANCELLATIONS = 64  # at the same time; each may wait a second for a worker's word
 
 
@@ -147,6 +148,7 @@ class FrontDoor:
         """Listen no more, and finish what has been begun. Never raises."""
         try:
             if self._service is not None:
+                await self._store_what_has_come(self._service)
                 await self._service.stop()
             if self._interrupts is not None:
                 await self._interrupts.unsubscribe()
@@ -154,6 +156,20 @@ class FrontDoor:
             log.warning("front_door_not_closed", error=type(error).__name__)
         if self._cancelling:
             await asyncio.wait(self._cancelling)
+
+    async def _store_what_has_come(self, service: Service) -> None:
+        # `stop` unsubscribes, which drops the calls that have come and were not looked at yet: no
+        # other worker gets them. Draining takes no more and handles those.
+        endpoints = service._endpoints  # noqa: SLF001 - nats-py gives no other way to them
+        subscriptions = [one._subscription for one in endpoints]  # noqa: SLF001 - the same
+        draining = {asyncio.ensure_future(one.drain()) for one in subscriptions if one is not None}
+        _, late = await asyncio.wait(draining, timeout=EMPTY_WITHIN)
+        for one in late:
+            one.cancel()
+        ends = await asyncio.gather(*draining, return_exceptions=True)
+        if any(isinstance(end, BaseException) for end in ends):
+            log.warning("calls_may_be_lost")  # the bus is away, or they were too many
+        endpoints.clear()
 
     # -- calls ------------------------------------------------------------------------------------
 

@@ -53,6 +53,9 @@ class RequestInStream:
     async def discount(self) -> None:
         """Tries are over for it."""
 
+    async def count(self) -> None:
+        """They are."""
+
     async def releases(self) -> int:
         """What was given back on purpose does not matter any more."""
         return 0

@@ -220,12 +220,15 @@ class GenerationClient:
             ServiceUnavailable: The connection is closed for good.
         """
         task = Task(task)
-        if (found := await self._stored(task, request_id)) is not None:
-            return found
-        async with asyncio.timeout(within), self._listening(task, request_id) as events:
-            async for event in events:
-                if isinstance(event, TerminalEvent):
-                    return event
+        async with asyncio.timeout(within or None) as limit:
+            if (found := await self._stored(task, request_id)) is not None:
+                return found
+            if within == 0:
+                limit.reschedule(0.0)
+            async with self._listening(task, request_id) as events:
+                async for event in events:
+                    if isinstance(event, TerminalEvent):
+                        return event
         raise AssertionError("events end with a terminal one")
 
     async def cancel(self, request_id: str) -> CancelReply:

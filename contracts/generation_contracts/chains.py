@@ -10,6 +10,8 @@ from generation_contracts.artifacts import ArtifactReference, ImageArtifact, Tex
 from generation_contracts.base import Task
 from generation_contracts.events import ChainPlace, SucceededEvent
 from generation_contracts.requests import (
+    MAX_BRANCH,
+    MAX_CHAIN,
     MAX_PROMPT,
     ChainLink,
     ImageToTextRequest,
@@ -30,23 +32,33 @@ KEPT_OF_ID = 40  # characters of a chain's id, where it is too long to be follow
 def check_slip(request: Request) -> None:
     """See whether every step of a routing slip can be made from the one before it.
 
+    Where the request says that it stands in a chain, from there: senders can say so too.
+
     Raises:
         InvalidRequest: Names the step.
     """
     pictures = request.num_images if isinstance(request, TextToImageRequest) else 0
     branches = 1
+    longest = request.chain.branch if request.chain is not None else ""
+    if request.chain is not None and request.chain.step + len(request.then) > MAX_CHAIN + 1:
+        problem = f"the chain would have more than {MAX_CHAIN + 1} steps"
+        raise InvalidRequest(f"then: {problem}", ({"field": "then", "problem": problem},))
     for index, step in enumerate(request.then):
         if TEXT in step.prompt and pictures:
             raise _wrong(index, "prompt", f"{TEXT} follows a step that makes pictures")
         if isinstance(step, ImageToTextStep):
             if step.images == OUTPUTS and not pictures:
                 raise _wrong(index, "images", f"{OUTPUTS} follows a step that makes a text")
-            branches *= pictures if _splits(step) else 1
+            if _splits(step) and pictures > 1:
+                branches *= pictures
+                longest = _branch(longest, pictures - 1)
             pictures = 0
         else:
             pictures = step.num_images
         if branches > MAX_BRANCHES:
             raise _wrong(index, "each", f"would make more than {MAX_BRANCHES} requests")
+        if len(longest) > MAX_BRANCH:
+            raise _wrong(index, "each", "the chain has split too often")
 
 
 def place_of(request: Request, request_id: str) -> ChainPlace | None:
@@ -103,7 +115,7 @@ def next_requests(
     many = len(groups) > 1
     requests = []
     for number, group in enumerate(groups):
-        branch = f"{link.branch}-{number}".removeprefix("-") if many else link.branch
+        branch = _branch(link.branch, number) if many else link.branch
         own = _follow(link, branch)
         images = group if step.images == OUTPUTS else step.images
         requests.append(
@@ -130,6 +142,10 @@ def id_of(link: ChainLink) -> str:
 
 def _follow(link: ChainLink, branch: str) -> ChainLink:
     return ChainLink(id=link.id, step=link.step + 1, branch=branch)
+
+
+def _branch(before: str, number: int) -> str:
+    return f"{before}-{number}".removeprefix("-")
 
 
 def _splits(step: NextStep) -> bool:

@@ -36,6 +36,7 @@ MAX_SEED = 2**32 - 1  # what every random generator in use accepts, and JSON hol
 MAX_STEPS = 200
 MAX_NEW_TOKENS = 8_192
 MAX_CHAIN = 8  # requests in a routing slip, so nine steps with the first
+MAX_BRANCH = 24  # characters of a place in a chain that has split
 MAX_METADATA = 16  # entries
 MAX_ADAPTERS = 4  # in one request
 MAX_PROBLEMS = 8  # told of one invalid request
@@ -152,7 +153,7 @@ class ImageToTextParameters(RequestPart):
     top_k: Annotated[int, Field(ge=1, le=1_000)] | None = Field(
         default=None, description="drawn from so many of the likeliest tokens"
     )
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = Field(
         default=None, description="above 1, what was said before becomes less likely"
     )
     seed: Seed | None = Field(
@@ -185,7 +186,7 @@ class ImageToTextStep(ImageToTextParameters):
 NextStep = Annotated[TextToImageStep | ImageToTextStep, Field(discriminator="task")]
 
 
-Branch = Annotated[str, StringConstraints(pattern=r"^([0-9]+(-[0-9]+)*)?$", max_length=24)]
+Branch = Annotated[str, StringConstraints(pattern=r"^([0-9]+(-[0-9]+)*)?$", max_length=MAX_BRANCH)]
 
 
 class ChainLink(RequestPart):

@@ -60,7 +60,7 @@ IMAGE_TO_TEXT: dict[str, st.SearchStrategy[Any]] = {
     "temperature": st.floats(0, 10),
     "top_p": st.floats(0, 1, exclude_min=True),
     "top_k": st.integers(1, 1000),
-    "repetition_penalty": st.floats(0, 10, exclude_min=True),
+    "repetition_penalty": st.floats(0.01, 10),
     "seed": seeds,
     "stream": st.booleans(),
 }
@@ -92,7 +92,7 @@ ENVELOPE: dict[str, st.SearchStrategy[Any]] = {
     "then": st.lists(_steps, max_size=3),
     "chain": st.fixed_dictionaries(
         {"id": request_ids, "step": st.integers(1, 9)},
-        optional={"branch": st.sampled_from(["", "0", "7-12"])},
+        optional={"branch": st.sampled_from(["", "0", "7-12", "0-" * 11 + "10"])},
     ),
 }
 

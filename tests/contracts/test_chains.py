@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 
 from generation_contracts import (
     ImageToTextRequest,
@@ -23,6 +25,8 @@ from generation_contracts.examples import EVENTS
 from generation_contracts.requests import MAX_PROMPT
 from generation_contracts.subjects import is_request_id
 
+LONG = "0-" * 11 + "10"
+SPLIT = {"id": "a", "step": 2, "branch": LONG}
 DRAW = {"task": "text_to_image", "prompt": "as a woodcut: $text", "steps": 4}
 TELL = {"task": "image_to_text", "prompt": "Describe it.", "max_new_tokens": 9}
 
@@ -171,6 +175,12 @@ def test_an_empty_text_makes_no_prompt() -> None:
             ),
             "then.4.each",
         ),
+        # A sender may say that it stands in a chain already.
+        (drawing(TELL, chain={"id": "a", "step": 9}), "then"),
+        (
+            drawing({**TELL, "each": True}, num_images=2, chain=SPLIT),
+            "then.0.each",
+        ),
     ],
 )
 def test_a_slip_that_cannot_be_followed_is_refused(request_: Request, place: str) -> None:
@@ -182,3 +192,37 @@ def test_a_slip_that_cannot_be_followed_is_refused(request_: Request, place: str
 def test_a_slip_that_fans_out_to_the_limit_is_taken() -> None:
     each = {**TELL, "each": True}
     check_slip(drawing(each, {**DRAW, "num_images": 8}, each, num_images=MAX_BRANCHES // 8))
+
+
+def test_a_slip_that_goes_to_the_end_of_its_chain_is_taken() -> None:
+    check_slip(drawing(TELL, chain={"id": "a", "step": 8}))
+    check_slip(drawing({**TELL, "each": True}, num_images=1, chain=SPLIT))
+
+
+@settings(deadline=None)
+@given(
+    number=st.integers(1, 8),
+    steps=st.lists(
+        st.sampled_from([TELL, {**TELL, "each": True}, DRAW, {**DRAW, "num_images": 2}]),
+        max_size=5,
+    ),
+    chain=st.none()
+    | st.fixed_dictionaries(
+        {"id": st.just("a"), "step": st.integers(1, 9), "branch": st.sampled_from(["", "0", LONG])}
+    ),
+)
+def test_a_slip_that_is_taken_can_be_followed_to_its_end(
+    number: int, steps: list[dict[str, Any]], chain: dict[str, Any] | None
+) -> None:
+    request_ = drawing(*steps, num_images=number, chain=chain)
+    try:
+        check_slip(request_)
+    except InvalidRequest:
+        reject()
+    for step in range(len(steps) + 1):
+        many = request_.num_images if isinstance(request_, TextToImageRequest) else 0
+        following = next_requests(request_, "first", pictures(many) if many else text("t"))
+        assert bool(following) == (step < len(steps))
+        if following:
+            *_, (_, request_) = following
+            check_slip(request_)

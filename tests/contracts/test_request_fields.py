@@ -87,7 +87,7 @@ LIMITS: list[tuple[Task, str, list[Any], list[Any]]] = [  # the last good ones, 
     (IMAGE_TO_TEXT, "temperature", [0, 10], [-0.1, 10.1]),
     (IMAGE_TO_TEXT, "top_p", [1e-9, 1], [0, 1.001]),
     (IMAGE_TO_TEXT, "top_k", [1, 1000], [0, 1001]),
-    (IMAGE_TO_TEXT, "repetition_penalty", [1e-9, 10], [0, 10.1]),
+    (IMAGE_TO_TEXT, "repetition_penalty", [0.01, 10], [0, 1e-9, 10.1]),
     *(
         (task, field, good, bad)
         for task in Task

@@ -241,7 +241,7 @@ def test_settings_are_settings() -> None:
 def test_daemons_have_time_to_drain() -> None:
     grace = Settings.model_fields["consumer_drain_grace"].default
     for name, service in daemons().items():
-        assert seconds(service["stop_grace_period"]) >= grace + 15, name
+        assert seconds(service["stop_grace_period"]) >= grace + 20, name
 
 
 def test_daemons_write_to_the_cache_of_models_and_tmp_only() -> None:

@@ -25,6 +25,7 @@ import pytest
 import yaml
 
 from consumer.bus.connection import CLOSE_TIMEOUT, connect
+from consumer.bus.front_door import EMPTY_WITHIN
 from consumer.composition import make_topology
 from consumer.daemon import FORCE_AFTER
 from consumer.metrics import Metrics
@@ -398,7 +399,7 @@ def test_a_model_has_time_to_load_and_a_hanging_one_is_left_to_the_daemon() -> N
 
 
 def test_a_pod_has_time_to_drain() -> None:
-    closing = 2 * CLOSE_TIMEOUT + FLUSH_WITHIN / 1000 + SHUTDOWN_TIMEOUT
+    closing = EMPTY_WITHIN + 2 * CLOSE_TIMEOUT + FLUSH_WITHIN / 1000 + SHUTDOWN_TIMEOUT
     grace = float(base_settings()["CONSUMER_DRAIN_GRACE"])
     for overlay in ("overlays/cpu", "overlays/production"):
         assert "CONSUMER_DRAIN_GRACE" not in literals(overlay)

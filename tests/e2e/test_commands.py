@@ -199,6 +199,27 @@ def test_a_model_that_cannot_be_loaded_ends_with_70_and_takes_nothing(
     assert "job_started" not in events
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "consumer", "schema"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["nan", "0", "-1", "inf"])
+def test_deadline_that_is_none_is_refused(seconds: str) -> None:
+    done = consumer("request", "text-to-image", "a", "--deadline", seconds)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
 def test_schema_prints_json() -> None:
     assert json.loads(consumer("schema").stdout)["asyncapi"] == "3.0.0"
     assert "TextToImageRequest" in json.loads(consumer("schema", "--json-schema").stdout)

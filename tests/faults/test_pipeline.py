@@ -1,5 +1,6 @@
 """Several deliveries in one worker's hands: what runs beside what, and what becomes of them."""
 
+import asyncio
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ from tests.faults.holding import GO, ON
 from tests.faults.scene import Scene
 from tests.faults.seen import until_in_hand
 
+ATTEMPTS = 3  # CONSUMER_MAX_ATTEMPTS
 POISON_STEPS = 30  # its worker dies with the last one
 LONG = 200  # steps; two seconds of the quick model
 
@@ -158,6 +160,23 @@ async def test_lost_device_is_given_to_no_other(scene: Scene) -> None:
         assert (await scene.event(one))["type"] == "generation.v1.succeeded"
 
 
+async def test_lost_device_is_told_by_the_exit_code_however_the_end_comes(scene: Scene) -> None:
+    worker = await scene.start("device_lost", CONSUMER_DRAIN_GRACE="0.1")
+    (scene.folder / "lose").touch()
+    await scene.submit(prompt="harmless", steps=LONG)
+    await scene.noted("runs")
+    await scene.submit()
+    await until_in_hand(scene, worker, 2)
+    await asyncio.to_thread(scene.stack.nats.kill)
+    try:
+        # The event of the first waits for NATS until it is cut off; the second loses the device.
+        assert await scene.ended(worker) == EXIT_DEVICE_LOST
+        assert '"stopped_before_drained"' in worker.log_since_start()
+    finally:
+        await asyncio.to_thread(scene.stack.nats.start)
+        await asyncio.to_thread(scene.stack.nats.wait_ready)
+
+
 async def test_waiting_one_is_cancelled_without_a_run(scene: Scene) -> None:
     worker = await scene.start("held_in_run")
     running = await scene.submit()
@@ -191,4 +210,24 @@ async def test_what_waits_behind_a_poison_is_not_put_aside_with_it(scene: Scene)
         assert (await scene.event(one))["type"] == "generation.v1.succeeded"
     for one in poisons:
         assert (await scene.event(one))["failure"]["code"] == "worker_lost"
-    assert deaths == sum(scene.runs().count(one) for one in poisons)
+    runs = [scene.runs().count(one) for one in poisons]
+    assert deaths == sum(runs)
+    assert max(runs) <= ATTEMPTS
+
+
+@pytest.mark.timeout(300)  # seconds; the same
+async def test_poison_among_many_has_no_more_tries_than_alone(scene: Scene) -> None:
+    """Whoever gets it from a worker that died has others in hand, which it may not hide behind."""
+    await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="1")
+    poison = await scene.submit(prompt="poison", steps=POISON_STEPS)
+    for _ in range(60):
+        await scene.submit(steps=20)
+    while not await scene.events(poison):
+        worker = await scene.start("poison_at_its_end")
+
+        async def over(worker: Daemon = worker) -> bool:
+            return not worker.alive or bool(await scene.events(poison))
+
+        await scene.until(over, "a death, or its end")
+    assert (await scene.event(poison))["failure"]["code"] == "worker_lost"
+    assert scene.runs().count(poison) == ATTEMPTS

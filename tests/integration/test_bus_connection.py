@@ -157,6 +157,21 @@ async def test_flush_means_that_the_server_has_had_everything(nats_server: NatsS
             assert (await heard.next_msg(timeout=5)).data == b"now"
 
 
+async def test_flush_that_was_cancelled_leaves_the_connection_well(nats_server: NatsServer) -> None:
+    async with AsyncExitStack() as parts:
+        bus = await open_bus(nats_server.url, parts)
+        heard = await bus.client.subscribe("news")
+        await bus.client.flush()
+        with frozen(nats_server):
+            flushing = asyncio.create_task(bus.client.flush())
+            await asyncio.sleep(0)  # its PING is on its way
+            flushing.cancel()
+            await asyncio.wait({flushing})
+        await soon(bus.client.flush())  # behind the answer to the one before
+        await bus.client.publish("news", b"now")
+        assert (await heard.next_msg(timeout=5)).data == b"now"
+
+
 async def test_close_is_cut_short_when_a_frozen_server_takes_nothing(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,35 @@ async def test_released_request_comes_again_at_once_and_knows_of_it(
     assert await soon((await take(worker)).releases()) == 0
 
 
+async def test_delivery_that_is_discounted_is_a_try_once_it_is_counted(
+    installation: Installation,
+) -> None:
+    worker = await installation.worker()
+    await installation.publish()
+    first = await take(worker)
+    for note, releases in ((first.discount, 1), (first.count, 0), (first.release, 1)):
+        await soon(note())
+        assert await soon(first.releases()) == releases
+    again = await take(worker)
+    await soon(again.discount())
+    assert await soon(again.releases()) == 2
+    await soon(again.release())
+    assert await soon(again.releases()) == 2, "one delivery counts once, whatever is noted of it"
+
+
+async def test_second_note_of_a_delivery_counts_once_however_late(
+    installation: Installation,
+) -> None:
+    worker = await installation.worker()
+    await installation.publish()
+    delivered = await take(worker)
+    await soon(delivered.discount())
+    stream = await installation.api("STREAM.INFO.GENERATION_RELEASES", {"subjects_filter": ">"})
+    (note,) = stream["state"]["subjects"]
+    await installation.plain.jetstream().publish(note)  # as after the window of duplicates
+    assert await soon(delivered.releases()) == 1
+
+
 async def test_release_without_a_place_for_its_note_gives_back_all_the_same(
     installation: Installation,
 ) -> None:

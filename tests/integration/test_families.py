@@ -162,6 +162,16 @@ def test_sizes_that_the_family_cannot_make_are_refused(family: Family, runner: M
 
 
 @each_family
+def test_the_fewest_steps_make_a_picture_and_fewer_are_refused(
+    family: Family, runner: ModelRunner
+) -> None:
+    made(runner, num_inference_steps=family.least)
+    if family.least > 1:
+        line = refused(runner, num_inference_steps=family.least - 1)
+        assert line == f"num_inference_steps: must be at least {family.least}"
+
+
+@each_family
 def test_previews_are_small_pictures_that_change_nothing_or_are_refused(
     family: Family, runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 # mypy: allow-untyped-calls
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -144,6 +145,16 @@ def test_the_blocks_are_compiled_before_the_first_job(
     picture = made(runner)
     assert eager_compiler["unique_graphs"] == graphs
     assert largest_difference(picture, made(shared_runner(FLUX))) <= 1
+
+
+def test_a_compiled_pipeline_takes_requests_of_all_kinds(
+    model_folder: Folder, load: Load, eager_compiler: dict[str, int]
+) -> None:
+    """More kinds than the 8 graphs that torch has for one function, unless it is told otherwise."""
+    runner = load(model_folder("z_image"), compile=True, defaults={"width": 128, "height": 128})
+    for guidance_scale, number in itertools.product((5.0, 0.0), (1, 2, 3)):
+        made(runner, guidance_scale=guidance_scale, num_images=number, num_inference_steps=2)
+    assert eager_compiler["unique_graphs"] > 8
 
 
 @pytest.mark.parametrize(("given", "whole"), [({}, True), ({"step_cache": 0.9}, False)])

@@ -361,6 +361,19 @@ def test_no_character_is_told_before_it_is_whole(
     assert "".join(parts) == whole
 
 
+def test_a_token_that_the_tokenizer_does_not_have_adds_nothing(runner_of: RunnerOf) -> None:
+    """Models have some rows more than there are tokens, and may draw one of them."""
+    deltas = importlib.import_module("consumer.runners.image_to_text.deltas")
+    torch = importlib.import_module("torch")
+    tokenizer = inner(runner_of("qwen2_vl"))._processor.tokenizer
+    parts: list[str] = []
+    growing = deltas.Deltas(tokenizer, parts.append)
+    growing.put(torch.tensor([[0]]))
+    for token in (*tokenizer("a", add_special_tokens=False)["input_ids"], len(tokenizer) + 9):
+        growing.put(torch.tensor([token]))
+    assert parts == ["a"]
+
+
 def test_the_rest_of_a_text_that_ends_within_a_character_is_told_at_the_end(
     runner_of: RunnerOf,
 ) -> None:

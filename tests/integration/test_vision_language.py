@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,9 @@ from consumer.ports import (
 )
 from consumer.runners import ModelRunner
 from consumer.runners.device import Placement
+from consumer.runners.faults import BadOutput
 from consumer.runners.image_to_text import vision_language
+from consumer.runners.image_to_text.rows import Numbers
 from generation_contracts import ArtifactReference, ImageToTextRequest, Task
 from tests.tiny_models import Folder, Load
 
@@ -367,6 +370,20 @@ def test_scores_that_are_not_numbers_are_an_error(
         inner(runner)._model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="scores that are not numbers"):
         written(runner, temperature=temperature)
+
+
+def test_scores_that_are_infinite_are_an_error_unless_they_rule_a_token_out() -> None:
+    scores = torch.tensor([[0.0, -math.inf]])
+    assert Numbers()(None, scores) is scores
+    with pytest.raises(BadOutput, match="scores that are not numbers"):
+        Numbers()(None, -scores)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-6])
+def test_the_smallest_values_that_a_request_may_have_make_a_text(
+    temperature: float, qwen: ModelRunner
+) -> None:
+    assert written(qwen, temperature=temperature, repetition_penalty=0.01, seed=1).text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
@@ -9,7 +11,7 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from generation_contracts import Task
-from tests.faults.scene import Scene
+from tests.faults.scene import WITHIN, Scene
 from tests.services.conftest import Caller, NewCaller
 
 SUCCEEDED = "generation.v1.succeeded"
@@ -163,6 +165,27 @@ async def test_a_caller_that_is_gone_finds_its_result_in_the_stream(
     await caller.client.close()
     (scene.folder / "run.go").touch()
     assert (await scene.event("left"))["type"] == SUCCEEDED
+
+
+async def test_calls_that_a_worker_has_not_looked_at_when_it_ends_are_stored(
+    scene: Scene, caller: Caller
+) -> None:
+    worker = await scene.start()
+    os.kill(worker.pid, signal.SIGSTOP)
+    inbox = caller.client.new_inbox()
+    answers = await caller.client.subscribe(f"{inbox}.*")
+    calls = {f"call-{number}" for number in range(100)}
+    for one in sorted(calls):
+        body = json.dumps({"prompt": "a", "request_id": one, "steps": 1}).encode()
+        await caller.client.publish(scene.subjects.call(scene.task), body, reply=f"{inbox}.{one}")
+    await caller.client.flush()
+    worker.signal(signal.SIGTERM)
+    os.kill(worker.pid, signal.SIGCONT)
+    assert await scene.ended(worker) == 0
+    await scene.start()
+    answered = [json.loads((await answers.next_msg(WITHIN)).data) for _ in calls]
+    assert {event["request_id"] for event in answered} == calls
+    assert {event["type"] for event in answered} == {SUCCEEDED}
 
 
 async def test_a_full_queue_is_told_at_once(scene: Scene, caller: Caller) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from typing import Any
 
 import pytest
@@ -29,8 +29,8 @@ from generation_contracts import (
     Task,
 )
 from tests.behaviour import asking, failure, soon
-from tests.memory_ports import POLL, Hold, Run, ScriptedRunner, make
-from tests.memory_world import MemoryWorld
+from tests.memory_ports import POLL, Hold, Run, ScriptedRunner, make, raising
+from tests.memory_world import MemoryWorld, Worlds
 
 TOGETHER = 3
 HELD_UP = 0.3  # seconds
@@ -306,6 +306,115 @@ async def test_second_copy_in_the_same_hands_waits_for_the_first_and_is_not_run(
     assert len(world.runner.runs) == 1
     assert world.observer.outcomes == ["succeeded", "already_done"]
     assert await world.left() == 0
+
+
+async def serve(world: MemoryWorld, wanted: Callable[[], Awaitable[bool]]) -> None:
+    """Take deliveries as the daemon does, as long as it is not as wanted."""
+    handling: set[asyncio.Task[int | None]] = set()
+    while not await wanted():
+        room = asyncio.ensure_future(world.execution.room())
+        await asyncio.wait({room, *handling}, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
+        if room.done() and world.queue.waiting:
+            handling.add(asyncio.create_task(world.work()))
+            await asyncio.sleep(0)  # it takes its place
+        room.cancel()
+    await soon(asyncio.gather(*handling))
+
+
+async def test_three_copies_of_a_request_that_fails_at_first_do_not_wait_for_each_other(
+    make_world: Worlds,
+) -> None:
+    world = await make_world(runner=BatchingRunner(), bounds=Bounds(in_flight=10, together=2))
+    hold = world.runner.will_hold(then=raising(lambda: ModelError("Once")))
+    for _ in range(3):
+        await world.send(asking("a", width=64))
+    first = asyncio.create_task(world.work())
+    await soon(hold.begun())
+    others = [asyncio.create_task(world.work()) for _ in range(2)]
+    await asyncio.sleep(0)  # they take their places
+    hold.release()
+
+    async def all_done() -> bool:
+        return await world.left() == 0
+
+    await soon(serve(world, all_done))
+    await soon(asyncio.gather(first, *others))
+    assert isinstance(await world.result("a"), SucceededEvent)
+    assert sorted(world.observer.outcomes) == ["already_done"] * 2 + ["given_back", "succeeded"]
+
+
+# -- those whose workers may have died of them ----------------------------------------------------
+
+
+async def test_one_that_raises_beside_an_output_that_waits_has_three_tries(
+    make_world: Worlds,
+) -> None:
+    world = await make_world(bounds=Bounds(in_flight=3))
+    world.runner.will(make, *[raising(lambda: ModelError("Always"))] * 30)
+    world.store.begin()
+    for request_id in ("good", "bad"):
+        await world.send(asking(request_id))
+    waiting = world.artifacts.tries
+
+    async def ended() -> bool:
+        return await world.left() == 0
+
+    good, bad = (asyncio.create_task(world.work()) for _ in range(2))
+    await soon(waiting.until(1))
+    await soon(bad)
+    again = asyncio.create_task(world.work())
+    await soon(waiting.more(2))
+    assert len(world.runner.runs) == 2, "it waits until the other has left"
+    world.store.end()
+    await soon(asyncio.gather(good, again))
+    await soon(serve(world, ended))
+    assert [run.request.request_id for run in world.runner.runs] == ["good", "bad", "bad", "bad"]
+    assert failure(await world.result("bad")) == "model_error"
+
+
+async def test_death_counts_once_a_suspect_is_alone_and_not_before(make_world: Worlds) -> None:
+    world = await make_world(bounds=Bounds(in_flight=3))
+    hold = world.runner.will_hold()
+    for request_id in ("other", "suspect"):
+        await world.send(asking(request_id))
+    other = asyncio.create_task(world.work())
+    await soon(hold.begun())
+    world.queue.run_out(world.queue.take())  # its first worker has died
+    suspect = world.queue.take()
+    handling = asyncio.create_task(world.execution.handle(suspect))
+    await soon(world.events.asked.until(2))
+    assert await suspect.releases() == 1, "should this worker die now, it may be of the other"
+    second = world.runner.will_hold()
+    hold.release()
+    await soon(other)
+    await soon(second.begun())
+    assert await suspect.releases() == 0
+    second.release()
+    await soon(handling)
+    assert world.observer.outcomes == ["succeeded", "succeeded"]
+
+
+async def test_suspect_that_waits_for_others_can_be_cancelled_and_given_back(
+    make_world: Worlds,
+) -> None:
+    for stop, outcome in ((Reason.CANCEL, "cancelled"), (Reason.DRAIN, "given_back")):
+        world = await make_world(bounds=Bounds(in_flight=3))
+        world.store.begin()
+        for request_id in ("other", "suspect"):
+            await world.send(asking(request_id))
+        other = asyncio.create_task(world.work())
+        await soon(world.artifacts.tries.until(1))  # it has left the device
+        world.queue.run_out(world.queue.take())
+        handling = asyncio.create_task(world.work())
+        await soon(world.events.asked.until(2))
+        if stop is Reason.DRAIN:
+            world.execution.give_back_what_waits()
+        else:
+            await world.execution.withdraw("suspect")
+        await soon(handling)
+        world.store.end()
+        await soon(other)
+        assert world.observer.outcomes == [outcome, "succeeded"]
 
 
 async def one_behind_another(world: MemoryWorld, first: Hold) -> list["asyncio.Task[int | None]"]:

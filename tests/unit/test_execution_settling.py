@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
+from unittest.mock import AsyncMock
 
 import pytest
 
 from consumer import execution
-from consumer.ports import DeviceLost, ModelError
+from consumer.ports import DeviceLost, ModelError, QueueFull
 from consumer.run import Reason
 from generation_contracts import (
     CancelledEvent,
@@ -17,6 +18,7 @@ from generation_contracts import (
     SucceededEvent,
     Task,
     decode_request,
+    encode,
     request_digest,
 )
 from tests.behaviour import INBOX, asking, failure, soon, while_running
@@ -257,6 +259,37 @@ async def test_request_whose_event_cannot_be_stored_is_left_unsettled(
     assert isinstance(await world.result("a"), SucceededEvent)
 
 
+async def test_request_whose_end_fails_each_time_is_put_aside(
+    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else everything would wait behind it until the server gives it out no more."""
+    monkeypatch.setattr(world.events, "reply", AsyncMock(side_effect=RuntimeError("odd")))
+    await world.send(asking(reply_to=INBOX))
+    for _ in range(4):
+        await soon(world.work())
+        world.queue.run_out_leases()
+    assert world.observer.outcomes == ["abandoned"] * 3 + ["internal"]
+    assert world.settlements == ["term internal"]
+    ((letter, _),) = await world.dead_letters()
+    assert letter.code == "internal"
+    assert isinstance(await world.result("a"), SucceededEvent), "the event that stands, stands"
+    assert len(world.queue) == 0
+
+
+async def test_what_cannot_even_be_put_aside_is_left_to_its_lease(
+    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = AsyncMock(side_effect=RuntimeError("odd"))
+    monkeypatch.setattr(world.events, "reply", broken)
+    monkeypatch.setattr(world.events, "dead_letter", broken)
+    await world.send(asking(reply_to=INBOX))
+    for _ in range(5):
+        await soon(world.work())
+        world.queue.run_out_leases()
+    assert world.observer.outcomes == ["abandoned"] * 5
+    assert len(world.queue) == 1
+
+
 async def test_settlement_that_fails_leaves_the_stored_event_to_answer_for_it(
     world: MemoryWorld,
 ) -> None:
@@ -441,3 +474,21 @@ async def test_second_attempt_at_a_failed_request_gets_the_failure(world: Memory
     await soon(world.work())
     assert world.events.replies == [(INBOX, event)]
     assert world.runner.runs == []
+
+
+async def test_step_that_found_no_place_in_the_queue_is_the_same_request_later(
+    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slip = [{"task": "text_to_image", "prompt": "as a woodcut"}]
+    with monkeypatch.context() as full:
+        full.setattr(world.events, "publish_request", AsyncMock(side_effect=QueueFull))
+        await world.send(asking(reply_to=INBOX, then=slip))
+        await soon(world.work())
+    await world.send(asking(reply_to=INBOX, then=slip))  # the same again: now there is room
+    await soon(world.work())
+    ((_, following, _),) = world.events.requests
+    await world.send(encode(following), headers={"Reply-To": INBOX})
+    await soon(world.work())
+    told = [event for _, event in world.events.replies]
+    assert [failure(event) for event in told] == ["queue_full", "queue_full"]
+    assert world.observer.outcomes == ["succeeded", "already_done", "already_done"]

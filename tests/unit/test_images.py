@@ -356,6 +356,23 @@ def test_a_jpeg_with_endless_segments_is_refused(marker: int, limit: int) -> Non
     assert refusal(many) == "the image has too many JPEG segments"
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "limit"),
+    [
+        (b"iCCP", b"x\0\0" + zlib.compress(bytes(2**20)), 8),  # a thousandth of what it becomes
+        (b"teXt", b"", 19_000),
+    ],
+)
+def test_a_png_with_endless_chunks_is_refused(name: bytes, data: bytes, limit: int) -> None:
+    plain = as_file(picture())
+    after = plain.index(b"IDAT") - 4
+    sealed = zlib.crc32(name + data).to_bytes(4)
+    chunk = len(data).to_bytes(4) + name + data + sealed
+    few, many = (plain[:after] + chunk * count + plain[after:] for count in (limit, limit + 1_000))
+    assert CODEC.decode(few).size == (40, 24)
+    assert refusal(many) == "the image has too many PNG chunks"
+
+
 def test_a_refusal_says_nothing_of_the_machine(tmp_path: Path) -> None:
     for data in (b"x", as_file(picture())[:60], as_file(picture(), "GIF")):
         assert "/" not in refusal(data)

@@ -67,8 +67,15 @@ def test_greedy_has_no_temperature_and_no_seed(fields: dict[str, Any]) -> None:
     }
 
 
-def test_a_temperature_of_zero_makes_a_sampling_model_greedy() -> None:
-    assert sampled(SAMPLING, temperature=0.0).options["do_sample"] is False
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 9e-7])
+def test_a_temperature_of_nothing_makes_a_sampling_model_greedy(temperature: float) -> None:
+    made = sampled(SAMPLING, temperature=temperature)
+    assert made.options["do_sample"] is False
+    assert made.parameters["temperature"] == 0
+
+
+def test_the_least_temperature_that_models_have_is_sampled() -> None:
+    assert sampled(SAMPLING, temperature=1e-6).options["do_sample"] is True
 
 
 @pytest.mark.parametrize("fields", [{"top_p": 0.9}, {"top_k": 5}])

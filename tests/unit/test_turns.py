@@ -259,6 +259,25 @@ async def test_no_room_beside_one_that_may_have_killed_its_worker() -> None:
     assert turns.join(suspect=True).in_company
 
 
+async def test_one_that_may_have_killed_its_worker_waits_until_it_is_alone() -> None:
+    turns = Turns(Bounds(in_flight=3))
+    first, second, suspect = turns.join(), turns.join(), turns.join(suspect=True)
+    alone = asyncio.ensure_future(turns.alone(suspect))
+    room = asyncio.ensure_future(turns.room())
+    second.leave()
+    await settle_down()
+    assert not alone.done()
+    assert turns.waits_behind_another(suspect)
+    first.leave()
+    await settle_down()
+    assert alone.done()
+    assert not turns.waits_behind_another(suspect)
+    assert not room.done()
+    suspect.leave()
+    await settle_down()
+    assert room.done()
+
+
 # -- who is next is told to the thread before the device is free ----------------------------------
 
 

@@ -40,7 +40,8 @@ class Deltas(BaseStreamer):
             self._is_prompt = False
             return
         self._tokens += value.tolist()
-        if _BYTE.match(self._tokenizer.convert_ids_to_tokens(self._tokens[-1])):
+        # None for an id behind the vocabulary: models have some rows more than their tokenizers.
+        if _BYTE.match(self._tokenizer.convert_ids_to_tokens(self._tokens[-1]) or ""):
             return
         before = written_text(self._tokenizer, self._tokens[: self._known])
         text = written_text(self._tokenizer, self._tokens)

@@ -1,5 +1,6 @@
 """The rows of one `generate`: where each text ends, and whom its tokens are told."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,6 @@ class Numbers(LogitsProcessor):
 
     def __call__(self, _: Any, scores: Any) -> Any:
         """Give the scores back as they are."""
-        if torch.isnan(scores).any():
+        if not (scores < math.inf).all():  # -inf is a token that is ruled out
             raise BadOutput("the model made scores that are not numbers")
         return scores

@@ -12,6 +12,9 @@ from generation_contracts.requests import ImageToTextParameters
 
 NEW_TOKENS = 512  # the most that a text has where neither the request nor the model says
 SEEDS = 2**32
+# Below it the scores, which are divided by it, may be more than a float32 holds; on cuda, sampling
+# from such ends the process's device. Models that mean greedy have this one themselves.
+LEAST_TEMPERATURE = 1e-6
 
 # What transformers does where a model's generation_config.json says nothing.
 _LIBRARY: Mapping[str, int | float] = {
@@ -79,15 +82,17 @@ class Sampling:
     def of(cls, request: ImageToTextRequest, defaults: Mapping[str, Any]) -> "Sampling":
         """What a request asks for.
 
-        A temperature of 0 would raise in transformers: it is greedy here, and then `top_p`, `top_k`
-        and `seed` choose nothing. A request that gives `top_p` or `top_k` to a model that is greedy
-        by default wants sampling, at the temperature 1.
+        A temperature of 0 would raise in transformers: it is greedy here, as is one of next to
+        nothing, and then `top_p`, `top_k` and `seed` choose nothing. A request that gives `top_p`
+        or `top_k` to a model that is greedy by default wants sampling, at the temperature 1.
         """
         asked = {name: getattr(request, name) for name in _LIBRARY}
         chosen = {name: defaults[name] if asked[name] is None else asked[name] for name in asked}
         wants_choice = any(asked[name] is not None for name in _CHOICE)
         if request.temperature is None and chosen["temperature"] == 0 and wants_choice:
             chosen["temperature"] = _LIBRARY["temperature"]
+        if chosen["temperature"] < LEAST_TEMPERATURE:
+            chosen["temperature"] = 0.0
         always = {"repetition_penalty": chosen["repetition_penalty"], "num_beams": 1}
         if chosen["temperature"] == 0:
             return cls({**always, "do_sample": False}, chosen, seed=None)

@@ -59,6 +59,7 @@ class Parameters:
         self._adapters = frozenset(adapters)
         self._distilled = distilled(pipe)
         self._max_side = _max_side(pipe)
+        self._least_steps = _least_steps(pipe)
         self.guidance = Guidance.of(pipe, self._known)
         self._defaults = checked_defaults(TextToImageParameters, defaults)
         self.description = self._describe(info)
@@ -78,6 +79,7 @@ class Parameters:
                 self._check_adapters(asked)
             elif name not in self.description.parameters and not _says_nothing(asked):
                 raise UnsupportedParameter(name, f"{name}: {self._family} does not have it")
+        self._check_steps(request)
         self._check_size(request)
         self._check_negative_prompt(request)
 
@@ -171,6 +173,11 @@ class Parameters:
             if name not in self._adapters:
                 raise UnsupportedParameter("adapters", f"adapters: there is no adapter {name}")
 
+    def _check_steps(self, request: TextToImageRequest) -> None:
+        if self.steps(request) < self._least_steps:
+            name = "num_inference_steps"
+            raise UnsupportedParameter(name, f"{name}: must be at least {self._least_steps}")
+
     def _check_size(self, request: TextToImageRequest) -> None:
         multiple = self.description.size_multiple or 1
         width, height = self.size(request)
@@ -260,6 +267,11 @@ def _size_multiple(pipe: Any) -> int:
     patch = patch[-1] if isinstance(patch, list | tuple) else patch
     processor = config_of(getattr(pipe, "image_processor", None)).get("vae_scale_factor", 1)
     return math.lcm(scale * int(patch), int(processor))
+
+
+def _least_steps(pipe: Any) -> int:
+    """A schedule that is stretched to a last value of its own divides 0 by 0 where it has one."""
+    return 2 if config_of(getattr(pipe, "scheduler", None)).get("shift_terminal") else 1
 
 
 def _max_side(pipe: Any) -> int | None:

@@ -56,8 +56,9 @@ class Preview:
         sigmas = pipe.scheduler.sigmas
         if before is None or index + 1 >= len(sigmas) - 1 or time.monotonic() < self._next:
             return
-        began = time.monotonic()
+        # On a GPU this waits for the step, whose time is not the preview's.
         now, earlier = float(sigmas[index + 1]), float(sigmas[index])
+        began = time.monotonic()
         estimate = latents[:1] - now * (latents[:1] - before) / (now - earlier)
         self._on_preview(self._jpeg(pipe, estimate))
         cost = time.monotonic() - began

@@ -1,4 +1,4 @@
-"""The device fails in the first run, once the test has made the mark `lose`.
+"""The device fails in the first run that is not harmless, once the test has made the mark `lose`.
 
 The exception is the one that torch raises for a sticky error.
 """
@@ -26,7 +26,7 @@ class DeviceLostOnce(QuickRunner):
 
     def step(self, request: Request, number: int) -> None:
         super().step(request, number)
-        if first_time("lost"):
+        if request.prompt != "harmless" and first_time("lost"):
             hold("lose")
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
