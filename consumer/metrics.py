@@ -3,7 +3,7 @@
 Whoever only sends requests never imports this: prometheus-client brings an HTTP server with it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 
 from prometheus_client import (
@@ -66,45 +66,33 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(name, text, ["task"], registry=self.registry).labels(task)
 
-        self._jobs = _Kinds(
-            Counter(
-                "generation_jobs",
-                "Deliveries handled, by outcome",
-                ["task", "outcome"],
-                registry=self.registry,
-            ),
-            task,
-            (*_NO_FAILURES, *map(str, FailureCode)),
+        def kinds(name: str, text: str, label: str, known: Iterable[str]) -> _Kinds:
+            made = Counter(name, text, ["task", label], registry=self.registry)
+            return _Kinds(made, task, tuple(map(str, known)))
+
+        self._jobs = kinds(
+            "generation_jobs",
+            "Deliveries handled, by outcome",
+            "outcome",
+            (*_NO_FAILURES, *FailureCode),
         )
-        self._failures = _Kinds(
-            Counter(
-                "generation_failures",
-                "Requests that ended as failed, by failure code",
-                ["task", "code"],
-                registry=self.registry,
-            ),
-            task,
-            tuple(map(str, FailureCode)),
+        self._failures = kinds(
+            "generation_failures",
+            "Requests that ended as failed, by failure code",
+            "code",
+            FailureCode,
         )
-        self._dead_letters = _Kinds(
-            Counter(
-                "generation_dead_letters",
-                "Requests put aside as dead letters, by failure code",
-                ["task", "code"],
-                registry=self.registry,
-            ),
-            task,
-            tuple(map(str, _PUT_ASIDE)),
+        self._dead_letters = kinds(
+            "generation_dead_letters",
+            "Requests put aside as dead letters, by failure code",
+            "code",
+            _PUT_ASIDE,
         )
-        self._refused_calls = _Kinds(
-            Counter(
-                "generation_refused_calls",
-                "Calls that were refused at the front door, by failure code",
-                ["task", "code"],
-                registry=self.registry,
-            ),
-            task,
-            tuple(map(str, _REFUSED)),
+        self._refused_calls = kinds(
+            "generation_refused_calls",
+            "Calls that were refused at the front door, by failure code",
+            "code",
+            _REFUSED,
         )
         self._redelivered = counter(
             "generation_redelivered_jobs", "Deliveries that were not the first of their request"
