@@ -87,6 +87,7 @@ async def test_another_client_collects_what_was_submitted(scene: Scene) -> None:
         await scene.start()
         event = await waiting
         assert isinstance(event, SucceededEvent)
+        await scene.event(request_id)  # the server tells of it a moment before it has stored it
         assert await client.result(Task.TEXT_TO_IMAGE, request_id, within=0) == event
     assert scene.runs() == [request_id]
 
