@@ -196,9 +196,8 @@ class Execution:
         held = [job for job in self._jobs if job.request_id == request_id]
         in_time = [job for job in held if job.state not in _AT_THE_END]
         for job in in_time:
-            # First the note: whoever gets the request from this worker looks for it.
+            job.interrupt.set(Reason.CANCEL)  # before anything is waited for: it is in time now
             await job.delivery.withdraw()
-            job.interrupt.set(Reason.CANCEL)
         if not held:
             return None
         return Grip.STOPPING if in_time else Grip.ENDING

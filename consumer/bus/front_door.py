@@ -163,6 +163,8 @@ class FrontDoor:
         endpoints = service._endpoints  # noqa: SLF001 - nats-py gives no other way to them
         subscriptions = [one._subscription for one in endpoints]  # noqa: SLF001 - the same
         draining = {asyncio.ensure_future(one.drain()) for one in subscriptions if one is not None}
+        if not draining:
+            return
         _, late = await asyncio.wait(draining, timeout=EMPTY_WITHIN)
         for one in late:
             one.cancel()
