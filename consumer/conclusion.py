@@ -120,7 +120,7 @@ class Conclusion:
         try:
             await self._put_aside(job, decision)
             try:
-                await self._announce_the_bare_failure(job, decision)
+                await self._announce_the_end(job, decision, Broken(exception))
             except Exception:
                 log.exception("not_announced")
             await self._settle(job, decision)
@@ -128,6 +128,15 @@ class Conclusion:
             log.exception("not_given_up")
             return None
         return decision
+
+    async def _announce_the_end(self, job: Job, decision: Decision, why: Outcome) -> None:
+        request = job.request
+        if request is not None and request.then and isinstance(job.existing, SucceededEvent):
+            # It has its event; it is the next step that whoever waits would wait for.
+            link, task = next_link(request, job.request_id), Task(request.then[0].task)
+            await self._break_chain(job, task, link, why, job.digest)
+        else:
+            await self._announce_the_bare_failure(job, decision)
 
     def event_fields(self, job: Job) -> dict[str, Any]:
         """What every event of a job carries; counts the sequence on."""

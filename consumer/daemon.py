@@ -104,6 +104,7 @@ class Daemon:
         self._tracer: Tracer = open_telemetry() if settings.consumer_traces else NoTracer()
         self._signals = 0
         self._code = 0  # how the process ends
+        self._drained = False
         self._failure: BaseException | None = None  # of what must go on beside the serving
 
     async def run(self) -> int:
@@ -161,6 +162,8 @@ class Daemon:
                 withdraw=execution.withdraw,
                 refused=self._watch.metrics.call_refused,
             )
+            # Behind the door, which asks it about the last calls.
+            parts.push_async_callback(self._close_runner, runner)
             await door.start()
             parts.push_async_callback(door.close)
             await pull.start()
@@ -173,9 +176,12 @@ class Daemon:
                 "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
             )
             code = await self._serve(pull, execution)
-            if code == 0:
-                await self.inference.call(runner.close)
+            self._drained = code == 0
             return code
+
+    async def _close_runner(self, runner: Runner) -> None:
+        if self._drained:  # else its thread may hang
+            await self.inference.call(runner.close)
 
     async def _start_probes(self, parts: AsyncExitStack) -> None:
         port, host = self._settings.consumer_probes_port, self._settings.consumer_probes_host

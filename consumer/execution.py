@@ -219,7 +219,10 @@ class Execution:
         ):
             try:
                 async with Lease(delivery, ack_wait=self._limits.ack_wait):
-                    wanted = self._decide(job, await stages(job))
+                    outcome = await stages(job)
+                    if isinstance(outcome, outcomes.ModelRaised | outcomes.Broken):
+                        await self._count(job)
+                    wanted = self._decide(job, outcome)
                     exit_code = wanted.exit_code  # stands even if the end goes wrong
                     if exit_code is not None and self._ending is not None:
                         await self._ending()
@@ -231,7 +234,7 @@ class Execution:
             except Exception as error:
                 # Nobody knows how far it came: the lease runs out and the request comes again.
                 log.exception("job_abandoned")
-                if job.attempt > self._limits.max_attempts:
+                if place is not None and await self._failed_too_often(job):
                     decision = await self._conclusion.give_up(job, type(error).__name__)
             finally:
                 self._jobs.remove(job)
@@ -307,8 +310,22 @@ class Execution:
         """Let those leave who were in hand before a suspect: what happens then is its own doing."""
         if job.place.suspect and job.place.in_company:
             await job.interrupt.during(self._turns.alone(job.place))
+            await self._count(job)
+
+    async def _count(self, job: Job) -> None:
+        """Make this delivery a try: what has become of it is its own doing."""
+        if job.place.suspect and job.place.in_company:
             await job.delivery.count()
             job.releases = await job.delivery.releases()
+            job.place.in_company = False
+
+    async def _failed_too_often(self, job: Job) -> bool:
+        try:
+            await self._count(job)
+        except Exception:
+            log.exception("tries_not_counted")
+            return False
+        return job.attempt > self._limits.max_attempts
 
     def _read(self, job: Job) -> Request:
         job.request = request = self._admission.request(job.delivery)

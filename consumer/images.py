@@ -33,7 +33,8 @@ _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # all but restarts, whi
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK = 12  # bytes, without its data
 _MAX_PNG_CHUNKS = 20_000  # 20 MB in chunks of 1 KB
-_MAX_PNG_PROFILES = 8  # there may be one; chance finds its name once in 4 GB
+_PNG_INFLATED = (b"iCCP", b"zTXt", b"iTXt")
+_MAX_PNG_INFLATED = 64  # chance finds one of their names once in a gigabyte
 _WHITE = (255, 255, 255, 255)
 # Of one value in a file's metadata. A JPEG segment has room for 65,533 bytes, and a character needs
 # up to 12 in JSON: so two prompts and a few short values fit, whatever they are written in.
@@ -196,19 +197,19 @@ def _fit_to_be_said(value: str) -> str:
 def _check_png(data: bytes) -> None:
     """Refuse a PNG that costs out of all proportion to its size.
 
-    Pillow inflates each colour profile to a megabyte, out of a thousandth of that, and counts none
-    of them.
+    Pillow inflates each colour profile or text to a megabyte, out of a thousandth of that, and does
+    not count profiles, nor texts that turn out to be broken.
     """
     if not data.startswith(_PNG_SIGNATURE):
         return
     at = len(_PNG_SIGNATURE)
     for _ in range(_MAX_PNG_CHUNKS):
-        if at >= len(data):
+        if at >= len(data) or data[at + 4 : at + 8] == b"IEND":
             break
         at += _PNG_CHUNK + int.from_bytes(data[at : at + 4])
     else:
         raise InputUnavailable("the image has too many PNG chunks")
-    if data.count(b"iCCP") > _MAX_PNG_PROFILES:
+    if sum(data.count(name) for name in _PNG_INFLATED) > _MAX_PNG_INFLATED:
         raise InputUnavailable("the image has too many PNG chunks")
 
 

@@ -108,7 +108,7 @@ class Place:
 
     Attributes:
         suspect: Whether its last worker may have died of it.
-        in_company: Whether others were in hand when it came.
+        in_company: Whether others were in hand when it came, and its delivery is no try yet.
         member: What the runner needs of it, from the time it is ready to the end of its turn.
         context: The context variables of whoever asked for its turn.
     """

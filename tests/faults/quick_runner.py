@@ -13,6 +13,7 @@ from consumer.ports import (
     Interrupted,
     IsCancelled,
     ModelDescription,
+    ModelUnavailable,
     OnPreview,
     OnStep,
     OnText,
@@ -51,6 +52,8 @@ class QuickRunner:
     `begin` or `output`.
     """
 
+    _closed = False
+
     def load(self) -> ModelDescription:
         return ModelDescription(
             info=ModelInfo(id="quick", family="faults", dtype="float32", device="cpu"),
@@ -63,7 +66,9 @@ class QuickRunner:
         )
 
     def check(self, request: Request) -> None:
-        """Everything is taken."""
+        """Everything is taken, as long as it is loaded."""
+        if self._closed:
+            raise ModelUnavailable("no model is loaded")
 
     def run(
         self,
@@ -109,7 +114,8 @@ class QuickRunner:
         )
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Take nothing any more."""
+        self._closed = True
 
 
 def _steps(request: Request) -> int:

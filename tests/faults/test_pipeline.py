@@ -230,4 +230,4 @@ async def test_poison_among_many_has_no_more_tries_than_alone(scene: Scene) -> N
 
         await scene.until(over, "a death, or its end")
     assert (await scene.event(poison))["failure"]["code"] == "worker_lost"
-    assert scene.runs().count(poison) == ATTEMPTS
+    assert 0 < scene.runs().count(poison) <= ATTEMPTS

@@ -10,6 +10,7 @@ import pytest
 from consumer import execution
 from consumer.ports import DeviceLost, ModelError, QueueFull
 from consumer.run import Reason
+from consumer.turns import Bounds
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,
@@ -274,6 +275,41 @@ async def test_request_whose_end_fails_each_time_is_put_aside(
     assert letter.code == "internal"
     assert isinstance(await world.result("a"), SucceededEvent), "the event that stands, stands"
     assert len(world.queue) == 0
+
+
+async def test_chain_whose_next_step_cannot_be_made_is_ended_in_its_name(
+    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world.events, "publish_request", AsyncMock(side_effect=KeyError("odd")))
+    slip = [{"task": "text_to_image", "prompt": "as a woodcut"}]
+    await world.send(asking(reply_to=INBOX, then=slip))
+    for _ in range(4):
+        await soon(world.work())
+        world.queue.run_out_leases()
+    ((_, told),) = world.events.replies
+    assert (told.request_id, failure(told)) == ("a-2", "internal")
+    assert await world.result("a-2") == told
+    assert len(world.queue) == 0
+
+
+async def test_end_that_fails_beside_others_is_counted_too(
+    make_world: Worlds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = await make_world(bounds=Bounds(in_flight=3))
+    world.store.begin()
+    await world.send(asking("other"))
+    other = asyncio.create_task(world.work())
+    await soon(world.artifacts.tries.until(1))
+    await world.send(asking(reply_to=INBOX, prompt=""))  # it ends before it would be alone
+    monkeypatch.setattr(world.events, "reply", AsyncMock(side_effect=RuntimeError("odd")))
+    for _ in range(4):
+        delivery = world.queue.take()
+        await soon(world.execution.handle(delivery))
+        if delivery in world.queue.in_hand:
+            world.queue.run_out(delivery)
+    assert world.observer.outcomes == ["abandoned"] * 3 + ["internal"]
+    world.store.end()
+    await soon(other)
 
 
 async def test_what_cannot_even_be_put_aside_is_left_to_its_lease(

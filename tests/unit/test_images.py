@@ -359,7 +359,10 @@ def test_a_jpeg_with_endless_segments_is_refused(marker: int, limit: int) -> Non
 @pytest.mark.parametrize(
     ("name", "data", "limit"),
     [
-        (b"iCCP", b"x\0\0" + zlib.compress(bytes(2**20)), 8),  # a thousandth of what it becomes
+        # A thousandth of what they become; the texts are broken.
+        (b"iCCP", b"x\0\0" + zlib.compress(bytes(2**20)), 64),
+        (b"zTXt", b"x\0\0" + zlib.compress(bytes(2**20))[:-4] + b"oddd", 64),
+        (b"iTXt", b"x\0\1\0\0\0" + zlib.compress(b"\xff" * 2**20), 64),
         (b"teXt", b"", 19_000),
     ],
 )
@@ -371,6 +374,10 @@ def test_a_png_with_endless_chunks_is_refused(name: bytes, data: bytes, limit: i
     few, many = (plain[:after] + chunk * count + plain[after:] for count in (limit, limit + 1_000))
     assert CODEC.decode(few).size == (40, 24)
     assert refusal(many) == "the image has too many PNG chunks"
+
+
+def test_what_is_behind_the_end_of_a_png_does_not_count() -> None:
+    assert CODEC.decode(as_file(picture()) + bytes(1_000_000)).size == (40, 24)
 
 
 def test_a_refusal_says_nothing_of_the_machine(tmp_path: Path) -> None:
