@@ -130,11 +130,9 @@ class Conclusion:
         return decision
 
     async def _announce_the_end(self, job: Job, decision: Decision, why: Outcome) -> None:
-        request = job.request
-        if request is not None and request.then and isinstance(job.existing, SucceededEvent):
+        if job.request and job.request.then and isinstance(job.existing, SucceededEvent):
             # It has its event; it is the next step that whoever waits would wait for.
-            link, task = next_link(request, job.request_id), Task(request.then[0].task)
-            await self._break_chain(job, task, link, why, job.digest)
+            await self._break_before_the_next(job, job.request, why)
         else:
             await self._announce_the_bare_failure(job, decision)
 
@@ -213,10 +211,8 @@ class Conclusion:
         try:
             following = next_requests(job.request, job.request_id, event)
         except InvalidRequest as error:
-            link = next_link(job.request, job.request_id)
-            task = Task(job.request.then[0].task)
             why = Malformed(str(error), error.problems)
-            await self._break_chain(job, task, link, why, job.digest)
+            await self._break_before_the_next(job, job.request, why)
             return
         for task, request in following:
             await self._queue(job, task, request)
@@ -237,6 +233,10 @@ class Conclusion:
         except QueueFull:
             full, digest = QueueIsFull(), request_digest(request)
             await self._break_chain(job, task, request.chain, full, digest)
+
+    async def _break_before_the_next(self, job: Job, request: Request, why: Outcome) -> None:
+        link, task = next_link(request, job.request_id), Task(request.then[0].task)
+        await self._break_chain(job, task, link, why, job.digest)
 
     async def _break_chain(
         self, job: Job, task: Task, link: ChainLink, why: Outcome, digest: str

@@ -104,7 +104,7 @@ class Daemon:
         self._tracer: Tracer = open_telemetry() if settings.consumer_traces else NoTracer()
         self._signals = 0
         self._code = 0  # how the process ends
-        self._drained = False
+        self._drained = False  # nothing is in hand, and the inference thread is free
         self._failure: BaseException | None = None  # of what must go on beside the serving
 
     async def run(self) -> int:

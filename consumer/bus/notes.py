@@ -33,8 +33,8 @@ class NoTry(StrEnum):
     """What is noted of one delivery; each is the last token of a subject, so twice is once."""
 
     RELEASED = "released"  # given back on purpose: it was no try
-    DISCOUNTED = "discounted"  # in hand with others: it is none for now
-    COUNTED = "counted"  # in hand alone now: it is one after all, unless it is released
+    DISCOUNTED = "discounted"  # in hand with others: it is none, unless it is counted
+    COUNTED = "counted"  # in hand alone from here on: it is one, unless it is released
 
 
 class Notes:
