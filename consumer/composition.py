@@ -84,6 +84,7 @@ def make_front_door(
     check: Callable[[Request], None],
     withdraw: Callable[[str], Awaitable[Grip | None]],
     refused: Callable[[FailureCode], None],
+    observer: Observer,
 ) -> FrontDoor:
     """Calls for the own task, and cancellation for every task: a worker of another may be away.
 
@@ -97,6 +98,7 @@ def make_front_door(
         check: Says whether the model can do what is asked.
         withdraw: Stops a request that this worker has.
         refused: Told of each call that is refused.
+        observer: Told of the ends of what is cancelled.
     """
     endings = {
         task: Ending(
@@ -108,6 +110,7 @@ def make_front_door(
                 events=events,
                 artifacts=artifacts,
                 max_attempts=settings.consumer_max_attempts,
+                observer=observer,
             ),
         )
         for task in Task

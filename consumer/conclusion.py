@@ -26,6 +26,7 @@ from consumer.ports import (
     Events,
     MessageTooLarge,
     ModelDescription,
+    Observer,
     QueueFull,
     ResultEvent,
 )
@@ -66,6 +67,7 @@ class Conclusion:
         events: Events,
         artifacts: Artifacts,
         max_attempts: int,
+        observer: Observer,
     ) -> None:
         self._task = task
         self._worker = worker
@@ -73,6 +75,7 @@ class Conclusion:
         self._events = events
         self._artifacts = artifacts
         self._max_attempts = max_attempts
+        self._observer = observer
 
     async def conclude(self, job: Job, decision: Decision) -> Decision:
         """Carry a decision out.
@@ -262,7 +265,8 @@ class Conclusion:
             failure=failure,
         )
         log.warning("chain_broken", chain=link.id, step=link.step, code=str(failure.code))
-        await self._events.publish_result(event, trace_parent=job.envelope.trace_parent)
+        if await self._events.publish_result(event, trace_parent=job.envelope.trace_parent):
+            self._observer.chain_broken(failure.code)
         await self._reply(job, event)
 
     async def _reply(self, job: Job, event: ResultEvent | None) -> None:

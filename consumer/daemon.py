@@ -161,6 +161,7 @@ class Daemon:
                 check=runner.check,
                 withdraw=execution.withdraw,
                 refused=self._watch.metrics.call_refused,
+                observer=self._watch,
             )
             # Behind the door, which asks it about the last calls.
             parts.push_async_callback(self._close_runner, runner)

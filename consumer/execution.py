@@ -135,6 +135,7 @@ class Execution:
             events=events,
             artifacts=artifacts,
             max_attempts=limits.max_attempts,
+            observer=observer,
         )
         self._device = Device(
             turns=self._turns,

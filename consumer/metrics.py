@@ -35,6 +35,9 @@ _REFUSED = (
     FailureCode.INTERNAL,
 )
 
+# Why the next step of a chain may not be queued; see `consumer.conclusion`.
+_BREAKS = (FailureCode.INVALID_REQUEST, FailureCode.QUEUE_FULL, FailureCode.INTERNAL)
+
 # What puts a request aside; see the table in `consumer.job`.
 _PUT_ASIDE = (
     FailureCode.INVALID_REQUEST,
@@ -94,6 +97,12 @@ class Metrics:
             "code",
             _REFUSED,
         )
+        self._broken_chains = kinds(
+            "generation_broken_chains",
+            "Chains that ended at a step that could not be queued, by failure code",
+            "code",
+            _BREAKS,
+        )
         self._redelivered = counter(
             "generation_redelivered_jobs", "Deliveries that were not the first of their request"
         )
@@ -147,6 +156,10 @@ class Metrics:
             seconds = getattr(report, stage)
             if seconds > 0:
                 metric.observe(seconds)
+
+    def chain_broken(self, code: FailureCode) -> None:
+        """A chain has ended at a step that could not be queued."""
+        self._broken_chains.count(str(code))
 
     def device_stepped(self) -> None:
         """The run under way has come to a new step, or to more text."""

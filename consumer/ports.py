@@ -15,6 +15,7 @@ from consumer.telemetry import JobReport
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,
+    FailureCode,
     ImageArtifact,
     ModelInfo,
     ProgressEvent,
@@ -581,6 +582,9 @@ class Observer(Protocol):
 
     def job_finished(self, report: JobReport) -> None:
         """A delivery is settled or given back."""
+
+    def chain_broken(self, code: FailureCode) -> None:
+        """A chain has ended at a step that could not be queued: it is no job, and no job's end."""
 
     def device_stepped(self) -> None:
         """The run under way has come to a new step, or to more text."""

@@ -14,6 +14,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from consumer.metrics import Metrics
 from consumer.ports import Observer
 from consumer.telemetry import JobReport
+from generation_contracts import FailureCode
 
 log = structlog.get_logger()
 
@@ -67,6 +68,10 @@ class Watch(Observer):
         """A delivery is settled, given back or abandoned."""
         self.metrics.job_finished(report)
 
+    def chain_broken(self, code: FailureCode) -> None:
+        """A chain has ended at a step that could not be queued."""
+        self.metrics.chain_broken(code)
+
     def device_stepped(self) -> None:
         """The run under way has come to a new step, or to more text."""
         self.metrics.device_stepped()
@@ -93,6 +98,9 @@ class Unwatched(Observer):
         """Not told."""
 
     def job_finished(self, report: JobReport) -> None:
+        """Not told."""
+
+    def chain_broken(self, code: FailureCode) -> None:
         """Not told."""
 
     def device_stepped(self) -> None:

@@ -40,6 +40,7 @@ from consumer.ports import (
 from consumer.telemetry import JobReport
 from generation_contracts import (
     ArtifactReference,
+    FailureCode,
     ImageArtifact,
     ModelInfo,
     ProgressEvent,
@@ -617,6 +618,7 @@ class MemoryObserver:
     def __init__(self) -> None:
         self.started = 0
         self.reports: list[JobReport] = []
+        self.broken_chains: list[FailureCode] = []
         self.steps = 0
         self.busy: list[float] = []
         self.store: list[tuple[bool, str]] = []
@@ -630,6 +632,9 @@ class MemoryObserver:
 
     def job_finished(self, report: JobReport) -> None:
         self.reports.append(report)
+
+    def chain_broken(self, code: FailureCode) -> None:
+        self.broken_chains.append(code)
 
     def device_stepped(self) -> None:
         self.steps += 1

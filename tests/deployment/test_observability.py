@@ -53,6 +53,7 @@ def families() -> Iterator[Any]:
     metrics.device_busy(1)
     for code in FailureCode:
         metrics.call_refused(code)
+        metrics.chain_broken(code)
     metrics.store_reachable(reachable=False)
     metrics.readiness(Health().conditions())
     metrics.model_loaded(

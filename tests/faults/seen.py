@@ -8,6 +8,7 @@ from typing import Self
 import aiohttp
 from nats.aio.subscription import Subscription
 from nats.js.api import ConsumerInfo
+from prometheus_client.parser import text_string_to_metric_families
 
 from consumer.devstack import Daemon
 from tests.faults.scene import WITHIN, Event, Scene
@@ -64,6 +65,21 @@ async def readiness(worker: Daemon) -> tuple[int, dict[str, str]]:
     ):
         conditions: dict[str, str] = await response.json()
         return response.status, conditions
+
+
+async def counted(worker: Daemon, name: str) -> dict[str, float]:
+    """What a counter of /metrics has of each failure code."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{worker.probes_url}/metrics") as response,
+    ):
+        families = text_string_to_metric_families(await response.text())
+    return {
+        sample.labels["code"]: sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == name
+    }
 
 
 async def until_in_hand(scene: Scene, worker: Daemon, count: int) -> None:

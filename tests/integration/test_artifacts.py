@@ -28,7 +28,7 @@ from consumer.devstack.loopback import free_ports
 from consumer.images import ImageCodec
 from consumer.ports import EncodedImage, InputUnavailable, StoreUnavailable
 from consumer.telemetry import JobReport
-from generation_contracts import ArtifactReference, InlineImage, Task
+from generation_contracts import ArtifactReference, FailureCode, InlineImage, Task
 from tests.integration import minio_server
 from tests.integration.fault_proxy import (
     Exchange,
@@ -84,6 +84,7 @@ class Recorder:
 
     def job_started(self) -> None: ...
     def job_finished(self, report: JobReport) -> None: ...
+    def chain_broken(self, code: FailureCode) -> None: ...
     def device_stepped(self) -> None: ...
     def device_busy(self, seconds: float) -> None: ...
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from generation_contracts import Task
 from tests.faults.scene import Event, Scene
+from tests.faults.seen import counted
 from tests.services.conftest import Caller
 
 SUCCEEDED = "generation.v1.succeeded"
@@ -115,7 +116,7 @@ async def test_a_slip_that_cannot_be_followed_is_refused_at_once(
 async def test_a_chain_that_finds_no_place_in_the_queue_is_told(
     scene: Scene, caller: Caller
 ) -> None:
-    await scene.start("held_in_run")
+    worker = await scene.start("held_in_run")
     asked = caller.asking(caller.call(request_id="q", then=[TELL]))
     await scene.noted("run")
     jetstream = scene.sender.jetstream()
@@ -128,6 +129,8 @@ async def test_a_chain_that_finds_no_place_in_the_queue_is_told(
     assert (event["request_id"], event["failure"]["code"]) == ("q-2", "queue_full")
     assert (await stored(scene, Task.IMAGE_TO_TEXT, "q-2")) == event
     assert (await scene.event("q"))["type"] == SUCCEEDED
+    broken = await counted(worker, "generation_broken_chains_total")
+    assert broken == {"queue_full": 1, "invalid_request": 0, "internal": 0}
 
 
 async def test_a_second_caller_of_a_chain_gets_its_end_too(scene: Scene, caller: Caller) -> None:

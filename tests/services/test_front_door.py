@@ -7,11 +7,9 @@ import signal
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
-import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
-
 from generation_contracts import Task
 from tests.faults.scene import WITHIN, Scene
+from tests.faults.seen import counted
 from tests.services.conftest import Caller, NewCaller
 
 SUCCEEDED = "generation.v1.succeeded"
@@ -67,18 +65,7 @@ async def test_refused_calls_are_counted_by_code(scene: Scene, caller: Caller) -
     for body in (b"{", b'{"prompt":""}', json.dumps({"prompt": "a", "deadline": past}).encode()):
         assert (await caller.call(body, within=10))["type"] == "generation.v1.failed"
     assert (await caller.call(b'{"prompt":"a","width":16}'))["type"] == SUCCEEDED
-    async with (
-        aiohttp.ClientSession() as http,
-        http.get(f"{worker.probes_url}/metrics") as answer,
-    ):
-        families = text_string_to_metric_families(await answer.text())
-    counted = {
-        sample.labels["code"]: sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name == "generation_refused_calls_total"
-    }
-    assert counted == {
+    assert await counted(worker, "generation_refused_calls_total") == {
         "invalid_request": 2,
         "deadline_exceeded": 1,
         "unsupported_parameter": 0,

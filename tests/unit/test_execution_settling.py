@@ -528,3 +528,4 @@ async def test_step_that_found_no_place_in_the_queue_is_the_same_request_later(
     told = [event for _, event in world.events.replies]
     assert [failure(event) for event in told] == ["queue_full", "queue_full"]
     assert world.observer.outcomes == ["succeeded", "already_done", "already_done"]
+    assert world.observer.broken_chains == ["queue_full"]
