@@ -2,6 +2,8 @@
 
     uv run python infra/compose/make_secrets.py
 
+For gated models, with the hub's token in `HF_TOKEN`.
+
 What exists is kept, so it may be run again; a file that is deleted is made anew. The folder is for
 its owner alone (0700). Files that are mounted into containers are readable there for all (0444):
 an engine mounts them as they are, and no container runs as their owner. The others are 0600.
@@ -76,6 +78,10 @@ def main() -> None:
     write("minio_root_user", stores["admin"]["accessKey"])
     write("minio_root_password", stores["admin"]["secretKey"])
     keep("grafana_admin_password", secrets.token_urlsafe(18))
+    if token := os.environ.get("HF_TOKEN"):
+        write("hub_token", token)
+    else:
+        keep("hub_token", "")  # which is none to the hub's client
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import get_token
 
 from consumer.metrics import Metrics
 from consumer.probes import Probes, Watch
@@ -234,7 +235,11 @@ def test_settings_are_settings() -> None:
     ]
     assert len(own) == 4
     for service in own:
-        values = {name.lower(): value for name, value in service["environment"].items() if value}
+        values = {
+            name.lower(): value
+            for name, value in service["environment"].items()
+            if value and name != "HF_TOKEN_PATH"  # the hub's client reads it
+        }
         Settings(**values)
 
 
@@ -292,8 +297,13 @@ def test_overrides_name_what_is_there() -> None:
 # -- secrets --------------------------------------------------------------------------------------
 
 
-def make_secrets(infra: Path) -> None:
-    subprocess.run([sys.executable, infra / "compose/make_secrets.py"], check=True, timeout=60)
+def make_secrets(infra: Path, **variables: str) -> None:
+    subprocess.run(
+        [sys.executable, infra / "compose/make_secrets.py"],
+        env={**os.environ, "HF_TOKEN": "", **variables},
+        check=True,
+        timeout=60,
+    )
 
 
 @pytest.fixture
@@ -312,7 +322,7 @@ def test_every_secret_is_made(made: Path) -> None:
     assert len(files) >= 9
     for file in files:
         assert file.startswith(SECRETS)
-        assert (made / file).read_text(), file
+        assert (made / file).read_text() or file.endswith("hub_token"), file
         # Mounted as it is, and read by a user that is not its owner; the folder keeps others out.
         assert (made / file).stat().st_mode & 0o777 == 0o444, file
     assert (made / SECRETS).stat().st_mode & 0o777 == 0o700
@@ -333,6 +343,16 @@ def test_secrets_are_kept_when_they_are_made_again(made: Path) -> None:
     (made / SECRETS / "s3.json").unlink()
     make_secrets(made)
     assert {file: file.read_text() for file in files} == before
+
+
+def test_the_hubs_token_is_given_and_kept(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = made / SECRETS / "hub_token"
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(file))
+    assert get_token() is None
+    make_secrets(made, HF_TOKEN="hf_of_the_owner")
+    make_secrets(made)
+    assert get_token() == "hf_of_the_owner"
 
 
 def test_secret_settings_are_settings(made: Path) -> None:
