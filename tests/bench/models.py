@@ -11,14 +11,23 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from consumer.runners import ModelConfig, ModelRunner, create_runner
+from consumer.runners.demonstration import DEFAULTS, folder_of
 from consumer.runners.demonstration.training.prompts import prompt
-from consumer.runners.demonstration.training.scenes import Scene, draw, some_held_out_scene
+from consumer.runners.demonstration.training.scenes import (
+    COLOURS,
+    SHAPES,
+    Scene,
+    Thing,
+    draw,
+    some_held_out_scene,
+)
 from consumer.runners.demonstration.training.sentences import description
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
 from tests.pixel_checker import same, seen
@@ -95,7 +104,13 @@ class Bench:
 
     def _loaded(self, task: Task, models: Path | None) -> ModelRunner:
         importlib.import_module(_LIBRARIES[task])
-        runner = create_runner(task, ModelConfig(model_id=str(models / task) if models else ""))
+        # With the defaults that the shipped models have: a folder alone would get its family's.
+        config = (
+            ModelConfig()
+            if models is None
+            else ModelConfig(model_id=str(models / task), defaults=DEFAULTS[task])
+        )
+        runner = create_runner(task, config)
         began = time.monotonic()
         runner.load()
         self.seconds[task] = time.monotonic() - began
@@ -168,6 +183,47 @@ def measure(bench: Bench, number: int, **parameters: float) -> list[Bar]:
     ]
 
 
+def measure_unsaid(bench: Bench) -> list[Bar]:
+    """Prompts of a colour and a shape alone, which mean a medium one in the center, on white."""
+    wanted = [
+        (f"{'an' if colour == 'orange' else 'a'} {colour} {shape}", Thing(colour, shape))
+        for colour, shape in product(COLOURS, SHAPES)
+        if colour != "white"
+    ]
+    shown = [(seen(bench.picture(text, n)), thing) for n, (text, thing) in enumerate(wanted)]
+    found = [(scene, thing) for scene, thing in shown if scene is not None]
+    of_the_kind = [
+        (scene, thing)
+        for scene, thing in found
+        if (scene.things[0].colour, scene.things[0].shape) == (thing.colour, thing.shape)
+    ]
+    as_meant = sum(scene == Scene("white", (thing,)) for scene, thing in of_the_kind)
+    return [
+        Bar("pictures: of a colour and a shape alone", len(of_the_kind), len(wanted)),
+        Bar("pictures: the same, in the center and on white", as_meant, len(wanted)),
+    ]
+
+
+def measure_autoencoder(models: Path | None, number: int) -> Bar:
+    """How many drawn pictures are read right after the autoencoder alone: the most there can be."""
+    torch = importlib.import_module("torch")
+    images = importlib.import_module("PIL.Image")
+    diffusers = importlib.import_module("diffusers")
+    autoencoder = importlib.import_module("consumer.runners.demonstration.training.autoencoder")
+    pixels = importlib.import_module("consumer.runners.demonstration.training.pixels")
+    task = Task.TEXT_TO_IMAGE
+    folder = folder_of(task) if models is None else models / task
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae").float().eval()
+    choice = random.Random(SEED)
+    scenes = [some_held_out_scene(choice, two=False) for _ in range(number)]
+    drawn = pixels.tensors([draw(scene, choice) for scene in scenes])
+    with torch.inference_mode():
+        back = vae.decode(autoencoder.encoded(vae, drawn)).sample
+    bytes_ = ((back + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    right = _right([images.fromarray(one) for one in bytes_], scenes)
+    return Bar("autoencoder: drawn pictures, there and back", right, number)
+
+
 def _without_size(scene: Scene) -> object:
     return scene.background, scene.place, [(t.colour, t.shape) for t in scene.things]
 
@@ -199,7 +255,9 @@ def main(models: Path | None, number: int, steps: int | None, guidance: float | 
     """Print how well the demonstration models do; exit with 1 when a bar is missed."""
     asked = {"num_inference_steps": steps, "guidance_scale": guidance}
     bench = Bench(models)
-    bars = measure(bench, number, **{k: v for k, v in asked.items() if v is not None})
+    bars = [measure_autoencoder(models, number)]
+    bars += measure(bench, number, **{k: v for k, v in asked.items() if v is not None})
+    bars += measure_unsaid(bench)
     for bar in bars:
         click.echo(bar)
     quick = [_quick(f"loading {task}", seconds, 2.0) for task, seconds in bench.seconds.items()]

@@ -15,7 +15,7 @@ from consumer.runners.demonstration import folder_of
 from consumer.runners.demonstration.training.scenes import Scene, Thing, draw
 from consumer.runners.demonstration.training.sentences import description
 from generation_contracts import Task
-from tests.bench.models import Bench, measure
+from tests.bench.models import Bench, measure, measure_autoencoder
 from tests.contracts.test_wheel import uv
 from tests.pixel_checker import seen
 
@@ -44,6 +44,19 @@ def test_pictures_and_descriptions_are_right(bench: Bench) -> None:
             assert bar.right >= bar.least * bar.of - 4, str(bar)
 
 
+def test_a_folder_of_weights_is_measured_as_if_it_were_shipped(bench: Bench) -> None:
+    folder = Bench(folder_of(Task.TEXT_TO_IMAGE).parent)
+    pictures = [models.picture("a red circle", 1).tobytes() for models in (bench, folder)]
+    folder.close()
+    assert pictures[0] == pictures[1]
+
+
+def test_the_autoencoder_keeps_what_it_has_never_seen() -> None:
+    """Red on gray came back in orange from one that was trained on the ten colours alone."""
+    bar = measure_autoencoder(None, 100)
+    assert bar.right >= 97, str(bar)
+
+
 def test_the_prompt_of_the_demonstration_is_drawn_and_described(bench: Bench) -> None:
     wanted = "a small red star on a white background at the top"
     scene = Scene("white", (Thing("red", "star", "small"),), "top")
@@ -55,7 +68,8 @@ def test_the_prompt_of_the_demonstration_is_drawn_and_described(bench: Bench) ->
 
 
 def test_another_seed_is_another_picture_of_the_same(bench: Bench) -> None:
-    first, second = (bench.picture("a blue square", seed) for seed in (1, 2))
+    wanted = "a blue square on a white background in the center"
+    first, second = (bench.picture(wanted, seed) for seed in (1, 2))
     assert first.tobytes() != second.tobytes()
     assert seen(first) == seen(second) == Scene("white", (Thing("blue", "square"),))
 

@@ -44,6 +44,20 @@ def _way(transformer, noisy, times, words, pooled):  # type: ignore[no-untyped-d
     )[0]
 
 
+def test_the_autoencoder_sees_colours_that_no_picture_has() -> None:
+    """Half of its pictures as they are drawn, the others within the same range and with no edge."""
+    torch = importlib.import_module("torch")
+    autoencoder = importlib.import_module("consumer.runners.demonstration.training.autoencoder")
+    torch.manual_seed(0)
+    pictures = torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1).expand(64, 3, 8, 8)
+    tinted = autoencoder._tinted(pictures)
+    changed = (tinted != pictures).flatten(1).any(dim=1)
+    assert 16 < changed.sum() < 48
+    assert tinted.abs().max() <= 1
+    assert (tinted == tinted[:, :, :1, :1]).all()
+    assert len(tinted[changed][:, :, 0, 0].unique(dim=0)) == changed.sum()
+
+
 def test_training_leaves_both_models_where_the_runners_load_them(tmp_path: Path) -> None:
     """The command of the model card with a thousandth of its steps: it learns nothing, but runs."""
     command = [sys.executable, "-m", "consumer.runners.demonstration.training"]

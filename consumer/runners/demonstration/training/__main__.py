@@ -22,7 +22,7 @@ log = structlog.get_logger()
 
 HERE = Path(__file__).parent
 SEED = 1
-STEPS = {"autoencoder": 3_600, "pictures": 11_000, "captions": 5_200}
+STEPS = {"autoencoder": 5_400, "pictures": 11_000, "captions": 5_200}
 
 
 @click.command()

@@ -28,6 +28,7 @@ _BATCH = 16
 _OF_TWO = 0.5  # of the pictures show two things
 _NOISE = 0.3  # standard deviations of the latents: the most noise that is put on them
 _KL = 1e-5
+_TINT = 0.3  # of its range: the most that a channel of a picture is narrowed by
 
 
 def autoencoder() -> Any:
@@ -67,16 +68,56 @@ def train(steps: int, seed: int) -> Any:
         loss = _distance(decoded.float(), batch) + _KL * latents.kl().mean() / SIDE
         schedule.step(loss)
         watch.tell(step, loss)
-    model.eval()
-    _normalize(model, pictures[:2048])
+    _normalize(model.eval(), pictures[:2048])
+    sharpen(model, pictures, steps, seed)
     return model
+
+
+def sharpen(model: Any, pictures: torch.Tensor, steps: int, seed: int) -> None:
+    """Train the decoder on, for latents that stay as they are.
+
+    Both together first find the latents, and leave edges a little soft and ringed.
+
+    Args:
+        model: The autoencoder, with latents of a deviation of 1.
+        pictures: uint8, (number, 3, SIDE, SIDE).
+        steps: How many.
+        seed: Of the noise and of the order of the pictures.
+    """
+    torch.manual_seed(seed)
+    choice = random.Random(seed)
+    schedule = Schedule(model.decoder.parameters(), rate=1e-3, steps=steps)
+    watch = Watch("autoencoder, sharp", steps)
+    for step in range(steps):
+        batch = _batch(pictures, choice)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = model.encode(batch).latent_dist.mean
+            noise = torch.rand(len(batch), 1, 1, 1) * _NOISE
+            decoded = model.decode(latents + noise * torch.randn_like(latents)).sample
+        loss = _distance(decoded.float(), batch)
+        schedule.step(loss)
+        watch.tell(step, loss)
 
 
 def _batch(pictures: torch.Tensor, choice: random.Random) -> torch.Tensor:
     batch = pictures[torch.randint(len(pictures), (_BATCH,))].float() / 127.5 - 1
     if choice.random() < 0.5:
         batch = batch.flip(3)
-    return batch
+    return _tinted(batch)
+
+
+def _tinted(pictures: torch.Tensor) -> torch.Tensor:
+    """Half of the pictures in colours a little off their own, each channel by itself.
+
+    Of ten colours alone it learns the colours by heart, with what stands beside them, and gives
+    what it has never seen together a neighbouring colour: red on gray comes out orange.
+    """
+    number = len(pictures)
+    gain = 1 - _TINT * torch.rand(number, 3, 1, 1)
+    shift = (1 - gain) * (2 * torch.rand(number, 3, 1, 1) - 1)  # stays within -1..1
+    as_drawn = torch.rand(number, 1, 1, 1) < 0.5
+    return torch.where(as_drawn, pictures, pictures * gain + shift)
 
 
 def _distance(decoded: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
