@@ -98,7 +98,7 @@ def make_front_door(
         check: Says whether the model can do what is asked.
         withdraw: Stops a request that this worker has.
         refused: Told of each call that is refused.
-        observer: Told of the ends of what is cancelled.
+        observer: Told of chains that break where a cancellation finds a request ended.
     """
     endings = {
         task: Ending(

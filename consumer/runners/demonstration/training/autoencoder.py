@@ -69,11 +69,11 @@ def train(steps: int, seed: int) -> Any:
         schedule.step(loss)
         watch.tell(step, loss)
     _normalize(model.eval(), pictures[:2048])
-    sharpen(model, pictures, steps, seed)
+    _sharpen(model, pictures, steps, seed)
     return model
 
 
-def sharpen(model: Any, pictures: torch.Tensor, steps: int, seed: int) -> None:
+def _sharpen(model: Any, pictures: torch.Tensor, steps: int, seed: int) -> None:
     """Train the decoder on, for latents that stay as they are.
 
     Both together first find the latents, and leave edges a little soft and ringed.
