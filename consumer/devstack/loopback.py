@@ -3,9 +3,13 @@
 import contextlib
 import errno
 import http.client
+import os
 import secrets
 import socket
+import sys
 import time
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -82,6 +86,29 @@ def free_ports(count: int) -> list[int]:
     """
     with FreePorts() as free:
         return [free.take() for _ in range(count)]
+
+
+def keep_from_others(ports: Iterable[int], owner: object) -> None:
+    """Keep `ports` out of every process's choices for as long as `owner` exists; Linux only.
+
+    A port is not listened on all the time: a daemon imports its libraries for seconds before it
+    does, and a server may be down for a while. Parallel test runs, which choose ports all the
+    time, took one in between. A socket that is bound and does not listen prevents that, and lets
+    a server that sets SO_REUSEADDR listen there, as all of the stack do. On other systems it would
+    stand in the server's own way. A port that somebody has is left alone: the start will tell.
+    """
+    if sys.platform != "linux":
+        return
+    for port in ports:
+        with socket.socket() as keeper:
+            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                keeper.bind((HOST, port))
+            except OSError as error:
+                if error.errno not in {errno.EADDRINUSE, errno.EACCES}:
+                    raise
+                continue
+            weakref.finalize(owner, os.close, keeper.detach())
 
 
 def require_free(port: int, purpose: str) -> None:

@@ -23,7 +23,7 @@ from typing import Self
 
 from consumer.devstack import orphan_guard
 from consumer.devstack.errors import PortTakenError, ServerMissingError, StartFailedError
-from consumer.devstack.loopback import require_free
+from consumer.devstack.loopback import keep_from_others, require_free
 
 _PRIVATE_FILE = 0o600
 _READY_POLL = 0.02  # seconds between two probes; nothing announces readiness
@@ -72,6 +72,7 @@ class ChildProcess:
         self.env = None if env is None else dict(env)
         self.cwd = cwd
         self.ports = dict(ports or {})
+        keep_from_others(self.ports.values(), self)
         self.grace = grace
         self.ready_timeout = ready_timeout
         self._secrets = tuple(secrets)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import secrets
 import select
 import signal
 import socket
@@ -462,6 +463,42 @@ def test_free_ports_differ_and_lie_below_the_ephemeral_range() -> None:
         pairs = [free.take_pair(10_000) for _ in range(50)]
     assert {second - first for first, second in pairs} == {10_000}
     assert max(second for _, second in pairs) < first_ephemeral
+
+
+def test_the_port_of_a_child_is_not_chosen_while_nobody_listens_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = NatsServer(tmp_path / "nats")
+    port = server.ports["client"]
+    monkeypatch.setattr(secrets, "randbelow", lambda _limit: port - loopback._LOWEST_PORT)
+    with pytest.raises(DevStackError, match="no free port was found"):
+        free_ports(1)  # it was not started yet
+    with server:
+        server.kill()
+        with pytest.raises(DevStackError, match="no free port was found"):
+            free_ports(1)
+        server.restart()
+
+
+def test_a_port_can_be_chosen_again_when_its_child_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = Daemon("a daemon", {}, log=tmp_path / "log")
+    port = child.ports["probes"]
+    monkeypatch.setattr(secrets, "randbelow", lambda _limit: port - loopback._LOWEST_PORT)
+    with pytest.raises(DevStackError, match="no free port was found"):
+        free_ports(1)
+    del child
+    assert free_ports(1) == [port]
+
+
+def test_a_port_that_another_program_has_is_left_to_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        child = ChildProcess(
+            "a child", ["true"], log=tmp_path / "log", ports={"own": other.getsockname()[1]}
+        )
+    child.start()  # the other program has ended
+    child.stop()
 
 
 def test_a_missing_server_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
