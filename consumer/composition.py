@@ -17,7 +17,7 @@ from consumer.ports import Grip, ModelDescription, Observer, Runner
 from consumer.runners import ModelConfig, create_runner
 from consumer.settings import Settings
 from consumer.turns import STAGES, Bounds, Turns
-from generation_contracts import FailureCode, Request, Task
+from generation_contracts import Request, Task
 
 log = structlog.get_logger()
 
@@ -83,7 +83,6 @@ def make_front_door(
     model: ModelDescription,
     check: Callable[[Request], None],
     withdraw: Callable[[str], Awaitable[Grip | None]],
-    refused: Callable[[FailureCode], None],
     observer: Observer,
 ) -> FrontDoor:
     """Calls for the own task, and cancellation for every task: a worker of another may be away.
@@ -97,8 +96,8 @@ def make_front_door(
         model: What is loaded.
         check: Says whether the model can do what is asked.
         withdraw: Stops a request that this worker has.
-        refused: Told of each call that is refused.
-        observer: Told of chains that break where a cancellation finds a request ended.
+        observer: Told of each call that is refused, and of chains that break where a cancellation
+            finds a request ended.
     """
     endings = {
         task: Ending(
@@ -129,7 +128,7 @@ def make_front_door(
         check=check,
         cancel=cancellation.cancel,
         withdraw=withdraw,
-        refused=refused,
+        observer=observer,
     )
     return FrontDoor(bus, settings.subjects, backend)
 

@@ -160,7 +160,6 @@ class Daemon:
                 model=model,
                 check=runner.check,
                 withdraw=execution.withdraw,
-                refused=self._watch.metrics.call_refused,
                 observer=self._watch,
             )
             # Behind the door, which asks it about the last calls.

@@ -586,6 +586,9 @@ class Observer(Protocol):
     def chain_broken(self, code: FailureCode) -> None:
         """A chain has ended at a step that could not be queued: it is no job, and no job's end."""
 
+    def call_refused(self, code: FailureCode) -> None:
+        """The front door has refused a call."""
+
     def device_stepped(self) -> None:
         """The run under way has come to a new step, or to more text."""
 

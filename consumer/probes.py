@@ -72,6 +72,10 @@ class Watch(Observer):
         """A chain has ended at a step that could not be queued."""
         self.metrics.chain_broken(code)
 
+    def call_refused(self, code: FailureCode) -> None:
+        """The front door has refused a call."""
+        self.metrics.call_refused(code)
+
     def device_stepped(self) -> None:
         """The run under way has come to a new step, or to more text."""
         self.metrics.device_stepped()
@@ -101,6 +105,9 @@ class Unwatched(Observer):
         """Not told."""
 
     def chain_broken(self, code: FailureCode) -> None:
+        """Not told."""
+
+    def call_refused(self, code: FailureCode) -> None:
         """Not told."""
 
     def device_stepped(self) -> None:

@@ -636,6 +636,9 @@ class MemoryObserver:
     def chain_broken(self, code: FailureCode) -> None:
         self.broken_chains.append(code)
 
+    def call_refused(self, code: FailureCode) -> None:
+        raise AssertionError("a job is no call")
+
     def device_stepped(self) -> None:
         self.steps += 1
 

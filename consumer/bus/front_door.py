@@ -28,7 +28,7 @@ from pydantic_core import from_json
 from consumer import job as outcomes
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.job import Outcome, decide
-from consumer.ports import Grip, Unavailable, UnsupportedParameter
+from consumer.ports import Grip, Observer, Unavailable, UnsupportedParameter
 from generation_client import QueueFull, RequestTooLarge, ServiceUnavailable, submit
 from generation_contracts import (
     CancelReply,
@@ -75,7 +75,7 @@ class Backend:
         check: Says whether the model can do what is asked; raises UnsupportedParameter.
         cancel: Cancels a request by its id, wherever it is.
         withdraw: Stops a request that this worker has; None when it has not.
-        refused: Told of each call that is refused, and why.
+        observer: Told of each call that is refused, and why.
     """
 
     task: Task
@@ -85,7 +85,7 @@ class Backend:
     check: Callable[[Request], None]
     cancel: Callable[[str], Awaitable[CancelReply]]
     withdraw: Callable[[str], Awaitable[Grip | None]]
-    refused: Callable[[FailureCode], None]
+    observer: Observer
 
 
 class FrontDoor:
@@ -196,7 +196,7 @@ class FrontDoor:
         except Exception as error:  # noqa: BLE001 - the caller is told, whatever it is
             failure = _failure(error)
             log.info("call_refused", request_id=request_id, code=failure.code)
-            self._backend.refused(failure.code)
+            self._backend.observer.call_refused(failure.code)
             event = FailedEvent(
                 request_id=request_id,
                 task=self._backend.task,
