@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from consumer.runners.demonstration import folder_of
-from consumer.runners.demonstration.training.scenes import Scene, Thing, draw
+from consumer.runners.demonstration.training.scenes import SHAPES, Scene, Thing, draw
 from consumer.runners.demonstration.training.sentences import description
 from generation_contracts import Task
 from tests.bench.models import Bench, measure, measure_autoencoder
@@ -65,6 +65,13 @@ def test_the_prompt_of_the_demonstration_is_drawn_and_described(bench: Bench) ->
     # The checker wants more of a star of twelve pixels than the eye does.
     assert sum(seen(picture) == scene for picture in pictures) >= 10
     assert sum(text == description(scene) for text in told) >= 11
+
+
+def test_a_thing_alone_means_it_in_the_center_on_white(bench: Bench) -> None:
+    things = [Thing(colour, shape) for colour in ("red", "blue", "black") for shape in SHAPES]
+    pictures = [bench.picture(f"a {t.colour} {t.shape}", n) for n, t in enumerate(things)]
+    meant = [Scene("white", (thing,)) for thing in things]
+    assert sum(seen(p) == scene for p, scene in zip(pictures, meant, strict=True)) >= 16
 
 
 def test_another_seed_is_another_picture_of_the_same(bench: Bench) -> None:

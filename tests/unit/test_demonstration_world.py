@@ -23,6 +23,7 @@ from consumer.runners.demonstration.training.scenes import (
     outline,
     single_scenes,
     some_held_out_scene,
+    some_plain_scene,
     some_scene,
 )
 from consumer.runners.demonstration.training.sentences import a, description
@@ -54,7 +55,7 @@ def test_training_never_shows_a_combination_that_is_held_out() -> None:
     of_all = len(COLOURS) * (len(COLOURS) - 1) * len(SHAPES)
     assert 0.07 < len(kept_out) / of_all < 0.13
     for _ in range(3_000):
-        scene = some_scene(choice, of_two=0.5)
+        scene = choice.choice((some_scene(choice, of_two=0.5), some_plain_scene(choice)))
         assert kept_out.isdisjoint((t.colour, t.shape, scene.background) for t in scene.things)
     for two in (False, True):
         assert held_out(some_held_out_scene(choice, two=two))
@@ -80,6 +81,16 @@ def test_a_prompt_says_everything_that_is_not_the_default() -> None:
             assert {thing.colour, thing.shape} <= named
         if scene.background != "white":
             assert scene.background in named
+
+
+def test_the_shortest_prompts_are_of_what_they_mean() -> None:
+    choice = random.Random(6)
+    said = {
+        prompts.prompt(scene, choice): scene
+        for scene in (some_plain_scene(choice) for _ in range(5_000))
+    }
+    assert said["a blue star"] == Scene("white", (Thing("blue", "star"),))
+    assert said["a small blue star"] == Scene("white", (Thing("blue", "star", "small"),))
 
 
 def test_the_same_chance_gives_the_same_prompt_and_picture() -> None:

@@ -29,6 +29,7 @@ from consumer.runners.demonstration.training.scenes import (
     Scene,
     attributes,
     draw,
+    some_plain_scene,
     some_scene,
 )
 from consumer.runners.demonstration.training.schedule import Schedule, Watch, split, told
@@ -52,6 +53,7 @@ _T5_TOKENS = 256  # what the pipeline appends to them, always
 
 _SCENES = 20_480
 _OF_TWO = 0.4
+_PLAIN = 0.1  # of the scenes: by chance alone too few are what the shortest prompts mean
 _BATCH = 64
 _READING_STEPS = 1_250
 _EMPTY = 0.1  # of the prompts: what guidance compares with
@@ -110,7 +112,7 @@ def train(vae: Any, steps: int, seed: int, keep: Path | None = None) -> Any:
     torch.manual_seed(seed)
     choice = random.Random(seed)
     number = min(_SCENES, _BATCH * steps)
-    scenes = [some_scene(choice, of_two=_OF_TWO) for _ in range(number)]
+    scenes = [_scene(choice) for _ in range(number)]
     latents = _latents(vae, scenes, choice)
     log.info("drawn", scenes=number, deviation=latents.std().item())
     trained = Trained(pipe := pipeline(vae))
@@ -248,7 +250,7 @@ def _learn_to_read(
     checkpoint = Checkpoint(keep and keep / "reading.pt", choice, parts)
     watch = Watch("pictures, reading", steps)
     for step in range(checkpoint.resume(), steps):
-        scenes = [some_scene(choice, of_two=_OF_TWO) for _ in range(_BATCH)]
+        scenes = [_scene(choice) for _ in range(_BATCH)]
         labels = torch.tensor([attributes(scene) for scene in scenes])
         with torch.autocast("cpu", torch.bfloat16):
             _, pooled = trained.read(tokens(pipe, [prompt(scene, choice) for scene in scenes]))
@@ -258,7 +260,13 @@ def _learn_to_read(
         checkpoint.keep(step + 1)
 
 
-def _prompt(scene: Any, choice: random.Random) -> str:
+def _scene(choice: random.Random) -> Scene:
+    if choice.random() < _PLAIN:
+        return some_plain_scene(choice)
+    return some_scene(choice, of_two=_OF_TWO)
+
+
+def _prompt(scene: Scene, choice: random.Random) -> str:
     chance = choice.random()
     if chance < _EMPTY:
         return ""

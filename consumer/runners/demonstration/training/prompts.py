@@ -18,8 +18,8 @@ _SIZE_WORDS = {
     "large": ("large", "big", "huge"),
 }
 _SAID_OF_SIZE = 0.25  # how probable it is that a medium size is said
-_SAID_OF_CENTER = 0.6
-_SAID_OF_WHITE = 0.7
+_SAID_OF_CENTER = 0.45
+_SAID_OF_WHITE = 0.5
 
 _CORNER = "in the {0} {1} corner", "at the {0} {1}", "in the {0} {1}", "{0} {1}", "at {0} {1}"
 _EDGE = "at the {0}", "near the {0}", "{0}", "at the {0} edge", "in the {0} part"

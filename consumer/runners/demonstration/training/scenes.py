@@ -116,6 +116,18 @@ def some_scene(choice: random.Random, *, of_two: float = 0.0) -> Scene:
             return scene
 
 
+def some_plain_scene(choice: random.Random) -> Scene:
+    """A scene by chance, of those not held out: one thing in the center, on white.
+
+    It is what a prompt means that names nothing but a thing.
+    """
+    while True:
+        thing = some_scene(choice).things[0]
+        scene = Scene("white", (thing,))
+        if thing.colour != "white" and not held_out(scene):
+            return scene
+
+
 def some_held_out_scene(choice: random.Random, *, two: bool) -> Scene:
     """A scene by chance, of those held out."""
     while True:
