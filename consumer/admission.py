@@ -57,7 +57,7 @@ class Envelope:
     trace_parent: str | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One request being handled: its delivery, and what has come of it so far.
 
@@ -66,6 +66,9 @@ class Job:
         place: Among the jobs in hand.
         releases: How many of the deliveries were given back on purpose.
         withdrawn: Whether it was cancelled while an earlier worker had it.
+        began: Whether the model has been started for it.
+        is_copy: Whether its request id belongs to another delivery, which came before.
+        decided: Set when `is_copy` is known.
         over: Set when it has come to its end in this worker.
         existing: The terminal event that was stored before, if there is one.
         stored: The outputs that are in the store so far, whether an event tells of them or not.
@@ -85,6 +88,9 @@ class Job:
     place: Place
     releases: int = 0
     withdrawn: bool = False
+    began: bool = False
+    is_copy: bool = False
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
     interrupt: Interrupt = field(default_factory=Interrupt)
     over: asyncio.Event = field(default_factory=asyncio.Event)
     state: State = State.RECEIVED
@@ -120,9 +126,20 @@ class Job:
         return self.request.model_copy(update={"seed": int.from_bytes(drawn)})
 
     @property
+    def attempts_so_far(self) -> int:
+        """How many deliveries of the request were attempts, this one included."""
+        return self.delivery.attempt - self.releases
+
+    @property
     def attempt(self) -> int:
-        """How often the request has been tried, this time included; from 1."""
-        return max(1, self.delivery.attempt - self.releases)
+        """How often the request has been attempted, this time included; from 1."""
+        return max(1, self.attempts_so_far)
+
+    @property
+    def may_be_cancelled_as(self) -> frozenset[str]:
+        """The ids by which it can be cancelled: its own, and that of its chain."""
+        link = None if self.request is None else self.request.chain
+        return frozenset({self.request_id} if link is None else {self.request_id, link.id})
 
     def spent(self, name: str, seconds: float, *, ago: float = 0.0) -> None:
         """Note that a stage has ended so many seconds ago, after so many seconds."""
@@ -136,6 +153,7 @@ class Job:
             IllegalTransition: It cannot follow.
         """
         self.state = advance(self.state, to)
+        self.began = self.began or to is State.RUNNING
 
 
 @dataclass(frozen=True)
@@ -156,6 +174,7 @@ class Admission:
         queued = (datetime.now(UTC) - delivery.stored_at).total_seconds()
         return Job(
             delivery=delivery,
+            releases=delivery.uncounted,
             place=place or Turns().join(),
             envelope=self._envelope(delivery),
             digest=digest_of_bytes(delivery.body),
@@ -198,9 +217,11 @@ class Admission:
             ) from None
 
     def _request_id(self, delivery: Delivery, fields: Mapping[str, Any]) -> str:
+        # The subject first: the two differ only in a request that is refused for it, and such a
+        # request must not end the id that its body names.
         candidates = (
-            fields.get("request_id"),
             self.subjects.id_in(delivery.subject, self.task),
+            fields.get("request_id"),
             delivery.headers.get(MESSAGE_ID),
         )
         for candidate in candidates:

@@ -48,6 +48,9 @@ from generation_contracts.chains import id_of, next_link, place_of
 
 log = structlog.get_logger()
 
+RETRY_DELAY_MOST = 60.0  # seconds
+COPY_DELAY = 5.0  # seconds until a copy looks again whether the request before it has ended
+
 
 class Conclusion:
     """Carries decisions out: put aside, publish, reply or go on, settle, in this order.
@@ -67,6 +70,7 @@ class Conclusion:
         events: Events,
         artifacts: Artifacts,
         max_attempts: int,
+        retry_delay: float,
         observer: Observer,
     ) -> None:
         self._task = task
@@ -75,6 +79,7 @@ class Conclusion:
         self._events = events
         self._artifacts = artifacts
         self._max_attempts = max_attempts
+        self._retry_delay = retry_delay
         self._observer = observer
 
     async def conclude(self, job: Job, decision: Decision) -> Decision:
@@ -167,13 +172,14 @@ class Conclusion:
             case Publish.SUCCEEDED | Publish.FAILED | Publish.CANCELLED:
                 event = self._event(job, decision)
                 trace_parent = job.envelope.trace_parent
-                if await self._events.publish_result(event, trace_parent=trace_parent):
+                stored = await self._events.publish_result(event, trace_parent=trace_parent)
+                if stored == event:
                     await self._answer(job, event)
                     return event
                 log.warning("result_stored_before")
-                job.existing = await self._events.find_result(self._task, job.request_id)
-                await self._answer(job, self._instead(job, event, job.existing))
-                return job.existing
+                job.existing = stored
+                await self._answer(job, self._instead(job, event, stored))
+                return stored
 
     async def _announce_the_bare_failure(self, job: Job, decision: Decision) -> ResultEvent | None:
         # Without what the sender brought in itself; else it would come back for ever.
@@ -184,9 +190,7 @@ class Conclusion:
             log.exception("failure_too_large")
             return None
 
-    def _instead(self, job: Job, event: ResultEvent, found: ResultEvent | None) -> ResultEvent:
-        if found is None:
-            return event
+    def _instead(self, job: Job, event: ResultEvent, found: ResultEvent) -> ResultEvent:
         if found.request_digest == job.digest:  # another worker with the same request was quicker
             return found
         if isinstance(event, FailedEvent):
@@ -265,9 +269,10 @@ class Conclusion:
             failure=failure,
         )
         log.warning("chain_broken", chain=link.id, step=link.step, code=str(failure.code))
-        if await self._events.publish_result(event, trace_parent=job.envelope.trace_parent):
+        stored = await self._events.publish_result(event, trace_parent=job.envelope.trace_parent)
+        if stored == event:
             self._observer.chain_broken(failure.code)
-        await self._reply(job, event)
+        await self._reply(job, stored if stored.request_digest == digest else event)
 
     async def _reply(self, job: Job, event: ResultEvent | None) -> None:
         if job.envelope.reply_to is not None and event is not None:
@@ -316,6 +321,8 @@ class Conclusion:
                 await job.delivery.ack()
             case Settlement.NAK:
                 await job.delivery.nak()
+            case Settlement.RETRY:
+                await self._retry_later(job, counts=decision.counts)
             case Settlement.RELEASE:
                 await job.delivery.release()
             case Settlement.TERM:
@@ -327,3 +334,23 @@ class Conclusion:
             case Settlement.KEEP:
                 raise AssertionError("a job that is kept has not come to its end")
         job.advance(State.SETTLED)
+
+    async def _retry_later(self, job: Job, *, counts: bool) -> None:
+        # Not a NAK with a delay: at max_ack_pending=1 the queue would stand still for the delay.
+        attempts = job.attempts_so_far if counts else job.attempts_so_far - 1
+        delay = COPY_DELAY
+        if counts:
+            delay = min(self._retry_delay * 2 ** (attempts - 1), RETRY_DELAY_MOST)
+        try:
+            await self._events.retry_later(
+                self._task,
+                job.delivery,
+                request_id=job.request_id,
+                attempts=max(0, attempts),
+                delay=delay,
+            )
+        except (MessageTooLarge, QueueFull) as error:
+            log.warning("retry_not_delayed", error=type(error).__name__)
+            await job.delivery.nak()
+        else:
+            await job.delivery.ack()

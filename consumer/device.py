@@ -7,7 +7,8 @@ happen beside the next run.
 import asyncio
 import base64
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from contextvars import Context
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,7 +28,7 @@ from consumer.ports import (
     Runner,
     RunnerOutput,
 )
-from consumer.run import Hanging, Steps, Stopped, watch
+from consumer.run import Hanging, Interrupt, Steps, Stopped, watch
 from consumer.turns import Place, Turn, Turns
 from generation_contracts import (
     ImageToTextRequest,
@@ -97,7 +98,7 @@ class Device:
                 output = await self._run_together(job, turn, member, steps)
                 if output is not None:
                     return output
-            async with turn.alone:
+            async with _taken(turn.alone, job.interrupt):
                 return await self._run_alone(job, turn, member, steps)
         except (DeviceLost, Hanging):
             self._turns.close()
@@ -327,6 +328,26 @@ class _Stretch:
             self.seconds = time.monotonic() - began
             for steps in told:
                 steps.end()
+
+
+@asynccontextmanager
+async def _taken(lock: asyncio.Lock, interrupt: Interrupt) -> AsyncIterator[None]:
+    """Hold a lock, and wait for it no longer than until the job is asked to stop.
+
+    Raises:
+        Stopped: It was asked to stop first.
+    """
+    if not lock.locked():  # at once: a run must not end before it is watched
+        async with lock:
+            yield
+        return
+    taking = asyncio.ensure_future(lock.acquire())
+    try:
+        await interrupt.during(taking)
+        yield
+    finally:
+        if not taking.cancelled():
+            lock.release()
 
 
 def _told_by(member: BatchMember) -> dict[str, Any]:

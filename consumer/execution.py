@@ -17,8 +17,9 @@ from consumer import job as outcomes
 from consumer.admission import NANOSECONDS, Admission, Job
 from consumer.conclusion import Conclusion
 from consumer.device import Device
+from consumer.early_cancellations import EarlyCancellations
 from consumer.heartbeat import Lease
-from consumer.job import Decision, Outcome, State, decide
+from consumer.job import Decision, Outcome, Publish, State, decide
 from consumer.pictures import Pictures
 from consumer.ports import (
     Artifacts,
@@ -32,14 +33,17 @@ from consumer.ports import (
     ModelError,
     NoTracer,
     Observer,
+    Queue,
     Runner,
     RunnerOutput,
     Tracer,
+    Workers,
 )
+from consumer.request_ids import RequestIds
 from consumer.run import Reason, Stopped
 from consumer.telemetry import JobReport
 from consumer.turns import Place, Turns
-from consumer.verdict import OtherContent, SettledBefore, TooManyDeliveries, name_of, outcome_of
+from consumer.verdict import EarlierCopyInProgress, TooManyDeliveries, name_of, outcome_of
 from generation_contracts import (
     ImageToTextRequest,
     Request,
@@ -65,11 +69,14 @@ class Limits:
         ack_wait: Seconds that a lease lasts without a renewal.
         max_attempts: How often a request is tried whose model raises, or whose workers die.
         stall_timeout: Seconds without a step after which the inference thread is taken to hang.
+        retry_delay: Seconds before the second attempt at a request whose model raised; each
+            further one waits twice as long as the one before.
     """
 
     ack_wait: float
     max_attempts: int
     stall_timeout: float
+    retry_delay: float = 2.0
 
 
 class Execution:
@@ -83,6 +90,8 @@ class Execution:
         runner: The loaded model.
         inference: The one thread in which it runs.
         events: The way to the bus.
+        queue: The requests in their streams.
+        workers: All workers of the installation.
         artifacts: The object store.
         images: The pictures' codec.
         observer: Told what happens.
@@ -102,6 +111,8 @@ class Execution:
         runner: Runner,
         inference: Inference,
         events: Events,
+        queue: Queue,
+        workers: Workers,
         artifacts: Artifacts,
         images: Images,
         observer: Observer,
@@ -115,7 +126,8 @@ class Execution:
         self._limits = limits
         self._model = model
         self._runner = runner
-        self._events = events
+        self._ids = RequestIds(admission=admission, events=events, queue=queue, workers=workers)
+        self._early_cancellations = EarlyCancellations()
         self._turns = turns or Turns()
         self._ending = ending
         self._pictures = Pictures(
@@ -124,6 +136,7 @@ class Execution:
             task=self._task,
             model=model.info,
             prompt_in_files=prompt_in_pictures,
+            others_idle=workers.others_idle,
         )
         self._observer = observer
         self._tracer = tracer or NoTracer()
@@ -135,6 +148,7 @@ class Execution:
             events=events,
             artifacts=artifacts,
             max_attempts=limits.max_attempts,
+            retry_delay=limits.retry_delay,
             observer=observer,
         )
         self._device = Device(
@@ -158,18 +172,32 @@ class Execution:
         Returns:
             An exit code when this process must end (device lost, thread hung), else None.
         """
-        return await self._take(
-            delivery, self._stages, self._turns.join(suspect=delivery.attempt > 1)
-        )
+        place = self._turns.join(suspect=delivery.deliveries > 1)
+        try:
+            return await self._take(delivery, self._stages, place)
+        finally:
+            place.leave()
 
     async def put_aside(self, delivery: Delivery) -> None:
-        """Conclude a request that no worker will be given any more, without running it."""
+        """Conclude a request that the server delivers no more, without running it.
+
+        It is left alone while its id is in progress: its last worker may have been slow, not dead.
+        """
+        request_id = self._admission.open(delivery).request_id
+        if await self._ids.in_progress(delivery, request_id):
+            log.info("max_deliver_exhausted_in_progress", request_id=request_id)
+            return
         await self._take(delivery, self._lost)
 
     @property
     def storing(self) -> bool:
         """Whether an output is on its way into the store, or waits for it to take it."""
         return any(job.state is State.STORING for job in self._jobs)
+
+    @property
+    def waits_for_store(self) -> bool:
+        """Whether a job waits until the store answers."""
+        return bool(self._pictures.waiting)
 
     def interrupt(self, reason: Reason, request_id: str | None = None) -> bool:
         """Ask a job, or all of them, to stop at the next step.
@@ -191,10 +219,19 @@ class Execution:
     async def withdraw(self, request_id: str) -> Grip | None:
         """Stop a job at its next step because its sender wants it no more.
 
+        A request that this worker does not have yet is stopped when it comes, within the next
+        minutes.
+
+        Args:
+            request_id: Of the request, or of the chain that it belongs to.
+
         Returns:
             How it is held; None when this worker does not have it.
         """
-        held = [job for job in self._jobs if job.request_id == request_id]
+        self._early_cancellations.add(request_id)
+        held = [
+            job for job in self._jobs if request_id in job.may_be_cancelled_as and not job.is_copy
+        ]
         in_time = [job for job in held if job.state not in _AT_THE_END]
         for job in in_time:
             job.interrupt.set(Reason.CANCEL)  # before anything is waited for: it is in time now
@@ -202,6 +239,10 @@ class Execution:
         if not held:
             return None
         return Grip.STOPPING if in_time else Grip.ENDING
+
+    async def holds(self, request_id: str) -> bool:
+        """Whether the model has been started for a request that this worker has."""
+        return any(job.began for job in self._jobs if job.request_id == request_id)
 
     async def _take(
         self,
@@ -221,16 +262,14 @@ class Execution:
             try:
                 async with Lease(delivery, ack_wait=self._limits.ack_wait):
                     outcome = await stages(job)
-                    if isinstance(outcome, outcomes.ModelRaised | outcomes.Broken):
-                        await self._count(job)
-                    wanted = self._decide(job, outcome)
+                    wanted = await self._decide(job, outcome)
                     exit_code = wanted.exit_code  # stands even if the end goes wrong
                     if exit_code is not None and self._ending is not None:
                         await self._ending()
                     decision = await self._conclusion.conclude(job, wanted)
             except asyncio.CancelledError:
                 if await self._give_back(job):
-                    decision = self._decide(job, outcomes.Draining())
+                    decision = decide(outcomes.Draining(), attempt=1, max_attempts=1)
                 raise
             except Exception as error:
                 # Nobody knows how far it came: the lease runs out and the request comes again.
@@ -239,6 +278,7 @@ class Execution:
                     decision = await self._conclusion.give_up(job, type(error).__name__)
             finally:
                 self._jobs.remove(job)
+                self._ids.release(job)
                 job.over.set()
                 job.place.leave()
                 self._report(job, decision)
@@ -265,15 +305,17 @@ class Execution:
     async def _stages(self, job: Job) -> Outcome:
         timer: asyncio.TimerHandle | None = None
         try:
-            if job.place.suspect:
-                await self._read_notes(job)
             request = self._read(job)
+            if job.place.suspect:
+                await self._read_marks(job)
+            if not self._early_cancellations.isdisjoint(job.may_be_cancelled_as):
+                job.interrupt.set(Reason.CANCEL)
             if request.deadline is not None:
                 left = (request.deadline - datetime.now(UTC)).total_seconds()
                 timer = asyncio.get_running_loop().call_later(
                     max(0.0, left), job.interrupt.set, Reason.DEADLINE
                 )
-            await self._wait_for_its_twin(job)
+            await self._ids.acquire(job)
             pictures = await self._admit(job, request)
             output = await self._device.run(job, pictures)
             del pictures  # nothing of them is needed while the output is stored
@@ -292,20 +334,27 @@ class Execution:
     async def _lost(self, job: Job) -> Outcome:
         try:
             self._read(job)
-            await self._look_for_result(job)
+            await self._ids.acquire(job)
+            job.releases = job.delivery.uncounted + await job.delivery.releases()
         except Exception as error:  # noqa: BLE001 - each of them is an outcome
             return outcome_of(error)
+        if job.attempts_so_far < self._limits.max_attempts:
+            return outcomes.DeliveriesUsedUp()
         return outcomes.WorkerLost()
 
-    async def _read_notes(self, job: Job) -> None:
-        if job.place.in_company:
-            # If the worker dies now, it may be of another one: what waits behind a request that
-            # kills three workers must not be put aside with it. `_be_alone` ends that.
-            await job.delivery.discount()
-        job.releases = await job.delivery.releases()
+    async def _read_marks(self, job: Job) -> None:
+        requeued = await job.delivery.releases()
+        job.releases = job.delivery.uncounted + requeued
         job.withdrawn = await job.delivery.withdrawn()
         if job.withdrawn:
             job.interrupt.set(Reason.CANCEL)
+        if job.delivery.deliveries - requeued == 1:
+            job.place.clear()  # a rollout of the workers, for example
+        elif job.place.in_company:
+            # If the worker dies now, it may be of another one: what waits behind a request that
+            # kills three workers must not be put aside with it. `_be_alone` ends that.
+            await job.delivery.discount()
+            job.releases = job.delivery.uncounted + await job.delivery.releases()
 
     async def _be_alone(self, job: Job) -> None:
         """Let those leave who were in hand before a suspect: what happens then is its own doing."""
@@ -317,7 +366,7 @@ class Execution:
         """Make this delivery a try: what has become of it is its own doing."""
         if job.place.suspect and job.place.in_company:
             await job.delivery.count()
-            job.releases = await job.delivery.releases()
+            job.releases = job.delivery.uncounted + await job.delivery.releases()
             job.place.in_company = False
 
     async def _failed_too_often(self, job: Job) -> bool:
@@ -333,21 +382,7 @@ class Execution:
         job.digest = request_digest(request)
         return request
 
-    async def _look_for_result(self, job: Job) -> None:
-        job.existing = await self._events.find_result(self._task, job.request_id)
-        if job.existing is not None:
-            same = job.existing.request_digest == job.digest
-            raise SettledBefore if same else OtherContent
-
-    async def _wait_for_its_twin(self, job: Job) -> None:
-        """Let an earlier copy of the request come to its end: its result is then looked for."""
-        # A copy of the list: those that end meanwhile are taken out of it.
-        for other in self._jobs[: self._jobs.index(job)]:
-            if other.request_id == job.request_id:
-                await job.interrupt.during(other.over.wait())
-
     async def _admit(self, job: Job, request: Request) -> "list[Image]":
-        await self._look_for_result(job)
         await self._be_alone(job)
         if job.attempt > self._limits.max_attempts and not job.withdrawn:
             raise TooManyDeliveries
@@ -371,8 +406,18 @@ class Execution:
 
     # -- the end ----------------------------------------------------------------------------------
 
-    def _decide(self, job: Job, outcome: Outcome) -> Decision:
-        return decide(outcome, attempt=job.attempt, max_attempts=self._limits.max_attempts)
+    async def _decide(self, job: Job, outcome: Outcome) -> Decision:
+        if isinstance(outcome, outcomes.ModelRaised | outcomes.Broken):
+            await self._count(job)
+        attempt, most = job.attempt, self._limits.max_attempts
+        decision = decide(outcome, attempt=attempt, max_attempts=most, is_copy=job.is_copy)
+        if decision.publish is Publish.FAILED and not job.began:
+            try:
+                job.is_copy = await self._ids.belongs_to_another(job)
+            except EarlierCopyInProgress as error:
+                outcome = outcome_of(error)
+            decision = decide(outcome, attempt=attempt, max_attempts=most, is_copy=job.is_copy)
+        return decision
 
     async def _give_back(self, job: Job) -> bool:
         if job.state in {State.SETTLED, State.ABANDONED}:

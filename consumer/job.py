@@ -4,7 +4,7 @@
 `execution` carries the decision out, in one place.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from generation_contracts import Failure, FailureCode
@@ -68,7 +68,12 @@ class AlreadyDone:
 
 @dataclass(frozen=True)
 class Conflict:
-    """A terminal event for this id exists, for another content."""
+    """The id belongs to a request with another content, which has ended or came before."""
+
+
+@dataclass(frozen=True)
+class EarlierCopy:
+    """An earlier copy of the same request is queued, or in progress in another worker."""
 
 
 @dataclass(frozen=True)
@@ -130,18 +135,18 @@ class Stalled:
 
 
 @dataclass(frozen=True)
-class StoreUnreachable:
-    """The store does not take the output now."""
-
-
-@dataclass(frozen=True)
-class BusUnreachable:
-    """The bus does not take the event or the settlement now; `consumer.bus` waits for it."""
+class HandedOver:
+    """The store does not answer this worker, and another worker is free to do the request."""
 
 
 @dataclass(frozen=True)
 class WorkerLost:
     """Delivered more often than is allowed: it killed its workers."""
+
+
+@dataclass(frozen=True)
+class DeliveriesUsedUp:
+    """The server delivers it no more, and not for its own attempts: most were requeued."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,7 @@ Outcome = (
     Done
     | AlreadyDone
     | Conflict
+    | EarlierCopy
     | Malformed
     | Unsupported
     | InputMissing
@@ -179,9 +185,9 @@ Outcome = (
     | RanOutOfMemory
     | LostDevice
     | Stalled
-    | StoreUnreachable
-    | BusUnreachable
+    | HandedOver
     | WorkerLost
+    | DeliveriesUsedUp
     | Draining
     | ResultTooLarge
     | QueueIsFull
@@ -196,8 +202,9 @@ class Settlement(Enum):
     """What becomes of the delivery."""
 
     ACK = auto()
-    NAK = auto()  # a try that failed: it counts
-    RELEASE = auto()  # given back on purpose: no try, it does not count
+    NAK = auto()  # requeue at once: an attempt that failed, it counts
+    RETRY = auto()  # queue a copy after a delay, then acknowledge
+    RELEASE = auto()  # requeue at once: no attempt, it does not count
     TERM = auto()
     KEEP = auto()  # not yet: the heartbeat goes on and the stage is tried again
     ABANDON = auto()  # never by this process: the heartbeat stops
@@ -223,6 +230,7 @@ class Decision:
         publish: Which event goes out first.
         failure: What a failed event says.
         dead_letter: Whether the original bytes are put aside.
+        counts: With RETRY: whether this delivery was an attempt.
         save_memory: Run again at once, with the memory-saving options; only with KEEP.
         exit_code: Ends the process, readiness false, for the supervisor to start a new one.
     """
@@ -231,21 +239,38 @@ class Decision:
     publish: Publish = Publish.NONE
     failure: Failure | None = None
     dead_letter: bool = False
+    counts: bool = True
     save_memory: bool = False
     exit_code: int | None = None
 
 
-def decide(  # noqa: PLR0911 - one row of the table each
-    outcome: Outcome, *, attempt: int, max_attempts: int
-) -> Decision:
+def decide(outcome: Outcome, *, attempt: int, max_attempts: int, is_copy: bool = False) -> Decision:
     """The settlement table.
 
     Args:
         outcome: What came of the job's last stage.
-        attempt: How often the request has been tried, this time included; from 1. What a worker
-            gave back on purpose was no try.
+        attempt: How often the request has been attempted, this time included; from 1. What a
+            worker requeued on purpose was no attempt.
         max_attempts: How often a model that raises is tried.
+        is_copy: Whether the request id belongs to another delivery: this one may reply and leave
+            a dead letter, but it must not end the id.
     """
+    decision = _decide(outcome, attempt=attempt, max_attempts=max_attempts)
+    if not is_copy:
+        return decision
+    match decision.publish:
+        case Publish.FAILED:
+            return replace(decision, publish=Publish.FAILED_REPLY_ONLY)
+        case Publish.CANCELLED:
+            # The delivery that the id belongs to is being stopped; its event answers this one.
+            return Decision(Settlement.RETRY, counts=False)
+        case _:
+            return decision
+
+
+def _decide(  # noqa: PLR0911 - one row of the table each
+    outcome: Outcome, *, attempt: int, max_attempts: int
+) -> Decision:
     match outcome:
         case Done():
             return Decision(Settlement.ACK, Publish.SUCCEEDED)
@@ -253,18 +278,20 @@ def decide(  # noqa: PLR0911 - one row of the table each
             return Decision(Settlement.ACK, Publish.STORED_AGAIN)
         case Cancelled():
             return Decision(Settlement.ACK, Publish.CANCELLED)
-        case StoreUnreachable() | BusUnreachable():
-            return Decision(Settlement.KEEP)
         case RanOutOfMemory(saved_memory=False):
             return Decision(Settlement.KEEP, save_memory=True)
         case LostDevice():
             return Decision(Settlement.NAK, exit_code=EXIT_DEVICE_LOST)
         case Stalled():
             return Decision(Settlement.ABANDON, exit_code=EXIT_DEVICE_LOST)
-        case Draining():
+        case Draining() | HandedOver():
             return Decision(Settlement.RELEASE)
+        case EarlierCopy():
+            return Decision(Settlement.RETRY, counts=False)
+        case DeliveriesUsedUp():
+            return Decision(Settlement.RETRY)
         case ModelRaised() | Broken() if attempt < max_attempts:
-            return Decision(Settlement.NAK)
+            return Decision(Settlement.RETRY)
         case _:
             return _failed(outcome)
 
@@ -291,7 +318,7 @@ def _failure(outcome: Outcome) -> Failure:  # noqa: C901, PLR0911 - the same
         case Conflict():
             return Failure.of(
                 FailureCode.REQUEST_ID_CONFLICT,
-                "another request with this id and other content has been done already",
+                "the request id belongs to another request, with other content",
             )
         case Expired():
             return Failure.of(FailureCode.DEADLINE_EXCEEDED, "the deadline has passed")

@@ -1,6 +1,8 @@
 """A job's pictures: fetched and decoded before the run, encoded and stored after it.
 
-While the store is away the job waits, with what it has in hand and its lease renewed.
+While the store does not answer, the job waits with its finished outputs, and its lease is renewed.
+After `STORE_PATIENCE` it is handed over, if another worker is free. An input that the store does
+not give although it answers ends the request.
 """
 
 import asyncio
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import structlog
 
 from consumer.admission import Job
-from consumer.job import Settlement, State, StoreUnreachable, decide
+from consumer.job import State
 from consumer.ports import (
     Artifacts,
     EncodedImage,
@@ -26,6 +28,7 @@ from consumer.ports import (
     StoreUnavailable,
 )
 from consumer.provenance import provenance_of
+from consumer.verdict import StoreIsAway
 from generation_contracts import ImageArtifact, ModelInfo, Task, TextToImageRequest
 from generation_contracts.artifacts import ImageSource
 
@@ -39,6 +42,7 @@ T = TypeVar("T")
 MAX_PIXELS_IN_ALL = 64_000_000  # of one request's pictures; 192 MB as RGB
 STORE_PAUSE_FIRST = 0.5  # seconds
 STORE_PAUSE_MOST = 15.0  # seconds; how long an output waits at most once the store is back
+STORE_PATIENCE = 60.0  # seconds; longer than a pull stands, see `Workers.others_idle`
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Pictures:
         task: Part of the outputs' keys.
         model: What the files say of where they come from.
         prompt_in_files: Whether they say their prompts.
+        others_idle: Whether another worker is free to do a request of this one.
     """
 
     artifacts: Artifacts
@@ -58,6 +63,8 @@ class Pictures:
     task: Task
     model: ModelInfo
     prompt_in_files: bool
+    others_idle: Callable[[], Awaitable[bool]]
+    waiting: set[Job] = field(default_factory=set)  # for the store
     # Encoders compute: more of them than cores would only hold more pictures.
     _encoders: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(os.cpu_count() or 1)
@@ -69,6 +76,7 @@ class Pictures:
         Raises:
             InputUnavailable: One cannot be had or read, or they are too large together.
             Stopped: The job was asked to stop while the store was away.
+            StoreIsAway: The request is to be handed over.
         """
         started = time.monotonic()
         pictures: list[Image] = []
@@ -87,6 +95,7 @@ class Pictures:
 
         Raises:
             Stopped: The job was asked to stop before everything was stored.
+            StoreIsAway: The request is to be handed over.
         """
         encoded = await self._encode(job, request, output)
         stored = await self._store(job, encoded)
@@ -97,12 +106,19 @@ class Pictures:
 
     async def _input(self, job: Job, index: int, source: ImageSource) -> "Image":
         try:
-            data = await self._once_the_store_is_there(
-                job, lambda: self.artifacts.fetch(source, max_bytes=self.images.max_bytes)
-            )
+            data = await self._retry_while_store_away(job, partial(self._fetch, source))
             return await asyncio.to_thread(self.images.decode, data)
         except InputUnavailable as error:
             raise InputUnavailable(f"images.{index}: {error}") from None
+
+    async def _fetch(self, source: ImageSource) -> bytes:
+        try:
+            return await self.artifacts.fetch(source, max_bytes=self.images.max_bytes)
+        except StoreUnavailable:
+            # A store that answers does not give this object: to wait would be to wait for ever.
+            if await self.artifacts.reachable():
+                raise InputUnavailable("the store does not give the object") from None
+            raise
 
     async def _encode(
         self, job: Job, request: TextToImageRequest, output: RunnerOutput
@@ -133,7 +149,7 @@ class Pictures:
         started = time.monotonic()
         putting = [
             asyncio.ensure_future(
-                self._once_the_store_is_there(
+                self._retry_while_store_away(
                     job, partial(self.artifacts.store, self.task, job.request_id, index, image)
                 )
             )
@@ -155,16 +171,20 @@ class Pictures:
         job.spent("upload", job.upload)
         return tuple(job.stored)
 
-    async def _once_the_store_is_there(self, job: Job, action: Callable[[], Awaitable[T]]) -> T:
-        # The finished output is kept and so is the lease, for as long as it takes.
+    async def _retry_while_store_away(self, job: Job, action: Callable[[], Awaitable[T]]) -> T:
         pause = STORE_PAUSE_FIRST
-        while True:
-            try:
-                return await job.interrupt.during(action())
-            except StoreUnavailable as error:
-                log.warning("store_unavailable", reason=str(error), pause=round(pause, 1))
-            decision = decide(StoreUnreachable(), attempt=job.attempt, max_attempts=job.attempt)
-            if decision.settlement is not Settlement.KEEP:
-                raise AssertionError("the table keeps a job while the store is away")
-            await job.interrupt.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter
-            pause = min(pause * 2, STORE_PAUSE_MOST)
+        since = asyncio.get_running_loop().time()
+        try:
+            while True:
+                try:
+                    return await job.interrupt.during(action())
+                except StoreUnavailable as error:
+                    log.warning("store_unavailable", reason=str(error), pause=round(pause, 1))
+                self.waiting.add(job)
+                waited = asyncio.get_running_loop().time() - since
+                if waited > STORE_PATIENCE and await self.others_idle():
+                    raise StoreIsAway
+                await job.interrupt.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter
+                pause = min(pause * 2, STORE_PAUSE_MOST)
+        finally:
+            self.waiting.discard(job)

@@ -72,6 +72,17 @@ class Delivery(Protocol):
         """How often the request has been delivered, this time included; from 1."""
 
     @property
+    def deliveries(self) -> int:
+        """How often this very message has been delivered, this time included; from 1.
+
+        A request that is queued again after a delay is another message.
+        """
+
+    @property
+    def uncounted(self) -> int:
+        """How many deliveries, before it was queued again after a delay, were no attempts."""
+
+    @property
     def stored_at(self) -> datetime:
         """When the stream took the request, aware; the same for every delivery of it."""
 
@@ -128,12 +139,11 @@ class Events(Protocol):
     async def find_result(self, task: Task, request_id: str) -> ResultEvent | None:
         """The stored terminal event of a request, or None."""
 
-    async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> bool:
-        """Store the terminal event.
+    async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> ResultEvent:
+        """Store the terminal event, unless the request has one.
 
         Returns:
-            True when this event is the stored one; False when another already stands for the
-            request.
+            The event that is stored for the request: this one, or the one that was there before.
 
         Raises:
             MessageTooLarge: The event does not fit the server's `max_payload`.
@@ -151,6 +161,23 @@ class Events(Protocol):
         self, task: Task, request: Request, *, reply_to: str | None, trace_parent: str | None
     ) -> None:
         """Queue the next request of a chain; a second time is harmless.
+
+        Raises:
+            MessageTooLarge: It does not fit the server's limit or the stream's.
+            QueueFull: The stream takes no more.
+        """
+
+    async def retry_later(
+        self, task: Task, delivery: Delivery, *, request_id: str, attempts: int, delay: float
+    ) -> None:
+        """Store a copy of a request that is queued again after a delay; then acknowledge it.
+
+        Args:
+            task: Of the request.
+            delivery: Its bytes and headers are kept, and how often it has been delivered.
+            request_id: The copy is queued under it, also where the request's subject has no id.
+            attempts: How many of its deliveries were attempts.
+            delay: Seconds.
 
         Raises:
             MessageTooLarge: It does not fit the server's limit or the stream's.
@@ -185,6 +212,15 @@ class Queue(Protocol):
             Unavailable: The bus cannot be used.
         """
 
+    async def older(self, task: Task, request_id: str, sequence: int) -> Delivery | None:
+        """The oldest message with the id in its subject, if it is older than a sequence.
+
+        Waits for the bus.
+        """
+
+    async def waiting_for_retry(self, task: Task, request_id: str) -> Delivery | None:
+        """The message of a request that is queued again after a delay. Waits for the bus."""
+
 
 class Grip(Enum):
     """How a worker holds a request that it is asked to stop."""
@@ -201,6 +237,12 @@ class Workers(Protocol):
 
     async def tell(self, request_id: str) -> None:
         """The same, without waiting for an answer. Never raises."""
+
+    async def holds(self, request_id: str) -> bool:
+        """Whether any worker has a request, which goes on. Never raises."""
+
+    async def others_idle(self) -> bool:
+        """Whether another worker waits for requests of this one's queue. Never raises."""
 
 
 class QueueFull(Exception):  # noqa: N818 - a state of the queue
@@ -251,8 +293,11 @@ class Artifacts(Protocol):
 
         Raises:
             InputUnavailable: It is missing, too large, or not one that this worker may read.
-            StoreUnavailable: The store does not answer.
+            StoreUnavailable: The store does not answer, or not with this object.
         """
+
+    async def reachable(self) -> bool:
+        """Whether the store answers this worker at all. Never raises."""
 
 
 class StoreUnavailable(Unavailable):

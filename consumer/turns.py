@@ -146,6 +146,18 @@ class Place:
         """It waits for the device no more, or has no more use for it; once more is no fault."""
         self._turns.release(self)
 
+    def step_aside(self) -> None:
+        """Stay in flight without waiting for the device: others need not wait for this one."""
+        self._turns.step_aside(self)
+
+    def rejoin(self) -> None:
+        """Wait for the device again, behind all others, after `step_aside`."""
+        self._turns.rejoin(self)
+
+    def clear(self) -> None:
+        """Its last worker did not die of it: others may be in flight and in its batch."""
+        self._turns.clear(self)
+
     def leave(self) -> None:
         """It is about to be settled: there is room for another one."""
         self._turns.remove(self)
@@ -161,6 +173,7 @@ class Turns:
         self.bounds = bounds or Bounds()
         self._operator: Operator | None = None
         self._in_hand: set[Place] = set()
+        self._aside: set[Place] = set()  # of these, those that do not wait for the device
         self._waiting: list[Place] = []  # in the order of their delivery
         self._turn: Turn | None = None
         self._ahead: _Ahead | None = None
@@ -180,7 +193,7 @@ class Turns:
                 others, and it goes on once it is `alone`: should this worker die as well, it is
                 known of whom.
         """
-        place = Place(self, suspect=suspect, in_company=bool(self._in_hand))
+        place = Place(self, suspect=suspect, in_company=bool(self._in_hand - self._aside))
         self._in_hand.add(place)
         self._waiting.append(place)
         return place
@@ -203,8 +216,8 @@ class Turns:
         )
 
     async def alone(self, place: Place) -> None:
-        """Wait until all others have left. A suspect lets nobody in meanwhile."""
-        while self._in_hand != {place}:
+        """Wait until all others have left that the device can be for. A suspect admits no others."""
+        while self._in_hand - self._aside != {place}:
             self._changed.clear()
             await self._changed.wait()
 
@@ -212,7 +225,7 @@ class Turns:
         """Whether a place is not the next one, or the device is not free."""
         if place not in self._waiting:
             return False
-        lets_others_leave = place.suspect and self._in_hand != {place}
+        lets_others_leave = place.suspect and self._in_hand - self._aside != {place}
         taken = self._closed or self._turn is not None
         return taken or lets_others_leave or place != self._waiting[0]
 
@@ -245,10 +258,29 @@ class Turns:
         place.turn = place.member = place.granted = None
         self.advance()
 
+    def step_aside(self, place: Place) -> None:
+        """See `Place.step_aside`."""
+        if place not in self._aside:
+            self._aside.add(place)
+            self.release(place)
+
+    def rejoin(self, place: Place) -> None:
+        """See `Place.rejoin`."""
+        if place in self._aside:
+            self._aside.remove(place)
+            self._waiting.append(place)
+            self.advance()
+
+    def clear(self, place: Place) -> None:
+        """See `Place.clear`."""
+        place.suspect = place.in_company = False
+        self._changed.set()
+
     def remove(self, place: Place) -> None:
         """See `Place.leave`."""
         self.release(place)
         self._in_hand.discard(place)
+        self._aside.discard(place)
         self._changed.set()
 
     def advance(self) -> None:

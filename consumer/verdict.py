@@ -17,12 +17,20 @@ from generation_contracts import InvalidRequest
 log = structlog.get_logger()
 
 
-class SettledBefore(Exception):  # noqa: N818 - not an error
+class ResultExists(Exception):  # noqa: N818 - not an error
     """A terminal event for the request's id is stored already."""
 
 
-class OtherContent(Exception):  # noqa: N818 - the contract's word: request_id_conflict
-    """The same, but for a request that asked for something else."""
+class IdConflict(Exception):  # noqa: N818 - the contract's word: request_id_conflict
+    """The request id belongs to a request that asks for something else."""
+
+
+class EarlierCopyInProgress(Exception):  # noqa: N818 - a state of the request
+    """An earlier copy of the request is queued, or in progress in another worker."""
+
+
+class StoreIsAway(Exception):  # noqa: N818 - a state of the store
+    """The store does not answer this worker, and another worker is free to do the request."""
 
 
 class TooManyDeliveries(Exception):  # noqa: N818 - a state of the request
@@ -41,10 +49,14 @@ def outcome_of(error: Exception) -> Outcome:  # noqa: C901, PLR0911 - one row of
     match error:
         case InvalidRequest():
             return outcomes.Malformed(str(error), error.problems)
-        case SettledBefore():
+        case ResultExists():
             return outcomes.AlreadyDone()
-        case OtherContent():
+        case IdConflict():
             return outcomes.Conflict()
+        case EarlierCopyInProgress():
+            return outcomes.EarlierCopy()
+        case StoreIsAway():
+            return outcomes.HandedOver()
         case TooManyDeliveries():
             return outcomes.WorkerLost()
         case Stopped():
@@ -70,7 +82,7 @@ def name_of(decision: Decision | None) -> str:
     """One word for logs and metrics; None is a job that was given up."""
     if decision is None or decision.settlement is Settlement.ABANDON:
         return "abandoned"
-    if decision.settlement in {Settlement.NAK, Settlement.RELEASE}:
+    if decision.settlement in {Settlement.NAK, Settlement.RETRY, Settlement.RELEASE}:
         return "given_back"
     if decision.failure is not None:
         return str(decision.failure.code)

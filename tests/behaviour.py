@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-from consumer import pictures, run
+from consumer import conclusion, pictures, run
 from consumer.execution import Execution
 from consumer.job import EXIT_DEVICE_LOST
 from consumer.ports import (
@@ -198,6 +198,7 @@ def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "PROGRESS_INTERVAL", 0.002)
     monkeypatch.setattr(pictures, "STORE_PAUSE_FIRST", 0.001)
     monkeypatch.setattr(pictures, "STORE_PAUSE_MOST", 0.002)
+    monkeypatch.setattr(conclusion, "COPY_DELAY", 0.0)
 
 
 class Behaviour:
@@ -776,8 +777,10 @@ class Behaviour:
             raising(lambda: ModelError("E")), raising(out_of_memory), raising(out_of_memory)
         )
         bodies = [b"no json", asking("b", deadline="2020-01-01T00:00:00Z"), asking("c")]
-        for body in [*bodies, asking("d")]:
+        for body in [*bodies, asking("d"), asking("e")]:
             await world.send(body)
         while await world.left():
             await soon(world.work())
-        assert isinstance(await world.result("d"), SucceededEvent)
+        assert failure(await world.result("d")) == "out_of_memory"
+        for retried_or_next in "ce":
+            assert isinstance(await world.result(retried_or_next), SucceededEvent)

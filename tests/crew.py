@@ -7,11 +7,13 @@ in `broken`; `whole` says so, and `heal` ends every outage and has everything do
 import asyncio
 from collections import defaultdict
 
+from consumer.conclusion import RETRY_DELAY_MOST
 from consumer.execution import Limits
 from consumer.pictures import STORE_PAUSE_MOST
 from consumer.ports import Interrupted
 from consumer.run import Reason
 from generation_contracts import Task
+from tests.behaviour import INBOX
 from tests.memory_ports import MemoryDelivery, Outage, raising
 from tests.stepped_world import SteppedWorker, SteppedWorld
 from tests.story import ATTEMPTS, EXIT, STALL, Story, keys_of
@@ -20,7 +22,8 @@ from tests.wishes import MAX_PAYLOAD, Ending, Place, Sent, Wish, script, within
 WORKERS = 2
 ACK_WAIT = 10.0  # seconds, on the world's clock
 MAX_DELIVER = ATTEMPTS + 1  # of the bus
-ENOUGH = 50  # calls, for any job to come to its end
+ROUNDS = 6  # until every copy has found the end of the request before it
+ENOUGH = 60  # calls, for any job to come to its end
 AT_THE_STORE = {f"{when} {call}" for when in ("before", "after") for call in ("store", "fetch")}
 
 
@@ -31,7 +34,7 @@ class Crew:
         world: What they share.
         workers: Their processes; whoever ends is replaced.
         stories: Of those with a delivery in hand.
-        sent: All requests, by their sequence in the stream.
+        sent: All requests, by the sequence at which their senders published them.
     """
 
     def __init__(self, task: Task) -> None:
@@ -47,12 +50,15 @@ class Crew:
         self._stands: dict[str, object] = {}  # the terminal events so far
         self._runs = 0  # of all models
         self._broken: list[str] = []
+        self._allowed = {INBOX, self.world.subjects.dead_letter(task)}
 
     def publish(self, wish: Wish) -> None:
         """Send a request."""
-        number = len(self.sent) + 1
-        body, self.sent[number] = wish.sent(self.world.task, self.world.now(), number)
-        self.world.queue.publish(self.world.subjects.request(self.world.task), body, {})
+        body, sent = wish.sent(self.world.task, self.world.now(), len(self.sent) + 1)
+        subject = self.world.subjects.request(self.world.task, sent.request_id)
+        self.sent[self.world.queue.publish(subject, body, {})] = sent
+        for allowed in (self.world.subjects.result, self.world.subjects.progress):
+            self._allowed.add(allowed(self.world.task, sent.request_id))
 
     # -- who there is -----------------------------------------------------------------------------
 
@@ -87,15 +93,15 @@ class Crew:
     def take(self, stray: MemoryDelivery | None = None) -> SteppedWorker:
         """Have an idle worker take the next delivery, or put one aside that comes no more."""
         worker = self.idle[0]
-        delivery = self.world.queue.take() if stray is None else stray.again(stray.attempt)
-        number = delivery.stream_sequence
+        delivery = self.world.queue.take() if stray is None else stray.again(stray.deliveries)
         story = self.stories[worker] = Story(
             self.world,
             worker,
             delivery,
-            self.sent[number],
-            self._given_back[number],
+            self.sent,
+            self._given_back[delivery.stream_sequence],
             stranded=stray is not None,
+            others=lambda: [one for one in self.stories.values() if one is not story],
         )
         worker.take(delivery, story, stranded=stray is not None)
         self._look()
@@ -151,7 +157,10 @@ class Crew:
         waits = not (worker.place or worker.run or self.world.bus.away)
         at_the_store = waits or worker.place in AT_THE_STORE
         one = story.sent.request_id if reason is Reason.CANCEL else None
-        self._claim(worker.execution.interrupt(reason, one), f"{reason} finds no job")
+        found = worker.execution.interrupt(reason, one)
+        if story.stranded and not found:
+            return  # it is being looked at, and has no job yet
+        self._claim(found, f"{reason} finds no job")
         story.ask(reason)
         if reason is Reason.DRAIN:
             self._leaving.add(worker)
@@ -183,7 +192,8 @@ class Crew:
         self._look()
         for story in self.stories.values():
             beats = story.delivery.beats.count - before[story]
-            least = int(seconds / ACK_WAIT * 3)  # fewer, and the lease runs out
+            # Fewer, and the lease runs out; there is none on what is delivered no more.
+            least = 0 if story.stranded else int(seconds / ACK_WAIT * 3)
             self._claim(beats >= least, f"{beats} renewals of a lease in {seconds} s")
 
     def hang(self, seconds: float) -> None:
@@ -216,6 +226,8 @@ class Crew:
             self._claim(event == first, f"another terminal event of {sent.request_id}")
             lost = keys_of(event) - self.world.artifacts.objects.keys()
             self._claim(not lost, f"an event tells of {lost}, which are not in the store")
+        elsewhere = self.world.events.subjects - self._allowed
+        self._claim(not elsewhere, f"published to {elsewhere}")
         assert not self._broken, "\n".join(self._broken)
 
     def heal(self) -> None:
@@ -226,12 +238,14 @@ class Crew:
             for worker in list(self.stories):
                 self.go_on(worker, ENOUGH, "made")
             self.world.loop.pass_time(2 * STORE_PAUSE_MOST)  # some wait to try the store again
-        self.world.queue.run_out_leases()
-        for stray in self.strays:
-            self.go_on(self.take(stray), ENOUGH, None)
-        for _ in range(len(self.sent) * MAX_DELIVER):
-            if self.world.queue.waiting:
-                self.go_on(self.take(), ENOUGH, "made")
+        for _ in range(ROUNDS):
+            self.world.queue.run_out_leases()
+            for _ in range(len(self.sent) * MAX_DELIVER):
+                if self.world.queue.waiting:
+                    self.go_on(self.take(), ENOUGH, "made")
+            for stray in self.strays:
+                self.go_on(self.take(stray), ENOUGH, None)
+            self.world.loop.pass_time(RETRY_DELAY_MOST)  # what waits for its retry is queued again
 
     def check_the_end(self) -> None:
         """See whether every request has come to its end, and nothing goes on behind it."""
@@ -262,6 +276,8 @@ class Crew:
             if job.cancelled():
                 story.was_cancelled()
                 self._leaving.add(worker)
+            elif job.exception() is not None and story.stranded and story.cut_off:
+                self._leaving.add(worker)  # the daemon ends with it
             elif job.exception() is not None:
                 self._broken.append(f"the worker raises {job.exception()!r}")
             else:
@@ -275,7 +291,8 @@ class Crew:
         if not killed:
             reports = len(worker.observer.reports)
             self._claim(reports == worker.observer.started, f"{reports} reports")
-            self._claim(story.delivery.lapsed, "a lease may still be renewed after its job's end")
+            lapsed = story.delivery.lapsed or story.stranded  # there may have been no job
+            self._claim(lapsed, "a lease may still be renewed after its job's end")
         if killed or worker in self._leaving:
             worker.die()
             self.workers[self.workers.index(worker)] = self.world.new_worker()

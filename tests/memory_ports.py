@@ -10,18 +10,20 @@ import hashlib
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
 from PIL import Image
 
+from consumer.execution import Execution
 from consumer.ports import (
     DeadLetter,
     Delivery,
     EncodedImage,
     GeneratedImage,
     GeneratedText,
+    Grip,
     InputUnavailable,
     Interrupted,
     IsCancelled,
@@ -34,6 +36,7 @@ from consumer.ports import (
     OutputFormat,
     ResultEvent,
     RunnerOutput,
+    StoredRequest,
     StoreUnavailable,
     UnsupportedParameter,
 )
@@ -46,6 +49,7 @@ from generation_contracts import (
     ProgressEvent,
     Request,
     StartedEvent,
+    Subjects,
     Task,
     TextToImageRequest,
     decode_event,
@@ -119,14 +123,21 @@ class MemoryDelivery:
     body: bytes
     stream: str
     stream_sequence: int
-    attempt: int
+    deliveries: int
     stored_at: datetime
+    carried: int = 0  # deliveries before it was queued again after a delay
+    uncounted: int = 0  # of these, those that were no attempts
+    origin: int = 0  # the sequence of the message that the sender has published
     settlements: list[str] = field(default_factory=list)
     beats: Tally = field(default_factory=Tally)
     settling: Tally = field(default_factory=Tally)
     refusal: Exception | None = None  # what every try to settle raises
     beat_refusal: Exception | None = None  # what the next renewal raises
     lapsed: bool = False  # whether it is renewed no more
+
+    @property
+    def attempt(self) -> int:
+        return self.carried + self.deliveries
 
     async def ack(self) -> None:
         await self._settle("ack")
@@ -136,16 +147,16 @@ class MemoryDelivery:
 
     async def release(self) -> None:
         if not self.queue.outage.away:  # the real one notes it soon or not at all
-            self.queue.released[self.stream_sequence].add(self.attempt)
+            self.queue.released[self.stream_sequence].add(self.deliveries)
         await self._settle("release")
 
     async def discount(self) -> None:
         if not self.queue.outage.away:
-            self.queue.discounted[self.stream_sequence].add(self.attempt)
+            self.queue.discounted[self.stream_sequence].add(self.deliveries)
 
     async def count(self) -> None:
         if not self.queue.outage.away:
-            self.queue.discounted[self.stream_sequence].discard(self.attempt)
+            self.queue.discounted[self.stream_sequence].discard(self.deliveries)
 
     async def releases(self) -> int:
         await self.queue.outage.over()
@@ -172,7 +183,7 @@ class MemoryDelivery:
     def let_lapse(self) -> None:
         self.lapsed = True
 
-    def again(self, attempt: int) -> "MemoryDelivery":
+    def again(self, deliveries: int) -> "MemoryDelivery":
         """Another handing over of the same message."""
         return MemoryDelivery(
             queue=self.queue,
@@ -181,8 +192,11 @@ class MemoryDelivery:
             body=self.body,
             stream=self.stream,
             stream_sequence=self.stream_sequence,
-            attempt=attempt,
+            deliveries=deliveries,
             stored_at=self.stored_at,
+            carried=self.carried,
+            uncounted=self.uncounted,
+            origin=self.origin,
         )
 
     async def _settle(self, how: str) -> None:
@@ -204,9 +218,18 @@ class MemoryQueue:
         released: The attempts that were given back on purpose, by sequence.
         discounted: The attempts that were in hand with others to their end, by sequence.
         withdrawn: Sequences of what was cancelled in a worker's hands.
+        retries: What is queued again after a delay, with its request id.
     """
 
-    def __init__(self, journal: list[str], outage: Outage, *, max_deliver: int = 30) -> None:
+    def __init__(
+        self,
+        journal: list[str],
+        outage: Outage,
+        *,
+        max_deliver: int = 30,
+        task: Task = Task.TEXT_TO_IMAGE,
+    ) -> None:
+        self.task = task
         self.max_deliver = max_deliver
         self.stream = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
         self.outage = outage
@@ -215,12 +238,23 @@ class MemoryQueue:
         self.released: defaultdict[int, set[int]] = defaultdict(set)
         self.discounted: defaultdict[int, set[int]] = defaultdict(set)
         self.withdrawn: set[int] = set()
+        self.retries: list[tuple[str, MemoryDelivery]] = []
         self._journal = journal
         self._last = 0
         self._new: deque[MemoryDelivery] = deque()
         self._again: deque[MemoryDelivery] = deque()  # these come before all new ones
 
-    def publish(self, subject: str, body: bytes, headers: Mapping[str, str]) -> None:
+    def publish(
+        self,
+        subject: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        *,
+        carried: int = 0,
+        uncounted: int = 0,
+        origin: int | None = None,
+    ) -> int:
+        """Store a message; its sequence."""
         self._last += 1
         delivery = MemoryDelivery(
             queue=self,
@@ -229,10 +263,52 @@ class MemoryQueue:
             body=body,
             stream=self.stream,
             stream_sequence=self._last,
-            attempt=1,
+            deliveries=1,
             stored_at=datetime.now(UTC),
+            carried=carried,
+            uncounted=uncounted,
+            origin=self._last if origin is None else origin,
         )
         self._new.append(delivery)
+        return self._last
+
+    def retry(self, delivery: MemoryDelivery, request_id: str, attempts: int, delay: float) -> None:
+        """Keep a copy, and queue it again after a delay in seconds."""
+        before = delivery.attempt
+        kept = request_id, replace(delivery, carried=before, uncounted=before - attempts)
+        self.retries.append(kept)
+
+        def queue_again() -> None:
+            self.retries.remove(kept)
+            self.publish(
+                Subjects().request(self.task, request_id),
+                delivery.body,
+                delivery.headers,
+                carried=before,
+                uncounted=before - attempts,
+                origin=delivery.origin,
+            )
+
+        if delay:
+            asyncio.get_running_loop().call_later(delay, queue_again)
+        else:
+            queue_again()
+
+    async def older(self, task: Task, request_id: str, sequence: int) -> MemoryDelivery | None:
+        await self.outage.over()
+        subject = Subjects().request(task, request_id)
+        stored = [*self._new, *self._again, *self.in_hand, *self.stranded]
+        same = [one for one in stored if one.subject == subject]
+        oldest = min(same, key=lambda one: one.stream_sequence, default=None)
+        return oldest if oldest is not None and oldest.stream_sequence < sequence else None
+
+    async def waiting_for_retry(self, task: Task, request_id: str) -> MemoryDelivery | None:
+        await self.outage.over()
+        assert task is self.task
+        return next((one for kept, one in self.retries if kept == request_id), None)
+
+    async def find(self, request_id: str) -> list[StoredRequest]:
+        raise AssertionError(f"a job looks for no others: {request_id}")
 
     @property
     def waiting(self) -> int:
@@ -268,10 +344,10 @@ class MemoryQueue:
     def run_out(self, delivery: MemoryDelivery) -> None:
         """Let the lease on a delivery run out: it comes again, if it may."""
         self.in_hand.remove(delivery)
-        if delivery.attempt == self.max_deliver:
+        if delivery.deliveries == self.max_deliver:
             self.stranded.append(delivery)
         else:
-            self._again.append(delivery.again(delivery.attempt + 1))
+            self._again.append(delivery.again(delivery.deliveries + 1))
 
     def run_out_leases(self) -> None:
         """Let all of them run out."""
@@ -279,8 +355,33 @@ class MemoryQueue:
             self.run_out(delivery)
 
     def __len__(self) -> int:
-        """How many requests are not settled for good: what the stream holds."""
-        return self.waiting + len(self.in_hand) + len(self.stranded)
+        """How many requests are not settled for good: what the streams hold."""
+        return self.waiting + len(self.in_hand) + len(self.stranded) + len(self.retries)
+
+
+class MemoryWorkers:
+    """All workers of an installation, asked directly.
+
+    Attributes:
+        idle: Whether another worker waits for requests.
+        asked: The executions that are asked.
+    """
+
+    def __init__(self) -> None:
+        self.idle = False
+        self.asked: list[Execution] = []
+
+    async def ask(self, request_id: str) -> Grip | None:
+        raise AssertionError(f"a job cancels no others: {request_id}")
+
+    async def tell(self, request_id: str) -> None:
+        raise AssertionError(f"a job cancels no others: {request_id}")
+
+    async def holds(self, request_id: str) -> bool:
+        return any([await one.holds(request_id) for one in self.asked])
+
+    async def others_idle(self) -> bool:
+        return self.idle
 
 
 class MemoryEvents:
@@ -289,12 +390,14 @@ class MemoryEvents:
     def __init__(self, journal: list[str], outage: Outage) -> None:
         self.max_payload = MAX_PAYLOAD
         self.broken: Exception | None = None  # what storing a result raises
+        self.retries_full: Exception | None = None  # what storing a copy for later raises
         self.progress: list[StartedEvent | ProgressEvent] = []
         self.replies: list[tuple[str, ResultEvent]] = []
         self.trace_parents: list[str | None] = []
         self.told = Tally()
         self.asked = Tally()
         self.requests: list[tuple[Task, Request, str | None]] = []  # of chains
+        self.subjects: set[str] = set()  # that something was published to
         self._results: dict[tuple[Task, str], bytes] = {}
         self._letters: dict[tuple[Task, str, int], tuple[DeadLetter, bytes]] = {}
         self._journal = journal
@@ -324,15 +427,18 @@ class MemoryEvents:
         await self._outage.over()
         return self.stored(task, request_id)
 
-    async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> bool:
+    async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> ResultEvent:
         if wire_size(encode(event), event_headers(event)) > self.max_payload:
             raise MessageTooLarge
         await self._outage.over()
         if self.broken is not None:
             raise self.broken
         self.trace_parents.append(trace_parent)
-        stored = self.put(event)
-        self._journal.append(f"publish {_kind(event)}" if stored else "fenced")
+        self.subjects.add(Subjects().result(event.task, event.request_id))
+        first = self.put(event)
+        self._journal.append(f"publish {_kind(event)}" if first else "fenced")
+        stored = self.stored(event.task, event.request_id)
+        assert stored is not None
         return stored
 
     async def publish_progress(
@@ -341,12 +447,14 @@ class MemoryEvents:
         if not self._outage.away:
             passed = decode_event(encode(event))
             assert isinstance(passed, StartedEvent | ProgressEvent)
+            self.subjects.add(Subjects().progress(event.task, event.request_id))
             self.progress.append(passed)
             self.trace_parents.append(trace_parent)
             self.told.add()
 
     async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
         if not self._outage.away:
+            self.subjects.add(subject)
             self.replies.append((subject, decode_result(encode(event))))
             self.trace_parents.append(trace_parent)
             self._journal.append(f"reply {_kind(event)}")
@@ -357,12 +465,27 @@ class MemoryEvents:
         await self._outage.over()
         if wire_size(encode(request), {}) > MAX_PAYLOAD:
             raise MessageTooLarge
+        self.subjects.add(Subjects().request(task, request.request_id))
         self._journal.append(f"request {request.request_id}")
         self.requests.append((task, request, reply_to))
+
+    async def retry_later(
+        self, task: Task, delivery: Delivery, *, request_id: str, attempts: int, delay: float
+    ) -> None:
+        await self._outage.over()
+        if self.retries_full is not None:
+            raise self.retries_full
+        # Behind the stepped port, where there is one, the delivery is the queue's own.
+        held = getattr(delivery, "port", delivery)
+        assert isinstance(held, MemoryDelivery)
+        assert task is held.queue.task
+        self._journal.append("retry")
+        held.queue.retry(held, request_id, attempts, delay)
 
     async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
         await self._outage.over()
         place = task, delivery.stream, delivery.stream_sequence
+        self.subjects.add(Subjects().dead_letter(task))
         self._letters.setdefault(place, (letter, delivery.body))
         self._journal.append("dead_letter")
 
@@ -379,6 +502,7 @@ class MemoryArtifacts:
 
     def __init__(self, journal: list[str]) -> None:
         self.outage = Outage()
+        self.unreadable: set[str] = set()  # keys that the store answers with an error of its own
         self.objects: dict[str, bytes] = {}
         self.tries = Tally()
         self._journal = journal
@@ -413,12 +537,17 @@ class MemoryArtifacts:
         self._answer()
         if not isinstance(source, ArtifactReference) or source.bucket != BUCKET:
             raise InputUnavailable("not a place that this worker may read")
+        if source.key in self.unreadable:
+            raise StoreUnavailable("the store cannot do it now (InternalError)")
         data = self.objects.get(source.key)
         if data is None:
             raise InputUnavailable("there is no such object")
         if len(data) > max_bytes:
             raise InputUnavailable("too large")
         return data
+
+    async def reachable(self) -> bool:
+        return not self.outage.away
 
     def _answer(self) -> None:
         self.tries.add()

@@ -17,6 +17,7 @@ from tests.memory_ports import (
     MemoryImages,
     MemoryObserver,
     MemoryQueue,
+    MemoryWorkers,
     Outage,
     ScriptedRunner,
 )
@@ -49,7 +50,8 @@ class MemoryWorld:
         self.task = task
         self.subjects = Subjects()
         self.bus = Outage()
-        self.queue = MemoryQueue(self.journal, self.bus)
+        self.queue = MemoryQueue(self.journal, self.bus, task=task)
+        self.workers = MemoryWorkers()
         self.events = MemoryEvents(self.journal, self.bus)
         self.artifacts = MemoryArtifacts(self.journal)
         self.store = self.artifacts.outage
@@ -62,12 +64,17 @@ class MemoryWorld:
             worker="worker-1",
             admission=Admission(task, self.subjects, ("_INBOX.", "generation.reply.")),
             limits=Limits(
-                ack_wait=ack_wait, max_attempts=max_attempts, stall_timeout=stall_timeout
+                ack_wait=ack_wait,
+                max_attempts=max_attempts,
+                stall_timeout=stall_timeout,
+                retry_delay=0.0,
             ),
             model=self.runner.load(),
             runner=self.runner,
             inference=self.inference,
             events=self.events,
+            queue=self.queue,
+            workers=self.workers,
             artifacts=self.artifacts,
             images=self.images,
             observer=self.observer,

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar, TypeVarTuple, cast
 
 import pytest
 
-from consumer import admission, conclusion, device, execution, run, turns
+from consumer import admission, conclusion, device, early_cancellations, execution, run, turns
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
 from consumer.ports import Delivery, IsCancelled, OnStep
@@ -30,6 +30,7 @@ from tests.memory_ports import (
     MemoryImages,
     MemoryObserver,
     MemoryQueue,
+    MemoryWorkers,
     Outage,
     Script,
     ScriptedRunner,
@@ -157,8 +158,8 @@ class SteppedInference:
 
 
 # What keeps its word never to raise, whatever becomes of the connection.
-NEVER_RAISE = frozenset({"publish_progress", "reply", "nak", "release"})
-WITHOUT_THE_BUS = frozenset({"store", "fetch", "discard"})
+NEVER_RAISE = frozenset({"publish_progress", "reply", "nak", "release", "holds", "others_idle"})
+WITHOUT_THE_BUS = frozenset({"store", "fetch", "discard", "reachable"})
 
 
 class CutOff(ConnectionError):  # noqa: N818 - a state of the connection
@@ -173,7 +174,8 @@ class SteppedWorker:
     """One worker process.
 
     Attributes:
-        place: Where it has stopped, for example `before ack`; "" where it has not.
+        place: Where it has stopped, for example `before ack`; "" where it has not. Of several
+            calls at the same time the first one goes on first.
         run: The run of its model that has not ended.
         job: The delivery in its hands, if any.
         cut_off: Whether its client has given up on the bus.
@@ -181,7 +183,6 @@ class SteppedWorker:
 
     def __init__(self, world: "SteppedWorld", name: str) -> None:
         self.name = name
-        self.place = ""
         self.run: SteppedRun | None = None
         self.job: asyncio.Task[int | None] | None = None
         self.cut_off = False
@@ -189,7 +190,7 @@ class SteppedWorker:
         self.observer = MemoryObserver()
         self._loop = world.loop
         self._dead = False
-        self._held: asyncio.Future[None] | None = None
+        self._stops: list[tuple[str, asyncio.Future[None]]] = []
         runner = ScriptedRunner()
         self.execution = Execution(
             worker=name,
@@ -199,10 +200,16 @@ class SteppedWorker:
             runner=runner,
             inference=SteppedInference(runner, self),
             events=self._stepped(world.events),
+            queue=self._stepped(world.queue),
+            workers=self._stepped(world.colleagues),
             artifacts=self._stepped(world.artifacts),
             images=world.images,
             observer=self.observer,
         )
+
+    @property
+    def place(self) -> str:
+        return self._stops[0][0] if self._stops else ""
 
     def take(self, delivery: MemoryDelivery, watcher: Watcher, *, stranded: bool = False) -> None:
         """Begin with a delivery, or with one that the server delivers no more, up to a call."""
@@ -214,8 +221,10 @@ class SteppedWorker:
 
     def go(self) -> None:
         """Go on to the next stop."""
-        if self._held is not None and not self._held.done():
-            self._held.set_result(None)
+        if self._stops:
+            _, stop = self._stops.pop(0)
+            if not stop.done():
+                stop.set_result(None)
             self._loop.rest()
 
     def end_run(self, script: Script) -> None:
@@ -270,22 +279,24 @@ class SteppedWorker:
     async def _stop(self, place: str) -> None:
         if self._dead:
             raise WorkerIsDead
-        self.place, self._held = place, self._loop.create_future()
+        stop: tuple[str, asyncio.Future[None]] = (place, self._loop.create_future())
+        self._stops.append(stop)
         try:
-            await self._held
+            await stop[1]
         finally:
-            self.place, self._held = "", None
+            if stop in self._stops:
+                self._stops.remove(stop)
 
 
 class _Stepped:
     """A port, whose calls its worker stops at; the renewal of a lease is fire and forget."""
 
     def __init__(self, port: object, worker: SteppedWorker) -> None:
-        self._port = port
+        self.port = port
         self._worker = worker
 
     def __getattr__(self, name: str) -> Any:
-        member = getattr(self._port, name)
+        member = getattr(self.port, name)
         if name == "extend" or not inspect.iscoroutinefunction(member):
             return member
         return partial(self._worker.call, name, member)
@@ -307,7 +318,8 @@ class SteppedWorld:
         self.loop = StillLoop()
         self.subjects = Subjects()
         self.bus = Outage()
-        self.queue = MemoryQueue([], self.bus, max_deliver=max_deliver)
+        self.queue = MemoryQueue([], self.bus, max_deliver=max_deliver, task=task)
+        self.colleagues = MemoryWorkers()
         self.events = MemoryEvents([], self.bus)
         self.events.max_payload = max_payload
         self.artifacts = MemoryArtifacts([])
@@ -318,7 +330,7 @@ class SteppedWorld:
     def open(self) -> None:
         """Make every clock show this world's time."""
         clock = SimpleNamespace(monotonic=self.loop.time)
-        for module in (run, device, turns):
+        for module in (run, device, turns, early_cancellations):
             self._patches.setattr(module, "time", clock)
         for module in (admission, conclusion, execution, memory_ports):
             self._patches.setattr(module, "datetime", _clock_of(self.loop))
@@ -335,7 +347,9 @@ class SteppedWorld:
     def new_worker(self) -> SteppedWorker:
         """Start a process."""
         self._workers += 1
-        return SteppedWorker(self, f"worker-{self._workers}")
+        worker = SteppedWorker(self, f"worker-{self._workers}")
+        self.colleagues.asked.append(worker.execution)
+        return worker
 
 
 def _clock_of(loop: StillLoop) -> type[datetime]:

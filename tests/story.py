@@ -6,7 +6,7 @@ what the worker must do then.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -35,12 +35,13 @@ class Row:
 
     event: str | None  # succeeded, cancelled, or the code of a failure
     settlement: str | None
-    letter: bool = False
+    letter: str = ""  # the code that a dead letter says
     exit_code: int | None = None
+    retried: bool = False  # whether a copy is queued again after a delay
 
 
-def _put_aside(code: str) -> Row:
-    return Row(code, f"term {code}", letter=True)
+def _put_aside(code: str, *, event: bool = True) -> Row:
+    return Row(code if event else None, f"term {code}", letter=code)
 
 
 ROWS = {
@@ -48,22 +49,32 @@ ROWS = {
     "done before": Row(None, "ack"),
     "conflict": Row(None, "ack"),
     "malformed": _put_aside("invalid_request"),
+    "malformed copy": _put_aside("invalid_request", event=False),
+    "earlier copy": Row(None, "ack", retried=True),
     "unsupported": Row("unsupported_parameter", "ack"),
     "input missing": Row("input_unavailable", "ack"),
     "expired": Row("deadline_exceeded", "ack"),
     "cancelled": Row("cancelled", "ack"),
-    "raised": Row(None, "nak"),
+    "raised": Row(None, "ack", retried=True),
     "raised for the last time": _put_aside("model_error"),
-    "broken": Row(None, "nak"),
+    "broken": Row(None, "ack", retried=True),
     "broken for the last time": _put_aside("internal"),
     "out of memory": Row("out_of_memory", "ack"),
     "device lost": Row(None, "nak", exit_code=EXIT),
     "stalled": Row(None, None, exit_code=EXIT),
     "worker lost": _put_aside("worker_lost"),
+    "deliveries used up": Row(None, "ack", retried=True),
+    "left alone": Row(None, None),
     "drained": Row(None, "release"),
 }
 STOPPED = {Reason.DEADLINE: "expired", Reason.CANCEL: "cancelled", Reason.DRAIN: "drained"}
-CONCLUDING = frozenset({"dead_letter", "publish_result", "reply", "ack", "nak", "term", "release"})
+CONCLUDING = frozenset(
+    {"dead_letter", "publish_result", "reply", "retry_later", "ack", "nak", "term", "release"}
+)
+# The calls without whose answers nothing is known of a request.
+UNREAD = frozenset({"releases", "withdrawn", "find_result", "older", "waiting_for_retry"})
+# What its sender is told without an event that is stored.
+REPLIED_ONLY = frozenset({"conflict", "malformed copy"})
 
 
 @dataclass(eq=False)
@@ -83,9 +94,10 @@ class Story:
         world: Where it happens.
         worker: Who has the delivery.
         delivery: What was handed over.
-        sent: The request.
-        given_back: The attempts at it that workers have given back on purpose; added to here.
+        sent: All requests, by the sequence at which they were published.
+        given_back: The deliveries of it that workers have requeued on purpose; added to here.
         stranded: Whether the server delivers it no more, and the worker is to put it aside.
+        others: The stories of the other deliveries that are in progress.
     """
 
     def __init__(
@@ -93,22 +105,29 @@ class Story:
         world: SteppedWorld,
         worker: SteppedWorker,
         delivery: MemoryDelivery,
-        sent: Sent,
+        sent: Mapping[int, Sent],
         given_back: set[int],
         *,
         stranded: bool,
+        others: Callable[[], Sequence["Story"]],
     ) -> None:
         self.world = world
         self.worker = worker
         self.delivery = delivery
-        self.sent = sent
+        self.sent = sent[delivery.origin]
         self.broken: list[str] = []
         self.runs: list[Ran] = []
         self.cut_off = False  # the worker's client has given up on the bus
         self._forced: float | None = None  # when it was cancelled from outside
         self._given_back = given_back
-        self._releases = 0 if stranded else len(given_back)
+        self._releases = delivery.uncounted + (0 if stranded else len(given_back))
         self._stranded = stranded
+        self._others = others
+        self._published_by_all = sent
+        self._older: MemoryDelivery | None = None  # with the same id
+        self._retry: MemoryDelivery | None = None  # the same, in the stream of retries
+        self._held = False  # whether another worker says that it runs the request
+        self._retried = False
         self._asked: list[tuple[float, Reason]] = []
         self._admission: list[ResultEvent | None] = []  # what was found, each time it was asked
         self._reached: set[str] = set()  # the calls that it has made or is about to make
@@ -116,7 +135,7 @@ class Story:
         self._unread = False  # it could not be asked what is known of the request
         self._event: str | None = None
         self._fenced = False
-        self._letter = False
+        self._letter = ""
         self._too_large = False
         self._outputs: list[ImageArtifact] = []  # that it knows to be in the store
         self._discarded: set[str] = set()  # keys
@@ -137,6 +156,16 @@ class Story:
     def ask(self, reason: Reason) -> None:
         """The job is asked to stop."""
         self._asked.append((self.world.loop.time(), reason))
+
+    @property
+    def stranded(self) -> bool:
+        """Whether the server delivers it no more."""
+        return self._stranded
+
+    @property
+    def left_alone(self) -> bool:
+        """Whether an exhausted delivery is left alone, because its id is in progress."""
+        return self._stranded and (self._older is not None or self._held)
 
     @property
     def concluding(self) -> bool:
@@ -171,24 +200,40 @@ class Story:
         stopped = {STOPPED[self.asked]} if self.asked else set()
         if self._unread:
             return {"broken for the last time" if self.attempt >= ATTEMPTS else "broken"}
+        if self.left_alone:
+            return {"left alone"}
         if self.sent.kind == "malformed":
-            return {"malformed"}
+            return self._before_the_run({"malformed"})
         if not self._admission:
             return set()
         if self._admission[0] is not None:
             same = self._admission[0].request_digest == self.sent.digest
             return {"done before" if same else "conflict"}
-        if self.attempt > ATTEMPTS or self._stranded:
-            return {"worker lost"}
+        if any(other and not self._asks_the_same(other) for other in (self._older, self._retry)):
+            return {"conflict"}
+        if self._older:
+            return {"earlier copy"}
+        if self._stranded and self.attempt < ATTEMPTS:
+            return {"deliveries used up"}
+        if self._stranded or self.attempt > ATTEMPTS:
+            return self._before_the_run({"worker lost"})
         if self.runs:
             return self._of_the_run(self.runs[-1], stopped)
         if self.late:
             stopped.add("expired")
         if self.sent.kind == "missing":  # the store may have been away for a while
-            return {"input missing"} | stopped
+            return self._before_the_run({"input missing"} | stopped)
         if self.sent.kind == "unsupported":
-            return {"expired"} if self.late else {"unsupported"}
-        return stopped
+            return self._before_the_run({"expired"} if self.late else {"unsupported"})
+        return self._before_the_run(stopped)
+
+    def _before_the_run(self, verdicts: set[str]) -> set[str]:
+        """What comes of a failure before the run, where the id may be another delivery's."""
+        if self._older:
+            return {"malformed copy"}
+        if verdicts and self._retry:  # a cancellation and a drain end it all the same
+            return {"earlier copy"} | (verdicts & {"cancelled", "drained"})
+        return verdicts
 
     def _of_the_run(  # noqa: C901, PLR0911 - the same
         self, ran: Ran, stopped: set[str]
@@ -255,6 +300,9 @@ class Story:
                 self._discarded.add(artifact.key)
                 told = artifact.key in keys_of(self._stands())
                 self._claim(not told, f"{artifact.key} is removed, of which an event tells")
+            case "retry_later", *_:
+                self._retried = True
+                self._may("a retry", lambda row: row.retried)
             case (("ack" | "nak" | "term" | "release"), *reason):
                 self._settles(" ".join([call, *reason]))
             case _:
@@ -263,10 +311,17 @@ class Story:
     def after(self, call: str, arguments: tuple[Any, ...], answer: object) -> None:
         if call == "find_result" and "publish_result" not in self._reached:
             self._admission.append(answer)  # type: ignore[arg-type] # an event or None
-        if call == "releases":
-            self._releases = len(self._given_back)
-        if call == "publish_result":
-            self._fenced = answer is False
+        match call, answer:
+            case "older", MemoryDelivery():
+                self._older = answer
+            case "waiting_for_retry", MemoryDelivery() | None:
+                self._retry = answer
+            case "holds", True:
+                self._held = True
+            case "releases", _:
+                self._releases = self.delivery.uncounted + len(self._given_back)
+            case "publish_result", _:
+                self._fenced = answer != arguments[0]
 
     def returns(self, call: str, answer: object) -> None:
         if isinstance(answer, ImageArtifact):
@@ -276,16 +331,18 @@ class Story:
         if call == "publish_result" and isinstance(error, MessageTooLarge):
             self._too_large = True
             self._event = None
-        if call in {"releases", "withdrawn", "find_result"} and not self.concluding:
+        if call in UNREAD and not self.concluding:
             self._unread = True
         if call == "releases":
-            self._releases = 0  # every delivery counts where it cannot be asked
+            self._releases = self.delivery.uncounted  # each one counts where it cannot be asked
 
     def run_begins(self, run: SteppedRun) -> None:
         self._claim("publish_progress" in self._reached, "the model runs before anybody is told")
         self._claim(self.attempt <= ATTEMPTS, f"the model runs in attempt {self.attempt}")
         self._claim(not self._stranded, "the model runs on what is to be put aside")
         self._claim(self._admission[:1] == [None], "the model runs where a result exists")
+        rivals = [one for one in self._others() if one.runs and self._is_rival(one)]
+        self._claim(not rivals, "the model runs for two requests with one id")
         endings = [ran.ending for ran in self.runs]
         self._claim(endings in ([], ["memory"]), f"the model runs after {endings}")
         self._claim(run.save_memory == bool(self.runs), "the second run saves memory, no other")
@@ -297,11 +354,13 @@ class Story:
         if self.cut_off:
             return
         settlement = self._settlements[0] if self._settlements else None
-        did = Row(self._event, settlement, letter=self._letter, exit_code=exit_code)
+        did = Row(self._event, settlement, self._letter, exit_code, self._retried)
         self._claim(did in self.rows(), f"{did} after {self.verdicts()}")
+        if self.left_alone:
+            return
         reported = self.worker.observer.outcomes[-1]
         self._claim((reported == "abandoned") == (settlement is None), f"reported as {reported}")
-        ends = settlement not in {None, "nak", "release"}
+        ends = settlement not in {None, "nak", "release"} and not self._retried
         self._claim(self._replies_sent == int(self.sent.reply and ends), "wrong number of replies")
         left = {one.key for one in self._outputs} - keys_of(self._stands()) if ends else set()
         self._claim(self._discarded == left, f"{self._discarded} removed instead of {left}")
@@ -312,7 +371,8 @@ class Story:
             self._claim(False, "cancelled by itself")  # noqa: FBT003
             return
         waited = self.world.loop.time() - self._forced
-        self._claim(bool(self._settlements) or waited >= LAST_WORD, "not given back")
+        given_back = bool(self._settlements) or waited >= LAST_WORD or self._stranded
+        self._claim(given_back, "not given back")
 
     # -- the promises -----------------------------------------------------------------------------
 
@@ -321,7 +381,7 @@ class Story:
             self.broken.append(f"{self.worker.name}, {self.sent}: {otherwise}")
 
     def _may(self, what: str, allowed: Callable[[Row], bool]) -> None:
-        if not self.forced:
+        if not self.forced and not self.cut_off:  # nothing of a worker that is cut off gets out
             rows = self.rows()
             self._claim(any(map(allowed, rows)), f"{what} after {self.verdicts()}")
 
@@ -329,6 +389,10 @@ class Story:
         kind = kind_of(event)
         self._event = kind
         self._may(f"{kind} is published", lambda row: row.event == kind)
+        # Once a run has begun, only that run, a cancellation or a drain may end the id.
+        running = [one for one in self._others() if one.runs and self._is_rival(one)]
+        may_end = not running or isinstance(event, CancelledEvent) or self._stands() is not None
+        self._claim(may_end, f"{kind} ends an id whose model runs for {running}")
         self._claim(event.request_digest == self.sent.digest, f"{kind} for another request")
         if isinstance(event, SucceededEvent):
             for output in event.outputs:
@@ -338,17 +402,19 @@ class Story:
             self._claim(self._stands_aside(), f"{kind} is published before the dead letter")
 
     def _puts_aside(self, letter: DeadLetter) -> None:
-        self._letter = True
-        self._may(
-            f"a dead letter {letter.code}", lambda row: row.letter and row.event == letter.code
-        )
-        self._claim(self._event is None, "the dead letter comes after the event")
+        self._letter = letter.code
+        self._may(f"a dead letter {letter.code}", lambda row: row.letter == letter.code)
+        late = self._event is not None and not self.cut_off
+        self._claim(not late, "the dead letter comes after the event")
         self._claim(letter.request_id == self.sent.request_id, f"a letter of {letter.request_id}")
 
     def _replies(self, event: ResultEvent) -> None:
         self._replies_sent += 1
         stands = self._stands()
-        if stands is None:
+        if self.verdicts() & REPLIED_ONLY:
+            own = isinstance(event, FailedEvent) and event.request_digest == self.sent.digest
+            self._claim(own, f"the end of another request is the reply: {event}")
+        elif stands is None:
             self._claim(False, "a reply before any terminal event stands")  # noqa: FBT003
         elif stands.request_digest == self.sent.digest:
             self._claim(event == stands, f"a reply other than the stored event: {event}")
@@ -360,7 +426,7 @@ class Story:
 
     def _settles(self, how: str) -> None:
         if how == "release" and not self.world.bus.away and not self.cut_off:
-            self._given_back.add(self.delivery.attempt)
+            self._given_back.add(self.delivery.deliveries)
         self._claim(self.forced or not self._settlements, f"{how} after {self._settlements}")
         self._settlements.append(how)
         if self.forced:
@@ -370,13 +436,24 @@ class Story:
         if how.startswith(("ack", "term")):
             stands = self._stands()
             known = stands is not None and (
-                stands.request_digest == self.sent.digest
-                or self._fenced
-                or "conflict" in self.verdicts()
+                stands.request_digest == self.sent.digest or self._fenced
             )
-            self._claim(known, f"{how} before the terminal event stands")
+            replied_only = bool(self.verdicts() & REPLIED_ONLY)
+            self._claim(
+                known or self._retried or replied_only, f"{how} before the terminal event stands"
+            )
         if how.startswith("term"):
             self._claim(self._stands_aside(), f"{how} without a dead letter")
+
+    def _is_rival(self, other: "Story") -> bool:
+        """Whether another delivery has the same id, and is not of the same message."""
+        return (
+            other.sent.request_id == self.sent.request_id
+            and other.delivery.origin != self.delivery.origin
+        )
+
+    def _asks_the_same(self, other: MemoryDelivery) -> bool:
+        return self._published_by_all[other.origin].digest == self.sent.digest
 
     def _stands(self) -> ResultEvent | None:
         return self.world.events.stored(self.world.task, self.sent.request_id)

@@ -15,12 +15,15 @@ from consumer.ports import (
     RunnerOutput,
     UnsupportedParameter,
 )
-from generation_contracts import Task, decode_request, request_digest
+from generation_contracts import Subjects, Task, decode_request, request_digest
 from tests.behaviour import INBOX, asking
 from tests.memory_ports import BUCKET, Script, make, out_of_memory, raising
 
 MAX_PAYLOAD = 6_000  # bytes: more than any event without the sender's metadata
 BULKY = {str(number): "x" * 512 for number in range(16)}  # what makes an event larger
+
+# What a reply must never go to: the result of the first request.
+FORBIDDEN = {task: Subjects().result(task, "r1") for task in Task}
 
 Kind = Literal["valid", "malformed", "unsupported", "missing"]
 Ending = Literal[
@@ -79,6 +82,7 @@ class Wish:
         kind: "refused" is what cannot be done for a reason that the task has.
         seconds: Until the deadline.
         bulky: Whether events that say its metadata are too large for the bus.
+        reply: Where the answer is to go.
     """
 
     again: int | None
@@ -86,7 +90,7 @@ class Wish:
     kind: Literal["valid", "malformed", "refused"]
     seconds: int | None
     bulky: bool
-    reply: bool
+    reply: Literal["nowhere", "inbox", "forbidden"]
 
     def sent(self, task: Task, now: datetime, number: int) -> tuple[bytes, Sent]:
         """The request's bytes, and what to remember of it.
@@ -100,18 +104,23 @@ class Wish:
         kind = self._unlike_others(task, fields)
         if self.bulky:
             fields["metadata"] = BULKY
-        if self.reply:
-            fields["reply_to"] = INBOX
+        match self.reply:
+            case "inbox":
+                fields["reply_to"] = INBOX
+            case "forbidden":
+                fields["reply_to"] = FORBIDDEN[task]
+                kind = "malformed"
         deadline = None if self.seconds is None else now + timedelta(seconds=self.seconds)
         if deadline is not None:
             fields["deadline"] = deadline.isoformat()
         name = f"r{number if self.again is None else self.again % number + 1}"
+        answered = self.reply == "inbox"
         body = asking(name, **fields)
         if kind == "malformed":
             digest, deadline = f"sha256:{hashlib.sha256(body).hexdigest()}", None
         else:
             digest = request_digest(decode_request(task, body))
-        return body, Sent(name, digest, kind, deadline, self.reply)
+        return body, Sent(name, digest, kind, deadline, answered)
 
     def _unlike_others(self, task: Task, fields: dict[str, Any]) -> Kind:
         if task is Task.IMAGE_TO_TEXT:
@@ -143,7 +152,7 @@ class Place(NamedTuple):
 
 
 WHICH = st.integers(0, 5)
-CALLS = st.integers(0, 20)  # a job makes some 8, with a stop before and after each
+CALLS = st.integers(0, 24)  # a job makes some 10, with a stop before and after each
 PLACES = st.builds(Place, WHICH, CALLS, ENDINGS)
 WISHES = st.builds(
     Wish,
@@ -152,5 +161,5 @@ WISHES = st.builds(
     kind=st.sampled_from(["valid", "valid", "valid", "valid", "malformed", "refused"]),
     seconds=st.sampled_from([None, None, None, -1, 5, 20]),
     bulky=st.sampled_from([False, False, False, False, False, True]),
-    reply=st.booleans(),
+    reply=st.sampled_from(["nowhere", "inbox", "inbox", "inbox", "forbidden"]),
 )

@@ -32,7 +32,7 @@ class Arrival:
     headers: Mapping[str, str] = field(default_factory=dict)
     stream: str = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
     stream_sequence: int = 7
-    attempt: int = 1
+    deliveries: int = 1
     stored_at: datetime = STORED_AT
 
     def delivery(self) -> MemoryDelivery:
@@ -65,7 +65,7 @@ PLACES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("present", "expected"),
     [
-        (("body", "subject", "header"), "body-1"),
+        (("body", "subject", "header"), "subject-1"),
         (("body", "header"), "body-1"),
         (("subject", "header"), "subject-1"),
         (("header",), "header-1"),
@@ -73,15 +73,16 @@ PLACES: dict[str, dict[str, Any]] = {
         (("body",), "body-1"),
     ],
 )
-def test_id_is_the_bodys_then_the_subjects_then_the_headers(
+def test_id_is_the_subjects_then_the_bodys_then_the_headers(
     present: tuple[str, ...], expected: str
 ) -> None:
+    """A request whose subject and body differ is refused, and must not end the body's id."""
     arrival = {name: value for place in present for name, value in PLACES[place].items()}
     assert read_id(**arrival) == expected
 
 
 def test_derived_id_is_the_same_at_every_delivery_of_a_request() -> None:
-    first, second = read_id(attempt=1), read_id(attempt=2)
+    first, second = read_id(deliveries=1), read_id(deliveries=2)
     assert first == second
     assert first.startswith("GENERATION_REQUESTS_TEXT_TO_IMAGE-7-")
     assert is_request_id(first)

@@ -21,6 +21,7 @@ from consumer.ports import (
 from consumer.run import Reason
 from consumer.turns import Bounds
 from generation_contracts import (
+    CancelledEvent,
     FailedEvent,
     ImageArtifact,
     ProgressEvent,
@@ -172,6 +173,24 @@ async def test_failed_batch_is_run_one_by_one_so_that_the_bad_one_fails_alone(
     for _ in range(2):
         await soon(world.work())
     assert failure(await world.result("bad")) == "model_error"
+
+
+async def test_cancelled_member_of_a_failed_batch_waits_for_no_other_members_run(
+    world: MemoryWorld,
+) -> None:
+    model(world).refusal = lambda: ModelError("BatchError")
+    holds = [model(world).will_hold() for _ in range(3)]
+    working = dict(zip("abc", await begin(world, "a", "b", "c"), strict=True))
+    await soon(holds[0].begun())  # the batch has failed, and one of its members runs alone
+    running = model(world).runs[0].request.request_id
+    waiting = next(one for one in working if one != running)
+    await world.execution.withdraw(waiting)
+    await soon(working[waiting])
+    assert isinstance(await world.result(waiting), CancelledEvent)
+    assert not working[str(running)].done()
+    for hold in holds:
+        hold.release()
+    await soon(asyncio.gather(*working.values()))
 
 
 @pytest.mark.parametrize("error", [OutOfMemory("the batch"), KeyError("key")])
@@ -362,11 +381,9 @@ async def test_one_that_raises_beside_an_output_that_waits_has_three_tries(
     good, bad = (asyncio.create_task(world.work()) for _ in range(2))
     await soon(waiting.until(1))
     await soon(bad)
-    again = asyncio.create_task(world.work())
-    await soon(waiting.more(2))
-    assert len(world.runner.runs) == 2, "it waits until the other has left"
+    await soon(world.work())
     world.store.end()
-    await soon(asyncio.gather(good, again))
+    await soon(good)
     await soon(serve(world, ended))
     assert [run.request.request_id for run in world.runner.runs] == ["good", "bad", "bad", "bad"]
     assert failure(await world.result("bad")) == "model_error"

@@ -70,13 +70,14 @@ ORDERS: list[tuple[str, list[Script], int, list[str]]] = [
         "model raised",
         [ERROR] * 3,
         3,
-        ["nak", "nak", "dead_letter", "publish failed", "reply failed", "term model_error"],
+        ["retry", "ack"] * 2
+        + ["dead_letter", "publish failed", "reply failed", "term model_error"],
     ),
     (
         "fault",
         [FAULT] * 3,
         3,
-        ["nak", "nak", "dead_letter", "publish failed", "reply failed", "term internal"],
+        ["retry", "ack"] * 2 + ["dead_letter", "publish failed", "reply failed", "term internal"],
     ),
     (
         "worker lost",

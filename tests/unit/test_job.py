@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from consumer.job import (
     AlreadyDone,
     Broken,
-    BusUnreachable,
     Cancelled,
     Conflict,
     Decision,
+    DeliveriesUsedUp,
     Done,
     Draining,
+    EarlierCopy,
     Expired,
+    HandedOver,
     IllegalTransition,
     InputMissing,
     LostDevice,
@@ -30,7 +32,6 @@ from consumer.job import (
     Settlement,
     Stalled,
     State,
-    StoreUnreachable,
     Unsupported,
     WorkerLost,
     advance,
@@ -53,19 +54,20 @@ TABLE: list[tuple[Outcome, range, str, FailureCode | None, str, str]] = [
     (InputMissing("no"), ANY, "failed", FailureCode.INPUT_UNAVAILABLE, "ack", ""),
     (Expired(), ANY, "failed", FailureCode.DEADLINE_EXCEEDED, "ack", ""),
     (Cancelled(), ANY, "cancelled", None, "ack", ""),
-    (ModelRaised("E"), EARLY, "none", None, "nak", ""),
+    (ModelRaised("E"), EARLY, "none", None, "retry", ""),
     (ModelRaised("E"), LATE, "failed", FailureCode.MODEL_ERROR, "term", "dead letter"),
     (RanOutOfMemory(saved_memory=False), ANY, "none", None, "keep", "save memory"),
     (RanOutOfMemory(saved_memory=True), ANY, "failed", FailureCode.OUT_OF_MEMORY, "ack", ""),
     (LostDevice(), ANY, "none", None, "nak", "exit 70"),
     (Stalled(), ANY, "none", None, "abandon", "exit 70"),
-    (StoreUnreachable(), ANY, "none", None, "keep", ""),
-    (BusUnreachable(), ANY, "none", None, "keep", ""),
+    (EarlierCopy(), ANY, "none", None, "retry", "no attempt"),
+    (HandedOver(), ANY, "none", None, "release", ""),
+    (DeliveriesUsedUp(), ANY, "none", None, "retry", ""),
     (WorkerLost(), ANY, "failed", FailureCode.WORKER_LOST, "term", "dead letter"),
     (Draining(), ANY, "none", None, "release", ""),
     (ResultTooLarge(), ANY, "failed", FailureCode.INTERNAL, "ack", ""),
     (QueueIsFull(), ANY, "failed", FailureCode.QUEUE_FULL, "ack", ""),
-    (Broken("E"), EARLY, "none", None, "nak", ""),
+    (Broken("E"), EARLY, "none", None, "retry", ""),
     (Broken("E"), LATE, "failed", FailureCode.INTERNAL, "term", "dead letter"),
 ]
 CASES = [
@@ -79,6 +81,7 @@ def besides(decision: Decision) -> str:
     """Everything in a decision but the event, the failure and the settlement, in words."""
     words = {
         "dead letter": decision.dead_letter,
+        "no attempt": not decision.counts,
         "save memory": decision.save_memory,
         f"exit {decision.exit_code}": decision.exit_code is not None,
     }
@@ -116,7 +119,28 @@ def test_last_allowed_attempt_is_the_first_to_be_told(outcome: Outcome, most: in
         decide(outcome, attempt=attempt, max_attempts=most).settlement
         for attempt in range(1, most + 2)
     ]
-    assert settlements == [*[Settlement.NAK] * (most - 1), Settlement.TERM, Settlement.TERM]
+    assert settlements == [*[Settlement.RETRY] * (most - 1), Settlement.TERM, Settlement.TERM]
+
+
+@pytest.mark.parametrize(("outcome", "attempt", "event", "code", "settlement", "extra"), CASES)
+def test_copy_never_ends_the_id_and_keeps_everything_else_of_its_row(
+    *,
+    outcome: Outcome,
+    attempt: int,
+    event: str,
+    code: FailureCode | None,
+    settlement: str,
+    extra: str,
+) -> None:
+    decision = decide(outcome, attempt=attempt, max_attempts=ATTEMPTS, is_copy=True)
+    if event == "cancelled":  # the delivery that the id belongs to stores that event
+        assert decision == Decision(Settlement.RETRY, counts=False)
+        return
+    replied = "failed_reply_only" if event == "failed" else event
+    assert decision.publish is Publish[replied.upper()]
+    assert decision.settlement is Settlement[settlement.upper()]
+    assert (decision.failure and decision.failure.code) == code
+    assert besides(decision) == extra
 
 
 def test_failures_carry_what_the_sender_can_act_on() -> None:

@@ -1,0 +1,261 @@
+"""A request id belongs to one delivery: copies of it, and other bytes under it, end nothing."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from consumer.admission import Admission
+from consumer.early_cancellations import EarlyCancellations
+from consumer.turns import Bounds
+from generation_contracts import CancelledEvent, SucceededEvent
+from tests.behaviour import (
+    INBOX,
+    OTHER_INBOX,
+    asking,
+    failure,
+    from_now,
+    shorten_pauses,
+    soon,
+)
+from tests.memory_world import MemoryWorld, Worlds
+
+
+@pytest.fixture
+async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MemoryWorld]:
+    shorten_pauses(monkeypatch)
+    made = MemoryWorld(bounds=Bounds(in_flight=3))
+    yield made
+    made.close()
+
+
+def other_bytes(**fields: Any) -> bytes:
+    return json.dumps({"request_id": "a", "reply_to": OTHER_INBOX, **fields}).encode()
+
+
+# What a sender can publish under the id of a running request, and what it is told.
+COPIES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "invalid bytes": (lambda: other_bytes(bogus=1), "invalid_request"),
+    "another content": (lambda: asking(width=32, reply_to=OTHER_INBOX), "request_id_conflict"),
+    "an earlier deadline": (
+        lambda: asking(deadline=from_now(seconds=0.05), reply_to=OTHER_INBOX),
+        "deadline_exceeded",
+    ),
+    "an unsupported parameter": (
+        lambda: asking(negative_prompt="b", reply_to=OTHER_INBOX),
+        "request_id_conflict",
+    ),
+}
+
+
+@pytest.mark.parametrize("subject_id", ["a", None], ids=["id in the subject", "id in the body"])
+@pytest.mark.parametrize("name", COPIES)
+async def test_copy_of_a_running_request_gets_a_reply_at_most(
+    world: MemoryWorld, name: str, subject_id: str | None
+) -> None:
+    make_body, code = COPIES[name]
+    hold = world.runner.will_hold()
+    await world.send(asking(reply_to=INBOX), request_id=subject_id)
+    first = asyncio.create_task(world.work())
+    await soon(hold.begun())
+    await world.send(make_body(), request_id=subject_id)
+    await soon(world.work())
+    assert await world.result("a") is None, "the copy must not end the id"
+    hold.release()
+    await soon(first)
+    done = await world.result("a")
+    assert isinstance(done, SucceededEvent)
+    assert {output.key for output in done.outputs} == await world.objects()  # type: ignore[union-attr]
+    told = dict(await world.replies())
+    assert told[INBOX] == done
+    assert failure(told[OTHER_INBOX]) == code
+    assert await world.left() == 0
+
+
+async def test_same_request_waits_for_the_running_one_and_gets_its_result(
+    world: MemoryWorld,
+) -> None:
+    hold = world.runner.will_hold()
+    await world.send(asking(reply_to=INBOX))
+    await world.send(asking(reply_to=OTHER_INBOX))
+    both = [asyncio.create_task(world.work()) for _ in range(2)]
+    await soon(hold.begun())
+    await world.send(asking("next"))
+    third = asyncio.create_task(world.work())
+    hold.release()
+    await soon(asyncio.gather(*both, third))
+    done = await world.result("a")
+    assert sorted(await world.replies(), key=lambda one: one[0]) == [
+        (INBOX, done),
+        (OTHER_INBOX, done),
+    ]
+    assert [run.request.request_id for run in world.runner.runs] == ["a", "next"]
+
+
+async def test_subject_and_body_that_differ_end_no_other_id(world: MemoryWorld) -> None:
+    await world.send(asking("victim"), request_id="attacker")
+    await soon(world.work())
+    assert await world.result("victim") is None
+    assert failure(await world.result("attacker")) == "invalid_request"
+
+
+async def test_exhausted_copy_is_left_alone_while_the_request_runs(world: MemoryWorld) -> None:
+    world.workers.asked.append(world.execution)
+    hold = world.runner.will_hold()
+    await world.send(asking())
+    await world.send(asking(reply_to=INBOX))
+    first = asyncio.create_task(world.execution.handle(world.queue.take()))
+    exhausted = world.queue.take()
+    await soon(hold.begun())
+    await world.execution.put_aside(exhausted)
+    assert (await world.result("a"), exhausted.settlements) == (None, [])
+    hold.release()
+    await soon(first)
+    await world.execution.put_aside(exhausted)
+    assert exhausted.settlements == ["ack"]
+    assert await world.replies() == [(INBOX, await world.result("a"))]
+
+
+# -- between workers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("copy", "code"),
+    [
+        (other_bytes(bogus=1), "invalid_request"),
+        (asking(width=32, reply_to=OTHER_INBOX), "request_id_conflict"),
+    ],
+)
+async def test_copy_ends_nothing_while_the_older_message_is_in_the_stream(
+    world: MemoryWorld, copy: bytes, code: str
+) -> None:
+    await world.send(asking(), request_id="a")
+    await world.send(copy, request_id="a")
+    older = world.queue.take()  # by another worker
+    await soon(world.work())
+    assert await world.result("a") is None
+    ((subject, told),) = await world.replies()
+    assert (subject, failure(told)) == (OTHER_INBOX, code)
+    await soon(world.execution.handle(older))
+    assert isinstance(await world.result("a"), SucceededEvent)
+
+
+async def test_same_request_looks_again_later_while_another_worker_has_the_older_one(
+    world: MemoryWorld,
+) -> None:
+    await world.send(asking(), request_id="a")
+    await world.send(asking(reply_to=OTHER_INBOX), request_id="a")
+    older = world.queue.take()
+    for _ in range(2):  # it neither runs nor waits in this worker
+        await soon(world.work())
+    assert world.runner.runs == []
+    await soon(world.execution.handle(older))
+    await soon(world.work())
+    assert await world.replies() == [(OTHER_INBOX, await world.result("a"))]
+    assert len(world.runner.runs) == 1
+    assert await world.left() == 0
+    done = await world.result("a")
+    assert done is not None
+    assert done.attempt == 1
+
+
+async def test_request_that_waits_for_its_next_attempt_keeps_its_id(world: MemoryWorld) -> None:
+    await world.send(asking(), request_id="a")
+    waiting = world.queue.take()
+    await waiting.ack()
+    world.queue.retries.append(("a", waiting))
+    await world.send(asking(width=32, reply_to=OTHER_INBOX), request_id="a")
+    await soon(world.work())
+    ((_, told),) = await world.replies()
+    assert failure(told) == "request_id_conflict"
+    assert await world.result("a") is None
+
+
+# -- requeued, retried, cancelled early -----------------------------------------------------------
+
+
+async def test_requeued_request_is_no_suspect(world: MemoryWorld) -> None:
+    """After a rollout requests run next to others and in batches again."""
+    await world.send(asking())
+    await world.queue.take().release()
+    hold = world.runner.will_hold()
+    requeued = asyncio.create_task(world.work())
+    await soon(hold.begun())
+    await soon(world.execution.room())  # a suspect lets no others in
+    hold.release()
+    await soon(requeued)
+
+
+async def test_cancellation_that_comes_before_its_request_is_honoured(world: MemoryWorld) -> None:
+    assert await world.execution.withdraw("a") is None
+    await world.send(asking(reply_to=INBOX))
+    await soon(world.work())
+    assert isinstance(await world.result("a"), CancelledEvent)
+    assert world.runner.runs == []
+
+
+async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(world: MemoryWorld) -> None:
+    step = asking("tour-2", chain={"id": "tour", "step": 2})
+    hold = world.runner.will_hold()
+    await world.send(step)
+    working = asyncio.create_task(world.work())
+    await soon(hold.begun())
+    assert await world.execution.withdraw("tour") is not None
+    await soon(working)
+    assert isinstance(await world.result("tour-2"), CancelledEvent)
+
+
+def test_early_cancellations_are_bounded() -> None:
+    early = EarlyCancellations()
+    for number in range(10_001):
+        early.add(str(number))
+    assert ("0" in early, "1" in early, "10000" in early) == (False, True, True)
+
+
+# -- the store ------------------------------------------------------------------------------------
+
+
+async def test_input_that_an_answering_store_does_not_give_fails_at_once(
+    make_world: Worlds,
+) -> None:
+    world = await make_world(task="image_to_text", bounds=Bounds(in_flight=3))
+    world.artifacts.unreadable.add("broken")
+    await world.put_object("good", world.picture)
+    for name in ("broken", "good"):
+        await world.send(asking(name, images=[world.source(name)]))
+    await soon(asyncio.gather(world.work(), world.work()))
+    assert failure(await world.result("broken")) == "input_unavailable"
+    assert isinstance(await world.result("good"), SucceededEvent)
+
+
+@pytest.mark.parametrize("idle", [True, False])
+async def test_output_that_cannot_be_stored_is_handed_over_where_another_worker_is_free(
+    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch, *, idle: bool
+) -> None:
+    monkeypatch.setattr("consumer.pictures.STORE_PATIENCE", 0.0)
+    world.workers.idle = idle
+    world.store.begin()
+    await world.send(asking())
+    working = asyncio.create_task(world.work())
+    await soon(world.artifacts.tries.until(3) if not idle else working)
+    assert world.execution.waits_for_store is not idle
+    world.store.end()
+    await soon(working)
+    assert world.settlements == (["release"] if idle else ["ack"])
+    assert isinstance(await world.result("a"), type(None) if idle else SucceededEvent)
+
+
+async def test_place_of_a_delivery_that_cannot_be_opened_is_free_again(
+    make_world: Worlds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError
+
+    world = await make_world()
+    await world.send(asking())
+    monkeypatch.setattr(Admission, "open", broken)
+    with pytest.raises(KeyError):
+        await world.execution.handle(world.queue.take())
+    await soon(world.execution.room())
