@@ -203,6 +203,10 @@ class Execution:
             return None
         return Grip.STOPPING if in_time else Grip.ENDING
 
+    def holds(self, request_id: str) -> bool:
+        """Whether a job with this id is in progress."""
+        return any(job.request_id == request_id for job in self._jobs)
+
     async def _take(
         self,
         delivery: Delivery,
