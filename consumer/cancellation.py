@@ -140,13 +140,14 @@ class Cancellation:
     async def _stop_oldest(self, task: Task, request_id: str, stopped: _Stopped) -> None:
         # Copies behind the oldest message find its terminal event when they are delivered.
         oldest = await self._queue.oldest(task, request_id)
-        if oldest is not None and oldest.untouched:
+        if oldest is not None and not oldest.untouched:
+            await oldest.delivery.withdraw()
+            stopped.in_flight.add(task)
+            return
+        if oldest is not None:
             await self._end(task, request_id, oldest.delivery)
             await self._workers.tell(request_id)  # one may have started since it was asked first
         await self._note_end(task, request_id, stopped)
-        if oldest is not None and not oldest.untouched and task not in stopped.ended:
-            await oldest.delivery.withdraw()
-            stopped.in_flight.add(task)
 
     async def _note_end(self, task: Task, request_id: str, stopped: _Stopped) -> None:
         result = await self._events.find_result(task, request_id)
@@ -197,6 +198,8 @@ class Cancellation:
         stopped = await self._stop_stored(request_id, found)
         if stopped.in_flight:
             await self._workers.tell(request_id)  # an earlier version knows it by this id only
+            stopped.ended |= await self._ended(request_id)
+            stopped.in_flight -= stopped.ended.keys()
         return stopped
 
     async def _about_to_end(self, request_id: str) -> dict[Task, ResultEvent]:
