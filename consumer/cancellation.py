@@ -108,24 +108,30 @@ class Cancellation:
             answer = await self._workers.ask(request_id)
             found = await self._queue.find(request_id)
         stopped = await self._stop_stored(request_id, found)
-        if stopped.in_flight or not stopped.ended:
-            match await answer:
-                case Grip.STOPPING:
-                    log.info("cancellation", request_id=request_id, found="running")
-                    return CancelReply(request_id=request_id, status="stopping")
-                case Grip.ENDING:
-                    stopped.ended |= await self._about_to_end(request_id)
-                    if not stopped.ended:
-                        # The attempt has failed. It will be repeated, but by no worker that has
-                        # been asked: all of them remember the id.
-                        return CancelReply(request_id=request_id, status="stopping")
-                case None:
-                    stopped.ended |= await self._ended(request_id)
-            stopped.in_flight -= stopped.ended.keys()
+        stops = await self._heed_workers(request_id, answer, stopped)
         unfinished = [e for e in stopped.ended.values() if _leads_on(e, request_id, step=1)]
         if unfinished:
-            return await self._cancel_chain(request_id, unfinished[0])
-        return _reply(request_id, stopped.ended.values(), in_flight=bool(stopped.in_flight))
+            return await self._cancel_chain(request_id, unfinished[0], in_flight=stops)
+        return _reply(request_id, stopped.ended.values(), in_flight=stops)
+
+    async def _heed_workers(
+        self, request_id: str, answer: "asyncio.Future[Grip | None]", stopped: _Stopped
+    ) -> bool:
+        """Wait for a worker's answer where one is needed; whether the request stops later."""
+        if stopped.ended and not stopped.in_flight and not answer.done():
+            return False  # no worker has it any more
+        match await answer:
+            case Grip.STOPPING:
+                log.info("cancellation", request_id=request_id, found="running")
+                return True
+            case Grip.ENDING:
+                stopped.ended |= await self._about_to_end(request_id)
+                # Without an event the attempt has failed. It will be repeated, but by no worker
+                # that has been asked: all of them remember the id.
+                return not stopped.ended
+            case None:
+                stopped.ended |= await self._ended(request_id)
+                return bool(stopped.in_flight - stopped.ended.keys())
 
     async def _stop_stored(self, request_id: str, found: Found) -> _Stopped:
         """End or mark what is in the streams under one id; read what has ended."""
@@ -169,10 +175,17 @@ class Cancellation:
             job, decide(outcomes.Cancelled(), attempt=1, max_attempts=1)
         )
 
-    async def _cancel_chain(self, chain: str, first: ResultEvent) -> CancelReply:
-        """Cancel the steps that wait or run, wherever the chain has come to."""
+    async def _cancel_chain(
+        self, chain: str, first: ResultEvent, *, in_flight: bool
+    ) -> CancelReply:
+        """Cancel the steps that wait or run, wherever the chain has come to.
+
+        Args:
+            chain: Its id.
+            first: The event of its first step.
+            in_flight: Whether a worker has said that it stops a step.
+        """
         ends: list[ResultEvent] = []
-        in_flight = False
         followed = [(ChainLink(id=chain, step=1), first)]
         async with self._chains:
             while followed:

@@ -28,6 +28,8 @@ from generation_contracts.artifacts import ImageSource
 from generation_contracts.events import ParameterValue
 
 if TYPE_CHECKING:
+    import asyncio
+
     from PIL.Image import Image
 
 P = ParamSpec("P")
@@ -231,7 +233,7 @@ class Grip(Enum):
 class Workers(Protocol):
     """All workers of the installation. No method raises."""
 
-    async def ask(self, request_id: str) -> Awaitable[Grip | None]:
+    async def ask(self, request_id: str) -> "asyncio.Future[Grip | None]":
         """Ask all workers to stop a request; each of them remembers the id.
 
         Returns:

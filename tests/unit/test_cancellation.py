@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable
 from typing import Any
 
 import pytest
@@ -75,7 +74,7 @@ class Workers:
         self.waiting = Tally()
         self.silent = asyncio.Event()  # not set: they keep a question waiting
 
-    async def ask(self, request_id: str) -> Awaitable[Grip | None]:
+    async def ask(self, request_id: str) -> "asyncio.Future[Grip | None]":
         self.asked.append(request_id)
         return asyncio.ensure_future(self._answer(request_id))
 
@@ -276,6 +275,21 @@ async def test_ended_requests_are_finished_or_cancelled_without_a_wait(setting: 
     assert await setting.cancel("done") == ("finished", "succeeded")
     assert await setting.cancel("gone") == ("cancelled", "cancelled")
     assert setting.world.queue.withdrawn == set()
+
+
+async def test_running_request_that_ends_at_once_is_said_to_stop(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reply does not depend on whether the worker or the lookup is quicker."""
+    find = setting.queue.find
+
+    async def found_after_the_end(request_id: str) -> Found:
+        setting.world.events.put(CancelledEvent(**common("a", T2I)))
+        return await find(request_id)
+
+    monkeypatch.setattr(setting.queue, "find", found_after_the_end)
+    setting.workers.answers["a"] = Grip.STOPPING
+    assert await setting.cancel("a") == ("stopping", None)
 
 
 async def test_ended_request_that_is_still_in_its_stream_is_finished(setting: Setting) -> None:
