@@ -300,3 +300,16 @@ async def test_requests_of_a_task_without_workers_are_cancelled_by_the_others(
     await scene.sender.jetstream().publish(subject, b'{"prompt":"a","images":["s3://bbb/k"]}')
     assert (await caller.cancel(orphan))["status"] == "cancelled"
     assert await scene.left() == 0
+
+
+async def test_cancel_that_comes_before_its_request_is_honoured(
+    scene: Scene, caller: Caller
+) -> None:
+    await scene.start()
+    for request_id in ("early", "early-chain"):
+        assert await caller.cancel(request_id) == told(request_id, "unknown")
+    await scene.submit(request_id="early")  # without its id in the subject
+    await scene.submit(request_id="step", chain={"id": "early-chain", "step": 1})
+    for request_id in ("early", "step"):
+        assert (await scene.event(request_id))["type"] == CANCELLED
+    assert scene.runs() == []
