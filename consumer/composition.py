@@ -83,6 +83,7 @@ def make_front_door(
     model: ModelDescription,
     check: Callable[[Request], None],
     withdraw: Callable[[str], Awaitable[Grip | None]],
+    holds: Callable[[str], bool],
     observer: Observer,
 ) -> FrontDoor:
     """Calls for the own task, and cancellation for every task: a worker of another may be away.
@@ -96,6 +97,7 @@ def make_front_door(
         model: What is loaded.
         check: Says whether the model can do what is asked.
         withdraw: Stops a request that this worker has.
+        holds: Whether this worker has a request.
         observer: Told of each call that is refused, and of chains that break where a cancellation
             finds a request ended.
     """
@@ -116,7 +118,7 @@ def make_front_door(
     }
     cancellation = Cancellation(
         queue=JetStreamQueue(bus, settings.subjects, durables),
-        workers=BroadcastWorkers(bus, settings.subjects),
+        workers=BroadcastWorkers(bus, settings.subjects, task=settings.task, durables=durables),
         events=events,
         endings=endings,
     )
@@ -128,6 +130,7 @@ def make_front_door(
         check=check,
         cancel=cancellation.cancel,
         withdraw=withdraw,
+        holds=holds,
         observer=observer,
     )
     return FrontDoor(bus, settings.subjects, backend)

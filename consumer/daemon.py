@@ -160,6 +160,7 @@ class Daemon:
                 model=model,
                 check=runner.check,
                 withdraw=execution.withdraw,
+                holds=execution.holds,
                 observer=self._watch,
             )
             # Behind the door, which asks it about the last calls.
@@ -279,8 +280,9 @@ class Daemon:
 
     async def _put_stranded_aside(self, pull: PullLoop, bus: Bus, execution: Execution) -> None:
         stream = self._settings.subjects.requests_stream(self._task)
+        notes = Notes(bus, self._settings.subjects, self._task)
         while (advisory := await pull.next()) is not None:
-            delivery = await find_stranded(bus, stream, advisory)
+            delivery = await find_stranded(bus, stream, advisory, notes)
             if delivery is not None:
                 await execution.put_aside(delivery)
             if delivery is None or delivery.settled:

@@ -1,30 +1,49 @@
-"""Cancellations that came before their requests."""
+"""Ids whose cancellation arrived before their request did, kept for a bounded time.
+
+A cancellation reaches all workers at once. The request may still be on its way to a worker, or may
+not have been published yet. The worker that receives the request later looks its id up here.
+"""
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable
 
-REMEMBERED_FOR = 600.0  # seconds
-MOST = 10_000
+KEEP = 600.0  # seconds
+MAX_IDS = 10_000  # about 2 MB
 
 
 class EarlyCancellations:
-    """A bounded memory of cancelled ids; the oldest ones are forgotten first."""
+    """A bounded, expiring set of request ids and chain ids.
 
-    def __init__(self) -> None:
-        self._until: OrderedDict[str, float] = OrderedDict()
+    Args:
+        keep: Seconds that an id is kept after it was added last.
+        max_ids: When more are added, the oldest ids are dropped.
+        clock: Seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        *,
+        keep: float = KEEP,
+        max_ids: int = MAX_IDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keep = keep
+        self._max_ids = max_ids
+        self._clock = clock
+        self._added: OrderedDict[str, float] = OrderedDict()  # the oldest first
 
     def add(self, request_id: str) -> None:
-        """Remember an id."""
-        self._until.pop(request_id, None)
-        self._until[request_id] = time.monotonic() + REMEMBERED_FOR
-        while len(self._until) > MOST:
-            self._until.popitem(last=False)
-
-    def isdisjoint(self, ids: Iterable[str]) -> bool:
-        """Whether none of some ids was cancelled."""
-        return not any(one in self for one in ids)
+        """Keep an id from now on."""
+        now = self._clock()
+        self._added[request_id] = now
+        self._added.move_to_end(request_id)
+        while len(self._added) > self._max_ids or self._expired(next(iter(self._added.values()))):
+            self._added.popitem(last=False)
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether an id was cancelled, and not too long ago."""
-        return self._until.get(request_id, 0.0) > time.monotonic()
+        added = self._added.get(request_id)
+        return added is not None and not self._expired(added)
+
+    def _expired(self, added: float) -> bool:
+        return self._clock() - added >= self._keep

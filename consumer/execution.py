@@ -240,7 +240,7 @@ class Execution:
             return None
         return Grip.STOPPING if in_time else Grip.ENDING
 
-    async def holds(self, request_id: str) -> bool:
+    def holds(self, request_id: str) -> bool:
         """Whether the model has been started for a request that this worker has."""
         return any(job.began for job in self._jobs if job.request_id == request_id)
 
@@ -308,7 +308,7 @@ class Execution:
             request = self._read(job)
             if job.place.suspect:
                 await self._read_marks(job)
-            if not self._early_cancellations.isdisjoint(job.may_be_cancelled_as):
+            if any(one in self._early_cancellations for one in job.may_be_cancelled_as):
                 job.interrupt.set(Reason.CANCEL)
             if request.deadline is not None:
                 left = (request.deadline - datetime.now(UTC)).total_seconds()

@@ -28,6 +28,8 @@ from generation_contracts.artifacts import ImageSource
 from generation_contracts.events import ParameterValue
 
 if TYPE_CHECKING:
+    import asyncio
+
     from PIL.Image import Image
 
 P = ParamSpec("P")
@@ -190,36 +192,71 @@ class Events(Protocol):
 
 @dataclass(frozen=True)
 class StoredRequest:
-    """A request as it lies in its stream.
+    """A request as it is stored in its stream.
 
     Attributes:
-        delivery: Settling it deletes it.
-        untouched: Whether it had been given to no worker when it was found.
+        delivery: Settling it deletes it from the stream.
+        untouched: Whether it has been delivered to no worker so far.
     """
 
-    task: Task
     delivery: Delivery
     untouched: bool
 
 
-class Queue(Protocol):
-    """The requests in their stream, for whoever looks for one."""
+@dataclass(frozen=True)
+class Found:
+    """What is stored under a request id, by task.
 
-    async def find(self, request_id: str) -> list[StoredRequest]:
-        """Every message in the stream whose subject has the id; a request may have been sent twice.
+    Attributes:
+        requests: Tasks whose request stream has a message with the id in its subject.
+        results: Tasks with a message on the result subject, whatever that message is.
+    """
+
+    requests: frozenset[Task]
+    results: frozenset[Task]
+
+
+class Queue(Protocol):
+    """The requests in their streams, found by the ids in their subjects."""
+
+    async def find(self, request_id: str) -> Found:
+        """Look what is stored under an id, without loading any of it.
+
+        Raises:
+            Unavailable: The bus cannot be used.
+        """
+
+    async def find_results(self, request_id: str) -> frozenset[Task]:
+        """Look for results alone: `Found.results`.
+
+        Raises:
+            Unavailable: The bus cannot be used.
+        """
+
+    async def oldest(self, task: Task, request_id: str) -> StoredRequest | None:
+        """Load the oldest request with this id; None when there is none.
 
         Raises:
             Unavailable: The bus cannot be used.
         """
 
     async def older(self, task: Task, request_id: str, sequence: int) -> Delivery | None:
-        """The oldest message with the id in its subject, if it is older than a sequence.
+        """Load the oldest request with this id, if it is older than a sequence of the stream.
 
-        Waits for the bus.
+        Waits for the bus. Loads nothing when no message has the id in its subject.
+
+        Raises:
+            Unavailable: The client has given up; the process has to end.
         """
 
     async def waiting_for_retry(self, task: Task, request_id: str) -> Delivery | None:
-        """The message of a request that is queued again after a delay. Waits for the bus."""
+        """Load the message of a request that is queued again after a delay.
+
+        Waits for the bus.
+
+        Raises:
+            Unavailable: The client has given up; the process has to end.
+        """
 
 
 class Grip(Enum):
@@ -230,19 +267,29 @@ class Grip(Enum):
 
 
 class Workers(Protocol):
-    """All workers of the installation."""
+    """All workers of the installation. No method raises."""
 
-    async def ask(self, request_id: str) -> Grip | None:
-        """Ask whoever has a request to stop it; None: nobody says to have it. Never raises."""
+    async def ask(self, request_id: str) -> "asyncio.Future[Grip | None]":
+        """Ask all workers to stop a request; each of them remembers the id.
+
+        Returns:
+            Once the question has been sent: the answer to wait for. None: no worker has answered.
+        """
 
     async def tell(self, request_id: str) -> None:
-        """The same, without waiting for an answer. Never raises."""
+        """Ask the same without an answer."""
 
     async def holds(self, request_id: str) -> bool:
-        """Whether any worker has a request, which goes on. Never raises."""
+        """Whether another worker has a job with this id. The job goes on.
+
+        No answer within a moment counts as no.
+        """
 
     async def others_idle(self) -> bool:
-        """Whether another worker waits for requests of this one's queue. Never raises."""
+        """Whether another worker waits for requests; ask while the own pull does not stand.
+
+        False when the bus cannot tell.
+        """
 
 
 class QueueFull(Exception):  # noqa: N818 - a state of the queue

@@ -21,6 +21,7 @@ from consumer.ports import (
     DeadLetter,
     Delivery,
     EncodedImage,
+    Found,
     GeneratedImage,
     GeneratedText,
     Grip,
@@ -307,8 +308,14 @@ class MemoryQueue:
         assert task is self.task
         return next((one for kept, one in self.retries if kept == request_id), None)
 
-    async def find(self, request_id: str) -> list[StoredRequest]:
+    async def find(self, request_id: str) -> Found:
         raise AssertionError(f"a job looks for no others: {request_id}")
+
+    async def find_results(self, request_id: str) -> frozenset[Task]:
+        raise AssertionError(f"a job looks for no others: {request_id}")
+
+    async def oldest(self, task: Task, request_id: str) -> StoredRequest | None:
+        raise AssertionError(f"a job looks for no others: {task} {request_id}")
 
     @property
     def waiting(self) -> int:
@@ -371,14 +378,14 @@ class MemoryWorkers:
         self.idle = False
         self.asked: list[Execution] = []
 
-    async def ask(self, request_id: str) -> Grip | None:
+    async def ask(self, request_id: str) -> asyncio.Future[Grip | None]:
         raise AssertionError(f"a job cancels no others: {request_id}")
 
     async def tell(self, request_id: str) -> None:
         raise AssertionError(f"a job cancels no others: {request_id}")
 
     async def holds(self, request_id: str) -> bool:
-        return any([await one.holds(request_id) for one in self.asked])
+        return any(one.holds(request_id) for one in self.asked)
 
     async def others_idle(self) -> bool:
         return self.idle

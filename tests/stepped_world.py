@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar, TypeVarTuple, cast
 
 import pytest
 
-from consumer import admission, conclusion, device, early_cancellations, execution, run, turns
+from consumer import admission, conclusion, device, execution, run, turns
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
 from consumer.ports import Delivery, IsCancelled, OnStep
@@ -330,7 +330,7 @@ class SteppedWorld:
     def open(self) -> None:
         """Make every clock show this world's time."""
         clock = SimpleNamespace(monotonic=self.loop.time)
-        for module in (run, device, turns, early_cancellations):
+        for module in (run, device, turns):
             self._patches.setattr(module, "time", clock)
         for module in (admission, conclusion, execution, memory_ports):
             self._patches.setattr(module, "datetime", _clock_of(self.loop))

@@ -27,6 +27,7 @@ from pydantic_core import from_json
 
 from consumer import job as outcomes
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.bus.queue import PROCESS
 from consumer.job import Outcome, decide
 from consumer.ports import Grip, Observer, Unavailable, UnsupportedParameter
 from generation_client import QueueFull, RequestTooLarge, ServiceUnavailable, submit
@@ -54,13 +55,13 @@ from generation_contracts.headers import (
 )
 from generation_contracts.requests import digest_of_bytes
 from generation_contracts.schema import json_schemas
-from generation_contracts.subjects import is_request_id
+from generation_contracts.subjects import HOLDER, is_request_id
 
 log = structlog.get_logger()
 
 SERVICE = "generation"
 EMPTY_WITHIN = 2.0  # seconds, at the end, for calls that have come; one takes a millisecond
-CANCELLATIONS = 64  # at the same time; each may wait a second for a worker's word
+CANCELLATIONS = 10_000  # at the same time; each takes a few kB while it waits for an answer
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Backend:
         check: Says whether the model can do what is asked; raises UnsupportedParameter.
         cancel: Cancels a request by its id, wherever it is.
         withdraw: Stops a request that this worker has; None when it has not.
+        holds: Whether this worker has a request.
         observer: Told of each call that is refused, and why.
     """
 
@@ -85,6 +87,7 @@ class Backend:
     check: Callable[[Request], None]
     cancel: Callable[[str], Awaitable[CancelReply]]
     withdraw: Callable[[str], Awaitable[Grip | None]]
+    holds: Callable[[str], bool]
     observer: Observer
 
 
@@ -104,7 +107,6 @@ class FrontDoor:
         self._service: Service | None = None
         self._interrupts: Subscription | None = None
         self._cancelling: set[asyncio.Task[None]] = set()
-        self._places = asyncio.Semaphore(CANCELLATIONS)
 
     async def start(self) -> None:
         """Listen.
@@ -242,12 +244,14 @@ class FrontDoor:
     # -- cancellation -----------------------------------------------------------------------------
 
     async def _cancel(self, call: Call) -> None:
-        # In a task of its own: it may wait a second for a worker, and the next caller must not.
-        await self._places.acquire()
+        # A task for each: handlers run one after another, and a cancellation may wait for a worker.
+        # `Cancellation` bounds what all of them ask the server and load at the same time.
+        if len(self._cancelling) >= CANCELLATIONS:
+            await _refuse(call, call._msg.reply, "503", "too many cancellations")  # noqa: SLF001
+            return
         cancelling = asyncio.create_task(self._cancelled(call), name="cancel")
         self._cancelling.add(cancelling)
         cancelling.add_done_callback(self._cancelling.discard)
-        cancelling.add_done_callback(lambda _: self._places.release())
 
     async def _cancelled(self, call: Call) -> None:
         request_id = call.subject.rpartition(".")[2]
@@ -266,11 +270,19 @@ class FrontDoor:
             await _refuse(call, inbox, "500", "the worker failed on this cancellation")
 
     async def _interrupt(self, message: Msg) -> None:
-        request_id = message.subject.rpartition(".")[2]
-        grip = await self._backend.withdraw(request_id)
-        if grip is not None and message.reply:
+        token = message.subject.rpartition(".")[2]
+        if token.startswith(HOLDER):
+            if message.data == PROCESS or not self._backend.holds(token.removeprefix(HOLDER)):
+                return
+            answer = b""
+        else:
+            grip = await self._backend.withdraw(token)
+            if grip is None:
+                return
+            answer = grip.value.encode()
+        if message.reply:
             try:
-                await self._bus.client.publish(message.reply, grip.value.encode())
+                await self._bus.client.publish(message.reply, answer)
             except (Error, OSError) as error:
                 log.warning("interrupt_not_answered", error=type(error).__name__)
 

@@ -1,22 +1,48 @@
-"""The queue as one looks for a request in it, and the workers as one asks who has it."""
+"""Requests found in their streams by id, and questions to all workers at once."""
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
 
 import structlog
 from nats.errors import Error, NoRespondersError
 from nats.js.api import RawStreamMsg
 from nats.js.errors import NotFoundError
+from pydantic_core import from_json
 
+from consumer.bus.codes import STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.bus.notes import Notes
 from consumer.bus.stored_request import RequestInStream
-from consumer.ports import Grip, StoredRequest
+from consumer.ports import Found, Grip, StoredRequest
 from generation_contracts import Subjects, Task
 
 log = structlog.get_logger()
 
-# Seconds for the worker that has a request to say so. Nobody says no; and the answer waits for a
-# note in a stream, which takes a millisecond.
+# Seconds in which a worker that has a request says so. A worker that does not have it sends no
+# answer. The answer follows a note in a stream, which takes a millisecond.
 ANSWER_WITHIN = 0.8
+HOLDER_WITHIN = 0.3  # seconds for the same without the note
+PAUSE = 0.1  # seconds between two attempts to read a stream
+
+# Sent with a question, so that the process that asks does not answer it.
+PROCESS = uuid4().hex.encode()
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What STREAM.INFO says of a stream.
+
+    Attributes:
+        subjects: Number of messages, by subject; only of the subjects that were asked for.
+        consumers: How many consumers the stream has.
+    """
+
+    subjects: Mapping[str, int]
+    consumers: int
 
 
 class JetStreamQueue:
@@ -24,7 +50,7 @@ class JetStreamQueue:
 
     Args:
         bus: A connection.
-        subjects: Where requests are.
+        subjects: Where requests and results are.
         durables: Names of the durable consumers, by task.
     """
 
@@ -32,79 +58,187 @@ class JetStreamQueue:
         self._bus = bus
         self._subjects = subjects
         self._durables = durables
+        self._notes = {task: Notes(bus, subjects, task) for task in Task}
 
-    async def find(self, request_id: str) -> list[StoredRequest]:
-        """Every message in the request streams whose subject has the id.
+    async def find(self, request_id: str) -> Found:
+        """Count what is stored under an id, in the request streams and under the result subjects.
+
+        Raises:
+            BusUnavailable: The server does not answer.
+        """
+        # One question after another: in a storm of cancellations the CPU is what is short, and
+        # three tasks cost more than the round trips.
+        try:
+            requests = [t for t in Task if (await self._requests(t, request_id)).subjects]
+        except (Error, OSError, TimeoutError) as error:
+            raise _unreadable(error) from None
+        return Found(frozenset(requests), await self.find_results(request_id))
+
+    async def find_results(self, request_id: str) -> frozenset[Task]:
+        """Look which result subjects with this id have a message.
+
+        Raises:
+            BusUnavailable: The server does not answer.
+        """
+        stream, anywhere = self._subjects.results_stream, f"{self._subjects.root}.result.*."
+        try:
+            found = (await self._counts(stream, f"{anywhere}{request_id}")).subjects
+        except (Error, OSError, TimeoutError) as error:
+            raise _unreadable(error) from None
+        return frozenset(t for t in Task if self._subjects.result(t, request_id) in found)
+
+    async def oldest(self, task: Task, request_id: str) -> StoredRequest | None:
+        """Load the oldest message of a request stream whose subject has the id.
 
         Raises:
             BusUnavailable: The server does not answer.
         """
         try:
-            async with self._bus.question(API_TIMEOUT):
-                return [
-                    StoredRequest(
-                        task, self._delivery(message, task), await self._untouched(message, task)
-                    )
-                    for task in Task
-                    async for message in self._messages(task, request_id)
-                ]
+            message = await self._first(task, request_id)
+            if message is None:
+                return None
+            untouched = await self._untouched(task, message.seq or 0)
         except (Error, OSError, TimeoutError) as error:
-            raise BusUnavailable(
-                f"NATS: the queue cannot be read: {type(error).__name__}"
-            ) from None
+            raise _unreadable(error) from None
+        return StoredRequest(self._delivery(task, message), untouched)
 
-    async def _messages(self, task: Task, request_id: str) -> AsyncIterator[RawStreamMsg]:
-        stream = self._subjects.requests_stream(task)
-        subject = self._subjects.request(task, request_id)
-        sequence = 0
+    async def older(self, task: Task, request_id: str, sequence: int) -> RequestInStream | None:
+        """Load the oldest message with the id in its subject, if it comes before a sequence.
+
+        Raises:
+            BusUnavailable: The client has given up; the process has to end.
+        """
         while True:
+            await self._bus.reachable()
             try:
-                message = await self._bus.jetstream.get_msg(
-                    stream, sequence + 1, subject=subject, next=True
-                )
-            except NotFoundError:
-                return
-            yield message
-            sequence = message.seq or 0
+                if not (await self._requests(task, request_id)).subjects:
+                    return None
+                message = await self._first(task, request_id)
+            except (BusUnavailable, Error, OSError, TimeoutError) as error:
+                log.warning("queue_not_read", error=type(error).__name__)
+                await asyncio.sleep(PAUSE)
+            else:
+                is_older = message is not None and (message.seq or 0) < sequence
+                return self._delivery(task, message) if message and is_older else None
 
-    def _delivery(self, message: RawStreamMsg, task: Task) -> RequestInStream:
-        stream = self._subjects.requests_stream(task)
-        return RequestInStream(self._bus, stream, message, deliveries=1)
+    async def _requests(self, task: Task, request_id: str) -> _Counts:
+        stream, subject = self._place(task, request_id)
+        return await self._counts(stream, subject)
 
-    async def _untouched(self, message: RawStreamMsg, task: Task) -> bool:
-        try:
-            info = await self._bus.jetstream.consumer_info(
-                self._subjects.requests_stream(task), self._durables[task]
+    async def _counts(self, stream: str, subjects: str) -> _Counts:
+        # nats-py's own method builds objects from the whole answer, which takes twice as long.
+        async with self._bus.question(API_TIMEOUT):
+            answer = await self._bus.client.request(
+                f"$JS.API.STREAM.INFO.{stream}",
+                json.dumps({"subjects_filter": subjects}).encode(),
+                timeout=API_TIMEOUT,
             )
+        info: dict[str, Any] = from_json(answer.data)
+        error = info.get("error", {})
+        if error.get("err_code") == STREAM_NOT_FOUND:
+            return _Counts({}, 0)
+        if error:
+            raise BusUnavailable(f"NATS: stream {stream}: {error.get('description')}")
+        state = info["state"]
+        return _Counts(state.get("subjects") or {}, state["consumer_count"])
+
+    async def _first(self, task: Task, request_id: str) -> RawStreamMsg | None:
+        stream, subject = self._place(task, request_id)
+        try:
+            async with self._bus.question(API_TIMEOUT):
+                return await self._bus.jetstream.get_msg(stream, 1, subject=subject, next=True)
         except NotFoundError:
-            return False  # another name than the usual one: the workers are asked
-        return info.delivered is not None and (message.seq or 0) > info.delivered.stream_seq
+            return None
+
+    async def _untouched(self, task: Task, sequence: int) -> bool:
+        stream = self._subjects.requests_stream(task)
+        try:
+            async with self._bus.question(API_TIMEOUT):
+                info = await self._bus.jetstream.consumer_info(stream, self._durables[task])
+        except NotFoundError:
+            # A durable with another name than the usual one may have delivered it. Where the
+            # stream has no consumer at all, nothing has been delivered.
+            return (await self._counts(stream, "")).consumers == 0
+        return info.delivered is not None and sequence > info.delivered.stream_seq
+
+    def _place(self, task: Task, request_id: str) -> tuple[str, str]:
+        return self._subjects.requests_stream(task), self._subjects.request(task, request_id)
+
+    def _delivery(self, task: Task, message: RawStreamMsg) -> RequestInStream:
+        stream = self._subjects.requests_stream(task)
+        return RequestInStream(self._bus, stream, message, deliveries=1, notes=self._notes[task])
 
 
 class BroadcastWorkers:
-    """Implements `consumer.ports.Workers`: all hear it, and only the one that has it answers."""
+    """Implements `consumer.ports.Workers`: all workers receive a question, one answers at most.
 
-    def __init__(self, bus: Bus, subjects: Subjects) -> None:
+    Args:
+        bus: A connection.
+        subjects: Where the questions go.
+        task: The own one.
+        durables: Names of the durable consumers, by task.
+    """
+
+    def __init__(
+        self, bus: Bus, subjects: Subjects, *, task: Task, durables: Mapping[Task, str]
+    ) -> None:
         self._bus = bus
         self._subjects = subjects
+        self._stream = subjects.requests_stream(task)
+        self._durable = durables[task]
+        self._asking: set[asyncio.Task[Grip | None]] = set()
 
-    async def ask(self, request_id: str) -> Grip | None:
-        """Ask whoever has a request to stop it."""
+    async def ask(self, request_id: str) -> "asyncio.Task[Grip | None]":
+        """Ask all workers to stop a request; the task that is returned waits for the answer."""
+        asking = asyncio.create_task(self._ask(request_id), name="interrupt")
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        # The client writes the question before it first waits for anything: what is sent after
+        # this line reaches the server after the question.
+        await asyncio.sleep(0)
+        return asking
+
+    async def _ask(self, request_id: str) -> Grip | None:
+        answer = await self._question(self._subjects.interrupt(request_id), b"", ANSWER_WITHIN)
         try:
-            async with self._bus.question(ANSWER_WITHIN):
-                answer = await self._bus.client.request(
-                    self._subjects.interrupt(request_id), timeout=ANSWER_WITHIN
-                )
-            return Grip(answer.data.decode())
-        except (TimeoutError, NoRespondersError, ValueError):
+            return None if answer is None else Grip(answer.decode())
+        except ValueError:
+            log.warning("unknown_answer_of_a_worker")
+            return None
+
+    async def tell(self, request_id: str) -> None:
+        """Ask all workers to stop a request, without an answer."""
+        try:
+            await self._bus.client.publish(self._subjects.interrupt(request_id))
+        except (Error, OSError) as error:
+            log.warning("workers_not_asked", error=type(error).__name__)
+
+    async def holds(self, request_id: str) -> bool:
+        """Whether a worker in another process has a job with this id."""
+        subject = self._subjects.holder(request_id)
+        return await self._question(subject, PROCESS, HOLDER_WITHIN) is not None
+
+    async def others_idle(self) -> bool:
+        """Whether the own durable has a pull of another worker."""
+        try:
+            async with self._bus.question(API_TIMEOUT):
+                info = await self._bus.jetstream.consumer_info(self._stream, self._durable)
+        except (Error, OSError) as error:
+            log.warning("pulls_not_counted", error=type(error).__name__)
+            return False
+        return bool(info.num_waiting)
+
+    async def _question(self, subject: str, body: bytes, within: float) -> bytes | None:
+        try:
+            async with self._bus.question(within):
+                answer = await self._bus.client.request(subject, body, timeout=within)
+        except (TimeoutError, NoRespondersError):
             return None
         except (Error, OSError) as error:
             log.warning("workers_not_asked", error=type(error).__name__)
             return None
+        return bytes(answer.data)
 
-    async def tell(self, request_id: str) -> None:
-        """The same without waiting for an answer."""
-        try:
-            await self._bus.client.publish(self._subjects.interrupt(request_id))
-        except (Error, OSError) as error:
-            log.warning("workers_not_told", error=type(error).__name__)
+
+def _unreadable(error: Exception) -> BusUnavailable:
+    return BusUnavailable(f"NATS: the queue cannot be read: {type(error).__name__}")

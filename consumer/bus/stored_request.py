@@ -1,4 +1,4 @@
-"""A request as it lies in its stream, for whoever ends it without having been given it."""
+"""A request read from its stream by a process that it has not been delivered to."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -8,6 +8,8 @@ from nats.js.api import RawStreamMsg
 from nats.js.errors import APIError, NotFoundError
 
 from consumer.bus.connection import API_TIMEOUT, Bus
+from consumer.bus.delivery import place_of
+from consumer.bus.notes import Notes
 
 log = structlog.get_logger()
 
@@ -15,14 +17,24 @@ log = structlog.get_logger()
 class RequestInStream:
     """A message of a request stream without a delivery; implements `consumer.ports.Delivery`.
 
-    To settle it is to delete it from its stream; until then it stays where it is.
+    Settling it deletes it from its stream; until then it stays where it is.
+
+    Args:
+        bus: A connection.
+        stream: Name of the request stream.
+        message: As it was read.
+        deliveries: How often it has been delivered.
+        notes: The marks on the messages of this stream.
 
     Attributes:
         settled: Whether it has been deleted.
     """
 
-    def __init__(self, bus: Bus, stream: str, message: RawStreamMsg, deliveries: int) -> None:
+    def __init__(
+        self, bus: Bus, stream: str, message: RawStreamMsg, *, deliveries: int, notes: Notes
+    ) -> None:
         self._bus = bus
+        self._notes = notes
         self.subject = message.subject or ""
         self.body = message.data or b""
         # nats-py has an object of its own for a header that is not ASCII.
@@ -36,36 +48,37 @@ class RequestInStream:
         self.settled = False
 
     async def ack(self) -> None:
-        """Delete it: its end is known."""
+        """Delete the message: its terminal event is stored."""
         await self._delete()
 
     async def term(self, reason: str) -> None:
-        """Delete it; the reason is in the dead letter."""
+        """Delete the message; the reason is in the dead letter."""
         log.info("stored_request_removed", reason=reason)
         await self._delete()
 
     async def nak(self) -> None:
-        """Leave it where it is."""
+        """Leave the message where it is."""
 
     async def release(self) -> None:
-        """Leave it where it is."""
+        """Leave the message where it is."""
 
     async def discount(self) -> None:
-        """Tries are over for it."""
+        """Do nothing: this is no delivery, so it is no attempt."""
 
     async def count(self) -> None:
-        """They are."""
+        """Do nothing: this is no delivery, so it is no attempt."""
 
     async def releases(self) -> int:
-        """What was given back on purpose does not matter any more."""
-        return 0
+        """Return how many deliveries of the message were no attempts; waits for the bus."""
+        return await self._notes.releases(place_of(self))
 
     async def withdraw(self) -> None:
-        """Whoever looks at it here ends it at once."""
+        """Mark the message as cancelled, for the worker that it is delivered to next."""
+        await self._notes.withdraw(place_of(self))
 
     async def withdrawn(self) -> bool:
-        """Nobody else ends it."""
-        return False
+        """Whether the message is marked as cancelled; waits for the bus."""
+        return await self._notes.withdrawn(place_of(self))
 
     async def extend(self) -> None:
         """There is no lease."""
@@ -78,7 +91,7 @@ class RequestInStream:
             async with self._bus.question(API_TIMEOUT):
                 await self._bus.jetstream.delete_msg(self.stream, self.stream_sequence)
         except APIError:
-            # A worker may have settled it meanwhile; the server has no error of its own for that.
+            # A worker may have settled it meanwhile; the server has no error code for that.
             if not await self._gone():
                 raise
         self.settled = True

@@ -13,6 +13,7 @@ from nats.js.errors import NotFoundError
 from pydantic import BaseModel, ValidationError
 
 from consumer.bus.connection import API_TIMEOUT, Bus
+from consumer.bus.notes import Notes
 from consumer.bus.stored_request import RequestInStream
 from consumer.ports import Delivery
 
@@ -29,13 +30,16 @@ class _Advisory(BaseModel):
     deliveries: int
 
 
-async def find_stranded(bus: Bus, stream: str, advisory: Delivery) -> RequestInStream | None:
+async def find_stranded(
+    bus: Bus, stream: str, advisory: Delivery, notes: Notes
+) -> RequestInStream | None:
     """The request that an advisory is about, or None when it is gone; waits for the bus.
 
     Args:
         bus: A connection.
         stream: The request stream: an advisory that names another one is not followed.
         advisory: What the server has said.
+        notes: The marks on the messages of the request stream.
 
     Raises:
         BusUnavailable: The client has given up; the process has to end.
@@ -56,5 +60,5 @@ async def find_stranded(bus: Bus, stream: str, advisory: Delivery) -> RequestInS
             log.warning("stranded_request_not_read", error=type(error).__name__)
             await asyncio.sleep(PAUSE)
         else:
-            return RequestInStream(bus, stream, message, about.deliveries)
+            return RequestInStream(bus, stream, message, deliveries=about.deliveries, notes=notes)
     return None

@@ -130,6 +130,22 @@ def next_link(request: Request, request_id: str) -> ChainLink:
     return _follow(link, link.branch)
 
 
+def possible_links(link: ChainLink, result: SucceededEvent) -> tuple[ChainLink, ...]:
+    """Return every place where a request after a result may stand.
+
+    An event does not carry the routing slip, so both forms are possible: one request for all of its
+    images, or one for each.
+
+    Args:
+        link: Where the request of the result stands; it is not the last step.
+        result: What it gave.
+    """
+    images = sum(isinstance(output, ImageArtifact) for output in result.outputs)
+    split = (_branch(link.branch, number) for number in range(images if images > 1 else 0))
+    branches = (link.branch, *(branch for branch in split if len(branch) <= MAX_BRANCH))
+    return tuple(_follow(link, branch) for branch in branches)
+
+
 def id_of(link: ChainLink) -> str:
     """The id of a later request: the chain's, the step's number, and the branch where it split."""
     place = "-".join(filter(None, (str(link.step), link.branch)))

@@ -13,6 +13,7 @@ REQUEST_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 # checked before any subject is built from them.
 SUBJECT_PATTERN = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$"
 MAX_SUBJECT = 200  # characters; a 5,000-character reply subject closes the worker's connection
+HOLDER = "holder:"  # before the request id, in the last token of `Subjects.holder`
 MAX_ROOT = 24  # characters; derived request ids begin with it, and have 64 in all
 
 RequestId = Annotated[str, StringConstraints(pattern=REQUEST_ID_PATTERN)]
@@ -81,6 +82,14 @@ class Subjects:
     def interrupt(self, request_id: str) -> str:
         """Where all workers are asked to stop a request, by the one that was told to cancel it."""
         return f"{self.root}.interrupt.{_checked(request_id)}"
+
+    def holder(self, request_id: str) -> str:
+        """Where all workers are asked whether they have a request, which goes on.
+
+        The last token cannot be a request id, so an earlier version that takes this subject for an
+        interrupt has nothing to stop.
+        """
+        return f"{self.root}.interrupt.{HOLDER}{_checked(request_id)}"
 
     @property
     def interrupts(self) -> str:

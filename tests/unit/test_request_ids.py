@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from consumer.admission import Admission
-from consumer.early_cancellations import EarlyCancellations
 from consumer.turns import Bounds
 from generation_contracts import CancelledEvent, SucceededEvent
 from tests.behaviour import (
@@ -205,13 +204,6 @@ async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(world: Memo
     assert await world.execution.withdraw("tour") is not None
     await soon(working)
     assert isinstance(await world.result("tour-2"), CancelledEvent)
-
-
-def test_early_cancellations_are_bounded() -> None:
-    early = EarlyCancellations()
-    for number in range(10_001):
-        early.add(str(number))
-    assert ("0" in early, "1" in early, "10000" in early) == (False, True, True)
 
 
 # -- the store ------------------------------------------------------------------------------------

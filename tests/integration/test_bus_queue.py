@@ -1,0 +1,214 @@
+"""Finding requests by their ids, and asking all workers, on a real server."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from nats.aio.msg import Msg
+
+from consumer.bus import front_door
+from consumer.bus.front_door import Backend, FrontDoor
+from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
+from consumer.ports import Found, Grip
+from generation_contracts import ModelInfo, Subjects, Task
+from tests.integration.bus_installation import TASK, Installation, soon, take
+from tests.memory_ports import MemoryObserver
+
+OTHER = Task.IMAGE_TO_TEXT
+DURABLES = {task: str(task) for task in Task}
+MODEL = ModelInfo(id="none", family="none", dtype="float32", device="cpu")
+
+
+def queue_of(installation: Installation, durable: str = str(TASK)) -> JetStreamQueue:
+    return JetStreamQueue(installation.bus, installation.subjects, {**DURABLES, TASK: durable})
+
+
+def workers_of(installation: Installation) -> BroadcastWorkers:
+    return BroadcastWorkers(installation.bus, installation.subjects, task=TASK, durables=DURABLES)
+
+
+@pytest.fixture
+def asked(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The subjects of all questions to the server, as they are asked."""
+    client = installation.bus.client
+    request, subjects = client.request, []
+
+    async def noted(subject: str, *args: Any, **kwargs: Any) -> Msg:
+        subjects.append(subject)
+        return await request(subject, *args, **kwargs)
+
+    monkeypatch.setattr(client, "request", noted)
+    return subjects
+
+
+async def store_result(installation: Installation, task: Task, request_id: str) -> None:
+    subject = installation.subjects.result(task, request_id)
+    await installation.plain.jetstream().publish(subject, b"{}")
+
+
+async def test_an_id_with_many_copies_costs_no_more_than_any_other(
+    installation: Installation, asked: list[str]
+) -> None:
+    queue = queue_of(installation)
+    await store_result(installation, OTHER, "a")
+    for number in range(200):
+        await installation.publish(str(number).encode(), request_id="a")
+    found = await soon(queue.find("a"))
+    assert found == Found(requests=frozenset({TASK}), results=frozenset({OTHER}))
+    assert [subject.split(".")[3] for subject in asked] == ["INFO"] * 3  # no message is loaded
+    oldest = await soon(queue.oldest(TASK, "a"))
+    assert oldest is not None
+    assert (oldest.delivery.body, oldest.untouched) == (b"0", True)
+    assert len(asked) == 5
+
+
+async def test_what_is_not_stored_is_not_found(
+    installation: Installation, asked: list[str]
+) -> None:
+    queue = queue_of(installation)
+    await installation.publish(request_id="b")
+    await installation.publish()  # without its id in the subject
+    assert await soon(queue.find("a")) == await soon(queue.find("c"))
+    assert (await soon(queue.find("a"))).requests == frozenset()
+    assert await soon(queue.oldest(TASK, "a")) is None
+    asked.clear()
+    assert await soon(queue.older(TASK, "a", 10)) is None
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("durable", [str(TASK), "of-another-name"])
+async def test_delivered_request_is_not_untouched(durable: str, installation: Installation) -> None:
+    queue = queue_of(installation, durable)
+    worker = await installation.worker()
+    await installation.publish(request_id="delivered")
+    await soon(take(worker))
+    await installation.publish(request_id="waiting")
+    states = {}
+    for request_id in ("delivered", "waiting"):
+        stored = await soon(queue.oldest(TASK, request_id))
+        assert stored is not None
+        states[request_id] = stored.untouched
+    assert states == {"delivered": False, "waiting": durable == str(TASK)}
+
+
+async def test_request_of_a_stream_without_any_consumer_is_untouched(
+    installation: Installation,
+) -> None:
+    subject = installation.subjects.request(OTHER, "a")
+    await installation.plain.jetstream().publish(subject, b"{}")
+    stored = await soon(queue_of(installation).oldest(OTHER, "a"))
+    assert stored is not None
+    assert stored.untouched
+
+
+async def test_older_request_with_the_same_id_is_found(installation: Installation) -> None:
+    queue = queue_of(installation)
+    first = await installation.publish(b"first", request_id="a")
+    second = await installation.publish(b"second", request_id="a")
+    without_id = await installation.publish(b"third")
+    for sequence, older in ((first, None), (second, b"first"), (without_id, b"first")):
+        delivery = await soon(queue.older(TASK, "a", sequence))
+        assert (None if delivery is None else delivery.body) == older
+
+
+async def test_mark_of_the_canceller_is_read_by_the_next_worker(
+    installation: Installation,
+) -> None:
+    worker = await installation.worker()
+    await installation.publish(request_id="a")
+    delivery = await take(worker)
+    assert not await soon(delivery.withdrawn())
+    stored = await soon(queue_of(installation).oldest(TASK, "a"))
+    assert stored is not None
+    await soon(stored.delivery.withdraw())
+    await soon(delivery.nak())
+    assert await soon((await take(worker)).withdrawn())
+
+
+class Listening:
+    """The part of a worker that answers the questions of others."""
+
+    def __init__(self, *ids: str) -> None:
+        self.ids = ids
+        self.stopped: list[str] = []
+
+    async def withdraw(self, request_id: str) -> Grip | None:
+        self.stopped.append(request_id)
+        return Grip.STOPPING if request_id in self.ids else None
+
+    async def start(self, installation: Installation) -> FrontDoor:
+        """Listen on the installation's connection."""
+
+        async def cancel(_: str) -> Any:
+            raise AssertionError("not called here")
+
+        backend = Backend(
+            task=TASK,
+            worker="w",
+            model=MODEL,
+            reply_prefixes=("_INBOX.",),
+            check=lambda _: None,
+            cancel=cancel,
+            withdraw=self.withdraw,
+            holds=self.ids.__contains__,
+            observer=MemoryObserver(),
+        )
+        door = FrontDoor(installation.bus, installation.subjects, backend)
+        await door.start()
+        return door
+
+
+async def test_worker_that_is_asked_whether_it_holds_a_request_goes_on(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers, other = workers_of(installation), Listening("a")
+    door = await other.start(installation)
+    assert not await soon(workers.holds("a"))  # the process that asks does not count
+    monkeypatch.setattr(front_door, "PROCESS", b"another process")
+    assert await soon(workers.holds("a"))
+    assert not await soon(workers.holds("b"))
+    assert other.stopped == []
+    await door.close()
+
+
+async def test_earlier_worker_stops_nothing_when_it_is_asked_what_it_holds(
+    installation: Installation,
+) -> None:
+    subjects: list[str] = []
+
+    async def interrupt(message: Msg) -> None:
+        """As the version before did: the last token is the id of a request to stop."""
+        subjects.append(message.subject.rpartition(".")[2])
+        if subjects[-1] == "a":
+            await message.respond(b"stopping")
+
+    await installation.listen(Subjects().interrupts, interrupt)
+    assert not await soon(workers_of(installation).holds("a"))
+    assert len(subjects) == 1
+    assert await soon(await workers_of(installation).ask("a")) is Grip.STOPPING
+
+
+async def test_question_to_all_workers_has_been_sent_when_its_answer_is_waited_for(
+    installation: Installation,
+) -> None:
+    heard = asyncio.Event()
+
+    async def interrupt(_: Msg) -> None:
+        heard.set()
+
+    await installation.listen(Subjects().interrupts, interrupt)
+    answer = await workers_of(installation).ask("a")
+    assert not answer.done()
+    await soon(heard.wait())
+    assert await soon(answer) is None
+
+
+async def test_another_worker_that_waits_for_requests_is_seen(installation: Installation) -> None:
+    workers = workers_of(installation)
+    assert not await soon(workers.others_idle())
+    other = await installation.worker()
+    waiting = asyncio.create_task(other.loop.next())
+    await installation.until_pulls_stand(1)
+    assert await soon(workers.others_idle())
+    other.loop.stop()
+    assert await soon(waiting) is None

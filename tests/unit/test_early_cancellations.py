@@ -1,0 +1,40 @@
+"""The memory of cancelled ids: it keeps what was added, for a while, and never too much."""
+
+from consumer.early_cancellations import EarlyCancellations
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_an_id_is_kept_for_its_time_and_adding_it_again_starts_anew() -> None:
+    clock = Clock()
+    early = EarlyCancellations(keep=600.0, clock=clock)
+    early.add("a")
+    early.add("b")
+    clock.now = 599.0
+    early.add("b")
+    assert ("a" in early, "b" in early, "c" in early) == (True, True, False)
+    clock.now = 600.0
+    assert ("a" in early, "b" in early) == (False, True)
+    clock.now = 1199.0
+    assert "b" not in early
+
+
+def test_too_many_ids_push_the_oldest_out() -> None:
+    early = EarlyCancellations(max_ids=3)
+    for one in ("a", "b", "a", "c", "d"):  # "a" is younger than "b"
+        early.add(one)
+    assert [one for one in "abcd" if one in early] == ["a", "c", "d"]
+
+
+def test_expired_ids_take_no_memory() -> None:
+    clock = Clock()
+    early = EarlyCancellations(keep=1.0, clock=clock)
+    for number in range(100):
+        early.add(str(number))
+        clock.now += 0.5
+    assert len(early._added) <= 2
