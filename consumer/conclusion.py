@@ -29,6 +29,7 @@ from consumer.ports import (
     Observer,
     QueueFull,
     ResultEvent,
+    ResultUnreadable,
 )
 from generation_contracts import (
     CancelledEvent,
@@ -167,11 +168,16 @@ class Conclusion:
             case Publish.SUCCEEDED | Publish.FAILED | Publish.CANCELLED:
                 event = self._event(job, decision)
                 trace_parent = job.envelope.trace_parent
-                if await self._events.publish_result(event, trace_parent=trace_parent):
+                try:
+                    stored = await self._events.publish_result(event, trace_parent=trace_parent)
+                except ResultUnreadable:
+                    log.error("result_not_readable")  # noqa: TRY400 - nothing to show
+                    return None
+                if stored == event:
                     await self._answer(job, event)
                     return event
                 log.warning("result_stored_before")
-                job.existing = await self._events.find_result(self._task, job.request_id)
+                job.existing = stored
                 await self._answer(job, self._instead(job, event, job.existing))
                 return job.existing
 
@@ -265,9 +271,15 @@ class Conclusion:
             failure=failure,
         )
         log.warning("chain_broken", chain=link.id, step=link.step, code=str(failure.code))
-        if await self._events.publish_result(event, trace_parent=job.envelope.trace_parent):
+        try:
+            stored = await self._events.publish_result(
+                event, trace_parent=job.envelope.trace_parent
+            )
+        except ResultUnreadable:
+            return
+        if stored == event:
             self._observer.chain_broken(failure.code)
-        await self._reply(job, event)
+        await self._reply(job, stored)
 
     async def _reply(self, job: Job, event: ResultEvent | None) -> None:
         if job.envelope.reply_to is not None and event is not None:

@@ -128,15 +128,16 @@ class Events(Protocol):
     async def find_result(self, task: Task, request_id: str) -> ResultEvent | None:
         """The stored terminal event of a request, or None."""
 
-    async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> bool:
-        """Store the terminal event.
+    async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> ResultEvent:
+        """Store the terminal event of a request.
 
         Returns:
-            True when this event is the stored one; False when another already stands for the
-            request.
+            The event that is stored for the request: this one, or one that was stored before.
 
         Raises:
             MessageTooLarge: The event does not fit the server's `max_payload`.
+            ResultUnreadable: An event of a later version of the contract is stored. Acknowledge the
+                delivery without a reply: that version's worker answers and goes on with the chain.
         """
 
     async def publish_progress(
@@ -155,6 +156,33 @@ class Events(Protocol):
         Raises:
             MessageTooLarge: It does not fit the server's limit or the stream's.
             QueueFull: The stream takes no more.
+        """
+
+    async def publish_again(
+        self, task: Task, delivery: Delivery, *, request_id: str, attempts: int
+    ) -> None:
+        """Queue a request again under its id, with the attempts that it has had; settle it then.
+
+        Raises:
+            MessageTooLarge: It does not fit the server's limit or the stream's.
+            QueueFull: The stream takes no more.
+        """
+
+    async def retry_later(
+        self, task: Task, delivery: Delivery, *, request_id: str, attempts: int, delay: float
+    ) -> None:
+        """Store a request for another attempt in `delay` seconds; acknowledge it afterwards.
+
+        Args:
+            task: Whose request it is.
+            delivery: Its bytes and headers.
+            request_id: Its id.
+            attempts: How many it has had, this one included.
+            delay: Seconds.
+
+        Raises:
+            MessageTooLarge: It does not fit with the headers that are added: NAK it instead.
+            QueueFull: The stream of retries takes no more: NAK it instead.
         """
 
     async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
@@ -201,6 +229,10 @@ class Workers(Protocol):
 
     async def tell(self, request_id: str) -> None:
         """The same, without waiting for an answer. Never raises."""
+
+
+class ResultUnreadable(Exception):  # noqa: N818 - a state of the request
+    """The request has a terminal event, of a version of the contract that is not known here."""
 
 
 class QueueFull(Exception):  # noqa: N818 - a state of the queue
@@ -597,3 +629,6 @@ class Observer(Protocol):
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
         """The store has answered, or not."""
+
+    def bus_writable(self, writable: bool, reason: str = "") -> None:
+        """JetStream has taken what was published, or refuses it."""

@@ -8,6 +8,9 @@ from nats.js.api import RawStreamMsg
 from nats.js.errors import APIError, NotFoundError
 
 from consumer.bus.connection import API_TIMEOUT, Bus
+from consumer.bus.delivery import place_of
+from consumer.bus.notes import Notes
+from generation_contracts.headers import earlier_attempts
 
 log = structlog.get_logger()
 
@@ -21,8 +24,17 @@ class RequestInStream:
         settled: Whether it has been deleted.
     """
 
-    def __init__(self, bus: Bus, stream: str, message: RawStreamMsg, deliveries: int) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        stream: str,
+        message: RawStreamMsg,
+        deliveries: int,
+        notes: Notes | None = None,
+    ) -> None:
         self._bus = bus
+        self._notes = notes
+        self._deliveries = deliveries
         self.subject = message.subject or ""
         self.body = message.data or b""
         # nats-py has an object of its own for a header that is not ASCII.
@@ -31,7 +43,7 @@ class RequestInStream:
         }
         self.stream = stream
         self.stream_sequence = message.seq or 0
-        self.attempt = deliveries
+        self.attempt = deliveries + earlier_attempts(self.headers)
         self.stored_at = (message.time or datetime.now(UTC)).astimezone(UTC)
         self.settled = False
 
@@ -57,15 +69,17 @@ class RequestInStream:
         """They are."""
 
     async def releases(self) -> int:
-        """What was given back on purpose does not matter any more."""
-        return 0
+        """Return how many deliveries were no attempts; 0 where the marks are not given."""
+        if self._notes is None:
+            return 0
+        return await self._notes.releases(place_of(self), self._deliveries)
 
     async def withdraw(self) -> None:
         """Whoever looks at it here ends it at once."""
 
     async def withdrawn(self) -> bool:
-        """Nobody else ends it."""
-        return False
+        """Return whether it was cancelled while a worker had it; False without the marks."""
+        return self._notes is not None and await self._notes.withdrawn(place_of(self))
 
     async def extend(self) -> None:
         """There is no lease."""

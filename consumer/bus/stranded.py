@@ -1,8 +1,9 @@
-"""Requests that the server delivers no more: they reached `max_deliver` and no worker had a word.
+"""Requests that the server delivers no more, because they reached `max_deliver`.
 
-A worker counts the tries itself and puts a request aside with its whole context; what kills it
-before it can count is delivered until `max_deliver`, and stays in the stream then, unseen. The
-server says so in an advisory, which a stream keeps until a worker has seen to the request.
+A worker counts the attempts itself and dead-letters a request with its whole context. What kills a
+worker before it can count is delivered until `max_deliver`, and so is a request that many drains
+have requeued. It stays in the stream then, and no worker gets it. The server says so in an
+advisory, which a stream keeps until a worker has ended the request or published it again.
 """
 
 import asyncio
@@ -13,12 +14,13 @@ from nats.js.errors import NotFoundError
 from pydantic import BaseModel, ValidationError
 
 from consumer.bus.connection import API_TIMEOUT, Bus
+from consumer.bus.notes import Notes
 from consumer.bus.stored_request import RequestInStream
 from consumer.ports import Delivery
 
 log = structlog.get_logger()
 
-PAUSE = 0.5  # seconds between two tries to read a request
+PAUSE = 0.5  # seconds between two attempts to read a request
 
 
 class _Advisory(BaseModel):
@@ -29,13 +31,16 @@ class _Advisory(BaseModel):
     deliveries: int
 
 
-async def find_stranded(bus: Bus, stream: str, advisory: Delivery) -> RequestInStream | None:
+async def find_stranded(
+    bus: Bus, stream: str, advisory: Delivery, notes: Notes
+) -> RequestInStream | None:
     """The request that an advisory is about, or None when it is gone; waits for the bus.
 
     Args:
         bus: A connection.
         stream: The request stream: an advisory that names another one is not followed.
         advisory: What the server has said.
+        notes: The marks on the requests of the stream.
 
     Raises:
         BusUnavailable: The client has given up; the process has to end.
@@ -51,10 +56,10 @@ async def find_stranded(bus: Bus, stream: str, advisory: Delivery) -> RequestInS
             async with bus.question(API_TIMEOUT):
                 message = await bus.jetstream.get_msg(stream, about.stream_seq)
         except NotFoundError:
-            break  # done, or put aside before
+            break  # ended, or published again
         except (Error, OSError) as error:
             log.warning("stranded_request_not_read", error=type(error).__name__)
             await asyncio.sleep(PAUSE)
         else:
-            return RequestInStream(bus, stream, message, about.deliveries)
+            return RequestInStream(bus, stream, message, about.deliveries, notes)
     return None
