@@ -7,6 +7,7 @@ what would break the guarantees, and reports the rest. Neither is ever silent.
 """
 
 import json
+import secrets
 from dataclasses import dataclass
 from http import HTTPStatus
 from importlib.resources import files
@@ -31,6 +32,7 @@ from generation_contracts import Subjects, Task
 log = structlog.get_logger()
 
 NANOSECONDS = 1_000_000_000
+WORKERS_WITHIN = 0.2  # seconds; the server says at once when no worker is connected
 _FILES = Subjects()  # what the files are written for
 _STREAMS = (
     *(_FILES.requests_stream(task) for task in Task),
@@ -150,7 +152,7 @@ class Topology:
         Raises:
             TopologyError: The server refuses, or has not the storage; then nothing was created.
             LeftAsItWas: Everything was applied but settings that would have shortened leases that
-                run, stranded requests, or dropped stored messages.
+                run, or dropped stored messages.
             BusUnavailable: The server does not answer.
         """
         done: dict[str, Change] = {}
@@ -444,11 +446,24 @@ class Topology:
             await self._create_consumer(stream, name, wanted)
             return "created"
         _refuse_push(name, found["config"])
-        wanted = {**wanted, **_kept(name, wanted, found, left)}
+        if wanted["ack_wait"] < found["config"]["ack_wait"] and await self._workers_run():
+            left.append(_shorter_lease(name, wanted, found))
+            wanted["ack_wait"] = found["config"]["ack_wait"]
         if not _differences(wanted, found["config"]):
             return "unchanged"
         await self._create_consumer(stream, name, {**found["config"], **wanted})
         return "updated"
+
+    async def _workers_run(self) -> bool:
+        """Whether a worker of the installation is connected; a busy one may not answer."""
+        nothing = self._subjects.interrupt(f"apply-{secrets.token_hex(16)}")
+        try:
+            await self._bus.client.request(nothing, timeout=WORKERS_WITHIN)
+        except NoRespondersError:
+            return False
+        except (Error, OSError):
+            return True
+        return True
 
     async def _ensure_consumer(self, stream: str, wanted: Config) -> Durable:
         name = wanted["durable_name"]
@@ -516,30 +531,13 @@ def _definition(name: str) -> str:
     return (Path(__file__).parents[2] / "infra" / "nats" / name).read_text()
 
 
-def _kept(name: str, wanted: Config, found: Config, left: list[str]) -> Config:
-    """What a durable that is in use keeps of its settings; `left` says why."""
-    kept: Config = {}
-    had = found["config"]
-    in_flight, waiting = found["num_ack_pending"], found["num_waiting"]
-    if wanted["ack_wait"] < had["ack_wait"] and (in_flight or waiting):
-        # The workers renew their leases as often as the value asks for that they began with.
-        kept["ack_wait"] = had["ack_wait"]
-        shorter, longer = (config["ack_wait"] / NANOSECONDS for config in (wanted, had))
-        left.append(
-            f"consumer {name}: ack_wait stays at {longer:g} s: with {shorter:g} s the leases of "
-            f"{in_flight} deliveries in flight, and of workers that run, would end before they are "
-            f"renewed; stop the workers first, or set CONSUMER_ACK_WAIT={longer:g}"
-        )
-    redelivered = found["num_redelivered"]
-    if 0 < wanted["max_deliver"] < (had.get("max_deliver") or -1) and redelivered:
-        # The server says nothing of a request that has had more deliveries than the new value.
-        kept["max_deliver"] = had["max_deliver"]
-        left.append(
-            f"consumer {name}: max_deliver stays at {had['max_deliver']}: {redelivered} requests "
-            f"were delivered more than once, and with {wanted['max_deliver']} they could stay in "
-            "the queue for ever; wait until they have ended, or keep CONSUMER_MAX_ATTEMPTS"
-        )
-    return kept
+def _shorter_lease(name: str, wanted: Config, found: Config) -> str:
+    shorter, longer = (c["ack_wait"] / NANOSECONDS for c in (wanted, found["config"]))
+    return (
+        f"consumer {name}: ack_wait stays at {longer:g} s: workers run, with "
+        f"{found['num_ack_pending']} deliveries in flight, and renew their leases too seldom for "
+        f"{shorter:g} s; stop the workers first, or set CONSUMER_ACK_WAIT={longer:g}"
+    )
 
 
 def _is_result(message: StoredMessage, task: str, request_id: str) -> bool:
