@@ -20,7 +20,7 @@ import structlog
 from nats.errors import Error
 from nats.js.errors import APIError, NotFoundError
 
-from consumer.bus.codes import WRONG_LAST_SEQUENCE
+from consumer.bus.codes import OCCUPIED
 from consumer.bus.connection import Bus
 from consumer.bus.reading import StoredMessage, read_message
 from generation_client.submitting import NO_PUB_ACK
@@ -130,7 +130,7 @@ class Notes:
         try:
             await self._bus.jetstream.publish(subject, timeout=NOTE_WITHIN, headers=headers)
         except APIError as error:
-            if error.err_code != WRONG_LAST_SEQUENCE:
+            if error.err_code not in OCCUPIED:
                 raise
             return False
         return True

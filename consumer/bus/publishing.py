@@ -11,7 +11,7 @@ from nats.errors import Error
 from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
-from consumer.bus.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM, WRONG_LAST_SEQUENCE
+from consumer.bus.codes import OCCUPIED, STREAM_FULL, TOO_LARGE_FOR_STREAM
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.delivery import place_of
 from consumer.bus.reading import StoredMessage, read_message
@@ -336,7 +336,7 @@ class JetStreamEvents:
             except NoStreamResponseError:
                 await self._restore()
             except APIError as error:
-                if error.err_code == WRONG_LAST_SEQUENCE:
+                if error.err_code in OCCUPIED:
                     self._takes(stream)
                     raise _Occupied from None
                 if error.err_code == TOO_LARGE_FOR_STREAM:

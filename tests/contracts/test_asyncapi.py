@@ -200,7 +200,8 @@ def test_headers_of_a_dead_letter_are_described() -> None:
 
 def test_headers_of_a_request_are_described() -> None:
     schema = SCHEMAS["RequestHeaders"]
-    assert set(schema["properties"]) == {headers.MESSAGE_ID, headers.REPLY_TO, headers.TRACE_PARENT}
+    names = {headers.MESSAGE_ID, headers.REPLY_TO, headers.TRACE_PARENT, headers.EARLIER_ATTEMPTS}
+    assert set(schema["properties"]) == names
     assert "required" not in schema
     check = validator(schema)
     assert check.is_valid({headers.REPLY_TO: "_INBOX.a", "other": "x"})
