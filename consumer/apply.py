@@ -1,6 +1,7 @@
 """`consumer apply`: what must be there before a daemon can work: streams, durables, the bucket."""
 
 from consumer.bus.connection import connect
+from consumer.bus.topology import LeftAsItWas
 from consumer.composition import make_artifacts, make_topology
 from consumer.probes import Unwatched
 from consumer.settings import Settings, SettingsError
@@ -30,15 +31,20 @@ async def apply(settings: Settings) -> dict[str, str]:
 
     Raises:
         SettingsError: CONSUMER_NAME is set and MODEL_TYPE is not.
-        BusUnavailable, TopologyError, StoreUnavailable: With one clear line.
+        BusUnavailable, TopologyError, StoreUnavailable: With one clear line. With LeftAsItWas
+            everything was applied but what the line names.
     """
     tasks = tuple(Task) if settings.model_type is None else (settings.model_type,)
     if settings.consumer_name is not None and len(tasks) > 1:
         # One durable would be turned from the one task to the other.
         raise SettingsError("CONSUMER_NAME: set MODEL_TYPE too, to say whose durable it is")
     bus = await connect(settings, name="generation apply", within=CONNECT_WITHIN)
+    left: LeftAsItWas | None = None
+    done: dict[str, str] = {}
     try:
-        done: dict[str, str] = dict(await make_topology(settings, bus).apply(tasks))
+        done.update(await make_topology(settings, bus).apply(tasks))
+    except LeftAsItWas as error:
+        left = error
     finally:
         await bus.close()
     artifacts = make_artifacts(settings, Unwatched())
@@ -46,5 +52,7 @@ async def apply(settings: Settings) -> dict[str, str]:
         created = await artifacts.ensure_bucket()
     finally:
         await artifacts.close()
+    if left is not None:
+        raise left
     done[f"bucket {settings.s3_bucket}"] = "created" if created else "unchanged"
     return done

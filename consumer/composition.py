@@ -10,7 +10,7 @@ from consumer.bus.connection import Bus
 from consumer.bus.front_door import Backend, FrontDoor
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
-from consumer.bus.topology import Durable, Topology
+from consumer.bus.topology import DELIVERIES_PER_ATTEMPT, Durable, Topology
 from consumer.cancellation import Cancellation, Ending
 from consumer.conclusion import Conclusion
 from consumer.ports import Grip, ModelDescription, Observer, Runner
@@ -20,10 +20,6 @@ from consumer.turns import STAGES, Bounds, Turns
 from generation_contracts import Request, Task
 
 log = structlog.get_logger()
-
-# The worker counts tries and the server deliveries, with those that were given back on purpose. The
-# server's number is only for what kills a worker before it can count.
-DELIVERIES_PER_ATTEMPT = 10
 
 
 def make_topology(settings: Settings, bus: Bus) -> Topology:
@@ -36,6 +32,7 @@ def make_topology(settings: Settings, bus: Bus) -> Topology:
         max_deliver=DELIVERIES_PER_ATTEMPT * settings.consumer_max_attempts,
         durable_name=settings.consumer_name,
         replicas=settings.nats_replicas,
+        sizes=settings.nats_stream_sizes,
     )
 
 

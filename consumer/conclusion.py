@@ -29,6 +29,7 @@ from consumer.ports import (
     Observer,
     QueueFull,
     ResultEvent,
+    ResultUnreadable,
 )
 from generation_contracts import (
     CancelledEvent,
@@ -172,7 +173,11 @@ class Conclusion:
             case Publish.SUCCEEDED | Publish.FAILED | Publish.CANCELLED:
                 event = self._event(job, decision)
                 trace_parent = job.envelope.trace_parent
-                stored = await self._events.publish_result(event, trace_parent=trace_parent)
+                try:
+                    stored = await self._events.publish_result(event, trace_parent=trace_parent)
+                except ResultUnreadable:
+                    log.error("result_not_readable")  # noqa: TRY400 - nothing to show
+                    return None
                 if stored == event:
                     await self._answer(job, event)
                     return event
@@ -269,7 +274,12 @@ class Conclusion:
             failure=failure,
         )
         log.warning("chain_broken", chain=link.id, step=link.step, code=str(failure.code))
-        stored = await self._events.publish_result(event, trace_parent=job.envelope.trace_parent)
+        try:
+            stored = await self._events.publish_result(
+                event, trace_parent=job.envelope.trace_parent
+            )
+        except ResultUnreadable:
+            return
         if stored == event:
             self._observer.chain_broken(failure.code)
         await self._reply(job, stored if stored.request_digest == digest else event)

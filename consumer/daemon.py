@@ -19,6 +19,7 @@ from consumer.bus.delivery import Custody, JetStreamDelivery
 from consumer.bus.notes import Notes
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
+from consumer.bus.retries import RetryMover
 from consumer.bus.standby import Standby
 from consumer.bus.stranded import find_stranded
 from consumer.bus.topology import Durable, Topology
@@ -58,6 +59,7 @@ EXIT_MODEL_LOST = 70  # EX_SOFTWARE: the model cannot be loaded, or the device i
 CONNECT_WITHIN = 30.0  # seconds that the daemon waits for NATS at its start
 STORE_CHECK_EVERY = 30.0  # seconds between two looks at an idle store
 STORE_CHECK_AGAIN = 5.0  # seconds, while it is away
+ADVISORY_AGAIN = 5.0  # seconds until a request is looked at again that finds no place in its queue
 CANCEL_EVERY = 1.0  # seconds; a close that takes longer is cut short, and the next part is closed
 FORCE_AFTER = 2.0  # seconds after a second signal in which the delivery is given back
 
@@ -147,7 +149,9 @@ class Daemon:
             model = await loading
             self._health.model_loaded = True
             self._watch.metrics.model_loaded(model.info)
-            events = JetStreamEvents(bus, self._settings.subjects, ensure=ensure)
+            events = JetStreamEvents(
+                bus, self._settings.subjects, ensure=ensure, observer=self._watch
+            )
             execution = self._make_execution(durable, model, runner, events, artifacts)
             custody = self._make_custody(bus, durable, standby)
             pull = PullLoop(bus, durable, ensure=ensure, custody=custody)
@@ -173,6 +177,7 @@ class Daemon:
             self._pull, self._execution = pull, execution
             self._beside(self._watch_store(artifacts, execution), "watch-store", parts)
             await self._watch_advisories(topology, custody, execution, parts)
+            await self._watch_retries(topology, custody, events, parts)
             log.info(
                 "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
             )
@@ -266,27 +271,47 @@ class Daemon:
     async def _watch_advisories(
         self, topology: Topology, custody: Custody, execution: Execution, parts: AsyncExitStack
     ) -> None:
-        subjects, bus = self._settings.subjects, custody.bus
-        notes = Notes(bus, subjects, self._task, of="advisories")
+        pull = await self._pull_beside(topology, topology.watcher(self._task), custody, parts)
+        self._beside(self._end_exhausted(pull, custody, execution), "watch-advisories", parts)
+
+    async def _end_exhausted(self, pull: PullLoop, custody: Custody, execution: Execution) -> None:
+        stream = self._settings.subjects.requests_stream(self._task)
+        while (advisory := await pull.next()) is not None:
+            delivery = await find_stranded(custody.bus, stream, advisory, custody.notes)
+            if delivery is not None:
+                await execution.put_aside(delivery)
+            if delivery is None or delivery.settled:
+                await advisory.ack()
+            else:
+                await advisory.nak_later(ADVISORY_AGAIN)
+
+    async def _watch_retries(
+        self, topology: Topology, custody: Custody, events: JetStreamEvents, parts: AsyncExitStack
+    ) -> None:
+        durable = topology.retries(self._task)
+        pull = await self._pull_beside(topology, durable, custody, parts)
+        mover = RetryMover(custody.bus, self._task, durable, events)
+        self._beside(self._move_retries(pull, mover), "move-retries", parts)
+
+    async def _move_retries(self, pull: PullLoop, mover: RetryMover) -> None:
+        while (retry := await pull.next()) is not None:
+            await mover.move(retry)
+
+    async def _pull_beside(
+        self, topology: Topology, durable: Durable, custody: Custody, parts: AsyncExitStack
+    ) -> PullLoop:
+        """Pull from another durable than that of the requests."""
+        of = durable.stream.rpartition("_")[2].lower()  # sequences of another stream
+        notes = Notes(custody.bus, self._settings.subjects, self._task, of=of)
         pull = PullLoop(
-            bus,
-            topology.watcher(self._task),
+            custody.bus,
+            durable,
             ensure=partial(topology.ensure, self._task),
             custody=replace(custody, notes=notes),
         )
         await pull.start()
         parts.push_async_callback(pull.close)
-        self._beside(self._put_stranded_aside(pull, bus, execution), "watch-advisories", parts)
-
-    async def _put_stranded_aside(self, pull: PullLoop, bus: Bus, execution: Execution) -> None:
-        stream = self._settings.subjects.requests_stream(self._task)
-        notes = Notes(bus, self._settings.subjects, self._task)
-        while (advisory := await pull.next()) is not None:
-            delivery = await find_stranded(bus, stream, advisory, notes)
-            if delivery is not None:
-                await execution.put_aside(delivery)
-            if delivery is None or delivery.settled:
-                await advisory.ack()
+        return pull
 
     def _beside(self, work: Coroutine[Any, Any, None], name: str, parts: AsyncExitStack) -> None:
         """Do something beside the serving, until the parts are taken down.

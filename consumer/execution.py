@@ -336,6 +336,8 @@ class Execution:
             self._read(job)
             await self._ids.acquire(job)
             job.releases = job.delivery.uncounted + await job.delivery.releases()
+            if await job.delivery.withdrawn():
+                return outcomes.Cancelled()
         except Exception as error:  # noqa: BLE001 - each of them is an outcome
             return outcome_of(error)
         if job.attempts_so_far < self._limits.max_attempts:

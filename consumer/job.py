@@ -268,7 +268,7 @@ def decide(outcome: Outcome, *, attempt: int, max_attempts: int, is_copy: bool =
             return decision
 
 
-def _decide(  # noqa: PLR0911 - one row of the table each
+def _decide(  # noqa: C901, PLR0911 - one row of the table each
     outcome: Outcome, *, attempt: int, max_attempts: int
 ) -> Decision:
     match outcome:

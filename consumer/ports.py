@@ -149,6 +149,8 @@ class Events(Protocol):
 
         Raises:
             MessageTooLarge: The event does not fit the server's `max_payload`.
+            ResultUnreadable: An event of a later version of the contract is stored. Acknowledge the
+                delivery without a reply: that version's worker answers and goes on with the chain.
         """
 
     async def publish_progress(
@@ -290,6 +292,10 @@ class Workers(Protocol):
 
         False when the bus cannot tell.
         """
+
+
+class ResultUnreadable(Exception):  # noqa: N818 - a state of the request
+    """The request has a terminal event, of a version of the contract that is not known here."""
 
 
 class QueueFull(Exception):  # noqa: N818 - a state of the queue
@@ -689,3 +695,6 @@ class Observer(Protocol):
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
         """The store has answered, or not."""
+
+    def bus_writable(self, writable: bool, reason: str = "") -> None:
+        """JetStream has taken what was published, or refuses it."""

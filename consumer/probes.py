@@ -30,6 +30,7 @@ class Health:
         durable_present: The same.
         model_loaded: Set when the first job could run.
         store_problem: Why the store was not reachable when it was last used; empty when it was.
+        streams_problem: Why JetStream refuses what is published; empty when it takes it.
         draining: No new job will be taken.
         device_lost: The process is about to end, for a new one to take over.
     """
@@ -38,6 +39,7 @@ class Health:
     durable_present: Callable[[], bool] = lambda: False
     model_loaded: bool = False
     store_problem: str = "not reached yet"
+    streams_problem: str = ""
     draining: bool = False
     device_lost: bool = False
 
@@ -46,6 +48,7 @@ class Health:
         return {
             "bus": "ok" if self.bus_connected() else "not connected",
             "durable": "ok" if self.durable_present() else "not present",
+            "streams": self.streams_problem or "ok",
             "store": self.store_problem or "ok",
             "model": "ok" if self.model_loaded else "not loaded",
             "device": "lost" if self.device_lost else "ok",
@@ -94,6 +97,15 @@ class Watch(Observer):
             log.info("store_reachable")
         self.health.store_problem = problem
 
+    def bus_writable(self, writable: bool, reason: str = "") -> None:
+        """JetStream has taken what was published, or refuses it."""
+        problem = "" if writable else reason or "not writable"
+        if problem and problem != self.health.streams_problem:
+            log.warning("streams_refuse", reason=problem)
+        elif self.health.streams_problem and not problem:
+            log.info("streams_take")
+        self.health.streams_problem = problem
+
 
 class Unwatched(Observer):
     """Tells nobody: for commands that use a part outside the daemon."""
@@ -117,6 +129,9 @@ class Unwatched(Observer):
         """Not told."""
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
+        """Not told."""
+
+    def bus_writable(self, writable: bool, reason: str = "") -> None:
         """Not told."""
 
 

@@ -107,6 +107,9 @@ class Settings(BaseSettings):
         default=None,
         description="copies of each stream, for `apply`; unset: one, or as they are",
     )
+    nats_stream_sizes: Literal["default", "small"] = Field(
+        default="default", description="small: a sixteenth of the storage that streams reserve"
+    )
 
     model_type: Annotated[Task | None, BeforeValidator(_known_spelling)] = None
     model_id: str = Field(default="", description="hub id or directory; empty: demonstration model")

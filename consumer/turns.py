@@ -216,7 +216,10 @@ class Turns:
         )
 
     async def alone(self, place: Place) -> None:
-        """Wait until all others have left that the device can be for. A suspect admits no others."""
+        """Wait until all others have left that wait for the device or use it.
+
+        A suspect admits no others meanwhile.
+        """
         while self._in_hand - self._aside != {place}:
             self._changed.clear()
             await self._changed.wait()

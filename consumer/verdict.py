@@ -44,7 +44,7 @@ _STOPPED: dict[Reason, Outcome] = {
 }
 
 
-def outcome_of(error: Exception) -> Outcome:  # noqa: C901, PLR0911 - one row of the table each
+def outcome_of(error: Exception) -> Outcome:  # noqa: C901, PLR0911, PLR0912 - one row of the table each
     """The outcome that an exception of a stage stands for."""
     match error:
         case InvalidRequest():

@@ -193,7 +193,7 @@ class Story:
 
     # -- what has come of it ----------------------------------------------------------------------
 
-    def verdicts(self) -> set[str]:  # noqa: C901, PLR0911 - one row of the table each
+    def verdicts(self) -> set[str]:  # noqa: C901, PLR0911, PLR0912 - one row of the table each
         """Everything that can have come of the job so far; nothing while it goes on."""
         if self._concluded is not None:
             return self._concluded

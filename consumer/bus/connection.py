@@ -101,6 +101,12 @@ class Bus:
         """Whether the server can be reached now."""
         return self.client.is_connected
 
+    @property
+    def clustered(self) -> bool:
+        """Whether the server is one of a cluster."""
+        info = self.client._server_info  # noqa: SLF001 - nats-py gives no other way to it
+        return bool(info.get("cluster"))
+
     async def reachable(self) -> None:
         """Wait until the server can be reached.
 

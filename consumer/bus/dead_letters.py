@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import Error, NoRespondersError
+from nats.errors import Error
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
-from nats.js.errors import APIError, NotFoundError
+from nats.js.errors import APIError
 
 from consumer.bus.codes import STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.delivery import is_delivery
+from consumer.bus.reading import read_message
 from generation_contracts import Subjects, Task
 from generation_contracts.headers import (
     DEAD_LETTER_ATTEMPTS,
@@ -33,7 +34,6 @@ log = structlog.get_logger()
 BATCH = 256  # letters asked for at once; each has at most 64 kB of headers
 FORGOTTEN_AFTER = 30.0  # seconds after which the server drops the consumer of a listing that died
 _MESSAGE_SIZE = "Nats-Msg-Size"  # bytes of the body, where a consumer has left it out
-_OF_THE_ANSWER = ("Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp")
 _SEQUENCES = 2**64
 
 
@@ -163,25 +163,16 @@ class DeadLetters:
         if not 0 < sequence < _SEQUENCES:
             raise NoSuchLetter
         with answered(self._bus, self._stream):
-            try:
-                async with self._bus.question(API_TIMEOUT):
-                    # Direct: the other way mutilates header values that are not ASCII.
-                    found = await self._bus.jetstream.get_msg(self._stream, sequence, direct=True)
-            except NotFoundError:
-                raise NoSuchLetter from None
-        headers = {
-            name: text for name, text in (found.headers or {}).items() if name not in _OF_THE_ANSWER
-        }
-        if found.time is None:
-            raise AssertionError("the server says when it has stored a message")
-        body = found.data or b""
+            found = await read_message(self._bus, self._stream, sequence=sequence)
+        if found is None:
+            raise NoSuchLetter
         return StoredLetter(
             sequence=sequence,
-            stored_at=found.time,
-            task=self._task(found.subject or ""),
-            headers=headers,
-            size=len(body),
-            body=body,
+            stored_at=found.stored_at,
+            task=self._task(found.subject),
+            headers=found.headers,
+            size=len(found.body),
+            body=found.body,
         )
 
     async def _pulled(self, consumer: str) -> AsyncGenerator[Msg]:
@@ -240,8 +231,6 @@ def answered(bus: Bus, stream: str) -> Iterator[None]:
     bus.last_error = ""
     try:
         yield
-    except NoRespondersError:  # to a direct read, where there is no stream
-        raise _missing(stream) from None
     except APIError as error:
         if error.err_code == STREAM_NOT_FOUND:
             raise _missing(stream) from None

@@ -15,6 +15,7 @@ from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.notes import Notes, NoTry
 from consumer.bus.standby import Standby
 from consumer.ports import Delivery
+from generation_contracts.headers import earlier_attempts, earlier_deliveries
 
 log = structlog.get_logger()
 
@@ -23,6 +24,7 @@ CONFIRM_PAUSE = 0.1  # seconds between two tries
 # Seconds of a reachable server that does not confirm, and does not say why. Whatever becomes of the
 # delivery then, the stored result is fenced.
 GIVE_UP_AFTER = 10.0
+NANOSECONDS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ class JetStreamDelivery:
         self.headers: Mapping[str, str] = message.headers or {}
         self.stream = metadata.stream
         self.stream_sequence = metadata.sequence.stream
-        self.attempt = metadata.num_delivered
+        self.deliveries = metadata.num_delivered  # marks are by this number
+        earlier = earlier_deliveries(self.headers)
+        self.attempt = earlier + self.deliveries
+        self.uncounted = earlier - earlier_attempts(self.headers)
         self.stored_at = metadata.timestamp.astimezone(UTC)
 
     async def ack(self) -> None:
@@ -74,6 +79,10 @@ class JetStreamDelivery:
         except (TimeoutError, BusUnavailable) as error:
             log.warning("not_given_back", error=type(error).__name__)
 
+    async def nak_later(self, delay: float) -> None:
+        """Have it delivered again in so many seconds, confirmed."""
+        await self._settle(b'-NAK {"delay": %d}' % round(delay * NANOSECONDS))
+
     async def release(self) -> None:
         """Give it back at once; a note says that it was no try."""
         await self._note(NoTry.RELEASED)
@@ -88,11 +97,11 @@ class JetStreamDelivery:
         await self._note(NoTry.COUNTED)
 
     async def _note(self, kind: NoTry) -> None:
-        await self._custody.notes.attempt(place_of(self), self.attempt, kind)
+        await self._custody.notes.attempt(place_of(self), self.deliveries, kind)
 
     async def releases(self) -> int:
         """How many deliveries of this message were no tries; waits for the bus."""
-        return await self._custody.notes.releases(place_of(self))
+        return await self._custody.notes.releases(place_of(self), self.deliveries)
 
     async def withdraw(self) -> None:
         """Note that it is cancelled, for the next worker should this one die first."""

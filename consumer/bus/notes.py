@@ -1,48 +1,55 @@
-"""Notes on requests that are still in their stream: given back on purpose, or withdrawn.
+"""Attempt marks: which deliveries of a request do not count, and which requests are cancelled.
 
 The server counts deliveries, whatever has become of them: three rollouts of the workers would end a
-long request as if it had killed them. So a worker that ends writes a note before it gives a request
-back, and whoever gets it next takes those deliveries from the server's number. The same goes for a
-request that a worker has in hand with others: should it die then, nobody knows of which.
+long request as if it had killed them. So a worker that ends marks the delivery before it requeues
+the request, and the next worker subtracts marked deliveries from the server's number. A worker also
+marks a delivery that it handles in parallel with others: if it dies, no one knows which of them
+killed it. And a worker that is asked to stop a request marks it as cancelled before it answers: if
+it dies first, the next one does not run the request.
 
-And a worker that is told to stop a request writes that down before it answers: should it die before
-it has stopped, the next one reads the note instead of running the request.
+Senders can make the server publish to these subjects: it answers to any reply subject. So a mark
+has a header that no answer of the server has, each subject keeps one message, and a message without
+the header is deleted where a mark belongs. Only the subjects that can exist are read: what else is
+stored below them costs nothing.
 """
 
 import asyncio
-from collections import defaultdict
 from enum import StrEnum
 
 import structlog
 from nats.errors import Error
-from nats.js.errors import NotFoundError
+from nats.js.errors import APIError, NotFoundError
 
+from consumer.bus.codes import OCCUPIED
 from consumer.bus.connection import Bus
+from consumer.bus.reading import StoredMessage, read_message
 from generation_client.submitting import NO_PUB_ACK
 from generation_contracts import Subjects, Task
-from generation_contracts.headers import MESSAGE_ID
+from generation_contracts.headers import EXPECTED_LAST_SUBJECT_SEQUENCE, MARK
 
 log = structlog.get_logger()
 
-NOTE_WITHIN = 0.5  # seconds; the process that writes the note is ending, or somebody waits for it
-READ_TIMEOUT = 1.0  # seconds for one try; the server takes 0.3 ms
-READ_PAUSE = 0.1  # seconds between two tries
+NOTE_WITHIN = 0.5  # seconds; the process that writes the mark is ending, or a caller waits for it
+READ_TIMEOUT = 1.0  # seconds for one attempt; the server takes 0.3 ms
+READ_PAUSE = 0.1  # seconds between two attempts
+READS = 64  # at a time: a request has three subjects for each of its deliveries
+_CANCELLED = "cancelled"
 
 
 class NoTry(StrEnum):
-    """What is noted of one delivery; each is the last token of a subject, so twice is once."""
+    """What a delivery is marked as; each is the last token of a subject, so twice is once."""
 
-    RELEASED = "released"  # given back on purpose: it was no try
-    DISCOUNTED = "discounted"  # in hand with others: it is none, unless it is counted
-    COUNTED = "counted"  # in hand alone from here on: it is one, unless it is released
+    RELEASED = "released"  # requeued on purpose: not an attempt
+    DISCOUNTED = "discounted"  # in parallel with others: not an attempt, unless it is counted
+    COUNTED = "counted"  # alone from here on: an attempt, unless it is released
 
 
 class Notes:
-    """The notes on the messages of one stream; `place` names a message, as one token of a subject.
+    """The marks on the messages of one stream; `place` names a message, as one token of a subject.
 
     Args:
         bus: The connection.
-        subjects: Where the notes are kept.
+        subjects: Where the marks are kept.
         task: Whose messages they are.
         of: Names another stream than that of the requests; its sequences are its own.
     """
@@ -54,71 +61,99 @@ class Notes:
         self._withdrawn = ".".join(filter(None, (subjects.withdrawals(task), of)))
 
     async def attempt(self, place: str, attempt: int, kind: NoTry) -> None:
-        """Write down what a delivery of a message is. Never raises.
+        """Mark a delivery of a message. Never raises.
 
-        Where the note cannot be written, things go on all the same: what is given back then will
-        count as a try.
+        Where the mark cannot be written, the delivery counts as an attempt.
 
         Args:
             place: The message's: a second copy of the request has another.
             attempt: The server's number of the delivery.
             kind: What it is.
         """
-        await self._write(f"{self._released}.{place}.{attempt}.{kind}")
+        await self._write(f"{self._released}.{place}.{attempt}.{kind}", kind)
 
-    async def releases(self, place: str) -> int:
-        """How many deliveries of a message were no tries; waits for the bus.
+    async def releases(self, place: str, deliveries: int) -> int:
+        """Return how many of so many deliveries were no attempts; waits for the bus.
 
         Raises:
             BusUnavailable: The client has given up; the process has to end.
         """
-        noted: defaultdict[str, set[str]] = defaultdict(set)
-        for subject in await self._subjects(f"{self._released}.{place}.>"):
-            *_, attempt, kind = subject.split(".")
-            noted[attempt].add(kind)
-        return sum(_was_no_try(kinds) for kinds in noted.values())
+        wanted = [
+            (f"{self._released}.{place}.{number}.{kind}", kind)
+            for number in range(1, deliveries + 1)
+            for kind in NoTry
+        ]
+        marked: list[bool] = []
+        for first in range(0, len(wanted), READS):
+            some = wanted[first : first + READS]
+            marked += await asyncio.gather(*(self._is_marked(*one) for one in some))
+        kinds = [kind for _, kind in wanted]
+        size = len(NoTry)
+        return sum(
+            _was_no_try({kinds[n] for n in range(first, first + size) if marked[n]})
+            for first in range(0, len(wanted), size)
+        )
 
     async def withdraw(self, place: str) -> None:
-        """Write down that a message is withdrawn. Never raises.
+        """Mark a message as cancelled. Never raises.
 
-        Where the note cannot be written, a worker that dies before it has stopped has a successor
-        that runs the request.
+        Where the mark cannot be written, and this worker dies before it has stopped, the next one
+        runs the request.
         """
-        await self._write(f"{self._withdrawn}.{place}")
+        await self._write(f"{self._withdrawn}.{place}", _CANCELLED)
 
     async def withdrawn(self, place: str) -> bool:
-        """Whether a message has been withdrawn; waits for the bus.
+        """Return whether a message is marked as cancelled; waits for the bus.
 
         Raises:
             BusUnavailable: The client has given up; the process has to end.
         """
-        return bool(await self._subjects(f"{self._withdrawn}.{place}"))
+        return await self._is_marked(f"{self._withdrawn}.{place}", _CANCELLED)
 
-    async def _write(self, subject: str) -> None:
+    async def _write(self, subject: str, mark: str) -> None:
+        # Again, as long as senders fill the subject with something else in between.
         try:
             async with self._bus.question(NOTE_WITHIN):
-                await self._bus.jetstream.publish(
-                    subject, timeout=NOTE_WITHIN, headers={MESSAGE_ID: subject}
-                )
+                while not await self._stored(subject, mark):
+                    found = await read_message(
+                        self._bus, self._stream, subject=subject, timeout=NOTE_WITHIN
+                    )
+                    if found is not None and _is_mark(found, mark):
+                        return
+                    if found is not None:
+                        await self._bus.jetstream.delete_msg(self._stream, found.sequence)
         except (Error, OSError, *NO_PUB_ACK) as error:
             log.warning("note_not_written", error=type(error).__name__)
 
-    async def _subjects(self, wanted: str) -> list[str]:
+    async def _stored(self, subject: str, mark: str) -> bool:
+        headers = {MARK: mark, EXPECTED_LAST_SUBJECT_SEQUENCE: "0"}
+        try:
+            await self._bus.jetstream.publish(subject, timeout=NOTE_WITHIN, headers=headers)
+        except APIError as error:
+            if error.err_code not in OCCUPIED:
+                raise
+            return False
+        return True
+
+    async def _is_marked(self, subject: str, mark: str) -> bool:
         while True:
             await self._bus.reachable()
             try:
-                async with self._bus.question(READ_TIMEOUT):
-                    info = await self._bus.jetstream.stream_info(
-                        self._stream, subjects_filter=wanted
-                    )
+                found = await read_message(
+                    self._bus, self._stream, subject=subject, timeout=READ_TIMEOUT
+                )
             except NotFoundError:
-                return []  # the notes are gone with their stream
+                return False  # the marks are gone with their stream
             except (Error, OSError) as error:
                 log.warning("notes_not_read", error=type(error).__name__)
                 await asyncio.sleep(READ_PAUSE)
             else:
-                return list(info.state.subjects or {})
+                return found is not None and _is_mark(found, mark)
 
 
-def _was_no_try(kinds: set[str]) -> bool:
+def _is_mark(message: StoredMessage, mark: str) -> bool:
+    return message.headers.get(MARK) == mark
+
+
+def _was_no_try(kinds: set[NoTry]) -> bool:
     return NoTry.RELEASED in kinds or (NoTry.DISCOUNTED in kinds and NoTry.COUNTED not in kinds)

@@ -7,26 +7,29 @@ published again, and the letter goes last. Doing it again finishes what was inte
 - The request is published under its id. While a copy waits or runs it is found by its subject, and
   nothing is touched.
 - Only a failed event of this very request is deleted, by its sequence: never what is stored later.
-- Every try has the same message id, so that the stream drops a copy whose answer was lost. Where it
-  drops one although an event is deleted now, or although the first copy is done with, the request
-  is stored under another message id: none is left without an event and without an attempt.
+- Every attempt has the same message id, so that the stream drops a copy whose answer was lost. What
+  the stream calls a duplicate is compared with what it has stored: a sender may have used the id
+  for something else. Where that is another message, where an event is deleted now, or where the
+  first copy is done with, the request is stored under another message id, which is random.
 """
 
 import hashlib
 import re
+import secrets
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Self
 
 import structlog
-from nats.js.api import PubAck, RawStreamMsg
-from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
-from pydantic import ValidationError
+from nats.js.api import PubAck
+from nats.js.errors import APIError, NoStreamResponseError
 
-from consumer.bus.codes import STREAM_FULL, STREAM_NOT_FOUND, TOO_LARGE_FOR_STREAM
+from consumer.bus.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.dead_letters import StoredLetter, answered
-from consumer.ports import ResultEvent
+from consumer.bus.reading import StoredMessage, read_message
+from consumer.bus.results import event_of
+from consumer.ports import ResultEvent, ResultUnreadable
 from generation_client import QueueFull
 from generation_client.submitting import NO_PUB_ACK
 from generation_contracts import (
@@ -36,7 +39,6 @@ from generation_contracts import (
     SucceededEvent,
     Task,
     decode_request,
-    decode_result,
     request_digest,
 )
 from generation_contracts.headers import MESSAGE_ID, wire_size
@@ -161,7 +163,8 @@ class Replayer:
         # Before the event is read: what is not here any more has its event there.
         waiting = await self._read(attempt.stream, subject=attempt.subject)
         if waiting is not None:
-            if str((waiting.headers or {}).get(MESSAGE_ID)).startswith(attempt.message_id):
+            said = waiting.headers.get(MESSAGE_ID, "")
+            if said.startswith(attempt.message_id) and waiting.body == attempt.body:
                 return Replay.PUBLISHED  # by a call that did not come to deleting the letter
             raise NotReplayed("a request with its id is in the queue already")
         await self._check_room(attempt)
@@ -177,7 +180,7 @@ class Replayer:
     async def _publish(self, attempt: _Attempt, *, removed: bool) -> None:
         stored = await self._store(attempt, attempt.message_id)
         while stored.duplicate and (removed or not await self._is_queued(attempt, stored.seq)):
-            stored = await self._store(attempt, f"{attempt.message_id}-{stored.seq}")
+            stored = await self._store(attempt, f"{attempt.message_id}-{secrets.token_hex(16)}")
 
     # -- what the streams have --------------------------------------------------------------------
 
@@ -185,31 +188,31 @@ class Replayer:
         # The letter is written before the failed event, and that before the request is settled. A
         # copy that is published in between would be answered with that event, and never run.
         place = re.fullmatch(
-            rf"{stream}-([1-9][0-9]{{,18}})-([0-9a-f]+)\.dead",
+            rf"{stream}-([1-9][0-9]{{,18}})-([0-9a-f]+)\.dead(-[0-9a-f]+)?",
             letter.headers.get(MESSAGE_ID, ""),
         )
         if place is None:
             return False
         request = await self._read(stream, sequence=int(place[1]))
         # A stream that was made again counts from 1 again.
-        return (
-            request is not None
-            and request.time is not None
-            and int(request.time.timestamp()) == int(place[2], 16)
-        )
+        return request is not None and int(request.stored_at.timestamp()) == int(place[2], 16)
 
     async def _is_queued(self, attempt: _Attempt, sequence: int) -> bool:
-        return await self._read(attempt.stream, sequence=sequence) is not None
+        stored = await self._read(attempt.stream, sequence=sequence)
+        mine = (attempt.subject, attempt.body)
+        return stored is not None and (stored.subject, stored.body) == mine
 
     async def _standing(self, attempt: _Attempt) -> _Standing | None:
         subject = self._subjects.result(attempt.task, attempt.request_id)
         stored = await self._read(self._results, subject=subject)
-        if stored is None or stored.seq is None:
+        if stored is None:
             return None
         try:
-            return _Standing(stored.seq, decode_result(stored.data or b""))
-        except ValidationError:
+            event = event_of(stored, attempt.task, attempt.request_id)
+        except ResultUnreadable:
             raise NotReplayed("the event under its id cannot be read") from None
+        # What is no event of the request is left to the worker, which deletes it.
+        return None if event is None else _Standing(stored.sequence, event)
 
     async def _check_room(self, attempt: _Attempt) -> None:
         # Before the event goes; what fills the stream in between is still refused by it.
@@ -226,16 +229,9 @@ class Replayer:
 
     async def _read(
         self, stream: str, *, subject: str | None = None, sequence: int | None = None
-    ) -> RawStreamMsg | None:
-        # Not direct: a replica may answer that, and it may be behind.
+    ) -> StoredMessage | None:
         with answered(self._bus, stream):
-            try:
-                async with self._bus.question(API_TIMEOUT):
-                    return await self._bus.jetstream.get_msg(stream, sequence, subject)
-            except NotFoundError as error:
-                if error.err_code == STREAM_NOT_FOUND:
-                    raise
-                return None
+            return await read_message(self._bus, stream, subject=subject, sequence=sequence)
 
     # -- what is changed --------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from nats.js.errors import APIError, NotFoundError
 from consumer.bus.connection import API_TIMEOUT, Bus
 from consumer.bus.delivery import place_of
 from consumer.bus.notes import Notes
+from generation_contracts.headers import earlier_attempts, earlier_deliveries
 
 log = structlog.get_logger()
 
@@ -43,7 +44,10 @@ class RequestInStream:
         }
         self.stream = stream
         self.stream_sequence = message.seq or 0
-        self.attempt = deliveries
+        self.deliveries = deliveries
+        earlier = earlier_deliveries(self.headers)
+        self.attempt = earlier + deliveries
+        self.uncounted = earlier - earlier_attempts(self.headers)
         self.stored_at = (message.time or datetime.now(UTC)).astimezone(UTC)
         self.settled = False
 
@@ -70,7 +74,7 @@ class RequestInStream:
 
     async def releases(self) -> int:
         """Return how many deliveries of the message were no attempts; waits for the bus."""
-        return await self._notes.releases(place_of(self))
+        return await self._notes.releases(place_of(self), self.deliveries)
 
     async def withdraw(self) -> None:
         """Mark the message as cancelled, for the worker that it is delivered to next."""

@@ -1,8 +1,9 @@
-"""Requests that the server delivers no more: they reached `max_deliver` and no worker had a word.
+"""Requests that the server delivers no more, because they reached `max_deliver`.
 
-A worker counts the tries itself and puts a request aside with its whole context; what kills it
-before it can count is delivered until `max_deliver`, and stays in the stream then, unseen. The
-server says so in an advisory, which a stream keeps until a worker has seen to the request.
+A worker counts the attempts itself and dead-letters a request with its whole context. What kills a
+worker before it can count is delivered until `max_deliver`, and so is a request that many drains
+have requeued. It stays in the stream then, and no worker gets it. The server says so in an
+advisory, which a stream keeps until a worker has ended the request or published it again.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from consumer.ports import Delivery
 
 log = structlog.get_logger()
 
-PAUSE = 0.5  # seconds between two tries to read a request
+PAUSE = 0.5  # seconds between two attempts to read a request
 
 
 class _Advisory(BaseModel):
@@ -55,7 +56,7 @@ async def find_stranded(
             async with bus.question(API_TIMEOUT):
                 message = await bus.jetstream.get_msg(stream, about.stream_seq)
         except NotFoundError:
-            break  # done, or put aside before
+            break  # ended, or published again
         except (Error, OSError) as error:
             log.warning("stranded_request_not_read", error=type(error).__name__)
             await asyncio.sleep(PAUSE)

@@ -5,6 +5,7 @@ and `jq` read it at once. Source: the CloudEvents specification, NATS protocol b
 draft 1.0.3: 1.0.2 has the structured mode only.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Final
 from urllib.parse import quote
@@ -15,6 +16,15 @@ REPLY_TO: Final = "Reply-To"
 MESSAGE_ID: Final = "Nats-Msg-Id"  # case-sensitive: JetStream drops a second message with the same
 TRACE_PARENT: Final = "traceparent"  # W3C trace context, passed from a request to its events
 EXPECTED_LAST_SUBJECT_SEQUENCE: Final = "Nats-Expected-Last-Subject-Sequence"
+
+# Written by workers. A sender can write the first into a request of its own: it then has fewer
+# attempts.
+EARLIER_ATTEMPTS: Final = "Generation-Attempts"  # attempts before the message was stored
+EARLIER_DELIVERIES: Final = "Generation-Deliveries"  # deliveries before it, attempts or not
+RETRY_DELAY: Final = "Generation-Retry-Delay"  # milliseconds after the message was stored
+# No answer of the server carries it, so no reply subject can forge a mark.
+MARK: Final = "Generation-Mark"
+MAX_EARLIER_ATTEMPTS: Final = 99  # the largest CONSUMER_MAX_ATTEMPTS is 100
 
 # On dead letters; the original headers follow with the prefix, so that none of them acts again.
 DEAD_LETTER_REASON: Final = "Dead-Letter-Reason"
@@ -37,13 +47,8 @@ def event_type(event: EventBase) -> str:
 def event_id(event: EventBase) -> str:
     """What makes an event unique: a request has one terminal event, whichever attempt wrote it."""
     if isinstance(event, TerminalEvent):
-        return result_message_id(event.request_id)
+        return f"{event.request_id}.done"
     return f"{event.request_id}.{event.attempt}.{event.sequence}"
-
-
-def result_message_id(request_id: str) -> str:
-    """`Nats-Msg-Id` of a request's terminal event."""
-    return f"{request_id}.done"
 
 
 def event_headers(event: EventBase, *, trace_parent: str | None = None) -> dict[str, str]:
@@ -62,11 +67,27 @@ def event_headers(event: EventBase, *, trace_parent: str | None = None) -> dict[
         "ce-time": event.time.isoformat().replace("+00:00", "Z"),
         "ce-datacontenttype": "application/json",
     }
-    if isinstance(event, TerminalEvent):
-        headers[MESSAGE_ID] = result_message_id(event.request_id)
     if trace_parent is not None:
         headers[TRACE_PARENT] = trace_parent
     return headers
+
+
+def earlier_attempts(headers: Mapping[str, str]) -> int:
+    """Return the attempts of a request before its message was stored; 0 where it names none.
+
+    A value that no worker writes counts as 0.
+    """
+    return min(_number(headers.get(EARLIER_ATTEMPTS)), MAX_EARLIER_ATTEMPTS)
+
+
+def earlier_deliveries(headers: Mapping[str, str]) -> int:
+    """Return the deliveries of a request before its message was stored, attempts or not."""
+    return max(_number(headers.get(EARLIER_DELIVERIES)), earlier_attempts(headers))
+
+
+def _number(value: object) -> int:
+    text = str(value)
+    return int(text) if re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) else 0
 
 
 def wire_size(body: bytes, headers: Mapping[str, str]) -> int:

@@ -386,13 +386,12 @@ def _schemas() -> Document:
         "ce-datacontenttype": _JSON,
     }
     trace = {headers.TRACE_PARENT: "W3C trace context, from the request"}
-    result = {headers.MESSAGE_ID: "`<request id>.done`; only where it is stored, not in a reply"}
     schemas = {
         **bodies["$defs"],
         "DeadLetterHeaders": _dead_letter_headers(),
         "EventHeaders": _headers({**event, **trace}, required=event),
         "RequestHeaders": _request_headers(trace),
-        "ResultHeaders": _headers({**event, **result, **trace}, required=event),
+        "ResultHeaders": _headers({**event, **trace}, required=event),
     }
     return dict(sorted(schemas.items()))
 
@@ -404,6 +403,8 @@ def _request_headers(trace: Mapping[str, str]) -> Document:
                 "JetStream drops a second message with the same within the stream's window; the "
                 "request id where neither subject nor body has one"
             ),
+            headers.EARLIER_ATTEMPTS: "attempts that were made already; workers write it",
+            headers.EARLIER_DELIVERIES: "deliveries so far, attempts or not; workers write it",
             headers.REPLY_TO: "subject for the result event where the body has no `reply_to`",
             **trace,
         }

@@ -71,12 +71,16 @@ class Subjects:
         """Where the original bytes of a request go that no worker can handle."""
         return f"{self.root}.dead.{task}"
 
+    def retry(self, task: Task, request_id: str) -> str:
+        """Where a request waits that is published to its request subject again later."""
+        return f"{self.root}.retry.{task}.{_checked(request_id)}"
+
     def releases(self, task: Task) -> str:
-        """Where it is noted, under one more token for each message, that it was given back."""
+        """Where attempt marks are stored; message, delivery and kind follow as tokens."""
         return f"{self.root}.released.{task}"
 
     def withdrawals(self, task: Task) -> str:
-        """Where it is noted, in the same form, that it was cancelled while a worker had it."""
+        """Where it is stored, per message, that a request was cancelled while a worker had it."""
         return f"{self.root}.withdrawn.{task}"
 
     def interrupt(self, request_id: str) -> str:
@@ -128,8 +132,13 @@ class Subjects:
         return self._stream("DEAD_LETTERS")
 
     @property
+    def retries_stream(self) -> str:
+        """Name of the stream that keeps requests until their next attempt is due."""
+        return self._stream("RETRIES")
+
+    @property
     def releases_stream(self) -> str:
-        """Name of the stream that keeps the notes on requests: given back, or withdrawn."""
+        """Name of the stream that keeps the marks on requests: not an attempt, or cancelled."""
         return self._stream("RELEASES")
 
     @property

@@ -200,7 +200,9 @@ def test_headers_of_a_dead_letter_are_described() -> None:
 
 def test_headers_of_a_request_are_described() -> None:
     schema = SCHEMAS["RequestHeaders"]
-    assert set(schema["properties"]) == {headers.MESSAGE_ID, headers.REPLY_TO, headers.TRACE_PARENT}
+    own = {headers.EARLIER_ATTEMPTS, headers.EARLIER_DELIVERIES}
+    names = {headers.MESSAGE_ID, headers.REPLY_TO, headers.TRACE_PARENT, *own}
+    assert set(schema["properties"]) == names
     assert "required" not in schema
     check = validator(schema)
     assert check.is_valid({headers.REPLY_TO: "_INBOX.a", "other": "x"})

@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from nats.aio.client import Client
 
 from consumer.devstack import NatsServer
-from generation_contracts import TerminalEvent
 from generation_contracts.events import VERSION
 from generation_contracts.examples import EVENTS, TRACE_PARENT
-from generation_contracts.headers import event_headers, event_id, event_type, wire_size
+from generation_contracts.headers import (
+    earlier_attempts,
+    event_headers,
+    event_id,
+    event_type,
+    wire_size,
+)
 
 by_name = pytest.mark.parametrize("name", EVENTS)
 header_names = st.text("abcXYZ-", min_size=1, max_size=12)
@@ -97,10 +102,17 @@ def test_headers_are_a_cloud_event_in_binary_mode(name: str) -> None:
 
 
 @by_name
-def test_only_a_terminal_event_is_deduplicated_by_its_request(name: str) -> None:
-    event = EVENTS[name]
-    expected = f"{event.request_id}.done" if isinstance(event, TerminalEvent) else None
-    assert event_headers(event).get("Nats-Msg-Id") == expected
+def test_no_event_has_a_message_id_that_a_sender_could_occupy(name: str) -> None:
+    assert "Nats-Msg-Id" not in event_headers(EVENTS[name])
+
+
+@pytest.mark.parametrize(
+    ("said", "attempts"),
+    [("0", 0), ("2", 2), ("99", 99), ("100", 0), ("-1", 0), ("1.5", 0), ("", 0), ("\u0663", 0)],
+)
+def test_attempts_that_no_worker_writes_count_as_none(said: str, attempts: int) -> None:
+    assert earlier_attempts({"Generation-Attempts": said}) == attempts
+    assert earlier_attempts({}) == 0
 
 
 def test_ids_of_all_events_of_a_request_differ() -> None:

@@ -249,6 +249,23 @@ def test_a_queue_is_nearly_full_at_eighty_of_a_hundred() -> None:
         assert bounds == [str(of["max_msgs"]), str(of["max_bytes"])]
 
 
+def test_results_are_nearly_full_at_seventy_of_a_hundred() -> None:
+    (alert,) = [alert for alert in ALERTS if alert["alert"] == "GenerationResultsNearlyFull"]
+    (bound,) = re.findall(r"/ (\d+) > 0\.7", alert["expr"])
+    stream = json.loads((ROOT / "infra/nats/streams/GENERATION_RESULTS.json").read_text())
+    assert bound == str(stream["max_bytes"])
+
+
+@pytest.mark.parametrize("condition", Health().conditions())
+def test_a_condition_that_does_not_hold_is_alerted(condition: str) -> None:
+    """By an alert of its own, or by the one for all others."""
+    text = " ".join(alert["expr"] for alert in ALERTS)
+    (others,) = re.findall(r'condition!~"([^"]+)"', text)
+    its_own = {"store": "generation_store_reachable == 0", "streams": 'condition="streams"} == 0'}
+    assert set(others.split("|")) == set(its_own)
+    assert condition not in its_own or its_own[condition] in text
+
+
 # -- the dashboard --------------------------------------------------------------------------------
 
 

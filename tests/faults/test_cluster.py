@@ -10,12 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from consumer.bus.connection import connect
+from consumer.bus.publishing import JetStreamEvents
 from consumer.devstack import NatsServer
 from consumer.ports import Unavailable
+from consumer.probes import Unwatched
+from generation_contracts import CancelledEvent
+from generation_contracts.examples import EVENTS
 from tests.faults.cluster import Cluster, ClusterScene, cluster
 from tests.faults.quick_runner import BEGUN
 from tests.faults.scene import Scene
 from tests.faults.seen import all_well, done
+from tests.integration.bus_installation import bus_settings
 
 REQUESTS = 90
 BEFORE = 20  # runs that have begun when the server is killed
@@ -109,6 +115,38 @@ async def test_a_server_is_killed_in_mid_load_and_nothing_is_lost(
     print(f"longest gap {longest_gap(scene):.1f} s, run twice {again}")  # noqa: T201
     assert set(scene.runs()) == set(ids)
     assert again <= WORKERS, "only what was in hand may be run again"
+
+
+async def test_many_workers_at_once_store_one_result_and_return_it(scene: ClusterScene) -> None:
+    """Of a stream on three servers, where an event may be refused for one that is being stored."""
+    bus = await connect(bus_settings(scene.stack.nats.url), name="test", within=WITHIN)
+    said: list[bool] = []
+
+    class Watching(Unwatched):
+        def bus_writable(self, writable: bool, reason: str = "") -> None:
+            said.append(writable)
+
+    async def ensure() -> None:
+        """Everything is there."""
+
+    events = JetStreamEvents(bus, scene.subjects, ensure=ensure, observer=Watching())
+    made = EVENTS["cancelled"]
+    assert isinstance(made, CancelledEvent)
+    try:
+        for request_id in ("r-1", "r-2"):
+            told = [
+                made.model_copy(update={"worker": f"w-{n}", "request_id": request_id})
+                for n in range(30)
+            ]
+            stored = await asyncio.gather(
+                *(events.publish_result(event, trace_parent=None) for event in told)
+            )
+            assert all(event == stored[0] for event in stored)
+            assert await events.find_result(made.task, request_id) == stored[0]
+            assert len(await scene.events(request_id)) == 1 or made.task != scene.task
+    finally:
+        await bus.close()
+    assert said == [], "a refusal for another event is no sign of a full stream"
 
 
 async def all_acknowledged(scene: Scene) -> bool:

@@ -93,3 +93,19 @@ async def test_advisory_that_is_none_does_no_harm(scene: Scene, forged: bytes) -
     await scene.until(read, "advisory read")
     assert await scene.event(request_id) == event
     assert (await scene.event(await scene.submit()))["type"] == "generation.v1.succeeded"
+
+
+async def test_drains_alone_never_end_a_request(scene: Scene) -> None:
+    """Also where they have used up the server's deliveries: it is published again."""
+    await change_durable(scene, max_deliver=2)
+    request_id = await scene.submit(steps=200)
+    for run in (1, 2):
+        draining = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
+        await scene.noted("runs", run)
+        draining.signal(signal.SIGTERM)
+        assert await scene.ended(draining) == 0
+    await scene.start()
+    event = await scene.event(request_id)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
+    assert await scene.dead_letters() == []
+    await scene.emptied()

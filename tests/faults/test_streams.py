@@ -16,8 +16,9 @@ import aiohttp
 import pytest
 from nats.js.errors import APIError, NoStreamResponseError
 
+from consumer.devstack import Daemon
 from tests.faults.outage import begun, let_go, measured, two_workers
-from tests.faults.scene import ROOT, Scene
+from tests.faults.scene import ACK_WAIT, ROOT, Scene
 from tests.faults.seen import all_well, done, nothing_left, until_pulls_stand
 
 PAUSE = 2.0  # seconds
@@ -27,7 +28,7 @@ WORKER = "watched"
 PATH = f"{ROOT}{os.pathsep}{ROOT / 'contracts'}"
 
 what_goes = pytest.mark.parametrize(
-    "what", ["durable", "requests", "results", "dead letters", "advisories"]
+    "what", ["durable", "requests", "results", "dead letters", "advisories", "retries"]
 )
 
 
@@ -158,6 +159,29 @@ async def test_full_request_stream_refuses_and_takes_again(scene: Scene, tmp_pat
     assert scene.runs() == [first, second, "taken"]
 
 
+async def test_full_result_stream_is_waited_for_and_readiness_says_so(scene: Scene) -> None:
+    worker = await scene.start("held_in_run")
+    before = await config(scene, "results")
+    name = place(scene, "results")[1]
+    request_id = await scene.submit()
+    await scene.noted("run")
+    await api(scene, f"STREAM.UPDATE.{name}", {**before, "max_bytes": 100})
+    await let_go(scene, "run")
+
+    async def said() -> bool:
+        return "maximum bytes exceeded" in (await readiness(worker)).get("streams", "")
+
+    await scene.until(said, "readiness that names the stream")
+    assert await scene.events(request_id) == []
+    await asyncio.sleep(2 * ACK_WAIT)
+    assert scene.runs() == [request_id], "its lease is renewed meanwhile"
+    await api(scene, f"STREAM.UPDATE.{name}", before)
+    assert (await done(scene, request_id))["attempt"] == 1
+    assert (await readiness(worker))["streams"] == "ok"
+    await nothing_left(scene, request_id)
+    await all_well(scene, worker)
+
+
 # -- what the tests do to the bus -----------------------------------------------------------------
 
 
@@ -171,6 +195,7 @@ def place(scene: Scene, what: str) -> tuple[str, str]:
         "results": subjects.results_stream,
         "dead letters": subjects.dead_letters_stream,
         "advisories": subjects.advisories_stream,
+        "retries": subjects.retries_stream,
     }[what]
 
 
@@ -224,6 +249,16 @@ async def put_aside(scene: Scene) -> None:
     await scene.publish(b"no request")
     await scene.emptied()
     assert await letters(scene) == 1
+
+
+async def readiness(worker: Daemon) -> dict[str, str]:
+    """The conditions of /readyz."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"{worker.probes_url}/readyz") as response,
+    ):
+        conditions: dict[str, str] = await response.json()
+        return conditions
 
 
 async def words(scene: Scene) -> int:

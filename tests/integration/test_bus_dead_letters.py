@@ -11,10 +11,11 @@ from nats.js.api import RawStreamMsg
 from nats.js.errors import NotFoundError
 
 from consumer.admission import Admission
-from consumer.bus import dead_letters
-from consumer.bus.connection import BusUnavailable
+from consumer.bus import dead_letters, replaying
+from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.dead_letters import DeadLetters, NoSuchLetter, StoredLetter
 from consumer.bus.delivery import JetStreamDelivery
+from consumer.bus.reading import StoredMessage
 from consumer.bus.replaying import NotReplayed, Replay, Replayer
 from consumer.ports import DeadLetter, ResultEvent
 from generation_client import QueueFull
@@ -118,7 +119,8 @@ class Office:
 
     async def end(self, event: ResultEvent) -> bool:
         """A worker publishes a terminal event."""
-        return await soon(self.installation.events.publish_result(event, trace_parent=None))
+        stored = await soon(self.installation.events.publish_result(event, trace_parent=None))
+        return stored == event
 
     async def letter(
         self,
@@ -327,6 +329,16 @@ async def test_a_replayed_request_gets_a_new_stored_result_within_the_duplicate_
     assert not await office.end(failed(request_id, digest)), "and only one"
 
 
+async def test_a_sender_cannot_occupy_the_id_of_a_replay(office: Office) -> None:
+    """What the stream calls a duplicate may be something else."""
+    letter = await office.letter()
+    message_id = replaying._Attempt.of(letter, office.installation.subjects).message_id
+    await office.installation.publish(b"foreign", headers={MESSAGE_ID: message_id})
+    assert await office.replayer.replay(letter) is Replay.PUBLISHED
+    await (await take(office.worker)).ack()
+    assert (await take(office.worker)).body == letter.body
+
+
 @pytest.mark.parametrize(
     "subject",
     ["$JS.API.STREAM.DELETE.GENERATION_RESULTS", "generation.dead.text_to_image", f"{ROOT}.*", ""],
@@ -413,10 +425,13 @@ async def test_a_cancelled_request_is_not_replayed(office: Office) -> None:
     await office.refused(letter, "has been cancelled since")
 
 
+LATER = b'{"type":"generation.v9.done","request_id":"r-1","task":"text_to_image"}'
+
+
 async def test_an_event_that_cannot_be_read_stays(office: Office) -> None:
     letter = await office.letter()
     await clear_results(office)
-    await office.jetstream.publish("generation.result.text_to_image.r-1", b"of a later version")
+    await office.jetstream.publish("generation.result.text_to_image.r-1", LATER)
     await office.refused(letter, "cannot be read")
 
 
@@ -589,11 +604,10 @@ async def test_what_is_stored_after_the_look_is_never_deleted(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     letter = await office.letter()
-    jetstream = office.installation.bus.jetstream
-    look, looked = jetstream.get_msg, asyncio.Event()
+    look, looked = replaying.read_message, asyncio.Event()
 
-    async def get_msg(stream: str, *arguments: Any) -> RawStreamMsg:
-        found = await look(stream, *arguments)
+    async def read_message(bus: Bus, stream: str, **place: Any) -> StoredMessage | None:
+        found = await look(bus, stream, **place)
         if stream == RESULTS and not looked.is_set():
             looked.set()
             await clear_results(office)
@@ -602,7 +616,7 @@ async def test_what_is_stored_after_the_look_is_never_deleted(
             assert await soon(events.publish_result(event, trace_parent=None))
         return found
 
-    monkeypatch.setattr(jetstream, "get_msg", get_msg)
+    monkeypatch.setattr(replaying, "read_message", read_message)
     await office.replayer.replay(letter)
     assert looked.is_set()
     stored = await office.event()

@@ -11,10 +11,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from consumer.bus.connection import Bus, BusUnavailable
-from consumer.bus.topology import Durable, Topology, TopologyError
+from consumer.bus.topology import Durable, LeftAsItWas, Topology, TopologyError
 from consumer.devstack import NatsServer
 from consumer.devstack.process import find_program
-from generation_contracts import Subjects, Task
+from generation_contracts import Subjects, Task, encode
+from generation_contracts.examples import EVENTS
 from tests.conftest import StartNats
 from tests.integration.bus_installation import (
     DEAD_LETTERS,
@@ -30,10 +31,15 @@ from tests.integration.bus_installation import (
 ROOT = Path(__file__).parents[2]
 FORMER = "GENERATION_REQUESTS"  # of all tasks, in earlier versions
 RELEASES, ADVISORIES = "GENERATION_RELEASES", "GENERATION_ADVISORIES"
-STREAMS = (REQUESTS, OTHER_REQUESTS, RESULTS, DEAD_LETTERS, RELEASES, ADVISORIES)
+RETRIES = "GENERATION_RETRIES"
+STREAMS = (REQUESTS, OTHER_REQUESTS, RESULTS, DEAD_LETTERS, RELEASES, RETRIES, ADVISORIES)
 TASKS = ("text_to_image", "image_to_text")
 QUEUES = {"text_to_image": REQUESTS, "image_to_text": OTHER_REQUESTS}
-EVERYTHING = (*STREAMS, *TASKS, *(f"watcher {task}" for task in TASKS))
+EVERYTHING = (
+    *STREAMS,
+    *TASKS,
+    *(f"{what} {task}" for what in ("watcher", "retries") for task in TASKS),
+)
 BOTH = (Task.TEXT_TO_IMAGE, Task.IMAGE_TO_TEXT)
 SECOND = 1_000_000_000  # nanoseconds
 
@@ -100,10 +106,11 @@ async def test_what_apply_creates_is_what_the_files_say(bus: Bus) -> None:
         }
         found = await consumer_config(bus, path.stem, stream=QUEUES[path.stem])
         assert {key: found.get(key) for key in wanted} == wanted
-    for path in (ROOT / "infra/nats/watchers").glob("*.json"):
-        wanted = json.loads(path.read_text())
-        found = await consumer_config(bus, wanted["durable_name"], stream=ADVISORIES)
-        assert {key: found.get(key) for key in wanted} == wanted
+    for folder, stream in (("watchers", ADVISORIES), ("retries", RETRIES)):
+        for path in (ROOT / "infra/nats" / folder).glob("*.json"):
+            wanted = json.loads(path.read_text())
+            found = await consumer_config(bus, wanted["durable_name"], stream=stream)
+            assert {key: found.get(key) for key in wanted} == wanted
 
 
 @pytest.mark.parametrize("ack_wait", [1.0, 1.1, 12.345, 60.0])
@@ -145,7 +152,7 @@ async def test_apply_brings_a_stream_back_to_its_file_and_keeps_the_rest_of_it(b
 
 async def test_an_operators_extra_settings_are_no_difference(bus: Bus) -> None:
     await topology(bus).apply((TASK,))
-    await change_stream(bus, RESULTS, metadata={"owner": "us"}, max_msgs_per_subject=1)
+    await change_stream(bus, RESULTS, metadata={"owner": "us"})
     await change_consumer(bus, metadata={"owner": "us"})
     assert set((await topology(bus).apply((TASK,))).values()) == {"unchanged"}
     with capture_logs() as logs:
@@ -218,7 +225,9 @@ async def test_what_an_update_cannot_change_is_a_clear_error(
     [
         (REQUESTS, "discard", "old"),
         (REQUESTS, "max_age", 3_600 * SECOND),
-        (RESULTS, "allow_direct", False),
+        (RESULTS, "allow_direct", True),
+        (RESULTS, "max_msgs_per_subject", 2),
+        (RELEASES, "discard_new_per_subject", False),
         (RESULTS, "subjects", ["generation.result.text_to_image.*"]),
     ],
 )
@@ -263,7 +272,9 @@ async def test_watcher_hears_of_its_own_durable_alone(bus: Bus) -> None:
         assert found["filter_subjects"] == [f"{advisories}.{queue}.{durable}"]
         assert found["max_deliver"] == -1
     wanted = topology(bus, durable_name="mine").watcher(TASK)
-    assert wanted == Durable(stream=ADVISORIES, name="mine", ack_wait=30.0, max_ack_pending=1)
+    assert wanted == Durable(
+        stream=ADVISORIES, name="mine", ack_wait=30.0, max_ack_pending=1, max_deliver=-1
+    )
 
 
 async def test_a_push_consumer_is_refused(bus: Bus) -> None:
@@ -290,12 +301,141 @@ async def test_a_second_durable_of_a_task_is_refused(bus: Bus) -> None:
         await topology(bus, durable_name="second").ensure(TASK)
 
 
+# -- what is there is not harmed ------------------------------------------------------------------
+
+
+async def in_flight(bus: Bus) -> None:
+    """Give a request to a worker that keeps it."""
+    await bus.jetstream.publish("generation.request.text_to_image.r-1", b"{}")
+    inbox = bus.client.new_inbox()
+    heard = await bus.client.subscribe(inbox)
+    pull = f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.text_to_image"
+    await bus.client.publish(pull, b"", reply=inbox)
+    await heard.next_msg(timeout=5)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+async def test_apply_does_not_shorten_leases_while_workers_run(bus: Bus, idle: bool) -> None:
+    """They renew leases, also that of their next request, as often as the old value asks for.
+
+    The rest is applied, and the line says what to do.
+    """
+    await topology(bus, ack_wait=300.0).apply((TASK,))
+    await bus.client.subscribe("generation.interrupt.*")  # as a worker does
+    if not idle:
+        await in_flight(bus)
+    with pytest.raises(LeftAsItWas, match=r"ack_wait stays at 300 s.*CONSUMER_ACK_WAIT=300"):
+        await topology(bus, ack_wait=60.0, max_ack_pending=7).apply((TASK,))
+    found = await consumer_config(bus)
+    assert (found["ack_wait"], found["max_ack_pending"]) == (300 * SECOND, 7)
+    longer = await topology(bus, ack_wait=400.0, max_ack_pending=7).apply((TASK,))
+    assert longer["text_to_image"] == "updated", "a longer one harms nothing"
+
+
+async def test_apply_shortens_leases_while_no_worker_runs(bus: Bus) -> None:
+    """Also where a worker that is gone has left a request in flight."""
+    await topology(bus, ack_wait=300.0).apply((TASK,))
+    await in_flight(bus)
+    assert (await topology(bus, ack_wait=60.0).apply((TASK,)))["text_to_image"] == "updated"
+    assert (await consumer_config(bus))["ack_wait"] == 60 * SECOND
+
+
+async def test_apply_drops_no_dead_letters_to_make_their_stream_smaller(bus: Bus) -> None:
+    await topology(bus).apply((TASK,))
+    await bus.jetstream.publish("generation.dead.text_to_image", b"x" * 1000)
+    config = await stream_config(bus, DEAD_LETTERS)
+    tiny = topology(bus)
+    tiny._streams = lambda: [{**config, "max_bytes": 500}]  # type: ignore[method-assign]
+    with pytest.raises(LeftAsItWas, match=f"stream {DEAD_LETTERS}: max_bytes stays"):
+        await tiny.apply(())
+    assert (await api(bus, f"STREAM.INFO.{DEAD_LETTERS}"))["state"]["messages"] == 1
+
+
+# -- streams of earlier versions ------------------------------------------------------------------
+
+
+async def test_apply_updates_the_streams_of_an_earlier_version_and_keeps_each_first_result(
+    bus: Bus,
+) -> None:
+    """The server alone would keep the last message of each subject, which may be junk."""
+    await topology(bus).apply((TASK,))
+    for name in STREAMS:
+        changes: dict[str, Any] = {"allow_direct": True}
+        if name in {RESULTS, RELEASES}:
+            changes |= {"discard": "old", "discard_new_per_subject": False}
+            changes["max_msgs_per_subject"] = -1
+        await change_stream(bus, name, **changes)
+    event = EVENTS["succeeded_image"]
+    real = encode(event)
+    subject = f"generation.result.text_to_image.{event.request_id}"
+    later = b'{"type":"generation.v9.done","request_id":"l-1","task":"text_to_image"}'
+    for where, bodies in {
+        subject: (b"junk", real, b'{"stream":"x","seq":1}', b""),
+        "generation.result.text_to_image.l-1": (later, b"junk"),
+        "generation.result.text_to_image.one": (b"left to the worker",),
+        "generation.result.other": (b"1", b"2"),
+    }.items():
+        for body in bodies:
+            await bus.jetstream.publish(where, body)
+
+    with pytest.raises(TopologyError, match="consumer apply"):
+        await topology(bus).ensure(TASK)
+    assert (await topology(bus).apply((TASK,)))[RESULTS] == "updated"
+    await topology(bus).ensure(TASK)
+    assert (await bus.jetstream.get_last_msg(RESULTS, subject)).data == real
+    kept = await bus.jetstream.get_last_msg(RESULTS, "generation.result.text_to_image.l-1")
+    assert kept.data == later
+    state = (await api(bus, f"STREAM.INFO.{RESULTS}"))["state"]
+    assert state["messages"] == state["num_subjects"] == 4
+    assert set((await topology(bus).apply((TASK,))).values()) == {"unchanged"}
+
+
+# -- storage --------------------------------------------------------------------------------------
+
+LIMITED = (
+    "accounts {{ A {{ jetstream: {{ max_file: {0} }}, users: [{{user: u, password: p}}] }} }}",
+    "jetstream {{ store_dir: jetstream, max_file_store: {0} }}",
+)
+
+
+@pytest.mark.parametrize("config", LIMITED, ids=["of the account", "of the server"])
+async def test_apply_creates_nothing_where_the_storage_does_not_suffice(
+    start_nats: StartNats, parts: AsyncExitStack, config: str
+) -> None:
+    server = start_nats(config.format("2G"))
+    bus = await open_bus(server.url.replace("//", "//u:p@"), parts)
+    said = r"reserve 7\.38 GiB and .*nothing was created: set NATS_STREAM_SIZES=small"
+    with pytest.raises(TopologyError, match=said):
+        await topology(bus).apply(BOTH)
+    assert (await api(bus, "STREAM.NAMES"))["streams"] is None
+
+
+@pytest.mark.parametrize("config", LIMITED, ids=["of the account", "of the server"])
+async def test_small_streams_fit_into_one_gibibyte(
+    start_nats: StartNats, parts: AsyncExitStack, config: str
+) -> None:
+    server = start_nats(config.format("1G"))
+    bus = await open_bus(server.url.replace("//", "//u:p@"), parts)
+    small = topology(bus, sizes="small")
+    assert set((await small.apply(BOTH)).values()) == {"created"}
+    assert set((await small.apply(BOTH)).values()) == {"unchanged"}
+    await small.ensure(TASK)
+    reserved = sum([(await stream_config(bus, name))["max_bytes"] for name in STREAMS])
+    assert reserved < 2**30
+    with pytest.raises(TopologyError, match="nothing was created"):
+        await topology(bus).apply(BOTH)
+    assert (await stream_config(bus, RESULTS))["max_bytes"] == 2**28
+
+
 # -- ensure ---------------------------------------------------------------------------------------
 
 
 async def test_ensure_creates_what_is_missing(bus: Bus) -> None:
     found = await topology(bus, ack_wait=12.5, max_ack_pending=2).ensure(TASK)
-    assert found == Durable(stream=REQUESTS, name="text_to_image", ack_wait=12.5, max_ack_pending=2)
+    assert found == Durable(
+        stream=REQUESTS, name="text_to_image", ack_wait=12.5, max_ack_pending=2, max_deliver=30
+    )
+    assert found.max_attempts == 3
     for name in STREAMS:
         assert (await stream_config(bus, name))["name"] == name
 
@@ -478,11 +618,11 @@ async def test_the_server_takes_the_files_as_they_are(bus: Bus) -> None:
         config = json.loads(path.read_text())
         assert path.stem == config["name"]
         await api(bus, f"STREAM.CREATE.{config['name']}", config)
-    for folder in ("consumers", "watchers"):
+    for folder, where in (("consumers", None), ("watchers", ADVISORIES), ("retries", RETRIES)):
         for path in sorted((ROOT / "infra/nats" / folder).glob("*.json")):
             config = json.loads(path.read_text())
             assert path.stem == config["durable_name"]
-            stream = QUEUES[path.stem] if folder == "consumers" else ADVISORIES
+            stream = where or QUEUES[path.stem]
             await api(
                 bus,
                 f"CONSUMER.DURABLE.CREATE.{stream}.{config['durable_name']}",

@@ -107,7 +107,10 @@ async def test_metrics_tell_which_condition_of_readiness_holds(
     http: aiohttp.ClientSession, watch: Watch
 ) -> None:
     watch.store_reachable(reachable=False, reason="S3: no connection")
+    watch.bus_writable(writable=False, reason="GENERATION_RESULTS: maximum bytes exceeded")
     watch.health.draining = True
+    async with http.get("/readyz") as answer:
+        assert (await answer.json())["streams"] == "GENERATION_RESULTS: maximum bytes exceeded"
     async with http.get("/metrics") as answer:
         lines = (await answer.text()).splitlines()
     told = "generation_ready_condition{"
@@ -116,6 +119,7 @@ async def test_metrics_tell_which_condition_of_readiness_holds(
         for condition, holds in {
             "bus": 1.0,
             "durable": 1.0,
+            "streams": 0.0,
             "store": 0.0,
             "model": 1.0,
             "device": 1.0,

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from consumer.admission import Admission
+from consumer.ports import QueueFull
 from consumer.turns import Bounds
-from generation_contracts import CancelledEvent, SucceededEvent
+from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent
 from tests.behaviour import (
     INBOX,
     OTHER_INBOX,
@@ -115,6 +116,36 @@ async def test_exhausted_copy_is_left_alone_while_the_request_runs(world: Memory
     await world.execution.put_aside(exhausted)
     assert exhausted.settlements == ["ack"]
     assert await world.replies() == [(INBOX, await world.result("a"))]
+
+
+@pytest.mark.parametrize(
+    ("given_back", "ends"),
+    [(3, SucceededEvent), (1, FailedEvent)],
+    ids=["drains alone", "attempts"],
+)
+async def test_drains_never_end_a_request_that_the_server_delivers_no_more(
+    world: MemoryWorld, given_back: int, ends: type
+) -> None:
+    world.queue.max_deliver = 4
+    await world.send(asking())
+    for number in range(4):
+        delivery = world.queue.take()
+        await (delivery.release() if number < given_back else delivery.nak())
+    (exhausted,) = world.queue.stranded
+    await world.execution.put_aside(exhausted)
+    while await world.left():
+        await soon(world.work())
+    assert isinstance(await world.result("a"), ends)
+
+
+async def test_exhausted_request_stays_where_its_copy_finds_no_room(world: MemoryWorld) -> None:
+    world.queue.max_deliver = 1
+    await world.send(asking())
+    await world.queue.take().release()
+    (exhausted,) = world.queue.stranded
+    world.events.retries_full = QueueFull()
+    await world.execution.put_aside(exhausted)
+    assert (exhausted.settlements, await world.result("a")) == (["nak"], None)
 
 
 # -- between workers ------------------------------------------------------------------------------

@@ -1,0 +1,147 @@
+"""Attempt marks: senders cannot write them, and what senders can write does not slow them down."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from consumer.bus.delivery import JetStreamDelivery, place_of
+from consumer.bus.notes import NoTry
+from generation_contracts.headers import EARLIER_ATTEMPTS, MARK
+from tests.integration.bus_installation import (
+    REQUESTS,
+    RESULTS,
+    TASK,
+    Installation,
+    measured,
+    soon,
+    take,
+    until,
+)
+
+RELEASES = "GENERATION_RELEASES"
+JUNK = 20_000
+
+
+def subject(delivery: JetStreamDelivery, attempt: int, kind: str) -> str:
+    return f"generation.released.{TASK}.{place_of(delivery)}.{attempt}.{kind}"
+
+
+async def forge(installation: Installation, reply: str) -> None:
+    """Have the server store each of its answers under a subject, as the first one there."""
+    plain = installation.plain
+    before = await installation.count(RELEASES)
+    await plain.publish("generation.request.text_to_image", b"x", reply=reply)
+    await plain.publish(f"$JS.API.STREAM.MSG.GET.{REQUESTS}", b'{"seq":1}', reply=reply)
+    await plain.publish(f"$JS.API.DIRECT.GET.{RESULTS}", b'{"seq":99}', reply=reply)
+    await plain.publish("somewhere", b"", headers={"Nats-Trace-Dest": reply})
+
+    async def stored() -> bool:
+        return await installation.count(RELEASES) > before
+
+    await until(stored)
+
+
+async def test_answers_of_the_server_are_no_marks(installation: Installation) -> None:
+    """Forged releases made a request that kills its workers immortal."""
+    worker = await installation.worker()
+    await installation.publish(b"{}")
+    delivered = await take(worker)
+    for kind in (NoTry.RELEASED, NoTry.DISCOUNTED):
+        await forge(installation, subject(delivered, 1, kind))
+    await forge(installation, f"generation.withdrawn.{TASK}.{place_of(delivered)}")
+    await delivered.nak()
+    again = await take(worker)
+    assert (await soon(again.releases()), await soon(again.withdrawn())) == (0, False)
+
+
+async def test_mark_takes_the_place_of_an_answer(installation: Installation) -> None:
+    worker = await installation.worker()
+    await installation.publish(b"{}")
+    delivered = await take(worker)
+    await forge(installation, subject(delivered, 1, NoTry.RELEASED))
+    await forge(installation, f"generation.withdrawn.{TASK}.{place_of(delivered)}")
+    await soon(delivered.withdraw())
+    await soon(delivered.release())
+    again = await take(worker)
+    assert (await soon(again.releases()), await soon(again.withdrawn())) == (1, True)
+    await forge_after(installation, again)
+    assert (await soon(again.releases()), await soon(again.withdrawn())) == (1, True)
+
+
+async def forge_after(installation: Installation, delivery: JetStreamDelivery) -> None:
+    for reply in (
+        subject(delivery, 1, NoTry.RELEASED),
+        subject(delivery, 1, NoTry.COUNTED),
+        f"generation.withdrawn.{TASK}.{place_of(delivery)}",
+    ):
+        await installation.plain.publish("generation.request.text_to_image", b"x", reply=reply)
+    await installation.plain.flush()
+
+
+@pytest.mark.parametrize("below", ["the place", "the task"])
+async def test_reading_is_bounded_whatever_lies_around_the_marks(
+    installation: Installation, below: str
+) -> None:
+    worker = await installation.worker()
+    await installation.publish(b"{}")
+    delivered = await take(worker)
+    place = f"{place_of(delivered)}." if below == "the place" else ""
+    for number in range(JUNK):
+        await installation.plain.publish(f"generation.released.{TASK}.{place}9{number}.released")
+
+    async def stored() -> bool:
+        return await installation.count(RELEASES) == JUNK
+
+    await until(stored)
+    await delivered.release()
+    again = await take(worker)
+    before = again._bus.client.stats["in_msgs"], again._bus.client.stats["in_bytes"]
+    started = asyncio.get_running_loop().time()
+    assert await soon(again.releases()) == 1
+    measured("marks read", asyncio.get_running_loop().time() - started)
+    read = again._bus.client.stats
+    assert read["in_msgs"] - before[0] <= 3 * again.attempt
+    assert read["in_bytes"] - before[1] < 10_000
+
+
+async def test_first_delivery_costs_no_read(installation: Installation) -> None:
+    """Its number is the server's: nothing is asked for."""
+    worker = await installation.worker()
+    await installation.publish(b"{}")
+    sent = worker.bus.client.stats["out_msgs"]
+    delivered = await take(worker)
+    assert delivered.attempt == 1
+    assert worker.bus.client.stats["out_msgs"] - sent <= 2, "a pull, and its next"
+
+
+@pytest.mark.parametrize(
+    ("said", "attempt"),
+    [("2", 3), ("0", 1), ("99", 100), ("100", 1), ("-1", 1), ("1.5", 1), ("", 1), ("²", 1)],
+)
+async def test_attempts_of_a_request_that_was_published_again_count_on(
+    installation: Installation, said: str, attempt: int
+) -> None:
+    worker = await installation.worker()
+    await installation.publish(b"{}", headers={EARLIER_ATTEMPTS: said})
+    delivered = await take(worker)
+    assert delivered.attempt == attempt
+    await soon(delivered.release())
+    again = await take(worker)
+    assert again.attempt == attempt + 1
+    assert await soon(again.releases()) == 1, "marks are by the server's number"
+
+
+async def test_mark_is_what_the_header_says(installation: Installation) -> None:
+    worker = await installation.worker()
+    await installation.publish(b"{}")
+    delivered = await take(worker)
+    await soon(delivered.discount())
+    (only,) = [await stored_mark(installation, subject(delivered, 1, NoTry.DISCOUNTED))]
+    assert only == {MARK: "discounted"}
+
+
+async def stored_mark(installation: Installation, where: str) -> dict[str, Any]:
+    message = await installation.plain.jetstream().get_last_msg(RELEASES, where)
+    headers: dict[str, Any] = dict(message.headers or {})
+    return {name: text for name, text in headers.items() if not name.startswith("Nats-")}

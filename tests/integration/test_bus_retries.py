@@ -1,0 +1,216 @@
+"""Requests that get another attempt: when it is due, or because drains used up `max_deliver`."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+
+from consumer.bus import retries
+from consumer.bus.delivery import JetStreamDelivery
+from consumer.bus.notes import Notes
+from consumer.bus.pull import PullLoop
+from consumer.bus.retries import RetryMover
+from consumer.bus.stored_request import RequestInStream
+from consumer.bus.stranded import find_stranded
+from consumer.ports import MessageTooLarge, QueueFull
+from generation_contracts.headers import MESSAGE_ID, REPLY_TO, RETRY_DELAY, TRACE_PARENT
+from tests.integration.bus_installation import (
+    REQUESTS,
+    TASK,
+    Installation,
+    Worker,
+    api,
+    soon,
+    take,
+    until,
+)
+
+RETRIES = "GENERATION_RETRIES"
+HEADERS = {MESSAGE_ID: "m-1", REPLY_TO: "_INBOX.x", "Title": "Grüße", "Nats-Expected-Stream": ""}
+BODY = b'{"prompt":"a"}'
+
+
+@asynccontextmanager
+async def mover(installation: Installation) -> AsyncIterator[None]:
+    """A worker's mover of retries."""
+    bus, durable = installation.bus, installation.topology.retries(TASK)
+    pull = PullLoop(
+        bus,
+        durable,
+        ensure=partial(installation.topology.ensure, TASK),
+        custody=installation.custody(bus, durable),
+    )
+    await pull.start()
+
+    async def move() -> None:
+        moving = RetryMover(bus, TASK, durable, installation.events)
+        while (retry := await pull.next()) is not None:
+            await moving.move(retry)
+
+    task = asyncio.create_task(move())
+    try:
+        yield
+    finally:
+        pull.stop()
+        await task
+        await pull.close()
+
+
+async def retried(
+    installation: Installation, delivered: JetStreamDelivery, *, delay: float, attempts: int = 1
+) -> None:
+    """What a worker does with a request whose model has raised."""
+    await soon(
+        installation.events.retry_later(
+            TASK, delivered, request_id="r-1", attempts=attempts, delay=delay
+        )
+    )
+    await delivered.ack()
+
+
+async def test_request_comes_again_when_its_next_attempt_is_due(installation: Installation) -> None:
+    worker = await installation.worker()
+    headers = {name: text for name, text in HEADERS.items() if text}
+    await installation.publish(BODY, headers={**headers, TRACE_PARENT: "00-x"})
+    began = asyncio.get_running_loop().time()
+    await retried(installation, await take(worker), delay=0.4, attempts=2)
+    async with mover(installation):
+        again = await take(worker)
+    assert asyncio.get_running_loop().time() - began >= 0.4
+    assert (again.subject, again.body) == ("generation.request.text_to_image.r-1", BODY)
+    assert again.attempt == 3
+    assert again.headers[REPLY_TO] == "_INBOX.x"
+    assert again.headers["Title"] == "Grüße"
+    assert again.headers[TRACE_PARENT] == "00-x"
+    assert again.headers[MESSAGE_ID] != "m-1"
+    assert RETRY_DELAY not in again.headers
+    assert await installation.count(RETRIES) == 0
+    await again.ack()
+    assert await installation.count(REQUESTS) == 0
+
+
+async def test_delay_blocks_neither_the_queue_nor_other_retries(installation: Installation) -> None:
+    worker = await installation.worker()
+    await installation.publish(BODY)
+    await retried(installation, await take(worker), delay=1_000.0)
+    await installation.publish(b"next")
+    async with mover(installation):
+        delivered = await take(worker)
+        assert delivered.body == b"next"
+        await retried(installation, delivered, delay=0.0)
+        assert (await take(worker)).body == b"next"
+    assert await installation.count(RETRIES) == 1
+
+
+async def test_retry_survives_the_death_of_the_server(installation: Installation) -> None:
+    worker = await installation.worker()
+    await installation.publish(BODY)
+    await retried(installation, await take(worker), delay=0.5)
+    await installation.kill_server()
+    await installation.start_server()
+    async with mover(installation):
+        assert (await take(worker)).body == BODY
+    assert await installation.count(RETRIES) == 0
+
+
+async def test_retry_waits_for_a_place_in_its_queue(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "PAUSE_FULL", 0.05)
+    worker = await installation.worker()
+    await installation.publish(BODY)
+    await retried(installation, await take(worker), delay=0.0)
+    config = (await installation.api(f"STREAM.INFO.{REQUESTS}"))["config"]
+    await installation.api(f"STREAM.UPDATE.{REQUESTS}", {**config, "max_msgs": 1})
+    await installation.publish(b"next")
+    held = await take(worker)
+    async with mover(installation):
+
+        async def refused() -> bool:
+            info = await api(installation.bus, f"CONSUMER.INFO.{RETRIES}.{TASK}")
+            return bool(info["num_redelivered"])
+
+        await until(refused)
+        await held.ack()
+        assert (await take(worker)).body == BODY
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"), [("r-1", b'{"stream":"X","seq":1}'), ("r-1", b""), ("*", b"")]
+)
+async def test_answer_of_the_server_among_the_retries_is_deleted(
+    installation: Installation, name: str, answer: bytes
+) -> None:
+    await installation.plain.publish(f"generation.retry.{TASK}.{name}", answer)
+    async with mover(installation):
+
+        async def gone() -> bool:
+            info = await api(installation.bus, f"STREAM.INFO.{RETRIES}")
+            return (info["state"]["last_seq"], info["state"]["messages"]) == (1, 0)
+
+        await until(gone)
+    assert await installation.count(REQUESTS) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({"max_bytes": 100}, QueueFull), ({"max_msg_size": 10}, MessageTooLarge)],
+)
+async def test_retry_that_cannot_be_stored_is_the_callers(
+    installation: Installation, change: dict[str, int], error: type[Exception]
+) -> None:
+    worker = await installation.worker()
+    await installation.publish(BODY)
+    delivered = await take(worker)
+    config = (await installation.api(f"STREAM.INFO.{RETRIES}"))["config"]
+    await installation.api(f"STREAM.UPDATE.{RETRIES}", {**config, **change})
+    with pytest.raises(error):
+        await retried(installation, delivered, delay=1.0)
+
+
+# -- max_deliver ----------------------------------------------------------------------------------
+
+
+async def exhaust(
+    installation: Installation, worker: Worker, *kinds: str
+) -> tuple[RequestInStream, Awaitable[JetStreamDelivery | None]]:
+    """Let a request reach max_deliver; each delivery ends as one of the kinds.
+
+    Returns:
+        The request, and the worker's next delivery: the server notices at a pull.
+    """
+    durable = f"{REQUESTS}.{TASK}"
+    config = (await installation.api(f"CONSUMER.INFO.{durable}"))["config"]
+    await installation.api(
+        f"CONSUMER.CREATE.{durable}",
+        {"stream_name": REQUESTS, "config": {**config, "max_deliver": len(kinds)}},
+    )
+    heard = await installation.listen("$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>")
+    for kind in kinds:
+        await soon(getattr(await take(worker), kind)())
+    coming = asyncio.ensure_future(worker.loop.next())
+    advisory = await heard.next_msg(timeout=10)
+    notes = Notes(installation.bus, installation.subjects, TASK)
+    found = await soon(find_stranded(installation.bus, REQUESTS, as_delivery(advisory), notes))
+    assert found is not None
+    return found, coming
+
+
+def as_delivery(message: Any) -> Any:
+    class Advisory:
+        body = message.data
+
+    return Advisory()
+
+
+async def test_marks_of_an_exhausted_request_are_read(installation: Installation) -> None:
+    """They tell drains from attempts: 30 drains must not end a request."""
+    worker = await installation.worker()
+    await installation.publish(BODY, request_id="r-1")
+    found, coming = await exhaust(installation, worker, "nak", "release", "release")
+    assert (found.deliveries, await soon(found.releases())) == (3, 2)
+    worker.loop.stop()
+    assert await soon(coming) is None
