@@ -86,7 +86,7 @@ class EndpointClient(_Client):
     ) -> None:
         super().__init__()
         self._subjects = subjects
-        self._requests = f"{subjects.request(task)}."
+        self._questions = (f"{subjects.request(task)}.", f"$SRV.PING.{SERVICE}.")
         self._inboxes = inboxes
         self._refused = refused
 
@@ -111,11 +111,10 @@ class EndpointClient(_Client):
         await super().publish(subject, payload, reply, headers)
 
     def _may_publish(self, subject: str, reply: str) -> bool:
-        if subject.startswith(self._requests):
-            return True
-        # The service's check of itself; an answer has no reply subject.
-        if subject.startswith(f"$SRV.PING.{SERVICE}.") and reply:
-            return True
+        # Only what this worker asks for itself has a reply subject: that a request is stored, and
+        # the service's check that it answers. Answers have none.
+        if reply:
+            return subject.startswith(self._questions)
         return is_reply_subject(subject, self._inboxes, self._subjects)
 
     async def subscribe(
