@@ -106,16 +106,17 @@ async def test_a_message_whose_reply_subject_is_not_allowed_has_no_effect(
         "$SRV.PING.generation.other",
         "elsewhere.me",
     ]
-    asked = {
-        scene.subjects.call(scene.task): b'{"prompt":"a","request_id":"other"}',
-        f"{root}.call.{scene.task}": b"{",
-        f"{root}.cancel.waiting": b"",
-        f"{root}.cancel.not~an~id": b"",
-        f"{root}.interrupt.running": b"",
-        "$SRV.PING": b"",
-        "$SRV.INFO.generation": b"",
-        "$SRV.STATS.generation": b"",
-    }
+    call = scene.subjects.call(scene.task)
+    asked = [
+        (call, b'{"prompt":"a","request_id":"other"}'),
+        (call, b"{"),
+        (f"{root}.cancel.waiting", b""),
+        (f"{root}.cancel.not~an~id", b""),
+        (f"{root}.interrupt.running", b""),
+        ("$SRV.PING", b""),
+        ("$SRV.INFO.generation", b""),
+        ("$SRV.STATS.generation", b""),
+    ]
     arrived: list[str] = []
 
     async def note(message: Msg) -> None:
@@ -124,7 +125,7 @@ async def test_a_message_whose_reply_subject_is_not_allowed_has_no_effect(
     for subject in forbidden:
         await caller.client.subscribe(subject, cb=note)
     for reply in forbidden:
-        for subject, body in asked.items():
+        for subject, body in asked:
             await caller.client.publish(subject, body, reply=reply)
     # Honest messages behind all of these are answered.
     assert (await caller.call(b"{"))["failure"]["code"] == "invalid_request"
