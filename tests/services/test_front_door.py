@@ -7,6 +7,8 @@ import signal
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
+from nats.aio.msg import Msg
+
 from generation_contracts import Task
 from tests.faults.scene import WITHIN, Scene
 from tests.faults.seen import counted
@@ -74,17 +76,72 @@ async def test_refused_calls_are_counted_by_code(scene: Scene, caller: Caller) -
     }
 
 
-async def test_an_inbox_that_the_worker_may_not_publish_to_is_refused(
+async def test_a_message_whose_reply_subject_is_not_allowed_has_no_effect(
     scene: Scene, caller: Caller
 ) -> None:
-    await scene.start()
-    answers = await caller.client.subscribe("elsewhere.me")
-    subject = scene.subjects.call(scene.task)
-    await caller.client.publish(subject, b'{"prompt":"a"}', reply="elsewhere.me")
-    event = json.loads((await answers.next_msg(timeout=30)).data)
-    assert event["failure"]["code"] == "invalid_request"
-    assert "prefix" in event["failure"]["message"]
-    assert scene.runs() == []
+    """Calls, cancellations, interrupts and $SRV, on a server that knows no users."""
+    worker = await scene.start("held_in_run")
+    await scene.submit(request_id="running")
+    await scene.noted("run")
+    root = scene.subjects.root
+    waiting = scene.subjects.request(scene.task, "waiting")
+    await scene.sender.jetstream().publish(waiting, b'{"prompt":"a"}')
+    forbidden = [
+        *(
+            f"{root}.{rest}"
+            for rest in (
+                "result.text_to_image.other",
+                "dead.text_to_image",
+                "released.text_to_image.1-1.1.released",
+                "withdrawn.text_to_image.1-1",
+                "retry.text_to_image.other",
+                "interrupt.other",
+                "request.text_to_image.other",
+                "progress.text_to_image.other",
+                "call.image_to_text",
+            )
+        ),
+        "$JS.API.STREAM.PURGE.OTHER",
+        "$SYS.REQ.SERVER.PING",
+        "$SRV.PING.generation.other",
+        "elsewhere.me",
+    ]
+    call = scene.subjects.call(scene.task)
+    asked = [
+        (call, b'{"prompt":"a","request_id":"other"}'),
+        (call, b"{"),
+        (f"{root}.cancel.waiting", b""),
+        (f"{root}.cancel.not~an~id", b""),
+        (f"{root}.interrupt.running", b""),
+        ("$SRV.PING", b""),
+        ("$SRV.INFO.generation", b""),
+        ("$SRV.STATS.generation", b""),
+    ]
+    arrived: list[str] = []
+
+    async def note(message: Msg) -> None:
+        arrived.append(f"{message.subject}: {message.data.decode()}")
+
+    for subject in forbidden:
+        await caller.client.subscribe(subject, cb=note)
+    for reply in forbidden:
+        for subject, body in asked:
+            await caller.client.publish(subject, body, reply=reply)
+    # Honest messages behind all of these are answered.
+    assert (await caller.call(b"{"))["failure"]["code"] == "invalid_request"
+    assert (await caller.cancel("nobody"))["status"] == "unknown"
+    for verb in ("PING", "INFO", "STATS"):
+        await caller.client.request(f"$SRV.{verb}.generation", timeout=WITHIN)
+    await caller.client.flush()
+    assert arrived == []
+    assert await scene.left() == 2
+    refused = await counted(worker, "generation_refused_calls_total")
+    assert refused["invalid_request"] == len(forbidden) * len(asked) + 1
+    assert 0 < worker.log_since_start().count("reply_subject_refused") < len(forbidden)
+    (scene.folder / "run.go").touch()
+    await scene.emptied()
+    for request_id in ("running", "waiting"):
+        assert (await scene.event(request_id))["type"] == SUCCEEDED
 
 
 async def test_callers_at_the_same_time_get_their_own_answers(
@@ -199,6 +256,10 @@ async def test_the_service_tells_its_model_and_schema(scene: Scene, caller: Call
     schema = json.loads(call["metadata"]["request"])
     assert schema["properties"]["prompt"]["type"] == "string"
     await caller.call()
+    # An answer that repeated these headers would be larger than the server takes, which ends the
+    # connection for good.
+    headers = {"Filler": "x" * 1_048_000}
+    await caller.client.request("$SRV.INFO.generation", timeout=10, headers=headers)
     stats = json.loads((await caller.client.request("$SRV.STATS.generation", timeout=10)).data)
     calls = {one["name"]: one["num_requests"] for one in stats["endpoints"]}
     assert calls == {str(Task.TEXT_TO_IMAGE): 1, "cancel": 0}

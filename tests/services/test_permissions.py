@@ -4,8 +4,8 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import nats
 import nkeys
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.errors import Error
 
 from consumer.apply import apply
@@ -27,13 +28,13 @@ from tests.faults.quick_runner import FOLDER
 from tests.faults.scene import ROOT, WITHIN
 
 USERS = ROOT / "infra" / "nats" / "users.conf"
-ROLES = ("admin", "worker", "publisher", "observer")
+ROLES = ("admin", "worker", "endpoints", "publisher", "observer")
 INBOXES = {role: f"_INBOX_{'sender' if role == 'publisher' else role}" for role in ROLES}
 REQUESTS = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
 
 
 class Installation:
-    """Servers that know the four users, and their settings.
+    """Servers that know the five users, and their settings.
 
     Attributes:
         stack: The servers.
@@ -50,6 +51,8 @@ class Installation:
             **self.stack.environment(),
             "NATS_NKEY_SEED": str(self.folder / role),
             "NATS_INBOX_PREFIX": INBOXES[role],
+            "NATS_ENDPOINTS_NKEY_SEED": str(self.folder / "endpoints"),
+            "NATS_ENDPOINTS_INBOX_PREFIX": INBOXES["endpoints"],
             **more,
         }
 
@@ -86,18 +89,30 @@ class Installation:
         )
 
 
-@pytest.fixture(scope="module")
-def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    folder = tmp_path_factory.mktemp("permissions")
+@contextmanager
+def installed(folder: Path, more_config: str = "") -> Iterator[Installation]:
+    """Servers with the users of users.conf, the streams and the durables."""
     keys: dict[str, str] = {}
     for role in ROLES:
         seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
         (folder / role).write_bytes(seed)
         keys[role] = nkeys.from_seed(bytearray(seed)).public_key.decode()
     variables = "".join(f"GENERATION_{role.upper()}_NKEY: {key}\n" for role, key in keys.items())
-    made = Installation(folder, variables + USERS.read_text())
+    made = Installation(folder, variables + USERS.read_text() + more_config)
     with made.stack:
         asyncio.run(apply(made.settings("admin", consumer_ack_wait="2")))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    with installed(tmp_path_factory.mktemp("permissions")) as made:
+        yield made
+
+
+@pytest.fixture
+def installation_with_ack_subjects_v2(tmp_path: Path) -> Iterator[Installation]:
+    with installed(tmp_path, "feature_flags { js_ack_fc_v2: true }\n") as made:
         yield made
 
 
@@ -106,7 +121,7 @@ def start_worker(
 ) -> Daemon:
     settings = {
         "MODEL_TYPE": str(task),
-        "CONSUMER_REPLY_PREFIXES": "_INBOX_sender.,generation.reply.",
+        "CONSUMER_REPLY_PREFIXES": "_INBOX_sender.,_INBOX_admin.,generation.reply.",
         FOLDER: str(folder),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'contracts'}",
     }
@@ -210,6 +225,21 @@ async def test_a_worker_that_is_killed_has_a_successor(
         assert "ermissions violation" not in worker.log_since_start()
 
 
+async def test_a_worker_acknowledges_with_ack_subjects_of_version_2(
+    installation_with_ack_subjects_v2: Installation, tmp_path: Path
+) -> None:
+    installation = installation_with_ack_subjects_v2
+    worker = start_worker(installation, Task.TEXT_TO_IMAGE, tmp_path)
+    try:
+        async with installation.generation_client() as client, asyncio.timeout(WITHIN):
+            await asyncio.to_thread(worker.wait_ready)
+            await client.text_to_image("a")
+        await settled(installation)
+    finally:
+        worker.kill()
+    assert "ermissions violation" not in worker.log_since_start()
+
+
 async def settled(installation: Installation) -> None:
     """Return once no request of text_to_image is left."""
     async with installation.client("observer") as (client, _), asyncio.timeout(WITHIN):
@@ -241,77 +271,279 @@ async def test_apply_is_the_admins(installation: Installation) -> None:
 FORBIDDEN = [
     *(
         (role, subject)
-        for role in ("worker", "publisher", "observer")
+        for role in ("worker", "endpoints", "publisher", "observer")
         for subject in (
             f"$JS.API.STREAM.DELETE.{REQUESTS}",
             f"$JS.API.STREAM.PURGE.{REQUESTS}",
             f"$JS.API.STREAM.UPDATE.{REQUESTS}",
             "$JS.API.STREAM.CREATE.OTHER",
             "$JS.API.STREAM.DELETE.GENERATION_RESULTS",
-            "$JS.API.STREAM.MSG.DELETE.GENERATION_RESULTS",
+            "$JS.API.STREAM.PURGE.GENERATION_RESULTS",
             "$JS.API.STREAM.MSG.DELETE.GENERATION_DEAD_LETTERS",
             f"$JS.API.CONSUMER.DELETE.{REQUESTS}.text_to_image",
             f"$JS.API.CONSUMER.CREATE.{REQUESTS}.mine",
             f"$JS.API.CONSUMER.PAUSE.{REQUESTS}.text_to_image",
+            # An answer to these has no body, which is a whole request to PURGE and DELETE.
+            "$JS.API.DIRECT.GET.GENERATION_RESULTS",
+            "$JS.API.DIRECT.GET.GENERATION_RESULTS.generation.result.text_to_image.x",
+            f"$JS.API.DIRECT.GET.{REQUESTS}",
+            "$JS.API.DIRECT.GET.GENERATION_DEAD_LETTERS",
+            "$JS.API.DIRECT.GET.GENERATION_RETRIES",
             "_INBOX.somebody",
             "$SYS.REQ.SERVER.PING",
         )
     ),
+    *(
+        (role, subject)
+        for role in ("endpoints", "publisher", "observer")
+        for subject in (
+            "generation.result.text_to_image.x",
+            "generation.dead.text_to_image",
+            "generation.released.text_to_image.1",
+            "generation.withdrawn.text_to_image.1",
+            "generation.retry.text_to_image.x",
+            "generation.progress.text_to_image.x",
+            "generation.interrupt.x",
+            "$JS.API.STREAM.MSG.DELETE.GENERATION_RESULTS",
+            "$JS.API.STREAM.MSG.GET.GENERATION_RETRIES",
+            f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.text_to_image",
+            f"$JS.ACK.{REQUESTS}.text_to_image.1.1.1.1.1",
+            f"$JS.ACK._.hash.{REQUESTS}.text_to_image.1.1.1.1.1",
+        )
+    ),
     ("worker", "generation.call.text_to_image"),
     ("worker", "generation.cancel.x"),
-    ("publisher", "generation.result.text_to_image.x"),
-    ("publisher", "generation.dead.text_to_image"),
-    ("publisher", "generation.progress.text_to_image.x"),
-    ("publisher", "generation.interrupt.x"),
-    ("publisher", "generation.withdrawn.text_to_image.1"),
+    ("worker", "$SRV.PING.generation"),
+    ("worker", "_INBOX_worker.x"),
+    ("worker", "_INBOX_endpoints.x"),
+    ("endpoints", "generation.call.text_to_image"),
+    ("endpoints", "generation.cancel.x"),
+    ("endpoints", "generation.request.text_to_image"),
+    ("endpoints", "generation.request.other.x"),
+    ("endpoints", "$JS.API.STREAM.MSG.GET.GENERATION_RESULTS"),
+    ("endpoints", "$JS.API.STREAM.INFO.GENERATION_RESULTS"),
+    ("endpoints", "$SRV.PING.other.x"),
     ("publisher", "generation.request.other"),
-    ("publisher", f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.text_to_image"),
-    ("publisher", f"$JS.ACK.{REQUESTS}.text_to_image.1.1.1.1.1"),
     ("publisher", "_INBOX_worker.x"),
+    ("publisher", "_INBOX_endpoints.x"),
     ("observer", "generation.request.text_to_image"),
     ("observer", "generation.call.text_to_image"),
     ("observer", "generation.cancel.x"),
-    ("observer", "generation.result.text_to_image.x"),
-    ("observer", f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.text_to_image"),
     ("observer", f"$JS.API.STREAM.MSG.GET.{REQUESTS}"),
 ]
 
 UNHEARD = [
-    ("worker", "generation.request.>"),
+    *(
+        (role, subject)
+        for role in ("worker", "endpoints", "publisher", "observer")
+        for subject in ("generation.request.>", ">", "_INBOX.>", "$JS.ACK.>", "$JS.API.>")
+    ),
+    *(
+        (role, subject)
+        for role in ("worker", "publisher", "observer")
+        for subject in (
+            "generation.call.*",
+            "generation.cancel.*",
+            "generation.interrupt.*",
+            "$SRV.>",
+            "_INBOX_endpoints.>",
+        )
+    ),
     ("worker", "_INBOX_sender.>"),
-    ("worker", ">"),
-    ("publisher", "generation.request.>"),
+    ("endpoints", "_INBOX_sender.>"),
+    ("endpoints", "_INBOX_worker.>"),
+    ("endpoints", "generation.result.>"),
     ("publisher", "_INBOX_worker.>"),
-    ("publisher", "_INBOX.>"),
-    ("publisher", "generation.call.*"),
-    ("publisher", "generation.cancel.*"),
-    ("publisher", "$JS.ACK.>"),
-    ("observer", "generation.request.>"),
     ("observer", "_INBOX_sender.>"),
-    ("observer", "generation.call.*"),
-    ("observer", "$SRV.>"),
 ]
 
 
-@pytest.mark.parametrize(("role", "subject"), FORBIDDEN)
-async def test_what_a_user_must_not_publish(
-    installation: Installation, role: str, subject: str
-) -> None:
-    async with installation.client(role) as (client, refused):
-        await client.publish(subject, b"")
-        said = await asyncio.wait_for(refused.get(), WITHIN)
-        assert "permissions violation for publish" in said
-        assert subject.lower() in said
+async def refusals(
+    installation: Installation,
+    role: str,
+    what: Callable[[Client, str], Awaitable[object]],
+    subjects: Sequence[str],
+) -> list[str]:
+    """What the server says to a user that publishes or subscribes to subjects, in order."""
+    async with installation.client(role) as (client, refused), asyncio.timeout(WITHIN):
+        said = []
+        for subject in subjects:
+            await what(client, subject)
+            said.append(await refused.get())
+        return said
 
 
-@pytest.mark.parametrize(("role", "subject"), UNHEARD)
-async def test_what_a_user_must_not_hear(
-    installation: Installation, role: str, subject: str
+def of_role(role: str, table: Sequence[tuple[str, str]]) -> list[str]:
+    """The subjects that a table has for a user."""
+    return [subject for each, subject in table if each == role]
+
+
+@pytest.mark.parametrize("role", ROLES[1:])
+async def test_what_a_user_must_not_publish(installation: Installation, role: str) -> None:
+    subjects = of_role(role, FORBIDDEN)
+    said = await refusals(installation, role, lambda client, to: client.publish(to, b""), subjects)
+    expected = [f'permissions violation for publish to "{to.lower()}"' for to in subjects]
+    assert [one.removeprefix("nats: ") for one in said] == expected
+
+
+@pytest.mark.parametrize("role", ROLES[1:])
+async def test_what_a_user_must_not_hear(installation: Installation, role: str) -> None:
+    subjects = of_role(role, UNHEARD)
+    said = await refusals(installation, role, lambda client, of: client.subscribe(of), subjects)
+    expected = [f'permissions violation for subscription to "{of.lower()}"' for of in subjects]
+    assert [one.removeprefix("nats: ") for one in said] == expected
+
+
+def reply_subjects(*, api: bool) -> list[str]:
+    """Where a sender has no business: the daemon's subjects, and the JetStream API or not."""
+    streams = ("GENERATION_RESULTS", REQUESTS, "GENERATION_RELEASES")
+    verbs = ("PURGE", "DELETE", "MSG.DELETE", "UPDATE", "LEADER.STEPDOWN")
+    if api:
+        of_streams = [f"$JS.API.STREAM.{verb}.{stream}" for verb in verbs for stream in streams]
+        return [*of_streams, f"$JS.API.CONSUMER.DELETE.{REQUESTS}.text_to_image"]
+    return [
+        f"generation.{rest}"
+        for rest in (
+            "result.text_to_image.other",
+            "dead.text_to_image",
+            "released.text_to_image.1-1.1.released",
+            "withdrawn.text_to_image.1-1",
+            "retry.text_to_image.other",
+            "interrupt.other",
+            "request.text_to_image.other",
+            "progress.text_to_image.other",
+        )
+    ]
+
+
+async def test_no_answer_of_a_worker_goes_where_its_sender_may_not_publish(
+    installation: Installation, tmp_path: Path
 ) -> None:
-    async with installation.client(role) as (client, refused):
-        await client.subscribe(subject)
-        said = await asyncio.wait_for(refused.get(), WITHIN)
-        assert "permissions violation for subscription" in said
+    worker = start_worker(installation, Task.TEXT_TO_IMAGE, tmp_path)
+    arrived: list[str] = []
+
+    async def note(message: Msg) -> None:
+        arrived.append(f"{message.subject}: {message.data.decode()}")
+
+    try:
+        await asyncio.to_thread(worker.wait_ready)
+        async with (
+            asyncio.timeout(WITHIN),
+            installation.client("admin") as (admin, _),
+            installation.client("publisher") as (sender, _),
+        ):
+            forbidden = [*reply_subjects(api=False), *reply_subjects(api=True), "$SYS.REQ.X"]
+            for subject in forbidden:
+                await admin.subscribe(subject, cb=note)
+            await admin.flush()
+            for reply in (*forbidden, "_INBOX_other.x"):
+                body = b'{"prompt":"a","request_id":"other"}'
+                await sender.publish("generation.call.text_to_image", body, reply=reply)
+                await sender.publish("generation.call.text_to_image", b"{", reply=reply)
+                await sender.publish("generation.cancel.other", b"", reply=reply)
+                await sender.publish("generation.cancel.no~id", b"", reply=reply)
+                await sender.publish("$SRV.PING.generation", b"", reply=reply)
+                await sender.publish("$SRV.INFO.generation", b"", reply=reply)
+                await admin.publish("$SRV.STATS.generation", b"", reply=reply)
+                await admin.publish("generation.interrupt.mine", b"", reply=reply)
+            # Honest messages behind all of these are answered.
+            await sender.request("generation.call.text_to_image", b"{", timeout=WITHIN)
+            await sender.request("generation.cancel.no~id", b"", timeout=WITHIN)
+            for subject in ("$SRV.PING.generation", "$SRV.STATS.generation"):
+                await admin.request(subject, timeout=WITHIN)
+            await admin.flush()
+        assert arrived == []
+    finally:
+        worker.kill()
+    # The client has not even tried: the users are the second line.
+    assert "ermissions violation" not in worker.log_since_start()
+
+
+async def test_a_publisher_purges_and_deletes_nothing_through_the_servers_answers(
+    installation: Installation,
+) -> None:
+    """The server answers to any reply subject without looking at permissions."""
+    messages = {
+        "$JS.API.DIRECT.GET.GENERATION_RESULTS": [b'{"seq":999}', b""],
+        "$JS.API.DIRECT.GET.GENERATION_RESULTS.generation.result.text_to_image.none": [b""],
+        "$JS.API.STREAM.MSG.GET.GENERATION_RESULTS": [
+            b'{"last_by_subj":"generation.result.text_to_image.none"}',
+            b'{"last_by_subj":"generation.result.text_to_image.kept"}',
+            b"",
+        ],
+        "generation.request.text_to_image.kept": [b"{}"],
+        "generation.request.image_to_text": [b"{}"],
+    }
+    headers = [None, {"Nats-Expected-Last-Sequence": "999999"}]  # an error instead of a PubAck
+    async with (
+        asyncio.timeout(WITHIN),
+        installation.client("admin") as (admin, _),
+        installation.client("publisher") as (sender, _),
+    ):
+        jetstream = admin.jetstream()
+
+        async def kept() -> dict[str, int]:
+            infos = await jetstream.streams_info()
+            return {str(info.config.name): info.state.messages for info in infos}
+
+        await jetstream.publish("generation.result.text_to_image.kept", b"{}")
+        before = await kept()
+        for reply in reply_subjects(api=True):
+            for subject, bodies in messages.items():
+                for body in bodies:
+                    for header in headers:
+                        await sender.publish(subject, body, reply=reply, headers=header)
+        await sender.flush()
+        after = await kept()
+        # Only its own requests have come.
+        requests = {name for name in before if "_REQUESTS_" in name}
+        assert after.keys() == before.keys()
+        assert all(after[name] > before[name] for name in requests)
+        assert {n: after[n] for n in before if n not in requests} == {
+            n: before[n] for n in before if n not in requests
+        }
+        assert (await jetstream.consumer_info(REQUESTS, "text_to_image")).name == "text_to_image"
+        for name in requests:
+            await jetstream.purge_stream(name)
+
+
+ORDERS = [  # headers that the server obeys, and what it says of them in a request
+    ({"Nats-Rollup": "all"}, "rollup not permitted"),
+    ({"Nats-Rollup": "sub"}, "rollup not permitted"),
+    ({"Nats-TTL": "1s"}, "per-message TTL is disabled"),
+    (
+        {
+            "Nats-Schedule": "@at 2020-01-01T00:00:00Z",
+            "Nats-Schedule-Target": "generation.result.text_to_image.x",
+        },
+        "message schedules is disabled",
+    ),
+    ({"Nats-Incr": "1"}, "message counters is disabled"),
+    ({"Nats-Batch-Id": "x", "Nats-Batch-Sequence": "1"}, "atomic publish is disabled"),
+    ({"Nats-Stream-Source": "x"}, "message stream source header is not allowed"),
+]
+
+
+async def test_headers_of_a_publisher_do_nothing_to_other_messages(
+    installation: Installation,
+) -> None:
+    async with (
+        asyncio.timeout(WITHIN),
+        installation.client("publisher") as (sender, refused),
+    ):
+        for headers, says in ORDERS:
+            answer = await sender.request(
+                "generation.request.text_to_image.x", b"{}", timeout=WITHIN, headers=headers
+            )
+            assert json.loads(answer.data)["error"]["description"] == says
+        # The trace of a message goes where its sender may publish, or the message nowhere.
+        for target in (*reply_subjects(api=True), "generation.result.text_to_image.x"):
+            for subject in ("generation.request.text_to_image.x", "generation.call.text_to_image"):
+                await sender.publish(subject, b"{}", headers={"Nats-Trace-Dest": target})
+                said = await refused.get()
+                assert said == f'nats: permissions violation for publish to "{target.lower()}"'
+    async with installation.client("observer") as (client, _):
+        assert (await client.jetstream().stream_info(REQUESTS)).state.messages == 0
 
 
 async def test_what_an_observer_looks_at(installation: Installation) -> None:

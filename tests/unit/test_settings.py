@@ -15,6 +15,9 @@ VALUES = {
     "NATS_URL": ("nats://bus:4333", "nats://bus:4333"),
     "NATS_CREDS": ("/run/worker.creds", "/run/worker.creds"),
     "NATS_NKEY_SEED": ("/run/seed", "/run/seed"),
+    "NATS_ENDPOINTS_CREDS": ("/run/endpoints.creds", "/run/endpoints.creds"),
+    "NATS_ENDPOINTS_NKEY_SEED": ("/run/endpoints-seed", "/run/endpoints-seed"),
+    "NATS_ENDPOINTS_INBOX_PREFIX": ("_INBOX_endpoints", "_INBOX_endpoints"),
     "NATS_CA": ("/run/ca.pem", "/run/ca.pem"),
     "NATS_CERT": ("/run/cert.pem", "/run/cert.pem"),
     "NATS_KEY": ("/run/key.pem", "/run/key.pem"),
@@ -151,6 +154,26 @@ def test_reply_prefixes_follow_the_subject_root(monkeypatch: pytest.MonkeyPatch)
     settings = Settings.load()
     assert settings.reply_prefixes == ("_INBOX.", "team-a.reply.")
     assert settings.subjects.request(Task.TEXT_TO_IMAGE) == "team-a.request.text_to_image"
+
+
+@pytest.mark.parametrize(
+    ("changed", "credentials"),
+    [
+        ({}, ("w.creds", "w.seed", "_INBOX_w")),
+        ({"NATS_ENDPOINTS_INBOX_PREFIX": "_INBOX_e"}, ("w.creds", "w.seed", "_INBOX_e")),
+        ({"NATS_ENDPOINTS_NKEY_SEED": "e.seed"}, ("None", "e.seed", "_INBOX_w")),
+        ({"NATS_ENDPOINTS_CREDS": "e.creds"}, ("e.creds", "None", "_INBOX_w")),
+    ],
+)
+def test_endpoints_connect_as_the_worker_unless_they_have_a_user_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], credentials: tuple[str, str, str]
+) -> None:
+    worker = {"NATS_CREDS": "w.creds", "NATS_NKEY_SEED": "w.seed", "NATS_INBOX_PREFIX": "_INBOX_w"}
+    for name, value in {**worker, **changed}.items():
+        monkeypatch.setenv(name, value)
+    found = Settings.load().endpoints
+    used = (found.nats_creds, found.nats_nkey_seed, found.nats_inbox_prefix)
+    assert tuple(map(str, used)) == credentials
 
 
 def test_inputs_may_be_read_below_the_own_prefix_alone(monkeypatch: pytest.MonkeyPatch) -> None:

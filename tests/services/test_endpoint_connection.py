@@ -1,0 +1,38 @@
+"""The second connection of a worker, which calls, cancellations and `$SRV` are answered over."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from consumer.devstack import DevStack
+from tests.faults.scene import Scene
+from tests.faults.seen import readiness
+
+SUCCEEDED = "generation.v1.succeeded"
+
+
+async def test_a_worker_that_loses_its_endpoints_for_good_finishes_its_request_and_ends(
+    tmp_path: Path,
+) -> None:
+    """The server refuses them after a restart: theirs is the connection with many subscriptions."""
+    stack = DevStack(tmp_path / "stack", persist=False)
+    async with AsyncExitStack() as parts:
+        parts.enter_context(stack)
+        scene = Scene(stack, tmp_path, parts)
+        await scene.open()
+        worker = await scene.start("held_in_run")
+        request_id = await scene.submit()
+        await scene.noted("run")
+        stack.nats.kill()
+        stack.nats._config = "max_subscriptions: 8"
+        stack.nats.start()
+        await asyncio.to_thread(stack.nats.wait_ready)
+        await scene.logged(worker, "endpoints_lost")
+        await scene.logged(worker, "bus_reconnected")
+        status, conditions = await readiness(worker)
+        assert status == 503
+        assert (conditions["bus"], conditions["daemon"]) == ("not connected", "draining")
+        (tmp_path / "run.go").touch()
+        assert await scene.ended(worker) == 69
+        event = await scene.event(request_id)
+        assert (event["type"], event["attempt"]) == (SUCCEEDED, 1)
