@@ -105,7 +105,7 @@ class GenerationClient:
     async def __aenter__(self) -> Self:
         if not isinstance(self._server, Client):
             self._client = await _connect(self._server, self._options)
-            self._parts.push_async_callback(self._client.close)
+            self._parts.push_async_callback(_close, self._client)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -415,6 +415,11 @@ async def _connect(servers: str, options: dict[str, Any]) -> Client:
     except (Error, OSError, TimeoutError) as error:
         reason = str(error) or type(error).__name__
         raise ServiceUnavailable(f"NATS: cannot connect: {reason}") from None
+
+
+async def _close(client: Client) -> None:
+    with suppress(OSError):  # nats-py writes what is left, also where the connection is lost
+        await client.close()
 
 
 async def _leave(_: Exception) -> None:

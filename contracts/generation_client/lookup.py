@@ -33,6 +33,7 @@ LOOKUP_TIMEOUT = 5.0  # seconds
 AnyEvent = StartedEvent | ProgressEvent | SucceededEvent | FailedEvent | CancelledEvent
 ResultEvent = SucceededEvent | FailedEvent | CancelledEvent
 
+_TRANSIENT = {"generation.v1.started", "generation.v1.progress"}  # a result does not depend on them
 _REFUSED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
 
@@ -130,10 +131,11 @@ def _raise_if_newer(body: bytes, task: Task, request_id: str, error: ValidationE
         value = json.loads(body)
     except ValueError:
         return
-    if not isinstance(value, dict) or not str(value.get("type")).startswith("generation."):
+    kind = str(value.get("type")) if isinstance(value, dict) else ""
+    if not kind.startswith("generation.") or kind in _TRANSIENT:
         return
     if (value.get("task", task), value.get("request_id", request_id)) != (task, request_id):
         return
     # The first name is the type, by which pydantic has chosen the class.
     where = ".".join(str(part) for part in error.errors(include_input=False)[0]["loc"][1:])
-    raise UnsupportedMessage(value["type"], body, where)
+    raise UnsupportedMessage(kind, body, where)
