@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from consumer.apply import CONNECT_WITHIN
 from consumer.bus.connection import Bus, connect
+from consumer.bus.endpoint_connection import connect_endpoints
 from consumer.composition import make_artifacts, make_runner, make_topology
 from consumer.ports import (
     DeviceLost,
@@ -105,9 +106,19 @@ async def _bus(settings: Settings) -> list[Finding]:
         return [Finding("nats", str(error), EXIT_UNAVAILABLE)]
     try:
         version = bus.client.connected_server_version
-        return [Finding("nats", f"connected, server {version}"), await _streams(settings, bus)]
+        connected = Finding("nats", f"connected, server {version}")
+        return [connected, await _endpoints(settings), await _streams(settings, bus)]
     finally:
         await bus.close()
+
+
+async def _endpoints(settings: Settings) -> Finding:
+    async def look() -> str:
+        bus = await connect_endpoints(settings, Unwatched(), within=CONNECT_WITHIN)
+        await bus.close()
+        return "connected"
+
+    return await _tried("endpoints", look)
 
 
 async def _streams(settings: Settings, bus: Bus) -> Finding:

@@ -77,6 +77,7 @@ def make_front_door(
     settings: Settings,
     bus: Bus,
     *,
+    endpoints: Bus,
     durables: Mapping[Task, str],
     events: JetStreamEvents,
     artifacts: ObjectStoreArtifacts,
@@ -89,7 +90,8 @@ def make_front_door(
 
     Args:
         settings: All of them.
-        bus: A connection.
+        bus: The connection that results are stored over.
+        endpoints: The connection that messages are answered over; see `connect_endpoints`.
         durables: Names of the durables, by task.
         events: The way to the bus.
         artifacts: The object store.
@@ -129,8 +131,9 @@ def make_front_door(
         cancel=cancellation.cancel,
         withdraw=withdraw,
         observer=observer,
+        worker_inboxes=f"{settings.nats_inbox_prefix}.",
     )
-    return FrontDoor(bus, settings.subjects, backend)
+    return FrontDoor(endpoints, settings.subjects, backend)
 
 
 def make_runner(settings: Settings) -> Runner:

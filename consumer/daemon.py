@@ -16,6 +16,7 @@ import structlog
 from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
 from consumer.bus.connection import Bus, connect
 from consumer.bus.delivery import Custody, JetStreamDelivery
+from consumer.bus.endpoint_connection import connect_endpoints
 from consumer.bus.notes import Notes
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
@@ -137,7 +138,7 @@ class Daemon:
             loading = self.inference.call(runner.load)
             parts.callback(loading.cancel)
             standby = await self._start_standby(parts)
-            bus = await self._connect(parts)
+            bus, endpoints = await self._connect(parts)
             artifacts = make_artifacts(self._settings, self._watch)
             parts.push_async_callback(artifacts.close)
             await self._look_at_store(artifacts)
@@ -154,6 +155,7 @@ class Daemon:
             door = make_front_door(
                 self._settings,
                 bus,
+                endpoints=endpoints,
                 durables=topology.durables(self._task),
                 events=events,
                 artifacts=artifacts,
@@ -171,6 +173,7 @@ class Daemon:
             self._health.durable_present = lambda: pull.attached
             self._pull, self._execution = pull, execution
             self._beside(self._watch_store(artifacts, execution), "watch-store", parts)
+            self._beside(self._watch_endpoints(endpoints), "watch-endpoints", parts)
             await self._watch_advisories(topology, custody, execution, parts)
             log.info(
                 "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
@@ -200,12 +203,15 @@ class Daemon:
         notes = Notes(bus, self._settings.subjects, self._task)
         return Custody(bus, durable.ack_wait, notes, standby)
 
-    async def _connect(self, parts: AsyncExitStack) -> Bus:
+    async def _connect(self, parts: AsyncExitStack) -> tuple[Bus, Bus]:
+        """Open the connection for deliveries and results, and the one for the endpoints."""
         name = f"generation {self._settings.consumer_worker}"
         bus = await connect(self._settings, name=name, within=CONNECT_WITHIN)
         parts.push_async_callback(bus.close)
-        self._health.bus_connected = lambda: bus.connected
-        return bus
+        endpoints = await connect_endpoints(self._settings, self._watch, within=CONNECT_WITHIN)
+        parts.push_async_callback(endpoints.close)
+        self._health.bus_connected = lambda: bus.connected and endpoints.connected
+        return bus, endpoints
 
     def _make_execution(
         self,
@@ -261,6 +267,14 @@ class Daemon:
                 await artifacts.reachable()
             except Exception as error:  # noqa: BLE001 - a look at the store must not end the daemon
                 log.warning("store_check_failed", error=type(error).__name__)
+
+    async def _watch_endpoints(self, endpoints: Bus) -> None:
+        await endpoints.closed.wait()
+        # The worker can still store results: what runs is finished, for the next process to begin
+        # with the rest.
+        log.error("endpoints_lost", reason=endpoints.last_error[:200])
+        self._code = self._code or EXIT_UNAVAILABLE
+        self._drain()
 
     async def _watch_advisories(
         self, topology: Topology, custody: Custody, execution: Execution, parts: AsyncExitStack
@@ -348,17 +362,22 @@ class Daemon:
     def _on_signal(self, number: signal.Signals) -> None:
         self._signals += 1
         log.info("signal", name=signal.Signals(number).name, times=self._signals)
+        if self._execution is not None and self._signals > 1:
+            self._end_after(0.0, FORCE_AFTER)
+        else:
+            self._drain()
+
+    def _drain(self) -> None:
+        """Take no more requests, and end once those that were begun have ended."""
         self._health.draining = True
         if self._life is None:
             return
         if self._execution is None or self._pull is None:
             self._cancel(self._life)  # still starting: nothing has been taken
-        elif self._signals == 1:
-            self._pull.stop()
-            self._execution.give_back_what_waits()
-            self._end_after(self._settings.consumer_drain_grace, PATIENCE + FORCE_AFTER)
-        else:
-            self._end_after(0.0, FORCE_AFTER)
+            return
+        self._pull.stop()
+        self._execution.give_back_what_waits()
+        self._end_after(self._settings.consumer_drain_grace, PATIENCE + FORCE_AFTER)
 
     def _end_after(self, grace: float, patience: float) -> None:
         if self._execution is None or self._life is None:

@@ -103,6 +103,13 @@ class Settings(BaseSettings):
     nats_inbox_prefix: Annotated[str, Field(pattern=SUBJECT_PATTERN, max_length=64)] = Field(
         default="_INBOX", description="what the user's own inboxes begin with"
     )
+    nats_endpoints_creds: Path | None = Field(
+        default=None, description="for the connection of the endpoints; unset: as the others"
+    )
+    nats_endpoints_nkey_seed: Path | None = Field(default=None, description="the same")
+    nats_endpoints_inbox_prefix: (
+        Annotated[str, Field(pattern=SUBJECT_PATTERN, max_length=64)] | None
+    ) = Field(default=None, description="the same; unset: NATS_INBOX_PREFIX")
     nats_replicas: Annotated[int, Field(ge=1, le=5)] | None = Field(
         default=None,
         description="copies of each stream, for `apply`; unset: one, or as they are",
@@ -239,6 +246,17 @@ class Settings(BaseSettings):
     def subjects(self) -> Subjects:
         """The subjects under the configured root."""
         return Subjects(self.consumer_subject_root)
+
+    @property
+    def endpoints(self) -> Self:
+        """The settings of the connection that answers calls: its own user, if it has one."""
+        changed: dict[str, Any] = {}
+        if self.nats_endpoints_creds is not None or self.nats_endpoints_nkey_seed is not None:
+            changed["nats_creds"] = self.nats_endpoints_creds
+            changed["nats_nkey_seed"] = self.nats_endpoints_nkey_seed
+        if self.nats_endpoints_inbox_prefix is not None:
+            changed["nats_inbox_prefix"] = self.nats_endpoints_inbox_prefix
+        return self.model_copy(update=changed)
 
     @property
     def input_prefixes(self) -> tuple[str, ...]:

@@ -73,6 +73,9 @@ class _Client(Client):
 class Bus:
     """A connection and what can be seen of it.
 
+    Args:
+        client: Another client than the usual one, not connected yet.
+
     Attributes:
         client: The nats-py client.
         jetstream: Its JetStream context.
@@ -81,8 +84,8 @@ class Bus:
             has to end.
     """
 
-    def __init__(self) -> None:
-        self.client = _Client()
+    def __init__(self, client: Client | None = None) -> None:
+        self.client = client or _Client()
         self.jetstream: JetStreamContext = self.client.jetstream(timeout=API_TIMEOUT)
         self.closed = asyncio.Event()
         self.last_error = ""

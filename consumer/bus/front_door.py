@@ -5,6 +5,9 @@ stored, never with a result; and the caller's inbox is nowhere in the message th
 So this is a NATS micro service on subjects of its own. It checks a request, stores it with the
 inbox in a header, and says nothing: whichever worker ends the request answers the inbox. What is
 wrong is answered at once, with a failed event.
+
+Answers go to the subject that the sender names, so it is checked before anything is done: a message
+with a reply subject that is not allowed has no effect and gets no answer.
 """
 
 import asyncio
@@ -27,6 +30,8 @@ from pydantic_core import from_json
 
 from consumer import job as outcomes
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.bus.endpoint_connection import SERVICE, RefusedReplies, is_reply_subject
+from consumer.bus.semantic_version import semantic_version
 from consumer.job import Outcome, decide
 from consumer.ports import Grip, Observer, Unavailable, UnsupportedParameter
 from generation_client import QueueFull, RequestTooLarge, ServiceUnavailable, submit
@@ -40,7 +45,6 @@ from generation_contracts import (
     Request,
     Subjects,
     Task,
-    UnsafeReplySubject,
     check_slip,
     decode_request,
     encode,
@@ -58,7 +62,6 @@ from generation_contracts.subjects import is_request_id
 
 log = structlog.get_logger()
 
-SERVICE = "generation"
 EMPTY_WITHIN = 2.0  # seconds, at the end, for calls that have come; one takes a millisecond
 CANCELLATIONS = 64  # at the same time; each may wait a second for a worker's word
 
@@ -71,11 +74,12 @@ class Backend:
         task: What calls are for.
         worker: Name of this process in the events that it answers with.
         model: Shown by `nats micro info`.
-        reply_prefixes: What an inbox may begin with.
+        reply_prefixes: What the inbox of a call or a cancellation may begin with.
         check: Says whether the model can do what is asked; raises UnsupportedParameter.
         cancel: Cancels a request by its id, wherever it is.
         withdraw: Stops a request that this worker has; None when it has not.
         observer: Told of each call that is refused, and why.
+        worker_inboxes: What the inbox of an interrupt begins with: workers send them.
     """
 
     task: Task
@@ -86,13 +90,14 @@ class Backend:
     cancel: Callable[[str], Awaitable[CancelReply]]
     withdraw: Callable[[str], Awaitable[Grip | None]]
     observer: Observer
+    worker_inboxes: str = "_INBOX."
 
 
 class FrontDoor:
     """The service of one daemon; all daemons of a task share its calls, and all of them the rest.
 
     Args:
-        bus: A connection.
+        bus: A connection for nothing else; see `connect_endpoints`.
         subjects: Where calls come in, and where requests go.
         backend: What is behind the door.
     """
@@ -105,6 +110,7 @@ class FrontDoor:
         self._interrupts: Subscription | None = None
         self._cancelling: set[asyncio.Task[None]] = set()
         self._places = asyncio.Semaphore(CANCELLATIONS)
+        self._refused = RefusedReplies(backend.observer)
 
     async def start(self) -> None:
         """Listen.
@@ -122,7 +128,7 @@ class FrontDoor:
                 self._bus.client,
                 ServiceConfig(
                     name=SERVICE,
-                    version=version("generation-consumer"),
+                    version=semantic_version(version("generation-consumer")),
                     description="Pictures from texts, texts about pictures",
                     metadata=_texts(worker=self._backend.worker, task=task, **model.model_dump()),
                 ),
@@ -134,7 +140,7 @@ class FrontDoor:
                 metadata={"request": json.dumps(json_schemas()[_TITLES[task]])},
             )
             await self._service.add_endpoint(
-                name="cancel", subject=self._subjects.cancels, handler=self._cancel
+                name="cancel", subject=self._subjects.cancels, handler=self._cancel_if_allowed
             )
             # Its own answer says that the server has all of these subscriptions.
             async with self._bus.question(API_TIMEOUT):
@@ -173,6 +179,12 @@ class FrontDoor:
             log.warning("calls_may_be_lost")  # the bus is away, or they were too many
         endpoints.clear()
 
+    def _may_answer(self, reply: str, prefixes: tuple[str, ...], *, asked: str) -> bool:
+        if is_reply_subject(reply, prefixes, self._subjects):
+            return True
+        self._refused.add(reply, asked=asked)
+        return False
+
     # -- calls ------------------------------------------------------------------------------------
 
     async def _call(self, call: Call) -> None:
@@ -180,11 +192,13 @@ class FrontDoor:
         inbox = call._msg.reply  # noqa: SLF001 - nats-py gives no other way to it
         if not inbox:
             return  # nobody waits for an answer: it was published, and belongs to another subject
+        if not self._may_answer(inbox, self._backend.reply_prefixes, asked="call"):
+            return
         headers = call.headers or {}
         request_id = _id_of(call.data, headers)
         digest = digest_of_bytes(call.data)
         try:
-            request = self._admitted(call.data, request_id, inbox)
+            request = self._admitted(call.data, request_id)
             digest = request_digest(request)
             await submit(
                 self._bus.client,
@@ -209,15 +223,11 @@ class FrontDoor:
             )
             await self._answer(inbox, event)
 
-    def _admitted(self, body: bytes, request_id: str, inbox: str) -> Request:
+    def _admitted(self, body: bytes, request_id: str) -> Request:
         request = decode_request(self._backend.task, body)
         check_slip(request)
         if request.reply_to is not None:
             raise InvalidRequest("reply_to: a call is answered on its inbox")
-        try:
-            self._subjects.check_reply(inbox, self._backend.reply_prefixes)
-        except UnsafeReplySubject as error:
-            raise InvalidRequest(str(error)) from None
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
             raise _Expired
         self._backend.check(request)
@@ -241,6 +251,11 @@ class FrontDoor:
             log.warning("call_not_answered", error=type(error).__name__)
 
     # -- cancellation -----------------------------------------------------------------------------
+
+    async def _cancel_if_allowed(self, call: Call) -> None:
+        inbox = call._msg.reply  # noqa: SLF001 - as above
+        if not inbox or self._may_answer(inbox, self._backend.reply_prefixes, asked="cancel"):
+            await self._cancel(call)
 
     async def _cancel(self, call: Call) -> None:
         # In a task of its own: it may wait a second for a worker, and the next caller must not.
@@ -267,6 +282,9 @@ class FrontDoor:
             await _refuse(call, inbox, "500", "the worker failed on this cancellation")
 
     async def _interrupt(self, message: Msg) -> None:
+        prefixes = (self._backend.worker_inboxes,)
+        if message.reply and not self._may_answer(message.reply, prefixes, asked="interrupt"):
+            return
         request_id = message.subject.rpartition(".")[2]
         grip = await self._backend.withdraw(request_id)
         if grip is not None and message.reply:
