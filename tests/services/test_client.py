@@ -411,3 +411,16 @@ async def test_an_answer_to_a_cancellation_that_is_none(
     async with client_of(scene) as client:
         with pytest.raises(error, match=said):
             await client.cancel("a")
+
+
+async def test_a_calls_message_id_cannot_be_occupied(scene: Scene) -> None:
+    """A caller with a known inbox and a known id gets its answer all the same."""
+    await scene.start()
+    inbox, request = "_INBOX.known", {"prompt": "a", "request_id": "known"}
+    for guess in (f"{scene.task}.known.{inbox}", f"{scene.task}.known", f"known.{inbox}", "known"):
+        await scene.publish({**request, "request_id": "other"}, {"Nats-Msg-Id": guess})
+    answers = await scene.sender.subscribe(inbox)
+    subject = scene.subjects.call(scene.task)
+    await scene.sender.publish(subject, json.dumps(request).encode(), reply=inbox)
+    answer = json.loads((await answers.next_msg(WITHIN)).data)
+    assert (answer["type"], answer["request_id"]) == ("generation.v1.succeeded", "known")
