@@ -3,13 +3,15 @@
     python docs/chain_by_hand.py nats://127.0.0.1:4222
 
 It does by hand what `then` does inside the workers. It reads the stream of results with a durable
-consumer of its own, so it misses none while it is away; a request that is published twice after a
-crash has the same id and is dropped.
+consumer of its own, so it misses none while it is away. A request that is published twice after a
+crash has the same id: the second one is not run. It has no `Nats-Msg-Id`: a sender who guesses that
+header publishes first, and the server drops this request as a duplicate.
 """
 
 import asyncio
 import json
 import sys
+from typing import Any
 
 import nats
 from nats.errors import TimeoutError as NothingNew
@@ -29,16 +31,26 @@ async def main(server: str, question: str = "Describe this picture.") -> None:
             (message,) = await results.fetch(1, timeout=5)
         except NothingNew:
             continue
-        event = json.loads(message.data)
-        if event["type"] == "generation.v1.succeeded":
+        event = succeeded(message.data, message.subject.rpartition(".")[2])
+        if event is not None:
             request_id = f"{event['request_id'][:54]}-described"
             images = [{"bucket": one["bucket"], "key": one["key"]} for one in event["outputs"]]
             await jetstream.publish(
                 f"{ROOT}.request.image_to_text.{request_id}",
                 json.dumps({"prompt": question, "images": images}).encode(),
-                headers={"Nats-Msg-Id": request_id},
             )
         await message.ack_sync()
+
+
+def succeeded(body: bytes, request_id: str) -> dict[str, Any] | None:
+    """Return the event of a request that has succeeded; None for all else, also for junk."""
+    try:
+        event: Any = json.loads(body)
+    except ValueError:
+        return None
+    if not isinstance(event, dict) or event.get("request_id") != request_id:
+        return None
+    return event if event.get("type") == "generation.v1.succeeded" else None
 
 
 if __name__ == "__main__":

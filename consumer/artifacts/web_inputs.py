@@ -26,7 +26,54 @@ MAX_REDIRECTS = 3
 MAX_URL = 2_048  # characters
 _HTTPS = 443
 _URL = re.compile(r"https://[!-~]+\Z")  # printable ASCII without spaces
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+# What is not a host of the public network, by the IANA registries of special-purpose addresses and
+# the clouds' documentation.
+_SPECIAL_IPV4 = tuple(
+    map(
+        ipaddress.IPv4Network,
+        (
+            "0.0.0.0/8",  # this network (RFC 791)
+            "10.0.0.0/8",  # private (RFC 1918)
+            "100.64.0.0/10",  # shared (RFC 6598); Alibaba's metadata, 100.100.100.200
+            "127.0.0.0/8",  # loopback (RFC 1122)
+            "169.254.0.0/16",  # link-local (RFC 3927); metadata of most clouds
+            "172.16.0.0/12",  # private (RFC 1918)
+            "192.0.0.0/24",  # protocol assignments (RFC 6890); Oracle's metadata, 192.0.0.192
+            "192.0.2.0/24",  # documentation (RFC 5737)
+            "192.31.196.0/24",  # AS112 (RFC 7535)
+            "192.52.193.0/24",  # multicast tunnels (RFC 7450)
+            "192.88.99.0/24",  # 6to4 relays (RFC 7526)
+            "192.168.0.0/16",  # private (RFC 1918)
+            "192.175.48.0/24",  # AS112 (RFC 7534)
+            "198.18.0.0/15",  # benchmarks (RFC 2544)
+            "198.51.100.0/24",  # documentation (RFC 5737)
+            "203.0.113.0/24",  # documentation (RFC 5737)
+            "224.0.0.0/4",  # multicast (RFC 5771)
+            "240.0.0.0/4",  # reserved, and broadcast (RFC 1112)
+            "168.63.129.16/32",  # Azure's platform, which answers every virtual machine
+        ),
+    )
+)
+# All that IANA has given out for global unicast. Outside are loopback, unique-local, link-local
+# and site-local addresses, multicast, and the ways to write or to reach an IPv4 address: mapped,
+# compatible, translated (RFC 2765) and both prefixes of NAT64 (RFC 6052, RFC 8215).
+_GLOBAL_IPV6 = ipaddress.IPv6Network("2000::/3")
+_SPECIAL_IPV6 = tuple(
+    map(
+        ipaddress.IPv6Network,
+        (
+            "2001::/23",  # protocol assignments (RFC 2928): Teredo, ORCHID, benchmarks and others
+            "2001:db8::/32",  # documentation (RFC 3849)
+            "2002::/16",  # 6to4 (RFC 3056): an IPv4 address inside
+            "2620:4f:8000::/48",  # AS112 (RFC 7534)
+            "3fff::/20",  # documentation (RFC 9637)
+        ),
+    )
+)
+# The upper half of an ISATAP interface identifier (RFC 5214); the lower half is an IPv4 address.
+_ISATAP = 0x0000_5EFE
+_ISATAP_MASK = 0xFDFF_FFFF  # without the bit that says whether the IPv4 address is unique
 _REDIRECTS = frozenset(
     {
         HTTPStatus.MOVED_PERMANENTLY,
@@ -41,8 +88,19 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address, and every other one that it stands for, is in nobody's own network."""
-    return all(one.is_global and not one.is_multicast for one in _meant(address))
+    """Whether an address is a host's in the public network, and embeds no other address.
+
+    An IPv6 address that stands for an IPv4 address is refused whatever that is: where it leads is
+    decided by the network's own translators.
+    """
+    if isinstance(address, ipaddress.IPv4Address):
+        return not any(address in network for network in _SPECIAL_IPV4)
+    return (
+        address in _GLOBAL_IPV6
+        and address.scope_id is None
+        and not any(address in network for network in _SPECIAL_IPV6)
+        and (int(address) >> 32) & _ISATAP_MASK != _ISATAP
+    )
 
 
 def resolved(host: str, port: int) -> list[Address]:
@@ -147,14 +205,3 @@ def _content(response: BaseHTTPResponse, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise InputUnavailable(f"the image has more than {max_bytes} bytes")
     return data
-
-
-def _meant(address: Address) -> list[Address]:
-    """An address, and the IPv4 ones that it is another way to write or to reach."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return [address]
-    inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    if address in _NAT64:
-        inner.append(ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF))
-    mapped = address.ipv4_mapped is not None  # says nothing itself
-    return [*([] if mapped else [address]), *(one for one in inner if one is not None)]

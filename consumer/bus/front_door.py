@@ -237,8 +237,9 @@ class FrontDoor:
 
     def _sent_with(self, request_id: str, inbox: str, headers: Mapping[str, str]) -> dict[str, str]:
         # Two callers with one request both wait for an answer, so both requests are stored; the
-        # second is not run, only answered.
-        sent = {MESSAGE_ID: f"{self._backend.task}.{request_id}.{inbox}", REPLY_TO: inbox}
+        # second is not run, only answered. The message id is random: with one that can be guessed,
+        # another sender could have it stored before, and the call would be dropped as a duplicate.
+        sent = {MESSAGE_ID: f"{request_id}.{uuid4().hex}", REPLY_TO: inbox}
         if TRACE_PARENT in headers:
             sent[TRACE_PARENT] = headers[TRACE_PARENT]
         return sent

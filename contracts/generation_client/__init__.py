@@ -5,7 +5,7 @@ async with GenerationClient("nats://127.0.0.1:4222") as client:
     picture = await client.download(result.outputs[0])
 """
 
-from generation_client.client import AnyEvent, GenerationClient, new_request_id, task_of
+from generation_client.client import GenerationClient, new_request_id, task_of
 from generation_client.errors import (
     DownloadFailed,
     GenerationError,
@@ -16,7 +16,9 @@ from generation_client.errors import (
     RequestIdTaken,
     RequestTooLarge,
     ServiceUnavailable,
+    UnsupportedMessage,
 )
+from generation_client.lookup import AnyEvent
 from generation_client.submitting import submit
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "RequestIdTaken",
     "RequestTooLarge",
     "ServiceUnavailable",
+    "UnsupportedMessage",
     "new_request_id",
     "submit",
     "task_of",

@@ -2,25 +2,36 @@
 
 import asyncio
 import hashlib
+import json
+import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import Any, Self
 
 import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error, NoRespondersError
-from nats.js.errors import NotFoundError
 from pydantic import ValidationError
 
 from generation_client.errors import (
     DownloadFailed,
+    GenerationError,
     NoWorker,
     RequestCancelled,
     RequestFailed,
     RequestIdTaken,
     ServiceUnavailable,
+    UnsupportedMessage,
+)
+from generation_client.lookup import (
+    AnyEvent,
+    NoAnswer,
+    ResultEvent,
+    read_event,
+    refusal,
+    stored_result,
 )
 from generation_client.submitting import submit
 from generation_contracts import (
@@ -29,9 +40,7 @@ from generation_contracts import (
     FailedEvent,
     ImageArtifact,
     ImageToTextRequest,
-    ProgressEvent,
     Request,
-    StartedEvent,
     Subjects,
     SucceededEvent,
     Task,
@@ -39,8 +48,6 @@ from generation_contracts import (
     TextToImageRequest,
     check_slip,
     decode_cancel_reply,
-    decode_event,
-    decode_result,
     encode,
     request_digest,
 )
@@ -49,12 +56,9 @@ from generation_contracts.requests import digest_of_bytes
 
 CONNECT_WITHIN = 30.0  # seconds; nats-py itself would try a failing TLS handshake for ever
 LOOK_EVERY = 2.0  # seconds; a result whose announcement was missed is found in the stream
-LOOK_TIMEOUT = 5.0  # seconds for one look
+MAX_OUTAGE = 120.0  # seconds
 CANCEL_WITHIN = 10.0  # seconds for the answer to a cancellation
 DOWNLOAD_WITHIN = 60.0  # seconds for one output
-
-AnyEvent = StartedEvent | ProgressEvent | SucceededEvent | FailedEvent | CancelledEvent
-ResultEvent = SucceededEvent | FailedEvent | CancelledEvent
 
 
 def new_request_id() -> str:
@@ -70,12 +74,15 @@ def task_of(request: Request) -> Task:
 class GenerationClient:
     """Sends requests and collects what becomes of them; an asynchronous context manager.
 
-    Whatever it waits for survives a lost connection: it connects again for ever, and a result that
-    was published meanwhile is found in the stream.
+    Whatever it waits for survives a lost connection: it connects again, and a result that was
+    published meanwhile is found in the stream. After `max_outage` the waiting call raises; the
+    client still connects again, and the result can be collected later.
 
     Args:
         server: URLs, comma-separated, or a connected nats-py client, which is left open.
         root: The installation's subject root.
+        max_outage: Seconds without an answer of the results stream after which a call that waits
+            for a result raises ServiceUnavailable; None never does.
         options: For `nats.connect`: user_credentials, nkeys_seed, tls, …
     """
 
@@ -84,18 +91,21 @@ class GenerationClient:
         server: str | Client = "nats://127.0.0.1:4222",
         *,
         root: str = "generation",
+        max_outage: float | None = MAX_OUTAGE,
         **options: Any,
     ) -> None:
         self._server = server
         self._subjects = Subjects(root)
+        self._max_outage = max_outage
         self._options = options
+        self._secret = secrets.token_bytes(32)  # of the ids that requests are deduplicated by
         self._parts = AsyncExitStack()
         self._client: Client | None = server if isinstance(server, Client) else None
 
     async def __aenter__(self) -> Self:
         if not isinstance(self._server, Client):
             self._client = await _connect(self._server, self._options)
-            self._parts.push_async_callback(self._client.close)
+            self._parts.push_async_callback(_close, self._client)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -158,6 +168,7 @@ class GenerationClient:
             QueueFull, RequestTooLarge, ServiceUnavailable: See `submit`.
             RequestIdTaken: The id was used before, for something else.
             RequestFailed, RequestCancelled: It has ended otherwise.
+            UnsupportedMessage: Its result is of a later version of the contract.
         """
         async with aclosing(self.events(request)) as events:
             async for event in events:
@@ -173,6 +184,8 @@ class GenerationClient:
         Raises:
             QueueFull, RequestTooLarge, ServiceUnavailable: See `submit`.
             RequestIdTaken: The id was used before, for something else.
+            UnsupportedMessage: Its result is of a later version of the contract. News of a later
+                version are skipped.
         """
         request = _identified(request)
         task, request_id = task_of(request), str(request.request_id)
@@ -192,7 +205,8 @@ class GenerationClient:
 
         Returns:
             Its id: its own, or a new one. With it the result can be collected later, also by
-            another process; to submit it again is harmless.
+            another process. To submit it again is harmless: this client's second submit is not
+            stored, and one of another client is answered and not run.
 
         Raises:
             QueueFull: The stream is full.
@@ -202,7 +216,8 @@ class GenerationClient:
         """
         check_slip(request)
         request = _identified(request)
-        await submit(self._connected, self._subjects, task_of(request), request)
+        client, task = self._connected, task_of(request)
+        await submit(client, self._subjects, task, request, secret=self._secret)
         return str(request.request_id)
 
     async def result(
@@ -217,14 +232,14 @@ class GenerationClient:
 
         Raises:
             TimeoutError: None so far.
-            ServiceUnavailable: The connection is closed for good.
+            ServiceUnavailable: The results cannot be read: no stream, no permission, the connection
+                is closed for good or was lost for longer than `max_outage`.
+            UnsupportedMessage: The result is of a later version of the contract.
         """
         task = Task(task)
-        async with asyncio.timeout(within or None) as limit:
-            if (found := await self._stored(task, request_id)) is not None:
-                return found
-            if within == 0:
-                limit.reschedule(0.0)
+        if within == 0:
+            return await self._only_look(task, request_id)
+        async with asyncio.timeout(within):
             async with self._listening(task, request_id) as events:
                 async for event in events:
                     if isinstance(event, TerminalEvent):
@@ -241,18 +256,20 @@ class GenerationClient:
         Raises:
             NoWorker: No worker is there to see to it.
             ServiceUnavailable: It cannot be done now.
+            UnsupportedMessage: The answer is of a later version of the contract.
         """
+        subject = self._subjects.cancel(request_id)
         try:
-            answer = await self._connected.request(
-                self._subjects.cancel(request_id), b"", timeout=CANCEL_WITHIN
-            )
-            return decode_cancel_reply(answer.data)
+            answer = await self._connected.request(subject, b"", timeout=CANCEL_WITHIN)
         except NoRespondersError:
             raise NoWorker("there is no worker to cancel it") from None
         except (Error, OSError) as error:
-            raise ServiceUnavailable(f"NATS: no answer: {type(error).__name__}") from None
+            reason = refusal(self._connected, subject) or f"NATS: no answer: {type(error).__name__}"
+            raise ServiceUnavailable(reason) from None
+        try:
+            return decode_cancel_reply(answer.data)
         except ValidationError:
-            raise ServiceUnavailable("the cancellation was refused") from None
+            raise _refused_or_newer(answer.data) from None
 
     async def ended(self, request_id: str, *, within: float | None = None) -> str:
         """Wait for the end of a request of either task.
@@ -304,62 +321,84 @@ class GenerationClient:
             raise ServiceUnavailable("not connected: use `async with GenerationClient(…)`")
         return self._client
 
+    async def _only_look(self, task: Task, request_id: str) -> ResultEvent:
+        try:
+            found = await stored_result(self._connected, self._subjects, task, request_id)
+        except NoAnswer as error:
+            raise ServiceUnavailable(f"NATS: {error}") from None
+        if found is None:
+            raise TimeoutError
+        return found
+
     @asynccontextmanager
     async def _listening(
         self, task: Task, request_id: str, *, news: bool = False
     ) -> AsyncIterator[AsyncIterator[AnyEvent]]:
         """Events of one request, up to and with its terminal one. Listen first, then submit."""
-        received: asyncio.Queue[AnyEvent] = asyncio.Queue()
+        received: asyncio.Queue[AnyEvent | UnsupportedMessage] = asyncio.Queue()
 
-        async def take(message: Msg) -> None:
+        async def take_result(message: Msg) -> None:
             try:
-                received.put_nowait(decode_event(message.data))
-            except ValidationError:
-                return  # of a later version, or not ours
+                event = read_event(message.data, task, request_id)
+            except UnsupportedMessage as newer:
+                received.put_nowait(newer)
+                return
+            if isinstance(event, TerminalEvent):
+                received.put_nowait(event)
 
-        subjects = [self._subjects.result(task, request_id)]
-        if news:
-            subjects.append(self._subjects.progress(task, request_id))
+        async def take_news(message: Msg) -> None:
+            with suppress(UnsupportedMessage):  # the result does not depend on it
+                event = read_event(message.data, task, request_id)
+                if event is not None and not isinstance(event, TerminalEvent):
+                    received.put_nowait(event)
+
+        # The result last: the connection keeps the last refusal only, and news may be forbidden.
+        subjects = [(self._subjects.progress(task, request_id), take_news)] if news else []
+        subjects.append((self._subjects.result(task, request_id), take_result))
         client = self._connected
         try:
-            listening = [await client.subscribe(subject, cb=take) for subject in subjects]
+            listening = [await client.subscribe(subject, cb=take) for subject, take in subjects]
         except (Error, OSError) as error:
             raise ServiceUnavailable(f"NATS: {type(error).__name__}") from None
         try:
-            yield self._heard(task, request_id, received)
+            # A request that is sent now has no result yet.
+            yield self._heard(task, request_id, received, wait=LOOK_EVERY if news else 0.0)
         finally:
             if not client.is_closed:
                 for subscription in listening:
                     await subscription.unsubscribe()
 
     async def _heard(
-        self, task: Task, request_id: str, received: "asyncio.Queue[AnyEvent]"
+        self,
+        task: Task,
+        request_id: str,
+        received: "asyncio.Queue[AnyEvent | UnsupportedMessage]",
+        *,
+        wait: float,
     ) -> AsyncIterator[AnyEvent]:
-        while not self._connected.is_closed:
-            event: AnyEvent | None
+        client, now = self._connected, asyncio.get_running_loop().time
+        answered = now()
+        while not client.is_closed:
+            event: AnyEvent | UnsupportedMessage | None = None
             try:
-                event = await asyncio.wait_for(received.get(), LOOK_EVERY)
+                event = await asyncio.wait_for(received.get(), wait)
             except TimeoutError:
-                event = await self._stored(task, request_id)
+                try:
+                    event = await stored_result(client, self._subjects, task, request_id)
+                    answered = now()
+                except NoAnswer as error:
+                    if self._max_outage is not None and now() - answered > self._max_outage:
+                        raise ServiceUnavailable(f"NATS: {error}") from None
+            if isinstance(event, UnsupportedMessage):
+                raise event
             if event is not None:
                 yield event
             if isinstance(event, TerminalEvent):
                 return
+            if reason := refusal(client, self._subjects.result(task, request_id)):
+                raise ServiceUnavailable(reason)
+            wait = LOOK_EVERY
         raise ServiceUnavailable("NATS: the connection is closed")
-
-    async def _stored(self, task: Task, request_id: str) -> ResultEvent | None:
-        try:
-            found = await asyncio.wait_for(
-                self._connected.jetstream().get_last_msg(
-                    self._subjects.results_stream,
-                    self._subjects.result(task, request_id),
-                    direct=True,
-                ),
-                LOOK_TIMEOUT,
-            )
-            return decode_result(found.data or b"")
-        except (NotFoundError, ValidationError, Error, OSError, TimeoutError):
-            return None  # not there, not readable, or not to be reached now: the next look tells
 
 
 async def _connect(servers: str, options: dict[str, Any]) -> Client:
@@ -378,6 +417,11 @@ async def _connect(servers: str, options: dict[str, Any]) -> Client:
         raise ServiceUnavailable(f"NATS: cannot connect: {reason}") from None
 
 
+async def _close(client: Client) -> None:
+    with suppress(OSError):  # nats-py writes what is left, also where the connection is lost
+        await client.close()
+
+
 async def _leave(_: Exception) -> None:
     """What goes wrong with the connection is seen where something is asked of it."""
 
@@ -391,6 +435,20 @@ def _identified(request: Request) -> Request:
     if request.request_id is not None:
         return request
     return request.model_copy(update={"request_id": new_request_id()})
+
+
+def _refused_or_newer(body: bytes) -> GenerationError:
+    """What the answer to a cancellation means that is no `CancelReply` of this version."""
+    try:
+        value: Any = json.loads(body)
+    except ValueError:
+        value = None
+    error = value.get("error") if isinstance(value, dict) else None
+    if isinstance(error, dict):
+        return ServiceUnavailable(f"the cancellation was refused: {error.get('description')}")
+    if isinstance(value, dict) and "status" in value:
+        return UnsupportedMessage("CancelReply", body, "status")
+    return ServiceUnavailable("the cancellation was not answered by a worker")
 
 
 def _digests(request: Request) -> set[str]:

@@ -56,3 +56,20 @@ class RequestCancelled(GenerationError):
 
 class RequestIdTaken(GenerationError):
     """The result under the request's id is that of another request."""
+
+
+class UnsupportedMessage(GenerationError):
+    """The daemon has answered in a form that this version of the package cannot decode.
+
+    Attributes:
+        type: The type of the message, for example `generation.v2.failed`.
+        body: The message.
+    """
+
+    def __init__(self, type: str, body: bytes, field: str = "") -> None:  # noqa: A002 - the field's name
+        place = f" ({field})" if field else ""
+        super().__init__(
+            f"this version of generation_client cannot read {type[:100]}{place}: update it"
+        )
+        self.type = type
+        self.body = body

@@ -1,5 +1,8 @@
 """Publishing a request, so that it is stored or the sender knows that it is not."""
 
+import hashlib
+import hmac
+import uuid
 from collections.abc import Mapping
 
 from nats.aio.client import Client
@@ -8,6 +11,7 @@ from nats.js.errors import APIError, NoStreamResponseError
 
 from generation_client.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM
 from generation_client.errors import QueueFull, RequestTooLarge, ServiceUnavailable
+from generation_client.lookup import refusal
 from generation_contracts import Request, Subjects, Task, encode
 from generation_contracts.headers import MESSAGE_ID, wire_size
 
@@ -23,6 +27,7 @@ async def submit(
     task: Task,
     request: Request,
     *,
+    secret: bytes | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> None:
     """Store a request durably; it must have an id, which makes a second submit harmless.
@@ -32,6 +37,8 @@ async def submit(
         subjects: Where requests go.
         task: Whose queue.
         request: With an id.
+        secret: Of the sender; see `message_id`. With None the message id is random, and the stream
+            stores the request a second time, which is answered but not run.
         headers: In addition, or in the place of the usual `Nats-Msg-Id`.
 
     Raises:
@@ -43,7 +50,7 @@ async def submit(
     if request.request_id is None:
         raise ValueError("a request that is submitted has an id")
     body = encode(request)
-    sent = {MESSAGE_ID: f"{task}.{request.request_id}", **(headers or {})}
+    sent = {MESSAGE_ID: message_id(secret or uuid.uuid4().bytes, task, request), **(headers or {})}
     # nats-py checks the body alone; over the limit the server drops the connection for good.
     if wire_size(body, sent) > client.max_payload:
         raise RequestTooLarge
@@ -59,5 +66,18 @@ async def submit(
             raise RequestTooLarge from None
         raise ServiceUnavailable(f"NATS: the request is refused: {error.description}") from None
     except (Error, OSError, *NO_PUB_ACK) as error:
+        if refused := refusal(client, subject):
+            raise ServiceUnavailable(refused) from None
         reason = str(error) or type(error).__name__
         raise ServiceUnavailable(f"NATS: the request is not confirmed: {reason}") from None
+
+
+def message_id(secret: bytes, task: Task, request: Request) -> str:
+    """Return the `Nats-Msg-Id` of a request: the same for the same request and secret.
+
+    JetStream drops a message whose `Nats-Msg-Id` was stored before, whoever has sent the first one,
+    and acknowledges it as a duplicate. So no other sender may be able to guess the id: only a
+    second submit of the same request by the holder of the secret is then a duplicate.
+    """
+    content = f"{task}.{request.request_id}.".encode() + encode(request)
+    return hmac.new(secret, content, hashlib.sha256).hexdigest()

@@ -67,7 +67,8 @@ def main() -> None:
     """Make all that is missing, and derive the rest from it."""
     FOLDER.mkdir(mode=0o700, exist_ok=True)
     FOLDER.chmod(0o700)
-    roles = {"admin": MOUNTED, "worker": MOUNTED, "publisher": OWN, "observer": OWN}
+    mounted, own = ("admin", "worker", "endpoints"), ("publisher", "observer")
+    roles = {**dict.fromkeys(mounted, MOUNTED), **dict.fromkeys(own, OWN)}
     users = {role: public_key(role, mode) for role, mode in roles.items()}
     write("nkeys.env", "".join(f"GENERATION_{r.upper()}_NKEY={key}\n" for r, key in users.items()))
     stores = {role: s3_keys(role) for role in ("admin", "worker")}

@@ -372,15 +372,26 @@ def test_the_server_is_told_of_its_users(made: Path) -> None:
 
 
 def test_inboxes_are_those_of_the_users() -> None:
-    users = (INFRA / "nats/users.conf").read_text()
     for name, service in services().items():
         variables = service.get("environment", {})
-        if "NATS_INBOX_PREFIX" in variables:
-            role = variables["NATS_NKEY_SEED"].removeprefix("/run/secrets/").removesuffix("_nkey")
-            assert variables["NATS_INBOX_PREFIX"] == f"_INBOX_{role}", name
+        for user in ("NATS", "NATS_ENDPOINTS"):
+            if f"{user}_INBOX_PREFIX" in variables:
+                seed = variables[f"{user}_NKEY_SEED"]
+                role = seed.removeprefix("/run/secrets/").removesuffix("_nkey")
+                assert variables[f"{user}_INBOX_PREFIX"] == f"_INBOX_{role}", name
     for name, service in daemons().items():
-        for prefix in service["environment"]["CONSUMER_REPLY_PREFIXES"].split(","):
-            assert f'"{prefix}>"' in users, name
+        variables = service["environment"]
+        assert variables["NATS_NKEY_SEED"] != variables["NATS_ENDPOINTS_NKEY_SEED"], name
+        for role in ("WORKER", "ENDPOINTS"):
+            publish = users_permissions(role)
+            for prefix in variables["CONSUMER_REPLY_PREFIXES"].split(","):
+                assert f'"{prefix}>"' in publish, (name, role)
+
+
+def users_permissions(role: str) -> str:
+    """The block of users.conf with what a user may publish."""
+    users = (INFRA / "nats/users.conf").read_text()
+    return users.split(f"nkey: $GENERATION_{role}_NKEY")[1].split("subscribe {")[0]
 
 
 def test_secrets_stay_out_of_the_repository_and_of_the_image() -> None:

@@ -321,12 +321,16 @@ def test_room_for_all_workers(build: list[Manifest]) -> None:
 
 def test_a_reply_prefix_is_one_that_a_worker_may_publish_to() -> None:
     users = (NATS / "users.conf").read_text()
-    worker = users.split("GENERATION_WORKER_NKEY")[1].split("GENERATION_PUBLISHER_NKEY")[0]
-    publish, subscribe = worker.split("subscribe {")
     settings = base_settings()
-    for prefix in settings["CONSUMER_REPLY_PREFIXES"].split(","):
-        assert f'"{prefix}>"' in publish
-    assert f'"{settings["NATS_INBOX_PREFIX"]}.>"' in subscribe
+    for role, inbox in (
+        ("WORKER", settings["NATS_INBOX_PREFIX"]),
+        ("ENDPOINTS", settings["NATS_ENDPOINTS_INBOX_PREFIX"]),
+    ):
+        user = users.split(f"nkey: $GENERATION_{role}_NKEY")[1].split("nkey: $")[0]
+        publish, subscribe = user.split("subscribe {")
+        for prefix in settings["CONSUMER_REPLY_PREFIXES"].split(","):
+            assert f'"{prefix}>"' in publish
+        assert f'"{inbox}.>"' in subscribe
 
 
 # -- secrets --------------------------------------------------------------------------------------
@@ -347,7 +351,11 @@ def secret_mounts(manifest: Manifest) -> dict[str, str]:
 def test_secrets_are_files_and_not_here() -> None:
     assert not of_kind(written(), "Secret")
     assert "S3_SECRET_KEY" not in base_settings()
-    seed = Path(base_settings()["NATS_NKEY_SEED"])
+    seed, endpoints = (
+        Path(base_settings()[name]) for name in ("NATS_NKEY_SEED", "NATS_ENDPOINTS_NKEY_SEED")
+    )
+    assert (seed.parent, seed.name) == (endpoints.parent, "seed")  # two keys of one Secret
+    assert seed != endpoints
     for manifest in with_pods(written()):
         assert not [each for each in container(manifest).get("env", []) if "valueFrom" in each]
         secrets = secret_mounts(manifest)

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from consumer.artifacts import web_inputs
 from consumer.artifacts.calls import Calls
-from consumer.artifacts.web_inputs import Address, WebInputs, is_public
+from consumer.artifacts.web_inputs import Address, WebInputs
 from consumer.devstack import free_ports
 from consumer.ports import InputUnavailable
 
@@ -205,28 +205,7 @@ async def test_a_host_that_is_away(calls: Calls, server: Server) -> None:
     assert "cannot be reached" in await refused(reads, f"https://{HOST}:{nobody}/a.png")
 
 
-PRIVATE = [
-    "127.0.0.1",
-    "10.0.0.1",
-    "172.16.0.1",
-    "192.168.1.1",
-    "169.254.169.254",
-    "100.64.0.1",
-    "0.0.0.0",  # noqa: S104 - refused
-    "224.0.0.1",
-    "255.255.255.255",
-    "::1",
-    "::",
-    "fe80::1",
-    "fd00::1",
-    "ff02::1",
-    "::ffff:10.0.0.1",
-    "64:ff9b::a00:1",
-    "2002:a00:1::",
-]
-
-
-@pytest.mark.parametrize("address", PRIVATE)
+@pytest.mark.parametrize("address", ["10.0.0.1", "::7f00:1"])
 async def test_addresses_of_the_own_network_are_refused(
     server: Server, calls: Calls, address: str
 ) -> None:
@@ -239,8 +218,3 @@ async def test_addresses_of_the_own_network_are_refused(
         )
         assert "not in the public network" in await refused(reads, f"{server.origin}/a.png")
     assert server.asked == []
-
-
-@pytest.mark.parametrize("address", ["93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"])
-def test_addresses_of_the_public_network_are_known(address: str) -> None:
-    assert is_public(ipaddress.ip_address(address))

@@ -4,13 +4,20 @@ import asyncio
 import base64
 import hashlib
 import io
+import json
+import os
+import re
 import subprocess
 import sys
+from typing import Any
 
+import nats
 import pytest
+from nats.aio.msg import Msg
 from PIL import Image
 from pydantic import ValidationError
 
+from consumer.devstack import NatsServer
 from generation_client import (
     DownloadFailed,
     GenerationClient,
@@ -21,7 +28,11 @@ from generation_client import (
     RequestIdTaken,
     RequestTooLarge,
     ServiceUnavailable,
+    UnsupportedMessage,
+    lookup,
+    submitting,
 )
+from generation_client import client as client_module
 from generation_contracts import (
     CancelledEvent,
     ImageArtifact,
@@ -33,7 +44,8 @@ from generation_contracts import (
     TextOutput,
     TextToImageRequest,
 )
-from tests.faults.scene import Scene
+from tests.conftest import StartNats
+from tests.faults.scene import WITHIN, Scene
 
 
 def picture() -> str:
@@ -175,3 +187,240 @@ def test_it_imports_none_of_the_daemons_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# -- what cannot be read, and what is not its result ----------------------------------------------
+
+
+def event_of(request_id: str, **fields: Any) -> dict[str, Any]:
+    """A failed event, as a worker publishes it."""
+    return {
+        "type": "generation.v1.failed",
+        "request_id": request_id,
+        "task": "text_to_image",
+        "sequence": 1,
+        "time": "2026-01-02T03:04:05Z",
+        "worker": "w",
+        "attempt": 1,
+        "request_digest": f"sha256:{'0' * 64}",
+        "failure": {"code": "internal", "message": "no", "retryable": True},
+        **fields,
+    }
+
+
+NEWER = {
+    "type": ({"type": "generation.v2.failed"}, r"generation\.v2\.failed"),
+    "code": (
+        {"failure": {"code": "new", "message": "", "retryable": False}},
+        r"generation\.v1\.failed \(failure\.code\)",
+    ),
+    "form": ({"type": "generation.v2.done", "task": None}, r"generation\.v2\.done"),
+}
+
+
+@pytest.mark.parametrize(("fields", "said"), NEWER.values(), ids=NEWER.keys())
+async def test_a_result_of_a_later_version_is_an_error_that_says_so(
+    scene: Scene, fields: dict[str, Any], said: str
+) -> None:
+    """While it is waited for and afterwards; transient events of a later version are skipped."""
+    event = {name: value for name, value in event_of("a", **fields).items() if value is not None}
+    body = json.dumps(event).encode()
+    async with client_of(scene) as client:
+        waiting = asyncio.ensure_future(client.text_to_image("a", request_id="a"))
+        await queued(scene, 1)
+        newer = json.dumps({**event, "type": "generation.v2.progress"}).encode()
+        await scene.sender.publish(scene.subjects.progress(scene.task, "a"), newer)
+        await scene.sender.jetstream().publish(scene.subjects.result(scene.task, "a"), body)
+        with pytest.raises(UnsupportedMessage, match=said) as raised:
+            await asyncio.wait_for(waiting, WITHIN)
+        assert (raised.value.type, raised.value.body) == (event["type"], body)
+        for within in (0, WITHIN):
+            with pytest.raises(UnsupportedMessage, match=said):
+                await client.result(scene.task, "a", within=within)
+
+
+async def queued(scene: Scene, count: int) -> None:
+    """Return once so many requests are stored."""
+
+    async def there() -> bool:
+        return await scene.left() == count
+
+    await scene.until(there, f"{count} requests")
+
+
+async def test_the_command_line_says_that_a_result_is_of_a_later_version(scene: Scene) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "consumer", "request", "text-to-image", "a", "--id", "a"),
+        env={**os.environ, **scene.settings()},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    await queued(scene, 1)
+    body = json.dumps(event_of("a", type="generation.v2.failed")).encode()
+    await scene.sender.jetstream().publish(scene.subjects.result(scene.task, "a"), body)
+    _, errors = await asyncio.wait_for(process.communicate(), WITHIN)
+    assert process.returncode == 1
+    (line,) = errors.decode().splitlines()
+    assert "cannot read generation.v2.failed" in line
+
+
+async def test_what_is_not_the_requests_event_is_not_its_result(scene: Scene) -> None:
+    """Answers of the server, events of other requests and junk, under the result's subject."""
+    subject = scene.subjects.result(scene.task, "a")
+    junk = [
+        b"",
+        b"\xff",
+        b'{"stream":"S","seq":1}',
+        b'["generation.v1.failed"]',
+        b'{"type":"generation.v2.failed","request_id":"b"}',
+        json.dumps(event_of("b")).encode(),
+        json.dumps(event_of("a", task="image_to_text")).encode(),
+        json.dumps({**event_of("a"), "type": "generation.v1.started"}).encode(),
+    ]
+    jetstream = scene.sender.jetstream()
+    stream = scene.subjects.results_stream
+    async with client_of(scene) as client:
+        waiting = asyncio.ensure_future(client.result(scene.task, "a", within=WITHIN))
+        for body in junk:
+            stored = await jetstream.publish(subject, body)
+            with pytest.raises(TimeoutError):
+                await client.result(scene.task, "a", within=0)
+            await jetstream.delete_msg(stream, stored.seq)
+        assert not waiting.done()
+        await jetstream.publish(subject, json.dumps(event_of("a")).encode())
+        assert (await waiting).type == "generation.v1.failed"
+
+
+async def test_a_message_id_cannot_be_occupied(scene: Scene) -> None:
+    """A sender that knows the id of a request cannot have it dropped as a duplicate."""
+    async with client_of(scene) as client, client_of(scene) as other:
+        subject = scene.subjects.request(scene.task, "a")
+        for guess in ("a", "text_to_image.a", "text_to_image.a.", "image_to_text.a"):
+            await scene.sender.jetstream().publish(subject, b"{}", headers={"Nats-Msg-Id": guess})
+        request = TextToImageRequest(prompt="a", request_id="a")
+        before = await scene.left()
+        for _ in range(2):
+            await client.submit(request)
+        assert await scene.left() == before + 1, "its own second submit is a duplicate"
+        await other.submit(request)
+        await client.submit(TextToImageRequest(prompt="b", request_id="a"))
+        assert await scene.left() == before + 3, "another client's is not, nor another request"
+
+
+# -- what the connection may not, or has lost -----------------------------------------------------
+
+INBOX = "_INBOX_sender"
+RESULTS = "generation.result.>"
+LOOKUP = "$JS.API.STREAM.MSG.GET.GENERATION_RESULTS"
+REQUEST = "generation.request.*.*"
+CANCEL = "generation.cancel.*"
+
+
+def restricted(publish: list[str], subscribe: list[str]) -> str:
+    """The configuration of a server with a sender of few permissions, and an administrator."""
+    may = json.dumps({"publish": publish, "subscribe": subscribe})
+    return (
+        "accounts { A { jetstream: enabled, users: [{user: admin, password: x}, "
+        f"{{user: sender, password: x, permissions: {may}}}] }} }}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("publish", "subscribe", "named"),
+    [
+        ([REQUEST], [f"{INBOX}.>", RESULTS], LOOKUP),
+        ([REQUEST, LOOKUP], [f"{INBOX}.>"], "generation.result.text_to_image.a"),
+        ([REQUEST, LOOKUP], [RESULTS], f"{INBOX}.>"),
+        ([LOOKUP], [f"{INBOX}.>", RESULTS], "generation.request.text_to_image.a"),
+    ],
+)
+async def test_a_missing_permission_is_named(
+    start_nats: StartNats,
+    monkeypatch: pytest.MonkeyPatch,
+    publish: list[str],
+    subscribe: list[str],
+    named: str,
+) -> None:
+    monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.5)
+    monkeypatch.setattr(submitting, "PUBLISH_TIMEOUT", 0.5)
+    monkeypatch.setattr(client_module, "CANCEL_WITHIN", 0.5)
+    server = start_nats(restricted(publish, subscribe))
+    await make_streams(server.url, "GENERATION_RESULTS", "GENERATION_REQUESTS_TEXT_TO_IMAGE")
+    options = {"user": "sender", "password": "x", "inbox_prefix": INBOX}
+    async with GenerationClient(server.url, **options) as client:
+        with pytest.raises(ServiceUnavailable, match=re.escape(f"to {named}")) as raised:
+            await asyncio.wait_for(client.text_to_image("a", request_id="a"), WITHIN)
+        assert "\n" not in str(raised.value)
+        with pytest.raises(ServiceUnavailable, match=r"not publish to generation\.cancel\.a"):
+            await client.cancel("a")
+
+
+async def make_streams(url: str, *names: str) -> None:
+    """Streams, by an administrator."""
+    client = await nats.connect(url, user="admin", password="x")
+    subjects = {"GENERATION_RESULTS": "generation.result.>"}
+    for name in names:
+        await client.jetstream().add_stream(
+            name=name, subjects=[subjects.get(name, "generation.request.>")]
+        )
+    await client.close()
+
+
+async def test_a_missing_stream_is_named(scene: Scene) -> None:
+    async with GenerationClient(scene.stack.nats.url, root="nowhere") as client:
+        for within in (0, WITHIN):
+            with pytest.raises(ServiceUnavailable, match="NOWHERE_RESULTS; run `consumer apply`"):
+                await client.result(scene.task, "a", within=within)
+
+
+async def test_a_connection_that_stays_lost_ends_the_waiting(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.2)
+    monkeypatch.setattr(client_module, "LOOK_EVERY", 0.1)
+    setup = await nats.connect(nats_server.url)
+    await setup.jetstream().add_stream(name="GENERATION_RESULTS", subjects=[RESULTS])
+    await setup.close()
+    async with GenerationClient(nats_server.url, max_outage=0.5) as client:
+        waiting = asyncio.ensure_future(client.result("text_to_image", "a"))
+        await asyncio.wait({waiting}, timeout=1.0)
+        assert not waiting.done(), "an answer that there is no result is an answer"
+        nats_server.kill()
+        with pytest.raises(ServiceUnavailable, match="no answer from the results stream"):
+            await asyncio.wait_for(waiting, WITHIN)
+        with pytest.raises(ServiceUnavailable, match="no answer from the results stream"):
+            await client.result("text_to_image", "a", within=0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "said"),
+    [
+        (b'{"error":{"code":"503","description":"no way"}}', ServiceUnavailable, "no way"),
+        (b'{"request_id":"a","status":"paused"}', UnsupportedMessage, r"CancelReply \(status\)"),
+        (b"hello", ServiceUnavailable, "not answered by a worker"),
+    ],
+)
+async def test_an_answer_to_a_cancellation_that_is_none(
+    scene: Scene, answer: bytes, error: type[Exception], said: str
+) -> None:
+    async def respond(message: Msg) -> None:
+        await message.respond(answer)
+
+    await scene.sender.subscribe(scene.subjects.cancels, cb=respond)
+    await scene.sender.flush()
+    async with client_of(scene) as client:
+        with pytest.raises(error, match=said):
+            await client.cancel("a")
+
+
+async def test_a_calls_message_id_cannot_be_occupied(scene: Scene) -> None:
+    """A caller with a known inbox and a known id gets its answer all the same."""
+    await scene.start()
+    inbox, request = "_INBOX.known", {"prompt": "a", "request_id": "known"}
+    for guess in (f"{scene.task}.known.{inbox}", f"{scene.task}.known", f"known.{inbox}", "known"):
+        await scene.publish({**request, "request_id": "other"}, {"Nats-Msg-Id": guess})
+    answers = await scene.sender.subscribe(inbox)
+    subject = scene.subjects.call(scene.task)
+    await scene.sender.publish(subject, json.dumps(request).encode(), reply=inbox)
+    answer = json.loads((await answers.next_msg(WITHIN)).data)
+    assert (answer["type"], answer["request_id"]) == ("generation.v1.succeeded", "known")

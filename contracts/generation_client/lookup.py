@@ -1,0 +1,141 @@
+"""Reading events: from messages, and from the stream that keeps every result."""
+
+import base64
+import json
+import re
+from typing import Any
+
+from nats.aio.client import Client
+from nats.errors import Error
+from pydantic import ValidationError
+
+from generation_client.codes import (
+    JETSTREAM_NOT_ENABLED,
+    JETSTREAM_NOT_ENABLED_FOR_ACCOUNT,
+    MESSAGE_NOT_FOUND,
+    STREAM_NOT_FOUND,
+)
+from generation_client.errors import ServiceUnavailable, UnsupportedMessage
+from generation_contracts import (
+    CancelledEvent,
+    FailedEvent,
+    ProgressEvent,
+    StartedEvent,
+    Subjects,
+    SucceededEvent,
+    Task,
+    TerminalEvent,
+    decode_event,
+)
+
+LOOKUP_TIMEOUT = 5.0  # seconds
+
+AnyEvent = StartedEvent | ProgressEvent | SucceededEvent | FailedEvent | CancelledEvent
+ResultEvent = SucceededEvent | FailedEvent | CancelledEvent
+
+_TRANSIENT = {"generation.v1.started", "generation.v1.progress"}  # a result does not depend on them
+_REFUSED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
+
+
+class NoAnswer(Exception):  # noqa: N818 - a state of the server
+    """The stream cannot be read now; a later lookup may succeed."""
+
+
+def read_event(body: bytes, task: Task, request_id: str) -> AnyEvent | None:
+    """Decode an event of one request.
+
+    Returns:
+        The event, or None where the message is no event of this request.
+
+    Raises:
+        UnsupportedMessage: The message is an event of this request in a form that this version
+            cannot decode.
+    """
+    try:
+        event = decode_event(body)
+    except ValidationError as error:
+        _raise_if_newer(body, task, request_id, error)
+        return None
+    return event if (event.task, event.request_id) == (task, request_id) else None
+
+
+async def stored_result(
+    client: Client, subjects: Subjects, task: Task, request_id: str
+) -> ResultEvent | None:
+    """Read the terminal event of a request from the results stream.
+
+    The leader of the stream answers. A direct get may be answered by a replica that is behind.
+
+    Returns:
+        The event, or None where no event of this request is stored.
+
+    Raises:
+        UnsupportedMessage: This version cannot decode the event.
+        ServiceUnavailable: There is no such stream, or this user may not read it.
+        NoAnswer: The stream cannot be read now.
+    """
+    subject = f"$JS.API.STREAM.MSG.GET.{subjects.results_stream}"
+    body = json.dumps({"last_by_subj": subjects.result(task, request_id)}).encode()
+    try:
+        message = await client.request(subject, body, timeout=LOOKUP_TIMEOUT)
+        answer: Any = json.loads(message.data)
+        found = _found(answer, subjects)
+    except (Error, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # The last four: the answer is not the server's; somebody else listens to the subject.
+        if reason := refusal(client, subject):
+            raise ServiceUnavailable(reason) from None
+        raise NoAnswer(f"no answer from the results stream: {type(error).__name__}") from None
+    event = None if found is None else read_event(found, task, request_id)
+    return event if isinstance(event, TerminalEvent) else None
+
+
+def refusal(client: Client, *subjects: str) -> str | None:
+    """Return a line about a refused permission, where the last error of the connection is one.
+
+    Args:
+        client: Its `last_error` is read: it also exists on a connection that the caller has made.
+        subjects: What the permission must be about; the connection's inbox counts too.
+    """
+    refused = _REFUSED.search(str(client.last_error))
+    if refused is None:
+        return None
+    action = "publish" if refused[1] == "publish" else "subscribe"
+    inbox = client.new_inbox().rpartition(".")[0]
+    if refused[2].startswith(f"{inbox.lower()}."):
+        return f"NATS: permissions violation: this user may not {action} to {inbox}.>"
+    for subject in subjects:
+        if refused[2] == subject.lower():  # nats-py reports it in lower case
+            return f"NATS: permissions violation: this user may not {action} to {subject}"
+    return None
+
+
+def _found(answer: Any, subjects: Subjects) -> bytes | None:
+    """The body in an answer to `STREAM.MSG.GET`, or None where there is no such message."""
+    error = answer.get("error")
+    if error is None:
+        return base64.b64decode(answer["message"].get("data", ""))
+    match error.get("err_code"):
+        case code if code == MESSAGE_NOT_FOUND:
+            return None
+        case code if code == STREAM_NOT_FOUND:
+            raise ServiceUnavailable(
+                f"NATS: there is no stream {subjects.results_stream}; run `consumer apply`"
+            )
+        case code if code in {JETSTREAM_NOT_ENABLED, JETSTREAM_NOT_ENABLED_FOR_ACCOUNT}:
+            raise ServiceUnavailable(f"NATS: {error['description']}")
+    raise NoAnswer(f"the results stream cannot be read: {error['description']}")
+
+
+def _raise_if_newer(body: bytes, task: Task, request_id: str, error: ValidationError) -> None:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return
+    kind = str(value.get("type")) if isinstance(value, dict) else ""
+    if not kind.startswith("generation.") or kind in _TRANSIENT:
+        return
+    if (value.get("task", task), value.get("request_id", request_id)) != (task, request_id):
+        return
+    # The first name is the type, by which pydantic has chosen the class.
+    where = ".".join(str(part) for part in error.errors(include_input=False)[0]["loc"][1:])
+    raise UnsupportedMessage(kind, body, where)
