@@ -1,12 +1,16 @@
 """`consumer apply`: what must be there before a daemon can work: streams, durables, the bucket."""
 
-from consumer.bus.connection import connect
+import time
+from functools import partial
+
+from consumer.bus.connection import connect, wait_until_available
 from consumer.composition import make_artifacts, make_topology
 from consumer.probes import Unwatched
 from consumer.settings import Settings, SettingsError
 from generation_contracts import Task
 
 CONNECT_WITHIN = 5.0  # seconds; a person waits
+API_WITHIN = 10.0  # seconds for a JetStream that starts later than its server, or answers late
 
 
 def for_workers(settings: Settings, number: int) -> Settings:
@@ -38,7 +42,9 @@ async def apply(settings: Settings) -> dict[str, str]:
         raise SettingsError("CONSUMER_NAME: set MODEL_TYPE too, to say whose durable it is")
     bus = await connect(settings, name="generation apply", within=CONNECT_WITHIN)
     try:
-        done: dict[str, str] = dict(await make_topology(settings, bus).apply(tasks))
+        applying = partial(make_topology(settings, bus).apply, tasks)
+        deadline = time.monotonic() + API_WITHIN
+        done: dict[str, str] = dict(await wait_until_available(applying, deadline=deadline))
     finally:
         await bus.close()
     artifacts = make_artifacts(settings, Unwatched())

@@ -17,7 +17,7 @@ import structlog
 from nats.errors import Error, NoRespondersError
 
 from consumer.bus.codes import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND, SUBJECTS_OVERLAP
-from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.bus.connection import API_TIMEOUT, Bus, BusMisconfigured, BusUnavailable
 from consumer.ports import Unavailable
 from generation_contracts import Subjects, Task
 
@@ -311,7 +311,9 @@ class Topology:
         except TimeoutError:
             # The server drops what is not permitted; the reason goes to the error callback.
             reason = self._bus.last_error or "no answer"
-            raise BusUnavailable(f"NATS: $JS.API.{subject}: {reason}") from None
+            certain = "permissions violation" in reason.lower()
+            kind = BusMisconfigured if certain else BusUnavailable
+            raise kind(f"NATS: $JS.API.{subject}: {reason}") from None
         except (Error, OSError) as problem:
             raise BusUnavailable(f"NATS: $JS.API.{subject}: {problem}") from None
         value: Config = json.loads(answer.data)
@@ -323,8 +325,8 @@ class Topology:
         description = error.get("description", "refused")
         if error.get("code") == HTTPStatus.SERVICE_UNAVAILABLE:  # not enabled, or no leader yet
             raise BusUnavailable(f"NATS: {description}")
-        kind = _OverlapError if error.get("err_code") == SUBJECTS_OVERLAP else TopologyError
-        raise kind(f"{subject}: {description}")
+        refusal = _OverlapError if error.get("err_code") == SUBJECTS_OVERLAP else TopologyError
+        raise refusal(f"{subject}: {description}")
 
 
 def _family(subjects: Subjects) -> str:

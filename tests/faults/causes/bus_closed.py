@@ -29,14 +29,19 @@ daemon.connect = connect_and_remember  # type: ignore[assignment]
 
 class Runner(QuickRunner):
     def begin(self, request: Request, *, save_memory: bool) -> None:
-        for loop, bus in opened:
-            too_much = bus.client.publish(
-                "anything", bytes(bus.client.max_payload), headers={"one": "more"}
-            )
-            asyncio.run_coroutine_threadsafe(too_much, loop)
+        close_all()
 
     def step(self, request: Request, number: int) -> None:
         time.sleep(60)
+
+
+def close_all() -> None:
+    """Send the server what makes it close the connection."""
+    for loop, bus in opened:
+        too_much = bus.client.publish(
+            "anything", bytes(bus.client.max_payload), headers={"one": "more"}
+        )
+        asyncio.run_coroutine_threadsafe(too_much, loop)
 
 
 def make_runner(_: Settings) -> Runner:
