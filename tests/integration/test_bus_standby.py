@@ -87,9 +87,10 @@ from consumer.settings import Settings
 async def main():
     standby = Standby(Settings())
     await standby.start()
-    if os.fork() == 0:
+    child = os.fork()
+    if child == 0:
         os.execv("/bin/sleep", ["sleep", "60"])
-    print(standby.pid, flush=True)
+    print(standby.pid, child, flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(main())
@@ -107,27 +108,26 @@ async def test_the_guard_ends_with_its_worker(tmp_path: Path, away: str) -> None
         while _filled(write):
             pass
         os.set_blocking(write, True)
-    worker = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", WORKER),
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=write,
+    worker = subprocess.Popen(  # noqa: ASYNC220 - it starts at once
+        [sys.executable, "-c", WORKER], env=environment, stdout=subprocess.PIPE, stderr=write
     )
     os.close(write)
     try:
         assert worker.stdout is not None
-        guard = int(await worker.stdout.readline())
+        guard, child = map(int, (await asyncio.to_thread(worker.stdout.readline)).split())
         await asyncio.sleep(0.5)  # it has read its configuration, and may spin by now
         worker.kill()
+        worker.wait()
 
         async def ended() -> bool:
-            return not os.path.exists(f"/proc/{guard}")  # noqa: ASYNC240, PTH110 - not a file system
+            return not os.path.exists(f"/proc/{guard}")  # noqa: ASYNC240, PTH110 - no file system
 
         await until(ended)
+        os.kill(child, signal.SIGKILL)
     finally:
         os.close(read)
-        if worker.returncode is None:
-            worker.kill()
+        worker.kill()
+        worker.communicate()
 
 
 def _filled(pipe: int) -> int:
