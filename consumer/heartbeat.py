@@ -28,8 +28,10 @@ class Lease:
         self.delivery = delivery
         self.interval = ack_wait / BEATS_PER_ACK_WAIT
         self._beating: asyncio.Task[None] | None = None
+        self._over = False  # in addition to the cancellation, which a renewal may swallow each time
 
     async def __aenter__(self) -> Self:
+        self._over = False
         self._beating = asyncio.create_task(self._beat(), name="heartbeat")
         return self
 
@@ -39,6 +41,7 @@ class Lease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._over = True
         beating, self._beating = self._beating, None
         if beating is not None:
             await cancel_and_wait(beating)
@@ -46,7 +49,7 @@ class Lease:
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._over:
             # The first one at once: the lease guard learns of the lease by it.
             next_beat = loop.time() + self.interval
             try:
@@ -55,4 +58,5 @@ class Lease:
                     await self.delivery.extend()
             except Exception as error:  # noqa: BLE001 - one beat may be lost, not all that follow
                 log.warning("heartbeat_failed", error=type(error).__name__)
-            await asyncio.sleep(next_beat - loop.time())
+            if not self._over:
+                await asyncio.sleep(next_beat - loop.time())
