@@ -1,6 +1,9 @@
 """`consumer apply`: what must be there before a daemon can work: streams, durables, the bucket."""
 
-from consumer.bus.connection import connect
+import time
+from functools import partial
+
+from consumer.bus.connection import connect, wait_until_available
 from consumer.bus.topology import LeftAsItWas
 from consumer.composition import make_artifacts, make_topology
 from consumer.probes import Unwatched
@@ -8,6 +11,7 @@ from consumer.settings import Settings, SettingsError
 from generation_contracts import Task
 
 CONNECT_WITHIN = 5.0  # seconds; a person waits
+API_WITHIN = 10.0  # seconds for a JetStream that starts later than its server, or answers late
 
 
 def for_workers(settings: Settings, number: int) -> Settings:
@@ -42,7 +46,9 @@ async def apply(settings: Settings) -> dict[str, str]:
     left: LeftAsItWas | None = None
     done: dict[str, str] = {}
     try:
-        done.update(await make_topology(settings, bus).apply(tasks))
+        applying = partial(make_topology(settings, bus).apply, tasks)
+        deadline = time.monotonic() + API_WITHIN
+        done.update(await wait_until_available(applying, deadline=deadline))
     except LeftAsItWas as error:
         left = error
     finally:

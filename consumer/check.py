@@ -4,10 +4,11 @@ import importlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from consumer.apply import CONNECT_WITHIN
-from consumer.bus.connection import Bus, connect
+from consumer.apply import API_WITHIN, CONNECT_WITHIN
+from consumer.bus.connection import Bus, connect, wait_until_available
 from consumer.bus.endpoint_connection import connect_endpoints
 from consumer.composition import make_artifacts, make_runner, make_topology
 from consumer.ports import (
@@ -123,7 +124,8 @@ async def _endpoints(settings: Settings) -> Finding:
 
 async def _streams(settings: Settings, bus: Bus) -> Finding:
     async def look() -> str:
-        found = await make_topology(settings, bus).look(settings.task)
+        looking = partial(make_topology(settings, bus).look, settings.task)
+        found = await wait_until_available(looking, deadline=time.monotonic() + API_WITHIN)
         return (
             f"durable {found.name}: max_ack_pending {found.max_ack_pending}, "
             f"ack_wait {found.ack_wait:g} s"

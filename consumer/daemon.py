@@ -5,16 +5,23 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 
 from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
-from consumer.bus.connection import Bus, connect
+from consumer.bus.connection import (
+    GIVEN_UP,
+    Bus,
+    BusUnavailable,
+    connect,
+    wait_until_available,
+)
 from consumer.bus.delivery import Custody, JetStreamDelivery
 from consumer.bus.endpoint_connection import connect_endpoints
 from consumer.bus.notes import Notes
@@ -48,6 +55,7 @@ from consumer.probes import Probes, Watch
 from consumer.run import PATIENCE, Reason
 from consumer.runners.thread import InferenceThread
 from consumer.settings import Settings
+from consumer.tasks import cancel_and_wait
 from consumer.tracing import OpenTelemetry, open_telemetry
 
 log = structlog.get_logger()
@@ -57,7 +65,8 @@ MakeRunner = Callable[[Settings], Runner]
 EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h: a service cannot be reached or used
 EXIT_MODEL_LOST = 70  # EX_SOFTWARE: the model cannot be loaded, or the device is lost
 
-CONNECT_WITHIN = 30.0  # seconds that the daemon waits for NATS at its start
+# Seconds that the daemon waits at its start for NATS and its JetStream API, together.
+CONNECT_WITHIN = 30.0
 STORE_CHECK_EVERY = 30.0  # seconds between two looks at an idle store
 STORE_CHECK_AGAIN = 5.0  # seconds, while it is away
 ADVISORY_AGAIN = 5.0  # seconds until a request is looked at again that finds no place in its queue
@@ -80,13 +89,14 @@ def run(settings: Settings, *, make_runner: MakeRunner = make_runner) -> int:
     """
     # The standby asks for it before it kills a process whose threads hang: where they are, on
     # standard error, written without the interpreter's lock.
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    if _has_descriptor(sys.stderr):
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
     daemon = Daemon(settings, make_runner)
     code = asyncio.run(daemon.run())
     if daemon.inference.busy:
         # A thread that loads or hangs cannot be ended, and the interpreter would wait for it.
-        sys.stderr.flush()
-        sys.stdout.flush()
+        with suppress(OSError, ValueError):  # its reader may be gone
+            sys.stdout.flush()
         os._exit(code)
     return code
 
@@ -140,13 +150,14 @@ class Daemon:
             loading = self.inference.call(runner.load)
             parts.callback(loading.cancel)
             standby = await self._start_standby(parts)
+            deadline = time.monotonic() + CONNECT_WITHIN
             bus, endpoints = await self._connect(parts)
             artifacts = make_artifacts(self._settings, self._watch)
             parts.push_async_callback(artifacts.close)
             await self._look_at_store(artifacts)
             topology = make_topology(self._settings, bus)
             ensure = partial(topology.ensure, self._task)
-            durable = await ensure()
+            durable = await wait_until_available(ensure, deadline=deadline)
             model = await loading
             self._health.model_loaded = True
             self._watch.metrics.model_loaded(model.info)
@@ -216,8 +227,14 @@ class Daemon:
         parts.push_async_callback(bus.close)
         endpoints = await connect_endpoints(self._settings, self._watch, within=CONNECT_WITHIN)
         parts.push_async_callback(endpoints.close)
+        self._beside(self._watch_bus(bus), "watch-bus", parts)
         self._health.bus_connected = lambda: bus.connected and endpoints.connected
         return bus, endpoints
+
+    async def _watch_bus(self, bus: Bus) -> None:
+        # While a job runs the pull loop is not asked, and a job may run for hours.
+        await bus.closed.wait()
+        raise BusUnavailable(GIVEN_UP)
 
     def _make_execution(
         self,
@@ -340,8 +357,7 @@ class Daemon:
                     self._cancel(self._life)
 
         async def end() -> None:
-            task.cancel()
-            await asyncio.wait({task})
+            await cancel_and_wait(task)
 
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(look)
@@ -433,6 +449,13 @@ async def _ended(tasks: set[asyncio.Task[None]]) -> None:
                 task.cancel()
     if cancelled:
         raise asyncio.CancelledError
+
+
+def _has_descriptor(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.fileno() >= 0
+    except (OSError, ValueError):  # the process was started without standard error
+        return False
 
 
 def _exit_code(error: BaseException) -> int:

@@ -7,6 +7,7 @@ from typing import Self
 import structlog
 
 from consumer.ports import Delivery
+from consumer.tasks import cancel_and_wait
 
 log = structlog.get_logger()
 
@@ -27,8 +28,10 @@ class Lease:
         self.delivery = delivery
         self.interval = ack_wait / BEATS_PER_ACK_WAIT
         self._beating: asyncio.Task[None] | None = None
+        self._over = False  # in addition to the cancellation, which a renewal may swallow each time
 
     async def __aenter__(self) -> Self:
+        self._over = False
         self._beating = asyncio.create_task(self._beat(), name="heartbeat")
         return self
 
@@ -38,17 +41,22 @@ class Lease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._over = True
         beating, self._beating = self._beating, None
         if beating is not None:
-            beating.cancel()
-            await asyncio.wait({beating})
+            await cancel_and_wait(beating)
         self.delivery.let_lapse()
 
     async def _beat(self) -> None:
-        while True:
-            # The first one at once: whoever stands in for this process learns of the lease by it.
+        loop = asyncio.get_running_loop()
+        while not self._over:
+            # The first one at once: the lease guard learns of the lease by it.
+            next_beat = loop.time() + self.interval
             try:
-                await self.delivery.extend()
+                # A connection that takes nothing must not hold up the next sign of life.
+                async with asyncio.timeout_at(next_beat):
+                    await self.delivery.extend()
             except Exception as error:  # noqa: BLE001 - one beat may be lost, not all that follow
                 log.warning("heartbeat_failed", error=type(error).__name__)
-            await asyncio.sleep(self.interval)
+            if not self._over:
+                await asyncio.sleep(next_beat - loop.time())

@@ -3,7 +3,7 @@
 Whoever only sends requests never imports this: prometheus-client brings an HTTP server with it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 
 from prometheus_client import (
@@ -14,9 +14,11 @@ from prometheus_client import (
     Info,
     ProcessCollector,
 )
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from consumer.provenance import SOFTWARE
-from consumer.telemetry import JobReport
+from consumer.telemetry import JobReport, LogStream
 from generation_contracts import FailureCode, ModelInfo
 
 # Seconds; a demonstration picture takes 0.2, a large model on a small card minutes, and a request
@@ -136,6 +138,7 @@ class Metrics:
         )
         build = Info("generation_build", "The daemon", ["task"], registry=self.registry)
         build.labels(task).info({"version": version(SOFTWARE)})
+        self.registry.register(_LostLogLines(task))
         ProcessCollector(registry=self.registry)
 
     def job_started(self) -> None:
@@ -189,6 +192,23 @@ class Metrics:
         """What readiness depends on: `ok`, or why a condition does not hold."""
         for condition, state in conditions.items():
             self._conditions.labels(self._task, condition).set(state == "ok")
+
+
+class _LostLogLines(Collector):
+    """Shows how many log lines could not be written."""
+
+    def __init__(self, task: str) -> None:
+        self._task = task
+
+    def collect(self) -> Iterator[Metric]:
+        """The one counter."""
+        counter = CounterMetricFamily(
+            "generation_lost_log_lines",
+            "Log lines that could not be written: no reader, a full disk or a full pipe",
+            labels=["task"],
+        )
+        counter.add_metric([self._task], LogStream.lost_lines)
+        yield counter
 
 
 class _Kinds:

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TextIO
 from unittest import mock
 
 import structlog
@@ -15,17 +15,26 @@ from consumer.telemetry import configure_logging
 
 @contextmanager
 def daemon_logging(log_format: Literal["json", "console"] = "json") -> Iterator[io.StringIO]:
-    """Log as the daemon does, and put everything back afterwards."""
+    """Log as the daemon does, into a string."""
+    written = io.StringIO()
+    with logging_to(written, log_format):
+        yield written
+
+
+@contextmanager
+def logging_to(
+    stream: TextIO | None, log_format: Literal["json", "console"] = "json"
+) -> Iterator[None]:
+    """Log as the daemon does to this standard error, and put everything back afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers.clear()  # setting up closes what it finds
-    written = io.StringIO()
-    with mock.patch.object(sys, "stderr", written):
+    with mock.patch.object(sys, "stderr", stream):
         configure_logging(log_format, "INFO")
         # A logger that is kept would go on writing to this string.
         structlog.configure(cache_logger_on_first_use=False)
         try:
-            yield written
+            yield
         finally:
             structlog.reset_defaults()
             root.handlers[:] = handlers

@@ -2,21 +2,31 @@
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
-from nats.aio.client import DEFAULT_FLUSH_TIMEOUT, Client
-from nats.aio.msg import Msg
+from nats.errors import Error
 from nats.js import JetStreamContext
 
+from consumer.bus.client import (
+    RECONNECT_WAIT,
+    CredentialsError,
+    RobustClient,
+    require_usable_credentials,
+    require_usable_seed,
+)
 from consumer.ports import Unavailable
 from consumer.settings import Settings
+from consumer.tasks import cancel_and_wait
 
 log = structlog.get_logger()
 
-RECONNECT_WAIT = 0.25  # seconds between two tries
+T = TypeVar("T")
+
+START_PAUSE = 0.5  # seconds between two attempts while the bus is not available yet
 PING_INTERVAL = 5  # seconds; a dead read loop is noticed after two unanswered pings
 API_TIMEOUT = 5.0  # seconds that one call of the JetStream API may take
 GIVEN_UP = "NATS: the client has given up on the connection"
@@ -27,47 +37,8 @@ class BusUnavailable(Unavailable):
     """NATS cannot be reached or refuses; the text is one clear line without credentials."""
 
 
-class _Client(Client):
-    """nats-py with three faults mended.
-
-    What it cannot decode ends its read loop, while it still takes itself for connected: one such
-    request would come again for ever and stop the queue. So does the answer to a `flush` that was
-    cancelled. And its `flush` does not wait for all.
-    """
-
-    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
-        try:
-            return await super()._process_headers(headers)
-        except (IndexError, ValueError):  # a UnicodeDecodeError is a ValueError
-            log.warning("unreadable_headers")
-            return None
-
-    def _build_message(
-        self,
-        sid: int,
-        subject: bytes,
-        reply: bytes,
-        data: bytes,
-        headers: dict[str, str] | None,
-    ) -> Msg:
-        # A subject that is no UTF-8 names no request id; the request is refused for it.
-        readable = subject.decode(errors="replace").encode()
-        message: Msg = super()._build_message(sid, readable, reply, data, headers)
-        return message
-
-    async def _process_pong(self) -> None:
-        if self._pongs and self._pongs[0].done():
-            self._pongs[0] = asyncio.get_running_loop().create_future()  # nobody waits for it
-        await super()._process_pong()
-
-    async def flush(self, timeout: int = DEFAULT_FLUSH_TIMEOUT) -> None:  # noqa: ASYNC109 - nats-py
-        """Two round trips: nats-py writes the first PING ahead of what is still to be written.
-
-        An UNSUB, for one: what the server sends between that PING and the UNSUB would be dropped
-        here as not subscribed to, and a delivery would come again after `ack_wait`.
-        """
-        await super().flush(timeout)
-        await super().flush(timeout)
+class BusMisconfigured(BusUnavailable):
+    """A setting is wrong or a permission is missing for certain: waiting would not help."""
 
 
 class Bus:
@@ -84,8 +55,8 @@ class Bus:
             has to end.
     """
 
-    def __init__(self, client: Client | None = None) -> None:
-        self.client = client or _Client()
+    def __init__(self, client: RobustClient | None = None) -> None:
+        self.client = client or RobustClient()
         self.jetstream: JetStreamContext = self.client.jetstream(timeout=API_TIMEOUT)
         self.closed = asyncio.Event()
         self.last_error = ""
@@ -144,11 +115,15 @@ class Bus:
         """Write what is left and close; never raises, never hangs."""
         # Not drain(): on a frozen server it goes on for 10 s after it has been cancelled.
         for step in (self._flush, self.client.close):
-            try:
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await step()
-            except Exception as error:  # noqa: BLE001 - the process ends either way
-                log.warning("bus_close_failed", error=type(error).__name__)
+            # A task of its own: until Python 3.12, StreamWriter.wait_closed raises CancelledError
+            # after another task that waited for it was cancelled.
+            closing = asyncio.ensure_future(step())
+            _, late = await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
+            if late:
+                closing.cancel()
+                await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
+            if late or closing.cancelled() or closing.exception() is not None:
+                log.warning("bus_close_failed", step=step.__name__)
         await self._on_closed()  # nats-py does not say so when it was cut short
 
     async def _flush(self) -> None:
@@ -183,35 +158,48 @@ class Bus:
         """Connect.
 
         Raises:
+            BusMisconfigured: A file or an address cannot be used; nothing was connected to.
             BusUnavailable: Not within so many seconds.
         """
         try:
             options = _options(settings)
-        except OSError as error:  # ssl.SSLError is one
-            raise BusUnavailable(f"NATS: the credentials cannot be read: {error}") from None
+        except (OSError, CredentialsError) as error:  # ssl.SSLError is an OSError
+            raise BusMisconfigured(f"NATS: the credentials cannot be read: {error}") from None
+        connecting = asyncio.ensure_future(
+            self.client.connect(
+                servers=settings.nats_url.split(","),
+                name=name,
+                max_reconnect_attempts=-1,
+                reconnect_time_wait=RECONNECT_WAIT,  # type: ignore[arg-type] # takes fractions
+                ping_interval=PING_INTERVAL,
+                max_outstanding_pings=2,
+                error_cb=self._on_error,
+                disconnected_cb=self._on_disconnect,
+                reconnected_cb=self._on_reconnect,
+                closed_cb=self._on_closed,
+                **options,
+            )
+        )
         try:
-            # Without the limit a failing TLS handshake, or no server at all, is tried for ever.
+            # Without a limit nats-py tries a failing TLS handshake, or no server at all, for ever.
             async with asyncio.timeout(within):
-                await self.client.connect(
-                    servers=settings.nats_url.split(","),
-                    name=name,
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=RECONNECT_WAIT,  # type: ignore[arg-type] # takes fractions
-                    ping_interval=PING_INTERVAL,
-                    max_outstanding_pings=2,
-                    error_cb=self._on_error,
-                    disconnected_cb=self._on_disconnect,
-                    reconnected_cb=self._on_reconnect,
-                    closed_cb=self._on_closed,
-                    **options,
-                )
+                await asyncio.wait({connecting})
+            connecting.result()
         except Exception as error:  # noqa: BLE001 - nats-py raises many kinds here
+            await cancel_and_wait(connecting)
             await self.close()
-            reason = self.last_error or str(error) or type(error).__name__
-            if self._refused:
-                raise BusUnavailable("NATS: the credentials are refused") from None
-            raise BusUnavailable(f"NATS: cannot connect: {reason}") from None
+            raise self._refusal(error) from None
+        finally:
+            await cancel_and_wait(connecting)
         self._up.set()
+
+    def _refusal(self, error: Exception) -> BusUnavailable:
+        reason = self.last_error or str(error) or type(error).__name__
+        if self._refused:
+            return BusUnavailable("NATS: the credentials are refused")
+        # Its own errors nats-py handles with another attempt, once it has begun to connect.
+        kind = BusMisconfigured if isinstance(error, Error) else BusUnavailable
+        return kind(f"NATS: cannot connect: {reason}")
 
 
 async def connect(settings: Settings, *, name: str, within: float) -> Bus:
@@ -223,23 +211,54 @@ async def connect(settings: Settings, *, name: str, within: float) -> Bus:
         within: Seconds to try.
 
     Raises:
+        BusMisconfigured: A setting is wrong for certain; at once.
         BusUnavailable: Not within so many seconds.
     """
-    bus = Bus()
-    await bus.open(settings, name=name, within=within)
-    return bus
+    deadline = time.monotonic() + within
+
+    async def attempt() -> Bus:
+        bus = Bus()
+        await bus.open(settings, name=name, within=deadline - time.monotonic())
+        return bus
+
+    return await wait_until_available(attempt, deadline=deadline)
+
+
+async def wait_until_available(attempt: Callable[[], Awaitable[T]], *, deadline: float) -> T:
+    """Repeat an attempt while the bus is not available, until a deadline has passed.
+
+    At a start NATS may accept connections before JetStream answers, and a machine under load
+    answers late.
+
+    Args:
+        attempt: Called at least once.
+        deadline: On the clock of `time.monotonic`; no attempt begins after it.
+
+    Raises:
+        BusMisconfigured: From the first attempt that raised it.
+        BusUnavailable: From the last attempt.
+    """
+    while True:
+        try:
+            return await attempt()
+        except BusMisconfigured:
+            raise
+        except BusUnavailable as error:
+            if time.monotonic() + START_PAUSE >= deadline:
+                raise
+            log.warning("bus_not_available_yet", reason=str(error))
+        await asyncio.sleep(START_PAUSE)
 
 
 def _options(settings: Settings) -> dict[str, Any]:
     options: dict[str, Any] = {"inbox_prefix": settings.nats_inbox_prefix}
-    for path in (settings.nats_creds, settings.nats_nkey_seed):
-        if path is not None:
-            path.open("rb").close()  # nats-py opens it when the server asks, and tries for ever
     if settings.nats_creds is not None:
+        require_usable_credentials(settings.nats_creds)
+        # As a file: nats-py reads it again at each reconnect, and a JWT may have been renewed.
         options["user_credentials"] = str(settings.nats_creds)
     if settings.nats_nkey_seed is not None:
         # Not as a file: nats-py refuses one that ends with its line, as most do.
-        options["nkeys_seed_str"] = settings.nats_nkey_seed.read_text().strip()
+        options["nkeys_seed_str"] = require_usable_seed(settings.nats_nkey_seed)
     if settings.nats_ca is not None or settings.nats_cert is not None:
         context = ssl.create_default_context(cafile=settings.nats_ca)
         if settings.nats_cert is not None and settings.nats_key is not None:

@@ -118,12 +118,20 @@ class JetStreamDelivery:
 
     async def extend(self) -> None:
         """Renew the lease."""
-        self._custody.standby.renewed(self._message.reply, self._custody.ack_wait)
+        guard = self._custody.standby
+        # Two facts: this worker is alive, whatever becomes of the renewal; and the renewal is on
+        # its way. The guard renews in its stead while this connection is away.
+        guard.alive(self._message.reply, self._custody.ack_wait)
+        connected = self._bus.connected
         try:
             await self._bus.client.publish(self._message.reply, b"+WPI")
         except (Error, OSError) as error:
             # Nothing to do: the lease may run out, and the fence on the result holds all the same.
             log.warning("heartbeat_failed", error=type(error).__name__)
+        else:
+            # Without a connection nats-py has only kept it for later.
+            if connected and self._bus.connected:
+                guard.renewed(self._message.reply)
 
     def let_lapse(self) -> None:
         """Renew the lease no more."""
@@ -178,5 +186,13 @@ def place_of(delivery: Delivery) -> str:
 
 
 def is_delivery(message: Msg) -> bool:
-    """Whether a message on a pull's inbox is a delivery; else it is a status line."""
-    return message.reply.startswith("$JS.ACK")
+    """Whether a message on a pull's inbox is a delivery; else it is a status line.
+
+    Its reply subject is `$JS.ACK.<stream>…` or, with the server's `js_ack_fc_v2`,
+    `$JS.ACK.<domain>.<account>.<stream>…`; nats-py reads both.
+    """
+    try:
+        _ = message.metadata
+    except (Error, ValueError, OverflowError):
+        return False
+    return True

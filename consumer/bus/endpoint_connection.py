@@ -17,7 +17,8 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import MaxPayloadError
 
-from consumer.bus.connection import Bus, BusUnavailable, _Client
+from consumer.bus.client import RobustClient
+from consumer.bus.connection import Bus, BusUnavailable
 from consumer.ports import Observer
 from consumer.settings import Settings
 from generation_contracts import FailureCode, Subjects, Task, UnsafeReplySubject
@@ -68,7 +69,7 @@ def is_reply_subject(subject: str, prefixes: tuple[str, ...], subjects: Subjects
     return True
 
 
-class EndpointClient(_Client):
+class EndpointClient(RobustClient):
     """A client that publishes answers to inboxes and requests of one task, and drops all else.
 
     nats-py answers `$SRV.PING`, `INFO` and `STATS` by itself, to whatever subject the message names

@@ -61,6 +61,7 @@ class PullLoop:
         # None wakes the loop without a message: to stop, or to pull again.
         self._received: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._stopping = False
+        self._paused = False
         self._withdrawal: asyncio.Future[None] | None = None
         self._pulls = 0
         self._expires = min(EXPIRES, EXPIRES_PER_ACK_WAIT * durable.ack_wait)
@@ -88,6 +89,18 @@ class PullLoop:
         if self._withdrawal is not None:
             await asyncio.wait({self._withdrawal})
 
+    def pause(self) -> None:
+        """Send no pull until `resume`; `next` goes on waiting.
+
+        A pull that stands is left to expire: what it still brings is returned by `next`.
+        """
+        self._paused = True
+
+    def resume(self) -> None:
+        """Pull again."""
+        self._paused = False
+        self._received.put_nowait(None)
+
     async def next(self) -> JetStreamDelivery | None:
         """The next delivery, or None when stopping.
 
@@ -97,16 +110,16 @@ class PullLoop:
         while not self._stopping:
             if self._bus.closed.is_set():
                 raise BusUnavailable(GIVEN_UP)
-            if not self._standing and self._bus.connected:
+            if not self._standing and not self._paused and self._bus.connected:
                 await self._pull()
-            message = await self._hear()
+            message = await self._receive()
             if message is None:
                 continue
             if is_delivery(message):
                 self.attached = True
                 return JetStreamDelivery(message, self._custody)
-            if message.subject == self._current:  # else the word of an older pull
-                await self._heed(message)
+            if message.subject == self._current:  # else the status of an older pull
+                await self._handle_status(message)
         return None
 
     async def close(self) -> None:
@@ -180,22 +193,23 @@ class PullLoop:
             self._standing = False
             await asyncio.sleep(PAUSE_MISSING)
 
-    async def _hear(self) -> Msg | None:
+    async def _receive(self) -> Msg | None:
         left = self._heard + SILENCE - time.monotonic()
         try:
             message = await asyncio.wait_for(self._received.get(), max(0.0, left))
         except TimeoutError:
-            await self._silence()
+            await self._on_heartbeat_timeout()
             return None
         if message is not None:
             self._heard = time.monotonic()
             self._silences = 0
         return message
 
-    async def _silence(self) -> None:
+    async def _on_heartbeat_timeout(self) -> None:
         self._standing = False
-        if not self._bus.connected:
-            self._heard = time.monotonic()  # nothing can be heard; the reconnect wakes the loop
+        if self._paused or not self._bus.connected:
+            # Nothing can be received; `resume` or the reconnect wakes the loop.
+            self._heard = time.monotonic()
             return
         self._silences += 1
         log.warning("pull_silent", times=self._silences)
@@ -203,11 +217,14 @@ class PullLoop:
             self._silences = 0
             await self._bus.client.force_reconnect()
 
-    async def _heed(self, status: Msg) -> None:
+    async def _handle_status(self, status: Msg) -> None:
         headers = status.headers or {}
         code, description = headers.get("Status", ""), headers.get("Description", "")
         if code == "100":  # idle heartbeat
             self.attached = True
+            return
+        if not code:  # not from the server: a status line always has one
+            log.warning("pull_status_unknown")
             return
         self._standing = False
         if code in {"404", "408"}:  # no message; the pull has expired
@@ -230,3 +247,7 @@ class PullLoop:
         except (BusUnavailable, TopologyError) as error:
             log.warning("durable_not_restored", reason=str(error))
             await asyncio.sleep(PAUSE_MISSING)
+        else:
+            # The server may know the durable and still not take pulls of it, for example while a
+            # cluster elects a leader: the next pull must not follow at once.
+            await asyncio.sleep(PAUSE_REFUSED)

@@ -1,14 +1,14 @@
-"""The standby: a helper process that renews leases while this process cannot.
+"""The lease guard: a helper process that renews leases while this process cannot.
 
 A model that holds the interpreter's lock stops the event loop, and its heartbeats with it: after
-`ack_wait` another worker would get the request too. So each renewal is also told to a small process
-with a connection of its own. It stays quiet as long as it hears from this one; when it does not, it
-renews in its stead, and when that goes on for longer than `stall_timeout`, it takes the thread to
-hang and kills this process, which nothing else can end any more.
+`ack_wait` another worker would get the request too. So the worker reports two facts about each
+lease to a small process with a connection of its own: that the worker is alive, and that it has
+renewed the lease over a connection that is there. The guard renews a lease that the worker has not
+renewed in time. When the worker is silent for longer than `stall_timeout`, the guard takes its
+event loop to hang and kills the worker, which nothing else can end any more.
 
-Lines of JSON on the helper's standard input say everything: first a `Charge`, then one line for
-each renewal and each lease that is over. The helper ends with that pipe, that is, with this
-process.
+The messages are lines of JSON on the guard's standard input: first a `GuardConfig`, then one line
+for each fact. The guard ends with that pipe, that is, with this process.
 """
 
 import asyncio
@@ -21,10 +21,12 @@ from typing import Any
 import structlog
 
 from consumer.settings import Settings
+from consumer.tasks import cancel_and_wait
 
 log = structlog.get_logger()
 
 START_AGAIN_AFTER = 1.0  # seconds
+UNREAD_MOST = 2**18  # bytes that the guard may leave unread; a line has about 100
 _CONNECTION = (
     "nats_url",
     "nats_creds",
@@ -37,15 +39,15 @@ _CONNECTION = (
 
 
 @dataclass(frozen=True)
-class Charge:
-    """What the helper is told first.
+class GuardConfig:
+    """The guard's first message.
 
     Attributes:
         nats: The settings of the connection; they may hold a password, so they are no arguments.
         parent: Process id of the worker.
-        patience: Seconds without a word about a lease after which the worker is killed.
+        patience: Seconds without a sign of life after which the worker is killed.
         log_format: The worker's.
-        log_level: The same.
+        log_level: The worker's.
     """
 
     nats: dict[str, Any]
@@ -56,65 +58,74 @@ class Charge:
 
 
 class Standby:
-    """This process's side of the helper. Until it is started, it is told nothing.
+    """The worker's side of the lease guard. Before `start` nothing is sent.
 
     Args:
         settings: The worker's.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._charge = Charge(
+        self._config = GuardConfig(
             nats=settings.model_dump(mode="json", include=set(_CONNECTION)),
             parent=os.getpid(),
             patience=settings.consumer_stall_timeout,
             log_format=settings.log_format,
             log_level=settings.log_level,
         )
-        self._held: dict[str, float] = {}  # seconds that each lease lasts, by its subject
+        self._leases: dict[str, float] = {}  # seconds that each lease lasts, by its subject
         self._process: asyncio.subprocess.Process | None = None
         self._supervising: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
-        """The helper's process id, None while there is none."""
+        """The guard's process id, None while there is none."""
         return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
-        """Start the helper, and from then on another one whenever it ends."""
+        """Start the guard, and from then on another one whenever it ends."""
         await self._spawn()
         self._supervising = asyncio.create_task(self._supervise(), name="standby")
 
     async def close(self) -> None:
-        """End the helper; never raises."""
+        """End the guard; never raises."""
         supervising, self._supervising = self._supervising, None
         if supervising is not None:
-            supervising.cancel()
-            await asyncio.wait({supervising})
+            await cancel_and_wait(supervising)
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
             process.kill()  # it has nothing to lose
             await process.wait()
 
-    def renewed(self, lease: str, ack_wait: float) -> None:
-        """A lease has just been renewed, or would have been if the bus were there.
+    def alive(self, lease: str, ack_wait: float) -> None:
+        """Report that this process works on the request of a lease.
 
         Args:
             lease: The subject that renews it.
             ack_wait: Seconds that it lasts.
         """
-        self._held[lease] = ack_wait
-        self._tell({"renewed": lease, "ack_wait": ack_wait})
+        self._leases[lease] = ack_wait
+        self._send({"alive": lease, "ack_wait": ack_wait})
+
+    def renewed(self, lease: str) -> None:
+        """Report that a renewal has been published over a connection that is there."""
+        self._send({"renewed": lease})
 
     def let_lapse(self, lease: str) -> None:
-        """A lease is over."""
-        if self._held.pop(lease, None) is not None:
-            self._tell({"over": lease})
+        """Report that a lease is over."""
+        if self._leases.pop(lease, None) is not None:
+            self._send({"over": lease})
 
-    def _tell(self, word: object) -> None:
-        if self._process is None or self._process.stdin is None:
+    def _send(self, message: object) -> None:
+        process = self._process
+        if process is None or process.stdin is None or process.stdin.is_closing():
             return
-        if not self._process.stdin.is_closing():
-            self._process.stdin.write(f"{json.dumps(word)}\n".encode())
+        if process.stdin.transport.get_write_buffer_size() > UNREAD_MOST:
+            # It is stopped or hangs. Another one gets all leases.
+            log.error("standby_does_not_read")
+            process.stdin.close()
+            process.kill()
+            return
+        process.stdin.write(f"{json.dumps(message)}\n".encode())
 
     async def _spawn(self) -> None:
         try:
@@ -128,9 +139,9 @@ class Standby:
             self._process = None
             log.error("standby_not_started", error=type(error).__name__)  # noqa: TRY400 - one line
             return
-        self._tell(asdict(self._charge))
-        for lease, ack_wait in self._held.items():
-            self._tell({"renewed": lease, "ack_wait": ack_wait})
+        self._send(asdict(self._config))
+        for lease, ack_wait in self._leases.items():
+            self._send({"alive": lease, "ack_wait": ack_wait})
 
     async def _supervise(self) -> None:
         while True:

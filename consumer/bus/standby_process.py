@@ -1,13 +1,15 @@
-"""The standby itself: `python -m consumer.bus.standby_process`, started by `consumer.bus.standby`.
+"""The lease guard itself: `python -m consumer.bus.standby_process`, started by `standby`.
 
-It reads what the worker says of its leases, renews those about which the worker has gone silent,
-and kills the worker after too long a silence. It ends when its input does.
+It reads what the worker reports of its leases, renews those that the worker has not renewed in
+time, and kills a worker that has been silent for too long. It ends with its input, or with the
+worker's process.
 """
 
 import asyncio
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -16,29 +18,33 @@ from nats.errors import Error
 from pydantic_core import from_json
 
 from consumer.bus.connection import Bus, BusUnavailable, connect
-from consumer.bus.standby import Charge
+from consumer.bus.standby import GuardConfig
 from consumer.settings import Settings
+from consumer.tasks import cancel_and_wait
 from consumer.telemetry import configure_logging
 
 log = structlog.get_logger()
 
 TICKS_PER_ACK_WAIT = 20
 BEATS_PER_ACK_WAIT = 5  # as the worker's own
-SILENCE_BEATS = 1.5  # intervals without a word after which the worker is stood in for
+LATE_BEATS = 1.5  # intervals without a renewal after which the guard renews
 TICK_MOST = 1.0  # seconds
-LOOK_EVERY = 5.0  # seconds between two looks for the worker while it holds no lease
-CONNECT_WITHIN = 30.0  # seconds for one try
-LAST_WORDS = 1.0  # seconds for the worker to write down where its threads are
+LOOK_EVERY = 1.0  # seconds between two looks for the worker's process
+CONNECT_WITHIN = 30.0  # seconds for one attempt
+CONNECT_AGAIN_AFTER = 1.0  # seconds; doubled with each failure, up to the next
+CONNECT_AGAIN_MOST = 15.0  # seconds
+RENEW_WITHIN = 1.0  # seconds that one renewal may wait for a connection that takes nothing
+DUMP_WITHIN = 1.0  # seconds for the worker to write down where its threads are
 
 
 @dataclass
 class Lease:
-    """One lease of the worker's.
+    """One lease of the worker.
 
     Attributes:
         ack_wait: Seconds that it lasts.
-        silence: Seconds since the worker's last word about it, counted while this process ran.
-        unrenewed: Seconds since anyone's last renewal.
+        silence: Seconds since the worker's last sign of life, counted while this process ran.
+        unrenewed: Seconds since the last renewal, by the worker or by this process.
     """
 
     ack_wait: float
@@ -52,74 +58,82 @@ class Lease:
 
 
 class StandbyProcess:
-    """Watches over the leases of one worker.
+    """Guards the leases of one worker.
 
     Args:
-        charge: What the worker has said first.
-        words: The worker's lines.
+        config: The worker's first message.
+        messages: The lines that follow.
     """
 
-    def __init__(self, charge: Charge, words: asyncio.StreamReader) -> None:
-        self._charge = charge
-        self._words = words
+    def __init__(self, config: GuardConfig, messages: asyncio.StreamReader) -> None:
+        self._config = config
+        self._messages = messages
         self._leases: dict[str, Lease] = {}
         self._held = asyncio.Event()  # set while there is a lease
         self._bus: Bus | None = None
 
     async def run(self) -> None:
-        """Go on until the worker's end."""
-        listening = asyncio.create_task(self._listen(), name="listen")
-        others = [
-            asyncio.create_task(self._connect(), name="connect"),
-            asyncio.create_task(self._watch(), name="watch"),
-        ]
-        try:
-            ended, _ = await asyncio.wait([listening, *others], return_when=asyncio.FIRST_COMPLETED)
-            for one in ended:
-                one.result()  # not foreseen: the worker starts another standby
-        finally:
-            for one in (listening, *others):
-                one.cancel()
-            await asyncio.gather(listening, *others, return_exceptions=True)
-            if self._bus is not None:
-                await self._bus.close()
+        """Return when the input ends.
 
-    async def _listen(self) -> None:
-        while line := await self._words.readline():
-            word = from_json(line)
-            if "over" in word:
-                self._leases.pop(word["over"], None)
+        Raises:
+            Exception: One that was not foreseen; the worker starts another guard.
+        """
+        tasks = {
+            asyncio.create_task(work, name=name)
+            for name, work in (
+                ("receive", self._receive()),
+                ("connect", self._connect()),
+                ("watch", self._watch()),
+            )
+        }
+        try:
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
+        finally:
+            await cancel_and_wait(*tasks)
+
+    async def _receive(self) -> None:
+        while line := await self._messages.readline():
+            message = from_json(line)
+            if "over" in message:
+                self._leases.pop(message["over"], None)
+            elif "renewed" in message:
+                if (lease := self._leases.get(message["renewed"])) is not None:
+                    lease.unrenewed = 0.0
             else:
-                self._leases[word["renewed"]] = Lease(word["ack_wait"])
+                lease = self._leases.setdefault(message["alive"], Lease(message["ack_wait"]))
+                lease.silence = 0.0
             if self._leases:
                 self._held.set()
             else:
                 self._held.clear()
 
     async def _connect(self) -> None:
-        settings = Settings(**self._charge.nats)
+        settings = Settings(**self._config.nats)
+        pause = CONNECT_AGAIN_AFTER
         while True:
             try:
-                bus = await connect(
+                self._bus = await connect(
                     settings,
-                    name=f"generation standby {self._charge.parent}",
+                    name=f"generation standby {self._config.parent}",
                     within=CONNECT_WITHIN,
                 )
             except BusUnavailable as error:
+                # An unreadable file fails at once: without the pause this loop would never yield.
                 log.warning("standby_not_connected", reason=str(error))
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, CONNECT_AGAIN_MOST)
                 continue
-            self._bus = bus
             log.info("standby_connected")
-            await bus.closed.wait()
+            pause = CONNECT_AGAIN_AFTER
+            await self._bus.closed.wait()
             self._bus = None
 
     async def _watch(self) -> None:
-        # The parent is looked for too: a process that it has forked may keep the input open.
-        while os.getppid() == self._charge.parent:
-            # One that is over at once may be gone by the time at which this is told of it.
-            if not await self._lease_within(LOOK_EVERY) or not self._leases:
-                continue
-            shortest = min(lease.ack_wait for lease in self._leases.values())
+        while True:
+            await self._held.wait()
+            shortest = min((lease.ack_wait for lease in self._leases.values()), default=TICK_MOST)
             tick = min(TICK_MOST, shortest / TICKS_PER_ACK_WAIT)
             before = time.monotonic()
             await asyncio.sleep(tick)
@@ -130,49 +144,57 @@ class StandbyProcess:
                 lease.unrenewed += passed
                 await self._look_after(subject, lease)
 
-    async def _lease_within(self, seconds: float) -> bool:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._held.wait()
-        except TimeoutError:
-            return False
-        return True
-
     async def _look_after(self, subject: str, lease: Lease) -> None:
-        if lease.silence > self._charge.patience + lease.interval:
+        if lease.silence > self._config.patience + lease.interval:
             await self._end_worker()
-        elif lease.silence > SILENCE_BEATS * lease.interval and lease.unrenewed > lease.interval:
-            lease.unrenewed = 0.0
+        elif lease.unrenewed > LATE_BEATS * lease.interval:
             if self._bus is None or not self._bus.connected:
-                return
+                return  # `unrenewed` counts on: the renewal follows with the connection
+            # From now on as often as the worker would.
+            lease.unrenewed = (LATE_BEATS - 1) * lease.interval
             try:
-                await self._bus.client.publish(subject, b"+WPI")
-            except (Error, OSError) as error:
+                async with asyncio.timeout(RENEW_WITHIN):
+                    await self._bus.client.publish(subject, b"+WPI")
+            except (Error, OSError) as error:  # TimeoutError is an OSError
                 log.warning("heartbeat_failed", error=type(error).__name__)
 
     async def _end_worker(self) -> None:
-        log.error("worker_hangs", silence=self._charge.patience)
+        log.error("worker_hangs", silence=self._config.patience)
         for number in (signal.SIGUSR1, signal.SIGKILL):
-            if os.getppid() == self._charge.parent:
-                os.kill(self._charge.parent, number)
-                await asyncio.sleep(LAST_WORDS)
+            if os.getppid() == self._config.parent:
+                os.kill(self._config.parent, number)
+                await asyncio.sleep(DUMP_WITHIN)
+
+
+def end_with_worker(parent: int) -> None:
+    """End this process when the worker's process has ended.
+
+    In a thread, so that it does not depend on the event loop. The end of the input does not say it
+    for certain: a process that the worker has forked may keep the pipe open.
+    """
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_EVERY)
+        os._exit(0)
+
+    threading.Thread(target=look, name="end-with-worker", daemon=True).start()
 
 
 async def main() -> None:
-    """Read the charge, then do it."""
-    words = asyncio.StreamReader()
+    """Read the configuration, then guard."""
+    messages = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(words), sys.stdin
+        lambda: asyncio.StreamReaderProtocol(messages), sys.stdin
     )
-    line = await words.readline()
+    line = await messages.readline()
     if not line:
         return
-    charge = Charge(**from_json(line))
-    configure_logging(charge.log_format, charge.log_level)  # type: ignore[arg-type] # the worker's
-    await StandbyProcess(charge, words).run()
-    # At once: a reconnect under way in nats-py can swallow its cancellation and keep the loop, and
-    # with it a process whose worker is gone.
-    sys.stderr.flush()
+    config = GuardConfig(**from_json(line))
+    configure_logging(config.log_format, config.log_level)  # type: ignore[arg-type] # the worker's
+    end_with_worker(config.parent)
+    await StandbyProcess(config, messages).run()
+    # At once: closing what nats-py has begun may take longer than the worker lives.
     os._exit(0)
 
 

@@ -23,7 +23,7 @@ from consumer.bus.codes import (
     STREAM_NOT_FOUND,
     SUBJECTS_OVERLAP,
 )
-from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.bus.connection import API_TIMEOUT, Bus, BusMisconfigured, BusUnavailable
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
 from consumer.ports import ResultUnreadable, Unavailable
@@ -502,7 +502,9 @@ class Topology:
         except TimeoutError:
             # The server drops what is not permitted; the reason goes to the error callback.
             reason = self._bus.last_error or "no answer"
-            raise BusUnavailable(f"NATS: $JS.API.{subject}: {reason}") from None
+            certain = "permissions violation" in reason.lower()
+            kind = BusMisconfigured if certain else BusUnavailable
+            raise kind(f"NATS: $JS.API.{subject}: {reason}") from None
         except (Error, OSError) as problem:
             raise BusUnavailable(f"NATS: $JS.API.{subject}: {problem}") from None
         value: Config = json.loads(answer.data)

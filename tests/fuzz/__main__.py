@@ -1,23 +1,28 @@
 """Fuzz what reads bytes of strangers: `uv run --group fuzz python -m tests.fuzz TARGET`.
 
-TARGET is `requests`, `results` or `images`; what follows are options of libFuzzer, for example
-`-max_total_time=60`. A target may raise what the daemon makes an answer of, and nothing else: any
-other exception is a finding, and so is a hang. Coverage guides it through this project's modules
-and the Python part of Pillow.
+TARGET is `requests`, `results`, `images` or `protocol`; what follows are options of libFuzzer, for
+example `-max_total_time=60`. A target may raise what the daemon makes an answer of, and nothing
+else: any other exception is a finding, and so is a hang. Coverage guides it through this project's
+modules, nats-py and the Python part of Pillow.
 """
 
+import asyncio
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from io import BytesIO
+from typing import Any
 
 import atheris
 
-with atheris.instrument_imports(include=["consumer", "generation_contracts", "PIL"]):
+with atheris.instrument_imports(include=["consumer", "generation_contracts", "PIL", "nats"]):
+    from nats.aio.msg import Msg
+    from nats.errors import ProtocolError
     from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
     from pydantic import ValidationError
 
     from consumer.admission import Admission
+    from consumer.bus.client import RobustClient
     from consumer.images import ImageCodec
     from consumer.ports import InputUnavailable
     from generation_contracts import InvalidRequest, Subjects, Task, decode_result
@@ -75,15 +80,64 @@ def images(data: bytes) -> None:
     assert picture.width * picture.height <= 1_000_000
 
 
+class OfflineClient(RobustClient):
+    """A client without a server: what is not a message is parsed and dropped."""
+
+    async def _nothing(self, *_: Any) -> None:
+        pass
+
+    _process_ping = _process_pong = _process_info = _process_err = _nothing
+
+
+def protocol(data: bytes) -> None:
+    """What a server sends: a message of any subject, reply subject and headers; then any bytes."""
+    asyncio.run(_receive(atheris.FuzzedDataProvider(data)))
+
+
+async def _receive(given: Any) -> None:
+    client = OfflineClient()
+    received: list[Msg] = []
+
+    async def on_message(message: Msg) -> None:
+        received.append(message)
+
+    client._process_disconnect()
+    client._flush_queue = asyncio.Queue()
+    await client.subscribe("a", cb=on_message)
+    subject, reply = (_without_separators(given.ConsumeBytes(16)) or b"a" for _ in range(2))
+    headers = b"NATS/1.0" + given.ConsumeBytes(24)
+    body = given.ConsumeBytes(8)
+    sizes = len(headers), len(headers) + len(body)
+    stream = b"HMSG %s 1 %s %d %d\r\n" % (subject, reply, *sizes) + headers + body + b"\r\n"
+    stream += b"MSG b 1 2\r\nhi\r\n"
+    cut = given.ConsumeIntInRange(0, len(stream))
+    for part in (stream[:cut], stream[cut:]):
+        await client._ps.parse(part)
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert [message.data for message in received] == [body, b"hi"]
+    try:
+        await client._ps.parse(given.ConsumeBytes(given.remaining_bytes()))
+    except ProtocolError:
+        return  # the connection is made anew
+
+
+def _without_separators(text: bytes) -> bytes:
+    return text.translate(None, delete=b" \t\n")
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "requests": requests,
     "results": results,
     "images": images,
+    "protocol": protocol,
 }
 
 
 def beginnings(target: str) -> list[bytes]:
     """Something to begin with: without it, chance does not come past the first byte of a file."""
+    if target == "protocol":
+        return [b"generation.\x0b.\xff", b"a" * 40 + b" 100\r\n\r\nMSG a 1 b 1\r\na\r\n"]
     if target != "images":
         return [b'{"prompt":"a","images":[{"base64":"aGFsbG8="}],"then":[]}']
     files = []

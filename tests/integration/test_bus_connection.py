@@ -1,6 +1,7 @@
 """The connection to a real server: refused, lost, given up, closed."""
 
 import asyncio
+import signal
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -9,10 +10,19 @@ import pytest
 from structlog.testing import capture_logs
 
 from consumer.bus import connection
-from consumer.bus.connection import BusUnavailable, connect
+from consumer.bus import topology as topology_module
+from consumer.bus.connection import (
+    BusMisconfigured,
+    BusUnavailable,
+    connect,
+    wait_until_available,
+)
+from consumer.bus.topology import Topology, TopologyError
 from consumer.devstack import NatsServer, free_ports
+from generation_contracts import Subjects, Task
 from tests.conftest import StartNats
 from tests.integration.bus_installation import (
+    SOON,
     bus_settings,
     frozen,
     measured,
@@ -76,6 +86,72 @@ async def test_a_missing_file_of_credentials_is_a_clear_error(
         settings = bus_settings(nats_server.url).model_copy(update={name: tmp_path / "none"})
         with pytest.raises(BusUnavailable, match=r"credentials cannot be read: .*No such file"):
             await soon(connect(settings, name="test", within=WITHIN))
+
+
+async def test_a_server_that_does_not_know_the_user_yet_is_waited_for(
+    start_nats: StartNats, tmp_path: Path
+) -> None:
+    """Its configuration is loaded again while the daemon starts."""
+    users = 'authorization { user: "user", password: "%s" }'
+    server = start_nats(users % "old")
+    url = server.url.replace("//", f"//user:{SECRET}@")
+    connecting = asyncio.create_task(connect(bus_settings(url), name="test", within=SOON))
+    await asyncio.wait({connecting}, timeout=WITHIN)
+    assert not connecting.done()
+    file = tmp_path / "nats-0" / "nats.conf"
+    file.write_text(file.read_text().replace(users % "old", users % SECRET))
+    server.signal(signal.SIGHUP)
+    bus = await soon(connecting)
+    assert bus.connected
+    await bus.close()
+
+
+@pytest.mark.parametrize(
+    ("failures", "raised", "calls"),
+    [
+        pytest.param([BusUnavailable("1"), BusUnavailable("2")], None, 3, id="available later"),
+        pytest.param([BusMisconfigured("1")], BusMisconfigured, 1, id="certain"),
+        pytest.param([TopologyError("1")], TopologyError, 1, id="another error"),
+        pytest.param([BusUnavailable("no")] * 1_000, BusUnavailable, None, id="never available"),
+    ],
+)
+async def test_what_is_not_available_at_a_start_is_tried_again_and_what_is_wrong_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+    failures: list[Exception],
+    raised: type[Exception] | None,
+    calls: int | None,
+) -> None:
+    monkeypatch.setattr(connection, "START_PAUSE", 0.01)
+    called = 0
+
+    async def attempt() -> str:
+        nonlocal called
+        called += 1
+        if called <= len(failures):
+            raise failures[called - 1]
+        return "done"
+
+    waiting = wait_until_available(attempt, deadline=time.monotonic() + WITHIN)
+    if raised is None:
+        assert await soon(waiting) == "done"
+    else:
+        with pytest.raises(raised):
+            await soon(waiting)
+    assert called == calls if calls is not None else called > 2
+
+
+async def test_a_call_that_is_not_permitted_is_certain(
+    start_nats: StartNats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topology_module, "API_TIMEOUT", 0.5)
+    permissions = '{ publish: ["_INBOX.>"] }'
+    user = f'{{ user: "a", password: "x", permissions: {permissions} }}'
+    server = start_nats(f"authorization {{ users: [ {user} ] }}")
+    async with AsyncExitStack() as parts:
+        bus = await open_bus(server.url.replace("//", "//a:x@"), parts)
+        topology = Topology(bus, Subjects(), ack_wait=60, max_ack_pending=1)
+        with pytest.raises(BusMisconfigured, match="permissions violation"):
+            await soon(topology.ensure(Task.TEXT_TO_IMAGE))
 
 
 async def test_the_second_of_two_servers_is_used_when_the_first_is_away(

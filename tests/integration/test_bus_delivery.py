@@ -8,6 +8,7 @@ import pytest
 
 from consumer.bus import delivery
 from consumer.bus.connection import BusUnavailable
+from consumer.bus.standby import Standby
 from tests.conftest import InstallationOf, StartNats
 from tests.integration.bus_installation import (
     MUTE,
@@ -18,6 +19,7 @@ from tests.integration.bus_installation import (
     measured,
     soon,
     take,
+    until_connected,
 )
 
 LEASE = 1.0  # seconds
@@ -181,6 +183,61 @@ async def test_a_request_without_headers_has_none(installation: Installation) ->
     worker = await installation.worker()
     await installation.publish()
     assert (await take(worker)).headers == {}
+
+
+# -- ack subjects of the second version -----------------------------------------------------------
+
+
+async def test_deliveries_with_ack_subjects_v2_are_settled_like_others(
+    start_nats: StartNats, installation_of: InstallationOf
+) -> None:
+    server = start_nats("feature_flags { js_ack_fc_v2: true }")
+    installation = await installation_of(server, ack_wait=LEASE)
+    worker = await installation.worker()
+    sequence = await installation.publish(b"v2")
+    for attempt, settle in ((1, "nak"), (2, "release"), (3, "term")):
+        delivered = await take(worker)
+        assert len(delivered._message.reply.split(".")) > 9, "the server's flag has no effect"
+        assert (delivered.stream, delivered.stream_sequence) == (REQUESTS, sequence)
+        assert delivered.attempt == attempt
+        await delivered.extend()
+        if settle == "term":
+            await soon(delivered.term("reason"))
+        else:
+            await soon(getattr(delivered, settle)())
+    assert await installation.count(REQUESTS) == 0
+    await installation.publish()
+    delivered = await take(worker)
+    coming = asyncio.create_task(worker.loop.next())
+    for _ in range(8):
+        await asyncio.wait({coming}, timeout=LEASE / 5)
+        await delivered.extend()
+    assert not coming.done(), "the lease was not renewed"
+    await soon(delivered.ack())
+    assert await installation.count(REQUESTS) == 0
+    worker.loop.stop()
+    await soon(coming)
+
+
+# -- the lease guard ------------------------------------------------------------------------------
+
+
+async def test_a_renewal_is_reported_only_when_the_connection_is_there(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[str] = []
+    monkeypatch.setattr(Standby, "alive", lambda *_: reports.append("alive"))
+    monkeypatch.setattr(Standby, "renewed", lambda *_: reports.append("renewed"))
+    worker = await installation.worker()
+    await installation.publish()
+    delivered = await take(worker)
+    await soon(delivered.extend())
+    await installation.kill_server()
+    await soon(delivered.extend())
+    await installation.start_server()
+    await until_connected(worker.bus)
+    await soon(delivered.extend())
+    assert reports == ["alive", "renewed", "alive", "alive", "renewed"]
 
 
 # -- the server is away ---------------------------------------------------------------------------

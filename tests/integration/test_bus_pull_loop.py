@@ -166,6 +166,59 @@ async def test_a_paused_durable_is_waited_for(
     assert (await taken(task)).attempt == 1
 
 
+# -- pausing --------------------------------------------------------------------------------------
+
+
+async def test_a_paused_loop_pulls_nothing_until_it_is_resumed(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hasten(monkeypatch)
+    monkeypatch.setattr(pull, "EXPIRES", 1.0)
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+    worker.loop.pause()
+    await installation.until_pulls_stand(0)  # left to expire
+    await installation.publish()
+    await asyncio.wait({task}, timeout=5 * pull.SILENCE)  # long enough to take silence for a fault
+    assert not task.done()
+    assert worker.bus.connection == 0, "silence is no fault while the loop is paused"
+    assert (await installation.consumer_info()).num_pending == 1
+
+    worker.loop.resume()
+    assert (await taken(task)).attempt == 1
+
+
+async def test_what_a_standing_pull_brings_while_paused_is_delivered(
+    installation: Installation,
+) -> None:
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+    worker.loop.pause()
+    await installation.publish(b"first")
+    assert (await taken(task)).body == b"first"
+    task = asyncio.create_task(worker.loop.next())
+    await installation.publish(b"second")
+    await asyncio.wait({task}, timeout=QUICK)
+    assert not task.done()
+    worker.loop.stop()
+    assert await soon(task) is None
+
+
+async def test_a_message_on_the_pulls_inbox_that_is_not_the_servers_changes_nothing(
+    installation: Installation,
+) -> None:
+    worker = await installation.worker()
+    task = await waiting(installation, worker)
+    inbox = worker.loop._current
+    for reply in ("", "$JS.ACK.junk", "$JS.ACK.S.C.one.2.3.4.5", f"$JS.ACK.S.C.1.2.3.{'9' * 40}.5"):
+        await installation.plain.publish(inbox, b"junk", reply=reply)
+    await installation.plain.flush()
+    await installation.publish()
+    assert (await taken(task)).attempt == 1
+    assert worker.loop._pulls == 1
+    assert worker.loop.attached
+
+
 # -- the server goes and comes back ---------------------------------------------------------------
 
 

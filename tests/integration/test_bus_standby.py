@@ -1,10 +1,17 @@
-"""The standby renews the leases that it is told of once it hears no more of them."""
+"""The lease guard as a process: it renews what is reported to it, and outlives nothing."""
 
+import asyncio
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+
+from consumer.bus import standby as worker_side
 from consumer.bus.standby import Standby
-from tests.integration.bus_installation import Installation, bus_settings, soon
+from tests.integration.bus_installation import Installation, bus_settings, soon, until
 
 LEASE = "lease.1"
 ACK_WAIT = 1.0  # seconds
@@ -15,8 +22,8 @@ async def test_leases_that_were_told_before_it_ran_are_renewed_over_its_own_deat
 ) -> None:
     standby = Standby(bus_settings(installation.server.url))
     beats = await installation.listen(LEASE)
-    standby.renewed("lease.over", ACK_WAIT)
-    standby.renewed(LEASE, ACK_WAIT)
+    standby.alive("lease.over", ACK_WAIT)
+    standby.alive(LEASE, ACK_WAIT)
     standby.let_lapse("lease.over")
     over = await installation.listen("lease.over")
     await standby.start()
@@ -40,8 +47,91 @@ async def test_leases_that_were_told_before_it_ran_are_renewed_over_its_own_deat
 
 async def test_what_is_not_started_is_told_nothing_and_closes() -> None:
     standby = Standby(bus_settings("nats://127.0.0.1:1"))
-    standby.renewed(LEASE, ACK_WAIT)
+    standby.alive(LEASE, ACK_WAIT)
+    standby.renewed(LEASE)
     standby.let_lapse(LEASE)
     standby.let_lapse(LEASE)
     await standby.close()
     assert standby.pid is None
+
+
+async def test_a_guard_that_does_not_read_is_replaced(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_side, "UNREAD_MOST", 10_000)
+    standby = Standby(bus_settings(installation.server.url))
+    await standby.start()
+    try:
+        deaf = standby.pid
+        assert deaf is not None
+        os.kill(deaf, signal.SIGSTOP)
+        beats = await installation.listen(LEASE)
+        standby.alive(LEASE, ACK_WAIT)
+
+        async def replaced() -> bool:
+            standby.alive(f"lease.{'x' * 10_000}", 60.0)
+            return standby.pid != deaf
+
+        await until(replaced)
+        await soon(beats.next_msg(timeout=None))  # the new one knows of the lease
+    finally:
+        await standby.close()
+
+
+# A worker that starts a guard, forks a process that keeps every descriptor, and waits to be killed.
+WORKER = """
+import asyncio, os, subprocess, sys
+from consumer.bus.standby import Standby
+from consumer.settings import Settings
+
+async def main():
+    standby = Standby(Settings())
+    await standby.start()
+    child = os.fork()
+    if child == 0:
+        os.execv("/bin/sleep", ["sleep", "60"])
+    print(standby.pid, child, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("away", ["a credentials file", "a server and a reader of the log"])
+async def test_the_guard_ends_with_its_worker(tmp_path: Path, away: str) -> None:
+    environment = {**os.environ, "NATS_URL": "nats://127.0.0.1:1", "LOG_LEVEL": "INFO"}
+    if away == "a credentials file":
+        environment["NATS_CREDS"] = str(tmp_path / "none")
+    read, write = os.pipe()
+    if away == "a server and a reader of the log":
+        os.set_blocking(write, False)
+        while _filled(write):
+            pass
+        os.set_blocking(write, True)
+    worker = subprocess.Popen(  # noqa: ASYNC220 - it starts at once
+        [sys.executable, "-c", WORKER], env=environment, stdout=subprocess.PIPE, stderr=write
+    )
+    os.close(write)
+    try:
+        assert worker.stdout is not None
+        guard, child = map(int, (await asyncio.to_thread(worker.stdout.readline)).split())
+        await asyncio.sleep(0.5)  # it has read its configuration, and may spin by now
+        worker.kill()
+        worker.wait()
+
+        async def ended() -> bool:
+            return not os.path.exists(f"/proc/{guard}")  # noqa: ASYNC240, PTH110 - no file system
+
+        await until(ended)
+        os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(read)
+        worker.kill()
+        worker.communicate()
+
+
+def _filled(pipe: int) -> int:
+    try:
+        return os.write(pipe, bytes(4096))
+    except BlockingIOError:
+        return 0

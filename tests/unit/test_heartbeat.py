@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from consumer import tasks
 from consumer.heartbeat import Lease
 from tests.memory_ports import MemoryDelivery, MemoryQueue, Outage
 
@@ -72,3 +73,46 @@ async def test_beat_that_raises_does_not_end_the_lease(error: Exception) -> None
     delivery = make_delivery()
     delivery.beat_refusal = error
     await hold(delivery)
+
+
+class Swallowing:
+    """A delivery whose renewal swallows cancellations, as nats-py's publish did."""
+
+    def __init__(self, *, times: int) -> None:
+        self.times = times
+        self.beats = 0
+        self.over = False
+
+    async def extend(self) -> None:
+        self.beats += 1
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.times -= 1
+                if self.times < 0:
+                    raise
+
+    def let_lapse(self) -> None:
+        self.over = True
+
+
+async def test_heartbeat_that_swallows_a_cancellation_ends_with_the_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tasks, "CANCEL_EVERY", 0.01)
+    delivery = Swallowing(times=3)
+    async with asyncio.timeout(SOON):
+        async with Lease(delivery, ack_wait=60.0):  # type: ignore[arg-type] # what is used of it
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert delivery.beats == 1
+    assert delivery.over
+    assert not beating()
+
+
+async def test_renewal_that_hangs_does_not_hold_up_the_next_one() -> None:
+    delivery = Swallowing(times=0)
+    async with asyncio.timeout(SOON), Lease(delivery, ack_wait=ACK_WAIT):  # type: ignore[arg-type]
+        while delivery.beats < 3:  # noqa: ASYNC110 - the beats are what is waited for
+            await asyncio.sleep(ACK_WAIT)

@@ -1,29 +1,138 @@
-"""The helper process' own loop, without a server."""
+"""The lease guard's own loop, without a server."""
 
 import asyncio
 import json
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
-from consumer.bus.standby import Charge
+import pytest
+
+from consumer.bus import standby_process
+from consumer.bus.standby import GuardConfig
 from consumer.bus.standby_process import StandbyProcess
 
 TURNS = 20  # of the event loop
+SOON = 5.0  # seconds; only bounds a wait for something that must happen
+ACK_WAIT = 0.2  # seconds
+PATIENCE = 0.3  # seconds
+LEASE = "lease.1"
+
+
+class RecordingBus:
+    """A connection whose publishes are recorded."""
+
+    def __init__(self) -> None:
+        self.connected = True
+        self.client = self
+        self.published: list[str] = []
+
+    async def publish(self, subject: str, _: bytes) -> None:
+        self.published.append(subject)
+
+
+class Guard:
+    """A guard whose worker is this test; it notes instead of killing."""
+
+    def __init__(self, patience: float = 60.0, **nats: Any) -> None:
+        self.messages = asyncio.StreamReader()
+        self.config = GuardConfig(nats, os.getppid(), patience, "json", "ERROR")
+        self.process = StandbyProcess(self.config, self.messages)
+        self.kills = 0
+        self.process._end_worker = self._note_kill  # type: ignore[method-assign]
+
+    async def _note_kill(self) -> None:
+        self.kills += 1
+
+    def say(self, **message: Any) -> None:
+        """A line of the worker."""
+        self.messages.feed_data(json.dumps(message).encode() + b"\n")
+
+
+@asynccontextmanager
+async def watching(guard: Guard) -> AsyncIterator[RecordingBus]:
+    """The guard receives and watches, on a connection that is there."""
+    bus = RecordingBus()
+    guard.process._bus = bus  # type: ignore[assignment]
+    tasks = [
+        asyncio.create_task(guard.process._receive()),
+        asyncio.create_task(guard.process._watch()),
+    ]
+    try:
+        yield bus
+        assert not any(task.done() for task in tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_a_lease_that_is_over_at_once_is_no_fault() -> None:
-    words = asyncio.StreamReader()
-    charge = Charge(
-        nats={}, parent=os.getppid(), patience=60.0, log_format="json", log_level="INFO"
-    )
-    standby = StandbyProcess(charge, words)
-    tasks = [asyncio.create_task(standby._listen()), asyncio.create_task(standby._watch())]
+    guard = Guard()
+    async with watching(guard):
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+        guard.say(alive="a", ack_wait=60.0)
+        guard.say(over="a")
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("reports", "renews", "kills"),
+    [
+        pytest.param(("alive", "renewed"), False, False, id="a worker that renews is left alone"),
+        pytest.param(("alive",), True, False, id="a worker without its bus is renewed for"),
+        pytest.param((), True, True, id="a silent worker is renewed for and then killed"),
+        pytest.param(("renewed",), False, True, id="a renewal is no sign of life"),
+    ],
+)
+async def test_alive_and_renewed_are_two_facts(
+    reports: tuple[str, ...], renews: bool, kills: bool
+) -> None:
+    guard = Guard(PATIENCE)
+    async with watching(guard) as bus:
+        guard.say(alive=LEASE, ack_wait=ACK_WAIT)
+        beats = 30
+        for _ in range(beats):  # twice the patience
+            for report in reports:
+                guard.say(
+                    **{report: LEASE}, **({"ack_wait": ACK_WAIT} if report == "alive" else {})
+                )
+            await asyncio.sleep(2 * PATIENCE / beats)
+    assert bool(bus.published) == renews
+    assert bool(guard.kills) == kills
+
+
+async def test_renewal_that_was_late_follows_with_the_connection() -> None:
+    guard = Guard()
+    async with watching(guard) as bus:
+        bus.connected = False
+        guard.say(alive=LEASE, ack_wait=ACK_WAIT)
+        await asyncio.sleep(2 * ACK_WAIT)
+        assert not bus.published
+        bus.connected = True
+        async with asyncio.timeout(SOON):
+            while not bus.published:  # noqa: ASYNC110 - the loop's tick is what is waited for
+                await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"-----BEGIN NATS USER JWT-----\nabc\n"])
+@pytest.mark.parametrize("setting", ["nats_creds", "nats_nkey_seed"])
+async def test_credentials_that_cannot_be_used_leave_the_event_loop_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, content: bytes | None
+) -> None:
+    monkeypatch.setattr(standby_process, "CONNECT_AGAIN_AFTER", 0.01)
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    guard = Guard(**{"nats_url": "nats://127.0.0.1:1", setting: str(file)})
+    running = asyncio.create_task(guard.process.run())
+    # Turns that a loop without a pause would never give back.
     for _ in range(TURNS):
         await asyncio.sleep(0)
-    for word in ({"renewed": "a", "ack_wait": 60.0}, {"over": "a"}):
-        words.feed_data(json.dumps(word).encode() + b"\n")
-    for _ in range(TURNS):
-        await asyncio.sleep(0)
-    assert not any(task.done() for task in tasks)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    guard.messages.feed_eof()  # the worker has gone
+    async with asyncio.timeout(SOON):
+        await running

@@ -3,11 +3,15 @@
 import gc
 import json
 import logging
+import os
+import select
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Literal, get_args
+from typing import Literal, TextIO, get_args
 
 import pytest
 import structlog
@@ -26,10 +30,10 @@ from consumer.job import (
 )
 from consumer.metrics import Metrics
 from consumer.provenance import SOFTWARE
-from consumer.telemetry import JobReport
+from consumer.telemetry import JobReport, LogStream
 from consumer.verdict import name_of
 from generation_contracts import FailureCode, ModelInfo
-from tests.daemon_logging import daemon_logging
+from tests.daemon_logging import daemon_logging, logging_to
 
 FORMATS = pytest.mark.parametrize("log_format", ["json", "console"])
 PROMPT = "a prompt that is nobody's business"
@@ -291,3 +295,99 @@ def test_logged_exception_is_not_kept(
     alive = [one() for one in watched]
     gc.enable()
     assert alive == [None]
+
+
+# -- a log that cannot be written -----------------------------------------------------------------
+
+
+@contextmanager
+def no_reader() -> Iterator[TextIO]:
+    """A pipe whose reader has gone."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:
+        yield stream
+
+
+@contextmanager
+def full_disk() -> Iterator[TextIO]:
+    with open("/dev/full", "w") as stream:  # noqa: PTH123 - no file of this test
+        yield stream
+
+
+@contextmanager
+def closed() -> Iterator[TextIO]:
+    with open(os.devnull, "w") as stream:  # noqa: PTH123 - the same
+        pass
+    yield stream
+
+
+@contextmanager
+def descriptor_closed() -> Iterator[TextIO]:
+    read, write = os.pipe()
+    stream = os.fdopen(write, "w", closefd=False)
+    os.close(write)
+    yield stream
+    os.close(read)
+
+
+@contextmanager
+def none() -> Iterator[None]:
+    yield None
+
+
+@FORMATS
+@pytest.mark.parametrize("broken", [no_reader, full_disk, closed, descriptor_closed, none])
+def test_what_cannot_be_logged_is_counted_and_raises_nothing(
+    broken: Callable[[], Iterator[TextIO]], log_format: Literal["json", "console"]
+) -> None:
+    metrics = Metrics("text_to_image")
+
+    def lost() -> float:
+        name, labels = "generation_lost_log_lines_total", {"task": "text_to_image"}
+        return metrics.registry.get_sample_value(name, labels) or 0.0
+
+    before = lost()
+    with broken() as stream, logging_to(stream, log_format):  # type: ignore[attr-defined]
+        structlog.get_logger().info("one")
+        logging.getLogger("library").warning("two")
+        print("three", file=sys.stderr)  # noqa: T201 - as libraries do
+    assert lost() - before >= 3
+
+
+def test_reader_that_hangs_holds_nothing_up_and_learns_how_many_lines_are_missing() -> None:
+    read, write = os.pipe()
+    lines = 3000
+    with os.fdopen(write, "w") as stream, os.fdopen(read, "rb") as reader, logging_to(stream):
+        log = structlog.get_logger()
+        before = LogStream.lost_lines
+        for number in range(lines):
+            log.info("line", number=number, long="x" * (10_000 if number % 10 == 0 else 10))
+        lost = LogStream.lost_lines - before
+        assert 0 < lost < lines
+        os.set_blocking(read, False)
+        text = reader.read()
+        log.info("again")
+        text += reader.read()
+    *whole, missing, again = (_parsed(line) for line in text.splitlines())
+    assert missing == {**missing, "event": "log_lines_lost", "level": "warning", "lines": lost}
+    assert again["event"] == "again"
+    cut = [line for line in whole if not line]
+    assert len(cut) <= 1, "one line was begun and could not be finished"
+    assert len(whole) - len(cut) == lines - lost
+
+
+def _parsed(line: bytes) -> dict[str, object]:
+    try:
+        parsed: dict[str, object] = json.loads(line)
+    except ValueError:
+        return {}
+    return parsed
+
+
+def test_line_that_is_longer_than_a_pipe_takes_at_once_is_whole() -> None:
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream, os.fdopen(read, "rb") as reader, logging_to(stream):
+        structlog.get_logger().info("long", text="ü" * select.PIPE_BUF)
+        os.set_blocking(read, False)
+        assert json.loads(reader.read())["event"] == "long"

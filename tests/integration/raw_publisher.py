@@ -1,0 +1,46 @@
+"""Protocol lines as a hostile publisher writes them: nats-py would refuse most of them."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+OPTIONS = {"verbose": False, "pedantic": False, "headers": True, "protocol": 1}
+# Every byte that may stand in a subject: the server splits at space and tab, and ends a line with
+# a line feed. The wildcards are allowed, too, in a subject that is published to.
+SUBJECT_BYTES = [bytes([byte]) for byte in range(256) if bytes([byte]) not in b" \t\n"]
+
+
+class RawPublisher:
+    """A bare connection to a nats-server."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def send(self, *lines: bytes) -> None:
+        """Write lines, and return when the server has processed them without an error."""
+        self._writer.write(b"".join(line + b"\r\n" for line in lines) + b"PING\r\n")
+        answer = await self._reader.readline()
+        while answer == b"PING\r\n" or answer.startswith(b"INFO"):
+            answer = await self._reader.readline()
+        assert answer == b"PONG\r\n", answer
+
+    async def publish(self, subject: bytes, body: bytes = b"", *, reply: bytes = b"") -> None:
+        """Publish to a subject of any bytes."""
+        await self.send(b"PUB %s %s %d" % (subject, reply, len(body)), body)
+
+
+@asynccontextmanager
+async def raw_publisher(port: int, **options: str) -> AsyncIterator[RawPublisher]:
+    """Connect; the options are those of the protocol's CONNECT."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    await reader.readline()  # INFO
+    writer.write(b"CONNECT %s\r\n" % json.dumps({**OPTIONS, **options}).encode())
+    publisher = RawPublisher(reader, writer)
+    await publisher.send()
+    try:
+        yield publisher
+    finally:
+        writer.close()
+        await writer.wait_closed()

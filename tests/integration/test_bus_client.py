@@ -1,0 +1,271 @@
+"""The client on raw protocol bytes: no message, file or cancellation stops the connection."""
+
+import asyncio
+import hashlib
+import inspect
+import random
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error
+from nats.protocol.parser import Parser
+from structlog.testing import capture_logs
+
+from consumer.bus.connection import Bus, BusUnavailable, connect
+from consumer.devstack import NatsServer
+from tests.integration.bus_installation import (
+    bus_settings,
+    frozen,
+    open_bus,
+    soon,
+    until,
+    until_connected,
+    until_lost,
+)
+from tests.integration.raw_publisher import SUBJECT_BYTES, RawPublisher, raw_publisher
+
+SEED = 20261129
+ROUNDS = 300  # messages of random bytes
+LONG_SUBJECT = 3900  # bytes; with the rest of its line just below the server's 4096
+
+
+class Listener:
+    """Everything that arrives at one connection, in order."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.messages: list[Msg] = []
+
+    async def start(self) -> None:
+        await self.bus.client.subscribe("t.>", cb=self._on_message)
+        await self.bus.client.flush()
+
+    async def _on_message(self, message: Msg) -> None:
+        self.messages.append(message)
+
+    async def received(self, count: int) -> list[Msg]:
+        """All messages, once there are so many."""
+
+        async def enough() -> bool:
+            return len(self.messages) >= count
+
+        await until(enough)
+        return self.messages
+
+
+@pytest.fixture
+async def listening(nats_server: NatsServer) -> Any:
+    async with AsyncExitStack() as parts:
+        listener = Listener(await open_bus(nats_server.url, parts))
+        await listener.start()
+        publisher = await parts.enter_async_context(raw_publisher(nats_server.ports["client"]))
+        yield listener, publisher
+        assert listener.bus.connection == 0, "the connection was lost"
+
+
+async def test_every_byte_in_a_subject_or_a_reply_subject_reaches_the_callback(
+    listening: tuple[Listener, RawPublisher],
+) -> None:
+    listener, publisher = listening
+    for byte in SUBJECT_BYTES:
+        await publisher.publish(b"t.a" + byte + b"b", b"subject")
+        await publisher.publish(b"t.plain", b"reply", reply=b"r.a" + byte + b"b")
+        await publisher.publish(b"t.plain", b"after")
+
+    messages = await listener.received(3 * len(SUBJECT_BYTES))
+    assert [message.data for message in messages] == [b"subject", b"reply", b"after"] * len(
+        SUBJECT_BYTES
+    )
+    for byte, number in zip(SUBJECT_BYTES, range(0, len(messages), 3), strict=True):
+        assert messages[number].subject == b"t.a%sb".replace(b"%s", byte).decode(errors="replace")
+        readable = byte[0] < 0x80
+        assert messages[number + 1].reply == (f"r.a{byte.decode()}b" if readable else "")
+
+
+async def test_messages_of_random_bytes_all_arrive(
+    listening: tuple[Listener, RawPublisher],
+) -> None:
+    listener, publisher = listening
+    chance = random.Random(SEED)
+
+    def token() -> bytes:
+        length = chance.choice([1, 2, 8, 200, LONG_SUBJECT if chance.random() < 0.1 else 1])
+        return b"x" + b"".join(chance.choices(SUBJECT_BYTES, k=length)).replace(b".", b"")
+
+    for number in range(ROUNDS):
+        subject, reply = b"t." + token(), b""
+        if len(subject) < 300 and chance.random() < 0.5:
+            reply = token()
+        body = b"%d " % number + chance.randbytes(chance.choice([0, 3, 5000]))
+        if chance.random() < 0.5:
+            await publisher.publish(subject, body, reply=reply)
+            continue
+        headers = b"NATS/1.0" + chance.choice([b"", b" 100", b"\r\n" + chance.randbytes(20)])
+        headers += b"\r\n\r\n"
+        sizes = len(headers), len(headers) + len(body)
+        await publisher.send(b"HPUB %s %s %d %d" % (subject, reply, *sizes), headers + body)
+
+    messages = await listener.received(ROUNDS)
+    assert [int(message.data.split(b" ")[0]) for message in messages] == list(range(ROUNDS))
+
+
+async def test_an_exception_while_one_message_is_processed_costs_that_message_only(
+    listening: tuple[Listener, RawPublisher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener, publisher = listening
+    build = listener.bus.client._build_message
+
+    def fail_on_bad(sid: int, subject: bytes, *rest: Any) -> Msg:
+        if subject == b"t.bad":
+            raise KeyError(subject)
+        return build(sid, subject, *rest)
+
+    monkeypatch.setattr(listener.bus.client, "_build_message", fail_on_bad)
+    with capture_logs() as logs:
+        await publisher.publish(b"t.bad")
+        await publisher.publish(b"t.good")
+        assert [message.subject for message in await listener.received(1)] == ["t.good"]
+    assert [line["event"] for line in logs] == ["message_not_processed"]
+
+
+@pytest.mark.parametrize("line", [b"HELLO", b"MSG a", b"INFO {", b"MSG t.a one 1"])
+async def test_what_is_not_the_protocol_is_answered_with_a_new_connection(line: bytes) -> None:
+    """A server that says one such line; nats-py stayed connected to it and deaf."""
+    connections = 0
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        writer.write(b'INFO {"max_payload": 1000}\r\n')
+        while b"PING" not in await reader.readline():
+            pass
+        writer.write(b"PONG\r\n" if connections > 1 else b"PONG\r\n" + line + b"\r\n")
+        while received := await reader.readline():
+            if b"PING" in received:
+                writer.write(b"PONG\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server, AsyncExitStack() as p:
+        bus = await open_bus(f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}", p)
+        reconnected = asyncio.Event()
+        bus.on_reconnect(reconnected.set)
+        await soon(reconnected.wait())
+        await bus.close()
+
+
+# -- cancellation ---------------------------------------------------------------------------------
+
+
+async def test_a_publish_that_waits_for_a_full_buffer_can_be_cancelled(
+    nats_server: NatsServer,
+) -> None:
+    async with AsyncExitStack() as parts:
+        bus = await open_bus(nats_server.url, parts)
+
+        async def fill() -> None:
+            while True:
+                await bus.client.publish("anything", bytes(1_000_000))
+
+        with frozen(nats_server):
+            publishing = [asyncio.create_task(fill()) for _ in range(2)]
+            await asyncio.wait(publishing, timeout=0.3)
+            for task in publishing:
+                task.cancel()
+            await soon(asyncio.wait(publishing))
+            assert all(task.cancelled() for task in publishing)
+
+
+# -- reconnecting ---------------------------------------------------------------------------------
+
+
+async def test_an_unexpected_exception_during_a_reconnect_is_followed_by_another_attempt(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with AsyncExitStack() as parts:
+        bus = await open_bus(nats_server.url, parts)
+        initialise = bus.client._process_connect_init
+        failures = 2
+
+        async def fail_at_first() -> None:
+            nonlocal failures
+            failures -= 1
+            if failures >= 0:
+                raise TypeError
+            await initialise()
+
+        monkeypatch.setattr(bus.client, "_process_connect_init", fail_at_first)
+        await bus.client.force_reconnect()
+        await until_lost(bus)
+        await until_connected(bus)
+        await soon(bus.client.flush())
+
+
+@pytest.mark.parametrize(
+    ("setting", "content"),
+    [
+        ("nats_creds", b""),
+        ("nats_creds", b"-----BEGIN NATS USER JWT-----\na.b.c\n------END NATS USER JWT------\n"),
+        ("nats_nkey_seed", b"not a seed"),
+        ("nats_nkey_seed", b"\xff\xfe"),
+    ],
+)
+async def test_credentials_that_cannot_be_used_stop_the_start_at_once(
+    nats_server: NatsServer, tmp_path: Path, setting: str, content: bytes
+) -> None:
+    """nats-py reads a file without a JWT in an endless loop that blocks the event loop."""
+    file = tmp_path / "secret"
+    file.write_bytes(content)
+    settings = bus_settings(nats_server.url).model_copy(update={setting: file})
+    with pytest.raises(BusUnavailable, match="credentials cannot be read") as caught:
+        await soon(connect(settings, name="test", within=1_000.0))
+    assert "not a seed" not in str(caught.value).replace("not an nkey seed", "")
+
+
+def test_a_credentials_file_that_has_become_empty_is_an_error_of_nats(tmp_path: Path) -> None:
+    """At a reconnect: nats-py tries again after its own errors only."""
+    file = tmp_path / "creds"
+    file.write_bytes(b"")
+    client = Bus().client
+    with pytest.raises(Error):
+        client._read_creds_user_jwt(str(file))
+
+
+# -- nats-py --------------------------------------------------------------------------------------
+
+# Of the source of every function of nats-py 2.16.0 that consumer.bus.client replaces or relies on.
+# When one changes: read what has changed, correct consumer/bus/client.py, then write the new one.
+DIGESTS: dict[Callable[..., Any], str] = {
+    Parser.parse: "7d6165f1766c",
+    Parser.reset: "0f304f3f8691",
+    Client._attempt_reconnect: "2bbc96e0f2f7",
+    Client._build_message: "13cbe7b7f8cb",
+    Client._close: "9a92d3aca1b2",
+    Client._connect_command: "1999c01f55c9",
+    Client._flush_pending: "317c8d7ef54b",
+    Client._flusher: "43957ffb357d",
+    Client._process_err: "ceb70f44e38f",
+    Client._process_headers: "fe656f61147d",
+    Client._process_info: "ecca7bb93130",
+    Client._process_msg: "6cff75947e97",
+    Client._process_op_err: "d4257cb1203c",
+    Client._process_ping: "7dfc2df74827",
+    Client._process_pong: "ee4c4d01a16d",
+    Client._read_creds_user_jwt: "2050d5fbdf85",
+    Client._read_creds_user_nkey: "9869ec654a05",
+    Client._read_loop: "b44b9401f436",
+    Client._send_command: "ed57e8e86389",
+    Client.connect: "a333807745c3",
+    Client.flush: "b410d7515bcc",
+    Client.force_reconnect: "c2a2e91c5600",
+}
+
+
+@pytest.mark.parametrize("function", DIGESTS, ids=lambda function: function.__qualname__)
+def test_nats_py_is_as_the_corrections_need_it(function: Callable[..., Any]) -> None:
+    source = inspect.getsource(function)
+    assert hashlib.sha256(source.encode()).hexdigest()[:12] == DIGESTS[function]

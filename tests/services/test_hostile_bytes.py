@@ -1,0 +1,98 @@
+"""Messages with any bytes in subject and reply subject, sent with the publisher's key alone."""
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import nkeys
+import pytest
+from nats.aio.client import Client
+
+from consumer.apply import apply
+from generation_contracts import Task
+from tests.faults.scene import POLL, WITHIN
+from tests.services.test_permissions import ROLES, USERS, Installation, start_worker
+
+PROMPT = b'{"prompt": "a"}'
+# A vertical tab and a form feed, which nats-py takes for spaces; a carriage return; not UTF-8.
+BAD_BYTES = (b"\x0b", b"\x0c", b"\r", b"\x1c", b"\xff", b"\xc2\x85")
+REQUEST = b"generation.request.text_to_image"
+STORED = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+    folder = tmp_path_factory.mktemp("hostile")
+    keys = {}
+    for role in ROLES:
+        seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
+        (folder / role).write_bytes(seed)
+        keys[role] = nkeys.from_seed(bytearray(seed)).public_key.decode()
+    variables = "".join(f"GENERATION_{role.upper()}_NKEY: {key}\n" for role, key in keys.items())
+    made = Installation(folder, variables + USERS.read_text())
+    with made.stack:
+        # Longer than the test: a delivery that is not handled at once would be missed.
+        asyncio.run(apply(made.settings("admin", consumer_ack_wait="120")))
+        yield made
+
+
+def hostile_lines(bad: bytes) -> list[bytes]:
+    """Every kind of message that a publisher may send, with bytes that it should not have."""
+    subjects = [b"generation.cancel.a%sb", b"generation.call.a%sb", REQUEST + b".a%sb"]
+    answered = [b"generation.cancel.a", b"generation.call.text_to_image", REQUEST + b".%d"]
+    answered += [b"$SRV.PING.generation", b"$SRV.INFO.generation"]
+    reply = b"_INBOX_sender.a" + bad + b"b"
+    lines = [line.replace(b"%s", bad) + b" " for line in subjects]
+    lines += [line.replace(b"%d", b"r%d" % bad[0]) + b" " + reply + b" " for line in answered]
+    return [b"PUB %s%d\r\n%s\r\n" % (line, len(PROMPT), PROMPT) for line in lines]
+
+
+async def finished(client: Client, request_id: str) -> dict[str, object]:
+    """The terminal event of a request."""
+    subject = f"generation.result.text_to_image.{request_id}"
+    subscription = await client.jetstream().subscribe(subject, ordered_consumer=True)
+    event: dict[str, object] = json.loads((await subscription.next_msg(timeout=WITHIN)).data)
+    await subscription.unsubscribe()
+    return event
+
+
+async def test_no_byte_of_a_message_costs_more_than_that_message(
+    installation: Installation, tmp_path: Path
+) -> None:
+    worker = start_worker(installation, Task.TEXT_TO_IMAGE, tmp_path)
+    try:
+        await asyncio.to_thread(worker.wait_ready)
+        async with (
+            asyncio.timeout(2 * WITHIN),
+            installation.client("publisher") as (sender, _),
+            installation.client("admin") as (admin, _),
+        ):
+            for bad in BAD_BYTES:
+                for line in hostile_lines(bad):
+                    sender._transport.write(line)  # type: ignore[union-attr] # nats-py would refuse
+                await sender.flush()
+                good = f"good-{bad.hex()}"
+                await sender.publish(f"generation.request.text_to_image.{good}", PROMPT)
+                assert (await finished(admin, good))["type"] == "generation.v1.succeeded"
+            jetstream = admin.jetstream()
+            letters = [
+                await jetstream.get_msg("GENERATION_DEAD_LETTERS", sequence)
+                for sequence in range(1, len(BAD_BYTES) + 1)
+            ]
+            for letter in letters:
+                assert letter.data == PROMPT
+                headers = letter.headers or {}
+                assert headers["Dead-Letter-Code"] == "invalid_request"
+                assert headers["Dead-Letter-Subject"].startswith(f"{REQUEST.decode()}.a")
+            found = await jetstream.stream_info("GENERATION_DEAD_LETTERS")
+            assert found.state.messages == len(BAD_BYTES)
+            while (await jetstream.stream_info(STORED)).state.messages:  # noqa: ASYNC110 - the last ack
+                await asyncio.sleep(POLL)
+        log = worker.log_since_start()
+        assert "bus_disconnected" not in log
+        assert "settlement_unconfirmed" not in log
+        assert "Traceback" not in log
+    finally:
+        worker.kill()
