@@ -31,7 +31,10 @@ STRANGE = (
     *(b"\x0b", b"\x0c", b"\x01", b"\x1b", b"\x7f"),
     *(b"\x85", b"\xff", b"\xc3", "\u2028".encode()),
 )
-LONG = 3_500  # characters; the server takes protocol lines of 4,096 bytes
+# Characters: the server takes protocol lines of 4,096 bytes from a sender, and sends longer ones.
+LONG = 3_500
+LONGEST = 4_010
+FLOOD = 2_000  # junk at one result, in so many messages
 
 
 def attack(function: Attack) -> Attack:
@@ -158,6 +161,18 @@ async def refused_pub_ack_at_foreign_subjects(attacker: Attacker) -> None:
     for subject in attacker.forbidden():
         order = {"Nats-Expected-Stream": "OTHER"}
         attacker.publish(attacker.request(), attacker.own_body(), reply=subject, headers=order)
+
+
+@attack
+async def flood_of_junk_at_a_running_result(attacker: Attacker) -> None:
+    """More junk than a worker can remove before it stores its own event, as long as it lasts."""
+    victim = await attacker.victim()
+    result = attacker.subjects.result(victim.task, victim.request_id)
+    for _ in range(FLOOD // 100):
+        for _ in range(100):
+            order = {"Nats-Expected-Stream": "OTHER"}
+            attacker.publish(attacker.request(), b"", reply=result, headers=order)
+        await attacker.drain()
 
 
 @attack
@@ -334,7 +349,10 @@ async def strange_bytes_and_a_number_in_request_subjects(attacker: Attacker) -> 
 @attack
 async def long_request_subject(attacker: Attacker) -> None:
     for byte in (b"\x0b", b"x"):
-        attacker.publish(f"{attacker.request()}.".encode() + byte * LONG, BAD)
+        for length in (LONG, LONGEST):
+            subject = f"{attacker.request()}.".encode() + byte + b"x" * length
+            attacker.publish(subject, BAD)
+            attacker.publish(f"{attacker.subjects.root}.cancel.".encode() + byte + b"x" * length)
 
 
 @attack
@@ -422,6 +440,22 @@ async def strange_bodies(attacker: Attacker) -> None:
 
 
 @attack
+async def bodies_that_are_slow_to_refuse(attacker: Attacker) -> None:
+    bodies: list[dict[str, Any]] = [
+        {f"k{n}": 1 for n in range(60_000)},
+        {"prompt": "a", "metadata": {f"k{n}": "" for n in range(50_000)}},
+        {"prompt": "a", "then": [{"task": "x"}] * 50_000},
+        {"prompt": "a", "images": [{"bucket": "b"}] * 50_000},
+        {"prompt": "a", "x" * 900_000: 1},
+    ]
+    for body in bodies:
+        attacker.publish(attacker.request(), body)
+        attacker.publish(attacker.request(TEXT), body)
+        attacker.publish(attacker.subjects.call(IMAGE), body, reply=attacker.inbox)
+        await attacker.drain()
+
+
+@attack
 async def long_inboxes(attacker: Attacker) -> None:
     inbox = f"_INBOX_sender.evil.{'x' * LONG}"
     root, body = attacker.subjects.root, attacker.own_body()
@@ -478,6 +512,31 @@ async def orders_to_the_stream(attacker: Attacker) -> None:
     victim = await attacker.victim()
     subject = attacker.request(victim.task, victim.request_id)
     attacker.publish(subject, BAD, reply=attacker.inbox, headers={"Nats-Rollup": "sub"})
+
+
+@attack
+async def orders_that_only_clients_understand(attacker: Attacker) -> None:
+    """Header names with white space before the colon: the server reads over them.
+
+    nats-py strips them. A worker that published them again would give these orders by itself, with
+    its own permissions.
+    """
+    victim = attacker.subjects.result(IMAGE, attacker.own_id())
+    orders = {
+        "Nats-Rollup": "all",
+        "Nats-Msg-Id": "evil",
+        "Nats-TTL": "1s",
+        "Nats-Trace-Dest": victim,
+        "Nats-Expected-Stream": "OTHER",
+        "Nats-Expected-Last-Subject-Sequence": "77",
+        "Nats-Schedule": "@every 1s",
+        "Nats-Schedule-Target": victim,
+        REPLY_TO: victim,
+    }
+    seed = seed_with(Fate.RAISES, attacker.draw)  # comes again, from wherever it is kept
+    for body in (attacker.own_body(seed=seed), attacker.own_body(), {"prompt": 1}):
+        headers = {f"{name} ": value for name, value in orders.items()}
+        attacker.publish(attacker.request(), body, headers=headers)
 
 
 @attack

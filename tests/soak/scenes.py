@@ -34,6 +34,7 @@ class Options:
         hostile: Whether one of the senders is an attacker.
         attacks: Patterns of the names of its attacks.
         chaos: Whether processes are killed.
+        patience: Seconds without any progress after which a soak, or a sender, gives up.
     """
 
     requests: int
@@ -43,6 +44,7 @@ class Options:
     hostile: bool = False
     attacks: tuple[str, ...] = ("*",)
     chaos: bool = True
+    patience: float = 60.0
 
 
 class SoakScene(Scene):

@@ -28,7 +28,6 @@ ANSWER_WITHIN = 1.0  # seconds
 CALL_WITHIN = 10.0  # seconds; an answer comes when the request has ended
 CANCEL_WITHIN = 10.0  # seconds, as the client of this project
 PAUSE = 0.2  # seconds between two tries
-GIVEN_UP_AFTER = 60.0  # seconds of tries
 # js.publish raises these too, when the connection is lost under it.
 _NO_ANSWER = (Error, OSError, TypeError, AttributeError, ValueError, KeyError, GenerationError)
 # Said by a worker that could not queue a call: it may be made again.
@@ -40,6 +39,7 @@ class Sender:
     """Sends each request at its moment, and hears the replies.
 
     Attributes:
+        patience: Seconds of tries after which it gives up on a request.
         taken: `time.time()` of the stream's confirmation, by message id.
         tries_again: How many tries had no answer; each of them may have been stored.
         replies: What came on the reply subjects and as answers to calls, by request id.
@@ -50,6 +50,7 @@ class Sender:
     client: Client
     subjects: Subjects
     task: Task
+    patience: float = 60.0
     taken: dict[str, float] = field(default_factory=dict)
     tries_again: int = 0
     replies: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -70,7 +71,7 @@ class Sender:
     async def _send(self, sending: Sending, began: float) -> None:
         await asyncio.sleep(max(0.0, began + sending.at - time.monotonic()))
         try:
-            async with asyncio.timeout(GIVEN_UP_AFTER):
+            async with asyncio.timeout(self.patience):
                 await self._until_sent(sending)
                 self.taken[sending.message_id] = time.time()
                 if sending.cancel_after is not None:

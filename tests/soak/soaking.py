@@ -26,7 +26,6 @@ from tests.soak.verdict import problems
 from tests.soak.workload import Sending, Workload
 
 STOPPED_FOR = 40.0  # seconds; longer than any chain of the injected kills stops a queue
-STUCK_AFTER = 60.0  # seconds without any progress when all is healed
 ENDED_WITHIN = 10.0  # seconds for what a worker has started to end after it
 COSTLY_FROM = 60.0  # seconds; a shorter soak has no time for what takes a worker for long
 
@@ -122,7 +121,7 @@ async def _run(options: Options, scene: SoakScene) -> Soaked:
             parts.push_async_callback(client.close)
             attacker = scene.attacker(options.seed, planned(sendings))
             parts.push_async_callback(attacker.close)
-        sender = Sender(client, scene.subjects, scene.task)
+        sender = Sender(client, scene.subjects, scene.task, patience=options.patience)
         await sender.listen()
         async with _supervision(workers):
             doing = [sender.send_all(sendings)]
@@ -131,7 +130,7 @@ async def _run(options: Options, scene: SoakScene) -> Soaked:
             if attacker is not None:
                 doing.append(attack(attacker, options.seconds, options.attacks))
             await asyncio.gather(*doing)
-            unfinished = await _drained(scene)
+            unfinished = await _drained(scene, options.patience)
         ends = await _stop(workers, scene.folder)
     return Soaked(
         scene=scene,
@@ -165,7 +164,7 @@ async def _supervision(workers: list[Supervised]) -> AsyncIterator[None]:
             task.cancel()
 
 
-async def _drained(scene: Scene) -> str:
+async def _drained(scene: Scene, patience: float) -> str:
     try:
         left = await scene.left()
         while left:
@@ -174,7 +173,7 @@ async def _drained(scene: Scene) -> str:
                 return await scene.left() < than
 
             try:
-                await scene.until(fewer, "progress", STUCK_AFTER)
+                await scene.until(fewer, "progress", patience)
             except AssertionError:
                 return f"stuck with {left} requests in the queue"
             left = await scene.left()
