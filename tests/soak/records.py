@@ -152,11 +152,9 @@ def processes_of(folder: Path) -> list[int]:
 
 async def _unsettled(scene: Scene) -> int:
     jetstream = scene.sender.jetstream()
-    waiting = 0
-    for task in Task:
-        stream = scene.subjects.requests_stream(task)
-        waiting += (await jetstream.consumer_info(stream, str(task))).num_ack_pending or 0
-    return waiting
+    streams = [scene.subjects.requests_stream(task) for task in Task]
+    durables = [one for stream in streams for one in await jetstream.consumers_info(stream)]
+    return sum(durable.num_ack_pending or 0 for durable in durables)
 
 
 def _is_ours(key: str, ours: Ours) -> bool:
