@@ -179,6 +179,7 @@ class Attacker:
             *(subjects.progress(Task.TEXT_TO_IMAGE, request_id) for request_id in running),
             subjects.dead_letter(Task.TEXT_TO_IMAGE),
             *self.marks(),
+            f"{subjects.root}.retry.{Task.TEXT_TO_IMAGE}.{self.own_id()}",
             self.request(Task.TEXT_TO_IMAGE, self.own_id()),
             *api,
             f"$JS.API.CONSUMER.DELETE.{requests}.{Task.TEXT_TO_IMAGE}",
