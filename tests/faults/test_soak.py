@@ -8,16 +8,21 @@ from typing import Any
 import pytest
 
 from generation_contracts import Subjects
+from generation_contracts.examples import EVENTS
 from generation_contracts.headers import DEAD_LETTER_REQUEST_ID, MESSAGE_ID
+from generation_contracts.requests import digest_of_bytes
+from tests.hostile.attacks import ATTACKS
 from tests.soak.chaos import AT_LEAST, Kind
 from tests.soak.figures import longest_stall
 from tests.soak.records import Records, Stored
-from tests.soak.soaking import Options, soak
-from tests.soak.verdict import problems
+from tests.soak.scenes import Options
+from tests.soak.soaking import soak
+from tests.soak.verdict import expected, problems
 from tests.soak.workload import Sending, Workload
 
 SHA256 = "0" * 64
 KEY = "root/text_to_image/done/0.png"
+COMMON: dict[str, Any] = {"request_digest": digest_of_bytes(b"")}
 
 
 @pytest.mark.timeout(400)  # seconds; 25 on idle cores
@@ -32,6 +37,20 @@ async def test_short_soak_is_clean(tmp_path: Path) -> None:
         assert -9 in soaked.records.ends
 
 
+@pytest.mark.timeout(120)  # seconds; 20 on idle cores
+async def test_no_sender_touches_the_requests_of_others(tmp_path: Path) -> None:
+    """Every attack of tests/hostile once, among a few honest requests."""
+    seed = secrets.randbelow(2**32)
+    options = Options(
+        requests=15, workers=2, seconds=5, seed=seed, hostile=True, chaos=False, patience=20
+    )
+    async with soak(options, tmp_path) as soaked:
+        print("\n".join(soaked.figures()))  # noqa: T201 - for people
+        assert soaked.attacker is not None
+        assert set(soaked.attacker.counts) == set(ATTACKS)
+        assert soaked.problems() == [], f"seed {seed}"
+
+
 # -- its parts ------------------------------------------------------------------------------------
 
 
@@ -41,12 +60,15 @@ def sending(request_id: str, *ends: str, kind: str = "plain") -> Sending:
 
 
 def succeeded(request_id: str, key: str = KEY) -> Stored:
-    event = {"type": "generation.v1.succeeded", "outputs": [{"key": key, "sha256": SHA256}]}
+    outputs = [{"key": key, "sha256": SHA256}]
+    event = {**COMMON, "type": "generation.v1.succeeded", "outputs": outputs}
+    event["request_id"] = request_id
     return Stored(request_id, 1.0, event)
 
 
 def failed(request_id: str, code: str) -> Stored:
-    event: dict[str, Any] = {"type": "generation.v1.failed", "failure": {"code": code}}
+    event: dict[str, Any] = {**COMMON, "type": "generation.v1.failed", "failure": {"code": code}}
+    event["request_id"] = request_id
     return Stored(request_id, 1.0, event)
 
 
@@ -57,12 +79,16 @@ SENDINGS = [
 ]
 GOOD = Records(
     results=[succeeded("done"), failed("bad", "invalid_request"), failed("raises", "model_error")],
-    counts={"done": 1, "bad": 1, "raises": 1},
+    counts={f"text_to_image.{name}": 1 for name in ("done", "bad", "raises")},
     letters=[{DEAD_LETTER_REQUEST_ID: "bad"}, {DEAD_LETTER_REQUEST_ID: "raises"}],
     objects={KEY: SHA256},
     replies={"done": [succeeded("done").event]},
     ends=[0, -9, 70],
 )
+
+
+FORGED = Stored("done", 1.0, {**succeeded("done").event, "request_digest": "sha256:other"})
+JUNK = Stored("done", 1.0, {"type": "junk"})
 
 
 def test_verdict_has_nothing_against_what_is_promised() -> None:
@@ -74,7 +100,7 @@ def test_verdict_has_nothing_against_what_is_promised() -> None:
     [
         ({"results": GOOD.results[1:]}, "done (plain): 0 terminal events"),
         ({"results": [*GOOD.results, succeeded("done")]}, "done (plain): 2 terminal events"),
-        ({"counts": {**GOOD.counts, "done": 2}}, "counts other terminal events"),
+        ({"counts": {**GOOD.counts, "text_to_image.done": 2}}, "counts other terminal events"),
         ({"results": [*GOOD.results, failed("new", "internal")]}, "never sent"),
         (
             {"results": [failed("done", "internal"), *GOOD.results[1:]]},
@@ -100,6 +126,11 @@ def test_verdict_has_nothing_against_what_is_promised() -> None:
             "done: a dead letter, and another end",
         ),
         ({"replies": {"done": [succeeded("done", "other").event]}}, "not the stored event"),
+        ({"replies": {"done": [succeeded("bad").event]}}, "not the stored event"),
+        ({"results": [FORGED, *GOOD.results[1:]]}, "done (plain): ended with the event of another"),
+        ({"results": [JUNK, *GOOD.results[1:]]}, "done (plain): ended as junk"),
+        ({"given_up": ["done"]}, "done: could not be sent"),
+        ({"cancellations": {"done": "cancelled"}}, "is said to be cancelled, and ended as succ"),
         ({"replies": {"done": [failed("done", "request_id_conflict").event]}}, "not the stored"),
         ({"ends": [1]}, "a worker ended with 1"),
         ({"cries": ["worker-0: daemon_failed"]}, "daemon_failed"),
@@ -124,6 +155,32 @@ def test_conflict_may_be_told_where_two_contents_have_one_id() -> None:
     twice = [sending("done", "succeeded", kind="other content"), *SENDINGS[1:]]
     conflict = failed("done", "request_id_conflict").event
     assert problems(twice, replace(GOOD, replies={"done": [conflict]})) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "digest", "held"),
+    [
+        ("request_id_conflict", "sha256:other", True),
+        ("invalid_request", "sha256:other", True),
+        ("request_id_conflict", COMMON["request_digest"], False),
+        ("worker_lost", "sha256:other", False),
+    ],
+)
+def test_copies_of_an_attacker_may_be_answered_in_their_own_name(
+    code: str, digest: str, held: bool
+) -> None:
+    reply = {**failed("done", code).event, "request_digest": digest}
+    records = replace(GOOD, replies={"done": [reply, failed("other", code).event]})
+    assert (problems(SENDINGS, records, hostile=True) == []) is held
+
+
+def test_later_steps_of_chains_are_promised_too() -> None:
+    body = b'{"prompt": "a", "then": [{"task": "text_to_image", "prompt": "b"}]}'
+    chain = Sending(0.0, "chain", "tour", "tour", body, {}, frozenset({"succeeded"}))
+    ended = failed("tour", "worker_lost")
+    assert set(expected([chain], [ended])) == {"tour"}
+    event = EVENTS["succeeded_image"].model_dump(mode="json")
+    assert set(expected([chain], [Stored("tour", 1.0, event)])) == {"tour", "tour-2"}
 
 
 def test_same_seed_sends_the_same() -> None:

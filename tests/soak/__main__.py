@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from tests.soak.soaking import Options, soak
+from tests.soak.scenes import Options
+from tests.soak.soaking import soak
 
 
 @click.command()
@@ -17,13 +18,34 @@ from tests.soak.soaking import Options, soak
 @click.option("--workers", default=2, show_default=True, help="Daemon processes.")
 @click.option("--minutes", default=3.0, show_default=True, help="How long the chaos lasts.")
 @click.option("--seed", type=int, help="Repeats what is sent and what is killed.")
+@click.option("--hostile", is_flag=True, help="One of the senders is an attacker.")
+@click.option("--attack", "attacks", multiple=True, help="Pattern of the attacks; default: all.")
+@click.option("--chaos/--no-chaos", default=True, show_default=True, help="Kill processes.")
 @click.option("--keep", is_flag=True, help="Keep the folder of a clean soak too.")
-def main(requests: int, workers: int, minutes: float, seed: int | None, *, keep: bool) -> None:
+def main(
+    requests: int,
+    workers: int,
+    minutes: float,
+    seed: int | None,
+    attacks: tuple[str, ...],
+    *,
+    hostile: bool,
+    chaos: bool,
+    keep: bool,
+) -> None:
     """Kill at random, then see whether anything was lost or done twice. Exit code 0 or 1."""
     seed = secrets.randbelow(2**32) if seed is None else seed
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     click.echo(f"seed {seed}, logs in {folder}")
-    options = Options(requests=requests, workers=workers, seconds=minutes * 60, seed=seed)
+    options = Options(
+        requests=requests,
+        workers=workers,
+        seconds=minutes * 60,
+        seed=seed,
+        hostile=hostile,
+        attacks=attacks or ("*",),
+        chaos=chaos,
+    )
     found = asyncio.run(_soak(options, folder, keep=keep))
     if found:
         click.echo(f"{len(found)} problems (seed {seed}, everything is kept in {folder}):")

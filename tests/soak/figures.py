@@ -91,7 +91,7 @@ def figures(
         outcomes=Counter(stored.outcome for stored in records.results),
         executed_twice=sum(1 for one, count in runs.items() if count > 1 and one in faultless),
         after_result=sum(1 for one, at in records.begun if at > done.get(one, at)),
-        recovered=sum(1 for stored in records.results if stored.event["attempt"] > 1),
+        recovered=sum(1 for stored in records.results if stored.event.get("attempt", 1) > 1),
         lost=sum(
             1
             for stored in records.results

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from nats.js.errors import NotFoundError
+from pydantic import ValidationError
 
+from generation_contracts import Task, decode_result
+from generation_contracts.headers import DEAD_LETTER_REQUEST_ID
 from tests.faults.quick_runner import FOLDER
 from tests.faults.scene import Scene
 from tests.soak.fates import RUNS
 
 Event = dict[str, Any]
+Ours = Callable[[str], bool]
 
+JUNK = "junk"  # outcome of what is no terminal event of the request under whose id it is stored
 # What no worker may ever log, whatever is killed around it.
 CRIES = (
     "daemon_failed",
@@ -42,10 +47,16 @@ class Stored:
     request_id: str
     at: float
     event: Event
+    task: str = Task.TEXT_TO_IMAGE
+
+    @property
+    def place(self) -> str:
+        """The last two tokens of its subject."""
+        return f"{self.task}.{self.request_id}"
 
     @property
     def outcome(self) -> str:
-        """`succeeded`, `cancelled`, or the failure's code."""
+        """`succeeded`, `cancelled`, the failure's code, or `junk`."""
         kind: str = self.event["type"].rpartition(".")[2]
         code: str = self.event["failure"]["code"] if kind == "failed" else kind
         return code
@@ -57,7 +68,8 @@ class Records:
 
     Attributes:
         results: Every message of the results stream, in order.
-        counts: How many messages each result subject has, as the server counts them.
+        counts: How many messages each result subject has, as the server counts them, by its last
+            two tokens.
         letters: The headers of every dead letter.
         objects: SHA-256 in hex of every object, by key.
         begun: Request id and moment of every run of the model, in seconds since the epoch.
@@ -67,6 +79,8 @@ class Records:
         ends: Exit codes of the workers, in no order.
         cries: Lines of the workers' logs that must not be there.
         orphans: Process ids that a worker has left behind.
+        cancellations: What was said of each request that was cancelled, by its id.
+        given_up: Requests that could not be sent.
     """
 
     results: Sequence[Stored] = ()
@@ -80,29 +94,39 @@ class Records:
     ends: Sequence[int] = ()
     cries: Sequence[str] = ()
     orphans: Sequence[int] = ()
+    cancellations: Mapping[str, str] = field(default_factory=dict)
+    given_up: Sequence[str] = ()
 
 
 async def read(
-    scene: Scene, *, ends: Sequence[int], replies: Mapping[str, Sequence[Event]]
+    scene: Scene,
+    *,
+    ends: Sequence[int],
+    replies: Mapping[str, Sequence[Event]],
+    ours: Ours = lambda _: True,
 ) -> Records:
-    """Read everything; the workers have been stopped."""
-    durable = await scene.sender.jetstream().consumer_info(
-        scene.subjects.requests_stream(scene.task), str(scene.task)
-    )
-    keys = sorted(await scene.keys())
+    """Read everything; the workers have been stopped.
+
+    Args:
+        scene: The installation.
+        ends: Exit codes of the workers.
+        replies: What was heard.
+        ours: Whether a request is of an honest sender; what belongs to others is left out.
+    """
+    keys = [key for key in sorted(await scene.keys()) if _is_ours(key, ours)]
     bucket = scene.stack.store.bucket
     return Records(
-        results=await _results(scene),
-        counts=await _counts(scene),
-        letters=await scene.dead_letters(),
+        results=await _results(scene, ours),
+        counts=await _counts(scene, ours),
+        letters=[one for one in await scene.dead_letters() if _is_letter_of(one, ours)],
         objects={
             key: hashlib.sha256(await scene.object({"bucket": bucket, "key": key})).hexdigest()
             for key in keys
         },
-        begun=[_begun(line) for line in scene.notes(RUNS)],
+        begun=[_begun(line) for line in scene.notes(RUNS) if ours(line.split()[0])],
         replies=replies,
         left=await scene.left(),
-        unsettled=durable.num_ack_pending or 0,
+        unsettled=await _unsettled(scene),
         ends=ends,
         cries=await asyncio.to_thread(_cries, scene),
         orphans=processes_of(scene.folder),
@@ -126,7 +150,24 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-async def _results(scene: Scene) -> list[Stored]:
+async def _unsettled(scene: Scene) -> int:
+    jetstream = scene.sender.jetstream()
+    streams = [scene.subjects.requests_stream(task) for task in Task]
+    durables = [one for stream in streams for one in await jetstream.consumers_info(stream)]
+    return sum(durable.num_ack_pending or 0 for durable in durables)
+
+
+def _is_ours(key: str, ours: Ours) -> bool:
+    return ours(key.split("/")[-2])
+
+
+def _is_letter_of(headers: Mapping[str, str], ours: Ours) -> bool:
+    # One without this header was not written by a worker.
+    request_id = headers.get(DEAD_LETTER_REQUEST_ID, "")
+    return ours(request_id)
+
+
+async def _results(scene: Scene, ours: Ours) -> list[Stored]:
     jetstream, stream = scene.sender.jetstream(), scene.subjects.results_stream
     info = await jetstream.stream_info(stream)
     found = []
@@ -137,21 +178,29 @@ async def _results(scene: Scene) -> list[Stored]:
             continue
         assert message.time is not None
         at: datetime = message.time
-        found.append(
-            Stored(
-                request_id=str(message.subject).rpartition(".")[2],
-                at=at.timestamp(),
-                event=json.loads(message.data or b""),
-            )
-        )
+        *_, task, request_id = str(message.subject).split(".")
+        if ours(request_id):
+            event = _event(request_id, message.data or b"")
+            found.append(Stored(request_id, at.timestamp(), event, task))
     return found
 
 
-async def _counts(scene: Scene) -> dict[str, int]:
+def _event(request_id: str, body: bytes) -> Event:
+    try:
+        if decode_result(body).request_id != request_id:
+            return {"type": JUNK, "body": repr(body[:200])}
+    except ValidationError:
+        return {"type": JUNK, "body": repr(body[:200])}
+    event: Event = json.loads(body)
+    return event
+
+
+async def _counts(scene: Scene, ours: Ours) -> dict[str, int]:
     # The server answers with a part at a time; nats-py asks for the first one only.
     counts: dict[str, int] = {}
+    offset = 0
     while True:
-        question = {"subjects_filter": f"{scene.subjects.root}.result.>", "offset": len(counts)}
+        question = {"subjects_filter": f"{scene.subjects.root}.result.>", "offset": offset}
         answer = await scene.sender.request(
             f"$JS.API.STREAM.INFO.{scene.subjects.results_stream}",
             json.dumps(question).encode(),
@@ -159,8 +208,12 @@ async def _counts(scene: Scene) -> dict[str, int]:
         )
         page = json.loads(answer.data)
         more: dict[str, int] = page["state"].get("subjects") or {}
-        counts |= {subject.rpartition(".")[2]: count for subject, count in more.items()}
-        if not more or len(counts) >= page.get("total", 0):
+        offset += len(more)
+        for subject, count in more.items():
+            *_, task, request_id = subject.split(".")
+            if ours(request_id):
+                counts[f"{task}.{request_id}"] = count
+        if not more or offset >= page.get("total", 0):
             return counts
 
 

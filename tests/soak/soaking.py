@@ -5,44 +5,29 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nats.js.errors import NotFoundError
+
 from consumer.devstack import DevStack
-from consumer.turns import STAGES
+from generation_contracts import Task
 from tests.faults.scene import POLL, Scene
+from tests.hostile.attacker import Attacker, is_attackers
+from tests.hostile.users import Users
 from tests.soak.chaos import Blow, Chaos, Supervised
-from tests.soak.figures import figures
+from tests.soak.figures import Figures, figures
+from tests.soak.hostile import attack, planned, report
 from tests.soak.records import Records, processes_of, read
+from tests.soak.scenes import CAUSE, HostileScene, Options, SoakScene
 from tests.soak.sender import Sender
 from tests.soak.verdict import problems
 from tests.soak.workload import Sending, Workload
 
-CAUSE = "soak"
-MAX_ATTEMPTS = 5  # so many that the chaos hardly ever makes a request `worker_lost`
-DRAIN_GRACE = 2.0  # seconds; shorter than a slow run
-STALL_TIMEOUT = 6.0  # seconds; longer than the GIL is held
-STUCK_AFTER = 60.0  # seconds without any progress when all is healed
+STOPPED_FOR = 90.0  # seconds; the injected kills stop a queue for a few, on a busy machine for 35
 ENDED_WITHIN = 10.0  # seconds for what a worker has started to end after it
 COSTLY_FROM = 60.0  # seconds; a shorter soak has no time for what takes a worker for long
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a soak is made of.
-
-    Attributes:
-        requests: Distinct request ids, good and bad.
-        workers: Daemon processes.
-        seconds: Over which requests are sent and processes killed.
-        seed: Decides both.
-    """
-
-    requests: int
-    workers: int
-    seconds: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +38,7 @@ class Soaked:
         taken: When the stream confirmed each message, by message id; seconds since the epoch.
         tries_again: Publishes that had no answer.
         unfinished: Why it was not waited for any longer; empty where it has come to its end.
+        attacker: The one among the senders, if there was one.
     """
 
     scene: Scene
@@ -62,45 +48,28 @@ class Soaked:
     taken: dict[str, float]
     tries_again: int
     unfinished: str
+    attacker: Attacker | None = None
 
     def problems(self) -> list[str]:
         """Every promise that was not kept, one line each."""
-        found = problems(self.sendings, self.records)
+        found = problems(self.sendings, self.records, hostile=self.attacker is not None)
+        if self.attacker is not None and self._figures.stall > STOPPED_FOR:
+            found.append(f"the queue stopped for {self._figures.stall:.0f} s")
         return [self.unfinished, *found] if self.unfinished else found
 
     def figures(self) -> list[str]:
         """For people."""
-        told = figures(self.sendings, self.records, self.blows, self.taken).lines()
-        return [*told, f"published again   {self.tries_again}"]
+        attacks = [] if self.attacker is None else report(self.attacker)
+        return [*self._figures.lines(), f"published again   {self.tries_again}", *attacks]
+
+    @property
+    def _figures(self) -> Figures:
+        return figures(self.sendings, self.records, self.blows, self.taken)
 
     def keep(self) -> None:
         """Write what was sent, done and found beside the logs."""
         with (self.scene.folder / "soaked.json").open("w") as file:
             json.dump([self.sendings, self.blows, self.records], file, indent=1, default=_plain)
-
-
-class SoakScene(Scene):
-    """An installation for several workers.
-
-    Args:
-        options: Of the soak.
-    """
-
-    def __init__(
-        self, stack: DevStack, folder: Path, parts: AsyncExitStack, options: Options
-    ) -> None:
-        super().__init__(stack, folder, parts)
-        self._options = options
-
-    def settings(self) -> dict[str, str]:
-        """The environment of a worker."""
-        return {
-            **super().settings(),
-            "CONSUMER_MAX_ACK_PENDING": str(STAGES * self._options.workers),
-            "CONSUMER_MAX_ATTEMPTS": str(MAX_ATTEMPTS),
-            "CONSUMER_DRAIN_GRACE": str(DRAIN_GRACE),
-            "CONSUMER_STALL_TIMEOUT": str(STALL_TIMEOUT),
-        }
 
 
 @asynccontextmanager
@@ -111,25 +80,31 @@ async def soak(options: Options, folder: Path) -> AsyncIterator[Soaked]:
         options: What it is made of.
         folder: Where its data and logs go.
     """
-    with DevStack(folder / "servers", persist=False) as stack:
+    users = Users(folder) if options.hostile else None
+    config = users.config if users else ""
+    with DevStack(folder / "servers", persist=False, nats_config=config) as stack:
         async with AsyncExitStack() as parts:
-            scene = SoakScene(stack, folder, parts, options)
+            scene = (
+                HostileScene(stack, folder, parts, options, users)
+                if users
+                else SoakScene(stack, folder, parts, options)
+            )
             await scene.open()
             yield await _run(options, scene)
 
 
-async def _run(options: Options, scene: Scene) -> Soaked:
+async def _run(options: Options, scene: SoakScene) -> Soaked:
     workload = Workload(
         scene.subjects,
         options.seed,
         seconds=options.seconds,
         costly=options.seconds >= COSTLY_FROM,
+        hostile=options.hostile,
     )
-    for worker in [scene.launch(CAUSE) for _ in range(options.workers)]:
+    tasks = [Task.TEXT_TO_IMAGE] * options.workers + [Task.IMAGE_TO_TEXT] * options.hostile
+    for worker in [scene.launch(CAUSE, MODEL_TYPE=str(task)) for task in tasks]:
         await asyncio.to_thread(worker.wait_ready)
     workers = [Supervised(worker) for worker in scene.workers]
-    sender = Sender(scene.sender, scene.subjects, scene.task)
-    await sender.listen()
     sendings = workload.sendings(options.requests)
     chaos = Chaos(
         scene.stack.nats,
@@ -138,19 +113,46 @@ async def _run(options: Options, scene: Scene) -> Soaked:
         seed=options.seed,
         seconds=options.seconds,
     )
-    async with _supervision(workers):
-        await asyncio.gather(sender.send_all(sendings), chaos.run())
-        unfinished = await _drained(scene)
-    ends = await _stop(workers, scene.folder)
+    async with AsyncExitStack() as parts:
+        client = scene.sender
+        attacker: Attacker | None = None
+        if isinstance(scene, HostileScene):
+            client = await scene.connect("publisher")
+            parts.push_async_callback(client.close)
+            attacker = scene.attacker(options.seed, planned(sendings))
+            parts.push_async_callback(attacker.close)
+        sender = Sender(client, scene.subjects, scene.task, patience=options.patience)
+        await sender.listen()
+        async with _supervision(workers):
+            doing = [sender.send_all(sendings)]
+            if options.chaos:
+                doing.append(chaos.run())
+            if attacker is not None:
+                doing.append(attack(attacker, options.seconds, options.attacks))
+            await asyncio.gather(*doing)
+            unfinished = await _drained(scene, options.patience)
+        ends = await _stop(workers, scene.folder)
     return Soaked(
         scene=scene,
         sendings=sendings,
-        records=await read(scene, ends=ends, replies=sender.replies),
+        records=await _read(scene, sender, ends, hostile=options.hostile),
         blows=chaos.blows,
         taken=sender.taken,
         tries_again=sender.tries_again,
         unfinished=unfinished,
+        attacker=attacker,
     )
+
+
+async def _read(scene: SoakScene, sender: Sender, ends: list[int], *, hostile: bool) -> Records:
+    def ours(request_id: str) -> bool:
+        return not (hostile and is_attackers(request_id, scene.subjects))
+
+    try:
+        records = await read(scene, ends=ends, replies=sender.replies, ours=ours)
+    except NotFoundError:
+        return Records(ends=ends, cries=["a stream, or a durable, is gone"])
+    return replace(records, cancellations=sender.cancellations, given_up=sender.given_up)
 
 
 @asynccontextmanager
@@ -162,18 +164,21 @@ async def _supervision(workers: list[Supervised]) -> AsyncIterator[None]:
             task.cancel()
 
 
-async def _drained(scene: Scene) -> str:
-    left = await scene.left()
-    while left:
-
-        async def fewer(than: int = left) -> bool:
-            return await scene.left() < than
-
-        try:
-            await scene.until(fewer, "progress", STUCK_AFTER)
-        except AssertionError:
-            return f"stuck with {left} requests in the queue"
+async def _drained(scene: Scene, patience: float) -> str:
+    try:
         left = await scene.left()
+        while left:
+
+            async def fewer(than: int = left) -> bool:
+                return await scene.left() < than
+
+            try:
+                await scene.until(fewer, "progress", patience)
+            except AssertionError:
+                return f"stuck with {left} requests in the queue"
+            left = await scene.left()
+    except NotFoundError:
+        return "a stream of requests is gone"
     return ""
 
 

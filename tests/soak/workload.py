@@ -3,18 +3,29 @@
 Each sending says beforehand how it may end, so that the end can be checked.
 """
 
+import contextlib
 import json
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import Any
 
-from generation_contracts import FailureCode, Subjects
+from generation_contracts import (
+    FailureCode,
+    InvalidRequest,
+    Subjects,
+    Task,
+    decode_request,
+    request_digest,
+)
 from generation_contracts.headers import MESSAGE_ID, REPLY_TO
+from generation_contracts.requests import digest_of_bytes
 from tests.soak.fates import UNFATED, Fate, seed_with
 
 SUCCEEDED = "succeeded"
+CANCELLED = "cancelled"
 LOST = str(FailureCode.WORKER_LOST)  # how any request may end whose workers were killed too often
 FORMATS = ("png", "webp", "jpeg")
 SIDES = (16, 32, 64)  # pixels
@@ -23,6 +34,10 @@ SLOW_STEPS = 60
 TWICE_STEPS = 60
 SHORT_DEADLINE = 1.5  # seconds
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+
+# Later steps of chains.
+_DRAW = {"task": "text_to_image", "prompt": f"a chain {UNFATED}", "num_inference_steps": 2}
+_READ = {"task": "image_to_text", "prompt": f"a chain {UNFATED}", "max_new_tokens": 2}
 
 # How each fate ends when nothing else happens. Whose first run raises may be at its last attempt
 # by then.
@@ -57,6 +72,22 @@ _OTHERS: dict[str, int] = {
     "no request id": 2,
     "id of another subject": 2,
 }
+# On top of them, where there is an attacker: every way in which a request can be sent.
+_WITH_ATTACKER: dict[str, int] = {
+    "call": 6,
+    "submitted": 6,
+    "chain": 3,
+    "chain of both tasks": 3,
+    "cancelled": 3,
+}
+
+
+class Way(StrEnum):
+    """How a request is sent."""
+
+    PUBLISH = "publish"
+    SUBMIT = "submit"  # by the client of this project
+    CALL = "call"
 
 
 @dataclass(frozen=True)
@@ -69,6 +100,7 @@ class Sending:
         request_id: Under which its one terminal event is stored.
         in_subject: What the subject's last token is; None sends it to the bare subject.
         ends: Every way it may end, `worker_lost` apart.
+        cancel_after: Seconds from the stream's confirmation to its cancellation; None: never.
     """
 
     at: float
@@ -78,11 +110,21 @@ class Sending:
     body: bytes
     headers: dict[str, str]
     ends: frozenset[str]
+    way: Way = Way.PUBLISH
+    cancel_after: float | None = None
 
     @property
     def message_id(self) -> str:
         """What makes a second try to publish it harmless."""
         return self.headers[MESSAGE_ID]
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """What its terminal event may say that it asks for: its content, or its bytes."""
+        found = {digest_of_bytes(self.body)}
+        with contextlib.suppress(InvalidRequest):
+            found.add(request_digest(decode_request(Task.TEXT_TO_IMAGE, self.body)))
+        return frozenset(found)
 
 
 class Workload:
@@ -93,13 +135,29 @@ class Workload:
         seed: Decides everything but the moments of the deadlines.
         seconds: Over which they are spread.
         costly: Whether there are some that take a worker for long.
+        hostile: Whether there is an attacker: then each id is in its request's subject, where
+            workers can see which of two requests was there first.
     """
 
-    def __init__(self, subjects: Subjects, seed: int, *, seconds: float, costly: bool) -> None:
+    def __init__(
+        self,
+        subjects: Subjects,
+        seed: int,
+        *,
+        seconds: float,
+        costly: bool,
+        hostile: bool = False,
+    ) -> None:
         self._subjects = subjects
         self._draw = random.Random(f"{seed} workload")
         self._seconds = seconds
-        self._shares: dict[str, int] = {**_FATES, **(_COSTLY if costly else {}), **_OTHERS}
+        self._hostile = hostile
+        self._shares: dict[str, int] = {
+            **_FATES,
+            **(_COSTLY if costly else {}),
+            **_OTHERS,
+            **(_WITH_ATTACKER if hostile else {}),
+        }
 
     def sendings(self, requests: int) -> list[Sending]:
         """So many requests, in the order of their moments; some of them are sent twice."""
@@ -127,6 +185,8 @@ class Workload:
                 made = self._valid(kind, ends, deadline=LONG_AGO.isoformat())
             case "deadline short":
                 made = self._with_short_deadline(kind)
+            case kind if kind in _WITH_ATTACKER:
+                made = self._otherwise(kind)
             case _:
                 made = self._invalid(kind)
         return [made]
@@ -136,6 +196,7 @@ class Workload:
     def _valid(self, kind: str, *ends: str, at: float | None = None, **fields: Any) -> Sending:
         request_id = self._new_id()
         in_subject, in_body = self._draw.choice([(True, False), (False, True), (True, True)])
+        in_subject = in_subject or self._hostile
         prompt = request_id if "seed" in fields else f"{request_id} {UNFATED}"
         body = {"prompt": prompt, **self._content(kind), **fields}
         if in_body:
@@ -169,6 +230,22 @@ class Workload:
         deadline = datetime.now(UTC) + timedelta(seconds=at + SHORT_DEADLINE)
         ends = SUCCEEDED, FailureCode.DEADLINE_EXCEEDED
         return self._valid(kind, *ends, at=at, deadline=deadline.isoformat())
+
+    def _otherwise(self, kind: str) -> Sending:
+        match kind:
+            case "call":
+                made = self._valid(kind)
+                body = {**json.loads(made.body), "request_id": made.request_id}
+                return replace(made, body=json.dumps(body).encode(), way=Way.CALL)
+            case "submitted":
+                return replace(self._valid(kind), way=Way.SUBMIT)
+            case "chain":
+                return self._valid(kind, then=[_DRAW, _DRAW])
+            case "chain of both tasks":
+                return self._valid(kind, then=[_READ, {**_DRAW, "prompt": f"$text {UNFATED}"}])
+            case _:
+                made = self._valid(kind, SUCCEEDED, CANCELLED, num_inference_steps=TWICE_STEPS)
+                return replace(made, cancel_after=self._draw.uniform(0.0, 1.0))
 
     def _twice(self, kind: str, *, other_content: bool) -> list[Sending]:
         # Long enough for two workers to have one each.
