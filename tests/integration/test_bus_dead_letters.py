@@ -332,6 +332,7 @@ async def test_a_replayed_request_gets_a_new_stored_result_within_the_duplicate_
 async def test_a_sender_cannot_occupy_the_id_of_a_replay(office: Office) -> None:
     """What the stream calls a duplicate may be something else."""
     letter = await office.letter()
+    await clear_results(office)
     message_id = replaying._Attempt.of(letter, office.installation.subjects).message_id
     await office.installation.publish(b"foreign", headers={MESSAGE_ID: message_id})
     assert await office.replayer.replay(letter) is Replay.PUBLISHED
