@@ -1,6 +1,6 @@
 """From settings to parts: the bus' topology and front door, the object store, the runner."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -72,10 +72,10 @@ def make_turns(settings: Settings, durable: Durable) -> Turns:
 
 def make_front_door(
     settings: Settings,
-    bus: Bus,
     *,
     endpoints: Bus,
-    durables: Mapping[Task, str],
+    queue: JetStreamQueue,
+    workers: BroadcastWorkers,
     events: JetStreamEvents,
     artifacts: ObjectStoreArtifacts,
     model: ModelDescription,
@@ -88,9 +88,9 @@ def make_front_door(
 
     Args:
         settings: All of them.
-        bus: The connection that results are stored over.
         endpoints: The connection that messages are answered over; see `connect_endpoints`.
-        durables: Names of the durables, by task.
+        queue: The requests in their streams.
+        workers: All workers.
         events: The way to the bus.
         artifacts: The object store.
         model: What is loaded.
@@ -110,17 +110,13 @@ def make_front_door(
                 events=events,
                 artifacts=artifacts,
                 max_attempts=settings.consumer_max_attempts,
+                retry_delay=settings.consumer_retry_delay,
                 observer=observer,
             ),
         )
         for task in Task
     }
-    cancellation = Cancellation(
-        queue=JetStreamQueue(bus, settings.subjects, durables),
-        workers=BroadcastWorkers(bus, settings.subjects, task=settings.task, durables=durables),
-        events=events,
-        endings=endings,
-    )
+    cancellation = Cancellation(queue=queue, workers=workers, events=events, endings=endings)
     backend = Backend(
         task=settings.task,
         worker=settings.consumer_worker,

@@ -27,6 +27,7 @@ from consumer.bus.endpoint_connection import connect_endpoints
 from consumer.bus.notes import Notes
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
+from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.bus.retries import RetryMover
 from consumer.bus.standby import Standby
 from consumer.bus.stranded import find_stranded
@@ -57,6 +58,7 @@ from consumer.runners.thread import InferenceThread
 from consumer.settings import Settings
 from consumer.tasks import cancel_and_wait
 from consumer.tracing import OpenTelemetry, open_telemetry
+from generation_contracts import Task
 
 log = structlog.get_logger()
 
@@ -164,14 +166,27 @@ class Daemon:
             events = JetStreamEvents(
                 bus, self._settings.subjects, ensure=ensure, observer=self._watch
             )
-            execution = self._make_execution(durable, model, runner, events, artifacts)
+            names = topology.durables(self._task)
+            queue = JetStreamQueue(bus, self._settings.subjects, names)
+            workers = BroadcastWorkers(
+                bus, self._settings.subjects, task=self._task, durables=names
+            )
+            execution = self._make_execution(
+                durable=durable,
+                model=model,
+                runner=runner,
+                events=events,
+                queue=queue,
+                workers=workers,
+                artifacts=artifacts,
+            )
             custody = self._make_custody(bus, durable, standby)
             pull = PullLoop(bus, durable, ensure=ensure, custody=custody)
             door = make_front_door(
                 self._settings,
-                bus,
                 endpoints=endpoints,
-                durables=topology.durables(self._task),
+                queue=queue,
+                workers=workers,
                 events=events,
                 artifacts=artifacts,
                 model=model,
@@ -188,7 +203,7 @@ class Daemon:
             parts.push_async_callback(pull.close)
             self._health.durable_present = lambda: pull.attached
             self._pull, self._execution = pull, execution
-            self._beside(self._watch_store(artifacts, execution), "watch-store", parts)
+            self._beside(self._watch_store(artifacts, execution, pull), "watch-store", parts)
             self._beside(self._watch_endpoints(endpoints), "watch-endpoints", parts)
             await self._watch_advisories(topology, custody, execution, parts)
             await self._watch_retries(topology, custody, events, parts)
@@ -238,10 +253,13 @@ class Daemon:
 
     def _make_execution(
         self,
+        *,
         durable: Durable,
         model: ModelDescription,
         runner: Runner,
         events: JetStreamEvents,
+        queue: JetStreamQueue,
+        workers: BroadcastWorkers,
         artifacts: ObjectStoreArtifacts,
     ) -> Execution:
         settings = self._settings
@@ -249,15 +267,19 @@ class Daemon:
             worker=settings.consumer_worker,
             admission=make_admission(settings, self._task),
             limits=Limits(
-                # The server's value, whoever set it: the heartbeat depends on it.
+                # The server's values, whoever set them: the heartbeat depends on the first, and
+                # all workers of a durable must count alike.
                 ack_wait=durable.ack_wait,
-                max_attempts=settings.consumer_max_attempts,
+                max_attempts=durable.max_attempts,
                 stall_timeout=settings.consumer_stall_timeout,
+                retry_delay=settings.consumer_retry_delay,
             ),
             model=model,
             runner=runner,
             inference=self.inference,
             events=events,
+            queue=queue,
+            workers=workers,
             artifacts=artifacts,
             images=ImageCodec(
                 max_bytes=settings.consumer_max_input_bytes,
@@ -280,16 +302,27 @@ class Daemon:
         except StoreUnavailable as error:
             log.warning("store_unavailable", reason=str(error))
 
-    async def _watch_store(self, artifacts: ObjectStoreArtifacts, execution: Execution) -> None:
+    async def _watch_store(
+        self, artifacts: ObjectStoreArtifacts, execution: Execution, pull: PullLoop
+    ) -> None:
         while True:
             away = bool(self._health.store_problem)
-            await asyncio.sleep(STORE_CHECK_AGAIN if away else STORE_CHECK_EVERY)
-            if execution.storing:
-                continue  # its tries tell more than a look, which a full store answers as well
-            try:
-                await artifacts.reachable()
-            except Exception as error:  # noqa: BLE001 - a look at the store must not end the daemon
-                log.warning("store_check_failed", error=type(error).__name__)
+            changed = await self._watch.store_changes(
+                STORE_CHECK_AGAIN if away else STORE_CHECK_EVERY
+            )
+            # While an output is stored, its attempts tell more than a look, which a full store
+            # answers as well.
+            if not changed and not execution.storing:
+                try:
+                    await artifacts.reachable()
+                except Exception as error:  # noqa: BLE001 - it must not end the daemon
+                    log.warning("store_check_failed", error=type(error).__name__)
+            # A worker that has lost its own way to the store leaves new requests to the others.
+            needed = self._task is Task.TEXT_TO_IMAGE or execution.waits_for_store
+            if self._health.store_problem and needed:
+                pull.pause()
+            else:
+                pull.resume()
 
     async def _watch_endpoints(self, endpoints: Bus) -> None:
         await endpoints.closed.wait()

@@ -4,6 +4,7 @@
 which of its conditions does not hold; `/metrics` is Prometheus text.
 """
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -62,6 +63,17 @@ class Watch(Observer):
 
     metrics: Metrics
     health: Health = field(default_factory=Health)
+    _store_changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def store_changes(self, within: float) -> bool:
+        """Wait until the store goes away or comes back; False: not within so many seconds."""
+        self._store_changed.clear()
+        try:
+            async with asyncio.timeout(within):
+                await self._store_changed.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def job_started(self) -> None:
         """A delivery is in hand."""
@@ -95,6 +107,8 @@ class Watch(Observer):
             log.warning("store_unreachable", reason=problem)
         elif self.health.store_problem and not problem:
             log.info("store_reachable")
+        if bool(problem) != bool(self.health.store_problem):
+            self._store_changed.set()
         self.health.store_problem = problem
 
     def bus_writable(self, writable: bool, reason: str = "") -> None:

@@ -10,6 +10,7 @@ import asyncio
 
 from consumer.admission import Admission, Job
 from consumer.ports import Delivery, Events, Queue, Workers
+from consumer.tasks import cancel_and_wait
 from consumer.verdict import EarlierCopyInProgress, IdConflict, ResultExists
 from generation_contracts import InvalidRequest, request_digest
 from generation_contracts.requests import digest_of_bytes
@@ -93,20 +94,16 @@ class RequestIds:
     async def _look_outside(self, job: Job) -> None:
         """Ask the streams whether the id has ended, or belongs to another message."""
         sequence = job.delivery.stream_sequence
-        questions = [
-            asyncio.ensure_future(question)
-            for question in (
-                self._events.find_result(self._task, job.request_id),
-                self._queue.older(self._task, job.request_id, sequence),
-                self._queue.waiting_for_retry(self._task, job.request_id),
-            )
+        finding = asyncio.ensure_future(self._events.find_result(self._task, job.request_id))
+        others = [
+            asyncio.ensure_future(self._queue.older(self._task, job.request_id, sequence)),
+            asyncio.ensure_future(self._queue.waiting_for_retry(self._task, job.request_id)),
         ]
         try:
-            job.existing, older, retry = await asyncio.gather(*questions)
+            job.existing = await finding
+            older, retry = await asyncio.gather(*others)
         except BaseException:
-            for question in questions:
-                question.cancel()
-            await asyncio.wait(questions)
+            await cancel_and_wait(finding, *others)
             raise
         if job.existing is not None:
             raise ResultExists if job.existing.request_digest == job.digest else IdConflict

@@ -176,7 +176,12 @@ class Settings(BaseSettings):
         default=10.0, description="how long a request that is ready waits for others"
     )
     consumer_ack_wait: Annotated[float, Field(ge=1, le=3_600)] = 60.0
-    consumer_max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    consumer_max_attempts: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=3, description="of each request, for `apply`; workers take it from the durable"
+    )
+    consumer_retry_delay: Annotated[float, Field(ge=0, le=3_600)] = Field(
+        default=2.0, description="seconds before a second attempt; each further one waits twice"
+    )
     consumer_drain_grace: Seconds = 30.0
     consumer_stall_timeout: Seconds = 300.0
     consumer_probes_port: Annotated[int, Field(ge=0, le=65_535)] = 0

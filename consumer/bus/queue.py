@@ -19,6 +19,7 @@ from consumer.bus.notes import Notes
 from consumer.bus.stored_request import RequestInStream
 from consumer.ports import Found, Grip, StoredRequest
 from generation_contracts import Subjects, Task
+from generation_contracts.headers import RETRY_DELAY
 
 log = structlog.get_logger()
 
@@ -121,6 +122,25 @@ class JetStreamQueue:
                 is_older = message is not None and (message.seq or 0) < sequence
                 return self._delivery(task, message) if message and is_older else None
 
+    async def waiting_for_retry(self, task: Task, request_id: str) -> RequestInStream | None:
+        """Load the message of a request that is queued again after a delay.
+
+        Raises:
+            BusUnavailable: The client has given up; the process has to end.
+        """
+        stream, subject = self._subjects.retries_stream, self._subjects.retry(task, request_id)
+        while True:
+            await self._bus.reachable()
+            try:
+                message = await self._oldest_of(stream, subject)
+            except (Error, OSError, TimeoutError) as error:
+                log.warning("retries_not_read", error=type(error).__name__)
+                await asyncio.sleep(PAUSE)
+            else:
+                # An answer of the server, to the reply subject of a sender's choice, has no delay.
+                is_retry = message is not None and RETRY_DELAY in (message.headers or {})
+                return self._delivery(task, message) if message and is_retry else None
+
     async def _requests(self, task: Task, request_id: str) -> _Counts:
         stream, subject = self._place(task, request_id)
         return await self._counts(stream, subject)
@@ -143,7 +163,9 @@ class JetStreamQueue:
         return _Counts(state.get("subjects") or {}, state["consumer_count"])
 
     async def _first(self, task: Task, request_id: str) -> RawStreamMsg | None:
-        stream, subject = self._place(task, request_id)
+        return await self._oldest_of(*self._place(task, request_id))
+
+    async def _oldest_of(self, stream: str, subject: str) -> RawStreamMsg | None:
         try:
             async with self._bus.question(API_TIMEOUT):
                 return await self._bus.jetstream.get_msg(stream, 1, subject=subject, next=True)
