@@ -7,10 +7,10 @@ that is not stored.
 """
 
 import asyncio
+from typing import Any
 
 from consumer.admission import Admission, Job
 from consumer.ports import Delivery, Events, Queue, Workers
-from consumer.tasks import cancel_and_wait
 from consumer.verdict import EarlierCopyInProgress, IdConflict, ResultExists
 from generation_contracts import InvalidRequest, request_digest
 from generation_contracts.requests import digest_of_bytes
@@ -94,17 +94,13 @@ class RequestIds:
     async def _look_outside(self, job: Job) -> None:
         """Ask the streams whether the id has ended, or belongs to another message."""
         sequence = job.delivery.stream_sequence
-        finding = asyncio.ensure_future(self._events.find_result(self._task, job.request_id))
-        others = [
-            asyncio.ensure_future(self._queue.older(self._task, job.request_id, sequence)),
-            asyncio.ensure_future(self._queue.waiting_for_retry(self._task, job.request_id)),
-        ]
-        try:
-            job.existing = await finding
-            older, retry = await asyncio.gather(*others)
-        except BaseException:
-            await cancel_and_wait(finding, *others)
-            raise
+        answers = await asyncio.gather(
+            self._events.find_result(self._task, job.request_id),
+            self._queue.older(self._task, job.request_id, sequence),
+            self._queue.waiting_for_retry(self._task, job.request_id),
+            return_exceptions=True,  # where one raises, the others do: the bus is lost
+        )
+        job.existing, older, retry = map(_given, answers)
         if job.existing is not None:
             raise ResultExists if job.existing.request_digest == job.digest else IdConflict
         for other in (older, retry):
@@ -125,3 +121,9 @@ class RequestIds:
             return request_digest(self._admission.request(delivery))
         except InvalidRequest:
             return digest_of_bytes(delivery.body)
+
+
+def _given(answer: Any) -> Any:
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
