@@ -783,3 +783,6 @@ class MemoryObserver:
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
         self.store.append((reachable, reason))
+
+    def bus_writable(self, writable: bool, reason: str = "") -> None:
+        raise AssertionError(f"the memory bus takes everything: {writable} {reason}")

@@ -15,6 +15,7 @@ from generation_contracts.events import VERSION
 from generation_contracts.examples import EVENTS, TRACE_PARENT
 from generation_contracts.headers import (
     earlier_attempts,
+    earlier_deliveries,
     event_headers,
     event_id,
     event_type,
@@ -108,11 +109,13 @@ def test_no_event_has_a_message_id_that_a_sender_could_occupy(name: str) -> None
 
 @pytest.mark.parametrize(
     ("said", "attempts"),
-    [("0", 0), ("2", 2), ("99", 99), ("100", 0), ("-1", 0), ("1.5", 0), ("", 0), ("\u0663", 0)],
+    [("0", 0), ("2", 2), ("99", 99), ("100", 99), ("10000", 0), ("-1", 0), ("1.5", 0), ("", 0), ("\u0663", 0)],
 )
 def test_attempts_that_no_worker_writes_count_as_none(said: str, attempts: int) -> None:
     assert earlier_attempts({"Generation-Attempts": said}) == attempts
-    assert earlier_attempts({}) == 0
+    assert earlier_attempts({}) == earlier_deliveries({}) == 0
+    deliveries = earlier_deliveries({"Generation-Attempts": said, "Generation-Deliveries": "1"})
+    assert deliveries == max(attempts, 1)
 
 
 def test_ids_of_all_events_of_a_request_differ() -> None:

@@ -117,6 +117,7 @@ class Setting:
             events=self.world.events,
             artifacts=self.world.artifacts,
             max_attempts=3,
+            retry_delay=0.0,
             observer=self.world.observer,
         )
         return Ending(Admission(task, self.world.subjects, ("_INBOX.",)), conclusion)

@@ -21,7 +21,7 @@ def make_delivery() -> MemoryDelivery:
         body=b"",
         stream="GENERATION_REQUESTS_TEXT_TO_IMAGE",
         stream_sequence=1,
-        attempt=1,
+        deliveries=1,
         stored_at=datetime.now(UTC),
     )
 
