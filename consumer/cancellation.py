@@ -163,13 +163,11 @@ class Cancellation:
     async def _end(self, task: Task, request_id: str, delivery: Delivery) -> None:
         ending = self._endings[task]
         job = ending.admission.open(delivery)
-        if job.request_id != request_id:
-            return  # the body names another id; a worker will refuse the request
         try:
             job.request = ending.admission.request(delivery)
             job.digest = request_digest(job.request)
-        except InvalidRequest as error:
-            log.info("cancelled_request_is_invalid", request_id=request_id, reason=str(error))
+        except InvalidRequest:
+            log.info("cancelled_request_is_invalid", request_id=request_id)
         log.info("cancellation", request_id=request_id, found="waiting")
         await ending.conclusion.conclude(
             job, decide(outcomes.Cancelled(), attempt=1, max_attempts=1)

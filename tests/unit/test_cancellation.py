@@ -263,10 +263,12 @@ async def test_untouched_request_that_is_invalid_is_cancelled_too(setting: Setti
     assert await setting.cancel("a") == ("cancelled", "cancelled")
 
 
-async def test_request_whose_body_names_another_id_is_left_to_a_worker(setting: Setting) -> None:
+async def test_request_whose_body_names_another_id_ends_only_that_of_its_subject(
+    setting: Setting,
+) -> None:
     setting.store("mine", request_id="yours")
-    assert await setting.cancel("mine") == ("unknown", None)
-    assert (await setting.kind("mine"), await setting.kind("yours")) == (None, None)
+    assert await setting.cancel("mine") == ("cancelled", "cancelled")
+    assert (await setting.kind("mine"), await setting.kind("yours")) == (CancelledEvent, None)
 
 
 async def test_ended_requests_are_finished_or_cancelled_without_a_wait(setting: Setting) -> None:
