@@ -341,9 +341,13 @@ class Daemon:
     async def _end_exhausted(self, pull: PullLoop, custody: Custody, execution: Execution) -> None:
         stream = self._settings.subjects.requests_stream(self._task)
         while (advisory := await pull.next()) is not None:
-            delivery = await find_stranded(custody.bus, stream, advisory, custody.notes)
-            if delivery is not None:
-                await execution.put_aside(delivery)
+            try:
+                delivery = await find_stranded(custody.bus, stream, advisory, custody.notes)
+                if delivery is not None:
+                    await execution.put_aside(delivery)
+            except asyncio.CancelledError:
+                await advisory.nak()  # else the next worker gets it when its lease is over
+                raise
             if delivery is None or delivery.settled:
                 await advisory.ack()
             else:

@@ -246,7 +246,6 @@ class FrontDoor:
 
     async def _answer(self, inbox: str, event: FailedEvent) -> None:
         headers = event_headers(event)
-        del headers[MESSAGE_ID]
         try:
             await self._bus.client.publish(inbox, encode(event), headers=headers)
         except (Error, OSError) as error:

@@ -291,5 +291,9 @@ def _digests(task: Task, body: bytes) -> frozenset[str]:
 
 def _without_orders(originals: dict[str, str]) -> dict[str, str]:
     # What begins with Nats- is an order to the server, and would be carried out again. It knows
-    # them by their exact spelling; others are left out with them.
-    return {name: text for name, text in originals.items() if not name.lower().startswith("nats-")}
+    # them by their exact spelling; others are left out with them. The attempts begin anew.
+    return {
+        name: text
+        for name, text in originals.items()
+        if not name.strip().lower().startswith(("nats-", "generation-"))
+    }

@@ -75,6 +75,7 @@ class Scene:
             "MODEL_TYPE": str(self.task),
             "CONSUMER_SUBJECT_ROOT": self.subjects.root,
             "CONSUMER_ACK_WAIT": str(ACK_WAIT),
+            "CONSUMER_RETRY_DELAY": "0.05",
             "S3_PREFIX": self.subjects.root,
         }
 
@@ -141,9 +142,11 @@ class Scene:
         return letters
 
     async def left(self) -> int:
-        """How many requests are in the streams of both tasks."""
+        """How many requests are in the streams of both tasks, and wait for another attempt."""
         jetstream = self.sender.jetstream()
-        infos = [await jetstream.stream_info(self.subjects.requests_stream(task)) for task in Task]
+        streams = [self.subjects.requests_stream(task) for task in Task]
+        streams.append(self.subjects.retries_stream)
+        infos = [await jetstream.stream_info(stream) for stream in streams]
         return sum(info.state.messages for info in infos)
 
     async def emptied(self, within: float = WITHIN) -> None:

@@ -26,6 +26,7 @@ async def change_durable(scene: Scene, **values: Any) -> None:
 
 async def test_request_that_is_given_back_by_a_draining_worker_is_not_counted(scene: Scene) -> None:
     settings = {"CONSUMER_MAX_ATTEMPTS": "1", "CONSUMER_DRAIN_GRACE": "0.1"}
+    await scene.apply(CONSUMER_MAX_ATTEMPTS="1")
     request_id = await scene.submit(steps=200)
     for run in (1, 2):
         draining = await scene.start(**settings)
@@ -40,7 +41,8 @@ async def test_request_that_is_given_back_by_a_draining_worker_is_not_counted(sc
 
 
 async def test_request_whose_model_raised_is_counted(scene: Scene) -> None:
-    await scene.start("raising", CONSUMER_MAX_ATTEMPTS="2")
+    await scene.apply(CONSUMER_MAX_ATTEMPTS="2")  # the durable's number counts for all workers
+    await scene.start("raising", CONSUMER_MAX_ATTEMPTS="5")
     request_id = await scene.submit()
     event = await scene.event(request_id)
     assert (event["failure"]["code"], event["attempt"]) == ("model_error", 2)
@@ -106,6 +108,6 @@ async def test_drains_alone_never_end_a_request(scene: Scene) -> None:
         assert await scene.ended(draining) == 0
     await scene.start()
     event = await scene.event(request_id)
-    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
+    assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 3)
     assert await scene.dead_letters() == []
     await scene.emptied()

@@ -77,7 +77,8 @@ async def test_deleted_while_a_job_runs(scene: Scene, what: str) -> None:
 
 
 async def test_dead_letters_deleted_while_a_job_fails(scene: Scene) -> None:
-    worker = await scene.start("held_then_raises", CONSUMER_MAX_ATTEMPTS="1")
+    await scene.apply(CONSUMER_MAX_ATTEMPTS="1")
+    worker = await scene.start("held_then_raises")
     request_id = await scene.submit()
     await scene.noted("run")
     await scene.sender.jetstream().delete_stream(scene.subjects.dead_letters_stream)

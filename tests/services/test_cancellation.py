@@ -102,7 +102,7 @@ async def test_what_has_ended_or_never_was_is_said(scene: Scene, caller: Caller)
     assert await scene.events("never-was") == []
 
 
-async def test_a_body_that_names_another_id_cancels_nothing_of_that(
+async def test_a_body_that_names_another_id_is_cancelled_by_that_of_its_subject_alone(
     scene: Scene, caller: Caller
 ) -> None:
     await scene.start("held_in_run")
@@ -110,7 +110,7 @@ async def test_a_body_that_names_another_id_cancels_nothing_of_that(
     await scene.noted("run")
     subject = scene.subjects.request(scene.task, "mine")
     await scene.sender.jetstream().publish(subject, b'{"prompt":"a","request_id":"yours"}')
-    assert await caller.cancel("mine") == told("mine", "unknown")
+    assert await caller.cancel("mine") == told("mine", "cancelled", "generation.v1.cancelled")
     assert await scene.events("yours") == []
     (scene.folder / "run.go").touch()
     await scene.emptied()
