@@ -112,13 +112,14 @@ class Pictures:
             raise InputUnavailable(f"images.{index}: {error}") from None
 
     async def _fetch(self, source: ImageSource) -> bytes:
-        try:
-            return await self.artifacts.fetch(source, max_bytes=self.images.max_bytes)
-        except StoreUnavailable:
-            # A store that answers does not give this object: to wait would be to wait for ever.
-            if await self.artifacts.reachable():
-                raise InputUnavailable("the store does not give the object") from None
-            raise
+        for _ in range(2):  # the first failure may have been the end of an outage
+            try:
+                return await self.artifacts.fetch(source, max_bytes=self.images.max_bytes)
+            except StoreUnavailable:
+                if not await self.artifacts.reachable():
+                    raise
+        # The store answers and does not give this object: to wait would be to wait for ever.
+        raise InputUnavailable("the store does not give the object")
 
     async def _encode(
         self, job: Job, request: TextToImageRequest, output: RunnerOutput

@@ -47,6 +47,7 @@ T = TypeVar("T")
 _PART_SIZE = 64 * 2**20  # bytes; one PUT below it, whose ETag is the MD5; the SDK's own is 5 MiB
 DIGITS = 8  # of the SHA-256 in a key; it tells apart what different runs of one request have made
 _LOOK_WITHIN = 5.0  # seconds for one look at an idle store
+_INPUT_WITHIN = 15.0  # seconds for all attempts at one input: the device may wait for it
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 _WORTH_A_THREAD = 2**18  # bytes, which take 0.3 ms to hash
 _CHECKSUM = "x-amz-checksum-sha256"
@@ -155,7 +156,8 @@ class ObjectStoreArtifacts:
             raise InputUnavailable("the key has an empty, `.` or `..` part")
         if not self._config.may_read(found.bucket, found.key):
             raise InputUnavailable("this worker reads no inputs from that bucket and prefix")
-        return await self._tried(partial(self._read, found.bucket, found.key, max_bytes))
+        read = partial(self._read, found.bucket, found.key, max_bytes)
+        return await self._tried(read, within=min(_INPUT_WITHIN, self._config.deadline))
 
     async def discard(self, artifact: ImageArtifact) -> None:
         """Delete an output that no event tells of: one try, and never raises."""

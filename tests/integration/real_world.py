@@ -28,6 +28,8 @@ from consumer.bus.delivery import Custody
 from consumer.bus.notes import Notes
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
+from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
+from consumer.bus.retries import RetryMover
 from consumer.bus.standby import Standby
 from consumer.composition import make_topology
 from consumer.devstack import DevStack
@@ -36,6 +38,7 @@ from consumer.images import ImageCodec
 from consumer.ports import DeadLetter, EncodedImage, Observer, ResultEvent, StoreUnavailable
 from consumer.runners.thread import InferenceThread
 from consumer.settings import Settings
+from consumer.tasks import cancel_and_wait
 from generation_contracts import (
     ImageArtifact,
     ProgressEvent,
@@ -304,8 +307,17 @@ class RealWorld:
         inference = InferenceThread()
         parts.callback(inference.close)
         parts.callback(self.runner.close)
-        numbers = {"ack_wait": durable.ack_wait, "max_attempts": 3, "stall_timeout": LONG, **limits}
+        numbers = {
+            "ack_wait": durable.ack_wait,
+            "max_attempts": 3,
+            "stall_timeout": LONG,
+            "retry_delay": 0.0,
+            **limits,
+        }
         events = JetStreamEvents(bus, self._subjects, ensure=ensure)
+        names = topology.durables(self._task)
+        queue = JetStreamQueue(bus, self._subjects, names)
+        workers = BroadcastWorkers(bus, self._subjects, task=self._task, durables=names)
         self._start = lambda: Execution(
             worker="worker-1",
             admission=Admission(self._task, self._subjects, self._settings.reply_prefixes),
@@ -314,6 +326,8 @@ class RealWorld:
             runner=self.runner,
             inference=inference,
             events=events,
+            queue=queue,
+            workers=workers,
             artifacts=self._artifacts,
             images=ImageCodec(),
             observer=self.observer,
@@ -324,6 +338,14 @@ class RealWorld:
         self._pull = PullLoop(bus, durable, ensure=ensure, custody=custody)
         await self._pull.start()
         parts.push_async_callback(self._pull.close)
+        retries = topology.retries(self._task)
+        retry_notes = Notes(bus, self._subjects, self._task, of="retries")
+        moving = PullLoop(bus, retries, ensure=ensure, custody=replace(custody, notes=retry_notes))
+        await moving.start()
+        parts.push_async_callback(moving.close)
+        mover = RetryMover(bus, self._task, retries, events)
+        moves = asyncio.create_task(_move(moving, mover))
+        parts.push_async_callback(cancel_and_wait, moves)
 
     # -- what the suite asks for ------------------------------------------------------------------
 
@@ -346,7 +368,8 @@ class RealWorld:
         return code
 
     async def left(self) -> int:
-        return await self._sender.count(self._subjects.requests_stream(self._task))
+        requests = await self._sender.count(self._subjects.requests_stream(self._task))
+        return requests + await self._sender.count(self._subjects.retries_stream)
 
     async def result(self, request_id: str) -> ResultEvent | None:
         subject = self._subjects.result(self._task, request_id)
@@ -384,3 +407,8 @@ class RealWorld:
 
     async def store_is_missed(self) -> None:
         await self._artifacts.misses.more(2)
+
+
+async def _move(pull: PullLoop, mover: RetryMover) -> None:
+    while (retry := await pull.next()) is not None:
+        await mover.move(retry)
