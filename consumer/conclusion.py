@@ -125,11 +125,17 @@ class Conclusion:
             return None
         if job.state is not State.CONCLUDING:
             job.advance(State.CONCLUDING)
-        decision = decide(Broken(exception), attempt=job.attempt, max_attempts=job.attempt)
+        decision = decide(
+            Broken(exception),
+            attempt=job.attempt,
+            max_attempts=job.attempt,
+            is_copy=job.is_copy,
+        )
         try:
             await self._put_aside(job, decision)
             try:
-                await self._announce_the_end(job, decision, Broken(exception))
+                if not job.is_copy:
+                    await self._announce_the_end(job, decision, Broken(exception))
             except Exception:
                 log.exception("not_announced")
             await self._settle(job, decision)
@@ -358,6 +364,7 @@ class Conclusion:
                 request_id=job.request_id,
                 attempts=max(0, attempts),
                 delay=delay,
+                owner=job.digest if counts and job.began else None,
             )
         except (MessageTooLarge, QueueFull) as error:
             log.warning("retry_not_delayed", error=type(error).__name__)

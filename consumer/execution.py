@@ -43,7 +43,7 @@ from consumer.request_ids import RequestIds
 from consumer.run import Reason, Stopped
 from consumer.telemetry import JobReport
 from consumer.turns import Place, Turns
-from consumer.verdict import EarlierCopyInProgress, TooManyDeliveries, name_of, outcome_of
+from consumer.verdict import TooManyDeliveries, name_of, outcome_of
 from generation_contracts import (
     ImageToTextRequest,
     Request,
@@ -414,10 +414,7 @@ class Execution:
         attempt, most = job.attempt, self._limits.max_attempts
         decision = decide(outcome, attempt=attempt, max_attempts=most, is_copy=job.is_copy)
         if decision.publish is Publish.FAILED and not job.began:
-            try:
-                job.is_copy = await self._ids.belongs_to_another(job)
-            except EarlierCopyInProgress as error:
-                outcome = outcome_of(error)
+            job.is_copy = await self._ids.belongs_to_another(job)
             decision = decide(outcome, attempt=attempt, max_attempts=most, is_copy=job.is_copy)
         return decision
 

@@ -172,7 +172,14 @@ class Events(Protocol):
         """
 
     async def retry_later(
-        self, task: Task, delivery: Delivery, *, request_id: str, attempts: int, delay: float
+        self,
+        task: Task,
+        delivery: Delivery,
+        *,
+        request_id: str,
+        attempts: int,
+        delay: float,
+        owner: str | None,
     ) -> None:
         """Store a copy of a request that is queued again after a delay; then acknowledge it.
 
@@ -182,6 +189,7 @@ class Events(Protocol):
             request_id: The copy is queued under it, also where the request's subject has no id.
             attempts: How many of its deliveries were attempts.
             delay: Seconds.
+            owner: Digest of what the request asks for, where the id belongs to it from now on.
 
         Raises:
             MessageTooLarge: It does not fit the server's limit or the stream's.
@@ -242,17 +250,17 @@ class Queue(Protocol):
             Unavailable: The bus cannot be used.
         """
 
-    async def older(self, task: Task, request_id: str, sequence: int) -> Delivery | None:
-        """Load the oldest request with this id, if it is older than a sequence of the stream.
+    async def older(self, task: Task, request_id: str, than: Delivery) -> Delivery | None:
+        """Load the oldest request with this id in its subject, if it is older than a delivery.
 
-        Waits for the bus. Loads nothing when no message has the id in its subject.
+        Waits for the bus. Loads nothing where the delivery's own message is the only one.
 
         Raises:
             Unavailable: The client has given up; the process has to end.
         """
 
-    async def waiting_for_retry(self, task: Task, request_id: str) -> Delivery | None:
-        """Load the message of a request that is queued again after a delay.
+    async def owner(self, task: Task, request_id: str) -> str | None:
+        """Return the digest that an id belongs to since its request was stored for a retry.
 
         Waits for the bus.
 

@@ -1,12 +1,13 @@
 """Which delivery a request id belongs to.
 
-A sender can publish an id twice, and whoever knows an id can publish other bytes under it. The id
-belongs to the delivery that came first, until the id has its terminal event. Only that delivery may
-store the event. Every other one is a copy: it is answered with the stored event, or with a failure
-that is not stored.
+A sender can publish an id twice, and every sender that knows an id can publish other bytes under it.
+The id belongs to the delivery that came first, until the id has its terminal event. Only that
+delivery may store the event. Every other one is a copy: it is answered with the stored event, or
+with a failure that is not stored.
 """
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 from consumer.admission import Admission, Job
@@ -63,25 +64,24 @@ class RequestIds:
             job.decided.set()
 
     async def belongs_to_another(self, job: Job) -> bool:
-        """Whether a job that has failed before its run must leave its id to another delivery.
-
-        Raises:
-            EarlierCopyInProgress: Perhaps: a request with the id waits for its next attempt.
-        """
-        if job.is_copy or self._owners.setdefault(job.request_id, job) is not job:
-            return True
-        if await self._is_older(job.delivery, job.request_id):
-            return True
-        if await self._queue.waiting_for_retry(self._task, job.request_id) is not None:
-            # It may be this very request, on its way back into the queue.
-            raise EarlierCopyInProgress
-        return False
+        """Whether a job that has failed before its run must leave its id to another delivery."""
+        if not job.is_copy and self._owners.setdefault(job.request_id, job) is job:
+            older, owner = await _all(
+                self._queue.older(self._task, job.request_id, job.delivery),
+                self._queue.owner(self._task, job.request_id),
+            )
+            if owner is None:
+                return older is not None
+            # The request that the id is marked for is itself only after a retry.
+            is_it = owner == job.digest and job.delivery.attempt > job.delivery.deliveries
+            return not is_it or (older is not None and self._digest(older) == owner)
+        return True
 
     async def in_progress(self, delivery: Delivery, request_id: str) -> bool:
         """Whether the id of a request that is delivered no more is in progress all the same."""
         return (
             request_id in self._owners
-            or await self._is_older(delivery, request_id)
+            or await self._queue.older(self._task, request_id, delivery) is not None
             or await self._workers.holds(request_id)
         )
 
@@ -93,28 +93,21 @@ class RequestIds:
 
     async def _look_outside(self, job: Job) -> None:
         """Ask the streams whether the id has ended, or belongs to another message."""
-        sequence = job.delivery.stream_sequence
-        answers = await asyncio.gather(
+        job.existing, older, owner = await _all(
             self._events.find_result(self._task, job.request_id),
-            self._queue.older(self._task, job.request_id, sequence),
-            self._queue.waiting_for_retry(self._task, job.request_id),
-            return_exceptions=True,  # where one raises, the others do: the bus is lost
+            self._queue.older(self._task, job.request_id, job.delivery),
+            self._queue.owner(self._task, job.request_id),
         )
-        job.existing, older, retry = map(_given, answers)
         if job.existing is not None:
             raise ResultExists if job.existing.request_digest == job.digest else IdConflict
-        for other in (older, retry):
-            if other is not None and self._digest(other) != job.digest:
-                job.is_copy = True
-                raise IdConflict
-        # A copy that waits for its retry may be this very request, on its way back into the queue.
-        if older is not None:
+        before = None if older is None else self._digest(older)
+        # Without a mark the id belongs to the oldest message.
+        if (owner or before or job.digest) != job.digest:
+            job.is_copy = True
+            raise IdConflict
+        if before == job.digest:
             job.is_copy = True
             raise EarlierCopyInProgress
-
-    async def _is_older(self, delivery: Delivery, request_id: str) -> bool:
-        sequence = delivery.stream_sequence
-        return await self._queue.older(self._task, request_id, sequence) is not None
 
     def _digest(self, delivery: Delivery) -> str:
         try:
@@ -123,7 +116,11 @@ class RequestIds:
             return digest_of_bytes(delivery.body)
 
 
-def _given(answer: Any) -> Any:
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
+async def _all(*questions: Awaitable[Any]) -> list[Any]:
+    """Ask several questions at the same time; raise what the first one of them raises."""
+    # Not the plain gather: where the bus is lost all of them raise, and it would leave the others.
+    answers = await asyncio.gather(*questions, return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return answers

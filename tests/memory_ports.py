@@ -220,6 +220,7 @@ class MemoryQueue:
         discounted: The attempts that were in hand with others to their end, by sequence.
         withdrawn: Sequences of what was cancelled in a worker's hands.
         retries: What is queued again after a delay, with its request id.
+        owners: Digests that ids are marked with.
     """
 
     def __init__(
@@ -240,6 +241,7 @@ class MemoryQueue:
         self.discounted: defaultdict[int, set[int]] = defaultdict(set)
         self.withdrawn: set[int] = set()
         self.retries: list[tuple[str, MemoryDelivery]] = []
+        self.owners: dict[str, str] = {}
         self._journal = journal
         self._last = 0
         self._new: deque[MemoryDelivery] = deque()
@@ -295,18 +297,20 @@ class MemoryQueue:
         else:
             queue_again()
 
-    async def older(self, task: Task, request_id: str, sequence: int) -> MemoryDelivery | None:
+    async def older(self, task: Task, request_id: str, than: Delivery) -> MemoryDelivery | None:
         await self.outage.over()
         subject = Subjects().request(task, request_id)
         stored = [*self._new, *self._again, *self.in_hand, *self.stranded]
         same = [one for one in stored if one.subject == subject]
         oldest = min(same, key=lambda one: one.stream_sequence, default=None)
-        return oldest if oldest is not None and oldest.stream_sequence < sequence else None
+        if oldest is None or oldest.stream_sequence >= than.stream_sequence:
+            return None
+        return oldest
 
-    async def waiting_for_retry(self, task: Task, request_id: str) -> MemoryDelivery | None:
+    async def owner(self, task: Task, request_id: str) -> str | None:
         await self.outage.over()
         assert task is self.task
-        return next((one for kept, one in self.retries if kept == request_id), None)
+        return self.owners.get(request_id)
 
     async def find(self, request_id: str) -> Found:
         raise AssertionError(f"a job looks for no others: {request_id}")
@@ -347,6 +351,10 @@ class MemoryQueue:
             self._again = deque(d for d in self._again if d.stream_sequence != number)
             self.in_hand = [d for d in self.in_hand if d.stream_sequence != number]
             self.stranded = [d for d in self.stranded if d.stream_sequence != number]
+
+    def in_flight_only(self, delivery: MemoryDelivery) -> None:
+        """Take all others out of the stream, as those that wait in the stream of retries are."""
+        self.in_hand = [delivery]
 
     def run_out(self, delivery: MemoryDelivery) -> None:
         """Let the lease on a delivery run out: it comes again, if it may."""
@@ -477,7 +485,14 @@ class MemoryEvents:
         self.requests.append((task, request, reply_to))
 
     async def retry_later(
-        self, task: Task, delivery: Delivery, *, request_id: str, attempts: int, delay: float
+        self,
+        task: Task,
+        delivery: Delivery,
+        *,
+        request_id: str,
+        attempts: int,
+        delay: float,
+        owner: str | None,
     ) -> None:
         await self._outage.over()
         if self.retries_full is not None:
@@ -488,6 +503,8 @@ class MemoryEvents:
         assert task is held.queue.task
         self._journal.append("retry")
         held.queue.retry(held, request_id, attempts, delay)
+        if owner is not None:
+            held.queue.owners.setdefault(request_id, owner)
 
     async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
         await self._outage.over()

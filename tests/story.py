@@ -50,6 +50,10 @@ ROWS = {
     "conflict": Row(None, "ack"),
     "malformed": _put_aside("invalid_request"),
     "malformed copy": _put_aside("invalid_request", event=False),
+    "unsupported copy": Row(None, "ack"),
+    "input missing copy": Row(None, "ack"),
+    "expired copy": Row(None, "ack"),
+    "worker lost copy": _put_aside("worker_lost", event=False),
     "earlier copy": Row(None, "ack", retried=True),
     "unsupported": Row("unsupported_parameter", "ack"),
     "input missing": Row("input_unavailable", "ack"),
@@ -72,9 +76,10 @@ CONCLUDING = frozenset(
     {"dead_letter", "publish_result", "reply", "retry_later", "ack", "nak", "term", "release"}
 )
 # The calls without whose answers nothing is known of a request.
-UNREAD = frozenset({"releases", "withdrawn", "find_result", "older", "waiting_for_retry"})
+UNREAD = frozenset({"releases", "withdrawn", "find_result", "older", "owner"})
 # What its sender is told without an event that is stored.
-REPLIED_ONLY = frozenset({"conflict", "malformed copy"})
+REPLIED_ONLY = frozenset({"conflict", *(verdict for verdict in ROWS if verdict.endswith(" copy"))})
+REPLIED_ONLY -= {"earlier copy"}
 
 
 @dataclass(eq=False)
@@ -125,7 +130,7 @@ class Story:
         self._others = others
         self._published_by_all = sent
         self._older: MemoryDelivery | None = None  # with the same id
-        self._retry: MemoryDelivery | None = None  # the same, in the stream of retries
+        self._owner: str | None = None  # the digest that the id is marked with
         self._held = False  # whether another worker says that it runs the request
         self._retried = False
         self._asked: list[tuple[float, Reason]] = []
@@ -209,9 +214,10 @@ class Story:
         if self._admission[0] is not None:
             same = self._admission[0].request_digest == self.sent.digest
             return {"done before" if same else "conflict"}
-        if any(other and not self._asks_the_same(other) for other in (self._older, self._retry)):
+        before = self._older and self._published_by_all[self._older.origin].digest
+        if (self._owner or before or self.sent.digest) != self.sent.digest:
             return {"conflict"}
-        if self._older:
+        if before == self.sent.digest:
             return {"earlier copy"}
         if self._stranded and self.attempt < ATTEMPTS:
             return {"deliveries used up"}
@@ -229,11 +235,18 @@ class Story:
 
     def _before_the_run(self, verdicts: set[str]) -> set[str]:
         """What comes of a failure before the run, where the id may be another delivery's."""
-        if self._older:
-            return {"malformed copy"}
-        if verdicts and self._retry:  # a cancellation and a drain end it all the same
-            return {"earlier copy"} | (verdicts & {"cancelled", "drained"})
-        return verdicts
+        if not self._is_before():
+            return verdicts
+        copies = {f"{verdict} copy" for verdict in verdicts - {"cancelled", "drained"}}
+        return copies | (verdicts & {"cancelled", "drained"})
+
+    def _is_before(self) -> bool:
+        """Whether the id belongs to another delivery."""
+        if self._owner is None:
+            return self._older is not None
+        if self._owner != self.sent.digest or not self.delivery.carried:
+            return True
+        return bool(self._older and self._asks_the_same(self._older))
 
     def _of_the_run(  # noqa: C901, PLR0911 - the same
         self, ran: Ran, stopped: set[str]
@@ -314,8 +327,8 @@ class Story:
         match call, answer:
             case "older", MemoryDelivery():
                 self._older = answer
-            case "waiting_for_retry", MemoryDelivery() | None:
-                self._retry = answer
+            case "owner", str() | None:
+                self._owner = answer
             case "holds", True:
                 self._held = True
             case "releases", _:
@@ -397,7 +410,7 @@ class Story:
         self._claim(event.request_digest == self.sent.digest, f"{kind} for another request")
         if isinstance(event, SucceededEvent):
             for output in event.outputs:
-                # Where an event stands, this one is refused, and its outputs may be removed already.
+                # Where an event stands, this one is refused, and its outputs may be gone already.
                 there = self._stored(output) or self._stands() is not None
                 self._claim(there, f"{output} is not in the store")
         needs = any(row.event == kind and row.letter for row in self.rows())

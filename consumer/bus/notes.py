@@ -7,6 +7,9 @@ marks a delivery that it handles in parallel with others: if it dies, no one kno
 killed it. And a worker that is asked to stop a request marks it as cancelled before it answers: if
 it dies first, the next one does not run the request.
 
+A request that waits for its next attempt is in no request stream. So its id is marked with the
+digest of what it asks for: no other request may take the id meanwhile.
+
 Senders can make the server publish to these subjects: it answers to any reply subject. So a mark
 has a header that no answer of the server has, each subject keeps one message, and a message without
 the header is deleted where a mark belongs. Only the subjects that can exist are read: what else is
@@ -22,7 +25,7 @@ from nats.js.errors import APIError, NotFoundError
 
 from consumer.bus.codes import OCCUPIED
 from consumer.bus.connection import Bus
-from consumer.bus.reading import StoredMessage, read_message
+from consumer.bus.reading import read_message
 from generation_client.submitting import NO_PUB_ACK
 from generation_contracts import Subjects, Task
 from generation_contracts.headers import EXPECTED_LAST_SUBJECT_SEQUENCE, MARK
@@ -34,6 +37,7 @@ READ_TIMEOUT = 1.0  # seconds for one attempt; the server takes 0.3 ms
 READ_PAUSE = 0.1  # seconds between two attempts
 READS = 64  # at a time: a request has three subjects for each of its deliveries
 _CANCELLED = "cancelled"
+_OWNER = "owner"
 
 
 class NoTry(StrEnum):
@@ -110,6 +114,23 @@ class Notes:
         """
         return await self._is_marked(f"{self._withdrawn}.{place}", _CANCELLED)
 
+    async def own(self, request_id: str, digest: str) -> None:
+        """Mark a request id as belonging to what a request asks for. The first mark stands.
+
+        Never raises. Where the mark cannot be written, another request can take the id.
+        """
+        await self._write(f"{self._released}.{_OWNER}.{request_id}", f"{_OWNER} {digest}")
+
+    async def owner(self, request_id: str) -> str | None:
+        """Return the digest that a request id is marked with; waits for the bus.
+
+        Raises:
+            BusUnavailable: The client has given up; the process has to end.
+        """
+        mark = await self._mark(f"{self._released}.{_OWNER}.{request_id}")
+        kind, _, digest = mark.partition(" ")
+        return digest if kind == _OWNER else None
+
     async def _write(self, subject: str, mark: str) -> None:
         # Again, as long as senders fill the subject with something else in between.
         try:
@@ -118,7 +139,7 @@ class Notes:
                     found = await read_message(
                         self._bus, self._stream, subject=subject, timeout=NOTE_WITHIN
                     )
-                    if found is not None and _is_mark(found, mark):
+                    if found is not None and MARK in found.headers:
                         return
                     if found is not None:
                         await self._bus.jetstream.delete_msg(self._stream, found.sequence)
@@ -136,6 +157,10 @@ class Notes:
         return True
 
     async def _is_marked(self, subject: str, mark: str) -> bool:
+        return await self._mark(subject) == mark
+
+    async def _mark(self, subject: str) -> str:
+        """What stands in a mark; empty where there is none."""
         while True:
             await self._bus.reachable()
             try:
@@ -143,16 +168,12 @@ class Notes:
                     self._bus, self._stream, subject=subject, timeout=READ_TIMEOUT
                 )
             except NotFoundError:
-                return False  # the marks are gone with their stream
+                return ""  # the marks are gone with their stream
             except (Error, OSError) as error:
                 log.warning("notes_not_read", error=type(error).__name__)
                 await asyncio.sleep(READ_PAUSE)
             else:
-                return found is not None and _is_mark(found, mark)
-
-
-def _is_mark(message: StoredMessage, mark: str) -> bool:
-    return message.headers.get(MARK) == mark
+                return "" if found is None else found.headers.get(MARK, "")
 
 
 def _was_no_try(kinds: set[NoTry]) -> bool:

@@ -5,6 +5,7 @@ import random
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 import structlog
 from nats.errors import Error
@@ -14,6 +15,7 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 from consumer.bus.codes import OCCUPIED, STREAM_FULL, TOO_LARGE_FOR_STREAM
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.delivery import place_of
+from consumer.bus.notes import Notes
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
 from consumer.bus.topology import TopologyError
@@ -63,6 +65,7 @@ log = structlog.get_logger()
 PAUSE_FIRST = 0.1  # seconds
 PAUSE_MOST = 2.0  # seconds; a stored result waits at most so long once the bus is back
 MAX_REASON = 1_000  # characters
+RACERS, RACE_LENGTH = 4, 8  # publishes at a time and one after another: a few milliseconds
 _NOT_IN_HEADER_NAMES = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
 
 
@@ -134,21 +137,32 @@ class JetStreamEvents:
         headers = event_headers(event, trace_parent=trace_parent)
         headers[EXPECTED_LAST_SUBJECT_SEQUENCE] = "0"
         pause = PAUSE_FIRST
-        while True:
-            try:
-                # Without a message id nothing is a duplicate: only a stored message is trusted.
-                if not (await self._persist(stream, subject, encode(event), headers)).duplicate:
-                    return event
-            except _Occupied:
-                log.info("result_subject_occupied")
+        publish = partial(self._publish_first, stream, subject, encode(event), headers)
+        while not await publish():
+            log.info("result_subject_occupied")
             found = await self._read(stream, subject=subject)
-            if found is not None:
-                stored = event_of(found, event.task, event.request_id)
-                if stored is not None:
-                    return stored
-                if await self._remove(found):
-                    continue  # at once: a sender may be filling the subject again
-            pause = await _rest(pause)  # a cluster may be about to store what it refuses others for
+            if found is None:
+                pause = await _rest(pause)  # a cluster may be about to store another event
+                continue
+            stored = event_of(found, event.task, event.request_id)
+            if stored is not None:
+                return stored
+            # At the same time: a sender may be filling the subject again and again. The first
+            # message after the deletion has the subject.
+            took, _ = await asyncio.gather(_race(publish), self._remove(found))
+            if took:
+                break
+        return event
+
+    async def _publish_first(
+        self, stream: str, subject: str, body: bytes, headers: Mapping[str, str]
+    ) -> bool:
+        """Store a message on an empty subject; False: the subject has a message."""
+        try:
+            # Without a message id nothing is a duplicate: only a stored message is trusted.
+            return not (await self._persist(stream, subject, body, headers)).duplicate
+        except _Occupied:
+            return False
 
     async def _remove(self, junk: StoredMessage) -> bool:
         log.warning("junk_under_result_subject", subject=junk.subject, sequence=junk.sequence)
@@ -220,7 +234,14 @@ class JetStreamEvents:
         )
 
     async def retry_later(
-        self, task: Task, delivery: Delivery, *, request_id: str, attempts: int, delay: float
+        self,
+        task: Task,
+        delivery: Delivery,
+        *,
+        request_id: str,
+        attempts: int,
+        delay: float,
+        owner: str | None,
     ) -> None:
         """Store a request until its next attempt is due; waits for the bus.
 
@@ -233,6 +254,7 @@ class JetStreamEvents:
             request_id: Its id.
             attempts: How many it has had, this one included.
             delay: Seconds from when the stream has stored it.
+            owner: Digest that the id is marked with.
 
         Raises:
             MessageTooLarge: It does not fit the server's limit or the stream's.
@@ -247,6 +269,9 @@ class JetStreamEvents:
             headers,
             final=frozenset({STREAM_FULL}),
         )
+        if owner is not None:
+            # Before the delivery is acknowledged: until then its message protects the id.
+            await Notes(self._bus, self._subjects, task).own(request_id, owner)
 
     async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
         """Answer the sender, who may be gone."""
@@ -345,8 +370,10 @@ class JetStreamEvents:
                     self._takes(stream)
                     raise _Occupied from None
                 if error.err_code == TOO_LARGE_FOR_STREAM:
+                    self._takes(stream)
                     raise MessageTooLarge from None
                 if error.err_code in final:
+                    self._takes(stream)
                     raise QueueFull from None
                 log.warning("publish_refused", code=error.err_code, reason=error.description)
                 self._refuses(stream, error.description or "refused")
@@ -394,6 +421,21 @@ class JetStreamEvents:
         # client stays closed for good.
         if wire_size(body, headers) > self._bus.client.max_payload:
             raise MessageTooLarge
+
+
+async def _race(publish: Callable[[], Awaitable[bool]]) -> bool:
+    """Publish again and again for a moment, several times at once; whether one was taken."""
+    taken = asyncio.Event()
+
+    async def run() -> None:
+        for _ in range(RACE_LENGTH):
+            if taken.is_set():
+                return
+            if await publish():
+                taken.set()
+
+    await asyncio.gather(*(run() for _ in range(RACERS)))
+    return taken.is_set()
 
 
 def _random_id() -> str:

@@ -17,9 +17,8 @@ from consumer.bus.codes import STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.notes import Notes
 from consumer.bus.stored_request import RequestInStream
-from consumer.ports import Found, Grip, StoredRequest
+from consumer.ports import Delivery, Found, Grip, StoredRequest
 from generation_contracts import Subjects, Task
-from generation_contracts.headers import RETRY_DELAY
 
 log = structlog.get_logger()
 
@@ -103,8 +102,10 @@ class JetStreamQueue:
             raise _unreadable(error) from None
         return StoredRequest(self._delivery(task, message), untouched)
 
-    async def older(self, task: Task, request_id: str, sequence: int) -> RequestInStream | None:
-        """Load the oldest message with the id in its subject, if it comes before a sequence.
+    async def older(self, task: Task, request_id: str, than: Delivery) -> RequestInStream | None:
+        """Load the oldest message with the id in its subject, if it comes before a delivery.
+
+        No body is loaded where the delivery's own message is the only one.
 
         Raises:
             BusUnavailable: The client has given up; the process has to end.
@@ -112,34 +113,25 @@ class JetStreamQueue:
         while True:
             await self._bus.reachable()
             try:
-                if not (await self._requests(task, request_id)).subjects:
+                stream, subject = self._place(task, request_id)
+                found = (await self._counts(stream, subject)).subjects.get(subject, 0)
+                if found == int(than.subject == subject):
                     return None
-                message = await self._first(task, request_id)
+                message = await self._oldest_of(stream, subject)
             except (BusUnavailable, Error, OSError, TimeoutError) as error:
                 log.warning("queue_not_read", error=type(error).__name__)
                 await asyncio.sleep(PAUSE)
             else:
-                is_older = message is not None and (message.seq or 0) < sequence
+                is_older = message is not None and (message.seq or 0) < than.stream_sequence
                 return self._delivery(task, message) if message and is_older else None
 
-    async def waiting_for_retry(self, task: Task, request_id: str) -> RequestInStream | None:
-        """Load the message of a request that is queued again after a delay.
+    async def owner(self, task: Task, request_id: str) -> str | None:
+        """Return the digest of the request that an id belongs to, where one waits or waited.
 
         Raises:
             BusUnavailable: The client has given up; the process has to end.
         """
-        stream, subject = self._subjects.retries_stream, self._subjects.retry(task, request_id)
-        while True:
-            await self._bus.reachable()
-            try:
-                message = await self._oldest_of(stream, subject)
-            except (Error, OSError, TimeoutError) as error:
-                log.warning("retries_not_read", error=type(error).__name__)
-                await asyncio.sleep(PAUSE)
-            else:
-                # An answer of the server, to the reply subject of a sender's choice, has no delay.
-                is_retry = message is not None and RETRY_DELAY in (message.headers or {})
-                return self._delivery(task, message) if message and is_retry else None
+        return await self._notes[task].owner(request_id)
 
     async def _requests(self, task: Task, request_id: str) -> _Counts:
         stream, subject = self._place(task, request_id)

@@ -109,7 +109,17 @@ def test_no_event_has_a_message_id_that_a_sender_could_occupy(name: str) -> None
 
 @pytest.mark.parametrize(
     ("said", "attempts"),
-    [("0", 0), ("2", 2), ("99", 99), ("100", 99), ("10000", 0), ("-1", 0), ("1.5", 0), ("", 0), ("\u0663", 0)],
+    [
+        ("0", 0),
+        ("2", 2),
+        ("99", 99),
+        ("100", 99),
+        ("10000", 0),
+        ("-1", 0),
+        ("1.5", 0),
+        ("", 0),
+        ("\u0663", 0),
+    ],
 )
 def test_attempts_that_no_worker_writes_count_as_none(said: str, attempts: int) -> None:
     assert earlier_attempts({"Generation-Attempts": said}) == attempts

@@ -49,9 +49,7 @@ class Worker:
         self._execution = Execution(
             worker="worker-1",
             admission=Admission(TASK, world.subjects, ()),
-            limits=Limits(
-                ack_wait=LONG, max_attempts=3, stall_timeout=LONG, retry_delay=0.0
-            ),
+            limits=Limits(ack_wait=LONG, max_attempts=3, stall_timeout=LONG, retry_delay=0.0),
             model=model,
             runner=self._runner,
             inference=self._inference,

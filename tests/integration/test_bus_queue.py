@@ -1,6 +1,7 @@
 """Finding requests by their ids, and asking all workers, on a real server."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from nats.aio.msg import Msg
 
 from consumer.bus import front_door
 from consumer.bus.front_door import Backend, FrontDoor
+from consumer.bus.notes import Notes
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.ports import Found, Grip
 from generation_contracts import ModelInfo, Subjects, Task
@@ -72,7 +74,7 @@ async def test_what_is_not_stored_is_not_found(
     assert (await soon(queue.find("a"))).requests == frozenset()
     assert await soon(queue.oldest(TASK, "a")) is None
     asked.clear()
-    assert await soon(queue.older(TASK, "a", 10)) is None
+    assert await soon(queue.older(TASK, "a", at(10, None))) is None
     assert len(asked) == 1
 
 
@@ -107,8 +109,22 @@ async def test_older_request_with_the_same_id_is_found(installation: Installatio
     second = await installation.publish(b"second", request_id="a")
     without_id = await installation.publish(b"third")
     for sequence, older in ((first, None), (second, b"first"), (without_id, b"first")):
-        delivery = await soon(queue.older(TASK, "a", sequence))
+        own = None if sequence == without_id else "a"
+        delivery = await soon(queue.older(TASK, "a", at(sequence, own)))
         assert (None if delivery is None else delivery.body) == older
+
+
+async def test_id_of_a_request_that_waits_for_a_retry_is_marked_for_it_once(
+    installation: Installation,
+) -> None:
+    notes = Notes(installation.bus, installation.subjects, TASK)
+    queue = queue_of(installation)
+    subject = f"{installation.subjects.releases(TASK)}.owner.a"
+    await installation.plain.publish(subject, b"what the server answers")
+    assert await soon(queue.owner(TASK, "a")) is None
+    for digest in ("sha256:first", "sha256:second"):
+        await soon(notes.own("a", digest))
+        assert await soon(queue.owner(TASK, "a")) == "sha256:first"
 
 
 async def test_mark_of_the_canceller_is_read_by_the_next_worker(
@@ -123,6 +139,11 @@ async def test_mark_of_the_canceller_is_read_by_the_next_worker(
     await soon(stored.delivery.withdraw())
     await soon(delivery.nak())
     assert await soon((await take(worker)).withdrawn())
+
+
+def at(sequence: int, request_id: str | None) -> Any:
+    """A delivery, as far as it is asked what came before it."""
+    return SimpleNamespace(stream_sequence=sequence, subject=Subjects().request(TASK, request_id))
 
 
 class Listening:

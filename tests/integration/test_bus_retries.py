@@ -59,13 +59,21 @@ async def mover(installation: Installation) -> AsyncIterator[None]:
         await pull.close()
 
 
+OWNER = f"sha256:{'0' * 64}"
+
+
 async def retried(
     installation: Installation, delivered: JetStreamDelivery, *, delay: float, attempts: int = 1
 ) -> None:
     """What a worker does with a request whose model has raised."""
     await soon(
         installation.events.retry_later(
-            TASK, delivered, request_id="r-1", attempts=attempts, delay=delay
+            TASK,
+            delivered,
+            request_id="r-1",
+            attempts=attempts,
+            delay=delay,
+            owner=OWNER,
         )
     )
     await delivered.ack()

@@ -109,9 +109,7 @@ async def test_picture_says_the_same_whichever_attempt_and_worker_makes_it(
 async def test_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> None:
     settings = Settings(model_type="text_to_image", consumer_prompt_in_pictures=setting)
     daemon = Daemon(settings, lambda _: world.runner)
-    durable: Any = type(
-        "Durable", (), {"ack_wait": 1.0, "max_ack_pending": 1, "max_attempts": 3}
-    )
+    durable: Any = type("Durable", (), {"ack_wait": 1.0, "max_ack_pending": 1, "max_attempts": 3})
     ports: Any = world
     execution = daemon._make_execution(
         durable=durable,

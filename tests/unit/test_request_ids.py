@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from consumer.admission import Admission
-from consumer.ports import QueueFull
+from consumer.ports import ModelError, QueueFull
 from consumer.turns import Bounds
 from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent
 from tests.behaviour import (
@@ -20,6 +20,7 @@ from tests.behaviour import (
     shorten_pauses,
     soon,
 )
+from tests.memory_ports import raising
 from tests.memory_world import MemoryWorld, Worlds
 
 
@@ -191,16 +192,47 @@ async def test_same_request_looks_again_later_while_another_worker_has_the_older
     assert done.attempt == 1
 
 
-async def test_request_that_waits_for_its_next_attempt_keeps_its_id(world: MemoryWorld) -> None:
+@pytest.mark.parametrize(
+    ("copy", "code"),
+    [
+        (other_bytes(bogus=1), "invalid_request"),
+        (asking(width=32, reply_to=OTHER_INBOX), "request_id_conflict"),
+        (asking(deadline="2020-01-01T00:00:00Z", reply_to=OTHER_INBOX), "deadline_exceeded"),
+    ],
+    ids=["invalid bytes", "another content", "another deadline"],
+)
+async def test_request_that_waits_for_its_next_attempt_keeps_its_id(
+    world: MemoryWorld, copy: bytes, code: str
+) -> None:
+    """Also against a copy that is queued before it comes back."""
+    world.runner.will(raising(lambda: ModelError("E")))
     await world.send(asking(), request_id="a")
-    waiting = world.queue.take()
-    await waiting.ack()
-    world.queue.retries.append(("a", waiting))
-    await world.send(asking(width=32, reply_to=OTHER_INBOX), request_id="a")
     await soon(world.work())
+    retried = world.queue.take()
+    await world.send(copy, request_id="a")
+    usurper = world.queue.take()
+    world.queue.in_flight_only(usurper)
+    await soon(world.execution.handle(usurper))
     ((_, told),) = await world.replies()
-    assert failure(told) == "request_id_conflict"
+    assert failure(told) == code
     assert await world.result("a") is None
+    await soon(world.execution.handle(retried))
+    assert isinstance(await world.result("a"), SucceededEvent)
+
+
+async def test_retried_request_and_its_copy_that_fail_before_the_run_end_the_id(
+    world: MemoryWorld,
+) -> None:
+    """Two copies must not wait for each other for ever."""
+    world.runner.will(*[raising(lambda: ModelError("E"))] * 2)
+    for _ in range(2):
+        await world.send(asking(deadline=from_now(seconds=0.3)), request_id="a")
+    for _ in range(2):
+        await soon(world.work())
+    await asyncio.sleep(0.3)  # the deadline passes
+    while await world.left():
+        await soon(world.work())
+    assert failure(await world.result("a")) == "deadline_exceeded"
 
 
 # -- requeued, retried, cancelled early -----------------------------------------------------------
