@@ -131,7 +131,17 @@ class Cancellation:
                 return not stopped.ended
             case None:
                 stopped.ended |= await self._ended(request_id)
+                if not stopped.ended and not stopped.in_flight:
+                    await self._stop_retries(request_id, stopped)
                 return bool(stopped.in_flight - stopped.ended.keys())
+
+    async def _stop_retries(self, request_id: str, stopped: _Stopped) -> None:
+        """Mark a request that waits for its next attempt: it is in no request stream."""
+        async with self._lookups:
+            for task in self._endings:
+                if await self._queue.owner(task, request_id) is not None:
+                    await self._queue.cancel_retry(task, request_id)
+                    stopped.in_flight.add(task)
 
     async def _stop_stored(self, request_id: str, found: Found) -> _Stopped:
         """End or mark what is in the streams under one id; read what has ended."""

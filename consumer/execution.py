@@ -306,7 +306,7 @@ class Execution:
         timer: asyncio.TimerHandle | None = None
         try:
             request = self._read(job)
-            if job.place.suspect:
+            if job.delivery.attempt > 1:
                 await self._read_marks(job)
             if any(one in self._early_cancellations for one in job.may_be_cancelled_as):
                 job.interrupt.set(Reason.CANCEL)
@@ -345,11 +345,13 @@ class Execution:
         return outcomes.WorkerLost()
 
     async def _read_marks(self, job: Job) -> None:
-        requeued = await job.delivery.releases()
-        job.releases = job.delivery.uncounted + requeued
         job.withdrawn = await job.delivery.withdrawn()
         if job.withdrawn:
             job.interrupt.set(Reason.CANCEL)
+        if not job.place.suspect:
+            return  # it was queued again after a failed attempt, and its worker lives
+        requeued = await job.delivery.releases()
+        job.releases = job.delivery.uncounted + requeued
         if job.delivery.deliveries - requeued == 1:
             job.place.clear()  # a rollout of the workers, for example
         elif job.place.in_company:

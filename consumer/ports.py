@@ -268,6 +268,9 @@ class Queue(Protocol):
             Unavailable: The client has given up; the process has to end.
         """
 
+    async def cancel_retry(self, task: Task, request_id: str) -> None:
+        """Mark a request as cancelled for the worker that gets its next attempt. Never raises."""
+
 
 class Grip(Enum):
     """How a worker holds a request that it is asked to stop."""

@@ -1,7 +1,7 @@
 """Which delivery a request id belongs to.
 
-A sender can publish an id twice, and every sender that knows an id can publish other bytes under it.
-The id belongs to the delivery that came first, until the id has its terminal event. Only that
+A sender can publish an id twice, and every sender that knows an id can publish other bytes under
+it. The id belongs to the delivery that came first, until the id has its terminal event. Only that
 delivery may store the event. Every other one is a copy: it is answered with the stored event, or
 with a failure that is not stored.
 """

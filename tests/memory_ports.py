@@ -170,7 +170,9 @@ class MemoryDelivery:
 
     async def withdrawn(self) -> bool:
         await self.queue.outage.over()
-        return self.stream_sequence in self.queue.withdrawn
+        return self.stream_sequence in self.queue.withdrawn or (
+            bool(self.carried) and self.subject.rpartition(".")[2] in self.queue.cancelled_retries
+        )
 
     async def term(self, reason: str) -> None:
         await self._settle(f"term {reason}")
@@ -221,6 +223,7 @@ class MemoryQueue:
         withdrawn: Sequences of what was cancelled in a worker's hands.
         retries: What is queued again after a delay, with its request id.
         owners: Digests that ids are marked with.
+        cancelled_retries: Ids of requests that were cancelled while they waited for an attempt.
     """
 
     def __init__(
@@ -242,6 +245,7 @@ class MemoryQueue:
         self.withdrawn: set[int] = set()
         self.retries: list[tuple[str, MemoryDelivery]] = []
         self.owners: dict[str, str] = {}
+        self.cancelled_retries: set[str] = set()
         self._journal = journal
         self._last = 0
         self._new: deque[MemoryDelivery] = deque()
@@ -311,6 +315,10 @@ class MemoryQueue:
         await self.outage.over()
         assert task is self.task
         return self.owners.get(request_id)
+
+    async def cancel_retry(self, task: Task, request_id: str) -> None:
+        assert task is self.task
+        self.cancelled_retries.add(request_id)
 
     async def find(self, request_id: str) -> Found:
         raise AssertionError(f"a job looks for no others: {request_id}")

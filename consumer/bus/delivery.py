@@ -12,7 +12,7 @@ from nats.errors import Error
 from nats.js.errors import NotFoundError
 
 from consumer.bus.connection import Bus, BusUnavailable
-from consumer.bus.notes import Notes, NoTry
+from consumer.bus.notes import Notes, NoTry, retry_place
 from consumer.bus.standby import Standby
 from consumer.ports import Delivery
 from generation_contracts.headers import earlier_attempts, earlier_deliveries
@@ -109,7 +109,12 @@ class JetStreamDelivery:
 
     async def withdrawn(self) -> bool:
         """Whether it was cancelled in the hands of an earlier worker; waits for the bus."""
-        return await self._custody.notes.withdrawn(place_of(self))
+        if await self._custody.notes.withdrawn(place_of(self)):
+            return True
+        if self.attempt == self.deliveries:
+            return False
+        # It was queued again under its id, which is the last token of its subject.
+        return await self._custody.notes.withdrawn(retry_place(self.subject.rpartition(".")[2]))
 
     async def term(self, reason: str) -> None:
         """Settle as never to be delivered again, confirmed."""

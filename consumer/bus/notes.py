@@ -176,5 +176,10 @@ class Notes:
                 return "" if found is None else found.headers.get(MARK, "")
 
 
+def retry_place(request_id: str) -> str:
+    """What names a request that waits for its next attempt: its next message is not there yet."""
+    return f"retry.{request_id}"
+
+
 def _was_no_try(kinds: set[NoTry]) -> bool:
     return NoTry.RELEASED in kinds or (NoTry.DISCOUNTED in kinds and NoTry.COUNTED not in kinds)

@@ -15,7 +15,7 @@ from pydantic_core import from_json
 
 from consumer.bus.codes import STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
-from consumer.bus.notes import Notes
+from consumer.bus.notes import Notes, retry_place
 from consumer.bus.stored_request import RequestInStream
 from consumer.ports import Delivery, Found, Grip, StoredRequest
 from generation_contracts import Subjects, Task
@@ -132,6 +132,10 @@ class JetStreamQueue:
             BusUnavailable: The client has given up; the process has to end.
         """
         return await self._notes[task].owner(request_id)
+
+    async def cancel_retry(self, task: Task, request_id: str) -> None:
+        """Mark a request as cancelled for the worker that gets its next attempt."""
+        await self._notes[task].withdraw(retry_place(request_id))
 
     async def _requests(self, task: Task, request_id: str) -> _Counts:
         stream, subject = self._place(task, request_id)

@@ -40,6 +40,7 @@ MAX_BRANCH = 24  # characters of a place in a chain that has split
 MAX_METADATA = 16  # entries
 MAX_ADAPTERS = 4  # in one request
 MAX_PROBLEMS = 8  # told of one invalid request
+MAX_LISTED = 1_000  # problems of a request that are looked at
 
 
 def _says_something(value: str) -> str:
@@ -267,6 +268,10 @@ def decode_request(task: Task, body: bytes) -> Request:
     try:
         return REQUEST_TYPES[task].model_validate_json(body, strict=True)
     except ValidationError as error:
+        if error.error_count() > MAX_LISTED:
+            # A megabyte of unknown fields would take half a second to list.
+            problem = f"more than {MAX_LISTED} fields are wrong"
+            raise InvalidRequest(problem, ({"field": "", "problem": problem},)) from None
         details = error.errors(include_input=False, include_url=False, include_context=False)
         problems = tuple(_problem(detail) for detail in _causes(details)[:MAX_PROBLEMS])
         raise InvalidRequest(_sentence(problems), problems) from None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from generation_contracts import Task, decode_request, encode
+from generation_contracts import InvalidRequest, Task, decode_request, encode
 from generation_contracts.examples import REQUESTS
 from tests.contracts.senders import BASES, IMAGE_TO_TEXT, TEXT_TO_IMAGE, decode, refusal
 
@@ -169,3 +169,10 @@ def test_request_is_frozen(name: str) -> None:
 def test_request_of_one_task_is_no_request_of_the_other() -> None:
     refusal(TEXT_TO_IMAGE, encode(REQUESTS["image_to_text_full"]))
     refusal(IMAGE_TO_TEXT, encode(REQUESTS["text_to_image_full"]))
+
+
+def test_a_megabyte_of_unknown_fields_is_refused_without_listing_them() -> None:
+    body = json.dumps({"prompt": "a", **{f"k{n}": 1 for n in range(2_000)}}).encode()
+    with pytest.raises(InvalidRequest, match="more than 1000 fields are wrong") as refused:
+        decode_request(Task.TEXT_TO_IMAGE, body)
+    assert len(refused.value.problems) == 1

@@ -10,7 +10,7 @@ from consumer import cancellation
 from consumer.admission import Admission
 from consumer.cancellation import LOADS, LOOKUPS, Cancellation, Ending
 from consumer.conclusion import Conclusion
-from consumer.ports import Found, Grip, StoredRequest
+from consumer.ports import Delivery, Found, Grip, StoredRequest
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,
@@ -34,6 +34,8 @@ class Queue:
     """Both request streams: deliveries with whether they are untouched, oldest first."""
 
     def __init__(self, world: MemoryWorld) -> None:
+        self.retries: dict[tuple[Task, str], str] = {}
+        self.cancelled_retries: list[tuple[Task, str]] = []
         self.stored: Stored = {}
         self.loaded = 0
         self.most_loaded = 0
@@ -60,8 +62,14 @@ class Queue:
         self.loaded -= 1
         return StoredRequest(*stored[0]) if stored else None
 
-    async def older(self, task: Task, request_id: str, sequence: int) -> None:
+    async def older(self, task: Task, request_id: str, than: Delivery) -> None:
         raise AssertionError("the canceller does not ask that")
+
+    async def owner(self, task: Task, request_id: str) -> str | None:
+        return self.retries.get((task, request_id))
+
+    async def cancel_retry(self, task: Task, request_id: str) -> None:
+        self.cancelled_retries.append((task, request_id))
 
 
 class Workers:
@@ -269,6 +277,12 @@ async def test_request_whose_body_names_another_id_ends_only_that_of_its_subject
     setting.store("mine", request_id="yours")
     assert await setting.cancel("mine") == ("cancelled", "cancelled")
     assert (await setting.kind("mine"), await setting.kind("yours")) == (CancelledEvent, None)
+
+
+async def test_request_that_waits_for_its_next_attempt_is_marked(setting: Setting) -> None:
+    setting.queue.retries[T2I, "a"] = "sha256:0"
+    assert await setting.cancel("a") == ("stopping", None)
+    assert setting.queue.cancelled_retries == [(T2I, "a")]
 
 
 async def test_ended_requests_are_finished_or_cancelled_without_a_wait(setting: Setting) -> None:

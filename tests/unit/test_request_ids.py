@@ -258,6 +258,17 @@ async def test_cancellation_that_comes_before_its_request_is_honoured(world: Mem
     assert world.runner.runs == []
 
 
+async def test_request_that_waits_for_its_next_attempt_can_be_cancelled(world: MemoryWorld) -> None:
+    """Also where no worker remembers it: all of them may have been started anew meanwhile."""
+    world.runner.will(raising(lambda: ModelError("E")))
+    await world.send(asking(), request_id="a")
+    await soon(world.work())
+    await world.queue.cancel_retry(world.task, "a")
+    await soon(world.work())
+    assert isinstance(await world.result("a"), CancelledEvent)
+    assert len(world.runner.runs) == 1
+
+
 async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(world: MemoryWorld) -> None:
     step = asking("tour-2", chain={"id": "tour", "step": 2})
     hold = world.runner.will_hold()
