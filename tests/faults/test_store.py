@@ -215,3 +215,20 @@ async def test_store_that_will_never_do_ends_the_start_with_one_line(
     )
     assert durable.delivered is not None
     assert (durable.delivered.consumer_seq, durable.num_pending) == (0, 1)
+
+
+async def test_request_of_a_worker_that_has_lost_its_store_is_done_by_another_one(
+    scene: Scene, proxy: FaultProxy
+) -> None:
+    """It counts as no attempt, and the worker takes no new request until its store answers."""
+    lost = await start(scene, proxy, "without_store_patience")
+    proxy.otherwise = refuses("503 Service Unavailable", "SlowDown")
+    request_id = await scene.submit()
+    await scene.logged(lost, "store_unavailable")
+    other = await scene.start(CONSUMER_WORKER="other")
+    event = await scene.event(request_id)
+    assert (event["type"], event["worker"]) == ("generation.v1.succeeded", "other")
+    second = await scene.submit()
+    assert (await scene.event(second))["worker"] == "other"
+    assert await scene.dead_letters() == []
+    await all_well(scene, other)
