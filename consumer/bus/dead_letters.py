@@ -151,7 +151,9 @@ class DeadLetters:
                 letter = self._from_listing(message)
                 if letter.sequence > last:
                     return
-                yield letter
+                # Without a code it is an answer of the server, to a sender's reply subject.
+                if letter.code:
+                    yield letter
 
     async def read(self, sequence: int) -> StoredLetter:
         """One letter with its body.

@@ -287,7 +287,8 @@ def is_attackers(request_id: str, subjects: Subjects) -> bool:
     """
     derived = tuple(subjects.requests_stream(task) for task in Task)
     return (
-        request_id.startswith((OWN, *derived)) or _MADE_FOR_A_CALL.fullmatch(request_id) is not None
+        request_id.startswith((OWN.rstrip("-"), *derived))
+        or _MADE_FOR_A_CALL.fullmatch(request_id) is not None
     )
 
 

@@ -14,7 +14,7 @@ from nats.js.errors import NotFoundError
 from pydantic import ValidationError
 
 from generation_contracts import Task, decode_result
-from generation_contracts.headers import DEAD_LETTER_REQUEST_ID
+from generation_contracts.headers import DEAD_LETTER_CODE, DEAD_LETTER_REQUEST_ID
 from tests.faults.quick_runner import FOLDER
 from tests.faults.scene import Scene
 from tests.soak.fates import RUNS
@@ -162,9 +162,8 @@ def _is_ours(key: str, ours: Ours) -> bool:
 
 
 def _is_letter_of(headers: Mapping[str, str], ours: Ours) -> bool:
-    # One without this header was not written by a worker.
-    request_id = headers.get(DEAD_LETTER_REQUEST_ID, "")
-    return ours(request_id)
+    # An answer of the server has no code, and `consumer dead-letters` does not show it.
+    return DEAD_LETTER_CODE in headers and ours(headers.get(DEAD_LETTER_REQUEST_ID, ""))
 
 
 async def _results(scene: Scene, ours: Ours) -> list[Stored]:

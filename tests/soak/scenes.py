@@ -44,7 +44,7 @@ class Options:
     hostile: bool = False
     attacks: tuple[str, ...] = ("*",)
     chaos: bool = True
-    patience: float = 60.0
+    patience: float = 120.0
 
 
 class SoakScene(Scene):

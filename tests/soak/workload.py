@@ -280,7 +280,7 @@ class Workload:
             case "no request id":
                 body["request_id"] = "../*/>"
             case "id of another subject":
-                in_subject = self._new_id()
+                body["request_id"] = self._new_id()  # it must not end that one
         return Sending(
             at=self._moment(),
             kind=kind,
