@@ -26,7 +26,7 @@ import nkeys
 import structlog
 from nats.aio.client import DEFAULT_FLUSH_TIMEOUT, Client
 from nats.aio.msg import Msg
-from nats.errors import Error, ProtocolError
+from nats.errors import Error, NoServersError, ProtocolError
 from nats.protocol.parser import (
     AWAITING_CONTROL_LINE,
     AWAITING_MSG_PAYLOAD,
@@ -133,6 +133,7 @@ class RobustClient(Client):
     def __init__(self) -> None:
         super().__init__()
         self._ps = LineParser(self)
+        self._ended = False  # closed for good
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
         try:
@@ -184,12 +185,30 @@ class RobustClient(Client):
             raise asyncio.CancelledError
         return result
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the server can be reached now."""
+        return not self._ended and super().is_connected
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:  # noqa: FBT002 - nats-py
+        # Where the server refuses a connection for good in the middle of a reconnect, nats-py goes
+        # on with that reconnect and takes itself for connected again.
+        self._ended = self._ended or status == Client.CLOSED
+        await super()._close(status, do_cbs)
+
+    async def _select_next_server(self) -> None:
+        if self._ended:
+            raise NoServersError
+        await super()._select_next_server()
+
     async def _attempt_reconnect(self) -> None:
         while not self.is_closed:
             try:
                 await super()._attempt_reconnect()
             except Exception as error:  # noqa: BLE001 - whatever it is, the server may come back
                 log.warning("reconnect_failed", error=type(error).__name__)
+                if self._ended:
+                    return
                 self._status = Client.RECONNECTING
                 await asyncio.sleep(RECONNECT_WAIT)
             else:

@@ -68,8 +68,12 @@ async def test_what_reaches_max_deliver_without_a_word_is_put_aside(scene: Scene
     assert letter["Dead-Letter-Code"] == "worker_lost"
     assert letter["Dead-Letter-Request-Id"] == request_id
     assert scene.runs() == [request_id, next_id]
-    info = await scene.sender.jetstream().stream_info(scene.subjects.advisories_stream)
-    assert info.state.messages == 0, "the advisory is settled too"
+
+    async def settled() -> bool:
+        info = await scene.sender.jetstream().stream_info(scene.subjects.advisories_stream)
+        return info.state.messages == 0
+
+    await scene.until(settled, "settled advisory")
 
 
 @pytest.mark.parametrize(

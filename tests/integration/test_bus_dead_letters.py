@@ -188,13 +188,20 @@ async def test_a_listing_says_what_it_is_about_and_leaves_the_body_out(office: O
     assert letter.stored_at.tzinfo is not None
 
 
+CODE = {"Dead-Letter-Code": "model_error"}  # what every letter of a worker has
+
+
 @pytest.mark.parametrize("count", [2, 3, 4, 6, 7])
 async def test_a_listing_is_whole_however_many_pulls_it_takes(
     office: Office, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dead_letters, "BATCH", 3)
     for number in range(count):
-        await office.jetstream.publish("generation.dead.text_to_image", b"%d" % number)
+        await office.jetstream.publish(
+            "generation.dead.text_to_image", b"%d" % number, headers=dict(CODE)
+        )
+    # Without a code it is an answer of the server, to the reply subject of a sender's choice.
+    await office.jetstream.publish("generation.dead.text_to_image", b"junk")
     assert [letter.sequence for letter in await soon(office.listed())] == [*range(1, count + 1)]
 
 
@@ -202,21 +209,23 @@ async def test_a_listing_ends_with_what_was_there_and_leaves_no_consumer(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dead_letters, "BATCH", 1)  # the next pull finds what came meanwhile
-    await office.forge({})
+    await office.forge(dict(CODE))
     sequences = []
     async for letter in office.letters.listed():
         sequences.append(letter.sequence)
-        await office.forge({})
+        await office.forge(dict(CODE))
     assert sequences == [1]
     assert await office.jetstream.consumers_info(DEAD_LETTERS) == []
 
 
 async def test_thousands_of_letters_are_listed(office: Office) -> None:
     for number in range(3_000):
-        await office.installation.plain.publish("generation.dead.text_to_image", b"x" * 1_000)
+        await office.installation.plain.publish(
+            "generation.dead.text_to_image", b"x" * 1_000, headers=dict(CODE)
+        )
         if number % 500 == 0:
             await office.installation.plain.flush()
-    await office.forge({})
+    await office.forge(dict(CODE))
     started = asyncio.get_running_loop().time()
     assert len(await soon(office.listed())) == 3_001
     measured("list of 3,001 letters", asyncio.get_running_loop().time() - started)
@@ -311,7 +320,7 @@ async def test_the_id_stays_the_same_wherever_it_came_from(
 
 async def test_a_request_that_contradicts_its_subject_does_so_again(office: Office) -> None:
     letter = await office.letter(BODY, request_id="r-2")
-    assert letter.request_id == "r-1"
+    assert letter.request_id == "r-2", "that of its subject"
     await office.replayer.replay(letter)
     assert (await take(office.worker)).subject == f"{ROOT}.r-2"
 
