@@ -445,7 +445,7 @@ def runner_of(
             if family != "demonstration":
                 folder = tmp_path_factory.mktemp("texts") / family
                 with torch.random.fork_rng(devices=()):
-                    torch.manual_seed(0)
+                    torch.manual_seed(SEEDS.get(family, 0))
                     getattr(importlib.import_module("tests.tiny_vision"), family)(folder)
                 model_id = str(folder)
             loaded[family] = create_runner(Task.IMAGE_TO_TEXT, ModelConfig(model_id=model_id))
@@ -453,6 +453,11 @@ def runner_of(
         return loaded[family]
 
     return runner
+
+
+# Of the random weights. With 0, one of this family's texts is a choice between words that rounding
+# alone decides on some processors.
+SEEDS = {"qwen2_vl": 1}
 
 
 def question(**fields: Any) -> ImageToTextRequest:
