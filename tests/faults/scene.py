@@ -144,10 +144,13 @@ class Scene:
     async def left(self) -> int:
         """How many requests are in the streams of both tasks, and wait for another attempt."""
         jetstream = self.sender.jetstream()
-        streams = [self.subjects.requests_stream(task) for task in Task]
-        streams.append(self.subjects.retries_stream)
-        infos = [await jetstream.stream_info(stream) for stream in streams]
-        return sum(info.state.messages for info in infos)
+        infos = [await jetstream.stream_info(self.subjects.requests_stream(task)) for task in Task]
+        retries = await jetstream.stream_info(
+            self.subjects.retries_stream,
+            subjects_filter=self.subjects.retry(self.task, "x")[:-1] + "*",
+        )
+        waiting = sum((retries.state.subjects or {}).values())
+        return waiting + sum(info.state.messages for info in infos)
 
     async def emptied(self, within: float = WITHIN) -> None:
         """Return once no request is left."""
