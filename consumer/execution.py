@@ -356,7 +356,7 @@ class Execution:
             job.place.clear()  # a rollout of the workers, for example
         elif job.place.in_company:
             # If the worker dies now, it may be of another one: what waits behind a request that
-            # kills three workers must not be put aside with it. `_be_alone` ends that.
+            # kills three workers must not become a dead letter with it. `_be_alone` ends that.
             await job.delivery.discount()
             job.releases = job.delivery.uncounted + await job.delivery.releases()
 
