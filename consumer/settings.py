@@ -201,6 +201,28 @@ class Settings(BaseSettings):
     consumer_max_input_bytes: Annotated[int, Field(gt=0)] = 20 * 2**20
     consumer_max_input_pixels: Annotated[int, Field(gt=0)] = 16_000_000
 
+    gateway_host: str = Field(default="127.0.0.1", description="another one needs GATEWAY_KEYS")
+    gateway_port: Annotated[int, Field(ge=1, le=65_535)] = 8080
+    gateway_keys: Path | None = Field(
+        default=None, description="the file of `consumer gateway keys`; unset: one open tenant"
+    )
+    gateway_tls_cert: Path | None = Field(default=None, description="PEM; unset: plain HTTP")
+    gateway_tls_key: Path | None = Field(default=None, description="PEM: its key")
+    gateway_cors_origins: List = Field(
+        default=(), description="origins that browsers may call from; empty: none"
+    )
+    gateway_max_body: Annotated[int, Field(ge=1_024, description="bytes")] = 32 * 2**20
+    gateway_wait: Seconds = Field(
+        default=600.0, description="seconds that a caller who waits gets; it is the deadline, too"
+    )
+    gateway_events_kept: Seconds = Field(
+        default=300.0, description="seconds in which a lost stream of events can be resumed"
+    )
+    gateway_events_bytes: Annotated[int, Field(ge=2**20, description="of all events kept")] = (
+        64 * 2**20
+    )
+    gateway_drain_grace: Seconds = 30.0
+
     log_format: Literal["json", "console"] = "json"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
@@ -219,6 +241,8 @@ class Settings(BaseSettings):
     def _whole_pairs(self) -> Self:
         if (self.nats_cert is None) != (self.nats_key is None):
             raise ValueError("NATS_CERT and NATS_KEY go together")
+        if (self.gateway_tls_cert is None) != (self.gateway_tls_key is None):
+            raise ValueError("GATEWAY_TLS_CERT and GATEWAY_TLS_KEY go together")
         return self
 
     @classmethod
