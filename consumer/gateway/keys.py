@@ -1,0 +1,381 @@
+"""API keys: a file of their hashes, and the caller that a key of a request stands for.
+
+The file is JSON. It holds the SHA-256 of each key, never a key: a key is 256 random bits, so its
+hash cannot be reversed by guessing. `consumer gateway keys` writes the file; a running gateway
+reads it again when it has changed.
+"""
+
+import base64
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Literal
+
+import structlog
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from consumer.gateway.errors import UNAVAILABLE_RETRY_AFTER, ApiError
+from consumer.gateway.tenants import OPEN_TAG, TAG_LENGTH, Bounds, Caller, Tenant
+from consumer.settings import SettingsError
+
+log = structlog.get_logger()
+
+KEY_BYTES = 32  # of randomness in a key
+TENANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+OPEN_CALLER = Caller(Tenant("open", OPEN_TAG, b"open"))  # without keys there is nothing to protect
+
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+_KEY = re.compile(r"gk_([a-z0-9]{8})_[A-Za-z0-9_-]{43}\Z")
+_PRIVATE = 0o600
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+class KeysUnusable(SettingsError):  # noqa: N818 - names what has happened
+    """The file of keys cannot be read or is damaged; the text is one clear line."""
+
+
+class KeyUnknown(SettingsError):  # noqa: N818 - names what has happened
+    """There is no key of this id."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+
+class KeyBounds(_Part):
+    """`Bounds` as the file has them."""
+
+    waiting: AtLeastOne | None = None
+    per_minute: AtLeastOne | None = None
+    pixels: AtLeastOne | None = None
+    steps: AtLeastOne | None = None
+    images: AtLeastOne | None = None
+
+
+class TenantEntry(_Part):
+    """One tenant in the file. It stays when its last key is revoked: its jobs belong to its tag."""
+
+    tag: Annotated[str, Field(pattern=rf"^[a-z0-9]{{{TAG_LENGTH}}}$")]
+    secret: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(repr=False)
+
+
+class KeyEntry(_Part):
+    """One key in the file."""
+
+    tenant: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(repr=False)
+    created: Annotated[AwareDatetime, Field(strict=False)]
+    bounds: KeyBounds = KeyBounds()
+
+
+class Document(_Part):
+    """The whole file: tenants by name, keys by id."""
+
+    version: Literal[1] = 1
+    tenants: dict[Annotated[str, Field(pattern=TENANT_NAME)], TenantEntry] = {}
+    keys: dict[Annotated[str, Field(pattern=r"^[a-z0-9]{8}$")], KeyEntry] = {}
+
+
+@dataclass(frozen=True)
+class NewKey:
+    """A key that was just made.
+
+    Attributes:
+        text: What the caller sends; it is not kept anywhere.
+    """
+
+    id: str
+    text: str
+
+
+class KeyFile:
+    """The file of keys on disk.
+
+    Args:
+        path: Created with mode 0600 by the first `add`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> Document:
+        """Read the file.
+
+        Raises:
+            KeysUnusable: It is not there, cannot be read, is damaged, or everyone may write to it.
+        """
+        try:
+            with self.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
+                    raise KeysUnusable(f"GATEWAY_KEYS: {self.path}: every user may write to it")
+                content = file.read()
+        except OSError as error:
+            raise KeysUnusable(f"GATEWAY_KEYS: {self.path}: {error.strerror}") from None
+        return _parsed(self.path, content)
+
+    def add(self, tenant: str, bounds: Bounds) -> NewKey:
+        """Add a key to a tenant; a tenant of a new name is created.
+
+        Raises:
+            KeysUnusable: The file or its folder cannot be used.
+            SettingsError: The tenant's name is not usable.
+        """
+        if not re.fullmatch(TENANT_NAME, tenant):
+            raise SettingsError("TENANT: 1-64 characters of A-Z a-z 0-9 . _ -")
+        with self._changing() as document:
+            if tenant not in document.tenants:
+                tags = {entry.tag for entry in document.tenants.values()} | {OPEN_TAG}
+                document.tenants[tenant] = TenantEntry(
+                    tag=_unused(tags), secret=secrets.token_hex(32)
+                )
+            key_id = _unused(set(document.keys))
+            text = f"gk_{key_id}_{_random_text()}"
+            document.keys[key_id] = KeyEntry(
+                tenant=tenant,
+                sha256=hash_of(text),
+                created=datetime.now(UTC).replace(microsecond=0),
+                bounds=KeyBounds(**vars(bounds)),
+            )
+        return NewKey(key_id, text)
+
+    def revoke(self, key: str) -> str:
+        """Remove a key.
+
+        Args:
+            key: Its id, or the key itself.
+
+        Returns:
+            The key's id.
+
+        Raises:
+            KeyUnknown: There is no such key.
+            KeysUnusable: The file or its folder cannot be used.
+        """
+        whole = _KEY.match(key)
+        key_id = whole.group(1) if whole else key
+        with self._changing(create=False) as document:
+            if document.keys.pop(key_id, None) is None:
+                raise KeyUnknown("there is no key of this id")
+        return key_id
+
+    @contextmanager
+    def _changing(self, *, create: bool = True) -> Iterator[Document]:
+        """Yield the file's content to be changed, then write it; one process at a time."""
+        lock_path = self.path.with_name(f"{self.path.name}.lock")
+        try:
+            # A file of its own: the file of keys is replaced, and a lock on it would go with it.
+            with open(  # Path.open takes no opener, which sets the mode from the start
+                lock_path, "a", opener=lambda path, flags: os.open(path, flags, _PRIVATE)
+            ) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                is_new = create and not self.path.exists()
+                document = Document() if is_new else self.read()
+                yield document
+                self._write(document)
+        except OSError as error:
+            raise KeysUnusable(f"GATEWAY_KEYS: {self.path}: {error.strerror}") from None
+
+    def _write(self, document: Document) -> None:
+        """Write the file whole or not at all; its owner and mode stay."""
+        target = self.path.resolve()  # where it is a link, the link stays one
+        handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+        try:
+            with os.fdopen(handle, "w") as file:
+                if target.exists():
+                    before = target.stat()
+                    os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
+                    if os.geteuid() == 0:
+                        os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                text = document.model_dump_json(indent=2, exclude_defaults=True)
+                # `version` is a default, and what tells a later format apart.
+                file.write(json.dumps({"version": 1, **json.loads(text)}, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(draft).replace(target)
+        except BaseException:
+            Path(draft).unlink(missing_ok=True)
+            raise
+
+
+class Keys:
+    """What a running gateway knows of the keys.
+
+    Args:
+        path: The file; None: there are no keys, and every caller is the one open tenant.
+
+    Raises:
+        KeysUnusable: The file cannot be used.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else KeyFile(path)
+        self._seen: tuple[int, ...] | None = None
+        self._callers: dict[str, tuple[str, Caller]] = {}
+        self.problem = ""  # why the file cannot be used now; one line
+        self._reload()
+        if self.problem:
+            raise KeysUnusable(self.problem)
+
+    @property
+    def open(self) -> bool:
+        """Whether callers need no key."""
+        return self._file is None
+
+    def caller(self, key: str | None) -> Caller:
+        """Find out who a caller is.
+
+        Args:
+            key: What it sent as its key.
+
+        Raises:
+            ApiError: 401 without a valid key; 503 while the file cannot be used.
+        """
+        if self._file is None:
+            return OPEN_CALLER
+        self._reload()
+        if self.problem:
+            # Keys that were valid before may have been revoked by the change that cannot be read.
+            raise ApiError(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "the gateway cannot read its API keys: try again later",
+                "unavailable",
+                retry_after=UNAVAILABLE_RETRY_AFTER,
+            )
+        if not key:
+            raise _Unauthorized("an API key is needed: send Authorization: Bearer with it")
+        shape = _KEY.match(key)
+        expected, caller = self._callers.get(shape.group(1) if shape else "", ("", OPEN_CALLER))
+        if not hmac.compare_digest(hash_of(key), expected):
+            raise _Unauthorized("the API key is not valid")
+        return caller
+
+    def _reload(self) -> None:
+        """Read the file if it has changed since it was read last."""
+        if self._file is None:
+            return
+        seen = _state_of(self._file.path)
+        if seen == self._seen and seen is not None:
+            return
+        self._seen = seen
+        try:
+            self._callers = _callers(self._file.read())
+        except KeysUnusable as error:
+            self._callers = {}
+            if str(error) != self.problem:
+                log.error("gateway_keys_unusable", reason=str(error))  # noqa: TRY400 - one line
+            self.problem = str(error)
+            return
+        self.problem = ""
+        log.info("gateway_keys_read", keys=len(self._callers))
+
+
+class _Unauthorized(ApiError):  # noqa: N818 - as ApiError's other causes
+    """401: the caller sent no valid key."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(HTTPStatus.UNAUTHORIZED, message, "invalid_api_key")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Also how to send a key."""
+        return {**super().headers, "www-authenticate": "Bearer"}
+
+
+_bearer = HTTPBearer(
+    auto_error=False,
+    scheme_name="API key",
+    description="A key that `consumer gateway keys add` has printed. Without keys: none is needed.",
+)
+
+
+async def authenticate(
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Caller:
+    """Return who sends this request: the dependency of every route that belongs to a tenant.
+
+    The key's id is left in `request.state.key_id` for the access log.
+
+    Raises:
+        ApiError: 401 or 503.
+    """
+    keys: Keys = request.app.state.gateway.keys
+    caller = keys.caller(credentials.credentials if credentials else None)
+    request.state.key_id = caller.key_id
+    return caller
+
+
+Authenticated = Annotated[Caller, Depends(authenticate)]
+
+
+def hash_of(key: str) -> str:
+    """Return what the file has of a key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _random_text() -> str:
+    return base64.urlsafe_b64encode(secrets.token_bytes(KEY_BYTES)).rstrip(b"=").decode()
+
+
+def _unused(taken: set[str]) -> str:
+    """Draw eight characters that are not in use."""
+    while True:
+        drawn = "".join(secrets.choice(_ALPHABET) for _ in range(TAG_LENGTH))
+        if drawn not in taken:
+            return drawn
+
+
+def _parsed(path: Path, content: bytes) -> Document:
+    try:
+        document = Document.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        what = f"{place}: {first['msg']}" if place else first["msg"]
+        raise KeysUnusable(f"GATEWAY_KEYS: {path}: is damaged: {what}") from None
+    tags = [entry.tag for entry in document.tenants.values()]
+    if len(set(tags)) < len(tags) or OPEN_TAG in tags:
+        raise KeysUnusable(f"GATEWAY_KEYS: {path}: is damaged: two tenants have one tag")
+    for key_id, entry in document.keys.items():
+        if entry.tenant not in document.tenants:
+            raise KeysUnusable(f"GATEWAY_KEYS: {path}: is damaged: key {key_id} has no tenant")
+    return document
+
+
+def _callers(document: Document) -> dict[str, tuple[str, Caller]]:
+    """Return each key's hash and caller, by its id."""
+    tenants = {
+        name: Tenant(name, entry.tag, bytes.fromhex(entry.secret))
+        for name, entry in document.tenants.items()
+    }
+    return {
+        key_id: (
+            entry.sha256,
+            Caller(tenants[entry.tenant], key_id, Bounds(**entry.bounds.model_dump())),
+        )
+        for key_id, entry in document.keys.items()
+    }
+
+
+def _state_of(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when the file is replaced or written to; None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_ino, found.st_dev, found.st_mtime_ns, found.st_size, found.st_mode)
