@@ -1,0 +1,158 @@
+"""The bounds of a key, checked before a request is queued."""
+
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from http import HTTPStatus
+
+from consumer.gateway.errors import ApiError, invalid
+from consumer.gateway.tenants import Bounds, Caller, Tenant
+from generation_contracts import Request
+from generation_contracts.requests import TextToImageParameters
+
+MINUTE = 60.0  # seconds
+WAITING_RETRY_AFTER = 5  # seconds
+VIEW_AGE = 5.0  # seconds after which the queue's numbers have what has happened before
+
+Unfinished = Callable[[Tenant], Awaitable[Collection[str]]]
+
+
+class Limits:
+    """Admits requests within the bounds of their key.
+
+    A bound is on what a caller asks for. What a request leaves out, the model's own default fills
+    in: the operator has chosen it, so it is checked against nothing.
+
+    The requests of a minute are counted by this process alone. The requests that wait come from the
+    queue, so that bound holds over all gateways, but for what several gateways admit within the
+    same second.
+
+    Args:
+        unfinished: Returns the ids of a tenant's requests that wait or run, a few seconds old at
+            most.
+        refused: Called with the code of each refusal.
+        now: The clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        unfinished: Unfinished,
+        *,
+        refused: Callable[[str], None] = lambda _code: None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._unfinished = unfinished
+        self._refused = refused
+        self._now = now
+        self._minutes: dict[str, deque[float]] = {}  # of each key, the times of its requests
+        # What the queue's numbers may not show yet, with the time at which it happened.
+        self._admitted: OrderedDict[str, float] = OrderedDict()
+        self._ended: OrderedDict[str, float] = OrderedDict()
+
+    async def admit(self, caller: Caller, request: Request) -> None:
+        """Check a request against the bounds of its caller's key, and count it.
+
+        A repeated request of one idempotency key queues nothing: do not call this for it.
+
+        Args:
+            caller: Who sends it.
+            request: With its id.
+
+        Raises:
+            ApiError: 400 that names the parameter; 429 with the seconds after which to try again.
+        """
+        try:
+            _require_within(caller.bounds, request)
+            if caller.bounds.waiting is not None:
+                await self._require_room(caller.tenant, caller.bounds.waiting)
+            # No await from here on: two requests cannot take the last place.
+            if caller.bounds.per_minute is not None:
+                self._count(caller.key_id, caller.bounds.per_minute)
+        except ApiError as error:
+            self._refused(error.code)
+            raise
+        if request.request_id is not None:
+            self._ended.pop(request.request_id, None)
+            self._note(self._admitted, request.request_id)
+
+    def ended(self, request_id: str) -> None:
+        """Count a request no more: it has its terminal event, or could not be queued."""
+        self._admitted.pop(request_id, None)
+        self._note(self._ended, request_id)
+
+    async def _require_room(self, tenant: Tenant, most: int) -> None:
+        waiting = set(await self._unfinished(tenant))
+        self._forget_old(self._admitted)
+        self._forget_old(self._ended)
+        waiting.update(id_ for id_ in self._admitted if tenant.owns(id_))
+        waiting.difference_update(self._ended)
+        if len(waiting) >= most:
+            raise _too_many(
+                f"{len(waiting)} requests wait or run already; this key may have {most}",
+                "too_many_waiting",
+                WAITING_RETRY_AFTER,
+            )
+
+    def _note(self, times: OrderedDict[str, float], request_id: str) -> None:
+        self._forget_old(times)
+        times[request_id] = self._now()
+        times.move_to_end(request_id)
+
+    def _forget_old(self, times: OrderedDict[str, float]) -> None:
+        oldest = self._now() - VIEW_AGE
+        while times and next(iter(times.values())) < oldest:
+            times.popitem(last=False)
+
+    def _count(self, key_id: str, most: int) -> None:
+        times = self._minutes.setdefault(key_id, deque())
+        now = self._now()
+        while times and times[0] <= now - MINUTE:
+            times.popleft()
+        if len(times) >= most:
+            raise _too_many(
+                f"this key may send {most} requests a minute",
+                "rate_limit_exceeded",
+                math.ceil(times[len(times) - most] + MINUTE - now),
+            )
+        times.append(now)
+
+
+def _too_many(message: str, code: str, retry_after: int) -> ApiError:
+    return ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, code, retry_after=max(1, retry_after))
+
+
+def _require_within(bounds: Bounds, request: Request) -> None:
+    """Check the size of a request and of the later steps of its chain.
+
+    Raises:
+        ApiError: 400 that names the parameter.
+    """
+    for place, part in _image_parts(request):
+        if bounds.images is not None and part.num_images > bounds.images:
+            raise _too_large(f"{place}num_images", f"at most {bounds.images}")
+        steps = part.num_inference_steps
+        if bounds.steps is not None and steps is not None and steps > bounds.steps:
+            raise _too_large(f"{place}num_inference_steps", f"at most {bounds.steps}")
+        if bounds.pixels is None or (part.width is None and part.height is None):
+            continue
+        if part.width is None or part.height is None:
+            # The default of the other side is not known here, so neither is the image's size.
+            missing = "width" if part.width is None else "height"
+            raise _too_large(f"{place}{missing}", "needed with the other side")
+        if part.width * part.height > bounds.pixels:
+            wanted = f"width times height at most {bounds.pixels} pixels"
+            raise _too_large(f"{place}width", wanted)
+
+
+def _too_large(param: str, wanted: str) -> ApiError:
+    return invalid(f"{param}: {wanted} with this key", param=param, code="bound_exceeded")
+
+
+def _image_parts(request: Request) -> Iterator[tuple[str, TextToImageParameters]]:
+    """Yield each part of a request that makes images, and what its fields' names begin with."""
+    if isinstance(request, TextToImageParameters):
+        yield "", request
+    for number, step in enumerate(request.then):
+        if isinstance(step, TextToImageParameters):
+            yield f"then.{number}.", step
