@@ -1,0 +1,95 @@
+"""Turn every exception into an error answer with the one body that all endpoints share."""
+
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from consumer.gateway.errors import ApiError, invalid, of_error
+from generation_client import GenerationError
+from generation_contracts import InvalidRequest
+
+log = structlog.get_logger()
+
+MAX_MESSAGE = 300  # characters of one validation problem
+_CODES = {
+    HTTPStatus.NOT_FOUND: "not_found",
+    HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported_media_type",
+}
+_MESSAGES = {
+    HTTPStatus.NOT_FOUND: "there is no such address",
+    HTTPStatus.METHOD_NOT_ALLOWED: "this address does not take this method",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "the body is too large",
+}
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Map any exception to the answer that the caller gets; unknown ones are logged."""
+    match error:
+        case ApiError():
+            return error
+        case GenerationError():
+            return of_error(error)
+        case InvalidRequest():
+            field = error.problems[0]["field"] if error.problems else None
+            return invalid(str(error), param=field or None)
+        case RequestValidationError() | ValidationError():
+            return _of_problem(error.errors()[0])
+        case HTTPException():
+            return _of_http(error)
+        case _:
+            log.error("http_request_failed", exc_info=error)
+            return ApiError(
+                HTTPStatus.INTERNAL_SERVER_ERROR, "the gateway failed on this", "internal_error"
+            )
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """Make the HTTP answer of an error."""
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every exception of an application with the body of `ApiError`."""
+
+    async def handle(_: Request, error: Exception) -> JSONResponse:
+        answer = error_response(as_api_error(error))
+        if isinstance(error, HTTPException) and error.headers:
+            answer.headers.update(error.headers)
+        return answer
+
+    for kind in (
+        ApiError,
+        GenerationError,
+        InvalidRequest,
+        RequestValidationError,
+        ValidationError,
+        HTTPException,
+    ):
+        app.add_exception_handler(kind, handle)
+
+
+def _of_problem(problem: Any) -> ApiError:
+    """Name the field of the first problem that pydantic reports."""
+    if problem["type"] == "json_invalid":
+        return invalid("the body is not JSON")
+    place = [part for part in problem["loc"] if part not in {"body", "query", "path", "header"}]
+    param = ".".join(str(part) for part in place)[:100]
+    if problem["type"] == "extra_forbidden":
+        return invalid(f"{param}: there is no such field", param=param, code="unknown_parameter")
+    message = str(problem["msg"]).removeprefix("Value error, ")[:MAX_MESSAGE]
+    message = message[:1].lower() + message[1:]
+    return invalid(f"{param}: {message}" if param else message, param=param or None)
+
+
+def _of_http(error: HTTPException) -> ApiError:
+    status = HTTPStatus(error.status_code)
+    message = _MESSAGES.get(status) or str(error.detail)
+    return ApiError(status, message, _CODES.get(status, "invalid_request"))
