@@ -1,0 +1,211 @@
+"""Requests in flight: counted while they run, and ended in order when the gateway stops."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from consumer.gateway.errors import ApiError
+from consumer.tasks import cancel_and_wait
+
+BODY_PART_WITHIN = 30.0  # seconds; a client that sends nothing for so long gets 408
+END_WITHIN = 2.0  # seconds for a request to end by itself before it is cancelled
+RETRY_AFTER = 1  # seconds; another gateway can take the request at once
+ALWAYS_ANSWERED = ("/healthz", "/readyz", "/metrics")
+RESUMABLE = "/events"  # the end of the paths of streams that a client resumes elsewhere
+STOPPING_COMMENT = b": the gateway stops, connect again\n\n"
+MAX_ERROR = 4_096  # bytes of an answer that are read for its error code
+
+
+@dataclass(eq=False)
+class _Exchange:
+    """One request and its answer.
+
+    Attributes:
+        limit: Ends the request when it is moved to now.
+        ending: Set when the request has to end: the application sees a disconnected client.
+        status: Of the answer; 0 before it has begun.
+    """
+
+    path: str
+    limit: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
+    body_read: bool = False
+    status: int = 0
+    is_stream: bool = False
+    complete: bool = False
+
+
+class InFlight:
+    """The requests that are in progress.
+
+    Args:
+        refused: Called with the code of each error answer.
+    """
+
+    def __init__(self, refused: Callable[[str], None] = lambda _code: None) -> None:
+        self.refused = refused
+        self.draining = False
+        self._exchanges: set[_Exchange] = set()
+
+    @property
+    def requests(self) -> int:
+        """How many requests are in progress, streams included."""
+        return len(self._exchanges)
+
+    @property
+    def streams(self) -> int:
+        """How many answers are streams of events."""
+        return sum(exchange.is_stream for exchange in self._exchanges)
+
+    def drain(self) -> None:
+        """Refuse new requests, and end the streams that their clients can resume elsewhere."""
+        self.draining = True
+        self._end(lambda exchange: exchange.is_stream and exchange.path.endswith(RESUMABLE))
+
+    def end(self) -> None:
+        """End all requests; each gets an answer that says so."""
+        self.draining = True
+        self._end(lambda _exchange: True)
+
+    def _end(self, chosen: Callable[[_Exchange], bool]) -> None:
+        until = asyncio.get_running_loop().time() + END_WITHIN
+        for exchange in filter(chosen, self._exchanges):
+            exchange.ending.set()
+            if not exchange.limit.expired():
+                exchange.limit.reschedule(until)
+
+    def enter(self, exchange: _Exchange) -> None:
+        """Count a request."""
+        self._exchanges.add(exchange)
+
+    def leave(self, exchange: _Exchange) -> None:
+        """Count a request no more."""
+        self._exchanges.discard(exchange)
+
+
+class InFlightMiddleware:
+    """Keeps `InFlight` up to date.
+
+    To end a request, the application is shown a client that has disconnected. It does what it does
+    in that case: a request without an idempotency key is cancelled, so that a client that sends it
+    again elsewhere has it run once.
+
+    Args:
+        app: The application behind it.
+        in_flight: What is kept up to date.
+    """
+
+    def __init__(self, app: ASGIApp, in_flight: InFlight) -> None:
+        self._app = app
+        self._in_flight = in_flight
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope["path"])
+        if self._in_flight.draining and exchange.path not in ALWAYS_ANSWERED:
+            await _send_stopping(exchange, self._observed(exchange, send))
+            return
+
+        async def receive_or_end() -> Message:
+            return await _received(exchange, receive)
+
+        self._in_flight.enter(exchange)
+        answer = self._observed(exchange, send)
+        try:
+            async with exchange.limit:
+                await self._app(scope, receive_or_end, _unless_ending(exchange, answer))
+        except TimeoutError:
+            if not exchange.limit.expired():
+                raise
+        finally:
+            self._in_flight.leave(exchange)
+        if exchange.ending.is_set() and not exchange.complete:
+            await _send_stopping(exchange, answer)
+
+    def _observed(self, exchange: _Exchange, send: Send) -> Send:
+        """Note what the answer is before it is sent."""
+
+        async def observe(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                kind = dict(message.get("headers", [])).get(b"content-type", b"")
+                exchange.is_stream = kind.startswith(b"text/event-stream")
+            elif message["type"] == "http.response.body":
+                if exchange.status >= HTTPStatus.BAD_REQUEST and not exchange.complete:
+                    self._in_flight.refused(_error_code(message.get("body", b"")))
+                exchange.complete = not message.get("more_body", False)
+            await send(message)
+
+        return observe
+
+
+async def _received(exchange: _Exchange, receive: Receive) -> Message:
+    """Return the next message of the client, or that it has gone when the request has to end."""
+    receiving = asyncio.ensure_future(receive())
+    ending = asyncio.ensure_future(exchange.ending.wait())
+    within = None if exchange.body_read else BODY_PART_WITHIN
+    try:
+        await asyncio.wait({receiving, ending}, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+        if receiving.done():
+            message = receiving.result()
+            exchange.body_read = not message.get("more_body", False)
+            return message
+    finally:
+        await cancel_and_wait(receiving, ending)
+    if ending.done() and not ending.cancelled():
+        return {"type": "http.disconnect"}
+    raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive in time")
+
+
+def _unless_ending(exchange: _Exchange, send: Send) -> Send:
+    """Drop what the application still sends to a client that it takes for disconnected."""
+
+    async def send_on(message: Message) -> None:
+        if not exchange.ending.is_set():
+            await send(message)
+
+    return send_on
+
+
+async def _send_stopping(exchange: _Exchange, send: Send) -> None:
+    """Finish an answer: with 503, or a comment in a stream of events."""
+    if exchange.is_stream:
+        await send({"type": "http.response.body", "body": STOPPING_COMMENT})
+    elif not exchange.status:
+        error = ApiError(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "this gateway stops: send the request again",
+            "gateway_stopping",
+            retry_after=RETRY_AFTER,
+        )
+        body = json.dumps(error.body).encode()
+        headers = {
+            **error.headers,
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "connection": "close",
+        }
+        await send(
+            {
+                "type": "http.response.start",
+                "status": error.status,
+                "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+            }
+        )
+        await send({"type": "http.response.body", "body": body})
+
+
+def _error_code(body: bytes) -> str:
+    """Read the code of an error answer; `other` where it has none."""
+    try:
+        return str(json.loads(body[:MAX_ERROR])["error"]["code"])
+    except (ValueError, TypeError, KeyError):
+        return "other"
