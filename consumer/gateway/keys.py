@@ -236,11 +236,11 @@ class Keys:
         """Whether callers need no key."""
         return self._file is None
 
-    def caller(self, key: str | None) -> Caller:
+    def caller(self, authorization: str | None) -> Caller:
         """Find out who a caller is.
 
         Args:
-            key: What it sent as its key.
+            authorization: The header of this name, as the caller sent it.
 
         Raises:
             ApiError: 401 without a valid key; 503 while the file cannot be used.
@@ -256,7 +256,8 @@ class Keys:
                 "unavailable",
                 retry_after=UNAVAILABLE_RETRY_AFTER,
             )
-        if not key:
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
             raise _Unauthorized("an API key is needed: send Authorization: Bearer with it")
         shape = _KEY.match(key)
         expected, caller = self._callers.get(shape.group(1) if shape else "", ("", OPEN_CALLER))
@@ -305,7 +306,7 @@ _bearer = HTTPBearer(
 
 async def authenticate(
     request: Request,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    _described: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Caller:
     """Return who sends this request: the dependency of every route that belongs to a tenant.
 
@@ -315,7 +316,7 @@ async def authenticate(
         ApiError: 401 or 503.
     """
     keys: Keys = request.app.state.gateway.keys
-    caller = keys.caller(credentials.credentials if credentials else None)
+    caller = keys.caller(request.headers.get("authorization"))
     request.state.key_id = caller.key_id
     return caller
 

@@ -1,0 +1,57 @@
+"""Probes and metrics of a gateway, for its supervisor: no key is needed, nothing private is shown.
+
+`/healthz` answers while the event loop runs; `/readyz` says in JSON which of its conditions does
+not hold; `/metrics` is Prometheus text.
+"""
+
+from http import HTTPStatus
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from consumer.gateway.context import Gateway
+from consumer.gateway.in_flight import InFlight
+
+router = APIRouter(tags=["operations"])
+
+
+def conditions(gateway: Gateway, in_flight: InFlight) -> dict[str, str]:
+    """Return each condition of readiness with `ok`, or why it does not hold. Safe to show."""
+    return {
+        "bus": "ok" if gateway.bus.connected else "not connected",
+        "keys": "unusable" if gateway.keys.problem else "ok",
+        "gateway": "draining" if in_flight.draining else "ok",
+    }
+
+
+@router.get("/healthz", response_class=PlainTextResponse, summary="Whether the process works")
+async def healthz() -> str:
+    """Answer while the event loop runs."""
+    return "ok\n"
+
+
+@router.get(
+    "/readyz",
+    summary="Whether requests should be sent here",
+    responses={HTTPStatus.SERVICE_UNAVAILABLE: {"description": "A condition does not hold."}},
+)
+async def readyz(request: Request) -> JSONResponse:
+    """Answer 200 where all conditions hold, else 503; the body names each."""
+    found = conditions(request.app.state.gateway, request.app.state.in_flight)
+    ready = all(state == "ok" for state in found.values())
+    return JSONResponse(found, HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+@router.get("/metrics", response_class=PlainTextResponse, summary="Prometheus metrics")
+async def metrics(request: Request) -> Response:
+    """Return the metrics of this gateway."""
+    gateway: Gateway = request.app.state.gateway
+    in_flight: InFlight = request.app.state.in_flight
+    text = gateway.metrics.exposition(
+        requests=in_flight.requests,
+        streams=in_flight.streams,
+        event_bytes=gateway.log.size,
+        conditions=conditions(gateway, in_flight),
+    )
+    return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
