@@ -13,7 +13,7 @@ from generation_contracts.requests import TextToImageParameters
 
 MINUTE = 60.0  # seconds
 WAITING_RETRY_AFTER = 5  # seconds
-VIEW_AGE = 5.0  # seconds after which the queue's numbers have what has happened before
+VIEW_AGE = 10.0  # seconds after which the numbers of the queue show what has happened before
 
 Unfinished = Callable[[Tenant], Awaitable[Collection[str]]]
 
