@@ -1,30 +1,57 @@
 """Jobs: requests of a tenant, from their submission to their result."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from typing import Literal
 
-from consumer.gateway.event_log import Entry, EventId
-from consumer.gateway.tenants import Caller
-from generation_client import AnyEvent
-from generation_contracts import Request, SucceededEvent, Task
+import structlog
+
+from consumer.bus.connection import Bus
+from consumer.bus.event_feed import EventFeed
+from consumer.bus.queue_view import Place, QueueView
+from consumer.gateway.errors import ApiError, not_found, of_error, of_failure
+from consumer.gateway.event_log import Entry, EventId, EventLog
+from consumer.gateway.pace import Pace
+from consumer.gateway.results import Results, as_api_errors
+from consumer.gateway.submission import Job, Limits, Submission
+from consumer.gateway.tenants import Caller, submitted_at, tag_of
+from consumer.settings import Settings
+from consumer.tasks import cancel_and_wait
+from generation_client import (
+    AnyEvent,
+    GenerationClient,
+    RequestCancelled,
+    RequestIdTaken,
+    ServiceUnavailable,
+)
+from generation_client.lookup import ResultEvent
+from generation_contracts import (
+    CancelledEvent,
+    FailedEvent,
+    ImageArtifact,
+    Request,
+    SucceededEvent,
+    Task,
+    TerminalEvent,
+)
+
+__all__ = ["Job", "JobView", "Jobs", "Limits", "State"]
+
+log = structlog.get_logger()
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
-
-@dataclass(frozen=True)
-class Job:
-    """A request that was submitted.
-
-    Attributes:
-        digest: Of what it asks for; "" where this gateway does not know it.
-        wait_until: The end of the caller's patience; it is the request's deadline.
-    """
-
-    id: str
-    task: Task
-    digest: str = ""
+MAX_OUTAGE = 120.0  # seconds without an answer after which those who wait get an error
+ABANDON_WITHIN = 60.0  # seconds for the cancellation of what no client waits for
+ABANDON_PAUSE = 1.0  # seconds between two attempts
+CLOSE_WITHIN = 5.0  # seconds for the cancellations that are under way
+RECENT = 10_000  # jobs whose tasks are remembered
 
 
 @dataclass(frozen=True)
@@ -32,9 +59,11 @@ class JobView:
     """What is known of a job now.
 
     Attributes:
-        position: How many requests are before it in its queue, at most; None: it does not wait.
-        estimated_start: None where nothing has been measured yet.
-        last_event: The latest one that this gateway has heard.
+        state: `running` once a worker has received it, until that attempt ends.
+        created: When it was submitted; an estimate for an idempotent job that has ended.
+        position: How many requests are before it in its queue, at most; None where it has ended.
+        estimated_start: None where nothing has been measured yet, or it does not wait.
+        last_event: The latest one that this gateway has received and keeps.
         result: Its terminal event.
     """
 
@@ -44,11 +73,69 @@ class JobView:
     position: int | None = None
     estimated_start: datetime | None = None
     last_event: AnyEvent | None = None
-    result: AnyEvent | None = None
+    result: ResultEvent | None = None
 
 
 class Jobs:
-    """The jobs of all tenants; every method shows a caller its own tenant's only."""
+    """The jobs of all tenants; every method with a caller shows it its own tenant's only.
+
+    Args:
+        bus: The gateway's connection.
+        client: A client on the same connection.
+        settings: The subject root, and the time that a caller may wait.
+        events: Where events are kept.
+        view: Reads the queues.
+        limits: Admits requests.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        client: GenerationClient,
+        settings: Settings,
+        *,
+        events: EventLog,
+        view: QueueView,
+        limits: Limits,
+    ) -> None:
+        self._bus = bus
+        self._client = client
+        self._events = events
+        self._view = view
+        self._limits = limits
+        self._results = Results(bus, client)
+        self._submission = Submission(
+            bus,
+            settings.subjects,
+            view=view,
+            results=self._results,
+            limits=limits,
+            wait=timedelta(seconds=settings.gateway_wait),
+        )
+        self._pace = Pace()
+        self._tasks: OrderedDict[str, Task] = OrderedDict()
+        self._abandoning: set[asyncio.Task[None]] = set()
+        self._feed = EventFeed(
+            bus,
+            settings.subjects,
+            wanted=lambda request_id: tag_of(request_id) is not None,
+            receive=self._receive,
+        )
+
+    async def open(self) -> None:
+        """Subscribe to all events.
+
+        Raises:
+            BusUnavailable: The connection is closed.
+        """
+        self._bus.on_reconnect(self._events.interrupt)
+        await self._feed.open()
+
+    async def close(self) -> None:
+        """Finish the cancellations that are under way, within seconds."""
+        if self._abandoning:
+            await asyncio.wait(self._abandoning, timeout=CLOSE_WITHIN)
+        await cancel_and_wait(*self._abandoning)
 
     async def submit(
         self,
@@ -63,21 +150,50 @@ class Jobs:
         A second submit with one idempotency key queues nothing and gives the same job.
 
         Args:
+            caller: Who sends it.
             request: Without an id.
+            idempotency_key: Of the caller.
             wait: Whether the caller waits for the result: the request then has a deadline.
 
         Raises:
+            InvalidRequest: A step of its chain cannot follow the one before it.
             ApiError: 400, 413, 422 (the key was used for another request), 429 or 503.
         """
-        raise NotImplementedError
+        job = await self._submission.submit(caller, request, key=idempotency_key, wait=wait)
+        self._remember(job.id, job.task)
+        return job
 
-    def events(self, job: Job, *, after: EventId | None = None) -> AsyncIterator[Entry]:
+    async def events(
+        self, job: Job, *, after: EventId | None = None
+    ) -> AsyncGenerator[Entry, None]:
         """Yield what happens to a job, up to and with its terminal event.
 
+        Args:
+            job: From `submit` or `find`.
+            after: Only what came after this event.
+
         Raises:
-            ApiError: 422 where the result is that of another request; 503.
+            ApiError: 422 where the result is that of another request; 503 after a long outage.
         """
-        raise NotImplementedError
+        answered = time.monotonic()
+
+        async def look() -> AnyEvent | None:
+            nonlocal answered
+            try:
+                found = await self._results.look(job.task, job.id)
+            except ServiceUnavailable:
+                if self._bus.closed.is_set() or time.monotonic() - answered > MAX_OUTAGE:
+                    raise
+                return None
+            answered = time.monotonic()
+            return found
+
+        following = self._events.follow(job.id, after=after, look=look, look_first=not job.is_new)
+        with as_api_errors():
+            async with aclosing(following) as entries:
+                async for entry in entries:
+                    _require_same(job, entry.event)
+                    yield entry
 
     async def result(self, job: Job) -> SucceededEvent:
         """Wait until a job has succeeded.
@@ -85,32 +201,177 @@ class Jobs:
         Raises:
             ApiError: It has ended otherwise.
         """
-        raise NotImplementedError
+        async with aclosing(self.events(job)) as entries:
+            async for entry in entries:
+                match entry.event:
+                    case SucceededEvent():
+                        return entry.event
+                    case FailedEvent():
+                        raise of_failure(entry.event.failure, job.id)
+                    case CancelledEvent():
+                        raise of_error(RequestCancelled(entry.event))
+        raise AssertionError("events end with a terminal one")
 
     async def find(self, caller: Caller, job_id: str) -> JobView:
         """Look at one job.
 
         Raises:
-            ApiError: 404.
-        """
-        raise NotImplementedError
-
-    async def cancel(self, caller: Caller, job_id: str) -> JobView:
-        """Cancel a job that waits or runs.
-
-        Raises:
             ApiError: 404 or 503.
         """
-        raise NotImplementedError
+        if not caller.tenant.owns(job_id):
+            raise not_found()
+        tasks = [self._tasks[job_id]] if job_id in self._tasks else list(Task)
+        with as_api_errors():
+            view = await self._ended(job_id, *tasks)
+            view = view or await self._unfinished(job_id, *tasks)
+            # It may have ended between the two lookups.
+            view = view or await self._ended(job_id, *tasks)
+        if view is None:
+            raise not_found()
+        self._remember(job_id, view.job.task)
+        return view
+
+    async def cancel(self, caller: Caller, job_id: str) -> JobView:
+        """Cancel a job that waits or runs, or the chain that begins with it.
+
+        Returns:
+            The job: cancelled, or still running until the device is free.
+
+        Raises:
+            ApiError: 404, 409 where it has ended otherwise, or 503.
+        """
+        view = await self.find(caller, job_id)
+        if view.state == "cancelled":
+            return view
+        if view.result is not None and not _goes_on(view.result):
+            raise _has_ended(job_id)
+        with as_api_errors():
+            reply = await self._client.cancel(job_id)
+        if reply.status == "finished":
+            raise _has_ended(job_id)
+        return await self.find(caller, job_id)
 
     async def abandon(self, job: Job) -> None:
-        """Cancel a job whose caller has gone away. Never raises."""
-        raise NotImplementedError
+        """Cancel a job whose caller has gone away. Never raises, and does not wait."""
+        # A task of its own: the caller's task may be cancelled already.
+        abandoning = asyncio.create_task(self._abandon(job.id), name="abandon")
+        self._abandoning.add(abandoning)
+        abandoning.add_done_callback(self._abandoning.discard)
 
     async def content(self, event: SucceededEvent, number: int) -> bytes:
         """Read the file of one output.
 
         Raises:
-            ApiError: 503: the store cannot be reached.
+            ApiError: 404: there is no such file, or its address has expired; 503: the store cannot
+                be reached.
         """
-        raise NotImplementedError
+        outputs = event.outputs
+        output = outputs[number] if 0 <= number < len(outputs) else None
+        if not isinstance(output, ImageArtifact):
+            raise not_found("this job has no such output")
+        if output.url_expires_at <= datetime.now(UTC):
+            raise ApiError(
+                HTTPStatus.NOT_FOUND, "the address of the output has expired", "output_expired"
+            )
+        with as_api_errors():
+            return await self._client.download(output)
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _receive(self, event: AnyEvent, size: int) -> None:
+        self._pace.add(event)
+        if tag_of(event.request_id) is None:
+            return
+        self._events.add(event, size)
+        if isinstance(event, TerminalEvent):
+            self._limits.ended(event.request_id)
+
+    async def _ended(self, job_id: str, *tasks: Task) -> JobView | None:
+        event = self._events.latest(job_id)
+        if not isinstance(event, ResultEvent):
+            event = await self._results.find(job_id, *tasks)
+        return None if event is None else ended_view(event)
+
+    async def _unfinished(self, job_id: str, *tasks: Task) -> JobView | None:
+        for task in tasks:
+            place = await self._view.place(task, job_id)
+            if place is not None:
+                return self._view_of(Job(job_id, task), place)
+        return None
+
+    def _view_of(self, job: Job, place: Place) -> JobView:
+        pace = self._pace.seconds(job.task)
+        start = None
+        if pace is not None and not place.delivered:
+            start = datetime.now(UTC) + timedelta(seconds=pace * (place.before + 1))
+        return JobView(
+            job,
+            "running" if place.delivered else "queued",
+            submitted_at(job.id) or place.stored_at,
+            place.before,
+            start,
+            self._events.latest(job.id),
+        )
+
+    async def _abandon(self, job_id: str) -> None:
+        until = time.monotonic() + ABANDON_WITHIN
+        while True:
+            try:
+                reply = await self._client.cancel(job_id)
+            except Exception as error:  # noqa: BLE001 - no one is there to be told
+                log.warning("job_not_cancelled", job=job_id, reason=str(error)[:200])
+                if time.monotonic() > until or self._bus.closed.is_set():
+                    return
+                await asyncio.sleep(ABANDON_PAUSE)
+            else:
+                log.info("job_abandoned", job=job_id, status=reply.status)
+                return
+
+    def _remember(self, job_id: str, task: Task) -> None:
+        self._tasks[job_id] = task
+        self._tasks.move_to_end(job_id)
+        if len(self._tasks) > RECENT:
+            self._tasks.popitem(last=False)
+
+
+def ended_view(event: ResultEvent) -> JobView:
+    """Return the view of a job that has ended."""
+    job = Job(event.request_id, event.task, event.request_digest)
+    state: State = "cancelled"
+    if isinstance(event, SucceededEvent):
+        state = "succeeded"
+    elif isinstance(event, FailedEvent):
+        state = "failed"
+    return JobView(job, state, _created(event), last_event=event, result=event)
+
+
+def _created(event: ResultEvent) -> datetime:
+    known = submitted_at(event.request_id)
+    if known is not None:
+        return known
+    took = 0.0
+    if isinstance(event, SucceededEvent):
+        timings = event.timings
+        took = timings.queued + timings.inference + timings.encode + timings.upload
+    return event.time - timedelta(seconds=took)
+
+
+def _goes_on(event: ResultEvent) -> bool:
+    """Whether a job has ended as the first step of a chain that goes on."""
+    chain = event.chain
+    if chain is None or not isinstance(event, SucceededEvent):
+        return False
+    return chain.id == event.request_id and chain.step < chain.of
+
+
+def _require_same(job: Job, event: AnyEvent) -> None:
+    if not isinstance(event, TerminalEvent) or not job.digest:
+        return
+    if event.request_digest not in {job.digest, job.body_digest}:
+        raise RequestIdTaken
+
+
+def _has_ended(job_id: str) -> ApiError:
+    return ApiError(
+        HTTPStatus.CONFLICT, "the job has ended already", "job_has_ended", request_id=job_id
+    )

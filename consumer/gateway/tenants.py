@@ -5,6 +5,7 @@ import hmac
 import re
 import secrets
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 TAG_LENGTH = 8  # characters of [a-z0-9]; every request id of a tenant begins with its tag
 IDEMPOTENT = "k"  # after the tag: the id is derived from an idempotency key
@@ -12,6 +13,7 @@ TIMED = "t"  # after the tag: the id begins with the time of its submission
 OPEN_TAG = "open0000"
 _RANDOM = 16  # hexadecimal characters
 _TIME = 12  # hexadecimal characters of milliseconds since 1970
+_YEAR_9999 = 253_000_000_000_000  # milliseconds since 1970; datetime ends there
 _OWN_ID = re.compile(r"[a-z0-9]{8}-[kt][A-Za-z0-9_-]{1,54}\Z")
 
 
@@ -73,3 +75,17 @@ class Caller:
     tenant: Tenant
     key_id: str = ""
     bounds: Bounds = Bounds()
+
+
+def tag_of(request_id: str) -> str | None:
+    """Return the tag of the tenant whose id this can be; None for what no gateway has queued."""
+    return request_id[:TAG_LENGTH] if _OWN_ID.match(request_id) else None
+
+
+def submitted_at(request_id: str) -> datetime | None:
+    """Return the time that an id begins with; None where it has none."""
+    kind, digits = request_id[TAG_LENGTH + 1 :][:1], request_id[TAG_LENGTH + 2 :][:_TIME]
+    if kind != TIMED or not re.fullmatch(f"[0-9a-f]{{{_TIME}}}", digits):
+        return None
+    milliseconds = int(digits, 16)
+    return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds < _YEAR_9999 else None

@@ -1,0 +1,63 @@
+"""Values that many ask for and that are read once for all of them."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class CachedRead(Generic[T]):
+    """A value that is read on demand and kept for a while.
+
+    Args:
+        read: Reads it.
+        age: Seconds that it is kept.
+        duty: Longer, where reading takes long: at most one part in so many of the time is spent
+            on it.
+        most_age: Seconds that bound `duty`.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        age: float,
+        duty: int = 0,
+        most_age: float = 0.0,
+    ) -> None:
+        self._read = read
+        self._age = age
+        self._duty = duty
+        self._most_age = most_age
+        self._reading: asyncio.Task[T] | None = None
+        self._until = 0.0
+
+    async def get(self) -> T:
+        """Return the value.
+
+        Raises:
+            Exception: What the reading raised; the next call reads again.
+        """
+        reading = self._reading
+        if reading is None or (reading.done() and not self._is_fresh(reading)):
+            reading = self._reading = asyncio.create_task(self._timed(), name="cached read")
+        # A caller that leaves does not end the reading for the others.
+        return await asyncio.shield(reading)
+
+    def expire(self) -> None:
+        """Have the next call read again."""
+        self._reading = None
+
+    def _is_fresh(self, reading: asyncio.Task[T]) -> bool:
+        failed = reading.cancelled() or reading.exception() is not None
+        return not failed and time.monotonic() < self._until
+
+    async def _timed(self) -> T:
+        started = time.monotonic()
+        value = await self._read()
+        took = time.monotonic() - started
+        age = min(took * self._duty, self._most_age)
+        self._until = started + max(self._age, age)
+        return value

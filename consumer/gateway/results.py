@@ -1,0 +1,76 @@
+"""Stored results, looked up by the ids of their jobs."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.gateway.errors import of_error
+from generation_client import GenerationClient, GenerationError, ServiceUnavailable
+from generation_client.lookup import ResultEvent
+from generation_contracts import Task
+
+log = structlog.get_logger()
+
+LOOKUPS = 32  # at a time: after an outage everyone who waits looks at once
+
+
+class Results:
+    """Reads terminal events from the results stream.
+
+    Args:
+        bus: The gateway's connection.
+        client: A client on the same connection.
+    """
+
+    def __init__(self, bus: Bus, client: GenerationClient) -> None:
+        self._bus = bus
+        self._client = client
+        self._lookups = asyncio.Semaphore(LOOKUPS)
+
+    async def look(self, task: Task, request_id: str) -> ResultEvent | None:
+        """Read the terminal event of a request; None while there is none.
+
+        Raises:
+            ServiceUnavailable: The stream cannot be read now.
+            UnsupportedMessage: The result is of a later version of the contract.
+        """
+        async with self._lookups:
+            if not self._bus.connected:
+                raise ServiceUnavailable("NATS: not connected")
+            try:
+                async with self._bus.question(API_TIMEOUT):
+                    return await self._stored(task, request_id)
+            except TimeoutError:
+                raise ServiceUnavailable("NATS: no answer from the results stream") from None
+
+    async def find(self, request_id: str, *tasks: Task) -> ResultEvent | None:
+        """Read the terminal event of a request of one of these tasks, or of any.
+
+        Raises:
+            ServiceUnavailable, UnsupportedMessage: See `look`.
+        """
+        found = await asyncio.gather(*(self.look(task, request_id) for task in tasks or Task))
+        return next((event for event in found if event is not None), None)
+
+    async def _stored(self, task: Task, request_id: str) -> ResultEvent | None:
+        try:
+            return await self._client.result(task, request_id, within=0)
+        except TimeoutError:
+            return None
+
+
+@contextmanager
+def as_api_errors() -> Iterator[None]:
+    """Raise what the queue and its client raise as `ApiError`."""
+    try:
+        yield
+    except BusUnavailable as error:
+        log.warning("queue_not_available", reason=str(error))
+        raise of_error(ServiceUnavailable()) from None
+    except GenerationError as error:
+        if isinstance(error, ServiceUnavailable):
+            log.warning("queue_not_available", reason=str(error))
+        raise of_error(error) from None

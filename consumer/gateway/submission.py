@@ -1,0 +1,226 @@
+"""Submitting: a request with its id, within the bounds of its caller, stored once."""
+
+import asyncio
+import secrets
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+import structlog
+
+from consumer.bus.connection import Bus
+from consumer.bus.queue_view import QueueView
+from consumer.gateway.errors import invalid
+from consumer.gateway.results import Results, as_api_errors
+from consumer.gateway.tenants import Caller, Tenant
+from generation_client import (
+    QueueFull,
+    RequestIdTaken,
+    ServiceUnavailable,
+    submit,
+    task_of,
+)
+from generation_client.submitting import message_id
+from generation_contracts import (
+    InvalidRequest,
+    Request,
+    Subjects,
+    Task,
+    check_slip,
+    decode_request,
+    encode,
+    request_digest,
+)
+from generation_contracts.headers import MESSAGE_ID
+from generation_contracts.requests import digest_of_bytes
+
+log = structlog.get_logger()
+
+SUBMIT_WITHIN = 15.0  # seconds; a broker restarts in less
+PAUSE = 0.25  # seconds between two attempts
+MAX_KEY = 255  # characters of an idempotency key
+
+
+class Limits(Protocol):
+    """The bounds of the keys."""
+
+    async def admit(self, caller: Caller, request: Request) -> None:
+        """Count a request, or refuse it.
+
+        Raises:
+            ApiError: 400 or 429.
+        """
+
+    def ended(self, request_id: str) -> None:
+        """Count a request no more."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was submitted.
+
+    Attributes:
+        digest: Of what it asks for; "" where this gateway does not know it.
+        body_digest: Of its bytes, by which a worker names a request that it cannot read.
+        is_new: Whether this gateway has queued it just now, so that it has no result yet.
+    """
+
+    id: str
+    task: Task
+    digest: str = ""
+    body_digest: str = ""
+    is_new: bool = False
+
+
+class Submission:
+    """Queues requests.
+
+    Args:
+        bus: The gateway's connection.
+        subjects: Where requests go.
+        view: Finds requests that wait.
+        results: Finds those that have ended.
+        limits: Admits requests.
+        wait: How long a caller may wait for a result.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        subjects: Subjects,
+        *,
+        view: QueueView,
+        results: Results,
+        limits: Limits,
+        wait: timedelta,
+    ) -> None:
+        self._bus = bus
+        self._subjects = subjects
+        self._view = view
+        self._results = results
+        self._limits = limits
+        self._wait = wait
+        self._secret = secrets.token_bytes(32)
+
+    async def submit(self, caller: Caller, request: Request, *, key: str | None, wait: bool) -> Job:
+        """Queue a request, or find the one that was queued with the same key.
+
+        Args:
+            caller: Who sends it.
+            request: Without an id.
+            key: The caller's idempotency key.
+            wait: Whether the caller waits for the result: the request then has a deadline.
+
+        Raises:
+            InvalidRequest: A step of its chain cannot follow the one before it.
+            ApiError: 400, 413, 422 (the key was used for another request), 429 or 503.
+        """
+        check_slip(request)
+        request_id = _id(caller.tenant, key)
+        request = request.model_copy(
+            update={"request_id": request_id, "deadline": self._deadline(request, wait=wait)}
+        )
+        digests = request_digest(request), digest_of_bytes(encode(request))
+        job = Job(request_id, task_of(request), *digests)
+        if key is not None and await self._exists(job):
+            return job
+        await self._limits.admit(caller, request)
+        try:
+            with as_api_errors():
+                await self._publish(request, self._message_id(caller.tenant, job, request, key))
+        except BaseException:
+            self._limits.ended(request_id)
+            raise
+        return replace(job, is_new=key is None)
+
+    def _deadline(self, request: Request, *, wait: bool) -> datetime | None:
+        if not wait:
+            return request.deadline
+        latest = datetime.now(UTC) + self._wait
+        return latest if request.deadline is None else min(request.deadline, latest)
+
+    def _message_id(self, tenant: Tenant, job: Job, request: Request, key: str | None) -> str:
+        """Return the `Nats-Msg-Id`, by which the stream stores each request once.
+
+        Two gateways that get one idempotency key at the same time publish the same message id,
+        though their deadlines differ.
+        """
+        if key is None:
+            return message_id(self._secret, job.task, request)
+        timeless = request.model_copy(update={"deadline": None})
+        return message_id(tenant.secret, job.task, timeless)
+
+    async def _exists(self, job: Job) -> bool:
+        """Whether a request with this id waits, runs or has ended.
+
+        Raises:
+            ApiError: 422: it asks for something else; 503.
+        """
+        with as_api_errors():
+            digest = await self._known_digest(job.id)
+            # It may have ended between the lookups.
+            digest = digest or await self._digest_of_result(job.id)
+            if digest is not None and digest != job.digest:
+                raise RequestIdTaken
+        return digest is not None
+
+    async def _known_digest(self, request_id: str) -> str | None:
+        digest = await self._digest_of_result(request_id)
+        for task in Task:
+            if digest is None:
+                body = await self._view.body(task, request_id)
+                digest = None if body is None else _digest(task, body)
+        return digest
+
+    async def _digest_of_result(self, request_id: str) -> str | None:
+        event = await self._results.find(request_id)
+        return None if event is None else event.request_digest
+
+    async def _publish(self, request: Request, message: str) -> None:
+        """Store a request. An attempt without an answer is repeated: the message id is the same.
+
+        Raises:
+            QueueFull, RequestTooLarge, ServiceUnavailable: It is not stored, as far as is known.
+            BusUnavailable: The connection is closed.
+        """
+        until = time.monotonic() + SUBMIT_WITHIN
+        while True:
+            try:
+                async with self._bus.question(SUBMIT_WITHIN):
+                    return await submit(
+                        self._bus.client,
+                        self._subjects,
+                        task_of(request),
+                        request,
+                        headers={MESSAGE_ID: message},
+                    )
+            except QueueFull:
+                raise
+            except (ServiceUnavailable, TimeoutError) as error:
+                reason = str(error) or "the connection was lost"
+                log.warning("request_not_stored_yet", reason=reason)
+            await self._reconnected(until)
+
+    async def _reconnected(self, until: float) -> None:
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                await asyncio.sleep(PAUSE)
+                await self._bus.reachable()
+        except TimeoutError:
+            raise ServiceUnavailable("the queue cannot be reached") from None
+
+
+def _id(tenant: Tenant, key: str | None) -> str:
+    if key is None:
+        return tenant.new_id(time.time_ns() // 1_000_000)
+    if not 1 <= len(key) <= MAX_KEY:
+        raise invalid(f"Idempotency-Key: must have 1 to {MAX_KEY} characters")
+    return tenant.id_of(key)
+
+
+def _digest(task: Task, body: bytes) -> str:
+    try:
+        return request_digest(decode_request(task, body))
+    except InvalidRequest:
+        return digest_of_bytes(body)
