@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -18,6 +19,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from consumer.gateway.keys import KeyFile
     from consumer.settings import Settings
     from generation_client import GenerationClient
     from generation_contracts import Request
@@ -75,6 +77,94 @@ def run(config: Path | None) -> None:
     sys.exit(code)
 
 
+@cli.group(invoke_without_command=True)
+@config_option
+@click.pass_context
+def gateway(context: click.Context, config: Path | None) -> None:
+    """The HTTP gateway: OpenAI's API, jobs, events and a page, until SIGTERM."""
+    context.obj = config
+    if context.invoked_subcommand is not None:
+        return
+    settings = _sender_settings(config)
+    serve = _gateway_part("serve").serve
+    from consumer.settings import SettingsError
+    from consumer.telemetry import configure_logging
+
+    configure_logging(settings.log_format, settings.log_level)
+    gc.enable()
+    try:
+        code = serve(settings)
+    except SettingsError as error:
+        _fail(str(error), EXIT_USAGE)
+    except KeyboardInterrupt:  # while it still starts
+        code = 0
+    sys.exit(code)
+
+
+@gateway.group("keys")
+def gateway_keys() -> None:
+    """The API keys of the gateway, in the file GATEWAY_KEYS."""
+
+
+def _bound(name: str, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(name, type=click.IntRange(min=1), metavar="N", help=text)
+
+
+@gateway_keys.command("add")
+@click.argument("tenant")
+@_bound("--waiting", "Requests of the tenant that wait or run at the same time.")
+@_bound("--per-minute", "Requests in a minute, at each gateway.")
+@_bound("--pixels", "Width times height of one image.")
+@_bound("--steps", "Denoising steps of one request.")
+@_bound("--images", "Images of one request.")
+@config_option
+@click.pass_obj
+def gateway_keys_add(
+    of_group: Path | None, /, config: Path | None, tenant: str, **bounds: int | None
+) -> None:
+    """Make a key for TENANT and print it: this once, it is not kept.
+
+    Keys of one tenant see the same jobs. To replace a key, add the new one, hand it out, then
+    revoke the old one. A running gateway takes changes over at once.
+    """
+    file = _key_file(config or of_group)
+    from consumer.gateway.tenants import Bounds
+
+    new = _guarded(lambda: file.add(tenant, Bounds(**bounds)))
+    click.echo(new.text)
+    click.echo(f"key {new.id} of tenant {tenant}: keep it now, it is not shown again", err=True)
+
+
+@gateway_keys.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@config_option
+@click.pass_obj
+def gateway_keys_list(of_group: Path | None, /, config: Path | None, *, as_json: bool) -> None:
+    """All keys: id, tenant, creation, bounds. The keys themselves are not known."""
+    file = _key_file(config or of_group)
+    document = _guarded(file.read)
+    for key_id, entry in document.keys.items():
+        bounds = entry.bounds.model_dump(exclude_none=True)
+        created = entry.created.isoformat().replace("+00:00", "Z")
+        if as_json:
+            fields = {"id": key_id, "tenant": entry.tenant, "created": created, "bounds": bounds}
+            click.echo(json.dumps(fields))
+        else:
+            said = " ".join(f"{name}={value}" for name, value in bounds.items())
+            click.echo(f"{key_id}  {created}  {entry.tenant}  {said}".rstrip())
+
+
+@gateway_keys.command("revoke")
+@click.argument("key", metavar="KEY_ID")
+@config_option
+@click.pass_obj
+def gateway_keys_revoke(of_group: Path | None, /, config: Path | None, key: str) -> None:
+    """Remove a key. The tenant's jobs stay, for its other keys and for later ones."""
+    file = _key_file(config or of_group)
+    key_id = _guarded(lambda: file.revoke(key))
+    click.echo(f"{key_id}: revoked")
+
+
 @cli.command()
 @click.option(
     "--directory",
@@ -84,7 +174,7 @@ def run(config: Path | None) -> None:
     help="Where data, ports and credentials are kept.",
 )
 def up(directory: Path) -> None:
-    """NATS, an S3 server and one daemon of each task, for development."""
+    """NATS, an S3 server, one daemon of each task and a gateway, for development."""
     from consumer.development import up as run_up
 
     sys.exit(_guarded(lambda: run_up(directory, _console()), interrupted=0))
@@ -384,6 +474,24 @@ def _sender_settings(config: Path | None) -> "Settings":
         if modules["aiohttp"] is None:
             del modules["aiohttp"]
     return settings
+
+
+def _gateway_part(name: str) -> Any:
+    """Import a module of the gateway, whose libraries are an extra."""
+    try:
+        return import_module(f"consumer.gateway.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("consumer"):
+            raise
+        _fail(f"{error.name} is not installed: use the extra 'gateway'", EXIT_USAGE)
+
+
+def _key_file(config: Path | None) -> "KeyFile":
+    path = _settings(config).gateway_keys
+    if path is None:
+        _fail("GATEWAY_KEYS: set it to the file of keys", EXIT_USAGE)
+    file: KeyFile = _gateway_part("keys").KeyFile(path)
+    return file
 
 
 def _require_task(settings: "Settings") -> None:

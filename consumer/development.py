@@ -1,6 +1,7 @@
 """`consumer up` and `consumer demo`: the whole system on one machine, without Docker."""
 
 import asyncio
+import importlib.util
 import os
 import tempfile
 import time
@@ -13,7 +14,7 @@ from rich.console import Console
 from consumer.apply import CONNECT_WITHIN, apply
 from consumer.asking import ProgressBar, ask, image_to_text, save_pictures, summary, text_to_image
 from consumer.bus.connection import connect
-from consumer.devstack import Daemon, DevStack
+from consumer.devstack import Daemon, DevStack, GatewayServer
 from consumer.ports import ResultEvent
 from consumer.settings import Settings
 from generation_client import GenerationClient
@@ -47,7 +48,9 @@ def demo(prompt: str, question: str, folder: Path, console: Console) -> int:
         DevStack(Path(directory), persist=False) as stack,
     ):
         console.print(_addresses(stack))
-        _start_daemons(stack, console)
+        _, gateway = _start_processes(stack, console)
+        if gateway is not None:
+            console.print(f"HTTP on {gateway.url}", highlight=False)
         with _environment(stack):
             settings = Settings.load()
         return asyncio.run(
@@ -59,21 +62,29 @@ def up(directory: Path, console: Console) -> int:
     """Keep the stack running until Ctrl-C or SIGTERM.
 
     Returns:
-        0, or 70 when a daemon ended by itself.
+        0, or 70 when a daemon or the gateway ended by itself.
     """
     with DevStack(directory, persist=True) as stack:
         console.print(_addresses(stack))
-        daemons = _start_daemons(stack, console)
-        console.print(_instructions(stack, daemons), highlight=False, soft_wrap=True)
+        daemons, gateway = _start_processes(stack, console)
+        instructions = _instructions(stack, daemons, gateway)
+        console.print(instructions, highlight=False, soft_wrap=True, markup=False)
+        children = [*daemons, *([] if gateway is None else [gateway])]
         while True:
-            for daemon in daemons:
-                if not daemon.alive:
-                    console.print(f"{daemon.name} ended by itself with code {daemon.returncode}")
+            for child in children:
+                if not child.alive:
+                    console.print(f"{child.name} ended by itself with code {child.returncode}")
                     return 70
             time.sleep(LOOK_EVERY)
 
 
-def _start_daemons(stack: DevStack, console: Console) -> list[Daemon]:
+def _start_processes(
+    stack: DevStack, console: Console
+) -> tuple[list[Daemon], GatewayServer | None]:
+    """Start a daemon of each task and a gateway, and wait until all of them are ready.
+
+    The gateway's libraries are an extra: without it there is none.
+    """
     with _environment(stack):
         asyncio.run(apply(Settings.load()))
     settings = {
@@ -89,10 +100,15 @@ def _start_daemons(stack: DevStack, console: Console) -> list[Daemon]:
     daemons = [
         stack.start_daemon(str(task), {**settings, "MODEL_TYPE": str(task)}) for task in Task
     ]
+    gateway = None
+    if all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
+        gateway = stack.start_gateway("gateway", {})
     console.print("loading the models …")
     for daemon in daemons:
         daemon.wait_ready()
-    return daemons
+    if gateway is not None:
+        gateway.wait_ready()
+    return daemons, gateway
 
 
 @contextmanager
@@ -153,7 +169,7 @@ def _addresses(stack: DevStack) -> str:
     return f"nats-server on {stack.nats.url}, S3 on {stack.store.endpoint}"
 
 
-def _instructions(stack: DevStack, daemons: list[Daemon]) -> str:
+def _instructions(stack: DevStack, daemons: list[Daemon], gateway: GatewayServer | None) -> str:
     nats = f"nats --server {stack.nats.url}"
     probes = "\n".join(f"  {daemon.name:<14} {daemon.probes_url}/readyz" for daemon in daemons)
     return f"""
@@ -162,7 +178,8 @@ Running until Ctrl-C. Data, ports and credentials stay in {stack.directory}.
   NATS           {stack.nats.url}
   S3             {stack.store.endpoint} (bucket {stack.store.bucket})
 {probes}
-
+  HTTP           {_gateway_line(gateway)}
+{"" if gateway is None else _http_example(gateway)}
 Ask for a picture and wait for it:
 
   NATS_URL={stack.nats.url} uv run consumer request text-to-image "a red circle"
@@ -171,4 +188,18 @@ With the nats command line, the results in one terminal and a request in another
 
   {nats} subscribe 'generation.result.>'
   {nats} publish --jetstream generation.request.text_to_image '{{"prompt":"a red circle"}}'
+"""
+
+
+def _gateway_line(gateway: GatewayServer | None) -> str:
+    if gateway is None:
+        return "none: install the extra 'gateway'"
+    return f"{gateway.url} (the page), {gateway.url}/v1 (OpenAI's API), {gateway.url}/docs"
+
+
+def _http_example(gateway: GatewayServer) -> str:
+    return f"""
+Over HTTP, as OpenAI's clients ask:
+
+  curl {gateway.url}/v1/images/generations --json '{{"prompt":"a red circle"}}'
 """

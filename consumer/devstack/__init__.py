@@ -1,9 +1,10 @@
 """The development stack: real servers as child processes on loopback, without Docker.
 
 `consumer up`, `consumer demo` and the tests run the same nats-server and the same S3 server that
-come as wheels (the extra `devstack`), and `consumer run` daemons beside them. Everything listens
-on 127.0.0.1 only, the S3 server asks for credentials, and no child outlives the process that
-started it. The stack is for development: its internal gRPC ports trust every local user.
+come as wheels (the extra `devstack`), with `consumer run` daemons and a `consumer gateway`.
+Everything listens on 127.0.0.1 only, the S3 server asks for credentials, and no child outlives the
+process that started it. The stack is for development: its internal gRPC ports trust every local
+user.
 """
 
 from consumer.devstack.daemon import Daemon
@@ -14,6 +15,7 @@ from consumer.devstack.errors import (
     ServerMissingError,
     StartFailedError,
 )
+from consumer.devstack.gateway import GatewayServer
 from consumer.devstack.loopback import free_ports
 from consumer.devstack.nats_server import NatsServer
 from consumer.devstack.object_store import ObjectStore
@@ -26,6 +28,7 @@ __all__ = [
     "DevStack",
     "DevStackError",
     "DirectoryInUseError",
+    "GatewayServer",
     "NatsServer",
     "ObjectStore",
     "PortTakenError",

@@ -1,4 +1,4 @@
-"""nats-server and the S3 server together, with the daemons that use them.
+"""nats-server and the S3 server together, with the daemons and the gateway that use them.
 
 One directory belongs to one running stack. A stack that persists keeps its data, its ports and its
 credentials there, so that the next `consumer up` is found at the same addresses.
@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from consumer.devstack.daemon import Daemon
 from consumer.devstack.errors import DevStackError, DirectoryInUseError, PortTakenError
+from consumer.devstack.gateway import GatewayServer
 from consumer.devstack.loopback import FreePorts
 from consumer.devstack.nats_server import NatsServer
 from consumer.devstack.object_store import Credentials, ObjectStore
@@ -67,7 +68,7 @@ class Addresses:
 
 
 class DevStack:
-    """nats-server, the S3 server and any number of daemons, started and stopped together.
+    """nats-server, the S3 server, daemons and a gateway, started and stopped together.
 
     Args:
         directory: where everything is kept; created with mode 0700.
@@ -91,6 +92,7 @@ class DevStack:
         self.directory = directory.absolute()
         self.persist = persist
         self.daemons: list[Daemon] = []
+        self._gateways: list[GatewayServer] = []
         self._bucket = bucket
         self._nats_config = nats_config
         self._servers: tuple[NatsServer, ObjectStore] | None = None
@@ -166,16 +168,32 @@ class DevStack:
         daemon.start()
         return daemon
 
+    def start_gateway(self, name: str, settings: Mapping[str, str]) -> GatewayServer:
+        """Start `consumer gateway` on this stack and return at once; `stop` stops it too.
+
+        `settings` come on top of `environment()`. The log is `logs/<name>.log`.
+        """
+        gateway = GatewayServer(
+            name,
+            {**self.environment(), **settings},
+            log=self.directory / "logs" / f"{name}.log",
+        )
+        self._started.callback(gateway.stop)
+        self._gateways.append(gateway)
+        gateway.start()
+        return gateway
+
     def stop(self) -> None:
-        """Stop the daemons, then the servers, even where one of them fails to; then let go.
+        """Stop gateways and daemons, then the servers, even where one fails to; then let go.
 
         Safe to call twice, and on a stack that never started.
         """
-        daemons, self.daemons = self.daemons, []
+        children = [*self._gateways, *self.daemons]
+        self._gateways, self.daemons = [], []
         self._servers = None
-        with self._started:  # last in, first out: daemons, store, NATS, the lock
-            for daemon in daemons:
-                daemon.signal(signal.SIGTERM)  # all drain at the same time
+        with self._started:  # last in, first out: gateways and daemons, store, NATS, the lock
+            for child in children:
+                child.signal(signal.SIGTERM)  # all drain at the same time
 
     def _running(self) -> tuple[NatsServer, ObjectStore]:
         if self._servers is None:

@@ -1,0 +1,301 @@
+"""Run a gateway: its sockets, TLS, signals, and an orderly end."""
+
+import asyncio
+import errno
+import socket
+import ssl
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from consumer.bus.connection import GIVEN_UP
+from consumer.gateway.app import create_app
+from consumer.gateway.context import Gateway
+from consumer.gateway.in_flight import END_WITHIN, InFlight
+from consumer.gateway.open_access import is_loopback
+from consumer.ports import Unavailable
+from consumer.settings import Settings, SettingsError
+from consumer.tasks import cancel_and_wait
+
+log = structlog.get_logger()
+
+EXIT_UNAVAILABLE = 69  # a service cannot be reached or used, or the address is taken
+HEADERS_WITHIN = 15.0  # seconds for the head of a request; a silent connection is closed then
+KEEP_ALIVE = 75  # seconds that a connection without a request stays open, longer than proxies' 60
+BACKLOG = 512  # connections that wait to be accepted
+LOOK_EVERY = 10.0  # seconds between two looks at the certificate
+
+_NOT_THERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+def serve(settings: Settings) -> int:
+    """Run a gateway until SIGTERM or SIGINT; return the exit code.
+
+    The first signal drains, the second one ends at once.
+
+    Raises:
+        SettingsError: A setting does not fit, or a file that it names cannot be used.
+    """
+    require_keys_beyond_loopback(settings)
+    try:
+        return asyncio.run(_serve(settings))
+    except Unavailable as error:
+        log.error("service_unavailable", reason=str(error))  # noqa: TRY400 - one line
+    return EXIT_UNAVAILABLE
+
+
+def require_keys_beyond_loopback(settings: Settings) -> None:
+    """Refuse to be reached from other machines without keys.
+
+    Raises:
+        SettingsError: GATEWAY_HOST is not a loopback address, and there are no keys.
+    """
+    if settings.gateway_keys is None and not is_loopback(settings.gateway_host):
+        raise SettingsError(
+            "GATEWAY_HOST: without GATEWAY_KEYS it must be a loopback address, as 127.0.0.1"
+        )
+
+
+async def _serve(settings: Settings) -> int:
+    with ExitStack() as opened:
+        # First the address and the certificate: both are faults of the start.
+        sockets = _listen(settings)
+        for listener in sockets:
+            opened.callback(listener.close)
+        app = create_app(settings)
+        certificate = _Certificate(settings)
+        async with app.router.lifespan_context(app):
+            gateway: Gateway = app.state.gateway
+            server = _make_server(app, settings, certificate)
+            _log_start(settings, gateway, sockets)
+            watching = asyncio.create_task(_end_with_bus(server, gateway), name="watch-bus")
+            try:
+                await server.serve(sockets)
+            finally:
+                await cancel_and_wait(watching)
+        log.info("gateway_stopped")
+        return server.exit_code
+
+
+def _make_server(app: FastAPI, settings: Settings, certificate: "_Certificate") -> "_Server":
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",  # its exceptions would become tracebacks
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=round(END_WITHIN) + 1,
+        ssl_context_factory=certificate.context if certificate.used else None,
+    )
+    return _Server(config, app.state.in_flight, settings.gateway_drain_grace, certificate)
+
+
+class AddressUnusable(Unavailable):
+    """The gateway cannot listen on its address."""
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which drains before it closes its sockets.
+
+    While it drains it still answers: probes see that it is not ready, and new requests get 503
+    instead of a refused connection, so that clients send them to another gateway.
+
+    Attributes:
+        exit_code: Of the process.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, in_flight: InFlight, grace: float, certificate: "_Certificate"
+    ) -> None:
+        super().__init__(config)
+        self.exit_code = 0
+        self._in_flight = in_flight
+        self._grace = grace
+        self._certificate = certificate
+        self._signals = 0
+        self._drain_until = 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's
+        """Note a signal; `on_tick` acts on it."""
+        self._signals += 1
+
+    async def on_tick(self, counter: int) -> bool:
+        """Do what is due, ten times a second; return whether to stop."""
+        if self._signals and not self._drain_until:
+            log.info("gateway_draining", requests=self._in_flight.requests)
+            self._drain_until = time.monotonic() + self._grace
+            self._in_flight.drain()
+        if self._signals > 1:
+            log.warning("gateway_ends_at_once", requests=self._in_flight.requests)
+            self._abort()
+            return True
+        if self._drain_until and self._is_drained():
+            self._in_flight.end()
+            return True
+        if counter % round(LOOK_EVERY * 10) == 0:
+            self._certificate.reload()
+        return await super().on_tick(counter)
+
+    def stop(self, exit_code: int) -> None:
+        """End all requests and stop, with an exit code."""
+        self.exit_code = exit_code
+        self._in_flight.end()
+        self.should_exit = True
+
+    def _is_drained(self) -> bool:
+        return not self._in_flight.requests or time.monotonic() > self._drain_until
+
+    def _abort(self) -> None:
+        self.force_exit = True
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's protocol, with a limit for clients that connect and send no request."""
+
+    _head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has come; wait for the rest of an incomplete head."""
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()
+        else:
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._head is None:
+            self._head = self.loop.call_later(HEADERS_WITHIN, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+    def _give_up(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Certificate:
+    """The certificate of TLS, read again when its file is renewed.
+
+    Args:
+        settings: GATEWAY_TLS_CERT and GATEWAY_TLS_KEY.
+
+    Raises:
+        SettingsError: The files cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._cert = settings.gateway_tls_cert
+        self._key = settings.gateway_tls_key
+        self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self._seen: tuple[int, ...] = ()
+        problem = self._load()
+        if problem:
+            raise SettingsError(f"GATEWAY_TLS_CERT: {problem}")
+
+    @property
+    def used(self) -> bool:
+        """Whether there is TLS at all."""
+        return self._cert is not None
+
+    def context(self, *_: Any) -> ssl.SSLContext:
+        """Return the context of all connections."""
+        return self._context
+
+    def reload(self) -> None:
+        """Read the files again if they have changed; new connections get the new certificate."""
+        problem = self._load()
+        if problem:
+            log.error("certificate_unusable", reason=problem)
+
+    def _load(self) -> str:
+        """Read the files if they have changed; return why they cannot be used, or nothing."""
+        if self._cert is None or self._key is None:
+            return ""
+        try:
+            seen = _changes(self._cert) + _changes(self._key)
+            if seen == self._seen:
+                return ""
+            self._seen = seen
+            self._context.load_cert_chain(self._cert, self._key)
+        except ssl.SSLError as error:
+            return f"the certificate and its key cannot be used: {error.reason or 'damaged'}"
+        except OSError as error:
+            return f"{error.filename or self._cert}: {error.strerror}"
+        return ""
+
+
+def _changes(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return (found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+def _listen(settings: Settings) -> list[socket.socket]:
+    """Open a socket for each address of GATEWAY_HOST.
+
+    Raises:
+        AddressUnusable: It is taken, or not one of this machine.
+    """
+    host, port = settings.gateway_host, settings.gateway_port
+    with ExitStack() as opened:
+        sockets = []
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, _, _, _, address in dict.fromkeys(found):
+                try:
+                    listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+                except OSError as error:
+                    # `localhost` has an IPv6 address also where the machine has no IPv6.
+                    if error.errno not in _NOT_THERE or address == found[-1][4]:
+                        raise
+                    continue
+                opened.callback(listener.close)
+                sockets.append(listener)
+        except OSError as error:
+            raise AddressUnusable(f"{host}:{port}: {error.strerror}") from None
+        opened.pop_all()
+    return sockets
+
+
+def _log_start(settings: Settings, gateway: Gateway, sockets: list[socket.socket]) -> None:
+    scheme = "http" if settings.gateway_tls_cert is None else "https"
+    host = f"[{settings.gateway_host}]" if ":" in settings.gateway_host else settings.gateway_host
+    port = sockets[0].getsockname()[1]
+    log.info("gateway_ready", url=f"{scheme}://{host}:{port}")
+    if gateway.keys.open:
+        log.warning(
+            "gateway_open", reason="GATEWAY_KEYS is not set: no key is needed, on loopback only"
+        )
+
+
+async def _end_with_bus(server: _Server, gateway: Gateway) -> None:
+    """End the gateway when its connection to NATS is lost for good."""
+    await gateway.bus.closed.wait()
+    log.error("service_unavailable", reason=GIVEN_UP)
+    server.stop(EXIT_UNAVAILABLE)
