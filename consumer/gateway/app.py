@@ -1,90 +1,163 @@
 """The HTTP application: its parts, its lifespan, its routes."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
+from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
 from consumer.bus.connection import connect
+from consumer.bus.queue_view import QueueView
+from consumer.bus.services import worker_metadata
+from consumer.gateway import (
+    health,
+    infer,
+    openai_chat,
+    openai_edits,
+    openai_images,
+    openai_models,
+)
+from consumer.gateway.bounds import Limits
 from consumer.gateway.catalogue import Catalogue
 from consumer.gateway.context import Gateway
 from consumer.gateway.error_handlers import install_error_handlers
 from consumer.gateway.event_log import EventLog
+from consumer.gateway.in_flight import InFlight, InFlightMiddleware
 from consumer.gateway.jobs import Jobs
-from consumer.gateway.middleware import BodyLimit, RequestLog, log_request
-from consumer.gateway.tenants import OPEN_TAG, Caller, Tenant
+from consumer.gateway.keys import Keys
+from consumer.gateway.metrics import GatewayMetrics
+from consumer.gateway.middleware import BodyLimit, HandledRequest, RequestLog, log_request
+from consumer.gateway.open_access import LoopbackOnly
+from consumer.gateway.tenants import Tenant
 from consumer.settings import Settings
 from generation_client import GenerationClient
+from generation_contracts import Task
+
+__all__ = ["Gateway", "create_app", "open_gateway"]
 
 CONNECT_WITHIN = 30.0  # seconds; a gateway and its NATS server may start at the same time
+EXPOSED = ["location", "preference-applied", "retry-after", "x-request-id", "x-should-retry"]
 
 # Each module of endpoints has one `router`; they are included in this order.
-ROUTERS: list[APIRouter] = []
+ROUTERS: list[APIRouter] = [
+    openai_images.router,
+    openai_edits.router,
+    openai_chat.router,
+    openai_models.router,
+    infer.router,
+    health.router,
+]
 
 
-class _OpenKeys:
-    """Without keys there is one tenant, and every caller belongs to it."""
+class ErrorDetails(BaseModel):
+    """What is wrong."""
 
-    def caller(self, authorization: str | None) -> Caller:  # noqa: ARG002 - no key is asked for
-        """Return the only caller."""
-        return Caller(Tenant("open", OPEN_TAG, b"open"))
+    message: str
+    type: str
+    code: str
+    param: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetails
 
 
 @asynccontextmanager
-async def open_gateway(settings: Settings) -> AsyncIterator[Gateway]:
+async def open_gateway(settings: Settings, metrics: GatewayMetrics) -> AsyncIterator[Gateway]:
     """Connect to NATS and make the parts of a gateway.
 
     Raises:
-        BusUnavailable: With one clear line.
+        BusUnavailable: NATS cannot be reached or used; with one clear line.
+        KeysUnusable: The file of keys cannot be used.
     """
+    keys = Keys(settings.gateway_keys)
     bus = await connect(settings, name="generation gateway", within=CONNECT_WITHIN)
     try:
         client = GenerationClient(bus.client, root=settings.subjects.root)
         log = EventLog(
             seconds=settings.gateway_events_kept, most_bytes=settings.gateway_events_bytes
         )
-        yield Gateway(
-            settings=settings,
-            bus=bus,
-            client=client,
-            log=log,
-            jobs=Jobs(),
-            keys=_OpenKeys(),
-            catalogue=Catalogue(),
-        )
+        view = QueueView(bus, settings.subjects, {task: settings.durable(task) for task in Task})
+
+        async def unfinished(tenant: Tenant) -> Collection[str]:
+            return [job_id for job_id in await view.unfinished() if tenant.owns(job_id)]
+
+        limits = Limits(unfinished)
+        jobs = Jobs(bus, client, settings, events=log, view=view, limits=limits)
+        await jobs.open()
+        try:
+            yield Gateway(
+                settings=settings,
+                bus=bus,
+                client=client,
+                log=log,
+                jobs=jobs,
+                keys=keys,
+                limits=limits,
+                catalogue=Catalogue(partial(worker_metadata, bus)),
+                metrics=metrics,
+            )
+        finally:
+            await jobs.close()
     finally:
         await bus.close()
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Make the application; it connects to NATS when the server starts it."""
+    """Make the application; it connects to NATS when its lifespan begins."""
+    metrics = GatewayMetrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_gateway(settings) as gateway:
+        async with open_gateway(settings, metrics) as gateway:
             app.state.gateway = gateway
             yield
 
+    error: dict[int | str, dict[str, Any]] = {
+        code: {"model": ErrorBody, "description": "An error."} for code in ("4XX", "5XX")
+    }
     app = FastAPI(
         title="Generation gateway",
         version=version("generation-consumer"),
         description="Images from texts and texts about images, behind a durable queue.",
         lifespan=lifespan,
+        responses=error,
     )
+    app.state.in_flight = InFlight(metrics.refused)
     install_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)
+    _add_middleware(app, settings, observe=_observer(metrics))
+    return app
+
+
+def _add_middleware(
+    app: FastAPI, settings: Settings, *, observe: Callable[[HandledRequest], None]
+) -> None:
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, most_bytes=settings.gateway_max_body)
+    if settings.gateway_keys is None:
+        app.add_middleware(LoopbackOnly, origins=settings.gateway_cors_origins)
+    app.add_middleware(InFlightMiddleware, in_flight=app.state.in_flight)
     if settings.gateway_cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.gateway_cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["location", "retry-after", "x-request-id", "x-should-retry"],
+            expose_headers=EXPOSED,
         )
-    app.add_middleware(RequestLog, observers=[log_request])
-    return app
+    app.add_middleware(RequestLog, observers=[log_request, observe])
+
+
+def _observer(metrics: GatewayMetrics) -> Callable[[HandledRequest], None]:
+    def observe(request: HandledRequest) -> None:
+        metrics.request_ended(request.method, request.route, request.status, request.seconds)
+
+    return observe

@@ -1,28 +1,19 @@
-"""What every endpoint uses: the parts of the gateway, and who calls."""
+"""What every endpoint uses: the parts of the gateway."""
 
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from fastapi import Depends, Request
 
 from consumer.bus.connection import Bus
+from consumer.gateway.bounds import Limits
 from consumer.gateway.catalogue import Catalogue
 from consumer.gateway.event_log import EventLog
 from consumer.gateway.jobs import Job, Jobs
-from consumer.gateway.tenants import Caller
+from consumer.gateway.keys import Keys
+from consumer.gateway.metrics import GatewayMetrics
 from consumer.settings import Settings
 from generation_client import GenerationClient
-
-
-class Keys(Protocol):
-    """Says who a caller is."""
-
-    def caller(self, authorization: str | None) -> Caller:
-        """Read the `Authorization` header.
-
-        Raises:
-            ApiError: 401: no key, or an unknown one.
-        """
 
 
 @dataclass
@@ -35,7 +26,9 @@ class Gateway:
     log: EventLog
     jobs: Jobs
     keys: Keys
+    limits: Limits
     catalogue: Catalogue
+    metrics: GatewayMetrics
 
 
 def _gateway(request: Request) -> Gateway:
@@ -43,14 +36,7 @@ def _gateway(request: Request) -> Gateway:
     return gateway
 
 
-def _caller(request: Request) -> Caller:
-    caller = _gateway(request).keys.caller(request.headers.get("authorization"))
-    request.state.key_id = caller.key_id
-    return caller
-
-
 GatewayPart = Annotated[Gateway, Depends(_gateway)]
-AuthenticatedCaller = Annotated[Caller, Depends(_caller)]
 
 
 def note_job(request: Request, job: Job) -> None:

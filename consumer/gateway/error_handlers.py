@@ -6,7 +6,7 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
@@ -16,6 +16,7 @@ from generation_contracts import InvalidRequest
 
 log = structlog.get_logger()
 
+CLIENT_GONE = 499  # of nginx; only the log and the metrics see it
 MAX_MESSAGE = 300  # characters of one validation problem
 _CODES = {
     HTTPStatus.NOT_FOUND: "not_found",
@@ -28,6 +29,10 @@ _MESSAGES = {
     HTTPStatus.METHOD_NOT_ALLOWED: "this address does not take this method",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "the body is too large",
 }
+
+
+class ClientGone(Exception):  # noqa: N818 - a state of the client
+    """The client has disconnected, so it gets no answer."""
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -59,12 +64,16 @@ def error_response(error: ApiError) -> JSONResponse:
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every exception of an application with the body of `ApiError`."""
 
+    async def handle_gone(_: Request, __: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
     async def handle(_: Request, error: Exception) -> JSONResponse:
         answer = error_response(as_api_error(error))
         if isinstance(error, HTTPException) and error.headers:
             answer.headers.update(error.headers)
         return answer
 
+    app.add_exception_handler(ClientGone, handle_gone)
     for kind in (
         ApiError,
         GenerationError,

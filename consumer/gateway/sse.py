@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -47,7 +48,7 @@ class EventStream(Response):
     the stream.
 
     Args:
-        messages: Encoded messages; the generator is closed in every case.
+        messages: Encoded messages. One task iterates and closes the generator.
         on_disconnect: Called when the client disconnects, or does not read, before the last
             message was sent. It is not called when the server stops.
         headers: More headers.
@@ -69,79 +70,87 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send the messages until the last one, or until the client disconnects."""
-        writing = asyncio.create_task(self._write(send), name="sse")
-        leaving = asyncio.create_task(disconnected(receive), name="sse-disconnect")
+        output = _Output(send, self.status_code, self.raw_headers)
+        writing = asyncio.create_task(self._write(output), name="sse")
+        others = (
+            asyncio.create_task(_beat(output), name="sse-heartbeat"),
+            asyncio.create_task(disconnected(receive), name="sse-disconnect"),
+        )
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writing, *others}, return_when=asyncio.FIRST_COMPLETED)
             gone = not writing.done()
         finally:
-            await cancel_and_wait(writing, leaving)
-            await self._messages.aclose()
+            await cancel_and_wait(writing, *others)
         if (gone or not writing.result()) and self._on_disconnect is not None:
             await self._on_disconnect()
 
-    async def _write(self, send: Send) -> bool:
+    async def _write(self, output: "_Output") -> bool:
         """Send everything; return whether the client has read it."""
-        started = False
         try:
-            async with aclosing(self._chunks()) as chunks:
-                async for chunk in chunks:
-                    if not started:
-                        await self._start(send)
-                        started = True
-                    await _send(send, chunk)
+            async with aclosing(self._messages) as messages:
+                async for message in messages:
+                    await output.send(message)
         except _SlowReader:
             return False
         except Exception as error:  # the client gets every error in the stream
-            if not started:
+            if not output.started:
                 raise
-            await send(_body(sse_message(as_api_error(error).body, event="error")))
-        if not started:
-            await self._start(send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await output.send(sse_message(as_api_error(error).body, event="error"))
+        await output.end()
         return True
-
-    async def _chunks(self) -> AsyncGenerator[bytes, None]:
-        """Yield the messages, and a heartbeat whenever no message comes for long."""
-        wait = START_WITHIN
-        following: asyncio.Future[bytes | None] | None = None
-        try:
-            while True:
-                following = following or asyncio.ensure_future(anext(self._messages, None))
-                await asyncio.wait({following}, timeout=wait)
-                wait = HEARTBEAT_EVERY
-                if not following.done():
-                    yield HEARTBEAT
-                    continue
-                chunk, following = following.result(), None
-                if chunk is None:
-                    return
-                yield chunk
-        finally:
-            if following is not None:
-                await cancel_and_wait(following)
-
-    async def _start(self, send: Send) -> None:
-        await send(
-            {
-                "type": "http.response.start",
-                "status": self.status_code,
-                "headers": self.raw_headers,
-            }
-        )
 
 
 class _SlowReader(Exception):  # noqa: N818 - a state of the client
     """The client does not read what was sent."""
 
 
-async def _send(send: Send, chunk: bytes) -> None:
-    # The server buffers up to 64 KiB; beyond that `send` waits for the client.
-    try:
-        await asyncio.wait_for(send(_body(chunk)), SEND_WITHIN)
-    except TimeoutError:
-        raise _SlowReader from None
+class _Output:
+    """What is sent to the client; one message at a time.
+
+    Attributes:
+        started: Whether the headers have been sent.
+        last: When something was sent, on the clock of `time.monotonic`.
+    """
+
+    def __init__(self, send: Send, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.started = False
+        self.last = time.monotonic()
+        self._send = send
+        self._start = {"type": "http.response.start", "status": status, "headers": headers}
+        self._lock = asyncio.Lock()
+
+    async def send(self, chunk: bytes, *, more: bool = True) -> None:
+        """Send bytes, and the headers before the first ones.
+
+        Raises:
+            _SlowReader: The client has not read enough of what was sent before.
+        """
+        async with self._lock:
+            if not self.started:
+                self.started = True
+                await self._send(self._start)
+            body = {"type": "http.response.body", "body": chunk, "more_body": more}
+            try:
+                # The server buffers up to 64 KiB; beyond that it waits for the client.
+                await asyncio.wait_for(self._send(body), SEND_WITHIN)
+            except TimeoutError:
+                raise _SlowReader from None
+            self.last = time.monotonic()
+
+    async def end(self) -> None:
+        """Complete the answer."""
+        await self.send(b"", more=False)
 
 
-def _body(chunk: bytes) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": chunk, "more_body": True}
+async def _beat(output: _Output) -> None:
+    """Send a heartbeat whenever nothing else was sent for long. Return when the client is slow."""
+    while True:
+        every = HEARTBEAT_EVERY if output.started else START_WITHIN
+        left = output.last + every - time.monotonic()
+        if left > 0:
+            await asyncio.sleep(left)
+            continue
+        try:
+            await output.send(HEARTBEAT)
+        except _SlowReader:
+            return

@@ -1,0 +1,202 @@
+"""The parameters of OpenAI's chat completions, and what of them can be done."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from consumer.gateway.contract import contract_request, unsupported
+from consumer.gateway.errors import invalid
+from consumer.gateway.openai_parameters import Identifier, OpenAIBody, Word
+from generation_contracts import ImageToTextRequest, Task
+from generation_contracts.requests import MAX_IMAGES, MAX_NEW_TOKENS, Metadata, Seed
+
+MAX_MESSAGES = 100
+MAX_PARTS = 4 * MAX_IMAGES
+
+NAMES = {
+    "prompt": "messages",
+    "images": "messages",
+    "system": "messages",
+    "max_new_tokens": "max_tokens",
+}
+
+# Parameters that would change the text, with the values at which they change nothing.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "stop": ([], ""),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "audio": (),
+    "prediction": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+class ImageUrl(OpenAIBody):
+    """Where an image is."""
+
+    url: str = Field(
+        description="`data:image/…;base64,…`, or `https://` at a host that the worker may read"
+    )
+    detail: Word | None = Field(default=None, description="has no effect")
+
+
+class TextPart(OpenAIBody):
+    """A part of a message that is text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(OpenAIBody):
+    """A part of a message that is an image."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(OpenAIBody):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
+    name: Identifier | None = Field(default=None, description="has no effect")
+
+    @property
+    def text(self) -> str:
+        """The text parts, one a line."""
+        if not isinstance(self.content, list):
+            return self.content or ""
+        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> list[str]:
+        """The URLs of the images."""
+        if not isinstance(self.content, list):
+            return []
+        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+
+
+class StreamOptions(OpenAIBody):
+    """How the stream looks."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(default=None, description="has no effect")
+
+
+class ChatParameters(OpenAIBody):
+    """A question about images, in the words of OpenAI's API."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
+        description="one user message with at least one image, after at most one system message"
+    )
+    model: Word | None = Field(default=None, description="see `GET /v1/models`")
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=1_000)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    seed: Seed | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    metadata: Metadata | None = Field(default=None, description="echoed in the answer")
+    user: Identifier | None = Field(default=None, description="has no effect")
+    safety_identifier: Identifier | None = Field(default=None, description="has no effect")
+    store: bool | None = Field(default=None, description="has no effect")
+    parallel_tool_calls: bool | None = Field(default=None, description="has no effect")
+    service_tier: Word | None = Field(default=None, description="has no effect")
+    prompt_cache_key: Identifier | None = Field(default=None, description="has no effect")
+    prompt_cache_retention: Word | None = Field(default=None, description="has no effect")
+
+    n: int | None = Field(default=None, description="must be 1")
+    stop: Any = Field(default=None, description="not supported")
+    tools: Any = Field(default=None, description="not supported")
+    tool_choice: Any = Field(default=None, description="not supported")
+    functions: Any = Field(default=None, description="not supported")
+    function_call: Any = Field(default=None, description="not supported")
+    response_format: Any = Field(default=None, description='must be {"type": "text"}')
+    frequency_penalty: float | None = Field(default=None, description="must be 0")
+    presence_penalty: float | None = Field(default=None, description="must be 0")
+    logit_bias: Any = Field(default=None, description="not supported")
+    logprobs: bool | None = Field(default=None, description="must be false")
+    top_logprobs: int | None = Field(default=None, description="must be 0")
+    modalities: Any = Field(default=None, description='must be ["text"]')
+    reasoning_effort: Word | None = Field(default=None, description="must be `none`")
+    audio: Any = Field(default=None, description="not supported")
+    prediction: Any = Field(default=None, description="not supported")
+    verbosity: Any = Field(default=None, description="not supported")
+    web_search_options: Any = Field(default=None, description="not supported")
+
+    def require_supported(self) -> None:
+        """Check what this service cannot do whatever the model.
+
+        Raises:
+            ApiError: 400 that names the parameter.
+        """
+        for name, values in _WITHOUT_EFFECT.items():
+            given = getattr(self, name)
+            if given is not None and given not in values:
+                raise unsupported(name, "is not supported")
+        roles = [message.role for message in self.messages]
+        if roles not in (["user"], ["system", "user"], ["developer", "user"]):
+            reason = "must be one user message, after at most one system message"
+            raise unsupported("messages", reason)
+        if self.messages[0].role != "user" and self.messages[0].images:
+            raise unsupported("messages", "a system message has no images")
+        if not self.messages[-1].images:
+            raise invalid(
+                "messages: the user message needs an image_url part: the model answers questions"
+                " about images",
+                param="messages",
+            )
+        for url in self.messages[-1].images:
+            if not url.startswith(("data:", "https://")):
+                raise invalid("messages: images are at data: or https:// URLs", param="messages")
+
+    def to_request(self, *, drawn_seed: int) -> ImageToTextRequest:
+        """Make the request of the contract.
+
+        Args:
+            drawn_seed: For a text that is streamed. With a seed, another attempt writes the same
+                text, so a client that has received half of it can get the rest.
+
+        Raises:
+            ApiError: 400 that names the parameter.
+        """
+        self.require_supported()
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise invalid("max_tokens: differs from max_completion_tokens", param="max_tokens")
+        question = self.messages[-1]
+        fields = {
+            "prompt": question.text,
+            "images": question.images,
+            "system": self.messages[0].text if len(self.messages) > 1 else None,
+            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": drawn_seed if self.stream and self.seed is None else self.seed,
+            "stream": self.stream,
+            "metadata": self.metadata,
+        }
+        request = contract_request(Task.IMAGE_TO_TEXT, fields, NAMES)
+        if not isinstance(request, ImageToTextRequest):
+            raise TypeError("the task decides the type of the request")
+        return request

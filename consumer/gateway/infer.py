@@ -1,0 +1,123 @@
+"""`/infer`: the one address of the HTTP service that this project replaces."""
+
+import base64
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from pydantic import Discriminator, Field, Tag
+
+from consumer.gateway.context import Gateway
+from consumer.gateway.contract import contract_request, unsupported
+from consumer.gateway.waiting import SenderPart
+from generation_contracts import ImageArtifact, SucceededEvent, Task, TextOutput
+from generation_contracts import Request as GenerationRequest
+from generation_contracts.requests import (
+    ImageToTextParameters,
+    Metadata,
+    Prompt,
+    TextToImageParameters,
+)
+
+_URL = re.compile(r"(data|https?):", re.ASCII)
+
+router = APIRouter(tags=["infer"])
+
+
+class TextToImageBody(TextToImageParameters):
+    """Make images from a prompt."""
+
+    model_type: Literal["text2image", "text_to_image"] = "text2image"
+    prompt: Prompt
+    metadata: Metadata = Field(default_factory=dict)
+
+
+class ImageToTextBody(ImageToTextParameters):
+    """Ask about images."""
+
+    model_type: Literal["image2text", "image_to_text"] = "image2text"
+    prompt: Prompt
+    image: str | None = Field(default=None, description="the same as `images` with one entry")
+    images: list[str] | None = Field(
+        default=None, description="base64, `data:` URLs, or `https://` URLs as the worker allows"
+    )
+    metadata: Metadata = Field(default_factory=dict)
+
+
+def _kind(body: Any) -> str:
+    """Tell the two bodies apart: by `model_type`, else by whether there are images."""
+    if not isinstance(body, dict):
+        return "image2text" if isinstance(body, ImageToTextBody) else "text2image"
+    kind = str(body.get("model_type", "")).replace("_to_", "2")
+    if kind in {"text2image", "image2text"}:
+        return kind
+    return "image2text" if body.keys() & {"image", "images"} else "text2image"
+
+
+Body = Annotated[
+    Annotated[TextToImageBody, Tag("text2image")] | Annotated[ImageToTextBody, Tag("image2text")],
+    Discriminator(_kind),
+]
+
+
+@router.post("/infer", summary="Make images, or ask about images")
+async def infer(sender: SenderPart, body: Body) -> Response:
+    """Run a model once and wait for its output.
+
+    A body with `images` (or `image`) is a question about them and is answered with `text`; any
+    other is a prompt for images and is answered with `image`, the first one, and `images`, all of
+    them, as base64. `model_type` says it explicitly.
+    """
+    call = await sender.submit(_request(body))
+    if sender.preferences.respond_async:
+        return await call.accepted()
+    event = await call.result()
+    return JSONResponse(await _document(sender.gateway, event))
+
+
+def _request(body: TextToImageBody | ImageToTextBody) -> GenerationRequest:
+    fields = body.model_dump(exclude={"model_type", "image", "images"}, exclude_defaults=True)
+    if isinstance(body, TextToImageBody):
+        if body.preview:
+            raise unsupported("preview", "is for /v1/jobs and /v1/images/generations")
+        return contract_request(Task.TEXT_TO_IMAGE, fields, {})
+    if body.stream:
+        raise unsupported("stream", "is for /v1/jobs and /v1/chat/completions")
+    images = [*([] if body.image is None else [body.image]), *(body.images or [])]
+    fields["images"] = [one if _URL.match(one) else {"base64": one} for one in images]
+    return contract_request(Task.IMAGE_TO_TEXT, fields, {})
+
+
+async def _document(gateway: Gateway, event: SucceededEvent) -> dict[str, Any]:
+    """Make the body of the answer."""
+    shared = {
+        "request_id": event.request_id,
+        "model": event.model.id,
+        "seconds": event.timings.inference,
+        "warnings": list(event.warnings),
+    }
+    first = event.outputs[0]
+    if isinstance(first, TextOutput):
+        return {
+            "model_type": "image2text",
+            "text": first.text,
+            "finish_reason": first.finish_reason,
+            "prompt_tokens": first.prompt_tokens,
+            "completion_tokens": first.completion_tokens,
+            **shared,
+        }
+    images = [
+        base64.b64encode(await gateway.jobs.content(event, number)).decode()
+        for number in range(len(event.outputs))
+    ]
+    return {
+        "model_type": "text2image",
+        "image": images[0],
+        "images": images,
+        "media_type": first.media_type,
+        "width": first.width,
+        "height": first.height,
+        "seeds": [output.seed for output in event.outputs if isinstance(output, ImageArtifact)],
+        **shared,
+    }

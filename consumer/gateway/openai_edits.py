@@ -1,0 +1,125 @@
+"""`/v1/images/edits` as OpenAI's clients use it: images and a mask, as files or in JSON."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+from starlette.datastructures import FormData, UploadFile
+
+from consumer.gateway.contract import unsupported
+from consumer.gateway.errors import ApiError, invalid
+from consumer.gateway.openai_images import answer
+from consumer.gateway.openai_parameters import ImageParameters, Word
+from consumer.gateway.waiting import SenderPart
+from generation_contracts import TextToImageRequest
+from generation_contracts.requests import MAX_IMAGES
+
+EDIT = "image_edit"  # what the types of its events begin with
+MAX_FIELDS = 64  # of a form
+_FILES = ("image", "image[]", "mask")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
+
+router = APIRouter(tags=["OpenAI"])
+
+
+class EditParameters(ImageParameters):
+    """What is to be made of the images."""
+
+    input_fidelity: Word | None = Field(default=None, description="not supported")
+
+    def require_supported(self) -> None:
+        """Check what this service cannot do whatever the model."""
+        super().require_supported()
+        if self.input_fidelity is not None:
+            raise unsupported("input_fidelity", "is not supported")
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """The images of a request: the content of a file, or a URL.
+
+    Attributes:
+        mask: Its transparent pixels are where the first image is to be changed.
+    """
+
+    images: tuple[bytes | str, ...]
+    mask: bytes | str | None = None
+
+
+def request_with_images(parameters: EditParameters, inputs: ImageInputs) -> TextToImageRequest:
+    """Make the request of the contract: the one place that decides whether images can be inputs.
+
+    Raises:
+        ApiError: 400: no model takes images yet.
+    """
+    parameters.to_request()  # whatever else is wrong is reported first
+    if inputs.images:
+        raise unsupported("image", "no model here takes images as input")
+    raise invalid("image: is missing", param="image")
+
+
+@router.post("/v1/images/edits", summary="Change images by a prompt")
+async def edit_images(http: Request, sender: SenderPart) -> Response:
+    """Change images. No model takes images as input yet, so the answer is a 400 that says so."""
+    parameters, inputs = await _read(http)
+    wanted = request_with_images(parameters, inputs)
+    return await answer(sender, parameters, wanted, kind=EDIT)
+
+
+async def _read(http: Request) -> tuple[EditParameters, ImageInputs]:
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        async with http.form(max_files=MAX_IMAGES + 1, max_fields=MAX_FIELDS) as form:
+            return await _from_form(form)
+    if kind == "application/json":
+        return _from_json(await http.body())
+    raise ApiError(415, "send multipart/form-data or JSON", "unsupported_media_type")
+
+
+async def _from_form(form: FormData) -> tuple[EditParameters, ImageInputs]:
+    texts = {name: value for name, value in form.items() if isinstance(value, str)}
+    files = [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
+    for name, _ in files:
+        if name not in _FILES:
+            raise invalid(f"{name[:64]}: there is no such file", param=name[:64])
+    images = [await _content(name, file) for name, file in files if name != "mask"]
+    masks = [await _content(name, file) for name, file in files if name == "mask"]
+    parameters = EditParameters.model_validate_strings(texts)
+    return parameters, ImageInputs(tuple(images), masks[0] if masks else None)
+
+
+async def _content(name: str, file: UploadFile) -> bytes:
+    content = await file.read()
+    is_webp = content[:4] == b"RIFF" and content[8:12] == b"WEBP"
+    if not (content.startswith((_PNG, _JPEG)) or is_webp):
+        raise invalid(f"{name}: must be a PNG, JPEG or WebP file", param=name)
+    return content
+
+
+def _from_json(body: bytes) -> tuple[EditParameters, ImageInputs]:
+    try:
+        value: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        raise invalid("the body is not JSON") from None
+    if not isinstance(value, dict):
+        raise invalid("the body must be an object")
+    given = {name: inner for name, inner in value.items() if inner is not None}
+    images = _urls("image", given.pop("image", ())) + _urls("images", given.pop("images", ()))
+    masks = _urls("mask", given.pop("mask", ()))
+    if len(images) > MAX_IMAGES:
+        raise invalid(f"image: at most {MAX_IMAGES}", param="image")
+    return EditParameters.model_validate(given), ImageInputs(images, masks[0] if masks else None)
+
+
+def _urls(name: str, value: Any) -> tuple[str, ...]:
+    """Read `"data:…"`, `{"image_url": …}` or a list of these."""
+    each = value if isinstance(value, (list, tuple)) else [value]
+    urls = [one.get("image_url") if isinstance(one, Mapping) else one for one in each]
+    usable = [url for url in urls if str(url).startswith(("data:", "https://"))]
+    if len(usable) < len(urls):
+        raise invalid(f"{name}: must be data: or https:// URLs", param=name)
+    return tuple(str(url) for url in usable)
