@@ -3,12 +3,10 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from typing import Literal
 
 import structlog
 
@@ -17,9 +15,12 @@ from consumer.bus.event_feed import EventFeed
 from consumer.bus.queue_view import Place, QueueView
 from consumer.gateway.errors import ApiError, not_found, of_error, of_failure
 from consumer.gateway.event_log import Entry, EventId, EventLog
+from consumer.gateway.job_list import JobList
+from consumer.gateway.job_pages import JobPages, Page
+from consumer.gateway.job_view import Job, JobView, State
 from consumer.gateway.pace import Pace
 from consumer.gateway.results import Results, as_api_errors
-from consumer.gateway.submission import Job, Limits, Submission
+from consumer.gateway.submission import Limits, Submission
 from consumer.gateway.tenants import Caller, submitted_at, tag_of
 from consumer.settings import Settings
 from consumer.tasks import cancel_and_wait
@@ -41,39 +42,15 @@ from generation_contracts import (
     TerminalEvent,
 )
 
-__all__ = ["Job", "JobView", "Jobs", "Limits", "State"]
+__all__ = ["Job", "JobView", "Jobs", "Limits", "Page", "State"]
 
 log = structlog.get_logger()
-
-State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 MAX_OUTAGE = 120.0  # seconds without an answer after which those who wait get an error
 ABANDON_WITHIN = 60.0  # seconds for the cancellation of what no client waits for
 ABANDON_PAUSE = 1.0  # seconds between two attempts
 CLOSE_WITHIN = 5.0  # seconds for the cancellations that are under way
 RECENT = 10_000  # jobs whose tasks are remembered
-
-
-@dataclass(frozen=True)
-class JobView:
-    """What is known of a job now.
-
-    Attributes:
-        state: `running` once a worker has received it, until that attempt ends.
-        created: When it was submitted; an estimate for an idempotent job that has ended.
-        position: How many requests are before it in its queue, at most; None where it has ended.
-        estimated_start: None where nothing has been measured yet, or it does not wait.
-        last_event: The latest one that this gateway has received and keeps.
-        result: Its terminal event.
-    """
-
-    job: Job
-    state: State
-    created: datetime | None
-    position: int | None = None
-    estimated_start: datetime | None = None
-    last_event: AnyEvent | None = None
-    result: ResultEvent | None = None
 
 
 class Jobs:
@@ -85,6 +62,7 @@ class Jobs:
         settings: The subject root, and the time that a caller may wait.
         events: Where events are kept.
         view: Reads the queues.
+        ids: The ids of all jobs, on the same view.
         limits: Admits requests.
     """
 
@@ -96,22 +74,26 @@ class Jobs:
         *,
         events: EventLog,
         view: QueueView,
+        ids: JobList,
         limits: Limits,
     ) -> None:
         self._bus = bus
         self._client = client
         self._events = events
         self._view = view
+        self._ids = ids
         self._limits = limits
         self._results = Results(bus, client)
         self._submission = Submission(
             bus,
             settings.subjects,
             view=view,
+            ids=ids,
             results=self._results,
             limits=limits,
             wait=timedelta(seconds=settings.gateway_wait),
         )
+        self._pages = JobPages(ids, self._look)
         self._pace = Pace()
         self._tasks: OrderedDict[str, Task] = OrderedDict()
         self._abandoning: set[asyncio.Task[None]] = set()
@@ -128,7 +110,8 @@ class Jobs:
         Raises:
             BusUnavailable: The connection is closed.
         """
-        self._bus.on_reconnect(self._events.interrupt)
+        for listener in (self._events.interrupt, self._ids.interrupt):
+            self._bus.on_reconnect(listener)
         await self._feed.open()
 
     async def close(self) -> None:
@@ -222,14 +205,37 @@ class Jobs:
             raise not_found()
         tasks = [self._tasks[job_id]] if job_id in self._tasks else list(Task)
         with as_api_errors():
-            view = await self._ended(job_id, *tasks)
-            view = view or await self._unfinished(job_id, *tasks)
-            # It may have ended between the two lookups.
-            view = view or await self._ended(job_id, *tasks)
+            view = await self._look(job_id, *tasks)
         if view is None:
             raise not_found()
         self._remember(job_id, view.job.task)
         return view
+
+    async def page(
+        self,
+        caller: Caller,
+        *,
+        states: Collection[State] = (),
+        task: Task | None = None,
+        limit: int = 20,
+        after: str | None = None,
+    ) -> Page:
+        """List jobs, newest first.
+
+        Args:
+            caller: Whose jobs.
+            states: Only jobs in one of these states; empty: all jobs.
+            task: Only jobs of this task.
+            limit: So many jobs at most.
+            after: Id of the job before the first one; None begins with the newest.
+
+        Raises:
+            ApiError: 400: there is no job `after`; 503.
+        """
+        with as_api_errors():
+            return await self._pages.page(
+                caller.tenant, states=states, task=task, limit=limit, after=after
+            )
 
     async def cancel(self, caller: Caller, job_id: str) -> JobView:
         """Cancel a job that waits or runs, or the chain that begins with it.
@@ -285,12 +291,20 @@ class Jobs:
         self._events.add(event, size)
         if isinstance(event, TerminalEvent):
             self._limits.ended(event.request_id)
+            self._ids.add_ended(event.request_id, event.task)
+
+    async def _look(self, job_id: str, *tasks: Task) -> JobView | None:
+        """Find a job of one of these tasks; None where it neither waits, runs nor has ended."""
+        view = await self._ended(job_id, *tasks)
+        view = view or await self._unfinished(job_id, *tasks)
+        # It may have ended between the two lookups.
+        return view or await self._ended(job_id, *tasks)
 
     async def _ended(self, job_id: str, *tasks: Task) -> JobView | None:
         event = self._events.latest(job_id)
         if not isinstance(event, ResultEvent):
             event = await self._results.find(job_id, *tasks)
-        return None if event is None else ended_view(event)
+        return None if event is None else JobView.of_result(event)
 
     async def _unfinished(self, job_id: str, *tasks: Task) -> JobView | None:
         for task in tasks:
@@ -332,28 +346,6 @@ class Jobs:
         self._tasks.move_to_end(job_id)
         if len(self._tasks) > RECENT:
             self._tasks.popitem(last=False)
-
-
-def ended_view(event: ResultEvent) -> JobView:
-    """Return the view of a job that has ended."""
-    job = Job(event.request_id, event.task, event.request_digest)
-    state: State = "cancelled"
-    if isinstance(event, SucceededEvent):
-        state = "succeeded"
-    elif isinstance(event, FailedEvent):
-        state = "failed"
-    return JobView(job, state, _created(event), last_event=event, result=event)
-
-
-def _created(event: ResultEvent) -> datetime:
-    known = submitted_at(event.request_id)
-    if known is not None:
-        return known
-    took = 0.0
-    if isinstance(event, SucceededEvent):
-        timings = event.timings
-        took = timings.queued + timings.inference + timings.encode + timings.upload
-    return event.time - timedelta(seconds=took)
 
 
 def _goes_on(event: ResultEvent) -> bool:

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
@@ -12,6 +12,8 @@ import structlog
 from consumer.bus.connection import Bus
 from consumer.bus.queue_view import QueueView
 from consumer.gateway.errors import invalid
+from consumer.gateway.job_list import JobList
+from consumer.gateway.job_view import Job
 from consumer.gateway.results import Results, as_api_errors
 from consumer.gateway.tenants import Caller, Tenant
 from generation_client import (
@@ -56,23 +58,6 @@ class Limits(Protocol):
         """Count a request no more."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """A request that was submitted.
-
-    Attributes:
-        digest: Of what it asks for; "" where this gateway does not know it.
-        body_digest: Of its bytes, by which a worker names a request that it cannot read.
-        is_new: Whether this gateway has queued it just now, so that it has no result yet.
-    """
-
-    id: str
-    task: Task
-    digest: str = ""
-    body_digest: str = ""
-    is_new: bool = False
-
-
 class Submission:
     """Queues requests.
 
@@ -80,6 +65,7 @@ class Submission:
         bus: The gateway's connection.
         subjects: Where requests go.
         view: Finds requests that wait.
+        ids: Is told of what is queued.
         results: Finds those that have ended.
         limits: Admits requests.
         wait: How long a caller may wait for a result.
@@ -91,6 +77,7 @@ class Submission:
         subjects: Subjects,
         *,
         view: QueueView,
+        ids: JobList,
         results: Results,
         limits: Limits,
         wait: timedelta,
@@ -98,6 +85,7 @@ class Submission:
         self._bus = bus
         self._subjects = subjects
         self._view = view
+        self._ids = ids
         self._results = results
         self._limits = limits
         self._wait = wait
@@ -126,11 +114,13 @@ class Submission:
         if key is not None and await self._exists(job):
             return job
         await self._limits.admit(caller, request)
+        self._ids.add_submitted(job.id, job.task)
         try:
             with as_api_errors():
                 await self._publish(request, self._message_id(caller.tenant, job, request, key))
         except BaseException:
             self._limits.ended(request_id)
+            self._ids.remove(request_id)
             raise
         return replace(job, is_new=key is None)
 

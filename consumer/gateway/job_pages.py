@@ -1,0 +1,130 @@
+"""Pages of a tenant's jobs, newest first."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from consumer.gateway.errors import invalid
+from consumer.gateway.job_list import JobList
+from consumer.gateway.job_view import JobView, State
+from consumer.gateway.tenants import Tenant, submitted_at
+from generation_contracts import Task
+
+MOST_LOOKED_AT = 500  # jobs for one page; with a filter a page may be shorter than its limit
+MOST_DATED = 2_000  # jobs whose times are looked up for one page; further ones come last
+KNOWN_TIMES = 50_000
+AT_A_TIME = 32
+UNFINISHED: frozenset[State] = frozenset({"queued", "running"})
+
+Look = Callable[[str, Task], Awaitable[JobView | None]]
+_Key = tuple[datetime, str]
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some jobs of a tenant.
+
+    Attributes:
+        next: The `after` of the next page; None where this is the last one.
+    """
+
+    jobs: Sequence[JobView]
+    next: str | None
+
+
+class JobPages:
+    """Lists jobs.
+
+    Args:
+        ids: The ids of all jobs.
+        look: Returns what is known of one job, or None where there is no such job.
+    """
+
+    def __init__(self, ids: JobList, look: Look) -> None:
+        self._ids = ids
+        self._look = look
+        self._times: OrderedDict[str, datetime] = OrderedDict()
+        self._places = asyncio.Semaphore(AT_A_TIME)
+
+    async def page(
+        self,
+        tenant: Tenant,
+        *,
+        states: Collection[State],
+        task: Task | None,
+        limit: int,
+        after: str | None,
+    ) -> Page:
+        """Return the jobs after one, newest first.
+
+        Args:
+            tenant: Whose jobs.
+            states: Only jobs in one of these states; empty: all jobs.
+            task: Only jobs of this task.
+            limit: So many jobs at most.
+            after: Id of the job before the first one; None begins with the newest.
+
+        Raises:
+            ApiError: 400: `after` is not one of the tenant's jobs.
+            BusUnavailable, GenerationError: The streams cannot be read.
+        """
+        tasks = await self._tasks(tenant, states)
+        order = await self._order({i: t for i, t in tasks.items() if task in {None, t}})
+        if after is not None:
+            last = await self._key(tenant, after, tasks.get(after))
+            order = [key for key in order if key < last]
+        return await self._filled(order, tasks, states, limit)
+
+    async def _tasks(self, tenant: Tenant, states: Collection[State]) -> dict[str, Task]:
+        wanted = frozenset(states)
+        found: dict[str, Task] = {}
+        if not wanted or wanted & UNFINISHED:
+            found.update(await self._ids.unfinished(tenant))
+        if not wanted or wanted - UNFINISHED:
+            found.update(await self._ids.ended(tenant))
+        return found
+
+    async def _order(self, tasks: dict[str, Task]) -> list[_Key]:
+        undated = [id_ for id_ in tasks if self._time(id_) is None]
+        await asyncio.gather(*(self._see(id_, tasks[id_]) for id_ in undated[:MOST_DATED]))
+        return sorted((self._key_of(id_) for id_ in tasks), reverse=True)
+
+    async def _filled(
+        self, order: list[_Key], tasks: dict[str, Task], states: Collection[State], limit: int
+    ) -> Page:
+        found: list[JobView] = []
+        done = 0
+        while done < min(len(order), MOST_LOOKED_AT) and len(found) < limit:
+            some = [id_ for _, id_ in order[done : done + limit - len(found)]]
+            views = await asyncio.gather(*(self._see(id_, tasks[id_]) for id_ in some))
+            found += [v for v in views if v is not None and (not states or v.state in states)]
+            done += len(some)
+        return Page(found, order[done - 1][1] if 0 < done < len(order) else None)
+
+    async def _key(self, tenant: Tenant, request_id: str, task: Task | None) -> _Key:
+        if tenant.owns(request_id):
+            for one in (task,) if task else Task:
+                if self._time(request_id) is None:
+                    await self._see(request_id, one)
+            if self._time(request_id) is not None:
+                return self._key_of(request_id)
+        raise invalid("after: there is no such job", param="after")
+
+    async def _see(self, request_id: str, task: Task) -> JobView | None:
+        async with self._places:
+            view = await self._look(request_id, task)
+        if view is None:
+            self._ids.remove(request_id)
+        elif submitted_at(request_id) is None:
+            self._times[request_id] = view.created
+            if len(self._times) > KNOWN_TIMES:
+                self._times.popitem(last=False)
+        return view
+
+    def _key_of(self, request_id: str) -> _Key:
+        return self._time(request_id) or datetime.min.replace(tzinfo=UTC), request_id
+
+    def _time(self, request_id: str) -> datetime | None:
+        return submitted_at(request_id) or self._times.get(request_id)
