@@ -74,14 +74,14 @@ class Jobs:
         *,
         events: EventLog,
         view: QueueView,
-        ids: JobList,
         limits: Limits,
+        ids: JobList | None = None,
     ) -> None:
         self._bus = bus
         self._client = client
         self._events = events
         self._view = view
-        self._ids = ids
+        self._ids = ids = ids or JobList(view)
         self._limits = limits
         self._results = Results(bus, client)
         self._submission = Submission(
