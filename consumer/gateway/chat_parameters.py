@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from consumer.gateway.contract import contract_request, unsupported
+from consumer.gateway.error_handlers import UNION_TAG
 from consumer.gateway.errors import invalid
 from consumer.gateway.openai_parameters import Identifier, OpenAIBody, Word
 from generation_contracts import ImageToTextRequest, Task
@@ -12,6 +13,8 @@ from generation_contracts.requests import MAX_IMAGES, MAX_NEW_TOKENS, Metadata, 
 
 MAX_MESSAGES = 100
 MAX_PARTS = 4 * MAX_IMAGES
+_TEXT = f"{UNION_TAG}text"
+_PARTS = f"{UNION_TAG}parts"
 
 NAMES = {
     "prompt": "messages",
@@ -66,14 +69,35 @@ class ImagePart(OpenAIBody):
     image_url: ImageUrl
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+def _kind_of_part(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"{UNION_TAG}{kind}" if kind in {"text", "image_url"} else None
+
+
+def _kind_of_content(value: Any) -> str:
+    return _PARTS if isinstance(value, list) else _TEXT
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag(f"{UNION_TAG}text")]
+    | Annotated[ImagePart, Tag(f"{UNION_TAG}image_url")],
+    Discriminator(
+        _kind_of_part,
+        custom_error_type="part",
+        custom_error_message="must be a part of type text or image_url",
+    ),
+]
+Content = Annotated[
+    Annotated[str, Tag(_TEXT)] | Annotated[list[Part], Field(max_length=MAX_PARTS), Tag(_PARTS)],
+    Discriminator(_kind_of_content),
+]
 
 
 class Message(OpenAIBody):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
+    content: Content | None = None
     name: Identifier | None = Field(default=None, description="has no effect")
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from consumer.gateway.errors import ApiError, invalid
-from generation_contracts import InvalidRequest, Request, Task, decode_request
+from generation_contracts import FailureCode, InvalidRequest, Request, Task, decode_request
 
 UNSUPPORTED = "unsupported_parameter"  # the code of what is understood and cannot be done
 
@@ -36,8 +36,11 @@ def contract_request(task: Task, fields: Mapping[str, Any], names: Names) -> Req
 
 
 def in_callers_words(error: ApiError, names: Names) -> ApiError:
-    """Return an error that names the caller's field where it names one of the contract."""
-    return error if error.param is None else replace(error, param=_renamed(error.param, names))
+    """Return an error that names the caller's field where it is about one of the contract."""
+    param = error.param
+    if param is None and error.code == FailureCode.INPUT_UNAVAILABLE:
+        param = "images"
+    return error if param is None else replace(error, param=_renamed(param, names))
 
 
 def unsupported(param: str, reason: str) -> ApiError:

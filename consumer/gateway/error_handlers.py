@@ -17,7 +17,15 @@ from generation_contracts import InvalidRequest
 log = structlog.get_logger()
 
 CLIENT_GONE = 499  # of nginx; only the log and the metrics see it
+MAX_PARAM = 100  # characters; an unknown field's name is the caller's text
 MAX_MESSAGE = 300  # characters of one validation problem
+UNION_TAG = ":"  # what the tags of unions begin with: they are no names of the caller's
+_SOURCES = {"body", "query", "path", "header"}
+_NOT_JSON = ApiError(
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    "send JSON, with content-type: application/json",
+    "unsupported_media_type",
+)
 _CODES = {
     HTTPStatus.NOT_FOUND: "not_found",
     HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
@@ -89,8 +97,10 @@ def _of_problem(problem: Any) -> ApiError:
     """Name the field of the first problem that pydantic reports."""
     if problem["type"] == "json_invalid":
         return invalid("the body is not JSON")
-    place = [part for part in problem["loc"] if part not in {"body", "query", "path", "header"}]
-    param = ".".join(str(part) for part in place)[:100]
+    if isinstance(problem.get("input"), bytes):
+        return _NOT_JSON
+    places = [str(part) for part in problem["loc"] if part not in _SOURCES]
+    param = ".".join(place for place in places if not place.startswith(UNION_TAG))[:MAX_PARAM]
     if problem["type"] == "extra_forbidden":
         return invalid(f"{param}: there is no such field", param=param, code="unknown_parameter")
     message = str(problem["msg"]).removeprefix("Value error, ")[:MAX_MESSAGE]

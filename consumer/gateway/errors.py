@@ -74,7 +74,10 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
-        kind = _TYPES.get(HTTPStatus(self.status), "server_error")
+        status = HTTPStatus(self.status)
+        kind = _TYPES.get(status) or (
+            "server_error" if status.is_server_error else "invalid_request_error"
+        )
         return {
             "error": {
                 "message": self.message,

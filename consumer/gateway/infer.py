@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag
 
 from consumer.gateway.context import Gateway
 from consumer.gateway.contract import contract_request, unsupported
+from consumer.gateway.error_handlers import UNION_TAG
 from consumer.gateway.waiting import SenderPart
 from generation_contracts import ImageArtifact, SucceededEvent, Task, TextOutput
 from generation_contracts import Request as GenerationRequest
@@ -20,6 +21,8 @@ from generation_contracts.requests import (
     TextToImageParameters,
 )
 
+TEXT_TO_IMAGE = f"{UNION_TAG}text2image"
+IMAGE_TO_TEXT = f"{UNION_TAG}image2text"
 _URL = re.compile(r"(data|https?):", re.ASCII)
 
 router = APIRouter(tags=["infer"])
@@ -48,15 +51,15 @@ class ImageToTextBody(ImageToTextParameters):
 def _kind(body: Any) -> str:
     """Tell the two bodies apart: by `model_type`, else by whether there are images."""
     if not isinstance(body, dict):
-        return "image2text" if isinstance(body, ImageToTextBody) else "text2image"
-    kind = str(body.get("model_type", "")).replace("_to_", "2")
-    if kind in {"text2image", "image2text"}:
+        return IMAGE_TO_TEXT if isinstance(body, ImageToTextBody) else TEXT_TO_IMAGE
+    kind = UNION_TAG + str(body.get("model_type", "")).replace("_to_", "2")
+    if kind in {TEXT_TO_IMAGE, IMAGE_TO_TEXT}:
         return kind
-    return "image2text" if body.keys() & {"image", "images"} else "text2image"
+    return IMAGE_TO_TEXT if body.keys() & {"image", "images"} else TEXT_TO_IMAGE
 
 
 Body = Annotated[
-    Annotated[TextToImageBody, Tag("text2image")] | Annotated[ImageToTextBody, Tag("image2text")],
+    Annotated[TextToImageBody, Tag(TEXT_TO_IMAGE)] | Annotated[ImageToTextBody, Tag(IMAGE_TO_TEXT)],
     Discriminator(_kind),
 ]
 

@@ -81,7 +81,7 @@ class RequestLog:
 
         async def counted_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                handled.status = message["status"]
+                handled.status = int(message["status"])
                 message = _with_request_id(message, state.get("job_id"))
             handled.sent += len(message.get("body", b""))
             await send(message)

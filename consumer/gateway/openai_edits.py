@@ -88,7 +88,7 @@ async def _from_form(form: FormData) -> tuple[EditParameters, ImageInputs]:
             raise invalid(f"{name[:64]}: there is no such file", param=name[:64])
     images = [await _content(name, file) for name, file in files if name != "mask"]
     masks = [await _content(name, file) for name, file in files if name == "mask"]
-    parameters = EditParameters.model_validate_strings(texts)
+    parameters = EditParameters.model_validate_strings(texts, strict=False)
     return parameters, ImageInputs(tuple(images), masks[0] if masks else None)
 
 
