@@ -16,10 +16,12 @@ from consumer.bus.services import worker_metadata
 from consumer.gateway import (
     health,
     infer,
+    jobs_api,
     openai_chat,
     openai_edits,
     openai_images,
     openai_models,
+    page,
 )
 from consumer.gateway.bounds import Limits
 from consumer.gateway.catalogue import Catalogue
@@ -49,7 +51,9 @@ ROUTERS: list[APIRouter] = [
     openai_chat.router,
     openai_models.router,
     infer.router,
+    jobs_api.router,
     health.router,
+    page.router,
 ]
 
 
@@ -127,6 +131,8 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("generation-consumer"),
         description="Images from texts and texts about images, behind a durable queue.",
         lifespan=lifespan,
+        docs_url=None,  # it loads scripts from elsewhere; `page` has one that does not
+        redoc_url=None,
         responses=error,
     )
     app.state.in_flight = InFlight(metrics.refused)

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from consumer.gateway.context import Gateway, GatewayPart, note_job
 from consumer.gateway.error_handlers import ClientGone
 from consumer.gateway.errors import ApiError, of_error, of_failure
+from consumer.gateway.job_document import job_document
 from consumer.gateway.jobs import Job
 from consumer.gateway.keys import Authenticated
 from consumer.gateway.sse import disconnected
@@ -142,12 +143,12 @@ class Call:
     async def accepted(self) -> JSONResponse:
         """Answer with the job instead of its result: what `Prefer: respond-async` asks for."""
         view = await self._gateway.jobs.find(self.sender.caller, self.job.id)
-        document = {"id": view.job.id, "status_url": f"/v1/jobs/{view.job.id}"}
+        document = job_document(view)
         headers = {
-            "location": document["status_url"],
+            "location": document.status_url,
             "preference-applied": "respond-async",
         }
-        return JSONResponse(document, HTTPStatus.ACCEPTED, headers)
+        return JSONResponse(document.model_dump(mode="json"), HTTPStatus.ACCEPTED, headers)
 
     async def abandon(self) -> None:
         """Cancel the job, unless the client can come back for it. Never raises."""

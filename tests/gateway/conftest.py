@@ -1,50 +1,19 @@
-"""One running system for the whole folder: servers, a daemon of each task, a gateway."""
+"""One running system for the whole folder: servers, a daemon of each task, gateways."""
 
 import asyncio
-import sys
-from collections.abc import Iterator, Mapping
-from http import HTTPStatus
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 
+import nats
 import pytest
 
 from consumer.apply import apply
-from consumer.devstack import ChildProcess, DevStack, free_ports
-from consumer.devstack.loopback import HOST, http_status
+from consumer.devstack import DevStack, GatewayServer
+from consumer.gateway.keys import KeyFile
+from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
+from generation_client import GenerationClient
 from generation_contracts import Task
-
-_SERVE = """
-import os, uvicorn
-from consumer.gateway.app import create_app
-from consumer.settings import Settings
-settings = Settings.load()
-uvicorn.run(
-    create_app(settings), host=settings.gateway_host, port=settings.gateway_port, access_log=False
-)
-"""
-
-
-class GatewayProcess(ChildProcess):
-    """A gateway as a child process."""
-
-    def __init__(self, name: str, settings: Mapping[str, str], *, log: Path) -> None:
-        port = free_ports(1)[0]
-        super().__init__(
-            name,
-            [sys.executable, "-P", "-c", _SERVE],
-            log=log,
-            env={**settings, "GATEWAY_PORT": str(port)},
-            ports={"http": port},
-        )
-
-    @property
-    def url(self) -> str:
-        """Where it answers."""
-        return f"http://{HOST}:{self.ports['http']}"
-
-    def _is_ready(self) -> bool:
-        return http_status(self.ports["http"], "/openapi.json") == HTTPStatus.OK
 
 
 @pytest.fixture(scope="session")
@@ -67,15 +36,48 @@ def system(stack: DevStack) -> DevStack:
     return stack
 
 
-def start_gateway(stack: DevStack, name: str, **settings: str) -> GatewayProcess:
-    """Start a gateway on a stack: `with start_gateway(stack, "gateway") as gateway`."""
-    environment = {**stack.environment(), **settings}
-    return GatewayProcess(name, environment, log=stack.directory / "logs" / f"{name}.log")
+def start_gateway(stack: DevStack, name: str, **settings: str) -> GatewayServer:
+    """Start a gateway on a stack; it is ready."""
+    server = stack.start_gateway(name, settings)
+    server.wait_ready()
+    return server
 
 
 @pytest.fixture(scope="session")
-def gateway(system: DevStack) -> Iterator[GatewayProcess]:
+def gateway(system: DevStack) -> Iterator[GatewayServer]:
     """A gateway without keys, in front of both demonstration models."""
-    with start_gateway(system, "gateway") as running:
-        yield running
-        assert running.alive, running.log_since_start()
+    running = start_gateway(system, "gateway")
+    yield running
+    assert running.alive, running.log_since_start()
+
+
+@dataclass(frozen=True)
+class KeyedGateway:
+    """A gateway with two tenants."""
+
+    server: GatewayServer
+    alice: str
+    bob: str
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return self.server.url
+
+
+@pytest.fixture(scope="session")
+def keyed_gateway(system: DevStack) -> KeyedGateway:
+    """A gateway with keys, in front of both demonstration models."""
+    file = KeyFile(system.directory / "keys.json")
+    alice, bob = file.add("alice", Bounds()), file.add("bob", Bounds())
+    server = start_gateway(system, "keyed-gateway", GATEWAY_KEYS=str(file.path))
+    return KeyedGateway(server, alice.text, bob.text)
+
+
+@pytest.fixture
+async def behind(system: DevStack) -> AsyncIterator[GenerationClient]:
+    """What happens behind the gateway: a client on a NATS connection of its own."""
+    connection = await nats.connect(system.nats.url)
+    async with GenerationClient(connection) as client:
+        yield client
+    await connection.close()
