@@ -62,6 +62,19 @@ class JobView:
         return cls(job, state, _created(event), last_event=event, result=event)
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """How many jobs of a task wait and run.
+
+    Attributes:
+        pace: Seconds from one result to the next; None where nothing was measured yet.
+    """
+
+    waiting: int
+    running: int
+    pace: float | None
+
+
 def _created(event: ResultEvent) -> datetime:
     known = submitted_at(event.request_id)
     if known is not None:

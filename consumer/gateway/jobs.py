@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
@@ -17,7 +17,7 @@ from consumer.gateway.errors import ApiError, not_found, of_error, of_failure
 from consumer.gateway.event_log import Entry, EventId, EventLog
 from consumer.gateway.job_list import JobList
 from consumer.gateway.job_pages import JobPages, Page
-from consumer.gateway.job_view import Job, JobView, State
+from consumer.gateway.job_view import Job, JobView, Numbers, State
 from consumer.gateway.pace import Pace
 from consumer.gateway.results import Results, as_api_errors
 from consumer.gateway.submission import Limits, Submission
@@ -50,6 +50,7 @@ MAX_OUTAGE = 120.0  # seconds without an answer after which those who wait get a
 ABANDON_WITHIN = 60.0  # seconds for the cancellation of what no client waits for
 ABANDON_PAUSE = 1.0  # seconds between two attempts
 CLOSE_WITHIN = 5.0  # seconds for the cancellations that are under way
+DOWNLOADS = 16  # files in memory at a time
 RECENT = 10_000  # jobs whose tasks are remembered
 
 
@@ -96,6 +97,7 @@ class Jobs:
         self._pages = JobPages(ids, self._look)
         self._pace = Pace()
         self._tasks: OrderedDict[str, Task] = OrderedDict()
+        self._downloads = asyncio.Semaphore(DOWNLOADS)
         self._abandoning: set[asyncio.Task[None]] = set()
         self._feed = EventFeed(
             bus,
@@ -237,6 +239,38 @@ class Jobs:
                 caller.tenant, states=states, task=task, limit=limit, after=after
             )
 
+    async def waiting(self, job: Job) -> JobView | None:
+        """Look where a job waits; None where a worker has it, or it has ended.
+
+        Raises:
+            ApiError: 503.
+        """
+        with as_api_errors():
+            view = await self._unfinished(job.id, job.task)
+        return view if view is not None and view.state == "queued" else None
+
+    async def numbers(self, caller: Caller) -> dict[Task, Numbers]:
+        """Count what waits and runs: of the caller's tenant, or of all where there are no keys.
+
+        Raises:
+            ApiError: 503.
+        """
+        with as_api_errors():
+            if not caller.key_id:
+                states = {task: await self._view.state(task) for task in Task}
+                return {
+                    task: Numbers(state.waiting, state.in_flight, self._pace.seconds(task))
+                    for task, state in states.items()
+                }
+            own = await self._ids.unfinished(caller.tenant)
+        # An unfinished job runs where an event of it was received.
+        started = Counter(task for id_, task in own.items() if self._events.latest(id_))
+        all_of = Counter(own.values())
+        return {
+            task: Numbers(all_of[task] - started[task], started[task], self._pace.seconds(task))
+            for task in Task
+        }
+
     async def cancel(self, caller: Caller, job_id: str) -> JobView:
         """Cancel a job that waits or runs, or the chain that begins with it.
 
@@ -280,7 +314,8 @@ class Jobs:
                 HTTPStatus.NOT_FOUND, "the address of the output has expired", "output_expired"
             )
         with as_api_errors():
-            return await self._client.download(output)
+            async with self._downloads:
+                return await self._client.download(output)
 
     # -- inside -----------------------------------------------------------------------------------
 

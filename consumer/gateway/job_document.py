@@ -1,0 +1,128 @@
+"""Jobs as JSON documents."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from consumer.gateway.errors import of_failure
+from consumer.gateway.job_view import JobView, Numbers, State
+from generation_client import AnyEvent
+from generation_contracts import FailedEvent, ProgressEvent, Task, encode
+
+
+class Progress(BaseModel):
+    """How far a run has come."""
+
+    step: int
+    of: int
+    eta: float | None = Field(description="seconds until the last step")
+
+
+class ErrorDetails(BaseModel):
+    """Why a job has failed."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None
+
+
+class JobDocument(BaseModel):
+    """A job: what was asked for under an id, and what has become of it."""
+
+    id: str
+    object: Literal["job"] = "job"
+    task: Task
+    state: State
+    created: datetime | None
+    position: int | None = Field(description="requests before it in the queue, at most")
+    estimated_start: datetime | None = Field(description="null where nothing was measured yet")
+    progress: Progress | None
+    status_url: str
+    events_url: str
+    cancel_url: str = Field(description="for DELETE")
+    result: dict[str, Any] | None = Field(
+        description="the terminal event; each image has a `content_url` at this gateway"
+    )
+    error: ErrorDetails | None
+
+
+class JobListDocument(BaseModel):
+    """A page of jobs, newest first."""
+
+    object: Literal["list"] = "list"
+    data: Sequence[JobDocument]
+    has_more: bool
+    next: str | None = Field(description="`after` of the next page")
+
+
+class QueueOfTask(BaseModel):
+    """One queue."""
+
+    task: Task
+    waiting: int
+    running: int
+    pace_seconds: float | None = Field(
+        description="seconds from one result to the next; null where nothing was measured yet"
+    )
+
+
+class QueueDocument(BaseModel):
+    """The queues: with API keys, what the own tenant has in them."""
+
+    object: Literal["queue"] = "queue"
+    tasks: Sequence[QueueOfTask]
+
+
+def job_document(view: JobView) -> JobDocument:
+    """Make the document of a job."""
+    address = job_address(view.job.id)
+    failed = view.result if isinstance(view.result, FailedEvent) else None
+    return JobDocument(
+        id=view.job.id,
+        task=view.job.task,
+        state=view.state,
+        created=view.created,
+        position=view.position,
+        estimated_start=view.estimated_start,
+        progress=_progress(view),
+        status_url=address,
+        events_url=f"{address}/events",
+        cancel_url=address,
+        result=None if view.result is None else event_json(view.result),
+        error=failed and ErrorDetails(**of_failure(failed.failure).body["error"]),
+    )
+
+
+def queue_of_task(task: Task, numbers: Numbers) -> QueueOfTask:
+    """Make the document of a queue."""
+    return QueueOfTask(
+        task=task,
+        waiting=numbers.waiting,
+        running=numbers.running,
+        pace_seconds=numbers.pace,
+    )
+
+
+def job_address(job_id: str) -> str:
+    """Return the path of a job."""
+    return f"/v1/jobs/{job_id}"
+
+
+def event_json(event: AnyEvent) -> dict[str, Any]:
+    """Return the JSON of an event, with an address at this gateway for each image."""
+    value: dict[str, Any] = json.loads(encode(event))
+    for number, output in enumerate(value.get("outputs", ())):
+        if output["kind"] == "image":
+            output["content_url"] = f"{job_address(event.request_id)}/outputs/{number}"
+    return value
+
+
+def _progress(view: JobView) -> Progress | None:
+    event = view.last_event
+    if view.state != "running" or not isinstance(event, ProgressEvent):
+        return None
+    return Progress(step=event.step, of=event.of, eta=event.eta)

@@ -1,0 +1,86 @@
+"""The events of a job as server-sent events, and its place in the queue before the first one."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from datetime import timedelta
+from typing import Any
+
+from consumer.gateway.errors import ApiError
+from consumer.gateway.event_log import Entry, EventId
+from consumer.gateway.job_document import event_json
+from consumer.gateway.jobs import Jobs, JobView
+from consumer.gateway.sse import sse_message
+from consumer.tasks import cancel_and_wait
+
+POSITION_EVERY = 1.0  # seconds between two looks at the queue for one stream
+ESTIMATE_MOVED = timedelta(seconds=5)  # a smaller change of the estimate alone is not reported
+
+
+async def job_messages(
+    jobs: Jobs, view: JobView, after: EventId | None
+) -> AsyncGenerator[bytes, None]:
+    """Yield the messages of a stream, up to and with the one of the terminal event.
+
+    Args:
+        jobs: Where the job is.
+        view: The job.
+        after: Only events after this one.
+
+    Raises:
+        ApiError: See `Jobs.events`.
+    """
+    async with aclosing(jobs.events(view.job, after=after)) as entries:
+        following = asyncio.ensure_future(anext(entries, None))
+        try:
+            if after is None and view.state == "queued":
+                async with aclosing(_places(jobs, view, following)) as places:
+                    async for place in places:
+                        yield _queued(place)
+            while (entry := await following) is not None:
+                yield _message(entry)
+                following = asyncio.ensure_future(anext(entries, None))
+        finally:
+            await cancel_and_wait(following)
+
+
+async def _places(
+    jobs: Jobs, view: JobView, first_event: "asyncio.Future[Entry | None]"
+) -> AsyncGenerator[JobView, None]:
+    """Yield the place of a job in its queue when it changes, until the first event."""
+    place: JobView | None = view
+    while place is not None:
+        yield place
+        told, place = place, None
+        while place is None or not _has_moved(told, place):
+            await asyncio.wait({first_event}, timeout=POSITION_EVERY)
+            if first_event.done():
+                return
+            with suppress(ApiError):
+                place = await jobs.waiting(told.job)
+                if place is None:
+                    return
+
+
+def _has_moved(old: JobView, new: JobView) -> bool:
+    if old.position != new.position:
+        return True
+    if old.estimated_start is None or new.estimated_start is None:
+        return old.estimated_start != new.estimated_start
+    return abs(new.estimated_start - old.estimated_start) >= ESTIMATE_MOVED
+
+
+def _queued(view: JobView) -> bytes:
+    start = view.estimated_start
+    data: dict[str, Any] = {
+        "request_id": view.job.id,
+        "task": view.job.task,
+        "position": view.position,
+        "estimated_start": None if start is None else start.isoformat(),
+    }
+    return sse_message(data, event="queued")
+
+
+def _message(entry: Entry) -> bytes:
+    kind = entry.event.type.rpartition(".")[2]
+    return sse_message(event_json(entry.event), event=kind, event_id=str(entry.id))

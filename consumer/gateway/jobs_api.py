@@ -1,0 +1,248 @@
+"""`/v1/jobs`: requests that are queued now and collected later, their events, their outputs."""
+
+import json
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
+from pydantic import Field
+
+from consumer.gateway.context import GatewayPart, note_job
+from consumer.gateway.contract import contract_request
+from consumer.gateway.errors import invalid, not_found
+from consumer.gateway.event_log import EventId
+from consumer.gateway.job_document import (
+    JobDocument,
+    JobListDocument,
+    QueueDocument,
+    job_address,
+    job_document,
+    queue_of_task,
+)
+from consumer.gateway.job_stream import job_messages
+from consumer.gateway.job_view import JobView, State
+from consumer.gateway.jobs import Jobs
+from consumer.gateway.keys import Authenticated
+from consumer.gateway.sse import EventStream
+from consumer.gateway.tenants import Caller
+from consumer.gateway.waiting import SenderPart
+from generation_contracts import ImageArtifact, SucceededEvent, Task
+from generation_contracts.base import RequestPart
+from generation_contracts.requests import (
+    MAX_CHAIN,
+    Deadline,
+    Images,
+    ImageToTextParameters,
+    Metadata,
+    NextStep,
+    Prompt,
+    TextToImageParameters,
+)
+
+MAX_PAGE = 100  # jobs
+
+OUTPUT_TYPES = ("image/png", "image/webp", "image/jpeg", "text/plain")
+OUTPUT_HEADERS = {
+    "cache-control": "private, max-age=31536000, immutable",
+    "x-content-type-options": "nosniff",
+}
+
+router = APIRouter(tags=["jobs"])
+
+
+class _JobFields(RequestPart):
+    """What every job may carry besides its parameters."""
+
+    deadline: Deadline | None = Field(
+        default=None, description="what has not ended by then fails with `deadline_exceeded`"
+    )
+    metadata: Metadata = Field(
+        default_factory=dict, description="the sender's own, echoed in every event"
+    )
+    then: Annotated[tuple[NextStep, ...], Field(max_length=MAX_CHAIN)] = Field(
+        default=(), description="routing slip: the requests that follow, each made from a result"
+    )
+
+
+class TextToImageJob(TextToImageParameters, _JobFields):
+    """Make images from a prompt."""
+
+    task: Literal["text_to_image"]
+    prompt: Prompt
+
+
+class ImageToTextJob(ImageToTextParameters, _JobFields):
+    """Describe images, or answer a question about them."""
+
+    task: Literal["image_to_text"]
+    prompt: Prompt
+    images: Images
+
+
+JobBody = Annotated[TextToImageJob | ImageToTextJob, Body(discriminator="task")]
+
+
+@dataclass(frozen=True)
+class OneJob:
+    """The job that a path names, as its caller sees it."""
+
+    http: Request
+    jobs: Jobs
+    caller: Caller
+    id: str
+
+    async def find(self) -> JobView:
+        """Look at it.
+
+        Raises:
+            ApiError: 404 or 503.
+        """
+        view = await self.jobs.find(self.caller, self.id)
+        note_job(self.http, view.job)
+        return view
+
+
+def _one_job(http: Request, gateway: GatewayPart, caller: Authenticated, job_id: str) -> OneJob:
+    return OneJob(http, gateway.jobs, caller, job_id)
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """Which jobs are listed."""
+
+    state: Annotated[list[State] | None, Query(description="repeatable")] = None
+    task: Task | None = None
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20
+    after: Annotated[str | None, Query(description="`next` of the page before")] = None
+
+
+@router.post("/v1/jobs", status_code=HTTPStatus.ACCEPTED, summary="Queue a job")
+async def submit_job(sender: SenderPart, response: Response, body: JobBody) -> JobDocument:
+    """Queue a job and answer at once with where to watch, collect and cancel it.
+
+    The same `Idempotency-Key` gives the same job, whichever gateway gets it.
+    """
+    # FastAPI converts the body to its model: "512" is no number for the contract.
+    fields: dict[str, Any] = json.loads(await sender.http.body())
+    del fields["task"]
+    wanted = contract_request(Task(body.task), fields, {})
+    jobs, key = sender.gateway.jobs, sender.preferences.idempotency_key
+    job = await jobs.submit(sender.caller, wanted, idempotency_key=key, wait=False)
+    note_job(sender.http, job)
+    response.headers["location"] = job_address(job.id)
+    return job_document(await jobs.find(sender.caller, job.id))
+
+
+@router.get("/v1/jobs", summary="List jobs")
+async def list_jobs(
+    gateway: GatewayPart, caller: Authenticated, wanted: Annotated[_Filter, Depends()]
+) -> JobListDocument:
+    """List the own jobs, newest first. With a filter a page may be shorter than `limit`."""
+    page = await gateway.jobs.page(
+        caller,
+        states=wanted.state or (),
+        task=wanted.task,
+        limit=wanted.limit,
+        after=wanted.after,
+    )
+    return JobListDocument(
+        data=[job_document(view) for view in page.jobs],
+        has_more=page.next is not None,
+        next=page.next,
+    )
+
+
+@router.get("/v1/jobs/{job_id}", summary="Look at a job")
+async def look_at_job(job: Annotated[OneJob, Depends(_one_job)]) -> JobDocument:
+    """Look at a job: its place in the queue, its progress, its result."""
+    return job_document(await job.find())
+
+
+@router.delete(
+    "/v1/jobs/{job_id}",
+    responses={HTTPStatus.ACCEPTED: {"model": JobDocument, "description": "It is stopping."}},
+    summary="Cancel a job",
+)
+async def cancel_job(job: Annotated[OneJob, Depends(_one_job)], response: Response) -> JobDocument:
+    """Cancel a job that waits or runs.
+
+    With 202 it stops at the next step of the model; its `cancelled` event follows. A job that has
+    ended otherwise is a 409.
+    """
+    view = await job.jobs.cancel(job.caller, job.id)
+    note_job(job.http, view.job)
+    if view.state != "cancelled":
+        response.status_code = HTTPStatus.ACCEPTED
+    return job_document(view)
+
+
+@router.get(
+    "/v1/jobs/{job_id}/events",
+    response_class=Response,
+    responses={
+        HTTPStatus.OK: {"content": {"text/event-stream": {}}},
+        HTTPStatus.NO_CONTENT: {"description": "The last event was read before."},
+    },
+    summary="Watch a job",
+)
+async def watch_job(
+    job: Annotated[OneJob, Depends(_one_job)],
+    last_event_id: Annotated[str | None, Header(description="resume after this event")] = None,
+    last_event_id_in_query: Annotated[
+        str | None, Query(alias="last_event_id", description="the same")
+    ] = None,
+) -> Response:
+    """Watch a job as server-sent events, the last one of which is its end.
+
+    While it waits, `queued` has its position. The other events are those of the contract. A stream
+    that was broken off is resumed with `Last-Event-ID`, at any gateway, for some minutes without
+    loss; after that, only the last event comes.
+    """
+    after = _event_id(last_event_id or last_event_id_in_query)
+    view = await job.find()
+    if after is not None and after.is_terminal:
+        # It tells an EventSource not to connect again.
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+    return EventStream(job_messages(job.jobs, view, after))
+
+
+@router.get(
+    "/v1/jobs/{job_id}/outputs/{number}",
+    response_class=Response,
+    responses={HTTPStatus.OK: {"content": {media: {} for media in OUTPUT_TYPES}}},
+    summary="Read an output",
+)
+async def read_output(
+    job: Annotated[OneJob, Depends(_one_job)],
+    number: int,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Read the file of an image, for those who cannot reach the object store."""
+    event = (await job.find()).result
+    if not isinstance(event, SucceededEvent) or not 0 <= number < len(event.outputs):
+        raise not_found("this job has no such output")
+    output = event.outputs[number]
+    if not isinstance(output, ImageArtifact):
+        return Response(output.text, media_type="text/plain")
+    headers = {**OUTPUT_HEADERS, "etag": f'"{output.sha256}"'}
+    if if_none_match == headers["etag"]:
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    content = await job.jobs.content(event, number)
+    return Response(content, media_type=output.media_type, headers=headers)
+
+
+@router.get("/v1/queue", summary="Look at the queues")
+async def look_at_queue(gateway: GatewayPart, caller: Authenticated) -> QueueDocument:
+    """Count what waits and runs: with API keys, of the own tenant only."""
+    numbers = await gateway.jobs.numbers(caller)
+    return QueueDocument(tasks=[queue_of_task(task, numbers[task]) for task in Task])
+
+
+def _event_id(text: str | None) -> EventId | None:
+    if not text:
+        return None
+    event_id = EventId.parse(text)
+    if event_id is None:
+        raise invalid("Last-Event-ID: is not the id of an event", param="Last-Event-ID")
+    return event_id
