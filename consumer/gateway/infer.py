@@ -5,9 +5,9 @@ import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
-from pydantic import Discriminator, Field, Tag
+from pydantic import BaseModel, Discriminator, Field, Tag
 
+from consumer.gateway.answers import described, json_answer
 from consumer.gateway.context import Gateway
 from consumer.gateway.contract import contract_request, unsupported
 from consumer.gateway.error_handlers import UNION_TAG
@@ -64,7 +64,40 @@ Body = Annotated[
 ]
 
 
-@router.post("/infer", summary="Make images, or ask about images")
+class _Answer(BaseModel):
+    request_id: str
+    model: str
+    seconds: float = Field(description="of inference")
+    warnings: tuple[str, ...] = Field(description="what was done otherwise than asked")
+
+
+class ImageAnswer(_Answer):
+    """Images."""
+
+    model_type: Literal["text2image"] = "text2image"
+    image: str = Field(description="the first file, base64")
+    images: list[str] = Field(description="all files, base64")
+    media_type: str
+    width: int = Field(description="pixels")
+    height: int = Field(description="pixels")
+    seeds: list[int] = Field(description="of each image")
+
+
+class TextAnswer(_Answer):
+    """A text."""
+
+    model_type: Literal["image2text"] = "image2text"
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@router.post(
+    "/infer",
+    summary="Make images, or ask about images",
+    responses=described(ImageAnswer | TextAnswer),
+)
 async def infer(sender: SenderPart, body: Body) -> Response:
     """Run a model once and wait for its output.
 
@@ -76,7 +109,7 @@ async def infer(sender: SenderPart, body: Body) -> Response:
     if sender.preferences.respond_async:
         return await call.accepted()
     event = await call.result()
-    return JSONResponse(await _document(sender.gateway, event))
+    return json_answer(await _document(sender.gateway, event))
 
 
 def _request(body: TextToImageBody | ImageToTextBody) -> GenerationRequest:
@@ -92,35 +125,33 @@ def _request(body: TextToImageBody | ImageToTextBody) -> GenerationRequest:
     return contract_request(Task.IMAGE_TO_TEXT, fields, {})
 
 
-async def _document(gateway: Gateway, event: SucceededEvent) -> dict[str, Any]:
+async def _document(gateway: Gateway, event: SucceededEvent) -> ImageAnswer | TextAnswer:
     """Make the body of the answer."""
-    shared = {
+    shared: dict[str, Any] = {
         "request_id": event.request_id,
         "model": event.model.id,
         "seconds": event.timings.inference,
-        "warnings": list(event.warnings),
+        "warnings": event.warnings,
     }
     first = event.outputs[0]
     if isinstance(first, TextOutput):
-        return {
-            "model_type": "image2text",
-            "text": first.text,
-            "finish_reason": first.finish_reason,
-            "prompt_tokens": first.prompt_tokens,
-            "completion_tokens": first.completion_tokens,
+        return TextAnswer(
+            text=first.text,
+            finish_reason=first.finish_reason,
+            prompt_tokens=first.prompt_tokens,
+            completion_tokens=first.completion_tokens,
             **shared,
-        }
+        )
     images = [
         base64.b64encode(await gateway.jobs.content(event, number)).decode()
         for number in range(len(event.outputs))
     ]
-    return {
-        "model_type": "text2image",
-        "image": images[0],
-        "images": images,
-        "media_type": first.media_type,
-        "width": first.width,
-        "height": first.height,
-        "seeds": [output.seed for output in event.outputs if isinstance(output, ImageArtifact)],
+    return ImageAnswer(
+        image=images[0],
+        images=images,
+        media_type=first.media_type,
+        width=first.width,
+        height=first.height,
+        seeds=[output.seed for output in event.outputs if isinstance(output, ImageArtifact)],
         **shared,
-    }
+    )

@@ -224,12 +224,9 @@ class Keys:
 
     def __init__(self, path: Path | None) -> None:
         self._file = None if path is None else KeyFile(path)
-        self._seen: tuple[int, ...] | None = None
-        self._callers: dict[str, tuple[str, Caller]] = {}
+        self._seen = None if path is None else _state_of(path)
+        self._callers = {} if self._file is None else _callers(self._file.read())
         self.problem = ""  # why the file cannot be used now; one line
-        self._reload()
-        if self.problem:
-            raise KeysUnusable(self.problem)
 
     @property
     def open(self) -> bool:

@@ -5,11 +5,12 @@ import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
 
+from consumer.gateway.answers import described, json_answer
 from consumer.gateway.chat_parameters import NAMES, ChatParameters
 from consumer.gateway.contract import in_callers_words
 from consumer.gateway.errors import ApiError
@@ -22,7 +23,48 @@ from generation_contracts.requests import MAX_SEED
 router = APIRouter(tags=["OpenAI"])
 
 
-@router.post("/v1/chat/completions", summary="Ask about images")
+class ChatUsage(BaseModel):
+    """Tokens."""
+
+    prompt_tokens: int = Field(description="images included")
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatMessage(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """The one choice."""
+
+    index: Literal[0] = 0
+    message: ChatMessage
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatAnswer(BaseModel):
+    """The text."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int = Field(description="Unix time in seconds")
+    model: str
+    choices: list[ChatChoice]
+    usage: ChatUsage
+    metadata: dict[str, str] = Field(description="the request's")
+    seed: int | None = Field(default=None, description="absent where nothing was drawn by chance")
+    warnings: tuple[str, ...] = Field(description="what was done otherwise than asked")
+
+
+@router.post(
+    "/v1/chat/completions",
+    summary="Ask about images",
+    responses=described(ChatAnswer, streams=True),
+)
 async def complete_chat(sender: SenderPart, parameters: ChatParameters) -> Response:
     """Answer a question about images: one user message, after at most one system message.
 
@@ -40,7 +82,23 @@ async def complete_chat(sender: SenderPart, parameters: ChatParameters) -> Respo
         event = await call.result()
     except ApiError as error:
         raise in_callers_words(error, NAMES) from None
-    return JSONResponse(_document(event, model))
+    output = _text(event)
+    return json_answer(
+        ChatAnswer(
+            id=f"chatcmpl-{event.request_id}",
+            created=int(event.time.timestamp()),
+            model=model,
+            choices=[
+                ChatChoice(
+                    message=ChatMessage(content=output.text), finish_reason=output.finish_reason
+                )
+            ],
+            usage=_usage(output),
+            metadata=event.metadata,
+            seed=output.seed,
+            warnings=event.warnings,
+        )
+    )
 
 
 def _seed(idempotency_key: str | None) -> int:
@@ -48,29 +106,6 @@ def _seed(idempotency_key: str | None) -> int:
     if idempotency_key is None:
         return secrets.randbelow(MAX_SEED + 1)
     return int.from_bytes(hashlib.sha256(idempotency_key.encode()).digest()[:4])
-
-
-def _document(event: SucceededEvent, model: str) -> dict[str, Any]:
-    """Make the body of the answer."""
-    output = _text(event)
-    return {
-        "id": f"chatcmpl-{event.request_id}",
-        "object": "chat.completion",
-        "created": int(event.time.timestamp()),
-        "model": model,
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": output.text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": output.finish_reason,
-            }
-        ],
-        "usage": _usage(output),
-        "metadata": event.metadata,
-        "warnings": list(event.warnings),
-        **({} if output.seed is None else {"seed": output.seed}),
-    }
 
 
 @dataclass
@@ -99,7 +134,7 @@ class _Chunks:
 
     def usage(self, output: TextOutput) -> bytes:
         """Make the last chunk, which has no choices."""
-        return self._chunk(choices=[], usage=_usage(output))
+        return self._chunk(choices=[], usage=_usage(output).model_dump())
 
     def _chunk(self, **fields: Any) -> bytes:
         return sse_message(
@@ -130,7 +165,7 @@ async def _stream(
                     output, added = None, text.add(event)
                 if chunks.created == 0 and (added or output or isinstance(event, StartedEvent)):
                     chunks.created = int(event.time.timestamp())
-                    yield chunks.delta({"role": "assistant", "content": "", "refusal": None})
+                    yield chunks.delta({"role": "assistant", "content": ""})
                 if added:
                     yield chunks.delta({"content": added})
                 if output is not None:
@@ -146,9 +181,9 @@ def _text(event: SucceededEvent) -> TextOutput:
     return next(output for output in event.outputs if isinstance(output, TextOutput))
 
 
-def _usage(output: TextOutput) -> dict[str, int]:
-    return {
-        "prompt_tokens": output.prompt_tokens,
-        "completion_tokens": output.completion_tokens,
-        "total_tokens": output.prompt_tokens + output.completion_tokens,
-    }
+def _usage(output: TextOutput) -> ChatUsage:
+    return ChatUsage(
+        prompt_tokens=output.prompt_tokens,
+        completion_tokens=output.completion_tokens,
+        total_tokens=output.prompt_tokens + output.completion_tokens,
+    )

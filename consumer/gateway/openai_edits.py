@@ -11,7 +11,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from consumer.gateway.contract import unsupported
 from consumer.gateway.errors import ApiError, invalid
-from consumer.gateway.openai_images import answer
+from consumer.gateway.openai_images import IMAGES_ANSWERS, answer
 from consumer.gateway.openai_parameters import ImageParameters, Word
 from consumer.gateway.waiting import SenderPart
 from generation_contracts import TextToImageRequest
@@ -62,7 +62,28 @@ def request_with_images(parameters: EditParameters, inputs: ImageInputs) -> Text
     raise invalid("image: is missing", param="image")
 
 
-@router.post("/v1/images/edits", summary="Change images by a prompt")
+def _body_schema() -> dict[str, Any]:
+    """Describe the two forms of the body, for the OpenAPI document."""
+    schema = EditParameters.model_json_schema()
+    fields, url = schema["properties"], {"type": "string"}
+    images = {"image": {"anyOf": [url, {"type": "array", "items": url}]}, "mask": url}
+    file = {"type": "string", "format": "binary"}
+    files = {"image": file, "image[]": {"type": "array", "items": file}, "mask": file}
+    return {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": {**schema, "properties": {**fields, **files}}},
+            "application/json": {"schema": {**schema, "properties": {**fields, **images}}},
+        },
+    }
+
+
+@router.post(
+    "/v1/images/edits",
+    summary="Change images by a prompt",
+    responses=IMAGES_ANSWERS,
+    openapi_extra={"requestBody": _body_schema()},
+)
 async def edit_images(http: Request, sender: SenderPart) -> Response:
     """Change images. No model takes images as input yet, so the answer is a 400 that says so."""
     parameters, inputs = await _read(http)

@@ -3,11 +3,12 @@
 import base64
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Literal
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
 
+from consumer.gateway.answers import described, json_answer
 from consumer.gateway.context import Gateway
 from consumer.gateway.contract import in_callers_words
 from consumer.gateway.errors import ApiError
@@ -23,18 +24,54 @@ from generation_contracts import (
 )
 
 GENERATION = "image_generation"  # what the types of its events begin with
-# Models count no tokens of images; OpenAI's types require the fields.
-NO_USAGE = {
-    "input_tokens": 0,
-    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-    "output_tokens": 0,
-    "total_tokens": 0,
-}
 
 router = APIRouter(tags=["OpenAI"])
 
 
-@router.post("/v1/images/generations", summary="Make images from a prompt")
+class TokenDetails(BaseModel):
+    """Always 0; see `ImageUsage`."""
+
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class ImageUsage(BaseModel):
+    """Always 0: these models count no tokens. OpenAI's types require the fields."""
+
+    input_tokens: int = 0
+    input_tokens_details: TokenDetails = TokenDetails()
+    output_tokens: int = 0
+    total_tokens: int = 0
+
+
+class ImageData(BaseModel):
+    """One image."""
+
+    b64_json: str | None = Field(default=None, description="the file, base64")
+    url: str | None = Field(default=None, description="with `response_format: url`")
+    seed: int
+    flagged: bool | None = Field(default=None, description="what a safety checker says")
+
+
+class ImagesAnswer(BaseModel):
+    """The images."""
+
+    created: int = Field(description="Unix time in seconds")
+    background: Literal["opaque"] = "opaque"
+    data: list[ImageData]
+    output_format: str
+    size: str
+    usage: ImageUsage = ImageUsage()
+    model: str
+    warnings: tuple[str, ...] = Field(description="what was done otherwise than asked")
+
+
+IMAGES_ANSWERS = described(ImagesAnswer, streams=True)
+
+
+@router.post(
+    "/v1/images/generations", summary="Make images from a prompt", responses=IMAGES_ANSWERS
+)
 async def generate_images(sender: SenderPart, parameters: ImageParameters) -> Response:
     """Make images; the answer has them as base64, or as URLs with `response_format: url`.
 
@@ -68,32 +105,26 @@ async def answer(
         event = await call.result()
     except ApiError as error:
         raise in_callers_words(error, parameters.names) from None
-    return JSONResponse(await _document(sender.gateway, event, parameters, model))
-
-
-async def _document(
-    gateway: Gateway, event: SucceededEvent, parameters: ImageParameters, model: str
-) -> dict[str, Any]:
-    """Make the body of the answer."""
-    outputs = _images(event)
     by_url = parameters.response_format == "url"
-    data = [
-        {
-            **({"url": output.url} if by_url else {"b64_json": await _base64(gateway, event, at)}),
-            "seed": output.seed,
-        }
-        for at, output in enumerate(outputs)
-    ]
-    return {
-        "created": int(event.time.timestamp()),
-        "background": "opaque",
-        "data": data,
-        "output_format": _format(outputs[0]),
-        "size": _size(outputs[0]),
-        "usage": NO_USAGE,
-        "model": model,
-        "warnings": list(event.warnings),
-    }
+    outputs = _images(event)
+    return json_answer(
+        ImagesAnswer(
+            created=int(event.time.timestamp()),
+            data=[
+                ImageData(
+                    b64_json=None if by_url else await _base64(sender.gateway, event, number),
+                    url=output.url if by_url else None,
+                    seed=output.seed,
+                    flagged=output.flagged,
+                )
+                for number, output in enumerate(outputs)
+            ],
+            output_format=_format(outputs[0]),
+            size=_size(outputs[0]),
+            model=model,
+            warnings=event.warnings,
+        )
+    )
 
 
 async def _stream(
@@ -161,7 +192,7 @@ async def _completed(gateway: Gateway, event: SucceededEvent, number: int, kind:
         "quality": AUTO,
         "background": "opaque",
         "output_format": _format(output),
-        "usage": NO_USAGE,
+        "usage": ImageUsage().model_dump(),
         "seed": output.seed,
     }
     return sse_message(data, event=name)

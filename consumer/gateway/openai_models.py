@@ -1,24 +1,43 @@
 """`/v1/models` as OpenAI's clients use it."""
 
 from http import HTTPStatus
-from typing import Any
+from typing import Literal
 
 from fastapi import APIRouter
+from pydantic import BaseModel, Field
 
 from consumer.gateway.catalogue import Model
 from consumer.gateway.context import GatewayPart
 from consumer.gateway.errors import ApiError
 from consumer.gateway.keys import Authenticated
+from generation_contracts import Task
 
 OWNER = "generation-consumer"
 
 router = APIRouter(tags=["OpenAI"])
 
 
+class ModelDocument(BaseModel):
+    """A model."""
+
+    id: str = Field(description="for `model` in requests")
+    object: Literal["model"] = "model"
+    created: int = Field(description="Unix time in seconds")
+    owned_by: str = OWNER
+    tasks: list[Task] = Field(description="what it does")
+
+
+class ModelList(BaseModel):
+    """All models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelDocument]
+
+
 @router.get("/v1/models", summary="List the models")
-async def list_models(gateway: GatewayPart, caller: Authenticated) -> dict[str, Any]:  # noqa: ARG001
+async def list_models(gateway: GatewayPart, caller: Authenticated) -> ModelList:  # noqa: ARG001
     """List the models that workers serve; a task without any worker is listed by its name."""
-    return {"object": "list", "data": _documents(await gateway.catalogue.models())}
+    return ModelList(data=_documents(await gateway.catalogue.models()))
 
 
 @router.get("/v1/models/{model:path}", summary="Look at one model")
@@ -26,27 +45,18 @@ async def get_model(
     gateway: GatewayPart,
     caller: Authenticated,  # noqa: ARG001 - a key is needed
     model: str,
-) -> dict[str, Any]:
+) -> ModelDocument:
     """Look at one model."""
     for document in _documents(await gateway.catalogue.models()):
-        if document["id"] == model:
+        if document.id == model:
             return document
     raise ApiError(HTTPStatus.NOT_FOUND, "there is no such model", "model_not_found", "model")
 
 
-def _documents(models: list[Model]) -> list[dict[str, Any]]:
+def _documents(models: list[Model]) -> list[ModelDocument]:
     """Describe each name once: models of two tasks may have the same name."""
-    documents: dict[str, dict[str, Any]] = {}
+    documents: dict[str, ModelDocument] = {}
     for model in models:
-        document = documents.setdefault(
-            model.name,
-            {
-                "id": model.name,
-                "object": "model",
-                "created": model.created,
-                "owned_by": OWNER,
-                "tasks": [],
-            },
-        )
-        document["tasks"].append(str(model.task))
+        new = ModelDocument(id=model.name, created=model.created, tasks=[])
+        documents.setdefault(model.name, new).tasks.append(model.task)
     return list(documents.values())

@@ -1,0 +1,130 @@
+"""The live page at `/` and the API reference at `/docs`: static files of the package.
+
+Nothing is built and nothing comes from elsewhere, so both work without the Internet. The files are
+read once, when the module is imported.
+"""
+
+import gzip
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from types import MappingProxyType
+
+from fastapi import APIRouter, Request, Response
+from starlette.datastructures import Headers
+
+from consumer.gateway.errors import not_found
+
+MEDIA_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+_POLICY = {
+    "default-src": "'none'",
+    "script-src": "'self'",
+    "style-src": "'self'",
+    "img-src": "'self' data: blob:",  # previews are data URLs, files fetched with a key are blobs
+    "connect-src": "'self'",
+    "base-uri": "'none'",
+    "form-action": "'none'",
+    "frame-ancestors": "'none'",
+    "require-trusted-types-for": "'script'",  # no text becomes markup or code
+    "trusted-types": "'none'",
+}
+CONTENT_SECURITY_POLICY = "; ".join(f"{name} {value}" for name, value in _POLICY.items())
+SECURITY_HEADERS = {
+    "content-security-policy": CONTENT_SECURITY_POLICY,
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+_REVALIDATE = "no-cache"  # a new version is used at once; the ETag spares the transfer
+
+router = APIRouter(include_in_schema=False)
+
+
+@dataclass(frozen=True)
+class StaticFile:
+    """One file of the page.
+
+    Attributes:
+        etag: Weak: it stands for the plain and the compressed form.
+    """
+
+    content: bytes
+    compressed: bytes
+    media_type: str
+    etag: str
+
+    @classmethod
+    def of(cls, name: str, content: bytes) -> "StaticFile":
+        """Prepare a file.
+
+        Args:
+            name: Its ending says the media type.
+            content: Of the file.
+        """
+        return cls(
+            content=content,
+            compressed=gzip.compress(content, mtime=0),
+            media_type=MEDIA_TYPES[name.rpartition(".")[2]],
+            etag=f'W/"{hashlib.sha256(content).hexdigest()[:32]}"',
+        )
+
+
+def _load() -> Mapping[str, StaticFile]:
+    folder = files("consumer.gateway").joinpath("page")
+    return MappingProxyType(
+        {file.name: StaticFile.of(file.name, file.read_bytes()) for file in folder.iterdir()}
+    )
+
+
+FILES = _load()
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+async def live_page(request: Request) -> Response:
+    """Serve the live page."""
+    return _answer("index.html", request.headers)
+
+
+@router.api_route("/docs", methods=["GET", "HEAD"])
+async def api_reference(request: Request) -> Response:
+    """Serve the page that shows /openapi.json."""
+    return _answer("docs.html", request.headers)
+
+
+@router.api_route("/page/{name}", methods=["GET", "HEAD"])
+async def page_file(name: str, request: Request) -> Response:
+    """Serve a script, style or image of the pages."""
+    return _answer(name, request.headers)
+
+
+def _answer(name: str, asked: Headers) -> Response:
+    file = FILES.get(name)
+    if file is None:
+        raise not_found("there is no such file")
+    headers = {
+        **SECURITY_HEADERS,
+        "cache-control": _REVALIDATE,
+        "etag": file.etag,
+        "vary": "accept-encoding",
+    }
+    if _matches(asked.get("if-none-match", ""), file.etag):
+        return Response(status_code=304, headers=headers)
+    content = file.content
+    if "gzip" in asked.get("accept-encoding", ""):
+        content = file.compressed
+        headers["content-encoding"] = "gzip"
+    return Response(content, media_type=file.media_type, headers=headers)
+
+
+def _matches(condition: str, etag: str) -> bool:
+    known = [tag.strip().removeprefix("W/") for tag in condition.split(",")]
+    return known == ["*"] or etag.removeprefix("W/") in known

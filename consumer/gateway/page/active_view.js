@@ -1,0 +1,195 @@
+/** The list of jobs that wait or run. */
+
+import { announce } from "./announce.js";
+import { ApiError, cancelJob } from "./api.js";
+import { byId, element, icon, setText } from "./dom.js";
+import { hideNotice, showNotice } from "./notices.js";
+import { counted, duration, roughly, sentence, shortened } from "./words.js";
+
+const BASE64 = /^[A-Za-z0-9+/]+={0,2}$/;
+
+export class ActiveView {
+  #jobs;
+  #rows = new Map(); // job id to its row
+  #list = byId("active");
+  #drawing = false;
+  #loaded = false;
+
+  /** @param {import("./jobs.js").ActiveJobs} jobs */
+  constructor(jobs) {
+    this.#jobs = jobs;
+    jobs.addEventListener("change", ({ detail: { job, before } }) => {
+      if (job) this.#announce(job, before);
+      this.#plan();
+    });
+  }
+
+  /** Show that nothing waits, once it is known. */
+  loaded() {
+    this.#loaded = true;
+    this.#plan();
+  }
+
+  /** Show how much waits and runs. @param {{tasks: Object[]}} queue */
+  showQueue({ tasks }) {
+    setText(byId("queue"), tasks.map(queueText).filter(Boolean).join(" · "));
+  }
+
+  // Many events may come between two frames: they are drawn once.
+  #plan() {
+    if (this.#drawing) return;
+    this.#drawing = true;
+    requestAnimationFrame(() => {
+      this.#drawing = false;
+      this.#draw();
+    });
+  }
+
+  #draw() {
+    const jobs = this.#jobs.all;
+    const ids = new Set(jobs.map((job) => job.id));
+    for (const [id, row] of this.#rows) if (!ids.has(id)) this.#remove(id, row);
+    jobs.forEach((job, place) => {
+      if (!this.#rows.has(job.id)) this.#rows.set(job.id, new Row(job));
+      const row = this.#rows.get(job.id);
+      row.draw();
+      this.#put(row.node, place);
+    });
+    byId("active-empty").hidden = jobs.length > 0 || !this.#loaded;
+    const running = jobs.filter((job) => job.state === "running").length;
+    document.title = jobs.length ? `${running ? "● " : ""}${jobs.length} in progress – Generation` : "Generation";
+  }
+
+  #put(node, place) {
+    if (this.#list.children[place] === node) return;
+    const focused = node.contains(document.activeElement) ? document.activeElement : null;
+    this.#list.insertBefore(node, this.#list.children[place] ?? null);
+    focused?.focus(); // an element that is moved loses the focus
+  }
+
+  #remove(id, row) {
+    const hadFocus = row.node.contains(document.activeElement);
+    row.node.remove();
+    this.#rows.delete(id);
+    if (hadFocus) byId("active-title").focus();
+  }
+
+  #announce(job, before) {
+    if (job.state === before) return;
+    const title = shortened(job.title, 60);
+    if (job.state === "running") announce(`Started: ${title}.`);
+    if (job.state === "succeeded") announce(job.answer ? `Answer: ${shortened(job.answer, 300)}` : `Done: ${title}.`);
+    if (job.state === "failed") announce(`Failed: ${title}. ${job.problem}`);
+    if (job.state === "cancelled") announce(`Cancelled: ${title}.`);
+  }
+}
+
+class Row {
+  #job;
+  #preview = element("img", { alt: "", hidden: true });
+  #picture = element("div", { class: "job-picture" }, icon("image"), this.#preview);
+  #title = element("h3", { class: "job-title" });
+  #status = element("p", { class: "job-status" });
+  #bar = element("progress", { hidden: true });
+  #text = element("p", { class: "job-text", hidden: true });
+  #cancel = element("button", { type: "button", class: "button quiet", on: { click: () => this.#onCancel() } }, "Cancel");
+
+  constructor(job) {
+    this.#job = job;
+    if (job.task === "image_to_text") {
+      const [thumbnail] = job.asked.thumbnails;
+      if (thumbnail) this.#preview.src = thumbnail;
+      this.#preview.hidden = !thumbnail;
+      this.#picture.querySelector("use").setAttribute("href", "#icon-ask");
+    }
+    this.node = element(
+      "li",
+      { class: "job" },
+      this.#picture,
+      element("div", { class: "job-body" }, this.#title, this.#status, this.#bar, this.#text),
+      element("div", { class: "job-actions" }, this.#cancel),
+    );
+  }
+
+  draw() {
+    const job = this.#job;
+    this.node.dataset.state = job.state;
+    this.node.dataset.task = job.task;
+    setText(this.#title, shortened(job.title, 240));
+    setText(this.#status, job.cancelling ? "Cancelling…" : statusText(job));
+    setText(this.#text, (job.textBroken ? "… " : "") + job.text);
+    this.#text.hidden = !job.text;
+    this.#drawBar();
+    this.#drawPreview();
+    const label = `Cancel ${shortened(job.title, 60)}`;
+    if (this.#cancel.getAttribute("aria-label") !== label) this.#cancel.setAttribute("aria-label", label);
+    this.#cancel.setAttribute("aria-disabled", String(job.cancelling));
+  }
+
+  #drawBar() {
+    const { state, progress, task, title } = this.#job;
+    this.#bar.hidden = state !== "running";
+    this.#bar.setAttribute("aria-label", `Progress of ${shortened(title, 60)}`);
+    // A text mostly ends before its longest length: that would be no measure of progress.
+    if (progress && task === "text_to_image") {
+      this.#bar.max = progress.of;
+      this.#bar.value = progress.step;
+    } else {
+      this.#bar.removeAttribute("value");
+    }
+  }
+
+  #drawPreview() {
+    const { preview, task, title } = this.#job;
+    if (task !== "text_to_image") return;
+    if (preview && BASE64.test(preview)) {
+      const url = `data:image/jpeg;base64,${preview}`;
+      if (this.#preview.src !== url) this.#preview.src = url;
+      this.#preview.alt = `Preview of ${shortened(title, 60)}`;
+    }
+    this.#preview.hidden = !preview;
+  }
+
+  async #onCancel() {
+    const job = this.#job;
+    if (job.cancelling) return;
+    job.cancelling = true;
+    hideNotice("cancel");
+    this.draw();
+    try {
+      await cancelJob(job.id);
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      job.cancelling = false;
+      this.draw();
+      if (error.status !== 409) showNotice("cancel", `The request was not cancelled. ${error.message}`);
+    }
+    this.node.dispatchEvent(new Event("cancelled", { bubbles: true })); // the list is looked at again
+  }
+}
+
+function statusText({ state, task, position, estimatedStart, progress }) {
+  if (state === "running") return runningText(task, progress);
+  const parts = [position === null ? "Waiting" : position === 0 ? "Next in the queue" : `${counted(position, "request")} ahead`];
+  if (estimatedStart) {
+    const seconds = (Date.parse(estimatedStart) - Date.now()) / 1_000;
+    parts.push(seconds > 0 ? `starts in ${roughly(seconds)}` : "starts any moment");
+  }
+  return parts.join(", ");
+}
+
+function runningText(task, progress) {
+  if (!progress) return "Running";
+  const { step, of, eta } = progress;
+  if (task === "image_to_text") return `Writing, ${counted(step, "token")}`;
+  if (step >= of) return "Saving the image";
+  return `Step ${step} of ${of}${eta ? `, ${roughly(eta)} left` : ""}`;
+}
+
+const TASKS = { text_to_image: "Drawing", image_to_text: "Questions" };
+
+function queueText({ task, waiting, running, pace_seconds: pace }) {
+  if (!waiting && !running) return "";
+  const each = pace ? `, ${duration(pace)} each` : "";
+  return sentence(`${TASKS[task] ?? task}: ${running} running, ${waiting} waiting${each}`).slice(0, -1);
+}

@@ -1,0 +1,66 @@
+/** Elements from data. Data only ever becomes text nodes and attributes, never markup. */
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/**
+ * Create an element.
+ *
+ * @param {string} tag
+ * @param {Object} attributes `true` sets an empty attribute; `false`, `null` and `undefined` set none.
+ *   `on` holds event listeners by event name.
+ * @param {...(Node|string|null|undefined)} children
+ * @returns {HTMLElement}
+ */
+export function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "on") {
+      for (const [event, listener] of Object.entries(value)) made.addEventListener(event, listener);
+    } else if (value === true) {
+      made.setAttribute(name, "");
+    } else if (value !== false && value !== null && value !== undefined) {
+      made.setAttribute(name, value);
+    }
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+/**
+ * Create an icon of the sprite in index.html. It has no name: the control around it has one.
+ *
+ * @param {string} name
+ */
+export function icon(name) {
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("class", "icon");
+  svg.setAttribute("aria-hidden", "true");
+  const use = document.createElementNS(SVG, "use");
+  use.setAttribute("href", `#icon-${name}`);
+  svg.append(use);
+  return svg;
+}
+
+/**
+ * Create a button that shows an icon only.
+ *
+ * @param {string} name Of the icon.
+ * @param {string} label For screen readers and the tooltip.
+ * @param {() => void} onClick
+ */
+export function iconButton(name, label, onClick) {
+  const attributes = { type: "button", class: "icon-button", "aria-label": label, title: label };
+  return element("button", { ...attributes, on: { click: onClick } }, icon(name));
+}
+
+/** @param {string} id */
+export function byId(id) {
+  const found = document.getElementById(id);
+  if (!found) throw new Error(`index.html has no #${id}`);
+  return found;
+}
+
+/** Set the text of an element only when it differs, so that nothing is laid out anew in vain. */
+export function setText(target, text) {
+  if (target.textContent !== text) target.textContent = text;
+}
