@@ -1,0 +1,285 @@
+"""The log of events: what it keeps, what readers get, and that neither grows without bound."""
+
+import asyncio
+import tracemalloc
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumer.gateway.event_log import LAST, OVERHEAD, Entry, EventId, EventLog
+from generation_client import AnyEvent
+from generation_contracts import CancelledEvent, ProgressEvent, Task, encode
+
+SIZE = 300  # bytes on the wire
+LONG = 60.0  # seconds; no test waits for it
+TERMINAL = EventId(LAST, LAST)
+
+
+class Clock(EventLog):
+    """A log whose time a test moves."""
+
+    time = 0.0
+
+    def _now(self) -> float:
+        return self.time
+
+
+def progress(sequence: int, *, attempt: int = 1, request: str = "a", text: str = "") -> AnyEvent:
+    return ProgressEvent(
+        request_id=request,
+        task=Task.TEXT_TO_IMAGE,
+        sequence=sequence,
+        time=datetime.now(UTC),
+        worker="w",
+        attempt=attempt,
+        step=sequence,
+        of=9,
+        text=text or None,
+    )
+
+
+def end(request: str = "a") -> CancelledEvent:
+    return CancelledEvent(
+        request_id=request,
+        task=Task.TEXT_TO_IMAGE,
+        sequence=9,
+        time=datetime.now(UTC),
+        worker="w",
+        attempt=1,
+        request_digest="sha256:" + "0" * 64,
+    )
+
+
+async def nothing() -> AnyEvent | None:
+    return None
+
+
+async def stored() -> AnyEvent | None:
+    return end()
+
+
+async def forbidden() -> AnyEvent | None:
+    raise AssertionError("it is not looked up")
+
+
+def log_of(*events: AnyEvent, seconds: float = LONG, most_bytes: int = 2**20) -> Clock:
+    log = Clock(seconds=seconds, most_bytes=most_bytes)
+    for event in events:
+        log.add(event, SIZE)
+    return log
+
+
+async def ids(entries: AsyncGenerator[Entry, None]) -> list[str]:
+    async with aclosing(entries):
+        return [str(entry.id) async for entry in entries]
+
+
+async def one(entries: AsyncGenerator[Entry, None]) -> str:
+    return str((await asyncio.wait_for(anext(entries), 5)).id)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**40))
+def test_ids_are_read_as_they_are_written(attempt: int, sequence: int) -> None:
+    event_id = EventId(attempt, sequence)
+    assert EventId.parse(str(event_id)) == event_id
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "1-", "-1", "1-2-3", "a-b", "٣-٤", "1-2 ", "1" * 40, "²-1"]
+)
+def test_what_is_no_id_is_not_read(text: str) -> None:
+    assert EventId.parse(text) is None
+
+
+async def test_events_that_are_kept_come_first_and_the_terminal_one_ends() -> None:
+    log = log_of(progress(0), progress(1))
+    reading = log.follow("a", look=nothing)
+    assert [await one(reading), await one(reading)] == ["1-0", "1-1"]
+    log.add(progress(2), SIZE)
+    log.add(end(), SIZE)
+    assert await ids(reading) == ["1-2", str(TERMINAL)]
+
+
+async def test_events_of_others_wake_no_reader() -> None:
+    log = log_of()
+    reading = log.follow("a", look=nothing)
+    waiting = asyncio.ensure_future(anext(reading))
+    await asyncio.sleep(0)
+    log.add(progress(0, request="b"), SIZE)
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    log.add(end(), SIZE)
+    assert (await waiting).id == TERMINAL
+    await reading.aclose()
+
+
+async def test_a_reader_resumes_after_the_last_event_that_it_has() -> None:
+    log = log_of(progress(0), progress(1), progress(0, attempt=2), progress(1, attempt=2), end())
+    for after, rest in [
+        ("1-0", ["1-1", "2-0", "2-1"]),
+        ("1-7", ["2-0", "2-1"]),  # of an attempt that the other gateway has heard more of
+        ("2-1", []),
+        ("3-0", []),
+    ]:
+        found = await ids(log.follow("a", after=EventId.parse(after), look=forbidden))
+        assert found == [*rest, str(TERMINAL)]
+
+
+async def test_nothing_follows_the_terminal_event() -> None:
+    log = log_of(progress(0), end())
+    assert await ids(log.follow("a", after=TERMINAL, look=forbidden)) == []
+
+
+async def test_ids_only_grow() -> None:
+    log = log_of(
+        progress(0),
+        progress(1),
+        progress(1),
+        progress(0, attempt=2),
+        progress(2),  # of a worker that has lost its lease and goes on
+        end(),
+        progress(1, attempt=2),
+        end(),
+    )
+    assert await ids(log.follow("a", look=forbidden)) == ["1-0", "1-1", "2-0", str(TERMINAL)]
+
+
+async def test_the_terminal_event_is_looked_up_first() -> None:
+    assert await ids(log_of().follow("a", look=stored)) == [str(TERMINAL)]
+
+
+async def test_what_was_just_queued_is_not_looked_up_first() -> None:
+    reading = log_of().follow("a", look=forbidden, look_first=False)
+    waiting = asyncio.ensure_future(anext(reading))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+
+
+async def test_an_announcement_that_was_missed_is_looked_up() -> None:
+    log = log_of(progress(0))
+    reading = log.follow("a", look=stored, look_first=False, quiet=0.01)
+    assert await ids(reading) == ["1-0", str(TERMINAL)]
+
+
+async def test_an_interruption_lets_every_reader_look() -> None:
+    log = log_of()
+    reading = log.follow("a", look=stored, look_first=False)
+    waiting = asyncio.ensure_future(anext(reading))
+    await asyncio.sleep(0)
+    log.interrupt()
+    assert (await asyncio.wait_for(waiting, 5)).id == TERMINAL
+
+
+async def test_what_one_reader_finds_wakes_the_others() -> None:
+    log = log_of()
+    other = asyncio.ensure_future(ids(log.follow("a", look=forbidden, look_first=False)))
+    await asyncio.sleep(0)
+    assert await ids(log.follow("a", look=stored)) == [str(TERMINAL)]
+    assert await asyncio.wait_for(other, 5) == [str(TERMINAL)]
+
+
+async def test_an_error_of_the_lookup_reaches_the_reader() -> None:
+    async def broken() -> AnyEvent | None:
+        raise OSError
+
+    with pytest.raises(OSError):
+        await ids(log_of().follow("a", look=broken))
+
+
+async def test_old_events_are_forgotten_and_the_terminal_one_is_still_found() -> None:
+    log = log_of(progress(0), progress(1), end(), seconds=10)
+    log.time = 3_600.0
+    after = EventId(1, 0)
+    assert log.latest("a") is None
+    assert log.size == 0
+    assert await ids(log.follow("a", after=after, look=stored)) == [str(TERMINAL)]
+
+
+async def test_latest_event() -> None:
+    log = log_of(progress(0), progress(1))
+    assert log.latest("a") == progress(1).model_copy(update={"time": log.latest("a").time})  # type: ignore[union-attr] # there is one
+    assert log.latest("b") is None
+
+
+async def test_a_slow_reader_misses_what_was_dropped_but_never_the_end() -> None:
+    """The whole stream does not fit: also the terminal event is dropped before it is read."""
+    log = log_of(progress(0), most_bytes=3 * (SIZE + OVERHEAD))
+    reading = log.follow("a", look=stored)
+    assert await one(reading) == "1-0"
+    for sequence in range(1, 50):
+        log.add(progress(sequence), SIZE)
+    log.add(end(), SIZE)
+    for sequence in range(50):
+        log.add(progress(sequence, request="b"), SIZE)
+    assert await ids(reading) == [str(TERMINAL)]
+
+
+async def test_a_slow_reader_gets_what_is_left_in_order() -> None:
+    log = log_of(progress(0), most_bytes=3 * (SIZE + OVERHEAD))
+    reading = log.follow("a", look=nothing)
+    assert await one(reading) == "1-0"
+    for sequence in range(1, 50):
+        log.add(progress(sequence), SIZE)
+    log.add(end(), SIZE)
+    assert await ids(reading) == ["1-48", "1-49", str(TERMINAL)]
+
+
+async def test_an_event_larger_than_the_log_is_read() -> None:
+    log = log_of(most_bytes=2**10)
+    log.add(end(), 2**20)
+    assert await ids(log.follow("a", look=forbidden)) == [str(TERMINAL)]
+
+
+async def test_memory_is_bounded_whatever_comes_and_whoever_does_not_read() -> None:
+    bound = 2**20
+    log = log_of(most_bytes=bound)
+    slow = [log.follow("slow", look=nothing) for _ in range(100)]
+    log.add(progress(0, request="slow"), SIZE)
+    for reading in slow:
+        await one(reading)
+    tracemalloc.start()
+    try:
+        for number in range(2_000):
+            event = progress(1, request=f"r{number}", text="x" * 500)
+            log.add(event, len(encode(event)))
+            log.add(progress(number + 1, request="slow"), SIZE)
+        used = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert log.size <= bound
+    assert used < bound * 1.5, "the overhead of an event is larger than what is counted"
+    for reading in slow:
+        await reading.aclose()
+
+
+async def test_a_request_without_events_and_readers_leaves_nothing() -> None:
+    log = log_of(seconds=10)
+    for number in range(100):
+        reading = log.follow(f"r{number}", look=nothing)
+        waiting = asyncio.ensure_future(anext(reading))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        await reading.aclose()
+    for number in range(100):
+        log.add(progress(0, request=f"s{number}"), SIZE)
+    log.time = 11.0
+    assert log.size == 0
+    assert not log._stories
+    assert log.readers == 0
+
+
+async def test_five_hundred_readers_of_one_request_get_everything_once() -> None:
+    log = log_of()
+    readings = [asyncio.ensure_future(ids(log.follow("a", look=nothing))) for _ in range(500)]
+    for sequence in range(50):
+        await asyncio.sleep(0)
+        log.add(progress(sequence), SIZE)
+    log.add(end(), SIZE)
+    wanted = [*(f"1-{sequence}" for sequence in range(50)), str(TERMINAL)]
+    assert all(found == wanted for found in await asyncio.gather(*readings))
