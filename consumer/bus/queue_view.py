@@ -36,6 +36,7 @@ from generation_contracts.subjects import is_request_id
 
 AGE = 1.0  # seconds that numbers are kept
 LIST_WITHIN = 30.0  # seconds; a list of a million subjects takes the server several
+RECONNECT_WITHIN = 2.0  # seconds; a broker that restarts is back in less
 MOST_DELETED = 10_000  # sequences of deleted messages that are asked for
 MOST_KNOWN = 10_000  # requests whose sequences are remembered
 _TASKS = frozenset(Task)
@@ -80,7 +81,8 @@ class Place:
 
     Attributes:
         stored_at: When its message was stored, by the server's clock.
-        delivered: Whether a worker has received it.
+        delivered: Whether a worker has received it. A worker that ends gives it back, which the
+            server does not show.
         before: Requests before it, at most; 0 where a worker has received it.
     """
 
@@ -158,7 +160,7 @@ class QueueView:
         if known is None or known.sequence <= state.delivered:
             known = await self._known_in_queue(task, request_id)
         if known is not None:
-            delivered = known.sequence <= state.delivered and state.in_flight > 0
+            delivered = known.sequence <= state.delivered
             return Place(known.stored_at, delivered, state.before(known.sequence))
         retry = await self._read_retry(task, request_id)
         if retry is not None:
@@ -203,6 +205,7 @@ class QueueView:
     async def _read(
         self, stream: str, subject: str, sequence: int | None = None
     ) -> StoredMessage | None:
+        await self._reconnected()
         try:
             return await read_message(self._bus, stream, subject=subject, sequence=sequence)
         except (Error, OSError, TimeoutError) as error:
@@ -249,6 +252,7 @@ class QueueView:
     ) -> dict[str, Any]:
         """Call the JetStream API; nothing is returned for what does not exist."""
         body = b"" if query is None else json.dumps(query).encode()
+        await self._reconnected()
         try:
             async with self._bus.question(within):
                 answer = await self._bus.client.request(f"$JS.API.{subject}", body, timeout=within)
@@ -261,6 +265,15 @@ class QueueView:
         if problem.get("err_code") in _NOT_FOUND:
             return {}
         raise BusUnavailable(f"NATS: $JS.API.{subject}: {problem.get('description')}")
+
+    async def _reconnected(self) -> None:
+        if self._bus.connected:
+            return
+        try:
+            async with asyncio.timeout(RECONNECT_WITHIN):
+                await self._bus.reachable()
+        except TimeoutError:
+            raise BusUnavailable("NATS: not connected") from None
 
     def _unavailable(self, subject: str, error: Exception) -> BusUnavailable:
         # The server drops what is not permitted; the reason goes to the error callback.

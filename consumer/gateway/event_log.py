@@ -19,7 +19,7 @@ from generation_contracts import TerminalEvent, encode
 
 LAST = 2**31  # a terminal event comes after all others, whatever its own number
 OVERHEAD = 2_000  # bytes of memory that an event takes besides its bytes on the wire
-QUIET = 5.0  # seconds without an event, about, after which the result is looked up
+QUIET = 5.0  # seconds
 MAX_ID = 32  # characters
 
 Look = Callable[[], Awaitable[AnyEvent | None]]
@@ -118,10 +118,12 @@ class EventLog:
     Args:
         seconds: How long.
         most_bytes: Of all events together; the oldest are dropped first.
+        quiet: Seconds without an event, about, after which a reader looks up the terminal event.
     """
 
-    def __init__(self, *, seconds: float, most_bytes: int) -> None:
+    def __init__(self, *, seconds: float, most_bytes: int, quiet: float = QUIET) -> None:
         self._seconds = seconds
+        self._quiet = quiet
         self._most_bytes = most_bytes
         self._stories: dict[str, _Story] = {}
         self._order: deque[str] = deque()  # the request of each entry, oldest entry first
@@ -178,7 +180,6 @@ class EventLog:
         after: EventId | None = None,
         look: Look,
         look_first: bool = True,
-        quiet: float = QUIET,
     ) -> AsyncGenerator[Entry, None]:
         """Yield the events of a request, those that are kept first, and end after the terminal one.
 
@@ -191,7 +192,6 @@ class EventLog:
             after: Only events after this one.
             look: Returns the terminal event of the request, or None while there is none.
             look_first: False for a request that has just been queued.
-            quiet: Seconds without an event, about, after which the terminal event is looked up.
         """
         if after is not None and after.is_terminal:
             return
@@ -211,7 +211,7 @@ class EventLog:
                     yield entry
                     if entry.id.is_terminal:
                         return
-                elif interruptions < story.interruptions or not await _is_set(changed, quiet):
+                elif interruptions < story.interruptions or not await _is_set(changed, self._quiet):
                     interruptions = story.interruptions
                     found = await look()
                     if found is not None:

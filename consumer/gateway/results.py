@@ -14,6 +14,7 @@ from generation_contracts import Task
 
 log = structlog.get_logger()
 
+RECONNECT_WITHIN = 2.0  # seconds; a broker that restarts is back in less
 LOOKUPS = 32  # at a time: after an outage everyone who waits looks at once
 
 
@@ -37,9 +38,8 @@ class Results:
             ServiceUnavailable: The stream cannot be read now.
             UnsupportedMessage: The result is of a later version of the contract.
         """
+        await self._reconnected()
         async with self._lookups:
-            if not self._bus.connected:
-                raise ServiceUnavailable("NATS: not connected")
             try:
                 async with self._bus.question(API_TIMEOUT):
                     return await self._stored(task, request_id)
@@ -54,6 +54,15 @@ class Results:
         """
         found = await asyncio.gather(*(self.look(task, request_id) for task in tasks or Task))
         return next((event for event in found if event is not None), None)
+
+    async def _reconnected(self) -> None:
+        if self._bus.connected:
+            return
+        try:
+            async with asyncio.timeout(RECONNECT_WITHIN):
+                await self._bus.reachable()
+        except (TimeoutError, BusUnavailable):
+            raise ServiceUnavailable("NATS: not connected") from None
 
     async def _stored(self, task: Task, request_id: str) -> ResultEvent | None:
         try:

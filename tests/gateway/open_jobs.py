@@ -63,13 +63,13 @@ def settings_of(scene: Scene, **more: Any) -> Settings:
 
 @asynccontextmanager
 async def open_jobs(
-    scene: Scene, *, seconds: float = 60.0, most_bytes: int = 2**24, **more: Any
+    scene: Scene, *, seconds: float = 60.0, quiet: float = 60.0, **more: Any
 ) -> AsyncIterator[OpenJobs]:
     """Open the parts of a gateway."""
     settings = settings_of(scene, **more)
     bus = await connect(settings, name="gateway", within=WITHIN)
     client = GenerationClient(bus.client, root=scene.subjects.root)
-    log = EventLog(seconds=seconds, most_bytes=most_bytes)
+    log = EventLog(seconds=seconds, most_bytes=2**24, quiet=quiet)
     view = QueueView(bus, scene.subjects, {task: str(task) for task in Task})
     limits = NoLimits()
     ids = JobList(view)

@@ -66,8 +66,10 @@ async def forbidden() -> AnyEvent | None:
     raise AssertionError("it is not looked up")
 
 
-def log_of(*events: AnyEvent, seconds: float = LONG, most_bytes: int = 2**20) -> Clock:
-    log = Clock(seconds=seconds, most_bytes=most_bytes)
+def log_of(
+    *events: AnyEvent, seconds: float = LONG, most_bytes: int = 2**20, quiet: float = LONG
+) -> Clock:
+    log = Clock(seconds=seconds, most_bytes=most_bytes, quiet=quiet)
     for event in events:
         log.add(event, SIZE)
     return log
@@ -161,8 +163,8 @@ async def test_what_was_just_queued_is_not_looked_up_first() -> None:
 
 
 async def test_an_announcement_that_was_missed_is_looked_up() -> None:
-    log = log_of(progress(0))
-    reading = log.follow("a", look=stored, look_first=False, quiet=0.01)
+    log = log_of(progress(0), quiet=0.01)
+    reading = log.follow("a", look=stored, look_first=False)
     assert await ids(reading) == ["1-0", str(TERMINAL)]
 
 
