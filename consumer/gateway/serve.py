@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import socket
 import ssl
 import time
@@ -78,6 +79,8 @@ async def _serve(settings: Settings) -> int:
             watching = asyncio.create_task(_end_with_bus(server, gateway), name="watch-bus")
             try:
                 await server.serve(sockets)
+                if server.force_exit:
+                    os._exit(server.exit_code)  # the rest would wait for NATS
             finally:
                 await cancel_and_wait(watching)
         log.info("gateway_stopped")
@@ -278,7 +281,9 @@ def _listen(settings: Settings) -> list[socket.socket]:
                 opened.callback(listener.close)
                 sockets.append(listener)
         except OSError as error:
-            raise AddressUnusable(f"{host}:{port}: {error.strerror}") from None
+            # create_server repeats the address in its text.
+            reason = (error.strerror or str(error)).partition(" (while")[0]
+            raise AddressUnusable(f"{host}:{port}: {reason}") from None
         opened.pop_all()
     return sockets
 

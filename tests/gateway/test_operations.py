@@ -1,0 +1,510 @@
+"""A gateway as its operator sees it: start, probes, metrics, log, drain, end."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import trustme
+
+from consumer.devstack import DevStack, GatewayServer, free_ports
+from consumer.gateway.keys import KeyFile
+from consumer.gateway.tenants import Bounds
+
+WITHIN = 20.0  # seconds
+
+Start = Callable[..., GatewayServer]
+
+
+class PatchedGateway(GatewayServer):
+    """A gateway with some constants changed, so that no test waits for the usual times."""
+
+    def __init__(self, name: str, settings: dict[str, str], *, log: Path, patch: str) -> None:
+        super().__init__(name, settings, log=log)
+        run = "import sys; from consumer.cli import main; sys.argv = ['consumer', 'gateway']"
+        imports = "from consumer.gateway import app, in_flight, serve"
+        self.argv = (sys.executable, "-P", "-c", f"{imports}\n{patch}\n{run}\nmain()")
+
+
+@pytest.fixture
+def start(stack: DevStack, tmp_path: Path) -> Iterator[Start]:
+    """Start a gateway on the stack, which has no workers unless the test wants them."""
+    with contextlib.ExitStack() as running:
+
+        def start_gateway(*, patch: str = "", ready: bool = True, **settings: str) -> GatewayServer:
+            environment = {**stack.environment(), **settings}
+            gateway = PatchedGateway("gateway", environment, log=tmp_path / "log", patch=patch)
+            running.callback(gateway.kill)
+            gateway.start()
+            if ready:
+                gateway.wait_ready()
+            return gateway
+
+        yield start_gateway
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> KeyFile:
+    return KeyFile(tmp_path / "keys.json")
+
+
+def consumer(*arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "consumer", *arguments],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def lines_of(gateway: GatewayServer) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in gateway.log_since_start().splitlines()]
+
+
+def events_of(gateway: GatewayServer) -> list[str]:
+    return [line["event"] for line in lines_of(gateway)]
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + WITHIN
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def ended(gateway: GatewayServer) -> int | None:
+    wait_for(lambda: not gateway.alive, "the gateway goes on")
+    return gateway.returncode
+
+
+def metric(gateway: GatewayServer, name: str, **labels: str) -> float:
+    """The value of one series; 0 where there is none."""
+    wanted = {f'{label}="{value}"' for label, value in labels.items()}
+    for line in httpx2.get(f"{gateway.url}/metrics").text.splitlines():
+        series, _, value = line.rpartition(" ")
+        found, _, its_labels = series.rstrip("}").partition("{")
+        if found == name and set(filter(None, its_labels.split(","))) == wanted:
+            return float(value)
+    return 0.0
+
+
+def in_background(call: Callable[[], httpx2.Response]) -> Callable[[], httpx2.Response]:
+    """Start a call in a thread; the result waits for its answer."""
+    answers: list[httpx2.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
+    thread.start()
+
+    def answer() -> httpx2.Response:
+        thread.join(WITHIN)
+        assert answers, "there was no answer"
+        return answers[0]
+
+    return answer
+
+
+IMAGE = {"prompt": "a red circle", "size": "64x64"}
+
+
+# -- start ----------------------------------------------------------------------------------------
+
+
+def test_without_keys_it_listens_on_loopback_only() -> None:
+    done = consumer("gateway", GATEWAY_HOST="0.0.0.0")  # noqa: S104 - it is refused
+    assert done.returncode == 2
+    assert done.stderr.startswith("consumer: GATEWAY_HOST: without GATEWAY_KEYS")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_unusable_keys_stop_the_start(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "keys.json"
+    if content is not None:
+        path.write_text(content)
+    done = consumer("gateway", GATEWAY_KEYS=str(path), GATEWAY_PORT=str(free_ports(1)[0]))
+    assert done.returncode == 2
+    assert done.stderr.startswith("consumer: GATEWAY_KEYS: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_taken_address_stops_the_start(stack: DevStack) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = consumer("gateway", **stack.environment(), GATEWAY_PORT=str(port))
+    assert done.returncode == 69
+    (line,) = map(json.loads, done.stderr.splitlines())
+    assert line["reason"] == f"127.0.0.1:{port}: Address already in use"
+
+
+def test_no_nats_stops_the_start_with_69(start: Start) -> None:
+    (port,) = free_ports(1)
+    url = f"nats://someone:secret@127.0.0.1:{port}"
+    gateway = start(ready=False, patch="app.CONNECT_WITHIN = 0.5", NATS_URL=url)
+    assert ended(gateway) == 69
+    assert events_of(gateway)[-1] == "service_unavailable"
+    assert "secret" not in gateway.log.read_text()
+
+
+def test_without_keys_it_says_so(start: Start) -> None:
+    gateway = start()
+    ready, opened = lines_of(gateway)[:2]
+    assert (ready["event"], ready["url"]) == ("gateway_ready", gateway.url)
+    assert (opened["event"], opened["level"]) == ("gateway_open", "warning")
+
+
+def test_pages_of_other_hosts_cannot_use_an_open_gateway(start: Start) -> None:
+    gateway = start()
+    rebound = httpx2.get(f"{gateway.url}/v1/models", headers={"host": "evil.example"})
+    assert rebound.status_code == 403
+    assert rebound.json()["error"]["code"] == "loopback_only"
+    for origin in ("http://evil.example", "null"):
+        posted = httpx2.post(f"{gateway.url}/v1/jobs", json={}, headers={"origin": origin})
+        assert posted.status_code == 403
+    own = httpx2.post(f"{gateway.url}/v1/jobs", json={}, headers={"origin": gateway.url})
+    assert own.status_code == 400
+    port = gateway.url.rpartition(":")[2]
+    assert httpx2.get(f"http://localhost:{port}/v1/models").status_code == 200
+
+
+# -- keys -----------------------------------------------------------------------------------------
+
+
+def test_keys_are_added_listed_and_revoked_while_it_runs(start: Start, keys: KeyFile) -> None:
+    settings = {"GATEWAY_KEYS": str(keys.path)}
+    made = consumer("gateway", "keys", "add", "acme", "--steps", "4", **settings)
+    assert made.returncode == 0, made.stderr
+    key = made.stdout.removesuffix("\n")
+    gateway = start(**settings)
+    assert "gateway_open" not in events_of(gateway)
+
+    def models(with_key: str) -> httpx2.Response:
+        headers = {"authorization": f"Bearer {with_key}"}
+        return httpx2.get(f"{gateway.url}/v1/models", headers=headers)
+
+    assert models(key).status_code == 200
+    later = consumer("gateway", "keys", "add", "other", **settings).stdout.removesuffix("\n")
+    assert models(later).status_code == 200
+    listed = consumer("gateway", "keys", "list", "--json", **settings).stdout
+    entries = [json.loads(line) for line in listed.splitlines()]
+    assert [(entry["tenant"], entry["bounds"]) for entry in entries] == [
+        ("acme", {"steps": 4}),
+        ("other", {}),
+    ]
+    plain = consumer("gateway", "keys", "list", **settings).stdout
+    assert plain.splitlines()[0].endswith("  acme  steps=4")
+    revoked = consumer("gateway", "keys", "revoke", entries[0]["id"], **settings)
+    assert revoked.returncode == 0
+    assert models(key).status_code == 401
+    assert models(later).status_code == 200
+    assert key not in listed + plain + gateway.log.read_text()
+    again = consumer("gateway", "keys", "revoke", entries[0]["id"], **settings)
+    assert (again.returncode, again.stderr) == (2, "consumer: there is no key of this id\n")
+
+
+def test_the_commands_of_keys_need_the_setting() -> None:
+    for command in (("add", "acme"), ("list",), ("revoke", "aaaaaaaa")):
+        done = consumer("gateway", "keys", *command)
+        assert (done.returncode, done.stderr) == (
+            2,
+            "consumer: GATEWAY_KEYS: set it to the file of keys\n",
+        )
+
+
+def test_probes_need_no_key_and_everything_else_does(start: Start, keys: KeyFile) -> None:
+    keys.add("acme", Bounds())
+    gateway = start(GATEWAY_KEYS=str(keys.path))
+    for path in ("/healthz", "/readyz", "/metrics"):
+        assert httpx2.get(gateway.url + path).status_code == 200
+    document = httpx2.get(f"{gateway.url}/openapi.json").json()
+    without = {"/healthz", "/readyz", "/metrics", "/", "/{name}"}
+    for path, methods in document["paths"].items():
+        if path in without:
+            continue
+        for method in methods:
+            answer = httpx2.request(method, gateway.url + path.format_map(_AnyId()), json={})
+            assert answer.status_code == 401, (method, path)
+            assert answer.headers["www-authenticate"] == "Bearer"
+
+
+class _AnyId(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return "1"
+
+
+def test_bounds_are_answers_that_clients_understand(start: Start, keys: KeyFile) -> None:
+    key = keys.add("acme", Bounds(pixels=64 * 64, steps=2, per_minute=1)).text
+    gateway = start(GATEWAY_KEYS=str(keys.path))
+    headers = {"authorization": f"Bearer {key}", "prefer": "respond-async"}
+
+    def draw(**fields: object) -> httpx2.Response:
+        asked = {**IMAGE, **fields}
+        return httpx2.post(f"{gateway.url}/v1/images/generations", json=asked, headers=headers)
+
+    large = draw(size="128x64")
+    assert large.status_code == 400
+    assert large.json()["error"]["code"] == "bound_exceeded"
+    assert draw(num_inference_steps=3).json()["error"]["param"] == "num_inference_steps"
+    assert draw().status_code == 202
+    often = draw()
+    assert often.status_code == 429
+    assert often.json()["error"]["code"] == "rate_limit_exceeded"
+    assert often.headers["x-should-retry"] == "true"
+    assert 0 < int(often.headers["retry-after"]) <= 60
+    assert metric(gateway, "generation_gateway_refused_total", reason="bound_exceeded") == 2
+    assert metric(gateway, "generation_gateway_refused_total", reason="rate_limit_exceeded") == 1
+
+
+# -- what can be seen -----------------------------------------------------------------------------
+
+
+def test_the_access_log_has_neither_prompts_nor_queries_nor_keys(
+    start: Start, keys: KeyFile
+) -> None:
+    new = keys.add("acme", Bounds())
+    gateway = start(GATEWAY_KEYS=str(keys.path))
+    headers = {"authorization": f"Bearer {new.text}", "prefer": "respond-async"}
+    answer = httpx2.post(
+        f"{gateway.url}/v1/images/generations?secret-query=1",
+        json={**IMAGE, "prompt": "secret-prompt"},
+        headers=headers,
+    )
+    assert answer.status_code == 202
+    httpx2.get(f"{gateway.url}/secret-path", headers=headers)
+    log = gateway.log.read_text()
+    assert "secret-" not in log
+    assert new.text not in log
+    lines = [line for line in lines_of(gateway) if line["event"] == "http_request"]
+    drawn = next(line for line in lines if line["route"] == "/v1/images/generations")
+    assert drawn["status"] == 202
+    assert drawn["key"] == new.id
+    assert drawn["job"] == answer.headers["x-request-id"]
+    assert lines[-1]["route"] == "unmatched"
+
+
+def test_metrics_have_templates_and_no_ids(start: Start) -> None:
+    gateway = start()
+    for job_id in ("open0000-t1", "open0000-t2"):
+        httpx2.get(f"{gateway.url}/v1/jobs/{job_id}")
+    httpx2.get(f"{gateway.url}/no/such/path")
+    assert (
+        metric(
+            gateway,
+            "generation_gateway_requests_total",
+            method="GET",
+            route="/v1/jobs/{job_id}",
+            status="404",
+        )
+        == 2
+    )
+    assert metric(gateway, "generation_gateway_refused_total", reason="not_found") == 3
+    assert metric(gateway, "generation_gateway_ready_condition", condition="bus") == 1
+    text = httpx2.get(f"{gateway.url}/metrics").text
+    assert "open0000" not in text
+    assert "no/such/path" not in text
+
+
+def test_requests_and_streams_are_counted_while_they_last(start: Start) -> None:
+    gateway = start()
+    job = httpx2.post(
+        f"{gateway.url}/v1/jobs", json={"task": "text_to_image", "prompt": "a red circle"}
+    ).json()
+    with httpx2.stream("GET", gateway.url + job["events_url"]) as stream:
+        chunks = stream.iter_raw()  # kept: it closes the stream when it is dropped
+        next(chunks)
+        assert metric(gateway, "generation_gateway_streams") == 1
+        assert metric(gateway, "generation_gateway_requests_in_flight") == 2  # and the scrape
+    wait_for(lambda: metric(gateway, "generation_gateway_streams") == 0, "the stream stays")
+
+
+# -- TLS ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[trustme.CA, dict[str, str]]:
+    authority = trustme.CA()
+    _write(authority, tmp_path)
+    return authority, {
+        "GATEWAY_TLS_CERT": str(tmp_path / "cert.pem"),
+        "GATEWAY_TLS_KEY": str(tmp_path / "key.pem"),
+    }
+
+
+def _write(authority: trustme.CA, folder: Path) -> None:
+    issued = authority.issue_cert("127.0.0.1")
+    chain = b"".join(blob.bytes() for blob in issued.cert_chain_pems)
+    for name, content in (("cert.pem", chain), ("key.pem", issued.private_key_pem.bytes())):
+        draft = folder / f"{name}.new"
+        draft.write_bytes(content)
+        draft.replace(folder / name)
+
+
+def _trusting(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+def test_tls_with_a_certificate_that_is_renewed(
+    start: Start, certificate: tuple[trustme.CA, dict[str, str]], tmp_path: Path
+) -> None:
+    first, settings = certificate
+    gateway = start(ready=False, patch="serve.LOOK_EVERY = 0.1", **settings)
+    url = gateway.url.replace("http:", "https:")
+
+    def answers(authority: trustme.CA) -> bool:
+        try:
+            return httpx2.get(f"{url}/readyz", verify=_trusting(authority)).status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    wait_for(lambda: answers(first), "it does not answer")
+    ready = next(line for line in lines_of(gateway) if line["event"] == "gateway_ready")
+    assert ready["url"] == url
+    second = trustme.CA()
+    _write(second, tmp_path)
+    wait_for(lambda: answers(second), "the new certificate is not used")
+    (tmp_path / "cert.pem").write_text("damaged")
+    wait_for(lambda: "certificate_unusable" in events_of(gateway), "the damage is not noticed")
+    assert answers(second)
+
+
+def test_a_certificate_that_cannot_be_used_stops_the_start(
+    certificate: tuple[trustme.CA, dict[str, str]], tmp_path: Path
+) -> None:
+    _, settings = certificate
+    (tmp_path / "key.pem").write_text("damaged")
+    done = consumer("gateway", **settings, GATEWAY_PORT=str(free_ports(1)[0]))
+    assert done.returncode == 2
+    assert done.stderr.startswith("consumer: GATEWAY_TLS_CERT: ")
+    assert done.stderr.count("\n") == 1
+
+
+# -- slow clients ---------------------------------------------------------------------------------
+
+
+def test_a_client_that_sends_nothing_is_disconnected(start: Start) -> None:
+    gateway = start(patch="serve.HEADERS_WITHIN = 0.3")
+    for sent in (b"", b"GET /readyz HTTP/1.1\r\nhost: "):
+        with socket.create_connection(("127.0.0.1", gateway.ports["http"]), WITHIN) as client:
+            client.sendall(sent)
+            assert client.recv(1) == b""
+
+
+def test_a_body_that_does_not_arrive_is_408(start: Start) -> None:
+    gateway = start(patch="in_flight.BODY_PART_WITHIN = 0.3")
+    with socket.create_connection(("127.0.0.1", gateway.ports["http"]), WITHIN) as client:
+        client.sendall(
+            b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b'content-length: 100\r\n\r\n{"task":'
+        )
+        answer = client.recv(65_536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+# -- the end --------------------------------------------------------------------------------------
+
+
+def test_without_requests_it_ends_at_once(start: Start) -> None:
+    gateway = start()
+    gateway.signal(signal.SIGTERM)
+    assert ended(gateway) == 0
+    assert events_of(gateway)[-2:] == ["gateway_draining", "gateway_stopped"]
+
+
+def test_it_drains(start: Start) -> None:
+    """No worker is there: what waits goes on waiting, up to the grace."""
+    gateway = start(GATEWAY_DRAIN_GRACE="2")
+    submit = {"task": "text_to_image", "prompt": "a red circle"}
+    job = httpx2.post(f"{gateway.url}/v1/jobs", json=submit).json()
+    headers = {"idempotency-key": os.urandom(8).hex()}
+    waiting = in_background(
+        lambda: httpx2.post(
+            f"{gateway.url}/v1/images/generations", json=IMAGE, headers=headers, timeout=WITHIN
+        )
+    )
+    with httpx2.stream("GET", gateway.url + job["events_url"], timeout=WITHIN) as stream:
+        chunks = stream.iter_raw()
+        next(chunks)
+        wait_for(
+            lambda: metric(gateway, "generation_gateway_requests_in_flight") == 3,
+            "the request did not arrive",
+        )
+        gateway.signal(signal.SIGTERM)
+        # The stream ends at once: its client goes on at another gateway.
+        assert b"".join(chunks).endswith(b": the gateway stops, connect again\n\n")
+    assert httpx2.get(f"{gateway.url}/healthz").status_code == 200
+    ready = httpx2.get(f"{gateway.url}/readyz")
+    assert (ready.status_code, ready.json()["gateway"]) == (503, "draining")
+    refused = httpx2.post(f"{gateway.url}/v1/jobs", json=submit)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "gateway_stopping"
+    assert refused.headers["x-should-retry"] == "true"
+    # A request that waits gets the grace, then an answer.
+    assert waiting().status_code == 503
+    assert waiting().json()["error"]["code"] == "gateway_stopping"
+    assert ended(gateway) == 0
+    assert "Traceback" not in gateway.log_since_start()
+
+
+def test_what_ends_within_the_grace_is_delivered(system: DevStack, start: Start) -> None:
+    gateway = start()
+    waiting = in_background(
+        lambda: httpx2.post(
+            f"{gateway.url}/v1/images/generations",
+            json={**IMAGE, "num_inference_steps": 100},
+            timeout=WITHIN,
+        )
+    )
+    wait_for(
+        lambda: metric(gateway, "generation_gateway_requests_in_flight") == 2,
+        "the request did not arrive",
+    )
+    gateway.signal(signal.SIGTERM)
+    answer = waiting()
+    assert answer.status_code == 200
+    assert answer.json()["data"][0]["b64_json"]
+    assert ended(gateway) == 0
+
+
+def test_a_second_signal_ends_it_at_once(start: Start) -> None:
+    gateway = start(GATEWAY_DRAIN_GRACE="600")
+    submit = {"task": "text_to_image", "prompt": "a red circle"}
+    job = httpx2.post(f"{gateway.url}/v1/jobs", json=submit).json()
+    with contextlib.suppress(httpx2.TransportError):
+        url = f"{gateway.url}/v1/images/generations"
+        with httpx2.stream("POST", url, json={**IMAGE, "stream": True}, timeout=WITHIN) as stream:
+            gateway.signal(signal.SIGTERM)
+            wait_for(lambda: "gateway_draining" in events_of(gateway), "it does not drain")
+            gateway.signal(signal.SIGINT)
+            stream.read()
+    assert job["state"] == "queued"
+    assert ended(gateway) == 0
+    assert "gateway_ends_at_once" in events_of(gateway)
+
+
+def test_a_connection_to_nats_that_is_lost_for_good_ends_it(start: Start) -> None:
+    closing = """
+from consumer.bus import connection
+usual = connection.connect
+async def connect(*arguments, **named):
+    import asyncio
+    bus = await usual(*arguments, **named)
+    asyncio.get_running_loop().call_later(1.0, asyncio.ensure_future, bus.client.close())
+    return bus
+app.connect = connect
+"""
+    gateway = start(patch=closing)
+    assert ended(gateway) == 69
+    assert "service_unavailable" in events_of(gateway)
