@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import nats
 import nkeys
 import pytest
@@ -20,7 +21,7 @@ from consumer.apply import apply
 from consumer.bus.connection import BusUnavailable, connect
 from consumer.check import check
 from consumer.dead_letters import replay
-from consumer.devstack import Daemon, DevStack
+from consumer.devstack import Daemon, DevStack, GatewayServer
 from consumer.settings import Settings
 from generation_client import GenerationClient, RequestCancelled
 from generation_contracts import ImageToTextStep, Task, TextOutput
@@ -28,13 +29,13 @@ from tests.faults.quick_runner import FOLDER
 from tests.faults.scene import ROOT, WITHIN
 
 USERS = ROOT / "infra" / "nats" / "users.conf"
-ROLES = ("admin", "worker", "endpoints", "publisher", "observer")
+ROLES = ("admin", "worker", "endpoints", "publisher", "gateway", "observer")
 INBOXES = {role: f"_INBOX_{'sender' if role == 'publisher' else role}" for role in ROLES}
 REQUESTS = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
 
 
 class Installation:
-    """Servers that know the five users, and their settings.
+    """Servers that know the users, and their settings.
 
     Attributes:
         stack: The servers.
@@ -121,7 +122,7 @@ def start_worker(
 ) -> Daemon:
     settings = {
         "MODEL_TYPE": str(task),
-        "CONSUMER_REPLY_PREFIXES": "_INBOX_sender.,_INBOX_admin.,generation.reply.",
+        "CONSUMER_REPLY_PREFIXES": "_INBOX_sender.,_INBOX_gateway.,_INBOX_admin.,generation.reply.",
         FOLDER: str(folder),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'contracts'}",
     }
@@ -201,6 +202,44 @@ async def test_a_call_and_a_dead_letter(
         assert "ermissions violation" not in worker.log_since_start()
 
 
+async def test_everything_that_a_gateway_does_is_allowed(
+    installation: Installation, workers: Mapping[Task, Daemon], tmp_path: Path
+) -> None:
+    gateway = GatewayServer("gateway", installation.environment("gateway"), log=tmp_path / "log")
+    await asyncio.to_thread(gateway.start)
+    try:
+        await asyncio.to_thread(gateway.wait_ready)
+        async with httpx2.AsyncClient(base_url=gateway.url, timeout=WITHIN) as client:
+            models = (await client.get("/v1/models")).json()["data"]
+            assert {task for model in models for task in model["tasks"]} == set(Task)
+            drawing = {"prompt": "a", "num_inference_steps": 2}
+            for _ in range(2):
+                drawn = await client.post(
+                    "/v1/images/generations", json=drawing, headers={"idempotency-key": "one"}
+                )
+                assert drawn.status_code == 200, drawn.text
+            long = {"task": "text_to_image", "prompt": "a", "num_inference_steps": 200}
+            jobs = [(await client.post("/v1/jobs", json=long)).json() for _ in range(2)]
+            assert (await client.get(jobs[1]["status_url"])).json()["position"] is not None
+            assert (await client.get("/v1/queue")).json()["tasks"]
+            listed = (await client.get("/v1/jobs")).json()["data"]
+            assert {job["id"] for job in jobs} < {job["id"] for job in listed}
+            for job in reversed(jobs):
+                cancelled = await client.delete(job["cancel_url"])
+                assert cancelled.status_code in {200, 202}, cancelled.text
+                events = (await client.get(job["events_url"])).text
+                assert "event: cancelled" in events
+    finally:
+        await asyncio.to_thread(gateway.stop)
+    processes = [gateway, *workers.values()]
+    assert not [each.name for each in processes if "ermissions violation" in each.log_since_start()]
+    assert "warning" not in {
+        line["level"]
+        for line in map(json.loads, gateway.log_since_start().splitlines())
+        if line["event"] != "gateway_open"
+    }
+
+
 async def test_a_worker_that_is_killed_has_a_successor(
     installation: Installation, tmp_path: Path
 ) -> None:
@@ -262,7 +301,7 @@ async def test_check_passes_with_what_a_worker_may(installation: Installation) -
 
 
 async def test_apply_is_the_admins(installation: Installation) -> None:
-    for role in ("worker", "publisher", "observer"):
+    for role in ("worker", "publisher", "gateway", "observer"):
         with pytest.raises(BusUnavailable, match=r"ermissions [Vv]iolation"):
             await apply(installation.settings(role, nats_replicas="1", consumer_ack_wait="7"))
 
@@ -271,7 +310,7 @@ async def test_apply_is_the_admins(installation: Installation) -> None:
 FORBIDDEN = [
     *(
         (role, subject)
-        for role in ("worker", "endpoints", "publisher", "observer")
+        for role in ("worker", "endpoints", "publisher", "gateway", "observer")
         for subject in (
             f"$JS.API.STREAM.DELETE.{REQUESTS}",
             f"$JS.API.STREAM.PURGE.{REQUESTS}",
@@ -295,7 +334,7 @@ FORBIDDEN = [
     ),
     *(
         (role, subject)
-        for role in ("endpoints", "publisher", "observer")
+        for role in ("endpoints", "publisher", "gateway", "observer")
         for subject in (
             "generation.result.text_to_image.x",
             "generation.dead.text_to_image",
@@ -305,11 +344,14 @@ FORBIDDEN = [
             "generation.progress.text_to_image.x",
             "generation.interrupt.x",
             "$JS.API.STREAM.MSG.DELETE.GENERATION_RESULTS",
-            "$JS.API.STREAM.MSG.GET.GENERATION_RETRIES",
             f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.text_to_image",
             f"$JS.ACK.{REQUESTS}.text_to_image.1.1.1.1.1",
             f"$JS.ACK._.hash.{REQUESTS}.text_to_image.1.1.1.1.1",
         )
+    ),
+    *(
+        (role, "$JS.API.STREAM.MSG.GET.GENERATION_RETRIES")
+        for role in ("endpoints", "publisher", "observer")
     ),
     ("worker", "generation.call.text_to_image"),
     ("worker", "generation.cancel.x"),
@@ -326,6 +368,23 @@ FORBIDDEN = [
     ("publisher", "generation.request.other"),
     ("publisher", "_INBOX_worker.x"),
     ("publisher", "_INBOX_endpoints.x"),
+    ("gateway", "generation.request.text_to_image"),
+    ("gateway", "generation.request.other.x"),
+    ("gateway", "generation.call.text_to_image"),
+    ("gateway", "generation.reply.x"),
+    ("gateway", "_INBOX_worker.x"),
+    ("gateway", "_INBOX_endpoints.x"),
+    ("gateway", "_INBOX_sender.x"),
+    ("gateway", "$SRV.STATS.generation"),
+    ("gateway", "$JS.API.STREAM.LIST"),
+    ("gateway", "$JS.API.STREAM.INFO.GENERATION_DEAD_LETTERS"),
+    ("gateway", "$JS.API.STREAM.MSG.GET.GENERATION_DEAD_LETTERS"),
+    ("gateway", "$JS.API.STREAM.MSG.GET.GENERATION_RELEASES"),
+    (
+        "gateway",
+        f"$JS.API.STREAM.MSG.DELETE.{REQUESTS}",
+    ),
+    ("gateway", "$JS.API.STREAM.MSG.DELETE.GENERATION_RETRIES"),
     ("observer", "generation.request.text_to_image"),
     ("observer", "generation.call.text_to_image"),
     ("observer", "generation.cancel.x"),
@@ -335,12 +394,12 @@ FORBIDDEN = [
 UNHEARD = [
     *(
         (role, subject)
-        for role in ("worker", "endpoints", "publisher", "observer")
+        for role in ("worker", "endpoints", "publisher", "gateway", "observer")
         for subject in ("generation.request.>", ">", "_INBOX.>", "$JS.ACK.>", "$JS.API.>")
     ),
     *(
         (role, subject)
-        for role in ("worker", "publisher", "observer")
+        for role in ("worker", "publisher", "gateway", "observer")
         for subject in (
             "generation.call.*",
             "generation.cancel.*",
@@ -354,6 +413,10 @@ UNHEARD = [
     ("endpoints", "_INBOX_worker.>"),
     ("endpoints", "generation.result.>"),
     ("publisher", "_INBOX_worker.>"),
+    ("publisher", "_INBOX_gateway.>"),
+    ("gateway", "_INBOX_worker.>"),
+    ("gateway", "_INBOX_sender.>"),
+    ("gateway", "generation.reply.>"),
     ("observer", "_INBOX_sender.>"),
 ]
 
