@@ -5,6 +5,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
 from consumer.bus.connection import Bus, connect
 from consumer.bus.queue_view import QueueView
 from consumer.gateway.errors import ApiError
@@ -46,6 +48,7 @@ class OpenJobs:
     jobs: Jobs
     log: EventLog
     view: QueueView
+    ids: JobList
     limits: NoLimits
 
     async def submit(self, caller: Caller = ALICE, *, key: str | None = None, **fields: Any) -> Job:
@@ -76,7 +79,14 @@ async def open_jobs(
     jobs = Jobs(bus, client, settings, events=log, view=view, ids=ids, limits=limits)
     try:
         await jobs.open()
-        yield OpenJobs(bus, jobs, log, view, limits)
+        yield OpenJobs(bus, jobs, log, view, ids, limits)
         await jobs.close()
     finally:
         await bus.close()
+
+
+@pytest.fixture
+async def opened(scene: Scene) -> AsyncIterator[OpenJobs]:
+    """The parts of one gateway."""
+    async with open_jobs(scene) as gateway:
+        yield gateway
