@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import nats
 import nkeys
 import pytest
@@ -18,7 +19,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from consumer.apply import apply
-from consumer.devstack import Daemon, DevStack
+from consumer.devstack import Daemon, DevStack, GatewayServer
 from consumer.settings import Settings
 from generation_client import GenerationClient
 from generation_contracts import ProgressEvent, Task, TextToImageRequest
@@ -54,12 +55,13 @@ class Installation:
 
     def environment(self, tenant: str, user: str, inbox: str) -> dict[str, str]:
         """The settings of a process of the operator, for one tenant."""
+        name = tenant.replace("-", "_")
         return {
             **self.stack.environment(),
             "NATS_NKEY_SEED": str(self.folder / user),
             "NATS_INBOX_PREFIX": inbox,
             "CONSUMER_SUBJECT_ROOT": tenant,
-            "CONSUMER_REPLY_PREFIXES": f"_R_.,{tenant}.reply.",
+            "CONSUMER_REPLY_PREFIXES": f"_R_.,_INBOX_{name}_gateway.,{tenant}.reply.",
             "S3_BUCKET": tenant,
             "MODEL_TYPE": str(TASK),
         }
@@ -84,6 +86,15 @@ class Installation:
         worker.argv = (sys.executable, "-P", "-m", "tests.faults.worker", "slow_steps")
         worker.start()
         return worker
+
+    def gateway(self, tenant: str) -> GatewayServer:
+        """A gateway for a tenant, not started yet."""
+        name = tenant.replace("-", "_")
+        return GatewayServer(
+            f"gateway-{tenant}",
+            self.environment(tenant, f"{name.upper()}_GATEWAY", f"_INBOX_{name}_gateway"),
+            log=self.folder / f"gateway-{tenant}.log",
+        )
 
     def seed(self, user: str) -> str:
         """The file with a user's key."""
@@ -159,6 +170,29 @@ async def test_each_tenant_works_with_plain_nats(installation: Installation) -> 
             )
             assert stored.stream == f"{tenant.upper()}_REQUESTS_{TASK.upper()}"
             assert json.loads((await replies.next_msg(WITHIN)).data)["request_id"] == "replied"
+
+
+async def test_a_tenant_has_a_gateway_of_its_own(installation: Installation) -> None:
+    """It sees its tenant's worker and requests; a worker of another tenant does not answer it."""
+    with installation.gateway(A) as gateway:
+        async with httpx2.AsyncClient(base_url=gateway.url, timeout=WITHIN) as client:
+            (model,) = [
+                model
+                for model in (await client.get("/v1/models")).json()["data"]
+                if str(TASK) in model["tasks"]
+            ]
+            drawn = await client.post(
+                "/v1/images/generations",
+                json={"prompt": "a", "num_inference_steps": 1, "model": model["id"]},
+            )
+            assert drawn.status_code == 200, drawn.text
+            long = {"task": str(TASK), "prompt": "a", "num_inference_steps": 200}
+            job = (await client.post("/v1/jobs", json=long)).json()
+            assert (await client.get(job["status_url"])).json()["position"] is not None
+            assert (await client.delete(job["cancel_url"])).status_code in {200, 202}
+            assert "event: cancelled" in (await client.get(job["events_url"])).text
+            assert len((await client.get("/v1/jobs")).json()["data"]) == 2
+    assert "ermissions violation" not in gateway.log_since_start()
 
 
 # -- attacks --------------------------------------------------------------------------------------
@@ -347,6 +381,16 @@ def test_a_tenants_worker_may_what_a_worker_may_under_its_own_root() -> None:
         differences = {each for each in usual ^ own if "_INBOX_" not in each}
         one_by_one = {each for each in usual if each.startswith("publish generation.request.")}
         assert differences == {"publish _R_.>", *one_by_one - {"publish generation.request.>"}}
+
+
+def test_a_tenants_gateway_may_what_a_gateway_may_under_its_own_root() -> None:
+    usual = permissions(USERS.read_text(), "GENERATION_GATEWAY")
+    for tenant, user in ((A, "TENANT_A_GATEWAY"), (B, "TENANT_B_GATEWAY")):
+        own = {
+            each.replace(f"{tenant.upper()}_", "GENERATION_").replace(f"{tenant}.", "generation.")
+            for each in permissions(ACCOUNTS.read_text(), user)
+        }
+        assert {each for each in usual ^ own if "_INBOX_" not in each} == set()
 
 
 def test_the_tenants_have_the_same_permissions_imports_and_exports() -> None:
