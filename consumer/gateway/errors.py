@@ -47,8 +47,10 @@ _TYPES = {
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
 }
 
+_LOWEST_SERVER_ERROR = 500
 
-@dataclass
+
+@dataclass(eq=False)
 class ApiError(Exception):
     """An answer that is an error.
 
@@ -76,7 +78,7 @@ class ApiError(Exception):
         """The JSON of the answer."""
         status = HTTPStatus(self.status)
         kind = _TYPES.get(status) or (
-            "server_error" if status.is_server_error else "invalid_request_error"
+            "server_error" if status >= _LOWEST_SERVER_ERROR else "invalid_request_error"
         )
         return {
             "error": {
