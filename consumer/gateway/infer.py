@@ -5,12 +5,13 @@ import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from consumer.gateway.answers import described, json_answer
 from consumer.gateway.context import Gateway
-from consumer.gateway.contract import contract_request, unsupported
+from consumer.gateway.contract import contract_request, in_callers_words, unsupported
 from consumer.gateway.error_handlers import UNION_TAG
+from consumer.gateway.errors import ApiError
 from consumer.gateway.waiting import SenderPart
 from generation_contracts import ImageArtifact, SucceededEvent, Task, TextOutput
 from generation_contracts import Request as GenerationRequest
@@ -31,6 +32,8 @@ router = APIRouter(tags=["infer"])
 class TextToImageBody(TextToImageParameters):
     """Make images from a prompt."""
 
+    model_config = ConfigDict(strict=True)
+
     model_type: Literal["text2image", "text_to_image"] = "text2image"
     prompt: Prompt
     metadata: Metadata = Field(default_factory=dict)
@@ -38,6 +41,8 @@ class TextToImageBody(TextToImageParameters):
 
 class ImageToTextBody(ImageToTextParameters):
     """Ask about images."""
+
+    model_config = ConfigDict(strict=True)
 
     model_type: Literal["image2text", "image_to_text"] = "image2text"
     prompt: Prompt
@@ -105,10 +110,13 @@ async def infer(sender: SenderPart, body: Body) -> Response:
     other is a prompt for images and is answered with `image`, the first one, and `images`, all of
     them, as base64. `model_type` says it explicitly.
     """
-    call = await sender.submit(_request(body))
-    if sender.preferences.respond_async:
-        return await call.accepted()
-    event = await call.result()
+    try:
+        call = await sender.submit(_request(body))
+        if sender.preferences.respond_async:
+            return await call.accepted()
+        event = await call.result()
+    except ApiError as error:
+        raise in_callers_words(error, {}) from None
     return json_answer(await _document(sender.gateway, event))
 
 

@@ -1,0 +1,202 @@
+"""Questions about images as the stock openai-python asks them, against the real system."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI, BadRequestError, NotFoundError
+
+from consumer.devstack import GatewayServer
+from generation_client import GenerationClient
+from generation_contracts import SucceededEvent, Task, TextOutput
+from tests.gateway.pictures import data_url, red_circle
+
+IMAGE = {"type": "image_url", "image_url": {"url": data_url(red_circle()), "detail": "auto"}}
+DESCRIPTION = "A red circle on a blue background in the center."
+
+
+def user(text: str = "Describe the image.", *images: Any) -> Any:
+    return {"role": "user", "content": [{"type": "text", "text": text}, *(images or (IMAGE,))]}
+
+
+@pytest.fixture
+async def openai(gateway: GatewayServer) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
+        yield client
+
+
+async def test_a_question_is_answered(openai: AsyncOpenAI) -> None:
+    answer = await openai.chat.completions.create(model="demonstration", messages=[user()])
+    assert answer.object == "chat.completion"
+    assert answer.id.startswith("chatcmpl-open0000-")
+    assert answer.model == "demonstration"
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", DESCRIPTION)
+    assert choice.finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens > 5
+    assert answer.usage.prompt_tokens > answer.usage.completion_tokens
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+async def test_parameters_reach_the_model(openai: AsyncOpenAI, behind: GenerationClient) -> None:
+    answer = await openai.chat.completions.create(
+        model="image_to_text",
+        messages=[{"role": "system", "content": "You see shapes."}, user()],
+        max_completion_tokens=3,
+        temperature=0.5,
+        top_p=0.9,
+        seed=11,
+        n=1,
+        metadata={"page": "7"},
+        user="somebody",
+        frequency_penalty=0,
+        response_format={"type": "text"},
+        extra_body={"top_k": 5},
+    )
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 3
+    assert answer.metadata == {"page": "7"}
+    assert answer.model_extra is not None
+    assert answer.model_extra["seed"] == 11
+    job = answer.id.removeprefix("chatcmpl-")
+    result = await behind.result(Task.IMAGE_TO_TEXT, job, within=0)
+    assert isinstance(result, SucceededEvent)
+    expected = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 5}
+    assert expected.items() <= result.parameters.items()
+
+
+async def test_a_stream_has_the_text_and_the_usage(openai: AsyncOpenAI) -> None:
+    stream = await openai.chat.completions.create(
+        model="demonstration",
+        messages=[user()],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = [chunk async for chunk in stream]
+    *parts, last, usage = chunks
+    assert {(chunk.id, chunk.object, chunk.model) for chunk in chunks} == {
+        (chunks[0].id, "chat.completion.chunk", "demonstration")
+    }
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == DESCRIPTION
+    assert all(part.choices[0].finish_reason is None for part in parts)
+    assert last.choices[0].finish_reason == "stop"
+    assert usage.choices == []
+    assert usage.usage is not None
+    assert usage.usage.completion_tokens > 5
+
+
+async def test_a_stream_without_usage_has_none(openai: AsyncOpenAI) -> None:
+    stream = await openai.chat.completions.create(
+        model="demonstration", messages=[user()], stream=True
+    )
+    chunks = [chunk async for chunk in stream]
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+
+
+async def test_the_stream_helper_of_the_library_reads_it(openai: AsyncOpenAI) -> None:
+    async with openai.chat.completions.stream(
+        model="demonstration", messages=[user()], temperature=0
+    ) as stream:
+        completion = await stream.get_final_completion()
+    assert completion.choices[0].message.content == DESCRIPTION
+
+
+async def test_a_sampled_stream_has_a_seed(openai: AsyncOpenAI, behind: GenerationClient) -> None:
+    stream = await openai.chat.completions.create(
+        model="demonstration", messages=[user()], stream=True, temperature=1.5
+    )
+    text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+    job = stream.response.headers["x-request-id"]
+    result = await behind.result(Task.IMAGE_TO_TEXT, job, within=0)
+    assert isinstance(result, SucceededEvent)
+    output = result.outputs[0]
+    assert isinstance(output, TextOutput)
+    assert output.text == text
+    assert output.seed is not None
+
+
+async def test_an_idempotent_stream_is_the_same_request_each_time(openai: AsyncOpenAI) -> None:
+    async def ask() -> tuple[str, str]:
+        stream = await openai.chat.completions.create(
+            model="demonstration",
+            messages=[user()],
+            stream=True,
+            temperature=1.5,
+            extra_headers={"Idempotency-Key": "chat"},
+        )
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        return stream.response.headers["x-request-id"], text
+
+    assert await ask() == await ask()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"stop": ["."]}, "stop"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True}, "logprobs"),
+        ({"presence_penalty": 1}, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"max_tokens": 100_000}, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"seed": -3}, "seed"),
+        ({"extra_body": {"min_p": 0.1}}, "min_p"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "no image"}]}, "messages"),
+        ({"messages": [user(""), {"role": "assistant", "content": "a"}, user()]}, "messages"),
+        ({"messages": [user(), user()]}, "messages"),
+        ({"messages": [user(" ")]}, "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            "messages.0.content.0",
+        ),
+        (
+            {"messages": [user("a", {"type": "image_url", "image_url": {"url": "ftp://a/b"}})]},
+            "messages",
+        ),
+        (
+            {"messages": [user("a", {"type": "image_url", "image_url": {"url": "data:,a"}})]},
+            "messages.0",
+        ),
+        (
+            {"messages": [user("a", {"type": "image_url", "image_url": {"url": data_url(b"x")}})]},
+            "messages",
+        ),
+        (
+            {"messages": [user("a", {"type": "image_url", "image_url": {"url": "https://a.b/c"}})]},
+            "messages",
+        ),
+    ],
+)
+async def test_what_cannot_be_done_is_named(
+    openai: AsyncOpenAI, parameters: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(BadRequestError) as raised:
+        await openai.chat.completions.create(
+            **{"model": "demonstration", "messages": [user()], **parameters}
+        )
+    assert raised.value.param == param
+
+
+async def test_a_model_of_the_other_task_is_not_found(openai: AsyncOpenAI) -> None:
+    with pytest.raises(NotFoundError):
+        await openai.chat.completions.create(model="text_to_image", messages=[user()])
+
+
+async def test_the_models_are_listed(openai: AsyncOpenAI) -> None:
+    models = [model async for model in openai.models.list()]
+    assert [model.id for model in models] == ["demonstration"]
+    assert models[0].object == "model"
+    assert models[0].model_extra == {"tasks": ["text_to_image", "image_to_text"]}
+    assert await openai.models.retrieve("demonstration") == models[0]
+    with pytest.raises(NotFoundError) as raised:
+        await openai.models.retrieve("someone/something")
+    assert raised.value.code == "model_not_found"
