@@ -1,0 +1,165 @@
+"""The models that callers may name: what workers say, and what is known without them."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import nats
+import pytest
+from nats.aio.msg import Msg
+
+from consumer.bus.connection import Bus, BusUnavailable, connect
+from consumer.bus.services import worker_metadata
+from consumer.devstack import NatsServer
+from consumer.gateway.catalogue import Catalogue
+from consumer.gateway.errors import ApiError
+from consumer.settings import Settings
+from generation_contracts import Task
+
+FLUX = {"task": "text_to_image", "id": "black-forest-labs/FLUX.1-schnell", "worker": "a"}
+QWEN = {"task": "image_to_text", "id": "Qwen/Qwen2.5-VL-7B-Instruct", "worker": "b"}
+
+
+class Workers:
+    """Workers that answer as they are told to, and a clock."""
+
+    def __init__(self, *answers: Mapping[str, str]) -> None:
+        self.answers: Sequence[Mapping[str, str]] = answers
+        self.asked = 0
+        self.down = False
+        self.time = 100.0
+
+    async def ask(self) -> Sequence[Mapping[str, str]]:
+        self.asked += 1
+        await asyncio.sleep(0)
+        if self.down:
+            raise BusUnavailable("NATS: away")
+        return self.answers
+
+    def catalogue(self) -> Catalogue:
+        return Catalogue(self.ask, lambda: self.time)
+
+
+async def names_of(catalogue: Catalogue) -> list[str]:
+    return [model.name for model in await catalogue.models()]
+
+
+async def test_models_are_those_of_the_workers() -> None:
+    catalogue = Workers(FLUX, FLUX, QWEN).catalogue()
+    assert await names_of(catalogue) == [FLUX["id"], QWEN["id"]]
+
+
+@pytest.mark.parametrize(
+    "name", [None, "", FLUX["id"], "FLUX.1-schnell", "flux.1-schnell", "text_to_image"]
+)
+async def test_a_model_has_several_names(name: str | None) -> None:
+    catalogue = Workers(FLUX, QWEN).catalogue()
+    assert await catalogue.name_of(name, Task.TEXT_TO_IMAGE) == FLUX["id"]
+
+
+@pytest.mark.parametrize("name", [QWEN["id"], "image_to_text", "gpt-image-2", "FLUX"])
+async def test_other_names_are_not_found(name: str) -> None:
+    catalogue = Workers(FLUX, QWEN).catalogue()
+    with pytest.raises(ApiError) as raised:
+        await catalogue.name_of(name, Task.TEXT_TO_IMAGE)
+    assert (raised.value.status, raised.value.code) == (404, "model_not_found")
+
+
+async def test_without_workers_a_task_stands_for_its_model() -> None:
+    workers = Workers()
+    catalogue = workers.catalogue()
+    assert await names_of(catalogue) == ["text_to_image", "image_to_text"]
+    assert await catalogue.name_of(None, Task.TEXT_TO_IMAGE) == "text_to_image"
+    workers.down = True
+    workers.time += 10
+    assert await names_of(catalogue) == ["text_to_image", "image_to_text"]
+
+
+async def test_a_model_stays_known_while_its_workers_are_away() -> None:
+    workers = Workers(FLUX, QWEN)
+    catalogue = workers.catalogue()
+    before = await catalogue.models()
+    workers.answers = [QWEN]
+    workers.time += 10
+    assert await names_of(catalogue) == [FLUX["id"], QWEN["id"]]
+    assert await catalogue.name_of(FLUX["id"], Task.TEXT_TO_IMAGE) == FLUX["id"]
+    assert [model.created for model in await catalogue.models()] == [
+        model.created for model in before
+    ]
+    assert [model.is_loaded for model in await catalogue.models()] == [False, True]
+
+
+async def test_another_model_takes_the_place_of_the_former() -> None:
+    workers = Workers(FLUX)
+    catalogue = workers.catalogue()
+    await catalogue.models()
+    workers.answers = [{**FLUX, "id": "other"}]
+    workers.time += 10
+    assert (await names_of(catalogue))[0] == "other"
+    with pytest.raises(ApiError):
+        await catalogue.name_of(FLUX["id"], Task.TEXT_TO_IMAGE)
+
+
+async def test_many_callers_ask_the_workers_once() -> None:
+    workers = Workers(FLUX)
+    catalogue = workers.catalogue()
+    await asyncio.gather(*(catalogue.name_of(None, Task.TEXT_TO_IMAGE) for _ in range(50)))
+    await asyncio.gather(*(catalogue.models() for _ in range(50)))
+    assert workers.asked == 1
+
+
+async def test_a_known_model_does_not_wait_for_the_workers() -> None:
+    workers = Workers(FLUX)
+    catalogue = workers.catalogue()
+    await catalogue.models()
+    workers.time += 10
+    found = catalogue.name_of(FLUX["id"], Task.TEXT_TO_IMAGE)
+    with pytest.raises(StopIteration):  # it is there without waiting
+        found.send(None)
+    await asyncio.sleep(0)
+    assert workers.asked == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"task": "text_to_video", "id": "a"},
+        {"id": "a"},
+        {"task": "text_to_image"},
+        {"task": "text_to_image", "id": "a" * 500},
+        {"task": "text_to_image", "id": "a\nb"},
+    ],
+)
+async def test_answers_that_name_no_model_are_left_out(answer: dict[str, str]) -> None:
+    assert await names_of(Workers(answer).catalogue()) == ["text_to_image", "image_to_text"]
+
+
+@pytest.fixture
+async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
+    bus = await connect(Settings(nats_url=nats_server.url), name="test", within=10)
+    yield bus
+    await bus.close()
+
+
+async def test_without_workers_there_is_no_waiting(bus: Bus) -> None:
+    async with asyncio.timeout(0.5):
+        assert await worker_metadata(bus) == []
+
+
+async def test_every_worker_is_heard_and_nothing_else(bus: Bus, nats_server: NatsServer) -> None:
+    client = await nats.connect(nats_server.url)
+
+    async def answer(message: Msg) -> None:
+        for body in (
+            b"junk",
+            b"[1]",
+            b'{"metadata": 5}',
+            json.dumps({"metadata": FLUX}).encode(),
+            json.dumps({"metadata": {**QWEN, "other": 5}}).encode(),
+        ):
+            await message.respond(body)
+
+    await client.subscribe("$SRV.INFO.generation", cb=answer)
+    await client.flush()
+    assert await worker_metadata(bus) == [FLUX, QWEN]
+    await client.close()
