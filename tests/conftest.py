@@ -15,14 +15,14 @@ from tests.integration.bus_installation import Installation
 pytest_plugins = ["tests.tiny_models"]
 pytest.register_assert_rewrite("tests.behaviour")
 
-E2E = "tests/e2e/"
+LOTS = ("tests/e2e/", "tests/gateway/")
 
 
 class OneProcessForModels(LoadScopeScheduling):
-    """Hands out single tests, but those of tests/e2e together, and first: it is the largest lot."""
+    """Hands out single tests, but those of a folder with one running system together, and first."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return E2E if nodeid.startswith(E2E) else nodeid
+        return next((lot for lot in LOTS if nodeid.startswith(lot)), nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessForModels:
