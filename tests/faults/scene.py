@@ -13,6 +13,7 @@ from typing import Any
 import nats
 from minio import Minio
 from nats.aio.client import Client
+from nats.js.api import StreamState
 from nats.js.errors import NotFoundError
 
 from consumer.apply import apply
@@ -144,13 +145,21 @@ class Scene:
     async def left(self) -> int:
         """How many requests are in the streams of both tasks, and wait for another attempt."""
         jetstream = self.sender.jetstream()
+        before = await self._retries()
         infos = [await jetstream.stream_info(self.subjects.requests_stream(task)) for task in Task]
-        retries = await jetstream.stream_info(
+        waiting = sum((before.subjects or {}).values())
+        left = waiting + sum(info.state.messages for info in infos)
+        if left == 0 and (await self._retries()).last_seq != before.last_seq:
+            return await self.left()  # one went from the one stream to the other between the looks
+        return left
+
+    async def _retries(self) -> StreamState:
+        """What waits for another attempt at the own task."""
+        info = await self.sender.jetstream().stream_info(
             self.subjects.retries_stream,
             subjects_filter=self.subjects.retry(self.task, "x")[:-1] + "*",
         )
-        waiting = sum((retries.state.subjects or {}).values())
-        return waiting + sum(info.state.messages for info in infos)
+        return info.state
 
     async def emptied(self, within: float = WITHIN) -> None:
         """Return once no request is left."""

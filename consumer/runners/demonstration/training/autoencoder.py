@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from consumer.runners.demonstration.training.pixels import tensors
 from consumer.runners.demonstration.training.scenes import SIDE, draw, some_scene
-from consumer.runners.demonstration.training.schedule import Schedule, Watch
+from consumer.runners.demonstration.training.schedule import Schedule, Watch, autocast
 
 log = structlog.get_logger()
 
@@ -60,7 +60,7 @@ def train(steps: int, seed: int) -> Any:
     watch = Watch("autoencoder", steps)
     for step in range(steps):
         batch = _batch(pictures, choice)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents = model.encode(batch).latent_dist
             sample = latents.sample()
             noise = torch.rand(len(batch), 1, 1, 1) * _NOISE * sample.detach().std()
@@ -90,7 +90,7 @@ def _sharpen(model: Any, pictures: torch.Tensor, steps: int, seed: int) -> None:
     watch = Watch("autoencoder, sharp", steps)
     for step in range(steps):
         batch = _batch(pictures, choice)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             with torch.no_grad():
                 latents = model.encode(batch).latent_dist.mean
             noise = torch.rand(len(batch), 1, 1, 1) * _NOISE
@@ -159,7 +159,7 @@ def encoded(model: Any, pictures: torch.Tensor, *, batch: int = 64) -> torch.Ten
     """
     parts = []
     for part in pictures.split(batch):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             moments = model.encode(part.float() / 127.5 - 1).latent_dist
         parts.append(moments.mean.float())
     return torch.cat(parts)

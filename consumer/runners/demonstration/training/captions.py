@@ -43,7 +43,7 @@ from consumer.runners.demonstration.training.scenes import (
     draw,
     some_scene,
 )
-from consumer.runners.demonstration.training.schedule import Schedule, Watch, split, told
+from consumer.runners.demonstration.training.schedule import Schedule, Watch, autocast, split, told
 from consumer.runners.demonstration.training.words import BYTES, every_word, merges, vocabulary
 
 log = structlog.get_logger()
@@ -171,7 +171,7 @@ def _as_generated(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
     """Every second picture as the text-to-image model would have decoded it, a little unsharp."""
     latents = encoded(vae, pictures[::2])
     latents += torch.rand(len(latents), 1, 1, 1) * 0.3 * torch.randn_like(latents) * latents.std()
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         decoded = vae.decode(latents).sample
     pictures = pictures.clone()
     pictures[::2] = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -217,7 +217,7 @@ def _learn_to_look(
     watch = Watch("captions, looking", steps)
     for step in range(checkpoint.resume(), steps):
         batch = torch.randint(len(labels), (_BATCH,))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             seen = _look(tower, drawn, batch)
             loss = told(heads, seen, labels[batch].flatten(0, 1))
         schedule.step(loss)
@@ -249,7 +249,7 @@ def _learn_to_tell(
     watch = Watch("captions, telling", steps)
     for step in range(checkpoint.resume(), steps):
         inputs = _inputs(tokenizer, drawn, choice)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss = learns(**inputs, use_cache=False).loss
         schedule.step(loss)
         watch.tell(step, loss)

@@ -32,7 +32,7 @@ from consumer.runners.demonstration.training.scenes import (
     some_plain_scene,
     some_scene,
 )
-from consumer.runners.demonstration.training.schedule import Schedule, Watch, split, told
+from consumer.runners.demonstration.training.schedule import Schedule, Watch, autocast, split, told
 from consumer.runners.demonstration.training.text_encoders import (
     TEXT_WIDTH,
     TOKENS,
@@ -167,7 +167,7 @@ class Trained(torch.nn.Module):
         noise = torch.randn_like(latents)
         sigma = (0.3 + 1.1 * torch.randn(len(latents))).sigmoid()[:, None, None, None]
         noisy = (1 - sigma) * latents + sigma * noise
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             with torch.no_grad():  # what the prompts mean was learned before
                 words, pooled = self.read(tokens)
             way = self.transformer(
@@ -252,7 +252,7 @@ def _learn_to_read(
     for step in range(checkpoint.resume(), steps):
         scenes = [_scene(choice) for _ in range(_BATCH)]
         labels = torch.tensor([attributes(scene) for scene in scenes])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             _, pooled = trained.read(tokens(pipe, [prompt(scene, choice) for scene in scenes]))
             loss = told(heads, pooled, labels)
         schedule.step(loss)

@@ -89,6 +89,15 @@ def split(modules: Iterable[torch.nn.Module]) -> tuple[list[torch.Tensor], list[
     return inner, others
 
 
+def autocast() -> torch.autocast:
+    """Compute in bfloat16 where the CPU has instructions for it.
+
+    Other CPUs take 50 times as long for a convolution in bfloat16 as for one in float32.
+    """
+    has_instructions = bool(torch.cpu.get_capabilities().get("avx512_bw"))
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_instructions)
+
+
 class Watch:
     """Tells how the training goes."""
 
