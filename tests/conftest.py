@@ -1,5 +1,6 @@
 """Fixtures for all tests: real servers, each test with its own."""
 
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from xdist.scheduler import LoadScopeScheduling
 
 from consumer.devstack import NatsServer
@@ -16,6 +18,18 @@ pytest_plugins = ["tests.tiny_models"]
 pytest.register_assert_rewrite("tests.behaviour")
 
 LOTS = ("tests/e2e/", "tests/gateway/")
+
+# Three processes share the cores, with the daemons that they start: threads of torch that wait for
+# each other would take the time of those that work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# structlog's own default shows every variable of every frame, which takes seconds for each line.
+structlog.configure(
+    processors=[
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 
 class OneProcessForModels(LoadScopeScheduling):

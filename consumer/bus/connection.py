@@ -107,6 +107,18 @@ class Bus:
             finally:
                 self._limits.remove(limit)
 
+    async def ask(self, subject: str, body: bytes, *, within: float) -> bytes:
+        """Ask the server a question, and return its answer.
+
+        Raises:
+            TimeoutError: No answer within so many seconds, or the connection is lost.
+            nats.errors.Error: Nobody answers to the subject, or the connection is closed.
+        """
+        async with self.question(within):
+            # `question` has the limit: another one of the client costs a timer for each job.
+            answer = await self.client.request(subject, body, timeout=None)  # type: ignore[arg-type]
+        return bytes(answer.data)
+
     def on_reconnect(self, listener: Callable[[], None]) -> None:
         """Call a function each time the connection is there again."""
         self._listeners.append(listener)

@@ -1,7 +1,6 @@
 """Requests found in their streams by id, and questions to all workers at once."""
 
 import asyncio
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import structlog
 from nats.errors import Error, NoRespondersError
 from nats.js.api import RawStreamMsg
 from nats.js.errors import NotFoundError
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from consumer.bus.codes import STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
@@ -143,13 +142,9 @@ class JetStreamQueue:
 
     async def _counts(self, stream: str, subjects: str) -> _Counts:
         # nats-py's own method builds objects from the whole answer, which takes twice as long.
-        async with self._bus.question(API_TIMEOUT):
-            answer = await self._bus.client.request(
-                f"$JS.API.STREAM.INFO.{stream}",
-                json.dumps({"subjects_filter": subjects}).encode(),
-                timeout=API_TIMEOUT,
-            )
-        info: dict[str, Any] = from_json(answer.data)
+        query = to_json({"subjects_filter": subjects})
+        answer = await self._bus.ask(f"$JS.API.STREAM.INFO.{stream}", query, within=API_TIMEOUT)
+        info: dict[str, Any] = from_json(answer)
         error = info.get("error", {})
         if error.get("err_code") == STREAM_NOT_FOUND:
             return _Counts({}, 0)
@@ -248,14 +243,12 @@ class BroadcastWorkers:
 
     async def _question(self, subject: str, body: bytes, within: float) -> bytes | None:
         try:
-            async with self._bus.question(within):
-                answer = await self._bus.client.request(subject, body, timeout=within)
+            return await self._bus.ask(subject, body, within=within)
         except (TimeoutError, NoRespondersError):
             return None
         except (Error, OSError) as error:
             log.warning("workers_not_asked", error=type(error).__name__)
             return None
-        return bytes(answer.data)
 
 
 def _unreadable(error: Exception) -> BusUnavailable:

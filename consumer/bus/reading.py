@@ -6,12 +6,12 @@ out as a command where the reply subject is one of its API. So no stream allows 
 """
 
 import base64
-import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from nats.js.errors import APIError
+from pydantic_core import from_json, to_json
 
 from consumer.bus.codes import NO_MESSAGE
 from consumer.bus.connection import API_TIMEOUT, Bus
@@ -61,11 +61,8 @@ async def read_message(
         query = {"seq": sequence}
         if subject is not None:
             query["next_by_subj"] = subject
-    async with bus.question(timeout):
-        answer = await bus.client.request(
-            f"$JS.API.STREAM.MSG.GET.{stream}", json.dumps(query).encode(), timeout=timeout
-        )
-    value: dict[str, Any] = json.loads(answer.data)
+    subject = f"$JS.API.STREAM.MSG.GET.{stream}"
+    value: Any = from_json(await bus.ask(subject, to_json(query), within=timeout))
     if "error" in value:
         if value["error"].get("err_code") == NO_MESSAGE:
             return None

@@ -17,7 +17,7 @@ from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from tests.e2e.senders import WITHIN, new_id
 
-LONG = {"prompt": "a", "steps": 60, "num_images": 4}  # some seconds on these models
+LONG = {"prompt": "a", "steps": 60}  # some seconds on these models
 
 
 @pytest.fixture(scope="module")

@@ -60,16 +60,16 @@ def test_the_autoencoder_sees_colours_that_no_picture_has() -> None:
     assert len(tinted[changed][:, :, 0, 0].unique(dim=0)) == changed.sum()
 
 
-@pytest.mark.timeout(540)
+@pytest.mark.timeout(320)
 def test_training_leaves_both_models_where_the_runners_load_them(tmp_path: Path) -> None:
-    """The command of the model card with a thousandth of its steps: it learns nothing, but runs."""
+    """The command of the model card, for a step or two of each part: it only has to run."""
     command = [sys.executable, "-m", "consumer.runners.demonstration.training"]
     done = subprocess.run(
-        [*command, "--share", "0.001", "--to", str(tmp_path)],
+        [*command, "--share", "0.0002", "--to", str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # its tensors are too small to be shared out
         capture_output=True,
         text=True,
-        timeout=500,  # only bounds it: half a minute on two free cores
+        timeout=300,  # only bounds it: 40 seconds on slow cores
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2_000:]

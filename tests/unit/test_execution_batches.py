@@ -104,7 +104,7 @@ def _run_of(member: BatchMember) -> Run:
 @pytest.fixture
 async def world() -> AsyncIterator[MemoryWorld]:
     made = MemoryWorld(
-        runner=BatchingRunner(), bounds=Bounds(in_flight=10, together=TOGETHER, window=5.0)
+        runner=BatchingRunner(), bounds=Bounds(in_flight=10, together=TOGETHER, window=2.0)
     )
     yield made
     made.close()
@@ -299,7 +299,7 @@ async def test_texts_go_together_too() -> None:
     world = MemoryWorld(
         task=Task.IMAGE_TO_TEXT,
         runner=BatchingRunner(),
-        bounds=Bounds(in_flight=4, together=2, window=5.0),
+        bounds=Bounds(in_flight=4, together=2, window=2.0),
     )
     model(world).batch_key = lambda _: "text"  # type: ignore[method-assign]
     await world.put_object("in", world.picture)
