@@ -1,4 +1,4 @@
-# The daemon with the dependencies of the lock. Needs BuildKit, which every current engine has.
+# The daemon and the gateway with the dependencies of the lock. Needs BuildKit, which every current engine has.
 #
 #   docker build -t generation-consumer:0.1.0 .
 #   docker run --gpus all --read-only --tmpfs /tmp --volume models:/home/generation/models --stop-timeout 45 \
@@ -11,7 +11,7 @@
 # works on a machine without a GPU too. Its libraries cannot be left out, torch does not import
 # without them; so TORCH=cpu takes the same versions of torch and torchvision from another index,
 # whose address is TORCH_INDEX. Those two wheels are then pinned by version only, all others by the
-# hashes of the lock. EXTRAS are options of `uv sync`, such as "--extra=traces --extra=quantization".
+# hashes of the lock. EXTRAS are options of `uv sync`, such as "--extra=gateway --extra=quantization".
 #
 # There is no compiler in the image: MODEL_COMPILE needs one, and a /tmp that programs may be run from.
 ARG PYTHON=3.11-slim-bookworm
@@ -35,13 +35,13 @@ COPY contracts/pyproject.toml contracts/
 
 FROM tools AS dependencies-cuda
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-ARG EXTRAS="--extra=traces"
+ARG EXTRAS="--extra=gateway --extra=traces"
 RUN --mount=type=cache,target=/var/cache/uv \
     echo "${EXTRAS}" | xargs uv sync --locked --no-dev --no-install-workspace
 
 FROM tools AS dependencies-cpu
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-ARG EXTRAS="--extra=traces"
+ARG EXTRAS="--extra=gateway --extra=traces"
 ARG TORCH_INDEX
 RUN --mount=type=cache,target=/var/cache/uv \
     : "${TORCH_INDEX:?the address of an index with wheels of torch for CPUs}" \

@@ -20,6 +20,9 @@ from pathlib import Path
 
 import nkeys
 
+from consumer.gateway.keys import KeyFile
+from consumer.gateway.tenants import Bounds
+
 HERE = Path(__file__).parent
 FOLDER = HERE / "secrets"
 IDENTITIES = HERE.parent / "s3" / "identities.json"
@@ -63,11 +66,21 @@ def s3_keys(role: str) -> dict[str, str]:
     return {"accessKey": settings["s3_access_key"], "secretKey": settings["s3_secret_key"]}
 
 
+def gateway_key() -> None:
+    """The file of the gateway's API keys, in a folder of its own, and its first key."""
+    path = FOLDER / "gateway" / "keys.json"
+    path.parent.mkdir(exist_ok=True)
+    path.parent.chmod(0o755)
+    if not path.exists():
+        write("gateway_key", KeyFile(path).add("default", Bounds()).text, OWN)
+    path.chmod(MOUNTED)
+
+
 def main() -> None:
     """Make all that is missing, and derive the rest from it."""
     FOLDER.mkdir(mode=0o700, exist_ok=True)
     FOLDER.chmod(0o700)
-    mounted, own = ("admin", "worker", "endpoints"), ("publisher", "observer")
+    mounted, own = ("admin", "worker", "endpoints", "gateway"), ("publisher", "observer")
     roles = {**dict.fromkeys(mounted, MOUNTED), **dict.fromkeys(own, OWN)}
     users = {role: public_key(role, mode) for role, mode in roles.items()}
     write("nkeys.env", "".join(f"GENERATION_{r.upper()}_NKEY={key}\n" for r, key in users.items()))
@@ -79,6 +92,7 @@ def main() -> None:
     write("minio_root_user", stores["admin"]["accessKey"])
     write("minio_root_password", stores["admin"]["secretKey"])
     keep("grafana_admin_password", secrets.token_urlsafe(18))
+    gateway_key()
     if token := os.environ.get("HF_TOKEN"):
         write("hub_token", token)
     else:

@@ -19,6 +19,9 @@ import pytest
 import yaml
 from huggingface_hub import get_token
 
+from consumer.gateway.keys import KeyFile, Keys
+from consumer.gateway.serve import require_keys_beyond_loopback
+from consumer.gateway.tenants import Bounds
 from consumer.metrics import Metrics
 from consumer.probes import Probes, Watch
 from consumer.settings import Settings
@@ -212,7 +215,8 @@ def test_only_what_is_of_the_repository_is_mounted_and_read_only() -> None:
             else:
                 assert mount.endswith(":ro"), name
         for path in mounts(service):
-            assert (INFRA / path).exists(), f"{name}: {path}"
+            made = path.startswith(f"./{SECRETS}")  # on each machine
+            assert made or (INFRA / path).exists(), f"{name}: {path}"
             seen += 1
     assert seen >= 8
 
@@ -233,7 +237,7 @@ def test_settings_are_settings() -> None:
     own = [
         s for s in services().values() if s["image"].startswith(OWN_IMAGE) and "environment" in s
     ]
-    assert len(own) == 4
+    assert len(own) == 5
     for service in own:
         values = {
             name.lower(): value
@@ -282,6 +286,26 @@ def test_grafana_finds_its_dashboards() -> None:
     path = yaml.safe_load(provider.read_text())["providers"][0]["options"]["path"]
     targets = [m.split(":")[1] for m in services()["grafana"]["volumes"] if isinstance(m, str)]
     assert path in targets
+
+
+def test_the_gateway_is_reached_with_keys_and_has_time_to_drain() -> None:
+    gateway = services()["gateway"]
+    settings = Settings(**{name.lower(): value for name, value in gateway["environment"].items()})
+    require_keys_beyond_loopback(settings)
+    assert gateway["command"] == ["gateway"]
+    assert gateway["ports"] == [f"127.0.0.1:8080:{settings.gateway_port}"]
+    port, path = probed(gateway["healthcheck"]["test"])
+    assert (port, path) == (settings.gateway_port, "/readyz")
+    assert settings.gateway_keys is not None
+    (mount,) = gateway["volumes"]
+    assert mount.split(":")[1] == str(settings.gateway_keys.parent)
+    # The worker signs URLs for the public address; the gateway reads them at the inner one.
+    for daemon in daemons().values():
+        for name in ("S3_ENDPOINT", "S3_PUBLIC_ENDPOINT"):
+            assert daemon["environment"][name] == gateway["environment"][name]
+    assert seconds(gateway["stop_grace_period"]) >= settings.gateway_drain_grace + 15
+    assert "--extra=gateway" in arguments("ARG", "dependencies-cuda")[0]
+    assert "--extra=gateway" in arguments("ARG", "dependencies-cpu")[0]
 
 
 def test_overrides_name_what_is_there() -> None:
@@ -337,8 +361,18 @@ def test_every_secret_is_used_and_known() -> None:
             assert secret in service["secrets"], name
 
 
+def test_the_gateway_has_a_first_key(made: Path) -> None:
+    folder = made / SECRETS / "gateway"
+    key = (made / SECRETS / "gateway_key").read_text()
+    assert (made / SECRETS / "gateway_key").stat().st_mode & 0o777 == 0o600
+    assert (folder / "keys.json").stat().st_mode & 0o777 == 0o444
+    assert Keys(folder / "keys.json").caller(f"Bearer {key}").tenant.name == "default"
+    KeyFile(folder / "keys.json").add("another", Bounds())
+    assert (folder / "keys.json").stat().st_mode & 0o777 == 0o444
+
+
 def test_secrets_are_kept_when_they_are_made_again(made: Path) -> None:
-    files = list((made / SECRETS).iterdir())
+    files = [file for file in (made / SECRETS).rglob("*") if file.is_file()]
     before = {file: file.read_text() for file in files}
     (made / SECRETS / "s3.json").unlink()
     make_secrets(made)

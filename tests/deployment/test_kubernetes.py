@@ -23,11 +23,17 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from fastapi.routing import APIRoute
 
 from consumer.bus.connection import CLOSE_TIMEOUT, connect
 from consumer.bus.front_door import EMPTY_WITHIN
 from consumer.composition import make_topology
 from consumer.daemon import FORCE_AFTER
+from consumer.gateway import health
+from consumer.gateway.app import CONNECT_WITHIN, ROUTERS
+from consumer.gateway.in_flight import ALWAYS_ANSWERED, END_WITHIN
+from consumer.gateway.jobs import CLOSE_WITHIN
+from consumer.gateway.serve import require_keys_beyond_loopback
 from consumer.metrics import Metrics
 from consumer.probes import SHUTDOWN_TIMEOUT, Probes, Watch
 from consumer.run import PATIENCE
@@ -90,6 +96,21 @@ def production() -> list[Manifest]:
 
 def of_kind(manifests: list[Manifest], *kinds: str) -> list[Manifest]:
     return [each for each in manifests if each["kind"] in kinds]
+
+
+def workers(manifests: list[Manifest]) -> list[Manifest]:
+    """The Deployments of `consumer run`."""
+    return [
+        each
+        for each in of_kind(manifests, "Deployment")
+        if pod_labels(each)["app.kubernetes.io/name"] == "generation-consumer"
+    ]
+
+
+def gateways(manifests: list[Manifest]) -> list[Manifest]:
+    """The Deployments of `consumer gateway`."""
+    found = of_kind(manifests, "Deployment")
+    return [each for each in found if each not in workers(manifests)]
 
 
 def with_pods(manifests: list[Manifest]) -> list[Manifest]:
@@ -237,10 +258,9 @@ def test_every_name_that_is_referred_to_is_there(build: list[Manifest]) -> None:
 
 
 def test_selectors_select_what_they_are_for(build: list[Manifest]) -> None:
-    deployments = of_kind(build, "Deployment")
-    assert len(deployments) == len(Task)
+    assert len(workers(build)) == len(Task)
     budgets = of_kind(build, "PodDisruptionBudget")
-    for deployment in deployments:
+    for deployment in of_kind(build, "Deployment"):
         own = [
             deployment["spec"]["selector"],
             *(each["labelSelector"] for each in pod(deployment)["topologySpreadConstraints"]),
@@ -259,10 +279,12 @@ def test_selectors_select_what_they_are_for(build: list[Manifest]) -> None:
         chosen = [
             d for d in with_pods(build) if selects(monitor["spec"]["selector"], pod_labels(d))
         ]
-        assert chosen == deployments
+        assert chosen in (workers(build), gateways(build))
         prometheus = yaml.safe_load((ROOT / "infra/observability/prometheus.yml").read_text())
         jobs = {pod_labels(each)[monitor["spec"]["jobLabel"]] for each in chosen}
-        assert jobs == {prometheus["scrape_configs"][0]["job_name"]}  # what the alerts go by
+        number = 0 if chosen == workers(build) else 1
+        # What the alerts go by.
+        assert jobs == {prometheus["scrape_configs"][number]["job_name"]}
 
 
 # -- settings -------------------------------------------------------------------------------------
@@ -284,7 +306,7 @@ def test_the_daemon_can_read_its_settings(
     build: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tasks = set()
-    for deployment in of_kind(build, "Deployment"):
+    for deployment in workers(build):
         settings = settings_of(deployment, build, monkeypatch, tmp_path)
         tasks.add(settings.task)
         label = deployment["metadata"]["labels"]["app.kubernetes.io/component"]
@@ -312,7 +334,7 @@ def test_room_for_all_workers(build: list[Manifest]) -> None:
     most = 1
     for scaled in of_kind(build, "ScaledObject"):
         most = max(most, scaled["spec"]["maxReplicaCount"])
-    for deployment in of_kind(build, "Deployment"):
+    for deployment in workers(build):
         most = max(most, deployment["spec"].get("replicas", 1))
     settings = config_map(build)
     each = int(settings["CONSUMER_JOBS_IN_FLIGHT"])
@@ -322,15 +344,22 @@ def test_room_for_all_workers(build: list[Manifest]) -> None:
 def test_a_reply_prefix_is_one_that_a_worker_may_publish_to() -> None:
     users = (NATS / "users.conf").read_text()
     settings = base_settings()
-    for role, inbox in (
-        ("WORKER", settings["NATS_INBOX_PREFIX"]),
-        ("ENDPOINTS", settings["NATS_ENDPOINTS_INBOX_PREFIX"]),
-    ):
-        user = users.split(f"nkey: $GENERATION_{role}_NKEY")[1].split("nkey: $")[0]
-        publish, subscribe = user.split("subscribe {")
+    inboxes = {
+        "WORKER": settings["NATS_INBOX_PREFIX"],
+        "ENDPOINTS": settings["NATS_ENDPOINTS_INBOX_PREFIX"],
+    }
+    for role, inbox in inboxes.items():
+        publish, subscribe = permissions(users, role)
         for prefix in settings["CONSUMER_REPLY_PREFIXES"].split(","):
             assert f'"{prefix}>"' in publish
         assert f'"{inbox}.>"' in subscribe
+
+
+def permissions(users: str, role: str) -> tuple[str, str]:
+    """What a user of users.conf may publish, and subscribe to."""
+    user = users.split(f"nkey: $GENERATION_{role}_NKEY")[1].split("nkey: $", maxsplit=1)[0]
+    publish, subscribe = user.split("subscribe {")
+    return publish, subscribe
 
 
 # -- secrets --------------------------------------------------------------------------------------
@@ -361,6 +390,9 @@ def test_secrets_are_files_and_not_here() -> None:
         secrets = secret_mounts(manifest)
         if "args" not in container(manifest):
             continue  # a Job that only fetches a model
+        if manifest in gateways(written()):
+            assert secrets[str(seed.parent)] == "generation-nats-gateway"
+            continue  # it has no keys of S3
         whose = "worker" if manifest["kind"] == "Deployment" else "admin"
         assert secrets[str(seed.parent)] == f"generation-nats-{whose}"
         assert secrets[str(Path(container(manifest)["args"][-1]).parent)] == "generation-s3"
@@ -370,7 +402,7 @@ def test_secrets_are_files_and_not_here() -> None:
 
 
 def the_worker() -> Manifest:
-    (worker,) = of_kind(written(), "Deployment")
+    (worker,) = workers(written())
     return worker
 
 
@@ -392,7 +424,7 @@ def test_the_probes_are_there_to_answer() -> None:
     }
     (port,) = worker["ports"]
     assert {each["port"] for each in asked.values()} == {port["name"]}
-    (monitor,) = of_kind(written(), "PodMonitor")
+    monitor = of_kind(written(), "PodMonitor")[0]
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["path"] in paths
     assert endpoint["port"] == port["name"]
@@ -428,13 +460,19 @@ def test_nothing_but_the_scaler_sets_the_number_of_workers(production: list[Mani
     """Else each `kubectl apply` would take its workers away in the middle of their work."""
     deployments = of_kind(production, "Deployment")
     assert all("replicas" not in each["spec"] for each in deployments)
-    scaled = {s["spec"]["scaleTargetRef"]["name"] for s in of_kind(production, "ScaledObject")}
-    assert scaled == {each["metadata"]["name"] for each in deployments}
+
+    def scaled(kind: str) -> set[str]:
+        return {each["spec"]["scaleTargetRef"]["name"] for each in of_kind(production, kind)}
+
+    assert scaled("ScaledObject") == {each["metadata"]["name"] for each in workers(production)}
+    assert scaled("HorizontalPodAutoscaler") == {
+        each["metadata"]["name"] for each in gateways(production)
+    }
 
 
 def test_gpus_are_asked_for_where_there_are_some() -> None:
     for overlay, gpus in (("base", 1), ("overlays/cpu", None), ("overlays/production", 1)):
-        for deployment in of_kind(list(yaml.safe_load_all(built(overlay))), "Deployment"):
+        for deployment in workers(list(yaml.safe_load_all(built(overlay)))):
             limits = container(deployment)["resources"]["limits"]
             assert limits.get("nvidia.com/gpu") == gpus
             tolerated = [each["key"] for each in pod(deployment).get("tolerations", [])]
@@ -534,9 +572,12 @@ def see_that_only_what_is_used_is_open(manifests: list[Manifest], settings: dict
             assert ways_out(manifests, labels) == used(settings)
         if manifest["kind"] == "Deployment":
             (rule,) = ingress
-            (peer,) = rule["from"]
-            space = peer["namespaceSelector"]["matchLabels"]
-            assert space == {"kubernetes.io/metadata.name": "monitoring"}
+            spaces = [peer["namespaceSelector"]["matchLabels"] for peer in rule["from"]]
+            clients = ["ingress-nginx"] if manifest in gateways(manifests) else []
+            assert [space["kubernetes.io/metadata.name"] for space in spaces] == [
+                *clients,
+                "monitoring",
+            ]
             (port,) = container(manifest)["ports"]
             assert rule["ports"] == [{"protocol": "TCP", "port": port["name"]}]
         else:
@@ -620,6 +661,98 @@ async def test_the_scaler_sees_what_waits_and_what_is_in_hand(
         await bus.close()
 
 
+# -- the gateway ----------------------------------------------------------------------------------
+
+
+def the_gateway() -> Manifest:
+    (gateway,) = gateways(written())
+    return gateway
+
+
+def gateway_settings(
+    production: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Settings:
+    (gateway,) = gateways(production)
+    return settings_of(gateway, production, monkeypatch, tmp_path)
+
+
+def test_the_gateway_can_read_its_settings(
+    production: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = gateway_settings(production, monkeypatch, tmp_path)
+    require_keys_beyond_loopback(settings)
+    gateway = container(the_gateway())
+    assert gateway["args"] == ["gateway"]
+    (port,) = gateway["ports"]
+    assert port["containerPort"] == settings.gateway_port
+    assert settings.gateway_keys is not None
+    assert str(settings.gateway_keys.parent) in secret_mounts(the_gateway())
+    _, subscribe = permissions((NATS / "users.conf").read_text(), "GATEWAY")
+    assert f'"{settings.nats_inbox_prefix}.>"' in subscribe
+    prefixes = base_settings()["CONSUMER_REPLY_PREFIXES"].split(",")
+    assert f"{settings.nats_inbox_prefix}." in prefixes
+
+
+def test_the_gateways_probes_are_there_to_answer() -> None:
+    paths = {route.path for route in health.router.routes if isinstance(route, APIRoute)}
+    gateway = container(the_gateway())
+    asked = {name: gateway[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
+    assert {name: probe["httpGet"]["path"] for name, probe in asked.items()} == {
+        "startup": "/healthz",
+        "liveness": "/healthz",
+        "readiness": "/readyz",
+    }
+    assert patience(asked["startup"]) > CONNECT_WITHIN
+    (port,) = gateway["ports"]
+    assert {probe["httpGet"]["port"] for probe in asked.values()} == {port["name"]}
+    monitors = of_kind(written(), "PodMonitor")
+    (monitor,) = (
+        each for each in monitors if selects(each["spec"]["selector"], pod_labels(the_gateway()))
+    )
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert (endpoint["port"], endpoint["path"]) == (port["name"], "/metrics")
+    assert endpoint["path"] in paths
+
+
+def test_the_gateway_has_time_to_drain(
+    production: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = gateway_settings(production, monkeypatch, tmp_path)
+    program, wait = container(the_gateway())["lifecycle"]["preStop"]["exec"]["command"]
+    assert program == "sleep"
+    ending = (END_WITHIN + 1) + CLOSE_WITHIN + CLOSE_TIMEOUT
+    needed = float(wait) + settings.gateway_drain_grace + ending
+    assert pod(the_gateway())["terminationGracePeriodSeconds"] >= needed + 10
+
+
+def test_the_service_and_the_ingress_lead_to_the_gateway() -> None:
+    (service,) = of_kind(written(), "Service")
+    (port,) = service["spec"]["ports"]
+    assert selects({"matchLabels": service["spec"]["selector"]}, pod_labels(the_gateway()))
+    assert port["targetPort"] == container(the_gateway())["ports"][0]["name"]
+    (ingress,) = of_kind(written(), "Ingress")
+    (rule,) = ingress["spec"]["rules"]
+    shown = [(path["path"], path["pathType"]) for path in rule["http"]["paths"]]
+    for path in rule["http"]["paths"]:
+        assert path["backend"]["service"]["name"] == service["metadata"]["name"]
+        assert path["backend"]["service"]["port"]["name"] == port["name"]
+
+    def leads(path: str) -> bool:
+        return any(
+            path == to or (how == "Prefix" and path.startswith(f"{to}/")) for to, how in shown
+        )
+
+    private = set(ALWAYS_ANSWERED)
+    routes = {route.path for router in ROUTERS for route in router.routes} | {"/openapi.json"}
+    assert {path for path in routes if not leads(path)} == private
+    options = ingress["metadata"]["annotations"]
+    prefix = "nginx.ingress.kubernetes.io"
+    size = Settings.model_fields["gateway_max_body"].default
+    assert options[f"{prefix}/proxy-body-size"] == f"{size // 2**20}m"
+    wait = Settings.model_fields["gateway_wait"].default
+    assert int(options[f"{prefix}/proxy-read-timeout"]) > wait
+
+
 # -- models ---------------------------------------------------------------------------------------
 
 
@@ -627,7 +760,7 @@ def test_what_is_fetched_is_what_is_loaded(production: list[Manifest]) -> None:
     ids: dict[str, set[str]] = {}
     for manifest in with_pods(production):
         component = pod_labels(manifest).get("app.kubernetes.io/component")
-        if component is not None:
+        if component is not None and manifest not in gateways(production):
             found = environment(manifest, production)
             ids.setdefault(component, set()).add(found["MODEL_ID"])
     assert {component: len(each) for component, each in ids.items()} == {

@@ -17,8 +17,10 @@ import yaml
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from consumer.gateway.metrics import GatewayMetrics
 from consumer.metrics import Metrics
 from consumer.probes import Health
+from consumer.settings import Settings
 from consumer.telemetry import JobReport
 from generation_contracts import FailureCode, ModelInfo, Task
 
@@ -37,6 +39,7 @@ EXPORTER = {
     "jetstream_stream_total_bytes": {"stream_name", "is_stream_leader"},
 }
 PROMETHEUS_OWN: dict[str, set[str]] = {"up": set()}
+GATEWAY_CONDITIONS = ("bus", "keys", "gateway")
 
 
 # -- what a worker shows --------------------------------------------------------------------------
@@ -62,11 +65,21 @@ def families() -> Iterator[Any]:
     yield from text_string_to_metric_families(generate_latest(metrics.registry).decode())
 
 
+def gateway_families() -> Iterator[Any]:
+    """Everything that a gateway can show."""
+    metrics = GatewayMetrics()
+    metrics.request_ended("POST", "/v1/jobs", 202, 0.1)
+    metrics.refused("queue_full")
+    held = dict.fromkeys(GATEWAY_CONDITIONS, "ok")
+    text = metrics.exposition(requests=1, streams=1, event_bytes=1, conditions=held)
+    yield from text_string_to_metric_families(text.decode())
+
+
 @functools.cache
 def shown() -> dict[str, set[str]]:
     """The names of the samples, with their labels."""
     found: dict[str, set[str]] = {}
-    for family in families():
+    for family in (*families(), *gateway_families()):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found
@@ -332,13 +345,14 @@ def test_the_dashboard_refreshes_itself() -> None:
 # -- the configuration ----------------------------------------------------------------------------
 
 
-def test_both_workers_are_scraped_and_the_rules_are_loaded() -> None:
+def test_workers_and_the_gateway_are_scraped_and_the_rules_are_loaded() -> None:
     config = yaml.safe_load((OBSERVABILITY / "prometheus.yml").read_text())
     jobs = {
         job["job_name"]: [target for one in job["static_configs"] for target in one["targets"]]
         for job in config["scrape_configs"]
     }
     assert jobs["generation"] == [f"{task.replace('_', '-')}:8080" for task in Task]
+    assert jobs["gateway"] == [f"gateway:{Settings.model_fields['gateway_port'].default}"]
     assert [OBSERVABILITY / name for name in config["rule_files"]] == [
         OBSERVABILITY / "alerts.yaml"
     ]
@@ -353,7 +367,7 @@ def test_the_page_has_every_metric_with_its_type_and_labels() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", PAGE.read_text(), re.MULTILINE)
     said = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     really = {}
-    for family in families():
+    for family in (*families(), *gateway_families()):
         if family.name.endswith("_created"):  # the client's own, beside each counter
             continue
         name = f"{family.name}_total" if family.type == "counter" else family.name
