@@ -1,0 +1,458 @@
+"""`/v1/jobs` over HTTP: the real command, real servers, two tenants."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+
+from consumer.devstack import GatewayServer
+from consumer.gateway.app import create_app
+from consumer.gateway.keys import KeyFile
+from consumer.gateway.tenants import Bounds
+from consumer.settings import Settings
+from tests.faults.conftest import scene, servers
+from tests.faults.outage import let_go, outage
+from tests.faults.scene import WITHIN, Scene
+from tests.gateway.open_jobs import settings_of
+
+__all__ = ["scene", "servers"]
+
+Json = dict[str, Any]
+IMAGE = {"task": "text_to_image", "prompt": "a red circle"}
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
+    "WjR9awAAAABJRU5ErkJggg=="
+)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One server-sent event."""
+
+    event: str
+    data: Json
+    id: str | None = None
+
+
+class Client:
+    """One tenant's HTTP client; `at` counts the gateways."""
+
+    def __init__(self, urls: list[str], http: httpx2.AsyncClient) -> None:
+        self._urls = urls
+        self._http = http
+
+    async def ask(self, method: str, path: str, *, at: int = 0, **more: Any) -> httpx2.Response:
+        """Send a request."""
+        return await self._http.request(method, self._urls[at] + path, **more)
+
+    async def submit(self, **fields: Any) -> Json:
+        """Queue a job for images; its document."""
+        headers = fields.pop("headers", None)
+        body = {**IMAGE, **fields}
+        answer = await self.ask("POST", "/v1/jobs", json=body, headers=headers)
+        assert answer.status_code == 202, answer.text
+        document: Json = answer.json()
+        return document
+
+    async def document(self, job: Json, *, at: int = 0) -> Json:
+        """Look at a job."""
+        answer = await self.ask("GET", job["status_url"], at=at)
+        assert answer.status_code == 200, answer.text
+        document: Json = answer.json()
+        return document
+
+    async def messages(
+        self, job: Json, *, at: int = 0, after: str | None = None
+    ) -> AsyncIterator[Message]:
+        """The events of a job as they come."""
+        headers = {} if after is None else {"last-event-id": after}
+        url = self._urls[at] + job["events_url"]
+        async with self._http.stream("GET", url, headers=headers) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            fields: dict[str, str] = {}
+            async for line in answer.aiter_lines():
+                name, _, value = line.partition(":")
+                if name:
+                    fields[name] = value.strip()
+                elif line == "" and "data" in fields:
+                    data = json.loads(fields["data"])
+                    yield Message(fields["event"], data, fields.get("id"))
+                    fields = {}
+
+    async def end(self, job: Json, *, at: int = 0) -> Message:
+        """The last event of a job."""
+        async with asyncio.timeout(WITHIN):
+            messages = [message async for message in self.messages(job, at=at)]
+        return messages[-1]
+
+
+@dataclass(frozen=True)
+class Api:
+    """Two gateways and two tenants on one installation."""
+
+    urls: list[str]
+    alice: Client
+    bob: Client
+    nobody: Client
+
+
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[str]:
+    """A gateway in this process; where it answers."""
+    config = uvicorn.Config(create_app(settings), port=0, log_config=None, lifespan="on")
+    server = uvicorn.Server(config)
+    # Not serve(): it would handle the signals of the tests.
+    running = asyncio.ensure_future(server._serve())
+    async with asyncio.timeout(WITHIN):
+        while not server.started and not running.done():  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(0.01)
+    try:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await running
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> KeyFile:
+    return KeyFile(tmp_path / "keys.json")
+
+
+@pytest.fixture
+async def api(scene: Scene, key_file: KeyFile) -> AsyncIterator[Api]:
+    alice, bob = (key_file.add(name, Bounds()).text for name in ("alice", "bob"))
+    settings = settings_of(scene, GATEWAY_KEYS=key_file.path)
+    async with AsyncExitStack() as parts:
+        urls = [await parts.enter_async_context(serving(settings)) for _ in range(2)]
+        clients = []
+        for key in (alice, bob, None):
+            headers = {} if key is None else {"authorization": f"Bearer {key}"}
+            http = await parts.enter_async_context(
+                httpx2.AsyncClient(headers=headers, timeout=WITHIN)
+            )
+            clients.append(Client(urls, http))
+        yield Api(urls, *clients)
+
+
+@pytest.fixture
+async def doomed(scene: Scene, key_file: KeyFile) -> AsyncIterator[GatewayServer]:
+    """A gateway that a test may kill."""
+    settings = {**scene.settings(), "GATEWAY_KEYS": str(key_file.path)}
+    gateway = GatewayServer("gateway", settings, log=scene.folder / "gateway.log")
+    gateway.start()
+    await asyncio.to_thread(gateway.wait_ready)
+    yield gateway
+    await asyncio.to_thread(gateway.kill)
+    assert "Traceback" not in gateway.log_since_start(), gateway.log_since_start()
+
+
+def error_of(answer: httpx2.Response) -> tuple[int, str, str | None]:
+    body = answer.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "code", "param"}
+    assert answer.headers["x-should-retry"] in {"true", "false"}
+    return answer.status_code, body["error"]["code"], body["error"]["param"]
+
+
+async def until(scene: Scene, true: Callable[[Json], bool], client: Client, job: Json) -> Json:
+    """Look at a job until something is true of it."""
+    found: Json = {}
+
+    async def there() -> bool:
+        found.update(await client.document(job))
+        return true(found)
+
+    await scene.until(there, "job in the state that is waited for")
+    return found
+
+
+async def test_a_job_from_its_submission_to_its_file(scene: Scene, api: Api) -> None:
+    answer = await api.alice.ask("POST", "/v1/jobs", json={**IMAGE, "metadata": {"a": "b"}})
+    assert answer.status_code == 202
+    job = answer.json()
+    address = f"/v1/jobs/{job['id']}"
+    assert answer.headers["location"] == address
+    assert answer.headers["x-request-id"] == job["id"]
+    assert job == {
+        "id": job["id"],
+        "object": "job",
+        "task": "text_to_image",
+        "state": "queued",
+        "created": job["created"],
+        "position": 0,
+        "estimated_start": None,
+        "progress": None,
+        "status_url": address,
+        "events_url": f"{address}/events",
+        "cancel_url": address,
+        "result": None,
+        "error": None,
+    }
+    await scene.start()
+    end = await api.alice.end(job)
+    done = await api.alice.document(job)
+    assert end.event == done["state"] == "succeeded"
+    assert end.data == done["result"]
+    assert done["result"]["metadata"] == {"a": "b"}
+    assert (done["position"], done["error"], done["created"]) == (None, None, job["created"])
+    (output,) = done["result"]["outputs"]
+    assert output["content_url"] == f"{address}/outputs/0"
+    file = await api.alice.ask("GET", output["content_url"], at=1)
+    assert hashlib.sha256(file.content).hexdigest() == output["sha256"]
+    assert file.headers["content-type"] == "image/png"
+    assert file.headers["x-content-type-options"] == "nosniff"
+    again = await api.alice.ask(
+        "GET", output["content_url"], headers={"if-none-match": file.headers["etag"]}
+    )
+    assert (again.status_code, again.content) == (304, b"")
+    for path in (f"{address}/outputs/1", f"{address}/outputs/9999999999"):
+        assert error_of(await api.alice.ask("GET", path))[:2] == (404, "not_found")
+    assert error_of(await api.alice.ask("GET", f"{address}/outputs/x"))[0] == 400
+
+
+async def test_progress_of_a_job(scene: Scene, api: Api) -> None:
+    await scene.start("slow_steps")
+    job = await api.alice.submit(num_inference_steps=8)
+    document = await until(scene, lambda found: bool(found["progress"]), api.alice, job)
+    assert document["state"] == "running"
+    assert document["progress"]["of"] == 8
+    assert 1 <= document["progress"]["step"] <= 8
+    assert document["progress"]["eta"] >= 0
+    assert (await api.alice.end(job)).event == "succeeded"
+
+
+async def test_a_failed_job(scene: Scene, api: Api) -> None:
+    await scene.start("raises_on_demand")
+    job = await api.alice.submit(prompt="raises")
+    assert (await api.alice.end(job)).event == "failed"
+    document = await api.alice.document(job)
+    assert document["state"] == "failed"
+    assert document["error"]["code"] == "model_error"
+    assert document["error"].keys() == {"message", "type", "code", "param"}
+    assert document["result"]["type"] == "generation.v1.failed"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "task"),
+        ([], None),
+        ("text", None),
+        (None, None),
+        ({**IMAGE, "task": "text_to_video"}, "task"),
+        ({**IMAGE, "task": None}, "task"),
+        ({"task": "text_to_image"}, "prompt"),
+        ({**IMAGE, "prompt": "  "}, "prompt"),
+        ({**IMAGE, "width": "512"}, "width"),
+        ({**IMAGE, "width": 512.0}, "width"),
+        ({**IMAGE, "preview": "yes"}, "preview"),
+        ({**IMAGE, "height": 1}, "height"),
+        ({**IMAGE, "images": [PIXEL]}, "images"),
+        ({**IMAGE, "request_id": "mine"}, "request_id"),
+        ({**IMAGE, "reply_to": "generation.reply.x"}, "reply_to"),
+        ({**IMAGE, "chain": {"id": "a", "step": 1}}, "chain"),
+        ({**IMAGE, "then": [{"task": "text_to_image", "prompt": "$text"}]}, "then.0.prompt"),
+        ({**IMAGE, "deadline": "tomorrow"}, "deadline"),
+        ({**IMAGE, "task": "image_to_text"}, "images"),
+        ({**IMAGE, "task": "image_to_text", "images": ["ftp://x"]}, "images.0"),
+    ],
+)
+async def test_what_is_no_job(api: Api, body: object, param: str | None) -> None:
+    answer = await api.alice.ask("POST", "/v1/jobs", json=body)
+    status, _, named = error_of(answer)
+    assert status == 400, answer.text
+    assert param is None or named is None or named.endswith(param), answer.text
+    assert (await api.alice.ask("GET", "/v1/jobs")).json()["data"] == []
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"task": NaN}', b'{"a": "\\ud800"}'])
+async def test_what_is_no_json(api: Api, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    answer = await api.alice.ask("POST", "/v1/jobs", content=body, headers=headers)
+    assert error_of(answer)[0] == 400
+
+
+async def test_the_idempotency_key(scene: Scene, api: Api) -> None:
+    headers = {"idempotency-key": "order-1"}
+    job = await api.alice.submit(headers=headers)
+    again = await api.alice.ask("POST", "/v1/jobs", at=1, json=IMAGE, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (202, job["id"])
+    other = await api.alice.ask(
+        "POST", "/v1/jobs", json={**IMAGE, "prompt": "a blue circle"}, headers=headers
+    )
+    assert error_of(other)[:2] == (422, "idempotency_key_reused")
+    assert (await api.bob.submit(headers=headers))["id"] != job["id"]
+    await scene.start()
+    await api.alice.end(job)
+    after = await api.alice.submit(headers=headers)
+    assert (after["id"], after["state"]) == (job["id"], "succeeded")
+    assert scene.runs().count(job["id"]) == 1
+
+
+async def test_the_place_in_the_queue_is_streamed(scene: Scene, api: Api) -> None:
+    await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
+    first = await api.alice.submit()
+    await scene.noted("run")
+    second, third = [await api.alice.submit() for _ in range(2)]
+    messages = api.alice.messages(third)
+    message = await anext(messages)
+    assert (message.event, message.id) == ("queued", None)
+    assert message.data == {
+        "request_id": third["id"],
+        "task": "text_to_image",
+        "position": 1,
+        "estimated_start": None,
+    }
+    answer = await api.alice.ask("DELETE", second["cancel_url"])
+    assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
+    message = await anext(messages)
+    assert (message.event, message.data["position"]) == ("queued", 0)
+    await let_go(scene, "run")
+    events = [message.event async for message in messages]
+    assert events[0] in {"started", "queued"}
+    assert events[-1] == "succeeded"
+    assert (await api.alice.end(first)).event == "succeeded"
+
+
+async def test_a_stream_resumes_at_another_gateway_when_its_own_is_killed(
+    scene: Scene, api: Api, doomed: GatewayServer
+) -> None:
+    await scene.start("slow_steps")
+    api.urls.append(doomed.url)
+    job = await api.alice.submit(num_inference_steps=12)
+    whole = asyncio.ensure_future(_all(api.alice.messages(job)))
+    seen: list[Message] = []
+
+    async def watch() -> None:
+        async for message in api.alice.messages(job, at=2):
+            seen.append(message)
+            if sum(message.id is not None for message in seen) == 3:
+                await asyncio.to_thread(doomed.kill)
+
+    with pytest.raises(httpx2.RemoteProtocolError):
+        await watch()
+    ids = [message.id for message in seen if message.id]
+    rest = await _all(api.alice.messages(job, at=1, after=ids[-1]))
+    wanted = [message.id for message in await whole if message.id]
+    assert [*ids, *(message.id for message in rest)] == wanted
+    assert rest[-1].event == "succeeded"
+    assert scene.runs() == [job["id"]]
+
+
+async def test_resuming_after_the_end(scene: Scene, api: Api) -> None:
+    await scene.start()
+    job = await api.alice.submit()
+    end = await api.alice.end(job)
+    for place in ("headers", "params"):
+        name = "last-event-id" if place == "headers" else "last_event_id"
+        more: Json = {place: {name: end.id}}
+        answer = await api.alice.ask("GET", job["events_url"], **more)
+        assert (answer.status_code, answer.content) == (204, b"")
+    for wrong in ("x", "1", "1-", "-1"):
+        answer = await api.alice.ask("GET", job["events_url"], headers={"last-event-id": wrong})
+        assert error_of(answer) == (400, "invalid_request", "Last-Event-ID")
+
+
+async def test_a_stream_survives_a_restart_of_the_broker(scene: Scene, api: Api) -> None:
+    worker = await scene.start("held_in_run")
+    job = await api.alice.submit()
+    await scene.noted("run")
+    watching = asyncio.ensure_future(_all(api.alice.messages(job)))
+    await asyncio.sleep(0.1)
+    async with outage(scene, "kill", worker):
+        await let_go(scene, "run")
+    messages = await asyncio.wait_for(watching, WITHIN)
+    assert messages[-1].event == "succeeded"
+    assert [m.event for m in messages].count("succeeded") == 1
+
+
+async def test_cancelling(scene: Scene, api: Api) -> None:
+    await scene.start("slow_steps")
+    job = await api.alice.submit(num_inference_steps=50)
+    await until(scene, lambda found: found["state"] == "running", api.alice, job)
+    assert error_of(await api.bob.ask("DELETE", job["cancel_url"]))[:2] == (404, "not_found")
+    answer = await api.alice.ask("DELETE", job["cancel_url"])
+    assert answer.status_code in {200, 202}
+    assert (await api.alice.end(job)).event == "cancelled"
+    again = await api.alice.ask("DELETE", job["cancel_url"])
+    assert (again.status_code, again.json()["state"]) == (200, "cancelled")
+    done = await api.alice.submit(num_inference_steps=1)
+    await api.alice.end(done)
+    assert error_of(await api.alice.ask("DELETE", done["cancel_url"]))[:2] == (409, "job_has_ended")
+
+
+async def test_the_list(scene: Scene, api: Api) -> None:
+    await scene.start("held_in_run")
+    jobs = [await api.alice.submit() for _ in range(3)]
+    await scene.noted("run")
+    await api.bob.submit()
+    listed = (await api.alice.ask("GET", "/v1/jobs")).json()
+    assert listed["object"] == "list"
+    assert [job["id"] for job in listed["data"]] == [job["id"] for job in reversed(jobs)]
+    first = (await api.alice.ask("GET", "/v1/jobs?limit=2", at=1)).json()
+    assert (len(first["data"]), first["has_more"]) == (2, True)
+    second = (await api.alice.ask("GET", f"/v1/jobs?limit=2&after={first['next']}")).json()
+    assert [job["id"] for job in second["data"]] == [jobs[0]["id"]]
+    assert (second["has_more"], second["next"]) == (False, None)
+    await let_go(scene, "run")
+    for job in jobs:
+        await api.alice.end(job)
+    ended = (await api.alice.ask("GET", "/v1/jobs?state=succeeded&state=failed")).json()
+    assert len(ended["data"]) == 3
+    assert all(job["result"]["outputs"] for job in ended["data"])
+    assert (await api.alice.ask("GET", "/v1/jobs?task=image_to_text")).json()["data"] == []
+    for query in ("limit=0", "limit=101", "limit=x", "state=done", "task=x", "after=x"):
+        status, _, param = error_of(await api.alice.ask("GET", f"/v1/jobs?{query}"))
+        assert status == 400
+        assert param is not None
+        assert param.split(".")[0] == query.partition("=")[0]
+
+
+async def test_the_queue(scene: Scene, api: Api) -> None:
+    await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
+    await api.alice.submit()
+    await scene.noted("run")
+    await api.alice.submit()
+    queue = (await api.alice.ask("GET", "/v1/queue")).json()
+    assert queue == {
+        "object": "queue",
+        "tasks": [
+            {"task": "text_to_image", "waiting": 1, "running": 1, "pace_seconds": None},
+            {"task": "image_to_text", "waiting": 0, "running": 0, "pace_seconds": None},
+        ],
+    }
+    other = (await api.bob.ask("GET", "/v1/queue")).json()
+    assert [(task["waiting"], task["running"]) for task in other["tasks"]] == [(0, 0), (0, 0)]
+
+
+async def test_another_tenants_jobs_do_not_exist(api: Api) -> None:
+    job = await api.alice.submit()
+    for method, path in [
+        ("GET", job["status_url"]),
+        ("DELETE", job["cancel_url"]),
+        ("GET", job["events_url"]),
+        ("GET", f"{job['status_url']}/outputs/0"),
+    ]:
+        foreign, unknown = (
+            await api.bob.ask(method, path),
+            await api.bob.ask(method, path.replace(job["id"], "unknown")),
+        )
+        assert error_of(foreign) == error_of(unknown) == (404, "not_found", None)
+        assert foreign.json() == unknown.json()
+        assert error_of(await api.nobody.ask(method, path))[0] == 401
+    for method, path in [("POST", "/v1/jobs"), ("GET", "/v1/jobs"), ("GET", "/v1/queue")]:
+        assert error_of(await api.nobody.ask(method, path, json=IMAGE))[0] == 401
+
+
+async def _all(messages: AsyncIterator[Message]) -> list[Message]:
+    return [message async for message in messages]
