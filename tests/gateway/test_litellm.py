@@ -1,0 +1,76 @@
+"""LiteLLM's client path, with `api_base`, against the real gateway; needs uv."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consumer.devstack import GatewayServer
+from tests.gateway.pictures import data_url, decoded, red_circle
+
+WITHIN = 160.0  # seconds
+DESCRIPTION = "A red circle on a blue background in the center."
+SCRIPT = Path(__file__).parent / "litellm_client.py"
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter with LiteLLM."""
+    uv = shutil.which("uv")
+    if uv is None:
+        raise _unavailable("no uv")
+    folder = tmp_path_factory.mktemp("litellm") / "environment"
+    subprocess.run([uv, "venv", "-q", "-p", sys.executable, folder], check=True)
+    python = folder / "bin" / "python"
+    install = [uv, "pip", "install", "-q", "-p", str(python), "litellm>=1.80"]
+    done = subprocess.run(install, check=False, capture_output=True, text=True, timeout=WITHIN)
+    if done.returncode != 0:
+        raise _unavailable(f"LiteLLM cannot be installed: {done.stderr[-500:]}")
+    return python
+
+
+def _unavailable(reason: str) -> BaseException:
+    if os.environ.get("LITELLM_REQUIRED"):
+        return pytest.fail.Exception(reason)
+    return pytest.skip.Exception(reason)
+
+
+@pytest.fixture(scope="module")
+def found(python: Path, gateway: GatewayServer) -> dict[str, Any]:
+    """What the script has read."""
+    run = subprocess.run(
+        [python, SCRIPT, f"{gateway.url}/v1", data_url(red_circle())],
+        # Otherwise it fetches a table of prices when it is imported.
+        env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        capture_output=True,
+        text=True,
+        timeout=WITHIN,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    value: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return value
+
+
+def test_an_image_is_made(found: dict[str, Any]) -> None:
+    assert decoded(found["image"]).size == (64, 64)
+
+
+def test_a_question_is_answered(found: dict[str, Any]) -> None:
+    assert (found["text"], found["finish_reason"]) == (DESCRIPTION, "stop")
+    assert found["tokens"] > 0
+
+
+def test_a_stream_of_text_is_read(found: dict[str, Any]) -> None:
+    assert found["streamed"] == DESCRIPTION
+    assert found["streamed_tokens"] > 0
+
+
+def test_errors_are_typed(found: dict[str, Any]) -> None:
+    assert found["refused"] == {"name": "BadRequestError", "status": 400}
+    assert found["unknown"] == {"name": "NotFoundError", "status": 404}

@@ -1,0 +1,107 @@
+"""What the stock openai-node reads from the real gateway; needs node and npm."""
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consumer.devstack import GatewayServer
+from generation_client import GenerationClient
+from generation_contracts import CancelledEvent, Task
+from tests.gateway.pictures import data_url, decoded, red_circle
+
+SOURCES = Path(__file__).parent / "node"
+WITHIN = 120.0  # seconds for everything that the script does
+DESCRIPTION = "A red circle on a blue background in the center."
+INSTALL = "npm install --no-fund --no-audit --ignore-scripts --no-package-lock --silent"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the library installed."""
+    if shutil.which("npm") is None or shutil.which("node") is None:
+        if os.environ.get("NODE_REQUIRED"):
+            pytest.fail("node and npm are needed")
+        pytest.skip("no node, no npm")
+    folder = tmp_path_factory.mktemp("node") / "client"
+    shutil.copytree(SOURCES, folder)
+    subprocess.run(INSTALL.split(), cwd=folder, check=True, timeout=WITHIN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(client: Path, gateway: GatewayServer) -> dict[str, Any]:
+    """What the script has read."""
+    image = data_url(red_circle())
+    run = subprocess.run(
+        ["node", "client.mjs", f"{gateway.url}/v1", image],
+        cwd=client,
+        capture_output=True,
+        text=True,
+        timeout=WITHIN,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    value: dict[str, Any] = json.loads(run.stdout)
+    return value
+
+
+def test_models_are_listed(found: dict[str, Any]) -> None:
+    assert found["models"] == ["demonstration"]
+
+
+def test_an_image_is_made(found: dict[str, Any]) -> None:
+    assert decoded(found["image"]["data"][0]["b64_json"]).size == (64, 64)
+    assert found["image"]["size"] == "64x64"
+
+
+def test_a_stream_of_images_is_read(found: dict[str, Any]) -> None:
+    *previews, completed = found["imageEvents"]
+    assert 1 <= len(previews) <= 2
+    assert {event["type"] for event in previews} == {"image_generation.partial_image"}
+    assert [event["partial_image_index"] for event in previews] == list(range(len(previews)))
+    assert decoded(previews[0]["b64_json"]).format == "JPEG"
+    assert completed["type"] == "image_generation.completed"
+    assert decoded(completed["b64_json"]).format == "PNG"
+
+
+def test_a_question_is_answered(found: dict[str, Any]) -> None:
+    choice = found["chat"]["choices"][0]
+    assert choice["message"]["content"] == DESCRIPTION
+    assert choice["finish_reason"] == "stop"
+
+
+def test_a_stream_of_text_is_read(found: dict[str, Any]) -> None:
+    *parts, last, usage = found["chunks"]
+    assert "".join(part["choices"][0]["delta"].get("content") or "" for part in parts) == (
+        DESCRIPTION
+    )
+    assert last["choices"][0]["finish_reason"] == "stop"
+    assert usage["usage"]["total_tokens"] > 0
+    assert found["streamed"] == DESCRIPTION
+
+
+@pytest.mark.parametrize(
+    ("name", "param"), [("imageError", "quality"), ("editError", "image"), ("chatError", "n")]
+)
+def test_errors_are_typed(found: dict[str, Any], name: str, param: str) -> None:
+    assert found[name] == {
+        "name": "BadRequestError",
+        "status": 400,
+        "code": "unsupported_parameter",
+        "param": param,
+        "type": "invalid_request_error",
+    }
+
+
+async def test_a_client_that_leaves_cancels_its_request(
+    found: dict[str, Any], behind: GenerationClient
+) -> None:
+    async with asyncio.timeout(WITHIN):
+        result = await behind.result(Task.TEXT_TO_IMAGE, found["left"])
+    assert isinstance(result, CancelledEvent)
