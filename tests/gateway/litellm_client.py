@@ -35,7 +35,9 @@ async def main(base: str, image: str) -> dict[str, Any]:
         "text": answer.choices[0].message.content,
         "finish_reason": answer.choices[0].finish_reason,
         "tokens": answer.usage.total_tokens,
-        "streamed": "".join(chunk.choices[0].delta.content or "" for chunk in chunks),
+        "streamed": "".join(
+            choice.delta.content or "" for chunk in chunks for choice in chunk.choices
+        ),
         "streamed_tokens": chunks[-1].usage.total_tokens,
         "refused": await _error(litellm.acompletion(messages=without_image, **target)),
         "unknown": await _error(
