@@ -32,7 +32,13 @@ from consumer.gateway.in_flight import InFlight, InFlightMiddleware
 from consumer.gateway.jobs import Jobs
 from consumer.gateway.keys import Keys
 from consumer.gateway.metrics import GatewayMetrics
-from consumer.gateway.middleware import BodyLimit, HandledRequest, RequestLog, log_request
+from consumer.gateway.middleware import (
+    BodyLimit,
+    HandledRequest,
+    RequestLog,
+    UnknownErrors,
+    log_request,
+)
 from consumer.gateway.open_access import LoopbackOnly
 from consumer.gateway.tenants import Tenant
 from consumer.settings import Settings
@@ -147,6 +153,7 @@ def _add_middleware(
     app: FastAPI, settings: Settings, *, observe: Callable[[HandledRequest], None]
 ) -> None:
     # The last one added is the outermost.
+    app.add_middleware(UnknownErrors)
     app.add_middleware(BodyLimit, most_bytes=settings.gateway_max_body)
     if settings.gateway_keys is None:
         app.add_middleware(LoopbackOnly, origins=settings.gateway_cors_origins)

@@ -1,5 +1,6 @@
-"""ASGI middleware: the access log, and the limit of bodies."""
+"""ASGI middleware: the access log, the limit of bodies, the answer to unknown errors."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,8 +9,11 @@ import structlog
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from consumer.gateway.error_handlers import as_api_error, error_response
+
 log = structlog.get_logger()
 
+MAX_DIGITS = 18  # of a length that can be meant
 UNMATCHED = "unmatched"  # a path in the log could hold anything
 
 
@@ -97,6 +101,33 @@ class RequestLog:
                 observe(handled)
 
 
+class UnknownErrors:
+    """Answers 500 where the application has raised something that nothing else handles.
+
+    Args:
+        app: The application behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        started = False
+
+        async def noted_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted_send)
+        except Exception as error:  # noqa: BLE001 - the last place that can answer
+            answer = error_response(as_api_error(error))
+            if not started:  # an answer that has begun stays incomplete, and the client sees that
+                await answer(scope, receive, send)
+
+
 class BodyLimit:
     """Answers 413 to bodies that are too large, before they are read completely.
 
@@ -114,9 +145,8 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        received = int(announced) if announced.isdigit() else 0
-        too_large = received > self._most_bytes
+        announced = dict(scope["headers"]).get(b"content-length", b"")
+        too_large = announced.isdigit() and _number(announced) > self._most_bytes
         received = 0
 
         async def limited_receive() -> Message:
@@ -130,6 +160,10 @@ class BodyLimit:
             return message
 
         await self._app(scope, limited_receive, send)
+
+
+def _number(digits: bytes) -> float:
+    return int(digits) if len(digits) <= MAX_DIGITS else math.inf
 
 
 def _with_request_id(message: Message, job_id: str | None) -> Message:
