@@ -124,14 +124,17 @@ class Alone:
 class OverHttp:
     """A server that answers when the job is done, asked by a few callers at a time."""
 
-    def __init__(self, process: ChildProcess, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, process: ChildProcess, session: aiohttp.ClientSession, callers: int = _CALLERS
+    ) -> None:
         self.process = process
         self._session = session
+        self._callers = callers
 
     async def do(self, jobs: int) -> None:
         left = iter(range(jobs))
         async with asyncio.TaskGroup() as callers:
-            for _ in range(_CALLERS):
+            for _ in range(self._callers):
                 callers.create_task(self._call(left))
 
     async def one(self) -> float:
