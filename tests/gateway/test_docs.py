@@ -1,0 +1,147 @@
+"""The examples of docs/http.md run as they stand there, against the real gateway."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.gateway.conftest import KeyedGateway
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/http.md").read_text("utf-8")
+PACKAGE = Path(__file__).parent / "node" / "package.json"
+INSTALL = "npm install --no-fund --no-audit --ignore-scripts --no-package-lock --silent"
+ADDRESS = "http://127.0.0.1:8080"
+KEY = "gk_…"
+WITHIN = 120.0  # seconds for one example
+NOT_RUN = re.compile(r"^\$ (export |.*\bconsumer gateway\b)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the examples run: one folder for all, since they use each other's files."""
+
+    folder: Path
+    gateway: KeyedGateway
+
+    def run(self, *command: str, text: str = "", **environment: str) -> str:
+        """Run an example; return what it has printed."""
+        ended = subprocess.run(
+            command,
+            cwd=self.folder,
+            input=text,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=WITHIN,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    def adapted(self, code: str) -> str:
+        """An example with this gateway's address and key."""
+        assert ADDRESS in code
+        assert KEY in code
+        return code.replace(ADDRESS, self.gateway.url).replace(KEY, self.gateway.alice)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> Iterator[str]:
+    """Each command of the shell, with the output that the page shows below it."""
+    for block in blocks("console"):
+        yield from re.split(r"^(?=\$ )", block, flags=re.MULTILINE)[1:]
+
+
+def parts(command: str) -> tuple[str, list[str]]:
+    """The lines to run, and the lines of output."""
+    lines = command.removeprefix("$ ").splitlines()
+    code = [lines.pop(0)]
+    here = re.search(r"<<(\w+)", code[0])
+    while lines and (code[-1].endswith("\\") or (here and code[-1] != here[1])):
+        code.append(lines.pop(0))
+    return "\n".join(code), lines
+
+
+@pytest.fixture(scope="module")
+def place(keyed_gateway: KeyedGateway, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("examples"), keyed_gateway)
+
+
+@pytest.fixture(scope="module")
+def node(place: Place) -> Place:
+    """The same with openai-node installed."""
+    if shutil.which("npm") is None or shutil.which("node") is None:
+        if os.environ.get("NODE_REQUIRED"):
+            pytest.fail("node and npm are needed")
+        pytest.skip("no node, no npm")
+    shutil.copy(PACKAGE, place.folder)
+    place.run(*INSTALL.split())
+    return place
+
+
+def test_the_commands_run(place: Place) -> None:
+    """In one shell, since they use each other's variables."""
+    shown = []
+    script = ["set -euo pipefail"]
+    for command in commands():
+        if not NOT_RUN.match(command):
+            code, output = parts(command)
+            script.append(code)
+            shown += output
+    assert len(script) > 10
+    printed = place.run(
+        "bash",
+        "-s",
+        text="\n".join(script),
+        GATEWAY=place.gateway.url,
+        GATEWAY_KEY=place.gateway.alice,
+    )
+    assert [line for line in shown if line not in printed.splitlines()] == []
+    assert "event: succeeded" in printed
+    assert "circle" in printed
+    for name in ("circle.png", "green.png"):
+        assert (place.folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_python_examples_run(place: Place) -> None:
+    draw, ask, follow = (place.adapted(block) for block in blocks("python"))
+    printed = place.run(sys.executable, "-W", "error", "-c", draw)
+    assert printed.splitlines()[-1].startswith("image_generation.completed ")
+    assert (place.folder / "square.png").read_bytes().startswith(b"\x89PNG")
+    asked = place.run(sys.executable, "-W", "error", "-c", ask)
+    assert "square" in asked
+    assert asked.endswith(" tokens\n")
+    followed = place.run(sys.executable, "-W", "error", "-c", follow)
+    assert "started" in followed
+    assert followed.splitlines()[-1].startswith("succeeded")
+    assert (place.folder / "triangle.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_javascript_examples_run(node: Place) -> None:
+    draw, ask, follow = (node.adapted(block) for block in blocks("javascript"))
+    node.run("node", "--input-type=module", text=draw)
+    assert "square" in node.run("node", "--input-type=module", text=ask)
+    assert node.run("node", "--input-type=module", text=follow).endswith("succeeded\n")
+
+
+def test_the_page_names_every_address() -> None:
+    from consumer.gateway.app import create_app  # noqa: PLC0415 - with the routes of all modules
+    from consumer.settings import Settings  # noqa: PLC0415
+
+    table = PAGE.partition("| address |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(?:[A-Z]+ )?(/\S*?)`", table))
+    really = {
+        re.sub(r"\{number\}", "{n}", re.sub(r"\{(job_id|model)\}", "{id}", path))
+        for path in create_app(Settings()).openapi()["paths"]
+    }
+    assert named == really | {"/", "/docs", "/openapi.json"}
