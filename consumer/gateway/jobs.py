@@ -213,6 +213,20 @@ class Jobs:
         self._remember(job_id, view.job.task)
         return view
 
+    async def view(self, job: Job) -> JobView:
+        """Look at a job that was just submitted.
+
+        Raises:
+            ApiError: 404 or 503.
+        """
+        with as_api_errors():
+            # What was queued a moment ago has no result yet, most often.
+            view = await self._unfinished(job.id, job.task) if job.is_new else None
+            view = view or await self._look(job.id, job.task)
+        if view is None:
+            raise not_found()
+        return view
+
     async def page(
         self,
         caller: Caller,

@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from consumer.gateway.context import GatewayPart, note_job
 from consumer.gateway.contract import contract_request
@@ -103,18 +103,20 @@ class OneJob:
         return view
 
 
-def _one_job(http: Request, gateway: GatewayPart, caller: Authenticated, job_id: str) -> OneJob:
+# Not a plain function: FastAPI calls those in a thread.
+async def _one_job(
+    http: Request, gateway: GatewayPart, caller: Authenticated, job_id: str
+) -> OneJob:
     return OneJob(http, gateway.jobs, caller, job_id)
 
 
-@dataclass(frozen=True)
-class _Filter:
+class JobFilter(BaseModel):
     """Which jobs are listed."""
 
-    state: Annotated[list[State] | None, Query(description="repeatable")] = None
+    state: list[State] = Field(default_factory=list, description="repeatable")
     task: Task | None = None
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20
-    after: Annotated[str | None, Query(description="`next` of the page before")] = None
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 20
+    after: str | None = Field(default=None, description="`next` of the page before")
 
 
 @router.post("/v1/jobs", status_code=HTTPStatus.ACCEPTED, summary="Queue a job")
@@ -131,17 +133,17 @@ async def submit_job(sender: SenderPart, response: Response, body: JobBody) -> J
     job = await jobs.submit(sender.caller, wanted, idempotency_key=key, wait=False)
     note_job(sender.http, job)
     response.headers["location"] = job_address(job.id)
-    return job_document(await jobs.find(sender.caller, job.id))
+    return job_document(await jobs.view(job))
 
 
 @router.get("/v1/jobs", summary="List jobs")
 async def list_jobs(
-    gateway: GatewayPart, caller: Authenticated, wanted: Annotated[_Filter, Depends()]
+    gateway: GatewayPart, caller: Authenticated, wanted: Annotated[JobFilter, Query()]
 ) -> JobListDocument:
     """List the own jobs, newest first. With a filter a page may be shorter than `limit`."""
     page = await gateway.jobs.page(
         caller,
-        states=wanted.state or (),
+        states=wanted.state,
         task=wanted.task,
         limit=wanted.limit,
         after=wanted.after,
