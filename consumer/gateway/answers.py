@@ -9,8 +9,6 @@ from consumer.gateway.job_document import JobDocument
 
 Responses = dict[int | str, dict[str, Any]]
 
-_EVENTS = {"schema": {"type": "string", "description": "server-sent events"}}
-
 
 def json_answer(document: BaseModel) -> Response:
     """Write a document; fields that are None are left out."""
@@ -28,6 +26,6 @@ def described(model: Any, *, streams: bool = False) -> Responses:
     """
     success: dict[str, Any] = {"model": model, "description": "The result."}
     if streams:
-        success["content"] = {"text/event-stream": _EVENTS}
+        success["content"] = {"text/event-stream": {}}
     accepted = "The job, with `Prefer: respond-async`."
     return {200: success, 202: {"model": JobDocument, "description": accepted}}

@@ -142,7 +142,7 @@ def create_app(settings: Settings) -> FastAPI:
         responses=error,
     )
     app.state.in_flight = InFlight(metrics.refused)
-    install_error_handlers(app)
+    install_error_handlers(app, ROUTERS)
     for router in ROUTERS:
         app.include_router(router)
     _add_middleware(app, settings, observe=_observer(metrics))

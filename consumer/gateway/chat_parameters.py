@@ -1,13 +1,14 @@
 """The parameters of OpenAI's chat completions, and what of them can be done."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from consumer.gateway.contract import contract_request, unsupported
 from consumer.gateway.error_handlers import UNION_TAG
 from consumer.gateway.errors import invalid
-from consumer.gateway.openai_parameters import Identifier, OpenAIBody, Word
+from consumer.gateway.openai_parameters import Fixed, Identifier, ModelName, OpenAIBody, Word
 from generation_contracts import ImageToTextRequest, Task
 from generation_contracts.requests import MAX_IMAGES, MAX_NEW_TOKENS, Metadata, Seed
 
@@ -23,26 +24,25 @@ NAMES = {
     "max_new_tokens": "max_tokens",
 }
 
-# Parameters that would change the text, with the values at which they change nothing.
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "stop": ([], ""),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "modalities": (["text"],),
-    "reasoning_effort": ("none",),
-    "audio": (),
-    "prediction": (),
-    "verbosity": (),
-    "web_search_options": (),
+_FIXED = {
+    "n": Fixed((1,)),
+    "stop": Fixed(([], "")),
+    "tools": Fixed(([],)),
+    "tool_choice": Fixed(("auto", "none")),
+    "functions": Fixed(([],)),
+    "function_call": Fixed(("auto", "none")),
+    "response_format": Fixed(({"type": "text"},)),
+    "frequency_penalty": Fixed((0,)),
+    "presence_penalty": Fixed((0,)),
+    "logit_bias": Fixed(({},)),
+    "logprobs": Fixed((False,)),
+    "top_logprobs": Fixed((0,)),
+    "modalities": Fixed((["text"],)),
+    "reasoning_effort": Fixed(("none",)),
+    "audio": Fixed(),
+    "prediction": Fixed(),
+    "verbosity": Fixed(),
+    "web_search_options": Fixed(),
 }
 
 
@@ -71,7 +71,7 @@ class ImagePart(OpenAIBody):
 
 def _kind_of_part(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"{UNION_TAG}{kind}" if kind in {"text", "image_url"} else None
+    return f"{UNION_TAG}{kind}" if kind in ("text", "image_url") else None
 
 
 def _kind_of_content(value: Any) -> str:
@@ -125,10 +125,12 @@ class StreamOptions(OpenAIBody):
 class ChatParameters(OpenAIBody):
     """A question about images, in the words of OpenAI's API."""
 
+    fixed: ClassVar[Mapping[str, Fixed]] = _FIXED
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
         description="one user message with at least one image, after at most one system message"
     )
-    model: Word | None = Field(default=None, description="see `GET /v1/models`")
+    model: ModelName | None = Field(default=None, description="see `GET /v1/models`")
     max_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
@@ -147,24 +149,24 @@ class ChatParameters(OpenAIBody):
     prompt_cache_key: Identifier | None = Field(default=None, description="has no effect")
     prompt_cache_retention: Word | None = Field(default=None, description="has no effect")
 
-    n: int | None = Field(default=None, description="must be 1")
-    stop: Any = Field(default=None, description="not supported")
-    tools: Any = Field(default=None, description="not supported")
-    tool_choice: Any = Field(default=None, description="not supported")
-    functions: Any = Field(default=None, description="not supported")
-    function_call: Any = Field(default=None, description="not supported")
-    response_format: Any = Field(default=None, description='must be {"type": "text"}')
-    frequency_penalty: float | None = Field(default=None, description="must be 0")
-    presence_penalty: float | None = Field(default=None, description="must be 0")
-    logit_bias: Any = Field(default=None, description="not supported")
-    logprobs: bool | None = Field(default=None, description="must be false")
-    top_logprobs: int | None = Field(default=None, description="must be 0")
-    modalities: Any = Field(default=None, description='must be ["text"]')
-    reasoning_effort: Word | None = Field(default=None, description="must be `none`")
-    audio: Any = Field(default=None, description="not supported")
-    prediction: Any = Field(default=None, description="not supported")
-    verbosity: Any = Field(default=None, description="not supported")
-    web_search_options: Any = Field(default=None, description="not supported")
+    n: int | None = None
+    stop: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: Any = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    modalities: Any = None
+    reasoning_effort: Word | None = None
+    audio: Any = None
+    prediction: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
 
     def require_supported(self) -> None:
         """Check what this service cannot do whatever the model.
@@ -172,10 +174,7 @@ class ChatParameters(OpenAIBody):
         Raises:
             ApiError: 400 that names the parameter.
         """
-        for name, values in _WITHOUT_EFFECT.items():
-            given = getattr(self, name)
-            if given is not None and given not in values:
-                raise unsupported(name, "is not supported")
+        super().require_supported()
         roles = [message.role for message in self.messages]
         if roles not in (["user"], ["system", "user"], ["developer", "user"]):
             reason = "must be one user message, after at most one system message"

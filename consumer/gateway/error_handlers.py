@@ -1,12 +1,14 @@
 """Turn every exception into an error answer with the one body that all endpoints share."""
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
@@ -69,16 +71,22 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Answer every exception of an application with the body of `ApiError`."""
+def install_error_handlers(app: FastAPI, routers: Sequence[APIRouter] = ()) -> None:
+    """Answer every exception of an application with the body of `ApiError`.
+
+    Args:
+        app: The application.
+        routers: Its routes, for `Allow` in the answer to a method that an address does not take.
+    """
 
     async def handle_gone(_: Request, __: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)
 
-    async def handle(_: Request, error: Exception) -> JSONResponse:
+    async def handle(http: Request, error: Exception) -> JSONResponse:
         answer = error_response(as_api_error(error))
-        if isinstance(error, HTTPException) and error.headers:
-            answer.headers.update(error.headers)
+        if answer.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            # FastAPI would name the methods of one route only.
+            answer.headers["allow"] = ", ".join(sorted(_methods(http.url.path, routers)))
         return answer
 
     app.add_exception_handler(ClientGone, handle_gone)
@@ -91,6 +99,16 @@ def install_error_handlers(app: FastAPI) -> None:
         HTTPException,
     ):
         app.add_exception_handler(kind, handle)
+
+
+def _methods(path: str, routers: Sequence[APIRouter]) -> set[str]:
+    routes = [route for router in routers for route in router.routes]
+    return {
+        method
+        for route in routes
+        if isinstance(route, APIRoute) and route.path_regex.match(path)
+        for method in route.methods or ()
+    }
 
 
 def _of_problem(problem: Any) -> ApiError:

@@ -126,7 +126,7 @@ def of_failure(failure: Failure, request_id: str | None = None) -> ApiError:
     )
 
 
-def of_error(error: GenerationError) -> ApiError:
+def of_error(error: GenerationError) -> ApiError:  # noqa: PLR0911 - one for each
     """The answer to what the client library raises."""
     match error:
         case RequestFailed():

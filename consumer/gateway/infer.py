@@ -52,6 +52,11 @@ class ImageToTextBody(ImageToTextParameters):
     )
     metadata: Metadata = Field(default_factory=dict)
 
+    @property
+    def all_images(self) -> list[str]:
+        """The images of both fields."""
+        return [*([] if self.image is None else [self.image]), *(self.images or [])]
+
 
 def _kind(body: Any) -> str:
     """Tell the two bodies apart: by `model_type`, else by whether there are images."""
@@ -110,6 +115,8 @@ async def infer(sender: SenderPart, body: Body) -> Response:
     other is a prompt for images and is answered with `image`, the first one, and `images`, all of
     them, as base64. `model_type` says it explicitly.
     """
+    if isinstance(body, ImageToTextBody):
+        sender.require_room(sum(len(image) for image in body.all_images))
     try:
         call = await sender.submit(_request(body))
         if sender.preferences.respond_async:
@@ -128,8 +135,9 @@ def _request(body: TextToImageBody | ImageToTextBody) -> GenerationRequest:
         return contract_request(Task.TEXT_TO_IMAGE, fields, {})
     if body.stream:
         raise unsupported("stream", "is for /v1/jobs and /v1/chat/completions")
-    images = [*([] if body.image is None else [body.image]), *(body.images or [])]
-    fields["images"] = [one if _URL.match(one) else {"base64": one} for one in images]
+    fields["images"] = [
+        image if _URL.match(image) else {"base64": image} for image in body.all_images
+    ]
     return contract_request(Task.IMAGE_TO_TEXT, fields, {})
 
 

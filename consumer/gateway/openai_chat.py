@@ -71,6 +71,7 @@ async def complete_chat(sender: SenderPart, parameters: ChatParameters) -> Respo
     The text of all text parts together is the question; the images come in their order. With
     `stream` the answer consists of server-sent events.
     """
+    sender.require_room(sum(len(url) for url in parameters.messages[-1].images))
     wanted = parameters.to_request(drawn_seed=_seed(sender.preferences.idempotency_key))
     model = await sender.gateway.catalogue.name_of(parameters.model, Task.IMAGE_TO_TEXT)
     try:

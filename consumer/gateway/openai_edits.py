@@ -3,16 +3,15 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
 from starlette.datastructures import FormData, UploadFile
 
 from consumer.gateway.contract import unsupported
 from consumer.gateway.errors import ApiError, invalid
 from consumer.gateway.openai_images import IMAGES_ANSWERS, answer
-from consumer.gateway.openai_parameters import ImageParameters, Word
+from consumer.gateway.openai_parameters import Fixed, ImageParameters, Word
 from consumer.gateway.waiting import SenderPart
 from generation_contracts import TextToImageRequest
 from generation_contracts.requests import MAX_IMAGES
@@ -29,13 +28,9 @@ router = APIRouter(tags=["OpenAI"])
 class EditParameters(ImageParameters):
     """What is to be made of the images."""
 
-    input_fidelity: Word | None = Field(default=None, description="not supported")
+    fixed: ClassVar[Mapping[str, Fixed]] = {**ImageParameters.fixed, "input_fidelity": Fixed()}
 
-    def require_supported(self) -> None:
-        """Check what this service cannot do whatever the model."""
-        super().require_supported()
-        if self.input_fidelity is not None:
-            raise unsupported("input_fidelity", "is not supported")
+    input_fidelity: Word | None = None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,24 @@
 """The parameters of OpenAI's image endpoints, and what of them can be done."""
 
+import json
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
+from consumer.gateway.catalogue import MAX_NAME
 from consumer.gateway.contract import contract_request, unsupported
 from consumer.gateway.errors import invalid
 from generation_contracts import Task, TextToImageRequest
@@ -21,19 +35,65 @@ from generation_contracts.requests import (
 )
 
 AUTO = "auto"
-FULL_COMPRESSION_QUALITY = 100  # OpenAI's default; encoders here use their own quality
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})\Z", re.ASCII)
 
+ModelName = Annotated[str, StringConstraints(max_length=MAX_NAME)]
 Word = Annotated[str, StringConstraints(max_length=64)]
 Identifier = Annotated[str, StringConstraints(max_length=512)]
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """A parameter that would change the output, and that only these values leave as it is.
+
+    Attributes:
+        values: The first one is OpenAI's default; none: the parameter is not supported.
+        advice: Ends the message to the caller.
+    """
+
+    values: tuple[Any, ...] = ()
+    advice: str = ""
+
+    def __str__(self) -> str:
+        if not self.values:
+            return f"is not supported{self.advice}"
+        values = " or ".join(json.dumps(value) for value in self.values)
+        return f"must be {values}{self.advice}"
+
+
 class OpenAIBody(BaseModel):
-    """A body as OpenAI's clients send it: null stands for a field that is absent."""
+    """A body as OpenAI's clients send it: null stands for a field that is absent.
+
+    Attributes:
+        fixed: The parameters that cannot be chosen freely.
+    """
 
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
     )
+    fixed: ClassVar[Mapping[str, Fixed]] = {}
+
+    def require_supported(self) -> None:
+        """Check what this service cannot do whatever the model.
+
+        Raises:
+            ApiError: 400 that names the parameter.
+        """
+        for name, fixed in self.fixed.items():
+            given = getattr(self, name)
+            if given is not None and given not in fixed.values:
+                raise unsupported(name, str(fixed))
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Describe the fixed parameters by their values."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, fixed in cls.fixed.items():
+            properties[name] = {"enum": [None, *fixed.values], "description": str(fixed)}
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -50,21 +110,28 @@ class ImageParameters(OpenAIBody):
     `extra_body`.
     """
 
+    fixed: ClassVar[Mapping[str, Fixed]] = {
+        "quality": Fixed((AUTO, "standard"), ": set num_inference_steps instead"),
+        "style": Fixed((), ": describe the style in the prompt"),
+        "background": Fixed((AUTO, "opaque")),
+        "output_compression": Fixed((100,)),
+    }
+
     prompt: Prompt
-    model: Word | None = Field(default=None, description="see `GET /v1/models`")
+    model: ModelName | None = Field(default=None, description="see `GET /v1/models`")
     n: Annotated[int, Field(ge=1, le=MAX_OUTPUTS)] | None = Field(
         default=None, description="number of images"
     )
     size: Word | None = Field(
-        default=None, description="`WIDTHxHEIGHT` in pixels; `auto` is the model's own"
+        default=None,
+        description="`WIDTHxHEIGHT` in pixels; `auto` is the model's own",
+        json_schema_extra={"pattern": "^(|auto|[0-9]{1,5}x[0-9]{1,5})$"},
     )
-    quality: Word | None = Field(default=None, description="`auto` or `standard`")
-    style: Word | None = Field(default=None, description="not supported")
-    background: Word | None = Field(default=None, description="`auto` or `opaque`")
+    quality: Word | None = None
+    style: Word | None = None
+    background: Word | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
-        default=None, description="not supported but for 100, its default"
-    )
+    output_compression: int | None = None
     response_format: Literal["b64_json", "url"] | None = None
     user: Identifier | None = Field(default=None, description="has no effect")
     safety_identifier: Identifier | None = Field(default=None, description="has no effect")
@@ -85,21 +152,6 @@ class ImageParameters(OpenAIBody):
     adapters: Annotated[dict[AdapterName, AdapterWeight], Field(max_length=MAX_ADAPTERS)] | None = (
         None
     )
-
-    def require_supported(self) -> None:
-        """Check what this service cannot do whatever the model.
-
-        Raises:
-            ApiError: 400 that names the parameter.
-        """
-        if self.quality not in {None, AUTO, "standard"}:
-            raise unsupported("quality", "must be `auto`: set num_inference_steps instead")
-        if self.style is not None:
-            raise unsupported("style", "is not supported: describe the style in the prompt")
-        if self.background not in {None, AUTO, "opaque"}:
-            raise unsupported("background", "must be `auto` or `opaque`")
-        if self.output_compression not in {None, FULL_COMPRESSION_QUALITY}:
-            raise unsupported("output_compression", "is not supported")
 
     def to_request(self) -> TextToImageRequest:
         """Make the request of the contract.

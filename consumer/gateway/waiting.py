@@ -19,7 +19,7 @@ from consumer.gateway.keys import Authenticated
 from consumer.gateway.sse import disconnected
 from consumer.gateway.tenants import Caller
 from consumer.tasks import cancel_and_wait
-from generation_client import AnyEvent, RequestCancelled
+from generation_client import AnyEvent, RequestCancelled, RequestTooLarge
 from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent
 from generation_contracts import Request as GenerationRequest
 
@@ -61,6 +61,18 @@ class Sender:
     http: Request
     caller: Caller
     preferences: Preferences
+
+    def require_room(self, size: int) -> None:
+        """Check early whether images can fit into the queue: to encode large ones takes long.
+
+        Args:
+            size: Characters of all images.
+
+        Raises:
+            ApiError: 413.
+        """
+        if size > self.gateway.bus.client.max_payload:
+            raise of_error(RequestTooLarge())
 
     async def submit(self, wanted: GenerationRequest) -> "Call":
         """Queue a request.

@@ -21,7 +21,7 @@ QWEN = {"task": "image_to_text", "id": "Qwen/Qwen2.5-VL-7B-Instruct", "worker": 
 
 
 class Workers:
-    """Workers that answer as they are told to, and a clock."""
+    """Workers whose answers the test sets, and a clock."""
 
     def __init__(self, *answers: Mapping[str, str]) -> None:
         self.answers: Sequence[Mapping[str, str]] = answers
@@ -146,7 +146,7 @@ async def test_without_workers_there_is_no_waiting(bus: Bus) -> None:
         assert await worker_metadata(bus) == []
 
 
-async def test_every_worker_is_heard_and_nothing_else(bus: Bus, nats_server: NatsServer) -> None:
+async def test_every_worker_counts_and_nothing_else(bus: Bus, nats_server: NatsServer) -> None:
     client = await nats.connect(nats_server.url)
 
     async def answer(message: Msg) -> None:

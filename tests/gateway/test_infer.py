@@ -160,6 +160,12 @@ async def test_every_error_has_the_same_body(
     assert answer.json()["error"]["code"] == code
 
 
+async def test_an_address_names_all_its_methods(http: httpx2.AsyncClient) -> None:
+    answer = await http.put("/v1/jobs/open0000-t1")
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "DELETE, GET"
+
+
 async def test_a_request_that_the_queue_cannot_hold_is_too_large(http: httpx2.AsyncClient) -> None:
     answer = await http.post("/infer", json={"prompt": "a", "images": ["A" * 2_000_000]})
     assert answer.status_code == 413

@@ -158,6 +158,7 @@ async def test_an_idempotent_stream_is_the_same_request_each_time(openai: AsyncO
             {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
             "messages.0.content.0",
         ),
+        ({"messages": [{"role": "user", "content": [{"type": {}}]}]}, "messages.0.content.0"),
         (
             {"messages": [user("a", {"type": "image_url", "image_url": {"url": "ftp://a/b"}})]},
             "messages",
