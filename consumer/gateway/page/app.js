@@ -48,10 +48,10 @@ function begin() {
 }
 
 function onSubmitted(doc) {
-  const job = active.update(doc);
-  if (job === null) return feed.wake(); // an answer to a second try: it has ended meanwhile
-  announce(`Submitted: ${shortened(job.title, 60)}.`);
+  const job = active.update(doc); // null where it has ended already: the list has it
+  if (job) announce(`Submitted: ${shortened(job.title, 60)}.`);
   feed.assign();
+  feed.wake();
 }
 
 function onEnded(job) {

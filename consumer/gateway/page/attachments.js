@@ -14,7 +14,7 @@ export class Attachments extends EventTarget {
     super();
     const input = byId("files");
     input.addEventListener("change", () => {
-      this.addFiles(input.files);
+      this.addFiles([...input.files]); // a copy: the next line empties the list
       input.value = ""; // the same file can be chosen again
     });
   }

@@ -27,6 +27,7 @@ export class Detail {
     this.#dialog.addEventListener("close", () => {
       this.#job = null;
       this.#dialog.replaceChildren();
+      this.#dialog.removeAttribute("aria-labelledby");
     });
   }
 
@@ -75,6 +76,7 @@ export class Detail {
       this.#table(),
     );
     this.#dialog.replaceChildren(this.#bar(), element("div", { class: "detail-content" }, stage, side));
+    this.#dialog.setAttribute("aria-labelledby", title.id);
     this.#dialog.classList.toggle("with-image", Boolean(stage));
   }
 
