@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from consumer.gateway.errors import invalid
+from consumer.gateway.errors import not_found
 from consumer.gateway.job_list import JobList
 from consumer.gateway.job_view import JobView, State
 from consumer.gateway.tenants import Tenant, submitted_at
@@ -67,7 +67,7 @@ class JobPages:
             after: Id of the job before the first one; None begins with the newest.
 
         Raises:
-            ApiError: 400: `after` is not one of the tenant's jobs.
+            ApiError: 404: `after` is not one of the tenant's jobs.
             BusUnavailable, GenerationError: The streams cannot be read.
         """
         tasks = await self._tasks(tenant, states)
@@ -110,7 +110,7 @@ class JobPages:
                     await self._see(request_id, one)
             if self._time(request_id) is not None:
                 return self._key_of(request_id)
-        raise invalid("after: there is no such job", param="after")
+        raise not_found("after: there is no such job")
 
     async def _see(self, request_id: str, task: Task) -> JobView | None:
         async with self._places:

@@ -246,7 +246,7 @@ class Jobs:
             after: Id of the job before the first one; None begins with the newest.
 
         Raises:
-            ApiError: 400: there is no job `after`; 503.
+            ApiError: 404: there is no job `after`; 503.
         """
         with as_api_errors():
             return await self._pages.page(

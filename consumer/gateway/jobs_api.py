@@ -6,11 +6,11 @@ from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StringConstraints
 
 from consumer.gateway.context import GatewayPart, note_job
 from consumer.gateway.contract import contract_request
-from consumer.gateway.errors import invalid, not_found
+from consumer.gateway.errors import not_found
 from consumer.gateway.event_log import EventId
 from consumer.gateway.job_document import (
     JobDocument,
@@ -39,6 +39,7 @@ from generation_contracts.requests import (
     Prompt,
     TextToImageParameters,
 )
+from generation_contracts.subjects import RequestId
 
 MAX_PAGE = 100  # jobs
 
@@ -47,6 +48,8 @@ OUTPUT_HEADERS = {
     "cache-control": "private, max-age=31536000, immutable",
     "x-content-type-options": "nosniff",
 }
+
+EventIdText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}-[0-9]{1,10}$")]
 
 router = APIRouter(tags=["jobs"])
 
@@ -116,7 +119,7 @@ class JobFilter(BaseModel):
     state: list[State] = Field(default_factory=list, description="repeatable")
     task: Task | None = None
     limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 20
-    after: str | None = Field(default=None, description="`next` of the page before")
+    after: RequestId | None = Field(default=None, description="`next` of the page before")
 
 
 @router.post("/v1/jobs", status_code=HTTPStatus.ACCEPTED, summary="Queue a job")
@@ -126,7 +129,7 @@ async def submit_job(sender: SenderPart, response: Response, body: JobBody) -> J
     The same `Idempotency-Key` gives the same job, whichever gateway gets it.
     """
     # FastAPI converts the body to its model: "512" is no number for the contract.
-    fields: dict[str, Any] = json.loads(await sender.http.body())
+    fields: dict[str, Any] = json.loads(await sender.http.body(), parse_float=_number)
     del fields["task"]
     wanted = contract_request(Task(body.task), fields, {})
     jobs, key = sender.gateway.jobs, sender.preferences.idempotency_key
@@ -190,9 +193,9 @@ async def cancel_job(job: Annotated[OneJob, Depends(_one_job)], response: Respon
 )
 async def watch_job(
     job: Annotated[OneJob, Depends(_one_job)],
-    last_event_id: Annotated[str | None, Header(description="resume after this event")] = None,
+    last_event_id: Annotated[EventIdText | None, Header(description="resume after this")] = None,
     last_event_id_in_query: Annotated[
-        str | None, Query(alias="last_event_id", description="the same")
+        EventIdText | None, Query(alias="last_event_id", description="the same")
     ] = None,
 ) -> Response:
     """Watch a job as server-sent events, the last one of which is its end.
@@ -201,7 +204,8 @@ async def watch_job(
     that was broken off is resumed with `Last-Event-ID`, at any gateway, for some minutes without
     loss; after that, only the last event comes.
     """
-    after = _event_id(last_event_id or last_event_id_in_query)
+    last_read = last_event_id or last_event_id_in_query
+    after = None if last_read is None else EventId.parse(last_read)
     view = await job.find()
     if after is not None and after.is_terminal:
         # It tells an EventSource not to connect again.
@@ -241,10 +245,7 @@ async def look_at_queue(gateway: GatewayPart, caller: Authenticated) -> QueueDoc
     return QueueDocument(tasks=[queue_of_task(task, numbers[task]) for task in Task])
 
 
-def _event_id(text: str | None) -> EventId | None:
-    if not text:
-        return None
-    event_id = EventId.parse(text)
-    if event_id is None:
-        raise invalid("Last-Event-ID: is not the id of an event", param="Last-Event-ID")
-    return event_id
+def _number(text: str) -> int | float:
+    """Read a JSON number with a fraction: 512.0 is the integer 512."""
+    number = float(text)
+    return int(number) if number.is_integer() else number

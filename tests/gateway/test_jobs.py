@@ -510,7 +510,7 @@ async def test_tenants_see_nothing_of_each_other(scene: Scene, opened: OpenJobs)
         await opened.jobs.find(BOB, running.id)
     with pytest.raises(ApiError) as error:
         await opened.jobs.page(BOB, after=running.id)
-    assert refused(error) == (400, "invalid_request")
+    assert refused(error) == (404, "not_found")
 
 
 @pytest.mark.parametrize(
