@@ -66,7 +66,7 @@ class EventFeed:
         _, task, request_id = message.subject.removeprefix(self._root).rsplit(".", 2)
         if task not in _TASKS:
             return
-        # A result of a later version is reported to those who wait, when they look it up.
+        # A caller that waits for a result of a later version gets an error from its own lookup.
         with suppress(UnsupportedMessage):
             event = read_event(message.data, Task(task), request_id)
             if event is not None and isinstance(event, TerminalEvent) == terminal:

@@ -254,9 +254,8 @@ class QueueView:
         body = b"" if query is None else json.dumps(query).encode()
         await self._reconnected()
         try:
-            async with self._bus.question(within):
-                answer = await self._bus.client.request(f"$JS.API.{subject}", body, timeout=within)
-            value: dict[str, Any] = from_json(answer.data)
+            answer = await self._bus.ask(f"$JS.API.{subject}", body, within=within)
+            value: dict[str, Any] = from_json(answer)
         except (Error, OSError, TimeoutError, ValueError) as error:
             raise self._unavailable(subject, error) from None
         problem = value.get("error")

@@ -96,7 +96,7 @@ class JobList:
         finally:
             self._ended_while_read = None
         found: _ByTag = {}
-        # In the order of their submission, as far as the ids tell it: the oldest are left out.
+        # In the order of their submission, as far as the ids have it: the oldest are left out.
         for request_id in sorted(ids):
             _add(found, request_id, ids[request_id], most=MOST_ENDED)
         for request_id, task in meanwhile.items():

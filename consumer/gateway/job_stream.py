@@ -51,13 +51,13 @@ async def _places(
     place: JobView | None = view
     while place is not None:
         yield place
-        told, place = place, None
-        while place is None or not _has_moved(told, place):
+        sent, place = place, None
+        while place is None or not _has_moved(sent, place):
             await asyncio.wait({first_event}, timeout=POSITION_EVERY)
             if first_event.done():
                 return
             with suppress(ApiError):
-                place = await jobs.waiting(told.job)
+                place = await jobs.waiting(sent.job)
                 if place is None:
                     return
 

@@ -46,9 +46,10 @@ __all__ = ["Job", "JobView", "Jobs", "Limits", "Page", "State"]
 
 log = structlog.get_logger()
 
-MAX_OUTAGE = 120.0  # seconds without an answer after which those who wait get an error
+MAX_OUTAGE = 120.0  # seconds without an answer after which a caller that waits gets an error
 ABANDON_WITHIN = 60.0  # seconds for the cancellation of what no client waits for
 ABANDON_PAUSE = 1.0  # seconds between two attempts
+CANCELLATIONS = 32  # of abandoned jobs at a time
 CLOSE_WITHIN = 5.0  # seconds for the cancellations that are under way
 DOWNLOADS = 16  # files in memory at a time
 RECENT = 10_000  # jobs whose tasks are remembered
@@ -98,6 +99,7 @@ class Jobs:
         self._pace = Pace()
         self._tasks: OrderedDict[str, Task] = OrderedDict()
         self._downloads = asyncio.Semaphore(DOWNLOADS)
+        self._cancellations = asyncio.Semaphore(CANCELLATIONS)
         self._abandoning: set[asyncio.Task[None]] = set()
         self._feed = EventFeed(
             bus,
@@ -380,8 +382,9 @@ class Jobs:
         until = time.monotonic() + ABANDON_WITHIN
         while True:
             try:
-                reply = await self._client.cancel(job_id)
-            except Exception as error:  # noqa: BLE001 - no one is there to be told
+                async with self._cancellations:
+                    reply = await self._client.cancel(job_id)
+            except Exception as error:  # noqa: BLE001 - the client has disconnected
                 log.warning("job_not_cancelled", job=job_id, reason=str(error)[:200])
                 if time.monotonic() > until or self._bus.closed.is_set():
                     return

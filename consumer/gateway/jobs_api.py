@@ -208,7 +208,7 @@ async def watch_job(
     after = None if last_read is None else EventId.parse(last_read)
     view = await job.find()
     if after is not None and after.is_terminal:
-        # It tells an EventSource not to connect again.
+        # An EventSource does not connect again after 204.
         return Response(status_code=HTTPStatus.NO_CONTENT)
     return EventStream(job_messages(job.jobs, view, after))
 
@@ -224,7 +224,7 @@ async def read_output(
     number: int,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Read the file of an image, for those who cannot reach the object store."""
+    """Read the file of an image, for clients without a way to the object store."""
     event = (await job.find()).result
     if not isinstance(event, SucceededEvent) or not 0 <= number < len(event.outputs):
         raise not_found("this job has no such output")

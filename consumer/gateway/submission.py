@@ -65,7 +65,7 @@ class Submission:
         bus: The gateway's connection.
         subjects: Where requests go.
         view: Finds requests that wait.
-        ids: Is told of what is queued.
+        ids: Notes what is queued.
         results: Finds those that have ended.
         limits: Admits requests.
         wait: How long a caller may wait for a result.

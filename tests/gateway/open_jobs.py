@@ -24,7 +24,7 @@ BOB = Caller(Tenant("bob", "bob00000", b"b" * 32), "key-b")
 
 
 class NoLimits:
-    """Notes what it is told."""
+    """Admits everything, and notes it."""
 
     def __init__(self) -> None:
         self.admitted: list[str] = []

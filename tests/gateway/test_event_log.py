@@ -123,7 +123,7 @@ async def test_a_reader_resumes_after_the_last_event_that_it_has() -> None:
     log = log_of(progress(0), progress(1), progress(0, attempt=2), progress(1, attempt=2), end())
     for after, rest in [
         ("1-0", ["1-1", "2-0", "2-1"]),
-        ("1-7", ["2-0", "2-1"]),  # of an attempt that the other gateway has heard more of
+        ("1-7", ["2-0", "2-1"]),  # the other gateway has received more of this attempt
         ("2-1", []),
         ("3-0", []),
     ]:
@@ -237,7 +237,7 @@ async def test_an_event_larger_than_the_log_is_read() -> None:
     assert await ids(log.follow("a", look=forbidden)) == [str(TERMINAL)]
 
 
-async def test_memory_is_bounded_whatever_comes_and_whoever_does_not_read() -> None:
+async def test_memory_is_bounded_with_readers_that_do_not_read() -> None:
     bound = 2**20
     log = log_of(most_bytes=bound)
     slow = [log.follow("slow", look=nothing) for _ in range(100)]

@@ -167,7 +167,7 @@ async def test_a_filter_that_finds_little_gives_short_pages(
 
 
 async def test_idempotent_jobs_are_sorted_by_their_times(scene: Scene, opened: OpenJobs) -> None:
-    """Their ids do not tell them."""
+    """Their ids do not contain them."""
     order = []
     for number in range(6):
         job_id = ALICE.tenant.id_of(str(number)) if number % 2 else None
@@ -266,10 +266,10 @@ async def test_only_the_newest_of_too_many(
     assert await ids(opened) == [name(5), name(4), name(3)]
     await end(scene, name(6), Task.TEXT_TO_IMAGE, "succeeded")
 
-    async def heard() -> bool:
+    async def listed() -> bool:
         return await ids(opened) == [name(6), name(5), name(4)]
 
-    await scene.until(heard, "new job in the list")
+    await scene.until(listed, "new job in the list")
     assert [view.job.id for view in (await opened.jobs.page(BOB)).jobs] == [name(0, "bob00000")]
 
 

@@ -1,4 +1,4 @@
-"""What HTTP costs: the gateway beside the bus alone, FastAPI and LitServe."""
+"""What HTTP costs: the gateway compared with the bus alone, FastAPI and LitServe."""
 
 import asyncio
 import importlib.util

@@ -1,7 +1,7 @@
 """A crowd at two gateways: clients that wait, watch, read slowly and leave; one gateway is killed.
 
 All requests are queued before the daemon starts, so everyone waits at the same time. Afterwards
-every job must have its one result, and whoever stayed must have received it once.
+every job must have one result, and each client that stayed must have received it once.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from tests.bench.speed.rows import Row
 from tests.bench.speed.sender import PROMPT, WentWrongError
 from tests.bench.speed.trial import TASK, Trial, new_trial
 
-ROW = Row("sleeps", 20, 64, "png")
+ROW = Row("sleeps", 50, 64, "png")
 KEPT_BYTES = 16 * 2**20  # GATEWAY_EVENTS_BYTES
 PREVIEW = "A" * 20_000  # characters of an event that the slow reader does not read
 AFTER_RESULTS = 10  # results after which clients leave and a gateway is killed
