@@ -74,6 +74,7 @@ class Crowd:
         watched: Streams that ended with the terminal event.
         found: Clients that found their job at the other gateway.
         slow: Whether the slow reader's stream ended with the terminal event.
+        read: Events that the slow reader got, the terminal one included.
         delays: Seconds from the time in a result to its client's having it.
         seconds: From the start of the daemon to the last result.
         results: Terminal events, by type.
@@ -87,6 +88,7 @@ class Crowd:
     watched: int = 0
     found: int = 0
     slow: bool = False
+    read: int = 0
     delays: list[float] = field(default_factory=list)
     seconds: float = 0.0
     results: dict[str, int] = field(default_factory=dict)
@@ -248,17 +250,20 @@ class _Scene:
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", self._staying.ports["http"], limit=2**16
         )
-        address = job["events_url"]
-        writer.write(f"GET {address} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        address, host = job["events_url"], self._staying.url.rpartition("/")[2]
+        lines = (f"GET {address} HTTP/1.1", f"host: {host}", "connection: close", "", "")
+        writer.write("\r\n".join(lines).encode())
         await self._send_unread(job["id"])
         while job["id"] not in self._ended:  # noqa: ASYNC110 - nothing else announces it
             await asyncio.sleep(LOOK_EVERY)
-        last = ""
+        ids = []
         while line := await _line(reader):
-            last = line if line.startswith("id:") else last
+            if line.startswith("id:"):
+                ids.append(line.removeprefix("id:").strip())
         writer.close()
+        self.crowd.read = len(ids)
         # It may have been disconnected: then it comes back with the last id that it has.
-        headers = {"last-event-id": last.removeprefix("id:").strip()}
+        headers = {"last-event-id": ids[-1]}
         async with self._http.get(address, headers=headers) as answer:
             self.crowd.slow = answer.status == 204 or "succeeded" in await answer.text()
 
@@ -333,6 +338,7 @@ def section(crowd: Crowd) -> Section:
         ("streams of events: ended with the terminal event", size.watching, crowd.watched),
         ("clients of the killed gateway: found their job by its key", size.kept, crowd.found),
         ("a reader that does not read: its terminal event", 1, int(crowd.slow)),
+        ("its events, the rest of which was dropped", f"at most {size.unread + 1}", crowd.read),
         ("results", size.jobs, sum(crowd.results.values())),
         ("runs of the device", f"at most {size.jobs}", crowd.runs),
         ("device busy", None, crowd.busy),
