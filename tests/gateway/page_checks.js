@@ -3,7 +3,8 @@
   const problems = [];
   const shown = (node) => node.checkVisibility({ visibilityProperty: true, opacityProperty: true });
   const clipped = (node) => node.closest(".visually-hidden, .skip") !== null;
-  const name = (node) => `<${node.tagName.toLowerCase()} id="${node.id}" class="${node.className}"> ${node.textContent.trim().slice(0, 40)}`;
+  const name = (node) =>
+    `<${node.tagName.toLowerCase()} id="${node.id}" class="${node.className}"> ${node.textContent.trim().slice(0, 40)}`;
   const report = (node, problem) => problems.push(`${problem}: ${name(node)}`);
   const all = (selector) => [...document.querySelectorAll(selector)];
   // Behind a modal dialog everything is inert.
@@ -13,15 +14,21 @@
   // -- structure --
   if (!document.documentElement.lang) problems.push("no language");
   if (!document.title) problems.push("no title");
-  for (const [selector, count] of [["main", 1], ["h1", 1], ["header", 1]]) {
+  for (const [selector, count] of [
+    ["main", 1],
+    ["h1", 1],
+    ["header", 1],
+  ]) {
     if (all(selector).length !== count) problems.push(`${all(selector).length} of ${selector}`);
   }
   const ids = all("[id]").map(({ id }) => id);
-  for (const id of ids) if (ids.indexOf(id) !== ids.lastIndexOf(id)) problems.push(`the id ${id} twice`);
+  for (const id of ids)
+    if (ids.indexOf(id) !== ids.lastIndexOf(id)) problems.push(`the id ${id} twice`);
   for (const attribute of ["aria-labelledby", "aria-describedby", "for"]) {
     for (const node of all(`[${attribute}]`)) {
       for (const id of node.getAttribute(attribute).split(/\s+/)) {
-        if (!document.getElementById(id)) report(node, `${attribute} names ${id}, which is not there`);
+        if (!document.getElementById(id))
+          report(node, `${attribute} names ${id}, which is not there`);
       }
     }
   }
@@ -31,47 +38,64 @@
     if (own > level + 1) report(heading, `h${own} follows h${level}`);
     level = own;
   }
-  for (const item of all("li")) if (!/^(UL|OL)$/.test(item.parentElement.tagName)) report(item, "no list around");
+  for (const item of all("li"))
+    if (!/^(UL|OL)$/.test(item.parentElement.tagName)) report(item, "no list around");
   for (const image of all("img")) if (!image.hasAttribute("alt")) report(image, "no alt");
-  for (const node of all("[tabindex]")) if (node.tabIndex > 0) report(node, "a tab order of its own");
+  for (const node of all("[tabindex]"))
+    if (node.tabIndex > 0) report(node, "a tab order of its own");
   for (const section of all("main section")) {
-    if (!section.hasAttribute("aria-labelledby") && !section.querySelector("h2")) report(section, "a section without name");
+    if (!section.hasAttribute("aria-labelledby") && !section.querySelector("h2"))
+      report(section, "a section without name");
   }
 
   // -- names --
   const textOf = (node) => {
     if (node.nodeType === Node.TEXT_NODE) return node.data;
-    if (node.nodeType !== Node.ELEMENT_NODE || node.getAttribute("aria-hidden") === "true" || node.hidden) return "";
+    if (
+      node.nodeType !== Node.ELEMENT_NODE ||
+      node.getAttribute("aria-hidden") === "true" ||
+      node.hidden
+    )
+      return "";
     if (node.tagName === "IMG") return node.alt;
     return node.getAttribute("aria-label") ?? [...node.childNodes].map(textOf).join("");
   };
   const accessibleName = (node) => {
     const ids = node.getAttribute("aria-labelledby");
-    if (ids) return ids.split(/\s+/).map((id) => textOf(document.getElementById(id))).join(" ");
+    if (ids)
+      return ids
+        .split(/\s+/)
+        .map((id) => textOf(document.getElementById(id)))
+        .join(" ");
     if (node.getAttribute("aria-label")) return node.getAttribute("aria-label");
     if (node.labels?.length) return [...node.labels].map(textOf).join(" ");
     if (/^(INPUT|SELECT|TEXTAREA|PROGRESS)$/.test(node.tagName)) return "";
     return textOf(node);
   };
   const controls = all("a[href], button, input, select, textarea, summary, progress, dialog[open]");
-  for (const node of controls.filter(reachable)) if (!accessibleName(node).trim()) report(node, "no name");
+  for (const node of controls.filter(reachable))
+    if (!accessibleName(node).trim()) report(node, "no name");
 
   // -- sizes: 24 pixels at least, as WCAG 2.2 has it --
   for (const node of all("a[href], button, select, summary, .tasks label").filter(reachable)) {
     const { width, height } = node.getBoundingClientRect();
-    if (!clipped(node) && (width < 24 || height < 24)) report(node, `${Math.round(width)}×${Math.round(height)} pixels`);
+    if (!clipped(node) && (width < 24 || height < 24))
+      report(node, `${Math.round(width)}×${Math.round(height)} pixels`);
   }
 
   // -- contrast --
   const colour = (text) => {
     const parts = text.match(/[\d.]+/g)?.map(Number) ?? [0, 0, 0, 0];
-    if (text.startsWith("color(srgb")) return [...parts.slice(0, 3).map((part) => part * 255), parts[3] ?? 1];
+    if (text.startsWith("color(srgb"))
+      return [...parts.slice(0, 3).map((part) => part * 255), parts[3] ?? 1];
     return [parts[0], parts[1], parts[2], parts[3] ?? 1];
   };
   const over = (top, bottom) => {
     const alpha = top[3] + bottom[3] * (1 - top[3]);
     if (alpha === 0) return [0, 0, 0, 0];
-    return [0, 1, 2].map((i) => (top[i] * top[3] + bottom[i] * bottom[3] * (1 - top[3])) / alpha).concat(alpha);
+    return [0, 1, 2]
+      .map((i) => (top[i] * top[3] + bottom[i] * bottom[3] * (1 - top[3])) / alpha)
+      .concat(alpha);
   };
   const luminance = (rgb) => {
     const [r, g, b] = rgb.slice(0, 3).map((part) => {
@@ -97,7 +121,8 @@
   };
   const opacity = (node) => {
     let product = 1;
-    for (let each = node; each; each = each.parentElement) product *= Number(getComputedStyle(each).opacity);
+    for (let each = node; each; each = each.parentElement)
+      product *= Number(getComputedStyle(each).opacity);
     return product;
   };
   const check = (node, text, least, what) => {
@@ -119,10 +144,14 @@
     const large = points >= 24 || (points >= 18.66 && Number(style.fontWeight) >= 700);
     check(node, colour(style.color), large ? 3 : 4.5, "text");
   }
-  for (const node of all("input:not([type='radio'], [type='file']), select, textarea").filter(reachable)) {
+  for (const node of all("input:not([type='radio'], [type='file']), select, textarea").filter(
+    reachable,
+  )) {
     check(node.parentElement, colour(getComputedStyle(node).borderTopColor), 3, "the border");
-    if (node.placeholder) check(node, colour(getComputedStyle(node, "::placeholder").color), 4.5, "the placeholder");
+    if (node.placeholder)
+      check(node, colour(getComputedStyle(node, "::placeholder").color), 4.5, "the placeholder");
   }
-  for (const node of all("progress[value]").filter(reachable)) check(node.parentElement, colour(getComputedStyle(node).color), 3, "the bar");
+  for (const node of all("progress[value]").filter(reachable))
+    check(node.parentElement, colour(getComputedStyle(node).color), 3, "the bar");
   return { problems, lowest };
-}
+};

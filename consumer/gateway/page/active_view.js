@@ -57,7 +57,9 @@ export class ActiveView {
     });
     byId("active-empty").hidden = jobs.length > 0 || !this.#loaded;
     const running = jobs.filter((job) => job.state === "running").length;
-    document.title = jobs.length ? `${running ? "● " : ""}${jobs.length} in progress – Generation` : "Generation";
+    document.title = jobs.length
+      ? `${running ? "● " : ""}${jobs.length} in progress – Generation`
+      : "Generation";
   }
 
   #put(node, place) {
@@ -78,7 +80,8 @@ export class ActiveView {
     if (job.state === before) return;
     const title = shortened(job.title, 60);
     if (job.state === "running") announce(`Started: ${title}.`);
-    if (job.state === "succeeded") announce(job.answer ? `Answer: ${shortened(job.answer, 300)}` : `Done: ${title}.`);
+    if (job.state === "succeeded")
+      announce(job.answer ? `Answer: ${shortened(job.answer, 300)}` : `Done: ${title}.`);
     if (job.state === "failed") announce(`Failed: ${title}. ${job.problem}`);
     if (job.state === "cancelled") announce(`Cancelled: ${title}.`);
   }
@@ -92,7 +95,11 @@ class Row {
   #status = element("p", { class: "job-status" });
   #bar = element("progress", { hidden: true });
   #text = element("p", { class: "job-text", hidden: true });
-  #cancel = element("button", { type: "button", class: "button quiet", on: { click: () => this.#onCancel() } }, "Cancel");
+  #cancel = element(
+    "button",
+    { type: "button", class: "button quiet", on: { click: () => this.#onCancel() } },
+    "Cancel",
+  );
 
   constructor(job) {
     this.#job = job;
@@ -122,7 +129,8 @@ class Row {
     this.#drawBar();
     this.#drawPreview();
     const label = `Cancel ${shortened(job.title, 60)}`;
-    if (this.#cancel.getAttribute("aria-label") !== label) this.#cancel.setAttribute("aria-label", label);
+    if (this.#cancel.getAttribute("aria-label") !== label)
+      this.#cancel.setAttribute("aria-label", label);
     this.#cancel.setAttribute("aria-disabled", String(job.cancelling));
   }
 
@@ -162,7 +170,8 @@ class Row {
       if (!(error instanceof ApiError)) throw error;
       job.cancelling = false;
       this.draw();
-      if (error.status !== 409) showNotice("cancel", `The request was not cancelled. ${error.message}`);
+      if (error.status !== 409)
+        showNotice("cancel", `The request was not cancelled. ${error.message}`);
     }
     this.node.dispatchEvent(new Event("cancelled", { bubbles: true })); // the list is looked at again
   }
@@ -170,7 +179,13 @@ class Row {
 
 function statusText({ state, task, position, estimatedStart, progress }) {
   if (state === "running") return runningText(task, progress);
-  const parts = [position === null ? "Waiting" : position === 0 ? "Next in the queue" : `${counted(position, "request")} ahead`];
+  const parts = [
+    position === null
+      ? "Waiting"
+      : position === 0
+        ? "Next in the queue"
+        : `${counted(position, "request")} ahead`,
+  ];
   if (estimatedStart) {
     const seconds = (Date.parse(estimatedStart) - Date.now()) / 1_000;
     parts.push(seconds > 0 ? `starts in ${roughly(seconds)}` : "starts any moment");
@@ -191,5 +206,8 @@ const TASKS = { text_to_image: "Drawing", image_to_text: "Questions" };
 function queueText({ task, waiting, running, pace_seconds: pace }) {
   if (!waiting && !running) return "";
   const each = pace ? `, ${duration(pace)} each` : "";
-  return sentence(`${TASKS[task] ?? task}: ${running} running, ${waiting} waiting${each}`).slice(0, -1);
+  return sentence(`${TASKS[task] ?? task}: ${running} running, ${waiting} waiting${each}`).slice(
+    0,
+    -1,
+  );
 }

@@ -15,8 +15,13 @@ import { apiKey } from "./session.js";
 import { bindThemeButton } from "./theme.js";
 import { shortened } from "./words.js";
 
-const OFFLINE = "The gateway cannot be reached. Jobs that were submitted go on; the page connects again by itself.";
-const CONNECTION = { connected: "Connected", offline: "Connecting again", refused: "API key needed" };
+const OFFLINE =
+  "The gateway cannot be reached. Jobs that were submitted go on; the page connects again by itself.";
+const CONNECTION = {
+  connected: "Connected",
+  offline: "Connecting again",
+  refused: "API key needed",
+};
 
 const active = new ActiveJobs();
 const view = new ActiveView(active);
@@ -55,7 +60,8 @@ function onSubmitted(doc) {
 }
 
 function onEnded(job) {
-  const previewsRefused = job.state === "failed" && job.result?.failure?.details?.parameter === "preview";
+  const previewsRefused =
+    job.state === "failed" && job.result?.failure?.details?.parameter === "preview";
   if (previewsRefused && job.asked.request?.preview) {
     composer.withoutPreviews(job).catch((error) => showNotice("previews", error.message));
   }
@@ -76,13 +82,17 @@ function showConnection(state, error) {
   } else if (state === "offline") {
     showNotice("offline", error?.status ? `${OFFLINE} ${error.message}` : OFFLINE);
   } else {
-    const text = apiKey() ? "The gateway does not accept this API key." : "This gateway needs an API key.";
+    const text = apiKey()
+      ? "The gateway does not accept this API key."
+      : "This gateway needs an API key.";
     showNotice("key", text, { label: "Enter a key", onClick: () => openKeyDialog() });
     view.loaded();
   }
 }
 
-document.addEventListener("problem", ({ detail: text }) => showNotice("download", `The file cannot be fetched. ${text}`));
+document.addEventListener("problem", ({ detail: text }) =>
+  showNotice("download", `The file cannot be fetched. ${text}`),
+);
 document.addEventListener("cancelled", () => feed.wake());
 bindThemeButton(byId("theme-button"));
 begin();

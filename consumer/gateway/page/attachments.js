@@ -30,7 +30,9 @@ export class Attachments extends EventTarget {
 
   /** Those that are outputs of earlier jobs, as `{id, number}`. */
   get outputs() {
-    return this.#items.flatMap((item) => (item.kind === "output" ? [{ id: item.id, number: item.output.number }] : []));
+    return this.#items.flatMap((item) =>
+      item.kind === "output" ? [{ id: item.id, number: item.output.number }] : [],
+    );
   }
 
   /** Add files. Those that are no image are reported. */
@@ -79,7 +81,9 @@ export class Attachments extends EventTarget {
   #row(item) {
     const alt = `Attached: ${item.name}`;
     const image =
-      item.kind === "file" ? element("img", { src: item.thumbnail, alt }) : outputImage(item.id, item.output, alt);
+      item.kind === "file"
+        ? element("img", { src: item.thumbnail, alt })
+        : outputImage(item.id, item.output, alt);
     const remove = iconButton("close", `Remove ${item.name}`, () => {
       const place = this.#items.indexOf(item);
       this.#items.splice(place, 1);
@@ -121,7 +125,9 @@ export function bindDropAndPaste(onFiles) {
     onFiles([...event.dataTransfer.files]);
   });
   addEventListener("paste", (event) => {
-    const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+    const files = [...(event.clipboardData?.files ?? [])].filter((file) =>
+      file.type.startsWith("image/"),
+    );
     if (!files.length) return;
     event.preventDefault();
     onFiles(files);

@@ -3,6 +3,7 @@
 import { submitJob } from "./api.js";
 import { Attachments, bindDropAndPaste } from "./attachments.js";
 import { byId, setText } from "./dom.js";
+import { FormErrors } from "./form_errors.js";
 import { keepSent } from "./jobs.js";
 import { writeMetadata } from "./metadata.js";
 import { recall, remember } from "./session.js";
@@ -19,16 +20,21 @@ const NUMBERS = {
 };
 const OF_EACH_TASK = ["prompt", "seed"]; // one field that has a value for each task
 const TASKS = {
-  text_to_image: { verb: "Draw", label: "Prompt", placeholder: "A red circle left of a blue square" },
+  text_to_image: {
+    verb: "Draw",
+    label: "Prompt",
+    placeholder: "A red circle left of a blue square",
+  },
   image_to_text: { verb: "Ask", label: "Question", placeholder: "What is in this image?" },
 };
 
 export class Composer {
   #form = byId("composer");
   #fields = this.#form.elements;
+  #errors = new FormErrors(this.#form);
   #attachments = new Attachments();
   #onSubmitted;
-  #unanswered = { body: "", key: "" }; // a request of which nobody knows whether it arrived
+  #unanswered = { body: "", key: "" }; // a request whose answer was lost; it may have arrived
   #sending = false;
   #task = "text_to_image"; // the one that the fields show
   #others = { prompt: "", seed: "" }; // of the task that is not shown
@@ -53,14 +59,17 @@ export class Composer {
     });
     this.#form.addEventListener("input", (event) => {
       if (event.target.name === "task") return this.#choose(this.#fields.task.value);
-      if (event.target.name) this.#clearError(event.target.name);
+      if (event.target.name) this.#errors.clear(event.target.name);
       this.#show();
       this.#keep();
     });
     byId("seed-button").addEventListener("click", () => this.#set("seed", newSeed()));
+    if (/Mac|iPhone|iPad/.test(navigator.platform)) setText(byId("submit-key"), "⌘");
     byId("reset-options").addEventListener("click", () => this.#reset());
-    this.#attachments.addEventListener("change", () => this.#clearError("images"));
-    this.#attachments.addEventListener("problem", ({ detail }) => this.#showError("images", detail));
+    this.#attachments.addEventListener("change", () => this.#errors.clear("images"));
+    this.#attachments.addEventListener("problem", ({ detail }) =>
+      this.#errors.show("images", detail),
+    );
     bindDropAndPaste((files) => {
       this.#choose("image_to_text");
       this.#attachments.addFiles(files);
@@ -69,7 +78,7 @@ export class Composer {
 
   /** Send what the form says. */
   async submit() {
-    this.#clearErrors();
+    this.#errors.clearAll();
     if (this.#sending || !this.#check()) return;
     this.#setSending(true);
     try {
@@ -87,7 +96,7 @@ export class Composer {
 
   /** Use the parameters of a job again; the seed too, so that the same image comes out. */
   use(job) {
-    this.#clearErrors();
+    this.#errors.clearAll();
     this.#choose(job.task);
     const { prompt = "", negativePrompt = "", request = {} } = job.asked;
     const format = { "image/webp": "webp", "image/jpeg": "jpeg" }[job.imageOutputs[0]?.media_type];
@@ -103,7 +112,7 @@ export class Composer {
 
   /** Ask about an image of a result. */
   askAbout(job, output) {
-    this.#clearErrors();
+    this.#errors.clearAll();
     this.#choose("image_to_text");
     this.#attachments.setOutput(job, output);
     if (!this.#fields.prompt.value.trim()) this.#set("prompt", FIRST_QUESTION);
@@ -142,14 +151,16 @@ export class Composer {
   async #request() {
     const task = this.#task;
     const prompt = this.#fields.prompt.value;
-    const negativePrompt = task === "text_to_image" ? this.#fields.negative_prompt.value.trim() : "";
+    const negativePrompt =
+      task === "text_to_image" ? this.#fields.negative_prompt.value.trim() : "";
     const request = { task, prompt };
     for (const name of NUMBERS[task]) {
       if (this.#fields[name].value !== "") request[name] = this.#fields[name].valueAsNumber;
     }
     if (task === "text_to_image") {
       if (negativePrompt) request.negative_prompt = negativePrompt;
-      if (this.#fields.output_format.value !== "png") request.output_format = this.#fields.output_format.value;
+      if (this.#fields.output_format.value !== "png")
+        request.output_format = this.#fields.output_format.value;
       if (!recall(NO_PREVIEWS)) request.preview = true;
     } else {
       request.images = await this.#attachments.encoded();
@@ -168,21 +179,25 @@ export class Composer {
 
   #refused(error) {
     if (error.status && !error.unreachable) this.#unanswered = { body: "", key: "" };
-    const later = error.retryAfter ? ` You can try again in ${counted(error.retryAfter, "second")}.` : "";
+    const later = error.retryAfter
+      ? ` You can try again in ${counted(error.retryAfter, "second")}.`
+      : "";
     const name = error.param?.split(".")[0];
-    if (name && byName(this.#form, name)) this.#showError(name, error.message, true);
-    else this.#showFormError(error.message + later);
+    if (name && this.#errors.has(name)) this.#errors.show(name, error.message, true);
+    else this.#errors.showForForm(error.message + later);
   }
 
   // -- fields -----------------------------------------------------------------------------------
 
   #check() {
     const names = ["prompt", ...NUMBERS[this.#task]];
-    const wrong = names.map((name) => [name, problemOf(this.#fields[name])]).filter(([, problem]) => problem);
+    const wrong = names
+      .map((name) => [name, problemOf(this.#fields[name])])
+      .filter(([, problem]) => problem);
     if (this.#task === "image_to_text" && !this.#attachments.size) {
       wrong.unshift(["images", "Choose at least one image to ask about."]);
     }
-    wrong.forEach(([name, problem], place) => this.#showError(name, problem, place === 0));
+    wrong.forEach(([name, problem], place) => this.#errors.show(name, problem, place === 0));
     return wrong.length === 0;
   }
 
@@ -190,7 +205,10 @@ export class Composer {
     const { verb, label, placeholder } = TASKS[this.#task];
     const drawing = this.#task === "text_to_image";
     byId("images-field").hidden = drawing;
-    for (const [id, on] of [["draw-options", drawing], ["ask-options", !drawing]]) {
+    for (const [id, on] of [
+      ["draw-options", drawing],
+      ["ask-options", !drawing],
+    ]) {
       byId(id).hidden = !on;
       byId(id).disabled = !on;
     }
@@ -204,9 +222,12 @@ export class Composer {
   #choose(task) {
     this.#fields.task.value = task;
     if (task !== this.#task) {
-      this.#clearErrors();
+      this.#errors.clearAll();
       for (const name of OF_EACH_TASK) {
-        [this.#fields[name].value, this.#others[name]] = [this.#others[name], this.#fields[name].value];
+        [this.#fields[name].value, this.#others[name]] = [
+          this.#others[name],
+          this.#fields[name].value,
+        ];
       }
     }
     this.#task = task;
@@ -224,7 +245,7 @@ export class Composer {
     for (const name of new Set(Object.values(NUMBERS).flat())) this.#fields[name].value = "";
     this.#fields.negative_prompt.value = "";
     this.#fields.output_format.value = "png";
-    this.#clearErrors();
+    this.#errors.clearAll();
     this.#show();
     this.#keep();
   }
@@ -258,48 +279,16 @@ export class Composer {
     this.#others = draft.others;
     this.#task = this.#fields.task.value;
   }
-
-  // -- errors -----------------------------------------------------------------------------------
-
-  #showError(name, message, focus = false) {
-    const field = byName(this.#form, name);
-    const text = byId(`${field.dataset.error ?? field.id}-error`);
-    text.textContent = message;
-    text.hidden = false;
-    field.setAttribute("aria-invalid", "true");
-    if (field.closest("details")) byId("options").open = true;
-    if (focus) field.focus();
-  }
-
-  #showFormError(message) {
-    setText(byId("form-error"), message);
-    byId("form-error").hidden = false;
-  }
-
-  #clearError(name) {
-    const field = byName(this.#form, name);
-    field?.removeAttribute("aria-invalid");
-    const text = field && document.getElementById(`${field.dataset.error ?? field.id}-error`);
-    if (text) text.hidden = true;
-  }
-
-  #clearErrors() {
-    for (const text of this.#form.querySelectorAll(".error")) text.hidden = true;
-    for (const field of this.#form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
-  }
-}
-
-function byName(form, name) {
-  const field = name === "images" ? byId("files") : form.elements[name];
-  return field instanceof HTMLElement && form.querySelector(`#${field.dataset.error ?? field.id}-error`) ? field : null;
 }
 
 function problemOf(field) {
   const { validity, min, max, step } = field;
   if (field.value.trim() === "" && field.required) return "Write something first.";
   if (validity.badInput) return "This must be a number.";
-  if (validity.rangeUnderflow || validity.rangeOverflow) return `This must be between ${min} and ${max}.`;
-  if (validity.stepMismatch) return step === "1" ? "This must be a whole number." : "This number does not fit.";
+  if (validity.rangeUnderflow || validity.rangeOverflow)
+    return `This must be between ${min} and ${max}.`;
+  if (validity.stepMismatch)
+    return step === "1" ? "This must be a whole number." : "This number does not fit.";
   return null;
 }
 

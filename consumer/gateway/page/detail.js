@@ -22,7 +22,7 @@ export class Detail {
     this.#actions = actions;
     this.#dialog.addEventListener("keydown", (event) => this.#onKey(event));
     this.#dialog.addEventListener("click", (event) => {
-      if (event.target === this.#dialog) this.#dialog.close(); // beside its content
+      if (event.target === this.#dialog) this.#dialog.close(); // outside its content
     });
     this.#dialog.addEventListener("close", () => {
       this.#job = null;
@@ -61,7 +61,10 @@ export class Detail {
     const label = document.activeElement?.getAttribute("aria-label");
     this.open(job, job.imageOutputs[0]?.number ?? 0);
     const buttons = [...this.#dialog.querySelectorAll("button")];
-    (buttons.find((button) => button.getAttribute("aria-label") === label && !button.disabled) ?? buttons[0]).focus();
+    (
+      buttons.find((button) => button.getAttribute("aria-label") === label && !button.disabled) ??
+      buttons[0]
+    ).focus();
   }
 
   #draw() {
@@ -75,7 +78,10 @@ export class Detail {
       this.#buttons(),
       this.#table(),
     );
-    this.#dialog.replaceChildren(this.#bar(), element("div", { class: "detail-content" }, stage, side));
+    this.#dialog.replaceChildren(
+      this.#bar(),
+      element("div", { class: "detail-content" }, stage, side),
+    );
     this.#dialog.setAttribute("aria-labelledby", title.id);
     this.#dialog.classList.toggle("with-image", Boolean(stage));
   }
@@ -104,26 +110,51 @@ export class Detail {
     if (outputs.length === 1) return element("div", { class: "stage" }, large, show);
     const strip = outputs.map((output, place) => {
       const current = output.number === this.#number;
-      const attributes = { type: "button", "aria-label": `Image ${place + 1}`, "aria-current": current ? "true" : null };
+      const attributes = {
+        type: "button",
+        "aria-label": `Image ${place + 1}`,
+        "aria-current": current ? "true" : null,
+      };
       const choose = () => {
         this.open(job, output.number);
         this.#dialog.querySelector(".strip [aria-current]").focus();
       };
-      return element("button", { ...attributes, on: { click: choose } }, outputImage(job.id, output, ""));
+      return element(
+        "button",
+        { ...attributes, on: { click: choose } },
+        outputImage(job.id, output, ""),
+      );
     });
-    return element("div", { class: "stage" }, large, show, element("div", { class: "strip" }, ...strip));
+    return element(
+      "div",
+      { class: "stage" },
+      large,
+      show,
+      element("div", { class: "strip" }, ...strip),
+    );
   }
 
   #text() {
     const job = this.#job;
     const output = this.#output;
-    const warnings = (job.result?.warnings ?? []).map((text) => element("p", { class: "warning" }, icon("info"), text));
+    const warnings = (job.result?.warnings ?? []).map((text) =>
+      element("p", { class: "warning" }, icon("info"), text),
+    );
     return [
       sources(job),
       job.answer === undefined ? null : element("p", { class: "answer whole" }, job.answer),
       job.state === "failed" ? element("p", { class: "problem" }, job.problem) : null,
-      job.state === "cancelled" ? element("p", { class: "hint" }, "This request was cancelled.") : null,
-      output?.flagged ? element("p", { class: "warning" }, icon("alert"), "The safety checker has flagged this image.") : null,
+      job.state === "cancelled"
+        ? element("p", { class: "hint" }, "This request was cancelled.")
+        : null,
+      output?.flagged
+        ? element(
+            "p",
+            { class: "warning" },
+            icon("alert"),
+            "The safety checker has flagged this image.",
+          )
+        : null,
       ...warnings,
     ];
   }
@@ -136,13 +167,22 @@ export class Detail {
       action();
     };
     const button = (name, label, action) =>
-      element("button", { type: "button", class: "button quiet", on: { click: closing(action) } }, icon(name), label);
+      element(
+        "button",
+        { type: "button", class: "button quiet", on: { click: closing(action) } },
+        icon(name),
+        label,
+      );
     return element(
       "div",
       { class: "detail-buttons" },
-      output ? downloadLink(job, output, { class: "button primary" }, icon("download"), "Download") : null,
+      output
+        ? downloadLink(job, output, { class: "button primary" }, icon("download"), "Download")
+        : null,
       output ? button("ask", "Ask about this image", () => this.#actions.ask(job, output)) : null,
-      job.asked.prompt ? button("reuse", "Use these parameters again", () => this.#actions.use(job)) : null,
+      job.asked.prompt
+        ? button("reuse", "Use these parameters again", () => this.#actions.use(job))
+        : null,
       job.answer ? copyButton(job.answer) : null,
     );
   }
@@ -160,6 +200,10 @@ function showButton(frame) {
     delete frame.dataset.flagged;
     button.remove();
   };
-  const button = element("button", { type: "button", class: "button quiet stage-note", on: { click: show } }, "Show the image");
+  const button = element(
+    "button",
+    { type: "button", class: "button quiet stage-note", on: { click: show } },
+    "Show the image",
+  );
   return button;
 }

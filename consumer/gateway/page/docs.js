@@ -19,9 +19,13 @@ async function show() {
     METHODS.filter((method) => item[method]).map((method) => ({ path, method, ...item[method] })),
   );
   byId("contents").replaceChildren(...operations.map(link));
-  byId("operations").replaceChildren(introduction(api), ...operations.map((each) => section(api, each)));
+  byId("operations").replaceChildren(
+    introduction(api),
+    ...operations.map((each) => section(api, each)),
+  );
   byId("operations").removeAttribute("aria-busy");
-  if (location.hash) document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
+  if (location.hash)
+    document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
 }
 
 function introduction({ info }) {
@@ -47,7 +51,12 @@ function section(api, operation) {
   return element(
     "section",
     { class: "operation", id, "aria-labelledby": `${id}-title` },
-    element("h2", { id: `${id}-title` }, element("span", { class: "method" }, method.toUpperCase()), element("code", {}, path)),
+    element(
+      "h2",
+      { id: `${id}-title` },
+      element("span", { class: "method" }, method.toUpperCase()),
+      element("code", {}, path),
+    ),
     summary && description !== summary ? element("p", {}, element("strong", {}, summary)) : null,
     prose(description),
     ...parameterTable(api, parameters),
@@ -62,7 +71,11 @@ function section(api, operation) {
 function prose(text) {
   if (!text) return null;
   const parts = text.trim().split("`");
-  return element("p", { class: "text" }, ...parts.map((part, i) => (i % 2 ? element("code", {}, part) : part)));
+  return element(
+    "p",
+    { class: "text" },
+    ...parts.map((part, i) => (i % 2 ? element("code", {}, part) : part)),
+  );
 }
 
 function parameterTable(api, parameters) {
@@ -70,16 +83,25 @@ function parameterTable(api, parameters) {
   const rows = parameters.map((each) => {
     const parameter = resolved(api, each);
     const place = parameter.in === "query" ? "" : ` in the ${parameter.in}`;
-    return row(api, parameter.name, parameter.schema ?? {}, parameter.required, parameter.description, place);
+    return row(
+      api,
+      parameter.name,
+      parameter.schema ?? {},
+      parameter.required,
+      parameter.description,
+      place,
+    );
   });
   return [element("h3", {}, "Parameters"), table(rows)];
 }
 
 function bodies(api, requestBody) {
-  return Object.entries(resolved(api, requestBody ?? {}).content ?? {}).flatMap(([type, { schema }]) => [
-    element("h3", {}, "Body, ", element("code", {}, type)),
-    ...shape(api, schema, 0),
-  ]);
+  return Object.entries(resolved(api, requestBody ?? {}).content ?? {}).flatMap(
+    ([type, { schema }]) => [
+      element("h3", {}, "Body, ", element("code", {}, type)),
+      ...shape(api, schema, 0),
+    ],
+  );
 }
 
 function answers(api, responses = {}) {
@@ -90,7 +112,12 @@ function answers(api, responses = {}) {
       if (!inner.length) return element("code", {}, type);
       return element("details", {}, element("summary", {}, element("code", {}, type)), ...inner);
     });
-    return element("tr", {}, element("th", { scope: "row", class: "name" }, status), element("td", {}, prose(description), ...types));
+    return element(
+      "tr",
+      {},
+      element("th", { scope: "row", class: "name" }, status),
+      element("td", {}, prose(description), ...types),
+    );
   });
   return rows.length ? [element("h3", {}, "Answers"), table(rows)] : [];
 }
@@ -101,29 +128,46 @@ function table(rows) {
 
 function resolved(api, value) {
   if (!value?.$ref) return value ?? {};
-  return value.$ref
-    .replace(/^#\//, "")
-    .split("/")
-    .reduce((found, part) => found?.[part.replaceAll("~1", "/").replaceAll("~0", "~")], api) ?? {};
+  return (
+    value.$ref
+      .replace(/^#\//, "")
+      .split("/")
+      .reduce((found, part) => found?.[part.replaceAll("~1", "/").replaceAll("~0", "~")], api) ?? {}
+  );
 }
 
 /** The alternatives of a schema, `null` left out: a single one is no choice. */
 function alternatives(api, schema) {
   const options = schema.anyOf ?? schema.oneOf;
-  return options ? options.map((each) => resolved(api, each)).filter(({ type }) => type !== "null") : [schema];
+  return options
+    ? options.map((each) => resolved(api, each)).filter(({ type }) => type !== "null")
+    : [schema];
 }
 
 /** The fields of an object, or of each of several. */
 function shape(api, schema, depth) {
   if (depth > DEEPEST) return [];
-  const options = alternatives(api, resolved(api, schema)).map((each) => (each.type === "array" ? resolved(api, each.items) : each));
-  const flat = options.flatMap((each) => alternatives(api, each)).filter(({ properties }) => properties);
+  const options = alternatives(api, resolved(api, schema)).map((each) =>
+    each.type === "array" ? resolved(api, each.items) : each,
+  );
+  const flat = options
+    .flatMap((each) => alternatives(api, each))
+    .filter(({ properties }) => properties);
   return flat.map((object) => {
     const rows = Object.entries(object.properties).map(([name, each]) => {
       const own = resolved(api, each);
-      return row(api, name, own, object.required?.includes(name), each.description ?? own.description, "", depth);
+      return row(
+        api,
+        name,
+        own,
+        object.required?.includes(name),
+        each.description ?? own.description,
+        "",
+        depth,
+      );
     });
-    const caption = flat.length > 1 && object.title ? element("p", { class: "hint" }, object.title) : null;
+    const caption =
+      flat.length > 1 && object.title ? element("p", { class: "hint" }, object.title) : null;
     return element("div", {}, caption, table(rows));
   });
 }
@@ -133,9 +177,19 @@ function row(api, name, schema, required, description, place, depth = 0) {
   return element(
     "tr",
     {},
-    element("th", { scope: "row", class: "name" }, element("code", {}, name), required ? element("span", { class: "required" }, " required") : null),
+    element(
+      "th",
+      { scope: "row", class: "name" },
+      element("code", {}, name),
+      required ? element("span", { class: "required" }, " required") : null,
+    ),
     element("td", { class: "type" }, typeText(api, schema) + place),
-    element("td", {}, prose(description), inner.length ? element("details", {}, element("summary", {}, "Fields"), ...inner) : null),
+    element(
+      "td",
+      {},
+      prose(description),
+      inner.length ? element("details", {}, element("summary", {}, "Fields"), ...inner) : null,
+    ),
   );
 }
 
@@ -148,12 +202,17 @@ function typeText(api, schema) {
     return (each.type ?? "any") + bounds(each);
   });
   const fallback = schema.default;
-  const known = fallback === undefined || fallback === null || typeof fallback === "object" ? "" : `; ${JSON.stringify(fallback)} by default`;
+  const known =
+    fallback === undefined || fallback === null || typeof fallback === "object"
+      ? ""
+      : `; ${JSON.stringify(fallback)} by default`;
   return [...new Set(texts)].join(" or ") + known;
 }
 
 function bounds(schema) {
-  const least = schema.minimum ?? (schema.exclusiveMinimum === undefined ? undefined : `more than ${schema.exclusiveMinimum}`);
+  const least =
+    schema.minimum ??
+    (schema.exclusiveMinimum === undefined ? undefined : `more than ${schema.exclusiveMinimum}`);
   const most = schema.maximum ?? schema.exclusiveMaximum;
   if (least !== undefined && most !== undefined) return `, ${least} to ${most}`;
   if (least !== undefined) return `, from ${least}`;
@@ -161,12 +220,22 @@ function bounds(schema) {
 }
 
 function example(api, { method, path, requestBody, parameters = [] }) {
-  const lines = [`curl${method === "get" ? "" : ` -X ${method.toUpperCase()}`} ${location.origin}${path}`];
-  if (parameters.some((each) => resolved(api, each).in === "header") || path.startsWith("/v1") || path === "/infer") {
+  const lines = [
+    `curl${method === "get" ? "" : ` -X ${method.toUpperCase()}`} ${location.origin}${path}`,
+  ];
+  if (
+    parameters.some((each) => resolved(api, each).in === "header") ||
+    path.startsWith("/v1") ||
+    path === "/infer"
+  ) {
     lines.push(`-H "Authorization: Bearer $API_KEY"`);
   }
   const schema = requestBody && resolved(api, requestBody).content?.["application/json"]?.schema;
-  if (schema) lines.push(`-H "Content-Type: application/json"`, `-d '${JSON.stringify(sample(api, schema, 0))}'`);
+  if (schema)
+    lines.push(
+      `-H "Content-Type: application/json"`,
+      `-d '${JSON.stringify(sample(api, schema, 0))}'`,
+    );
   return lines.join(" \\\n  ");
 }
 
@@ -178,7 +247,9 @@ function sample(api, schema, depth) {
   if (own.anyOf ?? own.oneOf) return depth < DEEPEST ? sample(api, own, depth + 1) : null;
   if (own.properties && depth < DEEPEST) {
     const names = (own.required ?? []).filter((name) => own.properties[name]);
-    return Object.fromEntries(names.map((name) => [name, sample(api, own.properties[name], depth + 1)]));
+    return Object.fromEntries(
+      names.map((name) => [name, sample(api, own.properties[name], depth + 1)]),
+    );
   }
   if (own.type === "array") return depth < DEEPEST ? [sample(api, own.items ?? {}, depth + 1)] : [];
   return { string: "…", integer: 1, number: 1, boolean: true }[own.type] ?? {};

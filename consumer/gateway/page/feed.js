@@ -116,7 +116,8 @@ export class Feed {
 
   async #refresh(signal) {
     const seen = new Set();
-    const missing = () => this.#active.all.filter((job) => !seen.has(job.id) && !this.#streams.has(job.id));
+    const missing = () =>
+      this.#active.all.filter((job) => !seen.has(job.id) && !this.#streams.has(job.id));
     const look = async (ask) => {
       const asOf = performance.now();
       const answer = await ask();
@@ -127,7 +128,9 @@ export class Feed {
     this.#callbacks.onConnection("connected");
     this.#take(newest.data, asOf, seen);
     if (newest.has_more && (missing().length || !this.#settled)) {
-      const [list, asOf] = await look(() => listJobs({ states: ["queued", "running"], limit: MOST }));
+      const [list, asOf] = await look(() =>
+        listJobs({ states: ["queued", "running"], limit: MOST }),
+      );
       this.#take(list.data, asOf, seen);
     }
     this.#settled = true;

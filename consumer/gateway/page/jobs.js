@@ -47,7 +47,9 @@ export class Job {
   }
 
   get imageOutputs() {
-    return this.outputs.flatMap((output, number) => (output.kind === "image" ? [{ ...output, number }] : []));
+    return this.outputs.flatMap((output, number) =>
+      output.kind === "image" ? [{ ...output, number }] : [],
+    );
   }
 
   /** The generated text; undefined where there is none. */
@@ -155,7 +157,8 @@ export class ActiveJobs extends EventTarget {
 
   /** Those that run first, then those that wait, the next one first. */
   get all() {
-    const rank = (job) => (job.state === "running" ? -1 : (job.position ?? Number.MAX_SAFE_INTEGER));
+    const rank = (job) =>
+      job.state === "running" ? -1 : (job.position ?? Number.MAX_SAFE_INTEGER);
     return [...this.#jobs.values()].sort((a, b) => rank(a) - rank(b) || compareTimes(a, b));
   }
 
@@ -176,7 +179,8 @@ export class ActiveJobs extends EventTarget {
    */
   update(doc, asOf = performance.now()) {
     const known = this.#jobs.get(doc.id);
-    if (!known && (this.#ended.has(doc.id) || !["queued", "running"].includes(doc.state))) return null;
+    if (!known && (this.#ended.has(doc.id) || !["queued", "running"].includes(doc.state)))
+      return null;
     const job = known ?? new Job(doc);
     const before = job.state;
     job.update(doc, asOf);
@@ -209,6 +213,8 @@ export class ActiveJobs extends EventTarget {
 
 /** Older first; those without a time last. */
 export function compareTimes(a, b) {
-  const [left, right] = [a, b].map((job) => (job.time ? Date.parse(job.time) : Number.MAX_SAFE_INTEGER));
+  const [left, right] = [a, b].map((job) =>
+    job.time ? Date.parse(job.time) : Number.MAX_SAFE_INTEGER,
+  );
   return left - right;
 }

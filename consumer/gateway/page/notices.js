@@ -19,7 +19,12 @@ export function showNotice(name, text, action = null) {
     { class: "notice", "data-text": text },
     icon("alert"),
     element("p", {}, text),
-    action && element("button", { type: "button", class: "button quiet", on: { click: action.onClick } }, action.label),
+    action &&
+      element(
+        "button",
+        { type: "button", class: "button quiet", on: { click: action.onClick } },
+        action.label,
+      ),
     iconButton("close", "Close this message", () => hideNotice(name)),
   );
   shown.set(name, notice);

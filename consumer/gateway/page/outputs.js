@@ -81,7 +81,9 @@ async function load(frame, image, id, number) {
   } catch (error) {
     frame.dataset.state = "failed";
     const gone = error.status === 404;
-    const text = gone ? "This image is no longer stored." : sentence(error.message ?? "It cannot be shown");
+    const text = gone
+      ? "This image is no longer stored."
+      : sentence(error.message ?? "It cannot be shown");
     frame.replaceChildren(element("span", { class: "frame-text" }, text));
   }
 }
@@ -95,7 +97,10 @@ const SUFFIXES = { "image/png": "png", "image/webp": "webp", "image/jpeg": "jpg"
  * @param {{media_type: string, seed: number}} output
  */
 export function fileName(title, output) {
-  const words = title.toLowerCase().normalize("NFKD").replace(/[^a-z0-9]+/g, "-");
+  const words = title
+    .toLowerCase()
+    .normalize("NFKD")
+    .replace(/[^a-z0-9]+/g, "-");
   const name = words.slice(0, 60).replace(/^-+|-+$/g, "") || "image";
   return `${name}-${output.seed}.${SUFFIXES[output.media_type] ?? "png"}`;
 }
@@ -117,7 +122,9 @@ export function downloadLink(job, output, attributes, ...children) {
       const url = await outputUrl(job.id, output.number);
       element("a", { href: url, download: name }).click();
     } catch (error) {
-      event.target.dispatchEvent(new CustomEvent("problem", { bubbles: true, detail: error.message }));
+      event.target.dispatchEvent(
+        new CustomEvent("problem", { bubbles: true, detail: error.message }),
+      );
     }
   };
   return element("a", { ...attributes, href, download: name, on: { click: save } }, ...children);

@@ -50,7 +50,10 @@ export function details(job, output) {
   const text = job.outputs.find(({ kind }) => kind === "text");
   if (text) {
     rows.push(
-      ["Length", `${counted(text.completion_tokens, "token")}, after ${counted(text.prompt_tokens, "token")} of input`],
+      [
+        "Length",
+        `${counted(text.completion_tokens, "token")}, after ${counted(text.prompt_tokens, "token")} of input`,
+      ],
       ["End", FINISHED[text.finish_reason]],
       ["Seed", text.seed === undefined || text.seed === null ? undefined : String(text.seed)],
     );
@@ -61,13 +64,20 @@ export function details(job, output) {
 
 function parameterRows(parameters) {
   const rows = Object.entries(PARAMETERS).map(([name, label]) => [label, parameters[name]]);
-  const adapters = Object.entries(parameters.adapters ?? {}).map(([name, weight]) => `${name} (${weight})`);
-  return [...rows, ["Adapters", adapters.join(", ")]].map(([label, value]) => [label, value === undefined ? "" : String(value)]);
+  const adapters = Object.entries(parameters.adapters ?? {}).map(
+    ([name, weight]) => `${name} (${weight})`,
+  );
+  return [...rows, ["Adapters", adapters.join(", ")]].map(([label, value]) => [
+    label,
+    value === undefined ? "" : String(value),
+  ]);
 }
 
 function runRows({ id, created, result }) {
   const { model, timings } = result ?? {};
-  const parts = model ? [model.family, model.dtype, model.device, model.revision].filter(Boolean) : [];
+  const parts = model
+    ? [model.family, model.dtype, model.device, model.revision].filter(Boolean)
+    : [];
   return [
     ["Model", model ? `${model.id} (${parts.join(", ")})` : ""],
     ["Submitted", when(created)],

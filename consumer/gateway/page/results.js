@@ -110,17 +110,24 @@ export class Results {
     this.#list.setAttribute("aria-busy", "false");
     this.#list.querySelectorAll(".skeleton").forEach((card) => card.remove());
     byId("more").removeAttribute("aria-disabled");
+    if (!this.#jobs.size) this.#showEmpty("Results are shown once they can be loaded.");
     if (error.status === 401 || error.status === 403 || error.unreachable) return; // the feed says it
-    const retry = { label: "Try again", onClick: () => (this.#jobs.size ? this.#page() : this.load()) };
+    const retry = {
+      label: "Try again",
+      onClick: () => (this.#jobs.size ? this.#page() : this.load()),
+    };
     showNotice("results", `The results cannot be loaded. ${error.message}`, retry);
   }
 
   #showEnd() {
-    const empty = this.#jobs.size === 0 && !this.#cursor;
-    byId("gallery-empty").textContent = EMPTY[byId("filter").value];
-    byId("gallery-empty").hidden = !empty;
+    this.#showEmpty(this.#jobs.size === 0 && !this.#cursor ? EMPTY[byId("filter").value] : "");
     byId("more").hidden = !this.#cursor;
     byId("more").removeAttribute("aria-disabled");
+  }
+
+  #showEmpty(text) {
+    byId("gallery-empty").textContent = text;
+    byId("gallery-empty").hidden = !text;
   }
 
   #insert(job) {
@@ -134,19 +141,33 @@ export class Results {
   }
 
   #card(job) {
-    const body = job.state !== "succeeded" ? this.#ended(job) : job.imageOutputs.length ? this.#images(job) : this.#answer(job);
-    return element("li", { class: "card", "data-state": job.state, "data-task": job.task }, ...body);
+    const body =
+      job.state !== "succeeded"
+        ? this.#ended(job)
+        : job.imageOutputs.length
+          ? this.#images(job)
+          : this.#answer(job);
+    return element(
+      "li",
+      { class: "card", "data-state": job.state, "data-task": job.task },
+      ...body,
+    );
   }
 
   #images(job) {
-    const title = shortened(job.title, 120);
     const outputs = job.imageOutputs;
     const images = outputs.slice(0, 4).map((output) => outputImage(job.id, output, ""));
+    const badges = badgesOf(outputs);
+    const label = `Details: ${[shortened(job.title, 120), ...badges].join(", ")}`;
     const tile = element(
       "button",
-      { type: "button", class: "tile", "data-count": Math.min(outputs.length, 4), "aria-label": `Details: ${title}` },
+      { type: "button", class: "tile", "data-count": images.length, "aria-label": label },
       ...images,
-      badges(outputs),
+      element(
+        "span",
+        { class: "badges" },
+        ...badges.map((text) => element("span", { class: "badge" }, text)),
+      ),
     );
     tile.addEventListener("click", () => this.#actions.open(job, outputs[0].number));
     return [
@@ -157,14 +178,25 @@ export class Results {
         { class: "card-actions" },
         iconButton("ask", "Ask about this image", () => this.#actions.ask(job, outputs[0])),
         iconButton("reuse", "Use these parameters again", () => this.#actions.use(job)),
-        downloadLink(job, outputs[0], { class: "icon-button", "aria-label": "Download", title: "Download" }, icon("download")),
+        downloadLink(
+          job,
+          outputs[0],
+          { class: "icon-button", "aria-label": "Download", title: "Download" },
+          icon("download"),
+        ),
       ),
     ];
   }
 
   #answer(job) {
     return [
-      element("div", { class: "card-text" }, sources(job), this.#words(job), element("p", { class: "answer" }, job.answer ?? "")),
+      element(
+        "div",
+        { class: "card-text" },
+        sources(job),
+        this.#words(job),
+        element("p", { class: "answer" }, job.answer ?? ""),
+      ),
       element(
         "div",
         { class: "card-actions" },
@@ -181,7 +213,12 @@ export class Results {
       element(
         "div",
         { class: "card-text" },
-        element("p", { class: "state" }, icon(failed ? "alert" : "stop"), failed ? "Failed" : "Cancelled"),
+        element(
+          "p",
+          { class: "state" },
+          icon(failed ? "alert" : "stop"),
+          failed ? "Failed" : "Cancelled",
+        ),
         this.#words(job),
         failed ? element("p", { class: "problem" }, job.problem) : null,
       ),
@@ -189,7 +226,9 @@ export class Results {
         "div",
         { class: "card-actions" },
         iconButton("info", "Details", () => this.#actions.open(job, 0)),
-        job.asked.prompt ? iconButton("reuse", "Use these parameters again", () => this.#actions.use(job)) : null,
+        job.asked.prompt
+          ? iconButton("reuse", "Use these parameters again", () => this.#actions.use(job))
+          : null,
       ),
     ];
   }
@@ -215,9 +254,9 @@ export function sources(job) {
   return known.length ? element("div", { class: "sources" }, ...known) : null;
 }
 
-function badges(outputs) {
-  const texts = [outputs.some(({ flagged }) => flagged) ? "Flagged" : null, outputs.length > 1 ? `${outputs.length} images` : null];
-  return element("span", { class: "badges" }, ...texts.map((text) => text && element("span", { class: "badge" }, text)));
+function badgesOf(outputs) {
+  const flagged = outputs.some((output) => output.flagged) ? ["Flagged"] : [];
+  return outputs.length > 1 ? [...flagged, `${outputs.length} images`] : flagged;
 }
 
 function skeleton() {

@@ -121,7 +121,8 @@ async function* connection(path, lastId, signal, onAny) {
     if (lastId !== null) headers["Last-Event-ID"] = lastId;
     const both = AbortSignal.any([signal, silence.signal]);
     const response = await send(path, { headers, signal: both, timeout: 0 });
-    if (response.status === NO_MORE) throw new ApiError("The events have ended.", { status: NO_MORE });
+    if (response.status === NO_MORE)
+      throw new ApiError("The events have ended.", { status: NO_MORE });
     const reader = response.body.getReader();
     const decoder = new TextDecoder();
     const parser = new EventParser();

@@ -81,7 +81,10 @@ export function sentence(message, param = null) {
   if (param && text.startsWith(prefix)) {
     const label = LABELS[param] ?? param;
     const rest = text.slice(prefix.length);
-    text = rest.startsWith("must ") || rest.startsWith("has ") ? `${label} ${rest}` : `${label}: ${rest}`;
+    text =
+      rest.startsWith("must ") || rest.startsWith("has ")
+        ? `${label} ${rest}`
+        : `${label}: ${rest}`;
   }
   text = text.charAt(0).toUpperCase() + text.slice(1);
   return /[.!?…]$/.test(text) ? text : `${text}.`;
@@ -90,5 +93,7 @@ export function sentence(message, param = null) {
 /** @param {string} text @param {number} most Characters. */
 export function shortened(text, most) {
   const characters = Array.from(text.replace(/\s+/g, " ").trim());
-  return characters.length <= most ? characters.join("") : `${characters.slice(0, most - 1).join("")}…`;
+  return characters.length <= most
+    ? characters.join("")
+    : `${characters.slice(0, most - 1).join("")}…`;
 }
