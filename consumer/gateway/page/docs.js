@@ -4,6 +4,8 @@ import { byId, element } from "./dom.js";
 import { bindThemeButton } from "./theme.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete"];
+// Where the gateway is, also behind a proxy that serves it under a prefix.
+const origin = new URL(".", document.baseURI).href.replace(/\/$/, "");
 const DEEPEST = 4; // levels of objects within objects that are shown
 
 bindThemeButton(byId("theme-button"));
@@ -154,7 +156,10 @@ function shape(api, schema, depth) {
     .flatMap((each) => alternatives(api, each))
     .filter(({ properties }) => properties);
   return flat.map((object) => {
-    const rows = Object.entries(object.properties).map(([name, each]) => {
+    const isRequired = ([name]) => object.required?.includes(name) ?? false;
+    const fields = Object.entries(object.properties);
+    const ordered = fields.sort((a, b) => isRequired(b) - isRequired(a));
+    const rows = ordered.map(([name, each]) => {
       const own = resolved(api, each);
       return row(
         api,
@@ -220,9 +225,7 @@ function bounds(schema) {
 }
 
 function example(api, { method, path, requestBody, parameters = [] }) {
-  const lines = [
-    `curl${method === "get" ? "" : ` -X ${method.toUpperCase()}`} ${location.origin}${path}`,
-  ];
+  const lines = [`curl${method === "get" ? "" : ` -X ${method.toUpperCase()}`} ${origin}${path}`];
   if (
     parameters.some((each) => resolved(api, each).in === "header") ||
     path.startsWith("/v1") ||
