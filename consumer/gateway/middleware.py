@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from consumer.gateway.error_handlers import as_api_error, error_response
+from consumer.gateway.in_flight import ALWAYS_ANSWERED
 
 log = structlog.get_logger()
 
@@ -44,8 +45,9 @@ Observe = Callable[[HandledRequest], None]
 
 
 def log_request(request: HandledRequest) -> None:
-    """Write one line of the access log."""
-    log.info(
+    """Write one line of the access log; those of probes are for debugging only."""
+    write = log.debug if request.route in ALWAYS_ANSWERED else log.info
+    write(
         "http_request",
         method=request.method,
         route=request.route,
