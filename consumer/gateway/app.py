@@ -1,6 +1,6 @@
 """The HTTP application: its parts, its lifespan, its routes."""
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
@@ -29,6 +29,7 @@ from consumer.gateway.context import Gateway
 from consumer.gateway.error_handlers import install_error_handlers
 from consumer.gateway.event_log import EventLog
 from consumer.gateway.in_flight import InFlight, InFlightMiddleware
+from consumer.gateway.job_list import JobList
 from consumer.gateway.jobs import Jobs
 from consumer.gateway.keys import Keys
 from consumer.gateway.metrics import GatewayMetrics
@@ -40,9 +41,8 @@ from consumer.gateway.middleware import (
     log_request,
 )
 from consumer.gateway.open_access import LoopbackOnly
-from consumer.gateway.tenants import Tenant
+from consumer.gateway.store_client import StoreClient
 from consumer.settings import Settings
-from generation_client import GenerationClient
 from generation_contracts import Task
 
 __all__ = ["Gateway", "create_app", "open_gateway"]
@@ -89,17 +89,15 @@ async def open_gateway(settings: Settings, metrics: GatewayMetrics) -> AsyncIter
     keys = Keys(settings.gateway_keys)
     bus = await connect(settings, name="generation gateway", within=CONNECT_WITHIN)
     try:
-        client = GenerationClient(bus.client, root=settings.subjects.root)
+        client = StoreClient(bus, settings)
         log = EventLog(
             seconds=settings.gateway_events_kept, most_bytes=settings.gateway_events_bytes
         )
         view = QueueView(bus, settings.subjects, {task: settings.durable(task) for task in Task})
 
-        async def unfinished(tenant: Tenant) -> Collection[str]:
-            return [job_id for job_id in await view.unfinished() if tenant.owns(job_id)]
-
-        limits = Limits(unfinished)
-        jobs = Jobs(bus, client, settings, events=log, view=view, limits=limits)
+        ids = JobList(view)
+        limits = Limits(ids.unfinished)
+        jobs = Jobs(bus, client, settings, events=log, view=view, ids=ids, limits=limits)
         await jobs.open()
         try:
             yield Gateway(

@@ -31,7 +31,8 @@ class Gateway:
     metrics: GatewayMetrics
 
 
-def _gateway(request: Request) -> Gateway:
+# Dependencies are coroutines: FastAPI runs plain functions in threads.
+async def _gateway(request: Request) -> Gateway:
     gateway: Gateway = request.app.state.gateway
     return gateway
 

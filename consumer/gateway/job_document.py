@@ -41,6 +41,9 @@ class JobDocument(BaseModel):
     position: int | None = Field(description="requests before it in the queue, at most")
     estimated_start: datetime | None = Field(description="null where nothing was measured yet")
     progress: Progress | None
+    metadata: dict[str, str] = Field(
+        description="the sender's own; empty until a worker has started the job"
+    )
     status_url: str
     events_url: str
     cancel_url: str = Field(description="for DELETE")
@@ -89,6 +92,7 @@ def job_document(view: JobView) -> JobDocument:
         position=view.position,
         estimated_start=view.estimated_start,
         progress=_progress(view),
+        metadata={} if view.last_event is None else view.last_event.metadata,
         status_url=address,
         events_url=f"{address}/events",
         cancel_url=address,

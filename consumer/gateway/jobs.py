@@ -365,10 +365,10 @@ class Jobs:
         return None
 
     def _view_of(self, job: Job, place: Place) -> JobView:
-        pace = self._pace.seconds(job.task)
         start = None
-        if pace is not None and not place.delivered:
-            start = datetime.now(UTC) + timedelta(seconds=pace * (place.before + 1))
+        seconds = self._pace.until_start(job.task, place.before)
+        if seconds is not None and not place.delivered:
+            start = datetime.now(UTC) + timedelta(seconds=seconds)
         return JobView(
             job,
             "running" if place.delivered else "queued",

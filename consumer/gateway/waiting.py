@@ -41,7 +41,7 @@ class Preferences:
     respond_async: bool = False
 
 
-def _preferences(
+async def _preferences(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=MAX_KEY)] = None,
     prefer: Annotated[str | None, Header(description="`respond-async`: answer 202 at once")] = None,
 ) -> Preferences:
@@ -90,7 +90,7 @@ class Sender:
         return Call(self, job)
 
 
-def _sender(
+async def _sender(
     http: Request,
     gateway: GatewayPart,
     caller: Authenticated,
