@@ -136,7 +136,8 @@ async def submit_job(sender: SenderPart, response: Response, body: JobBody) -> J
     job = await jobs.submit(sender.caller, wanted, idempotency_key=key, wait=False)
     note_job(sender.http, job)
     response.headers["location"] = job_address(job.id)
-    return job_document(await jobs.view(job))
+    document = job_document(await jobs.view(job))
+    return document.model_copy(update={"metadata": wanted.metadata})
 
 
 @router.get("/v1/jobs", summary="List jobs")

@@ -192,6 +192,7 @@ async def test_a_job_from_its_submission_to_its_file(scene: Scene, api: Api) -> 
         "position": 0,
         "estimated_start": None,
         "progress": None,
+        "metadata": {"a": "b"},
         "status_url": address,
         "events_url": f"{address}/events",
         "cancel_url": address,
