@@ -119,7 +119,8 @@ def _environment(stack: DevStack) -> Iterator[None]:
     """
     before = dict(os.environ)
     for name in before:
-        if name.upper().startswith(("NATS_", "S3_", "MODEL_")) or name.upper() == "CONSUMER_NAME":
+        elsewhere = name.upper().startswith(("NATS_", "S3_", "MODEL_", "GATEWAY_"))
+        if elsewhere or name.upper() == "CONSUMER_NAME":
             del os.environ[name]
     os.environ.update(stack.environment())
     try:

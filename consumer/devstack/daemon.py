@@ -10,7 +10,8 @@ from consumer.devstack.loopback import HOST, free_ports, http_status
 from consumer.devstack.process import ChildProcess
 
 _SECRET_SETTINGS = ("S3_SECRET_KEY", "NATS_NKEY_SEED")
-_OTHER_SERVERS = ("NATS_", "S3_")  # settings with these prefixes name servers and credentials
+# Settings with these prefixes name servers and credentials, or are of a gateway.
+_OTHER_SERVERS = ("NATS_", "S3_", "GATEWAY_")
 
 
 class Daemon(ChildProcess):
@@ -19,7 +20,7 @@ class Daemon(ChildProcess):
     Args:
         name: what people call it, in messages.
         settings: its environment settings. They come on top of this process's environment, from
-            which the settings of NATS and S3 are left out: those name other servers.
+            which the settings of NATS, S3 and gateways are left out: those are of others.
         log: file that its output is appended to.
         probes_port: where it serves /livez, /readyz and /metrics; None chooses a free port.
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ def environment(temporary: Path) -> dict[str, str]:
         "S3_PREFIX": "elsewhere",
         "MODEL_TYPE": "image_to_text",
         "CONSUMER_NAME": "mine",
+        "GATEWAY_HOST": "0.0.0.0",  # noqa: S104 - it must not matter
+        "GATEWAY_TLS_CERT": "/no/such/file",
     }
 
 
@@ -121,7 +124,10 @@ def test_up_keeps_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) -> 
     # The second time there is no need to wait for the models.
     for last_words in ("publish --jetstream", "nats-server on"):
         with started([sys.executable, "-m", "consumer", "up"], work, temporary) as process:
-            first = read_until(process, last_words)[0]
+            shown = read_until(process, last_words)
+            first = shown[0]
+            if len(shown) > 1:
+                assert_answers_over_http("".join(shown))
             address = first.removeprefix("nats-server on ").partition(",")[0]
             addresses.append(address)
             process.send_signal(signal.SIGTERM)
@@ -132,6 +138,14 @@ def test_up_keeps_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) -> 
     assert addresses[0] == addresses[1]
     assert (work / ".consumer" / "devstack.json").stat().st_mode & 0o777 == 0o600
     assert not processes_of(temporary)
+
+
+def assert_answers_over_http(shown: str) -> None:
+    """Call the gateway at the address that `up` has printed."""
+    (page,) = re.findall(r"HTTP +(http://127\.0\.0\.1:\d+) ", shown)
+    with urllib.request.urlopen(f"{page}/v1/models") as answer:  # noqa: S310 - loopback
+        models = json.load(answer)["data"]
+    assert [model["tasks"] for model in models] == [["text_to_image", "image_to_text"]]
 
 
 @contextmanager
