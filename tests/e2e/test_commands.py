@@ -22,7 +22,7 @@ def consumer(
         env={**os.environ, **settings},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
 
@@ -240,7 +240,7 @@ def test_help_imports_no_model_library(arguments: list[str]) -> None:
         [sys.executable, "-c", shown + look, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=True,
     )
     assert done.stdout.endswith("HEAVY []\n")
@@ -260,7 +260,7 @@ except SystemExit as ended:
         env={**os.environ, **settings},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "0 []"
