@@ -473,11 +473,13 @@ def test_it_drains(start: Start) -> None:
 
 
 def test_what_ends_within_the_grace_is_delivered(system: DevStack, start: Start) -> None:
-    gateway = start(**system.environment(), CONSUMER_SUBJECT_ROOT="generation")
+    gateway = start(
+        **system.environment(), CONSUMER_SUBJECT_ROOT="generation", GATEWAY_DRAIN_GRACE="120"
+    )
     waiting = in_background(
         lambda: httpx2.post(
             f"{gateway.url}/v1/images/generations",
-            json={**IMAGE, "num_inference_steps": 100},
+            json={**IMAGE, "num_inference_steps": 40},
             timeout=WITHIN,
         )
     )
