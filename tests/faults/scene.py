@@ -161,6 +161,20 @@ class Scene:
         )
         return info.state
 
+    async def what_is_left(self) -> str:
+        """The subjects of what `left` counts, and where each durable stands; for people."""
+        jetstream, lines = self.sender.jetstream(), []
+        for stream in (*map(self.subjects.requests_stream, Task), self.subjects.retries_stream):
+            info = await jetstream.stream_info(stream, subjects_filter=">")
+            lines.append(f"{stream}: {info.state.subjects or {}}, last {info.state.last_seq}")
+            for durable in await jetstream.consumers_info(stream):
+                counts = {
+                    name: getattr(durable, name)
+                    for name in ("num_pending", "num_ack_pending", "num_redelivered", "num_waiting")
+                }
+                lines.append(f"  {durable.name}: {durable.delivered}, {counts}")
+        return "\n".join(lines)
+
     async def emptied(self, within: float = WITHIN) -> None:
         """Return once no request is left."""
 

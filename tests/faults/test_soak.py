@@ -48,12 +48,7 @@ async def test_no_sender_touches_the_requests_of_others(tmp_path: Path) -> None:
         print("\n".join(soaked.figures()))  # noqa: T201 - for people
         assert soaked.attacker is not None
         assert set(soaked.attacker.counts) == set(ATTACKS)
-        problems = soaked.problems()
-        if any(problem.startswith("stuck with") for problem in problems):
-            # A known fault whose cause is not found: on a loaded machine, in one run of several,
-            # a request stays in the queue and no worker gets it.
-            pytest.xfail(f"seed {seed}: {problems}")
-        assert problems == [], f"seed {seed}"
+        assert soaked.problems() == [], f"seed {seed}"
 
 
 # -- its parts ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+import nats
 import pytest
 
 from consumer.bus import retries
@@ -111,6 +112,26 @@ async def test_delay_blocks_neither_the_queue_nor_other_retries(installation: In
         await retried(installation, delivered, delay=0.0)
         assert (await take(worker)).body == b"next"
     assert await installation.count(RETRIES) == 1
+
+
+async def test_retry_of_a_worker_that_died_is_moved_by_another_soon(
+    installation: Installation,
+) -> None:
+    """Its lease is the server's to end: nothing renews it, and a move takes milliseconds."""
+    worker = await installation.worker()
+    await installation.publish(BODY)
+    await retried(installation, await take(worker), delay=0.0)
+    durable = installation.topology.retries(TASK)
+    async with await nats.connect(installation.server.url) as dead:
+        inbox = dead.new_inbox()
+        deliveries = await dead.subscribe(inbox)
+        pull = f"$JS.API.CONSUMER.MSG.NEXT.{durable.stream}.{durable.name}"
+        await dead.publish(pull, b"", reply=inbox)
+        pulled = await deliveries.next_msg(timeout=5)
+    assert pulled.data == BODY
+    async with mover(installation):
+        assert (await take(worker)).body == BODY  # within SOON
+    assert await installation.count(RETRIES) == 0
 
 
 async def test_retry_survives_the_death_of_the_server(installation: Installation) -> None:

@@ -175,7 +175,7 @@ async def _drained(scene: Scene, patience: float) -> str:
             try:
                 await scene.until(fewer, "progress", patience)
             except AssertionError:
-                return f"stuck with {left} requests in the queue"
+                return f"stuck with {left} requests in the queue\n{await scene.what_is_left()}"
             left = await scene.left()
     except NotFoundError:
         return "a stream of requests is gone"
