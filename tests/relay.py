@@ -1,6 +1,7 @@
-"""A TCP relay on loopback that can be cut and mended, as a network is."""
+"""A TCP relay on loopback that breaks connections, refuses them, or lets them go dead."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -20,6 +21,8 @@ class Relay:
         self._port = port
         self._connections: set[asyncio.Task[None]] = set()
         self._cut = False
+        self._dead = 0  # how many of the connections so far have gone dead
+        self._accepted = 0
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, HOST, 0)
@@ -36,9 +39,9 @@ class Relay:
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     @property
-    def url(self) -> str:
-        """Where clients connect."""
-        return f"http://{HOST}:{self._server.sockets[0].getsockname()[1]}"
+    def address(self) -> str:
+        """Where clients connect: host and port."""
+        return f"{HOST}:{self._server.sockets[0].getsockname()[1]}"
 
     def cut(self) -> None:
         """Break all connections, and refuse new ones."""
@@ -54,12 +57,20 @@ class Relay:
         for connection in self._connections:
             connection.cancel()
 
+    def swallow(self) -> None:
+        """Lose every byte of the present connections from now on; new ones are relayed."""
+        self._dead = self._accepted
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._cut:
             writer.transport.abort()
             return
         there = await asyncio.open_connection(HOST, self._port)
-        task = asyncio.create_task(_relay((reader, writer), there))
+        self._accepted += 1
+        number = self._accepted
+        task = asyncio.create_task(
+            _relay((reader, writer), there, is_dead=lambda: number <= self._dead)
+        )
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
 
@@ -67,10 +78,10 @@ class Relay:
 End = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def _relay(here: End, there: End) -> None:
+async def _relay(here: End, there: End, *, is_dead: Callable[[], bool]) -> None:
     pumps = [
-        asyncio.create_task(_pump(here[0], there[1])),
-        asyncio.create_task(_pump(there[0], here[1])),
+        asyncio.create_task(_pump(here[0], there[1], is_dead)),
+        asyncio.create_task(_pump(there[0], here[1], is_dead)),
     ]
     try:
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -81,8 +92,11 @@ async def _relay(here: End, there: End) -> None:
         there[1].transport.abort()
 
 
-async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+async def _pump(
+    source: asyncio.StreamReader, sink: asyncio.StreamWriter, is_dead: Callable[[], bool]
+) -> None:
     with suppress(OSError):
         while data := await source.read(CHUNK):
-            sink.write(data)
-            await sink.drain()
+            if not is_dead():
+                sink.write(data)
+                await sink.drain()

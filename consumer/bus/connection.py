@@ -112,7 +112,7 @@ class Bus:
 
         Raises:
             TimeoutError: No answer within so many seconds, or the connection is lost.
-            nats.errors.Error: Nobody answers to the subject, or the connection is closed.
+            nats.errors.Error: Nothing subscribes to the subject, or the connection is closed.
         """
         async with self.question(within):
             # `question` has the limit: another one of the client costs a timer for each job.

@@ -1,17 +1,12 @@
 """`consumer run` as a child process: the very command that an installation runs."""
 
-import os
 import sys
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 
 from consumer.devstack.loopback import HOST, free_ports, http_status
-from consumer.devstack.process import ChildProcess
-
-_SECRET_SETTINGS = ("S3_SECRET_KEY", "NATS_NKEY_SEED")
-# Settings with these prefixes name servers and credentials, or are of a gateway.
-_OTHER_SERVERS = ("NATS_", "S3_", "GATEWAY_")
+from consumer.devstack.process import ChildProcess, inherited_environment, secrets_in
 
 
 class Daemon(ChildProcess):
@@ -36,17 +31,14 @@ class Daemon(ChildProcess):
         probes_port: int | None = None,
     ) -> None:
         port = free_ports(1)[0] if probes_port is None else probes_port
-        inherited = {
-            key: value for key, value in os.environ.items() if not key.startswith(_OTHER_SERVERS)
-        }
         super().__init__(
             name,
             # -P: a folder named consumer in the working directory is not this package.
             [sys.executable, "-P", "-m", "consumer", "run"],
             log=log,
-            env={**inherited, **settings, "CONSUMER_PROBES_PORT": str(port)},
+            env={**inherited_environment(), **settings, "CONSUMER_PROBES_PORT": str(port)},
             ports={"probes": port},
-            secrets=[settings[key] for key in _SECRET_SETTINGS if settings.get(key)],
+            secrets=secrets_in(settings),
             grace=40.0,  # the default CONSUMER_DRAIN_GRACE of 30 s, and its clean-up
             ready_timeout=300.0,  # a large model takes minutes to load
         )

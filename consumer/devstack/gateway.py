@@ -1,16 +1,12 @@
 """`consumer gateway` as a child process: the very command that an installation runs."""
 
-import os
 import sys
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 
 from consumer.devstack.loopback import HOST, free_ports, http_status
-from consumer.devstack.process import ChildProcess
-
-# Settings with these prefixes are for other servers, or for a gateway that others reach.
-_NOT_INHERITED = ("NATS_", "S3_", "GATEWAY_")
+from consumer.devstack.process import ChildProcess, inherited_environment, secrets_in
 
 
 class GatewayServer(ChildProcess):
@@ -30,17 +26,19 @@ class GatewayServer(ChildProcess):
         self, name: str, settings: Mapping[str, str], *, log: Path, port: int | None = None
     ) -> None:
         port = free_ports(1)[0] if port is None else port
-        inherited = {
-            key: value for key, value in os.environ.items() if not key.startswith(_NOT_INHERITED)
-        }
         super().__init__(
             name,
             # -P: a folder named consumer in the working directory is not this package.
             [sys.executable, "-P", "-m", "consumer", "gateway"],
             log=log,
-            env={"GATEWAY_HOST": HOST, **inherited, **settings, "GATEWAY_PORT": str(port)},
+            env={
+                **inherited_environment(),
+                "GATEWAY_HOST": HOST,
+                **settings,
+                "GATEWAY_PORT": str(port),
+            },
             ports={"http": port},
-            secrets=[settings["S3_SECRET_KEY"]] if settings.get("S3_SECRET_KEY") else [],
+            secrets=secrets_in(settings),
             grace=40.0,  # the default GATEWAY_DRAIN_GRACE of 30 s, and its clean-up
         )
 

@@ -31,6 +31,21 @@ _REAP_WAIT = 10.0  # seconds for the kernel to end a process after SIGKILL
 _TAIL_LINES = 15
 
 
+# Settings with these prefixes name other servers and credentials, or a gateway that others reach.
+_NOT_INHERITED = ("NATS_", "S3_", "GATEWAY_")
+_SECRET_SETTINGS = ("S3_SECRET_KEY", "NATS_NKEY_SEED")
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's environment, without the settings that are meant for other servers."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(_NOT_INHERITED)}
+
+
+def secrets_in(settings: Mapping[str, str]) -> list[str]:
+    """The values of settings that no log may show."""
+    return [settings[key] for key in _SECRET_SETTINGS if settings.get(key)]
+
+
 class ChildProcess:
     """A program that runs as a child, with its output in a log file.
 

@@ -184,7 +184,7 @@ class DevStack:
         return gateway
 
     def stop(self) -> None:
-        """Stop gateways and daemons, then the servers, even where one fails to; then let go.
+        """Stop gateways and daemons, then the servers, also if one of them cannot be stopped.
 
         Safe to call twice, and on a stack that never started.
         """

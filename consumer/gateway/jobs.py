@@ -309,7 +309,7 @@ class Jobs:
 
     async def abandon(self, job: Job) -> None:
         """Cancel a job whose caller has gone away. Never raises, and does not wait."""
-        # A task of its own: the caller's task may be cancelled already.
+        # In another task: the caller's task may be cancelled already.
         abandoning = asyncio.create_task(self._abandon(job.id), name="abandon")
         self._abandoning.add(abandoning)
         abandoning.add_done_callback(self._abandoning.discard)

@@ -178,7 +178,7 @@ class KeyFile:
         """Yield the file's content to be changed, then write it; one process at a time."""
         lock_path = self.path.with_name(f"{self.path.name}.lock")
         try:
-            # A file of its own: the file of keys is replaced, and a lock on it would go with it.
+            # A separate file: the key file is replaced, and a lock on it would be lost.
             with open(  # Path.open takes no opener, which sets the mode from the start
                 lock_path, "a", opener=lambda path, flags: os.open(path, flags, _PRIVATE)
             ) as lock:

@@ -46,7 +46,7 @@ _REASONS = (
 
 
 class GatewayMetrics:
-    """The metrics of one gateway, in a registry of its own."""
+    """The metrics of one gateway, in a separate registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

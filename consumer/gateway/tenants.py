@@ -43,7 +43,7 @@ class Tenant:
     Attributes:
         name: For people.
         tag: The first characters of all of its request ids.
-        secret: Makes request ids out of idempotency keys, so that nobody can guess them.
+        secret: Key of the HMAC that turns idempotency keys into request ids that cannot be guessed.
     """
 
     name: str

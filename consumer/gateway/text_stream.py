@@ -11,8 +11,8 @@ class TextStream:
     """Makes the parts of a text that a client has not received yet.
 
     Progress events are not stored: after a lost one the text has a gap, and nothing more is sent
-    until the result, whose text is complete. An attempt that begins the text anew says nothing
-    until its text is longer than what was sent; with one seed and one model it is the same text.
+    until the result, whose text is complete. Another attempt restarts the text: nothing
+    is sent until it is longer than what was sent. With the same seed and model it is the same text.
     """
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from tests.gateway.page_visits import (
     visit,
 )
 from tests.gateway.pictures import red_circle
-from tests.gateway.relay import Relay
+from tests.relay import Relay
 
 __all__ = ["browser", "tenants", "visit"]  # fixtures
 
@@ -117,7 +117,7 @@ async def test_a_running_job_survives_a_reload(visit: Visits) -> None:
 
 async def test_a_stream_that_breaks_off_is_resumed(visit: Visits) -> None:
     async with Relay(visit.tenants.server.ports["http"]) as relay:
-        page = await visit(url=relay.url)
+        page = await visit(url=f"http://{relay.address}")
         asked: list[str | None] = []
 
         def on_request(request: Request) -> None:

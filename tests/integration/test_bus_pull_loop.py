@@ -10,7 +10,6 @@ from consumer.bus import connection, delivery, pull
 from consumer.bus.connection import BusUnavailable
 from consumer.ports import Delivery
 from tests.conftest import InstallationOf, StartNats
-from tests.integration.blackhole import Blackhole
 from tests.integration.bus_installation import (
     MUTE,
     REQUESTS,
@@ -25,6 +24,7 @@ from tests.integration.bus_installation import (
     until_connected,
     until_lost,
 )
+from tests.relay import Relay
 
 ROUNDS = 50
 CHANCES = 150  # rounds; one in 18 lost its request when nothing was done about it
@@ -314,8 +314,8 @@ async def test_a_dead_connection_that_looks_alive_is_made_anew(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hasten(monkeypatch)
-    async with Blackhole(installation.server.ports["client"]) as relay:
-        worker = await installation.worker(relay.url)
+    async with Relay(installation.server.ports["client"]) as relay:
+        worker = await installation.worker(f"nats://{relay.address}")
         task = await waiting(installation, worker)
 
         reconnected = asyncio.Event()

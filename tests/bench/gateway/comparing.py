@@ -5,20 +5,19 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Protocol
 
 import aiohttp
 
 from consumer.devstack import ChildProcess, free_ports
 from consumer.devstack.loopback import HOST
-from tests.bench.gateway.serving import DAEMON, over_gateway, start_daemon
+from tests.bench.gateway.serving import DAEMON, make_streams, over_gateway, start_daemon
 from tests.bench.speed.figures import MILLI, Pace, percentile
-from tests.bench.speed.measuring import IDLE, WARM_UP, Plan
+from tests.bench.speed.measuring import WARM_UP, Plan, one_at_a_time
 from tests.bench.speed.processes import at_rest, cpu_seconds, resident
 from tests.bench.speed.report import Section, table
 from tests.bench.speed.rows import Row
 from tests.bench.speed.sender import Sender, WentWrongError
-from tests.bench.speed.systems import OverHttp, wire_of_daemon
+from tests.bench.speed.systems import OverHttp, OverNats, System, wire_of_daemon
 from tests.bench.speed.trial import Trial, new_trial
 
 CALLERS = 8  # HTTP requests under way under load
@@ -35,22 +34,6 @@ _MODULES = {
     FASTAPI: "tests.bench.speed.peers.over_http",
     LITSERVE: "tests.bench.speed.peers.over_litserve",
 }
-
-
-class System(Protocol):
-    """A system that runs.
-
-    Attributes:
-        processes: All that it consists of, besides the servers.
-    """
-
-    processes: Sequence[ChildProcess]
-
-    async def do(self, jobs: int) -> None:
-        """Keep it busy with so many jobs; return when every result is here."""
-
-    async def one(self) -> float:
-        """Return the seconds from asking for one job to its result."""
 
 
 @dataclass(frozen=True)
@@ -76,30 +59,6 @@ class Figures:
     resident: float
 
 
-class OverBus:
-    """The daemon, asked over NATS."""
-
-    def __init__(self, daemon: ChildProcess, sender: Sender) -> None:
-        self.processes: Sequence[ChildProcess] = (daemon,)
-        self._sender = sender
-
-    async def do(self, jobs: int) -> None:
-        """Keep it busy with so many jobs; return when every result is here."""
-        await self._sender.do(jobs)
-
-    async def one(self) -> float:
-        """Return the seconds from asking for one job to its result."""
-        return await self._sender.one()
-
-
-class Peer(OverHttp):
-    """A server that does the job itself."""
-
-    def __init__(self, process: ChildProcess, session: aiohttp.ClientSession) -> None:
-        super().__init__(process, session, callers=CALLERS)
-        self.processes: Sequence[ChildProcess] = (process,)
-
-
 def installed() -> Sequence[str]:
     """Return the systems that can be measured here."""
     return [name for name in SYSTEMS if name != LITSERVE or importlib.util.find_spec("litserve")]
@@ -113,33 +72,40 @@ async def measure(name: str, row: Row, plan: Plan) -> Figures:
     """
     with new_trial(row) as trial:
         async with AsyncExitStack() as parts:
-            system = await _start(name, trial, parts)
+            system, processes = await _start(name, trial, parts)
             try:
-                return await _measured(system, name, trial, plan)
+                return await _measured(system, processes, name, trial, plan)
             except Exception as error:
-                for process in system.processes:
+                for process in processes:
                     error.add_note(process.log_since_start()[-3000:])
                 raise
 
 
-async def _start(name: str, trial: Trial, parts: AsyncExitStack) -> System:
+async def _start(
+    name: str, trial: Trial, parts: AsyncExitStack
+) -> tuple[System, Sequence[ChildProcess]]:
+    """Start a system; also return its processes, besides the servers."""
     if name in _MODULES:
         (port,) = free_ports(1)
         peer = trial.start_peer(name, [_MODULES[name], str(port)], port=port)
         await asyncio.to_thread(peer.wait_ready)
-        session = aiohttp.ClientSession(f"http://{HOST}:{port}")
-        return Peer(peer, await parts.enter_async_context(session))
+        session = await parts.enter_async_context(aiohttp.ClientSession(f"http://{HOST}:{port}"))
+        return OverHttp(peer, session, callers=CALLERS), (peer,)
+    await make_streams(trial)
+    daemon = await start_daemon(trial, max_ack_pending=3)
     if name == BUS:
-        daemon = await start_daemon(trial, max_ack_pending=3)
         sender = Sender(wire_of_daemon(trial))
         await sender.open(trial.stack.nats.url, parts)
-        return OverBus(daemon, sender)
+        return OverNats(daemon, sender), (daemon,)
     response_format = name.partition(", ")[2]
-    return await over_gateway(trial, parts, response_format=response_format, callers=CALLERS)
+    system = await over_gateway(trial, parts, response_format=response_format, callers=CALLERS)
+    return system, (daemon, system.process)
 
 
-async def _measured(system: System, name: str, trial: Trial, plan: Plan) -> Figures:
-    pids = [process.pid for process in system.processes]
+async def _measured(
+    system: System, processes: Sequence[ChildProcess], name: str, trial: Trial, plan: Plan
+) -> Figures:
+    pids = [process.pid for process in processes]
     await at_rest(*pids)
     await system.do(WARM_UP)
     device = name if name in _MODULES else DAEMON
@@ -147,9 +113,9 @@ async def _measured(system: System, name: str, trial: Trial, plan: Plan) -> Figu
     before = cpu_seconds(*pids)
     await system.do(jobs)
     cpu = cpu_seconds(*pids) - before
-    memory = resident(pids[-1])
+    memory = resident(system.process.pid)
     pace = Pace.of(trial.runs(device)[WARM_UP:])
-    single = await _one_at_a_time(system, plan)
+    single = await one_at_a_time(system, plan)
     expected = WARM_UP + jobs + len(single) + 1
     if (runs := len(trial.runs(device))) != expected:
         raise WentWrongError(f"{runs} runs for {expected} jobs")
@@ -163,16 +129,6 @@ async def _measured(system: System, name: str, trial: Trial, plan: Plan) -> Figu
         cpu=cpu / jobs * MILLI,
         resident=memory,
     )
-
-
-async def _one_at_a_time(system: System, plan: Plan) -> list[float]:
-    await asyncio.sleep(IDLE)
-    await system.one()  # what the load has left behind
-    seconds: list[float] = []
-    while not seconds or len(seconds) < plan.samples(seconds[0]):
-        await asyncio.sleep(IDLE)
-        seconds.append(await system.one())
-    return seconds
 
 
 _COLUMNS = (

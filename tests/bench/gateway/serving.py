@@ -1,8 +1,7 @@
 """A daemon and gateways on the servers of a trial, and HTTP clients that ask them."""
 
 import asyncio
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -12,6 +11,7 @@ from consumer.apply import apply
 from consumer.devstack import ChildProcess, Daemon, GatewayServer
 from consumer.settings import Settings
 from tests.bench.speed.sender import PROMPT, WentWrongError
+from tests.bench.speed.systems import OverHttp
 from tests.bench.speed.trial import TASK, Trial
 
 PATIENCE = 300.0  # seconds; only bounds a wait for something that must happen
@@ -56,11 +56,11 @@ def client(url: str) -> aiohttp.ClientSession:
     )
 
 
-class OverGateway:
-    """The daemon behind a gateway, asked as OpenAI's clients ask.
+class OverGateway(OverHttp):
+    """A gateway, asked as OpenAI's clients ask.
 
     Args:
-        processes: All that the system consists of, besides the servers.
+        process: The gateway.
         session: Of the gateway.
         fields: Of every request.
         callers: Requests under way under load.
@@ -68,28 +68,13 @@ class OverGateway:
 
     def __init__(
         self,
-        processes: tuple[ChildProcess, ...],
+        process: ChildProcess,
         session: aiohttp.ClientSession,
         fields: dict[str, Any],
         callers: int,
     ) -> None:
-        self.processes: Sequence[ChildProcess] = processes
-        self._session = session
+        super().__init__(process, session, callers)
         self._fields = {"prompt": PROMPT, **fields}
-        self._callers = callers
-
-    async def do(self, jobs: int) -> None:
-        """Keep it busy with so many jobs; return when every result is here."""
-        left = iter(range(jobs))
-        async with asyncio.TaskGroup() as callers:
-            for _ in range(self._callers):
-                callers.create_task(self._call(left))
-
-    async def one(self) -> float:
-        """Return the seconds from asking for one job to its result."""
-        began = time.perf_counter()
-        await self._call(iter(range(1)))
-        return time.perf_counter() - began
 
     async def _call(self, left: Iterator[int]) -> None:
         for _ in left:
@@ -102,9 +87,7 @@ class OverGateway:
 async def over_gateway(
     trial: Trial, parts: AsyncExitStack, *, response_format: str, callers: int
 ) -> OverGateway:
-    """Start a daemon and a gateway."""
-    await make_streams(trial)
-    daemon = await start_daemon(trial, max_ack_pending=3)
+    """Start a gateway in front of the daemon that runs."""
     gateway = await start_gateway(trial, "gateway")
     session = await parts.enter_async_context(client(gateway.url))
     row = trial.row
@@ -113,4 +96,4 @@ async def over_gateway(
         "output_format": row.file_format,
         "response_format": response_format,
     }
-    return OverGateway((daemon, gateway), session, fields, callers)
+    return OverGateway(gateway, session, fields, callers)

@@ -79,7 +79,7 @@ async def _measure(system: System, which: Which, trial: Trial, plan: Plan) -> Fi
     own, theirs = cpu_seconds(system.process.pid), cpu_seconds(*servers)
     memory = resident(system.process.pid)
     pace = Pace.of(trial.runs(which.slug)[WARM_UP:])
-    single = await _one_at_a_time(system, plan)
+    single = await one_at_a_time(system, plan)
     _check(trial, which, WARM_UP + jobs + 1 + len(single))
     return Figures(
         jobs=jobs,
@@ -95,7 +95,8 @@ async def _measure(system: System, which: Which, trial: Trial, plan: Plan) -> Fi
     )
 
 
-async def _one_at_a_time(system: System, plan: Plan) -> list[float]:
+async def one_at_a_time(system: System, plan: Plan) -> list[float]:
+    """Return the seconds of single jobs, with a pause before each."""
     await asyncio.sleep(IDLE)
     await system.one()  # what the load has left behind
     seconds: list[float] = []
