@@ -92,7 +92,7 @@ async def _start(
         session = await parts.enter_async_context(aiohttp.ClientSession(f"http://{HOST}:{port}"))
         return OverHttp(peer, session, callers=CALLERS), (peer,)
     await make_streams(trial)
-    daemon = await start_daemon(trial, max_ack_pending=3)
+    daemon = await start_daemon(trial)
     if name == BUS:
         sender = Sender(wire_of_daemon(trial))
         await sender.open(trial.stack.nats.url, parts)

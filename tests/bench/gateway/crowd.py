@@ -185,7 +185,7 @@ class _Scene:
             everyone.create_task(self._read_slowly())
             await self._all_queued()
             self._note_memory("everyone waits")
-            daemon = await start_daemon(self._trial, max_ack_pending=3)
+            daemon = await start_daemon(self._trial)
             began = time.monotonic()
             await self._some_ended.wait()
             for client_of_one in leaving:

@@ -16,11 +16,16 @@ from tests.bench.speed.trial import TASK, Trial
 
 PATIENCE = 300.0  # seconds; only bounds a wait for something that must happen
 DAEMON = "daemon"
+MAX_ACK_PENDING = 3  # the daemon takes it from the durable
 
 
 async def make_streams(trial: Trial) -> None:
     """`consumer apply`: a gateway may come before the first daemon."""
-    values: dict[str, Any] = {**trial.stack.environment(), "MODEL_TYPE": str(TASK)}
+    values: dict[str, Any] = {
+        **trial.stack.environment(),
+        "MODEL_TYPE": str(TASK),
+        "CONSUMER_MAX_ACK_PENDING": MAX_ACK_PENDING,
+    }
     values["CONSUMER_SUBJECT_ROOT"] = trial.subjects.root
     await apply(Settings(**{name.lower(): value for name, value in values.items()}))
 
@@ -40,9 +45,9 @@ async def start_gateway(trial: Trial, name: str, **settings: str) -> GatewayServ
     return gateway
 
 
-async def start_daemon(trial: Trial, max_ack_pending: int) -> Daemon:
+async def start_daemon(trial: Trial) -> Daemon:
     """Start a daemon with the stand-in; it is ready."""
-    daemon = trial.start_daemon(DAEMON, max_ack_pending)
+    daemon = trial.start_daemon(DAEMON, MAX_ACK_PENDING)
     await asyncio.to_thread(daemon.wait_ready)
     return daemon
 
