@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum, auto
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from consumer.ports import Interrupted
 
@@ -42,13 +42,14 @@ class Interrupt:
     def __init__(self) -> None:
         self.reason: Reason | None = None
         self.heard = False  # by the inference thread, which then does no more for this job
-        self._event = asyncio.Event()
+        self._told: asyncio.Future[None] | None = None  # made for the first one that waits
 
     def set(self, reason: Reason) -> None:
         """Ask to stop; the first reason stands. Only in the event loop's thread."""
         if self.reason is None:
             self.reason = reason
-            self._event.set()
+            if self._told is not None:
+                self._told.set_result(None)
 
     def ask(self) -> bool:
         """Whether to stop; the inference thread asks, and heeds the answer."""
@@ -74,18 +75,18 @@ class Interrupt:
             Exception: What the work raised.
         """
         doing = asyncio.ensure_future(work)
-        told = asyncio.ensure_future(self._event.wait())
         try:
-            await asyncio.wait({doing, told}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {doing, self._telling()}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not doing.done():
                 self.check()
             return await doing
         finally:
-            doing.cancel()
-            told.cancel()
-            # What is broken off has ended before anything else is done with its parts.
-            await asyncio.gather(doing, told, return_exceptions=True)
-            del doing, told  # what the work raised has this frame in its traceback
+            if not doing.done():
+                doing.cancel()
+                # What is broken off has ended before anything else is done with its parts.
+                await asyncio.gather(doing, return_exceptions=True)
+            del doing, either  # what the work raised has this frame in its traceback
 
     async def sleep(self, seconds: float) -> None:
         """Wait, but no longer than until it is set.
@@ -93,12 +94,15 @@ class Interrupt:
         Raises:
             Stopped: It was set.
         """
-        try:
-            async with asyncio.timeout(seconds):
-                await self._event.wait()
-        except TimeoutError:
-            return
+        await asyncio.wait({self._telling()}, timeout=seconds)
         self.check()
+
+    def _telling(self) -> asyncio.Future[None]:
+        if self._told is None:
+            self._told = asyncio.get_running_loop().create_future()
+            if self.reason is not None:
+                self._told.set_result(None)
+        return self._told
 
 
 class Steps:

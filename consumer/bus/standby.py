@@ -26,6 +26,7 @@ from consumer.tasks import cancel_and_wait
 log = structlog.get_logger()
 
 START_AGAIN_AFTER = 1.0  # seconds
+OVER_WITHIN = 0.1  # seconds until the guard learns that a lease is over
 UNREAD_MOST = 2**18  # bytes that the guard may leave unread; a line has about 100
 _CONNECTION = (
     "nats_url",
@@ -73,6 +74,8 @@ class Standby:
             log_level=settings.log_level,
         )
         self._leases: dict[str, float] = {}  # seconds that each lease lasts, by its subject
+        self._unsent: list[object] = []  # facts
+        self._is_sending = False  # whether they are sent in the next turn of the event loop
         self._process: asyncio.subprocess.Process | None = None
         self._supervising: asyncio.Task[None] | None = None
 
@@ -104,18 +107,35 @@ class Standby:
             ack_wait: Seconds that it lasts.
         """
         self._leases[lease] = ack_wait
-        self._send({"alive": lease, "ack_wait": ack_wait})
+        self._report({"alive": lease, "ack_wait": ack_wait})
 
     def renewed(self, lease: str) -> None:
         """Report that a renewal has been published over a connection that is there."""
-        self._send({"renewed": lease})
+        self._report({"renewed": lease})
 
     def let_lapse(self, lease: str) -> None:
         """Report that a lease is over."""
         if self._leases.pop(lease, None) is not None:
-            self._send({"over": lease})
+            self._report({"over": lease}, later=OVER_WITHIN)
 
-    def _send(self, message: object) -> None:
+    def _report(self, fact: object, *, later: float | None = None) -> None:
+        # Each write wakes the guard, which takes as long as a question to NATS. So facts go
+        # together: those of one turn of the event loop, and the end of a lease with what is next.
+        self._unsent.append(fact)
+        loop = asyncio.get_running_loop()
+        if later is not None:
+            loop.call_later(later, self._send_facts)
+        elif not self._is_sending:
+            self._is_sending = True
+            loop.call_soon(self._send_facts)
+
+    def _send_facts(self) -> None:
+        self._is_sending = False
+        facts, self._unsent = self._unsent, []
+        if facts:
+            self._send(*facts)
+
+    def _send(self, *messages: object) -> None:
         process = self._process
         if process is None or process.stdin is None or process.stdin.is_closing():
             return
@@ -125,7 +145,7 @@ class Standby:
             process.stdin.close()
             process.kill()
             return
-        process.stdin.write(f"{json.dumps(message)}\n".encode())
+        process.stdin.write("".join(f"{json.dumps(one)}\n" for one in messages).encode())
 
     async def _spawn(self) -> None:
         try:
@@ -139,9 +159,9 @@ class Standby:
             self._process = None
             log.error("standby_not_started", error=type(error).__name__)  # noqa: TRY400 - one line
             return
-        self._send(asdict(self._config))
-        for lease, ack_wait in self._leases.items():
-            self._send({"alive": lease, "ack_wait": ack_wait})
+        self._unsent.clear()  # it gets all leases, as they are now
+        leases = ({"alive": lease, "ack_wait": seconds} for lease, seconds in self._leases.items())
+        self._send(asdict(self._config), *leases)
 
     async def _supervise(self) -> None:
         while True:
