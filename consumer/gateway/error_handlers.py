@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from consumer.gateway.errors import ApiError, invalid, of_error
 from generation_client import GenerationError
-from generation_contracts import InvalidRequest
+from generation_contracts import InvalidRequest, Task
 
 log = structlog.get_logger()
 
@@ -23,6 +23,7 @@ MAX_PARAM = 100  # characters; an unknown field's name is the caller's text
 MAX_MESSAGE = 300  # characters of one validation problem
 UNION_TAG = ":"  # what the tags of unions begin with: they are no names of the caller's
 _SOURCES = {"body", "query", "path", "header"}
+_TASKS = frozenset(Task)  # what a body is for decides its fields; it is no part of their names
 _NOT_JSON = ApiError(
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     "send JSON, with content-type: application/json",
@@ -118,7 +119,11 @@ def _of_problem(problem: Any) -> ApiError:
     if isinstance(problem.get("input"), bytes):
         return _NOT_JSON
     places = [str(part) for part in problem["loc"] if part not in _SOURCES]
-    param = ".".join(place for place in places if not place.startswith(UNION_TAG))[:MAX_PARAM]
+    discriminator = problem.get("ctx", {}).get("discriminator", "")
+    if discriminator.startswith("'"):  # a field, and no function
+        places.append(discriminator.strip("'"))
+    fields = (one for one in places if not one.startswith(UNION_TAG) and one not in _TASKS)
+    param = ".".join(fields)[:MAX_PARAM]
     if problem["type"] == "extra_forbidden":
         return invalid(f"{param}: there is no such field", param=param, code="unknown_parameter")
     message = str(problem["msg"]).removeprefix("Value error, ")[:MAX_MESSAGE]

@@ -1,14 +1,13 @@
-"""The events of the last minutes, so that a stream of events can be resumed without loss.
+"""The events of the last minutes, so that a stream of events can be resumed.
 
-Progress events are published once and not stored. Each gateway receives all of them and keeps those
-of its tenants for a while, within a bound of bytes. An event's id consists of the event's own
-numbers, so a stream that was broken off at one gateway can be resumed at another.
+Progress events are published once and not stored. Each gateway receives all of them while it runs,
+and keeps those of its tenants for a while, within a bound of bytes. An event's id consists of the
+event's own numbers, so a stream that was broken off at one gateway can be resumed at another.
 """
 
 import asyncio
 import random
 import time
-from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -42,8 +41,8 @@ class EventId:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether no event follows."""
-        return self.attempt == LAST
+        """Whether no event follows. A client may send any number."""
+        return self.attempt >= LAST
 
     @classmethod
     def parse(cls, text: str) -> "EventId | None":
@@ -197,8 +196,6 @@ class EventLog:
             return
         with self._reading(request_id) as story:
             number = story.dropped
-            if after is not None:
-                number += bisect_right(story.entries, after, key=lambda entry: entry.id)
             interruptions = story.interruptions - look_first
             while True:
                 changed = story.changed
@@ -208,7 +205,9 @@ class EventLog:
                 if number < story.dropped + len(story.entries):
                     entry = story.entries[number - story.dropped]
                     number += 1
-                    yield entry
+                    # This gateway may receive later what its client has from another one.
+                    if after is None or entry.id > after:
+                        yield entry
                     if entry.id.is_terminal:
                         return
                 elif interruptions < story.interruptions or not await _is_set(changed, self._quiet):

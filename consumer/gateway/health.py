@@ -18,6 +18,7 @@ router = APIRouter(tags=["operations"])
 
 def conditions(gateway: Gateway, in_flight: InFlight) -> dict[str, str]:
     """Return each condition of readiness with `ok`, or why it does not hold. Safe to show."""
+    gateway.keys.reload()  # no request comes to a gateway that is not ready
     return {
         "bus": "ok" if gateway.bus.connected else "not connected",
         "keys": "unusable" if gateway.keys.problem else "ok",

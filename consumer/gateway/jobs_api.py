@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, StringConstraints
 from consumer.gateway.context import GatewayPart, note_job
 from consumer.gateway.contract import contract_request
 from consumer.gateway.errors import not_found
+from consumer.gateway.etags import matches
 from consumer.gateway.event_log import EventId
 from consumer.gateway.job_document import (
     JobDocument,
@@ -231,9 +232,9 @@ async def read_output(
         raise not_found("this job has no such output")
     output = event.outputs[number]
     if not isinstance(output, ImageArtifact):
-        return Response(output.text, media_type="text/plain")
+        return Response(output.text, media_type="text/plain", headers=OUTPUT_HEADERS)
     headers = {**OUTPUT_HEADERS, "etag": f'"{output.sha256}"'}
-    if if_none_match == headers["etag"]:
+    if matches(if_none_match or "", headers["etag"]):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     content = await job.jobs.content(event, number)
     return Response(content, media_type=output.media_type, headers=headers)

@@ -29,6 +29,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from consumer.gateway.errors import UNAVAILABLE_RETRY_AFTER, ApiError
+from consumer.gateway.file_state import file_state
 from consumer.gateway.tenants import OPEN_TAG, TAG_LENGTH, Bounds, Caller, Tenant
 from consumer.settings import SettingsError
 
@@ -224,7 +225,7 @@ class Keys:
 
     def __init__(self, path: Path | None) -> None:
         self._file = None if path is None else KeyFile(path)
-        self._seen = None if path is None else _state_of(path)
+        self._seen = None if path is None else file_state(path)
         self._callers = {} if self._file is None else _callers(self._file.read())
         self.problem = ""  # why the file cannot be used now; one line
 
@@ -244,7 +245,7 @@ class Keys:
         """
         if self._file is None:
             return OPEN_CALLER
-        self._reload()
+        self.reload()
         if self.problem:
             # Keys that were valid before may have been revoked by the change that cannot be read.
             raise ApiError(
@@ -262,12 +263,12 @@ class Keys:
             raise _Unauthorized("the API key is not valid")
         return caller
 
-    def _reload(self) -> None:
-        """Read the file if it has changed since it was read last."""
+    def reload(self) -> None:
+        """Read the file if it has changed since it was read last, or could not be read then."""
         if self._file is None:
             return
-        seen = _state_of(self._file.path)
-        if seen == self._seen and seen is not None:
+        seen = file_state(self._file.path)
+        if seen == self._seen and seen is not None and not self.problem:
             return
         self._seen = seen
         try:
@@ -368,12 +369,3 @@ def _callers(document: Document) -> dict[str, tuple[str, Caller]]:
         )
         for key_id, entry in document.keys.items()
     }
-
-
-def _state_of(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when the file is replaced or written to; None where there is no file."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return (found.st_ino, found.st_dev, found.st_mtime_ns, found.st_size, found.st_mode)

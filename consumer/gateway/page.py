@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.datastructures import Headers
 
 from consumer.gateway.errors import not_found
+from consumer.gateway.etags import matches
 
 MEDIA_TYPES = {
     "html": "text/html; charset=utf-8",
@@ -116,15 +117,10 @@ def _answer(name: str, asked: Headers) -> Response:
         "etag": file.etag,
         "vary": "accept-encoding",
     }
-    if _matches(asked.get("if-none-match", ""), file.etag):
+    if matches(asked.get("if-none-match", ""), file.etag):
         return Response(status_code=304, headers=headers)
     content = file.content
     if "gzip" in asked.get("accept-encoding", ""):
         content = file.compressed
         headers["content-encoding"] = "gzip"
     return Response(content, media_type=file.media_type, headers=headers)
-
-
-def _matches(condition: str, etag: str) -> bool:
-    known = [tag.strip().removeprefix("W/") for tag in condition.split(",")]
-    return known == ["*"] or etag.removeprefix("W/") in known

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from consumer.bus.connection import GIVEN_UP
 from consumer.gateway.app import create_app
 from consumer.gateway.context import Gateway
+from consumer.gateway.file_state import file_state
 from consumer.gateway.in_flight import END_WITHIN, InFlight
 from consumer.gateway.open_access import is_loopback
 from consumer.ports import Unavailable
@@ -44,7 +45,7 @@ def serve(settings: Settings) -> int:
     Raises:
         SettingsError: A setting does not fit, or a file that it names cannot be used.
     """
-    require_keys_beyond_loopback(settings)
+    require_keys_where_others_call(settings)
     try:
         return asyncio.run(_serve(settings))
     except Unavailable as error:
@@ -52,16 +53,19 @@ def serve(settings: Settings) -> int:
     return EXIT_UNAVAILABLE
 
 
-def require_keys_beyond_loopback(settings: Settings) -> None:
-    """Refuse to be reached from other machines without keys.
+def require_keys_where_others_call(settings: Settings) -> None:
+    """Refuse to be reached from other machines, or from the pages of any host, without keys.
 
     Raises:
-        SettingsError: GATEWAY_HOST is not a loopback address, and there are no keys.
+        SettingsError: There are no keys, and GATEWAY_HOST is not a loopback address, or
+            GATEWAY_CORS_ORIGINS names all pages.
     """
     if settings.gateway_keys is None and not is_loopback(settings.gateway_host):
         raise SettingsError(
             "GATEWAY_HOST: without GATEWAY_KEYS it must be a loopback address, as 127.0.0.1"
         )
+    if settings.gateway_keys is None and "*" in settings.gateway_cors_origins:
+        raise SettingsError("GATEWAY_CORS_ORIGINS: * needs GATEWAY_KEYS: name the pages instead")
 
 
 async def _serve(settings: Settings) -> int:
@@ -217,10 +221,10 @@ class _Certificate:
         self._cert = settings.gateway_tls_cert
         self._key = settings.gateway_tls_key
         self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        self._seen: tuple[int, ...] = ()
-        problem = self._load()
-        if problem:
-            raise SettingsError(f"GATEWAY_TLS_CERT: {problem}")
+        self._loaded: tuple[tuple[int, ...] | None, ...] = ()
+        self._problem = self._load()
+        if self._problem:
+            raise SettingsError(f"GATEWAY_TLS_CERT: {self._problem}")
 
     @property
     def used(self) -> bool:
@@ -232,31 +236,32 @@ class _Certificate:
         return self._context
 
     def reload(self) -> None:
-        """Read the files again if they have changed; new connections get the new certificate."""
+        """Read the files again if they have changed; new connections get the new certificate.
+
+        Where the new ones cannot be used, the ones before stay, and the next call tries again.
+        """
         problem = self._load()
-        if problem:
+        if problem and problem != self._problem:
             log.error("certificate_unusable", reason=problem)
+        self._problem = problem
 
     def _load(self) -> str:
         """Read the files if they have changed; return why they cannot be used, or nothing."""
         if self._cert is None or self._key is None:
             return ""
+        found = (file_state(self._cert), file_state(self._key))
+        if found == self._loaded:
+            return ""
         try:
-            seen = _changes(self._cert) + _changes(self._key)
-            if seen == self._seen:
-                return ""
-            self._seen = seen
+            # First into another context: a certificate is taken before its key is checked.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._cert, self._key)
             self._context.load_cert_chain(self._cert, self._key)
         except ssl.SSLError as error:
             return f"the certificate and its key cannot be used: {error.reason or 'damaged'}"
         except OSError as error:
             return f"{error.filename or self._cert}: {error.strerror}"
+        self._loaded = found
         return ""
-
-
-def _changes(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return (found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 def _listen(settings: Settings) -> list[socket.socket]:

@@ -33,7 +33,7 @@ from consumer.gateway import health
 from consumer.gateway.app import CONNECT_WITHIN, ROUTERS
 from consumer.gateway.in_flight import ALWAYS_ANSWERED, END_WITHIN
 from consumer.gateway.jobs import CLOSE_WITHIN
-from consumer.gateway.serve import require_keys_beyond_loopback
+from consumer.gateway.serve import require_keys_where_others_call
 from consumer.metrics import Metrics
 from consumer.probes import SHUTDOWN_TIMEOUT, Probes, Watch
 from consumer.run import PATIENCE
@@ -680,7 +680,7 @@ def test_the_gateway_can_read_its_settings(
     production: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings = gateway_settings(production, monkeypatch, tmp_path)
-    require_keys_beyond_loopback(settings)
+    require_keys_where_others_call(settings)
     gateway = container(the_gateway())
     assert gateway["args"] == ["gateway"]
     (port,) = gateway["ports"]

@@ -131,9 +131,21 @@ async def test_a_reader_resumes_after_the_last_event_that_it_has() -> None:
         assert found == [*rest, str(TERMINAL)]
 
 
-async def test_nothing_follows_the_terminal_event() -> None:
+async def test_a_reader_that_resumes_where_less_has_been_received_gets_nothing_twice() -> None:
+    log = log_of(progress(0))
+    reading = log.follow("a", after=EventId(1, 2), look=nothing)
+    waiting = asyncio.ensure_future(anext(reading))
+    for sequence in (1, 2, 3):
+        await asyncio.sleep(0)
+        log.add(progress(sequence), SIZE)
+    assert (await asyncio.wait_for(waiting, 5)).id == EventId(1, 3)
+    await reading.aclose()
+
+
+@pytest.mark.parametrize("after", [TERMINAL, EventId(9_999_999_999, 0)])
+async def test_nothing_follows_the_terminal_event(after: EventId) -> None:
     log = log_of(progress(0), end())
-    assert await ids(log.follow("a", after=TERMINAL, look=forbidden)) == []
+    assert await ids(log.follow("a", after=after, look=forbidden)) == []
 
 
 async def test_ids_only_grow() -> None:

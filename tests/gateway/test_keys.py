@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import stat
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from structlog.testing import capture_logs
@@ -199,6 +200,36 @@ def test_a_file_that_becomes_unusable_refuses_every_key(path: Path) -> None:
     path.write_text(good)
     assert keys.caller(bearer(key)).tenant.name == "acme"
     assert not keys.problem
+
+
+def test_a_file_that_is_repaired_in_its_place_is_read_without_a_request(path: Path) -> None:
+    """No request comes to a gateway that is not ready: its probes read the file."""
+    key = KeyFile(path).add("acme", Bounds()).text
+    keys = Keys(path)
+    good = path.read_text()
+    path.write_text("{")
+    keys.reload()
+    assert keys.problem
+    path.write_text(good)
+    keys.reload()
+    assert not keys.problem
+    assert keys.caller(bearer(key)).tenant.name == "acme"
+
+
+def test_a_file_that_could_not_be_read_is_read_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = KeyFile(path).add("acme", Bounds()).text
+    keys = Keys(path)
+    KeyFile(path).add("acme", Bounds())
+
+    def too_many_open_files(_: KeyFile) -> NoReturn:
+        raise KeysUnusable("too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KeyFile, "read", too_many_open_files)
+        assert refusal(keys, bearer(key)).status == 503
+    assert keys.caller(bearer(key)).tenant.name == "acme"
 
 
 def test_a_running_gateway_reads_the_file_again_when_it_changes(path: Path) -> None:

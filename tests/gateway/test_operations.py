@@ -133,10 +133,17 @@ IMAGE = {"prompt": "a red circle", "size": "64x64"}
 # -- start ----------------------------------------------------------------------------------------
 
 
-def test_without_keys_it_listens_on_loopback_only() -> None:
-    done = consumer("gateway", GATEWAY_HOST="0.0.0.0")  # noqa: S104 - it is refused
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("GATEWAY_HOST", "0.0.0.0", "without GATEWAY_KEYS"),  # noqa: S104 - it is refused
+        ("GATEWAY_CORS_ORIGINS", "*", "* needs GATEWAY_KEYS"),
+    ],
+)
+def test_without_keys_nothing_of_other_hosts_may_call(name: str, value: str, reason: str) -> None:
+    done = consumer("gateway", **{name: value})
     assert done.returncode == 2
-    assert done.stderr.startswith("consumer: GATEWAY_HOST: without GATEWAY_KEYS")
+    assert done.stderr.startswith(f"consumer: {name}: {reason}")
     assert done.stderr.count("\n") == 1
 
 
@@ -389,9 +396,18 @@ def test_tls_with_a_certificate_that_is_renewed(
     second = trustme.CA()
     _write(second, tmp_path)
     wait_for(lambda: answers(second), "the new certificate is not used")
-    (tmp_path / "cert.pem").write_text("damaged")
-    wait_for(lambda: "certificate_unusable" in events_of(gateway), "the damage is not noticed")
-    assert answers(second)
+    certificate_alone = second.issue_cert("127.0.0.1").cert_chain_pems[0].bytes()
+    for unusable in (b"damaged", certificate_alone):
+        times = events_of(gateway).count("certificate_unusable")
+        (tmp_path / "cert.pem").write_bytes(unusable)
+        wait_for(
+            lambda times=times: events_of(gateway).count("certificate_unusable") > times,  # type: ignore[misc]
+            "the damage is not noticed",
+        )
+        assert answers(second)
+    third = trustme.CA()
+    _write(third, tmp_path)
+    wait_for(lambda: answers(third), "the repaired certificate is not used")
 
 
 def test_a_certificate_that_cannot_be_used_stops_the_start(

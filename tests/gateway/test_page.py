@@ -1,5 +1,6 @@
 """The live page in a real Chromium, against the real gateway and the demonstration models."""
 
+import asyncio
 import base64
 import io
 import os
@@ -169,6 +170,17 @@ async def test_an_unanswered_submit_is_not_done_twice(visit: Visits) -> None:
 async def test_a_model_without_previews_draws_all_the_same(visit: Visits) -> None:
     page = await visit()
     sent: list[dict[str, Any]] = []
+    listed = asyncio.Event()
+
+    async def list_the_failed_one(route: Route) -> None:
+        answer = await route.fetch()
+        body = await answer.json()
+        if sent:
+            failure = {"code": "unsupported_parameter", "details": {"parameter": "preview"}}
+            failed = {"state": "failed", "result": {"failure": failure, "time": None}}
+            body["data"].append({"id": "x-1", "task": "text_to_image", **failed})
+            listed.set()
+        await route.fulfill(response=answer, json=body)
 
     async def refuse_previews(route: Route) -> None:
         body: Any = route.request.post_data_json
@@ -188,12 +200,15 @@ async def test_a_model_without_previews_draws_all_the_same(visit: Visits) -> Non
         )
         await route.fulfill(content_type="text/event-stream", body=failed)
 
+    await page.route("**/v1/jobs?*", list_the_failed_one)
     await page.route("**/v1/jobs", refuse_previews)
     await page.route("**/v1/jobs/x-1/events", events_of_it)
     await draw(page, "a red disc", steps="2")
     await expect(page.locator("#gallery > li[data-state=succeeded]")).to_contain_text("a red disc")
     await draw(page, "a blue disc", steps="2")
     await expect(card(page, "a blue disc")).to_be_visible()
+    listed.clear()
+    await asyncio.wait_for(listed.wait(), 30)
     assert ["preview" in body for body in sent] == [True, False, False]
 
 

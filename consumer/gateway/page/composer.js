@@ -11,7 +11,6 @@ import { counted } from "./words.js";
 
 const DRAFT = "draft";
 const NO_PREVIEWS = "no-previews"; // the model has refused them
-const MOST_SEED = 2 ** 32; // one more than the largest
 const FIRST_QUESTION = "Describe this picture.";
 
 const NUMBERS = {
@@ -133,6 +132,7 @@ export class Composer {
     const { request } = job.asked;
     if (!request?.preview) return;
     const { preview, ...rest } = request;
+    keepSent(job.id, rest, []); // the list names the failed job again and again
     const doc = await submitJob(rest, newKey());
     keepSent(doc.id, rest, []);
     this.#onSubmitted(doc);
@@ -298,7 +298,7 @@ function withoutImages({ images, ...request }) {
 
 function newSeed() {
   const [number] = crypto.getRandomValues(new Uint32Array(1));
-  return String(number % MOST_SEED);
+  return String(number);
 }
 
 function newKey() {
