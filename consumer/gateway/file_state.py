@@ -1,4 +1,4 @@
-"""What shows that a file has been replaced or changed: keys and certificates are read again then."""
+"""What shows that a file has changed: keys and certificates are read again then."""
 
 from pathlib import Path
 

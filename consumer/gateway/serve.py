@@ -7,7 +7,6 @@ import socket
 import ssl
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
