@@ -211,6 +211,10 @@ class Settings(BaseSettings):
     gateway_cors_origins: List = Field(
         default=(), description="origins that browsers may call from; empty: none"
     )
+    gateway_input_prefixes: List = Field(
+        default=(),
+        description="`bucket/prefix` that every tenant may name as an input; else its outputs only",
+    )
     gateway_max_body: Annotated[int, Field(ge=1_024, description="bytes")] = 32 * 2**20
     gateway_wait: Seconds = Field(
         default=600.0, description="seconds that a caller who waits gets; it is the deadline, too"

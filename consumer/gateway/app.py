@@ -96,7 +96,7 @@ async def open_gateway(settings: Settings, metrics: GatewayMetrics) -> AsyncIter
         view = QueueView(bus, settings.subjects, {task: settings.durable(task) for task in Task})
 
         ids = JobList(view)
-        limits = Limits(ids.unfinished)
+        limits = Limits(ids.unfinished, input_prefixes=settings.gateway_input_prefixes)
         jobs = Jobs(bus, client, settings, events=log, view=view, ids=ids, limits=limits)
         await jobs.open()
         try:

@@ -3,10 +3,11 @@
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from http import HTTPStatus
 
 from consumer.gateway.errors import ApiError, invalid
+from consumer.gateway.inputs import require_own_inputs
 from consumer.gateway.tenants import Bounds, Caller, Tenant
 from generation_contracts import Request
 from generation_contracts.requests import TextToImageParameters
@@ -31,6 +32,7 @@ class Limits:
     Args:
         unfinished: Returns the ids of a tenant's requests that wait or run, a few seconds old at
             most.
+        input_prefixes: Of the store's objects that every tenant may name as inputs.
         refused: Called with the code of each refusal.
         now: The clock, in seconds.
     """
@@ -39,10 +41,12 @@ class Limits:
         self,
         unfinished: Unfinished,
         *,
+        input_prefixes: Sequence[str] = (),
         refused: Callable[[str], None] = lambda _code: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._unfinished = unfinished
+        self._input_prefixes = input_prefixes
         self._refused = refused
         self._now = now
         self._minutes: dict[str, deque[float]] = {}  # of each key, the times of its requests
@@ -60,9 +64,12 @@ class Limits:
             request: With its id.
 
         Raises:
-            ApiError: 400 that names the parameter; 429 with the seconds after which to try again.
+            ApiError: 400 or 403 that names the parameter; 429 with the seconds after which to try
+                again.
         """
         try:
+            if caller.key_id:  # without keys there is one tenant
+                require_own_inputs(caller.tenant, request, self._input_prefixes)
             _require_within(caller.bounds, request)
             if caller.bounds.waiting is not None:
                 await self._require_room(caller.tenant, caller.bounds.waiting)

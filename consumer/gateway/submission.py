@@ -102,7 +102,7 @@ class Submission:
 
         Raises:
             InvalidRequest: A step of its chain cannot follow the one before it.
-            ApiError: 400, 413, 422 (the key was used for another request), 429 or 503.
+            ApiError: 400, 403, 413, 422 (the key was used for another request), 429 or 503.
         """
         check_slip(request)
         request_id = _id(caller.tenant, key)
@@ -113,7 +113,8 @@ class Submission:
         job = Job(request_id, task_of(request), *digests)
         if key is not None and await self._exists(job):
             return job
-        await self._limits.admit(caller, request)
+        with as_api_errors():
+            await self._limits.admit(caller, request)
         self._ids.add_submitted(job.id, job.task)
         try:
             with as_api_errors():

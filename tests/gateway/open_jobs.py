@@ -9,7 +9,6 @@ import pytest
 
 from consumer.bus.connection import Bus, connect
 from consumer.bus.queue_view import QueueView
-from consumer.gateway.errors import ApiError
 from consumer.gateway.event_log import EventLog
 from consumer.gateway.job_list import JobList
 from consumer.gateway.jobs import Job, Jobs
@@ -29,7 +28,7 @@ class NoLimits:
     def __init__(self) -> None:
         self.admitted: list[str] = []
         self.over: list[str] = []
-        self.refusal: ApiError | None = None
+        self.refusal: Exception | None = None
 
     async def admit(self, caller: Caller, request: Request) -> None:
         if self.refusal is not None:

@@ -109,8 +109,8 @@ async def test_a_request_within_its_bounds_is_admitted(
 
 
 async def test_questions_about_images_have_no_size(scene: Scene) -> None:
-    image = ArtifactReference(bucket="generation", key="image.png")
-    request = ImageToTextRequest(request_id="one", prompt="what is it?", images=(image,))
+    place = ArtifactReference(bucket="generation", key=f"text_to_image/{ACME.new_id(1)}/0.png")
+    request = ImageToTextRequest(request_id="one", prompt="what is it?", images=(place,))
     assert await scene.admitted(caller(images=1, steps=1, pixels=1), request)
 
 
@@ -196,3 +196,11 @@ async def test_what_is_remembered_is_bounded(scene: Scene) -> None:
         scene.time += 1
     assert len(scene.limits._admitted) == 0
     assert len(scene.limits._ended) <= VIEW_AGE + 2
+
+
+async def test_a_key_names_no_object_of_another_tenant(scene: Scene) -> None:
+    place = ArtifactReference(bucket="outputs", key=f"text_to_image/{OTHER.new_id(1)}/0-a.png")
+    asked = ImageToTextRequest(request_id=ACME.new_id(1), prompt="what is it?", images=(place,))
+    assert (await refusal(scene, caller(), asked)).code == "input_not_allowed"
+    # Without keys there is one tenant.
+    await scene.limits.admit(Caller(ACME), asked)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from consumer.bus.connection import BusUnavailable
 from consumer.gateway import jobs as jobs_module
 from consumer.gateway.errors import ApiError
 from consumer.gateway.event_log import Entry, EventId
@@ -412,6 +413,10 @@ async def test_a_long_outage_is_said(
                 assert refused(error) == (503, "unavailable")
                 assert error.value.headers["x-should-retry"] == "true"
         assert gateway.limits.over == gateway.limits.admitted[1:]
+        gateway.limits.refusal = BusUnavailable("NATS: the queue cannot be read")
+        with pytest.raises(ApiError) as error:
+            await gateway.submit()
+        assert refused(error) == (503, "unavailable")
 
 
 # -- cancelling -----------------------------------------------------------------------------------

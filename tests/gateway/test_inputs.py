@@ -1,0 +1,66 @@
+"""Which objects of the store a tenant may name."""
+
+from typing import Any
+
+import pytest
+from pydantic_core import to_json
+
+from consumer.gateway.errors import ApiError
+from consumer.gateway.inputs import require_own_inputs
+from consumer.gateway.tenants import Tenant
+from generation_contracts import Task, decode_request
+
+ALICE = Tenant("alice", "alice000", b"")
+BOB = Tenant("bob", "bob00000", b"")
+OWN = f"generation/out/text_to_image/{BOB.new_id(1)}/0-aa.png"
+OTHER = f"generation/out/text_to_image/{ALICE.new_id(1)}/0-aa.png"
+
+
+def reference(place: str) -> dict[str, str]:
+    bucket, _, key = place.partition("/")
+    return {"bucket": bucket, "key": key}
+
+
+def check(images: Any, *, then: Any = (), for_all: tuple[str, ...] = ()) -> None:
+    body = {"prompt": "what is it?", "images": images, "then": then}
+    request = decode_request(Task.IMAGE_TO_TEXT, to_json(body))
+    require_own_inputs(BOB, request, for_all)
+
+
+@pytest.mark.parametrize(
+    ("images", "for_all"),
+    [
+        ([reference(OWN)], ()),
+        ([f"s3://{OWN}"], ()),
+        (["https://example.com/a.png"], ()),
+        (["data:image/png;base64,AAAA", {"base64": "AAAA"}], ()),
+        ([f"s3://{OTHER}"], ("generation/out",)),
+        (["s3://shared/a.png"], ("shared/",)),
+    ],
+)
+def test_outputs_of_own_jobs_and_what_is_for_all(images: Any, for_all: tuple[str, ...]) -> None:
+    check(images, for_all=for_all)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        OTHER,
+        "generation/inputs/a.png",
+        "shared-of-others/a.png",
+    ],
+)
+def test_objects_of_others_are_refused(place: str) -> None:
+    for images in ([reference(place)], [f"s3://{OWN}", f"s3://{place}"]):
+        with pytest.raises(ApiError) as caught:
+            check(images, for_all=("shared",))
+        assert (caught.value.status, caught.value.code) == (403, "input_not_allowed")
+        assert caught.value.param == f"images.{len(images) - 1}"
+
+
+def test_the_steps_of_a_chain_are_checked_too() -> None:
+    step = {"task": "image_to_text", "prompt": "and this?"}
+    check([f"s3://{OWN}"], then=[step])
+    with pytest.raises(ApiError) as caught:
+        check([f"s3://{OWN}"], then=[{**step, "images": [f"s3://{OTHER}"]}])
+    assert caught.value.param == "then.0.images.0"
