@@ -1,4 +1,4 @@
-"""Values that many ask for and that are read once for all of them."""
+"""A value that is read once for all callers and kept for a while."""
 
 import asyncio
 import time
@@ -32,6 +32,7 @@ class CachedRead(Generic[T]):
         self._duty = duty
         self._most_age = most_age
         self._reading: asyncio.Task[T] | None = None
+        self._is_expired = False
         self._until = 0.0
 
     async def get(self) -> T:
@@ -41,20 +42,24 @@ class CachedRead(Generic[T]):
             Exception: What the reading raised; the next call reads again.
         """
         reading = self._reading
-        if reading is None or (reading.done() and not self._is_fresh(reading)):
-            reading = self._reading = asyncio.create_task(self._timed(), name="cached read")
+        stale = reading is not None and reading.done() and not self._is_fresh(reading)
+        if reading is None or self._is_expired or stale:
+            self._is_expired = False
+            reading = self._reading = asyncio.create_task(self._timed(reading), name="cached read")
         # A caller that leaves does not end the reading for the others.
         return await asyncio.shield(reading)
 
     def expire(self) -> None:
-        """Have the next call read again."""
-        self._reading = None
+        """Have the next call read again, once the reading that is under way has ended."""
+        self._is_expired = True
 
     def _is_fresh(self, reading: asyncio.Task[T]) -> bool:
         failed = reading.cancelled() or reading.exception() is not None
         return not failed and time.monotonic() < self._until
 
-    async def _timed(self) -> T:
+    async def _timed(self, before: asyncio.Task[T] | None) -> T:
+        if before is not None:
+            await asyncio.wait({before})  # what it sets must not come after what this one sets
         started = time.monotonic()
         value = await self._read()
         took = time.monotonic() - started

@@ -11,17 +11,19 @@ from collections.abc import Mapping
 
 from consumer.bus.cached_read import CachedRead
 from consumer.bus.queue_view import QueueView
-from consumer.gateway.tenants import Tenant, tag_of
+from consumer.gateway.tenants import IDEMPOTENT, TAG_LENGTH, TIMED, Tenant, tag_of
 from generation_contracts import Task
 
 AGE = 1.0  # seconds that the list of unfinished jobs is kept
 DUTY = 20  # where the list is long, at most one part in so many of the time is spent on reading it,
 MOST_AGE = 4.0  # unless it is so many seconds old
 ENDED_AGE = 600.0  # seconds that the list of ended jobs is kept: results expire
-MOST_ENDED = 10_000  # of each tenant; the oldest are left out
+# Of each tenant, with an idempotency key and without one each. The oldest are left out, as far as
+# the ids have a time.
+MOST_ENDED = 10_000
 RECENT = 10.0  # seconds after which the streams' lists have what this gateway has seen before
 
-_ByTag = dict[str, dict[str, Task]]
+_Lists = dict[str, dict[str, Task]]  # by what the ids begin with: tag and kind
 
 
 class JobList:
@@ -35,7 +37,7 @@ class JobList:
         self._view = view
         self._unfinished = CachedRead(self._read_unfinished, age=AGE, duty=DUTY, most_age=MOST_AGE)
         self._ended = CachedRead(self._read_ended, age=ENDED_AGE)
-        self._ended_by_tag: _ByTag | None = None  # until it is asked for
+        self._ended_lists: _Lists | None = None  # until it is asked for
         self._ended_while_read: dict[str, Task] | None = None  # where it is being read
         self._just_submitted = _Recent()
         self._just_ended = _Recent()
@@ -48,7 +50,7 @@ class JobList:
         Raises:
             BusUnavailable: The server does not answer.
         """
-        found = dict((await self._unfinished.get()).get(tenant.tag, {}))
+        found = _of(tenant, await self._unfinished.get())
         just_submitted, just_ended = self._just_submitted.ids(), self._just_ended.ids()
         found.update((id_, task) for id_, task in just_submitted.items() if tenant.owns(id_))
         return {id_: task for id_, task in found.items() if id_ not in just_ended}
@@ -60,7 +62,7 @@ class JobList:
             BusUnavailable: The server does not answer.
         """
         await self._ended.get()
-        return (self._ended_by_tag or {}).get(tenant.tag, {})
+        return _of(tenant, self._ended_lists or {})
 
     def add_submitted(self, request_id: str, task: Task) -> None:
         """Note a request that is being queued here."""
@@ -69,22 +71,22 @@ class JobList:
     def remove(self, request_id: str) -> None:
         """Forget a request that could not be queued, or whose result has expired."""
         self._just_submitted.remove(request_id)
-        (self._ended_by_tag or {}).get(tag_of(request_id) or "", {}).pop(request_id, None)
+        (self._ended_lists or {}).get(_beginning(request_id), {}).pop(request_id, None)
 
     def add_ended(self, request_id: str, task: Task) -> None:
         """Note a request that has its terminal event."""
         self._just_ended.add(request_id, task)
         if self._ended_while_read is not None:
             self._ended_while_read[request_id] = task
-        if self._ended_by_tag is not None:
-            _add(self._ended_by_tag, request_id, task, most=MOST_ENDED)
+        if self._ended_lists is not None:
+            _add(self._ended_lists, request_id, task, most=MOST_ENDED)
 
     def interrupt(self) -> None:
         """Read what has ended again: terminal events may have been missed."""
         self._ended.expire()
 
-    async def _read_unfinished(self) -> _ByTag:
-        found: _ByTag = {}
+    async def _read_unfinished(self) -> _Lists:
+        found: _Lists = {}
         for request_id, task in (await self._view.unfinished()).items():
             _add(found, request_id, task)
         return found
@@ -95,13 +97,13 @@ class JobList:
             ids = await self._view.ended()
         finally:
             self._ended_while_read = None
-        found: _ByTag = {}
+        found: _Lists = {}
         # In the order of their submission, as far as the ids have it: the oldest are left out.
         for request_id in sorted(ids):
             _add(found, request_id, ids[request_id], most=MOST_ENDED)
         for request_id, task in meanwhile.items():
             _add(found, request_id, task, most=MOST_ENDED)
-        self._ended_by_tag = found
+        self._ended_lists = found
 
 
 class _Recent:
@@ -128,11 +130,21 @@ class _Recent:
             self._seen.popitem(last=False)
 
 
-def _add(lists: _ByTag, request_id: str, task: Task, *, most: int | None = None) -> None:
-    tag = tag_of(request_id)
-    if tag is None:
+def _beginning(request_id: str) -> str:
+    return request_id[: TAG_LENGTH + len("-k")]
+
+
+def _of(tenant: Tenant, lists: _Lists) -> dict[str, Task]:
+    found: dict[str, Task] = {}
+    for kind in (IDEMPOTENT, TIMED):
+        found.update(lists.get(f"{tenant.tag}-{kind}", {}))
+    return found
+
+
+def _add(lists: _Lists, request_id: str, task: Task, *, most: int | None = None) -> None:
+    if tag_of(request_id) is None:
         return
-    ids = lists.setdefault(tag, {})
+    ids = lists.setdefault(_beginning(request_id), {})
     ids[request_id] = task
     if most is not None and len(ids) > most:
         del ids[next(iter(ids))]

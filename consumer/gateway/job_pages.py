@@ -88,7 +88,9 @@ class JobPages:
 
     async def _order(self, tasks: dict[str, Task]) -> list[_Key]:
         undated = [id_ for id_ in tasks if self._time(id_) is None]
-        await asyncio.gather(*(self._see(id_, tasks[id_]) for id_ in undated[:MOST_DATED]))
+        await asyncio.gather(
+            *(self._see(id_, tasks[id_]) for id_ in undated[max(0, len(undated) - MOST_DATED) :])
+        )
         return sorted((self._key_of(id_) for id_ in tasks), reverse=True)
 
     async def _filled(

@@ -270,6 +270,10 @@ async def test_only_the_newest_of_too_many(
         return await ids(opened) == [name(6), name(5), name(4)]
 
     await scene.until(listed, "new job in the list")
+    idempotent = ALICE.tenant.id_of("k")
+    await end(scene, idempotent, Task.TEXT_TO_IMAGE, "succeeded")
+    async with open_jobs(scene) as restarted:
+        assert set(await ids(restarted)) == {idempotent, name(6), name(5), name(4)}
     assert [view.job.id for view in (await opened.jobs.page(BOB)).jobs] == [name(0, "bob00000")]
 
 
