@@ -299,7 +299,8 @@ def _log_start(settings: Settings, gateway: Gateway, sockets: list[socket.socket
     log.info("gateway_ready", url=f"{scheme}://{host}:{port}")
     if gateway.keys.open:
         log.warning(
-            "gateway_open", reason="GATEWAY_KEYS is not set: no key is needed, on loopback only"
+            "gateway_without_keys",
+            reason="GATEWAY_KEYS is not set: no key is needed, on loopback only",
         )
 
 

@@ -24,9 +24,9 @@ class Bounds:
     Attributes:
         waiting: Requests that wait or run at the same time.
         per_minute: Requests in a minute.
-        pixels: Width times height of one picture.
+        pixels: Width times height of one image.
         steps: Denoising steps of one request.
-        images: Pictures of one request.
+        images: Images of one request.
     """
 
     waiting: int | None = None

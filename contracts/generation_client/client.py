@@ -298,11 +298,12 @@ class GenerationClient:
         """
         import aiohttp  # noqa: PLC0415 - a tenth of a second, for those alone who download
 
+        url, headers = self._address(picture)
         timeout = aiohttp.ClientTimeout(total=DOWNLOAD_WITHIN)
         try:
             async with (
                 aiohttp.ClientSession(timeout=timeout) as session,
-                session.get(picture.url) as response,
+                session.get(url, headers=headers) as response,
             ):
                 response.raise_for_status()
                 content = await response.read()
@@ -314,6 +315,10 @@ class GenerationClient:
         return content
 
     # -- inside -----------------------------------------------------------------------------------
+
+    def _address(self, picture: ImageArtifact) -> tuple[str, dict[str, str]]:
+        """Return where a file is read, and with which headers."""
+        return picture.url, {}
 
     @property
     def _connected(self) -> Client:

@@ -180,7 +180,7 @@ def test_without_keys_it_says_so(start: Start) -> None:
     gateway = start()
     ready, opened = lines_of(gateway)[:2]
     assert (ready["event"], ready["url"]) == ("gateway_ready", gateway.url)
-    assert (opened["event"], opened["level"]) == ("gateway_open", "warning")
+    assert (opened["event"], opened["level"]) == ("gateway_without_keys", "warning")
 
 
 def test_pages_of_other_hosts_cannot_use_an_open_gateway(start: Start) -> None:
@@ -206,7 +206,7 @@ def test_keys_are_added_listed_and_revoked_while_it_runs(start: Start, keys: Key
     assert made.returncode == 0, made.stderr
     key = made.stdout.removesuffix("\n")
     gateway = start(**settings)
-    assert "gateway_open" not in events_of(gateway)
+    assert "gateway_without_keys" not in events_of(gateway)
 
     def models(with_key: str) -> httpx2.Response:
         headers = {"authorization": f"Bearer {with_key}"}
