@@ -162,7 +162,7 @@ async def _received(exchange: _Exchange, receive: Receive) -> Message:
         await cancel_and_wait(receiving, ending)
     if ending.done() and not ending.cancelled():
         return {"type": "http.disconnect"}
-    raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive in time")
+    raise HTTPException(HTTPStatus.REQUEST_TIMEOUT)
 
 
 def _unless_ending(exchange: _Exchange, send: Send) -> Send:

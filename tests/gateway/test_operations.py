@@ -176,8 +176,11 @@ def test_without_keys_it_says_so(start: Start) -> None:
     assert (opened["event"], opened["level"]) == ("gateway_open", "warning")
 
 
-def test_pages_of_other_hosts_cannot_use_an_open_gateway(start: Start) -> None:
-    gateway = start()
+@pytest.mark.parametrize("settings", [{}, {"GATEWAY_CORS_ORIGINS": "*"}], ids=["default", "cors"])
+def test_pages_of_other_hosts_cannot_use_an_open_gateway(
+    start: Start, settings: dict[str, str]
+) -> None:
+    gateway = start(**settings)
     rebound = httpx2.get(f"{gateway.url}/v1/models", headers={"host": "evil.example"})
     assert rebound.status_code == 403
     assert rebound.json()["error"]["code"] == "loopback_only"
@@ -405,6 +408,53 @@ def test_a_certificate_that_cannot_be_used_stops_the_start(
     assert done.stderr.count("\n") == 1
 
 
+# -- bodies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b" " * 2**21, b"{"], ids=["large", "malformed"])
+def test_nothing_of_a_body_is_read_without_a_key(
+    start: Start, keys: KeyFile, content: bytes
+) -> None:
+    keys.add("acme", Bounds())
+    gateway = start(GATEWAY_KEYS=str(keys.path))
+    for path in ("/v1/jobs", "/v1/images/edits", "/infer", "/no/such/path"):
+        answer = httpx2.post(
+            gateway.url + path, content=content, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 401, path
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    lines = [line for line in lines_of(gateway) if line["event"] == "http_request"]
+    assert [line["received"] for line in lines] == [0, 0, 0, 0]
+
+
+def test_the_bodies_of_all_requests_are_bounded_together(start: Start) -> None:
+    """A body counts while its request is in progress: here until its client has disconnected."""
+    gateway = start(GATEWAY_MAX_BODY="40000", GATEWAY_BODIES_BYTES="60000")
+    url = f"{gateway.url}/v1/images/generations"
+    padding = " " * 35_000
+    body = json.dumps(IMAGE) + padding
+    headers = {"content-type": "application/json"}
+
+    def post() -> httpx2.Response:
+        return httpx2.post(url, content=body, headers=headers, timeout=WITHIN)
+
+    stream_body = json.dumps({**IMAGE, "stream": True}) + padding
+    with httpx2.stream("POST", url, content=stream_body, headers=headers, timeout=WITHIN) as stream:
+        assert stream.status_code == 200
+        refused = post()
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "gateway_busy"
+        assert refused.headers["x-should-retry"] == "true"
+        assert int(refused.headers["retry-after"]) > 0
+        assert metric(gateway, "generation_gateway_refused_total", reason="gateway_busy") == 1
+        # What is small enough has room: the refused body counts no more.
+        small = httpx2.post(url, json=IMAGE, headers={"prefer": "respond-async"})
+        assert small.status_code == 202
+    wait_for(lambda: metric(gateway, "generation_gateway_streams") == 0, "the stream stays")
+    answer = httpx2.post(url, content=body, headers={**headers, "prefer": "respond-async"})
+    assert answer.status_code == 202
+
+
 # -- slow clients ---------------------------------------------------------------------------------
 
 
@@ -424,7 +474,14 @@ def test_a_body_that_does_not_arrive_is_408(start: Start) -> None:
             b'content-length: 100\r\n\r\n{"task":'
         )
         answer = client.recv(65_536)
-    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert_is_408(answer)
+
+
+def assert_is_408(answer: bytes) -> None:
+    head = answer.lower().splitlines()
+    assert head[0].startswith(b"http/1.1 408 ")
+    assert b"x-should-retry: true" in head
+    assert b"retry-after: 1" in head
 
 
 # -- the end --------------------------------------------------------------------------------------
