@@ -477,8 +477,26 @@ def test_a_body_that_does_not_arrive_is_408(start: Start) -> None:
     assert_is_408(answer)
 
 
+def test_a_body_that_arrives_in_drips_is_408(start: Start) -> None:
+    """Each part arrives in time, and the body never ends."""
+    gateway = start(patch="in_flight.BODY_WITHIN = 0.5")
+    until = time.monotonic() + WITHIN
+    answer = b""
+    with socket.create_connection(("127.0.0.1", gateway.ports["http"])) as client:
+        client.sendall(
+            b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: 1000000\r\n\r\n"
+        )
+        client.settimeout(0.02)
+        while not answer and time.monotonic() < until:
+            client.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                answer = client.recv(65_536)
+    assert_is_408(answer)
+
+
 def assert_is_408(answer: bytes) -> None:
-    head = answer.lower().splitlines()
+    head = answer.lower().split(b"\r\n")
     assert head[0].startswith(b"http/1.1 408 ")
     assert b"x-should-retry: true" in head
     assert b"retry-after: 1" in head
