@@ -18,9 +18,13 @@ from typing import Any
 import httpx2
 import pytest
 import trustme
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.server import ServerState
 
 from consumer.apply import apply
 from consumer.devstack import DevStack, GatewayServer, free_ports
+from consumer.gateway import serve
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
@@ -500,6 +504,75 @@ def assert_is_408(answer: bytes) -> None:
     assert head[0].startswith(b"http/1.1 408 ")
     assert b"x-should-retry: true" in head
     assert b"retry-after: 1" in head
+
+
+LARGE = """
+from consumer.gateway import page
+page.FILES = {**page.FILES, "large.js": page.StaticFile.of("large.js", bytes(2**24))}
+serve.SEND_WITHIN = 0.3
+"""
+GET_LARGE = b"GET /page/large.js HTTP/1.1\r\nhost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        GET_LARGE + b"\r\n",
+        GET_LARGE + b"connection: close\r\n\r\n",
+        2 * (GET_LARGE + b"\r\n"),
+    ],
+    ids=["kept", "closing", "pipelined"],
+)
+def test_a_client_that_reads_nothing_is_disconnected(start: Start, sent: bytes) -> None:
+    gateway = start(patch=LARGE)
+    with socket.create_connection(("127.0.0.1", gateway.ports["http"]), WITHIN) as client:
+        client.sendall(sent)
+        wait_for(lambda: "http_slow_reader" in events_of(gateway), "the connection stays")
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := client.recv(2**20):
+                received += len(chunk)
+    assert received < 2**24
+    wait_for(
+        lambda: metric(gateway, "generation_gateway_requests_in_flight") == 1,
+        "the request goes on",
+    )
+
+
+class _Unread(asyncio.Transport):
+    """A transport whose client reads as the test says."""
+
+    unread = 100_000
+    aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+async def test_a_client_that_reads_a_little_stays_connected() -> None:
+    transport = _Unread()
+    config = uvicorn.Config(FastAPI(), log_config=None)
+    protocol = serve._Protocol(config, ServerState(), {})
+    protocol.connection_made(transport)
+    protocol.pause_writing()
+    for _ in range(5):
+        protocol._look_at_reader()
+        transport.unread -= 1
+    protocol._look_at_reader()
+    protocol.resume_writing()  # and then there is another answer to read
+    transport.unread = 100_000
+    protocol.pause_writing()
+    protocol._look_at_reader()
+    assert not transport.aborted
+    protocol._look_at_reader()
+    assert transport.aborted
+    protocol.connection_lost(ConnectionAbortedError())
 
 
 # -- the end --------------------------------------------------------------------------------------
