@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -56,11 +57,13 @@ def idle(stack: DevStack) -> dict[str, str]:
 @pytest.fixture
 def start(idle: dict[str, str], tmp_path: Path) -> Iterator[Start]:
     """Start a gateway where there is no worker, unless the test says otherwise."""
+    numbers = itertools.count()
     with contextlib.ExitStack() as running:
 
         def start_gateway(*, patch: str = "", ready: bool = True, **settings: str) -> GatewayServer:
             environment = {**idle, **settings}
-            gateway = PatchedGateway("gateway", environment, log=tmp_path / "log", patch=patch)
+            log = tmp_path / f"log-{next(numbers)}"
+            gateway = PatchedGateway("gateway", environment, log=log, patch=patch)
             running.callback(gateway.kill)
             gateway.start()
             if ready:
@@ -285,6 +288,55 @@ def test_bounds_are_answers_that_clients_understand(start: Start, keys: KeyFile)
     assert 0 < int(often.headers["retry-after"]) <= 60
     assert metric(gateway, "generation_gateway_refused_total", reason="bound_exceeded") == 2
     assert metric(gateway, "generation_gateway_refused_total", reason="rate_limit_exceeded") == 1
+
+
+def test_the_bound_on_waiting_holds_over_gateways_and_keys(start: Start, keys: KeyFile) -> None:
+    """No worker is there: what is queued waits."""
+    bounds = Bounds(waiting=2)
+    first, second = keys.add("acme", bounds).text, keys.add("acme", bounds).text
+    stranger = keys.add("other", bounds).text
+    here, there = start(GATEWAY_KEYS=str(keys.path)), start(GATEWAY_KEYS=str(keys.path))
+
+    def submit(gateway: GatewayServer, key: str, idempotency_key: str = "") -> httpx2.Response:
+        headers = {"authorization": f"Bearer {key}"}
+        if idempotency_key:
+            headers["idempotency-key"] = idempotency_key
+        job = {"task": "text_to_image", "prompt": "a red circle"}
+        return httpx2.post(f"{gateway.url}/v1/jobs", json=job, headers=headers)
+
+    assert submit(here, first).status_code == 202
+    assert submit(here, second, "poster").status_code == 202
+    for gateway in (there, here):
+        refused = submit(gateway, second)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "too_many_waiting"
+        assert refused.headers["x-should-retry"] == "true"
+        assert int(refused.headers["retry-after"]) > 0
+    # A repeated request queues nothing, and other tenants have their own room.
+    assert submit(there, first, "poster").status_code == 202
+    assert submit(there, stranger).status_code == 202
+
+
+def test_the_bound_on_images_names_the_callers_parameter(start: Start, keys: KeyFile) -> None:
+    key = keys.add("acme", Bounds(images=2)).text
+    gateway = start(GATEWAY_KEYS=str(keys.path))
+    headers = {"authorization": f"Bearer {key}", "prefer": "respond-async"}
+
+    def post(path: str, body: dict[str, object]) -> httpx2.Response:
+        return httpx2.post(gateway.url + path, json=body, headers=headers)
+
+    bodies = {
+        ("/v1/images/generations", "n"): IMAGE,
+        ("/infer", "num_images"): {"prompt": "a red circle"},
+        ("/v1/jobs", "num_images"): {"task": "text_to_image", "prompt": "a red circle"},
+    }
+    for (path, param), body in bodies.items():
+        refused = post(path, {**body, param: 3})
+        assert refused.status_code == 400, path
+        error = refused.json()["error"]
+        assert (error["code"], error["param"]) == ("bound_exceeded", param)
+        assert refused.headers["x-should-retry"] == "false"
+        assert post(path, {**body, param: 2}).status_code == 202
 
 
 # -- what can be seen -----------------------------------------------------------------------------
