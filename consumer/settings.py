@@ -215,7 +215,12 @@ class Settings(BaseSettings):
         default=(),
         description="`bucket/prefix` that every tenant may name as an input; else its outputs only",
     )
-    gateway_max_body: Annotated[int, Field(ge=1_024, description="bytes")] = 32 * 2**20
+    gateway_max_body: Annotated[int, Field(ge=1_024, description="bytes of one request")] = (
+        2 * 2**20  # twice the server's max_payload: JSON can escape what the queue has unescaped
+    )
+    gateway_bodies_bytes: Annotated[
+        int, Field(ge=1_024, description="of the bodies of all requests in progress")
+    ] = 128 * 2**20
     gateway_wait: Seconds = Field(
         default=600.0, description="seconds that a caller who waits gets; it is the deadline, too"
     )
@@ -247,6 +252,8 @@ class Settings(BaseSettings):
             raise ValueError("NATS_CERT and NATS_KEY go together")
         if (self.gateway_tls_cert is None) != (self.gateway_tls_key is None):
             raise ValueError("GATEWAY_TLS_CERT and GATEWAY_TLS_KEY go together")
+        if self.gateway_bodies_bytes < self.gateway_max_body:
+            raise ValueError("GATEWAY_BODIES_BYTES must be at least GATEWAY_MAX_BODY")
         return self
 
     @classmethod

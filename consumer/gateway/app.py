@@ -36,6 +36,7 @@ from consumer.gateway.metrics import GatewayMetrics
 from consumer.gateway.middleware import (
     BodyLimit,
     HandledRequest,
+    KeyCheck,
     RequestLog,
     UnknownErrors,
     log_request,
@@ -151,8 +152,13 @@ def _add_middleware(
     app: FastAPI, settings: Settings, *, observe: Callable[[HandledRequest], None]
 ) -> None:
     # The last one added is the outermost.
+    app.add_middleware(KeyCheck)
     app.add_middleware(UnknownErrors)
-    app.add_middleware(BodyLimit, most_bytes=settings.gateway_max_body)
+    app.add_middleware(
+        BodyLimit,
+        most_bytes=settings.gateway_max_body,
+        most_in_all=settings.gateway_bodies_bytes,
+    )
     if settings.gateway_keys is None:
         app.add_middleware(LoopbackOnly, origins=settings.gateway_cors_origins)
     app.add_middleware(InFlightMiddleware, in_flight=app.state.in_flight)

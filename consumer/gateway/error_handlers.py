@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from consumer.gateway.errors import ApiError, invalid, of_error
+from consumer.gateway.errors import UNAVAILABLE_RETRY_AFTER, ApiError, invalid, of_error
 from generation_client import GenerationError
 from generation_contracts import InvalidRequest, Task
 
@@ -32,13 +32,21 @@ _NOT_JSON = ApiError(
 _CODES = {
     HTTPStatus.NOT_FOUND: "not_found",
     HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
+    HTTPStatus.REQUEST_TIMEOUT: "request_timeout",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported_media_type",
+    HTTPStatus.SERVICE_UNAVAILABLE: "gateway_busy",
 }
 _MESSAGES = {
     HTTPStatus.NOT_FOUND: "there is no such address",
     HTTPStatus.METHOD_NOT_ALLOWED: "this address does not take this method",
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "the body is too large",
+    HTTPStatus.REQUEST_TIMEOUT: "the body did not arrive in time",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "the body is too large: name images by URL",
+    HTTPStatus.SERVICE_UNAVAILABLE: "this gateway has too many large requests: try again later",
+}
+_RETRY_AFTER = {  # seconds
+    HTTPStatus.REQUEST_TIMEOUT: 1,
+    HTTPStatus.SERVICE_UNAVAILABLE: UNAVAILABLE_RETRY_AFTER,
 }
 
 
@@ -134,4 +142,5 @@ def _of_problem(problem: Any) -> ApiError:
 def _of_http(error: HTTPException) -> ApiError:
     status = HTTPStatus(error.status_code)
     message = _MESSAGES.get(status) or str(error.detail)
-    return ApiError(status, message, _CODES.get(status, "invalid_request"))
+    code = _CODES.get(status, "invalid_request")
+    return ApiError(status, message, code, retry_after=_RETRY_AFTER.get(status))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -13,6 +14,7 @@ from consumer.gateway.errors import ApiError
 from consumer.tasks import cancel_and_wait
 
 BODY_PART_WITHIN = 30.0  # seconds; a client that sends nothing for so long gets 408
+BODY_WITHIN = 300.0  # seconds for a whole body: 2 MiB at 56 kbit/s
 END_WITHIN = 2.0  # seconds for a request to end by itself before it is cancelled
 RETRY_AFTER = 1  # seconds; another gateway can take the request at once
 ALWAYS_ANSWERED = ("/healthz", "/readyz", "/metrics")
@@ -26,12 +28,14 @@ class _Exchange:
     """One request and its answer.
 
     Attributes:
+        started: When the request began, on the clock of `time.monotonic`.
         limit: Ends the request when it is moved to now.
         ending: Set when the request has to end: the application sees a disconnected client.
         status: Of the answer; 0 before it has begun.
     """
 
     path: str
+    started: float = field(default_factory=time.monotonic)
     limit: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     ending: asyncio.Event = field(default_factory=asyncio.Event)
     body_read: bool = False
@@ -148,10 +152,18 @@ class InFlightMiddleware:
 
 
 async def _received(exchange: _Exchange, receive: Receive) -> Message:
-    """Return the next message of the client, or that it has gone when the request has to end."""
+    """Return the next message of the client, or that it has gone when the request has to end.
+
+    Raises:
+        HTTPException: 408: the next part of the body, or the whole body, is late.
+    """
+    within = None
+    if not exchange.body_read:
+        within = min(BODY_PART_WITHIN, exchange.started + BODY_WITHIN - time.monotonic())
+        if within <= 0:  # a part that is there already would be taken without waiting
+            raise HTTPException(HTTPStatus.REQUEST_TIMEOUT)
     receiving = asyncio.ensure_future(receive())
     ending = asyncio.ensure_future(exchange.ending.wait())
-    within = None if exchange.body_read else BODY_PART_WITHIN
     try:
         await asyncio.wait({receiving, ending}, timeout=within, return_when=asyncio.FIRST_COMPLETED)
         if receiving.done():
@@ -162,7 +174,7 @@ async def _received(exchange: _Exchange, receive: Receive) -> Message:
         await cancel_and_wait(receiving, ending)
     if ending.done() and not ending.cancelled():
         return {"type": "http.disconnect"}
-    raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive in time")
+    raise HTTPException(HTTPStatus.REQUEST_TIMEOUT)
 
 
 def _unless_ending(exchange: _Exchange, send: Send) -> Send:

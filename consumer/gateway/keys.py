@@ -308,14 +308,9 @@ async def authenticate(
 ) -> Caller:
     """Return who sends this request: the dependency of every route that belongs to a tenant.
 
-    The key's id is left in `request.state.key_id` for the access log.
-
-    Raises:
-        ApiError: 401 or 503.
+    `KeyCheck` has checked the key before the body was read.
     """
-    keys: Keys = request.app.state.gateway.keys
-    caller = keys.caller(request.headers.get("authorization"))
-    request.state.key_id = caller.key_id
+    caller: Caller = request.state.caller
     return caller
 
 

@@ -31,6 +31,7 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # to Prometheus, so the first refusal would be missed.
 _REASONS = (
     "bound_exceeded",
+    "gateway_busy",
     "gateway_stopping",
     "idempotency_key_reused",
     "invalid_api_key",
@@ -39,6 +40,7 @@ _REASONS = (
     "not_found",
     "queue_full",
     "rate_limit_exceeded",
+    "request_timeout",
     "request_too_large",
     "too_many_waiting",
     "unavailable",

@@ -1,21 +1,26 @@
-"""ASGI middleware: the access log, the limit of bodies, the answer to unknown errors."""
+"""ASGI middleware: access log, API keys, limits of bodies, the answer to unknown errors."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 
 import structlog
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from consumer.gateway.error_handlers import as_api_error, error_response
 from consumer.gateway.in_flight import ALWAYS_ANSWERED
+from consumer.gateway.keys import Keys
 
 log = structlog.get_logger()
 
 MAX_DIGITS = 18  # of a length that can be meant
 UNMATCHED = "unmatched"  # a path in the log could hold anything
+WITHOUT_KEY = ("/", "/docs", "/openapi.json", *ALWAYS_ANSWERED)
+PAGE_FILES = "/page/"
 
 
 @dataclass
@@ -103,8 +108,34 @@ class RequestLog:
                 observe(handled)
 
 
+class KeyCheck:
+    """Refuses requests without a valid API key before anything reads their bodies.
+
+    The caller is left in `request.state.caller`, the key's id in `request.state.key_id`.
+    `UnknownErrors` must be around it and answers what it raises.
+
+    Args:
+        app: The application behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request.
+
+        Raises:
+            ApiError: 401 or 503.
+        """
+        if scope["type"] == "http" and _needs_key(scope["path"]):
+            keys: Keys = scope["app"].state.gateway.keys
+            caller = keys.caller(Headers(scope=scope).get("authorization"))
+            scope.setdefault("state", {}).update(caller=caller, key_id=caller.key_id)
+        await self._app(scope, receive, send)
+
+
 class UnknownErrors:
-    """Answers 500 where the application has raised something that nothing else handles.
+    """Answers what the application has raised and nothing else handles; mostly with 500.
 
     Args:
         app: The application behind it.
@@ -131,16 +162,22 @@ class UnknownErrors:
 
 
 class BodyLimit:
-    """Answers 413 to bodies that are too large, before they are read completely.
+    """Answers 413 to a body that is too large, and 503 where all bodies together are.
+
+    It does so before a body is read completely. A body counts until its request ends, because the
+    application keeps it for so long.
 
     Args:
         app: The application behind it.
         most_bytes: The largest body.
+        most_in_all: The largest sum of the bodies of all requests in progress.
     """
 
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, most_bytes: int, most_in_all: int) -> None:
         self._app = app
         self._most_bytes = most_bytes
+        self._most_in_all = most_in_all
+        self._in_all = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -153,15 +190,28 @@ class BodyLimit:
 
         async def limited_receive() -> Message:
             nonlocal received
+            # FastAPI answers 400 to every other exception while it reads a body.
             if too_large:
-                raise HTTPException(413)
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
             message = await receive()
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received += size
+            self._in_all += size
             if received > self._most_bytes:
-                raise HTTPException(413)
+                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            if size and self._in_all > self._most_in_all:
+                raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE)
             return message
 
-        await self._app(scope, limited_receive, send)
+        try:
+            await self._app(scope, limited_receive, send)
+        finally:
+            self._in_all -= received
+
+
+def _needs_key(path: str) -> bool:
+    # A path with one more slash is redirected to the one without.
+    return (path.rstrip("/") or "/") not in WITHOUT_KEY and not path.startswith(PAGE_FILES)
 
 
 def _number(digits: bytes) -> float:

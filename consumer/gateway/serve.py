@@ -21,6 +21,7 @@ from consumer.gateway.context import Gateway
 from consumer.gateway.file_state import file_state
 from consumer.gateway.in_flight import END_WITHIN, InFlight
 from consumer.gateway.open_access import is_loopback
+from consumer.gateway.sse import SEND_WITHIN
 from consumer.ports import Unavailable
 from consumer.settings import Settings, SettingsError
 from consumer.tasks import cancel_and_wait
@@ -170,14 +171,20 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol, with a limit for clients that connect and send no request."""
+    """uvicorn's protocol, with limits for clients that send no request, or read no answer.
+
+    uvicorn closes an idle connection, but closing waits for the client to read what is unsent.
+    """
 
     _head: asyncio.TimerHandle | None = None
+    _reader: asyncio.TimerHandle | None = None
+    _unsent = 0  # bytes at the last look; 0 where the client was not late then
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
         self._await_head()
+        self._reader = self.loop.call_later(SEND_WITHIN, self._look_at_reader)
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; wait for the rest of an incomplete head."""
@@ -190,7 +197,14 @@ class _Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_waiting()
+        if self._reader is not None:
+            self._reader.cancel()
         super().connection_lost(exc)
+
+    def resume_writing(self) -> None:
+        """Note that the client has read most of what was unsent."""
+        self._unsent = 0
+        super().resume_writing()
 
     def _await_head(self) -> None:
         if self._head is None:
@@ -204,6 +218,19 @@ class _Protocol(H11Protocol):
     def _give_up(self) -> None:
         if not self.transport.is_closing():
             self.transport.close()
+
+    def _look_at_reader(self) -> None:
+        """Abort the connection if its client has read nothing since the last look."""
+        unsent = 0
+        # In these states nothing is added to the buffer, so it shrinks whenever the client reads.
+        if self.flow.write_paused or self.transport.is_closing():
+            unsent = self.transport.get_write_buffer_size()
+        if 0 < self._unsent <= unsent:
+            log.info("http_slow_reader", unsent=unsent)
+            self.transport.abort()
+            return
+        self._unsent = unsent
+        self._reader = self.loop.call_later(SEND_WITHIN, self._look_at_reader)
 
 
 class _Certificate:

@@ -35,7 +35,7 @@ async def http(handled: list[HandledRequest]) -> AsyncIterator[httpx2.AsyncClien
         raise RuntimeError("secret")
 
     app.add_middleware(UnknownErrors)
-    app.add_middleware(BodyLimit, most_bytes=LIMIT)
+    app.add_middleware(BodyLimit, most_bytes=LIMIT, most_in_all=LIMIT)
     app.add_middleware(RequestLog, observers=[handled.append])
     transport = httpx2.ASGITransport(app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -18,9 +19,13 @@ from typing import Any
 import httpx2
 import pytest
 import trustme
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.server import ServerState
 
 from consumer.apply import apply
 from consumer.devstack import DevStack, GatewayServer, free_ports
+from consumer.gateway import serve
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
@@ -52,11 +57,13 @@ def idle(stack: DevStack) -> dict[str, str]:
 @pytest.fixture
 def start(idle: dict[str, str], tmp_path: Path) -> Iterator[Start]:
     """Start a gateway where there is no worker, unless the test says otherwise."""
+    numbers = itertools.count()
     with contextlib.ExitStack() as running:
 
         def start_gateway(*, patch: str = "", ready: bool = True, **settings: str) -> GatewayServer:
             environment = {**idle, **settings}
-            gateway = PatchedGateway("gateway", environment, log=tmp_path / "log", patch=patch)
+            log = tmp_path / f"log-{next(numbers)}"
+            gateway = PatchedGateway("gateway", environment, log=log, patch=patch)
             running.callback(gateway.kill)
             gateway.start()
             if ready:
@@ -183,8 +190,11 @@ def test_without_keys_it_says_so(start: Start) -> None:
     assert (opened["event"], opened["level"]) == ("gateway_without_keys", "warning")
 
 
-def test_pages_of_other_hosts_cannot_use_an_open_gateway(start: Start) -> None:
-    gateway = start()
+@pytest.mark.parametrize("settings", [{}, {"GATEWAY_CORS_ORIGINS": "*"}], ids=["default", "cors"])
+def test_pages_of_other_hosts_cannot_use_an_open_gateway(
+    start: Start, settings: dict[str, str]
+) -> None:
+    gateway = start(**settings)
     rebound = httpx2.get(f"{gateway.url}/v1/models", headers={"host": "evil.example"})
     assert rebound.status_code == 403
     assert rebound.json()["error"]["code"] == "loopback_only"
@@ -285,6 +295,55 @@ def test_bounds_are_answers_that_clients_understand(start: Start, keys: KeyFile)
     assert 0 < int(often.headers["retry-after"]) <= 60
     assert metric(gateway, "generation_gateway_refused_total", reason="bound_exceeded") == 2
     assert metric(gateway, "generation_gateway_refused_total", reason="rate_limit_exceeded") == 1
+
+
+def test_the_bound_on_waiting_holds_over_gateways_and_keys(start: Start, keys: KeyFile) -> None:
+    """No worker is there: what is queued waits."""
+    bounds = Bounds(waiting=2)
+    first, second = keys.add("acme", bounds).text, keys.add("acme", bounds).text
+    stranger = keys.add("other", bounds).text
+    here, there = start(GATEWAY_KEYS=str(keys.path)), start(GATEWAY_KEYS=str(keys.path))
+
+    def submit(gateway: GatewayServer, key: str, idempotency_key: str = "") -> httpx2.Response:
+        headers = {"authorization": f"Bearer {key}"}
+        if idempotency_key:
+            headers["idempotency-key"] = idempotency_key
+        job = {"task": "text_to_image", "prompt": "a red circle"}
+        return httpx2.post(f"{gateway.url}/v1/jobs", json=job, headers=headers)
+
+    assert submit(here, first).status_code == 202
+    assert submit(here, second, "poster").status_code == 202
+    for gateway in (there, here):
+        refused = submit(gateway, second)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "too_many_waiting"
+        assert refused.headers["x-should-retry"] == "true"
+        assert int(refused.headers["retry-after"]) > 0
+    # A repeated request queues nothing, and other tenants have their own room.
+    assert submit(there, first, "poster").status_code == 202
+    assert submit(there, stranger).status_code == 202
+
+
+def test_the_bound_on_images_names_the_callers_parameter(start: Start, keys: KeyFile) -> None:
+    key = keys.add("acme", Bounds(images=2)).text
+    gateway = start(GATEWAY_KEYS=str(keys.path))
+    headers = {"authorization": f"Bearer {key}", "prefer": "respond-async"}
+
+    def post(path: str, body: dict[str, object]) -> httpx2.Response:
+        return httpx2.post(gateway.url + path, json=body, headers=headers)
+
+    bodies = {
+        ("/v1/images/generations", "n"): IMAGE,
+        ("/infer", "num_images"): {"prompt": "a red circle"},
+        ("/v1/jobs", "num_images"): {"task": "text_to_image", "prompt": "a red circle"},
+    }
+    for (path, param), body in bodies.items():
+        refused = post(path, {**body, param: 3})
+        assert refused.status_code == 400, path
+        error = refused.json()["error"]
+        assert (error["code"], error["param"]) == ("bound_exceeded", param)
+        assert refused.headers["x-should-retry"] == "false"
+        assert post(path, {**body, param: 2}).status_code == 202
 
 
 # -- what can be seen -----------------------------------------------------------------------------
@@ -421,6 +480,53 @@ def test_a_certificate_that_cannot_be_used_stops_the_start(
     assert done.stderr.count("\n") == 1
 
 
+# -- bodies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b" " * 2**21, b"{"], ids=["large", "malformed"])
+def test_nothing_of_a_body_is_read_without_a_key(
+    start: Start, keys: KeyFile, content: bytes
+) -> None:
+    keys.add("acme", Bounds())
+    gateway = start(GATEWAY_KEYS=str(keys.path))
+    for path in ("/v1/jobs", "/v1/images/edits", "/infer", "/no/such/path"):
+        answer = httpx2.post(
+            gateway.url + path, content=content, headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 401, path
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    lines = [line for line in lines_of(gateway) if line["event"] == "http_request"]
+    assert [line["received"] for line in lines] == [0, 0, 0, 0]
+
+
+def test_the_bodies_of_all_requests_are_bounded_together(start: Start) -> None:
+    """A body counts while its request is in progress: here until its client has disconnected."""
+    gateway = start(GATEWAY_MAX_BODY="40000", GATEWAY_BODIES_BYTES="60000")
+    url = f"{gateway.url}/v1/images/generations"
+    padding = " " * 35_000
+    body = json.dumps(IMAGE) + padding
+    headers = {"content-type": "application/json"}
+
+    def post() -> httpx2.Response:
+        return httpx2.post(url, content=body, headers=headers, timeout=WITHIN)
+
+    stream_body = json.dumps({**IMAGE, "stream": True}) + padding
+    with httpx2.stream("POST", url, content=stream_body, headers=headers, timeout=WITHIN) as stream:
+        assert stream.status_code == 200
+        refused = post()
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "gateway_busy"
+        assert refused.headers["x-should-retry"] == "true"
+        assert int(refused.headers["retry-after"]) > 0
+        assert metric(gateway, "generation_gateway_refused_total", reason="gateway_busy") == 1
+        # What is small enough has room: the refused body counts no more.
+        small = httpx2.post(url, json=IMAGE, headers={"prefer": "respond-async"})
+        assert small.status_code == 202
+    wait_for(lambda: metric(gateway, "generation_gateway_streams") == 0, "the stream stays")
+    answer = httpx2.post(url, content=body, headers={**headers, "prefer": "respond-async"})
+    assert answer.status_code == 202
+
+
 # -- slow clients ---------------------------------------------------------------------------------
 
 
@@ -440,7 +546,101 @@ def test_a_body_that_does_not_arrive_is_408(start: Start) -> None:
             b'content-length: 100\r\n\r\n{"task":'
         )
         answer = client.recv(65_536)
-    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert_is_408(answer)
+
+
+def test_a_body_that_arrives_in_drips_is_408(start: Start) -> None:
+    """Each part arrives in time, and the body never ends."""
+    gateway = start(patch="in_flight.BODY_WITHIN = 0.5")
+    until = time.monotonic() + WITHIN
+    answer = b""
+    with socket.create_connection(("127.0.0.1", gateway.ports["http"])) as client:
+        client.sendall(
+            b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: 1000000\r\n\r\n"
+        )
+        client.settimeout(0.02)
+        while not answer and time.monotonic() < until:
+            client.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                answer = client.recv(65_536)
+    assert_is_408(answer)
+
+
+def assert_is_408(answer: bytes) -> None:
+    head = answer.lower().split(b"\r\n")
+    assert head[0].startswith(b"http/1.1 408 ")
+    assert b"x-should-retry: true" in head
+    assert b"retry-after: 1" in head
+
+
+LARGE = """
+from consumer.gateway import page
+page.FILES = {**page.FILES, "large.js": page.StaticFile.of("large.js", bytes(2**24))}
+serve.SEND_WITHIN = 0.3
+"""
+GET_LARGE = b"GET /page/large.js HTTP/1.1\r\nhost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        GET_LARGE + b"\r\n",
+        GET_LARGE + b"connection: close\r\n\r\n",
+        2 * (GET_LARGE + b"\r\n"),
+    ],
+    ids=["kept", "closing", "pipelined"],
+)
+def test_a_client_that_reads_nothing_is_disconnected(start: Start, sent: bytes) -> None:
+    gateway = start(patch=LARGE)
+    with socket.create_connection(("127.0.0.1", gateway.ports["http"]), WITHIN) as client:
+        client.sendall(sent)
+        wait_for(lambda: "http_slow_reader" in events_of(gateway), "the connection stays")
+        received = 0
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := client.recv(2**20):
+                received += len(chunk)
+    assert received < 2**24
+    wait_for(
+        lambda: metric(gateway, "generation_gateway_requests_in_flight") == 1,
+        "the request goes on",
+    )
+
+
+class _Unread(asyncio.Transport):
+    """A transport whose client reads as the test says."""
+
+    unread = 100_000
+    aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+async def test_a_client_that_reads_a_little_stays_connected() -> None:
+    transport = _Unread()
+    config = uvicorn.Config(FastAPI(), log_config=None)
+    protocol = serve._Protocol(config, ServerState(), {})
+    protocol.connection_made(transport)
+    protocol.pause_writing()
+    for _ in range(5):
+        protocol._look_at_reader()
+        transport.unread -= 1
+    protocol._look_at_reader()
+    protocol.resume_writing()  # and then there is another answer to read
+    transport.unread = 100_000
+    protocol.pause_writing()
+    protocol._look_at_reader()
+    assert not transport.aborted
+    protocol._look_at_reader()
+    assert transport.aborted
+    protocol.connection_lost(ConnectionAbortedError())
 
 
 # -- the end --------------------------------------------------------------------------------------

@@ -329,6 +329,11 @@ def test_certificate_and_key_go_together(monkeypatch: pytest.MonkeyPatch) -> Non
     assert refusal() == "NATS_CERT and NATS_KEY go together"
 
 
+def test_one_body_fits_the_bound_of_all_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_BODIES_BYTES", "1024")
+    assert refusal() == "GATEWAY_BODIES_BYTES must be at least GATEWAY_MAX_BODY"
+
+
 def test_value_of_a_secret_is_never_told(tmp_path: Path) -> None:
     text = refusal(toml(tmp_path, f's3_secret_key = ["{SECRET}"]'))
     assert text.startswith("S3_SECRET_KEY: ")
