@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from consumer.gateway.errors import UNAVAILABLE_RETRY_AFTER, ApiError, invalid, of_error
+from consumer.gateway.in_flight import CLIENT_GONE
 from generation_client import GenerationError
 from generation_contracts import InvalidRequest, Task
 
 log = structlog.get_logger()
 
-CLIENT_GONE = 499  # of nginx; only the log and the metrics see it
 MAX_PARAM = 100  # characters; an unknown field's name is the caller's text
 MAX_MESSAGE = 300  # characters of one validation problem
 UNION_TAG = ":"  # what the tags of unions begin with: they are no names of the caller's

@@ -20,6 +20,7 @@ RETRY_AFTER = 1  # seconds; another gateway can take the request at once
 ALWAYS_ANSWERED = ("/healthz", "/readyz", "/metrics")
 RESUMABLE = "/events"  # the end of the paths of streams that a client resumes elsewhere
 STOPPING_COMMENT = b": the gateway stops, connect again\n\n"
+CLIENT_GONE = 499  # of nginx; only the log and the metrics see it
 MAX_ERROR = 4_096  # bytes of an answer that are read for its error code
 
 
@@ -42,6 +43,11 @@ class _Exchange:
     status: int = 0
     is_stream: bool = False
     complete: bool = False
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the answer is an error that the client receives."""
+        return self.status >= HTTPStatus.BAD_REQUEST and self.status != CLIENT_GONE
 
 
 class InFlight:
@@ -69,7 +75,8 @@ class InFlight:
     def drain(self) -> None:
         """Refuse new requests, and end the streams that their clients can resume elsewhere."""
         self.draining = True
-        self._end(lambda exchange: exchange.is_stream and exchange.path.endswith(RESUMABLE))
+        # Also those that have sent nothing yet: a stream of a running job is silent for a while.
+        self._end(lambda exchange: exchange.path.endswith(RESUMABLE))
 
     def end(self) -> None:
         """End all requests; each gets an answer that says so."""
@@ -143,7 +150,7 @@ class InFlightMiddleware:
                 kind = dict(message.get("headers", [])).get(b"content-type", b"")
                 exchange.is_stream = kind.startswith(b"text/event-stream")
             elif message["type"] == "http.response.body":
-                if exchange.status >= HTTPStatus.BAD_REQUEST and not exchange.complete:
+                if exchange.is_refused and not exchange.complete:
                     self._in_flight.refused(_error_code(message.get("body", b"")))
                 exchange.complete = not message.get("more_body", False)
             await send(message)
