@@ -77,6 +77,7 @@ def test_demo_draws_saves_and_describes(folders: tuple[Path, Path]) -> None:
     with Image.open(file) as picture:
         assert picture.size == (64, 64)
     assert str(file.name) in done.stderr
+    assert re.search(r"^HTTP on http://127\.0\.0\.1:\d+$", done.stderr, re.MULTILINE)
     assert_nothing_left(temporary)
 
 

@@ -1,5 +1,6 @@
-"""The examples of docs/http.md run as they stand there, against the real gateway."""
+"""The examples of docs/http.md and of the README's HTTP part run as they stand there."""
 
+import json
 import os
 import re
 import shutil
@@ -11,16 +12,38 @@ from pathlib import Path
 
 import pytest
 
+from consumer.devstack import GatewayServer
 from tests.gateway.conftest import KeyedGateway
+from tests.gateway.pictures import decoded
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/http.md").read_text("utf-8")
 PACKAGE = Path(__file__).parent / "node" / "package.json"
 INSTALL = "npm install --no-fund --no-audit --ignore-scripts --no-package-lock --silent"
+README = (
+    (ROOT / "README.md").read_text("utf-8").partition("### Over HTTP")[2].partition("\n### ")[0]
+)
+README_ADDRESS = "http://127.0.0.1:PORT"
 ADDRESS = "http://127.0.0.1:8080"
 KEY = "gk_…"
 WITHIN = 120.0  # seconds for one example
 NOT_RUN = re.compile(r"^\$ (export |.*\bconsumer gateway\b)")
+
+
+def run_example(folder: Path, *command: str, text: str = "", **environment: str) -> str:
+    """Run an example; return what it has printed."""
+    ended = subprocess.run(
+        command,
+        cwd=folder,
+        input=text,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=WITHIN,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
 
 
 @dataclass(frozen=True)
@@ -32,18 +55,7 @@ class Place:
 
     def run(self, *command: str, text: str = "", **environment: str) -> str:
         """Run an example; return what it has printed."""
-        ended = subprocess.run(
-            command,
-            cwd=self.folder,
-            input=text,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=WITHIN,
-            check=False,
-        )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        return ended.stdout
+        return run_example(self.folder, *command, text=text, **environment)
 
     def adapted(self, code: str) -> str:
         """An example with this gateway's address and key."""
@@ -52,13 +64,13 @@ class Place:
         return code.replace(ADDRESS, self.gateway.url).replace(KEY, self.gateway.alice)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> Iterator[str]:
+def commands(page: str = PAGE) -> Iterator[str]:
     """Each command of the shell, with the output that the page shows below it."""
-    for block in blocks("console"):
+    for block in blocks("console", page):
         yield from re.split(r"^(?=\$ )", block, flags=re.MULTILINE)[1:]
 
 
@@ -132,6 +144,20 @@ def test_the_javascript_examples_run(node: Place) -> None:
     node.run("node", "--input-type=module", text=draw)
     assert "square" in node.run("node", "--input-type=module", text=ask)
     assert node.run("node", "--input-type=module", text=follow).endswith("succeeded\n")
+
+
+def test_the_readme_examples_run(gateway: GatewayServer, tmp_path: Path) -> None:
+    assert README_ADDRESS in README
+    script = ["set -euo pipefail", *(parts(command)[0] for command in commands(README))]
+    code = "\n".join(script).replace(README_ADDRESS, gateway.url)
+    job = json.loads(run_example(tmp_path, "bash", "-s", text=code))
+    assert job["task"] == "text_to_image"
+    assert job["state"] in {"queued", "running"}
+    assert (tmp_path / "circle.png").read_bytes().startswith(b"\x89PNG")
+    (python,) = blocks("python", README)
+    look = f"{python.replace(README_ADDRESS, gateway.url)}\nprint(made.data[0].b64_json)"
+    printed = run_example(tmp_path, sys.executable, "-W", "error", "-c", look)
+    assert decoded(printed.strip()).size == (64, 64)
 
 
 def test_the_page_names_every_address() -> None:

@@ -362,6 +362,26 @@ async def test_a_stream_resumes_at_another_gateway_when_its_own_is_killed(
     assert scene.runs() == [job["id"]]
 
 
+async def test_a_client_that_waits_finds_its_job_by_key_when_its_gateway_is_killed(
+    scene: Scene, api: Api, doomed: GatewayServer
+) -> None:
+    await scene.start("held_in_run")
+    api.urls.append(doomed.url)
+    options: Json = {"json": {"prompt": "a"}, "headers": {"idempotency-key": "k"}}
+    path = "/v1/images/generations"
+    waiting = asyncio.ensure_future(api.alice.ask("POST", path, at=2, **options))
+    await scene.noted("run")
+    await asyncio.to_thread(doomed.kill)
+    with pytest.raises(httpx2.RemoteProtocolError):
+        await waiting
+    again = asyncio.ensure_future(api.alice.ask("POST", path, at=1, **options))
+    await let_go(scene, "run")
+    answer = await again
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["data"]) == 1
+    assert scene.runs() == [answer.headers["x-request-id"]]
+
+
 async def test_resuming_after_the_end(scene: Scene, api: Api) -> None:
     await scene.start()
     job = await api.alice.submit()

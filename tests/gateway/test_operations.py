@@ -174,6 +174,14 @@ def test_a_taken_address_stops_the_start(stack: DevStack) -> None:
     assert line["reason"] == f"127.0.0.1:{port}: Address already in use"
 
 
+def test_answers_are_sent_without_delay() -> None:
+    """Else the body of each answer after the first waits for the client's delayed ACK."""
+    (port,) = free_ports(1)
+    (listener,) = serve._listen(Settings(gateway_port=port))
+    with listener, socket.create_connection(("127.0.0.1", port)), listener.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_no_nats_stops_the_start_with_69(start: Start) -> None:
     (port,) = free_ports(1)
     url = f"nats://someone:secret@127.0.0.1:{port}"

@@ -102,6 +102,20 @@ async def test_waiting_jobs_have_places_and_can_be_cancelled(visit: Visits) -> N
     await expect(page.locator("#active-empty")).to_be_visible()
 
 
+async def test_waiting_jobs_say_when_they_start(visit: Visits) -> None:
+    page = await visit()
+    await draw(page, "the measured one", steps="60", count="1")
+    await expect(card(page, "the measured one")).to_have_attribute("data-state", "succeeded")
+    await draw(page, "the first", **LONG)
+    await expect(job(page, "the first")).to_have_attribute("data-state", "running")
+    await draw(page, "the second", steps="2", count="1")
+    await draw(page, "the third", steps="2", count="1")
+    places = {"the second": "Next in the queue", "the third": "1 request ahead"}
+    for title, place in places.items():
+        status = job(page, title).locator(".job-status")
+        await expect(status).to_have_text(re.compile(rf"^{place}, starts in about \d+ (s|min)$"))
+
+
 async def test_a_running_job_survives_a_reload(visit: Visits) -> None:
     page = await visit()
     title = "a yellow cross"

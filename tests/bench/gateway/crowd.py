@@ -20,6 +20,7 @@ from consumer.devstack import GatewayServer
 from generation_contracts import ProgressEvent, encode
 from tests.bench.gateway.serving import (
     DAEMON,
+    MAX_ACK_PENDING,
     PATIENCE,
     client,
     make_streams,
@@ -35,6 +36,7 @@ from tests.bench.speed.trial import TASK, Trial, new_trial
 
 ROW = Row("sleeps", 50, 64, "png")
 KEPT_BYTES = 16 * 2**20  # GATEWAY_EVENTS_BYTES
+CLIENT_MB = 0.05  # what a client that waits or watches may add to the gateway's RSS
 PREVIEW = "A" * 20_000  # characters of an event that the slow reader does not read
 AFTER_RESULTS = 10  # results after which clients leave and a gateway is killed
 LOOK_EVERY = 0.2  # seconds
@@ -63,6 +65,16 @@ class Size:
     def jobs(self) -> int:
         """All jobs, with the slow reader's."""
         return self.waiting + self.watching + self.kept + 1
+
+    @property
+    def cancelled(self) -> int:
+        """The fewest jobs that are cancelled: a worker may have received some before."""
+        return self.leaving - MAX_ACK_PENDING
+
+    @property
+    def growth(self) -> float:
+        """The most MB that the gateway's RSS may grow: twice the events, and the clients."""
+        return 2 * KEPT_BYTES / 1e6 + CLIENT_MB * (self.waiting + self.watching)
 
 
 @dataclass
@@ -96,20 +108,30 @@ class Crowd:
     busy: float = 0.0
     memory: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def growth(self) -> float:
+        """MB by which the gateway's RSS grew."""
+        return self.memory["at most"] - self.memory["alone"]
+
     def check(self) -> None:
-        """Check that nothing was lost and nothing was done twice.
+        """Check that nothing was lost or done twice, and what leaving and staying clients cost.
 
         Raises:
             WentWrongError: With the numbers.
         """
         size, succeeded = self.size, self.results.get("succeeded", 0)
+        cancelled = self.results.get("cancelled", 0)
+        if cancelled < size.cancelled:
+            raise WentWrongError(f"cancelled {cancelled}, not {size.cancelled}: {self}")
+        if self.growth > size.growth:
+            raise WentWrongError(f"RSS grew by {self.growth:.0f} MB, not {size.growth:.0f}: {self}")
         right = (
             self.answered == size.waiting - size.leaving
             and self.watched == size.watching
             and self.found == size.kept
             and self.slow
             and sum(self.results.values()) == size.jobs
-            and self.runs <= succeeded + self.results.get("cancelled", 0)
+            and self.runs <= succeeded + cancelled
             and self.runs >= succeeded >= size.jobs - size.leaving
         )
         if not right:
@@ -175,7 +197,6 @@ class _Scene:
         self._note_memory("alone")
         async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as everyone:
             looking = asyncio.create_task(self._watch_memory())
-            leaving = [everyone.create_task(self._leave()) for _ in range(size.leaving)]
             for _ in range(size.waiting - size.leaving):
                 everyone.create_task(self._wait())
             for _ in range(size.watching):
@@ -183,7 +204,10 @@ class _Scene:
             for number in range(size.kept):
                 everyone.create_task(self._come_back(str(number)))
             everyone.create_task(self._read_slowly())
-            await self._all_queued()
+            await self._queued(size.jobs - size.leaving)
+            # Last in the queue: their jobs must be cancelled before the device comes to them.
+            leaving = [everyone.create_task(self._leave()) for _ in range(size.leaving)]
+            await self._queued(size.jobs)
             self._note_memory("everyone waits")
             daemon = await start_daemon(self._trial)
             began = time.monotonic()
@@ -294,11 +318,11 @@ class _Scene:
 
     # -- what is seen -----------------------------------------------------------------------------
 
-    async def _all_queued(self) -> None:
+    async def _queued(self, jobs: int) -> None:
         stream = self._trial.subjects.requests_stream(TASK)
         jetstream = self._nats.jetstream()
         # Nothing announces it.
-        while (await jetstream.stream_info(stream)).state.messages < self._size.jobs:  # noqa: ASYNC110
+        while (await jetstream.stream_info(stream)).state.messages < jobs:  # noqa: ASYNC110
             await asyncio.sleep(LOOK_EVERY)
 
     async def _all_ended(self) -> None:
@@ -332,7 +356,7 @@ def section(crowd: Crowd) -> Section:
         ("clients that wait for images: answered", size.waiting - size.leaving, crowd.answered),
         (
             "clients that disconnect: their jobs cancelled",
-            f"at most {size.leaving}",
+            f"{size.cancelled} to {size.leaving}",
             crowd.results.get("cancelled", 0),
         ),
         ("streams of events: ended with the terminal event", size.watching, crowd.watched),
@@ -340,18 +364,20 @@ def section(crowd: Crowd) -> Section:
         ("a reader that does not read: its terminal event", 1, int(crowd.slow)),
         ("its events, the rest of which was dropped", f"at most {size.unread + 1}", crowd.read),
         ("results", size.jobs, sum(crowd.results.values())),
-        ("runs of the device", f"at most {size.jobs}", crowd.runs),
+        ("runs of the device", f"at most {size.jobs - size.cancelled}", crowd.runs),
         ("device busy", None, crowd.busy),
         ("from a result to the client of its stream, p50, ms", None, _ms(delays, 0.5)),
         ("the same, p99, ms", None, _ms(delays, 0.99)),
+        ("growth of the gateway's RSS, MB", f"at most {size.growth:.0f}", crowd.growth),
         *((f"RSS of the gateway, MB: {moment}", None, mb) for moment, mb in crowd.memory.items()),
     ]
     text = (
         f"A crowd: {size.waiting} clients wait, {size.watching} watch, {size.kept} wait with an "
         f"idempotency key at a second gateway, all at the same time, before the daemon starts "
-        f"({ROW}). Then {size.leaving} of those that wait disconnect, and the second gateway is "
-        f"killed. One reader does not read {size.unread * len(PREVIEW) / 1e6:.0f} MB of events; "
-        f"`GATEWAY_EVENTS_BYTES` is {KEPT_BYTES // 2**20} MiB.\n\n"
+        f"({ROW}). Then {size.leaving} of those that wait, the last in the queue, disconnect, and "
+        f"the second gateway is killed. One reader does not read "
+        f"{size.unread * len(PREVIEW) / 1e6:.0f} MB of events; `GATEWAY_EVENTS_BYTES` is "
+        f"{KEPT_BYTES // 2**20} MiB.\n\n"
         f"{table(('', 'expected', 'found'), lines)}"
     )
     numbers = {"busy": crowd.busy, "rss_mb": crowd.memory, "p99_ms": _ms(delays, 0.99)}

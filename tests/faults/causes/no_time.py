@@ -1,0 +1,14 @@
+"""No fault: a worker that takes no time, however many steps a request asks for."""
+
+from consumer.settings import Settings
+from generation_contracts import Request
+from tests.faults.quick_runner import QuickRunner
+
+
+class NoTime(QuickRunner):
+    def step(self, request: Request, number: int) -> None:
+        pass
+
+
+def make_runner(_: Settings) -> NoTime:
+    return NoTime()
