@@ -132,11 +132,9 @@ async def submit_job(sender: SenderPart, response: Response, body: JobBody) -> J
     fields: dict[str, Any] = json.loads(await sender.http.body(), parse_float=_number)
     del fields["task"]
     wanted = contract_request(Task(body.task), fields, {})
-    jobs, key = sender.gateway.jobs, sender.preferences.idempotency_key
-    job = await jobs.submit(sender.caller, wanted, idempotency_key=key, wait=False)
-    note_job(sender.http, job)
-    response.headers["location"] = job_address(job.id)
-    document = job_document(await jobs.view(job))
+    call = await sender.submit(wanted, waits=False)
+    response.headers["location"] = job_address(call.job.id)
+    document = job_document(await call.view())
     return document.model_copy(update={"metadata": wanted.metadata})
 
 
