@@ -201,7 +201,8 @@ async def watch_job(
 
     While it waits, `queued` has its position. The other events are those of the contract. A stream
     that was broken off is resumed with `Last-Event-ID`, at any gateway, for some minutes without
-    loss; after that, only the last event comes.
+    loss; after that, only the last event comes. A gateway that has started or lost its connection
+    meanwhile lacks the events of that time, but for the last one.
     """
     last_read = last_event_id or last_event_id_in_query
     after = None if last_read is None else EventId.parse(last_read)
