@@ -61,7 +61,7 @@ class ImagesAnswer(BaseModel):
     output_format: str
     size: str
     usage: ImageUsage = ImageUsage()
-    model: str
+    model: str = Field(description="the one that has run")
     warnings: tuple[str, ...] = Field(description="what was done otherwise than asked")
 
 
@@ -94,7 +94,7 @@ async def answer(
     Raises:
         ApiError: With the parameters' names in the words of OpenAI's API.
     """
-    model = await sender.gateway.catalogue.name_of(parameters.model, Task.TEXT_TO_IMAGE)
+    await sender.gateway.catalogue.name_of(parameters.model, Task.TEXT_TO_IMAGE)
     try:
         call = await sender.submit(wanted)
         if sender.preferences.respond_async:
@@ -120,7 +120,7 @@ async def answer(
             ],
             output_format=_format(outputs[0]),
             size=_size(outputs[0]),
-            model=model,
+            model=event.model.id,
             warnings=event.warnings,
         )
     )
