@@ -8,8 +8,9 @@ import nats
 import pytest
 from nats.aio.msg import Msg
 
+from consumer.bus import services
 from consumer.bus.connection import Bus, BusUnavailable, connect
-from consumer.bus.services import QUIET, worker_metadata
+from consumer.bus.services import worker_metadata
 from consumer.devstack import NatsServer
 from consumer.gateway.catalogue import Catalogue
 from consumer.gateway.errors import ApiError
@@ -163,11 +164,14 @@ async def test_without_workers_there_is_no_waiting(bus: Bus) -> None:
         assert await worker_metadata(bus) == []
 
 
-async def test_a_busy_worker_is_waited_for(bus: Bus, nats_server: NatsServer) -> None:
+async def test_a_busy_worker_is_waited_for(
+    bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "ANSWERS_WITHIN", 30.0)
     client = await nats.connect(nats_server.url)
 
     async def answer(message: Msg) -> None:
-        await asyncio.sleep(2 * QUIET)
+        await asyncio.sleep(2 * services.QUIET)
         await message.respond(json.dumps({"metadata": FLUX}).encode())
 
     await client.subscribe("$SRV.INFO.generation", cb=answer)
@@ -177,8 +181,9 @@ async def test_a_busy_worker_is_waited_for(bus: Bus, nats_server: NatsServer) ->
 
 
 async def test_workers_that_do_not_answer_are_no_empty_list(
-    bus: Bus, nats_server: NatsServer
+    bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(services, "ANSWERS_WITHIN", 0.1)
     client = await nats.connect(nats_server.url)
     await client.subscribe("$SRV.INFO.generation")
     await client.flush()
