@@ -25,6 +25,8 @@ class EventFeed:
         bus: A connection.
         subjects: Where events are published.
         wanted: Whether the progress of a request is to be read, by its id.
+        note_run: Called with the task and the id of every request that makes progress, wanted or
+            not.
         receive: Called with each event and its size in bytes, in the order of their publication.
     """
 
@@ -34,11 +36,13 @@ class EventFeed:
         subjects: Subjects,
         *,
         wanted: Callable[[str], bool],
+        note_run: Callable[[Task, str], None],
         receive: Callable[[AnyEvent, int], None],
     ) -> None:
         self._bus = bus
         self._root = subjects.root
         self._wanted = wanted
+        self._note_run = note_run
         self._receive = receive
 
     async def open(self) -> None:
@@ -56,14 +60,22 @@ class EventFeed:
                 raise BusUnavailable(f"NATS: no events: {type(error).__name__}") from None
 
     async def _take_progress(self, message: Msg) -> None:
-        if self._wanted(message.subject.rpartition(".")[2]):
+        task, request_id = self._named(message)
+        if task in _TASKS:
+            self._note_run(Task(task), request_id)
+        if self._wanted(request_id):
             self._take(message, terminal=False)
 
     async def _take_result(self, message: Msg) -> None:
         self._take(message, terminal=True)
 
-    def _take(self, message: Msg, *, terminal: bool) -> None:
+    def _named(self, message: Msg) -> tuple[str, str]:
+        """Return the task and the id that the subject names."""
         _, task, request_id = message.subject.removeprefix(self._root).rsplit(".", 2)
+        return task, request_id
+
+    def _take(self, message: Msg, *, terminal: bool) -> None:
+        task, request_id = self._named(message)
         if task not in _TASKS:
             return
         # A caller that waits for a result of a later version gets an error from its own lookup.

@@ -69,10 +69,19 @@ class QueueState:
         return max(0, self.messages - self.in_flight) + self.retries
 
     def before(self, sequence: int) -> int:
-        """Return how many requests are delivered before the message with a sequence, at most."""
-        last = max(self.delivered, self.first - 1)
-        gone = bisect_left(self.deleted, sequence) - bisect_left(self.deleted, last + 1)
-        return max(0, sequence - last - 1 - gone)
+        """Return how many requests are before the message with a sequence, at most.
+
+        The requests that workers have are among them.
+        """
+        if sequence <= self.delivered:
+            return max(0, min(self.in_flight - 1, self._stored_between(self.first, sequence)))
+        first = max(self.delivered + 1, self.first)
+        return self.in_flight + self._stored_between(first, sequence)
+
+    def _stored_between(self, first: int, end: int) -> int:
+        """Count the messages from one sequence up to and without another."""
+        gone = bisect_left(self.deleted, end) - bisect_left(self.deleted, first)
+        return max(0, end - first - gone)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Place:
         stored_at: When its message was stored, by the server's clock.
         delivered: Whether a worker has received it. A worker that ends gives it back, which the
             server does not show.
-        before: Requests before it, at most; 0 where a worker has received it.
+        before: Requests before it, at most. The requests that workers have are among them.
     """
 
     stored_at: datetime
@@ -162,14 +171,15 @@ class QueueView:
         if known is not None:
             delivered = known.sequence <= state.delivered
             return Place(known.stored_at, delivered, state.before(known.sequence))
+        last = state.in_flight + state.waiting
         retry = await self._read_retry(task, request_id)
         if retry is not None:
-            return Place(retry.stored_at, delivered=False, before=state.waiting)
+            return Place(retry.stored_at, delivered=False, before=last)
         # It may have been moved from the one stream to the other between the two reads.
         known = await self._known_in_queue(task, request_id)
         if known is None:
             return None
-        return Place(known.stored_at, delivered=False, before=state.waiting)
+        return Place(known.stored_at, delivered=False, before=last)
 
     async def body(self, task: Task, request_id: str) -> bytes | None:
         """Read the oldest stored request with an id; None where there is none.

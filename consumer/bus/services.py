@@ -13,7 +13,7 @@ from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.endpoint_connection import SERVICE
 
 ANSWERS_WITHIN = 1.0  # seconds for all answers together
-QUIET = 0.2  # seconds without a further answer after which no more are expected
+QUIET = 0.2  # seconds without a further answer, after the first one, to expect no more
 MAX_ANSWERS = 1_000
 NO_RESPONDERS = "503"
 
@@ -27,7 +27,7 @@ async def worker_metadata(bus: Bus) -> list[Metadata]:
         The metadata of each worker that has answered: `worker`, `task`, `id` of the model, ….
 
     Raises:
-        BusUnavailable: The question could not be sent.
+        BusUnavailable: The question could not be sent, or there are workers and none has answered.
     """
     inbox = bus.client.new_inbox()
     answers: list[Metadata] = []
@@ -39,9 +39,10 @@ async def worker_metadata(bus: Bus) -> list[Metadata]:
         await bus.client.publish(f"$SRV.INFO.{SERVICE}", reply=inbox)
         until = time.monotonic() + ANSWERS_WITHIN
         while len(answers) < MAX_ANSWERS and (left := until - time.monotonic()) > 0:
-            message = await subscription.next_msg(timeout=min(QUIET, left))
+            # A busy worker answers late.
+            message = await subscription.next_msg(timeout=min(QUIET, left) if answers else left)
             if (message.headers or {}).get("Status") == NO_RESPONDERS:
-                break
+                return []
             if (metadata := _metadata(message)) is not None:
                 answers.append(metadata)
     except TimeoutError:  # those of nats-py are TimeoutErrors too
@@ -50,6 +51,9 @@ async def worker_metadata(bus: Bus) -> list[Metadata]:
         raise BusUnavailable(f"NATS: workers cannot be asked: {type(error).__name__}") from None
     finally:
         await _unsubscribed(subscription)
+    if not answers:
+        # Without a connection nats-py keeps the question and sends it later.
+        raise BusUnavailable(f"NATS: no worker has answered within {ANSWERS_WITHIN:g} s")
     return answers
 
 

@@ -10,7 +10,8 @@ import structlog
 
 from consumer.bus.connection import BusUnavailable
 from consumer.bus.services import Metadata
-from consumer.gateway.errors import ApiError
+from consumer.gateway.errors import ApiError, of_error
+from generation_client import ServiceUnavailable
 from generation_contracts import Task
 
 log = structlog.get_logger()
@@ -55,6 +56,7 @@ class Catalogue:
         self._now = now
         self._models: dict[tuple[Task, str], Model] = {}
         self._asked_at: float | None = None
+        self._was_answered = False
         self._asking: asyncio.Task[None] | None = None
 
     async def models(self) -> list[Model]:
@@ -72,24 +74,28 @@ class Catalogue:
             task: The task of the endpoint.
 
         Raises:
-            ApiError: 404: there is no such model for this task.
+            ApiError: 404: there is no such model for this task; 503: the workers that may serve it
+                could not be asked.
         """
         found = self._find(name, task)
         if found is not None:
             if not self._is_fresh:
                 self._refresh()  # for the next request; this one does not wait
             return found
-        if not self._is_fresh:
+        if not self._is_fresh or not self._was_answered:
             await self._refresh()
         found = self._find(name, task)
         if found is None:
-            raise ApiError(
-                HTTPStatus.NOT_FOUND,
-                f"there is no such model for {task}: GET /v1/models lists those there are",
-                "model_not_found",
-                "model",
+            raise self.unknown(
+                f"there is no such model for {task}: GET /v1/models lists those there are"
             )
         return found
+
+    def unknown(self, message: str) -> ApiError:
+        """Make the answer to a name that is not known: 404, or 503 where no worker has answered."""
+        if not self._was_answered:
+            return of_error(ServiceUnavailable())
+        return ApiError(HTTPStatus.NOT_FOUND, message, "model_not_found", "model")
 
     @property
     def _is_fresh(self) -> bool:
@@ -124,6 +130,9 @@ class Catalogue:
         except BusUnavailable as error:
             log.warning("workers_not_asked", reason=str(error))
             answers = ()
+            self._was_answered = False
+        else:
+            self._was_answered = True
         loaded = set(_named(answers))
         created = {key: model.created for key, model in self._models.items()}
         self._models = {

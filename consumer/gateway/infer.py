@@ -8,11 +8,10 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from consumer.gateway.answers import described, json_answer
-from consumer.gateway.context import Gateway
 from consumer.gateway.contract import contract_request, in_callers_words, unsupported
 from consumer.gateway.error_handlers import UNION_TAG
 from consumer.gateway.errors import ApiError
-from consumer.gateway.waiting import SenderPart
+from consumer.gateway.waiting import Call, SenderPart
 from generation_contracts import ImageArtifact, SucceededEvent, Task, TextOutput
 from generation_contracts import Request as GenerationRequest
 from generation_contracts.requests import (
@@ -124,7 +123,7 @@ async def infer(sender: SenderPart, body: Body) -> Response:
         event = await call.result()
     except ApiError as error:
         raise in_callers_words(error, {}) from None
-    return json_answer(await _document(sender.gateway, event))
+    return json_answer(await _document(call, event))
 
 
 def _request(body: TextToImageBody | ImageToTextBody) -> GenerationRequest:
@@ -141,7 +140,7 @@ def _request(body: TextToImageBody | ImageToTextBody) -> GenerationRequest:
     return contract_request(Task.IMAGE_TO_TEXT, fields, {})
 
 
-async def _document(gateway: Gateway, event: SucceededEvent) -> ImageAnswer | TextAnswer:
+async def _document(call: Call, event: SucceededEvent) -> ImageAnswer | TextAnswer:
     """Make the body of the answer."""
     shared: dict[str, Any] = {
         "request_id": event.request_id,
@@ -159,7 +158,7 @@ async def _document(gateway: Gateway, event: SucceededEvent) -> ImageAnswer | Te
             **shared,
         )
     images = [
-        base64.b64encode(await gateway.jobs.content(event, number)).decode()
+        base64.b64encode(await call.content(event, number)).decode()
         for number in range(len(event.outputs))
     ]
     return ImageAnswer(

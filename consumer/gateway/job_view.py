@@ -34,9 +34,12 @@ class JobView:
     """What is known of a job now.
 
     Attributes:
-        state: `running` once a worker has received it, until that attempt ends.
+        state: `running` from the first event that this gateway has received, until that attempt
+            ends. A worker may receive a job in advance: it is `queued` until its first run, and
+            `running` where it is a retry.
         created: When it was submitted; an estimate for an idempotent job that has ended.
-        position: How many requests are before it in its queue, at most; None where it has ended.
+        position: How many requests that do not run are before it in its queue, at most; None where
+            it has ended.
         estimated_start: None where nothing has been measured yet, or it does not wait.
         last_event: The latest one that this gateway has received and keeps.
         result: Its terminal event.

@@ -5,6 +5,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 
@@ -20,6 +21,7 @@ from consumer.gateway.job_pages import JobPages, Page
 from consumer.gateway.job_view import Job, JobView, Numbers, State
 from consumer.gateway.pace import Pace
 from consumer.gateway.results import Results, as_api_errors
+from consumer.gateway.runs import Runs
 from consumer.gateway.submission import Limits, Submission
 from consumer.gateway.tenants import Caller, submitted_at, tag_of
 from consumer.settings import Settings
@@ -97,6 +99,7 @@ class Jobs:
         )
         self._pages = JobPages(ids, self._look)
         self._pace = Pace()
+        self._runs = Runs()
         self._tasks: OrderedDict[str, Task] = OrderedDict()
         self._downloads = asyncio.Semaphore(DOWNLOADS)
         self._cancellations = asyncio.Semaphore(CANCELLATIONS)
@@ -105,6 +108,7 @@ class Jobs:
             bus,
             settings.subjects,
             wanted=lambda request_id: tag_of(request_id) is not None,
+            note_run=self._runs.add,
             receive=self._receive,
         )
 
@@ -256,7 +260,7 @@ class Jobs:
             )
 
     async def waiting(self, job: Job) -> JobView | None:
-        """Look where a job waits; None where a worker has it, or it has ended.
+        """Look where a job waits; None where it runs or has ended.
 
         Raises:
             ApiError: 503.
@@ -272,18 +276,18 @@ class Jobs:
             ApiError: 503.
         """
         with as_api_errors():
-            if not caller.key_id:
+            if caller.key_id:
+                own = await self._ids.unfinished(caller.tenant)
+                all_of = Counter(own.values())
+                running = Counter(task for id_, task in own.items() if self._runs.has(task, id_))
+            else:
                 states = {task: await self._view.state(task) for task in Task}
-                return {
-                    task: Numbers(state.waiting, state.in_flight, self._pace.seconds(task))
-                    for task, state in states.items()
-                }
-            own = await self._ids.unfinished(caller.tenant)
-        # An unfinished job runs where an event of it was received.
-        started = Counter(task for id_, task in own.items() if self._events.latest(id_))
-        all_of = Counter(own.values())
+                all_of = Counter({t: s.waiting + s.in_flight for t, s in states.items()})
+                running = Counter(
+                    {t: min(s.in_flight, self._runs.count(t)) for t, s in states.items()}
+                )
         return {
-            task: Numbers(all_of[task] - started[task], started[task], self._pace.seconds(task))
+            task: Numbers(all_of[task] - running[task], running[task], self._pace.seconds(task))
             for task in Task
         }
 
@@ -337,6 +341,8 @@ class Jobs:
 
     def _receive(self, event: AnyEvent, size: int) -> None:
         self._pace.add(event)
+        if isinstance(event, TerminalEvent):
+            self._runs.remove(event.task, event.request_id)
         if tag_of(event.request_id) is None:
             return
         self._events.add(event, size)
@@ -365,18 +371,20 @@ class Jobs:
         return None
 
     def _view_of(self, job: Job, place: Place) -> JobView:
-        start = None
-        seconds = self._pace.until_start(job.task, place.before)
-        if seconds is not None and not place.delivered:
-            start = datetime.now(UTC) + timedelta(seconds=seconds)
-        return JobView(
+        view = JobView(
             job,
-            "running" if place.delivered else "queued",
+            "running",
             submitted_at(job.id) or place.stored_at,
-            place.before,
-            start,
-            self._events.latest(job.id),
+            position=0,
+            last_event=self._events.latest(job.id),
         )
+        # A worker may have received it in advance. A retry is not delivered before its attempt.
+        if place.delivered and self._runs.has(job.task, job.id):
+            return view
+        position = max(0, place.before - self._runs.count(job.task))
+        seconds = self._pace.until_start(job.task, position)
+        start = None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
+        return replace(view, state="queued", position=position, estimated_start=start)
 
     async def _abandon(self, job_id: str) -> None:
         until = time.monotonic() + ABANDON_WITHIN

@@ -133,11 +133,9 @@ async def submit_job(sender: SenderPart, response: Response, body: JobBody) -> J
     fields: dict[str, Any] = json.loads(await sender.http.body(), parse_float=_number)
     del fields["task"]
     wanted = contract_request(Task(body.task), fields, {})
-    jobs, key = sender.gateway.jobs, sender.preferences.idempotency_key
-    job = await jobs.submit(sender.caller, wanted, idempotency_key=key, wait=False)
-    note_job(sender.http, job)
-    response.headers["location"] = job_address(job.id)
-    document = job_document(await jobs.view(job))
+    call = await sender.submit(wanted, waits=False)
+    response.headers["location"] = job_address(call.job.id)
+    document = job_document(await call.view())
     return document.model_copy(update={"metadata": wanted.metadata})
 
 
@@ -204,7 +202,8 @@ async def watch_job(
 
     While it waits, `queued` has its position. The other events are those of the contract. A stream
     that was broken off is resumed with `Last-Event-ID`, at any gateway, for some minutes without
-    loss; after that, only the last event comes.
+    loss; after that, only the last event comes. A gateway that has started or lost its connection
+    meanwhile lacks the events of that time, but for the last one.
     """
     last_read = last_event_id or last_event_id_in_query
     after = None if last_read is None else EventId.parse(last_read)

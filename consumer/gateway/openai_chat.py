@@ -52,7 +52,7 @@ class ChatAnswer(BaseModel):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int = Field(description="Unix time in seconds")
-    model: str
+    model: str = Field(description="the one that has run")
     choices: list[ChatChoice]
     usage: ChatUsage
     metadata: dict[str, str] = Field(description="the request's")
@@ -88,7 +88,7 @@ async def complete_chat(sender: SenderPart, parameters: ChatParameters) -> Respo
         ChatAnswer(
             id=f"chatcmpl-{event.request_id}",
             created=int(event.time.timestamp()),
-            model=model,
+            model=event.model.id,
             choices=[
                 ChatChoice(
                     message=ChatMessage(content=output.text), finish_reason=output.finish_reason
@@ -114,6 +114,7 @@ class _Chunks:
     """Makes the chunks of one stream.
 
     Attributes:
+        model: The one that runs; until its name is known, the one that was asked for.
         created: Unix time in seconds; 0 until the first event.
     """
 
@@ -164,6 +165,8 @@ async def _stream(
                     added = text.end(output.text)
                 else:
                     output, added = None, text.add(event)
+                if isinstance(event, StartedEvent | SucceededEvent):
+                    chunks.model = event.model.id
                 if chunks.created == 0 and (added or output or isinstance(event, StartedEvent)):
                     chunks.created = int(event.time.timestamp())
                     yield chunks.delta({"role": "assistant", "content": ""})

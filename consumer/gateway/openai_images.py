@@ -9,7 +9,6 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from consumer.gateway.answers import described, json_answer
-from consumer.gateway.context import Gateway
 from consumer.gateway.contract import in_callers_words
 from consumer.gateway.errors import ApiError
 from consumer.gateway.openai_parameters import AUTO, ImageParameters
@@ -62,7 +61,7 @@ class ImagesAnswer(BaseModel):
     output_format: str
     size: str
     usage: ImageUsage = ImageUsage()
-    model: str
+    model: str = Field(description="the one that has run")
     warnings: tuple[str, ...] = Field(description="what was done otherwise than asked")
 
 
@@ -95,7 +94,7 @@ async def answer(
     Raises:
         ApiError: With the parameters' names in the words of OpenAI's API.
     """
-    model = await sender.gateway.catalogue.name_of(parameters.model, Task.TEXT_TO_IMAGE)
+    await sender.gateway.catalogue.name_of(parameters.model, Task.TEXT_TO_IMAGE)
     try:
         call = await sender.submit(wanted)
         if sender.preferences.respond_async:
@@ -112,7 +111,7 @@ async def answer(
             created=int(event.time.timestamp()),
             data=[
                 ImageData(
-                    b64_json=None if by_url else await _base64(sender.gateway, event, number),
+                    b64_json=None if by_url else await _base64(call, event, number),
                     url=output.url if by_url else None,
                     seed=output.seed,
                     flagged=output.flagged,
@@ -121,7 +120,7 @@ async def answer(
             ],
             output_format=_format(outputs[0]),
             size=_size(outputs[0]),
-            model=model,
+            model=event.model.id,
             warnings=event.warnings,
         )
     )
@@ -139,7 +138,7 @@ async def _stream(
                     yield _partial(event, previews.taken - 1, parameters, kind)
                 elif isinstance(event, SucceededEvent):
                     for number in range(len(_images(event))):
-                        yield await _completed(call.sender.gateway, event, number, kind)
+                        yield await _completed(call, event, number, kind)
     except ApiError as error:
         raise in_callers_words(error, parameters.names) from None
     yield DONE
@@ -181,12 +180,12 @@ def _partial(event: ProgressEvent, index: int, parameters: ImageParameters, kind
     return sse_message(data, event=name)
 
 
-async def _completed(gateway: Gateway, event: SucceededEvent, number: int, kind: str) -> bytes:
+async def _completed(call: Call, event: SucceededEvent, number: int, kind: str) -> bytes:
     output = _images(event)[number]
     name = f"{kind}.completed"
     data = {
         "type": name,
-        "b64_json": await _base64(gateway, event, number),
+        "b64_json": await _base64(call, event, number),
         "created_at": int(event.time.timestamp()),
         "size": _size(output),
         "quality": AUTO,
@@ -198,8 +197,8 @@ async def _completed(gateway: Gateway, event: SucceededEvent, number: int, kind:
     return sse_message(data, event=name)
 
 
-async def _base64(gateway: Gateway, event: SucceededEvent, number: int) -> str:
-    return base64.b64encode(await gateway.jobs.content(event, number)).decode()
+async def _base64(call: Call, event: SucceededEvent, number: int) -> str:
+    return base64.b64encode(await call.content(event, number)).decode()
 
 
 def _images(event: SucceededEvent) -> list[ImageArtifact]:

@@ -1,6 +1,5 @@
 """`/v1/models` as OpenAI's clients use it."""
 
-from http import HTTPStatus
 from typing import Literal
 
 from fastapi import APIRouter
@@ -8,7 +7,6 @@ from pydantic import BaseModel, Field
 
 from consumer.gateway.catalogue import Model
 from consumer.gateway.context import GatewayPart
-from consumer.gateway.errors import ApiError
 from consumer.gateway.keys import Authenticated
 from generation_contracts import Task
 
@@ -50,7 +48,7 @@ async def get_model(
     for document in _documents(await gateway.catalogue.models()):
         if document.id == model:
             return document
-    raise ApiError(HTTPStatus.NOT_FOUND, "there is no such model", "model_not_found", "model")
+    raise gateway.catalogue.unknown("there is no such model")
 
 
 def _documents(models: list[Model]) -> list[ModelDocument]:

@@ -1,9 +1,9 @@
 """Calls that wait: for a result, within the time that a caller gets, while the caller is there."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from consumer.gateway.context import Gateway, GatewayPart, note_job
 from consumer.gateway.error_handlers import ClientGone
 from consumer.gateway.errors import ApiError, of_error, of_failure
 from consumer.gateway.job_document import job_document
-from consumer.gateway.jobs import Job
+from consumer.gateway.jobs import Job, JobView
 from consumer.gateway.keys import Authenticated
 from consumer.gateway.sse import disconnected
 from consumer.gateway.tenants import Caller
@@ -74,8 +74,12 @@ class Sender:
         if size > self.gateway.bus.client.max_payload:
             raise of_error(RequestTooLarge())
 
-    async def submit(self, wanted: GenerationRequest) -> "Call":
+    async def submit(self, wanted: GenerationRequest, *, waits: bool = True) -> "Call":
         """Queue a request.
+
+        Args:
+            wanted: What to queue.
+            waits: False where the endpoint never waits for the result.
 
         Raises:
             ApiError: It is not queued.
@@ -84,7 +88,7 @@ class Sender:
             self.caller,
             wanted,
             idempotency_key=self.preferences.idempotency_key,
-            wait=not self.preferences.respond_async,
+            wait=waits and not self.preferences.respond_async,
         )
         note_job(self.http, job)
         return Call(self, job)
@@ -104,7 +108,12 @@ SenderPart = Annotated[Sender, Depends(_sender)]
 
 @dataclass(frozen=True)
 class Call:
-    """A job and the client that waits for it."""
+    """A job and the client that waits for it.
+
+    The job is queued. A client that sends its request again without an idempotency key queues a
+    second job, so each error tells such a client not to retry. The client can fetch the job by its
+    id, which the header `X-Request-Id` of the answer has.
+    """
 
     sender: Sender
     job: Job
@@ -126,7 +135,8 @@ class Call:
         finally:
             await cancel_and_wait(waiting, leaving)
         if ended:
-            return waiting.result()
+            with self._without_retry():
+                return waiting.result()
         await self.abandon()
         if gone:
             raise ClientGone
@@ -142,20 +152,38 @@ class Call:
         async with aclosing(self._gateway.jobs.events(self.job)) as entries:
             while True:
                 try:
-                    async with asyncio.timeout_at(until):
-                        entry = await anext(entries, None)
+                    with self._without_retry():
+                        async with asyncio.timeout_at(until):
+                            entry = await anext(entries, None)
+                        if entry is None:
+                            return
+                        require_success(entry.event)
                 except TimeoutError:
                     await self.abandon()
                     raise self._too_late() from None
-                if entry is None:
-                    return
-                require_success(entry.event)
                 yield entry.event
+
+    async def content(self, event: SucceededEvent, number: int) -> bytes:
+        """Read the file of one output.
+
+        Raises:
+            ApiError: See `Jobs.content`.
+        """
+        with self._without_retry():
+            return await self._gateway.jobs.content(event, number)
+
+    async def view(self) -> JobView:
+        """Look at the job.
+
+        Raises:
+            ApiError: See `Jobs.view`.
+        """
+        with self._without_retry():
+            return await self._gateway.jobs.view(self.job)
 
     async def accepted(self) -> JSONResponse:
         """Answer with the job instead of its result: what `Prefer: respond-async` asks for."""
-        view = await self._gateway.jobs.find(self.sender.caller, self.job.id)
-        document = job_document(view)
+        document = job_document(await self.view())
         headers = {
             "location": document.status_url,
             "preference-applied": "respond-async",
@@ -164,8 +192,22 @@ class Call:
 
     async def abandon(self) -> None:
         """Cancel the job, unless the client can come back for it. Never raises."""
-        if self.sender.preferences.idempotency_key is None:
+        if not self._can_be_repeated:
             await self._gateway.jobs.abandon(self.job)
+
+    @contextmanager
+    def _without_retry(self) -> Iterator[None]:
+        """Remove the advice to retry from errors, unless a retry finds the same job."""
+        try:
+            yield
+        except ApiError as error:
+            if self._can_be_repeated:
+                raise
+            raise replace(error, retry_after=None) from None
+
+    @property
+    def _can_be_repeated(self) -> bool:
+        return self.sender.preferences.idempotency_key is not None
 
     @property
     def _gateway(self) -> Gateway:

@@ -8,6 +8,7 @@ import nats
 import pytest
 from nats.aio.msg import Msg
 
+from consumer.bus import services
 from consumer.bus.connection import Bus, BusUnavailable, connect
 from consumer.bus.services import worker_metadata
 from consumer.devstack import NatsServer
@@ -73,6 +74,23 @@ async def test_without_workers_a_task_stands_for_its_model() -> None:
     workers.down = True
     workers.time += 10
     assert await names_of(catalogue) == ["text_to_image", "image_to_text"]
+
+
+async def test_an_unknown_name_is_unavailable_while_the_workers_cannot_be_asked() -> None:
+    workers = Workers(FLUX)
+    workers.down = True
+    catalogue = workers.catalogue()
+    for _ in range(2):
+        with pytest.raises(ApiError) as raised:
+            await catalogue.name_of(FLUX["id"], Task.TEXT_TO_IMAGE)
+        assert (raised.value.status, raised.value.code) == (503, "unavailable")
+        assert raised.value.headers["x-should-retry"] == "true"
+    assert await catalogue.name_of(None, Task.TEXT_TO_IMAGE) == "text_to_image"
+    workers.down = False
+    assert await catalogue.name_of(FLUX["id"], Task.TEXT_TO_IMAGE) == FLUX["id"]
+    with pytest.raises(ApiError) as raised:
+        await catalogue.name_of("other", Task.TEXT_TO_IMAGE)
+    assert raised.value.status == 404
 
 
 async def test_a_model_stays_known_while_its_workers_are_away() -> None:
@@ -144,6 +162,34 @@ async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
 async def test_without_workers_there_is_no_waiting(bus: Bus) -> None:
     async with asyncio.timeout(0.5):
         assert await worker_metadata(bus) == []
+
+
+async def test_a_busy_worker_is_waited_for(
+    bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "ANSWERS_WITHIN", 30.0)
+    client = await nats.connect(nats_server.url)
+
+    async def answer(message: Msg) -> None:
+        await asyncio.sleep(2 * services.QUIET)
+        await message.respond(json.dumps({"metadata": FLUX}).encode())
+
+    await client.subscribe("$SRV.INFO.generation", cb=answer)
+    await client.flush()
+    assert await worker_metadata(bus) == [FLUX]
+    await client.close()
+
+
+async def test_workers_that_do_not_answer_are_no_empty_list(
+    bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services, "ANSWERS_WITHIN", 0.1)
+    client = await nats.connect(nats_server.url)
+    await client.subscribe("$SRV.INFO.generation")
+    await client.flush()
+    with pytest.raises(BusUnavailable, match="no worker has answered"):
+        await worker_metadata(bus)
+    await client.close()
 
 
 async def test_every_worker_counts_and_nothing_else(bus: Bus, nats_server: NatsServer) -> None:

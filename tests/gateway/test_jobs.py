@@ -24,6 +24,7 @@ from tests.faults.conftest import scene, servers
 from tests.faults.outage import let_go, outage
 from tests.faults.scene import WITHIN, Scene
 from tests.gateway.open_jobs import ALICE, BOB, OpenJobs, open_jobs, opened
+from tests.gateway.test_pace import succeeded as measured
 
 __all__ = ["opened", "scene", "servers"]
 
@@ -569,6 +570,59 @@ async def test_positions_and_estimates(scene: Scene, opened: OpenJobs) -> None:
     assert 0.01 < pace < 2
     numbers = (await opened.jobs.numbers(ALICE))[scene.task]
     assert numbers.pace == pace
+
+
+async def test_positions_count_what_a_worker_has_received_in_advance(
+    scene: Scene, opened: OpenJobs
+) -> None:
+    await scene.apply(CONSUMER_MAX_ACK_PENDING="3")
+    await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="3")
+    opened.jobs._pace.add(measured(10.0))
+    running = await opened.submit()
+    await scene.noted("run")
+    await until_state(scene, opened, running, "running")
+    others = [await opened.submit() for _ in range(4)]
+
+    async def received() -> bool:
+        return (await opened.view._read_state(scene.task)).in_flight == 2
+
+    await scene.until(received, "two requests in flight")
+    # The worker takes one request in advance. A second worker does the same.
+    stream = scene.subjects.requests_stream(scene.task)
+    pulling = await scene.sender.jetstream().pull_subscribe_bind(str(scene.task), stream)
+    (in_advance,) = await pulling.fetch(1)
+    opened.view._states[scene.task].expire()
+    now = datetime.now(UTC)
+    views = [await view_of(opened, job) for job in others]
+    assert [(view.state, view.position) for view in views] == [
+        ("queued", position) for position in range(4)
+    ]
+    starts = [(view.estimated_start or now) - now for view in views]
+    assert [round(start / timedelta(seconds=10)) for start in starts] == [1, 2, 3, 4]
+    numbers = (await opened.jobs.numbers(Caller(ALICE.tenant)))[scene.task]
+    assert (numbers.waiting, numbers.running) == (4, 1)
+    own = (await opened.jobs.numbers(ALICE))[scene.task]
+    assert (own.waiting, own.running) == (4, 1)
+    await in_advance.nak()
+    await let_go(scene, "run")
+    await asyncio.gather(*(opened.jobs.result(job) for job in others))
+
+
+async def test_runs_of_senders_without_a_gateway_are_counted(
+    scene: Scene, opened: OpenJobs
+) -> None:
+    await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
+    await scene.submit()
+    await scene.noted("run")
+
+    async def runs() -> bool:
+        return opened.jobs._runs.count(scene.task) == 1
+
+    await scene.until(runs, "a run")
+    job = await opened.submit()
+    assert (await view_of(opened, job)).position == 0
+    await let_go(scene, "run")
+    await opened.jobs.result(job)
 
 
 async def test_the_file_of_an_output(scene: Scene, opened: OpenJobs) -> None:

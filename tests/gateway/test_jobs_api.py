@@ -4,24 +4,22 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
 
 from consumer.devstack import GatewayServer
-from consumer.gateway.app import create_app
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
-from consumer.settings import Settings
 from tests.faults.conftest import scene, servers
 from tests.faults.outage import let_go, outage
 from tests.faults.scene import WITHIN, Scene
 from tests.gateway.open_jobs import settings_of
+from tests.gateway.serving import serving
 
 __all__ = ["scene", "servers"]
 
@@ -103,24 +101,6 @@ class Api:
     alice: Client
     bob: Client
     nobody: Client
-
-
-@asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[str]:
-    """A gateway in this process; where it answers."""
-    config = uvicorn.Config(create_app(settings), port=0, log_config=None, lifespan="on")
-    server = uvicorn.Server(config)
-    # Not serve(): it would handle the signals of the tests.
-    running = asyncio.ensure_future(server._serve())
-    async with asyncio.timeout(WITHIN):
-        while not server.started and not running.done():  # noqa: ASYNC110 - there is no event
-            await asyncio.sleep(0.01)
-    try:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        await running
 
 
 @pytest.fixture

@@ -77,13 +77,28 @@ async def test_positions_count_from_what_is_delivered(scene: Scene, view: QueueV
     ids = await submit(scene, 4)
     pulling = await worker(scene)
     (first,) = await pulling.fetch(1)
-    assert await places(view, ids) == [(0, True), (0, False), (1, False), (2, False)]
+    assert await places(view, ids) == [(0, True), (1, False), (2, False), (3, False)]
     await first.ack_sync()
     (second,) = await pulling.fetch(1)
-    assert await places(view, ids) == [None, (0, True), (0, False), (1, False)]
+    assert await places(view, ids) == [None, (0, True), (1, False), (2, False)]
     state = await view.state(TASK)
     assert (state.waiting, state.in_flight) == (2, 1)
     await second.ack_sync()
+
+
+async def test_requests_that_a_worker_has_received_in_advance_are_counted(
+    scene: Scene, view: QueueView
+) -> None:
+    await scene.apply(CONSUMER_MAX_ACK_PENDING="3")
+    ids = await submit(scene, 5)
+    pulling = await worker(scene)
+    first, second, third = await pulling.fetch(3)
+    delivered = [(0, True), (1, True), (2, True)]
+    assert await places(view, ids) == [*delivered, (3, False), (4, False)]
+    await second.ack_sync()
+    assert await places(view, ids) == [(0, True), None, (1, True), (2, False), (3, False)]
+    await first.ack_sync()
+    await third.ack_sync()
 
 
 async def test_what_was_cancelled_in_the_middle_is_not_counted(
@@ -99,11 +114,11 @@ async def test_what_was_cancelled_in_the_middle_is_not_counted(
         )
     assert await places(view, ids) == [
         (0, True),
-        (0, False),
-        None,
         (1, False),
         None,
         (2, False),
+        None,
+        (3, False),
     ]
     await first.ack_sync()
 

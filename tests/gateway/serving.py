@@ -1,0 +1,29 @@
+"""A gateway in the process of the test, whose constants a test may change."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+
+from consumer.gateway.app import create_app
+from consumer.settings import Settings
+from tests.faults.scene import WITHIN
+
+
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[str]:
+    """A gateway in this process; where it answers."""
+    config = uvicorn.Config(create_app(settings), port=0, log_config=None, lifespan="on")
+    server = uvicorn.Server(config)
+    # Not serve(): it would handle the signals of the tests.
+    running = asyncio.ensure_future(server._serve())
+    async with asyncio.timeout(WITHIN):
+        while not server.started and not running.done():  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(0.01)
+    try:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await running

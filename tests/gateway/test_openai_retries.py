@@ -1,0 +1,196 @@
+"""What the stock openai-python sends again by itself, and how often the model runs."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from openai import AsyncOpenAI, DefaultAsyncHttpx2Client, InternalServerError
+
+from consumer.gateway import app as app_module
+from consumer.gateway import bounds as bounds_module
+from consumer.gateway import errors
+from consumer.gateway import jobs as jobs_module
+from consumer.gateway.event_log import EventLog
+from consumer.gateway.keys import KeyFile
+from consumer.gateway.tenants import Bounds
+from tests.faults.conftest import scene, servers
+from tests.faults.outage import let_go, outage
+from tests.faults.scene import Scene
+from tests.gateway.open_jobs import settings_of
+from tests.gateway.serving import serving
+
+__all__ = ["scene", "servers"]
+
+PROMPT = "a red circle"
+
+
+class Answers:
+    """The answers of the gateway, those included that the library does not show."""
+
+    def __init__(self) -> None:
+        self.seen: list[httpx2.Response] = []
+        self._errors = asyncio.Semaphore(0)
+
+    async def add(self, answer: httpx2.Response) -> None:
+        self.seen.append(answer)
+        if answer.is_error:
+            self._errors.release()
+
+    async def error(self) -> None:
+        """Return when there is a further error."""
+        await self._errors.acquire()
+
+    @property
+    def statuses(self) -> list[int]:
+        return [answer.status_code for answer in self.seen]
+
+
+@asynccontextmanager
+async def openai_for(
+    scene: Scene, answers: Answers, *, key: str = "none", **settings: Any
+) -> AsyncIterator[AsyncOpenAI]:
+    """The library with its own settings, and a gateway."""
+    http = DefaultAsyncHttpx2Client(event_hooks={"response": [answers.add]})
+    async with (
+        serving(settings_of(scene, **settings)) as url,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key=key, http_client=http) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def answers() -> Answers:
+    return Answers()
+
+
+@pytest.fixture
+def no_store(scene: Scene) -> dict[str, str]:
+    """Settings of a gateway that cannot reach the object store."""
+    endpoint = scene.stack.store.endpoint
+    return {"S3_ENDPOINT": "http://127.0.0.1:9", "S3_PUBLIC_ENDPOINT": endpoint}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_is_queued_is_not_sent_again_in_an_outage(
+    scene: Scene, answers: Answers, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(jobs_module, "MAX_OUTAGE", 0.2)
+    monkeypatch.setattr("consumer.gateway.sse.START_WITHIN", 60.0)
+    monkeypatch.setattr(app_module, "EventLog", partial(EventLog, quiet=0.1))
+    worker = await scene.start("held_in_run")
+    async with openai_for(scene, answers) as openai:
+        asking = asyncio.ensure_future(openai.images.generate(prompt=PROMPT, stream=stream))
+        await scene.noted("run")
+        async with outage(scene, "kill", worker):
+            await answers.error()
+        await let_go(scene, "run")
+        with pytest.raises(InternalServerError) as raised:
+            await asking
+        headers = raised.value.response.headers
+        assert (raised.value.code, headers["x-should-retry"]) == ("unavailable", "false")
+        assert "retry-after" not in headers
+        await scene.emptied()
+        assert scene.runs() == [headers["x-request-id"]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_output_that_cannot_be_read_is_not_made_again(
+    scene: Scene, answers: Answers, no_store: dict[str, str], stream: bool
+) -> None:
+    await scene.start()
+    async with openai_for(scene, answers, **no_store) as openai:
+        with pytest.raises(InternalServerError) as raised:
+            await openai.images.generate(prompt=PROMPT, stream=stream)
+        assert raised.value.response.headers["x-should-retry"] == "false"
+        (job,) = scene.runs()
+        assert raised.value.response.headers["x-request-id"] == job
+        # The client can fetch the job, and its files by their presigned URLs.
+        found = await openai.get(f"/jobs/{job}", cast_to=httpx2.Response)
+        assert found.json()["state"] == "succeeded"
+
+
+async def test_other_endpoints_do_not_make_it_again_either(
+    scene: Scene, no_store: dict[str, str]
+) -> None:
+    await scene.start()
+    async with serving(settings_of(scene, **no_store)) as url, httpx2.AsyncClient() as http:
+        answer = await http.post(f"{url}/infer", json={"prompt": PROMPT}, timeout=60)
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (503, "false")
+    assert scene.runs() == [answer.headers["x-request-id"]]
+
+
+async def test_with_an_idempotency_key_it_is_sent_again_and_run_once(
+    scene: Scene, answers: Answers, no_store: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "UNAVAILABLE_RETRY_AFTER", 1)
+    await scene.start()
+    async with openai_for(scene, answers, **no_store) as openai:
+        with pytest.raises(InternalServerError) as raised:
+            await openai.images.generate(prompt=PROMPT, extra_headers={"Idempotency-Key": "k"})
+    assert raised.value.response.headers["x-should-retry"] == "true"
+    assert answers.statuses == [503] * 3
+    assert len(scene.runs()) == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/images/generations"])
+async def test_a_job_that_is_queued_and_cannot_be_looked_at_is_not_queued_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    async def unavailable(*_: object) -> None:
+        raise errors.of_error(jobs_module.ServiceUnavailable())
+
+    monkeypatch.setattr(jobs_module.Jobs, "view", unavailable)
+    fields = {"prompt": PROMPT} | ({"task": "text_to_image"} if path == "/v1/jobs" else {})
+    async with serving(settings_of(scene)) as url, httpx2.AsyncClient() as http:
+        for key, retry in (None, "false"), ("k", "true"):
+            headers = {"prefer": "respond-async"} | ({"idempotency-key": key} if key else {})
+            answer = await http.post(url + path, json=fields, headers=headers)
+            assert (answer.status_code, answer.headers["x-should-retry"]) == (503, retry)
+            assert answer.headers["x-request-id"].startswith("open0000-")
+    assert await scene.left() == 2
+
+
+async def test_a_failure_of_the_model_is_not_sent_again(scene: Scene, answers: Answers) -> None:
+    await scene.start("raises_on_demand")
+    async with openai_for(scene, answers) as openai:
+        with pytest.raises(InternalServerError) as raised:
+            await openai.images.generate(prompt="raises")
+    assert raised.value.code == "model_error"
+    assert answers.statuses == [500]
+    # The worker itself runs it CONSUMER_MAX_ATTEMPTS times.
+    assert set(scene.runs()) == {answers.seen[0].headers["x-request-id"]}
+
+
+async def test_a_bound_of_a_minute_is_waited_for(
+    scene: Scene, answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds_module, "MINUTE", 2.0)
+    file = KeyFile(tmp_path / "keys.json")
+    key = file.add("alice", Bounds(per_minute=1)).text
+    await scene.start()
+    async with openai_for(scene, answers, key=key, GATEWAY_KEYS=file.path) as openai:
+        for _ in range(2):
+            assert (await openai.images.generate(prompt=PROMPT)).data
+    assert answers.statuses == [200, 429, 200]
+    refused = answers.seen[1]
+    assert await refused.aread()
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert refused.headers["retry-after"] in {"1", "2"}
+    assert len(scene.runs()) == 2
+
+
+async def test_a_full_queue_says_when_to_come_again(scene: Scene) -> None:
+    jetstream = scene.sender.jetstream()
+    config = (await jetstream.stream_info(scene.subjects.requests_stream(scene.task))).config
+    await jetstream.update_stream(config.evolve(max_msgs=1))
+    await scene.submit()
+    async with serving(settings_of(scene)) as url, httpx2.AsyncClient() as http:
+        answer = await http.post(f"{url}/v1/images/generations", json={"prompt": PROMPT})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+    assert answer.headers["retry-after"] == str(errors.QUEUE_FULL_RETRY_AFTER)
+    assert answer.headers["x-should-retry"] == "true"
