@@ -43,8 +43,8 @@ class Catalogue:
     """The models of all workers.
 
     A model that was seen stays known while no worker of its task answers: its requests wait in the
-    queue, and workers may be scaled to zero. Where no model of a task was ever seen, the name of
-    the task stands for its model.
+    queue, and workers may be scaled to zero. Where no model of a task was ever seen, every name
+    stands for its model: it is the queued request that starts the first worker.
 
     Args:
         ask: Asks all workers for their metadata; raises BusUnavailable.
@@ -115,8 +115,15 @@ class Catalogue:
         names = [model.name for model in models]
         if name in names:
             return name
+        if self._was_answered and not self._is_seen(task, name):
+            return name
         last_parts = {each.rpartition("/")[2].lower(): each for each in reversed(names)}
         return last_parts.get(name.lower())
+
+    def _is_seen(self, task: Task, name: str) -> bool:
+        """Whether a task has a model, or the name is that of another task or its model."""
+        others = {model.name for model in self._models.values()} | set(Task)
+        return name in others or any(model.task == task for model in self._models.values())
 
     def _refresh(self) -> "asyncio.Task[None]":
         """Ask the workers; several callers wait for one answer."""

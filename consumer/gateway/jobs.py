@@ -20,7 +20,7 @@ from consumer.gateway.job_list import JobList
 from consumer.gateway.job_pages import JobPages, Page
 from consumer.gateway.job_view import Job, JobView, Numbers, State
 from consumer.gateway.pace import Pace
-from consumer.gateway.results import Results, as_api_errors
+from consumer.gateway.results import Results, as_api_errors, require_address
 from consumer.gateway.runs import Runs
 from consumer.gateway.submission import Limits, Submission
 from consumer.gateway.tenants import Caller, submitted_at, tag_of
@@ -48,7 +48,9 @@ __all__ = ["Job", "JobView", "Jobs", "Limits", "Page", "State"]
 
 log = structlog.get_logger()
 
-MAX_OUTAGE = 120.0  # seconds without an answer after which a caller that waits gets an error
+MAX_OUTAGE = (
+    120.0  # seconds of failed lookups and no events after which a caller that waits gets an error
+)
 ABANDON_WITHIN = 60.0  # seconds for the cancellation of what no client waits for
 ABANDON_PAUSE = 1.0  # seconds between two attempts
 CANCELLATIONS = 32  # of abandoned jobs at a time
@@ -166,23 +168,26 @@ class Jobs:
         Raises:
             ApiError: 422 where the result is that of another request; 503 after a long outage.
         """
-        answered = time.monotonic()
+        away_since: float | None = None
 
         async def look() -> AnyEvent | None:
-            nonlocal answered
+            nonlocal away_since
             try:
                 found = await self._results.look(job.task, job.id)
             except ServiceUnavailable:
-                if self._bus.closed.is_set() or time.monotonic() - answered > MAX_OUTAGE:
+                now = time.monotonic()
+                away_since = away_since or now
+                if self._bus.closed.is_set() or now - away_since > MAX_OUTAGE:
                     raise
                 return None
-            answered = time.monotonic()
+            away_since = None
             return found
 
         following = self._events.follow(job.id, after=after, look=look, look_first=not job.is_new)
         with as_api_errors():
             async with aclosing(following) as entries:
                 async for entry in entries:
+                    away_since = None
                     _require_same(job, entry.event)
                     yield entry
 
@@ -329,10 +334,7 @@ class Jobs:
         output = outputs[number] if 0 <= number < len(outputs) else None
         if not isinstance(output, ImageArtifact):
             raise not_found("this job has no such output")
-        if output.url_expires_at <= datetime.now(UTC):
-            raise ApiError(
-                HTTPStatus.NOT_FOUND, "the address of the output has expired", "output_expired"
-            )
+        require_address(output)
         with as_api_errors():
             async with self._downloads:
                 return await self._client.download(output)

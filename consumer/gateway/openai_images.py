@@ -12,6 +12,7 @@ from consumer.gateway.answers import described, json_answer
 from consumer.gateway.contract import in_callers_words
 from consumer.gateway.errors import ApiError
 from consumer.gateway.openai_parameters import AUTO, ImageParameters
+from consumer.gateway.results import require_address
 from consumer.gateway.sse import DONE, EventStream, sse_message
 from consumer.gateway.waiting import Call, Sender, SenderPart
 from generation_contracts import (
@@ -112,7 +113,7 @@ async def answer(
             data=[
                 ImageData(
                     b64_json=None if by_url else await _base64(call, event, number),
-                    url=output.url if by_url else None,
+                    url=require_address(output) if by_url else None,
                     seed=output.seed,
                     flagged=output.flagged,
                 )

@@ -3,14 +3,16 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from http import HTTPStatus
 
 import structlog
 
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
-from consumer.gateway.errors import of_error
+from consumer.gateway.errors import ApiError, of_error
 from generation_client import GenerationClient, GenerationError, ServiceUnavailable
 from generation_client.lookup import ResultEvent
-from generation_contracts import Task
+from generation_contracts import ImageArtifact, Task
 
 log = structlog.get_logger()
 
@@ -69,6 +71,19 @@ class Results:
             return await self._client.result(task, request_id, within=0)
         except TimeoutError:
             return None
+
+
+def require_address(output: ImageArtifact) -> str:
+    """Return where the file of an image can be read.
+
+    Raises:
+        ApiError: 404: the address has expired; results are kept for longer.
+    """
+    if output.url_expires_at <= datetime.now(UTC):
+        raise ApiError(
+            HTTPStatus.NOT_FOUND, "the address of the output has expired", "output_expired"
+        )
+    return output.url
 
 
 @contextmanager

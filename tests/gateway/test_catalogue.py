@@ -4,11 +4,11 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-import nats
 import pytest
 from nats.aio.msg import Msg
 
 from consumer.bus import services
+from consumer.bus.client import RobustClient
 from consumer.bus.connection import Bus, BusUnavailable, connect
 from consumer.bus.services import worker_metadata
 from consumer.devstack import NatsServer
@@ -168,7 +168,8 @@ async def test_a_busy_worker_is_waited_for(
     bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services, "ANSWERS_WITHIN", 30.0)
-    client = await nats.connect(nats_server.url)
+    client = RobustClient()  # its flush waits for the subscription
+    await client.connect(nats_server.url)
 
     async def answer(message: Msg) -> None:
         await asyncio.sleep(2 * services.QUIET)
@@ -184,7 +185,8 @@ async def test_workers_that_do_not_answer_are_no_empty_list(
     bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services, "ANSWERS_WITHIN", 0.1)
-    client = await nats.connect(nats_server.url)
+    client = RobustClient()  # its flush waits for the subscription
+    await client.connect(nats_server.url)
     await client.subscribe("$SRV.INFO.generation")
     await client.flush()
     with pytest.raises(BusUnavailable, match="no worker has answered"):
@@ -193,7 +195,8 @@ async def test_workers_that_do_not_answer_are_no_empty_list(
 
 
 async def test_every_worker_counts_and_nothing_else(bus: Bus, nats_server: NatsServer) -> None:
-    client = await nats.connect(nats_server.url)
+    client = RobustClient()  # its flush waits for the subscription
+    await client.connect(nats_server.url)
 
     async def answer(message: Msg) -> None:
         for body in (

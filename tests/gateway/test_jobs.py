@@ -4,6 +4,7 @@ import asyncio
 import json
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
+from typing import NoReturn
 
 import pytest
 
@@ -12,8 +13,11 @@ from consumer.gateway import jobs as jobs_module
 from consumer.gateway.errors import ApiError
 from consumer.gateway.event_log import Entry, EventId
 from consumer.gateway.jobs import Job, JobView
+from consumer.gateway.results import Results, require_address
 from consumer.gateway.tenants import Caller
+from generation_client import ServiceUnavailable
 from generation_contracts import (
+    CancelledEvent,
     ImageToTextRequest,
     InvalidRequest,
     SucceededEvent,
@@ -420,6 +424,38 @@ async def test_a_long_outage_is_said(
         assert refused(error) == (503, "unavailable")
 
 
+async def test_an_outage_counts_from_its_first_failed_lookup(
+    opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that reports its progress needs no lookup for a long time."""
+    monkeypatch.setattr(jobs_module, "MAX_OUTAGE", 0.0)
+    failed = asyncio.Event()
+
+    async def fail(*_: object) -> NoReturn:
+        failed.set()
+        raise ServiceUnavailable
+
+    job = await opened.submit()
+    waiting = asyncio.ensure_future(opened.jobs.result(job))
+    with monkeypatch.context() as patched:
+        patched.setattr(Results, "look", fail)
+        opened.log.interrupt()
+        await failed.wait()
+    end = CancelledEvent(
+        request_id=job.id,
+        task=job.task,
+        sequence=1,
+        time=datetime.now(UTC),
+        worker="w",
+        attempt=1,
+        request_digest=job.digest,
+    )
+    opened.log.add(end, 100)
+    with pytest.raises(ApiError) as error:
+        await waiting
+    assert refused(error) == (409, "cancelled")
+
+
 # -- cancelling -----------------------------------------------------------------------------------
 
 
@@ -638,6 +674,9 @@ async def test_the_file_of_an_output(scene: Scene, opened: OpenJobs) -> None:
     late = result.model_copy(update={"outputs": (result.outputs[0].model_copy(update=expired),)})
     with pytest.raises(ApiError) as error:
         await opened.jobs.content(late, 0)
+    assert refused(error) == (404, "output_expired")
+    with pytest.raises(ApiError) as error:
+        require_address(late.outputs[0])
     assert refused(error) == (404, "output_expired")
     lost = {"url": "http://127.0.0.1:9/x"}
     gone = result.model_copy(update={"outputs": (result.outputs[0].model_copy(update=lost),)})

@@ -48,10 +48,12 @@ async def test_the_tasks_stand_for_their_models(http: httpx2.AsyncClient) -> Non
     assert [model["id"] for model in answer.json()["data"]] == ["text_to_image", "image_to_text"]
 
 
-async def test_who_does_not_wait_is_queued(http: httpx2.AsyncClient) -> None:
+@pytest.mark.parametrize("model", ["text_to_image", "black-forest-labs/FLUX.1-schnell"])
+async def test_who_does_not_wait_is_queued(http: httpx2.AsyncClient, model: str) -> None:
+    """Clients name the model of the workers that their request starts."""
     answer = await http.post(
         "/v1/images/generations",
-        json={"prompt": "a red circle", "model": "text_to_image"},
+        json={"prompt": "a red circle", "model": model},
         headers={"Prefer": "respond-async"},
     )
     assert answer.status_code == 202
