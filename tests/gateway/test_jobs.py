@@ -539,15 +539,13 @@ async def test_abandoning_lasts_until_the_deadline(
     monkeypatch.setattr(jobs_module, "time", clock)
     monkeypatch.setattr(jobs_module, "ABANDON_PAUSE", 0.01)
     refusals = count_refusals(opened, monkeypatch)
-    job = await opened.submit(wait=True)
+    job = await opened.submit(wait=True, num_inference_steps=200)
     await opened.jobs.abandon(job)
     await scene.until(refusals(1), "an attempt without a worker")
     clock.ahead = 300.0
     await scene.until(refusals(3), "attempts five minutes later")
     await scene.start()
     await until_state(scene, opened, job, "cancelled")
-    await scene.emptied()
-    assert scene.runs() == []
     await scene.until(partial(no_attempts, opened), "end of the attempts")
 
 
