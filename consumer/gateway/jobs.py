@@ -48,11 +48,10 @@ __all__ = ["Job", "JobView", "Jobs", "Limits", "Page", "State"]
 
 log = structlog.get_logger()
 
-MAX_OUTAGE = (
-    120.0  # seconds of failed lookups and no events after which a caller that waits gets an error
-)
-ABANDON_WITHIN = 60.0  # seconds for the cancellation of what no client waits for
-ABANDON_PAUSE = 1.0  # seconds between two attempts
+MAX_OUTAGE = 120.0  # seconds of failed lookups without an event, for a caller that waits
+ABANDON_PAUSE = 1.0  # seconds between two attempts to cancel what no client waits for
+ABANDON_ATTEMPTS = 500  # a second, for all abandoned jobs together
+MOST_ABANDONED = 10_000  # jobs that are being cancelled
 CANCELLATIONS = 32  # of abandoned jobs at a time
 CLOSE_WITHIN = 5.0  # seconds for the cancellations that are under way
 DOWNLOADS = 16  # files in memory at a time
@@ -99,6 +98,7 @@ class Jobs:
             limits=limits,
             wait=timedelta(seconds=settings.gateway_wait),
         )
+        self._wait = settings.gateway_wait
         self._pages = JobPages(ids, self._look)
         self._pace = Pace()
         self._runs = Runs()
@@ -317,7 +317,14 @@ class Jobs:
         return await self.find(caller, job_id)
 
     async def abandon(self, job: Job) -> None:
-        """Cancel a job whose caller has gone away. Never raises, and does not wait."""
+        """Cancel a job whose caller has gone away. Never raises, and does not wait.
+
+        Cancelling needs a worker, so it is repeated until the deadline of the job: a worker that
+        starts after that does not run it.
+        """
+        if len(self._abandoning) >= MOST_ABANDONED:
+            log.warning("job_not_cancelled", job=job.id, reason="too many are being cancelled")
+            return
         # In another task: the caller's task may be cancelled already.
         abandoning = asyncio.create_task(self._abandon(job.id), name="abandon")
         self._abandoning.add(abandoning)
@@ -389,16 +396,20 @@ class Jobs:
         return replace(view, state="queued", position=position, estimated_start=start)
 
     async def _abandon(self, job_id: str) -> None:
-        until = time.monotonic() + ABANDON_WITHIN
+        until = time.monotonic() + self._wait
+        logged = ""
         while True:
             try:
                 async with self._cancellations:
                     reply = await self._client.cancel(job_id)
             except Exception as error:  # noqa: BLE001 - the client has disconnected
-                log.warning("job_not_cancelled", job=job_id, reason=str(error)[:200])
+                reason = str(error)[:200]
+                if reason != logged:
+                    log.warning("job_not_cancelled", job=job_id, reason=reason)
+                    logged = reason
                 if time.monotonic() > until or self._bus.closed.is_set():
                     return
-                await asyncio.sleep(ABANDON_PAUSE)
+                await asyncio.sleep(max(ABANDON_PAUSE, len(self._abandoning) / ABANDON_ATTEMPTS))
             else:
                 log.info("job_abandoned", job=job_id, status=reply.status)
                 return

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import time
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import NoReturn
 
 import pytest
@@ -15,9 +18,10 @@ from consumer.gateway.event_log import Entry, EventId
 from consumer.gateway.jobs import Job, JobView
 from consumer.gateway.results import Results, require_address
 from consumer.gateway.tenants import Caller
-from generation_client import ServiceUnavailable
+from generation_client import NoWorker, ServiceUnavailable
 from generation_contracts import (
     CancelledEvent,
+    CancelReply,
     ImageToTextRequest,
     InvalidRequest,
     SucceededEvent,
@@ -46,6 +50,37 @@ async def events_of(gateway: OpenJobs, job: Job, after: EventId | None = None) -
 
 async def view_of(gateway: OpenJobs, job: Job, caller: Caller = ALICE) -> JobView:
     return await gateway.jobs.find(caller, job.id)
+
+
+def count_refusals(
+    gateway: OpenJobs, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], Callable[[], Awaitable[bool]]]:
+    """Count the cancellations that find no worker; the result waits for so many more."""
+    refused = 0
+    cancel = gateway.jobs._client.cancel
+
+    async def counted(request_id: str) -> CancelReply:
+        nonlocal refused
+        try:
+            return await cancel(request_id)
+        except NoWorker:
+            refused += 1
+            raise
+
+    def more(count: int) -> Callable[[], Awaitable[bool]]:
+        wanted = refused + count
+
+        async def enough() -> bool:
+            return refused >= wanted
+
+        return enough
+
+    monkeypatch.setattr(gateway.jobs._client, "cancel", counted)
+    return more
+
+
+async def no_attempts(gateway: OpenJobs) -> bool:
+    return not gateway.jobs._abandoning
 
 
 async def until_state(scene: Scene, gateway: OpenJobs, job: Job, state: str) -> JobView:
@@ -524,6 +559,59 @@ async def test_abandoning_never_raises(scene: Scene, monkeypatch: pytest.MonkeyP
         await until_state(scene, gateway, job, "cancelled")
     await gateway.jobs.abandon(job)  # the connection is closed
     await gateway.jobs.close()
+
+
+class Clock:
+    """The module `time` with a clock that the test puts forward."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+async def test_abandoning_lasts_until_the_deadline(
+    scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may take minutes to load after the workers were scaled to zero."""
+    clock = Clock()
+    monkeypatch.setattr(jobs_module, "time", clock)
+    monkeypatch.setattr(jobs_module, "ABANDON_PAUSE", 0.01)
+    refusals = count_refusals(opened, monkeypatch)
+    job = await opened.submit(wait=True, num_inference_steps=200)
+    await opened.jobs.abandon(job)
+    await scene.until(refusals(1), "an attempt without a worker")
+    clock.ahead = 300.0
+    await scene.until(refusals(3), "attempts five minutes later")
+    await scene.start()
+    await until_state(scene, opened, job, "cancelled")
+    await scene.until(partial(no_attempts, opened), "end of the attempts")
+
+
+async def test_abandoning_ends_with_the_deadline(
+    scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(jobs_module, "time", clock)
+    monkeypatch.setattr(jobs_module, "ABANDON_PAUSE", 0.01)
+    refusals = count_refusals(opened, monkeypatch)
+    await opened.jobs.abandon(await opened.submit(wait=True))
+    await scene.until(refusals(1), "an attempt without a worker")
+    clock.ahead = 601.0
+    await scene.until(partial(no_attempts, opened), "end of the attempts")
+
+
+async def test_only_so_many_jobs_are_abandoned_at_a_time(
+    opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "MOST_ABANDONED", 2)
+    monkeypatch.setattr(jobs_module, "CLOSE_WITHIN", 0.1)
+    for _ in range(3):
+        await opened.jobs.abandon(await opened.submit(wait=True))
+    assert len(opened.jobs._abandoning) == 2
+    await opened.jobs.close()  # there is no worker: it does not wait for the deadline
+    assert not opened.jobs._abandoning
 
 
 # -- tenants --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,24 @@ async def test_the_place_in_the_queue_is_streamed(scene: Scene, api: Api) -> Non
     assert events[0] in {"started", "queued"}
     assert events[-1] == "succeeded"
     assert (await api.alice.end(first)).event == "succeeded"
+
+
+async def test_the_start_is_estimated_once_a_result_was_measured(scene: Scene, api: Api) -> None:
+    worker = await scene.start("slow_steps")
+    await api.alice.end(await api.alice.submit(num_inference_steps=1))
+    await scene.emptied()
+    await asyncio.to_thread(worker.kill)
+    jobs = [await api.alice.submit() for _ in range(3)]
+    now = datetime.now(UTC)
+    starts = [datetime.fromisoformat(job["estimated_start"]) for job in jobs]
+    assert now < starts[0] < starts[1] < starts[2]
+    async for message in api.alice.messages(jobs[2]):
+        assert message.event == "queued"
+        assert now < datetime.fromisoformat(message.data["estimated_start"])
+        if message.data["position"] == 2:  # the numbers may be a second old
+            break
+    queue = (await api.alice.ask("GET", "/v1/queue")).json()
+    assert queue["tasks"][0]["pace_seconds"] > 0
 
 
 async def test_a_stream_resumes_at_another_gateway_when_its_own_is_killed(

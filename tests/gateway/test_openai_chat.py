@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx2
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
 
@@ -12,6 +13,7 @@ from generation_contracts import SucceededEvent, Task, TextOutput
 from tests.gateway.pictures import data_url, red_circle
 
 IMAGE = {"type": "image_url", "image_url": {"url": data_url(red_circle()), "detail": "auto"}}
+WITHIN = 60.0  # seconds
 DESCRIPTION = "A red circle on a blue background in the center."
 
 
@@ -131,6 +133,22 @@ async def test_an_idempotent_stream_is_the_same_request_each_time(openai: AsyncO
         return stream.response.headers["x-request-id"], text
 
     assert await ask() == await ask()
+
+
+async def test_a_caller_need_not_wait(gateway: GatewayServer, behind: GenerationClient) -> None:
+    async with httpx2.AsyncClient(base_url=gateway.url, timeout=WITHIN) as http:
+        answer = await http.post(
+            "/v1/chat/completions",
+            json={"model": "demonstration", "messages": [user()], "stream": True},
+            headers={"Prefer": "respond-async"},
+        )
+    assert answer.status_code == 202
+    job = answer.json()
+    assert answer.headers["preference-applied"] == "respond-async"
+    assert answer.headers["location"] == job["status_url"] == f"/v1/jobs/{job['id']}"
+    assert job["task"] == "image_to_text"
+    result = await behind.result(Task.IMAGE_TO_TEXT, job["id"], within=WITHIN)
+    assert isinstance(result, SucceededEvent)
 
 
 @pytest.mark.parametrize(
