@@ -11,13 +11,23 @@ from typing import Any
 import pytest
 
 from consumer.devstack import GatewayServer
+from consumer.gateway import bounds as bounds_module
+from consumer.gateway.keys import KeyFile
+from consumer.gateway.tenants import Bounds
 from generation_client import GenerationClient
 from generation_contracts import CancelledEvent, Task
+from tests.faults.conftest import scene, servers
+from tests.faults.scene import Scene
+from tests.gateway.open_jobs import settings_of
 from tests.gateway.pictures import data_url, decoded, red_circle
+from tests.gateway.serving import serving
+
+__all__ = ["scene", "servers"]
 
 SOURCES = Path(__file__).parent / "node"
 WITHIN = 120.0  # seconds for everything that the script does
 DESCRIPTION = "A red circle on a blue background in the center."
+BOUNDS = {"free": Bounds(), "bound": Bounds(per_minute=1)}
 INSTALL = "npm install --no-fund --no-audit --ignore-scripts --no-package-lock --silent"
 
 
@@ -105,3 +115,38 @@ async def test_a_client_that_leaves_cancels_its_request(
     async with asyncio.timeout(WITHIN):
         result = await behind.result(Task.TEXT_TO_IMAGE, found["left"])
     assert isinstance(result, CancelledEvent)
+
+
+async def test_what_is_sent_again(
+    scene: Scene, client: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds_module, "MINUTE", 2.0)
+    file = KeyFile(tmp_path / "keys.json")
+    keys = [file.add(name, bounds).text for name, bounds in BOUNDS.items()]
+    await scene.start("raises_on_demand")
+    storeless = settings_of(
+        scene,
+        GATEWAY_KEYS=file.path,
+        S3_ENDPOINT="http://127.0.0.1:9",
+        S3_PUBLIC_ENDPOINT=scene.stack.store.endpoint,
+    )
+    async with (
+        serving(settings_of(scene, GATEWAY_KEYS=file.path)) as url,
+        serving(storeless) as storeless_url,
+    ):
+        run = await asyncio.create_subprocess_exec(
+            *("node", "retries.mjs", f"{url}/v1", *keys, f"{storeless_url}/v1"),
+            cwd=client,
+            stdout=subprocess.PIPE,
+        )
+        async with asyncio.timeout(WITHIN):
+            output, _ = await run.communicate()
+    assert run.returncode == 0
+    found = json.loads(output)
+    failed, unread, bound = found["failed"], found["unread"], found["bound"]
+    assert (failed["statuses"], failed["error"]["code"]) == ([500], "model_error")
+    assert (unread["statuses"], unread["error"]["code"]) == ([503], "unavailable")
+    assert (bound["statuses"], bound["images"], bound["error"]) == ([200, 429, 200], 2, None)
+    jobs = list(dict.fromkeys(scene.runs()))
+    assert jobs[:2] == [failed["error"]["job"], unread["error"]["job"]]
+    assert len(jobs) == 4
