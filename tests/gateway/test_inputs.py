@@ -12,8 +12,8 @@ from generation_contracts import Task, decode_request
 
 ALICE = Tenant("alice", "alice000", b"")
 BOB = Tenant("bob", "bob00000", b"")
-OWN = f"generation/out/text_to_image/{BOB.id_of("a")}/0-aa.png"
-OTHER = f"generation/out/text_to_image/{ALICE.id_of("a")}/0-aa.png"
+OWN = f"generation/out/text_to_image/{BOB.id_of('a')}/0-aa.png"
+OTHER = f"generation/out/text_to_image/{ALICE.id_of('a')}/0-aa.png"
 
 
 def reference(place: str) -> dict[str, str]:
