@@ -29,6 +29,7 @@ from consumer.gateway.context import Gateway
 from consumer.gateway.error_handlers import install_error_handlers
 from consumer.gateway.event_log import EventLog
 from consumer.gateway.in_flight import InFlight, InFlightMiddleware
+from consumer.gateway.job_document import ErrorDetails
 from consumer.gateway.job_list import JobList
 from consumer.gateway.jobs import Jobs
 from consumer.gateway.keys import Keys
@@ -62,15 +63,6 @@ ROUTERS: list[APIRouter] = [
     health.router,
     page.router,
 ]
-
-
-class ErrorDetails(BaseModel):
-    """What is wrong."""
-
-    message: str
-    type: str
-    code: str
-    param: str | None
 
 
 class ErrorBody(BaseModel):

@@ -33,7 +33,6 @@ class Limits:
         unfinished: Returns the ids of a tenant's requests that wait or run, a few seconds old at
             most.
         input_prefixes: Of the store's objects that every tenant may name as inputs.
-        refused: Called with the code of each refusal.
         now: The clock, in seconds.
     """
 
@@ -42,12 +41,10 @@ class Limits:
         unfinished: Unfinished,
         *,
         input_prefixes: Sequence[str] = (),
-        refused: Callable[[str], None] = lambda _code: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._unfinished = unfinished
         self._input_prefixes = input_prefixes
-        self._refused = refused
         self._now = now
         self._minutes: dict[str, deque[float]] = {}  # of each key, the times of its requests
         # What the queue's numbers may not show yet, with the time at which it happened.
@@ -67,18 +64,14 @@ class Limits:
             ApiError: 400 or 403 that names the parameter; 429 with the seconds after which to try
                 again.
         """
-        try:
-            if caller.key_id:  # without keys there is one tenant
-                require_own_inputs(caller.tenant, request, self._input_prefixes)
-            _require_within(caller.bounds, request)
-            if caller.bounds.waiting is not None:
-                await self._require_room(caller.tenant, caller.bounds.waiting)
-            # No await from here on: two requests cannot take the last place.
-            if caller.bounds.per_minute is not None:
-                self._count(caller.key_id, caller.bounds.per_minute)
-        except ApiError as error:
-            self._refused(error.code)
-            raise
+        if caller.key_id:  # without keys there is one tenant
+            require_own_inputs(caller.tenant, request, self._input_prefixes)
+        _require_within(caller.bounds, request)
+        if caller.bounds.waiting is not None:
+            await self._require_room(caller.tenant, caller.bounds.waiting)
+        # No await from here on: two requests cannot take the last place.
+        if caller.bounds.per_minute is not None:
+            self._count(caller.key_id, caller.bounds.per_minute)
         if request.request_id is not None:
             self._ended.pop(request.request_id, None)
             self._note(self._admitted, request.request_id)

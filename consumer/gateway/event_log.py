@@ -134,11 +134,6 @@ class EventLog:
         self._drop_old()
         return self._bytes
 
-    @property
-    def readers(self) -> int:
-        """How many follow a request now."""
-        return sum(story.readers for story in self._stories.values())
-
     def add(self, event: AnyEvent, size: int) -> None:
         """Keep an event and wake the readers of its request.
 

@@ -22,7 +22,7 @@ class Progress(BaseModel):
 
 
 class ErrorDetails(BaseModel):
-    """Why a job has failed."""
+    """What is wrong with a request, or why a job has failed."""
 
     message: str
     type: str

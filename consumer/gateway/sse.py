@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -50,8 +50,8 @@ class EventStream(Response):
     Args:
         messages: Encoded messages. One task iterates and closes the generator.
         on_disconnect: Called when the client disconnects, or does not read, before the last
-            message was sent. It is not called when the server stops.
-        headers: More headers.
+            message was sent. It is also called when the server ends the request, which then looks
+            like a client that has disconnected.
     """
 
     media_type = "text/event-stream"
@@ -61,9 +61,8 @@ class EventStream(Response):
         messages: AsyncGenerator[bytes, None],
         *,
         on_disconnect: Callable[[], Awaitable[None]] | None = None,
-        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(headers={**HEADERS, **(headers or {})})
+        super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._messages = messages
         self._on_disconnect = on_disconnect
