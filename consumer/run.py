@@ -82,10 +82,9 @@ class Interrupt:
                 self.check()
             return await doing
         finally:
-            if not doing.done():
-                doing.cancel()
-                # What is broken off has ended before anything else is done with its parts.
-                await asyncio.gather(doing, return_exceptions=True)
+            doing.cancel()
+            # What is broken off has ended before anything else is done with its parts.
+            await asyncio.gather(doing, return_exceptions=True)
             del doing, either  # what the work raised has this frame in its traceback
 
     async def sleep(self, seconds: float) -> None:
