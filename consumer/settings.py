@@ -213,7 +213,7 @@ class Settings(BaseSettings):
     )
     gateway_input_prefixes: List = Field(
         default=(),
-        description="`bucket/prefix` that every tenant may name as an input; else its outputs only",
+        description="`bucket/prefix` of shared inputs, besides a tenant's own outputs",
     )
     gateway_max_body: Annotated[int, Field(ge=1_024, description="bytes of one request")] = (
         2 * 2**20  # twice the server's max_payload: JSON can escape what the queue has unescaped

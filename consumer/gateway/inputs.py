@@ -1,7 +1,7 @@
 """Which objects of the store a tenant may name as inputs.
 
-A worker reads every object under its input prefixes, by default all outputs of all tenants. So a
-gateway with API keys lets a tenant name the outputs of its own jobs, and what is for all tenants.
+A worker reads every object under its input prefixes, by default all outputs of all tenants. So
+with API keys, a request may refer to the outputs of its tenant's own jobs and to shared objects.
 """
 
 from collections.abc import Iterator, Sequence

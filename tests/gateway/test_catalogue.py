@@ -159,17 +159,24 @@ async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
     await bus.close()
 
 
+@pytest.fixture
+async def client(nats_server: NatsServer) -> AsyncIterator[RobustClient]:
+    """The connection of a stand-in for workers; its flush waits for the subscription."""
+    connection = RobustClient()
+    await connection.connect(nats_server.url)
+    yield connection
+    await connection.close()
+
+
 async def test_without_workers_there_is_no_waiting(bus: Bus) -> None:
     async with asyncio.timeout(0.5):
         assert await worker_metadata(bus) == []
 
 
 async def test_a_busy_worker_is_waited_for(
-    bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+    bus: Bus, client: RobustClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services, "ANSWERS_WITHIN", 30.0)
-    client = RobustClient()  # its flush waits for the subscription
-    await client.connect(nats_server.url)
 
     async def answer(message: Msg) -> None:
         await asyncio.sleep(2 * services.QUIET)
@@ -178,25 +185,19 @@ async def test_a_busy_worker_is_waited_for(
     await client.subscribe("$SRV.INFO.generation", cb=answer)
     await client.flush()
     assert await worker_metadata(bus) == [FLUX]
-    await client.close()
 
 
 async def test_workers_that_do_not_answer_are_no_empty_list(
-    bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+    bus: Bus, client: RobustClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services, "ANSWERS_WITHIN", 0.1)
-    client = RobustClient()  # its flush waits for the subscription
-    await client.connect(nats_server.url)
     await client.subscribe("$SRV.INFO.generation")
     await client.flush()
     with pytest.raises(BusUnavailable, match="no worker has answered"):
         await worker_metadata(bus)
-    await client.close()
 
 
-async def test_every_worker_counts_and_nothing_else(bus: Bus, nats_server: NatsServer) -> None:
-    client = RobustClient()  # its flush waits for the subscription
-    await client.connect(nats_server.url)
+async def test_every_worker_counts_and_nothing_else(bus: Bus, client: RobustClient) -> None:
 
     async def answer(message: Msg) -> None:
         for body in (
@@ -211,4 +212,3 @@ async def test_every_worker_counts_and_nothing_else(bus: Bus, nats_server: NatsS
     await client.subscribe("$SRV.INFO.generation", cb=answer)
     await client.flush()
     assert await worker_metadata(bus) == [FLUX, QWEN]
-    await client.close()
