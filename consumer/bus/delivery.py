@@ -157,10 +157,7 @@ class JetStreamDelivery:
                 log.warning("delivery_forgotten")
                 return
             try:
-                async with self._bus.question(CONFIRM_TIMEOUT):
-                    await self._bus.client.request(
-                        self._message.reply, payload, timeout=CONFIRM_TIMEOUT
-                    )
+                await self._bus.ask(self._message.reply, payload, within=CONFIRM_TIMEOUT)
             except (Error, OSError) as error:
                 log.warning("settlement_unconfirmed", error=type(error).__name__)
             else:
