@@ -555,11 +555,11 @@ ODD_IMAGES: dict[str, Odd] = {
     "jpeg-lossless": Odd(lambda: base64.b64decode(LOSSLESS), lambda: two_colours(16, 8)),
     "jpeg-of-12-bits": Odd(
         lambda: base64.b64decode(TWELVE_BITS),
-        "the image is a JPEG file of 12 bits; 8 bits are read",
+        "the image is a JPEG file with 12 bits per sample; 8 are read",
     ),
     "jpeg-hierarchical": Odd(
         lambda: jpeg().replace(b"\xff\xc0\0", b"\xff\xc5\0", 1),
-        "the image is a JPEG file of a rare kind; usual JPEG files are read",
+        "the image is a hierarchical or JPEG-LS file; baseline and progressive JPEG are read",
     ),
     "jpeg-progressive": Odd(lambda: jpeg(progressive=True), tolerance=JPEG_ROUNDING),
     "jpeg-with-restarts": Odd(lambda: jpeg(restart_marker_blocks=1), tolerance=JPEG_ROUNDING),
@@ -601,7 +601,7 @@ ODD_IMAGES: dict[str, Odd] = {
     "text": Odd(lambda: b"a photograph of a cat", UNKNOWN),
     "iphone-png": Odd(
         lambda: PNG_SIGNATURE + png_chunk(b"CgBI", b"P\0 \6") + as_file(photograph())[8:],
-        "the image is a PNG file in Apple's format CgBI; PNG is read",
+        "the image is a PNG file in Apple's CgBI format; standard PNG files are read",
     ),
     **{
         f"format-{label}": Odd(
@@ -646,6 +646,6 @@ ODD_IMAGES: dict[str, Odd] = {
         lambda: (
             b"\xff\xd8\xff\xf7\0\x0b\x08\0\x08\0\x10\1\1\x11\0\xff\xda\0\x08\1\1\0\0\0\0\0\xff\xd9"
         ),
-        "the image is a JPEG file of a rare kind; usual JPEG files are read",
+        "the image is a hierarchical or JPEG-LS file; baseline and progressive JPEG are read",
     ),
 }

@@ -132,10 +132,12 @@ def _too_many() -> InputUnavailable:
 
 def _check_frame(frame: _Segment) -> None:
     if frame.marker not in _READ_FRAMES:
-        raise InputUnavailable("the image is a JPEG file of a rare kind; usual JPEG files are read")
+        raise InputUnavailable(
+            "the image is a hierarchical or JPEG-LS file; baseline and progressive JPEG are read"
+        )
     if frame.body[:1] != b"\x08":
         bits = frame.body[0] if frame.body else 0
-        raise InputUnavailable(f"the image is a JPEG file of {bits} bits; 8 bits are read")
+        raise InputUnavailable(f"the image is a JPEG file with {bits} bits per sample; 8 are read")
 
 
 def _is_needed(segment: _Segment) -> bool:

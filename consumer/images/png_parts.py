@@ -52,7 +52,9 @@ def png_parts(data: bytes) -> FileParts:
         InputUnavailable: Animated, damaged, of another format, or too many chunks.
     """
     if data[12:16] == b"CgBI":
-        raise InputUnavailable("the image is a PNG file in Apple's format CgBI; PNG is read")
+        raise InputUnavailable(
+            "the image is a PNG file in Apple's CgBI format; standard PNG files are read"
+        )
     found = _find(data)
     depth, colour = found.header[8:10]
     palette = b""

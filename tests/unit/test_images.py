@@ -68,6 +68,36 @@ def test_an_odd_file_shows_its_pixels_or_is_refused_in_words(name: str) -> None:
     assert max(most for _, most in differences) <= odd.tolerance
 
 
+def test_the_page_has_the_words_of_each_refusal() -> None:
+    page = (Path(__file__).parents[2] / "docs/inputs.md").read_text("utf-8")
+    table, names = page.partition("## Refusals")[2].split("FORMAT: ")
+    named = {name.strip(" .\n") for name in names.replace("\n", " ").split(", ")}
+    said = {odd.sees for odd in ODD_IMAGES.values() if isinstance(odd.sees, str)}
+    said |= {refusal(data, ImageCodec(max_bytes=20_000, max_pixels=100)) for data in over_limits()}
+    said |= {refusal(data) for data in over_limits()[1:]}
+    templates, formats = set(), set()
+    for words in said:
+        if other := re.fullmatch(r"the image is (.+); PNG, JPEG and WebP are read", words):
+            formats.add(other[1])
+            words = words.replace(other[1], "FORMAT")  # noqa: PLW2901 - the template of the words
+        templates.add(re.sub(r"\b\d+\b", "N", words))
+    assert set(re.findall(r"^\| `(the image .+?)` \|", table, re.MULTILINE)) == templates
+    assert named == formats
+
+
+def over_limits() -> list[bytes]:
+    """A file over each limit: bytes, pixels, both sides, their ratio, and the counts of parts."""
+    return [
+        bytes(20_001),
+        png_file(60_000, 60_000, bytes(100)),
+        as_file(Image.new("1", (16_385, 84))),
+        as_file(Image.new("L", (4, 3))),
+        as_file(Image.new("L", (801, 4))),
+        in_png(png_chunk(b"teXt", b"") * 20_010),
+        webp()[:4] + bytes(4) + webp()[8:12] + b"junk\0\0\0\0" * 20_010,
+    ]
+
+
 def test_pillow_gets_nothing_but_what_decoding_needs() -> None:
     secret = b"a secret in the metadata"
     exif, xmp = exif_of(6) + secret, xmp_of(6) + secret
