@@ -52,7 +52,7 @@ class ImageCodec:
 
     Args:
         max_bytes: The largest input file.
-        max_pixels: Width times height of the largest input; decoding takes up to 11 bytes each.
+        max_pixels: Width times height of the largest input; decoding takes up to 26 bytes each.
         max_side: The longest side of an input, in pixels.
     """
 

@@ -44,7 +44,7 @@ def paint_transparent_colour(rgb: Image.Image, decoded: Image.Image, parts: File
     """
     if not parts.transparent:
         return
-    key = np.array(parts.transparent)
+    key = np.array(parts.transparent, "u2")
     if decoded.mode == "RGB":
         wide = parts.depth > 8  # noqa: PLR2004 - bits of a sample in memory
         same = _equals(decoded, key >> 8 if wide else key)
@@ -53,7 +53,8 @@ def paint_transparent_colour(rgb: Image.Image, decoded: Image.Image, parts: File
     elif decoded.mode.startswith("I"):
         same = np.asarray(decoded) == key
     else:
-        same = np.asarray(decoded.convert("L")) == key * (255 // (2**parts.depth - 1))
+        grey = decoded.convert("L") if decoded.mode == "1" else decoded
+        same = np.asarray(grey) == (key * (255 // (2**parts.depth - 1))).astype("u1")
     rgb.paste(_WHITE, mask=Image.fromarray(same))
 
 
@@ -65,7 +66,7 @@ def _planes(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if image.mode == "LA":
         return image.getchannel("L"), image.getchannel("A")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         return rgba.convert("RGB"), rgba.getchannel("A")
     if image.mode == "1":
         return image.convert("L"), None
@@ -106,7 +107,10 @@ def _conversion(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _equals(image: Image.Image, colour: NDArray[Any]) -> NDArray[np.bool_]:
-    same: NDArray[np.bool_] = np.all(np.asarray(image) == colour, axis=-1)
+    """Compare each pixel with a colour of 8-bit samples; height x width."""
+    same: NDArray[np.bool_] = np.ones((image.height, image.width), np.bool_)
+    for band, sample in enumerate(colour.astype("u1")):
+        same &= np.asarray(image.getchannel(band)) == sample
     return same
 
 

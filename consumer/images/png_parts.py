@@ -18,9 +18,7 @@ _SAMPLES = {0: 1, 2: 3}  # colour types grey and RGB -> samples of a transparent
 _MAX_XMP = 2**20  # bytes, inflated
 _MAX_EXIF_TEXT = 2**18  # bytes, inflated
 _XMP_KEYWORD = b"XML:com.adobe.xmp\0"
-_EXIF_KEYWORD = (
-    b"Raw profile type exif\0"  # how ImageMagick stored EXIF before PNG had a chunk for it
-)
+_EXIF_KEYWORD = b"Raw profile type exif\0"  # ImageMagick's
 
 
 class _Chunk(NamedTuple):
