@@ -502,6 +502,9 @@ ODD_IMAGES: dict[str, Odd] = {
             png_chunk(b"eXIf", b"MM\0*" + struct.pack(">IHHHII", 8, 1, 0x112, 4, 1, 6) + bytes(4))
         )
     ),
+    "png-with-a-bad-checksum-in-its-exif": Odd(
+        lambda: in_png(bad_checksum(png_chunk(b"eXIf", exif_of(6))))
+    ),
     "png-with-xmp-as-exif": Odd(lambda: in_png(png_chunk(b"eXIf", b"http://ns.adobe.com/xap"))),
     "webp-turned-by-exif": Odd(lambda: webp(turned(), exif=exif_of(6))),
     "webp-turned-by-exif-with-its-name": Odd(lambda: webp(turned(), exif=b"Exif\0\0" + exif_of(6))),
