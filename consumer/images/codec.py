@@ -1,9 +1,4 @@
-"""Images: input files to RGB pictures within limits, and pictures to files with their hash.
-
-Inputs come from whoever may publish, so each limit is checked before the work that it limits: bytes
-before parsing, pixels from the header before decoding. Nothing of Pillow's global state is changed:
-other parts of the process use Pillow too.
-"""
+"""Input files to images, and images to output files."""
 
 import hashlib
 import json
@@ -12,30 +7,20 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from itertools import islice
 from typing import Any, Literal, NamedTuple
 
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile
 
+from consumer.images import jpeg_parts, png_parts, webp_parts
+from consumer.images.colours import paint_transparent_colour, to_rgb
+from consumer.images.orientation import orientation, upright
+from consumer.images.other_formats import format_name
+from consumer.images.parts import FileParts, broken
 from consumer.png import COLOUR_TYPES, write_png
 from consumer.ports import EncodedImage, InputUnavailable, OutputFormat
 
-_FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow knows some 40 more, far less trodden
 _MAX_ASPECT_RATIO = 200  # the processor of Qwen2.5-VL raises above it
 _MIN_SIDE = 4  # pixels; some processors take a side of 1 or 3 for the number of channels
-# What one JPEG file may repeat; cameras write some 10 scans and 20 segments. One scan of 53 bytes
-# costs 11 ms at 16 million pixels (1 MB of them: minutes), Pillow joins EXIF segments in quadratic
-# time (7 MB of small ones: 41 s) and keeps some 150 bytes for each segment.
-_MAX_JPEG_SCANS = 100
-_MAX_JPEG_EXIF_SEGMENTS = 500
-_MAX_JPEG_MARKERS = 5_000  # chance alone finds 1,000 in 1 MB of a colour profile
-_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # all but restarts, which pictures repeat
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_CHUNK = 12  # bytes, without its data
-_MAX_PNG_CHUNKS = 20_000  # 20 MB in chunks of 1 KB
-_PNG_INFLATED = (b"iCCP", b"zTXt", b"iTXt")
-_MAX_PNG_INFLATED = 64  # chance finds one of their names once in a gigabyte
-_WHITE = (255, 255, 255, 255)
 # Of one value in a file's metadata. A JPEG segment has room for 65,533 bytes, and a character needs
 # up to 12 in JSON: so two prompts and a few short values fit, whatever they are written in.
 MAX_SAID = 2_500  # characters
@@ -67,7 +52,7 @@ class ImageCodec:
 
     Args:
         max_bytes: The largest input file.
-        max_pixels: Width times height of the largest input; decoding takes up to 11 bytes each.
+        max_pixels: Width times height of the largest input; decoding takes up to 26 bytes each.
         max_side: The longest side of an input, in pixels.
     """
 
@@ -90,9 +75,9 @@ class ImageCodec:
         return self._max_bytes
 
     def decode(self, data: bytes) -> Image.Image:
-        """An input file to an RGB picture: upright by its EXIF, transparency over white.
+        """Decode an input file to an RGB image: upright, in sRGB, transparency over white.
 
-        The picture carries no metadata. Colour profiles are not applied.
+        The image carries no metadata. docs/inputs.md has what is read and what is refused.
 
         Raises:
             InputUnavailable: Not a PNG, JPEG or WebP file, broken, animated, or over the limits.
@@ -101,23 +86,28 @@ class ImageCodec:
             raise InputUnavailable("the image is empty")
         if len(data) > self._max_bytes:
             raise InputUnavailable(f"the image has more than {self._max_bytes} bytes")
-        _check_jpeg(data)
-        _check_png(data)
         try:
-            with Image.open(BytesIO(data), formats=_FORMATS) as opened:
-                self._check(opened)
-                opened.load()
-                return _upright(_to_rgb(opened), _orientation(opened))
+            return self._decoded(_parts(data))
         except (InputUnavailable, MemoryError):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             # Pillow's own check, of 89 and 179 million pixels, comes first; it is a warning or an
             # error depending on the process's filters.
             raise self._too_many_pixels() from None
-        except UnidentifiedImageError:
-            raise InputUnavailable("the image is not a readable PNG, JPEG or WebP file") from None
         except Exception:  # noqa: BLE001 - what Pillow's decoders raise on hostile bytes is not documented: OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and others
-            raise InputUnavailable("the image is broken or incomplete") from None
+            raise broken() from None
+
+    def _decoded(self, parts: FileParts) -> Image.Image:
+        with Image.open(BytesIO(parts.file), formats=(parts.format,)) as opened:
+            self._check(opened)
+            opened.load()
+            if parts.second_file is not None:
+                with Image.open(BytesIO(parts.second_file), formats=(parts.format,)) as second:
+                    if second.tobytes() != opened.tobytes():
+                        raise broken()
+            rgb = to_rgb(opened, parts.profile)
+            paint_transparent_colour(rgb, opened, parts)
+        return upright(rgb, orientation(parts.exif, parts.xmp))
 
     def encode(
         self,
@@ -159,8 +149,8 @@ class ImageCodec:
     ) -> bytes:
         if output_format == "png":
             as_it_is = image.mode in COLOUR_TYPES and "transparency" not in image.info
-            return write_png(image if as_it_is else _to_rgb(image), said, each=self._threads.map)
-        pixels = _to_rgb(image)
+            return write_png(image if as_it_is else to_rgb(image), said, each=self._threads.map)
+        pixels = to_rgb(image)
         pixels.info = {}  # Pillow writes a comment or a colour profile that it finds here
         options: dict[str, Any] = dict(_WEBP if output_format == "webp" else _JPEG)
         if said:
@@ -181,9 +171,6 @@ class ImageCodec:
             raise InputUnavailable(f"the image has a side of less than {_MIN_SIDE} pixels")
         if long > _MAX_ASPECT_RATIO * short:
             raise InputUnavailable(f"the image has sides of more than 1 to {_MAX_ASPECT_RATIO}")
-        # A JPEG with more than one picture is what many telephones write: the first one counts.
-        if image.format in {"PNG", "WEBP"} and getattr(image, "n_frames", 1) > 1:
-            raise InputUnavailable("the image is animated")
 
     def _too_many_pixels(self) -> InputUnavailable:
         return InputUnavailable(f"the image has more than {self._max_pixels} pixels")
@@ -194,65 +181,14 @@ def _fit_to_be_said(value: str) -> str:
     return value if len(value) <= MAX_SAID else value[: MAX_SAID - 1] + _CUT_SHORT
 
 
-def _check_png(data: bytes) -> None:
-    """Refuse a PNG that costs out of all proportion to its size.
-
-    Pillow inflates each colour profile or text to a megabyte, out of a thousandth of that, and does
-    not count profiles, nor texts that turn out to be broken.
-    """
-    if not data.startswith(_PNG_SIGNATURE):
-        return
-    at = len(_PNG_SIGNATURE)
-    for _ in range(_MAX_PNG_CHUNKS):
-        if at >= len(data) or data[at + 4 : at + 8] == b"IEND":
-            break
-        at += _PNG_CHUNK + int.from_bytes(data[at : at + 4])
-    else:
-        raise InputUnavailable("the image has too many PNG chunks")
-    if sum(data.count(name) for name in _PNG_INFLATED) > _MAX_PNG_INFLATED:
-        raise InputUnavailable("the image has too many PNG chunks")
-
-
-def _check_jpeg(data: bytes) -> None:
-    """Refuse a JPEG that costs out of all proportion to its size; Pillow has no limit for that.
-
-    Counts the markers instead of walking the segments: a walk that differs from the decoder's in
-    one detail could be led past them.
-    """
-    if not data.startswith(b"\xff\xd8"):
-        return
-    markers = sum(1 for _ in islice(_JPEG_MARKER.finditer(data), _MAX_JPEG_MARKERS + 1))
-    if (
-        markers > _MAX_JPEG_MARKERS
-        or data.count(b"\xff\xda") > _MAX_JPEG_SCANS
-        or data.count(b"\xff\xe1") > _MAX_JPEG_EXIF_SEGMENTS
-    ):
-        raise InputUnavailable("the image has too many JPEG segments")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """A copy in RGB, transparency over white."""
-    if image.mode.startswith("I"):
-        # 16-bit grey. Pillow's own conversion clips at 255 and gives a white picture.
-        return image.point(lambda value: value * (1 / 257)).convert("L").convert("RGB")
-    if image.has_transparency_data:
-        over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, _WHITE), over).convert("RGB")
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none or the EXIF is broken: the pixels are good."""
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001 - Pillow's EXIF parser raises anything on hostile bytes, and a picture without a usable orientation is shown as it is
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    # The orientation alone is handed over: rewriting the whole of a broken EXIF can raise.
-    image.info = {}
-    image.getexif()[ExifTags.Base.Orientation] = orientation
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
+def _parts(data: bytes) -> FileParts:
+    """Take the file apart by its format."""
+    if data.startswith(png_parts.SIGNATURE):
+        return png_parts.png_parts(data)
+    if data.startswith(jpeg_parts.START):
+        return jpeg_parts.jpeg_parts(data)
+    if webp_parts.is_webp(data):
+        return webp_parts.webp_parts(data)
+    if name := format_name(data):
+        raise InputUnavailable(f"the image is {name}; PNG, JPEG and WebP are read")
+    raise InputUnavailable("the image is not a readable PNG, JPEG or WebP file")
