@@ -8,10 +8,13 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from consumer.ports import UnsupportedParameter
@@ -344,6 +347,49 @@ def test_narrow_and_tiny_images_are_read(folder: Path, load: Load) -> None:
     read = [asked(runner, image(*size)).prompt_tokens - alone for size in sizes]
     # A rounded 28x5992 is 214 times as long as it is wide: the image processor refuses such.
     assert read == [214, 214, 226, 7, 4]
+
+
+@dataclass
+class OfSize:
+    """An image without pixels."""
+
+    width: int
+    height: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+    def resize(self, size: tuple[int, int]) -> "OfSize":
+        return OfSize(*size)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Any:
+    """The module that makes images fit; it imports torch."""
+    return importlib.import_module("consumer.runners.image_to_text.pictures")
+
+
+tokens = st.integers(1, 2000)
+
+
+sides = st.integers(1, 20_000)
+
+
+@given(st.tuples(sides, sides), tokens, tokens, st.integers(-500, 500))
+def test_every_image_fits_the_budget(
+    pictures: Any, size: tuple[int, int], least: int, more: int, odd: int
+) -> None:
+    width, height = size
+    most = max((least + more) * TILE + odd, least * TILE)
+    budget = pictures.PictureBudget(most=most, least=least * TILE, patch=14)
+    if max(width, height) > 200 * min(width, height):
+        with pytest.raises(UnsupportedParameter, match="more than 200 times"):
+            budget.fit([OfSize(width, height)])
+        return
+    (fitted,) = budget.fit([OfSize(width, height)])
+    assert fitted.width % 28 == fitted.height % 28 == 0
+    assert 0 < fitted.width * fitted.height <= most
 
 
 def test_images_beyond_the_context_are_refused(folder: Path, load: Load) -> None:

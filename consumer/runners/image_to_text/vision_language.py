@@ -73,7 +73,7 @@ def load(config: ModelConfig) -> "VisionLanguageModel":
         loaded = VisionLanguageModel(model, processor, placement, info, config)
         loaded.see_that_it_reads_pictures()
         if not shown_by_a_run(config):  # else the first run follows, and names those settings
-            loaded.see_that_it_writes()
+            loaded.require_output()
     except ModelUnavailable:
         raise
     except Exception as error:  # noqa: BLE001 - families lack what they like, and templates raise
@@ -140,7 +140,7 @@ class VisionLanguageModel:
             raise ModelUnavailable(f"{name}: its chat template has no place for pictures")
         self._inputs(("x", None), self._budget.fit([Image.new("RGB", _ANY_SIZE)]))
 
-    def see_that_it_writes(self) -> None:
+    def require_output(self) -> None:
         """Write two tokens about an image, greedily and by chance, as requests do.
 
         What the parts of a model do not say of each other shows nowhere else: sizes of patches that
