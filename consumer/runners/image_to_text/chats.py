@@ -37,9 +37,6 @@ class Chats:
     def __init__(self, processor: Any, placement: Placement, *, resize: bool) -> None:
         self._processor = processor
         self._placement = placement
-        # Where a tokenizer_config.json has other values, the processor takes those: it cuts the
-        # places of images out of a chat, or pads each chat to one length.
-        self._text = {"truncation": False, "max_length": None, "pad_to_multiple_of": None}
         self._images = {} if resize else {"do_resize": False}
 
     def have_pictures(self) -> bool:
@@ -61,17 +58,20 @@ class Chats:
         # Where the template writes the first token itself, the tokenizer must not do so again.
         first = self._processor.tokenizer.bos_token
         more = {"add_special_tokens": False} if first and texts[0].startswith(first) else {}
-        # What is written begins where the prompts end: at the same place in all rows.
-        padding = {"padding": len(texts) > 1, "padding_side": "left"}
+        # Said for a single chat too. The processor takes the values of a tokenizer_config.json
+        # otherwise: it cuts the places of images out of a chat, or pads each chat to one length.
+        text: dict[str, Any] = {"truncation": False, "padding": len(texts) > 1}
+        if len(texts) > 1:
+            # What is written begins where the prompts end: at the same place in all rows.
+            text["padding_side"] = "left"
         images = [image for chat in chats for image in chat.images]
         inputs = self._processor(
             text=texts,
             images=images,
             return_tensors="pt",
-            **self._text,
-            **self._images,
-            **padding,
+            **text,
             **more,
+            **self._images,
         )
         return inputs.to(self._placement.device, dtype=self._placement.dtype)
 

@@ -165,7 +165,9 @@ def _require_embeddings(model: Any, processor: Any, name: str) -> None:
         getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video", "audio")
     }
     highest = max(set(processor.tokenizer.get_vocab().values()) - placeholders)
-    rows = model.get_input_embeddings().num_embeddings
+    embeddings = model.get_input_embeddings()
+    # Some families keep those of tokens that were added in a second tensor.
+    rows = embeddings.num_embeddings + getattr(embeddings, "num_additional_embeddings", 0)
     if highest >= rows:
         raise ModelUnavailable(
             f"{name}: its tokenizer has tokens up to number {highest},"
