@@ -1,7 +1,7 @@
-"""Seeing that the tokenizers of a pipeline came with their vocabularies.
+"""Completeness of tokenizers: each must have come with its vocabulary.
 
-transformers makes a tokenizer of a folder without one: it reads every prompt as the same unknown
-word, and the pictures have nothing to do with it.
+transformers makes a tokenizer of a folder without a vocabulary. Such a tokenizer reads every prompt
+as the same unknown word, or as nothing, and the output has nothing to do with the prompt.
 """
 
 import inspect
@@ -12,6 +12,8 @@ from typing import Any
 import transformers
 
 from consumer.ports import ModelUnavailable
+
+_WORD = "red"  # in every vocabulary, at least as letters
 
 
 def see_that_none_are_missing(folder: Path, index: Mapping[str, Any], name: str) -> None:
@@ -33,3 +35,21 @@ def see_that_none_are_missing(folder: Path, index: Mapping[str, Any], name: str)
         files = kind.vocab_files_names.values()  # any one will do; none: it reads bytes
         if files and not any((folder / part / file).is_file() for file in files):
             raise ModelUnavailable(f"{name}: {part}: its vocabulary is missing")
+
+
+def require_vocabulary(tokenizer: Any, name: str) -> None:
+    """Refuse a loaded tokenizer that cannot read a word.
+
+    Args:
+        tokenizer: Of transformers.
+        name: What to call the model.
+
+    Raises:
+        ModelUnavailable: The tokenizer has no vocabulary.
+    """
+    tokens = tokenizer(_WORD, add_special_tokens=False)["input_ids"]
+    if not tokenizer.decode(tokens, skip_special_tokens=True).strip():
+        raise ModelUnavailable(
+            f"{name}: its tokenizer has no vocabulary: tokenizer.json, or what stands for it, is"
+            " missing"
+        )

@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from consumer.ports import GeneratedText, Interrupted, ModelUnavailable, RunnerOutput
+from consumer.ports import (
+    GeneratedText,
+    Interrupted,
+    ModelUnavailable,
+    RunnerOutput,
+    UnsupportedParameter,
+)
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from generation_contracts import ArtifactReference, ImageToTextRequest, Task
 from tests.tiny_models import Folder, Load
@@ -187,6 +193,12 @@ def test_a_family_with_one_size_of_pictures_is_given_them_whole(runner_of: Runne
     (fitted,) = inner(runner)._budget.fit([large])
     assert fitted.size == large.size
     assert written(runner, large).prompt_tokens == written(runner, RED).prompt_tokens
+
+
+def test_a_family_with_one_size_of_pictures_refuses_very_narrow_ones(runner_of: RunnerOf) -> None:
+    """Its processor would first enlarge the shorter side: 10,000x1 to a billion pixels."""
+    with pytest.raises(UnsupportedParameter, match=r"images\.0: one side is more than 200 times"):
+        output(runner_of("llava"), Image.new("RGB", (10_000, 1)))
 
 
 def test_an_edge_that_is_a_length_is_not_taken_for_a_number_of_pixels() -> None:

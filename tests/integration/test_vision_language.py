@@ -68,11 +68,9 @@ def inner(runner: ModelRunner) -> Any:
 
 
 def ids_of_prompt(runner: ModelRunner, *images: Image.Image, **fields: Any) -> list[int]:
-    ids: list[int] = (
-        inner(runner)
-        ._inputs(inner(runner)._cleaned(asked(**fields)), list(images or (RED,)))["input_ids"][0]
-        .tolist()
-    )
+    model = inner(runner)
+    inputs = model._inputs(model._cleaned(asked(**fields)), model._budget.fit(images or (RED,)))
+    ids: list[int] = inputs["input_ids"][0].tolist()
     return ids
 
 
@@ -195,8 +193,7 @@ def test_a_picture_is_read_within_the_budget(
 ) -> None:
     runner = load(model_folder("vision_language"), Task.IMAGE_TO_TEXT, max_image_pixels=40_000)
     image_pad = inner(runner)._processor.image_token_id
-    fitted = inner(runner)._budget.fit([Image.new("RGB", size)])
-    assert ids_of_prompt(runner, *fitted).count(image_pad) == tokens
+    assert ids_of_prompt(runner, Image.new("RGB", size)).count(image_pad) == tokens
 
 
 def test_a_long_and_narrow_picture_is_refused_by_its_place(qwen: ModelRunner) -> None:
@@ -289,7 +286,7 @@ def test_a_chat_template_without_system_messages_refuses_them(
 
 @pytest.fixture
 def short_context(qwen: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> int:
-    context = len(ids_of_prompt(qwen, *inner(qwen)._budget.fit([RED]))) + 5
+    context = len(ids_of_prompt(qwen)) + 5
     monkeypatch.setattr(inner(qwen), "_context", context)
     return context
 

@@ -14,30 +14,11 @@ from collections.abc import Hashable
 from typing import Any
 
 from consumer.runners.config import ModelConfig
+from consumer.runners.image_to_text.generation_settings import can_be_batched
 from consumer.runners.image_to_text.sampling import Sampling
 from generation_contracts import ImageToTextRequest
 
 MEASURED = frozenset({"llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"})
-
-# Settings of a generation_config.json that mean the same for a row as for a text alone. Others do
-# not: `min_length` counts the padding, `forced_eos_token_id` comes at the end of the longest row.
-_HARMLESS = frozenset(
-    {
-        "_from_model_config",
-        "bos_token_id",
-        "do_sample",
-        "eos_token_id",
-        "max_length",
-        "max_new_tokens",
-        "pad_token_id",
-        "repetition_penalty",
-        "suppress_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "transformers_version",
-    }
-)
 
 
 class BatchKeys:
@@ -53,7 +34,7 @@ class BatchKeys:
         self._possible = (
             model.config.model_type in MEASURED
             and tokenizer.pad_token is not None
-            and model.generation_config.to_diff_dict().keys() <= _HARMLESS
+            and can_be_batched(model.generation_config)
             # Columns with a large value in any row are multiplied in 16 bits, for all rows.
             and config.quantization != "bitsandbytes-8bit"
         )

@@ -31,11 +31,13 @@ class Chats:
     Args:
         processor: Of the model, with a tokenizer and a chat template.
         placement: Where the model is.
+        resize: Whether the image processor resizes images; not where they have their size already.
     """
 
-    def __init__(self, processor: Any, placement: Placement) -> None:
+    def __init__(self, processor: Any, placement: Placement, *, resize: bool) -> None:
         self._processor = processor
         self._placement = placement
+        self._images = {} if resize else {"do_resize": False}
 
     def have_pictures(self) -> bool:
         """Whether the template has a place for them."""
@@ -56,11 +58,30 @@ class Chats:
         # Where the template writes the first token itself, the tokenizer must not do so again.
         first = self._processor.tokenizer.bos_token
         more = {"add_special_tokens": False} if first and texts[0].startswith(first) else {}
-        # What is written begins where the prompts end: at the same place in all rows.
-        padding = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
+        # Said for a single chat too. The processor takes the values of a tokenizer_config.json
+        # otherwise: it cuts the places of images out of a chat, or pads each chat to one length.
+        text: dict[str, Any] = {"truncation": False, "padding": len(texts) > 1}
+        if len(texts) > 1:
+            # What is written begins where the prompts end: at the same place in all rows.
+            text["padding_side"] = "left"
         images = [image for chat in chats for image in chat.images]
-        inputs = self._processor(text=texts, images=images, return_tensors="pt", **more, **padding)
+        inputs = self._processor(
+            text=texts,
+            images=images,
+            return_tensors="pt",
+            **text,
+            **more,
+            **self._images,
+        )
         return inputs.to(self._placement.device, dtype=self._placement.dtype)
+
+    def image_tokens(self, inputs: Any) -> list[int]:
+        """How many tokens of each row stand for images; none where the processor does not say."""
+        token = getattr(self._processor, "image_token_id", None)
+        tokens: list[int] = (
+            (inputs["input_ids"] == (-1 if token is None else token)).sum(1).tolist()
+        )
+        return tokens
 
     def _written(self, prompt: str, system: str | None, *, pictures: int) -> str:
         """The chat as the template writes it; of the pictures it sees how many there are."""
@@ -83,3 +104,27 @@ def prompt_tokens(inputs: Any) -> list[int]:
         return [longest]
     tokens: list[int] = inputs["attention_mask"].sum(dim=1).tolist()
     return tokens
+
+
+def end_of_turn(processor: Any) -> int | None:
+    """Find the control token that the chat template writes behind what the assistant says.
+
+    Args:
+        processor: With a tokenizer and a chat template.
+
+    Returns:
+        The token's number; None where the template writes none, or does not take such messages.
+    """
+    answer = "an answer"
+    text = [{"type": "text", "text": answer}]
+    for content in (answer, text):  # templates take either or both
+        messages = [{"role": role, "content": content} for role in ("user", "assistant")]
+        try:
+            written = processor.apply_chat_template(messages, tokenize=False)
+        except Exception:  # noqa: BLE001, S112 - templates raise what they like at such messages
+            continue
+        _, found, behind = written.rpartition(answer)
+        tokens = processor.tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+        if tokens and tokens[0] in processor.tokenizer.all_special_ids:
+            return int(tokens[0])
+    return None

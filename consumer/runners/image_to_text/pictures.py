@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwen_vl_utils import process_vision_info
+from qwen_vl_utils.vision_process import MAX_RATIO, smart_resize
 
 from consumer.ports import UnsupportedParameter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_MERGED = 2  # patches, each way, that qwen-vl-utils takes for one token
-_MAX_RATIO = 200  # longer to shorter side; qwen-vl-utils and transformers refuse more
+_MERGED = 2  # patches, each way, that are one token
 
 
 @dataclass(frozen=True)
@@ -40,36 +39,50 @@ class PictureBudget:
         patch = getattr(image_processor, "patch_size", None)
         if patch is None or getattr(image_processor, "merge_size", None) != _MERGED:
             return cls(most, 0, None)
-        # Qwen-VL's edges are numbers of pixels; those of other families are lengths.
+        # Qwen-VL's edges are numbers of pixels; those of other families are lengths. Old files name
+        # them otherwise.
         size = image_processor.size
-        own_most = getattr(size, "longest_edge", None) or most
-        own_least = getattr(size, "shortest_edge", None) or 0
+        own_most = _edge(size, "longest_edge", "max_pixels") or most
+        own_least = _edge(size, "shortest_edge", "min_pixels") or 0
         return cls(max(min(most, own_most), own_least), own_least, patch)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the images that `fit` gives need no resizing by the image processor."""
+        return self.patch is not None
 
     def fit(self, images: Sequence["Image"]) -> "list[Image]":
         """The pictures within the budget, in their order.
 
         Raises:
-            UnsupportedParameter: One is too long and narrow for the model.
+            UnsupportedParameter: One is too long and narrow: the processors of all families make
+                the shorter side some hundred pixels long, and the longer one in proportion.
         """
+        for number, image in enumerate(images):
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise UnsupportedParameter(
+                    "images", f"images.{number}: one side is more than {MAX_RATIO} times the other"
+                )
         if self.patch is None:
             return [self._shrunk(image) for image in images]
-        side = self.patch * _MERGED
-        # At the budget's edge the shorter side must still be one token wide.
-        ratio = min(_MAX_RATIO, self.most / side**2)
-        for number, image in enumerate(images):
-            if max(image.size) > ratio * min(image.size):
-                raise UnsupportedParameter(
-                    "images", f"images.{number}: one side is more than {ratio:.0f} times the other"
-                )
-        content = [
-            {"type": "image", "image": image, "max_pixels": self.most, "min_pixels": self.least}
-            for image in images
-        ]
-        fitted, _ = process_vision_info(
-            [{"role": "user", "content": content}], image_patch_size=self.patch
+        return [self._resized(image, self.patch * _MERGED) for image in images]
+
+    def _resized(self, image: "Image", side: int) -> "Image":
+        """An image whose sides are multiples of `side`, the pixels of a token's side.
+
+        The sides are rounded, so that they may be more than `MAX_RATIO` times each other: the image
+        processor must not resize the image again, because it would refuse it.
+        """
+        height, width = smart_resize(
+            image.height, image.width, factor=side, min_pixels=self.least, max_pixels=self.most
         )
-        return list(fitted)
+        # Rounding up to the least pixels can exceed the most.
+        if (excess := height * width / self.most) > 1:
+            height, width = (int(edge / excess**0.5) // side * side for edge in (height, width))
+        # Rounding down can leave nothing of the shorter side, and then too much of the longer one.
+        longest = max(self.most // side**2, 1) * side
+        height, width = (min(max(edge, side), longest) for edge in (height, width))
+        return image.resize((width, height))
 
     def _shrunk(self, image: "Image") -> "Image":
         pixels = image.width * image.height
@@ -77,3 +90,7 @@ class PictureBudget:
             return image
         scale = (self.most / pixels) ** 0.5
         return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+
+
+def _edge(size: Any, *names: str) -> int | None:
+    return next((edge for name in names if (edge := getattr(size, name, None))), None)

@@ -24,6 +24,8 @@ _LIBRARY: Mapping[str, int | float] = {
     "repetition_penalty": 1.0,
 }
 
+# The files of other servers say so; transformers refuses it, and has 0 for it.
+_EVERY_TOKEN = -1
 
 # These choose among tokens: whoever sets one of them wants no greedy text.
 _CHOICE = ("top_p", "top_k")
@@ -59,6 +61,10 @@ def _own_defaults(generation: Any) -> dict[str, int | float]:
     for name in _LIBRARY:
         own = getattr(generation, name, None)
         defaults[name] = defaults[name] if own is None else own
+        if not isinstance(defaults[name], int | float):
+            raise ModelUnavailable(f"generation_config.json: {name}: must be a number")
+    if defaults["top_k"] == _EVERY_TOKEN:
+        defaults["top_k"] = 0
     if not generation.do_sample:
         defaults["temperature"] = 0.0
     return {"max_new_tokens": generation.max_new_tokens or NEW_TOKENS, **defaults}

@@ -34,7 +34,7 @@ from consumer.runners.image_to_text.pictures import PictureBudget
 from consumer.runners.image_to_text.rows import Numbers, Row, Rows
 from consumer.runners.image_to_text.sampling import Sampling, defaults_of
 from consumer.runners.image_to_text.vision_loading import download, load_vision_language
-from consumer.runners.options import see_that_they_fit
+from consumer.runners.options import see_that_they_fit, shown_by_a_run
 from consumer.runners.source import located
 from generation_contracts import ImageToTextRequest, ModelInfo, Request, Task
 
@@ -48,6 +48,7 @@ _PARAMETERS = {
 }
 _FEWER_PIXELS = "the pictures were read at half their pixels"
 _ANY_SIZE = (64, 64)  # pixels
+_UNREAD = "s3://first-run/image.png"  # a request names its images; a run gets them decoded
 _CACHE_ELSEWHERE = "the cache of keys and values was kept in main memory"
 
 
@@ -71,6 +72,8 @@ def load(config: ModelConfig) -> "VisionLanguageModel":
     try:
         loaded = VisionLanguageModel(model, processor, placement, info, config)
         loaded.see_that_it_reads_pictures()
+        if not shown_by_a_run(config):  # else the first run follows, and names those settings
+            loaded.require_output()
     except ModelUnavailable:
         raise
     except Exception as error:  # noqa: BLE001 - families lack what they like, and templates raise
@@ -110,9 +113,9 @@ class VisionLanguageModel:
         self._budget = PictureBudget.of(processor.image_processor, config.max_image_pixels)
         self._control = ControlTokens(processor)
         self._context = int(model.config.get_text_config().max_position_embeddings)  # tokens
-        self._ends = _end_tokens(model.generation_config, processor.tokenizer)
+        self._ends = frozenset(model.generation_config.eos_token_id)
         self._keys = BatchKeys(model, processor.tokenizer, config)
-        self._chats = Chats(processor, placement)
+        self._chats = Chats(processor, placement, resize=not self._budget.is_exact)
         system = {"system"} if self._chats.have_system() else set()
         self._description = ModelDescription(
             info=info,
@@ -136,6 +139,25 @@ class VisionLanguageModel:
             name = self._description.info.id
             raise ModelUnavailable(f"{name}: its chat template has no place for pictures")
         self._inputs(("x", None), self._budget.fit([Image.new("RGB", _ANY_SIZE)]))
+
+    def require_output(self) -> None:
+        """Write two tokens about an image, greedily and by chance, as requests do.
+
+        What the parts of a model do not say of each other shows nowhere else: sizes of patches that
+        differ, a token for images that is another one for the tokenizer, a default that `generate`
+        refuses.
+
+        Raises:
+            Exception: Whatever the model raises.
+        """
+        is_greedy = self._description.defaults["temperature"] == 0
+        for temperature in (None, 1.0 if is_greedy else 0.0):
+            request = ImageToTextRequest(
+                prompt="x", images=(_UNREAD,), max_new_tokens=2, temperature=temperature, seed=0
+            )
+            image = Image.new("RGB", _ANY_SIZE)
+            member = BatchMember(request, [image], lambda *_: None, lambda: False)
+            self._write([member], deltas=None, savings=())
 
     def check(self, request: Request) -> None:
         """See whether the model can do what is asked."""
@@ -206,9 +228,10 @@ class VisionLanguageModel:
     ) -> list[RunnerOutput | None]:
         asked = [self._asked(member, savings) for member in members]
         inputs = self._chats.inputs([one.chat for one in asked])
+        counts = zip(prompt_tokens(inputs), self._chats.image_tokens(inputs), strict=True)
         rows = [
-            self._row(member, one, tokens)
-            for member, one, tokens in zip(members, asked, prompt_tokens(inputs), strict=True)
+            self._row(member, one, tokens, of_images)
+            for member, one, (tokens, of_images) in zip(members, asked, counts, strict=True)
         ]
         cache = {"cache_implementation": "offloaded"} if _CACHE_ELSEWHERE in savings else {}
         written = self._generate(asked[0].sampling, {**inputs, **cache}, rows, deltas)
@@ -233,7 +256,11 @@ class VisionLanguageModel:
         sampling = Sampling.of(request, self._description.defaults)
         return _Asked(request, chat, sampling, warnings)
 
-    def _row(self, member: BatchMember, asked: "_Asked", tokens: int) -> Row:
+    def _row(self, member: BatchMember, asked: "_Asked", tokens: int, of_images: int) -> Row:
+        if of_images >= self._context:
+            raise UnsupportedParameter(
+                "images", f"images: {of_images} tokens, of {self._context} at most with the prompt"
+            )
         most = self._most_new_tokens(asked.request, tokens)
         wanted = asked.request.max_new_tokens
         if wanted is not None and most < wanted:
@@ -319,12 +346,6 @@ def _wait_in_main_memory(model: Any) -> None:
     hook = getattr(model, "_hf_hook", None)
     if isinstance(hook, CpuOffload):
         model.to("cpu")
-
-
-def _end_tokens(generation: Any, tokenizer: Any) -> frozenset[int]:
-    ends = generation.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return frozenset(ends if isinstance(ends, list) else [ends])
 
 
 def _image_to_text(request: Request) -> ImageToTextRequest:

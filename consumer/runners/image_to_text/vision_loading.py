@@ -2,6 +2,10 @@
 
 # mypy: allow-untyped-calls
 
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -18,7 +22,9 @@ from consumer.runners import quantization
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 from consumer.runners.faults import load_failure
+from consumer.runners.image_to_text import generation_settings
 from consumer.runners.source import Source
+from consumer.runners.vocabulary import require_vocabulary
 from consumer.runners.weights import see_that_none_were_invented, straight_to_the_device
 
 # Never a path or an address of anything but the folder, and never code from it.
@@ -31,6 +37,14 @@ _ATTENTION = {
     "flex_attention": "_supports_flex_attn",
     "flash_attention_2": "_supports_flash_attn",
 }
+
+# The keys of a config.json that name one of them.
+_ATTENTION_KEYS = {"_attn_implementation", "attn_implementation"}
+
+# What stands in a file whose content was not fetched by Git LFS.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 def download(model_id: str, revision: str | None) -> str:
@@ -51,17 +65,19 @@ def load_vision_language(
     Raises:
         ModelUnavailable: One clear line.
     """
-    if not (source.folder / "config.json").is_file():
-        raise ModelUnavailable(f"{source.id}: there is no config.json in it")
+    _require_fetched(source)
     try:
         model_class = _class_that_writes(source)
-        _see_that_the_attention_is_here(config.attention, model_class)
+        _require_files(source)
+        settings = generation_settings.load_settings(source.folder, source.id)
+        _require_attention(config, model_class, source)
         processor = _processor(source)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source.folder,
             dtype=placement.dtype,
             use_safetensors=True,
             output_loading_info=True,
+            generation_config=generation_settings.prepared(settings, processor, source.id),
             **({"attn_implementation": config.attention} if config.attention else {}),
             **({"device_map": config.device_map} if config.device_map != "none" else {}),
             **straight_to_the_device(placement, config),
@@ -70,16 +86,93 @@ def load_vision_language(
         )
         model, info = loaded
         see_that_none_were_invented(info, source.id)
+        _require_every_layer(info["unexpected_keys"], model, source.id)
+        _require_known_quantization(model, source.id)
+        _require_embeddings(model, processor, source.id)
         _see_that_none_is_off_the_gpus(model, config)
         model.eval()
         _put_in_place(model, placement, config)
     except ModelUnavailable:
         raise
     except Exception as error:  # noqa: BLE001 - the library raises dozens of kinds
-        failure = load_failure(error, name=source.id, folder=source.folder)
+        failure = _failure(error, source)
     else:
         return model, processor
     raise failure
+
+
+def _require_fetched(source: Source) -> None:
+    """Refuse a folder that is no model's, or that has a placeholder in place of a file."""
+    if not (source.folder / "config.json").is_file():
+        raise ModelUnavailable(f"{source.id}: there is no config.json in it")
+    for file in sorted(source.folder.iterdir()):
+        if file.is_file() and _is_lfs_pointer(file):
+            raise ModelUnavailable(
+                f"{source.id}: {file.name} is a placeholder of Git LFS: fetch its content"
+            )
+
+
+def _require_files(source: Source) -> None:
+    """Refuse a folder without the files that transformers describes badly when they are missing."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    if not any((source.folder / name).is_file() for name in names):
+        raise ModelUnavailable(f"{source.id}: there is no {names[0]} in it")
+    if not any(source.folder.glob("*.safetensors")):
+        raise ModelUnavailable(f"{source.id}: there are no weights in safetensors files in it")
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def _failure(error: Exception, source: Source) -> ModelUnavailable:
+    if "trust_remote_code" in str(error):
+        return ModelUnavailable(
+            f"{source.id}: cannot be loaded: it needs code from its own folder; only architectures"
+            " of transformers are loaded, and code that comes with a model is never run"
+        )
+    return load_failure(error, name=source.id, folder=source.folder)
+
+
+def _require_every_layer(unused: Iterable[str], model: Any, name: str) -> None:
+    """Refuse files with more layers than config.json: the model would skip the last ones.
+
+    Other weights that the model has no place for are of parts that transformers does not have.
+    """
+    shapes = {_NUMBER.sub(".N.", key) for key in model.state_dict()}
+    layers = sorted(key for key in unused if _NUMBER.sub(".N.", key) in shapes)
+    if layers:
+        raise ModelUnavailable(
+            f"{name}: config.json has no place for {len(layers)} weights, such as {layers[0]}"
+        )
+
+
+def _require_known_quantization(model: Any, name: str) -> None:
+    """Refuse quantized weights that transformers would read as if they were plain numbers."""
+    how = getattr(model.config, "quantization_config", None)
+    if how is not None and getattr(model, "hf_quantizer", None) is None:
+        method = how.get("quant_method") if isinstance(how, dict) else type(how).__name__
+        raise ModelUnavailable(f"{name}: its quantization {method} is not one of transformers")
+
+
+def _require_embeddings(model: Any, processor: Any, name: str) -> None:
+    """Refuse a tokenizer with tokens that the model has no embeddings for.
+
+    Such a token ends the process's device on cuda. Placeholders of images are replaced before.
+    """
+    placeholders = {
+        getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video", "audio")
+    }
+    highest = max(set(processor.tokenizer.get_vocab().values()) - placeholders)
+    embeddings = model.get_input_embeddings()
+    # Some families keep those of tokens that were added in a second tensor.
+    rows = embeddings.num_embeddings + getattr(embeddings, "num_additional_embeddings", 0)
+    if highest >= rows:
+        raise ModelUnavailable(
+            f"{name}: its tokenizer has tokens up to number {highest},"
+            f" its embeddings end at {rows - 1}"
+        )
 
 
 def _class_that_writes(source: Source) -> type[Any]:
@@ -95,23 +188,42 @@ def _class_that_writes(source: Source) -> type[Any]:
 
 def _processor(source: Source) -> Any:
     processor = AutoProcessor.from_pretrained(source.folder, **_LOCALLY)
+    if getattr(processor, "chat_template", None) is None:
+        # Where fine-tuning of the text alone has left it.
+        processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
     for part in ("tokenizer", "image_processor", "chat_template"):
         if getattr(processor, part, None) is None:
             raise ModelUnavailable(f"{source.id}: its processor has no {part.replace('_', ' ')}")
+    require_vocabulary(processor.tokenizer, source.id)
     return processor
 
 
-def _see_that_the_attention_is_here(name: str, model_class: type[Any]) -> None:
-    if not name:
+def _require_attention(config: ModelConfig, model_class: type[Any], source: Source) -> None:
+    if config.attention:
+        _require_one_attention("MODEL_ATTENTION", config.attention, model_class)
         return
+    named = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    for key, value in _everywhere(named):
+        if key in _ATTENTION_KEYS and isinstance(value, str):
+            _require_one_attention(f"{source.id}: config.json: {key}", value, model_class)
+
+
+def _everywhere(value: Any) -> Iterator[tuple[str, Any]]:
+    """Give the keys and values of JSON objects at any depth."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield key, inner
+        yield from _everywhere(inner)
+
+
+def _require_one_attention(setting: str, name: str, model_class: type[Any]) -> None:
     # Any other name would be fetched from the hub and run.
     if name not in _ATTENTION:
-        raise ModelUnavailable(f"MODEL_ATTENTION: must be one of {', '.join(_ATTENTION)}")
+        raise ModelUnavailable(f"{setting}: must be one of {', '.join(_ATTENTION)}")
     if (having := _ATTENTION[name]) and not getattr(model_class, having):
-        raise ModelUnavailable(f"MODEL_ATTENTION: {model_class.__name__} has no {name}")
+        raise ModelUnavailable(f"{setting}: {model_class.__name__} has no {name}")
     # Where its package is missing but `kernels` is there, it would be fetched from the hub too.
     if name == "flash_attention_2" and not is_flash_attn_2_available():
-        raise ModelUnavailable("MODEL_ATTENTION: the package flash-attn is not installed")
+        raise ModelUnavailable(f"{setting}: the package flash-attn is not installed")
 
 
 def _see_that_none_is_off_the_gpus(model: Any, config: ModelConfig) -> None:

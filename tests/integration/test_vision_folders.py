@@ -1,0 +1,403 @@
+"""Folders of vision-language models as they come: incomplete, of other versions, by other tools.
+
+A folder that cannot answer a request is refused at the start, in one line; what is said in several
+places, or in an old way, is read from all of them.
+"""
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from consumer.ports import UnsupportedParameter
+from consumer.runners import ModelRunner
+from generation_contracts import ImageToTextRequest, Task
+from tests.integration.small_runs import refusal
+from tests.tiny_models import Folder, Load
+
+WEIGHTS = "model.safetensors"
+Change = Callable[[Path], None]
+
+
+@pytest.fixture
+def folder(own_folder: Folder) -> Iterator[Path]:
+    made = own_folder("vision_language")
+    yield made
+    shutil.rmtree(made)
+
+
+def edited(name: str, **values: Any) -> Change:
+    """Set keys of a JSON file, or remove those whose value is None."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text()) | values
+        kept = {key: value for key, value in content.items() if value is not None}
+        (folder / name).write_text(json.dumps(kept))
+
+    return change
+
+
+def without(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
+
+
+def holding(name: str, content: bytes) -> Change:
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+def asked(runner: ModelRunner, *images: Image.Image, **fields: Any) -> Any:
+    sources = tuple(f"s3://inputs/{number}.png" for number in range(len(images)))
+    request = ImageToTextRequest(
+        **{"prompt": "What is this?", "images": sources, "max_new_tokens": 6, **fields}
+    )
+    output = runner.run(request, images, on_step=lambda *_: None, cancelled=lambda: False)
+    assert output.text is not None
+    return output.text
+
+
+def image(*size: int) -> Image.Image:
+    return Image.new("RGB", size or (60, 60), "red")
+
+
+# -- incomplete -----------------------------------------------------------------------------------
+
+
+def in_two_files(folder: Path) -> None:
+    tensors = importlib.import_module("safetensors.torch")
+    weights = tensors.load_file(folder / WEIGHTS)
+    files = {name: f"model-0000{1 + (name > 'model.m')}-of-00002.safetensors" for name in weights}
+    for file in set(files.values()):
+        part = {name: weights[name] for name in weights if files[name] == file}
+        tensors.save_file(part, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": files}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    (folder / WEIGHTS).unlink()
+
+
+def without_a_shard(folder: Path) -> None:
+    in_two_files(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def with_a_torn_file(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1000])
+
+
+def renamed(rename: Callable[[str], str | None]) -> Change:
+    """Store weights under other names; None leaves one out. Copies are added to what is there."""
+
+    def change(folder: Path) -> None:
+        tensors = importlib.import_module("safetensors.torch")
+        weights = tensors.load_file(folder / WEIGHTS)
+        named = {rename(name): tensor.clone() for name, tensor in weights.items()}
+        named.pop(None, None)
+        tensors.save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return change
+
+
+def with_another_layer(folder: Path) -> None:
+    tensors = importlib.import_module("safetensors.torch")
+    weights = tensors.load_file(folder / WEIGHTS)
+    last = {n.replace("layers.1.", "layers.2."): w.clone() for n, w in weights.items()}
+    tensors.save_file({**last, **weights}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def with_another_token(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    last = max(content["added_tokens"], key=lambda token: int(token["id"]))
+    new = {**last, "id": last["id"] + 1, "content": "<new>", "special": False}
+    path.write_text(json.dumps({**content, "added_tokens": [*content["added_tokens"], new]}))
+
+
+def with_the_vocabulary_alone(folder: Path) -> None:
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "tokenizer.json").unlink()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        pytest.param(without("config.json"), "there is no config.json in it", id="config"),
+        pytest.param(without("tokenizer.json"), "tokenizer has no vocabulary", id="tokenizer"),
+        pytest.param(with_the_vocabulary_alone, "`vocab` and `merges`", id="merges"),
+        pytest.param(
+            without("processor_config.json"), "there is no preprocessor_config.json", id="processor"
+        ),
+        pytest.param(without("chat_template.jinja"), "has no chat template", id="template"),
+        pytest.param(without(WEIGHTS), "no weights in safetensors files", id="weights"),
+        pytest.param(without_a_shard, "model-00002-of-00002.safetensors", id="shard"),
+        pytest.param(with_a_torn_file, "file not fully covered", id="torn weights"),
+        pytest.param(
+            holding("generation_config.json", b'{"eos_'),
+            "generation_config.json is not a JSON object",
+            id="torn generation settings",
+        ),
+        pytest.param(holding(WEIGHTS, LFS), f"{WEIGHTS} is a placeholder of Git LFS", id="lfs"),
+        pytest.param(
+            holding("tokenizer.json", LFS),
+            "tokenizer.json is a placeholder of Git LFS",
+            id="lfs tokenizer",
+        ),
+        pytest.param(
+            renamed(lambda name: None if "lm_head" in name else name),
+            "1 weights are missing, such as lm_head.weight",
+            id="head",
+        ),
+        pytest.param(
+            renamed(lambda name: f"base_model.{name}"), "57 weights are missing", id="prefix"
+        ),
+        pytest.param(with_another_layer, "has no place for 12 weights", id="layers"),
+        pytest.param(
+            with_another_token,
+            "its tokenizer has tokens up to number 270, its embeddings end at 269",
+            id="embeddings",
+        ),
+    ],
+)
+def test_an_incomplete_folder_is_refused(change: Change, says: str, folder: Path) -> None:
+    change(folder)
+    refused = refusal(folder, Task.IMAGE_TO_TEXT)
+    assert says in refused
+    assert refused.startswith("vision_language: ")
+    assert str(folder) not in refused
+
+
+# -- parts that do not fit each other -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "says"),
+    [
+        ("config.json", {"image_token_id": 5}, "Image features and image tokens do not match"),
+        (
+            "config.json",
+            {"model_type": "other_vl", "auto_map": {"AutoConfig": "code.Config"}},
+            "code that comes with a model is never run",
+        ),
+        ("config.json", {"quantization_config": {"quant_method": "new"}}, "quantization new is"),
+        ("config.json", {"quantization_config": {"quant_method": "awq"}}, "AWQ"),
+        (
+            "config.json",
+            {"vision_config": {"_attn_implementation": "kernels-community/flash-attn"}},
+            "config.json: _attn_implementation: must be one of eager, sdpa",
+        ),
+        (
+            "config.json",
+            {"_attn_implementation": "flash_attention_2"},
+            "config.json: _attn_implementation: the package flash-attn is not installed",
+        ),
+        (
+            "processor_config.json",
+            {"processor_class": "P", "auto_map": {"AutoProcessor": "code.P"}},
+            "is never run",
+        ),
+    ],
+)
+def test_parts_that_cannot_work_together_are_refused(
+    name: str, values: dict[str, Any], says: str, folder: Path
+) -> None:
+    edited(name, **values)(folder)
+    assert says in refusal(folder, Task.IMAGE_TO_TEXT)
+
+
+@pytest.mark.parametrize(
+    "values", [{"merge_size": 3}, {"patch_size": 16}, {"temporal_patch_size": 1}]
+)
+def test_images_cut_for_another_model_are_refused(values: dict[str, int], folder: Path) -> None:
+    as_preprocessor(**values)(folder)
+    assert "cannot be loaded" in refusal(folder, Task.IMAGE_TO_TEXT)
+
+
+# -- other layouts --------------------------------------------------------------------------------
+
+
+def as_preprocessor(**values: Any) -> Change:
+    """Write the settings of images as versions of transformers before 5 do."""
+
+    def change(folder: Path) -> None:
+        (folder / "processor_config.json").unlink()
+        sizes = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+        kind = {"image_processor_type": "Qwen2VLImageProcessor"}
+        names = {"processor_class": "Qwen2_5_VLProcessor"}
+        content = {**kind, **names, **sizes, **values}
+        (folder / "preprocessor_config.json").write_text(json.dumps(content))
+
+    return change
+
+
+TILE = 28**2  # pixels of a token
+LEAST, MOST = 4 * TILE, 20 * TILE
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({"min_pixels": LEAST, "max_pixels": MOST}, id="top"),
+        pytest.param({"size": {"shortest_edge": LEAST, "longest_edge": MOST}}, id="edges"),
+        pytest.param({"size": {"min_pixels": LEAST, "max_pixels": MOST}}, id="size"),
+        pytest.param(
+            {
+                "min_pixels": LEAST,
+                "max_pixels": MOST,
+                "size": {"min_pixels": LEAST, "max_pixels": 9 * MOST},
+            },
+            id="both",
+        ),
+        pytest.param({"max_pixels": MOST, "do_resize": False}, id="no resizing"),
+        pytest.param(
+            {"max_pixels": MOST, "image_processor_type": "Qwen2VLImageProcessorFast"}, id="fast"
+        ),
+    ],
+)
+def test_the_models_own_pixels_are_kept(values: dict[str, Any], folder: Path, load: Load) -> None:
+    as_preprocessor(**values)(folder)
+    runner = load(folder, Task.IMAGE_TO_TEXT)
+    small, large = (asked(runner, image(side, side)).prompt_tokens for side in (56, 1000))
+    assert large - small == 4 * 4 - 2 * 2  # the largest square of at most 20 tokens
+
+
+def template_elsewhere(name: str, wrapped: Callable[[str], Any]) -> Change:
+    def change(folder: Path) -> None:
+        template = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").unlink()
+        if not (folder / name).exists():
+            (folder / name).write_text("{}")
+        edited(name, chat_template=wrapped(template))(folder)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(template_elsewhere("chat_template.json", str), id="json"),
+        pytest.param(template_elsewhere("processor_config.json", str), id="processor"),
+        pytest.param(template_elsewhere("tokenizer_config.json", str), id="tokenizer"),
+        pytest.param(
+            template_elsewhere(
+                "tokenizer_config.json", lambda text: [{"name": "default", "template": text}]
+            ),
+            id="list",
+        ),
+    ],
+)
+def test_a_chat_template_is_found(
+    change: Change, folder: Path, load: Load, shared_runner: Callable[[str], ModelRunner]
+) -> None:
+    change(folder)
+    expected = asked(shared_runner("vision_language"), image())
+    assert asked(load(folder, Task.IMAGE_TO_TEXT), image()) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(edited("tokenizer_config.json", truncation=True, max_length=10), id="cut"),
+        pytest.param(
+            edited("tokenizer_config.json", padding="max_length", max_length=300), id="padded"
+        ),
+        pytest.param(edited("tokenizer_config.json", model_max_length=10), id="length"),
+        pytest.param(
+            edited(
+                "tokenizer.json",
+                truncation={
+                    "direction": "Right",
+                    "max_length": 10,
+                    "strategy": "LongestFirst",
+                    "stride": 0,
+                },
+            ),
+            id="cut in the tokenizer",
+        ),
+    ],
+)
+def test_a_tokenizer_neither_cuts_nor_pads_a_chat(
+    change: Change, folder: Path, load: Load, shared_runner: Callable[[str], ModelRunner]
+) -> None:
+    change(folder)
+    expected = asked(shared_runner("vision_language"), image())
+    assert asked(load(folder, Task.IMAGE_TO_TEXT), image()) == expected
+
+
+# -- images of odd sizes --------------------------------------------------------------------------
+
+
+def test_narrow_and_tiny_images_are_read(folder: Path, load: Load) -> None:
+    as_preprocessor(min_pixels=LEAST, max_pixels=16_384 * TILE)(folder)  # as Qwen2.5-VL has it
+    runner = load(folder, Task.IMAGE_TO_TEXT, max_image_pixels=256 * TILE)
+    alone = asked(runner, image(56, 56)).prompt_tokens - 4
+    sizes = [(6000, 34), (34, 6000), (10_000, 50), (200, 1), (1, 1)]
+    read = [asked(runner, image(*size)).prompt_tokens - alone for size in sizes]
+    # A rounded 28x5992 is 214 times as long as it is wide: the image processor refuses such.
+    assert read == [214, 214, 226, 7, 4]
+
+
+@dataclass
+class OfSize:
+    """An image without pixels."""
+
+    width: int
+    height: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+    def resize(self, size: tuple[int, int]) -> "OfSize":
+        return OfSize(*size)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Any:
+    """The module that makes images fit; it imports torch."""
+    return importlib.import_module("consumer.runners.image_to_text.pictures")
+
+
+tokens = st.integers(1, 2000)
+
+
+sides = st.integers(1, 20_000)
+
+
+@given(st.tuples(sides, sides), tokens, tokens, st.integers(-500, 500))
+def test_every_image_fits_the_budget(
+    pictures: Any, size: tuple[int, int], least: int, more: int, odd: int
+) -> None:
+    width, height = size
+    most = max((least + more) * TILE + odd, least * TILE)
+    budget = pictures.PictureBudget(most=most, least=least * TILE, patch=14)
+    if max(width, height) > 200 * min(width, height):
+        with pytest.raises(UnsupportedParameter, match="more than 200 times"):
+            budget.fit([OfSize(width, height)])
+        return
+    (fitted,) = budget.fit([OfSize(width, height)])
+    assert fitted.width % 28 == fitted.height % 28 == 0
+    assert 0 < fitted.width * fitted.height <= most
+
+
+def test_images_beyond_the_context_are_refused(folder: Path, load: Load) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    text = {**content["text_config"], "max_position_embeddings": 300}
+    edited("config.json", text_config=text)(folder)
+    runner = load(folder, Task.IMAGE_TO_TEXT)
+    assert asked(runner, image(280, 280))
+    with pytest.raises(UnsupportedParameter, match="images: 400 tokens, of 300 at most") as refused:
+        asked(runner, *[image(280, 280)] * 4)
+    assert refused.value.parameter == "images"
