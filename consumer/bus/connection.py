@@ -179,7 +179,6 @@ class Bus:
             raise BusMisconfigured(f"NATS: the credentials cannot be read: {error}") from None
         connecting = asyncio.ensure_future(
             self.client.connect(
-                servers=settings.nats_url.split(","),
                 name=name,
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=RECONNECT_WAIT,  # type: ignore[arg-type] # takes fractions
@@ -263,7 +262,12 @@ async def wait_until_available(attempt: Callable[[], Awaitable[T]], *, deadline:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    options: dict[str, Any] = {"inbox_prefix": settings.nats_inbox_prefix}
+    servers = settings.nats_servers
+    options: dict[str, Any] = {
+        "servers": list(servers.urls),
+        "inbox_prefix": settings.nats_inbox_prefix,
+        **servers.credentials,
+    }
     if settings.nats_creds is not None:
         require_usable_credentials(settings.nats_creds)
         # As a file: nats-py reads it again at each reconnect, and a JWT may have been renewed.
