@@ -397,7 +397,7 @@ class Settings(BaseSettings):
 
 def _read(config: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(config.read_text())
+        document = tomllib.loads(config.read_text("utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"{config}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -9,7 +9,8 @@ process, and nats-py offers no public place for it:
   itself as connected.
 - A forced flush swallows cancellations, so that its task cannot be stopped.
 - An unexpected exception during a reconnect ends the reconnecting for good, without a word.
-- A credentials file without a JWT is read in an endless loop that blocks the event loop.
+- A credentials file without a JWT is read in an endless loop that blocks the event loop, and the
+  seed in one with CRLF line ends, or without a last line end, is read wrongly.
 - `flush` does not wait for everything that was sent before it, and a cancelled `flush` breaks the
   read loop.
 
@@ -19,6 +20,7 @@ replaced or called here.
 
 import asyncio
 import json
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,9 @@ class RobustClient(Client):
     def _read_creds_user_jwt(self, creds: str) -> bytearray:  # type: ignore[override] # a path here
         return bytearray(_line_after(_JWT_HEADER, Path(creds)))
 
+    def _read_creds_user_nkey(self, creds: str) -> bytearray:  # type: ignore[override] # a path here
+        return bytearray(_line_after(_SEED_HEADER, Path(creds)))
+
 
 def require_usable_seed(path: Path) -> str:
     """Return the nkey seed in a file.
@@ -235,7 +240,7 @@ def require_usable_seed(path: Path) -> str:
         CredentialsError: It is no seed.
         OSError: The file cannot be read.
     """
-    seed = path.read_bytes().strip()
+    seed = path.read_bytes().removeprefix(BOM_UTF8).strip()
     _require_seed(seed)
     return seed.decode()
 
@@ -248,7 +253,7 @@ def require_usable_credentials(path: Path) -> None:
         OSError: The file cannot be read.
     """
     _line_after(_JWT_HEADER, path)
-    _require_seed(_line_after(_SEED_HEADER, path).strip())
+    _require_seed(_line_after(_SEED_HEADER, path))
 
 
 def _require_seed(seed: bytes) -> None:
@@ -262,7 +267,7 @@ def _line_after(header: bytes, path: Path) -> bytes:
     lines = iter(path.read_bytes().splitlines())
     for line in lines:
         if header in line:
-            return next(lines, b"")
+            return next(lines, b"").strip()
     raise CredentialsError(f"{path}: no line with {header.decode()}")
 
 

@@ -260,7 +260,9 @@ def test_user_and_password_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["flat", "in sections"],
 )
 def test_file_may_be_flat_or_in_sections(tmp_path: Path, text: str) -> None:
-    settings = Settings.load(toml(tmp_path, text))
+    file = toml(tmp_path, "")
+    file.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    settings = Settings.load(file)
     assert (settings.nats_url, settings.consumer_ack_wait) == ("nats://bus:1", 30)
     assert settings.task is Task.TEXT_TO_IMAGE
     assert settings.reply_prefixes == ("a.", "b.")
