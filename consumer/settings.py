@@ -52,7 +52,7 @@ def _clean(name: str, value: str, field: FieldInfo) -> str:
         # `docker run --env-file` keeps the quotes that a shell would remove.
         raise ValueError(f"{name.upper()}: is in quotes; write it without them")
     if get_origin(field.annotation) is Literal:
-        choices = {choice.lower(): choice for choice in get_args(field.annotation)}
+        choices: dict[str, str] = {choice.lower(): choice for choice in get_args(field.annotation)}
         return choices.get(value.lower(), value)
     return value
 
@@ -94,7 +94,19 @@ def _http_url(value: str) -> str:
     url = HttpUrl(value)
     if url.username or url.password or url.query or url.fragment or url.path not in {None, "/"}:
         raise ValueError("must be http(s)://host[:port], without anything else")
-    return value.rstrip("/")
+    if url.port == 0:
+        raise ValueError("the port must be 1 to 65535")
+    # Written as clients write it into the header `Host`, which signatures cover: in small letters,
+    # in ASCII and without the scheme's own port.
+    return str(url).rstrip("/")
+
+
+def without_last_dot(endpoint: str) -> str:
+    """Return the URL of an endpoint without the dot that may end a host's name.
+
+    Clients differ in whether they send that dot.
+    """
+    return re.sub(r"\.(?=(:[0-9]+)?$)", "", endpoint)
 
 
 def _hosts(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -111,6 +123,7 @@ def _worker_name() -> str:
 
 List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
 Url = Annotated[str, AfterValidator(_http_url)]
+PublicUrl = Annotated[Url, AfterValidator(without_last_dot)]
 Seconds = Annotated[float, Field(gt=0)]
 Defaults = Annotated[dict[str, int | float | str], NoDecode, BeforeValidator(_json)]
 Adapters = Annotated[dict[str, str], NoDecode, BeforeValidator(_named)]
@@ -206,7 +219,7 @@ class Settings(BaseSettings):
     s3_bucket: Bucket = "generation"
     s3_prefix: Prefix = ""
     s3_region: str = "us-east-1"
-    s3_public_endpoint: Url | None = None
+    s3_public_endpoint: PublicUrl | None = None
     s3_url_ttl: Annotated[int, Field(ge=1, le=7 * 86_400, description="seconds")] = 86_400
     s3_input_prefixes: List = Field(
         default=(), description="bucket/prefix that inputs may name; empty: the own ones"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from minio.helpers import BaseURL, check_bucket_name
 
 from consumer.ports import StoreUnavailable
-from consumer.settings import Settings
+from consumer.settings import Settings, without_last_dot
 
 _MAX_URL_TTL = 7 * 86_400  # seconds; S3's limit for presigned URLs
 
@@ -70,6 +70,11 @@ class StoreConfig:
             raise StoreMisconfigured(f"S3: URLs can be good for 1 to {_MAX_URL_TTL} seconds")
         if self.prefix and not is_plain(self.prefix):
             raise StoreMisconfigured("S3: the prefix must be names between slashes")
+
+    @property
+    def url_endpoint(self) -> str:
+        """What presigned URLs name."""
+        return without_last_dot(self.public_endpoint or self.endpoint)
 
     def key(self, *parts: str) -> str:
         """An object key under the prefix."""

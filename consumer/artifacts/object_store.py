@@ -92,8 +92,7 @@ class ObjectStoreArtifacts:
         )
         self._client = _client(config, config.endpoint, self._pools)
         # The host is part of the signature. This one only computes: it opens no connection.
-        public = config.public_endpoint or config.endpoint
-        self._presigner = _client(config, public, self._pools)
+        self._presigner = _client(config, config.url_endpoint, self._pools)
 
     # -- what the port asks for -------------------------------------------------------------------
 

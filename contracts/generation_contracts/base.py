@@ -3,8 +3,13 @@
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler
-from pydantic import WrapValidator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -30,7 +35,7 @@ def says(words: str) -> WrapValidator:
         except ValidationError as error:
             if error.errors(include_url=False)[0]["type"] != "string_pattern_mismatch":
                 raise
-        raise PydanticCustomError("string_pattern_mismatch", words)  # type: ignore[arg-type] # no literal
+        raise PydanticCustomError("string_pattern_mismatch", words)
 
     return WrapValidator(validate)
 

@@ -21,12 +21,20 @@ import minio.api
 import pytest
 from minio import Minio
 from PIL import Image
+from pydantic import SecretStr
 
-from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, StoreMisconfigured
+from consumer.artifacts import (
+    ObjectStoreArtifacts,
+    StoreConfig,
+    StoreMisconfigured,
+    store_config,
+)
 from consumer.devstack import ObjectStore
 from consumer.devstack.loopback import free_ports
 from consumer.images import ImageCodec
 from consumer.ports import EncodedImage, InputUnavailable, StoreUnavailable
+from consumer.probes import Unwatched
+from consumer.settings import Settings
 from consumer.telemetry import JobReport
 from generation_contracts import ArtifactReference, FailureCode, InlineImage, Task
 from tests.integration import minio_server
@@ -317,6 +325,35 @@ async def test_the_url_names_the_public_endpoint_and_works_there(
     assert stored.url.startswith(f"{proxy.endpoint}/generation/outputs/")
     assert await asyncio.to_thread(read_url, stored.url) == picture().data
     assert proxy.methods == ["GET"]
+
+
+@pytest.mark.parametrize("setting", ["s3_endpoint", "s3_public_endpoint"])
+@pytest.mark.parametrize(
+    ("endpoint", "sent"),
+    [
+        ("http://LocalHost:9000", "localhost:9000"),
+        ("HTTP://Pictures.Example:80/", "pictures.example"),
+        ("http://[::1]:9000", "[::1]:9000"),
+        ("http://bücher.example", "xn--bcher-kva.example"),
+        ("http://pictures.example.:9000", "pictures.example:9000"),
+    ],
+)
+def test_the_url_is_signed_for_the_host_that_clients_send(
+    store: StoreOfTwo | MinioServer, plain: Minio, setting: str, endpoint: str, sent: str
+) -> None:
+    put(plain, "outputs/hosts.png", b"a picture")
+    settings = Settings(
+        **{setting: endpoint},
+        s3_access_key=store.access_key,
+        s3_secret_key=SecretStr(store.secret_key),
+    )
+    artifacts = ObjectStoreArtifacts(store_config(settings), observer=Unwatched())
+    url = urlsplit(artifacts._presigner.presigned_get_object(BUCKET, "outputs/hosts.png"))
+    assert url.netloc == sent  # what every client connects to and writes into the header
+    request = urllib.request.Request(f"{store.endpoint}{url.path}?{url.query}")  # noqa: S310 - http
+    request.add_header("Host", sent)
+    with urllib.request.urlopen(request, timeout=SOON) as response:  # noqa: S310 - http
+        assert response.read() == b"a picture"
 
 
 @pytest.mark.parametrize("request_id", ["", "a.b", "a/b", "../a", "a b", "a\n", "x" * 65, "ü"])

@@ -17,8 +17,8 @@ from nats.errors import Error
 from nats.protocol.parser import Parser
 from structlog.testing import capture_logs
 
-from consumer.bus.connection import Bus, BusUnavailable, connect
 from consumer.bus.client import require_usable_credentials, require_usable_seed
+from consumer.bus.connection import Bus, BusUnavailable, connect
 from consumer.devstack import NatsServer
 from tests.integration.bus_installation import (
     bus_settings,

@@ -186,6 +186,23 @@ def test_inputs_may_be_read_below_the_own_prefix_alone(monkeypatch: pytest.Monke
     assert Settings.load().input_prefixes == ("uploads/x", "pictures")
 
 
+@pytest.mark.parametrize(
+    ("value", "endpoint"),
+    [
+        ("https://S3.Example:443/", "https://s3.example"),
+        ("http://s3.example:443", "http://s3.example:443"),
+        ("http://[2001:DB8::1]:80", "http://[2001:db8::1]"),
+        ("http://minio_1:9000", "http://minio_1:9000"),
+        ("http://minio.default.svc.cluster.local.:9000", None),
+    ],
+)
+def test_endpoints_are_written_as_clients_write_the_host(
+    monkeypatch: pytest.MonkeyPatch, value: str, endpoint: str | None
+) -> None:
+    monkeypatch.setenv("S3_ENDPOINT", value)
+    assert Settings.load().s3_endpoint == (endpoint or value)
+
+
 # What a file, a secret or a person leaves around a value.
 AROUND = ["{}\n", "{}\r\n", " {} ", "\ufeff{}\r\n", "\t{}\n\n"]
 
@@ -346,6 +363,7 @@ def test_missing_file_is_told_in_one_line(tmp_path: Path) -> None:
         ("S3_ENDPOINT", "ftp://s3.example"),
         ("S3_ENDPOINT", "http://s3.example/bucket"),
         ("S3_ENDPOINT", "http://s3.example?x=1"),
+        ("S3_ENDPOINT", "http://s3.example:0"),
         ("S3_ENDPOINT", f"http://user:{SECRET}@s3.example"),
         ("S3_PUBLIC_ENDPOINT", "pictures"),
         ("S3_ENDPOINT", '"http://s3.example"'),
