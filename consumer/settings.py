@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from generation_contracts import Subjects, Task
+from generation_contracts import ArtifactReference, Subjects, Task
 from generation_contracts.base import says
 from generation_contracts.servers import Servers, parse_servers
 from generation_contracts.subjects import SUBJECT_PATTERN
@@ -109,6 +109,17 @@ def without_last_dot(endpoint: str) -> str:
     return re.sub(r"\.(?=(:[0-9]+)?$)", "", endpoint)
 
 
+def _places(values: tuple[str, ...]) -> tuple[str, ...]:
+    places = tuple(value.removeprefix("s3://").strip("/") for value in values)
+    for place in places:
+        bucket, slash, prefix = place.partition("/")
+        try:
+            ArtifactReference(bucket=bucket, key=prefix if slash else "all")
+        except ValidationError:
+            raise ValueError("must be bucket or bucket/prefix, with commas") from None
+    return places
+
+
 def _hosts(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?", value):
@@ -122,6 +133,7 @@ def _worker_name() -> str:
 
 
 List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
+Places = Annotated[List, AfterValidator(_places)]
 Url = Annotated[str, AfterValidator(_http_url)]
 PublicUrl = Annotated[Url, AfterValidator(without_last_dot)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -221,7 +233,7 @@ class Settings(BaseSettings):
     s3_region: str = "us-east-1"
     s3_public_endpoint: PublicUrl | None = None
     s3_url_ttl: Annotated[int, Field(ge=1, le=7 * 86_400, description="seconds")] = 86_400
-    s3_input_prefixes: List = Field(
+    s3_input_prefixes: Places = Field(
         default=(), description="bucket/prefix that inputs may name; empty: the own ones"
     )
 
@@ -274,7 +286,7 @@ class Settings(BaseSettings):
     gateway_cors_origins: List = Field(
         default=(), description="origins that browsers may call from; empty: none"
     )
-    gateway_input_prefixes: List = Field(
+    gateway_input_prefixes: Places = Field(
         default=(),
         description="`bucket/prefix` of shared inputs, besides a tenant's own outputs",
     )

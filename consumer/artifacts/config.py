@@ -1,6 +1,8 @@
 """Where the store is, who we are to it, what may be read from it, and how long it may take."""
 
+import re
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 from minio.helpers import BaseURL, check_bucket_name
 
@@ -91,8 +93,14 @@ class StoreConfig:
 
 
 def is_plain(key: str) -> bool:
-    """Whether a key names one object only: no empty, `.` or `..` part, which stores resolve."""
-    return all(part.strip() not in {"", ".", ".."} for part in key.split("/"))
+    """Whether a key names one object only: no empty, `.` or `..` part, which stores resolve.
+
+    A store on a file system may take a backslash for `/`, and a proxy may decode a key once more
+    than it should.
+    """
+    parts, decoded = (re.split(r"[/\\]", text) for text in (key, unquote(key)))
+    dots = {".", ".."}
+    return all(part.strip() not in {"", *dots} for part in parts) and dots.isdisjoint(decoded)
 
 
 def store_config(settings: Settings) -> StoreConfig:

@@ -282,6 +282,8 @@ class ObjectStoreArtifacts:
             return self._get(bucket, key, size, etag)
         except S3Error as error:
             words = _INPUT_FAULTS.get(error.code or "")
+            if error.code == "NoSuchKey" and "%" in key:
+                words = "the object does not exist; keys are not percent-decoded"
             if words is None:
                 passing = not isinstance(fault_of(error, self._config), StoreMisconfigured)
                 if passing or error.code in _OWN_FAULTS:

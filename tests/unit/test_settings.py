@@ -182,8 +182,10 @@ def test_endpoints_connect_as_the_worker_unless_they_have_a_user_of_their_own(
 def test_inputs_may_be_read_below_the_own_prefix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S3_PREFIX", "team/a")
     assert Settings.load().input_prefixes == ("generation/team/a",)
-    monkeypatch.setenv("S3_INPUT_PREFIXES", "uploads/x,pictures")
-    assert Settings.load().input_prefixes == ("uploads/x", "pictures")
+    monkeypatch.setenv(
+        "S3_INPUT_PREFIXES", "uploads/x, /Old_Bucket/ ,\ns3://pictures/Zürich und Genf/"
+    )
+    assert Settings.load().input_prefixes == ("uploads/x", "Old_Bucket", "pictures/Zürich und Genf")
 
 
 @pytest.mark.parametrize(
@@ -377,6 +379,9 @@ def test_missing_file_is_told_in_one_line(tmp_path: Path) -> None:
         ("S3_PREFIX", "/team"),
         ("S3_PREFIX", "team/"),
         ("S3_PREFIX", "../team"),
+        ("S3_INPUT_PREFIXES", "uploads/../x"),
+        ("S3_INPUT_PREFIXES", "u/x"),
+        ("GATEWAY_INPUT_PREFIXES", "https://uploads/x"),
         ("S3_URL_TTL", "604801"),
         ("CONSUMER_SUBJECT_ROOT", "a.*"),
         ("CONSUMER_SUBJECT_ROOT", "$JS.API"),
