@@ -71,7 +71,9 @@ class ArtifactReference(RequestPart):
     """An object in the store, named in a request as `{"bucket": …, "key": …}`."""
 
     bucket: BucketName
-    key: ObjectKey
+    key: ObjectKey = Field(
+        description=f"as it is, up to {MAX_KEY} bytes of UTF-8; nothing is percent-decoded"
+    )
 
 
 class InlineImage(RequestPart):
