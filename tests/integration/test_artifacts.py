@@ -22,6 +22,7 @@ import pytest
 from minio import Minio
 from PIL import Image
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from consumer.artifacts import (
     ObjectStoreArtifacts,
@@ -45,6 +46,7 @@ from tests.integration.fault_proxy import (
     FaultProxy,
     damages_the_body,
     drips,
+    for_checksums,
     hangs_up,
     is_silent,
     passes,
@@ -215,6 +217,57 @@ async def refusal(artifacts: ObjectStoreArtifacts, source: Any, limit: int = LIM
     with pytest.raises(InputUnavailable) as raised:
         await artifacts.fetch(source, max_bytes=limit)
     return str(raised.value)
+
+
+# -- a store without checksums --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (refuses("501 Not Implemented", "NotImplemented"), "NotImplemented"),
+        (refuses("400 Bad Request", "InvalidRequest"), "InvalidRequest"),
+        (refuses("400 Bad Request", "InvalidArgument"), "InvalidArgument"),
+        (refuses("403 Forbidden", "SignatureDoesNotMatch"), "SignatureDoesNotMatch"),
+        (says("501 Not Implemented"), "HTTP 501"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_store_that_knows_no_checksums_is_found_out_once(
+    behind: ObjectStoreArtifacts, proxy: FaultProxy, plain: Minio, fault: Fault, code: str
+) -> None:
+    proxy.otherwise = for_checksums(fault)
+    with capture_logs() as logs:
+        await behind.probe()
+    assert behind.refused_checksum == code
+    (said,) = logs
+    assert (said["event"], said["code"]) == ("store_without_checksums", code)
+    proxy.heads.clear()
+    stored = await behind.store(TASK, "unchecked", 0, picture())
+    (head,) = proxy.heads  # one attempt, and the store compares the MD5
+    md5 = base64.b64encode(hashlib.md5(picture().data, usedforsecurity=False).digest())
+    assert b"\r\nContent-MD5: " + md5 + b"\r\n" in head
+    assert got(plain, stored.key) == picture().data
+
+
+async def test_damaged_bytes_are_no_reason_to_send_no_checksum(
+    behind: ObjectStoreArtifacts, proxy: FaultProxy
+) -> None:
+    proxy.faults.extend(
+        (refuses("400 Bad Request", "BadDigest"), refuses("503 Slow Down", "SlowDown"))
+    )
+    await behind.store(TASK, "damaged", 0, picture())
+    assert behind.refused_checksum == ""
+    assert all(b"x-amz-checksum-sha256" in head for head in proxy.heads)
+
+
+async def test_a_store_that_lacks_more_is_one_line_at_once(
+    behind: ObjectStoreArtifacts, proxy: FaultProxy
+) -> None:
+    proxy.otherwise = refuses("501 Not Implemented", "NotImplemented")
+    with pytest.raises(StoreMisconfigured, match=r"the store lacks what is needed \(NotImpl"):
+        await behind.probe()
+    assert behind.refused_checksum == ""
 
 
 # -- outputs --------------------------------------------------------------------------------------
