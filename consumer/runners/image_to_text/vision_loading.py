@@ -33,11 +33,12 @@ _ATTENTION = {
 }
 
 
-def download(model_id: str, revision: str | None) -> str:
+def download(model_id: str, revision: str | None, *, cached_only: bool) -> str:
     """Fetch a model from the hub: what transformers reads, and no second copy in other formats."""
     return huggingface_hub.snapshot_download(
         model_id,
         revision=revision,
+        local_files_only=cached_only,
         allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
         ignore_patterns=["*/*"],
     )
