@@ -154,6 +154,7 @@ Bucket = Annotated[
 ]
 Prefix = Annotated[
     str,
+    BeforeValidator(lambda value: value.strip("/") if isinstance(value, str) else value),
     Field(pattern=r"^([A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*)?$"),
     says("must be names of A-Z a-z 0-9 _ - with slashes between them"),
 ]

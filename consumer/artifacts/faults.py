@@ -117,6 +117,8 @@ def _refusal(code: str, status: int, config: StoreConfig) -> StoreUnavailable:
     known = {
         "AccessDenied": f'access is denied; reading and writing "{place}" is needed',
         "AuthorizationHeaderMalformed": f'the region "{config.region}" is wrong',
+        "PermanentRedirect": f'the bucket "{config.bucket}" is at another endpoint or in another '
+        f'region than "{config.region}"',
         "InvalidAccessKeyId": "the access key is not known",
         "NoSuchBucket": f'the bucket "{config.bucket}" does not exist; '
         "create it with consumer apply",

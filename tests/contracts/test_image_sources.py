@@ -14,7 +14,7 @@ ODD_KEYS = [
     "in/Zu\u0308rich.png",
     "in/2026-11-29T10:00:00.png",
     "a&b.png",
-    "a b+c.png",
+    " a b+c .png",
     "100%.png",
     "a%2fb",
     "a?versionId=1#b",

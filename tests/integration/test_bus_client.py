@@ -231,13 +231,14 @@ async def test_credentials_that_cannot_be_used_stop_the_start_at_once(
 @pytest.mark.parametrize(
     ("line_end", "last"), [("\n", "\n"), ("\r\n", "\r\n"), (" \r\n", ""), ("\n", "")], ids=ascii
 )
+@pytest.mark.parametrize("title", ["NKEY SEED", "PRIVATE KEY"])
 def test_files_of_credentials_may_have_the_line_ends_of_any_editor(
-    tmp_path: Path, line_end: str, last: str
+    tmp_path: Path, line_end: str, last: str, title: str
 ) -> None:
     """nats-py reads a seed with its carriage return, or without its last character."""
     seed = nkeys.encode_seed(bytes(32), nkeys.PREFIX_BYTE_USER).decode()
-    jwt_part = ["-----BEGIN NATS USER JWT-----", "a.b.c", "------END NATS USER JWT------", ""]
-    seed_part = ["-----BEGIN USER NKEY SEED-----", seed]
+    jwt_part = ["-----BEGIN NATS USER JWT-----", "a.b.c", "", "------END NATS USER JWT------", ""]
+    seed_part = [f"-----BEGIN USER {title}-----", "", seed]
     (creds := tmp_path / "creds").write_bytes(
         f"\ufeff{line_end.join(jwt_part + seed_part)}{last}".encode()
     )

@@ -105,6 +105,40 @@ async def test_user_information_in_an_address_is_percent_encoded(
     await require_connection(named)
 
 
+async def test_a_server_that_another_one_names_gets_the_user_of_the_address(
+    tmp_path: Path,
+) -> None:
+    """nats-py sends no user to it: once the named server was lost, it would never connect."""
+    routes = dict(zip("ab", free_ports(2), strict=True))
+    first, second = (
+        NatsServer(
+            tmp_path / name,
+            config=f"""
+            server_name: {name}
+            authorization {{ user: "app", password: "p@ss" }}
+            cluster {{
+              name: test, listen: "127.0.0.1:{port}"
+              routes: {json.dumps([f"nats://127.0.0.1:{route}" for route in routes.values()])}
+            }}
+            """,
+        )
+        for name, port in routes.items()
+    )
+    async with AsyncExitStack() as parts:
+        for server in (first, second):
+            parts.callback(server.kill)
+            server.start()
+        for server in (first, second):
+            await asyncio.to_thread(server.wait_ready)  # they have found each other
+        bus = await open_bus(first.url.replace("//", "//app:p%40ss@"), parts)
+        assert bus.client.servers, bus.client.discovered_servers
+        first.kill()
+        await until_lost(bus)
+        await until_connected(bus)
+        assert bus.client.connected_url is not None
+        assert bus.client.connected_url.port == second.ports["client"]
+
+
 async def test_a_token_in_an_address_is_percent_encoded(start_nats: StartNats) -> None:
     server = start_nats('authorization { token: "t@k/n" }')
     await require_connection(bus_settings(server.url.replace("//", "//t%40k%2Fn@")))
