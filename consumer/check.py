@@ -141,7 +141,10 @@ async def _store(settings: Settings) -> Finding:
             await artifacts.probe()
         finally:
             await artifacts.close()
-        return f"bucket {settings.s3_bucket}: wrote, read and deleted an object"
+        found = f"bucket {settings.s3_bucket}: wrote, read and deleted an object"
+        if code := artifacts.refused_checksum:
+            found += f"; the store takes no SHA-256 ({code}): uploads are checked by MD5"
+        return found
 
     return await _tried("s3", look)
 

@@ -156,10 +156,11 @@ class Daemon:
             bus, endpoints = await self._connect(parts)
             artifacts = make_artifacts(self._settings, self._watch)
             parts.push_async_callback(artifacts.close)
-            await self._look_at_store(artifacts)
             topology = make_topology(self._settings, bus)
             ensure = partial(topology.ensure, self._task)
             durable = await wait_until_available(ensure, deadline=deadline)
+            # After the bus: a slow store must not take the time that the bus is waited for.
+            await self._look_at_store(artifacts)
             model = await loading
             self._health.model_loaded = True
             self._watch.metrics.model_loaded(model.info)

@@ -5,6 +5,7 @@ which of its conditions does not hold; `/metrics` is Prometheus text.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from generation_contracts import FailureCode
 
 log = structlog.get_logger()
 
+LOG_EVERY = 10.0  # seconds between two log lines about a store that fails for the same reason
 SHUTDOWN_TIMEOUT = 1.0  # seconds that a scrape under way may take when the daemon ends
 
 
@@ -64,6 +66,8 @@ class Watch(Observer):
     metrics: Metrics
     health: Health = field(default_factory=Health)
     _store_changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _store_log_from: float = 0.0  # time.monotonic()
+    _store_unlogged: int = 0
 
     async def store_changes(self, within: float) -> bool:
         """Wait until the store goes away or comes back; False: not within so many seconds."""
@@ -103,13 +107,22 @@ class Watch(Observer):
         """The store has answered, or not."""
         self.metrics.store_reachable(reachable, reason)
         problem = "" if reachable else reason or "not reachable"
-        if problem and problem != self.health.store_problem:
-            log.warning("store_unreachable", reason=problem)
+        if problem:
+            self._log_store_failure(problem)
         elif self.health.store_problem and not problem:
             log.info("store_reachable")
         if bool(problem) != bool(self.health.store_problem):
             self._store_changed.set()
         self.health.store_problem = problem
+
+    def _log_store_failure(self, problem: str) -> None:
+        """Log a failed attempt: each new reason, and the same one once in `LOG_EVERY`."""
+        now = time.monotonic()
+        if problem == self.health.store_problem and now < self._store_log_from:
+            self._store_unlogged += 1
+            return
+        log.warning("store_unreachable", reason=problem, unlogged=self._store_unlogged)
+        self._store_log_from, self._store_unlogged = now + LOG_EVERY, 0
 
     def bus_writable(self, writable: bool, reason: str = "") -> None:
         """JetStream has taken what was published, or refuses it."""

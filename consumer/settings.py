@@ -6,7 +6,7 @@ import re
 import socket
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -18,21 +18,50 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from generation_contracts import Subjects, Task
+from generation_contracts import ArtifactReference, Subjects, Task
+from generation_contracts.base import says
+from generation_contracts.servers import Servers, parse_servers
 from generation_contracts.subjects import SUBJECT_PATTERN
 
 _SPELLINGS = {"text2image": Task.TEXT_TO_IMAGE, "image2text": Task.IMAGE_TO_TEXT}
+# What editors and `kubectl create secret --from-file` leave around a value: ASCII white space, and
+# the byte order mark of a file from Windows.
+_AROUND = " \t\r\n\v\f\ufeff"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
+_SECRETS = ("nats_password", "s3_secret_key")  # may hold any printable character
 
 
 class SettingsError(Exception):
     """A setting is wrong or missing; the text is one clear line without the value."""
 
 
+def _clean(name: str, value: str, field: FieldInfo) -> str:
+    """Return a value as it was meant.
+
+    Raises:
+        ValueError: With a text that names the setting and not the value.
+    """
+    value = value.strip(_AROUND)
+    one_line = NoDecode not in field.metadata  # lists and maps may have several
+    if one_line and _CONTROL.search(value):
+        raise ValueError(f"{name.upper()}: has a line end or another control character in it")
+    if name not in _SECRETS and len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        # `docker run --env-file` keeps the quotes that a shell would remove.
+        raise ValueError(f"{name.upper()}: is in quotes; write it without them")
+    if get_origin(field.annotation) is Literal:
+        choices: dict[str, str] = {choice.lower(): choice for choice in get_args(field.annotation)}
+        return choices.get(value.lower(), value)
+    return value
+
+
 def _comma_separated(value: object) -> object:
     if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        value = value.split(",")
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return tuple(filter(None, (part.strip(_AROUND) for part in value)))
     return value
 
 
@@ -56,6 +85,7 @@ def _named(value: object) -> object:
 
 def _known_spelling(value: object) -> object:
     if isinstance(value, str):
+        value = value.lower()
         return _SPELLINGS.get(value, value.replace("-", "_"))
     return value
 
@@ -64,7 +94,30 @@ def _http_url(value: str) -> str:
     url = HttpUrl(value)
     if url.username or url.password or url.query or url.fragment or url.path not in {None, "/"}:
         raise ValueError("must be http(s)://host[:port], without anything else")
-    return value.rstrip("/")
+    if url.port == 0:
+        raise ValueError("the port must be 1 to 65535")
+    # Written as clients write it into the header `Host`, which signatures cover: in small letters,
+    # in ASCII and without the scheme's own port.
+    return str(url).rstrip("/")
+
+
+def without_last_dot(endpoint: str) -> str:
+    """Return the URL of an endpoint without the dot that may end a host's name.
+
+    Clients differ in whether they send that dot.
+    """
+    return re.sub(r"\.(?=(:[0-9]+)?$)", "", endpoint)
+
+
+def _places(values: tuple[str, ...]) -> tuple[str, ...]:
+    places = tuple(value.removeprefix("s3://").strip("/") for value in values)
+    for place in places:
+        bucket, slash, prefix = place.partition("/")
+        try:
+            ArtifactReference(bucket=bucket, key=prefix if slash else "all")
+        except ValidationError:
+            raise ValueError("must be bucket or bucket/prefix, with commas") from None
+    return places
 
 
 def _hosts(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -80,11 +133,32 @@ def _worker_name() -> str:
 
 
 List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
+Places = Annotated[List, AfterValidator(_places)]
 Url = Annotated[str, AfterValidator(_http_url)]
+PublicUrl = Annotated[Url, AfterValidator(without_last_dot)]
 Seconds = Annotated[float, Field(gt=0)]
 Defaults = Annotated[dict[str, int | float | str], NoDecode, BeforeValidator(_json)]
 Adapters = Annotated[dict[str, str], NoDecode, BeforeValidator(_named)]
-DurableName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+DurableName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$"), says("must be 1-64 characters of A-Z a-z 0-9 _ -")
+]
+InboxPrefix = Annotated[
+    str,
+    Field(pattern=SUBJECT_PATTERN, max_length=64),
+    says("must be characters of A-Z a-z 0-9 _ - between dots"),
+]
+Bucket = Annotated[
+    str,
+    Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$"),
+    says("must be 3-63 characters of a-z 0-9 . -, a letter or digit at both ends"),
+]
+Prefix = Annotated[
+    str,
+    BeforeValidator(lambda value: value.strip("/") if isinstance(value, str) else value),
+    Field(pattern=r"^([A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*)?$"),
+    says("must be names of A-Z a-z 0-9 _ - with slashes between them"),
+]
+AccessKey = Annotated[str, Field(pattern=r"^[!-~]*$"), says("must be printable ASCII, no spaces")]
 
 
 class Settings(BaseSettings):
@@ -95,21 +169,23 @@ class Settings(BaseSettings):
     )
 
     nats_url: str = Field(default="nats://127.0.0.1:4222", description="comma-separated for more")
+    nats_user: str = Field(default="", description="in place of the one in NATS_URL")
+    nats_password: SecretStr = SecretStr("")
     nats_creds: Path | None = Field(default=None, description="a .creds file")
     nats_nkey_seed: Path | None = Field(default=None, description="a file with an nkey seed")
     nats_ca: Path | None = Field(default=None, description="PEM: who signs the server")
     nats_cert: Path | None = Field(default=None, description="PEM: the client's certificate")
     nats_key: Path | None = Field(default=None, description="PEM: the client's key")
-    nats_inbox_prefix: Annotated[str, Field(pattern=SUBJECT_PATTERN, max_length=64)] = Field(
+    nats_inbox_prefix: InboxPrefix = Field(
         default="_INBOX", description="what the user's own inboxes begin with"
     )
     nats_endpoints_creds: Path | None = Field(
         default=None, description="for the connection of the endpoints; unset: as the others"
     )
     nats_endpoints_nkey_seed: Path | None = Field(default=None, description="the same")
-    nats_endpoints_inbox_prefix: (
-        Annotated[str, Field(pattern=SUBJECT_PATTERN, max_length=64)] | None
-    ) = Field(default=None, description="the same; unset: NATS_INBOX_PREFIX")
+    nats_endpoints_inbox_prefix: InboxPrefix | None = Field(
+        default=None, description="the same; unset: NATS_INBOX_PREFIX"
+    )
     nats_replicas: Annotated[int, Field(ge=1, le=5)] | None = Field(
         default=None,
         description="copies of each stream, for `apply`; unset: one, or as they are",
@@ -151,14 +227,14 @@ class Settings(BaseSettings):
     model_max_image_pixels: Annotated[int, Field(ge=28 * 28)] = 1_200_000
 
     s3_endpoint: Url = "http://127.0.0.1:9000"
-    s3_access_key: str = ""
+    s3_access_key: AccessKey = ""
     s3_secret_key: SecretStr = SecretStr("")
-    s3_bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "generation"
-    s3_prefix: Annotated[str, Field(pattern=r"^([A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*)?$")] = ""
+    s3_bucket: Bucket = "generation"
+    s3_prefix: Prefix = ""
     s3_region: str = "us-east-1"
-    s3_public_endpoint: Url | None = None
+    s3_public_endpoint: PublicUrl | None = None
     s3_url_ttl: Annotated[int, Field(ge=1, le=7 * 86_400, description="seconds")] = 86_400
-    s3_input_prefixes: List = Field(
+    s3_input_prefixes: Places = Field(
         default=(), description="bucket/prefix that inputs may name; empty: the own ones"
     )
 
@@ -211,7 +287,7 @@ class Settings(BaseSettings):
     gateway_cors_origins: List = Field(
         default=(), description="origins that browsers may call from; empty: none"
     )
-    gateway_input_prefixes: List = Field(
+    gateway_input_prefixes: Places = Field(
         default=(),
         description="`bucket/prefix` of shared inputs, besides a tenant's own outputs",
     )
@@ -235,19 +311,35 @@ class Settings(BaseSettings):
     log_format: Literal["json", "console"] = "json"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _cleaned(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Clean every value that is text; what is white space alone is no value."""
+        cleaned: dict[str, Any] = {}
+        for name, value in values.items():
+            field = cls.model_fields.get(name)
+            if not isinstance(value, str) or not value or field is None:
+                cleaned[name] = value
+            elif value.strip(_AROUND):
+                cleaned[name] = _clean(name, value, field)
+        return cleaned
+
+    @field_validator("nats_url")
+    @classmethod
+    def _usable_servers(cls, value: str) -> str:
+        parse_servers(value)
+        return value
+
     @field_validator("consumer_subject_root")
     @classmethod
     def _usable_root(cls, value: str) -> str:
         Subjects(value)
         return value
 
-    @field_validator("log_level", mode="before")
-    @classmethod
-    def _upper(cls, value: object) -> object:
-        return value.upper() if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _whole_pairs(self) -> Self:
+        if bool(self.nats_user) != bool(self.nats_password.get_secret_value()):
+            raise ValueError("NATS_USER and NATS_PASSWORD go together")
         if (self.nats_cert is None) != (self.nats_key is None):
             raise ValueError("NATS_CERT and NATS_KEY go together")
         if (self.gateway_tls_cert is None) != (self.gateway_tls_key is None):
@@ -267,7 +359,7 @@ class Settings(BaseSettings):
             SettingsError: One line that names the setting.
         """
         values = {} if config is None else _read(config)
-        present = {name.lower() for name, value in os.environ.items() if value}
+        present = {name.lower() for name, value in os.environ.items() if value.strip(_AROUND)}
         from_file = {name: value for name, value in values.items() if name not in present}
         try:
             return cls(**from_file)
@@ -284,6 +376,15 @@ class Settings(BaseSettings):
         if self.model_type is None:
             raise SettingsError("MODEL_TYPE: set it to text_to_image or image_to_text")
         return self.model_type
+
+    @property
+    def nats_servers(self) -> Servers:
+        """The servers, and the user of NATS_USER or, where that is not set, of NATS_URL."""
+        servers = parse_servers(self.nats_url)
+        if not self.nats_user:
+            return servers
+        password = self.nats_password.get_secret_value()
+        return Servers(servers.urls, user=self.nats_user, password=password)
 
     @property
     def subjects(self) -> Subjects:
@@ -322,7 +423,7 @@ class Settings(BaseSettings):
 
 def _read(config: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(config.read_text())
+        document = tomllib.loads(config.read_text("utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"{config}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

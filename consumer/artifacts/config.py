@@ -1,11 +1,13 @@
 """Where the store is, who we are to it, what may be read from it, and how long it may take."""
 
+import re
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 from minio.helpers import BaseURL, check_bucket_name
 
 from consumer.ports import StoreUnavailable
-from consumer.settings import Settings
+from consumer.settings import Settings, without_last_dot
 
 _MAX_URL_TTL = 7 * 86_400  # seconds; S3's limit for presigned URLs
 
@@ -71,6 +73,11 @@ class StoreConfig:
         if self.prefix and not is_plain(self.prefix):
             raise StoreMisconfigured("S3: the prefix must be names between slashes")
 
+    @property
+    def url_endpoint(self) -> str:
+        """What presigned URLs name."""
+        return without_last_dot(self.public_endpoint or self.endpoint)
+
     def key(self, *parts: str) -> str:
         """An object key under the prefix."""
         return "/".join((self.prefix, *parts) if self.prefix else parts)
@@ -86,8 +93,14 @@ class StoreConfig:
 
 
 def is_plain(key: str) -> bool:
-    """Whether a key names one object only: no empty, `.` or `..` part, which stores resolve."""
-    return all(part.strip() not in {"", ".", ".."} for part in key.split("/"))
+    """Whether a key names one object only: no empty, `.` or `..` part, which stores resolve.
+
+    A store on a file system may take a backslash for `/`, and a proxy may decode a key once more
+    than it should.
+    """
+    parts, decoded = (re.split(r"[/\\]", text) for text in (key, unquote(key)))
+    dots = {".", ".."}
+    return all(part.strip() not in {"", *dots} for part in parts) and dots.isdisjoint(decoded)
 
 
 def store_config(settings: Settings) -> StoreConfig:

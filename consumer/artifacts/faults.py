@@ -40,6 +40,12 @@ _PASSING_CODES = frozenset(
 )
 _PASSING_STATUSES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 
+# What a store says of a checksum header that it does not know. Some count the header as signed and
+# drop it before they compare the signatures.
+_CHECKSUM_REFUSALS = frozenset(
+    {"NotImplemented", "InvalidRequest", "InvalidArgument", "SignatureDoesNotMatch"}
+)
+
 # The first class that fits counts.
 _CONNECTION_FAULTS: tuple[tuple[type[Exception], str], ...] = (
     (NameResolutionError, "the name of its host is not known"),
@@ -61,6 +67,22 @@ class WrongAnswer(Exception):  # noqa: N818 - it names the answer, not the progr
 
 # What a try may raise; anything else is a fault of this program and goes up as it is.
 FAILURES = (WrongAnswer, MinioException, HTTPError, OSError, ParseError, ValueError)
+
+
+def checksum_refusal(error: MinioException) -> str | None:
+    """Return the code of an answer that may refuse the checksum of an upload, else None.
+
+    Never an answer about damaged bytes, such as BadDigest: that is what a checksum is for.
+    """
+    if isinstance(error, S3Error) and error.code in _CHECKSUM_REFUSALS:
+        return error.code
+    if isinstance(error, ServerError) and error.status_code == HTTPStatus.NOT_IMPLEMENTED:
+        return f"HTTP {error.status_code}"
+    if isinstance(error, InvalidResponseError):  # an answer without XML
+        found = _HTTP_STATUS.search(str(error))
+        if found and int(found.group(1)) == HTTPStatus.NOT_IMPLEMENTED:
+            return f"HTTP {found.group(1)}"
+    return None
 
 
 def fault_of(error: Exception, config: StoreConfig) -> StoreUnavailable:
@@ -85,6 +107,8 @@ def fault_of(error: Exception, config: StoreConfig) -> StoreUnavailable:
 
 
 def _refusal(code: str, status: int, config: StoreConfig) -> StoreUnavailable:
+    if status == HTTPStatus.NOT_IMPLEMENTED:
+        return StoreMisconfigured(f"S3: the store lacks what is needed ({code})")
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _PASSING_STATUSES:
         return StoreUnavailable(f"S3: the store cannot do it now ({code})")
     if code in _PASSING_CODES:
@@ -93,6 +117,8 @@ def _refusal(code: str, status: int, config: StoreConfig) -> StoreUnavailable:
     known = {
         "AccessDenied": f'access is denied; reading and writing "{place}" is needed',
         "AuthorizationHeaderMalformed": f'the region "{config.region}" is wrong',
+        "PermanentRedirect": f'the bucket "{config.bucket}" is at another endpoint or in another '
+        f'region than "{config.region}"',
         "InvalidAccessKeyId": "the access key is not known",
         "NoSuchBucket": f'the bucket "{config.bucket}" does not exist; '
         "create it with consumer apply",

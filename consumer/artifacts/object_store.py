@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import structlog
 from minio import Minio
 from minio.credentials.credentials import Credentials
-from minio.error import S3Error
+from minio.error import MinioException, S3Error
 from minio.helpers import DictType
 from pydantic import ValidationError
 from urllib3 import PoolManager
@@ -33,7 +33,7 @@ from urllib3.response import BaseHTTPResponse
 
 from consumer.artifacts.calls import Calls, connection_pools
 from consumer.artifacts.config import StoreConfig, StoreMisconfigured, is_plain
-from consumer.artifacts.faults import FAILURES, WrongAnswer, fault_of
+from consumer.artifacts.faults import FAILURES, WrongAnswer, checksum_refusal, fault_of
 from consumer.artifacts.web_inputs import WebInputs
 from consumer.ports import EncodedImage, InputUnavailable, Observer, StoreUnavailable
 from generation_contracts import ArtifactReference, ImageArtifact, InlineImage, Task
@@ -79,9 +79,14 @@ class ObjectStoreArtifacts:
     Args:
         config: Where and how.
         observer: Told after each try whether the store answered.
+
+    Attributes:
+        refused_checksum: The code with which the store has refused `x-amz-checksum-sha256`, which
+            older and smaller stores do not know; empty while it has not. `probe` finds out.
     """
 
     def __init__(self, config: StoreConfig, *, observer: Observer) -> None:
+        self.refused_checksum = ""
         self._config = config
         self._observer = observer
         self._calls = Calls()
@@ -92,8 +97,7 @@ class ObjectStoreArtifacts:
         )
         self._client = _client(config, config.endpoint, self._pools)
         # The host is part of the signature. This one only computes: it opens no connection.
-        public = config.public_endpoint or config.endpoint
-        self._presigner = _client(config, public, self._pools)
+        self._presigner = _client(config, config.url_endpoint, self._pools)
 
     # -- what the port asks for -------------------------------------------------------------------
 
@@ -253,15 +257,41 @@ class ObjectStoreArtifacts:
     def _put(
         self, content_type: str, key: str, data: bytes, *, md5: Callable[[], str], sha256: str
     ) -> str:
-        """One PUT; returns the ETag. Of the two checks each tested store leaves one out."""
-        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+        """Put once with a SHA-256, or without where the store takes none; return the ETag.
+
+        Of the two checks, SHA-256 and ETag, each tested store leaves one out.
+        """
+        put = partial(self._put_once, content_type, key, data, md5=md5)
+        if self.refused_checksum:
+            return put({})
+        try:
+            return put({_CHECKSUM: base64.b64encode(bytes.fromhex(sha256)).decode()})
+        except MinioException as error:
+            code = checksum_refusal(error)
+            if code is None:
+                raise
+        etag = put({})
+        if not self.refused_checksum:  # another thread may have found out meanwhile
+            self.refused_checksum = code
+            log.warning("store_without_checksums", code=code, instead="Content-MD5 and ETag")
+        return etag
+
+    def _put_once(
+        self,
+        content_type: str,
+        key: str,
+        data: bytes,
+        checksum: DictType,
+        *,
+        md5: Callable[[], str],
+    ) -> str:
         result = self._client.put_object(
             self._config.bucket,
             key,
             BytesIO(data),
             len(data),
             content_type=content_type,
-            metadata={_CHECKSUM: checksum},
+            metadata=checksum,
             part_size=_PART_SIZE,
             num_parallel_uploads=1,  # more would run in threads that cannot be broken off
         )
@@ -283,6 +313,8 @@ class ObjectStoreArtifacts:
             return self._get(bucket, key, size, etag)
         except S3Error as error:
             words = _INPUT_FAULTS.get(error.code or "")
+            if error.code == "NoSuchKey" and "%" in key:
+                words = "the object does not exist; keys are not percent-decoded"
             if words is None:
                 passing = not isinstance(fault_of(error, self._config), StoreMisconfigured)
                 if passing or error.code in _OWN_FAULTS:
@@ -361,6 +393,9 @@ class _Client(Minio):
     ) -> tuple[DictType, datetime]:
         checksum = (headers or {}).get(_CHECKSUM)
         if not isinstance(checksum, str):
+            if body:  # the SDK sends it over TLS only
+                md5 = hashlib.md5(body, usedforsecurity=False).digest()
+                headers = {**(headers or {}), "Content-MD5": base64.b64encode(md5).decode()}
             return super()._build_headers(host, headers, body, creds)
         built, date = super()._build_headers(host, headers, None, creds)
         if not self._base_url.is_https:  # else the signature leaves the body to TLS

@@ -9,7 +9,8 @@ process, and nats-py offers no public place for it:
   itself as connected.
 - A forced flush swallows cancellations, so that its task cannot be stopped.
 - An unexpected exception during a reconnect ends the reconnecting for good, without a word.
-- A credentials file without a JWT is read in an endless loop that blocks the event loop.
+- A credentials file without a JWT is read in an endless loop that blocks the event loop, and the
+  seed in one with CRLF line ends, or without a last line end, is read wrongly.
 - `flush` does not wait for everything that was sent before it, and a cancelled `flush` breaks the
   read loop.
 
@@ -19,6 +20,7 @@ replaced or called here.
 
 import asyncio
 import json
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,8 @@ from nats.protocol.parser import (
 log = structlog.get_logger()
 
 RECONNECT_WAIT = 0.25  # seconds between two attempts
-_JWT_HEADER = b"BEGIN NATS USER JWT"
-_SEED_HEADER = b"BEGIN USER NKEY SEED"
+_JWT_HEADERS = (b"BEGIN NATS USER JWT",)
+_SEED_HEADERS = (b"BEGIN USER NKEY SEED", b"BEGIN USER PRIVATE KEY")
 
 
 class CredentialsError(Error):
@@ -225,7 +227,10 @@ class RobustClient(Client):
         return command
 
     def _read_creds_user_jwt(self, creds: str) -> bytearray:  # type: ignore[override] # a path here
-        return bytearray(_line_after(_JWT_HEADER, Path(creds)))
+        return bytearray(_line_after(_JWT_HEADERS, Path(creds)))
+
+    def _read_creds_user_nkey(self, creds: str) -> bytearray:  # type: ignore[override] # a path here
+        return bytearray(_line_after(_SEED_HEADERS, Path(creds)))
 
 
 def require_usable_seed(path: Path) -> str:
@@ -235,7 +240,7 @@ def require_usable_seed(path: Path) -> str:
         CredentialsError: It is no seed.
         OSError: The file cannot be read.
     """
-    seed = path.read_bytes().strip()
+    seed = path.read_bytes().removeprefix(BOM_UTF8).strip()
     _require_seed(seed)
     return seed.decode()
 
@@ -247,8 +252,8 @@ def require_usable_credentials(path: Path) -> None:
         CredentialsError: It lacks one of them.
         OSError: The file cannot be read.
     """
-    _line_after(_JWT_HEADER, path)
-    _require_seed(_line_after(_SEED_HEADER, path).strip())
+    _line_after(_JWT_HEADERS, path)
+    _require_seed(_line_after(_SEED_HEADERS, path))
 
 
 def _require_seed(seed: bytes) -> None:
@@ -258,12 +263,13 @@ def _require_seed(seed: bytes) -> None:
         raise CredentialsError(f"not an nkey seed: {_kind(error)}") from None
 
 
-def _line_after(header: bytes, path: Path) -> bytes:
+def _line_after(headers: tuple[bytes, ...], path: Path) -> bytes:
+    """Return the first line after one of the headers that is not empty."""
     lines = iter(path.read_bytes().splitlines())
     for line in lines:
-        if header in line:
-            return next(lines, b"")
-    raise CredentialsError(f"{path}: no line with {header.decode()}")
+        if any(header in line for header in headers):
+            return next(filter(None, map(bytes.strip, lines)), b"")
+    raise CredentialsError(f"{path}: no line with {headers[0].decode()}")
 
 
 def _kind(error: Exception) -> str:

@@ -3,8 +3,8 @@
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import structlog
@@ -35,6 +35,10 @@ CLOSE_TIMEOUT = 2.0  # seconds for what is still to be written, and for the clos
 
 class BusUnavailable(Unavailable):
     """NATS cannot be reached or refuses; the text is one clear line without credentials."""
+
+
+class FileUnusable(Exception):  # noqa: N818 - a state of the file
+    """A file that a setting names cannot be used; the text names the setting and no secret."""
 
 
 class BusMisconfigured(BusUnavailable):
@@ -175,11 +179,10 @@ class Bus:
         """
         try:
             options = _options(settings)
-        except (OSError, CredentialsError) as error:  # ssl.SSLError is an OSError
+        except FileUnusable as error:
             raise BusMisconfigured(f"NATS: the credentials cannot be read: {error}") from None
         connecting = asyncio.ensure_future(
             self.client.connect(
-                servers=settings.nats_url.split(","),
                 name=name,
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=RECONNECT_WAIT,  # type: ignore[arg-type] # takes fractions
@@ -263,17 +266,42 @@ async def wait_until_available(attempt: Callable[[], Awaitable[T]], *, deadline:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    options: dict[str, Any] = {"inbox_prefix": settings.nats_inbox_prefix}
+    servers = settings.nats_servers
+    options: dict[str, Any] = {
+        "servers": list(servers.urls),
+        "inbox_prefix": settings.nats_inbox_prefix,
+        **servers.credentials,
+    }
     if settings.nats_creds is not None:
-        require_usable_credentials(settings.nats_creds)
+        with _reading("NATS_CREDS"):
+            require_usable_credentials(settings.nats_creds)
         # As a file: nats-py reads it again at each reconnect, and a JWT may have been renewed.
         options["user_credentials"] = str(settings.nats_creds)
     if settings.nats_nkey_seed is not None:
         # Not as a file: nats-py refuses one that ends with its line, as most do.
-        options["nkeys_seed_str"] = require_usable_seed(settings.nats_nkey_seed)
+        with _reading("NATS_NKEY_SEED"):
+            options["nkeys_seed_str"] = require_usable_seed(settings.nats_nkey_seed)
     if settings.nats_ca is not None or settings.nats_cert is not None:
-        context = ssl.create_default_context(cafile=settings.nats_ca)
+        with _reading("NATS_CA"):
+            context = ssl.create_default_context(cafile=settings.nats_ca)
         if settings.nats_cert is not None and settings.nats_key is not None:
-            context.load_cert_chain(settings.nats_cert, settings.nats_key)
+            with _reading("NATS_CERT, NATS_KEY"):
+                context.load_cert_chain(settings.nats_cert, settings.nats_key)
         options["tls"] = context
     return options
+
+
+@contextmanager
+def _reading(setting: str) -> Iterator[None]:
+    """Name the setting whose file cannot be used.
+
+    Raises:
+        FileUnusable: The block has raised.
+    """
+    try:
+        yield
+    except ssl.SSLError as error:
+        reason = (error.reason or "damaged").lower().replace("_", " ")
+        raise FileUnusable(f"{setting}: not a PEM file that can be used ({reason})") from None
+    except (OSError, CredentialsError) as error:
+        raise FileUnusable(f"{setting}: {error}") from None

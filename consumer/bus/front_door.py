@@ -12,9 +12,11 @@ with a reply subject that is not allowed has no effect and gets no answer.
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 from uuid import uuid4
@@ -29,7 +31,7 @@ from nats.micro.service import Service, ServiceConfig
 from pydantic_core import from_json
 
 from consumer import job as outcomes
-from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
+from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable, wait_until_available
 from consumer.bus.endpoint_connection import SERVICE, RefusedReplies, is_reply_subject
 from consumer.bus.queue import PROCESS
 from consumer.bus.semantic_version import semantic_version
@@ -63,6 +65,7 @@ from generation_contracts.subjects import HOLDER, is_request_id
 
 log = structlog.get_logger()
 
+ANSWER_WITHIN = 30.0  # seconds, at the start, for the answer of the own service
 EMPTY_WITHIN = 2.0  # seconds, at the end, for calls that have come; one takes a millisecond
 CANCELLATIONS = 10_000  # at the same time; each takes a few kB while it waits for an answer
 
@@ -118,7 +121,8 @@ class FrontDoor:
         """Listen.
 
         Raises:
-            BusUnavailable: The connection is closed.
+            BusUnavailable: The connection is closed, or the own service has not answered within
+                `ANSWER_WITHIN`.
         """
         task, model = self._backend.task, self._backend.model
         try:
@@ -144,13 +148,19 @@ class FrontDoor:
             await self._service.add_endpoint(
                 name="cancel", subject=self._subjects.cancels, handler=self._cancel_if_allowed
             )
-            # Its own answer says that the server has all of these subscriptions.
-            async with self._bus.question(API_TIMEOUT):
-                await self._bus.client.request(
-                    f"$SRV.PING.{SERVICE}.{self._service.id}", timeout=API_TIMEOUT
-                )
         except (Error, OSError) as error:
             raise BusUnavailable(f"NATS: no service: {type(error).__name__}") from None
+        asking = partial(self._require_answer, f"$SRV.PING.{SERVICE}.{self._service.id}")
+        await wait_until_available(asking, deadline=time.monotonic() + ANSWER_WITHIN)
+
+    async def _require_answer(self, subject: str) -> None:
+        """Ask the service of this worker: its answer says that the server has its subscriptions."""
+        try:
+            async with self._bus.question(API_TIMEOUT):
+                await self._bus.client.request(subject, timeout=API_TIMEOUT)
+        except (Error, OSError) as error:
+            reason = f"NATS: no answer of its own service: {type(error).__name__}"
+            raise BusUnavailable(reason) from None
 
     async def close(self) -> None:
         """Listen no more, and finish what has been begun. Never raises."""

@@ -30,6 +30,7 @@ OVER_WITHIN = 0.1  # seconds until the guard learns that a lease is over
 UNREAD_MOST = 2**18  # bytes that the guard may leave unread; a line has about 100
 _CONNECTION = (
     "nats_url",
+    "nats_user",
     "nats_creds",
     "nats_nkey_seed",
     "nats_ca",
@@ -67,7 +68,11 @@ class Standby:
 
     def __init__(self, settings: Settings) -> None:
         self._config = GuardConfig(
-            nats=settings.model_dump(mode="json", include=set(_CONNECTION)),
+            nats={
+                **settings.model_dump(mode="json", include=set(_CONNECTION)),
+                # The dump hides it.
+                "nats_password": settings.nats_password.get_secret_value(),
+            },
             parent=os.getpid(),
             patience=settings.consumer_stall_timeout,
             log_format=settings.log_format,

@@ -33,7 +33,7 @@ _TAIL_LINES = 15
 
 # Settings with these prefixes name other servers and credentials, or a gateway that others reach.
 _NOT_INHERITED = ("NATS_", "S3_", "GATEWAY_")
-_SECRET_SETTINGS = ("S3_SECRET_KEY", "NATS_NKEY_SEED")
+_SECRET_SETTINGS = ("S3_SECRET_KEY", "NATS_NKEY_SEED", "NATS_PASSWORD")
 
 
 def inherited_environment() -> dict[str, str]:

@@ -15,6 +15,7 @@ import re
 import secrets
 import stat
 import tempfile
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -336,7 +337,7 @@ def _unused(taken: set[str]) -> str:
 
 def _parsed(path: Path, content: bytes) -> Document:
     try:
-        document = Document.model_validate_json(content)
+        document = Document.model_validate_json(content.removeprefix(BOM_UTF8))
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])

@@ -1,12 +1,16 @@
 """Where a model's files are: a folder, the hub's cache, or the demonstration model."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import structlog
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from consumer.ports import ModelUnavailable
 from consumer.runners import demonstration
@@ -15,11 +19,25 @@ from consumer.runners.faults import load_failure
 from consumer.runners.libraries import quiet
 from generation_contracts import Task
 
+log = structlog.get_logger()
+
 DEMONSTRATION = "demonstration"
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
-Download = Callable[[str, str | None], str]  # (id, revision) -> a folder
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_WITHIN = 10.0  # seconds for the hub to say which commit a revision is; its client has no limit
+
+
+class Download(Protocol):
+    """Fetches a model from the hub into the hub's cache, or only finds it there."""
+
+    def __call__(self, model_id: str, revision: str | None, *, cached_only: bool) -> str:
+        """Return the folder of the model.
+
+        Raises:
+            OSError: With `cached_only`, where the cache has no complete copy.
+        """
 
 
 @dataclass(frozen=True)
@@ -67,11 +85,55 @@ def located(task: Task, config: ModelConfig, download: Download) -> Iterator[Sou
 
 
 def _from_hub(model_id: str, revision: str | None, download: Download) -> Source:
+    """Find a model in the hub's cache, or fetch it.
+
+    A commit never changes, so one that is cached needs no hub. For everything else the hub is asked
+    once, within `HUB_WITHIN`: where it does not answer, the cached model is used.
+    """
+    is_commit = revision is not None and _COMMIT.fullmatch(revision) is not None
     try:
-        folder = Path(download(model_id, revision))
+        folder = _cached(model_id, revision, download) if is_commit else None
+        if folder is None:
+            folder = _cached_without_hub(model_id, revision, download)
+        if folder is None:
+            folder = Path(download(model_id, revision, cached_only=False))
     except ModelUnavailable:
         raise
     except Exception as error:  # noqa: BLE001 - the hub's client raises a dozen kinds
         raise load_failure(error, name=model_id) from None
     # The cache names its folders after commits: …/snapshots/<commit>.
     return Source(folder, model_id, revision=folder.name)
+
+
+def _cached(model_id: str, revision: str | None, download: Download) -> Path | None:
+    try:
+        return Path(download(model_id, revision, cached_only=True))
+    except OSError:  # the libraries disagree on which one
+        return None
+
+
+def _cached_without_hub(model_id: str, revision: str | None, download: Download) -> Path | None:
+    """Return the cached model where the hub cannot be asked; None: it can.
+
+    Raises:
+        ModelUnavailable: The hub cannot be reached, and the cache has no complete copy.
+        HfHubHTTPError: The hub refuses, and the cache has no complete copy; or there is no such
+            revision.
+    """
+    try:
+        HfApi().model_info(model_id, revision=revision, timeout=HUB_WITHIN)
+    except RevisionNotFoundError:
+        raise
+    except Exception as error:  # the hub's client raises a dozen kinds
+        folder = _cached(model_id, revision, download)
+        reason = type(error).__name__
+        if folder is not None:
+            log.warning("hub_not_used", model=model_id, reason=reason, commit=folder.name)
+            return folder
+        if isinstance(error, HfHubHTTPError):
+            raise
+        raise ModelUnavailable(
+            f"{model_id}: cannot be loaded: the hub cannot be reached ({reason}), "
+            "and its cache has no complete copy"
+        ) from None
+    return None

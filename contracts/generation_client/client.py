@@ -53,6 +53,7 @@ from generation_contracts import (
 )
 from generation_contracts.artifacts import ImageSource
 from generation_contracts.requests import digest_of_bytes
+from generation_contracts.servers import parse_servers
 
 CONNECT_WITHIN = 30.0  # seconds; nats-py itself would try a failing TLS handshake for ever
 LOOK_EVERY = 2.0  # seconds; a result whose announcement was missed is found in the stream
@@ -79,7 +80,8 @@ class GenerationClient:
     client still connects again, and the result can be collected later.
 
     Args:
-        server: URLs, comma-separated, or a connected nats-py client, which is left open.
+        server: URLs, comma-separated, or a connected nats-py client, which is left open. The user
+            and the password in a URL are percent-encoded: `nats://app:p%40ss@host:4222`.
         root: The installation's subject root.
         max_outage: Seconds without an answer of the results stream after which a call that waits
             for a result raises ServiceUnavailable; None never does.
@@ -407,7 +409,12 @@ class GenerationClient:
 
 
 async def _connect(servers: str, options: dict[str, Any]) -> Client:
+    try:
+        named = parse_servers(servers)
+    except ValueError as error:
+        raise ServiceUnavailable(f"NATS: cannot connect: {error}") from None
     settings: dict[str, Any] = {
+        **named.credentials,
         "max_reconnect_attempts": -1,
         "reconnect_time_wait": 0.25,
         "ping_interval": 5,
@@ -416,7 +423,7 @@ async def _connect(servers: str, options: dict[str, Any]) -> Client:
         **options,
     }
     try:
-        return await asyncio.wait_for(nats.connect(servers.split(","), **settings), CONNECT_WITHIN)
+        return await asyncio.wait_for(nats.connect(list(named.urls), **settings), CONNECT_WITHIN)
     except (Error, OSError, TimeoutError) as error:
         reason = str(error) or type(error).__name__
         raise ServiceUnavailable(f"NATS: cannot connect: {reason}") from None

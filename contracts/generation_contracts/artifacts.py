@@ -2,47 +2,78 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, Discriminator, Field, StringConstraints, Tag
+from pydantic import AfterValidator, AwareDatetime, Discriminator, Field, StringConstraints, Tag
 
-from generation_contracts.base import EventPart, RequestPart
+from generation_contracts.base import EventPart, RequestPart, says
 
-# The rules of S3 itself for bucket names, without the legacy forms.
+# What is read may lie in a bucket of the early years of S3, with capitals and underscores.
+_BUCKET = r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]"
 BucketName = Annotated[
-    str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$", max_length=63)
+    str,
+    StringConstraints(pattern=rf"^{_BUCKET}$", max_length=63),
+    says("must be a bucket name: 3-63 characters of A-Z a-z 0-9 . _ -"),
 ]
-# Printable ASCII without backslash, query and fragment signs: minio-py lets tabs, newlines and ESC
-# through to the server.
-# No empty, `.` or `..` segment either: the S3 client refuses some of them with a bare ValueError,
-# and a store on a file system takes `a//b` for `a/b`.
-_SEGMENT = r"(?:\.*[A-Za-z0-9_\-!~*'()=@+, ][A-Za-z0-9_\-.!~*'()=@+, ]*|\.{3,})"
-_KEY = rf"{_SEGMENT}(?:/{_SEGMENT})*"
-ObjectKey = Annotated[str, StringConstraints(pattern=rf"^{_KEY}$", min_length=1, max_length=1024)]
+# Any character but the control characters: minio-py lets tabs, newlines and ESC through to the
+# server. No empty, `.` or `..` segment: the S3 client refuses some of them with a bare ValueError,
+# and a store on a file system takes `a//b` for `a/b`, and on some systems `\` for `/`.
+_CONTROL = r"\x00-\x1f\x7f-\x9f"
+_SEGMENT = rf"(?:\.*[^./\\{_CONTROL}][^/\\{_CONTROL}]*|\.{{3,}})"
+_KEY = rf"{_SEGMENT}(?:[/\\]{_SEGMENT})*"
+_KEY_WORDS = (
+    "without control characters, and without an empty, `.` or `..` part between its slashes"
+)
 
+MAX_KEY = 1024  # bytes of UTF-8
 MAX_INLINE_IMAGE = 8 * 2**20  # base64 characters; the server's max_payload bounds it further
 MAX_URI = 2048  # characters
 
+
+def _short_enough(key: str) -> str:
+    if len(key.encode()) > MAX_KEY:
+        raise ValueError(f"an object key has at most {MAX_KEY} bytes of UTF-8")
+    return key
+
+
+def _with_short_key(uri: str) -> str:
+    _short_enough(uri.removeprefix("s3://").partition("/")[2])
+    return uri
+
+
+ObjectKey = Annotated[
+    str,
+    StringConstraints(pattern=rf"^{_KEY}$", min_length=1, max_length=MAX_KEY),
+    says(f"must be an object key {_KEY_WORDS}"),
+    AfterValidator(_short_enough),
+]
 InlineUri = Annotated[
     str,
     StringConstraints(
         pattern=r"^data:image/[a-z0-9.+-]+;base64,[A-Za-z0-9+/]+={0,2}$",
         max_length=MAX_INLINE_IMAGE,
     ),
+    says("must be data:image/…;base64,… with base64 that has no line ends or spaces"),
 ]
+# The key is written as it is: nothing is percent-decoded, as in aws-cli and boto3.
 S3Uri = Annotated[
     str,
-    StringConstraints(
-        pattern=rf"^s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9]/{_KEY}$",
-        max_length=MAX_URI,
-    ),
+    StringConstraints(pattern=rf"^s3://{_BUCKET}/{_KEY}$", max_length=MAX_URI),
+    says(f"must be s3://bucket/key, with a key {_KEY_WORDS}"),
+    AfterValidator(_with_short_key),
 ]
-HttpUri = Annotated[str, StringConstraints(pattern=r"^https?://[!-~]+$", max_length=MAX_URI)]
+HttpUri = Annotated[
+    str,
+    StringConstraints(pattern=r"^https?://[!-~]+$", max_length=MAX_URI),
+    says("must be an http(s) address of printable ASCII characters without spaces"),
+]
 
 
 class ArtifactReference(RequestPart):
     """An object in the store, named in a request as `{"bucket": …, "key": …}`."""
 
     bucket: BucketName
-    key: ObjectKey
+    key: ObjectKey = Field(
+        description=f"as it is, up to {MAX_KEY} bytes of UTF-8; nothing is percent-decoded"
+    )
 
 
 class InlineImage(RequestPart):
@@ -51,6 +82,7 @@ class InlineImage(RequestPart):
     base64: Annotated[
         str,
         StringConstraints(pattern=r"^[A-Za-z0-9+/]+={0,2}$", max_length=MAX_INLINE_IMAGE),
+        says("must be base64 without line ends, spaces or a data: prefix"),
     ]
 
 

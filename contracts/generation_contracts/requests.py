@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from generation_contracts.artifacts import ImageSource
-from generation_contracts.base import RequestPart, Task
+from generation_contracts.base import RequestPart, Task, says
 from generation_contracts.subjects import RequestId, SubjectName
 
 MAX_PROMPT = 8_000  # characters; text encoders read far fewer, language models more
@@ -100,7 +100,11 @@ Metadata = Annotated[
 ]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Side = Annotated[int, Field(ge=16, le=MAX_SIDE, description="pixels")]
-AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+AdapterName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"),
+    says("must be 1-64 characters of A-Z a-z 0-9 _ -, the first a letter or digit"),
+]
 AdapterWeight = Annotated[float, Field(ge=-4, le=4, description="1 is the adapter as it was made")]
 
 
@@ -187,7 +191,11 @@ class ImageToTextStep(ImageToTextParameters):
 NextStep = Annotated[TextToImageStep | ImageToTextStep, Field(discriminator="task")]
 
 
-Branch = Annotated[str, StringConstraints(pattern=r"^([0-9]+(-[0-9]+)*)?$", max_length=MAX_BRANCH)]
+Branch = Annotated[
+    str,
+    StringConstraints(pattern=r"^([0-9]+(-[0-9]+)*)?$", max_length=MAX_BRANCH),
+    says("must be numbers with - between them"),
+]
 
 
 class ChainLink(RequestPart):

@@ -207,7 +207,10 @@ def _task_channels(subjects: Subjects, task: Task) -> Document:
         ),
         f"{request}_by_id": _channel(
             _address(subjects, subjects.request(task, _ANY_ID)),
-            "Requests that can be found and cancelled by their id while they are queued.",
+            "Requests that can be found and cancelled by their id while they are queued. A last "
+            "token that is no request id fails with `invalid_request`. That event is sent to the "
+            "reply subject, and stored under the id in the body, else under Nats-Msg-Id, else "
+            "under an id that the worker makes.",
             [request],
             subjects.requests_stream(task),
         ),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
-from generation_contracts.base import Task
+from generation_contracts.base import Task, says
 
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 # NATS takes `*`, `>` and `a.b` as literal subjects when published to, so ids and reply subjects are
@@ -16,9 +16,15 @@ MAX_SUBJECT = 200  # characters; a 5,000-character reply subject closes the work
 HOLDER = "holder:"  # before the request id, in the last token of `Subjects.holder`
 MAX_ROOT = 24  # characters; derived request ids begin with it, and have 64 in all
 
-RequestId = Annotated[str, StringConstraints(pattern=REQUEST_ID_PATTERN)]
+RequestId = Annotated[
+    str,
+    StringConstraints(pattern=REQUEST_ID_PATTERN),
+    says("must be 1-64 characters of A-Z a-z 0-9 _ -"),
+]
 SubjectName = Annotated[
-    str, StringConstraints(pattern=SUBJECT_PATTERN, min_length=1, max_length=MAX_SUBJECT)
+    str,
+    StringConstraints(pattern=SUBJECT_PATTERN, min_length=1, max_length=MAX_SUBJECT),
+    says("must be characters of A-Z a-z 0-9 _ - between dots"),
 ]
 
 _REQUEST_ID = re.compile(REQUEST_ID_PATTERN.removesuffix("$") + r"\Z")

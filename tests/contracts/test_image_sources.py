@@ -8,12 +8,30 @@ import pytest
 from generation_contracts import encode
 from tests.contracts.senders import IMAGE, IMAGE_TO_TEXT, decode, refusal
 
+# Names of files as people and programs make them; nothing is decoded.
+ODD_KEYS = [
+    "in/Zürich.png",
+    "in/Zu\u0308rich.png",
+    "in/2026-11-29T10:00:00.png",
+    "a&b.png",
+    " a b+c .png",
+    "100%.png",
+    "a%2fb",
+    "a?versionId=1#b",
+    'q"u<o>t|e^s`{x}[y];$.png',
+    "日本/写真 🖼.png",
+    "a\\b",
+    "..a/b..c/...",
+]
 GOOD_IMAGES: list[Any] = [
     "s3://generation/a",
     "s3://a-b.c9/x/y z/(1)_@+,='!*~.png",
     {"bucket": "generation", "key": "x" * 1024},
     {"base64": "iVBORw0KGgo="},
     "data:image/png;base64,iVBORw0KGgo=",
+    *(f"s3://Old_Bucket/{key}" for key in ODD_KEYS),
+    *({"bucket": "generation", "key": key} for key in ODD_KEYS),
+    {"bucket": "generation", "key": "é" * 512},
     "http://localhost:9000/a.png?x=1#y",
     "https://pictures.example/a.png",
 ]
@@ -30,12 +48,7 @@ BAD_IMAGES: list[Any] = [
     "s3://generation",
     "s3://generation/",
     "s3://b/a",
-    "s3://UPPER/a",
     "s3://generation/a\n",
-    "s3://generation/a?versionId=1",
-    "s3://generation/a#b",
-    "s3://generation/a%2fb",
-    "s3://generation/é",
     "s3://user@generation/a",
     "s3:/generation/a",
     " s3://generation/a",
@@ -61,7 +74,11 @@ BAD_IMAGES: list[Any] = [
     {"bucket": "generation", "key": "a\u001bb"},
     {"bucket": "generation", "key": "a\u0000"},
     {"bucket": "generation", "key": "a\r\nb"},
-    {"bucket": "generation", "key": "a\\b"},
+    {"bucket": "generation", "key": "a\\..\\b"},
+    {"bucket": "generation", "key": "a\x85b"},
+    {"bucket": "generation", "key": "a//b"},
+    {"bucket": "generation", "key": "/a"},
+    {"bucket": "generation", "key": "a/"},
     {"bucket": "generation", "key": "a", "version": "1"},
     {"bucket": "../x", "key": "a"},
     {"bucket": "x" * 64, "key": "a"},
@@ -91,6 +108,14 @@ def test_every_form_of_a_picture_is_taken_and_comes_back(image: Any) -> None:
 def test_what_is_no_picture_is_refused_by_its_index(image: Any) -> None:
     problems = refusal(IMAGE_TO_TEXT, {"images": [IMAGE, image]}).problems
     assert {p["field"].rpartition("images.1")[1] for p in problems} == {"images.1"}
+
+
+def test_a_key_is_bounded_in_bytes() -> None:
+    """A schema counts characters."""
+    key = "é" * 513
+    for image in (f"s3://generation/{key}", {"bucket": "generation", "key": key}):
+        text = str(refusal(IMAGE_TO_TEXT, {"images": [image]}))
+        assert text.endswith("an object key has at most 1024 bytes of UTF-8")
 
 
 @pytest.mark.parametrize("key", DOT_SEGMENTS)

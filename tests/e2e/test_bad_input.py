@@ -215,6 +215,23 @@ async def test_an_illegal_id_is_answered_to_the_reply_subject(sender: Client) ->
     await assert_still_serving(sender, T2I)
 
 
+@pytest.mark.parametrize("place", ["body", "header"])
+async def test_a_subject_token_that_is_no_id_is_answered_to_the_reply_subject(
+    sender: Client, place: str
+) -> None:
+    reply_to = sender.new_inbox()
+    in_body = {"reply_to": reply_to} if place == "body" else {}
+    event = await publish_and_wait(
+        sender,
+        "generation.request.text_to_image.img@42",
+        json.dumps(picture(**in_body)).encode(),
+        result=reply_to,
+        headers={"Reply-To": reply_to} if place == "header" else None,
+    )
+    assert event["failure"]["message"].startswith("the subject's last token is no request id: 1-64")
+    assert event["request_id"].startswith("GENERATION_REQUESTS_TEXT_TO_IMAGE-")  # derived
+
+
 async def test_a_wildcard_subject_as_id_reaches_nobody_elses_results(sender: Client) -> None:
     results = await sender.subscribe("generation.result.text_to_image.>")
     await sender.jetstream().publish(

@@ -1,5 +1,16 @@
 """The daemon's own connection: lost for good, late at the start."""
 
+import asyncio
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from consumer.apply import apply
+from consumer.bus import topology
+from consumer.bus.client import RobustClient
+from consumer.check import check
+from consumer.settings import Settings
 from tests.faults.scene import Scene
 
 EXIT_UNAVAILABLE = 69
@@ -25,7 +36,35 @@ async def test_a_bus_that_is_closed_for_good_ends_the_daemon_while_the_model_is_
     assert await scene.ended(worker) == EXIT_UNAVAILABLE
 
 
-async def test_a_jetstream_that_answers_late_is_waited_for_at_the_start(scene: Scene) -> None:
-    await scene.start("late_jetstream")
+async def test_calls_without_an_answer_are_repeated_at_the_start(scene: Scene) -> None:
+    worker = await scene.start("unanswered_calls")
+    log = worker.log_since_start()
+    for call in ("$JS.API.STREAM.INFO", "$JS.API.CONSUMER", "no answer of its own service"):
+        assert call in log
     request_id = await scene.submit()
     assert (await scene.event(request_id))["type"] == "generation.v1.succeeded"
+
+
+@pytest.mark.parametrize("command", ["apply", "check"])
+async def test_a_command_repeats_a_call_without_an_answer(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    values: dict[str, Any] = {name.lower(): value for name, value in scene.settings().items()}
+    settings = Settings(**values)
+    monkeypatch.setattr(topology, "API_TIMEOUT", 0.2)
+    request, unanswered = RobustClient.request, ["$JS.API."]
+
+    async def request_or_hang(self: RobustClient, subject: str, *args: Any, **options: Any) -> Any:
+        if unanswered and subject.startswith(unanswered[0]):
+            unanswered.clear()
+            await asyncio.Event().wait()  # until the caller's own limit
+        return await request(self, subject, *args, **options)
+
+    monkeypatch.setattr(RobustClient, "request", request_or_hang)
+    with capture_logs() as logs:
+        if command == "apply":
+            assert set((await apply(settings)).values()) == {"unchanged"}
+        else:
+            assert await check(settings, lambda _: None, model=False) == 0
+    assert unanswered == []
+    assert "bus_not_available_yet" in {line["event"] for line in logs}

@@ -21,6 +21,7 @@ from tests.integration.fault_proxy import (
     HoldsHalfway,
     cuts_halfway,
     drips,
+    for_checksums,
     for_writing,
     is_silent,
     refuses,
@@ -180,6 +181,21 @@ async def test_a_look_at_the_store_does_not_hide_that_an_output_waits(
     proxy.heal()
     await done(scene, request_id)
     await all_well(scene, worker)
+
+
+# -- a store without checksums --------------------------------------------------------------------
+
+
+async def test_outputs_go_to_a_store_that_knows_no_checksums(
+    scene: Scene, proxy: FaultProxy
+) -> None:
+    proxy.otherwise = for_checksums(refuses("501 Not Implemented", "NotImplemented"))
+    worker = await start(scene, proxy, "impatient")
+    await done(scene, await scene.submit())
+    await all_well(scene, worker)
+    lines = [json.loads(line) for line in worker.log.read_text().splitlines()]
+    (said,) = (line for line in lines if line["event"] == "store_without_checksums")
+    assert said["code"] == "NotImplemented"
 
 
 # -- at the start ---------------------------------------------------------------------------------

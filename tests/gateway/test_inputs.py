@@ -36,6 +36,7 @@ def check(images: Any, *, then: Any = (), for_all: tuple[str, ...] = ()) -> None
         (["data:image/png;base64,AAAA", {"base64": "AAAA"}], ()),
         ([f"s3://{OTHER}"], ("generation/out",)),
         (["s3://shared/a.png"], ("shared/",)),
+        (["s3://shared/Zürich/a b&c?d#e.png"], ("shared/Zürich",)),
     ],
 )
 def test_outputs_of_own_jobs_and_what_is_for_all(images: Any, for_all: tuple[str, ...]) -> None:

@@ -161,6 +161,13 @@ def test_a_damaged_file_stops_the_start_with_one_line(path: Path, content: str, 
     assert path.read_text() == content  # what is damaged is not overwritten
 
 
+def test_a_file_that_an_editor_of_windows_has_saved_is_read(path: Path) -> None:
+    key = KeyFile(path).add("acme", Bounds())
+    saved = path.read_text().replace("\n", "\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + saved.encode())
+    assert KeyFile(path).revoke(key.id) == key.id
+
+
 def test_a_damaged_file_is_described_without_its_secrets(path: Path) -> None:
     secret = "c0ffee" * 10
     path.write_text(json.dumps({"tenants": {"acme": {"tag": "aaaaaaaa", "secret": secret}}}))

@@ -124,6 +124,15 @@ def for_writing(fault: Fault) -> Fault:
     return only_uploads
 
 
+def for_checksums(fault: Fault) -> Fault:
+    """A fault that only requests with a checksum of a newer S3 meet, as at OCI or an older Ceph."""
+
+    async def only_checksums(exchange: Exchange) -> None:
+        await (fault if b"x-amz-checksum-" in exchange.head.lower() else passes)(exchange)
+
+    return only_checksums
+
+
 class HoldsHalfway:
     """A fault: half of an upload has reached the real store, and no more follows until that ends.
 

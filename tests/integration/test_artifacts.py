@@ -21,14 +21,24 @@ import minio.api
 import pytest
 from minio import Minio
 from PIL import Image
+from pydantic import SecretStr
+from structlog.testing import capture_logs
 
-from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, StoreMisconfigured
+from consumer.artifacts import (
+    ObjectStoreArtifacts,
+    StoreConfig,
+    StoreMisconfigured,
+    store_config,
+)
 from consumer.devstack import ObjectStore
 from consumer.devstack.loopback import free_ports
 from consumer.images import ImageCodec
 from consumer.ports import EncodedImage, InputUnavailable, StoreUnavailable
+from consumer.probes import Unwatched
+from consumer.settings import Settings
 from consumer.telemetry import JobReport
 from generation_contracts import ArtifactReference, FailureCode, InlineImage, Task
+from tests.contracts.test_image_sources import ODD_KEYS
 from tests.integration import minio_server
 from tests.integration.fault_proxy import (
     Exchange,
@@ -36,6 +46,7 @@ from tests.integration.fault_proxy import (
     FaultProxy,
     damages_the_body,
     drips,
+    for_checksums,
     hangs_up,
     is_silent,
     passes,
@@ -208,6 +219,57 @@ async def refusal(artifacts: ObjectStoreArtifacts, source: Any, limit: int = LIM
     return str(raised.value)
 
 
+# -- a store without checksums --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (refuses("501 Not Implemented", "NotImplemented"), "NotImplemented"),
+        (refuses("400 Bad Request", "InvalidRequest"), "InvalidRequest"),
+        (refuses("400 Bad Request", "InvalidArgument"), "InvalidArgument"),
+        (refuses("403 Forbidden", "SignatureDoesNotMatch"), "SignatureDoesNotMatch"),
+        (says("501 Not Implemented"), "HTTP 501"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_store_that_knows_no_checksums_is_found_out_once(
+    behind: ObjectStoreArtifacts, proxy: FaultProxy, plain: Minio, fault: Fault, code: str
+) -> None:
+    proxy.otherwise = for_checksums(fault)
+    with capture_logs() as logs:
+        await behind.probe()
+    assert behind.refused_checksum == code
+    (said,) = logs
+    assert (said["event"], said["code"]) == ("store_without_checksums", code)
+    proxy.heads.clear()
+    stored = await behind.store(TASK, "unchecked", 0, picture())
+    (head,) = proxy.heads  # one attempt, and the store compares the MD5
+    md5 = base64.b64encode(hashlib.md5(picture().data, usedforsecurity=False).digest())
+    assert b"\r\nContent-MD5: " + md5 + b"\r\n" in head
+    assert got(plain, stored.key) == picture().data
+
+
+async def test_damaged_bytes_are_no_reason_to_send_no_checksum(
+    behind: ObjectStoreArtifacts, proxy: FaultProxy
+) -> None:
+    proxy.faults.extend(
+        (refuses("400 Bad Request", "BadDigest"), refuses("503 Slow Down", "SlowDown"))
+    )
+    await behind.store(TASK, "damaged", 0, picture())
+    assert behind.refused_checksum == ""
+    assert all(b"x-amz-checksum-sha256" in head for head in proxy.heads)
+
+
+async def test_a_store_that_lacks_more_is_one_line_at_once(
+    behind: ObjectStoreArtifacts, proxy: FaultProxy
+) -> None:
+    proxy.otherwise = refuses("501 Not Implemented", "NotImplemented")
+    with pytest.raises(StoreMisconfigured, match=r"the store lacks what is needed \(NotImpl"):
+        await behind.probe()
+    assert behind.refused_checksum == ""
+
+
 # -- outputs --------------------------------------------------------------------------------------
 
 
@@ -319,6 +381,35 @@ async def test_the_url_names_the_public_endpoint_and_works_there(
     assert proxy.methods == ["GET"]
 
 
+@pytest.mark.parametrize("setting", ["s3_endpoint", "s3_public_endpoint"])
+@pytest.mark.parametrize(
+    ("endpoint", "sent"),
+    [
+        ("http://LocalHost:9000", "localhost:9000"),
+        ("HTTP://Pictures.Example:80/", "pictures.example"),
+        ("http://[::1]:9000", "[::1]:9000"),
+        ("http://bücher.example", "xn--bcher-kva.example"),
+        ("http://pictures.example.:9000", "pictures.example:9000"),
+    ],
+)
+def test_the_url_is_signed_for_the_host_that_clients_send(
+    store: StoreOfTwo | MinioServer, plain: Minio, setting: str, endpoint: str, sent: str
+) -> None:
+    put(plain, "outputs/hosts.png", b"a picture")
+    settings = Settings(
+        **{setting: endpoint},
+        s3_access_key=store.access_key,
+        s3_secret_key=SecretStr(store.secret_key),
+    )
+    artifacts = ObjectStoreArtifacts(store_config(settings), observer=Unwatched())
+    url = urlsplit(artifacts._presigner.presigned_get_object(BUCKET, "outputs/hosts.png"))
+    assert url.netloc == sent  # what every client connects to and writes into the header
+    request = urllib.request.Request(f"{store.endpoint}{url.path}?{url.query}")  # noqa: S310 - http
+    request.add_header("Host", sent)
+    with urllib.request.urlopen(request, timeout=SOON) as response:  # noqa: S310 - http
+        assert response.read() == b"a picture"
+
+
 @pytest.mark.parametrize("request_id", ["", "a.b", "a/b", "../a", "a b", "a\n", "x" * 65, "ü"])
 async def test_no_key_is_made_of_an_unsafe_id(
     artifacts: ObjectStoreArtifacts, seen: Recorder, request_id: str
@@ -411,7 +502,9 @@ async def test_inputs_from_elsewhere_are_refused_without_asking(
 DOTS = ["outputs/../private/0.png", "outputs/./0.png", "outputs//0.png", "outputs/", "outputs/.."]
 
 
-@pytest.mark.parametrize("key", [*DOTS, " ", "outputs/ "])
+@pytest.mark.parametrize(
+    "key", [*DOTS, " ", "outputs/ ", "outputs/%2e%2e/x", "outputs%2F..%5cx", "outputs\\..\\x"]
+)
 async def test_a_key_that_could_lead_elsewhere_is_refused(
     make: Make, key: str, seen: Recorder
 ) -> None:
@@ -422,9 +515,7 @@ async def test_a_key_that_could_lead_elsewhere_is_refused(
     assert seen.told == []
 
 
-@pytest.mark.parametrize(
-    "key", [*DOTS, "outputs/%2e%2e/x", "outputs/a\nb", "outputs/a?b", "", "a\\b"]
-)
+@pytest.mark.parametrize("key", [*DOTS, "outputs/a\nb", "outputs/a\\..\\b", "", "é" * 513])
 async def test_an_address_that_is_none_is_refused(
     artifacts: ObjectStoreArtifacts, key: str, seen: Recorder
 ) -> None:
@@ -437,6 +528,18 @@ async def test_a_listed_place_can_be_read(make: Make, plain: Minio) -> None:
     put(plain, "photos/1.png", b"a photo", bucket="private")
     listed = make(input_prefixes=("private/photos",))
     assert await listed.fetch("s3://private/photos/1.png", max_bytes=LIMIT) == b"a photo"
+
+
+async def test_keys_that_s3_allows_are_read_as_they_are(
+    artifacts: ObjectStoreArtifacts, plain: Minio
+) -> None:
+    for key in (f"{PREFIX}/{key}" for key in ODD_KEYS):
+        put(plain, key, key.encode())
+        for source in (reference(key), f"s3://{BUCKET}/{key}"):
+            assert await artifacts.fetch(source, max_bytes=LIMIT) == key.encode()
+    assert await refusal(artifacts, f"s3://{BUCKET}/{PREFIX}/in/Z%C3%BCrich.png") == (
+        "the object does not exist; keys are not percent-decoded"
+    )
 
 
 async def test_a_missing_object_is_a_clear_input_error(

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import nkeys
 import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -16,6 +17,7 @@ from nats.errors import Error
 from nats.protocol.parser import Parser
 from structlog.testing import capture_logs
 
+from consumer.bus.client import require_usable_credentials, require_usable_seed
 from consumer.bus.connection import Bus, BusUnavailable, connect
 from consumer.devstack import NatsServer
 from tests.integration.bus_installation import (
@@ -224,6 +226,28 @@ async def test_credentials_that_cannot_be_used_stop_the_start_at_once(
     with pytest.raises(BusUnavailable, match="credentials cannot be read") as caught:
         await soon(connect(settings, name="test", within=1_000.0))
     assert "not a seed" not in str(caught.value).replace("not an nkey seed", "")
+
+
+@pytest.mark.parametrize(
+    ("line_end", "last"), [("\n", "\n"), ("\r\n", "\r\n"), (" \r\n", ""), ("\n", "")], ids=ascii
+)
+@pytest.mark.parametrize("title", ["NKEY SEED", "PRIVATE KEY"])
+def test_files_of_credentials_may_have_the_line_ends_of_any_editor(
+    tmp_path: Path, line_end: str, last: str, title: str
+) -> None:
+    """nats-py reads a seed with its carriage return, or without its last character."""
+    seed = nkeys.encode_seed(bytes(32), nkeys.PREFIX_BYTE_USER).decode()
+    jwt_part = ["-----BEGIN NATS USER JWT-----", "a.b.c", "", "------END NATS USER JWT------", ""]
+    seed_part = [f"-----BEGIN USER {title}-----", "", seed]
+    (creds := tmp_path / "creds").write_bytes(
+        f"\ufeff{line_end.join(jwt_part + seed_part)}{last}".encode()
+    )
+    (alone := tmp_path / "seed").write_bytes(f"\ufeff{seed}{last}".encode())
+    client = Bus().client
+    require_usable_credentials(creds)
+    assert client._read_creds_user_jwt(str(creds)) == b"a.b.c"
+    assert client._read_creds_user_nkey(str(creds)) == seed.encode()
+    assert require_usable_seed(alone) == seed
 
 
 def test_a_credentials_file_that_has_become_empty_is_an_error_of_nats(tmp_path: Path) -> None:

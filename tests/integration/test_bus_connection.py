@@ -1,12 +1,14 @@
 """The connection to a real server: refused, lost, given up, closed."""
 
 import asyncio
+import json
 import signal
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from consumer.bus import connection
@@ -19,6 +21,8 @@ from consumer.bus.connection import (
 )
 from consumer.bus.topology import Topology, TopologyError
 from consumer.devstack import NatsServer, free_ports
+from consumer.settings import Settings
+from generation_client import GenerationClient
 from generation_contracts import Subjects, Task
 from tests.conftest import StartNats
 from tests.integration.bus_installation import (
@@ -68,10 +72,6 @@ async def test_a_server_that_says_nothing_is_a_clear_error() -> None:
         closing.set()
 
 
-async def test_an_address_that_is_none_is_a_clear_error_without_credentials() -> None:
-    assert "cannot connect" in await refused(f"nats://user:{SECRET}@127.0.0.1:none")
-
-
 @pytest.mark.parametrize("user", [f"user:{SECRET}", f"user:{SECRET}x", SECRET])
 async def test_wrong_credentials_are_a_clear_error(start_nats: StartNats, user: str) -> None:
     server = start_nats('authorization { user: "user", password: "right" }')
@@ -79,12 +79,83 @@ async def test_wrong_credentials_are_a_clear_error(start_nats: StartNats, user: 
     assert text == "NATS: the credentials are refused"
 
 
+async def require_connection(settings: Settings) -> None:
+    bus = await soon(connect(settings, name="test", within=WITHIN))
+    await bus.close()
+    async with GenerationClient(settings.nats_url, **settings.nats_servers.credentials) as client:
+        await client._connected.flush()
+
+
+@pytest.mark.parametrize(
+    ("user", "password", "in_url"),
+    [
+        ("app", "p@ss", "app:p%40ss"),
+        ("a:b", "/#?,% ü", "a%3Ab:%2F%23%3F%2C%25%20%C3%BC"),
+        ("app", "p+s:s", "app:p+s:s"),
+    ],
+)
+async def test_user_information_in_an_address_is_percent_encoded(
+    start_nats: StartNats, user: str, password: str, in_url: str
+) -> None:
+    server = start_nats(f"authorization {{ user: {json.dumps(user)}, {_password(password)} }}")
+    await require_connection(bus_settings(server.url.replace("//", f"//{in_url}@")))
+    named = bus_settings(server.url).model_copy(
+        update={"nats_user": user, "nats_password": SecretStr(password)}
+    )
+    await require_connection(named)
+
+
+async def test_a_server_that_another_one_names_gets_the_user_of_the_address(
+    tmp_path: Path,
+) -> None:
+    """nats-py sends no user to it: once the named server was lost, it would never connect."""
+    routes = dict(zip("ab", free_ports(2), strict=True))
+    first, second = (
+        NatsServer(
+            tmp_path / name,
+            config=f"""
+            server_name: {name}
+            authorization {{ user: "app", password: "p@ss" }}
+            cluster {{
+              name: test, listen: "127.0.0.1:{port}"
+              routes: {json.dumps([f"nats://127.0.0.1:{route}" for route in routes.values()])}
+            }}
+            """,
+        )
+        for name, port in routes.items()
+    )
+    async with AsyncExitStack() as parts:
+        for server in (first, second):
+            parts.callback(server.kill)
+            server.start()
+        for server in (first, second):
+            await asyncio.to_thread(server.wait_ready)  # they have found each other
+        bus = await open_bus(first.url.replace("//", "//app:p%40ss@"), parts)
+        assert bus.client.servers, bus.client.discovered_servers
+        first.kill()
+        await until_lost(bus)
+        await until_connected(bus)
+        assert bus.client.connected_url is not None
+        assert bus.client.connected_url.port == second.ports["client"]
+
+
+async def test_a_token_in_an_address_is_percent_encoded(start_nats: StartNats) -> None:
+    server = start_nats('authorization { token: "t@k/n" }')
+    await require_connection(bus_settings(server.url.replace("//", "//t%40k%2Fn@")))
+
+
+def _password(password: str) -> str:
+    return f"password: {json.dumps(password, ensure_ascii=False)}"
+
+
 async def test_a_missing_file_of_credentials_is_a_clear_error(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
     for name in ("nats_creds", "nats_nkey_seed", "nats_ca"):
         settings = bus_settings(nats_server.url).model_copy(update={name: tmp_path / "none"})
-        with pytest.raises(BusUnavailable, match=r"credentials cannot be read: .*No such file"):
+        with pytest.raises(
+            BusUnavailable, match=rf"cannot be read: {name.upper()}: .*No such file"
+        ):
             await soon(connect(settings, name="test", within=WITHIN))
 
 

@@ -109,4 +109,6 @@ async def test_a_file_that_is_no_certificate_is_one_line(
     url = server_url(start_nats, ours, mutual=False)
     wrong = tmp_path / "wrong.pem"
     wrong.write_text("no certificate")
-    assert "credentials cannot be read" in await refused(Settings(nats_url=url, nats_ca=wrong))
+    assert "cannot be read: NATS_CA: not a PEM file" in await refused(
+        Settings(nats_url=url, nats_ca=wrong)
+    )

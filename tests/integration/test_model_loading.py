@@ -2,28 +2,40 @@
 
 import gc
 import json
+import select
+import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import diffusers.utils.constants
 import pytest
 import torch
+from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
 from consumer.ports import ModelUnavailable
 from consumer.runners import ModelConfig, ModelRunner, create_runner, weights
 from consumer.runners.device import Placement, place
+from consumer.runners.image_to_text import vision_loading
+from consumer.runners.source import Download, located
+from consumer.runners.text_to_image import pipeline_loading
 from consumer.runners.text_to_image.pipeline_loading import text_to_image_class
 from generation_contracts import Task, TextToImageRequest
 from tests.integration.small_runs import made, pipeline, written
 from tests.tiny_models import Folder, Load
 
 SD3, VISION = "stable_diffusion_3", "vision_language"
+DOWNLOADS: dict[Task, Download] = {
+    Task.TEXT_TO_IMAGE: pipeline_loading.download,
+    Task.IMAGE_TO_TEXT: vision_loading.download,
+}
 
 
 def refusal(folder: Path | str, task: Task = Task.TEXT_TO_IMAGE, **options: Any) -> str:
@@ -281,21 +293,92 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
+def put_into_cache(hub_cache: Path, folder: Path) -> None:
+    """Make a folder the snapshot of `tiny/model` at main."""
+    repository = hub_cache / "models--tiny--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / COMMIT).symlink_to(folder)
+
+
 @pytest.mark.parametrize(
     ("family", "task"), [(SD3, Task.TEXT_TO_IMAGE), (VISION, Task.IMAGE_TO_TEXT)]
 )
 def test_a_model_of_the_hub_is_told_with_its_commit(
     family: str, task: Task, hub_cache: Path, model_folder: Folder, load: Load
 ) -> None:
-    repository = hub_cache / "models--tiny--model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    (repository / "snapshots").mkdir()
-    (repository / "snapshots" / COMMIT).symlink_to(model_folder(family))
+    put_into_cache(hub_cache, model_folder(family))
     runner = load("tiny/model", task)
     model: Any = runner._model
     assert model.description.info.id == "tiny/model"
     assert model.description.info.revision == COMMIT
+
+
+class SilentHub:
+    """A hub that accepts connections and never answers, as behind a firewall that drops."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def asked(self) -> bool:
+        """Whether a client has connected."""
+        return bool(select.select([self._listener], [], [], 0)[0])
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def silent_hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SilentHub]:
+    with closing(SilentHub()) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("consumer.runners.source.HUB_WITHIN", 0.2)
+        yield hub
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT], ids=str)
+@pytest.mark.parametrize("task", list(Task))
+def test_a_cached_model_needs_no_hub(
+    task: Task,
+    revision: str | None,
+    silent_hub: SilentHub,
+    hub_cache: Path,
+    model_folder: Folder,
+) -> None:
+    folder = model_folder(SD3 if task is Task.TEXT_TO_IMAGE else VISION)
+    put_into_cache(hub_cache, folder)
+    config = ModelConfig(model_id="tiny/model", revision=revision)
+    with capture_logs() as logs, located(task, config, DOWNLOADS[task]) as source:
+        assert (source.id, source.revision) == ("tiny/model", COMMIT)
+        assert source.folder.resolve() == folder.resolve()
+    asked = revision != COMMIT
+    assert silent_hub.asked() is asked
+    assert [line["event"] for line in logs] == ["hub_not_used"] * asked
+
+
+@pytest.mark.parametrize("revision", [None, COMMIT], ids=str)
+@pytest.mark.parametrize("task", list(Task))
+def test_a_silent_hub_is_not_waited_for(
+    task: Task, revision: str | None, silent_hub: SilentHub
+) -> None:
+    said = refusal("tiny/unknown", task, revision=revision)
+    assert "the hub cannot be reached (" in said
+    assert silent_hub.asked()
+
+
+def test_a_copy_that_is_not_complete_is_not_used(
+    silent_hub: SilentHub, hub_cache: Path, model_folder: Folder
+) -> None:
+    put_into_cache(hub_cache, model_folder(VISION))
+    missing = TreeCacheEntry(size=1, blob_id="0" * 40)
+    repository = str(hub_cache / "models--tiny--model")
+    write_tree_cache(repository, COMMIT, {"model-2-of-2.safetensors": missing})
+    said = refusal("tiny/model", Task.IMAGE_TO_TEXT, revision=COMMIT)
+    assert "has no complete copy" in said
+    assert silent_hub.asked()
 
 
 def test_a_revision_of_a_folder_is_refused(model_folder: Folder) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from structlog.testing import capture_logs
 
 from consumer.metrics import Metrics
-from consumer.probes import Probes, Watch
+from consumer.probes import LOG_EVERY, Probes, Watch
 from consumer.telemetry import JobReport
 
 
@@ -138,3 +139,17 @@ async def test_metrics_tell_what_the_process_takes(http: aiohttp.ClientSession) 
     }
     assert told["process_resident_memory_bytes"] > 10_000_000
     assert abs(told["process_start_time_seconds"] - time.time()) < 24 * 3600
+
+
+def test_each_reason_of_the_store_is_logged_and_the_same_one_again_after_a_while(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with capture_logs() as logs:
+        for reason in ("full", "full", "full", "away"):
+            watch.store_reachable(reachable=False, reason=reason)
+        now += LOG_EVERY
+        watch.store_reachable(reachable=False, reason="away")
+    said = [(line["reason"], line["unlogged"]) for line in logs]
+    assert said == [("full", 0), ("away", 2), ("away", 0)]

@@ -31,6 +31,7 @@ def test_keys_lie_under_the_prefix() -> None:
     ("bucket", "key", "allowed"),
     [
         ("generation", "outputs/text_to_image/a/0.png", True),
+        ("generation", "outputs/Zürich 100%/a?b#c.png", True),
         ("generation", "outputs", False),
         ("generation", "outputs-of-others/0.png", False),
         ("generation", "private/0.png", False),

@@ -94,6 +94,10 @@ LASTING = [
     (s3_error("InvalidAccessKeyId", 403), "S3: the access key is not known"),
     (s3_error("AuthorizationHeaderMalformed", 400), 'S3: the region "eu-west-9" is wrong'),
     (
+        s3_error("PermanentRedirect", 301),
+        'S3: the bucket "generation" is at another endpoint or in another region than "eu-west-9"',
+    ),
+    (
         s3_error("RequestTimeTooSkewed", 403),
         "S3: the clocks of this machine and of the store differ",
     ),

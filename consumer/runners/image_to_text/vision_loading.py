@@ -47,11 +47,12 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 _NUMBER = re.compile(r"\.\d+\.")
 
 
-def download(model_id: str, revision: str | None) -> str:
+def download(model_id: str, revision: str | None, *, cached_only: bool) -> str:
     """Fetch a model from the hub: what transformers reads, and no second copy in other formats."""
     return huggingface_hub.snapshot_download(
         model_id,
         revision=revision,
+        local_files_only=cached_only,
         allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
         ignore_patterns=["*/*"],
     )

@@ -54,11 +54,12 @@ STEP_CALLBACK = "callback_on_step_end"
 OLD_STEP_CALLBACK = "callback"  # of PixArt, Amused and others
 
 
-def download(model_id: str, revision: str | None) -> str:
+def download(model_id: str, revision: str | None, *, cached_only: bool) -> str:
     """Fetch a pipeline from the hub, its index first: a wrong class costs no gigabytes."""
-    index = DiffusionPipeline.load_config(model_id, revision=revision)
+    found: dict[str, Any] = {"revision": revision, "local_files_only": cached_only}
+    index = DiffusionPipeline.load_config(model_id, **found)
     text_to_image_class(index, model_id)
-    folder: str = DiffusionPipeline.download(model_id, revision=revision, use_safetensors=True)
+    folder: str = DiffusionPipeline.download(model_id, use_safetensors=True, **found)
     return folder
 
 
