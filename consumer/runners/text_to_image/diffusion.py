@@ -28,7 +28,8 @@ from consumer.runners.device import Placement, place, release
 from consumer.runners.faults import BadOutput, translated
 from consumer.runners.source import located
 from consumer.runners.text_to_image import memory
-from consumer.runners.text_to_image.adapters import Adapters, find_adapters
+from consumer.runners.text_to_image.adapter_files import find_adapters
+from consumer.runners.text_to_image.adapters import Adapters
 from consumer.runners.text_to_image.batch import BatchKeys, arguments_of_a_batch
 from consumer.runners.text_to_image.memory_guard import FreeBytes, free_bytes, least_to_decode
 from consumer.runners.text_to_image.own_pipeline import own_pipeline
@@ -204,6 +205,7 @@ class DiffusionModel:
 
     def _output(self, run: PictureRun, place: int, pictures: list[GeneratedImage]) -> RunnerOutput:
         warnings = run.cuts.warnings(run.prompt_of(place))
+        warnings += self._adapters.warnings(run.requests[place].adapters)
         if blanked := sum(picture.flagged is True for picture in pictures):
             warnings += (f"the model's safety checker blanked pictures: {blanked}",)
         if run.saved:
