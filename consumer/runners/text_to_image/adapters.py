@@ -183,7 +183,7 @@ def _changed(
     return False
 
 
-def _tuned(pipe: Any, name: str) -> dict[str, torch.nn.Module]:
+def _tuned(pipe: Any, name: str) -> dict[str, Any]:
     """The layers that have the adapter, by their names."""
     return {
         f"{part}.{path}": layer

@@ -22,12 +22,12 @@ from consumer.ports import (
     OnText,
     RunnerOutput,
 )
-from consumer.runners import options
+from consumer.runners import first_run, options
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement, place, release
 from consumer.runners.faults import BadOutput, translated
 from consumer.runners.source import located
-from consumer.runners.text_to_image import memory
+from consumer.runners.text_to_image import memory, schedulers
 from consumer.runners.text_to_image.adapter_files import find_adapters
 from consumer.runners.text_to_image.adapters import Adapters
 from consumer.runners.text_to_image.batch import BatchKeys, arguments_of_a_batch
@@ -71,7 +71,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
     parameters = Parameters(pipe, info, config.defaults, adapters=files)
     # Parts that are quantized or shared out over several devices do not move.
     fixed = config.quantization != "none" or config.device_map != "none"
-    return DiffusionModel(
+    model = DiffusionModel(
         pipe,
         placement,
         parameters,
@@ -80,6 +80,10 @@ def load(config: ModelConfig) -> "DiffusionModel":
         keys=BatchKeys(pipe, parameters, config),
         movable=placement.device.type != "cpu" and config.offload == "none" and not fixed,
     )
+    if schedulers.is_unusual(pipe):
+        setting = f"{source.id}: {type(pipe.scheduler).__name__}"
+        first_run.run_once(model, Task.TEXT_TO_IMAGE, (setting,))
+    return model
 
 
 class DiffusionModel:
@@ -242,13 +246,14 @@ class DiffusionModel:
     ) -> list[GeneratedImage]:
         request, parameters = run.request, self._parameters
         scale = parameters.scale_of_guiders(request)
-        pipe = own_pipeline(self._pipe, run.cuts, guidance_scale=scale)
+        # One for each picture, and on the CPU, whose numbers are the same everywhere.
+        generators = [torch.Generator("cpu").manual_seed(wanted.seed) for wanted in part]
+        pipe = own_pipeline(self._pipe, run.cuts, generators, guidance_scale=scale)
         try:
             output = pipe(
                 **self._arguments(run, part),
                 **steps.arguments(parameters.steps(request)),
-                # One for each picture, and on the CPU, whose numbers are the same everywhere.
-                generator=[torch.Generator("cpu").manual_seed(wanted.seed) for wanted in part],
+                generator=generators,
             )
         finally:
             # Also after a failure: a step cache or an offloaded part would spoil the next run.

@@ -19,7 +19,7 @@ from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 from consumer.runners.faults import load_failure
 from consumer.runners.source import Source
-from consumer.runners.text_to_image import pipeline_options
+from consumer.runners.text_to_image import pipeline_options, schedulers
 from consumer.runners.weights import (
     see_that_none_are_missing,
     see_that_none_were_invented,
@@ -71,6 +71,7 @@ def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> 
     index = _read_index(source)
     text_to_image_class(index, source.id)
     vocabulary.see_that_none_are_missing(source.folder, index, source.id)
+    schedulers.require_generator(index, source.id)
     pipeline_options.see_that_the_attention_is_here(config)
     try:
         parts = quantization.denoiser_from_gguf(config, placement, source.folder, index)
@@ -78,6 +79,7 @@ def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> 
         pipe = _from_folder(source, index, parts, placement, config)
         for name, module in modules(pipe):
             see_that_none_are_missing(module, f"{source.id}: {name}")
+        schedulers.require_kind(pipe, source.id)
         _share_out(pipe, parts)
         pipeline_options.apply(pipe, denoiser(pipe), placement, config)
     except ModelUnavailable:
