@@ -103,7 +103,7 @@ def _load(pipe: Any, name: str, file: Path) -> tuple[int, int]:
         source, options = _source(pipe, file)
         of = _layers_of_file(pipe, source, options)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="peft")  # that there is more than one adapter
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of another adapter
             pipe.load_lora_weights(source, adapter_name=name, **options)
             layers = len(_tuned(pipe, name))
             if layers:

@@ -27,7 +27,7 @@ from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement, place, release
 from consumer.runners.faults import BadOutput, translated
 from consumer.runners.source import located
-from consumer.runners.text_to_image import memory, schedulers
+from consumer.runners.text_to_image import memory
 from consumer.runners.text_to_image.adapter_files import find_adapters
 from consumer.runners.text_to_image.adapters import Adapters
 from consumer.runners.text_to_image.batch import BatchKeys, arguments_of_a_batch
@@ -39,6 +39,7 @@ from consumer.runners.text_to_image.pipeline_loading import STEP_CALLBACK, downl
 from consumer.runners.text_to_image.preview import Preview
 from consumer.runners.text_to_image.safety import SafetyChecker, load_checker
 from consumer.runners.text_to_image.step_callback import StepCallback
+from consumer.runners.text_to_image.trial import parts_to_try
 from consumer.runners.text_to_image.truncation import Cuts
 from generation_contracts import ModelInfo, Request, Task, TextToImageRequest
 
@@ -61,6 +62,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
     checker = load_checker(config.safety_checker)
     with located(Task.TEXT_TO_IMAGE, config, download) as source:
         pipe = load_pipeline(source, placement, config)
+        adapters = Adapters(pipe, files)
     info = ModelInfo(
         id=source.id,
         revision=source.revision,
@@ -75,14 +77,13 @@ def load(config: ModelConfig) -> "DiffusionModel":
         pipe,
         placement,
         parameters,
-        Adapters(pipe, files),
+        adapters,
         checker,
         keys=BatchKeys(pipe, parameters, config),
         movable=placement.device.type != "cpu" and config.offload == "none" and not fixed,
     )
-    if schedulers.is_unusual(pipe):
-        setting = f"{source.id}: {type(pipe.scheduler).__name__}"
-        first_run.run_once(model, Task.TEXT_TO_IMAGE, (setting,))
+    if untried := parts_to_try(pipe):
+        first_run.run_once(model, Task.TEXT_TO_IMAGE, (f"{source.id}: {', '.join(untried)}",))
     return model
 
 

@@ -65,7 +65,7 @@ def require_kind(pipe: Any, name: str) -> None:
     if scheduler is None or not named:
         return
     given, family = type(scheduler).__name__, type(pipe).__name__.removesuffix("Pipeline")
-    if named == {_FLOW} and not _is_flow(scheduler):
+    if needs_flow(type(pipe)) and not _is_flow(scheduler):
         raise ModelUnavailable(
             f"{name}: {given} is for other weights: {family} needs a flow-matching scheduler, such "
             f"as {_FLOW}, or prediction_type flow_prediction with use_flow_sigmas"
@@ -76,6 +76,11 @@ def require_kind(pipe: Any, name: str) -> None:
         raise ModelUnavailable(
             f"{name}: {given} is a flow-matching scheduler, and {family} does not work with one"
         )
+
+
+def needs_flow(pipeline: type[Any]) -> bool:
+    """Whether the weights of a pipeline's class are made for flow matching."""
+    return _named_by(pipeline) == {_FLOW}
 
 
 def is_unusual(pipe: Any) -> bool:
