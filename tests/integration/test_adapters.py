@@ -285,6 +285,11 @@ def of_loha(file: Path, pipe: Any) -> None:
     )
 
 
+def of_ia3(file: Path, _: Any) -> None:
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
+    save_file({f"{layer}.weight": torch.ones(8), f"{layer}.on_input": torch.zeros(1)}, file)
+
+
 def of_numbers_that_are_none(file: Path, pipe: Any) -> None:
     save_adapter(pipe, file.parent)
     change_weights(file, lambda name, w: (name, w * float("nan") if "lora_B" in name else w))
@@ -308,6 +313,7 @@ def of_the_other_kind(file: Path, pipe: Any) -> None:
         ("stable_diffusion_3", without_one_matrix, "it has matrices without their other half"),
         ("stable_diffusion_3", of_dora, "it is a DoRA, which diffusers would apply as a plain"),
         ("stable_diffusion_3", of_loha, "it is a LoHa adapter, which diffusers does not load"),
+        ("stable_diffusion_xl", of_ia3, "it is an IA3 adapter, which diffusers does not load"),
         ("stable_diffusion_3", of_numbers_that_are_none, "it has weights that are not numbers"),
         (
             "stable_diffusion_3",
@@ -453,6 +459,25 @@ def test_a_dora_that_peft_saved_is_applied_as_one(
     runner = load(model_folder("stable_diffusion_3"), adapters={"dora": str(folder)})
     assert not torch.allclose(latents(runner, adapters={"dora": 1}), plain_lora, atol=1e-4)
     assert pixels(runner) == pixels(plain)
+
+
+def test_an_adapter_of_several_ranks_without_alphas_has_scale_1_in_each_layer(
+    plain: ModelRunner, model_folder: Folder, load: Load, tmp_path: Path
+) -> None:
+    file = save_adapter(pipeline(plain), tmp_path / "one")
+    mixed = save_adapter(pipeline(plain), tmp_path / "mixed")
+
+    def widen(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """Half of the layers have rank 4, whose other two rows and columns are zeros."""
+        if "to_q" not in name:
+            return name, weight
+        return name, torch.cat([weight, torch.zeros_like(weight)], dim=int("lora_B" in name))
+
+    change_weights(mixed, widen)
+    places = {"ink": str(file), "mixed": str(mixed)}
+    runner = load(model_folder("stable_diffusion_3"), adapters=places)
+    ink, same = (latents(runner, adapters={name: 1}) for name in places)
+    assert torch.allclose(ink, same, atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [2.0, 8.0])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import SchedulerMixin
 
-from consumer.ports import ModelError, ModelUnavailable
+from consumer.ports import ModelError, ModelUnavailable, UnsupportedParameter
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.text_to_image.schedulers import fresh_scheduler, require_kind
 from generation_contracts import Task
@@ -180,3 +180,10 @@ def test_a_scheduler_of_a_run_is_freed_without_the_garbage_collector(
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_fewer_steps_than_a_scheduler_can_make_are_refused(own_folder: Folder, load: Load) -> None:
+    runner = load(with_scheduler(own_folder(XL), "PNDMScheduler"))
+    with pytest.raises(UnsupportedParameter, match="num_inference_steps: must be at least 4"):
+        made(runner, num_inference_steps=3)
+    made(runner, num_inference_steps=4)

@@ -44,6 +44,7 @@ _NOT_LOADED = {
     "lora_mid": "a LoCon adapter with a third matrix, which diffusers does not load",
     "oft_": "an OFT adapter, which diffusers does not load",
     "ia3_": "an IA3 adapter, which diffusers does not load",
+    ".on_input": "an IA3 adapter, which diffusers does not load",
     "dora_scale": "a DoRA, which diffusers would apply as a plain LoRA; save it with PEFT",
 }
 

@@ -26,6 +26,8 @@ _INVERSE = "InverseScheduler"  # ending of the classes that turn an image into n
 # Its seed is drawn from torch's global generator, or is the same for all requests.
 _WITHOUT_GENERATOR = "DPMSolverSDEScheduler"
 
+_MOST_OF_THE_LEAST = 4  # steps: PNDM's first ones are of another method and need four
+
 # Values that every class named in a pipeline's signature reads; with another one, only a run shows
 # whether the class reads it.
 _USUAL = {
@@ -97,6 +99,20 @@ def is_unusual(pipe: Any) -> bool:
     return type(scheduler).__name__ not in named or any(
         config.get(key, values[0]) not in values for key, values in _USUAL.items()
     )
+
+
+def least_steps(scheduler: Any) -> int:
+    """The fewest steps that a scheduler can make; 1 where only a run could show it."""
+    # A schedule that is stretched to a last value of its own divides 0 by 0 where it has one step.
+    if config_of(scheduler).get("shift_terminal"):
+        return 2
+    for steps in range(1, _MOST_OF_THE_LEAST + 1):
+        try:
+            scheduler.from_config(scheduler.config).set_timesteps(steps)
+        except (ValueError, IndexError, AttributeError):  # or it needs what its pipeline gives
+            continue
+        return steps
+    return 1
 
 
 def fresh_scheduler(shared: Any, generators: Sequence[torch.Generator]) -> Any:
