@@ -5,11 +5,13 @@ Importing this file costs the import of torch.
 
 # mypy: allow-untyped-calls
 
-from collections.abc import Collection
+import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from consumer.runners import ModelRunner
@@ -69,3 +71,38 @@ def add_weights(file: Path, **weights: torch.Tensor) -> None:
     """Add to a file what is no matrix of the adapter; `__` in a name stands for a dot."""
     named = {name.replace("__", "."): weight for name, weight in weights.items()}
     save_file({**load_file(file), **named}, file)
+
+
+def change_weights(
+    file: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]
+) -> None:
+    """Give each weight of a file another name or value, or drop it."""
+    changed = [change(name, weight) for name, weight in load_file(file).items()]
+    save_file(dict(pair for pair in changed if pair is not None), file)
+
+
+def save_as_peft_does(file: Path, folder: Path, part: str, **config: Any) -> Path:
+    """Save the adapter of a file in the layout of `PeftModel.save_pretrained`.
+
+    The matrices are divided by the scale that the configuration asks for, so that the adapter has
+    the same effect as the one in the file.
+
+    Args:
+        file: As `save_adapter` saves it.
+        folder: Where to.
+        part: The pipeline's part that is adapted.
+        config: Of adapter_config.json: `lora_alpha`, `alpha_pattern` and `use_rslora` as well.
+    """
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, **config}
+    weights = {}
+    for name, weight in load_file(file).items():
+        module = name.removeprefix(f"{part}.")
+        patterns = config.get("alpha_pattern", {})
+        pattern = get_pattern_key(list(patterns), module.partition(".lora_")[0])
+        alpha = patterns.get(pattern, config["lora_alpha"])
+        scale = alpha / (RANK**0.5 if config.get("use_rslora") else RANK)
+        weights[f"base_model.model.{module}"] = weight / scale if ".lora_B." in name else weight
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

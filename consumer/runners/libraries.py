@@ -1,7 +1,9 @@
 """The libraries: imported at once, their own output turned down and sent to the process's log.
 
-diffusers logs the words of a prompt that it cuts, so it and transformers log errors only; and each
-of these libraries writes to standard error by a handler of its own, between the daemon's lines.
+diffusers logs the words of a prompt that it cuts, so it and transformers log errors only while a
+model runs; and each of these libraries writes to standard error by a handler of its own, between
+the daemon's lines. While a model is loaded there is no prompt, and a warning is often the only sign
+that a library has dropped a part of the model's files.
 """
 
 # mypy: allow-untyped-calls
@@ -10,8 +12,22 @@ import atexit
 import gc
 import importlib
 import logging
+import re
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import structlog
+
+log = structlog.get_logger()
+
+_LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "torch", "safetensors")
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+")  # of an absolute path
+_LINE = 500  # characters of a warning that are worth showing
 
 # Its structured trace, which it writes to files, and only when TORCH_TRACE names a folder.
 _TORCH_TRACE = "torch.__trace"
@@ -64,3 +80,55 @@ def quiet() -> None:
         logs.enable_propagation()
         logs.disable_progress_bar()
     disable_progress_bars()
+
+
+@contextmanager
+def reported_warnings() -> Iterator[None]:
+    """Log what the libraries warn of while a model is loaded; afterwards they are quiet.
+
+    Each warning is one event `library_warning` with the library's name, however often it is given.
+    """
+    quiet()
+    report = _Report()
+    loggers = [logging.getLogger(library) for library in _LIBRARIES]
+    before = [(logger, logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        logger.addHandler(report)
+    try:
+        with warnings.catch_warnings():
+            report.show_otherwise = warnings.showwarning
+            warnings.showwarning = report.show  # type: ignore[assignment]
+            yield
+    finally:
+        for logger, level, propagate in before:
+            logger.removeHandler(report)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
+class _Report(logging.Handler):
+    """Logs each warning of the libraries once, on one line and without the folders of its paths."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.show_otherwise: Any = None
+        self._seen: set[tuple[str, str]] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log(record.name.partition(".")[0], record.getMessage())
+
+    def show(self, message: Any, category: Any, filename: str, *place: Any) -> None:
+        """Stands in for `warnings.showwarning`; what is not of the libraries goes its own way."""
+        library = next((part for part in Path(filename).parts if part in _LIBRARIES), None)
+        if library is None:
+            self.show_otherwise(message, category, filename, *place)
+        else:
+            self._log(library, str(message))
+
+    def _log(self, library: str, text: str) -> None:
+        line = " ".join(_FOLDERS.sub("", text).split())[:_LINE]
+        if (library, line) not in self._seen:
+            self._seen.add((library, line))
+            log.warning("library_warning", library=library, detail=line)

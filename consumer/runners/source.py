@@ -16,7 +16,7 @@ from consumer.ports import ModelUnavailable
 from consumer.runners import demonstration
 from consumer.runners.config import ModelConfig
 from consumer.runners.faults import load_failure
-from consumer.runners.libraries import quiet
+from consumer.runners.libraries import reported_warnings
 from generation_contracts import Task
 
 log = structlog.get_logger()
@@ -56,7 +56,7 @@ class Source:
 
 @contextmanager
 def located(task: Task, config: ModelConfig, download: Download) -> Iterator[Source]:
-    """Have the model's files at hand while it is loaded.
+    """Have the model's files at hand while it is loaded, and log what the libraries warn of.
 
     Args:
         task: Chooses the demonstration model.
@@ -66,22 +66,27 @@ def located(task: Task, config: ModelConfig, download: Download) -> Iterator[Sou
     Raises:
         ModelUnavailable: Neither a folder nor an id on the hub that can be reached.
     """
-    quiet()
-    folder_or_id = Path(config.model_id).expanduser()
-    if config.revision is not None and folder_or_id.is_dir():
-        raise ModelUnavailable("MODEL_REVISION: only a model of the hub has revisions")
-    if not config.model_id:
-        # Its tensors are too small to be shared out: a picture takes 0.2 s in one thread and up to
-        # 6 s in two, when the two cores have other work.
-        torch.set_num_threads(1)
-        yield Source(demonstration.folder_of(task), DEMONSTRATION)
-        return
-    if folder_or_id.is_dir():
-        yield Source(folder_or_id.resolve(), folder_or_id.resolve().name)
-    elif _HUB_ID.fullmatch(config.model_id):
-        yield _from_hub(config.model_id, config.revision, download)
-    else:
-        raise ModelUnavailable(f"MODEL_ID: there is no folder {folder_or_id.name}")
+    with reported_warnings():
+        folder_or_id = Path(config.model_id).expanduser()
+        if folder_or_id.is_file():
+            raise ModelUnavailable(
+                f"MODEL_ID: {folder_or_id.name} is a file: a model is a folder with its "
+                "configuration and weights, or an id on the hub"
+            )
+        if config.revision is not None and folder_or_id.is_dir():
+            raise ModelUnavailable("MODEL_REVISION: only a model of the hub has revisions")
+        if not config.model_id:
+            # Its tensors are too small to be shared out: a picture takes 0.2 s in one thread and up
+            # to 6 s in two, when the two cores have other work.
+            torch.set_num_threads(1)
+            yield Source(demonstration.folder_of(task), DEMONSTRATION)
+            return
+        if folder_or_id.is_dir():
+            yield Source(folder_or_id.resolve(), folder_or_id.resolve().name)
+        elif _HUB_ID.fullmatch(config.model_id):
+            yield _from_hub(config.model_id, config.revision, download)
+        else:
+            raise ModelUnavailable(f"MODEL_ID: there is no folder {folder_or_id.name}")
 
 
 def _from_hub(model_id: str, revision: str | None, download: Download) -> Source:

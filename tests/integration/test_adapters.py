@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 
 from consumer.ports import (
@@ -25,9 +25,17 @@ from consumer.runners import ModelRunner, create_runner, options
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 from consumer.runners.text_to_image import diffusion
-from consumer.runners.text_to_image.adapters import find_adapters
+from consumer.runners.text_to_image.adapter_files import find_adapters
 from generation_contracts import Task, TextToImageRequest
-from tests.tiny_adapters import FILE, add_weights, pipeline, save_adapter
+from tests.tiny_adapters import (
+    FILE,
+    RANK,
+    add_weights,
+    change_weights,
+    pipeline,
+    save_adapter,
+    save_as_peft_does,
+)
 from tests.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
@@ -217,7 +225,7 @@ def test_a_family_without_adapters_does_not_start_with_them(
 
 
 def of_nothing(file: Path, _: Any) -> None:
-    save_file({"other.lora_A.weight": torch.zeros(2, 8)}, file)
+    save_file({f"other.lora_{half}.weight": torch.zeros(2, 8) for half in "AB"}, file)
 
 
 def of_no_lora(file: Path, _: Any) -> None:
@@ -248,9 +256,71 @@ def replacing_norms(file: Path, pipe: Any) -> None:
     )
 
 
+def named_after_an_adapter(file: Path, pipe: Any) -> None:
+    save_adapter(pipe, file.parent)
+    change_weights(file, lambda name, w: (name.replace(".weight", ".default.weight"), w))
+
+
+def without_half(file: Path, pipe: Any) -> None:
+    save_adapter(pipe, file.parent)
+    change_weights(file, lambda name, w: None if ".lora_B." in name else (name, w))
+
+
+def without_one_matrix(file: Path, pipe: Any) -> None:
+    save_adapter(pipe, file.parent)
+    lost = "blocks.0.attn.to_q.lora_A.weight"
+    change_weights(file, lambda name, w: None if name.endswith(lost) else (name, w))
+
+
+def of_dora(file: Path, pipe: Any) -> None:
+    scales = {"transformer__transformer_blocks__0__attn__to_q__dora_scale": torch.ones(16, 1)}
+    add_weights(save_adapter(pipe, file.parent), **scales)
+
+
+def of_loha(file: Path, pipe: Any) -> None:
+    save_adapter(pipe, file.parent)
+    change_weights(
+        file,
+        lambda name, w: (name.replace("lora_A.weight", "hada_w1_a").replace("B.weight", "b"), w),
+    )
+
+
+def of_ia3(file: Path, _: Any) -> None:
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
+    save_file({f"{layer}.weight": torch.ones(8), f"{layer}.on_input": torch.zeros(1)}, file)
+
+
+def of_numbers_that_are_none(file: Path, pipe: Any) -> None:
+    save_adapter(pipe, file.parent)
+    change_weights(file, lambda name, w: (name, w * float("nan") if "lora_B" in name else w))
+
+
+def of_peft_without_its_config(file: Path, pipe: Any) -> None:
+    save_adapter(pipe, file.parent)
+    change_weights(file, lambda name, w: (name.replace("transformer.", "base_model.model.", 1), w))
+
+
+def of_the_other_kind(file: Path, pipe: Any) -> None:
+    save_adapter(pipe, file.parent)
+    change_weights(file, lambda name, w: (name.replace("transformer.", "unet.", 1), w))
+
+
 @pytest.mark.parametrize(
     ("family", "write", "message"),
     [
+        ("stable_diffusion_3", named_after_an_adapter, "its keys have the name of an adapter in"),
+        ("stable_diffusion_3", without_half, "it has matrices without their other half, such as "),
+        ("stable_diffusion_3", without_one_matrix, "it has matrices without their other half"),
+        ("stable_diffusion_3", of_dora, "it is a DoRA, which diffusers would apply as a plain"),
+        ("stable_diffusion_3", of_loha, "it is a LoHa adapter, which diffusers does not load"),
+        ("stable_diffusion_xl", of_ia3, "it is an IA3 adapter, which diffusers does not load"),
+        ("stable_diffusion_3", of_numbers_that_are_none, "it has weights that are not numbers"),
+        (
+            "stable_diffusion_3",
+            of_peft_without_its_config,
+            "it was saved by PEFT and its adapter_config.json is missing",
+        ),
+        ("stable_diffusion_3", of_the_other_kind, "none of its weights are for this model"),
         ("stable_diffusion_3", of_nothing, "none of its weights are for this model"),
         ("stable_diffusion_3", of_no_lora, "cannot be loaded: Invalid LoRA checkpoint"),
         ("stable_diffusion_3", broken, "cannot be loaded: "),
@@ -277,7 +347,7 @@ def test_an_adapter_that_is_none_for_this_model_stops_the_start(
     assert "\n" not in str(refused.value)
 
 
-def test_an_adapter_that_fits_in_part_is_told_in_the_log(
+def test_an_adapter_that_fits_in_part_is_told_in_the_log_and_to_its_senders(
     shared_runner: Shared, model_folder: Folder, load: Load, tmp_path: Path
 ) -> None:
     pipe = pipeline(shared_runner("stable_diffusion_3"))
@@ -288,13 +358,157 @@ def test_an_adapter_that_fits_in_part_is_told_in_the_log(
     deep = {f"transformer__deep__lora_{half}__weight": torch.zeros(2, 2) for half in "AB"}
     add_weights(file, **deep)
     with capture_logs() as logs:
-        load(model_folder("stable_diffusion_3"), adapters={"ink": str(file)})
+        runner = load(model_folder("stable_diffusion_3"), adapters={"ink": str(file)})
     (part,) = [entry for entry in logs if entry["event"] == "adapter_loaded_in_part"]
     assert (part["adapter"], part["layers"], part["of"]) == (
         "ink",
         whole["layers"],
         whole["layers"] + 1,
     )
+    line = f"adapter ink: {part['layers']} of its {part['of']} layers are for this model"
+    assert warnings(runner, adapters={"ink": 1}) == (line,)
+    assert warnings(runner, adapters={"ink": 0}) == warnings(runner) == ()
+
+
+def warnings(runner: ModelRunner, **fields: Any) -> tuple[str, ...]:
+    request = asked(**fields)
+    return runner.run(request, [], on_step=lambda *_: None, cancelled=lambda: False).warnings
+
+
+# -- as PEFT saves them ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({}, id="scale 1"),
+        pytest.param({"lora_alpha": 8}, id="alpha"),
+        pytest.param({"lora_alpha": 8, "use_rslora": True}, id="rslora"),
+        pytest.param({"lora_alpha": 8, "alpha_pattern": {"attn.to_q": 1}}, id="alpha of layers"),
+    ],
+)
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "stable_diffusion_xl"])
+def test_an_adapter_saved_by_peft_has_the_scale_of_its_configuration(
+    *,
+    family: str,
+    config: dict[str, Any],
+    shared_runner: Shared,
+    model_folder: Folder,
+    load: Load,
+    tmp_path: Path,
+) -> None:
+    pipe = pipeline(shared_runner(family))
+    part = "unet" if family == "stable_diffusion_xl" else "transformer"
+    file = save_adapter(pipe, tmp_path / "diffusers")
+    folder = save_as_peft_does(file, tmp_path / "peft", part, **config)
+    places = {"ink": file, "same": folder, "file": folder / "adapter_model.safetensors"}
+    runner = load(model_folder(family), adapters={n: str(place) for n, place in places.items()})
+    for weights in (1, 0.5):
+        ink, same, by_file = (latents(runner, adapters={name: weights}) for name in places)
+        assert torch.allclose(ink, same, atol=1e-5)
+        assert torch.equal(same, by_file)
+
+
+def latents(runner: ModelRunner, **fields: Any) -> torch.Tensor:
+    """What the decoder was given: pictures of eight bits hide small differences."""
+    seen: list[torch.Tensor] = []
+    vae = pipeline(runner).vae
+    hook = vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    pixels(runner, **fields)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "LOHA"}, "it is a LOHA adapter of PEFT; only LORA loads"),
+        ({"peft_type": None}, "its adapter_config.json cannot be read"),
+        ({"init_lora_weights": "pissa"}, "it was made with init_lora_weights=pissa, which changes"),
+    ],
+)
+def test_an_adapter_saved_by_peft_that_is_no_plain_lora_stops_the_start(
+    *,
+    config: dict[str, Any],
+    message: str,
+    plain: ModelRunner,
+    model_folder: Folder,
+    load: Load,
+    tmp_path: Path,
+) -> None:
+    file = save_adapter(pipeline(plain), tmp_path / "diffusers")
+    folder = save_as_peft_does(file, tmp_path / "peft", "transformer", **config)
+    with pytest.raises(ModelUnavailable, match=f"^MODEL_ADAPTERS: ink: {message}"):
+        load(model_folder("stable_diffusion_3"), adapters={"ink": str(folder)})
+
+
+def test_a_dora_that_peft_saved_is_applied_as_one(
+    plain: ModelRunner, model_folder: Folder, load: Load, tmp_path: Path
+) -> None:
+    # diffusers reads the keys of PEFT, `lora_magnitude_vector`, and not those of kohya's scripts.
+    pipe = pipeline(plain)
+    file = save_adapter(pipe, tmp_path / "diffusers", layers=("to_q",))
+    folder = save_as_peft_does(file, tmp_path / "peft", "transformer", use_dora=True)
+    added = {}
+    for layer in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_q"):
+        magnitude = 3 * pipe.transformer.get_submodule(layer).weight.detach().norm(dim=1)
+        added[f"base_model.model.{layer}.lora_magnitude_vector".replace(".", "__")] = magnitude
+    runner = load(model_folder("stable_diffusion_3"), adapters={"lora": str(file)})
+    plain_lora = latents(runner, adapters={"lora": 1})
+    add_weights(folder / "adapter_model.safetensors", **added)
+    runner = load(model_folder("stable_diffusion_3"), adapters={"dora": str(folder)})
+    assert not torch.allclose(latents(runner, adapters={"dora": 1}), plain_lora, atol=1e-4)
+    assert pixels(runner) == pixels(plain)
+
+
+def test_an_adapter_of_several_ranks_without_alphas_has_scale_1_in_each_layer(
+    plain: ModelRunner, model_folder: Folder, load: Load, tmp_path: Path
+) -> None:
+    file = save_adapter(pipeline(plain), tmp_path / "one")
+    mixed = save_adapter(pipeline(plain), tmp_path / "mixed")
+
+    def widen(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """Half of the layers have rank 4, whose other two rows and columns are zeros."""
+        if "to_q" not in name:
+            return name, weight
+        return name, torch.cat([weight, torch.zeros_like(weight)], dim=int("lora_B" in name))
+
+    change_weights(mixed, widen)
+    places = {"ink": str(file), "mixed": str(mixed)}
+    runner = load(model_folder("stable_diffusion_3"), adapters=places)
+    ink, same = (latents(runner, adapters={name: 1}) for name in places)
+    assert torch.allclose(ink, same, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [2.0, 8.0])
+def test_an_adapter_of_kohyas_scripts_has_the_scale_of_its_alphas(
+    alpha: float, shared_runner: Shared, model_folder: Folder, load: Load, tmp_path: Path
+) -> None:
+    family = "stable_diffusion_xl"
+    file = save_adapter(pipeline(shared_runner(family)), tmp_path, layers=("to_q", "to_v"))
+    named = {}
+    for key, weight in load_file(file).items():
+        module, _, half = key.removeprefix("unet.").partition(".lora_")
+        name = "lora_unet_" + module.replace(".", "_")
+        down = half.startswith("A")
+        named[f"{name}.lora_{'down' if down else 'up'}.weight"] = weight
+        named[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file(named, tmp_path / "kohya.safetensors")
+    places = {"ink": str(file), "kohya": str(tmp_path / "kohya.safetensors")}
+    runner = load(model_folder(family), adapters=places)
+    ink = latents(runner, adapters={"ink": alpha / RANK})
+    assert torch.allclose(latents(runner, adapters={"kohya": 1}), ink, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_an_adapter_of_another_type_is_loaded(
+    dtype: torch.dtype, plain: ModelRunner, model_folder: Folder, load: Load, tmp_path: Path
+) -> None:
+    file = save_adapter(pipeline(plain), tmp_path)
+    change_weights(file, lambda name, weight: (name, weight.to(dtype)))
+    runner = load(model_folder("stable_diffusion_3"), adapters={"ink": str(file)})
+    assert pixels(runner, adapters={"ink": 1}) != pixels(plain)
+    assert pixels(runner) == pixels(plain)
 
 
 def test_offloading_goes_with_adapters(
@@ -331,7 +545,8 @@ def test_settings_that_adapters_do_not_go_with_are_named(
     ("name", "place", "message"),
     [
         ("ink", "nothing", "ink: there is no such folder or .safetensors file"),
-        ("ink", "one/../pickle.bin", "ink: there is no such folder or .safetensors file"),
+        ("ink", "pickle.bin", "ink: .bin files hold code and are not read: convert it to .safe"),
+        ("ink", "one/../gone.ckpt", "ink: there is no such folder or .safetensors file"),
         ("ink", "none", "ink: its folder has 0 .safetensors files instead of one"),
         ("ink", "two", "ink: its folder has 2 .safetensors files instead of one"),
         ("../ink", "one", "'../ink' is no name"),

@@ -2,10 +2,12 @@
 
 import gc
 import json
+import logging
 import select
 import socket
 import subprocess
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -24,11 +26,12 @@ from consumer.ports import ModelUnavailable
 from consumer.runners import ModelConfig, ModelRunner, create_runner, weights
 from consumer.runners.device import Placement, place
 from consumer.runners.image_to_text import vision_loading
+from consumer.runners.libraries import reported_warnings
 from consumer.runners.source import Download, located
 from consumer.runners.text_to_image import pipeline_loading
 from consumer.runners.text_to_image.pipeline_loading import text_to_image_class
 from generation_contracts import Task, TextToImageRequest
-from tests.integration.small_runs import made, pipeline, written
+from tests.integration.small_runs import largest_difference, made, pipeline, written
 from tests.tiny_models import Folder, Load
 
 SD3, VISION = "stable_diffusion_3", "vision_language"
@@ -121,7 +124,107 @@ def test_pickled_weights_are_not_read(own_folder: Folder) -> None:
     safe = folder / "vae" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(safe), safe.with_suffix(".bin"))
     safe.unlink()
-    assert "cannot be loaded" in refusal(folder)
+    assert refusal(folder) == (
+        "stable_diffusion_3: vae: its weights are pickled, which can hold code and is not read: "
+        "convert them to .safetensors"
+    )
+
+
+def test_weights_that_are_there_as_a_variant_only_are_read(
+    own_folder: Folder, load: Load, shared_runner: Callable[[str], ModelRunner]
+) -> None:
+    folder = own_folder(SD3)
+    for part in ("vae", "transformer", "text_encoder"):
+        (file,) = (folder / part).glob("*.safetensors")
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert largest_difference(made(load(folder)), made(shared_runner(SD3))) == 0
+
+
+def test_a_single_file_is_no_model(model_folder: Folder) -> None:
+    file = model_folder(SD3) / "vae" / "diffusion_pytorch_model.safetensors"
+    assert refusal(file) == (
+        "MODEL_ID: diffusion_pytorch_model.safetensors is a file: a model is a folder with its "
+        "configuration and weights, or an id on the hub"
+    )
+
+
+def without_a_part(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        absent = {name: [None, None]}
+        rewrite(folder / "model_index.json", lambda index: index.update(absent))
+
+    return change
+
+
+def without_the_shift_of_its_latents(folder: Path) -> None:
+    rewrite(folder / "vae" / "config.json", lambda config: config.pop("shift_factor"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "part"),
+    [
+        pytest.param(without_a_part("tokenizer_2"), "no tokenizer_2", id="tokenizer"),
+        pytest.param(without_a_part("text_encoder"), "no text_encoder", id="text encoder"),
+        pytest.param(without_a_part("vae"), "no vae", id="vae"),
+        pytest.param(without_a_part("scheduler"), "no scheduler", id="scheduler"),
+        pytest.param(without_the_shift_of_its_latents, "vae without shift_factor", id="shift"),
+    ],
+)
+def test_a_pipeline_that_would_fail_at_each_request_stops_the_start(
+    spoil: Callable[[Path], None], part: str, own_folder: Folder
+) -> None:
+    folder = own_folder(SD3)
+    spoil(folder)
+    assert refusal(folder).startswith(f"stable_diffusion_3: {part}: the first run failed: ")
+
+
+# -- what the libraries drop ----------------------------------------------------------------------
+
+
+def unknown_key(part: str, file: str) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder / part / file, lambda c: c.update(of_another_version=True))
+
+
+def unknown_weight(folder: Path) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "of_another_version": torch.zeros(2)}, file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(unknown_key("vae", "config.json"), id="key of the vae"),
+        pytest.param(unknown_key("scheduler", "scheduler_config.json"), id="key of the scheduler"),
+        pytest.param(unknown_weight, id="weight of the transformer"),
+    ],
+)
+def test_what_the_libraries_drop_while_they_load_is_logged_once(
+    change: Callable[[Path], None], own_folder: Folder, load: Load
+) -> None:
+    folder = own_folder(SD3)
+    change(folder)
+    with capture_logs() as logs:
+        load(folder)
+    (warning,) = [line for line in logs if line["event"] == "library_warning"]
+    assert warning["library"] == "diffusers"
+    assert "of_another_version" in warning["detail"]
+
+
+def test_what_a_library_warns_of_is_one_line_without_folders_and_only_while_loading(
+    tmp_path: Path,
+) -> None:
+    logger = logging.getLogger("diffusers.models.any")
+    with capture_logs() as logs:
+        with reported_warnings():
+            for _ in range(2):
+                logger.warning("ignored:\n  %s", tmp_path / "config.json")
+            warnings.warn_explicit("dropped", UserWarning, "site-packages/peft/config.py", 1)
+        logger.warning("a prompt was cut")
+    assert [(line["library"], line["detail"]) for line in logs] == [
+        ("diffusers", "ignored: config.json"),
+        ("peft", "dropped"),
+    ]
+    assert not logger.isEnabledFor(logging.WARNING)
 
 
 # -- the class ------------------------------------------------------------------------------------
@@ -201,7 +304,10 @@ def test_code_that_came_with_a_model_is_not_run(own_folder: Folder, tmp_path: Pa
     (folder / "transformer" / "own.py").write_text(code)
     (folder / "pipeline.py").write_text(code)
     rewrite(folder / "model_index.json", lambda index: index.update(transformer=["own", "Own"]))
-    assert "cannot be loaded" in refusal(folder)
+    assert refusal(folder) == (
+        "stable_diffusion_3: transformer: own.Own is no class of diffusers or transformers, and "
+        "code that comes with a model is not run"
+    )
     assert not mark.exists()
 
 

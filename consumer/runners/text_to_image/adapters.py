@@ -15,41 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import TypeAdapter, ValidationError
-from safetensors import safe_open
 
 from consumer.ports import ModelUnavailable
-from consumer.runners.config import ModelConfig
 from consumer.runners.faults import load_failure
+from consumer.runners.text_to_image.adapter_files import (
+    SETTING,
+    is_of_peft,
+    keys_of,
+    require_loadable,
+    weights_from_peft,
+)
 from consumer.runners.text_to_image.pipeline_loading import modules
-from generation_contracts.requests import AdapterName
-
-SETTING = "MODEL_ADAPTERS"
 
 log = structlog.get_logger()
 
-_NAME: TypeAdapter[str] = TypeAdapter(AdapterName)
-# The first of the two matrices that an adapter has for a layer, as the trainers call it.
-_MATRIX = re.compile(r"\.(lora_A|lora_down|lora\.down|lora_linear_layer\.down)\.weight$")
-
-
-def find_adapters(config: ModelConfig) -> dict[str, Path]:
-    """The files of the configured adapters, by name; nothing is loaded yet.
-
-    Raises:
-        ModelUnavailable: A file is not there, or adapters do not go with another setting.
-    """
-    if not config.adapters:
-        return {}
-    if config.device_map != "none":
-        raise ModelUnavailable(
-            f"{SETTING}, MODEL_DEVICE_MAP: not tried together; set one of the two"
-        )
-    if config.quantization == "torchao-int4":
-        raise ModelUnavailable(f"{SETTING}, MODEL_QUANTIZATION: peft cannot add to torchao-int4")
-    return {name: _file(name, place) for name, place in config.adapters.items()}
+# What follows the name of a layer in the name of one of its weights in an adapter.
+_AFTER_A_LAYER = re.compile(r"([._](lora_|lora\.|lora_linear_layer\.)|\.lokr_).*")
 
 
 class Adapters:
@@ -65,14 +49,26 @@ class Adapters:
 
     def __init__(self, pipe: Any, files: Mapping[str, Path]) -> None:
         self._pipe = pipe
+        self._in_part: dict[str, str] = {}  # what senders are told, by name
         if not files:
             return
         if not isinstance(pipe, LoraBaseMixin):
             family = type(pipe).__name__.removesuffix("Pipeline")
             raise ModelUnavailable(f"{SETTING}: {family} takes no LoRA adapters")
         for name, file in files.items():
-            _load(pipe, name, file)
+            layers, of = _load(pipe, name, file)
             pipe.disable_lora()
+            if layers < of:
+                self._in_part[name] = f"{layers} of its {of} layers are for this model"
+
+    def warnings(self, weights: Mapping[str, float]) -> tuple[str, ...]:
+        """One sentence for each adapter in use of which the model took only a part.
+
+        Args:
+            weights: As `active` is given them.
+        """
+        used = sorted(name for name, weight in weights.items() if weight and name in self._in_part)
+        return tuple(f"adapter {name}: {self._in_part[name]}" for name in used)
 
     @contextmanager
     def active(self, weights: Mapping[str, float]) -> Iterator[None]:
@@ -97,57 +93,73 @@ class Adapters:
             self._pipe.disable_lora()
 
 
-def _file(name: str, place: str) -> Path:
-    try:
-        _NAME.validate_python(name)
-    except ValidationError:
-        raise ModelUnavailable(
-            f"{SETTING}: {name!r} is no name: up to 64 letters, digits, - and _"
-        ) from None
-    # Not resolved: in the hub's cache the file is a link to one whose name does not tell its kind.
-    file = Path(place).expanduser().absolute()
-    if file.is_dir():
-        files = sorted(file.glob("*.safetensors"))
-        if len(files) != 1:
-            raise ModelUnavailable(
-                f"{SETTING}: {name}: its folder has {len(files)} .safetensors files instead of one"
-            )
-        return files[0]
-    if file.suffix != ".safetensors" or not file.is_file():
-        raise ModelUnavailable(f"{SETTING}: {name}: there is no such folder or .safetensors file")
-    return file
-
-
-def _load(pipe: Any, name: str, file: Path) -> None:
+def _load(pipe: Any, name: str, file: Path) -> tuple[int, int]:
+    """Load an adapter; how many layers it has in the model, and how many it has in its file."""
     before = _weights(pipe)
+    reason = ""
     failure: ModelUnavailable | None = None
-    layers = 0
+    layers = of = 0
     try:
+        source, options = _source(pipe, file)
+        of = _layers_of_file(pipe, source, options)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="peft")  # that there is more than one adapter
-            pipe.load_lora_weights(
-                str(file.parent),
-                weight_name=file.name,
-                adapter_name=name,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-            layers = _layers(pipe, name)
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of another adapter
+            pipe.load_lora_weights(source, adapter_name=name, **options)
+            layers = len(_tuned(pipe, name))
             if layers:
                 pipe.set_adapters([name])  # fails where diffusers cannot scale them
+    except ModelUnavailable as error:
+        reason = str(error)
     except Exception as error:  # noqa: BLE001 - the libraries raise dozens of kinds
         failure = load_failure(error, name=f"{SETTING}: {name}", folder=file.parent)
     if failure is not None:
         raise failure
-    if not layers:
-        raise ModelUnavailable(f"{SETTING}: {name}: none of its weights are for this model")
-    if _changed(before, _weights(pipe)):
-        raise ModelUnavailable(f"{SETTING}: {name}: it would change the model for all requests")
-    matrices = _matrices(file)
-    if layers < matrices:
-        log.warning("adapter_loaded_in_part", adapter=name, layers=layers, of=matrices)
+    reason = reason or _what_did_not_arrive(pipe, name)
+    if not reason and _changed(before, _weights(pipe)):
+        reason = "it would change the model for all requests"
+    if reason:
+        raise ModelUnavailable(f"{SETTING}: {name}: {reason}")
+    if layers < of:
+        log.warning("adapter_loaded_in_part", adapter=name, layers=layers, of=of)
     else:
         log.info("adapter_loaded", adapter=name, layers=layers)
+    return layers, of
+
+
+def _source(pipe: Any, file: Path) -> tuple[Any, dict[str, Any]]:
+    """What `load_lora_weights` reads, and its options."""
+    keys = keys_of(file)
+    require_loadable(keys)
+    if is_of_peft(keys):
+        part = "unet" if hasattr(pipe, "unet") else pipe.transformer_name
+        return weights_from_peft(file, part), {}
+    options = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
+    return str(file.parent), options
+
+
+def _layers_of_file(pipe: Any, source: Any, options: Mapping[str, Any]) -> int:
+    # After diffusers has given the keys its own names: one layer of a trainer can be three here.
+    unet = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {}
+    weights = pipe.lora_state_dict(source, **options, **unet)
+    weights = weights[0] if isinstance(weights, tuple) else weights
+    return len({_AFTER_A_LAYER.sub("", key) for key in weights if _AFTER_A_LAYER.search(key)})
+
+
+def _what_did_not_arrive(pipe: Any, name: str) -> str:
+    """Why the adapter cannot be used: it has no layers here, or not all of their weights."""
+    tuned = _tuned(pipe, name)
+    if not tuned:
+        return "none of its weights are for this model"
+    for layer, module in tuned.items():
+        for weight, tensor in module.named_parameters():
+            if name not in weight.split("."):
+                continue
+            # A weight that the file lacks stays on the meta device.
+            if tensor.is_meta:
+                return f"it lacks weights, such as {layer}.{weight}"
+            if not torch.isfinite(tensor).all():
+                return f"it has weights that are not numbers, such as {layer}.{weight}"
+    return ""
 
 
 def _weights(pipe: Any) -> dict[str, tuple[Any, Any, int]]:
@@ -171,15 +183,12 @@ def _changed(
     return False
 
 
-def _layers(pipe: Any, name: str) -> int:
-    return sum(
-        isinstance(layer, BaseTunerLayer)
+def _tuned(pipe: Any, name: str) -> dict[str, Any]:
+    """The layers that have the adapter, by their names."""
+    return {
+        f"{part}.{path}": layer
+        for part, module in modules(pipe)
+        for path, layer in module.named_modules()
+        if isinstance(layer, BaseTunerLayer)
         and any(name in getattr(layer, kind, ()) for kind in layer.adapter_layer_names)
-        for _, module in modules(pipe)
-        for layer in module.modules()
-    )
-
-
-def _matrices(file: Path) -> int:
-    with safe_open(file, framework="pt") as weights:
-        return sum(bool(_MATRIX.search(key)) for key in weights.keys())  # noqa: SIM118 - no mapping
+    }

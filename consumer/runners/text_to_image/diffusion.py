@@ -22,13 +22,14 @@ from consumer.ports import (
     OnText,
     RunnerOutput,
 )
-from consumer.runners import options
+from consumer.runners import first_run, options
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement, place, release
 from consumer.runners.faults import BadOutput, translated
 from consumer.runners.source import located
 from consumer.runners.text_to_image import memory
-from consumer.runners.text_to_image.adapters import Adapters, find_adapters
+from consumer.runners.text_to_image.adapter_files import find_adapters
+from consumer.runners.text_to_image.adapters import Adapters
 from consumer.runners.text_to_image.batch import BatchKeys, arguments_of_a_batch
 from consumer.runners.text_to_image.memory_guard import FreeBytes, free_bytes, least_to_decode
 from consumer.runners.text_to_image.own_pipeline import own_pipeline
@@ -38,6 +39,7 @@ from consumer.runners.text_to_image.pipeline_loading import STEP_CALLBACK, downl
 from consumer.runners.text_to_image.preview import Preview
 from consumer.runners.text_to_image.safety import SafetyChecker, load_checker
 from consumer.runners.text_to_image.step_callback import StepCallback
+from consumer.runners.text_to_image.trial import parts_to_try
 from consumer.runners.text_to_image.truncation import Cuts
 from generation_contracts import ModelInfo, Request, Task, TextToImageRequest
 
@@ -60,6 +62,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
     checker = load_checker(config.safety_checker)
     with located(Task.TEXT_TO_IMAGE, config, download) as source:
         pipe = load_pipeline(source, placement, config)
+        adapters = Adapters(pipe, files)
     info = ModelInfo(
         id=source.id,
         revision=source.revision,
@@ -70,15 +73,18 @@ def load(config: ModelConfig) -> "DiffusionModel":
     parameters = Parameters(pipe, info, config.defaults, adapters=files)
     # Parts that are quantized or shared out over several devices do not move.
     fixed = config.quantization != "none" or config.device_map != "none"
-    return DiffusionModel(
+    model = DiffusionModel(
         pipe,
         placement,
         parameters,
-        Adapters(pipe, files),
+        adapters,
         checker,
         keys=BatchKeys(pipe, parameters, config),
         movable=placement.device.type != "cpu" and config.offload == "none" and not fixed,
     )
+    if untried := parts_to_try(pipe):
+        first_run.run_once(model, Task.TEXT_TO_IMAGE, (f"{source.id}: {', '.join(untried)}",))
+    return model
 
 
 class DiffusionModel:
@@ -204,6 +210,7 @@ class DiffusionModel:
 
     def _output(self, run: PictureRun, place: int, pictures: list[GeneratedImage]) -> RunnerOutput:
         warnings = run.cuts.warnings(run.prompt_of(place))
+        warnings += self._adapters.warnings(run.requests[place].adapters)
         if blanked := sum(picture.flagged is True for picture in pictures):
             warnings += (f"the model's safety checker blanked pictures: {blanked}",)
         if run.saved:
@@ -240,13 +247,14 @@ class DiffusionModel:
     ) -> list[GeneratedImage]:
         request, parameters = run.request, self._parameters
         scale = parameters.scale_of_guiders(request)
-        pipe = own_pipeline(self._pipe, run.cuts, guidance_scale=scale)
+        # One for each picture, and on the CPU, whose numbers are the same everywhere.
+        generators = [torch.Generator("cpu").manual_seed(wanted.seed) for wanted in part]
+        pipe = own_pipeline(self._pipe, run.cuts, generators, guidance_scale=scale)
         try:
             output = pipe(
                 **self._arguments(run, part),
                 **steps.arguments(parameters.steps(request)),
-                # One for each picture, and on the CPU, whose numbers are the same everywhere.
-                generator=[torch.Generator("cpu").manual_seed(wanted.seed) for wanted in part],
+                generator=generators,
             )
         finally:
             # Also after a failure: a step cache or an offloaded part would spoil the next run.

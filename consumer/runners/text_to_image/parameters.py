@@ -18,6 +18,7 @@ from consumer.runners.text_to_image.guidance import Guidance, guides
 from consumer.runners.text_to_image.part_config import config_of
 from consumer.runners.text_to_image.pipeline_loading import denoiser
 from consumer.runners.text_to_image.preview import allows_previews
+from consumer.runners.text_to_image.schedulers import least_steps
 from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue
 from generation_contracts.requests import TextToImageParameters
@@ -59,7 +60,7 @@ class Parameters:
         self._adapters = frozenset(adapters)
         self._distilled = distilled(pipe)
         self._max_side = _max_side(pipe)
-        self._least_steps = _least_steps(pipe)
+        self._least_steps = least_steps(getattr(pipe, "scheduler", None))
         self.guidance = Guidance.of(pipe, self._known)
         self._defaults = checked_defaults(TextToImageParameters, defaults)
         self.description = self._describe(info)
@@ -267,11 +268,6 @@ def _size_multiple(pipe: Any) -> int:
     patch = patch[-1] if isinstance(patch, list | tuple) else patch
     processor = config_of(getattr(pipe, "image_processor", None)).get("vae_scale_factor", 1)
     return math.lcm(scale * int(patch), int(processor))
-
-
-def _least_steps(pipe: Any) -> int:
-    """A schedule that is stretched to a last value of its own divides 0 by 0 where it has one."""
-    return 2 if config_of(getattr(pipe, "scheduler", None)).get("shift_terminal") else 1
 
 
 def _max_side(pipe: Any) -> int | None:

@@ -19,7 +19,7 @@ from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 from consumer.runners.faults import load_failure
 from consumer.runners.source import Source
-from consumer.runners.text_to_image import pipeline_options
+from consumer.runners.text_to_image import folder, pipeline_options, schedulers
 from consumer.runners.weights import (
     see_that_none_are_missing,
     see_that_none_were_invented,
@@ -72,13 +72,17 @@ def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> 
     index = _read_index(source)
     text_to_image_class(index, source.id)
     vocabulary.see_that_none_are_missing(source.folder, index, source.id)
+    folder.require_known_classes(index, source.id)
+    schedulers.require_generator(index, source.id)
     pipeline_options.see_that_the_attention_is_here(config)
     try:
         parts = quantization.denoiser_from_gguf(config, placement, source.folder, index)
-        parts |= _text_models(source, index, placement, config)
-        pipe = _from_folder(source, index, parts, placement, config)
+        variants = folder.variants(source.folder, index, source.id)
+        parts |= _text_models(source, index, variants, placement, config)
+        pipe = _from_folder(source, index, parts, variants, placement=placement, config=config)
         for name, module in modules(pipe):
             see_that_none_are_missing(module, f"{source.id}: {name}")
+        schedulers.require_kind(pipe, source.id)
         _share_out(pipe, parts)
         pipeline_options.apply(pipe, denoiser(pipe), placement, config)
     except ModelUnavailable:
@@ -169,7 +173,11 @@ def _read_index(source: Source) -> dict[str, Any]:
 
 
 def _text_models(
-    source: Source, index: Mapping[str, Any], placement: Placement, config: ModelConfig
+    source: Source,
+    index: Mapping[str, Any],
+    variants: Mapping[str, str],
+    placement: Placement,
+    config: ModelConfig,
 ) -> dict[str, Any]:
     """Load what comes from transformers, which fills missing weights with random ones.
 
@@ -183,15 +191,16 @@ def _text_models(
             part = getattr(transformers, class_name, None)
         if not (inspect.isclass(part) and issubclass(part, transformers.PreTrainedModel)):
             continue
-        folder = source.folder / name
+        files = source.folder / name
         model_and_info: Any = part.from_pretrained(
-            folder,
+            files,
+            variant=variants.get(name),
             dtype=placement.dtype,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
             **straight_to_the_device(placement, config),
-            **quantization.for_transformers(config, placement, folder),
+            **quantization.for_transformers(config, placement, files),
         )
         model, info = model_and_info
         see_that_none_were_invented(info, f"{source.id}: {name}")
@@ -203,12 +212,16 @@ def _from_folder(
     source: Source,
     index: Mapping[str, Any],
     parts: Mapping[str, Any],
+    variants: Mapping[str, str],
+    *,
     placement: Placement,
     config: ModelConfig,
 ) -> Any:
     # A part that is saved as absent, such as the T5 of Stable Diffusion 3, must be named as absent.
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
     straight = straight_to_the_device(placement, config)
+    # One for all parts: diffusers reads the others where a part does not have it.
+    variant = min(variants.values(), default=None)
     pipe = DiffusionPipeline.from_pretrained(
         str(source.folder),
         dtype=placement.dtype,
@@ -216,6 +229,7 @@ def _from_folder(
         local_files_only=True,
         **quantization.for_diffusers(config, placement, index),
         **({"device_map": config.device_map} if config.device_map != "none" else {}),
+        variant=variant,
         **straight,
         **absent,
         **parts,

@@ -1,0 +1,194 @@
+"""Schedulers: which load with which pipeline, and that one seed always makes the same bytes."""
+
+# mypy: allow-untyped-calls
+
+import gc
+import inspect
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import SchedulerMixin
+
+from consumer.ports import ModelError, ModelUnavailable, UnsupportedParameter
+from consumer.runners import ModelConfig, ModelRunner, create_runner
+from consumer.runners.text_to_image.schedulers import fresh_scheduler, require_kind
+from generation_contracts import Task
+from tests.integration.small_runs import refusal
+from tests.picture_runs import made, pipeline, pixels
+from tests.tiny_models import Folder, Load
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+SD3, XL, FLUX = "stable_diffusion_3", "stable_diffusion_xl", "flux"
+OF_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+STEPS = {"num_inference_steps": 4}  # PNDM makes no fewer
+OPTIONS = [{}, {"stochastic_sampling": True}, {"algorithm_type": "sde-dpmsolver++"}]
+
+
+def all_schedulers() -> Iterator[tuple[str, Any]]:
+    """Each class of diffusers, with each set of options that its configuration has."""
+    for name in sorted(dir(diffusers)):
+        kind = getattr(diffusers, name, None)
+        if not inspect.isclass(kind) or not issubclass(kind, SchedulerMixin):
+            continue
+        takes = inspect.signature(kind.__init__).parameters
+        for flow in ({}, OF_FLOW):
+            for options in ({**given, **flow} for given in OPTIONS):
+                if options.keys() <= takes.keys():
+                    try:
+                        yield name, kind(**options)
+                    except (
+                        TypeError,
+                        NotImplementedError,
+                    ):  # only its own pipeline has what it needs
+                        continue
+
+
+@pytest.fixture(scope="module", params=[SD3, XL, FLUX])
+def runner(request: pytest.FixtureRequest, model_folder: Folder) -> Iterator[ModelRunner]:
+    """A model of its own: the test changes its scheduler."""
+    folder = str(model_folder(request.param))
+    loaded = create_runner(Task.TEXT_TO_IMAGE, ModelConfig(model_id=folder))
+    loaded.load()
+    yield loaded
+    loaded.close()
+
+
+def documented(family: str) -> set[str]:
+    """The schedulers that the document lists for a family."""
+    rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| {family} |")]
+    assert len(rows) == 1
+    return set(rows[0].split("|")[2].replace("`", " ").replace(",", " ").split())
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with numpy 2
+def test_each_scheduler_that_loads_takes_its_noise_from_the_seed(runner: ModelRunner) -> None:
+    pipe = pipeline(runner)
+    working = set()
+    for name, scheduler in all_schedulers():
+        pipe.scheduler = scheduler
+        try:
+            require_kind(pipe, "a model")
+            first = made(runner, num_images=2, **STEPS)
+        except (ModelUnavailable, ModelError):
+            continue  # at the start, the first run shows the second
+        working.add(name.removesuffix("Scheduler"))
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        assert pixels(made(runner, num_images=2, **STEPS)) == pixels(first), (
+            name,
+            scheduler.config,
+        )
+        assert torch.equal(torch.get_rng_state(), state), name
+        second = np.asarray(made(runner, seed=8, **STEPS).images[0].image, dtype=int)
+        difference = np.abs(second - np.asarray(first.images[1].image, dtype=int))
+        # A batch rounds otherwise; noise of another seed changes nearly every value by more.
+        assert np.median(difference) <= 1, (name, scheduler.config)
+    assert working == documented(type(pipe).__name__.removesuffix("Pipeline"))
+
+
+def with_scheduler(folder: Path, name: str, **config: Any) -> Path:
+    """Give a pipeline's folder another scheduler."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": name, **config}))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", name]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "config", "line"),
+    [
+        (
+            SD3,
+            "DDIMScheduler",
+            {},
+            "DDIMScheduler is for other weights: StableDiffusion3 needs a flow-matching scheduler",
+        ),
+        (
+            SD3,
+            "UniPCMultistepScheduler",
+            {"prediction_type": "flow_prediction"},
+            "UniPCMultistepScheduler is for other weights: ",
+        ),
+        (
+            XL,
+            "FlowMatchEulerDiscreteScheduler",
+            {},
+            "FlowMatchEulerDiscreteScheduler is a flow-matching scheduler, and StableDiffusionXL ",
+        ),
+        (
+            XL,
+            "DDIMInverseScheduler",
+            {},
+            "DDIMInverseScheduler adds noise instead of removing it",
+        ),
+        (
+            XL,
+            "DPMSolverSDEScheduler",
+            {},
+            "DPMSolverSDEScheduler draws noise that no seed of a request decides",
+        ),
+        (
+            FLUX,
+            "FlowMatchHeunDiscreteScheduler",
+            {},
+            "FlowMatchHeunDiscreteScheduler: the first run failed: ValueError",
+        ),
+        (
+            XL,
+            "EulerDiscreteScheduler",
+            {"prediction_type": "v"},
+            "EulerDiscreteScheduler: the first run failed: ValueError",
+        ),
+    ],
+)
+def test_a_scheduler_that_cannot_work_stops_the_start(
+    *, family: str, scheduler: str, config: dict[str, Any], line: str, own_folder: Folder
+) -> None:
+    folder = with_scheduler(own_folder(family), scheduler, **config)
+    assert refusal(folder).startswith(f"{family}: {line}")
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "config"),
+    [
+        (SD3, "FlowMatchLCMScheduler", {}),
+        (SD3, "UniPCMultistepScheduler", OF_FLOW),
+        (XL, "LCMScheduler", {}),
+        (XL, "DPMSolverMultistepScheduler", OF_FLOW),  # SDXL weights are trained so, too
+    ],
+)
+def test_an_unusual_scheduler_that_works_is_loaded(
+    *, family: str, scheduler: str, config: dict[str, Any], own_folder: Folder, load: Load
+) -> None:
+    runner = load(with_scheduler(own_folder(family), scheduler, **config))
+    assert pixels(made(runner)) == pixels(made(runner))
+
+
+def test_a_scheduler_of_a_run_is_freed_without_the_garbage_collector(
+    shared_runner: Callable[[str], ModelRunner],
+) -> None:
+    # It keeps tensors of the run: multistep schedulers the outputs of the last steps.
+    scheduler = fresh_scheduler(pipeline(shared_runner(SD3)).scheduler, [torch.Generator()])
+    alive = weakref.ref(scheduler)
+    gc.disable()
+    try:
+        del scheduler
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_fewer_steps_than_a_scheduler_can_make_are_refused(own_folder: Folder, load: Load) -> None:
+    runner = load(with_scheduler(own_folder(XL), "PNDMScheduler"))
+    with pytest.raises(UnsupportedParameter, match="num_inference_steps: must be at least 4"):
+        made(runner, num_inference_steps=3)
+    made(runner, num_inference_steps=4)
