@@ -27,6 +27,9 @@ log = structlog.get_logger()
 
 _LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "torch", "safetensors")
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+")  # of an absolute path
+# Not a drop: diffusers warns of each text encoder for which an adapter has no weights. Whether all
+# layers of the file arrived is checked where adapters are loaded.
+_HARMLESS = "No LoRA keys associated to"
 _LINE = 500  # characters of a warning that are worth showing
 
 # Its structured trace, which it writes to files, and only when TORCH_TRACE names a folder.
@@ -129,6 +132,6 @@ class _Report(logging.Handler):
 
     def _log(self, library: str, text: str) -> None:
         line = " ".join(_FOLDERS.sub("", text).split())[:_LINE]
-        if (library, line) not in self._seen:
+        if (library, line) not in self._seen and not line.startswith(_HARMLESS):
             self._seen.add((library, line))
             log.warning("library_warning", library=library, detail=line)

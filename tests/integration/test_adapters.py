@@ -355,11 +355,14 @@ def test_an_adapter_that_fits_in_part_is_told_in_the_log_and_to_its_senders(
     with capture_logs() as logs:
         load(model_folder("stable_diffusion_3"), adapters={"ink": str(file)})
     (whole,) = [entry for entry in logs if entry["event"] == "adapter_loaded"]
+    assert not [entry for entry in logs if entry["event"] == "library_warning"]
     deep = {f"transformer__deep__lora_{half}__weight": torch.zeros(2, 2) for half in "AB"}
     add_weights(file, **deep)
     with capture_logs() as logs:
         runner = load(model_folder("stable_diffusion_3"), adapters={"ink": str(file)})
     (part,) = [entry for entry in logs if entry["event"] == "adapter_loaded_in_part"]
+    (warning,) = [entry for entry in logs if entry["event"] == "library_warning"]
+    assert "deep.lora_A.weight" in warning["detail"]
     assert (part["adapter"], part["layers"], part["of"]) == (
         "ink",
         whole["layers"],
