@@ -303,6 +303,17 @@ def one_frame_webp() -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def damaged(instead: bytes) -> bytes:
+    """A complete JPEG file with other bytes in the middle of its scan."""
+    file = jpeg()
+    at = (file.index(b"\xff\xda") + len(file)) // 2
+    return file[:at] + instead + file[at + len(instead) :]
+
+
+def opened(file: bytes) -> Image.Image:
+    return Image.open(BytesIO(file)).convert("RGB")
+
+
 # -- colour profiles ------------------------------------------------------------------------------
 
 
@@ -332,6 +343,17 @@ def profile_in_pieces(profile: bytes, *order: int) -> bytes:
         (0xE2, b"ICC_PROFILE\0" + bytes((number, 3)) + pieces[number - 1]) for number in order
     ]
     return in_jpeg(*segments, file=jpeg(swapped()))
+
+
+def profile_of_elements(repeated: int = 3) -> bytes:
+    """A profile whose only conversion is one matrix, repeated; the matrix swaps red and blue."""
+    swap = b"matf\0\0\0\0" + struct.pack(">HH12f", 3, 3, 0, 0, 1, 0, 1, 0, 1, *[0] * 5)
+    place = struct.pack(">II", 16 + 8 * repeated, len(swap))
+    tag = b"mpet\0\0\0\0" + struct.pack(">HHI", 3, 3, repeated) + place * repeated + swap
+    header = bytearray(srgb_profile()[:128])
+    header[:4] = struct.pack(">I", 144 + len(tag))
+    header[8:12] = b"\x04\x30\0\0"  # the version of the standard that has such tags
+    return bytes(header) + struct.pack(">I4sII", 1, b"D2B1", 144, len(tag)) + tag
 
 
 # -- the table ------------------------------------------------------------------------------------
@@ -405,6 +427,14 @@ ODD_IMAGES: dict[str, Odd] = {
     "half-a-jpeg-and-a-second-one": Odd(lambda: jpeg()[:-200] + jpeg(), BROKEN),
     "half-a-download": Odd(lambda: jpeg()[:-200] + bytes(2_000), BROKEN),
     "progressive-jpeg-without-its-last-scan": Odd(without_last_scan, BROKEN),
+    "jpeg-without-its-end-and-zeros": Odd(
+        lambda: jpeg()[:-2] + bytes(100), tolerance=JPEG_ROUNDING
+    ),
+    "jpeg-without-its-end-and-a-video-of-zeros": Odd(
+        lambda: jpeg()[:-2] + video() + bytes(100), tolerance=JPEG_ROUNDING
+    ),
+    "jpeg-with-damaged-pixels": Odd(lambda: damaged(b"\x55"), lambda: opened(damaged(b"\x55"))),
+    "jpeg-with-damage-like-a-marker": Odd(lambda: damaged(b"\xff\xe5"), BROKEN),
     "webp-without-its-last-byte": Odd(lambda: webp()[:-3], BROKEN),
     "webp-cut-in-its-metadata": Odd(lambda: webp(xmp=b"x" * 1_000)[:-500]),
     "webp-that-counts-too-many-bytes": Odd(lambda: riff_size(webp(), 2**20)),
@@ -589,6 +619,9 @@ ODD_IMAGES: dict[str, Odd] = {
     ),
     "jpeg-with-a-part-of-a-profile": Odd(
         lambda: profile_in_pieces(swapped_profile(), 2, 3), swapped, JPEG_ROUNDING
+    ),
+    "png-with-a-profile-of-elements": Odd(
+        lambda: as_file(photograph(), icc_profile=profile_of_elements())
     ),
     "png-with-a-broken-profile": Odd(lambda: as_file(photograph(), icc_profile=b"none")),
     "palette-with-a-profile": Odd(

@@ -14,6 +14,9 @@ _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profil
 # Levels of 255 by which a profile may change colours without being applied: profiles of sRGB differ
 # by rounding. It also keeps files with such a profile exact.
 _INVISIBLE = 3
+# The type of a tag that can name one step of the conversion any number of times, in 8 bytes each: a
+# file of 402 bytes would take 7 s. Profiles for monitors and printers do not have it.
+_ELEMENTS = b"mpet"
 _SAMPLES = range(0, 256, 51)  # levels of each channel on which a profile is tried
 
 
@@ -86,7 +89,9 @@ def _to_srgb(colours: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _conversion(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the conversion to sRGB; `None` if it changes nothing visibly."""
+    """Return the conversion to sRGB; `None` if it changes nothing visibly, or could take minutes."""
+    if _ELEMENTS in profile:
+        return None
     source = ImageCms.getOpenProfile(BytesIO(profile))
     if _MODES.get(source.profile.xcolor_space.strip()) != mode:
         return None
@@ -98,7 +103,7 @@ def _conversion(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE,
     )
-    bands = len(Image.getmodebands(mode) * (0,))
+    bands = Image.getmodebands(mode)
     samples = np.stack(np.meshgrid(*[np.array(_SAMPLES, "u1")] * bands), axis=-1)
     tried = Image.frombytes(mode, (samples.size // bands, 1), samples.tobytes())
     converted = ImageCms.applyTransform(tried, conversion)

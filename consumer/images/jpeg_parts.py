@@ -26,7 +26,6 @@ _ALL_COEFFICIENTS = 2**64 - 1
 # Of what comes after the last scan where the end marker is missing. As scan data, the two differ
 # in each bit, and no byte of either is 0 or 0xFF.
 _FILLERS = bytes(range(1, 255)), bytes(range(254, 0, -1))
-_PREALLOCATED = bytes(16)  # how a download that was broken off may end
 
 
 class _Segment(NamedTuple):
@@ -77,11 +76,11 @@ def jpeg_parts(data: bytes) -> FileParts:
     kept = b"".join((START, *(each.written() for each in segments if _is_needed(each))))
     files = [kept + _END]
     if not ended:
-        # Without all scans an image has coarse pixels. Zeros end a download that was broken off in
-        # a file of the full size; as scan data they are pixels.
-        if not complete or data.endswith(_PREALLOCATED):
+        if not complete:  # without all scans an image has coarse pixels
             raise broken()
-        files = [kept.rstrip(b"\xff") + filler + _END for filler in _FILLERS]
+        # Zeros end a download that was broken off in a file of the full size. No scan ends in one:
+        # its last byte is filled with ones.
+        files = [kept.rstrip(b"\0\xff") + filler + _END for filler in _FILLERS]
     return FileParts(
         format="JPEG",
         file=files[0],
