@@ -89,7 +89,7 @@ def _to_srgb(colours: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _conversion(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the conversion to sRGB; `None` if it changes nothing visibly, or could take minutes."""
+    """Return the conversion to sRGB; `None` if it changes nothing visibly or could take minutes."""
     if _ELEMENTS in profile:
         return None
     source = ImageCms.getOpenProfile(BytesIO(profile))

@@ -195,7 +195,7 @@ def test_an_incomplete_folder_is_refused(change: Change, says: str, folder: Path
         ("config.json", {"quantization_config": {"quant_method": "awq"}}, "AWQ"),
         (
             "config.json",
-            {"vision_config": {"_attn_implementation": "kernels-community/flash-attn"}},
+            {"_attn_implementation": {"vision_config": "kernels-community/flash-attn"}},
             "config.json: _attn_implementation: must be one of eager, sdpa",
         ),
         (
@@ -223,6 +223,21 @@ def test_parts_that_cannot_work_together_are_refused(
 def test_images_cut_for_another_model_are_refused(values: dict[str, int], folder: Path) -> None:
     as_preprocessor(**values)(folder)
     assert "cannot be loaded" in refusal(folder, Task.IMAGE_TO_TEXT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edited("config.json", perceiver_config={"_attn_implementation": "flash_attention_2"}),
+        holding("demo.png", LFS),
+    ],
+    ids=["attention of a part", "placeholder of an unread file"],
+)
+def test_what_transformers_does_not_read_is_not_judged(
+    change: Change, folder: Path, load: Load
+) -> None:
+    change(folder)
+    assert asked(load(folder, Task.IMAGE_TO_TEXT), image())
 
 
 # -- other layouts --------------------------------------------------------------------------------
@@ -371,8 +386,6 @@ def pictures() -> Any:
 
 
 tokens = st.integers(1, 2000)
-
-
 sides = st.integers(1, 20_000)
 
 

@@ -55,8 +55,8 @@ class PictureBudget:
         """The pictures within the budget, in their order.
 
         Raises:
-            UnsupportedParameter: One is too long and narrow: the processors of all families make
-                the shorter side some hundred pixels long, and the longer one in proportion.
+            UnsupportedParameter: One is too long and narrow: some processors make the shorter side
+                some hundred pixels long, and the longer one in proportion.
         """
         for number, image in enumerate(images):
             if max(image.size) > MAX_RATIO * min(image.size):

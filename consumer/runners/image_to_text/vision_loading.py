@@ -4,7 +4,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,11 @@ _ATTENTION = {
     "flash_attention_2": "_supports_flash_attn",
 }
 
-# The keys of a config.json that name one of them.
-_ATTENTION_KEYS = {"_attn_implementation", "attn_implementation"}
+# The keys at the top of a config.json that name one of them; transformers ignores them elsewhere.
+_ATTENTION_KEYS = ("_attn_implementation", "attn_implementation")
+
+# The files that transformers reads.
+_READ = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 # What stands in a file whose content was not fetched by Git LFS.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -53,7 +56,7 @@ def download(model_id: str, revision: str | None, *, cached_only: bool) -> str:
         model_id,
         revision=revision,
         local_files_only=cached_only,
-        allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
+        allow_patterns=[*_READ],
         ignore_patterns=["*/*"],
     )
 
@@ -66,8 +69,10 @@ def load_vision_language(
     Raises:
         ModelUnavailable: One clear line.
     """
-    _require_fetched(source)
+    if not (source.folder / "config.json").is_file():
+        raise ModelUnavailable(f"{source.id}: there is no config.json in it")
     try:
+        _require_fetched(source)
         model_class = _class_that_writes(source)
         _require_files(source)
         settings = generation_settings.load_settings(source.folder, source.id)
@@ -103,14 +108,13 @@ def load_vision_language(
 
 
 def _require_fetched(source: Source) -> None:
-    """Refuse a folder that is no model's, or that has a placeholder in place of a file."""
-    if not (source.folder / "config.json").is_file():
-        raise ModelUnavailable(f"{source.id}: there is no config.json in it")
-    for file in sorted(source.folder.iterdir()):
-        if file.is_file() and _is_lfs_pointer(file):
-            raise ModelUnavailable(
-                f"{source.id}: {file.name} is a placeholder of Git LFS: fetch its content"
-            )
+    """Refuse a folder that has a placeholder in place of a file that is read."""
+    for pattern in _READ:
+        for file in sorted(source.folder.glob(pattern)):
+            if file.is_file() and _is_lfs_pointer(file):
+                raise ModelUnavailable(
+                    f"{source.id}: {file.name} is a placeholder of Git LFS: fetch its content"
+                )
 
 
 def _require_files(source: Source) -> None:
@@ -204,16 +208,11 @@ def _require_attention(config: ModelConfig, model_class: type[Any], source: Sour
         _require_one_attention("MODEL_ATTENTION", config.attention, model_class)
         return
     named = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    for key, value in _everywhere(named):
-        if key in _ATTENTION_KEYS and isinstance(value, str):
-            _require_one_attention(f"{source.id}: config.json: {key}", value, model_class)
-
-
-def _everywhere(value: Any) -> Iterator[tuple[str, Any]]:
-    """Give the keys and values of JSON objects at any depth."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        yield key, inner
-        yield from _everywhere(inner)
+    for key in _ATTENTION_KEYS:
+        value = named.get(key)  # one name, or one for each part
+        for name in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(name, str):
+                _require_one_attention(f"{source.id}: config.json: {key}", name, model_class)
 
 
 def _require_one_attention(setting: str, name: str, model_class: type[Any]) -> None:
