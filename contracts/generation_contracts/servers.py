@@ -55,8 +55,9 @@ def parse_servers(text: str) -> Servers:
     named: list[str] = []
     for part in filter(None, map(str.strip, text.split(","))):
         url, user_information = _split(part)
-        if urls and not named and user_information and not _SCHEME.match(part):
-            # The part may be the second half of a password with a plain comma.
+        is_token = user_information and ":" not in user_information
+        if urls and not named and is_token and not _SCHEME.match(part):
+            # More likely the second half of a password with a plain comma.
             raise ValueError(_ENCODE)
         urls.append(url)
         if user_information and user_information not in named:
