@@ -32,10 +32,11 @@ from urllib3 import PoolManager
 from urllib3.response import BaseHTTPResponse
 
 from consumer.artifacts.calls import Calls, connection_pools
-from consumer.artifacts.config import StoreConfig, StoreMisconfigured, is_plain
+from consumer.artifacts.config import StoreConfig, StoreMisconfigured
 from consumer.artifacts.faults import FAILURES, WrongAnswer, checksum_refusal, fault_of
 from consumer.artifacts.web_inputs import WebInputs
 from consumer.ports import EncodedImage, InputUnavailable, Observer, StoreUnavailable
+from consumer.settings import is_plain
 from generation_contracts import ArtifactReference, ImageArtifact, InlineImage, Task
 from generation_contracts.artifacts import ImageSource
 from generation_contracts.subjects import is_request_id

@@ -503,7 +503,16 @@ DOTS = ["outputs/../private/0.png", "outputs/./0.png", "outputs//0.png", "output
 
 
 @pytest.mark.parametrize(
-    "key", [*DOTS, " ", "outputs/ ", "outputs/%2e%2e/x", "outputs%2F..%5cx", "outputs\\..\\x"]
+    "key",
+    [
+        *DOTS,
+        " ",
+        "outputs/ ",
+        "outputs/%2e%2e/x",
+        "outputs/a/%2e%2e%20/b",
+        "outputs%2F..%5cx",
+        "outputs\\..\\x",
+    ],
 )
 async def test_a_key_that_could_lead_elsewhere_is_refused(
     make: Make, key: str, seen: Recorder
