@@ -466,7 +466,7 @@ def _sender_settings(config: Path | None) -> "Settings":
     for servers at ws:// alone.
     """
     settings = _settings(config)
-    if "ws://" not in settings.nats_url and "wss://" not in settings.nats_url:
+    if not settings.nats_servers.websocket:
         modules: dict[str, Any] = sys.modules
         modules.setdefault("aiohttp", None)  # which makes an import fail
         import generation_client  # noqa: F401 # the first to import nats-py

@@ -21,6 +21,7 @@ from generation_contracts import FailureCode
 log = structlog.get_logger()
 
 LOG_EVERY = 10.0  # seconds between two log lines about a store that fails for the same reason
+LOGGED_REASONS = 32  # reasons that the rate limit remembers; a failing store has a handful
 SHUTDOWN_TIMEOUT = 1.0  # seconds that a scrape under way may take when the daemon ends
 
 
@@ -59,6 +60,29 @@ class Health:
         }
 
 
+class _ReasonLimit:
+    """Limits the log lines about failures to one per reason in `LOG_EVERY`.
+
+    A success does not reset the limit: a store can answer every GET and refuse every PUT.
+    """
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, tuple[float, int]] = {}  # time of the next line, lines left out
+
+    def left_out(self, reason: str) -> int | None:
+        """Return how many lines were left out since the last one; None: leave out this one, too."""
+        now = time.monotonic()
+        log_from, unlogged = self._reasons.get(reason, (now, 0))
+        if now < log_from:
+            self._reasons[reason] = (log_from, unlogged + 1)
+            return None
+        self._reasons.pop(reason, None)
+        if len(self._reasons) >= LOGGED_REASONS:
+            del self._reasons[next(iter(self._reasons))]  # the reason logged longest ago
+        self._reasons[reason] = (now + LOG_EVERY, 0)
+        return unlogged
+
+
 @dataclass
 class Watch(Observer):
     """Tells the metrics and the health what the daemon does."""
@@ -66,8 +90,8 @@ class Watch(Observer):
     metrics: Metrics
     health: Health = field(default_factory=Health)
     _store_changed: asyncio.Event = field(default_factory=asyncio.Event)
-    _store_log_from: float = 0.0  # time.monotonic()
-    _store_unlogged: int = 0
+    _store_limit: _ReasonLimit = field(default_factory=_ReasonLimit)
+    _recovery_logged: bool = False  # since the last line about a failure
 
     async def store_changes(self, within: float) -> bool:
         """Wait until the store goes away or comes back; False: not within so many seconds."""
@@ -109,20 +133,18 @@ class Watch(Observer):
         problem = "" if reachable else reason or "not reachable"
         if problem:
             self._log_store_failure(problem)
-        elif self.health.store_problem and not problem:
+        elif self.health.store_problem and not self._recovery_logged:
             log.info("store_reachable")
+            self._recovery_logged = True
         if bool(problem) != bool(self.health.store_problem):
             self._store_changed.set()
         self.health.store_problem = problem
 
     def _log_store_failure(self, problem: str) -> None:
-        """Log a failed attempt: each new reason, and the same one once in `LOG_EVERY`."""
-        now = time.monotonic()
-        if problem == self.health.store_problem and now < self._store_log_from:
-            self._store_unlogged += 1
-            return
-        log.warning("store_unreachable", reason=problem, unlogged=self._store_unlogged)
-        self._store_log_from, self._store_unlogged = now + LOG_EVERY, 0
+        unlogged = self._store_limit.left_out(problem)
+        if unlogged is not None:
+            log.warning("store_unreachable", reason=problem, unlogged=unlogged)
+            self._recovery_logged = False
 
     def bus_writable(self, writable: bool, reason: str = "") -> None:
         """JetStream has taken what was published, or refuses it."""

@@ -7,6 +7,7 @@ import socket
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from urllib.parse import unquote
 
 from pydantic import (
     AfterValidator,
@@ -109,14 +110,27 @@ def without_last_dot(endpoint: str) -> str:
     return re.sub(r"\.(?=(:[0-9]+)?$)", "", endpoint)
 
 
+def is_plain(key: str) -> bool:
+    """Return whether a key names one object only: no empty, `.` or `..` part.
+
+    Stores resolve such parts. A store on a file system may take a backslash for `/`, and a proxy
+    may percent-decode a key once more than it should.
+    """
+    parts, decoded = (
+        [part.strip() for part in re.split(r"[/\\]", text)] for text in (key, unquote(key))
+    )
+    return "" not in parts and {".", ".."}.isdisjoint(parts + decoded)
+
+
 def _places(values: tuple[str, ...]) -> tuple[str, ...]:
     places = tuple(value.removeprefix("s3://").strip("/") for value in values)
-    for place in places:
-        bucket, slash, prefix = place.partition("/")
+    for bucket, slash, prefix in (place.partition("/") for place in places):
         try:
-            ArtifactReference(bucket=bucket, key=prefix if slash else "all")
+            place = ArtifactReference(bucket=bucket, key=prefix if slash else "all")
         except ValidationError:
             raise ValueError("must be bucket or bucket/prefix, with commas") from None
+        if not is_plain(place.key):
+            raise ValueError("a prefix has an empty, `.` or `..` part")
     return places
 
 
@@ -340,6 +354,8 @@ class Settings(BaseSettings):
     def _whole_pairs(self) -> Self:
         if bool(self.nats_user) != bool(self.nats_password.get_secret_value()):
             raise ValueError("NATS_USER and NATS_PASSWORD go together")
+        if self.nats_user and self._nats_key_file:
+            raise ValueError("NATS_USER cannot be combined with NATS_CREDS or NATS_NKEY_SEED")
         if (self.nats_cert is None) != (self.nats_key is None):
             raise ValueError("NATS_CERT and NATS_KEY go together")
         if (self.gateway_tls_cert is None) != (self.gateway_tls_key is None):
@@ -378,9 +394,19 @@ class Settings(BaseSettings):
         return self.model_type
 
     @property
+    def _nats_key_file(self) -> bool:
+        """Whether a file has the credentials."""
+        return self.nats_creds is not None or self.nats_nkey_seed is not None
+
+    @property
     def nats_servers(self) -> Servers:
-        """The servers, and the user of NATS_USER or, where that is not set, of NATS_URL."""
+        """The servers, and the user of NATS_USER or, where that is not set, of NATS_URL.
+
+        No user where NATS_CREDS or NATS_NKEY_SEED has the credentials.
+        """
         servers = parse_servers(self.nats_url)
+        if self._nats_key_file:
+            return Servers(servers.urls)
         if not self.nats_user:
             return servers
         password = self.nats_password.get_secret_value()
@@ -398,6 +424,7 @@ class Settings(BaseSettings):
         if self.nats_endpoints_creds is not None or self.nats_endpoints_nkey_seed is not None:
             changed["nats_creds"] = self.nats_endpoints_creds
             changed["nats_nkey_seed"] = self.nats_endpoints_nkey_seed
+            changed["nats_user"], changed["nats_password"] = "", SecretStr("")
         if self.nats_endpoints_inbox_prefix is not None:
             changed["nats_inbox_prefix"] = self.nats_endpoints_inbox_prefix
         return self.model_copy(update=changed)

@@ -1,13 +1,11 @@
 """Where the store is, who we are to it, what may be read from it, and how long it may take."""
 
-import re
 from dataclasses import dataclass, field
-from urllib.parse import unquote
 
 from minio.helpers import BaseURL, check_bucket_name
 
 from consumer.ports import StoreUnavailable
-from consumer.settings import Settings, without_last_dot
+from consumer.settings import Settings, is_plain, without_last_dot
 
 _MAX_URL_TTL = 7 * 86_400  # seconds; S3's limit for presigned URLs
 
@@ -90,17 +88,6 @@ class StoreConfig:
             if bucket == allowed_bucket and (not prefix or key.startswith(f"{prefix}/")):
                 return True
         return False
-
-
-def is_plain(key: str) -> bool:
-    """Whether a key names one object only: no empty, `.` or `..` part, which stores resolve.
-
-    A store on a file system may take a backslash for `/`, and a proxy may decode a key once more
-    than it should.
-    """
-    parts, decoded = (re.split(r"[/\\]", text) for text in (key, unquote(key)))
-    dots = {".", ".."}
-    return all(part.strip() not in {"", *dots} for part in parts) and dots.isdisjoint(decoded)
 
 
 def store_config(settings: Settings) -> StoreConfig:

@@ -41,10 +41,10 @@ _PASSING_CODES = frozenset(
 _PASSING_STATUSES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 
 # What a store says of a checksum header that it does not know. Some count the header as signed and
-# drop it before they compare the signatures.
-_CHECKSUM_REFUSALS = frozenset(
-    {"NotImplemented", "InvalidRequest", "InvalidArgument", "SignatureDoesNotMatch"}
-)
+# drop it before they compare the signatures. The ambiguous answers can have other reasons, such as
+# a proxy that changed one request.
+AMBIGUOUS_REFUSALS = frozenset({"InvalidRequest", "InvalidArgument", "SignatureDoesNotMatch"})
+_CHECKSUM_REFUSALS = AMBIGUOUS_REFUSALS | {"NotImplemented"}
 
 # The first class that fits counts.
 _CONNECTION_FAULTS: tuple[tuple[type[Exception], str], ...] = (

@@ -32,10 +32,17 @@ from urllib3 import PoolManager
 from urllib3.response import BaseHTTPResponse
 
 from consumer.artifacts.calls import Calls, connection_pools
-from consumer.artifacts.config import StoreConfig, StoreMisconfigured, is_plain
-from consumer.artifacts.faults import FAILURES, WrongAnswer, checksum_refusal, fault_of
+from consumer.artifacts.config import StoreConfig, StoreMisconfigured
+from consumer.artifacts.faults import (
+    AMBIGUOUS_REFUSALS,
+    FAILURES,
+    WrongAnswer,
+    checksum_refusal,
+    fault_of,
+)
 from consumer.artifacts.web_inputs import WebInputs
 from consumer.ports import EncodedImage, InputUnavailable, Observer, StoreUnavailable
+from consumer.settings import is_plain
 from generation_contracts import ArtifactReference, ImageArtifact, InlineImage, Task
 from generation_contracts.artifacts import ImageSource
 from generation_contracts.subjects import is_request_id
@@ -87,6 +94,7 @@ class ObjectStoreArtifacts:
 
     def __init__(self, config: StoreConfig, *, observer: Observer) -> None:
         self.refused_checksum = ""
+        self._checksum_doubted = False  # the last upload with one was refused, ambiguously
         self._config = config
         self._observer = observer
         self._calls = Calls()
@@ -255,23 +263,36 @@ class ObjectStoreArtifacts:
         return self._hashing.submit(_md5, data).result
 
     def _put(
-        self, content_type: str, key: str, data: bytes, *, md5: Callable[[], str], sha256: str
+        self,
+        content_type: str,
+        key: str,
+        data: bytes,
+        *,
+        md5: Callable[[], str],
+        sha256: str,
+        probing: bool = False,
     ) -> str:
         """Put once with a SHA-256, or without where the store takes none; return the ETag.
 
-        Of the two checks, SHA-256 and ETag, each tested store leaves one out.
+        Of the two checks, SHA-256 and ETag, each tested store leaves one out. An ambiguous refusal
+        counts for this upload only, until a probe or a second upload in a row meets one.
         """
         put = partial(self._put_once, content_type, key, data, md5=md5)
         if self.refused_checksum:
             return put({})
         try:
-            return put({_CHECKSUM: base64.b64encode(bytes.fromhex(sha256)).decode()})
+            etag = put({_CHECKSUM: base64.b64encode(bytes.fromhex(sha256)).decode()})
         except MinioException as error:
             code = checksum_refusal(error)
             if code is None:
                 raise
+        else:
+            self._checksum_doubted = False
+            return etag
         etag = put({})
-        if not self.refused_checksum:  # another thread may have found out meanwhile
+        certain = probing or self._checksum_doubted or code not in AMBIGUOUS_REFUSALS
+        self._checksum_doubted = True
+        if certain and not self.refused_checksum:  # another thread may have found out meanwhile
             self.refused_checksum = code
             log.warning("store_without_checksums", code=code, instead="Content-MD5 and ETag")
         return etag
@@ -363,7 +384,8 @@ class ObjectStoreArtifacts:
         # deleted the objects do not pile up for ever.
         key = self._config.key(f"probe-{secrets.token_hex(2)}")
         sha256 = hashlib.sha256(_PROBE).hexdigest()
-        etag = self._put("text/plain", key, _PROBE, md5=partial(_md5, _PROBE), sha256=sha256)
+        put = partial(self._put, "text/plain", key, _PROBE, md5=partial(_md5, _PROBE))
+        etag = put(sha256=sha256, probing=True)
         if self._get(self._config.bucket, key, len(_PROBE), etag) != _PROBE:
             raise WrongAnswer("what was written is not what is read")
         try:

@@ -4,9 +4,10 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-FORM = "must be nats://[user:password@]host[:port], comma-separated for more"
+FORM = "must be nats://[user:password@]host[:port] or nats://token@host[:port], comma-separated"
+_ENCODE = "percent-encode the user, the password and the token (%2F for /, %2C for a comma)"
 _SCHEMES = ("nats", "tls", "ws", "wss")
-_SCHEME = re.compile(r"([A-Za-z]+)://")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,18 @@ class Servers:
         urls: Without user information.
         user: Decoded; None where the URLs name none.
         password: Decoded.
-        token: Decoded; the user information of a URL that has no password.
+        token: Decoded; user information without a colon.
     """
 
     urls: tuple[str, ...]
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
+
+    @property
+    def websocket(self) -> bool:
+        """Whether the servers are reached over WebSocket, for which nats-py needs aiohttp."""
+        return _websocket(self.urls[0])
 
     @property
     def credentials(self) -> dict[str, str]:
@@ -49,11 +55,17 @@ def parse_servers(text: str) -> Servers:
     named: list[str] = []
     for part in filter(None, map(str.strip, text.split(","))):
         url, user_information = _split(part)
+        is_token = user_information and ":" not in user_information
+        if urls and not named and is_token and not _SCHEME.match(part):
+            # More likely the second half of a password with a plain comma.
+            raise ValueError(_ENCODE)
         urls.append(url)
-        if user_information is not None and user_information not in named:
+        if user_information and user_information not in named:
             named.append(user_information)
     if not urls:
         raise ValueError(FORM)
+    if len({_websocket(url) for url in urls}) > 1:
+        raise ValueError("all servers must be ws:// or wss://, or none of them")
     if len(named) > 1:
         raise ValueError("all servers must have the same user and password")
     if not named:
@@ -64,17 +76,23 @@ def parse_servers(text: str) -> Servers:
     return Servers(tuple(urls), user=_decoded(user), password=_decoded(password))
 
 
-def _split(url: str) -> tuple[str, str | None]:
-    scheme = _SCHEME.match(url)
-    parts = urlsplit(url if scheme else f"nats://{url}")
-    user_information, at, place = parts.netloc.rpartition("@")
+def _split(url: str) -> tuple[str, str]:
+    """Return a URL without its user information, and the user information."""
     try:
-        usable = parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number: often a password with a plain `/` or `#`
+        parts = urlsplit(url if _SCHEME.match(url) else f"nats://{url}")
+        usable = parts.scheme in _SCHEMES and parts.hostname and parts.port != 0
+    except ValueError:  # no port, or no IPv6 address: often a password with a plain `/`, `#` or `[`
         usable = None
-    if not usable or parts.scheme not in _SCHEMES:
-        raise ValueError(f"{FORM}; the user and the password are percent-encoded")
-    return parts._replace(netloc=place).geturl(), user_information if at else None
+    if not usable:
+        raise ValueError(f"{FORM}; {_ENCODE}")
+    if "@" in parts.path + parts.query + parts.fragment:  # what precedes it is not the host then
+        raise ValueError(_ENCODE)
+    user_information, _, place = parts.netloc.rpartition("@")
+    return parts._replace(netloc=place).geturl(), user_information
+
+
+def _websocket(url: str) -> bool:
+    return urlsplit(url).scheme in {"ws", "wss"}
 
 
 def _decoded(text: str) -> str:

@@ -21,17 +21,28 @@ READ: list[tuple[str, Servers]] = [
     ("nats://app:100%@bus", Servers(("nats://bus",), user="app", password="100%")),
     ("nats://app:@bus", Servers(("nats://bus",), user="app", password="")),
     ("nats://t%40ken@bus", Servers(("nats://bus",), token="t@ken")),
+    ("nats://@bus", Servers(("nats://bus",))),
+    ("WSS://bus,ws://b", Servers(("wss://bus", "ws://b"))),
+    ("u:p@a,u:p@b", Servers(("nats://a", "nats://b"), user="u", password="p")),
     ("nats://u:p@a,nats://b", Servers(("nats://a", "nats://b"), user="u", password="p")),
     ("nats://u:p@a,nats://u:p@b", Servers(("nats://a", "nats://b"), user="u", password="p")),
 ]
 REFUSED = {
     "": "must be nats://",
     " , ": "must be nats://",
-    "nats://": "percent-encoded",
-    "nats://app:pa/s3cret@bus": "percent-encoded",
-    "nats://app:s3cret@bus:none": "percent-encoded",
-    "nats://app:s3cret@bus:0": "percent-encoded",
-    "http://bus:4222": "percent-encoded",
+    "nats://": "percent-encode",
+    "nats://app:pa/s3cret@bus": "percent-encode",
+    "nats://app:s3cret@bus:none": "percent-encode",
+    "nats://app:s3cret@bus:0": "percent-encode",
+    "http://bus:4222": "percent-encode",
+    "nats+tls://bus:4222": "must be nats://",
+    "nats://app:s3c[ret@bus": "must be nats://.*percent-encode",
+    "nats://app:1#s3cret@bus:4222": "percent-encode",
+    "nats://app:1/s3cret@bus:4222": "percent-encode",
+    "nats://app:1?s3cret@bus:4222": "percent-encode",
+    "nats://app:1,s3cret@bus:4222": "percent-encode",
+    "nats://app,s3cret@bus:4222": "percent-encode",
+    "nats://a:4222,WS://s3cret@b": "ws://",
     "nats://u:s3cret@a,nats://u:other@b": "the same user and password",
     "nats://u:%FFs3cret@a": "UTF-8",
 }
@@ -54,3 +65,11 @@ def test_only_what_is_named_is_an_option() -> None:
     options: dict[str, Any] = parse_servers("nats://app:p%40ss@bus").credentials
     assert options == {"user": "app", "password": "p@ss"}
     assert parse_servers("nats://bus").credentials == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "websocket"),
+    [("bus", False), ("nats://ws.example", False), ("WS://bus", True), ("wss://a,wss://b", True)],
+)
+def test_websocket_servers_are_known_by_their_scheme(text: str, websocket: bool) -> None:
+    assert parse_servers(text).websocket is websocket

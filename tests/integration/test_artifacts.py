@@ -250,6 +250,34 @@ async def test_a_store_that_knows_no_checksums_is_found_out_once(
     assert got(plain, stored.key) == picture().data
 
 
+@pytest.mark.parametrize(
+    ("code", "uploads"),
+    [
+        ("InvalidRequest", 2),
+        ("InvalidArgument", 2),
+        ("SignatureDoesNotMatch", 2),
+        ("NotImplemented", 1),
+    ],
+)
+async def test_an_ambiguous_refusal_counts_for_one_upload_until_the_next_meets_it(
+    behind: ObjectStoreArtifacts, proxy: FaultProxy, plain: Minio, code: str, uploads: int
+) -> None:
+    refused = for_checksums(refuses("400 Bad Request", code))
+    if uploads == 2:
+        for _ in range(2):  # not in a row: an upload with a checksum is stored in between
+            proxy.faults.append(refused)
+            stored = await behind.store(TASK, f"ambiguous-{code}", 0, picture())
+            assert got(plain, stored.key) == picture().data
+            proxy.heads.clear()
+            await behind.store(TASK, f"ambiguous-{code}", 1, picture())
+            assert [b"x-amz-checksum-sha256" in head for head in proxy.heads] == [True]
+    proxy.otherwise = refused
+    for _ in range(uploads):
+        assert behind.refused_checksum == ""
+        await behind.store(TASK, f"ambiguous-{code}", 2, picture())
+    assert behind.refused_checksum == code
+
+
 async def test_damaged_bytes_are_no_reason_to_send_no_checksum(
     behind: ObjectStoreArtifacts, proxy: FaultProxy
 ) -> None:
@@ -503,7 +531,16 @@ DOTS = ["outputs/../private/0.png", "outputs/./0.png", "outputs//0.png", "output
 
 
 @pytest.mark.parametrize(
-    "key", [*DOTS, " ", "outputs/ ", "outputs/%2e%2e/x", "outputs%2F..%5cx", "outputs\\..\\x"]
+    "key",
+    [
+        *DOTS,
+        " ",
+        "outputs/ ",
+        "outputs/%2e%2e/x",
+        "outputs/a/%2e%2e%20/b",
+        "outputs%2F..%5cx",
+        "outputs\\..\\x",
+    ],
 )
 async def test_a_key_that_could_lead_elsewhere_is_refused(
     make: Make, key: str, seen: Recorder

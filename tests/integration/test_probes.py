@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from consumer.metrics import Metrics
-from consumer.probes import LOG_EVERY, Probes, Watch
+from consumer.probes import LOG_EVERY, LOGGED_REASONS, Probes, Watch
 from consumer.telemetry import JobReport
 
 
@@ -141,15 +141,47 @@ async def test_metrics_tell_what_the_process_takes(http: aiohttp.ClientSession) 
     assert abs(told["process_start_time_seconds"] - time.time()) < 24 * 3600
 
 
-def test_each_reason_of_the_store_is_logged_and_the_same_one_again_after_a_while(
+OK = ""  # the store has answered
+
+
+@pytest.mark.parametrize(
+    ("sequence", "logged"),
+    [
+        (["full"] * 3 + ["away"], [("full", 0), ("away", 0)]),
+        (["full", "away"] * 5, [("full", 0), ("away", 0)]),
+        (["full", OK] * 5, [("full", 0), OK]),  # GETs are answered, PUTs fail
+    ],
+    ids=["repeated", "alternating", "with successes"],
+)
+def test_each_reason_of_the_store_is_logged_once_in_a_while(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, sequence: list[str], logged: list[object]
+) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def lines() -> list[object]:
+        with capture_logs() as logs:
+            for reason in sequence:
+                watch.store_reachable(reachable=not reason, reason=reason)
+        return [OK if "reason" not in line else (line["reason"], line["unlogged"]) for line in logs]
+
+    assert lines() == logged
+    now += LOG_EVERY
+    left_out = {reason: sequence.count(reason) - 1 for reason in set(sequence)}
+    assert lines() == [OK if line == OK else (line[0], left_out[line[0]]) for line in logged]
+    for number in range(LOGGED_REASONS):  # forgotten, so that the memory stays bounded
+        watch.store_reachable(reachable=False, reason=str(number))
+    assert lines() == logged
+
+
+def test_recovery_is_logged_after_each_logged_failure(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1_000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with capture_logs() as logs:
-        for reason in ("full", "full", "full", "away"):
-            watch.store_reachable(reachable=False, reason=reason)
-        now += LOG_EVERY
-        watch.store_reachable(reachable=False, reason="away")
-    said = [(line["reason"], line["unlogged"]) for line in logs]
-    assert said == [("full", 0), ("away", 2), ("away", 0)]
+        for _ in range(2):
+            watch.store_reachable(reachable=False, reason="full")
+            watch.store_reachable(reachable=True)
+            now += LOG_EVERY
+    assert [line["event"] for line in logs] == ["store_unreachable", "store_reachable"] * 2

@@ -95,7 +95,7 @@ def test_a_request_imports_what_sends_it_alone(arguments: list[str], tmp_path: P
 
 def test_a_server_at_ws_is_reached_with_what_nats_py_needs_for_it(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
-    for url in ("ws://127.0.0.1:1", "nats://127.0.0.1:1,wss://127.0.0.1:1"):
+    for url in ("WS://127.0.0.1:1", "wss://127.0.0.1:1"):
         assert "aiohttp" in imported_by_command("cancel", "x", NATS_URL=url, NATS_CREDS=missing)
 
 

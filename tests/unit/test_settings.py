@@ -9,6 +9,7 @@ from pydantic import SecretStr, ValidationError
 
 from consumer.settings import Settings, SettingsError
 from generation_contracts import Task
+from generation_contracts.servers import Servers
 
 SECRET = "k3y-that-nobody-may-see"
 # Every documented setting, with a value other than its default and how that is shown.
@@ -66,6 +67,13 @@ VALUES = {
     "LOG_FORMAT": ("console", "console"),
     "LOG_LEVEL": ("debug", "DEBUG"),
 }
+# NATS credentials are given in one way only; each test of all settings takes both.
+USER = ("NATS_USER", "NATS_PASSWORD")
+KEY_FILES = ("NATS_CREDS", "NATS_NKEY_SEED")
+COMBINATIONS = [
+    {name: value for name, value in VALUES.items() if name not in left_out}
+    for left_out in (USER, KEY_FILES)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -93,15 +101,16 @@ def toml(directory: Path, text: str) -> Path:
 # -- names and values -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("values", COMBINATIONS, ids=["key files", "user"])
 def test_every_documented_setting_is_read_from_the_environment_by_its_name(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, tuple[str, str]]
 ) -> None:
     defaults = Settings.load().shown()
-    for name, (value, _) in VALUES.items():
+    for name, (value, _) in values.items():
         monkeypatch.setenv(name, value)
     shown = Settings.load().shown()
-    assert {name: shown[name] for name in VALUES} == {n: s for n, (_, s) in VALUES.items()}
-    assert [name for name in VALUES if shown[name] == defaults[name]] == []
+    assert {name: shown[name] for name in values} == {n: s for n, (_, s) in values.items()}
+    assert [name for name in values if shown[name] == defaults[name]] == []
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -210,15 +219,20 @@ AROUND = ["{}\n", "{}\r\n", " {} ", "\ufeff{}\r\n", "\t{}\n\n"]
 
 
 @pytest.mark.parametrize("around", AROUND, ids=ascii)
+@pytest.mark.parametrize("values", COMBINATIONS, ids=["key files", "user"])
 def test_white_space_around_any_value_is_not_part_of_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, around: str
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    values: dict[str, tuple[str, str]],
+    around: str,
 ) -> None:
-    for name, (value, _) in VALUES.items():
+    for name, (value, _) in values.items():
         monkeypatch.setenv(name, around.format(value))
     settings = Settings.load()
     shown = settings.shown()
-    assert {name: shown[name] for name in VALUES} == {n: s for n, (_, s) in VALUES.items()}
-    assert settings.s3_secret_key == settings.nats_password == SecretStr(SECRET)
+    assert {name: shown[name] for name in values} == {n: s for n, (_, s) in values.items()}
+    secrets = [settings.s3_secret_key, *([settings.nats_password] if settings.nats_user else [])]
+    assert all(secret == SecretStr(SECRET) for secret in secrets)
     file = toml(tmp_path, f"s3_region = {json.dumps(around.format('here'))}")
     monkeypatch.setenv("S3_REGION", around.format(""))  # white space alone is no value
     assert Settings.load(file).s3_region == "here"
@@ -248,6 +262,40 @@ def test_names_are_known_in_any_case_and_secrets_are_left_as_they_are(
 def test_user_and_password_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NATS_USER", "worker")
     assert refusal() == "NATS_USER and NATS_PASSWORD go together"
+
+
+@pytest.mark.parametrize("name", KEY_FILES)
+def test_credentials_of_nats_are_given_in_one_way(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for user in USER:
+        monkeypatch.setenv(user, SECRET)
+    monkeypatch.setenv(name, "/run/credentials")
+    assert refusal() == "NATS_USER cannot be combined with NATS_CREDS or NATS_NKEY_SEED"
+
+
+@pytest.mark.parametrize("name", KEY_FILES)
+@pytest.mark.parametrize("user", ["user:password", "token"])
+def test_a_file_of_credentials_replaces_the_user_of_the_address(
+    monkeypatch: pytest.MonkeyPatch, name: str, user: str
+) -> None:
+    monkeypatch.setenv("NATS_URL", f"nats://{user}@bus")
+    assert Settings.load().nats_servers.credentials
+    monkeypatch.setenv(name, "/run/credentials")
+    assert Settings.load().nats_servers == Servers(("nats://bus",))
+
+
+@pytest.mark.parametrize("name", ["NATS_ENDPOINTS_CREDS", "NATS_ENDPOINTS_NKEY_SEED"])
+def test_the_endpoints_do_not_get_the_workers_user_with_a_file_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for user in USER:
+        monkeypatch.setenv(user, SECRET)
+    assert Settings.load().endpoints.nats_servers.credentials
+    monkeypatch.setenv(name, "/run/credentials")
+    endpoints = Settings.load().endpoints
+    assert endpoints.nats_servers.credentials == {}
+    assert (endpoints.nats_user, endpoints.nats_password) == ("", SecretStr(""))
 
 
 # -- the file -------------------------------------------------------------------------------------
@@ -346,6 +394,8 @@ def test_missing_file_is_told_in_one_line(tmp_path: Path) -> None:
         ("NATS_URL", f"nats://user:{SECRET}/{SECRET}@bus"),
         ("NATS_URL", f"nats://c:{SECRET},{SECRET}@b2"),
         ("NATS_URL", f"nats://a:{SECRET}@b1,nats://c:{SECRET}@b2"),
+        ("NATS_URL", f"nats://a:1#{SECRET}@b1"),
+        ("NATS_URL", f"nats://b1,wss://a:{SECRET}@b2"),
         ("NATS_PASSWORD", f"{SECRET}\n{SECRET}"),
         ("NATS_INBOX_PREFIX", "a..b"),
         ("MODEL_TYPE", "text2video"),
@@ -379,6 +429,9 @@ def test_missing_file_is_told_in_one_line(tmp_path: Path) -> None:
         ("S3_PREFIX", "team//a"),
         ("S3_PREFIX", "../team"),
         ("S3_INPUT_PREFIXES", "uploads/../x"),
+        ("S3_INPUT_PREFIXES", "uploads/a/%2e%2e%20/x"),
+        ("S3_INPUT_PREFIXES", "uploads/a\\..\\x"),
+        ("GATEWAY_INPUT_PREFIXES", "uploads/a%2F../x"),
         ("S3_INPUT_PREFIXES", "u/x"),
         ("GATEWAY_INPUT_PREFIXES", "https://uploads/x"),
         ("S3_URL_TTL", "604801"),
