@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 
 from consumer.ports import ModelUnavailable
 from consumer.runners.text_to_image.adapter_files import keys_of
+
+log = structlog.get_logger()
 
 # What follows the name of a layer in the name of one of its weights in an adapter.
 _AFTER_A_LAYER = re.compile(r"([._](lora_|lora\.|lora_linear_layer\.)|\.lokr_).*")
@@ -73,7 +76,8 @@ def _converted(convert: Any, source: str, options: Mapping[str, Any], file: Path
     for form in _forms(source, file, part):
         try:
             found = convert(form, **options)
-        except Exception:  # noqa: BLE001 - converters raise many kinds for keys they do not know
+        except Exception as error:  # noqa: BLE001 - for keys that they do not know, many kinds
+            log.info("adapter_keys_not_converted", error=type(error).__name__)
             continue
         # diffusers returns the file's metadata last, and None for a dict.
         metadata = metadata or found[-1:]

@@ -28,6 +28,16 @@ _WITHOUT_GENERATOR = "DPMSolverSDEScheduler"
 
 _MOST_OF_THE_LEAST = 4  # steps: PNDM's first ones are of another method and need four
 
+# What `set_timesteps` raises for too few steps, or without an argument that a pipeline passes.
+_SET_TIMESTEPS_FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 # Values that every class named in a pipeline's signature reads; with another one, only a run shows
 # whether the class reads it.
 _USUAL = {
@@ -109,7 +119,7 @@ def least_steps(scheduler: Any) -> int:
     for steps in range(1, _MOST_OF_THE_LEAST + 1):
         try:
             scheduler.from_config(scheduler.config).set_timesteps(steps)
-        except Exception:  # noqa: BLE001 - too few steps, or it needs what its pipeline gives
+        except _SET_TIMESTEPS_FAILURES:
             continue
         return steps
     return 1
