@@ -421,6 +421,7 @@ class ModelDescription:
         defaults: What the model uses where a request says nothing.
         size_multiple: Width and height must be multiples of it, in pixels; None for text.
         max_pixels: Largest width times height of an output picture; None for text.
+        least_steps: The fewest denoising steps that the model can make; None for text.
     """
 
     info: ModelInfo
@@ -428,6 +429,7 @@ class ModelDescription:
     defaults: Mapping[str, int | float | str | None]
     size_multiple: int | None = None
     max_pixels: int | None = None
+    least_steps: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ need not wait for what a first run does only once.
 
 from typing import TYPE_CHECKING
 
+import structlog
+
 from consumer.ports import (
     DeviceLost,
     ModelDescription,
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from consumer.runners.runner import LoadedModel
+
+log = structlog.get_logger()
 
 _STEPS = 2  # the first fills a step cache, the second reads it
 _TOKENS = 2  # the first comes from the prompt, the second from the cache of keys and values
@@ -39,7 +43,36 @@ def run_once(model: "LoadedModel", task: Task, settings: tuple[str, ...]) -> Non
     Raises:
         ModelUnavailable: One line with the settings and what the run raised.
     """
-    failure = ""
+    if failure := _failure(model, task, save_memory=False):
+        model.close()
+        raise _refusal(settings, failure)
+
+
+def try_once(model: "LoadedModel", task: Task, reasons: tuple[str, ...]) -> None:
+    """Show by one output that a model works, where no setting asked for the run.
+
+    The run saves memory where it must, as a job does. A run that is out of memory shows nothing:
+    smaller requests can still succeed, so the model is not refused.
+
+    Args:
+        model: Just loaded; closed if it fails.
+        task: What it makes.
+        reasons: What of the model only a run can show to work, for the message.
+
+    Raises:
+        ModelUnavailable: One line with the reasons and what the run raised.
+    """
+    for save_memory in (False, True):
+        failure = _failure(model, task, save_memory=save_memory)
+        if failure is None:
+            return
+        if not isinstance(failure, OutOfMemory):
+            model.close()
+            raise _refusal(reasons, failure)
+    log.warning("first_run_out_of_memory", untried=reasons)
+
+
+def _failure(model: "LoadedModel", task: Task, *, save_memory: bool) -> Exception | None:
     try:
         request, images = _least(model.description, task)
         model.check(request)
@@ -50,13 +83,15 @@ def run_once(model: "LoadedModel", task: Task, settings: tuple[str, ...]) -> Non
             cancelled=_never,
             on_text=None,
             on_preview=None,
-            save_memory=False,
+            save_memory=save_memory,
         )
     except (UnsupportedParameter, OutOfMemory, DeviceLost, ModelError) as error:
-        failure = f"{', '.join(settings)}: the first run failed: {error}"
-    if failure:
-        model.close()
-        raise ModelUnavailable(failure)
+        return error.with_traceback(None)  # its frames would keep the tensors of the run
+    return None
+
+
+def _refusal(names: tuple[str, ...], failure: Exception) -> ModelUnavailable:
+    return ModelUnavailable(f"{', '.join(names)}: the first run failed: {failure}")
 
 
 def _least(description: ModelDescription, task: Task) -> tuple[Request, list["Image"]]:
@@ -70,6 +105,7 @@ def _least(description: ModelDescription, task: Task) -> tuple[Request, list["Im
         return request, [picture]
     default = description.defaults.get("num_inference_steps")
     steps = min(_STEPS, default) if isinstance(default, int) else _STEPS
+    steps = max(steps, description.least_steps or 1)
     return TextToImageRequest(prompt="a gray square", num_inference_steps=steps, seed=_SEED), []
 
 

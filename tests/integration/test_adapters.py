@@ -5,12 +5,14 @@ The base is judged by the bytes of its pictures, and against a model that never 
 
 # mypy: allow-untyped-calls
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 
@@ -25,7 +27,7 @@ from consumer.runners import ModelRunner, create_runner, options
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 from consumer.runners.text_to_image import diffusion
-from consumer.runners.text_to_image.adapter_files import find_adapters
+from consumer.runners.text_to_image.adapter_files import find_adapters, require_loadable
 from generation_contracts import Task, TextToImageRequest
 from tests.tiny_adapters import (
     FILE,
@@ -256,11 +258,6 @@ def replacing_norms(file: Path, pipe: Any) -> None:
     )
 
 
-def named_after_an_adapter(file: Path, pipe: Any) -> None:
-    save_adapter(pipe, file.parent)
-    change_weights(file, lambda name, w: (name.replace(".weight", ".default.weight"), w))
-
-
 def without_half(file: Path, pipe: Any) -> None:
     save_adapter(pipe, file.parent)
     change_weights(file, lambda name, w: None if ".lora_B." in name else (name, w))
@@ -308,7 +305,6 @@ def of_the_other_kind(file: Path, pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "write", "message"),
     [
-        ("stable_diffusion_3", named_after_an_adapter, "its keys have the name of an adapter in"),
         ("stable_diffusion_3", without_half, "it has matrices without their other half, such as "),
         ("stable_diffusion_3", without_one_matrix, "it has matrices without their other half"),
         ("stable_diffusion_3", of_dora, "it is a DoRA, which diffusers would apply as a plain"),
@@ -378,6 +374,88 @@ def warnings(runner: ModelRunner, **fields: Any) -> tuple[str, ...]:
     return runner.run(request, [], on_step=lambda *_: None, cancelled=lambda: False).warnings
 
 
+# -- as other programs save them -------------------------------------------------------------------
+
+NAMED = (".weight", ".default.weight")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        pytest.param("stable_diffusion_3", [NAMED], id="stable_diffusion_3"),
+        pytest.param("flux", [NAMED], id="flux"),
+        pytest.param("qwen_image", [NAMED, ("transformer.", "")], id="qwen_image as DiffSynth"),
+        pytest.param("z_image", [NAMED, ("transformer.", "")], id="z_image as DiffSynth"),
+        pytest.param(
+            "flux_2_klein", [("transformer.", "base_model.model.")], id="flux_2 as AI-Toolkit"
+        ),
+        pytest.param(
+            "flux_2_klein", [NAMED, ("transformer.", "base_model.model.")], id="flux_2 with a name"
+        ),
+    ],
+)
+def test_keys_of_other_programs_are_the_same_adapter(
+    *,
+    family: str,
+    changes: list[tuple[str, str]],
+    shared_runner: Shared,
+    model_folder: Folder,
+    load: Load,
+    tmp_path: Path,
+) -> None:
+    places = {}
+    for name in ("ink", "other"):
+        file = save_adapter(pipeline(shared_runner(family)), tmp_path / name)
+        places[name] = str(file)
+    for old, new in changes:
+        change_weights(file, lambda key, w, old=old, new=new: (key.replace(old, new, 1), w))
+    runner = load(model_folder(family), adapters=places)
+    ink, other = (latents(runner, adapters={name: 1}) for name in places)
+    assert torch.equal(ink, other)
+    assert not torch.equal(ink, latents(runner))
+
+
+def test_the_scale_in_the_metadata_of_diffusers_is_applied_also_to_keys_with_a_name(
+    plain: ModelRunner, model_folder: Folder, load: Load, tmp_path: Path
+) -> None:
+    file = save_adapter(pipeline(plain), tmp_path / "plain", layers=("to_q",))
+    config = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["to_q"]}
+    metadata = {
+        LORA_ADAPTER_METADATA_KEY: json.dumps({f"transformer.{k}": v for k, v in config.items()})
+    }
+    places = {"plain": str(file)}
+    for name, suffix in (("scaled", ".weight"), ("named", ".default.weight")):
+        weights = {key.replace(".weight", suffix): w for key, w in load_file(file).items()}
+        places[name] = str(tmp_path / f"{name}.safetensors")
+        save_file(weights, places[name], metadata=metadata)
+    runner = load(model_folder("stable_diffusion_3"), adapters=places)
+    twice = latents(runner, adapters={"plain": 2})
+    assert not torch.allclose(latents(runner, adapters={"plain": 1}), twice, atol=1e-4)
+    for name in ("scaled", "named"):
+        assert torch.allclose(latents(runner, adapters={name: 1}), twice, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "refused"),
+    [
+        (["a.soft_gate.lora_A.weight", "a.soft_gate.lora_B.weight"], ""),
+        (["a.to_q.ia3_l"], "IA3"),
+        (["a.to_q.oft_blocks"], "OFT"),
+        (["a.lora_A", "a.lora_B"], ""),
+        (["a.lora_A.weight", "a.lora_B.weight", "a.lora_B.bias"], ""),
+        (["a.lora_A", "b.lora_B"], "without their other half"),
+        (["a.lora_A.default.weight"], "without their other half, such as a.lora_A.default.weight"),
+        (["a.lora_embedding_B"], "without their other half"),
+    ],
+)
+def test_a_format_is_known_by_whole_names_in_its_keys(keys: list[str], refused: str) -> None:
+    if not refused:
+        require_loadable(keys)
+        return
+    with pytest.raises(ModelUnavailable, match=refused):
+        require_loadable(keys)
+
+
 # -- as PEFT saves them ---------------------------------------------------------------------------
 
 
@@ -388,6 +466,7 @@ def warnings(runner: ModelRunner, **fields: Any) -> tuple[str, ...]:
         pytest.param({"lora_alpha": 8}, id="alpha"),
         pytest.param({"lora_alpha": 8, "use_rslora": True}, id="rslora"),
         pytest.param({"lora_alpha": 8, "alpha_pattern": {"attn.to_q": 1}}, id="alpha of layers"),
+        pytest.param({"lora_alpha": 8, "lora_bias": True}, id="bias"),
     ],
 )
 @pytest.mark.parametrize("family", ["stable_diffusion_3", "stable_diffusion_xl"])
@@ -403,6 +482,10 @@ def test_an_adapter_saved_by_peft_has_the_scale_of_its_configuration(
     pipe = pipeline(shared_runner(family))
     part = "unet" if family == "stable_diffusion_xl" else "transformer"
     file = save_adapter(pipe, tmp_path / "diffusers")
+    if config.get("lora_bias"):
+        matrices = load_file(file).items()
+        biases = {k.replace(".weight", ".bias"): w[:, 0] for k, w in matrices if ".lora_B." in k}
+        save_file({**dict(matrices), **{k: b.contiguous() for k, b in biases.items()}}, file)
     folder = save_as_peft_does(file, tmp_path / "peft", part, **config)
     places = {"ink": file, "same": folder, "file": folder / "adapter_model.safetensors"}
     runner = load(model_folder(family), adapters={n: str(place) for n, place in places.items()})

@@ -1,10 +1,13 @@
 """The run before the first job: when it is made, of what, and what its failure says."""
 
+import json
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from consumer.ports import ModelError, ModelUnavailable, OutOfMemory
 from consumer.runners import InferenceThread, ModelConfig, create_runner
@@ -26,13 +29,16 @@ class Runs:
         self.requests: list[Request] = []
         self.threads: list[str] = []
         self.fail_with: Exception | None = None
+        self.fits_in_less = False  # whether a run that saves memory succeeds
+        self.saving: list[bool] = []
         self.closed = 0
         run, close = model.run, model.close
 
         def watched(this: Any, request: Request, images: Sequence[Any], **how: Any) -> Any:
             self.requests.append(request)
             self.threads.append(threading.current_thread().name)
-            if self.fail_with:
+            self.saving.append(how["save_memory"])
+            if self.fail_with and not (self.fits_in_less and how["save_memory"]):
                 raise self.fail_with
             return run(this, request, images, **how)
 
@@ -100,3 +106,32 @@ def test_a_first_run_that_fails_stops_the_start_and_lets_go_of_the_model(
     assert runs.closed == 1
     with pytest.raises(ModelUnavailable, match="no model is loaded"):
         runner.check(runs.requests[0])
+
+
+@pytest.mark.parametrize("fits_in_less", [True, False])
+def test_a_trial_that_is_out_of_memory_does_not_refuse_the_model(
+    *,
+    fits_in_less: bool,
+    own_folder: Folder,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = Runs(diffusion.DiffusionModel, monkeypatch)
+    runs.fail_with, runs.fits_in_less = OutOfMemory("no room"), fits_in_less
+    folder = own_folder("stable_diffusion_3")
+    with_an_unnamed_scheduler(folder)
+    with capture_logs() as logs:
+        load(folder)
+    assert runs.saving == [False, True]
+    assert runs.closed == 0
+    untried = [entry["untried"] for entry in logs if entry["event"] == "first_run_out_of_memory"]
+    name = "stable_diffusion_3: FlowMatchLCMScheduler"
+    assert untried == ([] if fits_in_less else [(name,)])
+
+
+def with_an_unnamed_scheduler(folder: Path) -> None:
+    """Have the model tried at the start, without a setting that asks for it."""
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchLCMScheduler"]
+    file.write_text(json.dumps(index))

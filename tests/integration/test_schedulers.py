@@ -18,7 +18,12 @@ from diffusers import SchedulerMixin
 
 from consumer.ports import ModelError, ModelUnavailable, UnsupportedParameter
 from consumer.runners import ModelConfig, ModelRunner, create_runner
-from consumer.runners.text_to_image.schedulers import fresh_scheduler, require_kind
+from consumer.runners.text_to_image.schedulers import (
+    fresh_scheduler,
+    is_unusual,
+    least_steps,
+    require_kind,
+)
 from generation_contracts import Task
 from tests.integration.small_runs import refusal
 from tests.picture_runs import made, pipeline, pixels
@@ -188,7 +193,25 @@ def test_a_scheduler_of_a_run_is_freed_without_the_garbage_collector(
 
 
 def test_fewer_steps_than_a_scheduler_can_make_are_refused(own_folder: Folder, load: Load) -> None:
-    runner = load(with_scheduler(own_folder(XL), "PNDMScheduler"))
+    runner = load(with_scheduler(own_folder(XL), "PNDMScheduler"), warm_up=True)
     with pytest.raises(UnsupportedParameter, match="num_inference_steps: must be at least 4"):
         made(runner, num_inference_steps=3)
     made(runner, num_inference_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [("EulerDiscreteScheduler", 1), ("UnCLIPScheduler", 2), ("HeliosScheduler", 1)],
+)
+def test_the_fewest_steps_are_known_or_1(scheduler: str, steps: int) -> None:
+    # HeliosScheduler needs an argument of its pipeline, whatever the number of steps is.
+    assert least_steps(getattr(diffusers, scheduler)()) == steps
+
+
+@pytest.mark.parametrize("kind", [diffusers.SanaPipeline, diffusers.SanaSprintPipeline])
+def test_a_flow_scheduler_is_tried_where_the_named_class_is_for_either_kind(kind: Any) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer"))
+    pipe = kind(**parts, scheduler=scheduler)
+    require_kind(pipe, "a model")
+    assert is_unusual(pipe)

@@ -4,18 +4,12 @@ diffusers skips or misreads some formats without an error. A file of such a form
 before anything is loaded.
 """
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-import torch
-from peft import PeftConfig
-from peft.utils.other import get_pattern_key
 from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from consumer.ports import ModelUnavailable
 from consumer.runners.config import ModelConfig
@@ -29,27 +23,22 @@ _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 # What the trainers call the two matrices of a layer.
 _HALVES = (
     ("lora_A", "lora_B"),
+    ("lora_embedding_A", "lora_embedding_B"),
     ("lora_down", "lora_up"),
     ("lora.down", "lora.up"),
     ("lora_linear_layer.down", "lora_linear_layer.up"),
 )
-_NAMED = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")  # a state dict that was saved as it was
-_PEFT_PREFIX = "base_model.model."
-_PEFT_CONFIG = "adapter_config.json"
 
-# Kinds of adapters by what their keys contain. LoKr is not listed: diffusers loads it for some
-# families, and raises for the others.
+# Kinds of adapters by how a name between the dots of their keys begins. LoKr is not listed:
+# diffusers loads it for some families, and raises for the others.
 _NOT_LOADED = {
     "hada_w": "a LoHa adapter, which diffusers does not load",
     "lora_mid": "a LoCon adapter with a third matrix, which diffusers does not load",
     "oft_": "an OFT adapter, which diffusers does not load",
     "ia3_": "an IA3 adapter, which diffusers does not load",
-    ".on_input": "an IA3 adapter, which diffusers does not load",
+    "on_input": "an IA3 adapter, which diffusers does not load",
     "dora_scale": "a DoRA, which diffusers would apply as a plain LoRA; save it with PEFT",
 }
-
-# Ways of PEFT to start a training that subtract the adapter's first state from the model's weights.
-_CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def find_adapters(config: ModelConfig) -> dict[str, Path]:
@@ -85,78 +74,18 @@ def require_loadable(keys: Collection[str]) -> None:
         ModelUnavailable: Says which kind of adapter it is, or what is wrong with its keys.
     """
     for sign, kind in _NOT_LOADED.items():
-        if any(sign in key for key in keys):
+        if any(f".{sign}" in f".{key}" for key in keys):
             raise ModelUnavailable(f"it is {kind}")
-    if named := next(filter(_NAMED.search, keys), None):
-        raise ModelUnavailable(
-            f"its keys have the name of an adapter in them, such as {named}: save it with "
-            "save_lora_weights of diffusers or save_pretrained of PEFT"
-        )
     present = frozenset(keys)
     for one, other in _HALVES:
         for half, missing in ((one, other), (other, one)):
+            # With or without `.weight`, and with the name of an adapter in front of it.
+            matrix = re.compile(rf"{re.escape(half)}((\.[^.]+)?\.weight)?$")
             for key in present:
-                if f"{half}.weight" in key and key.replace(half, missing) not in present:
+                if matrix.search(key) and key.replace(half, missing) not in present:
                     raise ModelUnavailable(
                         f"it has matrices without their other half, such as {key}"
                     )
-
-
-def is_of_peft(keys: Collection[str]) -> bool:
-    """Whether `PeftModel.save_pretrained` wrote the file: diffusers does not read its keys."""
-    return any(key.startswith(_PEFT_PREFIX) for key in keys)
-
-
-def weights_from_peft(file: Path, part: str) -> dict[str, torch.Tensor]:
-    """Read an adapter that PEFT saved, as diffusers takes it.
-
-    Each matrix `lora_B` is multiplied by the scale of its layer, `lora_alpha / r` or, with
-    `use_rslora`, `lora_alpha / sqrt(r)`: diffusers applies weights that come without a
-    configuration with scale 1.
-
-    Args:
-        file: The weights; `adapter_config.json` is in the same folder.
-        part: The name of the pipeline's part that is adapted.
-
-    Raises:
-        ModelUnavailable: The configuration is missing, or it is not of a LoRA for the model's own
-            weights.
-    """
-    config = _peft_config(file.with_name(_PEFT_CONFIG))
-    weights = {}
-    for key, weight in load_file(file).items():
-        module = key.removeprefix(_PEFT_PREFIX)
-        if ".lora_B." in module:
-            weight = weight.float() * _scale(config, module, rank=weight.shape[1])  # noqa: PLW2901
-        weights[f"{part}.{module}"] = weight
-    return weights
-
-
-def _peft_config(file: Path) -> Any:
-    if not file.is_file():
-        raise ModelUnavailable(
-            f"it was saved by PEFT and its {_PEFT_CONFIG} is missing, which has its scale"
-        )
-    try:
-        kind = json.loads(file.read_text())["peft_type"]
-        config = PeftConfig.from_pretrained(str(file.parent))
-    except (OSError, ValueError, TypeError, KeyError):
-        raise ModelUnavailable(f"its {_PEFT_CONFIG} cannot be read") from None
-    if kind != "LORA":
-        raise ModelUnavailable(f"it is a {kind} adapter of PEFT; only LORA loads")
-    start = str(getattr(config, "init_lora_weights", True)).lower()
-    if start.startswith(_CHANGES_THE_MODEL):
-        raise ModelUnavailable(
-            f"it was made with init_lora_weights={start}, which changes the model's own weights: "
-            "convert it to a plain LoRA with PEFT"
-        )
-    return config
-
-
-def _scale(config: Any, module: str, *, rank: int) -> float:
-    pattern = get_pattern_key(config.alpha_pattern.keys(), module.partition(".lora_")[0])
-    alpha = float(config.alpha_pattern.get(pattern, config.lora_alpha))
-    return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
 def _file(name: str, place: str) -> Path:

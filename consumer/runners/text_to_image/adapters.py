@@ -7,7 +7,6 @@ the same to the byte. That holds for weights in 4 and 8 bits and for GGUF as wel
 
 # mypy: allow-untyped-calls
 
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,19 +20,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from consumer.ports import ModelUnavailable
 from consumer.runners.faults import load_failure
-from consumer.runners.text_to_image.adapter_files import (
-    SETTING,
-    is_of_peft,
-    keys_of,
-    require_loadable,
-    weights_from_peft,
-)
+from consumer.runners.text_to_image.adapter_conversion import counted_conversion
+from consumer.runners.text_to_image.adapter_files import SETTING, keys_of, require_loadable
 from consumer.runners.text_to_image.pipeline_loading import modules
 
 log = structlog.get_logger()
-
-# What follows the name of a layer in the name of one of its weights in an adapter.
-_AFTER_A_LAYER = re.compile(r"([._](lora_|lora\.|lora_linear_layer\.)|\.lokr_).*")
 
 
 class Adapters:
@@ -100,11 +91,17 @@ def _load(pipe: Any, name: str, file: Path) -> tuple[int, int]:
     failure: ModelUnavailable | None = None
     layers = of = 0
     try:
-        source, options = _source(pipe, file)
-        of = _layers_of_file(pipe, source, options)
-        with warnings.catch_warnings():
+        require_loadable(keys_of(file))
+        with warnings.catch_warnings(), counted_conversion(pipe, file) as layers_of_file:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of another adapter
-            pipe.load_lora_weights(source, adapter_name=name, **options)
+            pipe.load_lora_weights(
+                str(file.parent),
+                adapter_name=name,
+                weight_name=file.name,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+            of = len(layers_of_file)
             layers = len(_tuned(pipe, name))
             if layers:
                 pipe.set_adapters([name])  # fails where diffusers cannot scale them
@@ -124,25 +121,6 @@ def _load(pipe: Any, name: str, file: Path) -> tuple[int, int]:
     else:
         log.info("adapter_loaded", adapter=name, layers=layers)
     return layers, of
-
-
-def _source(pipe: Any, file: Path) -> tuple[Any, dict[str, Any]]:
-    """What `load_lora_weights` reads, and its options."""
-    keys = keys_of(file)
-    require_loadable(keys)
-    if is_of_peft(keys):
-        part = "unet" if hasattr(pipe, "unet") else pipe.transformer_name
-        return weights_from_peft(file, part), {}
-    options = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
-    return str(file.parent), options
-
-
-def _layers_of_file(pipe: Any, source: Any, options: Mapping[str, Any]) -> int:
-    # After diffusers has given the keys its own names: one layer of a trainer can be three here.
-    unet = {"unet_config": pipe.unet.config} if hasattr(pipe, "unet") else {}
-    weights = pipe.lora_state_dict(source, **options, **unet)
-    weights = weights[0] if isinstance(weights, tuple) else weights
-    return len({_AFTER_A_LAYER.sub("", key) for key in weights if _AFTER_A_LAYER.search(key)})
 
 
 def _what_did_not_arrive(pipe: Any, name: str) -> str:

@@ -83,7 +83,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
         movable=placement.device.type != "cpu" and config.offload == "none" and not fixed,
     )
     if untried := parts_to_try(pipe):
-        first_run.run_once(model, Task.TEXT_TO_IMAGE, (f"{source.id}: {', '.join(untried)}",))
+        first_run.try_once(model, Task.TEXT_TO_IMAGE, (f"{source.id}: {', '.join(untried)}",))
     return model
 
 

@@ -222,6 +222,7 @@ class Parameters:
             defaults={**self._own_defaults(), **self._defaults},
             size_multiple=_size_multiple(self._pipe),
             max_pixels=MAX_PIXELS,
+            least_steps=self._least_steps,
         )
 
     def _own_defaults(self) -> dict[str, Default | None]:

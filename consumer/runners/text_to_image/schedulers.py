@@ -28,6 +28,16 @@ _WITHOUT_GENERATOR = "DPMSolverSDEScheduler"
 
 _MOST_OF_THE_LEAST = 4  # steps: PNDM's first ones are of another method and need four
 
+# What `set_timesteps` raises for too few steps, or without an argument that a pipeline passes.
+_SET_TIMESTEPS_FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 # Values that every class named in a pipeline's signature reads; with another one, only a run shows
 # whether the class reads it.
 _USUAL = {
@@ -74,7 +84,7 @@ def require_kind(pipe: Any, name: str) -> None:
         )
     if given.endswith(_INVERSE):
         raise ModelUnavailable(f"{name}: {given} adds noise instead of removing it")
-    if _FLOW not in named and given.startswith(_ALWAYS_FLOW):
+    if given.startswith(_ALWAYS_FLOW) and not all(map(_can_flow, named)):
         raise ModelUnavailable(
             f"{name}: {given} is a flow-matching scheduler, and {family} does not work with one"
         )
@@ -109,7 +119,7 @@ def least_steps(scheduler: Any) -> int:
     for steps in range(1, _MOST_OF_THE_LEAST + 1):
         try:
             scheduler.from_config(scheduler.config).set_timesteps(steps)
-        except (ValueError, IndexError, AttributeError):  # or it needs what its pipeline gives
+        except _SET_TIMESTEPS_FAILURES:
             continue
         return steps
     return 1
@@ -160,6 +170,12 @@ def _is_scheduler(found: Any) -> bool:
     # SchedulerMixin itself stands for any class.
     mixin = diffusers.SchedulerMixin
     return inspect.isclass(found) and issubclass(found, mixin) and found is not mixin
+
+
+def _can_flow(name: str) -> bool:
+    # Sana names DPMSolverMultistepScheduler, whose configuration is for either kind of weights.
+    options = inspect.signature(getattr(diffusers, name).__init__).parameters
+    return name.startswith(_ALWAYS_FLOW) or "use_flow_sigmas" in options
 
 
 def _is_flow(scheduler: Any) -> bool:
