@@ -159,7 +159,7 @@ class FrontDoor:
             async with self._bus.question(API_TIMEOUT):
                 await self._bus.client.request(subject, timeout=API_TIMEOUT)
         except (Error, OSError) as error:
-            reason = f"NATS: no answer of its own service: {type(error).__name__}"
+            reason = f"NATS: the service of this worker does not answer: {type(error).__name__}"
             raise BusUnavailable(reason) from None
 
     async def close(self) -> None:

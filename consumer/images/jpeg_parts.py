@@ -94,7 +94,7 @@ def jpeg_parts(data: bytes) -> FileParts:
 def _segments(data: bytes) -> tuple[list[_Segment], bool, bool]:
     """Split a file into its segments; whether it has all scans, and the end marker after them.
 
-    What comes after the last scan that an image needs is left out: some telephones put a video
+    What comes after the last scan that an image needs is left out: some phones put a video
     there, without an end marker, and each further scan costs the time of a pass over the image.
     """
     segments: list[_Segment] = []

@@ -95,7 +95,7 @@ def _find(data: bytes) -> _Found:
     found = _Found()
     for kind, body, whole in _chunks(data):
         if kind == b"IDAT":
-            found.pixels.append(body)  # zlib has a checksum of its own, of the pixels
+            found.pixels.append(body)  # zlib checks the pixels itself
         elif kind in {b"IHDR", b"PLTE", b"tRNS"} and not found.pixels:
             if not whole:
                 raise broken()
@@ -104,7 +104,7 @@ def _find(data: bytes) -> _Found:
             _note_metadata(found, kind, body)
     if len(found.header) != _HEADER or not found.pixels:
         raise broken()
-    # Without a frame of its own, the image is one that only readers without animation show.
+    # Without an fcTL chunk before it, the image is shown only by readers without animation.
     if found.frames and found.frames + (not found.first_frame_is_image) > 1:
         raise InputUnavailable("the image is animated")
     return found

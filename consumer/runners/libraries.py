@@ -1,7 +1,7 @@
 """The libraries: imported at once, their own output turned down and sent to the process's log.
 
 diffusers logs the words of a prompt that it cuts, so it and transformers log errors only while a
-model runs; and each of these libraries writes to standard error by a handler of its own, between
+model runs; and each of these libraries writes to standard error with a separate handler, between
 the daemon's lines. While a model is loaded there is no prompt, and a warning is often the only sign
 that a library has dropped a part of the model's files.
 """

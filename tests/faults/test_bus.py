@@ -39,7 +39,11 @@ async def test_a_bus_that_is_closed_for_good_ends_the_daemon_while_the_model_is_
 async def test_calls_without_an_answer_are_repeated_at_the_start(scene: Scene) -> None:
     worker = await scene.start("unanswered_calls")
     log = worker.log_since_start()
-    for call in ("$JS.API.STREAM.INFO", "$JS.API.CONSUMER", "no answer of its own service"):
+    for call in (
+        "$JS.API.STREAM.INFO",
+        "$JS.API.CONSUMER",
+        "the service of this worker does not answer",
+    ):
         assert call in log
     request_id = await scene.submit()
     assert (await scene.event(request_id))["type"] == "generation.v1.succeeded"

@@ -48,16 +48,13 @@ def all_schedulers() -> Iterator[tuple[str, Any]]:
                 if options.keys() <= takes.keys():
                     try:
                         yield name, kind(**options)
-                    except (
-                        TypeError,
-                        NotImplementedError,
-                    ):  # only its own pipeline has what it needs
-                        continue
+                    except (TypeError, NotImplementedError):
+                        continue  # diffusers refuses this option for this class
 
 
 @pytest.fixture(scope="module", params=[SD3, XL, FLUX])
 def runner(request: pytest.FixtureRequest, model_folder: Folder) -> Iterator[ModelRunner]:
-    """A model of its own: the test changes its scheduler."""
+    """Load a model for this module only: the tests change its scheduler."""
     folder = str(model_folder(request.param))
     loaded = create_runner(Task.TEXT_TO_IMAGE, ModelConfig(model_id=folder))
     loaded.load()

@@ -149,10 +149,10 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
             "generation_config.json is not a JSON object",
             id="torn generation settings",
         ),
-        pytest.param(holding(WEIGHTS, LFS), f"{WEIGHTS} is a placeholder of Git LFS", id="lfs"),
+        pytest.param(holding(WEIGHTS, LFS), f"{WEIGHTS} is a Git LFS pointer", id="lfs"),
         pytest.param(
             holding("tokenizer.json", LFS),
-            "tokenizer.json is a placeholder of Git LFS",
+            "tokenizer.json is a Git LFS pointer",
             id="lfs tokenizer",
         ),
         pytest.param(
@@ -231,7 +231,7 @@ def test_images_cut_for_another_model_are_refused(values: dict[str, int], folder
         edited("config.json", perceiver_config={"_attn_implementation": "flash_attention_2"}),
         holding("demo.png", LFS),
     ],
-    ids=["attention of a part", "placeholder of an unread file"],
+    ids=["attention of a part", "LFS pointer of an unread file"],
 )
 def test_what_transformers_does_not_read_is_not_judged(
     change: Change, folder: Path, load: Load
@@ -311,19 +311,6 @@ def template_elsewhere(name: str, wrapped: Callable[[str], Any]) -> Change:
             ),
             id="list",
         ),
-    ],
-)
-def test_a_chat_template_is_found(
-    change: Change, folder: Path, load: Load, shared_runner: Callable[[str], ModelRunner]
-) -> None:
-    change(folder)
-    expected = asked(shared_runner("vision_language"), image())
-    assert asked(load(folder, Task.IMAGE_TO_TEXT), image()) == expected
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
         pytest.param(edited("tokenizer_config.json", truncation=True, max_length=10), id="cut"),
         pytest.param(
             edited("tokenizer_config.json", padding="max_length", max_length=300), id="padded"
@@ -343,7 +330,7 @@ def test_a_chat_template_is_found(
         ),
     ],
 )
-def test_a_tokenizer_neither_cuts_nor_pads_a_chat(
+def test_another_layout_of_the_same_model_answers_the_same(
     change: Change, folder: Path, load: Load, shared_runner: Callable[[str], ModelRunner]
 ) -> None:
     change(folder)

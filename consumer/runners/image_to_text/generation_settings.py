@@ -165,7 +165,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 def load_settings(folder: Path, name: str) -> dict[str, Any]:
     """Read a model's generation_config.json, or the same settings in the config.json of old models.
 
-    transformers goes on with defaults of its own where the file cannot be read, and refuses some
+    transformers uses its built-in defaults where the file cannot be read, and refuses some
     settings that are ignored here.
 
     Args:

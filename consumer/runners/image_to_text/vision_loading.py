@@ -108,12 +108,12 @@ def load_vision_language(
 
 
 def _require_fetched(source: Source) -> None:
-    """Refuse a folder that has a placeholder in place of a file that is read."""
+    """Refuse a folder with a Git LFS pointer in place of a file that is read."""
     for pattern in _READ:
         for file in sorted(source.folder.glob(pattern)):
             if file.is_file() and _is_lfs_pointer(file):
                 raise ModelUnavailable(
-                    f"{source.id}: {file.name} is a placeholder of Git LFS: fetch its content"
+                    f"{source.id}: {file.name} is a Git LFS pointer: run git lfs pull"
                 )
 
 
@@ -164,12 +164,12 @@ def _require_known_quantization(model: Any, name: str) -> None:
 def _require_embeddings(model: Any, processor: Any, name: str) -> None:
     """Refuse a tokenizer with tokens that the model has no embeddings for.
 
-    Such a token ends the process's device on cuda. Placeholders of images are replaced before.
+    Such a token ends the process's device on cuda. Tokens for images are replaced before that.
     """
-    placeholders = {
+    image_tokens = {
         getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video", "audio")
     }
-    highest = max(set(processor.tokenizer.get_vocab().values()) - placeholders)
+    highest = max(set(processor.tokenizer.get_vocab().values()) - image_tokens)
     embeddings = model.get_input_embeddings()
     # Some families keep those of tokens that were added in a second tensor.
     rows = embeddings.num_embeddings + getattr(embeddings, "num_additional_embeddings", 0)

@@ -40,7 +40,7 @@ class Adapters:
 
     def __init__(self, pipe: Any, files: Mapping[str, Path]) -> None:
         self._pipe = pipe
-        self._in_part: dict[str, str] = {}  # what senders are told, by name
+        self._in_part: dict[str, str] = {}  # warnings for senders, by adapter
         if not files:
             return
         if not isinstance(pipe, LoraBaseMixin):

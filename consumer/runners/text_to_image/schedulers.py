@@ -18,7 +18,7 @@ from consumer.runners.text_to_image.part_config import config_of
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"  # what most flow-matching pipelines are published with
 
-# Classes that step along the straight way from noise to image, whatever their configuration is.
+# Classes that step along the straight way from noise to image, with any configuration.
 _ALWAYS_FLOW = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF")
 
 _INVERSE = "InverseScheduler"  # ending of the classes that turn an image into noise
@@ -113,7 +113,7 @@ def is_unusual(pipe: Any) -> bool:
 
 def least_steps(scheduler: Any) -> int:
     """The fewest steps that a scheduler can make; 1 where only a run could show it."""
-    # A schedule that is stretched to a last value of its own divides 0 by 0 where it has one step.
+    # With shift_terminal, a schedule of one step divides 0 by 0.
     if config_of(scheduler).get("shift_terminal"):
         return 2
     for steps in range(1, _MOST_OF_THE_LEAST + 1):
@@ -137,7 +137,7 @@ def fresh_scheduler(shared: Any, generators: Sequence[torch.Generator]) -> Any:
     """
     scheduler = shared.from_config(shared.config)
     if "generator" in inspect.signature(scheduler.step).parameters:
-        # A class of its own, not an attribute that refers to the object: such a cycle would keep
+        # A subclass, not an attribute that refers to the object: such a cycle would keep
         # the tensors of the run until the garbage collector comes.
         scheduler.__class__ = _with_generators(type(scheduler))  # type: ignore[arg-type]
         scheduler.generators = list(generators)
