@@ -15,10 +15,10 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from consumer.in_flight import Slot, unqueued_slot
+from consumer.inference.cancel_token import CancelToken
 from consumer.job import State, advance
 from consumer.ports import Delivery, ResultEvent, Stage
-from consumer.run import Interrupt
-from consumer.turns import Place, Turns
 from generation_contracts import (
     ImageArtifact,
     InvalidRequest,
@@ -63,7 +63,7 @@ class Job:
 
     Attributes:
         digest: What the request asks for; of the raw bytes until it is decoded.
-        place: Among the jobs in hand.
+        slot: Its place among the requests in flight.
         releases: How many of the deliveries were given back on purpose.
         withdrawn: Whether it was cancelled while an earlier worker had it.
         began: Whether the model has been started for it.
@@ -85,13 +85,13 @@ class Job:
     envelope: Envelope
     digest: str
     queued: float
-    place: Place
+    slot: Slot
     releases: int = 0
     withdrawn: bool = False
     began: bool = False
     is_copy: bool = False
     decided: asyncio.Event = field(default_factory=asyncio.Event)
-    interrupt: Interrupt = field(default_factory=Interrupt)
+    cancel_token: CancelToken = field(default_factory=CancelToken)
     over: asyncio.Event = field(default_factory=asyncio.Event)
     state: State = State.RECEIVED
     request: Request | None = None
@@ -164,18 +164,18 @@ class Admission:
     subjects: Subjects
     reply_prefixes: tuple[str, ...]
 
-    def open(self, delivery: Delivery, place: Place | None = None) -> Job:
+    def open(self, delivery: Delivery, slot: Slot | None = None) -> Job:
         """Begin a job with what can be read of any delivery. Never raises.
 
         Args:
             delivery: What was handed out.
-            place: Among the jobs in hand; None: it is none of them.
+            slot: Its place among the requests in flight; None: it is only ended, and not run.
         """
         queued = (datetime.now(UTC) - delivery.stored_at).total_seconds()
         return Job(
             delivery=delivery,
             releases=delivery.uncounted,
-            place=place or Turns().join(),
+            slot=slot or unqueued_slot(),
             envelope=self._envelope(delivery),
             digest=digest_of_bytes(delivery.body),
             queued=max(0.0, queued),  # the server's clock may be ahead of this one

@@ -1,5 +1,6 @@
 """`consumer check`: every setting and service that a daemon needs, tried one after the other."""
 
+import asyncio
 import importlib
 import time
 from collections.abc import Awaitable, Callable
@@ -11,6 +12,8 @@ from consumer.apply import API_WITHIN, CONNECT_WITHIN
 from consumer.bus.connection import Bus, connect, wait_until_available
 from consumer.bus.endpoint_connection import connect_endpoints
 from consumer.composition import make_artifacts, make_runner, make_topology
+from consumer.inference.run_queue import RunQueue
+from consumer.inference.worker import InferenceWorker
 from consumer.ports import (
     DeviceLost,
     ModelDescription,
@@ -19,11 +22,11 @@ from consumer.ports import (
     OutOfMemory,
     Runner,
     RunnerOutput,
+    RunRequest,
     Unavailable,
     UnsupportedParameter,
 )
 from consumer.probes import Unwatched
-from consumer.runners.thread import InferenceThread
 from consumer.settings import Settings
 from generation_contracts import ImageToTextRequest, Request, Task, TextToImageRequest
 
@@ -82,7 +85,7 @@ async def check_model(settings: Settings, report: Callable[[Finding], None]) -> 
         What was reported: of the model and, if it could be loaded, of its output and the memory.
     """
     findings: list[Finding] = []
-    inference = InferenceThread()
+    queue = RunQueue()
 
     async def tell(what: str, look: Callable[[], Awaitable[str]]) -> bool:
         findings.append(await _tried(what, look))
@@ -91,12 +94,13 @@ async def check_model(settings: Settings, report: Callable[[Finding], None]) -> 
 
     try:
         runner = make_runner(settings)
-        if await tell("model", lambda: _loaded(runner, inference)):
-            await tell("output", lambda: _made(runner, inference, settings.task))
-            await tell("memory", lambda: _held(inference))
-            await inference.call(runner.close)
+        inference = InferenceWorker(runner, queue)
+        if await tell("model", lambda: _loaded(inference)):
+            await tell("output", lambda: _made(runner, queue, settings.task))
+            await tell("memory", _held)
+            await inference.stop()
     finally:
-        inference.close()
+        queue.close()
     return findings
 
 
@@ -149,9 +153,9 @@ async def _store(settings: Settings) -> Finding:
     return await _tried("s3", look)
 
 
-async def _loaded(runner: Runner, inference: InferenceThread) -> str:
+async def _loaded(inference: InferenceWorker) -> str:
     start = time.perf_counter()
-    model = await inference.call(runner.load)
+    model = await inference.start()
     return f"{_described(model)}; loaded in {time.perf_counter() - start:.1f} s"
 
 
@@ -168,13 +172,14 @@ def _described(model: ModelDescription) -> str:
     return said
 
 
-async def _made(runner: Runner, inference: InferenceThread, task: Task) -> str:
-    request, pictures = _asked(task)
+async def _made(runner: Runner, queue: RunQueue, task: Task) -> str:
+    request, images = _asked(task)
     start = time.perf_counter()
     runner.check(request)
-    output = await inference.call(
-        runner.run, request, pictures, on_step=_tell_nobody, cancelled=_never
-    )
+    ticket = queue.put()
+    queue.mark_ready(ticket, RunRequest(request, images, ticket.progress, lambda: False))
+    await ticket.ended
+    output = ticket.take()
     return f"{_summary(output)} in {time.perf_counter() - start:.1f} s"
 
 
@@ -198,18 +203,10 @@ def _summary(output: RunnerOutput) -> str:
     return f"a picture of {', '.join(sizes)}"
 
 
-async def _held(inference: InferenceThread) -> str:
-    # Imports torch: in the thread, once the model has done so anyway.
+async def _held() -> str:
+    # Imports torch: once the model has done so anyway.
     measure: Callable[[], str] = importlib.import_module("consumer.runners.footprint").footprint
-    return await inference.call(measure)
-
-
-def _tell_nobody(*_: int) -> None:
-    pass
-
-
-def _never() -> bool:
-    return False
+    return await asyncio.to_thread(measure)
 
 
 async def _tried(what: str, look: Callable[[], Awaitable[str]]) -> Finding:

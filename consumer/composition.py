@@ -13,10 +13,11 @@ from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.bus.topology import DELIVERIES_PER_ATTEMPT, Durable, Topology
 from consumer.cancellation import Cancellation, Ending
 from consumer.conclusion import Conclusion
+from consumer.in_flight import STAGES
+from consumer.inference.run_queue import RunQueue
 from consumer.ports import Grip, ModelDescription, Observer, Runner
 from consumer.runners import ModelConfig, create_runner
 from consumer.settings import Settings
-from consumer.turns import STAGES, Bounds, Turns
 from generation_contracts import Request, Task
 
 log = structlog.get_logger()
@@ -46,14 +47,26 @@ def make_admission(settings: Settings, task: Task) -> Admission:
     return Admission(task, settings.subjects, settings.reply_prefixes)
 
 
-def make_turns(settings: Settings, durable: Durable) -> Turns:
-    """How much this worker may have in hand.
+def make_run_queue(settings: Settings) -> RunQueue:
+    """The queue of the inference thread."""
+    return RunQueue(
+        max_batch=min(settings.consumer_max_batch, most_in_flight(settings)),
+        window=settings.consumer_batch_window_ms / 1000,
+    )
+
+
+def most_in_flight(settings: Settings) -> int:
+    """How many requests this worker may have in flight.
 
     The server gives all workers together no more than the durable's `max_ack_pending`, which can be
     changed while they run: so it is no bound of the worker's own.
     """
-    batch = settings.consumer_max_batch
-    in_flight = settings.consumer_jobs_in_flight or STAGES * batch
+    return settings.consumer_jobs_in_flight or STAGES * settings.consumer_max_batch
+
+
+def warn_of_short_batches(settings: Settings, durable: Durable) -> None:
+    """Log a line where the configured batch never fills up."""
+    batch, in_flight = settings.consumer_max_batch, most_in_flight(settings)
     if batch > min(in_flight, durable.max_ack_pending):
         log.warning(
             "batches_cut_short",
@@ -61,13 +74,6 @@ def make_turns(settings: Settings, durable: Durable) -> Turns:
             jobs_in_flight=in_flight,
             max_ack_pending=durable.max_ack_pending,
         )
-    return Turns(
-        Bounds(
-            in_flight=in_flight,
-            together=min(batch, in_flight),
-            window=settings.consumer_batch_window_ms / 1000,
-        )
-    )
 
 
 def make_front_door(

@@ -331,7 +331,7 @@ class Conclusion:
 
     async def _settle(self, job: Job, decision: Decision) -> None:
         # The next pull goes out with the settlement, not after its confirmation: one round trip.
-        job.place.leave()
+        job.slot.leave()
         match decision.settlement:
             case Settlement.ACK:
                 await job.delivery.ack()

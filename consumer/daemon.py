@@ -36,12 +36,17 @@ from consumer.composition import (
     make_admission,
     make_artifacts,
     make_front_door,
+    make_run_queue,
     make_runner,
     make_topology,
-    make_turns,
+    most_in_flight,
+    warn_of_short_batches,
 )
 from consumer.execution import Execution, Limits
 from consumer.images import ImageCodec
+from consumer.inference.cancel_token import StopReason
+from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
+from consumer.inference.worker import InferenceWorker
 from consumer.metrics import Metrics
 from consumer.ports import (
     ModelDescription,
@@ -53,8 +58,6 @@ from consumer.ports import (
     Unavailable,
 )
 from consumer.probes import Probes, Watch
-from consumer.run import PATIENCE, Reason
-from consumer.runners.thread import InferenceThread
 from consumer.settings import Settings
 from consumer.tasks import cancel_and_wait
 from consumer.tracing import OpenTelemetry, open_telemetry
@@ -95,7 +98,7 @@ def run(settings: Settings, *, make_runner: MakeRunner = make_runner) -> int:
         faulthandler.register(signal.SIGUSR1, all_threads=True)
     daemon = Daemon(settings, make_runner)
     code = asyncio.run(daemon.run())
-    if daemon.inference.busy:
+    if daemon.inference_busy:
         # A thread that loads or hangs cannot be ended, and the interpreter would wait for it.
         with suppress(OSError, ValueError):  # its reader may be gone
             sys.stdout.flush()
@@ -112,7 +115,8 @@ class Daemon:
         self._task = settings.task
         self._watch = Watch(Metrics(str(self._task)))
         self._health = self._watch.health
-        self.inference = InferenceThread()
+        self._run_queue = make_run_queue(settings)
+        self._inference: InferenceWorker | None = None
         self._life: asyncio.Task[int] | None = None
         self._pull: PullLoop | None = None
         self._execution: Execution | None = None
@@ -121,6 +125,11 @@ class Daemon:
         self._code = 0  # how the process ends
         self._drained = False  # nothing is in hand, and the inference thread is free
         self._failure: BaseException | None = None  # of what must go on beside the serving
+
+    @property
+    def inference_busy(self) -> bool:
+        """Whether the inference thread works, which nothing can end."""
+        return self._inference is not None and self._inference.busy
 
     async def run(self) -> int:
         """Start, serve until told to stop, drain, stop; returns the exit code."""
@@ -137,7 +146,7 @@ class Daemon:
         except Exception as error:  # noqa: BLE001 - each of them is an exit code
             return _exit_code(error)
         finally:
-            self.inference.close()
+            self._run_queue.close()
             log.info("daemon_stopped")
 
     # -- start ------------------------------------------------------------------------------------
@@ -149,7 +158,10 @@ class Daemon:
                 parts.push_async_callback(asyncio.to_thread, self._tracer.close)
             runner = self._make_runner(self._settings)
             # The weights come in while the connections are made.
-            loading = self.inference.call(runner.load)
+            inference = self._inference = InferenceWorker(
+                runner, self._run_queue, on_busy=self._watch.device_busy
+            )
+            loading = inference.start()
             parts.callback(loading.cancel)
             standby = await self._start_standby(parts)
             deadline = time.monotonic() + CONNECT_WITHIN
@@ -172,6 +184,7 @@ class Daemon:
             workers = BroadcastWorkers(
                 bus, self._settings.subjects, task=self._task, durables=names
             )
+            warn_of_short_batches(self._settings, durable)
             execution = self._make_execution(
                 durable=durable,
                 model=model,
@@ -197,7 +210,8 @@ class Daemon:
                 observer=self._watch,
             )
             # Behind the door, which asks it about the last calls.
-            parts.push_async_callback(self._close_runner, runner)
+            parts.push_async_callback(self._close_model, inference)
+            self._beside(self._watch_inference(inference), "watch-inference", parts)
             await door.start()
             parts.push_async_callback(door.close)
             await pull.start()
@@ -215,9 +229,14 @@ class Daemon:
             self._drained = code == 0
             return code
 
-    async def _close_runner(self, runner: Runner) -> None:
+    async def _close_model(self, inference: InferenceWorker) -> None:
         if self._drained:  # else its thread may hang
-            await self.inference.call(runner.close)
+            await inference.stop()
+
+    async def _watch_inference(self, inference: InferenceWorker) -> None:
+        # Its end is asked for only when this task has been cancelled.
+        await asyncio.shield(inference.ended)
+        raise RuntimeError("the inference thread has ended")
 
     async def _start_probes(self, parts: AsyncExitStack) -> None:
         port, host = self._settings.consumer_probes_port, self._settings.consumer_probes_host
@@ -277,7 +296,7 @@ class Daemon:
             ),
             model=model,
             runner=runner,
-            inference=self.inference,
+            run_queue=self._run_queue,
             events=events,
             queue=queue,
             workers=workers,
@@ -289,7 +308,7 @@ class Daemon:
             observer=self._watch,
             prompt_in_pictures=settings.consumer_prompt_in_pictures,
             tracer=self._tracer,
-            turns=make_turns(settings, durable),
+            most_in_flight=most_in_flight(settings),
             ending=self._end_pulling,
         )
 
@@ -430,7 +449,7 @@ class Daemon:
             self._code = code
             self._health.device_lost = True
             log.error("device_lost")
-            self._end_after(self._settings.consumer_drain_grace, PATIENCE + FORCE_AFTER)
+            self._end_after(self._settings.consumer_drain_grace, DRAIN_STEP_TIMEOUT + FORCE_AFTER)
 
     async def _end_pulling(self) -> None:
         # Before the request is given back: a standing pull would bring it here again.
@@ -458,13 +477,13 @@ class Daemon:
             return
         self._pull.stop()
         self._execution.give_back_what_waits()
-        self._end_after(self._settings.consumer_drain_grace, PATIENCE + FORCE_AFTER)
+        self._end_after(self._settings.consumer_drain_grace, DRAIN_STEP_TIMEOUT + FORCE_AFTER)
 
     def _end_after(self, grace: float, patience: float) -> None:
         if self._execution is None or self._life is None:
             return
         loop = asyncio.get_running_loop()
-        loop.call_later(grace, self._execution.interrupt, Reason.DRAIN)
+        loop.call_later(grace, self._execution.interrupt, StopReason.DRAIN)
         loop.call_later(grace + patience, self._cancel, self._life)
 
     def _cancel(self, life: asyncio.Task[int]) -> None:

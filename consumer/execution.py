@@ -16,9 +16,12 @@ import structlog
 from consumer import job as outcomes
 from consumer.admission import NANOSECONDS, Admission, Job
 from consumer.conclusion import Conclusion
-from consumer.device import Device
 from consumer.early_cancellations import EarlyCancellations
 from consumer.heartbeat import Lease
+from consumer.in_flight import InFlight, Slot, unqueued_slot
+from consumer.inference.cancel_token import Stopped, StopReason
+from consumer.inference.run_queue import RunQueue
+from consumer.inference_stage import InferenceStage
 from consumer.job import Decision, Outcome, Publish, State, decide
 from consumer.pictures import Pictures
 from consumer.ports import (
@@ -27,7 +30,6 @@ from consumer.ports import (
     Events,
     Grip,
     Images,
-    Inference,
     JobTrace,
     ModelDescription,
     ModelError,
@@ -40,9 +42,7 @@ from consumer.ports import (
     Workers,
 )
 from consumer.request_ids import RequestIds
-from consumer.run import Reason, Stopped
 from consumer.telemetry import JobReport
-from consumer.turns import Place, Turns
 from consumer.verdict import TooManyDeliveries, name_of, outcome_of
 from generation_contracts import (
     ImageToTextRequest,
@@ -88,7 +88,7 @@ class Execution:
         limits: The worker's numbers.
         model: What the loaded runner says of itself.
         runner: The loaded model.
-        inference: The one thread in which it runs.
+        run_queue: Where the inference thread takes its runs from.
         events: The way to the bus.
         queue: The requests in their streams.
         workers: All workers of the installation.
@@ -97,7 +97,7 @@ class Execution:
         observer: Told what happens.
         prompt_in_pictures: Whether the files of pictures say their prompts.
         tracer: Where traces go; None: nowhere.
-        turns: How much may be in hand; None: one at a time.
+        most_in_flight: Requests in flight at most.
         ending: Called when this process must end, before anything is given back.
     """
 
@@ -109,7 +109,7 @@ class Execution:
         limits: Limits,
         model: ModelDescription,
         runner: Runner,
-        inference: Inference,
+        run_queue: RunQueue,
         events: Events,
         queue: Queue,
         workers: Workers,
@@ -118,7 +118,7 @@ class Execution:
         observer: Observer,
         prompt_in_pictures: bool = False,
         tracer: Tracer | None = None,
-        turns: Turns | None = None,
+        most_in_flight: int = 1,
         ending: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._admission = admission
@@ -128,7 +128,7 @@ class Execution:
         self._runner = runner
         self._ids = RequestIds(admission=admission, events=events, queue=queue, workers=workers)
         self._early_cancellations = EarlyCancellations()
-        self._turns = turns or Turns()
+        self._in_flight = InFlight(run_queue, most=most_in_flight)
         self._ending = ending
         self._pictures = Pictures(
             artifacts,
@@ -151,10 +151,9 @@ class Execution:
             retry_delay=limits.retry_delay,
             observer=observer,
         )
-        self._device = Device(
-            turns=self._turns,
+        self._inference = InferenceStage(
+            queue=run_queue,
             runner=runner,
-            inference=inference,
             model=model,
             events=events,
             event_fields=self._conclusion.event_fields,
@@ -164,7 +163,7 @@ class Execution:
 
     async def room(self) -> None:
         """Wait until there is room for one more delivery."""
-        await self._turns.room()
+        await self._in_flight.room()
 
     async def handle(self, delivery: Delivery) -> int | None:
         """Take one delivery through its life; several may be under way.
@@ -172,11 +171,11 @@ class Execution:
         Returns:
             An exit code when this process must end (device lost, thread hung), else None.
         """
-        place = self._turns.join(suspect=delivery.deliveries > 1)
+        slot = self._in_flight.join(redelivered=delivery.deliveries > 1)
         try:
-            return await self._take(delivery, self._stages, place)
+            return await self._take(delivery, self._stages, slot)
         finally:
-            place.leave()
+            slot.leave()
 
     async def put_aside(self, delivery: Delivery) -> None:
         """Conclude a request that the server delivers no more, without running it.
@@ -187,7 +186,7 @@ class Execution:
         if await self._ids.in_progress(delivery, request_id):
             log.info("max_deliver_exhausted_in_progress", request_id=request_id)
             return
-        await self._take(delivery, self._lost)
+        await self._take(delivery, self._lost, unqueued_slot())
 
     @property
     def storing(self) -> bool:
@@ -199,7 +198,7 @@ class Execution:
         """Whether a job waits until the store answers."""
         return bool(self._pictures.waiting)
 
-    def interrupt(self, reason: Reason, request_id: str | None = None) -> bool:
+    def interrupt(self, reason: StopReason, request_id: str | None = None) -> bool:
         """Ask a job, or all of them, to stop at the next step.
 
         Returns:
@@ -207,14 +206,14 @@ class Execution:
         """
         asked = [job for job in self._jobs if request_id in {None, job.request_id}]
         for job in asked:
-            job.interrupt.set(reason)
+            job.cancel_token.set(reason)
         return bool(asked)
 
     def give_back_what_waits(self) -> None:
         """Give back what waits for the device behind another request, and has not begun."""
         for job in self._jobs:
-            if self._turns.waits_behind_another(job.place):
-                job.interrupt.set(Reason.DRAIN)
+            if self._in_flight.waits_behind_another(job.slot):
+                job.cancel_token.set(StopReason.DRAIN)
 
     async def withdraw(self, request_id: str) -> Grip | None:
         """Stop a job at its next step because its sender wants it no more.
@@ -234,7 +233,9 @@ class Execution:
         ]
         in_time = [job for job in held if job.state not in _AT_THE_END]
         for job in in_time:
-            job.interrupt.set(Reason.CANCEL)  # before anything is waited for: it is in time now
+            job.cancel_token.set(
+                StopReason.CANCEL
+            )  # before anything is waited for: it is in time now
             await job.delivery.withdraw()
         if not held:
             return None
@@ -248,9 +249,9 @@ class Execution:
         self,
         delivery: Delivery,
         stages: Callable[[Job], Awaitable[Outcome]],
-        place: Place | None = None,
+        slot: Slot,
     ) -> int | None:
-        job = self._admission.open(delivery, place)
+        job = self._admission.open(delivery, slot)
         trace = self._begin_trace(job)
         self._jobs.append(job)
         self._observer.job_started()
@@ -274,13 +275,13 @@ class Execution:
             except Exception as error:
                 # Nobody knows how far it came: the lease runs out and the request comes again.
                 log.exception("job_abandoned")
-                if place is not None and await self._failed_too_often(job):
+                if stages == self._stages and await self._failed_too_often(job):
                     decision = await self._conclusion.give_up(job, type(error).__name__)
             finally:
                 self._jobs.remove(job)
                 self._ids.release(job)
                 job.over.set()
-                job.place.leave()
+                job.slot.leave()
                 self._report(job, decision)
                 trace.end(outcome=name_of(decision), queued=job.queued, stages=job.stages)
         return exit_code
@@ -309,21 +310,21 @@ class Execution:
             if job.delivery.attempt > 1:
                 await self._read_marks(job)
             if any(one in self._early_cancellations for one in job.may_be_cancelled_as):
-                job.interrupt.set(Reason.CANCEL)
+                job.cancel_token.set(StopReason.CANCEL)
             if request.deadline is not None:
                 left = (request.deadline - datetime.now(UTC)).total_seconds()
                 timer = asyncio.get_running_loop().call_later(
-                    max(0.0, left), job.interrupt.set, Reason.DEADLINE
+                    max(0.0, left), job.cancel_token.set, StopReason.DEADLINE
                 )
             await self._ids.acquire(job)
             pictures = await self._admit(job, request)
-            output = await self._device.run(job, pictures)
+            output = await self._inference.run(job, pictures)
             del pictures  # nothing of them is needed while the output is stored
             await self._keep(job, request, output)
-            if job.interrupt.reason is Reason.CANCEL:
+            if job.cancel_token.reason is StopReason.CANCEL:
                 # Whoever cancelled has been told that it stops. A deadline or a drain that comes as
                 # late as this is too late.
-                job.interrupt.check()
+                job.cancel_token.check()
         except Exception as error:  # noqa: BLE001 - each of them is an outcome
             return outcome_of(error)
         finally:
@@ -347,31 +348,31 @@ class Execution:
     async def _read_marks(self, job: Job) -> None:
         job.withdrawn = await job.delivery.withdrawn()
         if job.withdrawn:
-            job.interrupt.set(Reason.CANCEL)
-        if not job.place.suspect:
+            job.cancel_token.set(StopReason.CANCEL)
+        if not job.slot.redelivered:
             return  # it was queued again after a failed attempt, and its worker lives
         requeued = await job.delivery.releases()
         job.releases = job.delivery.uncounted + requeued
         if job.delivery.deliveries - requeued == 1:
-            job.place.clear()  # a rollout of the workers, for example
-        elif job.place.in_company:
+            job.slot.clear()  # a rollout of the workers, for example
+        elif job.slot.co_resident:
             # If the worker dies now, it may be of another one: what waits behind a request that
             # kills three workers must not become a dead letter with it. `_be_alone` ends that.
             await job.delivery.discount()
             job.releases = job.delivery.uncounted + await job.delivery.releases()
 
     async def _be_alone(self, job: Job) -> None:
-        """Let those leave who were in hand before a suspect: what happens then is its own doing."""
-        if job.place.suspect and job.place.in_company:
-            await job.interrupt.during(self._turns.alone(job.place))
+        """Wait until a redelivered request is alone: a death of this worker is its doing then."""
+        if job.slot.redelivered and job.slot.co_resident:
+            await job.cancel_token.race(self._in_flight.isolate(job.slot))
             await self._count(job)
 
     async def _count(self, job: Job) -> None:
         """Make this delivery a try: what has become of it is its own doing."""
-        if job.place.suspect and job.place.in_company:
+        if job.slot.redelivered and job.slot.co_resident:
             await job.delivery.count()
             job.releases = job.delivery.uncounted + await job.delivery.releases()
-            job.place.in_company = False
+            job.slot.co_resident = False
 
     async def _failed_too_often(self, job: Job) -> bool:
         try:
@@ -391,11 +392,11 @@ class Execution:
         if job.attempt > self._limits.max_attempts and not job.withdrawn:
             raise TooManyDeliveries
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
-            raise Stopped(Reason.DEADLINE)
+            raise Stopped(StopReason.DEADLINE)
         self._runner.check(request)
         sources = request.images if isinstance(request, ImageToTextRequest) else ()
         pictures = await self._pictures.fetch(job, sources)
-        job.interrupt.check()
+        job.cancel_token.check()
         job.advance(State.ADMITTED)
         return pictures
 

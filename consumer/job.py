@@ -28,8 +28,7 @@ class State(Enum):
 _NEXT: dict[State, frozenset[State]] = {
     State.RECEIVED: frozenset({State.ADMITTED, State.CONCLUDING}),
     State.ADMITTED: frozenset({State.RUNNING, State.CONCLUDING}),
-    # RUNNING again is the second try with the memory-saving options.
-    State.RUNNING: frozenset({State.RUNNING, State.ENCODING, State.CONCLUDING}),
+    State.RUNNING: frozenset({State.ENCODING, State.CONCLUDING}),
     State.ENCODING: frozenset({State.STORING, State.CONCLUDING}),
     State.STORING: frozenset({State.CONCLUDING}),
     State.CONCLUDING: frozenset({State.SETTLED, State.ABANDONED}),

@@ -178,14 +178,14 @@ class Pictures:
         try:
             while True:
                 try:
-                    return await job.interrupt.during(action())
+                    return await job.cancel_token.race(action())
                 except StoreUnavailable as error:
                     log.warning("store_unavailable", reason=str(error), pause=round(pause, 1))
                 self.waiting.add(job)
                 waited = asyncio.get_running_loop().time() - since
                 if waited > STORE_PATIENCE and await self.others_idle():
                     raise StoreIsAway
-                await job.interrupt.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter
+                await job.cancel_token.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter
                 pause = min(pause * 2, STORE_PAUSE_MOST)
         finally:
             self.waiting.discard(job)

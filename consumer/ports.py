@@ -5,11 +5,11 @@ a job can be driven through every outcome with in-memory ports, and none of the 
 them reaches the part that decides.
 """
 
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from consumer.telemetry import JobReport
 from generation_contracts import (
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     import asyncio
 
     from PIL.Image import Image
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 ResultEvent = SucceededEvent | FailedEvent | CancelledEvent
 OutputFormat = Literal["png", "webp", "jpeg"]
@@ -462,20 +459,34 @@ class RunnerOutput:
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)  # defaults included
 
 
-OnStep = Callable[[int, int], None]  # (steps done, steps in all); called in the inference thread
-OnPreview = Callable[[bytes], None]  # (a small JPEG file); called in the inference thread
-OnText = Callable[[str], None]  # (what has been added to the text); called in the inference thread
-IsCancelled = Callable[[], bool]
+class RunProgress(Protocol):
+    """Where a run reports how far it is. The inference thread calls it between two steps."""
+
+    def step(self, done: int, of: int) -> None:
+        """Note a step: how many are done, and how many there are as far as the run knows."""
+
+    def text(self, added: str) -> None:
+        """Note what has been added to the text, where the request asks to see it grow."""
+
+    def preview(self, jpeg: bytes) -> None:
+        """Note how the image looks, as a small JPEG file, where the request asks for previews."""
 
 
 @dataclass(frozen=True, eq=False)
-class BatchMember:
-    """One of several requests that run as one; see `Runner.run` for what each field is."""
+class RunRequest:
+    """One request of a run.
+
+    Attributes:
+        request: With a seed; `Runner.check` has passed it.
+        images: Its decoded inputs, RGB; empty for text-to-image.
+        progress: Where the run reports how far it is.
+        cancelled: Called after each step; when it returns True the run stops for this request.
+    """
 
     request: Request
     images: Sequence["Image"]
-    on_step: OnStep
-    cancelled: IsCancelled
+    progress: RunProgress
+    cancelled: Callable[[], bool]
 
 
 class Runner(Protocol):
@@ -500,29 +511,22 @@ class Runner(Protocol):
         """
 
     def run(
-        self,
-        request: Request,
-        images: Sequence["Image"],
-        *,
-        on_step: OnStep,
-        cancelled: IsCancelled,
-        on_text: OnText | None = None,
-        on_preview: OnPreview | None = None,
-        save_memory: bool = False,
-    ) -> RunnerOutput:
+        self, runs: Sequence[RunRequest], *, save_memory: bool = False
+    ) -> Sequence[RunnerOutput | None]:
         """Run the model once.
 
+        After each step the progress of each request is reported and its `cancelled` is called. A
+        cancelled request is neither reported nor called again and gets no output; the others go on.
+
         Args:
-            request: A request that `check` has passed.
-            images: Its decoded inputs, RGB; empty for text-to-image.
-            on_step: Told after each step.
-            cancelled: Asked after each step; when it says yes, the run stops there.
-            on_text: Told what is added to a text, where the request wants to see it grow.
-            on_preview: Told how a picture looks so far, where the request wants to see it.
-            save_memory: Turn on what makes the run smaller and slower, for a second try.
+            runs: One request, or several with the same `batch_key`.
+            save_memory: Use the options that make the run smaller and slower; for one request.
+
+        Returns:
+            One output for each request, in their order; None for a cancelled one.
 
         Raises:
-            Interrupted: `cancelled` said yes; the model is ready for the next run.
+            Interrupted: All requests were cancelled; the model is ready for the next run.
             UnsupportedParameter: The model refused a value that `check` could not judge.
             OutOfMemory: The device's memory did not suffice; it has been freed as far as possible.
             DeviceLost: The device cannot be used by this process any more.
@@ -539,44 +543,8 @@ class Runner(Protocol):
             Equal for requests that go together; None: this one runs alone.
         """
 
-    def run_batch(self, members: Sequence[BatchMember]) -> Sequence[RunnerOutput | None]:
-        """Run the model once for several requests.
-
-        After each step each member's `on_step` is told and its `cancelled` asked. Who says yes is
-        asked no more and gets no output; the others go on.
-
-        Args:
-            members: Two or more whose `batch_key` is the same.
-
-        Returns:
-            One output for each, in their order; None for who was cancelled.
-
-        Raises:
-            Interrupted: All of them were cancelled.
-            Exception: What `run` raises; it may be one member's fault, and nobody can tell whose.
-        """
-
     def close(self) -> None:
         """Let go of the weights."""
-
-
-class Inference(Protocol):
-    """The one thread in which the runner's methods are called."""
-
-    def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        """Call a function there, and wait for what it gives."""
-
-    def call_next(
-        self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> Awaitable[T]:
-        """Have a function called there as soon as the call that is under way returns.
-
-        Where that raises, or none is under way, it waits for one that returns: take it back then.
-        There is one place for such a call.
-        """
-
-    def take_back(self) -> bool:
-        """Do not make the call of `call_next`; False: it has begun."""
 
 
 class ModelUnavailable(Exception):  # noqa: N818 - a state of the model

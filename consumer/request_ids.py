@@ -51,13 +51,13 @@ class RequestIds:
         """
         while (owner := self._owners.setdefault(job.request_id, job)) is not job:
             job.is_copy = True
-            job.place.step_aside()
-            await job.interrupt.during(owner.decided.wait())
+            job.slot.step_aside()
+            await job.cancel_token.race(owner.decided.wait())
             if not owner.is_copy and owner.digest != job.digest:
                 raise IdConflict
-            await job.interrupt.during(owner.over.wait())
+            await job.cancel_token.race(owner.over.wait())
         job.is_copy = False
-        job.place.rejoin()
+        job.slot.rejoin()
         try:
             await self._look_outside(job)
         finally:

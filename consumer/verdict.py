@@ -3,6 +3,8 @@
 import structlog
 
 from consumer import job as outcomes
+from consumer.inference.cancel_token import Stopped, StopReason
+from consumer.inference.monitor import RunStalled
 from consumer.job import Decision, Outcome, Publish, Settlement
 from consumer.ports import (
     DeviceLost,
@@ -11,7 +13,6 @@ from consumer.ports import (
     OutOfMemory,
     UnsupportedParameter,
 )
-from consumer.run import Hanging, Reason, Stopped
 from generation_contracts import InvalidRequest
 
 log = structlog.get_logger()
@@ -37,10 +38,10 @@ class TooManyDeliveries(Exception):  # noqa: N818 - a state of the request
     """The request killed the workers that took it."""
 
 
-_STOPPED: dict[Reason, Outcome] = {
-    Reason.DEADLINE: outcomes.Expired(),
-    Reason.CANCEL: outcomes.Cancelled(),
-    Reason.DRAIN: outcomes.Draining(),
+_STOPPED: dict[StopReason, Outcome] = {
+    StopReason.DEADLINE: outcomes.Expired(),
+    StopReason.CANCEL: outcomes.Cancelled(),
+    StopReason.DRAIN: outcomes.Draining(),
 }
 
 
@@ -65,11 +66,11 @@ def outcome_of(error: Exception) -> Outcome:  # noqa: C901, PLR0911, PLR0912 - o
             return outcomes.Unsupported(error.parameter, str(error))
         case InputUnavailable():
             return outcomes.InputMissing(str(error))
-        case OutOfMemory():  # the first time was seen to in `device`
+        case OutOfMemory():  # also with less memory, in the inference thread
             return outcomes.RanOutOfMemory(saved_memory=True, tried=error.tried)
         case DeviceLost():
             return outcomes.LostDevice()
-        case Hanging():
+        case RunStalled():
             return outcomes.Stalled()
         case ModelError():
             return outcomes.ModelRaised(str(error))

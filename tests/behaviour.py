@@ -14,8 +14,10 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-from consumer import conclusion, pictures, run
+from consumer import conclusion, pictures
 from consumer.execution import Execution
+from consumer.inference import monitor
+from consumer.inference.cancel_token import StopReason
 from consumer.job import EXIT_DEVICE_LOST
 from consumer.ports import (
     DeadLetter,
@@ -25,7 +27,6 @@ from consumer.ports import (
     ResultEvent,
     RunnerOutput,
 )
-from consumer.run import Reason
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,
@@ -195,7 +196,7 @@ def failure(event: ResultEvent | None) -> FailureCode:
 
 def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look often and try again soon: nothing here depends on how long a pause is."""
-    monkeypatch.setattr(run, "PROGRESS_INTERVAL", 0.002)
+    monkeypatch.setattr(monitor, "PROGRESS_INTERVAL", 0.002)
     monkeypatch.setattr(pictures, "STORE_PAUSE_FIRST", 0.001)
     monkeypatch.setattr(pictures, "STORE_PAUSE_MOST", 0.002)
     monkeypatch.setattr(conclusion, "COPY_DELAY", 0.0)
@@ -505,11 +506,13 @@ class Behaviour:
     ) -> None:
         hold = world.runner.will_hold()
         await world.send(asking(reply_to=INBOX))
-        assert not world.execution.interrupt(Reason.CANCEL, "a")
+        assert not world.execution.interrupt(StopReason.CANCEL, "a")
         asked: list[bool] = []
 
         def cancel() -> None:
-            asked.extend(world.execution.interrupt(Reason.CANCEL, one) for one in ("other", "a"))
+            asked.extend(
+                world.execution.interrupt(StopReason.CANCEL, one) for one in ("other", "a")
+            )
 
         await while_running(world, hold, cancel)
         assert asked == [False, True]
@@ -517,13 +520,13 @@ class Behaviour:
         assert isinstance(event, CancelledEvent)
         assert await world.replies() == [(INBOX, event)]
         assert await world.left() == 0
-        assert not world.execution.interrupt(Reason.CANCEL, "a")
+        assert not world.execution.interrupt(StopReason.CANCEL, "a")
         assert world.observer.outcomes == ["cancelled"]
 
     async def test_drained_run_is_given_back_for_another_worker(self, world: World) -> None:
         hold = world.runner.will_hold()
         await world.send(asking())
-        code = await while_running(world, hold, lambda: world.execution.interrupt(Reason.DRAIN))
+        code = await while_running(world, hold, lambda: world.execution.interrupt(StopReason.DRAIN))
         assert code is None
         assert await world.result("a") is None
         assert await world.left() == 1
@@ -539,7 +542,7 @@ class Behaviour:
         await world.send(asking())
         for _ in range(3):
             hold = world.runner.will_hold()
-            await while_running(world, hold, lambda: world.execution.interrupt(Reason.DRAIN))
+            await while_running(world, hold, lambda: world.execution.interrupt(StopReason.DRAIN))
         world.runner.will(raising(lambda: ModelError("ValueError")))
         await soon(world.work())
         assert (await world.result("a"), await world.left()) == (None, 1)
@@ -714,10 +717,11 @@ class Behaviour:
         assert isinstance(await world.result("a"), SucceededEvent)
 
     @pytest.mark.parametrize(
-        ("reason", "left"), [(Reason.DRAIN, 1), (Reason.CANCEL, 0), (Reason.DEADLINE, 0)]
+        ("reason", "left"),
+        [(StopReason.DRAIN, 1), (StopReason.CANCEL, 0), (StopReason.DEADLINE, 0)],
     )
     async def test_wait_for_the_store_can_be_ended(
-        self, world: World, reason: Reason, left: int
+        self, world: World, reason: StopReason, left: int
     ) -> None:
         world.store.begin()
         await world.send(asking())
@@ -727,9 +731,9 @@ class Behaviour:
         await soon(working)
         assert await world.left() == left
         event = await world.result("a")
-        if reason is Reason.DRAIN:
+        if reason is StopReason.DRAIN:
             assert event is None
-        elif reason is Reason.CANCEL:
+        elif reason is StopReason.CANCEL:
             assert isinstance(event, CancelledEvent)
         else:
             assert failure(event) == "deadline_exceeded"

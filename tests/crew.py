@@ -9,9 +9,9 @@ from collections import defaultdict
 
 from consumer.conclusion import RETRY_DELAY_MOST
 from consumer.execution import Limits
+from consumer.inference.cancel_token import StopReason
 from consumer.pictures import STORE_PAUSE_MOST
 from consumer.ports import Interrupted
-from consumer.run import Reason
 from generation_contracts import Task
 from tests.behaviour import INBOX
 from tests.memory_ports import MemoryDelivery, Outage, raising
@@ -151,18 +151,18 @@ class Crew:
 
     # -- what happens to them ---------------------------------------------------------------------
 
-    def ask(self, worker: SteppedWorker, reason: Reason) -> None:
+    def ask(self, worker: SteppedWorker, reason: StopReason) -> None:
         """Ask a job to stop; one that is at the store, or waits for it, does so at once."""
         story = self.stories[worker]
         waits = not (worker.place or worker.run or self.world.bus.away)
         at_the_store = waits or worker.place in AT_THE_STORE
-        one = story.sent.request_id if reason is Reason.CANCEL else None
+        one = story.sent.request_id if reason is StopReason.CANCEL else None
         found = worker.execution.interrupt(reason, one)
         if story.stranded and not found:
             return  # it is being looked at, and has no job yet
         self._claim(found, f"{reason} finds no job")
         story.ask(reason)
-        if reason is Reason.DRAIN:
+        if reason is StopReason.DRAIN:
             self._leaving.add(worker)
         self.world.loop.rest()
         self._claim(story.concluding or not at_the_store, f"{reason} is not heard")
@@ -201,7 +201,7 @@ class Crew:
         hanging = {worker: self.stories[worker] for worker in self.running if not worker.place}
         self.pass_time(seconds)
         for worker, story in hanging.items():
-            if seconds > STALL or story.asked is Reason.DRAIN:
+            if seconds > STALL or story.asked is StopReason.DRAIN:
                 waits = worker in self.running and not worker.place
                 self._claim(not waits, f"a run is waited for after {seconds} s without a step")
 

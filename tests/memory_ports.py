@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -27,16 +27,13 @@ from consumer.ports import (
     Grip,
     InputUnavailable,
     Interrupted,
-    IsCancelled,
     MessageTooLarge,
     ModelDescription,
-    OnPreview,
-    OnStep,
-    OnText,
     OutOfMemory,
     OutputFormat,
     ResultEvent,
     RunnerOutput,
+    RunRequest,
     StoredRequest,
     StoreUnavailable,
     UnsupportedParameter,
@@ -643,11 +640,22 @@ class Run:
 
     request: Request
     images: tuple[Image.Image, ...]
-    on_step: OnStep
-    cancelled: IsCancelled
-    on_text: OnText | None
+    on_step: Callable[[int, int], None]
+    cancelled: Callable[[], bool]
+    on_text: Callable[[str], None]
     save_memory: bool
     written: list[str] = field(default_factory=list)  # by the scripts
+
+    @classmethod
+    def of(cls, asked: RunRequest, *, save_memory: bool = False) -> "Run":
+        return cls(
+            asked.request,
+            tuple(asked.images),
+            asked.progress.step,
+            asked.cancelled,
+            asked.progress.text,
+            save_memory,
+        )
 
 
 Script = Callable[[Run], RunnerOutput]
@@ -749,20 +757,16 @@ class ScriptedRunner:
             raise UnsupportedParameter("negative_prompt", "negative_prompt: no such parameter")
 
     def run(
-        self,
-        request: Request,
-        images: Sequence[Image.Image],
-        *,
-        on_step: OnStep,
-        cancelled: IsCancelled,
-        on_text: OnText | None = None,
-        on_preview: OnPreview | None = None,
-        save_memory: bool = False,
-    ) -> RunnerOutput:
-        run = Run(request, tuple(images), on_step, cancelled, on_text, save_memory)
+        self, runs: Sequence[RunRequest], *, save_memory: bool = False
+    ) -> list[RunnerOutput | None]:
+        (asked,) = runs
+        run = Run.of(asked, save_memory=save_memory)
         self.runs.append(run)
         script = self._scripts.popleft() if self._scripts else make
-        return script(run)
+        return [script(run)]
+
+    def batch_key(self, _: Request) -> Hashable | None:
+        """Each runs alone."""
 
     def close(self) -> None:
         """Let every held run end: the interpreter waits for its thread."""

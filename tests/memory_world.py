@@ -5,9 +5,9 @@ from typing import Any
 
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
+from consumer.inference.run_queue import RunQueue
+from consumer.inference.worker import InferenceWorker
 from consumer.ports import DeadLetter, ResultEvent
-from consumer.runners.thread import InferenceThread
-from consumer.turns import Bounds, Turns
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task
 from tests.memory_ports import (
     BUCKET,
@@ -43,7 +43,9 @@ class MemoryWorld:
         max_attempts: int = 3,
         stall_timeout: float = LONG,
         prompt_in_pictures: bool = False,
-        bounds: Bounds | None = None,
+        most_in_flight: int = 1,
+        max_batch: int = 1,
+        window: float = 0.0,
         runner: ScriptedRunner | None = None,
     ) -> None:
         self.journal: list[str] = []
@@ -56,32 +58,41 @@ class MemoryWorld:
         self.artifacts = MemoryArtifacts(self.journal)
         self.store = self.artifacts.outage
         self.images = MemoryImages()
-        self.inference = InferenceThread()
         self.observer = MemoryObserver()
         self.runner = runner or ScriptedRunner()
         self.delivery: MemoryDelivery | None = None
-        self._start = lambda: Execution(
+        self.run_queue: RunQueue
+        self._limits = Limits(
+            ack_wait=ack_wait,
+            max_attempts=max_attempts,
+            stall_timeout=stall_timeout,
+            retry_delay=0.0,
+        )
+        self._prompt_in_pictures = prompt_in_pictures
+        self._room = {"max_batch": max_batch, "window": window}
+        self._most_in_flight = most_in_flight
+        self.execution = self._start()
+
+    def _start(self) -> Execution:
+        """Start a worker process: its inference thread, and what hands requests to it."""
+        self.run_queue = RunQueue(**self._room)
+        InferenceWorker(self.runner, self.run_queue, on_busy=self.observer.device_busy).start()
+        return Execution(
             worker="worker-1",
-            admission=Admission(task, self.subjects, ("_INBOX.", "generation.reply.")),
-            limits=Limits(
-                ack_wait=ack_wait,
-                max_attempts=max_attempts,
-                stall_timeout=stall_timeout,
-                retry_delay=0.0,
-            ),
-            model=self.runner.load(),
+            admission=Admission(self.task, self.subjects, ("_INBOX.", "generation.reply.")),
+            limits=self._limits,
+            model=self.runner.description,
             runner=self.runner,
-            inference=self.inference,
+            run_queue=self.run_queue,
             events=self.events,
             queue=self.queue,
             workers=self.workers,
             artifacts=self.artifacts,
             images=self.images,
             observer=self.observer,
-            prompt_in_pictures=prompt_in_pictures,
-            turns=Turns(bounds),
+            prompt_in_pictures=self._prompt_in_pictures,
+            most_in_flight=self._most_in_flight,
         )
-        self.execution = self._start()
 
     async def send(
         self,
@@ -133,7 +144,7 @@ class MemoryWorld:
     def close(self) -> None:
         """End the inference thread."""
         self.runner.close()
-        self.inference.close()
+        self.run_queue.close()
 
     @property
     def settlements(self) -> list[str]:

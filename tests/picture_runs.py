@@ -5,6 +5,7 @@ from typing import Any
 from consumer.ports import RunnerOutput
 from consumer.runners import ModelRunner
 from generation_contracts import TextToImageRequest
+from tests.model_runs import run_model
 
 
 def asked(**fields: Any) -> TextToImageRequest:
@@ -23,9 +24,7 @@ def made_of(
 ) -> RunnerOutput:
     """What the model makes of a request, once it has passed the check."""
     runner.check(request)
-    return runner.run(
-        request, [], on_step=lambda *_: None, cancelled=lambda: False, save_memory=save_memory
-    )
+    return run_model(runner, request, [], save_memory=save_memory)
 
 
 def pixels(output: RunnerOutput) -> list[bytes]:

@@ -17,10 +17,12 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar, TypeVarTuple, cast
 
 import pytest
 
-from consumer import admission, conclusion, device, execution, run, turns
+from consumer import admission, conclusion, execution, inference_stage
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
-from consumer.ports import Delivery, IsCancelled, OnStep
+from consumer.inference import monitor, progress, run_queue
+from consumer.inference.run_queue import RunQueue, Ticket
+from consumer.ports import Delivery, OutOfMemory, RunnerOutput, RunRequest
 from generation_contracts import Subjects, Task
 from tests import memory_ports
 from tests.memory_ports import (
@@ -125,36 +127,52 @@ class Watcher(Protocol):
 class SteppedRun:
     """One run of a model that ends when it is told to."""
 
-    def __init__(self, on_step: OnStep, cancelled: IsCancelled, *, save_memory: bool) -> None:
-        self.on_step = on_step
-        self.cancelled = cancelled
+    def __init__(self, run: RunRequest, *, save_memory: bool) -> None:
+        self.on_step = run.progress.step
+        self.cancelled = run.cancelled
         self.save_memory = save_memory
         self.ends: asyncio.Future[Script] = asyncio.get_running_loop().create_future()
 
 
-class SteppedInference:
-    """An inference "thread" that waits for its run's end to be told."""
+class SteppedInference(RunQueue):
+    """A run queue whose "inference thread" is a task that waits for its run's end to be told."""
 
     def __init__(self, runner: ScriptedRunner, worker: "SteppedWorker") -> None:
+        super().__init__()
         self._runner = runner
         self._worker = worker
+        self._runs: set[asyncio.Task[None]] = set()
 
-    async def call(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        given: Any = kwargs
-        held = SteppedRun(given["on_step"], given["cancelled"], save_memory=given["save_memory"])
+    def mark_ready(self, ticket: Ticket, run: RunRequest, key: Any = None) -> None:
+        super().mark_ready(ticket, run, key)
+        for taken in self.next_batch(wait=False):
+            task = asyncio.create_task(self._attempt(taken))
+            self._runs.add(task)
+            task.add_done_callback(self._runs.discard)
+
+    async def _attempt(self, ticket: Ticket) -> None:
+        result = await self._run(ticket, save_memory=False)
+        if isinstance(result, OutOfMemory):
+            result = await self._run(ticket, save_memory=True)
+        ticket.finish(result)
+
+    async def _run(self, ticket: Ticket, *, save_memory: bool) -> RunnerOutput | Exception:
+        assert ticket.run is not None
+        ticket.progress.begin()
+        ticket.begin()
+        held = SteppedRun(ticket.run, save_memory=save_memory)
         self._worker.run = held
         self._worker.watcher.run_begins(held)
         try:
             self._runner.will(await held.ends)
+            (output,) = self._runner.run([ticket.run], save_memory=save_memory)
+        except Exception as error:  # noqa: BLE001 - it is for the job
+            return error
         finally:
             self._worker.run = None
-        return function(*args, **kwargs)
-
-    def call_next(self, *_: Any, **__: Any) -> Any:
-        raise AssertionError("one at a time")
-
-    def take_back(self) -> bool:
-        raise AssertionError("one at a time")
+            ticket.progress.end()
+        assert output is not None
+        return output
 
 
 # What keeps its word never to raise, whatever becomes of the connection.
@@ -198,7 +216,7 @@ class SteppedWorker:
             limits=world.limits,
             model=runner.load(),
             runner=runner,
-            inference=SteppedInference(runner, self),
+            run_queue=SteppedInference(runner, self),
             events=self._stepped(world.events),
             queue=self._stepped(world.queue),
             workers=self._stepped(world.colleagues),
@@ -330,7 +348,7 @@ class SteppedWorld:
     def open(self) -> None:
         """Make every clock show this world's time."""
         clock = SimpleNamespace(monotonic=self.loop.time)
-        for module in (run, device, turns):
+        for module in (inference_stage, monitor, progress, run_queue):
             self._patches.setattr(module, "time", clock)
         for module in (admission, conclusion, execution, memory_ports):
             self._patches.setattr(module, "datetime", _clock_of(self.loop))

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from consumer.execution import LAST_WORD
+from consumer.inference.cancel_token import StopReason
+from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.ports import DeadLetter, MessageTooLarge, ResultEvent
-from consumer.run import PATIENCE, Reason
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,
@@ -71,7 +72,11 @@ ROWS = {
     "left alone": Row(None, None),
     "drained": Row(None, "release"),
 }
-STOPPED = {Reason.DEADLINE: "expired", Reason.CANCEL: "cancelled", Reason.DRAIN: "drained"}
+STOPPED = {
+    StopReason.DEADLINE: "expired",
+    StopReason.CANCEL: "cancelled",
+    StopReason.DRAIN: "drained",
+}
 CONCLUDING = frozenset(
     {"dead_letter", "publish_result", "reply", "retry_later", "ack", "nak", "term", "release"}
 )
@@ -133,7 +138,7 @@ class Story:
         self._owner: str | None = None  # the digest that the id is marked with
         self._held = False  # whether another worker says that it runs the request
         self._retried = False
-        self._asked: list[tuple[float, Reason]] = []
+        self._asked: list[tuple[float, StopReason]] = []
         self._admission: list[ResultEvent | None] = []  # what was found, each time it was asked
         self._reached: set[str] = set()  # the calls that it has made or is about to make
         self._concluded: set[str] | None = None  # the verdicts when it began to carry one out
@@ -158,7 +163,7 @@ class Story:
         """The job is cancelled: wherever it is, it has time for a last word and no more."""
         self._forced = self.world.loop.time()
 
-    def ask(self, reason: Reason) -> None:
+    def ask(self, reason: StopReason) -> None:
         """The job is asked to stop."""
         self._asked.append((self.world.loop.time(), reason))
 
@@ -188,12 +193,12 @@ class Story:
         return self.sent.deadline is not None and self.sent.deadline <= self.world.now()
 
     @property
-    def asked(self) -> Reason | None:
+    def asked(self) -> StopReason | None:
         """Why the job is to stop; the first reason stands."""
         asked = list(self._asked)
         if self.sent.deadline is not None and self.late:
             ago = (self.world.now() - self.sent.deadline).total_seconds()
-            asked.insert(0, (self.world.loop.time() - ago, Reason.DEADLINE))
+            asked.insert(0, (self.world.loop.time() - ago, StopReason.DEADLINE))
         return min(asked, key=lambda one: one[0])[1] if asked else None
 
     # -- what has come of it ----------------------------------------------------------------------
@@ -281,7 +286,7 @@ class Story:
     def _given_up_on(self, ran: Ran) -> set[str]:
         now = self.world.loop.time()
         verdicts = {"stalled"} if now - ran.last_step > STALL else set()
-        if self.asked is Reason.DRAIN and now - self._asked[0][0] > PATIENCE:
+        if self.asked is StopReason.DRAIN and now - self._asked[0][0] > DRAIN_STEP_TIMEOUT:
             verdicts.add("drained")
         return verdicts
 
@@ -304,6 +309,8 @@ class Story:
     def before(self, call: str, arguments: tuple[Any, ...]) -> None:
         match call, *arguments:
             case "publish_result", event:
+                announced = "publish_progress" in self._reached
+                self._claim(announced or not self.runs, "no started event of a run that has ended")
                 self._publishes(event)
             case "dead_letter", _, _, letter:
                 self._puts_aside(letter)
@@ -350,7 +357,6 @@ class Story:
             self._releases = self.delivery.uncounted  # each one counts where it cannot be asked
 
     def run_begins(self, run: SteppedRun) -> None:
-        self._claim("publish_progress" in self._reached, "the model runs before anybody is told")
         self._claim(self.attempt <= ATTEMPTS, f"the model runs in attempt {self.attempt}")
         self._claim(not self._stranded, "the model runs on what is to be put aside")
         self._claim(self._admission[:1] == [None], "the model runs where a result exists")

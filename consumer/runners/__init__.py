@@ -10,7 +10,6 @@ from dataclasses import replace
 from consumer.runners import demonstration
 from consumer.runners.config import ModelConfig
 from consumer.runners.runner import ModelRunner
-from consumer.runners.thread import InferenceThread
 from generation_contracts import Task
 
 # All are read once, when the libraries are imported, so they must be set before. The first beats
@@ -21,7 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-__all__ = ["InferenceThread", "ModelConfig", "ModelRunner", "create_runner"]
+__all__ = ["ModelConfig", "ModelRunner", "create_runner"]
 
 
 def create_runner(task: Task, config: ModelConfig) -> ModelRunner:

@@ -4,6 +4,7 @@ Whether a kernel takes this device, or a cache this family, shows nowhere else; 
 need not wait for what a first run does only once.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import structlog
@@ -14,6 +15,7 @@ from consumer.ports import (
     ModelError,
     ModelUnavailable,
     OutOfMemory,
+    RunRequest,
     UnsupportedParameter,
 )
 from generation_contracts import ImageToTextRequest, Request, Task, TextToImageRequest
@@ -72,19 +74,16 @@ def try_once(model: "LoadedModel", task: Task, reasons: tuple[str, ...]) -> None
     log.warning("first_run_out_of_memory", untried=reasons)
 
 
+def unattended(request: Request, images: Sequence["Image"]) -> RunRequest:
+    """A run that is not cancelled, and whose progress nothing reads."""
+    return RunRequest(request, images, _NoProgress(), lambda: False)
+
+
 def _failure(model: "LoadedModel", task: Task, *, save_memory: bool) -> Exception | None:
     try:
         request, images = _least(model.description, task)
         model.check(request)
-        model.run(
-            request,
-            images,
-            on_step=_tell_nobody,
-            cancelled=_never,
-            on_text=None,
-            on_preview=None,
-            save_memory=save_memory,
-        )
+        model.run([unattended(request, images)], save_memory=save_memory)
     except (UnsupportedParameter, OutOfMemory, DeviceLost, ModelError) as error:
         return error.with_traceback(None)  # its frames would keep the tensors of the run
     return None
@@ -109,9 +108,14 @@ def _least(description: ModelDescription, task: Task) -> tuple[Request, list["Im
     return TextToImageRequest(prompt="a gray square", num_inference_steps=steps, seed=_SEED), []
 
 
-def _tell_nobody(*_: int) -> None:
-    pass
+class _NoProgress:
+    """A `consumer.ports.RunProgress` that nothing reads."""
 
+    def step(self, done: int, of: int) -> None:
+        """Drop it."""
 
-def _never() -> bool:
-    return False
+    def text(self, added: str) -> None:
+        """Drop it."""
+
+    def preview(self, jpeg: bytes) -> None:
+        """Drop it."""

@@ -1,26 +1,14 @@
 """The runner that the daemon holds: cheap to make, it imports and loads everything in `load`."""
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import structlog
 
-from consumer.ports import (
-    BatchMember,
-    IsCancelled,
-    ModelDescription,
-    ModelUnavailable,
-    OnPreview,
-    OnStep,
-    OnText,
-    RunnerOutput,
-)
+from consumer.ports import ModelDescription, ModelUnavailable, RunnerOutput, RunRequest
 from consumer.runners import libraries
 from consumer.runners.config import ModelConfig
 from generation_contracts import Request, Task
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 log = structlog.get_logger()
 
@@ -41,23 +29,12 @@ class LoadedModel(Protocol):
         """See `consumer.ports.Runner.check`."""
 
     def run(
-        self,
-        request: Request,
-        images: Sequence["Image"],
-        *,
-        on_step: OnStep,
-        cancelled: IsCancelled,
-        on_text: OnText | None,
-        on_preview: OnPreview | None,
-        save_memory: bool,
-    ) -> RunnerOutput:
+        self, runs: Sequence[RunRequest], *, save_memory: bool
+    ) -> Sequence[RunnerOutput | None]:
         """See `consumer.ports.Runner.run`."""
 
     def batch_key(self, request: Request) -> Hashable | None:
         """See `consumer.ports.Runner.batch_key`."""
-
-    def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
-        """See `consumer.ports.Runner.run_batch`."""
 
     def close(self) -> None:
         """Give the device's memory back."""
@@ -100,34 +77,14 @@ class ModelRunner:
         self._loaded().check(request)
 
     def run(
-        self,
-        request: Request,
-        images: Sequence["Image"],
-        *,
-        on_step: OnStep,
-        cancelled: IsCancelled,
-        on_text: OnText | None = None,
-        on_preview: OnPreview | None = None,
-        save_memory: bool = False,
-    ) -> RunnerOutput:
-        """Run the model once; see `consumer.ports.Runner.run` for what it raises."""
-        return self._loaded().run(
-            request,
-            images,
-            on_step=on_step,
-            cancelled=cancelled,
-            on_text=on_text,
-            on_preview=on_preview,
-            save_memory=save_memory,
-        )
+        self, runs: Sequence[RunRequest], *, save_memory: bool = False
+    ) -> Sequence[RunnerOutput | None]:
+        """Run the model once; see `consumer.ports.Runner.run`."""
+        return self._loaded().run(runs, save_memory=save_memory)
 
     def batch_key(self, request: Request) -> Hashable | None:
         """What requests have in common that can run as one; None: it runs alone."""
         return self._loaded().batch_key(request)
-
-    def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
-        """Run several as one; see `consumer.ports.Runner.run_batch` for what it raises."""
-        return self._loaded().run_batch(members)
 
     def close(self) -> None:
         """Let go of the weights; once more is no fault."""

@@ -12,20 +12,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 import torch
 
-from consumer.ports import BatchMember
+from consumer.ports import RunRequest
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.demonstration.training.prompts import prompt
 from consumer.runners.demonstration.training.scenes import draw, some_held_out_scene
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
+from tests.model_runs import run_of
 from tests.tiny_families import stable_diffusion_3
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SEED = 2_026  # of the scenes
 SIZES = (1, 2, 4, 8)  # requests in one run; 1 is the ordinary run
@@ -47,7 +44,7 @@ class Bench:
     """One model and what it is asked."""
 
     runner: ModelRunner
-    members: Sequence[BatchMember]
+    members: Sequence[RunRequest]
 
     @classmethod
     def of(cls, model: str) -> "Bench":
@@ -68,16 +65,7 @@ class Bench:
         """Make all of it, so many at a time."""
         wall, cpu = time.perf_counter(), time.process_time()
         for first in range(0, JOBS, size):
-            members = self.members[first : first + size]
-            if size > 1:
-                self.runner.run_batch(members)
-                continue
-            self.runner.run(
-                members[0].request,
-                members[0].images,
-                on_step=members[0].on_step,
-                cancelled=members[0].cancelled,
-            )
+            self.runner.run(self.members[first : first + size])
         return Took(time.perf_counter() - wall, time.process_time() - cpu)
 
 
@@ -94,22 +82,16 @@ def _loaded(model: str) -> ModelRunner:
     return runner
 
 
-def _picture(choice: random.Random, number: int) -> BatchMember:
+def _picture(choice: random.Random, number: int) -> RunRequest:
     scene = some_held_out_scene(choice, two=False)
     request = TextToImageRequest(prompt=prompt(scene, choice), seed=number)
-    return _member(request, ())
+    return run_of(request)
 
 
-def _text(choice: random.Random) -> BatchMember:
+def _text(choice: random.Random) -> RunRequest:
     drawn = draw(some_held_out_scene(choice, two=False), choice)
     request = ImageToTextRequest(prompt="Describe this picture.", images=("s3://bucket/key",))
-    return _member(request, [drawn])
-
-
-def _member(
-    request: TextToImageRequest | ImageToTextRequest, images: "Sequence[Image]"
-) -> BatchMember:
-    return BatchMember(request, images, on_step=lambda *_: None, cancelled=lambda: False)
+    return run_of(request, [drawn])
 
 
 def table(model: str, threads: int, rounds: Sequence[dict[int, Took]]) -> list[str]:

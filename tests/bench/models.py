@@ -30,6 +30,7 @@ from consumer.runners.demonstration.training.scenes import (
 )
 from consumer.runners.demonstration.training.sentences import description
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
+from tests.model_runs import run_model
 from tests.pixel_checker import same, seen
 
 if TYPE_CHECKING:
@@ -88,13 +89,13 @@ class Bench:
     def picture(self, wanted: str, seed: int, **parameters: float) -> "Image":
         """A picture for a prompt."""
         request = TextToImageRequest(prompt=wanted, seed=seed, **parameters)
-        output = self._draws.run(request, (), on_step=_ignore, cancelled=_never)
+        output = run_model(self._draws, request, (), on_step=_ignore, cancelled=_never)
         return output.images[0].image
 
     def text(self, pictures: Sequence["Image"], question: str) -> str:
         """What is answered about pictures."""
         request = ImageToTextRequest(prompt=question, images=("s3://bucket/key",) * len(pictures))
-        output = self._tells.run(request, pictures, on_step=_ignore, cancelled=_never)
+        output = run_model(self._tells, request, pictures, on_step=_ignore, cancelled=_never)
         return "" if output.text is None else output.text.text
 
     def close(self) -> None:

@@ -34,9 +34,9 @@ from consumer.gateway.app import CONNECT_WITHIN, ROUTERS
 from consumer.gateway.in_flight import ALWAYS_ANSWERED, END_WITHIN
 from consumer.gateway.jobs import CLOSE_WITHIN
 from consumer.gateway.serve import require_keys_where_others_call
+from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.metrics import Metrics
 from consumer.probes import SHUTDOWN_TIMEOUT, Probes, Watch
-from consumer.run import PATIENCE
 from consumer.settings import Settings
 from consumer.tracing import FLUSH_WITHIN
 from generation_contracts import Task
@@ -443,7 +443,9 @@ def test_a_pod_has_time_to_drain() -> None:
     grace = float(base_settings()["CONSUMER_DRAIN_GRACE"])
     for overlay in ("overlays/cpu", "overlays/production"):
         assert "CONSUMER_DRAIN_GRACE" not in literals(overlay)
-    needed = max(grace, Settings().consumer_drain_grace) + PATIENCE + FORCE_AFTER + closing
+    needed = (
+        max(grace, Settings().consumer_drain_grace) + DRAIN_STEP_TIMEOUT + FORCE_AFTER + closing
+    )
     margin = 10  # seconds, for a busy node
     assert pod(the_worker())["terminationGracePeriodSeconds"] >= needed + margin
     assert "lifecycle" not in container(the_worker())  # its time would be taken off

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -11,13 +11,10 @@ from consumer.ports import (
     GeneratedImage,
     GeneratedText,
     Interrupted,
-    IsCancelled,
     ModelDescription,
     ModelUnavailable,
-    OnPreview,
-    OnStep,
-    OnText,
     RunnerOutput,
+    RunRequest,
 )
 from generation_contracts import ModelInfo, Request, TextToImageRequest
 
@@ -71,26 +68,23 @@ class QuickRunner:
             raise ModelUnavailable("no model is loaded")
 
     def run(
-        self,
-        request: Request,
-        images: Sequence[Image.Image],
-        *,
-        on_step: OnStep,
-        cancelled: IsCancelled,
-        on_text: OnText | None = None,
-        on_preview: OnPreview | None = None,
-        save_memory: bool = False,
-    ) -> RunnerOutput:
+        self, runs: Sequence[RunRequest], *, save_memory: bool = False
+    ) -> list[RunnerOutput | None]:
+        (run,) = runs
+        request = run.request
         note("runs", request.request_id or "")
         note(BEGUN, f"{request.request_id} {time.monotonic()}")
         self.begin(request, save_memory=save_memory)
         steps = _steps(request)
         for step in range(1, steps + 1):
             self.step(request, step)
-            on_step(step, steps)
-            if cancelled():
+            run.progress.step(step, steps)
+            if run.cancelled():
                 raise Interrupted
-        return self.output(request, images)
+        return [self.output(request, run.images)]
+
+    def batch_key(self, _: Request) -> Hashable | None:
+        """Each runs alone."""
 
     def begin(self, request: Request, *, save_memory: bool) -> None:
         """Before the first step."""

@@ -17,8 +17,9 @@ from PIL import Image
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
 from consumer.images import ImageCodec
+from consumer.inference.run_queue import RunQueue
+from consumer.inference.worker import InferenceWorker
 from consumer.runners import ModelConfig, ModelRunner, create_runner
-from consumer.runners.thread import InferenceThread
 from generation_contracts import FailedEvent, FailureCode, ImageArtifact, SucceededEvent, Task
 from tests.memory_ports import MemoryDelivery
 from tests.memory_world import LONG, MemoryWorld
@@ -36,14 +37,15 @@ class Worker:
         pipe: The model's pipeline.
     """
 
-    def __init__(self, runner: ModelRunner, inference: InferenceThread) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
         self.world = MemoryWorld(task=TASK)
         self._runner = runner
-        self._inference = inference
+        self._run_queue = RunQueue()
+        self._inference = InferenceWorker(runner, self._run_queue)
         self._execution: Execution
 
     async def open(self) -> None:
-        model = await self._inference.call(self._runner.load)
+        model = await self._inference.start()
         self.pipe: Any = vars(self._runner._model)["_pipe"]
         world = self.world
         self._execution = Execution(
@@ -52,7 +54,7 @@ class Worker:
             limits=Limits(ack_wait=LONG, max_attempts=3, stall_timeout=LONG, retry_delay=0.0),
             model=model,
             runner=self._runner,
-            inference=self._inference,
+            run_queue=self._run_queue,
             events=world.events,
             queue=world.queue,
             workers=world.workers,
@@ -60,6 +62,10 @@ class Worker:
             images=ImageCodec(),
             observer=world.observer,
         )
+
+    async def close(self) -> None:
+        await self._inference.stop()
+        self.world.close()
 
     async def takes(self, request_id: str) -> MemoryDelivery:
         """Have a request delivered, the same one each time, until it is settled for good."""
@@ -85,13 +91,10 @@ class Worker:
 @pytest.fixture
 async def worker(model_folder: Folder) -> AsyncIterator[Worker]:
     config = ModelConfig(model_id=str(model_folder("stable_diffusion_3")))
-    runner, inference = create_runner(TASK, config), InferenceThread()
-    made = Worker(runner, inference)
+    made = Worker(create_runner(TASK, config))
     await made.open()
     yield made
-    await inference.call(runner.close)
-    inference.close()
-    made.world.close()
+    await made.close()
 
 
 @contextmanager

@@ -35,8 +35,9 @@ from consumer.composition import make_topology
 from consumer.devstack import DevStack
 from consumer.execution import Execution, Limits
 from consumer.images import ImageCodec
+from consumer.inference.run_queue import RunQueue
+from consumer.inference.worker import InferenceWorker
 from consumer.ports import DeadLetter, EncodedImage, Observer, ResultEvent, StoreUnavailable
-from consumer.runners.thread import InferenceThread
 from consumer.settings import Settings
 from consumer.tasks import cancel_and_wait
 from generation_contracts import (
@@ -304,8 +305,6 @@ class RealWorld:
         )
         self._artifacts = CountingArtifacts(config, observer=self.observer)
         parts.push_async_callback(self._artifacts.close)
-        inference = InferenceThread()
-        parts.callback(inference.close)
         parts.callback(self.runner.close)
         numbers = {
             "ack_wait": durable.ack_wait,
@@ -318,20 +317,27 @@ class RealWorld:
         names = topology.durables(self._task)
         queue = JetStreamQueue(bus, self._subjects, names)
         workers = BroadcastWorkers(bus, self._subjects, task=self._task, durables=names)
-        self._start = lambda: Execution(
-            worker="worker-1",
-            admission=Admission(self._task, self._subjects, self._settings.reply_prefixes),
-            limits=Limits(**numbers),
-            model=self.runner.load(),
-            runner=self.runner,
-            inference=inference,
-            events=events,
-            queue=queue,
-            workers=workers,
-            artifacts=self._artifacts,
-            images=ImageCodec(),
-            observer=self.observer,
-        )
+
+        def start() -> Execution:
+            run_queue = RunQueue()
+            parts.callback(run_queue.close)
+            InferenceWorker(self.runner, run_queue, on_busy=self.observer.device_busy).start()
+            return Execution(
+                worker="worker-1",
+                admission=Admission(self._task, self._subjects, self._settings.reply_prefixes),
+                limits=Limits(**numbers),
+                model=self.runner.description,
+                runner=self.runner,
+                run_queue=run_queue,
+                events=events,
+                queue=queue,
+                workers=workers,
+                artifacts=self._artifacts,
+                images=ImageCodec(),
+                observer=self.observer,
+            )
+
+        self._start = start
         self.execution = self._start()
         notes = Notes(bus, self._subjects, self._task)
         custody = Custody(bus, durable.ack_wait, notes, Standby(self._settings))

@@ -9,6 +9,7 @@ from PIL import Image, ImageChops
 from consumer.ports import ModelUnavailable
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
+from tests.model_runs import run_model
 
 SMALL = {"width": 64, "height": 64}  # pixels
 
@@ -32,7 +33,7 @@ def made(runner: ModelRunner, **fields: Any) -> Image.Image:
     """A small picture in four steps."""
     asked = {"prompt": "a cat", **SMALL, "num_inference_steps": 4, "seed": 7, **fields}
     request = TextToImageRequest(**asked)
-    output = runner.run(request, [], on_step=lambda *_: None, cancelled=lambda: False)
+    output = run_model(runner, request, [])
     return output.images[0].image
 
 
@@ -42,7 +43,7 @@ def written(runner: ModelRunner) -> str:
         prompt="What?", images=("s3://bucket/key.png",), max_new_tokens=6, temperature=0
     )
     picture = Image.new("RGB", (56, 56), "red")
-    output = runner.run(request, [picture], on_step=lambda *_: None, cancelled=lambda: False)
+    output = run_model(runner, request, [picture])
     assert output.text is not None
     return output.text.text
 

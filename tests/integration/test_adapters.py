@@ -29,6 +29,7 @@ from consumer.runners.device import Placement
 from consumer.runners.text_to_image import diffusion
 from consumer.runners.text_to_image.adapter_files import find_adapters, require_loadable
 from generation_contracts import Task, TextToImageRequest
+from tests.model_runs import run_model
 from tests.tiny_adapters import (
     FILE,
     RANK,
@@ -51,9 +52,7 @@ def asked(**fields: Any) -> TextToImageRequest:
 def pixels(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> list[bytes]:
     request = asked(**fields)
     runner.check(request)
-    output = runner.run(
-        request, [], on_step=lambda *_: None, cancelled=lambda: False, save_memory=save_memory
-    )
+    output = run_model(runner, request, [], save_memory=save_memory)
     return [picture.image.tobytes() for picture in output.images]
 
 
@@ -122,11 +121,11 @@ def test_the_order_in_which_adapters_are_added_is_always_the_same(styled: ModelR
     # A tiny model's pictures do not show it: sums of floats differ in the last bit.
     for asked_for in ({"wash": 1.0, "ink": 1.0}, {"ink": 1.0, "wash": 1.0}):
         orders: list[list[str]] = []
-        styled.run(
+        run_model(
+            styled,
             asked(adapters=asked_for),
             [],
             on_step=lambda *_, seen=orders: seen.append(pipeline(styled).get_active_adapters()),
-            cancelled=lambda: False,
         )
         assert orders == [["ink", "wash"]] * 2
 
@@ -140,7 +139,8 @@ def test_weight_zero_is_without_the_adapter(styled: ModelRunner, plain: ModelRun
 def test_a_cancelled_job_leaves_no_adapter_on(styled: ModelRunner, plain: ModelRunner) -> None:
     steps: list[int] = []
     with pytest.raises(Interrupted):
-        styled.run(
+        run_model(
+            styled,
             asked(adapters={"ink": 1, "tale": 1}),
             [],
             on_step=lambda step, _: steps.append(step),
@@ -183,9 +183,7 @@ def test_only_the_configured_adapters_can_be_asked_for(
 
 
 def test_the_adapters_are_told_with_what_the_picture_was_made_with(styled: ModelRunner) -> None:
-    output = styled.run(
-        asked(adapters={"ink": 0.5}), [], on_step=lambda *_: None, cancelled=lambda: False
-    )
+    output = run_model(styled, asked(adapters={"ink": 0.5}), [])
     assert output.parameters["adapters"] == {"ink": 0.5}
 
 
@@ -371,7 +369,7 @@ def test_an_adapter_that_fits_in_part_is_told_in_the_log_and_to_its_senders(
 
 def warnings(runner: ModelRunner, **fields: Any) -> tuple[str, ...]:
     request = asked(**fields)
-    return runner.run(request, [], on_step=lambda *_: None, cancelled=lambda: False).warnings
+    return run_model(runner, request, []).warnings
 
 
 # -- as other programs save them -------------------------------------------------------------------

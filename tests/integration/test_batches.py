@@ -21,11 +21,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from consumer.ports import (
-    BatchMember,
     GeneratedText,
     Interrupted,
     OutOfMemory,
     RunnerOutput,
+    RunRequest,
     UnsupportedParameter,
 )
 from consumer.runners import ModelConfig, ModelRunner, create_runner
@@ -35,6 +35,7 @@ from consumer.runners.text_to_image.memory_guard import least_to_decode
 from consumer.runners.text_to_image.safety import load_checker
 from generation_contracts import ArtifactReference, ImageToTextRequest, Request, Task
 from tests.family_table import FAMILIES
+from tests.model_runs import run_of
 from tests.picture_runs import asked, made_of, model, pipeline, pixels
 from tests.tiny_adapters import save_adapter
 from tests.tiny_models import Folder, Load
@@ -70,8 +71,8 @@ class Asking:
     leaves_at: int | None = None
     steps: list[tuple[int, int]] = field(default_factory=list)
 
-    def member(self) -> BatchMember:
-        return BatchMember(
+    def run(self) -> RunRequest:
+        return run_of(
             self.request,
             self.images,
             on_step=lambda *step: self.steps.append(step),
@@ -83,7 +84,7 @@ def together(runner: ModelRunner, *asking: Asking) -> list[RunnerOutput | None]:
     keys = {runner.batch_key(one.request) for one in asking}
     assert None not in keys
     assert len(keys) == 1
-    return runner.run_batch([one.member() for one in asking])
+    return [*runner.run([one.run() for one in asking])]
 
 
 def all_of(outputs: Sequence[RunnerOutput | None]) -> list[RunnerOutput]:
@@ -469,10 +470,8 @@ def alone(runner: ModelRunner, one: Asking) -> tuple[RunnerOutput, list[tuple[in
     """The output of a request by itself, and the steps that were told."""
     again = Asking(one.request, one.images)
     runner.check(again.request)
-    member = again.member()
-    output = runner.run(
-        member.request, member.images, on_step=member.on_step, cancelled=member.cancelled
-    )
+    (output,) = runner.run([again.run()])
+    assert output is not None
     return output, again.steps
 
 

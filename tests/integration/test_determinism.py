@@ -10,6 +10,7 @@ import pytest
 from consumer.ports import Interrupted, ModelError
 from consumer.runners import ModelRunner
 from tests.family_table import FAMILIES, Family
+from tests.model_runs import run_model
 from tests.picture_runs import asked, made, pipeline, pixels
 from tests.tiny_models import Folder, Load
 
@@ -46,7 +47,8 @@ def used(family: Family, shared_runner: Callable[..., ModelRunner]) -> ModelRunn
 def cancel(runner: ModelRunner, *, at_step: int, **fields: Any) -> None:
     steps: list[int] = []
     with pytest.raises(Interrupted):
-        runner.run(
+        run_model(
+            runner,
             asked(**fields),
             [],
             on_step=lambda step, _: steps.append(step),
@@ -90,7 +92,7 @@ def test_a_job_in_the_middle_of_another_changes_neither(family: Family, used: Mo
         if step == 1:
             inner.append(pixels(made(used, seed=8, num_inference_steps=2)))
 
-    outer = used.run(asked(), [], on_step=between, cancelled=lambda: False)
+    outer = run_model(used, asked(), [], on_step=between)
     assert inner == [inner_alone]
     assert pixels(outer) == outer_alone
 

@@ -28,6 +28,7 @@ from consumer.runners.device import Placement
 from consumer.runners.text_to_image import diffusion
 from consumer.runners.text_to_image.memory import save
 from generation_contracts import Task, TextToImageRequest
+from tests.model_runs import run_model
 from tests.picture_runs import StopAt, asked, made, model, pipeline, pixels
 from tests.tiny_models import Folder, Load
 
@@ -65,7 +66,7 @@ def test_the_demonstration_model_makes_64_by_64_pixels_where_nothing_is_said() -
     assert description.info.id == "demonstration"
     assert description.info.revision is None
     request = TextToImageRequest(prompt="a cat", num_inference_steps=2)
-    output = runner.run(request, [], on_step=lambda *_: None, cancelled=lambda: False)
+    output = run_model(runner, request, [])
     assert output.images[0].image.size == (64, 64)
 
 
@@ -79,7 +80,7 @@ def test_a_second_order_scheduler_counts_its_own_steps(model_folder: Folder, loa
     shared = pipeline(runner)
     shared.scheduler = HeunDiscreteScheduler.from_config(shared.scheduler.config)
     steps: list[tuple[int, int]] = []
-    runner.run(asked(), [], on_step=lambda *step: steps.append(step), cancelled=lambda: False)
+    run_model(runner, asked(), [], on_step=lambda *step: steps.append(step))
     assert steps == [(n, 5) for n in range(1, 6)]
 
 
@@ -162,9 +163,7 @@ def test_a_step_cache_of_a_cancelled_run_is_not_used_by_the_next(
     pipeline(runner).transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
     undisturbed = pixels(made(runner))
     with pytest.raises(Interrupted):
-        runner.run(
-            asked(prompt="another"), [], on_step=lambda *_: None, cancelled=StopAt(2).is_reached
-        )
+        run_model(runner, asked(prompt="another"), [], cancelled=StopAt(2).is_reached)
     assert pixels(made(runner)) == undisturbed
 
 
@@ -184,7 +183,7 @@ def test_an_offloaded_pipeline_makes_the_same_pictures(
     undisturbed = pixels(made(sd3))
     assert pixels(made(runner)) == undisturbed
     with pytest.raises(Interrupted):
-        runner.run(asked(), [], on_step=lambda *_: None, cancelled=StopAt(2).is_reached)
+        run_model(runner, asked(), [], cancelled=StopAt(2).is_reached)
     assert pixels(made(runner)) == undisturbed
     assert pixels(made(runner, save_memory=True)) == undisturbed
 
@@ -399,7 +398,7 @@ def test_pictures_of_another_shape_are_an_error(
 def test_a_request_that_is_cancelled_already_does_not_start(sd3: ModelRunner) -> None:
     inside = Inside(pipeline(sd3).text_encoder, AssertionError("the text was read"))
     with pytest.raises(Interrupted):
-        sd3.run(asked(), [], on_step=lambda *_: None, cancelled=lambda: True)
+        run_model(sd3, asked(), [], cancelled=lambda: True)
     inside.hook.remove()
 
 
@@ -413,11 +412,11 @@ def test_saving_memory_makes_one_picture_at_a_time_and_is_off_afterwards(sd3: Mo
         lambda _, inputs: batches.append((len(inputs[0]), vae.use_slicing, vae.use_tiling))
     )
     steps: list[tuple[int, int]] = []
-    output = sd3.run(
+    output = run_model(
+        sd3,
         asked(num_images=2),
         [],
         on_step=lambda *step: steps.append(step),
-        cancelled=lambda: False,
         save_memory=True,
     )
     hook.remove()

@@ -21,6 +21,7 @@ from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.faults import StoppedAtStep
 from generation_contracts import Task, TextToImageRequest
 from tests.family_table import FAMILIES, LARGEST_AREA, Family
+from tests.model_runs import run_model
 from tests.picture_runs import asked, made, made_of, model, pipeline, pixels
 from tests.tiny_models import Folder
 
@@ -68,9 +69,7 @@ def test_a_family_is_described_as_the_table_has_it(family: Family, runner: Model
 def test_a_family_makes_the_picture_asked_for(family: Family, runner: ModelRunner) -> None:
     steps: list[tuple[int, int]] = []
     request = asked(width=96, num_inference_steps=2)
-    output = runner.run(
-        request, [], on_step=lambda *step: steps.append(step), cancelled=lambda: False
-    )
+    output = run_model(runner, request, [], on_step=lambda *step: steps.append(step))
     (picture,) = output.images
     assert (picture.image.size, picture.image.mode, picture.seed) == ((96, 64), "RGB", 7)
     assert steps == [(1, 2), (2, 2)]
@@ -184,11 +183,10 @@ def test_previews_are_small_pictures_that_change_nothing_or_are_refused(
     request = asked(preview=True, num_inference_steps=6, num_images=2)
     runner.check(request)
     previews: list[bytes] = []
-    output = runner.run(
+    output = run_model(
+        runner,
         request,
         [],
-        on_step=lambda *_: None,
-        cancelled=lambda: False,
         on_preview=previews.append,
     )
     assert len(previews) == 4  # not after the first step, and not of the picture itself

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.ports import ModelError, ModelUnavailable, OutOfMemory
-from consumer.runners import InferenceThread, ModelConfig, create_runner
+from consumer.inference.run_queue import RunQueue
+from consumer.inference.worker import InferenceWorker
+from consumer.ports import ModelError, ModelUnavailable, OutOfMemory, RunRequest
+from consumer.runners import ModelConfig, create_runner
 from consumer.runners.image_to_text import vision_language
 from consumer.runners.text_to_image import diffusion
 from generation_contracts import Request, Task, TextToImageRequest
@@ -34,13 +36,13 @@ class Runs:
         self.closed = 0
         run, close = model.run, model.close
 
-        def watched(this: Any, request: Request, images: Sequence[Any], **how: Any) -> Any:
-            self.requests.append(request)
+        def watched(this: Any, runs: Sequence[RunRequest], **how: Any) -> Any:
+            self.requests += [run.request for run in runs]
             self.threads.append(threading.current_thread().name)
             self.saving.append(how["save_memory"])
             if self.fail_with and not (self.fits_in_less and how["save_memory"]):
                 raise self.fail_with
-            return run(this, request, images, **how)
+            return run(this, runs, **how)
 
         def closing(this: Any) -> None:
             self.closed += 1
@@ -57,14 +59,14 @@ async def test_a_warm_up_is_a_run_of_two_steps_in_the_inference_thread(
     family, model = MODELS[task]
     runs = Runs(model, monkeypatch)
     runner = create_runner(task, ModelConfig(model_id=str(model_folder(family)), warm_up=True))
-    inference = InferenceThread()
-    await inference.call(runner.load)
-    assert [name.rstrip("0123456789") for name in runs.threads] == ["inference_"]
+    inference = InferenceWorker(runner, RunQueue())
+    await inference.start()
+    assert runs.threads == ["inference"]
     (request,) = runs.requests
     steps = "num_inference_steps" if task is Task.TEXT_TO_IMAGE else "max_new_tokens"
     assert getattr(request, steps) == 2
-    await inference.call(runner.close)
-    inference.close()
+    await inference.stop()
+    assert runs.closed == 1
 
 
 def test_the_steps_of_a_warm_up_are_no_more_than_the_default(

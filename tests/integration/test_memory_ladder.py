@@ -17,6 +17,7 @@ from consumer.ports import OutOfMemory, RunnerOutput
 from consumer.runners import ModelRunner
 from consumer.runners.text_to_image.memory_guard import free_bytes, least_to_decode
 from generation_contracts import TextToImageRequest
+from tests.model_runs import run_model
 from tests.tiny_adapters import pipeline, save_adapter
 from tests.tiny_models import Folder, Load
 
@@ -32,11 +33,10 @@ Shared = Callable[..., ModelRunner]
 
 def made(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> RunnerOutput:
     small = {"prompt": "a cat", "width": 32, "height": 32, "num_inference_steps": 2, "seed": 7}
-    return runner.run(
+    return run_model(
+        runner,
         TextToImageRequest(**{**small, **fields}),
         [],
-        on_step=lambda *_: None,
-        cancelled=lambda: False,
         save_memory=save_memory,
     )
 

@@ -21,6 +21,7 @@ from consumer.runners.source import Source
 from consumer.runners.text_to_image.pipeline_loading import load_pipeline
 from generation_contracts import Task, TextToImageRequest
 from tests.integration.small_runs import SMALL, largest_difference, made, pipeline, refusal, written
+from tests.model_runs import run_model
 from tests.tiny_models import Folder, Load
 
 SD3, SDXL, FLUX, VISION = "stable_diffusion_3", "stable_diffusion_xl", "flux", "vision_language"
@@ -50,7 +51,7 @@ def test_a_run_that_saves_memory_leaves_the_tiling_of_the_settings_on(
 ) -> None:
     runner = load(model_folder(SD3), vae_tiling=True)
     request = TextToImageRequest(prompt="a cat", num_inference_steps=1)
-    runner.run(request, [], on_step=lambda *_: None, cancelled=lambda: False, save_memory=True)
+    run_model(runner, request, [], save_memory=True)
     assert pipeline(runner).vae.use_tiling
 
 
@@ -110,7 +111,8 @@ def test_a_job_with_the_step_cache_is_as_it_is_alone(
     steps: list[int] = []
     cancelled = TextToImageRequest(prompt="a dog", **SMALL, num_inference_steps=4, seed=8)
     with pytest.raises(Interrupted):
-        runner.run(
+        run_model(
+            runner,
             cancelled,
             [],
             on_step=lambda step, _: steps.append(step),

@@ -13,6 +13,7 @@ from consumer.runners import ModelRunner
 from consumer.runners.text_to_image.safety import load_checker
 from generation_contracts import TextToImageRequest
 from tests.checkers import SECRET
+from tests.model_runs import run_model
 from tests.tiny_adapters import pipeline
 from tests.tiny_models import Folder, Load
 
@@ -28,7 +29,7 @@ def made(runner: ModelRunner, *, num_images: int = 1, size: int = 32) -> RunnerO
         num_images=num_images,
         seed=7,
     )
-    return runner.run(request, [], on_step=lambda *_: None, cancelled=lambda: False)
+    return run_model(runner, request, [])
 
 
 def flags(output: RunnerOutput) -> list[bool | None]:

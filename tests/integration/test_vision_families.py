@@ -23,6 +23,7 @@ from consumer.ports import (
 )
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from generation_contracts import ArtifactReference, ImageToTextRequest, Task
+from tests.model_runs import run_model
 from tests.tiny_models import Folder, Load
 
 FAMILIES = ("qwen2_vl", "vision_language", "qwen3_vl", "llava")  # the second is a Qwen2.5-VL
@@ -89,16 +90,15 @@ def asked(**fields: Any) -> ImageToTextRequest:
 def output(
     runner: ModelRunner,
     *images: Image.Image,
-    on_text: Callable[[str], None] | None = None,
+    on_text: Callable[[str], None] = lambda _: None,
     **fields: Any,
 ) -> RunnerOutput:
     request = asked(**fields)
     runner.check(request)
-    return runner.run(
+    return run_model(
+        runner,
         request,
         images or (RED,),
-        on_step=lambda *_: None,
-        cancelled=lambda: False,
         on_text=on_text,
     )
 
@@ -143,7 +143,8 @@ def test_a_family_stops_at_the_very_token_and_the_next_text_is_unharmed(
     for last in (1, 5):
         steps: list[int] = []
         with pytest.raises(Interrupted):
-            runner.run(
+            run_model(
+                runner,
                 asked(),
                 [RED],
                 on_step=lambda step, _, steps=steps: steps.append(step),  # type: ignore[misc]
@@ -308,7 +309,7 @@ def test_a_family_whose_texts_come_from_a_decoder_of_their_own_is_told_at_load(
 def test_the_parts_of_a_text_are_the_text(family: str, seed: int, runner_of: RunnerOf) -> None:
     parts: list[str] = []
     options = {"temperature": 2.0, "top_k": 1000, "seed": seed, "max_new_tokens": 40}
-    text = written(runner_of(family), on_text=parts.append, **options)
+    text = written(runner_of(family), on_text=parts.append, stream=True, **options)
     assert "".join(parts) == text.text
     assert len(parts) > 5
     assert "" not in parts
@@ -318,11 +319,11 @@ def test_the_parts_of_a_text_are_the_text(family: str, seed: int, runner_of: Run
 def test_a_text_grows_with_its_tokens(runner_of: RunnerOf) -> None:
     seen: list[tuple[int, str]] = []
     steps: list[int] = []
-    runner_of("vision_language").run(
-        asked(),
+    run_model(
+        runner_of("vision_language"),
+        asked(stream=True),
         [RED],
         on_step=lambda step, _: steps.append(step),
-        cancelled=lambda: False,
         on_text=lambda text: seen.append((steps[-1], text)),
     )
     assert [step for step, _ in seen] == list(range(1, 13))  # each token is a letter
@@ -332,10 +333,10 @@ def test_a_text_grows_with_its_tokens(runner_of: RunnerOf) -> None:
 def test_no_part_comes_after_a_run_has_failed_or_stopped(runner_of: RunnerOf) -> None:
     parts: list[str] = []
     with pytest.raises(Interrupted):
-        runner_of("vision_language").run(
-            asked(),
+        run_model(
+            runner_of("vision_language"),
+            asked(stream=True),
             [RED],
-            on_step=lambda *_: None,
             cancelled=lambda: len(parts) == 3,
             on_text=parts.append,
         )

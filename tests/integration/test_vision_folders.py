@@ -21,6 +21,7 @@ from consumer.ports import UnsupportedParameter
 from consumer.runners import ModelRunner
 from generation_contracts import ImageToTextRequest, Task
 from tests.integration.small_runs import refusal
+from tests.model_runs import run_model
 from tests.tiny_models import Folder, Load
 
 WEIGHTS = "model.safetensors"
@@ -61,7 +62,7 @@ def asked(runner: ModelRunner, *images: Image.Image, **fields: Any) -> Any:
     request = ImageToTextRequest(
         **{"prompt": "What is this?", "images": sources, "max_new_tokens": 6, **fields}
     )
-    output = runner.run(request, images, on_step=lambda *_: None, cancelled=lambda: False)
+    output = run_model(runner, request, images)
     assert output.text is not None
     return output.text
 

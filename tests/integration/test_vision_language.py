@@ -26,6 +26,7 @@ from consumer.runners.faults import BadOutput
 from consumer.runners.image_to_text import vision_language
 from consumer.runners.image_to_text.rows import Numbers
 from generation_contracts import ArtifactReference, ImageToTextRequest, Task
+from tests.model_runs import run_model
 from tests.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
@@ -52,11 +53,10 @@ def written(
 ) -> GeneratedText:
     request = asked(**fields)
     runner.check(request)
-    text = runner.run(
+    text = run_model(
+        runner,
         request,
         images or (RED,),
-        on_step=lambda *_: None,
-        cancelled=lambda: False,
         save_memory=save_memory,
     ).text
     assert text is not None
@@ -107,9 +107,7 @@ def test_the_description_has_what_the_model_takes(qwen: ModelRunner) -> None:
 
 def test_each_token_is_a_step(qwen: ModelRunner) -> None:
     steps: list[tuple[int, int]] = []
-    output = qwen.run(
-        asked(), [RED], on_step=lambda *step: steps.append(step), cancelled=lambda: False
-    )
+    output = run_model(qwen, asked(), [RED], on_step=lambda *step: steps.append(step))
     assert steps == [(n, 12) for n in range(1, 13)]
     assert (output.images, output.warnings) == ((), ())
 
@@ -203,9 +201,7 @@ def test_a_long_and_narrow_picture_is_refused_by_its_place(qwen: ModelRunner) ->
 
 def test_saving_memory_reads_fewer_pixels(qwen: ModelRunner) -> None:
     large = Image.new("RGB", (448, 448))
-    output = qwen.run(
-        asked(), [large], on_step=lambda *_: None, cancelled=lambda: False, save_memory=True
-    )
+    output = run_model(qwen, asked(), [large], save_memory=True)
     assert output.text is not None
     assert output.text.prompt_tokens < written(qwen, large).prompt_tokens
     assert output.warnings == ("memory was short: the pictures were read at half their pixels",)
@@ -249,7 +245,7 @@ def test_control_tokens_of_a_sender_do_not_reach_the_model(
     found = [i for i in ids_of_prompt(qwen, **{**plain, field: attack}) if i in specials]
     assert found == [i for i in ids_of_prompt(qwen, **plain) if i in specials]
     request = asked(**{**plain, field: attack})
-    output = qwen.run(request, [RED], on_step=lambda *_: None, cancelled=lambda: False)
+    output = run_model(qwen, request, [RED])
     assert output.warnings == ("control tokens of the model were taken out of the text",)
 
 
@@ -292,7 +288,7 @@ def short_context(qwen: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_a_text_ends_with_the_models_context(qwen: ModelRunner, short_context: int) -> None:
-    output = qwen.run(asked(), [RED], on_step=lambda *_: None, cancelled=lambda: False)
+    output = run_model(qwen, asked(), [RED])
     assert output.text is not None
     assert (output.text.completion_tokens, output.text.finish_reason) == (5, "length")
     assert output.warnings == ("max_new_tokens: the model's context has room for 5 only",)
@@ -314,7 +310,8 @@ def test_cancelling_stops_at_the_very_token(qwen: ModelRunner) -> None:
     undisturbed = written(qwen)
     steps: list[int] = []
     with pytest.raises(Interrupted):
-        qwen.run(
+        run_model(
+            qwen,
             asked(),
             [RED],
             on_step=lambda step, _: steps.append(step),
@@ -343,7 +340,8 @@ def test_an_offloaded_model_writes_the_same_text(
 def test_cancelling_at_the_last_token_is_a_cancellation(qwen: ModelRunner) -> None:
     steps: list[int] = []
     with pytest.raises(Interrupted):
-        qwen.run(
+        run_model(
+            qwen,
             asked(max_new_tokens=2),
             [RED],
             on_step=lambda step, _: steps.append(step),
@@ -354,7 +352,9 @@ def test_cancelling_at_the_last_token_is_a_cancellation(qwen: ModelRunner) -> No
 def test_a_request_that_is_cancelled_already_does_not_start(qwen: ModelRunner) -> None:
     steps: list[int] = []
     with pytest.raises(Interrupted):
-        qwen.run(asked(), [RED], on_step=lambda step, _: steps.append(step), cancelled=lambda: True)
+        run_model(
+            qwen, asked(), [RED], on_step=lambda step, _: steps.append(step), cancelled=lambda: True
+        )
     assert steps == []
 
 

@@ -15,6 +15,7 @@ from consumer.ports import GeneratedText
 from consumer.runners import ModelRunner
 from generation_contracts import ImageToTextRequest, Task
 from tests.integration.small_runs import refusal
+from tests.model_runs import run_model
 from tests.tiny_models import Folder, Load
 
 RED = Image.new("RGB", (60, 60), "red")
@@ -43,7 +44,7 @@ def written(runner: ModelRunner, **fields: Any) -> GeneratedText:
     request = ImageToTextRequest(
         **{"prompt": "What?", "images": ("s3://inputs/0.png",), "max_new_tokens": 9, **fields}
     )
-    text = runner.run(request, [RED], on_step=lambda *_: None, cancelled=lambda: False).text
+    text = run_model(runner, request, [RED]).text
     assert text is not None
     return text
 

@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 
-from consumer import run as running
+from consumer.inference import monitor
+from consumer.inference.cancel_token import StopReason
 from consumer.job import EXIT_DEVICE_LOST, State
 from consumer.ports import (
-    BatchMember,
     DeviceLost,
     Interrupted,
     ModelError,
     OutOfMemory,
     RunnerOutput,
+    RunRequest,
 )
-from consumer.run import Reason
-from consumer.turns import Bounds
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,
@@ -60,7 +59,16 @@ class BatchingRunner(ScriptedRunner):
     def batch_key(self, request: Request) -> Hashable | None:
         return None if request.metadata.get("alone") else getattr(request, "width", None)
 
-    def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
+    def run(
+        self, runs: Sequence[RunRequest], *, save_memory: bool = False
+    ) -> list[RunnerOutput | None]:
+        if len(runs) == 1:
+            if runs[0].request.prompt == self.poisoned:
+                raise ModelError("PoisonError")
+            return super().run(runs, save_memory=save_memory)
+        return self._run_batch(runs)
+
+    def _run_batch(self, members: Sequence[RunRequest]) -> list[RunnerOutput | None]:
         self.batches.append([member.request.request_id for member in members])
         going_on = dict.fromkeys(range(len(members)), True)
         self.begun.set()
@@ -68,7 +76,7 @@ class BatchingRunner(ScriptedRunner):
         while going_on and (step == 0 or not self.let_go.wait(POLL)):
             step += 1
             for number in [*going_on]:
-                members[number].on_step(min(step, 9), 9)
+                members[number].progress.step(min(step, 9), 9)
                 if members[number].cancelled():
                     del going_on[number]
         if not going_on:
@@ -76,36 +84,18 @@ class BatchingRunner(ScriptedRunner):
         if self.refusal is not None:
             raise self.refusal()
         return [
-            make(_run_of(member)) if number in going_on else None
+            make(Run.of(member)) if number in going_on else None
             for number, member in enumerate(members)
         ]
-
-    def run(self, request: Request, *args: Any, **kwargs: Any) -> RunnerOutput:
-        if request.prompt == self.poisoned:
-            raise ModelError("PoisonError")
-        return super().run(request, *args, **kwargs)
 
     def close(self) -> None:
         self.let_go.set()
         super().close()
 
 
-def _run_of(member: BatchMember) -> Run:
-    return Run(
-        member.request,
-        tuple(member.images),
-        member.on_step,
-        member.cancelled,
-        on_text=None,
-        save_memory=False,
-    )
-
-
 @pytest.fixture
 async def world() -> AsyncIterator[MemoryWorld]:
-    made = MemoryWorld(
-        runner=BatchingRunner(), bounds=Bounds(in_flight=10, together=TOGETHER, window=2.0)
-    )
+    made = MemoryWorld(runner=BatchingRunner(), most_in_flight=10, max_batch=TOGETHER, window=2.0)
     yield made
     made.close()
 
@@ -207,7 +197,7 @@ async def test_batch_that_cannot_be_run_is_no_failure_of_its_members(
 async def test_progress_of_a_batch_is_told_to_each(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "PROGRESS_INTERVAL", POLL)
+    monkeypatch.setattr(monitor, "PROGRESS_INTERVAL", POLL)
     model(world).let_go.clear()
     handling = await begin(world, "a", "b", "c")
     for request_id in ("a", "b", "c"):
@@ -252,7 +242,7 @@ async def test_deadline_of_one_member_ends_that_one(world: MemoryWorld) -> None:
     model(world).let_go.clear()
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
-    world.execution.interrupt(Reason.DEADLINE, "a")
+    world.execution.interrupt(StopReason.DEADLINE, "a")
     await soon(handling[0])
     event = await world.result("a")
     assert isinstance(event, FailedEvent)
@@ -289,7 +279,7 @@ async def test_drain_gives_all_members_back(world: MemoryWorld) -> None:
     model(world).let_go.clear()
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
-    world.execution.interrupt(Reason.DRAIN)
+    world.execution.interrupt(StopReason.DRAIN)
     await soon(asyncio.gather(*handling))
     assert await world.left() == 3
     assert world.observer.outcomes == ["given_back"] * 3
@@ -299,7 +289,9 @@ async def test_texts_go_together_too() -> None:
     world = MemoryWorld(
         task=Task.IMAGE_TO_TEXT,
         runner=BatchingRunner(),
-        bounds=Bounds(in_flight=4, together=2, window=2.0),
+        most_in_flight=4,
+        max_batch=2,
+        window=2.0,
     )
     model(world).batch_key = lambda _: "text"  # type: ignore[method-assign]
     await world.put_object("in", world.picture)
@@ -312,7 +304,7 @@ async def test_texts_go_together_too() -> None:
 
 
 async def test_second_copy_in_the_same_hands_waits_for_the_first_and_is_not_run() -> None:
-    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    world = MemoryWorld(most_in_flight=3)
     hold = world.runner.will_hold()
     handling = []
     for _ in range(2):
@@ -343,7 +335,7 @@ async def serve(world: MemoryWorld, wanted: Callable[[], Awaitable[bool]]) -> No
 async def test_three_copies_of_a_request_that_fails_at_first_do_not_wait_for_each_other(
     make_world: Worlds,
 ) -> None:
-    world = await make_world(runner=BatchingRunner(), bounds=Bounds(in_flight=10, together=2))
+    world = await make_world(runner=BatchingRunner(), most_in_flight=10, max_batch=2)
     hold = world.runner.will_hold(then=raising(lambda: ModelError("Once")))
     for _ in range(3):
         await world.send(asking("a", width=64))
@@ -368,7 +360,7 @@ async def test_three_copies_of_a_request_that_fails_at_first_do_not_wait_for_eac
 async def test_one_that_raises_beside_an_output_that_waits_has_three_tries(
     make_world: Worlds,
 ) -> None:
-    world = await make_world(bounds=Bounds(in_flight=3))
+    world = await make_world(most_in_flight=3)
     world.runner.will(make, *[raising(lambda: ModelError("Always"))] * 30)
     world.store.begin()
     for request_id in ("good", "bad"):
@@ -390,7 +382,7 @@ async def test_one_that_raises_beside_an_output_that_waits_has_three_tries(
 
 
 async def test_death_counts_once_a_suspect_is_alone_and_not_before(make_world: Worlds) -> None:
-    world = await make_world(bounds=Bounds(in_flight=3))
+    world = await make_world(most_in_flight=3)
     hold = world.runner.will_hold()
     for request_id in ("other", "suspect"):
         await world.send(asking(request_id))
@@ -414,8 +406,8 @@ async def test_death_counts_once_a_suspect_is_alone_and_not_before(make_world: W
 async def test_suspect_that_waits_for_others_can_be_cancelled_and_given_back(
     make_world: Worlds,
 ) -> None:
-    for stop, outcome in ((Reason.CANCEL, "cancelled"), (Reason.DRAIN, "given_back")):
-        world = await make_world(bounds=Bounds(in_flight=3))
+    for stop, outcome in ((StopReason.CANCEL, "cancelled"), (StopReason.DRAIN, "given_back")):
+        world = await make_world(most_in_flight=3)
         world.store.begin()
         for request_id in ("other", "suspect"):
             await world.send(asking(request_id))
@@ -424,7 +416,7 @@ async def test_suspect_that_waits_for_others_can_be_cancelled_and_given_back(
         world.queue.run_out(world.queue.take())
         handling = asyncio.create_task(world.work())
         await soon(world.events.asked.until(2))
-        if stop is Reason.DRAIN:
+        if stop is StopReason.DRAIN:
             world.execution.give_back_what_waits()
         else:
             await world.execution.withdraw("suspect")
@@ -440,13 +432,13 @@ async def one_behind_another(world: MemoryWorld, first: Hold) -> list["asyncio.T
         await world.send(asking(request_id))
     handling = [asyncio.create_task(world.work()) for _ in range(2)]
     await soon(first.begun())
-    while world.execution._turns._ahead is None:
+    while [ticket.run is not None for ticket in world.run_queue._tickets] != [True]:
         await asyncio.wait(handling, timeout=POLL)
     return handling
 
 
 async def test_next_run_begins_while_the_event_loop_does_something_else() -> None:
-    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    world = MemoryWorld(most_in_flight=3)
     first, begun = world.runner.will_hold(), threading.Event()
     second = world.runner.will_hold(before=lambda _: begun.set())
     handling = await one_behind_another(world, first)
@@ -465,7 +457,7 @@ async def test_next_run_begins_while_the_event_loop_does_something_else() -> Non
 
 @pytest.mark.parametrize("withdrawn", ["at its first step", "in time"])
 async def test_cancellation_of_who_is_next(withdrawn: str) -> None:
-    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    world = MemoryWorld(most_in_flight=3)
     first, begun = world.runner.will_hold(), threading.Event()
     world.runner.will_hold(before=lambda _: begun.set())
     handling = await one_behind_another(world, first)
@@ -486,7 +478,7 @@ async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The device gets free, and others get ready, while the bus takes its time with the event."""
-    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    world = MemoryWorld(most_in_flight=3)
     first, told, stored = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
     publish = world.events.publish_result
 
@@ -512,7 +504,7 @@ async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
 
 
 async def test_forced_end_begins_nothing() -> None:
-    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    world = MemoryWorld(most_in_flight=3)
     first, giving_back, given_back = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
     handling = await one_behind_another(world, first)
     release = world.execution._jobs[1].delivery.release
@@ -535,7 +527,7 @@ async def test_forced_end_begins_nothing() -> None:
 
 async def test_seconds_of_a_run_are_those_of_its_thread() -> None:
     """The event loop is held up while the second run begins and ends."""
-    world = MemoryWorld(bounds=Bounds(in_flight=3))
+    world = MemoryWorld(most_in_flight=3)
     first, ended = world.runner.will_hold(), threading.Event()
 
     def make_and_tell(run: Run) -> RunnerOutput:

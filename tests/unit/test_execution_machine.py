@@ -22,8 +22,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from consumer import run
-from consumer.run import PATIENCE, Reason
+from consumer.inference import monitor
+from consumer.inference.cancel_token import StopReason
+from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from generation_contracts import Task
 from tests.crew import ENOUGH, MAX_DELIVER, Crew
 from tests.story import ATTEMPTS, STALL
@@ -35,7 +36,7 @@ SEARCH = int(os.environ.get("MACHINE_EXAMPLES", "0"))
 EXAMPLES = 600
 RULES = 30  # in one example
 
-REASONS = st.sampled_from([Reason.CANCEL, Reason.DRAIN])
+REASONS = st.sampled_from([StopReason.CANCEL, StopReason.DRAIN])
 
 
 def to_the_run(which: int) -> Place:
@@ -92,13 +93,13 @@ class Workers(RuleBasedStateMachine):
 
     @precondition(lambda self: self.crew.can_work)
     @rule(place=PLACES, reason=REASONS)
-    def ask_to_stop(self, place: Place, reason: Reason) -> None:
+    def ask_to_stop(self, place: Place, reason: StopReason) -> None:
         if worker := self.crew.bring(place):
             self.crew.ask(worker, reason)
 
     @precondition(lambda self: self.crew.can_work)
     @rule(which=WHICH, reason=REASONS, then=st.sampled_from(["heeds", "is done", "hangs"]))
-    def stop_run(self, which: int, reason: Reason, then: str) -> None:
+    def stop_run(self, which: int, reason: StopReason, then: str) -> None:
         worker = self.crew.bring(to_the_run(which))
         if worker not in self.crew.running:
             return
@@ -109,7 +110,7 @@ class Workers(RuleBasedStateMachine):
             case "is done":
                 self.crew.end_run(worker, "made")
             case "hangs":
-                self.crew.hang(PATIENCE + 2)
+                self.crew.hang(DRAIN_STEP_TIMEOUT + 2)
 
     @precondition(lambda self: self.crew.can_work)
     @rule(which=WHICH)
@@ -196,7 +197,7 @@ def _silence() -> Iterator[None]:
 @pytest.mark.timeout(900)  # a failing example is made smaller first, for up to 5 minutes
 @pytest.mark.usefixtures("_silence")
 def test_settlement_table_holds_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "PROGRESS_INTERVAL", 1.0)  # of the world's seconds
+    monkeypatch.setattr(monitor, "PROGRESS_INTERVAL", 1.0)  # of the world's seconds
     run_state_machine_as_test(
         Workers,
         settings=settings(

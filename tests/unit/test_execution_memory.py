@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from consumer.inference.cancel_token import StopReason
 from consumer.ports import (
     DeviceLost,
     EncodedImage,
@@ -20,7 +21,6 @@ from consumer.ports import (
     RunnerOutput,
     UnsupportedParameter,
 )
-from consumer.run import Reason
 from generation_contracts import CancelledEvent, Task
 from tests.behaviour import asking, from_now, soon, while_running
 from tests.daemon_logging import daemon_logging
@@ -179,15 +179,15 @@ async def test_pictures_of_a_request_are_gone_with_the_job(make_world: Worlds) -
 # -- the run is stopped ---------------------------------------------------------------------------
 
 REASONS = {
-    Reason.CANCEL: "cancelled",
-    Reason.DEADLINE: "deadline_exceeded",
-    Reason.DRAIN: "given_back",
+    StopReason.CANCEL: "cancelled",
+    StopReason.DEADLINE: "deadline_exceeded",
+    StopReason.DRAIN: "given_back",
 }
 
 
 @pytest.mark.parametrize("reason", REASONS)
 async def test_error_and_tensors_of_a_stopped_run_are_gone_with_the_job(
-    world: MemoryWorld, reason: Reason
+    world: MemoryWorld, reason: StopReason
 ) -> None:
     traced = Traced()
     hold = world.runner.will_hold(heeds=False, then=traced.raising(Interrupted))
@@ -204,7 +204,7 @@ async def test_error_and_tensors_of_a_stopped_run_are_gone_with_the_job(
 
 @pytest.mark.parametrize("reason", REASONS)
 async def test_output_of_a_run_that_was_done_before_it_could_stop_is_gone_with_the_job(
-    world: MemoryWorld, reason: Reason
+    world: MemoryWorld, reason: StopReason
 ) -> None:
     traced = Traced()
     hold = world.runner.will_hold(heeds=False, then=traced.giving)
@@ -227,11 +227,9 @@ class Complaints:
         asyncio.get_running_loop().set_exception_handler(lambda _, what: self.heard.append(what))
 
 
-async def late_run_is_gone(world: MemoryWorld, hold: Hold, traced: Traced) -> bool:
+async def late_run_is_gone(hold: Hold, traced: Traced) -> bool:
     """Whether nothing is kept of a run that ends when its job is over."""
     hold.release()
-    await soon(world.inference.call(lambda: None))  # behind it, in its thread
-    await asyncio.sleep(0)
     return await traced.are_gone()
 
 
@@ -242,21 +240,21 @@ async def test_error_of_a_run_that_hung_is_heard_by_nobody_and_gone(make_world: 
     hold = world.runner.will_hold(heeds=False, then=traced.raising(lambda: ModelError("late")))
     await world.send(asking())
     assert await soon(world.work()) == 70
-    assert await late_run_is_gone(world, hold, traced), traced.alive
+    assert await late_run_is_gone(hold, traced), traced.alive
     assert complaints.heard == []
 
 
 async def test_error_of_a_run_that_a_draining_process_left_is_heard_by_nobody_and_gone(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("consumer.run.PATIENCE", 0.01)
+    monkeypatch.setattr("consumer.inference.monitor.DRAIN_STEP_TIMEOUT", 0.01)
     complaints = Complaints()
     traced = Traced()
     hold = world.runner.will_hold(heeds=False, then=traced.raising(lambda: ModelError("late")))
     await world.send(asking())
-    await while_running(world, hold, lambda: world.execution.interrupt(Reason.DRAIN))
+    await while_running(world, hold, lambda: world.execution.interrupt(StopReason.DRAIN))
     assert world.observer.outcomes == ["given_back"]
-    assert await late_run_is_gone(world, hold, traced), traced.alive
+    assert await late_run_is_gone(hold, traced), traced.alive
     assert complaints.heard == []
 
 
@@ -274,7 +272,7 @@ async def test_run_of_a_cancelled_task_is_heard_by_nobody_and_gone(
     await cancel(working)
     del working
     assert world.observer.outcomes == ["given_back"]
-    assert await late_run_is_gone(world, hold, traced), traced.alive
+    assert await late_run_is_gone(hold, traced), traced.alive
     assert complaints.heard == []
 
 
@@ -309,7 +307,7 @@ async def test_output_that_cannot_be_encoded_is_gone_with_the_job(world: MemoryW
 
 @pytest.mark.parametrize("then", ["comes back", *REASONS, "task cancelled"], ids=str)
 async def test_output_that_waited_for_the_store_is_gone_with_the_job(
-    world: MemoryWorld, then: str | Reason
+    world: MemoryWorld, then: str | StopReason
 ) -> None:
     traced = Traced()
     traced.files_of(world.images)
@@ -319,7 +317,7 @@ async def test_output_that_waited_for_the_store_is_gone_with_the_job(
     working = asyncio.create_task(world.work())
     await soon(world.store_is_missed())
     match then:
-        case Reason():
+        case StopReason():
             world.execution.interrupt(then)
             await soon(working)
         case "comes back":

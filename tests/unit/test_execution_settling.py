@@ -8,9 +8,8 @@ from unittest.mock import AsyncMock
 import pytest
 
 from consumer import execution
+from consumer.inference.cancel_token import StopReason
 from consumer.ports import DeviceLost, ModelError, QueueFull
-from consumer.run import Reason
-from consumer.turns import Bounds
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,
@@ -296,7 +295,7 @@ async def test_chain_whose_next_step_cannot_be_made_is_ended_in_its_name(
 async def test_end_that_fails_beside_others_is_counted_too(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = await make_world(bounds=Bounds(in_flight=3))
+    world = await make_world(most_in_flight=3)
     world.store.begin()
     await world.send(asking("other"))
     other = asyncio.create_task(world.work())
@@ -421,7 +420,7 @@ async def test_cancelled_task_gives_the_request_back(world: MemoryWorld) -> None
     await cancel(working)
     assert world.settlements == ["release"]
     assert not beating()
-    assert not world.execution.interrupt(Reason.CANCEL)
+    assert not world.execution.interrupt(StopReason.CANCEL)
     assert world.observer.outcomes == ["given_back"]
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from consumer.inference.cancel_token import StopReason
 from consumer.ports import Grip
-from consumer.run import Reason
 from generation_contracts import CancelledEvent, SucceededEvent
 from tests.behaviour import asking, soon
 from tests.memory_ports import Hold
@@ -92,7 +92,7 @@ async def test_a_deadline_or_a_drain_that_comes_as_late_changes_nothing(
 
     async def and_then_drained(*args: Any, **kwargs: Any) -> Any:
         value = await original(*args, **kwargs)
-        world.execution.interrupt(Reason.DRAIN)
+        world.execution.interrupt(StopReason.DRAIN)
         return value
 
     monkeypatch.setattr(world.artifacts, "store", and_then_drained)

@@ -14,7 +14,7 @@ LIGHT = (
     "consumer.job",
     "consumer.ports",
     "consumer.heartbeat",
-    "consumer.run",
+    "consumer.inference.worker",
     "consumer.admission",
     "consumer.conclusion",
     "consumer.execution",

@@ -120,5 +120,4 @@ async def test_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> 
         workers=ports.workers,
         artifacts=ports.artifacts,
     )
-    daemon.inference.close()
     assert execution._pictures.prompt_in_files is setting

@@ -9,7 +9,6 @@ import pytest
 
 from consumer.admission import Admission
 from consumer.ports import ModelError, QueueFull
-from consumer.turns import Bounds
 from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent
 from tests.behaviour import (
     INBOX,
@@ -27,7 +26,7 @@ from tests.memory_world import MemoryWorld, Worlds
 @pytest.fixture
 async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MemoryWorld]:
     shorten_pauses(monkeypatch)
-    made = MemoryWorld(bounds=Bounds(in_flight=3))
+    made = MemoryWorld(most_in_flight=3)
     yield made
     made.close()
 
@@ -286,7 +285,7 @@ async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(world: Memo
 async def test_input_that_an_answering_store_does_not_give_fails_at_once(
     make_world: Worlds,
 ) -> None:
-    world = await make_world(task="image_to_text", bounds=Bounds(in_flight=3))
+    world = await make_world(task="image_to_text", most_in_flight=3)
     world.artifacts.unreadable.add("broken")
     await world.put_object("good", world.picture)
     for name in ("broken", "good"):

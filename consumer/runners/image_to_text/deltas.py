@@ -6,11 +6,10 @@ Here a token is decoded with the few before it that the last addition came from.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
-
-from consumer.ports import OnText
 
 _HALF = "\N{REPLACEMENT CHARACTER}"  # what an incomplete character is decoded to
 # SentencePiece's tokens for bytes. A row of them is decoded as a whole: one more that does not fit
@@ -26,7 +25,7 @@ class Deltas(BaseStreamer):
         on_text: Told each addition.
     """
 
-    def __init__(self, tokenizer: Any, on_text: OnText) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         self._tokenizer = tokenizer
         self._on_text = on_text
         self._tokens: list[int] = []  # the last ones

@@ -1,4 +1,4 @@
-"""The rows of one `generate`: where each text ends, and whom its tokens are told."""
+"""The rows of one `generate`: where each text ends, and which request gets its steps."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from consumer.ports import BatchMember
+from consumer.ports import RunRequest
 from consumer.runners.faults import BadOutput
 
 
@@ -17,15 +17,15 @@ class Row:
     """One text as it is written.
 
     Attributes:
-        member: Whose it is: told each token, and asked after it.
+        run: Its request: gets each token as a step, and is polled after it.
         prompt_tokens: Without the padding before them.
         most: Tokens that the text may have.
         tokens: That it has so far.
-        is_cancelled: Nobody wants it any more.
-        is_over: So or otherwise; it is neither told nor asked again.
+        is_cancelled: Its request is cancelled.
+        is_over: For this or another reason; its request is neither reported to nor polled again.
     """
 
-    member: BatchMember
+    run: RunRequest
     prompt_tokens: int
     most: int
     tokens: int = 0
@@ -35,8 +35,8 @@ class Row:
     def take(self, *, ends: bool) -> None:
         """Count a token, which may be one that ends a text."""
         self.tokens += 1
-        self.member.on_step(self.tokens, self.most)
-        self.is_cancelled = self.member.cancelled()
+        self.run.progress.step(self.tokens, self.most)
+        self.is_cancelled = self.run.cancelled()
         self.is_over = self.is_cancelled or ends or self.tokens >= self.most
 
 

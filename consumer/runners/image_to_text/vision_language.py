@@ -11,18 +11,15 @@ from PIL.Image import Image as PILImage
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from consumer.ports import (
-    BatchMember,
     GeneratedText,
     Interrupted,
-    IsCancelled,
     ModelDescription,
     ModelUnavailable,
-    OnPreview,
-    OnStep,
-    OnText,
     RunnerOutput,
+    RunRequest,
     UnsupportedParameter,
 )
+from consumer.runners import first_run
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement, place, release
 from consumer.runners.faults import StoppedAtStep, load_failure, translated
@@ -156,8 +153,7 @@ class VisionLanguageModel:
                 prompt="x", images=(_UNREAD,), max_new_tokens=2, temperature=temperature, seed=0
             )
             image = Image.new("RGB", _ANY_SIZE)
-            member = BatchMember(request, [image], lambda *_: None, lambda: False)
-            self._write([member], deltas=None, savings=())
+            self._write([first_run.unattended(request, [image])], savings=())
 
     def check(self, request: Request) -> None:
         """See whether the model can do what is asked."""
@@ -169,71 +165,47 @@ class VisionLanguageModel:
             raise UnsupportedParameter("prompt", "prompt: nothing but control tokens")
 
     def run(
-        self,
-        request: Request,
-        images: Sequence[PILImage],
-        *,
-        on_step: OnStep,
-        cancelled: IsCancelled,
-        on_text: OnText | None,
-        on_preview: OnPreview | None,  # noqa: ARG002 - of the port; there is no picture
-        save_memory: bool,
-    ) -> RunnerOutput:
-        """Write the text of one request."""
-        deltas = None if on_text is None else Deltas(self._processor.tokenizer, on_text)
+        self, runs: Sequence[RunRequest], *, save_memory: bool
+    ) -> Sequence[RunnerOutput | None]:
+        """Write the text of one request, or of several.
+
+        Texts of a batch equal those of single runs as far as `batch` says. A text that has ended
+        has no more steps: its request is neither reported to nor polled while the others go on.
+        """
+        active = {place: run for place, run in enumerate(runs) if not run.cancelled()}
+        if not active:
+            raise Interrupted("stopped before the first token")
         savings = self._savings() if save_memory else ()
-        member = BatchMember(request, images, on_step, cancelled)
-        return self._run([member], deltas=deltas, savings=savings)[0]
+        written = translated(
+            lambda: self._write([*active.values()], savings=savings),
+            free=lambda: release(self._placement.device),
+            saved=savings,
+        )
+        outputs = dict(zip(active, written, strict=True))
+        return [outputs.get(place) for place in range(len(runs))]
 
     def batch_key(self, request: Request) -> Hashable | None:
         """What requests have in common that can be written together; None: this one runs alone."""
         asked = _image_to_text(request)
         return self._keys.key(asked, Sampling.of(asked, self._description.defaults))
 
-    def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
-        """Write the texts of several requests, as equal to the single runs' as `batch` says.
-
-        A text that has ended has no more steps: its request is neither told nor asked while the
-        others go on.
-        """
-        outputs = self._run(members)
-        return [outputs.get(place) for place in range(len(members))]
-
     def close(self) -> None:
         """Give the device's memory back."""
         del self._model
         release(self._placement.device)
 
-    def _run(
-        self,
-        members: Sequence[BatchMember],
-        *,
-        deltas: Deltas | None = None,
-        savings: tuple[str, ...] = (),
-    ) -> dict[int, RunnerOutput]:
-        """The outputs of those who were not cancelled, by their places."""
-        staying = {n: member for n, member in enumerate(members) if not member.cancelled()}
-        if not staying:
-            raise Interrupted("stopped before the first token")
-        outputs = translated(
-            lambda: self._write([*staying.values()], deltas=deltas, savings=savings),
-            free=lambda: release(self._placement.device),
-            saved=savings,
-        )
-        written = zip(staying, outputs, strict=True)
-        return {place: output for place, output in written if output is not None}
-
     def _write(
-        self, members: Sequence[BatchMember], *, deltas: Deltas | None, savings: tuple[str, ...]
+        self, runs: Sequence[RunRequest], *, savings: tuple[str, ...]
     ) -> list[RunnerOutput | None]:
-        asked = [self._asked(member, savings) for member in members]
+        asked = [self._asked(run, savings) for run in runs]
         inputs = self._chats.inputs([one.chat for one in asked])
         counts = zip(prompt_tokens(inputs), self._chats.image_tokens(inputs), strict=True)
         rows = [
-            self._row(member, one, tokens, of_images)
-            for member, one, (tokens, of_images) in zip(members, asked, counts, strict=True)
+            self._row(run, one, tokens, of_images)
+            for run, one, (tokens, of_images) in zip(runs, asked, counts, strict=True)
         ]
         cache = {"cache_implementation": "offloaded"} if _CACHE_ELSEWHERE in savings else {}
+        deltas = self._deltas(runs[0], asked[0].request)
         written = self._generate(asked[0].sampling, {**inputs, **cache}, rows, deltas)
         outputs = [
             None if row.is_cancelled else self._output(one, row, tokens)
@@ -243,8 +215,12 @@ class VisionLanguageModel:
             deltas.finish(output.text.text)
         return outputs
 
-    def _asked(self, member: BatchMember, savings: tuple[str, ...]) -> "_Asked":
-        request = _image_to_text(member.request)
+    def _deltas(self, run: RunRequest, request: ImageToTextRequest) -> Deltas | None:
+        # A text that is streamed is written alone.
+        return Deltas(self._processor.tokenizer, run.progress.text) if request.stream else None
+
+    def _asked(self, run: RunRequest, savings: tuple[str, ...]) -> "_Asked":
+        request = _image_to_text(run.request)
         budget = self._budget
         if _FEWER_PIXELS in savings:
             budget = replace(budget, most=max(budget.most // 2, budget.least))
@@ -252,11 +228,11 @@ class VisionLanguageModel:
         said = self._cleaned(request)
         if said != (request.prompt, request.system):
             warnings.append("control tokens of the model were taken out of the text")
-        chat = Chat(*said, budget.fit(member.images))
+        chat = Chat(*said, budget.fit(run.images))
         sampling = Sampling.of(request, self._description.defaults)
         return _Asked(request, chat, sampling, warnings)
 
-    def _row(self, member: BatchMember, asked: "_Asked", tokens: int, of_images: int) -> Row:
+    def _row(self, run: RunRequest, asked: "_Asked", tokens: int, of_images: int) -> Row:
         if of_images >= self._context:
             raise UnsupportedParameter(
                 "images", f"images: {of_images} tokens, of {self._context} at most with the prompt"
@@ -266,7 +242,7 @@ class VisionLanguageModel:
         if wanted is not None and most < wanted:
             line = f"max_new_tokens: the model's context has room for {most} only"
             asked.warnings.append(line)
-        return Row(member, tokens, most)
+        return Row(run, tokens, most)
 
     def _output(self, asked: "_Asked", row: Row, tokens: list[int]) -> RunnerOutput:
         text = GeneratedText(

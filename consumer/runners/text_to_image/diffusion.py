@@ -12,15 +12,11 @@ import torch
 from PIL import Image as Pillow
 
 from consumer.ports import (
-    BatchMember,
     GeneratedImage,
     Interrupted,
-    IsCancelled,
     ModelDescription,
-    OnPreview,
-    OnStep,
-    OnText,
     RunnerOutput,
+    RunRequest,
 )
 from consumer.runners import first_run, options
 from consumer.runners.config import ModelConfig
@@ -34,7 +30,7 @@ from consumer.runners.text_to_image.batch import BatchKeys, arguments_of_a_batch
 from consumer.runners.text_to_image.memory_guard import FreeBytes, free_bytes, least_to_decode
 from consumer.runners.text_to_image.own_pipeline import own_pipeline
 from consumer.runners.text_to_image.parameters import Parameters
-from consumer.runners.text_to_image.picture_run import Company, PictureRun, Wanted
+from consumer.runners.text_to_image.picture_run import BatchMembers, PictureRun, Wanted
 from consumer.runners.text_to_image.pipeline_loading import STEP_CALLBACK, download, load_pipeline
 from consumer.runners.text_to_image.preview import Preview
 from consumer.runners.text_to_image.safety import SafetyChecker, load_checker
@@ -134,57 +130,35 @@ class DiffusionModel:
         self._parameters.check(_text_to_image(request))
 
     def run(
-        self,
-        request: Request,
-        images: Sequence["Image"],
-        *,
-        on_step: OnStep,
-        cancelled: IsCancelled,
-        on_text: OnText | None,  # noqa: ARG002 - of the port
-        on_preview: OnPreview | None,
-        save_memory: bool,
-    ) -> RunnerOutput:
-        """Make the pictures of one request."""
-        member = BatchMember(request, images, on_step, cancelled)
-        return self._run([member], on_preview=on_preview, save_memory=save_memory)[0]
+        self, runs: Sequence[RunRequest], *, save_memory: bool
+    ) -> Sequence[RunnerOutput | None]:
+        """Make the images of one request, or of several.
+
+        Images of a batch equal those of single runs as far as `batch` says. Raises `OutOfMemory`
+        before a batch starts where its images could not be decoded all at once.
+        """
+        members = BatchMembers(runs)
+        if members.have_all_left():
+            raise Interrupted("stopped before the first step")
+        requests = [_text_to_image(run.request) for run in runs]
+        wanted = [
+            Wanted(place, seed) for place in members.active for seed in _seeds(requests[place])
+        ]
+        prompts = len(wanted) if len(members.active) > 1 else 1
+        run = PictureRun(members, requests, wanted, Cuts(prompts))
+        outputs = translated(
+            lambda: self._make(run, save_memory=save_memory), free=self._free, saved=run.saved
+        )
+        return [outputs.get(place) for place in range(len(runs))]
 
     def batch_key(self, request: Request) -> Hashable | None:
         """What requests have in common that can be made together; None: this one runs alone."""
         return self._keys.key(_text_to_image(request))
 
-    def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
-        """Make the pictures of several requests, as equal to the single runs' as `batch` says.
-
-        Raises `OutOfMemory` before it starts where the pictures could not be decoded all at once.
-        """
-        outputs = self._run(members)
-        return [outputs.get(place) for place in range(len(members))]
-
     def close(self) -> None:
         """Give the device's memory back."""
         del self._pipe, self._parameters, self._adapters, self._keys  # each of them holds weights
         release(self._placement.device)
-
-    def _run(
-        self,
-        members: Sequence[BatchMember],
-        *,
-        on_preview: OnPreview | None = None,
-        save_memory: bool = False,
-    ) -> dict[int, RunnerOutput]:
-        """The outputs of those who stay to the end, by their places."""
-        company = Company(members)
-        if company.have_all_left():
-            raise Interrupted("stopped before the first step")
-        requests = [_text_to_image(member.request) for member in members]
-        wanted = [
-            Wanted(place, seed) for place in company.staying for seed in _seeds(requests[place])
-        ]
-        prompts = len(wanted) if len(company.staying) > 1 else 1
-        run = PictureRun(company, requests, wanted, Cuts(prompts), on_preview)
-        return translated(
-            lambda: self._make(run, save_memory=save_memory), free=self._free, saved=run.saved
-        )
 
     def _make(self, run: PictureRun, *, save_memory: bool) -> dict[int, RunnerOutput]:
         pictures: dict[int, list[GeneratedImage]] = {}
@@ -195,8 +169,8 @@ class DiffusionModel:
             with self._adapters.active(run.request.adapters):
                 for number, part in enumerate(parts):
                     steps = StepCallback(
-                        run.company.tell,
-                        run.company.have_all_left,
+                        run.members.report,
+                        run.members.have_all_left,
                         modern=self._parameters.takes(STEP_CALLBACK),
                         run=number,
                         runs=len(parts),
@@ -206,7 +180,7 @@ class DiffusionModel:
                     for picture, wanted in zip(made, part, strict=True):
                         pictures.setdefault(wanted.place, []).append(picture)
             self._undo.close()
-        return {place: self._output(run, place, pictures[place]) for place in run.company.staying}
+        return {place: self._output(run, place, pictures[place]) for place in run.members.active}
 
     def _output(self, run: PictureRun, place: int, pictures: list[GeneratedImage]) -> RunnerOutput:
         warnings = run.cuts.warnings(run.prompt_of(place))
@@ -223,9 +197,9 @@ class DiffusionModel:
 
     def _preview(self, run: PictureRun, number: int) -> Preview | None:
         # Of the first picture; and not where memory is short.
-        if run.on_preview is None or number or run.saved:
+        if not run.request.preview or number or run.saved:
             return None
-        return Preview(run.on_preview, *self._parameters.size(run.request))
+        return Preview(run.members.preview, *self._parameters.size(run.request))
 
     def _cannot_be_decoded(self, run: PictureRun) -> bool:
         width, height = self._parameters.size(run.request)

@@ -1,45 +1,49 @@
-"""One run of a pipeline: whom it is made for, and which pictures it is to make."""
+"""One run of a pipeline: its requests, and the images that it is to make."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from consumer.ports import BatchMember, OnPreview
+from consumer.ports import RunRequest
 from consumer.runners.text_to_image.truncation import Cuts
 from generation_contracts import TextToImageRequest
 
 
-class Company:
-    """Those for whom one run is made: told its steps, and asked whether they still want it.
+class BatchMembers:
+    """The requests of one run: each gets its progress, until it is cancelled.
 
     Args:
-        members: In their order; one for a run of a single request.
+        runs: In their order; one for a run of a single request.
 
     Attributes:
-        staying: Places of those who have not left, in their order.
+        active: Places of those that are not cancelled, in their order.
     """
 
-    def __init__(self, members: Sequence[BatchMember]) -> None:
-        self._members = members
-        self.staying = list(range(len(members)))
+    def __init__(self, runs: Sequence[RunRequest]) -> None:
+        self._runs = runs
+        self.active = list(range(len(runs)))
 
-    def tell(self, done: int, of: int) -> None:
-        """Tell a step to those who are staying."""
-        for place in self.staying:
-            self._members[place].on_step(done, of)
+    def report(self, done: int, of: int) -> None:
+        """Report a step to the active members."""
+        for place in self.active:
+            self._runs[place].progress.step(done, of)
+
+    def preview(self, jpeg: bytes) -> None:
+        """Show how the first image looks; a request with previews runs alone."""
+        self._runs[0].progress.preview(jpeg)
 
     def have_all_left(self) -> bool:
-        """Ask those who are staying; who is cancelled leaves, and is neither told nor asked again.
+        """Poll the active members, and return whether none is left. A cancelled one leaves.
 
-        Their pictures are made to the end nevertheless, where others stay: a pipeline cannot let go
-        of one row.
+        Its images are made to the end nevertheless, where others stay: a pipeline cannot let go of
+        one row.
         """
-        self.staying = [p for p in self.staying if not self._members[p].cancelled()]
-        return not self.staying
+        self.active = [place for place in self.active if not self._runs[place].cancelled()]
+        return not self.active
 
 
 class Wanted(NamedTuple):
-    """One picture that a run is to make."""
+    """One image that a run is to make."""
 
     place: int  # of the request that it is for
     seed: int
@@ -47,21 +51,20 @@ class Wanted(NamedTuple):
 
 @dataclass
 class PictureRun:
-    """What one run is asked for, and what it has told so far.
+    """What one run is asked for, and what it has noted so far.
 
     Attributes:
-        company: Whom it is made for.
+        members: Its requests as the daemon has them.
         requests: Theirs, by their places.
-        wanted: The pictures, those of one request beside each other.
+        wanted: The images, those of one request next to each other.
         cuts: By the places in `wanted`, or of one prompt for all of them.
         saved: What it did to save memory.
     """
 
-    company: Company
+    members: BatchMembers
     requests: Sequence[TextToImageRequest]
     wanted: Sequence[Wanted]
     cuts: Cuts
-    on_preview: OnPreview | None = None
     saved: list[str] = field(default_factory=list)
 
     @property

@@ -7,13 +7,12 @@ decoded so rarely that a run takes at most a twentieth longer.
 
 import io
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-
-from consumer.ports import OnPreview
 
 SIDE = 256  # pixels, of the longer side
 QUALITY = 75  # of the JPEG
@@ -44,7 +43,7 @@ class Preview:
         height: The same.
     """
 
-    def __init__(self, on_preview: OnPreview, width: int, height: int) -> None:
+    def __init__(self, on_preview: Callable[[bytes], None], width: int, height: int) -> None:
         self._on_preview = on_preview
         self._size = (width, height)
         self._before: torch.Tensor | None = None

@@ -4,11 +4,10 @@ Raising is the way that stops all families at once and leaves the next run undis
 `_interrupt` of the pipelines still decodes, and some have none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from consumer.ports import IsCancelled, OnStep
 from consumer.runners.faults import StoppedAtStep
 from consumer.runners.text_to_image.pipeline_loading import OLD_STEP_CALLBACK, STEP_CALLBACK
 from consumer.runners.text_to_image.preview import Preview
@@ -28,8 +27,8 @@ class StepCallback:
 
     def __init__(
         self,
-        on_step: OnStep,
-        cancelled: IsCancelled,
+        on_step: Callable[[int, int], None],
+        cancelled: Callable[[], bool],
         *,
         modern: bool,
         run: int,

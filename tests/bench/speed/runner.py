@@ -8,19 +8,13 @@ import sys
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from consumer.daemon import run
 from consumer.ports import (
-    BatchMember,
     GeneratedImage,
     Interrupted,
-    IsCancelled,
     ModelDescription,
-    OnPreview,
-    OnStep,
-    OnText,
     RunnerOutput,
+    RunRequest,
 )
 from consumer.settings import Settings
 from consumer.telemetry import configure_logging
@@ -49,31 +43,22 @@ class StandInRunner:
         """Everything is taken."""
 
     def run(
-        self,
-        request: Request,
-        images: Sequence[Image.Image],
-        *,
-        on_step: OnStep,
-        cancelled: IsCancelled,
-        on_text: OnText | None = None,
-        on_preview: OnPreview | None = None,
-        save_memory: bool = False,
-    ) -> RunnerOutput:
+        self, runs: Sequence[RunRequest], *, save_memory: bool = False
+    ) -> list[RunnerOutput | None]:
+        (run,) = runs
+        request = run.request
         assert isinstance(request, TextToImageRequest)
 
         def stepped(step: int, of: int) -> None:
-            on_step(step, of)
-            if cancelled():
+            run.progress.step(step, of)
+            if run.cancelled():
                 raise Interrupted
 
         picture = self._device.run(stepped, request.num_inference_steps or 1)
-        return RunnerOutput(images=(GeneratedImage(picture, request.seed or 0),))
+        return [RunnerOutput(images=(GeneratedImage(picture, request.seed or 0),))]
 
     def batch_key(self, request: Request) -> Hashable | None:
         """Each runs alone: a stand-in would win whatever it pretended to win by more."""
-
-    def run_batch(self, members: Sequence[BatchMember]) -> Sequence[RunnerOutput | None]:
-        raise AssertionError("no request of a stand-in has a key")
 
     def close(self) -> None:
         """Nothing is held."""

@@ -3,11 +3,8 @@
 import time
 from collections.abc import Sequence
 
-from PIL.Image import Image
-
-from consumer.ports import IsCancelled, OnPreview, OnStep, OnText, RunnerOutput
+from consumer.ports import RunnerOutput, RunRequest
 from consumer.settings import Settings
-from generation_contracts import Request
 from tests.faults.quick_runner import QuickRunner, note
 
 MINUTES = 600.0  # seconds
@@ -15,19 +12,11 @@ MINUTES = 600.0  # seconds
 
 class Deaf(QuickRunner):
     def run(
-        self,
-        request: Request,
-        images: Sequence[Image],
-        *,
-        on_step: OnStep,
-        cancelled: IsCancelled,
-        on_text: OnText | None = None,
-        on_preview: OnPreview | None = None,
-        save_memory: bool = False,
-    ) -> RunnerOutput:
-        note("runs", request.request_id or "")
+        self, runs: Sequence[RunRequest], *, save_memory: bool = False
+    ) -> list[RunnerOutput | None]:
+        note("runs", runs[0].request.request_id or "")
         time.sleep(MINUTES)
-        return self.output(request, images)
+        return super().run(runs, save_memory=save_memory)
 
 
 def make_runner(_: Settings) -> Deaf:

@@ -5,12 +5,10 @@ The exception is the one that torch raises for a sticky error.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from PIL import Image
 
-from consumer.ports import RunnerOutput
+from consumer.ports import RunnerOutput, RunRequest
 from consumer.runners.faults import translated
 from consumer.settings import Settings
 from generation_contracts import Request
@@ -19,9 +17,12 @@ from tests.faults.quick_runner import QuickRunner, first_time, note
 
 
 class DeviceLostOnce(QuickRunner):
-    def run(self, request: Request, images: Sequence[Image.Image], **more: Any) -> RunnerOutput:
+    def run(
+        self, runs: Sequence[RunRequest], *, save_memory: bool = False
+    ) -> list[RunnerOutput | None]:
         return translated(
-            partial(super().run, request, images, **more), free=partial(note, "freed", "memory")
+            partial(super().run, runs, save_memory=save_memory),
+            free=partial(note, "freed", "memory"),
         )
 
     def step(self, request: Request, number: int) -> None:

@@ -1,0 +1,213 @@
+"""The inference thread: the one thread in which a model is loaded, run and closed.
+
+A shared diffusers pipeline on two threads gives IndexErrors or silently wrong images, and sampling
+in transformers has only the global random generator.
+"""
+
+import asyncio
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+import structlog
+
+from consumer.inference.run_queue import RunQueue, Ticket
+from consumer.ports import (
+    DeviceLost,
+    Interrupted,
+    ModelDescription,
+    OutOfMemory,
+    Runner,
+    RunnerOutput,
+)
+
+log = structlog.get_logger()
+
+# What `Runner.run` returns, or what it raises.
+_Result: TypeAlias = Sequence[RunnerOutput | None] | BaseException
+
+
+class InferenceWorker:
+    """Loads a model, runs what the queue gives it, and closes the model.
+
+    Args:
+        runner: The model, not loaded yet.
+        queue: Where the runs come from.
+        on_busy: Called in the event loop when a run has ended, with the seconds that it took.
+    """
+
+    def __init__(
+        self, runner: Runner, queue: RunQueue, *, on_busy: Callable[[float], None] = lambda _: None
+    ) -> None:
+        self._runner = runner
+        self._queue = queue
+        self._on_busy = on_busy
+        self._busy = False
+        self._unreported = 0.0  # seconds of runs that `on_busy` has not been called with
+        self._closes_model = False
+        self._loop: asyncio.AbstractEventLoop
+        self.ended: asyncio.Future[None]
+
+    @property
+    def busy(self) -> bool:
+        """Whether the thread works, which nothing from outside can end."""
+        return self._busy
+
+    def start(self) -> "asyncio.Future[ModelDescription]":
+        """Start the thread, which loads the model first.
+
+        Returns:
+            What the loaded model is and takes, or what `Runner.load` raises.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.ended = self._loop.create_future()
+        loaded: asyncio.Future[ModelDescription] = self._loop.create_future()
+        self._busy = True
+        # A daemon thread: one that hangs must not keep the interpreter from ending.
+        threading.Thread(target=self._main, args=(loaded,), name="inference", daemon=True).start()
+        return loaded
+
+    def abandon(self) -> None:
+        """Begin no more runs; wait for nothing, and leave the model as it is."""
+        self._queue.close()
+
+    async def stop(self) -> None:
+        """Begin no more runs, and wait until the model is closed."""
+        self._closes_model = True
+        self._queue.close()
+        await self.ended
+
+    # -- in the thread ----------------------------------------------------------------------------
+
+    def _main(self, loaded: "asyncio.Future[ModelDescription]") -> None:
+        error: BaseException | None = None
+        try:
+            if self._load(loaded):
+                while self._run_next():
+                    pass
+            if self._closes_model:
+                self._runner.close()
+        except BaseException as raised:  # noqa: BLE001 - it is for who watches the thread
+            error = _without_frames(raised)
+        self._busy = False
+        self._notify(_settle, self.ended, error)
+
+    def _load(self, loaded: "asyncio.Future[ModelDescription]") -> bool:
+        try:
+            description = self._runner.load()
+        except BaseException as error:  # noqa: BLE001 - it is for the caller of `start`
+            self._notify(_settle, loaded, _without_frames(error))
+            return False
+        self._notify(_settle, loaded, description)
+        return True
+
+    def _run_next(self) -> bool:
+        """Wait for a batch and run it. Returns False once the queue is closed."""
+        self._busy = False
+        batch = self._queue.next_batch()
+        self._busy = True
+        if batch:
+            for ticket in batch:
+                ticket.batch = [member.progress for member in batch]
+            self._run_batch(batch)
+        return bool(batch)
+
+    def _run_batch(self, batch: Sequence[Ticket]) -> None:
+        result = self._run(batch)
+        if isinstance(result, OutOfMemory) and len(batch) == 1:
+            tried = result.tried
+            del result  # the tensors of the first run are freed before the second one
+            batch[0].context.run(log.warning, "out_of_memory", tried=tried)
+            result = self._run(batch, save_memory=True)
+            if isinstance(result, OutOfMemory):
+                result = OutOfMemory("twice", tuple(dict.fromkeys((*tried, *result.tried))))
+        elif len(batch) > 1 and _may_be_of_one_member(result):
+            error = type(result).__name__
+            batch[0].context.run(log.warning, "batch_failed", of=len(batch), error=error)
+            del result
+            self._run_one_by_one(batch)
+            return
+        self._finish(batch, result)
+
+    def _run_one_by_one(self, batch: Sequence[Ticket]) -> None:
+        """Run the members of a failed batch: one bad request must not end the others."""
+        for ticket in batch:
+            if self._queue.closed:
+                self._finish([ticket], DeviceLost("the device was lost before this run"))
+            else:
+                self._run_batch([ticket])
+
+    def _run(self, batch: Sequence[Ticket], *, save_memory: bool = False) -> _Result:
+        """Call the runner; return what it returns or raises."""
+        progresses = [ticket.progress for ticket in batch]
+        began = time.monotonic()
+        for progress in progresses:
+            progress.begin()
+        self._notify(_begin, batch)
+        try:
+            runs = [ticket.run for ticket in batch if ticket.run is not None]
+            return batch[0].context.run(self._runner.run, runs, save_memory=save_memory)
+        except BaseException as error:  # noqa: BLE001 - it is for the job
+            if isinstance(error, DeviceLost):
+                self._queue.close()
+            return _without_frames(error)
+        finally:
+            for progress in progresses:
+                progress.end()
+            self._unreported += time.monotonic() - began
+
+    def _finish(self, batch: Sequence[Ticket], result: _Result) -> None:
+        for ticket in batch:
+            ticket.run = None  # nothing of the inputs is needed while the output is stored
+        seconds, self._unreported = self._unreported, 0.0
+        self._notify(_finish, batch, result, self._on_busy, seconds)
+
+    def _notify(self, callback: Callable[..., None], *args: Any) -> None:
+        """Call a function in the event loop."""
+        with suppress(RuntimeError):  # the loop is closed: the process ends
+            self._loop.call_soon_threadsafe(callback, *args)
+
+
+# -- in the event loop ----------------------------------------------------------------------------
+
+
+def _settle(future: asyncio.Future[Any], result: object) -> None:
+    if future.done():
+        return
+    if isinstance(result, BaseException):
+        future.set_exception(result)
+        future.exception()  # it may have no other reader: the process ends for another reason
+    else:
+        future.set_result(result)
+
+
+def _begin(batch: Sequence[Ticket]) -> None:
+    for ticket in batch:
+        ticket.begin()
+
+
+def _finish(
+    batch: Sequence[Ticket], result: _Result, on_busy: Callable[[float], None], seconds: float
+) -> None:
+    on_busy(seconds)
+    for number, ticket in enumerate(batch):
+        output = result if isinstance(result, BaseException) else result[number]
+        ticket.finish(Interrupted() if output is None else output)
+
+
+# -- what a run raises ----------------------------------------------------------------------------
+
+
+def _may_be_of_one_member(result: _Result) -> bool:
+    """Whether a batch has failed for a reason that only some of its members may share."""
+    return isinstance(result, Exception) and not isinstance(result, DeviceLost | Interrupted)
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """Turn the traceback into text: its frames, and their callers', hold tensors on the device."""
+    error.add_note("".join(traceback.format_exception(error)))
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
