@@ -70,7 +70,7 @@ class InferenceStage:
             RunStalled: The inference thread does not come to its next step.
             Exception: What `Runner.run` raises.
         """
-        ticket = job.slot.require_ticket()
+        ticket = job.slot.ticket
         request = job.seeded_request
         try:
             ready = time.monotonic()
