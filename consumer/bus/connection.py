@@ -11,7 +11,7 @@ import structlog
 from nats.errors import Error
 from nats.js import JetStreamContext
 
-from consumer.bus.client import (
+from consumer.bus.nats_internals import (
     RECONNECT_WAIT,
     CredentialsError,
     RobustClient,
@@ -82,8 +82,7 @@ class Bus:
     @property
     def clustered(self) -> bool:
         """Whether the server is one of a cluster."""
-        info = self.client._server_info  # noqa: SLF001 - nats-py gives no other way to it
-        return bool(info.get("cluster"))
+        return self.client.is_clustered
 
     async def reachable(self) -> None:
         """Wait until the server can be reached.
