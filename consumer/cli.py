@@ -85,7 +85,7 @@ def gateway(context: click.Context, config: Path | None) -> None:
     context.obj = config
     if context.invoked_subcommand is not None:
         return
-    settings = _sender_settings(config)
+    settings = _settings(config)
     serve = _gateway_part("serve").serve
     from consumer.settings import SettingsError
     from consumer.telemetry import configure_logging
@@ -297,7 +297,7 @@ def request_text_to_image(
     config: Path | None, as_json: bool, output: Path, **parameters: Any
 ) -> None:
     """Make a picture of PROMPT and save it."""
-    settings = _sender_settings(config)
+    settings = _settings(config)
     from consumer.asking import text_to_image
 
     made = _request(text_to_image, parameters)
@@ -319,7 +319,7 @@ def request_image_to_text(
     config: Path | None, as_json: bool, images: tuple[str, ...], **parameters: Any
 ) -> None:
     """Ask PROMPT about each IMAGE: a file, or s3://bucket/key."""
-    settings = _sender_settings(config)
+    settings = _settings(config)
     from consumer.asking import image_source, image_to_text
 
     try:
@@ -340,7 +340,7 @@ def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
     Exit codes: 0 it is cancelled, 1 it has ended otherwise or there is none, 69 no worker is there
     to see to it.
     """
-    settings = _sender_settings(config)
+    settings = _settings(config)
     from generation_contracts import encode
     from generation_contracts.subjects import is_request_id
 
@@ -379,7 +379,7 @@ only_code_option = click.option(
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def dead_letters_list(config: Path | None, code: str | None, *, as_json: bool) -> None:
     """All dead letters, oldest first."""
-    settings = _sender_settings(config)
+    settings = _settings(config)
     _require_known(code)
     from consumer.dead_letters import print_list
 
@@ -396,7 +396,7 @@ def dead_letters_show(config: Path | None, letter: str, *, as_json: bool) -> Non
     A number is the sequence of a letter, anything else a request id, whose newest letter is
     shown. A request id of digits alone is written id:123.
     """
-    settings = _sender_settings(config)
+    settings = _settings(config)
     from consumer.dead_letters import print_letter
 
     sys.exit(_guarded(lambda: asyncio.run(print_letter(settings, letter, as_json=as_json))))
@@ -429,7 +429,7 @@ def dead_letters_replay(
     """
     if every == bool(letters) or (code is not None and not every):
         _fail("name letters or say --all; --code goes with --all", EXIT_USAGE)
-    settings = _sender_settings(config)
+    settings = _settings(config)
     _require_known(code)
     from consumer.dead_letters import replay, replay_all
 
@@ -457,23 +457,6 @@ def _settings(config: Path | None) -> "Settings":
         return Settings.load(config)
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
-
-
-def _sender_settings(config: Path | None) -> "Settings":
-    """The settings of a command that only talks to NATS, and nats-py without what it needs not.
-
-    nats-py imports aiohttp where it is installed, a quarter of what such a command takes to start,
-    for servers at ws:// alone.
-    """
-    settings = _settings(config)
-    if not settings.nats_servers.websocket:
-        modules: dict[str, Any] = sys.modules
-        modules.setdefault("aiohttp", None)  # which makes an import fail
-        import generation_client  # noqa: F401 # the first to import nats-py
-
-        if modules["aiohttp"] is None:
-            del modules["aiohttp"]
-    return settings
 
 
 def _gateway_part(name: str) -> Any:

@@ -16,9 +16,8 @@ import structlog
 
 from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
 from consumer.bus.connection import (
-    GIVEN_UP,
     Bus,
-    BusUnavailable,
+    ConnectionGivenUp,
     connect,
     wait_until_available,
 )
@@ -269,7 +268,7 @@ class Daemon:
     async def _watch_bus(self, bus: Bus) -> None:
         # While a job runs the pull loop is not asked, and a job may run for hours.
         await bus.closed.wait()
-        raise BusUnavailable(GIVEN_UP)
+        raise ConnectionGivenUp
 
     def _make_execution(
         self,
@@ -326,7 +325,7 @@ class Daemon:
         self, artifacts: ObjectStoreArtifacts, execution: Execution, pull: PullLoop
     ) -> None:
         while True:
-            away = bool(self._health.store_problem)
+            away = not self._health.store_reachable
             changed = await self._watch.store_changes(
                 STORE_CHECK_AGAIN if away else STORE_CHECK_EVERY
             )
@@ -339,7 +338,7 @@ class Daemon:
                     log.warning("store_check_failed", error=type(error).__name__)
             # A worker that has lost its own way to the store leaves new requests to the others.
             needed = self._task is Task.TEXT_TO_IMAGE or execution.waits_for_store
-            if self._health.store_problem and needed:
+            if not self._health.store_reachable and needed:
                 pull.pause()
             else:
                 pull.resume()

@@ -188,10 +188,10 @@ class Metrics:
         said = model.model_dump(exclude_none=True)
         self._model.labels(self._task).info({name: str(value) for name, value in said.items()})
 
-    def readiness(self, conditions: Mapping[str, str]) -> None:
-        """What readiness depends on: `ok`, or why a condition does not hold."""
-        for condition, state in conditions.items():
-            self._conditions.labels(self._task, condition).set(state == "ok")
+    def readiness(self, conditions: Mapping[str, str | None]) -> None:
+        """Set what readiness depends on: None, or why a condition does not hold."""
+        for condition, reason in conditions.items():
+            self._conditions.labels(self._task, condition).set(reason is None)
 
 
 class _LostLogLines(Collector):

@@ -33,8 +33,10 @@ class Health:
         bus_connected: Asked at each probe.
         durable_present: The same.
         model_loaded: Set when the first job could run.
-        store_problem: Why the store was not reachable when it was last used; empty when it was.
-        streams_problem: Why JetStream refuses what is published; empty when it takes it.
+        store_reachable: Whether the store answered when it was last used.
+        store_reason: Why it did not, for people.
+        streams_writable: Whether JetStream stores what is published.
+        streams_reason: Why it does not, for people.
         draining: No new job will be taken.
         device_lost: The process is about to end, for a new one to take over.
     """
@@ -42,21 +44,23 @@ class Health:
     bus_connected: Callable[[], bool] = lambda: False
     durable_present: Callable[[], bool] = lambda: False
     model_loaded: bool = False
-    store_problem: str = "not reached yet"
-    streams_problem: str = ""
+    store_reachable: bool = False
+    store_reason: str = "not reached yet"
+    streams_writable: bool = True
+    streams_reason: str = ""
     draining: bool = False
     device_lost: bool = False
 
-    def conditions(self) -> dict[str, str]:
-        """Each condition and `ok`, or why it does not hold. Safe to show."""
+    def conditions(self) -> dict[str, str | None]:
+        """Return each condition with why it does not hold; None: it holds. Safe to show."""
         return {
-            "bus": "ok" if self.bus_connected() else "not connected",
-            "durable": "ok" if self.durable_present() else "not present",
-            "streams": self.streams_problem or "ok",
-            "store": self.store_problem or "ok",
-            "model": "ok" if self.model_loaded else "not loaded",
-            "device": "lost" if self.device_lost else "ok",
-            "daemon": "draining" if self.draining else "ok",
+            "bus": None if self.bus_connected() else "not connected",
+            "durable": None if self.durable_present() else "not present",
+            "streams": None if self.streams_writable else self.streams_reason,
+            "store": None if self.store_reachable else self.store_reason,
+            "model": None if self.model_loaded else "not loaded",
+            "device": "lost" if self.device_lost else None,
+            "daemon": "draining" if self.draining else None,
         }
 
 
@@ -130,30 +134,31 @@ class Watch(Observer):
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
         """The store has answered, or not."""
         self.metrics.store_reachable(reachable, reason)
-        problem = "" if reachable else reason or "not reachable"
-        if problem:
-            self._log_store_failure(problem)
-        elif self.health.store_problem and not self._recovery_logged:
+        if not reachable:
+            self.health.store_reason = reason or "not reachable"
+            self._log_store_failure(self.health.store_reason)
+        elif not self.health.store_reachable and not self._recovery_logged:
             log.info("store_reachable")
             self._recovery_logged = True
-        if bool(problem) != bool(self.health.store_problem):
+        if reachable != self.health.store_reachable:
             self._store_changed.set()
-        self.health.store_problem = problem
+        self.health.store_reachable = reachable
 
-    def _log_store_failure(self, problem: str) -> None:
-        unlogged = self._store_limit.left_out(problem)
+    def _log_store_failure(self, reason: str) -> None:
+        unlogged = self._store_limit.left_out(reason)
         if unlogged is not None:
-            log.warning("store_unreachable", reason=problem, unlogged=unlogged)
+            log.warning("store_unreachable", reason=reason, unlogged=unlogged)
             self._recovery_logged = False
 
     def bus_writable(self, writable: bool, reason: str = "") -> None:
         """JetStream has taken what was published, or refuses it."""
-        problem = "" if writable else reason or "not writable"
-        if problem and problem != self.health.streams_problem:
-            log.warning("streams_refuse", reason=problem)
-        elif self.health.streams_problem and not problem:
+        health, was_writable = self.health, self.health.streams_writable
+        logged, reason = health.streams_reason, "" if writable else reason or "not writable"
+        health.streams_writable, health.streams_reason = writable, reason
+        if writable and not was_writable:
             log.info("streams_take")
-        self.health.streams_problem = problem
+        elif not writable and reason != logged:
+            log.warning("streams_refuse", reason=reason)
 
 
 class Unwatched(Observer):
@@ -229,8 +234,9 @@ class Probes:
 
     async def _ready(self, _: web.Request) -> web.Response:
         conditions = self._watch.health.conditions()
-        ready = all(state == "ok" for state in conditions.values())
-        return web.json_response(conditions, status=200 if ready else 503)
+        ready = all(reason is None for reason in conditions.values())
+        shown = {name: reason or "ok" for name, reason in conditions.items()}
+        return web.json_response(shown, status=200 if ready else 503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
         self._watch.metrics.readiness(self._watch.health.conditions())

@@ -3,6 +3,9 @@
 urllib3's timeouts count from one received piece to the next: a server that sends a byte now and
 then would hold its thread, and with it the end of the process, for as long as it likes. Closing the
 connection from outside is the only way to end such a call.
+
+This is the only module that changes what urllib3 does. It uses no private name of urllib3; what it
+overrides is checked by tests/unit/test_library_internals.py.
 """
 
 import asyncio

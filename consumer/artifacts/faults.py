@@ -79,9 +79,9 @@ def checksum_refusal(error: MinioException) -> str | None:
     if isinstance(error, ServerError) and error.status_code == HTTPStatus.NOT_IMPLEMENTED:
         return f"HTTP {error.status_code}"
     if isinstance(error, InvalidResponseError):  # an answer without XML
-        found = _HTTP_STATUS.search(str(error))
-        if found and int(found.group(1)) == HTTPStatus.NOT_IMPLEMENTED:
-            return f"HTTP {found.group(1)}"
+        status = _status(error)
+        if status == HTTPStatus.NOT_IMPLEMENTED:
+            return f"HTTP {status}"
     return None
 
 
@@ -95,8 +95,7 @@ def fault_of(error: Exception, config: StoreConfig) -> StoreUnavailable:
     if isinstance(error, ServerError):
         return _refusal(f"HTTP {error.status_code}", error.status_code, config)
     if isinstance(error, InvalidResponseError):
-        found = _HTTP_STATUS.search(str(error))
-        status = found.group(1) if found else "unknown"
+        status = _status(error) or "unknown"
         return StoreUnavailable(f"S3: the answer is not that of an S3 store (HTTP {status})")
     inner = error.args[0] if error.args else None
     if isinstance(error, SSLError) and not isinstance(inner, ssl.SSLEOFError):
@@ -104,6 +103,12 @@ def fault_of(error: Exception, config: StoreConfig) -> StoreUnavailable:
         return StoreMisconfigured(f"S3: TLS fails ({reason.lower().replace('_', ' ')})")
     words = next(words for kind, words in _CONNECTION_FAULTS if isinstance(error, kind))
     return StoreUnavailable(f"S3: {words}")
+
+
+def _status(error: InvalidResponseError) -> int | None:
+    # The SDK says the status in the text of this exception, and in a private attribute.
+    found = _HTTP_STATUS.search(str(error))
+    return int(found.group(1)) if found else None
 
 
 def _refusal(code: str, status: int, config: StoreConfig) -> StoreUnavailable:

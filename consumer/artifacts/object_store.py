@@ -20,15 +20,11 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from io import BytesIO
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import structlog
-from minio import Minio
-from minio.credentials.credentials import Credentials
 from minio.error import MinioException, S3Error
 from minio.helpers import DictType
 from pydantic import ValidationError
-from urllib3 import PoolManager
 from urllib3.response import BaseHTTPResponse
 
 from consumer.artifacts.calls import Calls, connection_pools
@@ -40,6 +36,7 @@ from consumer.artifacts.faults import (
     checksum_refusal,
     fault_of,
 )
+from consumer.artifacts.minio_internals import CHECKSUM, store_client
 from consumer.artifacts.web_inputs import WebInputs
 from consumer.ports import EncodedImage, InputUnavailable, Observer, StoreUnavailable
 from consumer.settings import is_plain
@@ -57,7 +54,6 @@ _LOOK_WITHIN = 5.0  # seconds for one look at an idle store
 _INPUT_WITHIN = 15.0  # seconds for all attempts at one input: the device may wait for it
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 _WORTH_A_THREAD = 2**18  # bytes, which take 0.3 ms to hash
-_CHECKSUM = "x-amz-checksum-sha256"
 _PROBE = b"generation consumer: the store works\n"
 
 _INPUT_FAULTS = {  # by S3's code; told to the sender
@@ -103,9 +99,9 @@ class ObjectStoreArtifacts:
         self._pools = connection_pools(
             connect_timeout=config.connect_timeout, read_timeout=config.read_timeout
         )
-        self._client = _client(config, config.endpoint, self._pools)
+        self._client = store_client(config, config.endpoint, self._pools)
         # The host is part of the signature. This one only computes: it opens no connection.
-        self._presigner = _client(config, config.url_endpoint, self._pools)
+        self._presigner = store_client(config, config.url_endpoint, self._pools)
 
     # -- what the port asks for -------------------------------------------------------------------
 
@@ -281,7 +277,7 @@ class ObjectStoreArtifacts:
         if self.refused_checksum:
             return put({})
         try:
-            etag = put({_CHECKSUM: base64.b64encode(bytes.fromhex(sha256)).decode()})
+            etag = put({CHECKSUM: base64.b64encode(bytes.fromhex(sha256)).decode()})
         except MinioException as error:
             code = checksum_refusal(error)
             if code is None:
@@ -401,40 +397,6 @@ class ObjectStoreArtifacts:
             # Without the right to list, AWS answers AccessDenied for an object that is missing.
             if error.code not in {"NoSuchKey", "AccessDenied"}:
                 raise
-
-
-class _Client(Minio):
-    """The SDK, which does not hash again what comes with its checksum."""
-
-    def _build_headers(
-        self,
-        host: str,
-        headers: DictType | None = None,
-        body: bytes | None = None,
-        creds: Credentials | None = None,
-    ) -> tuple[DictType, datetime]:
-        checksum = (headers or {}).get(_CHECKSUM)
-        if not isinstance(checksum, str):
-            if body:  # the SDK sends it over TLS only
-                md5 = hashlib.md5(body, usedforsecurity=False).digest()
-                headers = {**(headers or {}), "Content-MD5": base64.b64encode(md5).decode()}
-            return super()._build_headers(host, headers, body, creds)
-        built, date = super()._build_headers(host, headers, None, creds)
-        if not self._base_url.is_https:  # else the signature leaves the body to TLS
-            built["x-amz-content-sha256"] = base64.b64decode(checksum).hex()
-        return built, date
-
-
-def _client(config: StoreConfig, endpoint: str, pools: PoolManager) -> Minio:
-    url = urlsplit(endpoint)
-    return _Client(
-        url.netloc,
-        access_key=config.access_key,
-        secret_key=config.secret_key,
-        secure=url.scheme == "https",
-        region=config.region,  # without it the SDK asks the store before the first call
-        http_client=pools,
-    )
 
 
 def _md5(data: bytes) -> str:

@@ -11,13 +11,14 @@ import structlog
 from nats.errors import Error
 from nats.js import JetStreamContext
 
-from consumer.bus.client import (
+from consumer.bus.nats_internals import (
     RECONNECT_WAIT,
     CredentialsError,
     RobustClient,
     require_usable_credentials,
     require_usable_seed,
 )
+from consumer.bus.server_texts import says_credentials_are_refused
 from consumer.ports import Unavailable
 from consumer.settings import Settings
 from consumer.tasks import cancel_and_wait
@@ -29,12 +30,18 @@ T = TypeVar("T")
 START_PAUSE = 0.5  # seconds between two attempts while the bus is not available yet
 PING_INTERVAL = 5  # seconds; a dead read loop is noticed after two unanswered pings
 API_TIMEOUT = 5.0  # seconds that one call of the JetStream API may take
-GIVEN_UP = "NATS: the client has given up on the connection"
 CLOSE_TIMEOUT = 2.0  # seconds for what is still to be written, and for the closing
 
 
 class BusUnavailable(Unavailable):
     """NATS cannot be reached or refuses; the text is one clear line without credentials."""
+
+
+class ConnectionGivenUp(BusUnavailable):
+    """The client has closed the connection for good; the process has to end."""
+
+    def __init__(self) -> None:
+        super().__init__("NATS: the client has given up on the connection")
 
 
 class FileUnusable(Exception):  # noqa: N818 - a state of the file
@@ -82,20 +89,19 @@ class Bus:
     @property
     def clustered(self) -> bool:
         """Whether the server is one of a cluster."""
-        info = self.client._server_info  # noqa: SLF001 - nats-py gives no other way to it
-        return bool(info.get("cluster"))
+        return self.client.is_clustered
 
     async def reachable(self) -> None:
         """Wait until the server can be reached.
 
         Raises:
-            BusUnavailable: The client has given up; the process has to end.
+            ConnectionGivenUp: The process has to end.
         """
         if not self.client.is_connected and not self.client.is_closed:
             self._up.clear()  # nats-py calls back a little later
         await self._up.wait()
         if self.client.is_closed:
-            raise BusUnavailable(GIVEN_UP)
+            raise ConnectionGivenUp
 
     @asynccontextmanager
     async def question(self, within: float) -> AsyncIterator[None]:
@@ -149,7 +155,7 @@ class Bus:
     async def _on_error(self, error: Exception) -> None:
         self.last_error = str(error) or type(error).__name__
         # Of one try in a hundred nothing is left but that the connection was reset.
-        self._refused = self._refused or "authorization" in self.last_error.lower()
+        self._refused = self._refused or says_credentials_are_refused(self.last_error)
         log.warning("bus_error", error=type(error).__name__, reason=self.last_error[:200])
 
     async def _on_disconnect(self) -> None:

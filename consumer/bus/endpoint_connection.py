@@ -17,8 +17,8 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import MaxPayloadError
 
-from consumer.bus.client import RobustClient
 from consumer.bus.connection import Bus, BusUnavailable
+from consumer.bus.nats_internals import RobustClient
 from consumer.ports import Observer
 from consumer.settings import Settings
 from generation_contracts import FailureCode, Subjects, Task, UnsafeReplySubject

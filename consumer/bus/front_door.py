@@ -33,6 +33,7 @@ from pydantic_core import from_json
 from consumer import job as outcomes
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable, wait_until_available
 from consumer.bus.endpoint_connection import SERVICE, RefusedReplies, is_reply_subject
+from consumer.bus.nats_internals import drain_endpoints, reply_subject
 from consumer.bus.queue import PROCESS
 from consumer.bus.semantic_version import semantic_version
 from consumer.job import Outcome, decide
@@ -166,7 +167,9 @@ class FrontDoor:
         """Listen no more, and finish what has been begun. Never raises."""
         try:
             if self._service is not None:
-                await self._store_what_has_come(self._service)
+                # No other worker gets a call that this one has received.
+                if not await drain_endpoints(self._service, within=EMPTY_WITHIN):
+                    log.warning("calls_may_be_lost")  # the bus is away, or they were too many
                 await self._service.stop()
             if self._interrupts is not None:
                 await self._interrupts.unsubscribe()
@@ -174,22 +177,6 @@ class FrontDoor:
             log.warning("front_door_not_closed", error=type(error).__name__)
         if self._cancelling:
             await asyncio.wait(self._cancelling)
-
-    async def _store_what_has_come(self, service: Service) -> None:
-        # `stop` unsubscribes, which drops the calls that have come and were not looked at yet: no
-        # other worker gets them. Draining takes no more and handles those.
-        endpoints = service._endpoints  # noqa: SLF001 - nats-py gives no other way to them
-        subscriptions = [one._subscription for one in endpoints]  # noqa: SLF001 - the same
-        draining = {asyncio.ensure_future(one.drain()) for one in subscriptions if one is not None}
-        if not draining:
-            return
-        _, late = await asyncio.wait(draining, timeout=EMPTY_WITHIN)
-        for one in late:
-            one.cancel()
-        ends = await asyncio.gather(*draining, return_exceptions=True)
-        if any(isinstance(end, BaseException) for end in ends):
-            log.warning("calls_may_be_lost")  # the bus is away, or they were too many
-        endpoints.clear()
 
     def _may_answer(self, reply: str, prefixes: tuple[str, ...], *, asked: str) -> bool:
         if is_reply_subject(reply, prefixes, self._subjects):
@@ -201,7 +188,7 @@ class FrontDoor:
 
     async def _call(self, call: Call) -> None:
         # Handlers run one after another: this one stores the request and returns.
-        inbox = call._msg.reply  # noqa: SLF001 - nats-py gives no other way to it
+        inbox = reply_subject(call)
         if not inbox:
             return  # nobody waits for an answer: it was published, and belongs to another subject
         if not self._may_answer(inbox, self._backend.reply_prefixes, asked="call"):
@@ -264,7 +251,7 @@ class FrontDoor:
     # -- cancellation -----------------------------------------------------------------------------
 
     async def _cancel_if_allowed(self, call: Call) -> None:
-        inbox = call._msg.reply  # noqa: SLF001 - as above
+        inbox = reply_subject(call)
         if not inbox or self._may_answer(inbox, self._backend.reply_prefixes, asked="cancel"):
             await self._cancel(call)
 
@@ -272,7 +259,7 @@ class FrontDoor:
         # A task for each: handlers run one after another, and a cancellation may wait for a worker.
         # `Cancellation` bounds what all of them ask the server and load at the same time.
         if len(self._cancelling) >= CANCELLATIONS:
-            await _refuse(call, call._msg.reply, "503", "too many cancellations")  # noqa: SLF001
+            await _refuse(call, reply_subject(call), "503", "too many cancellations")
             return
         cancelling = asyncio.create_task(self._cancelled(call), name="cancel")
         self._cancelling.add(cancelling)
@@ -280,7 +267,7 @@ class FrontDoor:
 
     async def _cancelled(self, call: Call) -> None:
         request_id = call.subject.rpartition(".")[2]
-        inbox = call._msg.reply  # noqa: SLF001 - as above
+        inbox = reply_subject(call)
         try:
             if not is_request_id(request_id):
                 await _refuse(call, inbox, "400", "the subject's last token is no request id")

@@ -16,8 +16,9 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error
 
-from consumer.bus.connection import GIVEN_UP, Bus, BusUnavailable
+from consumer.bus.connection import Bus, BusUnavailable, ConnectionGivenUp
 from consumer.bus.delivery import Custody, JetStreamDelivery, is_delivery
+from consumer.bus.server_texts import says_durable_is_missing, says_shutdown
 from consumer.bus.topology import NANOSECONDS, Durable, TopologyError
 
 log = structlog.get_logger()
@@ -109,7 +110,7 @@ class PullLoop:
         """
         while not self._stopping:
             if self._bus.closed.is_set():
-                raise BusUnavailable(GIVEN_UP)
+                raise ConnectionGivenUp
             if not self._standing and not self._paused and self._bus.connected:
                 await self._pull()
             message = await self._receive()
@@ -229,11 +230,11 @@ class PullLoop:
         self._standing = False
         if code in {"404", "408"}:  # no message; the pull has expired
             self.attached = True
-        elif code == "503" or "Deleted" in description or "push based" in description:
+        elif says_durable_is_missing(code, description):
             log.warning("durable_missing", code=code, description=description)
             self.attached = False
             await self._restore()
-        elif description == "Server Shutdown":
+        elif says_shutdown(description):
             # By SIGTERM: the connection is lost next, and the durable is there when it is back.
             await asyncio.sleep(PAUSE_REFUSED)
         else:

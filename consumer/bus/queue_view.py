@@ -31,6 +31,7 @@ from consumer.bus.cached_read import CachedRead
 from consumer.bus.codes import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.reading import StoredMessage, read_message
+from consumer.bus.server_texts import says_permission_is_missing
 from generation_contracts import Subjects, Task
 from generation_contracts.subjects import is_request_id
 
@@ -286,7 +287,7 @@ class QueueView:
 
     def _unavailable(self, subject: str, error: Exception) -> BusUnavailable:
         # The server drops what is not permitted; the reason goes to the error callback.
-        refused = "permissions violation" in self._bus.last_error.lower()
+        refused = says_permission_is_missing(self._bus.last_error)
         reason = self._bus.last_error if refused else str(error) or type(error).__name__
         return BusUnavailable(f"NATS: $JS.API.{subject}: {reason}")
 

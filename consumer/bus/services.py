@@ -11,11 +11,11 @@ from nats.errors import Error
 
 from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.endpoint_connection import SERVICE
+from consumer.bus.server_texts import NO_RESPONDERS
 
 ANSWERS_WITHIN = 1.0  # seconds for all answers together
 QUIET = 0.2  # seconds without a further answer, after the first one, to expect no more
 MAX_ANSWERS = 1_000
-NO_RESPONDERS = "503"
 
 Metadata = Mapping[str, str]
 

@@ -26,6 +26,7 @@ from consumer.bus.codes import (
 from consumer.bus.connection import API_TIMEOUT, Bus, BusMisconfigured, BusUnavailable
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
+from consumer.bus.server_texts import says_permission_is_missing
 from consumer.ports import ResultUnreadable, Unavailable
 from generation_contracts import Subjects, Task
 
@@ -502,8 +503,8 @@ class Topology:
         except TimeoutError:
             # The server drops what is not permitted; the reason goes to the error callback.
             reason = self._bus.last_error or "no answer"
-            certain = "permissions violation" in reason.lower()
-            kind = BusMisconfigured if certain else BusUnavailable
+            missing = says_permission_is_missing(reason)
+            kind = BusMisconfigured if missing else BusUnavailable
             raise kind(f"NATS: $JS.API.{subject}: {reason}") from None
         except (Error, OSError) as problem:
             raise BusUnavailable(f"NATS: $JS.API.{subject}: {problem}") from None

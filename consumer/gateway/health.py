@@ -16,13 +16,16 @@ from consumer.gateway.in_flight import InFlight
 router = APIRouter(tags=["operations"])
 
 
-def conditions(gateway: Gateway, in_flight: InFlight) -> dict[str, str]:
-    """Return each condition of readiness with `ok`, or why it does not hold. Safe to show."""
+def conditions(gateway: Gateway, in_flight: InFlight) -> dict[str, str | None]:
+    """Return each condition of readiness with why it does not hold; None: it holds.
+
+    The texts are safe to show.
+    """
     gateway.keys.reload()  # no request comes to a gateway that is not ready
     return {
-        "bus": "ok" if gateway.bus.connected else "not connected",
-        "keys": "unusable" if gateway.keys.problem else "ok",
-        "gateway": "draining" if in_flight.draining else "ok",
+        "bus": None if gateway.bus.connected else "not connected",
+        "keys": None if gateway.keys.usable else "unusable",
+        "gateway": "draining" if in_flight.draining else None,
     }
 
 
@@ -40,8 +43,9 @@ async def healthz() -> str:
 async def readyz(request: Request) -> JSONResponse:
     """Answer 200 where all conditions hold, else 503; the body names each."""
     found = conditions(request.app.state.gateway, request.app.state.in_flight)
-    ready = all(state == "ok" for state in found.values())
-    return JSONResponse(found, HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE)
+    ready = all(reason is None for reason in found.values())
+    shown = {name: reason or "ok" for name, reason in found.items()}
+    return JSONResponse(shown, HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 @router.get("/metrics", response_class=PlainTextResponse, summary="Prometheus metrics")

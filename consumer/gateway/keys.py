@@ -228,7 +228,8 @@ class Keys:
         self._file = None if path is None else KeyFile(path)
         self._seen = None if path is None else file_state(path)
         self._callers = {} if self._file is None else _callers(self._file.read())
-        self.problem = ""  # why the file cannot be used now; one line
+        self.usable = True  # whether the file could be read when it was read last
+        self._logged = ""  # why it could not; the same reason is logged once
 
     @property
     def open(self) -> bool:
@@ -247,7 +248,7 @@ class Keys:
         if self._file is None:
             return OPEN_CALLER
         self.reload()
-        if self.problem:
+        if not self.usable:
             # Keys that were valid before may have been revoked by the change that cannot be read.
             raise ApiError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -269,18 +270,18 @@ class Keys:
         if self._file is None:
             return
         seen = file_state(self._file.path)
-        if seen == self._seen and seen is not None and not self.problem:
+        if seen == self._seen and seen is not None and self.usable:
             return
         self._seen = seen
         try:
             self._callers = _callers(self._file.read())
         except KeysUnusable as error:
-            self._callers = {}
-            if str(error) != self.problem:
+            self._callers, self.usable = {}, False
+            if str(error) != self._logged:
                 log.error("gateway_keys_unusable", reason=str(error))  # noqa: TRY400 - one line
-            self.problem = str(error)
+            self._logged = str(error)
             return
-        self.problem = ""
+        self.usable, self._logged = True, ""
         log.info("gateway_keys_read", keys=len(self._callers))
 
 

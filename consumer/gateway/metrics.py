@@ -117,7 +117,12 @@ class GatewayMetrics:
         self._refused.labels(reason).inc()
 
     def exposition(
-        self, *, requests: int, streams: int, event_bytes: int, conditions: Mapping[str, str]
+        self,
+        *,
+        requests: int,
+        streams: int,
+        event_bytes: int,
+        conditions: Mapping[str, str | None],
     ) -> bytes:
         """Return all metrics as Prometheus text.
 
@@ -125,13 +130,13 @@ class GatewayMetrics:
             requests: In progress now.
             streams: Of these, the streams of events.
             event_bytes: Of the events that are kept.
-            conditions: `ok`, or why a condition of readiness does not hold.
+            conditions: Why a condition of readiness does not hold; None: it holds.
         """
         self._in_flight.set(requests)
         self._streams.set(streams)
         self._events.set(event_bytes)
-        for condition, state in conditions.items():
-            self._conditions.labels(condition).set(state == "ok")
+        for condition, reason in conditions.items():
+            self._conditions.labels(condition).set(reason is None)
         return generate_latest(self.registry)
 
 

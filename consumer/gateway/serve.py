@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from consumer.bus.connection import GIVEN_UP
+from consumer.bus.connection import ConnectionGivenUp
 from consumer.gateway.app import create_app
 from consumer.gateway.context import Gateway
 from consumer.gateway.file_state import file_state
@@ -248,9 +248,8 @@ class _Certificate:
         self._key = settings.gateway_tls_key
         self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self._loaded: tuple[tuple[int, ...] | None, ...] = ()
-        self._problem = self._load()
-        if self._problem:
-            raise SettingsError(f"GATEWAY_TLS_CERT: {self._problem}")
+        self._logged = ""  # why the files cannot be used; the same reason is logged once
+        self._load()
 
     @property
     def used(self) -> bool:
@@ -266,28 +265,37 @@ class _Certificate:
 
         Where the new ones cannot be used, the ones before stay, and the next call tries again.
         """
-        problem = self._load()
-        if problem and problem != self._problem:
-            log.error("certificate_unusable", reason=problem)
-        self._problem = problem
+        try:
+            self._load()
+        except SettingsError as error:
+            if str(error) != self._logged:
+                log.error("certificate_unusable", reason=str(error))  # noqa: TRY400 - one line
+            self._logged = str(error)
+        else:
+            self._logged = ""
 
-    def _load(self) -> str:
-        """Read the files if they have changed; return why they cannot be used, or nothing."""
+    def _load(self) -> None:
+        """Read the files if they have changed.
+
+        Raises:
+            SettingsError: They cannot be used.
+        """
         if self._cert is None or self._key is None:
-            return ""
+            return
         found = (file_state(self._cert), file_state(self._key))
         if found == self._loaded:
-            return ""
+            return
         try:
             # First into another context: a certificate is taken before its key is checked.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._cert, self._key)
             self._context.load_cert_chain(self._cert, self._key)
         except ssl.SSLError as error:
-            return f"the certificate and its key cannot be used: {error.reason or 'damaged'}"
+            reason = f"the certificate and its key cannot be used: {error.reason or 'damaged'}"
+            raise SettingsError(f"GATEWAY_TLS_CERT: {reason}") from None
         except OSError as error:
-            return f"{error.filename or self._cert}: {error.strerror}"
+            reason = f"{error.filename or self._cert}: {error.strerror}"
+            raise SettingsError(f"GATEWAY_TLS_CERT: {reason}") from None
         self._loaded = found
-        return ""
 
 
 def _listen(settings: Settings) -> list[socket.socket]:
@@ -337,5 +345,5 @@ def _log_start(settings: Settings, gateway: Gateway, sockets: list[socket.socket
 async def _end_with_bus(server: _Server, gateway: Gateway) -> None:
     """End the gateway when its connection to NATS is lost for good."""
     await gateway.bus.closed.wait()
-    log.error("service_unavailable", reason=GIVEN_UP)
+    log.error("service_unavailable", reason=str(ConnectionGivenUp()))
     server.stop(EXIT_UNAVAILABLE)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import Any, Self
 
+import aiohttp
 import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -298,8 +299,6 @@ class GenerationClient:
         Raises:
             DownloadFailed: It cannot be fetched, or its bytes are not the ones that were stored.
         """
-        import aiohttp  # noqa: PLC0415 - a tenth of a second, for those alone who download
-
         url, headers = self._address(picture)
         timeout = aiohttp.ClientTimeout(total=DOWNLOAD_WITHIN)
         try:

@@ -34,6 +34,7 @@ AnyEvent = StartedEvent | ProgressEvent | SucceededEvent | FailedEvent | Cancell
 ResultEvent = SucceededEvent | FailedEvent | CancelledEvent
 
 _TRANSIENT = {"generation.v1.started", "generation.v1.progress"}  # a result does not depend on them
+# The server reports a missing permission in words only; no other text is compared here.
 _REFUSED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
 

@@ -30,11 +30,6 @@ class Servers:
     token: str | None = field(default=None, repr=False)
 
     @property
-    def websocket(self) -> bool:
-        """Whether the servers are reached over WebSocket, for which nats-py needs aiohttp."""
-        return _websocket(self.urls[0])
-
-    @property
     def credentials(self) -> dict[str, str]:
         """The options of `nats.connect` for the user; empty where the URLs name none."""
         named = {"user": self.user, "password": self.password, "token": self.token}

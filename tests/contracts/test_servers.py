@@ -65,11 +65,3 @@ def test_only_what_is_named_is_an_option() -> None:
     options: dict[str, Any] = parse_servers("nats://app:p%40ss@bus").credentials
     assert options == {"user": "app", "password": "p@ss"}
     assert parse_servers("nats://bus").credentials == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "websocket"),
-    [("bus", False), ("nats://ws.example", False), ("WS://bus", True), ("wss://a,wss://b", True)],
-)
-def test_websocket_servers_are_known_by_their_scheme(text: str, websocket: bool) -> None:
-    assert parse_servers(text).websocket is websocket

@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 
 from consumer.apply import apply
 from consumer.bus import topology
-from consumer.bus.client import RobustClient
+from consumer.bus.nats_internals import RobustClient
 from consumer.check import check
 from consumer.settings import Settings
 from tests.faults.scene import Scene

@@ -22,7 +22,7 @@ with atheris.instrument_imports(include=["consumer", "generation_contracts", "PI
     from pydantic import ValidationError
 
     from consumer.admission import Admission
-    from consumer.bus.client import RobustClient
+    from consumer.bus.nats_internals import RobustClient
     from consumer.images import ImageCodec
     from consumer.ports import InputUnavailable
     from generation_contracts import InvalidRequest, Subjects, Task, decode_result

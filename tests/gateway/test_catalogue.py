@@ -8,8 +8,8 @@ import pytest
 from nats.aio.msg import Msg
 
 from consumer.bus import services
-from consumer.bus.client import RobustClient
 from consumer.bus.connection import Bus, BusUnavailable, connect
+from consumer.bus.nats_internals import RobustClient
 from consumer.bus.services import worker_metadata
 from consumer.devstack import NatsServer
 from consumer.gateway.catalogue import Catalogue

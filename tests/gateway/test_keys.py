@@ -201,12 +201,12 @@ def test_a_file_that_becomes_unusable_refuses_every_key(path: Path) -> None:
     assert error.headers["x-should-retry"] == "true"
     assert str(path) not in error.message
     assert [line["event"] for line in lines] == ["gateway_keys_unusable"]
-    assert keys.problem
+    assert not keys.usable
     path.unlink()
     assert refusal(keys, bearer(key)).status == 503
     path.write_text(good)
     assert keys.caller(bearer(key)).tenant.name == "acme"
-    assert not keys.problem
+    assert keys.usable
 
 
 def test_a_file_that_is_repaired_in_its_place_is_read_without_a_request(path: Path) -> None:
@@ -216,10 +216,10 @@ def test_a_file_that_is_repaired_in_its_place_is_read_without_a_request(path: Pa
     good = path.read_text()
     path.write_text("{")
     keys.reload()
-    assert keys.problem
+    assert not keys.usable
     path.write_text(good)
     keys.reload()
-    assert not keys.problem
+    assert keys.usable
     assert keys.caller(bearer(key)).tenant.name == "acme"
 
 

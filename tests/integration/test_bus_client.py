@@ -1,24 +1,19 @@
 """The client on raw protocol bytes: no message, file or cancellation stops the connection."""
 
 import asyncio
-import hashlib
-import inspect
 import random
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import nkeys
 import pytest
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error
-from nats.protocol.parser import Parser
 from structlog.testing import capture_logs
 
-from consumer.bus.client import require_usable_credentials, require_usable_seed
 from consumer.bus.connection import Bus, BusUnavailable, connect
+from consumer.bus.nats_internals import require_usable_credentials, require_usable_seed
 from consumer.devstack import NatsServer
 from tests.integration.bus_installation import (
     bus_settings,
@@ -257,39 +252,3 @@ def test_a_credentials_file_that_has_become_empty_is_an_error_of_nats(tmp_path: 
     client = Bus().client
     with pytest.raises(Error):
         client._read_creds_user_jwt(str(file))
-
-
-# -- nats-py --------------------------------------------------------------------------------------
-
-# Of the source of every function of nats-py 2.16.0 that consumer.bus.client replaces or relies on.
-# When one changes: read what has changed, correct consumer/bus/client.py, then write the new one.
-DIGESTS: dict[Callable[..., Any], str] = {
-    Parser.parse: "7d6165f1766c",
-    Parser.reset: "0f304f3f8691",
-    Client._attempt_reconnect: "2bbc96e0f2f7",
-    Client._build_message: "13cbe7b7f8cb",
-    Client._close: "9a92d3aca1b2",
-    Client._connect_command: "1999c01f55c9",
-    Client._flush_pending: "317c8d7ef54b",
-    Client._flusher: "43957ffb357d",
-    Client._process_err: "ceb70f44e38f",
-    Client._process_headers: "fe656f61147d",
-    Client._process_info: "ecca7bb93130",
-    Client._process_msg: "6cff75947e97",
-    Client._process_op_err: "d4257cb1203c",
-    Client._process_ping: "7dfc2df74827",
-    Client._process_pong: "ee4c4d01a16d",
-    Client._read_creds_user_jwt: "2050d5fbdf85",
-    Client._read_creds_user_nkey: "9869ec654a05",
-    Client._read_loop: "b44b9401f436",
-    Client._send_command: "ed57e8e86389",
-    Client.connect: "a333807745c3",
-    Client.flush: "b410d7515bcc",
-    Client.force_reconnect: "c2a2e91c5600",
-}
-
-
-@pytest.mark.parametrize("function", DIGESTS, ids=lambda function: function.__qualname__)
-def test_nats_py_is_as_the_corrections_need_it(function: Callable[..., Any]) -> None:
-    source = inspect.getsource(function)
-    assert hashlib.sha256(source.encode()).hexdigest()[:12] == DIGESTS[function]

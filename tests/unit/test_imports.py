@@ -89,19 +89,7 @@ def test_a_request_imports_what_sends_it_alone(arguments: list[str], tmp_path: P
         NATS_CREDS=str(tmp_path / "missing"),  # it ends where it would connect
     )
     assert {"nats.aio.client", "consumer.asking", "consumer.bus.connection"} <= imported
-    unused = {"aiohttp", "consumer.bus.front_door"}
-    assert imported & (OF_A_DAEMON | OF_A_STACK | unused) == set()
-
-
-def test_a_server_at_ws_is_reached_with_what_nats_py_needs_for_it(tmp_path: Path) -> None:
-    missing = str(tmp_path / "missing")
-    for url in ("WS://127.0.0.1:1", "wss://127.0.0.1:1"):
-        assert "aiohttp" in imported_by_command("cancel", "x", NATS_URL=url, NATS_CREDS=missing)
-
-
-def test_nobody_needs_aiohttp_before_a_download() -> None:
-    code = "sys.modules['aiohttp'] = None; import generation_client, consumer.asking"
-    assert "consumer.asking" in modules_after(code)
+    assert imported & (OF_A_DAEMON | OF_A_STACK | {"consumer.bus.front_door"}) == set()
 
 
 def test_a_daemon_begins_without_the_libraries_of_models() -> None:

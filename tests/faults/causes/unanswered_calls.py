@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from consumer.bus import front_door, topology
-from consumer.bus.client import RobustClient
+from consumer.bus.nats_internals import RobustClient
 from consumer.settings import Settings
 from tests.faults.quick_runner import QuickRunner
 

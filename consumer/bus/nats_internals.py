@@ -1,7 +1,7 @@
-r"""nats-py's client with its faults corrected: the only module that uses nats-py's private names.
+r"""The only module that uses private names of nats-py: its client with corrections, and accessors.
 
 Each correction is needed because one message, one file or one cancellation could stop the whole
-process, and nats-py offers no public place for it:
+process, and nats-py has no public name that a correction could use:
 
 - The parser splits protocol lines at every character that `\s` matches. The server splits at space
   and tab only, so a vertical tab in a subject breaks the connection at each delivery.
@@ -14,15 +14,18 @@ process, and nats-py offers no public place for it:
 - `flush` does not wait for everything that was sent before it, and a cancelled `flush` breaks the
   read loop.
 
-tests/integration/test_bus_client.py fails when a new version of nats-py changes a function that is
-replaced or called here.
+The rest is what nats-py has no public name for: whether the server is one of a cluster, the reply
+subject of a service request, and the draining of a service.
+
+tests/unit/test_library_internals.py fails when a new version of nats-py changes a function that is
+replaced or relied on here.
 """
 
 import asyncio
 import json
 from codecs import BOM_UTF8
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nkeys
 import structlog
@@ -42,6 +45,10 @@ from nats.protocol.parser import (
     PONG_OP,
     Parser,
 )
+
+if TYPE_CHECKING:  # most processes that use this module have no service
+    from nats.micro.request import Request
+    from nats.micro.service import Service
 
 log = structlog.get_logger()
 
@@ -188,6 +195,12 @@ class RobustClient(Client):
         return result
 
     @property
+    def is_clustered(self) -> bool:
+        """Whether the server is one of a cluster."""
+        # nats-py publishes only some fields of the server's INFO, and not this one.
+        return bool(self._server_info.get("cluster"))
+
+    @property
     def is_connected(self) -> bool:
         """Whether the server can be reached now."""
         return not self._ended and super().is_connected
@@ -231,6 +244,38 @@ class RobustClient(Client):
 
     def _read_creds_user_nkey(self, creds: str) -> bytearray:  # type: ignore[override] # a path here
         return bytearray(_line_after(_SEED_HEADERS, Path(creds)))
+
+
+def reply_subject(request: "Request") -> str:
+    """Return the reply subject of a service request; empty where the request has none.
+
+    nats-py publishes answers to it and does not show it. Callers check it before they answer.
+    """
+    return request._msg.reply
+
+
+async def drain_endpoints(service: "Service", *, within: float) -> bool:
+    """Unsubscribe the endpoints of a service once every request that was received is handled.
+
+    `Service.stop` unsubscribes and drops the requests that are received and not handled yet.
+    nats-py drains subscriptions, but it does not show those of a service.
+
+    Args:
+        service: It may be stopped afterwards.
+        within: Seconds.
+
+    Returns:
+        Whether all of them were handled in time.
+    """
+    subscriptions = [endpoint._subscription for endpoint in service._endpoints]
+    draining = {asyncio.ensure_future(each.drain()) for each in subscriptions if each is not None}
+    if draining:
+        _, late = await asyncio.wait(draining, timeout=within)
+        for task in late:
+            task.cancel()
+    ends = await asyncio.gather(*draining, return_exceptions=True)
+    service._endpoints.clear()  # else `stop` unsubscribes them again, which raises
+    return not any(isinstance(end, BaseException) for end in ends)
 
 
 def require_usable_seed(path: Path) -> str:
