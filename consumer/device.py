@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import structlog
 
 from consumer.admission import Job
-from consumer.job import RanOutOfMemory, State, decide
+from consumer.job import State
 from consumer.ports import (
     BatchMember,
     DeviceLost,
@@ -218,11 +218,8 @@ class Device:
             tried = error.tried
         # Outside the except block: the traceback keeps the first run's tensors alive.
         log.warning("out_of_memory", tried=tried)
-        again = decide(
-            RanOutOfMemory(saved_memory=False), attempt=job.attempt, max_attempts=job.attempt
-        )
         try:
-            return await self._run_again(job, turn, member, steps, save_memory=again.save_memory)
+            return await self._run_again(job, turn, member, steps, save_memory=True)
         except OutOfMemory as error:
             tried = tuple(dict.fromkeys((*tried, *error.tried)))
         raise OutOfMemory("twice", tried)

@@ -7,9 +7,9 @@ in `broken`; `whole` says so, and `heal` ends every outage and has everything do
 import asyncio
 from collections import defaultdict
 
-from consumer.conclusion import RETRY_DELAY_MOST
 from consumer.execution import Limits
-from consumer.pictures import STORE_PAUSE_MOST
+from consumer.finalizer import RETRY_DELAY_MOST
+from consumer.image_stages import STORE_PAUSE_MOST
 from consumer.ports import Interrupted
 from consumer.run import Reason
 from generation_contracts import Task

@@ -42,7 +42,7 @@ class MemoryWorld:
         ack_wait: float = LONG,
         max_attempts: int = 3,
         stall_timeout: float = LONG,
-        prompt_in_pictures: bool = False,
+        prompt_in_images: bool = False,
         bounds: Bounds | None = None,
         runner: ScriptedRunner | None = None,
     ) -> None:
@@ -78,7 +78,7 @@ class MemoryWorld:
             artifacts=self.artifacts,
             images=self.images,
             observer=self.observer,
-            prompt_in_pictures=prompt_in_pictures,
+            prompt_in_images=prompt_in_images,
             turns=Turns(bounds),
         )
         self.execution = self._start()

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar, TypeVarTuple, cast
 
 import pytest
 
-from consumer import admission, conclusion, device, execution, run, turns
+from consumer import admission, chain_continuation, device, execution, finalizer, run, turns
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
 from consumer.ports import Delivery, IsCancelled, OnStep
@@ -215,7 +215,7 @@ class SteppedWorker:
         """Begin with a delivery, or with one that the server delivers no more, up to a call."""
         self.watcher = watcher
         handed = cast("Delivery", self._stepped(delivery))
-        does = self.execution.put_aside if stranded else self.execution.handle
+        does = self.execution.handle_exhausted if stranded else self.execution.handle
         self.job = self._loop.create_task(does(handed))
         self._loop.rest()
 
@@ -332,7 +332,7 @@ class SteppedWorld:
         clock = SimpleNamespace(monotonic=self.loop.time)
         for module in (run, device, turns):
             self._patches.setattr(module, "time", clock)
-        for module in (admission, conclusion, execution, memory_ports):
+        for module in (admission, chain_continuation, execution, finalizer, memory_ports):
             self._patches.setattr(module, "datetime", _clock_of(self.loop))
 
     def close(self) -> None:

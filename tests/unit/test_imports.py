@@ -16,7 +16,7 @@ LIGHT = (
     "consumer.heartbeat",
     "consumer.run",
     "consumer.admission",
-    "consumer.conclusion",
+    "consumer.finalizer",
     "consumer.execution",
 )
 LIBRARIES_OF_MODELS = frozenset({"torch", "torchvision", "diffusers", "transformers", "accelerate"})
