@@ -1,7 +1,7 @@
-"""What a delivery asks for, and who is to be told: pure, from bytes and headers.
+"""Reads a delivery: the request, the reply subject, the trace context. No input or output.
 
-Reading goes in two passes. The envelope (id, reply subject, trace) is read leniently from whatever
-came, so that even an invalid request gets its answer; the request itself is read strictly.
+Reading takes two passes. The envelope (id, reply subject, trace context) is read leniently from any
+bytes, so that an invalid request gets a reply too. The request itself is validated strictly.
 """
 
 import asyncio
@@ -44,12 +44,12 @@ SEED_BYTES = 4  # the contract's seeds are below 2**32
 
 @dataclass(frozen=True)
 class Envelope:
-    """Who asks, read as far as it can be.
+    """The sender's addresses, as far as they can be read.
 
     Attributes:
-        request_id: Always there: the sender's, or one derived from the delivery.
-        reply_to: Only where it is a subject that this worker may publish to.
-        trace_parent: Only where it is well formed.
+        request_id: The sender's id, or an id derived from the delivery.
+        reply_to: Reply subject; None unless this worker may publish to it.
+        trace_parent: W3C trace context; None unless it is well formed.
     """
 
     request_id: str
@@ -59,24 +59,24 @@ class Envelope:
 
 @dataclass(eq=False)
 class Job:
-    """One request being handled: its delivery, and what has come of it so far.
+    """One request in progress: its delivery, and the results of its stages so far.
 
     Attributes:
-        digest: What the request asks for; of the raw bytes until it is decoded.
-        slot: Its place among the requests in flight.
-        releases: How many of the deliveries were given back on purpose.
-        withdrawn: Whether it was cancelled while an earlier worker had it.
-        began: Whether the model has been started for it.
-        is_copy: Whether its request id belongs to another delivery, which came before.
-        decided: Set when `is_copy` is known.
-        over: Set when it has come to its end in this worker.
+        digest: Digest of the request's content; of the raw bytes until the request is decoded.
+        slot: Slot of the job among the requests in flight.
+        uncounted: Number of deliveries that were no attempts.
+        cancelled_before: Whether the request was cancelled while an earlier worker had it.
+        began: Whether the model has been started for the request.
+        is_copy: Whether another delivery owns the request id.
+        ownership_known: Set when `is_copy` is known.
+        ended: Set when the job has ended in this worker.
         existing: The terminal event that was stored before, if there is one.
-        stored: The outputs that are in the store so far, whether an event tells of them or not.
-        parameters: What the outputs were made with.
+        stored: The outputs in the store so far, with or without an event that mentions them.
+        parameters: The parameters that the outputs were made with.
         sequence: Number of the next event of this attempt.
-        queued: Seconds from stored to the device.
-        stages: Where the time went, in the order in which they ended; for traces.
-        inference: Seconds of the model's runs.
+        queued: Seconds from storage in the stream to the start on the device.
+        stages: The stages that have ended, in this order; for traces.
+        inference: Seconds of model runs.
         encode: Seconds of encoding.
         upload: Seconds of storing.
     """
@@ -86,13 +86,13 @@ class Job:
     digest: str
     queued: float
     slot: Slot
-    releases: int = 0
-    withdrawn: bool = False
+    uncounted: int = 0
+    cancelled_before: bool = False
     began: bool = False
     is_copy: bool = False
-    decided: asyncio.Event = field(default_factory=asyncio.Event)
+    ownership_known: asyncio.Event = field(default_factory=asyncio.Event)
     cancel_token: CancelToken = field(default_factory=CancelToken)
-    over: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     state: State = State.RECEIVED
     request: Request | None = None
     existing: ResultEvent | None = None
@@ -108,15 +108,15 @@ class Job:
 
     @property
     def request_id(self) -> str:
-        """The sender's id, or the derived one."""
+        """The sender's id, or the derived id."""
         return self.envelope.request_id
 
     @property
     def seeded_request(self) -> Request:
-        """The decoded request with a seed: its own, else one that its id decides.
+        """The decoded request with its own seed, else with a seed derived from the request id.
 
-        A request may be run twice, by two workers at the same time when a lease was lost, and both
-        write the same keys: with the same seed they write the same bytes.
+        After a lost lease two workers may run the same request and write the same keys. With the
+        same seed they write the same bytes.
         """
         if self.request is None:
             raise AssertionError("nothing has been decoded")
@@ -127,22 +127,22 @@ class Job:
 
     @property
     def attempts_so_far(self) -> int:
-        """How many deliveries of the request were attempts, this one included."""
-        return self.delivery.attempt - self.releases
+        """Number of deliveries that were attempts, including this delivery."""
+        return self.delivery.attempt - self.uncounted
 
     @property
     def attempt(self) -> int:
-        """How often the request has been attempted, this time included; from 1."""
+        """Number of this attempt, from 1."""
         return max(1, self.attempts_so_far)
 
     @property
-    def may_be_cancelled_as(self) -> frozenset[str]:
-        """The ids by which it can be cancelled: its own, and that of its chain."""
+    def cancellation_ids(self) -> frozenset[str]:
+        """The ids that cancel the job: the request id and the id of its chain."""
         link = None if self.request is None else self.request.chain
         return frozenset({self.request_id} if link is None else {self.request_id, link.id})
 
     def spent(self, name: str, seconds: float, *, ago: float = 0.0) -> None:
-        """Note that a stage has ended so many seconds ago, after so many seconds."""
+        """Record a stage that took some seconds and ended some seconds ago."""
         ended = time.time_ns() - round(ago * NANOSECONDS)
         self.stages.append(Stage(name, ended - round(seconds * NANOSECONDS), ended))
 
@@ -150,7 +150,7 @@ class Job:
         """Move to the next state.
 
         Raises:
-            IllegalTransition: It cannot follow.
+            IllegalTransition: The state cannot follow the current state.
         """
         self.state = advance(self.state, to)
         self.began = self.began or to is State.RUNNING
@@ -158,23 +158,29 @@ class Job:
 
 @dataclass(frozen=True)
 class Admission:
-    """The rules by which deliveries are read: one worker's task, subjects and reply prefixes."""
+    """Reads the deliveries of one task.
+
+    Attributes:
+        task: The task of the requests.
+        subjects: The subjects of the installation.
+        reply_prefixes: Prefixes of allowed reply subjects.
+    """
 
     task: Task
     subjects: Subjects
     reply_prefixes: tuple[str, ...]
 
     def open(self, delivery: Delivery, slot: Slot | None = None) -> Job:
-        """Begin a job with what can be read of any delivery. Never raises.
+        """Make a job of any delivery, valid or not. Never raises.
 
         Args:
-            delivery: What was handed out.
-            slot: Its place among the requests in flight; None: it is only ended, and not run.
+            delivery: The delivery.
+            slot: Slot of the job among the requests in flight; None: the job is not run.
         """
         queued = (datetime.now(UTC) - delivery.stored_at).total_seconds()
         return Job(
             delivery=delivery,
-            releases=delivery.uncounted,
+            uncounted=delivery.uncounted,
             slot=slot or unqueued_slot(),
             envelope=self._envelope(delivery),
             digest=digest_of_bytes(delivery.body),
@@ -182,10 +188,10 @@ class Admission:
         )
 
     def request(self, delivery: Delivery) -> Request:
-        """What is asked for.
+        """Decode and validate the request.
 
         Raises:
-            InvalidRequest: Not JSON, not the contract, or contradicting its subject.
+            InvalidRequest: Not JSON, against the contract, or with another id than its subject.
         """
         request = decode_request(self.task, delivery.body)
         check_slip(request)
@@ -217,8 +223,8 @@ class Admission:
             ) from None
 
     def _request_id(self, delivery: Delivery, fields: Mapping[str, Any]) -> str:
-        # The subject first: the two differ only in a request that is refused for it, and such a
-        # request must not end the id that its body names.
+        # The subject comes first: a request with another id in its body is refused, and the refusal
+        # must not end the id in the body.
         candidates = (
             self.subjects.id_in(delivery.subject, self.task),
             fields.get("request_id"),
@@ -241,8 +247,8 @@ class Admission:
 
 
 def _derived_id(delivery: Delivery) -> str:
-    # The sequence alone would repeat when the stream is deleted and made again, and the new request
-    # would be taken for a copy of the old one, whose result is kept for days.
+    # The sequence alone repeats after the stream is deleted and created again. The new request
+    # would then look like a copy of the old request, whose result is stored for days.
     stored_at = int(delivery.stored_at.timestamp())
     return f"{delivery.stream}-{delivery.stream_sequence}-{stored_at:x}"[-64:]
 

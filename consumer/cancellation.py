@@ -1,11 +1,11 @@
-"""Cancelling a request wherever it is: in the queue, in a worker, or at its end.
+"""Cancels a request that is queued, in progress, or about to end.
 
-The canceller asks all workers first. Each worker remembers the id, so a worker that receives the
-request from then on does not run it; a worker that has it stops, and stores the terminal event when
-the device is free. Then the canceller looks into the streams. It ends a request only if no worker
-has ever received it: it stores the terminal event as a worker would, and deletes the message. It
-marks any other request as cancelled, because a worker that does not answer may still run it. That
-worker finds the question when it answers again; if it has died, its successor finds the mark.
+The canceller first asks all workers to stop the request. Each worker stores the id, and does not
+run the request if it receives it later. A worker that runs the request stops it, and stores the
+terminal event when the device is free. Then the canceller reads the streams. If no worker has ever
+received the request, the canceller stores the terminal event and deletes the message. Otherwise it
+marks the request as cancelled, because a worker that does not answer may still run it. That worker
+receives the stop request when it recovers; if it has died, the next worker reads the mark.
 """
 
 import asyncio
@@ -17,10 +17,9 @@ from typing import TypeGuard
 
 import structlog
 
-from consumer import job as outcomes
 from consumer.admission import Admission
-from consumer.conclusion import Conclusion
-from consumer.job import decide
+from consumer.finalizer import Finalizer
+from consumer.outcomes import Cancelled
 from consumer.ports import Delivery, Events, Found, Grip, Queue, ResultEvent, Workers
 from generation_contracts import (
     CancelledEvent,
@@ -36,31 +35,31 @@ from generation_contracts.headers import event_type
 
 log = structlog.get_logger()
 
-ENDS_WITHIN = 5.0  # seconds to wait for the event of a worker that is storing it
-LOOK_EVERY = 0.05  # seconds
+RESULT_TIMEOUT = 5.0  # seconds to wait for the event of a worker that is storing it
+POLL_INTERVAL = 0.05  # seconds
 
-# At the same time, whatever the number of cancellations. Waiting for a worker's answer takes none
-# of these places.
-LOOKUPS = 64  # questions without bodies
+# Limits of what all cancellations do at the same time. A cancellation that waits for the answer of
+# a worker does not count.
+LOOKUPS = 64  # reads without message bodies
 LOADS = 4  # requests in memory, of up to a megabyte each
 CHAINS = 2  # chains that are followed; each may have 64 branches
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How the requests of one task are read and ended."""
+class TaskFinalizer:
+    """Reads and finalizes the requests of one task."""
 
     admission: Admission
-    conclusion: Conclusion
+    finalizer: Finalizer
 
 
 @dataclass
-class _Stopped:
-    """What has become of everything that is stored under one id.
+class _StoredState:
+    """The state of everything that is stored under one id.
 
     Attributes:
         ended: The terminal events, by task.
-        in_flight: Tasks whose workers have received the request; it is marked as cancelled there.
+        in_flight: Tasks whose workers have received the request; it is marked as cancelled.
     """
 
     ended: dict[Task, ResultEvent] = field(default_factory=dict)
@@ -72,20 +71,25 @@ class Cancellation:
 
     Args:
         queue: The requests in their streams.
-        workers: All workers, this process's own among them.
-        events: Where results are found.
-        endings: For each task.
+        workers: All workers, including this process.
+        events: Finds stored results.
+        finalizers: One for each task.
     """
 
     def __init__(
-        self, *, queue: Queue, workers: Workers, events: Events, endings: Mapping[Task, Ending]
+        self,
+        *,
+        queue: Queue,
+        workers: Workers,
+        events: Events,
+        finalizers: Mapping[Task, TaskFinalizer],
     ) -> None:
         self._queue = queue
         self._workers = workers
         self._events = events
-        self._endings = endings
-        self._under_way: dict[str, asyncio.Task[CancelReply]] = {}
-        self._lookups = _Places(LOOKUPS)
+        self._finalizers = finalizers
+        self._in_progress: dict[str, asyncio.Task[CancelReply]] = {}
+        self._lookups = _FairSemaphore(LOOKUPS)
         self._loads = asyncio.Semaphore(LOADS)
         self._chains = asyncio.Semaphore(CHAINS)
 
@@ -95,159 +99,157 @@ class Cancellation:
         Raises:
             Unavailable: The bus cannot be used.
         """
-        under_way = self._under_way.get(request_id)
-        if under_way is None:
-            under_way = asyncio.create_task(self._cancel(request_id), name="cancellation")
-            self._under_way[request_id] = under_way
-            under_way.add_done_callback(lambda _: self._under_way.pop(request_id))
-        return await asyncio.shield(under_way)
+        task = self._in_progress.get(request_id)
+        if task is None:
+            task = asyncio.create_task(self._cancel(request_id), name="cancellation")
+            self._in_progress[request_id] = task
+            task.add_done_callback(lambda _: self._in_progress.pop(request_id))
+        return await asyncio.shield(task)
 
     async def _cancel(self, request_id: str) -> CancelReply:
         async with self._lookups:
-            # First: a worker that receives the request after the lookup knows that it is cancelled.
+            # Before the lookup: a worker that receives the request after the lookup knows the id.
             answer = await self._workers.ask(request_id)
             found = await self._queue.find(request_id)
-        stopped = await self._stop_stored(request_id, found)
-        stops = await self._heed_workers(request_id, answer, stopped)
-        unfinished = [e for e in stopped.ended.values() if _leads_on(e, request_id, step=1)]
+        stored = await self._stop_stored(request_id, found)
+        in_flight = await self._await_workers(request_id, answer, stored)
+        unfinished = [e for e in stored.ended.values() if _has_next_step(e, request_id, step=1)]
         if unfinished:
-            return await self._cancel_chain(request_id, unfinished[0], in_flight=stops)
-        return _reply(request_id, stopped.ended.values(), in_flight=stops)
+            return await self._cancel_chain(request_id, unfinished[0], in_flight=in_flight)
+        return _reply(request_id, stored.ended.values(), in_flight=in_flight)
 
-    async def _heed_workers(
-        self, request_id: str, answer: "asyncio.Future[Grip | None]", stopped: _Stopped
+    async def _await_workers(
+        self, request_id: str, answer: "asyncio.Future[Grip | None]", stored: _StoredState
     ) -> bool:
-        """Wait for a worker's answer where one is needed; whether the request stops later."""
-        if stopped.ended and not stopped.in_flight and not answer.done():
-            return False  # no worker has it any more
+        """Wait for a worker's answer if it matters; return whether the request is in flight."""
+        if stored.ended and not stored.in_flight and not answer.done():
+            return False  # no worker has the request
         match await answer:
             case Grip.STOPPING:
                 log.info("cancellation", request_id=request_id, found="running")
                 return True
             case Grip.ENDING:
-                stopped.ended |= await self._about_to_end(request_id)
-                # Without an event the attempt has failed. It will be repeated, but by no worker
-                # that has been asked: all of them remember the id.
-                return not stopped.ended
+                stored.ended |= await self._wait_for_results(request_id)
+                # Without an event the attempt has failed. The request is delivered again, but
+                # every worker that was asked has stored the id and does not run it.
+                return not stored.ended
             case None:
-                stopped.ended |= await self._ended(request_id)
-                if not stopped.ended and not stopped.in_flight:
-                    await self._stop_retries(request_id, stopped)
-                return bool(stopped.in_flight - stopped.ended.keys())
+                stored.ended |= await self._read_results(request_id)
+                if not stored.ended and not stored.in_flight:
+                    await self._stop_retries(request_id, stored)
+                return bool(stored.in_flight - stored.ended.keys())
 
-    async def _stop_retries(self, request_id: str, stopped: _Stopped) -> None:
-        """Mark a request that waits for its next attempt: it is in no request stream."""
+    async def _stop_retries(self, request_id: str, stored: _StoredState) -> None:
+        """Mark a request that waits for its next attempt, outside the request streams."""
         async with self._lookups:
-            for task in self._endings:
+            for task in self._finalizers:
                 if await self._queue.owner(task, request_id) is not None:
                     await self._queue.cancel_retry(task, request_id)
-                    stopped.in_flight.add(task)
+                    stored.in_flight.add(task)
 
-    async def _stop_stored(self, request_id: str, found: Found) -> _Stopped:
-        """End or mark what is in the streams under one id; read what has ended."""
-        stopped = _Stopped()
+    async def _stop_stored(self, request_id: str, found: Found) -> _StoredState:
+        """Cancel or mark the requests with one id in the streams, and read their results."""
+        stored = _StoredState()
         for task in found.requests:
             async with self._loads:
-                await self._stop_oldest(task, request_id, stopped)
+                await self._stop_oldest(task, request_id, stored)
         for task in found.results - found.requests:
-            await self._note_end(task, request_id, stopped)
-        return stopped
+            await self._read_result(task, request_id, stored)
+        return stored
 
-    async def _stop_oldest(self, task: Task, request_id: str, stopped: _Stopped) -> None:
-        # Copies behind the oldest message find its terminal event when they are delivered.
+    async def _stop_oldest(self, task: Task, request_id: str, stored: _StoredState) -> None:
+        # The copies behind the oldest message get its terminal event when they are delivered.
         oldest = await self._queue.oldest(task, request_id)
         if oldest is not None and not oldest.untouched:
             await oldest.delivery.withdraw()
-            stopped.in_flight.add(task)
+            stored.in_flight.add(task)
             return
         if oldest is not None:
-            await self._end(task, request_id, oldest.delivery)
-            await self._workers.tell(request_id)  # one may have started since it was asked first
-        await self._note_end(task, request_id, stopped)
+            await self._cancel_untouched(task, request_id, oldest.delivery)
+            await self._workers.tell(request_id)  # a worker may have started after the first one
+        await self._read_result(task, request_id, stored)
 
-    async def _note_end(self, task: Task, request_id: str, stopped: _Stopped) -> None:
+    async def _read_result(self, task: Task, request_id: str, stored: _StoredState) -> None:
         result = await self._events.find_result(task, request_id)
         if result is not None:
-            stopped.ended[task] = result
+            stored.ended[task] = result
 
-    async def _end(self, task: Task, request_id: str, delivery: Delivery) -> None:
-        ending = self._endings[task]
-        job = ending.admission.open(delivery)
+    async def _cancel_untouched(self, task: Task, request_id: str, delivery: Delivery) -> None:
+        admission = self._finalizers[task].admission
+        job = admission.open(delivery)
         try:
-            job.request = ending.admission.request(delivery)
+            job.request = admission.request(delivery)
             job.digest = request_digest(job.request)
         except InvalidRequest:
             log.info("cancelled_request_is_invalid", request_id=request_id)
         log.info("cancellation", request_id=request_id, found="waiting")
-        await ending.conclusion.conclude(
-            job, decide(outcomes.Cancelled(), attempt=1, max_attempts=1)
-        )
+        await self._finalizers[task].finalizer.finalize(job, Cancelled().decision)
 
     async def _cancel_chain(
         self, chain: str, first: ResultEvent, *, in_flight: bool
     ) -> CancelReply:
-        """Cancel the steps that wait or run, wherever the chain has come to.
+        """Cancel the queued and running steps of a chain.
 
         Args:
-            chain: Its id.
-            first: The event of its first step.
-            in_flight: Whether a worker has said that it stops a step.
+            chain: Id of the chain.
+            first: The event of the first step.
+            in_flight: Whether a worker has answered that it stops a step.
         """
         ends: list[ResultEvent] = []
-        followed = [(ChainLink(id=chain, step=1), first)]
+        pending = [(ChainLink(id=chain, step=1), first)]
         async with self._chains:
-            while followed:
-                link, event = followed.pop()
-                if not _leads_on(event, chain, step=link.step):
+            while pending:
+                link, event = pending.pop()
+                if not _has_next_step(event, chain, step=link.step):
                     ends.append(event)
                     continue
                 links = possible_links(link, event)
                 steps = await asyncio.gather(*(self._stop_step(id_of(one)) for one in links))
-                followed += [
+                pending += [
                     (next_link, end)
                     for next_link, step in zip(links, steps, strict=True)
                     for end in step.ended.values()
                 ]
-                # A step that is not found has not been queued yet. All workers remember the chain.
+                # A step that is not found is not queued yet. All workers have stored the chain id.
                 in_flight |= any(step.in_flight for step in steps)
                 in_flight |= not any(step.ended for step in steps)
         return _reply(chain, ends, in_flight=in_flight)
 
-    async def _stop_step(self, request_id: str) -> _Stopped:
+    async def _stop_step(self, request_id: str) -> _StoredState:
         async with self._lookups:
             found = await self._queue.find(request_id)
-        stopped = await self._stop_stored(request_id, found)
-        if stopped.in_flight:
-            await self._workers.tell(request_id)  # an earlier version knows it by this id only
-            stopped.ended |= await self._ended(request_id)
-            stopped.in_flight -= stopped.ended.keys()
-        return stopped
+        stored = await self._stop_stored(request_id, found)
+        if stored.in_flight:
+            await self._workers.tell(request_id)  # earlier versions know only the id of the step
+            stored.ended |= await self._read_results(request_id)
+            stored.in_flight -= stored.ended.keys()
+        return stored
 
-    async def _about_to_end(self, request_id: str) -> dict[Task, ResultEvent]:
-        patience = time.monotonic() + ENDS_WITHIN
-        while not (ended := await self._ended(request_id)):
-            if time.monotonic() > patience:
+    async def _wait_for_results(self, request_id: str) -> dict[Task, ResultEvent]:
+        deadline = time.monotonic() + RESULT_TIMEOUT
+        while not (ended := await self._read_results(request_id)):
+            if time.monotonic() > deadline:
                 break
-            await asyncio.sleep(LOOK_EVERY)  # the event comes from another process
+            await asyncio.sleep(POLL_INTERVAL)  # another process stores the event
         return ended
 
-    async def _ended(self, request_id: str) -> dict[Task, ResultEvent]:
-        stopped = _Stopped()
+    async def _read_results(self, request_id: str) -> dict[Task, ResultEvent]:
+        stored = _StoredState()
         async with self._lookups:
             for task in await self._queue.find_results(request_id):
-                await self._note_end(task, request_id, stopped)
-        return stopped.ended
+                await self._read_result(task, request_id, stored)
+        return stored.ended
 
 
-class _Places:
+class _FairSemaphore:
     """A semaphore that serves the newest and the oldest waiter in turn.
 
-    In a storm of cancellations a new one does not wait for all that came before, and none waits for
-    ever.
+    Under heavy load a new cancellation does not wait for all earlier ones, and each one is served
+    at some time.
     """
 
-    def __init__(self, places: int) -> None:
-        self._free = places
+    def __init__(self, limit: int) -> None:
+        self._free = limit
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._newest_next = True
 
@@ -260,14 +262,14 @@ class _Places:
         try:
             await waiter
         except asyncio.CancelledError:
-            if not waiter.cancelled():  # the place was given in the same moment
-                self._leave()
+            if not waiter.cancelled():  # it was served at the same time
+                self._release()
             raise
 
     async def __aexit__(self, *_: object) -> None:
-        self._leave()
+        self._release()
 
-    def _leave(self) -> None:
+    def _release(self) -> None:
         while self._waiting:
             waiter = self._waiting.pop() if self._newest_next else self._waiting.popleft()
             if not waiter.done():
@@ -277,8 +279,8 @@ class _Places:
         self._free += 1
 
 
-def _leads_on(event: ResultEvent, chain: str, *, step: int) -> TypeGuard[SucceededEvent]:
-    """Whether a chain has a step after this event."""
+def _has_next_step(event: ResultEvent, chain: str, *, step: int) -> TypeGuard[SucceededEvent]:
+    """Return whether a chain has a step after this event."""
     return (
         isinstance(event, SucceededEvent)
         and event.chain is not None
@@ -288,7 +290,7 @@ def _leads_on(event: ResultEvent, chain: str, *, step: int) -> TypeGuard[Succeed
 
 
 def _reply(request_id: str, ended: Iterable[ResultEvent], *, in_flight: bool) -> CancelReply:
-    # One id may stand for a request of either task: what could be cancelled comes first.
+    # One id may name a request of each task: a cancelled one takes precedence.
     first = min(ended, key=lambda event: not isinstance(event, CancelledEvent), default=None)
     if first is None or in_flight:
         return CancelReply(request_id=request_id, status="stopping" if in_flight else "unknown")

@@ -11,8 +11,8 @@ from consumer.bus.front_door import Backend, FrontDoor
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.bus.topology import DELIVERIES_PER_ATTEMPT, Durable, Topology
-from consumer.cancellation import Cancellation, Ending
-from consumer.conclusion import Conclusion
+from consumer.cancellation import Cancellation, TaskFinalizer
+from consumer.finalizer import Finalizer
 from consumer.in_flight import STAGES
 from consumer.inference.run_queue import RunQueue
 from consumer.ports import Grip, ModelDescription, Observer, Runner
@@ -106,23 +106,22 @@ def make_front_door(
         observer: Told of each call that is refused, and of chains that break where a cancellation
             finds a request ended.
     """
-    endings = {
-        task: Ending(
+    finalizers = {
+        task: TaskFinalizer(
             make_admission(settings, task),
-            Conclusion(
+            Finalizer(
                 task=task,
                 worker=settings.consumer_worker,
                 model=model,
                 events=events,
                 artifacts=artifacts,
-                max_attempts=settings.consumer_max_attempts,
                 retry_delay=settings.consumer_retry_delay,
                 observer=observer,
             ),
         )
         for task in Task
     }
-    cancellation = Cancellation(queue=queue, workers=workers, events=events, endings=endings)
+    cancellation = Cancellation(queue=queue, workers=workers, events=events, finalizers=finalizers)
     backend = Backend(
         task=settings.task,
         worker=settings.consumer_worker,

@@ -204,8 +204,8 @@ class Daemon:
                 artifacts=artifacts,
                 model=model,
                 check=runner.check,
-                withdraw=execution.withdraw,
-                holds=execution.holds,
+                withdraw=execution.request_stop,
+                holds=execution.has_started,
                 observer=self._watch,
             )
             # Behind the door, which asks it about the last calls.
@@ -305,10 +305,10 @@ class Daemon:
                 max_pixels=settings.consumer_max_input_pixels,
             ),
             observer=self._watch,
-            prompt_in_pictures=settings.consumer_prompt_in_pictures,
+            prompt_in_images=settings.consumer_prompt_in_pictures,
             tracer=self._tracer,
             most_in_flight=most_in_flight(settings),
-            ending=self._end_pulling,
+            before_exit=self._end_pulling,
         )
 
     async def _look_at_store(self, artifacts: ObjectStoreArtifacts) -> None:
@@ -363,7 +363,7 @@ class Daemon:
             try:
                 delivery = await find_stranded(custody.bus, stream, advisory, custody.notes)
                 if delivery is not None:
-                    await execution.put_aside(delivery)
+                    await execution.handle_exhausted(delivery)
             except asyncio.CancelledError:
                 await advisory.nak()  # else the next worker gets it when its lease is over
                 raise
@@ -454,7 +454,7 @@ class Daemon:
         # Before the request is given back: a standing pull would bring it here again.
         if self._pull is not None and self._execution is not None:
             await self._pull.withdraw()
-            self._execution.give_back_what_waits()
+            self._execution.requeue_waiting()
 
     # -- drain ------------------------------------------------------------------------------------
 
@@ -475,7 +475,7 @@ class Daemon:
             self._cancel(self._life)  # still starting: nothing has been taken
             return
         self._pull.stop()
-        self._execution.give_back_what_waits()
+        self._execution.requeue_waiting()
         self._end_after(self._settings.consumer_drain_grace, DRAIN_STEP_TIMEOUT + FORCE_AFTER)
 
     def _end_after(self, grace: float, patience: float) -> None:

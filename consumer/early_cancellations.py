@@ -1,7 +1,7 @@
-"""Ids whose cancellation arrived before their request did, kept for a bounded time.
+"""Ids that were cancelled before their request arrived, stored for a bounded time.
 
-A cancellation reaches all workers at once. The request may still be on its way to a worker, or may
-not have been published yet. The worker that receives the request later looks its id up here.
+A cancellation reaches all workers at once. The request may arrive at a worker later, or may not
+have been published yet. The worker that receives the request looks its id up here.
 """
 
 import time

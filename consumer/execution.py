@@ -1,8 +1,8 @@
-"""The life of a job: one delivery through its stages.
+"""Takes one delivery through the stages of a job.
 
-decode -> admit -> run -> encode -> store -> publish the result -> reply -> settle. A stage gives
-its value or raises; `_outcome_of` turns what was raised into an outcome, `job.decide` says what the
-outcome means, and `conclusion` carries that out.
+decode -> admit -> run -> encode -> store -> publish the result -> reply -> settle. A stage returns
+its value or raises. `outcomes.classify_exception` turns an exception into an outcome,
+`outcomes.decide` says what the worker does about it, and `Finalizer` does it.
 """
 
 import asyncio
@@ -13,17 +13,25 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from consumer import job as outcomes
+from consumer import outcomes
 from consumer.admission import NANOSECONDS, Admission, Job
-from consumer.conclusion import Conclusion
 from consumer.early_cancellations import EarlyCancellations
+from consumer.finalizer import Finalizer
 from consumer.heartbeat import Lease
+from consumer.image_stages import ImageStages
 from consumer.in_flight import InFlight, Slot, unqueued_slot
-from consumer.inference.cancel_token import Stopped, StopReason
+from consumer.inference.cancel_token import StopReason
 from consumer.inference.run_queue import RunQueue
 from consumer.inference_stage import InferenceStage
-from consumer.job import Decision, Outcome, Publish, State, decide
-from consumer.pictures import Pictures
+from consumer.job import FINAL, State
+from consumer.outcomes import (
+    Decision,
+    Outcome,
+    Publish,
+    classify_exception,
+    decide,
+    outcome_label,
+)
 from consumer.ports import (
     Artifacts,
     Delivery,
@@ -43,7 +51,6 @@ from consumer.ports import (
 )
 from consumer.request_ids import RequestIds
 from consumer.telemetry import JobReport
-from consumer.verdict import TooManyDeliveries, name_of, outcome_of
 from generation_contracts import (
     ImageToTextRequest,
     Request,
@@ -57,20 +64,20 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_AT_THE_END = frozenset({State.CONCLUDING, State.SETTLED, State.ABANDONED})
-LAST_WORD = 1.0  # seconds to give a delivery back when the process ends at once
+_ENDING = FINAL | {State.FINALIZING}
+RELEASE_TIMEOUT = 1.0  # seconds to requeue a delivery when the process ends at once
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The worker's own numbers.
+    """Limits of one worker.
 
     Attributes:
         ack_wait: Seconds that a lease lasts without a renewal.
-        max_attempts: How often a request is tried whose model raises, or whose workers die.
-        stall_timeout: Seconds without a step after which the inference thread is taken to hang.
-        retry_delay: Seconds before the second attempt at a request whose model raised; each
-            further one waits twice as long as the one before.
+        max_attempts: Number of attempts at a request whose model raises, or whose workers die.
+        stall_timeout: Seconds without a step after which a run counts as stalled.
+        retry_delay: Seconds before the second attempt at a request whose model raised. The delay
+            doubles with each further attempt.
     """
 
     ack_wait: float
@@ -80,25 +87,25 @@ class Limits:
 
 
 class Execution:
-    """Takes deliveries through their lives, by ports only.
+    """Processes the deliveries of one worker.
 
     Args:
-        worker: Name of this process in its events.
-        admission: How deliveries are read.
-        limits: The worker's numbers.
-        model: What the loaded runner says of itself.
+        worker: Name of this process in events.
+        admission: Reads deliveries.
+        limits: Limits of this worker.
+        model: Description of the loaded model.
         runner: The loaded model.
-        run_queue: Where the inference thread takes its runs from.
-        events: The way to the bus.
-        queue: The requests in their streams.
+        run_queue: The queue of the inference thread.
+        events: Publishes events and finds results.
+        queue: The stored requests.
         workers: All workers of the installation.
         artifacts: The object store.
-        images: The pictures' codec.
-        observer: Told what happens.
-        prompt_in_pictures: Whether the files of pictures say their prompts.
-        tracer: Where traces go; None: nowhere.
+        images: The image codec.
+        observer: Notified of what happens.
+        prompt_in_images: Whether the output files contain their prompts.
+        tracer: Records traces; None: no traces.
         most_in_flight: Requests in flight at most.
-        ending: Called when this process must end, before anything is given back.
+        before_exit: Called when this process must end, before any delivery is requeued.
     """
 
     def __init__(
@@ -116,10 +123,10 @@ class Execution:
         artifacts: Artifacts,
         images: Images,
         observer: Observer,
-        prompt_in_pictures: bool = False,
+        prompt_in_images: bool = False,
         tracer: Tracer | None = None,
         most_in_flight: int = 1,
-        ending: Callable[[], Awaitable[None]] | None = None,
+        before_exit: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._admission = admission
         self._task = admission.task
@@ -129,25 +136,24 @@ class Execution:
         self._ids = RequestIds(admission=admission, events=events, queue=queue, workers=workers)
         self._early_cancellations = EarlyCancellations()
         self._in_flight = InFlight(run_queue, most=most_in_flight)
-        self._ending = ending
-        self._pictures = Pictures(
+        self._before_exit = before_exit
+        self._image_stages = ImageStages(
             artifacts,
             images,
             task=self._task,
             model=model.info,
-            prompt_in_files=prompt_in_pictures,
+            prompt_in_files=prompt_in_images,
             others_idle=workers.others_idle,
         )
         self._observer = observer
         self._tracer = tracer or NoTracer()
         self._jobs: list[Job] = []
-        self._conclusion = Conclusion(
+        self._finalizer = Finalizer(
             task=self._task,
             worker=worker,
             model=model,
             events=events,
             artifacts=artifacts,
-            max_attempts=limits.max_attempts,
             retry_delay=limits.retry_delay,
             observer=observer,
         )
@@ -156,7 +162,7 @@ class Execution:
             runner=runner,
             model=model,
             events=events,
-            event_fields=self._conclusion.event_fields,
+            event_fields=self._finalizer.event_fields,
             stall_timeout=limits.stall_timeout,
             observer=observer,
         )
@@ -166,86 +172,83 @@ class Execution:
         await self._in_flight.room()
 
     async def handle(self, delivery: Delivery) -> int | None:
-        """Take one delivery through its life; several may be under way.
+        """Process one delivery. Several deliveries may be in progress at the same time.
 
         Returns:
-            An exit code when this process must end (device lost, thread hung), else None.
+            An exit code when this process must end (device lost, run stalled), else None.
         """
         slot = self._in_flight.join(redelivered=delivery.deliveries > 1)
         try:
-            return await self._take(delivery, self._stages, slot)
+            return await self._process(delivery, self._run_stages, slot)
         finally:
             slot.leave()
 
-    async def put_aside(self, delivery: Delivery) -> None:
-        """Conclude a request that the server delivers no more, without running it.
+    async def handle_exhausted(self, delivery: Delivery) -> None:
+        """Finalize a max-deliver-exhausted request, without running it.
 
-        It is left alone while its id is in progress: its last worker may have been slow, not dead.
+        Does nothing while the request id is in progress: the last worker may be slow, not dead.
         """
         request_id = self._admission.open(delivery).request_id
         if await self._ids.in_progress(delivery, request_id):
             log.info("max_deliver_exhausted_in_progress", request_id=request_id)
             return
-        await self._take(delivery, self._lost, unqueued_slot())
+        await self._process(delivery, self._classify_exhausted, unqueued_slot())
 
     @property
     def storing(self) -> bool:
-        """Whether an output is on its way into the store, or waits for it to take it."""
+        """Whether a job is storing its outputs, or waits for the store to take them."""
         return any(job.state is State.STORING for job in self._jobs)
 
     @property
     def waits_for_store(self) -> bool:
         """Whether a job waits until the store answers."""
-        return bool(self._pictures.waiting)
+        return bool(self._image_stages.waiting)
 
     def interrupt(self, reason: StopReason, request_id: str | None = None) -> bool:
-        """Ask a job, or all of them, to stop at the next step.
+        """Ask the job of one request, or all jobs, to stop at the next step.
 
         Returns:
-            Whether there was one to ask.
+            Whether there was such a job.
         """
-        asked = [job for job in self._jobs if request_id in {None, job.request_id}]
-        for job in asked:
+        jobs = [job for job in self._jobs if request_id in {None, job.request_id}]
+        for job in jobs:
             job.cancel_token.set(reason)
-        return bool(asked)
+        return bool(jobs)
 
-    def give_back_what_waits(self) -> None:
-        """Give back what waits for the device behind another request, and has not begun."""
+    def requeue_waiting(self) -> None:
+        """Requeue the requests that wait for the device behind another request."""
         for job in self._jobs:
             if self._in_flight.waits_behind_another(job.slot):
                 job.cancel_token.set(StopReason.DRAIN)
 
-    async def withdraw(self, request_id: str) -> Grip | None:
-        """Stop a job at its next step because its sender wants it no more.
+    async def request_stop(self, request_id: str) -> Grip | None:
+        """Stop a job at its next step because its sender has cancelled the request.
 
-        A request that this worker does not have yet is stopped when it comes, within the next
-        minutes.
+        A request that arrives within the next minutes is cancelled too.
 
         Args:
-            request_id: Of the request, or of the chain that it belongs to.
+            request_id: Id of the request, or of its chain.
 
         Returns:
-            How it is held; None when this worker does not have it.
+            How far the job has come; None when this worker does not have the request.
         """
         self._early_cancellations.add(request_id)
-        held = [
-            job for job in self._jobs if request_id in job.may_be_cancelled_as and not job.is_copy
-        ]
-        in_time = [job for job in held if job.state not in _AT_THE_END]
-        for job in in_time:
+        jobs = [job for job in self._jobs if request_id in job.cancellation_ids and not job.is_copy]
+        stopping = [job for job in jobs if job.state not in _ENDING]
+        for job in stopping:
             job.cancel_token.set(
                 StopReason.CANCEL
-            )  # before anything is waited for: it is in time now
+            )  # before the first await: the job may end meanwhile
             await job.delivery.withdraw()
-        if not held:
+        if not jobs:
             return None
-        return Grip.STOPPING if in_time else Grip.ENDING
+        return Grip.STOPPING if stopping else Grip.ENDING
 
-    def holds(self, request_id: str) -> bool:
-        """Whether the model has been started for a request that this worker has."""
+    def has_started(self, request_id: str) -> bool:
+        """Return whether this worker has a job with this id and has started the model for it."""
         return any(job.began for job in self._jobs if job.request_id == request_id)
 
-    async def _take(
+    async def _process(
         self,
         delivery: Delivery,
         stages: Callable[[Job], Awaitable[Outcome]],
@@ -264,26 +267,26 @@ class Execution:
                 async with Lease(delivery, ack_wait=self._limits.ack_wait):
                     outcome = await stages(job)
                     wanted = await self._decide(job, outcome)
-                    exit_code = wanted.exit_code  # stands even if the end goes wrong
-                    if exit_code is not None and self._ending is not None:
-                        await self._ending()
-                    decision = await self._conclusion.conclude(job, wanted)
+                    exit_code = wanted.exit_code  # stays set if the finalization fails
+                    if exit_code is not None and self._before_exit is not None:
+                        await self._before_exit()
+                    decision = await self._finalizer.finalize(job, wanted)
             except asyncio.CancelledError:
-                if await self._give_back(job):
-                    decision = decide(outcomes.Draining(), attempt=1, max_attempts=1)
+                if await self._requeue(job):
+                    decision = outcomes.Draining().decision
                 raise
             except Exception as error:
-                # Nobody knows how far it came: the lease runs out and the request comes again.
+                # The state of the job is unknown: the lease expires and the server redelivers.
                 log.exception("job_abandoned")
-                if stages == self._stages and await self._failed_too_often(job):
-                    decision = await self._conclusion.give_up(job, type(error).__name__)
+                if stages == self._run_stages and await self._attempts_exhausted(job):
+                    decision = await self._finalize_failed(job, error)
             finally:
                 self._jobs.remove(job)
                 self._ids.release(job)
-                job.over.set()
+                job.ended.set()
                 job.slot.leave()
                 self._report(job, decision)
-                trace.end(outcome=name_of(decision), queued=job.queued, stages=job.stages)
+                trace.end(outcome=outcome_label(decision), queued=job.queued, stages=job.stages)
         return exit_code
 
     def _begin_trace(self, job: Job) -> JobTrace:
@@ -297,19 +300,19 @@ class Execution:
                 "generation.model": self._model.info.id,
             },
         )
-        # What this job publishes belongs to its own span.
+        # The messages that the job publishes belong to the span of the job.
         job.envelope = replace(job.envelope, trace_parent=trace.trace_parent)
         return trace
 
     # -- the stages -------------------------------------------------------------------------------
 
-    async def _stages(self, job: Job) -> Outcome:
+    async def _run_stages(self, job: Job) -> Outcome:
         timer: asyncio.TimerHandle | None = None
         try:
-            request = self._read(job)
+            request = self._decode(job)
             if job.delivery.attempt > 1:
                 await self._read_marks(job)
-            if any(one in self._early_cancellations for one in job.may_be_cancelled_as):
+            if any(one in self._early_cancellations for one in job.cancellation_ids):
                 job.cancel_token.set(StopReason.CANCEL)
             if request.deadline is not None:
                 left = (request.deadline - datetime.now(UTC)).total_seconds()
@@ -317,123 +320,133 @@ class Execution:
                     max(0.0, left), job.cancel_token.set, StopReason.DEADLINE
                 )
             await self._ids.acquire(job)
-            pictures = await self._admit(job, request)
-            output = await self._inference.run(job, pictures)
-            del pictures  # nothing of them is needed while the output is stored
-            await self._keep(job, request, output)
+            inputs = await self._admit(job, request)
+            output = await self._inference.run(job, inputs)
+            del inputs  # frees their memory while the output is stored
+            await self._store_output(job, request, output)
             if job.cancel_token.reason is StopReason.CANCEL:
-                # Whoever cancelled has been told that it stops. A deadline or a drain that comes as
-                # late as this is too late.
+                # The sender has the answer that the request stops. A deadline or a drain that
+                # comes as late as this changes nothing.
                 job.cancel_token.check()
-        except Exception as error:  # noqa: BLE001 - each of them is an outcome
-            return outcome_of(error)
+        except Exception as error:  # noqa: BLE001 - every exception is an outcome
+            return classify_exception(error)
         finally:
             if timer is not None:
                 timer.cancel()
-        return outcomes.Done()
+        return outcomes.Succeeded()
 
-    async def _lost(self, job: Job) -> Outcome:
+    async def _classify_exhausted(self, job: Job) -> Outcome:
         try:
-            self._read(job)
+            self._decode(job)
             await self._ids.acquire(job)
-            job.releases = job.delivery.uncounted + await job.delivery.releases()
+            job.uncounted = job.delivery.uncounted + await job.delivery.releases()
             if await job.delivery.withdrawn():
                 return outcomes.Cancelled()
-        except Exception as error:  # noqa: BLE001 - each of them is an outcome
-            return outcome_of(error)
+        except Exception as error:  # noqa: BLE001 - every exception is an outcome
+            return classify_exception(error)
         if job.attempts_so_far < self._limits.max_attempts:
-            return outcomes.DeliveriesUsedUp()
+            return outcomes.DeliveriesExhausted()
         return outcomes.WorkerLost()
 
     async def _read_marks(self, job: Job) -> None:
-        job.withdrawn = await job.delivery.withdrawn()
-        if job.withdrawn:
+        job.cancelled_before = await job.delivery.withdrawn()
+        if job.cancelled_before:
             job.cancel_token.set(StopReason.CANCEL)
         if not job.slot.redelivered:
             return  # it was queued again after a failed attempt, and its worker lives
         requeued = await job.delivery.releases()
-        job.releases = job.delivery.uncounted + requeued
+        job.uncounted = job.delivery.uncounted + requeued
         if job.delivery.deliveries - requeued == 1:
-            job.slot.clear()  # a rollout of the workers, for example
+            job.slot.clear()  # every earlier delivery was requeued, for example in a rollout
         elif job.slot.co_resident:
-            # If the worker dies now, it may be of another one: what waits behind a request that
-            # kills three workers must not become a dead letter with it. `_be_alone` ends that.
+            # If the worker dies now, another request may be the cause. A request behind one that
+            # kills three workers must not be dead-lettered with it. `_isolate` removes the mark.
             await job.delivery.discount()
-            job.releases = job.delivery.uncounted + await job.delivery.releases()
+            job.uncounted = job.delivery.uncounted + await job.delivery.releases()
 
-    async def _be_alone(self, job: Job) -> None:
-        """Wait until a redelivered request is alone: a death of this worker is its doing then."""
+    async def _isolate(self, job: Job) -> None:
+        """Wait until a redelivered job is alone in the worker: then a crash counts against it."""
         if job.slot.redelivered and job.slot.co_resident:
             await job.cancel_token.race(self._in_flight.isolate(job.slot))
-            await self._count(job)
+            await self._count_attempt(job)
 
-    async def _count(self, job: Job) -> None:
-        """Make this delivery a try: what has become of it is its own doing."""
+    async def _count_attempt(self, job: Job) -> None:
         if job.slot.redelivered and job.slot.co_resident:
             await job.delivery.count()
-            job.releases = job.delivery.uncounted + await job.delivery.releases()
+            job.uncounted = job.delivery.uncounted + await job.delivery.releases()
             job.slot.co_resident = False
 
-    async def _failed_too_often(self, job: Job) -> bool:
+    async def _attempts_exhausted(self, job: Job) -> bool:
         try:
-            await self._count(job)
+            await self._count_attempt(job)
         except Exception:
-            log.exception("tries_not_counted")
+            log.exception("attempt_not_counted")
             return False
         return job.attempt > self._limits.max_attempts
 
-    def _read(self, job: Job) -> Request:
+    def _decode(self, job: Job) -> Request:
         job.request = request = self._admission.request(job.delivery)
         job.digest = request_digest(request)
         return request
 
     async def _admit(self, job: Job, request: Request) -> "list[Image]":
-        await self._be_alone(job)
-        if job.attempt > self._limits.max_attempts and not job.withdrawn:
-            raise TooManyDeliveries
+        await self._isolate(job)
+        if job.attempt > self._limits.max_attempts and not job.cancelled_before:
+            raise outcomes.WorkerLost
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
-            raise Stopped(StopReason.DEADLINE)
+            raise outcomes.DeadlineExceeded
         self._runner.check(request)
         sources = request.images if isinstance(request, ImageToTextRequest) else ()
-        pictures = await self._pictures.fetch(job, sources)
+        inputs = await self._image_stages.fetch_inputs(job, sources)
         job.cancel_token.check()
         job.advance(State.ADMITTED)
-        return pictures
+        return inputs
 
-    async def _keep(self, job: Job, request: Request, output: RunnerOutput) -> None:
+    async def _store_output(self, job: Job, request: Request, output: RunnerOutput) -> None:
         job.warnings, job.parameters = output.warnings, output.parameters
         if output.text is not None:
             job.outputs = (TextOutput(**asdict(output.text)),)
         elif isinstance(request, TextToImageRequest) and output.images:
-            job.outputs = await self._pictures.keep(job, request, output)
+            job.outputs = await self._image_stages.encode_and_store(job, request, output)
         if not job.outputs:
             raise ModelError("NoOutput")
 
     # -- the end ----------------------------------------------------------------------------------
 
     async def _decide(self, job: Job, outcome: Outcome) -> Decision:
-        if isinstance(outcome, outcomes.ModelRaised | outcomes.Broken):
-            await self._count(job)
-        attempt, most = job.attempt, self._limits.max_attempts
-        decision = decide(outcome, attempt=attempt, max_attempts=most, is_copy=job.is_copy)
+        if outcome.retryable:  # the request itself failed, not another request of this worker
+            await self._count_attempt(job)
+        decision = self._decision(job, outcome)
         if decision.publish is Publish.FAILED and not job.began:
             job.is_copy = await self._ids.belongs_to_another(job)
-            decision = decide(outcome, attempt=attempt, max_attempts=most, is_copy=job.is_copy)
+            decision = self._decision(job, outcome)
         return decision
 
-    async def _give_back(self, job: Job) -> bool:
-        if job.state in {State.SETTLED, State.ABANDONED}:
+    def _decision(self, job: Job, outcome: Outcome) -> Decision:
+        return decide(
+            outcome,
+            attempt=job.attempt,
+            max_attempts=self._limits.max_attempts,
+            is_copy=job.is_copy,
+        )
+
+    async def _finalize_failed(self, job: Job, error: Exception) -> Decision | None:
+        outcome = outcomes.InternalError(type(error).__name__)
+        return await self._finalizer.finalize_failed(job, outcome, self._decision(job, outcome))
+
+    async def _requeue(self, job: Job) -> bool:
+        if job.state in FINAL:
             return False
         try:
-            await asyncio.wait_for(job.delivery.release(), LAST_WORD)
-        except Exception as error:  # noqa: BLE001 - the cancellation goes on, and the lease runs out
-            log.warning("not_given_back", error=type(error).__name__)
+            await asyncio.wait_for(job.delivery.release(), RELEASE_TIMEOUT)
+        except Exception as error:  # noqa: BLE001 - the cancellation goes on, the lease expires
+            log.warning("delivery_not_requeued", error=type(error).__name__)
             return False
         return True
 
     def _report(self, job: Job, decision: Decision | None) -> None:
         report = JobReport(
-            outcome=name_of(decision),
+            outcome=outcome_label(decision),
             attempt=job.delivery.attempt,
             queued=job.queued,
             inference=job.inference,

@@ -1,4 +1,4 @@
-"""The lease on a delivery: as long as it is held, no other worker gets the request."""
+"""The lease on a delivery: while it is renewed, the server does not redeliver the request."""
 
 import asyncio
 from types import TracebackType
@@ -11,8 +11,8 @@ from consumer.tasks import cancel_and_wait
 
 log = structlog.get_logger()
 
-# Ratio of ack_wait to the interval: three beats may be lost, to a server's restart or a GIL held
-# by the model, and the fourth still comes in time.
+# Ratio of ack_wait to the interval. Three renewals may be lost, because the server restarts or the
+# model holds the GIL, and the fourth one still arrives in time.
 BEATS_PER_ACK_WAIT = 5
 
 
@@ -20,19 +20,19 @@ class Lease:
     """Renews the lease on a delivery until the block ends.
 
     Attributes:
-        delivery: The delivery that is held.
+        delivery: The delivery under the lease.
         interval: Seconds between two renewals.
     """
 
     def __init__(self, delivery: Delivery, *, ack_wait: float) -> None:
         self.delivery = delivery
         self.interval = ack_wait / BEATS_PER_ACK_WAIT
-        self._beating: asyncio.Task[None] | None = None
-        self._over = False  # in addition to the cancellation, which a renewal may swallow each time
+        self._heartbeat: asyncio.Task[None] | None = None
+        self._ended = False  # in addition to the cancellation, which every renewal may swallow
 
     async def __aenter__(self) -> Self:
-        self._over = False
-        self._beating = asyncio.create_task(self._beat(), name="heartbeat")
+        self._ended = False
+        self._heartbeat = asyncio.create_task(self._beat(), name="heartbeat")
         return self
 
     async def __aexit__(
@@ -41,22 +41,22 @@ class Lease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._over = True
-        beating, self._beating = self._beating, None
-        if beating is not None:
-            await cancel_and_wait(beating)
+        self._ended = True
+        heartbeat, self._heartbeat = self._heartbeat, None
+        if heartbeat is not None:
+            await cancel_and_wait(heartbeat)
         self.delivery.let_lapse()
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
-        while not self._over:
-            # The first one at once: the lease guard learns of the lease by it.
+        while not self._ended:
+            # The first renewal goes out at once: it registers the lease with the lease guard.
             next_beat = loop.time() + self.interval
             try:
-                # A connection that takes nothing must not hold up the next sign of life.
+                # A renewal that hangs must not delay the next one.
                 async with asyncio.timeout_at(next_beat):
                     await self.delivery.extend()
-            except Exception as error:  # noqa: BLE001 - one beat may be lost, not all that follow
+            except Exception as error:  # noqa: BLE001 - one renewal may fail, the next may not
                 log.warning("heartbeat_failed", error=type(error).__name__)
-            if not self._over:
+            if not self._ended:
                 await asyncio.sleep(next_beat - loop.time())

@@ -9,7 +9,7 @@ import structlog
 
 from consumer.admission import Job
 from consumer.inference.cancel_token import Stopped
-from consumer.inference.monitor import RunStalled, follow_run
+from consumer.inference.monitor import ThreadStalled, follow_run
 from consumer.inference.progress import Update
 from consumer.inference.run_queue import RunQueue, Ticket
 from consumer.job import State
@@ -67,7 +67,7 @@ class InferenceStage:
 
         Raises:
             Stopped: The job was asked to stop, while it waited or ran.
-            RunStalled: The inference thread does not come to its next step.
+            ThreadStalled: The inference thread does not come to its next step.
             Exception: What `Runner.run` raises.
         """
         ticket = job.slot.ticket
@@ -84,7 +84,7 @@ class InferenceStage:
             await self._publish_started(job)
             job.advance(State.RUNNING)
             return await self._follow(job, ticket)
-        except (DeviceLost, RunStalled):
+        except (DeviceLost, ThreadStalled):
             self._queue.close()
             raise
         finally:

@@ -37,10 +37,10 @@ _REFUSED = (
     FailureCode.INTERNAL,
 )
 
-# Why the next step of a chain may not be queued; see `consumer.conclusion`.
+# Why the next step of a chain may not be queued; see `consumer.chain_continuation`.
 _BREAKS = (FailureCode.INVALID_REQUEST, FailureCode.QUEUE_FULL, FailureCode.INTERNAL)
 
-# What puts a request aside; see the table in `consumer.job`.
+# What puts a request aside; see the table in `consumer.outcomes`.
 _PUT_ASIDE = (
     FailureCode.INVALID_REQUEST,
     FailureCode.MODEL_ERROR,

@@ -1,9 +1,9 @@
-"""Which delivery a request id belongs to.
+"""Which delivery owns a request id.
 
 A sender can publish an id twice, and every sender that knows an id can publish other bytes under
-it. The id belongs to the delivery that came first, until the id has its terminal event. Only that
-delivery may store the event. Every other one is a copy: it is answered with the stored event, or
-with a failure that is not stored.
+it. The first delivery owns the id until the id has its terminal event. Only the owner may store the
+event. Every other delivery is a copy: the worker replies to a copy with the stored event, or with a
+failure that it does not store.
 """
 
 import asyncio
@@ -11,8 +11,8 @@ from collections.abc import Awaitable
 from typing import Any
 
 from consumer.admission import Admission, Job
+from consumer.outcomes import EarlierCopyInProgress, IdConflict, ResultExists
 from consumer.ports import Delivery, Events, Queue, Workers
-from consumer.verdict import EarlierCopyInProgress, IdConflict, ResultExists
 from generation_contracts import InvalidRequest, request_digest
 from generation_contracts.requests import digest_of_bytes
 
@@ -21,10 +21,10 @@ class RequestIds:
     """The request ids of the jobs of one worker.
 
     Args:
-        admission: How deliveries are read.
-        events: Where results are found.
-        queue: The requests in their stream.
-        workers: All workers.
+        admission: Reads deliveries.
+        events: Finds stored results.
+        queue: The stored requests.
+        workers: All workers of the installation.
     """
 
     def __init__(
@@ -38,47 +38,47 @@ class RequestIds:
         self._owners: dict[str, Job] = {}
 
     async def acquire(self, job: Job) -> None:
-        """Return once the job's request id belongs to its delivery.
+        """Return once the job owns its request id.
 
-        A copy of a request that this worker has waits for the end of that request, and does not
-        keep the device from others meanwhile.
+        A copy of a request that is in progress in this worker waits until that request has ended.
+        It does not occupy the device meanwhile.
 
         Raises:
-            ResultExists: The request has ended.
+            ResultExists: The id has a terminal event of this request.
             IdConflict: The id belongs to a request with another content.
-            EarlierCopyInProgress: The id belongs to a copy that this worker does not have.
+            EarlierCopyInProgress: An earlier copy in the stream owns the id.
             Stopped: The job was asked to stop while it waited.
         """
         while (owner := self._owners.setdefault(job.request_id, job)) is not job:
             job.is_copy = True
             job.slot.step_aside()
-            await job.cancel_token.race(owner.decided.wait())
+            await job.cancel_token.race(owner.ownership_known.wait())
             if not owner.is_copy and owner.digest != job.digest:
                 raise IdConflict
-            await job.cancel_token.race(owner.over.wait())
+            await job.cancel_token.race(owner.ended.wait())
         job.is_copy = False
         job.slot.rejoin()
         try:
-            await self._look_outside(job)
+            await self._check_streams(job)
         finally:
-            job.decided.set()
+            job.ownership_known.set()
 
     async def belongs_to_another(self, job: Job) -> bool:
-        """Whether a job that has failed before its run must leave its id to another delivery."""
-        if not job.is_copy and self._owners.setdefault(job.request_id, job) is job:
-            older, owner = await _all(
-                self._queue.older(self._task, job.request_id, job.delivery),
-                self._queue.owner(self._task, job.request_id),
-            )
-            if owner is None:
-                return older is not None
-            # The request that the id is marked for is itself only after a retry.
-            is_it = owner == job.digest and job.delivery.attempt > job.delivery.deliveries
-            return not is_it or (older is not None and self._digest(older) == owner)
-        return True
+        """Return whether another delivery owns the id of a job that failed before its run."""
+        if job.is_copy or self._owners.setdefault(job.request_id, job) is not job:
+            return True
+        older, owner = await _gather(
+            self._queue.older(self._task, job.request_id, job.delivery),
+            self._queue.owner(self._task, job.request_id),
+        )
+        if owner is None:
+            return older is not None
+        # A mark is made for a retry: only a retried delivery can be the one that it was made for.
+        is_owner = owner == job.digest and job.delivery.attempt > job.delivery.deliveries
+        return not is_owner or (older is not None and self._digest(older) == owner)
 
     async def in_progress(self, delivery: Delivery, request_id: str) -> bool:
-        """Whether the id of a request that is delivered no more is in progress all the same."""
+        """Return whether the request of a max-deliver-exhausted delivery is in progress."""
         return (
             request_id in self._owners
             or await self._queue.older(self._task, request_id, delivery) is not None
@@ -86,26 +86,25 @@ class RequestIds:
         )
 
     def release(self, job: Job) -> None:
-        """Free the id of a job that has ended."""
+        """Release the id of a job that has ended."""
         if self._owners.get(job.request_id) is job:
             del self._owners[job.request_id]
-        job.decided.set()
+        job.ownership_known.set()
 
-    async def _look_outside(self, job: Job) -> None:
-        """Ask the streams whether the id has ended, or belongs to another message."""
-        job.existing, older, owner = await _all(
+    async def _check_streams(self, job: Job) -> None:
+        job.existing, older, owner = await _gather(
             self._events.find_result(self._task, job.request_id),
             self._queue.older(self._task, job.request_id, job.delivery),
             self._queue.owner(self._task, job.request_id),
         )
         if job.existing is not None:
             raise ResultExists if job.existing.request_digest == job.digest else IdConflict
-        before = None if older is None else self._digest(older)
-        # Without a mark the id belongs to the oldest message.
-        if (owner or before or job.digest) != job.digest:
+        oldest = None if older is None else self._digest(older)
+        # Without a mark the oldest message owns the id.
+        if (owner or oldest or job.digest) != job.digest:
             job.is_copy = True
             raise IdConflict
-        if before == job.digest:
+        if oldest == job.digest:
             job.is_copy = True
             raise EarlierCopyInProgress
 
@@ -116,10 +115,10 @@ class RequestIds:
             return digest_of_bytes(delivery.body)
 
 
-async def _all(*questions: Awaitable[Any]) -> list[Any]:
-    """Ask several questions at the same time; raise what the first one of them raises."""
-    # Not the plain gather: where the bus is lost all of them raise, and it would leave the others.
-    answers = await asyncio.gather(*questions, return_exceptions=True)
+async def _gather(*calls: Awaitable[Any]) -> list[Any]:
+    """Await several calls at the same time; raise the first exception once all have ended."""
+    # A plain gather leaves the other calls running when the first one raises.
+    answers = await asyncio.gather(*calls, return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException):
             raise answer

@@ -14,11 +14,11 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-from consumer import conclusion, pictures
+from consumer import finalizer, image_stages
 from consumer.execution import Execution
 from consumer.inference import monitor
 from consumer.inference.cancel_token import StopReason
-from consumer.job import EXIT_DEVICE_LOST
+from consumer.outcomes import EXIT_DEVICE_LOST
 from consumer.ports import (
     DeadLetter,
     DeviceLost,
@@ -197,9 +197,9 @@ def failure(event: ResultEvent | None) -> FailureCode:
 def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look often and try again soon: nothing here depends on how long a pause is."""
     monkeypatch.setattr(monitor, "PROGRESS_INTERVAL", 0.002)
-    monkeypatch.setattr(pictures, "STORE_PAUSE_FIRST", 0.001)
-    monkeypatch.setattr(pictures, "STORE_PAUSE_MOST", 0.002)
-    monkeypatch.setattr(conclusion, "COPY_DELAY", 0.0)
+    monkeypatch.setattr(image_stages, "STORE_PAUSE_FIRST", 0.001)
+    monkeypatch.setattr(image_stages, "STORE_PAUSE_MOST", 0.002)
+    monkeypatch.setattr(finalizer, "COPY_DELAY", 0.0)
 
 
 class Behaviour:
@@ -444,7 +444,7 @@ class Behaviour:
     async def test_pictures_with_too_many_pixels_together_are_refused(
         self, make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("consumer.pictures.MAX_PIXELS_IN_ALL", 2 * 4 * 4)
+        monkeypatch.setattr("consumer.image_stages.MAX_INPUT_PIXELS", 2 * 4 * 4)
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
         image = world.source("one")

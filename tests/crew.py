@@ -7,10 +7,10 @@ in `broken`; `whole` says so, and `heal` ends every outage and has everything do
 import asyncio
 from collections import defaultdict
 
-from consumer.conclusion import RETRY_DELAY_MOST
 from consumer.execution import Limits
+from consumer.finalizer import RETRY_DELAY_MOST
+from consumer.image_stages import STORE_PAUSE_MOST
 from consumer.inference.cancel_token import StopReason
-from consumer.pictures import STORE_PAUSE_MOST
 from consumer.ports import Interrupted
 from generation_contracts import Task
 from tests.behaviour import INBOX

@@ -398,7 +398,7 @@ class MemoryWorkers:
         raise AssertionError(f"a job cancels no others: {request_id}")
 
     async def holds(self, request_id: str) -> bool:
-        return any(one.holds(request_id) for one in self.asked)
+        return any(one.has_started(request_id) for one in self.asked)
 
     async def others_idle(self) -> bool:
         return self.idle

@@ -42,7 +42,7 @@ class MemoryWorld:
         ack_wait: float = LONG,
         max_attempts: int = 3,
         stall_timeout: float = LONG,
-        prompt_in_pictures: bool = False,
+        prompt_in_images: bool = False,
         most_in_flight: int = 1,
         max_batch: int = 1,
         window: float = 0.0,
@@ -68,7 +68,7 @@ class MemoryWorld:
             stall_timeout=stall_timeout,
             retry_delay=0.0,
         )
-        self._prompt_in_pictures = prompt_in_pictures
+        self._prompt_in_images = prompt_in_images
         self._room = {"max_batch": max_batch, "window": window}
         self._most_in_flight = most_in_flight
         self.execution = self._start()
@@ -90,7 +90,7 @@ class MemoryWorld:
             artifacts=self.artifacts,
             images=self.images,
             observer=self.observer,
-            prompt_in_pictures=self._prompt_in_pictures,
+            prompt_in_images=self._prompt_in_images,
             most_in_flight=self._most_in_flight,
         )
 

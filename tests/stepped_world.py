@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar, TypeVarTuple, cast
 
 import pytest
 
-from consumer import admission, conclusion, execution, inference_stage
+from consumer import admission, chain_continuation, execution, finalizer, inference_stage
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
 from consumer.inference import monitor, progress, run_queue
@@ -233,7 +233,7 @@ class SteppedWorker:
         """Begin with a delivery, or with one that the server delivers no more, up to a call."""
         self.watcher = watcher
         handed = cast("Delivery", self._stepped(delivery))
-        does = self.execution.put_aside if stranded else self.execution.handle
+        does = self.execution.handle_exhausted if stranded else self.execution.handle
         self.job = self._loop.create_task(does(handed))
         self._loop.rest()
 
@@ -350,7 +350,7 @@ class SteppedWorld:
         clock = SimpleNamespace(monotonic=self.loop.time)
         for module in (inference_stage, monitor, progress, run_queue):
             self._patches.setattr(module, "time", clock)
-        for module in (admission, conclusion, execution, memory_ports):
+        for module in (admission, chain_continuation, execution, finalizer, memory_ports):
             self._patches.setattr(module, "datetime", _clock_of(self.loop))
 
     def close(self) -> None:

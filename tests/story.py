@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from consumer.execution import LAST_WORD
+from consumer.execution import RELEASE_TIMEOUT
 from consumer.inference.cancel_token import StopReason
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.ports import DeadLetter, MessageTooLarge, ResultEvent
@@ -391,7 +391,7 @@ class Story:
             self._claim(False, "cancelled by itself")  # noqa: FBT003
             return
         waited = self.world.loop.time() - self._forced
-        given_back = bool(self._settlements) or waited >= LAST_WORD or self._stranded
+        given_back = bool(self._settlements) or waited >= RELEASE_TIMEOUT or self._stranded
         self._claim(given_back, "not given back")
 
     # -- the promises -----------------------------------------------------------------------------

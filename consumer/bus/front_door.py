@@ -30,13 +30,12 @@ from nats.micro.request import Request as Call
 from nats.micro.service import Service, ServiceConfig
 from pydantic_core import from_json
 
-from consumer import job as outcomes
+from consumer import outcomes
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable, wait_until_available
 from consumer.bus.endpoint_connection import SERVICE, RefusedReplies, is_reply_subject
 from consumer.bus.nats_internals import drain_endpoints, reply_subject
 from consumer.bus.queue import PROCESS
 from consumer.bus.semantic_version import semantic_version
-from consumer.job import Outcome, decide
 from consumer.ports import Grip, Observer, Unavailable, UnsupportedParameter
 from generation_client import QueueFull, RequestTooLarge, ServiceUnavailable, submit
 from generation_contracts import (
@@ -316,28 +315,20 @@ class _Expired(Exception):  # noqa: N818 - a state of the request
 def _failure(error: Exception) -> Failure:  # noqa: PLR0911 - one for each
     match error:
         case InvalidRequest():
-            return _said_of(outcomes.Malformed(str(error), error.problems))
+            return outcomes.MalformedRequest(str(error), error.problems).failure
         case RequestTooLarge():
-            return _said_of(outcomes.Malformed("the request is too large for the bus"))
+            return outcomes.MalformedRequest("the request is too large for the bus").failure
         case UnsupportedParameter():
-            return _said_of(outcomes.Unsupported(error.parameter, str(error)))
+            return outcomes.ParameterRefused(str(error), error.parameter).failure
         case _Expired():
-            return _said_of(outcomes.Expired())
+            return outcomes.DeadlineExceeded().failure
         case QueueFull():
-            return _said_of(outcomes.QueueIsFull())
+            return outcomes.StreamFull().failure
         case ServiceUnavailable():
             return Failure.of(FailureCode.INTERNAL, "the request could not be queued")
         case _:
             log.error("call_failed", exc_info=error)
             return Failure.of(FailureCode.INTERNAL, "the worker failed on this call")
-
-
-def _said_of(outcome: Outcome) -> Failure:
-    """What a worker would say of a request that it was given."""
-    failure = decide(outcome, attempt=1, max_attempts=1).failure
-    if failure is None:
-        raise AssertionError(f"{outcome} is no failure")
-    return failure
 
 
 def _id_of(body: bytes, headers: Mapping[str, str]) -> str:

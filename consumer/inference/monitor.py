@@ -14,7 +14,7 @@ LONGEST_LOOK = 0.25  # of the stall timeout
 DRAIN_STEP_TIMEOUT = 5.0  # seconds that the thread has to come to its next step in a drain
 
 
-class RunStalled(Exception):  # noqa: N818 - a state of the thread
+class ThreadStalled(Exception):  # noqa: N818 - a state of the thread
     """No step for `stall_timeout`: the inference thread cannot be ended from outside."""
 
 
@@ -36,7 +36,7 @@ async def follow_run(
 
     Raises:
         Stopped: The run has stopped for this request, or the process must not wait longer.
-        RunStalled: The inference thread does not come to its next step.
+        ThreadStalled: The inference thread does not come to its next step.
         Exception: What the run raised.
     """
     progress, ended = ticket.progress, ticket.ended
@@ -53,7 +53,7 @@ async def follow_run(
         if token.acknowledged or not progress.running:
             token.check()
         if stall.seconds_without_step(now) > stall_timeout:
-            raise RunStalled
+            raise ThreadStalled
         if token.reason is StopReason.DRAIN:
             drain_since = drain_since or now
             if now - drain_since > DRAIN_STEP_TIMEOUT:

@@ -17,7 +17,11 @@ from uuid import uuid4
 import click
 
 from consumer.devstack import DevStack
-from consumer.run import Interrupt, Steps, watch
+from consumer.inference.cancel_token import CancelToken
+from consumer.inference.monitor import follow_run
+from consumer.inference.progress import Progress, Update
+from consumer.inference.run_queue import Ticket
+from consumer.ports import RunnerOutput
 from tests.faults.scene import Scene
 
 WITHIN = 30.0  # seconds
@@ -102,20 +106,16 @@ def stepping(steps: int, on_step: Any) -> float:
 
 async def watched(steps: int) -> float:
     """The same, watched as the daemon does, with an event made and encoded each time."""
-    steps_seen = Steps()
+    ticket = Ticket()
+    ticket.progress.begin()
 
-    async def publish() -> None:
-        json.dumps({"step": steps_seen.position[0], "each": steps_seen.seconds_per_step()})
+    async def publish(update: Update) -> None:
+        json.dumps({"step": update.step, "each": update.seconds_per_step})
 
-    run = asyncio.ensure_future(asyncio.to_thread(stepping, steps, steps_seen))
-    seconds: Any = await watch(
-        run,  # type: ignore[arg-type] # it gives a time instead of pictures
-        steps=steps_seen,
-        interrupt=Interrupt(),
-        stall_timeout=60.0,
-        publish=publish,
-    )
-    return float(seconds)
+    run = asyncio.ensure_future(asyncio.to_thread(stepping, steps, ticket.progress.step))
+    run.add_done_callback(lambda _: ticket.finish(RunnerOutput()))
+    await follow_run(ticket, CancelToken(), stall_timeout=60.0, publish=publish)
+    return await run
 
 
 def told(name: str, values: list[float]) -> None:
@@ -165,10 +165,10 @@ async def measure(folder: Path, number: int, waiting: int) -> None:
         f"{'2,000 steps of 0.5 ms, watched over alone (5 pairs)':<58} "
         f"{min(ratios):.3f} to {max(ratios):.3f}"
     )
-    steps = Steps()
+    progress = Progress()
     began = time.perf_counter()
     for step in range(1_000_000):
-        steps(step, 1_000_000)
+        progress.step(step, 1_000_000)
     click.echo(f"{'on_step itself':<58}     {(time.perf_counter() - began):7.3f} µs")
 
 

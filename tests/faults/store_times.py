@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from consumer import composition, pictures
+from consumer import composition, image_stages
 from consumer.artifacts import StoreConfig, store_config
 from consumer.settings import Settings
 
@@ -15,5 +15,5 @@ def shorten(**times: Any) -> None:
         return replace(store_config(settings), first_pause=0.05, longest_pause=0.2, **times)
 
     setattr(composition, "store_config", shortened)  # noqa: B010 - a name that it only imports
-    pictures.STORE_PAUSE_FIRST = 0.1
-    pictures.STORE_PAUSE_MOST = 0.5
+    image_stages.STORE_PAUSE_FIRST = 0.1
+    image_stages.STORE_PAUSE_MOST = 0.5

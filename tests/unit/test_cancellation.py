@@ -8,8 +8,8 @@ import pytest
 
 from consumer import cancellation
 from consumer.admission import Admission
-from consumer.cancellation import LOADS, LOOKUPS, Cancellation, Ending
-from consumer.conclusion import Conclusion
+from consumer.cancellation import LOADS, LOOKUPS, Cancellation, TaskFinalizer
+from consumer.finalizer import Finalizer
 from consumer.ports import Delivery, Found, Grip, StoredRequest
 from generation_contracts import (
     CancelledEvent,
@@ -114,21 +114,20 @@ class Setting:
             queue=self.queue,
             workers=self.workers,
             events=world.events,
-            endings={task: self._ending(task) for task in Task},
+            finalizers={task: self._finalizer(task) for task in Task},
         )
 
-    def _ending(self, task: Task) -> Ending:
-        conclusion = Conclusion(
+    def _finalizer(self, task: Task) -> TaskFinalizer:
+        finalizer = Finalizer(
             task=task,
             worker="canceller",
             model=self.world.runner.load(),
             events=self.world.events,
             artifacts=self.world.artifacts,
-            max_attempts=3,
             retry_delay=0.0,
             observer=self.world.observer,
         )
-        return Ending(Admission(task, self.world.subjects, ("_INBOX.",)), conclusion)
+        return TaskFinalizer(Admission(task, self.world.subjects, ("_INBOX.",)), finalizer)
 
     def store(
         self, stored_as: str, *, task: Task = T2I, untouched: bool = True, **fields: Any
@@ -200,8 +199,8 @@ def succeeded(
 
 @pytest.fixture
 async def setting(make_world: Worlds, monkeypatch: pytest.MonkeyPatch) -> Setting:
-    monkeypatch.setattr(cancellation, "ENDS_WITHIN", 0.01)
-    monkeypatch.setattr(cancellation, "LOOK_EVERY", 0.001)
+    monkeypatch.setattr(cancellation, "RESULT_TIMEOUT", 0.01)
+    monkeypatch.setattr(cancellation, "POLL_INTERVAL", 0.001)
     return Setting(await make_world())
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from consumer.inference import monitor
 from consumer.inference.cancel_token import StopReason
-from consumer.job import EXIT_DEVICE_LOST, State
+from consumer.job import State
+from consumer.outcomes import EXIT_DEVICE_LOST
 from consumer.ports import (
     DeviceLost,
     Interrupted,
@@ -174,7 +175,7 @@ async def test_cancelled_member_of_a_failed_batch_waits_for_no_other_members_run
     await soon(holds[0].begun())  # the batch has failed, and one of its members runs alone
     running = model(world).runs[0].request.request_id
     waiting = next(one for one in working if one != running)
-    await world.execution.withdraw(waiting)
+    await world.execution.request_stop(waiting)
     await soon(working[waiting])
     assert isinstance(await world.result(waiting), CancelledEvent)
     assert not working[str(running)].done()
@@ -216,7 +217,7 @@ async def test_cancelled_member_ends_at_its_next_step_and_the_others_go_on(
     model(world).let_go.clear()
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
-    assert await world.execution.withdraw("b")
+    assert await world.execution.request_stop("b")
     await soon(handling[1])
     assert (await world.result("b")).type == "generation.v1.cancelled"  # type: ignore[union-attr]
     assert (await world.result("a"), await world.result("c")) == (None, None)
@@ -231,7 +232,7 @@ async def test_batch_of_which_all_are_cancelled_frees_the_device(world: MemoryWo
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
     for request_id in ("a", "b", "c"):
-        await world.execution.withdraw(request_id)
+        await world.execution.request_stop(request_id)
     await soon(asyncio.gather(*handling))
     await world.send(asking("after"))
     await soon(world.work())
@@ -260,7 +261,7 @@ async def test_member_cancelled_while_it_waits_is_in_no_batch(world: MemoryWorld
     handling = await begin(world, "a", "b", "c")
     while [job.state for job in world.execution._jobs[1:]] != [State.ADMITTED] * 3:
         await asyncio.wait(handling, timeout=POLL)
-    await world.execution.withdraw("b")
+    await world.execution.request_stop("b")
     await soon(handling[1])
     hold.release()
     await soon(asyncio.gather(first, *handling))
@@ -417,9 +418,9 @@ async def test_suspect_that_waits_for_others_can_be_cancelled_and_given_back(
         handling = asyncio.create_task(world.work())
         await soon(world.events.asked.until(2))
         if stop is StopReason.DRAIN:
-            world.execution.give_back_what_waits()
+            world.execution.requeue_waiting()
         else:
-            await world.execution.withdraw("suspect")
+            await world.execution.request_stop("suspect")
         await soon(handling)
         world.store.end()
         await soon(other)
@@ -464,7 +465,7 @@ async def test_cancellation_of_who_is_next(withdrawn: str) -> None:
     if withdrawn != "in time":
         first.release()
         assert begun.wait(LONG)
-    await world.execution.withdraw("b")
+    await world.execution.request_stop("b")
     await soon(handling[1])
     first.release()
     await soon(handling[0])
@@ -490,7 +491,7 @@ async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
 
     monkeypatch.setattr(world.events, "publish_result", slowly)
     handling = await one_behind_another(world, first)
-    await world.execution.withdraw("b")
+    await world.execution.request_stop("b")
     await soon(told.wait())
     await world.send(asking("c"))
     handling.append(asyncio.create_task(world.work()))

@@ -430,7 +430,7 @@ async def test_cancelled_task_gives_the_request_back(world: MemoryWorld) -> None
 async def test_cancellation_goes_on_though_the_request_cannot_be_given_back(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch, refusal: Exception | None
 ) -> None:
-    monkeypatch.setattr(execution, "LAST_WORD", 0.001)
+    monkeypatch.setattr(execution, "RELEASE_TIMEOUT", 0.001)
     hold = world.runner.will_hold(heeds=False)
     await world.send(asking())
     working = asyncio.create_task(world.work())
@@ -454,7 +454,7 @@ async def test_cancellation_after_the_end_of_a_job_settles_nothing_again(
     await world.send(asking())
     working = asyncio.create_task(world.work())
     at_end: Callable[[], None] = working.cancel  # type: ignore[assignment]
-    world.execution._conclusion = CancelsAtItsEnd(world, at_end)  # type: ignore[assignment]
+    world.execution._finalizer = CancelsAtItsEnd(world, at_end)  # type: ignore[assignment]
     with pytest.raises(asyncio.CancelledError):
         await soon(working)
     assert world.settlements == ([] if script else ["ack"])
@@ -465,12 +465,12 @@ class CancelsAtItsEnd:
     """Has the task cancelled when the job is settled and the lease is about to end."""
 
     def __init__(self, world: MemoryWorld, cancel_task: Callable[[], None]) -> None:
-        self._real = world.execution._conclusion
+        self._real = world.execution._finalizer
         self._cancel = cancel_task
         self.event_fields = self._real.event_fields
 
-    async def conclude(self, *args: object) -> object:
-        decision = await self._real.conclude(*args)  # type: ignore[arg-type]
+    async def finalize(self, *args: object) -> object:
+        decision = await self._real.finalize(*args)  # type: ignore[arg-type]
         self._cancel()
         return decision
 

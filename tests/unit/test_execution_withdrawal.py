@@ -26,7 +26,7 @@ async def while_held(world: MemoryWorld, hold: Hold, act: Callable[[], Awaitable
 
 
 async def test_a_request_that_is_not_here_is_nobodys(make_world: Worlds) -> None:
-    assert await (await make_world()).execution.withdraw("a") is None
+    assert await (await make_world()).execution.request_stop("a") is None
 
 
 async def test_in_the_run_it_stops_and_leaves_a_note(make_world: Worlds) -> None:
@@ -35,7 +35,7 @@ async def test_in_the_run_it_stops_and_leaves_a_note(make_world: Worlds) -> None
     grips: list[Grip | None] = []
 
     async def withdraw() -> None:
-        grips.append(await world.execution.withdraw("a"))
+        grips.append(await world.execution.request_stop("a"))
 
     await world.send(asking())
     await while_held(world, hold, withdraw)
@@ -57,7 +57,7 @@ async def test_at_the_last_moment_the_answer_is_true(
 
     async def and_then_withdrawn(*args: Any, **kwargs: Any) -> Any:
         value = await original(*args, **kwargs)
-        grips.append(await world.execution.withdraw("a"))
+        grips.append(await world.execution.request_stop("a"))
         return value
 
     monkeypatch.setattr(owner, method, and_then_withdrawn)

@@ -16,7 +16,7 @@ LIGHT = (
     "consumer.heartbeat",
     "consumer.inference.worker",
     "consumer.admission",
-    "consumer.conclusion",
+    "consumer.finalizer",
     "consumer.execution",
 )
 LIBRARIES_OF_MODELS = frozenset({"torch", "torchvision", "diffusers", "transformers", "accelerate"})

@@ -85,7 +85,7 @@ async def test_each_picture_of_a_job_says_its_own_seed_and_what_it_was_made_with
 
 
 async def test_prompt_is_in_pictures_where_the_worker_puts_it_there(make_world: Worlds) -> None:
-    world = await make_world(prompt_in_pictures=True)
+    world = await make_world(prompt_in_images=True)
     await world.send(asking())
     await soon(world.work())
     assert [one["prompt"] for one in world.images.said] == ["a red circle"]
@@ -120,4 +120,4 @@ async def test_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> 
         workers=ports.workers,
         artifacts=ports.artifacts,
     )
-    assert execution._pictures.prompt_in_files is setting
+    assert execution._image_stages.prompt_in_files is setting

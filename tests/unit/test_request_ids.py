@@ -109,11 +109,11 @@ async def test_exhausted_copy_is_left_alone_while_the_request_runs(world: Memory
     first = asyncio.create_task(world.execution.handle(world.queue.take()))
     exhausted = world.queue.take()
     await soon(hold.begun())
-    await world.execution.put_aside(exhausted)
+    await world.execution.handle_exhausted(exhausted)
     assert (await world.result("a"), exhausted.settlements) == (None, [])
     hold.release()
     await soon(first)
-    await world.execution.put_aside(exhausted)
+    await world.execution.handle_exhausted(exhausted)
     assert exhausted.settlements == ["ack"]
     assert await world.replies() == [(INBOX, await world.result("a"))]
 
@@ -132,7 +132,7 @@ async def test_drains_never_end_a_request_that_the_server_delivers_no_more(
         delivery = world.queue.take()
         await (delivery.release() if number < given_back else delivery.nak())
     (exhausted,) = world.queue.stranded
-    await world.execution.put_aside(exhausted)
+    await world.execution.handle_exhausted(exhausted)
     while await world.left():
         await soon(world.work())
     assert isinstance(await world.result("a"), ends)
@@ -144,7 +144,7 @@ async def test_exhausted_request_stays_where_its_copy_finds_no_room(world: Memor
     await world.queue.take().release()
     (exhausted,) = world.queue.stranded
     world.events.retries_full = QueueFull()
-    await world.execution.put_aside(exhausted)
+    await world.execution.handle_exhausted(exhausted)
     assert (exhausted.settlements[-1], await world.result("a")) == ("nak", None)
 
 
@@ -250,7 +250,7 @@ async def test_requeued_request_is_no_suspect(world: MemoryWorld) -> None:
 
 
 async def test_cancellation_that_comes_before_its_request_is_honoured(world: MemoryWorld) -> None:
-    assert await world.execution.withdraw("a") is None
+    assert await world.execution.request_stop("a") is None
     await world.send(asking(reply_to=INBOX))
     await soon(world.work())
     assert isinstance(await world.result("a"), CancelledEvent)
@@ -274,7 +274,7 @@ async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(world: Memo
     await world.send(step)
     working = asyncio.create_task(world.work())
     await soon(hold.begun())
-    assert await world.execution.withdraw("tour") is not None
+    assert await world.execution.request_stop("tour") is not None
     await soon(working)
     assert isinstance(await world.result("tour-2"), CancelledEvent)
 
@@ -299,7 +299,7 @@ async def test_input_that_an_answering_store_does_not_give_fails_at_once(
 async def test_output_that_cannot_be_stored_is_handed_over_where_another_worker_is_free(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch, *, idle: bool
 ) -> None:
-    monkeypatch.setattr("consumer.pictures.STORE_PATIENCE", 0.0)
+    monkeypatch.setattr("consumer.image_stages.HANDOVER_DELAY", 0.0)
     world.workers.idle = idle
     world.store.begin()
     await world.send(asking())

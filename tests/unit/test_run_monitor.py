@@ -9,7 +9,7 @@ import pytest
 
 from consumer.inference import monitor, progress
 from consumer.inference.cancel_token import CancelToken, Stopped, StopReason
-from consumer.inference.monitor import RunStalled, follow_run
+from consumer.inference.monitor import ThreadStalled, follow_run
 from consumer.inference.progress import Progress, Update
 from consumer.inference.run_queue import Ticket
 from consumer.ports import Interrupted, ModelError, OutOfMemory, RunnerOutput
@@ -246,7 +246,7 @@ async def test_thread_that_does_not_stop_on_drain_is_left_behind(clockwork: Cloc
 async def test_thread_without_a_step_hangs(clockwork: Clockwork) -> None:
     followed = Followed()
     clockwork.turns = [clockwork.passing(s) for s in (15.0, 15.0, 15.0, 15.0, 0.1)]
-    with pytest.raises(RunStalled):
+    with pytest.raises(ThreadStalled):
         await followed.follow(stall_timeout=60.0)
     assert clockwork.turns == []
     assert not followed.ticket.ended.done()
@@ -292,7 +292,7 @@ async def test_batch_of_which_no_member_makes_a_step_stalls(clockwork: Clockwork
     followed = Followed()
     followed.ticket.batch = (followed.progress, Progress())
     clockwork.turns = [clockwork.passing(s) for s in (15.0, 15.0, 15.0, 15.0, 0.1)]
-    with pytest.raises(RunStalled):
+    with pytest.raises(ThreadStalled):
         await followed.follow(stall_timeout=60.0)
 
 
@@ -304,7 +304,7 @@ async def test_each_step_starts_the_stall_timeout_anew(clockwork: Clockwork) -> 
         followed.progress.step(len(followed.steps) + 1, 100)
 
     clockwork.turns = [step] * 5 + [clockwork.passing(s) for s in (2.5, 2.5, 2.5, 2.5, 0.1)]
-    with pytest.raises(RunStalled):
+    with pytest.raises(ThreadStalled):
         await followed.follow(stall_timeout=10.0)
     assert clockwork.turns == []
     assert len(followed.steps) == 5

@@ -11,29 +11,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Literal, TextIO, get_args
+from typing import Literal, TextIO
 
 import pytest
 import structlog
 
-from consumer.job import (
-    Broken,
-    Decision,
-    InputMissing,
-    Malformed,
-    ModelRaised,
-    Outcome,
-    RanOutOfMemory,
-    Settlement,
-    Unsupported,
-    decide,
-)
 from consumer.metrics import Metrics
+from consumer.outcomes import Decision, decide, outcome_label
 from consumer.provenance import SOFTWARE
 from consumer.telemetry import JobReport, LogStream
-from consumer.verdict import name_of
 from generation_contracts import FailureCode, ModelInfo
 from tests.daemon_logging import daemon_logging, logging_to
+from tests.settlement_table import every_outcome, example
 
 FORMATS = pytest.mark.parametrize("log_format", ["json", "console"])
 PROMPT = "a prompt that is nobody's business"
@@ -137,29 +126,21 @@ def test_daemons_in_one_process_count_apart() -> None:
 
 
 def decisions() -> Iterator[Decision]:
-    """What `decide` says of every outcome there is, on the first try and on the last."""
-    made = {
-        ModelRaised: ModelRaised("E"),
-        Broken: Broken("E"),
-        Malformed: Malformed("m"),
-        Unsupported: Unsupported("p", "m"),
-        InputMissing: InputMissing("m"),
-        RanOutOfMemory: RanOutOfMemory(saved_memory=True),
-    }
-    for kind in get_args(Outcome):
+    """Return the decisions on every outcome, at the first attempt and at the last."""
+    for kind in every_outcome():
         for attempt in (1, 3):
-            yield decide(made.get(kind) or kind(), attempt=attempt, max_attempts=3)
+            yield decide(example(kind), attempt=attempt, max_attempts=3)
 
 
 def test_every_outcome_is_shown_from_the_start() -> None:
     metrics = Metrics("text_to_image")
-    ended = [one for one in decisions() if one.settlement is not Settlement.KEEP]
-    names = {name_of(None), *map(name_of, ended)}
+    ended = list(decisions())
+    names = {outcome_label(None), *map(outcome_label, ended)}
     assert names == series(metrics, "generation_jobs_total").keys()
     codes = {str(one.failure.code) for one in ended if one.failure is not None}
     assert codes == series(metrics, "generation_failures_total").keys()
-    put_aside = {str(one.failure.code) for one in ended if one.dead_letter and one.failure}
-    assert put_aside == series(metrics, "generation_dead_letters_total").keys()
+    dead = {str(one.failure.code) for one in ended if one.dead_letter and one.failure}
+    assert dead == series(metrics, "generation_dead_letters_total").keys()
 
 
 def test_failures_and_dead_letters_are_counted_by_code() -> None:

@@ -1,10 +1,10 @@
 """A worker that soon hands over a request whose outputs its store does not take."""
 
-from consumer import pictures
+from consumer import image_stages
 from tests.faults.causes.none import make_runner
 from tests.faults.store_times import shorten
 
 __all__ = ["make_runner"]
 
 shorten(read_timeout=0.3, try_timeout=0.5, deadline=0.7)
-pictures.STORE_PATIENCE = 0.5
+image_stages.HANDOVER_DELAY = 0.5
