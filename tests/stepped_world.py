@@ -1,8 +1,8 @@
-"""Several workers on one in-memory bus and store, none of which goes on by itself.
+"""Several workers on one in-memory bus and store, each driven step by step by a test.
 
-Every worker stops before and after each call of a port, its model ends when it is told to, and the
-clock stands until it is moved. So whoever drives this world can let workers die, leases run out and
-services go away between any two calls, and the same choices always give the same course.
+Every worker stops before and after each call of a port. A run of its model ends when the test ends
+it, and the clock moves when the test moves it. So a test can kill workers, expire leases and stop
+services between any two calls, and the same choices always give the same course.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ START = datetime(2030, 1, 1, tzinfo=UTC)  # when every clock here shows 0
 
 
 class StillLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock stands until it is moved, and which is its own thread pool."""
+    """An event loop whose clock a test moves, and which runs executor calls itself."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -95,13 +95,13 @@ class StillLoop(asyncio.SelectorEventLoop):
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(function(*args))
-        except Exception as error:  # noqa: BLE001 - it belongs to whoever waits
+        except Exception as error:  # noqa: BLE001 - the awaiting task gets it
             future.set_exception(error)
         return future
 
 
 class Watcher(Protocol):
-    """Told of every call of one worker, in the moment in which it happens."""
+    """Notified of every call of one worker when it happens."""
 
     def reaches(self, call: str, arguments: tuple[Any, ...]) -> None:
         """The worker is about to make the call."""
@@ -123,7 +123,7 @@ class Watcher(Protocol):
 
 
 class SteppedRun:
-    """One run of a model that ends when it is told to."""
+    """One run of a model that ends when the test ends it."""
 
     def __init__(self, on_step: OnStep, cancelled: IsCancelled, *, save_memory: bool) -> None:
         self.on_step = on_step
@@ -133,7 +133,7 @@ class SteppedRun:
 
 
 class SteppedInference:
-    """An inference "thread" that waits for its run's end to be told."""
+    """An inference "thread" that waits until the test ends its run."""
 
     def __init__(self, runner: ScriptedRunner, worker: "SteppedWorker") -> None:
         self._runner = runner
@@ -157,7 +157,7 @@ class SteppedInference:
         raise AssertionError("one at a time")
 
 
-# What keeps its word never to raise, whatever becomes of the connection.
+# The methods that never raise, whatever happens to the connection.
 NEVER_RAISE = frozenset({"publish_progress", "reply", "nak", "release", "holds", "others_idle"})
 WITHOUT_THE_BUS = frozenset({"store", "fetch", "discard", "reachable"})
 
@@ -167,7 +167,7 @@ class CutOff(ConnectionError):  # noqa: N818 - a state of the connection
 
 
 class WorkerIsDead(ConnectionError):  # noqa: N818 - a state of the worker
-    """What a dead worker's calls raise: nothing of it reaches the outside any more."""
+    """What a dead worker's calls raise: no call of it has an effect."""
 
 
 class SteppedWorker:
@@ -177,7 +177,7 @@ class SteppedWorker:
         place: Where it has stopped, for example `before ack`; "" where it has not. Of several
             calls at the same time the first one goes on first.
         run: The run of its model that has not ended.
-        job: The delivery in its hands, if any.
+        job: The task that handles its delivery, if any.
         cut_off: Whether its client has given up on the bus.
     """
 
@@ -201,7 +201,7 @@ class SteppedWorker:
             inference=SteppedInference(runner, self),
             events=self._stepped(world.events),
             queue=self._stepped(world.queue),
-            workers=self._stepped(world.colleagues),
+            workers=self._stepped(world.workers),
             artifacts=self._stepped(world.artifacts),
             images=world.images,
             observer=self.observer,
@@ -211,12 +211,12 @@ class SteppedWorker:
     def place(self) -> str:
         return self._stops[0][0] if self._stops else ""
 
-    def take(self, delivery: MemoryDelivery, watcher: Watcher, *, stranded: bool = False) -> None:
-        """Begin with a delivery, or with one that the server delivers no more, up to a call."""
+    def take(self, delivery: MemoryDelivery, watcher: Watcher, *, exhausted: bool = False) -> None:
+        """Start to handle a delivery, or an exhausted one, up to the first call."""
         self.watcher = watcher
-        handed = cast("Delivery", self._stepped(delivery))
-        does = self.execution.handle_exhausted if stranded else self.execution.handle
-        self.job = self._loop.create_task(does(handed))
+        stepped = cast("Delivery", self._stepped(delivery))
+        handle = self.execution.handle_exhausted if exhausted else self.execution.handle
+        self.job = self._loop.create_task(handle(stepped))
         self._loop.rest()
 
     def go(self) -> None:
@@ -228,7 +228,7 @@ class SteppedWorker:
             self._loop.rest()
 
     def end_run(self, script: Script) -> None:
-        """Let the model do what it does."""
+        """End the run of the model with a script."""
         if self.run is not None:
             self.run.ends.set_result(script)
             self._loop.rest()
@@ -240,7 +240,7 @@ class SteppedWorker:
             self._loop.rest()
 
     def die(self) -> None:
-        """Do nothing any more, as after a SIGKILL."""
+        """Stop for good, as after a SIGKILL."""
         self._dead = True
         self.force()
         if self.run is not None:
@@ -289,7 +289,7 @@ class SteppedWorker:
 
 
 class _Stepped:
-    """A port, whose calls its worker stops at; the renewal of a lease is fire and forget."""
+    """A port at whose calls the worker stops, except at the renewal of a lease."""
 
     def __init__(self, port: object, worker: SteppedWorker) -> None:
         self.port = port
@@ -303,7 +303,7 @@ class _Stepped:
 
 
 class SteppedWorld:
-    """What the workers share, and the clock of it all.
+    """The bus, the store and the clock that the workers share.
 
     Args:
         task: Of all workers.
@@ -319,7 +319,7 @@ class SteppedWorld:
         self.subjects = Subjects()
         self.bus = Outage()
         self.queue = MemoryQueue([], self.bus, max_deliver=max_deliver, task=task)
-        self.colleagues = MemoryWorkers()
+        self.workers = MemoryWorkers()
         self.events = MemoryEvents([], self.bus)
         self.events.max_payload = max_payload
         self.artifacts = MemoryArtifacts([])
@@ -328,7 +328,7 @@ class SteppedWorld:
         self._patches = pytest.MonkeyPatch()
 
     def open(self) -> None:
-        """Make every clock show this world's time."""
+        """Make every clock show the time of this world."""
         clock = SimpleNamespace(monotonic=self.loop.time)
         for module in (run, device, turns):
             self._patches.setattr(module, "time", clock)
@@ -348,7 +348,7 @@ class SteppedWorld:
         """Start a process."""
         self._workers += 1
         worker = SteppedWorker(self, f"worker-{self._workers}")
-        self.colleagues.asked.append(worker.execution)
+        self.workers.asked.append(worker.execution)
         return worker
 
 
