@@ -166,7 +166,7 @@ class Finalizer:
                 event, trace_parent=job.envelope.trace_parent
             )
         except ResultUnreadable:
-            log.error("result_unreadable")  # noqa: TRY400 - the traceback says no more
+            log.error("result_not_readable")  # noqa: TRY400 - the traceback says no more
             return None
         if stored == event:
             await self._continue_or_reply(job, event)

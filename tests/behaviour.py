@@ -1,4 +1,4 @@
-"""What a worker does with a request, whatever bus and store it works on.
+"""What a worker does with a request, on any bus and store.
 
 `Behaviour` is a suite without a world: a test module subclasses it and gives it a `make_world`
 fixture. The model is scripted in every world; deliveries, events and objects are the world's own.
@@ -58,7 +58,7 @@ INBOX, OTHER_INBOX = "_INBOX.sender.1", "_INBOX.sender.2"
 
 
 class Service(Protocol):
-    """What the worker depends on."""
+    """A service that the worker depends on."""
 
     def begin(self) -> None:
         """Begin an outage."""
@@ -68,7 +68,7 @@ class Service(Protocol):
 
 
 class World(Protocol):
-    """One worker and what surrounds it.
+    """One worker with its bus and store.
 
     Attributes:
         runner: The scripted model.
@@ -88,7 +88,7 @@ class World(Protocol):
 
     @property
     def bus(self) -> Service:
-        """The bus, as the worker sees it."""
+        """The bus, which can go away."""
 
     async def send(
         self,
@@ -100,10 +100,10 @@ class World(Protocol):
         """Publish a request; with an id, on the subject that carries it."""
 
     async def work(self) -> int | None:
-        """Handle the next delivery as the daemon does; its exit code, if it has to end."""
+        """Handle the next delivery as the daemon does; return the exit code, if any."""
 
     async def left(self) -> int:
-        """How many requests are not settled for good."""
+        """Return the number of requests in the streams."""
 
     async def result(self, request_id: str) -> ResultEvent | None:
         """The stored terminal event."""
@@ -112,16 +112,16 @@ class World(Protocol):
         """All replies so far, with their subjects."""
 
     async def news(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
-        """What has been told of a request so far."""
+        """Return the transient events of a request so far."""
 
     async def dead_letters(self) -> list[tuple[DeadLetter, bytes]]:
-        """What has been put aside so far."""
+        """Return the dead letters so far."""
 
     def source(self, name: str) -> dict[str, str]:
-        """How a request names an input picture."""
+        """Return the source of an input image in a request."""
 
     async def put_object(self, name: str, data: bytes) -> None:
-        """Make an input picture available."""
+        """Store an input image."""
 
     async def object(self, bucket: str, key: str) -> bytes:
         """An object's bytes."""
@@ -130,14 +130,14 @@ class World(Protocol):
         """The keys of all objects."""
 
     async def store_is_missed(self) -> None:
-        """Return once the worker has tried the store in vain."""
+        """Return once the worker has called the store without success."""
 
 
 MakeWorld = Callable[..., Awaitable[World]]
 
 
 def asking(request_id: str | None = "a", **fields: Any) -> bytes:
-    """A request for a picture."""
+    """Return a request for an image."""
     own = {} if request_id is None else {"request_id": request_id}
     return json.dumps({"prompt": "a red circle", **own, **fields}).encode()
 
@@ -147,7 +147,7 @@ def from_now(**distance: float) -> str:
 
 
 async def soon(value: Awaitable[T]) -> T:
-    """Wait for what must come."""
+    """Await something that must happen within `SOON`."""
     async with asyncio.timeout(SOON):
         return await value
 
@@ -161,7 +161,7 @@ async def while_running(world: World, hold: Hold, act: Callable[[], object]) -> 
 
 
 def writing(*texts: str) -> Callable[[Run], None]:
-    """A part of a run, in which each text is added in a step of its own."""
+    """Return a part of a run that adds each text in a separate step."""
 
     def write(run: Run) -> None:
         for step, text in enumerate(texts, start=1):
@@ -174,7 +174,7 @@ def writing(*texts: str) -> Callable[[Run], None]:
 
 
 def ending(text: str) -> Script:
-    """A run that adds one more text, and gives the whole."""
+    """Return a run that adds one more text, and returns the complete text."""
 
     def end(run: Run) -> RunnerOutput:
         writing(text)(run)
@@ -184,8 +184,8 @@ def ending(text: str) -> Script:
     return end
 
 
-def told_text(news: Iterable[StartedEvent | ProgressEvent]) -> str:
-    """What events tell of a text, joined."""
+def text_of(news: Iterable[StartedEvent | ProgressEvent]) -> str:
+    """Return the joined text of events."""
     return "".join(event.text or "" for event in news if isinstance(event, ProgressEvent))
 
 
@@ -195,7 +195,7 @@ def failure(event: ResultEvent | None) -> FailureCode:
 
 
 def shorten_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look often and try again soon: nothing here depends on how long a pause is."""
+    """Poll and retry often: no test depends on the length of a pause."""
     monkeypatch.setattr(monitor, "PROGRESS_INTERVAL", 0.002)
     monkeypatch.setattr(image_stages, "STORE_PAUSE_FIRST", 0.001)
     monkeypatch.setattr(image_stages, "STORE_PAUSE_MOST", 0.002)
@@ -213,12 +213,12 @@ class Behaviour:
 
     @pytest.fixture
     async def world(self, make_world: MakeWorld) -> World:
-        """A worker that makes pictures."""
+        """A worker that makes images."""
         return await make_world()
 
-    # -- done -------------------------------------------------------------------------------------
+    # -- success ----------------------------------------------------------------------------------
 
-    async def test_request_is_done_stored_told_and_answered(self, world: World) -> None:
+    async def test_request_is_run_stored_published_and_replied_to(self, world: World) -> None:
         sent = asking(num_images=2, seed=7, metadata={"customer": "42"}, reply_to=INBOX)
         await world.send(sent)
         assert await soon(world.work()) is None
@@ -251,9 +251,7 @@ class Behaviour:
         assert [started.sequence, progress.sequence, done.sequence] == [0, 1, 2]
         assert world.observer.steps == 1
 
-    async def test_question_about_pictures_is_answered_with_text(
-        self, make_world: MakeWorld
-    ) -> None:
+    async def test_question_about_images_is_answered_with_text(self, make_world: MakeWorld) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
         image = world.source("one")
@@ -268,16 +266,14 @@ class Behaviour:
         assert [picture.size for picture in world.runner.runs[0].images] == [(4, 4), (4, 4)]
         assert await world.left() == 0
 
-    async def test_start_tells_what_is_used_where_a_request_says_nothing(
-        self, world: World
-    ) -> None:
+    async def test_started_event_has_the_defaults_of_the_model(self, world: World) -> None:
         await world.send(asking())
         await soon(world.work())
         started, *_ = await world.news("a")
         assert isinstance(started, StartedEvent)
         assert started.defaults == {"num_inference_steps": 1}  # and no width, which is None
 
-    async def test_result_tells_what_it_was_made_with_and_what_the_safety_checker_says(
+    async def test_result_has_its_parameters_and_the_flags_of_the_safety_checker(
         self, world: World
     ) -> None:
         used = {"width": 4, "guidance_scale": 3.5, "adapters": {"pencil": 0.5}}
@@ -296,7 +292,7 @@ class Behaviour:
         flags = [one.flagged for one in done.outputs if isinstance(one, ImageArtifact)]
         assert flags == [True, False, None]
 
-    async def test_text_tells_the_seed_it_was_drawn_with(self, make_world: MakeWorld) -> None:
+    async def test_text_has_the_seed_it_was_sampled_with(self, make_world: MakeWorld) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
         drawn = GeneratedText("a circle", "stop", prompt_tokens=3, completion_tokens=2, seed=9)
@@ -309,9 +305,9 @@ class Behaviour:
         assert isinstance(output, TextOutput)
         assert output.seed == 9
 
-    # -- a text as it grows -----------------------------------------------------------------------
+    # -- streamed text ----------------------------------------------------------------------------
 
-    async def test_text_is_told_as_it_grows_and_its_parts_are_the_whole(
+    async def test_streamed_parts_of_a_text_are_the_complete_text(
         self, make_world: MakeWorld
     ) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
@@ -321,7 +317,7 @@ class Behaviour:
         )
         await world.send(asking(images=[world.source("one")], stream=True))
         working = asyncio.create_task(world.work())
-        while not told_text(await world.news("a")) and not working.done():
+        while not text_of(await world.news("a")) and not working.done():
             await asyncio.wait({working}, timeout=POLL)
         assert await world.result("a") is None  # while it is being written
         hold.release()
@@ -330,10 +326,10 @@ class Behaviour:
         assert isinstance(done, SucceededEvent)
         (output,) = done.outputs
         assert isinstance(output, TextOutput)
-        assert told_text(news) == output.text == "  A lighthouse at dusk.\n"
+        assert text_of(news) == output.text == "  A lighthouse at dusk.\n"
         assert max(event.sequence for event in news) < done.sequence
 
-    async def test_text_that_nobody_wants_to_see_grow_is_not_told(
+    async def test_text_is_not_streamed_unless_the_request_asks_for_it(
         self, make_world: MakeWorld
     ) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
@@ -341,9 +337,9 @@ class Behaviour:
         await world.send(asking(images=[world.source("one")]))
         await soon(world.work())
         assert world.runner.runs[0].on_text is None
-        assert told_text(await world.news("a")) == ""
+        assert text_of(await world.news("a")) == ""
 
-    async def test_second_try_begins_the_text_anew_at_step_0(self, make_world: MakeWorld) -> None:
+    async def test_second_run_restarts_the_text_at_step_0(self, make_world: MakeWorld) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
         hold = world.runner.will_hold(
@@ -352,7 +348,7 @@ class Behaviour:
         world.runner.will(lambda one: [writing("A", " lighthouse")(one), ending(".")(one)][1])
         await world.send(asking(images=[world.source("one")], stream=True))
         working = asyncio.create_task(world.work())
-        while told_text(await world.news("a")) != "firstwordslost" and not working.done():
+        while text_of(await world.news("a")) != "firstwordslost" and not working.done():
             await asyncio.wait({working}, timeout=POLL)
         hold.release()
         await soon(working)
@@ -360,8 +356,8 @@ class Behaviour:
         begins = [number for number, event in enumerate(news) if event.step == 0]
         (again,) = begins
         assert (news[again].text, news[again].of) == (None, 3)
-        assert told_text(news[:again]) == "firstwordslost"
-        assert told_text(news[again:]) == "A lighthouse."
+        assert text_of(news[:again]) == "firstwordslost"
+        assert text_of(news[again:]) == "A lighthouse."
 
     async def test_request_without_an_id_gets_the_same_one_at_every_delivery(
         self, world: World
@@ -374,9 +370,9 @@ class Behaviour:
         assert await world.result(event.request_id) == event
         assert event.attempt == 2
 
-    # -- done before ------------------------------------------------------------------------------
+    # -- stored results ---------------------------------------------------------------------------
 
-    async def test_second_copy_is_answered_and_not_run(self, world: World) -> None:
+    async def test_second_copy_gets_the_stored_event_and_is_not_run(self, world: World) -> None:
         for reply_to in (INBOX, OTHER_INBOX):  # where the answer goes makes no other request
             await world.send(asking(reply_to=reply_to))
             await soon(world.work())
@@ -386,7 +382,7 @@ class Behaviour:
         assert await world.left() == 0
         assert world.observer.outcomes == ["succeeded", "already_done"]
 
-    async def test_other_content_under_the_same_id_is_told_to_its_sender_alone(
+    async def test_conflict_goes_to_the_sender_of_the_other_content_only(
         self, world: World
     ) -> None:
         await world.send(asking())
@@ -401,7 +397,7 @@ class Behaviour:
         assert await world.left() == 0
         assert world.observer.outcomes == ["succeeded", "request_id_conflict"]
 
-    # -- refused ----------------------------------------------------------------------------------
+    # -- refusals ---------------------------------------------------------------------------------
 
     @pytest.mark.parametrize(
         ("body", "says"),
@@ -416,7 +412,7 @@ class Behaviour:
             (b'{"prompt":"x","reply_to":"$JS.API.STREAM.DELETE.X"}', "reply_to: "),
         ],
     )
-    async def test_invalid_request_is_failed_put_aside_and_never_run(
+    async def test_invalid_request_fails_is_dead_lettered_and_never_run(
         self, world: World, body: bytes, says: str
     ) -> None:
         await world.send(body, request_id="a", headers={"Reply-To": INBOX})
@@ -431,7 +427,7 @@ class Behaviour:
         assert world.runner.runs == []
         assert await world.left() == 0
 
-    async def test_parameter_that_the_model_lacks_is_failed(self, world: World) -> None:
+    async def test_parameter_that_the_model_lacks_fails_the_request(self, world: World) -> None:
         await world.send(asking(negative_prompt="text"))
         await soon(world.work())
         event = await world.result("a")
@@ -441,7 +437,7 @@ class Behaviour:
         assert world.runner.runs == []
         assert (await world.left(), await world.dead_letters()) == (0, [])
 
-    async def test_pictures_with_too_many_pixels_together_are_refused(
+    async def test_images_with_too_many_pixels_together_are_refused(
         self, make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("consumer.image_stages.MAX_INPUT_PIXELS", 2 * 4 * 4)
@@ -457,7 +453,7 @@ class Behaviour:
         assert isinstance(await world.result("b"), SucceededEvent)
 
     @pytest.mark.parametrize("second", ["gone", "broken"])
-    async def test_input_that_cannot_be_had_or_read_is_named(
+    async def test_input_that_cannot_be_fetched_or_read_is_named(
         self, make_world: MakeWorld, second: str
     ) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
@@ -473,10 +469,10 @@ class Behaviour:
         assert world.runner.runs == []
         assert (await world.left(), await world.dead_letters()) == (0, [])
 
-    # -- stopped ----------------------------------------------------------------------------------
+    # -- stops ------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("deadline", ["0001-01-01T00:00:00Z", "2020-01-01T00:00:00+02:00"])
-    async def test_request_after_its_deadline_is_failed_and_never_run(
+    async def test_request_after_its_deadline_fails_and_never_runs(
         self, world: World, deadline: str
     ) -> None:
         await world.send(asking(deadline=deadline))
@@ -486,14 +482,14 @@ class Behaviour:
         assert (await world.left(), await world.dead_letters()) == (0, [])
 
     @pytest.mark.parametrize("deadline", ["9999-12-31T23:59:59Z", None])
-    async def test_request_with_time_enough_is_done(
+    async def test_request_before_its_deadline_succeeds(
         self, world: World, deadline: str | None
     ) -> None:
         await world.send(asking(deadline=deadline or from_now(hours=1)))
         await soon(world.work())
         assert isinstance(await world.result("a"), SucceededEvent)
 
-    async def test_deadline_in_the_run_stops_it(self, world: World) -> None:
+    async def test_deadline_stops_the_run(self, world: World) -> None:
         world.runner.will_hold()
         await world.send(asking(deadline=from_now(seconds=0.2)))
         await soon(world.work())
@@ -501,7 +497,7 @@ class Behaviour:
         assert await world.objects() == set()
         assert await world.left() == 0
 
-    async def test_cancellation_in_the_run_is_told_once_the_device_has_stopped(
+    async def test_cancelled_event_is_published_once_the_device_has_stopped(
         self, world: World
     ) -> None:
         hold = world.runner.will_hold()
@@ -523,7 +519,7 @@ class Behaviour:
         assert not world.execution.interrupt(StopReason.CANCEL, "a")
         assert world.observer.outcomes == ["cancelled"]
 
-    async def test_drained_run_is_given_back_for_another_worker(self, world: World) -> None:
+    async def test_drained_run_is_requeued_for_another_worker(self, world: World) -> None:
         hold = world.runner.will_hold()
         await world.send(asking())
         code = await while_running(world, hold, lambda: world.execution.interrupt(StopReason.DRAIN))
@@ -536,9 +532,7 @@ class Behaviour:
         assert done.attempt == 2
         assert world.observer.outcomes == ["given_back", "succeeded"]
 
-    async def test_what_was_given_back_on_purpose_is_not_counted_as_a_try(
-        self, world: World
-    ) -> None:
+    async def test_requeued_delivery_does_not_count_as_an_attempt(self, world: World) -> None:
         await world.send(asking())
         for _ in range(3):
             hold = world.runner.will_hold()
@@ -552,7 +546,7 @@ class Behaviour:
         assert done.attempt == 5
         assert await world.dead_letters() == []
 
-    async def test_job_that_is_cut_short_is_given_back(self, world: World) -> None:
+    async def test_cancelled_job_task_requeues_the_request(self, world: World) -> None:
         hold = world.runner.will_hold(heeds=False)
         await world.send(asking())
         working = asyncio.create_task(world.work())
@@ -568,7 +562,7 @@ class Behaviour:
 
     # -- the model fails --------------------------------------------------------------------------
 
-    async def test_model_that_raises_is_tried_three_times(self, world: World) -> None:
+    async def test_model_that_raises_is_attempted_three_times(self, world: World) -> None:
         world.runner.will(*[raising(lambda: ModelError("ValueError"))] * 3)
         await world.send(sent := asking(reply_to=INBOX))
         for _ in range(2):
@@ -585,7 +579,7 @@ class Behaviour:
         assert await world.left() == 0
         assert world.observer.outcomes == ["given_back", "given_back", "model_error"]
 
-    async def test_model_that_raises_once_is_forgiven(self, world: World) -> None:
+    async def test_second_attempt_succeeds_after_the_model_raised_once(self, world: World) -> None:
         world.runner.will(raising(lambda: ModelError("ValueError")))
         await world.send(asking())
         for _ in range(2):
@@ -593,14 +587,14 @@ class Behaviour:
         assert isinstance(await world.result("a"), SucceededEvent)
         assert (await world.left(), await world.dead_letters()) == (0, [])
 
-    async def test_model_that_gives_nothing_has_failed(self, world: World) -> None:
+    async def test_run_without_an_output_is_a_model_error(self, world: World) -> None:
         world.runner.will(*[lambda _: RunnerOutput()] * 3)
         await world.send(asking())
         for _ in range(3):
             await soon(world.work())
         assert failure(await world.result("a")) == "model_error"
 
-    async def test_run_out_of_memory_is_tried_again_with_less(self, world: World) -> None:
+    async def test_run_out_of_memory_is_repeated_with_memory_saving(self, world: World) -> None:
         world.runner.will(raising(out_of_memory))
         await world.send(asking())
         await soon(world.work())
@@ -610,7 +604,7 @@ class Behaviour:
         assert done.attempt == 1
         assert await world.left() == 0
 
-    async def test_run_out_of_memory_twice_is_failed(self, world: World) -> None:
+    async def test_run_out_of_memory_twice_fails_the_request(self, world: World) -> None:
         world.runner.will(
             raising(lambda: out_of_memory("offload", "slices")),
             raising(lambda: out_of_memory("offload", "tiles")),
@@ -624,9 +618,7 @@ class Behaviour:
         assert event.failure.details == {"tried": ["offload", "slices", "tiles"]}
         assert (await world.left(), await world.dead_letters()) == (0, [])
 
-    async def test_lost_device_ends_the_worker_and_gives_the_request_back(
-        self, world: World
-    ) -> None:
+    async def test_lost_device_ends_the_worker_and_requeues_the_request(self, world: World) -> None:
         world.runner.will(raising(DeviceLost))
         await world.send(asking())
         assert await soon(world.work()) == EXIT_DEVICE_LOST == 70
@@ -635,7 +627,9 @@ class Behaviour:
         assert await soon(world.work()) is None
         assert isinstance(await world.result("a"), SucceededEvent)
 
-    async def test_request_that_loses_every_worker_is_put_aside_unrun(self, world: World) -> None:
+    async def test_request_that_loses_every_worker_is_dead_lettered_without_a_run(
+        self, world: World
+    ) -> None:
         world.runner.will(*[raising(DeviceLost)] * 3)
         await world.send(sent := asking(reply_to=INBOX))
         for _ in range(3):
@@ -650,7 +644,7 @@ class Behaviour:
         assert (letter.code, original) == ("worker_lost", sent)
         assert await world.left() == 0
 
-    async def test_hanging_run_ends_the_worker_and_settles_nothing(
+    async def test_stalled_run_ends_the_worker_and_settles_nothing(
         self, make_world: MakeWorld
     ) -> None:
         world = await make_world(stall_timeout=0.02)
@@ -661,7 +655,7 @@ class Behaviour:
         assert await world.left() == 1
         assert world.observer.outcomes == ["abandoned"]
 
-    async def test_fault_of_the_worker_is_tried_again_and_then_told(self, world: World) -> None:
+    async def test_internal_error_is_retried_and_then_published(self, world: World) -> None:
         world.runner.will(*[raising(lambda: KeyError("secret"))] * 3)
         await world.send(asking())
         for _ in range(2):
@@ -691,7 +685,7 @@ class Behaviour:
 
     # -- the store is away ------------------------------------------------------------------------
 
-    async def test_output_waits_for_the_store_and_is_not_made_again(self, world: World) -> None:
+    async def test_output_waits_for_the_store_without_a_second_run(self, world: World) -> None:
         world.store.begin()
         await world.send(asking(num_images=2))
         working = asyncio.create_task(world.work())
@@ -720,7 +714,7 @@ class Behaviour:
         ("reason", "left"),
         [(StopReason.DRAIN, 1), (StopReason.CANCEL, 0), (StopReason.DEADLINE, 0)],
     )
-    async def test_wait_for_the_store_can_be_ended(
+    async def test_wait_for_the_store_can_be_stopped(
         self, world: World, reason: StopReason, left: int
     ) -> None:
         world.store.begin()
@@ -740,7 +734,7 @@ class Behaviour:
 
     # -- the bus is away --------------------------------------------------------------------------
 
-    async def test_result_waits_for_the_bus_and_is_not_made_again(self, world: World) -> None:
+    async def test_result_waits_for_the_bus_without_a_second_run(self, world: World) -> None:
         hold = world.runner.will_hold()
         await world.send(asking(reply_to=INBOX))
         working = asyncio.create_task(world.work())
@@ -761,7 +755,9 @@ class Behaviour:
 
     # -- too large --------------------------------------------------------------------------------
 
-    async def test_result_too_large_for_the_bus_is_failed(self, make_world: MakeWorld) -> None:
+    async def test_result_too_large_for_the_bus_fails_the_request(
+        self, make_world: MakeWorld
+    ) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         text = GeneratedText("x" * 2**21, "length", prompt_tokens=1, completion_tokens=1)
         world.runner.will(lambda _: RunnerOutput(text=text))
@@ -776,7 +772,7 @@ class Behaviour:
         assert (await world.left(), await world.dead_letters()) == (0, [])
         assert world.observer.outcomes == ["internal"]
 
-    async def test_next_request_is_done_after_every_failure(self, world: World) -> None:
+    async def test_next_request_succeeds_after_every_failure(self, world: World) -> None:
         world.runner.will(
             raising(lambda: ModelError("E")), raising(out_of_memory), raising(out_of_memory)
         )

@@ -1,7 +1,7 @@
-"""Workers whose every job has its story: what can be done to them, and what they have promised.
+"""Several workers, the faults that a test can cause in them, and the checks that always hold.
 
-The workers share one bus and one store of `tests.stepped_world`. Whatever breaks a promise is noted
-in `broken`; `whole` says so, and `heal` ends every outage and has everything done that is left.
+The workers share one bus and one store of `tests.stepped_world`. A `Story` observes each job.
+`check` raises when a promise was broken; `heal` ends every outage and finishes the remaining work.
 """
 
 import asyncio
@@ -31,9 +31,9 @@ class Crew:
     """Some workers of one task.
 
     Attributes:
-        world: What they share.
-        workers: Their processes; whoever ends is replaced.
-        stories: Of those with a delivery in hand.
+        world: The shared bus, store and clock.
+        workers: The processes; a worker that ends is replaced.
+        stories: The stories of the workers with a delivery in progress.
         sent: All requests, by the sequence at which their senders published them.
     """
 
@@ -45,9 +45,9 @@ class Crew:
         self.stories: dict[SteppedWorker, Story] = {}
         self.sent: dict[int, Sent] = {}
         self._leaving: set[SteppedWorker] = set()
-        self._given_back: defaultdict[int, set[int]] = defaultdict(set)  # attempts, by sequence
+        self._requeued: defaultdict[int, set[int]] = defaultdict(set)  # attempts, by sequence
         self._ended: list[tuple[Story, int]] = []  # with the renewals of the lease until then
-        self._stands: dict[str, object] = {}  # the terminal events so far
+        self._first_events: dict[str, object] = {}  # the terminal events so far, by request id
         self._runs = 0  # of all models
         self._broken: list[str] = []
         self._allowed = {INBOX, self.world.subjects.dead_letter(task)}
@@ -60,7 +60,7 @@ class Crew:
         for allowed in (self.world.subjects.result, self.world.subjects.progress):
             self._allowed.add(allowed(self.world.task, sent.request_id))
 
-    # -- who there is -----------------------------------------------------------------------------
+    # -- the workers ------------------------------------------------------------------------------
 
     @property
     def can_work(self) -> bool:
@@ -69,53 +69,55 @@ class Crew:
 
     @property
     def can_take(self) -> bool:
-        """Whether a delivery waits and somebody can take it."""
+        """Whether a delivery waits and a worker is idle."""
         return bool(self.world.queue.waiting and self.idle)
 
     @property
     def idle(self) -> list[SteppedWorker]:
-        """Those without a job."""
+        """The workers without a job."""
         return [worker for worker in self.workers if worker not in self.stories]
 
     @property
     def running(self) -> list[SteppedWorker]:
-        """Those whose model runs and is waited for."""
-        return [w for w, story in self.stories.items() if w.run and not story.concluding]
+        """The workers that wait for a run of their model."""
+        return [w for w, story in self.stories.items() if w.run and not story.finalizing]
 
     @property
-    def strays(self) -> list[MemoryDelivery]:
-        """What the bus delivers no more, and nobody has in hand."""
+    def exhausted(self) -> list[MemoryDelivery]:
+        """The max-deliver-exhausted deliveries that no worker handles."""
         taken = [story.delivery.stream_sequence for story in self.stories.values()]
-        return [one for one in self.world.queue.stranded if one.stream_sequence not in taken]
+        return [one for one in self.world.queue.exhausted if one.stream_sequence not in taken]
 
-    # -- they go on -------------------------------------------------------------------------------
+    # -- progress ---------------------------------------------------------------------------------
 
-    def take(self, stray: MemoryDelivery | None = None) -> SteppedWorker:
-        """Have an idle worker take the next delivery, or put one aside that comes no more."""
+    def take(self, exhausted: MemoryDelivery | None = None) -> SteppedWorker:
+        """Make an idle worker take the next delivery, or an exhausted one."""
         worker = self.idle[0]
-        delivery = self.world.queue.take() if stray is None else stray.again(stray.deliveries)
+        delivery = (
+            self.world.queue.take() if exhausted is None else exhausted.again(exhausted.deliveries)
+        )
         story = self.stories[worker] = Story(
             self.world,
             worker,
             delivery,
             self.sent,
-            self._given_back[delivery.stream_sequence],
-            stranded=stray is not None,
+            self._requeued[delivery.stream_sequence],
+            exhausted=exhausted is not None,
             others=lambda: [one for one in self.stories.values() if one is not story],
         )
-        worker.take(delivery, story, stranded=stray is not None)
-        self._look()
+        worker.take(delivery, story, exhausted=exhausted is not None)
+        self._check_ended()
         return worker
 
     def bring(self, place: Place) -> SteppedWorker | None:
-        """Bring a worker to a point in its job; None where the job ends before."""
+        """Bring a worker to a point in its job; None if the job ends before."""
         choice = place.which % (len(self.stories) + self.can_take)
         worker = list(self.stories)[choice] if choice < len(self.stories) else self.take()
         self.go_on(worker, place.calls, place.ending)
         return worker if worker in self.stories else None
 
     def go_on(self, worker: SteppedWorker, calls: int, ending: Ending | None) -> None:
-        """Let a worker make so many calls; None ends no run of its model."""
+        """Let a worker make calls of its ports; without an ending, stop at a run of its model."""
         for _ in range(calls):
             if worker in self.running:
                 if ending is None:
@@ -123,12 +125,12 @@ class Crew:
                 self.end_run(worker, ending)
             elif worker.place:
                 worker.go()
-                self._look()
+                self._check_ended()
             else:
                 return
 
     def step(self, worker: SteppedWorker, position: tuple[int, int]) -> None:
-        """Have the model take a step, and stop there if it is asked to."""
+        """Let the model take a step, and stop there if the job was asked to stop."""
         story, held = self.stories[worker], worker.run
         assert held is not None
         held.on_step(*position)
@@ -136,45 +138,45 @@ class Crew:
         if held.cancelled():
             story.runs[-1].ending = "interrupted"
             worker.end_run(raising(Interrupted))
-        self._look()
+        self._check_ended()
 
     def end_run(self, worker: SteppedWorker, ending: Ending) -> None:
-        """Have the model come to an end."""
+        """End the run of the model."""
         story, held = self.stories[worker], worker.run
         assert held is not None
         self._runs += 1
         ran, ending = story.runs[-1], within(ending, self.world.task)
         ran.ending, ran.asked_before = ending, story.asked is not None
-        self._claim(held.cancelled() == ran.asked_before, "the model is not told to stop")
+        self._claim(held.cancelled() == ran.asked_before, "the model is not asked to stop")
         worker.end_run(script(ending, self._runs))
-        self._look()
+        self._check_ended()
 
-    # -- what happens to them ---------------------------------------------------------------------
+    # -- faults -----------------------------------------------------------------------------------
 
     def ask(self, worker: SteppedWorker, reason: StopReason) -> None:
-        """Ask a job to stop; one that is at the store, or waits for it, does so at once."""
+        """Ask a job to stop; a job that uses the store, or waits for it, stops at once."""
         story = self.stories[worker]
         waits = not (worker.place or worker.run or self.world.bus.away)
         at_the_store = waits or worker.place in AT_THE_STORE
         one = story.sent.request_id if reason is StopReason.CANCEL else None
         found = worker.execution.interrupt(reason, one)
-        if story.stranded and not found:
-            return  # it is being looked at, and has no job yet
+        if story.exhausted and not found:
+            return  # the worker checks the request and has no job yet
         self._claim(found, f"{reason} finds no job")
         story.ask(reason)
         if reason is StopReason.DRAIN:
             self._leaving.add(worker)
         self.world.loop.rest()
-        self._claim(story.concluding or not at_the_store, f"{reason} is not heard")
-        self._look()
+        self._claim(story.finalizing or not at_the_store, f"{reason} has no effect")
+        self._check_ended()
 
     def force(self, worker: SteppedWorker) -> None:
-        """Cancel a job, as the daemon does when it must end at once; it does so only once."""
+        """Cancel a job once, as the daemon does when it must end at once."""
         if not self.stories[worker].forced:
             self.stories[worker].force()
             self._leaving.add(worker)
             worker.force()
-            self._look()
+            self._check_ended()
 
     def cut_off(self, worker: SteppedWorker) -> None:
         """A worker's client loses the bus for good: its process has to end."""
@@ -186,18 +188,18 @@ class Crew:
         self._is_over(worker, self.stories.pop(worker), killed=True)
 
     def pass_time(self, seconds: float) -> None:
-        """Let time pass; whoever has a job all the while renews its lease."""
+        """Let time pass; every worker with a job renews its lease."""
         before = {story: story.delivery.beats.count for story in self.stories.values()}
         self.world.loop.pass_time(seconds)
-        self._look()
+        self._check_ended()
         for story in self.stories.values():
             beats = story.delivery.beats.count - before[story]
-            # Fewer, and the lease runs out; there is none on what is delivered no more.
-            least = 0 if story.stranded else int(seconds / ACK_WAIT * 3)
+            # With fewer renewals the lease expires. An exhausted delivery has no lease.
+            least = 0 if story.exhausted else int(seconds / ACK_WAIT * 3)
             self._claim(beats >= least, f"{beats} renewals of a lease in {seconds} s")
 
     def hang(self, seconds: float) -> None:
-        """Let time pass without a step; whoever waits for one gives up."""
+        """Let time pass without a step; a job whose run stalls ends."""
         hanging = {worker: self.stories[worker] for worker in self.running if not worker.place}
         self.pass_time(seconds)
         for worker, story in hanging.items():
@@ -212,46 +214,48 @@ class Crew:
         else:
             service.end()
         self.world.loop.rest()
-        self._look()
+        self._check_ended()
 
-    # -- what they have promised ------------------------------------------------------------------
+    # -- the promises -----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """See whether everything has been as it must be so far."""
+        """Check that no promise has been broken so far."""
         for story in self.stories.values():
             self._broken += story.broken
         for sent in self.sent.values():
             event = self.world.events.stored(self.world.task, sent.request_id)
-            first = self._stands.setdefault(sent.request_id, event) if event else None
+            first = self._first_events.setdefault(sent.request_id, event) if event else None
             self._claim(event == first, f"another terminal event of {sent.request_id}")
             lost = keys_of(event) - self.world.artifacts.objects.keys()
-            self._claim(not lost, f"an event tells of {lost}, which are not in the store")
+            self._claim(not lost, f"an event mentions {lost}, which are not in the store")
         elsewhere = self.world.events.subjects - self._allowed
         self._claim(not elsewhere, f"published to {elsewhere}")
         assert not self._broken, "\n".join(self._broken)
 
     def heal(self) -> None:
-        """Bring everything back, and do what there is to do."""
+        """End every outage and finish the remaining work."""
         for service in (self.world.bus, self.world.artifacts.outage):
             self.away(service, away=False)
         for _ in range(2):
             for worker in list(self.stories):
                 self.go_on(worker, ENOUGH, "made")
-            self.world.loop.pass_time(2 * STORE_PAUSE_MOST)  # some wait to try the store again
+            self.world.loop.pass_time(2 * STORE_PAUSE_MOST)  # some jobs wait for the store
         for _ in range(ROUNDS):
             self.world.queue.run_out_leases()
             for _ in range(len(self.sent) * MAX_DELIVER):
                 if self.world.queue.waiting:
                     self.go_on(self.take(), ENOUGH, "made")
-            for stray in self.strays:
-                self.go_on(self.take(stray), ENOUGH, None)
-            self.world.loop.pass_time(RETRY_DELAY_MOST)  # what waits for its retry is queued again
+            for delivery in self.exhausted:
+                self.go_on(self.take(delivery), ENOUGH, None)
+            self.world.loop.pass_time(
+                RETRY_DELAY_MOST
+            )  # requests that wait for a retry are queued again
 
     def check_the_end(self) -> None:
-        """See whether every request has come to its end, and nothing goes on behind it."""
+        """Check that every request has ended, and nothing goes on after that."""
         self.check()
         for sent in self.sent.values():
-            assert sent.request_id in self._stands, f"nothing came of {sent}"
+            assert sent.request_id in self._first_events, f"no terminal event of {sent}"
         assert len(self.world.queue) == 0
         self.world.loop.pass_time(2 * ACK_WAIT)
         for story, beats in self._ended:
@@ -266,8 +270,8 @@ class Crew:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """See whose job has ended."""
+    def _check_ended(self) -> None:
+        """Check the jobs that have ended."""
         for worker, story in list(self.stories.items()):
             job = worker.job
             if job is None or not job.done():
@@ -276,7 +280,7 @@ class Crew:
             if job.cancelled():
                 story.was_cancelled()
                 self._leaving.add(worker)
-            elif job.exception() is not None and story.stranded and story.cut_off:
+            elif job.exception() is not None and story.exhausted and story.cut_off:
                 self._leaving.add(worker)  # the daemon ends with it
             elif job.exception() is not None:
                 self._broken.append(f"the worker raises {job.exception()!r}")
@@ -291,7 +295,7 @@ class Crew:
         if not killed:
             reports = len(worker.observer.reports)
             self._claim(reports == worker.observer.started, f"{reports} reports")
-            lapsed = story.delivery.lapsed or story.stranded  # there may have been no job
+            lapsed = story.delivery.lapsed or story.exhausted  # it may have had no job
             self._claim(lapsed, "a lease may still be renewed after its job's end")
         if killed or worker in self._leaving:
             worker.die()

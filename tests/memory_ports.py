@@ -1,8 +1,8 @@
 """In-memory implementations of every port in `consumer.ports`, to drive a job without a server.
 
-They keep the promises that the real ones make: messages pass through their wire format, a request
-has at most one stored terminal event, what is given back is delivered again with one attempt more,
-and the model runs in a thread of its own. Whatever they do is noted in one journal, in order.
+They behave as the real ones do: messages pass through their wire format, a request has at most one
+stored terminal event, a requeued message is delivered again with a higher number, and the model
+runs in a thread of its own. All of them write what they do into one journal, in order.
 """
 
 import asyncio
@@ -66,7 +66,7 @@ URL_ENDS = datetime(2100, 1, 1, tzinfo=UTC)
 
 
 class Tally:
-    """Counts, and lets a test wait for a count."""
+    """A counter that a test can wait for."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -77,18 +77,18 @@ class Tally:
         self._changed.set()
 
     async def until(self, count: int) -> None:
-        """Return once it has been counted so far."""
+        """Return once the count is reached."""
         while self.count < count:
             self._changed.clear()
             await self._changed.wait()
 
     async def more(self, count: int) -> None:
-        """Return once it has been counted so many times more."""
+        """Return once the count has grown by a number."""
         await self.until(self.count + count)
 
 
 class Outage:
-    """A service that can be away."""
+    """Whether a service is unavailable."""
 
     def __init__(self) -> None:
         self._over = asyncio.Event()
@@ -113,7 +113,7 @@ class Outage:
 
 @dataclass(eq=False)
 class MemoryDelivery:
-    """One handing over of a message; its queue hears how it is settled."""
+    """One delivery of a message; it reports its settlement to its queue."""
 
     queue: "MemoryQueue"
     subject: str
@@ -129,9 +129,9 @@ class MemoryDelivery:
     settlements: list[str] = field(default_factory=list)
     beats: Tally = field(default_factory=Tally)
     settling: Tally = field(default_factory=Tally)
-    refusal: Exception | None = None  # what every try to settle raises
+    refusal: Exception | None = None  # what every settlement raises
     beat_refusal: Exception | None = None  # what the next renewal raises
-    lapsed: bool = False  # whether it is renewed no more
+    lapsed: bool = False  # whether the worker has stopped renewing it
 
     @property
     def attempt(self) -> int:
@@ -144,7 +144,7 @@ class MemoryDelivery:
         await self._settle("nak")
 
     async def release(self) -> None:
-        if not self.queue.outage.away:  # the real one notes it soon or not at all
+        if not self.queue.outage.away:  # the real one stores the mark soon or never
             self.queue.released[self.stream_sequence].add(self.deliveries)
         await self._settle("release")
 
@@ -184,7 +184,7 @@ class MemoryDelivery:
         self.lapsed = True
 
     def again(self, deliveries: int) -> "MemoryDelivery":
-        """Another handing over of the same message."""
+        """Return another delivery of the same message."""
         return MemoryDelivery(
             queue=self.queue,
             subject=self.subject,
@@ -213,12 +213,12 @@ class MemoryQueue:
 
     Attributes:
         max_deliver: How often a message is delivered.
-        in_hand: The deliveries whose leases have not run out; at most one of each message.
-        stranded: The last deliveries of messages that come no more, and stay in the stream.
-        released: The attempts that were given back on purpose, by sequence.
-        discounted: The attempts that were in hand with others to their end, by sequence.
-        withdrawn: Sequences of what was cancelled in a worker's hands.
-        retries: What is queued again after a delay, with its request id.
+        in_flight: The deliveries whose leases have not expired; at most one of each message.
+        exhausted: The last deliveries of max-deliver-exhausted messages, which stay in the stream.
+        released: Numbers of the requeued deliveries, by sequence.
+        discounted: Numbers of the deliveries that count as no attempt, by sequence.
+        withdrawn: Sequences of the requests that were cancelled while in progress.
+        retries: The requests that are queued again after a delay, with their ids.
         owners: Digests that ids are marked with.
         cancelled_retries: Ids of requests that were cancelled while they waited for an attempt.
     """
@@ -235,8 +235,8 @@ class MemoryQueue:
         self.max_deliver = max_deliver
         self.stream = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
         self.outage = outage
-        self.in_hand: list[MemoryDelivery] = []
-        self.stranded: list[MemoryDelivery] = []
+        self.in_flight: list[MemoryDelivery] = []
+        self.exhausted: list[MemoryDelivery] = []
         self.released: defaultdict[int, set[int]] = defaultdict(set)
         self.discounted: defaultdict[int, set[int]] = defaultdict(set)
         self.withdrawn: set[int] = set()
@@ -301,7 +301,7 @@ class MemoryQueue:
     async def older(self, task: Task, request_id: str, than: Delivery) -> MemoryDelivery | None:
         await self.outage.over()
         subject = Subjects().request(task, request_id)
-        stored = [*self._new, *self._again, *self.in_hand, *self.stranded]
+        stored = [*self._new, *self._again, *self.in_flight, *self.exhausted]
         same = [one for one in stored if one.subject == subject]
         oldest = min(same, key=lambda one: one.stream_sequence, default=None)
         if oldest is None or oldest.stream_sequence >= than.stream_sequence:
@@ -318,13 +318,13 @@ class MemoryQueue:
         self.cancelled_retries.add(request_id)
 
     async def find(self, request_id: str) -> Found:
-        raise AssertionError(f"a job looks for no others: {request_id}")
+        raise AssertionError(f"a job looks up no other requests: {request_id}")
 
     async def find_results(self, request_id: str) -> frozenset[Task]:
-        raise AssertionError(f"a job looks for no others: {request_id}")
+        raise AssertionError(f"a job looks up no other requests: {request_id}")
 
     async def oldest(self, task: Task, request_id: str) -> StoredRequest | None:
-        raise AssertionError(f"a job looks for no others: {task} {request_id}")
+        raise AssertionError(f"a job looks up no other requests: {task} {request_id}")
 
     @property
     def waiting(self) -> int:
@@ -338,45 +338,45 @@ class MemoryQueue:
             IndexError: None waits.
         """
         delivery = (self._again or self._new).popleft()
-        self.in_hand.append(delivery)
+        self.in_flight.append(delivery)
         return delivery
 
     def settled(self, delivery: MemoryDelivery, how: str) -> None:
         self._journal.append(how)
         number = delivery.stream_sequence
         if how in {"nak", "release"}:
-            # The server takes it from whoever held the message before, too, and delivers it again
-            # although another worker has it by then. What waits or is settled is left alone.
-            for held in self.in_hand:
+            # The server accepts it also from an earlier delivery, and delivers the message again
+            # although another worker has it by then. Queued and settled messages are not affected.
+            for held in self.in_flight:
                 if held.stream_sequence == number:
                     self.run_out(held)
                     return
         else:
-            # A late settlement is taken as well, and ends whatever else there is of the message.
+            # The server accepts a late settlement too, and removes every delivery of the message.
             self._again = deque(d for d in self._again if d.stream_sequence != number)
-            self.in_hand = [d for d in self.in_hand if d.stream_sequence != number]
-            self.stranded = [d for d in self.stranded if d.stream_sequence != number]
+            self.in_flight = [d for d in self.in_flight if d.stream_sequence != number]
+            self.exhausted = [d for d in self.exhausted if d.stream_sequence != number]
 
     def in_flight_only(self, delivery: MemoryDelivery) -> None:
-        """Take all others out of the stream, as those that wait in the stream of retries are."""
-        self.in_hand = [delivery]
+        """Remove all other deliveries, as if they waited in the stream of retries."""
+        self.in_flight = [delivery]
 
     def run_out(self, delivery: MemoryDelivery) -> None:
-        """Let the lease on a delivery run out: it comes again, if it may."""
-        self.in_hand.remove(delivery)
+        """Expire the lease on a delivery: the message is delivered again up to `max_deliver`."""
+        self.in_flight.remove(delivery)
         if delivery.deliveries == self.max_deliver:
-            self.stranded.append(delivery)
+            self.exhausted.append(delivery)
         else:
             self._again.append(delivery.again(delivery.deliveries + 1))
 
     def run_out_leases(self) -> None:
-        """Let all of them run out."""
-        for delivery in list(self.in_hand):
+        """Expire all leases."""
+        for delivery in list(self.in_flight):
             self.run_out(delivery)
 
     def __len__(self) -> int:
-        """How many requests are not settled for good: what the streams hold."""
-        return self.waiting + len(self.in_hand) + len(self.stranded) + len(self.retries)
+        """Number of requests in the streams."""
+        return self.waiting + len(self.in_flight) + len(self.exhausted) + len(self.retries)
 
 
 class MemoryWorkers:
@@ -384,7 +384,7 @@ class MemoryWorkers:
 
     Attributes:
         idle: Whether another worker waits for requests.
-        asked: The executions that are asked.
+        asked: The executions of the workers.
     """
 
     def __init__(self) -> None:
@@ -392,10 +392,10 @@ class MemoryWorkers:
         self.asked: list[Execution] = []
 
     async def ask(self, request_id: str) -> asyncio.Future[Grip | None]:
-        raise AssertionError(f"a job cancels no others: {request_id}")
+        raise AssertionError(f"a job cancels no other requests: {request_id}")
 
     async def tell(self, request_id: str) -> None:
-        raise AssertionError(f"a job cancels no others: {request_id}")
+        raise AssertionError(f"a job cancels no other requests: {request_id}")
 
     async def holds(self, request_id: str) -> bool:
         return any(one.has_started(request_id) for one in self.asked)
@@ -405,7 +405,7 @@ class MemoryWorkers:
 
 
 class MemoryEvents:
-    """Results behind a fence, dead letters without copies, and everything else as it goes."""
+    """Results with one event per subject, dead letters without duplicates, and all other events."""
 
     def __init__(self, journal: list[str], outage: Outage) -> None:
         self.max_payload = MAX_PAYLOAD
@@ -533,7 +533,7 @@ class MemoryArtifacts:
         self.outage = Outage()
         self.unreadable: set[str] = set()  # keys that the store answers with an error of its own
         self.objects: dict[str, bytes] = {}
-        self.tries = Tally()
+        self.calls = Tally()
         self._journal = journal
 
     async def store(
@@ -579,12 +579,12 @@ class MemoryArtifacts:
         return not self.outage.away
 
     def _answer(self) -> None:
-        self.tries.add()
+        self.calls.add()
         if self.outage.away:
             raise StoreUnavailable("the store does not answer")
 
 
-# -- pictures -------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------
 
 
 class MemoryImages:
@@ -592,14 +592,14 @@ class MemoryImages:
 
     Attributes:
         broken: What encoding raises.
-        said: The provenance of each picture so far.
+        provenance: The provenance of each encoded image.
     """
 
     max_bytes = 2**20
 
     def __init__(self) -> None:
         self.broken: Exception | None = None
-        self.said: list[Mapping[str, str]] = []
+        self.provenance: list[Mapping[str, str]] = []
 
     def decode(self, data: bytes) -> Image.Image:
         head, _, pixels = data.partition(b"\n")
@@ -618,7 +618,7 @@ class MemoryImages:
     ) -> EncodedImage:
         if self.broken is not None:
             raise self.broken
-        self.said.append(provenance or {})
+        self.provenance.append(provenance or {})
         data = b"picture %d %d\n%s" % (image.width, image.height, image.tobytes())
         return EncodedImage(
             data=data,
@@ -636,7 +636,7 @@ class MemoryImages:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of the model was given, and what its script has written so far."""
+    """The arguments of one run of the model, and the text that its script has added so far."""
 
     request: Request
     images: tuple[Image.Image, ...]
@@ -662,7 +662,7 @@ Script = Callable[[Run], RunnerOutput]
 
 
 def make(run: Run) -> RunnerOutput:
-    """A run that does what is asked, in one step."""
+    """A run that returns what the request asks for, in one step."""
     run.on_step(1, 1)
     request = run.request
     if not isinstance(request, TextToImageRequest):
@@ -678,7 +678,7 @@ def make(run: Run) -> RunnerOutput:
 
 
 def raising(error: Callable[[], Exception]) -> Script:
-    """A run that raises; a function makes the error, so that nobody else holds it."""
+    """A run that raises; a function makes the error, so that nothing else refers to it."""
 
     def run(_: Run) -> RunnerOutput:
         raise error()
@@ -687,12 +687,12 @@ def raising(error: Callable[[], Exception]) -> Script:
 
 
 def out_of_memory(*tried: str) -> OutOfMemory:
-    """What a run raises for which the device's memory did not suffice."""
+    """Return what a run raises that exceeds the memory of the device."""
     return OutOfMemory("the device's memory did not suffice", tried)
 
 
 class Hold:
-    """A run that stays in the model until it is released or, when it heeds, asked to stop."""
+    """A run that lasts until it is released or, if it polls the token, asked to stop."""
 
     def __init__(self, *, heeds: bool, before: Callable[[Run], None], then: Script) -> None:
         self._heeds = heeds
@@ -719,7 +719,7 @@ class Hold:
 
 
 class ScriptedRunner:
-    """A model that does in each run what the next script says, and else what is asked."""
+    """A model that runs the next script, or `make` when no script is left."""
 
     description = ModelDescription(
         info=ModelInfo(id="scripted", family="memory", dtype="float32", device="cpu"),
@@ -733,7 +733,7 @@ class ScriptedRunner:
         self._holds: list[Hold] = []
 
     def will(self, *scripts: Script) -> None:
-        """What the next runs do."""
+        """Set the scripts of the next runs."""
         self._scripts.extend(scripts)
 
     def will_hold(
@@ -743,7 +743,7 @@ class ScriptedRunner:
         before: Callable[[Run], None] = lambda _: None,
         then: Script = make,
     ) -> Hold:
-        """Make the next run stay in the model."""
+        """Make the next run last until it is released."""
         hold = Hold(heeds=heeds, before=before, then=then)
         self._holds.append(hold)
         self.will(hold)
@@ -769,16 +769,16 @@ class ScriptedRunner:
         """Each runs alone."""
 
     def close(self) -> None:
-        """Let every held run end: the interpreter waits for its thread."""
+        """End every held run: the interpreter waits for its thread."""
         for hold in self._holds:
             hold.release()
 
 
-# -- what goes on ---------------------------------------------------------------------------------
+# -- observer -------------------------------------------------------------------------------------
 
 
 class MemoryObserver:
-    """Keeps what it is told."""
+    """Stores what it is notified of."""
 
     def __init__(self) -> None:
         self.started = 0

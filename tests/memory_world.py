@@ -1,4 +1,4 @@
-"""One worker on in-memory ports, with everything that a test may want to look at or break."""
+"""One worker on in-memory ports that a test can read and break."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,8 +29,8 @@ class MemoryWorld:
     """Implements `tests.behaviour.World`.
 
     Attributes:
-        journal: What the worker has done to the outside, in order.
-        delivery: The one that was taken last.
+        journal: The calls of the ports with an effect, in order.
+        delivery: The last delivery that was taken.
     """
 
     picture = b"picture 4 4\n" + bytes(3 * 4 * 4)
@@ -106,7 +106,7 @@ class MemoryWorld:
     async def work(self) -> int | None:
         delivery = self.delivery = self.queue.take()
         code = await self.execution.handle(delivery)
-        if code is not None:  # the process ends, and its supervisor starts another one
+        if code is not None:  # the process ends, and its supervisor starts a new one
             self.execution = self._start()
         return code
 
@@ -139,7 +139,7 @@ class MemoryWorld:
         return set(self.artifacts.objects)
 
     async def store_is_missed(self) -> None:
-        await self.artifacts.tries.more(2)
+        await self.artifacts.calls.more(2)
 
     def close(self) -> None:
         """End the inference thread."""
@@ -148,13 +148,13 @@ class MemoryWorld:
 
     @property
     def settlements(self) -> list[str]:
-        """How the last delivery has been settled."""
+        """The settlements of the last delivery."""
         assert self.delivery is not None
         return self.delivery.settlements
 
 
 class Worlds:
-    """Makes worlds, and closes them all at the end of a test."""
+    """Makes worlds, and closes all of them at the end of a test."""
 
     def __init__(self) -> None:
         self._made: list[MemoryWorld] = []

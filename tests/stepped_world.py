@@ -1,8 +1,8 @@
-"""Several workers on one in-memory bus and store, none of which goes on by itself.
+"""Several workers on one in-memory bus and store, each driven step by step by a test.
 
-Every worker stops before and after each call of a port, its model ends when it is told to, and the
-clock stands until it is moved. So whoever drives this world can let workers die, leases run out and
-services go away between any two calls, and the same choices always give the same course.
+Every worker stops before and after each call of a port. A run of its model ends when the test ends
+it, and the clock moves when the test moves it. So a test can kill workers, expire leases and stop
+services between any two calls, and the same choices always give the same course.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ START = datetime(2030, 1, 1, tzinfo=UTC)  # when every clock here shows 0
 
 
 class StillLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock stands until it is moved, and which is its own thread pool."""
+    """An event loop whose clock a test moves, and which runs executor calls itself."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -97,13 +97,13 @@ class StillLoop(asyncio.SelectorEventLoop):
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(function(*args))
-        except Exception as error:  # noqa: BLE001 - it belongs to whoever waits
+        except Exception as error:  # noqa: BLE001 - the awaiting task gets it
             future.set_exception(error)
         return future
 
 
 class Watcher(Protocol):
-    """Told of every call of one worker, in the moment in which it happens."""
+    """Notified of every call of one worker when it happens."""
 
     def reaches(self, call: str, arguments: tuple[Any, ...]) -> None:
         """The worker is about to make the call."""
@@ -125,7 +125,7 @@ class Watcher(Protocol):
 
 
 class SteppedRun:
-    """One run of a model that ends when it is told to."""
+    """One run of a model that ends when the test ends it."""
 
     def __init__(self, run: RunRequest, *, save_memory: bool) -> None:
         self.on_step = run.progress.step
@@ -175,7 +175,7 @@ class SteppedInference(RunQueue):
         return output
 
 
-# What keeps its word never to raise, whatever becomes of the connection.
+# The methods that never raise, whatever happens to the connection.
 NEVER_RAISE = frozenset({"publish_progress", "reply", "nak", "release", "holds", "others_idle"})
 WITHOUT_THE_BUS = frozenset({"store", "fetch", "discard", "reachable"})
 
@@ -185,7 +185,7 @@ class CutOff(ConnectionError):  # noqa: N818 - a state of the connection
 
 
 class WorkerIsDead(ConnectionError):  # noqa: N818 - a state of the worker
-    """What a dead worker's calls raise: nothing of it reaches the outside any more."""
+    """What a dead worker's calls raise: no call of it has an effect."""
 
 
 class SteppedWorker:
@@ -195,7 +195,7 @@ class SteppedWorker:
         place: Where it has stopped, for example `before ack`; "" where it has not. Of several
             calls at the same time the first one goes on first.
         run: The run of its model that has not ended.
-        job: The delivery in its hands, if any.
+        job: The task that handles its delivery, if any.
         cut_off: Whether its client has given up on the bus.
     """
 
@@ -219,7 +219,7 @@ class SteppedWorker:
             run_queue=SteppedInference(runner, self),
             events=self._stepped(world.events),
             queue=self._stepped(world.queue),
-            workers=self._stepped(world.colleagues),
+            workers=self._stepped(world.workers),
             artifacts=self._stepped(world.artifacts),
             images=world.images,
             observer=self.observer,
@@ -229,12 +229,12 @@ class SteppedWorker:
     def place(self) -> str:
         return self._stops[0][0] if self._stops else ""
 
-    def take(self, delivery: MemoryDelivery, watcher: Watcher, *, stranded: bool = False) -> None:
-        """Begin with a delivery, or with one that the server delivers no more, up to a call."""
+    def take(self, delivery: MemoryDelivery, watcher: Watcher, *, exhausted: bool = False) -> None:
+        """Start to handle a delivery, or an exhausted one, up to the first call."""
         self.watcher = watcher
-        handed = cast("Delivery", self._stepped(delivery))
-        does = self.execution.handle_exhausted if stranded else self.execution.handle
-        self.job = self._loop.create_task(does(handed))
+        stepped = cast("Delivery", self._stepped(delivery))
+        handle = self.execution.handle_exhausted if exhausted else self.execution.handle
+        self.job = self._loop.create_task(handle(stepped))
         self._loop.rest()
 
     def go(self) -> None:
@@ -246,7 +246,7 @@ class SteppedWorker:
             self._loop.rest()
 
     def end_run(self, script: Script) -> None:
-        """Let the model do what it does."""
+        """End the run of the model with a script."""
         if self.run is not None:
             self.run.ends.set_result(script)
             self._loop.rest()
@@ -258,7 +258,7 @@ class SteppedWorker:
             self._loop.rest()
 
     def die(self) -> None:
-        """Do nothing any more, as after a SIGKILL."""
+        """Stop for good, as after a SIGKILL."""
         self._dead = True
         self.force()
         if self.run is not None:
@@ -307,7 +307,7 @@ class SteppedWorker:
 
 
 class _Stepped:
-    """A port, whose calls its worker stops at; the renewal of a lease is fire and forget."""
+    """A port at whose calls the worker stops, except at the renewal of a lease."""
 
     def __init__(self, port: object, worker: SteppedWorker) -> None:
         self.port = port
@@ -321,7 +321,7 @@ class _Stepped:
 
 
 class SteppedWorld:
-    """What the workers share, and the clock of it all.
+    """The bus, the store and the clock that the workers share.
 
     Args:
         task: Of all workers.
@@ -337,7 +337,7 @@ class SteppedWorld:
         self.subjects = Subjects()
         self.bus = Outage()
         self.queue = MemoryQueue([], self.bus, max_deliver=max_deliver, task=task)
-        self.colleagues = MemoryWorkers()
+        self.workers = MemoryWorkers()
         self.events = MemoryEvents([], self.bus)
         self.events.max_payload = max_payload
         self.artifacts = MemoryArtifacts([])
@@ -346,7 +346,7 @@ class SteppedWorld:
         self._patches = pytest.MonkeyPatch()
 
     def open(self) -> None:
-        """Make every clock show this world's time."""
+        """Make every clock show the time of this world."""
         clock = SimpleNamespace(monotonic=self.loop.time)
         for module in (inference_stage, monitor, progress, run_queue):
             self._patches.setattr(module, "time", clock)
@@ -366,7 +366,7 @@ class SteppedWorld:
         """Start a process."""
         self._workers += 1
         worker = SteppedWorker(self, f"worker-{self._workers}")
-        self.colleagues.asked.append(worker.execution)
+        self.workers.asked.append(worker.execution)
         return worker
 
 

@@ -1,4 +1,4 @@
-"""What is read of a delivery: who asks, where the answer may go, and what is asked for."""
+"""Reading a delivery: the request id, the reply subject, the trace context, the request."""
 
 import json
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 @dataclass
 class Arrival:
-    """A delivery's data; nothing here settles it."""
+    """The data of a delivery."""
 
     body: bytes = b'{"prompt":"a red circle"}'
     subject: str = SUBJECT
@@ -94,7 +94,7 @@ def test_derived_id_is_the_same_at_every_delivery_of_a_request() -> None:
         {"stream_sequence": 8},
         {"stream": "GENERATION_REQUESTS_IMAGE_TO_TEXT"},
         {"stream": "OTHER_REQUESTS_TEXT_TO_IMAGE"},
-        {"stored_at": STORED_AT + timedelta(seconds=1)},  # the stream was deleted and made again
+        {"stored_at": STORED_AT + timedelta(seconds=1)},  # the stream was deleted and created again
     ],
 )
 def test_derived_id_of_another_request_is_another(other: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ def test_derived_id_is_legal_and_names_its_message_under_every_root(
         stream = Subjects(root).requests_stream(task)
         derived = read_id(stream=stream, stream_sequence=sequence, stored_at=at)
         assert is_request_id(derived)
-        # What is cut off, beyond 64 characters, is of the root alone.
+        # Truncation to 64 characters removes characters of the root only.
         assert derived.endswith(f"_REQUESTS_{task.upper()}-{sequence}-{int(at.timestamp()):x}")
 
 

@@ -1,4 +1,4 @@
-"""What the canceller does with a request, by where the request is and what the workers answer."""
+"""Cancellation of a request, by its place and by the answers of the workers."""
 
 import asyncio
 import json
@@ -63,7 +63,7 @@ class Queue:
         return StoredRequest(*stored[0]) if stored else None
 
     async def older(self, task: Task, request_id: str, than: Delivery) -> None:
-        raise AssertionError("the canceller does not ask that")
+        raise AssertionError("the canceller does not call this")
 
     async def owner(self, task: Task, request_id: str) -> str | None:
         return self.retries.get((task, request_id))
@@ -73,14 +73,14 @@ class Queue:
 
 
 class Workers:
-    """All workers; what they answer, by request id."""
+    """All workers, with their answers by request id."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Grip] = {}
         self.asked: list[str] = []
         self.told: list[str] = []
         self.waiting = Tally()
-        self.silent = asyncio.Event()  # not set: they keep a question waiting
+        self.answering = asyncio.Event()  # not set: they answer no request without an answer
 
     async def ask(self, request_id: str) -> "asyncio.Future[Grip | None]":
         self.asked.append(request_id)
@@ -89,27 +89,27 @@ class Workers:
     async def _answer(self, request_id: str) -> Grip | None:
         if request_id not in self.answers:
             self.waiting.add()
-            await self.silent.wait()
+            await self.answering.wait()
         return self.answers.get(request_id)
 
     async def tell(self, request_id: str) -> None:
         self.told.append(request_id)
 
     async def holds(self, request_id: str) -> bool:
-        raise AssertionError("the canceller does not ask that")
+        raise AssertionError("the canceller does not call this")
 
     async def others_idle(self) -> bool:
-        raise AssertionError("the canceller does not ask that")
+        raise AssertionError("the canceller does not call this")
 
 
-class Setting:
-    """A canceller with everything around it."""
+class Setup:
+    """A canceller with its ports."""
 
     def __init__(self, world: MemoryWorld) -> None:
         self.world = world
         self.queue = Queue(world)
         self.workers = Workers()
-        self.workers.silent.set()
+        self.workers.answering.set()
         self.canceller = Cancellation(
             queue=self.queue,
             workers=self.workers,
@@ -152,7 +152,7 @@ class Setting:
         return reply.status, None if result is None else result.rpartition(".")[2]
 
     async def kind(self, request_id: str, task: Task = T2I) -> type | None:
-        """What stands as the terminal event."""
+        """Return the type of the stored terminal event."""
         event = self.world.events.stored(task, request_id)
         return None if event is None else type(event)
 
@@ -198,226 +198,226 @@ def succeeded(
 
 
 @pytest.fixture
-async def setting(make_world: Worlds, monkeypatch: pytest.MonkeyPatch) -> Setting:
+async def setup(make_world: Worlds, monkeypatch: pytest.MonkeyPatch) -> Setup:
     monkeypatch.setattr(cancellation, "RESULT_TIMEOUT", 0.01)
     monkeypatch.setattr(cancellation, "POLL_INTERVAL", 0.001)
-    return Setting(await make_world())
+    return Setup(await make_world())
 
 
 @pytest.mark.parametrize(
     ("answer", "reply"),
     [
-        (None, ("stopping", None)),  # deaf or dead: the mark is for its successor
+        (None, ("stopping", None)),  # the worker hangs or is dead: the mark is for the next worker
         (Grip.STOPPING, ("stopping", None)),
-        (Grip.ENDING, ("stopping", None)),  # the attempt has failed, and the next one is marked
+        (Grip.ENDING, ("stopping", None)),  # the attempt has failed, and the request is marked
     ],
 )
-async def test_delivered_request_is_marked_and_never_ended_by_the_canceller(
-    setting: Setting, answer: Grip | None, reply: tuple[str, str | None]
+async def test_delivered_request_is_marked_and_gets_no_event_from_the_canceller(
+    setup: Setup, answer: Grip | None, reply: tuple[str, str | None]
 ) -> None:
-    setting.store("a", untouched=False)
+    setup.store("a", untouched=False)
     if answer is not None:
-        setting.workers.answers["a"] = answer
-    assert await setting.cancel("a") == reply
-    assert setting.world.queue.withdrawn == {1}
-    assert await setting.kind("a") is None
-    assert len(setting.world.queue) == 1
+        setup.workers.answers["a"] = answer
+    assert await setup.cancel("a") == reply
+    assert setup.world.queue.withdrawn == {1}
+    assert await setup.kind("a") is None
+    assert len(setup.world.queue) == 1
 
 
-async def test_cancelled_is_not_stored_while_a_deaf_worker_runs_the_request(
-    setting: Setting,
+async def test_no_event_is_stored_while_a_hanging_worker_runs_the_request(
+    setup: Setup,
 ) -> None:
-    world = setting.world
+    world = setup.world
     hold: Hold = world.runner.will_hold(heeds=False)
     await world.send(b'{"prompt":"a"}', request_id="a")
     working = asyncio.create_task(world.work())
     await soon(hold.begun())
     assert world.delivery is not None
-    setting.queue.stored[T2I, "a"] = [(world.delivery, False)]
-    assert await setting.cancel("a") == ("stopping", None)
+    setup.queue.stored[T2I, "a"] = [(world.delivery, False)]
+    assert await setup.cancel("a") == ("stopping", None)
     assert await world.result("a") is None
     hold.release()
     await soon(working)
     assert await world.result("a") is not None
 
 
-async def test_untouched_request_is_ended_after_all_workers_have_been_asked(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+async def test_untouched_request_is_cancelled_after_all_workers_were_asked(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delivery = setting.store("a")
-    oldest, asked_before = setting.queue.oldest, []
+    delivery = setup.store("a")
+    oldest, asked_before = setup.queue.oldest, []
 
     async def look(task: Task, request_id: str) -> StoredRequest | None:
-        asked_before.extend(setting.workers.asked)
+        asked_before.extend(setup.workers.asked)
         return await oldest(task, request_id)
 
-    monkeypatch.setattr(setting.queue, "oldest", look)
-    setting.workers.silent.clear()  # nothing is waited for
-    assert await setting.cancel("a") == ("cancelled", "cancelled")
+    monkeypatch.setattr(setup.queue, "oldest", look)
+    setup.workers.answering.clear()  # the canceller waits for no answer
+    assert await setup.cancel("a") == ("cancelled", "cancelled")
     assert asked_before == ["a"]
     assert delivery.settlements == ["ack"]
-    assert setting.workers.told == ["a"]  # a worker may have started meanwhile
+    assert setup.workers.told == ["a"]  # a worker may have started meanwhile
 
 
-async def test_only_the_oldest_of_many_copies_is_loaded_and_ended(setting: Setting) -> None:
-    deliveries = [setting.store("a") for _ in range(20)]
-    assert await setting.cancel("a") == ("cancelled", "cancelled")
+async def test_only_the_oldest_of_many_copies_is_loaded_and_settled(setup: Setup) -> None:
+    deliveries = [setup.store("a") for _ in range(20)]
+    assert await setup.cancel("a") == ("cancelled", "cancelled")
     assert [len(one.settlements) for one in deliveries] == [1] + [0] * 19
 
 
-async def test_untouched_request_that_is_invalid_is_cancelled_too(setting: Setting) -> None:
-    setting.store("a", width="wide")
-    assert await setting.cancel("a") == ("cancelled", "cancelled")
+async def test_untouched_request_that_is_invalid_is_cancelled_too(setup: Setup) -> None:
+    setup.store("a", width="wide")
+    assert await setup.cancel("a") == ("cancelled", "cancelled")
 
 
-async def test_request_whose_body_names_another_id_ends_only_that_of_its_subject(
-    setting: Setting,
+async def test_request_whose_body_has_another_id_ends_only_the_id_of_its_subject(
+    setup: Setup,
 ) -> None:
-    setting.store("mine", request_id="yours")
-    assert await setting.cancel("mine") == ("cancelled", "cancelled")
-    assert (await setting.kind("mine"), await setting.kind("yours")) == (CancelledEvent, None)
+    setup.store("mine", request_id="yours")
+    assert await setup.cancel("mine") == ("cancelled", "cancelled")
+    assert (await setup.kind("mine"), await setup.kind("yours")) == (CancelledEvent, None)
 
 
-async def test_request_that_waits_for_its_next_attempt_is_marked(setting: Setting) -> None:
-    setting.queue.retries[T2I, "a"] = "sha256:0"
-    assert await setting.cancel("a") == ("stopping", None)
-    assert setting.queue.cancelled_retries == [(T2I, "a")]
+async def test_request_that_waits_for_its_next_attempt_is_marked(setup: Setup) -> None:
+    setup.queue.retries[T2I, "a"] = "sha256:0"
+    assert await setup.cancel("a") == ("stopping", None)
+    assert setup.queue.cancelled_retries == [(T2I, "a")]
 
 
-async def test_ended_requests_are_finished_or_cancelled_without_a_wait(setting: Setting) -> None:
-    setting.succeeded("done")
-    setting.world.events.put(CancelledEvent(**common("gone", T2I)))
-    setting.workers.silent.clear()
-    assert await setting.cancel("done") == ("finished", "succeeded")
-    assert await setting.cancel("gone") == ("cancelled", "cancelled")
-    assert setting.world.queue.withdrawn == set()
+async def test_ended_requests_are_finished_or_cancelled_without_a_wait(setup: Setup) -> None:
+    setup.succeeded("done")
+    setup.world.events.put(CancelledEvent(**common("gone", T2I)))
+    setup.workers.answering.clear()
+    assert await setup.cancel("done") == ("finished", "succeeded")
+    assert await setup.cancel("gone") == ("cancelled", "cancelled")
+    assert setup.world.queue.withdrawn == set()
 
 
-async def test_running_request_that_ends_at_once_is_said_to_stop(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+async def test_running_request_that_ends_at_once_is_reported_as_stopping(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reply does not depend on whether the worker or the lookup is quicker."""
-    find = setting.queue.find
+    """The reply does not depend on which one is faster, the worker or the lookup."""
+    find = setup.queue.find
 
     async def found_after_the_end(request_id: str) -> Found:
-        setting.world.events.put(CancelledEvent(**common("a", T2I)))
+        setup.world.events.put(CancelledEvent(**common("a", T2I)))
         return await find(request_id)
 
-    monkeypatch.setattr(setting.queue, "find", found_after_the_end)
-    setting.workers.answers["a"] = Grip.STOPPING
-    assert await setting.cancel("a") == ("stopping", None)
+    monkeypatch.setattr(setup.queue, "find", found_after_the_end)
+    setup.workers.answers["a"] = Grip.STOPPING
+    assert await setup.cancel("a") == ("stopping", None)
 
 
-async def test_ended_request_that_is_still_in_its_stream_is_finished(setting: Setting) -> None:
-    setting.succeeded("a")
-    setting.store("a", untouched=False)  # its worker died before the ack
-    assert await setting.cancel("a") == ("finished", "succeeded")
-    setting.succeeded("b")
-    setting.store("b")  # a copy that was sent later
-    assert await setting.cancel("b") == ("finished", "succeeded")
+async def test_ended_request_that_is_still_in_its_stream_is_finished(setup: Setup) -> None:
+    setup.succeeded("a")
+    setup.store("a", untouched=False)  # its worker died before the ack
+    assert await setup.cancel("a") == ("finished", "succeeded")
+    setup.succeeded("b")
+    setup.store("b")  # a copy that was sent later
+    assert await setup.cancel("b") == ("finished", "succeeded")
 
 
 async def test_branch_that_has_ended_and_is_still_in_its_stream_is_followed(
-    setting: Setting,
+    setup: Setup,
 ) -> None:
-    setting.succeeded("tour", step=1, of=3)
-    setting.succeeded("tour-2", task=I2T, step=2, of=3)
-    setting.store("tour-2", task=I2T, untouched=False)  # its worker died before the ack
-    setting.store("tour-3")
-    assert await setting.cancel("tour") == ("cancelled", "cancelled")
-    assert await setting.kind("tour-3") is CancelledEvent
+    setup.succeeded("tour", step=1, of=3)
+    setup.succeeded("tour-2", task=I2T, step=2, of=3)
+    setup.store("tour-2", task=I2T, untouched=False)  # its worker died before the ack
+    setup.store("tour-3")
+    assert await setup.cancel("tour") == ("cancelled", "cancelled")
+    assert await setup.kind("tour-3") is CancelledEvent
 
 
-async def test_request_that_ends_while_a_worker_is_asked_is_finished(setting: Setting) -> None:
-    setting.workers.silent.clear()
-    cancelling = asyncio.create_task(setting.cancel("a"))
-    await soon(setting.workers.waiting.until(1))
-    setting.succeeded("a")
-    setting.workers.silent.set()
+async def test_request_that_ends_while_a_worker_is_asked_is_finished(setup: Setup) -> None:
+    setup.workers.answering.clear()
+    cancelling = asyncio.create_task(setup.cancel("a"))
+    await soon(setup.workers.waiting.until(1))
+    setup.succeeded("a")
+    setup.workers.answering.set()
     assert await soon(cancelling) == ("finished", "succeeded")
 
 
-async def test_unknown_ids_that_are_waited_for_hold_no_place(setting: Setting) -> None:
-    setting.workers.silent.clear()
-    unknown = [asyncio.create_task(setting.cancel(f"u{number}")) for number in range(500)]
-    await soon(setting.workers.waiting.until(500))
-    setting.store("a")
-    assert await setting.cancel("a") == ("cancelled", "cancelled")
+async def test_waiting_for_an_answer_does_not_count_against_the_limit(setup: Setup) -> None:
+    setup.workers.answering.clear()
+    unknown = [asyncio.create_task(setup.cancel(f"u{number}")) for number in range(500)]
+    await soon(setup.workers.waiting.until(500))
+    setup.store("a")
+    assert await setup.cancel("a") == ("cancelled", "cancelled")
     assert not any(one.done() for one in unknown)
-    assert setting.queue.most_looking <= LOOKUPS
-    setting.workers.silent.set()
+    assert setup.queue.most_looking <= LOOKUPS
+    setup.workers.answering.set()
     assert {await soon(one) for one in unknown} == {("unknown", None)}
 
 
-async def test_new_cancellation_is_looked_up_before_those_that_wait_for_a_place(
-    setting: Setting,
+async def test_new_cancellation_is_looked_up_before_older_ones(
+    setup: Setup,
 ) -> None:
-    """And the oldest one next: none waits for ever."""
-    setting.workers.silent.set()
+    """The oldest one is next: no cancellation waits forever."""
+    setup.workers.answering.set()
     ids = [f"u{number}" for number in range(1000)]
-    tasks = [asyncio.create_task(setting.cancel(one)) for one in ids]
+    tasks = [asyncio.create_task(setup.cancel(one)) for one in ids]
     await asyncio.gather(*tasks)
-    order = setting.workers.asked
+    order = setup.workers.asked
     assert sorted(order) == sorted(ids)
     assert order[:LOOKUPS] == ids[:LOOKUPS]
     assert order.index(ids[-1]) <= LOOKUPS + 1
     assert order.index(ids[LOOKUPS]) <= LOOKUPS + 2
 
 
-async def test_few_bodies_are_in_memory_at_the_same_time(setting: Setting) -> None:
+async def test_number_of_loaded_requests_is_limited(setup: Setup) -> None:
     for number in range(50):
-        setting.store(f"a{number}")
-    replies = await asyncio.gather(*(setting.cancel(f"a{number}") for number in range(50)))
+        setup.store(f"a{number}")
+    replies = await asyncio.gather(*(setup.cancel(f"a{number}") for number in range(50)))
     assert set(replies) == {("cancelled", "cancelled")}
-    assert setting.queue.most_loaded <= LOADS
+    assert setup.queue.most_loaded <= LOADS
 
 
-async def test_cancellations_of_one_id_at_the_same_time_share_their_work(setting: Setting) -> None:
-    setting.store("a")
-    replies = await asyncio.gather(*(setting.cancel("a") for _ in range(10)))
+async def test_concurrent_cancellations_of_one_id_ask_the_workers_once(setup: Setup) -> None:
+    setup.store("a")
+    replies = await asyncio.gather(*(setup.cancel("a") for _ in range(10)))
     assert set(replies) == {("cancelled", "cancelled")}
-    assert setting.workers.asked == ["a"]
+    assert setup.workers.asked == ["a"]
 
 
 # -- chains ---------------------------------------------------------------------------------------
 
 
-async def test_step_that_waits_is_ended_by_the_chains_id(setting: Setting) -> None:
-    setting.succeeded("tour", step=1, of=3)
-    setting.succeeded("tour-2", task=I2T, step=2, of=3)
-    setting.store("tour-3")
-    assert await setting.cancel("tour") == ("cancelled", "cancelled")
-    assert await setting.kind("tour-3") is CancelledEvent
-    assert await setting.cancel("tour") == ("cancelled", "cancelled")
+async def test_queued_step_is_cancelled_by_the_id_of_its_chain(setup: Setup) -> None:
+    setup.succeeded("tour", step=1, of=3)
+    setup.succeeded("tour-2", task=I2T, step=2, of=3)
+    setup.store("tour-3")
+    assert await setup.cancel("tour") == ("cancelled", "cancelled")
+    assert await setup.kind("tour-3") is CancelledEvent
+    assert await setup.cancel("tour") == ("cancelled", "cancelled")
 
 
-async def test_every_branch_of_a_chain_is_cancelled(setting: Setting) -> None:
-    setting.succeeded("tour", step=1, of=2, images=4)
-    setting.succeeded("tour-2-0", task=I2T, step=2, of=2)
-    setting.store("tour-2-1", task=I2T, untouched=False)
-    setting.store("tour-2-2", task=I2T)
-    setting.store("tour-2-3", task=I2T)
-    assert await setting.cancel("tour") == ("stopping", None)
-    ended = [await setting.kind(f"tour-2-{n}", I2T) for n in range(4)]
+async def test_every_branch_of_a_chain_is_cancelled(setup: Setup) -> None:
+    setup.succeeded("tour", step=1, of=2, images=4)
+    setup.succeeded("tour-2-0", task=I2T, step=2, of=2)
+    setup.store("tour-2-1", task=I2T, untouched=False)
+    setup.store("tour-2-2", task=I2T)
+    setup.store("tour-2-3", task=I2T)
+    assert await setup.cancel("tour") == ("stopping", None)
+    ended = [await setup.kind(f"tour-2-{n}", I2T) for n in range(4)]
     assert ended == [SucceededEvent, None, CancelledEvent, CancelledEvent]
-    assert setting.world.queue.withdrawn == {1}
-    assert "tour-2-1" in setting.workers.told
+    assert setup.world.queue.withdrawn == {1}
+    assert "tour-2-1" in setup.workers.told
 
 
-async def test_chain_whose_next_step_is_not_queued_yet_is_stopping(setting: Setting) -> None:
-    setting.succeeded("tour", step=1, of=2)
-    assert await setting.cancel("tour") == ("stopping", None)
+async def test_chain_whose_next_step_is_not_queued_yet_is_stopping(setup: Setup) -> None:
+    setup.succeeded("tour", step=1, of=2)
+    assert await setup.cancel("tour") == ("stopping", None)
 
 
-async def test_chain_that_has_ended_is_finished(setting: Setting) -> None:
-    setting.succeeded("tour", step=1, of=2)
+async def test_chain_that_has_ended_is_finished(setup: Setup) -> None:
+    setup.succeeded("tour", step=1, of=2)
     failure = Failure.of(FailureCode.MODEL_ERROR, "it failed")
     place = ChainPlace(id="tour", step=2, of=2)
-    setting.world.events.put(FailedEvent(**common("tour-2", I2T, place), failure=failure))
-    assert await setting.cancel("tour") == ("finished", "failed")
+    setup.world.events.put(FailedEvent(**common("tour-2", I2T, place), failure=failure))
+    assert await setup.cancel("tour") == ("finished", "failed")
 
 
-async def test_id_of_a_later_step_stands_for_that_step_alone(setting: Setting) -> None:
-    setting.succeeded("tour-2", task=I2T, step=2, of=3)
-    setting.store("tour-3")
-    assert await setting.cancel("tour-2") == ("finished", "succeeded")
+async def test_id_of_a_later_step_cancels_only_that_step(setup: Setup) -> None:
+    setup.succeeded("tour-2", task=I2T, step=2, of=3)
+    setup.store("tour-3")
+    assert await setup.cancel("tour-2") == ("finished", "succeeded")

@@ -1,4 +1,4 @@
-"""The memory of cancelled ids: it keeps what was added, for a while, and never too much."""
+"""The set of cancelled ids: bounded in time and size."""
 
 from consumer.early_cancellations import EarlyCancellations
 
@@ -10,7 +10,7 @@ class Clock:
         return self.now
 
 
-def test_an_id_is_kept_for_its_time_and_adding_it_again_starts_anew() -> None:
+def test_id_expires_after_its_time_since_it_was_added_last() -> None:
     clock = Clock()
     early = EarlyCancellations(keep=600.0, clock=clock)
     early.add("a")
@@ -24,14 +24,14 @@ def test_an_id_is_kept_for_its_time_and_adding_it_again_starts_anew() -> None:
     assert "b" not in early
 
 
-def test_too_many_ids_push_the_oldest_out() -> None:
+def test_oldest_id_is_dropped_at_the_limit() -> None:
     early = EarlyCancellations(max_ids=3)
     for one in ("a", "b", "a", "c", "d"):  # "a" is younger than "b"
         early.add(one)
     assert [one for one in "abcd" if one in early] == ["a", "c", "d"]
 
 
-def test_expired_ids_take_no_memory() -> None:
+def test_expired_ids_are_removed() -> None:
     clock = Clock()
     early = EarlyCancellations(keep=1.0, clock=clock)
     for number in range(100):

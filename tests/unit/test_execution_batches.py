@@ -366,7 +366,7 @@ async def test_one_that_raises_beside_an_output_that_waits_has_three_tries(
     world.store.begin()
     for request_id in ("good", "bad"):
         await world.send(asking(request_id))
-    waiting = world.artifacts.tries
+    waiting = world.artifacts.calls
 
     async def ended() -> bool:
         return await world.left() == 0
@@ -413,7 +413,7 @@ async def test_suspect_that_waits_for_others_can_be_cancelled_and_given_back(
         for request_id in ("other", "suspect"):
             await world.send(asking(request_id))
         other = asyncio.create_task(world.work())
-        await soon(world.artifacts.tries.until(1))  # it has left the device
+        await soon(world.artifacts.calls.until(1))  # it has left the device
         world.queue.run_out(world.queue.take())
         handling = asyncio.create_task(world.work())
         await soon(world.events.asked.until(2))

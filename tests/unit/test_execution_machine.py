@@ -1,8 +1,8 @@
-"""Hypothesis drives workers through whatever can happen, and the settlement table must hold.
+"""Hypothesis drives workers through many courses of events; the settlement table must hold.
 
-The machine publishes requests, brings workers to any point of their jobs, says how the runs of
-their models end, and there lets workers die, leases run out and services go away. `tests.story`
-watches every call and judges it; `tests.crew` sees to what must hold for all of them together.
+The machine publishes requests, brings workers to any point of their jobs, ends the runs of their
+models, kills workers, expires leases and stops services. `tests.story` checks every call of one
+job; `tests.crew` checks what must hold for all workers together.
 """
 
 import logging
@@ -30,8 +30,8 @@ from tests.crew import ENOUGH, MAX_DELIVER, Crew
 from tests.story import ATTEMPTS, STALL
 from tests.wishes import CALLS, ENDINGS, PLACES, WHICH, WISHES, Ending, Place, Wish
 
-# The same examples at every run: a red one is the change's doing, not the day's. To search, give
-# a number of examples; they are then others each time, and one that fails is kept for the next.
+# The examples are the same at every run: a failure is caused by a change. To search for others,
+# give a number of examples; they then differ at every run, and Hypothesis keeps a failing one.
 SEARCH = int(os.environ.get("MACHINE_EXAMPLES", "0"))
 EXAMPLES = 600
 RULES = 30  # in one example
@@ -44,7 +44,7 @@ def to_the_run(which: int) -> Place:
 
 
 class Workers(RuleBasedStateMachine):
-    """What can happen to a bus, a store and the workers that share them."""
+    """The events of a bus, a store and the workers that share them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Workers(RuleBasedStateMachine):
     def publish(self, wish: Wish) -> None:
         self.crew.publish(wish)
 
-    # -- the workers go on ------------------------------------------------------------------------
+    # -- progress ---------------------------------------------------------------------------------
 
     @precondition(lambda self: self.crew.can_work)
     @rule(place=PLACES)
@@ -78,18 +78,18 @@ class Workers(RuleBasedStateMachine):
 
     @precondition(lambda self: self.crew.can_take)
     @rule(ending=ENDINGS)
-    def work_in_vain(self, ending: Ending) -> None:
-        """One delivery after the other, with one and the same end."""
+    def end_every_run_alike(self, ending: Ending) -> None:
+        """Several deliveries in turn, whose runs have the same end."""
         for _ in range(ATTEMPTS + 1):
             if self.crew.can_take:
                 self.crew.go_on(self.crew.take(), ENOUGH, ending)
 
-    @precondition(lambda self: self.crew.strays and self.crew.idle)
+    @precondition(lambda self: self.crew.exhausted and self.crew.idle)
     @rule(calls=CALLS)
-    def put_aside(self, calls: int) -> None:
-        self.crew.go_on(self.crew.take(self.crew.strays[0]), calls, None)
+    def handle_exhausted(self, calls: int) -> None:
+        self.crew.go_on(self.crew.take(self.crew.exhausted[0]), calls, None)
 
-    # -- what happens to them ---------------------------------------------------------------------
+    # -- faults -----------------------------------------------------------------------------------
 
     @precondition(lambda self: self.crew.can_work)
     @rule(place=PLACES, reason=REASONS)
@@ -98,16 +98,16 @@ class Workers(RuleBasedStateMachine):
             self.crew.ask(worker, reason)
 
     @precondition(lambda self: self.crew.can_work)
-    @rule(which=WHICH, reason=REASONS, then=st.sampled_from(["heeds", "is done", "hangs"]))
+    @rule(which=WHICH, reason=REASONS, then=st.sampled_from(["stops", "ends", "hangs"]))
     def stop_run(self, which: int, reason: StopReason, then: str) -> None:
         worker = self.crew.bring(to_the_run(which))
         if worker not in self.crew.running:
             return
         self.crew.ask(worker, reason)
         match then:
-            case "heeds":
+            case "stops":
                 self.crew.step(worker, (1, 2))
-            case "is done":
+            case "ends":
                 self.crew.end_run(worker, "made")
             case "hangs":
                 self.crew.hang(DRAIN_STEP_TIMEOUT + 2)
@@ -138,7 +138,7 @@ class Workers(RuleBasedStateMachine):
 
     @precondition(lambda self: self.crew.can_take)
     @rule(calls=CALLS)
-    def kill_whoever_takes_it(self, calls: int) -> None:
+    def kill_every_worker_that_takes_it(self, calls: int) -> None:
         for _ in range(MAX_DELIVER):
             if self.crew.can_take:
                 worker = self.crew.take()
@@ -169,7 +169,7 @@ class Workers(RuleBasedStateMachine):
 
     @invariant()
     def promises_are_kept(self) -> None:
-        self.failed = True  # until it is shown that they are
+        self.failed = True  # until the check has passed
         self.crew.check()
         self.failed = False
 
@@ -187,14 +187,14 @@ class Workers(RuleBasedStateMachine):
 
 @pytest.fixture
 def _silence() -> Iterator[None]:
-    """Tracebacks take longer to draw than jobs to do."""
+    """Rendering tracebacks takes longer than the jobs."""
     quiet = structlog.make_filtering_bound_logger(logging.CRITICAL)
     structlog.configure(wrapper_class=quiet, cache_logger_on_first_use=False)
     yield
     structlog.reset_defaults()
 
 
-@pytest.mark.timeout(900)  # a failing example is made smaller first, for up to 5 minutes
+@pytest.mark.timeout(900)  # Hypothesis shrinks a failing example for up to 5 minutes
 @pytest.mark.usefixtures("_silence")
 def test_settlement_table_holds_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor, "PROGRESS_INTERVAL", 1.0)  # of the world's seconds

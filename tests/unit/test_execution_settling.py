@@ -1,4 +1,4 @@
-"""How a job ends: in which order, exactly once, and with the lease held until then."""
+"""The end of a job: the order of its steps, one settlement, and a lease until then."""
 
 import asyncio
 from collections.abc import Callable
@@ -107,27 +107,27 @@ async def test_settlement_comes_after_everything_else_and_once(
     assert len(world.queue) == 0
 
 
-async def test_second_copy_is_only_answered_and_settled(world: MemoryWorld) -> None:
+async def test_second_copy_gets_a_reply_and_is_settled(world: MemoryWorld) -> None:
     for _ in range(2):
         await world.send(asking(reply_to=INBOX))
         await soon(world.work())
     assert world.journal[4:] == ["reply succeeded", "ack"]
 
 
-async def test_conflict_is_only_answered_and_settled(world: MemoryWorld) -> None:
+async def test_conflict_gets_a_reply_and_is_settled(world: MemoryWorld) -> None:
     for width in (16, 32):
         await world.send(asking(reply_to=INBOX, width=width))
         await soon(world.work())
     assert world.journal[4:] == ["reply failed", "ack"]
 
 
-async def test_no_reply_is_sent_where_none_is_asked_for(world: MemoryWorld) -> None:
+async def test_request_without_reply_subject_gets_no_reply(world: MemoryWorld) -> None:
     await world.send(asking())
     await soon(world.work())
     assert world.journal == ["store", "publish succeeded", "ack"]
 
 
-async def test_report_says_whether_a_request_was_put_aside(world: MemoryWorld) -> None:
+async def test_report_says_whether_a_request_was_dead_lettered(world: MemoryWorld) -> None:
     for body in (b"no request", asking("good")):
         await world.send(body)
         await soon(world.work())
@@ -174,10 +174,10 @@ async def test_every_run_of_a_request_has_the_same_seed_and_other_requests_anoth
     assert done.request_digest == digest_of(asking("a")), "the seed is not part of what was asked"
 
 
-# -- another worker was quicker -------------------------------------------------------------------
+# -- another worker stored its event first --------------------------------------------------------
 
 
-async def test_event_of_a_quicker_worker_stands_and_is_what_the_sender_gets(
+async def test_event_that_another_worker_stored_first_is_the_reply(
     world: MemoryWorld,
 ) -> None:
     hold = world.runner.will_hold()
@@ -192,10 +192,10 @@ async def test_event_of_a_quicker_worker_stands_and_is_what_the_sender_gets(
     assert await world.result("a") == theirs
     assert world.events.replies == [(INBOX, theirs)]
     assert world.journal == ["store", "fenced", "reply cancelled", "ack", "discard"]
-    assert await world.objects() == set(), "nobody is told of them"
+    assert await world.objects() == set(), "no event mentions them"
 
 
-async def test_event_of_another_request_is_never_the_answer_to_a_done_one(
+async def test_event_of_another_request_is_never_the_reply_to_a_succeeded_request(
     world: MemoryWorld,
 ) -> None:
     hold = world.runner.will_hold()
@@ -213,7 +213,7 @@ async def test_event_of_another_request_is_never_the_answer_to_a_done_one(
     assert world.settlements == ["ack"]
 
 
-async def test_event_of_another_request_is_never_the_answer_to_an_invalid_one(
+async def test_event_of_another_request_is_never_the_reply_to_an_invalid_request(
     world: MemoryWorld,
 ) -> None:
     await world.send(asking(reply_to="_INBOX.first"))
@@ -227,7 +227,7 @@ async def test_event_of_another_request_is_never_the_answer_to_an_invalid_one(
     assert [letter.code for letter, _ in world.events.letters] == ["invalid_request"]
 
 
-async def test_invalid_request_that_comes_again_is_answered_as_before(world: MemoryWorld) -> None:
+async def test_redelivered_invalid_request_gets_the_stored_event(world: MemoryWorld) -> None:
     await world.send(asking(reply_to=INBOX, width=1))
     replies = world.events.replies
     first = world.queue.take()
@@ -260,10 +260,10 @@ async def test_request_whose_event_cannot_be_stored_is_left_unsettled(
     assert isinstance(await world.result("a"), SucceededEvent)
 
 
-async def test_request_whose_end_fails_each_time_is_put_aside(
+async def test_request_whose_finalization_always_fails_is_dead_lettered(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else everything would wait behind it until the server gives it out no more."""
+    """Otherwise it would block the requests behind it until `max_deliver`."""
     monkeypatch.setattr(world.events, "reply", AsyncMock(side_effect=RuntimeError("odd")))
     await world.send(asking(reply_to=INBOX))
     for _ in range(4):
@@ -273,11 +273,11 @@ async def test_request_whose_end_fails_each_time_is_put_aside(
     assert world.settlements == ["term internal"]
     ((letter, _),) = await world.dead_letters()
     assert letter.code == "internal"
-    assert isinstance(await world.result("a"), SucceededEvent), "the event that stands, stands"
+    assert isinstance(await world.result("a"), SucceededEvent), "the stored event stays"
     assert len(world.queue) == 0
 
 
-async def test_chain_whose_next_step_cannot_be_made_is_ended_in_its_name(
+async def test_chain_ends_at_the_step_that_cannot_be_queued(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(world.events, "publish_request", AsyncMock(side_effect=KeyError("odd")))
@@ -286,33 +286,33 @@ async def test_chain_whose_next_step_cannot_be_made_is_ended_in_its_name(
     for _ in range(4):
         await soon(world.work())
         world.queue.run_out_leases()
-    ((_, told),) = world.events.replies
-    assert (told.request_id, failure(told)) == ("a-2", "internal")
-    assert await world.result("a-2") == told
+    ((_, reply),) = world.events.replies
+    assert (reply.request_id, failure(reply)) == ("a-2", "internal")
+    assert await world.result("a-2") == reply
     assert len(world.queue) == 0
 
 
-async def test_end_that_fails_beside_others_is_counted_too(
+async def test_failed_finalization_next_to_other_jobs_counts_as_an_attempt(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = await make_world(most_in_flight=3)
     world.store.begin()
     await world.send(asking("other"))
     other = asyncio.create_task(world.work())
-    await soon(world.artifacts.tries.until(1))
-    await world.send(asking(reply_to=INBOX, prompt=""))  # it ends before it would be alone
+    await soon(world.artifacts.calls.until(1))
+    await world.send(asking(reply_to=INBOX, prompt=""))  # it fails before it is isolated
     monkeypatch.setattr(world.events, "reply", AsyncMock(side_effect=RuntimeError("odd")))
     for _ in range(4):
         delivery = world.queue.take()
         await soon(world.execution.handle(delivery))
-        if delivery in world.queue.in_hand:
+        if delivery in world.queue.in_flight:
             world.queue.run_out(delivery)
     assert world.observer.outcomes == ["abandoned"] * 3 + ["internal"]
     world.store.end()
     await soon(other)
 
 
-async def test_what_cannot_even_be_put_aside_is_left_to_its_lease(
+async def test_request_that_cannot_be_dead_lettered_is_left_to_its_lease(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = AsyncMock(side_effect=RuntimeError("odd"))
@@ -326,7 +326,7 @@ async def test_what_cannot_even_be_put_aside_is_left_to_its_lease(
     assert len(world.queue) == 1
 
 
-async def test_settlement_that_fails_leaves_the_stored_event_to_answer_for_it(
+async def test_redelivery_after_a_failed_settlement_gets_the_stored_event(
     world: MemoryWorld,
 ) -> None:
     await world.send(asking(reply_to=INBOX))
@@ -341,7 +341,7 @@ async def test_settlement_that_fails_leaves_the_stored_event_to_answer_for_it(
     assert len(world.queue) == 0
 
 
-async def test_lost_device_ends_the_worker_even_if_the_request_cannot_be_given_back(
+async def test_lost_device_ends_the_worker_even_if_the_request_cannot_be_requeued(
     world: MemoryWorld,
 ) -> None:
     world.runner.will(raising(DeviceLost))
@@ -360,7 +360,7 @@ async def test_output_waits_for_the_bus_with_its_lease_renewed(make_world: World
     await soon(hold.begun())
     world.bus.begin()
     hold.release()
-    await soon(world.artifacts.tries.until(1))
+    await soon(world.artifacts.calls.until(1))
     assert world.delivery is not None
     await soon(world.delivery.beats.more(3))
     assert world.settlements == []
@@ -374,7 +374,7 @@ async def test_output_waits_for_the_bus_with_its_lease_renewed(make_world: World
 # -- the lease ------------------------------------------------------------------------------------
 
 
-async def test_lease_is_renewed_in_the_run_and_while_the_store_is_away_and_not_after(
+async def test_lease_is_renewed_until_the_job_ends_also_while_the_store_is_away(
     make_world: Worlds,
 ) -> None:
     world = await make_world(ack_wait=BEAT_SOON)
@@ -394,7 +394,7 @@ async def test_lease_is_renewed_in_the_run_and_while_the_store_is_away_and_not_a
     assert len(world.runner.runs) == 1
 
 
-async def test_lease_of_a_hanging_run_runs_out(make_world: Worlds) -> None:
+async def test_lease_of_a_stalled_run_expires(make_world: Worlds) -> None:
     world = await make_world(stall_timeout=0.02, ack_wait=BEAT_SOON)
     world.runner.will_hold(heeds=False)
     await world.send(asking())
@@ -412,7 +412,7 @@ async def cancel(working: "asyncio.Task[int | None]") -> None:
         await soon(working)
 
 
-async def test_cancelled_task_gives_the_request_back(world: MemoryWorld) -> None:
+async def test_cancelled_task_requeues_the_request(world: MemoryWorld) -> None:
     hold = world.runner.will_hold(heeds=False)
     await world.send(asking())
     working = asyncio.create_task(world.work())
@@ -427,7 +427,7 @@ async def test_cancelled_task_gives_the_request_back(world: MemoryWorld) -> None
 @pytest.mark.parametrize(
     "refusal", [None, ConnectionError("closed")], ids=["bus away", "bus closed"]
 )
-async def test_cancellation_goes_on_though_the_request_cannot_be_given_back(
+async def test_cancellation_goes_on_if_the_request_cannot_be_requeued(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch, refusal: Exception | None
 ) -> None:
     monkeypatch.setattr(execution, "RELEASE_TIMEOUT", 0.001)
@@ -454,15 +454,15 @@ async def test_cancellation_after_the_end_of_a_job_settles_nothing_again(
     await world.send(asking())
     working = asyncio.create_task(world.work())
     at_end: Callable[[], None] = working.cancel  # type: ignore[assignment]
-    world.execution._finalizer = CancelsAtItsEnd(world, at_end)  # type: ignore[assignment]
+    world.execution._finalizer = CancelAfterFinalize(world, at_end)  # type: ignore[assignment]
     with pytest.raises(asyncio.CancelledError):
         await soon(working)
     assert world.settlements == ([] if script else ["ack"])
     assert world.observer.outcomes == ["abandoned" if script else "succeeded"]
 
 
-class CancelsAtItsEnd:
-    """Has the task cancelled when the job is settled and the lease is about to end."""
+class CancelAfterFinalize:
+    """Cancels the task when the job is settled and the lease is about to end."""
 
     def __init__(self, world: MemoryWorld, cancel_task: Callable[[], None]) -> None:
         self._real = world.execution._finalizer
@@ -478,7 +478,7 @@ class CancelsAtItsEnd:
 # -- too large ------------------------------------------------------------------------------------
 
 
-async def test_failure_that_is_too_large_goes_without_the_senders_metadata(
+async def test_failure_that_is_too_large_is_stored_without_the_senders_metadata(
     world: MemoryWorld,
 ) -> None:
     world.events.max_payload = 4_096
@@ -490,7 +490,7 @@ async def test_failure_that_is_too_large_goes_without_the_senders_metadata(
     assert world.settlements == ["ack"]
 
 
-async def test_failure_that_nobody_can_be_told_does_not_come_back_for_ever(
+async def test_request_whose_failure_cannot_be_stored_is_acknowledged(
     world: MemoryWorld,
 ) -> None:
     world.events.max_payload = 10
@@ -512,7 +512,7 @@ async def test_second_attempt_at_a_failed_request_gets_the_failure(world: Memory
     assert world.runner.runs == []
 
 
-async def test_step_that_found_no_place_in_the_queue_is_the_same_request_later(
+async def test_failed_step_of_a_full_queue_keeps_its_result_when_it_is_queued_later(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slip = [{"task": "text_to_image", "prompt": "as a woodcut"}]
@@ -520,12 +520,14 @@ async def test_step_that_found_no_place_in_the_queue_is_the_same_request_later(
         full.setattr(world.events, "publish_request", AsyncMock(side_effect=QueueFull))
         await world.send(asking(reply_to=INBOX, then=slip))
         await soon(world.work())
-    await world.send(asking(reply_to=INBOX, then=slip))  # the same again: now there is room
+    await world.send(
+        asking(reply_to=INBOX, then=slip)
+    )  # the same request again: now the queue has room
     await soon(world.work())
     ((_, following, _),) = world.events.requests
     await world.send(encode(following), headers={"Reply-To": INBOX})
     await soon(world.work())
-    told = [event for _, event in world.events.replies]
-    assert [failure(event) for event in told] == ["queue_full", "queue_full"]
+    replies = [event for _, event in world.events.replies]
+    assert [failure(event) for event in replies] == ["queue_full", "queue_full"]
     assert world.observer.outcomes == ["succeeded", "already_done", "already_done"]
     assert world.observer.broken_chains == ["queue_full"]

@@ -1,4 +1,4 @@
-"""The lease: renewed while the block runs, and not once after it."""
+"""The lease: renewed while the block runs, never after it."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -32,7 +32,7 @@ def beating() -> bool:
 
 
 async def hold(delivery: MemoryDelivery, *, error: Exception | None = None) -> None:
-    """Hold a lease for three beats, or for ever."""
+    """Keep a lease for three renewals, then raise the error or end."""
     async with asyncio.timeout(SOON), Lease(delivery, ack_wait=ACK_WAIT):
         await delivery.beats.until(3)
         if error is not None:
@@ -64,12 +64,12 @@ async def test_lease_ends_with_the_block_that_is_cancelled() -> None:
     assert not beating()
 
 
-async def test_three_lost_beats_leave_a_fourth_in_time() -> None:
+async def test_fourth_renewal_is_in_time_after_three_lost_ones() -> None:
     assert Lease(make_delivery(), ack_wait=60.0).interval * 4 < 60.0
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), TypeError("lost"), RuntimeError("odd")])
-async def test_beat_that_raises_does_not_end_the_lease(error: Exception) -> None:
+async def test_renewal_that_raises_does_not_end_the_lease(error: Exception) -> None:
     delivery = make_delivery()
     delivery.beat_refusal = error
     await hold(delivery)
@@ -81,7 +81,7 @@ class Swallowing:
     def __init__(self, *, times: int) -> None:
         self.times = times
         self.beats = 0
-        self.over = False
+        self.lapsed = False
 
     async def extend(self) -> None:
         self.beats += 1
@@ -94,7 +94,7 @@ class Swallowing:
                     raise
 
     def let_lapse(self) -> None:
-        self.over = True
+        self.lapsed = True
 
 
 async def test_heartbeat_that_swallows_a_cancellation_ends_with_the_block(
@@ -107,11 +107,11 @@ async def test_heartbeat_that_swallows_a_cancellation_ends_with_the_block(
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             assert delivery.beats == 1
-    assert delivery.over
+    assert delivery.lapsed
     assert not beating()
 
 
-async def test_renewal_that_hangs_does_not_hold_up_the_next_one() -> None:
+async def test_renewal_that_hangs_does_not_delay_the_next_one() -> None:
     delivery = Swallowing(times=0)
     async with asyncio.timeout(SOON), Lease(delivery, ack_wait=ACK_WAIT):  # type: ignore[arg-type]
         while delivery.beats < 3:  # noqa: ASYNC110 - the beats are what is waited for

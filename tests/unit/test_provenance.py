@@ -76,7 +76,7 @@ async def test_each_picture_of_a_job_says_its_own_seed_and_what_it_was_made_with
     world.runner.will(two_pictures)
     await world.send(asking(num_images=2, seed=3))
     await soon(world.work())
-    one, other = world.images.said
+    one, other = world.images.provenance
     assert (one["seed"], other["seed"]) == ("3", "4")
     assert {**one, "seed": ""} == {**other, "seed": ""}
     assert (one["request_id"], one["model"], one["flagged"]) == ("a", "scripted", "false")
@@ -88,7 +88,7 @@ async def test_prompt_is_in_pictures_where_the_worker_puts_it_there(make_world: 
     world = await make_world(prompt_in_images=True)
     await world.send(asking())
     await soon(world.work())
-    assert [one["prompt"] for one in world.images.said] == ["a red circle"]
+    assert [one["prompt"] for one in world.images.provenance] == ["a red circle"]
 
 
 async def test_picture_says_the_same_whichever_attempt_and_worker_makes_it(
@@ -101,7 +101,7 @@ async def test_picture_says_the_same_whichever_attempt_and_worker_makes_it(
         await world.send(asking())
         for _ in range(failures + 1):
             await soon(world.work())
-        every += world.images.said
+        every += world.images.provenance
     assert every == [every[0]] * 2
 
 

@@ -1,4 +1,4 @@
-"""A request id belongs to one delivery: copies of it, and other bytes under it, end nothing."""
+"""One delivery owns a request id: copies and other bytes under the id store no event."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def other_bytes(**fields: Any) -> bytes:
     return json.dumps({"request_id": "a", "reply_to": OTHER_INBOX, **fields}).encode()
 
 
-# What a sender can publish under the id of a running request, and what it is told.
+# Messages under the id of a running request, and the failure code of the reply.
 COPIES: dict[str, tuple[Callable[[], bytes], str]] = {
     "invalid bytes": (lambda: other_bytes(bogus=1), "invalid_request"),
     "another content": (lambda: asking(width=32, reply_to=OTHER_INBOX), "request_id_conflict"),
@@ -62,15 +62,15 @@ async def test_copy_of_a_running_request_gets_a_reply_at_most(
     await soon(hold.begun())
     await world.send(make_body(), request_id=subject_id)
     await soon(world.work())
-    assert await world.result("a") is None, "the copy must not end the id"
+    assert await world.result("a") is None, "the copy must not store an event"
     hold.release()
     await soon(first)
     done = await world.result("a")
     assert isinstance(done, SucceededEvent)
     assert {output.key for output in done.outputs} == await world.objects()  # type: ignore[union-attr]
-    told = dict(await world.replies())
-    assert told[INBOX] == done
-    assert failure(told[OTHER_INBOX]) == code
+    replies = dict(await world.replies())
+    assert replies[INBOX] == done
+    assert failure(replies[OTHER_INBOX]) == code
     assert await world.left() == 0
 
 
@@ -101,7 +101,7 @@ async def test_subject_and_body_that_differ_end_no_other_id(world: MemoryWorld) 
     assert failure(await world.result("attacker")) == "invalid_request"
 
 
-async def test_exhausted_copy_is_left_alone_while_the_request_runs(world: MemoryWorld) -> None:
+async def test_exhausted_copy_is_not_settled_while_the_request_runs(world: MemoryWorld) -> None:
     world.workers.asked.append(world.execution)
     hold = world.runner.will_hold()
     await world.send(asking())
@@ -119,30 +119,32 @@ async def test_exhausted_copy_is_left_alone_while_the_request_runs(world: Memory
 
 
 @pytest.mark.parametrize(
-    ("given_back", "ends"),
+    ("requeued", "ends"),
     [(3, SucceededEvent), (1, FailedEvent)],
     ids=["drains alone", "attempts"],
 )
-async def test_drains_never_end_a_request_that_the_server_delivers_no_more(
-    world: MemoryWorld, given_back: int, ends: type
+async def test_requeues_do_not_end_a_max_deliver_exhausted_request(
+    world: MemoryWorld, requeued: int, ends: type
 ) -> None:
     world.queue.max_deliver = 4
     await world.send(asking())
     for number in range(4):
         delivery = world.queue.take()
-        await (delivery.release() if number < given_back else delivery.nak())
-    (exhausted,) = world.queue.stranded
+        await (delivery.release() if number < requeued else delivery.nak())
+    (exhausted,) = world.queue.exhausted
     await world.execution.handle_exhausted(exhausted)
     while await world.left():
         await soon(world.work())
     assert isinstance(await world.result("a"), ends)
 
 
-async def test_exhausted_request_stays_where_its_copy_finds_no_room(world: MemoryWorld) -> None:
+async def test_exhausted_request_stays_in_its_stream_if_the_retry_stream_is_full(
+    world: MemoryWorld,
+) -> None:
     world.queue.max_deliver = 1
     await world.send(asking())
     await world.queue.take().release()
-    (exhausted,) = world.queue.stranded
+    (exhausted,) = world.queue.exhausted
     world.events.retries_full = QueueFull()
     await world.execution.handle_exhausted(exhausted)
     assert (exhausted.settlements[-1], await world.result("a")) == ("nak", None)
@@ -166,19 +168,19 @@ async def test_copy_ends_nothing_while_the_older_message_is_in_the_stream(
     older = world.queue.take()  # by another worker
     await soon(world.work())
     assert await world.result("a") is None
-    ((subject, told),) = await world.replies()
-    assert (subject, failure(told)) == (OTHER_INBOX, code)
+    ((subject, reply),) = await world.replies()
+    assert (subject, failure(reply)) == (OTHER_INBOX, code)
     await soon(world.execution.handle(older))
     assert isinstance(await world.result("a"), SucceededEvent)
 
 
-async def test_same_request_looks_again_later_while_another_worker_has_the_older_one(
+async def test_copy_is_queued_again_while_another_worker_has_the_older_message(
     world: MemoryWorld,
 ) -> None:
     await world.send(asking(), request_id="a")
     await world.send(asking(reply_to=OTHER_INBOX), request_id="a")
     older = world.queue.take()
-    for _ in range(2):  # it neither runs nor waits in this worker
+    for _ in range(2):  # the copy neither runs nor waits in this worker
         await soon(world.work())
     assert world.runner.runs == []
     await soon(world.execution.handle(older))
@@ -209,11 +211,11 @@ async def test_request_that_waits_for_its_next_attempt_keeps_its_id(
     await soon(world.work())
     retried = world.queue.take()
     await world.send(copy, request_id="a")
-    usurper = world.queue.take()
-    world.queue.in_flight_only(usurper)
-    await soon(world.execution.handle(usurper))
-    ((_, told),) = await world.replies()
-    assert failure(told) == code
+    copied = world.queue.take()
+    world.queue.in_flight_only(copied)
+    await soon(world.execution.handle(copied))
+    ((_, reply),) = await world.replies()
+    assert failure(reply) == code
     assert await world.result("a") is None
     await soon(world.execution.handle(retried))
     assert isinstance(await world.result("a"), SucceededEvent)
@@ -222,7 +224,7 @@ async def test_request_that_waits_for_its_next_attempt_keeps_its_id(
 async def test_retried_request_and_its_copy_that_fail_before_the_run_end_the_id(
     world: MemoryWorld,
 ) -> None:
-    """Two copies must not wait for each other for ever."""
+    """Two copies must not wait for each other forever."""
     world.runner.will(*[raising(lambda: ModelError("E"))] * 2)
     for _ in range(2):
         await world.send(asking(deadline=from_now(seconds=0.3)), request_id="a")
@@ -237,19 +239,21 @@ async def test_retried_request_and_its_copy_that_fail_before_the_run_end_the_id(
 # -- requeued, retried, cancelled early -----------------------------------------------------------
 
 
-async def test_requeued_request_is_no_suspect(world: MemoryWorld) -> None:
+async def test_requeued_request_is_not_isolated(world: MemoryWorld) -> None:
     """After a rollout requests run next to others and in batches again."""
     await world.send(asking())
     await world.queue.take().release()
     hold = world.runner.will_hold()
     requeued = asyncio.create_task(world.work())
     await soon(hold.begun())
-    await soon(world.execution.room())  # a suspect lets no others in
+    await soon(world.execution.room())  # an isolated request admits no others
     hold.release()
     await soon(requeued)
 
 
-async def test_cancellation_that_comes_before_its_request_is_honoured(world: MemoryWorld) -> None:
+async def test_cancellation_that_arrives_before_its_request_takes_effect(
+    world: MemoryWorld,
+) -> None:
     assert await world.execution.request_stop("a") is None
     await world.send(asking(reply_to=INBOX))
     await soon(world.work())
@@ -258,7 +262,7 @@ async def test_cancellation_that_comes_before_its_request_is_honoured(world: Mem
 
 
 async def test_request_that_waits_for_its_next_attempt_can_be_cancelled(world: MemoryWorld) -> None:
-    """Also where no worker remembers it: all of them may have been started anew meanwhile."""
+    """Also if all workers were restarted meanwhile and none has stored the id."""
     world.runner.will(raising(lambda: ModelError("E")))
     await world.send(asking(), request_id="a")
     await soon(world.work())
@@ -296,7 +300,7 @@ async def test_input_that_an_answering_store_does_not_give_fails_at_once(
 
 
 @pytest.mark.parametrize("idle", [True, False])
-async def test_output_that_cannot_be_stored_is_handed_over_where_another_worker_is_free(
+async def test_output_that_cannot_be_stored_is_requeued_if_another_worker_is_idle(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch, *, idle: bool
 ) -> None:
     monkeypatch.setattr("consumer.image_stages.HANDOVER_DELAY", 0.0)
@@ -304,7 +308,7 @@ async def test_output_that_cannot_be_stored_is_handed_over_where_another_worker_
     world.store.begin()
     await world.send(asking())
     working = asyncio.create_task(world.work())
-    await soon(world.artifacts.tries.until(3) if not idle else working)
+    await soon(world.artifacts.calls.until(3) if not idle else working)
     assert world.execution.waits_for_store is not idle
     world.store.end()
     await soon(working)
@@ -312,7 +316,7 @@ async def test_output_that_cannot_be_stored_is_handed_over_where_another_worker_
     assert isinstance(await world.result("a"), type(None) if idle else SucceededEvent)
 
 
-async def test_place_of_a_delivery_that_cannot_be_opened_is_free_again(
+async def test_delivery_that_cannot_be_opened_takes_no_place(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""A request withdrawn in this worker's hands: what it says of it is what happens."""
+"""A stop request for a job of this worker: the answer is what happens."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -16,7 +16,9 @@ from tests.memory_world import MemoryWorld, Worlds
 pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
-async def while_held(world: MemoryWorld, hold: Hold, act: Callable[[], Awaitable[None]]) -> None:
+async def while_running_do(
+    world: MemoryWorld, hold: Hold, act: Callable[[], Awaitable[None]]
+) -> None:
     """Handle the next delivery, and do something while its run goes on."""
     working = asyncio.create_task(world.work())
     await soon(hold.begun())
@@ -25,27 +27,27 @@ async def while_held(world: MemoryWorld, hold: Hold, act: Callable[[], Awaitable
     await soon(working)
 
 
-async def test_a_request_that_is_not_here_is_nobodys(make_world: Worlds) -> None:
+async def test_worker_without_the_request_answers_none(make_world: Worlds) -> None:
     assert await (await make_world()).execution.request_stop("a") is None
 
 
-async def test_in_the_run_it_stops_and_leaves_a_note(make_world: Worlds) -> None:
+async def test_running_request_stops_and_is_marked_as_cancelled(make_world: Worlds) -> None:
     world = await make_world()
     hold = world.runner.will_hold()
-    grips: list[Grip | None] = []
+    answers: list[Grip | None] = []
 
-    async def withdraw() -> None:
-        grips.append(await world.execution.request_stop("a"))
+    async def request_stop() -> None:
+        answers.append(await world.execution.request_stop("a"))
 
     await world.send(asking())
-    await while_held(world, hold, withdraw)
-    assert grips == [Grip.STOPPING]
+    await while_running_do(world, hold, request_stop)
+    assert answers == [Grip.STOPPING]
     assert world.queue.withdrawn == {1}
     assert isinstance(await world.result("a"), CancelledEvent)
 
 
-@pytest.mark.parametrize("when", ["during the last upload", "while the end is published"])
-async def test_at_the_last_moment_the_answer_is_true(
+@pytest.mark.parametrize("when", ["during the last upload", "while the result is published"])
+async def test_answer_to_a_late_stop_request_is_true(
     when: str, make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = await make_world()
@@ -53,30 +55,30 @@ async def test_at_the_last_moment_the_answer_is_true(
     owner, method = (
         (world.artifacts, "store") if when.endswith("upload") else (world.events, "publish_result")
     )
-    original, grips = getattr(owner, method), []
+    original, answers = getattr(owner, method), []
 
-    async def and_then_withdrawn(*args: Any, **kwargs: Any) -> Any:
+    async def and_then_stop(*args: Any, **kwargs: Any) -> Any:
         value = await original(*args, **kwargs)
-        grips.append(await world.execution.request_stop("a"))
+        answers.append(await world.execution.request_stop("a"))
         return value
 
-    monkeypatch.setattr(owner, method, and_then_withdrawn)
+    monkeypatch.setattr(owner, method, and_then_stop)
     await world.send(asking())
     await world.work()
     event = await world.result("a")
     if when.endswith("upload"):
-        assert (grips, type(event)) == ([Grip.STOPPING], CancelledEvent)
+        assert (answers, type(event)) == ([Grip.STOPPING], CancelledEvent)
         assert world.artifacts.objects == {}
     else:
-        assert (grips, type(event)) == ([Grip.ENDING], SucceededEvent)
+        assert (answers, type(event)) == ([Grip.ENDING], SucceededEvent)
 
 
-async def test_the_next_worker_reads_the_note_even_after_the_last_attempt(
+async def test_next_worker_reads_the_mark_even_after_the_last_attempt(
     make_world: Worlds,
 ) -> None:
     world = await make_world(max_attempts=1)
     await world.send(asking())
-    lost = world.queue.take()  # by a worker that was told to stop it, and died
+    lost = world.queue.take()  # by a worker that was asked to stop it, and died
     await lost.withdraw()
     world.queue.run_out_leases()
     await world.work()
@@ -84,18 +86,18 @@ async def test_the_next_worker_reads_the_note_even_after_the_last_attempt(
     assert world.runner.runs == []
 
 
-async def test_a_deadline_or_a_drain_that_comes_as_late_changes_nothing(
+async def test_deadline_or_drain_after_the_last_upload_changes_nothing(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = await make_world()
     original = world.artifacts.store
 
-    async def and_then_drained(*args: Any, **kwargs: Any) -> Any:
+    async def and_then_drain(*args: Any, **kwargs: Any) -> Any:
         value = await original(*args, **kwargs)
         world.execution.interrupt(StopReason.DRAIN)
         return value
 
-    monkeypatch.setattr(world.artifacts, "store", and_then_drained)
+    monkeypatch.setattr(world.artifacts, "store", and_then_drain)
     await world.send(asking())
     await world.work()
     assert isinstance(await world.result("a"), SucceededEvent)
