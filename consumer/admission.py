@@ -64,8 +64,8 @@ class Job:
     Attributes:
         digest: What the request asks for; of the raw bytes until it is decoded.
         place: Among the jobs in hand.
-        releases: How many of the deliveries were given back on purpose.
-        withdrawn: Whether it was cancelled while an earlier worker had it.
+        uncounted: How many of the deliveries were no attempts.
+        was_cancelled: Whether it was cancelled while an earlier worker had it.
         began: Whether the model has been started for it.
         is_copy: Whether its request id belongs to another delivery, which came before.
         decided: Set when `is_copy` is known.
@@ -86,8 +86,8 @@ class Job:
     digest: str
     queued: float
     place: Place
-    releases: int = 0
-    withdrawn: bool = False
+    uncounted: int = 0
+    was_cancelled: bool = False
     began: bool = False
     is_copy: bool = False
     decided: asyncio.Event = field(default_factory=asyncio.Event)
@@ -128,7 +128,7 @@ class Job:
     @property
     def attempts_so_far(self) -> int:
         """How many deliveries of the request were attempts, this one included."""
-        return self.delivery.attempt - self.releases
+        return self.delivery.attempt - self.uncounted
 
     @property
     def attempt(self) -> int:
@@ -174,7 +174,7 @@ class Admission:
         queued = (datetime.now(UTC) - delivery.stored_at).total_seconds()
         return Job(
             delivery=delivery,
-            releases=delivery.uncounted,
+            uncounted=delivery.uncounted,
             place=place or Turns().join(),
             envelope=self._envelope(delivery),
             digest=digest_of_bytes(delivery.body),

@@ -21,7 +21,7 @@ from consumer import job as outcomes
 from consumer.admission import Admission
 from consumer.conclusion import Conclusion
 from consumer.job import decide
-from consumer.ports import Delivery, Events, Found, Grip, Queue, ResultEvent, Workers
+from consumer.ports import Delivery, Events, IdLookup, Queue, ResultEvent, StopAck, Workers
 from generation_contracts import (
     CancelledEvent,
     CancelReply,
@@ -105,7 +105,7 @@ class Cancellation:
     async def _cancel(self, request_id: str) -> CancelReply:
         async with self._lookups:
             # First: a worker that receives the request after the lookup knows that it is cancelled.
-            answer = await self._workers.ask(request_id)
+            answer = await self._workers.request_stop(request_id)
             found = await self._queue.find(request_id)
         stopped = await self._stop_stored(request_id, found)
         stops = await self._heed_workers(request_id, answer, stopped)
@@ -115,16 +115,16 @@ class Cancellation:
         return _reply(request_id, stopped.ended.values(), in_flight=stops)
 
     async def _heed_workers(
-        self, request_id: str, answer: "asyncio.Future[Grip | None]", stopped: _Stopped
+        self, request_id: str, answer: "asyncio.Future[StopAck | None]", stopped: _Stopped
     ) -> bool:
         """Wait for a worker's answer where one is needed; whether the request stops later."""
         if stopped.ended and not stopped.in_flight and not answer.done():
             return False  # no worker has it any more
         match await answer:
-            case Grip.STOPPING:
+            case StopAck.STOPPING:
                 log.info("cancellation", request_id=request_id, found="running")
                 return True
-            case Grip.ENDING:
+            case StopAck.ENDING:
                 stopped.ended |= await self._about_to_end(request_id)
                 # Without an event the attempt has failed. It will be repeated, but by no worker
                 # that has been asked: all of them remember the id.
@@ -143,7 +143,7 @@ class Cancellation:
                     await self._queue.cancel_retry(task, request_id)
                     stopped.in_flight.add(task)
 
-    async def _stop_stored(self, request_id: str, found: Found) -> _Stopped:
+    async def _stop_stored(self, request_id: str, found: IdLookup) -> _Stopped:
         """End or mark what is in the streams under one id; read what has ended."""
         stopped = _Stopped()
         for task in found.requests:
@@ -157,12 +157,12 @@ class Cancellation:
         # Copies behind the oldest message find its terminal event when they are delivered.
         oldest = await self._queue.oldest(task, request_id)
         if oldest is not None and not oldest.untouched:
-            await oldest.delivery.withdraw()
+            await oldest.delivery.mark_cancelled()
             stopped.in_flight.add(task)
             return
         if oldest is not None:
             await self._end(task, request_id, oldest.delivery)
-            await self._workers.tell(request_id)  # one may have started since it was asked first
+            await self._workers.notify_stop(request_id)  # one may have started it meanwhile
         await self._note_end(task, request_id, stopped)
 
     async def _note_end(self, task: Task, request_id: str, stopped: _Stopped) -> None:
@@ -218,7 +218,7 @@ class Cancellation:
             found = await self._queue.find(request_id)
         stopped = await self._stop_stored(request_id, found)
         if stopped.in_flight:
-            await self._workers.tell(request_id)  # an earlier version knows it by this id only
+            await self._workers.notify_stop(request_id)  # an earlier version knows only this id
             stopped.ended |= await self._ended(request_id)
             stopped.in_flight -= stopped.ended.keys()
         return stopped

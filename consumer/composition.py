@@ -13,7 +13,7 @@ from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.bus.topology import DELIVERIES_PER_ATTEMPT, Durable, Topology
 from consumer.cancellation import Cancellation, Ending
 from consumer.conclusion import Conclusion
-from consumer.ports import Grip, ModelDescription, Observer, Runner
+from consumer.ports import ModelDescription, Observer, Runner, StopAck
 from consumer.runners import ModelConfig, create_runner
 from consumer.settings import Settings
 from consumer.turns import STAGES, Bounds, Turns
@@ -80,8 +80,8 @@ def make_front_door(
     artifacts: ObjectStoreArtifacts,
     model: ModelDescription,
     check: Callable[[Request], None],
-    withdraw: Callable[[str], Awaitable[Grip | None]],
-    holds: Callable[[str], bool],
+    request_stop: Callable[[str], Awaitable[StopAck | None]],
+    is_running: Callable[[str], bool],
     observer: Observer,
 ) -> FrontDoor:
     """Calls for the own task, and cancellation for every task: a worker of another may be away.
@@ -95,8 +95,8 @@ def make_front_door(
         artifacts: The object store.
         model: What is loaded.
         check: Says whether the model can do what is asked.
-        withdraw: Stops a request that this worker has.
-        holds: Whether this worker has a request.
+        request_stop: Stops a request that this worker has.
+        is_running: Whether this worker has a request.
         observer: Told of each call that is refused, and of chains that break where a cancellation
             finds a request ended.
     """
@@ -124,8 +124,8 @@ def make_front_door(
         reply_prefixes=settings.reply_prefixes,
         check=check,
         cancel=cancellation.cancel,
-        withdraw=withdraw,
-        holds=holds,
+        request_stop=request_stop,
+        is_running=is_running,
         observer=observer,
         worker_inboxes=f"{settings.nats_inbox_prefix}.",
     )

@@ -92,7 +92,7 @@ class Conclusion:
         """
         job.advance(State.CONCLUDING)
         if decision.dead_letter:
-            await self._put_aside(job, decision)
+            await self._dead_letter(job, decision)
         began = time.monotonic()
         try:
             standing = await self._announce(job, decision)
@@ -132,7 +132,7 @@ class Conclusion:
             is_copy=job.is_copy,
         )
         try:
-            await self._put_aside(job, decision)
+            await self._dead_letter(job, decision)
             try:
                 if not job.is_copy:
                     await self._announce_the_end(job, decision, Broken(exception))
@@ -318,7 +318,7 @@ class Conclusion:
             raise AssertionError("a failed event without a failure")
         return FailedEvent(**fields, failure=decision.failure)
 
-    async def _put_aside(self, job: Job, decision: Decision) -> None:
+    async def _dead_letter(self, job: Job, decision: Decision) -> None:
         if decision.failure is None:
             raise AssertionError("a dead letter without a failure")
         letter = DeadLetter(
@@ -340,7 +340,7 @@ class Conclusion:
             case Settlement.RETRY:
                 await self._retry_later(job, counts=decision.counts)
             case Settlement.RELEASE:
-                await job.delivery.release()
+                await job.delivery.requeue()
             case Settlement.TERM:
                 code = "" if decision.failure is None else decision.failure.code
                 await job.delivery.term(code)

@@ -25,7 +25,6 @@ from consumer.ports import (
     Artifacts,
     Delivery,
     Events,
-    Grip,
     Images,
     Inference,
     JobTrace,
@@ -36,6 +35,7 @@ from consumer.ports import (
     Queue,
     Runner,
     RunnerOutput,
+    StopAck,
     Tracer,
     Workers,
 )
@@ -178,7 +178,7 @@ class Execution:
         finally:
             place.leave()
 
-    async def put_aside(self, delivery: Delivery) -> None:
+    async def dead_letter(self, delivery: Delivery) -> None:
         """Conclude a request that the server delivers no more, without running it.
 
         It is left alone while its id is in progress: its last worker may have been slow, not dead.
@@ -216,7 +216,7 @@ class Execution:
             if self._turns.waits_behind_another(job.place):
                 job.interrupt.set(Reason.DRAIN)
 
-    async def withdraw(self, request_id: str) -> Grip | None:
+    async def request_stop(self, request_id: str) -> StopAck | None:
         """Stop a job at its next step because its sender wants it no more.
 
         A request that this worker does not have yet is stopped when it comes, within the next
@@ -235,12 +235,12 @@ class Execution:
         in_time = [job for job in held if job.state not in _AT_THE_END]
         for job in in_time:
             job.interrupt.set(Reason.CANCEL)  # before anything is waited for: it is in time now
-            await job.delivery.withdraw()
+            await job.delivery.mark_cancelled()
         if not held:
             return None
-        return Grip.STOPPING if in_time else Grip.ENDING
+        return StopAck.STOPPING if in_time else StopAck.ENDING
 
-    def holds(self, request_id: str) -> bool:
+    def is_running(self, request_id: str) -> bool:
         """Whether the model has been started for a request that this worker has."""
         return any(job.began for job in self._jobs if job.request_id == request_id)
 
@@ -335,8 +335,8 @@ class Execution:
         try:
             self._read(job)
             await self._ids.acquire(job)
-            job.releases = job.delivery.uncounted + await job.delivery.releases()
-            if await job.delivery.withdrawn():
+            job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
+            if await job.delivery.was_cancelled():
                 return outcomes.Cancelled()
         except Exception as error:  # noqa: BLE001 - each of them is an outcome
             return outcome_of(error)
@@ -345,20 +345,20 @@ class Execution:
         return outcomes.WorkerLost()
 
     async def _read_marks(self, job: Job) -> None:
-        job.withdrawn = await job.delivery.withdrawn()
-        if job.withdrawn:
+        job.was_cancelled = await job.delivery.was_cancelled()
+        if job.was_cancelled:
             job.interrupt.set(Reason.CANCEL)
         if not job.place.suspect:
             return  # it was queued again after a failed attempt, and its worker lives
-        requeued = await job.delivery.releases()
-        job.releases = job.delivery.uncounted + requeued
+        requeued = await job.delivery.marked_uncounted()
+        job.uncounted = job.delivery.uncounted + requeued
         if job.delivery.deliveries - requeued == 1:
             job.place.clear()  # a rollout of the workers, for example
         elif job.place.in_company:
             # If the worker dies now, it may be of another one: what waits behind a request that
             # kills three workers must not become a dead letter with it. `_be_alone` ends that.
-            await job.delivery.discount()
-            job.releases = job.delivery.uncounted + await job.delivery.releases()
+            await job.delivery.mark_uncounted()
+            job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
 
     async def _be_alone(self, job: Job) -> None:
         """Let those leave who were in hand before a suspect: what happens then is its own doing."""
@@ -369,8 +369,8 @@ class Execution:
     async def _count(self, job: Job) -> None:
         """Make this delivery a try: what has become of it is its own doing."""
         if job.place.suspect and job.place.in_company:
-            await job.delivery.count()
-            job.releases = job.delivery.uncounted + await job.delivery.releases()
+            await job.delivery.mark_counted()
+            job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
             job.place.in_company = False
 
     async def _failed_too_often(self, job: Job) -> bool:
@@ -388,7 +388,7 @@ class Execution:
 
     async def _admit(self, job: Job, request: Request) -> "list[Image]":
         await self._be_alone(job)
-        if job.attempt > self._limits.max_attempts and not job.withdrawn:
+        if job.attempt > self._limits.max_attempts and not job.was_cancelled:
             raise TooManyDeliveries
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
             raise Stopped(Reason.DEADLINE)
@@ -424,7 +424,7 @@ class Execution:
         if job.state in {State.SETTLED, State.ABANDONED}:
             return False
         try:
-            await asyncio.wait_for(job.delivery.release(), LAST_WORD)
+            await asyncio.wait_for(job.delivery.requeue(), LAST_WORD)
         except Exception as error:  # noqa: BLE001 - the cancellation goes on, and the lease runs out
             log.warning("not_given_back", error=type(error).__name__)
             return False

@@ -45,7 +45,7 @@ class Lease:
         beating, self._beating = self._beating, None
         if beating is not None:
             await cancel_and_wait(beating)
-        self.delivery.let_lapse()
+        self.delivery.stop_renewing()
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()

@@ -21,10 +21,9 @@ from consumer.ports import (
     DeadLetter,
     Delivery,
     EncodedImage,
-    Found,
     GeneratedImage,
     GeneratedText,
-    Grip,
+    IdLookup,
     InputUnavailable,
     Interrupted,
     IsCancelled,
@@ -37,6 +36,7 @@ from consumer.ports import (
     OutputFormat,
     ResultEvent,
     RunnerOutput,
+    StopAck,
     StoredRequest,
     StoreUnavailable,
     UnsupportedParameter,
@@ -146,29 +146,29 @@ class MemoryDelivery:
     async def nak(self) -> None:
         await self._settle("nak")
 
-    async def release(self) -> None:
+    async def requeue(self) -> None:
         if not self.queue.outage.away:  # the real one notes it soon or not at all
             self.queue.released[self.stream_sequence].add(self.deliveries)
-        await self._settle("release")
+        await self._settle("requeue")
 
-    async def discount(self) -> None:
+    async def mark_uncounted(self) -> None:
         if not self.queue.outage.away:
             self.queue.discounted[self.stream_sequence].add(self.deliveries)
 
-    async def count(self) -> None:
+    async def mark_counted(self) -> None:
         if not self.queue.outage.away:
             self.queue.discounted[self.stream_sequence].discard(self.deliveries)
 
-    async def releases(self) -> int:
+    async def marked_uncounted(self) -> int:
         await self.queue.outage.over()
         number = self.stream_sequence
         return len(self.queue.released[number] | self.queue.discounted[number])
 
-    async def withdraw(self) -> None:
+    async def mark_cancelled(self) -> None:
         if not self.queue.outage.away:  # as with a release
             self.queue.withdrawn.add(self.stream_sequence)
 
-    async def withdrawn(self) -> bool:
+    async def was_cancelled(self) -> bool:
         await self.queue.outage.over()
         return self.stream_sequence in self.queue.withdrawn or (
             bool(self.carried) and self.subject.rpartition(".")[2] in self.queue.cancelled_retries
@@ -183,7 +183,7 @@ class MemoryDelivery:
         if refusal is not None:
             raise refusal
 
-    def let_lapse(self) -> None:
+    def stop_renewing(self) -> None:
         self.lapsed = True
 
     def again(self, deliveries: int) -> "MemoryDelivery":
@@ -320,7 +320,7 @@ class MemoryQueue:
         assert task is self.task
         self.cancelled_retries.add(request_id)
 
-    async def find(self, request_id: str) -> Found:
+    async def find(self, request_id: str) -> IdLookup:
         raise AssertionError(f"a job looks for no others: {request_id}")
 
     async def find_results(self, request_id: str) -> frozenset[Task]:
@@ -347,7 +347,7 @@ class MemoryQueue:
     def settled(self, delivery: MemoryDelivery, how: str) -> None:
         self._journal.append(how)
         number = delivery.stream_sequence
-        if how in {"nak", "release"}:
+        if how in {"nak", "requeue"}:
             # The server takes it from whoever held the message before, too, and delivers it again
             # although another worker has it by then. What waits or is settled is left alone.
             for held in self.in_hand:
@@ -394,14 +394,14 @@ class MemoryWorkers:
         self.idle = False
         self.asked: list[Execution] = []
 
-    async def ask(self, request_id: str) -> asyncio.Future[Grip | None]:
+    async def request_stop(self, request_id: str) -> asyncio.Future[StopAck | None]:
         raise AssertionError(f"a job cancels no others: {request_id}")
 
-    async def tell(self, request_id: str) -> None:
+    async def notify_stop(self, request_id: str) -> None:
         raise AssertionError(f"a job cancels no others: {request_id}")
 
-    async def holds(self, request_id: str) -> bool:
-        return any(one.holds(request_id) for one in self.asked)
+    async def is_in_progress(self, request_id: str) -> bool:
+        return any(one.is_running(request_id) for one in self.asked)
 
     async def others_idle(self) -> bool:
         return self.idle

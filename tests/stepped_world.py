@@ -158,7 +158,9 @@ class SteppedInference:
 
 
 # What keeps its word never to raise, whatever becomes of the connection.
-NEVER_RAISE = frozenset({"publish_progress", "reply", "nak", "release", "holds", "others_idle"})
+NEVER_RAISE = frozenset(
+    {"publish_progress", "reply", "nak", "requeue", "is_in_progress", "others_idle"}
+)
 WITHOUT_THE_BUS = frozenset({"store", "fetch", "discard", "reachable"})
 
 
@@ -215,7 +217,7 @@ class SteppedWorker:
         """Begin with a delivery, or with one that the server delivers no more, up to a call."""
         self.watcher = watcher
         handed = cast("Delivery", self._stepped(delivery))
-        does = self.execution.put_aside if stranded else self.execution.handle
+        does = self.execution.dead_letter if stranded else self.execution.handle
         self.job = self._loop.create_task(does(handed))
         self._loop.rest()
 

@@ -69,14 +69,14 @@ ROWS = {
     "worker lost": _put_aside("worker_lost"),
     "deliveries used up": Row(None, "ack", retried=True),
     "left alone": Row(None, None),
-    "drained": Row(None, "release"),
+    "drained": Row(None, "requeue"),
 }
 STOPPED = {Reason.DEADLINE: "expired", Reason.CANCEL: "cancelled", Reason.DRAIN: "drained"}
 CONCLUDING = frozenset(
-    {"dead_letter", "publish_result", "reply", "retry_later", "ack", "nak", "term", "release"}
+    {"dead_letter", "publish_result", "reply", "retry_later", "ack", "nak", "term", "requeue"}
 )
 # The calls without whose answers nothing is known of a request.
-UNREAD = frozenset({"releases", "withdrawn", "find_result", "older", "owner"})
+UNREAD = frozenset({"marked_uncounted", "was_cancelled", "find_result", "older", "owner"})
 # What its sender is told without an event that is stored.
 REPLIED_ONLY = frozenset({"conflict", *(verdict for verdict in ROWS if verdict.endswith(" copy"))})
 REPLIED_ONLY -= {"earlier copy"}
@@ -316,7 +316,7 @@ class Story:
             case "retry_later", *_:
                 self._retried = True
                 self._may("a retry", lambda row: row.retried)
-            case (("ack" | "nak" | "term" | "release"), *reason):
+            case (("ack" | "nak" | "term" | "requeue"), *reason):
                 self._settles(" ".join([call, *reason]))
             case _:
                 pass
@@ -329,9 +329,9 @@ class Story:
                 self._older = answer
             case "owner", str() | None:
                 self._owner = answer
-            case "holds", True:
+            case "is_in_progress", True:
                 self._held = True
-            case "releases", _:
+            case "marked_uncounted", _:
                 self._releases = self.delivery.uncounted + len(self._given_back)
             case "publish_result", _:
                 self._fenced = answer != arguments[0]
@@ -346,7 +346,7 @@ class Story:
             self._event = None
         if call in UNREAD and not self.concluding:
             self._unread = True
-        if call == "releases":
+        if call == "marked_uncounted":
             self._releases = self.delivery.uncounted  # each one counts where it cannot be asked
 
     def run_begins(self, run: SteppedRun) -> None:
@@ -374,7 +374,7 @@ class Story:
             return
         reported = self.worker.observer.outcomes[-1]
         self._claim((reported == "abandoned") == (settlement is None), f"reported as {reported}")
-        ends = settlement not in {None, "nak", "release"} and not self._retried
+        ends = settlement not in {None, "nak", "requeue"} and not self._retried
         self._claim(self._replies_sent == int(self.sent.reply and ends), "wrong number of replies")
         left = {one.key for one in self._outputs} - keys_of(self._stands()) if ends else set()
         self._claim(self._discarded == left, f"{self._discarded} removed instead of {left}")
@@ -441,12 +441,12 @@ class Story:
             )
 
     def _settles(self, how: str) -> None:
-        if how == "release" and not self.world.bus.away and not self.cut_off:
+        if how == "requeue" and not self.world.bus.away and not self.cut_off:
             self._given_back.add(self.delivery.deliveries)
         self._claim(self.forced or not self._settlements, f"{how} after {self._settlements}")
         self._settlements.append(how)
         if self.forced:
-            self._claim(how == "release", f"{how} as the last word")
+            self._claim(how == "requeue", f"{how} as the last word")
             return
         self._may(f"settled by {how}", lambda row: row.settlement == how)
         if how.startswith(("ack", "term")):

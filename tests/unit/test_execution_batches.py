@@ -184,7 +184,7 @@ async def test_cancelled_member_of_a_failed_batch_waits_for_no_other_members_run
     await soon(holds[0].begun())  # the batch has failed, and one of its members runs alone
     running = model(world).runs[0].request.request_id
     waiting = next(one for one in working if one != running)
-    await world.execution.withdraw(waiting)
+    await world.execution.request_stop(waiting)
     await soon(working[waiting])
     assert isinstance(await world.result(waiting), CancelledEvent)
     assert not working[str(running)].done()
@@ -226,7 +226,7 @@ async def test_cancelled_member_ends_at_its_next_step_and_the_others_go_on(
     model(world).let_go.clear()
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
-    assert await world.execution.withdraw("b")
+    assert await world.execution.request_stop("b")
     await soon(handling[1])
     assert (await world.result("b")).type == "generation.v1.cancelled"  # type: ignore[union-attr]
     assert (await world.result("a"), await world.result("c")) == (None, None)
@@ -241,7 +241,7 @@ async def test_batch_of_which_all_are_cancelled_frees_the_device(world: MemoryWo
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
     for request_id in ("a", "b", "c"):
-        await world.execution.withdraw(request_id)
+        await world.execution.request_stop(request_id)
     await soon(asyncio.gather(*handling))
     await world.send(asking("after"))
     await soon(world.work())
@@ -270,7 +270,7 @@ async def test_member_cancelled_while_it_waits_is_in_no_batch(world: MemoryWorld
     handling = await begin(world, "a", "b", "c")
     while [job.state for job in world.execution._jobs[1:]] != [State.ADMITTED] * 3:
         await asyncio.wait(handling, timeout=POLL)
-    await world.execution.withdraw("b")
+    await world.execution.request_stop("b")
     await soon(handling[1])
     hold.release()
     await soon(asyncio.gather(first, *handling))
@@ -400,12 +400,14 @@ async def test_death_counts_once_a_suspect_is_alone_and_not_before(make_world: W
     suspect = world.queue.take()
     handling = asyncio.create_task(world.execution.handle(suspect))
     await soon(world.events.asked.until(2))
-    assert await suspect.releases() == 1, "should this worker die now, it may be of the other"
+    assert await suspect.marked_uncounted() == 1, (
+        "should this worker die now, it may be of the other"
+    )
     second = world.runner.will_hold()
     hold.release()
     await soon(other)
     await soon(second.begun())
-    assert await suspect.releases() == 0
+    assert await suspect.marked_uncounted() == 0
     second.release()
     await soon(handling)
     assert world.observer.outcomes == ["succeeded", "succeeded"]
@@ -427,7 +429,7 @@ async def test_suspect_that_waits_for_others_can_be_cancelled_and_given_back(
         if stop is Reason.DRAIN:
             world.execution.give_back_what_waits()
         else:
-            await world.execution.withdraw("suspect")
+            await world.execution.request_stop("suspect")
         await soon(handling)
         world.store.end()
         await soon(other)
@@ -472,7 +474,7 @@ async def test_cancellation_of_who_is_next(withdrawn: str) -> None:
     if withdrawn != "in time":
         first.release()
         assert begun.wait(LONG)
-    await world.execution.withdraw("b")
+    await world.execution.request_stop("b")
     await soon(handling[1])
     first.release()
     await soon(handling[0])
@@ -498,7 +500,7 @@ async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
 
     monkeypatch.setattr(world.events, "publish_result", slowly)
     handling = await one_behind_another(world, first)
-    await world.execution.withdraw("b")
+    await world.execution.request_stop("b")
     await soon(told.wait())
     await world.send(asking("c"))
     handling.append(asyncio.create_task(world.work()))
@@ -515,14 +517,14 @@ async def test_forced_end_begins_nothing() -> None:
     world = MemoryWorld(bounds=Bounds(in_flight=3))
     first, giving_back, given_back = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
     handling = await one_behind_another(world, first)
-    release = world.execution._jobs[1].delivery.release
+    requeue = world.execution._jobs[1].delivery.requeue
 
     async def slowly() -> None:
         giving_back.set()
         await given_back.wait()
-        await release()
+        await requeue()
 
-    world.execution._jobs[1].delivery.release = slowly  # type: ignore[method-assign]
+    world.execution._jobs[1].delivery.requeue = slowly  # type: ignore[method-assign]
     handling[1].cancel()
     await soon(giving_back.wait())
     first.release()

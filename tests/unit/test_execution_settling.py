@@ -419,7 +419,7 @@ async def test_cancelled_task_gives_the_request_back(world: MemoryWorld) -> None
     working = asyncio.create_task(world.work())
     await soon(hold.begun())
     await cancel(working)
-    assert world.settlements == ["release"]
+    assert world.settlements == ["requeue"]
     assert not beating()
     assert not world.execution.interrupt(Reason.CANCEL)
     assert world.observer.outcomes == ["given_back"]

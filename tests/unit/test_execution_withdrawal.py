@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from consumer.ports import Grip
+from consumer.ports import StopAck
 from consumer.run import Reason
 from generation_contracts import CancelledEvent, SucceededEvent
 from tests.behaviour import asking, soon
@@ -26,20 +26,20 @@ async def while_held(world: MemoryWorld, hold: Hold, act: Callable[[], Awaitable
 
 
 async def test_a_request_that_is_not_here_is_nobodys(make_world: Worlds) -> None:
-    assert await (await make_world()).execution.withdraw("a") is None
+    assert await (await make_world()).execution.request_stop("a") is None
 
 
 async def test_in_the_run_it_stops_and_leaves_a_note(make_world: Worlds) -> None:
     world = await make_world()
     hold = world.runner.will_hold()
-    grips: list[Grip | None] = []
+    stop_acks: list[StopAck | None] = []
 
     async def withdraw() -> None:
-        grips.append(await world.execution.withdraw("a"))
+        stop_acks.append(await world.execution.request_stop("a"))
 
     await world.send(asking())
     await while_held(world, hold, withdraw)
-    assert grips == [Grip.STOPPING]
+    assert stop_acks == [StopAck.STOPPING]
     assert world.queue.withdrawn == {1}
     assert isinstance(await world.result("a"), CancelledEvent)
 
@@ -53,11 +53,11 @@ async def test_at_the_last_moment_the_answer_is_true(
     owner, method = (
         (world.artifacts, "store") if when.endswith("upload") else (world.events, "publish_result")
     )
-    original, grips = getattr(owner, method), []
+    original, stop_acks = getattr(owner, method), []
 
     async def and_then_withdrawn(*args: Any, **kwargs: Any) -> Any:
         value = await original(*args, **kwargs)
-        grips.append(await world.execution.withdraw("a"))
+        stop_acks.append(await world.execution.request_stop("a"))
         return value
 
     monkeypatch.setattr(owner, method, and_then_withdrawn)
@@ -65,10 +65,10 @@ async def test_at_the_last_moment_the_answer_is_true(
     await world.work()
     event = await world.result("a")
     if when.endswith("upload"):
-        assert (grips, type(event)) == ([Grip.STOPPING], CancelledEvent)
+        assert (stop_acks, type(event)) == ([StopAck.STOPPING], CancelledEvent)
         assert world.artifacts.objects == {}
     else:
-        assert (grips, type(event)) == ([Grip.ENDING], SucceededEvent)
+        assert (stop_acks, type(event)) == ([StopAck.ENDING], SucceededEvent)
 
 
 async def test_the_next_worker_reads_the_note_even_after_the_last_attempt(
@@ -77,7 +77,7 @@ async def test_the_next_worker_reads_the_note_even_after_the_last_attempt(
     world = await make_world(max_attempts=1)
     await world.send(asking())
     lost = world.queue.take()  # by a worker that was told to stop it, and died
-    await lost.withdraw()
+    await lost.mark_cancelled()
     world.queue.run_out_leases()
     await world.work()
     assert isinstance(await world.result("a"), CancelledEvent)

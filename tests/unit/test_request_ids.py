@@ -110,11 +110,11 @@ async def test_exhausted_copy_is_left_alone_while_the_request_runs(world: Memory
     first = asyncio.create_task(world.execution.handle(world.queue.take()))
     exhausted = world.queue.take()
     await soon(hold.begun())
-    await world.execution.put_aside(exhausted)
+    await world.execution.dead_letter(exhausted)
     assert (await world.result("a"), exhausted.settlements) == (None, [])
     hold.release()
     await soon(first)
-    await world.execution.put_aside(exhausted)
+    await world.execution.dead_letter(exhausted)
     assert exhausted.settlements == ["ack"]
     assert await world.replies() == [(INBOX, await world.result("a"))]
 
@@ -131,9 +131,9 @@ async def test_drains_never_end_a_request_that_the_server_delivers_no_more(
     await world.send(asking())
     for number in range(4):
         delivery = world.queue.take()
-        await (delivery.release() if number < given_back else delivery.nak())
+        await (delivery.requeue() if number < given_back else delivery.nak())
     (exhausted,) = world.queue.stranded
-    await world.execution.put_aside(exhausted)
+    await world.execution.dead_letter(exhausted)
     while await world.left():
         await soon(world.work())
     assert isinstance(await world.result("a"), ends)
@@ -142,10 +142,10 @@ async def test_drains_never_end_a_request_that_the_server_delivers_no_more(
 async def test_exhausted_request_stays_where_its_copy_finds_no_room(world: MemoryWorld) -> None:
     world.queue.max_deliver = 1
     await world.send(asking())
-    await world.queue.take().release()
+    await world.queue.take().requeue()
     (exhausted,) = world.queue.stranded
     world.events.retries_full = QueueFull()
-    await world.execution.put_aside(exhausted)
+    await world.execution.dead_letter(exhausted)
     assert (exhausted.settlements[-1], await world.result("a")) == ("nak", None)
 
 
@@ -241,7 +241,7 @@ async def test_retried_request_and_its_copy_that_fail_before_the_run_end_the_id(
 async def test_requeued_request_is_no_suspect(world: MemoryWorld) -> None:
     """After a rollout requests run next to others and in batches again."""
     await world.send(asking())
-    await world.queue.take().release()
+    await world.queue.take().requeue()
     hold = world.runner.will_hold()
     requeued = asyncio.create_task(world.work())
     await soon(hold.begun())
@@ -251,7 +251,7 @@ async def test_requeued_request_is_no_suspect(world: MemoryWorld) -> None:
 
 
 async def test_cancellation_that_comes_before_its_request_is_honoured(world: MemoryWorld) -> None:
-    assert await world.execution.withdraw("a") is None
+    assert await world.execution.request_stop("a") is None
     await world.send(asking(reply_to=INBOX))
     await soon(world.work())
     assert isinstance(await world.result("a"), CancelledEvent)
@@ -275,7 +275,7 @@ async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(world: Memo
     await world.send(step)
     working = asyncio.create_task(world.work())
     await soon(hold.begun())
-    assert await world.execution.withdraw("tour") is not None
+    assert await world.execution.request_stop("tour") is not None
     await soon(working)
     assert isinstance(await world.result("tour-2"), CancelledEvent)
 
@@ -309,7 +309,7 @@ async def test_output_that_cannot_be_stored_is_handed_over_where_another_worker_
     assert world.execution.waits_for_store is not idle
     world.store.end()
     await soon(working)
-    assert world.settlements == (["release"] if idle else ["ack"])
+    assert world.settlements == (["requeue"] if idle else ["ack"])
     assert isinstance(await world.result("a"), type(None) if idle else SucceededEvent)
 
 
