@@ -20,7 +20,7 @@ import structlog
 from consumer.admission import Admission
 from consumer.finalizer import Finalizer
 from consumer.outcomes import Cancelled
-from consumer.ports import Delivery, Events, Found, Grip, Queue, ResultEvent, Workers
+from consumer.ports import Delivery, Events, IdLookup, Queue, ResultEvent, StopAck, Workers
 from generation_contracts import (
     CancelledEvent,
     CancelReply,
@@ -109,7 +109,7 @@ class Cancellation:
     async def _cancel(self, request_id: str) -> CancelReply:
         async with self._lookups:
             # Before the lookup: a worker that receives the request after the lookup knows the id.
-            answer = await self._workers.ask(request_id)
+            answer = await self._workers.request_stop(request_id)
             found = await self._queue.find(request_id)
         stored = await self._stop_stored(request_id, found)
         in_flight = await self._await_workers(request_id, answer, stored)
@@ -119,16 +119,16 @@ class Cancellation:
         return _reply(request_id, stored.ended.values(), in_flight=in_flight)
 
     async def _await_workers(
-        self, request_id: str, answer: "asyncio.Future[Grip | None]", stored: _StoredState
+        self, request_id: str, answer: "asyncio.Future[StopAck | None]", stored: _StoredState
     ) -> bool:
         """Wait for a worker's answer if it matters; return whether the request is in flight."""
         if stored.ended and not stored.in_flight and not answer.done():
             return False  # no worker has the request
         match await answer:
-            case Grip.STOPPING:
+            case StopAck.STOPPING:
                 log.info("cancellation", request_id=request_id, found="running")
                 return True
-            case Grip.ENDING:
+            case StopAck.ENDING:
                 stored.ended |= await self._wait_for_results(request_id)
                 # Without an event the attempt has failed. The request is delivered again, but
                 # every worker that was asked has stored the id and does not run it.
@@ -147,7 +147,7 @@ class Cancellation:
                     await self._queue.cancel_retry(task, request_id)
                     stored.in_flight.add(task)
 
-    async def _stop_stored(self, request_id: str, found: Found) -> _StoredState:
+    async def _stop_stored(self, request_id: str, found: IdLookup) -> _StoredState:
         """Cancel or mark the requests with one id in the streams, and read their results."""
         stored = _StoredState()
         for task in found.requests:
@@ -161,12 +161,14 @@ class Cancellation:
         # The copies behind the oldest message get its terminal event when they are delivered.
         oldest = await self._queue.oldest(task, request_id)
         if oldest is not None and not oldest.untouched:
-            await oldest.delivery.withdraw()
+            await oldest.delivery.mark_cancelled()
             stored.in_flight.add(task)
             return
         if oldest is not None:
             await self._cancel_untouched(task, request_id, oldest.delivery)
-            await self._workers.tell(request_id)  # a worker may have started after the first one
+            await self._workers.notify_stop(
+                request_id
+            )  # a worker may have started after the first one
         await self._read_result(task, request_id, stored)
 
     async def _read_result(self, task: Task, request_id: str, stored: _StoredState) -> None:
@@ -220,7 +222,9 @@ class Cancellation:
             found = await self._queue.find(request_id)
         stored = await self._stop_stored(request_id, found)
         if stored.in_flight:
-            await self._workers.tell(request_id)  # earlier versions know only the id of the step
+            await self._workers.notify_stop(
+                request_id
+            )  # earlier versions know only the id of the step
             stored.ended |= await self._read_results(request_id)
             stored.in_flight -= stored.ended.keys()
         return stored

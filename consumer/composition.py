@@ -15,7 +15,7 @@ from consumer.cancellation import Cancellation, TaskFinalizer
 from consumer.finalizer import Finalizer
 from consumer.in_flight import STAGES
 from consumer.inference.run_queue import RunQueue
-from consumer.ports import Grip, ModelDescription, Observer, Runner
+from consumer.ports import ModelDescription, Observer, Runner, StopAck
 from consumer.runners import ModelConfig, create_runner
 from consumer.settings import Settings
 from generation_contracts import Request, Task
@@ -86,8 +86,8 @@ def make_front_door(
     artifacts: ObjectStoreArtifacts,
     model: ModelDescription,
     check: Callable[[Request], None],
-    withdraw: Callable[[str], Awaitable[Grip | None]],
-    holds: Callable[[str], bool],
+    request_stop: Callable[[str], Awaitable[StopAck | None]],
+    is_running: Callable[[str], bool],
     observer: Observer,
 ) -> FrontDoor:
     """Calls for the own task, and cancellation for every task: a worker of another may be away.
@@ -101,8 +101,8 @@ def make_front_door(
         artifacts: The object store.
         model: What is loaded.
         check: Says whether the model can do what is asked.
-        withdraw: Stops a request that this worker has.
-        holds: Whether this worker has a request.
+        request_stop: Stops a request that this worker has.
+        is_running: Whether this worker has a request.
         observer: Told of each call that is refused, and of chains that break where a cancellation
             finds a request ended.
     """
@@ -129,8 +129,8 @@ def make_front_door(
         reply_prefixes=settings.reply_prefixes,
         check=check,
         cancel=cancellation.cancel,
-        withdraw=withdraw,
-        holds=holds,
+        request_stop=request_stop,
+        is_running=is_running,
         observer=observer,
         worker_inboxes=f"{settings.nats_inbox_prefix}.",
     )

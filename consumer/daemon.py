@@ -15,21 +15,21 @@ from typing import Any, TextIO
 import structlog
 
 from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
+from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import (
     Bus,
     ConnectionGivenUp,
     connect,
     wait_until_available,
 )
-from consumer.bus.delivery import Custody, JetStreamDelivery
+from consumer.bus.delivery import DeliveryContext, JetStreamDelivery
 from consumer.bus.endpoint_connection import connect_endpoints
-from consumer.bus.notes import Notes
+from consumer.bus.exhausted import find_exhausted
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.bus.retries import RetryMover
 from consumer.bus.standby import Standby
-from consumer.bus.stranded import find_stranded
 from consumer.bus.topology import Durable, Topology
 from consumer.composition import (
     make_admission,
@@ -193,8 +193,8 @@ class Daemon:
                 workers=workers,
                 artifacts=artifacts,
             )
-            custody = self._make_custody(bus, durable, standby)
-            pull = PullLoop(bus, durable, ensure=ensure, custody=custody)
+            context = self._make_context(bus, durable, standby)
+            pull = PullLoop(bus, durable, ensure=ensure, context=context)
             door = make_front_door(
                 self._settings,
                 endpoints=endpoints,
@@ -204,8 +204,8 @@ class Daemon:
                 artifacts=artifacts,
                 model=model,
                 check=runner.check,
-                withdraw=execution.request_stop,
-                holds=execution.has_started,
+                request_stop=execution.request_stop,
+                is_running=execution.has_started,
                 observer=self._watch,
             )
             # Behind the door, which asks it about the last calls.
@@ -219,8 +219,8 @@ class Daemon:
             self._pull, self._execution = pull, execution
             self._beside(self._watch_store(artifacts, execution, pull), "watch-store", parts)
             self._beside(self._watch_endpoints(endpoints), "watch-endpoints", parts)
-            await self._watch_advisories(topology, custody, execution, parts)
-            await self._watch_retries(topology, custody, events, parts)
+            await self._watch_advisories(topology, context, execution, parts)
+            await self._watch_retries(topology, context, events, parts)
             log.info(
                 "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
             )
@@ -250,9 +250,9 @@ class Daemon:
         parts.push_async_callback(standby.close)
         return standby
 
-    def _make_custody(self, bus: Bus, durable: Durable, standby: Standby) -> Custody:
-        notes = Notes(bus, self._settings.subjects, self._task)
-        return Custody(bus, durable.ack_wait, notes, standby)
+    def _make_context(self, bus: Bus, durable: Durable, standby: Standby) -> DeliveryContext:
+        marks = AttemptMarks(bus, self._settings.subjects, self._task)
+        return DeliveryContext(bus, durable.ack_wait, marks, standby)
 
     async def _connect(self, parts: AsyncExitStack) -> tuple[Bus, Bus]:
         """Open the connection for deliveries and results, and the one for the endpoints."""
@@ -352,16 +352,22 @@ class Daemon:
         self._drain()
 
     async def _watch_advisories(
-        self, topology: Topology, custody: Custody, execution: Execution, parts: AsyncExitStack
+        self,
+        topology: Topology,
+        context: DeliveryContext,
+        execution: Execution,
+        parts: AsyncExitStack,
     ) -> None:
-        pull = await self._pull_beside(topology, topology.watcher(self._task), custody, parts)
-        self._beside(self._end_exhausted(pull, custody, execution), "watch-advisories", parts)
+        pull = await self._pull_beside(topology, topology.watcher(self._task), context, parts)
+        self._beside(self._end_exhausted(pull, context, execution), "watch-advisories", parts)
 
-    async def _end_exhausted(self, pull: PullLoop, custody: Custody, execution: Execution) -> None:
+    async def _end_exhausted(
+        self, pull: PullLoop, context: DeliveryContext, execution: Execution
+    ) -> None:
         stream = self._settings.subjects.requests_stream(self._task)
         while (advisory := await pull.next()) is not None:
             try:
-                delivery = await find_stranded(custody.bus, stream, advisory, custody.notes)
+                delivery = await find_exhausted(context.bus, stream, advisory, context.marks)
                 if delivery is not None:
                     await execution.handle_exhausted(delivery)
             except asyncio.CancelledError:
@@ -373,11 +379,15 @@ class Daemon:
                 await advisory.nak_later(ADVISORY_AGAIN)
 
     async def _watch_retries(
-        self, topology: Topology, custody: Custody, events: JetStreamEvents, parts: AsyncExitStack
+        self,
+        topology: Topology,
+        context: DeliveryContext,
+        events: JetStreamEvents,
+        parts: AsyncExitStack,
     ) -> None:
         durable = topology.retries(self._task)
-        pull = await self._pull_beside(topology, durable, custody, parts)
-        mover = RetryMover(custody.bus, self._task, durable, events)
+        pull = await self._pull_beside(topology, durable, context, parts)
+        mover = RetryMover(context.bus, self._task, durable, events)
         self._beside(self._move_retries(pull, mover), "move-retries", parts)
 
     async def _move_retries(self, pull: PullLoop, mover: RetryMover) -> None:
@@ -385,16 +395,16 @@ class Daemon:
             await mover.move(retry)
 
     async def _pull_beside(
-        self, topology: Topology, durable: Durable, custody: Custody, parts: AsyncExitStack
+        self, topology: Topology, durable: Durable, context: DeliveryContext, parts: AsyncExitStack
     ) -> PullLoop:
         """Pull from another durable than that of the requests."""
         of = durable.stream.rpartition("_")[2].lower()  # sequences of another stream
-        notes = Notes(custody.bus, self._settings.subjects, self._task, of=of)
+        marks = AttemptMarks(context.bus, self._settings.subjects, self._task, of=of)
         pull = PullLoop(
-            custody.bus,
+            context.bus,
             durable,
             ensure=partial(topology.ensure, self._task),
-            custody=replace(custody, notes=notes),
+            context=replace(context, marks=marks),
         )
         await pull.start()
         parts.push_async_callback(pull.close)
@@ -453,7 +463,7 @@ class Daemon:
     async def _end_pulling(self) -> None:
         # Before the request is given back: a standing pull would bring it here again.
         if self._pull is not None and self._execution is not None:
-            await self._pull.withdraw()
+            await self._pull.unsubscribe()
             self._execution.requeue_waiting()
 
     # -- drain ------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ from consumer.ports import (
     Artifacts,
     Delivery,
     Events,
-    Grip,
     Images,
     JobTrace,
     ModelDescription,
@@ -46,6 +45,7 @@ from consumer.ports import (
     Queue,
     Runner,
     RunnerOutput,
+    StopAck,
     Tracer,
     Workers,
 )
@@ -221,7 +221,7 @@ class Execution:
             if self._in_flight.waits_behind_another(job.slot):
                 job.cancel_token.set(StopReason.DRAIN)
 
-    async def request_stop(self, request_id: str) -> Grip | None:
+    async def request_stop(self, request_id: str) -> StopAck | None:
         """Stop a job at its next step because its sender has cancelled the request.
 
         A request that arrives within the next minutes is cancelled too.
@@ -239,10 +239,10 @@ class Execution:
             job.cancel_token.set(
                 StopReason.CANCEL
             )  # before the first await: the job may end meanwhile
-            await job.delivery.withdraw()
+            await job.delivery.mark_cancelled()
         if not jobs:
             return None
-        return Grip.STOPPING if stopping else Grip.ENDING
+        return StopAck.STOPPING if stopping else StopAck.ENDING
 
     def has_started(self, request_id: str) -> bool:
         """Return whether this worker has a job with this id and has started the model for it."""
@@ -339,8 +339,8 @@ class Execution:
         try:
             self._decode(job)
             await self._ids.acquire(job)
-            job.uncounted = job.delivery.uncounted + await job.delivery.releases()
-            if await job.delivery.withdrawn():
+            job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
+            if await job.delivery.was_cancelled():
                 return outcomes.Cancelled()
         except Exception as error:  # noqa: BLE001 - every exception is an outcome
             return classify_exception(error)
@@ -349,20 +349,20 @@ class Execution:
         return outcomes.WorkerLost()
 
     async def _read_marks(self, job: Job) -> None:
-        job.cancelled_before = await job.delivery.withdrawn()
+        job.cancelled_before = await job.delivery.was_cancelled()
         if job.cancelled_before:
             job.cancel_token.set(StopReason.CANCEL)
         if not job.slot.redelivered:
             return  # it was queued again after a failed attempt, and its worker lives
-        requeued = await job.delivery.releases()
+        requeued = await job.delivery.marked_uncounted()
         job.uncounted = job.delivery.uncounted + requeued
         if job.delivery.deliveries - requeued == 1:
             job.slot.clear()  # every earlier delivery was requeued, for example in a rollout
         elif job.slot.co_resident:
             # If the worker dies now, another request may be the cause. A request behind one that
             # kills three workers must not be dead-lettered with it. `_isolate` removes the mark.
-            await job.delivery.discount()
-            job.uncounted = job.delivery.uncounted + await job.delivery.releases()
+            await job.delivery.mark_uncounted()
+            job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
 
     async def _isolate(self, job: Job) -> None:
         """Wait until a redelivered job is alone in the worker: then a crash counts against it."""
@@ -372,8 +372,8 @@ class Execution:
 
     async def _count_attempt(self, job: Job) -> None:
         if job.slot.redelivered and job.slot.co_resident:
-            await job.delivery.count()
-            job.uncounted = job.delivery.uncounted + await job.delivery.releases()
+            await job.delivery.mark_counted()
+            job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
             job.slot.co_resident = False
 
     async def _attempts_exhausted(self, job: Job) -> bool:
@@ -438,7 +438,7 @@ class Execution:
         if job.state in FINAL:
             return False
         try:
-            await asyncio.wait_for(job.delivery.release(), RELEASE_TIMEOUT)
+            await asyncio.wait_for(job.delivery.requeue(), RELEASE_TIMEOUT)
         except Exception as error:  # noqa: BLE001 - the cancellation goes on, the lease expires
             log.warning("delivery_not_requeued", error=type(error).__name__)
             return False

@@ -267,7 +267,7 @@ class Finalizer:
             case Settlement.RETRY:
                 await self._retry_later(job, counts=decision.counts)
             case Settlement.REQUEUE:
-                await job.delivery.release()
+                await job.delivery.requeue()
             case Settlement.TERM:
                 code = "" if decision.failure is None else decision.failure.code
                 await job.delivery.term(code)

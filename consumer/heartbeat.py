@@ -45,7 +45,7 @@ class Lease:
         heartbeat, self._heartbeat = self._heartbeat, None
         if heartbeat is not None:
             await cancel_and_wait(heartbeat)
-        self.delivery.let_lapse()
+        self.delivery.stop_renewing()
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()

@@ -91,25 +91,25 @@ class Delivery(Protocol):
     async def nak(self) -> None:
         """Give it back after a try that failed, to be delivered again at once."""
 
-    async def release(self) -> None:
+    async def requeue(self) -> None:
         """Give it back without a try: to be delivered again at once, and not counted.
 
         Never raises: it is what a process does that ends.
         """
 
-    async def discount(self) -> None:
+    async def mark_uncounted(self) -> None:
         """Note that this delivery is no try, unless `count` says that it is. Never raises."""
 
-    async def count(self) -> None:
+    async def mark_counted(self) -> None:
         """Note that this delivery is a try after all, unless it is released. Never raises."""
 
-    async def releases(self) -> int:
+    async def marked_uncounted(self) -> int:
         """How many deliveries of the request were no tries."""
 
-    async def withdraw(self) -> None:
+    async def mark_cancelled(self) -> None:
         """Note that it is cancelled, for the next worker should this one die. Never raises."""
 
-    async def withdrawn(self) -> bool:
+    async def was_cancelled(self) -> bool:
         """Whether the request was cancelled while an earlier worker had it."""
 
     async def term(self, reason: str) -> None:
@@ -118,7 +118,7 @@ class Delivery(Protocol):
     async def extend(self) -> None:
         """Renew the lease for another `ack_wait`. Fire and forget: it never raises."""
 
-    def let_lapse(self) -> None:
+    def stop_renewing(self) -> None:
         """Renew the lease no more, nor let anyone else do it for this process."""
 
 
@@ -211,7 +211,7 @@ class StoredRequest:
 
 
 @dataclass(frozen=True)
-class Found:
+class IdLookup:
     """What is stored under a request id, by task.
 
     Attributes:
@@ -226,7 +226,7 @@ class Found:
 class Queue(Protocol):
     """The requests in their streams, found by the ids in their subjects."""
 
-    async def find(self, request_id: str) -> Found:
+    async def find(self, request_id: str) -> IdLookup:
         """Look what is stored under an id, without loading any of it.
 
         Raises:
@@ -234,7 +234,7 @@ class Queue(Protocol):
         """
 
     async def find_results(self, request_id: str) -> frozenset[Task]:
-        """Look for results alone: `Found.results`.
+        """Look for results alone: `IdLookup.results`.
 
         Raises:
             Unavailable: The bus cannot be used.
@@ -269,7 +269,7 @@ class Queue(Protocol):
         """Mark a request as cancelled for the worker that gets its next attempt. Never raises."""
 
 
-class Grip(Enum):
+class StopAck(Enum):
     """How a worker holds a request that it is asked to stop."""
 
     STOPPING = "stopping"  # it stops at its next step, even if this worker should die
@@ -279,17 +279,17 @@ class Grip(Enum):
 class Workers(Protocol):
     """All workers of the installation. No method raises."""
 
-    async def ask(self, request_id: str) -> "asyncio.Future[Grip | None]":
+    async def request_stop(self, request_id: str) -> "asyncio.Future[StopAck | None]":
         """Ask all workers to stop a request; each of them remembers the id.
 
         Returns:
             Once the question has been sent: the answer to wait for. None: no worker has answered.
         """
 
-    async def tell(self, request_id: str) -> None:
+    async def notify_stop(self, request_id: str) -> None:
         """Ask the same without an answer."""
 
-    async def holds(self, request_id: str) -> bool:
+    async def is_in_progress(self, request_id: str) -> bool:
         """Whether another worker has a job with this id. The job goes on.
 
         No answer within a moment counts as no.

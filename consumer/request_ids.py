@@ -82,7 +82,7 @@ class RequestIds:
         return (
             request_id in self._owners
             or await self._queue.older(self._task, request_id, delivery) is not None
-            or await self._workers.holds(request_id)
+            or await self._workers.is_in_progress(request_id)
         )
 
     def release(self, job: Job) -> None:

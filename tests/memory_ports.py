@@ -21,10 +21,9 @@ from consumer.ports import (
     DeadLetter,
     Delivery,
     EncodedImage,
-    Found,
     GeneratedImage,
     GeneratedText,
-    Grip,
+    IdLookup,
     InputUnavailable,
     Interrupted,
     MessageTooLarge,
@@ -34,6 +33,7 @@ from consumer.ports import (
     ResultEvent,
     RunnerOutput,
     RunRequest,
+    StopAck,
     StoredRequest,
     StoreUnavailable,
     UnsupportedParameter,
@@ -143,29 +143,29 @@ class MemoryDelivery:
     async def nak(self) -> None:
         await self._settle("nak")
 
-    async def release(self) -> None:
+    async def requeue(self) -> None:
         if not self.queue.outage.away:  # the real one stores the mark soon or never
             self.queue.released[self.stream_sequence].add(self.deliveries)
-        await self._settle("release")
+        await self._settle("requeue")
 
-    async def discount(self) -> None:
+    async def mark_uncounted(self) -> None:
         if not self.queue.outage.away:
             self.queue.discounted[self.stream_sequence].add(self.deliveries)
 
-    async def count(self) -> None:
+    async def mark_counted(self) -> None:
         if not self.queue.outage.away:
             self.queue.discounted[self.stream_sequence].discard(self.deliveries)
 
-    async def releases(self) -> int:
+    async def marked_uncounted(self) -> int:
         await self.queue.outage.over()
         number = self.stream_sequence
         return len(self.queue.released[number] | self.queue.discounted[number])
 
-    async def withdraw(self) -> None:
+    async def mark_cancelled(self) -> None:
         if not self.queue.outage.away:  # as with a release
             self.queue.withdrawn.add(self.stream_sequence)
 
-    async def withdrawn(self) -> bool:
+    async def was_cancelled(self) -> bool:
         await self.queue.outage.over()
         return self.stream_sequence in self.queue.withdrawn or (
             bool(self.carried) and self.subject.rpartition(".")[2] in self.queue.cancelled_retries
@@ -180,7 +180,7 @@ class MemoryDelivery:
         if refusal is not None:
             raise refusal
 
-    def let_lapse(self) -> None:
+    def stop_renewing(self) -> None:
         self.lapsed = True
 
     def again(self, deliveries: int) -> "MemoryDelivery":
@@ -317,7 +317,7 @@ class MemoryQueue:
         assert task is self.task
         self.cancelled_retries.add(request_id)
 
-    async def find(self, request_id: str) -> Found:
+    async def find(self, request_id: str) -> IdLookup:
         raise AssertionError(f"a job looks up no other requests: {request_id}")
 
     async def find_results(self, request_id: str) -> frozenset[Task]:
@@ -344,7 +344,7 @@ class MemoryQueue:
     def settled(self, delivery: MemoryDelivery, how: str) -> None:
         self._journal.append(how)
         number = delivery.stream_sequence
-        if how in {"nak", "release"}:
+        if how in {"nak", "requeue"}:
             # The server accepts it also from an earlier delivery, and delivers the message again
             # although another worker has it by then. Queued and settled messages are not affected.
             for held in self.in_flight:
@@ -391,13 +391,13 @@ class MemoryWorkers:
         self.idle = False
         self.asked: list[Execution] = []
 
-    async def ask(self, request_id: str) -> asyncio.Future[Grip | None]:
+    async def request_stop(self, request_id: str) -> asyncio.Future[StopAck | None]:
         raise AssertionError(f"a job cancels no other requests: {request_id}")
 
-    async def tell(self, request_id: str) -> None:
+    async def notify_stop(self, request_id: str) -> None:
         raise AssertionError(f"a job cancels no other requests: {request_id}")
 
-    async def holds(self, request_id: str) -> bool:
+    async def is_in_progress(self, request_id: str) -> bool:
         return any(one.has_started(request_id) for one in self.asked)
 
     async def others_idle(self) -> bool:

@@ -176,7 +176,9 @@ class SteppedInference(RunQueue):
 
 
 # The methods that never raise, whatever happens to the connection.
-NEVER_RAISE = frozenset({"publish_progress", "reply", "nak", "release", "holds", "others_idle"})
+NEVER_RAISE = frozenset(
+    {"publish_progress", "reply", "nak", "requeue", "is_in_progress", "others_idle"}
+)
 WITHOUT_THE_BUS = frozenset({"store", "fetch", "discard", "reachable"})
 
 

@@ -69,7 +69,7 @@ ROWS = {
     "worker lost": _dead_lettered("worker_lost"),
     "deliveries exhausted": Row(None, "ack", retried=True),
     "in progress": Row(None, None),
-    "drained": Row(None, "release"),
+    "drained": Row(None, "requeue"),
 }
 STOPPED = {
     StopReason.DEADLINE: "expired",
@@ -77,10 +77,10 @@ STOPPED = {
     StopReason.DRAIN: "drained",
 }
 FINALIZING = frozenset(
-    {"dead_letter", "publish_result", "reply", "retry_later", "ack", "nak", "term", "release"}
+    {"dead_letter", "publish_result", "reply", "retry_later", "ack", "nak", "term", "requeue"}
 )
 # The calls that the worker needs to know the state of a request.
-UNREAD = frozenset({"releases", "withdrawn", "find_result", "older", "owner"})
+UNREAD = frozenset({"marked_uncounted", "was_cancelled", "find_result", "older", "owner"})
 # The outcomes with a reply and without a stored event.
 REPLIED_ONLY = frozenset({"conflict", *(outcome for outcome in ROWS if outcome.endswith(" copy"))})
 REPLIED_ONLY -= {"earlier copy"}
@@ -324,7 +324,7 @@ class Story:
             case "retry_later", *_:
                 self._retried = True
                 self._may("a retry", lambda row: row.retried)
-            case (("ack" | "nak" | "term" | "release"), *reason):
+            case (("ack" | "nak" | "term" | "requeue"), *reason):
                 self._settles(" ".join([call, *reason]))
             case _:
                 pass
@@ -337,9 +337,9 @@ class Story:
                 self._older = answer
             case "owner", str() | None:
                 self._owner = answer
-            case "holds", True:
+            case "is_in_progress", True:
                 self._held = True
-            case "releases", _:
+            case "marked_uncounted", _:
                 self._releases = self.delivery.uncounted + len(self._requeued)
             case "publish_result", _:
                 self._fenced = answer != arguments[0]
@@ -354,7 +354,7 @@ class Story:
             self._event = None
         if call in UNREAD and not self.finalizing:
             self._unread = True
-        if call == "releases":
+        if call == "marked_uncounted":
             self._releases = (
                 self.delivery.uncounted
             )  # if the marks cannot be read, every delivery counts
@@ -384,7 +384,7 @@ class Story:
             return
         reported = self.worker.observer.outcomes[-1]
         self._claim((reported == "abandoned") == (settlement is None), f"reported as {reported}")
-        ends = settlement not in {None, "nak", "release"} and not self._retried
+        ends = settlement not in {None, "nak", "requeue"} and not self._retried
         self._claim(self._replies_sent == int(self.sent.reply and ends), "wrong number of replies")
         left = {one.key for one in self._outputs} - keys_of(self._stored_event()) if ends else set()
         self._claim(self._discarded == left, f"{self._discarded} removed instead of {left}")
@@ -453,12 +453,12 @@ class Story:
             )
 
     def _settles(self, how: str) -> None:
-        if how == "release" and not self.world.bus.away and not self.cut_off:
+        if how == "requeue" and not self.world.bus.away and not self.cut_off:
             self._requeued.add(self.delivery.deliveries)
         self._claim(self.forced or not self._settlements, f"{how} after {self._settlements}")
         self._settlements.append(how)
         if self.forced:
-            self._claim(how == "release", f"{how} of a cancelled task")
+            self._claim(how == "requeue", f"{how} of a cancelled task")
             return
         self._may(f"settled by {how}", lambda row: row.settlement == how)
         if how.startswith(("ack", "term")):

@@ -11,8 +11,8 @@ from nats.aio.msg import Msg
 from nats.errors import Error
 from nats.js.errors import NotFoundError
 
+from consumer.bus.attempt_marks import AttemptMark, AttemptMarks, retry_place
 from consumer.bus.connection import Bus, BusUnavailable
-from consumer.bus.notes import Notes, NoTry, retry_place
 from consumer.bus.standby import Standby
 from consumer.ports import Delivery
 from generation_contracts.headers import earlier_attempts, earlier_deliveries
@@ -28,30 +28,30 @@ NANOSECONDS = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Custody:
+class DeliveryContext:
     """What a delivery needs while it is in hand.
 
     Attributes:
         bus: The connection that it came over.
         ack_wait: Seconds that its lease lasts.
-        notes: Where it is noted that it was given back on purpose, or withdrawn.
+        marks: Where it is noted that it was given back on purpose, or withdrawn.
         standby: Renews its lease while this process cannot.
     """
 
     bus: Bus
     ack_wait: float
-    notes: Notes
+    marks: AttemptMarks
     standby: Standby
 
 
 class JetStreamDelivery:
     """One message of the pull consumer; implements `consumer.ports.Delivery`."""
 
-    def __init__(self, message: Msg, custody: Custody) -> None:
-        self._bus = custody.bus
+    def __init__(self, message: Msg, context: DeliveryContext) -> None:
+        self._bus = context.bus
         self._message = message
-        self._custody = custody
-        self._connection = custody.bus.connection
+        self._context = context
+        self._connection = context.bus.connection
         metadata = message.metadata
         self.subject = message.subject
         self.body = message.data
@@ -83,38 +83,38 @@ class JetStreamDelivery:
         """Have it delivered again in so many seconds, confirmed."""
         await self._settle(b'-NAK {"delay": %d}' % round(delay * NANOSECONDS))
 
-    async def release(self) -> None:
+    async def requeue(self) -> None:
         """Give it back at once; a note says that it was no try."""
-        await self._note(NoTry.RELEASED)
+        await self._note(AttemptMark.REQUEUED)
         await self.nak()
 
-    async def discount(self) -> None:
+    async def mark_uncounted(self) -> None:
         """Note that this delivery is no try, until `count`."""
-        await self._note(NoTry.DISCOUNTED)
+        await self._note(AttemptMark.UNCOUNTED)
 
-    async def count(self) -> None:
+    async def mark_counted(self) -> None:
         """Note that it is one after all."""
-        await self._note(NoTry.COUNTED)
+        await self._note(AttemptMark.COUNTED)
 
-    async def _note(self, kind: NoTry) -> None:
-        await self._custody.notes.attempt(place_of(self), self.deliveries, kind)
+    async def _note(self, kind: AttemptMark) -> None:
+        await self._context.marks.mark_delivery(place_of(self), self.deliveries, kind)
 
-    async def releases(self) -> int:
+    async def marked_uncounted(self) -> int:
         """How many deliveries of this message were no tries; waits for the bus."""
-        return await self._custody.notes.releases(place_of(self), self.deliveries)
+        return await self._context.marks.count_uncounted(place_of(self), self.deliveries)
 
-    async def withdraw(self) -> None:
+    async def mark_cancelled(self) -> None:
         """Note that it is cancelled, for the next worker should this one die first."""
-        await self._custody.notes.withdraw(place_of(self))
+        await self._context.marks.mark_cancelled(place_of(self))
 
-    async def withdrawn(self) -> bool:
+    async def was_cancelled(self) -> bool:
         """Whether it was cancelled in the hands of an earlier worker; waits for the bus."""
-        if await self._custody.notes.withdrawn(place_of(self)):
+        if await self._context.marks.was_cancelled(place_of(self)):
             return True
         if self.attempt == self.deliveries:
             return False
         # It was queued again under its id, which is the last token of its subject.
-        return await self._custody.notes.withdrawn(retry_place(self.subject.rpartition(".")[2]))
+        return await self._context.marks.was_cancelled(retry_place(self.subject.rpartition(".")[2]))
 
     async def term(self, reason: str) -> None:
         """Settle as never to be delivered again, confirmed."""
@@ -123,10 +123,10 @@ class JetStreamDelivery:
 
     async def extend(self) -> None:
         """Renew the lease."""
-        guard = self._custody.standby
+        guard = self._context.standby
         # Two facts: this worker is alive, whatever becomes of the renewal; and the renewal is on
         # its way. The guard renews in its stead while this connection is away.
-        guard.alive(self._message.reply, self._custody.ack_wait)
+        guard.alive(self._message.reply, self._context.ack_wait)
         connected = self._bus.connected
         try:
             await self._bus.client.publish(self._message.reply, b"+WPI")
@@ -138,9 +138,9 @@ class JetStreamDelivery:
             if connected and self._bus.connected:
                 guard.renewed(self._message.reply)
 
-    def let_lapse(self) -> None:
+    def stop_renewing(self) -> None:
         """Renew the lease no more."""
-        self._custody.standby.let_lapse(self._message.reply)
+        self._context.standby.stop_renewing(self._message.reply)
 
     async def _settle(self, payload: bytes) -> None:
         # The server confirms every kind of settlement that has a reply subject. A late one is still

@@ -36,7 +36,7 @@ from consumer.bus.endpoint_connection import SERVICE, RefusedReplies, is_reply_s
 from consumer.bus.nats_internals import drain_endpoints, reply_subject
 from consumer.bus.queue import PROCESS
 from consumer.bus.semantic_version import semantic_version
-from consumer.ports import Grip, Observer, Unavailable, UnsupportedParameter
+from consumer.ports import Observer, StopAck, Unavailable, UnsupportedParameter
 from generation_client import QueueFull, RequestTooLarge, ServiceUnavailable, submit
 from generation_contracts import (
     CancelReply,
@@ -81,8 +81,8 @@ class Backend:
         reply_prefixes: What the inbox of a call or a cancellation may begin with.
         check: Says whether the model can do what is asked; raises UnsupportedParameter.
         cancel: Cancels a request by its id, wherever it is.
-        withdraw: Stops a request that this worker has; None when it has not.
-        holds: Whether this worker has a request.
+        request_stop: Stops a request that this worker has; None when it has not.
+        is_running: Whether this worker has a request.
         observer: Told of each call that is refused, and why.
         worker_inboxes: What the inbox of an interrupt begins with: workers send them.
     """
@@ -93,8 +93,8 @@ class Backend:
     reply_prefixes: tuple[str, ...]
     check: Callable[[Request], None]
     cancel: Callable[[str], Awaitable[CancelReply]]
-    withdraw: Callable[[str], Awaitable[Grip | None]]
-    holds: Callable[[str], bool]
+    request_stop: Callable[[str], Awaitable[StopAck | None]]
+    is_running: Callable[[str], bool]
     observer: Observer
     worker_inboxes: str = "_INBOX."
 
@@ -286,7 +286,7 @@ class FrontDoor:
             return
         token = message.subject.rpartition(".")[2]
         if token.startswith(HOLDER):
-            if message.data == PROCESS or not self._backend.holds(token.removeprefix(HOLDER)):
+            if message.data == PROCESS or not self._backend.is_running(token.removeprefix(HOLDER)):
                 return
             answer = b""
         elif message.data:
@@ -294,10 +294,10 @@ class FrontDoor:
             log.warning("junk_among_interrupts")
             return
         else:
-            grip = await self._backend.withdraw(token)
-            if grip is None:
+            stop_ack = await self._backend.request_stop(token)
+            if stop_ack is None:
                 return
-            answer = grip.value.encode()
+            answer = stop_ack.value.encode()
         if message.reply:
             try:
                 await self._bus.client.publish(message.reply, answer)

@@ -12,10 +12,10 @@ from nats.errors import Error
 from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
+from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.codes import OCCUPIED, STREAM_FULL, TOO_LARGE_FOR_STREAM
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.delivery import place_of
-from consumer.bus.notes import Notes
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
 from consumer.bus.topology import TopologyError
@@ -271,7 +271,7 @@ class JetStreamEvents:
         )
         if owner is not None:
             # Before the delivery is acknowledged: until then its message protects the id.
-            await Notes(self._bus, self._subjects, task).own(request_id, owner)
+            await AttemptMarks(self._bus, self._subjects, task).mark_owner(request_id, owner)
 
     async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
         """Answer the sender, who may be gone."""

@@ -17,7 +17,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error
 
 from consumer.bus.connection import Bus, BusUnavailable, ConnectionGivenUp
-from consumer.bus.delivery import Custody, JetStreamDelivery, is_delivery
+from consumer.bus.delivery import DeliveryContext, JetStreamDelivery, is_delivery
 from consumer.bus.server_texts import says_durable_is_missing, says_shutdown
 from consumer.bus.topology import NANOSECONDS, Durable, TopologyError
 
@@ -42,7 +42,7 @@ class PullLoop:
         bus: The connection.
         durable: What to pull from.
         ensure: Makes the streams and the durable again when they are gone.
-        custody: What its deliveries need.
+        context: What its deliveries need.
     """
 
     def __init__(
@@ -51,23 +51,23 @@ class PullLoop:
         durable: Durable,
         *,
         ensure: Callable[[], Awaitable[object]],
-        custody: Custody,
+        context: DeliveryContext,
     ) -> None:
         self._bus = bus
         self._durable = durable
         self._ensure = ensure
-        self._custody = custody
+        self._context = context
         self._inbox = bus.client.new_inbox()
         self._subscription: Subscription | None = None
         # None wakes the loop without a message: to stop, or to pull again.
         self._received: asyncio.Queue[Msg | None] = asyncio.Queue()
         self._stopping = False
         self._paused = False
-        self._withdrawal: asyncio.Future[None] | None = None
+        self._unsubscribing: asyncio.Future[None] | None = None
         self._pulls = 0
         self._expires = min(EXPIRES, EXPIRES_PER_ACK_WAIT * durable.ack_wait)
         self._standing = False  # whether the last pull may still be answered
-        self._giving_back: set[asyncio.Task[None]] = set()
+        self._requeuing: set[asyncio.Task[None]] = set()
         self._silences = 0
         self._heard = time.monotonic()
         self.attached = True  # whether the server takes pulls; it knew the durable when ensured
@@ -81,14 +81,14 @@ class PullLoop:
         """Make `next` return None, and withdraw the standing pull."""
         self._stopping = True
         self._received.put_nowait(None)
-        if self._subscription is not None and self._withdrawal is None:
-            self._withdrawal = asyncio.ensure_future(self._withdraw())
+        if self._subscription is not None and self._unsubscribing is None:
+            self._unsubscribing = asyncio.ensure_future(self._unsubscribe())
 
-    async def withdraw(self) -> None:
+    async def unsubscribe(self) -> None:
         """The same; when it returns, nothing that is given back can come to this worker again."""
         self.stop()
-        if self._withdrawal is not None:
-            await asyncio.wait({self._withdrawal})
+        if self._unsubscribing is not None:
+            await asyncio.wait({self._unsubscribing})
 
     def pause(self) -> None:
         """Send no pull until `resume`; `next` goes on waiting.
@@ -118,7 +118,7 @@ class PullLoop:
                 continue
             if is_delivery(message):
                 self.attached = True
-                return JetStreamDelivery(message, self._custody)
+                return JetStreamDelivery(message, self._context)
             if message.subject == self._current:  # else the status of an older pull
                 await self._handle_status(message)
         return None
@@ -128,15 +128,15 @@ class PullLoop:
 
         Call it as soon as `next` is not called any more: nobody renews those leases. Never raises.
         """
-        await self.withdraw()
+        await self.unsubscribe()
         while not self._received.empty():
             message = self._received.get_nowait()
             if message is not None and is_delivery(message):
-                self._give_back(message)
-        if self._giving_back:
-            await asyncio.wait(self._giving_back, timeout=IDLE_HEARTBEAT)
+                self._requeue(message)
+        if self._requeuing:
+            await asyncio.wait(self._requeuing, timeout=IDLE_HEARTBEAT)
 
-    async def _withdraw(self) -> None:
+    async def _unsubscribe(self) -> None:
         if self._subscription is None:
             return
         try:
@@ -159,15 +159,15 @@ class PullLoop:
             # The answer to a pull that was taken to be lost. Nobody would renew its lease here
             # while another job runs.
             log.warning("delivery_not_asked_for")
-            self._give_back(message)
+            self._requeue(message)
 
-    def _give_back(self, message: Msg) -> None:
+    def _requeue(self, message: Msg) -> None:
         # In a task of its own: until it is confirmed, heartbeats must be heard.
-        giving_back = asyncio.create_task(
-            JetStreamDelivery(message, self._custody).release(), name="give-back"
+        requeuing = asyncio.create_task(
+            JetStreamDelivery(message, self._context).requeue(), name="requeue"
         )
-        self._giving_back.add(giving_back)
-        giving_back.add_done_callback(self._giving_back.discard)
+        self._requeuing.add(requeuing)
+        requeuing.add_done_callback(self._requeuing.discard)
 
     def _pull_again(self) -> None:
         self._standing = False

@@ -12,11 +12,11 @@ from nats.js.api import RawStreamMsg
 from nats.js.errors import NotFoundError
 from pydantic_core import from_json, to_json
 
+from consumer.bus.attempt_marks import AttemptMarks, retry_place
 from consumer.bus.codes import STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
-from consumer.bus.notes import Notes, retry_place
 from consumer.bus.stored_request import RequestInStream
-from consumer.ports import Delivery, Found, Grip, StoredRequest
+from consumer.ports import Delivery, IdLookup, StopAck, StoredRequest
 from generation_contracts import Subjects, Task
 
 log = structlog.get_logger()
@@ -57,9 +57,9 @@ class JetStreamQueue:
         self._bus = bus
         self._subjects = subjects
         self._durables = durables
-        self._notes = {task: Notes(bus, subjects, task) for task in Task}
+        self._marks = {task: AttemptMarks(bus, subjects, task) for task in Task}
 
-    async def find(self, request_id: str) -> Found:
+    async def find(self, request_id: str) -> IdLookup:
         """Count what is stored under an id, in the request streams and under the result subjects.
 
         Raises:
@@ -71,7 +71,7 @@ class JetStreamQueue:
             requests = [t for t in Task if (await self._requests(t, request_id)).subjects]
         except (Error, OSError, TimeoutError) as error:
             raise _unreadable(error) from None
-        return Found(frozenset(requests), await self.find_results(request_id))
+        return IdLookup(frozenset(requests), await self.find_results(request_id))
 
     async def find_results(self, request_id: str) -> frozenset[Task]:
         """Look which result subjects with this id have a message.
@@ -130,11 +130,11 @@ class JetStreamQueue:
         Raises:
             BusUnavailable: The client has given up; the process has to end.
         """
-        return await self._notes[task].owner(request_id)
+        return await self._marks[task].owner(request_id)
 
     async def cancel_retry(self, task: Task, request_id: str) -> None:
         """Mark a request as cancelled for the worker that gets its next attempt."""
-        await self._notes[task].withdraw(retry_place(request_id))
+        await self._marks[task].mark_cancelled(retry_place(request_id))
 
     async def _requests(self, task: Task, request_id: str) -> _Counts:
         stream, subject = self._place(task, request_id)
@@ -179,7 +179,7 @@ class JetStreamQueue:
 
     def _delivery(self, task: Task, message: RawStreamMsg) -> RequestInStream:
         stream = self._subjects.requests_stream(task)
-        return RequestInStream(self._bus, stream, message, deliveries=1, notes=self._notes[task])
+        return RequestInStream(self._bus, stream, message, deliveries=1, marks=self._marks[task])
 
 
 class BroadcastWorkers:
@@ -199,9 +199,9 @@ class BroadcastWorkers:
         self._subjects = subjects
         self._stream = subjects.requests_stream(task)
         self._durable = durables[task]
-        self._asking: set[asyncio.Task[Grip | None]] = set()
+        self._asking: set[asyncio.Task[StopAck | None]] = set()
 
-    async def ask(self, request_id: str) -> "asyncio.Task[Grip | None]":
+    async def request_stop(self, request_id: str) -> "asyncio.Task[StopAck | None]":
         """Ask all workers to stop a request; the task that is returned waits for the answer."""
         asking = asyncio.create_task(self._ask(request_id), name="interrupt")
         self._asking.add(asking)
@@ -211,22 +211,22 @@ class BroadcastWorkers:
         await asyncio.sleep(0)
         return asking
 
-    async def _ask(self, request_id: str) -> Grip | None:
+    async def _ask(self, request_id: str) -> StopAck | None:
         answer = await self._question(self._subjects.interrupt(request_id), b"", ANSWER_WITHIN)
         try:
-            return None if answer is None else Grip(answer.decode())
+            return None if answer is None else StopAck(answer.decode())
         except ValueError:
             log.warning("unknown_answer_of_a_worker")
             return None
 
-    async def tell(self, request_id: str) -> None:
+    async def notify_stop(self, request_id: str) -> None:
         """Ask all workers to stop a request, without an answer."""
         try:
             await self._bus.client.publish(self._subjects.interrupt(request_id))
         except (Error, OSError) as error:
             log.warning("workers_not_asked", error=type(error).__name__)
 
-    async def holds(self, request_id: str) -> bool:
+    async def is_in_progress(self, request_id: str) -> bool:
         """Whether a worker in another process has a job with this id."""
         subject = self._subjects.holder(request_id)
         return await self._question(subject, PROCESS, HOLDER_WITHIN) is not None

@@ -118,7 +118,7 @@ class Standby:
         """Report that a renewal has been published over a connection that is there."""
         self._report({"renewed": lease})
 
-    def let_lapse(self, lease: str) -> None:
+    def stop_renewing(self, lease: str) -> None:
         """Report that a lease is over."""
         if self._leases.pop(lease, None) is not None:
             self._report({"over": lease}, later=OVER_WITHIN)

@@ -7,9 +7,9 @@ import structlog
 from nats.js.api import RawStreamMsg
 from nats.js.errors import APIError, NotFoundError
 
+from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import API_TIMEOUT, Bus
 from consumer.bus.delivery import place_of
-from consumer.bus.notes import Notes
 from generation_contracts.headers import earlier_attempts, earlier_deliveries
 
 log = structlog.get_logger()
@@ -25,17 +25,17 @@ class RequestInStream:
         stream: Name of the request stream.
         message: As it was read.
         deliveries: How often it has been delivered.
-        notes: The marks on the messages of this stream.
+        marks: The marks on the messages of this stream.
 
     Attributes:
         settled: Whether it has been deleted.
     """
 
     def __init__(
-        self, bus: Bus, stream: str, message: RawStreamMsg, *, deliveries: int, notes: Notes
+        self, bus: Bus, stream: str, message: RawStreamMsg, *, deliveries: int, marks: AttemptMarks
     ) -> None:
         self._bus = bus
-        self._notes = notes
+        self._marks = marks
         self.subject = message.subject or ""
         self.body = message.data or b""
         # nats-py has an object of its own for a header that is not ASCII.
@@ -63,31 +63,31 @@ class RequestInStream:
     async def nak(self) -> None:
         """Leave the message where it is."""
 
-    async def release(self) -> None:
+    async def requeue(self) -> None:
         """Leave the message where it is."""
 
-    async def discount(self) -> None:
+    async def mark_uncounted(self) -> None:
         """Do nothing: this is no delivery, so it is no attempt."""
 
-    async def count(self) -> None:
+    async def mark_counted(self) -> None:
         """Do nothing: this is no delivery, so it is no attempt."""
 
-    async def releases(self) -> int:
+    async def marked_uncounted(self) -> int:
         """Return how many deliveries of the message were no attempts; waits for the bus."""
-        return await self._notes.releases(place_of(self), self.deliveries)
+        return await self._marks.count_uncounted(place_of(self), self.deliveries)
 
-    async def withdraw(self) -> None:
+    async def mark_cancelled(self) -> None:
         """Mark the message as cancelled, for the worker that it is delivered to next."""
-        await self._notes.withdraw(place_of(self))
+        await self._marks.mark_cancelled(place_of(self))
 
-    async def withdrawn(self) -> bool:
+    async def was_cancelled(self) -> bool:
         """Whether the message is marked as cancelled; waits for the bus."""
-        return await self._notes.withdrawn(place_of(self))
+        return await self._marks.was_cancelled(place_of(self))
 
     async def extend(self) -> None:
         """There is no lease."""
 
-    def let_lapse(self) -> None:
+    def stop_renewing(self) -> None:
         """There is no lease."""
 
     async def _delete(self) -> None:

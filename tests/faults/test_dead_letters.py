@@ -54,7 +54,7 @@ async def dead_letters(scene: Scene, *arguments: str, **settings: str) -> Done:
     return Done(command.returncode, stdout, stderr.decode())
 
 
-async def put_aside(
+async def dead_letter(
     scene: Scene,
     body: bytes = b"{}",
     *,
@@ -120,10 +120,10 @@ async def test_a_replay_that_fails_again_has_a_new_event_and_a_new_letter(scene:
 
 
 async def test_all_goes_on_where_one_is_refused(scene: Scene) -> None:
-    await put_aside(scene, request_id="r-1")
-    await put_aside(scene, request_id="r-2", headers={DEAD_LETTER_TRUNCATED: "2000000"})
-    await put_aside(scene, request_id="r-3", headers={DEAD_LETTER_CODE: "invalid_request"})
-    await put_aside(scene, request_id="r-4")
+    await dead_letter(scene, request_id="r-1")
+    await dead_letter(scene, request_id="r-2", headers={DEAD_LETTER_TRUNCATED: "2000000"})
+    await dead_letter(scene, request_id="r-3", headers={DEAD_LETTER_CODE: "invalid_request"})
+    await dead_letter(scene, request_id="r-4")
     done = await dead_letters(scene, "replay", "--all", "--code", "model_error")
     assert done.code == 1
     assert done.lines == [
@@ -138,7 +138,7 @@ async def test_letters_are_named_by_sequence_or_by_id_and_digits_are_a_sequence(
     scene: Scene,
 ) -> None:
     for request_id in ("r-1", "3", "r-1", "r-2"):
-        await put_aside(scene, request_id=request_id)
+        await dead_letter(scene, request_id=request_id)
     done = await dead_letters(scene, "replay", "r-1", "id:3", "4", "9", "r-9")
     assert done.code == 1
     assert done.lines == [
@@ -154,7 +154,7 @@ async def test_letters_are_named_by_sequence_or_by_id_and_digits_are_a_sequence(
 async def test_a_full_queue_ends_it_with_69_and_keeps_the_rest(scene: Scene) -> None:
     jetstream = scene.sender.jetstream()
     for request_id in ("r-1", "r-2", "r-3"):
-        await put_aside(scene, request_id=request_id)
+        await dead_letter(scene, request_id=request_id)
     info = await jetstream.stream_info(scene.subjects.requests_stream(scene.task))
     info.config.max_msgs = 1
     await jetstream.update_stream(info.config)
@@ -175,8 +175,8 @@ async def test_no_letters_are_said_on_standard_error(scene: Scene) -> None:
 
 async def test_the_table_is_plain_text_in_which_nothing_steers_the_terminal(scene: Scene) -> None:
     reason = "[red]x[/red]\x1b[2J" + "y" * 300
-    await put_aside(scene, request_id="r-1", headers={DEAD_LETTER_REASON: reason})
-    await put_aside(scene, request_id="r-2", headers={DEAD_LETTER_CODE: "internal"})
+    await dead_letter(scene, request_id="r-1", headers={DEAD_LETTER_REASON: reason})
+    await dead_letter(scene, request_id="r-2", headers={DEAD_LETTER_CODE: "internal"})
     done = await dead_letters(scene, "list")
     assert done.code == 0
     heading, first, second = done.lines
@@ -189,7 +189,7 @@ async def test_the_table_is_plain_text_in_which_nothing_steers_the_terminal(scen
 
 
 async def test_a_listing_that_nobody_reads_on_ends_quietly(scene: Scene) -> None:
-    await put_aside(scene)
+    await dead_letter(scene)
     read, write = os.pipe()
     os.close(read)
     command = await asyncio.create_subprocess_exec(
@@ -205,7 +205,7 @@ async def test_a_listing_that_nobody_reads_on_ends_quietly(scene: Scene) -> None
 
 async def test_show_gives_the_bytes_alone_on_standard_output(scene: Scene) -> None:
     body = bytes(range(256))
-    await put_aside(scene, body, headers={"Original-Title": "Grüße\x1b"})
+    await dead_letter(scene, body, headers={"Original-Title": "Grüße\x1b"})
     done = await dead_letters(scene, "show", "r-1")
     assert (done.code, done.stdout) == (0, body)
     assert "Dead-Letter-Request-Id: r-1\n" in done.stderr
@@ -219,7 +219,7 @@ async def test_show_gives_the_bytes_alone_on_standard_output(scene: Scene) -> No
 async def test_show_as_json_is_one_object_with_everything(
     scene: Scene, body: bytes, shown: dict[str, str]
 ) -> None:
-    await put_aside(scene, body, headers={"Original-Title": "Grüße", DEAD_LETTER_REASON: "why"})
+    await dead_letter(scene, body, headers={"Original-Title": "Grüße", DEAD_LETTER_REASON: "why"})
     done = await dead_letters(scene, "show", "1", "--json")
     (line,) = done.lines
     letter = json.loads(line)
@@ -229,7 +229,7 @@ async def test_show_as_json_is_one_object_with_everything(
 
 
 async def test_show_on_a_terminal_leaves_the_prompt_on_a_line_of_its_own(scene: Scene) -> None:
-    await put_aside(scene, b"{}")
+    await dead_letter(scene, b"{}")
     terminal, side = pty.openpty()
     command = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "consumer", "dead-letters", "show", "1"),

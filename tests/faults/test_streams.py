@@ -45,7 +45,7 @@ async def test_deleted_while_idle(scene: Scene, what: str) -> None:
     second = await submit_once_there_is_a_stream(scene)
     await done(scene, second)
     await scene.emptied()
-    await put_aside(scene)
+    await dead_letter(scene)
     assert await config(scene, what) == before
     assert len(await scene.events(second)) == 1
     await all_well(scene, *workers)
@@ -67,7 +67,7 @@ async def test_deleted_while_a_job_runs(scene: Scene, what: str) -> None:
     second = await submit_once_there_is_a_stream(scene)
     await done(scene, second)
     await scene.emptied()
-    await put_aside(scene)
+    await dead_letter(scene)
     assert await config(scene, what) == before
     assert [len(await scene.events(one)) for one in (first, second)] == [1, 1]
     assert len(await scene.keys()) == 2
@@ -245,7 +245,7 @@ async def letters(scene: Scene) -> int:
     return int(info.state.messages)
 
 
-async def put_aside(scene: Scene) -> None:
+async def dead_letter(scene: Scene) -> None:
     """See that what is no request becomes a dead letter, and that the queue is empty then."""
     await scene.publish(b"no request")
     await scene.emptied()

@@ -16,9 +16,9 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js.api import ConsumerInfo
 
+from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import Bus, connect
-from consumer.bus.delivery import Custody, JetStreamDelivery
-from consumer.bus.notes import Notes
+from consumer.bus.delivery import DeliveryContext, JetStreamDelivery
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
 from consumer.bus.standby import Standby
@@ -182,14 +182,14 @@ class Installation:
         topology = Topology(bus, self.subjects, ack_wait=ACK_WAIT, max_ack_pending=1)
         ensure = partial(topology.ensure, TASK)
         durable = await ensure()
-        loop = PullLoop(bus, durable, ensure=ensure, custody=self.custody(bus, durable))
+        loop = PullLoop(bus, durable, ensure=ensure, context=self.context(bus, durable))
         await loop.start()
         return Worker(bus, loop)
 
-    def custody(self, bus: Bus, durable: Durable) -> Custody:
+    def context(self, bus: Bus, durable: Durable) -> DeliveryContext:
         """What deliveries need, with a standby that is not started."""
-        notes = Notes(bus, self.subjects, TASK)
-        return Custody(bus, durable.ack_wait, notes, Standby(bus_settings(self.server.url)))
+        marks = AttemptMarks(bus, self.subjects, TASK)
+        return DeliveryContext(bus, durable.ack_wait, marks, Standby(bus_settings(self.server.url)))
 
     def events_of(self, worker: Worker) -> JetStreamEvents:
         """The publishing side of a worker, on its own connection."""

@@ -23,9 +23,9 @@ from PIL import Image
 
 from consumer.admission import Admission
 from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, store_config
+from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import connect
-from consumer.bus.delivery import Custody
-from consumer.bus.notes import Notes
+from consumer.bus.delivery import DeliveryContext
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
@@ -339,14 +339,14 @@ class RealWorld:
 
         self._start = start
         self.execution = self._start()
-        notes = Notes(bus, self._subjects, self._task)
-        custody = Custody(bus, durable.ack_wait, notes, Standby(self._settings))
-        self._pull = PullLoop(bus, durable, ensure=ensure, custody=custody)
+        marks = AttemptMarks(bus, self._subjects, self._task)
+        context = DeliveryContext(bus, durable.ack_wait, marks, Standby(self._settings))
+        self._pull = PullLoop(bus, durable, ensure=ensure, context=context)
         await self._pull.start()
         parts.push_async_callback(self._pull.close)
         retries = topology.retries(self._task)
-        retry_notes = Notes(bus, self._subjects, self._task, of="retries")
-        moving = PullLoop(bus, retries, ensure=ensure, custody=replace(custody, notes=retry_notes))
+        retry_marks = AttemptMarks(bus, self._subjects, self._task, of="retries")
+        moving = PullLoop(bus, retries, ensure=ensure, context=replace(context, marks=retry_marks))
         await moving.start()
         parts.push_async_callback(moving.close)
         mover = RetryMover(bus, self._task, retries, events)

@@ -764,7 +764,7 @@ async def test_a_bucket_that_exists_is_ours_or_a_clear_line(
     exists = refuses("409 Conflict", "BucketAlreadyExists")
     proxy.faults += [exists, passes]
     assert await behind.ensure_bucket() is False
-    proxy.faults += [exists, says("404 Not Found")]
+    proxy.faults += [exists, says("404 Not IdLookup")]
     with pytest.raises(StoreMisconfigured, match=r"the store refuses \(BucketAlreadyExists\)"):
         await behind.ensure_bucket()
 

@@ -100,7 +100,7 @@ class Office:
         self.replayer = Replayer(installation.bus, installation.subjects)
         self.jetstream = installation.plain.jetstream()
 
-    async def put_aside(self, delivery: JetStreamDelivery) -> StoredLetter:
+    async def dead_letter(self, delivery: JetStreamDelivery) -> StoredLetter:
         """What a worker does first with a request that no worker can handle."""
         request_id, _ = digest_of(delivery, self.installation)
         letter = DeadLetter("model_error", "the model failed", request_id, "w-1")
@@ -111,7 +111,7 @@ class Office:
         """A worker takes the next request and fails it; the request's id."""
         delivery = await take(self.worker)
         if letter:
-            await self.put_aside(delivery)
+            await self.dead_letter(delivery)
         request_id, digest = digest_of(delivery, self.installation)
         assert await self.end(failed(request_id, digest))
         await delivery.term("model_error")
@@ -448,7 +448,7 @@ async def test_an_event_that_cannot_be_read_stays(office: Office) -> None:
 async def test_a_request_that_a_worker_still_has_is_not_replayed(office: Office) -> None:
     await office.installation.publish(BODY)
     delivery = await take(office.worker)
-    letter = await office.letters.read((await office.put_aside(delivery)).sequence)
+    letter = await office.letters.read((await office.dead_letter(delivery)).sequence)
     await office.refused(letter, "a worker still has it")
     assert await office.end(failed("r-1", event_digest()))
     await office.refused(letter, "a worker still has it")

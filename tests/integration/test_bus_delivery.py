@@ -56,18 +56,18 @@ async def test_released_request_comes_again_at_once_and_knows_of_it(
     for attempt, releases in ((1, 0), (2, 1), (3, 2)):
         delivered = await take(worker)
         assert (delivered.body, delivered.attempt) == (b"again", attempt)
-        assert await soon(delivered.releases()) == releases
-        await soon(delivered.release())
+        assert await soon(delivered.marked_uncounted()) == releases
+        await soon(delivered.requeue())
     again = await take(worker)
-    await soon(again.release())
-    await soon(again.release())  # as after a confirmation that was lost: it is one release
+    await soon(again.requeue())
+    await soon(again.requeue())  # as after a confirmation that was lost: it is one release
     again = await take(worker)
-    assert await soon(again.releases()) == 4
+    assert await soon(again.marked_uncounted()) == 4
     await soon(again.nak())  # a try that failed is no release
     again = await take(worker)
-    assert await soon(again.releases()) == 4
+    assert await soon(again.marked_uncounted()) == 4
     await soon(again.ack())
-    assert await soon((await take(worker)).releases()) == 0
+    assert await soon((await take(worker)).marked_uncounted()) == 0
 
 
 async def test_delivery_that_is_discounted_is_a_try_once_it_is_counted(
@@ -76,14 +76,16 @@ async def test_delivery_that_is_discounted_is_a_try_once_it_is_counted(
     worker = await installation.worker()
     await installation.publish()
     first = await take(worker)
-    for note, releases in ((first.discount, 1), (first.count, 0), (first.release, 1)):
+    for note, releases in ((first.mark_uncounted, 1), (first.mark_counted, 0), (first.requeue, 1)):
         await soon(note())
-        assert await soon(first.releases()) == releases
+        assert await soon(first.marked_uncounted()) == releases
     again = await take(worker)
-    await soon(again.discount())
-    assert await soon(again.releases()) == 2
-    await soon(again.release())
-    assert await soon(again.releases()) == 2, "one delivery counts once, whatever is noted of it"
+    await soon(again.mark_uncounted())
+    assert await soon(again.marked_uncounted()) == 2
+    await soon(again.requeue())
+    assert await soon(again.marked_uncounted()) == 2, (
+        "one delivery counts once, whatever is noted of it"
+    )
 
 
 async def test_second_note_of_a_delivery_counts_once_however_late(
@@ -92,11 +94,11 @@ async def test_second_note_of_a_delivery_counts_once_however_late(
     worker = await installation.worker()
     await installation.publish()
     delivered = await take(worker)
-    await soon(delivered.discount())
+    await soon(delivered.mark_uncounted())
     stream = await installation.api("STREAM.INFO.GENERATION_RELEASES", {"subjects_filter": ">"})
     assert len(stream["state"]["subjects"]) == 1
-    await soon(delivered.discount())
-    assert await soon(delivered.releases()) == 1
+    await soon(delivered.mark_uncounted())
+    assert await soon(delivered.marked_uncounted()) == 1
 
 
 async def test_release_without_a_place_for_its_note_gives_back_all_the_same(
@@ -106,9 +108,9 @@ async def test_release_without_a_place_for_its_note_gives_back_all_the_same(
     await installation.publish()
     delivered = await take(worker)
     await installation.api("STREAM.DELETE.GENERATION_RELEASES")
-    await soon(delivered.release())
+    await soon(delivered.requeue())
     again = await take(worker)
-    assert (again.attempt, await soon(again.releases())) == (2, 0)
+    assert (again.attempt, await soon(again.marked_uncounted())) == (2, 0)
 
 
 async def test_release_over_a_dead_server_ends(installation: Installation) -> None:
@@ -116,7 +118,7 @@ async def test_release_over_a_dead_server_ends(installation: Installation) -> No
     await installation.publish()
     delivered = await take(worker)
     with installation.frozen():
-        await soon(delivered.release())
+        await soon(delivered.requeue())
     again = await take(worker)
     assert again.attempt == 2
 
@@ -195,7 +197,7 @@ async def test_deliveries_with_ack_subjects_v2_are_settled_like_others(
     installation = await installation_of(server, ack_wait=LEASE)
     worker = await installation.worker()
     sequence = await installation.publish(b"v2")
-    for attempt, settle in ((1, "nak"), (2, "release"), (3, "term")):
+    for attempt, settle in ((1, "nak"), (2, "requeue"), (3, "term")):
         delivered = await take(worker)
         assert len(delivered._message.reply.split(".")) > 9, "the server's flag has no effect"
         assert (delivered.stream, delivered.stream_sequence) == (REQUESTS, sequence)

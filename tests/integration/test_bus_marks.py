@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from consumer.bus.attempt_marks import AttemptMark
 from consumer.bus.delivery import JetStreamDelivery, place_of
-from consumer.bus.notes import NoTry
 from generation_contracts.headers import EARLIER_ATTEMPTS, MARK
 from tests.integration.bus_installation import (
     REQUESTS,
@@ -47,32 +47,32 @@ async def test_answers_of_the_server_are_no_marks(installation: Installation) ->
     worker = await installation.worker()
     await installation.publish(b"{}")
     delivered = await take(worker)
-    for kind in (NoTry.RELEASED, NoTry.DISCOUNTED):
+    for kind in (AttemptMark.REQUEUED, AttemptMark.UNCOUNTED):
         await forge(installation, subject(delivered, 1, kind))
     await forge(installation, f"generation.withdrawn.{TASK}.{place_of(delivered)}")
     await delivered.nak()
     again = await take(worker)
-    assert (await soon(again.releases()), await soon(again.withdrawn())) == (0, False)
+    assert (await soon(again.marked_uncounted()), await soon(again.was_cancelled())) == (0, False)
 
 
 async def test_mark_takes_the_place_of_an_answer(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish(b"{}")
     delivered = await take(worker)
-    await forge(installation, subject(delivered, 1, NoTry.RELEASED))
+    await forge(installation, subject(delivered, 1, AttemptMark.REQUEUED))
     await forge(installation, f"generation.withdrawn.{TASK}.{place_of(delivered)}")
-    await soon(delivered.withdraw())
-    await soon(delivered.release())
+    await soon(delivered.mark_cancelled())
+    await soon(delivered.requeue())
     again = await take(worker)
-    assert (await soon(again.releases()), await soon(again.withdrawn())) == (1, True)
+    assert (await soon(again.marked_uncounted()), await soon(again.was_cancelled())) == (1, True)
     await forge_after(installation, again)
-    assert (await soon(again.releases()), await soon(again.withdrawn())) == (1, True)
+    assert (await soon(again.marked_uncounted()), await soon(again.was_cancelled())) == (1, True)
 
 
 async def forge_after(installation: Installation, delivery: JetStreamDelivery) -> None:
     for reply in (
-        subject(delivery, 1, NoTry.RELEASED),
-        subject(delivery, 1, NoTry.COUNTED),
+        subject(delivery, 1, AttemptMark.REQUEUED),
+        subject(delivery, 1, AttemptMark.COUNTED),
         f"generation.withdrawn.{TASK}.{place_of(delivery)}",
     ):
         await installation.plain.publish("generation.request.text_to_image", b"x", reply=reply)
@@ -94,11 +94,11 @@ async def test_reading_is_bounded_whatever_lies_around_the_marks(
         return await installation.count(RELEASES) == JUNK
 
     await until(stored)
-    await delivered.release()
+    await delivered.requeue()
     again = await take(worker)
     before = again._bus.client.stats["in_msgs"], again._bus.client.stats["in_bytes"]
     started = asyncio.get_running_loop().time()
-    assert await soon(again.releases()) == 1
+    assert await soon(again.marked_uncounted()) == 1
     measured("marks read", asyncio.get_running_loop().time() - started)
     read = again._bus.client.stats
     assert read["in_msgs"] - before[0] <= 3 * again.attempt
@@ -126,18 +126,18 @@ async def test_attempts_of_a_request_that_was_published_again_count_on(
     await installation.publish(b"{}", headers={EARLIER_ATTEMPTS: said})
     delivered = await take(worker)
     assert delivered.attempt == attempt
-    await soon(delivered.release())
+    await soon(delivered.requeue())
     again = await take(worker)
     assert again.attempt == attempt + 1
-    assert await soon(again.releases()) == 1, "marks are by the server's number"
+    assert await soon(again.marked_uncounted()) == 1, "marks are by the server's number"
 
 
 async def test_mark_is_what_the_header_says(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish(b"{}")
     delivered = await take(worker)
-    await soon(delivered.discount())
-    (only,) = [await stored_mark(installation, subject(delivered, 1, NoTry.DISCOUNTED))]
+    await soon(delivered.mark_uncounted())
+    (only,) = [await stored_mark(installation, subject(delivered, 1, AttemptMark.UNCOUNTED))]
     assert only == {MARK: "discounted"}
 
 

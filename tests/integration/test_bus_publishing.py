@@ -386,7 +386,7 @@ async def test_what_cannot_be_told_is_let_go(installation: Installation) -> None
 # -- dead letters ---------------------------------------------------------------------------------
 
 
-async def put_aside(
+async def dead_letter(
     installation: Installation, delivered: JetStreamDelivery, letter: DeadLetter = LETTER
 ) -> StoredMessage:
     await soon(installation.events.dead_letter(TASK, delivered, letter))
@@ -401,7 +401,7 @@ async def test_a_dead_letter_keeps_the_request_and_says_why(installation: Instal
     await first.nak()
     delivered = await take(worker)
 
-    letter = await put_aside(installation, delivered)
+    letter = await dead_letter(installation, delivered)
 
     assert letter.body == b"\x00not json\xff"
     headers = dict(letter.headers or {})
@@ -423,13 +423,13 @@ async def test_a_dead_letter_is_kept_once_for_all_deliveries(installation: Insta
     await installation.publish(b"first")
     for _ in range(3):
         delivered = await take(worker)
-        await put_aside(installation, delivered)
+        await dead_letter(installation, delivered)
         await delivered.nak()
     assert await installation.count(DEAD_LETTERS) == 1
 
     await (await take(worker)).ack()
     await installation.publish(b"first")
-    await put_aside(installation, await take(worker))
+    await dead_letter(installation, await take(worker))
     assert await installation.count(DEAD_LETTERS) == 2, "an equal request is another request"
 
 
@@ -438,7 +438,7 @@ async def test_a_dead_letter_waits_for_the_server(installation: Installation) ->
     await installation.publish(b"first")
     delivered = await take(worker)
     await installation.kill_server()
-    putting = asyncio.create_task(put_aside(installation, delivered))
+    putting = asyncio.create_task(dead_letter(installation, delivered))
     await asyncio.wait({putting}, timeout=0.1)
     assert not putting.done()
     await installation.start_server()
@@ -455,7 +455,7 @@ async def test_a_dead_letter_that_does_not_fit_is_cut(
     await installation.publish(body, headers={"Title": "x" * 100})
     delivered = await take(worker)
 
-    letter = await put_aside(installation, delivered)
+    letter = await dead_letter(installation, delivered)
 
     assert body.startswith(letter.body)
     assert len(body) // 2 < len(letter.body) < len(body)
@@ -470,7 +470,7 @@ async def test_originals_are_left_out_before_the_body_is_cut(
     installation = await installation_of(start_nats("max_payload: 4096"))
     worker = await installation.worker()
     await installation.publish(b"x" * 2_000, headers={"Title": "x" * 1_900})
-    letter = await put_aside(installation, await take(worker))
+    letter = await dead_letter(installation, await take(worker))
     assert letter.body == b"x" * 2_000
     assert DEAD_LETTER_TRUNCATED not in letter.headers
     assert "Original-Title" not in letter.headers
@@ -482,7 +482,7 @@ async def test_a_reason_cannot_write_headers_or_fill_the_letter(
     worker = await installation.worker()
     await installation.publish(b"body")
     reason = "é\r\nNats-Rollup: all\r\n\r\n{}" + "x" * 2_000_000
-    letter = await put_aside(
+    letter = await dead_letter(
         installation,
         await take(worker),
         DeadLetter(code="internal", reason=reason, request_id="r-1", worker="w-1"),
@@ -509,7 +509,7 @@ async def test_a_header_name_that_the_client_would_not_write_does_not_stop_a_dea
     delivered = await take(worker)
     assert delivered.headers == {"odd(name)/x": "1", "Good": "2"}
 
-    letter = await put_aside(installation, delivered)
+    letter = await dead_letter(installation, delivered)
 
     assert letter.body == b"body"
     assert letter.headers["Original-Good"] == "2"

@@ -8,10 +8,10 @@ import pytest
 from nats.aio.msg import Msg
 
 from consumer.bus import front_door
+from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.front_door import Backend, FrontDoor
-from consumer.bus.notes import Notes
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
-from consumer.ports import Found, Grip
+from consumer.ports import IdLookup, StopAck
 from generation_contracts import ModelInfo, Subjects, Task
 from tests.integration.bus_installation import TASK, Installation, soon, take
 from tests.memory_ports import MemoryObserver
@@ -56,7 +56,7 @@ async def test_an_id_with_many_copies_costs_no_more_than_any_other(
     for number in range(200):
         await installation.publish(str(number).encode(), request_id="a")
     found = await soon(queue.find("a"))
-    assert found == Found(requests=frozenset({TASK}), results=frozenset({OTHER}))
+    assert found == IdLookup(requests=frozenset({TASK}), results=frozenset({OTHER}))
     assert [subject.split(".")[3] for subject in asked] == ["INFO"] * 3  # no message is loaded
     oldest = await soon(queue.oldest(TASK, "a"))
     assert oldest is not None
@@ -117,13 +117,13 @@ async def test_older_request_with_the_same_id_is_found(installation: Installatio
 async def test_id_of_a_request_that_waits_for_a_retry_is_marked_for_it_once(
     installation: Installation,
 ) -> None:
-    notes = Notes(installation.bus, installation.subjects, TASK)
+    marks = AttemptMarks(installation.bus, installation.subjects, TASK)
     queue = queue_of(installation)
     subject = f"{installation.subjects.releases(TASK)}.owner.a"
     await installation.plain.publish(subject, b"what the server answers")
     assert await soon(queue.owner(TASK, "a")) is None
     for digest in ("sha256:first", "sha256:second"):
-        await soon(notes.own("a", digest))
+        await soon(marks.mark_owner("a", digest))
         assert await soon(queue.owner(TASK, "a")) == "sha256:first"
 
 
@@ -133,12 +133,12 @@ async def test_mark_of_the_canceller_is_read_by_the_next_worker(
     worker = await installation.worker()
     await installation.publish(request_id="a")
     delivery = await take(worker)
-    assert not await soon(delivery.withdrawn())
+    assert not await soon(delivery.was_cancelled())
     stored = await soon(queue_of(installation).oldest(TASK, "a"))
     assert stored is not None
-    await soon(stored.delivery.withdraw())
+    await soon(stored.delivery.mark_cancelled())
     await soon(delivery.nak())
-    assert await soon((await take(worker)).withdrawn())
+    assert await soon((await take(worker)).was_cancelled())
 
 
 def at(sequence: int, request_id: str | None) -> Any:
@@ -153,9 +153,9 @@ class Listening:
         self.ids = ids
         self.stopped: list[str] = []
 
-    async def withdraw(self, request_id: str) -> Grip | None:
+    async def request_stop(self, request_id: str) -> StopAck | None:
         self.stopped.append(request_id)
-        return Grip.STOPPING if request_id in self.ids else None
+        return StopAck.STOPPING if request_id in self.ids else None
 
     async def start(self, installation: Installation) -> FrontDoor:
         """Listen on the installation's connection."""
@@ -170,8 +170,8 @@ class Listening:
             reply_prefixes=("_INBOX.",),
             check=lambda _: None,
             cancel=cancel,
-            withdraw=self.withdraw,
-            holds=self.ids.__contains__,
+            request_stop=self.request_stop,
+            is_running=self.ids.__contains__,
             observer=MemoryObserver(),
         )
         door = FrontDoor(installation.bus, installation.subjects, backend)
@@ -184,10 +184,10 @@ async def test_worker_that_is_asked_whether_it_holds_a_request_goes_on(
 ) -> None:
     workers, other = workers_of(installation), Listening("a")
     door = await other.start(installation)
-    assert not await soon(workers.holds("a"))  # the process that asks does not count
+    assert not await soon(workers.is_in_progress("a"))  # the process that asks does not count
     monkeypatch.setattr(front_door, "PROCESS", b"another process")
-    assert await soon(workers.holds("a"))
-    assert not await soon(workers.holds("b"))
+    assert await soon(workers.is_in_progress("a"))
+    assert not await soon(workers.is_in_progress("b"))
     assert other.stopped == []
     await door.close()
 
@@ -204,9 +204,9 @@ async def test_earlier_worker_stops_nothing_when_it_is_asked_what_it_holds(
             await message.respond(b"stopping")
 
     await installation.listen(Subjects().interrupts, interrupt)
-    assert not await soon(workers_of(installation).holds("a"))
+    assert not await soon(workers_of(installation).is_in_progress("a"))
     assert len(subjects) == 1
-    assert await soon(await workers_of(installation).ask("a")) is Grip.STOPPING
+    assert await soon(await workers_of(installation).request_stop("a")) is StopAck.STOPPING
 
 
 async def test_question_to_all_workers_has_been_sent_when_its_answer_is_waited_for(
@@ -218,7 +218,7 @@ async def test_question_to_all_workers_has_been_sent_when_its_answer_is_waited_f
         heard.set()
 
     await installation.listen(Subjects().interrupts, interrupt)
-    answer = await workers_of(installation).ask("a")
+    answer = await workers_of(installation).request_stop("a")
     assert not answer.done()
     await soon(heard.wait())
     assert await soon(answer) is None

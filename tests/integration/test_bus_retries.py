@@ -10,12 +10,12 @@ import nats
 import pytest
 
 from consumer.bus import retries
+from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.delivery import JetStreamDelivery
-from consumer.bus.notes import Notes
+from consumer.bus.exhausted import find_exhausted
 from consumer.bus.pull import PullLoop
 from consumer.bus.retries import RetryMover
 from consumer.bus.stored_request import RequestInStream
-from consumer.bus.stranded import find_stranded
 from consumer.ports import MessageTooLarge, QueueFull
 from generation_contracts.headers import MESSAGE_ID, REPLY_TO, RETRY_DELAY, TRACE_PARENT
 from tests.integration.bus_installation import (
@@ -42,7 +42,7 @@ async def mover(installation: Installation) -> AsyncIterator[None]:
         bus,
         durable,
         ensure=partial(installation.topology.ensure, TASK),
-        custody=installation.custody(bus, durable),
+        context=installation.context(bus, durable),
     )
     await pull.start()
 
@@ -222,8 +222,8 @@ async def exhaust(
         await soon(getattr(await take(worker), kind)())
     coming = asyncio.ensure_future(worker.loop.next())
     advisory = await heard.next_msg(timeout=10)
-    notes = Notes(installation.bus, installation.subjects, TASK)
-    found = await soon(find_stranded(installation.bus, REQUESTS, as_delivery(advisory), notes))
+    marks = AttemptMarks(installation.bus, installation.subjects, TASK)
+    found = await soon(find_exhausted(installation.bus, REQUESTS, as_delivery(advisory), marks))
     assert found is not None
     return found, coming
 
@@ -239,7 +239,7 @@ async def test_marks_of_an_exhausted_request_are_read(installation: Installation
     """They tell drains from attempts: 30 drains must not end a request."""
     worker = await installation.worker()
     await installation.publish(BODY, request_id="r-1")
-    found, coming = await exhaust(installation, worker, "nak", "release", "release")
-    assert (found.deliveries, await soon(found.releases())) == (3, 2)
+    found, coming = await exhaust(installation, worker, "nak", "requeue", "requeue")
+    assert (found.deliveries, await soon(found.marked_uncounted())) == (3, 2)
     worker.loop.stop()
     assert await soon(coming) is None

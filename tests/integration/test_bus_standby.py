@@ -24,7 +24,7 @@ async def test_leases_that_were_told_before_it_ran_are_renewed_over_its_own_deat
     beats = await installation.listen(LEASE)
     standby.alive("lease.over", ACK_WAIT)
     standby.alive(LEASE, ACK_WAIT)
-    standby.let_lapse("lease.over")
+    standby.stop_renewing("lease.over")
     over = await installation.listen("lease.over")
     await standby.start()
     try:
@@ -49,8 +49,8 @@ async def test_what_is_not_started_is_told_nothing_and_closes() -> None:
     standby = Standby(bus_settings("nats://127.0.0.1:1"))
     standby.alive(LEASE, ACK_WAIT)
     standby.renewed(LEASE)
-    standby.let_lapse(LEASE)
-    standby.let_lapse(LEASE)
+    standby.stop_renewing(LEASE)
+    standby.stop_renewing(LEASE)
     await standby.close()
     assert standby.pid is None
 

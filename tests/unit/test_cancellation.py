@@ -10,7 +10,7 @@ from consumer import cancellation
 from consumer.admission import Admission
 from consumer.cancellation import LOADS, LOOKUPS, Cancellation, TaskFinalizer
 from consumer.finalizer import Finalizer
-from consumer.ports import Delivery, Found, Grip, StoredRequest
+from consumer.ports import Delivery, IdLookup, StopAck, StoredRequest
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,
@@ -43,13 +43,13 @@ class Queue:
         self.most_looking = 0
         self._world = world
 
-    async def find(self, request_id: str) -> Found:
+    async def find(self, request_id: str) -> IdLookup:
         self.looking += 1
         self.most_looking = max(self.most_looking, self.looking)
         await asyncio.sleep(0)
         self.looking -= 1
         requests = frozenset(task for task in Task if self.stored.get((task, request_id)))
-        return Found(requests, await self.find_results(request_id))
+        return IdLookup(requests, await self.find_results(request_id))
 
     async def find_results(self, request_id: str) -> frozenset[Task]:
         return frozenset(t for t in Task if self._world.events.stored(t, request_id) is not None)
@@ -76,26 +76,26 @@ class Workers:
     """All workers, with their answers by request id."""
 
     def __init__(self) -> None:
-        self.answers: dict[str, Grip] = {}
+        self.answers: dict[str, StopAck] = {}
         self.asked: list[str] = []
         self.told: list[str] = []
         self.waiting = Tally()
         self.answering = asyncio.Event()  # not set: they answer no request without an answer
 
-    async def ask(self, request_id: str) -> "asyncio.Future[Grip | None]":
+    async def request_stop(self, request_id: str) -> "asyncio.Future[StopAck | None]":
         self.asked.append(request_id)
         return asyncio.ensure_future(self._answer(request_id))
 
-    async def _answer(self, request_id: str) -> Grip | None:
+    async def _answer(self, request_id: str) -> StopAck | None:
         if request_id not in self.answers:
             self.waiting.add()
             await self.answering.wait()
         return self.answers.get(request_id)
 
-    async def tell(self, request_id: str) -> None:
+    async def notify_stop(self, request_id: str) -> None:
         self.told.append(request_id)
 
-    async def holds(self, request_id: str) -> bool:
+    async def is_in_progress(self, request_id: str) -> bool:
         raise AssertionError("the canceller does not call this")
 
     async def others_idle(self) -> bool:
@@ -208,12 +208,12 @@ async def setup(make_world: Worlds, monkeypatch: pytest.MonkeyPatch) -> Setup:
     ("answer", "reply"),
     [
         (None, ("stopping", None)),  # the worker hangs or is dead: the mark is for the next worker
-        (Grip.STOPPING, ("stopping", None)),
-        (Grip.ENDING, ("stopping", None)),  # the attempt has failed, and the request is marked
+        (StopAck.STOPPING, ("stopping", None)),
+        (StopAck.ENDING, ("stopping", None)),  # the attempt has failed, and the request is marked
     ],
 )
 async def test_delivered_request_is_marked_and_gets_no_event_from_the_canceller(
-    setup: Setup, answer: Grip | None, reply: tuple[str, str | None]
+    setup: Setup, answer: StopAck | None, reply: tuple[str, str | None]
 ) -> None:
     setup.store("a", untouched=False)
     if answer is not None:
@@ -299,12 +299,12 @@ async def test_running_request_that_ends_at_once_is_reported_as_stopping(
     """The reply does not depend on which one is faster, the worker or the lookup."""
     find = setup.queue.find
 
-    async def found_after_the_end(request_id: str) -> Found:
+    async def found_after_the_end(request_id: str) -> IdLookup:
         setup.world.events.put(CancelledEvent(**common("a", T2I)))
         return await find(request_id)
 
     monkeypatch.setattr(setup.queue, "find", found_after_the_end)
-    setup.workers.answers["a"] = Grip.STOPPING
+    setup.workers.answers["a"] = StopAck.STOPPING
     assert await setup.cancel("a") == ("stopping", None)
 
 

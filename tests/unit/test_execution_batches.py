@@ -393,12 +393,14 @@ async def test_death_counts_once_a_suspect_is_alone_and_not_before(make_world: W
     suspect = world.queue.take()
     handling = asyncio.create_task(world.execution.handle(suspect))
     await soon(world.events.asked.until(2))
-    assert await suspect.releases() == 1, "should this worker die now, it may be of the other"
+    assert await suspect.marked_uncounted() == 1, (
+        "should this worker die now, it may be of the other"
+    )
     second = world.runner.will_hold()
     hold.release()
     await soon(other)
     await soon(second.begun())
-    assert await suspect.releases() == 0
+    assert await suspect.marked_uncounted() == 0
     second.release()
     await soon(handling)
     assert world.observer.outcomes == ["succeeded", "succeeded"]
@@ -456,13 +458,13 @@ async def test_next_run_begins_while_the_event_loop_does_something_else() -> Non
     assert event.timings.queued > 0
 
 
-@pytest.mark.parametrize("withdrawn", ["at its first step", "in time"])
-async def test_cancellation_of_who_is_next(withdrawn: str) -> None:
+@pytest.mark.parametrize("cancelled", ["at its first step", "in time"])
+async def test_cancellation_of_who_is_next(cancelled: str) -> None:
     world = MemoryWorld(most_in_flight=3)
     first, begun = world.runner.will_hold(), threading.Event()
     world.runner.will_hold(before=lambda _: begun.set())
     handling = await one_behind_another(world, first)
-    if withdrawn != "in time":
+    if cancelled != "in time":
         first.release()
         assert begun.wait(LONG)
     await world.execution.request_stop("b")
@@ -470,7 +472,7 @@ async def test_cancellation_of_who_is_next(withdrawn: str) -> None:
     first.release()
     await soon(handling[0])
     world.close()
-    assert begun.is_set() == (withdrawn != "in time")
+    assert begun.is_set() == (cancelled != "in time")
     assert world.observer.outcomes[-2:].count("cancelled") == 1
     assert isinstance(await world.result("a"), SucceededEvent)
 
@@ -508,14 +510,14 @@ async def test_forced_end_begins_nothing() -> None:
     world = MemoryWorld(most_in_flight=3)
     first, giving_back, given_back = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
     handling = await one_behind_another(world, first)
-    release = world.execution._jobs[1].delivery.release
+    requeue = world.execution._jobs[1].delivery.requeue
 
     async def slowly() -> None:
         giving_back.set()
         await given_back.wait()
-        await release()
+        await requeue()
 
-    world.execution._jobs[1].delivery.release = slowly  # type: ignore[method-assign]
+    world.execution._jobs[1].delivery.requeue = slowly  # type: ignore[method-assign]
     handling[1].cancel()
     await soon(giving_back.wait())
     first.release()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from consumer.inference.cancel_token import StopReason
-from consumer.ports import Grip
+from consumer.ports import StopAck
 from generation_contracts import CancelledEvent, SucceededEvent
 from tests.behaviour import asking, soon
 from tests.memory_ports import Hold
@@ -34,14 +34,14 @@ async def test_worker_without_the_request_answers_none(make_world: Worlds) -> No
 async def test_running_request_stops_and_is_marked_as_cancelled(make_world: Worlds) -> None:
     world = await make_world()
     hold = world.runner.will_hold()
-    answers: list[Grip | None] = []
+    answers: list[StopAck | None] = []
 
     async def request_stop() -> None:
         answers.append(await world.execution.request_stop("a"))
 
     await world.send(asking())
     await while_running_do(world, hold, request_stop)
-    assert answers == [Grip.STOPPING]
+    assert answers == [StopAck.STOPPING]
     assert world.queue.withdrawn == {1}
     assert isinstance(await world.result("a"), CancelledEvent)
 
@@ -67,10 +67,10 @@ async def test_answer_to_a_late_stop_request_is_true(
     await world.work()
     event = await world.result("a")
     if when.endswith("upload"):
-        assert (answers, type(event)) == ([Grip.STOPPING], CancelledEvent)
+        assert (answers, type(event)) == ([StopAck.STOPPING], CancelledEvent)
         assert world.artifacts.objects == {}
     else:
-        assert (answers, type(event)) == ([Grip.ENDING], SucceededEvent)
+        assert (answers, type(event)) == ([StopAck.ENDING], SucceededEvent)
 
 
 async def test_next_worker_reads_the_mark_even_after_the_last_attempt(
@@ -79,7 +79,7 @@ async def test_next_worker_reads_the_mark_even_after_the_last_attempt(
     world = await make_world(max_attempts=1)
     await world.send(asking())
     lost = world.queue.take()  # by a worker that was asked to stop it, and died
-    await lost.withdraw()
+    await lost.mark_cancelled()
     world.queue.run_out_leases()
     await world.work()
     assert isinstance(await world.result("a"), CancelledEvent)

@@ -418,7 +418,7 @@ async def test_cancelled_task_requeues_the_request(world: MemoryWorld) -> None:
     working = asyncio.create_task(world.work())
     await soon(hold.begun())
     await cancel(working)
-    assert world.settlements == ["release"]
+    assert world.settlements == ["requeue"]
     assert not beating()
     assert not world.execution.interrupt(StopReason.CANCEL)
     assert world.observer.outcomes == ["given_back"]

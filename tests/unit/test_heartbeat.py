@@ -93,7 +93,7 @@ class Swallowing:
                 if self.times < 0:
                     raise
 
-    def let_lapse(self) -> None:
+    def stop_renewing(self) -> None:
         self.lapsed = True
 
 

@@ -130,7 +130,7 @@ async def test_requeues_do_not_end_a_max_deliver_exhausted_request(
     await world.send(asking())
     for number in range(4):
         delivery = world.queue.take()
-        await (delivery.release() if number < requeued else delivery.nak())
+        await (delivery.requeue() if number < requeued else delivery.nak())
     (exhausted,) = world.queue.exhausted
     await world.execution.handle_exhausted(exhausted)
     while await world.left():
@@ -143,7 +143,7 @@ async def test_exhausted_request_stays_in_its_stream_if_the_retry_stream_is_full
 ) -> None:
     world.queue.max_deliver = 1
     await world.send(asking())
-    await world.queue.take().release()
+    await world.queue.take().requeue()
     (exhausted,) = world.queue.exhausted
     world.events.retries_full = QueueFull()
     await world.execution.handle_exhausted(exhausted)
@@ -242,7 +242,7 @@ async def test_retried_request_and_its_copy_that_fail_before_the_run_end_the_id(
 async def test_requeued_request_is_not_isolated(world: MemoryWorld) -> None:
     """After a rollout requests run next to others and in batches again."""
     await world.send(asking())
-    await world.queue.take().release()
+    await world.queue.take().requeue()
     hold = world.runner.will_hold()
     requeued = asyncio.create_task(world.work())
     await soon(hold.begun())
@@ -312,7 +312,7 @@ async def test_output_that_cannot_be_stored_is_requeued_if_another_worker_is_idl
     assert world.execution.waits_for_store is not idle
     world.store.end()
     await soon(working)
-    assert world.settlements == (["release"] if idle else ["ack"])
+    assert world.settlements == (["requeue"] if idle else ["ack"])
     assert isinstance(await world.result("a"), type(None) if idle else SucceededEvent)
 
 

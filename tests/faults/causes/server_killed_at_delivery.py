@@ -5,7 +5,7 @@ import signal
 
 from nats.aio.msg import Msg
 
-from consumer.bus.delivery import Custody, JetStreamDelivery
+from consumer.bus.delivery import DeliveryContext, JetStreamDelivery
 from consumer.settings import Settings
 from tests.faults.holding import SERVER
 from tests.faults.quick_runner import QuickRunner, first_time, note
@@ -13,11 +13,11 @@ from tests.faults.quick_runner import QuickRunner, first_time, note
 take = JetStreamDelivery.__init__
 
 
-def taken(self: JetStreamDelivery, message: Msg, custody: Custody) -> None:
+def taken(self: JetStreamDelivery, message: Msg, context: DeliveryContext) -> None:
     if not first_time("first") and first_time("second"):
         os.kill(int(os.environ[SERVER]), signal.SIGKILL)
         note("killed", "the server")
-    take(self, message, custody)
+    take(self, message, context)
 
 
 JetStreamDelivery.__init__ = taken  # type: ignore[method-assign] # that is the fault

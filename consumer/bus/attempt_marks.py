@@ -32,7 +32,7 @@ from generation_contracts.headers import EXPECTED_LAST_SUBJECT_SEQUENCE, MARK
 
 log = structlog.get_logger()
 
-NOTE_WITHIN = 0.5  # seconds; the process that writes the mark is ending, or a caller waits for it
+WRITE_TIMEOUT = 0.5  # seconds; the process that writes the mark is ending, or a caller waits for it
 READ_TIMEOUT = 1.0  # seconds for one attempt; the server takes 0.3 ms
 READ_PAUSE = 0.1  # seconds between two attempts
 READS = 64  # at a time: a request has three subjects for each of its deliveries
@@ -40,15 +40,15 @@ _CANCELLED = "cancelled"
 _OWNER = "owner"
 
 
-class NoTry(StrEnum):
+class AttemptMark(StrEnum):
     """What a delivery is marked as; each is the last token of a subject, so twice is once."""
 
-    RELEASED = "released"  # requeued on purpose: not an attempt
-    DISCOUNTED = "discounted"  # in parallel with others: not an attempt, unless it is counted
+    REQUEUED = "released"  # requeued on purpose: not an attempt
+    UNCOUNTED = "discounted"  # in parallel with others: not an attempt, unless it is counted
     COUNTED = "counted"  # alone from here on: an attempt, unless it is released
 
 
-class Notes:
+class AttemptMarks:
     """The marks on the messages of one stream; `place` names a message, as one token of a subject.
 
     Args:
@@ -61,10 +61,10 @@ class Notes:
     def __init__(self, bus: Bus, subjects: Subjects, task: Task, *, of: str = "") -> None:
         self._bus = bus
         self._stream = subjects.releases_stream
-        self._released = ".".join(filter(None, (subjects.releases(task), of)))
-        self._withdrawn = ".".join(filter(None, (subjects.withdrawals(task), of)))
+        self._attempts = ".".join(filter(None, (subjects.releases(task), of)))
+        self._cancelled = ".".join(filter(None, (subjects.withdrawals(task), of)))
 
-    async def attempt(self, place: str, attempt: int, kind: NoTry) -> None:
+    async def mark_delivery(self, place: str, attempt: int, kind: AttemptMark) -> None:
         """Mark a delivery of a message. Never raises.
 
         Where the mark cannot be written, the delivery counts as an attempt.
@@ -74,52 +74,52 @@ class Notes:
             attempt: The server's number of the delivery.
             kind: What it is.
         """
-        await self._write(f"{self._released}.{place}.{attempt}.{kind}", kind)
+        await self._write(f"{self._attempts}.{place}.{attempt}.{kind}", kind)
 
-    async def releases(self, place: str, deliveries: int) -> int:
+    async def count_uncounted(self, place: str, deliveries: int) -> int:
         """Return how many of so many deliveries were no attempts; waits for the bus.
 
         Raises:
             BusUnavailable: The client has given up; the process has to end.
         """
         wanted = [
-            (f"{self._released}.{place}.{number}.{kind}", kind)
+            (f"{self._attempts}.{place}.{number}.{kind}", kind)
             for number in range(1, deliveries + 1)
-            for kind in NoTry
+            for kind in AttemptMark
         ]
         marked: list[bool] = []
         for first in range(0, len(wanted), READS):
             some = wanted[first : first + READS]
             marked += await asyncio.gather(*(self._is_marked(*one) for one in some))
         kinds = [kind for _, kind in wanted]
-        size = len(NoTry)
+        size = len(AttemptMark)
         return sum(
-            _was_no_try({kinds[n] for n in range(first, first + size) if marked[n]})
+            _is_uncounted({kinds[n] for n in range(first, first + size) if marked[n]})
             for first in range(0, len(wanted), size)
         )
 
-    async def withdraw(self, place: str) -> None:
+    async def mark_cancelled(self, place: str) -> None:
         """Mark a message as cancelled. Never raises.
 
         Where the mark cannot be written, and this worker dies before it has stopped, the next one
         runs the request.
         """
-        await self._write(f"{self._withdrawn}.{place}", _CANCELLED)
+        await self._write(f"{self._cancelled}.{place}", _CANCELLED)
 
-    async def withdrawn(self, place: str) -> bool:
+    async def was_cancelled(self, place: str) -> bool:
         """Return whether a message is marked as cancelled; waits for the bus.
 
         Raises:
             BusUnavailable: The client has given up; the process has to end.
         """
-        return await self._is_marked(f"{self._withdrawn}.{place}", _CANCELLED)
+        return await self._is_marked(f"{self._cancelled}.{place}", _CANCELLED)
 
-    async def own(self, request_id: str, digest: str) -> None:
+    async def mark_owner(self, request_id: str, digest: str) -> None:
         """Mark a request id as belonging to what a request asks for. The first mark stands.
 
         Never raises. Where the mark cannot be written, another request can take the id.
         """
-        await self._write(f"{self._released}.{_OWNER}.{request_id}", f"{_OWNER} {digest}")
+        await self._write(f"{self._attempts}.{_OWNER}.{request_id}", f"{_OWNER} {digest}")
 
     async def owner(self, request_id: str) -> str | None:
         """Return the digest that a request id is marked with; waits for the bus.
@@ -127,17 +127,17 @@ class Notes:
         Raises:
             BusUnavailable: The client has given up; the process has to end.
         """
-        mark = await self._mark(f"{self._released}.{_OWNER}.{request_id}")
+        mark = await self._mark(f"{self._attempts}.{_OWNER}.{request_id}")
         kind, _, digest = mark.partition(" ")
         return digest if kind == _OWNER else None
 
     async def _write(self, subject: str, mark: str) -> None:
         # Again, as long as senders fill the subject with something else in between.
         try:
-            async with self._bus.question(NOTE_WITHIN):
+            async with self._bus.question(WRITE_TIMEOUT):
                 while not await self._stored(subject, mark):
                     found = await read_message(
-                        self._bus, self._stream, subject=subject, timeout=NOTE_WITHIN
+                        self._bus, self._stream, subject=subject, timeout=WRITE_TIMEOUT
                     )
                     if found is not None and MARK in found.headers:
                         return
@@ -149,7 +149,7 @@ class Notes:
     async def _stored(self, subject: str, mark: str) -> bool:
         headers = {MARK: mark, EXPECTED_LAST_SUBJECT_SEQUENCE: "0"}
         try:
-            await self._bus.jetstream.publish(subject, timeout=NOTE_WITHIN, headers=headers)
+            await self._bus.jetstream.publish(subject, timeout=WRITE_TIMEOUT, headers=headers)
         except APIError as error:
             if error.err_code not in OCCUPIED:
                 raise
@@ -181,5 +181,7 @@ def retry_place(request_id: str) -> str:
     return f"retry.{request_id}"
 
 
-def _was_no_try(kinds: set[NoTry]) -> bool:
-    return NoTry.RELEASED in kinds or (NoTry.DISCOUNTED in kinds and NoTry.COUNTED not in kinds)
+def _is_uncounted(kinds: set[AttemptMark]) -> bool:
+    return AttemptMark.REQUEUED in kinds or (
+        AttemptMark.UNCOUNTED in kinds and AttemptMark.COUNTED not in kinds
+    )

@@ -13,8 +13,8 @@ from nats.errors import Error
 from nats.js.errors import NotFoundError
 from pydantic import BaseModel, ValidationError
 
+from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import API_TIMEOUT, Bus
-from consumer.bus.notes import Notes
 from consumer.bus.stored_request import RequestInStream
 from consumer.ports import Delivery
 
@@ -31,8 +31,8 @@ class _Advisory(BaseModel):
     deliveries: int
 
 
-async def find_stranded(
-    bus: Bus, stream: str, advisory: Delivery, notes: Notes
+async def find_exhausted(
+    bus: Bus, stream: str, advisory: Delivery, marks: AttemptMarks
 ) -> RequestInStream | None:
     """The request that an advisory is about, or None when it is gone; waits for the bus.
 
@@ -40,7 +40,7 @@ async def find_stranded(
         bus: A connection.
         stream: The request stream: an advisory that names another one is not followed.
         advisory: What the server has said.
-        notes: The marks on the messages of the request stream.
+        marks: The marks on the messages of the request stream.
 
     Raises:
         BusUnavailable: The client has given up; the process has to end.
@@ -61,5 +61,5 @@ async def find_stranded(
             log.warning("stranded_request_not_read", error=type(error).__name__)
             await asyncio.sleep(PAUSE)
         else:
-            return RequestInStream(bus, stream, message, deliveries=about.deliveries, notes=notes)
+            return RequestInStream(bus, stream, message, deliveries=about.deliveries, marks=marks)
     return None
