@@ -531,3 +531,15 @@ async def test_failed_step_of_a_full_queue_keeps_its_result_when_it_is_queued_la
     assert [failure(event) for event in replies] == ["queue_full", "queue_full"]
     assert world.observer.outcomes == ["succeeded", "already_done", "already_done"]
     assert world.observer.broken_chains == ["queue_full"]
+
+
+async def test_step_that_cannot_be_queued_twice_gets_its_stored_event_twice(
+    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world.events, "publish_request", AsyncMock(side_effect=QueueFull))
+    slip = [{"task": "text_to_image", "prompt": "as a woodcut"}]
+    for _ in range(2):
+        await world.send(asking(reply_to=INBOX, then=slip))
+        await soon(world.work())
+    assert [event for _, event in world.events.replies] == [await world.result("a-2")] * 2
+    assert world.observer.broken_chains == ["queue_full"]
