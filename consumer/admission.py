@@ -16,7 +16,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from consumer.job import State, advance
-from consumer.ports import Delivery, ResultEvent, Stage
+from consumer.ports import Delivery, Message, QueuedRequest, ResultEvent, Stage
 from consumer.run import Interrupt
 from consumer.turns import Place, Turns
 from generation_contracts import (
@@ -62,6 +62,8 @@ class Job:
     """One request being handled: its delivery, and what has come of it so far.
 
     Attributes:
+        leased: The delivery, where this process has a lease on it. None: the request was read from
+            its stream, and stays there unless it is ended.
         digest: What the request asks for; of the raw bytes until it is decoded.
         place: Among the jobs in hand.
         uncounted: How many of the deliveries were no attempts.
@@ -81,7 +83,8 @@ class Job:
         upload: Seconds of storing.
     """
 
-    delivery: Delivery
+    delivery: QueuedRequest
+    leased: Delivery | None
     envelope: Envelope
     digest: str
     queued: float
@@ -141,6 +144,16 @@ class Job:
         link = None if self.request is None else self.request.chain
         return frozenset({self.request_id} if link is None else {self.request_id, link.id})
 
+    async def nak(self) -> None:
+        """Return the request to its queue after a failed attempt. Without a lease it is there."""
+        if self.leased is not None:
+            await self.leased.nak()
+
+    async def requeue(self) -> None:
+        """Return the request to its queue without an attempt. Without a lease it is there."""
+        if self.leased is not None:
+            await self.leased.requeue()
+
     def spent(self, name: str, seconds: float, *, ago: float = 0.0) -> None:
         """Note that a stage has ended so many seconds ago, after so many seconds."""
         ended = time.time_ns() - round(ago * NANOSECONDS)
@@ -164,16 +177,24 @@ class Admission:
     subjects: Subjects
     reply_prefixes: tuple[str, ...]
 
-    def open(self, delivery: Delivery, place: Place | None = None) -> Job:
-        """Begin a job with what can be read of any delivery. Never raises.
+    def open(
+        self,
+        delivery: QueuedRequest,
+        place: Place | None = None,
+        *,
+        leased: Delivery | None = None,
+    ) -> Job:
+        """Begin a job with what can be read of any request. Never raises.
 
         Args:
-            delivery: What was handed out.
-            place: Among the jobs in hand; None: it is none of them.
+            delivery: The request.
+            place: Among the jobs in flight; None: it is none of them.
+            leased: The same request, where this process has a lease on it.
         """
         queued = (datetime.now(UTC) - delivery.stored_at).total_seconds()
         return Job(
             delivery=delivery,
+            leased=leased,
             uncounted=delivery.uncounted,
             place=place or Turns().join(),
             envelope=self._envelope(delivery),
@@ -181,7 +202,7 @@ class Admission:
             queued=max(0.0, queued),  # the server's clock may be ahead of this one
         )
 
-    def request(self, delivery: Delivery) -> Request:
+    def request(self, delivery: Message) -> Request:
         """What is asked for.
 
         Raises:
@@ -199,7 +220,7 @@ class Admission:
                 self._check_reply(reply_to)
         return request
 
-    def _envelope(self, delivery: Delivery) -> Envelope:
+    def _envelope(self, delivery: Message) -> Envelope:
         fields = _fields(delivery.body)
         trace_parent = delivery.headers.get(TRACE_PARENT, "")
         return Envelope(
@@ -216,7 +237,7 @@ class Admission:
                 str(error), ({"field": "reply_to", "problem": str(error)},)
             ) from None
 
-    def _request_id(self, delivery: Delivery, fields: Mapping[str, Any]) -> str:
+    def _request_id(self, delivery: Message, fields: Mapping[str, Any]) -> str:
         # The subject first: the two differ only in a request that is refused for it, and such a
         # request must not end the id that its body names.
         candidates = (
@@ -229,7 +250,7 @@ class Admission:
                 return candidate
         return _derived_id(delivery)
 
-    def _reply_to(self, delivery: Delivery, fields: Mapping[str, Any]) -> str | None:
+    def _reply_to(self, delivery: Message, fields: Mapping[str, Any]) -> str | None:
         for candidate in (fields.get("reply_to"), delivery.headers.get(REPLY_TO)):
             if isinstance(candidate, str):
                 try:
@@ -240,7 +261,7 @@ class Admission:
         return None
 
 
-def _derived_id(delivery: Delivery) -> str:
+def _derived_id(delivery: Message) -> str:
     # The sequence alone would repeat when the stream is deleted and made again, and the new request
     # would be taken for a copy of the old one, whose result is kept for days.
     stored_at = int(delivery.stored_at.timestamp())

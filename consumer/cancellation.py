@@ -21,7 +21,7 @@ from consumer import job as outcomes
 from consumer.admission import Admission
 from consumer.conclusion import Conclusion
 from consumer.job import decide
-from consumer.ports import Delivery, Events, IdLookup, Queue, ResultEvent, StopAck, Workers
+from consumer.ports import Events, IdLookup, Queue, QueuedRequest, ResultEvent, StopAck, Workers
 from generation_contracts import (
     CancelledEvent,
     CancelReply,
@@ -170,7 +170,7 @@ class Cancellation:
         if result is not None:
             stopped.ended[task] = result
 
-    async def _end(self, task: Task, request_id: str, delivery: Delivery) -> None:
+    async def _end(self, task: Task, request_id: str, delivery: QueuedRequest) -> None:
         ending = self._endings[task]
         job = ending.admission.open(delivery)
         try:

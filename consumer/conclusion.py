@@ -336,11 +336,11 @@ class Conclusion:
             case Settlement.ACK:
                 await job.delivery.ack()
             case Settlement.NAK:
-                await job.delivery.nak()
+                await job.nak()
             case Settlement.RETRY:
                 await self._retry_later(job, counts=decision.counts)
             case Settlement.RELEASE:
-                await job.delivery.requeue()
+                await job.requeue()
             case Settlement.TERM:
                 code = "" if decision.failure is None else decision.failure.code
                 await job.delivery.term(code)
@@ -368,6 +368,6 @@ class Conclusion:
             )
         except (MessageTooLarge, QueueFull) as error:
             log.warning("retry_not_delayed", error=type(error).__name__)
-            await job.delivery.nak()
+            await job.nak()
         else:
             await job.delivery.ack()

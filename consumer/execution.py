@@ -7,6 +7,7 @@ outcome means, and `conclusion` carries that out.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ from consumer.ports import (
     NoTracer,
     Observer,
     Queue,
+    QueuedRequest,
     Runner,
     RunnerOutput,
     StopAck,
@@ -174,11 +176,11 @@ class Execution:
         """
         place = self._turns.join(suspect=delivery.deliveries > 1)
         try:
-            return await self._take(delivery, self._stages, place)
+            return await self._take(delivery, self._stages, place, leased=delivery)
         finally:
             place.leave()
 
-    async def dead_letter(self, delivery: Delivery) -> None:
+    async def dead_letter(self, delivery: QueuedRequest) -> None:
         """Conclude a request that the server delivers no more, without running it.
 
         It is left alone while its id is in progress: its last worker may have been slow, not dead.
@@ -246,11 +248,15 @@ class Execution:
 
     async def _take(
         self,
-        delivery: Delivery,
+        delivery: QueuedRequest,
         stages: Callable[[Job], Awaitable[Outcome]],
         place: Place | None = None,
+        *,
+        leased: Delivery | None = None,
     ) -> int | None:
-        job = self._admission.open(delivery, place)
+        job = self._admission.open(delivery, place, leased=leased)
+        ack_wait = self._limits.ack_wait
+        lease = nullcontext() if leased is None else Lease(leased, ack_wait=ack_wait)
         trace = self._begin_trace(job)
         self._jobs.append(job)
         self._observer.job_started()
@@ -260,7 +266,7 @@ class Execution:
             request_id=job.request_id, task=str(self._task), attempt=delivery.attempt
         ):
             try:
-                async with Lease(delivery, ack_wait=self._limits.ack_wait):
+                async with lease:
                     outcome = await stages(job)
                     wanted = await self._decide(job, outcome)
                     exit_code = wanted.exit_code  # stands even if the end goes wrong
@@ -354,10 +360,10 @@ class Execution:
         job.uncounted = job.delivery.uncounted + requeued
         if job.delivery.deliveries - requeued == 1:
             job.place.clear()  # a rollout of the workers, for example
-        elif job.place.in_company:
+        elif job.leased is not None and job.place.in_company:
             # If the worker dies now, it may be of another one: what waits behind a request that
             # kills three workers must not become a dead letter with it. `_be_alone` ends that.
-            await job.delivery.mark_uncounted()
+            await job.leased.mark_uncounted()
             job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
 
     async def _be_alone(self, job: Job) -> None:
@@ -368,8 +374,8 @@ class Execution:
 
     async def _count(self, job: Job) -> None:
         """Make this delivery a try: what has become of it is its own doing."""
-        if job.place.suspect and job.place.in_company:
-            await job.delivery.mark_counted()
+        if job.leased is not None and job.place.suspect and job.place.in_company:
+            await job.leased.mark_counted()
             job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
             job.place.in_company = False
 
@@ -424,7 +430,7 @@ class Execution:
         if job.state in {State.SETTLED, State.ABANDONED}:
             return False
         try:
-            await asyncio.wait_for(job.delivery.requeue(), LAST_WORD)
+            await asyncio.wait_for(job.requeue(), LAST_WORD)
         except Exception as error:  # noqa: BLE001 - the cancellation goes on, and the lease runs out
             log.warning("not_given_back", error=type(error).__name__)
             return False

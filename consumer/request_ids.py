@@ -11,7 +11,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 from consumer.admission import Admission, Job
-from consumer.ports import Delivery, Events, Queue, Workers
+from consumer.ports import Events, Message, Queue, Workers
 from consumer.verdict import EarlierCopyInProgress, IdConflict, ResultExists
 from generation_contracts import InvalidRequest, request_digest
 from generation_contracts.requests import digest_of_bytes
@@ -77,7 +77,7 @@ class RequestIds:
             return not is_it or (older is not None and self._digest(older) == owner)
         return True
 
-    async def in_progress(self, delivery: Delivery, request_id: str) -> bool:
+    async def in_progress(self, delivery: Message, request_id: str) -> bool:
         """Whether the id of a request that is delivered no more is in progress all the same."""
         return (
             request_id in self._owners
@@ -109,7 +109,7 @@ class RequestIds:
             job.is_copy = True
             raise EarlierCopyInProgress
 
-    def _digest(self, delivery: Delivery) -> str:
+    def _digest(self, delivery: Message) -> str:
         try:
             return request_digest(self._admission.request(delivery))
         except InvalidRequest:

@@ -146,7 +146,7 @@ async def test_exhausted_request_stays_where_its_copy_finds_no_room(world: Memor
     (exhausted,) = world.queue.stranded
     world.events.retries_full = QueueFull()
     await world.execution.dead_letter(exhausted)
-    assert (exhausted.settlements[-1], await world.result("a")) == ("nak", None)
+    assert (exhausted.settlements, await world.result("a")) == (["requeue"], None)
 
 
 # -- between workers ------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ async def test_output_that_cannot_be_stored_is_handed_over_where_another_worker_
 async def test_place_of_a_delivery_that_cannot_be_opened_is_free_again(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError
 
     world = await make_world()
