@@ -18,7 +18,7 @@ from pydantic_core import from_json
 from consumer.in_flight import Slot, unqueued_slot
 from consumer.inference.cancel_token import CancelToken
 from consumer.job import State, advance
-from consumer.ports import Delivery, ResultEvent, Stage
+from consumer.ports import Delivery, Message, QueuedRequest, ResultEvent, Stage
 from generation_contracts import (
     ImageArtifact,
     InvalidRequest,
@@ -62,6 +62,8 @@ class Job:
     """One request in progress: its delivery, and the results of its stages so far.
 
     Attributes:
+        leased: The delivery, if this process has a lease on it. None: the request was read from its
+            stream, and stays there unless it is ended.
         digest: Digest of the request's content; of the raw bytes until the request is decoded.
         slot: Slot of the job among the requests in flight.
         uncounted: Number of deliveries that were no attempts.
@@ -81,7 +83,8 @@ class Job:
         upload: Seconds of storing.
     """
 
-    delivery: Delivery
+    delivery: QueuedRequest
+    leased: Delivery | None
     envelope: Envelope
     digest: str
     queued: float
@@ -141,6 +144,16 @@ class Job:
         link = None if self.request is None else self.request.chain
         return frozenset({self.request_id} if link is None else {self.request_id, link.id})
 
+    async def nak(self) -> None:
+        """Return the request to its queue after a failed attempt. Without a lease it is there."""
+        if self.leased is not None:
+            await self.leased.nak()
+
+    async def requeue(self) -> None:
+        """Return the request to its queue without an attempt. Without a lease it is there."""
+        if self.leased is not None:
+            await self.leased.requeue()
+
     def spent(self, name: str, seconds: float, *, ago: float = 0.0) -> None:
         """Record a stage that took some seconds and ended some seconds ago."""
         ended = time.time_ns() - round(ago * NANOSECONDS)
@@ -170,16 +183,24 @@ class Admission:
     subjects: Subjects
     reply_prefixes: tuple[str, ...]
 
-    def open(self, delivery: Delivery, slot: Slot | None = None) -> Job:
-        """Make a job of any delivery, valid or not. Never raises.
+    def open(
+        self,
+        delivery: QueuedRequest,
+        slot: Slot | None = None,
+        *,
+        leased: Delivery | None = None,
+    ) -> Job:
+        """Make a job of any request, valid or not. Never raises.
 
         Args:
-            delivery: The delivery.
+            delivery: The request.
             slot: Slot of the job among the requests in flight; None: the job is not run.
+            leased: The same request, if this process has a lease on it.
         """
         queued = (datetime.now(UTC) - delivery.stored_at).total_seconds()
         return Job(
             delivery=delivery,
+            leased=leased,
             uncounted=delivery.uncounted,
             slot=slot or unqueued_slot(),
             envelope=self._envelope(delivery),
@@ -187,7 +208,7 @@ class Admission:
             queued=max(0.0, queued),  # the server's clock may be ahead of this one
         )
 
-    def request(self, delivery: Delivery) -> Request:
+    def request(self, delivery: Message) -> Request:
         """Decode and validate the request.
 
         Raises:
@@ -205,7 +226,7 @@ class Admission:
                 self._check_reply(reply_to)
         return request
 
-    def _envelope(self, delivery: Delivery) -> Envelope:
+    def _envelope(self, delivery: Message) -> Envelope:
         fields = _fields(delivery.body)
         trace_parent = delivery.headers.get(TRACE_PARENT, "")
         return Envelope(
@@ -222,7 +243,7 @@ class Admission:
                 str(error), ({"field": "reply_to", "problem": str(error)},)
             ) from None
 
-    def _request_id(self, delivery: Delivery, fields: Mapping[str, Any]) -> str:
+    def _request_id(self, delivery: Message, fields: Mapping[str, Any]) -> str:
         # The subject comes first: a request with another id in its body is refused, and the refusal
         # must not end the id in the body.
         candidates = (
@@ -235,7 +256,7 @@ class Admission:
                 return candidate
         return _derived_id(delivery)
 
-    def _reply_to(self, delivery: Delivery, fields: Mapping[str, Any]) -> str | None:
+    def _reply_to(self, delivery: Message, fields: Mapping[str, Any]) -> str | None:
         for candidate in (fields.get("reply_to"), delivery.headers.get(REPLY_TO)):
             if isinstance(candidate, str):
                 try:
@@ -246,7 +267,7 @@ class Admission:
         return None
 
 
-def _derived_id(delivery: Delivery) -> str:
+def _derived_id(delivery: Message) -> str:
     # The sequence alone repeats after the stream is deleted and created again. The new request
     # would then look like a copy of the old request, whose result is stored for days.
     stored_at = int(delivery.stored_at.timestamp())

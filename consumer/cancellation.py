@@ -20,7 +20,7 @@ import structlog
 from consumer.admission import Admission
 from consumer.finalizer import Finalizer
 from consumer.outcomes import Cancelled
-from consumer.ports import Delivery, Events, IdLookup, Queue, ResultEvent, StopAck, Workers
+from consumer.ports import Events, IdLookup, Queue, QueuedRequest, ResultEvent, StopAck, Workers
 from generation_contracts import (
     CancelledEvent,
     CancelReply,
@@ -166,9 +166,8 @@ class Cancellation:
             return
         if oldest is not None:
             await self._cancel_untouched(task, request_id, oldest.delivery)
-            await self._workers.notify_stop(
-                request_id
-            )  # a worker may have started after the first one
+            # A worker may have started it after the first message.
+            await self._workers.notify_stop(request_id)
         await self._read_result(task, request_id, stored)
 
     async def _read_result(self, task: Task, request_id: str, stored: _StoredState) -> None:
@@ -176,7 +175,7 @@ class Cancellation:
         if result is not None:
             stored.ended[task] = result
 
-    async def _cancel_untouched(self, task: Task, request_id: str, delivery: Delivery) -> None:
+    async def _cancel_untouched(self, task: Task, request_id: str, delivery: QueuedRequest) -> None:
         admission = self._finalizers[task].admission
         job = admission.open(delivery)
         try:

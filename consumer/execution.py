@@ -7,6 +7,7 @@ its value or raises. `outcomes.classify_exception` turns an exception into an ou
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ from consumer.ports import (
     NoTracer,
     Observer,
     Queue,
+    QueuedRequest,
     Runner,
     RunnerOutput,
     StopAck,
@@ -179,11 +181,11 @@ class Execution:
         """
         slot = self._in_flight.join(redelivered=delivery.deliveries > 1)
         try:
-            return await self._process(delivery, self._run_stages, slot)
+            return await self._process(delivery, self._run_stages, slot, leased=delivery)
         finally:
             slot.leave()
 
-    async def handle_exhausted(self, delivery: Delivery) -> None:
+    async def handle_exhausted(self, delivery: QueuedRequest) -> None:
         """Finalize a max-deliver-exhausted request, without running it.
 
         Does nothing while the request id is in progress: the last worker may be slow, not dead.
@@ -236,9 +238,8 @@ class Execution:
         jobs = [job for job in self._jobs if request_id in job.cancellation_ids and not job.is_copy]
         stopping = [job for job in jobs if job.state not in _ENDING]
         for job in stopping:
-            job.cancel_token.set(
-                StopReason.CANCEL
-            )  # before the first await: the job may end meanwhile
+            # Before the first await: the job may end meanwhile.
+            job.cancel_token.set(StopReason.CANCEL)
             await job.delivery.mark_cancelled()
         if not jobs:
             return None
@@ -250,11 +251,15 @@ class Execution:
 
     async def _process(
         self,
-        delivery: Delivery,
+        delivery: QueuedRequest,
         stages: Callable[[Job], Awaitable[Outcome]],
         slot: Slot,
+        *,
+        leased: Delivery | None = None,
     ) -> int | None:
-        job = self._admission.open(delivery, slot)
+        job = self._admission.open(delivery, slot, leased=leased)
+        ack_wait = self._limits.ack_wait
+        lease = nullcontext() if leased is None else Lease(leased, ack_wait=ack_wait)
         trace = self._begin_trace(job)
         self._jobs.append(job)
         self._observer.job_started()
@@ -264,7 +269,7 @@ class Execution:
             request_id=job.request_id, task=str(self._task), attempt=delivery.attempt
         ):
             try:
-                async with Lease(delivery, ack_wait=self._limits.ack_wait):
+                async with lease:
                     outcome = await stages(job)
                     wanted = await self._decide(job, outcome)
                     exit_code = wanted.exit_code  # stays set if the finalization fails
@@ -278,7 +283,7 @@ class Execution:
             except Exception as error:
                 # The state of the job is unknown: the lease expires and the server redelivers.
                 log.exception("job_abandoned")
-                if stages == self._run_stages and await self._attempts_exhausted(job):
+                if leased is not None and await self._attempts_exhausted(job):
                     decision = await self._finalize_failed(job, error)
             finally:
                 self._jobs.remove(job)
@@ -358,10 +363,10 @@ class Execution:
         job.uncounted = job.delivery.uncounted + requeued
         if job.delivery.deliveries - requeued == 1:
             job.slot.clear()  # every earlier delivery was requeued, for example in a rollout
-        elif job.slot.co_resident:
+        elif job.leased is not None and job.slot.co_resident:
             # If the worker dies now, another request may be the cause. A request behind one that
             # kills three workers must not be dead-lettered with it. `_isolate` removes the mark.
-            await job.delivery.mark_uncounted()
+            await job.leased.mark_uncounted()
             job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
 
     async def _isolate(self, job: Job) -> None:
@@ -371,8 +376,8 @@ class Execution:
             await self._count_attempt(job)
 
     async def _count_attempt(self, job: Job) -> None:
-        if job.slot.redelivered and job.slot.co_resident:
-            await job.delivery.mark_counted()
+        if job.leased is not None and job.slot.redelivered and job.slot.co_resident:
+            await job.leased.mark_counted()
             job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
             job.slot.co_resident = False
 
@@ -438,7 +443,7 @@ class Execution:
         if job.state in FINAL:
             return False
         try:
-            await asyncio.wait_for(job.delivery.requeue(), RELEASE_TIMEOUT)
+            await asyncio.wait_for(job.requeue(), RELEASE_TIMEOUT)
         except Exception as error:  # noqa: BLE001 - the cancellation goes on, the lease expires
             log.warning("delivery_not_requeued", error=type(error).__name__)
             return False

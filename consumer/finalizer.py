@@ -263,11 +263,11 @@ class Finalizer:
             case Settlement.ACK:
                 await job.delivery.ack()
             case Settlement.NAK:
-                await job.delivery.nak()
+                await job.nak()
             case Settlement.RETRY:
                 await self._retry_later(job, counts=decision.counts)
             case Settlement.REQUEUE:
-                await job.delivery.requeue()
+                await job.requeue()
             case Settlement.TERM:
                 code = "" if decision.failure is None else decision.failure.code
                 await job.delivery.term(code)
@@ -293,6 +293,6 @@ class Finalizer:
             )
         except (MessageTooLarge, QueueFull) as error:
             log.warning("retry_not_delayed", error=type(error).__name__)
-            await job.delivery.nak()
+            await job.nak()
         else:
             await job.delivery.ack()

@@ -6,7 +6,7 @@ from typing import Self
 
 import structlog
 
-from consumer.ports import Delivery
+from consumer.ports import Renewable
 from consumer.tasks import cancel_and_wait
 
 log = structlog.get_logger()
@@ -24,7 +24,7 @@ class Lease:
         interval: Seconds between two renewals.
     """
 
-    def __init__(self, delivery: Delivery, *, ack_wait: float) -> None:
+    def __init__(self, delivery: Renewable, *, ack_wait: float) -> None:
         self.delivery = delivery
         self.interval = ack_wait / BEATS_PER_ACK_WAIT
         self._heartbeat: asyncio.Task[None] | None = None

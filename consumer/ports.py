@@ -43,8 +43,8 @@ class Unavailable(Exception):  # noqa: N818 - a state of the service
 # -- the bus --------------------------------------------------------------------------------------
 
 
-class Delivery(Protocol):
-    """One JetStream message handed to this worker. It is settled exactly once."""
+class Message(Protocol):
+    """A request as a stream stores it, and how often it has been delivered."""
 
     @property
     def subject(self) -> str:
@@ -60,11 +60,15 @@ class Delivery(Protocol):
 
     @property
     def stream(self) -> str:
-        """Name of the stream that holds the request."""
+        """Name of the stream that stores the request."""
 
     @property
     def stream_sequence(self) -> int:
-        """The request's place in its stream; the same for every delivery of it."""
+        """The request's sequence in its stream; the same for every delivery."""
+
+    @property
+    def stored_at(self) -> datetime:
+        """When the stream stored the request, aware; the same for every delivery."""
 
     @property
     def attempt(self) -> int:
@@ -81,50 +85,74 @@ class Delivery(Protocol):
     def uncounted(self) -> int:
         """How many deliveries, before it was queued again after a delay, were no attempts."""
 
-    @property
-    def stored_at(self) -> datetime:
-        """When the stream took the request, aware; the same for every delivery of it."""
+
+class Endable(Protocol):
+    """Settles a request as ended. A request is settled once."""
 
     async def ack(self) -> None:
         """Settle as done; returns when the server has confirmed it."""
 
-    async def nak(self) -> None:
-        """Give it back after a try that failed, to be delivered again at once."""
-
-    async def requeue(self) -> None:
-        """Give it back without a try: to be delivered again at once, and not counted.
-
-        Never raises: it is what a process does that ends.
-        """
-
-    async def mark_uncounted(self) -> None:
-        """Note that this delivery is no try, unless `count` says that it is. Never raises."""
-
-    async def mark_counted(self) -> None:
-        """Note that this delivery is a try after all, unless it is released. Never raises."""
-
-    async def marked_uncounted(self) -> int:
-        """How many deliveries of the request were no tries."""
-
-    async def mark_cancelled(self) -> None:
-        """Note that it is cancelled, for the next worker should this one die. Never raises."""
-
-    async def was_cancelled(self) -> bool:
-        """Whether the request was cancelled while an earlier worker had it."""
-
     async def term(self, reason: str) -> None:
         """Settle as never to be delivered again, with a reason for the advisory."""
+
+
+class Marked(Protocol):
+    """What workers have marked on a request for the worker that receives it next."""
+
+    async def marked_uncounted(self) -> int:
+        """Return how many deliveries of this message were no attempts."""
+
+    async def mark_cancelled(self) -> None:
+        """Mark the request as cancelled, for the next worker if this one dies. Never raises."""
+
+    async def was_cancelled(self) -> bool:
+        """Return whether the request was cancelled while an earlier worker had it."""
+
+
+class Requeueable(Protocol):
+    """Returns a request to its queue, to be delivered again at once."""
+
+    async def nak(self) -> None:
+        """Return the request after a failed attempt."""
+
+    async def requeue(self) -> None:
+        """Return the request without an attempt: the delivery is not counted.
+
+        Never raises: a process that is ending calls it.
+        """
+
+
+class Renewable(Protocol):
+    """The lease on a delivery: while it lasts, no other worker receives the request."""
 
     async def extend(self) -> None:
         """Renew the lease for another `ack_wait`. Fire and forget: it never raises."""
 
     def stop_renewing(self) -> None:
-        """Renew the lease no more, nor let anyone else do it for this process."""
+        """Renew the lease no more, nor let the lease guard do it for this process."""
+
+
+class Countable(Protocol):
+    """Decides whether a delivery counts as an attempt."""
+
+    async def mark_uncounted(self) -> None:
+        """Mark this delivery as no attempt, unless `mark_counted` follows. Never raises."""
+
+    async def mark_counted(self) -> None:
+        """Mark this delivery as an attempt after all, unless it is requeued. Never raises."""
+
+
+class QueuedRequest(Message, Endable, Marked, Protocol):
+    """A request in its stream that this process may end, whether or not it has a lease on it."""
+
+
+class Delivery(QueuedRequest, Requeueable, Renewable, Countable, Protocol):
+    """One delivery of a request to this worker, with the lease on it."""
 
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """Why a delivery is put aside, for the headers of its copy."""
+    """Why a request is dead-lettered, for the headers of its copy."""
 
     code: str
     reason: str
@@ -171,7 +199,7 @@ class Events(Protocol):
     async def retry_later(
         self,
         task: Task,
-        delivery: Delivery,
+        delivery: Message,
         *,
         request_id: str,
         attempts: int,
@@ -193,7 +221,7 @@ class Events(Protocol):
             QueueFull: The stream takes no more.
         """
 
-    async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
+    async def dead_letter(self, task: Task, delivery: Message, letter: DeadLetter) -> None:
         """Keep the original bytes and headers of a request that no worker can handle."""
 
 
@@ -206,7 +234,7 @@ class StoredRequest:
         untouched: Whether it has been delivered to no worker so far.
     """
 
-    delivery: Delivery
+    delivery: QueuedRequest
     untouched: bool
 
 
@@ -247,7 +275,7 @@ class Queue(Protocol):
             Unavailable: The bus cannot be used.
         """
 
-    async def older(self, task: Task, request_id: str, than: Delivery) -> Delivery | None:
+    async def older(self, task: Task, request_id: str, than: Message) -> Message | None:
         """Load the oldest request with this id in its subject, if it is older than a delivery.
 
         Waits for the bus. Loads nothing where the delivery's own message is the only one.
@@ -270,7 +298,7 @@ class Queue(Protocol):
 
 
 class StopAck(Enum):
-    """How a worker holds a request that it is asked to stop."""
+    """A worker's answer to a request to stop: the worker has the request."""
 
     STOPPING = "stopping"  # it stops at its next step, even if this worker should die
     ENDING = "ending"  # too late: its end is being published
@@ -283,11 +311,11 @@ class Workers(Protocol):
         """Ask all workers to stop a request; each of them remembers the id.
 
         Returns:
-            Once the question has been sent: the answer to wait for. None: no worker has answered.
+            Once the message has been sent: the answer to wait for. None: no worker has answered.
         """
 
     async def notify_stop(self, request_id: str) -> None:
-        """Ask the same without an answer."""
+        """Ask all workers to stop a request, without an answer."""
 
     async def is_in_progress(self, request_id: str) -> bool:
         """Whether another worker has a job with this id. The job goes on.

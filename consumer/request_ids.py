@@ -12,7 +12,7 @@ from typing import Any
 
 from consumer.admission import Admission, Job
 from consumer.outcomes import EarlierCopyInProgress, IdConflict, ResultExists
-from consumer.ports import Delivery, Events, Queue, Workers
+from consumer.ports import Events, Message, Queue, Workers
 from generation_contracts import InvalidRequest, request_digest
 from generation_contracts.requests import digest_of_bytes
 
@@ -77,7 +77,7 @@ class RequestIds:
         is_owner = owner == job.digest and job.delivery.attempt > job.delivery.deliveries
         return not is_owner or (older is not None and self._digest(older) == owner)
 
-    async def in_progress(self, delivery: Delivery, request_id: str) -> bool:
+    async def in_progress(self, delivery: Message, request_id: str) -> bool:
         """Return whether the request of a max-deliver-exhausted delivery is in progress."""
         return (
             request_id in self._owners
@@ -108,7 +108,7 @@ class RequestIds:
             job.is_copy = True
             raise EarlierCopyInProgress
 
-    def _digest(self, delivery: Delivery) -> str:
+    def _digest(self, delivery: Message) -> str:
         try:
             return request_digest(self._admission.request(delivery))
         except InvalidRequest:

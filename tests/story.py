@@ -379,11 +379,18 @@ class Story:
             return
         settlement = self._settlements[0] if self._settlements else None
         did = Row(self._event, settlement, self._letter, exit_code, self._retried)
-        self._claim(did in self.rows(), f"{did} after {self.outcomes()}")
+        rows = self.rows()
+        if self.exhausted:  # it stays in its stream: there is no delivery to return
+            rows = [
+                replace(row, settlement=None) if row.settlement in {"nak", "requeue"} else row
+                for row in rows
+            ]
+        self._claim(did in rows, f"{did} after {self.outcomes()}")
         if self.in_progress:
             return
         reported = self.worker.observer.outcomes[-1]
-        self._claim((reported == "abandoned") == (settlement is None), f"reported as {reported}")
+        abandoned = (reported == "abandoned") == (settlement is None)
+        self._claim(abandoned or self.exhausted, f"reported as {reported}")
         ends = settlement not in {None, "nak", "requeue"} and not self._retried
         self._claim(self._replies_sent == int(self.sent.reply and ends), "wrong number of replies")
         left = {one.key for one in self._outputs} - keys_of(self._stored_event()) if ends else set()

@@ -14,7 +14,7 @@ from nats.js.errors import NotFoundError
 from consumer.bus.attempt_marks import AttemptMark, AttemptMarks, retry_place
 from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.standby import Standby
-from consumer.ports import Delivery
+from consumer.ports import Message
 from generation_contracts.headers import earlier_attempts, earlier_deliveries
 
 log = structlog.get_logger()
@@ -29,12 +29,12 @@ NANOSECONDS = 1_000_000_000
 
 @dataclass(frozen=True)
 class DeliveryContext:
-    """What a delivery needs while it is in hand.
+    """What a delivery needs while it is in flight.
 
     Attributes:
         bus: The connection that it came over.
         ack_wait: Seconds that its lease lasts.
-        marks: Where it is noted that it was given back on purpose, or withdrawn.
+        marks: The marks on the messages of its stream.
         standby: Renews its lease while this process cannot.
     """
 
@@ -69,9 +69,9 @@ class JetStreamDelivery:
         await self._settle(b"+ACK")
 
     async def nak(self) -> None:
-        """Give it back at once, confirmed; what cannot be given back in time is left to its lease.
+        """Return the request at once, confirmed; else its lease runs out.
 
-        It never raises: it is what a process does that ends.
+        Never raises: a process that is ending calls it.
         """
         try:
             async with asyncio.timeout(GIVE_UP_AFTER):
@@ -84,31 +84,31 @@ class JetStreamDelivery:
         await self._settle(b'-NAK {"delay": %d}' % round(delay * NANOSECONDS))
 
     async def requeue(self) -> None:
-        """Give it back at once; a note says that it was no try."""
-        await self._note(AttemptMark.REQUEUED)
+        """Return the request at once; a mark says that the delivery was no attempt."""
+        await self._mark(AttemptMark.REQUEUED)
         await self.nak()
 
     async def mark_uncounted(self) -> None:
-        """Note that this delivery is no try, until `count`."""
-        await self._note(AttemptMark.UNCOUNTED)
+        """Mark this delivery as no attempt, until `mark_counted`."""
+        await self._mark(AttemptMark.UNCOUNTED)
 
     async def mark_counted(self) -> None:
-        """Note that it is one after all."""
-        await self._note(AttemptMark.COUNTED)
+        """Mark this delivery as an attempt after all."""
+        await self._mark(AttemptMark.COUNTED)
 
-    async def _note(self, kind: AttemptMark) -> None:
+    async def _mark(self, kind: AttemptMark) -> None:
         await self._context.marks.mark_delivery(place_of(self), self.deliveries, kind)
 
     async def marked_uncounted(self) -> int:
-        """How many deliveries of this message were no tries; waits for the bus."""
+        """Return how many deliveries of this message were no attempts; waits for the bus."""
         return await self._context.marks.count_uncounted(place_of(self), self.deliveries)
 
     async def mark_cancelled(self) -> None:
-        """Note that it is cancelled, for the next worker should this one die first."""
+        """Mark the request as cancelled, for the next worker if this one dies first."""
         await self._context.marks.mark_cancelled(place_of(self))
 
     async def was_cancelled(self) -> bool:
-        """Whether it was cancelled in the hands of an earlier worker; waits for the bus."""
+        """Return whether the request was cancelled at an earlier worker; waits for the bus."""
         if await self._context.marks.was_cancelled(place_of(self)):
             return True
         if self.attempt == self.deliveries:
@@ -182,9 +182,9 @@ class JetStreamDelivery:
         return known < metadata.sequence.consumer
 
 
-def place_of(delivery: Delivery) -> str:
+def place_of(message: Message) -> str:
     """What names a request's message for ever: a stream that is made again begins at 1 again."""
-    return f"{delivery.stream_sequence}-{int(delivery.stored_at.timestamp()):x}"
+    return f"{message.stream_sequence}-{int(message.stored_at.timestamp()):x}"
 
 
 def is_delivery(message: Msg) -> bool:

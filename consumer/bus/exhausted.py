@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import API_TIMEOUT, Bus
 from consumer.bus.stored_request import RequestInStream
-from consumer.ports import Delivery
+from consumer.ports import Message
 
 log = structlog.get_logger()
 
@@ -32,7 +32,7 @@ class _Advisory(BaseModel):
 
 
 async def find_exhausted(
-    bus: Bus, stream: str, advisory: Delivery, marks: AttemptMarks
+    bus: Bus, stream: str, advisory: Message, marks: AttemptMarks
 ) -> RequestInStream | None:
     """The request that an advisory is about, or None when it is gone; waits for the bus.
 

@@ -21,7 +21,7 @@ from consumer.bus.results import event_of
 from consumer.bus.topology import TopologyError
 from consumer.ports import (
     DeadLetter,
-    Delivery,
+    Message,
     MessageTooLarge,
     Observer,
     QueueFull,
@@ -211,7 +211,7 @@ class JetStreamEvents:
             final=frozenset({STREAM_FULL}),
         )
 
-    async def publish_again(self, task: Task, retry: Delivery, *, request_id: str) -> None:
+    async def publish_again(self, task: Task, retry: Message, *, request_id: str) -> None:
         """Publish a request that was stored by `retry_later` to its subject; waits for the bus.
 
         Acknowledge the retry afterwards: a copy that is left after a crash is not run, only
@@ -236,7 +236,7 @@ class JetStreamEvents:
     async def retry_later(
         self,
         task: Task,
-        delivery: Delivery,
+        delivery: Message,
         *,
         request_id: str,
         attempts: int,
@@ -278,7 +278,7 @@ class JetStreamEvents:
         headers = event_headers(event, trace_parent=trace_parent)
         await self._tell(subject, encode(event), headers, "reply_not_published")
 
-    async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
+    async def dead_letter(self, task: Task, delivery: Message, letter: DeadLetter) -> None:
         """Keep a request's bytes and headers with the reason; waits for the bus.
 
         Its message id is that of the request's message, so that all deliveries together make one
@@ -299,7 +299,7 @@ class JetStreamEvents:
             log.exception("dead_letter_too_large")
 
     def _letter(
-        self, delivery: Delivery, letter: DeadLetter, message_id: str
+        self, delivery: Message, letter: DeadLetter, message_id: str
     ) -> tuple[bytes, dict[str, str]]:
         headers = _dead_letter_headers(delivery, letter, message_id)
         # Other clients publish header names that nats-py refuses to write.
@@ -442,7 +442,7 @@ def _random_id() -> str:
     return secrets.token_hex(16)
 
 
-def _headers_again(delivery: Delivery, *, attempts: int, deliveries: int) -> dict[str, str]:
+def _headers_again(delivery: Message, *, attempts: int, deliveries: int) -> dict[str, str]:
     """The headers of a request that is published again: without those that NATS acts upon.
 
     nats-py strips white space from names. So a header that the server did not obey, because of a
@@ -458,7 +458,7 @@ def _headers_again(delivery: Delivery, *, attempts: int, deliveries: int) -> dic
     return {**kept, **counts, MESSAGE_ID: _random_id()}
 
 
-def _dead_letter_headers(delivery: Delivery, letter: DeadLetter, message_id: str) -> dict[str, str]:
+def _dead_letter_headers(delivery: Message, letter: DeadLetter, message_id: str) -> dict[str, str]:
     return {
         MESSAGE_ID: message_id,
         DEAD_LETTER_CODE: letter.code,

@@ -16,7 +16,7 @@ from consumer.bus.attempt_marks import AttemptMarks, retry_place
 from consumer.bus.codes import STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.stored_request import RequestInStream
-from consumer.ports import Delivery, IdLookup, StopAck, StoredRequest
+from consumer.ports import IdLookup, Message, StopAck, StoredRequest
 from generation_contracts import Subjects, Task
 
 log = structlog.get_logger()
@@ -101,7 +101,7 @@ class JetStreamQueue:
             raise _unreadable(error) from None
         return StoredRequest(self._delivery(task, message), untouched)
 
-    async def older(self, task: Task, request_id: str, than: Delivery) -> RequestInStream | None:
+    async def older(self, task: Task, request_id: str, than: Message) -> RequestInStream | None:
         """Load the oldest message with the id in its subject, if it comes before a delivery.
 
         No body is loaded where the delivery's own message is the only one.

@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 
 class RequestInStream:
-    """A message of a request stream without a delivery; implements `consumer.ports.Delivery`.
+    """A request without a lease; implements `consumer.ports.QueuedRequest`.
 
     Settling it deletes it from its stream; until then it stays where it is.
 
@@ -60,18 +60,6 @@ class RequestInStream:
         log.info("stored_request_removed", reason=reason)
         await self._delete()
 
-    async def nak(self) -> None:
-        """Leave the message where it is."""
-
-    async def requeue(self) -> None:
-        """Leave the message where it is."""
-
-    async def mark_uncounted(self) -> None:
-        """Do nothing: this is no delivery, so it is no attempt."""
-
-    async def mark_counted(self) -> None:
-        """Do nothing: this is no delivery, so it is no attempt."""
-
     async def marked_uncounted(self) -> int:
         """Return how many deliveries of the message were no attempts; waits for the bus."""
         return await self._marks.count_uncounted(place_of(self), self.deliveries)
@@ -83,12 +71,6 @@ class RequestInStream:
     async def was_cancelled(self) -> bool:
         """Whether the message is marked as cancelled; waits for the bus."""
         return await self._marks.was_cancelled(place_of(self))
-
-    async def extend(self) -> None:
-        """There is no lease."""
-
-    def stop_renewing(self) -> None:
-        """There is no lease."""
 
     async def _delete(self) -> None:
         try:

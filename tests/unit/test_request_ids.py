@@ -147,7 +147,7 @@ async def test_exhausted_request_stays_in_its_stream_if_the_retry_stream_is_full
     (exhausted,) = world.queue.exhausted
     world.events.retries_full = QueueFull()
     await world.execution.handle_exhausted(exhausted)
-    assert (exhausted.settlements[-1], await world.result("a")) == ("nak", None)
+    assert (exhausted.settlements, await world.result("a")) == (["requeue"], None)
 
 
 # -- between workers ------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ async def test_output_that_cannot_be_stored_is_requeued_if_another_worker_is_idl
 async def test_delivery_that_cannot_be_opened_takes_no_place(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError
 
     world = await make_world()
