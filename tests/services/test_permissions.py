@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from generation_client import GenerationClient, RequestCancelled
 from generation_contracts import ImageToTextStep, Task, TextOutput
 from tests.faults.quick_runner import FOLDER
 from tests.faults.scene import ROOT, WITHIN
+from tests.support.worker_template import ForkedWorker
 
 USERS = ROOT / "infra" / "nats" / "users.conf"
 ROLES = ("admin", "worker", "endpoints", "publisher", "gateway", "observer")
@@ -124,14 +124,13 @@ def start_worker(
         "MODEL_TYPE": str(task),
         "CONSUMER_REPLY_PREFIXES": "_INBOX_sender.,_INBOX_gateway.,_INBOX_admin.,generation.reply.",
         FOLDER: str(folder),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'contracts'}",
     }
-    worker = Daemon(
+    worker = ForkedWorker(
         f"worker-{task}-{cause}",
         installation.environment("worker", **settings),
         log=folder / f"worker-{task}-{cause}.log",
+        cause=cause,
     )
-    worker.argv = (sys.executable, "-P", "-m", "tests.faults.worker", cause)
     worker.start()
     return worker
 
