@@ -187,10 +187,11 @@ class Workers(RuleBasedStateMachine):
 @pytest.fixture
 def _silence() -> Iterator[None]:
     """Tracebacks take longer to draw than jobs to do."""
+    before = structlog.get_config()
     quiet = structlog.make_filtering_bound_logger(logging.CRITICAL)
     structlog.configure(wrapper_class=quiet, cache_logger_on_first_use=False)
     yield
-    structlog.reset_defaults()
+    structlog.configure(**before)
 
 
 @pytest.mark.timeout(900)  # a failing example is made smaller first, for up to 5 minutes
