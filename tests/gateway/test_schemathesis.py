@@ -12,14 +12,14 @@ import pytest
 import schemathesis
 
 from consumer.apply import apply
-from consumer.devstack import DevStack, GatewayServer
+from consumer.devstack import DevStack
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
 from generation_contracts import Task
 from tests.faults.quick_runner import FOLDER
 from tests.gateway.pictures import data_url, red_circle
-from tests.support.worker_template import ForkedWorker
+from tests.support.forked import ForkedGateway, ForkedWorker
 
 PROGRAM = Path(sys.executable).parent / "schemathesis"
 EXAMPLES = 15  # of each operation, in each phase that draws them
@@ -82,7 +82,7 @@ def fuzzed(stack: DevStack, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ]
     keyed = {**environment, "GATEWAY_KEYS": str(keys.path)}
     gateways = [
-        GatewayServer(name, values, log=folder / f"{name}.log")
+        ForkedGateway(name, values, log=folder / f"{name}.log")
         for name, values in (("keyed", keyed), ("open", environment))
     ]
     try:

@@ -8,12 +8,12 @@ from typing import Any
 import httpx2
 
 from consumer.apply import apply
-from consumer.devstack import DevStack, GatewayServer, free_ports
+from consumer.devstack import DevStack, free_ports
 from consumer.settings import Settings
 from generation_contracts import Task
 from tests.faults.quick_runner import FOLDER
 from tests.faults.scene import WITHIN
-from tests.support.worker_template import ForkedWorker
+from tests.support.forked import ForkedGateway, ForkedWorker
 
 
 def test_outputs_are_read_at_the_inner_address(stack: DevStack, tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_outputs_are_read_at_the_inner_address(stack: DevStack, tmp_path: Path) 
     worker = ForkedWorker(
         "worker", {**environment, **of_worker}, log=tmp_path / "worker.log", cause="none"
     )
-    gateway = GatewayServer("gateway", environment, log=tmp_path / "gateway.log")
+    gateway = ForkedGateway("gateway", environment, log=tmp_path / "gateway.log")
     with worker, gateway:
         address = f"{gateway.url}/v1/images/generations"
         asked = {"prompt": "a red circle", "num_inference_steps": 1}

@@ -24,7 +24,7 @@ from generation_client import GenerationClient
 from generation_contracts import ProgressEvent, Task, TextToImageRequest
 from tests.faults.quick_runner import FOLDER
 from tests.faults.scene import ROOT, WITHIN
-from tests.support.worker_template import ForkedWorker
+from tests.support.forked import ForkedGateway, ForkedWorker
 
 ACCOUNTS = ROOT / "infra" / "nats" / "accounts.conf"
 USERS = ROOT / "infra" / "nats" / "users.conf"
@@ -89,7 +89,7 @@ class Installation:
     def gateway(self, tenant: str) -> GatewayServer:
         """A gateway for a tenant, not started yet."""
         name = tenant.replace("-", "_")
-        return GatewayServer(
+        return ForkedGateway(
             f"gateway-{tenant}",
             self.environment(tenant, f"{name.upper()}_GATEWAY", f"_INBOX_{name}_gateway"),
             log=self.folder / f"gateway-{tenant}.log",

@@ -1,12 +1,13 @@
-"""Workers forked from one process that has imported their libraries.
+"""Child processes forked from one that has imported their libraries.
 
-`python -m tests.faults.worker CAUSE` takes two seconds of a core to import what it needs, and the
-tests start hundreds of workers. A forked worker runs the same `main` with an environment, an
-output, a session and a process id of its own. It is ready in 0.2 s. It forks its lease guard too,
-which takes another second of a core where it is started.
+A worker takes two seconds of a core to import what it needs, a gateway as long, and the tests start
+hundreds of them. A forked one runs the same code, with an environment, an output, a session and a
+process id of its own. It is ready in 0.2 s. A forked worker forks its lease guard too, which takes
+another second of a core where it is started. `DevStack` starts what it starts the ordinary way.
 
-`ForkedWorker` is the side of the tests. The template is `python -m tests.support.worker_template`.
-It ends with the process of the tests, and its workers end with it.
+`ForkedWorker` and `ForkedGateway` are the side of the tests. The template is
+`python -m tests.support.forked IMPORT…`. It ends with the process of the tests, and what it has
+forked ends with it.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -23,11 +25,13 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from consumer.devstack import Daemon
+from consumer.devstack import Daemon, GatewayServer
+from consumer.devstack.process import ChildProcess
 
 ROOT = Path(__file__).parents[2]
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'contracts'}"
@@ -37,7 +41,22 @@ _LARGEST = 2**20  # bytes of one order
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
-class ForkedWorker(Daemon):
+class _Forked(ChildProcess):
+    """A `python -P -m MODULE` or `python -P -c CODE` that is forked and not started."""
+
+    _imports: ClassVar[tuple[str, ...]]  # what the template imports
+
+    def _spawn(self) -> Any:
+        if sys.platform != "linux":  # elsewhere nothing would end the forks of a killed test run
+            return super()._spawn()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as output:
+            self._log_start = output.seek(0, os.SEEK_END)
+            template = _template(os.getpid(), self._imports)
+            return template.fork(self.argv, self.env or {}, output.fileno())
+
+
+class ForkedWorker(_Forked, Daemon):
     """A `Daemon` with a fault: `tests/faults/causes/CAUSE.py`.
 
     Args:
@@ -47,17 +66,32 @@ class ForkedWorker(Daemon):
         cause: The name of the fault.
     """
 
-    def __init__(self, name: str, settings: dict[str, str], *, log: Path, cause: str) -> None:
+    _imports = ("consumer.daemon", "tests.faults.quick_runner")
+
+    def __init__(self, name: str, settings: Mapping[str, str], *, log: Path, cause: str) -> None:
         super().__init__(name, {**settings, "PYTHONPATH": PYTHONPATH}, log=log)
         self.argv = (sys.executable, "-P", "-m", "tests.faults.worker", cause)
 
-    def _spawn(self) -> Any:
-        if sys.platform != "linux":  # elsewhere nothing would end the workers of a killed test run
-            return super()._spawn()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as output:
-            self._log_start = output.seek(0, os.SEEK_END)
-            return _template(os.getpid()).fork(self.argv, self.env or {}, output.fileno())
+
+class ForkedGateway(_Forked, GatewayServer):
+    """A `GatewayServer`, with some constants changed.
+
+    Args:
+        name: As of a `GatewayServer`.
+        settings: As of a `GatewayServer`.
+        log: As of a `GatewayServer`.
+        patch: Statements on the modules `app`, `in_flight` and `serve` of `consumer.gateway`.
+    """
+
+    _imports = ("consumer.cli", "consumer.gateway.serve")
+
+    def __init__(
+        self, name: str, settings: Mapping[str, str], *, log: Path, patch: str = ""
+    ) -> None:
+        super().__init__(name, settings, log=log)
+        run = "import sys; from consumer.cli import main; sys.argv = ['consumer', 'gateway']"
+        imports = "from consumer.gateway import app, in_flight, serve"
+        self.argv = (sys.executable, "-P", "-c", f"{imports}\n{patch}\n{run}\nmain()")
 
 
 class _Process:
@@ -105,42 +139,46 @@ class _Process:
     def _next_report(self) -> bytes:
         report = self._reports.recv(32)
         if not report:
-            raise RuntimeError("the template of the workers has ended")
+            raise RuntimeError("the template has ended")
         return report
 
 
 class _Template:
-    """The process that forks the workers; started by its first use."""
+    """The process that forks; started by its first use.
 
-    def __init__(self) -> None:
+    Args:
+        imports: The modules that it imports.
+    """
+
+    def __init__(self, imports: tuple[str, ...]) -> None:
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__],
+                [sys.executable, "-P", "-m", __name__, *imports],
                 stdin=theirs,
                 env={**os.environ, "PYTHONPATH": PYTHONPATH},
                 start_new_session=True,
             )
 
     def fork(self, argv: tuple[str, ...], env: dict[str, str], output: int) -> _Process:
-        """Fork a worker.
+        """Fork a process.
 
         Args:
-            argv: Of which the last one names the cause.
+            argv: The interpreter and its arguments.
             env: Its whole environment.
             output: A file descriptor for its output.
         """
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            order = json.dumps({"argv": argv[-1:], "env": env}).encode()
+            order = json.dumps({"argv": argv, "env": env}).encode()
             socket.send_fds(self._orders, [order], [output, theirs.fileno()])
         return _Process(argv, mine)
 
 
 @functools.cache
-def _template(_pid: int) -> _Template:
-    """Return the template of this process; a forked process would need another one."""
-    return _Template()
+def _template(_pid: int, imports: tuple[str, ...]) -> _Template:
+    """Return a template of this process; a forked process would need another one."""
+    return _Template(imports)
 
 
 # -- in the template ------------------------------------------------------------------------------
@@ -148,7 +186,7 @@ def _template(_pid: int) -> _Template:
 
 @dataclass(frozen=True)
 class _Order:
-    """One worker to fork."""
+    """One process to fork."""
 
     argv: list[str]
     env: dict[str, str]
@@ -171,7 +209,6 @@ def _become(order: _Order) -> None:
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     os.environ.clear()
     os.environ.update(order.env)
-    sys.argv[1:] = order.argv
     asyncio.create_subprocess_exec = _fork_guard  # type: ignore[assignment]
 
 
@@ -206,7 +243,7 @@ def _receive(orders: socket.socket) -> _Order | None:
 
 
 def _report_ended(running: dict[int, socket.socket]) -> None:
-    """Report the exit codes of the workers that have ended."""
+    """Report the exit codes of the processes that have ended."""
     for pid in list(running):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -214,8 +251,12 @@ def _report_ended(running: dict[int, socket.socket]) -> None:
                 reports.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
-def _serve() -> bool:
-    """Fork a worker for each order; return whether this is one of the workers."""
+def _serve() -> list[str]:
+    """Fork a process for each order.
+
+    Returns:
+        The arguments of the interpreter, in each of these processes; nothing at the end.
+    """
     orders = socket.socket(fileno=os.dup(0))
     running: dict[int, socket.socket] = {}
     woken, wakes = os.pipe()
@@ -229,20 +270,32 @@ def _serve() -> bool:
             _report_ended(running)
         if orders in ready:
             if (order := _receive(orders)) is None:
-                return False
+                return []
             if (pid := os.fork()) == 0:
                 _become(order)
-                return True
+                return order.argv[1:]
             os.close(order.output)
             order.reports.send(str(pid).encode())
             running[pid] = order.reports
 
 
-if __name__ == "__main__":
-    from consumer.bus import standby_process  # noqa: F401 - for the guards
-    from tests.faults import worker
+def _run(argv: list[str]) -> None:
+    """Do what an interpreter with these arguments does."""
+    match argv:
+        case ["-P", "-m", module, *arguments]:
+            sys.argv = [module, *arguments]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        case ["-P", "-c", code, *arguments]:
+            sys.argv = ["-c", *arguments]
+            exec(code, {"__name__": "__main__"})  # noqa: S102 - a test's own code
+        case _:
+            raise ValueError(argv)
 
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # the collector of a worker does not copy the template's pages
-    if _serve():
-        worker.main()
+    gc.freeze()  # a collector does not copy the template's pages
+    if arguments := _serve():
+        _run(arguments)
