@@ -28,13 +28,12 @@ from generation_contracts import (
     Task,
     TextToImageRequest,
 )
-from tests.faults.conftest import scene, servers
 from tests.faults.outage import let_go, outage
 from tests.faults.scene import WITHIN, Scene
 from tests.gateway.open_jobs import ALICE, BOB, OpenJobs, open_jobs, opened
 from tests.gateway.test_pace import succeeded as measured
 
-__all__ = ["opened", "scene", "servers"]
+__all__ = ["opened"]
 
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
