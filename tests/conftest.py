@@ -14,10 +14,35 @@ from xdist.scheduler import LoadScopeScheduling
 from consumer.devstack import NatsServer
 from tests.integration.bus_installation import Installation
 
-pytest_plugins = ["tests.tiny_models"]
+pytest_plugins = ["tests.tiny_models", "tests.support.scene_fixtures"]
 pytest.register_assert_rewrite("tests.behaviour")
 
-LOTS = ("tests/e2e/", "tests/gateway/")
+# What the tests of a lot have in common takes seconds to start: daemons with models, or servers
+# with users. Each test that is not named here is a lot of its own.
+LOTS = {
+    "the system of tests/e2e": ("tests/e2e/",),
+    "the system of tests/gateway, for pages": ("tests/gateway/test_page",),
+    "the system of tests/gateway, for clients": tuple(
+        f"tests/gateway/test_{name}.py"
+        for name in (
+            "docs",
+            "infer",
+            "litellm",
+            "open_webui",
+            "openai_chat",
+            "openai_edits",
+            "openai_images",
+            "openai_node",
+            "operations",
+        )
+    ),
+    "gateways for schemathesis": ("tests/gateway/test_schemathesis.py",),
+    "the servers of tests/services/test_accounts.py": ("tests/services/test_accounts.py",),
+    "the servers of tests/services/test_permissions.py": ("tests/services/test_permissions.py",),
+    "the models of tests/integration/test_demonstration.py": (
+        "tests/integration/test_demonstration.py",
+    ),
+}
 
 # Three processes share the cores, with the daemons that they start: threads of torch that wait for
 # each other would take the time of those that work.
@@ -33,10 +58,10 @@ structlog.configure(
 
 
 class OneProcessForModels(LoadScopeScheduling):
-    """Hands out single tests, but those of a folder with one running system together, and first."""
+    """Hands out single tests, but those of a lot together; the largest lot first."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return next((lot for lot in LOTS if nodeid.startswith(lot)), nodeid)
+        return next((lot for lot, starts in LOTS.items() if nodeid.startswith(starts)), nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessForModels:

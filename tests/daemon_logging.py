@@ -27,7 +27,7 @@ def logging_to(
 ) -> Iterator[None]:
     """Log as the daemon does to this standard error, and put everything back afterwards."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, before = root.handlers[:], root.level, structlog.get_config()
     root.handlers.clear()  # setting up closes what it finds
     with mock.patch.object(sys, "stderr", stream):
         configure_logging(log_format, "INFO")
@@ -36,6 +36,6 @@ def logging_to(
         try:
             yield
         finally:
-            structlog.reset_defaults()
+            structlog.configure(**before)
             root.handlers[:] = handlers
             root.setLevel(level)

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import os
-import sys
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -21,6 +19,7 @@ from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from generation_contracts import Subjects, Task
 from tests.faults.quick_runner import FOLDER
+from tests.support.forked import ForkedWorker
 
 ROOT = Path(__file__).parents[2]
 WITHIN = 30.0  # seconds; only bounds a wait for something that must happen
@@ -89,13 +88,12 @@ class Scene:
     def launch(self, cause: str = "none", **settings: str) -> Daemon:
         """A worker with a fault, starting."""
         number = len(self.workers)
-        environment = {**self.settings(), FOLDER: str(self.folder), **settings}
-        worker = Daemon(
+        worker = ForkedWorker(
             f"worker-{number}-{cause}",
-            {**environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'contracts'}"},
+            {**self.settings(), FOLDER: str(self.folder), **settings},
             log=self.folder / f"worker-{number}-{cause}.log",
+            cause=cause,
         )
-        worker.argv = (sys.executable, "-P", "-m", "tests.faults.worker", cause)
         self._parts.callback(worker.kill)
         self.workers.append(worker)
         worker.start()

@@ -14,13 +14,8 @@ from tests.faults.seen import until_pulls_stand
 
 def standby_of(worker: Daemon) -> int:
     """The process id of a worker's standby."""
-    children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
-    (standby,) = (
-        int(child)
-        for child in children
-        if b"standby_process" in Path(f"/proc/{child}/cmdline").read_bytes()
-    )
-    return standby
+    (child,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    return int(child)
 
 
 def exists(pid: int) -> bool:

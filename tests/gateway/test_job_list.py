@@ -23,11 +23,10 @@ from generation_contracts import (
     Timings,
     encode,
 )
-from tests.faults.conftest import scene, servers
 from tests.faults.scene import Scene
 from tests.gateway.open_jobs import ALICE, BOB, OpenJobs, open_jobs, opened
 
-__all__ = ["opened", "scene", "servers"]
+__all__ = ["opened"]
 
 DIGEST = "sha256:" + "0" * 64
 

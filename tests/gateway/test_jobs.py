@@ -28,13 +28,12 @@ from generation_contracts import (
     Task,
     TextToImageRequest,
 )
-from tests.faults.conftest import scene, servers
 from tests.faults.outage import let_go, outage
 from tests.faults.scene import WITHIN, Scene
 from tests.gateway.open_jobs import ALICE, BOB, OpenJobs, open_jobs, opened
 from tests.gateway.test_pace import succeeded as measured
 
-__all__ = ["opened", "scene", "servers"]
+__all__ = ["opened"]
 
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
@@ -460,7 +459,7 @@ async def test_a_long_outage_is_said(
 
 
 async def test_an_outage_counts_from_its_first_failed_lookup(
-    opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that reports its progress needs no lookup for a long time."""
     monkeypatch.setattr(jobs_module, "MAX_OUTAGE", 0.0)
@@ -470,8 +469,12 @@ async def test_an_outage_counts_from_its_first_failed_lookup(
         failed.set()
         raise ServiceUnavailable
 
+    async def is_waiting() -> bool:
+        return job.id in opened.log._stories
+
     job = await opened.submit()
     waiting = asyncio.ensure_future(opened.jobs.result(job))
+    await scene.until(is_waiting, "a reader of the log")
     with monkeypatch.context() as patched:
         patched.setattr(Results, "look", fail)
         opened.log.interrupt()

@@ -16,13 +16,11 @@ import pytest
 from consumer.devstack import GatewayServer
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
-from tests.faults.conftest import scene, servers
 from tests.faults.outage import let_go, outage
 from tests.faults.scene import WITHIN, Scene
 from tests.gateway.open_jobs import settings_of
 from tests.gateway.serving import serving
-
-__all__ = ["scene", "servers"]
+from tests.support.forked import ForkedGateway
 
 Json = dict[str, Any]
 IMAGE = {"task": "text_to_image", "prompt": "a red circle"}
@@ -129,7 +127,7 @@ async def api(scene: Scene, key_file: KeyFile) -> AsyncIterator[Api]:
 async def doomed(scene: Scene, key_file: KeyFile) -> AsyncIterator[GatewayServer]:
     """A gateway that a test may kill."""
     settings = {**scene.settings(), "GATEWAY_KEYS": str(key_file.path)}
-    gateway = GatewayServer("gateway", settings, log=scene.folder / "gateway.log")
+    gateway = ForkedGateway("gateway", settings, log=scene.folder / "gateway.log")
     gateway.start()
     await asyncio.to_thread(gateway.wait_ready)
     yield gateway

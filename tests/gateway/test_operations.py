@@ -29,20 +29,11 @@ from consumer.gateway import serve
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
+from tests.support.forked import ForkedGateway
 
 WITHIN = 20.0  # seconds
 
 Start = Callable[..., GatewayServer]
-
-
-class PatchedGateway(GatewayServer):
-    """A gateway with some constants changed, so that no test waits for the usual times."""
-
-    def __init__(self, name: str, settings: dict[str, str], *, log: Path, patch: str) -> None:
-        super().__init__(name, settings, log=log)
-        run = "import sys; from consumer.cli import main; sys.argv = ['consumer', 'gateway']"
-        imports = "from consumer.gateway import app, in_flight, serve"
-        self.argv = (sys.executable, "-P", "-c", f"{imports}\n{patch}\n{run}\nmain()")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +54,7 @@ def start(idle: dict[str, str], tmp_path: Path) -> Iterator[Start]:
         def start_gateway(*, patch: str = "", ready: bool = True, **settings: str) -> GatewayServer:
             environment = {**idle, **settings}
             log = tmp_path / f"log-{next(numbers)}"
-            gateway = PatchedGateway("gateway", environment, log=log, patch=patch)
+            gateway = ForkedGateway("gateway", environment, log=log, patch=patch)
             running.callback(gateway.kill)
             gateway.start()
             if ready:

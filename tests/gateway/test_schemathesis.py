@@ -1,7 +1,6 @@
 """What schemathesis makes of the OpenAPI document, allowed or not, sent to the real gateway."""
 
 import asyncio
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,14 +12,14 @@ import pytest
 import schemathesis
 
 from consumer.apply import apply
-from consumer.devstack import Daemon, DevStack, GatewayServer
+from consumer.devstack import DevStack
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
 from generation_contracts import Task
 from tests.faults.quick_runner import FOLDER
-from tests.faults.scene import ROOT
 from tests.gateway.pictures import data_url, red_circle
+from tests.support.forked import ForkedGateway, ForkedWorker
 
 PROGRAM = Path(sys.executable).parent / "schemathesis"
 EXAMPLES = 15  # of each operation, in each phase that draws them
@@ -66,7 +65,6 @@ def fuzzed(stack: DevStack, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         **stack.environment(),
         "CONSUMER_SUBJECT_ROOT": "fuzzed",
         FOLDER: str(folder),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'contracts'}",
     }
     settings = {name.lower(): value for name, value in environment.items()}
     known = {name: settings[name] for name in settings.keys() & Settings.model_fields.keys()}
@@ -74,17 +72,20 @@ def fuzzed(stack: DevStack, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     keys = KeyFile(folder / "keys.json")
     key = keys.add("fuzzer", Bounds()).text
     workers = [
-        Daemon(str(task), {**environment, "MODEL_TYPE": str(task)}, log=folder / f"{task}.log")
+        ForkedWorker(
+            str(task),
+            {**environment, "MODEL_TYPE": str(task)},
+            log=folder / f"{task}.log",
+            cause="no_time",
+        )
         for task in Task
     ]
     keyed = {**environment, "GATEWAY_KEYS": str(keys.path)}
     gateways = [
-        GatewayServer(name, values, log=folder / f"{name}.log")
+        ForkedGateway(name, values, log=folder / f"{name}.log")
         for name, values in (("keyed", keyed), ("open", environment))
     ]
     try:
-        for worker in workers:
-            worker.argv = (sys.executable, "-P", "-m", "tests.faults.worker", "no_time")
         for process in (*workers, *gateways):
             process.start()
         for process in (*workers, *gateways):

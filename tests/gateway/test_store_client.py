@@ -2,19 +2,18 @@
 
 import asyncio
 import base64
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from consumer.apply import apply
-from consumer.devstack import Daemon, DevStack, GatewayServer, free_ports
+from consumer.devstack import DevStack, free_ports
 from consumer.settings import Settings
 from generation_contracts import Task
 from tests.faults.quick_runner import FOLDER
-from tests.faults.scene import ROOT, WITHIN
+from tests.faults.scene import WITHIN
+from tests.support.forked import ForkedGateway, ForkedWorker
 
 
 def test_outputs_are_read_at_the_inner_address(stack: DevStack, tmp_path: Path) -> None:
@@ -28,14 +27,11 @@ def test_outputs_are_read_at_the_inner_address(stack: DevStack, tmp_path: Path) 
     }
     settings = Settings(**{name.lower(): value for name, value in environment.items()})
     asyncio.run(apply(settings))
-    of_worker = {
-        "MODEL_TYPE": str(Task.TEXT_TO_IMAGE),
-        FOLDER: str(tmp_path),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'contracts'}",
-    }
-    worker = Daemon("worker", {**environment, **of_worker}, log=tmp_path / "worker.log")
-    worker.argv = (sys.executable, "-P", "-m", "tests.faults.worker", "none")
-    gateway = GatewayServer("gateway", environment, log=tmp_path / "gateway.log")
+    of_worker = {"MODEL_TYPE": str(Task.TEXT_TO_IMAGE), FOLDER: str(tmp_path)}
+    worker = ForkedWorker(
+        "worker", {**environment, **of_worker}, log=tmp_path / "worker.log", cause="none"
+    )
+    gateway = ForkedGateway("gateway", environment, log=tmp_path / "gateway.log")
     with worker, gateway:
         address = f"{gateway.url}/v1/images/generations"
         asked = {"prompt": "a red circle", "num_inference_steps": 1}

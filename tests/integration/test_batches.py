@@ -111,62 +111,51 @@ def same_but_for_rounding(one: RunnerOutput, other: RunnerOutput) -> None:
     assert (one.parameters, one.warnings) == (other.parameters, other.warnings)
 
 
-def ways_to_ask(runner: ModelRunner) -> list[list[dict[str, Any]]]:
-    """What each of three requests says of a negative prompt, where that can be said at all."""
-    if "negative_prompt" not in model(runner).description.parameters:
-        return [[{}] * 3]
-    negative = ["dark", "ugly, blurred, with many more words than the others have", "red"]
-    return [[{}] * 3, [{"guidance_scale": 4.0, "negative_prompt": text} for text in negative]]
+def same_as_alone(runner: ModelRunner, *asking: Asking) -> list[RunnerOutput]:
+    """Run requests together, and compare each with the run that it gets alone.
+
+    Returns:
+        The outputs of the runs alone.
+    """
+    outputs = all_of(together(runner, *asking))
+    alone = [made_of(runner, one.request) for one in asking]
+    for output, single in zip(outputs, alone, strict=True):
+        same_but_for_rounding(output, single)
+    return alone
 
 
 @each_family
 def test_each_request_gets_the_pictures_that_it_would_get_alone(
     name: str, options: dict[str, Any], shared_runner: Shared
 ) -> None:
-    runner = shared_runner(name, **options)
-    for fields in ways_to_ask(runner):
-        asking = [
-            Asking(asked(prompt=prompt, seed=seed, **more))
-            for prompt, seed, more in zip(("a cat", LONG, "sea"), (7, 90, 7), fields, strict=True)
-        ]
-        outputs = all_of(together(runner, *asking))
-        alone = [made_of(runner, one.request) for one in asking]
-        for output, single in zip(outputs, alone, strict=True):
-            same_but_for_rounding(output, single)
-        assert distance(alone[0], alone[2]) > MOST_VALUES  # another prompt would have been seen
-        assert [one.steps for one in asking] == [[(1, 3), (2, 3), (3, 3)]] * 3
+    asking = [
+        Asking(asked(prompt=prompt, seed=seed))
+        for prompt, seed in (("a cat", 7), (LONG, 90), ("sea", 7))
+    ]
+    alone = same_as_alone(shared_runner(name, **options), *asking)
+    assert distance(alone[0], alone[2]) > MOST_VALUES  # another prompt would have been seen
+    assert [one.steps for one in asking] == [[(1, 3), (2, 3), (3, 3)]] * 3
 
 
 @each_family
-def test_the_pictures_of_one_request_stay_together_and_have_its_prompt(
+def test_pictures_prompts_and_cuts_stay_with_their_request(
     name: str, options: dict[str, Any], shared_runner: Shared
 ) -> None:
     # With a list of prompts and `num_images_per_prompt` three families mix up their masks.
     runner = shared_runner(name, **options)
+    fields: list[dict[str, Any]] = [{}, {}, {}]
+    has_negative = "negative_prompt" in model(runner).description.parameters
+    if has_negative:
+        negative = ["dark", "ugly, blurred, with many more words than the others have", TOO_LONG]
+        fields = [{"guidance_scale": 4.0, "negative_prompt": text} for text in negative]
     asking = [
-        Asking(asked(prompt="a cat", seed=7, num_images=2)),
-        Asking(asked(prompt=LONG, seed=2**32 - 1, num_images=2)),
+        Asking(asked(prompt=prompt, seed=seed, num_images=2, **more))
+        for prompt, seed, more in zip(
+            ("a cat", TOO_LONG, "the sea"), (7, 2**32 - 1, 9), fields, strict=True
+        )
     ]
-    for output, one in zip(all_of(together(runner, *asking)), asking, strict=True):
-        same_but_for_rounding(output, made_of(runner, one.request))
-
-
-@each_family
-def test_a_cut_prompt_is_told_to_whom_it_belongs(
-    name: str, options: dict[str, Any], shared_runner: Shared
-) -> None:
-    runner = shared_runner(name, **options)
-    prompts = ["a cat", TOO_LONG, "the sea"]
-    for fields in ways_to_ask(runner):
-        if fields[0]:
-            fields[2]["negative_prompt"] = TOO_LONG
-        asking = [
-            Asking(asked(prompt=prompt, num_inference_steps=2, num_images=2, **more))
-            for prompt, more in zip(prompts, fields, strict=True)
-        ]
-        told = [output.warnings for output in all_of(together(runner, *asking))]
-        assert told == [made_of(runner, one.request).warnings for one in asking]
-        assert [bool(warnings) for warnings in told] == [False, True, bool(fields[0])]
+    alone = same_as_alone(runner, *asking)
+    assert [bool(output.warnings) for output in alone] == [False, True, has_negative]
 
 
 def test_words_in_quotes_go_with_words_in_quotes(shared_runner: Shared) -> None:
@@ -176,8 +165,7 @@ def test_words_in_quotes_go_with_words_in_quotes(shared_runner: Shared) -> None:
     negated = asked(prompt="a sign", negative_prompt='"shut"')
     assert len({runner.batch_key(r) for r in (quoted, plain, negated)}) == 3
     asking = [Asking(quoted), Asking(asked(prompt="'a' and “b”: " + TOO_LONG, seed=9))]
-    for output, one in zip(all_of(together(runner, *asking)), asking, strict=True):
-        same_but_for_rounding(output, made_of(runner, one.request))
+    same_as_alone(runner, *asking)
 
 
 def test_the_demonstration_model_draws_the_same_in_batches() -> None:
@@ -188,8 +176,7 @@ def test_the_demonstration_model_draws_the_same_in_batches() -> None:
         Asking(asked(prompt=prompt, seed=seed, num_inference_steps=None))
         for seed, prompt in enumerate(prompts)
     ]
-    for output, one in zip(all_of(together(runner, *asking)), asking, strict=True):
-        same_but_for_rounding(output, made_of(runner, one.request))
+    same_as_alone(runner, *asking)
     runner.close()
 
 
@@ -224,8 +211,7 @@ def test_adapters_are_in_use_for_the_whole_batch_and_not_afterwards(
     file = save_adapter(pipeline(plain), tmp_path)
     runner = load(model_folder("stable_diffusion_3"), adapters={"ink": str(file)})
     asking = [Asking(asked(prompt=p, adapters={"ink": 0.5})) for p in ("a cat", "a dog")]
-    for output, one in zip(all_of(together(runner, *asking)), asking, strict=True):
-        same_but_for_rounding(output, made_of(runner, one.request))
+    same_as_alone(runner, *asking)
     assert pixels(made_of(runner, asked())) == pixels(made_of(plain, asked()))
 
 

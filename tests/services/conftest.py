@@ -10,10 +10,7 @@ import nats
 import pytest
 from nats.aio.client import Client
 
-from tests.faults.conftest import scene, servers
 from tests.faults.scene import WITHIN, Event, Scene
-
-__all__ = ["scene", "servers"]
 
 
 class Caller:

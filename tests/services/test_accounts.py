@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import re
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from generation_client import GenerationClient
 from generation_contracts import ProgressEvent, Task, TextToImageRequest
 from tests.faults.quick_runner import FOLDER
 from tests.faults.scene import ROOT, WITHIN
+from tests.support.forked import ForkedGateway, ForkedWorker
 
 ACCOUNTS = ROOT / "infra" / "nats" / "accounts.conf"
 USERS = ROOT / "infra" / "nats" / "users.conf"
@@ -74,23 +74,22 @@ class Installation:
     def worker(self, tenant: str) -> Daemon:
         """A worker for a tenant, starting."""
         name = tenant.replace("-", "_")
-        worker = Daemon(
+        worker = ForkedWorker(
             tenant,
             {
                 **self.environment(tenant, f"{name.upper()}_WORKER", f"_INBOX_{name}_worker"),
                 FOLDER: str(self.folder),
-                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'contracts'}",
             },
             log=self.folder / f"{tenant}.log",
+            cause="slow_steps",
         )
-        worker.argv = (sys.executable, "-P", "-m", "tests.faults.worker", "slow_steps")
         worker.start()
         return worker
 
     def gateway(self, tenant: str) -> GatewayServer:
         """A gateway for a tenant, not started yet."""
         name = tenant.replace("-", "_")
-        return GatewayServer(
+        return ForkedGateway(
             f"gateway-{tenant}",
             self.environment(tenant, f"{name.upper()}_GATEWAY", f"_INBOX_{name}_gateway"),
             log=self.folder / f"gateway-{tenant}.log",

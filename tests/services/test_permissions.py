@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -21,12 +20,13 @@ from consumer.apply import apply
 from consumer.bus.connection import BusUnavailable, connect
 from consumer.check import check
 from consumer.dead_letters import replay
-from consumer.devstack import Daemon, DevStack, GatewayServer
+from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from generation_client import GenerationClient, RequestCancelled
 from generation_contracts import ImageToTextStep, Task, TextOutput
 from tests.faults.quick_runner import FOLDER
 from tests.faults.scene import ROOT, WITHIN
+from tests.support.forked import ForkedGateway, ForkedWorker
 
 USERS = ROOT / "infra" / "nats" / "users.conf"
 ROLES = ("admin", "worker", "endpoints", "publisher", "gateway", "observer")
@@ -124,14 +124,13 @@ def start_worker(
         "MODEL_TYPE": str(task),
         "CONSUMER_REPLY_PREFIXES": "_INBOX_sender.,_INBOX_gateway.,_INBOX_admin.,generation.reply.",
         FOLDER: str(folder),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'contracts'}",
     }
-    worker = Daemon(
+    worker = ForkedWorker(
         f"worker-{task}-{cause}",
         installation.environment("worker", **settings),
         log=folder / f"worker-{task}-{cause}.log",
+        cause=cause,
     )
-    worker.argv = (sys.executable, "-P", "-m", "tests.faults.worker", cause)
     worker.start()
     return worker
 
@@ -205,7 +204,7 @@ async def test_a_call_and_a_dead_letter(
 async def test_everything_that_a_gateway_does_is_allowed(
     installation: Installation, workers: Mapping[Task, Daemon], tmp_path: Path
 ) -> None:
-    gateway = GatewayServer("gateway", installation.environment("gateway"), log=tmp_path / "log")
+    gateway = ForkedGateway("gateway", installation.environment("gateway"), log=tmp_path / "log")
     await asyncio.to_thread(gateway.start)
     try:
         await asyncio.to_thread(gateway.wait_ready)

@@ -187,11 +187,12 @@ class Workers(RuleBasedStateMachine):
 
 @pytest.fixture
 def _silence() -> Iterator[None]:
-    """Rendering tracebacks takes longer than the jobs."""
+    """Tracebacks take longer to draw than jobs to do."""
+    before = structlog.get_config()
     quiet = structlog.make_filtering_bound_logger(logging.CRITICAL)
     structlog.configure(wrapper_class=quiet, cache_logger_on_first_use=False)
     yield
-    structlog.reset_defaults()
+    structlog.configure(**before)
 
 
 @pytest.mark.timeout(900)  # Hypothesis shrinks a failing example for up to 5 minutes

@@ -1,4 +1,4 @@
-"""Servers for the whole folder, an installation of its own for each test."""
+"""Fixtures: servers for the whole process, an installation of its own for each test."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
