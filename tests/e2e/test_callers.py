@@ -74,7 +74,7 @@ async def test_the_clients_example_of_the_readme_runs(system: DevStack, tmp_path
 
 async def test_the_chain_by_hand_describes_every_picture(system: DevStack, sender: Client) -> None:
     describer = await asyncio.create_subprocess_exec(
-        sys.executable, str(ROOT / "docs" / "chain_by_hand.py"), system.nats.url
+        sys.executable, str(ROOT / "docs" / "examples" / "chain_by_hand.py"), system.nats.url
     )
     try:
         request_id = new_id()

@@ -1,4 +1,4 @@
-"""The examples of docs/http.md and of the README's HTTP part run as they stand there."""
+"""The examples of docs/reference/http.md and of the README's HTTP part run as they stand there."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.gateway.conftest import KeyedGateway
 from tests.gateway.pictures import decoded
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/http.md").read_text("utf-8")
+PAGE = (ROOT / "docs/reference/http.md").read_text("utf-8")
 PACKAGE = Path(__file__).parent / "node" / "package.json"
 INSTALL = "npm install --no-fund --no-audit --ignore-scripts --no-package-lock --silent"
 README = (

@@ -36,7 +36,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_setting_is_on_its_page() -> None:
-    page = (ROOT / "docs/settings.md").read_text("utf-8")
+    page = (ROOT / "docs/reference/settings.md").read_text("utf-8")
     named = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", page))
     settings = {name.upper() for name in Settings.model_fields}
     assert settings - named == set()

@@ -46,7 +46,7 @@ class Files:
     """Where results go.
 
     Attributes:
-        stem: `docs/speed` stands for `docs/speed.md` and `docs/speed.png`.
+        stem: `docs/reference/speed` stands for `docs/reference/speed.md` and `docs/reference/speed.png`.
         baseline: JSON.
     """
 
