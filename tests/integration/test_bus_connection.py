@@ -137,6 +137,7 @@ async def test_a_server_that_another_one_names_gets_the_user_of_the_address(
             return bool(bus.client.discovered_servers)
 
         await until(discovered)  # the named server may have found the other one later
+
         async def connected_to_the_second() -> bool:
             # Waiting for the loss first would miss it: the client reconnects within milliseconds.
             url = bus.client.connected_url

@@ -1,6 +1,6 @@
 """Every family through the real from_pretrained path: what it makes, takes and refuses.
 
-The table that they are held to is `tests/family_table.py`; `docs/reference/families.md` shows it to people.
+The expected values are in `tests/family_table.py`; `docs/reference/families.md` has the same table.
 """
 
 # mypy: allow-untyped-calls

@@ -46,7 +46,7 @@ class Files:
     """Where results go.
 
     Attributes:
-        stem: `docs/reference/speed` stands for `docs/reference/speed.md` and `docs/reference/speed.png`.
+        stem: `docs/reference/speed` means `speed.md` and `speed.png` in that folder.
         baseline: JSON.
     """
 
