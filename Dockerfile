@@ -7,13 +7,13 @@
 # The root file system may be read-only. Two places only are written to: /home/generation/models, the
 # cache of downloaded models, a volume; and /tmp, a tmpfs.
 #
-# TORCH=cuda, the default, installs torch as the lock has it: on Linux that build brings CUDA, and
-# works on a machine without a GPU too. Its libraries cannot be left out, torch does not import
-# without them; so TORCH=cpu takes the same versions of torch and torchvision from another index,
+# TORCH=cuda, the default, installs the locked build of torch: on Linux this build includes CUDA, and
+# works on a machine without a GPU as well. torch does not import without the CUDA libraries, so
+# TORCH=cpu takes the same versions of torch and torchvision from another index,
 # whose address is TORCH_INDEX. Those two wheels are then pinned by version only, all others by the
 # hashes of the lock. EXTRAS are options of `uv sync`, such as "--extra=gateway --extra=quantization".
 #
-# There is no compiler in the image: MODEL_COMPILE needs one, and a /tmp that programs may be run from.
+# The image has no compiler: MODEL_COMPILE needs one, and a /tmp from which programs may run.
 ARG PYTHON=3.11-slim-bookworm
 ARG TORCH=cuda
 
@@ -22,14 +22,14 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends "tini=0.19.0-*" \
     && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir uv==0.13.8
-# Compiled byte code: a start without it takes three times as long, and nothing can be written later.
+# Compiled byte code: a start without it takes three times as long, and the file system is read-only later.
 ENV UV_CACHE_DIR=/var/cache/uv \
     UV_COMPILE_BYTECODE=1 \
     UV_LINK_MODE=copy \
     UV_PROJECT_ENVIRONMENT=/opt/venv \
     UV_PYTHON_DOWNLOADS=never
 WORKDIR /src
-# The dependencies need these files only: their layer, of gigabytes, changes with the lock alone.
+# The dependencies need only these files: their layer, of gigabytes, changes only with the lock.
 COPY pyproject.toml uv.lock ./
 COPY contracts/pyproject.toml contracts/
 
@@ -51,7 +51,7 @@ RUN --mount=type=cache,target=/var/cache/uv \
     && sed -nE '/^name = "(torch|torchvision)"$/{N;s/name = "(.+)"\nversion = "(.+)"/\1==\2/p}' uv.lock \
        | xargs uv pip install --python /opt/venv/bin/python --no-deps --default-index "${TORCH_INDEX}"
 
-# hadolint ignore=DL3006 # one of the two stages above, no image of a registry
+# hadolint ignore=DL3006 # one of the two stages above, not an image of a registry
 FROM dependencies-${TORCH} AS dependencies
 
 FROM tools AS project
@@ -63,15 +63,15 @@ RUN --mount=type=cache,target=/var/cache/uv \
     uv build --all-packages --wheel --out-dir /wheels
 
 FROM python:${PYTHON}
-# A number, so that whoever forbids root can see that it is not; its home is the tmpfs.
+# A number, so that a policy against root can check it; its home is the tmpfs.
 RUN groupadd --gid 10001 generation \
     && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /tmp \
        --shell /usr/sbin/nologin generation \
     && install --directory --owner=10001 --group=10001 /home/generation/models
 COPY --from=tools /usr/bin/tini /usr/bin/tini
 COPY --from=dependencies /opt/venv /opt/venv
-# Two small wheels on top, so that a change of the code is not another layer of gigabytes. pip is not
-# needed after that.
+# Two small wheels on top, so that a change of the code makes no new layer of gigabytes. pip is not needed
+# after that.
 RUN --mount=type=bind,from=project,source=/wheels,target=/wheels \
     pip --python /opt/venv/bin/python install --no-cache-dir --no-index --no-deps /wheels/*.whl \
     && pip uninstall --yes --root-user-action=ignore setuptools wheel pip
@@ -83,17 +83,17 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER 10001:10001
 VOLUME /home/generation/models
 EXPOSE 8080
-# On SIGTERM the daemon finishes what it has within CONSUMER_DRAIN_GRACE, 30 s by default, then closes
-# its connections: whoever stops it must wait some 15 s longer than that, 45 s, before it kills. The
-# 10 s that engines wait by themselves would have every running request made again.
+# On SIGTERM the daemon finishes its requests within CONSUMER_DRAIN_GRACE, 30 s by default, and closes its
+# connections. The engine must wait about 15 s longer than that, 45 s, before it kills. With the default
+# of 10 s every running request would run again.
 STOPSIGNAL SIGTERM
-# The first minutes may go to a download. /livez, not /readyz: a store that is away is no reason to
-# start the daemon anew. Six minutes without an answer, more than CONSUMER_STALL_TIMEOUT: a model
-# that holds the interpreter's lock is for the daemon's own helper process to judge.
+# The first minutes may be a download. /livez and not /readyz, because an unreachable store is no reason to
+# restart the daemon. Six minutes without an answer, more than CONSUMER_STALL_TIMEOUT, because the lease
+# guard ends a daemon whose model blocks the interpreter lock.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=10m --start-interval=2s --retries=24 \
     CMD ["python", "-ISc", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/livez', timeout=4)"]
-# tini: the daemon must not be process 1, which the kernel does not let anybody in the container
-# kill, not even the helper process that ends a daemon whose threads hang.
+# tini: the daemon must not be process 1, because no process in the container can kill process 1, not even
+# the lease guard that ends a daemon whose threads hang.
 ENTRYPOINT ["/usr/bin/tini", "--", "consumer"]
 CMD ["run"]
 ARG VERSION=0.1.0

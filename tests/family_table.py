@@ -1,6 +1,6 @@
 """What each family takes and does: the literal table that the tests hold the runners to.
 
-`docs/families.md` shows the same table to people; a test compares the two.
+`docs/reference/families.md` shows the same table to people; a test compares the two.
 """
 
 from collections.abc import Mapping

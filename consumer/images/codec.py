@@ -77,7 +77,7 @@ class ImageCodec:
     def decode(self, data: bytes) -> Image.Image:
         """Decode an input file to an RGB image: upright, in sRGB, transparency over white.
 
-        The image carries no metadata. docs/inputs.md has what is read and what is refused.
+        The image carries no metadata. docs/reference/inputs.md lists what is read and refused.
 
         Raises:
             InputUnavailable: Not a PNG, JPEG or WebP file, broken, animated, or over the limits.

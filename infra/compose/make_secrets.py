@@ -1,12 +1,12 @@
-"""Make what infra/compose.yaml has in `secrets`: keys and passwords, each in a file.
+"""Make the secrets of infra/compose.yaml: keys and passwords, each in a file.
 
     uv run python infra/compose/make_secrets.py
 
-For gated models, with the hub's token in `HF_TOKEN`.
+For gated models, set `HF_TOKEN` to the hub's token.
 
-What exists is kept, so it may be run again; a file that is deleted is made anew. The folder is for
-its owner alone (0700). Files that are mounted into containers are readable there for all (0444):
-an engine mounts them as they are, and no container runs as their owner. The others are 0600.
+Existing files are kept, so the program may run again; it makes a deleted file again. Only the owner
+can read the folder (0700). Files that are mounted into containers are readable for all (0444): an
+engine mounts them unchanged, and no container runs as their owner. The others are 0600.
 """
 
 # ruff: noqa: INP001 - a program to run, no package

@@ -1,6 +1,6 @@
 """Make the worker's user in MinIO, with the policy of infra/s3/policy.json.
 
-SeaweedFS reads its identities from a file; MinIO has to be told. May be run again.
+SeaweedFS reads its identities from a file; MinIO needs API calls. The program may run again.
 """
 
 # ruff: noqa: INP001 - a program to run, no package

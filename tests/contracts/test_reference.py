@@ -7,11 +7,11 @@ from generation_contracts.failures import RETRYABLE, FailureCode
 from generation_contracts.reference import markdown
 from generation_contracts.schema import asyncapi
 
-PAGE = Path(__file__).parents[2] / "docs" / "messages.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "messages.md"
 
 
 def test_the_page_in_the_docs_is_the_one_that_the_command_prints() -> None:
-    """Make it again with `uv run consumer schema --markdown > docs/messages.md`."""
+    """Make it again with `uv run consumer schema --markdown > docs/reference/messages.md`."""
     assert PAGE.read_text("utf-8") == markdown(asyncapi())
 
 

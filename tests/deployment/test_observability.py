@@ -27,7 +27,7 @@ from generation_contracts import FailureCode, ModelInfo, Task
 
 ROOT = Path(__file__).parents[2]
 OBSERVABILITY = ROOT / "infra/observability"
-PAGE = ROOT / "docs/observability.md"
+PAGE = ROOT / "docs/reference/observability.md"
 PROMTOOL = shutil.which("promtool")
 
 # What Prometheus adds to each series, and `le` of buckets.

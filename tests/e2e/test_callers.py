@@ -1,4 +1,4 @@
-"""What the README shows to callers, on a running system with the demonstration models."""
+"""The examples of docs/sending.md, on a running system with the demonstration models."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ from consumer.devstack import DevStack
 from tests.e2e.senders import WITHIN, ask, new_id
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text("utf-8")
+PAGE = (ROOT / "docs/sending.md").read_text("utf-8")
 SUCCEEDED = "generation.v1.succeeded"
 
 
@@ -38,16 +38,16 @@ async def call(sender: Client, task: str, body: str) -> dict[str, object]:
     return event
 
 
-async def test_the_chain_of_the_readme_runs(sender: Client) -> None:
-    (slip,) = re.findall(r"call\.text_to_image '(\{[^']*\"then\"[^']*\})'", README)
+async def test_the_chain_of_the_page_runs(sender: Client) -> None:
+    (slip,) = re.findall(r"call\.text_to_image '(\{[^']*\"then\"[^']*\})'", PAGE)
     event = await call(sender, "text_to_image", slip)
     assert (event["type"], event["request_id"]) == (SUCCEEDED, "tour-3"), event
     assert event["chain"] == {"id": "tour", "step": 3, "of": 3}
 
 
 async def run_example(of: str, system: DevStack, folder: Path) -> str:
-    """What the README's only example with these words prints."""
-    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """Run the page's only example with this text; return its output."""
+    examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (example,) = [code for code in examples if of in code]
     done = await asyncio.to_thread(
         subprocess.run,
@@ -67,14 +67,14 @@ async def test_the_example_without_the_client_runs(system: DevStack, tmp_path: P
     assert (event["type"], event["request_id"]) == (SUCCEEDED, "my-2")
 
 
-async def test_the_clients_example_of_the_readme_runs(system: DevStack, tmp_path: Path) -> None:
+async def test_the_example_with_the_client_runs(system: DevStack, tmp_path: Path) -> None:
     assert (await run_example("GenerationClient", system, tmp_path)).strip()
     assert (tmp_path / "circle.png").read_bytes().startswith(b"\x89PNG")
 
 
 async def test_the_chain_by_hand_describes_every_picture(system: DevStack, sender: Client) -> None:
     describer = await asyncio.create_subprocess_exec(
-        sys.executable, str(ROOT / "docs" / "chain_by_hand.py"), system.nats.url
+        sys.executable, str(ROOT / "docs" / "examples" / "chain_by_hand.py"), system.nats.url
     )
     try:
         request_id = new_id()

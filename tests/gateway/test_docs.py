@@ -1,4 +1,4 @@
-"""The examples of docs/http.md and of the README's HTTP part run as they stand there."""
+"""The examples of docs/reference/http.md and of the README's quick start run as written."""
 
 import json
 import os
@@ -17,11 +17,15 @@ from tests.gateway.conftest import KeyedGateway
 from tests.gateway.pictures import decoded
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs/http.md").read_text("utf-8")
+PAGE = (ROOT / "docs/reference/http.md").read_text("utf-8")
 PACKAGE = Path(__file__).parent / "node" / "package.json"
 INSTALL = "npm install --no-fund --no-audit --ignore-scripts --no-package-lock --silent"
+# Of "Send a request", the part over HTTP.
 README = (
-    (ROOT / "README.md").read_text("utf-8").partition("### Over HTTP")[2].partition("\n### ")[0]
+    (ROOT / "README.md")
+    .read_text("utf-8")
+    .partition("### Send a request")[2]
+    .partition("Or without HTTP")[0]
 )
 README_ADDRESS = "http://127.0.0.1:PORT"
 ADDRESS = "http://127.0.0.1:8080"

@@ -257,7 +257,7 @@ def test_probes_need_no_key_and_everything_else_does(start: Start, keys: KeyFile
     gateway = start(GATEWAY_KEYS=str(keys.path))
     for path in ("/healthz", "/readyz", "/metrics"):
         assert httpx2.get(gateway.url + path).status_code == 200
-    # Those of docs/observability.md.
+    # Those of docs/reference/observability.md.
     assert httpx2.get(f"{gateway.url}/readyz").json().keys() == {"bus", "keys", "gateway"}
     document = httpx2.get(f"{gateway.url}/openapi.json").json()
     without = {"/healthz", "/readyz", "/metrics", "/", "/{name}"}

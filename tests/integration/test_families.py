@@ -1,6 +1,6 @@
 """Every family through the real from_pretrained path: what it makes, takes and refuses.
 
-The table that they are held to is `tests/family_table.py`; `docs/families.md` shows it to people.
+The expected values are in `tests/family_table.py`; `docs/reference/families.md` has the same table.
 """
 
 # mypy: allow-untyped-calls
@@ -27,7 +27,7 @@ from tests.tiny_models import Folder
 
 ALWAYS = {"width", "height", "num_inference_steps", "num_images", "seed", "output_format"}
 KEYWORDS = {"guidance_scale", "true_cfg_scale", "distilled_guidance_scale"}
-DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
 

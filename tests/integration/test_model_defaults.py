@@ -18,7 +18,7 @@ from tests.picture_runs import asked, made_of, model, pipeline, pixels
 from tests.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
-DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 
 
 @pytest.fixture

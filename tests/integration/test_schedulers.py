@@ -29,7 +29,7 @@ from tests.integration.small_runs import refusal
 from tests.picture_runs import made, pipeline, pixels
 from tests.tiny_models import Folder, Load
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 SD3, XL, FLUX = "stable_diffusion_3", "stable_diffusion_xl", "flux"
 OF_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 STEPS = {"num_inference_steps": 4}  # PNDM makes no fewer

@@ -59,7 +59,7 @@ def test_each_setting_of_transformers_has_a_rule(settings: Any) -> None:
 
 
 def test_the_page_about_models_names_each_setting_that_is_not_ignored(settings: Any) -> None:
-    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/reference/models.md").read_text()
     section = page.partition("### Generation settings")[2]
     for name, rule in settings.RULES.items():
         if rule is not settings.Rule.IGNORED:

@@ -69,7 +69,7 @@ def test_an_odd_file_shows_its_pixels_or_is_refused_in_words(name: str) -> None:
 
 
 def test_the_page_has_the_words_of_each_refusal() -> None:
-    page = (Path(__file__).parents[2] / "docs/inputs.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs/reference/inputs.md").read_text("utf-8")
     table, names = page.partition("## Refusals")[2].split("FORMAT: ")
     named = {name.strip(" .\n") for name in names.replace("\n", " ").split(", ")}
     said = {odd.sees for odd in ODD_IMAGES.values() if isinstance(odd.sees, str)}
@@ -476,7 +476,7 @@ def test_any_mode_can_be_written(output_format: OutputFormat) -> None:
 # -- what a file says -----------------------------------------------------------------------------
 
 EVERY_FORMAT = pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
-PAGE = Path(__file__).parents[2] / "docs" / "provenance.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "provenance.md"
 # As long as senders can make them, in characters that need the most room in JSON.
 LONGEST = {
     "software": "generation-consumer 10.20.30",

@@ -63,5 +63,5 @@ def write(command: Callable[..., None]) -> Callable[..., None]:
 
     beside = f"With --write; default: {_BASELINE.name} beside this bench."
     decorated = click.option("--baseline", type=_FILE, default=_BASELINE, help=beside)(with_files)
-    stem = "As in docs/speed: writes docs/speed.md, docs/speed.png and the baseline."
+    stem = "docs/reference/speed: writes the page, its plot and the baseline."
     return click.option("--write", "stem", type=_FILE, help=stem)(decorated)

@@ -46,7 +46,7 @@ class Files:
     """Where results go.
 
     Attributes:
-        stem: `docs/speed` stands for `docs/speed.md` and `docs/speed.png`.
+        stem: `docs/reference/speed` means `speed.md` and `speed.png` in that folder.
         baseline: JSON.
     """
 

@@ -1,11 +1,11 @@
-"""Have every picture described as soon as it is there: a subscriber in plain nats-py.
+"""Have every image described as soon as it is stored: a subscriber in plain nats-py.
 
-    python docs/chain_by_hand.py nats://127.0.0.1:4222
+    python docs/examples/chain_by_hand.py nats://127.0.0.1:4222
 
-It does by hand what `then` does inside the workers. It reads the stream of results with a durable
-consumer of its own, so it misses none while it is away. A request that is published twice after a
-crash has the same id: the second one is not run. It has no `Nats-Msg-Id`: a sender who guesses that
-header publishes first, and the server drops this request as a duplicate.
+It does what `then` does inside the workers. It reads the results stream with its own durable
+consumer, so it misses no result while it is stopped. A request that is published twice after a
+crash has the same id, and the second copy is not run. It has no `Nats-Msg-Id`: a sender that
+guesses that header and publishes first makes the server drop this request as a duplicate.
 """
 
 import asyncio
@@ -19,8 +19,8 @@ from nats.errors import TimeoutError as NothingNew
 ROOT = "generation"
 
 
-async def main(server: str, question: str = "Describe this picture.") -> None:
-    """Ask a question about the pictures of every result, for ever."""
+async def main(server: str, question: str = "Describe this image.") -> None:
+    """Ask a question about the images of every result, until the program is stopped."""
     client = await nats.connect(server)
     jetstream = client.jetstream()
     results = await jetstream.pull_subscribe(
