@@ -18,7 +18,8 @@ from pydantic_core import from_json
 from consumer.in_flight import Slot, unqueued_slot
 from consumer.inference.cancel_token import CancelToken
 from consumer.job import State, advance
-from consumer.ports import Delivery, Message, QueuedRequest, ResultEvent, Stage
+from consumer.ports.bus import Delivery, Message, QueuedRequest, ResultEvent
+from consumer.ports.telemetry import Stage
 from generation_contracts import (
     ImageArtifact,
     InvalidRequest,

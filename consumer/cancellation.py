@@ -20,7 +20,7 @@ import structlog
 from consumer.admission import Admission
 from consumer.finalizer import Finalizer
 from consumer.outcomes import Cancelled
-from consumer.ports import Events, IdLookup, Queue, QueuedRequest, ResultEvent, StopAck, Workers
+from consumer.ports.bus import Events, IdLookup, Queue, QueuedRequest, ResultEvent, StopAck, Workers
 from generation_contracts import (
     CancelledEvent,
     CancelReply,

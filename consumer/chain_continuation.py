@@ -11,14 +11,8 @@ import structlog
 
 from consumer.admission import Job
 from consumer.outcomes import FailedOutcome, MalformedRequest, StreamFull
-from consumer.ports import (
-    Events,
-    MessageTooLarge,
-    Observer,
-    QueueFull,
-    ResultEvent,
-    ResultUnreadable,
-)
+from consumer.ports.bus import Events, MessageTooLarge, QueueFull, ResultEvent, ResultUnreadable
+from consumer.ports.telemetry import Observer
 from generation_contracts import (
     ChainLink,
     ChainPlace,

@@ -14,7 +14,7 @@ from consumer.bus.endpoint_connection import connect_endpoints
 from consumer.composition import make_artifacts, make_runner, make_topology
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
-from consumer.ports import (
+from consumer.ports.model import (
     DeviceLost,
     ModelDescription,
     ModelError,
@@ -23,9 +23,9 @@ from consumer.ports import (
     Runner,
     RunnerOutput,
     RunRequest,
-    Unavailable,
     UnsupportedParameter,
 )
+from consumer.ports.unavailable import Unavailable
 from consumer.probes import Unwatched
 from consumer.settings import Settings
 from generation_contracts import ImageToTextRequest, Request, Task, TextToImageRequest

@@ -15,7 +15,9 @@ from consumer.cancellation import Cancellation, TaskFinalizer
 from consumer.finalizer import Finalizer
 from consumer.in_flight import STAGES
 from consumer.inference.run_queue import RunQueue
-from consumer.ports import ModelDescription, Observer, Runner, StopAck
+from consumer.ports.bus import StopAck
+from consumer.ports.model import ModelDescription, Runner
+from consumer.ports.telemetry import Observer
 from consumer.runners import ModelConfig, create_runner
 from consumer.settings import Settings
 from generation_contracts import Request, Task

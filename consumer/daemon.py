@@ -47,15 +47,10 @@ from consumer.inference.cancel_token import StopReason
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.inference.worker import InferenceWorker
 from consumer.metrics import Metrics
-from consumer.ports import (
-    ModelDescription,
-    ModelUnavailable,
-    NoTracer,
-    Runner,
-    StoreUnavailable,
-    Tracer,
-    Unavailable,
-)
+from consumer.ports.model import ModelDescription, ModelUnavailable, Runner
+from consumer.ports.store import StoreUnavailable
+from consumer.ports.telemetry import NoTracer, Tracer
+from consumer.ports.unavailable import Unavailable
 from consumer.probes import Probes, Watch
 from consumer.settings import Settings
 from consumer.tasks import cancel_and_wait

@@ -33,24 +33,11 @@ from consumer.outcomes import (
     decide,
     outcome_label,
 )
-from consumer.ports import (
-    Artifacts,
-    Delivery,
-    Events,
-    Images,
-    JobTrace,
-    ModelDescription,
-    ModelError,
-    NoTracer,
-    Observer,
-    Queue,
-    QueuedRequest,
-    Runner,
-    RunnerOutput,
-    StopAck,
-    Tracer,
-    Workers,
-)
+from consumer.ports.bus import Delivery, Events, Queue, QueuedRequest, StopAck, Workers
+from consumer.ports.media import Images
+from consumer.ports.model import ModelDescription, ModelError, Runner, RunnerOutput
+from consumer.ports.store import Artifacts
+from consumer.ports.telemetry import JobTrace, NoTracer, Observer, Tracer
 from consumer.request_ids import RequestIds
 from consumer.telemetry import JobReport
 from generation_contracts import (

@@ -19,15 +19,9 @@ import structlog
 from consumer.admission import Job
 from consumer.job import State
 from consumer.outcomes import HandedOver
-from consumer.ports import (
-    Artifacts,
-    EncodedImage,
-    GeneratedImage,
-    Images,
-    InputUnavailable,
-    RunnerOutput,
-    StoreUnavailable,
-)
+from consumer.ports.media import EncodedImage, Images, InputUnavailable
+from consumer.ports.model import GeneratedImage, RunnerOutput
+from consumer.ports.store import Artifacts, StoreUnavailable
 from consumer.provenance import provenance_of
 from generation_contracts import ImageArtifact, ModelInfo, Task, TextToImageRequest
 from generation_contracts.artifacts import ImageSource

@@ -13,15 +13,9 @@ from consumer.inference.monitor import ThreadStalled, follow_run
 from consumer.inference.progress import Update
 from consumer.inference.run_queue import RunQueue, Ticket
 from consumer.job import State
-from consumer.ports import (
-    DeviceLost,
-    Events,
-    ModelDescription,
-    Observer,
-    Runner,
-    RunnerOutput,
-    RunRequest,
-)
+from consumer.ports.bus import Events
+from consumer.ports.model import DeviceLost, ModelDescription, Runner, RunnerOutput, RunRequest
+from consumer.ports.telemetry import Observer
 from generation_contracts import ProgressEvent, Request, StartedEvent
 
 if TYPE_CHECKING:

@@ -14,13 +14,8 @@ import structlog
 
 from consumer.inference.cancel_token import Stopped, StopReason
 from consumer.inference.monitor import ThreadStalled
-from consumer.ports import (
-    DeviceLost,
-    InputUnavailable,
-    ModelError,
-    OutOfMemory,
-    UnsupportedParameter,
-)
+from consumer.ports.media import InputUnavailable
+from consumer.ports.model import DeviceLost, ModelError, OutOfMemory, UnsupportedParameter
 from generation_contracts import Failure, FailureCode, InvalidRequest
 
 log = structlog.get_logger()

@@ -12,7 +12,7 @@ from typing import Any
 
 from consumer.admission import Admission, Job
 from consumer.outcomes import EarlierCopyInProgress, IdConflict, ResultExists
-from consumer.ports import Events, Message, Queue, Workers
+from consumer.ports.bus import Events, Message, Queue, Workers
 from generation_contracts import InvalidRequest, request_digest
 from generation_contracts.requests import digest_of_bytes
 

@@ -19,14 +19,8 @@ from consumer.execution import Execution
 from consumer.inference import monitor
 from consumer.inference.cancel_token import StopReason
 from consumer.outcomes import EXIT_DEVICE_LOST
-from consumer.ports import (
-    DeadLetter,
-    DeviceLost,
-    GeneratedText,
-    ModelError,
-    ResultEvent,
-    RunnerOutput,
-)
+from consumer.ports.bus import DeadLetter, ResultEvent
+from consumer.ports.model import DeviceLost, GeneratedText, ModelError, RunnerOutput
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,

@@ -11,7 +11,7 @@ from consumer.execution import Limits
 from consumer.finalizer import RETRY_DELAY_MOST
 from consumer.image_stages import STORE_PAUSE_MOST
 from consumer.inference.cancel_token import StopReason
-from consumer.ports import Interrupted
+from consumer.ports.model import Interrupted
 from generation_contracts import Task
 from tests.behaviour import INBOX
 from tests.memory_ports import MemoryDelivery, Outage, raising

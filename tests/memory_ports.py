@@ -17,27 +17,27 @@ from typing import TypeVar
 from PIL import Image
 
 from consumer.execution import Execution
-from consumer.ports import (
+from consumer.ports.bus import (
     DeadLetter,
     Delivery,
-    EncodedImage,
-    GeneratedImage,
-    GeneratedText,
     IdLookup,
-    InputUnavailable,
-    Interrupted,
     MessageTooLarge,
-    ModelDescription,
-    OutOfMemory,
-    OutputFormat,
     ResultEvent,
-    RunnerOutput,
-    RunRequest,
     StopAck,
     StoredRequest,
-    StoreUnavailable,
+)
+from consumer.ports.media import EncodedImage, InputUnavailable, OutputFormat
+from consumer.ports.model import (
+    GeneratedImage,
+    GeneratedText,
+    Interrupted,
+    ModelDescription,
+    OutOfMemory,
+    RunnerOutput,
+    RunRequest,
     UnsupportedParameter,
 )
+from consumer.ports.store import StoreUnavailable
 from consumer.telemetry import JobReport
 from generation_contracts import (
     ArtifactReference,

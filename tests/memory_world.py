@@ -7,7 +7,7 @@ from consumer.admission import Admission
 from consumer.execution import Execution, Limits
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
-from consumer.ports import DeadLetter, ResultEvent
+from consumer.ports.bus import DeadLetter, ResultEvent
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task
 from tests.memory_ports import (
     BUCKET,

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from consumer.ports import RunnerOutput, RunRequest
+from consumer.ports.model import RunnerOutput, RunRequest
 from generation_contracts import Request
 
 
@@ -18,7 +18,7 @@ class RunsModels(Protocol):
 
 
 class Heard:
-    """A `consumer.ports.RunProgress` that calls functions."""
+    """A `consumer.ports.model.RunProgress` that calls functions."""
 
     def __init__(
         self,

@@ -22,7 +22,8 @@ from consumer.admission import Admission
 from consumer.execution import Execution, Limits
 from consumer.inference import monitor, progress, run_queue
 from consumer.inference.run_queue import RunQueue, Ticket
-from consumer.ports import Delivery, OutOfMemory, RunnerOutput, RunRequest
+from consumer.ports.bus import Delivery
+from consumer.ports.model import OutOfMemory, RunnerOutput, RunRequest
 from generation_contracts import Subjects, Task
 from tests import memory_ports
 from tests.memory_ports import (

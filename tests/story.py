@@ -12,7 +12,7 @@ from typing import Any, Literal
 from consumer.execution import RELEASE_TIMEOUT
 from consumer.inference.cancel_token import StopReason
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
-from consumer.ports import DeadLetter, MessageTooLarge, ResultEvent
+from consumer.ports.bus import DeadLetter, MessageTooLarge, ResultEvent
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,

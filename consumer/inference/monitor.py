@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from consumer.inference.cancel_token import CancelToken, Stopped, StopReason
 from consumer.inference.progress import StallDetector, Update
 from consumer.inference.run_queue import Ticket
-from consumer.ports import Interrupted, RunnerOutput
+from consumer.ports.model import Interrupted, RunnerOutput
 
 PROGRESS_INTERVAL = 0.2  # seconds; at most 5 events a second, the latest step wins
 LONGEST_LOOK = 0.25  # of the stall timeout

@@ -26,7 +26,7 @@ class Update:
 
 
 class Progress:
-    """The progress of one request: a `consumer.ports.RunProgress`.
+    """The progress of one request: a `consumer.ports.model.RunProgress`.
 
     A request can be run again (with less memory, or alone after its batch failed). Readers then get
     an update of step 0, which says that what they have of the run before is void.

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 
 from consumer.inference.progress import Progress
-from consumer.ports import RunnerOutput, RunRequest
+from consumer.ports.model import RunnerOutput, RunRequest
 
 
 class Ticket:

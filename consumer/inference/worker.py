@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import structlog
 
 from consumer.inference.run_queue import RunQueue, Ticket
-from consumer.ports import (
+from consumer.ports.model import (
     DeviceLost,
     Interrupted,
     ModelDescription,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from consumer.ports import (
+from consumer.ports.model import (
     DeviceLost,
     ModelDescription,
     ModelError,
@@ -109,7 +109,7 @@ def _least(description: ModelDescription, task: Task) -> tuple[Request, list["Im
 
 
 class _NoProgress:
-    """A `consumer.ports.RunProgress` that nothing reads."""
+    """A `consumer.ports.model.RunProgress` that nothing reads."""
 
     def step(self, done: int, of: int) -> None:
         """Drop it."""

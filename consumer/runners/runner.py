@@ -5,7 +5,7 @@ from typing import Protocol
 
 import structlog
 
-from consumer.ports import ModelDescription, ModelUnavailable, RunnerOutput, RunRequest
+from consumer.ports.model import ModelDescription, ModelUnavailable, RunnerOutput, RunRequest
 from consumer.runners import libraries
 from consumer.runners.config import ModelConfig
 from generation_contracts import Request, Task
@@ -26,22 +26,22 @@ class LoadedModel(Protocol):
         """What the model is and takes."""
 
     def check(self, request: Request) -> None:
-        """See `consumer.ports.Runner.check`."""
+        """See `consumer.ports.model.Runner.check`."""
 
     def run(
         self, runs: Sequence[RunRequest], *, save_memory: bool
     ) -> Sequence[RunnerOutput | None]:
-        """See `consumer.ports.Runner.run`."""
+        """See `consumer.ports.model.Runner.run`."""
 
     def batch_key(self, request: Request) -> Hashable | None:
-        """See `consumer.ports.Runner.batch_key`."""
+        """See `consumer.ports.model.Runner.batch_key`."""
 
     def close(self) -> None:
         """Give the device's memory back."""
 
 
 class ModelRunner:
-    """A `consumer.ports.Runner`. Its methods are called in the inference thread, but for `check`.
+    """A `consumer.ports.model.Runner`, called in the inference thread but for `check`.
 
     Args:
         task: Decides which kind of model it is.
@@ -79,7 +79,7 @@ class ModelRunner:
     def run(
         self, runs: Sequence[RunRequest], *, save_memory: bool = False
     ) -> Sequence[RunnerOutput | None]:
-        """Run the model once; see `consumer.ports.Runner.run`."""
+        """Run the model once; see `consumer.ports.model.Runner.run`."""
         return self._loaded().run(runs, save_memory=save_memory)
 
     def batch_key(self, request: Request) -> Hashable | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import torch
 
-from consumer.ports import RunRequest
+from consumer.ports.model import RunRequest
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.demonstration.training.prompts import prompt
 from consumer.runners.demonstration.training.scenes import draw, some_held_out_scene

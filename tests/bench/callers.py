@@ -21,7 +21,7 @@ from consumer.inference.cancel_token import CancelToken
 from consumer.inference.monitor import follow_run
 from consumer.inference.progress import Progress, Update
 from consumer.inference.run_queue import Ticket
-from consumer.ports import RunnerOutput
+from consumer.ports.model import RunnerOutput
 from tests.faults.scene import Scene
 
 WITHIN = 30.0  # seconds

@@ -37,7 +37,10 @@ from consumer.execution import Execution, Limits
 from consumer.images import ImageCodec
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
-from consumer.ports import DeadLetter, EncodedImage, Observer, ResultEvent, StoreUnavailable
+from consumer.ports.bus import DeadLetter, ResultEvent
+from consumer.ports.media import EncodedImage
+from consumer.ports.store import StoreUnavailable
+from consumer.ports.telemetry import Observer
 from consumer.settings import Settings
 from consumer.tasks import cancel_and_wait
 from generation_contracts import (

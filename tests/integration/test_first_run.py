@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
-from consumer.ports import ModelError, ModelUnavailable, OutOfMemory, RunRequest
+from consumer.ports.model import ModelError, ModelUnavailable, OutOfMemory, RunRequest
 from consumer.runners import ModelConfig, create_runner
 from consumer.runners.image_to_text import vision_language
 from consumer.runners.text_to_image import diffusion

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from consumer.inference.cancel_token import CancelToken, Stopped, StopReason
-from consumer.ports import OutOfMemory
+from consumer.ports.model import OutOfMemory
 
 SOON = 5.0  # seconds; only bounds a wait for something that must happen
 REASONS = pytest.mark.parametrize("reason", StopReason)

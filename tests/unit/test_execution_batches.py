@@ -12,7 +12,7 @@ from consumer.inference import monitor
 from consumer.inference.cancel_token import StopReason
 from consumer.job import State
 from consumer.outcomes import EXIT_DEVICE_LOST
-from consumer.ports import (
+from consumer.ports.model import (
     DeviceLost,
     Interrupted,
     ModelError,

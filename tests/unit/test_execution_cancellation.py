@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from consumer.inference.cancel_token import StopReason
-from consumer.ports import StopAck
+from consumer.ports.bus import StopAck
 from generation_contracts import CancelledEvent, SucceededEvent
 from tests.behaviour import asking, soon
 from tests.memory_ports import Hold

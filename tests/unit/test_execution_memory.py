@@ -11,13 +11,12 @@ import pytest
 from PIL import Image
 
 from consumer.inference.cancel_token import StopReason
-from consumer.ports import (
+from consumer.ports.media import EncodedImage, OutputFormat
+from consumer.ports.model import (
     DeviceLost,
-    EncodedImage,
     GeneratedImage,
     Interrupted,
     ModelError,
-    OutputFormat,
     RunnerOutput,
     UnsupportedParameter,
 )

@@ -9,7 +9,8 @@ import pytest
 
 from consumer import execution
 from consumer.inference.cancel_token import StopReason
-from consumer.ports import DeviceLost, ModelError, QueueFull
+from consumer.ports.bus import QueueFull
+from consumer.ports.model import DeviceLost, ModelError
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,

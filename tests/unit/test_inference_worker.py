@@ -13,7 +13,7 @@ import pytest
 
 from consumer.inference.run_queue import RunQueue, Ticket
 from consumer.inference.worker import InferenceWorker
-from consumer.ports import DeviceLost, Interrupted, ModelUnavailable, RunnerOutput, RunRequest
+from consumer.ports.model import DeviceLost, Interrupted, ModelUnavailable, RunnerOutput, RunRequest
 from generation_contracts import TextToImageRequest
 from tests.memory_ports import ScriptedRunner
 from tests.model_runs import run_of

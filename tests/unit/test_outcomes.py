@@ -26,13 +26,8 @@ from consumer.outcomes import (
     decide,
     outcome_label,
 )
-from consumer.ports import (
-    DeviceLost,
-    InputUnavailable,
-    ModelError,
-    OutOfMemory,
-    UnsupportedParameter,
-)
+from consumer.ports.media import InputUnavailable
+from consumer.ports.model import DeviceLost, ModelError, OutOfMemory, UnsupportedParameter
 from generation_contracts import FailureCode, InvalidRequest
 from tests.settlement_table import every_outcome, example, markdown
 

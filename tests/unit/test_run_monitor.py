@@ -12,7 +12,7 @@ from consumer.inference.cancel_token import CancelToken, Stopped, StopReason
 from consumer.inference.monitor import ThreadStalled, follow_run
 from consumer.inference.progress import Progress, Update
 from consumer.inference.run_queue import Ticket
-from consumer.ports import Interrupted, ModelError, OutOfMemory, RunnerOutput
+from consumer.ports.model import Interrupted, ModelError, OutOfMemory, RunnerOutput
 
 OUTPUT = RunnerOutput(warnings=("done",))
 SOON = 5.0  # seconds; only bounds a wait for something that must happen

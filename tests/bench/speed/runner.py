@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from consumer.daemon import run
-from consumer.ports import (
+from consumer.ports.model import (
     GeneratedImage,
     Interrupted,
     ModelDescription,
@@ -24,7 +24,7 @@ from tests.bench.speed.stand_in import NOTES, StandIn
 
 
 class StandInRunner:
-    """The stand-in as a `consumer.ports.Runner`; it takes as many steps as a request says."""
+    """The stand-in as a `consumer.ports.model.Runner`; it takes as many steps as a request says."""
 
     def __init__(self) -> None:
         self._device: StandIn

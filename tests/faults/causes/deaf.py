@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from consumer.ports import RunnerOutput, RunRequest
+from consumer.ports.model import RunnerOutput, RunRequest
 from consumer.settings import Settings
 from tests.faults.quick_runner import QuickRunner, note
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from consumer.ports import RunnerOutput, RunRequest
+from consumer.ports.model import RunnerOutput, RunRequest
 from consumer.runners.faults import translated
 from consumer.settings import Settings
 from generation_contracts import Request
