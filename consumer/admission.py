@@ -16,7 +16,8 @@ from typing import Any
 from pydantic_core import from_json
 
 from consumer.job import State, advance
-from consumer.ports import Delivery, Message, QueuedRequest, ResultEvent, Stage
+from consumer.ports.bus import Delivery, Message, QueuedRequest, ResultEvent
+from consumer.ports.telemetry import Stage
 from consumer.run import Interrupt
 from consumer.turns import Place, Turns
 from generation_contracts import (

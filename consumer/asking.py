@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from consumer.ports import ResultEvent
+from consumer.ports.bus import ResultEvent
 from generation_client import GenerationClient, new_request_id
 from generation_contracts import (
     FailedEvent,

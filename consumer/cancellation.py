@@ -21,7 +21,7 @@ from consumer import job as outcomes
 from consumer.admission import Admission
 from consumer.conclusion import Conclusion
 from consumer.job import decide
-from consumer.ports import Events, IdLookup, Queue, QueuedRequest, ResultEvent, StopAck, Workers
+from consumer.ports.bus import Events, IdLookup, Queue, QueuedRequest, ResultEvent, StopAck, Workers
 from generation_contracts import (
     CancelledEvent,
     CancelReply,

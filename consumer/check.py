@@ -11,7 +11,7 @@ from consumer.apply import API_WITHIN, CONNECT_WITHIN
 from consumer.bus.connection import Bus, connect, wait_until_available
 from consumer.bus.endpoint_connection import connect_endpoints
 from consumer.composition import make_artifacts, make_runner, make_topology
-from consumer.ports import (
+from consumer.ports.model import (
     DeviceLost,
     ModelDescription,
     ModelError,
@@ -19,9 +19,9 @@ from consumer.ports import (
     OutOfMemory,
     Runner,
     RunnerOutput,
-    Unavailable,
     UnsupportedParameter,
 )
+from consumer.ports.unavailable import Unavailable
 from consumer.probes import Unwatched
 from consumer.runners.thread import InferenceThread
 from consumer.settings import Settings

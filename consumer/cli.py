@@ -590,7 +590,7 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
         command: Stops what it has started on its way out.
         interrupted: The exit code after Ctrl-C or SIGTERM.
     """
-    from consumer.ports import Unavailable
+    from consumer.ports.unavailable import Unavailable
     from consumer.settings import SettingsError
     from consumer.telemetry import configure_logging
     from generation_client import GenerationError, RequestTooLarge, ServiceUnavailable

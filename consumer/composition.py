@@ -13,7 +13,9 @@ from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.bus.topology import DELIVERIES_PER_ATTEMPT, Durable, Topology
 from consumer.cancellation import Cancellation, Ending
 from consumer.conclusion import Conclusion
-from consumer.ports import ModelDescription, Observer, Runner, StopAck
+from consumer.ports.bus import StopAck
+from consumer.ports.model import ModelDescription, Runner
+from consumer.ports.telemetry import Observer
 from consumer.runners import ModelConfig, create_runner
 from consumer.settings import Settings
 from consumer.turns import STAGES, Bounds, Turns

@@ -20,17 +20,17 @@ from consumer.job import (
     State,
     decide,
 )
-from consumer.ports import (
-    Artifacts,
+from consumer.ports.bus import (
     DeadLetter,
     Events,
     MessageTooLarge,
-    ModelDescription,
-    Observer,
     QueueFull,
     ResultEvent,
     ResultUnreadable,
 )
+from consumer.ports.model import ModelDescription
+from consumer.ports.store import Artifacts
+from consumer.ports.telemetry import Observer
 from generation_contracts import (
     CancelledEvent,
     ChainLink,

@@ -42,15 +42,10 @@ from consumer.composition import (
 from consumer.execution import Execution, Limits
 from consumer.images import ImageCodec
 from consumer.metrics import Metrics
-from consumer.ports import (
-    ModelDescription,
-    ModelUnavailable,
-    NoTracer,
-    Runner,
-    StoreUnavailable,
-    Tracer,
-    Unavailable,
-)
+from consumer.ports.model import ModelDescription, ModelUnavailable, Runner
+from consumer.ports.store import StoreUnavailable
+from consumer.ports.telemetry import NoTracer, Tracer
+from consumer.ports.unavailable import Unavailable
 from consumer.probes import Probes, Watch
 from consumer.run import PATIENCE, Reason
 from consumer.runners.thread import InferenceThread

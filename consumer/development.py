@@ -15,7 +15,7 @@ from consumer.apply import CONNECT_WITHIN, apply
 from consumer.asking import ProgressBar, ask, image_to_text, save_pictures, summary, text_to_image
 from consumer.bus.connection import connect
 from consumer.devstack import Daemon, DevStack, GatewayServer
-from consumer.ports import ResultEvent
+from consumer.ports.bus import ResultEvent
 from consumer.settings import Settings
 from generation_client import GenerationClient
 from generation_contracts import (

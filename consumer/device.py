@@ -17,17 +17,17 @@ import structlog
 
 from consumer.admission import Job
 from consumer.job import RanOutOfMemory, State, decide
-from consumer.ports import (
+from consumer.ports.bus import Events
+from consumer.ports.model import (
     BatchMember,
     DeviceLost,
-    Events,
     Inference,
     ModelDescription,
-    Observer,
     OutOfMemory,
     Runner,
     RunnerOutput,
 )
+from consumer.ports.telemetry import Observer
 from consumer.run import Hanging, Interrupt, Steps, Stopped, watch
 from consumer.turns import Place, Turn, Turns
 from generation_contracts import (

@@ -22,25 +22,11 @@ from consumer.early_cancellations import EarlyCancellations
 from consumer.heartbeat import Lease
 from consumer.job import Decision, Outcome, Publish, State, decide
 from consumer.pictures import Pictures
-from consumer.ports import (
-    Artifacts,
-    Delivery,
-    Events,
-    Images,
-    Inference,
-    JobTrace,
-    ModelDescription,
-    ModelError,
-    NoTracer,
-    Observer,
-    Queue,
-    QueuedRequest,
-    Runner,
-    RunnerOutput,
-    StopAck,
-    Tracer,
-    Workers,
-)
+from consumer.ports.bus import Delivery, Events, Queue, QueuedRequest, StopAck, Workers
+from consumer.ports.media import Images
+from consumer.ports.model import Inference, ModelDescription, ModelError, Runner, RunnerOutput
+from consumer.ports.store import Artifacts
+from consumer.ports.telemetry import JobTrace, NoTracer, Observer, Tracer
 from consumer.request_ids import RequestIds
 from consumer.run import Reason, Stopped
 from consumer.telemetry import JobReport

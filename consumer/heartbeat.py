@@ -6,7 +6,7 @@ from typing import Self
 
 import structlog
 
-from consumer.ports import Renewable
+from consumer.ports.bus import Renewable
 from consumer.tasks import cancel_and_wait
 
 log = structlog.get_logger()

@@ -18,15 +18,9 @@ import structlog
 
 from consumer.admission import Job
 from consumer.job import State
-from consumer.ports import (
-    Artifacts,
-    EncodedImage,
-    GeneratedImage,
-    Images,
-    InputUnavailable,
-    RunnerOutput,
-    StoreUnavailable,
-)
+from consumer.ports.media import EncodedImage, Images, InputUnavailable
+from consumer.ports.model import GeneratedImage, RunnerOutput
+from consumer.ports.store import Artifacts, StoreUnavailable
 from consumer.provenance import provenance_of
 from consumer.verdict import StoreIsAway
 from generation_contracts import ImageArtifact, ModelInfo, Task, TextToImageRequest

@@ -14,7 +14,7 @@ from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from consumer.metrics import Metrics
-from consumer.ports import Observer
+from consumer.ports.telemetry import Observer
 from consumer.telemetry import JobReport
 from generation_contracts import FailureCode
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 
-from consumer.ports import GeneratedImage
+from consumer.ports.model import GeneratedImage
 from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 from consumer.admission import Admission, Job
-from consumer.ports import Events, Message, Queue, Workers
+from consumer.ports.bus import Events, Message, Queue, Workers
 from consumer.verdict import EarlierCopyInProgress, IdConflict, ResultExists
 from generation_contracts import InvalidRequest, request_digest
 from generation_contracts.requests import digest_of_bytes

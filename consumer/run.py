@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum, auto
 from typing import Any, TypeVar
 
-from consumer.ports import Interrupted
+from consumer.ports.model import Interrupted
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from consumer.ports import Stage
+from consumer.ports.telemetry import Stage
 from consumer.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ FLUSH_WITHIN = 3_000  # milliseconds at the end of the process
 
 
 class JobTrace:
-    """The trace of one job; implements `consumer.ports.JobTrace`.
+    """The trace of one job; implements `consumer.ports.telemetry.JobTrace`.
 
     Attributes:
         trace_parent: What goes out with everything that the job publishes.
@@ -57,7 +57,7 @@ _FINE = frozenset({"succeeded", "cancelled", "already_done", "given_back"})
 
 
 class OpenTelemetry:
-    """Exports to an OTLP endpoint over HTTP; implements `consumer.ports.Tracer`.
+    """Exports to an OTLP endpoint over HTTP; implements `consumer.ports.telemetry.Tracer`.
 
     Where to is said by OpenTelemetry's own variables: OTEL_EXPORTER_OTLP_ENDPOINT and the others.
     """

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from consumer.ports import BatchMember
+from consumer.ports.model import BatchMember
 
 STAGES = 3  # being read, on the device, on the way out: what one worker can do at the same time
 

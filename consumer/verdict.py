@@ -4,13 +4,8 @@ import structlog
 
 from consumer import job as outcomes
 from consumer.job import Decision, Outcome, Publish, Settlement
-from consumer.ports import (
-    DeviceLost,
-    InputUnavailable,
-    ModelError,
-    OutOfMemory,
-    UnsupportedParameter,
-)
+from consumer.ports.media import InputUnavailable
+from consumer.ports.model import DeviceLost, ModelError, OutOfMemory, UnsupportedParameter
 from consumer.run import Hanging, Reason, Stopped
 from generation_contracts import InvalidRequest
 

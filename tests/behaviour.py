@@ -17,14 +17,8 @@ import pytest
 from consumer import conclusion, pictures, run
 from consumer.execution import Execution
 from consumer.job import EXIT_DEVICE_LOST
-from consumer.ports import (
-    DeadLetter,
-    DeviceLost,
-    GeneratedText,
-    ModelError,
-    ResultEvent,
-    RunnerOutput,
-)
+from consumer.ports.bus import DeadLetter, ResultEvent
+from consumer.ports.model import DeviceLost, GeneratedText, ModelError, RunnerOutput
 from consumer.run import Reason
 from generation_contracts import (
     CancelledEvent,

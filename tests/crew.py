@@ -10,7 +10,7 @@ from collections import defaultdict
 from consumer.conclusion import RETRY_DELAY_MOST
 from consumer.execution import Limits
 from consumer.pictures import STORE_PAUSE_MOST
-from consumer.ports import Interrupted
+from consumer.ports.model import Interrupted
 from consumer.run import Reason
 from generation_contracts import Task
 from tests.behaviour import INBOX

@@ -17,30 +17,30 @@ from typing import TypeVar
 from PIL import Image
 
 from consumer.execution import Execution
-from consumer.ports import (
+from consumer.ports.bus import (
     DeadLetter,
     Delivery,
-    EncodedImage,
+    IdLookup,
+    MessageTooLarge,
+    ResultEvent,
+    StopAck,
+    StoredRequest,
+)
+from consumer.ports.media import EncodedImage, InputUnavailable, OutputFormat
+from consumer.ports.model import (
     GeneratedImage,
     GeneratedText,
-    IdLookup,
-    InputUnavailable,
     Interrupted,
     IsCancelled,
-    MessageTooLarge,
     ModelDescription,
     OnPreview,
     OnStep,
     OnText,
     OutOfMemory,
-    OutputFormat,
-    ResultEvent,
     RunnerOutput,
-    StopAck,
-    StoredRequest,
-    StoreUnavailable,
     UnsupportedParameter,
 )
+from consumer.ports.store import StoreUnavailable
 from consumer.telemetry import JobReport
 from generation_contracts import (
     ArtifactReference,

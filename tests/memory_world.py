@@ -5,7 +5,7 @@ from typing import Any
 
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
-from consumer.ports import DeadLetter, ResultEvent
+from consumer.ports.bus import DeadLetter, ResultEvent
 from consumer.runners.thread import InferenceThread
 from consumer.turns import Bounds, Turns
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task

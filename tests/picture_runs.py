@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from consumer.ports import RunnerOutput
+from consumer.ports.model import RunnerOutput
 from consumer.runners import ModelRunner
 from generation_contracts import TextToImageRequest
 

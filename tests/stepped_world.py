@@ -20,7 +20,8 @@ import pytest
 from consumer import admission, conclusion, device, execution, run, turns
 from consumer.admission import Admission
 from consumer.execution import Execution, Limits
-from consumer.ports import Delivery, IsCancelled, OnStep
+from consumer.ports.bus import Delivery
+from consumer.ports.model import IsCancelled, OnStep
 from generation_contracts import Subjects, Task
 from tests import memory_ports
 from tests.memory_ports import (

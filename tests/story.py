@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from consumer.execution import LAST_WORD
-from consumer.ports import DeadLetter, MessageTooLarge, ResultEvent
+from consumer.ports.bus import DeadLetter, MessageTooLarge, ResultEvent
 from consumer.run import PATIENCE, Reason
 from generation_contracts import (
     CancelledEvent,

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from hypothesis import strategies as st
 from PIL import Image
 
-from consumer.ports import (
+from consumer.ports.model import (
     DeviceLost,
     GeneratedImage,
     ModelError,

@@ -22,7 +22,7 @@ from urllib3 import PoolManager, Timeout
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from consumer.ports import StoreUnavailable
+from consumer.ports.store import StoreUnavailable
 
 T = TypeVar("T")
 

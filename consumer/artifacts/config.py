@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from minio.helpers import BaseURL, check_bucket_name
 
-from consumer.ports import StoreUnavailable
+from consumer.ports.store import StoreUnavailable
 from consumer.settings import Settings, is_plain, without_last_dot
 
 _MAX_URL_TTL = 7 * 86_400  # seconds; S3's limit for presigned URLs

@@ -20,7 +20,7 @@ from urllib3.exceptions import (
 )
 
 from consumer.artifacts.config import StoreConfig, StoreMisconfigured
-from consumer.ports import StoreUnavailable
+from consumer.ports.store import StoreUnavailable
 
 _S3_CODE = re.compile(r"[A-Za-z0-9.]{1,64}\Z")
 _HTTP_STATUS = re.compile(r"Response code: (\d{3})")

@@ -38,7 +38,9 @@ from consumer.artifacts.faults import (
 )
 from consumer.artifacts.minio_internals import CHECKSUM, store_client
 from consumer.artifacts.web_inputs import WebInputs
-from consumer.ports import EncodedImage, InputUnavailable, Observer, StoreUnavailable
+from consumer.ports.media import EncodedImage, InputUnavailable
+from consumer.ports.store import StoreUnavailable
+from consumer.ports.telemetry import Observer
 from consumer.settings import is_plain
 from generation_contracts import ArtifactReference, ImageArtifact, InlineImage, Task
 from generation_contracts.artifacts import ImageSource
@@ -77,7 +79,7 @@ _OWN_FAULTS = frozenset(
 
 
 class ObjectStoreArtifacts:
-    """The object store (`ports.Artifacts`): one for the process, used in one event loop.
+    """The object store (`ports.store.Artifacts`): one for the process, used in one event loop.
 
     Args:
         config: Where and how.

@@ -19,7 +19,7 @@ from urllib3.exceptions import HTTPError, SSLError
 from urllib3.response import BaseHTTPResponse
 
 from consumer.artifacts.calls import Calls, pinned_pool
-from consumer.ports import InputUnavailable
+from consumer.ports.media import InputUnavailable
 
 WITHIN = 20.0  # seconds for one picture, redirects included
 MAX_REDIRECTS = 3

@@ -19,7 +19,7 @@ from consumer.bus.nats_internals import (
     require_usable_seed,
 )
 from consumer.bus.server_texts import says_credentials_are_refused
-from consumer.ports import Unavailable
+from consumer.ports.unavailable import Unavailable
 from consumer.settings import Settings
 from consumer.tasks import cancel_and_wait
 

@@ -14,7 +14,7 @@ from nats.js.errors import NotFoundError
 from consumer.bus.attempt_marks import AttemptMark, AttemptMarks, retry_place
 from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.standby import Standby
-from consumer.ports import Message
+from consumer.ports.bus import Message
 from generation_contracts.headers import earlier_attempts, earlier_deliveries
 
 log = structlog.get_logger()
@@ -45,7 +45,7 @@ class DeliveryContext:
 
 
 class JetStreamDelivery:
-    """One message of the pull consumer; implements `consumer.ports.Delivery`."""
+    """One message of the pull consumer; implements `consumer.ports.bus.Delivery`."""
 
     def __init__(self, message: Msg, context: DeliveryContext) -> None:
         self._bus = context.bus

@@ -19,7 +19,7 @@ from nats.errors import MaxPayloadError
 
 from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.nats_internals import RobustClient
-from consumer.ports import Observer
+from consumer.ports.telemetry import Observer
 from consumer.settings import Settings
 from generation_contracts import FailureCode, Subjects, Task, UnsafeReplySubject
 from generation_contracts.headers import wire_size

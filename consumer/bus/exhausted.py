@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import API_TIMEOUT, Bus
 from consumer.bus.stored_request import RequestInStream
-from consumer.ports import Message
+from consumer.ports.bus import Message
 
 log = structlog.get_logger()
 

@@ -37,7 +37,10 @@ from consumer.bus.nats_internals import drain_endpoints, reply_subject
 from consumer.bus.queue import PROCESS
 from consumer.bus.semantic_version import semantic_version
 from consumer.job import Outcome, decide
-from consumer.ports import Observer, StopAck, Unavailable, UnsupportedParameter
+from consumer.ports.bus import StopAck
+from consumer.ports.model import UnsupportedParameter
+from consumer.ports.telemetry import Observer
+from consumer.ports.unavailable import Unavailable
 from generation_client import QueueFull, RequestTooLarge, ServiceUnavailable, submit
 from generation_contracts import (
     CancelReply,

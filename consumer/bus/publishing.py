@@ -19,15 +19,15 @@ from consumer.bus.delivery import place_of
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
 from consumer.bus.topology import TopologyError
-from consumer.ports import (
+from consumer.ports.bus import (
     DeadLetter,
     Message,
     MessageTooLarge,
-    Observer,
     QueueFull,
     ResultEvent,
     ResultUnreadable,
 )
+from consumer.ports.telemetry import Observer
 from generation_client.submitting import NO_PUB_ACK
 from generation_contracts import (
     ProgressEvent,
@@ -74,7 +74,7 @@ class _Occupied(Exception):  # noqa: N818 - a state of the subject
 
 
 class JetStreamEvents:
-    """Implements `consumer.ports.Events` on JetStream.
+    """Implements `consumer.ports.bus.Events` on JetStream.
 
     Args:
         bus: The connection.

@@ -16,7 +16,7 @@ from consumer.bus.attempt_marks import AttemptMarks, retry_place
 from consumer.bus.codes import STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.stored_request import RequestInStream
-from consumer.ports import IdLookup, Message, StopAck, StoredRequest
+from consumer.ports.bus import IdLookup, Message, StopAck, StoredRequest
 from generation_contracts import Subjects, Task
 
 log = structlog.get_logger()
@@ -45,7 +45,7 @@ class _Counts:
 
 
 class JetStreamQueue:
-    """Implements `consumer.ports.Queue`.
+    """Implements `consumer.ports.bus.Queue`.
 
     Args:
         bus: A connection.
@@ -183,7 +183,7 @@ class JetStreamQueue:
 
 
 class BroadcastWorkers:
-    """Implements `consumer.ports.Workers`: all workers receive a question, one answers at most.
+    """Implements `consumer.ports.bus.Workers`: all workers receive a question, one answers at most.
 
     Args:
         bus: A connection.

@@ -29,7 +29,7 @@ from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.dead_letters import StoredLetter, answered
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
-from consumer.ports import ResultEvent, ResultUnreadable
+from consumer.ports.bus import ResultEvent, ResultUnreadable
 from generation_client import QueueFull
 from generation_client.submitting import NO_PUB_ACK
 from generation_contracts import (

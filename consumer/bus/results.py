@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from consumer.bus.reading import StoredMessage
-from consumer.ports import ResultEvent, ResultUnreadable
+from consumer.ports.bus import ResultEvent, ResultUnreadable
 from generation_contracts import Task, decode_result
 
 _EVENT_TYPES = "generation."  # what the type of every event begins with, in every version

@@ -16,7 +16,7 @@ from consumer.bus.connection import API_TIMEOUT, Bus
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.topology import Durable
-from consumer.ports import MessageTooLarge, QueueFull
+from consumer.ports.bus import MessageTooLarge, QueueFull
 from generation_contracts import Task
 from generation_contracts.headers import RETRY_DELAY
 from generation_contracts.subjects import is_request_id

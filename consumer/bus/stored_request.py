@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 
 class RequestInStream:
-    """A request without a lease; implements `consumer.ports.QueuedRequest`.
+    """A request without a lease; implements `consumer.ports.bus.QueuedRequest`.
 
     Settling it deletes it from its stream; until then it stays where it is.
 

@@ -27,7 +27,8 @@ from consumer.bus.connection import API_TIMEOUT, Bus, BusMisconfigured, BusUnava
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
 from consumer.bus.server_texts import says_permission_is_missing
-from consumer.ports import ResultUnreadable, Unavailable
+from consumer.ports.bus import ResultUnreadable
+from consumer.ports.unavailable import Unavailable
 from generation_contracts import Subjects, Task
 
 log = structlog.get_logger()

@@ -4,7 +4,7 @@ The messages name ports and files of this machine, so they are for the terminal,
 sender of requests.
 """
 
-from consumer.ports import Unavailable
+from consumer.ports.unavailable import Unavailable
 
 
 class DevStackError(Unavailable):

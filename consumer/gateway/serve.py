@@ -22,7 +22,7 @@ from consumer.gateway.file_state import file_state
 from consumer.gateway.in_flight import END_WITHIN, InFlight
 from consumer.gateway.open_access import is_loopback
 from consumer.gateway.sse import SEND_WITHIN
-from consumer.ports import Unavailable
+from consumer.ports.unavailable import Unavailable
 from consumer.settings import Settings, SettingsError
 from consumer.tasks import cancel_and_wait
 

@@ -17,7 +17,7 @@ from consumer.images.orientation import orientation, upright
 from consumer.images.other_formats import format_name
 from consumer.images.parts import FileParts, broken
 from consumer.png import COLOUR_TYPES, write_png
-from consumer.ports import EncodedImage, InputUnavailable, OutputFormat
+from consumer.ports.media import EncodedImage, InputUnavailable, OutputFormat
 
 _MAX_ASPECT_RATIO = 200  # the processor of Qwen2.5-VL raises above it
 _MIN_SIDE = 4  # pixels; some processors take a side of 1 or 3 for the number of channels
@@ -48,7 +48,7 @@ _JPEG = {"quality": 95, "subsampling": 0}  # 6 ms, 655 KB; 4:4:4 keeps edges of 
 
 
 class ImageCodec:
-    """The pictures' codec (`ports.Images`). It keeps nothing but threads: any thread may call it.
+    """The image codec (`ports.media.Images`). It keeps only threads: any thread may call it.
 
     Args:
         max_bytes: The largest input file.

@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from consumer.images.parts import FileParts, broken
-from consumer.ports import InputUnavailable
+from consumer.ports.media import InputUnavailable
 
 START = b"\xff\xd8"
 _END = b"\xff\xd9"

@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from consumer.ports import InputUnavailable
+from consumer.ports.media import InputUnavailable
 
 # Of one colour profile, in bytes: profiles for printing have up to 3 MB.
 MAX_PROFILE = 4 * 2**20

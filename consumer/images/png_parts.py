@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from consumer.images.parts import MAX_PROFILE, FileParts, broken
-from consumer.ports import InputUnavailable
+from consumer.ports.media import InputUnavailable
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks in one file. Encoders write image data in chunks of 4 KB or more.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from consumer.images.parts import FileParts, broken
-from consumer.ports import InputUnavailable
+from consumer.ports.media import InputUnavailable
 
 _RIFF, _WEBP = b"RIFF", b"WEBP"
 _HEADER = 12  # bytes

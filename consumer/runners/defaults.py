@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from generation_contracts.requests import ImageToTextParameters, TextToImageParameters
 
 SETTING = "MODEL_DEFAULTS"

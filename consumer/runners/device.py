@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners.config import ModelConfig
 
 _DTYPES = {

@@ -14,7 +14,7 @@ from typing import TypeVar
 import structlog
 import torch
 
-from consumer.ports import (
+from consumer.ports.model import (
     DeviceLost,
     Interrupted,
     ModelError,
@@ -48,7 +48,7 @@ class BadOutput(Exception):  # noqa: N818 - a state of the output
 
 
 def translated(run: Callable[[], T], *, free: Callable[[], None], saved: Sequence[str] = ()) -> T:
-    """Run a model and raise nothing but the exceptions of `consumer.ports.Runner.run`.
+    """Run a model and raise nothing but the exceptions of `consumer.ports.model.Runner.run`.
 
     Args:
         run: The run.

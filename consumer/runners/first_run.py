@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from consumer.ports import (
+from consumer.ports.model import (
     DeviceLost,
     ModelDescription,
     ModelError,

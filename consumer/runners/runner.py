@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from consumer.ports import (
+from consumer.ports.model import (
     BatchMember,
     IsCancelled,
     ModelDescription,
@@ -38,7 +38,7 @@ class LoadedModel(Protocol):
         """What the model is and takes."""
 
     def check(self, request: Request) -> None:
-        """See `consumer.ports.Runner.check`."""
+        """See `consumer.ports.model.Runner.check`."""
 
     def run(
         self,
@@ -51,20 +51,20 @@ class LoadedModel(Protocol):
         on_preview: OnPreview | None,
         save_memory: bool,
     ) -> RunnerOutput:
-        """See `consumer.ports.Runner.run`."""
+        """See `consumer.ports.model.Runner.run`."""
 
     def batch_key(self, request: Request) -> Hashable | None:
-        """See `consumer.ports.Runner.batch_key`."""
+        """See `consumer.ports.model.Runner.batch_key`."""
 
     def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
-        """See `consumer.ports.Runner.run_batch`."""
+        """See `consumer.ports.model.Runner.run_batch`."""
 
     def close(self) -> None:
         """Give the device's memory back."""
 
 
 class ModelRunner:
-    """A `consumer.ports.Runner`. Its methods are called in the inference thread, but for `check`.
+    """A `ports.model.Runner`. Its methods are called in the inference thread, but for `check`.
 
     Args:
         task: Decides which kind of model it is.
@@ -110,7 +110,7 @@ class ModelRunner:
         on_preview: OnPreview | None = None,
         save_memory: bool = False,
     ) -> RunnerOutput:
-        """Run the model once; see `consumer.ports.Runner.run` for what it raises."""
+        """Run the model once; see `consumer.ports.model.Runner.run` for what it raises."""
         return self._loaded().run(
             request,
             images,
@@ -126,7 +126,7 @@ class ModelRunner:
         return self._loaded().batch_key(request)
 
     def run_batch(self, members: Sequence[BatchMember]) -> list[RunnerOutput | None]:
-        """Run several as one; see `consumer.ports.Runner.run_batch` for what it raises."""
+        """Run several as one; see `consumer.ports.model.Runner.run_batch` for what it raises."""
         return self._loaded().run_batch(members)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners import demonstration
 from consumer.runners.config import ModelConfig
 from consumer.runners.faults import load_failure

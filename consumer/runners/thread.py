@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class InferenceThread:
-    """A `consumer.ports.Inference`."""
+    """A `consumer.ports.model.Inference`."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")

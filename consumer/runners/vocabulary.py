@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 
 _WORD = "red"  # in every vocabulary, at least as letters
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 

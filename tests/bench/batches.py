@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 import torch
 
-from consumer.ports import BatchMember
+from consumer.ports.model import BatchMember
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.demonstration.training.prompts import prompt
 from consumer.runners.demonstration.training.scenes import draw, some_held_out_scene

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from consumer.ports import (
+from consumer.ports.model import (
     GeneratedImage,
     GeneratedText,
     Interrupted,
@@ -46,7 +46,7 @@ def note(name: str, line: str) -> None:
 
 
 class QuickRunner:
-    """A `consumer.ports.Runner` for both tasks; it notes every run that begins.
+    """A `consumer.ports.model.Runner` for both tasks; it notes every run that begins.
 
     A run takes `num_inference_steps` (or `max_new_tokens`) times `STEP`. A cause overrides `step`,
     `begin` or `output`.

@@ -13,7 +13,7 @@ import pytest
 from consumer.bus.connection import connect
 from consumer.bus.publishing import JetStreamEvents
 from consumer.devstack import NatsServer
-from consumer.ports import Unavailable
+from consumer.ports.unavailable import Unavailable
 from consumer.probes import Unwatched
 from generation_contracts import CancelledEvent
 from generation_contracts.examples import EVENTS

@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["consumer", "generation_contracts", "PI
     from consumer.admission import Admission
     from consumer.bus.nats_internals import RobustClient
     from consumer.images import ImageCodec
-    from consumer.ports import InputUnavailable
+    from consumer.ports.media import InputUnavailable
     from generation_contracts import InvalidRequest, Subjects, Task, decode_result
     from generation_contracts.headers import REPLY_TO
 

@@ -35,7 +35,10 @@ from consumer.composition import make_topology
 from consumer.devstack import DevStack
 from consumer.execution import Execution, Limits
 from consumer.images import ImageCodec
-from consumer.ports import DeadLetter, EncodedImage, Observer, ResultEvent, StoreUnavailable
+from consumer.ports.bus import DeadLetter, ResultEvent
+from consumer.ports.media import EncodedImage
+from consumer.ports.store import StoreUnavailable
+from consumer.ports.telemetry import Observer
 from consumer.runners.thread import InferenceThread
 from consumer.settings import Settings
 from consumer.tasks import cancel_and_wait

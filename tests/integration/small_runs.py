@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
 

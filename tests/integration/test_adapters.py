@@ -16,7 +16,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 
-from consumer.ports import (
+from consumer.ports.model import (
     Interrupted,
     ModelError,
     ModelUnavailable,

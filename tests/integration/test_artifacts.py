@@ -33,7 +33,8 @@ from consumer.artifacts import (
 from consumer.devstack import ObjectStore
 from consumer.devstack.loopback import free_ports
 from consumer.images import ImageCodec
-from consumer.ports import EncodedImage, InputUnavailable, StoreUnavailable
+from consumer.ports.media import EncodedImage, InputUnavailable
+from consumer.ports.store import StoreUnavailable
 from consumer.probes import Unwatched
 from consumer.settings import Settings
 from consumer.telemetry import JobReport

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from consumer.ports import (
+from consumer.ports.model import (
     BatchMember,
     GeneratedText,
     Interrupted,

@@ -17,7 +17,7 @@ from consumer.bus.dead_letters import DeadLetters, NoSuchLetter, StoredLetter
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.bus.reading import StoredMessage
 from consumer.bus.replaying import NotReplayed, Replay, Replayer
-from consumer.ports import DeadLetter, ResultEvent
+from consumer.ports.bus import DeadLetter, ResultEvent
 from generation_client import QueueFull
 from generation_contracts import (
     CancelledEvent,

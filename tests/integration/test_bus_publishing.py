@@ -13,7 +13,7 @@ from nats.aio.msg import Msg
 from consumer.bus import publishing
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.bus.reading import StoredMessage, read_message
-from consumer.ports import DeadLetter, MessageTooLarge, ResultEvent
+from consumer.ports.bus import DeadLetter, MessageTooLarge, ResultEvent
 from generation_contracts import (
     CancelledEvent,
     ProgressEvent,

@@ -8,7 +8,7 @@ import pytest
 
 from consumer.bus import connection, delivery, pull
 from consumer.bus.connection import BusUnavailable
-from consumer.ports import Delivery
+from consumer.ports.bus import Delivery
 from tests.conftest import InstallationOf, StartNats
 from tests.integration.bus_installation import (
     MUTE,

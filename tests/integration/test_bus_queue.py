@@ -11,7 +11,7 @@ from consumer.bus import front_door
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.front_door import Backend, FrontDoor
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
-from consumer.ports import IdLookup, StopAck
+from consumer.ports.bus import IdLookup, StopAck
 from generation_contracts import ModelInfo, Subjects, Task
 from tests.integration.bus_installation import TASK, Installation, soon, take
 from tests.memory_ports import MemoryObserver

@@ -9,7 +9,7 @@ from nats.js.errors import APIError
 
 from consumer.bus import publishing
 from consumer.bus.publishing import JetStreamEvents
-from consumer.ports import ResultUnreadable
+from consumer.ports.bus import ResultUnreadable
 from consumer.probes import Unwatched
 from generation_contracts import Task, TextToImageRequest, encode
 from generation_contracts.headers import EXPECTED_LAST_SUBJECT_SEQUENCE, MESSAGE_ID

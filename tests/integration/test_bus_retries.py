@@ -16,7 +16,7 @@ from consumer.bus.exhausted import find_exhausted
 from consumer.bus.pull import PullLoop
 from consumer.bus.retries import RetryMover
 from consumer.bus.stored_request import RequestInStream
-from consumer.ports import MessageTooLarge, QueueFull
+from consumer.ports.bus import MessageTooLarge, QueueFull
 from generation_contracts.headers import MESSAGE_ID, REPLY_TO, RETRY_DELAY, TRACE_PARENT
 from tests.integration.bus_installation import (
     REQUESTS,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from consumer.ports import Interrupted, ModelError
+from consumer.ports.model import Interrupted, ModelError
 from consumer.runners import ModelRunner
 from tests.family_table import FAMILIES, Family
 from tests.picture_runs import asked, made, pipeline, pixels

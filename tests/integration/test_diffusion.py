@@ -15,7 +15,7 @@ from diffusers import FirstBlockCacheConfig, HeunDiscreteScheduler
 from PIL import Image, ImageChops
 from structlog.testing import capture_logs
 
-from consumer.ports import (
+from consumer.ports.model import (
     DeviceLost,
     Interrupted,
     ModelError,

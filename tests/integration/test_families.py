@@ -16,7 +16,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from PIL import Image
 from structlog.testing import capture_logs
 
-from consumer.ports import Interrupted, ModelUnavailable, UnsupportedParameter
+from consumer.ports.model import Interrupted, ModelUnavailable, UnsupportedParameter
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.faults import StoppedAtStep
 from generation_contracts import Task, TextToImageRequest

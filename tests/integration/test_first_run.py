@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.ports import ModelError, ModelUnavailable, OutOfMemory
+from consumer.ports.model import ModelError, ModelUnavailable, OutOfMemory
 from consumer.runners import InferenceThread, ModelConfig, create_runner
 from consumer.runners.image_to_text import vision_language
 from consumer.runners.text_to_image import diffusion

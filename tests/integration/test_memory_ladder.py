@@ -13,7 +13,7 @@ from diffusers import FirstBlockCacheConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from consumer.ports import OutOfMemory, RunnerOutput
+from consumer.ports.model import OutOfMemory, RunnerOutput
 from consumer.runners import ModelRunner
 from consumer.runners.text_to_image.memory_guard import free_bytes, least_to_decode
 from generation_contracts import TextToImageRequest

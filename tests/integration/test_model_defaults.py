@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from consumer.ports import ModelUnavailable, UnsupportedParameter
+from consumer.ports.model import ModelUnavailable, UnsupportedParameter
 from consumer.runners import ModelRunner
 from consumer.runners.defaults import Default, checked_defaults
 from consumer.runners.text_to_image.parameters import Parameters

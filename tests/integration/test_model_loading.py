@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners import ModelConfig, ModelRunner, create_runner, weights
 from consumer.runners.device import Placement, place
 from consumer.runners.image_to_text import vision_loading

@@ -13,7 +13,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-from consumer.ports import Interrupted, ModelUnavailable
+from consumer.ports.model import Interrupted, ModelUnavailable
 from consumer.runners import ModelConfig, ModelRunner, options
 from consumer.runners.device import Placement
 from consumer.runners.image_to_text import vision_loading

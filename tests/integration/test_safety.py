@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.ports import ModelError, ModelUnavailable, OutOfMemory, RunnerOutput
+from consumer.ports.model import ModelError, ModelUnavailable, OutOfMemory, RunnerOutput
 from consumer.runners import ModelRunner
 from consumer.runners.text_to_image.safety import load_checker
 from generation_contracts import TextToImageRequest

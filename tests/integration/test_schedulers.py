@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import SchedulerMixin
 
-from consumer.ports import ModelError, ModelUnavailable, UnsupportedParameter
+from consumer.ports.model import ModelError, ModelUnavailable, UnsupportedParameter
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.text_to_image.schedulers import (
     fresh_scheduler,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from consumer.ports import (
+from consumer.ports.model import (
     GeneratedText,
     Interrupted,
     ModelUnavailable,

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from consumer.ports import UnsupportedParameter
+from consumer.ports.model import UnsupportedParameter
 from consumer.runners import ModelRunner
 from generation_contracts import ImageToTextRequest, Task
 from tests.integration.small_runs import refusal

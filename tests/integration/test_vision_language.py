@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from structlog.testing import capture_logs
 
-from consumer.ports import (
+from consumer.ports.model import (
     DeviceLost,
     GeneratedText,
     Interrupted,

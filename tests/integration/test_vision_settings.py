@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from structlog.testing import capture_logs
 
-from consumer.ports import GeneratedText
+from consumer.ports.model import GeneratedText
 from consumer.runners import ModelRunner
 from generation_contracts import ImageToTextRequest, Task
 from tests.integration.small_runs import refusal

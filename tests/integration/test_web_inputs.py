@@ -14,7 +14,7 @@ from consumer.artifacts import web_inputs
 from consumer.artifacts.calls import Calls
 from consumer.artifacts.web_inputs import Address, WebInputs
 from consumer.devstack import free_ports
-from consumer.ports import InputUnavailable
+from consumer.ports.media import InputUnavailable
 
 HOST = "pictures.test"
 PICTURE = b"\x89PNG and so on"

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from consumer.artifacts.calls import Calls, _Call, connection_pools
-from consumer.ports import StoreUnavailable
+from consumer.ports.store import StoreUnavailable
 
 SOON = 30.0  # seconds; only bounds a wait for something that must happen
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import SecretStr
 
 from consumer.artifacts import StoreConfig, StoreMisconfigured, store_config
-from consumer.ports import StoreUnavailable
+from consumer.ports.store import StoreUnavailable
 from consumer.settings import Settings
 
 

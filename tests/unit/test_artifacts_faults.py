@@ -21,7 +21,7 @@ from urllib3.exceptions import (
 
 from consumer.artifacts import StoreConfig, StoreMisconfigured
 from consumer.artifacts.faults import FAILURES, WrongAnswer, fault_of
-from consumer.ports import StoreUnavailable
+from consumer.ports.store import StoreUnavailable
 
 CONFIG = StoreConfig(
     endpoint="http://store.example:9000",

@@ -7,7 +7,8 @@ from minio.error import S3Error
 from urllib3.response import HTTPResponse
 
 from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, StoreMisconfigured
-from consumer.ports import InputUnavailable, StoreUnavailable
+from consumer.ports.media import InputUnavailable
+from consumer.ports.store import StoreUnavailable
 from consumer.probes import Unwatched
 from generation_contracts import ArtifactReference
 

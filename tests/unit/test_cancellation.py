@@ -10,7 +10,7 @@ from consumer import cancellation
 from consumer.admission import Admission
 from consumer.cancellation import LOADS, LOOKUPS, Cancellation, Ending
 from consumer.conclusion import Conclusion
-from consumer.ports import Delivery, IdLookup, StopAck, StoredRequest
+from consumer.ports.bus import Delivery, IdLookup, StopAck, StoredRequest
 from generation_contracts import (
     CancelledEvent,
     FailedEvent,

@@ -10,7 +10,7 @@ import pytest
 
 from consumer import run as running
 from consumer.job import EXIT_DEVICE_LOST, State
-from consumer.ports import (
+from consumer.ports.model import (
     BatchMember,
     DeviceLost,
     Interrupted,

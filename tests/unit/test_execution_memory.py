@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from consumer.ports import (
+from consumer.ports.media import EncodedImage, OutputFormat
+from consumer.ports.model import (
     DeviceLost,
-    EncodedImage,
     GeneratedImage,
     Interrupted,
     ModelError,
-    OutputFormat,
     RunnerOutput,
     UnsupportedParameter,
 )

@@ -8,7 +8,8 @@ from unittest.mock import AsyncMock
 import pytest
 
 from consumer import execution
-from consumer.ports import DeviceLost, ModelError, QueueFull
+from consumer.ports.bus import QueueFull
+from consumer.ports.model import DeviceLost, ModelError
 from consumer.run import Reason
 from consumer.turns import Bounds
 from generation_contracts import (

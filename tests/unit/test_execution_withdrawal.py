@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from consumer.ports import StopAck
+from consumer.ports.bus import StopAck
 from consumer.run import Reason
 from generation_contracts import CancelledEvent, SucceededEvent
 from tests.behaviour import asking, soon

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageChops, ImageFile, PngImagePlugin
 
 from consumer.images import MAX_SAID, ImageCodec, jpeg_parts, png_parts, webp_parts
-from consumer.ports import InputUnavailable, OutputFormat
+from consumer.ports.media import InputUnavailable, OutputFormat
 from tests.odd_images import (
     BLUE,
     ODD_IMAGES,

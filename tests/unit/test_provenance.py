@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from consumer.daemon import Daemon
-from consumer.ports import GeneratedImage, RunnerOutput
+from consumer.ports.model import GeneratedImage, RunnerOutput
 from consumer.provenance import provenance_of
 from consumer.settings import Settings
 from generation_contracts import ModelInfo, TextToImageRequest

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from consumer.admission import Admission
-from consumer.ports import ModelError, QueueFull
+from consumer.ports.bus import QueueFull
+from consumer.ports.model import ModelError
 from consumer.turns import Bounds
 from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent
 from tests.behaviour import (

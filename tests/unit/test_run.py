@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from consumer import run
-from consumer.ports import Interrupted, ModelError, OutOfMemory, RunnerOutput
+from consumer.ports.model import Interrupted, ModelError, OutOfMemory, RunnerOutput
 from consumer.run import Hanging, Interrupt, Reason, Steps, Stopped, watch
 
 OUTPUT = RunnerOutput(warnings=("done",))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners.image_to_text.sampling import Sampling, defaults_of
 from generation_contracts import ArtifactReference, ImageToTextRequest
 

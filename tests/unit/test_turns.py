@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from consumer.ports import BatchMember
+from consumer.ports.model import BatchMember
 from consumer.turns import Bounds, Place, Turn, Turns
 from generation_contracts import TextToImageRequest
 

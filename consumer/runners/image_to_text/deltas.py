@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
 
-from consumer.ports import OnText
+from consumer.ports.model import OnText
 
 _HALF = "\N{REPLACEMENT CHARACTER}"  # what an incomplete character is decoded to
 # SentencePiece's tokens for bytes. A row of them is decoded as a whole: one more that does not fit

@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 from transformers import GenerationConfig
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners.image_to_text.chats import end_of_turn
 
 log = structlog.get_logger()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_vl_utils.vision_process import MAX_RATIO, smart_resize
 
-from consumer.ports import UnsupportedParameter
+from consumer.ports.model import UnsupportedParameter
 
 if TYPE_CHECKING:
     from PIL.Image import Image

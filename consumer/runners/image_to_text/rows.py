@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from consumer.ports import BatchMember
+from consumer.ports.model import BatchMember
 from consumer.runners.faults import BadOutput
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners.defaults import SETTING, checked_defaults
 from generation_contracts import ImageToTextRequest
 from generation_contracts.requests import ImageToTextParameters

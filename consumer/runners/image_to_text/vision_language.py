@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.Image import Image as PILImage
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from consumer.ports import (
+from consumer.ports.model import (
     BatchMember,
     GeneratedText,
     Interrupted,
@@ -84,7 +84,7 @@ def load(config: ModelConfig) -> "VisionLanguageModel":
 
 
 class VisionLanguageModel:
-    """A loaded model; see `consumer.ports.Runner` for what its methods promise.
+    """A loaded model; see `consumer.ports.model.Runner` for what its methods promise.
 
     Args:
         model: The model of transformers.

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners import quantization
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement

@@ -17,7 +17,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners.text_to_image.adapter_files import keys_of
 
 log = structlog.get_logger()

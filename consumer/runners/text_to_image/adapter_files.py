@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners.config import ModelConfig
 from generation_contracts.requests import AdapterName
 

@@ -18,7 +18,7 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners.faults import load_failure
 from consumer.runners.text_to_image.adapter_conversion import counted_conversion
 from consumer.runners.text_to_image.adapter_files import SETTING, keys_of, require_loadable

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image as Pillow
 
-from consumer.ports import (
+from consumer.ports.model import (
     BatchMember,
     GeneratedImage,
     Interrupted,
@@ -88,7 +88,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
 
 
 class DiffusionModel:
-    """A loaded pipeline; see `consumer.ports.Runner` for what its methods promise.
+    """A loaded pipeline; see `consumer.ports.model.Runner` for what its methods promise.
 
     Args:
         pipe: The pipeline whose weights all runs share. A run has a copy of its own.

@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 
 _LIBRARIES = frozenset({"diffusers", "transformers"})
 _WEIGHTS = re.compile(

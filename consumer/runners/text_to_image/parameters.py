@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers.models.embeddings import PatchEmbed
 
-from consumer.ports import ModelDescription, ModelUnavailable, UnsupportedParameter
+from consumer.ports.model import ModelDescription, ModelUnavailable, UnsupportedParameter
 from consumer.runners.defaults import SETTING, Default, checked_defaults
 from consumer.runners.text_to_image.distilled import distilled
 from consumer.runners.text_to_image.guidance import Guidance, guides

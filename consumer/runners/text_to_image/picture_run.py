@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from consumer.ports import BatchMember, OnPreview
+from consumer.ports.model import BatchMember, OnPreview
 from consumer.runners.text_to_image.truncation import Cuts
 from generation_contracts import TextToImageRequest
 

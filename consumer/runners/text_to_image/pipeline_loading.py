@@ -13,7 +13,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners import quantization, vocabulary
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement

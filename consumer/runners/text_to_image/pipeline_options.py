@@ -8,7 +8,7 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 

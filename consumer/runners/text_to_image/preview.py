@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from consumer.ports import OnPreview
+from consumer.ports.model import OnPreview
 
 SIDE = 256  # pixels, of the longer side
 QUALITY = 75  # of the JPEG

@@ -8,7 +8,7 @@ import numpy as np
 import structlog
 import torch
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners.faults import BadOutput
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-from consumer.ports import ModelUnavailable
+from consumer.ports.model import ModelUnavailable
 from consumer.runners.text_to_image.part_config import config_of
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"  # what most flow-matching pipelines are published with

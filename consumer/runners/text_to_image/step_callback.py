@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from consumer.ports import IsCancelled, OnStep
+from consumer.ports.model import IsCancelled, OnStep
 from consumer.runners.faults import StoppedAtStep
 from consumer.runners.text_to_image.pipeline_loading import OLD_STEP_CALLBACK, STEP_CALLBACK
 from consumer.runners.text_to_image.preview import Preview

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, Self, get_args
 
-from consumer.ports import OutputFormat
+from consumer.ports.media import OutputFormat
 
 Device = Literal["sleeps", "computes"]
 DEVICES: tuple[Device, ...] = get_args(Device)

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from consumer.daemon import run
-from consumer.ports import (
+from consumer.ports.model import (
     BatchMember,
     GeneratedImage,
     Interrupted,
@@ -30,7 +30,7 @@ from tests.bench.speed.stand_in import NOTES, StandIn
 
 
 class StandInRunner:
-    """The stand-in as a `consumer.ports.Runner`; it takes as many steps as a request says."""
+    """The stand-in as a `consumer.ports.model.Runner`; it takes as many steps as a request says."""
 
     def __init__(self) -> None:
         self._device: StandIn

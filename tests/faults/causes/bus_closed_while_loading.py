@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from consumer.bus.topology import Topology
-from consumer.ports import ModelDescription
+from consumer.ports.model import ModelDescription
 from consumer.settings import Settings
 from tests.faults.causes import bus_closed
 from tests.faults.quick_runner import QuickRunner

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL.Image import Image
 
-from consumer.ports import IsCancelled, OnPreview, OnStep, OnText, RunnerOutput
+from consumer.ports.model import IsCancelled, OnPreview, OnStep, OnText, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.faults.quick_runner import QuickRunner, note

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from consumer.ports import RunnerOutput
+from consumer.ports.model import RunnerOutput
 from consumer.runners.faults import translated
 from consumer.settings import Settings
 from generation_contracts import Request

@@ -3,7 +3,7 @@
 import asyncio
 
 from consumer.bus.publishing import JetStreamEvents
-from consumer.ports import ResultEvent
+from consumer.ports.bus import ResultEvent
 from consumer.settings import Settings
 from tests.faults.holding import hold_once
 from tests.faults.quick_runner import QuickRunner

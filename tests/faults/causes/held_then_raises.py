@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from consumer.ports import ModelError, RunnerOutput
+from consumer.ports.model import ModelError, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.faults.causes.held_in_run import HeldInRun

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from consumer.ports import GeneratedImage, RunnerOutput
+from consumer.ports.model import GeneratedImage, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.faults.holding import LET_GO, hold

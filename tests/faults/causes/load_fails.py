@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from consumer.ports import ModelDescription
+from consumer.ports.model import ModelDescription
 from consumer.runners.faults import load_failure
 from consumer.settings import Settings
 from tests.faults.quick_runner import QuickRunner

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from consumer.ports import ModelError, OutOfMemory, RunnerOutput
+from consumer.ports.model import ModelError, OutOfMemory, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.bench import mishaps

@@ -1,6 +1,6 @@
 """A `large` picture fits into the device's memory only where it is saved, a `huge` one never."""
 
-from consumer.ports import OutOfMemory
+from consumer.ports.model import OutOfMemory
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.faults.quick_runner import QuickRunner, note

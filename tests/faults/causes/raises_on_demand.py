@@ -1,6 +1,6 @@
 """The model raises where the prompt says so, and the runner itself where it says `breaks`."""
 
-from consumer.ports import ModelError
+from consumer.ports.model import ModelError
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.faults.quick_runner import QuickRunner, first_time

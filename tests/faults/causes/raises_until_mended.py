@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from consumer.ports import ModelError
+from consumer.ports.model import ModelError
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.faults.holding import MENDED

@@ -1,6 +1,6 @@
 """The model raises in every run."""
 
-from consumer.ports import ModelError
+from consumer.ports.model import ModelError
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.faults.quick_runner import QuickRunner

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from consumer.ports import DeviceLost, ModelError, OutOfMemory, RunnerOutput
+from consumer.ports.model import DeviceLost, ModelError, OutOfMemory, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request, TextToImageRequest
 from tests.faults.quick_runner import STEPS, QuickRunner, first_time, note

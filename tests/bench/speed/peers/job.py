@@ -9,7 +9,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from consumer.images import ImageCodec
-from consumer.ports import OutputFormat
+from consumer.ports.media import OutputFormat
 from tests.bench.speed.rows import Row
 from tests.bench.speed.stand_in import NOTES, StandIn
 from tests.bench.speed.store import Store
