@@ -1,5 +1,5 @@
 """`python -m consumer` is the same as `consumer`."""
 
-from consumer.cli import main
+from consumer.app.cli import main
 
 main()

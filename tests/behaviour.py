@@ -14,11 +14,11 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-from consumer import finalizer, image_stages
-from consumer.execution import Execution
 from consumer.inference import monitor
 from consumer.inference.cancel_token import StopReason
-from consumer.outcomes import EXIT_DEVICE_LOST
+from consumer.jobs import finalizer, image_stages
+from consumer.jobs.executor import Execution
+from consumer.jobs.outcomes import EXIT_DEVICE_LOST
 from consumer.ports.bus import DeadLetter, ResultEvent
 from consumer.ports.model import DeviceLost, GeneratedText, ModelError, RunnerOutput
 from generation_contracts import (
@@ -434,7 +434,7 @@ class Behaviour:
     async def test_images_with_too_many_pixels_together_are_refused(
         self, make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("consumer.image_stages.MAX_INPUT_PIXELS", 2 * 4 * 4)
+        monkeypatch.setattr("consumer.jobs.image_stages.MAX_INPUT_PIXELS", 2 * 4 * 4)
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
         image = world.source("one")

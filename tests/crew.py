@@ -7,10 +7,10 @@ The workers share one bus and one store of `tests.stepped_world`. A `Story` obse
 import asyncio
 from collections import defaultdict
 
-from consumer.execution import Limits
-from consumer.finalizer import RETRY_DELAY_MOST
-from consumer.image_stages import STORE_PAUSE_MOST
 from consumer.inference.cancel_token import StopReason
+from consumer.jobs.executor import Limits
+from consumer.jobs.finalizer import RETRY_DELAY_MOST
+from consumer.jobs.image_stages import STORE_PAUSE_MOST
 from consumer.ports.model import Interrupted
 from generation_contracts import Task
 from tests.behaviour import INBOX

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from consumer.execution import Execution
+from consumer.jobs.executor import Execution
 from consumer.ports.bus import (
     DeadLetter,
     Delivery,

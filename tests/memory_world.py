@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from consumer.admission import Admission
-from consumer.execution import Execution, Limits
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
+from consumer.jobs.admission import Admission
+from consumer.jobs.executor import Execution, Limits
 from consumer.ports.bus import DeadLetter, ResultEvent
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task
 from tests.memory_ports import (

@@ -6,8 +6,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from consumer import outcomes
-from consumer.outcomes import Outcome
+from consumer.jobs import outcomes
+from consumer.jobs.outcomes import Outcome
 
 HEADER = ("Outcome", "When", "Terminal event", "Failure code", "Dead letter", "Settlement", "Exit")
 

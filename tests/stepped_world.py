@@ -17,11 +17,12 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar, TypeVarTuple, cast
 
 import pytest
 
-from consumer import admission, chain_continuation, execution, finalizer, inference_stage
-from consumer.admission import Admission
-from consumer.execution import Execution, Limits
 from consumer.inference import monitor, progress, run_queue
 from consumer.inference.run_queue import RunQueue, Ticket
+from consumer.jobs import admission, chain_continuation, finalizer, inference_stage
+from consumer.jobs import executor as execution
+from consumer.jobs.admission import Admission
+from consumer.jobs.executor import Execution, Limits
 from consumer.ports.bus import Delivery
 from consumer.ports.model import OutOfMemory, RunnerOutput, RunRequest
 from generation_contracts import Subjects, Task

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from consumer.execution import RELEASE_TIMEOUT
 from consumer.inference.cancel_token import StopReason
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
+from consumer.jobs.executor import RELEASE_TIMEOUT
 from consumer.ports.bus import DeadLetter, MessageTooLarge, ResultEvent
 from generation_contracts import (
     CancelledEvent,

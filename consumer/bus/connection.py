@@ -11,6 +11,7 @@ import structlog
 from nats.errors import Error
 from nats.js import JetStreamContext
 
+from consumer.background_tasks import cancel_and_wait
 from consumer.bus.nats_internals import (
     RECONNECT_WAIT,
     CredentialsError,
@@ -21,7 +22,6 @@ from consumer.bus.nats_internals import (
 from consumer.bus.server_texts import says_credentials_are_refused
 from consumer.ports.unavailable import Unavailable
 from consumer.settings import Settings
-from consumer.tasks import cancel_and_wait
 
 log = structlog.get_logger()
 

@@ -13,7 +13,7 @@ from nats.js.errors import NotFoundError
 
 from consumer.bus.attempt_marks import AttemptMark, AttemptMarks, retry_place
 from consumer.bus.connection import Bus, BusUnavailable
-from consumer.bus.standby import Standby
+from consumer.bus.lease_guard.guard import Standby
 from consumer.ports.bus import Message
 from generation_contracts.headers import earlier_attempts, earlier_deliveries
 

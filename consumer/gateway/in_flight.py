@@ -10,8 +10,8 @@ from http import HTTPStatus
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from consumer.background_tasks import cancel_and_wait
 from consumer.gateway.errors import ApiError
-from consumer.tasks import cancel_and_wait
 
 BODY_PART_WITHIN = 30.0  # seconds; a client that sends nothing for so long gets 408
 BODY_WITHIN = 300.0  # seconds for a whole body: 2 MiB at 56 kbit/s

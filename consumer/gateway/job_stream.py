@@ -6,12 +6,12 @@ from contextlib import aclosing, suppress
 from datetime import timedelta
 from typing import Any
 
+from consumer.background_tasks import cancel_and_wait
 from consumer.gateway.errors import ApiError
 from consumer.gateway.event_log import Entry, EventId
 from consumer.gateway.job_document import event_json
 from consumer.gateway.jobs import Jobs, JobView
 from consumer.gateway.sse import sse_message
-from consumer.tasks import cancel_and_wait
 
 POSITION_EVERY = 1.0  # seconds between two looks at the queue for one stream
 ESTIMATE_MOVED = timedelta(seconds=5)  # a smaller change of the estimate alone is not reported

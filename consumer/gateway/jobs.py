@@ -11,6 +11,7 @@ from http import HTTPStatus
 
 import structlog
 
+from consumer.background_tasks import cancel_and_wait
 from consumer.bus.connection import Bus
 from consumer.bus.event_feed import EventFeed
 from consumer.bus.queue_view import Place, QueueView
@@ -25,7 +26,6 @@ from consumer.gateway.runs import Runs
 from consumer.gateway.submission import Limits, Submission
 from consumer.gateway.tenants import Caller, submitted_at, tag_of
 from consumer.settings import Settings
-from consumer.tasks import cancel_and_wait
 from generation_client import (
     AnyEvent,
     GenerationClient,

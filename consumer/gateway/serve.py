@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from consumer.background_tasks import cancel_and_wait
 from consumer.bus.connection import ConnectionGivenUp
 from consumer.gateway.app import create_app
 from consumer.gateway.context import Gateway
@@ -24,7 +25,6 @@ from consumer.gateway.open_access import is_loopback
 from consumer.gateway.sse import SEND_WITHIN
 from consumer.ports.unavailable import Unavailable
 from consumer.settings import Settings, SettingsError
-from consumer.tasks import cancel_and_wait
 
 log = structlog.get_logger()
 

@@ -11,8 +11,8 @@ from fastapi.sse import format_sse_event
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from consumer.background_tasks import cancel_and_wait
 from consumer.gateway.error_handlers import as_api_error
-from consumer.tasks import cancel_and_wait
 
 HEARTBEAT_EVERY = 15.0  # seconds; proxies close streams that are silent for a minute
 START_WITHIN = 2.0  # seconds; until then an error still is an HTTP status

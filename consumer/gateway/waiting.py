@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Request
 from fastapi.responses import JSONResponse
 
+from consumer.background_tasks import cancel_and_wait
 from consumer.gateway.context import Gateway, GatewayPart, note_job
 from consumer.gateway.error_handlers import ClientGone
 from consumer.gateway.errors import ApiError, of_error, of_failure
@@ -18,7 +19,6 @@ from consumer.gateway.jobs import Job, JobView
 from consumer.gateway.keys import Authenticated
 from consumer.gateway.sse import disconnected
 from consumer.gateway.tenants import Caller
-from consumer.tasks import cancel_and_wait
 from generation_client import AnyEvent, RequestCancelled, RequestTooLarge
 from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent
 from generation_contracts import Request as GenerationRequest

@@ -19,11 +19,11 @@ import pytest
 import yaml
 from huggingface_hub import get_token
 
+from consumer.app.metrics import Metrics
+from consumer.app.probes import Probes, Watch
 from consumer.gateway.keys import KeyFile, Keys
 from consumer.gateway.serve import require_keys_where_others_call
 from consumer.gateway.tenants import Bounds
-from consumer.metrics import Metrics
-from consumer.probes import Probes, Watch
 from consumer.settings import Settings
 from generation_contracts import Task
 

@@ -25,20 +25,20 @@ import pytest
 import yaml
 from fastapi.routing import APIRoute
 
+from consumer.app.composition import make_topology
+from consumer.app.daemon import FORCE_AFTER
+from consumer.app.metrics import Metrics
+from consumer.app.probes import SHUTDOWN_TIMEOUT, Probes, Watch
+from consumer.app.tracing import FLUSH_WITHIN
 from consumer.bus.connection import CLOSE_TIMEOUT, connect
-from consumer.bus.front_door import EMPTY_WITHIN
-from consumer.composition import make_topology
-from consumer.daemon import FORCE_AFTER
+from consumer.endpoints.worker_service import EMPTY_WITHIN
 from consumer.gateway import health
 from consumer.gateway.app import CONNECT_WITHIN, ROUTERS
 from consumer.gateway.in_flight import ALWAYS_ANSWERED, END_WITHIN
 from consumer.gateway.jobs import CLOSE_WITHIN
 from consumer.gateway.serve import require_keys_where_others_call
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
-from consumer.metrics import Metrics
-from consumer.probes import SHUTDOWN_TIMEOUT, Probes, Watch
 from consumer.settings import Settings
-from consumer.tracing import FLUSH_WITHIN
 from generation_contracts import Task
 
 ROOT = Path(__file__).parents[2]

@@ -18,9 +18,9 @@ import yaml
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from consumer.app.metrics import Metrics
+from consumer.app.probes import Health
 from consumer.gateway.metrics import GatewayMetrics
-from consumer.metrics import Metrics
-from consumer.probes import Health
 from consumer.settings import Settings
 from consumer.telemetry import JobReport
 from generation_contracts import FailureCode, ModelInfo, Task

@@ -12,7 +12,7 @@ import pytest
 from minio import Minio
 from nats.aio.client import Client
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import DevStack
 from consumer.settings import Settings
 from generation_contracts import Task

@@ -234,7 +234,7 @@ def test_schema_prints_json() -> None:
     ],
 )
 def test_help_imports_no_model_library(arguments: list[str]) -> None:
-    shown = "import sys; from consumer.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
+    shown = "import sys; from consumer.app.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
     look = "; print('HEAVY', sorted({'torch', 'diffusers', 'nats', 'minio'} & sys.modules.keys()))"
     done = subprocess.run(
         [sys.executable, "-c", shown + look, *arguments],
@@ -249,7 +249,7 @@ def test_help_imports_no_model_library(arguments: list[str]) -> None:
 def test_request_imports_no_torch(settings: dict[str, str]) -> None:
     code = """
 import sys
-from consumer.cli import cli
+from consumer.app.cli import cli
 try:
     cli(["request", "text-to-image", "a", "--steps", "1", "--json"])
 except SystemExit as ended:

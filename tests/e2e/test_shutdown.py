@@ -12,7 +12,7 @@ import nats
 import pytest
 from nats.aio.client import Client
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from tests.e2e.senders import WITHIN, new_id

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import NatsServer, ObjectStore, free_ports
 from consumer.devstack.loopback import HOST
 from consumer.settings import Settings

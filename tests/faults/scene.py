@@ -14,7 +14,7 @@ from nats.aio.client import Client
 from nats.js.api import StreamState
 from nats.js.errors import NotFoundError
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from generation_contracts import Subjects, Task

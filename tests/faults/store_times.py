@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from consumer import composition, image_stages
+from consumer.app import composition
 from consumer.artifacts import StoreConfig, store_config
+from consumer.jobs import image_stages
 from consumer.settings import Settings
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.apply import apply
+from consumer.app.apply import apply
+from consumer.app.check import check
 from consumer.bus import topology
 from consumer.bus.nats_internals import RobustClient
-from consumer.check import check
 from consumer.settings import Settings
 from tests.faults.scene import Scene
 

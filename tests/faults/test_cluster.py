@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from consumer.app.probes import Unwatched
 from consumer.bus.connection import connect
 from consumer.bus.publishing import JetStreamEvents
 from consumer.devstack import NatsServer
 from consumer.ports.unavailable import Unavailable
-from consumer.probes import Unwatched
 from generation_contracts import CancelledEvent
 from generation_contracts.examples import EVENTS
 from tests.faults.cluster import Cluster, ClusterScene, cluster

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from consumer.admission import Admission
-from consumer.execution import Execution, Limits
-from consumer.images import ImageCodec
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
+from consumer.jobs.admission import Admission
+from consumer.jobs.executor import Execution, Limits
+from consumer.media import ImageCodec
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from generation_contracts import FailedEvent, FailureCode, ImageArtifact, SucceededEvent, Task
 from tests.memory_ports import MemoryDelivery

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from consumer.devstack import Daemon
-from consumer.outcomes import EXIT_DEVICE_LOST
+from consumer.jobs.outcomes import EXIT_DEVICE_LOST
 from tests.faults.holding import GO, ON
 from tests.faults.scene import Scene
 from tests.faults.seen import until_in_hand

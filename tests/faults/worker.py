@@ -7,7 +7,7 @@ may also break another part of its process, when it is imported: so no test impo
 import importlib
 import sys
 
-from consumer.daemon import run
+from consumer.app.daemon import run
 from consumer.settings import Settings
 from consumer.telemetry import configure_logging
 

@@ -21,9 +21,9 @@ with atheris.instrument_imports(include=["consumer", "generation_contracts", "PI
     from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
     from pydantic import ValidationError
 
-    from consumer.admission import Admission
     from consumer.bus.nats_internals import RobustClient
-    from consumer.images import ImageCodec
+    from consumer.jobs.admission import Admission
+    from consumer.media import ImageCodec
     from consumer.ports.media import InputUnavailable
     from generation_contracts import InvalidRequest, Subjects, Task, decode_result
     from generation_contracts.headers import REPLY_TO

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import nats
 import pytest
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import DevStack, GatewayServer
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds

@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.server import ServerState
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import DevStack, GatewayServer, free_ports
 from consumer.gateway import serve
 from consumer.gateway.keys import KeyFile

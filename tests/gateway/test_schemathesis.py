@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import schemathesis
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import DevStack
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx2
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import DevStack, free_ports
 from consumer.settings import Settings
 from generation_contracts import Task

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import httpx2
 import pytest
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import DevStack, GatewayServer
 from consumer.settings import Settings
 from tests.gateway.conftest import start_gateway

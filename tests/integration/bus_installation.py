@@ -19,9 +19,9 @@ from nats.js.api import ConsumerInfo
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import Bus, connect
 from consumer.bus.delivery import DeliveryContext, JetStreamDelivery
+from consumer.bus.lease_guard.guard import Standby
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
-from consumer.bus.standby import Standby
 from consumer.bus.topology import Durable, Topology
 from consumer.devstack import NatsServer
 from consumer.settings import Settings

@@ -21,28 +21,28 @@ from nats.aio.subscription import Subscription
 from nats.js.errors import NotFoundError
 from PIL import Image
 
-from consumer.admission import Admission
+from consumer.app.composition import make_topology
 from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, store_config
+from consumer.background_tasks import cancel_and_wait
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import connect
 from consumer.bus.delivery import DeliveryContext
+from consumer.bus.lease_guard.guard import Standby
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.bus.retries import RetryMover
-from consumer.bus.standby import Standby
-from consumer.composition import make_topology
 from consumer.devstack import DevStack
-from consumer.execution import Execution, Limits
-from consumer.images import ImageCodec
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
+from consumer.jobs.admission import Admission
+from consumer.jobs.executor import Execution, Limits
+from consumer.media import ImageCodec
 from consumer.ports.bus import DeadLetter, ResultEvent
 from consumer.ports.media import EncodedImage
 from consumer.ports.store import StoreUnavailable
 from consumer.ports.telemetry import Observer
 from consumer.settings import Settings
-from consumer.tasks import cancel_and_wait
 from generation_contracts import (
     ImageArtifact,
     ProgressEvent,

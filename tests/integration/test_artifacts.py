@@ -24,6 +24,7 @@ from PIL import Image
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
+from consumer.app.probes import Unwatched
 from consumer.artifacts import (
     ObjectStoreArtifacts,
     StoreConfig,
@@ -32,10 +33,9 @@ from consumer.artifacts import (
 )
 from consumer.devstack import ObjectStore
 from consumer.devstack.loopback import free_ports
-from consumer.images import ImageCodec
+from consumer.media import ImageCodec
 from consumer.ports.media import EncodedImage, InputUnavailable
 from consumer.ports.store import StoreUnavailable
-from consumer.probes import Unwatched
 from consumer.settings import Settings
 from consumer.telemetry import JobReport
 from generation_contracts import ArtifactReference, FailureCode, InlineImage, Task

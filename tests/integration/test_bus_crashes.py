@@ -6,7 +6,7 @@ from collections import Counter
 
 from nats.errors import Error
 
-from consumer.heartbeat import Lease
+from consumer.jobs.lease import Lease
 from generation_contracts import SucceededEvent
 from generation_contracts.examples import EVENTS
 from tests.conftest import InstallationOf, StartNats

@@ -10,13 +10,14 @@ import pytest
 from nats.js.api import RawStreamMsg
 from nats.js.errors import NotFoundError
 
-from consumer.admission import Admission
-from consumer.bus import dead_letters, replaying
 from consumer.bus.connection import Bus, BusUnavailable
-from consumer.bus.dead_letters import DeadLetters, NoSuchLetter, StoredLetter
+from consumer.bus.dead_letters.listing import DeadLetters, NoSuchLetter, StoredLetter
+from consumer.bus.dead_letters.listing import listing as dead_letters
+from consumer.bus.dead_letters.listing import replay as replaying
+from consumer.bus.dead_letters.replay import NotReplayed, Replay, Replayer
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.bus.reading import StoredMessage
-from consumer.bus.replaying import NotReplayed, Replay, Replayer
+from consumer.jobs.admission import Admission
 from consumer.ports.bus import DeadLetter, ResultEvent
 from generation_client import QueueFull
 from generation_contracts import (

@@ -8,7 +8,7 @@ import pytest
 
 from consumer.bus import delivery
 from consumer.bus.connection import BusUnavailable
-from consumer.bus.standby import Standby
+from consumer.bus.lease_guard.guard import Standby
 from tests.conftest import InstallationOf, StartNats
 from tests.integration.bus_installation import (
     MUTE,

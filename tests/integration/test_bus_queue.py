@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from nats.aio.msg import Msg
 
-from consumer.bus import front_door
 from consumer.bus.attempt_marks import AttemptMarks
-from consumer.bus.front_door import Backend, FrontDoor
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
+from consumer.endpoints import worker_service as front_door
+from consumer.endpoints.worker_service import Backend, FrontDoor
 from consumer.ports.bus import IdLookup, StopAck
 from generation_contracts import ModelInfo, Subjects, Task
 from tests.integration.bus_installation import TASK, Installation, soon, take

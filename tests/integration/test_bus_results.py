@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from nats.js.errors import APIError
 
+from consumer.app.probes import Unwatched
 from consumer.bus import publishing
 from consumer.bus.publishing import JetStreamEvents
 from consumer.ports.bus import ResultUnreadable
-from consumer.probes import Unwatched
 from generation_contracts import Task, TextToImageRequest, encode
 from generation_contracts.headers import EXPECTED_LAST_SUBJECT_SEQUENCE, MESSAGE_ID
 from tests.integration.bus_installation import (

@@ -11,8 +11,8 @@ import pytest
 
 from consumer.bus import retries
 from consumer.bus.attempt_marks import AttemptMarks
+from consumer.bus.dead_letters.exhausted import find_exhausted
 from consumer.bus.delivery import JetStreamDelivery
-from consumer.bus.exhausted import find_exhausted
 from consumer.bus.pull import PullLoop
 from consumer.bus.retries import RetryMover
 from consumer.bus.stored_request import RequestInStream

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from consumer.bus import standby as worker_side
-from consumer.bus.standby import Standby
+from consumer.bus.lease_guard import guard as worker_side
+from consumer.bus.lease_guard.guard import Standby
 from tests.integration.bus_installation import Installation, bus_settings, soon, until
 
 LEASE = "lease.1"
@@ -81,7 +81,7 @@ async def test_a_guard_that_does_not_read_is_replaced(
 # A worker that starts a guard, forks a process that keeps every descriptor, and waits to be killed.
 WORKER = """
 import asyncio, os, subprocess, sys
-from consumer.bus.standby import Standby
+from consumer.bus.lease_guard.guard import Standby
 from consumer.settings import Settings
 
 async def main():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from consumer.check import Finding, check, check_model
+from consumer.app.check import Finding, check, check_model
 from consumer.devstack import free_ports
 from consumer.settings import Settings
 from tests.tiny_models import Folder

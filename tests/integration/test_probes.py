@@ -8,8 +8,8 @@ import aiohttp
 import pytest
 from structlog.testing import capture_logs
 
-from consumer.metrics import Metrics
-from consumer.probes import LOG_EVERY, LOGGED_REASONS, Probes, Watch
+from consumer.app.metrics import Metrics
+from consumer.app.probes import LOG_EVERY, LOGGED_REASONS, Probes, Watch
 from consumer.telemetry import JobReport
 
 

@@ -14,13 +14,13 @@ from minio import Minio
 from minio.error import S3Error
 from PIL import Image
 
+from consumer.app.probes import Unwatched
 from consumer.artifacts import ObjectStoreArtifacts, store_config
 from consumer.devstack import ChildProcess, ObjectStore, free_ports
 from consumer.devstack.loopback import HOST, http_status
 from consumer.devstack.object_store import Credentials
 from consumer.devstack.process import find_program, server_environment
-from consumer.images import ImageCodec
-from consumer.probes import Unwatched
+from consumer.media import ImageCodec
 from consumer.settings import Settings
 from generation_contracts import ArtifactReference, Task
 from tests.faults.scene import ROOT

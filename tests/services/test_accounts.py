@@ -17,7 +17,7 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import Daemon, DevStack, GatewayServer
 from consumer.settings import Settings
 from generation_client import GenerationClient

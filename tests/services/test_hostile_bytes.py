@@ -10,7 +10,7 @@ import nkeys
 import pytest
 from nats.aio.client import Client
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from generation_contracts import Task
 from tests.faults.scene import POLL, WITHIN
 from tests.services.test_permissions import ROLES, USERS, Installation, start_worker

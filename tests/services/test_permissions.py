@@ -16,10 +16,10 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error
 
-from consumer.apply import apply
+from consumer.app.apply import apply
+from consumer.app.check import check
+from consumer.app.dead_letter_commands import replay
 from consumer.bus.connection import BusUnavailable, connect
-from consumer.check import check
-from consumer.dead_letters import replay
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from generation_client import GenerationClient, RequestCancelled

@@ -125,7 +125,7 @@ async def test_an_endpoint_that_is_away_holds_no_job_up(scene: Scene, caller: Ca
 
 def test_traces_without_the_extra_stop_the_start_with_one_line() -> None:
     without = "import sys; sys.modules['opentelemetry.sdk.trace'] = None"
-    run = "from consumer.cli import main; sys.argv[1:] = ['run']; main()"
+    run = "from consumer.app.cli import main; sys.argv[1:] = ['run']; main()"
     told = subprocess.run(
         [sys.executable, "-c", f"{without}; {run}"],
         env={**os.environ, "MODEL_TYPE": "text_to_image", "CONSUMER_TRACES": "true"},

@@ -10,7 +10,7 @@ import nats
 from nats.aio.client import Client
 
 from consumer.devstack import DevStack
-from consumer.in_flight import STAGES
+from consumer.jobs.in_flight import STAGES
 from generation_contracts import Subjects, Task
 from tests.faults.scene import Scene
 from tests.hostile.attacker import Attacker, Id

@@ -35,7 +35,7 @@ from consumer.devstack.process import ChildProcess
 
 ROOT = Path(__file__).parents[2]
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'contracts'}"
-GUARD = "consumer.bus.standby_process"
+GUARD = "consumer.bus.lease_guard.process"
 _create_subprocess_exec = asyncio.create_subprocess_exec
 _LARGEST = 2**20  # bytes of one order
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
@@ -66,7 +66,7 @@ class ForkedWorker(_Forked, Daemon):
         cause: The name of the fault.
     """
 
-    _imports = ("consumer.daemon", "tests.faults.quick_runner")
+    _imports = ("consumer.app.daemon", "tests.faults.quick_runner")
 
     def __init__(self, name: str, settings: Mapping[str, str], *, log: Path, cause: str) -> None:
         super().__init__(name, {**settings, "PYTHONPATH": PYTHONPATH}, log=log)
@@ -83,13 +83,13 @@ class ForkedGateway(_Forked, GatewayServer):
         patch: Statements on the modules `app`, `in_flight` and `serve` of `consumer.gateway`.
     """
 
-    _imports = ("consumer.cli", "consumer.gateway.serve")
+    _imports = ("consumer.app.cli", "consumer.gateway.serve")
 
     def __init__(
         self, name: str, settings: Mapping[str, str], *, log: Path, patch: str = ""
     ) -> None:
         super().__init__(name, settings, log=log)
-        run = "import sys; from consumer.cli import main; sys.argv = ['consumer', 'gateway']"
+        run = "import sys; from consumer.app.cli import main; sys.argv = ['consumer', 'gateway']"
         imports = "from consumer.gateway import app, in_flight, serve"
         self.argv = (sys.executable, "-P", "-c", f"{imports}\n{patch}\n{run}\nmain()")
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.admission import Admission
-from consumer.job import IllegalTransition, State
+from consumer.jobs.admission import Admission
+from consumer.jobs.states import IllegalTransition, State
 from generation_contracts import InvalidRequest, Subjects, Task, TextToImageRequest
 from generation_contracts.subjects import is_request_id
 from tests.memory_ports import MemoryDelivery, MemoryQueue, Outage

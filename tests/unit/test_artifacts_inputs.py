@@ -6,10 +6,10 @@ import pytest
 from minio.error import S3Error
 from urllib3.response import HTTPResponse
 
+from consumer.app.probes import Unwatched
 from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, StoreMisconfigured
 from consumer.ports.media import InputUnavailable
 from consumer.ports.store import StoreUnavailable
-from consumer.probes import Unwatched
 from generation_contracts import ArtifactReference
 
 REFERENCE = ArtifactReference(bucket="generation", key="inputs/0.png")

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
-from consumer.asking import ProgressBar
+from consumer.app.sender_commands import ProgressBar
 from generation_contracts import ProgressEvent, Task
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from consumer import cancellation
-from consumer.admission import Admission
-from consumer.cancellation import LOADS, LOOKUPS, Cancellation, TaskFinalizer
-from consumer.finalizer import Finalizer
+from consumer.endpoints import cancellation
+from consumer.endpoints.cancellation import LOADS, LOOKUPS, Cancellation, TaskFinalizer
+from consumer.jobs.admission import Admission
+from consumer.jobs.finalizer import Finalizer
 from consumer.ports.bus import Delivery, IdLookup, StopAck, StoredRequest
 from generation_contracts import (
     CancelledEvent,

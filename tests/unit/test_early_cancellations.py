@@ -1,6 +1,6 @@
 """The set of cancelled ids: bounded in time and size."""
 
-from consumer.early_cancellations import EarlyCancellations
+from consumer.jobs.early_cancellations import EarlyCancellations
 
 
 class Clock:

@@ -10,8 +10,8 @@ import pytest
 
 from consumer.inference import monitor
 from consumer.inference.cancel_token import StopReason
-from consumer.job import State
-from consumer.outcomes import EXIT_DEVICE_LOST
+from consumer.jobs.outcomes import EXIT_DEVICE_LOST
+from consumer.jobs.states import State
 from consumer.ports.model import (
     DeviceLost,
     Interrupted,

@@ -7,8 +7,8 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from consumer import execution
 from consumer.inference.cancel_token import StopReason
+from consumer.jobs import executor as execution
 from consumer.ports.bus import QueueFull
 from consumer.ports.model import DeviceLost, ModelError
 from generation_contracts import (

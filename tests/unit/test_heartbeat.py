@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from consumer import tasks
-from consumer.heartbeat import Lease
+from consumer import background_tasks as tasks
+from consumer.jobs.lease import Lease
 from tests.memory_ports import MemoryDelivery, MemoryQueue, Outage
 
 ACK_WAIT = 0.01  # seconds

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageChops, ImageFile, PngImagePlugin
 
-from consumer.images import MAX_SAID, ImageCodec, jpeg_parts, png_parts, webp_parts
+from consumer.media import MAX_SAID, ImageCodec, jpeg_parts, png_parts, webp_parts
 from consumer.ports.media import InputUnavailable, OutputFormat
 from tests.odd_images import (
     BLUE,

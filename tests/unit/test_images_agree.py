@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from consumer.images import ImageCodec
+from consumer.media import ImageCodec
 from tests.odd_images import (
     PNG_SIGNATURE,
     as_file,

@@ -11,17 +11,17 @@ LIGHT = (
     "generation_contracts",
     "consumer.settings",
     "consumer.telemetry",
-    "consumer.job",
+    "consumer.jobs.states",
     "consumer.ports.bus",
     "consumer.ports.media",
     "consumer.ports.model",
     "consumer.ports.store",
     "consumer.ports.telemetry",
-    "consumer.heartbeat",
+    "consumer.jobs.lease",
     "consumer.inference.worker",
-    "consumer.admission",
-    "consumer.finalizer",
-    "consumer.execution",
+    "consumer.jobs.admission",
+    "consumer.jobs.finalizer",
+    "consumer.jobs.executor",
 )
 LIBRARIES_OF_MODELS = frozenset({"torch", "torchvision", "diffusers", "transformers", "accelerate"})
 HEAVY = LIBRARIES_OF_MODELS | {"nats", "minio", "PIL"}
@@ -29,9 +29,9 @@ HEAVY = LIBRARIES_OF_MODELS | {"nats", "minio", "PIL"}
 # What only a daemon needs, and what each of them brings is a tenth of a second or more.
 OF_A_DAEMON = LIBRARIES_OF_MODELS | {
     "consumer.artifacts",
-    "consumer.daemon",
-    "consumer.execution",
-    "consumer.metrics",
+    "consumer.app.daemon",
+    "consumer.jobs.executor",
+    "consumer.app.metrics",
     "consumer.runners",
     "minio",
     "numpy",
@@ -39,7 +39,7 @@ OF_A_DAEMON = LIBRARIES_OF_MODELS | {
     "PIL",
     "prometheus_client",
 }
-OF_A_STACK = {"consumer.devstack", "consumer.development"}
+OF_A_STACK = {"consumer.devstack", "consumer.app.development"}
 
 
 def modules_after(code: str, **environment: str) -> set[str]:
@@ -63,7 +63,7 @@ def imported_with(*modules: str) -> set[str]:
 
 def imported_by_command(*arguments: str, **environment: str) -> set[str]:
     """The modules that are there after a command."""
-    code = f"from consumer.cli import main; sys.argv = ['consumer', *{arguments}]; main()"
+    code = f"from consumer.app.cli import main; sys.argv = ['consumer', *{arguments}]; main()"
     return modules_after(code, **environment)
 
 
@@ -92,18 +92,22 @@ def test_a_request_imports_what_sends_it_alone(arguments: list[str], tmp_path: P
         *(argument.format(picture) for argument in arguments),
         NATS_CREDS=str(tmp_path / "missing"),  # it ends where it would connect
     )
-    assert {"nats.aio.client", "consumer.asking", "consumer.bus.connection"} <= imported
-    assert imported & (OF_A_DAEMON | OF_A_STACK | {"consumer.bus.front_door"}) == set()
+    assert {
+        "nats.aio.client",
+        "consumer.app.sender_commands",
+        "consumer.bus.connection",
+    } <= imported
+    assert imported & (OF_A_DAEMON | OF_A_STACK | {"consumer.endpoints.worker_service"}) == set()
 
 
 def test_a_daemon_begins_without_the_libraries_of_models() -> None:
-    imported = imported_with("consumer.daemon")
-    assert "consumer.execution" in imported
-    unused = LIBRARIES_OF_MODELS | OF_A_STACK | {"opentelemetry", "consumer.asking"}
+    imported = imported_with("consumer.app.daemon")
+    assert "consumer.jobs.executor" in imported
+    unused = LIBRARIES_OF_MODELS | OF_A_STACK | {"opentelemetry", "consumer.app.sender_commands"}
     assert imported & unused == set()
 
 
 def test_a_standby_imports_nothing_of_a_model_or_a_store() -> None:
-    imported = imported_with("consumer.bus.standby_process")
+    imported = imported_with("consumer.bus.lease_guard.process")
     assert "nats.aio.client" in imported
     assert imported & OF_A_DAEMON == set()

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from consumer.in_flight import InFlight, Slot
 from consumer.inference.run_queue import RunQueue
+from consumer.jobs.in_flight import InFlight, Slot
 
 
 def in_flight(most: int, max_batch: int = 1) -> InFlight:

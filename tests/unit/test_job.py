@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer.job import FINAL, IllegalTransition, State, advance
+from consumer.jobs.states import FINAL, IllegalTransition, State, advance
 
 LEGAL = {
     ("RECEIVED", "ADMITTED"),

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumer import outcomes
 from consumer.inference.cancel_token import Stopped, StopReason
 from consumer.inference.monitor import ThreadStalled
-from consumer.outcomes import (
+from consumer.jobs import outcomes
+from consumer.jobs.outcomes import (
     Decision,
     FailedOutcome,
     IdConflict,

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_png
 
-from consumer import png
-from consumer.images import ImageCodec
-from consumer.png import COLOUR_TYPES, write_png
+from consumer.media import ImageCodec
+from consumer.media import png_writer as png
+from consumer.media.png_writer import COLOUR_TYPES, write_png
 from tests.bench.encoders import lets_go
 
 # torchvision gives its decoders away to another package.

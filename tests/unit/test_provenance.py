@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from consumer.daemon import Daemon
+from consumer.app.daemon import Daemon
+from consumer.media.provenance import provenance_of
 from consumer.ports.model import GeneratedImage, RunnerOutput
-from consumer.provenance import provenance_of
 from consumer.settings import Settings
 from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue

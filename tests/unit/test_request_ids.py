@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from consumer.admission import Admission
+from consumer.jobs.admission import Admission
 from consumer.ports.bus import QueueFull
 from consumer.ports.model import ModelError
 from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent
@@ -304,7 +304,7 @@ async def test_input_that_an_answering_store_does_not_give_fails_at_once(
 async def test_output_that_cannot_be_stored_is_requeued_if_another_worker_is_idle(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch, *, idle: bool
 ) -> None:
-    monkeypatch.setattr("consumer.image_stages.HANDOVER_DELAY", 0.0)
+    monkeypatch.setattr("consumer.jobs.image_stages.HANDOVER_DELAY", 0.0)
     world.workers.idle = idle
     world.store.begin()
     await world.send(asking())

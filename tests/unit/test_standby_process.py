@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from consumer.bus import standby_process
-from consumer.bus.standby import GuardConfig
-from consumer.bus.standby_process import StandbyProcess
+from consumer.bus.lease_guard import process as standby_process
+from consumer.bus.lease_guard.guard import GuardConfig
+from consumer.bus.lease_guard.process import StandbyProcess
 
 TURNS = 20  # of the event loop
 SOON = 5.0  # seconds; only bounds a wait for something that must happen

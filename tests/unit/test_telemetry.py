@@ -16,9 +16,9 @@ from typing import Literal, TextIO
 import pytest
 import structlog
 
-from consumer.metrics import Metrics
-from consumer.outcomes import Decision, decide, outcome_label
-from consumer.provenance import SOFTWARE
+from consumer.app.metrics import Metrics
+from consumer.jobs.outcomes import Decision, decide, outcome_label
+from consumer.media.provenance import SOFTWARE
 from consumer.telemetry import JobReport, LogStream
 from generation_contracts import FailureCode, ModelInfo
 from tests.daemon_logging import daemon_logging, logging_to

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 from playwright.async_api import Browser, Page, async_playwright, expect
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import DevStack
 from consumer.settings import Settings
 from generation_contracts import Task

@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.devstack import ChildProcess, Daemon, GatewayServer
 from consumer.settings import Settings
 from tests.bench.speed.sender import PROMPT, WentWrongError

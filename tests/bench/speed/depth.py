@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from consumer.apply import apply
+from consumer.app.apply import apply
 from consumer.settings import Settings
 from tests.bench.speed.figures import MILLI
 from tests.bench.speed.processes import REST, children, cpu_seconds, resident

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from consumer.daemon import run
+from consumer.app.daemon import run
 from consumer.ports.model import (
     GeneratedImage,
     Interrupted,

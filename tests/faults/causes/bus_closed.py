@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from consumer import daemon
+from consumer.app import daemon
 from consumer.bus.connection import Bus
 from consumer.settings import Settings
 from generation_contracts import Request

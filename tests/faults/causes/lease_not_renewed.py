@@ -1,7 +1,7 @@
 """A process that holds a delivery without renewing its lease, in a run that is held."""
 
 from consumer.bus.delivery import JetStreamDelivery
-from consumer.heartbeat import Lease
+from consumer.jobs.lease import Lease
 from tests.faults.causes.held_until_let_go import make_runner
 
 __all__ = ["make_runner"]

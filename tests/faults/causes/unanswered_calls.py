@@ -3,8 +3,9 @@
 import asyncio
 from typing import Any
 
-from consumer.bus import front_door, topology
+from consumer.bus import topology
 from consumer.bus.nats_internals import RobustClient
+from consumer.endpoints import worker_service as front_door
 from consumer.settings import Settings
 from tests.faults.quick_runner import QuickRunner
 

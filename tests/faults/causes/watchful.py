@@ -1,6 +1,6 @@
 """The model is well, and the process looks at its store all the time, not every few seconds."""
 
-from consumer import daemon
+from consumer.app import daemon
 from tests.faults.causes.impatient import make_runner
 
 __all__ = ["make_runner"]

@@ -1,6 +1,6 @@
 """A worker that soon hands over a request whose outputs its store does not take."""
 
-from consumer import image_stages
+from consumer.jobs import image_stages
 from tests.faults.causes.none import make_runner
 from tests.faults.store_times import shorten
 

@@ -1,0 +1,1 @@
+"""What a person or a supervisor starts: the command line, the daemon with its parts, the checks."""

@@ -1,0 +1,168 @@
+"""From settings to parts: the bus' topology and front door, the object store, the runner."""
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from consumer.artifacts import ObjectStoreArtifacts, store_config
+from consumer.bus.connection import Bus
+from consumer.bus.publishing import JetStreamEvents
+from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
+from consumer.bus.topology import DELIVERIES_PER_ATTEMPT, Durable, Topology
+from consumer.endpoints.cancellation import Cancellation, TaskFinalizer
+from consumer.endpoints.worker_service import Backend, FrontDoor
+from consumer.inference.run_queue import RunQueue
+from consumer.jobs.admission import Admission
+from consumer.jobs.finalizer import Finalizer
+from consumer.jobs.in_flight import STAGES
+from consumer.ports.bus import StopAck
+from consumer.ports.model import ModelDescription, Runner
+from consumer.ports.telemetry import Observer
+from consumer.runners import ModelConfig, create_runner
+from consumer.settings import Settings
+from generation_contracts import Request, Task
+
+log = structlog.get_logger()
+
+
+def make_topology(settings: Settings, bus: Bus) -> Topology:
+    """The streams and durables under the configured root."""
+    return Topology(
+        bus,
+        settings.subjects,
+        ack_wait=settings.consumer_ack_wait,
+        max_ack_pending=settings.consumer_max_ack_pending,
+        max_deliver=DELIVERIES_PER_ATTEMPT * settings.consumer_max_attempts,
+        durable_name=settings.consumer_name,
+        replicas=settings.nats_replicas,
+        sizes=settings.nats_stream_sizes,
+    )
+
+
+def make_artifacts(settings: Settings, observer: Observer) -> ObjectStoreArtifacts:
+    """The object store with the configured credentials."""
+    return ObjectStoreArtifacts(store_config(settings), observer=observer)
+
+
+def make_admission(settings: Settings, task: Task) -> Admission:
+    """How the requests of a task are read."""
+    return Admission(task, settings.subjects, settings.reply_prefixes)
+
+
+def make_run_queue(settings: Settings) -> RunQueue:
+    """The queue of the inference thread."""
+    return RunQueue(
+        max_batch=min(settings.consumer_max_batch, most_in_flight(settings)),
+        window=settings.consumer_batch_window_ms / 1000,
+    )
+
+
+def most_in_flight(settings: Settings) -> int:
+    """How many requests this worker may have in flight.
+
+    The server gives all workers together no more than the durable's `max_ack_pending`, which can be
+    changed while they run: so it is no bound of the worker's own.
+    """
+    return settings.consumer_jobs_in_flight or STAGES * settings.consumer_max_batch
+
+
+def warn_of_short_batches(settings: Settings, durable: Durable) -> None:
+    """Log a line where the configured batch never fills up."""
+    batch, in_flight = settings.consumer_max_batch, most_in_flight(settings)
+    if batch > min(in_flight, durable.max_ack_pending):
+        log.warning(
+            "batches_cut_short",
+            max_batch=batch,
+            jobs_in_flight=in_flight,
+            max_ack_pending=durable.max_ack_pending,
+        )
+
+
+def make_front_door(
+    settings: Settings,
+    *,
+    endpoints: Bus,
+    queue: JetStreamQueue,
+    workers: BroadcastWorkers,
+    events: JetStreamEvents,
+    artifacts: ObjectStoreArtifacts,
+    model: ModelDescription,
+    check: Callable[[Request], None],
+    request_stop: Callable[[str], Awaitable[StopAck | None]],
+    is_running: Callable[[str], bool],
+    observer: Observer,
+) -> FrontDoor:
+    """Calls for the own task, and cancellation for every task: a worker of another may be away.
+
+    Args:
+        settings: All of them.
+        endpoints: The connection that messages are answered over; see `connect_endpoints`.
+        queue: The requests in their streams.
+        workers: All workers.
+        events: The way to the bus.
+        artifacts: The object store.
+        model: What is loaded.
+        check: Says whether the model can do what is asked.
+        request_stop: Stops a request that this worker has.
+        is_running: Whether this worker has a request.
+        observer: Told of each call that is refused, and of chains that break where a cancellation
+            finds a request ended.
+    """
+    finalizers = {
+        task: TaskFinalizer(
+            make_admission(settings, task),
+            Finalizer(
+                task=task,
+                worker=settings.consumer_worker,
+                model=model,
+                events=events,
+                artifacts=artifacts,
+                retry_delay=settings.consumer_retry_delay,
+                observer=observer,
+            ),
+        )
+        for task in Task
+    }
+    cancellation = Cancellation(queue=queue, workers=workers, events=events, finalizers=finalizers)
+    backend = Backend(
+        task=settings.task,
+        worker=settings.consumer_worker,
+        model=model.info,
+        reply_prefixes=settings.reply_prefixes,
+        check=check,
+        cancel=cancellation.cancel,
+        request_stop=request_stop,
+        is_running=is_running,
+        observer=observer,
+        worker_inboxes=f"{settings.nats_inbox_prefix}.",
+    )
+    return FrontDoor(endpoints, settings.subjects, backend)
+
+
+def make_runner(settings: Settings) -> Runner:
+    """The configured model, not loaded yet.
+
+    Raises:
+        SettingsError: MODEL_TYPE is not set.
+    """
+    config = ModelConfig(
+        model_id=settings.model_id,
+        revision=settings.model_revision,
+        device=settings.model_device,
+        dtype=settings.model_dtype,
+        offload=settings.model_offload,
+        quantization=settings.model_quantization,
+        compile=settings.model_compile,
+        device_map=settings.model_device_map,
+        warm_up=settings.model_warm_up,
+        vae_tiling=settings.model_vae_tiling,
+        vae_slicing=settings.model_vae_slicing,
+        channels_last=settings.model_channels_last,
+        attention=settings.model_attention,
+        step_cache=settings.model_step_cache,
+        defaults=settings.model_defaults,
+        adapters=settings.model_adapters,
+        safety_checker=settings.model_safety_checker,
+        max_image_pixels=settings.model_max_image_pixels,
+    )
+    return create_runner(settings.task, config)

@@ -1,0 +1,1 @@
+"""Dead letters: their listing, their replay, and requests that the server delivers no more."""

@@ -1,0 +1,1 @@
+"""The lease guard: a process that renews leases while the worker cannot."""

@@ -1,0 +1,205 @@
+"""The lease guard itself: `python -m consumer.bus.lease_guard.process`, started by `standby`.
+
+It reads what the worker reports of its leases, renews those that the worker has not renewed in
+time, and kills a worker that has been silent for too long. It ends with its input, or with the
+worker's process.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import structlog
+from nats.errors import Error
+from pydantic_core import from_json
+
+from consumer.background_tasks import cancel_and_wait
+from consumer.bus.connection import Bus, BusUnavailable, connect
+from consumer.bus.lease_guard.guard import GuardConfig
+from consumer.settings import Settings
+from consumer.telemetry import configure_logging
+
+log = structlog.get_logger()
+
+TICKS_PER_ACK_WAIT = 20
+BEATS_PER_ACK_WAIT = 5  # as the worker's own
+LATE_BEATS = 1.5  # intervals without a renewal after which the guard renews
+TICK_MOST = 1.0  # seconds
+LOOK_EVERY = 1.0  # seconds between two looks for the worker's process
+CONNECT_WITHIN = 30.0  # seconds for one attempt
+CONNECT_AGAIN_AFTER = 1.0  # seconds; doubled with each failure, up to the next
+CONNECT_AGAIN_MOST = 15.0  # seconds
+RENEW_WITHIN = 1.0  # seconds that one renewal may wait for a connection that takes nothing
+DUMP_WITHIN = 1.0  # seconds for the worker to write down where its threads are
+
+
+@dataclass
+class Lease:
+    """One lease of the worker.
+
+    Attributes:
+        ack_wait: Seconds that it lasts.
+        silence: Seconds since the worker's last sign of life, counted while this process ran.
+        unrenewed: Seconds since the last renewal, by the worker or by this process.
+    """
+
+    ack_wait: float
+    silence: float = 0.0
+    unrenewed: float = 0.0
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two renewals."""
+        return self.ack_wait / BEATS_PER_ACK_WAIT
+
+
+class StandbyProcess:
+    """Guards the leases of one worker.
+
+    Args:
+        config: The worker's first message.
+        messages: The lines that follow.
+    """
+
+    def __init__(self, config: GuardConfig, messages: asyncio.StreamReader) -> None:
+        self._config = config
+        self._messages = messages
+        self._leases: dict[str, Lease] = {}
+        self._held = asyncio.Event()  # set while there is a lease
+        self._bus: Bus | None = None
+
+    async def run(self) -> None:
+        """Return when the input ends.
+
+        Raises:
+            Exception: One that was not foreseen; the worker starts another guard.
+        """
+        tasks = {
+            asyncio.create_task(work, name=name)
+            for name, work in (
+                ("receive", self._receive()),
+                ("connect", self._connect()),
+                ("watch", self._watch()),
+            )
+        }
+        try:
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
+        finally:
+            await cancel_and_wait(*tasks)
+
+    async def _receive(self) -> None:
+        while line := await self._messages.readline():
+            message = from_json(line)
+            if "over" in message:
+                self._leases.pop(message["over"], None)
+            elif "renewed" in message:
+                if (lease := self._leases.get(message["renewed"])) is not None:
+                    lease.unrenewed = 0.0
+            else:
+                lease = self._leases.setdefault(message["alive"], Lease(message["ack_wait"]))
+                lease.silence = 0.0
+            if self._leases:
+                self._held.set()
+            else:
+                self._held.clear()
+
+    async def _connect(self) -> None:
+        settings = Settings(**self._config.nats)
+        pause = CONNECT_AGAIN_AFTER
+        while True:
+            try:
+                self._bus = await connect(
+                    settings,
+                    name=f"generation standby {self._config.parent}",
+                    within=CONNECT_WITHIN,
+                )
+            except BusUnavailable as error:
+                # An unreadable file fails at once: without the pause this loop would never yield.
+                log.warning("standby_not_connected", reason=str(error))
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, CONNECT_AGAIN_MOST)
+                continue
+            log.info("standby_connected")
+            pause = CONNECT_AGAIN_AFTER
+            await self._bus.closed.wait()
+            self._bus = None
+
+    async def _watch(self) -> None:
+        while True:
+            await self._held.wait()
+            shortest = min((lease.ack_wait for lease in self._leases.values()), default=TICK_MOST)
+            tick = min(TICK_MOST, shortest / TICKS_PER_ACK_WAIT)
+            before = time.monotonic()
+            await asyncio.sleep(tick)
+            # A frozen or suspended process has not waited: the worker was frozen along with it.
+            passed = min(time.monotonic() - before, 2 * tick)
+            for subject, lease in list(self._leases.items()):
+                lease.silence += passed
+                lease.unrenewed += passed
+                await self._look_after(subject, lease)
+
+    async def _look_after(self, subject: str, lease: Lease) -> None:
+        if lease.silence > self._config.patience + lease.interval:
+            await self._end_worker()
+        elif lease.unrenewed > LATE_BEATS * lease.interval:
+            if self._bus is None or not self._bus.connected:
+                return  # `unrenewed` counts on: the renewal follows with the connection
+            # From now on as often as the worker would.
+            lease.unrenewed = (LATE_BEATS - 1) * lease.interval
+            try:
+                async with asyncio.timeout(RENEW_WITHIN):
+                    await self._bus.client.publish(subject, b"+WPI")
+            except (Error, OSError) as error:  # TimeoutError is an OSError
+                log.warning("heartbeat_failed", error=type(error).__name__)
+
+    async def _end_worker(self) -> None:
+        log.error("worker_hangs", silence=self._config.patience)
+        for number in (signal.SIGUSR1, signal.SIGKILL):
+            if os.getppid() == self._config.parent:
+                os.kill(self._config.parent, number)
+                await asyncio.sleep(DUMP_WITHIN)
+
+
+def end_with_worker(parent: int) -> None:
+    """End this process when the worker's process has ended.
+
+    In a thread, so that it does not depend on the event loop. The end of the input does not say it
+    for certain: a process that the worker has forked may keep the pipe open.
+    """
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_EVERY)
+        os._exit(0)
+
+    threading.Thread(target=look, name="end-with-worker", daemon=True).start()
+
+
+async def main() -> None:
+    """Read the configuration, then guard."""
+    messages = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(messages), sys.stdin
+    )
+    line = await messages.readline()
+    if not line:
+        return
+    config = GuardConfig(**from_json(line))
+    configure_logging(config.log_format, config.log_level)  # type: ignore[arg-type] # the worker's
+    end_with_worker(config.parent)
+    await StandbyProcess(config, messages).run()
+    # At once: closing what nats-py has begun may take longer than the worker lives.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    # They are for the worker: it drains, and needs its leases until it is done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    asyncio.run(main())

@@ -1,0 +1,1 @@
+"""The request-reply endpoints of a worker: calls, cancellation and questions about a request."""

@@ -1,0 +1,453 @@
+"""Takes one delivery through the stages of a job.
+
+decode -> admit -> run -> encode -> store -> publish the result -> reply -> settle. A stage returns
+its value or raises. `outcomes.classify_exception` turns an exception into an outcome,
+`outcomes.decide` says what the worker does about it, and `Finalizer` does it.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import structlog
+
+from consumer.inference.cancel_token import StopReason
+from consumer.inference.run_queue import RunQueue
+from consumer.jobs import outcomes
+from consumer.jobs.admission import NANOSECONDS, Admission, Job
+from consumer.jobs.early_cancellations import EarlyCancellations
+from consumer.jobs.finalizer import Finalizer
+from consumer.jobs.image_stages import ImageStages
+from consumer.jobs.in_flight import InFlight, Slot, unqueued_slot
+from consumer.jobs.inference_stage import InferenceStage
+from consumer.jobs.lease import Lease
+from consumer.jobs.outcomes import (
+    Decision,
+    Outcome,
+    Publish,
+    classify_exception,
+    decide,
+    outcome_label,
+)
+from consumer.jobs.request_ids import RequestIds
+from consumer.jobs.states import FINAL, State
+from consumer.ports.bus import Delivery, Events, Queue, QueuedRequest, StopAck, Workers
+from consumer.ports.media import Images
+from consumer.ports.model import ModelDescription, ModelError, Runner, RunnerOutput
+from consumer.ports.store import Artifacts
+from consumer.ports.telemetry import JobTrace, NoTracer, Observer, Tracer
+from consumer.telemetry import JobReport
+from generation_contracts import (
+    ImageToTextRequest,
+    Request,
+    TextOutput,
+    TextToImageRequest,
+    request_digest,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = structlog.get_logger()
+
+_ENDING = FINAL | {State.FINALIZING}
+RELEASE_TIMEOUT = 1.0  # seconds to requeue a delivery when the process ends at once
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one worker.
+
+    Attributes:
+        ack_wait: Seconds that a lease lasts without a renewal.
+        max_attempts: Number of attempts at a request whose model raises, or whose workers die.
+        stall_timeout: Seconds without a step after which a run counts as stalled.
+        retry_delay: Seconds before the second attempt at a request whose model raised. The delay
+            doubles with each further attempt.
+    """
+
+    ack_wait: float
+    max_attempts: int
+    stall_timeout: float
+    retry_delay: float = 2.0
+
+
+class Execution:
+    """Processes the deliveries of one worker.
+
+    Args:
+        worker: Name of this process in events.
+        admission: Reads deliveries.
+        limits: Limits of this worker.
+        model: Description of the loaded model.
+        runner: The loaded model.
+        run_queue: The queue of the inference thread.
+        events: Publishes events and finds results.
+        queue: The stored requests.
+        workers: All workers of the installation.
+        artifacts: The object store.
+        images: The image codec.
+        observer: Notified of what happens.
+        prompt_in_images: Whether the output files contain their prompts.
+        tracer: Records traces; None: no traces.
+        most_in_flight: Requests in flight at most.
+        before_exit: Called when this process must end, before any delivery is requeued.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        admission: Admission,
+        limits: Limits,
+        model: ModelDescription,
+        runner: Runner,
+        run_queue: RunQueue,
+        events: Events,
+        queue: Queue,
+        workers: Workers,
+        artifacts: Artifacts,
+        images: Images,
+        observer: Observer,
+        prompt_in_images: bool = False,
+        tracer: Tracer | None = None,
+        most_in_flight: int = 1,
+        before_exit: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._admission = admission
+        self._task = admission.task
+        self._limits = limits
+        self._model = model
+        self._runner = runner
+        self._ids = RequestIds(admission=admission, events=events, queue=queue, workers=workers)
+        self._early_cancellations = EarlyCancellations()
+        self._in_flight = InFlight(run_queue, most=most_in_flight)
+        self._before_exit = before_exit
+        self._image_stages = ImageStages(
+            artifacts,
+            images,
+            task=self._task,
+            model=model.info,
+            prompt_in_files=prompt_in_images,
+            others_idle=workers.others_idle,
+        )
+        self._observer = observer
+        self._tracer = tracer or NoTracer()
+        self._jobs: list[Job] = []
+        self._finalizer = Finalizer(
+            task=self._task,
+            worker=worker,
+            model=model,
+            events=events,
+            artifacts=artifacts,
+            retry_delay=limits.retry_delay,
+            observer=observer,
+        )
+        self._inference = InferenceStage(
+            queue=run_queue,
+            runner=runner,
+            model=model,
+            events=events,
+            event_fields=self._finalizer.event_fields,
+            stall_timeout=limits.stall_timeout,
+            observer=observer,
+        )
+
+    async def room(self) -> None:
+        """Wait until there is room for one more delivery."""
+        await self._in_flight.room()
+
+    async def handle(self, delivery: Delivery) -> int | None:
+        """Process one delivery. Several deliveries may be in progress at the same time.
+
+        Returns:
+            An exit code when this process must end (device lost, run stalled), else None.
+        """
+        slot = self._in_flight.join(redelivered=delivery.deliveries > 1)
+        try:
+            return await self._process(delivery, self._run_stages, slot, leased=delivery)
+        finally:
+            slot.leave()
+
+    async def handle_exhausted(self, delivery: QueuedRequest) -> None:
+        """Finalize a max-deliver-exhausted request, without running it.
+
+        Does nothing while the request id is in progress: the last worker may be slow, not dead.
+        """
+        request_id = self._admission.open(delivery).request_id
+        if await self._ids.in_progress(delivery, request_id):
+            log.info("max_deliver_exhausted_in_progress", request_id=request_id)
+            return
+        await self._process(delivery, self._classify_exhausted, unqueued_slot())
+
+    @property
+    def storing(self) -> bool:
+        """Whether a job is storing its outputs, or waits for the store to take them."""
+        return any(job.state is State.STORING for job in self._jobs)
+
+    @property
+    def waits_for_store(self) -> bool:
+        """Whether a job waits until the store answers."""
+        return bool(self._image_stages.waiting)
+
+    def interrupt(self, reason: StopReason, request_id: str | None = None) -> bool:
+        """Ask the job of one request, or all jobs, to stop at the next step.
+
+        Returns:
+            Whether there was such a job.
+        """
+        jobs = [job for job in self._jobs if request_id in {None, job.request_id}]
+        for job in jobs:
+            job.cancel_token.set(reason)
+        return bool(jobs)
+
+    def requeue_waiting(self) -> None:
+        """Requeue the requests that wait for the device behind another request."""
+        for job in self._jobs:
+            if self._in_flight.waits_behind_another(job.slot):
+                job.cancel_token.set(StopReason.DRAIN)
+
+    async def request_stop(self, request_id: str) -> StopAck | None:
+        """Stop a job at its next step because its sender has cancelled the request.
+
+        A request that arrives within the next minutes is cancelled too.
+
+        Args:
+            request_id: Id of the request, or of its chain.
+
+        Returns:
+            How far the job has come; None when this worker does not have the request.
+        """
+        self._early_cancellations.add(request_id)
+        jobs = [job for job in self._jobs if request_id in job.cancellation_ids and not job.is_copy]
+        stopping = [job for job in jobs if job.state not in _ENDING]
+        for job in stopping:
+            # Before the first await: the job may end meanwhile.
+            job.cancel_token.set(StopReason.CANCEL)
+            await job.delivery.mark_cancelled()
+        if not jobs:
+            return None
+        return StopAck.STOPPING if stopping else StopAck.ENDING
+
+    def has_started(self, request_id: str) -> bool:
+        """Return whether this worker has a job with this id and has started the model for it."""
+        return any(job.began for job in self._jobs if job.request_id == request_id)
+
+    async def _process(
+        self,
+        delivery: QueuedRequest,
+        stages: Callable[[Job], Awaitable[Outcome]],
+        slot: Slot,
+        *,
+        leased: Delivery | None = None,
+    ) -> int | None:
+        job = self._admission.open(delivery, slot, leased=leased)
+        ack_wait = self._limits.ack_wait
+        lease = nullcontext() if leased is None else Lease(leased, ack_wait=ack_wait)
+        trace = self._begin_trace(job)
+        self._jobs.append(job)
+        self._observer.job_started()
+        decision: Decision | None = None
+        exit_code: int | None = None
+        with structlog.contextvars.bound_contextvars(
+            request_id=job.request_id, task=str(self._task), attempt=delivery.attempt
+        ):
+            try:
+                async with lease:
+                    outcome = await stages(job)
+                    wanted = await self._decide(job, outcome)
+                    exit_code = wanted.exit_code  # stays set if the finalization fails
+                    if exit_code is not None and self._before_exit is not None:
+                        await self._before_exit()
+                    decision = await self._finalizer.finalize(job, wanted)
+            except asyncio.CancelledError:
+                if await self._requeue(job):
+                    decision = outcomes.Draining().decision
+                raise
+            except Exception as error:
+                # The state of the job is unknown: the lease expires and the server redelivers.
+                log.exception("job_abandoned")
+                if leased is not None and await self._attempts_exhausted(job):
+                    decision = await self._finalize_failed(job, error)
+            finally:
+                self._jobs.remove(job)
+                self._ids.release(job)
+                job.ended.set()
+                job.slot.leave()
+                self._report(job, decision)
+                trace.end(outcome=outcome_label(decision), queued=job.queued, stages=job.stages)
+        return exit_code
+
+    def _begin_trace(self, job: Job) -> JobTrace:
+        trace = self._tracer.begin(
+            trace_parent=job.envelope.trace_parent,
+            began=round(job.delivery.stored_at.timestamp() * NANOSECONDS),
+            attributes={
+                "generation.request_id": job.request_id,
+                "generation.task": str(self._task),
+                "generation.attempt": job.delivery.attempt,
+                "generation.model": self._model.info.id,
+            },
+        )
+        # The messages that the job publishes belong to the span of the job.
+        job.envelope = replace(job.envelope, trace_parent=trace.trace_parent)
+        return trace
+
+    # -- the stages -------------------------------------------------------------------------------
+
+    async def _run_stages(self, job: Job) -> Outcome:
+        timer: asyncio.TimerHandle | None = None
+        try:
+            request = self._decode(job)
+            if job.delivery.attempt > 1:
+                await self._read_marks(job)
+            if any(one in self._early_cancellations for one in job.cancellation_ids):
+                job.cancel_token.set(StopReason.CANCEL)
+            if request.deadline is not None:
+                left = (request.deadline - datetime.now(UTC)).total_seconds()
+                timer = asyncio.get_running_loop().call_later(
+                    max(0.0, left), job.cancel_token.set, StopReason.DEADLINE
+                )
+            await self._ids.acquire(job)
+            inputs = await self._admit(job, request)
+            output = await self._inference.run(job, inputs)
+            del inputs  # frees their memory while the output is stored
+            await self._store_output(job, request, output)
+            if job.cancel_token.reason is StopReason.CANCEL:
+                # The sender has the answer that the request stops. A deadline or a drain that
+                # comes as late as this changes nothing.
+                job.cancel_token.check()
+        except Exception as error:  # noqa: BLE001 - every exception is an outcome
+            return classify_exception(error)
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return outcomes.Succeeded()
+
+    async def _classify_exhausted(self, job: Job) -> Outcome:
+        try:
+            self._decode(job)
+            await self._ids.acquire(job)
+            job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
+            if await job.delivery.was_cancelled():
+                return outcomes.Cancelled()
+        except Exception as error:  # noqa: BLE001 - every exception is an outcome
+            return classify_exception(error)
+        if job.attempts_so_far < self._limits.max_attempts:
+            return outcomes.DeliveriesExhausted()
+        return outcomes.WorkerLost()
+
+    async def _read_marks(self, job: Job) -> None:
+        job.cancelled_before = await job.delivery.was_cancelled()
+        if job.cancelled_before:
+            job.cancel_token.set(StopReason.CANCEL)
+        if not job.slot.redelivered:
+            return  # it was queued again after a failed attempt, and its worker lives
+        requeued = await job.delivery.marked_uncounted()
+        job.uncounted = job.delivery.uncounted + requeued
+        if job.delivery.deliveries - requeued == 1:
+            job.slot.clear()  # every earlier delivery was requeued, for example in a rollout
+        elif job.leased is not None and job.slot.co_resident:
+            # If the worker dies now, another request may be the cause. A request behind one that
+            # kills three workers must not be dead-lettered with it. `_isolate` removes the mark.
+            await job.leased.mark_uncounted()
+            job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
+
+    async def _isolate(self, job: Job) -> None:
+        """Wait until a redelivered job is alone in the worker: then a crash counts against it."""
+        if job.slot.redelivered and job.slot.co_resident:
+            await job.cancel_token.race(self._in_flight.isolate(job.slot))
+            await self._count_attempt(job)
+
+    async def _count_attempt(self, job: Job) -> None:
+        if job.leased is not None and job.slot.redelivered and job.slot.co_resident:
+            await job.leased.mark_counted()
+            job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
+            job.slot.co_resident = False
+
+    async def _attempts_exhausted(self, job: Job) -> bool:
+        try:
+            await self._count_attempt(job)
+        except Exception:
+            log.exception("attempt_not_counted")
+            return False
+        return job.attempt > self._limits.max_attempts
+
+    def _decode(self, job: Job) -> Request:
+        job.request = request = self._admission.request(job.delivery)
+        job.digest = request_digest(request)
+        return request
+
+    async def _admit(self, job: Job, request: Request) -> "list[Image]":
+        await self._isolate(job)
+        if job.attempt > self._limits.max_attempts and not job.cancelled_before:
+            raise outcomes.WorkerLost
+        if request.deadline is not None and request.deadline <= datetime.now(UTC):
+            raise outcomes.DeadlineExceeded
+        self._runner.check(request)
+        sources = request.images if isinstance(request, ImageToTextRequest) else ()
+        inputs = await self._image_stages.fetch_inputs(job, sources)
+        job.cancel_token.check()
+        job.advance(State.ADMITTED)
+        return inputs
+
+    async def _store_output(self, job: Job, request: Request, output: RunnerOutput) -> None:
+        job.warnings, job.parameters = output.warnings, output.parameters
+        if output.text is not None:
+            job.outputs = (TextOutput(**asdict(output.text)),)
+        elif isinstance(request, TextToImageRequest) and output.images:
+            job.outputs = await self._image_stages.encode_and_store(job, request, output)
+        if not job.outputs:
+            raise ModelError("NoOutput")
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    async def _decide(self, job: Job, outcome: Outcome) -> Decision:
+        if outcome.retryable:  # the request itself failed, not another request of this worker
+            await self._count_attempt(job)
+        decision = self._decision(job, outcome)
+        if decision.publish is Publish.FAILED and not job.began:
+            job.is_copy = await self._ids.belongs_to_another(job)
+            decision = self._decision(job, outcome)
+        return decision
+
+    def _decision(self, job: Job, outcome: Outcome) -> Decision:
+        return decide(
+            outcome,
+            attempt=job.attempt,
+            max_attempts=self._limits.max_attempts,
+            is_copy=job.is_copy,
+        )
+
+    async def _finalize_failed(self, job: Job, error: Exception) -> Decision | None:
+        outcome = outcomes.InternalError(type(error).__name__)
+        return await self._finalizer.finalize_failed(job, outcome, self._decision(job, outcome))
+
+    async def _requeue(self, job: Job) -> bool:
+        if job.state in FINAL:
+            return False
+        try:
+            await asyncio.wait_for(job.requeue(), RELEASE_TIMEOUT)
+        except Exception as error:  # noqa: BLE001 - the cancellation goes on, the lease expires
+            log.warning("delivery_not_requeued", error=type(error).__name__)
+            return False
+        return True
+
+    def _report(self, job: Job, decision: Decision | None) -> None:
+        report = JobReport(
+            outcome=outcome_label(decision),
+            attempt=job.delivery.attempt,
+            queued=job.queued,
+            inference=job.inference,
+            encode=job.encode,
+            upload=job.upload,
+            dead_letter=decision is not None and decision.dead_letter,
+        )
+        self._observer.job_finished(report)
+        log.info(
+            "job_finished",
+            **{k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(report).items()},
+        )

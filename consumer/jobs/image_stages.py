@@ -1,0 +1,192 @@
+"""The images of a job: fetched and decoded before the run, encoded and stored after the run.
+
+While the store does not answer, the job keeps its finished outputs and its lease. After
+`HANDOVER_DELAY` the worker requeues the request, if another worker is idle. If the store answers
+but does not return an input, the request fails.
+"""
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from consumer.jobs.admission import Job
+from consumer.jobs.outcomes import HandedOver
+from consumer.jobs.states import State
+from consumer.media.provenance import provenance_of
+from consumer.ports.media import EncodedImage, Images, InputUnavailable
+from consumer.ports.model import GeneratedImage, RunnerOutput
+from consumer.ports.store import Artifacts, StoreUnavailable
+from generation_contracts import ImageArtifact, ModelInfo, Task, TextToImageRequest
+from generation_contracts.artifacts import ImageSource
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+MAX_INPUT_PIXELS = 64_000_000  # of all input images of one request; 192 MB as RGB
+STORE_PAUSE_FIRST = 0.5  # seconds
+STORE_PAUSE_MOST = 15.0  # seconds; the longest wait of an output once the store answers again
+HANDOVER_DELAY = 60.0  # seconds; longer than a pull request, see `Workers.others_idle`
+
+
+@dataclass(frozen=True)
+class ImageStages:
+    """The stages that fetch input images, and encode and store output images.
+
+    Attributes:
+        artifacts: The object store.
+        images: The codec.
+        task: Part of the output keys.
+        model: Written into the provenance of the output files.
+        prompt_in_files: Whether the output files contain their prompts.
+        others_idle: Returns whether another worker is idle.
+        waiting: The jobs that wait for the store.
+    """
+
+    artifacts: Artifacts
+    images: Images
+    task: Task
+    model: ModelInfo
+    prompt_in_files: bool
+    others_idle: Callable[[], Awaitable[bool]]
+    waiting: set[Job] = field(default_factory=set)
+    # Encoding is CPU work: more threads than cores would only keep more images in memory.
+    _encoders: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(os.cpu_count() or 1)
+    )
+
+    async def fetch_inputs(self, job: Job, sources: Sequence[ImageSource]) -> "list[Image]":
+        """Fetch and decode the request's input images; RGB.
+
+        Raises:
+            InputUnavailable: An image cannot be fetched or read, or all are too large together.
+            Stopped: The job was asked to stop while the store did not answer.
+            HandedOver: The store does not answer, and another worker is idle.
+        """
+        started = time.monotonic()
+        inputs: list[Image] = []
+        for index, source in enumerate(sources):
+            inputs.append(await self._fetch_input(job, index, source))
+            if sum(image.width * image.height for image in inputs) > MAX_INPUT_PIXELS:
+                raise InputUnavailable("images: too many pixels together")
+        if sources:
+            job.spent("inputs", time.monotonic() - started)
+        return inputs
+
+    async def encode_and_store(
+        self, job: Job, request: TextToImageRequest, output: RunnerOutput
+    ) -> tuple[ImageArtifact, ...]:
+        """Encode and store the images of a run.
+
+        Raises:
+            Stopped: The job was asked to stop before every image was stored.
+            HandedOver: The store does not answer, and another worker is idle.
+        """
+        encoded = await self._encode(job, request, output)
+        stored = await self._store(job, encoded)
+        return tuple(
+            artifact.model_copy(update={"flagged": image.flagged})
+            for artifact, image in zip(stored, output.images, strict=True)
+        )
+
+    async def _fetch_input(self, job: Job, index: int, source: ImageSource) -> "Image":
+        try:
+            data = await self._retry_while_store_unavailable(
+                job, partial(self._fetch_bytes, source)
+            )
+            return await asyncio.to_thread(self.images.decode, data)
+        except InputUnavailable as error:
+            raise InputUnavailable(f"images.{index}: {error}") from None
+
+    async def _fetch_bytes(self, source: ImageSource) -> bytes:
+        for _ in range(2):  # the first failure may have been the end of an outage
+            try:
+                return await self.artifacts.fetch(source, max_bytes=self.images.max_bytes)
+            except StoreUnavailable:
+                if not await self.artifacts.reachable():
+                    raise
+        # The store answers, but not with this object: another attempt would fail too.
+        raise InputUnavailable("the store does not give the object")
+
+    async def _encode(
+        self, job: Job, request: TextToImageRequest, output: RunnerOutput
+    ) -> list[EncodedImage]:
+        job.advance(State.ENCODING)
+        started = time.monotonic()
+
+        async def encode(image: GeneratedImage) -> EncodedImage:
+            provenance = provenance_of(
+                image,
+                request_id=job.request_id,
+                request=request,
+                model=self.model,
+                parameters=output.parameters,
+                with_prompt=self.prompt_in_files,
+            )
+            write = partial(self.images.encode, image.image, request.output_format)
+            async with self._encoders:
+                return await asyncio.to_thread(write, seed=image.seed, provenance=provenance)
+
+        encoded = await asyncio.gather(*map(encode, output.images))
+        job.encode = time.monotonic() - started
+        job.spent("encode", job.encode)
+        return encoded
+
+    async def _store(self, job: Job, encoded: list[EncodedImage]) -> tuple[ImageArtifact, ...]:
+        job.advance(State.STORING)
+        started = time.monotonic()
+        uploads = [
+            asyncio.ensure_future(
+                self._retry_while_store_unavailable(
+                    job, partial(self.artifacts.store, self.task, job.request_id, index, image)
+                )
+            )
+            for index, image in enumerate(encoded)
+        ]
+        try:
+            await asyncio.gather(*uploads)
+        finally:
+            # If one upload fails, the others end too. The finalizer deletes what was stored by
+            # then, because no event will mention it.
+            for upload in uploads:
+                upload.cancel()
+            await asyncio.wait(uploads)
+            job.stored = [
+                upload.result()
+                for upload in uploads
+                if not upload.cancelled() and not upload.exception()
+            ]
+            del uploads, upload  # tracebacks of their exceptions have this frame
+        job.upload = time.monotonic() - started
+        job.spent("upload", job.upload)
+        return tuple(job.stored)
+
+    async def _retry_while_store_unavailable(
+        self, job: Job, action: Callable[[], Awaitable[T]]
+    ) -> T:
+        pause = STORE_PAUSE_FIRST
+        since = asyncio.get_running_loop().time()
+        try:
+            while True:
+                try:
+                    return await job.cancel_token.race(action())
+                except StoreUnavailable as error:
+                    log.warning("store_unavailable", reason=str(error), pause=round(pause, 1))
+                self.waiting.add(job)
+                waited = asyncio.get_running_loop().time() - since
+                if waited > HANDOVER_DELAY and await self.others_idle():
+                    raise HandedOver
+                await job.cancel_token.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter
+                pause = min(pause * 2, STORE_PAUSE_MOST)
+        finally:
+            self.waiting.discard(job)

@@ -1,0 +1,145 @@
+"""The stage of a job on the device: it waits for its run, and publishes how the run goes."""
+
+import base64
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from consumer.inference.cancel_token import Stopped
+from consumer.inference.monitor import ThreadStalled, follow_run
+from consumer.inference.progress import Update
+from consumer.inference.run_queue import RunQueue, Ticket
+from consumer.jobs.admission import Job
+from consumer.jobs.states import State
+from consumer.ports.bus import Events
+from consumer.ports.model import DeviceLost, ModelDescription, Runner, RunnerOutput, RunRequest
+from consumer.ports.telemetry import Observer
+from generation_contracts import ProgressEvent, Request, StartedEvent
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = structlog.get_logger()
+
+
+class InferenceStage:
+    """Has the requests of jobs run by the inference thread.
+
+    Args:
+        queue: Where the inference thread takes its runs from.
+        runner: The loaded model; only `batch_key` is called here.
+        model: What the loaded model is and takes.
+        events: Where progress is published.
+        event_fields: The fields that every event of a job has.
+        stall_timeout: Seconds without a step after which the inference thread is taken to hang.
+        observer: Notified of each update.
+    """
+
+    def __init__(
+        self,
+        *,
+        queue: RunQueue,
+        runner: Runner,
+        model: ModelDescription,
+        events: Events,
+        event_fields: Callable[[Job], dict[str, Any]],
+        stall_timeout: float,
+        observer: Observer,
+    ) -> None:
+        self._queue = queue
+        self._runner = runner
+        self._model = model
+        self._events = events
+        self._event_fields = event_fields
+        self._stall_timeout = stall_timeout
+        self._observer = observer
+
+    async def run(self, job: Job, images: "Sequence[Image]") -> RunnerOutput:
+        """Wait for the output of a job's request.
+
+        Raises:
+            Stopped: The job was asked to stop, while it waited or ran.
+            ThreadStalled: The inference thread does not come to its next step.
+            Exception: What `Runner.run` raises.
+        """
+        ticket = job.slot.ticket
+        request = job.seeded_request
+        try:
+            ready = time.monotonic()
+            self._queue.mark_ready(
+                ticket,
+                RunRequest(request, images, ticket.progress, job.cancel_token.poll),
+                self._batch_key(job, request),
+            )
+            await self._until_began(job, ticket)
+            self._note_waiting(job, ticket, ready)
+            await self._publish_started(job)
+            job.advance(State.RUNNING)
+            return await self._follow(job, ticket)
+        except (DeviceLost, ThreadStalled):
+            self._queue.close()
+            raise
+        finally:
+            job.slot.release_device()
+
+    def _batch_key(self, job: Job, request: Request) -> Hashable | None:
+        several = self._queue.max_batch > 1 and not job.slot.redelivered
+        return self._runner.batch_key(request) if several else None
+
+    async def _until_began(self, job: Job, ticket: Ticket) -> None:
+        try:
+            await job.cancel_token.race(ticket.began)
+        except Stopped:
+            if self._queue.remove(ticket):
+                raise
+            await ticket.began  # the inference thread has it, and stops at its first step
+        job.slot.occupy_device()
+
+    def _note_waiting(self, job: Job, ticket: Ticket, ready: float) -> None:
+        # By the clock of the inference thread: the event loop may hear of the run late.
+        began = ticket.progress.first_began or ready
+        job.queued += began - ready
+        job.spent("waiting", began - ready, ago=time.monotonic() - began)
+
+    async def _follow(self, job: Job, ticket: Ticket) -> RunnerOutput:
+        async def publish(update: Update) -> None:
+            self._observer.device_stepped()
+            await self._publish_progress(job, update)
+
+        try:
+            return await follow_run(
+                ticket, job.cancel_token, stall_timeout=self._stall_timeout, publish=publish
+            )
+        finally:
+            now, progress = time.monotonic(), ticket.progress
+            ended = now if progress.running else progress.ended
+            job.inference = progress.seconds
+            job.spent("inference", ended - (progress.first_began or now), ago=now - ended)
+
+    async def _publish_started(self, job: Job) -> None:
+        defaults = {
+            name: value for name, value in self._model.defaults.items() if value is not None
+        }
+        started = StartedEvent(
+            **self._event_fields(job),
+            queued=job.queued,
+            model=self._model.info,
+            defaults=defaults,
+        )
+        await self._events.publish_progress(started, trace_parent=job.envelope.trace_parent)
+        log.info("job_started", queued=round(job.queued, 3))
+
+    async def _publish_progress(self, job: Job, update: Update) -> None:
+        each, left = update.seconds_per_step, update.of - update.step
+        progress = ProgressEvent(
+            **self._event_fields(job),
+            step=update.step,
+            of=update.of,
+            seconds_per_step=each,
+            eta=None if each is None else each * left,
+            text=update.text or None,
+            preview=None if update.preview is None else base64.b64encode(update.preview).decode(),
+        )
+        await self._events.publish_progress(progress, trace_parent=job.envelope.trace_parent)

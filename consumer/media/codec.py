@@ -1,0 +1,194 @@
+"""Input files to images, and images to output files."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Any, Literal, NamedTuple
+
+from PIL import ExifTags, Image, ImageFile
+
+from consumer.media import jpeg_parts, png_parts, webp_parts
+from consumer.media.colours import paint_transparent_colour, to_rgb
+from consumer.media.orientation import orientation, upright
+from consumer.media.other_formats import format_name
+from consumer.media.parts import FileParts, broken
+from consumer.media.png_writer import COLOUR_TYPES, write_png
+from consumer.ports.media import EncodedImage, InputUnavailable, OutputFormat
+
+_MAX_ASPECT_RATIO = 200  # the processor of Qwen2.5-VL raises above it
+_MIN_SIDE = 4  # pixels; some processors take a side of 1 or 3 for the number of channels
+# Of one value in a file's metadata. A JPEG segment has room for 65,533 bytes, and a character needs
+# up to 12 in JSON: so two prompts and a few short values fit, whatever they are written in.
+MAX_SAID = 2_500  # characters
+_CUT_SHORT = "…"
+# What a value must not have: NUL ends it for many readers, an escape steers terminals, and half of
+# a surrogate pair is no text. Tabs and ends of lines are left.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+MediaType = Literal["image/png", "image/webp", "image/jpeg"]
+
+
+class _FileFormat(NamedTuple):
+    media_type: MediaType
+    extension: str
+
+
+_FILE_FORMATS: dict[OutputFormat, _FileFormat] = {
+    "png": _FileFormat("image/png", "png"),
+    "webp": _FileFormat("image/webp", "webp"),
+    "jpeg": _FileFormat("image/jpeg", "jpg"),
+}
+# Times and sizes are of one 1024x1024 picture with a little grain.
+_WEBP = {"quality": 90, "method": 2}  # 44 ms, 178 KB, 35.6 dB; method 4: twice as long for 0.2 dB
+_JPEG = {"quality": 95, "subsampling": 0}  # 6 ms, 655 KB; 4:4:4 keeps edges of saturated colours
+
+
+class ImageCodec:
+    """The pictures' codec (`ports.Images`). It keeps nothing but threads: any thread may call it.
+
+    Args:
+        max_bytes: The largest input file.
+        max_pixels: Width times height of the largest input; decoding takes up to 26 bytes each.
+        max_side: The longest side of an input, in pixels.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int = 20 * 2**20,
+        *,
+        max_pixels: int = 16_000_000,
+        max_side: int = 16_384,
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._max_pixels = max_pixels
+        self._max_side = max_side
+        # For one large picture at a time; what is encoded beside it has to share.
+        self._threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="encoding")
+
+    @property
+    def max_bytes(self) -> int:
+        """The largest input file."""
+        return self._max_bytes
+
+    def decode(self, data: bytes) -> Image.Image:
+        """Decode an input file to an RGB image: upright, in sRGB, transparency over white.
+
+        The image carries no metadata. docs/reference/inputs.md lists what is read and refused.
+
+        Raises:
+            InputUnavailable: Not a PNG, JPEG or WebP file, broken, animated, or over the limits.
+        """
+        if not data:
+            raise InputUnavailable("the image is empty")
+        if len(data) > self._max_bytes:
+            raise InputUnavailable(f"the image has more than {self._max_bytes} bytes")
+        try:
+            return self._decoded(_parts(data))
+        except (InputUnavailable, MemoryError):
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            # Pillow's own check, of 89 and 179 million pixels, comes first; it is a warning or an
+            # error depending on the process's filters.
+            raise self._too_many_pixels() from None
+        except Exception:  # noqa: BLE001 - what Pillow's decoders raise on hostile bytes is not documented: OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and others
+            raise broken() from None
+
+    def _decoded(self, parts: FileParts) -> Image.Image:
+        with Image.open(BytesIO(parts.file), formats=(parts.format,)) as opened:
+            self._check(opened)
+            opened.load()
+            if parts.second_file is not None:
+                with Image.open(BytesIO(parts.second_file), formats=(parts.format,)) as second:
+                    if second.tobytes() != opened.tobytes():
+                        raise broken()
+            rgb = to_rgb(opened, parts.profile)
+            paint_transparent_colour(rgb, opened, parts)
+        return upright(rgb, orientation(parts.exif, parts.xmp))
+
+    def encode(
+        self,
+        image: Image.Image,
+        output_format: OutputFormat,
+        *,
+        seed: int,
+        provenance: Mapping[str, str] | None = None,
+    ) -> EncodedImage:
+        """A picture to a file with its hash; PNG is lossless, WebP and JPEG are not.
+
+        The file holds the pixels and the provenance: nothing of what the picture carries. The same
+        of both give the same bytes with the same libraries, and the provenance changes no pixel.
+
+        Args:
+            image: RGB, or any other mode. A PNG keeps grey and alpha; of the other formats, and
+                of any mode that has more bits or a palette, the pixels become RGB over white.
+            output_format: Of the file.
+            seed: Goes into what is returned.
+            provenance: In a PNG each name is a text chunk of its own; WebP and JPEG have all of
+                them in the EXIF's ImageDescription, as a JSON object in ASCII. A value is cut to
+                `MAX_SAID` characters, and control characters are left out of it.
+        """
+        said = {name: _fit_to_be_said(value) for name, value in (provenance or {}).items()}
+        data = self._written(image, output_format, said)
+        file_format = _FILE_FORMATS[output_format]
+        return EncodedImage(
+            data=data,
+            media_type=file_format.media_type,
+            extension=file_format.extension,
+            width=image.width,
+            height=image.height,
+            seed=seed,
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+
+    def _written(
+        self, image: Image.Image, output_format: OutputFormat, said: dict[str, str]
+    ) -> bytes:
+        if output_format == "png":
+            as_it_is = image.mode in COLOUR_TYPES and "transparency" not in image.info
+            return write_png(image if as_it_is else to_rgb(image), said, each=self._threads.map)
+        pixels = to_rgb(image)
+        pixels.info = {}  # Pillow writes a comment or a colour profile that it finds here
+        options: dict[str, Any] = dict(_WEBP if output_format == "webp" else _JPEG)
+        if said:
+            options["exif"] = exif = Image.Exif()
+            exif[ExifTags.Base.ImageDescription] = json.dumps(said)  # by EXIF 2, it is ASCII
+        file = BytesIO()
+        pixels.save(file, output_format.upper(), **options)
+        return file.getvalue()
+
+    def _check(self, image: ImageFile.ImageFile) -> None:
+        """What the header says must be within the limits before a pixel is decoded."""
+        short, long = sorted(image.size)
+        if image.width * image.height > self._max_pixels:
+            raise self._too_many_pixels()
+        if long > self._max_side:
+            raise InputUnavailable(f"the image has a side of more than {self._max_side} pixels")
+        if short < _MIN_SIDE:
+            raise InputUnavailable(f"the image has a side of less than {_MIN_SIDE} pixels")
+        if long > _MAX_ASPECT_RATIO * short:
+            raise InputUnavailable(f"the image has sides of more than 1 to {_MAX_ASPECT_RATIO}")
+
+    def _too_many_pixels(self) -> InputUnavailable:
+        return InputUnavailable(f"the image has more than {self._max_pixels} pixels")
+
+
+def _fit_to_be_said(value: str) -> str:
+    value = _UNPRINTABLE.sub("", value)
+    return value if len(value) <= MAX_SAID else value[: MAX_SAID - 1] + _CUT_SHORT
+
+
+def _parts(data: bytes) -> FileParts:
+    """Take the file apart by its format."""
+    if data.startswith(png_parts.SIGNATURE):
+        return png_parts.png_parts(data)
+    if data.startswith(jpeg_parts.START):
+        return jpeg_parts.jpeg_parts(data)
+    if webp_parts.is_webp(data):
+        return webp_parts.webp_parts(data)
+    if name := format_name(data):
+        raise InputUnavailable(f"the image is {name}; PNG, JPEG and WebP are read")
+    raise InputUnavailable("the image is not a readable PNG, JPEG or WebP file")
