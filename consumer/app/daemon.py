@@ -49,7 +49,7 @@ from consumer.inference.cancel_token import StopReason
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.inference.worker import InferenceWorker
 from consumer.jobs.executor import Execution, Limits
-from consumer.media import ImageCodec
+from consumer.media.codec import ImageCodec
 from consumer.ports.model import ModelDescription, ModelUnavailable, Runner
 from consumer.ports.store import StoreUnavailable
 from consumer.ports.telemetry import NoTracer, Tracer

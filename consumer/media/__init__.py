@@ -5,7 +5,3 @@ before parsing, pixels from the header before decoding. Pillow decodes a new fil
 what decoding needs: no metadata, and nothing from behind the image's end. Nothing of Pillow's
 global state is changed, because other parts of the process use Pillow too.
 """
-
-from consumer.media.codec import MAX_SAID, ImageCodec, MediaType
-
-__all__ = ["MAX_SAID", "ImageCodec", "MediaType"]

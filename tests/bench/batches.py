@@ -21,8 +21,8 @@ from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.demonstration.training.prompts import prompt
 from consumer.runners.demonstration.training.scenes import draw, some_held_out_scene
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
-from tests.model_runs import run_of
-from tests.tiny_families import stable_diffusion_3
+from tests.support.model_runs import run_of
+from tests.support.tiny_families import stable_diffusion_3
 
 SEED = 2_026  # of the scenes
 SIZES = (1, 2, 4, 8)  # requests in one run; 1 is the ordinary run

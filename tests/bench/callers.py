@@ -22,7 +22,7 @@ from consumer.inference.monitor import follow_run
 from consumer.inference.progress import Progress, Update
 from consumer.inference.run_queue import Ticket
 from consumer.ports.model import RunnerOutput
-from tests.faults.scene import Scene
+from tests.support.scene import Scene
 
 WITHIN = 30.0  # seconds
 STEP = 0.0005  # seconds of a step that computes

@@ -18,12 +18,12 @@ from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
 from consumer.jobs.admission import Admission
 from consumer.jobs.executor import Execution, Limits
-from consumer.media import ImageCodec
+from consumer.media.codec import ImageCodec
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from generation_contracts import FailedEvent, FailureCode, ImageArtifact, SucceededEvent, Task
-from tests.memory_ports import MemoryDelivery
-from tests.memory_world import LONG, MemoryWorld
-from tests.tiny_models import Folder
+from tests.support.memory_ports import MemoryDelivery
+from tests.support.memory_world import LONG, MemoryWorld
+from tests.support.tiny_models import Folder
 
 TASK = Task.TEXT_TO_IMAGE
 SIDE = 32  # pixels

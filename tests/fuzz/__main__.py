@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["consumer", "generation_contracts", "PI
 
     from consumer.bus.nats_internals import RobustClient
     from consumer.jobs.admission import Admission
-    from consumer.media import ImageCodec
+    from consumer.media.codec import ImageCodec
     from consumer.ports.media import InputUnavailable
     from generation_contracts import InvalidRequest, Subjects, Task, decode_result
     from generation_contracts.headers import REPLY_TO

@@ -9,7 +9,7 @@ from PIL import Image, ImageChops
 from consumer.ports.model import ModelUnavailable
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
-from tests.model_runs import run_model
+from tests.support.model_runs import run_model
 
 SMALL = {"width": 64, "height": 64}  # pixels
 

@@ -33,7 +33,7 @@ from consumer.artifacts import (
 )
 from consumer.devstack import ObjectStore
 from consumer.devstack.loopback import free_ports
-from consumer.media import ImageCodec
+from consumer.media.codec import ImageCodec
 from consumer.ports.media import EncodedImage, InputUnavailable
 from consumer.ports.store import StoreUnavailable
 from consumer.settings import Settings

@@ -14,7 +14,7 @@ from consumer.endpoints.worker_service import Backend, FrontDoor
 from consumer.ports.bus import IdLookup, StopAck
 from generation_contracts import ModelInfo, Subjects, Task
 from tests.integration.bus_installation import TASK, Installation, soon, take
-from tests.memory_ports import MemoryObserver
+from tests.support.memory_ports import MemoryObserver
 
 OTHER = Task.IMAGE_TO_TEXT
 DURABLES = {task: str(task) for task in Task}

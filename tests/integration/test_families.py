@@ -1,6 +1,6 @@
 """Every family through the real from_pretrained path: what it makes, takes and refuses.
 
-The expected values are in `tests/family_table.py`; `docs/reference/families.md` has the same table.
+The expected values are in `tests/support/family_table.py`; `docs/reference/families.md` has the same table.
 """
 
 # mypy: allow-untyped-calls
@@ -20,10 +20,10 @@ from consumer.ports.model import Interrupted, ModelUnavailable, UnsupportedParam
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.faults import StoppedAtStep
 from generation_contracts import Task, TextToImageRequest
-from tests.family_table import FAMILIES, LARGEST_AREA, Family
-from tests.model_runs import run_model
-from tests.picture_runs import asked, made, made_of, model, pipeline, pixels
-from tests.tiny_models import Folder
+from tests.support.family_table import FAMILIES, LARGEST_AREA, Family
+from tests.support.model_runs import run_model
+from tests.support.picture_runs import asked, made, made_of, model, pipeline, pixels
+from tests.support.tiny_models import Folder
 
 ALWAYS = {"width", "height", "num_inference_steps", "num_images", "seed", "output_format"}
 KEYWORDS = {"guidance_scale", "true_cfg_scale", "distilled_guidance_scale"}

@@ -20,12 +20,12 @@ from consumer.devstack import ChildProcess, ObjectStore, free_ports
 from consumer.devstack.loopback import HOST, http_status
 from consumer.devstack.object_store import Credentials
 from consumer.devstack.process import find_program, server_environment
-from consumer.media import ImageCodec
+from consumer.media.codec import ImageCodec
 from consumer.settings import Settings
 from generation_contracts import ArtifactReference, Task
-from tests.faults.scene import ROOT
 from tests.integration import minio_server
 from tests.integration.minio_server import MinioServer
+from tests.support.scene import ROOT
 
 IDENTITIES = ROOT / "infra" / "s3" / "identities.json"
 POLICY = ROOT / "infra" / "s3" / "policy.json"

@@ -23,8 +23,8 @@ from consumer.ports.model import (
 )
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from generation_contracts import ArtifactReference, ImageToTextRequest, Task
-from tests.model_runs import run_model
-from tests.tiny_models import Folder, Load
+from tests.support.model_runs import run_model
+from tests.support.tiny_models import Folder, Load
 
 FAMILIES = ("qwen2_vl", "vision_language", "qwen3_vl", "llava")  # the second is a Qwen2.5-VL
 EVERY = pytest.mark.parametrize("family", FAMILIES)
@@ -56,7 +56,7 @@ def folder_of(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) ->
             place = tmp_path_factory.mktemp("vision") / family
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
-                getattr(importlib.import_module("tests.tiny_vision"), family)(place)
+                getattr(importlib.import_module("tests.support.tiny_vision"), family)(place)
             made[family] = place
         return made[family]
 

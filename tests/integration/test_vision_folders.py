@@ -21,8 +21,8 @@ from consumer.ports.model import UnsupportedParameter
 from consumer.runners import ModelRunner
 from generation_contracts import ImageToTextRequest, Task
 from tests.integration.small_runs import refusal
-from tests.model_runs import run_model
-from tests.tiny_models import Folder, Load
+from tests.support.model_runs import run_model
+from tests.support.tiny_models import Folder, Load
 
 WEIGHTS = "model.safetensors"
 Change = Callable[[Path], None]

@@ -26,8 +26,8 @@ from consumer.runners.faults import BadOutput
 from consumer.runners.image_to_text import vision_language
 from consumer.runners.image_to_text.rows import Numbers
 from generation_contracts import ArtifactReference, ImageToTextRequest, Task
-from tests.model_runs import run_model
-from tests.tiny_models import Folder, Load
+from tests.support.model_runs import run_model
+from tests.support.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
 

@@ -15,8 +15,8 @@ from consumer.ports.model import GeneratedText
 from consumer.runners import ModelRunner
 from generation_contracts import ImageToTextRequest, Task
 from tests.integration.small_runs import refusal
-from tests.model_runs import run_model
-from tests.tiny_models import Folder, Load
+from tests.support.model_runs import run_model
+from tests.support.tiny_models import Folder, Load
 
 RED = Image.new("RGB", (60, 60), "red")
 FILE = "generation_config.json"

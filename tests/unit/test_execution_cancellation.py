@@ -9,9 +9,9 @@ import pytest
 from consumer.inference.cancel_token import StopReason
 from consumer.ports.bus import StopAck
 from generation_contracts import CancelledEvent, SucceededEvent
-from tests.behaviour import asking, soon
-from tests.memory_ports import Hold
-from tests.memory_world import MemoryWorld, Worlds
+from tests.support.behaviour import asking, soon
+from tests.support.memory_ports import Hold
+from tests.support.memory_world import MemoryWorld, Worlds
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

@@ -1,8 +1,8 @@
 """Hypothesis drives workers through many courses of events; the settlement table must hold.
 
 The machine publishes requests, brings workers to any point of their jobs, ends the runs of their
-models, kills workers, expires leases and stops services. `tests.story` checks every call of one
-job; `tests.crew` checks what must hold for all workers together.
+models, kills workers, expires leases and stops services. `tests.support.story` checks every call of one
+job; `tests.support.crew` checks what must hold for all workers together.
 """
 
 import logging
@@ -26,9 +26,9 @@ from consumer.inference import monitor
 from consumer.inference.cancel_token import StopReason
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from generation_contracts import Task
-from tests.crew import ENOUGH, MAX_DELIVER, Crew
-from tests.story import ATTEMPTS, STALL
-from tests.wishes import CALLS, ENDINGS, PLACES, WHICH, WISHES, Ending, Place, Wish
+from tests.support.crew import ENOUGH, MAX_DELIVER, Crew
+from tests.support.story import ATTEMPTS, STALL
+from tests.support.wishes import CALLS, ENDINGS, PLACES, WHICH, WISHES, Ending, Place, Wish
 
 # The examples are the same at every run: a failure is caused by a change. To search for others,
 # give a number of examples; they then differ at every run, and Hypothesis keeps a failing one.

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from consumer.media import ImageCodec
-from tests.odd_images import (
+from consumer.media.codec import ImageCodec
+from tests.support.odd_images import (
     PNG_SIGNATURE,
     as_file,
     exif_of,

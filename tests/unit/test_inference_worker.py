@@ -15,8 +15,8 @@ from consumer.inference.run_queue import RunQueue, Ticket
 from consumer.inference.worker import InferenceWorker
 from consumer.ports.model import DeviceLost, Interrupted, ModelUnavailable, RunnerOutput, RunRequest
 from generation_contracts import TextToImageRequest
-from tests.memory_ports import ScriptedRunner
-from tests.model_runs import run_of
+from tests.support.memory_ports import ScriptedRunner
+from tests.support.model_runs import run_of
 
 REQUEST = contextvars.ContextVar("REQUEST", default="none")
 WITHIN = 30.0  # seconds; only bounds a wait for something that must happen

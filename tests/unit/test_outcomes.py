@@ -29,7 +29,7 @@ from consumer.jobs.outcomes import (
 from consumer.ports.media import InputUnavailable
 from consumer.ports.model import DeviceLost, ModelError, OutOfMemory, UnsupportedParameter
 from generation_contracts import FailureCode, InvalidRequest
-from tests.settlement_table import every_outcome, example, markdown
+from tests.support.settlement_table import every_outcome, example, markdown
 
 ATTEMPTS = 3  # the default of CONSUMER_MAX_ATTEMPTS
 ANY = range(1, ATTEMPTS + 3)
@@ -180,7 +180,7 @@ def test_copy_never_ends_the_id(kind: type[Outcome]) -> None:
 
 
 def test_docs_have_the_table_that_the_classes_print() -> None:
-    """Print it with `uv run python -m tests.settlement_table`."""
+    """Print it with `uv run python -m tests.support.settlement_table`."""
     page = Path(__file__).parents[2] / "docs" / "operating.md"
     assert f"\n{markdown()}\n" in page.read_text("utf-8")
 

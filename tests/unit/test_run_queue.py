@@ -7,7 +7,7 @@ import pytest
 
 from consumer.inference.run_queue import RunQueue, Ticket
 from generation_contracts import TextToImageRequest
-from tests.model_runs import run_of
+from tests.support.model_runs import run_of
 
 LONG = 3_600.0  # seconds
 

@@ -21,8 +21,8 @@ from consumer.jobs.outcomes import Decision, decide, outcome_label
 from consumer.media.provenance import SOFTWARE
 from consumer.telemetry import JobReport, LogStream
 from generation_contracts import FailureCode, ModelInfo
-from tests.daemon_logging import daemon_logging, logging_to
-from tests.settlement_table import every_outcome, example
+from tests.support.daemon_logging import daemon_logging, logging_to
+from tests.support.settlement_table import every_outcome, example
 
 FORMATS = pytest.mark.parametrize("log_format", ["json", "console"])
 PROMPT = "a prompt that is nobody's business"

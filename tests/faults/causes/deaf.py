@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from consumer.ports.model import RunnerOutput, RunRequest
 from consumer.settings import Settings
-from tests.faults.quick_runner import QuickRunner, note
+from tests.support.quick_runner import QuickRunner, note
 
 MINUTES = 600.0  # seconds
 

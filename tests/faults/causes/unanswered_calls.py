@@ -7,7 +7,7 @@ from consumer.bus import topology
 from consumer.bus.nats_internals import RobustClient
 from consumer.endpoints import worker_service as front_door
 from consumer.settings import Settings
-from tests.faults.quick_runner import QuickRunner
+from tests.support.quick_runner import QuickRunner
 
 request = RobustClient.request
 unanswered = ["$JS.API.STREAM.INFO.", "$JS.API.CONSUMER.", "$SRV.PING."]  # one call each

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from pydantic import BaseModel
 
-from consumer.media import ImageCodec
+from consumer.media.codec import ImageCodec
 from consumer.ports.media import OutputFormat
 from tests.bench.speed.rows import Row
 from tests.bench.speed.stand_in import NOTES, StandIn

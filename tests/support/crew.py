@@ -1,6 +1,6 @@
 """Several workers, the faults that a test can cause in them, and the checks that always hold.
 
-The workers share one bus and one store of `tests.stepped_world`. A `Story` observes each job.
+The workers share one bus and one store of `tests.support.stepped_world`. A `Story` observes each job.
 `check` raises when a promise was broken; `heal` ends every outage and finishes the remaining work.
 """
 
@@ -13,11 +13,11 @@ from consumer.jobs.finalizer import RETRY_DELAY_MOST
 from consumer.jobs.image_stages import STORE_PAUSE_MOST
 from consumer.ports.model import Interrupted
 from generation_contracts import Task
-from tests.behaviour import INBOX
-from tests.memory_ports import MemoryDelivery, Outage, raising
-from tests.stepped_world import SteppedWorker, SteppedWorld
-from tests.story import ATTEMPTS, EXIT, STALL, Story, keys_of
-from tests.wishes import MAX_PAYLOAD, Ending, Place, Sent, Wish, script, within
+from tests.support.behaviour import INBOX
+from tests.support.memory_ports import MemoryDelivery, Outage, raising
+from tests.support.stepped_world import SteppedWorker, SteppedWorld
+from tests.support.story import ATTEMPTS, EXIT, STALL, Story, keys_of
+from tests.support.wishes import MAX_PAYLOAD, Ending, Place, Sent, Wish, script, within
 
 WORKERS = 2
 ACK_WAIT = 10.0  # seconds, on the world's clock

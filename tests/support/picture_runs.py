@@ -5,7 +5,7 @@ from typing import Any
 from consumer.ports.model import RunnerOutput
 from consumer.runners import ModelRunner
 from generation_contracts import TextToImageRequest
-from tests.model_runs import run_model
+from tests.support.model_runs import run_model
 
 
 def asked(**fields: Any) -> TextToImageRequest:

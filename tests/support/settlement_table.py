@@ -1,6 +1,6 @@
 """The settlement table of docs/operating.md, printed from the outcome classes.
 
-`uv run python -m tests.settlement_table` prints it.
+`uv run python -m tests.support.settlement_table` prints it.
 """
 
 from collections.abc import Iterator

@@ -9,7 +9,7 @@ from consumer.jobs.admission import Admission
 from consumer.jobs.executor import Execution, Limits
 from consumer.ports.bus import DeadLetter, ResultEvent
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task
-from tests.memory_ports import (
+from tests.support.memory_ports import (
     BUCKET,
     MemoryArtifacts,
     MemoryDelivery,
@@ -26,7 +26,7 @@ LONG = 3_600.0  # seconds; longer than any test
 
 
 class MemoryWorld:
-    """Implements `tests.behaviour.World`.
+    """Implements `tests.support.behaviour.World`.
 
     Attributes:
         journal: The calls of the ports with an effect, in order.

@@ -26,8 +26,8 @@ from consumer.jobs.executor import Execution, Limits
 from consumer.ports.bus import Delivery
 from consumer.ports.model import OutOfMemory, RunnerOutput, RunRequest
 from generation_contracts import Subjects, Task
-from tests import memory_ports
-from tests.memory_ports import (
+from tests.support import memory_ports
+from tests.support.memory_ports import (
     MemoryArtifacts,
     MemoryDelivery,
     MemoryEvents,
