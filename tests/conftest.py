@@ -14,8 +14,8 @@ from xdist.scheduler import LoadScopeScheduling
 from consumer.devstack import NatsServer
 from tests.integration.bus_installation import Installation
 
-pytest_plugins = ["tests.tiny_models", "tests.support.scene_fixtures"]
-pytest.register_assert_rewrite("tests.behaviour")
+pytest_plugins = ["tests.support.tiny_models", "tests.support.scene_fixtures"]
+pytest.register_assert_rewrite("tests.support.behaviour")
 
 # What the tests of a lot have in common takes seconds to start: daemons with models, or servers
 # with users. Each test that is not named here is a lot of its own.

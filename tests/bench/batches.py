@@ -22,7 +22,7 @@ from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.demonstration.training.prompts import prompt
 from consumer.runners.demonstration.training.scenes import draw, some_held_out_scene
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
-from tests.tiny_families import stable_diffusion_3
+from tests.support.tiny_families import stable_diffusion_3
 
 if TYPE_CHECKING:
     from PIL.Image import Image

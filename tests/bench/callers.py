@@ -18,7 +18,7 @@ import click
 
 from consumer.devstack import DevStack
 from consumer.run import Interrupt, Steps, watch
-from tests.faults.scene import Scene
+from tests.support.scene import Scene
 
 WITHIN = 30.0  # seconds
 STEP = 0.0005  # seconds of a step that computes

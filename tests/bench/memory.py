@@ -20,7 +20,7 @@ import click
 from consumer.devstack import Daemon, DevStack
 from generation_contracts.requests import MAX_METADATA, MAX_PROMPT
 from tests.bench.mishaps import OUT_OF_MEMORY, OUT_OF_MEMORY_ONCE, RAISES
-from tests.faults.scene import Scene
+from tests.support.scene import Scene
 
 CAUSE = "memory"
 WITHIN = 60.0  # seconds for one group of jobs

@@ -1,8 +1,8 @@
 """How well the demonstration models draw and describe: `python -m tests.bench.models`.
 
 Every prompt here names a combination of colour, shape and background that no training picture
-showed. What the pictures show is read off their pixels by `tests.pixel_checker`; what is said of
-them is compared with the one right sentence. The models run as the daemon runs them.
+showed. What the pictures show is read off their pixels by `tests.support.pixel_checker`; what is
+said of them is compared with the one right sentence. The models run as the daemon runs them.
 """
 
 import importlib
@@ -30,7 +30,7 @@ from consumer.runners.demonstration.training.scenes import (
 )
 from consumer.runners.demonstration.training.sentences import description
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
-from tests.pixel_checker import same, seen
+from tests.support.pixel_checker import same, seen
 
 if TYPE_CHECKING:
     from PIL.Image import Image

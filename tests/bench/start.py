@@ -22,7 +22,7 @@ import click
 
 from consumer.devstack import Daemon, DevStack
 from generation_contracts import Task
-from tests.faults.scene import Scene
+from tests.support.scene import Scene
 
 YARDSTICK = "import pydantic"
 LINES = ("daemon_starting", "model_loaded", "daemon_ready")  # of a daemon's log

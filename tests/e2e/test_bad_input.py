@@ -29,7 +29,7 @@ from tests.e2e.senders import (
     nothing_waits,
     publish_and_wait,
 )
-from tests.tiny_models import Folder
+from tests.support.tiny_models import Folder
 
 SECRET_WORDS = "xyzzy-the-prompt"  # recognisable in a message or a log, where it must not be
 

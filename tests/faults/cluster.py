@@ -12,7 +12,7 @@ from consumer.apply import apply
 from consumer.devstack import NatsServer, ObjectStore, free_ports
 from consumer.devstack.loopback import HOST
 from consumer.settings import Settings
-from tests.faults.scene import Scene
+from tests.support.scene import Scene
 
 NODES = 3
 

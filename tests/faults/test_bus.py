@@ -11,7 +11,7 @@ from consumer.bus import topology
 from consumer.bus.client import RobustClient
 from consumer.check import check
 from consumer.settings import Settings
-from tests.faults.scene import Scene
+from tests.support.scene import Scene
 
 EXIT_UNAVAILABLE = 69
 AT_ONCE = 15.0  # seconds; the run that goes on meanwhile takes a minute

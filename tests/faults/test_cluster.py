@@ -18,10 +18,10 @@ from consumer.probes import Unwatched
 from generation_contracts import CancelledEvent
 from generation_contracts.examples import EVENTS
 from tests.faults.cluster import Cluster, ClusterScene, cluster
-from tests.faults.quick_runner import BEGUN
-from tests.faults.scene import Scene
-from tests.faults.seen import all_well, done
 from tests.integration.bus_installation import bus_settings
+from tests.support.quick_runner import BEGUN
+from tests.support.scene import Scene
+from tests.support.seen import all_well, done
 
 REQUESTS = 90
 BEFORE = 20  # runs that have begun when the server is killed

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from generation_contracts import Task
-from tests.faults.scene import Scene
+from tests.support.scene import Scene
 
 
 async def change_durable(scene: Scene, **values: Any) -> None:

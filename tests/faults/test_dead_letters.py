@@ -16,8 +16,8 @@ from generation_contracts.headers import (
     DEAD_LETTER_REQUEST_ID,
     DEAD_LETTER_TRUNCATED,
 )
-from tests.faults.holding import MENDED
-from tests.faults.scene import Scene
+from tests.support.holding import MENDED
+from tests.support.scene import Scene
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 
-from tests.faults.scene import Event, Scene
-from tests.faults.seen import promised, stored
+from tests.support.scene import Event, Scene
+from tests.support.seen import promised, stored
 
 
 def _in(seconds: float) -> datetime:

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from consumer.devstack import Daemon
-from tests.faults.holding import PLACE
-from tests.faults.scene import Event, Scene
-from tests.faults.seen import Answers, promised, stored
+from tests.support.holding import PLACE
+from tests.support.scene import Event, Scene
+from tests.support.seen import Answers, promised, stored
 
 # -- one after the other --------------------------------------------------------------------------
 

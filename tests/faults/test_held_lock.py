@@ -7,9 +7,9 @@ from pathlib import Path
 from nats.aio.subscription import Subscription
 
 from consumer.devstack import Daemon
-from tests.faults.holding import GO
-from tests.faults.scene import ACK_WAIT, WITHIN, Scene
-from tests.faults.seen import until_pulls_stand
+from tests.support.holding import GO
+from tests.support.scene import ACK_WAIT, WITHIN, Scene
+from tests.support.seen import until_pulls_stand
 
 
 def standby_of(worker: Daemon) -> int:

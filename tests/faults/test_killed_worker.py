@@ -9,9 +9,9 @@ import signal
 import time
 from dataclasses import dataclass
 
-from tests.faults.holding import PLACE
-from tests.faults.scene import ACK_WAIT, Event, Scene
-from tests.faults.seen import Answers, promised, stored
+from tests.support.holding import PLACE
+from tests.support.scene import ACK_WAIT, Event, Scene
+from tests.support.seen import Answers, promised, stored
 
 # The promise is ack_wait and a second. The rest is for a machine whose cores are all at work, and
 # well below what a pull that has gone blind (20 s) or a forgotten lease would take.

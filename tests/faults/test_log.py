@@ -8,8 +8,8 @@ import urllib.request
 from pathlib import Path
 
 from consumer.devstack import free_ports
-from tests.faults.quick_runner import FOLDER
-from tests.faults.scene import ROOT, WITHIN, Scene
+from tests.support.quick_runner import FOLDER
+from tests.support.scene import ROOT, WITHIN, Scene
 
 
 async def test_requests_are_done_and_lost_lines_counted_after_the_reader_has_gone(

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.bench.memory import measure, slope
-from tests.faults.scene import Scene
+from tests.support.scene import Scene
 
 JOBS = 1_200  # so many that one arena of 1 MB, which comes at any time, is no growth
 WARM_UP = 150  # jobs; by then every pool and cache has its size

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from consumer.devstack import Daemon
-from tests.faults.quick_runner import BEGUN
-from tests.faults.scene import ACK_WAIT, Event, Scene
-from tests.faults.seen import all_well, deliveries, done, nothing_left, promised, stored
+from tests.support.quick_runner import BEGUN
+from tests.support.scene import ACK_WAIT, Event, Scene
+from tests.support.seen import all_well, deliveries, done, nothing_left, promised, stored
 
 MODEL_LOST = 70  # the exit code for a model that cannot be loaded, or a device that is lost
 STALL = 1.0  # seconds

@@ -20,9 +20,9 @@ from consumer.images import ImageCodec
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.thread import InferenceThread
 from generation_contracts import FailedEvent, FailureCode, ImageArtifact, SucceededEvent, Task
-from tests.memory_ports import MemoryDelivery
-from tests.memory_world import LONG, MemoryWorld
-from tests.tiny_models import Folder
+from tests.support.memory_ports import MemoryDelivery
+from tests.support.memory_world import LONG, MemoryWorld
+from tests.support.tiny_models import Folder
 
 TASK = Task.TEXT_TO_IMAGE
 SIDE = 32  # pixels

@@ -9,10 +9,10 @@ import json
 import pytest
 from nats.aio.msg import Msg
 
-from tests.faults.holding import SERVER
-from tests.faults.outage import HOW, SLACK, Replies, begun, let_go, measured, outage, two_workers
-from tests.faults.scene import ACK_WAIT, Event, Scene
-from tests.faults.seen import all_well, deliveries, done, nothing_left, until_pulls_stand
+from tests.support.holding import SERVER
+from tests.support.outage import HOW, SLACK, Replies, begun, let_go, measured, outage, two_workers
+from tests.support.scene import ACK_WAIT, Event, Scene
+from tests.support.seen import all_well, deliveries, done, nothing_left, until_pulls_stand
 
 LONG = ACK_WAIT * 1.25  # seconds; a lease that nobody renews is over by then
 

@@ -7,9 +7,9 @@ import pytest
 
 from consumer.devstack import Daemon
 from consumer.job import EXIT_DEVICE_LOST
-from tests.faults.holding import GO, ON
-from tests.faults.scene import Scene
-from tests.faults.seen import until_in_hand
+from tests.support.holding import GO, ON
+from tests.support.scene import Scene
+from tests.support.seen import until_in_hand
 
 ATTEMPTS = 3  # CONSUMER_MAX_ATTEMPTS
 POISON_STEPS = 30  # its worker dies with the last one

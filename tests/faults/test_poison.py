@@ -3,8 +3,8 @@
 import json
 import signal
 
-from tests.faults.scene import Scene
-from tests.faults.seen import promised, stored
+from tests.support.scene import Scene
+from tests.support.seen import promised, stored
 
 POISON = json.dumps({"request_id": "poison-1", "prompt": "poison", "metadata": {"a": "b"}}).encode()
 HEADERS = {"X-Sender": "somebody", "Nats-Msg-Id": "sent-1"}

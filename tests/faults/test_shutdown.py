@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from consumer.devstack import Daemon
-from tests.faults.scene import Event, Scene
+from tests.support.scene import Event, Scene
 
 LONG = 200  # steps; two seconds of the quick model
 

@@ -13,8 +13,6 @@ import pytest
 from nats.errors import TimeoutError as BusTimeout
 
 from consumer.devstack import Daemon
-from tests.faults.scene import ACK_WAIT, WITHIN, Scene
-from tests.faults.seen import all_well, done, nothing_left, readiness, until_readiness
 from tests.integration.fault_proxy import (
     Fault,
     FaultProxy,
@@ -27,6 +25,8 @@ from tests.integration.fault_proxy import (
     refuses,
     says,
 )
+from tests.support.scene import ACK_WAIT, WITHIN, Scene
+from tests.support.seen import all_well, done, nothing_left, readiness, until_readiness
 
 LASTS = ACK_WAIT * 1.25  # seconds that a fault lasts: a lease that is not renewed is over by then
 UNAVAILABLE = 69  # the exit code for a service that cannot be used

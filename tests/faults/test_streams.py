@@ -17,9 +17,9 @@ import pytest
 from nats.js.errors import APIError, NoStreamResponseError
 
 from consumer.devstack import Daemon
-from tests.faults.outage import begun, let_go, measured, two_workers
-from tests.faults.scene import ACK_WAIT, ROOT, Scene
-from tests.faults.seen import all_well, done, nothing_left, until_pulls_stand
+from tests.support.outage import begun, let_go, measured, two_workers
+from tests.support.scene import ACK_WAIT, ROOT, Scene
+from tests.support.seen import all_well, done, nothing_left, until_pulls_stand
 
 PAUSE = 2.0  # seconds
 MOST_WORDS = 5  # messages of a worker's that has nothing to do, in PAUSE; one that spins sends 20

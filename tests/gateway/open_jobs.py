@@ -16,7 +16,7 @@ from consumer.gateway.tenants import Caller, Tenant
 from consumer.settings import Settings
 from generation_client import GenerationClient
 from generation_contracts import Request, Task, TextToImageRequest
-from tests.faults.scene import WITHIN, Scene
+from tests.support.scene import WITHIN, Scene
 
 ALICE = Caller(Tenant("alice", "alice000", b"a" * 32), "key-a")
 BOB = Caller(Tenant("bob", "bob00000", b"b" * 32), "key-b")

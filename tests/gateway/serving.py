@@ -8,7 +8,7 @@ import uvicorn
 
 from consumer.gateway.app import create_app
 from consumer.settings import Settings
-from tests.faults.scene import WITHIN
+from tests.support.scene import WITHIN
 
 
 @asynccontextmanager

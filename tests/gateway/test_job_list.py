@@ -23,8 +23,8 @@ from generation_contracts import (
     Timings,
     encode,
 )
-from tests.faults.scene import Scene
 from tests.gateway.open_jobs import ALICE, BOB, OpenJobs, open_jobs, opened
+from tests.support.scene import Scene
 
 __all__ = ["opened"]
 

@@ -28,10 +28,10 @@ from generation_contracts import (
     Task,
     TextToImageRequest,
 )
-from tests.faults.outage import let_go, outage
-from tests.faults.scene import WITHIN, Scene
 from tests.gateway.open_jobs import ALICE, BOB, OpenJobs, open_jobs, opened
 from tests.gateway.test_pace import succeeded as measured
+from tests.support.outage import let_go, outage
+from tests.support.scene import WITHIN, Scene
 
 __all__ = ["opened"]
 

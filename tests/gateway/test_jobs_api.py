@@ -16,11 +16,11 @@ import pytest
 from consumer.devstack import GatewayServer
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
-from tests.faults.outage import let_go, outage
-from tests.faults.scene import WITHIN, Scene
 from tests.gateway.open_jobs import settings_of
 from tests.gateway.serving import serving
 from tests.support.forked import ForkedGateway
+from tests.support.outage import let_go, outage
+from tests.support.scene import WITHIN, Scene
 
 Json = dict[str, Any]
 IMAGE = {"task": "text_to_image", "prompt": "a red circle"}

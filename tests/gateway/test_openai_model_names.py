@@ -9,11 +9,11 @@ from nats.aio.msg import Msg
 from openai import AsyncOpenAI, InternalServerError, NotFoundError
 
 from generation_contracts import Task
-from tests.faults.outage import outage
-from tests.faults.scene import Scene
 from tests.gateway.open_jobs import settings_of
 from tests.gateway.pictures import data_url, red_circle
 from tests.gateway.serving import serving
+from tests.support.outage import outage
+from tests.support.scene import Scene
 
 ASKED, RUNS = "someone/other", "quick"  # the model of the second worker, and of the first one
 QUESTION: Any = {

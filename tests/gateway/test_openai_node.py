@@ -16,10 +16,10 @@ from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
 from generation_client import GenerationClient
 from generation_contracts import CancelledEvent, Task
-from tests.faults.scene import Scene
 from tests.gateway.open_jobs import settings_of
 from tests.gateway.pictures import data_url, decoded, red_circle
 from tests.gateway.serving import serving
+from tests.support.scene import Scene
 
 SOURCES = Path(__file__).parent / "node"
 WITHIN = 120.0  # seconds for everything that the script does

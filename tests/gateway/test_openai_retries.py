@@ -18,10 +18,10 @@ from consumer.gateway import jobs as jobs_module
 from consumer.gateway.event_log import EventLog
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
-from tests.faults.outage import let_go, outage
-from tests.faults.scene import Scene
 from tests.gateway.open_jobs import settings_of
 from tests.gateway.serving import serving
+from tests.support.outage import let_go, outage
+from tests.support.scene import Scene
 
 PROMPT = "a red circle"
 

@@ -26,7 +26,7 @@ from tests.gateway.page_visits import (
     visit,
 )
 from tests.gateway.pictures import red_circle
-from tests.relay import Relay
+from tests.support.relay import Relay
 
 __all__ = ["browser", "tenants", "visit"]  # fixtures
 

@@ -10,8 +10,8 @@ from nats.js import JetStreamContext
 from consumer.bus.connection import Bus, BusUnavailable, connect
 from consumer.bus.queue_view import QueueState, QueueView
 from generation_contracts import Task
-from tests.faults.scene import WITHIN, Scene
 from tests.gateway.open_jobs import settings_of
+from tests.support.scene import WITHIN, Scene
 
 TASK = Task.TEXT_TO_IMAGE
 

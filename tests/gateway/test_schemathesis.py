@@ -17,9 +17,9 @@ from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
 from generation_contracts import Task
-from tests.faults.quick_runner import FOLDER
 from tests.gateway.pictures import data_url, red_circle
 from tests.support.forked import ForkedGateway, ForkedWorker
+from tests.support.quick_runner import FOLDER
 
 PROGRAM = Path(sys.executable).parent / "schemathesis"
 EXAMPLES = 15  # of each operation, in each phase that draws them

@@ -11,9 +11,9 @@ from consumer.apply import apply
 from consumer.devstack import DevStack, free_ports
 from consumer.settings import Settings
 from generation_contracts import Task
-from tests.faults.quick_runner import FOLDER
-from tests.faults.scene import WITHIN
 from tests.support.forked import ForkedGateway, ForkedWorker
+from tests.support.quick_runner import FOLDER
+from tests.support.scene import WITHIN
 
 
 def test_outputs_are_read_at_the_inner_address(stack: DevStack, tmp_path: Path) -> None:

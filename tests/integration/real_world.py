@@ -1,4 +1,4 @@
-"""One worker on a real nats-server and a real S3 server, for the suite of `tests.behaviour`.
+"""One worker on a real nats-server and a real S3 server, for `tests.support.behaviour`.
 
 The worker's connections go through relays, so that one service can be taken away from one worker
 while the sender, on connections of its own and without the project's code, still sees everything.
@@ -55,7 +55,7 @@ from generation_contracts.headers import (
     DEAD_LETTER_REQUEST_ID,
     DEAD_LETTER_WORKER,
 )
-from tests.memory_ports import MemoryObserver, ScriptedRunner, Tally
+from tests.support.memory_ports import MemoryObserver, ScriptedRunner, Tally
 
 CHUNK = 65_536  # bytes
 CONNECT_WITHIN = 10.0  # seconds; only bounds what must happen
@@ -244,7 +244,7 @@ def _picture() -> bytes:
 
 
 class RealWorld:
-    """Implements `tests.behaviour.World`, under a root of its own on servers that others use too.
+    """Implements `tests.support.behaviour.World`, under a root of its own on shared servers.
 
     Attributes:
         store: The relay before the S3 server.

@@ -29,7 +29,7 @@ from consumer.runners.device import Placement
 from consumer.runners.text_to_image import diffusion
 from consumer.runners.text_to_image.adapter_files import find_adapters, require_loadable
 from generation_contracts import Task, TextToImageRequest
-from tests.tiny_adapters import (
+from tests.support.tiny_adapters import (
     FILE,
     RANK,
     add_weights,
@@ -38,7 +38,7 @@ from tests.tiny_adapters import (
     save_adapter,
     save_as_peft_does,
 )
-from tests.tiny_models import Folder, Load
+from tests.support.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
 

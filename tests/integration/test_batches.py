@@ -34,10 +34,10 @@ from consumer.runners.text_to_image import batch as picture_batch
 from consumer.runners.text_to_image.memory_guard import least_to_decode
 from consumer.runners.text_to_image.safety import load_checker
 from generation_contracts import ArtifactReference, ImageToTextRequest, Request, Task
-from tests.family_table import FAMILIES
-from tests.picture_runs import asked, made_of, model, pipeline, pixels
-from tests.tiny_adapters import save_adapter
-from tests.tiny_models import Folder, Load
+from tests.support.family_table import FAMILIES
+from tests.support.picture_runs import asked, made_of, model, pipeline, pixels
+from tests.support.tiny_adapters import save_adapter
+from tests.support.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
 
@@ -196,7 +196,7 @@ def test_the_operators_checker_judges_each_request_by_itself(
     shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
-    checker = load_checker("tests.checkers:flags_the_second")
+    checker = load_checker("tests.support.checkers:flags_the_second")
     monkeypatch.setattr(runner._model, "_checker", checker)
     asking = [Asking(asked(num_images=2)), Asking(asked(num_images=2, seed=9))]
     for output in all_of(together(runner, *asking)):
@@ -432,7 +432,7 @@ def runner_of(
                 folder = tmp_path_factory.mktemp("texts") / family
                 with torch.random.fork_rng(devices=()):
                     torch.manual_seed(SEEDS.get(family, 0))
-                    getattr(importlib.import_module("tests.tiny_vision"), family)(folder)
+                    getattr(importlib.import_module("tests.support.tiny_vision"), family)(folder)
                 model_id = str(folder)
             loaded[family] = create_runner(Task.IMAGE_TO_TEXT, ModelConfig(model_id=model_id))
             loaded[family].load()

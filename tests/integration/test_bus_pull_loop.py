@@ -24,7 +24,7 @@ from tests.integration.bus_installation import (
     until_connected,
     until_lost,
 )
-from tests.relay import Relay
+from tests.support.relay import Relay
 
 ROUNDS = 50
 CHANCES = 150  # rounds; one in 18 lost its request when nothing was done about it

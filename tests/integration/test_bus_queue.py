@@ -14,7 +14,7 @@ from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.ports import Found, Grip
 from generation_contracts import ModelInfo, Subjects, Task
 from tests.integration.bus_installation import TASK, Installation, soon, take
-from tests.memory_ports import MemoryObserver
+from tests.support.memory_ports import MemoryObserver
 
 OTHER = Task.IMAGE_TO_TEXT
 DURABLES = {task: str(task) for task in Task}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from consumer.check import Finding, check, check_model
 from consumer.devstack import free_ports
 from consumer.settings import Settings
-from tests.tiny_models import Folder
+from tests.support.tiny_models import Folder
 
 SECONDS = r"\d+\.\d s"
 

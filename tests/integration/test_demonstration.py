@@ -17,7 +17,7 @@ from consumer.runners.demonstration.training.sentences import description
 from generation_contracts import Task
 from tests.bench.models import Bench, measure, measure_autoencoder
 from tests.contracts.test_wheel import uv
-from tests.pixel_checker import seen
+from tests.support.pixel_checker import seen
 
 MOST_BYTES = 10_000_000  # of both models' weights
 

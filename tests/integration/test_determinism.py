@@ -9,9 +9,9 @@ import pytest
 
 from consumer.ports import Interrupted, ModelError
 from consumer.runners import ModelRunner
-from tests.family_table import FAMILIES, Family
-from tests.picture_runs import asked, made, pipeline, pixels
-from tests.tiny_models import Folder, Load
+from tests.support.family_table import FAMILIES, Family
+from tests.support.picture_runs import asked, made, pipeline, pixels
+from tests.support.tiny_models import Folder, Load
 
 OLD_CALLBACK = Family(
     title="PixArt, whose callback is the old one",

@@ -28,8 +28,8 @@ from consumer.runners.device import Placement
 from consumer.runners.text_to_image import diffusion
 from consumer.runners.text_to_image.memory import save
 from generation_contracts import Task, TextToImageRequest
-from tests.picture_runs import StopAt, asked, made, model, pipeline, pixels
-from tests.tiny_models import Folder, Load
+from tests.support.picture_runs import StopAt, asked, made, model, pipeline, pixels
+from tests.support.tiny_models import Folder, Load
 
 SECRET = "zanzibar"  # a word of the prompt that must not turn up in a log, warning or error
 

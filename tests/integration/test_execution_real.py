@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 
 from consumer.devstack import DevStack
-from tests.behaviour import Behaviour, MakeWorld
 from tests.integration.real_world import RealWorld, plain_store
+from tests.support.behaviour import Behaviour, MakeWorld
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Every family through the real from_pretrained path: what it makes, takes and refuses.
 
-The table that they are held to is `tests/family_table.py`; `docs/families.md` shows it to people.
+The table that they are held to is `tests/support/family_table.py`; `docs/families.md` shows it to
+people.
 """
 
 # mypy: allow-untyped-calls
@@ -20,9 +21,9 @@ from consumer.ports import Interrupted, ModelUnavailable, UnsupportedParameter
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.faults import StoppedAtStep
 from generation_contracts import Task, TextToImageRequest
-from tests.family_table import FAMILIES, LARGEST_AREA, Family
-from tests.picture_runs import asked, made, made_of, model, pipeline, pixels
-from tests.tiny_models import Folder
+from tests.support.family_table import FAMILIES, LARGEST_AREA, Family
+from tests.support.picture_runs import asked, made, made_of, model, pipeline, pixels
+from tests.support.tiny_models import Folder
 
 ALWAYS = {"width", "height", "num_inference_steps", "num_images", "seed", "output_format"}
 KEYWORDS = {"guidance_scale", "true_cfg_scale", "distilled_guidance_scale"}

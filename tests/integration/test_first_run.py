@@ -14,7 +14,7 @@ from consumer.runners import InferenceThread, ModelConfig, create_runner
 from consumer.runners.image_to_text import vision_language
 from consumer.runners.text_to_image import diffusion
 from generation_contracts import Request, Task, TextToImageRequest
-from tests.tiny_models import Folder, Load
+from tests.support.tiny_models import Folder, Load
 
 MODELS = {
     Task.TEXT_TO_IMAGE: ("stable_diffusion_3", diffusion.DiffusionModel),

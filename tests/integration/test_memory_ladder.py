@@ -17,8 +17,8 @@ from consumer.ports import OutOfMemory, RunnerOutput
 from consumer.runners import ModelRunner
 from consumer.runners.text_to_image.memory_guard import free_bytes, least_to_decode
 from generation_contracts import TextToImageRequest
-from tests.tiny_adapters import pipeline, save_adapter
-from tests.tiny_models import Folder, Load
+from tests.support.tiny_adapters import pipeline, save_adapter
+from tests.support.tiny_models import Folder, Load
 
 CPU = torch.device("cpu")
 ONE_AT_A_TIME, IN_TILES, MOVED = (

@@ -14,8 +14,8 @@ from consumer.runners.defaults import Default, checked_defaults
 from consumer.runners.text_to_image.parameters import Parameters
 from generation_contracts import TextToImageRequest
 from generation_contracts.requests import ImageToTextParameters, TextToImageParameters
-from tests.picture_runs import asked, made_of, model, pipeline, pixels
-from tests.tiny_models import Folder, Load
+from tests.support.picture_runs import asked, made_of, model, pipeline, pixels
+from tests.support.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"

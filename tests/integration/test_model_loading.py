@@ -32,7 +32,7 @@ from consumer.runners.text_to_image import pipeline_loading
 from consumer.runners.text_to_image.pipeline_loading import text_to_image_class
 from generation_contracts import Task, TextToImageRequest
 from tests.integration.small_runs import largest_difference, made, pipeline, written
-from tests.tiny_models import Folder, Load
+from tests.support.tiny_models import Folder, Load
 
 SD3, VISION = "stable_diffusion_3", "vision_language"
 DOWNLOADS: dict[Task, Download] = {

@@ -21,7 +21,7 @@ from consumer.runners.source import Source
 from consumer.runners.text_to_image.pipeline_loading import load_pipeline
 from generation_contracts import Task, TextToImageRequest
 from tests.integration.small_runs import SMALL, largest_difference, made, pipeline, refusal, written
-from tests.tiny_models import Folder, Load
+from tests.support.tiny_models import Folder, Load
 
 SD3, SDXL, FLUX, VISION = "stable_diffusion_3", "stable_diffusion_xl", "flux", "vision_language"
 TEXTS = Task.IMAGE_TO_TEXT

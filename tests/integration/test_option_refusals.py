@@ -18,7 +18,7 @@ from consumer.runners import ModelConfig, options
 from consumer.runners.device import Placement
 from generation_contracts import Task
 from tests.integration.small_runs import refusal
-from tests.tiny_models import Folder
+from tests.support.tiny_models import Folder
 
 SD3, SDXL, FLUX, VISION = "stable_diffusion_3", "stable_diffusion_xl", "flux", "vision_language"
 PICTURES, TEXTS = Task.TEXT_TO_IMAGE, Task.IMAGE_TO_TEXT

@@ -18,7 +18,7 @@ from consumer.runners.image_to_text.vision_loading import load_vision_language
 from consumer.runners.source import Source
 from generation_contracts import Task
 from tests.integration.small_runs import SMALL, largest_difference, made, pipeline, refusal, written
-from tests.tiny_models import Folder, Load
+from tests.support.tiny_models import Folder, Load
 
 FLUX, VISION = "flux", "vision_language"
 CPU = Placement(torch.device("cpu"), torch.float32)

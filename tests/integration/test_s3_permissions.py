@@ -23,9 +23,9 @@ from consumer.images import ImageCodec
 from consumer.probes import Unwatched
 from consumer.settings import Settings
 from generation_contracts import ArtifactReference, Task
-from tests.faults.scene import ROOT
 from tests.integration import minio_server
 from tests.integration.minio_server import MinioServer
+from tests.support.scene import ROOT
 
 IDENTITIES = ROOT / "infra" / "s3" / "identities.json"
 POLICY = ROOT / "infra" / "s3" / "policy.json"

@@ -12,9 +12,9 @@ from consumer.ports import ModelError, ModelUnavailable, OutOfMemory, RunnerOutp
 from consumer.runners import ModelRunner
 from consumer.runners.text_to_image.safety import load_checker
 from generation_contracts import TextToImageRequest
-from tests.checkers import SECRET
-from tests.tiny_adapters import pipeline
-from tests.tiny_models import Folder, Load
+from tests.support.checkers import SECRET
+from tests.support.tiny_adapters import pipeline
+from tests.support.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
 
@@ -46,10 +46,11 @@ def sd3(shared_runner: Shared) -> ModelRunner:
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelRunner, str], None]:
-    """Give a loaded model a checker, as it has with MODEL_SAFETY_CHECKER=tests.checkers:<name>."""
+    """Give a loaded model a checker of `tests.support.checkers`, as MODEL_SAFETY_CHECKER does."""
 
     def with_checker(runner: ModelRunner, name: str) -> None:
-        monkeypatch.setattr(runner._model, "_checker", load_checker(f"tests.checkers:{name}"))
+        checker = load_checker(f"tests.support.checkers:{name}")
+        monkeypatch.setattr(runner._model, "_checker", checker)
 
     return with_checker
 
@@ -66,7 +67,7 @@ def test_without_a_checker_no_picture_has_a_flag_and_the_log_says_so(
 
 
 def test_the_checker_of_the_settings_judges_each_picture(model_folder: Folder, load: Load) -> None:
-    name = "tests.checkers:flags_the_second"
+    name = "tests.support.checkers:flags_the_second"
     with capture_logs() as logs:
         runner = load(model_folder("stable_diffusion_3"), safety_checker=name)
     assert [entry["checker"] for entry in logs if entry["event"] == "safety_checker"] == [name]
@@ -112,10 +113,10 @@ def test_a_checker_that_finds_the_device_full_is_no_faulty_checker(
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ("tests.checkers", "must be package.module:callable"),
-        ("tests.checkers:missing", "AttributeError"),
+        ("tests.support.checkers", "must be package.module:callable"),
+        ("tests.support.checkers:missing", "AttributeError"),
         ("tests.no_such_module:check", "ModuleNotFoundError"),
-        ("tests.checkers:NOT_CALLABLE", "it cannot be called"),
+        ("tests.support.checkers:NOT_CALLABLE", "it cannot be called"),
         ("..:check", "ValueError"),
     ],
 )

@@ -26,8 +26,8 @@ from consumer.runners.text_to_image.schedulers import (
 )
 from generation_contracts import Task
 from tests.integration.small_runs import refusal
-from tests.picture_runs import made, pipeline, pixels
-from tests.tiny_models import Folder, Load
+from tests.support.picture_runs import made, pipeline, pixels
+from tests.support.tiny_models import Folder, Load
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 SD3, XL, FLUX = "stable_diffusion_3", "stable_diffusion_xl", "flux"

@@ -23,7 +23,7 @@ from consumer.ports import (
 )
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from generation_contracts import ArtifactReference, ImageToTextRequest, Task
-from tests.tiny_models import Folder, Load
+from tests.support.tiny_models import Folder, Load
 
 FAMILIES = ("qwen2_vl", "vision_language", "qwen3_vl", "llava")  # the second is a Qwen2.5-VL
 EVERY = pytest.mark.parametrize("family", FAMILIES)
@@ -55,7 +55,7 @@ def folder_of(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) ->
             place = tmp_path_factory.mktemp("vision") / family
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
-                getattr(importlib.import_module("tests.tiny_vision"), family)(place)
+                getattr(importlib.import_module("tests.support.tiny_vision"), family)(place)
             made[family] = place
         return made[family]
 

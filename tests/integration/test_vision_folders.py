@@ -21,7 +21,7 @@ from consumer.ports import UnsupportedParameter
 from consumer.runners import ModelRunner
 from generation_contracts import ImageToTextRequest, Task
 from tests.integration.small_runs import refusal
-from tests.tiny_models import Folder, Load
+from tests.support.tiny_models import Folder, Load
 
 WEIGHTS = "model.safetensors"
 Change = Callable[[Path], None]

@@ -26,7 +26,7 @@ from consumer.runners.faults import BadOutput
 from consumer.runners.image_to_text import vision_language
 from consumer.runners.image_to_text.rows import Numbers
 from generation_contracts import ArtifactReference, ImageToTextRequest, Task
-from tests.tiny_models import Folder, Load
+from tests.support.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
 

@@ -15,7 +15,7 @@ from consumer.ports import GeneratedText
 from consumer.runners import ModelRunner
 from generation_contracts import ImageToTextRequest, Task
 from tests.integration.small_runs import refusal
-from tests.tiny_models import Folder, Load
+from tests.support.tiny_models import Folder, Load
 
 RED = Image.new("RGB", (60, 60), "red")
 FILE = "generation_config.json"

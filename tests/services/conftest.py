@@ -10,7 +10,7 @@ import nats
 import pytest
 from nats.aio.client import Client
 
-from tests.faults.scene import WITHIN, Event, Scene
+from tests.support.scene import WITHIN, Event, Scene
 
 
 class Caller:

@@ -22,9 +22,9 @@ from consumer.devstack import Daemon, DevStack, GatewayServer
 from consumer.settings import Settings
 from generation_client import GenerationClient
 from generation_contracts import ProgressEvent, Task, TextToImageRequest
-from tests.faults.quick_runner import FOLDER
-from tests.faults.scene import ROOT, WITHIN
 from tests.support.forked import ForkedGateway, ForkedWorker
+from tests.support.quick_runner import FOLDER
+from tests.support.scene import ROOT, WITHIN
 
 ACCOUNTS = ROOT / "infra" / "nats" / "accounts.conf"
 USERS = ROOT / "infra" / "nats" / "users.conf"

@@ -5,8 +5,8 @@ import time
 from uuid import uuid4
 
 from generation_contracts import Task
-from tests.faults.scene import Event, Scene
 from tests.services.conftest import Caller, NewCaller
+from tests.support.scene import Event, Scene
 
 SUCCEEDED = "generation.v1.succeeded"
 CANCELLED = "generation.v1.cancelled"

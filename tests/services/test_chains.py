@@ -5,9 +5,9 @@ import json
 from typing import Any
 
 from generation_contracts import Task
-from tests.faults.scene import Event, Scene
-from tests.faults.seen import counted
 from tests.services.conftest import Caller
+from tests.support.scene import Event, Scene
+from tests.support.seen import counted
 
 SUCCEEDED = "generation.v1.succeeded"
 DRAW = {"task": "text_to_image", "prompt": "as a woodcut: $text"}

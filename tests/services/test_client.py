@@ -45,7 +45,7 @@ from generation_contracts import (
     TextToImageRequest,
 )
 from tests.conftest import StartNats
-from tests.faults.scene import WITHIN, Scene
+from tests.support.scene import WITHIN, Scene
 
 
 def picture() -> str:

@@ -5,8 +5,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from consumer.devstack import DevStack
-from tests.faults.scene import Scene
-from tests.faults.seen import readiness
+from tests.support.scene import Scene
+from tests.support.seen import readiness
 
 SUCCEEDED = "generation.v1.succeeded"
 

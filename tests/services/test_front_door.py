@@ -10,9 +10,9 @@ from uuid import uuid4
 from nats.aio.msg import Msg
 
 from generation_contracts import Task
-from tests.faults.scene import WITHIN, Scene
-from tests.faults.seen import counted
 from tests.services.conftest import Caller, NewCaller
+from tests.support.scene import WITHIN, Scene
+from tests.support.seen import counted
 
 SUCCEEDED = "generation.v1.succeeded"
 

@@ -12,8 +12,8 @@ from nats.aio.client import Client
 
 from consumer.apply import apply
 from generation_contracts import Task
-from tests.faults.scene import POLL, WITHIN
 from tests.services.test_permissions import ROLES, USERS, Installation, start_worker
+from tests.support.scene import POLL, WITHIN
 
 PROMPT = b'{"prompt": "a"}'
 # A vertical tab and a form feed, which nats-py takes for spaces; a carriage return; not UTF-8.

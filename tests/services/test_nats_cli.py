@@ -7,7 +7,7 @@ import asyncio
 import json
 import shutil
 
-from tests.faults.scene import WITHIN, Scene
+from tests.support.scene import WITHIN, Scene
 
 NATS = shutil.which("nats")
 

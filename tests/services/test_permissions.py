@@ -24,9 +24,9 @@ from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from generation_client import GenerationClient, RequestCancelled
 from generation_contracts import ImageToTextStep, Task, TextOutput
-from tests.faults.quick_runner import FOLDER
-from tests.faults.scene import ROOT, WITHIN
 from tests.support.forked import ForkedGateway, ForkedWorker
+from tests.support.quick_runner import FOLDER
+from tests.support.scene import ROOT, WITHIN
 
 USERS = ROOT / "infra" / "nats" / "users.conf"
 ROLES = ("admin", "worker", "endpoints", "publisher", "gateway", "observer")

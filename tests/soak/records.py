@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from generation_contracts import Task, decode_result
 from generation_contracts.headers import DEAD_LETTER_CODE, DEAD_LETTER_REQUEST_ID
-from tests.faults.quick_runner import FOLDER
-from tests.faults.scene import Scene
 from tests.soak.fates import RUNS
+from tests.support.quick_runner import FOLDER
+from tests.support.scene import Scene
 
 Event = dict[str, Any]
 Ours = Callable[[str], bool]

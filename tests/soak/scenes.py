@@ -12,9 +12,9 @@ from nats.aio.client import Client
 from consumer.devstack import DevStack
 from consumer.turns import STAGES
 from generation_contracts import Subjects, Task
-from tests.faults.scene import Scene
 from tests.hostile.attacker import Attacker, Id
 from tests.hostile.users import Users
+from tests.support.scene import Scene
 
 CAUSE = "soak"
 MAX_ATTEMPTS = 5  # so many that the chaos hardly ever makes a request `worker_lost`

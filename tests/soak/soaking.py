@@ -13,7 +13,6 @@ from nats.js.errors import NotFoundError
 
 from consumer.devstack import DevStack
 from generation_contracts import Task
-from tests.faults.scene import POLL, Scene
 from tests.hostile.attacker import Attacker, is_attackers
 from tests.hostile.users import Users
 from tests.soak.chaos import Blow, Chaos, Supervised
@@ -24,6 +23,7 @@ from tests.soak.scenes import CAUSE, HostileScene, Options, SoakScene
 from tests.soak.sender import Sender
 from tests.soak.verdict import problems
 from tests.soak.workload import Sending, Workload
+from tests.support.scene import POLL, Scene
 
 STOPPED_FOR = 90.0  # seconds; the injected kills stop a queue for a few, on a busy machine for 35
 ENDED_WITHIN = 10.0  # seconds for what a worker has started to end after it

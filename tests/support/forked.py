@@ -66,7 +66,7 @@ class ForkedWorker(_Forked, Daemon):
         cause: The name of the fault.
     """
 
-    _imports = ("consumer.daemon", "tests.faults.quick_runner")
+    _imports = ("consumer.daemon", "tests.support.quick_runner")
 
     def __init__(self, name: str, settings: Mapping[str, str], *, log: Path, cause: str) -> None:
         super().__init__(name, {**settings, "PYTHONPATH": PYTHONPATH}, log=log)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from consumer.devstack import DevStack
-from tests.faults.scene import Scene
+from tests.support.scene import Scene
 
 
 @pytest.fixture(scope="session")

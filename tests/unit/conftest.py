@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.behaviour import shorten_pauses
-from tests.memory_world import MemoryWorld, Worlds
+from tests.support.behaviour import shorten_pauses
+from tests.support.memory_world import MemoryWorld, Worlds
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from consumer.admission import Admission
 from consumer.job import IllegalTransition, State
 from generation_contracts import InvalidRequest, Subjects, Task, TextToImageRequest
 from generation_contracts.subjects import is_request_id
-from tests.memory_ports import MemoryDelivery, MemoryQueue, Outage
+from tests.support.memory_ports import MemoryDelivery, MemoryQueue, Outage
 
 SUBJECTS = Subjects()
 SUBJECT = "generation.request.text_to_image"

@@ -22,9 +22,9 @@ from generation_contracts import (
     TextOutput,
 )
 from generation_contracts.events import ChainPlace, Timings
-from tests.behaviour import soon
-from tests.memory_ports import URL_ENDS, Hold, MemoryDelivery, ScriptedRunner, Tally
-from tests.memory_world import MemoryWorld, Worlds
+from tests.support.behaviour import soon
+from tests.support.memory_ports import URL_ENDS, Hold, MemoryDelivery, ScriptedRunner, Tally
+from tests.support.memory_world import MemoryWorld, Worlds
 
 T2I, I2T = Task.TEXT_TO_IMAGE, Task.IMAGE_TO_TEXT
 Stored = dict[tuple[Task, str], list[tuple[MemoryDelivery, bool]]]

@@ -1,6 +1,6 @@
 """What every worker does, on in-memory ports."""
 
-from tests.behaviour import Behaviour
+from tests.support.behaviour import Behaviour
 
 
 class TestExecution(Behaviour):

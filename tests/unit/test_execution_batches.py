@@ -29,9 +29,9 @@ from generation_contracts import (
     SucceededEvent,
     Task,
 )
-from tests.behaviour import asking, failure, soon
-from tests.memory_ports import POLL, Hold, Run, ScriptedRunner, make, raising
-from tests.memory_world import MemoryWorld, Worlds
+from tests.support.behaviour import asking, failure, soon
+from tests.support.memory_ports import POLL, Hold, Run, ScriptedRunner, make, raising
+from tests.support.memory_world import MemoryWorld, Worlds
 
 TOGETHER = 3
 HELD_UP = 0.3  # seconds

@@ -1,8 +1,9 @@
 """Hypothesis drives workers through whatever can happen, and the settlement table must hold.
 
 The machine publishes requests, brings workers to any point of their jobs, says how the runs of
-their models end, and there lets workers die, leases run out and services go away. `tests.story`
-watches every call and judges it; `tests.crew` sees to what must hold for all of them together.
+their models end, and there lets workers die, leases run out and services go away.
+`tests.support.story` watches every call and judges it; `tests.support.crew` sees to what must hold
+for all of them together.
 """
 
 import logging
@@ -25,9 +26,9 @@ from hypothesis.stateful import (
 from consumer import run
 from consumer.run import PATIENCE, Reason
 from generation_contracts import Task
-from tests.crew import ENOUGH, MAX_DELIVER, Crew
-from tests.story import ATTEMPTS, STALL
-from tests.wishes import CALLS, ENDINGS, PLACES, WHICH, WISHES, Ending, Place, Wish
+from tests.support.crew import ENOUGH, MAX_DELIVER, Crew
+from tests.support.story import ATTEMPTS, STALL
+from tests.support.wishes import CALLS, ENDINGS, PLACES, WHICH, WISHES, Ending, Place, Wish
 
 # The same examples at every run: a red one is the change's doing, not the day's. To search, give
 # a number of examples; they are then others each time, and one that fails is kept for the next.

@@ -22,10 +22,10 @@ from consumer.ports import (
 )
 from consumer.run import Reason
 from generation_contracts import CancelledEvent, Task
-from tests.behaviour import asking, from_now, soon, while_running
-from tests.daemon_logging import daemon_logging
-from tests.memory_ports import POLL, Hold, MemoryImages, Run, make, out_of_memory
-from tests.memory_world import MemoryWorld, Worlds
+from tests.support.behaviour import asking, from_now, soon, while_running
+from tests.support.daemon_logging import daemon_logging
+from tests.support.memory_ports import POLL, Hold, MemoryImages, Run, make, out_of_memory
+from tests.support.memory_world import MemoryWorld, Worlds
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

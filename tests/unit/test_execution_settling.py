@@ -22,9 +22,9 @@ from generation_contracts import (
     encode,
     request_digest,
 )
-from tests.behaviour import INBOX, asking, failure, soon, while_running
-from tests.memory_ports import Script, out_of_memory, raising
-from tests.memory_world import MemoryWorld, Worlds
+from tests.support.behaviour import INBOX, asking, failure, soon, while_running
+from tests.support.memory_ports import Script, out_of_memory, raising
+from tests.support.memory_world import MemoryWorld, Worlds
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 BEAT_SOON = 0.01  # seconds of ack_wait

@@ -9,9 +9,9 @@ import pytest
 from consumer.ports import Grip
 from consumer.run import Reason
 from generation_contracts import CancelledEvent, SucceededEvent
-from tests.behaviour import asking, soon
-from tests.memory_ports import Hold
-from tests.memory_world import MemoryWorld, Worlds
+from tests.support.behaviour import asking, soon
+from tests.support.memory_ports import Hold
+from tests.support.memory_world import MemoryWorld, Worlds
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
 

@@ -7,7 +7,7 @@ import pytest
 
 from consumer import tasks
 from consumer.heartbeat import Lease
-from tests.memory_ports import MemoryDelivery, MemoryQueue, Outage
+from tests.support.memory_ports import MemoryDelivery, MemoryQueue, Outage
 
 ACK_WAIT = 0.01  # seconds
 SOON = 5.0  # seconds; only bounds a wait for something that must happen

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageChops, ImageFile, PngImagePlugin
 
 from consumer.images import MAX_SAID, ImageCodec, jpeg_parts, png_parts, webp_parts
 from consumer.ports import InputUnavailable, OutputFormat
-from tests.odd_images import (
+from tests.support.odd_images import (
     BLUE,
     ODD_IMAGES,
     RED,
@@ -34,7 +34,7 @@ from tests.odd_images import (
     webp,
     xmp_of,
 )
-from tests.odd_images import photograph as picture
+from tests.support.odd_images import photograph as picture
 
 CODEC = ImageCodec()
 unhurried = settings(deadline=None)  # a slow machine is no failure

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from consumer.images import ImageCodec
-from tests.odd_images import (
+from tests.support.odd_images import (
     PNG_SIGNATURE,
     as_file,
     exif_of,

@@ -18,7 +18,7 @@ from consumer.runners.demonstration.training.scenes import (
     draw,
     some_scene,
 )
-from tests.pixel_checker import same, seen
+from tests.support.pixel_checker import same, seen
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -13,9 +13,9 @@ from consumer.provenance import provenance_of
 from consumer.settings import Settings
 from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue
-from tests.behaviour import asking, soon
-from tests.memory_ports import Run, raising
-from tests.memory_world import MemoryWorld, Worlds
+from tests.support.behaviour import asking, soon
+from tests.support.memory_ports import Run, raising
+from tests.support.memory_world import MemoryWorld, Worlds
 
 MODEL = ModelInfo(
     id="someone/model", revision="7f3c", family="flux", dtype="float32", device="cuda"

@@ -11,7 +11,7 @@ from consumer.admission import Admission
 from consumer.ports import ModelError, QueueFull
 from consumer.turns import Bounds
 from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent
-from tests.behaviour import (
+from tests.support.behaviour import (
     INBOX,
     OTHER_INBOX,
     asking,
@@ -20,8 +20,8 @@ from tests.behaviour import (
     shorten_pauses,
     soon,
 )
-from tests.memory_ports import raising
-from tests.memory_world import MemoryWorld, Worlds
+from tests.support.memory_ports import raising
+from tests.support.memory_world import MemoryWorld, Worlds
 
 
 @pytest.fixture

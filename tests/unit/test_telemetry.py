@@ -33,7 +33,7 @@ from consumer.provenance import SOFTWARE
 from consumer.telemetry import JobReport, LogStream
 from consumer.verdict import name_of
 from generation_contracts import FailureCode, ModelInfo
-from tests.daemon_logging import daemon_logging, logging_to
+from tests.support.daemon_logging import daemon_logging, logging_to
 
 FORMATS = pytest.mark.parametrize("log_format", ["json", "console"])
 PROMPT = "a prompt that is nobody's business"

@@ -8,8 +8,8 @@ from nats.aio.msg import Msg
 from nats.errors import TimeoutError as BusTimeout
 
 from consumer.settings import Settings
-from tests.faults.holding import hold_once
-from tests.faults.quick_runner import QuickRunner, first_time
+from tests.support.holding import hold_once
+from tests.support.quick_runner import QuickRunner, first_time
 
 request = Client.request
 

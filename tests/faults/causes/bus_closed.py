@@ -12,7 +12,7 @@ from consumer import daemon
 from consumer.bus.connection import Bus
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.quick_runner import QuickRunner
+from tests.support.quick_runner import QuickRunner
 
 connect: Callable[..., Any] = daemon.connect
 opened: list[tuple[asyncio.AbstractEventLoop, Bus]] = []

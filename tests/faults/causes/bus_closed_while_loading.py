@@ -7,7 +7,7 @@ from consumer.bus.topology import Topology
 from consumer.ports import ModelDescription
 from consumer.settings import Settings
 from tests.faults.causes import bus_closed
-from tests.faults.quick_runner import QuickRunner
+from tests.support.quick_runner import QuickRunner
 
 ensure = Topology.ensure
 ensured: list[Any] = []

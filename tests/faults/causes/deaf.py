@@ -8,7 +8,7 @@ from PIL.Image import Image
 from consumer.ports import IsCancelled, OnPreview, OnStep, OnText, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.quick_runner import QuickRunner, note
+from tests.support.quick_runner import QuickRunner, note
 
 MINUTES = 600.0  # seconds
 

@@ -14,8 +14,8 @@ from consumer.ports import RunnerOutput
 from consumer.runners.faults import translated
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.holding import hold
-from tests.faults.quick_runner import QuickRunner, first_time, note
+from tests.support.holding import hold
+from tests.support.quick_runner import QuickRunner, first_time, note
 
 
 class DeviceLostOnce(QuickRunner):

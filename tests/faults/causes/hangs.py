@@ -5,7 +5,7 @@ import os
 
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.quick_runner import QuickRunner, first_time, note
+from tests.support.quick_runner import QuickRunner, first_time, note
 
 
 class HangsOnce(QuickRunner):

@@ -5,7 +5,7 @@ import os
 
 from consumer.bus.publishing import JetStreamEvents
 from tests.faults.causes.none import make_runner
-from tests.faults.holding import LET_GO, before, hold
+from tests.support.holding import LET_GO, before, hold
 
 __all__ = ["make_runner"]
 

@@ -4,8 +4,8 @@ import asyncio
 
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.settings import Settings
-from tests.faults.holding import hold_once
-from tests.faults.quick_runner import QuickRunner
+from tests.support.holding import hold_once
+from tests.support.quick_runner import QuickRunner
 
 ack = JetStreamDelivery.ack
 

@@ -5,8 +5,8 @@ import asyncio
 from consumer.bus.publishing import JetStreamEvents
 from consumer.ports import ResultEvent
 from consumer.settings import Settings
-from tests.faults.holding import hold_once
-from tests.faults.quick_runner import QuickRunner
+from tests.support.holding import hold_once
+from tests.support.quick_runner import QuickRunner
 
 publish_result = JetStreamEvents.publish_result
 

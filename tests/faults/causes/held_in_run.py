@@ -2,8 +2,8 @@
 
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.holding import hold_once
-from tests.faults.quick_runner import QuickRunner
+from tests.support.holding import hold_once
+from tests.support.quick_runner import QuickRunner
 
 
 class HeldInRun(QuickRunner):

@@ -2,7 +2,7 @@
 
 from consumer.artifacts import ObjectStoreArtifacts
 from tests.faults.causes.none import make_runner
-from tests.faults.holding import before, hold_once_without_blocking
+from tests.support.holding import before, hold_once_without_blocking
 
 __all__ = ["make_runner"]
 

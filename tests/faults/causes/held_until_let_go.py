@@ -11,8 +11,8 @@ from PIL import Image
 from consumer.ports import GeneratedImage, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.holding import LET_GO, hold
-from tests.faults.quick_runner import QuickRunner
+from tests.support.holding import LET_GO, hold
+from tests.support.quick_runner import QuickRunner
 
 
 class HeldUntilLetGo(QuickRunner):

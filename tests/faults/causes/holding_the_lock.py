@@ -10,7 +10,7 @@ from pathlib import Path
 
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.quick_runner import FOLDER, STEP, QuickRunner, first_time, note
+from tests.support.quick_runner import FOLDER, STEP, QuickRunner, first_time, note
 
 MICROSECONDS = 1_000_000
 

@@ -2,7 +2,7 @@
 
 from consumer.bus.publishing import JetStreamEvents
 from tests.faults.causes.none import make_runner
-from tests.faults.holding import after, die_once_marked
+from tests.support.holding import after, die_once_marked
 
 __all__ = ["make_runner"]
 

@@ -2,8 +2,8 @@
 
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.holding import die, hold
-from tests.faults.quick_runner import QuickRunner
+from tests.support.holding import die, hold
+from tests.support.quick_runner import QuickRunner
 
 
 class KilledInRun(QuickRunner):

@@ -5,7 +5,7 @@ from pathlib import Path
 from consumer.ports import ModelDescription
 from consumer.runners.faults import load_failure
 from consumer.settings import Settings
-from tests.faults.quick_runner import QuickRunner
+from tests.support.quick_runner import QuickRunner
 
 FOLDER = Path("/srv/models/portraits")
 ERROR = OSError(f"Error while reading {FOLDER}/vae/weights.safetensors and /var/cache/hub/x:\ncut")

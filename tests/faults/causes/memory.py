@@ -13,7 +13,7 @@ from consumer.ports import ModelError, OutOfMemory, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.bench import mishaps
-from tests.faults.quick_runner import QuickRunner
+from tests.support.quick_runner import QuickRunner
 
 _LIBC = ctypes.CDLL(None)
 

@@ -2,7 +2,7 @@
 
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.quick_runner import QuickRunner
+from tests.support.quick_runner import QuickRunner
 
 
 class NoTime(QuickRunner):

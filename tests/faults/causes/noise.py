@@ -8,8 +8,8 @@ from PIL import Image
 from consumer.ports import GeneratedImage, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import TextToImageRequest
-from tests.faults.quick_runner import QuickRunner
 from tests.faults.store_times import shorten
+from tests.support.quick_runner import QuickRunner
 
 SEED = 7
 SMALL = 16  # pixels, where a request does not say

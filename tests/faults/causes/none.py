@@ -1,7 +1,7 @@
 """No fault: the worker that takes over."""
 
 from consumer.settings import Settings
-from tests.faults.quick_runner import QuickRunner
+from tests.support.quick_runner import QuickRunner
 
 
 def make_runner(_: Settings) -> QuickRunner:

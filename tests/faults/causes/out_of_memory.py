@@ -3,7 +3,7 @@
 from consumer.ports import OutOfMemory
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.quick_runner import QuickRunner, note
+from tests.support.quick_runner import QuickRunner, note
 
 
 class OutOfMemoryOnDemand(QuickRunner):

@@ -5,7 +5,7 @@ import signal
 
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.quick_runner import QuickRunner
+from tests.support.quick_runner import QuickRunner
 
 LAST_STEP = 30  # 0.3 seconds
 

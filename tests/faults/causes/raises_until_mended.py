@@ -6,8 +6,8 @@ from pathlib import Path
 from consumer.ports import ModelError
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.holding import MENDED
-from tests.faults.quick_runner import FOLDER, QuickRunner
+from tests.support.holding import MENDED
+from tests.support.quick_runner import FOLDER, QuickRunner
 
 
 class RaisesUntilMended(QuickRunner):

@@ -3,7 +3,7 @@
 from consumer.ports import ModelError
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.quick_runner import QuickRunner
+from tests.support.quick_runner import QuickRunner
 
 
 class Raising(QuickRunner):

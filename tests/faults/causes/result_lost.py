@@ -8,8 +8,8 @@ from nats.js import JetStreamContext
 from nats.js.api import PubAck
 
 from consumer.settings import Settings
-from tests.faults.holding import hold_once
-from tests.faults.quick_runner import QuickRunner, first_time
+from tests.support.holding import hold_once
+from tests.support.quick_runner import QuickRunner, first_time
 
 publish = JetStreamContext.publish
 

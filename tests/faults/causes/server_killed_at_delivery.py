@@ -7,8 +7,8 @@ from nats.aio.msg import Msg
 
 from consumer.bus.delivery import Custody, JetStreamDelivery
 from consumer.settings import Settings
-from tests.faults.holding import SERVER
-from tests.faults.quick_runner import QuickRunner, first_time, note
+from tests.support.holding import SERVER
+from tests.support.quick_runner import QuickRunner, first_time, note
 
 take = JetStreamDelivery.__init__
 

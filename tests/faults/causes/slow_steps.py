@@ -4,7 +4,7 @@ import time
 
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.quick_runner import QuickRunner, note
+from tests.support.quick_runner import QuickRunner, note
 
 STEP = 0.25  # seconds; far longer than a process of a busy machine waits for its turn
 

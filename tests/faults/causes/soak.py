@@ -13,8 +13,8 @@ from PIL import Image
 from consumer.ports import DeviceLost, ModelError, OutOfMemory, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request, TextToImageRequest
-from tests.faults.quick_runner import STEPS, QuickRunner, first_time, note
 from tests.soak.fates import RUNS, SEEDS, UNFATED, Fate, fate
+from tests.support.quick_runner import STEPS, QuickRunner, first_time, note
 
 LONG = 3.0  # seconds; longer than the soak's ack_wait
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.faults.holding import hold_once
-from tests.faults.quick_runner import FOLDER, STEP, QuickRunner, first_time, note
+from tests.support.holding import hold_once
+from tests.support.quick_runner import FOLDER, STEP, QuickRunner, first_time, note
 
 MOST = 60.0  # seconds; the test ends it much sooner
 

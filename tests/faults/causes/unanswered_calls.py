@@ -6,7 +6,7 @@ from typing import Any
 from consumer.bus import front_door, topology
 from consumer.bus.client import RobustClient
 from consumer.settings import Settings
-from tests.faults.quick_runner import QuickRunner
+from tests.support.quick_runner import QuickRunner
 
 request = RobustClient.request
 unanswered = ["$JS.API.STREAM.INFO.", "$JS.API.CONSUMER.", "$SRV.PING."]  # one call each

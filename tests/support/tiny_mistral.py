@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from consumer.runners.demonstration.training.chat import CHAT_TEMPLATE
-from tests.tiny_parts import MODEL, chat_tokenizer
+from tests.support.tiny_parts import MODEL, chat_tokenizer
 
 _IMAGE_TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 _PATCH = 14  # pixels

@@ -11,7 +11,7 @@ from nats.js.api import ConsumerInfo
 from prometheus_client.parser import text_string_to_metric_families
 
 from consumer.devstack import Daemon
-from tests.faults.scene import WITHIN, Event, Scene
+from tests.support.scene import WITHIN, Event, Scene
 
 
 class Answers:

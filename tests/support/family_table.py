@@ -17,7 +17,7 @@ class Family:
 
     Attributes:
         title: In the documentation.
-        name: Of a function of `tests.tiny_families`, with its `options`.
+        name: Of a function of `tests.support.tiny_families`, with its `options`.
         pipeline: The `_class_name` of its model_index.json.
         steps: Denoising steps of a request that does not say.
         guidance: What the pipeline calls the request's guidance_scale; None: it has none.

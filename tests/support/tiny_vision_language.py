@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from consumer.runners.demonstration.training.chat import CHAT_TEMPLATE
-from tests.tiny_parts import chat_tokenizer, vision_language_model
+from tests.support.tiny_parts import chat_tokenizer, vision_language_model
 
 NEW_TOKENS = 48  # of a text, unless the request says otherwise
 

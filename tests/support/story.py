@@ -20,9 +20,9 @@ from generation_contracts import (
     StartedEvent,
     SucceededEvent,
 )
-from tests.memory_ports import MemoryDelivery
-from tests.stepped_world import SteppedRun, SteppedWorker, SteppedWorld
-from tests.wishes import Ending, Sent
+from tests.support.memory_ports import MemoryDelivery
+from tests.support.stepped_world import SteppedRun, SteppedWorker, SteppedWorld
+from tests.support.wishes import Ending, Sent
 
 ATTEMPTS = 3  # that the model gets
 STALL = 30.0  # seconds without a step

@@ -24,7 +24,7 @@ Load = Callable[..., ModelRunner]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
-    """Folder of a family of `tests.tiny_families`, or of `vision_language`; not to be changed."""
+    """Folder of a family of `tests.support.tiny_families`, or of `vision_language`; read-only."""
     made: dict[str, Path] = {}
 
     def folder(family: str, **options: Any) -> Path:
@@ -87,9 +87,9 @@ def _build(family: str, folder: Path, **options: Any) -> None:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         if family == VISION_LANGUAGE:
-            importlib.import_module("tests.tiny_vision_language").save(folder)
+            importlib.import_module("tests.support.tiny_vision_language").save(folder)
         else:
-            families = importlib.import_module("tests.tiny_families")
+            families = importlib.import_module("tests.support.tiny_families")
             getattr(families, family)(**options).save_pretrained(folder)
 
 
@@ -100,7 +100,7 @@ def _torch() -> Any:
     torch.set_num_threads(1)
     # A runner collects garbage after each run that ends early, and would go through all objects of
     # the libraries each time.
-    importlib.import_module("tests.tiny_families")
+    importlib.import_module("tests.support.tiny_families")
     importlib.import_module("consumer.runners.text_to_image.diffusion")
     gc.collect()
     gc.freeze()

@@ -16,8 +16,8 @@ from consumer.ports import (
     UnsupportedParameter,
 )
 from generation_contracts import Subjects, Task, decode_request, request_digest
-from tests.behaviour import INBOX, asking
-from tests.memory_ports import BUCKET, Script, make, out_of_memory, raising
+from tests.support.behaviour import INBOX, asking
+from tests.support.memory_ports import BUCKET, Script, make, out_of_memory, raising
 
 MAX_PAYLOAD = 6_000  # bytes: more than any event without the sender's metadata
 BULKY = {str(number): "x" * 512 for number in range(16)}  # what makes an event larger

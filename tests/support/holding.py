@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from tests.faults.quick_runner import FOLDER, first_time, note
+from tests.support.quick_runner import FOLDER, first_time, note
 
 LET_GO = "LET_GO"  # environment: the mark for which a worker waits, where there are several
 SERVER = "SERVER_PID"  # environment: process id of nats-server

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from nats.js.errors import NotFoundError
 
 from consumer.devstack import Daemon
-from tests.faults.holding import GO, ON
-from tests.faults.quick_runner import BEGUN
-from tests.faults.scene import Event, Scene
-from tests.faults.seen import until_readiness
+from tests.support.holding import GO, ON
+from tests.support.quick_runner import BEGUN
+from tests.support.scene import Event, Scene
+from tests.support.seen import until_readiness
 
 SLACK = 4.0  # seconds; one is the promise, and the machine may be loaded
 HOW = ("kill", "stop")  # methods of `NatsServer`: SIGKILL and SIGTERM

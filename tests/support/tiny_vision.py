@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from consumer.runners.demonstration.training.chat import CHAT_TEMPLATE
-from tests.tiny_parts import chat_tokenizer
+from tests.support.tiny_parts import chat_tokenizer
 
 CONTEXT = 4_096  # tokens
 WIDTH = 64

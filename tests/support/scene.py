@@ -18,8 +18,8 @@ from consumer.apply import apply
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from generation_contracts import Subjects, Task
-from tests.faults.quick_runner import FOLDER
 from tests.support.forked import ForkedWorker
+from tests.support.quick_runner import FOLDER
 
 ROOT = Path(__file__).parents[2]
 WITHIN = 30.0  # seconds; only bounds a wait for something that must happen

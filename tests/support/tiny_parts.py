@@ -1,7 +1,7 @@
 """Parts of tiny models with random weights: tokenizers made in code, text encoders, autoencoders.
 
 Real classes of diffusers and transformers, small enough for a CPU. Importing this file costs the
-import of both: `tests/tiny_models.py` does it in its fixtures.
+import of both: `tests/support/tiny_models.py` does it in its fixtures.
 """
 
 # mypy: allow-untyped-calls

@@ -37,8 +37,8 @@ from generation_contracts import (
     Task,
     TextOutput,
 )
-from tests.daemon_logging import daemon_logging
-from tests.memory_ports import (
+from tests.support.daemon_logging import daemon_logging
+from tests.support.memory_ports import (
     POLL,
     Hold,
     MemoryObserver,

@@ -22,8 +22,8 @@ from consumer.admission import Admission
 from consumer.execution import Execution, Limits
 from consumer.ports import Delivery, IsCancelled, OnStep
 from generation_contracts import Subjects, Task
-from tests import memory_ports
-from tests.memory_ports import (
+from tests.support import memory_ports
+from tests.support.memory_ports import (
     MemoryArtifacts,
     MemoryDelivery,
     MemoryEvents,

@@ -1,8 +1,8 @@
 """Tiny pipelines of the families with random weights, small enough for a CPU.
 
-Each function makes one family, by whose name the fixtures of `tests/tiny_models.py` know it; its
-options make the variants. `full_size` gives a pipeline the default and largest picture of the
-published weights, where these come from a configuration and not from the pipeline's code.
+Each function makes one family, by whose name the fixtures of `tests/support/tiny_models.py` know
+it; its options make the variants. `full_size` gives a pipeline the default and largest picture of
+the published weights, where these come from a configuration and not from the pipeline's code.
 """
 
 # mypy: allow-untyped-calls
@@ -12,8 +12,8 @@ from typing import Any
 import diffusers
 from transformers import ByT5Tokenizer, Qwen3ForCausalLM, Qwen3Model
 
-from tests.tiny_mistral import mistral_encoder, mistral_processor
-from tests.tiny_parts import (
+from tests.support.tiny_mistral import mistral_encoder, mistral_processor
+from tests.support.tiny_parts import (
     LATENTS,
     MODEL,
     autoencoder,

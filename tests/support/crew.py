@@ -1,7 +1,8 @@
 """Workers whose every job has its story: what can be done to them, and what they have promised.
 
-The workers share one bus and one store of `tests.stepped_world`. Whatever breaks a promise is noted
-in `broken`; `whole` says so, and `heal` ends every outage and has everything done that is left.
+The workers share one bus and one store of `tests.support.stepped_world`. Whatever breaks a promise
+is noted in `broken`; `whole` says so, and `heal` ends every outage and has everything done that is
+left.
 """
 
 import asyncio
@@ -13,11 +14,11 @@ from consumer.pictures import STORE_PAUSE_MOST
 from consumer.ports import Interrupted
 from consumer.run import Reason
 from generation_contracts import Task
-from tests.behaviour import INBOX
-from tests.memory_ports import MemoryDelivery, Outage, raising
-from tests.stepped_world import SteppedWorker, SteppedWorld
-from tests.story import ATTEMPTS, EXIT, STALL, Story, keys_of
-from tests.wishes import MAX_PAYLOAD, Ending, Place, Sent, Wish, script, within
+from tests.support.behaviour import INBOX
+from tests.support.memory_ports import MemoryDelivery, Outage, raising
+from tests.support.stepped_world import SteppedWorker, SteppedWorld
+from tests.support.story import ATTEMPTS, EXIT, STALL, Story, keys_of
+from tests.support.wishes import MAX_PAYLOAD, Ending, Place, Sent, Wish, script, within
 
 WORKERS = 2
 ACK_WAIT = 10.0  # seconds, on the world's clock

@@ -9,7 +9,7 @@ from consumer.ports import DeadLetter, ResultEvent
 from consumer.runners.thread import InferenceThread
 from consumer.turns import Bounds, Turns
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task
-from tests.memory_ports import (
+from tests.support.memory_ports import (
     BUCKET,
     MemoryArtifacts,
     MemoryDelivery,
@@ -26,7 +26,7 @@ LONG = 3_600.0  # seconds; longer than any test
 
 
 class MemoryWorld:
-    """Implements `tests.behaviour.World`.
+    """Implements `tests.support.behaviour.World`.
 
     Attributes:
         journal: What the worker has done to the outside, in order.
