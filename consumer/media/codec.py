@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from PIL import ExifTags, Image, ImageFile
 
-from consumer.media.codec import jpeg_parts, png_parts, webp_parts
+from consumer.media import jpeg_parts, png_parts, webp_parts
 from consumer.media.colours import paint_transparent_colour, to_rgb
 from consumer.media.orientation import orientation, upright
 from consumer.media.other_formats import format_name

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from consumer.media.codec import ImageCodec
-from consumer.media.codec import png_writer as png
+from consumer.media import png_writer as png
 
 FOREVER = 3_600.0  # seconds
 

@@ -1,7 +1,8 @@
 """Several workers, the faults that a test can cause in them, and the checks that always hold.
 
-The workers share one bus and one store of `tests.support.stepped_world`. A `Story` observes each job.
-`check` raises when a promise was broken; `heal` ends every outage and finishes the remaining work.
+The workers share one bus and one store of `tests.support.stepped_world`. A `Story` observes each
+job. `check` raises when a promise was broken; `heal` ends every outage and finishes the remaining
+work.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
 """Hypothesis drives workers through many courses of events; the settlement table must hold.
 
 The machine publishes requests, brings workers to any point of their jobs, ends the runs of their
-models, kills workers, expires leases and stops services. `tests.support.story` checks every call of one
+models, kills workers, expires leases and stops services. `tests.support.story` checks every call of
+one
 job; `tests.support.crew` checks what must hold for all workers together.
 """
 
