@@ -4,7 +4,7 @@ import time
 from functools import partial
 
 from consumer.app.composition import make_artifacts, make_topology
-from consumer.app.probes import Unwatched
+from consumer.app.probes import NullObserver
 from consumer.bus.connection import connect, wait_until_available
 from consumer.bus.topology import LeftAsItWas
 from consumer.settings import Settings, SettingsError
@@ -53,7 +53,7 @@ async def apply(settings: Settings) -> dict[str, str]:
         left = error
     finally:
         await bus.close()
-    artifacts = make_artifacts(settings, Unwatched())
+    artifacts = make_artifacts(settings, NullObserver())
     try:
         created = await artifacts.ensure_bucket()
     finally:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from consumer.app.apply import API_WITHIN, CONNECT_WITHIN
 from consumer.app.composition import make_artifacts, make_runner, make_topology
-from consumer.app.probes import Unwatched
+from consumer.app.probes import NullObserver
 from consumer.bus.connection import Bus, connect, wait_until_available
 from consumer.bus.endpoint_connection import connect_endpoints
 from consumer.inference.run_queue import RunQueue
@@ -119,7 +119,7 @@ async def _bus(settings: Settings) -> list[Finding]:
 
 async def _endpoints(settings: Settings) -> Finding:
     async def look() -> str:
-        bus = await connect_endpoints(settings, Unwatched(), within=CONNECT_WITHIN)
+        bus = await connect_endpoints(settings, NullObserver(), within=CONNECT_WITHIN)
         await bus.close()
         return "connected"
 
@@ -140,7 +140,7 @@ async def _streams(settings: Settings, bus: Bus) -> Finding:
 
 async def _store(settings: Settings) -> Finding:
     async def look() -> str:
-        artifacts = make_artifacts(settings, Unwatched())
+        artifacts = make_artifacts(settings, NullObserver())
         try:
             await artifacts.probe()
         finally:

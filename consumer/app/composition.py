@@ -10,7 +10,7 @@ from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.bus.topology import DELIVERIES_PER_ATTEMPT, Durable, Topology
 from consumer.endpoints.cancellation import Cancellation, TaskFinalizer
-from consumer.endpoints.worker_service import Backend, FrontDoor
+from consumer.endpoints.worker_service import Backend, WorkerService
 from consumer.inference.run_queue import RunQueue
 from consumer.jobs.admission import Admission
 from consumer.jobs.finalizer import Finalizer
@@ -78,7 +78,7 @@ def warn_of_short_batches(settings: Settings, durable: Durable) -> None:
         )
 
 
-def make_front_door(
+def make_worker_service(
     settings: Settings,
     *,
     endpoints: Bus,
@@ -91,7 +91,7 @@ def make_front_door(
     request_stop: Callable[[str], Awaitable[StopAck | None]],
     is_running: Callable[[str], bool],
     observer: Observer,
-) -> FrontDoor:
+) -> WorkerService:
     """Calls for the own task, and cancellation for every task: a worker of another may be away.
 
     Args:
@@ -136,7 +136,7 @@ def make_front_door(
         observer=observer,
         worker_inboxes=f"{settings.nats_inbox_prefix}.",
     )
-    return FrontDoor(endpoints, settings.subjects, backend)
+    return WorkerService(endpoints, settings.subjects, backend)
 
 
 def make_runner(settings: Settings) -> Runner:

@@ -17,15 +17,15 @@ import structlog
 from consumer.app.composition import (
     make_admission,
     make_artifacts,
-    make_front_door,
     make_run_queue,
     make_runner,
     make_topology,
+    make_worker_service,
     most_in_flight,
     warn_of_short_batches,
 )
 from consumer.app.metrics import Metrics
-from consumer.app.probes import Probes, Watch
+from consumer.app.probes import Probes, Telemetry
 from consumer.app.tracing import OpenTelemetry, open_telemetry
 from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
 from consumer.background_tasks import cancel_and_wait
@@ -39,7 +39,7 @@ from consumer.bus.connection import (
 from consumer.bus.dead_letters.exhausted import find_exhausted
 from consumer.bus.delivery import DeliveryContext, JetStreamDelivery
 from consumer.bus.endpoint_connection import connect_endpoints
-from consumer.bus.lease_guard.guard import Standby
+from consumer.bus.lease_guard.guard import LeaseGuard
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
@@ -48,7 +48,7 @@ from consumer.bus.topology import Durable, Topology
 from consumer.inference.cancel_token import StopReason
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.inference.worker import InferenceWorker
-from consumer.jobs.executor import Execution, Limits
+from consumer.jobs.executor import Executor, Limits
 from consumer.media.codec import ImageCodec
 from consumer.ports.model import ModelDescription, ModelUnavailable, Runner
 from consumer.ports.store import StoreUnavailable
@@ -107,13 +107,13 @@ class Daemon:
         self._settings = settings
         self._make_runner = make_runner
         self._task = settings.task
-        self._watch = Watch(Metrics(str(self._task)))
-        self._health = self._watch.health
+        self._telemetry = Telemetry(Metrics(str(self._task)))
+        self._health = self._telemetry.health
         self._run_queue = make_run_queue(settings)
         self._inference: InferenceWorker | None = None
         self._life: asyncio.Task[int] | None = None
         self._pull: PullLoop | None = None
-        self._execution: Execution | None = None
+        self._executor: Executor | None = None
         self._tracer: Tracer = open_telemetry() if settings.consumer_traces else NoTracer()
         self._signals = 0
         self._code = 0  # how the process ends
@@ -135,7 +135,7 @@ class Daemon:
         try:
             return await self._life
         except asyncio.CancelledError:
-            log.warning("stopped_before_drained", running=self._execution is not None)
+            log.warning("stopped_before_drained", running=self._executor is not None)
             return self._code if self._failure is None else _exit_code(self._failure)
         except Exception as error:  # noqa: BLE001 - each of them is an exit code
             return _exit_code(error)
@@ -153,14 +153,14 @@ class Daemon:
             runner = self._make_runner(self._settings)
             # The weights come in while the connections are made.
             inference = self._inference = InferenceWorker(
-                runner, self._run_queue, on_busy=self._watch.device_busy
+                runner, self._run_queue, on_busy=self._telemetry.device_busy
             )
             loading = inference.start()
             parts.callback(loading.cancel)
-            standby = await self._start_standby(parts)
+            lease_guard = await self._start_lease_guard(parts)
             deadline = time.monotonic() + CONNECT_WITHIN
             bus, endpoints = await self._connect(parts)
-            artifacts = make_artifacts(self._settings, self._watch)
+            artifacts = make_artifacts(self._settings, self._telemetry)
             parts.push_async_callback(artifacts.close)
             topology = make_topology(self._settings, bus)
             ensure = partial(topology.ensure, self._task)
@@ -169,9 +169,9 @@ class Daemon:
             await self._look_at_store(artifacts)
             model = await loading
             self._health.model_loaded = True
-            self._watch.metrics.model_loaded(model.info)
+            self._telemetry.metrics.model_loaded(model.info)
             events = JetStreamEvents(
-                bus, self._settings.subjects, ensure=ensure, observer=self._watch
+                bus, self._settings.subjects, ensure=ensure, observer=self._telemetry
             )
             names = topology.durables(self._task)
             queue = JetStreamQueue(bus, self._settings.subjects, names)
@@ -179,7 +179,7 @@ class Daemon:
                 bus, self._settings.subjects, task=self._task, durables=names
             )
             warn_of_short_batches(self._settings, durable)
-            execution = self._make_execution(
+            executor = self._make_executor(
                 durable=durable,
                 model=model,
                 runner=runner,
@@ -188,9 +188,9 @@ class Daemon:
                 workers=workers,
                 artifacts=artifacts,
             )
-            context = self._make_context(bus, durable, standby)
+            context = self._make_context(bus, durable, lease_guard)
             pull = PullLoop(bus, durable, ensure=ensure, context=context)
-            door = make_front_door(
+            door = make_worker_service(
                 self._settings,
                 endpoints=endpoints,
                 queue=queue,
@@ -199,27 +199,29 @@ class Daemon:
                 artifacts=artifacts,
                 model=model,
                 check=runner.check,
-                request_stop=execution.request_stop,
-                is_running=execution.has_started,
-                observer=self._watch,
+                request_stop=executor.request_stop,
+                is_running=executor.has_started,
+                observer=self._telemetry,
             )
             # Behind the door, which asks it about the last calls.
             parts.push_async_callback(self._close_model, inference)
-            self._beside(self._watch_inference(inference), "watch-inference", parts)
+            self._start_background_task(self._watch_inference(inference), "watch-inference", parts)
             await door.start()
             parts.push_async_callback(door.close)
             await pull.start()
             parts.push_async_callback(pull.close)
             self._health.durable_present = lambda: pull.attached
-            self._pull, self._execution = pull, execution
-            self._beside(self._watch_store(artifacts, execution, pull), "watch-store", parts)
-            self._beside(self._watch_endpoints(endpoints), "watch-endpoints", parts)
-            await self._watch_advisories(topology, context, execution, parts)
+            self._pull, self._executor = pull, executor
+            self._start_background_task(
+                self._watch_store(artifacts, executor, pull), "watch-store", parts
+            )
+            self._start_background_task(self._watch_endpoints(endpoints), "watch-endpoints", parts)
+            await self._watch_advisories(topology, context, executor, parts)
             await self._watch_retries(topology, context, events, parts)
             log.info(
                 "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
             )
-            code = await self._serve(pull, execution)
+            code = await self._serve(pull, executor)
             self._drained = code == 0
             return code
 
@@ -235,28 +237,28 @@ class Daemon:
     async def _start_probes(self, parts: AsyncExitStack) -> None:
         port, host = self._settings.consumer_probes_port, self._settings.consumer_probes_host
         if port:
-            probes = Probes(self._watch, host=host, port=port)
+            probes = Probes(self._telemetry, host=host, port=port)
             await probes.start()
             parts.push_async_callback(probes.close)
 
-    async def _start_standby(self, parts: AsyncExitStack) -> Standby:
-        standby = Standby(self._settings)
-        await standby.start()
-        parts.push_async_callback(standby.close)
-        return standby
+    async def _start_lease_guard(self, parts: AsyncExitStack) -> LeaseGuard:
+        lease_guard = LeaseGuard(self._settings)
+        await lease_guard.start()
+        parts.push_async_callback(lease_guard.close)
+        return lease_guard
 
-    def _make_context(self, bus: Bus, durable: Durable, standby: Standby) -> DeliveryContext:
+    def _make_context(self, bus: Bus, durable: Durable, lease_guard: LeaseGuard) -> DeliveryContext:
         marks = AttemptMarks(bus, self._settings.subjects, self._task)
-        return DeliveryContext(bus, durable.ack_wait, marks, standby)
+        return DeliveryContext(bus, durable.ack_wait, marks, lease_guard)
 
     async def _connect(self, parts: AsyncExitStack) -> tuple[Bus, Bus]:
         """Open the connection for deliveries and results, and the one for the endpoints."""
         name = f"generation {self._settings.consumer_worker}"
         bus = await connect(self._settings, name=name, within=CONNECT_WITHIN)
         parts.push_async_callback(bus.close)
-        endpoints = await connect_endpoints(self._settings, self._watch, within=CONNECT_WITHIN)
+        endpoints = await connect_endpoints(self._settings, self._telemetry, within=CONNECT_WITHIN)
         parts.push_async_callback(endpoints.close)
-        self._beside(self._watch_bus(bus), "watch-bus", parts)
+        self._start_background_task(self._watch_bus(bus), "watch-bus", parts)
         self._health.bus_connected = lambda: bus.connected and endpoints.connected
         return bus, endpoints
 
@@ -265,7 +267,7 @@ class Daemon:
         await bus.closed.wait()
         raise ConnectionGivenUp
 
-    def _make_execution(
+    def _make_executor(
         self,
         *,
         durable: Durable,
@@ -275,9 +277,9 @@ class Daemon:
         queue: JetStreamQueue,
         workers: BroadcastWorkers,
         artifacts: ObjectStoreArtifacts,
-    ) -> Execution:
+    ) -> Executor:
         settings = self._settings
-        return Execution(
+        return Executor(
             worker=settings.consumer_worker,
             admission=make_admission(settings, self._task),
             limits=Limits(
@@ -299,7 +301,7 @@ class Daemon:
                 max_bytes=settings.consumer_max_input_bytes,
                 max_pixels=settings.consumer_max_input_pixels,
             ),
-            observer=self._watch,
+            observer=self._telemetry,
             prompt_in_images=settings.consumer_prompt_in_pictures,
             tracer=self._tracer,
             most_in_flight=most_in_flight(settings),
@@ -317,22 +319,22 @@ class Daemon:
             log.warning("store_unavailable", reason=str(error))
 
     async def _watch_store(
-        self, artifacts: ObjectStoreArtifacts, execution: Execution, pull: PullLoop
+        self, artifacts: ObjectStoreArtifacts, executor: Executor, pull: PullLoop
     ) -> None:
         while True:
             away = not self._health.store_reachable
-            changed = await self._watch.store_changes(
+            changed = await self._telemetry.store_changes(
                 STORE_CHECK_AGAIN if away else STORE_CHECK_EVERY
             )
             # While an output is stored, its attempts tell more than a look, which a full store
             # answers as well.
-            if not changed and not execution.storing:
+            if not changed and not executor.storing:
                 try:
                     await artifacts.reachable()
                 except Exception as error:  # noqa: BLE001 - it must not end the daemon
                     log.warning("store_check_failed", error=type(error).__name__)
             # A worker that has lost its own way to the store leaves new requests to the others.
-            needed = self._task is Task.TEXT_TO_IMAGE or execution.waits_for_store
+            needed = self._task is Task.TEXT_TO_IMAGE or executor.waits_for_store
             if not self._health.store_reachable and needed:
                 pull.pause()
             else:
@@ -350,21 +352,23 @@ class Daemon:
         self,
         topology: Topology,
         context: DeliveryContext,
-        execution: Execution,
+        executor: Executor,
         parts: AsyncExitStack,
     ) -> None:
-        pull = await self._pull_beside(topology, topology.watcher(self._task), context, parts)
-        self._beside(self._end_exhausted(pull, context, execution), "watch-advisories", parts)
+        pull = await self._open_pull_loop(topology, topology.watcher(self._task), context, parts)
+        self._start_background_task(
+            self._end_exhausted(pull, context, executor), "watch-advisories", parts
+        )
 
     async def _end_exhausted(
-        self, pull: PullLoop, context: DeliveryContext, execution: Execution
+        self, pull: PullLoop, context: DeliveryContext, executor: Executor
     ) -> None:
         stream = self._settings.subjects.requests_stream(self._task)
         while (advisory := await pull.next()) is not None:
             try:
                 delivery = await find_exhausted(context.bus, stream, advisory, context.marks)
                 if delivery is not None:
-                    await execution.handle_exhausted(delivery)
+                    await executor.handle_exhausted(delivery)
             except asyncio.CancelledError:
                 await advisory.nak()  # else the next worker gets it when its lease is over
                 raise
@@ -381,15 +385,15 @@ class Daemon:
         parts: AsyncExitStack,
     ) -> None:
         durable = topology.retries(self._task)
-        pull = await self._pull_beside(topology, durable, context, parts)
+        pull = await self._open_pull_loop(topology, durable, context, parts)
         mover = RetryMover(context.bus, self._task, durable, events)
-        self._beside(self._move_retries(pull, mover), "move-retries", parts)
+        self._start_background_task(self._move_retries(pull, mover), "move-retries", parts)
 
     async def _move_retries(self, pull: PullLoop, mover: RetryMover) -> None:
         while (retry := await pull.next()) is not None:
             await mover.move(retry)
 
-    async def _pull_beside(
+    async def _open_pull_loop(
         self, topology: Topology, durable: Durable, context: DeliveryContext, parts: AsyncExitStack
     ) -> PullLoop:
         """Pull from another durable than that of the requests."""
@@ -405,7 +409,9 @@ class Daemon:
         parts.push_async_callback(pull.close)
         return pull
 
-    def _beside(self, work: Coroutine[Any, Any, None], name: str, parts: AsyncExitStack) -> None:
+    def _start_background_task(
+        self, work: Coroutine[Any, Any, None], name: str, parts: AsyncExitStack
+    ) -> None:
         """Do something beside the serving, until the parts are taken down.
 
         When it raises, nobody may go on as if it were still done: the daemon ends.
@@ -426,18 +432,18 @@ class Daemon:
 
     # -- serve ------------------------------------------------------------------------------------
 
-    async def _serve(self, pull: PullLoop, execution: Execution) -> int:
+    async def _serve(self, pull: PullLoop, executor: Executor) -> int:
         handling: set[asyncio.Task[None]] = set()
         drained = False
         try:
-            await execution.room()
+            await executor.room()
             while (delivery := await pull.next()) is not None:
-                task = asyncio.create_task(self._handle(delivery, execution), name="job")
+                task = asyncio.create_task(self._handle(delivery, executor), name="job")
                 handling.add(task)
                 task.add_done_callback(handling.discard)
                 del delivery  # its body may be a megabyte, and the next may be long in coming
                 await asyncio.sleep(0)  # the task takes its place
-                await execution.room()
+                await executor.room()
             drained = True
         finally:
             if not drained:  # the bus is lost for good, or the process ends at once
@@ -446,8 +452,8 @@ class Daemon:
             await _ended(handling)
         return self._code
 
-    async def _handle(self, delivery: JetStreamDelivery, execution: Execution) -> None:
-        code = await execution.handle(delivery)
+    async def _handle(self, delivery: JetStreamDelivery, executor: Executor) -> None:
+        code = await executor.handle(delivery)
         if code is not None and not self._code:
             # What is on its way to the store may still get there; nothing more is begun.
             self._code = code
@@ -457,16 +463,16 @@ class Daemon:
 
     async def _end_pulling(self) -> None:
         # Before the request is given back: a standing pull would bring it here again.
-        if self._pull is not None and self._execution is not None:
+        if self._pull is not None and self._executor is not None:
             await self._pull.unsubscribe()
-            self._execution.requeue_waiting()
+            self._executor.requeue_waiting()
 
     # -- drain ------------------------------------------------------------------------------------
 
     def _on_signal(self, number: signal.Signals) -> None:
         self._signals += 1
         log.info("signal", name=signal.Signals(number).name, times=self._signals)
-        if self._execution is not None and self._signals > 1:
+        if self._executor is not None and self._signals > 1:
             self._end_after(0.0, FORCE_AFTER)
         else:
             self._drain()
@@ -476,18 +482,18 @@ class Daemon:
         self._health.draining = True
         if self._life is None:
             return
-        if self._execution is None or self._pull is None:
+        if self._executor is None or self._pull is None:
             self._cancel(self._life)  # still starting: nothing has been taken
             return
         self._pull.stop()
-        self._execution.requeue_waiting()
+        self._executor.requeue_waiting()
         self._end_after(self._settings.consumer_drain_grace, DRAIN_STEP_TIMEOUT + FORCE_AFTER)
 
     def _end_after(self, grace: float, patience: float) -> None:
-        if self._execution is None or self._life is None:
+        if self._executor is None or self._life is None:
             return
         loop = asyncio.get_running_loop()
-        loop.call_later(grace, self._execution.interrupt, StopReason.DRAIN)
+        loop.call_later(grace, self._executor.interrupt, StopReason.DRAIN)
         loop.call_later(grace + patience, self._cancel, self._life)
 
     def _cancel(self, life: asyncio.Task[int]) -> None:

@@ -41,7 +41,7 @@ _REFUSED = (
 _BREAKS = (FailureCode.INVALID_REQUEST, FailureCode.QUEUE_FULL, FailureCode.INTERNAL)
 
 # What puts a request aside; see the table in `consumer.jobs.outcomes`.
-_PUT_ASIDE = (
+_DEAD_LETTERED = (
     FailureCode.INVALID_REQUEST,
     FailureCode.MODEL_ERROR,
     FailureCode.WORKER_LOST,
@@ -91,7 +91,7 @@ class Metrics:
             "generation_dead_letters",
             "Requests put aside as dead letters, by failure code",
             "code",
-            _PUT_ASIDE,
+            _DEAD_LETTERED,
         )
         self._refused_calls = kinds(
             "generation_refused_calls",

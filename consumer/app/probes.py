@@ -88,7 +88,7 @@ class _ReasonLimit:
 
 
 @dataclass
-class Watch(Observer):
+class Telemetry(Observer):
     """Tells the metrics and the health what the daemon does."""
 
     metrics: Metrics
@@ -161,7 +161,7 @@ class Watch(Observer):
             log.warning("streams_refuse", reason=reason)
 
 
-class Unwatched(Observer):
+class NullObserver(Observer):
     """Tells nobody: for commands that use a part outside the daemon."""
 
     def job_started(self) -> None:
@@ -198,8 +198,8 @@ class Probes:
         port: 0 for a free one.
     """
 
-    def __init__(self, watch: Watch, *, host: str, port: int) -> None:
-        self._watch = watch
+    def __init__(self, watch: Telemetry, *, host: str, port: int) -> None:
+        self._telemetry = watch
         self._host = host
         self._port = port
         application = web.Application()
@@ -229,19 +229,19 @@ class Probes:
         await self._runner.cleanup()
 
     async def _live(self, _: web.Request) -> web.Response:
-        lost = self._watch.health.device_lost
+        lost = self._telemetry.health.device_lost
         return web.Response(text="device lost\n" if lost else "ok\n", status=503 if lost else 200)
 
     async def _ready(self, _: web.Request) -> web.Response:
-        conditions = self._watch.health.conditions()
+        conditions = self._telemetry.health.conditions()
         ready = all(reason is None for reason in conditions.values())
         shown = {name: reason or "ok" for name, reason in conditions.items()}
         return web.json_response(shown, status=200 if ready else 503)
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        self._watch.metrics.readiness(self._watch.health.conditions())
+        self._telemetry.metrics.readiness(self._telemetry.health.conditions())
         # The content type as prometheus-client has it: aiohttp takes no charset in `content_type`.
         return web.Response(
-            body=generate_latest(self._watch.metrics.registry),
+            body=generate_latest(self._telemetry.metrics.registry),
             headers={"Content-Type": CONTENT_TYPE_LATEST},
         )

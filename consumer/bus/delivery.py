@@ -13,7 +13,7 @@ from nats.js.errors import NotFoundError
 
 from consumer.bus.attempt_marks import AttemptMark, AttemptMarks, retry_place
 from consumer.bus.connection import Bus, BusUnavailable
-from consumer.bus.lease_guard.guard import Standby
+from consumer.bus.lease_guard.guard import LeaseGuard
 from consumer.ports.bus import Message
 from generation_contracts.headers import earlier_attempts, earlier_deliveries
 
@@ -41,7 +41,7 @@ class DeliveryContext:
     bus: Bus
     ack_wait: float
     marks: AttemptMarks
-    standby: Standby
+    lease_guard: LeaseGuard
 
 
 class JetStreamDelivery:
@@ -123,7 +123,7 @@ class JetStreamDelivery:
 
     async def extend(self) -> None:
         """Renew the lease."""
-        guard = self._context.standby
+        guard = self._context.lease_guard
         # Two facts: this worker is alive, whatever becomes of the renewal; and the renewal is on
         # its way. The guard renews in its stead while this connection is away.
         guard.alive(self._message.reply, self._context.ack_wait)
@@ -140,7 +140,7 @@ class JetStreamDelivery:
 
     def stop_renewing(self) -> None:
         """Renew the lease no more."""
-        self._context.standby.stop_renewing(self._message.reply)
+        self._context.lease_guard.stop_renewing(self._message.reply)
 
     async def _settle(self, payload: bytes) -> None:
         # The server confirms every kind of settlement that has a reply subject. A late one is still

@@ -244,14 +244,14 @@ class Topology:
                 config["num_replicas"] = self._replicas
         return configs
 
-    def _beside(self, wanted: Config, found: Config) -> Config:
+    def _start_background_task(self, wanted: Config, found: Config) -> Config:
         """What is wanted of a stream that exists: its copies are its operator's, unless set."""
         if self._replicas is not None:
             return wanted
         return {**wanted, "num_replicas": found["num_replicas"]}
 
     def _compare_stream(self, wanted: Config, found: Config) -> None:
-        _compare(f"stream {wanted['name']}", self._beside(wanted, found), found)
+        _compare(f"stream {wanted['name']}", self._start_background_task(wanted, found), found)
 
     def _consumer(self, task: Task) -> Config:
         wanted = self._rooted(f"consumers/{task}.json")
@@ -372,7 +372,7 @@ class Topology:
         if found is None:
             await self._create_stream(wanted)
             return "created"
-        wanted = self._beside(wanted, found["config"])
+        wanted = self._start_background_task(wanted, found["config"])
         if self._would_drop(wanted, found):
             left.append(
                 f"stream {wanted['name']}: max_bytes stays at {_size(found['config']['max_bytes'])}"

@@ -102,7 +102,7 @@ class Backend:
     worker_inboxes: str = "_INBOX."
 
 
-class FrontDoor:
+class WorkerService:
     """The service of one daemon; all daemons of a task share its calls, and all of them the rest.
 
     Args:

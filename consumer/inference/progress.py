@@ -51,14 +51,15 @@ class Progress:
         self._taken_step = 0
         self._texts: list[str] = []
         self._preview: bytes | None = None
-        self._is_void = False  # what was taken belongs to a run before this one
+        self._void: Update | None = None  # says that what was taken belongs to a run before
 
     # -- in the inference thread ------------------------------------------------------------------
 
     def begin(self) -> None:
         """Note that a run begins now; one after another one starts at step 0."""
         with self._lock:
-            self._is_void = self._is_void or bool(self._taken_step)
+            if self._taken_step:
+                self._void = Update(step=0, of=max(self._of, 1))
             self._step, self._taken_step = 0, 0
             self._texts.clear()
             self._preview = None
@@ -95,12 +96,10 @@ class Progress:
     def take(self) -> list[Update]:
         """Return what is new since the last call, oldest first; empty when nothing is."""
         with self._lock:
-            updates = []
-            if self._is_void:
-                updates.append(Update(step=0, of=max(self._of, 1)))
+            updates = [] if self._void is None else [self._void]
+            self._void = None
             if self._step != self._taken_step or self._texts:
                 updates.append(self._update())
-            self._is_void = False
             return updates
 
     def _update(self) -> Update:

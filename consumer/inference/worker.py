@@ -112,7 +112,7 @@ class InferenceWorker:
         if batch:
             for ticket in batch:
                 ticket.batch = [member.progress for member in batch]
-            self._run_batch(batch)
+            batch[0].context.copy().run(self._run_batch, batch)
         return bool(batch)
 
     def _run_batch(self, batch: Sequence[Ticket]) -> None:
@@ -120,13 +120,12 @@ class InferenceWorker:
         if isinstance(result, OutOfMemory) and len(batch) == 1:
             tried = result.tried
             del result  # the tensors of the first run are freed before the second one
-            batch[0].context.run(log.warning, "out_of_memory", tried=tried)
+            log.warning("out_of_memory", tried=tried)
             result = self._run(batch, save_memory=True)
             if isinstance(result, OutOfMemory):
                 result = OutOfMemory("twice", tuple(dict.fromkeys((*tried, *result.tried))))
         elif len(batch) > 1 and _may_be_of_one_member(result):
-            error = type(result).__name__
-            batch[0].context.run(log.warning, "batch_failed", of=len(batch), error=error)
+            log.warning("batch_failed", of=len(batch), error=type(result).__name__)
             del result
             self._run_one_by_one(batch)
             return
@@ -138,7 +137,7 @@ class InferenceWorker:
             if self._queue.closed:
                 self._finish([ticket], DeviceLost("the device was lost before this run"))
             else:
-                self._run_batch([ticket])
+                ticket.context.copy().run(self._run_batch, [ticket])
 
     def _run(self, batch: Sequence[Ticket], *, save_memory: bool = False) -> _Result:
         """Call the runner; return what it returns or raises."""
@@ -149,7 +148,7 @@ class InferenceWorker:
         self._notify(_begin, batch)
         try:
             runs = [ticket.run for ticket in batch if ticket.run is not None]
-            return batch[0].context.run(self._runner.run, runs, save_memory=save_memory)
+            return self._runner.run(runs, save_memory=save_memory)
         except BaseException as error:  # noqa: BLE001 - it is for the job
             if isinstance(error, DeviceLost):
                 self._queue.close()

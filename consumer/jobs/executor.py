@@ -75,7 +75,7 @@ class Limits:
     retry_delay: float = 2.0
 
 
-class Execution:
+class Executor:
     """Processes the deliveries of one worker.
 
     Args:

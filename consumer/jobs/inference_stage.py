@@ -16,7 +16,13 @@ from consumer.jobs.states import State
 from consumer.ports.bus import Events
 from consumer.ports.model import DeviceLost, ModelDescription, Runner, RunnerOutput, RunRequest
 from consumer.ports.telemetry import Observer
-from generation_contracts import ProgressEvent, Request, StartedEvent
+from generation_contracts import (
+    ImageToTextRequest,
+    ProgressEvent,
+    Request,
+    StartedEvent,
+    TextToImageRequest,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,6 +138,10 @@ class InferenceStage:
         log.info("job_started", queued=round(job.queued, 3))
 
     async def _publish_progress(self, job: Job, update: Update) -> None:
+        request = job.request
+        streams = isinstance(request, ImageToTextRequest) and request.stream
+        previews = isinstance(request, TextToImageRequest) and request.preview
+        preview = update.preview if previews else None
         each, left = update.seconds_per_step, update.of - update.step
         progress = ProgressEvent(
             **self._event_fields(job),
@@ -139,7 +149,7 @@ class InferenceStage:
             of=update.of,
             seconds_per_step=each,
             eta=None if each is None else each * left,
-            text=update.text or None,
-            preview=None if update.preview is None else base64.b64encode(update.preview).decode(),
+            text=update.text or None if streams else None,
+            preview=None if preview is None else base64.b64encode(preview).decode(),
         )
         await self._events.publish_progress(progress, trace_parent=job.envelope.trace_parent)

@@ -50,7 +50,7 @@ def run_once(model: "LoadedModel", task: Task, settings: tuple[str, ...]) -> Non
         raise _refusal(settings, failure)
 
 
-def try_once(model: "LoadedModel", task: Task, reasons: tuple[str, ...]) -> None:
+def probe_once(model: "LoadedModel", task: Task, reasons: tuple[str, ...]) -> None:
     """Show by one output that a model works, where no setting asked for the run.
 
     The run saves memory where it must, as a job does. A run that is out of memory shows nothing:

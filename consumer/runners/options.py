@@ -26,13 +26,13 @@ _FOR_PICTURES = (
 _FOR_TEXTS = ("max_image_pixels",)
 
 # Whether these work shows in a run: a kernel may refuse the device, a family the cache.
-_SHOWN_BY_A_RUN = ("quantization", "attention", "step_cache", "compile", "device_map", "warm_up")
+_NEEDING_PROBE = ("quantization", "attention", "step_cache", "compile", "device_map", "warm_up")
 
 _BY_PARTS = {"sequential", "group"}  # what moves weights layer by layer
 _FEWEST_GPUS = 2  # to share parts out over
 
 
-def see_that_they_fit(task: Task, config: ModelConfig, placement: Placement) -> None:
+def validate_options(task: Task, config: ModelConfig, placement: Placement) -> None:
     """Refuse settings that contradict each other, the task or this machine.
 
     Raises:
@@ -40,12 +40,12 @@ def see_that_they_fit(task: Task, config: ModelConfig, placement: Placement) -> 
     """
     for line in _refusals(task, config, placement):
         raise ModelUnavailable(line)
-    quantization.see_that_it_can_be(config, placement)
+    quantization.require_quantization(config, placement)
 
 
-def shown_by_a_run(config: ModelConfig) -> tuple[str, ...]:
+def options_needing_probe(config: ModelConfig) -> tuple[str, ...]:
     """The settings in use that a first run must show to work."""
-    return _in_use(config, _SHOWN_BY_A_RUN)
+    return _in_use(config, _NEEDING_PROBE)
 
 
 def _refusals(task: Task, config: ModelConfig, placement: Placement) -> Iterator[str]:

@@ -32,7 +32,7 @@ _DENOISERS = ("transformer", "unet")
 _INT4_GROUP = 128  # weights with one scale; torchao's own default
 
 
-def see_that_it_can_be(config: ModelConfig, placement: Placement) -> None:
+def require_quantization(config: ModelConfig, placement: Placement) -> None:
     """Refuse a quantization that cannot be had here, before anything is loaded.
 
     Raises:

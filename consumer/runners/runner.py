@@ -62,7 +62,7 @@ class ModelRunner:
         model: LoadedModel = libraries.import_with_all(_MODULES[self._task]).load(self._config)
         from consumer.runners import first_run, options
 
-        if settings := options.shown_by_a_run(self._config):
+        if settings := options.options_needing_probe(self._config):
             first_run.run_once(model, self._task, settings)
         self._model = model
         log.info("model_loaded", **model.description.info.model_dump())

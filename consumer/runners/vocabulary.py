@@ -16,7 +16,7 @@ from consumer.ports.model import ModelUnavailable
 _WORD = "red"  # in every vocabulary, at least as letters
 
 
-def see_that_none_are_missing(folder: Path, index: Mapping[str, Any], name: str) -> None:
+def require_all_weights(folder: Path, index: Mapping[str, Any], name: str) -> None:
     """Refuse a pipeline one of whose tokenizers has no vocabulary.
 
     Args:

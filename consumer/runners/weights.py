@@ -15,7 +15,7 @@ from consumer.runners.device import Placement
 _OWN_MEMORY = {"cuda"}  # devices to which main memory would be a detour; mps has no other
 
 
-def straight_to_the_device(placement: Placement, config: ModelConfig) -> dict[str, Any]:
+def direct_load_kwargs(placement: Placement, config: ModelConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained`, with which main memory need not hold all of the weights.
 
     Each goes from its file to the device; not where an option puts them in their places by itself.
@@ -25,7 +25,7 @@ def straight_to_the_device(placement: Placement, config: ModelConfig) -> dict[st
     return {"device_map": placement.device.type} if straight else {}
 
 
-def see_that_none_were_invented(info: Mapping[str, Any], name: str) -> None:
+def require_no_new_weights(info: Mapping[str, Any], name: str) -> None:
     """Refuse a model of transformers that filled gaps with random weights.
 
     Args:
@@ -39,7 +39,7 @@ def see_that_none_were_invented(info: Mapping[str, Any], name: str) -> None:
     _refuse(sorted(invented), name)
 
 
-def see_that_none_are_missing(module: torch.nn.Module, name: str) -> None:
+def require_all_weights(module: torch.nn.Module, name: str) -> None:
     """Refuse a model of diffusers that left gaps: such weights stay on the meta device.
 
     Raises:

@@ -15,8 +15,8 @@ import click
 import numpy as np
 from PIL import Image
 
-from consumer.media.codec import ImageCodec
 from consumer.media import png_writer as png
+from consumer.media.codec import ImageCodec
 
 FOREVER = 3_600.0  # seconds
 

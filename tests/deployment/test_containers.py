@@ -20,7 +20,7 @@ import yaml
 from huggingface_hub import get_token
 
 from consumer.app.metrics import Metrics
-from consumer.app.probes import Probes, Watch
+from consumer.app.probes import Probes, Telemetry
 from consumer.gateway.keys import KeyFile, Keys
 from consumer.gateway.serve import require_keys_where_others_call
 from consumer.gateway.tenants import Bounds
@@ -116,7 +116,7 @@ def locked() -> dict[str, str]:
 
 
 def probe_paths() -> set[str]:
-    probes = Probes(Watch(Metrics(Task.TEXT_TO_IMAGE)), host="127.0.0.1", port=0)
+    probes = Probes(Telemetry(Metrics(Task.TEXT_TO_IMAGE)), host="127.0.0.1", port=0)
     return {resource.canonical for resource in probes._runner.app.router.resources()}
 
 

@@ -28,7 +28,7 @@ from fastapi.routing import APIRoute
 from consumer.app.composition import make_topology
 from consumer.app.daemon import FORCE_AFTER
 from consumer.app.metrics import Metrics
-from consumer.app.probes import SHUTDOWN_TIMEOUT, Probes, Watch
+from consumer.app.probes import SHUTDOWN_TIMEOUT, Probes, Telemetry
 from consumer.app.tracing import FLUSH_WITHIN
 from consumer.bus.connection import CLOSE_TIMEOUT, connect
 from consumer.endpoints.worker_service import EMPTY_WITHIN
@@ -411,7 +411,7 @@ def patience(probe: Manifest) -> int:
 
 
 def test_the_probes_are_there_to_answer() -> None:
-    probes = Probes(Watch(Metrics("task")), host="127.0.0.1", port=0)
+    probes = Probes(Telemetry(Metrics("task")), host="127.0.0.1", port=0)
     paths = {route.resource.canonical for route in probes._runner.app.router.routes()}
     assert paths == {"/livez", "/readyz", "/metrics"}
     worker = container(the_worker())

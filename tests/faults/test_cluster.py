@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from consumer.app.probes import Unwatched
+from consumer.app.probes import NullObserver
 from consumer.bus.connection import connect
 from consumer.bus.publishing import JetStreamEvents
 from consumer.devstack import NatsServer
@@ -122,7 +122,7 @@ async def test_many_workers_at_once_store_one_result_and_return_it(scene: Cluste
     bus = await connect(bus_settings(scene.stack.nats.url), name="test", within=WITHIN)
     said: list[bool] = []
 
-    class Watching(Unwatched):
+    class Watching(NullObserver):
         def bus_writable(self, writable: bool, reason: str = "") -> None:
             said.append(writable)
 

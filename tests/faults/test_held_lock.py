@@ -57,13 +57,13 @@ async def test_lock_that_is_held_too_long_costs_the_lease_and_the_process(scene:
 
 async def test_standby_ends_with_its_worker(scene: Scene) -> None:
     worker = await scene.start()
-    standby = standby_of(worker)
+    lease_guard = standby_of(worker)
     os.kill(worker.pid, signal.SIGKILL)
 
     async def gone() -> bool:
-        return not exists(standby)
+        return not exists(lease_guard)
 
-    await scene.until(gone, "end of the standby")
+    await scene.until(gone, "end of the lease_guard")
 
 
 async def test_standby_that_is_killed_is_replaced_and_knows_the_leases(scene: Scene) -> None:
@@ -78,7 +78,7 @@ async def test_standby_that_is_killed_is_replaced_and_knows_the_leases(scene: Sc
     async def replaced() -> bool:
         return worker.log_since_start().count("standby_connected") == 2
 
-    await scene.until(replaced, "new standby")
+    await scene.until(replaced, "new lease_guard")
     (scene.folder / "hold").touch()
     await scene.noted("holding")
     await scene.start()
@@ -115,21 +115,21 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     await scene.logged(worker, "standby_connected")
     request_id = await scene.submit()
     await scene.noted("runs")
-    standby = standby_of(worker)
+    lease_guard = standby_of(worker)
     taken = await pulled(scene)
-    for pid in (worker.pid, standby):
+    for pid in (worker.pid, lease_guard):
         os.kill(pid, signal.SIGSTOP)
     await taken.next_msg(timeout=WITHIN)  # the lease has run out
     beats = await scene.sender.subscribe(f"$JS.ACK.{scene.subjects.requests_stream(scene.task)}.>")
     await scene.sender.flush()
-    os.kill(standby, signal.SIGCONT)
+    os.kill(lease_guard, signal.SIGCONT)
     assert (await beats.next_msg(timeout=WITHIN)).data == b"+WPI", "it stands in, and kills nobody"
     os.kill(worker.pid, signal.SIGCONT)
     (scene.folder / "hold").touch()
     event = await scene.event(request_id)
     assert event["type"] == "generation.v1.succeeded"
     assert worker.alive
-    assert standby_of(worker) == standby
+    assert standby_of(worker) == lease_guard
     await scene.emptied()
 
 
@@ -138,7 +138,7 @@ async def test_standby_ends_though_a_fork_keeps_its_input_open(scene: Scene) -> 
     await scene.apply(CONSUMER_ACK_WAIT=str(3 * ACK_WAIT))
     dying = await scene.start("survived_by_a_fork")
     await scene.logged(dying, "standby_connected")
-    standby = standby_of(dying)
+    lease_guard = standby_of(dying)
     request_id = await scene.submit()
     await scene.noted("run")
     # The server takes the dead worker's connection, which the fork has too, to be there still.
@@ -150,9 +150,9 @@ async def test_standby_ends_though_a_fork_keeps_its_input_open(scene: Scene) -> 
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
 
     async def gone() -> bool:
-        return not exists(standby)
+        return not exists(lease_guard)
 
-    await scene.until(gone, "end of the standby")
+    await scene.until(gone, "end of the lease_guard")
     (fork,) = scene.notes("forks")
     assert exists(int(fork)), "else this shows nothing"
     (scene.folder / "end").touch()

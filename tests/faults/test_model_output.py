@@ -17,7 +17,7 @@ from PIL import Image
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
 from consumer.jobs.admission import Admission
-from consumer.jobs.executor import Execution, Limits
+from consumer.jobs.executor import Executor, Limits
 from consumer.media.codec import ImageCodec
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from generation_contracts import FailedEvent, FailureCode, ImageArtifact, SucceededEvent, Task
@@ -42,13 +42,13 @@ class Worker:
         self._runner = runner
         self._run_queue = RunQueue()
         self._inference = InferenceWorker(runner, self._run_queue)
-        self._execution: Execution
+        self._executor: Executor
 
     async def open(self) -> None:
         model = await self._inference.start()
         self.pipe: Any = vars(self._runner._model)["_pipe"]
         world = self.world
-        self._execution = Execution(
+        self._executor = Executor(
             worker="worker-1",
             admission=Admission(TASK, world.subjects, ()),
             limits=Limits(ack_wait=LONG, max_attempts=3, stall_timeout=LONG, retry_delay=0.0),
@@ -74,7 +74,7 @@ class Worker:
         await self.world.send(json.dumps(body).encode())
         while len(self.world.queue):
             delivery = self.world.queue.take()
-            assert await self._execution.handle(delivery) is None
+            assert await self._executor.handle(delivery) is None
         return delivery
 
     async def pixels(self, request_id: str) -> bytes:

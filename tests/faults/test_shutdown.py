@@ -75,7 +75,7 @@ async def done_by_another(scene: Scene, request_id: str) -> Event:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_idle(scene: Scene, number: signal.Signals) -> None:
     worker = await scene.start()
-    assert len(group(worker.pid)) == 2, "the worker and its standby"
+    assert len(group(worker.pid)) == 2, "the worker and its lease_guard"
     worker.signal(number)
     assert await gone(scene, worker) == 0
     assert scene.runs() == []

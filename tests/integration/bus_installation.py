@@ -19,7 +19,7 @@ from nats.js.api import ConsumerInfo
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import Bus, connect
 from consumer.bus.delivery import DeliveryContext, JetStreamDelivery
-from consumer.bus.lease_guard.guard import Standby
+from consumer.bus.lease_guard.guard import LeaseGuard
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
 from consumer.bus.topology import Durable, Topology
@@ -189,7 +189,9 @@ class Installation:
     def context(self, bus: Bus, durable: Durable) -> DeliveryContext:
         """What deliveries need, with a standby that is not started."""
         marks = AttemptMarks(bus, self.subjects, TASK)
-        return DeliveryContext(bus, durable.ack_wait, marks, Standby(bus_settings(self.server.url)))
+        return DeliveryContext(
+            bus, durable.ack_wait, marks, LeaseGuard(bus_settings(self.server.url))
+        )
 
     def events_of(self, worker: Worker) -> JetStreamEvents:
         """The publishing side of a worker, on its own connection."""

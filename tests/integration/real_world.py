@@ -27,7 +27,7 @@ from consumer.background_tasks import cancel_and_wait
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import connect
 from consumer.bus.delivery import DeliveryContext
-from consumer.bus.lease_guard.guard import Standby
+from consumer.bus.lease_guard.guard import LeaseGuard
 from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.pull import PullLoop
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
@@ -36,7 +36,7 @@ from consumer.devstack import DevStack
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
 from consumer.jobs.admission import Admission
-from consumer.jobs.executor import Execution, Limits
+from consumer.jobs.executor import Executor, Limits
 from consumer.media.codec import ImageCodec
 from consumer.ports.bus import DeadLetter, ResultEvent
 from consumer.ports.media import EncodedImage
@@ -271,7 +271,7 @@ class RealWorld:
         self.bus = bus
         self.runner = ScriptedRunner()
         self.observer = MemoryObserver()
-        self.execution: Execution
+        self.executor: Executor
 
     @classmethod
     async def make(
@@ -321,11 +321,11 @@ class RealWorld:
         queue = JetStreamQueue(bus, self._subjects, names)
         workers = BroadcastWorkers(bus, self._subjects, task=self._task, durables=names)
 
-        def start() -> Execution:
+        def start() -> Executor:
             run_queue = RunQueue()
             parts.callback(run_queue.close)
             InferenceWorker(self.runner, run_queue, on_busy=self.observer.device_busy).start()
-            return Execution(
+            return Executor(
                 worker="worker-1",
                 admission=Admission(self._task, self._subjects, self._settings.reply_prefixes),
                 limits=Limits(**numbers),
@@ -341,9 +341,9 @@ class RealWorld:
             )
 
         self._start = start
-        self.execution = self._start()
+        self.executor = self._start()
         marks = AttemptMarks(bus, self._subjects, self._task)
-        context = DeliveryContext(bus, durable.ack_wait, marks, Standby(self._settings))
+        context = DeliveryContext(bus, durable.ack_wait, marks, LeaseGuard(self._settings))
         self._pull = PullLoop(bus, durable, ensure=ensure, context=context)
         await self._pull.start()
         parts.push_async_callback(self._pull.close)
@@ -371,9 +371,9 @@ class RealWorld:
     async def work(self) -> int | None:
         delivery = await self._pull.next()
         assert delivery is not None
-        code = await self.execution.handle(delivery)
+        code = await self.executor.handle(delivery)
         if code is not None:  # the process ends, and its supervisor starts another one
-            self.execution = self._start()
+            self.executor = self._start()
         return code
 
     async def left(self) -> int:

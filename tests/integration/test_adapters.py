@@ -604,7 +604,7 @@ def test_offloading_goes_with_adapters(
 ) -> None:
     cpu = Placement(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(diffusion, "place", lambda _: cpu)  # it stands for an accelerator
-    monkeypatch.setattr(options, "see_that_they_fit", lambda *_: None)
+    monkeypatch.setattr(options, "validate_options", lambda *_: None)
     file = save_adapter(pipeline(plain), tmp_path)
     runner = load(model_folder("stable_diffusion_3"), offload="group", adapters={"ink": str(file)})
     assert pixels(runner, adapters={"ink": 1}) != pixels(plain)

@@ -24,7 +24,7 @@ from PIL import Image
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from consumer.app.probes import Unwatched
+from consumer.app.probes import NullObserver
 from consumer.artifacts import (
     ObjectStoreArtifacts,
     StoreConfig,
@@ -430,7 +430,7 @@ def test_the_url_is_signed_for_the_host_that_clients_send(
         s3_access_key=store.access_key,
         s3_secret_key=SecretStr(store.secret_key),
     )
-    artifacts = ObjectStoreArtifacts(store_config(settings), observer=Unwatched())
+    artifacts = ObjectStoreArtifacts(store_config(settings), observer=NullObserver())
     url = urlsplit(artifacts._presigner.presigned_get_object(BUCKET, "outputs/hosts.png"))
     assert url.netloc == sent  # what every client connects to and writes into the header
     request = urllib.request.Request(f"{store.endpoint}{url.path}?{url.query}")  # noqa: S310 - http

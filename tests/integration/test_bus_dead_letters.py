@@ -11,9 +11,9 @@ from nats.js.api import RawStreamMsg
 from nats.js.errors import NotFoundError
 
 from consumer.bus.connection import Bus, BusUnavailable
+from consumer.bus.dead_letters import listing as dead_letters
+from consumer.bus.dead_letters import replay as replaying
 from consumer.bus.dead_letters.listing import DeadLetters, NoSuchLetter, StoredLetter
-from consumer.bus.dead_letters.listing import listing as dead_letters
-from consumer.bus.dead_letters.listing import replay as replaying
 from consumer.bus.dead_letters.replay import NotReplayed, Replay, Replayer
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.bus.reading import StoredMessage

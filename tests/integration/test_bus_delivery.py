@@ -8,7 +8,7 @@ import pytest
 
 from consumer.bus import delivery
 from consumer.bus.connection import BusUnavailable
-from consumer.bus.lease_guard.guard import Standby
+from consumer.bus.lease_guard.guard import LeaseGuard
 from tests.conftest import InstallationOf, StartNats
 from tests.integration.bus_installation import (
     MUTE,
@@ -228,8 +228,8 @@ async def test_a_renewal_is_reported_only_when_the_connection_is_there(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports: list[str] = []
-    monkeypatch.setattr(Standby, "alive", lambda *_: reports.append("alive"))
-    monkeypatch.setattr(Standby, "renewed", lambda *_: reports.append("renewed"))
+    monkeypatch.setattr(LeaseGuard, "alive", lambda *_: reports.append("alive"))
+    monkeypatch.setattr(LeaseGuard, "renewed", lambda *_: reports.append("renewed"))
     worker = await installation.worker()
     await installation.publish()
     delivered = await take(worker)

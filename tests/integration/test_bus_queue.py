@@ -10,7 +10,7 @@ from nats.aio.msg import Msg
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.endpoints import worker_service as front_door
-from consumer.endpoints.worker_service import Backend, FrontDoor
+from consumer.endpoints.worker_service import Backend, WorkerService
 from consumer.ports.bus import IdLookup, StopAck
 from generation_contracts import ModelInfo, Subjects, Task
 from tests.integration.bus_installation import TASK, Installation, soon, take
@@ -157,7 +157,7 @@ class Listening:
         self.stopped.append(request_id)
         return StopAck.STOPPING if request_id in self.ids else None
 
-    async def start(self, installation: Installation) -> FrontDoor:
+    async def start(self, installation: Installation) -> WorkerService:
         """Listen on the installation's connection."""
 
         async def cancel(_: str) -> Any:
@@ -174,7 +174,7 @@ class Listening:
             is_running=self.ids.__contains__,
             observer=MemoryObserver(),
         )
-        door = FrontDoor(installation.bus, installation.subjects, backend)
+        door = WorkerService(installation.bus, installation.subjects, backend)
         await door.start()
         return door
 

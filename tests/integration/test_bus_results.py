@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from nats.js.errors import APIError
 
-from consumer.app.probes import Unwatched
+from consumer.app.probes import NullObserver
 from consumer.bus import publishing
 from consumer.bus.publishing import JetStreamEvents
 from consumer.ports.bus import ResultUnreadable
@@ -161,7 +161,7 @@ async def test_full_stream_is_waited_for_and_reported(
     monkeypatch.setattr(publishing, "PAUSE_MOST", 0.05)
     said: list[tuple[bool, str]] = []
 
-    class Watching(Unwatched):
+    class Watching(NullObserver):
         def bus_writable(self, writable: bool, reason: str = "") -> None:
             said.append((writable, reason))
 

@@ -1,7 +1,7 @@
 """Every family through the real from_pretrained path: what it makes, takes and refuses.
 
-The expected values are in `tests/support/family_table.py`; `docs/reference/families.md` has the same
-table.
+The expected values are in `tests/support/family_table.py`; `docs/reference/families.md` has the
+same table.
 """
 
 # mypy: allow-untyped-calls

@@ -589,10 +589,10 @@ def test_texts_are_the_same_when_weights_go_straight_to_the_device(
 )
 def test_weights_go_straight_where_no_option_places_them(other: dict[str, Any]) -> None:
     gpu = Placement(torch.device("cuda"), torch.bfloat16)
-    assert weights.straight_to_the_device(gpu, ModelConfig()) == {"device_map": "cuda"}
-    assert weights.straight_to_the_device(gpu, ModelConfig(**other)) == {}
+    assert weights.direct_load_kwargs(gpu, ModelConfig()) == {"device_map": "cuda"}
+    assert weights.direct_load_kwargs(gpu, ModelConfig(**other)) == {}
     cpu = Placement(torch.device("cpu"), torch.float32)
-    assert weights.straight_to_the_device(cpu, ModelConfig()) == {}
+    assert weights.direct_load_kwargs(cpu, ModelConfig()) == {}
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_job_with_the_step_cache_is_as_it_is_alone(
     model_folder: Folder, load: Load, shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(options, "shown_by_a_run", lambda _: ())
+        patch.setattr(options, "options_needing_probe", lambda _: ())
         alone = made(load(model_folder(FLUX), **CACHE))
     assert largest_difference(alone, made(shared_runner(FLUX))) > 0  # the cache does skip something
 
@@ -210,7 +210,7 @@ def test_a_part_that_fits_on_no_gpu_is_told(
         "_assign_components_to_devices",
         lambda *_, **__: {torch.device("cpu"): ["transformer", "vae"], "cpu": ["text_encoder"]},
     )
-    fitting = "consumer.runners.text_to_image.diffusion.options.see_that_they_fit"
+    fitting = "consumer.runners.text_to_image.diffusion.options.validate_options"
     monkeypatch.setattr(fitting, lambda *_: None)
     line = refusal(model_folder(FLUX), device_map="balanced")
     assert line.startswith("MODEL_DEVICE_MAP: text_encoder")
@@ -222,4 +222,4 @@ def test_layers_that_fit_on_no_gpu_are_told(place: str) -> None:
     model: Any = torch.nn.Module()
     model.hf_device_map = {"model.visual": 0, "model.language_model": place}
     with pytest.raises(ModelUnavailable, match="MODEL_DEVICE_MAP: the model does not fit"):
-        vision_loading._see_that_none_is_off_the_gpus(model, ModelConfig(device_map="balanced"))
+        vision_loading._require_all_on_gpus(model, ModelConfig(device_map="balanced"))

@@ -193,9 +193,9 @@ def test_settings_that_go_together_are_not_refused(machine: Machine) -> None:
         {"offload": "group", "adapters": {"pixels": "/a/folder"}, "channels_last": True},
     ]
     for given in together:
-        options.see_that_they_fit(PICTURES, ModelConfig(**given), cuda)
+        options.validate_options(PICTURES, ModelConfig(**given), cuda)
     both = ModelConfig(device_map="balanced", quantization="bitsandbytes-8bit", compile=True)
-    options.see_that_they_fit(TEXTS, both, cuda)
+    options.validate_options(TEXTS, both, cuda)
 
 
 # -- what a model lacks ---------------------------------------------------------------------------

@@ -9,14 +9,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from consumer.app.metrics import Metrics
-from consumer.app.probes import LOG_EVERY, LOGGED_REASONS, Probes, Watch
+from consumer.app.probes import LOG_EVERY, LOGGED_REASONS, Probes, Telemetry
 from consumer.telemetry import JobReport
 
 
 @pytest.fixture
-def watch() -> Watch:
+def watch() -> Telemetry:
     """Of a daemon that could take its first job."""
-    made = Watch(Metrics("text_to_image"))
+    made = Telemetry(Metrics("text_to_image"))
     made.health.bus_connected = lambda: True
     made.health.durable_present = lambda: True
     made.health.model_loaded = True
@@ -25,7 +25,7 @@ def watch() -> Watch:
 
 
 @pytest.fixture
-async def http(watch: Watch) -> AsyncIterator[aiohttp.ClientSession]:
+async def http(watch: Telemetry) -> AsyncIterator[aiohttp.ClientSession]:
     probes = Probes(watch, host="127.0.0.1", port=0)
     await probes.start()
     async with aiohttp.ClientSession(f"http://127.0.0.1:{probes.port}") as session:
@@ -54,7 +54,11 @@ async def test_ready_when_every_condition_holds(http: aiohttp.ClientSession) -> 
     ],
 )
 async def test_one_condition_that_does_not_hold_is_said_and_the_daemon_is_alive(
-    http: aiohttp.ClientSession, watch: Watch, attribute: str, value: object, said: dict[str, str]
+    http: aiohttp.ClientSession,
+    watch: Telemetry,
+    attribute: str,
+    value: object,
+    said: dict[str, str],
 ) -> None:
     setattr(watch.health, attribute, value)
     assert await readiness(http) == (503, said)
@@ -63,7 +67,7 @@ async def test_one_condition_that_does_not_hold_is_said_and_the_daemon_is_alive(
 
 
 async def test_the_store_is_said_to_be_away_until_it_answers(
-    http: aiohttp.ClientSession, watch: Watch
+    http: aiohttp.ClientSession, watch: Telemetry
 ) -> None:
     watch.store_reachable(reachable=False, reason="S3: no connection")
     assert await readiness(http) == (503, {"store": "S3: no connection"})
@@ -72,7 +76,7 @@ async def test_the_store_is_said_to_be_away_until_it_answers(
 
 
 async def test_a_lost_device_is_neither_ready_nor_alive(
-    http: aiohttp.ClientSession, watch: Watch
+    http: aiohttp.ClientSession, watch: Telemetry
 ) -> None:
     watch.health.device_lost = True
     assert await readiness(http) == (503, {"device": "lost"})
@@ -81,7 +85,7 @@ async def test_a_lost_device_is_neither_ready_nor_alive(
 
 
 async def test_metrics_tell_jobs_stages_and_the_device(
-    http: aiohttp.ClientSession, watch: Watch
+    http: aiohttp.ClientSession, watch: Telemetry
 ) -> None:
     watch.job_started()
     watch.device_busy(1.5)
@@ -105,7 +109,7 @@ async def test_metrics_tell_jobs_stages_and_the_device(
 
 
 async def test_metrics_tell_which_condition_of_readiness_holds(
-    http: aiohttp.ClientSession, watch: Watch
+    http: aiohttp.ClientSession, watch: Telemetry
 ) -> None:
     watch.store_reachable(reachable=False, reason="S3: no connection")
     watch.bus_writable(writable=False, reason="GENERATION_RESULTS: maximum bytes exceeded")
@@ -154,7 +158,7 @@ OK = ""  # the store has answered
     ids=["repeated", "alternating", "with successes"],
 )
 def test_each_reason_of_the_store_is_logged_once_in_a_while(
-    watch: Watch, monkeypatch: pytest.MonkeyPatch, sequence: list[str], logged: list[object]
+    watch: Telemetry, monkeypatch: pytest.MonkeyPatch, sequence: list[str], logged: list[object]
 ) -> None:
     now = 1_000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -175,7 +179,7 @@ def test_each_reason_of_the_store_is_logged_once_in_a_while(
 
 
 def test_recovery_is_logged_after_each_logged_failure(
-    watch: Watch, monkeypatch: pytest.MonkeyPatch
+    watch: Telemetry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1_000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -14,7 +14,7 @@ from minio import Minio
 from minio.error import S3Error
 from PIL import Image
 
-from consumer.app.probes import Unwatched
+from consumer.app.probes import NullObserver
 from consumer.artifacts import ObjectStoreArtifacts, store_config
 from consumer.devstack import ChildProcess, ObjectStore, free_ports
 from consumer.devstack.loopback import HOST, http_status
@@ -63,7 +63,7 @@ class Users:
             s3_secret_key=key.secret_key,  # type: ignore[arg-type] # as the environment gives it
             s3_bucket=BUCKET,
         )
-        return ObjectStoreArtifacts(store_config(settings), observer=Unwatched())
+        return ObjectStoreArtifacts(store_config(settings), observer=NullObserver())
 
     def make_worker(self) -> None:
         """By the program that compose runs for MinIO."""

@@ -204,7 +204,7 @@ def test_a_family_with_one_size_of_pictures_refuses_very_narrow_ones(runner_of: 
 
 def test_an_edge_that_is_a_length_is_not_taken_for_a_number_of_pixels() -> None:
     processor = importlib.import_module("transformers").SmolVLMImageProcessor()
-    budget = importlib.import_module("consumer.runners.image_to_text.pictures").PictureBudget.of(
+    budget = importlib.import_module("consumer.runners.image_to_text.image_budget").ImageBudget.of(
         processor, 240_000
     )
     assert processor.size.longest_edge < 240_000

@@ -370,7 +370,7 @@ class OfSize:
 @pytest.fixture(scope="module")
 def pictures() -> Any:
     """The module that makes images fit; it imports torch."""
-    return importlib.import_module("consumer.runners.image_to_text.pictures")
+    return importlib.import_module("consumer.runners.image_to_text.image_budget")
 
 
 tokens = st.integers(1, 2000)
@@ -383,7 +383,7 @@ def test_every_image_fits_the_budget(
 ) -> None:
     width, height = size
     most = max((least + more) * TILE + odd, least * TILE)
-    budget = pictures.PictureBudget(most=most, least=least * TILE, patch=14)
+    budget = pictures.ImageBudget(most=most, least=least * TILE, patch=14)
     if max(width, height) > 200 * min(width, height):
         with pytest.raises(UnsupportedParameter, match="more than 200 times"):
             budget.fit([OfSize(width, height)])

@@ -160,7 +160,7 @@ class Crew:
         waits = not (worker.place or worker.run or self.world.bus.away)
         at_the_store = waits or worker.place in AT_THE_STORE
         one = story.sent.request_id if reason is StopReason.CANCEL else None
-        found = worker.execution.interrupt(reason, one)
+        found = worker.executor.interrupt(reason, one)
         if story.exhausted and not found:
             return  # the worker checks the request and has no job yet
         self._claim(found, f"{reason} finds no job")

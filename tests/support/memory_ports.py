@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from consumer.jobs.executor import Execution
+from consumer.jobs.executor import Executor
 from consumer.ports.bus import (
     DeadLetter,
     Delivery,
@@ -389,7 +389,7 @@ class MemoryWorkers:
 
     def __init__(self) -> None:
         self.idle = False
-        self.asked: list[Execution] = []
+        self.asked: list[Executor] = []
 
     async def request_stop(self, request_id: str) -> asyncio.Future[StopAck | None]:
         raise AssertionError(f"a job cancels no other requests: {request_id}")

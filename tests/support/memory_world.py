@@ -6,7 +6,7 @@ from typing import Any
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
 from consumer.jobs.admission import Admission
-from consumer.jobs.executor import Execution, Limits
+from consumer.jobs.executor import Executor, Limits
 from consumer.ports.bus import DeadLetter, ResultEvent
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task
 from tests.support.memory_ports import (
@@ -71,13 +71,13 @@ class MemoryWorld:
         self._prompt_in_images = prompt_in_images
         self._room = {"max_batch": max_batch, "window": window}
         self._most_in_flight = most_in_flight
-        self.execution = self._start()
+        self.executor = self._start()
 
-    def _start(self) -> Execution:
+    def _start(self) -> Executor:
         """Start a worker process: its inference thread, and what hands requests to it."""
         self.run_queue = RunQueue(**self._room)
         InferenceWorker(self.runner, self.run_queue, on_busy=self.observer.device_busy).start()
-        return Execution(
+        return Executor(
             worker="worker-1",
             admission=Admission(self.task, self.subjects, ("_INBOX.", "generation.reply.")),
             limits=self._limits,
@@ -105,9 +105,9 @@ class MemoryWorld:
 
     async def work(self) -> int | None:
         delivery = self.delivery = self.queue.take()
-        code = await self.execution.handle(delivery)
+        code = await self.executor.handle(delivery)
         if code is not None:  # the process ends, and its supervisor starts a new one
-            self.execution = self._start()
+            self.executor = self._start()
         return code
 
     async def left(self) -> int:

@@ -19,10 +19,9 @@ import pytest
 
 from consumer.inference import monitor, progress, run_queue
 from consumer.inference.run_queue import RunQueue, Ticket
-from consumer.jobs import admission, chain_continuation, finalizer, inference_stage
-from consumer.jobs import executor as execution
+from consumer.jobs import admission, chain_continuation, executor, finalizer, inference_stage
 from consumer.jobs.admission import Admission
-from consumer.jobs.executor import Execution, Limits
+from consumer.jobs.executor import Executor, Limits
 from consumer.ports.bus import Delivery
 from consumer.ports.model import OutOfMemory, RunnerOutput, RunRequest
 from generation_contracts import Subjects, Task
@@ -214,7 +213,7 @@ class SteppedWorker:
         self._dead = False
         self._stops: list[tuple[str, asyncio.Future[None]]] = []
         runner = ScriptedRunner()
-        self.execution = Execution(
+        self.executor = Executor(
             worker=name,
             admission=Admission(world.task, world.subjects, ("_INBOX.",)),
             limits=world.limits,
@@ -237,7 +236,7 @@ class SteppedWorker:
         """Start to handle a delivery, or an exhausted one, up to the first call."""
         self.watcher = watcher
         stepped = cast("Delivery", self._stepped(delivery))
-        handle = self.execution.handle_exhausted if exhausted else self.execution.handle
+        handle = self.executor.handle_exhausted if exhausted else self.executor.handle
         self.job = self._loop.create_task(handle(stepped))
         self._loop.rest()
 
@@ -354,7 +353,7 @@ class SteppedWorld:
         clock = SimpleNamespace(monotonic=self.loop.time)
         for module in (inference_stage, monitor, progress, run_queue):
             self._patches.setattr(module, "time", clock)
-        for module in (admission, chain_continuation, execution, finalizer, memory_ports):
+        for module in (admission, chain_continuation, executor, finalizer, memory_ports):
             self._patches.setattr(module, "datetime", _clock_of(self.loop))
 
     def close(self) -> None:
@@ -370,7 +369,7 @@ class SteppedWorld:
         """Start a process."""
         self._workers += 1
         worker = SteppedWorker(self, f"worker-{self._workers}")
-        self.workers.asked.append(worker.execution)
+        self.workers.asked.append(worker.executor)
         return worker
 
 

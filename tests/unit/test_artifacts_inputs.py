@@ -6,7 +6,7 @@ import pytest
 from minio.error import S3Error
 from urllib3.response import HTTPResponse
 
-from consumer.app.probes import Unwatched
+from consumer.app.probes import NullObserver
 from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, StoreMisconfigured
 from consumer.ports.media import InputUnavailable
 from consumer.ports.store import StoreUnavailable
@@ -36,7 +36,7 @@ def fetch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Awaitable[byt
     )
 
     async def refused(code: str, status: int) -> bytes:
-        artifacts = ObjectStoreArtifacts(config, observer=Unwatched())
+        artifacts = ObjectStoreArtifacts(config, observer=NullObserver())
         monkeypatch.setattr(artifacts, "_client", RefusingClient(code, status))
         try:
             return await artifacts.fetch(REFERENCE, max_bytes=100)

@@ -111,7 +111,7 @@ async def test_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> 
     daemon = Daemon(settings, lambda _: world.runner)
     durable: Any = type("Durable", (), {"ack_wait": 1.0, "max_ack_pending": 1, "max_attempts": 3})
     ports: Any = world
-    execution = daemon._make_execution(
+    executor = daemon._make_executor(
         durable=durable,
         model=world.runner.description,
         runner=world.runner,
@@ -120,4 +120,4 @@ async def test_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> 
         workers=ports.workers,
         artifacts=ports.artifacts,
     )
-    assert execution._image_stages.prompt_in_files is setting
+    assert executor._image_stages.prompt_in_files is setting

@@ -103,18 +103,18 @@ async def test_subject_and_body_that_differ_end_no_other_id(world: MemoryWorld) 
 
 
 async def test_exhausted_copy_is_not_settled_while_the_request_runs(world: MemoryWorld) -> None:
-    world.workers.asked.append(world.execution)
+    world.workers.asked.append(world.executor)
     hold = world.runner.will_hold()
     await world.send(asking())
     await world.send(asking(reply_to=INBOX))
-    first = asyncio.create_task(world.execution.handle(world.queue.take()))
+    first = asyncio.create_task(world.executor.handle(world.queue.take()))
     exhausted = world.queue.take()
     await soon(hold.begun())
-    await world.execution.handle_exhausted(exhausted)
+    await world.executor.handle_exhausted(exhausted)
     assert (await world.result("a"), exhausted.settlements) == (None, [])
     hold.release()
     await soon(first)
-    await world.execution.handle_exhausted(exhausted)
+    await world.executor.handle_exhausted(exhausted)
     assert exhausted.settlements == ["ack"]
     assert await world.replies() == [(INBOX, await world.result("a"))]
 
@@ -133,7 +133,7 @@ async def test_requeues_do_not_end_a_max_deliver_exhausted_request(
         delivery = world.queue.take()
         await (delivery.requeue() if number < requeued else delivery.nak())
     (exhausted,) = world.queue.exhausted
-    await world.execution.handle_exhausted(exhausted)
+    await world.executor.handle_exhausted(exhausted)
     while await world.left():
         await soon(world.work())
     assert isinstance(await world.result("a"), ends)
@@ -147,7 +147,7 @@ async def test_exhausted_request_stays_in_its_stream_if_the_retry_stream_is_full
     await world.queue.take().requeue()
     (exhausted,) = world.queue.exhausted
     world.events.retries_full = QueueFull()
-    await world.execution.handle_exhausted(exhausted)
+    await world.executor.handle_exhausted(exhausted)
     assert (exhausted.settlements, await world.result("a")) == (["requeue"], None)
 
 
@@ -171,7 +171,7 @@ async def test_copy_ends_nothing_while_the_older_message_is_in_the_stream(
     assert await world.result("a") is None
     ((subject, reply),) = await world.replies()
     assert (subject, failure(reply)) == (OTHER_INBOX, code)
-    await soon(world.execution.handle(older))
+    await soon(world.executor.handle(older))
     assert isinstance(await world.result("a"), SucceededEvent)
 
 
@@ -184,7 +184,7 @@ async def test_copy_is_queued_again_while_another_worker_has_the_older_message(
     for _ in range(2):  # the copy neither runs nor waits in this worker
         await soon(world.work())
     assert world.runner.runs == []
-    await soon(world.execution.handle(older))
+    await soon(world.executor.handle(older))
     await soon(world.work())
     assert await world.replies() == [(OTHER_INBOX, await world.result("a"))]
     assert len(world.runner.runs) == 1
@@ -214,11 +214,11 @@ async def test_request_that_waits_for_its_next_attempt_keeps_its_id(
     await world.send(copy, request_id="a")
     copied = world.queue.take()
     world.queue.in_flight_only(copied)
-    await soon(world.execution.handle(copied))
+    await soon(world.executor.handle(copied))
     ((_, reply),) = await world.replies()
     assert failure(reply) == code
     assert await world.result("a") is None
-    await soon(world.execution.handle(retried))
+    await soon(world.executor.handle(retried))
     assert isinstance(await world.result("a"), SucceededEvent)
 
 
@@ -247,7 +247,7 @@ async def test_requeued_request_is_not_isolated(world: MemoryWorld) -> None:
     hold = world.runner.will_hold()
     requeued = asyncio.create_task(world.work())
     await soon(hold.begun())
-    await soon(world.execution.room())  # an isolated request admits no others
+    await soon(world.executor.room())  # an isolated request admits no others
     hold.release()
     await soon(requeued)
 
@@ -255,7 +255,7 @@ async def test_requeued_request_is_not_isolated(world: MemoryWorld) -> None:
 async def test_cancellation_that_arrives_before_its_request_takes_effect(
     world: MemoryWorld,
 ) -> None:
-    assert await world.execution.request_stop("a") is None
+    assert await world.executor.request_stop("a") is None
     await world.send(asking(reply_to=INBOX))
     await soon(world.work())
     assert isinstance(await world.result("a"), CancelledEvent)
@@ -279,7 +279,7 @@ async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(world: Memo
     await world.send(step)
     working = asyncio.create_task(world.work())
     await soon(hold.begun())
-    assert await world.execution.request_stop("tour") is not None
+    assert await world.executor.request_stop("tour") is not None
     await soon(working)
     assert isinstance(await world.result("tour-2"), CancelledEvent)
 
@@ -310,7 +310,7 @@ async def test_output_that_cannot_be_stored_is_requeued_if_another_worker_is_idl
     await world.send(asking())
     working = asyncio.create_task(world.work())
     await soon(world.artifacts.calls.until(3) if not idle else working)
-    assert world.execution.waits_for_store is not idle
+    assert world.executor.waits_for_store is not idle
     world.store.end()
     await soon(working)
     assert world.settlements == (["requeue"] if idle else ["ack"])
@@ -327,5 +327,5 @@ async def test_delivery_that_cannot_be_opened_takes_no_place(
     await world.send(asking())
     monkeypatch.setattr(Admission, "open", broken)
     with pytest.raises(KeyError):
-        await world.execution.handle(world.queue.take())
-    await soon(world.execution.room())
+        await world.executor.handle(world.queue.take())
+    await soon(world.executor.room())

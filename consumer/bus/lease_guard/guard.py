@@ -59,7 +59,7 @@ class GuardConfig:
     log_level: str
 
 
-class Standby:
+class LeaseGuard:
     """The worker's side of the lease guard. Before `start` nothing is sent.
 
     Args:
@@ -92,7 +92,7 @@ class Standby:
     async def start(self) -> None:
         """Start the guard, and from then on another one whenever it ends."""
         await self._spawn()
-        self._supervising = asyncio.create_task(self._supervise(), name="standby")
+        self._supervising = asyncio.create_task(self._supervise(), name="lease_guard")
 
     async def close(self) -> None:
         """End the guard; never raises."""

@@ -1,4 +1,4 @@
-"""The lease guard itself: `python -m consumer.bus.lease_guard.process`, started by `standby`.
+"""The lease guard itself: `python -m consumer.bus.lease_guard.process`, started by `lease_guard`.
 
 It reads what the worker reports of its leases, renews those that the worker has not renewed in
 time, and kills a worker that has been silent for too long. It ends with its input, or with the
@@ -57,7 +57,7 @@ class Lease:
         return self.ack_wait / BEATS_PER_ACK_WAIT
 
 
-class StandbyProcess:
+class LeaseGuardProcess:
     """Guards the leases of one worker.
 
     Args:
@@ -193,7 +193,7 @@ async def main() -> None:
     config = GuardConfig(**from_json(line))
     configure_logging(config.log_format, config.log_level)  # type: ignore[arg-type] # the worker's
     end_with_worker(config.parent)
-    await StandbyProcess(config, messages).run()
+    await LeaseGuardProcess(config, messages).run()
     # At once: closing what nats-py has begun may take longer than the worker lives.
     os._exit(0)
 

@@ -27,11 +27,11 @@ from consumer.runners.image_to_text.batch import BatchKeys
 from consumer.runners.image_to_text.chats import Chat, Chats, prompt_tokens
 from consumer.runners.image_to_text.control_tokens import ControlTokens
 from consumer.runners.image_to_text.deltas import Deltas, written_text
-from consumer.runners.image_to_text.pictures import PictureBudget
+from consumer.runners.image_to_text.image_budget import ImageBudget
 from consumer.runners.image_to_text.rows import Numbers, Row, Rows
 from consumer.runners.image_to_text.sampling import Sampling, defaults_of
 from consumer.runners.image_to_text.vision_loading import download, load_vision_language
-from consumer.runners.options import see_that_they_fit, shown_by_a_run
+from consumer.runners.options import options_needing_probe, validate_options
 from consumer.runners.source import located
 from generation_contracts import ImageToTextRequest, ModelInfo, Request, Task
 
@@ -56,7 +56,7 @@ def load(config: ModelConfig) -> "VisionLanguageModel":
         ModelUnavailable: With one clear line.
     """
     placement = place(config)
-    see_that_they_fit(Task.IMAGE_TO_TEXT, config, placement)
+    validate_options(Task.IMAGE_TO_TEXT, config, placement)
     with located(Task.IMAGE_TO_TEXT, config, download) as source:
         model, processor = load_vision_language(source, placement, config)
     info = ModelInfo(
@@ -68,8 +68,10 @@ def load(config: ModelConfig) -> "VisionLanguageModel":
     )
     try:
         loaded = VisionLanguageModel(model, processor, placement, info, config)
-        loaded.see_that_it_reads_pictures()
-        if not shown_by_a_run(config):  # else the first run follows, and names those settings
+        loaded.require_image_input()
+        if not options_needing_probe(
+            config
+        ):  # else the first run follows, and names those settings
             loaded.require_output()
     except ModelUnavailable:
         raise
@@ -107,7 +109,7 @@ class VisionLanguageModel:
         self._model = model
         self._processor = processor
         self._placement = placement
-        self._budget = PictureBudget.of(processor.image_processor, config.max_image_pixels)
+        self._budget = ImageBudget.of(processor.image_processor, config.max_image_pixels)
         self._control = ControlTokens(processor)
         self._context = int(model.config.get_text_config().max_position_embeddings)  # tokens
         self._ends = frozenset(model.generation_config.eos_token_id)
@@ -125,7 +127,7 @@ class VisionLanguageModel:
         """What the model is and takes."""
         return self._description
 
-    def see_that_it_reads_pictures(self) -> None:
+    def require_image_input(self) -> None:
         """Prepare a question about a picture as a run does, without the model.
 
         Raises:

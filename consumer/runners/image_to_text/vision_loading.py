@@ -25,7 +25,7 @@ from consumer.runners.faults import load_failure
 from consumer.runners.image_to_text import generation_settings
 from consumer.runners.source import Source
 from consumer.runners.vocabulary import require_vocabulary
-from consumer.runners.weights import see_that_none_were_invented, straight_to_the_device
+from consumer.runners.weights import direct_load_kwargs, require_no_new_weights
 
 # Never a path or an address of anything but the folder, and never code from it.
 _LOCALLY = {"local_files_only": True, "trust_remote_code": False}
@@ -86,16 +86,16 @@ def load_vision_language(
             generation_config=generation_settings.prepared(settings, processor, source.id),
             **({"attn_implementation": config.attention} if config.attention else {}),
             **({"device_map": config.device_map} if config.device_map != "none" else {}),
-            **straight_to_the_device(placement, config),
+            **direct_load_kwargs(placement, config),
             **quantization.for_transformers(config, placement, source.folder, worth_it=0),
             **_LOCALLY,
         )
         model, info = loaded
-        see_that_none_were_invented(info, source.id)
+        require_no_new_weights(info, source.id)
         _require_every_layer(info["unexpected_keys"], model, source.id)
         _require_known_quantization(model, source.id)
         _require_embeddings(model, processor, source.id)
-        _see_that_none_is_off_the_gpus(model, config)
+        _require_all_on_gpus(model, config)
         model.eval()
         _put_in_place(model, placement, config)
     except ModelUnavailable:
@@ -226,7 +226,7 @@ def _require_one_attention(setting: str, name: str, model_class: type[Any]) -> N
         raise ModelUnavailable(f"{setting}: the package flash-attn is not installed")
 
 
-def _see_that_none_is_off_the_gpus(model: Any, config: ModelConfig) -> None:
+def _require_all_on_gpus(model: Any, config: ModelConfig) -> None:
     if config.device_map != "none" and {"cpu", "disk"} & set(model.hf_device_map.values()):
         raise ModelUnavailable("MODEL_DEVICE_MAP: the model does not fit on the GPUs")
 

@@ -27,16 +27,16 @@ from consumer.runners.text_to_image import memory
 from consumer.runners.text_to_image.adapter_files import find_adapters
 from consumer.runners.text_to_image.adapters import Adapters
 from consumer.runners.text_to_image.batch import BatchKeys, arguments_of_a_batch
+from consumer.runners.text_to_image.image_run import BatchMembers, ImageRun, Wanted
 from consumer.runners.text_to_image.memory_guard import FreeBytes, free_bytes, least_to_decode
 from consumer.runners.text_to_image.own_pipeline import own_pipeline
 from consumer.runners.text_to_image.parameters import Parameters
-from consumer.runners.text_to_image.picture_run import BatchMembers, PictureRun, Wanted
 from consumer.runners.text_to_image.pipeline_loading import STEP_CALLBACK, download, load_pipeline
 from consumer.runners.text_to_image.preview import Preview
 from consumer.runners.text_to_image.safety import SafetyChecker, load_checker
 from consumer.runners.text_to_image.step_callback import StepCallback
 from consumer.runners.text_to_image.trial import parts_to_try
-from consumer.runners.text_to_image.truncation import Cuts
+from consumer.runners.text_to_image.truncation import TruncationTracker
 from generation_contracts import ModelInfo, Request, Task, TextToImageRequest
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
         ModelUnavailable: With one clear line.
     """
     placement = place(config)
-    options.see_that_they_fit(Task.TEXT_TO_IMAGE, config, placement)
+    options.validate_options(Task.TEXT_TO_IMAGE, config, placement)
     files = find_adapters(config)
     checker = load_checker(config.safety_checker)
     with located(Task.TEXT_TO_IMAGE, config, download) as source:
@@ -79,7 +79,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
         movable=placement.device.type != "cpu" and config.offload == "none" and not fixed,
     )
     if untried := parts_to_try(pipe):
-        first_run.try_once(model, Task.TEXT_TO_IMAGE, (f"{source.id}: {', '.join(untried)}",))
+        first_run.probe_once(model, Task.TEXT_TO_IMAGE, (f"{source.id}: {', '.join(untried)}",))
     return model
 
 
@@ -145,7 +145,7 @@ class DiffusionModel:
             Wanted(place, seed) for place in members.active for seed in _seeds(requests[place])
         ]
         prompts = len(wanted) if len(members.active) > 1 else 1
-        run = PictureRun(members, requests, wanted, Cuts(prompts))
+        run = ImageRun(members, requests, wanted, TruncationTracker(prompts))
         outputs = translated(
             lambda: self._make(run, save_memory=save_memory), free=self._free, saved=run.saved
         )
@@ -160,7 +160,7 @@ class DiffusionModel:
         del self._pipe, self._parameters, self._adapters, self._keys  # each of them holds weights
         release(self._placement.device)
 
-    def _make(self, run: PictureRun, *, save_memory: bool) -> dict[int, RunnerOutput]:
+    def _make(self, run: ImageRun, *, save_memory: bool) -> dict[int, RunnerOutput]:
         pictures: dict[int, list[GeneratedImage]] = {}
         with torch.inference_mode():
             parts = [run.wanted]
@@ -182,7 +182,7 @@ class DiffusionModel:
             self._undo.close()
         return {place: self._output(run, place, pictures[place]) for place in run.members.active}
 
-    def _output(self, run: PictureRun, place: int, pictures: list[GeneratedImage]) -> RunnerOutput:
+    def _output(self, run: ImageRun, place: int, pictures: list[GeneratedImage]) -> RunnerOutput:
         warnings = run.cuts.warnings(run.prompt_of(place))
         warnings += self._adapters.warnings(run.requests[place].adapters)
         if blanked := sum(picture.flagged is True for picture in pictures):
@@ -195,19 +195,19 @@ class DiffusionModel:
             parameters=self._parameters.resolved(run.requests[place], run.seeds_of(place)),
         )
 
-    def _preview(self, run: PictureRun, number: int) -> Preview | None:
+    def _preview(self, run: ImageRun, number: int) -> Preview | None:
         # Of the first picture; and not where memory is short.
         if not run.request.preview or number or run.saved:
             return None
         return Preview(run.members.preview, *self._parameters.size(run.request))
 
-    def _cannot_be_decoded(self, run: PictureRun) -> bool:
+    def _cannot_be_decoded(self, run: ImageRun) -> bool:
         width, height = self._parameters.size(run.request)
         least = least_to_decode(self._pipe, pictures=len(run.wanted), width=width, height=height)
         free = self._free_bytes(self._placement.device)
         return least is not None and free is not None and free < least
 
-    def _save_memory(self, run: PictureRun, *, move: bool) -> list[Sequence[Wanted]]:
+    def _save_memory(self, run: ImageRun, *, move: bool) -> list[Sequence[Wanted]]:
         if run.is_batch:
             # One by one they are faster than all at once in tiles: the caller runs them so.
             raise MemoryError("so many pictures cannot be decoded at once")
@@ -217,7 +217,7 @@ class DiffusionModel:
         return [[wanted] for wanted in run.wanted]
 
     def _run_pipeline(
-        self, run: PictureRun, part: Sequence[Wanted], steps: StepCallback
+        self, run: ImageRun, part: Sequence[Wanted], steps: StepCallback
     ) -> list[GeneratedImage]:
         request, parameters = run.request, self._parameters
         scale = parameters.scale_of_guiders(request)
@@ -245,7 +245,7 @@ class DiffusionModel:
             for array, wanted, flag in zip(arrays, part, flags, strict=True)
         ]
 
-    def _arguments(self, run: PictureRun, part: Sequence[Wanted]) -> dict[str, Any]:
+    def _arguments(self, run: ImageRun, part: Sequence[Wanted]) -> dict[str, Any]:
         if run.is_batch:
             return arguments_of_a_batch(self._parameters, [run.requests[w.place] for w in part])
         return {**self._parameters.arguments(run.request), "num_images_per_prompt": len(part)}

@@ -11,12 +11,12 @@ from diffusers import SchedulerMixin
 from diffusers.guiders.guider_utils import BaseGuidance
 
 from consumer.runners.text_to_image.schedulers import fresh_scheduler
-from consumer.runners.text_to_image.truncation import Cuts
+from consumer.runners.text_to_image.truncation import TruncationTracker
 
 
 def own_pipeline(
     shared: Any,
-    cuts: Cuts,
+    cuts: TruncationTracker,
     generators: Sequence[torch.Generator],
     *,
     guidance_scale: float | None,

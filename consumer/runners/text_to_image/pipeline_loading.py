@@ -21,9 +21,9 @@ from consumer.runners.faults import load_failure
 from consumer.runners.source import Source
 from consumer.runners.text_to_image import folder, pipeline_options, schedulers
 from consumer.runners.weights import (
-    see_that_none_are_missing,
-    see_that_none_were_invented,
-    straight_to_the_device,
+    direct_load_kwargs,
+    require_all_weights,
+    require_no_new_weights,
 )
 
 # What a pipeline must be able to be asked for.
@@ -71,17 +71,17 @@ def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> 
     """
     index = _read_index(source)
     text_to_image_class(index, source.id)
-    vocabulary.see_that_none_are_missing(source.folder, index, source.id)
+    vocabulary.require_all_weights(source.folder, index, source.id)
     folder.require_known_classes(index, source.id)
     schedulers.require_generator(index, source.id)
-    pipeline_options.see_that_the_attention_is_here(config)
+    pipeline_options.require_attention_backend(config)
     try:
         parts = quantization.denoiser_from_gguf(config, placement, source.folder, index)
         variants = folder.variants(source.folder, index, source.id)
         parts |= _text_models(source, index, variants, placement, config)
         pipe = _from_folder(source, index, parts, variants, placement=placement, config=config)
         for name, module in modules(pipe):
-            see_that_none_are_missing(module, f"{source.id}: {name}")
+            require_all_weights(module, f"{source.id}: {name}")
         schedulers.require_kind(pipe, source.id)
         _share_out(pipe, parts)
         pipeline_options.apply(pipe, denoiser(pipe), placement, config)
@@ -120,7 +120,7 @@ def text_to_image_class(index: Mapping[str, Any], name: str) -> type[Any]:
         raise ModelUnavailable(f"{name}: {class_name} does not make pictures from a text alone")
     if not {STEP_CALLBACK, OLD_STEP_CALLBACK} & parameters.keys():
         raise ModelUnavailable(f"{name}: {class_name} cannot be stopped or watched at its steps")
-    _see_that_the_denoiser_fits(found, index, name)
+    _require_matching_denoiser(found, index, name)
     return found
 
 
@@ -144,7 +144,7 @@ def _image_is_optional(found: type[Any]) -> bool:
     return found in known and "controlnet" not in inspect.signature(found.__init__).parameters
 
 
-def _see_that_the_denoiser_fits(found: type[Any], index: Mapping[str, Any], name: str) -> None:
+def _require_matching_denoiser(found: type[Any], index: Mapping[str, Any], name: str) -> None:
     """Refuse a denoiser of another class, which diffusers loads with no more than a warning.
 
     Text encoders and autoencoders are not judged: they have stand-ins that work.
@@ -199,11 +199,11 @@ def _text_models(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            **straight_to_the_device(placement, config),
+            **direct_load_kwargs(placement, config),
             **quantization.for_transformers(config, placement, files),
         )
         model, info = model_and_info
-        see_that_none_were_invented(info, f"{source.id}: {name}")
+        require_no_new_weights(info, f"{source.id}: {name}")
         loaded[name] = model
     return loaded
 
@@ -219,7 +219,7 @@ def _from_folder(
 ) -> Any:
     # A part that is saved as absent, such as the T5 of Stable Diffusion 3, must be named as absent.
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
-    straight = straight_to_the_device(placement, config)
+    straight = direct_load_kwargs(placement, config)
     # One for all parts: diffusers reads the others where a part does not have it.
     variant = min(variants.values(), default=None)
     pipe = DiffusionPipeline.from_pretrained(

@@ -16,7 +16,7 @@ GRAPHS = 64  # that one compiled block may have
 _FROM_THE_HUB = "_hub"  # ending of the backends whose code diffusers fetches from the hub
 
 
-def see_that_the_attention_is_here(config: ModelConfig) -> None:
+def require_attention_backend(config: ModelConfig) -> None:
     """Refuse an attention backend that diffusers lacks, or whose package is missing.
 
     Raises:

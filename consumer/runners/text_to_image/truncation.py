@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
-class Cuts:
+class TruncationTracker:
     """The text encoders that did not read a text whole, with how many tokens they read.
 
     Every pipeline reads its prompts in their order and then the negative ones in theirs, with each

@@ -200,7 +200,7 @@ class _Scene:
             for _ in range(size.waiting - size.leaving):
                 everyone.create_task(self._wait())
             for _ in range(size.watching):
-                everyone.create_task(self._watch())
+                everyone.create_task(self._telemetry())
             for number in range(size.kept):
                 everyone.create_task(self._come_back(str(number)))
             everyone.create_task(self._read_slowly())
@@ -251,7 +251,7 @@ class _Scene:
             if answer.status != 200 or len(document["data"]) != 1:
                 raise WentWrongError(f"{answer.status}: {str(document)[:300]}")
 
-    async def _watch(self) -> None:
+    async def _telemetry(self) -> None:
         job = await self._job()
         ids: list[str] = []
         async with self._http.get(job["events_url"]) as answer:

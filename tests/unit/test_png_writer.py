@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_png
 
-from consumer.media.codec import ImageCodec
 from consumer.media import png_writer as png
+from consumer.media.codec import ImageCodec
 from consumer.media.png_writer import COLOUR_TYPES, write_png
 from tests.bench.encoders import lets_go
 

@@ -193,7 +193,7 @@ async def test_error_and_tensors_of_a_stopped_run_are_gone_with_the_job(
     await world.send(asking())
 
     def stop() -> None:
-        world.execution.interrupt(reason)
+        world.executor.interrupt(reason)
         hold.release()
 
     await while_running(world, hold, stop)
@@ -210,7 +210,7 @@ async def test_output_of_a_run_that_was_done_before_it_could_stop_is_gone_with_t
     await world.send(asking())
 
     def stop() -> None:
-        world.execution.interrupt(reason)
+        world.executor.interrupt(reason)
         hold.release()
 
     await while_running(world, hold, stop)
@@ -251,7 +251,7 @@ async def test_error_of_a_run_that_a_draining_process_left_is_heard_by_nobody_an
     traced = Traced()
     hold = world.runner.will_hold(heeds=False, then=traced.raising(lambda: ModelError("late")))
     await world.send(asking())
-    await while_running(world, hold, lambda: world.execution.interrupt(StopReason.DRAIN))
+    await while_running(world, hold, lambda: world.executor.interrupt(StopReason.DRAIN))
     assert world.observer.outcomes == ["given_back"]
     assert await late_run_is_gone(hold, traced), traced.alive
     assert complaints.heard == []
@@ -317,7 +317,7 @@ async def test_output_that_waited_for_the_store_is_gone_with_the_job(
     await soon(world.store_is_missed())
     match then:
         case StopReason():
-            world.execution.interrupt(then)
+            world.executor.interrupt(then)
             await soon(working)
         case "comes back":
             world.store.end()

@@ -19,7 +19,7 @@ _MERGED = 2  # patches, each way, that are one token
 
 
 @dataclass(frozen=True)
-class PictureBudget:
+class ImageBudget:
     """How large a picture may be.
 
     Attributes:
@@ -34,7 +34,7 @@ class PictureBudget:
     patch: int | None
 
     @classmethod
-    def of(cls, image_processor: Any, most: int) -> "PictureBudget":
+    def of(cls, image_processor: Any, most: int) -> "ImageBudget":
         """The budget of a model, at most `most` pixels and at most what the model itself wants."""
         patch = getattr(image_processor, "patch_size", None)
         if patch is None or getattr(image_processor, "merge_size", None) != _MERGED:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from consumer.bus.lease_guard import process as standby_process
+from consumer.bus.lease_guard import process as lease_guard_process
 from consumer.bus.lease_guard.guard import GuardConfig
-from consumer.bus.lease_guard.process import StandbyProcess
+from consumer.bus.lease_guard.process import LeaseGuardProcess
 
 TURNS = 20  # of the event loop
 SOON = 5.0  # seconds; only bounds a wait for something that must happen
@@ -39,7 +39,7 @@ class Guard:
     def __init__(self, patience: float = 60.0, **nats: Any) -> None:
         self.messages = asyncio.StreamReader()
         self.config = GuardConfig(nats, os.getppid(), patience, "json", "ERROR")
-        self.process = StandbyProcess(self.config, self.messages)
+        self.process = LeaseGuardProcess(self.config, self.messages)
         self.kills = 0
         self.process._end_worker = self._note_kill  # type: ignore[method-assign]
 
@@ -58,7 +58,7 @@ async def watching(guard: Guard) -> AsyncIterator[RecordingBus]:
     guard.process._bus = bus  # type: ignore[assignment]
     tasks = [
         asyncio.create_task(guard.process._receive()),
-        asyncio.create_task(guard.process._watch()),
+        asyncio.create_task(guard.process._telemetry()),
     ]
     try:
         yield bus
@@ -124,7 +124,7 @@ async def test_renewal_that_was_late_follows_with_the_connection() -> None:
 async def test_credentials_that_cannot_be_used_leave_the_event_loop_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, content: bytes | None
 ) -> None:
-    monkeypatch.setattr(standby_process, "CONNECT_AGAIN_AFTER", 0.01)
+    monkeypatch.setattr(lease_guard_process, "CONNECT_AGAIN_AFTER", 0.01)
     file = tmp_path / "secret"
     if content is not None:
         file.write_bytes(content)

@@ -8,7 +8,7 @@ from unittest.mock import AsyncMock
 import pytest
 
 from consumer.inference.cancel_token import StopReason
-from consumer.jobs import executor as execution
+from consumer.jobs import executor
 from consumer.ports.bus import QueueFull
 from consumer.ports.model import DeviceLost, ModelError
 from generation_contracts import (
@@ -232,7 +232,7 @@ async def test_redelivered_invalid_request_gets_the_stored_event(world: MemoryWo
     await world.send(asking(reply_to=INBOX, width=1))
     replies = world.events.replies
     first = world.queue.take()
-    await soon(world.execution.handle(first))
+    await soon(world.executor.handle(first))
     world.queue.publish(first.subject, first.body, first.headers)
     await soon(world.work())
     assert [event for _, event in replies] == [await world.result("a")] * 2
@@ -305,7 +305,7 @@ async def test_failed_finalization_next_to_other_jobs_counts_as_an_attempt(
     monkeypatch.setattr(world.events, "reply", AsyncMock(side_effect=RuntimeError("odd")))
     for _ in range(4):
         delivery = world.queue.take()
-        await soon(world.execution.handle(delivery))
+        await soon(world.executor.handle(delivery))
         if delivery in world.queue.in_flight:
             world.queue.run_out(delivery)
     assert world.observer.outcomes == ["abandoned"] * 3 + ["internal"]
@@ -333,7 +333,7 @@ async def test_redelivery_after_a_failed_settlement_gets_the_stored_event(
     await world.send(asking(reply_to=INBOX))
     delivery = world.queue.take()
     delivery.refusal = ConnectionError("closed")
-    assert await soon(world.execution.handle(delivery)) is None
+    assert await soon(world.executor.handle(delivery)) is None
     assert world.observer.outcomes == ["abandoned"]
     world.queue.run_out_leases()
     await soon(world.work())
@@ -349,7 +349,7 @@ async def test_lost_device_ends_the_worker_even_if_the_request_cannot_be_requeue
     await world.send(asking())
     delivery = world.queue.take()
     delivery.refusal = ConnectionError("closed")
-    assert await soon(world.execution.handle(delivery)) == 70
+    assert await soon(world.executor.handle(delivery)) == 70
     assert world.observer.outcomes == ["abandoned"]
 
 
@@ -421,7 +421,7 @@ async def test_cancelled_task_requeues_the_request(world: MemoryWorld) -> None:
     await cancel(working)
     assert world.settlements == ["requeue"]
     assert not beating()
-    assert not world.execution.interrupt(StopReason.CANCEL)
+    assert not world.executor.interrupt(StopReason.CANCEL)
     assert world.observer.outcomes == ["given_back"]
 
 
@@ -431,7 +431,7 @@ async def test_cancelled_task_requeues_the_request(world: MemoryWorld) -> None:
 async def test_cancellation_goes_on_if_the_request_cannot_be_requeued(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch, refusal: Exception | None
 ) -> None:
-    monkeypatch.setattr(execution, "RELEASE_TIMEOUT", 0.001)
+    monkeypatch.setattr(executor, "RELEASE_TIMEOUT", 0.001)
     hold = world.runner.will_hold(heeds=False)
     await world.send(asking())
     working = asyncio.create_task(world.work())
@@ -455,7 +455,7 @@ async def test_cancellation_after_the_end_of_a_job_settles_nothing_again(
     await world.send(asking())
     working = asyncio.create_task(world.work())
     at_end: Callable[[], None] = working.cancel  # type: ignore[assignment]
-    world.execution._finalizer = CancelAfterFinalize(world, at_end)  # type: ignore[assignment]
+    world.executor._finalizer = CancelAfterFinalize(world, at_end)  # type: ignore[assignment]
     with pytest.raises(asyncio.CancelledError):
         await soon(working)
     assert world.settlements == ([] if script else ["ack"])
@@ -466,7 +466,7 @@ class CancelAfterFinalize:
     """Cancels the task when the job is settled and the lease is about to end."""
 
     def __init__(self, world: MemoryWorld, cancel_task: Callable[[], None]) -> None:
-        self._real = world.execution._finalizer
+        self._real = world.executor._finalizer
         self._cancel = cancel_task
         self.event_fields = self._real.event_fields
 

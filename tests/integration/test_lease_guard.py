@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from consumer.bus.lease_guard import guard as worker_side
-from consumer.bus.lease_guard.guard import Standby
+from consumer.bus.lease_guard.guard import LeaseGuard
 from tests.integration.bus_installation import Installation, bus_settings, soon, until
 
 LEASE = "lease.1"
@@ -20,62 +20,62 @@ ACK_WAIT = 1.0  # seconds
 async def test_leases_that_were_told_before_it_ran_are_renewed_over_its_own_death(
     installation: Installation,
 ) -> None:
-    standby = Standby(bus_settings(installation.server.url))
+    lease_guard = LeaseGuard(bus_settings(installation.server.url))
     beats = await installation.listen(LEASE)
-    standby.alive("lease.over", ACK_WAIT)
-    standby.alive(LEASE, ACK_WAIT)
-    standby.stop_renewing("lease.over")
+    lease_guard.alive("lease.over", ACK_WAIT)
+    lease_guard.alive(LEASE, ACK_WAIT)
+    lease_guard.stop_renewing("lease.over")
     over = await installation.listen("lease.over")
-    await standby.start()
+    await lease_guard.start()
     try:
         for _ in range(2):
             for _ in range(3):
                 message = await soon(beats.next_msg(timeout=None))
                 assert message.data == b"+WPI"
-            first = standby.pid
+            first = lease_guard.pid
             assert first is not None
             os.kill(first, signal.SIGKILL)
             while beats.pending_msgs:
                 await beats.next_msg()
         await soon(beats.next_msg(timeout=None))
-        assert standby.pid != first
+        assert lease_guard.pid != first
         assert over.pending_msgs == 0
     finally:
-        await standby.close()
-    assert standby.pid is None
+        await lease_guard.close()
+    assert lease_guard.pid is None
 
 
 async def test_what_is_not_started_is_told_nothing_and_closes() -> None:
-    standby = Standby(bus_settings("nats://127.0.0.1:1"))
-    standby.alive(LEASE, ACK_WAIT)
-    standby.renewed(LEASE)
-    standby.stop_renewing(LEASE)
-    standby.stop_renewing(LEASE)
-    await standby.close()
-    assert standby.pid is None
+    lease_guard = LeaseGuard(bus_settings("nats://127.0.0.1:1"))
+    lease_guard.alive(LEASE, ACK_WAIT)
+    lease_guard.renewed(LEASE)
+    lease_guard.stop_renewing(LEASE)
+    lease_guard.stop_renewing(LEASE)
+    await lease_guard.close()
+    assert lease_guard.pid is None
 
 
 async def test_a_guard_that_does_not_read_is_replaced(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_side, "UNREAD_MOST", 10_000)
-    standby = Standby(bus_settings(installation.server.url))
-    await standby.start()
+    lease_guard = LeaseGuard(bus_settings(installation.server.url))
+    await lease_guard.start()
     try:
-        deaf = standby.pid
+        deaf = lease_guard.pid
         assert deaf is not None
         os.kill(deaf, signal.SIGSTOP)
         beats = await installation.listen(LEASE)
-        standby.alive(LEASE, ACK_WAIT)
+        lease_guard.alive(LEASE, ACK_WAIT)
 
         async def replaced() -> bool:
-            standby.alive(f"lease.{'x' * 10_000}", 60.0)
-            return standby.pid != deaf
+            lease_guard.alive(f"lease.{'x' * 10_000}", 60.0)
+            return lease_guard.pid != deaf
 
         await until(replaced)
         await soon(beats.next_msg(timeout=None))  # the new one knows of the lease
     finally:
-        await standby.close()
+        await lease_guard.close()
 
 
 # A worker that starts a guard, forks a process that keeps every descriptor, and waits to be killed.
@@ -85,7 +85,7 @@ from consumer.bus.lease_guard.guard import Standby
 from consumer.settings import Settings
 
 async def main():
-    standby = Standby(Settings())
+    standby = LeaseGuard(Settings())
     await standby.start()
     child = os.fork()
     if child == 0:

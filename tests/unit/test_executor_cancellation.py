@@ -28,7 +28,7 @@ async def while_running_do(
 
 
 async def test_worker_without_the_request_answers_none(make_world: Worlds) -> None:
-    assert await (await make_world()).execution.request_stop("a") is None
+    assert await (await make_world()).executor.request_stop("a") is None
 
 
 async def test_running_request_stops_and_is_marked_as_cancelled(make_world: Worlds) -> None:
@@ -37,7 +37,7 @@ async def test_running_request_stops_and_is_marked_as_cancelled(make_world: Worl
     answers: list[StopAck | None] = []
 
     async def request_stop() -> None:
-        answers.append(await world.execution.request_stop("a"))
+        answers.append(await world.executor.request_stop("a"))
 
     await world.send(asking())
     await while_running_do(world, hold, request_stop)
@@ -59,7 +59,7 @@ async def test_answer_to_a_late_stop_request_is_true(
 
     async def and_then_stop(*args: Any, **kwargs: Any) -> Any:
         value = await original(*args, **kwargs)
-        answers.append(await world.execution.request_stop("a"))
+        answers.append(await world.executor.request_stop("a"))
         return value
 
     monkeypatch.setattr(owner, method, and_then_stop)
@@ -94,7 +94,7 @@ async def test_deadline_or_drain_after_the_last_upload_changes_nothing(
 
     async def and_then_drain(*args: Any, **kwargs: Any) -> Any:
         value = await original(*args, **kwargs)
-        world.execution.interrupt(StopReason.DRAIN)
+        world.executor.interrupt(StopReason.DRAIN)
         return value
 
     monkeypatch.setattr(world.artifacts, "store", and_then_drain)

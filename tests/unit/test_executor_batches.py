@@ -175,7 +175,7 @@ async def test_cancelled_member_of_a_failed_batch_waits_for_no_other_members_run
     await soon(holds[0].begun())  # the batch has failed, and one of its members runs alone
     running = model(world).runs[0].request.request_id
     waiting = next(one for one in working if one != running)
-    await world.execution.request_stop(waiting)
+    await world.executor.request_stop(waiting)
     await soon(working[waiting])
     assert isinstance(await world.result(waiting), CancelledEvent)
     assert not working[str(running)].done()
@@ -217,7 +217,7 @@ async def test_cancelled_member_ends_at_its_next_step_and_the_others_go_on(
     model(world).let_go.clear()
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
-    assert await world.execution.request_stop("b")
+    assert await world.executor.request_stop("b")
     await soon(handling[1])
     assert (await world.result("b")).type == "generation.v1.cancelled"  # type: ignore[union-attr]
     assert (await world.result("a"), await world.result("c")) == (None, None)
@@ -232,7 +232,7 @@ async def test_batch_of_which_all_are_cancelled_frees_the_device(world: MemoryWo
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
     for request_id in ("a", "b", "c"):
-        await world.execution.request_stop(request_id)
+        await world.executor.request_stop(request_id)
     await soon(asyncio.gather(*handling))
     await world.send(asking("after"))
     await soon(world.work())
@@ -243,7 +243,7 @@ async def test_deadline_of_one_member_ends_that_one(world: MemoryWorld) -> None:
     model(world).let_go.clear()
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
-    world.execution.interrupt(StopReason.DEADLINE, "a")
+    world.executor.interrupt(StopReason.DEADLINE, "a")
     await soon(handling[0])
     event = await world.result("a")
     assert isinstance(event, FailedEvent)
@@ -259,9 +259,9 @@ async def test_member_cancelled_while_it_waits_is_in_no_batch(world: MemoryWorld
     first = asyncio.create_task(world.work())
     await soon(hold.begun())
     handling = await begin(world, "a", "b", "c")
-    while [job.state for job in world.execution._jobs[1:]] != [State.ADMITTED] * 3:
+    while [job.state for job in world.executor._jobs[1:]] != [State.ADMITTED] * 3:
         await asyncio.wait(handling, timeout=POLL)
-    await world.execution.request_stop("b")
+    await world.executor.request_stop("b")
     await soon(handling[1])
     hold.release()
     await soon(asyncio.gather(first, *handling))
@@ -280,7 +280,7 @@ async def test_drain_gives_all_members_back(world: MemoryWorld) -> None:
     model(world).let_go.clear()
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
-    world.execution.interrupt(StopReason.DRAIN)
+    world.executor.interrupt(StopReason.DRAIN)
     await soon(asyncio.gather(*handling))
     assert await world.left() == 3
     assert world.observer.outcomes == ["given_back"] * 3
@@ -324,7 +324,7 @@ async def serve(world: MemoryWorld, wanted: Callable[[], Awaitable[bool]]) -> No
     """Take deliveries as the daemon does, as long as it is not as wanted."""
     handling: set[asyncio.Task[int | None]] = set()
     while not await wanted():
-        room = asyncio.ensure_future(world.execution.room())
+        room = asyncio.ensure_future(world.executor.room())
         await asyncio.wait({room, *handling}, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
         if room.done() and world.queue.waiting:
             handling.add(asyncio.create_task(world.work()))
@@ -391,7 +391,7 @@ async def test_death_counts_once_a_suspect_is_alone_and_not_before(make_world: W
     await soon(hold.begun())
     world.queue.run_out(world.queue.take())  # its first worker has died
     suspect = world.queue.take()
-    handling = asyncio.create_task(world.execution.handle(suspect))
+    handling = asyncio.create_task(world.executor.handle(suspect))
     await soon(world.events.asked.until(2))
     assert await suspect.marked_uncounted() == 1, (
         "should this worker die now, it may be of the other"
@@ -420,9 +420,9 @@ async def test_suspect_that_waits_for_others_can_be_cancelled_and_given_back(
         handling = asyncio.create_task(world.work())
         await soon(world.events.asked.until(2))
         if stop is StopReason.DRAIN:
-            world.execution.requeue_waiting()
+            world.executor.requeue_waiting()
         else:
-            await world.execution.request_stop("suspect")
+            await world.executor.request_stop("suspect")
         await soon(handling)
         world.store.end()
         await soon(other)
@@ -467,7 +467,7 @@ async def test_cancellation_of_who_is_next(cancelled: str) -> None:
     if cancelled != "in time":
         first.release()
         assert begun.wait(LONG)
-    await world.execution.request_stop("b")
+    await world.executor.request_stop("b")
     await soon(handling[1])
     first.release()
     await soon(handling[0])
@@ -493,7 +493,7 @@ async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
 
     monkeypatch.setattr(world.events, "publish_result", slowly)
     handling = await one_behind_another(world, first)
-    await world.execution.request_stop("b")
+    await world.executor.request_stop("b")
     await soon(told.wait())
     await world.send(asking("c"))
     handling.append(asyncio.create_task(world.work()))
@@ -510,14 +510,14 @@ async def test_forced_end_begins_nothing() -> None:
     world = MemoryWorld(most_in_flight=3)
     first, giving_back, given_back = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
     handling = await one_behind_another(world, first)
-    requeue = world.execution._jobs[1].delivery.requeue
+    requeue = world.executor._jobs[1].delivery.requeue
 
     async def slowly() -> None:
         giving_back.set()
         await given_back.wait()
         await requeue()
 
-    world.execution._jobs[1].delivery.requeue = slowly  # type: ignore[method-assign]
+    world.executor._jobs[1].delivery.requeue = slowly  # type: ignore[method-assign]
     handling[1].cancel()
     await soon(giving_back.wait())
     first.release()

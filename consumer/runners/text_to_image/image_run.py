@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from consumer.ports.model import RunRequest
-from consumer.runners.text_to_image.truncation import Cuts
+from consumer.runners.text_to_image.truncation import TruncationTracker
 from generation_contracts import TextToImageRequest
 
 
@@ -50,7 +50,7 @@ class Wanted(NamedTuple):
 
 
 @dataclass
-class PictureRun:
+class ImageRun:
     """What one run is asked for, and what it has noted so far.
 
     Attributes:
@@ -64,7 +64,7 @@ class PictureRun:
     members: BatchMembers
     requests: Sequence[TextToImageRequest]
     wanted: Sequence[Wanted]
-    cuts: Cuts
+    cuts: TruncationTracker
     saved: list[str] = field(default_factory=list)
 
     @property
