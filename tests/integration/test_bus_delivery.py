@@ -76,7 +76,7 @@ async def test_delivery_that_is_discounted_is_a_try_once_it_is_counted(
     worker = await installation.worker()
     await installation.publish()
     first = await take(worker)
-    for note, releases in ((first.mark_uncounted, 1), (first.mark_counted, 0), (first.release, 1)):
+    for note, releases in ((first.mark_uncounted, 1), (first.mark_counted, 0), (first.requeue, 1)):
         await soon(note())
         assert await soon(first.marked_uncounted()) == releases
     again = await take(worker)
