@@ -511,7 +511,7 @@ async def test_a_delivery_that_nobody_took_is_given_back_by_close(
 
     await until(received)
     await soon(worker.loop.close())
-    assert not worker.loop._giving_back, "the connection is closed next"
+    assert not worker.loop._requeuing, "the connection is closed next"
     assert (await take(other)).attempt == 2
 
 
@@ -575,7 +575,7 @@ async def test_the_loop_hears_while_it_gives_back(
 
     await installation.publish(b"third")
     assert (await take(worker)).body == b"third"
-    assert worker.loop._giving_back, "the second is not given back, because nobody confirms it"
+    assert worker.loop._requeuing, "the second is not given back, because nobody confirms it"
     started = time.monotonic()
     await soon(worker.loop.close())
     measured("close with something that cannot be given back", time.monotonic() - started)
