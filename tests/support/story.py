@@ -360,7 +360,6 @@ class Story:
             )  # if the marks cannot be read, every delivery counts
 
     def run_begins(self, run: SteppedRun) -> None:
-        self._claim("publish_progress" in self._reached, "the model runs before the started event")
         self._claim(self.attempt <= ATTEMPTS, f"the model runs in attempt {self.attempt}")
         self._claim(not self._exhausted, "the model runs for an exhausted delivery")
         self._claim(self._admission[:1] == [None], "the model runs where a result exists")
