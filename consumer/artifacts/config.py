@@ -29,7 +29,7 @@ class StoreConfig:
         url_ttl: Seconds that a presigned URL is good for, up to 7 days.
         connect_timeout: Seconds.
         read_timeout: Seconds between two received pieces of an answer.
-        try_timeout: Seconds for one try, whatever arrives.
+        attempt_timeout: Seconds for one try, whatever arrives.
         deadline: Seconds for all tries of one operation.
         first_pause: Seconds; the longest pause after the first failed try, doubled by each next
             one. The pause itself is random below it (full jitter).
@@ -51,7 +51,7 @@ class StoreConfig:
     url_ttl: int = 86_400
     connect_timeout: float = 2.0
     read_timeout: float = 20.0
-    try_timeout: float = 30.0
+    attempt_timeout: float = 30.0
     deadline: float = 60.0
     first_pause: float = 0.2
     longest_pause: float = 5.0

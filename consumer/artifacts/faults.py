@@ -61,12 +61,12 @@ _CONNECTION_FAULTS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-class WrongAnswer(Exception):  # noqa: N818 - it names the answer, not the program's error
+class UnexpectedResponse(Exception):  # noqa: N818 - it names the answer, not the program's error
     """The store said yes, but its answer shows that what was asked did not happen."""
 
 
 # What a try may raise; anything else is a fault of this program and goes up as it is.
-FAILURES = (WrongAnswer, MinioException, HTTPError, OSError, ParseError, ValueError)
+FAILURES = (UnexpectedResponse, MinioException, HTTPError, OSError, ParseError, ValueError)
 
 
 def checksum_refusal(error: MinioException) -> str | None:
@@ -85,9 +85,9 @@ def checksum_refusal(error: MinioException) -> str | None:
     return None
 
 
-def fault_of(error: Exception, config: StoreConfig) -> StoreUnavailable:
+def classify_error(error: Exception, config: StoreConfig) -> StoreUnavailable:
     """What one of `FAILURES` means: `StoreMisconfigured`, or `StoreUnavailable` if it may pass."""
-    if isinstance(error, WrongAnswer):
+    if isinstance(error, UnexpectedResponse):
         return StoreUnavailable(f"S3: {error}")
     if isinstance(error, S3Error):
         code = error.code if error.code and _S3_CODE.match(error.code) else "an unknown code"

@@ -32,9 +32,9 @@ from consumer.artifacts.config import StoreConfig, StoreMisconfigured
 from consumer.artifacts.faults import (
     AMBIGUOUS_REFUSALS,
     FAILURES,
-    WrongAnswer,
+    UnexpectedResponse,
     checksum_refusal,
-    fault_of,
+    classify_error,
 )
 from consumer.artifacts.minio_internals import CHECKSUM, store_client
 from consumer.artifacts.web_inputs import WebInputs
@@ -234,13 +234,13 @@ class ObjectStoreArtifacts:
         longest = config.first_pause
         while True:
             try:
-                async with asyncio.timeout_at(min(deadline, now() + config.try_timeout)):
+                async with asyncio.timeout_at(min(deadline, now() + config.attempt_timeout)):
                     result = await self._calls.run(work)
             except InputUnavailable:  # an answer, too
                 self._observer.store_reachable(reachable=True)
                 raise
             except FAILURES as error:
-                fault = fault_of(error, config)
+                fault = classify_error(error, config)
             else:
                 self._observer.store_reachable(reachable=True)
                 return result
@@ -315,13 +315,13 @@ class ObjectStoreArtifacts:
             num_parallel_uploads=1,  # more would run in threads that cannot be broken off
         )
         if not result.etag:  # what a proxy's page with status 200 amounts to
-            raise WrongAnswer("the answer has no ETag")
+            raise UnexpectedResponse("the answer has no ETag")
         headers = result.http_headers
         encryption = headers.get("x-amz-server-side-encryption", "") if headers else ""
         # With SSE-KMS the ETag is no MD5, though it looks like one.
         is_md5 = _MD5.match(result.etag) and not encryption.startswith("aws:kms")
         if is_md5 and result.etag != md5():
-            raise WrongAnswer("the ETag is not the MD5 of what was sent")
+            raise UnexpectedResponse("the ETag is not the MD5 of what was sent")
         return result.etag
 
     def _read(self, bucket: str, key: str, max_bytes: int) -> bytes:
@@ -335,7 +335,7 @@ class ObjectStoreArtifacts:
             if error.code == "NoSuchKey" and "%" in key:
                 words = "the object does not exist; keys are not percent-decoded"
             if words is None:
-                passing = not isinstance(fault_of(error, self._config), StoreMisconfigured)
+                passing = not isinstance(classify_error(error, self._config), StoreMisconfigured)
                 if passing or error.code in _OWN_FAULTS:
                     raise
                 # An archived or encrypted object, a delete marker: nothing that waiting mends.
@@ -352,14 +352,14 @@ class ObjectStoreArtifacts:
                 _body(self._client.get_object(bucket, key, length=1), 1)
             raise
         if found.size is None or not found.etag:
-            raise WrongAnswer("the answer has no size or no ETag")
+            raise UnexpectedResponse("the answer has no size or no ETag")
         return found.size, found.etag
 
     def _get(self, bucket: str, key: str, size: int, etag: str) -> bytes:
         unchanged: DictType = {"If-Match": f'"{etag}"'}
         data = _body(self._client.get_object(bucket, key, request_headers=unchanged), size + 1)
         if len(data) != size:
-            raise WrongAnswer("the object was cut short")
+            raise UnexpectedResponse("the object was cut short")
         return data
 
     def _make_bucket(self) -> bool:
@@ -385,7 +385,7 @@ class ObjectStoreArtifacts:
         put = partial(self._put, "text/plain", key, _PROBE, md5=partial(_md5, _PROBE))
         etag = put(sha256=sha256, probing=True)
         if self._get(self._config.bucket, key, len(_PROBE), etag) != _PROBE:
-            raise WrongAnswer("what was written is not what is read")
+            raise UnexpectedResponse("what was written is not what is read")
         try:
             self._client.remove_object(self._config.bucket, key)
         except S3Error as error:

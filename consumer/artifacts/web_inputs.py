@@ -103,7 +103,7 @@ def is_public(address: Address) -> bool:
     )
 
 
-def resolved(host: str, port: int) -> list[Address]:
+def resolve_host(host: str, port: int) -> list[Address]:
     """Every address of a host.
 
     Raises:
@@ -129,7 +129,7 @@ class WebInputs:
         hosts: Iterable[str],
         calls: Calls,
         *,
-        resolve: Callable[[str, int], list[Address]] = resolved,
+        resolve: Callable[[str, int], list[Address]] = resolve_host,
         may_connect: Callable[[Address], bool] = is_public,
         ca_certs: str | None = None,
     ) -> None:

@@ -19,7 +19,7 @@ from consumer.bus.nats_internals import (
     require_usable_credentials,
     require_usable_seed,
 )
-from consumer.bus.server_texts import says_credentials_are_refused
+from consumer.bus.server_texts import is_credentials_error
 from consumer.ports.unavailable import Unavailable
 from consumer.settings import Settings
 
@@ -37,7 +37,7 @@ class BusUnavailable(Unavailable):
     """NATS cannot be reached or refuses; the text is one clear line without credentials."""
 
 
-class ConnectionGivenUp(BusUnavailable):
+class ConnectionClosed(BusUnavailable):
     """The client has closed the connection for good; the process has to end."""
 
     def __init__(self) -> None:
@@ -91,20 +91,20 @@ class Bus:
         """Whether the server is one of a cluster."""
         return self.client.is_clustered
 
-    async def reachable(self) -> None:
+    async def wait_connected(self) -> None:
         """Wait until the server can be reached.
 
         Raises:
-            ConnectionGivenUp: The process has to end.
+            ConnectionClosed: The process has to end.
         """
         if not self.client.is_connected and not self.client.is_closed:
             self._up.clear()  # nats-py calls back a little later
         await self._up.wait()
         if self.client.is_closed:
-            raise ConnectionGivenUp
+            raise ConnectionClosed
 
     @asynccontextmanager
-    async def question(self, within: float) -> AsyncIterator[None]:
+    async def api_call(self, within: float) -> AsyncIterator[None]:
         """Limit a question to the server, and end it when its answer is lost with the connection.
 
         Raises:
@@ -117,14 +117,14 @@ class Bus:
             finally:
                 self._limits.remove(limit)
 
-    async def ask(self, subject: str, body: bytes, *, within: float) -> bytes:
+    async def request(self, subject: str, body: bytes, *, within: float) -> bytes:
         """Ask the server a question, and return its answer.
 
         Raises:
             TimeoutError: No answer within so many seconds, or the connection is lost.
             nats.errors.Error: Nothing subscribes to the subject, or the connection is closed.
         """
-        async with self.question(within):
+        async with self.api_call(within):
             # `question` has the limit: another one of the client costs a timer for each job.
             answer = await self.client.request(subject, body, timeout=None)  # type: ignore[arg-type]
         return bytes(answer.data)
@@ -155,7 +155,7 @@ class Bus:
     async def _on_error(self, error: Exception) -> None:
         self.last_error = str(error) or type(error).__name__
         # Of one try in a hundred nothing is left but that the connection was reset.
-        self._refused = self._refused or says_credentials_are_refused(self.last_error)
+        self._refused = self._refused or is_credentials_error(self.last_error)
         log.warning("bus_error", error=type(error).__name__, reason=self.last_error[:200])
 
     async def _on_disconnect(self) -> None:

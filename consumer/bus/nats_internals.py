@@ -148,7 +148,7 @@ class RobustClient(Client):
         try:
             return await super()._process_headers(headers)
         except (IndexError, ValueError):  # a UnicodeDecodeError is a ValueError
-            log.warning("unreadable_headers")
+            log.warning("headers_not_readable")
             return None
 
     def _build_message(

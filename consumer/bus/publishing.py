@@ -13,9 +13,9 @@ from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from consumer.bus.attempt_marks import AttemptMarks
-from consumer.bus.codes import OCCUPIED, STREAM_FULL, TOO_LARGE_FOR_STREAM
+from consumer.bus.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM, WRONG_LAST_SEQUENCE
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
-from consumer.bus.delivery import place_of
+from consumer.bus.delivery import message_key
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
 from consumer.bus.topology import TopologyError
@@ -62,8 +62,8 @@ from generation_contracts.headers import (
 
 log = structlog.get_logger()
 
-PAUSE_FIRST = 0.1  # seconds
-PAUSE_MOST = 2.0  # seconds; a stored result waits at most so long once the bus is back
+FIRST_PAUSE = 0.1  # seconds
+MAX_PAUSE = 2.0  # seconds; a stored result waits at most so long once the bus is back
 MAX_REASON = 1_000  # characters
 RACERS, RACE_LENGTH = 4, 8  # publishes at a time and one after another: a few milliseconds
 _NOT_IN_HEADER_NAMES = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
@@ -136,7 +136,7 @@ class JetStreamEvents:
         subject = self._subjects.result(event.task, event.request_id)
         headers = event_headers(event, trace_parent=trace_parent)
         headers[EXPECTED_LAST_SUBJECT_SEQUENCE] = "0"
-        pause = PAUSE_FIRST
+        pause = FIRST_PAUSE
         publish = partial(self._publish_first, stream, subject, encode(event), headers)
         while not await publish():
             log.info("result_subject_occupied")
@@ -165,13 +165,13 @@ class JetStreamEvents:
             return False
 
     async def _remove(self, junk: StoredMessage) -> bool:
-        log.warning("junk_under_result_subject", subject=junk.subject, sequence=junk.sequence)
+        log.warning("invalid_message_in_results", subject=junk.subject, sequence=junk.sequence)
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 await self._bus.jetstream.delete_msg(self._subjects.results_stream, junk.sequence)
         except (Error, OSError) as error:
             # Where it is gone already, the next look says so.
-            log.warning("junk_not_removed", error=type(error).__name__)
+            log.warning("invalid_message_not_removed", error=type(error).__name__)
             return False
         return True
 
@@ -286,7 +286,7 @@ class JetStreamEvents:
         is something else, the dead letter is stored under another id.
         """
         stream, subject = self._subjects.dead_letters_stream, self._subjects.dead_letter(task)
-        message_id = f"{delivery.stream}-{place_of(delivery)}.dead"
+        message_id = f"{delivery.stream}-{message_key(delivery)}.dead"
         body, headers = self._letter(delivery, letter, message_id)
         try:
             ack = await self._persist(stream, subject, body, headers)
@@ -324,9 +324,9 @@ class JetStreamEvents:
         self, stream: str, *, subject: str | None = None, sequence: int | None = None
     ) -> StoredMessage | None:
         """Read a message from the leader of its stream; waits for the bus."""
-        pause = PAUSE_FIRST
+        pause = FIRST_PAUSE
         while True:
-            await self._bus.reachable()
+            await self._bus.wait_connected()
             try:
                 return await read_message(
                     self._bus, stream, subject=subject, sequence=sequence, timeout=API_TIMEOUT
@@ -349,11 +349,11 @@ class JetStreamEvents:
         # An attempt whose answer is lost may have been stored. The message's id, or the subject
         # that is expected to be empty, makes the next attempt harmless.
         self._check_size(body, headers)
-        pause = PAUSE_FIRST
+        pause = FIRST_PAUSE
         while True:
-            await self._bus.reachable()
+            await self._bus.wait_connected()
             try:
-                async with self._bus.question(API_TIMEOUT):
+                async with self._bus.api_call(API_TIMEOUT):
                     # A copy of the headers: js.publish writes into what it is given.
                     ack = await self._bus.jetstream.publish(
                         subject, body, timeout=API_TIMEOUT, headers=dict(headers)
@@ -366,7 +366,7 @@ class JetStreamEvents:
             except NoStreamResponseError:
                 await self._restore()
             except APIError as error:
-                if error.err_code in OCCUPIED:
+                if error.err_code in WRONG_LAST_SEQUENCE:
                     self._takes(stream)
                     raise _Occupied from None
                 if error.err_code == TOO_LARGE_FOR_STREAM:
@@ -478,4 +478,4 @@ def _ascii(text: str) -> str:
 
 async def _rest(pause: float) -> float:
     await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter
-    return min(pause * 2, PAUSE_MOST)
+    return min(pause * 2, MAX_PAUSE)

@@ -16,9 +16,9 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error
 
-from consumer.bus.connection import Bus, BusUnavailable, ConnectionGivenUp
+from consumer.bus.connection import Bus, BusUnavailable, ConnectionClosed
 from consumer.bus.delivery import DeliveryContext, JetStreamDelivery, is_delivery
-from consumer.bus.server_texts import says_durable_is_missing, says_shutdown
+from consumer.bus.server_texts import is_durable_missing, is_server_shutdown
 from consumer.bus.topology import NANOSECONDS, Durable, TopologyError
 
 log = structlog.get_logger()
@@ -29,8 +29,12 @@ EXPIRES = 20.0  # seconds that one pull stands at most
 # connection standing, and its pull with it: that must be over before the lease on its request is,
 # or it takes the request again, into nobody's hands, and one more try is counted.
 EXPIRES_PER_ACK_WAIT = 0.5
-SILENCE = 2.5 * IDLE_HEARTBEAT  # seconds without a word after which a pull is taken to be lost
-SILENCES = 2  # in a row, after which the connection is taken to be dead although it looks alive
+HEARTBEAT_TIMEOUT = (
+    2.5 * IDLE_HEARTBEAT
+)  # seconds without a word after which a pull is taken to be lost
+MAX_HEARTBEAT_TIMEOUTS = (
+    2  # in a row, after which the connection is taken to be dead although it looks alive
+)
 PAUSE_REFUSED = 0.1  # seconds
 PAUSE_MISSING = 0.5  # seconds
 
@@ -110,7 +114,7 @@ class PullLoop:
         """
         while not self._stopping:
             if self._bus.closed.is_set():
-                raise ConnectionGivenUp
+                raise ConnectionClosed
             if not self._standing and not self._paused and self._bus.connected:
                 await self._pull()
             message = await self._receive()
@@ -143,7 +147,7 @@ class PullLoop:
             # Takes the interest away from the pull, then waits for what was under way.
             await asyncio.wait_for(self._subscription.drain(), IDLE_HEARTBEAT)  # type: ignore[no-untyped-call]
         except (Error, TimeoutError, OSError) as error:
-            log.warning("pull_not_withdrawn", error=type(error).__name__)
+            log.warning("pull_unsubscribe_failed", error=type(error).__name__)
 
     @property
     def _current(self) -> str:
@@ -158,7 +162,7 @@ class PullLoop:
         else:
             # The answer to a pull that was taken to be lost. Nobody would renew its lease here
             # while another job runs.
-            log.warning("delivery_not_asked_for")
+            log.warning("unexpected_delivery")
             self._requeue(message)
 
     def _requeue(self, message: Msg) -> None:
@@ -195,7 +199,7 @@ class PullLoop:
             await asyncio.sleep(PAUSE_MISSING)
 
     async def _receive(self) -> Msg | None:
-        left = self._heard + SILENCE - time.monotonic()
+        left = self._heard + HEARTBEAT_TIMEOUT - time.monotonic()
         try:
             message = await asyncio.wait_for(self._received.get(), max(0.0, left))
         except TimeoutError:
@@ -213,8 +217,8 @@ class PullLoop:
             self._heard = time.monotonic()
             return
         self._silences += 1
-        log.warning("pull_silent", times=self._silences)
-        if self._silences >= SILENCES:
+        log.warning("pull_heartbeat_missed", times=self._silences)
+        if self._silences >= MAX_HEARTBEAT_TIMEOUTS:
             self._silences = 0
             await self._bus.client.force_reconnect()
 
@@ -230,11 +234,11 @@ class PullLoop:
         self._standing = False
         if code in {"404", "408"}:  # no message; the pull has expired
             self.attached = True
-        elif says_durable_is_missing(code, description):
+        elif is_durable_missing(code, description):
             log.warning("durable_missing", code=code, description=description)
             self.attached = False
             await self._restore()
-        elif says_shutdown(description):
+        elif is_server_shutdown(description):
             # By SIGTERM: the connection is lost next, and the durable is there when it is back.
             await asyncio.sleep(PAUSE_REFUSED)
         else:

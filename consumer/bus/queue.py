@@ -12,7 +12,7 @@ from nats.js.api import RawStreamMsg
 from nats.js.errors import NotFoundError
 from pydantic_core import from_json, to_json
 
-from consumer.bus.attempt_marks import AttemptMarks, retry_place
+from consumer.bus.attempt_marks import AttemptMarks, retry_key
 from consumer.bus.codes import STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.stored_request import RequestInStream
@@ -23,8 +23,8 @@ log = structlog.get_logger()
 
 # Seconds in which a worker that has a request says so. A worker that does not have it sends no
 # answer. The answer follows a note in a stream, which takes a millisecond.
-ANSWER_WITHIN = 0.8
-HOLDER_WITHIN = 0.3  # seconds for the same without the note
+STOP_TIMEOUT = 0.8
+IN_PROGRESS_TIMEOUT = 0.3  # seconds for the same without the note
 PAUSE = 0.1  # seconds between two attempts to read a stream
 
 # Sent with a question, so that the process that asks does not answer it.
@@ -96,10 +96,10 @@ class JetStreamQueue:
             message = await self._first(task, request_id)
             if message is None:
                 return None
-            untouched = await self._untouched(task, message.seq or 0)
+            never_delivered = await self._untouched(task, message.seq or 0)
         except (Error, OSError, TimeoutError) as error:
             raise _unreadable(error) from None
-        return StoredRequest(self._delivery(task, message), untouched)
+        return StoredRequest(self._delivery(task, message), never_delivered)
 
     async def older(self, task: Task, request_id: str, than: Message) -> RequestInStream | None:
         """Load the oldest message with the id in its subject, if it comes before a delivery.
@@ -110,7 +110,7 @@ class JetStreamQueue:
             BusUnavailable: The client has given up; the process has to end.
         """
         while True:
-            await self._bus.reachable()
+            await self._bus.wait_connected()
             try:
                 stream, subject = self._place(task, request_id)
                 found = (await self._counts(stream, subject)).subjects.get(subject, 0)
@@ -134,7 +134,7 @@ class JetStreamQueue:
 
     async def cancel_retry(self, task: Task, request_id: str) -> None:
         """Mark a request as cancelled for the worker that gets its next attempt."""
-        await self._marks[task].mark_cancelled(retry_place(request_id))
+        await self._marks[task].mark_cancelled(retry_key(request_id))
 
     async def _requests(self, task: Task, request_id: str) -> _Counts:
         stream, subject = self._place(task, request_id)
@@ -143,7 +143,7 @@ class JetStreamQueue:
     async def _counts(self, stream: str, subjects: str) -> _Counts:
         # nats-py's own method builds objects from the whole answer, which takes twice as long.
         query = to_json({"subjects_filter": subjects})
-        answer = await self._bus.ask(f"$JS.API.STREAM.INFO.{stream}", query, within=API_TIMEOUT)
+        answer = await self._bus.request(f"$JS.API.STREAM.INFO.{stream}", query, within=API_TIMEOUT)
         info: dict[str, Any] = from_json(answer)
         error = info.get("error", {})
         if error.get("err_code") == STREAM_NOT_FOUND:
@@ -158,7 +158,7 @@ class JetStreamQueue:
 
     async def _oldest_of(self, stream: str, subject: str) -> RawStreamMsg | None:
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 return await self._bus.jetstream.get_msg(stream, 1, subject=subject, next=True)
         except NotFoundError:
             return None
@@ -166,7 +166,7 @@ class JetStreamQueue:
     async def _untouched(self, task: Task, sequence: int) -> bool:
         stream = self._subjects.requests_stream(task)
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 info = await self._bus.jetstream.consumer_info(stream, self._durables[task])
         except NotFoundError:
             # A durable with another name than the usual one may have delivered it. Where the
@@ -212,11 +212,11 @@ class BroadcastWorkers:
         return asking
 
     async def _ask(self, request_id: str) -> StopAck | None:
-        answer = await self._question(self._subjects.interrupt(request_id), b"", ANSWER_WITHIN)
+        answer = await self._question(self._subjects.interrupt(request_id), b"", STOP_TIMEOUT)
         try:
             return None if answer is None else StopAck(answer.decode())
         except ValueError:
-            log.warning("unknown_answer_of_a_worker")
+            log.warning("unknown_worker_reply")
             return None
 
     async def notify_stop(self, request_id: str) -> None:
@@ -224,30 +224,30 @@ class BroadcastWorkers:
         try:
             await self._bus.client.publish(self._subjects.interrupt(request_id))
         except (Error, OSError) as error:
-            log.warning("workers_not_asked", error=type(error).__name__)
+            log.warning("workers_not_reached", error=type(error).__name__)
 
     async def is_in_progress(self, request_id: str) -> bool:
         """Whether a worker in another process has a job with this id."""
         subject = self._subjects.holder(request_id)
-        return await self._question(subject, PROCESS, HOLDER_WITHIN) is not None
+        return await self._question(subject, PROCESS, IN_PROGRESS_TIMEOUT) is not None
 
     async def others_idle(self) -> bool:
         """Whether the own durable has a pull of another worker."""
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 info = await self._bus.jetstream.consumer_info(self._stream, self._durable)
         except (Error, OSError) as error:
-            log.warning("pulls_not_counted", error=type(error).__name__)
+            log.warning("pull_requests_not_counted", error=type(error).__name__)
             return False
         return bool(info.num_waiting)
 
     async def _question(self, subject: str, body: bytes, within: float) -> bytes | None:
         try:
-            return await self._bus.ask(subject, body, within=within)
+            return await self._bus.request(subject, body, within=within)
         except (TimeoutError, NoRespondersError):
             return None
         except (Error, OSError) as error:
-            log.warning("workers_not_asked", error=type(error).__name__)
+            log.warning("workers_not_reached", error=type(error).__name__)
             return None
 
 

@@ -31,15 +31,15 @@ from consumer.bus.cached_read import CachedRead
 from consumer.bus.codes import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.reading import StoredMessage, read_message
-from consumer.bus.server_texts import says_permission_is_missing
+from consumer.bus.server_texts import is_permission_error
 from generation_contracts import Subjects, Task
 from generation_contracts.subjects import is_request_id
 
 AGE = 1.0  # seconds that numbers are kept
 LIST_WITHIN = 30.0  # seconds; a list of a million subjects takes the server several
 RECONNECT_WITHIN = 2.0  # seconds; a broker that restarts is back in less
-MOST_DELETED = 10_000  # sequences of deleted messages that are asked for
-MOST_KNOWN = 10_000  # requests whose sequences are remembered
+MAX_DELETED = 10_000  # sequences of deleted messages that are asked for
+MAX_CACHED = 10_000  # requests whose sequences are remembered
 _TASKS = frozenset(Task)
 _NOT_FOUND = frozenset({STREAM_NOT_FOUND, CONSUMER_NOT_FOUND})
 
@@ -86,7 +86,7 @@ class QueueState:
 
 
 @dataclass(frozen=True)
-class Place:
+class QueuePosition:
     """Where a request is in its queue.
 
     Attributes:
@@ -155,7 +155,7 @@ class QueueView:
         found = await self._subjects_of(subjects.results_stream, f"{prefix}>")
         return _ids(found, prefix)
 
-    async def place(self, task: Task, request_id: str) -> Place | None:
+    async def position(self, task: Task, request_id: str) -> QueuePosition | None:
         """Find a request that waits or runs.
 
         Returns:
@@ -171,16 +171,16 @@ class QueueView:
             known = await self._known_in_queue(task, request_id)
         if known is not None:
             delivered = known.sequence <= state.delivered
-            return Place(known.stored_at, delivered, state.before(known.sequence))
+            return QueuePosition(known.stored_at, delivered, state.before(known.sequence))
         last = state.in_flight + state.waiting
         retry = await self._read_retry(task, request_id)
         if retry is not None:
-            return Place(retry.stored_at, delivered=False, before=last)
+            return QueuePosition(retry.stored_at, delivered=False, before=last)
         # It may have been moved from the one stream to the other between the two reads.
         known = await self._known_in_queue(task, request_id)
         if known is None:
             return None
-        return Place(known.stored_at, delivered=False, before=last)
+        return QueuePosition(known.stored_at, delivered=False, before=last)
 
     async def body(self, task: Task, request_id: str) -> bytes | None:
         """Read the oldest stored request with an id; None where there is none.
@@ -200,7 +200,7 @@ class QueueView:
             return None
         known = _Known(message.sequence, message.stored_at)
         self._known[task, request_id] = known
-        if len(self._known) > MOST_KNOWN:
+        if len(self._known) > MAX_CACHED:
             self._known.popitem(last=False)
         return known
 
@@ -232,7 +232,7 @@ class QueueView:
         )
         state = info.get("state", {})
         gaps = state.get("num_deleted", 0)
-        if 0 < gaps <= MOST_DELETED:
+        if 0 < gaps <= MAX_DELETED:
             info = await self._call(f"STREAM.INFO.{stream}", {"deleted_details": True})
             state = info.get("state", {})
         return QueueState(
@@ -265,7 +265,7 @@ class QueueView:
         body = b"" if query is None else json.dumps(query).encode()
         await self._reconnected()
         try:
-            answer = await self._bus.ask(f"$JS.API.{subject}", body, within=within)
+            answer = await self._bus.request(f"$JS.API.{subject}", body, within=within)
             value: dict[str, Any] = from_json(answer)
         except (Error, OSError, TimeoutError, ValueError) as error:
             raise self._unavailable(subject, error) from None
@@ -281,13 +281,13 @@ class QueueView:
             return
         try:
             async with asyncio.timeout(RECONNECT_WITHIN):
-                await self._bus.reachable()
+                await self._bus.wait_connected()
         except TimeoutError:
             raise BusUnavailable("NATS: not connected") from None
 
     def _unavailable(self, subject: str, error: Exception) -> BusUnavailable:
         # The server drops what is not permitted; the reason goes to the error callback.
-        refused = says_permission_is_missing(self._bus.last_error)
+        refused = is_permission_error(self._bus.last_error)
         reason = self._bus.last_error if refused else str(error) or type(error).__name__
         return BusUnavailable(f"NATS: $JS.API.{subject}: {reason}")
 

@@ -26,7 +26,7 @@ from consumer.bus.codes import (
 from consumer.bus.connection import API_TIMEOUT, Bus, BusMisconfigured, BusUnavailable
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
-from consumer.bus.server_texts import says_permission_is_missing
+from consumer.bus.server_texts import is_permission_error
 from consumer.ports.bus import ResultUnreadable
 from consumer.ports.unavailable import Unavailable
 from generation_contracts import Subjects, Task
@@ -82,7 +82,7 @@ class _NoStorageError(TopologyError):
     """The account or the server has not the storage that a stream reserves."""
 
 
-class LeftAsItWas(TopologyError):  # noqa: N818 - a state of what is left
+class PartlyApplied(TopologyError):  # noqa: N818 - a state of what is left
     """Everything was applied but what would have harmed deliveries or messages that are there."""
 
 
@@ -153,7 +153,7 @@ class Topology:
 
         Raises:
             TopologyError: The server refuses, or has not the storage; then nothing was created.
-            LeftAsItWas: Everything was applied but settings that would have shortened leases that
+            PartlyApplied: Everything was applied but settings that would have shortened leases that
                 run, or dropped stored messages.
             BusUnavailable: The server does not answer.
         """
@@ -175,7 +175,7 @@ class Topology:
             name = f"watcher {wanted['durable_name']}"
             done[name] = await self._apply_consumer(stream, wanted, left)
         if left:
-            raise LeftAsItWas("; ".join(left))
+            raise PartlyApplied("; ".join(left))
         return done
 
     async def ensure(self, task: Task) -> Durable:
@@ -211,7 +211,7 @@ class Topology:
         wanted = self._retries(task)
         return _durable(self._subjects.retries_stream, wanted, wanted)
 
-    async def look(self, task: Task) -> Durable:
+    async def verify(self, task: Task) -> Durable:
         """Compare everything without changing anything, for `consumer check`.
 
         Raises:
@@ -223,10 +223,10 @@ class Topology:
             if found is None:
                 raise TopologyError(f"stream {wanted['name']}: missing; run `consumer apply`")
             self._compare_stream(wanted, found["config"])
-        await self._look_at_consumer(self._subjects.advisories_stream, self._watcher(task))
-        await self._look_at_consumer(self._subjects.retries_stream, self._retries(task))
+        await self._verify_consumer(self._subjects.advisories_stream, self._watcher(task))
+        await self._verify_consumer(self._subjects.retries_stream, self._retries(task))
         stream = self._subjects.requests_stream(task)
-        return await self._look_at_consumer(stream, self._consumer(task))
+        return await self._verify_consumer(stream, self._consumer(task))
 
     def durables(self, own: Task) -> dict[Task, str]:
         """Names of the durables of all tasks: the own one as it is set, the others as in the files.
@@ -475,7 +475,7 @@ class Topology:
             log.info("consumer_created", stream=stream, consumer=name)
         return _durable(stream, wanted, found["config"])
 
-    async def _look_at_consumer(self, stream: str, wanted: Config) -> Durable:
+    async def _verify_consumer(self, stream: str, wanted: Config) -> Durable:
         name = wanted["durable_name"]
         found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
         if found is None:
@@ -495,7 +495,7 @@ class Topology:
         payload = b"" if body is None else json.dumps(body).encode()
         self._bus.last_error = ""
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 answer = await self._bus.client.request(
                     f"$JS.API.{subject}", payload, timeout=API_TIMEOUT
                 )
@@ -504,7 +504,7 @@ class Topology:
         except TimeoutError:
             # The server drops what is not permitted; the reason goes to the error callback.
             reason = self._bus.last_error or "no answer"
-            missing = says_permission_is_missing(reason)
+            missing = is_permission_error(reason)
             kind = BusMisconfigured if missing else BusUnavailable
             raise kind(f"NATS: $JS.API.{subject}: {reason}") from None
         except (Error, OSError) as problem:

@@ -160,7 +160,7 @@ class Cancellation:
     async def _stop_oldest(self, task: Task, request_id: str, stored: _StoredState) -> None:
         # The copies behind the oldest message get its terminal event when they are delivered.
         oldest = await self._queue.oldest(task, request_id)
-        if oldest is not None and not oldest.untouched:
+        if oldest is not None and not oldest.never_delivered:
             await oldest.delivery.mark_cancelled()
             stored.in_flight.add(task)
             return

@@ -68,13 +68,13 @@ from generation_contracts.subjects import HOLDER, is_request_id
 
 log = structlog.get_logger()
 
-ANSWER_WITHIN = 30.0  # seconds, at the start, for the answer of the own service
-EMPTY_WITHIN = 2.0  # seconds, at the end, for calls that have come; one takes a millisecond
-CANCELLATIONS = 10_000  # at the same time; each takes a few kB while it waits for an answer
+START_TIMEOUT = 30.0  # seconds, at the start, for the answer of the own service
+DRAIN_TIMEOUT = 2.0  # seconds, at the end, for calls that have come; one takes a millisecond
+MAX_CANCELLATIONS = 10_000  # at the same time; each takes a few kB while it waits for an answer
 
 
 @dataclass(frozen=True)
-class Backend:
+class WorkerBackend:
     """What is behind the door.
 
     Attributes:
@@ -111,7 +111,7 @@ class WorkerService:
         backend: What is behind the door.
     """
 
-    def __init__(self, bus: Bus, subjects: Subjects, backend: Backend) -> None:
+    def __init__(self, bus: Bus, subjects: Subjects, backend: WorkerBackend) -> None:
         self._bus = bus
         self._subjects = subjects
         self._backend = backend
@@ -125,7 +125,7 @@ class WorkerService:
 
         Raises:
             BusUnavailable: The connection is closed, or the own service has not answered within
-                `ANSWER_WITHIN`.
+                `START_TIMEOUT`.
         """
         task, model = self._backend.task, self._backend.model
         try:
@@ -154,12 +154,12 @@ class WorkerService:
         except (Error, OSError) as error:
             raise BusUnavailable(f"NATS: no service: {type(error).__name__}") from None
         asking = partial(self._require_answer, f"$SRV.PING.{SERVICE}.{self._service.id}")
-        await wait_until_available(asking, deadline=time.monotonic() + ANSWER_WITHIN)
+        await wait_until_available(asking, deadline=time.monotonic() + START_TIMEOUT)
 
     async def _require_answer(self, subject: str) -> None:
         """Ask the service of this worker: its answer says that the server has its subscriptions."""
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 await self._bus.client.request(subject, timeout=API_TIMEOUT)
         except (Error, OSError) as error:
             reason = f"NATS: the service of this worker does not answer: {type(error).__name__}"
@@ -170,13 +170,13 @@ class WorkerService:
         try:
             if self._service is not None:
                 # No other worker gets a call that this one has received.
-                if not await drain_endpoints(self._service, within=EMPTY_WITHIN):
-                    log.warning("calls_may_be_lost")  # the bus is away, or they were too many
+                if not await drain_endpoints(self._service, within=DRAIN_TIMEOUT):
+                    log.warning("calls_not_drained")  # the bus is away, or they were too many
                 await self._service.stop()
             if self._interrupts is not None:
                 await self._interrupts.unsubscribe()
         except (Error, OSError) as error:
-            log.warning("front_door_not_closed", error=type(error).__name__)
+            log.warning("worker_service_not_closed", error=type(error).__name__)
         if self._cancelling:
             await asyncio.wait(self._cancelling)
 
@@ -260,7 +260,7 @@ class WorkerService:
     async def _cancel(self, call: Call) -> None:
         # A task for each: handlers run one after another, and a cancellation may wait for a worker.
         # `Cancellation` bounds what all of them ask the server and load at the same time.
-        if len(self._cancelling) >= CANCELLATIONS:
+        if len(self._cancelling) >= MAX_CANCELLATIONS:
             await _refuse(call, reply_subject(call), "503", "too many cancellations")
             return
         cancelling = asyncio.create_task(self._cancelled(call), name="cancel")
@@ -294,7 +294,7 @@ class WorkerService:
             answer = b""
         elif message.data:
             # No worker sends a body: the server does, to the reply subject of a sender's choice.
-            log.warning("junk_among_interrupts")
+            log.warning("invalid_stop_request")
             return
         else:
             stop_ack = await self._backend.request_stop(token)

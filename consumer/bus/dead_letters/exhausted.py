@@ -48,17 +48,17 @@ async def find_exhausted(
     try:
         about = _Advisory.model_validate_json(advisory.body)
     except ValidationError:
-        log.warning("unreadable_advisory")
+        log.warning("advisory_not_readable")
         return None
     while about.stream == stream:
-        await bus.reachable()
+        await bus.wait_connected()
         try:
-            async with bus.question(API_TIMEOUT):
+            async with bus.api_call(API_TIMEOUT):
                 message = await bus.jetstream.get_msg(stream, about.stream_seq)
         except NotFoundError:
             break  # ended, or published again
         except (Error, OSError) as error:
-            log.warning("stranded_request_not_read", error=type(error).__name__)
+            log.warning("exhausted_request_not_read", error=type(error).__name__)
             await asyncio.sleep(PAUSE)
         else:
             return RequestInStream(bus, stream, message, deliveries=about.deliveries, marks=marks)

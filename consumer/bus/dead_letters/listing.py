@@ -32,17 +32,19 @@ from generation_contracts.headers import (
 log = structlog.get_logger()
 
 BATCH = 256  # letters asked for at once; each has at most 64 kB of headers
-FORGOTTEN_AFTER = 30.0  # seconds after which the server drops the consumer of a listing that died
+INACTIVE_THRESHOLD = (
+    30.0  # seconds after which the server drops the consumer of a listing that died
+)
 _MESSAGE_SIZE = "Nats-Msg-Size"  # bytes of the body, where a consumer has left it out
 _SEQUENCES = 2**64
 
 
-class NoSuchLetter(Exception):  # noqa: N818 - a state of the stream
+class DeadLetterNotFound(Exception):  # noqa: N818 - a state of the stream
     """There is no letter under this sequence, or not any more."""
 
 
 @dataclass(frozen=True)
-class StoredLetter:
+class StoredDeadLetter:
     """A request that no worker could handle.
 
     The texts are empty where whoever wrote the letter has left a header out.
@@ -126,23 +128,23 @@ class DeadLetters:
         self._subjects = subjects
         self._stream = subjects.dead_letters_stream
 
-    async def listed(self) -> AsyncIterator[StoredLetter]:
+    async def list_all(self) -> AsyncIterator[StoredDeadLetter]:
         """Every letter that is there when it begins, oldest first, without the bodies.
 
         Raises:
             BusUnavailable: The server does not answer, refuses, or has no such stream.
         """
-        with answered(self._bus, self._stream):
-            async with self._bus.question(API_TIMEOUT):
+        with describe_errors(self._bus, self._stream):
+            async with self._bus.api_call(API_TIMEOUT):
                 last = (await self._bus.jetstream.stream_info(self._stream)).state.last_seq
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 consumer = await self._bus.jetstream.add_consumer(
                     self._stream,
                     ConsumerConfig(
                         ack_policy=AckPolicy.NONE,
                         deliver_policy=DeliverPolicy.ALL,
                         headers_only=True,
-                        inactive_threshold=FORGOTTEN_AFTER,
+                        inactive_threshold=INACTIVE_THRESHOLD,
                         mem_storage=True,
                     ),
                 )
@@ -155,20 +157,20 @@ class DeadLetters:
                 if letter.code:
                     yield letter
 
-    async def read(self, sequence: int) -> StoredLetter:
+    async def read(self, sequence: int) -> StoredDeadLetter:
         """One letter with its body.
 
         Raises:
-            NoSuchLetter: It is not there.
-            BusUnavailable: As in `listed`.
+            DeadLetterNotFound: It is not there.
+            BusUnavailable: As in `list_all`.
         """
         if not 0 < sequence < _SEQUENCES:
-            raise NoSuchLetter
-        with answered(self._bus, self._stream):
+            raise DeadLetterNotFound
+        with describe_errors(self._bus, self._stream):
             found = await read_message(self._bus, self._stream, sequence=sequence)
         if found is None:
-            raise NoSuchLetter
-        return StoredLetter(
+            raise DeadLetterNotFound
+        return StoredDeadLetter(
             sequence=sequence,
             stored_at=found.stored_at,
             task=self._task(found.subject),
@@ -185,12 +187,12 @@ class DeadLetters:
         pull = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{consumer}"
         try:
             while True:
-                with answered(self._bus, self._stream):
+                with describe_errors(self._bus, self._stream):
                     request = b'{"batch":%d,"no_wait":true}' % BATCH
                     await self._bus.client.publish(pull, request, reply=inbox)
                 for _ in range(BATCH):
-                    with answered(self._bus, self._stream):
-                        async with self._bus.question(API_TIMEOUT):
+                    with describe_errors(self._bus, self._stream):
+                        async with self._bus.api_call(API_TIMEOUT):
                             message = await subscription.next_msg(timeout=API_TIMEOUT)
                     if not is_delivery(message):
                         _refuse_all_but_the_end(message)
@@ -202,16 +204,16 @@ class DeadLetters:
     async def _forget(self, consumer: str, subscription: Subscription) -> None:
         try:
             await subscription.unsubscribe()
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 await self._bus.jetstream.delete_consumer(self._stream, consumer)
         except (Error, OSError) as error:
             # The server drops it by itself a little later.
-            log.info("listing_not_forgotten", error=type(error).__name__)
+            log.info("listing_consumer_not_deleted", error=type(error).__name__)
 
-    def _from_listing(self, message: Msg) -> StoredLetter:
+    def _from_listing(self, message: Msg) -> StoredDeadLetter:
         headers = dict(message.headers or {})
         size = int(headers.pop(_MESSAGE_SIZE, "0"))
-        return StoredLetter(
+        return StoredDeadLetter(
             sequence=message.metadata.sequence.stream,
             stored_at=message.metadata.timestamp.astimezone(UTC),
             task=self._task(message.subject),
@@ -224,7 +226,7 @@ class DeadLetters:
 
 
 @contextmanager
-def answered(bus: Bus, stream: str) -> Iterator[None]:
+def describe_errors(bus: Bus, stream: str) -> Iterator[None]:
     """Make one clear line of whatever keeps the server from answering about a stream.
 
     Raises:

@@ -26,7 +26,7 @@ from nats.js.errors import APIError, NoStreamResponseError
 
 from consumer.bus.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
-from consumer.bus.dead_letters.listing import StoredLetter, answered
+from consumer.bus.dead_letters.listing import StoredDeadLetter, describe_errors
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
 from consumer.ports.bus import ResultEvent, ResultUnreadable
@@ -82,7 +82,7 @@ class _Attempt:
     body: bytes = field(repr=False)
 
     @classmethod
-    def of(cls, letter: StoredLetter, subjects: Subjects) -> Self:
+    def of(cls, letter: StoredDeadLetter, subjects: Subjects) -> Self:
         """Read a letter.
 
         Raises:
@@ -133,7 +133,7 @@ class Replayer:
         self._subjects = subjects
         self._results = subjects.results_stream
 
-    async def replay(self, letter: StoredLetter) -> Replay:
+    async def replay(self, letter: StoredDeadLetter) -> Replay:
         """Ask again for the request of a letter that was read, and delete the letter.
 
         Returns:
@@ -150,14 +150,14 @@ class Replayer:
         outcome = await self._ask_again(letter, attempt)
         await self._delete(self._subjects.dead_letters_stream, letter.sequence)
         log.info(
-            "letter_deleted",
+            "dead_letter_deleted",
             outcome=outcome.name,
             sequence=letter.sequence,
             request_id=letter.request_id,
         )
         return outcome
 
-    async def _ask_again(self, letter: StoredLetter, attempt: _Attempt) -> Replay:
+    async def _ask_again(self, letter: StoredDeadLetter, attempt: _Attempt) -> Replay:
         if await self._is_in_hand(letter, attempt.stream):
             raise NotReplayed("a worker still has it: try again later")
         # Before the event is read: what is not here any more has its event there.
@@ -184,7 +184,7 @@ class Replayer:
 
     # -- what the streams have --------------------------------------------------------------------
 
-    async def _is_in_hand(self, letter: StoredLetter, stream: str) -> bool:
+    async def _is_in_hand(self, letter: StoredDeadLetter, stream: str) -> bool:
         # The letter is written before the failed event, and that before the request is settled. A
         # copy that is published in between would be answered with that event, and never run.
         place = re.fullmatch(
@@ -216,8 +216,8 @@ class Replayer:
 
     async def _check_room(self, attempt: _Attempt) -> None:
         # Before the event goes; what fills the stream in between is still refused by it.
-        with answered(self._bus, attempt.stream):
-            async with self._bus.question(API_TIMEOUT):
+        with describe_errors(self._bus, attempt.stream):
+            async with self._bus.api_call(API_TIMEOUT):
                 info = await self._bus.jetstream.stream_info(attempt.stream)
         size = wire_size(attempt.body, {**attempt.headers, MESSAGE_ID: attempt.message_id})
         if size > self._bus.client.max_payload or 0 < (info.config.max_msg_size or 0) < size:
@@ -230,16 +230,16 @@ class Replayer:
     async def _read(
         self, stream: str, *, subject: str | None = None, sequence: int | None = None
     ) -> StoredMessage | None:
-        with answered(self._bus, stream):
+        with describe_errors(self._bus, stream):
             return await read_message(self._bus, stream, subject=subject, sequence=sequence)
 
     # -- what is changed --------------------------------------------------------------------------
 
     async def _store(self, attempt: _Attempt, message_id: str) -> PubAck:
         headers = {**attempt.headers, MESSAGE_ID: message_id}
-        with answered(self._bus, attempt.stream):
+        with describe_errors(self._bus, attempt.stream):
             try:
-                async with self._bus.question(API_TIMEOUT):
+                async with self._bus.api_call(API_TIMEOUT):
                     return await self._bus.jetstream.publish(
                         attempt.subject, attempt.body, timeout=API_TIMEOUT, headers=headers
                     )
@@ -257,9 +257,9 @@ class Replayer:
                 raise BusUnavailable("NATS: the request is not confirmed") from None
 
     async def _delete(self, stream: str, sequence: int) -> None:
-        with answered(self._bus, stream):
+        with describe_errors(self._bus, stream):
             try:
-                async with self._bus.question(API_TIMEOUT):
+                async with self._bus.api_call(API_TIMEOUT):
                     await self._bus.jetstream.delete_msg(stream, sequence)
             except APIError:
                 # The server has no error of its own for a message that is not there any more.

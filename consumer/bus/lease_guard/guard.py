@@ -25,9 +25,9 @@ from consumer.settings import Settings
 
 log = structlog.get_logger()
 
-START_AGAIN_AFTER = 1.0  # seconds
-OVER_WITHIN = 0.1  # seconds until the guard learns that a lease is over
-UNREAD_MOST = 2**18  # bytes that the guard may leave unread; a line has about 100
+RESTART_PAUSE = 1.0  # seconds
+LEASE_END_DELAY = 0.1  # seconds until the guard learns that a lease is over
+MAX_UNREAD = 2**18  # bytes that the guard may leave unread; a line has about 100
 _CONNECTION = (
     "nats_url",
     "nats_user",
@@ -47,14 +47,14 @@ class GuardConfig:
     Attributes:
         nats: The settings of the connection; they may hold a password, so they are no arguments.
         parent: Process id of the worker.
-        patience: Seconds without a sign of life after which the worker is killed.
+        stall_timeout: Seconds without a sign of life after which the worker is killed.
         log_format: The worker's.
         log_level: The worker's.
     """
 
     nats: dict[str, Any]
     parent: int
-    patience: float
+    stall_timeout: float
     log_format: str
     log_level: str
 
@@ -74,7 +74,7 @@ class LeaseGuard:
                 "nats_password": settings.nats_password.get_secret_value(),
             },
             parent=os.getpid(),
-            patience=settings.consumer_stall_timeout,
+            stall_timeout=settings.consumer_stall_timeout,
             log_format=settings.log_format,
             log_level=settings.log_level,
         )
@@ -121,7 +121,7 @@ class LeaseGuard:
     def stop_renewing(self, lease: str) -> None:
         """Report that a lease is over."""
         if self._leases.pop(lease, None) is not None:
-            self._report({"over": lease}, later=OVER_WITHIN)
+            self._report({"over": lease}, later=LEASE_END_DELAY)
 
     def _report(self, fact: object, *, later: float | None = None) -> None:
         # Each write wakes the guard, which takes as long as a question to NATS. So facts go
@@ -144,9 +144,9 @@ class LeaseGuard:
         process = self._process
         if process is None or process.stdin is None or process.stdin.is_closing():
             return
-        if process.stdin.transport.get_write_buffer_size() > UNREAD_MOST:
+        if process.stdin.transport.get_write_buffer_size() > MAX_UNREAD:
             # It is stopped or hangs. Another one gets all leases.
-            log.error("standby_does_not_read")
+            log.error("lease_guard_not_reading")
             process.stdin.close()
             process.kill()
             return
@@ -162,7 +162,7 @@ class LeaseGuard:
             )
         except OSError as error:  # no memory, no process left
             self._process = None
-            log.error("standby_not_started", error=type(error).__name__)  # noqa: TRY400 - one line
+            log.error("lease_guard_not_started", error=type(error).__name__)  # noqa: TRY400 - one line
             return
         self._unsent.clear()  # it gets all leases, as they are now
         leases = ({"alive": lease, "ack_wait": seconds} for lease, seconds in self._leases.items())
@@ -172,6 +172,6 @@ class LeaseGuard:
         while True:
             if self._process is not None:
                 code = await self._process.wait()
-                log.warning("standby_ended", code=code)
-            await asyncio.sleep(START_AGAIN_AFTER)
+                log.warning("lease_guard_ended", code=code)
+            await asyncio.sleep(RESTART_PAUSE)
             await self._spawn()

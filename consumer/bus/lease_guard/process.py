@@ -26,15 +26,15 @@ from consumer.telemetry import configure_logging
 log = structlog.get_logger()
 
 TICKS_PER_ACK_WAIT = 20
-BEATS_PER_ACK_WAIT = 5  # as the worker's own
-LATE_BEATS = 1.5  # intervals without a renewal after which the guard renews
-TICK_MOST = 1.0  # seconds
-LOOK_EVERY = 1.0  # seconds between two looks for the worker's process
-CONNECT_WITHIN = 30.0  # seconds for one attempt
-CONNECT_AGAIN_AFTER = 1.0  # seconds; doubled with each failure, up to the next
-CONNECT_AGAIN_MOST = 15.0  # seconds
-RENEW_WITHIN = 1.0  # seconds that one renewal may wait for a connection that takes nothing
-DUMP_WITHIN = 1.0  # seconds for the worker to write down where its threads are
+RENEWALS_PER_ACK_WAIT = 5  # as the worker's own
+LATE_INTERVALS = 1.5  # intervals without a renewal after which the guard renews
+MAX_TICK = 1.0  # seconds
+POLL_INTERVAL = 1.0  # seconds between two looks for the worker's process
+CONNECT_TIMEOUT = 30.0  # seconds for one attempt
+FIRST_RECONNECT_PAUSE = 1.0  # seconds; doubled with each failure, up to the next
+MAX_RECONNECT_PAUSE = 15.0  # seconds
+RENEW_TIMEOUT = 1.0  # seconds that one renewal may wait for a connection that takes nothing
+DUMP_TIMEOUT = 1.0  # seconds for the worker to write down where its threads are
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Lease:
     @property
     def interval(self) -> float:
         """Seconds between two renewals."""
-        return self.ack_wait / BEATS_PER_ACK_WAIT
+        return self.ack_wait / RENEWALS_PER_ACK_WAIT
 
 
 class LeaseGuardProcess:
@@ -111,30 +111,30 @@ class LeaseGuardProcess:
 
     async def _connect(self) -> None:
         settings = Settings(**self._config.nats)
-        pause = CONNECT_AGAIN_AFTER
+        pause = FIRST_RECONNECT_PAUSE
         while True:
             try:
                 self._bus = await connect(
                     settings,
                     name=f"generation standby {self._config.parent}",
-                    within=CONNECT_WITHIN,
+                    within=CONNECT_TIMEOUT,
                 )
             except BusUnavailable as error:
                 # An unreadable file fails at once: without the pause this loop would never yield.
-                log.warning("standby_not_connected", reason=str(error))
+                log.warning("lease_guard_not_connected", reason=str(error))
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, CONNECT_AGAIN_MOST)
+                pause = min(2 * pause, MAX_RECONNECT_PAUSE)
                 continue
-            log.info("standby_connected")
-            pause = CONNECT_AGAIN_AFTER
+            log.info("lease_guard_connected")
+            pause = FIRST_RECONNECT_PAUSE
             await self._bus.closed.wait()
             self._bus = None
 
     async def _watch(self) -> None:
         while True:
             await self._held.wait()
-            shortest = min((lease.ack_wait for lease in self._leases.values()), default=TICK_MOST)
-            tick = min(TICK_MOST, shortest / TICKS_PER_ACK_WAIT)
+            shortest = min((lease.ack_wait for lease in self._leases.values()), default=MAX_TICK)
+            tick = min(MAX_TICK, shortest / TICKS_PER_ACK_WAIT)
             before = time.monotonic()
             await asyncio.sleep(tick)
             # A frozen or suspended process has not waited: the worker was frozen along with it.
@@ -145,25 +145,25 @@ class LeaseGuardProcess:
                 await self._look_after(subject, lease)
 
     async def _look_after(self, subject: str, lease: Lease) -> None:
-        if lease.silence > self._config.patience + lease.interval:
+        if lease.silence > self._config.stall_timeout + lease.interval:
             await self._end_worker()
-        elif lease.unrenewed > LATE_BEATS * lease.interval:
+        elif lease.unrenewed > LATE_INTERVALS * lease.interval:
             if self._bus is None or not self._bus.connected:
                 return  # `unrenewed` counts on: the renewal follows with the connection
             # From now on as often as the worker would.
-            lease.unrenewed = (LATE_BEATS - 1) * lease.interval
+            lease.unrenewed = (LATE_INTERVALS - 1) * lease.interval
             try:
-                async with asyncio.timeout(RENEW_WITHIN):
+                async with asyncio.timeout(RENEW_TIMEOUT):
                     await self._bus.client.publish(subject, b"+WPI")
             except (Error, OSError) as error:  # TimeoutError is an OSError
-                log.warning("heartbeat_failed", error=type(error).__name__)
+                log.warning("lease_renewal_failed", error=type(error).__name__)
 
     async def _end_worker(self) -> None:
-        log.error("worker_hangs", silence=self._config.patience)
+        log.error("worker_stalled", silence=self._config.stall_timeout)
         for number in (signal.SIGUSR1, signal.SIGKILL):
             if os.getppid() == self._config.parent:
                 os.kill(self._config.parent, number)
-                await asyncio.sleep(DUMP_WITHIN)
+                await asyncio.sleep(DUMP_TIMEOUT)
 
 
 def end_with_worker(parent: int) -> None:
@@ -175,7 +175,7 @@ def end_with_worker(parent: int) -> None:
 
     def look() -> None:
         while os.getppid() == parent:
-            time.sleep(LOOK_EVERY)
+            time.sleep(POLL_INTERVAL)
         os._exit(0)
 
     threading.Thread(target=look, name="end-with-worker", daemon=True).start()
