@@ -221,9 +221,8 @@ class Cancellation:
             found = await self._queue.find(request_id)
         stored = await self._stop_stored(request_id, found)
         if stored.in_flight:
-            await self._workers.notify_stop(
-                request_id
-            )  # earlier versions know only the id of the step
+            # Workers of earlier versions know only the id of the step, not that of the chain.
+            await self._workers.notify_stop(request_id)
             stored.ended |= await self._read_results(request_id)
             stored.in_flight -= stored.ended.keys()
         return stored

@@ -193,7 +193,7 @@ async def test_workers_that_do_not_answer_are_no_empty_list(
     monkeypatch.setattr(services, "QUERY_TIMEOUT", 0.1)
     await client.subscribe("$SRV.INFO.generation")
     await client.flush()
-    with pytest.raises(BusUnavailable, match="no worker has answered"):
+    with pytest.raises(BusUnavailable, match="no worker has replied"):
         await worker_metadata(bus)
 
 

@@ -179,9 +179,8 @@ async def test_a_paused_loop_pulls_nothing_until_it_is_resumed(
     worker.loop.pause()
     await installation.until_pulls_stand(0)  # left to expire
     await installation.publish()
-    await asyncio.wait(
-        {task}, timeout=5 * pull.HEARTBEAT_TIMEOUT
-    )  # long enough to take silence for a fault
+    # Long enough for a heartbeat timeout.
+    await asyncio.wait({task}, timeout=5 * pull.HEARTBEAT_TIMEOUT)
     assert not task.done()
     assert worker.bus.connection == 0, "silence is no fault while the loop is paused"
     assert (await installation.consumer_info()).num_pending == 1
@@ -287,8 +286,8 @@ async def test_a_pull_that_was_lost_is_made_again(
     hasten(monkeypatch)
     monkeypatch.setattr(pull, "MAX_HEARTBEAT_TIMEOUTS", 10**9)
     worker = await installation.worker()
-    worker.loop._standing = True  # as it believes; the server knows of no pull
-    worker.loop._heard = time.monotonic()
+    worker.loop._is_pull_pending = True  # the server has no such pull request
+    worker.loop._last_message_at = time.monotonic()
     task = await waiting(installation, worker)
     await installation.publish()
     await taken(task)

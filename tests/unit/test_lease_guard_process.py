@@ -58,7 +58,7 @@ async def watching(guard: Guard) -> AsyncIterator[RecordingBus]:
     guard.process._bus = bus  # type: ignore[assignment]
     tasks = [
         asyncio.create_task(guard.process._receive()),
-        asyncio.create_task(guard.process._telemetry()),
+        asyncio.create_task(guard.process._watch()),
     ]
     try:
         yield bus
