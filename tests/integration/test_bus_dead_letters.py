@@ -398,14 +398,14 @@ async def test_a_truncated_letter_is_not_replayed(office: Office) -> None:
 async def test_a_letter_of_no_known_request_is_not_replayed(
     office: Office, headers: dict[str, str], task: str
 ) -> None:
-    await office.refused(await office.forge(headers, task), "which request")
+    await office.refused(await office.forge(headers, task), "the id of the request")
 
 
 async def test_a_request_that_has_succeeded_since_needs_no_replay(office: Office) -> None:
     letter = await office.letter()
     await clear_results(office)
     assert await office.end(succeeded("r-1", event_digest()))
-    assert await office.replayer.replay(letter) is Replay.NOTHING_LEFT
+    assert await office.replayer.replay(letter) is Replay.ALREADY_SUCCEEDED
     assert await office.counts() == (0, 1, 0)
     stored = await office.event()
     assert stored is not None
@@ -416,7 +416,7 @@ async def test_a_request_that_has_succeeded_since_needs_no_replay(office: Office
     ("event", "why"),
     [
         (succeeded("r-1", "sha256:" + "0" * 64), "another request with its id has succeeded"),
-        (failed("r-1", "sha256:" + "0" * 64), "another request's"),
+        (failed("r-1", "sha256:" + "0" * 64), "belongs to another request"),
         (cancelled("r-1", "sha256:" + "0" * 64), "cancelled since"),
     ],
 )
@@ -450,9 +450,9 @@ async def test_a_request_that_a_worker_still_has_is_not_replayed(office: Office)
     await office.installation.publish(BODY)
     delivery = await take(office.worker)
     letter = await office.letters.read((await office.dead_letter(delivery)).sequence)
-    await office.refused(letter, "a worker still has it")
+    await office.refused(letter, "a worker has not settled the request yet")
     assert await office.end(failed("r-1", event_digest()))
-    await office.refused(letter, "a worker still has it")
+    await office.refused(letter, "a worker has not settled the request yet")
     await delivery.term("model_error")
     assert await office.replayer.replay(letter) is Replay.PUBLISHED
 
@@ -478,7 +478,7 @@ async def test_a_letter_of_the_other_task_is_held_against_that_tasks_queue(offic
     place = f"{OTHER_REQUESTS}-{stored.seq}-{int(request.time.timestamp()):x}.dead"
     of_it = {DEAD_LETTER_REQUEST_ID: "r-1"}
     letter = await office.forge({**of_it, MESSAGE_ID: place}, "image_to_text")
-    await office.refused(letter, "a worker still has it")
+    await office.refused(letter, "a worker has not settled the request yet")
     letter = await office.forge(of_it, "image_to_text")
     await office.refused(letter, "in the queue already")
     await office.installation.api(f"STREAM.PURGE.{OTHER_REQUESTS}")
@@ -607,7 +607,7 @@ async def test_an_attempt_that_succeeded_after_an_interruption_ends_the_letter(
     delivery = await take(office.worker)
     assert await office.end(succeeded(*digest_of(delivery, office.installation)))
     await delivery.ack()
-    assert await office.replayer.replay(letter) is Replay.NOTHING_LEFT
+    assert await office.replayer.replay(letter) is Replay.ALREADY_SUCCEEDED
     assert await office.counts() == (0, 1, 0)
 
 

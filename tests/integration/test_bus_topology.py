@@ -256,7 +256,7 @@ async def test_another_max_deliver_is_reported_and_applied(bus: Bus) -> None:
     await change_consumer(bus, max_deliver=3)
     with capture_logs() as logs:
         await topology(bus).ensure(TASK)
-    assert [(entry["key"], entry["found"], entry["wanted"]) for entry in logs] == [
+    assert [(entry["key"], entry["found"], entry["expected"]) for entry in logs] == [
         ("max_deliver", 3, 30)
     ]
     assert (await topology(bus, max_deliver=50).apply((TASK,)))["text_to_image"] == "updated"
@@ -605,7 +605,7 @@ async def test_an_old_error_is_not_given_as_the_reason(
 ) -> None:
     monkeypatch.setattr("consumer.bus.topology.API_TIMEOUT", 0.2)
     bus.last_error = "a story of yesterday"
-    with frozen(nats_server), pytest.raises(BusUnavailable, match=r"STREAM.INFO.*no answer"):
+    with frozen(nats_server), pytest.raises(BusUnavailable, match=r"STREAM.INFO.*no reply"):
         await topology(bus).ensure(TASK)
 
 
