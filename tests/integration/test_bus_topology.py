@@ -670,5 +670,5 @@ async def test_copies_that_exist_are_left_alone_unless_a_number_is_set() -> None
         Topology(Bus(), Subjects(), ack_wait=60.0, max_ack_pending=1, replicas=replicas)
         for replicas in (None, 1)
     )
-    assert without._start_background_task(wanted, found)["num_replicas"] == 3
-    assert one._start_background_task(wanted, found)["num_replicas"] == 1
+    assert without._with_current_replicas(wanted, found)["num_replicas"] == 3
+    assert one._with_current_replicas(wanted, found)["num_replicas"] == 1
