@@ -6,7 +6,7 @@ from functools import partial
 from consumer.app.composition import make_artifacts, make_topology
 from consumer.app.probes import NullObserver
 from consumer.bus.connection import connect, wait_until_available
-from consumer.bus.topology import LeftAsItWas
+from consumer.bus.topology import PartlyApplied
 from consumer.settings import Settings, SettingsError
 from generation_contracts import Task
 
@@ -35,7 +35,7 @@ async def apply(settings: Settings) -> dict[str, str]:
 
     Raises:
         SettingsError: CONSUMER_NAME is set and MODEL_TYPE is not.
-        BusUnavailable, TopologyError, StoreUnavailable: With one clear line. With LeftAsItWas
+        BusUnavailable, TopologyError, StoreUnavailable: With one clear line. With PartlyApplied
             everything was applied but what the line names.
     """
     tasks = tuple(Task) if settings.model_type is None else (settings.model_type,)
@@ -43,13 +43,13 @@ async def apply(settings: Settings) -> dict[str, str]:
         # One durable would be turned from the one task to the other.
         raise SettingsError("CONSUMER_NAME: set MODEL_TYPE too, to say whose durable it is")
     bus = await connect(settings, name="generation apply", within=CONNECT_WITHIN)
-    left: LeftAsItWas | None = None
+    left: PartlyApplied | None = None
     done: dict[str, str] = {}
     try:
         applying = partial(make_topology(settings, bus).apply, tasks)
         deadline = time.monotonic() + API_WITHIN
         done.update(await wait_until_available(applying, deadline=deadline))
-    except LeftAsItWas as error:
+    except PartlyApplied as error:
         left = error
     finally:
         await bus.close()

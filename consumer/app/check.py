@@ -128,7 +128,7 @@ async def _endpoints(settings: Settings) -> Finding:
 
 async def _streams(settings: Settings, bus: Bus) -> Finding:
     async def look() -> str:
-        looking = partial(make_topology(settings, bus).look, settings.task)
+        looking = partial(make_topology(settings, bus).verify, settings.task)
         found = await wait_until_available(looking, deadline=time.monotonic() + API_WITHIN)
         return (
             f"durable {found.name}: max_ack_pending {found.max_ack_pending}, "

@@ -10,7 +10,7 @@ from consumer.bus.publishing import JetStreamEvents
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.bus.topology import DELIVERIES_PER_ATTEMPT, Durable, Topology
 from consumer.endpoints.cancellation import Cancellation, TaskFinalizer
-from consumer.endpoints.worker_service import Backend, WorkerService
+from consumer.endpoints.worker_service import WorkerBackend, WorkerService
 from consumer.inference.run_queue import RunQueue
 from consumer.jobs.admission import Admission
 from consumer.jobs.finalizer import Finalizer
@@ -124,7 +124,7 @@ def make_worker_service(
         for task in Task
     }
     cancellation = Cancellation(queue=queue, workers=workers, events=events, finalizers=finalizers)
-    backend = Backend(
+    backend = WorkerBackend(
         task=settings.task,
         worker=settings.consumer_worker,
         model=model.info,

@@ -32,7 +32,7 @@ from consumer.background_tasks import cancel_and_wait
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import (
     Bus,
-    ConnectionGivenUp,
+    ConnectionClosed,
     connect,
     wait_until_available,
 )
@@ -265,7 +265,7 @@ class Daemon:
     async def _watch_bus(self, bus: Bus) -> None:
         # While a job runs the pull loop is not asked, and a job may run for hours.
         await bus.closed.wait()
-        raise ConnectionGivenUp
+        raise ConnectionClosed
 
     def _make_executor(
         self,

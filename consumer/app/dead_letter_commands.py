@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from consumer.bus.connection import Bus, connect
-from consumer.bus.dead_letters.listing import DeadLetters, NoSuchLetter, StoredLetter
+from consumer.bus.dead_letters.listing import DeadLetterNotFound, DeadLetters, StoredDeadLetter
 from consumer.bus.dead_letters.replay import NotReplayed, Replayer
 from consumer.settings import Settings
 
@@ -56,7 +56,7 @@ async def print_letter(settings: Settings, name: str, *, as_json: bool) -> int:
         letters = DeadLetters(bus, settings.subjects)
         try:
             letter = await letters.read((await _sequences(letters, [name]))[name])
-        except (NoSuchLetter, KeyError):
+        except (DeadLetterNotFound, KeyError):
             click.echo(f"consumer: {_plain(name)}: no such letter", err=True)
             return EXIT_REFUSED
     if as_json:
@@ -122,8 +122,8 @@ async def _connected(settings: Settings) -> AsyncIterator[Bus]:
         await bus.close()
 
 
-async def _with_code(letters: DeadLetters, code: str | None) -> AsyncIterator[StoredLetter]:
-    async for letter in letters.listed():
+async def _with_code(letters: DeadLetters, code: str | None) -> AsyncIterator[StoredDeadLetter]:
+    async for letter in letters.list_all():
         if code in {None, letter.code}:
             yield letter
 
@@ -135,7 +135,7 @@ async def _sequences(letters: DeadLetters, names: Iterable[str]) -> dict[str, in
     found: dict[str, int] = {}
     if ids:
         wanted = set(ids.values())
-        async for letter in letters.listed():
+        async for letter in letters.list_all():
             if letter.request_id in wanted:
                 found[letter.request_id] = letter.sequence
     return numbers | {name: found[name_] for name, name_ in ids.items() if name_ in found}
@@ -144,7 +144,7 @@ async def _sequences(letters: DeadLetters, names: Iterable[str]) -> dict[str, in
 async def _replayed(bus: Bus, settings: Settings, sequence: int) -> bool:
     try:
         letter = await DeadLetters(bus, settings.subjects).read(sequence)
-    except NoSuchLetter:
+    except DeadLetterNotFound:
         click.echo(f"{sequence}: no such letter")
         return False
     which = f"{sequence} {_plain(letter.request_id)}"
@@ -167,14 +167,14 @@ def _table(rows: list[list[Text]]) -> str:
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def _row(letter: StoredLetter) -> list[Text]:
+def _row(letter: StoredDeadLetter) -> list[Text]:
     task = "" if letter.task is None else str(letter.task)
     cells = (str(letter.sequence), _time(letter), task, letter.request_id, letter.code)
     # As Text: brackets in it are no markup.
     return [Text(_plain(cell)) for cell in (*cells, letter.attempts, letter.worker, letter.reason)]
 
 
-def _fields(letter: StoredLetter) -> dict[str, Any]:
+def _fields(letter: StoredDeadLetter) -> dict[str, Any]:
     return {
         "sequence": letter.sequence,
         "stored_at": _time(letter),
@@ -191,7 +191,7 @@ def _fields(letter: StoredLetter) -> dict[str, Any]:
     }
 
 
-def _body(letter: StoredLetter) -> dict[str, str]:
+def _body(letter: StoredDeadLetter) -> dict[str, str]:
     body = letter.body or b""
     try:
         return {"body": body.decode()}
@@ -199,7 +199,7 @@ def _body(letter: StoredLetter) -> dict[str, str]:
         return {"body_base64": base64.b64encode(body).decode()}
 
 
-def _time(letter: StoredLetter) -> str:
+def _time(letter: StoredDeadLetter) -> str:
     return letter.stored_at.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 

@@ -1,6 +1,6 @@
-"""Artifacts: outputs into an S3 store, inputs out of it.
+"""Artifacts: stores outputs in an S3 object store, and fetches input images.
 
-The only folder that imports the MinIO SDK and urllib3.
+Only this package imports the MinIO SDK and urllib3.
 """
 
 from consumer.artifacts.config import StoreConfig, StoreMisconfigured, store_config

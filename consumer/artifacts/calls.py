@@ -1,11 +1,11 @@
-"""Blocking calls to the store that can be broken off, and the connections that make it possible.
+"""Runs blocking HTTP calls in threads and aborts them, by shutting down their connections.
 
-urllib3's timeouts count from one received piece to the next: a server that sends a byte now and
-then would hold its thread, and with it the end of the process, for as long as it likes. Closing the
-connection from outside is the only way to end such a call.
+The read timeout of urllib3 restarts with each received piece. A server that sends a byte now and
+then would block its thread, and thus the exit of the process, without a limit. Only shutting down
+the connection from another thread ends such a call.
 
-This is the only module that changes what urllib3 does. It uses no private name of urllib3; what it
-overrides is checked by tests/unit/test_library_internals.py.
+Only this module changes the behaviour of urllib3. It uses no private name of urllib3;
+tests/unit/test_library_internals.py checks what it overrides.
 """
 
 import asyncio
@@ -27,19 +27,19 @@ from consumer.ports.store import StoreUnavailable
 T = TypeVar("T")
 
 PINNED_TIMEOUT = 5.0  # seconds to connect, and between two received pieces
-_THREADS = 8  # also the most connections; more than the outputs of one request would gain nothing
+_THREADS = 8  # and limit of connections; more than the outputs of one request have no benefit
 
 
 class Calls:
-    """A few threads for blocking calls, apart from those of the event loop."""
+    """A thread pool for blocking calls, separate from the default pool of the event loop."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="artifacts")
-        self._under_way: list[_Call] = []
+        self._in_progress: list[_Call] = []
         self._closed = False
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Run `work` in a thread; it is broken off when the awaiting task is cancelled.
+        """Run `work` in a thread; abort it when the awaiting task is cancelled.
 
         Raises:
             StoreUnavailable: `close` has been called.
@@ -47,83 +47,83 @@ class Calls:
         if self._closed:
             raise StoreUnavailable("S3: the client is closed")
         call = _Call()
-        self._under_way.append(call)
+        self._in_progress.append(call)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, call.run, work)
         except asyncio.CancelledError:
-            call.break_off()
+            call.abort()
             raise
         finally:
-            self._under_way.remove(call)
+            self._in_progress.remove(call)
 
     def close(self) -> None:
-        """Break off what is under way, also what waits for a thread; the threads then end."""
+        """Abort all calls, including those that wait for a thread; then the threads end."""
         self._closed = True
-        # Those that wait for a thread first: they would take the threads that become free.
-        for call in reversed(self._under_way):
-            call.break_off()
-        # Not cancel_futures: those who wait would take it for a cancellation of their own.
+        # The calls that wait for a thread first, because they would start in the freed threads.
+        for call in reversed(self._in_progress):
+            call.abort()
+        # Not cancel_futures, which would look like a cancellation of the awaiting task.
         self._threads.shutdown(wait=False)
 
 
 class _Call:
-    """One piece of work in a thread, and the connection that it uses at the moment."""
+    """One call in a thread, with its current connection."""
 
-    in_thread = threading.local()  # its attribute `call`: the one that the thread works on
+    in_thread = threading.local()  # attribute `call`: the current call of the thread
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
-        self._broken_off = False
+        self._aborted = False
 
     def run(self, work: Callable[[], T]) -> T:
-        """Do the work, in its thread."""
+        """Do the work; called in the thread."""
         _Call.in_thread.call = self
         try:
             return work()
         finally:
             _Call.in_thread.call = None
-            self.uses(None)  # from here on the connection may belong to another call
+            self.set_connection(None)  # from now on another call may use the connection
 
-    def uses(self, connection: socket.socket | None) -> None:
-        """Remember what to close."""
+    def set_connection(self, connection: socket.socket | None) -> None:
+        """Set the connection that `abort` shuts down."""
         with self._lock:
             self._socket = connection
-            if self._broken_off:
-                self._shut()
+            if self._aborted:
+                self._shut_down()
 
-    def break_off(self) -> None:
-        """Make what it reads or writes now, and all that follows, fail."""
+    def abort(self) -> None:
+        """Make the current and all later reads and writes of the call fail."""
         with self._lock:
-            self._broken_off = True
-            self._shut()
+            self._aborted = True
+            self._shut_down()
 
-    def _shut(self) -> None:
+    def _shut_down(self) -> None:
         if self._socket is not None:
-            with contextlib.suppress(OSError):  # the other side has closed it already
-                # Not SSLSocket's method, which takes the TLS state away under the reading thread.
+            with contextlib.suppress(OSError):  # the peer has closed it already
+                # Not the method of SSLSocket, which removes the TLS state during the read.
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
 
 class _PlainConnection(HTTPConnection):
-    """A connection that its call knows of."""
+    """A connection that registers itself with the current call."""
 
     def connect(self) -> None:
         super().connect()
-        self._note()
+        self._register()
 
     def request(self, *args: Any, **kwargs: Any) -> None:
-        self._note()  # one that was kept alive is not connected again
+        self._register()  # a reused connection does not call `connect`
         super().request(*args, **kwargs)
 
-    def _note(self) -> None:
+    def _register(self) -> None:
         call: _Call | None = getattr(_Call.in_thread, "call", None)
         if call is not None:
-            call.uses(self.sock)
+            call.set_connection(self.sock)
 
 
 class _TlsConnection(_PlainConnection, HTTPSConnection):
-    """The same over TLS."""
+    """A TLS connection that registers itself with the current call."""
 
 
 class _PlainPool(HTTPConnectionPool):
@@ -137,13 +137,13 @@ class _TlsPool(HTTPSConnectionPool):
 def pinned_pool(
     address: str, port: int, *, host: str, ca_certs: str | None = None
 ) -> HTTPSConnectionPool:
-    """Connections to one address, which has to prove that it is a host; `Calls` can break them off.
+    """Create a pool of abortable TLS connections to one address.
 
     Args:
-        address: IPv4 or IPv6.
-        port: TCP.
-        host: Its name, for TLS.
-        ca_certs: PEM file of whoever signs it; None: those that this system trusts.
+        address: IPv4 or IPv6 address.
+        port: TCP port.
+        host: Name that the certificate of the server must have.
+        ca_certs: PEM file of the certificate authority; None uses the system's authorities.
     """
     return _TlsPool(
         address,
@@ -157,17 +157,17 @@ def pinned_pool(
 
 
 def connection_pools(*, connect_timeout: float, read_timeout: float) -> PoolManager:
-    """Connections that `Calls` can break off; timeouts in seconds.
+    """Create a pool manager with abortable connections; timeouts in seconds.
 
-    It neither retries nor follows redirects. With urllib3's defaults a refused connection takes
-    6 s, a silent server half an hour, and the store's error code is lost.
+    The pools neither retry nor follow redirects. With the defaults of urllib3, a refused connection
+    takes 6 s, an unresponsive server half an hour, and the error code of the store is lost.
     """
     pools = PoolManager(
         timeout=Timeout(connect=connect_timeout, read=read_timeout),
         maxsize=_THREADS,
         block=True,
         retries=False,
-        ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),  # as the SDK does by itself
+        ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),  # as in the SDK
     )
     pools.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
     return pools

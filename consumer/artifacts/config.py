@@ -1,4 +1,4 @@
-"""Where the store is, who we are to it, what may be read from it, and how long it may take."""
+"""Configuration of the object store: address, credentials, allowed inputs and timeouts."""
 
 from dataclasses import dataclass, field
 
@@ -11,32 +11,32 @@ _MAX_URL_TTL = 7 * 86_400  # seconds; S3's limit for presigned URLs
 
 
 class StoreMisconfigured(StoreUnavailable):
-    """Trying again is of no use until somebody changes the settings, the store or its policy."""
+    """A permanent failure: the settings, the store or its policy must be changed first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    """What `ObjectStoreArtifacts` is made of.
+    """Configuration of `ObjectStoreArtifacts`.
 
     Attributes:
         endpoint: `http(s)://host[:port]`.
-        prefix: Begins the keys of all outputs, without slashes around it; may be empty.
-        region: Part of every signature; most stores of one's own take any.
-        public_endpoint: What presigned URLs name, where readers reach the store by another address.
-        input_prefixes: `bucket/prefix` or `bucket`: what requests may name as inputs. Empty: the
-            own bucket and prefix.
-        input_hosts: `host` or `host:port`: what requests may name as inputs at https. Empty: none.
-        url_ttl: Seconds that a presigned URL is good for, up to 7 days.
+        prefix: Prefix of the keys of all outputs, without slashes around it; may be empty.
+        region: Part of every signature; most self-hosted stores accept any.
+        public_endpoint: Endpoint in presigned URLs, if readers use another address than the worker.
+        input_prefixes: `bucket/prefix` or `bucket` that requests may use for inputs. Empty allows
+            the configured bucket and prefix.
+        input_hosts: `host` or `host:port` that requests may use for https inputs. Empty: none.
+        url_ttl: Lifetime of a presigned URL in seconds, up to 7 days.
         connect_timeout: Seconds.
-        read_timeout: Seconds between two received pieces of an answer.
-        try_timeout: Seconds for one try, whatever arrives.
-        deadline: Seconds for all tries of one operation.
-        first_pause: Seconds; the longest pause after the first failed try, doubled by each next
-            one. The pause itself is random below it (full jitter).
+        read_timeout: Seconds between two received pieces of a response.
+        attempt_timeout: Seconds for one attempt in total.
+        deadline: Seconds for all attempts of one operation.
+        first_pause: Limit of the pause after the first failed attempt, in seconds; doubled by each
+            further one. The pause itself is a random value below the limit (full jitter).
         longest_pause: Seconds.
 
     Raises:
-        StoreMisconfigured: With one line that names the setting.
+        StoreMisconfigured: A setting is wrong; the text is one line with its name.
     """
 
     endpoint: str
@@ -51,14 +51,14 @@ class StoreConfig:
     url_ttl: int = 86_400
     connect_timeout: float = 2.0
     read_timeout: float = 20.0
-    try_timeout: float = 30.0
+    attempt_timeout: float = 30.0
     deadline: float = 60.0
     first_pause: float = 0.2
     longest_pause: float = 5.0
 
     def __post_init__(self) -> None:
         if not self.access_key or not self.secret_key:
-            # The SDK would go on unsigned, as nobody in particular.
+            # The SDK would send anonymous requests.
             raise StoreMisconfigured("S3: set S3_ACCESS_KEY and S3_SECRET_KEY")
         try:
             check_bucket_name(self.bucket, strict=True)
@@ -73,28 +73,28 @@ class StoreConfig:
 
     @property
     def url_endpoint(self) -> str:
-        """What presigned URLs name."""
+        """Endpoint in presigned URLs."""
         return without_last_dot(self.public_endpoint or self.endpoint)
 
     def key(self, *parts: str) -> str:
-        """An object key under the prefix."""
+        """Return an object key under the prefix."""
         return "/".join((self.prefix, *parts) if self.prefix else parts)
 
     def may_read(self, bucket: str, key: str) -> bool:
-        """Whether requests may name this object as an input."""
+        """Return whether requests may use this object as an input."""
         for allowed in self.input_prefixes or (f"{self.bucket}/{self.prefix}",):
             allowed_bucket, _, prefix = allowed.rstrip("/").partition("/")
-            # With the slash: the prefix `outputs` must not open `outputs-of-others`.
+            # With the slash: the prefix `outputs` must not allow `outputs-of-others`.
             if bucket == allowed_bucket and (not prefix or key.startswith(f"{prefix}/")):
                 return True
         return False
 
 
 def store_config(settings: Settings) -> StoreConfig:
-    """The store's part of the settings.
+    """Create the configuration from the settings.
 
     Raises:
-        StoreMisconfigured: With one line that names the setting.
+        StoreMisconfigured: A setting is wrong; the text is one line with its name.
     """
     return StoreConfig(
         endpoint=settings.s3_endpoint,

@@ -1,6 +1,7 @@
-"""What a failed try means: whether it may pass, and words for it that are safe to show.
+"""Classifies failed store operations as transient or permanent, with texts that are safe to show.
 
-The words name S3 codes, the own bucket and nothing else: no address, no key pair, no signed query.
+The texts contain S3 codes and the configured bucket, but no address, no credentials and no signed
+query.
 """
 
 import re
@@ -25,8 +26,8 @@ from consumer.ports.store import StoreUnavailable
 _S3_CODE = re.compile(r"[A-Za-z0-9.]{1,64}\Z")
 _HTTP_STATUS = re.compile(r"Response code: (\d{3})")
 
-# Codes below 500 that another try may not meet; all others there are faults of configuration.
-_PASSING_CODES = frozenset(
+# Transient codes with a status below 500; all others there are configuration faults.
+_TRANSIENT_CODES = frozenset(
     {
         "BadDigest",
         "IncompleteBody",
@@ -38,15 +39,15 @@ _PASSING_CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
-_PASSING_STATUSES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
+_TRANSIENT_STATUSES = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 
-# What a store says of a checksum header that it does not know. Some count the header as signed and
-# drop it before they compare the signatures. The ambiguous answers can have other reasons, such as
-# a proxy that changed one request.
+# Codes with which stores refuse a checksum header that they do not support. Some stores drop the
+# header before they compare the signatures. The ambiguous codes can have other causes, such as a
+# proxy that changed one request.
 AMBIGUOUS_REFUSALS = frozenset({"InvalidRequest", "InvalidArgument", "SignatureDoesNotMatch"})
 _CHECKSUM_REFUSALS = AMBIGUOUS_REFUSALS | {"NotImplemented"}
 
-# The first class that fits counts.
+# The first matching class is used.
 _CONNECTION_FAULTS: tuple[tuple[type[Exception], str], ...] = (
     (NameResolutionError, "the name of its host is not known"),
     (NewConnectionError, "no connection"),
@@ -61,33 +62,33 @@ _CONNECTION_FAULTS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-class WrongAnswer(Exception):  # noqa: N818 - it names the answer, not the program's error
-    """The store said yes, but its answer shows that what was asked did not happen."""
+class UnexpectedResponse(Exception):  # noqa: N818 - it names the answer, not the program's error
+    """The store reported success, but its response shows that the operation did not succeed."""
 
 
-# What a try may raise; anything else is a fault of this program and goes up as it is.
-FAILURES = (WrongAnswer, MinioException, HTTPError, OSError, ParseError, ValueError)
+# Exceptions that an attempt may raise; any other exception is a bug and propagates.
+FAILURES = (UnexpectedResponse, MinioException, HTTPError, OSError, ParseError, ValueError)
 
 
 def checksum_refusal(error: MinioException) -> str | None:
-    """Return the code of an answer that may refuse the checksum of an upload, else None.
+    """Return the code of a response that may refuse the checksum header of an upload, else None.
 
-    Never an answer about damaged bytes, such as BadDigest: that is what a checksum is for.
+    Responses about damaged bytes, such as BadDigest, are excluded: the checksum detects these.
     """
     if isinstance(error, S3Error) and error.code in _CHECKSUM_REFUSALS:
         return error.code
     if isinstance(error, ServerError) and error.status_code == HTTPStatus.NOT_IMPLEMENTED:
         return f"HTTP {error.status_code}"
-    if isinstance(error, InvalidResponseError):  # an answer without XML
+    if isinstance(error, InvalidResponseError):  # a response without XML
         status = _status(error)
         if status == HTTPStatus.NOT_IMPLEMENTED:
             return f"HTTP {status}"
     return None
 
 
-def fault_of(error: Exception, config: StoreConfig) -> StoreUnavailable:
-    """What one of `FAILURES` means: `StoreMisconfigured`, or `StoreUnavailable` if it may pass."""
-    if isinstance(error, WrongAnswer):
+def classify_error(error: Exception, config: StoreConfig) -> StoreUnavailable:
+    """Convert one of `FAILURES`: `StoreUnavailable` if transient, else `StoreMisconfigured`."""
+    if isinstance(error, UnexpectedResponse):
         return StoreUnavailable(f"S3: {error}")
     if isinstance(error, S3Error):
         code = error.code if error.code and _S3_CODE.match(error.code) else "an unknown code"
@@ -101,12 +102,12 @@ def fault_of(error: Exception, config: StoreConfig) -> StoreUnavailable:
     if isinstance(error, SSLError) and not isinstance(inner, ssl.SSLEOFError):
         reason = getattr(inner, "reason", None) or "unknown reason"
         return StoreMisconfigured(f"S3: TLS fails ({reason.lower().replace('_', ' ')})")
-    words = next(words for kind, words in _CONNECTION_FAULTS if isinstance(error, kind))
-    return StoreUnavailable(f"S3: {words}")
+    text = next(text for kind, text in _CONNECTION_FAULTS if isinstance(error, kind))
+    return StoreUnavailable(f"S3: {text}")
 
 
 def _status(error: InvalidResponseError) -> int | None:
-    # The SDK says the status in the text of this exception, and in a private attribute.
+    # The SDK has the status only in the text of this exception and in a private attribute.
     found = _HTTP_STATUS.search(str(error))
     return int(found.group(1)) if found else None
 
@@ -114,9 +115,9 @@ def _status(error: InvalidResponseError) -> int | None:
 def _refusal(code: str, status: int, config: StoreConfig) -> StoreUnavailable:
     if status == HTTPStatus.NOT_IMPLEMENTED:
         return StoreMisconfigured(f"S3: the store lacks what is needed ({code})")
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _PASSING_STATUSES:
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _TRANSIENT_STATUSES:
         return StoreUnavailable(f"S3: the store cannot do it now ({code})")
-    if code in _PASSING_CODES:
+    if code in _TRANSIENT_CODES:
         return StoreUnavailable(f"S3: the store did not take it ({code})")
     place = f"{config.bucket}/{config.key('*')}"
     known = {

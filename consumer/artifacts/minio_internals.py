@@ -1,11 +1,11 @@
-"""The only module that uses private names of the MinIO SDK: a client that hashes no upload twice.
+"""The only module that uses private names of the MinIO SDK: a client that hashes uploads only once.
 
-The SDK hashes every body that it sends (SHA-256 over plain HTTP, MD5 over TLS), also a body whose
-SHA-256 is in a header already. It builds the headers of a request in a private method and has no
-option for this.
+The SDK hashes every body that it sends (SHA-256 over plain HTTP, MD5 over TLS), even if a header
+has the SHA-256 already. It builds the headers of a request in a private method and has no option
+for this.
 
-tests/unit/test_library_internals.py fails when a new version of the SDK changes what is replaced or
-relied on here.
+tests/unit/test_library_internals.py fails when a new version of the SDK changes what this module
+replaces or uses.
 """
 
 import base64
@@ -24,7 +24,7 @@ CHECKSUM = "x-amz-checksum-sha256"  # its value is base64
 
 
 class SingleHashClient(Minio):
-    """The SDK's client, which does not hash a body that comes with its checksum."""
+    """The SDK's client, except that it does not hash a body that has a checksum header."""
 
     def _build_headers(
         self,
@@ -40,18 +40,18 @@ class SingleHashClient(Minio):
                 headers = {**(headers or {}), "Content-MD5": base64.b64encode(md5).decode()}
             return super()._build_headers(host, headers, body, creds)
         built, date = super()._build_headers(host, headers, None, creds)
-        if not self._base_url.is_https:  # else the signature leaves the body to TLS
+        if not self._base_url.is_https:  # over TLS the signature does not cover the body
             built["x-amz-content-sha256"] = base64.b64decode(checksum).hex()
         return built, date
 
 
 def store_client(config: StoreConfig, endpoint: str, pools: PoolManager) -> Minio:
-    """Make a client of the store.
+    """Create a client of the store.
 
     Args:
-        config: The key pair and the region.
+        config: Credentials and region.
         endpoint: `http(s)://host[:port]`, which may differ from the configuration's.
-        pools: Where its connections come from.
+        pools: Connections of the client.
     """
     url = urlsplit(endpoint)
     return SingleHashClient(
@@ -59,6 +59,6 @@ def store_client(config: StoreConfig, endpoint: str, pools: PoolManager) -> Mini
         access_key=config.access_key,
         secret_key=config.secret_key,
         secure=url.scheme == "https",
-        region=config.region,  # without it the SDK asks the store before the first call
+        region=config.region,  # without it the SDK queries the store before the first call
         http_client=pools,
     )

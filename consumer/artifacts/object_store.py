@@ -1,9 +1,9 @@
-"""The object store through the MinIO SDK: outputs in, inputs out, and the looks at it.
+"""The object store: stores outputs, fetches inputs and checks the store, with the MinIO SDK.
 
-The SDK blocks and knows no overall time limit, so each call runs in a thread of its own small pool
-and is broken off when its time is up. Retries are made here and not in urllib3: each try is signed
-anew, each failed one is told to the observer, and the store's error code survives. Keys are derived
-from the request id and their bytes, so that storing twice is storing once.
+The SDK blocks and has no total timeout. Therefore each call runs in a thread and is aborted at its
+deadline. Retries are made here and not in urllib3: each attempt has a new signature, the observer
+is notified of each failure, and the error code of the store is available. Keys are derived from the
+request id and the content, so that storing an output twice has no further effect.
 """
 
 import asyncio
@@ -32,9 +32,9 @@ from consumer.artifacts.config import StoreConfig, StoreMisconfigured
 from consumer.artifacts.faults import (
     AMBIGUOUS_REFUSALS,
     FAILURES,
-    WrongAnswer,
+    UnexpectedResponse,
     checksum_refusal,
-    fault_of,
+    classify_error,
 )
 from consumer.artifacts.minio_internals import CHECKSUM, store_client
 from consumer.artifacts.web_inputs import WebInputs
@@ -50,23 +50,24 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-_PART_SIZE = 64 * 2**20  # bytes; one PUT below it, whose ETag is the MD5; the SDK's own is 5 MiB
-DIGITS = 8  # of the SHA-256 in a key; it tells apart what different runs of one request have made
-_LOOK_WITHIN = 5.0  # seconds for one look at an idle store
-_INPUT_WITHIN = 15.0  # seconds for all attempts at one input: the device may wait for it
+# Bytes; smaller objects are stored with one PUT, and their ETag is the MD5. SDK default: 5 MiB.
+_PART_SIZE = 64 * 2**20
+DIGITS = 8  # of the SHA-256 in a key, to distinguish outputs of different runs of one request
+_CHECK_TIMEOUT = 5.0  # seconds for one small operation
+_INPUT_TIMEOUT = 15.0  # seconds for all attempts at one input, because the device may wait for it
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
-_WORTH_A_THREAD = 2**18  # bytes, which take 0.3 ms to hash
+_MIN_SIZE_FOR_THREAD = 2**18  # bytes, which take 0.3 ms to hash
 _PROBE = b"generation consumer: the store works\n"
 
-_INPUT_FAULTS = {  # by S3's code; told to the sender
+_INPUT_FAULTS = {  # by S3 code; the texts are sent to the sender
     "AccessDenied": "this worker may not read the object",
     "NoSuchBucket": "the bucket does not exist",
     "NoSuchKey": "the object does not exist",
     "PreconditionFailed": "the object changed while it was read",
 }
 
-# By S3's code: it is this worker that is refused, not the object.
-_OWN_FAULTS = frozenset(
+# S3 codes that refuse this worker, not the object.
+_WORKER_FAULTS = frozenset(
     {
         "AuthorizationHeaderMalformed",
         "ExpiredToken",
@@ -79,20 +80,20 @@ _OWN_FAULTS = frozenset(
 
 
 class ObjectStoreArtifacts:
-    """The object store (`ports.Artifacts`): one for the process, used in one event loop.
+    """The object store (`ports.Artifacts`); one per process, used in one event loop.
 
     Args:
-        config: Where and how.
-        observer: Told after each try whether the store answered.
+        config: Configuration of the store.
+        observer: Notified after each attempt whether the store has answered.
 
     Attributes:
-        refused_checksum: The code with which the store has refused `x-amz-checksum-sha256`, which
-            older and smaller stores do not know; empty while it has not. `probe` finds out.
+        refused_checksum: Code with which the store has refused `x-amz-checksum-sha256`, which some
+            stores do not support; empty if it has not. `probe` finds out.
     """
 
     def __init__(self, config: StoreConfig, *, observer: Observer) -> None:
         self.refused_checksum = ""
-        self._checksum_doubted = False  # the last upload with one was refused, ambiguously
+        self._checksum_in_doubt = False  # the last upload with a checksum was refused ambiguously
         self._config = config
         self._observer = observer
         self._calls = Calls()
@@ -102,23 +103,23 @@ class ObjectStoreArtifacts:
             connect_timeout=config.connect_timeout, read_timeout=config.read_timeout
         )
         self._client = store_client(config, config.endpoint, self._pools)
-        # The host is part of the signature. This one only computes: it opens no connection.
+        # The signature contains the host. This client only signs URLs and opens no connection.
         self._presigner = store_client(config, config.url_endpoint, self._pools)
 
-    # -- what the port asks for -------------------------------------------------------------------
+    # -- the port ---------------------------------------------------------------------------------
 
     async def store(
         self, task: Task, request_id: str, index: int, image: EncodedImage
     ) -> ImageArtifact:
-        """Put one output under `<prefix>/<task>/<request_id>/<index>-<sha256>.<extension>`.
+        """Store one output under `<prefix>/<task>/<request_id>/<index>-<sha256>.<extension>`.
 
-        The key has the first digits of the SHA-256: two workers may have the same request in hand
-        (a lease was lost, or two requests were given one id), and neither may change the bytes
-        that the other's event tells of.
+        The key has the first digits of the SHA-256. Two workers may run the same request (a lease
+        expired, or two requests have one id), and neither may change an object that the event of
+        the other refers to.
 
         Raises:
             StoreUnavailable: Not stored within the deadline.
-            StoreMisconfigured: The store refuses; raised at once.
+            StoreMisconfigured: A permanent failure; raised without a retry.
             ValueError: The request id cannot be part of a key.
         """
         if not is_request_id(request_id):
@@ -128,8 +129,8 @@ class ObjectStoreArtifacts:
             task, request_id, f"{index}-{image.sha256[:DIGITS]}.{image.extension}"
         )
         put = partial(self._put, image.media_type, md5=self._md5(image.data), sha256=image.sha256)
-        etag = await self._tried(partial(put, key, image.data))
-        signed_at = datetime.now(UTC).replace(microsecond=0)  # signatures count whole seconds
+        etag = await self._run(partial(put, key, image.data))
+        signed_at = datetime.now(UTC).replace(microsecond=0)  # signatures have whole seconds
         lifetime = timedelta(seconds=self._config.url_ttl)
         return ImageArtifact(
             bucket=bucket,
@@ -148,12 +149,12 @@ class ObjectStoreArtifacts:
         )
 
     async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:
-        """The bytes of one input picture, from the store, the request itself, or a known host.
+        """Return the bytes of one input image, from the store, the request or an allowed host.
 
         Raises:
-            InputUnavailable: It is missing, too large, or not one that this worker may read.
-            StoreUnavailable: The store does not answer within the deadline.
-            StoreMisconfigured: The store refuses this worker; raised at once.
+            InputUnavailable: It is missing or too large, or this worker may not read it.
+            StoreUnavailable: Not read from the store within the deadline.
+            StoreMisconfigured: The store refuses this worker; raised without a retry.
         """
         if isinstance(source, str) and source.startswith(("http:", "https:")):
             if self._web is None:
@@ -162,28 +163,28 @@ class ObjectStoreArtifacts:
         found = _content_or_reference(source, max_bytes)
         if isinstance(found, bytes):
             return found
-        if not is_plain(found.key):  # the SDK has a bare ValueError for some of these
+        if not is_plain(found.key):  # the SDK raises a plain ValueError for some of these keys
             raise InputUnavailable("the key has an empty, `.` or `..` part")
         if not self._config.may_read(found.bucket, found.key):
             raise InputUnavailable("this worker reads no inputs from that bucket and prefix")
         read = partial(self._read, found.bucket, found.key, max_bytes)
-        return await self._tried(read, within=min(_INPUT_WITHIN, self._config.deadline))
+        return await self._run(read, within=min(_INPUT_TIMEOUT, self._config.deadline))
 
     async def discard(self, artifact: ImageArtifact) -> None:
-        """Delete an output that no event tells of: one try, and never raises."""
+        """Delete an output that no event refers to, with one attempt. Never raises."""
         remove = partial(self._client.remove_object, artifact.bucket, artifact.key)
         try:
-            async with asyncio.timeout(_LOOK_WITHIN):
+            async with asyncio.timeout(_CHECK_TIMEOUT):
                 await self._calls.run(remove)
         except (StoreUnavailable, *FAILURES) as error:
-            # It may stay: nobody is told of it. The worker needs no permission to delete, so this
-            # says nothing about the store.
+            # The output may stay, because no event refers to it. The permission to delete is
+            # optional, so the failure does not count as one of the store.
             log.warning("output_not_discarded", key=artifact.key, error=type(error).__name__)
 
-    # -- for the start, the readiness and the commands --------------------------------------------
+    # -- checks for the start, the readiness and the commands -------------------------------------
 
     async def ensure_bucket(self) -> bool:
-        """Create the bucket where it is missing; for `consumer apply` and development only.
+        """Create the bucket if it is missing; for `consumer apply` and development only.
 
         Returns:
             Whether it was created.
@@ -192,71 +193,71 @@ class ObjectStoreArtifacts:
             StoreUnavailable: The store does not answer.
             StoreMisconfigured: One clear line about what is wrong.
         """
-        return await self._tried(self._make_bucket)
+        return await self._run(self._make_bucket)
 
     async def probe(self, *, within: float = 10.0) -> None:
         """Write, read and delete one small object under the prefix.
 
-        A worker that may not delete passes: outputs that nobody is told of stay then.
+        The permission to delete is optional; without it, discarded outputs stay in the store.
 
         Args:
-            within: Seconds for all tries.
+            within: Seconds for all attempts.
 
         Raises:
             StoreUnavailable: The store does not answer.
             StoreMisconfigured: One clear line about what is wrong.
         """
-        await self._tried(self._write_read_delete, within=within)
+        await self._run(self._write_read_delete, within=within)
 
     async def reachable(self) -> bool:
-        """Whether the store answers and knows us: one try with one small request."""
+        """Return whether the store accepts this worker, with one attempt of one small read."""
         try:
-            await self._tried(self._ask, within=_LOOK_WITHIN, again=False)
+            await self._run(self._read_probe, within=_CHECK_TIMEOUT, retry=False)
         except StoreUnavailable:
             return False
         return True
 
     async def close(self) -> None:
-        """Break off what is under way and let go of threads and connections."""
+        """Abort all calls, and release threads and connections."""
         self._calls.close()
         self._hashing.shutdown(wait=False)
         self._pools.clear()
 
-    # -- tries ------------------------------------------------------------------------------------
+    # -- attempts ---------------------------------------------------------------------------------
 
-    async def _tried(
-        self, work: Callable[[], T], *, within: float | None = None, again: bool = True
+    async def _run(
+        self, work: Callable[[], T], *, within: float | None = None, retry: bool = True
     ) -> T:
-        """Run `work` in a thread, `again` while its failures are of the passing kind."""
+        """Run `work` in a thread; with `retry`, repeat it after transient failures."""
         config = self._config
         now = asyncio.get_running_loop().time
         deadline = now() + (config.deadline if within is None else within)
         longest = config.first_pause
         while True:
             try:
-                async with asyncio.timeout_at(min(deadline, now() + config.try_timeout)):
+                async with asyncio.timeout_at(min(deadline, now() + config.attempt_timeout)):
                     result = await self._calls.run(work)
-            except InputUnavailable:  # an answer, too
+            except InputUnavailable:  # the store has answered
                 self._observer.store_reachable(reachable=True)
                 raise
             except FAILURES as error:
-                fault = fault_of(error, config)
+                fault = classify_error(error, config)
             else:
                 self._observer.store_reachable(reachable=True)
                 return result
             self._observer.store_reachable(reachable=False, reason=str(fault))
-            pause = random.uniform(0, longest)  # noqa: S311 - it spreads tries and guards nothing
-            lasting = isinstance(fault, StoreMisconfigured)
-            if lasting or not again or now() + pause >= deadline:
+            pause = random.uniform(0, longest)  # noqa: S311 - jitter
+            permanent = isinstance(fault, StoreMisconfigured)
+            if permanent or not retry or now() + pause >= deadline:
                 raise fault
             await asyncio.sleep(pause)
             longest = min(2 * longest, config.longest_pause)
 
-    # -- the calls themselves, in a thread --------------------------------------------------------
+    # -- calls in a thread ------------------------------------------------------------------------
 
     def _md5(self, data: bytes) -> Callable[[], str]:
-        """Gives the MD5 in hex; of much data, it is computed while that is on its way."""
-        if len(data) < _WORTH_A_THREAD:
+        """Return a function that returns the hex MD5; for large data, hash during the upload."""
+        if len(data) < _MIN_SIZE_FOR_THREAD:
             return partial(_md5, data)
         return self._hashing.submit(_md5, data).result
 
@@ -270,10 +271,10 @@ class ObjectStoreArtifacts:
         sha256: str,
         probing: bool = False,
     ) -> str:
-        """Put once with a SHA-256, or without where the store takes none; return the ETag.
+        """Put once, with a SHA-256 if the store supports it; return the ETag.
 
-        Of the two checks, SHA-256 and ETag, each tested store leaves one out. An ambiguous refusal
-        counts for this upload only, until a probe or a second upload in a row meets one.
+        Each tested store supports at least one of the two checks, SHA-256 and ETag. An ambiguous
+        refusal is final after a probe or two consecutive uploads; before, it affects one upload.
         """
         put = partial(self._put_once, content_type, key, data, md5=md5)
         if self.refused_checksum:
@@ -285,14 +286,14 @@ class ObjectStoreArtifacts:
             if code is None:
                 raise
         else:
-            self._checksum_doubted = False
+            self._checksum_in_doubt = False
             return etag
         etag = put({})
-        certain = probing or self._checksum_doubted or code not in AMBIGUOUS_REFUSALS
-        self._checksum_doubted = True
-        if certain and not self.refused_checksum:  # another thread may have found out meanwhile
+        certain = probing or self._checksum_in_doubt or code not in AMBIGUOUS_REFUSALS
+        self._checksum_in_doubt = True
+        if certain and not self.refused_checksum:  # another thread may have set it
             self.refused_checksum = code
-            log.warning("store_without_checksums", code=code, instead="Content-MD5 and ETag")
+            log.warning("store_without_checksums", code=code, fallback="Content-MD5 and ETag")
         return etag
 
     def _put_once(
@@ -312,54 +313,55 @@ class ObjectStoreArtifacts:
             content_type=content_type,
             metadata=checksum,
             part_size=_PART_SIZE,
-            num_parallel_uploads=1,  # more would run in threads that cannot be broken off
+            num_parallel_uploads=1,  # more would run in threads that cannot be aborted
         )
-        if not result.etag:  # what a proxy's page with status 200 amounts to
-            raise WrongAnswer("the answer has no ETag")
+        if not result.etag:  # for example a proxy's page with status 200
+            raise UnexpectedResponse("the answer has no ETag")
         headers = result.http_headers
         encryption = headers.get("x-amz-server-side-encryption", "") if headers else ""
-        # With SSE-KMS the ETag is no MD5, though it looks like one.
+        # With SSE-KMS the ETag has the form of an MD5 but is not one.
         is_md5 = _MD5.match(result.etag) and not encryption.startswith("aws:kms")
         if is_md5 and result.etag != md5():
-            raise WrongAnswer("the ETag is not the MD5 of what was sent")
+            raise UnexpectedResponse("the ETag is not the MD5 of what was sent")
         return result.etag
 
     def _read(self, bucket: str, key: str, max_bytes: int) -> bytes:
         try:
-            size, etag = self._look_at(bucket, key)
+            size, etag = self._stat(bucket, key)
             if size > max_bytes:
                 raise InputUnavailable(f"the object has more than {max_bytes} bytes")
             return self._get(bucket, key, size, etag)
         except S3Error as error:
-            words = _INPUT_FAULTS.get(error.code or "")
+            text = _INPUT_FAULTS.get(error.code or "")
             if error.code == "NoSuchKey" and "%" in key:
-                words = "the object does not exist; keys are not percent-decoded"
-            if words is None:
-                passing = not isinstance(fault_of(error, self._config), StoreMisconfigured)
-                if passing or error.code in _OWN_FAULTS:
+                text = "the object does not exist; keys are not percent-decoded"
+            if text is None:
+                transient = not isinstance(classify_error(error, self._config), StoreMisconfigured)
+                if transient or error.code in _WORKER_FAULTS:
                     raise
-                # An archived or encrypted object, a delete marker: nothing that waiting mends.
-                words = "the store refuses the object"
-        raise InputUnavailable(words)
+                # Permanent: an archived or encrypted object, or a delete marker.
+                text = "the store refuses the object"
+        raise InputUnavailable(text)
 
-    def _look_at(self, bucket: str, key: str) -> tuple[int, str]:
-        """Size in bytes and ETag."""
+    def _stat(self, bucket: str, key: str) -> tuple[int, str]:
+        """Return the size in bytes and the ETag."""
         try:
             found = self._client.stat_object(bucket, key)
         except S3Error as error:
             if error.code == "AccessDenied":
-                # The answer to a HEAD has no body: only a GET tells that our own key pair is wrong.
+                # The response to a HEAD has no body. Only a GET shows whether the credentials of
+                # this worker are wrong.
                 _body(self._client.get_object(bucket, key, length=1), 1)
             raise
         if found.size is None or not found.etag:
-            raise WrongAnswer("the answer has no size or no ETag")
+            raise UnexpectedResponse("the answer has no size or no ETag")
         return found.size, found.etag
 
     def _get(self, bucket: str, key: str, size: int, etag: str) -> bytes:
         unchanged: DictType = {"If-Match": f'"{etag}"'}
         data = _body(self._client.get_object(bucket, key, request_headers=unchanged), size + 1)
         if len(data) != size:
-            raise WrongAnswer("the object was cut short")
+            raise UnexpectedResponse("the object was cut short")
         return data
 
     def _make_bucket(self) -> bool:
@@ -368,7 +370,7 @@ class ObjectStoreArtifacts:
             self._client.make_bucket(bucket)
         except S3Error as error:
             if error.code == "AccessDenied":
-                # A key pair that may only use the bucket, which somebody else has made then.
+                # Credentials without the permission to create the bucket: it must exist.
                 self._write_read_delete()
                 return False
             known = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
@@ -378,25 +380,25 @@ class ObjectStoreArtifacts:
         return True
 
     def _write_read_delete(self) -> None:
-        # One of 65,536 keys: workers that start together do not meet, and where nothing may be
-        # deleted the objects do not pile up for ever.
+        # One of 65,536 keys: workers that start together use different keys, and without the
+        # permission to delete, the number of objects stays limited.
         key = self._config.key(f"probe-{secrets.token_hex(2)}")
         sha256 = hashlib.sha256(_PROBE).hexdigest()
         put = partial(self._put, "text/plain", key, _PROBE, md5=partial(_md5, _PROBE))
         etag = put(sha256=sha256, probing=True)
         if self._get(self._config.bucket, key, len(_PROBE), etag) != _PROBE:
-            raise WrongAnswer("what was written is not what is read")
+            raise UnexpectedResponse("what was written is not what is read")
         try:
             self._client.remove_object(self._config.bucket, key)
         except S3Error as error:
             if error.code != "AccessDenied":
                 raise
 
-    def _ask(self) -> None:
+    def _read_probe(self) -> None:
         try:
             _body(self._client.get_object(self._config.bucket, self._config.key("probe")), 1)
         except S3Error as error:
-            # Without the right to list, AWS answers AccessDenied for an object that is missing.
+            # Without the permission to list, AWS returns AccessDenied for a missing object.
             if error.code not in {"NoSuchKey", "AccessDenied"}:
                 raise
 
@@ -406,9 +408,9 @@ def _md5(data: bytes) -> str:
 
 
 def _body(response: BaseHTTPResponse, limit: int) -> bytes:
-    """Up to `limit` bytes of an answer; the connection goes back to its pool."""
+    """Read up to `limit` bytes of a response, and return the connection to its pool."""
     try:
-        # Not decoded: an object that says it is gzip could grow without limit.
+        # Without decoding: a gzip object could expand without a limit.
         return response.read(limit, decode_content=False)
     finally:
         response.close()
@@ -416,12 +418,12 @@ def _body(response: BaseHTTPResponse, limit: int) -> bytes:
 
 
 def _content_or_reference(source: ImageSource, max_bytes: int) -> bytes | ArtifactReference:
-    """The picture where the request itself holds it, else the object it names."""
+    """Return the bytes of an inline image, else the reference to the object."""
     if isinstance(source, ArtifactReference):
         return source
     if isinstance(source, InlineImage):
         return _from_base64(source.base64, max_bytes)
-    scheme, _, rest = source.partition(":")  # the contract takes no other than these two
+    scheme, _, rest = source.partition(":")  # the contract allows only `data` and `s3`
     if scheme == "data":
         return _from_base64(rest.partition(",")[2], max_bytes)
     bucket, _, key = rest.removeprefix("//").partition("/")

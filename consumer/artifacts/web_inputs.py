@@ -1,9 +1,8 @@
-"""Input pictures from the web: from the hosts of a list, and never from inside the own network.
+"""Fetches input images over https from configured hosts, never from private networks.
 
-A sender chooses the address, and the worker may stand where senders cannot reach: so nothing is
-asked before host, port and every address that the name stands for have been checked, the
-connection goes to the address that was checked and to no other one, and a redirect is checked as
-the first address was.
+A sender chooses the URL, and the worker may have access to networks that senders cannot reach
+(server-side request forgery). Therefore host, port and all addresses of the host are validated
+before a connection. The connection uses a validated address, and each redirect is validated again.
 """
 
 import asyncio
@@ -21,14 +20,14 @@ from urllib3.response import BaseHTTPResponse
 from consumer.artifacts.calls import Calls, pinned_pool
 from consumer.ports.media import InputUnavailable
 
-WITHIN = 20.0  # seconds for one picture, redirects included
+WITHIN = 20.0  # seconds for one image, including redirects
 MAX_REDIRECTS = 3
 MAX_URL = 2_048  # characters
 _HTTPS = 443
 _URL = re.compile(r"https://[!-~]+\Z")  # printable ASCII without spaces
 
-# What is not a host of the public network, by the IANA registries of special-purpose addresses and
-# the clouds' documentation.
+# Networks without public hosts, from the IANA registries of special-purpose addresses and the
+# documentation of cloud providers.
 _SPECIAL_IPV4 = tuple(
     map(
         ipaddress.IPv4Network,
@@ -55,8 +54,8 @@ _SPECIAL_IPV4 = tuple(
         ),
     )
 )
-# All that IANA has given out for global unicast. Outside are loopback, unique-local, link-local
-# and site-local addresses, multicast, and the ways to write or to reach an IPv4 address: mapped,
+# All addresses that IANA has allocated for global unicast. Excluded are loopback, unique-local,
+# link-local and site-local addresses, multicast, and representations of IPv4 addresses: mapped,
 # compatible, translated (RFC 2765) and both prefixes of NAT64 (RFC 6052, RFC 8215).
 _GLOBAL_IPV6 = ipaddress.IPv6Network("2000::/3")
 _SPECIAL_IPV6 = tuple(
@@ -73,7 +72,7 @@ _SPECIAL_IPV6 = tuple(
 )
 # The upper half of an ISATAP interface identifier (RFC 5214); the lower half is an IPv4 address.
 _ISATAP = 0x0000_5EFE
-_ISATAP_MASK = 0xFDFF_FFFF  # without the bit that says whether the IPv4 address is unique
+_ISATAP_MASK = 0xFDFF_FFFF  # ignores the bit for the uniqueness of the IPv4 address
 _REDIRECTS = frozenset(
     {
         HTTPStatus.MOVED_PERMANENTLY,
@@ -88,10 +87,10 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is a host's in the public network, and embeds no other address.
+    """Return whether an address belongs to the public network and embeds no other address.
 
-    An IPv6 address that stands for an IPv4 address is refused whatever that is: where it leads is
-    decided by the network's own translators.
+    Every IPv6 address that represents an IPv4 address is refused, because the translators of the
+    network determine its destination.
     """
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in _SPECIAL_IPV4)
@@ -103,25 +102,25 @@ def is_public(address: Address) -> bool:
     )
 
 
-def resolved(host: str, port: int) -> list[Address]:
-    """Every address of a host.
+def resolve_host(host: str, port: int) -> list[Address]:
+    """Return all addresses of a host.
 
     Raises:
-        OSError: Its name is not known.
+        OSError: The name is not known.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [ipaddress.ip_address(place[0]) for *_, place in found]
+    return [ipaddress.ip_address(socket_address[0]) for *_, socket_address in found]
 
 
 class WebInputs:
-    """Reads pictures over https.
+    """Fetches images over https.
 
     Args:
-        hosts: `host` or `host:port` of each that requests may name; the port is 443 unless said.
-        calls: Threads for it.
-        resolve: Gives the addresses of a host.
-        may_connect: Which of them may be connected to.
-        ca_certs: PEM file of whoever signs the hosts; None: those that this system trusts.
+        hosts: Allowed hosts as `host` or `host:port`; the default port is 443.
+        calls: Threads for the calls.
+        resolve: Returns the addresses of a host.
+        may_connect: Returns whether connections to an address are allowed.
+        ca_certs: PEM file of the certificate authority; None uses the system's authorities.
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class WebInputs:
         hosts: Iterable[str],
         calls: Calls,
         *,
-        resolve: Callable[[str, int], list[Address]] = resolved,
+        resolve: Callable[[str, int], list[Address]] = resolve_host,
         may_connect: Callable[[Address], bool] = is_public,
         ca_certs: str | None = None,
     ) -> None:
@@ -140,10 +139,10 @@ class WebInputs:
         self._ca_certs = ca_certs
 
     async def fetch(self, url: str, *, max_bytes: int) -> bytes:
-        """What the address gives.
+        """Return the content of a URL.
 
         Raises:
-            InputUnavailable: It may not be asked, does not answer, or gives too much.
+            InputUnavailable: The URL is not allowed, the host fails, or the content is too large.
         """
         try:
             async with asyncio.timeout(WITHIN):
@@ -157,7 +156,7 @@ class WebInputs:
 
     def _read(self, url: str, max_bytes: int) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
-            response = self._ask(self._checked(url))
+            response = self._get(self._validate(url))
             try:
                 if response.status not in _REDIRECTS:
                     return _content(response, max_bytes)
@@ -166,24 +165,24 @@ class WebInputs:
                 response.close()
         raise InputUnavailable(f"the host redirects more than {MAX_REDIRECTS} times")
 
-    def _checked(self, url: str) -> SplitResult:
+    def _validate(self, url: str) -> SplitResult:
         if url.startswith("http://"):
             raise InputUnavailable("only https is read, not http")
         if len(url) > MAX_URL or not _URL.match(url):
             raise InputUnavailable("not an https address of at most 2048 plain characters")
         try:
             parts = urlsplit(url)
-            known = f"{parts.hostname}:{parts.port or _HTTPS}" in self._hosts
-        except ValueError:  # a port that is no number, a bracket alone
+            allowed = f"{parts.hostname}:{parts.port or _HTTPS}" in self._hosts
+        except ValueError:  # a port that is not a number, or a single bracket
             raise InputUnavailable("not an https address") from None
-        if not known or "@" in parts.netloc:
+        if not allowed or "@" in parts.netloc:
             raise InputUnavailable("this worker reads no inputs from that host")
         return parts
 
-    def _ask(self, url: SplitResult) -> BaseHTTPResponse:
+    def _get(self, url: SplitResult) -> BaseHTTPResponse:
         host, port = url.hostname or "", url.port or _HTTPS
         addresses = self._resolve(host, port)
-        # All of them: a name that stands for an own address too is not to be trusted.
+        # All addresses: a name that also has a private address is not trusted.
         if not addresses or not all(map(self._may_connect, addresses)):
             raise InputUnavailable("that host is not in the public network")
         pool = pinned_pool(str(addresses[0]), port, host=host, ca_certs=self._ca_certs)
@@ -200,7 +199,7 @@ class WebInputs:
 def _content(response: BaseHTTPResponse, max_bytes: int) -> bytes:
     if response.status != HTTPStatus.OK:
         raise InputUnavailable(f"the host answered {response.status}")
-    # Not decoded: what says that it is gzip could grow without limit.
+    # Without decoding: a gzip body could expand without a limit.
     data = response.read(max_bytes + 1, decode_content=False)
     if len(data) > max_bytes:
         raise InputUnavailable(f"the image has more than {max_bytes} bytes")

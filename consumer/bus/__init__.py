@@ -1,5 +1,5 @@
-"""The bus: the connection to NATS, the streams, the pull loop, settling and publishing.
+"""The bus: the connection to NATS, the streams, the pull loop, settlement and publishing.
 
-Only this package imports nats. What the life of a job needs of it is in `consumer.ports`. Nothing
-is imported here: a command that only sends needs the connection alone.
+`consumer.jobs` uses this package through the Protocols in `consumer.ports` only. This module
+imports nothing, because a command that only sends a request needs the connection alone.
 """

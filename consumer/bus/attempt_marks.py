@@ -1,19 +1,21 @@
-"""Attempt marks: which deliveries of a request do not count, and which requests are cancelled.
+"""Attempt marks: which deliveries of a request are not attempts, and which requests are cancelled.
 
-The server counts deliveries, whatever has become of them: three rollouts of the workers would end a
-long request as if it had killed them. So a worker that ends marks the delivery before it requeues
-the request, and the next worker subtracts marked deliveries from the server's number. A worker also
-marks a delivery that it handles in parallel with others: if it dies, no one knows which of them
-killed it. And a worker that is asked to stop a request marks it as cancelled before it answers: if
-it dies first, the next one does not run the request.
+The server counts every delivery. Without marks, three rollouts of the workers would dead-letter a
+long request as if it had killed three workers. Marks are stored in these cases:
 
-A request that waits for its next attempt is in no request stream. So its id is marked with the
-digest of what it asks for: no other request may take the id meanwhile.
+- A worker that shuts down marks the delivery before it requeues the request. The next worker
+  subtracts marked deliveries from the server's number.
+- A worker marks each delivery that it handles in parallel with others. If the worker dies, the
+  cause may be any of them.
+- A worker that receives a stop request marks the request as cancelled before it replies. If the
+  worker dies, the next worker does not run the request.
+- A request that waits for its next attempt is in no request stream. A mark with the digest of its
+  content reserves its id, so that no other request can use the id.
 
-Senders can make the server publish to these subjects: it answers to any reply subject. So a mark
-has a header that no answer of the server has, each subject keeps one message, and a message without
-the header is deleted where a mark belongs. Only the subjects that can exist are read: what else is
-stored below them costs nothing.
+The server replies to any reply subject, so senders can make it publish to the subjects of marks.
+Therefore a mark has a header that no reply of the server has, each subject stores one message, and
+a message without the header is deleted before a mark is stored. Readers request only the exact
+subjects of possible marks, so other messages below these subjects cost nothing.
 """
 
 import asyncio
@@ -23,7 +25,7 @@ import structlog
 from nats.errors import Error
 from nats.js.errors import APIError, NotFoundError
 
-from consumer.bus.codes import OCCUPIED
+from consumer.bus.codes import WRONG_LAST_SEQUENCE
 from consumer.bus.connection import Bus
 from consumer.bus.reading import read_message
 from generation_client.submitting import NO_PUB_ACK
@@ -32,30 +34,30 @@ from generation_contracts.headers import EXPECTED_LAST_SUBJECT_SEQUENCE, MARK
 
 log = structlog.get_logger()
 
-WRITE_TIMEOUT = 0.5  # seconds; the process that writes the mark is ending, or a caller waits for it
+WRITE_TIMEOUT = 0.5  # seconds; the writing process shuts down, or a caller waits for the mark
 READ_TIMEOUT = 1.0  # seconds for one attempt; the server takes 0.3 ms
 READ_PAUSE = 0.1  # seconds between two attempts
-READS = 64  # at a time: a request has three subjects for each of its deliveries
+READS = 64  # concurrent reads; a request has three subjects for each of its deliveries
 _CANCELLED = "cancelled"
 _OWNER = "owner"
 
 
 class AttemptMark(StrEnum):
-    """What a delivery is marked as; each is the last token of a subject, so twice is once."""
+    """Kinds of marks on a delivery. Each is the last token of a subject: repeats are harmless."""
 
     REQUEUED = "released"  # requeued on purpose: not an attempt
-    UNCOUNTED = "discounted"  # in parallel with others: not an attempt, unless it is counted
-    COUNTED = "counted"  # alone from here on: an attempt, unless it is released
+    UNCOUNTED = "discounted"  # in parallel with others: not an attempt, unless marked as counted
+    COUNTED = "counted"  # alone from then on: an attempt, unless marked as requeued
 
 
 class AttemptMarks:
-    """The marks on the messages of one stream; `place` names a message, as one token of a subject.
+    """The marks on the messages of one stream. `key` identifies a message, see `message_key`.
 
     Args:
         bus: The connection.
-        subjects: Where the marks are kept.
-        task: Whose messages they are.
-        of: Names another stream than that of the requests; its sequences are its own.
+        subjects: Subjects of the installation.
+        task: Task of the messages.
+        of: Name of the stream, as a subject token; empty for the request stream.
     """
 
     def __init__(self, bus: Bus, subjects: Subjects, task: Task, *, of: str = "") -> None:
@@ -64,77 +66,77 @@ class AttemptMarks:
         self._attempts = ".".join(filter(None, (subjects.releases(task), of)))
         self._cancelled = ".".join(filter(None, (subjects.withdrawals(task), of)))
 
-    async def mark_delivery(self, place: str, attempt: int, kind: AttemptMark) -> None:
+    async def mark_delivery(self, key: str, attempt: int, kind: AttemptMark) -> None:
         """Mark a delivery of a message. Never raises.
 
-        Where the mark cannot be written, the delivery counts as an attempt.
+        If the mark cannot be written, the delivery counts as an attempt.
 
         Args:
-            place: The message's: a second copy of the request has another.
+            key: Key of the message; a second copy of the request has another key.
             attempt: The server's number of the delivery.
-            kind: What it is.
+            kind: Kind of the mark.
         """
-        await self._write(f"{self._attempts}.{place}.{attempt}.{kind}", kind)
+        await self._write(f"{self._attempts}.{key}.{attempt}.{kind}", kind)
 
-    async def count_uncounted(self, place: str, deliveries: int) -> int:
-        """Return how many of so many deliveries were no attempts; waits for the bus.
+    async def count_uncounted(self, key: str, deliveries: int) -> int:
+        """Return how many of the first `deliveries` were not attempts; waits for the bus.
 
         Raises:
-            BusUnavailable: The client has given up; the process has to end.
+            BusUnavailable: The client has closed the connection; the process must end.
         """
-        wanted = [
-            (f"{self._attempts}.{place}.{number}.{kind}", kind)
+        marks = [
+            (f"{self._attempts}.{key}.{number}.{kind}", kind)
             for number in range(1, deliveries + 1)
             for kind in AttemptMark
         ]
         marked: list[bool] = []
-        for first in range(0, len(wanted), READS):
-            some = wanted[first : first + READS]
-            marked += await asyncio.gather(*(self._is_marked(*one) for one in some))
-        kinds = [kind for _, kind in wanted]
+        for first in range(0, len(marks), READS):
+            batch = marks[first : first + READS]
+            marked += await asyncio.gather(*(self._is_marked(*mark) for mark in batch))
+        kinds = [kind for _, kind in marks]
         size = len(AttemptMark)
         return sum(
             _is_uncounted({kinds[n] for n in range(first, first + size) if marked[n]})
-            for first in range(0, len(wanted), size)
+            for first in range(0, len(marks), size)
         )
 
-    async def mark_cancelled(self, place: str) -> None:
+    async def mark_cancelled(self, key: str) -> None:
         """Mark a message as cancelled. Never raises.
 
-        Where the mark cannot be written, and this worker dies before it has stopped, the next one
-        runs the request.
+        If the mark cannot be written and this worker dies before it stops the request, the next
+        worker runs the request.
         """
-        await self._write(f"{self._cancelled}.{place}", _CANCELLED)
+        await self._write(f"{self._cancelled}.{key}", _CANCELLED)
 
-    async def was_cancelled(self, place: str) -> bool:
+    async def was_cancelled(self, key: str) -> bool:
         """Return whether a message is marked as cancelled; waits for the bus.
 
         Raises:
-            BusUnavailable: The client has given up; the process has to end.
+            BusUnavailable: The client has closed the connection; the process must end.
         """
-        return await self._is_marked(f"{self._cancelled}.{place}", _CANCELLED)
+        return await self._is_marked(f"{self._cancelled}.{key}", _CANCELLED)
 
     async def mark_owner(self, request_id: str, digest: str) -> None:
-        """Mark a request id as belonging to what a request asks for. The first mark stands.
+        """Reserve a request id for the request with this digest. The first mark is final.
 
-        Never raises. Where the mark cannot be written, another request can take the id.
+        Never raises. If the mark cannot be written, another request can use the id.
         """
         await self._write(f"{self._attempts}.{_OWNER}.{request_id}", f"{_OWNER} {digest}")
 
     async def owner(self, request_id: str) -> str | None:
-        """Return the digest that a request id is marked with; waits for the bus.
+        """Return the digest that a request id is reserved for; waits for the bus.
 
         Raises:
-            BusUnavailable: The client has given up; the process has to end.
+            BusUnavailable: The client has closed the connection; the process must end.
         """
         mark = await self._mark(f"{self._attempts}.{_OWNER}.{request_id}")
         kind, _, digest = mark.partition(" ")
         return digest if kind == _OWNER else None
 
     async def _write(self, subject: str, mark: str) -> None:
-        # Again, as long as senders fill the subject with something else in between.
+        # Repeat while senders occupy the subject with other messages.
         try:
-            async with self._bus.question(WRITE_TIMEOUT):
+            async with self._bus.api_call(WRITE_TIMEOUT):
                 while not await self._stored(subject, mark):
                     found = await read_message(
                         self._bus, self._stream, subject=subject, timeout=WRITE_TIMEOUT
@@ -144,14 +146,14 @@ class AttemptMarks:
                     if found is not None:
                         await self._bus.jetstream.delete_msg(self._stream, found.sequence)
         except (Error, OSError, *NO_PUB_ACK) as error:
-            log.warning("note_not_written", error=type(error).__name__)
+            log.warning("mark_not_written", error=type(error).__name__)
 
     async def _stored(self, subject: str, mark: str) -> bool:
         headers = {MARK: mark, EXPECTED_LAST_SUBJECT_SEQUENCE: "0"}
         try:
             await self._bus.jetstream.publish(subject, timeout=WRITE_TIMEOUT, headers=headers)
         except APIError as error:
-            if error.err_code not in OCCUPIED:
+            if error.err_code not in WRONG_LAST_SEQUENCE:
                 raise
             return False
         return True
@@ -160,24 +162,24 @@ class AttemptMarks:
         return await self._mark(subject) == mark
 
     async def _mark(self, subject: str) -> str:
-        """What stands in a mark; empty where there is none."""
+        """Return the content of a mark; empty if it does not exist."""
         while True:
-            await self._bus.reachable()
+            await self._bus.wait_connected()
             try:
                 found = await read_message(
                     self._bus, self._stream, subject=subject, timeout=READ_TIMEOUT
                 )
             except NotFoundError:
-                return ""  # the marks are gone with their stream
+                return ""  # the stream was deleted, and the marks with it
             except (Error, OSError) as error:
-                log.warning("notes_not_read", error=type(error).__name__)
+                log.warning("marks_not_read", error=type(error).__name__)
                 await asyncio.sleep(READ_PAUSE)
             else:
                 return "" if found is None else found.headers.get(MARK, "")
 
 
-def retry_place(request_id: str) -> str:
-    """What names a request that waits for its next attempt: its next message is not there yet."""
+def retry_key(request_id: str) -> str:
+    """Return the key of a request that waits for its next attempt and has no message yet."""
     return f"retry.{request_id}"
 
 

@@ -1,4 +1,4 @@
-"""A value that is read once for all callers and kept for a while."""
+"""A cached value that is read once for concurrent callers."""
 
 import asyncio
 import time
@@ -9,14 +9,13 @@ T = TypeVar("T")
 
 
 class CachedRead(Generic[T]):
-    """A value that is read on demand and kept for a while.
+    """A value that is read on demand and cached.
 
     Args:
-        read: Reads it.
-        age: Seconds that it is kept.
-        duty: Longer, where reading takes long: at most one part in so many of the time is spent
-            on it.
-        most_age: Seconds that bound `duty`.
+        read: Reads the value.
+        age: Seconds for which the value is cached.
+        duty: Extends the time for slow reads: at most 1/`duty` of the time is spent on reading.
+        most_age: Limit of that extension, in seconds.
     """
 
     def __init__(
@@ -39,18 +38,18 @@ class CachedRead(Generic[T]):
         """Return the value.
 
         Raises:
-            Exception: What the reading raised; the next call reads again.
+            Exception: The read failed; the next call reads again.
         """
         reading = self._reading
         stale = reading is not None and reading.done() and not self._is_fresh(reading)
         if reading is None or self._is_expired or stale:
             self._is_expired = False
             reading = self._reading = asyncio.create_task(self._timed(reading), name="cached read")
-        # A caller that leaves does not end the reading for the others.
+        # A cancelled caller must not cancel the read for the other callers.
         return await asyncio.shield(reading)
 
     def expire(self) -> None:
-        """Have the next call read again, once the reading that is under way has ended."""
+        """Make the next call read again, after a read that is in progress has ended."""
         self._is_expired = True
 
     def _is_fresh(self, reading: asyncio.Task[T]) -> bool:
@@ -59,7 +58,7 @@ class CachedRead(Generic[T]):
 
     async def _timed(self, before: asyncio.Task[T] | None) -> T:
         if before is not None:
-            await asyncio.wait({before})  # what it sets must not come after what this one sets
+            await asyncio.wait({before})  # an older read must not overwrite `_until` later
         started = time.monotonic()
         value = await self._read()
         took = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""The `err_code`s of nats-server that mean something to this package."""
+"""The `err_code`s of nats-server that this package handles."""
 
 from typing import Final
 
@@ -6,19 +6,20 @@ from generation_client.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM
 
 __all__ = [
     "CONSUMER_NOT_FOUND",
-    "NO_MESSAGE",
+    "MESSAGE_NOT_FOUND",
     "NO_STORAGE",
-    "OCCUPIED",
     "STREAM_FULL",
     "STREAM_NOT_FOUND",
     "SUBJECTS_OVERLAP",
     "TOO_LARGE_FOR_STREAM",
+    "WRONG_LAST_SEQUENCE",
 ]
 
 CONSUMER_NOT_FOUND: Final = 10014
-NO_MESSAGE: Final = 10037
+MESSAGE_NOT_FOUND: Final = 10037
 NO_STORAGE: Final = 10047  # max_bytes does not fit the account or the server
 STREAM_NOT_FOUND: Final = 10059
-SUBJECTS_OVERLAP: Final = 10065  # with those of another stream
-# The subject has another message than expected; in a cluster, or one is being stored.
-OCCUPIED: Final = frozenset({10071, 10164})
+SUBJECTS_OVERLAP: Final = 10065  # with the subjects of another stream
+# The last message of the subject is not the expected one. In a cluster the second code is also the
+# reply while another message for the subject is being stored.
+WRONG_LAST_SEQUENCE: Final = frozenset({10071, 10164})

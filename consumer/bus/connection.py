@@ -1,4 +1,4 @@
-"""The one connection of a process to NATS, made to outlive the server's restarts."""
+"""The connection of a process to NATS, which survives restarts of the server."""
 
 import asyncio
 import ssl
@@ -19,7 +19,7 @@ from consumer.bus.nats_internals import (
     require_usable_credentials,
     require_usable_seed,
 )
-from consumer.bus.server_texts import says_credentials_are_refused
+from consumer.bus.server_texts import is_credentials_error
 from consumer.ports.unavailable import Unavailable
 from consumer.settings import Settings
 
@@ -28,42 +28,42 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 START_PAUSE = 0.5  # seconds between two attempts while the bus is not available yet
-PING_INTERVAL = 5  # seconds; a dead read loop is noticed after two unanswered pings
-API_TIMEOUT = 5.0  # seconds that one call of the JetStream API may take
-CLOSE_TIMEOUT = 2.0  # seconds for what is still to be written, and for the closing
+PING_INTERVAL = 5  # seconds; two unanswered pings reveal a dead read loop
+API_TIMEOUT = 5.0  # seconds for one call of the JetStream API
+CLOSE_TIMEOUT = 2.0  # seconds for flushing buffered data, and for closing
 
 
 class BusUnavailable(Unavailable):
-    """NATS cannot be reached or refuses; the text is one clear line without credentials."""
+    """NATS cannot be reached or refuses a call; the text is one line without credentials."""
 
 
-class ConnectionGivenUp(BusUnavailable):
-    """The client has closed the connection for good; the process has to end."""
+class ConnectionClosed(BusUnavailable):
+    """The client has closed the connection permanently; the process must end."""
 
     def __init__(self) -> None:
-        super().__init__("NATS: the client has given up on the connection")
+        super().__init__("NATS: the client has closed the connection permanently")
 
 
 class FileUnusable(Exception):  # noqa: N818 - a state of the file
-    """A file that a setting names cannot be used; the text names the setting and no secret."""
+    """A file from a setting cannot be used; the text names the setting and contains no secret."""
 
 
 class BusMisconfigured(BusUnavailable):
-    """A setting is wrong or a permission is missing for certain: waiting would not help."""
+    """A setting is wrong or a permission is missing: a retry would not help."""
 
 
 class Bus:
-    """A connection and what can be seen of it.
+    """A connection with its state.
 
     Args:
-        client: Another client than the usual one, not connected yet.
+        client: A client that is not connected yet; None creates a `RobustClient`.
 
     Attributes:
         client: The nats-py client.
         jetstream: Its JetStream context.
-        closed: Set when the client has given up for good, which it does after a payload violation,
-            an over-long subject or an expired token in spite of endless reconnects: the process
-            has to end.
+        closed: Set when the client has closed the connection permanently; the process must end.
+            nats-py does so after a payload violation, an over-long subject or an expired token,
+            in spite of unlimited reconnects.
     """
 
     def __init__(self, client: RobustClient | None = None) -> None:
@@ -72,43 +72,46 @@ class Bus:
         self.closed = asyncio.Event()
         self.last_error = ""
         self._refused = False  # whether the server has ever refused the credentials
-        self._up = asyncio.Event()  # set while the server can be reached, and when it is all over
-        self._limits: set[asyncio.Timeout] = set()  # of the questions that are under way
+        self._up = asyncio.Event()  # set while connected, and after the permanent close
+        self._limits: set[asyncio.Timeout] = set()  # timeouts of the API calls in progress
         self._listeners: list[Callable[[], None]] = []
 
     @property
     def connection(self) -> int:
-        """The number of the connection; it counts on with each reconnect."""
+        """Number of the connection, incremented by each reconnect."""
         return int(self.client.stats["reconnects"])
 
     @property
     def connected(self) -> bool:
-        """Whether the server can be reached now."""
+        """Whether the client is connected to the server."""
         return self.client.is_connected
 
     @property
     def clustered(self) -> bool:
-        """Whether the server is one of a cluster."""
+        """Whether the server belongs to a cluster."""
         return self.client.is_clustered
 
-    async def reachable(self) -> None:
-        """Wait until the server can be reached.
+    async def wait_connected(self) -> None:
+        """Wait until the client is connected to the server.
 
         Raises:
-            ConnectionGivenUp: The process has to end.
+            ConnectionClosed: The process must end.
         """
         if not self.client.is_connected and not self.client.is_closed:
-            self._up.clear()  # nats-py calls back a little later
+            self._up.clear()  # nats-py calls `_on_disconnect` with a delay
         await self._up.wait()
         if self.client.is_closed:
-            raise ConnectionGivenUp
+            raise ConnectionClosed
 
     @asynccontextmanager
-    async def question(self, within: float) -> AsyncIterator[None]:
-        """Limit a question to the server, and end it when its answer is lost with the connection.
+    async def api_call(self, within: float) -> AsyncIterator[None]:
+        """Limit the time of an API call in the block; end the call when the connection is lost.
+
+        Args:
+            within: Seconds.
 
         Raises:
-            TimeoutError: No answer within so many seconds, or the connection is lost.
+            TimeoutError: No reply in time, or the connection was lost, and the reply with it.
         """
         async with asyncio.timeout(within) as limit:
             self._limits.add(limit)
@@ -117,27 +120,27 @@ class Bus:
             finally:
                 self._limits.remove(limit)
 
-    async def ask(self, subject: str, body: bytes, *, within: float) -> bytes:
-        """Ask the server a question, and return its answer.
+    async def request(self, subject: str, body: bytes, *, within: float) -> bytes:
+        """Send a request and return the body of the reply.
 
         Raises:
-            TimeoutError: No answer within so many seconds, or the connection is lost.
+            TimeoutError: No reply within so many seconds, or the connection was lost.
             nats.errors.Error: Nothing subscribes to the subject, or the connection is closed.
         """
-        async with self.question(within):
+        async with self.api_call(within):
             # `question` has the limit: another one of the client costs a timer for each job.
             answer = await self.client.request(subject, body, timeout=None)  # type: ignore[arg-type]
         return bytes(answer.data)
 
     def on_reconnect(self, listener: Callable[[], None]) -> None:
-        """Call a function each time the connection is there again."""
+        """Register a function that is called after each reconnect."""
         self._listeners.append(listener)
 
     async def close(self) -> None:
-        """Write what is left and close; never raises, never hangs."""
-        # Not drain(): on a frozen server it goes on for 10 s after it has been cancelled.
+        """Flush and close the connection. Never raises, and takes a limited time."""
+        # Not drain(): with a frozen server it continues for 10 s after its cancellation.
         for step in (self._flush, self.client.close):
-            # A task of its own: until Python 3.12, StreamWriter.wait_closed raises CancelledError
+            # In a separate task: until Python 3.12, StreamWriter.wait_closed raises CancelledError
             # after another task that waited for it was cancelled.
             closing = asyncio.ensure_future(step())
             _, late = await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
@@ -146,7 +149,7 @@ class Bus:
                 await asyncio.wait({closing}, timeout=CLOSE_TIMEOUT)
             if late or closing.cancelled() or closing.exception() is not None:
                 log.warning("bus_close_failed", step=step.__name__)
-        await self._on_closed()  # nats-py does not say so when it was cut short
+        await self._on_closed()  # nats-py does not call it if `close` was cancelled
 
     async def _flush(self) -> None:
         if self.client.is_connected:
@@ -154,8 +157,8 @@ class Bus:
 
     async def _on_error(self, error: Exception) -> None:
         self.last_error = str(error) or type(error).__name__
-        # Of one try in a hundred nothing is left but that the connection was reset.
-        self._refused = self._refused or says_credentials_are_refused(self.last_error)
+        # In about one of a hundred attempts, the only later error is a connection reset.
+        self._refused = self._refused or is_credentials_error(self.last_error)
         log.warning("bus_error", error=type(error).__name__, reason=self.last_error[:200])
 
     async def _on_disconnect(self) -> None:
@@ -180,8 +183,8 @@ class Bus:
         """Connect.
 
         Raises:
-            BusMisconfigured: A file or an address cannot be used; nothing was connected to.
-            BusUnavailable: Not within so many seconds.
+            BusMisconfigured: A file or an address cannot be used; no connection was made.
+            BusUnavailable: Not connected within so many seconds.
         """
         try:
             options = _options(settings)
@@ -202,7 +205,7 @@ class Bus:
             )
         )
         try:
-            # Without a limit nats-py tries a failing TLS handshake, or no server at all, for ever.
+            # nats-py retries a failed TLS handshake or a missing server without a limit.
             async with asyncio.timeout(within):
                 await asyncio.wait({connecting})
             connecting.result()
@@ -218,7 +221,8 @@ class Bus:
         reason = self.last_error or str(error) or type(error).__name__
         if self._refused:
             return BusUnavailable("NATS: the credentials are refused")
-        # Its own errors nats-py handles with another attempt, once it has begun to connect.
+        # nats-py retries after its own errors once it has begun to connect, so an error of nats-py
+        # that arrives here is about a setting.
         kind = BusMisconfigured if isinstance(error, Error) else BusUnavailable
         return kind(f"NATS: cannot connect: {reason}")
 
@@ -228,12 +232,12 @@ async def connect(settings: Settings, *, name: str, within: float) -> Bus:
 
     Args:
         settings: NATS_* settings.
-        name: Shown by the server's monitoring.
-        within: Seconds to try.
+        name: Name of the connection in the server's monitoring.
+        within: Seconds for all attempts.
 
     Raises:
-        BusMisconfigured: A setting is wrong for certain; at once.
-        BusUnavailable: Not within so many seconds.
+        BusMisconfigured: A setting is wrong; raised without further attempts.
+        BusUnavailable: Not connected within so many seconds.
     """
     deadline = time.monotonic() + within
 
@@ -246,18 +250,18 @@ async def connect(settings: Settings, *, name: str, within: float) -> Bus:
 
 
 async def wait_until_available(attempt: Callable[[], Awaitable[T]], *, deadline: float) -> T:
-    """Repeat an attempt while the bus is not available, until a deadline has passed.
+    """Repeat an attempt while the bus is not available, until a deadline.
 
-    At a start NATS may accept connections before JetStream answers, and a machine under load
-    answers late.
+    While NATS starts, it may accept connections before JetStream replies, and a loaded machine
+    replies late.
 
     Args:
         attempt: Called at least once.
-        deadline: On the clock of `time.monotonic`; no attempt begins after it.
+        deadline: Time on the clock of `time.monotonic`; no attempt begins after it.
 
     Raises:
-        BusMisconfigured: From the first attempt that raised it.
-        BusUnavailable: From the last attempt.
+        BusMisconfigured: An attempt raised it; no further attempt is made.
+        BusUnavailable: The last attempt raised it.
     """
     while True:
         try:
@@ -281,10 +285,10 @@ def _options(settings: Settings) -> dict[str, Any]:
     if settings.nats_creds is not None:
         with _reading("NATS_CREDS"):
             require_usable_credentials(settings.nats_creds)
-        # As a file: nats-py reads it again at each reconnect, and a JWT may have been renewed.
+        # Pass the path: nats-py reads the file at each reconnect, and the JWT may be renewed.
         options["user_credentials"] = str(settings.nats_creds)
     if settings.nats_nkey_seed is not None:
-        # Not as a file: nats-py refuses one that ends with its line, as most do.
+        # Pass the seed: nats-py refuses a seed file that ends with a line break, as most do.
         with _reading("NATS_NKEY_SEED"):
             options["nkeys_seed_str"] = require_usable_seed(settings.nats_nkey_seed)
     if settings.nats_ca is not None or settings.nats_cert is not None:
@@ -299,7 +303,7 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 @contextmanager
 def _reading(setting: str) -> Iterator[None]:
-    """Name the setting whose file cannot be used.
+    """Convert errors of the block to `FileUnusable` with the name of the setting.
 
     Raises:
         FileUnusable: The block has raised.

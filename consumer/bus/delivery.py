@@ -1,4 +1,4 @@
-"""A delivery as JetStream hands it out, and its settlement confirmed by the server."""
+"""A delivery from JetStream: its settlement with a confirmation, its lease and its marks."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error
 from nats.js.errors import NotFoundError
 
-from consumer.bus.attempt_marks import AttemptMark, AttemptMarks, retry_place
+from consumer.bus.attempt_marks import AttemptMark, AttemptMarks, retry_key
 from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.lease_guard.guard import LeaseGuard
 from consumer.ports.bus import Message
@@ -19,23 +19,23 @@ from generation_contracts.headers import earlier_attempts, earlier_deliveries
 
 log = structlog.get_logger()
 
-CONFIRM_TIMEOUT = 1.0  # seconds for one try; the server takes 0.2 ms
-CONFIRM_PAUSE = 0.1  # seconds between two tries
-# Seconds of a reachable server that does not confirm, and does not say why. Whatever becomes of the
-# delivery then, the stored result is fenced.
-GIVE_UP_AFTER = 10.0
+CONFIRM_TIMEOUT = 1.0  # seconds for one attempt; the server takes 0.2 ms
+CONFIRM_PAUSE = 0.1  # seconds between two attempts
+# Seconds for which a reachable server may fail to confirm a settlement. A redelivery afterwards is
+# harmless, because the results stream stores only one result for each request.
+SETTLE_TIMEOUT = 10.0
 NANOSECONDS = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class DeliveryContext:
-    """What a delivery needs while it is in flight.
+    """The services that a delivery uses while it is in flight.
 
     Attributes:
-        bus: The connection that it came over.
-        ack_wait: Seconds that its lease lasts.
-        marks: The marks on the messages of its stream.
-        standby: Renews its lease while this process cannot.
+        bus: The connection that received the delivery.
+        ack_wait: Duration of a lease, in seconds.
+        marks: The attempt marks on the messages of its stream.
+        lease_guard: Renews its lease while this process cannot.
     """
 
     bus: Bus
@@ -58,121 +58,121 @@ class JetStreamDelivery:
         self.headers: Mapping[str, str] = message.headers or {}
         self.stream = metadata.stream
         self.stream_sequence = metadata.sequence.stream
-        self.deliveries = metadata.num_delivered  # marks are by this number
+        self.deliveries = metadata.num_delivered  # attempt marks refer to this number
         earlier = earlier_deliveries(self.headers)
         self.attempt = earlier + self.deliveries
         self.uncounted = earlier - earlier_attempts(self.headers)
         self.stored_at = metadata.timestamp.astimezone(UTC)
 
     async def ack(self) -> None:
-        """Settle as done, confirmed."""
+        """Acknowledge the request; return when the server has confirmed it."""
         await self._settle(b"+ACK")
 
     async def nak(self) -> None:
-        """Return the request at once, confirmed; else its lease runs out.
+        """Return the request for immediate redelivery; without a confirmation its lease expires.
 
-        Never raises: a process that is ending calls it.
+        Never raises, because a process that shuts down calls it.
         """
         try:
-            async with asyncio.timeout(GIVE_UP_AFTER):
+            async with asyncio.timeout(SETTLE_TIMEOUT):
                 await self._settle(b"-NAK")
         except (TimeoutError, BusUnavailable) as error:
-            log.warning("not_given_back", error=type(error).__name__)
+            log.warning("nak_failed", error=type(error).__name__)
 
     async def nak_later(self, delay: float) -> None:
-        """Have it delivered again in so many seconds, confirmed."""
+        """Return the request for redelivery after a delay in seconds, with a confirmation."""
         await self._settle(b'-NAK {"delay": %d}' % round(delay * NANOSECONDS))
 
     async def requeue(self) -> None:
-        """Return the request at once; a mark says that the delivery was no attempt."""
+        """Return the request for immediate redelivery, and mark the delivery as no attempt."""
         await self._mark(AttemptMark.REQUEUED)
         await self.nak()
 
     async def mark_uncounted(self) -> None:
-        """Mark this delivery as no attempt, until `mark_counted`."""
+        """Mark that this delivery is not an attempt, until `mark_counted`."""
         await self._mark(AttemptMark.UNCOUNTED)
 
     async def mark_counted(self) -> None:
-        """Mark this delivery as an attempt after all."""
+        """Mark that this delivery is an attempt."""
         await self._mark(AttemptMark.COUNTED)
 
     async def _mark(self, kind: AttemptMark) -> None:
-        await self._context.marks.mark_delivery(place_of(self), self.deliveries, kind)
+        await self._context.marks.mark_delivery(message_key(self), self.deliveries, kind)
 
     async def marked_uncounted(self) -> int:
-        """Return how many deliveries of this message were no attempts; waits for the bus."""
-        return await self._context.marks.count_uncounted(place_of(self), self.deliveries)
+        """Return how many deliveries of this message were not attempts; waits for the bus."""
+        return await self._context.marks.count_uncounted(message_key(self), self.deliveries)
 
     async def mark_cancelled(self) -> None:
         """Mark the request as cancelled, for the next worker if this one dies first."""
-        await self._context.marks.mark_cancelled(place_of(self))
+        await self._context.marks.mark_cancelled(message_key(self))
 
     async def was_cancelled(self) -> bool:
-        """Return whether the request was cancelled at an earlier worker; waits for the bus."""
-        if await self._context.marks.was_cancelled(place_of(self)):
+        """Return whether the request was cancelled during an earlier delivery; wait for the bus."""
+        if await self._context.marks.was_cancelled(message_key(self)):
             return True
         if self.attempt == self.deliveries:
             return False
-        # It was queued again under its id, which is the last token of its subject.
-        return await self._context.marks.was_cancelled(retry_place(self.subject.rpartition(".")[2]))
+        # The request was queued again under its id, which is the last token of its subject.
+        return await self._context.marks.was_cancelled(retry_key(self.subject.rpartition(".")[2]))
 
     async def term(self, reason: str) -> None:
-        """Settle as never to be delivered again, confirmed."""
-        # nats-py's own method takes no reason; the server puts this one into its advisory.
+        """Terminate the request: it is never delivered again; waits for the confirmation."""
+        # The method of nats-py takes no reason. The server publishes the reason in its advisory.
         await self._settle(f"+TERM {reason}".encode())
 
     async def extend(self) -> None:
         """Renew the lease."""
         guard = self._context.lease_guard
-        # Two facts: this worker is alive, whatever becomes of the renewal; and the renewal is on
-        # its way. The guard renews in its stead while this connection is away.
+        # The guard gets two reports: the worker is alive, and the renewal was sent. Without the
+        # second one, as during a lost connection, the guard renews the lease itself.
         guard.alive(self._message.reply, self._context.ack_wait)
         connected = self._bus.connected
         try:
             await self._bus.client.publish(self._message.reply, b"+WPI")
         except (Error, OSError) as error:
-            # Nothing to do: the lease may run out, and the fence on the result holds all the same.
-            log.warning("heartbeat_failed", error=type(error).__name__)
+            # If the lease expires, the results stream still stores only one result.
+            log.warning("lease_renewal_failed", error=type(error).__name__)
         else:
-            # Without a connection nats-py has only kept it for later.
+            # Without a connection nats-py only buffers the message.
             if connected and self._bus.connected:
                 guard.renewed(self._message.reply)
 
     def stop_renewing(self) -> None:
-        """Renew the lease no more."""
+        """Stop the renewals, by this process and by its lease guard."""
         self._context.lease_guard.stop_renewing(self._message.reply)
 
     async def _settle(self, payload: bytes) -> None:
-        # The server confirms every kind of settlement that has a reply subject. A late one is still
-        # accepted after a reconnect, so an unreachable bus is waited for.
+        # The server confirms every kind of settlement that has a reply subject. It still accepts a
+        # late one after a reconnect, so this method waits for an unreachable bus.
         unconfirmed = 0.0
-        while unconfirmed < GIVE_UP_AFTER:
-            # Nothing is sent before: nats-py would keep each try and send them all at the
-            # reconnect, and the second nak takes the request from the worker that has it by then.
-            await self._bus.reachable()
+        while unconfirmed < SETTLE_TIMEOUT:
+            # Send nothing without a connection: nats-py would buffer each attempt and send all of
+            # them at the reconnect. The second NAK would requeue a redelivery to another worker.
+            await self._bus.wait_connected()
             started = time.monotonic()
-            # After a reconnect at once: a server that has forgotten the delivery does not answer.
-            doubtful = unconfirmed or self._connection != self._bus.connection
-            if doubtful and await self._forgotten():
-                log.warning("delivery_forgotten")
+            # After a reconnect, check first: a server that lost the delivery does not reply.
+            uncertain = unconfirmed or self._connection != self._bus.connection
+            if uncertain and await self._is_unknown_to_server():
+                log.warning("delivery_unknown_to_server")
                 return
             try:
-                await self._bus.ask(self._message.reply, payload, within=CONFIRM_TIMEOUT)
+                await self._bus.request(self._message.reply, payload, within=CONFIRM_TIMEOUT)
             except (Error, OSError) as error:
                 log.warning("settlement_unconfirmed", error=type(error).__name__)
             else:
                 return
             await asyncio.sleep(CONFIRM_PAUSE)
             unconfirmed += time.monotonic() - started
-        log.error("settlement_given_up")
+        log.error("settlement_abandoned")
 
-    async def _forgotten(self) -> bool:
-        # A server that was killed does not know of its last deliveries, which it writes down a
-        # little later; nor does a durable that was made again. Both ignore what is said of such a
-        # delivery, and the request comes again.
+    async def _is_unknown_to_server(self) -> bool:
+        # The server persists deliveries with a delay, so a killed server loses the latest ones. A
+        # durable that was created again has lost all of them. The server ignores settlements of
+        # lost deliveries and delivers the request again.
         metadata = self._message.metadata
         try:
-            async with self._bus.question(CONFIRM_TIMEOUT):
+            async with self._bus.api_call(CONFIRM_TIMEOUT):
                 info = await self._bus.jetstream.consumer_info(metadata.stream, metadata.consumer)
         except NotFoundError:
             return True
@@ -182,16 +182,16 @@ class JetStreamDelivery:
         return known < metadata.sequence.consumer
 
 
-def place_of(message: Message) -> str:
-    """What names a request's message for ever: a stream that is made again begins at 1 again."""
+def message_key(message: Message) -> str:
+    """Return a unique key of a message; sequences alone repeat when a stream is created again."""
     return f"{message.stream_sequence}-{int(message.stored_at.timestamp()):x}"
 
 
 def is_delivery(message: Msg) -> bool:
-    """Whether a message on a pull's inbox is a delivery; else it is a status line.
+    """Return whether a message on the inbox of a pull is a delivery, else it is a status message.
 
-    Its reply subject is `$JS.ACK.<stream>…` or, with the server's `js_ack_fc_v2`,
-    `$JS.ACK.<domain>.<account>.<stream>…`; nats-py reads both.
+    The reply subject of a delivery is `$JS.ACK.<stream>…` or, with the server option
+    `js_ack_fc_v2`, `$JS.ACK.<domain>.<account>.<stream>…`; nats-py parses both.
     """
     try:
         _ = message.metadata

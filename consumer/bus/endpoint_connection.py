@@ -1,10 +1,10 @@
-"""The connection of the request-reply endpoints: calls, cancellations, interrupts and `$SRV`.
+"""The connection of the request-reply endpoints: calls, cancellations, stop requests and `$SRV`.
 
-The sender of a message chooses the reply subject, and the endpoint publishes its answer there with
-its own permissions. So the endpoints do not share the connection that stores results: theirs has a
-user of its own (`GENERATION_ENDPOINTS_NKEY` in users.conf), and a client that publishes nothing but
-answers to inboxes and the requests of calls. Where the server knows no users, the client's check is
-the only one.
+The sender of a message chooses the reply subject, and the endpoint publishes the reply there with
+its own permissions. Therefore the endpoints do not share the connection that stores results. Their
+connection has a separate user (`GENERATION_ENDPOINTS_NKEY` in users.conf), and its client publishes
+only replies to inboxes and the requests of calls. On a server without users, the check in the
+client is the only one.
 """
 
 import time
@@ -28,11 +28,11 @@ from generation_contracts.subjects import MAX_SUBJECT
 log = structlog.get_logger()
 
 SERVICE = "generation"
-LOG_EVERY = 10.0  # seconds between two log lines about reply subjects that are not allowed
+LOG_EVERY = 10.0  # seconds between two log lines about refused reply subjects
 
 
 class RefusedReplies:
-    """Counts the messages that get no answer because of their reply subject.
+    """Counts messages without a reply, because their reply subject is not allowed.
 
     A sender can cause any number of them, so only one in `LOG_EVERY` seconds is logged.
     """
@@ -42,12 +42,12 @@ class RefusedReplies:
         self._log_from = 0.0  # time.monotonic()
         self._unlogged = 0
 
-    def add(self, reply: str, *, asked: str) -> None:
+    def add(self, reply: str, *, kind: str) -> None:
         """Count one message.
 
         Args:
             reply: The reply subject that is not allowed.
-            asked: The kind of message.
+            kind: Kind of the message.
         """
         self._observer.call_refused(FailureCode.INVALID_REQUEST)
         now = time.monotonic()
@@ -55,13 +55,13 @@ class RefusedReplies:
             self._unlogged += 1
             return
         log.warning(
-            "reply_subject_refused", asked=asked, reply=reply[:MAX_SUBJECT], unlogged=self._unlogged
+            "reply_subject_refused", kind=kind, reply=reply[:MAX_SUBJECT], unlogged=self._unlogged
         )
         self._log_from, self._unlogged = now + LOG_EVERY, 0
 
 
 def is_reply_subject(subject: str, prefixes: tuple[str, ...], subjects: Subjects) -> bool:
-    """Whether a message may be answered to a subject; see `Subjects.check_reply`."""
+    """Return whether a reply may be published to a subject; see `Subjects.check_reply`."""
     try:
         subjects.check_reply(subject, prefixes)
     except UnsafeReplySubject:
@@ -70,16 +70,16 @@ def is_reply_subject(subject: str, prefixes: tuple[str, ...], subjects: Subjects
 
 
 class EndpointClient(RobustClient):
-    """A client that publishes answers to inboxes and requests of one task, and drops all else.
+    """A client that publishes replies to inboxes and requests of one task, and drops the rest.
 
-    nats-py answers `$SRV.PING`, `INFO` and `STATS` by itself, to whatever subject the message names
-    and with all of its headers.
+    nats-py itself replies to `$SRV.PING`, `INFO` and `STATS`, on any reply subject and with all
+    headers of the message.
 
     Args:
-        subjects: Of the installation.
-        task: Whose requests it may publish.
-        inboxes: Prefixes of the reply subjects that it may answer to.
-        refused: Counts what it drops.
+        subjects: Subjects of the installation.
+        task: Task whose requests it may publish.
+        inboxes: Prefixes of the allowed reply subjects.
+        refused: Counts the dropped messages.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class EndpointClient(RobustClient):
     ) -> None:
         super().__init__()
         self._subjects = subjects
-        self._questions = (f"{subjects.request(task)}.", f"$SRV.PING.{SERVICE}.")
+        self._own_requests = (f"{subjects.request(task)}.", f"$SRV.PING.{SERVICE}.")
         self._inboxes = inboxes
         self._refused = refused
 
@@ -98,24 +98,24 @@ class EndpointClient(RobustClient):
         reply: str = "",
         headers: dict[str, str] | None = None,
     ) -> None:
-        """Publish, or drop the message if its subject is not allowed, as the server would.
+        """Publish the message; drop it if its subject is not allowed, as the server would.
 
         Raises:
-            MaxPayloadError: It does not fit the server's limit, headers included. nats-py checks
-                the payload alone, and the server closes the connection.
+            MaxPayloadError: The message with its headers exceeds the server's limit. nats-py checks
+                the payload alone, and the server would close the connection.
         """
         if not self._may_publish(subject, reply):
-            self._refused.add(subject, asked="publish")
+            self._refused.add(subject, kind="publish")
             return
         if wire_size(payload, headers or {}) > self.max_payload:
             raise MaxPayloadError
         await super().publish(subject, payload, reply, headers)
 
     def _may_publish(self, subject: str, reply: str) -> bool:
-        # Only what this worker asks for itself has a reply subject: that a request is stored, and
-        # the service's check that it answers. Answers have none.
+        # Only the worker's own requests have a reply subject: the publish of a request to its
+        # stream, and the readiness check of the service. Replies have none.
         if reply:
-            return subject.startswith(self._questions)
+            return subject.startswith(self._own_requests)
         return is_reply_subject(subject, self._inboxes, self._subjects)
 
     async def subscribe(
@@ -126,22 +126,22 @@ class EndpointClient(RobustClient):
         *limits: Any,
         **more_limits: Any,
     ) -> Subscription:
-        """Subscribe; nats-py's own handlers get only messages that have a reply subject."""
+        """Subscribe; for `$SRV` subjects, pass on only messages that have a reply subject."""
         if cb is not None and subject.startswith("$SRV."):
             cb = _without_headers(cb)
         return await super().subscribe(subject, queue, cb, *limits, **more_limits)
 
 
 async def connect_endpoints(settings: Settings, observer: Observer, *, within: float) -> Bus:
-    """Connect to NATS for the endpoints, with their user's credentials if there are any.
+    """Connect to NATS for the endpoints, with the credentials of their user if they are set.
 
     Args:
         settings: NATS_* and CONSUMER_* settings.
         observer: Notified of each message whose reply subject is not allowed.
-        within: Seconds to try.
+        within: Seconds.
 
     Raises:
-        BusUnavailable: Not within so many seconds.
+        BusUnavailable: Not connected within so many seconds.
     """
     own = tuple(f"{each.nats_inbox_prefix}." for each in (settings, settings.endpoints))
     client = EndpointClient(
@@ -159,11 +159,11 @@ async def connect_endpoints(settings: Settings, observer: Observer, *, within: f
     return bus
 
 
-def _without_headers(answer: Callable[[Msg], Awaitable[None]]) -> Callable[[Msg], Awaitable[None]]:
-    async def answer_if_asked(message: Msg) -> None:
-        # The answer repeats the headers of the question: the server would obey some of them, and
-        # very long ones make the answer larger than the server takes.
+def _without_headers(handler: Callable[[Msg], Awaitable[None]]) -> Callable[[Msg], Awaitable[None]]:
+    async def handle(message: Msg) -> None:
+        # The handler of nats-py copies the headers of the request to the reply. The server would
+        # obey some of them, and very long headers would exceed the size limit.
         if message.reply:
-            await answer(replace(message, headers=None))
+            await handler(replace(message, headers=None))
 
-    return answer_if_asked
+    return handle

@@ -1,4 +1,4 @@
-"""All events as they are published: progress, which is not stored, and results."""
+"""Subscriptions to the events of all requests: transient progress events and results."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,9 +11,9 @@ from generation_client import AnyEvent, UnsupportedMessage
 from generation_client.lookup import read_event
 from generation_contracts import Subjects, Task, TerminalEvent
 
-# Bytes of events that wait in this process; nats-py drops what comes beyond. A dropped result is
-# found in the results stream.
-MOST_BYTES = 16 * 2**20
+# Bytes of received events that are not handled yet; nats-py drops events beyond this limit. A
+# dropped result is still in the results stream.
+MAX_PENDING_BYTES = 16 * 2**20
 
 _TASKS = frozenset(Task)
 
@@ -23,11 +23,10 @@ class EventFeed:
 
     Args:
         bus: A connection.
-        subjects: Where events are published.
-        wanted: Whether the progress of a request is to be read, by its id.
-        note_run: Called with the task and the id of every request that makes progress, wanted or
-            not.
-        receive: Called with each event and its size in bytes, in the order of their publication.
+        subjects: Subjects of the installation.
+        is_watched: Returns whether to read the progress events of the request with this id.
+        on_progress: Called with task and id for each progress event, also of unwatched requests.
+        on_event: Called with each event and its size in bytes, in the order of publication.
     """
 
     def __init__(
@@ -35,15 +34,15 @@ class EventFeed:
         bus: Bus,
         subjects: Subjects,
         *,
-        wanted: Callable[[str], bool],
-        note_run: Callable[[Task, str], None],
-        receive: Callable[[AnyEvent, int], None],
+        is_watched: Callable[[str], bool],
+        on_progress: Callable[[Task, str], None],
+        on_event: Callable[[AnyEvent, int], None],
     ) -> None:
         self._bus = bus
         self._root = subjects.root
-        self._wanted = wanted
-        self._note_run = note_run
-        self._receive = receive
+        self._is_watched = is_watched
+        self._on_progress = on_progress
+        self._on_event = on_event
 
     async def open(self) -> None:
         """Subscribe; a reconnect renews the subscriptions.
@@ -54,7 +53,7 @@ class EventFeed:
         for kind, take in (("progress", self._take_progress), ("result", self._take_result)):
             try:
                 await self._bus.client.subscribe(
-                    f"{self._root}.{kind}.>", cb=take, pending_bytes_limit=MOST_BYTES
+                    f"{self._root}.{kind}.>", cb=take, pending_bytes_limit=MAX_PENDING_BYTES
                 )
             except (Error, OSError) as error:
                 raise BusUnavailable(f"NATS: no events: {type(error).__name__}") from None
@@ -62,15 +61,15 @@ class EventFeed:
     async def _take_progress(self, message: Msg) -> None:
         task, request_id = self._named(message)
         if task in _TASKS:
-            self._note_run(Task(task), request_id)
-        if self._wanted(request_id):
+            self._on_progress(Task(task), request_id)
+        if self._is_watched(request_id):
             self._take(message, terminal=False)
 
     async def _take_result(self, message: Msg) -> None:
         self._take(message, terminal=True)
 
     def _named(self, message: Msg) -> tuple[str, str]:
-        """Return the task and the id that the subject names."""
+        """Return the task and the request id from the subject."""
         _, task, request_id = message.subject.removeprefix(self._root).rsplit(".", 2)
         return task, request_id
 
@@ -78,8 +77,8 @@ class EventFeed:
         task, request_id = self._named(message)
         if task not in _TASKS:
             return
-        # A caller that waits for a result of a later version gets an error from its own lookup.
+        # A caller that waits for a result of a later version gets an error from its lookup.
         with suppress(UnsupportedMessage):
             event = read_event(message.data, Task(task), request_id)
             if event is not None and isinstance(event, TerminalEvent) == terminal:
-                self._receive(event, len(message.data))
+                self._on_event(event, len(message.data))

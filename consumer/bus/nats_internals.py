@@ -8,17 +8,17 @@ process, and nats-py has no public name that a correction could use:
 - An exception while one message is processed ends the read loop, and the client still reports
   itself as connected.
 - A forced flush swallows cancellations, so that its task cannot be stopped.
-- An unexpected exception during a reconnect ends the reconnecting for good, without a word.
-- A credentials file without a JWT is read in an endless loop that blocks the event loop, and the
-  seed in one with CRLF line ends, or without a last line end, is read wrongly.
+- An unexpected exception during a reconnect ends all reconnects, without a report.
+- A credentials file without a JWT is read in an endless loop that blocks the event loop. The seed
+  in a credentials file with CRLF line ends, or without a final line end, is read wrongly.
 - `flush` does not wait for everything that was sent before it, and a cancelled `flush` breaks the
   read loop.
 
-The rest is what nats-py has no public name for: whether the server is one of a cluster, the reply
+The rest is what nats-py has no public name for: whether the server belongs to a cluster, the reply
 subject of a service request, and the draining of a service.
 
-tests/unit/test_library_internals.py fails when a new version of nats-py changes a function that is
-replaced or relied on here.
+tests/unit/test_library_internals.py fails when a new version of nats-py changes a function that
+this module replaces or uses.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ from nats.protocol.parser import (
     Parser,
 )
 
-if TYPE_CHECKING:  # most processes that use this module have no service
+if TYPE_CHECKING:  # most processes that import this module have no service
     from nats.micro.request import Request
     from nats.micro.service import Service
 
@@ -62,16 +62,16 @@ class CredentialsError(Error):
 
 
 class LineParser(Parser):
-    """Parse the server's protocol by its own rules: lines end with CRLF, fields with a space.
+    """Parser with the rules of the server: lines end with CRLF, and spaces separate fields.
 
-    The server lets every byte but space, tab and line feed through in a subject.
+    The server accepts every byte in a subject except space, tab and line feed.
     """
 
     async def parse(self, data: bytes = b"") -> None:
-        """Process everything that is complete in the buffer.
+        """Process all complete protocol messages in the buffer.
 
         Raises:
-            ProtocolError: A line is not one of the protocol; the connection has to be made anew.
+            ProtocolError: A line does not follow the protocol; the client must reconnect.
         """
         self.buf.extend(data)
         while self.buf:
@@ -112,7 +112,7 @@ class LineParser(Parser):
             raise ProtocolError(f"nats: unknown operation {operation[:16]!r}")
 
     def _begin_message(self, operation: bytes, arguments: bytes) -> None:
-        # Never split() without an argument: it splits at vertical tabs and form feeds, too.
+        # split() without an argument would also split at vertical tabs and form feeds.
         fields = [field for field in arguments.split(b" ") if field]
         sizes = 1 if operation == MSG_OP else 2
         subject, sid, *reply = fields[:-sizes]
@@ -126,29 +126,29 @@ class LineParser(Parser):
         del self.buf[: self.needed + CRLF_SIZE]
         headers, payload = content[: self.header_needed], content[self.header_needed :]
         message = self.msg_arg
-        # Before the message is processed, which may reset the parser.
+        # Set before the message is processed, because the processing may reset the parser.
         self.state, self.header_needed = AWAITING_CONTROL_LINE, 0
         try:
             await self.nc._process_msg(
                 message["sid"], message["subject"], message["reply"], payload, headers or None
             )
-        except Exception as error:  # noqa: BLE001 - one message must not cost more than itself
+        except Exception as error:  # noqa: BLE001 - one message must not affect other messages
             log.warning("message_not_processed", error=type(error).__name__)
 
 
 class RobustClient(Client):
-    """A nats-py client that no single message, file or cancellation can stop."""
+    """A nats-py client that continues after any single bad message, file or cancellation."""
 
     def __init__(self) -> None:
         super().__init__()
         self._ps = LineParser(self)
-        self._ended = False  # closed for good
+        self._closed_permanently = False
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
         try:
             return await super()._process_headers(headers)
         except (IndexError, ValueError):  # a UnicodeDecodeError is a ValueError
-            log.warning("unreadable_headers")
+            log.warning("headers_not_readable")
             return None
 
     def _build_message(
@@ -159,8 +159,8 @@ class RobustClient(Client):
         data: bytes,
         headers: dict[str, str] | None,
     ) -> Msg:
-        # A subject that is not UTF-8 names no request id, so its request is refused. A reply
-        # subject that is not UTF-8 cannot be published to with nats-py: such a message has none.
+        # A subject that is not UTF-8 has no valid request id, so its request is refused. nats-py
+        # cannot publish to a reply subject that is not UTF-8, so such a reply subject is dropped.
         readable = subject.decode(errors="replace").encode()
         try:
             reply.decode()
@@ -171,22 +171,23 @@ class RobustClient(Client):
 
     async def _process_pong(self) -> None:
         if self._pongs and self._pongs[0].done():
-            # Its flush was cancelled; nats-py would raise InvalidStateError.
+            # The flush was cancelled; nats-py would raise InvalidStateError.
             self._pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
 
     async def flush(self, timeout: int = DEFAULT_FLUSH_TIMEOUT) -> None:  # noqa: ASYNC109 - nats-py
-        """Make two round trips: nats-py writes the first PING ahead of what is still to be written.
+        """Make two round trips, because nats-py writes the first PING ahead of buffered data.
 
-        An UNSUB, for one: what the server sends between that PING and the UNSUB would be dropped
-        here as not subscribed to, and a delivery would come again after `ack_wait`.
+        Without the second round trip, an UNSUB could still be buffered. Messages that the server
+        sends before it receives the UNSUB would be dropped here, and a dropped delivery is only
+        redelivered after `ack_wait`.
         """
         await super().flush(timeout)
         await super().flush(timeout)
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:  # noqa: FBT002 - nats-py
-        # nats-py swallows a cancellation here. A forced flush (more than 2 MiB to be written to a
-        # server that takes nothing) lasts until the reconnect, so its task could not be stopped.
+        # nats-py swallows a cancellation here. A forced flush (more than 2 MiB of buffered data for
+        # a server that reads nothing) lasts until the reconnect, so its task could not be stopped.
         task = asyncio.current_task()
         requests = 0 if task is None else task.cancelling()
         result = await super()._flush_pending(force_flush)
@@ -196,23 +197,23 @@ class RobustClient(Client):
 
     @property
     def is_clustered(self) -> bool:
-        """Whether the server is one of a cluster."""
-        # nats-py publishes only some fields of the server's INFO, and not this one.
+        """Whether the server belongs to a cluster."""
+        # nats-py has no public name for this field of the server's INFO.
         return bool(self._server_info.get("cluster"))
 
     @property
     def is_connected(self) -> bool:
-        """Whether the server can be reached now."""
-        return not self._ended and super().is_connected
+        """Whether the client is connected to the server."""
+        return not self._closed_permanently and super().is_connected
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:  # noqa: FBT002 - nats-py
-        # Where the server refuses a connection for good in the middle of a reconnect, nats-py goes
-        # on with that reconnect and takes itself for connected again.
-        self._ended = self._ended or status == Client.CLOSED
+        # If the server refuses the connection permanently during a reconnect, nats-py continues
+        # the reconnect and then reports itself as connected.
+        self._closed_permanently = self._closed_permanently or status == Client.CLOSED
         await super()._close(status, do_cbs)
 
     async def _select_next_server(self) -> None:
-        if self._ended:
+        if self._closed_permanently:
             raise NoServersError
         await super()._select_next_server()
 
@@ -220,9 +221,9 @@ class RobustClient(Client):
         while not self.is_closed:
             try:
                 await super()._attempt_reconnect()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the server may come back
+            except Exception as error:  # noqa: BLE001 - the server may become available again
                 log.warning("reconnect_failed", error=type(error).__name__)
-                if self._ended:
+                if self._closed_permanently:
                     return
                 self._status = Client.RECONNECTING
                 await asyncio.sleep(RECONNECT_WAIT)
@@ -230,7 +231,7 @@ class RobustClient(Client):
                 return
 
     def _connect_command(self) -> bytes:
-        # nats-py tries again after its own errors and after an OSError, and only after these.
+        # nats-py retries only after its own errors and after an OSError.
         try:
             command: bytes = super()._connect_command()
         except (Error, OSError):
@@ -247,25 +248,25 @@ class RobustClient(Client):
 
 
 def reply_subject(request: "Request") -> str:
-    """Return the reply subject of a service request; empty where the request has none.
+    """Return the reply subject of a service request; empty if the request has none.
 
-    nats-py publishes answers to it and does not show it. Callers check it before they answer.
+    nats-py has no public name for it. Callers validate the subject before they reply.
     """
     return request._msg.reply
 
 
 async def drain_endpoints(service: "Service", *, within: float) -> bool:
-    """Unsubscribe the endpoints of a service once every request that was received is handled.
+    """Drain the endpoints of a service: handle all received requests, then unsubscribe.
 
-    `Service.stop` unsubscribes and drops the requests that are received and not handled yet.
-    nats-py drains subscriptions, but it does not show those of a service.
+    `Service.stop` alone drops requests that were received and not handled yet. nats-py can drain
+    subscriptions, but it has no public name for those of a service.
 
     Args:
-        service: It may be stopped afterwards.
+        service: The service, which the caller may stop afterwards.
         within: Seconds.
 
     Returns:
-        Whether all of them were handled in time.
+        Whether all requests were handled in time.
     """
     subscriptions = [endpoint._subscription for endpoint in service._endpoints]
     draining = {asyncio.ensure_future(each.drain()) for each in subscriptions if each is not None}
@@ -274,7 +275,7 @@ async def drain_endpoints(service: "Service", *, within: float) -> bool:
         for task in late:
             task.cancel()
     ends = await asyncio.gather(*draining, return_exceptions=True)
-    service._endpoints.clear()  # else `stop` unsubscribes them again, which raises
+    service._endpoints.clear()  # a second unsubscribe in `stop` would raise
     return not any(isinstance(end, BaseException) for end in ends)
 
 
@@ -282,7 +283,7 @@ def require_usable_seed(path: Path) -> str:
     """Return the nkey seed in a file.
 
     Raises:
-        CredentialsError: It is no seed.
+        CredentialsError: The content is not a seed.
         OSError: The file cannot be read.
     """
     seed = path.read_bytes().removeprefix(BOM_UTF8).strip()
@@ -291,10 +292,10 @@ def require_usable_seed(path: Path) -> str:
 
 
 def require_usable_credentials(path: Path) -> None:
-    """Make sure that a credentials file has a JWT and a seed.
+    """Validate that a credentials file has a JWT and a seed.
 
     Raises:
-        CredentialsError: It lacks one of them.
+        CredentialsError: One of them is missing or invalid.
         OSError: The file cannot be read.
     """
     _line_after(_JWT_HEADERS, path)
@@ -309,7 +310,7 @@ def _require_seed(seed: bytes) -> None:
 
 
 def _line_after(headers: tuple[bytes, ...], path: Path) -> bytes:
-    """Return the first line after one of the headers that is not empty."""
+    """Return the first non-empty line after one of the headers."""
     lines = iter(path.read_bytes().splitlines())
     for line in lines:
         if any(header in line for header in headers):
@@ -318,5 +319,5 @@ def _line_after(headers: tuple[bytes, ...], path: Path) -> bytes:
 
 
 def _kind(error: Exception) -> str:
-    # Never the text of an unexpected exception: it may hold a part of the seed.
+    # Not the text of an unexpected exception, which may contain a part of the seed.
     return type(error).__name__

@@ -1,4 +1,4 @@
-"""Publishing: terminal events and dead letters until the stream has them, the rest as it goes."""
+"""Publishes terminal events, requests and dead letters with retries, transient events without."""
 
 import asyncio
 import random
@@ -13,9 +13,9 @@ from nats.js.api import PubAck
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from consumer.bus.attempt_marks import AttemptMarks
-from consumer.bus.codes import OCCUPIED, STREAM_FULL, TOO_LARGE_FOR_STREAM
+from consumer.bus.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM, WRONG_LAST_SEQUENCE
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
-from consumer.bus.delivery import place_of
+from consumer.bus.delivery import message_key
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
 from consumer.bus.topology import TopologyError
@@ -62,15 +62,15 @@ from generation_contracts.headers import (
 
 log = structlog.get_logger()
 
-PAUSE_FIRST = 0.1  # seconds
-PAUSE_MOST = 2.0  # seconds; a stored result waits at most so long once the bus is back
+FIRST_PAUSE = 0.1  # seconds
+MAX_PAUSE = 2.0  # seconds; the longest delay of a result after the bus is available again
 MAX_REASON = 1_000  # characters
-RACERS, RACE_LENGTH = 4, 8  # publishes at a time and one after another: a few milliseconds
+RACE_TASKS, RACE_LENGTH = 4, 8  # concurrent tasks and publishes of each: a few milliseconds
 _NOT_IN_HEADER_NAMES = re.compile(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]")
 
 
-class _Occupied(Exception):  # noqa: N818 - a state of the subject
-    """The subject has a message already, and the stream keeps one for each subject."""
+class _SubjectOccupied(Exception):  # noqa: N818 - a state of the subject
+    """The subject has a message already, and the stream stores one for each subject."""
 
 
 class JetStreamEvents:
@@ -78,9 +78,9 @@ class JetStreamEvents:
 
     Args:
         bus: The connection.
-        subjects: Where things go.
-        ensure: Makes the streams again when they are gone.
-        observer: Called with whether the streams take what is published.
+        subjects: Subjects of the installation.
+        ensure: Creates missing streams again.
+        observer: Notified of whether the streams store what is published.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ class JetStreamEvents:
     async def find_result(self, task: Task, request_id: str) -> ResultEvent | None:
         """Return the stored terminal event of a request, or None; waits for the bus.
 
-        The leader of the stream is asked. A message under the subject that is not an event of the
-        request is deleted. An event of a version that this process cannot read stays, and None is
-        returned: the job goes on, and `publish_result` ends it.
+        Reads from the leader of the stream. Deletes a message under the subject that is not an
+        event of the request. For an event of an unknown contract version, returns None: the job
+        continues, and `publish_result` raises.
         """
         found = await self._read(
             self._subjects.results_stream, subject=self._subjects.result(task, request_id)
@@ -112,7 +112,7 @@ class JetStreamEvents:
         try:
             event = event_of(found, task, request_id)
         except ResultUnreadable:
-            log.error("result_not_readable")  # noqa: TRY400 - the body may hold what is not for logs
+            log.error("result_not_readable")  # noqa: TRY400 - the body must not be logged
             return None
         if event is None:
             await self._remove(found)
@@ -121,82 +121,88 @@ class JetStreamEvents:
     async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> ResultEvent:
         """Store the terminal event of a request; waits for the bus.
 
-        The stream keeps one message for each subject and refuses the second, and the event expects
-        an empty subject. After a refusal or a lost answer the leader says what is stored. What is
-        not an event of this request is deleted, and the event is stored in its place.
+        The stream stores one message for each subject and refuses the second, and the publish
+        expects an empty subject. After a refusal or a lost reply, the stored message is read from
+        the leader. A stored message that is not an event of this request is replaced.
 
         Returns:
-            The event that is stored for the request: this one, or one that was stored before.
+            The event that is stored for the request: this event, or one that was stored before.
 
         Raises:
-            MessageTooLarge: The event does not fit the server's limit.
-            ResultUnreadable: An event of a version that this process cannot read is stored.
+            MessageTooLarge: The event exceeds the server's limit.
+            ResultUnreadable: An event of an unknown contract version is stored.
         """
         stream = self._subjects.results_stream
         subject = self._subjects.result(event.task, event.request_id)
         headers = event_headers(event, trace_parent=trace_parent)
         headers[EXPECTED_LAST_SUBJECT_SEQUENCE] = "0"
-        pause = PAUSE_FIRST
+        pause = FIRST_PAUSE
         publish = partial(self._publish_first, stream, subject, encode(event), headers)
         while not await publish():
             log.info("result_subject_occupied")
             found = await self._read(stream, subject=subject)
             if found is None:
-                pause = await _rest(pause)  # a cluster may be about to store another event
+                pause = await _back_off(pause)  # a cluster may be storing another event
                 continue
             stored = event_of(found, event.task, event.request_id)
             if stored is not None:
                 return stored
-            # At the same time: a sender may be filling the subject again and again. The first
-            # message after the deletion has the subject.
-            took, _ = await asyncio.gather(_race(publish), self._remove(found))
-            if took:
+            # Publish during the deletion: a sender may occupy the subject repeatedly, and the first
+            # message after the deletion is stored.
+            stored_now, _ = await asyncio.gather(_race(publish), self._remove(found))
+            if stored_now:
                 break
         return event
 
     async def _publish_first(
         self, stream: str, subject: str, body: bytes, headers: Mapping[str, str]
     ) -> bool:
-        """Store a message on an empty subject; False: the subject has a message."""
+        """Store a message on an empty subject; return False if the subject has a message."""
         try:
-            # Without a message id nothing is a duplicate: only a stored message is trusted.
+            # No message id: a sender could store another message under it, and the server would
+            # then report this one as a duplicate.
             return not (await self._persist(stream, subject, body, headers)).duplicate
-        except _Occupied:
+        except _SubjectOccupied:
             return False
 
-    async def _remove(self, junk: StoredMessage) -> bool:
-        log.warning("junk_under_result_subject", subject=junk.subject, sequence=junk.sequence)
+    async def _remove(self, invalid: StoredMessage) -> bool:
+        log.warning(
+            "invalid_message_in_results", subject=invalid.subject, sequence=invalid.sequence
+        )
         try:
-            async with self._bus.question(API_TIMEOUT):
-                await self._bus.jetstream.delete_msg(self._subjects.results_stream, junk.sequence)
+            async with self._bus.api_call(API_TIMEOUT):
+                await self._bus.jetstream.delete_msg(
+                    self._subjects.results_stream, invalid.sequence
+                )
         except (Error, OSError) as error:
-            # Where it is gone already, the next look says so.
-            log.warning("junk_not_removed", error=type(error).__name__)
+            # If the message was deleted already, the next read does not find it.
+            log.warning("invalid_message_not_removed", error=type(error).__name__)
             return False
         return True
 
     async def publish_progress(
         self, event: StartedEvent | ProgressEvent, *, trace_parent: str | None
     ) -> None:
-        """Tell what happens, when someone can be told; nothing is buffered for later."""
+        """Publish a transient event; drop it without a connection, so that nothing is buffered."""
         if not self._bus.connected:
             return
         headers = event_headers(event, trace_parent=trace_parent)
         subject = self._subjects.progress(event.task, event.request_id)
-        await self._tell(subject, encode(event), headers, "progress_not_published")
+        await self._publish_once(subject, encode(event), headers, "progress_not_published")
 
     async def publish_request(
         self, task: Task, request: Request, *, reply_to: str | None, trace_parent: str | None
     ) -> None:
-        """Queue the next request of a chain; waits for the bus, but not for a place in the queue.
+        """Queue the next request of a chain; waits for the bus, but not for a full stream.
 
-        The message id is random, so that no sender can occupy it: it protects the attempts of this
-        one publish. A copy that is queued after a crash is not run, only answered.
+        The message id is random, so that no sender can use it first. It protects the attempts of
+        this publish. After a crash the request may be queued twice; a worker runs only one copy and
+        replies to both.
 
         Raises:
-            MessageTooLarge: It does not fit the server's limit or the stream's.
-            QueueFull: The stream takes no more. It may be the workers of another task that have to
-                make room, and they may be waiting for room in this one's.
+            MessageTooLarge: The request exceeds the limit of the server or of the stream.
+            QueueFull: The stream is full. Waiting could be a deadlock: the workers of another task
+                must make room, and they may wait for room in the stream of this task.
         """
         headers = {MESSAGE_ID: _random_id()}
         if reply_to is not None:
@@ -214,12 +220,12 @@ class JetStreamEvents:
     async def publish_again(self, task: Task, retry: Message, *, request_id: str) -> None:
         """Publish a request that was stored by `retry_later` to its subject; waits for the bus.
 
-        Acknowledge the retry afterwards: a copy that is left after a crash is not run, only
-        answered.
+        The caller acknowledges the retry afterwards. After a crash in between there are two copies;
+        a worker runs only one and replies to both.
 
         Raises:
-            MessageTooLarge: It does not fit the server's limit or the stream's.
-            QueueFull: The stream takes no more.
+            MessageTooLarge: The request exceeds the limit of the server or of the stream.
+            QueueFull: The stream is full.
         """
         await self._persist(
             self._subjects.requests_stream(task),
@@ -245,20 +251,21 @@ class JetStreamEvents:
     ) -> None:
         """Store a request until its next attempt is due; waits for the bus.
 
-        Any worker of the task publishes it to its request subject then. Acknowledge the delivery
-        afterwards: a copy that is left after a crash is not run, only answered.
+        When it is due, a worker of the task publishes it to its request subject. The caller
+        acknowledges the delivery afterwards. After a crash in between there are two copies; a
+        worker runs only one and replies to both.
 
         Args:
-            task: Whose request it is.
-            delivery: Its bytes and headers.
-            request_id: Its id.
-            attempts: How many it has had, this one included.
-            delay: Seconds from when the stream has stored it.
-            owner: Digest that the id is marked with.
+            task: Task of the request.
+            delivery: The delivery with its body and headers.
+            request_id: Id of the request.
+            attempts: Number of its attempts, including this one.
+            delay: Seconds, from the time at which the stream stores the request.
+            owner: Digest that the id is reserved for.
 
         Raises:
-            MessageTooLarge: It does not fit the server's limit or the stream's.
-            QueueFull: The stream takes no more.
+            MessageTooLarge: The request exceeds the limit of the server or of the stream.
+            QueueFull: The stream is full.
         """
         headers = _headers_again(delivery, attempts=attempts, deliveries=delivery.attempt)
         headers[RETRY_DELAY] = str(round(delay * 1000))
@@ -274,19 +281,19 @@ class JetStreamEvents:
             await AttemptMarks(self._bus, self._subjects, task).mark_owner(request_id, owner)
 
     async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
-        """Answer the sender, who may be gone."""
+        """Publish the event to the sender's reply subject, once."""
         headers = event_headers(event, trace_parent=trace_parent)
-        await self._tell(subject, encode(event), headers, "reply_not_published")
+        await self._publish_once(subject, encode(event), headers, "reply_not_published")
 
     async def dead_letter(self, task: Task, delivery: Message, letter: DeadLetter) -> None:
-        """Keep a request's bytes and headers with the reason; waits for the bus.
+        """Store a request's body and headers with the reason; waits for the bus.
 
-        Its message id is that of the request's message, so that all deliveries together make one
-        dead letter. Where the stream calls it a duplicate, what it has stored is compared; if that
-        is something else, the dead letter is stored under another id.
+        The message id is derived from the request's message, so that several deliveries of the
+        message produce one dead letter. If the stream reports a duplicate, the stored message is
+        compared. If it differs, the dead letter is stored under another message id.
         """
         stream, subject = self._subjects.dead_letters_stream, self._subjects.dead_letter(task)
-        message_id = f"{delivery.stream}-{place_of(delivery)}.dead"
+        message_id = f"{delivery.stream}-{message_key(delivery)}.dead"
         body, headers = self._letter(delivery, letter, message_id)
         try:
             ack = await self._persist(stream, subject, body, headers)
@@ -295,14 +302,14 @@ class JetStreamEvents:
                 body, headers = self._letter(delivery, letter, f"{message_id}-{_random_id()}")
                 ack = await self._persist(stream, subject, body, headers)
         except MessageTooLarge:
-            # The stream's own limit is below the server's. The request must not come back for it.
+            # The stream's limit is below the server's. A redelivery would not help.
             log.exception("dead_letter_too_large")
 
     def _letter(
         self, delivery: Message, letter: DeadLetter, message_id: str
     ) -> tuple[bytes, dict[str, str]]:
         headers = _dead_letter_headers(delivery, letter, message_id)
-        # Other clients publish header names that nats-py refuses to write.
+        # Other clients can publish header names that nats-py refuses.
         originals = {
             f"{ORIGINAL_PREFIX}{_NOT_IN_HEADER_NAMES.sub('_', name)}": text
             for name, text in delivery.headers.items()
@@ -324,9 +331,9 @@ class JetStreamEvents:
         self, stream: str, *, subject: str | None = None, sequence: int | None = None
     ) -> StoredMessage | None:
         """Read a message from the leader of its stream; waits for the bus."""
-        pause = PAUSE_FIRST
+        pause = FIRST_PAUSE
         while True:
-            await self._bus.reachable()
+            await self._bus.wait_connected()
             try:
                 return await read_message(
                     self._bus, stream, subject=subject, sequence=sequence, timeout=API_TIMEOUT
@@ -335,7 +342,7 @@ class JetStreamEvents:
                 await self._restore()
             except (Error, OSError) as error:
                 log.warning("message_not_read", stream=stream, error=type(error).__name__)
-            pause = await _rest(pause)
+            pause = await _back_off(pause)
 
     async def _persist(
         self,
@@ -346,51 +353,51 @@ class JetStreamEvents:
         *,
         final: frozenset[int] = frozenset(),
     ) -> PubAck:
-        # An attempt whose answer is lost may have been stored. The message's id, or the subject
-        # that is expected to be empty, makes the next attempt harmless.
+        # If a reply is lost, the message may have been stored. The message id, or the expectation
+        # of an empty subject, makes the next attempt harmless.
         self._check_size(body, headers)
-        pause = PAUSE_FIRST
+        pause = FIRST_PAUSE
         while True:
-            await self._bus.reachable()
+            await self._bus.wait_connected()
             try:
-                async with self._bus.question(API_TIMEOUT):
-                    # A copy of the headers: js.publish writes into what it is given.
+                async with self._bus.api_call(API_TIMEOUT):
+                    # Copy the headers, because js.publish changes its argument.
                     ack = await self._bus.jetstream.publish(
                         subject, body, timeout=API_TIMEOUT, headers=dict(headers)
                     )
                 if ack.stream == stream:
-                    self._takes(stream)
+                    self._mark_writable(stream)
                     return ack
                 log.warning("publish_failed", error="WrongStream")
                 await self._restore()
             except NoStreamResponseError:
                 await self._restore()
             except APIError as error:
-                if error.err_code in OCCUPIED:
-                    self._takes(stream)
-                    raise _Occupied from None
+                if error.err_code in WRONG_LAST_SEQUENCE:
+                    self._mark_writable(stream)
+                    raise _SubjectOccupied from None
                 if error.err_code == TOO_LARGE_FOR_STREAM:
-                    self._takes(stream)
+                    self._mark_writable(stream)
                     raise MessageTooLarge from None
                 if error.err_code in final:
-                    self._takes(stream)
+                    self._mark_writable(stream)
                     raise QueueFull from None
                 log.warning("publish_refused", code=error.err_code, reason=error.description)
-                self._refuses(stream, error.description or "refused")
+                self._mark_refusing(stream, error.description or "refused")
             except (Error, OSError, *NO_PUB_ACK) as error:
                 log.warning("publish_failed", error=type(error).__name__)
                 if self._bus.connected:
-                    self._refuses(stream, "no acknowledgement")
-                    # Where somebody listens to the subject without storing it, a missing stream is
-                    # not answered with an error.
+                    self._mark_refusing(stream, "no acknowledgement")
+                    # If another client subscribes to the subject, the server does not report a
+                    # missing stream.
                     await self._restore()
-            pause = await _rest(pause)
+            pause = await _back_off(pause)
 
-    def _refuses(self, stream: str, reason: str) -> None:
+    def _mark_refusing(self, stream: str, reason: str) -> None:
         self._refusing[stream] = reason
         self._report_writable()
 
-    def _takes(self, stream: str) -> None:
+    def _mark_writable(self, stream: str) -> None:
         if self._refusing.pop(stream, None) is not None:
             self._report_writable()
 
@@ -405,37 +412,38 @@ class JetStreamEvents:
         except (BusUnavailable, TopologyError) as error:
             log.warning("streams_not_restored", reason=str(error))
 
-    async def _tell(
-        self, subject: str, body: bytes, headers: Mapping[str, str], unheard: str
+    async def _publish_once(
+        self, subject: str, body: bytes, headers: Mapping[str, str], log_event: str
     ) -> None:
+        """Publish without a confirmation and without a retry; log a failure as `log_event`."""
         try:
             self._check_size(body, headers)
             await self._bus.client.publish(subject, body, headers=dict(headers))
         except MessageTooLarge:
-            log.warning(unheard, error="MessageTooLarge")
+            log.warning(log_event, error="MessageTooLarge")
         except (Error, OSError) as error:
-            log.warning(unheard, error=type(error).__name__)
+            log.warning(log_event, error=type(error).__name__)
 
     def _check_size(self, body: bytes, headers: Mapping[str, str]) -> None:
-        # nats-py checks the body alone; over the limit the server drops the connection, and the
-        # client stays closed for good.
+        # nats-py checks the size of the body alone. Above the limit, the server closes the
+        # connection and the client does not reconnect.
         if wire_size(body, headers) > self._bus.client.max_payload:
             raise MessageTooLarge
 
 
 async def _race(publish: Callable[[], Awaitable[bool]]) -> bool:
-    """Publish again and again for a moment, several times at once; whether one was taken."""
-    taken = asyncio.Event()
+    """Publish repeatedly in several tasks for a moment; return whether one message was stored."""
+    stored = asyncio.Event()
 
     async def run() -> None:
         for _ in range(RACE_LENGTH):
-            if taken.is_set():
+            if stored.is_set():
                 return
             if await publish():
-                taken.set()
+                stored.set()
 
-    await asyncio.gather(*(run() for _ in range(RACERS)))
-    return taken.is_set()
+    await asyncio.gather(*(run() for _ in range(RACE_TASKS)))
+    return stored.is_set()
 
 
 def _random_id() -> str:
@@ -443,10 +451,10 @@ def _random_id() -> str:
 
 
 def _headers_again(delivery: Message, *, attempts: int, deliveries: int) -> dict[str, str]:
-    """The headers of a request that is published again: without those that NATS acts upon.
+    """Return the headers for a request that is published again, without headers that control NATS.
 
-    nats-py strips white space from names. So a header that the server did not obey, because of a
-    space before its colon, would be obeyed now: it is left out as well.
+    nats-py strips white space from header names. The server ignores a control header with a space
+    before its colon, but it would obey the stripped copy. Such headers are left out as well.
     """
     kept = {
         name: text
@@ -472,10 +480,11 @@ def _dead_letter_headers(delivery: Message, letter: DeadLetter, message_id: str)
 
 
 def _ascii(text: str) -> str:
-    # nats-py makes spaces of line breaks, so that none can begin another header.
+    # nats-py replaces line breaks by spaces, so the text cannot begin another header.
     return text.encode("ascii", "replace").decode()
 
 
-async def _rest(pause: float) -> float:
+async def _back_off(pause: float) -> float:
+    """Sleep for `pause` seconds with jitter; return the next pause."""
     await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - jitter
-    return min(pause * 2, PAUSE_MOST)
+    return min(pause * 2, MAX_PAUSE)

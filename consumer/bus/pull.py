@@ -1,9 +1,9 @@
-"""The pull loop: one delivery at a time from the durable, whatever happens to the server.
+"""The pull loop: receives one delivery at a time from a durable, across restarts of the server.
 
-nats-py's `fetch` stays blind for its whole timeout when the server restarts under it, swallows
-"409 Consumer Deleted", and loses messages when it is cancelled. So this is a loop of its own on a
-core subscription: a fresh inbox for each pull, idle heartbeats that are watched, a new pull at once
-after a reconnect, and no cancellation anywhere: `stop` sets a flag.
+`fetch` of nats-py does not notice a restart of the server until its timeout, swallows "409 Consumer
+Deleted", and loses messages when it is cancelled. This loop therefore uses a core subscription. It
+has a new inbox for each pull request, monitors idle heartbeats, and sends a new pull request right
+after a reconnect. Nothing is cancelled: `stop` sets a flag.
 """
 
 import asyncio
@@ -16,21 +16,22 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error
 
-from consumer.bus.connection import Bus, BusUnavailable, ConnectionGivenUp
+from consumer.bus.connection import Bus, BusUnavailable, ConnectionClosed
 from consumer.bus.delivery import DeliveryContext, JetStreamDelivery, is_delivery
-from consumer.bus.server_texts import says_durable_is_missing, says_shutdown
+from consumer.bus.server_texts import is_durable_missing, is_server_shutdown
 from consumer.bus.topology import NANOSECONDS, Durable, TopologyError
 
 log = structlog.get_logger()
 
 IDLE_HEARTBEAT = 2.0  # seconds
-EXPIRES = 20.0  # seconds that one pull stands at most
-# Ratio of that to `ack_wait`. A worker whose machine is lost, or which a fork outlives, leaves its
-# connection standing, and its pull with it: that must be over before the lease on its request is,
-# or it takes the request again, into nobody's hands, and one more try is counted.
+EXPIRES = 20.0  # seconds until a pull request expires, at most
+# Limit of the same as a fraction of `ack_wait`. When the machine of a worker is lost, or a forked
+# process keeps its socket open, the server keeps the connection and the pull request. The pull
+# request must expire before the lease on the worker's request. Otherwise the redelivery goes to the
+# dead worker, and counts as one more attempt.
 EXPIRES_PER_ACK_WAIT = 0.5
-SILENCE = 2.5 * IDLE_HEARTBEAT  # seconds without a word after which a pull is taken to be lost
-SILENCES = 2  # in a row, after which the connection is taken to be dead although it looks alive
+HEARTBEAT_TIMEOUT = 2.5 * IDLE_HEARTBEAT  # seconds without a message until a pull counts as lost
+MAX_HEARTBEAT_TIMEOUTS = 2  # consecutive ones, until the loop forces a reconnect
 PAUSE_REFUSED = 0.1  # seconds
 PAUSE_MISSING = 0.5  # seconds
 
@@ -40,9 +41,12 @@ class PullLoop:
 
     Args:
         bus: The connection.
-        durable: What to pull from.
-        ensure: Makes the streams and the durable again when they are gone.
-        context: What its deliveries need.
+        durable: The durable consumer.
+        ensure: Creates missing streams and the durable again.
+        context: Services for the deliveries.
+
+    Attributes:
+        attached: Whether the server accepts pull requests for the durable.
     """
 
     def __init__(
@@ -66,52 +70,55 @@ class PullLoop:
         self._unsubscribing: asyncio.Future[None] | None = None
         self._pulls = 0
         self._expires = min(EXPIRES, EXPIRES_PER_ACK_WAIT * durable.ack_wait)
-        self._standing = False  # whether the last pull may still be answered
+        self._is_pull_pending = False  # whether the server may still reply to the last pull request
         self._requeuing: set[asyncio.Task[None]] = set()
-        self._silences = 0
-        self._heard = time.monotonic()
-        self.attached = True  # whether the server takes pulls; it knew the durable when ensured
+        self._heartbeat_timeouts = 0
+        self._last_message_at = time.monotonic()
+        self.attached = True  # `ensure` has succeeded before
 
     async def start(self) -> None:
-        """Listen for what pulls give."""
+        """Subscribe to the inbox of the pull requests."""
         self._subscription = await self._bus.client.subscribe(f"{self._inbox}.*", cb=self._take)
         self._bus.on_reconnect(self._pull_again)
 
     def stop(self) -> None:
-        """Make `next` return None, and withdraw the standing pull."""
+        """Make `next` return None, and unsubscribe in the background."""
         self._stopping = True
         self._received.put_nowait(None)
         if self._subscription is not None and self._unsubscribing is None:
             self._unsubscribing = asyncio.ensure_future(self._unsubscribe())
 
     async def unsubscribe(self) -> None:
-        """The same; when it returns, nothing that is given back can come to this worker again."""
+        """Stop and wait for the end of the subscription.
+
+        After that, a requeued request cannot be delivered to this worker again.
+        """
         self.stop()
         if self._unsubscribing is not None:
             await asyncio.wait({self._unsubscribing})
 
     def pause(self) -> None:
-        """Send no pull until `resume`; `next` goes on waiting.
+        """Send no pull request until `resume`; `next` continues to wait.
 
-        A pull that stands is left to expire: what it still brings is returned by `next`.
+        A pending pull request is left to expire; `next` returns its delivery if there is one.
         """
         self._paused = True
 
     def resume(self) -> None:
-        """Pull again."""
+        """Send pull requests again."""
         self._paused = False
         self._received.put_nowait(None)
 
     async def next(self) -> JetStreamDelivery | None:
-        """The next delivery, or None when stopping.
+        """Return the next delivery, or None when stopping.
 
         Raises:
-            BusUnavailable: The client has given up; the process has to end.
+            BusUnavailable: The client has closed the connection; the process must end.
         """
         while not self._stopping:
             if self._bus.closed.is_set():
-                raise ConnectionGivenUp
-            if not self._standing and not self._paused and self._bus.connected:
+                raise ConnectionClosed
+            if not self._is_pull_pending and not self._paused and self._bus.connected:
                 await self._pull()
             message = await self._receive()
             if message is None:
@@ -119,14 +126,15 @@ class PullLoop:
             if is_delivery(message):
                 self.attached = True
                 return JetStreamDelivery(message, self._context)
-            if message.subject == self._current:  # else the status of an older pull
+            if message.subject == self._current:  # else the status of an older pull request
                 await self._handle_status(message)
         return None
 
     async def close(self) -> None:
-        """Withdraw the standing pull, and give back what came too late to be handled.
+        """Unsubscribe, and requeue deliveries that `next` has not returned. Never raises.
 
-        Call it as soon as `next` is not called any more: nobody renews those leases. Never raises.
+        Call it right after the last call of `next`, because the leases of these deliveries are not
+        renewed.
         """
         await self.unsubscribe()
         while not self._received.empty():
@@ -140,10 +148,10 @@ class PullLoop:
         if self._subscription is None:
             return
         try:
-            # Takes the interest away from the pull, then waits for what was under way.
+            # Ends the interest in the pull request, then waits for messages in transit.
             await asyncio.wait_for(self._subscription.drain(), IDLE_HEARTBEAT)  # type: ignore[no-untyped-call]
         except (Error, TimeoutError, OSError) as error:
-            log.warning("pull_not_withdrawn", error=type(error).__name__)
+            log.warning("pull_unsubscribe_failed", error=type(error).__name__)
 
     @property
     def _current(self) -> str:
@@ -152,17 +160,17 @@ class PullLoop:
     async def _take(self, message: Msg) -> None:
         if not is_delivery(message):
             self._received.put_nowait(message)
-        elif self._standing and not self._stopping:
-            self._standing = False
+        elif self._is_pull_pending and not self._stopping:
+            self._is_pull_pending = False
             self._received.put_nowait(message)
         else:
-            # The answer to a pull that was taken to be lost. Nobody would renew its lease here
-            # while another job runs.
-            log.warning("delivery_not_asked_for")
+            # The reply to a pull request that counted as lost. While another job runs, its lease
+            # would not be renewed.
+            log.warning("unexpected_delivery")
             self._requeue(message)
 
     def _requeue(self, message: Msg) -> None:
-        # In a task of its own: until it is confirmed, heartbeats must be heard.
+        # In a separate task, so that the loop receives heartbeats during the confirmation.
         requeuing = asyncio.create_task(
             JetStreamDelivery(message, self._context).requeue(), name="requeue"
         )
@@ -170,7 +178,7 @@ class PullLoop:
         requeuing.add_done_callback(self._requeuing.discard)
 
     def _pull_again(self) -> None:
-        self._standing = False
+        self._is_pull_pending = False
         self._received.put_nowait(None)
 
     async def _pull(self) -> None:
@@ -178,44 +186,44 @@ class PullLoop:
         request = {
             "batch": 1,
             "expires": round(self._expires * NANOSECONDS),
-            # The server takes no more than half of the other.
+            # The server accepts at most half of `expires`.
             "idle_heartbeat": round(min(IDLE_HEARTBEAT, self._expires / 2) * NANOSECONDS),
         }
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._durable.stream}.{self._durable.name}"
-        # Before it is sent: behind a full buffer the answer may be here first.
-        self._standing = True
-        self._heard = time.monotonic()
+        # Set before the publish: with a full send buffer, the reply may arrive before it returns.
+        self._is_pull_pending = True
+        self._last_message_at = time.monotonic()
         try:
             await self._bus.client.publish(
                 subject, json.dumps(request).encode(), reply=self._current
             )
         except (Error, OSError) as error:
             log.warning("pull_failed", error=type(error).__name__)
-            self._standing = False
+            self._is_pull_pending = False
             await asyncio.sleep(PAUSE_MISSING)
 
     async def _receive(self) -> Msg | None:
-        left = self._heard + SILENCE - time.monotonic()
+        left = self._last_message_at + HEARTBEAT_TIMEOUT - time.monotonic()
         try:
             message = await asyncio.wait_for(self._received.get(), max(0.0, left))
         except TimeoutError:
             await self._on_heartbeat_timeout()
             return None
         if message is not None:
-            self._heard = time.monotonic()
-            self._silences = 0
+            self._last_message_at = time.monotonic()
+            self._heartbeat_timeouts = 0
         return message
 
     async def _on_heartbeat_timeout(self) -> None:
-        self._standing = False
+        self._is_pull_pending = False
         if self._paused or not self._bus.connected:
-            # Nothing can be received; `resume` or the reconnect wakes the loop.
-            self._heard = time.monotonic()
+            # No message can arrive; `resume` or the reconnect wakes the loop.
+            self._last_message_at = time.monotonic()
             return
-        self._silences += 1
-        log.warning("pull_silent", times=self._silences)
-        if self._silences >= SILENCES:
-            self._silences = 0
+        self._heartbeat_timeouts += 1
+        log.warning("pull_heartbeat_missed", times=self._heartbeat_timeouts)
+        if self._heartbeat_timeouts >= MAX_HEARTBEAT_TIMEOUTS:
+            self._heartbeat_timeouts = 0
             await self._bus.client.force_reconnect()
 
     async def _handle_status(self, status: Msg) -> None:
@@ -224,18 +232,18 @@ class PullLoop:
         if code == "100":  # idle heartbeat
             self.attached = True
             return
-        if not code:  # not from the server: a status line always has one
+        if not code:  # not from the server: a status message always has a code
             log.warning("pull_status_unknown")
             return
-        self._standing = False
-        if code in {"404", "408"}:  # no message; the pull has expired
+        self._is_pull_pending = False
+        if code in {"404", "408"}:  # no message; the pull request has expired
             self.attached = True
-        elif says_durable_is_missing(code, description):
+        elif is_durable_missing(code, description):
             log.warning("durable_missing", code=code, description=description)
             self.attached = False
             await self._restore()
-        elif says_shutdown(description):
-            # By SIGTERM: the connection is lost next, and the durable is there when it is back.
+        elif is_server_shutdown(description):
+            # The connection is lost next. The durable exists when the server is back.
             await asyncio.sleep(PAUSE_REFUSED)
         else:
             log.warning("pull_refused", code=code, description=description)
@@ -249,6 +257,6 @@ class PullLoop:
             log.warning("durable_not_restored", reason=str(error))
             await asyncio.sleep(PAUSE_MISSING)
         else:
-            # The server may know the durable and still not take pulls of it, for example while a
-            # cluster elects a leader: the next pull must not follow at once.
+            # The server may know the durable and still refuse pull requests, for example while a
+            # cluster elects a leader. The pause avoids a busy loop.
             await asyncio.sleep(PAUSE_REFUSED)

@@ -1,4 +1,4 @@
-"""Requests found in their streams by id, and questions to all workers at once."""
+"""Finds requests in their streams by id, and sends requests to all workers."""
 
 import asyncio
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from nats.js.api import RawStreamMsg
 from nats.js.errors import NotFoundError
 from pydantic_core import from_json, to_json
 
-from consumer.bus.attempt_marks import AttemptMarks, retry_place
+from consumer.bus.attempt_marks import AttemptMarks, retry_key
 from consumer.bus.codes import STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.stored_request import RequestInStream
@@ -21,23 +21,23 @@ from generation_contracts import Subjects, Task
 
 log = structlog.get_logger()
 
-# Seconds in which a worker that has a request says so. A worker that does not have it sends no
-# answer. The answer follows a note in a stream, which takes a millisecond.
-ANSWER_WITHIN = 0.8
-HOLDER_WITHIN = 0.3  # seconds for the same without the note
+# Seconds to wait for the worker that has a request in progress. Workers without the request do not
+# reply. The worker stores an attempt mark before it replies, which takes a millisecond.
+STOP_TIMEOUT = 0.8
+IN_PROGRESS_TIMEOUT = 0.3  # seconds to wait for a reply that does not need a mark
 PAUSE = 0.1  # seconds between two attempts to read a stream
 
-# Sent with a question, so that the process that asks does not answer it.
+# Body of a request to all workers, so that the sending process does not reply to itself.
 PROCESS = uuid4().hex.encode()
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """What STREAM.INFO says of a stream.
+    """Message and consumer counts from STREAM.INFO.
 
     Attributes:
-        subjects: Number of messages, by subject; only of the subjects that were asked for.
-        consumers: How many consumers the stream has.
+        subjects: Number of messages by subject, for the subjects of the filter.
+        consumers: Number of consumers of the stream.
     """
 
     subjects: Mapping[str, int]
@@ -49,7 +49,7 @@ class JetStreamQueue:
 
     Args:
         bus: A connection.
-        subjects: Where requests and results are.
+        subjects: Subjects of the installation.
         durables: Names of the durable consumers, by task.
     """
 
@@ -60,13 +60,13 @@ class JetStreamQueue:
         self._marks = {task: AttemptMarks(bus, subjects, task) for task in Task}
 
     async def find(self, request_id: str) -> IdLookup:
-        """Count what is stored under an id, in the request streams and under the result subjects.
+        """Return which tasks have a request or a result under an id, without loading messages.
 
         Raises:
             BusUnavailable: The server does not answer.
         """
-        # One question after another: in a storm of cancellations the CPU is what is short, and
-        # three tasks cost more than the round trips.
+        # Sequentially: many concurrent cancellations are limited by the CPU, and three asyncio
+        # tasks cost more CPU than the round trips.
         try:
             requests = [t for t in Task if (await self._requests(t, request_id)).subjects]
         except (Error, OSError, TimeoutError) as error:
@@ -74,7 +74,7 @@ class JetStreamQueue:
         return IdLookup(frozenset(requests), await self.find_results(request_id))
 
     async def find_results(self, request_id: str) -> frozenset[Task]:
-        """Look which result subjects with this id have a message.
+        """Return the tasks whose result subject for this id has a message.
 
         Raises:
             BusUnavailable: The server does not answer.
@@ -96,23 +96,23 @@ class JetStreamQueue:
             message = await self._first(task, request_id)
             if message is None:
                 return None
-            untouched = await self._untouched(task, message.seq or 0)
+            never_delivered = await self._untouched(task, message.seq or 0)
         except (Error, OSError, TimeoutError) as error:
             raise _unreadable(error) from None
-        return StoredRequest(self._delivery(task, message), untouched)
+        return StoredRequest(self._delivery(task, message), never_delivered)
 
     async def older(self, task: Task, request_id: str, than: Message) -> RequestInStream | None:
-        """Load the oldest message with the id in its subject, if it comes before a delivery.
+        """Load the oldest message with the id in its subject, if it is older than `than`.
 
-        No body is loaded where the delivery's own message is the only one.
+        Loads nothing if the message of `than` is the only one. Waits for the bus.
 
         Raises:
-            BusUnavailable: The client has given up; the process has to end.
+            BusUnavailable: The client has closed the connection; the process must end.
         """
         while True:
-            await self._bus.reachable()
+            await self._bus.wait_connected()
             try:
-                stream, subject = self._place(task, request_id)
+                stream, subject = self._location(task, request_id)
                 found = (await self._counts(stream, subject)).subjects.get(subject, 0)
                 if found == int(than.subject == subject):
                     return None
@@ -125,26 +125,26 @@ class JetStreamQueue:
                 return self._delivery(task, message) if message and is_older else None
 
     async def owner(self, task: Task, request_id: str) -> str | None:
-        """Return the digest of the request that an id belongs to, where one waits or waited.
+        """Return the digest that an id is reserved for since a retry of its request was stored.
 
         Raises:
-            BusUnavailable: The client has given up; the process has to end.
+            BusUnavailable: The client has closed the connection; the process must end.
         """
         return await self._marks[task].owner(request_id)
 
     async def cancel_retry(self, task: Task, request_id: str) -> None:
-        """Mark a request as cancelled for the worker that gets its next attempt."""
-        await self._marks[task].mark_cancelled(retry_place(request_id))
+        """Mark a request as cancelled for the worker of its next attempt. Never raises."""
+        await self._marks[task].mark_cancelled(retry_key(request_id))
 
     async def _requests(self, task: Task, request_id: str) -> _Counts:
-        stream, subject = self._place(task, request_id)
+        stream, subject = self._location(task, request_id)
         return await self._counts(stream, subject)
 
     async def _counts(self, stream: str, subjects: str) -> _Counts:
-        # nats-py's own method builds objects from the whole answer, which takes twice as long.
+        # The method of nats-py builds objects from the whole reply, which takes twice as long.
         query = to_json({"subjects_filter": subjects})
-        answer = await self._bus.ask(f"$JS.API.STREAM.INFO.{stream}", query, within=API_TIMEOUT)
-        info: dict[str, Any] = from_json(answer)
+        reply = await self._bus.request(f"$JS.API.STREAM.INFO.{stream}", query, within=API_TIMEOUT)
+        info: dict[str, Any] = from_json(reply)
         error = info.get("error", {})
         if error.get("err_code") == STREAM_NOT_FOUND:
             return _Counts({}, 0)
@@ -154,11 +154,11 @@ class JetStreamQueue:
         return _Counts(state.get("subjects") or {}, state["consumer_count"])
 
     async def _first(self, task: Task, request_id: str) -> RawStreamMsg | None:
-        return await self._oldest_of(*self._place(task, request_id))
+        return await self._oldest_of(*self._location(task, request_id))
 
     async def _oldest_of(self, stream: str, subject: str) -> RawStreamMsg | None:
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 return await self._bus.jetstream.get_msg(stream, 1, subject=subject, next=True)
         except NotFoundError:
             return None
@@ -166,15 +166,16 @@ class JetStreamQueue:
     async def _untouched(self, task: Task, sequence: int) -> bool:
         stream = self._subjects.requests_stream(task)
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 info = await self._bus.jetstream.consumer_info(stream, self._durables[task])
         except NotFoundError:
-            # A durable with another name than the usual one may have delivered it. Where the
-            # stream has no consumer at all, nothing has been delivered.
+            # A durable with a configured name may have delivered the message. Without any consumer
+            # on the stream, no message has been delivered.
             return (await self._counts(stream, "")).consumers == 0
         return info.delivered is not None and sequence > info.delivered.stream_seq
 
-    def _place(self, task: Task, request_id: str) -> tuple[str, str]:
+    def _location(self, task: Task, request_id: str) -> tuple[str, str]:
+        """Return the stream and the subject of a request."""
         return self._subjects.requests_stream(task), self._subjects.request(task, request_id)
 
     def _delivery(self, task: Task, message: RawStreamMsg) -> RequestInStream:
@@ -183,12 +184,12 @@ class JetStreamQueue:
 
 
 class BroadcastWorkers:
-    """Implements `consumer.ports.bus.Workers`: all workers receive a question, one answers at most.
+    """Implements `consumer.ports.bus.Workers`: all workers receive a request, at most one replies.
 
     Args:
         bus: A connection.
-        subjects: Where the questions go.
-        task: The own one.
+        subjects: Subjects of the installation.
+        task: Task of this worker.
         durables: Names of the durable consumers, by task.
     """
 
@@ -199,55 +200,55 @@ class BroadcastWorkers:
         self._subjects = subjects
         self._stream = subjects.requests_stream(task)
         self._durable = durables[task]
-        self._asking: set[asyncio.Task[StopAck | None]] = set()
+        self._stop_requests: set[asyncio.Task[StopAck | None]] = set()
 
     async def request_stop(self, request_id: str) -> "asyncio.Task[StopAck | None]":
-        """Ask all workers to stop a request; the task that is returned waits for the answer."""
-        asking = asyncio.create_task(self._ask(request_id), name="interrupt")
-        self._asking.add(asking)
-        asking.add_done_callback(self._asking.discard)
-        # The client writes the question before it first waits for anything: what is sent after
-        # this line reaches the server after the question.
+        """Request all workers to stop a request; return a task that waits for the reply."""
+        stopping = asyncio.create_task(self._request_stop(request_id), name="stop request")
+        self._stop_requests.add(stopping)
+        stopping.add_done_callback(self._stop_requests.discard)
+        # The client writes the message before its first await. Messages that are sent after this
+        # line therefore reach the server after it.
         await asyncio.sleep(0)
-        return asking
+        return stopping
 
-    async def _ask(self, request_id: str) -> StopAck | None:
-        answer = await self._question(self._subjects.interrupt(request_id), b"", ANSWER_WITHIN)
+    async def _request_stop(self, request_id: str) -> StopAck | None:
+        reply = await self._request(self._subjects.interrupt(request_id), b"", STOP_TIMEOUT)
         try:
-            return None if answer is None else StopAck(answer.decode())
+            return None if reply is None else StopAck(reply.decode())
         except ValueError:
-            log.warning("unknown_answer_of_a_worker")
+            log.warning("unknown_worker_reply")
             return None
 
     async def notify_stop(self, request_id: str) -> None:
-        """Ask all workers to stop a request, without an answer."""
+        """Request all workers to stop a request, without a reply."""
         try:
             await self._bus.client.publish(self._subjects.interrupt(request_id))
         except (Error, OSError) as error:
-            log.warning("workers_not_asked", error=type(error).__name__)
+            log.warning("workers_not_reached", error=type(error).__name__)
 
     async def is_in_progress(self, request_id: str) -> bool:
-        """Whether a worker in another process has a job with this id."""
+        """Return whether a worker in another process has a job with this id."""
         subject = self._subjects.holder(request_id)
-        return await self._question(subject, PROCESS, HOLDER_WITHIN) is not None
+        return await self._request(subject, PROCESS, IN_PROGRESS_TIMEOUT) is not None
 
     async def others_idle(self) -> bool:
-        """Whether the own durable has a pull of another worker."""
+        """Return whether the durable of this task has a pull request of another worker."""
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 info = await self._bus.jetstream.consumer_info(self._stream, self._durable)
         except (Error, OSError) as error:
-            log.warning("pulls_not_counted", error=type(error).__name__)
+            log.warning("pull_requests_not_counted", error=type(error).__name__)
             return False
         return bool(info.num_waiting)
 
-    async def _question(self, subject: str, body: bytes, within: float) -> bytes | None:
+    async def _request(self, subject: str, body: bytes, within: float) -> bytes | None:
         try:
-            return await self._bus.ask(subject, body, within=within)
+            return await self._bus.request(subject, body, within=within)
         except (TimeoutError, NoRespondersError):
             return None
         except (Error, OSError) as error:
-            log.warning("workers_not_asked", error=type(error).__name__)
+            log.warning("workers_not_reached", error=type(error).__name__)
             return None
 
 

@@ -1,15 +1,16 @@
-"""What waits, what runs and what has ended, as JetStream counts it: numbers for people.
+"""A read-only view of the queues and results, for display: counts, positions and bodies.
 
-The numbers come from the server. Those of a queue are kept for a second, so that a thousand callers
-cost as much as one. Nothing is written.
+The numbers come from the server. The numbers of a queue are cached for a second, so that a thousand
+callers cost as much as one.
 
-The user of this connection needs, beyond what a publisher has, permission to publish to:
+In addition to the permissions of a publisher, the user of this connection needs permission to
+publish to:
 
-    $JS.API.STREAM.INFO.<root>_REQUESTS_<TASK>          counts and subjects of what waits
+    $JS.API.STREAM.INFO.<root>_REQUESTS_<TASK>          counts and subjects of queued requests
     $JS.API.STREAM.INFO.<root>_RETRIES
-    $JS.API.STREAM.INFO.<root>_RESULTS                  subjects of what has ended
+    $JS.API.STREAM.INFO.<root>_RESULTS                  subjects of ended requests
     $JS.API.CONSUMER.INFO.<root>_REQUESTS_<TASK>.<durable>
-    $JS.API.STREAM.MSG.GET.<root>_REQUESTS_<TASK>       the place of one request in its queue
+    $JS.API.STREAM.MSG.GET.<root>_REQUESTS_<TASK>       the position of one request in its queue
     $JS.API.STREAM.MSG.GET.<root>_RETRIES
     $JS.API.STREAM.MSG.GET.<root>_RESULTS
 """
@@ -31,30 +32,30 @@ from consumer.bus.cached_read import CachedRead
 from consumer.bus.codes import CONSUMER_NOT_FOUND, STREAM_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
 from consumer.bus.reading import StoredMessage, read_message
-from consumer.bus.server_texts import says_permission_is_missing
+from consumer.bus.server_texts import is_permission_error
 from generation_contracts import Subjects, Task
 from generation_contracts.subjects import is_request_id
 
-AGE = 1.0  # seconds that numbers are kept
-LIST_WITHIN = 30.0  # seconds; a list of a million subjects takes the server several
-RECONNECT_WITHIN = 2.0  # seconds; a broker that restarts is back in less
-MOST_DELETED = 10_000  # sequences of deleted messages that are asked for
-MOST_KNOWN = 10_000  # requests whose sequences are remembered
+AGE = 1.0  # seconds for which numbers are cached
+LIST_TIMEOUT = 30.0  # seconds; the server needs several for a list of a million subjects
+RECONNECT_TIMEOUT = 2.0  # seconds; a server restart takes less
+MAX_DELETED = 10_000  # deleted messages, up to which their sequences are requested
+MAX_CACHED = 10_000  # requests whose sequences are cached
 _TASKS = frozenset(Task)
 _NOT_FOUND = frozenset({STREAM_NOT_FOUND, CONSUMER_NOT_FOUND})
 
 
 @dataclass(frozen=True)
 class QueueState:
-    """One queue at one moment.
+    """State of one queue at one moment.
 
     Attributes:
         delivered: Sequence of the last message that was delivered to a worker.
-        in_flight: Requests that workers have.
-        messages: Requests in the stream, those of the workers among them.
-        retries: Requests that wait for their next attempt, in a stream of their own.
-        first: Sequence of the first message that is there.
-        deleted: Sequences of messages behind the first one that are no longer there, ascending.
+        in_flight: Number of requests in flight.
+        messages: Number of requests in the stream, including those in flight.
+        retries: Number of requests in the retries stream, which wait for their next attempt.
+        first: Sequence of the first message in the stream.
+        deleted: Sequences of deleted messages after the first one, ascending.
     """
 
     delivered: int = 0
@@ -66,13 +67,13 @@ class QueueState:
 
     @property
     def waiting(self) -> int:
-        """Requests that no worker has."""
+        """Number of requests that are not in flight."""
         return max(0, self.messages - self.in_flight) + self.retries
 
     def before(self, sequence: int) -> int:
-        """Return how many requests are before the message with a sequence, at most.
+        """Return an upper bound of the requests before the message with a sequence.
 
-        The requests that workers have are among them.
+        Requests in flight are included.
         """
         if sequence <= self.delivered:
             return max(0, min(self.in_flight - 1, self._stored_between(self.first, sequence)))
@@ -80,20 +81,20 @@ class QueueState:
         return self.in_flight + self._stored_between(first, sequence)
 
     def _stored_between(self, first: int, end: int) -> int:
-        """Count the messages from one sequence up to and without another."""
+        """Count the messages from sequence `first` up to, but not including, `end`."""
         gone = bisect_left(self.deleted, end) - bisect_left(self.deleted, first)
         return max(0, end - first - gone)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a request is in its queue.
+class QueuePosition:
+    """Position of a request in its queue.
 
     Attributes:
-        stored_at: When its message was stored, by the server's clock.
-        delivered: Whether a worker has received it. A worker that ends gives it back, which the
-            server does not show.
-        before: Requests before it, at most. The requests that workers have are among them.
+        stored_at: Time at which its message was stored, by the server's clock.
+        delivered: Whether a worker has received it. The server does not show whether that worker
+            has requeued it since.
+        before: Upper bound of the requests before it, including those in flight.
     """
 
     stored_at: datetime
@@ -106,7 +107,7 @@ class QueueView:
 
     Args:
         bus: A connection.
-        subjects: Where requests and results are.
+        subjects: Subjects of the installation.
         durables: Names of the durable consumers, by task.
     """
 
@@ -115,10 +116,10 @@ class QueueView:
         self._subjects = subjects
         self._durables = durables
         self._states = {task: CachedRead(partial(self._read_state, task), age=AGE) for task in Task}
-        self._known: OrderedDict[tuple[Task, str], _Known] = OrderedDict()
+        self._cache: OrderedDict[tuple[Task, str], _CachedMessage] = OrderedDict()
 
     async def state(self, task: Task) -> QueueState:
-        """Return the numbers of a queue, a second old at most.
+        """Return the numbers of a queue, at most a second old.
 
         Raises:
             BusUnavailable: The server does not answer.
@@ -128,7 +129,7 @@ class QueueView:
     async def unfinished(self) -> Mapping[str, Task]:
         """Return the ids of all requests that wait or run.
 
-        The server needs 2.5 microseconds for each of them.
+        The server needs 2.5 microseconds for each id.
 
         Raises:
             BusUnavailable: The server does not answer.
@@ -137,7 +138,8 @@ class QueueView:
         retries = (subjects.retries_stream, f"{subjects.root}.retry.")
         requests = [(subjects.requests_stream(task), f"{subjects.root}.request.") for task in Task]
         found: dict[str, Task] = {}
-        # A message moves from the one stream to the other and back: it is seen at least once.
+        # A request may move between the streams during the reads. Reading the retries first and
+        # last finds it at least once.
         for stream, prefix in (retries, *requests, retries):
             found.update(_ids(await self._subjects_of(stream, f"{prefix}>"), prefix))
         return found
@@ -145,8 +147,8 @@ class QueueView:
     async def ended(self) -> Mapping[str, Task]:
         """Return the ids of all requests that have a terminal event.
 
-        The server needs 2.5 microseconds for each of them, and as much again for each page of
-        100,000: 2 seconds for 300,000 results, 25 seconds for a million.
+        The server needs 2.5 microseconds for each id, and as much again for each page of 100,000:
+        2 seconds for 300,000 results, 25 seconds for a million.
 
         Raises:
             BusUnavailable: The server does not answer.
@@ -155,35 +157,35 @@ class QueueView:
         found = await self._subjects_of(subjects.results_stream, f"{prefix}>")
         return _ids(found, prefix)
 
-    async def place(self, task: Task, request_id: str) -> Place | None:
-        """Find a request that waits or runs.
+    async def position(self, task: Task, request_id: str) -> QueuePosition | None:
+        """Find the position of a request that waits or runs.
 
         Returns:
-            None where no message of this request is stored.
+            The position, or None if no message of this request is stored.
 
         Raises:
             BusUnavailable: The server does not answer.
         """
         state = await self.state(task)
-        known = self._known.get((task, request_id))
-        # A message that has not been delivered keeps its sequence: a retry gets a new one.
-        if known is None or known.sequence <= state.delivered:
-            known = await self._known_in_queue(task, request_id)
-        if known is not None:
-            delivered = known.sequence <= state.delivered
-            return Place(known.stored_at, delivered, state.before(known.sequence))
+        cached = self._cache.get((task, request_id))
+        # The cached sequence of an undelivered message is valid; a retry gets a new sequence.
+        if cached is None or cached.sequence <= state.delivered:
+            cached = await self._cached_message(task, request_id)
+        if cached is not None:
+            delivered = cached.sequence <= state.delivered
+            return QueuePosition(cached.stored_at, delivered, state.before(cached.sequence))
         last = state.in_flight + state.waiting
         retry = await self._read_retry(task, request_id)
         if retry is not None:
-            return Place(retry.stored_at, delivered=False, before=last)
-        # It may have been moved from the one stream to the other between the two reads.
-        known = await self._known_in_queue(task, request_id)
-        if known is None:
+            return QueuePosition(retry.stored_at, delivered=False, before=last)
+        # The request may have moved to the request stream between the two reads.
+        cached = await self._cached_message(task, request_id)
+        if cached is None:
             return None
-        return Place(known.stored_at, delivered=False, before=last)
+        return QueuePosition(cached.stored_at, delivered=False, before=last)
 
     async def body(self, task: Task, request_id: str) -> bytes | None:
-        """Read the oldest stored request with an id; None where there is none.
+        """Read the body of the oldest stored request with an id, or return None.
 
         Raises:
             BusUnavailable: The server does not answer.
@@ -193,19 +195,19 @@ class QueueView:
         message = message or await self._read_queued(task, request_id)
         return None if message is None else message.body
 
-    async def _known_in_queue(self, task: Task, request_id: str) -> "_Known | None":
+    async def _cached_message(self, task: Task, request_id: str) -> "_CachedMessage | None":
         message = await self._read_queued(task, request_id)
         if message is None:
-            self._known.pop((task, request_id), None)
+            self._cache.pop((task, request_id), None)
             return None
-        known = _Known(message.sequence, message.stored_at)
-        self._known[task, request_id] = known
-        if len(self._known) > MOST_KNOWN:
-            self._known.popitem(last=False)
-        return known
+        cached = _CachedMessage(message.sequence, message.stored_at)
+        self._cache[task, request_id] = cached
+        if len(self._cache) > MAX_CACHED:
+            self._cache.popitem(last=False)
+        return cached
 
     async def _read_queued(self, task: Task, request_id: str) -> StoredMessage | None:
-        # The first one of the subject: copies behind it are not run.
+        # The first message of the subject: workers do not run the copies after it.
         subject = self._subjects.request(task, request_id)
         return await self._read(self._subjects.requests_stream(task), subject, sequence=1)
 
@@ -232,11 +234,11 @@ class QueueView:
         )
         state = info.get("state", {})
         gaps = state.get("num_deleted", 0)
-        if 0 < gaps <= MOST_DELETED:
+        if 0 < gaps <= MAX_DELETED:
             info = await self._call(f"STREAM.INFO.{stream}", {"deleted_details": True})
             state = info.get("state", {})
         return QueueState(
-            # Before the first delivery the server leaves fields out.
+            # Before the first delivery, the server leaves out these fields.
             delivered=consumer.get("delivered", {}).get("stream_seq", 0),
             in_flight=consumer.get("num_ack_pending", 0),
             messages=state.get("messages", 0),
@@ -251,7 +253,7 @@ class QueueView:
         offset = 0
         while True:
             query = {"subjects_filter": subjects, "offset": offset}
-            page = await self._call(f"STREAM.INFO.{stream}", query, within=LIST_WITHIN)
+            page = await self._call(f"STREAM.INFO.{stream}", query, within=LIST_TIMEOUT)
             counts = page.get("state", {}).get("subjects") or {}
             found.update(counts)
             offset += len(counts)
@@ -261,12 +263,12 @@ class QueueView:
     async def _call(
         self, subject: str, query: Mapping[str, Any] | None = None, *, within: float = API_TIMEOUT
     ) -> dict[str, Any]:
-        """Call the JetStream API; nothing is returned for what does not exist."""
+        """Call the JetStream API; return an empty dict if the stream or consumer is missing."""
         body = b"" if query is None else json.dumps(query).encode()
         await self._reconnected()
         try:
-            answer = await self._bus.ask(f"$JS.API.{subject}", body, within=within)
-            value: dict[str, Any] = from_json(answer)
+            reply = await self._bus.request(f"$JS.API.{subject}", body, within=within)
+            value: dict[str, Any] = from_json(reply)
         except (Error, OSError, TimeoutError, ValueError) as error:
             raise self._unavailable(subject, error) from None
         problem = value.get("error")
@@ -280,28 +282,28 @@ class QueueView:
         if self._bus.connected:
             return
         try:
-            async with asyncio.timeout(RECONNECT_WITHIN):
-                await self._bus.reachable()
+            async with asyncio.timeout(RECONNECT_TIMEOUT):
+                await self._bus.wait_connected()
         except TimeoutError:
             raise BusUnavailable("NATS: not connected") from None
 
     def _unavailable(self, subject: str, error: Exception) -> BusUnavailable:
-        # The server drops what is not permitted; the reason goes to the error callback.
-        refused = says_permission_is_missing(self._bus.last_error)
+        # The server drops a request without permission and reports the reason asynchronously.
+        refused = is_permission_error(self._bus.last_error)
         reason = self._bus.last_error if refused else str(error) or type(error).__name__
         return BusUnavailable(f"NATS: $JS.API.{subject}: {reason}")
 
 
 @dataclass(frozen=True)
-class _Known:
-    """The message of a request in its request stream."""
+class _CachedMessage:
+    """Cached sequence and time of a request's message in the request stream."""
 
     sequence: int
     stored_at: datetime
 
 
 def _ids(subjects: Mapping[str, int], prefix: str) -> dict[str, Task]:
-    """Return the request ids in subjects, with their tasks."""
+    """Return the request ids in the subjects, with their tasks."""
     found = {}
     for subject in subjects:
         task, _, request_id = subject.removeprefix(prefix).partition(".")

@@ -1,8 +1,9 @@
-"""Reads of single messages, answered by the leader of their stream.
+"""Reads single messages from the leader of their stream.
 
-`$JS.API.STREAM.MSG.GET` is answered by the leader alone. A direct get is answered by any replica,
-which may be behind, and its answer to a missing message has an empty body, which the server carries
-out as a command where the reply subject is one of its API. So no stream allows direct gets.
+Only the leader answers `$JS.API.STREAM.MSG.GET`. Any replica may answer a direct get, even one that
+lags behind. The reply for a missing message then has an empty body, and if the reply subject is a
+subject of the JetStream API, the server executes that reply as a command. Therefore no stream
+allows direct gets.
 """
 
 import base64
@@ -13,16 +14,16 @@ from typing import Any
 from nats.js.errors import APIError
 from pydantic_core import from_json, to_json
 
-from consumer.bus.codes import NO_MESSAGE
+from consumer.bus.codes import MESSAGE_NOT_FOUND
 from consumer.bus.connection import API_TIMEOUT, Bus
 
 
 @dataclass(frozen=True)
 class StoredMessage:
-    """A message as its stream keeps it.
+    """A message as its stream stores it.
 
     Attributes:
-        stored_at: The server's time, aware.
+        stored_at: Time of the server, aware.
     """
 
     subject: str
@@ -44,13 +45,13 @@ async def read_message(
 
     Args:
         bus: A connection.
-        stream: Its name.
-        subject: The last message of this subject; with `sequence`, the first from there on.
-        sequence: The message with this sequence.
+        stream: Name of the stream.
+        subject: Read the last message of this subject; with `sequence`, the first one from there.
+        sequence: Read the message with this sequence.
         timeout: Seconds.
 
     Returns:
-        None where there is no such message.
+        The message, or None if it does not exist.
 
     Raises:
         nats.js.errors.APIError: The server refuses, or there is no such stream.
@@ -62,11 +63,11 @@ async def read_message(
         if subject is not None:
             query["next_by_subj"] = subject
     subject = f"$JS.API.STREAM.MSG.GET.{stream}"
-    value: Any = from_json(await bus.ask(subject, to_json(query), within=timeout))
+    value: Any = from_json(await bus.request(subject, to_json(query), within=timeout))
     if "error" in value:
-        if value["error"].get("err_code") == NO_MESSAGE:
+        if value["error"].get("err_code") == MESSAGE_NOT_FOUND:
             return None
-        APIError.from_error(value["error"])  # it raises
+        APIError.from_error(value["error"])  # always raises
     message = value["message"]
     return StoredMessage(
         subject=message["subject"],
@@ -78,7 +79,7 @@ async def read_message(
 
 
 def _headers(data: bytes) -> dict[str, str]:
-    # nats-py's own reader of these mutilates values that are not ASCII.
+    # The parser of nats-py damages values that are not ASCII.
     lines = data.decode(errors="replace").split("\r\n")[1:]
     pairs = (line.partition(":") for line in lines if ":" in line)
     return {name: text.strip() for name, _, text in pairs}

@@ -1,9 +1,8 @@
-"""What stands under a result subject: an event of this request, or something else.
+"""Validates what is stored under a result subject.
 
-A sender names the reply subject of what it publishes, and the server answers there without looking
-at permissions: a publish acknowledgement, a stored message as JSON, a trace event or an empty
-answer can lie under any result subject. None of them is an event of the request that the subject
-names, so what a worker reads there is checked.
+A sender names the reply subject of its messages, and the server replies there without checking
+permissions. Therefore any result subject can have a message that is not an event of its request:
+a publish acknowledgement, a stored message as JSON, a trace event or an empty reply.
 """
 
 from pydantic import ValidationError
@@ -13,15 +12,15 @@ from consumer.bus.reading import StoredMessage
 from consumer.ports.bus import ResultEvent, ResultUnreadable
 from generation_contracts import Task, decode_result
 
-_EVENT_TYPES = "generation."  # what the type of every event begins with, in every version
+_EVENT_TYPES = "generation."  # prefix of the event types in every version of the contract
 
 
 def event_of(message: StoredMessage, task: Task, request_id: str) -> ResultEvent | None:
-    """Return the terminal event of a request, or None where the message is not its event.
+    """Return the terminal event of a request, or None if the message is not its event.
 
     Raises:
-        ResultUnreadable: It is an event of the request in a version of the contract that this
-            process does not know.
+        ResultUnreadable: The message is an event of the request in a version of the contract that
+            this process does not know.
     """
     try:
         event = decode_result(message.body)
@@ -33,7 +32,7 @@ def event_of(message: StoredMessage, task: Task, request_id: str) -> ResultEvent
 
 
 def _is_of_another_version(body: bytes, task: Task, request_id: str) -> bool:
-    # No answer of the server has these three fields, and a sender cannot publish results.
+    # No reply of the server has these three fields, and a sender cannot publish results.
     try:
         value = from_json(body)
     except ValueError:

@@ -1,8 +1,8 @@
-"""Requests that wait for their next attempt, in a stream of their own.
+"""Moves requests whose next attempt is due from the retries stream to the request stream.
 
-A NAK with a delay in the request stream would hold one of the durable's `max_ack_pending` for the
-delay and block every other request. So a worker stores the request in the stream of retries and
-acknowledges the delivery. Every worker of the task moves what is due back to the request subject.
+A NAK with a delay in the request stream would occupy one of the durable's `max_ack_pending` for the
+delay, and could block every other request. Therefore a worker stores the request in the retries
+stream and acknowledges the delivery. All workers of the task move due requests back.
 """
 
 import json
@@ -23,7 +23,7 @@ from generation_contracts.subjects import is_request_id
 
 log = structlog.get_logger()
 
-PAUSE_FULL = 5.0  # seconds until a full request stream is tried again
+PAUSE_FULL = 5.0  # seconds until the next attempt on a full request stream
 PAUSE_TOO_LARGE = 60.0  # seconds; until an operator has raised the request stream's max_msg_size
 PAUSE_UNANSWERED = 1.0  # seconds
 
@@ -33,9 +33,9 @@ class RetryMover:
 
     Args:
         bus: The connection.
-        task: Whose requests they are.
-        durable: The durable of the retries, whose deliveries come here.
-        events: The way to the request stream.
+        task: Task of the requests.
+        durable: The durable of the retries stream whose deliveries are passed to `move`.
+        events: Publishes to the request stream.
     """
 
     def __init__(self, bus: Bus, task: Task, durable: Durable, events: JetStreamEvents) -> None:
@@ -45,22 +45,22 @@ class RetryMover:
         self._events = events
 
     async def move(self, retry: JetStreamDelivery) -> None:
-        """Publish a request to its subject again, or have it delivered here when it is due.
+        """Publish a request to its subject again if it is due, else delay its delivery.
 
         Raises:
-            BusUnavailable: The client has given up; the process has to end.
+            BusUnavailable: The client has closed the connection; the process must end.
         """
         request_id = retry.subject.rpartition(".")[2]
         delay = str(retry.headers.get(RETRY_DELAY, ""))
         if not re.fullmatch(r"[0-9]{1,12}", delay, re.ASCII) or not is_request_id(request_id):
-            # An answer of the server to a reply subject of a sender's choice.
-            log.warning("junk_among_retries", subject=retry.subject)
+            # A sender can name this subject as a reply subject, and the server publishes there.
+            log.warning("invalid_message_in_retries", subject=retry.subject)
             await retry.ack()
             return
         try:
             left = (retry.stored_at - await self._now()).total_seconds() + int(delay) / 1000
         except (Error, OSError) as error:
-            log.warning("time_not_known", error=type(error).__name__)
+            log.warning("server_time_not_read", error=type(error).__name__)
             await retry.nak_later(PAUSE_UNANSWERED)
             return
         if left > 0:
@@ -77,13 +77,13 @@ class RetryMover:
             await retry.ack()
 
     async def _now(self) -> datetime:
-        """The server's time: a worker's clock may differ from the one that stored the request."""
-        about = f"{self._durable.stream}.{self._durable.name}"
-        async with self._bus.question(API_TIMEOUT):
-            answer = await self._bus.client.request(
-                f"$JS.API.CONSUMER.INFO.{about}", timeout=API_TIMEOUT
+        """Return the time of the server, because the clock of a worker may differ from it."""
+        consumer = f"{self._durable.stream}.{self._durable.name}"
+        async with self._bus.api_call(API_TIMEOUT):
+            reply = await self._bus.client.request(
+                f"$JS.API.CONSUMER.INFO.{consumer}", timeout=API_TIMEOUT
             )
-        said = json.loads(answer.data).get("ts")
-        if said is None:
+        timestamp = json.loads(reply.data).get("ts")
+        if timestamp is None:
             raise Error
-        return datetime.fromisoformat(said)
+        return datetime.fromisoformat(timestamp)

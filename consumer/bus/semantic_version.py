@@ -1,8 +1,8 @@
-"""The version of this package in the form that NATS micro services must have."""
+"""Converts the package version to the SemVer form that NATS micro services require."""
 
 import re
 
-# The normal form of PEP 440, which package metadata has: 1!2.0rc1.post2.dev3+local.4
+# The normal form of PEP 440, as in package metadata: 1!2.0rc1.post2.dev3+local.4
 _PEP_440 = re.compile(
     r"(?:(?P<epoch>\d+)!)?(?P<release>\d+(?:\.\d+)*)(?P<pre>(?:a|b|rc)\d+)?"
     r"(?P<post>\.post\d+)?(?P<dev>\.dev\d+)?(?:\+(?P<local>[a-z0-9.]+))?"
@@ -10,13 +10,13 @@ _PEP_440 = re.compile(
 
 
 def semantic_version(version: str) -> str:
-    """Translate a version of PEP 440 into one of SemVer 2.0.0.
+    """Convert a PEP 440 version to a SemVer 2.0.0 version.
 
-    A pre-release or development release stays one. What SemVer has no place for (an epoch, a fourth
-    number, a post-release, a local version) becomes build metadata.
+    A pre-release or development release stays one. Parts that SemVer does not have (an epoch, a
+    fourth number, a post-release, a local version) become build metadata.
 
     Raises:
-        ValueError: It is no version in the normal form of PEP 440.
+        ValueError: The version is not in the normal form of PEP 440.
     """
     found = _PEP_440.fullmatch(version)
     if found is None:
@@ -30,6 +30,6 @@ def semantic_version(version: str) -> str:
 
 
 def _joined(*parts: str | None) -> str:
-    """Join the parts that are there with dots: `rc1` and `.dev3` become `rc.1.dev.3`."""
+    """Join the parts that are not None with dots: `rc1` and `.dev3` become `rc.1.dev.3`."""
     split = (re.sub(r"^\.?(a|b|rc|post|dev|epoch)(\d+)$", r"\1.\2", part) for part in parts if part)
     return ".".join(split)

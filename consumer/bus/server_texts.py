@@ -1,27 +1,27 @@
-"""What the server says in words only.
+"""Recognizes conditions that the server reports as text only.
 
-A protocol error (`-ERR`) and the status line of a pull have no error code, or one code for several
-causes. So their texts are compared, and only in this module.
+A protocol error (`-ERR`) and the status message of a pull have no error code, or one code for
+several causes. Only this module compares such texts.
 """
 
 NO_RESPONDERS = "503"
 
 
-def says_credentials_are_refused(error: str) -> bool:
-    """Whether a protocol error is about the credentials of the connection."""
+def is_credentials_error(error: str) -> bool:
+    """Return whether a protocol error is about the credentials of the connection."""
     return "authorization" in error.lower()
 
 
-def says_permission_is_missing(error: str) -> bool:
-    """Whether a protocol error is about a subject that the user may not use."""
+def is_permission_error(error: str) -> bool:
+    """Return whether a protocol error is about a subject that the user may not use."""
     return "permissions violation" in error.lower()
 
 
-def says_durable_is_missing(code: str, description: str) -> bool:
-    """Whether a pull's status says that there is no such pull consumer. Most causes share 409."""
+def is_durable_missing(code: str, description: str) -> bool:
+    """Return whether the status of a pull means a missing pull consumer; most causes share 409."""
     return code == NO_RESPONDERS or "Deleted" in description or "push based" in description
 
 
-def says_shutdown(description: str) -> bool:
-    """Whether a pull's status says that the server is about to stop."""
+def is_server_shutdown(description: str) -> bool:
+    """Return whether the status of a pull means that the server is shutting down."""
     return description == "Server Shutdown"

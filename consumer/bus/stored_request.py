@@ -1,4 +1,4 @@
-"""A request read from its stream by a process that it has not been delivered to."""
+"""A request that was read from its stream, without a delivery and without a lease."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -9,7 +9,7 @@ from nats.js.errors import APIError, NotFoundError
 
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import API_TIMEOUT, Bus
-from consumer.bus.delivery import place_of
+from consumer.bus.delivery import message_key
 from generation_contracts.headers import earlier_attempts, earlier_deliveries
 
 log = structlog.get_logger()
@@ -18,17 +18,17 @@ log = structlog.get_logger()
 class RequestInStream:
     """A request without a lease; implements `consumer.ports.bus.QueuedRequest`.
 
-    Settling it deletes it from its stream; until then it stays where it is.
+    Settling it deletes it from its stream.
 
     Args:
         bus: A connection.
         stream: Name of the request stream.
-        message: As it was read.
-        deliveries: How often it has been delivered.
+        message: The stored message.
+        deliveries: Number of its deliveries.
         marks: The marks on the messages of this stream.
 
     Attributes:
-        settled: Whether it has been deleted.
+        settled: Whether the message has been deleted.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class RequestInStream:
         self._marks = marks
         self.subject = message.subject or ""
         self.body = message.data or b""
-        # nats-py has an object of its own for a header that is not ASCII.
+        # nats-py returns a Header object for a value that is not ASCII.
         self.headers: Mapping[str, str] = {
             name: str(text) for name, text in (message.headers or {}).items()
         }
@@ -52,39 +52,39 @@ class RequestInStream:
         self.settled = False
 
     async def ack(self) -> None:
-        """Delete the message: its terminal event is stored."""
+        """Delete the message; the caller has stored its terminal event."""
         await self._delete()
 
     async def term(self, reason: str) -> None:
-        """Delete the message; the reason is in the dead letter."""
+        """Delete the message; the dead letter has the reason."""
         log.info("stored_request_removed", reason=reason)
         await self._delete()
 
     async def marked_uncounted(self) -> int:
-        """Return how many deliveries of the message were no attempts; waits for the bus."""
-        return await self._marks.count_uncounted(place_of(self), self.deliveries)
+        """Return how many deliveries of the message were not attempts; waits for the bus."""
+        return await self._marks.count_uncounted(message_key(self), self.deliveries)
 
     async def mark_cancelled(self) -> None:
-        """Mark the message as cancelled, for the worker that it is delivered to next."""
-        await self._marks.mark_cancelled(place_of(self))
+        """Mark the message as cancelled, for the worker that receives it next."""
+        await self._marks.mark_cancelled(message_key(self))
 
     async def was_cancelled(self) -> bool:
-        """Whether the message is marked as cancelled; waits for the bus."""
-        return await self._marks.was_cancelled(place_of(self))
+        """Return whether the message is marked as cancelled; waits for the bus."""
+        return await self._marks.was_cancelled(message_key(self))
 
     async def _delete(self) -> None:
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 await self._bus.jetstream.delete_msg(self.stream, self.stream_sequence)
         except APIError:
-            # A worker may have settled it meanwhile; the server has no error code for that.
+            # A worker may have settled the message; the server has no error code for that.
             if not await self._gone():
                 raise
         self.settled = True
 
     async def _gone(self) -> bool:
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 await self._bus.jetstream.get_msg(self.stream, self.stream_sequence)
         except NotFoundError:
             return True

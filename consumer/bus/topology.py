@@ -1,9 +1,9 @@
 """Streams and durable consumers, from the JSON files under infra/nats.
 
-The files are in the server's own terms (`nats stream add --config FILE` reads them too). What
-exists is compared with them key by key: `apply` updates with the full configuration, because a
-partial one resets whatever it leaves out; `ensure` creates what is missing, refuses to start on
-what would break the guarantees, and reports the rest. Neither is ever silent.
+The files use the server's own format (`nats stream add --config FILE` reads them as well). Existing
+streams and consumers are compared with the files key by key. `apply` updates with the full
+configuration, because the server resets settings that a partial one leaves out. `ensure` creates
+what is missing, refuses differences that would break a guarantee, and logs all other differences.
 """
 
 import json
@@ -26,7 +26,7 @@ from consumer.bus.codes import (
 from consumer.bus.connection import API_TIMEOUT, Bus, BusMisconfigured, BusUnavailable
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
-from consumer.bus.server_texts import says_permission_is_missing
+from consumer.bus.server_texts import is_permission_error
 from consumer.ports.bus import ResultUnreadable
 from consumer.ports.unavailable import Unavailable
 from generation_contracts import Subjects, Task
@@ -34,8 +34,8 @@ from generation_contracts import Subjects, Task
 log = structlog.get_logger()
 
 NANOSECONDS = 1_000_000_000
-WORKERS_WITHIN = 0.2  # seconds; the server says at once when no worker is connected
-_FILES = Subjects()  # what the files are written for
+WORKER_TIMEOUT = 0.2  # seconds; without a connected worker the server replies at once
+_FILES = Subjects()  # the subjects in the files
 _STREAMS = (
     *(_FILES.requests_stream(task) for task in Task),
     _FILES.results_stream,
@@ -46,24 +46,25 @@ _STREAMS = (
 )
 _NOT_FOUND = frozenset({STREAM_NOT_FOUND, CONSUMER_NOT_FOUND})
 
-# A difference in one of these breaks a guarantee: requests lost or done twice, results not found.
-_VITAL = frozenset(
+# A difference in one of these keys breaks a guarantee: requests would be lost or run twice, or
+# results would not be found.
+_REQUIRED = frozenset(
     {"subjects", "retention", "discard", "storage", "allow_direct"}
     | {"max_msgs_per_subject", "discard_new_per_subject"}
     | {"filter_subjects", "filter_subject", "deliver_policy", "ack_policy", "backoff"}
 )
 
-# What a consumer must not have. The first entry of a backoff overrides ack_wait, and the lease with
-# it; one filter beside the list of them is refused by the server.
+# Settings that a consumer must not have. The first entry of a backoff overrides ack_wait, and thus
+# the lease. The server refuses filter_subject in addition to filter_subjects.
 _NOT_FOR_CONSUMERS: dict[str, Any] = {"backoff": [], "filter_subject": ""}
-# Nor a list of filters, where the file has none: at each delivery the server compares it with every
-# subject that waits, which is 25 ms of CPU with 50,000 requests and grows with their number.
+# A consumer must not have filters unless the file has them: at each delivery the server compares
+# the filters with every pending subject. With 50,000 requests this takes 25 ms of CPU.
 _WITHOUT_FILTERS: dict[str, Any] = {"filter_subjects": []}
 
-# The worker counts attempts and the server deliveries, with those that were requeued on purpose.
-# The server's number is only for what kills a worker before it can count.
+# The worker counts attempts; the server counts deliveries, including requeued ones. The server's
+# limit is only for requests that kill a worker before it can count.
 DELIVERIES_PER_ATTEMPT = 10
-SIZES = {"default": 1, "small": 16}  # what max_bytes of the files are divided by
+SIZES = {"default": 1, "small": 16}  # divisors of the files' max_bytes
 
 Change = Literal["created", "updated", "unchanged"]
 Sizes = Literal["default", "small"]
@@ -71,30 +72,30 @@ Config = dict[str, Any]
 
 
 class TopologyError(Unavailable):
-    """A stream or consumer is not as it must be, or cannot be made so; one clear line."""
+    """A stream or consumer has a wrong setting, or cannot be created or updated; one line."""
 
 
 class _OverlapError(TopologyError):
-    """Another stream stores what a new one is to store."""
+    """Another stream has the subjects of a new stream."""
 
 
 class _NoStorageError(TopologyError):
-    """The account or the server has not the storage that a stream reserves."""
+    """The account or the server has less storage than a stream reserves."""
 
 
-class LeftAsItWas(TopologyError):  # noqa: N818 - a state of what is left
-    """Everything was applied but what would have harmed deliveries or messages that are there."""
+class PartlyApplied(TopologyError):  # noqa: N818 - a state of the topology
+    """Changes that would harm current deliveries or stored messages were not applied."""
 
 
 @dataclass(frozen=True)
 class Durable:
-    """What the server really has for a durable consumer, whoever set it.
+    """The configuration of a durable consumer as the server has it.
 
     Attributes:
-        ack_wait: Seconds that a lease lasts.
-        max_ack_pending: Deliveries in flight, over all workers.
-        max_deliver: Deliveries of one message, with those that do not count as attempts; less
-            than 1: without a limit.
+        ack_wait: Duration of a lease, in seconds.
+        max_ack_pending: Limit of deliveries in flight, over all workers.
+        max_deliver: Limit of deliveries of one message, including those that are not attempts; less
+            than 1 means no limit.
     """
 
     stream: str
@@ -105,7 +106,7 @@ class Durable:
 
     @property
     def max_attempts(self) -> int:
-        """How many attempts a request has, for all workers alike."""
+        """Limit of attempts of a request, over all workers."""
         return max(1, self.max_deliver // DELIVERIES_PER_ATTEMPT)
 
 
@@ -114,13 +115,14 @@ class Topology:
 
     Args:
         bus: A connection.
-        subjects: The root decides the names of streams and subjects.
-        ack_wait: Seconds, for durables that are created or applied.
-        max_ack_pending: For the same.
-        max_deliver: For the same; None is the files'. What reaches it is put aside by the watcher.
-        durable_name: Overrides the files' name of the durable, for one task.
-        replicas: Servers of a cluster that each stream is kept on. None: the files' for a stream
-            that is created; what exists stays as it is.
+        subjects: The root determines the names of streams and subjects.
+        ack_wait: Seconds, for durables that are created or updated.
+        max_ack_pending: For durables that are created or updated.
+        max_deliver: For durables that are created or updated; None uses the value of the files. A
+            request that reaches it is dead-lettered, see `dead_letters.exhausted`.
+        durable_name: Overrides the name of the durable in the files, for one task.
+        replicas: Number of servers that store each stream. None uses the value of the files for a
+            new stream, and leaves an existing stream unchanged.
         sizes: `small` is a sixteenth of the files' max_bytes.
     """
 
@@ -149,89 +151,91 @@ class Topology:
         """Create or update every stream and the tasks' durables.
 
         Returns:
-            What was done, by name.
+            The change of each stream and durable, by name.
 
         Raises:
-            TopologyError: The server refuses, or has not the storage; then nothing was created.
-            LeftAsItWas: Everything was applied but settings that would have shortened leases that
-                run, or dropped stored messages.
+            TopologyError: The server refuses a change, or has too little storage; in that case
+                nothing was created.
+            PartlyApplied: Settings that would have shortened current leases or dropped stored
+                messages were not applied; everything else was.
             BusUnavailable: The server does not answer.
         """
         done: dict[str, Change] = {}
-        left: list[str] = []
+        skipped: list[str] = []
         streams = [
-            (wanted, await self._call(f"STREAM.INFO.{wanted['name']}"))
-            for wanted in self._streams()
+            (expected, await self._call(f"STREAM.INFO.{expected['name']}"))
+            for expected in self._streams()
         ]
         await self._require_storage(streams)
-        for wanted, found in streams:
-            done[wanted["name"]] = await self._apply_stream(wanted, found, left)
+        for expected, found in streams:
+            done[expected["name"]] = await self._apply_stream(expected, found, skipped)
         for task in tasks:
-            stream, wanted = self._subjects.requests_stream(task), self._consumer(task)
-            done[wanted["durable_name"]] = await self._apply_consumer(stream, wanted, left)
-            stream, wanted = self._subjects.retries_stream, self._retries(task)
-            done[f"retries {task}"] = await self._apply_consumer(stream, wanted, left)
-            stream, wanted = self._subjects.advisories_stream, self._watcher(task)
-            name = f"watcher {wanted['durable_name']}"
-            done[name] = await self._apply_consumer(stream, wanted, left)
-        if left:
-            raise LeftAsItWas("; ".join(left))
+            stream, expected = self._subjects.requests_stream(task), self._consumer(task)
+            done[expected["durable_name"]] = await self._apply_consumer(stream, expected, skipped)
+            stream, expected = self._subjects.retries_stream, self._retries(task)
+            done[f"retries {task}"] = await self._apply_consumer(stream, expected, skipped)
+            stream, expected = self._subjects.advisories_stream, self._watcher(task)
+            name = f"watcher {expected['durable_name']}"
+            done[name] = await self._apply_consumer(stream, expected, skipped)
+        if skipped:
+            raise PartlyApplied("; ".join(skipped))
         return done
 
     async def ensure(self, task: Task) -> Durable:
-        """Create what is missing, and see that what exists can be worked with.
+        """Create missing streams and durables, and validate the existing ones.
 
         Returns:
-            The durable as the server has it: its `ack_wait` and `max_ack_pending` may have been set
-            by `consumer apply` for more workers, and are left as they are.
+            The durable as the server has it. Its `ack_wait` and `max_ack_pending` may have been set
+            by `consumer apply` for more workers, and are not changed.
 
         Raises:
-            TopologyError: A stream or the durable would break a guarantee, or cannot be created.
+            TopologyError: A stream or durable would break a guarantee, or cannot be created.
             BusUnavailable: The server does not answer.
         """
-        for wanted in self._streams():
-            found = await self._call(f"STREAM.INFO.{wanted['name']}")
+        for expected in self._streams():
+            found = await self._call(f"STREAM.INFO.{expected['name']}")
             if found is None:
-                await self._create_stream(wanted)
-                log.info("stream_created", stream=wanted["name"])
+                await self._create_stream(expected)
+                log.info("stream_created", stream=expected["name"])
             else:
-                self._compare_stream(wanted, found["config"])
+                self._compare_stream(expected, found["config"])
         await self._ensure_consumer(self._subjects.advisories_stream, self._watcher(task))
         await self._ensure_consumer(self._subjects.retries_stream, self._retries(task))
         stream = self._subjects.requests_stream(task)
         return await self._ensure_consumer(stream, self._consumer(task))
 
     def watcher(self, task: Task) -> Durable:
-        """The durable of the server's advisories about a task's durable, as `ensure` makes it."""
-        wanted = self._watcher(task)
-        return _durable(self._subjects.advisories_stream, wanted, wanted)
+        """Return the durable for the server's max-deliver advisories, as `ensure` creates it."""
+        expected = self._watcher(task)
+        return _durable(self._subjects.advisories_stream, expected, expected)
 
     def retries(self, task: Task) -> Durable:
-        """The durable of a task's requests that wait for another attempt, as `ensure` makes it."""
-        wanted = self._retries(task)
-        return _durable(self._subjects.retries_stream, wanted, wanted)
+        """Return the durable of a task's retries, as `ensure` creates it."""
+        expected = self._retries(task)
+        return _durable(self._subjects.retries_stream, expected, expected)
 
-    async def look(self, task: Task) -> Durable:
-        """Compare everything without changing anything, for `consumer check`.
+    async def verify(self, task: Task) -> Durable:
+        """Validate all streams and durables without a change, for `consumer check`.
 
         Raises:
-            TopologyError: Something is missing or would break a guarantee.
+            TopologyError: A stream or durable is missing or would break a guarantee.
             BusUnavailable: The server does not answer.
         """
-        for wanted in self._streams():
-            found = await self._call(f"STREAM.INFO.{wanted['name']}")
+        for expected in self._streams():
+            found = await self._call(f"STREAM.INFO.{expected['name']}")
             if found is None:
-                raise TopologyError(f"stream {wanted['name']}: missing; run `consumer apply`")
-            self._compare_stream(wanted, found["config"])
-        await self._look_at_consumer(self._subjects.advisories_stream, self._watcher(task))
-        await self._look_at_consumer(self._subjects.retries_stream, self._retries(task))
+                raise TopologyError(f"stream {expected['name']}: missing; run `consumer apply`")
+            self._compare_stream(expected, found["config"])
+        await self._verify_consumer(self._subjects.advisories_stream, self._watcher(task))
+        await self._verify_consumer(self._subjects.retries_stream, self._retries(task))
         stream = self._subjects.requests_stream(task)
-        return await self._look_at_consumer(stream, self._consumer(task))
+        return await self._verify_consumer(stream, self._consumer(task))
 
     def durables(self, own: Task) -> dict[Task, str]:
-        """Names of the durables of all tasks: the own one as it is set, the others as in the files.
+        """Return the names of the durables of all tasks.
 
-        What the workers of another task are set to is not known here.
+        The name for the task `own` comes from the settings, the other names from the files, because
+        this process does not know the settings of the other tasks' workers.
         """
         usual = {task: self._rooted(f"consumers/{task}.json")["durable_name"] for task in Task}
         return {**usual, own: self._consumer(own)["durable_name"]}
@@ -244,40 +248,43 @@ class Topology:
                 config["num_replicas"] = self._replicas
         return configs
 
-    def _start_background_task(self, wanted: Config, found: Config) -> Config:
-        """What is wanted of a stream that exists: its copies are its operator's, unless set."""
-        if self._replicas is not None:
-            return wanted
-        return {**wanted, "num_replicas": found["num_replicas"]}
+    def _with_current_replicas(self, expected: Config, found: Config) -> Config:
+        """Return the expected configuration of an existing stream.
 
-    def _compare_stream(self, wanted: Config, found: Config) -> None:
-        _compare(f"stream {wanted['name']}", self._start_background_task(wanted, found), found)
+        Without a setting, its number of replicas is the operator's choice.
+        """
+        if self._replicas is not None:
+            return expected
+        return {**expected, "num_replicas": found["num_replicas"]}
+
+    def _compare_stream(self, expected: Config, found: Config) -> None:
+        _compare(f"stream {expected['name']}", self._with_current_replicas(expected, found), found)
 
     def _consumer(self, task: Task) -> Config:
-        wanted = self._rooted(f"consumers/{task}.json")
-        wanted["ack_wait"] = round(self._ack_wait * NANOSECONDS)
-        wanted["max_ack_pending"] = self._max_ack_pending
+        expected = self._rooted(f"consumers/{task}.json")
+        expected["ack_wait"] = round(self._ack_wait * NANOSECONDS)
+        expected["max_ack_pending"] = self._max_ack_pending
         if self._max_deliver is not None:
-            wanted["max_deliver"] = self._max_deliver
-        return self._named(wanted)
+            expected["max_deliver"] = self._max_deliver
+        return self._named(expected)
 
     def _watcher(self, task: Task) -> Config:
-        wanted = self._rooted(f"watchers/{task}.json")
+        expected = self._rooted(f"watchers/{task}.json")
         if self._durable_name is not None:
-            wanted["filter_subjects"] = [
+            expected["filter_subjects"] = [
                 subject.removesuffix(f".{task}") + f".{self._durable_name}"
-                for subject in wanted["filter_subjects"]
+                for subject in expected["filter_subjects"]
             ]
-        return self._named(wanted)
+        return self._named(expected)
 
     def _retries(self, task: Task) -> Config:
-        # Not under the durable's own name: a work queue has one consumer for each subject.
-        wanted = self._rooted(f"retries/{task}.json")
-        return {**wanted, "name": wanted["durable_name"], **_NOT_FOR_CONSUMERS}
+        # Not `durable_name`: all tasks share the retries stream, and each needs its own consumer.
+        expected = self._rooted(f"retries/{task}.json")
+        return {**expected, "name": expected["durable_name"], **_NOT_FOR_CONSUMERS}
 
-    def _named(self, wanted: Config) -> Config:
-        name = self._durable_name or wanted["durable_name"]
-        named = {**wanted, "durable_name": name, "name": name}
+    def _named(self, expected: Config) -> Config:
+        name = self._durable_name or expected["durable_name"]
+        named = {**expected, "durable_name": name, "name": name}
         return {**_WITHOUT_FILTERS, **named, **_NOT_FOR_CONSUMERS}
 
     def _rooted(self, name: str) -> Config:
@@ -290,7 +297,7 @@ class Topology:
         return config
 
     def _rooted_subject(self, subject: str) -> str:
-        # The server's own subjects name the stream.
+        # The subjects of advisories contain the name of the stream.
         named = self._rooted_stream(subject)
         return named.replace(f"{_FILES.root}.", f"{self._subjects.root}.", 1)
 
@@ -298,19 +305,21 @@ class Topology:
         return text.replace(_family(_FILES), _family(self._subjects), 1)
 
     async def _require_storage(self, streams: list[tuple[Config, Config | None]]) -> None:
-        """See that all streams find their storage, before any of them is created or updated.
+        """Validate that the storage suffices for all streams, before any change.
 
         Raises:
-            TopologyError: They do not.
+            TopologyError: The storage does not suffice.
         """
         needed, tier = 0, ""
-        for wanted, found in streams:
+        for expected, found in streams:
             before = {} if found is None else found["config"]
             copies = (
-                before["num_replicas"] if before and not self._replicas else wanted["num_replicas"]
+                before["num_replicas"]
+                if before and not self._replicas
+                else expected["num_replicas"]
             )
             tier = f"R{copies}"
-            needed += wanted["max_bytes"] * copies
+            needed += expected["max_bytes"] * copies
             needed -= max(0, before.get("max_bytes", 0)) * before.get("num_replicas", 1)
         if needed <= 0:
             return
@@ -320,12 +329,14 @@ class Topology:
         free = limit - max(account.get("reserved_storage", 0), account["storage"])
         if limit >= 0 and free < needed:
             raise self._no_storage(needed, f"the account has {_size(free)} left of {_size(limit)}")
-        # The account may take what the server has not; in a cluster no single server needs it all.
+        # The limit of the account may exceed the storage of the server. In a cluster, no single
+        # server needs the whole amount.
         if not self._bus.clustered:
             await self._require_reservation(needed)
 
     async def _require_reservation(self, needed: int) -> None:
-        # Only the server knows what it has left, and it says so by refusing a stream.
+        # The API does not report the free storage of the server, but the server refuses a stream
+        # that exceeds it.
         name = f"{_family(self._subjects)}SIZE_CHECK"
         subjects = [f"{self._subjects.root}.size-check"]
         try:
@@ -344,14 +355,14 @@ class Topology:
             "NATS more storage (max_file of the account, max_file_store of the server)"
         )
 
-    async def _create_stream(self, wanted: Config) -> None:
+    async def _create_stream(self, expected: Config) -> None:
         try:
-            await self._call(f"STREAM.CREATE.{wanted['name']}", wanted)
+            await self._call(f"STREAM.CREATE.{expected['name']}", expected)
         except _OverlapError as error:
-            raise await self._explained(error, wanted["name"]) from None
+            raise await self._explained(error, expected["name"]) from None
         except _NoStorageError as error:
             raise TopologyError(
-                f"{error}; it reserves {_size(wanted['max_bytes'])} for each copy, and "
+                f"{error}; it reserves {_size(expected['max_bytes'])} for each copy, and "
                 "NATS_STREAM_SIZES=small a sixteenth"
             ) from None
 
@@ -368,43 +379,46 @@ class Topology:
             f"empty it, then delete it (`nats stream rm {former}`)"
         )
 
-    async def _apply_stream(self, wanted: Config, found: Config | None, left: list[str]) -> Change:
+    async def _apply_stream(
+        self, expected: Config, found: Config | None, skipped: list[str]
+    ) -> Change:
         if found is None:
-            await self._create_stream(wanted)
+            await self._create_stream(expected)
             return "created"
-        wanted = self._start_background_task(wanted, found["config"])
-        if self._would_drop(wanted, found):
-            left.append(
-                f"stream {wanted['name']}: max_bytes stays at {_size(found['config']['max_bytes'])}"
-                f": it holds {_size(found['state']['bytes'])}, and the oldest messages would be "
-                "dropped; remove them first, or set NATS_STREAM_SIZES=default"
+        expected = self._with_current_replicas(expected, found["config"])
+        if self._would_drop(expected, found):
+            current = found["config"]["max_bytes"]
+            skipped.append(
+                f"stream {expected['name']}: max_bytes stays at {_size(current)}: it contains "
+                f"{_size(found['state']['bytes'])}, and the oldest messages would be dropped; "
+                "remove them first, or set NATS_STREAM_SIZES=default"
             )
-            wanted["max_bytes"] = found["config"]["max_bytes"]
-        if not _differences(wanted, found["config"]):
+            expected["max_bytes"] = current
+        if not _differences(expected, found["config"]):
             return "unchanged"
-        if wanted["name"] == self._subjects.results_stream:
+        if expected["name"] == self._subjects.results_stream:
             await self._keep_first_results(found)
-        # What the files do not speak of stays as the operator has set it.
-        await self._call(f"STREAM.UPDATE.{wanted['name']}", {**found["config"], **wanted})
+        # Settings that the files do not have keep the operator's value.
+        await self._call(f"STREAM.UPDATE.{expected['name']}", {**found["config"], **expected})
         return "updated"
 
     @staticmethod
-    def _would_drop(wanted: Config, found: Config) -> bool:
-        size: int = wanted["max_bytes"]
+    def _would_drop(expected: Config, found: Config) -> bool:
+        size: int = expected["max_bytes"]
         holds: int = found["state"]["bytes"]
-        return bool(wanted["discard"] == "old") and 0 < size < holds
+        return bool(expected["discard"] == "old") and 0 < size < holds
 
     async def _keep_first_results(self, found: Config) -> None:
-        """Delete what an earlier version has stored after the event of a request.
+        """Delete messages that were stored after the event of a request, in earlier versions.
 
-        The stream is about to take one message for each subject, and the server would keep the
-        last, which may be junk. The fence has kept the events of all versions from being second.
+        The update limits the stream to one message for each subject. The server would keep the last
+        message, which may not be the event: in all versions the event is the first valid one.
         """
         stream, state = found["config"]["name"], found["state"]
         if state["messages"] == state.get("num_subjects", 0):
             return
         removed = 0
-        for subject in await self._crowded(stream):
+        for subject in await self._repeated_subjects(stream):
             *_, task, request_id = subject.split(".")
             messages = await self._messages(stream, subject)
             first = next((m for m in messages if _is_result(m, task, request_id)), None)
@@ -414,18 +428,18 @@ class Topology:
                     removed += 1
         log.warning("messages_after_results_removed", stream=stream, messages=removed)
 
-    async def _crowded(self, stream: str) -> list[str]:
-        """The subjects of a stream with more than one message."""
-        crowded: list[str] = []
+    async def _repeated_subjects(self, stream: str) -> list[str]:
+        """Return the subjects of a stream with more than one message."""
+        repeated: list[str] = []
         offset = 0
         while True:
             query = {"subjects_filter": ">", "offset": offset}
             page = await self._call(f"STREAM.INFO.{stream}", query) or {}
             subjects = page.get("state", {}).get("subjects") or {}
-            crowded += [subject for subject, count in subjects.items() if count > 1]
+            repeated += [subject for subject, count in subjects.items() if count > 1]
             offset += len(subjects)
             if not subjects or offset >= page.get("total", 0):
-                return crowded
+                return repeated
 
     async def _messages(self, stream: str, subject: str) -> list[StoredMessage]:
         messages: list[StoredMessage] = []
@@ -441,75 +455,78 @@ class Topology:
         except (Error, OSError) as error:
             raise BusUnavailable(f"NATS: {stream} cannot be read: {error}") from None
 
-    async def _apply_consumer(self, stream: str, wanted: Config, left: list[str]) -> Change:
-        name = wanted["durable_name"]
+    async def _apply_consumer(self, stream: str, expected: Config, skipped: list[str]) -> Change:
+        name = expected["durable_name"]
         found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
         if found is None:
-            await self._create_consumer(stream, name, wanted)
+            await self._create_consumer(stream, name, expected)
             return "created"
         _refuse_push(name, found["config"])
-        if wanted["ack_wait"] < found["config"]["ack_wait"] and await self._workers_run():
-            left.append(_shorter_lease(name, wanted, found))
-            wanted["ack_wait"] = found["config"]["ack_wait"]
-        if not _differences(wanted, found["config"]):
+        if expected["ack_wait"] < found["config"]["ack_wait"] and await self._workers_run():
+            skipped.append(_shorter_lease(name, expected, found))
+            expected["ack_wait"] = found["config"]["ack_wait"]
+        if not _differences(expected, found["config"]):
             return "unchanged"
-        await self._create_consumer(stream, name, {**found["config"], **wanted})
+        await self._create_consumer(stream, name, {**found["config"], **expected})
         return "updated"
 
     async def _workers_run(self) -> bool:
-        """Whether a worker of the installation is connected; a busy one may not answer."""
-        nothing = self._subjects.interrupt(f"apply-{secrets.token_hex(16)}")
+        """Return whether a worker of the installation is connected.
+
+        The server reports missing subscribers at once. A timeout means that a worker subscribes.
+        """
+        subject = self._subjects.interrupt(f"apply-{secrets.token_hex(16)}")
         try:
-            await self._bus.client.request(nothing, timeout=WORKERS_WITHIN)
+            await self._bus.client.request(subject, timeout=WORKER_TIMEOUT)
         except NoRespondersError:
             return False
         except (Error, OSError):
             return True
         return True
 
-    async def _ensure_consumer(self, stream: str, wanted: Config) -> Durable:
-        name = wanted["durable_name"]
+    async def _ensure_consumer(self, stream: str, expected: Config) -> Durable:
+        name = expected["durable_name"]
         found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
         if found is None:
-            found = await self._create_consumer(stream, name, wanted)
+            found = await self._create_consumer(stream, name, expected)
             log.info("consumer_created", stream=stream, consumer=name)
-        return _durable(stream, wanted, found["config"])
+        return _durable(stream, expected, found["config"])
 
-    async def _look_at_consumer(self, stream: str, wanted: Config) -> Durable:
-        name = wanted["durable_name"]
+    async def _verify_consumer(self, stream: str, expected: Config) -> Durable:
+        name = expected["durable_name"]
         found = await self._call(f"CONSUMER.INFO.{stream}.{name}")
         if found is None:
             raise TopologyError(
                 f"stream {stream}: consumer {name} is missing; run `consumer apply`"
             )
-        return _durable(stream, wanted, found["config"])
+        return _durable(stream, expected, found["config"])
 
     async def _create_consumer(self, stream: str, name: str, config: Config) -> Config:
         body = {"stream_name": stream, "config": config}
-        made = await self._call(f"CONSUMER.CREATE.{stream}.{name}", body)
-        if made is None:
+        created = await self._call(f"CONSUMER.CREATE.{stream}.{name}", body)
+        if created is None:
             raise TopologyError(f"stream {stream}: it does not exist; run `consumer apply`")
-        return made
+        return created
 
     async def _call(self, subject: str, body: Config | None = None) -> Config | None:
         payload = b"" if body is None else json.dumps(body).encode()
         self._bus.last_error = ""
         try:
-            async with self._bus.question(API_TIMEOUT):
-                answer = await self._bus.client.request(
+            async with self._bus.api_call(API_TIMEOUT):
+                reply = await self._bus.client.request(
                     f"$JS.API.{subject}", payload, timeout=API_TIMEOUT
                 )
         except NoRespondersError:
             raise BusUnavailable("NATS: JetStream is not enabled for this account") from None
         except TimeoutError:
-            # The server drops what is not permitted; the reason goes to the error callback.
-            reason = self._bus.last_error or "no answer"
-            missing = says_permission_is_missing(reason)
+            # The server drops a request without permission and reports the reason asynchronously.
+            reason = self._bus.last_error or "no reply"
+            missing = is_permission_error(reason)
             kind = BusMisconfigured if missing else BusUnavailable
             raise kind(f"NATS: $JS.API.{subject}: {reason}") from None
         except (Error, OSError) as problem:
             raise BusUnavailable(f"NATS: $JS.API.{subject}: {problem}") from None
-        value: Config = json.loads(answer.data)
+        value: Config = json.loads(reply.data)
         error = value.get("error")
         if error is None:
             return value
@@ -523,7 +540,7 @@ class Topology:
 
 
 def _family(subjects: Subjects) -> str:
-    """What the names of all streams of an installation begin with."""
+    """Return the common prefix of the stream names of an installation."""
     return subjects.results_stream.removesuffix("RESULTS")
 
 
@@ -531,15 +548,15 @@ def _definition(name: str) -> str:
     packaged = files("consumer") / "infra" / "nats" / name
     if packaged.is_file():
         return packaged.read_text()
-    # In a checkout the files are beside the package, not in it.
+    # In a checkout, the files are outside of the package.
     return (Path(__file__).parents[2] / "infra" / "nats" / name).read_text()
 
 
-def _shorter_lease(name: str, wanted: Config, found: Config) -> str:
-    shorter, longer = (c["ack_wait"] / NANOSECONDS for c in (wanted, found["config"]))
+def _shorter_lease(name: str, expected: Config, found: Config) -> str:
+    shorter, longer = (c["ack_wait"] / NANOSECONDS for c in (expected, found["config"]))
     return (
         f"consumer {name}: ack_wait stays at {longer:g} s: workers run, with "
-        f"{found['num_ack_pending']} deliveries in flight, and renew their leases too seldom for "
+        f"{found['num_ack_pending']} deliveries in flight, and renew their leases too rarely for "
         f"{shorter:g} s; stop the workers first, or set CONSUMER_ACK_WAIT={longer:g}"
     )
 
@@ -549,7 +566,7 @@ def _is_result(message: StoredMessage, task: str, request_id: str) -> bool:
         return event_of(message, Task(task), request_id) is not None
     except ResultUnreadable:
         return True
-    except ValueError:  # no task of this version
+    except ValueError:  # a task that this version does not have
         return False
 
 
@@ -557,10 +574,10 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def _durable(stream: str, wanted: Config, found: Config) -> Durable:
-    name = wanted["durable_name"]
+def _durable(stream: str, expected: Config, found: Config) -> Durable:
+    name = expected["durable_name"]
     _refuse_push(name, found)
-    _compare(f"consumer {name}", wanted, found)
+    _compare(f"consumer {name}", expected, found)
     return Durable(
         stream=stream,
         name=name,
@@ -575,21 +592,21 @@ def _refuse_push(name: str, found: Config) -> None:
         raise TopologyError(f"consumer {name}: it is a push consumer; delete it")
 
 
-def _differences(wanted: Config, found: Config) -> dict[str, tuple[Any, Any]]:
-    # The server leaves out what is zero, false or empty.
+def _differences(expected: Config, found: Config) -> dict[str, tuple[Any, Any]]:
+    # The server leaves out values that are zero, false or empty.
     return {
         key: (found.get(key), value)
-        for key, value in wanted.items()
+        for key, value in expected.items()
         if (found.get(key) or None) != (value or None)
     }
 
 
-def _compare(what: str, wanted: Config, found: Config) -> None:
-    for key, (has, needs) in _differences(wanted, found).items():
-        # Where the file wants no max_age: it deletes a message even while it is worked on.
-        if key in _VITAL or (key == "max_age" and not needs):
+def _compare(what: str, expected: Config, found: Config) -> None:
+    for key, (actual, required) in _differences(expected, found).items():
+        # If the file has no max_age, the stream must have none: it deletes requests in progress.
+        if key in _REQUIRED or (key == "max_age" and not required):
             raise TopologyError(
-                f"{what}: {key} is {json.dumps(has)} and must be {json.dumps(needs)}; "
+                f"{what}: {key} is {json.dumps(actual)} and must be {json.dumps(required)}; "
                 "`consumer apply` changes it, or delete it where the server refuses"
             )
-        log.warning("topology_differs", what=what, key=key, found=has, wanted=needs)
+        log.warning("topology_differs", what=what, key=key, found=actual, expected=required)

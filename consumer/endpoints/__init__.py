@@ -1,1 +1,1 @@
-"""The request-reply endpoints of a worker: calls, cancellation and questions about a request."""
+"""The request-reply endpoints of a worker: calls, cancellation and request lookup."""

@@ -160,7 +160,7 @@ class Cancellation:
     async def _stop_oldest(self, task: Task, request_id: str, stored: _StoredState) -> None:
         # The copies behind the oldest message get its terminal event when they are delivered.
         oldest = await self._queue.oldest(task, request_id)
-        if oldest is not None and not oldest.untouched:
+        if oldest is not None and not oldest.never_delivered:
             await oldest.delivery.mark_cancelled()
             stored.in_flight.add(task)
             return
@@ -221,9 +221,8 @@ class Cancellation:
             found = await self._queue.find(request_id)
         stored = await self._stop_stored(request_id, found)
         if stored.in_flight:
-            await self._workers.notify_stop(
-                request_id
-            )  # earlier versions know only the id of the step
+            # Workers of earlier versions know only the id of the step, not that of the chain.
+            await self._workers.notify_stop(request_id)
             stored.ended |= await self._read_results(request_id)
             stored.in_flight -= stored.ended.keys()
         return stored

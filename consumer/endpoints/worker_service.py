@@ -1,13 +1,13 @@
-"""The front door: for callers who send a request and wait for its result on their inbox.
+"""The NATS service of a worker: request-reply calls, cancellations and stop requests.
 
-A request to a subject of a stream is answered by the server at once, with the place where it was
-stored, never with a result; and the caller's inbox is nowhere in the message that a worker gets.
-So this is a NATS micro service on subjects of its own. It checks a request, stores it with the
-inbox in a header, and says nothing: whichever worker ends the request answers the inbox. What is
-wrong is answered at once, with a failed event.
+A request-reply client cannot use the subject of a stream: the server replies to it at once with a
+publish acknowledgement, and the delivery does not contain the client's inbox. Therefore calls have
+their own subjects. The service validates a call and stores its request with the inbox in a header.
+The worker that finalizes the request replies to the inbox. The service itself replies only to an
+invalid call, with a failed event.
 
-Answers go to the subject that the sender names, so it is checked before anything is done: a message
-with a reply subject that is not allowed has no effect and gets no answer.
+The sender chooses the reply subject, so the service checks it first. A message with a reply subject
+that is not allowed has no effect and gets no reply.
 """
 
 import asyncio
@@ -68,26 +68,26 @@ from generation_contracts.subjects import HOLDER, is_request_id
 
 log = structlog.get_logger()
 
-ANSWER_WITHIN = 30.0  # seconds, at the start, for the answer of the own service
-EMPTY_WITHIN = 2.0  # seconds, at the end, for calls that have come; one takes a millisecond
-CANCELLATIONS = 10_000  # at the same time; each takes a few kB while it waits for an answer
+START_TIMEOUT = 30.0  # seconds until the started service must reply to this worker's ping
+DRAIN_TIMEOUT = 2.0  # seconds for received calls during the shutdown; a call takes a millisecond
+MAX_CANCELLATIONS = 10_000  # concurrent ones; each takes a few kB while it waits for a reply
 
 
 @dataclass(frozen=True)
-class Backend:
-    """What is behind the door.
+class WorkerBackend:
+    """The parts of a worker that its service uses.
 
     Attributes:
-        task: What calls are for.
-        worker: Name of this process in the events that it answers with.
+        task: Task of the calls.
+        worker: Name of this process in the events that it publishes.
         model: Shown by `nats micro info`.
-        reply_prefixes: What the inbox of a call or a cancellation may begin with.
-        check: Says whether the model can do what is asked; raises UnsupportedParameter.
-        cancel: Cancels a request by its id, wherever it is.
-        request_stop: Stops a request that this worker has; None when it has not.
-        is_running: Whether this worker has a request.
-        observer: Told of each call that is refused, and why.
-        worker_inboxes: What the inbox of an interrupt begins with: workers send them.
+        reply_prefixes: Allowed prefixes for the inbox of a call or a cancellation.
+        check: Validates a request against the model; raises UnsupportedParameter.
+        cancel: Cancels a request by its id.
+        request_stop: Stops a request in progress at this worker; returns None if there is none.
+        is_running: Returns whether this worker has a request in progress.
+        observer: Notified of each refused call, with the code.
+        worker_inboxes: Prefix of the inbox of a stop request, which only workers send.
     """
 
     task: Task
@@ -103,15 +103,17 @@ class Backend:
 
 
 class WorkerService:
-    """The service of one daemon; all daemons of a task share its calls, and all of them the rest.
+    """The service of one worker.
+
+    The workers of a task share the calls of the task; all workers share the cancellations.
 
     Args:
-        bus: A connection for nothing else; see `connect_endpoints`.
-        subjects: Where calls come in, and where requests go.
-        backend: What is behind the door.
+        bus: A connection that only the endpoints use; see `connect_endpoints`.
+        subjects: Subjects of the installation.
+        backend: The parts of the worker that the service uses.
     """
 
-    def __init__(self, bus: Bus, subjects: Subjects, backend: Backend) -> None:
+    def __init__(self, bus: Bus, subjects: Subjects, backend: WorkerBackend) -> None:
         self._bus = bus
         self._subjects = subjects
         self._backend = backend
@@ -121,15 +123,15 @@ class WorkerService:
         self._refused = RefusedReplies(backend.observer)
 
     async def start(self) -> None:
-        """Listen.
+        """Start the service, and wait until the server routes messages to it.
 
         Raises:
-            BusUnavailable: The connection is closed, or the own service has not answered within
-                `ANSWER_WITHIN`.
+            BusUnavailable: The connection is closed, or the service has not replied within
+                `START_TIMEOUT`.
         """
         task, model = self._backend.task, self._backend.model
         try:
-            # First: whoever is told to cancel may ask this worker, too.
+            # Before the endpoints: a cancellation may send a stop request to this worker as well.
             self._interrupts = await self._bus.client.subscribe(
                 self._subjects.interrupts, cb=self._interrupt
             )
@@ -138,7 +140,7 @@ class WorkerService:
                 ServiceConfig(
                     name=SERVICE,
                     version=semantic_version(version("generation-consumer")),
-                    description="Pictures from texts, texts about pictures",
+                    description="Images from texts, texts about images",
                     metadata=_texts(worker=self._backend.worker, task=task, **model.model_dump()),
                 ),
             )
@@ -153,62 +155,62 @@ class WorkerService:
             )
         except (Error, OSError) as error:
             raise BusUnavailable(f"NATS: no service: {type(error).__name__}") from None
-        asking = partial(self._require_answer, f"$SRV.PING.{SERVICE}.{self._service.id}")
-        await wait_until_available(asking, deadline=time.monotonic() + ANSWER_WITHIN)
+        ping = partial(self._ping, f"$SRV.PING.{SERVICE}.{self._service.id}")
+        await wait_until_available(ping, deadline=time.monotonic() + START_TIMEOUT)
 
-    async def _require_answer(self, subject: str) -> None:
-        """Ask the service of this worker: its answer says that the server has its subscriptions."""
+    async def _ping(self, subject: str) -> None:
+        """Ping the service of this worker: a reply proves that the server has its subscriptions."""
         try:
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 await self._bus.client.request(subject, timeout=API_TIMEOUT)
         except (Error, OSError) as error:
-            reason = f"NATS: the service of this worker does not answer: {type(error).__name__}"
+            reason = f"NATS: the service of this worker does not reply: {type(error).__name__}"
             raise BusUnavailable(reason) from None
 
     async def close(self) -> None:
-        """Listen no more, and finish what has been begun. Never raises."""
+        """Stop the service after it has handled what it received. Never raises."""
         try:
             if self._service is not None:
-                # No other worker gets a call that this one has received.
-                if not await drain_endpoints(self._service, within=EMPTY_WITHIN):
-                    log.warning("calls_may_be_lost")  # the bus is away, or they were too many
+                # A call that this worker has received is delivered to no other worker.
+                if not await drain_endpoints(self._service, within=DRAIN_TIMEOUT):
+                    log.warning("calls_not_drained")  # bus unavailable, or too many calls
                 await self._service.stop()
             if self._interrupts is not None:
                 await self._interrupts.unsubscribe()
         except (Error, OSError) as error:
-            log.warning("front_door_not_closed", error=type(error).__name__)
+            log.warning("worker_service_not_closed", error=type(error).__name__)
         if self._cancelling:
             await asyncio.wait(self._cancelling)
 
-    def _may_answer(self, reply: str, prefixes: tuple[str, ...], *, asked: str) -> bool:
+    def _may_reply(self, reply: str, prefixes: tuple[str, ...], *, kind: str) -> bool:
         if is_reply_subject(reply, prefixes, self._subjects):
             return True
-        self._refused.add(reply, asked=asked)
+        self._refused.add(reply, kind=kind)
         return False
 
     # -- calls ------------------------------------------------------------------------------------
 
     async def _call(self, call: Call) -> None:
-        # Handlers run one after another: this one stores the request and returns.
+        # Handlers run sequentially; this one only stores the request.
         inbox = reply_subject(call)
         if not inbox:
-            return  # nobody waits for an answer: it was published, and belongs to another subject
-        if not self._may_answer(inbox, self._backend.reply_prefixes, asked="call"):
+            return  # not a call: a request without an inbox belongs to the request subject
+        if not self._may_reply(inbox, self._backend.reply_prefixes, kind="call"):
             return
         headers = call.headers or {}
         request_id = _id_of(call.data, headers)
         digest = digest_of_bytes(call.data)
         try:
-            request = self._admitted(call.data, request_id)
+            request = self._validate(call.data, request_id)
             digest = request_digest(request)
             await submit(
                 self._bus.client,
                 self._subjects,
                 self._backend.task,
                 request,
-                headers=self._sent_with(request_id, inbox, headers),
+                headers=self._request_headers(request_id, inbox, headers),
             )
-        except Exception as error:  # noqa: BLE001 - the caller is told, whatever it is
+        except Exception as error:  # noqa: BLE001 - the caller gets a failed event for any error
             failure = _failure(error)
             log.info("call_refused", request_id=request_id, code=failure.code)
             self._backend.observer.call_refused(failure.code)
@@ -222,28 +224,32 @@ class WorkerService:
                 request_digest=digest,
                 failure=failure,
             )
-            await self._answer(inbox, event)
+            await self._reply(inbox, event)
 
-    def _admitted(self, body: bytes, request_id: str) -> Request:
+    def _validate(self, body: bytes, request_id: str) -> Request:
         request = decode_request(self._backend.task, body)
         check_slip(request)
         if request.reply_to is not None:
-            raise InvalidRequest("reply_to: a call is answered on its inbox")
+            raise InvalidRequest(
+                "reply_to: not allowed in a call, which gets its reply on its inbox"
+            )
         if request.deadline is not None and request.deadline <= datetime.now(UTC):
             raise _Expired
         self._backend.check(request)
         return request.model_copy(update={"request_id": request_id})
 
-    def _sent_with(self, request_id: str, inbox: str, headers: Mapping[str, str]) -> dict[str, str]:
-        # Two callers with one request both wait for an answer, so both requests are stored; the
-        # second is not run, only answered. The message id is random: with one that can be guessed,
-        # another sender could have it stored before, and the call would be dropped as a duplicate.
+    def _request_headers(
+        self, request_id: str, inbox: str, headers: Mapping[str, str]
+    ) -> dict[str, str]:
+        # The message id is random. Two callers with the same request both need a reply, so both
+        # requests are stored, and a worker runs only one of them. With a predictable id, another
+        # sender could store a message under it first, and the server would drop the call.
         sent = {MESSAGE_ID: f"{request_id}.{uuid4().hex}", REPLY_TO: inbox}
         if TRACE_PARENT in headers:
             sent[TRACE_PARENT] = headers[TRACE_PARENT]
         return sent
 
-    async def _answer(self, inbox: str, event: FailedEvent) -> None:
+    async def _reply(self, inbox: str, event: FailedEvent) -> None:
         headers = event_headers(event)
         try:
             await self._bus.client.publish(inbox, encode(event), headers=headers)
@@ -254,25 +260,25 @@ class WorkerService:
 
     async def _cancel_if_allowed(self, call: Call) -> None:
         inbox = reply_subject(call)
-        if not inbox or self._may_answer(inbox, self._backend.reply_prefixes, asked="cancel"):
-            await self._cancel(call)
+        if not inbox or self._may_reply(inbox, self._backend.reply_prefixes, kind="cancel"):
+            await self._start_cancellation(call)
 
-    async def _cancel(self, call: Call) -> None:
-        # A task for each: handlers run one after another, and a cancellation may wait for a worker.
-        # `Cancellation` bounds what all of them ask the server and load at the same time.
-        if len(self._cancelling) >= CANCELLATIONS:
+    async def _start_cancellation(self, call: Call) -> None:
+        # One task each: handlers run sequentially, and a cancellation may wait for a worker.
+        # `Cancellation` limits the concurrent API calls and loaded requests of all of them.
+        if len(self._cancelling) >= MAX_CANCELLATIONS:
             await _refuse(call, reply_subject(call), "503", "too many cancellations")
             return
-        cancelling = asyncio.create_task(self._cancelled(call), name="cancel")
+        cancelling = asyncio.create_task(self._cancel(call), name="cancel")
         self._cancelling.add(cancelling)
         cancelling.add_done_callback(self._cancelling.discard)
 
-    async def _cancelled(self, call: Call) -> None:
+    async def _cancel(self, call: Call) -> None:
         request_id = call.subject.rpartition(".")[2]
         inbox = reply_subject(call)
         try:
             if not is_request_id(request_id):
-                await _refuse(call, inbox, "400", "the subject's last token is no request id")
+                await _refuse(call, inbox, "400", "the subject's last token is not a request id")
                 return
             reply = await self._backend.cancel(request_id)
             if inbox:
@@ -285,25 +291,26 @@ class WorkerService:
 
     async def _interrupt(self, message: Msg) -> None:
         prefixes = (self._backend.worker_inboxes,)
-        if message.reply and not self._may_answer(message.reply, prefixes, asked="interrupt"):
+        if message.reply and not self._may_reply(message.reply, prefixes, kind="interrupt"):
             return
         token = message.subject.rpartition(".")[2]
         if token.startswith(HOLDER):
             if message.data == PROCESS or not self._backend.is_running(token.removeprefix(HOLDER)):
                 return
-            answer = b""
+            reply = b""
         elif message.data:
-            # No worker sends a body: the server does, to the reply subject of a sender's choice.
-            log.warning("junk_among_interrupts")
+            # Workers send no body. A sender can name this subject as a reply subject, and the
+            # server then publishes a body to it.
+            log.warning("invalid_stop_request")
             return
         else:
             stop_ack = await self._backend.request_stop(token)
             if stop_ack is None:
                 return
-            answer = stop_ack.value.encode()
+            reply = stop_ack.value.encode()
         if message.reply:
             try:
-                await self._bus.client.publish(message.reply, answer)
+                await self._bus.client.publish(message.reply, reply)
             except (Error, OSError) as error:
                 log.warning("interrupt_not_answered", error=type(error).__name__)
 
@@ -312,7 +319,7 @@ _TITLES = {Task.TEXT_TO_IMAGE: "TextToImageRequest", Task.IMAGE_TO_TEXT: "ImageT
 
 
 class _Expired(Exception):  # noqa: N818 - a state of the request
-    """The deadline had passed when the call came."""
+    """The deadline has passed before the call was received."""
 
 
 def _failure(error: Exception) -> Failure:  # noqa: PLR0911 - one for each
@@ -335,7 +342,7 @@ def _failure(error: Exception) -> Failure:  # noqa: PLR0911 - one for each
 
 
 def _id_of(body: bytes, headers: Mapping[str, str]) -> str:
-    """The caller's id, read from whatever came; else a new one."""
+    """Return the request id from the body or the headers of a call, else a new id."""
     try:
         value = from_json(body)
     except ValueError:

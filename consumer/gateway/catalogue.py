@@ -135,7 +135,7 @@ class Catalogue:
         try:
             answers = await self._ask()
         except BusUnavailable as error:
-            log.warning("workers_not_asked", reason=str(error))
+            log.warning("workers_not_reached", reason=str(error))
             answers = ()
             self._was_answered = False
         else:

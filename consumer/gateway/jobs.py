@@ -14,7 +14,7 @@ import structlog
 from consumer.background_tasks import cancel_and_wait
 from consumer.bus.connection import Bus
 from consumer.bus.event_feed import EventFeed
-from consumer.bus.queue_view import Place, QueueView
+from consumer.bus.queue_view import QueuePosition, QueueView
 from consumer.gateway.errors import ApiError, not_found, of_error, of_failure
 from consumer.gateway.event_log import Entry, EventId, EventLog
 from consumer.gateway.job_list import JobList
@@ -109,9 +109,9 @@ class Jobs:
         self._feed = EventFeed(
             bus,
             settings.subjects,
-            wanted=lambda request_id: tag_of(request_id) is not None,
-            note_run=self._runs.add,
-            receive=self._receive,
+            is_watched=lambda request_id: tag_of(request_id) is not None,
+            on_progress=self._runs.add,
+            on_event=self._receive,
         )
 
     async def open(self) -> None:
@@ -374,12 +374,12 @@ class Jobs:
 
     async def _unfinished(self, job_id: str, *tasks: Task) -> JobView | None:
         for task in tasks:
-            place = await self._view.place(task, job_id)
+            place = await self._view.position(task, job_id)
             if place is not None:
                 return self._view_of(Job(job_id, task), place)
         return None
 
-    def _view_of(self, job: Job, place: Place) -> JobView:
+    def _view_of(self, job: Job, place: QueuePosition) -> JobView:
         view = JobView(
             job,
             "running",

@@ -43,7 +43,7 @@ class Results:
         await self._reconnected()
         async with self._lookups:
             try:
-                async with self._bus.question(API_TIMEOUT):
+                async with self._bus.api_call(API_TIMEOUT):
                     return await self._stored(task, request_id)
             except TimeoutError:
                 raise ServiceUnavailable("NATS: no answer from the results stream") from None
@@ -62,7 +62,7 @@ class Results:
             return
         try:
             async with asyncio.timeout(RECONNECT_WITHIN):
-                await self._bus.reachable()
+                await self._bus.wait_connected()
         except (TimeoutError, BusUnavailable):
             raise ServiceUnavailable("NATS: not connected") from None
 

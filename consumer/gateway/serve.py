@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from consumer.background_tasks import cancel_and_wait
-from consumer.bus.connection import ConnectionGivenUp
+from consumer.bus.connection import ConnectionClosed
 from consumer.gateway.app import create_app
 from consumer.gateway.context import Gateway
 from consumer.gateway.file_state import file_state
@@ -345,5 +345,5 @@ def _log_start(settings: Settings, gateway: Gateway, sockets: list[socket.socket
 async def _end_with_bus(server: _Server, gateway: Gateway) -> None:
     """End the gateway when its connection to NATS is lost for good."""
     await gateway.bus.closed.wait()
-    log.error("service_unavailable", reason=str(ConnectionGivenUp()))
+    log.error("service_unavailable", reason=str(ConnectionClosed()))
     server.stop(EXIT_UNAVAILABLE)

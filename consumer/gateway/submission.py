@@ -178,7 +178,7 @@ class Submission:
         until = time.monotonic() + SUBMIT_WITHIN
         while True:
             try:
-                async with self._bus.question(SUBMIT_WITHIN):
+                async with self._bus.api_call(SUBMIT_WITHIN):
                     return await submit(
                         self._bus.client,
                         self._subjects,
@@ -197,7 +197,7 @@ class Submission:
         try:
             async with asyncio.timeout(until - time.monotonic()):
                 await asyncio.sleep(PAUSE)
-                await self._bus.reachable()
+                await self._bus.wait_connected()
         except TimeoutError:
             raise ServiceUnavailable("the queue cannot be reached") from None
 

@@ -57,6 +57,6 @@ class Lease:
                 async with asyncio.timeout_at(next_beat):
                     await self.delivery.extend()
             except Exception as error:  # noqa: BLE001 - one renewal may fail, the next may not
-                log.warning("heartbeat_failed", error=type(error).__name__)
+                log.warning("lease_renewal_failed", error=type(error).__name__)
             if not self._ended:
                 await asyncio.sleep(next_beat - loop.time())

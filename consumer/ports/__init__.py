@@ -1,6 +1,6 @@
-"""Ports: what a job needs from the outside, as Protocols and plain values, by the service behind.
+"""Ports: Protocols and plain values for the services that a job uses, one module per service.
 
-`execution` knows the bus, the store, the image codec and the model only through these. So a job can
-be driven through every outcome with in-memory ports, and none of the libraries behind them reaches
-the part that decides.
+`consumer.jobs` uses the bus, the object store, the image codec and the model only through these
+Protocols. Tests can therefore drive a job to every outcome with in-memory implementations, and the
+code that decides about outcomes does not depend on a client library.
 """

@@ -1,4 +1,4 @@
-"""Port of the bus: requests and their deliveries, events, and the other workers."""
+"""Port of the bus: requests, deliveries, events, and the other workers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,19 +24,19 @@ ResultEvent = SucceededEvent | FailedEvent | CancelledEvent
 
 
 class Message(Protocol):
-    """A request as a stream stores it, and how often it has been delivered."""
+    """A request as its stream stores it, with the number of its deliveries."""
 
     @property
     def subject(self) -> str:
-        """Where the request was published."""
+        """Subject that the request was published to."""
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The request's headers, empty where it has none."""
+        """Headers of the request; empty if it has none."""
 
     @property
     def body(self) -> bytes:
-        """The request's bytes."""
+        """Body of the request."""
 
     @property
     def stream(self) -> str:
@@ -44,61 +44,61 @@ class Message(Protocol):
 
     @property
     def stream_sequence(self) -> int:
-        """The request's sequence in its stream; the same for every delivery."""
+        """Sequence of the message in its stream; all deliveries of the message have this one."""
 
     @property
     def stored_at(self) -> datetime:
-        """When the stream stored the request, aware; the same for every delivery."""
+        """Time at which the stream stored the message, aware; equal for all its deliveries."""
 
     @property
     def attempt(self) -> int:
-        """How often the request has been delivered, this time included; from 1."""
+        """Number of deliveries of the request, including this one; from 1."""
 
     @property
     def deliveries(self) -> int:
-        """How often this very message has been delivered, this time included; from 1.
+        """Number of deliveries of this message, including this one; from 1.
 
-        A request that is queued again after a delay is another message.
+        A request that is queued again after a delay is a new message.
         """
 
     @property
     def uncounted(self) -> int:
-        """How many deliveries, before it was queued again after a delay, were no attempts."""
+        """Number of deliveries of the request's earlier messages that were not attempts."""
 
 
-class Endable(Protocol):
-    """Settles a request as ended. A request is settled once."""
+class Settleable(Protocol):
+    """Removes a request from its stream. A request is settled once."""
 
     async def ack(self) -> None:
-        """Settle as done; returns when the server has confirmed it."""
+        """Acknowledge the request; return when the server has confirmed it."""
 
     async def term(self, reason: str) -> None:
-        """Settle as never to be delivered again, with a reason for the advisory."""
+        """Terminate the request: it is never delivered again. The advisory has the reason."""
 
 
-class Marked(Protocol):
-    """What workers have marked on a request for the worker that receives it next."""
+class Markable(Protocol):
+    """Attempt marks: facts about a request, stored for the worker that receives it next."""
 
     async def marked_uncounted(self) -> int:
-        """Return how many deliveries of this message were no attempts."""
+        """Return how many deliveries of this message were not attempts."""
 
     async def mark_cancelled(self) -> None:
         """Mark the request as cancelled, for the next worker if this one dies. Never raises."""
 
     async def was_cancelled(self) -> bool:
-        """Return whether the request was cancelled while an earlier worker had it."""
+        """Return whether the request was cancelled during an earlier delivery."""
 
 
 class Requeueable(Protocol):
-    """Returns a request to its queue, to be delivered again at once."""
+    """Returns a request to its queue for immediate redelivery."""
 
     async def nak(self) -> None:
         """Return the request after a failed attempt."""
 
     async def requeue(self) -> None:
-        """Return the request without an attempt: the delivery is not counted.
+        """Return the request; the delivery does not count as an attempt.
 
-        Never raises: a process that is ending calls it.
+        Never raises, because a process that shuts down calls it.
         """
 
 
@@ -106,33 +106,33 @@ class Renewable(Protocol):
     """The lease on a delivery: while it lasts, no other worker receives the request."""
 
     async def extend(self) -> None:
-        """Renew the lease for another `ack_wait`. Fire and forget: it never raises."""
+        """Renew the lease for another `ack_wait`, without a confirmation. Never raises."""
 
     def stop_renewing(self) -> None:
-        """Renew the lease no more, nor let the lease guard do it for this process."""
+        """Stop the renewals, by this process and by its lease guard."""
 
 
 class Countable(Protocol):
-    """Decides whether a delivery counts as an attempt."""
+    """Marks whether a delivery counts as an attempt."""
 
     async def mark_uncounted(self) -> None:
-        """Mark this delivery as no attempt, unless `mark_counted` follows. Never raises."""
+        """Mark that this delivery is not an attempt, until `mark_counted`. Never raises."""
 
     async def mark_counted(self) -> None:
-        """Mark this delivery as an attempt after all, unless it is requeued. Never raises."""
+        """Mark that this delivery is an attempt, unless it is requeued. Never raises."""
 
 
-class QueuedRequest(Message, Endable, Marked, Protocol):
-    """A request in its stream that this process may end, whether or not it has a lease on it."""
+class QueuedRequest(Message, Settleable, Markable, Protocol):
+    """A request in its stream that this process may settle, with or without a lease on it."""
 
 
 class Delivery(QueuedRequest, Requeueable, Renewable, Countable, Protocol):
-    """One delivery of a request to this worker, with the lease on it."""
+    """One delivery of a request to this worker, with its lease."""
 
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """Why a request is dead-lettered, for the headers of its copy."""
+    """The reason why a request is dead-lettered, for the headers of the dead letter."""
 
     code: str
     reason: str
@@ -141,39 +141,42 @@ class DeadLetter:
 
 
 class Events(Protocol):
-    """The daemon's way of publishing. What must not be lost is retried until the bus has it."""
+    """Publishes what the daemon reports.
+
+    Terminal events, requests and dead letters are retried until a stream has stored them.
+    """
 
     async def find_result(self, task: Task, request_id: str) -> ResultEvent | None:
-        """The stored terminal event of a request, or None."""
+        """Return the stored terminal event of a request, or None."""
 
     async def publish_result(self, event: ResultEvent, *, trace_parent: str | None) -> ResultEvent:
         """Store the terminal event, unless the request has one.
 
         Returns:
-            The event that is stored for the request: this one, or the one that was there before.
+            The event that is stored for the request: this event, or one that was stored before.
 
         Raises:
             MessageTooLarge: The event does not fit the server's `max_payload`.
             ResultUnreadable: An event of a later version of the contract is stored. Acknowledge the
-                delivery without a reply: that version's worker answers and goes on with the chain.
+                delivery without a reply: a worker of that version replies and continues the chain.
         """
 
     async def publish_progress(
         self, event: StartedEvent | ProgressEvent, *, trace_parent: str | None
     ) -> None:
-        """Tell what happens: passing news, lost when the bus is away; it never raises."""
+        """Publish a transient event: it is lost when the bus is unavailable. Never raises."""
 
     async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
-        """Answer on the sender's subject: a courtesy, the stored event is the truth."""
+        """Publish a terminal event to the sender's subject, without a guarantee. Never raises."""
 
     async def publish_request(
         self, task: Task, request: Request, *, reply_to: str | None, trace_parent: str | None
     ) -> None:
-        """Queue the next request of a chain; a second time is harmless.
+        """Queue the next request of a chain; a repetition is harmless.
 
         Raises:
-            MessageTooLarge: It does not fit the server's limit or the stream's.
-            QueueFull: The stream takes no more.
+            MessageTooLarge: The request exceeds the limit of the server or of the stream.
+            QueueFull: The stream is full.
         """
 
     async def retry_later(
@@ -186,45 +189,47 @@ class Events(Protocol):
         delay: float,
         owner: str | None,
     ) -> None:
-        """Store a copy of a request that is queued again after a delay; then acknowledge it.
+        """Store a copy of a request that is queued again after a delay.
+
+        The caller acknowledges the delivery afterwards.
 
         Args:
-            task: Of the request.
-            delivery: Its bytes and headers are kept, and how often it has been delivered.
-            request_id: The copy is queued under it, also where the request's subject has no id.
-            attempts: How many of its deliveries were attempts.
+            task: Task of the request.
+            delivery: The copy has its body, its headers and its number of deliveries.
+            request_id: Id that the copy is queued under; the request's own subject may lack an id.
+            attempts: Number of its deliveries that were attempts.
             delay: Seconds.
-            owner: Digest of what the request asks for, where the id belongs to it from now on.
+            owner: Digest of the request's content, which reserves the id; None reserves nothing.
 
         Raises:
-            MessageTooLarge: It does not fit the server's limit or the stream's.
-            QueueFull: The stream takes no more.
+            MessageTooLarge: The copy exceeds the limit of the server or of the stream.
+            QueueFull: The stream is full.
         """
 
     async def dead_letter(self, task: Task, delivery: Message, letter: DeadLetter) -> None:
-        """Keep the original bytes and headers of a request that no worker can handle."""
+        """Store the original body and headers of a request that no worker can handle."""
 
 
 @dataclass(frozen=True)
 class StoredRequest:
-    """A request as it is stored in its stream.
+    """A request in its stream.
 
     Attributes:
-        delivery: Settling it deletes it from the stream.
-        untouched: Whether it has been delivered to no worker so far.
+        delivery: The request; settling it deletes it from the stream.
+        never_delivered: Whether no worker has received it so far.
     """
 
     delivery: QueuedRequest
-    untouched: bool
+    never_delivered: bool
 
 
 @dataclass(frozen=True)
 class IdLookup:
-    """What is stored under a request id, by task.
+    """The tasks with messages under one request id.
 
     Attributes:
         requests: Tasks whose request stream has a message with the id in its subject.
-        results: Tasks with a message on the result subject, whatever that message is.
+        results: Tasks with a message on the result subject, valid or not.
     """
 
     requests: frozenset[Task]
@@ -232,90 +237,90 @@ class IdLookup:
 
 
 class Queue(Protocol):
-    """The requests in their streams, found by the ids in their subjects."""
+    """Finds requests in their streams by the ids in their subjects."""
 
     async def find(self, request_id: str) -> IdLookup:
-        """Look what is stored under an id, without loading any of it.
+        """Return which tasks have messages under an id, without loading the messages.
 
         Raises:
             Unavailable: The bus cannot be used.
         """
 
     async def find_results(self, request_id: str) -> frozenset[Task]:
-        """Look for results alone: `IdLookup.results`.
+        """Return `IdLookup.results` alone.
 
         Raises:
             Unavailable: The bus cannot be used.
         """
 
     async def oldest(self, task: Task, request_id: str) -> StoredRequest | None:
-        """Load the oldest request with this id; None when there is none.
+        """Load the oldest request with this id, or return None.
 
         Raises:
             Unavailable: The bus cannot be used.
         """
 
     async def older(self, task: Task, request_id: str, than: Message) -> Message | None:
-        """Load the oldest request with this id in its subject, if it is older than a delivery.
+        """Load the oldest request with this id in its subject, if it is older than `than`.
 
-        Waits for the bus. Loads nothing where the delivery's own message is the only one.
+        Waits for the bus. Loads nothing if the message of `than` is the only one.
 
         Raises:
-            Unavailable: The client has given up; the process has to end.
+            Unavailable: The client has closed the connection; the process must end.
         """
 
     async def owner(self, task: Task, request_id: str) -> str | None:
-        """Return the digest that an id belongs to since its request was stored for a retry.
+        """Return the digest that an id is reserved for since a retry of its request was stored.
 
         Waits for the bus.
 
         Raises:
-            Unavailable: The client has given up; the process has to end.
+            Unavailable: The client has closed the connection; the process must end.
         """
 
     async def cancel_retry(self, task: Task, request_id: str) -> None:
-        """Mark a request as cancelled for the worker that gets its next attempt. Never raises."""
+        """Mark a request as cancelled for the worker of its next attempt. Never raises."""
 
 
 class StopAck(Enum):
-    """A worker's answer to a request to stop: the worker has the request."""
+    """Reply to a stop request from the worker that has the request in progress."""
 
-    STOPPING = "stopping"  # it stops at its next step, even if this worker should die
-    ENDING = "ending"  # too late: its end is being published
+    STOPPING = "stopping"  # it stops at its next step, even if this worker dies
+    ENDING = "ending"  # too late: the worker is publishing the terminal event
 
 
 class Workers(Protocol):
     """All workers of the installation. No method raises."""
 
     async def request_stop(self, request_id: str) -> "asyncio.Future[StopAck | None]":
-        """Ask all workers to stop a request; each of them remembers the id.
+        """Request all workers to stop a request; each worker stores the id.
 
         Returns:
-            Once the message has been sent: the answer to wait for. None: no worker has answered.
+            After the message was sent: a future of the reply, or of None if no worker replies.
         """
 
     async def notify_stop(self, request_id: str) -> None:
-        """Ask all workers to stop a request, without an answer."""
+        """Request all workers to stop a request, without a reply."""
 
     async def is_in_progress(self, request_id: str) -> bool:
-        """Whether another worker has a job with this id. The job goes on.
+        """Return whether a worker in another process has a job with this id.
 
-        No answer within a moment counts as no.
+        The job continues. No reply within a short time counts as no.
         """
 
     async def others_idle(self) -> bool:
-        """Whether another worker waits for requests; ask while the own pull does not stand.
+        """Return whether another worker waits for requests; False if the bus does not answer.
 
-        False when the bus cannot tell.
+        Call it while this worker has no pull request at the server.
         """
 
 
 class ResultUnreadable(Exception):  # noqa: N818 - a state of the request
-    """The request has a terminal event, of a version of the contract that is not known here."""
+    """The request has a terminal event in a version of the contract that is unknown here."""
 
 
 class QueueFull(Exception):  # noqa: N818 - a state of the queue
-    """The request stream takes no more."""
+    """The request stream is full."""
 
 
 class MessageTooLarge(Exception):  # noqa: N818 - a state of the message

@@ -13,10 +13,10 @@ OutputFormat = Literal["png", "webp", "jpeg"]
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """One picture as a file, hashed once.
+    """One image as a file, with its hash.
 
     Attributes:
-        sha256: Hex.
+        sha256: Hexadecimal digest of `data`.
     """
 
     data: bytes = field(repr=False)
@@ -29,21 +29,21 @@ class EncodedImage:
 
 
 class InputUnavailable(Exception):  # noqa: N818 - the contract's word for it is input_unavailable
-    """An input picture cannot be had or read. The text is safe to show to the sender."""
+    """An input image cannot be fetched or read. The text is safe to show to the sender."""
 
 
 class Images(Protocol):
-    """The pictures' codec. Both methods compute: call them in a thread."""
+    """Image codec. Both methods use the CPU: call them in a thread."""
 
     @property
     def max_bytes(self) -> int:
-        """The largest input file."""
+        """Size limit of an input file, in bytes."""
 
     def decode(self, data: bytes) -> "Image":
-        """An input file to an RGB picture, upright.
+        """Decode an input file to an RGB image, with its EXIF orientation applied.
 
         Raises:
-            InputUnavailable: Not a PNG, JPEG or WebP file, broken, animated, or over the limits.
+            InputUnavailable: Not a PNG, JPEG or WebP file, damaged, animated, or over the limits.
         """
 
     def encode(
@@ -54,11 +54,11 @@ class Images(Protocol):
         seed: int,
         provenance: Mapping[str, str] | None = None,
     ) -> EncodedImage:
-        """A picture to a file with its hash.
+        """Encode an image to a file and hash the file.
 
         Args:
             image: RGB.
-            output_format: Of the file.
-            seed: Goes into what is returned.
-            provenance: Written into the file as its metadata: names and values.
+            output_format: Format of the file.
+            seed: Copied into the returned value.
+            provenance: Metadata that is written into the file: names and values.
         """

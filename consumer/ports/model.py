@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a loaded model is and takes.
+    """Identity, parameters and limits of a loaded model.
 
     Attributes:
-        info: Goes into events.
-        parameters: Names of the optional request fields that the model knows; any other one in a
-            request is refused.
-        defaults: What the model uses where a request says nothing.
+        info: Published in events.
+        parameters: Names of the optional request fields that the model supports; a request with
+            any other optional field is refused.
+        defaults: Values for fields that a request leaves out.
         size_multiple: Width and height must be multiples of it, in pixels; None for text.
-        max_pixels: Largest width times height of an output picture; None for text.
-        least_steps: The fewest denoising steps that the model can make; None for text.
+        max_pixels: Limit of width times height of an output image; None for text.
+        least_steps: Minimum number of denoising steps; None for text.
     """
 
     info: ModelInfo
@@ -35,27 +35,27 @@ class ModelDescription:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One picture as the model made it."""
+    """One image from the model."""
 
     image: "Image"
     seed: int
-    flagged: bool | None = None  # by the safety checker; None: there is none
+    flagged: bool | None = None  # by the safety checker; None without a safety checker
 
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """One text as the model made it, without the prompt's tokens."""
+    """One text from the model, without the tokens of the prompt."""
 
     text: str
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
-    seed: int | None = None  # None: nothing was drawn by chance
+    seed: int | None = None  # None: no sampling
 
 
 @dataclass(frozen=True)
 class RunnerOutput:
-    """What one run gave: pictures for text-to-image, one text for image-to-text."""
+    """Output of one run: images for text-to-image, one text for image-to-text."""
 
     images: tuple[GeneratedImage, ...] = ()
     text: GeneratedText | None = None
@@ -64,16 +64,16 @@ class RunnerOutput:
 
 
 class RunProgress(Protocol):
-    """Where a run reports how far it is. The inference thread calls it between two steps."""
+    """Progress reports of a run. The inference thread calls the methods between two steps."""
 
     def step(self, done: int, of: int) -> None:
-        """Note a step: how many are done, and how many there are as far as the run knows."""
+        """Report the number of finished steps, and the total as far as the run knows it."""
 
     def text(self, added: str) -> None:
-        """Note what has been added to the text, where the request asks to see it grow."""
+        """Report text that was appended, if the request enables text streaming."""
 
     def preview(self, jpeg: bytes) -> None:
-        """Note how the image looks, as a small JPEG file, where the request asks for previews."""
+        """Report a preview of the image as a small JPEG file, if the request enables previews."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +81,9 @@ class RunRequest:
     """One request of a run.
 
     Attributes:
-        request: With a seed; `Runner.check` has passed it.
-        images: Its decoded inputs, RGB; empty for text-to-image.
-        progress: Where the run reports how far it is.
+        request: The request, with a seed; `Runner.check` has accepted it.
+        images: The decoded inputs, RGB; empty for text-to-image.
+        progress: Receives the progress of the run.
         cancelled: Called after each step; when it returns True the run stops for this request.
     """
 
@@ -94,24 +94,24 @@ class RunRequest:
 
 
 class Runner(Protocol):
-    """A model. All methods are called in one and the same thread: the inference thread.
+    """A model. Every method is called in the inference thread, unless its docstring says otherwise.
 
-    One thread for each loaded model is a correctness requirement: a shared diffusers pipeline on
-    two threads gives IndexErrors or silently wrong pictures.
+    One thread per loaded model is a correctness requirement: a diffusers pipeline that two threads
+    share raises IndexError or silently produces wrong images.
     """
 
     def load(self) -> ModelDescription:
         """Load the weights.
 
         Raises:
-            ModelUnavailable: With one clear line.
+            ModelUnavailable: The model cannot be loaded; the text is one line.
         """
 
     def check(self, request: Request) -> None:
-        """See whether the model can do what is asked, without running it; any thread may call it.
+        """Validate the request against the model, without a run; any thread may call it.
 
         Raises:
-            UnsupportedParameter: Names the field.
+            UnsupportedParameter: The model does not support a field or its value.
         """
 
     def run(
@@ -119,36 +119,38 @@ class Runner(Protocol):
     ) -> Sequence[RunnerOutput | None]:
         """Run the model once.
 
-        After each step the progress of each request is reported and its `cancelled` is called. A
-        cancelled request is neither reported nor called again and gets no output; the others go on.
+        After each step the runner reports the progress of each request and calls its `cancelled`.
+        For a cancelled request it stops both and returns no output; the other requests continue.
 
         Args:
-            runs: One request, or several with the same `batch_key`.
-            save_memory: Use the options that make the run smaller and slower; for one request.
+            runs: One request, or several with equal `batch_key`.
+            save_memory: Use the options that need less memory and more time; for one request.
 
         Returns:
-            One output for each request, in their order; None for a cancelled one.
+            One output for each request, in their order; None for a cancelled request.
 
         Raises:
             Interrupted: All requests were cancelled; the model is ready for the next run.
-            UnsupportedParameter: The model refused a value that `check` could not judge.
-            OutOfMemory: The device's memory did not suffice; it has been freed as far as possible.
-            DeviceLost: The device cannot be used by this process any more.
-            ModelError: Anything else that went wrong inside the model.
+            UnsupportedParameter: The model refused a value that `check` could not validate.
+            OutOfMemory: The device has too little memory; the runner has freed what it could.
+            DeviceLost: This process cannot use the device any more.
+            ModelError: Any other failure inside the model.
         """
 
     def batch_key(self, request: Request) -> Hashable | None:
-        """What requests have in common that can run as one; any thread may call it.
+        """Return a key that is equal for requests that can run as one batch.
+
+        Any thread may call it.
 
         Args:
-            request: A request with a seed, which `check` has passed.
+            request: A request with a seed, which `check` has accepted.
 
         Returns:
-            Equal for requests that go together; None: this one runs alone.
+            The key; None if the request must run alone.
         """
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Release the weights."""
 
 
 class ModelUnavailable(Exception):  # noqa: N818 - a state of the model
@@ -156,22 +158,22 @@ class ModelUnavailable(Exception):  # noqa: N818 - a state of the model
 
 
 class UnsupportedParameter(Exception):  # noqa: N818 - the contract's word: unsupported_parameter
-    """The model does not have a parameter, or not with this value; the text is safe to show."""
+    """The model does not support a parameter, or not this value; the text is safe to show."""
 
     def __init__(self, parameter: str, message: str) -> None:
         super().__init__(message)
         self.parameter = parameter
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: it was asked for
-    """The run was stopped because `cancelled` said so."""
+class Interrupted(Exception):  # noqa: N818 - not an error: the caller requested it
+    """The run was stopped because `cancelled` returned True."""
 
 
 class OutOfMemory(Exception):  # noqa: N818 - the contract's word for it is out_of_memory
-    """The device's memory did not suffice.
+    """The device has too little memory for the run.
 
     Attributes:
-        tried: What had been turned on to save memory, in words that are safe to show.
+        tried: The memory-saving options that were enabled; the texts are safe to show.
     """
 
     def __init__(self, message: str, tried: tuple[str, ...] = ()) -> None:
@@ -180,7 +182,7 @@ class OutOfMemory(Exception):  # noqa: N818 - the contract's word for it is out_
 
 
 class DeviceLost(Exception):  # noqa: N818 - a state of the device
-    """A sticky device error: every later call in this process would fail too."""
+    """A sticky device error: every later call in this process would fail as well."""
 
 
 class ModelError(Exception):

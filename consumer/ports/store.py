@@ -14,26 +14,26 @@ class Artifacts(Protocol):
     async def store(
         self, task: Task, request_id: str, index: int, image: EncodedImage
     ) -> ImageArtifact:
-        """Put one output under a key derived from the request id and the output's bytes.
+        """Store one output under a key that is derived from the request id and the output's bytes.
 
         Raises:
-            StoreUnavailable: Not stored within the adapter's own tries.
+            StoreUnavailable: Not stored within the attempts that the implementation makes.
         """
 
     async def discard(self, artifact: ImageArtifact) -> None:
-        """Delete an output that no event tells of, if possible. Never raises."""
+        """Delete an output that no event refers to, if possible. Never raises."""
 
     async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:
-        """The bytes of one input picture.
+        """Return the bytes of one input image.
 
         Raises:
-            InputUnavailable: It is missing, too large, or not one that this worker may read.
-            StoreUnavailable: The store does not answer, or not with this object.
+            InputUnavailable: It is missing or too large, or this worker may not read it.
+            StoreUnavailable: The store does not answer, or cannot return this object now.
         """
 
     async def reachable(self) -> bool:
-        """Whether the store answers this worker at all. Never raises."""
+        """Return whether the store answers this worker. Never raises."""
 
 
 class StoreUnavailable(Unavailable):
-    """The store does not answer, or refuses for a reason that may pass; safe to show."""
+    """The store does not answer, or has a transient failure; the text is safe to show."""

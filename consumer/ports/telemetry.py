@@ -1,4 +1,4 @@
-"""Ports of what is observed: traces, metrics and readiness."""
+"""Ports for traces, metrics and readiness."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,39 +12,39 @@ class JobTrace(Protocol):
     """The trace of one job.
 
     Attributes:
-        trace_parent: What goes out with everything that the job publishes: W3C trace context.
+        trace_parent: W3C trace context for the headers of everything that the job publishes.
     """
 
     trace_parent: str | None
 
     def end(self, *, outcome: str, queued: float, stages: "Iterable[Stage]") -> None:
-        """The job has come to its end.
+        """Record the end of the job.
 
         Args:
             outcome: As in `JobReport`.
-            queued: Seconds from stored to taken.
-            stages: Where the time went.
+            queued: Seconds from the storing of the request to its delivery.
+            stages: The stages of the job with their times.
         """
 
 
 class Tracer(Protocol):
-    """Where traces go; nothing of it raises or waits."""
+    """Creates traces. No method raises or blocks."""
 
     def begin(
         self, *, trace_parent: str | None, began: int, attributes: Mapping[str, str | int]
     ) -> JobTrace:
-        """A job has begun.
+        """Begin the trace of a job.
 
         Args:
-            trace_parent: The sender's.
-            began: When the stream took the request, nanoseconds since the epoch.
-            attributes: What it is about.
+            trace_parent: W3C trace context of the sender.
+            began: When the stream stored the request, in nanoseconds since the epoch.
+            attributes: Attributes of the trace.
         """
 
 
 @dataclass(frozen=True)
 class Stage:
-    """When a stage of a job began and ended, in nanoseconds since the epoch."""
+    """Begin and end of one stage of a job, in nanoseconds since the epoch."""
 
     name: str
     began: int
@@ -52,17 +52,17 @@ class Stage:
 
 
 @dataclass
-class PassedOn:
-    """A trace that nobody keeps here: the sender's context goes out as it came."""
+class PropagatedTrace:
+    """Passes the trace context of the sender on unchanged, and records nothing."""
 
     trace_parent: str | None
 
     def end(self, *, outcome: str, queued: float, stages: "Iterable[Stage]") -> None:
-        """Nothing is kept."""
+        """Record nothing."""
 
 
 class NoTracer:
-    """Without the extra, or turned off."""
+    """Tracer for a process without the tracing extra, or with tracing disabled."""
 
     def begin(
         self,
@@ -71,33 +71,33 @@ class NoTracer:
         began: int,  # noqa: ARG002 - the port's
         attributes: Mapping[str, str | int],  # noqa: ARG002 - the port's
     ) -> JobTrace:
-        """Pass the sender's context on."""
-        return PassedOn(trace_parent)
+        """Return a trace that only passes the sender's context on."""
+        return PropagatedTrace(trace_parent)
 
 
 class Observer(Protocol):
-    """Told what the daemon does; it never raises and never blocks."""
+    """Receives what the daemon does. No method raises or blocks."""
 
     def job_started(self) -> None:
-        """A delivery is in hand."""
+        """Record that a delivery is in progress."""
 
     def job_finished(self, report: JobReport) -> None:
-        """A delivery is settled or given back."""
+        """Record that a delivery is settled or requeued."""
 
     def chain_broken(self, code: FailureCode) -> None:
-        """A chain has ended at a step that could not be queued: it is no job, and no job's end."""
+        """Record that the next step of a chain could not be queued; no job reports that failure."""
 
     def call_refused(self, code: FailureCode) -> None:
-        """The front door has refused a call."""
+        """Record that the request-reply endpoint has refused a call."""
 
     def device_stepped(self) -> None:
-        """The run under way has come to a new step, or to more text."""
+        """Record that the current run has made a step or produced text."""
 
     def device_busy(self, seconds: float) -> None:
-        """A run has ended, in which the device worked for so long."""
+        """Record the duration of a run on the device that has ended."""
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
-        """The store has answered, or not."""
+        """Record whether the store has answered."""
 
     def bus_writable(self, writable: bool, reason: str = "") -> None:
-        """JetStream has taken what was published, or refuses it."""
+        """Record whether JetStream stores what is published."""

@@ -1,5 +1,5 @@
-"""The exception of a service that cannot be used, whatever the service."""
+"""The common exception for a service that cannot be used."""
 
 
 class Unavailable(Exception):  # noqa: N818 - a state of the service
-    """A service cannot be reached or used; the text is one clear line, without secrets."""
+    """A service cannot be reached or used; the text is one line without secrets."""

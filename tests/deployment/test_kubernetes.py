@@ -31,7 +31,7 @@ from consumer.app.metrics import Metrics
 from consumer.app.probes import SHUTDOWN_TIMEOUT, Probes, Telemetry
 from consumer.app.tracing import FLUSH_WITHIN
 from consumer.bus.connection import CLOSE_TIMEOUT, connect
-from consumer.endpoints.worker_service import EMPTY_WITHIN
+from consumer.endpoints.worker_service import DRAIN_TIMEOUT
 from consumer.gateway import health
 from consumer.gateway.app import CONNECT_WITHIN, ROUTERS
 from consumer.gateway.in_flight import ALWAYS_ANSWERED, END_WITHIN
@@ -439,7 +439,7 @@ def test_a_model_has_time_to_load_and_a_hanging_one_is_left_to_the_daemon() -> N
 
 
 def test_a_pod_has_time_to_drain() -> None:
-    closing = EMPTY_WITHIN + 2 * CLOSE_TIMEOUT + FLUSH_WITHIN / 1000 + SHUTDOWN_TIMEOUT
+    closing = DRAIN_TIMEOUT + 2 * CLOSE_TIMEOUT + FLUSH_WITHIN / 1000 + SHUTDOWN_TIMEOUT
     grace = float(base_settings()["CONSUMER_DRAIN_GRACE"])
     for overlay in ("overlays/cpu", "overlays/production"):
         assert "CONSUMER_DRAIN_GRACE" not in literals(overlay)

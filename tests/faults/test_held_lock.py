@@ -29,7 +29,7 @@ def exists(pid: int) -> bool:
 
 async def test_lease_survives_a_lock_held_for_twice_as_long(scene: Scene) -> None:
     worker = await scene.start("holding_the_lock", FAULTS_SECONDS=str(2 * ACK_WAIT + 0.5))
-    await scene.logged(worker, "standby_connected")
+    await scene.logged(worker, "lease_guard_connected")
     request_id = await scene.submit()
     await scene.noted("holding")
     await scene.start()  # it would get the request as soon as the lease ran out
@@ -48,7 +48,7 @@ async def test_lock_that_is_held_too_long_costs_the_lease_and_the_process(scene:
     await scene.start()
     assert await scene.ended(hanging) == -signal.SIGKILL
     log = hanging.log_since_start()
-    assert "worker_hangs" in log
+    assert "worker_stalled" in log
     assert "holding_the_lock.py" in log, "it says where the thread is"
     event = await scene.event(request_id, within=ACK_WAIT + 1 + 5)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
@@ -72,11 +72,11 @@ async def test_standby_that_is_killed_is_replaced_and_knows_the_leases(scene: Sc
     )
     request_id = await scene.submit()
     await scene.noted("runs")
-    await scene.logged(worker, "standby_connected")
+    await scene.logged(worker, "lease_guard_connected")
     os.kill(standby_of(worker), signal.SIGKILL)
 
     async def replaced() -> bool:
-        return worker.log_since_start().count("standby_connected") == 2
+        return worker.log_since_start().count("lease_guard_connected") == 2
 
     await scene.until(replaced, "new lease_guard")
     (scene.folder / "hold").touch()
@@ -90,7 +90,7 @@ async def test_standby_that_is_killed_is_replaced_and_knows_the_leases(scene: Sc
 
 async def test_worker_that_is_done_with_a_lease_is_left_alone(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_STALL_TIMEOUT="1")
-    await scene.logged(worker, "standby_connected")
+    await scene.logged(worker, "lease_guard_connected")
     # Each takes longer than the patience for a lease that nobody speaks of any more.
     for request_id in [await scene.submit(steps=200) for _ in range(2)]:
         assert (await scene.event(request_id))["attempt"] == 1
@@ -112,7 +112,7 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     worker = await scene.start(
         "holding_the_lock", CONSUMER_STALL_TIMEOUT="1", FAULTS_SECONDS="0", FAULTS_WAIT="1"
     )
-    await scene.logged(worker, "standby_connected")
+    await scene.logged(worker, "lease_guard_connected")
     request_id = await scene.submit()
     await scene.noted("runs")
     lease_guard = standby_of(worker)
@@ -137,7 +137,7 @@ async def test_standby_ends_though_a_fork_keeps_its_input_open(scene: Scene) -> 
     # A pull stands for half of it, and a beat that is late on a busy machine is a fifth.
     await scene.apply(CONSUMER_ACK_WAIT=str(3 * ACK_WAIT))
     dying = await scene.start("survived_by_a_fork")
-    await scene.logged(dying, "standby_connected")
+    await scene.logged(dying, "lease_guard_connected")
     lease_guard = standby_of(dying)
     request_id = await scene.submit()
     await scene.noted("run")

@@ -83,7 +83,7 @@ async def test_idle(scene: Scene, number: signal.Signals) -> None:
 
 async def test_running_job_is_finished_and_the_next_one_not_begun(scene: Scene) -> None:
     worker = await scene.start()
-    await scene.logged(worker, "standby_connected")
+    await scene.logged(worker, "lease_guard_connected")
     request_id = await scene.submit(steps=LONG)
     waiting = await scene.submit()
     await scene.noted("runs")
@@ -91,7 +91,7 @@ async def test_running_job_is_finished_and_the_next_one_not_begun(scene: Scene) 
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert await gone(scene, worker) == 0
-    assert "standby_ended" not in worker.log_since_start(), "the lease needs it until the end"
+    assert "lease_guard_ended" not in worker.log_since_start(), "the lease needs it until the end"
     assert scene.runs() == [request_id]
     assert (await scene.left(), await scene.events(waiting)) == (1, [])
 

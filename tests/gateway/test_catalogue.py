@@ -176,7 +176,7 @@ async def test_without_workers_there_is_no_waiting(bus: Bus) -> None:
 async def test_a_busy_worker_is_waited_for(
     bus: Bus, client: RobustClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services, "ANSWERS_WITHIN", 30.0)
+    monkeypatch.setattr(services, "QUERY_TIMEOUT", 30.0)
 
     async def answer(message: Msg) -> None:
         await asyncio.sleep(2 * services.QUIET)
@@ -190,10 +190,10 @@ async def test_a_busy_worker_is_waited_for(
 async def test_workers_that_do_not_answer_are_no_empty_list(
     bus: Bus, client: RobustClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services, "ANSWERS_WITHIN", 0.1)
+    monkeypatch.setattr(services, "QUERY_TIMEOUT", 0.1)
     await client.subscribe("$SRV.INFO.generation")
     await client.flush()
-    with pytest.raises(BusUnavailable, match="no worker has answered"):
+    with pytest.raises(BusUnavailable, match="no worker has replied"):
         await worker_metadata(bus)
 
 

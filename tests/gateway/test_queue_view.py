@@ -51,13 +51,13 @@ async def submit(scene: Scene, count: int) -> list[str]:
 
 
 async def places(view: QueueView, ids: list[str]) -> list[Any]:
-    found = [await view.place(TASK, request_id) for request_id in ids]
+    found = [await view.position(TASK, request_id) for request_id in ids]
     return [None if place is None else (place.before, place.delivered) for place in found]
 
 
 async def test_empty_queue(view: QueueView) -> None:
     assert await view.state(TASK) == QueueState()
-    assert await view.place(TASK, "nothing") is None
+    assert await view.position(TASK, "nothing") is None
     assert await view.body(TASK, "nothing") is None
     assert await view.unfinished() == {}
     assert await view.ended() == {}
@@ -173,9 +173,9 @@ async def test_a_crowd_costs_one_reading(scene: Scene, bus: Bus) -> None:
     before = bus.client.stats["out_msgs"]
     states = await asyncio.gather(*(view.state(TASK) for _ in range(100)))
     assert {state.waiting for state in states} == {5}
-    await asyncio.gather(*(view.place(TASK, "r4") for _ in range(100)))
+    await asyncio.gather(*(view.position(TASK, "r4") for _ in range(100)))
     for _ in range(100):
-        assert await view.place(TASK, "r4") is not None
+        assert await view.position(TASK, "r4") is not None
     asked = bus.client.stats["out_msgs"] - before
     assert asked < 110, "a hundred lookups of the sequence at most; afterwards it is known"
 
@@ -188,11 +188,11 @@ async def test_a_lost_server_is_said_and_found_again(scene: Scene, bus: Bus) -> 
         await view.state(TASK)
     await asyncio.to_thread(scene.stack.nats.start)
     await asyncio.to_thread(scene.stack.nats.wait_ready)
-    await asyncio.wait_for(bus.reachable(), WITHIN)
+    await asyncio.wait_for(bus.wait_connected(), WITHIN)
 
     async def found() -> bool:
         try:
-            return await view.place(TASK, request_id) is not None
+            return await view.position(TASK, request_id) is not None
         except BusUnavailable:
             return False
 

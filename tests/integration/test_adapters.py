@@ -102,12 +102,12 @@ def test_adapters_that_nobody_asks_for_change_no_byte(
 def test_an_adapter_changes_the_picture_that_asks_for_it_and_no_other(
     name: str, styled: ModelRunner, plain: ModelRunner
 ) -> None:
-    untouched = pixels(plain)
+    never_delivered = pixels(plain)
     with_it = pixels(styled, adapters={name: 1})
-    assert with_it != untouched
-    assert pixels(styled) == untouched
+    assert with_it != never_delivered
+    assert pixels(styled) == never_delivered
     assert pixels(styled, adapters={name: 1}) == with_it
-    assert pixels(styled, adapters={name: 0.5}) not in (with_it, untouched)
+    assert pixels(styled, adapters={name: 0.5}) not in (with_it, never_delivered)
 
 
 def test_adapters_at_once_add_up_in_whatever_order_they_are_named(styled: ModelRunner) -> None:
@@ -208,10 +208,10 @@ def test_weights_that_were_moved_in_a_run_can_still_be_switched(
 def test_every_family_that_takes_adapters_is_the_same_without_them(
     family: str, shared_runner: Shared, model_folder: Folder, load: Load, tmp_path: Path
 ) -> None:
-    untouched = shared_runner(family)
-    file = save_adapter(pipeline(untouched), tmp_path)
+    never_delivered = shared_runner(family)
+    file = save_adapter(pipeline(never_delivered), tmp_path)
     runner = load(model_folder(family), adapters={"ink": str(file)})
-    before = pixels(untouched)
+    before = pixels(never_delivered)
     assert pixels(runner, adapters={"ink": 1}) != before
     assert pixels(runner) == before
 

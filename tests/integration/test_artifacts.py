@@ -854,7 +854,7 @@ async def test_a_failed_try_is_told_and_tried_again(
 ) -> None:
     fault, words = FAILS[name]
     # A drip is cut off by the time for one try, silence by the time between two pieces.
-    times = {"try_timeout": 0.5} if fault is drips else {"read_timeout": 0.5}
+    times = {"attempt_timeout": 0.5} if fault is drips else {"read_timeout": 0.5}
     artifacts = make(endpoint=proxy.endpoint, **times)
     proxy.faults.append(fault)
     stored = await artifacts.store(TASK, f"failed-{name}", 0, picture())
@@ -935,7 +935,7 @@ async def test_a_refused_connection_ends_at_the_deadline(make: Make, seen: Recor
 
 async def test_a_silent_store_ends_at_the_deadline(make: Make, proxy: FaultProxy) -> None:
     proxy.faults += [is_silent] * 100
-    artifacts = make(endpoint=proxy.endpoint, read_timeout=600, try_timeout=600, deadline=1)
+    artifacts = make(endpoint=proxy.endpoint, read_timeout=600, attempt_timeout=600, deadline=1)
     async with asyncio.timeout(SOON):
         with pytest.raises(StoreUnavailable, match="no complete answer in time"):
             await artifacts.fetch(reference("outputs/x.png"), max_bytes=LIMIT)
@@ -971,7 +971,7 @@ async def test_the_next_store_after_an_outage_is_told_as_recovery(
 async def test_cancelled_calls_give_their_threads_back(
     make: Make, proxy: FaultProxy, plain: Minio, seen: Recorder
 ) -> None:
-    artifacts = make(endpoint=proxy.endpoint, read_timeout=600, try_timeout=600, deadline=600)
+    artifacts = make(endpoint=proxy.endpoint, read_timeout=600, attempt_timeout=600, deadline=600)
     proxy.faults += [is_silent] * 8  # as many as there are threads
     stuck = [asyncio.create_task(artifacts.store(TASK, "c", i, picture())) for i in range(12)]
     async with asyncio.timeout(SOON):
@@ -992,7 +992,7 @@ async def test_cancelled_calls_give_their_threads_back(
 async def test_the_event_loop_goes_on_while_every_thread_is_held(
     make: Make, proxy: FaultProxy
 ) -> None:
-    artifacts = make(endpoint=proxy.endpoint, try_timeout=0.3, deadline=0.3)
+    artifacts = make(endpoint=proxy.endpoint, attempt_timeout=0.3, deadline=0.3)
     proxy.faults += [drips] * 100
     async with asyncio.timeout(SOON):  # the proxy itself lives in this loop
         ended = await asyncio.gather(
@@ -1003,7 +1003,7 @@ async def test_the_event_loop_goes_on_while_every_thread_is_held(
 
 
 async def test_closing_breaks_off_what_is_under_way(make: Make, proxy: FaultProxy) -> None:
-    artifacts = make(endpoint=proxy.endpoint, read_timeout=600, try_timeout=600, deadline=600)
+    artifacts = make(endpoint=proxy.endpoint, read_timeout=600, attempt_timeout=600, deadline=600)
     proxy.faults += [drips] * 8  # as many as there are threads: the others wait for one
     storing = [asyncio.create_task(artifacts.store(TASK, "e", i, picture())) for i in range(12)]
     async with asyncio.timeout(SOON):
@@ -1038,7 +1038,7 @@ async def test_no_secret_and_no_address_is_in_what_is_raised(
     make: Make, proxy: FaultProxy, store: ObjectStore, seen: Recorder, fault: Fault
 ) -> None:
     proxy.faults += [fault] * 100
-    times = {"read_timeout": 0.1, "try_timeout": 0.1, "deadline": 0.1}
+    times = {"read_timeout": 0.1, "attempt_timeout": 0.1, "deadline": 0.1}
     artifacts = make(endpoint=proxy.endpoint, **times)
     with pytest.raises(StoreUnavailable) as raised:
         await artifacts.store(TASK, "secret", 0, picture())

@@ -264,11 +264,11 @@ async def test_a_lost_server_is_waited_for_before_the_client_says_that_it_is_los
 ) -> None:
     async with AsyncExitStack() as parts:
         bus = await open_bus(nats_server.url, parts)
-        await soon(bus.reachable())
+        await soon(bus.wait_connected())
         nats_server.kill()
         await until_lost(bus)
         bus._up.set()  # nats-py calls back some turns of the event loop later
-        reaching = asyncio.create_task(bus.reachable())
+        reaching = asyncio.create_task(bus.wait_connected())
         await asyncio.wait({reaching}, timeout=0.05)
         assert not reaching.done()
         nats_server.start()
@@ -358,7 +358,7 @@ async def test_a_connection_lost_while_a_question_expires_is_no_error(
         bus = await open_bus(nats_server.url, parts)
 
         async def ask() -> None:
-            async with bus.question(0.0):
+            async with bus.api_call(0.0):
                 try:
                     await asyncio.Event().wait()
                 finally:

@@ -13,7 +13,7 @@ from nats.js.errors import NotFoundError
 from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.dead_letters import listing as dead_letters
 from consumer.bus.dead_letters import replay as replaying
-from consumer.bus.dead_letters.listing import DeadLetters, NoSuchLetter, StoredLetter
+from consumer.bus.dead_letters.listing import DeadLetterNotFound, DeadLetters, StoredDeadLetter
 from consumer.bus.dead_letters.replay import NotReplayed, Replay, Replayer
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.bus.reading import StoredMessage
@@ -101,12 +101,12 @@ class Office:
         self.replayer = Replayer(installation.bus, installation.subjects)
         self.jetstream = installation.plain.jetstream()
 
-    async def dead_letter(self, delivery: JetStreamDelivery) -> StoredLetter:
+    async def dead_letter(self, delivery: JetStreamDelivery) -> StoredDeadLetter:
         """What a worker does first with a request that no worker can handle."""
         request_id, _ = digest_of(delivery, self.installation)
         letter = DeadLetter("model_error", "the model failed", request_id, "w-1")
         await self.installation.events.dead_letter(TASK, delivery, letter)
-        return (await self.listed())[-1]
+        return (await self.list_all())[-1]
 
     async def fail(self, *, letter: bool = True) -> str:
         """A worker takes the next request and fails it; the request's id."""
@@ -129,19 +129,19 @@ class Office:
         *,
         request_id: str | None = None,
         headers: dict[str, str] | None = None,
-    ) -> StoredLetter:
+    ) -> StoredDeadLetter:
         """Publish a request, let it fail; its letter, read."""
         await self.installation.publish(body, request_id=request_id, headers=headers)
         await self.fail()
-        return await self.letters.read((await self.listed())[-1].sequence)
+        return await self.letters.read((await self.list_all())[-1].sequence)
 
-    async def forge(self, headers: dict[str, str], task: str = str(TASK)) -> StoredLetter:
+    async def forge(self, headers: dict[str, str], task: str = str(TASK)) -> StoredDeadLetter:
         """A letter by another hand."""
         stored = await self.jetstream.publish(f"generation.dead.{task}", BODY, headers=headers)
         return await self.letters.read(stored.seq)
 
-    async def listed(self) -> list[StoredLetter]:
-        return [letter async for letter in self.letters.listed()]
+    async def list_all(self) -> list[StoredDeadLetter]:
+        return [letter async for letter in self.letters.list_all()]
 
     async def event(self, request_id: str = "r-1") -> RawStreamMsg | None:
         """The stored terminal event."""
@@ -157,7 +157,7 @@ class Office:
         count = self.installation.count
         return await count(REQUESTS), await count(RESULTS), await count(DEAD_LETTERS)
 
-    async def refused(self, letter: StoredLetter, why: str) -> None:
+    async def refused(self, letter: StoredDeadLetter, why: str) -> None:
         """The letter is not replayed, and nothing has changed."""
         before = await self.counts()
         with pytest.raises(NotReplayed, match=why):
@@ -174,12 +174,12 @@ async def office(installation: Installation) -> Office:
 
 
 async def test_no_letters_are_an_empty_list(office: Office) -> None:
-    assert await office.listed() == []
+    assert await office.list_all() == []
 
 
 async def test_a_listing_says_what_it_is_about_and_leaves_the_body_out(office: Office) -> None:
     await office.letter(b"\x00not json", request_id="r-1", headers={"Title": "Grüße"})
-    (letter,) = await office.listed()
+    (letter,) = await office.list_all()
     assert (letter.sequence, letter.task, letter.request_id) == (1, TASK, "r-1")
     assert (letter.code, letter.reason) == ("model_error", "the model failed")
     assert (letter.attempts, letter.worker) == ("1", "w-1")
@@ -203,7 +203,7 @@ async def test_a_listing_is_whole_however_many_pulls_it_takes(
         )
     # Without a code it is an answer of the server, to the reply subject of a sender's choice.
     await office.jetstream.publish("generation.dead.text_to_image", b"junk")
-    assert [letter.sequence for letter in await soon(office.listed())] == [*range(1, count + 1)]
+    assert [letter.sequence for letter in await soon(office.list_all())] == [*range(1, count + 1)]
 
 
 async def test_a_listing_ends_with_what_was_there_and_leaves_no_consumer(
@@ -212,7 +212,7 @@ async def test_a_listing_ends_with_what_was_there_and_leaves_no_consumer(
     monkeypatch.setattr(dead_letters, "BATCH", 1)  # the next pull finds what came meanwhile
     await office.forge(dict(CODE))
     sequences = []
-    async for letter in office.letters.listed():
+    async for letter in office.letters.list_all():
         sequences.append(letter.sequence)
         await office.forge(dict(CODE))
     assert sequences == [1]
@@ -228,7 +228,7 @@ async def test_thousands_of_letters_are_listed(office: Office) -> None:
             await office.installation.plain.flush()
     await office.forge(dict(CODE))
     started = asyncio.get_running_loop().time()
-    assert len(await soon(office.listed())) == 3_001
+    assert len(await soon(office.list_all())) == 3_001
     measured("list of 3,001 letters", asyncio.get_running_loop().time() - started)
 
 
@@ -240,7 +240,7 @@ async def test_a_letter_is_read_with_every_byte_of_its_body(office: Office) -> N
     letter = await office.letter(body, request_id="r-1", headers={"Title": "Grüße"})
     assert (letter.body, letter.size) == (body, 256)
     assert letter.originals == {"Title": "Grüße"}
-    (listed,) = await office.listed()
+    (listed,) = await office.list_all()
     assert letter.headers == listed.headers
     # nats-py rounds one of them to microseconds and cuts the other.
     assert abs(letter.stored_at - listed.stored_at) <= timedelta(microseconds=1)
@@ -253,7 +253,7 @@ async def test_an_empty_letter_is_read(office: Office) -> None:
 
 @pytest.mark.parametrize("sequence", [0, 1, 2**63, 2**64, -1])
 async def test_a_letter_that_is_not_there_is_said_not_to_be(office: Office, sequence: int) -> None:
-    with pytest.raises(NoSuchLetter):
+    with pytest.raises(DeadLetterNotFound):
         await office.letters.read(sequence)
 
 
@@ -263,7 +263,7 @@ async def test_a_missing_stream_is_one_clear_line(office: Office, missing: str) 
     await office.installation.api(f"STREAM.DELETE.{missing}")
     calls: list[Awaitable[object]] = [office.replayer.replay(letter)]
     if missing == DEAD_LETTERS:
-        calls += [office.listed(), office.letters.read(1)]
+        calls += [office.list_all(), office.letters.read(1)]
     for call in calls:
         with pytest.raises(BusUnavailable, match=f"there is no stream {missing}; run `consumer"):
             await call
@@ -378,7 +378,7 @@ async def test_a_letter_of_one_stream_is_not_taken_for_that_of_an_earlier_one(
 
 async def test_a_letter_without_its_body_is_not_taken_for_an_empty_request(office: Office) -> None:
     await office.letter()
-    (listed,) = await office.listed()
+    (listed,) = await office.list_all()
     with pytest.raises(ValueError, match="read"):
         await office.replayer.replay(listed)
 
@@ -398,14 +398,14 @@ async def test_a_truncated_letter_is_not_replayed(office: Office) -> None:
 async def test_a_letter_of_no_known_request_is_not_replayed(
     office: Office, headers: dict[str, str], task: str
 ) -> None:
-    await office.refused(await office.forge(headers, task), "which request")
+    await office.refused(await office.forge(headers, task), "the id of the request")
 
 
 async def test_a_request_that_has_succeeded_since_needs_no_replay(office: Office) -> None:
     letter = await office.letter()
     await clear_results(office)
     assert await office.end(succeeded("r-1", event_digest()))
-    assert await office.replayer.replay(letter) is Replay.NOTHING_LEFT
+    assert await office.replayer.replay(letter) is Replay.ALREADY_SUCCEEDED
     assert await office.counts() == (0, 1, 0)
     stored = await office.event()
     assert stored is not None
@@ -416,7 +416,7 @@ async def test_a_request_that_has_succeeded_since_needs_no_replay(office: Office
     ("event", "why"),
     [
         (succeeded("r-1", "sha256:" + "0" * 64), "another request with its id has succeeded"),
-        (failed("r-1", "sha256:" + "0" * 64), "another request's"),
+        (failed("r-1", "sha256:" + "0" * 64), "belongs to another request"),
         (cancelled("r-1", "sha256:" + "0" * 64), "cancelled since"),
     ],
 )
@@ -450,9 +450,9 @@ async def test_a_request_that_a_worker_still_has_is_not_replayed(office: Office)
     await office.installation.publish(BODY)
     delivery = await take(office.worker)
     letter = await office.letters.read((await office.dead_letter(delivery)).sequence)
-    await office.refused(letter, "a worker still has it")
+    await office.refused(letter, "a worker has not settled the request yet")
     assert await office.end(failed("r-1", event_digest()))
-    await office.refused(letter, "a worker still has it")
+    await office.refused(letter, "a worker has not settled the request yet")
     await delivery.term("model_error")
     assert await office.replayer.replay(letter) is Replay.PUBLISHED
 
@@ -478,7 +478,7 @@ async def test_a_letter_of_the_other_task_is_held_against_that_tasks_queue(offic
     place = f"{OTHER_REQUESTS}-{stored.seq}-{int(request.time.timestamp()):x}.dead"
     of_it = {DEAD_LETTER_REQUEST_ID: "r-1"}
     letter = await office.forge({**of_it, MESSAGE_ID: place}, "image_to_text")
-    await office.refused(letter, "a worker still has it")
+    await office.refused(letter, "a worker has not settled the request yet")
     letter = await office.forge(of_it, "image_to_text")
     await office.refused(letter, "in the queue already")
     await office.installation.api(f"STREAM.PURGE.{OTHER_REQUESTS}")
@@ -607,7 +607,7 @@ async def test_an_attempt_that_succeeded_after_an_interruption_ends_the_letter(
     delivery = await take(office.worker)
     assert await office.end(succeeded(*digest_of(delivery, office.installation)))
     await delivery.ack()
-    assert await office.replayer.replay(letter) is Replay.NOTHING_LEFT
+    assert await office.replayer.replay(letter) is Replay.ALREADY_SUCCEEDED
     assert await office.counts() == (0, 1, 0)
 
 

@@ -316,7 +316,7 @@ async def test_a_nak_without_a_server_is_not_kept_for_later(
 async def test_a_nak_gives_up_while_the_server_stays_away(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "GIVE_UP_AFTER", 0.3)
+    monkeypatch.setattr(delivery, "SETTLE_TIMEOUT", 0.3)
     worker = await installation.worker()
     await installation.publish()
     delivered = await take(worker)
@@ -328,7 +328,7 @@ async def test_a_nak_gives_up_while_the_server_stays_away(
 async def test_settling_ends_when_the_stream_or_the_durable_is_gone(
     installation: Installation, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr(delivery, "GIVE_UP_AFTER", 1_000.0)
+    monkeypatch.setattr(delivery, "SETTLE_TIMEOUT", 1_000.0)
     worker = await installation.worker()
     await installation.publish()
     delivered = await take(worker)
@@ -345,7 +345,7 @@ async def test_settling_ends_when_the_server_has_forgotten_the_delivery(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it has after a kill; here the durable is another one of the same name."""
-    monkeypatch.setattr(delivery, "GIVE_UP_AFTER", 1_000.0)
+    monkeypatch.setattr(delivery, "SETTLE_TIMEOUT", 1_000.0)
     worker = await installation.worker()
     await installation.publish()
     delivered = await take(worker)
@@ -362,7 +362,7 @@ async def test_an_ack_that_may_not_be_said_is_given_up(
     start_nats: StartNats, installation_of: InstallationOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "CONFIRM_TIMEOUT", 0.1)
-    monkeypatch.setattr(delivery, "GIVE_UP_AFTER", 0.5)
+    monkeypatch.setattr(delivery, "SETTLE_TIMEOUT", 0.5)
     installation = await installation_of(start_nats(MUTE))
     worker = await installation.worker(installation.server.url.replace("//", "//mute:x@"))
     await installation.publish()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from consumer.bus.attempt_marks import AttemptMark
-from consumer.bus.delivery import JetStreamDelivery, place_of
+from consumer.bus.delivery import JetStreamDelivery, message_key
 from generation_contracts.headers import EARLIER_ATTEMPTS, MARK
 from tests.integration.bus_installation import (
     REQUESTS,
@@ -24,7 +24,7 @@ JUNK = 20_000
 
 
 def subject(delivery: JetStreamDelivery, attempt: int, kind: str) -> str:
-    return f"generation.released.{TASK}.{place_of(delivery)}.{attempt}.{kind}"
+    return f"generation.released.{TASK}.{message_key(delivery)}.{attempt}.{kind}"
 
 
 async def forge(installation: Installation, reply: str) -> None:
@@ -49,7 +49,7 @@ async def test_answers_of_the_server_are_no_marks(installation: Installation) ->
     delivered = await take(worker)
     for kind in (AttemptMark.REQUEUED, AttemptMark.UNCOUNTED):
         await forge(installation, subject(delivered, 1, kind))
-    await forge(installation, f"generation.withdrawn.{TASK}.{place_of(delivered)}")
+    await forge(installation, f"generation.withdrawn.{TASK}.{message_key(delivered)}")
     await delivered.nak()
     again = await take(worker)
     assert (await soon(again.marked_uncounted()), await soon(again.was_cancelled())) == (0, False)
@@ -60,7 +60,7 @@ async def test_mark_takes_the_place_of_an_answer(installation: Installation) -> 
     await installation.publish(b"{}")
     delivered = await take(worker)
     await forge(installation, subject(delivered, 1, AttemptMark.REQUEUED))
-    await forge(installation, f"generation.withdrawn.{TASK}.{place_of(delivered)}")
+    await forge(installation, f"generation.withdrawn.{TASK}.{message_key(delivered)}")
     await soon(delivered.mark_cancelled())
     await soon(delivered.requeue())
     again = await take(worker)
@@ -73,7 +73,7 @@ async def forge_after(installation: Installation, delivery: JetStreamDelivery) -
     for reply in (
         subject(delivery, 1, AttemptMark.REQUEUED),
         subject(delivery, 1, AttemptMark.COUNTED),
-        f"generation.withdrawn.{TASK}.{place_of(delivery)}",
+        f"generation.withdrawn.{TASK}.{message_key(delivery)}",
     ):
         await installation.plain.publish("generation.request.text_to_image", b"x", reply=reply)
     await installation.plain.flush()
@@ -86,7 +86,7 @@ async def test_reading_is_bounded_whatever_lies_around_the_marks(
     worker = await installation.worker()
     await installation.publish(b"{}")
     delivered = await take(worker)
-    place = f"{place_of(delivered)}." if below == "the place" else ""
+    place = f"{message_key(delivered)}." if below == "the place" else ""
     for number in range(JUNK):
         await installation.plain.publish(f"generation.released.{TASK}.{place}9{number}.released")
 

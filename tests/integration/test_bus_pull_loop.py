@@ -35,13 +35,13 @@ QUICK = 0.2  # seconds; an idle heartbeat for tests that wait for silence
 def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let silence be noticed in half a second, and leave nats-py's own pings out of it."""
     monkeypatch.setattr(pull, "IDLE_HEARTBEAT", QUICK)
-    monkeypatch.setattr(pull, "SILENCE", 2.5 * QUICK)
+    monkeypatch.setattr(pull, "HEARTBEAT_TIMEOUT", 2.5 * QUICK)
     monkeypatch.setattr(connection, "PING_INTERVAL", 1_000)
 
 
 def do_not_hear_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave it to the reconnect, or to the stop, to wake the loop."""
-    monkeypatch.setattr(pull, "SILENCE", 1_000.0)
+    monkeypatch.setattr(pull, "HEARTBEAT_TIMEOUT", 1_000.0)
 
 
 async def waiting(installation: Installation, worker: Worker) -> "asyncio.Task[Delivery | None]":
@@ -179,7 +179,8 @@ async def test_a_paused_loop_pulls_nothing_until_it_is_resumed(
     worker.loop.pause()
     await installation.until_pulls_stand(0)  # left to expire
     await installation.publish()
-    await asyncio.wait({task}, timeout=5 * pull.SILENCE)  # long enough to take silence for a fault
+    # Long enough for a heartbeat timeout.
+    await asyncio.wait({task}, timeout=5 * pull.HEARTBEAT_TIMEOUT)
     assert not task.done()
     assert worker.bus.connection == 0, "silence is no fault while the loop is paused"
     assert (await installation.consumer_info()).num_pending == 1
@@ -283,10 +284,10 @@ async def test_a_pull_that_was_lost_is_made_again(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hasten(monkeypatch)
-    monkeypatch.setattr(pull, "SILENCES", 10**9)
+    monkeypatch.setattr(pull, "MAX_HEARTBEAT_TIMEOUTS", 10**9)
     worker = await installation.worker()
-    worker.loop._standing = True  # as it believes; the server knows of no pull
-    worker.loop._heard = time.monotonic()
+    worker.loop._is_pull_pending = True  # the server has no such pull request
+    worker.loop._last_message_at = time.monotonic()
     task = await waiting(installation, worker)
     await installation.publish()
     await taken(task)
@@ -565,7 +566,7 @@ async def test_a_delivery_that_was_not_asked_for_is_given_back(
 async def test_the_loop_hears_while_it_gives_back(
     start_nats: StartNats, installation_of: InstallationOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery, "GIVE_UP_AFTER", 1_000.0)
+    monkeypatch.setattr(delivery, "SETTLE_TIMEOUT", 1_000.0)
     monkeypatch.setattr(pull, "IDLE_HEARTBEAT", QUICK)
     installation = await installation_of(start_nats(MUTE), max_ack_pending=3)
     worker = await installation.worker(installation.server.url.replace("//", "//mute:x@"))

@@ -10,7 +10,7 @@ from nats.aio.msg import Msg
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.endpoints import worker_service as front_door
-from consumer.endpoints.worker_service import Backend, WorkerService
+from consumer.endpoints.worker_service import WorkerBackend, WorkerService
 from consumer.ports.bus import IdLookup, StopAck
 from generation_contracts import ModelInfo, Subjects, Task
 from tests.integration.bus_installation import TASK, Installation, soon, take
@@ -60,7 +60,7 @@ async def test_an_id_with_many_copies_costs_no_more_than_any_other(
     assert [subject.split(".")[3] for subject in asked] == ["INFO"] * 3  # no message is loaded
     oldest = await soon(queue.oldest(TASK, "a"))
     assert oldest is not None
-    assert (oldest.delivery.body, oldest.untouched) == (b"0", True)
+    assert (oldest.delivery.body, oldest.never_delivered) == (b"0", True)
     assert len(asked) == 5
 
 
@@ -89,7 +89,7 @@ async def test_delivered_request_is_not_untouched(durable: str, installation: In
     for request_id in ("delivered", "waiting"):
         stored = await soon(queue.oldest(TASK, request_id))
         assert stored is not None
-        states[request_id] = stored.untouched
+        states[request_id] = stored.never_delivered
     assert states == {"delivered": False, "waiting": durable == str(TASK)}
 
 
@@ -100,7 +100,7 @@ async def test_request_of_a_stream_without_any_consumer_is_untouched(
     await installation.plain.jetstream().publish(subject, b"{}")
     stored = await soon(queue_of(installation).oldest(OTHER, "a"))
     assert stored is not None
-    assert stored.untouched
+    assert stored.never_delivered
 
 
 async def test_older_request_with_the_same_id_is_found(installation: Installation) -> None:
@@ -163,7 +163,7 @@ class Listening:
         async def cancel(_: str) -> Any:
             raise AssertionError("not called here")
 
-        backend = Backend(
+        backend = WorkerBackend(
             task=TASK,
             worker="w",
             model=MODEL,

@@ -158,7 +158,7 @@ async def test_stream_refuses_a_second_message_under_a_subject(installation: Ins
 async def test_full_stream_is_waited_for_and_reported(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "PAUSE_MOST", 0.05)
+    monkeypatch.setattr(publishing, "MAX_PAUSE", 0.05)
     said: list[tuple[bool, str]] = []
 
     class Watching(NullObserver):

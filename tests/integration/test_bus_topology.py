@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from consumer.bus.connection import Bus, BusUnavailable
-from consumer.bus.topology import Durable, LeftAsItWas, Topology, TopologyError
+from consumer.bus.topology import Durable, PartlyApplied, Topology, TopologyError
 from consumer.devstack import NatsServer
 from consumer.devstack.process import find_program
 from generation_contracts import Subjects, Task, encode
@@ -189,7 +189,7 @@ async def test_apply_takes_filters_away(bus: Bus, filters: dict[str, Any]) -> No
     with pytest.raises(TopologyError, match=f"consumer text_to_image: {name} is"):
         await topology(bus).ensure(TASK)
     with pytest.raises(TopologyError, match=f"consumer text_to_image: {name} is"):
-        await topology(bus).look(TASK)
+        await topology(bus).verify(TASK)
     assert (await topology(bus).apply((TASK,)))["text_to_image"] == "updated"
     assert_unfiltered(await consumer_config(bus))
     await topology(bus).ensure(TASK)
@@ -239,7 +239,7 @@ async def test_ensure_refuses_a_stream_that_breaks_a_guarantee(
     with pytest.raises(TopologyError, match=f"stream {stream}: {key} is"):
         await topology(bus).ensure(TASK)
     with pytest.raises(TopologyError, match=f"stream {stream}: {key} is"):
-        await topology(bus).look(TASK)
+        await topology(bus).verify(TASK)
     assert (await topology(bus).apply((TASK,)))[stream] == "updated"
     await topology(bus).ensure(TASK)
 
@@ -256,7 +256,7 @@ async def test_another_max_deliver_is_reported_and_applied(bus: Bus) -> None:
     await change_consumer(bus, max_deliver=3)
     with capture_logs() as logs:
         await topology(bus).ensure(TASK)
-    assert [(entry["key"], entry["found"], entry["wanted"]) for entry in logs] == [
+    assert [(entry["key"], entry["found"], entry["expected"]) for entry in logs] == [
         ("max_deliver", 3, 30)
     ]
     assert (await topology(bus, max_deliver=50).apply((TASK,)))["text_to_image"] == "updated"
@@ -324,7 +324,7 @@ async def test_apply_does_not_shorten_leases_while_workers_run(bus: Bus, idle: b
     await bus.client.subscribe("generation.interrupt.*")  # as a worker does
     if not idle:
         await in_flight(bus)
-    with pytest.raises(LeftAsItWas, match=r"ack_wait stays at 300 s.*CONSUMER_ACK_WAIT=300"):
+    with pytest.raises(PartlyApplied, match=r"ack_wait stays at 300 s.*CONSUMER_ACK_WAIT=300"):
         await topology(bus, ack_wait=60.0, max_ack_pending=7).apply((TASK,))
     found = await consumer_config(bus)
     assert (found["ack_wait"], found["max_ack_pending"]) == (300 * SECOND, 7)
@@ -346,7 +346,7 @@ async def test_apply_drops_no_dead_letters_to_make_their_stream_smaller(bus: Bus
     config = await stream_config(bus, DEAD_LETTERS)
     tiny = topology(bus)
     tiny._streams = lambda: [{**config, "max_bytes": 500}]  # type: ignore[method-assign]
-    with pytest.raises(LeftAsItWas, match=f"stream {DEAD_LETTERS}: max_bytes stays"):
+    with pytest.raises(PartlyApplied, match=f"stream {DEAD_LETTERS}: max_bytes stays"):
         await tiny.apply(())
     assert (await api(bus, f"STREAM.INFO.{DEAD_LETTERS}"))["state"]["messages"] == 1
 
@@ -452,12 +452,12 @@ async def test_ensure_leaves_and_reports_what_others_have_set(bus: Bus) -> None:
 
 async def test_look_changes_nothing(bus: Bus) -> None:
     with pytest.raises(TopologyError, match=f"stream {REQUESTS}: missing"):
-        await topology(bus).look(TASK)
+        await topology(bus).verify(TASK)
     await topology(bus).apply(())
     with pytest.raises(TopologyError, match="consumer text_to_image is missing"):
-        await topology(bus).look(TASK)
+        await topology(bus).verify(TASK)
     await topology(bus).apply((TASK,))
-    assert await topology(bus).look(TASK) == await topology(bus).ensure(TASK)
+    assert await topology(bus).verify(TASK) == await topology(bus).ensure(TASK)
 
 
 async def test_another_root_makes_streams_of_its_own(bus: Bus) -> None:
@@ -605,7 +605,7 @@ async def test_an_old_error_is_not_given_as_the_reason(
 ) -> None:
     monkeypatch.setattr("consumer.bus.topology.API_TIMEOUT", 0.2)
     bus.last_error = "a story of yesterday"
-    with frozen(nats_server), pytest.raises(BusUnavailable, match=r"STREAM.INFO.*no answer"):
+    with frozen(nats_server), pytest.raises(BusUnavailable, match=r"STREAM.INFO.*no reply"):
         await topology(bus).ensure(TASK)
 
 
@@ -670,5 +670,5 @@ async def test_copies_that_exist_are_left_alone_unless_a_number_is_set() -> None
         Topology(Bus(), Subjects(), ack_wait=60.0, max_ack_pending=1, replicas=replicas)
         for replicas in (None, 1)
     )
-    assert without._start_background_task(wanted, found)["num_replicas"] == 3
-    assert one._start_background_task(wanted, found)["num_replicas"] == 1
+    assert without._with_current_replicas(wanted, found)["num_replicas"] == 3
+    assert one._with_current_replicas(wanted, found)["num_replicas"] == 1

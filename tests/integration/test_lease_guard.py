@@ -58,7 +58,7 @@ async def test_what_is_not_started_is_told_nothing_and_closes() -> None:
 async def test_a_guard_that_does_not_read_is_replaced(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_side, "UNREAD_MOST", 10_000)
+    monkeypatch.setattr(worker_side, "MAX_UNREAD", 10_000)
     lease_guard = LeaseGuard(bus_settings(installation.server.url))
     await lease_guard.start()
     try:
@@ -81,16 +81,16 @@ async def test_a_guard_that_does_not_read_is_replaced(
 # A worker that starts a guard, forks a process that keeps every descriptor, and waits to be killed.
 WORKER = """
 import asyncio, os, subprocess, sys
-from consumer.bus.lease_guard.guard import Standby
+from consumer.bus.lease_guard.guard import LeaseGuard
 from consumer.settings import Settings
 
 async def main():
-    standby = LeaseGuard(Settings())
-    await standby.start()
+    guard = LeaseGuard(Settings())
+    await guard.start()
     child = os.fork()
     if child == 0:
         os.execv("/bin/sleep", ["sleep", "60"])
-    print(standby.pid, child, flush=True)
+    print(guard.pid, child, flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(main())

@@ -248,14 +248,14 @@ async def test_a_worker_that_is_killed_has_a_successor(
     dying = start_worker(installation, task, tmp_path, "killed_in_run")
     async with installation.generation_client() as client, asyncio.timeout(WITHIN):
         await asyncio.to_thread(dying.wait_ready)
-        await logged(dying, "standby_connected")
+        await logged(dying, "lease_guard_connected")
         running = asyncio.ensure_future(client.text_to_image("a"))
         while dying.alive:
             await asyncio.wait({running}, timeout=0.05)
         successor = start_worker(installation, task, tmp_path)
         try:
             assert (await running).attempt == 2
-            await logged(successor, "standby_connected")
+            await logged(successor, "lease_guard_connected")
             await asyncio.to_thread(successor.stop)
         finally:
             successor.kill()

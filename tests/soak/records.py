@@ -29,8 +29,8 @@ CRIES = (
     "job_abandoned",
     "worker_failed",
     "result_too_large",
-    "settlement_given_up",
-    "standby_ended",
+    "settlement_abandoned",
+    "lease_guard_ended",
     "Traceback",
 )
 _API_WITHIN = 10.0  # seconds

@@ -20,7 +20,7 @@ from urllib3.exceptions import (
 )
 
 from consumer.artifacts import StoreConfig, StoreMisconfigured
-from consumer.artifacts.faults import FAILURES, WrongAnswer, fault_of
+from consumer.artifacts.faults import FAILURES, UnexpectedResponse, classify_error
 from consumer.ports.store import StoreUnavailable
 
 CONFIG = StoreConfig(
@@ -64,7 +64,7 @@ PASSING = [
         InvalidResponseError(502, "text/html", "<p>Response code: 999</p>"),
         "S3: the answer is not that of an S3 store (HTTP 502)",
     ),
-    (WrongAnswer("the answer has no ETag"), "S3: the answer has no ETag"),
+    (UnexpectedResponse("the answer has no ETag"), "S3: the answer has no ETag"),
     (ConnectTimeoutError(CONNECTION, "the-message"), "S3: no connection in time"),
     (
         NameResolutionError("store.example", CONNECTION, socket.gaierror("the-message")),
@@ -114,14 +114,14 @@ LASTING = [
 
 @pytest.mark.parametrize(("error", "words"), PASSING, ids=[words for _, words in PASSING])
 def test_what_may_pass(error: Exception, words: str) -> None:
-    fault = fault_of(error, CONFIG)
+    fault = classify_error(error, CONFIG)
     assert type(fault) is StoreUnavailable
     assert str(fault) == words
 
 
 @pytest.mark.parametrize(("error", "words"), LASTING, ids=[words for _, words in LASTING])
 def test_what_somebody_has_to_change(error: Exception, words: str) -> None:
-    fault = fault_of(error, CONFIG)
+    fault = classify_error(error, CONFIG)
     assert type(fault) is StoreMisconfigured
     assert str(fault) == words
 
@@ -129,7 +129,7 @@ def test_what_somebody_has_to_change(error: Exception, words: str) -> None:
 @pytest.mark.parametrize("error", [error for error, _ in PASSING + LASTING])
 def test_the_words_are_safe_to_show(error: Exception) -> None:
     assert isinstance(error, FAILURES)
-    shown = str(fault_of(error, CONFIG))
+    shown = str(classify_error(error, CONFIG))
     for hidden in ("the-", "store.example", "9000", "outputs/x", "\n"):
         assert hidden not in shown
 

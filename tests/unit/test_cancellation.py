@@ -31,7 +31,7 @@ Stored = dict[tuple[Task, str], list[tuple[MemoryDelivery, bool]]]
 
 
 class Queue:
-    """Both request streams: deliveries with whether they are untouched, oldest first."""
+    """Both request streams: deliveries with whether they are never_delivered, oldest first."""
 
     def __init__(self, world: MemoryWorld) -> None:
         self.retries: dict[tuple[Task, str], str] = {}
@@ -130,14 +130,14 @@ class Setup:
         return TaskFinalizer(Admission(task, self.world.subjects, ("_INBOX.",)), finalizer)
 
     def store(
-        self, stored_as: str, *, task: Task = T2I, untouched: bool = True, **fields: Any
+        self, stored_as: str, *, task: Task = T2I, never_delivered: bool = True, **fields: Any
     ) -> MemoryDelivery:
         """Put a request into its stream."""
         body = {"prompt": "a", **({} if task is T2I else {"images": ["s3://b/k"]}), **fields}
         subject = self.world.subjects.request(task, stored_as)
         self.world.queue.publish(subject, json.dumps(body).encode(), {})
         delivery = self.world.queue.take()
-        self.queue.stored.setdefault((task, stored_as), []).append((delivery, untouched))
+        self.queue.stored.setdefault((task, stored_as), []).append((delivery, never_delivered))
         return delivery
 
     def succeeded(self, request_id: str, *, task: Task = T2I, **fields: Any) -> None:
@@ -215,7 +215,7 @@ async def setup(make_world: Worlds, monkeypatch: pytest.MonkeyPatch) -> Setup:
 async def test_delivered_request_is_marked_and_gets_no_event_from_the_canceller(
     setup: Setup, answer: StopAck | None, reply: tuple[str, str | None]
 ) -> None:
-    setup.store("a", untouched=False)
+    setup.store("a", never_delivered=False)
     if answer is not None:
         setup.workers.answers["a"] = answer
     assert await setup.cancel("a") == reply
@@ -310,7 +310,7 @@ async def test_running_request_that_ends_at_once_is_reported_as_stopping(
 
 async def test_ended_request_that_is_still_in_its_stream_is_finished(setup: Setup) -> None:
     setup.succeeded("a")
-    setup.store("a", untouched=False)  # its worker died before the ack
+    setup.store("a", never_delivered=False)  # its worker died before the ack
     assert await setup.cancel("a") == ("finished", "succeeded")
     setup.succeeded("b")
     setup.store("b")  # a copy that was sent later
@@ -322,7 +322,7 @@ async def test_branch_that_has_ended_and_is_still_in_its_stream_is_followed(
 ) -> None:
     setup.succeeded("tour", step=1, of=3)
     setup.succeeded("tour-2", task=I2T, step=2, of=3)
-    setup.store("tour-2", task=I2T, untouched=False)  # its worker died before the ack
+    setup.store("tour-2", task=I2T, never_delivered=False)  # its worker died before the ack
     setup.store("tour-3")
     assert await setup.cancel("tour") == ("cancelled", "cancelled")
     assert await setup.kind("tour-3") is CancelledEvent
@@ -394,7 +394,7 @@ async def test_queued_step_is_cancelled_by_the_id_of_its_chain(setup: Setup) -> 
 async def test_every_branch_of_a_chain_is_cancelled(setup: Setup) -> None:
     setup.succeeded("tour", step=1, of=2, images=4)
     setup.succeeded("tour-2-0", task=I2T, step=2, of=2)
-    setup.store("tour-2-1", task=I2T, untouched=False)
+    setup.store("tour-2-1", task=I2T, never_delivered=False)
     setup.store("tour-2-2", task=I2T)
     setup.store("tour-2-3", task=I2T)
     assert await setup.cancel("tour") == ("stopping", None)

@@ -36,9 +36,9 @@ class RecordingBus:
 class Guard:
     """A guard whose worker is this test; it notes instead of killing."""
 
-    def __init__(self, patience: float = 60.0, **nats: Any) -> None:
+    def __init__(self, stall_timeout: float = 60.0, **nats: Any) -> None:
         self.messages = asyncio.StreamReader()
-        self.config = GuardConfig(nats, os.getppid(), patience, "json", "ERROR")
+        self.config = GuardConfig(nats, os.getppid(), stall_timeout, "json", "ERROR")
         self.process = LeaseGuardProcess(self.config, self.messages)
         self.kills = 0
         self.process._end_worker = self._note_kill  # type: ignore[method-assign]
@@ -58,7 +58,7 @@ async def watching(guard: Guard) -> AsyncIterator[RecordingBus]:
     guard.process._bus = bus  # type: ignore[assignment]
     tasks = [
         asyncio.create_task(guard.process._receive()),
-        asyncio.create_task(guard.process._telemetry()),
+        asyncio.create_task(guard.process._watch()),
     ]
     try:
         yield bus
@@ -96,7 +96,7 @@ async def test_alive_and_renewed_are_two_facts(
     async with watching(guard) as bus:
         guard.say(alive=LEASE, ack_wait=ACK_WAIT)
         beats = 30
-        for _ in range(beats):  # twice the patience
+        for _ in range(beats):  # twice the stall_timeout
             for report in reports:
                 guard.say(
                     **{report: LEASE}, **({"ack_wait": ACK_WAIT} if report == "alive" else {})
@@ -124,7 +124,7 @@ async def test_renewal_that_was_late_follows_with_the_connection() -> None:
 async def test_credentials_that_cannot_be_used_leave_the_event_loop_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, content: bytes | None
 ) -> None:
-    monkeypatch.setattr(lease_guard_process, "CONNECT_AGAIN_AFTER", 0.01)
+    monkeypatch.setattr(lease_guard_process, "FIRST_RECONNECT_PAUSE", 0.01)
     file = tmp_path / "secret"
     if content is not None:
         file.write_bytes(content)

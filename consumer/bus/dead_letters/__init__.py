@@ -1,1 +1,1 @@
-"""Dead letters: their listing, their replay, and requests that the server delivers no more."""
+"""Dead letters: their listing, their replay, and requests that have reached `max_deliver`."""

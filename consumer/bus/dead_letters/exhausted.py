@@ -1,9 +1,9 @@
-"""Requests that the server delivers no more, because they reached `max_deliver`.
+"""Finds requests that the server does not deliver any more, because they reached `max_deliver`.
 
-A worker counts the attempts itself and dead-letters a request with its whole context. What kills a
-worker before it can count is delivered until `max_deliver`, and so is a request that many drains
-have requeued. It stays in the stream then, and no worker gets it. The server says so in an
-advisory, which a stream keeps until a worker has ended the request or published it again.
+Normally a worker counts the attempts and dead-letters a request itself. A request that kills each
+worker before it can count, or that many shutdowns have requeued, is delivered until `max_deliver`.
+Then it stays in its stream without further deliveries. The server publishes an advisory, which a
+stream stores until a worker has finalized the request or published it again.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ PAUSE = 0.5  # seconds between two attempts to read a request
 
 
 class _Advisory(BaseModel):
-    """What is read of `io.nats.jetstream.advisory.v1.max_deliver`."""
+    """The required fields of `io.nats.jetstream.advisory.v1.max_deliver`."""
 
     stream: str
     stream_seq: int
@@ -34,31 +34,31 @@ class _Advisory(BaseModel):
 async def find_exhausted(
     bus: Bus, stream: str, advisory: Message, marks: AttemptMarks
 ) -> RequestInStream | None:
-    """The request that an advisory is about, or None when it is gone; waits for the bus.
+    """Return the request of an advisory, or None if it does not exist any more; waits for the bus.
 
     Args:
         bus: A connection.
-        stream: The request stream: an advisory that names another one is not followed.
-        advisory: What the server has said.
+        stream: The request stream; an advisory about another stream is ignored.
+        advisory: The advisory from the server.
         marks: The marks on the messages of the request stream.
 
     Raises:
-        BusUnavailable: The client has given up; the process has to end.
+        BusUnavailable: The client has closed the connection; the process must end.
     """
     try:
         about = _Advisory.model_validate_json(advisory.body)
     except ValidationError:
-        log.warning("unreadable_advisory")
+        log.warning("advisory_not_readable")
         return None
     while about.stream == stream:
-        await bus.reachable()
+        await bus.wait_connected()
         try:
-            async with bus.question(API_TIMEOUT):
+            async with bus.api_call(API_TIMEOUT):
                 message = await bus.jetstream.get_msg(stream, about.stream_seq)
         except NotFoundError:
-            break  # ended, or published again
+            break  # finalized, or published again
         except (Error, OSError) as error:
-            log.warning("stranded_request_not_read", error=type(error).__name__)
+            log.warning("exhausted_request_not_read", error=type(error).__name__)
             await asyncio.sleep(PAUSE)
         else:
             return RequestInStream(bus, stream, message, deliveries=about.deliveries, marks=marks)

@@ -1,4 +1,4 @@
-"""Dead letters as the stream keeps them: all of them without their bodies, or one with its own."""
+"""Reads dead letters from their stream: all of them without bodies, or one with its body."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
@@ -31,29 +31,31 @@ from generation_contracts.headers import (
 
 log = structlog.get_logger()
 
-BATCH = 256  # letters asked for at once; each has at most 64 kB of headers
-FORGOTTEN_AFTER = 30.0  # seconds after which the server drops the consumer of a listing that died
-_MESSAGE_SIZE = "Nats-Msg-Size"  # bytes of the body, where a consumer has left it out
+BATCH = 256  # dead letters per pull request; each has at most 64 kB of headers
+INACTIVE_THRESHOLD = (
+    30.0  # seconds after which the server drops the consumer of a listing that died
+)
+_MESSAGE_SIZE = "Nats-Msg-Size"  # bytes of the body; set by the server for `headers_only`
 _SEQUENCES = 2**64
 
 
-class NoSuchLetter(Exception):  # noqa: N818 - a state of the stream
-    """There is no letter under this sequence, or not any more."""
+class DeadLetterNotFound(Exception):  # noqa: N818 - a state of the stream
+    """No dead letter has this sequence."""
 
 
 @dataclass(frozen=True)
-class StoredLetter:
-    """A request that no worker could handle.
+class StoredDeadLetter:
+    """A dead letter: a request that no worker could handle.
 
-    The texts are empty where whoever wrote the letter has left a header out.
+    A text is empty if its header is missing.
 
     Attributes:
-        sequence: Its place in the stream of dead letters.
-        stored_at: When that stream took it, aware.
-        task: None where its subject names none that this version knows.
-        headers: As they are stored.
-        size: Bytes of the body.
-        body: The request's bytes; None in a listing.
+        sequence: Sequence of the message in the dead-letter stream.
+        stored_at: Time at which that stream stored the message, aware.
+        task: None if this version does not know the task in the subject.
+        headers: All headers of the message.
+        size: Size of the body in bytes.
+        body: Body of the request; None in a listing.
     """
 
     sequence: int
@@ -65,47 +67,47 @@ class StoredLetter:
 
     @property
     def request_id(self) -> str:
-        """The id under which the request has failed."""
+        """Id of the request."""
         return self.headers.get(DEAD_LETTER_REQUEST_ID, "")
 
     @property
     def code(self) -> str:
-        """The code of its failure."""
+        """Code of the failure."""
         return self.headers.get(DEAD_LETTER_CODE, "")
 
     @property
     def reason(self) -> str:
-        """The message of its failure."""
+        """Message of the failure."""
         return self.headers.get(DEAD_LETTER_REASON, "")
 
     @property
     def attempts(self) -> str:
-        """How often it was delivered, in digits."""
+        """Number of deliveries, in digits."""
         return self.headers.get(DEAD_LETTER_ATTEMPTS, "")
 
     @property
     def worker(self) -> str:
-        """Who has put it aside."""
+        """Name of the worker that has dead-lettered the request."""
         return self.headers.get(DEAD_LETTER_WORKER, "")
 
     @property
     def subject(self) -> str:
-        """Where the request was published."""
+        """Subject that the request was published to."""
         return self.headers.get(DEAD_LETTER_SUBJECT, "")
 
     @property
     def requested_at(self) -> str:
-        """When the request was stored, as RFC 3339."""
+        """Time at which the request was stored, as RFC 3339."""
         return self.headers.get(DEAD_LETTER_TIME, "")
 
     @property
     def truncated(self) -> bool:
-        """Whether only the beginning of the body was kept."""
+        """Whether the dead letter has only the beginning of the body."""
         return DEAD_LETTER_TRUNCATED in self.headers
 
     @property
     def originals(self) -> dict[str, str]:
-        """The headers of the request, under their own names."""
+        """Headers of the request, with their original names."""
         return {
             name.removeprefix(ORIGINAL_PREFIX): text
             for name, text in self.headers.items()
@@ -114,11 +116,11 @@ class StoredLetter:
 
 
 class DeadLetters:
-    """The dead letters of one installation, to be read.
+    """Reads the dead letters of one installation.
 
     Args:
         bus: A connection.
-        subjects: The root decides the stream.
+        subjects: The root determines the stream.
     """
 
     def __init__(self, bus: Bus, subjects: Subjects) -> None:
@@ -126,23 +128,23 @@ class DeadLetters:
         self._subjects = subjects
         self._stream = subjects.dead_letters_stream
 
-    async def listed(self) -> AsyncIterator[StoredLetter]:
-        """Every letter that is there when it begins, oldest first, without the bodies.
+    async def list_all(self) -> AsyncIterator[StoredDeadLetter]:
+        """Iterate over all dead letters that exist at the start, oldest first, without bodies.
 
         Raises:
-            BusUnavailable: The server does not answer, refuses, or has no such stream.
+            BusUnavailable: The server does not reply, refuses, or has no such stream.
         """
-        with answered(self._bus, self._stream):
-            async with self._bus.question(API_TIMEOUT):
+        with describe_errors(self._bus, self._stream):
+            async with self._bus.api_call(API_TIMEOUT):
                 last = (await self._bus.jetstream.stream_info(self._stream)).state.last_seq
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 consumer = await self._bus.jetstream.add_consumer(
                     self._stream,
                     ConsumerConfig(
                         ack_policy=AckPolicy.NONE,
                         deliver_policy=DeliverPolicy.ALL,
                         headers_only=True,
-                        inactive_threshold=FORGOTTEN_AFTER,
+                        inactive_threshold=INACTIVE_THRESHOLD,
                         mem_storage=True,
                     ),
                 )
@@ -151,24 +153,25 @@ class DeadLetters:
                 letter = self._from_listing(message)
                 if letter.sequence > last:
                     return
-                # Without a code it is an answer of the server, to a sender's reply subject.
+                # A message without a code is not a dead letter: a sender can name this subject as
+                # a reply subject, and the server publishes there.
                 if letter.code:
                     yield letter
 
-    async def read(self, sequence: int) -> StoredLetter:
-        """One letter with its body.
+    async def read(self, sequence: int) -> StoredDeadLetter:
+        """Read one dead letter with its body.
 
         Raises:
-            NoSuchLetter: It is not there.
-            BusUnavailable: As in `listed`.
+            DeadLetterNotFound: No dead letter has this sequence.
+            BusUnavailable: As in `list_all`.
         """
         if not 0 < sequence < _SEQUENCES:
-            raise NoSuchLetter
-        with answered(self._bus, self._stream):
+            raise DeadLetterNotFound
+        with describe_errors(self._bus, self._stream):
             found = await read_message(self._bus, self._stream, sequence=sequence)
         if found is None:
-            raise NoSuchLetter
-        return StoredLetter(
+            raise DeadLetterNotFound
+        return StoredDeadLetter(
             sequence=sequence,
             stored_at=found.stored_at,
             task=self._task(found.subject),
@@ -178,40 +181,40 @@ class DeadLetters:
         )
 
     async def _pulled(self, consumer: str) -> AsyncGenerator[Msg]:
-        # nats-py's own fetch waits its whole timeout for a message that does not come. A bare pull
-        # that does not wait ends with 404, unless the batch is full.
+        # `fetch` of nats-py waits for its whole timeout if messages are missing. A pull request
+        # with `no_wait` ends with the status 404, unless the batch is full.
         inbox = self._bus.client.new_inbox()
         subscription = await self._bus.client.subscribe(inbox)
         pull = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{consumer}"
         try:
             while True:
-                with answered(self._bus, self._stream):
+                with describe_errors(self._bus, self._stream):
                     request = b'{"batch":%d,"no_wait":true}' % BATCH
                     await self._bus.client.publish(pull, request, reply=inbox)
                 for _ in range(BATCH):
-                    with answered(self._bus, self._stream):
-                        async with self._bus.question(API_TIMEOUT):
+                    with describe_errors(self._bus, self._stream):
+                        async with self._bus.api_call(API_TIMEOUT):
                             message = await subscription.next_msg(timeout=API_TIMEOUT)
                     if not is_delivery(message):
-                        _refuse_all_but_the_end(message)
+                        _require_end(message)
                         return
                     yield message
         finally:
-            await self._forget(consumer, subscription)
+            await self._delete_consumer(consumer, subscription)
 
-    async def _forget(self, consumer: str, subscription: Subscription) -> None:
+    async def _delete_consumer(self, consumer: str, subscription: Subscription) -> None:
         try:
             await subscription.unsubscribe()
-            async with self._bus.question(API_TIMEOUT):
+            async with self._bus.api_call(API_TIMEOUT):
                 await self._bus.jetstream.delete_consumer(self._stream, consumer)
         except (Error, OSError) as error:
-            # The server drops it by itself a little later.
-            log.info("listing_not_forgotten", error=type(error).__name__)
+            # The server deletes the consumer after `INACTIVE_THRESHOLD`.
+            log.info("listing_consumer_not_deleted", error=type(error).__name__)
 
-    def _from_listing(self, message: Msg) -> StoredLetter:
+    def _from_listing(self, message: Msg) -> StoredDeadLetter:
         headers = dict(message.headers or {})
         size = int(headers.pop(_MESSAGE_SIZE, "0"))
-        return StoredLetter(
+        return StoredDeadLetter(
             sequence=message.metadata.sequence.stream,
             stored_at=message.metadata.timestamp.astimezone(UTC),
             task=self._task(message.subject),
@@ -224,11 +227,11 @@ class DeadLetters:
 
 
 @contextmanager
-def answered(bus: Bus, stream: str) -> Iterator[None]:
-    """Make one clear line of whatever keeps the server from answering about a stream.
+def describe_errors(bus: Bus, stream: str) -> Iterator[None]:
+    """Convert errors of API calls about a stream to `BusUnavailable` with a one-line text.
 
     Raises:
-        BusUnavailable: With that line.
+        BusUnavailable: The block has raised an error of nats-py or an OSError.
     """
     bus.last_error = ""
     try:
@@ -238,8 +241,8 @@ def answered(bus: Bus, stream: str) -> Iterator[None]:
             raise _missing(stream) from None
         raise BusUnavailable(f"NATS: {stream}: {error.description or 'refused'}") from None
     except (Error, OSError) as error:
-        # The server drops what is not permitted; the reason goes to the error callback.
-        reason = bus.last_error or ("no answer" if isinstance(error, TimeoutError) else error)
+        # The server drops a request without permission and reports the reason asynchronously.
+        reason = bus.last_error or ("no reply" if isinstance(error, TimeoutError) else error)
         raise BusUnavailable(f"NATS: {stream}: {reason}") from None
 
 
@@ -247,9 +250,9 @@ def _missing(stream: str) -> BusUnavailable:
     return BusUnavailable(f"NATS: there is no stream {stream}; run `consumer apply`")
 
 
-def _refuse_all_but_the_end(status: Msg) -> None:
+def _require_end(status: Msg) -> None:
     headers = status.headers or {}
     if headers.get("Status") != "404":
         status_line = f"{headers.get('Status', '')} {headers.get('Description', '')}"
         reason = next(iter(status_line.splitlines()))
-        raise BusUnavailable(f"NATS: the listing has been cut off: {reason}")
+        raise BusUnavailable(f"NATS: the listing is incomplete: {reason}")

@@ -1,16 +1,16 @@
-"""Replaying dead letters: a new attempt of the same request id.
+"""Replays dead letters: publishes the request again under its id.
 
-The request's failed event would stop the attempt, because a worker that finds a terminal event
-answers with it and runs nothing. So the event is taken out of the stream, then the request is
-published again, and the letter goes last. Doing it again finishes what was interrupted:
+A worker that finds a terminal event for a request replies with it and does not run the request.
+Therefore a replay first deletes the failed event, then publishes the request, and finally deletes
+the dead letter. A second replay completes an interrupted one:
 
-- The request is published under its id. While a copy waits or runs it is found by its subject, and
-  nothing is touched.
-- Only a failed event of this very request is deleted, by its sequence: never what is stored later.
-- Every attempt has the same message id, so that the stream drops a copy whose answer was lost. What
-  the stream calls a duplicate is compared with what it has stored: a sender may have used the id
-  for something else. Where that is another message, where an event is deleted now, or where the
-  first copy is done with, the request is stored under another message id, which is random.
+- The request is published under its id. If a copy waits or runs, it is found by its subject, and
+  nothing is changed.
+- Only a failed event of this request is deleted, by its sequence, never a message stored later.
+- Every replay uses the same message id, so that the stream drops a copy after a lost reply. If the
+  stream reports a duplicate, the stored message is compared, because a sender may have used the id.
+  The request is stored under another, random message id in three cases: the stored message differs,
+  this replay has deleted an event, or the first copy does not exist any more.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from nats.js.errors import APIError, NoStreamResponseError
 
 from consumer.bus.codes import STREAM_FULL, TOO_LARGE_FOR_STREAM
 from consumer.bus.connection import API_TIMEOUT, Bus, BusUnavailable
-from consumer.bus.dead_letters.listing import StoredLetter, answered
+from consumer.bus.dead_letters.listing import StoredDeadLetter, describe_errors
 from consumer.bus.reading import StoredMessage, read_message
 from consumer.bus.results import event_of
 from consumer.ports.bus import ResultEvent, ResultUnreadable
@@ -46,30 +46,30 @@ from generation_contracts.subjects import is_request_id
 
 log = structlog.get_logger()
 
-_TOO_LARGE = "it is too large to be published again"
+_TOO_LARGE = "the request is too large to be published again"
 
 
-class NotReplayed(Exception):  # noqa: N818 - a state of the letter
-    """The letter is kept; the text says why, in a few words."""
+class NotReplayed(Exception):  # noqa: N818 - a state of the dead letter
+    """The dead letter was not replayed and is kept; the text is the reason."""
 
 
 class Replay(Enum):
-    """What has become of a letter; either way it is deleted."""
+    """Outcome of a replay; in both cases the dead letter is deleted."""
 
     PUBLISHED = "replayed"
-    NOTHING_LEFT = "has succeeded since; the letter is deleted"
+    ALREADY_SUCCEEDED = "has succeeded since; the dead letter is deleted"
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """What is published for a letter.
+    """The message that a replay publishes.
 
     Attributes:
-        stream: Where requests of its task are.
-        subject: Ends in the request's id, whatever the request's own subject was.
-        headers: Those of the request, but for what NATS acts upon.
-        message_id: Of the first copy; those of later ones begin with it.
-        digests: What the terminal event of this very request may say that it has asked for.
+        stream: Request stream of the task.
+        subject: Request subject with the request's id, also if the original subject had none.
+        headers: Headers of the request, without those that control NATS.
+        message_id: Message id of the first copy, and prefix of the ids of later copies.
+        digests: Possible digests of this request in its terminal event.
     """
 
     task: Task
@@ -82,50 +82,50 @@ class _Attempt:
     body: bytes = field(repr=False)
 
     @classmethod
-    def of(cls, letter: StoredLetter, subjects: Subjects) -> Self:
-        """Read a letter.
+    def of(cls, letter: StoredDeadLetter, subjects: Subjects) -> Self:
+        """Create the message for a dead letter.
 
         Raises:
-            NotReplayed: It is not whole.
+            NotReplayed: The dead letter is incomplete.
         """
         if letter.body is None:
-            raise ValueError("a letter that is replayed has been read, not listed")
+            raise ValueError("a dead letter from a listing has no body; read it first")
         if letter.truncated:
             raise NotReplayed("it is truncated: the rest of the request is lost")
         if letter.task is None or not is_request_id(letter.request_id):
-            raise NotReplayed("it does not say which request it is")
-        # The subject in the header is not taken as it is: who may write letters may write anything
-        # there, and this process may publish anywhere.
+            raise NotReplayed("it does not name the task or the id of the request")
+        # Only the id is taken from the subject in the header. Every client with permission to write
+        # dead letters can write any subject there, and this process may publish to any subject.
         token = subjects.id_in(letter.subject, letter.task)
-        known = token if token is not None and is_request_id(token) else letter.request_id
-        # The stream's name and a sequence would repeat when the stream is made again.
-        place = f"{subjects.dead_letters_stream}-{letter.sequence}"
+        request_id = token if token is not None and is_request_id(token) else letter.request_id
+        # With the time, because sequences repeat when the stream is created again.
+        message = f"{subjects.dead_letters_stream}-{letter.sequence}"
         return cls(
             task=letter.task,
             request_id=letter.request_id,
             stream=subjects.requests_stream(letter.task),
-            subject=subjects.request(letter.task, known),
-            headers=_without_orders(letter.originals),
-            message_id=f"{place}-{int(letter.stored_at.timestamp() * 1e6):x}.replay",
+            subject=subjects.request(letter.task, request_id),
+            headers=_without_control_headers(letter.originals),
+            message_id=f"{message}-{int(letter.stored_at.timestamp() * 1e6):x}.replay",
             digests=_digests(letter.task, letter.body),
             body=letter.body,
         )
 
 
 @dataclass(frozen=True)
-class _Standing:
-    """The event on a request's result subject, and its sequence in the stream of results."""
+class _StoredResult:
+    """The terminal event of a request, and its sequence in the results stream."""
 
     sequence: int
     event: ResultEvent
 
 
 class Replayer:
-    """Asks again for the requests of dead letters.
+    """Publishes the requests of dead letters again.
 
     Args:
         bus: A connection.
-        subjects: The root decides the streams and subjects.
+        subjects: The root determines the streams and subjects.
     """
 
     def __init__(self, bus: Bus, subjects: Subjects) -> None:
@@ -133,76 +133,81 @@ class Replayer:
         self._subjects = subjects
         self._results = subjects.results_stream
 
-    async def replay(self, letter: StoredLetter) -> Replay:
-        """Ask again for the request of a letter that was read, and delete the letter.
+    async def replay(self, letter: StoredDeadLetter) -> Replay:
+        """Publish the request of a dead letter again, and delete the dead letter.
+
+        Args:
+            letter: From `DeadLetters.read`.
 
         Returns:
-            Whether the request was published, by this call or by an earlier one that did not come
-            to its end, or had succeeded already.
+            Whether the request was published, by this call or by an earlier, interrupted one, or
+            has already succeeded.
 
         Raises:
-            NotReplayed: With the reason.
-            QueueFull: The request stream takes no more; the letter is kept.
-            BusUnavailable: The server does not answer, refuses, or lacks a stream. Try again: what
-                was begun is finished then.
+            NotReplayed: The dead letter cannot be replayed; it is kept.
+            QueueFull: The request stream is full; the dead letter is kept.
+            BusUnavailable: The server does not reply, refuses, or lacks a stream. Another call
+                completes the replay.
         """
         attempt = _Attempt.of(letter, self._subjects)
-        outcome = await self._ask_again(letter, attempt)
+        outcome = await self._republish(letter, attempt)
         await self._delete(self._subjects.dead_letters_stream, letter.sequence)
         log.info(
-            "letter_deleted",
+            "dead_letter_deleted",
             outcome=outcome.name,
             sequence=letter.sequence,
             request_id=letter.request_id,
         )
         return outcome
 
-    async def _ask_again(self, letter: StoredLetter, attempt: _Attempt) -> Replay:
-        if await self._is_in_hand(letter, attempt.stream):
-            raise NotReplayed("a worker still has it: try again later")
-        # Before the event is read: what is not here any more has its event there.
+    async def _republish(self, letter: StoredDeadLetter, attempt: _Attempt) -> Replay:
+        if await self._is_in_progress(letter, attempt.stream):
+            raise NotReplayed("a worker has not settled the request yet: try again later")
+        # Before the event is read: a request that has left the stream has an event.
         waiting = await self._read(attempt.stream, subject=attempt.subject)
         if waiting is not None:
-            said = waiting.headers.get(MESSAGE_ID, "")
-            if said.startswith(attempt.message_id) and waiting.body == attempt.body:
-                return Replay.PUBLISHED  # by a call that did not come to deleting the letter
+            message_id = waiting.headers.get(MESSAGE_ID, "")
+            if message_id.startswith(attempt.message_id) and waiting.body == attempt.body:
+                return Replay.PUBLISHED  # by a call that has not deleted the dead letter
             raise NotReplayed("a request with its id is in the queue already")
-        await self._check_room(attempt)
-        standing = await self._standing(attempt)
-        if standing is not None:
-            if isinstance(standing.event, SucceededEvent):
-                return _of_this_request(standing.event, attempt)
-            _check_may_go(standing.event, attempt)
-            await self._delete(self._results, standing.sequence)
-        await self._publish(attempt, removed=standing is not None)
+        await self._require_space(attempt)
+        result = await self._read_result(attempt)
+        if result is not None:
+            if isinstance(result.event, SucceededEvent):
+                return _already_succeeded(result.event, attempt)
+            _require_deletable(result.event, attempt)
+            await self._delete(self._results, result.sequence)
+        await self._publish(attempt, event_deleted=result is not None)
         return Replay.PUBLISHED
 
-    async def _publish(self, attempt: _Attempt, *, removed: bool) -> None:
+    async def _publish(self, attempt: _Attempt, *, event_deleted: bool) -> None:
         stored = await self._store(attempt, attempt.message_id)
-        while stored.duplicate and (removed or not await self._is_queued(attempt, stored.seq)):
+        while stored.duplicate and (
+            event_deleted or not await self._is_queued(attempt, stored.seq)
+        ):
             stored = await self._store(attempt, f"{attempt.message_id}-{secrets.token_hex(16)}")
 
-    # -- what the streams have --------------------------------------------------------------------
+    # -- reads ------------------------------------------------------------------------------------
 
-    async def _is_in_hand(self, letter: StoredLetter, stream: str) -> bool:
-        # The letter is written before the failed event, and that before the request is settled. A
-        # copy that is published in between would be answered with that event, and never run.
-        place = re.fullmatch(
+    async def _is_in_progress(self, letter: StoredDeadLetter, stream: str) -> bool:
+        # A worker stores the dead letter, then the failed event, then settles the request. For a
+        # copy that is published in between, a worker would reply with that event and not run it.
+        key = re.fullmatch(
             rf"{stream}-([1-9][0-9]{{,18}})-([0-9a-f]+)\.dead(-[0-9a-f]+)?",
             letter.headers.get(MESSAGE_ID, ""),
         )
-        if place is None:
+        if key is None:
             return False
-        request = await self._read(stream, sequence=int(place[1]))
-        # A stream that was made again counts from 1 again.
-        return request is not None and int(request.stored_at.timestamp()) == int(place[2], 16)
+        request = await self._read(stream, sequence=int(key[1]))
+        # Sequences repeat when a stream is created again, so the time is compared as well.
+        return request is not None and int(request.stored_at.timestamp()) == int(key[2], 16)
 
     async def _is_queued(self, attempt: _Attempt, sequence: int) -> bool:
         stored = await self._read(attempt.stream, sequence=sequence)
-        mine = (attempt.subject, attempt.body)
-        return stored is not None and (stored.subject, stored.body) == mine
+        expected = (attempt.subject, attempt.body)
+        return stored is not None and (stored.subject, stored.body) == expected
 
-    async def _standing(self, attempt: _Attempt) -> _Standing | None:
+    async def _read_result(self, attempt: _Attempt) -> _StoredResult | None:
         subject = self._subjects.result(attempt.task, attempt.request_id)
         stored = await self._read(self._results, subject=subject)
         if stored is None:
@@ -211,13 +216,13 @@ class Replayer:
             event = event_of(stored, attempt.task, attempt.request_id)
         except ResultUnreadable:
             raise NotReplayed("the event under its id cannot be read") from None
-        # What is no event of the request is left to the worker, which deletes it.
-        return None if event is None else _Standing(stored.sequence, event)
+        # The worker deletes a message that is not an event of the request.
+        return None if event is None else _StoredResult(stored.sequence, event)
 
-    async def _check_room(self, attempt: _Attempt) -> None:
-        # Before the event goes; what fills the stream in between is still refused by it.
-        with answered(self._bus, attempt.stream):
-            async with self._bus.question(API_TIMEOUT):
+    async def _require_space(self, attempt: _Attempt) -> None:
+        # Checked before the event is deleted; the publish can still find the stream full.
+        with describe_errors(self._bus, attempt.stream):
+            async with self._bus.api_call(API_TIMEOUT):
                 info = await self._bus.jetstream.stream_info(attempt.stream)
         size = wire_size(attempt.body, {**attempt.headers, MESSAGE_ID: attempt.message_id})
         if size > self._bus.client.max_payload or 0 < (info.config.max_msg_size or 0) < size:
@@ -230,16 +235,16 @@ class Replayer:
     async def _read(
         self, stream: str, *, subject: str | None = None, sequence: int | None = None
     ) -> StoredMessage | None:
-        with answered(self._bus, stream):
+        with describe_errors(self._bus, stream):
             return await read_message(self._bus, stream, subject=subject, sequence=sequence)
 
-    # -- what is changed --------------------------------------------------------------------------
+    # -- writes -----------------------------------------------------------------------------------
 
     async def _store(self, attempt: _Attempt, message_id: str) -> PubAck:
         headers = {**attempt.headers, MESSAGE_ID: message_id}
-        with answered(self._bus, attempt.stream):
+        with describe_errors(self._bus, attempt.stream):
             try:
-                async with self._bus.question(API_TIMEOUT):
+                async with self._bus.api_call(API_TIMEOUT):
                     return await self._bus.jetstream.publish(
                         attempt.subject, attempt.body, timeout=API_TIMEOUT, headers=headers
                     )
@@ -257,31 +262,31 @@ class Replayer:
                 raise BusUnavailable("NATS: the request is not confirmed") from None
 
     async def _delete(self, stream: str, sequence: int) -> None:
-        with answered(self._bus, stream):
+        with describe_errors(self._bus, stream):
             try:
-                async with self._bus.question(API_TIMEOUT):
+                async with self._bus.api_call(API_TIMEOUT):
                     await self._bus.jetstream.delete_msg(stream, sequence)
             except APIError:
-                # The server has no error of its own for a message that is not there any more.
+                # The server has no error code for a message that was deleted before.
                 if await self._read(stream, sequence=sequence) is not None:
                     raise
 
 
-def _of_this_request(event: SucceededEvent, attempt: _Attempt) -> Replay:
+def _already_succeeded(event: SucceededEvent, attempt: _Attempt) -> Replay:
     if event.request_digest not in attempt.digests:
         raise NotReplayed("another request with its id has succeeded since")
-    return Replay.NOTHING_LEFT
+    return Replay.ALREADY_SUCCEEDED
 
 
-def _check_may_go(event: ResultEvent, attempt: _Attempt) -> None:
+def _require_deletable(event: ResultEvent, attempt: _Attempt) -> None:
     if isinstance(event, CancelledEvent):
-        raise NotReplayed("has been cancelled since")
+        raise NotReplayed("the request has been cancelled since")
     if event.request_digest not in attempt.digests:
-        raise NotReplayed("the failed event under its id is another request's")
+        raise NotReplayed("the failed event under its id belongs to another request")
 
 
 def _digests(task: Task, body: bytes) -> frozenset[str]:
-    # A worker that could not read the request has said what its bytes are.
+    # For a request that it cannot decode, a worker publishes the digest of the bytes.
     raw = f"sha256:{hashlib.sha256(body).hexdigest()}"
     try:
         return frozenset({raw, request_digest(decode_request(task, body))})
@@ -289,9 +294,10 @@ def _digests(task: Task, body: bytes) -> frozenset[str]:
         return frozenset({raw})
 
 
-def _without_orders(originals: dict[str, str]) -> dict[str, str]:
-    # What begins with Nats- is an order to the server, and would be carried out again. It knows
-    # them by their exact spelling; others are left out with them. The attempts begin anew.
+def _without_control_headers(originals: dict[str, str]) -> dict[str, str]:
+    # The server would obey headers that begin with `Nats-` again; it compares the exact spelling,
+    # and other spellings are left out as well. Without the `Generation-` headers, the count of
+    # attempts restarts.
     return {
         name: text
         for name, text in originals.items()

@@ -1,14 +1,14 @@
-"""The lease guard: a helper process that renews leases while this process cannot.
+"""The worker's side of the lease guard, a child process that renews leases while the worker cannot.
 
-A model that holds the interpreter's lock stops the event loop, and its heartbeats with it: after
-`ack_wait` another worker would get the request too. So the worker reports two facts about each
-lease to a small process with a connection of its own: that the worker is alive, and that it has
-renewed the lease over a connection that is there. The guard renews a lease that the worker has not
-renewed in time. When the worker is silent for longer than `stall_timeout`, the guard takes its
-event loop to hang and kills the worker, which nothing else can end any more.
+A model that does not release the GIL blocks the event loop, and with it the renewal of leases.
+After `ack_wait` another worker would receive the request as well. Therefore the worker reports two
+facts about each lease to a small process with its own connection: the worker is alive, and it has
+sent a renewal over a working connection. The guard renews a lease that the worker has not renewed
+in time. If the worker reports nothing for longer than `stall_timeout`, its event loop hangs, and
+the guard kills the worker.
 
 The messages are lines of JSON on the guard's standard input: first a `GuardConfig`, then one line
-for each fact. The guard ends with that pipe, that is, with this process.
+per fact. The guard exits when that pipe closes, which happens when the worker exits.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ from consumer.settings import Settings
 
 log = structlog.get_logger()
 
-START_AGAIN_AFTER = 1.0  # seconds
-OVER_WITHIN = 0.1  # seconds until the guard learns that a lease is over
-UNREAD_MOST = 2**18  # bytes that the guard may leave unread; a line has about 100
+RESTART_PAUSE = 1.0  # seconds
+LEASE_END_DELAY = 0.1  # seconds until the worker reports the end of a lease
+MAX_UNREAD = 2**18  # bytes that the guard may leave unread; a line has about 100
 _CONNECTION = (
     "nats_url",
     "nats_user",
@@ -45,87 +45,87 @@ class GuardConfig:
     """The guard's first message.
 
     Attributes:
-        nats: The settings of the connection; they may hold a password, so they are no arguments.
+        nats: Settings of the connection; not command-line arguments, because of the password.
         parent: Process id of the worker.
-        patience: Seconds without a sign of life after which the worker is killed.
-        log_format: The worker's.
-        log_level: The worker's.
+        stall_timeout: Seconds without a report after which the guard kills the worker.
+        log_format: Log format of the worker.
+        log_level: Log level of the worker.
     """
 
     nats: dict[str, Any]
     parent: int
-    patience: float
+    stall_timeout: float
     log_format: str
     log_level: str
 
 
 class LeaseGuard:
-    """The worker's side of the lease guard. Before `start` nothing is sent.
+    """Starts the lease guard and reports leases to it. Before `start` nothing is sent.
 
     Args:
-        settings: The worker's.
+        settings: Settings of the worker.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._config = GuardConfig(
             nats={
                 **settings.model_dump(mode="json", include=set(_CONNECTION)),
-                # The dump hides it.
+                # `model_dump` masks the password.
                 "nats_password": settings.nats_password.get_secret_value(),
             },
             parent=os.getpid(),
-            patience=settings.consumer_stall_timeout,
+            stall_timeout=settings.consumer_stall_timeout,
             log_format=settings.log_format,
             log_level=settings.log_level,
         )
-        self._leases: dict[str, float] = {}  # seconds that each lease lasts, by its subject
+        self._leases: dict[str, float] = {}  # duration of each lease in seconds, by its subject
         self._unsent: list[object] = []  # facts
-        self._is_sending = False  # whether they are sent in the next turn of the event loop
+        self._is_sending = False  # whether `_send_facts` is scheduled for the next loop iteration
         self._process: asyncio.subprocess.Process | None = None
         self._supervising: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int | None:
-        """The guard's process id, None while there is none."""
+        """Process id of the guard; None while it does not run."""
         return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
-        """Start the guard, and from then on another one whenever it ends."""
+        """Start the guard, and restart it whenever it exits."""
         await self._spawn()
         self._supervising = asyncio.create_task(self._supervise(), name="lease_guard")
 
     async def close(self) -> None:
-        """End the guard; never raises."""
+        """Kill the guard. Never raises."""
         supervising, self._supervising = self._supervising, None
         if supervising is not None:
             await cancel_and_wait(supervising)
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
-            process.kill()  # it has nothing to lose
+            process.kill()  # the guard has no state that must be saved
             await process.wait()
 
     def alive(self, lease: str, ack_wait: float) -> None:
-        """Report that this process works on the request of a lease.
+        """Report that this worker is alive and has a lease.
 
         Args:
-            lease: The subject that renews it.
-            ack_wait: Seconds that it lasts.
+            lease: Subject that renews the lease.
+            ack_wait: Duration of the lease, in seconds.
         """
         self._leases[lease] = ack_wait
         self._report({"alive": lease, "ack_wait": ack_wait})
 
     def renewed(self, lease: str) -> None:
-        """Report that a renewal has been published over a connection that is there."""
+        """Report that the worker has sent a renewal over a working connection."""
         self._report({"renewed": lease})
 
     def stop_renewing(self, lease: str) -> None:
-        """Report that a lease is over."""
+        """Report that a lease has ended."""
         if self._leases.pop(lease, None) is not None:
-            self._report({"over": lease}, later=OVER_WITHIN)
+            self._report({"over": lease}, later=LEASE_END_DELAY)
 
     def _report(self, fact: object, *, later: float | None = None) -> None:
-        # Each write wakes the guard, which takes as long as a question to NATS. So facts go
-        # together: those of one turn of the event loop, and the end of a lease with what is next.
+        # Each write wakes the guard, which takes as long as a NATS request. Therefore facts of one
+        # loop iteration are sent together, and the end of a lease with the next facts.
         self._unsent.append(fact)
         loop = asyncio.get_running_loop()
         if later is not None:
@@ -144,9 +144,9 @@ class LeaseGuard:
         process = self._process
         if process is None or process.stdin is None or process.stdin.is_closing():
             return
-        if process.stdin.transport.get_write_buffer_size() > UNREAD_MOST:
-            # It is stopped or hangs. Another one gets all leases.
-            log.error("standby_does_not_read")
+        if process.stdin.transport.get_write_buffer_size() > MAX_UNREAD:
+            # The guard is stopped or hangs. `_supervise` starts another one with all leases.
+            log.error("lease_guard_not_reading")
             process.stdin.close()
             process.kill()
             return
@@ -155,16 +155,16 @@ class LeaseGuard:
     async def _spawn(self) -> None:
         try:
             self._process = await asyncio.create_subprocess_exec(
-                # -P: a folder named consumer in the working directory is not this package.
+                # -P: do not import a folder named consumer in the working directory.
                 *(sys.executable, "-P", "-m", "consumer.bus.lease_guard.process"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
             )
-        except OSError as error:  # no memory, no process left
+        except OSError as error:  # out of memory, or out of processes
             self._process = None
-            log.error("standby_not_started", error=type(error).__name__)  # noqa: TRY400 - one line
+            log.error("lease_guard_not_started", error=type(error).__name__)  # noqa: TRY400 - one line
             return
-        self._unsent.clear()  # it gets all leases, as they are now
+        self._unsent.clear()  # the new guard gets the current state of all leases
         leases = ({"alive": lease, "ack_wait": seconds} for lease, seconds in self._leases.items())
         self._send(asdict(self._config), *leases)
 
@@ -172,6 +172,6 @@ class LeaseGuard:
         while True:
             if self._process is not None:
                 code = await self._process.wait()
-                log.warning("standby_ended", code=code)
-            await asyncio.sleep(START_AGAIN_AFTER)
+                log.warning("lease_guard_ended", code=code)
+            await asyncio.sleep(RESTART_PAUSE)
             await self._spawn()

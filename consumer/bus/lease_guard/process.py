@@ -1,8 +1,8 @@
-"""The lease guard itself: `python -m consumer.bus.lease_guard.process`, started by `lease_guard`.
+"""The lease guard process, which `guard.LeaseGuard` starts for each worker.
 
-It reads what the worker reports of its leases, renews those that the worker has not renewed in
-time, and kills a worker that has been silent for too long. It ends with its input, or with the
-worker's process.
+The process reads the worker's reports about its leases, renews leases that the worker has not
+renewed in time, and kills a worker that has reported nothing for too long. It exits when its input
+closes, or when the worker's process exits.
 """
 
 import asyncio
@@ -26,15 +26,15 @@ from consumer.telemetry import configure_logging
 log = structlog.get_logger()
 
 TICKS_PER_ACK_WAIT = 20
-BEATS_PER_ACK_WAIT = 5  # as the worker's own
-LATE_BEATS = 1.5  # intervals without a renewal after which the guard renews
-TICK_MOST = 1.0  # seconds
-LOOK_EVERY = 1.0  # seconds between two looks for the worker's process
-CONNECT_WITHIN = 30.0  # seconds for one attempt
-CONNECT_AGAIN_AFTER = 1.0  # seconds; doubled with each failure, up to the next
-CONNECT_AGAIN_MOST = 15.0  # seconds
-RENEW_WITHIN = 1.0  # seconds that one renewal may wait for a connection that takes nothing
-DUMP_WITHIN = 1.0  # seconds for the worker to write down where its threads are
+RENEWALS_PER_ACK_WAIT = 5  # equal to the worker's
+LATE_INTERVALS = 1.5  # intervals without a renewal after which the guard renews
+MAX_TICK = 1.0  # seconds
+POLL_INTERVAL = 1.0  # seconds between two checks of the worker's process
+CONNECT_TIMEOUT = 30.0  # seconds for one attempt
+FIRST_RECONNECT_PAUSE = 1.0  # seconds; doubled with each failure, up to the next
+MAX_RECONNECT_PAUSE = 15.0  # seconds
+RENEW_TIMEOUT = 1.0  # seconds for one renewal on a connection that accepts no data
+DUMP_TIMEOUT = 1.0  # seconds for the worker to dump the stacks of its threads
 
 
 @dataclass
@@ -42,8 +42,8 @@ class Lease:
     """One lease of the worker.
 
     Attributes:
-        ack_wait: Seconds that it lasts.
-        silence: Seconds since the worker's last sign of life, counted while this process ran.
+        ack_wait: Duration of the lease, in seconds.
+        silence: Seconds since the worker's last report, counted while this process ran.
         unrenewed: Seconds since the last renewal, by the worker or by this process.
     """
 
@@ -54,14 +54,14 @@ class Lease:
     @property
     def interval(self) -> float:
         """Seconds between two renewals."""
-        return self.ack_wait / BEATS_PER_ACK_WAIT
+        return self.ack_wait / RENEWALS_PER_ACK_WAIT
 
 
 class LeaseGuardProcess:
     """Guards the leases of one worker.
 
     Args:
-        config: The worker's first message.
+        config: The first message of the worker.
         messages: The lines that follow.
     """
 
@@ -69,14 +69,14 @@ class LeaseGuardProcess:
         self._config = config
         self._messages = messages
         self._leases: dict[str, Lease] = {}
-        self._held = asyncio.Event()  # set while there is a lease
+        self._has_leases = asyncio.Event()  # set while there is a lease
         self._bus: Bus | None = None
 
     async def run(self) -> None:
-        """Return when the input ends.
+        """Run until the input closes.
 
         Raises:
-            Exception: One that was not foreseen; the worker starts another guard.
+            Exception: An unexpected error; the worker starts another guard.
         """
         tasks = {
             asyncio.create_task(work, name=name)
@@ -105,84 +105,85 @@ class LeaseGuardProcess:
                 lease = self._leases.setdefault(message["alive"], Lease(message["ack_wait"]))
                 lease.silence = 0.0
             if self._leases:
-                self._held.set()
+                self._has_leases.set()
             else:
-                self._held.clear()
+                self._has_leases.clear()
 
     async def _connect(self) -> None:
         settings = Settings(**self._config.nats)
-        pause = CONNECT_AGAIN_AFTER
+        pause = FIRST_RECONNECT_PAUSE
         while True:
             try:
                 self._bus = await connect(
                     settings,
-                    name=f"generation standby {self._config.parent}",
-                    within=CONNECT_WITHIN,
+                    name=f"generation lease guard {self._config.parent}",
+                    within=CONNECT_TIMEOUT,
                 )
             except BusUnavailable as error:
-                # An unreadable file fails at once: without the pause this loop would never yield.
-                log.warning("standby_not_connected", reason=str(error))
+                # An unreadable file fails at once; without the pause this would be a busy loop.
+                log.warning("lease_guard_not_connected", reason=str(error))
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, CONNECT_AGAIN_MOST)
+                pause = min(2 * pause, MAX_RECONNECT_PAUSE)
                 continue
-            log.info("standby_connected")
-            pause = CONNECT_AGAIN_AFTER
+            log.info("lease_guard_connected")
+            pause = FIRST_RECONNECT_PAUSE
             await self._bus.closed.wait()
             self._bus = None
 
     async def _watch(self) -> None:
         while True:
-            await self._held.wait()
-            shortest = min((lease.ack_wait for lease in self._leases.values()), default=TICK_MOST)
-            tick = min(TICK_MOST, shortest / TICKS_PER_ACK_WAIT)
+            await self._has_leases.wait()
+            shortest = min((lease.ack_wait for lease in self._leases.values()), default=MAX_TICK)
+            tick = min(MAX_TICK, shortest / TICKS_PER_ACK_WAIT)
             before = time.monotonic()
             await asyncio.sleep(tick)
-            # A frozen or suspended process has not waited: the worker was frozen along with it.
+            # If this process was suspended, the worker was suspended as well: limit the time.
             passed = min(time.monotonic() - before, 2 * tick)
             for subject, lease in list(self._leases.items()):
                 lease.silence += passed
                 lease.unrenewed += passed
-                await self._look_after(subject, lease)
+                await self._check(subject, lease)
 
-    async def _look_after(self, subject: str, lease: Lease) -> None:
-        if lease.silence > self._config.patience + lease.interval:
+    async def _check(self, subject: str, lease: Lease) -> None:
+        """Renew a lease that is late; kill a worker that is stalled."""
+        if lease.silence > self._config.stall_timeout + lease.interval:
             await self._end_worker()
-        elif lease.unrenewed > LATE_BEATS * lease.interval:
+        elif lease.unrenewed > LATE_INTERVALS * lease.interval:
             if self._bus is None or not self._bus.connected:
-                return  # `unrenewed` counts on: the renewal follows with the connection
-            # From now on as often as the worker would.
-            lease.unrenewed = (LATE_BEATS - 1) * lease.interval
+                return  # the renewal follows when the connection is back
+            # The next renewal is due after one interval.
+            lease.unrenewed = (LATE_INTERVALS - 1) * lease.interval
             try:
-                async with asyncio.timeout(RENEW_WITHIN):
+                async with asyncio.timeout(RENEW_TIMEOUT):
                     await self._bus.client.publish(subject, b"+WPI")
             except (Error, OSError) as error:  # TimeoutError is an OSError
-                log.warning("heartbeat_failed", error=type(error).__name__)
+                log.warning("lease_renewal_failed", error=type(error).__name__)
 
     async def _end_worker(self) -> None:
-        log.error("worker_hangs", silence=self._config.patience)
+        log.error("worker_stalled", silence=self._config.stall_timeout)
         for number in (signal.SIGUSR1, signal.SIGKILL):
             if os.getppid() == self._config.parent:
                 os.kill(self._config.parent, number)
-                await asyncio.sleep(DUMP_WITHIN)
+                await asyncio.sleep(DUMP_TIMEOUT)
 
 
 def end_with_worker(parent: int) -> None:
     """End this process when the worker's process has ended.
 
-    In a thread, so that it does not depend on the event loop. The end of the input does not say it
-    for certain: a process that the worker has forked may keep the pipe open.
+    A thread checks it, independently of the event loop. The input is not a reliable sign, because a
+    process that the worker has forked may keep the pipe open.
     """
 
-    def look() -> None:
+    def poll() -> None:
         while os.getppid() == parent:
-            time.sleep(LOOK_EVERY)
+            time.sleep(POLL_INTERVAL)
         os._exit(0)
 
-    threading.Thread(target=look, name="end-with-worker", daemon=True).start()
+    threading.Thread(target=poll, name="end-with-worker", daemon=True).start()
 
 
 async def main() -> None:
-    """Read the configuration, then guard."""
+    """Read the configuration, then guard the leases until the input closes."""
     messages = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(messages), sys.stdin
@@ -194,12 +195,12 @@ async def main() -> None:
     configure_logging(config.log_format, config.log_level)  # type: ignore[arg-type] # the worker's
     end_with_worker(config.parent)
     await LeaseGuardProcess(config, messages).run()
-    # At once: closing what nats-py has begun may take longer than the worker lives.
+    # Exit at once: closing the nats-py connection could outlast the worker.
     os._exit(0)
 
 
 if __name__ == "__main__":
-    # They are for the worker: it drains, and needs its leases until it is done.
+    # A signal to the process group is for the worker, which needs its leases while it drains.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     asyncio.run(main())

@@ -6,5 +6,5 @@ from tests.faults.store_times import shorten
 
 __all__ = ["make_runner"]
 
-shorten(read_timeout=0.3, try_timeout=0.5, deadline=0.7)
+shorten(read_timeout=0.3, attempt_timeout=0.5, deadline=0.7)
 image_stages.HANDOVER_DELAY = 0.5
