@@ -30,15 +30,15 @@ class ModelConfig:
         quantization: Of the large parts; `gguf` for a transformer that is stored so.
         compile: Compile the repeated blocks; the first run takes minutes longer.
         warm_up: Make one output when loading.
-        vae_tiling: Decode pictures in tiles.
-        vae_slicing: Decode one picture at a time.
+        vae_tiling: Decode images in tiles.
+        vae_slicing: Decode one image at a time.
         channels_last: Memory format of the convolutions.
         attention: An attention backend of diffusers or transformers; empty for their own choice.
         step_cache: Threshold of the first-block cache; 0 is off.
         defaults: What a request gets that says nothing, by its field: before the model's own.
         adapters: Folders of LoRA adapters by the names that requests use.
         safety_checker: `package.module:callable`; empty for none.
-        max_image_pixels: An input picture larger than this is made smaller, in pixels.
+        max_image_pixels: An input image larger than this is made smaller, in pixels.
     """
 
     model_id: str = ""

@@ -21,7 +21,7 @@ def checked_defaults(
     Args:
         parameters: The fields of a request that are the model's. One of them can have a default if
             its absence means "the model's own", but for the seed: a fixed one would make one
-            picture for every sender.
+            image for every sender.
         defaults: As the setting has them.
 
     Raises:

@@ -33,7 +33,7 @@ def place(config: ModelConfig) -> Placement:
 
     The type is always a real `torch.dtype`: diffusers takes the strings "float16" and "auto"
     without a word and loads float32. `auto` is bfloat16 on cuda, because float16 overflows in FLUX
-    and others and gives black pictures, and float32 elsewhere, because few CPUs compute in half
+    and others and gives black images, and float32 elsewhere, because few CPUs compute in half
     precision faster than in float32, and on mps not every operation exists in it.
 
     Raises:

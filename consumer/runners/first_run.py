@@ -29,9 +29,9 @@ log = structlog.get_logger()
 
 _STEPS = 2  # the first fills a step cache, the second reads it
 _TOKENS = 2  # the first comes from the prompt, the second from the cache of keys and values
-_SIDE = 224  # pixels of the picture that is read
+_SIDE = 224  # pixels of the image that is read
 _SEED = 0
-_UNREAD = "s3://first-run/picture.png"  # whoever runs a model gives it the decoded picture
+_UNREAD = "s3://first-run/image.png"  # whoever runs a model gives it the decoded image
 
 
 def run_once(model: "LoadedModel", task: Task, settings: tuple[str, ...]) -> None:
@@ -97,11 +97,11 @@ def _least(description: ModelDescription, task: Task) -> tuple[Request, list["Im
     if task is Task.IMAGE_TO_TEXT:
         from PIL import Image
 
-        picture = Image.new("RGB", (_SIDE, _SIDE), "gray")
+        image = Image.new("RGB", (_SIDE, _SIDE), "gray")
         request = ImageToTextRequest(
             prompt="What is it?", images=(_UNREAD,), max_new_tokens=_TOKENS, seed=_SEED
         )
-        return request, [picture]
+        return request, [image]
     default = description.defaults.get("num_inference_steps")
     steps = min(_STEPS, default) if isinstance(default, int) else _STEPS
     steps = max(steps, description.least_steps or 1)

@@ -15,7 +15,7 @@ from consumer.runners.device import Placement
 from generation_contracts import Task
 
 # Fields of the configuration that only one of the tasks has a use for.
-_FOR_PICTURES = (
+_FOR_IMAGES = (
     "vae_tiling",
     "vae_slicing",
     "channels_last",
@@ -74,7 +74,7 @@ def _of_the_task(task: Task, config: ModelConfig) -> Iterator[str]:
     if task is Task.TEXT_TO_IMAGE:
         others, foreign = Task.IMAGE_TO_TEXT, _in_use(config, _FOR_TEXTS)
     else:
-        others, foreign = Task.TEXT_TO_IMAGE, _in_use(config, _FOR_PICTURES)
+        others, foreign = Task.TEXT_TO_IMAGE, _in_use(config, _FOR_IMAGES)
         if config.offload == "group":
             yield "MODEL_OFFLOAD: group is for pipelines; take model or sequential"
         if config.quantization == "gguf":

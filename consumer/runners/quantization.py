@@ -1,7 +1,7 @@
 """Loading weights in eight or four bits: bitsandbytes, torchao, or a transformer stored as GGUF.
 
 The denoiser is quantized always, a text encoder only if it is large; the autoencoder never, for
-it is small and makes the picture.
+it is small and makes the image.
 """
 
 # mypy: allow-untyped-calls

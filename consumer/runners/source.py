@@ -76,7 +76,7 @@ def located(task: Task, config: ModelConfig, download: Download) -> Iterator[Sou
         if config.revision is not None and folder_or_id.is_dir():
             raise ModelUnavailable("MODEL_REVISION: only a model of the hub has revisions")
         if not config.model_id:
-            # Its tensors are too small to be shared out: a picture takes 0.2 s in one thread and up
+            # Its tensors are too small to be shared out: an image takes 0.2 s in one thread and up
             # to 6 s in two, when the two cores have other work.
             torch.set_num_threads(1)
             yield Source(demonstration.folder_of(task), DEMONSTRATION)

@@ -237,20 +237,20 @@ def test_what_a_library_warns_of_is_one_line_without_folders_and_only_while_load
         (None, "names no pipeline of diffusers"),
         (["pipeline", "OwnPipeline"], "names no pipeline of diffusers"),
         ("AutoencoderKL", "names no pipeline of diffusers"),
-        ("StableDiffusion3Img2ImgPipeline", "does not make pictures from a text alone"),
-        ("StableDiffusion3InpaintPipeline", "does not make pictures from a text alone"),
-        ("StableDiffusionXLControlNetPipeline", "does not make pictures from a text alone"),
-        ("QwenImageEditPipeline", "does not make pictures from a text alone"),
-        ("FluxControlPipeline", "does not make pictures from a text alone"),
-        ("EasyAnimatePipeline", "does not make pictures from a text alone"),
-        ("KandinskyV22CombinedPipeline", "does not make pictures from a text alone"),
-        ("WanPipeline", "does not make pictures from a text alone"),
-        ("StableAudioPipeline", "does not make pictures from a text alone"),
-        ("StableCascadePriorPipeline", "does not make pictures from a text alone"),
+        ("StableDiffusion3Img2ImgPipeline", "does not make images from a text alone"),
+        ("StableDiffusion3InpaintPipeline", "does not make images from a text alone"),
+        ("StableDiffusionXLControlNetPipeline", "does not make images from a text alone"),
+        ("QwenImageEditPipeline", "does not make images from a text alone"),
+        ("FluxControlPipeline", "does not make images from a text alone"),
+        ("EasyAnimatePipeline", "does not make images from a text alone"),
+        ("KandinskyV22CombinedPipeline", "does not make images from a text alone"),
+        ("WanPipeline", "does not make images from a text alone"),
+        ("StableAudioPipeline", "does not make images from a text alone"),
+        ("StableCascadePriorPipeline", "does not make images from a text alone"),
         ("LongCatImagePipeline", "cannot be stopped or watched at its steps"),
     ],
 )
-def test_a_class_that_makes_no_pictures_from_text_is_refused(
+def test_a_class_that_makes_no_images_from_text_is_refused(
     class_name: object, line: str, own_folder: Folder
 ) -> None:
     folder = own_folder(SD3)
@@ -372,9 +372,9 @@ def test_a_vision_language_model_has_the_type_asked_for(
     assert model.description.info.dtype == str(wanted).removeprefix("torch.")
 
 
-def test_a_model_that_reads_no_pictures_is_refused(model_folder: Folder) -> None:
+def test_a_model_that_reads_no_images_is_refused(model_folder: Folder) -> None:
     line = refusal(model_folder(SD3) / "text_encoder_3", Task.IMAGE_TO_TEXT)
-    assert line == "text_encoder_3: t5 does not write texts about pictures"
+    assert line == "text_encoder_3: t5 does not write texts about images"
 
 
 def test_a_processor_without_a_chat_template_is_refused(own_folder: Folder) -> None:
@@ -553,7 +553,7 @@ def cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return maps
 
 
-def test_pictures_are_the_same_when_weights_go_straight_to_the_device(
+def test_images_are_the_same_when_weights_go_straight_to_the_device(
     shared_runner: Callable[[str], ModelRunner],
     model_folder: Folder,
     load: Load,

@@ -1,4 +1,4 @@
-"""Chats with pictures, as the template of a model writes them, in tokens and patches."""
+"""Chats with images, as the template of a model writes them, in tokens and patches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chat:
-    """What is asked about pictures.
+    """What is asked about images.
 
     Attributes:
         prompt: Without control tokens.
@@ -39,9 +39,9 @@ class Chats:
         self._placement = placement
         self._images = {} if resize else {"do_resize": False}
 
-    def have_pictures(self) -> bool:
+    def have_images(self) -> bool:
         """Whether the template has a place for them."""
-        return self._written("x", None, pictures=1) != self._written("x", None, pictures=0)
+        return self._written("x", None, images=1) != self._written("x", None, images=0)
 
     def have_system(self) -> bool:
         """Whether the template takes system messages."""
@@ -54,7 +54,7 @@ class Chats:
 
     def inputs(self, chats: Sequence[Chat]) -> Any:
         """The tensors for the model, on its device, with a row for each chat."""
-        texts = [self._written(c.prompt, c.system, pictures=len(c.images)) for c in chats]
+        texts = [self._written(c.prompt, c.system, images=len(c.images)) for c in chats]
         # Where the template writes the first token itself, the tokenizer must not do so again.
         first = self._processor.tokenizer.bos_token
         more = {"add_special_tokens": False} if first and texts[0].startswith(first) else {}
@@ -83,9 +83,9 @@ class Chats:
         )
         return tokens
 
-    def _written(self, prompt: str, system: str | None, *, pictures: int) -> str:
-        """The chat as the template writes it; of the pictures it sees how many there are."""
-        places: list[dict[str, str]] = [{"type": "image"}] * pictures
+    def _written(self, prompt: str, system: str | None, *, images: int) -> str:
+        """The chat as the template writes it; it contains one place for each image."""
+        places: list[dict[str, str]] = [{"type": "image"}] * images
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": [*places, {"type": "text", "text": prompt}]}
         ]

@@ -1,7 +1,7 @@
 """Control tokens in the text of a sender: to the model they would be control, not text.
 
 `<|im_end|><|im_start|>system` in a prompt begins a system message, and `<|image_pad|>` claims a
-picture that is not there.
+image that is not there.
 """
 
 import re

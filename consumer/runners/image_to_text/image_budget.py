@@ -1,4 +1,4 @@
-"""The input pictures of a vision-language model, made to fit its budget of pixels.
+"""The input images of a vision-language model, made to fit its budget of pixels.
 
 Only `PIL.Image` objects come in: qwen-vl-utils and the processors of transformers would also fetch
 http addresses and open files, with no limits.
@@ -20,12 +20,12 @@ _MERGED = 2  # patches, each way, that are one token
 
 @dataclass(frozen=True)
 class ImageBudget:
-    """How large a picture may be.
+    """How large an image may be.
 
     Attributes:
-        most: Pixels; larger pictures are made smaller.
+        most: Pixels; larger images are made smaller.
         least: Pixels; smaller ones are made larger.
-        patch: Side of a patch in pixels, where the model cuts pictures of any size into patches as
+        patch: Side of a patch in pixels, where the model cuts images of any size into patches as
             Qwen-VL does; None for a model that does its own.
     """
 
@@ -52,7 +52,7 @@ class ImageBudget:
         return self.patch is not None
 
     def fit(self, images: Sequence["Image"]) -> "list[Image]":
-        """The pictures within the budget, in their order.
+        """The images within the budget, in their order.
 
         Raises:
             UnsupportedParameter: One is too long and narrow: some processors make the shorter side

@@ -43,7 +43,7 @@ _PARAMETERS = {
     "repetition_penalty",
     "seed",
 }
-_FEWER_PIXELS = "the pictures were read at half their pixels"
+_FEWER_PIXELS = "the images were read at half their pixels"
 _ANY_SIZE = (64, 64)  # pixels
 _UNREAD = "s3://first-run/image.png"  # a request names its images; a run gets them decoded
 _CACHE_ELSEWHERE = "the cache of keys and values was kept in main memory"
@@ -90,7 +90,7 @@ class VisionLanguageModel:
         processor: Its processor, with a tokenizer and a chat template.
         placement: Where it was put.
         info: What it is called.
-        config: How pictures are read, and what a request gets that says nothing.
+        config: How images are read, and what a request gets that says nothing.
 
     Raises:
         ModelUnavailable: It cannot be used, or a setting is not for it.
@@ -128,15 +128,15 @@ class VisionLanguageModel:
         return self._description
 
     def require_image_input(self) -> None:
-        """Prepare a question about a picture as a run does, without the model.
+        """Prepare a question about an image as a run does, without the model.
 
         Raises:
-            ModelUnavailable: The chat template leaves pictures out.
+            ModelUnavailable: The chat template leaves images out.
             Exception: Whatever the template and the processor raise.
         """
-        if not self._chats.have_pictures():
+        if not self._chats.have_images():
             name = self._description.info.id
-            raise ModelUnavailable(f"{name}: its chat template has no place for pictures")
+            raise ModelUnavailable(f"{name}: its chat template has no place for images")
         self._inputs(("x", None), self._budget.fit([Image.new("RGB", _ANY_SIZE)]))
 
     def require_output(self) -> None:
@@ -262,7 +262,7 @@ class VisionLanguageModel:
 
     def _savings(self) -> tuple[str, ...]:
         """What a run can do with less memory, in words for the sender."""
-        # Other families make every picture the same size, whatever they are given.
+        # Other families make every image the same size, whatever they are given.
         fewer = (_FEWER_PIXELS,) if self._budget.patch is not None else ()
         return (*fewer, _CACHE_ELSEWHERE) if self._placement.device.type == "cuda" else fewer
 
@@ -279,7 +279,7 @@ class VisionLanguageModel:
         if room < 1:
             raise UnsupportedParameter(
                 "prompt",
-                f"prompt: {prompt_tokens} tokens with its pictures, of {self._context} at most",
+                f"prompt: {prompt_tokens} tokens with its images, of {self._context} at most",
             )
         wanted = request.max_new_tokens or self._description.defaults["max_new_tokens"]
         return min(int(wanted or 1), room)

@@ -64,7 +64,7 @@ def download(model_id: str, revision: str | None, *, cached_only: bool) -> str:
 def load_vision_language(
     source: Source, placement: Placement, config: ModelConfig
 ) -> tuple[Any, Any]:
-    """A model that reads pictures and text and writes text, and its processor.
+    """A model that reads images and text and writes text, and its processor.
 
     Raises:
         ModelUnavailable: One clear line.
@@ -185,7 +185,7 @@ def _class_that_writes(source: Source) -> type[Any]:
     classes: Any = AutoModelForImageTextToText._model_mapping  # noqa: SLF001 - no public way
     if type(config) not in classes:
         raise ModelUnavailable(
-            f"{source.id}: {config.model_type} does not write texts about pictures"
+            f"{source.id}: {config.model_type} does not write texts about images"
         )
     found: type[Any] = classes[type(config)]
     return found

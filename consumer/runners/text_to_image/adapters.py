@@ -1,7 +1,7 @@
 """LoRA adapters: named in the settings, loaded with the model, switched on for single jobs.
 
 A request names an adapter, never a file or a model of the hub. An adapter that is loaded and not
-in use changes nothing: its layers then call the model's own and add nothing, so the pictures are
+in use changes nothing: its layers then call the model's own and add nothing, so the images are
 the same to the byte. That holds for weights in 4 and 8 bits and for GGUF as well (tried on a CPU).
 """
 

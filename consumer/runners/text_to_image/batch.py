@@ -1,17 +1,17 @@
 """Several requests in one call of a pipeline: which go together, and what the call is given.
 
-Each picture of a batch has a prompt, a negative prompt and a generator of its own. A list of
+Each image of a batch has a prompt, a negative prompt and a generator of its own. A list of
 prompts never goes with `num_images_per_prompt`: HunyuanDiT, HunyuanImage and Qwen-Image then repeat
 the masks of the prompts in another order than the prompts themselves (diffusers 0.42), and most of
-the pictures are others.
+the images are others.
 
-A picture of a batch is the one that its request would get alone, but for rounding: matrices of
+An image of a batch is the one that its request would get alone, but for rounding: matrices of
 another shape are multiplied in another order. How much that is, in values of 0 to 255:
 
-- float32: at most 1, in at most 4 of the 12,288 values of a picture of 64x64 (40 pictures of each
-  family, tiny models of random weights; half or more of the pictures are the same to the byte);
-- bfloat16: up to 12, in up to 45% of the values, with the same models; as much as between a picture
-  of a request for one and the same picture of a request for several;
+- float32: at most 1, in at most 4 of the 12,288 values of an image of 64x64 (40 images of each
+  family, tiny models of random weights; half or more of the images are the same to the byte);
+- bfloat16: up to 12, in up to 45% of the values, with the same models; as much as between an image
+  of a request for one and the same image of a request for several;
 - float64, before decoding: 1e-15 of 4, where a mask in the wrong order makes 1e-2 to 1. HunyuanDiT
   computes a part in float32: 1e-6 of 1. The length of the neighbours' prompts makes no difference.
 
@@ -42,7 +42,7 @@ MEASURED = frozenset(
         "ZImagePipeline",
     }
 )
-_OWN = ("prompt", "negative_prompt")  # what each picture of a call has for itself
+_OWN = ("prompt", "negative_prompt")  # what each image of a call has for itself
 
 
 class BatchKeys:
@@ -62,7 +62,7 @@ class BatchKeys:
     def key(self, request: TextToImageRequest) -> Hashable | None:
         """Equal for requests that go together; None for one that runs alone.
 
-        A preview is made of the first picture of a run: it has no place in a batch.
+        A preview is made of the first image of a run: it has no place in a batch.
         """
         if not self._possible or request.preview:
             return None
@@ -81,7 +81,7 @@ class BatchKeys:
         """Which of the texts have words in quotes, where that makes a difference to others.
 
         HunyuanImage reads the words in quotes by an encoder of their own, and where one prompt of a
-        call has some it guides all of its pictures by another guider.
+        call has some it guides all of its images by another guider.
         """
         if self._family != "HunyuanImagePipeline":
             return ()
@@ -90,8 +90,8 @@ class BatchKeys:
 
 
 def _rows_are_independent(family: str, config: ModelConfig) -> bool:
-    """Whether what the pictures of a call have in common is the weights only."""
-    # The cache looks at the change of all pictures together, and skips blocks for all or none.
+    """Whether what the images of a call have in common is the weights only."""
+    # The cache looks at the change of all images together, and skips blocks for all or none.
     if config.step_cache:
         return False
     # Columns with a large value in any row are multiplied in 16 bits, for all rows.
@@ -109,7 +109,7 @@ def arguments_of_a_batch(
 
     Args:
         parameters: Of the pipeline.
-        requests: One for each picture, all with the same key; one that wants several comes several
+        requests: One for each image, all with the same key; one that wants several comes several
             times.
     """
     each = [parameters.arguments(request) for request in requests]

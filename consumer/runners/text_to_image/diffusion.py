@@ -42,7 +42,7 @@ from generation_contracts import ModelInfo, Request, Task, TextToImageRequest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SEEDS = 2**32  # seeds are below it; picture n has seed + n, modulo this
+SEEDS = 2**32  # seeds are below it; image n has seed + n, modulo this
 CHANNELS = 3  # red, green, blue
 
 
@@ -91,7 +91,7 @@ class DiffusionModel:
         placement: Where it was put.
         parameters: What it takes.
         adapters: What was loaded into it, to be used by single runs.
-        checker: Says which pictures are flagged; None: nobody does.
+        checker: Says which images are flagged; None: nobody does.
         keys: Says which requests go together.
         movable: Whether its parts can be moved to main memory for a run that needs the room.
         free: Tells the memory of the device that a run can have.
@@ -161,7 +161,7 @@ class DiffusionModel:
         release(self._placement.device)
 
     def _make(self, run: ImageRun, *, save_memory: bool) -> dict[int, RunnerOutput]:
-        pictures: dict[int, list[GeneratedImage]] = {}
+        images: dict[int, list[GeneratedImage]] = {}
         with torch.inference_mode():
             parts = [run.wanted]
             if save_memory or self._cannot_be_decoded(run):
@@ -177,42 +177,42 @@ class DiffusionModel:
                         preview=self._preview(run, number),
                     )
                     made = self._run_pipeline(run, part, steps)
-                    for picture, wanted in zip(made, part, strict=True):
-                        pictures.setdefault(wanted.place, []).append(picture)
+                    for image, wanted in zip(made, part, strict=True):
+                        images.setdefault(wanted.place, []).append(image)
             self._undo.close()
-        return {place: self._output(run, place, pictures[place]) for place in run.members.active}
+        return {place: self._output(run, place, images[place]) for place in run.members.active}
 
-    def _output(self, run: ImageRun, place: int, pictures: list[GeneratedImage]) -> RunnerOutput:
+    def _output(self, run: ImageRun, place: int, images: list[GeneratedImage]) -> RunnerOutput:
         warnings = run.cuts.warnings(run.prompt_of(place))
         warnings += self._adapters.warnings(run.requests[place].adapters)
-        if blanked := sum(picture.flagged is True for picture in pictures):
-            warnings += (f"the model's safety checker blanked pictures: {blanked}",)
+        if blanked := sum(image.flagged is True for image in images):
+            warnings += (f"the model's safety checker blanked images: {blanked}",)
         if run.saved:
             warnings += (f"memory was short: {', '.join(run.saved)}",)
         return RunnerOutput(
-            images=tuple(self._checked(pictures)),
+            images=tuple(self._checked(images)),
             warnings=warnings,
             parameters=self._parameters.resolved(run.requests[place], run.seeds_of(place)),
         )
 
     def _preview(self, run: ImageRun, number: int) -> Preview | None:
-        # Of the first picture; and not where memory is short.
+        # Of the first image; and not where memory is short.
         if not run.request.preview or number or run.saved:
             return None
         return Preview(run.members.preview, *self._parameters.size(run.request))
 
     def _cannot_be_decoded(self, run: ImageRun) -> bool:
         width, height = self._parameters.size(run.request)
-        least = least_to_decode(self._pipe, pictures=len(run.wanted), width=width, height=height)
+        least = least_to_decode(self._pipe, images=len(run.wanted), width=width, height=height)
         free = self._free_bytes(self._placement.device)
         return least is not None and free is not None and free < least
 
     def _save_memory(self, run: ImageRun, *, move: bool) -> list[Sequence[Wanted]]:
         if run.is_batch:
             # One by one they are faster than all at once in tiles: the caller runs them so.
-            raise MemoryError("so many pictures cannot be decoded at once")
+            raise MemoryError("so many images cannot be decoded at once")
         if len(run.wanted) > 1:
-            run.saved.append("made one picture at a time")
+            run.saved.append("made one image at a time")
         run.saved += memory.save(self._undo, self._pipe, self._placement.device, offload=move)
         return [[wanted] for wanted in run.wanted]
 
@@ -221,7 +221,7 @@ class DiffusionModel:
     ) -> list[GeneratedImage]:
         request, parameters = run.request, self._parameters
         scale = parameters.scale_of_guiders(request)
-        # One for each picture, and on the CPU, whose numbers are the same everywhere.
+        # One for each image, and on the CPU, whose numbers are the same everywhere.
         generators = [torch.Generator("cpu").manual_seed(wanted.seed) for wanted in part]
         pipe = own_pipeline(self._pipe, run.cuts, generators, guidance_scale=scale)
         try:
@@ -236,12 +236,12 @@ class DiffusionModel:
         width, height = parameters.size(request)
         arrays = np.asarray(output.images)
         if arrays.shape != (len(part), height, width, CHANNELS):
-            raise BadOutput("the model made pictures of another shape than asked for")
+            raise BadOutput("the model made images of another shape than asked for")
         if not np.isfinite(arrays).all():
             raise BadOutput("the model made pixels that are not numbers")
         flags = _own_flags(output, len(part))
         return [
-            GeneratedImage(_picture(array), wanted.seed, flag)
+            GeneratedImage(_image(array), wanted.seed, flag)
             for array, wanted, flag in zip(arrays, part, flags, strict=True)
         ]
 
@@ -250,14 +250,14 @@ class DiffusionModel:
             return arguments_of_a_batch(self._parameters, [run.requests[w.place] for w in part])
         return {**self._parameters.arguments(run.request), "num_images_per_prompt": len(part)}
 
-    def _checked(self, pictures: list[GeneratedImage]) -> list[GeneratedImage]:
-        """The pictures with the flags of the safety checker, besides those of the model's own."""
+    def _checked(self, images: list[GeneratedImage]) -> list[GeneratedImage]:
+        """The images with the flags of the safety checker, besides those of the model's own."""
         if self._checker is None:
-            return pictures
-        flags = self._checker.flags([made.image for made in pictures])
+            return images
+        flags = self._checker.flags([made.image for made in images])
         return [
             GeneratedImage(made.image, made.seed, flagged=bool(made.flagged) or flag)
-            for made, flag in zip(pictures, flags, strict=True)
+            for made, flag in zip(images, flags, strict=True)
         ]
 
     def _free(self) -> None:
@@ -278,14 +278,14 @@ def _seeds(request: TextToImageRequest) -> list[int]:
     return [(first + n) % SEEDS for n in range(request.num_images)]
 
 
-def _own_flags(output: Any, pictures: int) -> list[bool | None]:
+def _own_flags(output: Any, images: int) -> list[bool | None]:
     flags = getattr(output, "nsfw_content_detected", None)
     if flags is None:
-        return [None] * pictures
-    if len(flags) != pictures:
-        raise BadOutput("the model's safety checker did not judge each picture")
+        return [None] * images
+    if len(flags) != images:
+        raise BadOutput("the model's safety checker did not judge each image")
     return [bool(flag) for flag in flags]
 
 
-def _picture(array: Any) -> "Image":
+def _image(array: Any) -> "Image":
     return Pillow.fromarray((array * 255).round().astype(np.uint8))

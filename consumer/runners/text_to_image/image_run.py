@@ -82,5 +82,5 @@ class ImageRun:
         return [w.place for w in self.wanted].index(place) if self.is_batch else 0
 
     def seeds_of(self, place: int) -> list[int]:
-        """Of the pictures of one request."""
+        """Of the images of one request."""
         return [w.seed for w in self.wanted if w.place == place]

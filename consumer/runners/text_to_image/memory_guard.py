@@ -1,12 +1,12 @@
-"""Seeing before a run that its pictures cannot be decoded in the memory that is free.
+"""Seeing before a run that its images cannot be decoded in the memory that is free.
 
-Only decoding is judged: there the pictures are largest, all of a request at once, and a run that
+Only decoding is judged: there the images are largest, all of a request at once, and a run that
 fails there has made all its steps for nothing. The least that it needs, in bytes:
 
-    pictures x width x height x 3 x channels x bytes of one value
+    images x width x height x 3 x channels x bytes of one value
 
 The autoencoders of Stable Diffusion 3, SDXL, FLUX.1 and .2, HunyuanDiT and Z-Image are of one kind:
-in their last block, at the full size of the picture, three tensors are alive at once with as many
+in their last block, at the full size of the image, three tensors are alive at once with as many
 channels as come into that block (256 in all of them: 1.5 GiB for a megapixel in 16 bits). A count
 of the storages that are alive while diffusers 0.42 decodes gives 3.01 for it; a test counts again.
 What the device's libraries need besides is not in it, and none of it was measured on a GPU: so the
@@ -34,12 +34,12 @@ def free_bytes(device: torch.device) -> int | None:
     return free + kept
 
 
-def least_to_decode(pipe: Any, *, pictures: int, width: int, height: int) -> int | None:
+def least_to_decode(pipe: Any, *, images: int, width: int, height: int) -> int | None:
     """The bytes that decoding needs at least, as the pipeline is set now.
 
     Args:
         pipe: The pipeline.
-        pictures: Of one batch.
+        images: Of one batch.
         width: In pixels.
         height: In pixels.
 
@@ -53,7 +53,7 @@ def least_to_decode(pipe: Any, *, pictures: int, width: int, height: int) -> int
         return None
     if getattr(vae, "use_tiling", False):
         return None
-    at_once = 1 if getattr(vae, "use_slicing", False) else pictures
+    at_once = 1 if getattr(vae, "use_slicing", False) else images
     last: Any = decoder.up_blocks[-1]
     channels = int(last.resnets[0].in_channels)
     bytes_of_one = int(vae.dtype.itemsize)

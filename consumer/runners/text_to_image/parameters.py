@@ -24,7 +24,7 @@ from generation_contracts.events import ParameterValue
 from generation_contracts.requests import TextToImageParameters
 
 # Enough for the largest default among the families, 2048x2048 of HunyuanImage. A request can ask
-# for eight pictures of this size at most, so memory is bounded whatever is asked.
+# for eight images of this size at most, so memory is bounded whatever is asked.
 MAX_PIXELS = 2048 * 2048
 
 _SIDE = 1024  # pixels; where a pipeline has its default size in its code only (Z-Image)
@@ -89,7 +89,7 @@ class Parameters:
         return name in self._known
 
     def size(self, request: TextToImageRequest) -> tuple[int, int]:
-        """Width and height of the pictures in pixels."""
+        """Width and height of the images in pixels."""
         defaults = self.description.defaults
         return request.width or _int(defaults["width"]), request.height or _int(defaults["height"])
 
@@ -114,7 +114,7 @@ class Parameters:
         """Keywords for the pipeline, but for the generators and the callback.
 
         What has a default is always given, so that the default is what the description says;
-        pictures come back as arrays, in which a NaN can still be seen.
+        images come back as arrays, in which a NaN can still be seen.
         """
         width, height = self.size(request)
         negative_prompt: Any = request.negative_prompt
@@ -138,11 +138,11 @@ class Parameters:
     def resolved(
         self, request: TextToImageRequest, seeds: Sequence[int]
     ) -> dict[str, ParameterValue]:
-        """What the pictures are made with, defaults included, but without any text.
+        """What the images are made with, defaults included, but without any text.
 
         Args:
             request: What is asked.
-            seeds: Of the pictures, in their order.
+            seeds: Of the images, in their order.
         """
         width, height = self.size(request)
         resolved: dict[str, ParameterValue] = {
@@ -258,7 +258,7 @@ def _default_side(pipe: Any, known: Mapping[str, inspect.Parameter], name: str) 
     if not isinstance(sample, int):
         return _SIDE
     side = sample * int(getattr(pipe, "vae_scale_factor", 1))
-    # PRX counts its default_sample_size in pixels of the picture.
+    # PRX counts its default_sample_size in pixels of the image.
     return side if side * side <= MAX_PIXELS else sample
 
 

@@ -1,4 +1,4 @@
-"""Loading a diffusers pipeline, and refusing what would load and then give wrong pictures."""
+"""Loading a diffusers pipeline, and refusing what would load and then give wrong images."""
 
 # mypy: allow-untyped-calls
 
@@ -36,7 +36,7 @@ _NEEDED = (
     "generator",
     "output_type",
 )
-# What a pipeline takes that needs more than a text, or does not make pictures from it.
+# What a pipeline takes that needs more than a text, or does not make images from it.
 _MORE_THAN_TEXT = (
     "strength",
     "mask_image",
@@ -95,7 +95,7 @@ def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> 
 
 
 def text_to_image_class(index: Mapping[str, Any], name: str) -> type[Any]:
-    """The pipeline's class, if it makes pictures from a text alone.
+    """The pipeline's class, if it makes images from a text alone.
 
     Raises:
         ModelUnavailable: It does not, or it is not a class of diffusers itself.
@@ -117,7 +117,7 @@ def text_to_image_class(index: Mapping[str, Any], name: str) -> type[Any]:
         or parameters["output_type"].default != "pil"
         or ("image" in parameters and not _image_is_optional(found))
     ):
-        raise ModelUnavailable(f"{name}: {class_name} does not make pictures from a text alone")
+        raise ModelUnavailable(f"{name}: {class_name} does not make images from a text alone")
     if not {STEP_CALLBACK, OLD_STEP_CALLBACK} & parameters.keys():
         raise ModelUnavailable(f"{name}: {class_name} cannot be stopped or watched at its steps")
     _require_matching_denoiser(found, index, name)
@@ -137,8 +137,8 @@ def denoiser(pipe: Any) -> Any:
 
 
 def _image_is_optional(found: type[Any]) -> bool:
-    # Nothing in a signature tells an editor from FLUX.2, which takes pictures or none: diffusers'
-    # own list does. It also lists pipelines with a ControlNet, which do need a picture.
+    # Nothing in a signature tells an editor from FLUX.2, which takes images or none: diffusers'
+    # own list does. It also lists pipelines with a ControlNet, which do need an image.
     listed = diffusers.AutoPipelineForText2Image  # imported with its lists
     known = inspect.getmodule(listed).AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()  # type: ignore[union-attr]
     return found in known and "controlnet" not in inspect.signature(found.__init__).parameters

@@ -126,7 +126,7 @@ def _compile(denoiser: Any, config: ModelConfig) -> None:
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # noqa: SLF001
     # The cache decides in the middle of a block, outside of what can be compiled.
     whole = not config.step_cache
-    # A graph for each way in which a block is called: with and without guidance, for one picture
+    # A graph for each way in which a block is called: with and without guidance, for one image
     # and for several, two sizes. Beyond the limit, 8, torch raises where the graph must be whole.
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)  # noqa: SLF001
     # The blocks of a transformer are alike: compiled once, used for all of them.

@@ -1,7 +1,7 @@
-"""Previews: what a picture looks like while it is made, small and now and then.
+"""Previews: what an image looks like while it is made, small and now and then.
 
 Between two steps of a flow-matching scheduler the latents move along a straight way; where it would
-end is the model's present estimate of the picture. It is made small before it is decoded, and it is
+end is the model's present estimate of the image. It is made small before it is decoded, and it is
 decoded so rarely that a run takes at most a twentieth longer.
 """
 
@@ -18,7 +18,7 @@ SIDE = 256  # pixels, of the longer side
 QUALITY = 75  # of the JPEG
 PAUSE = 0.5  # seconds between two previews at least
 MOST_OF_THE_RUN = 0.05  # of its time
-_PACKED = 3  # dimensions: picture, patch, channels; as FLUX.1 has them
+_PACKED = 3  # dimensions: image, patch, channels; as FLUX.1 has them
 
 
 def allows_previews(pipe: Any) -> bool:
@@ -35,11 +35,11 @@ def allows_previews(pipe: Any) -> bool:
 
 
 class Preview:
-    """Makes previews of the first picture of one run.
+    """Makes previews of the first image of one run.
 
     Args:
         on_preview: Told each of them, in the inference thread.
-        width: Of the picture, in pixels.
+        width: Of the image, in pixels.
         height: The same.
     """
 

@@ -1,4 +1,4 @@
-"""The operator's own safety checker: a callable that says of each picture whether it is flagged."""
+"""The operator's own safety checker: a callable that says of each image whether it is flagged."""
 
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -23,30 +23,30 @@ _OF_THE_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)
 
 
 class SafetyChecker:
-    """Asks the callable, and takes nothing for an answer but one bool for each picture.
+    """Asks the callable, and takes nothing for an answer but one bool for each image.
 
     Args:
-        check: Called in the inference thread with a list of RGB pictures.
+        check: Called in the inference thread with a list of RGB images.
     """
 
     def __init__(self, check: Callable[..., Any]) -> None:
         self._check = check
 
-    def flags(self, pictures: "Sequence[Image]") -> list[bool]:
-        """Which pictures are flagged. They are not changed: the callable has copies.
+    def flags(self, images: "Sequence[Image]") -> list[bool]:
+        """Which images are flagged. They are not changed: the callable has copies.
 
         Raises:
-            BadOutput: The callable raised, or its answer is not one bool for each picture.
+            BadOutput: The callable raised, or its answer is not one bool for each image.
         """
         try:
-            answer = self._check([picture.copy() for picture in pictures])
+            answer = self._check([image.copy() for image in images])
         except _OF_THE_DEVICE:
             raise
         except Exception as error:
             log.exception("safety_checker_raised")
             raise BadOutput(f"the safety checker raised {type(error).__name__}") from None
-        if not isinstance(answer, list | tuple) or len(answer) != len(pictures):
-            raise BadOutput("the safety checker did not answer with one flag for each picture")
+        if not isinstance(answer, list | tuple) or len(answer) != len(images):
+            raise BadOutput("the safety checker did not answer with one flag for each image")
         if not all(isinstance(flag, bool | np.bool_) for flag in answer):
             raise BadOutput("the safety checker gave a flag that is neither true nor false")
         return [bool(flag) for flag in answer]
