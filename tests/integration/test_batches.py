@@ -31,7 +31,7 @@ from consumer.ports.model import (
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.image_to_text import batch as text_batch
 from consumer.runners.text_to_image import batch as image_batch
-from consumer.runners.text_to_image.memory_guard import least_to_decode
+from consumer.runners.text_to_image.memory_guard import min_decode_bytes
 from consumer.runners.text_to_image.safety import load_checker
 from generation_contracts import ArtifactReference, ImageToTextRequest, Request, Task
 from tests.support.family_table import FAMILIES
@@ -362,7 +362,7 @@ def test_more_images_than_can_be_decoded_at_once_are_not_begun(
     shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
-    least = least_to_decode(pipeline(runner), images=4, width=64, height=64)
+    least = min_decode_bytes(pipeline(runner), images=4, width=64, height=64)
     assert least is not None
     asking = [Asking(asked(num_images=2)), Asking(asked(num_images=2, seed=9))]
     monkeypatch.setattr(runner._model, "_free_bytes", lambda _: least - 1)

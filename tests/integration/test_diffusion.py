@@ -267,7 +267,7 @@ def test_a_cut_prompt_is_told_without_its_words(
     with caplog.at_level(logging.DEBUG), capture_logs() as logs:
         output = made(shared_runner(family), prompt=f"{SECRET} " * 100)
     assert output.warnings == tuple(
-        f"a prompt is longer than the model reads: {name} saw its first {tokens} tokens only"
+        f"the prompt was truncated: {name} read only its first {tokens} tokens"
         for name, tokens in encoders.items()
     )
     printed = capsys.readouterr()

@@ -234,8 +234,8 @@ def of_the_class(name: str) -> Callable[[Path], None]:
     return rewrite
 
 
-FROM_IMAGES = "FluxImg2ImgPipeline does not make images from a text alone"
-VIDEO = "HunyuanVideoPipeline does not make images from a text alone"
+FROM_IMAGES = "FluxImg2ImgPipeline does not generate images from a text alone"
+VIDEO = "HunyuanVideoPipeline does not generate images from a text alone"
 
 
 @pytest.mark.parametrize(

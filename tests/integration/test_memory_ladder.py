@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from consumer.ports.model import OutOfMemory, RunnerOutput
 from consumer.runners import ModelRunner
-from consumer.runners.text_to_image.memory_guard import free_bytes, least_to_decode
+from consumer.runners.text_to_image.memory_guard import free_bytes, min_decode_bytes
 from generation_contracts import TextToImageRequest
 from tests.support.model_runs import run_model
 from tests.support.tiny_adapters import pipeline, save_adapter
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 ONE_AT_A_TIME, IN_TILES, MOVED = (
     "made one image at a time",
     "decoded in tiles",
-    "kept only the part at work on the device",
+    "kept only the active part on the device",
 )
 
 Shared = Callable[..., ModelRunner]
@@ -196,7 +196,7 @@ def test_what_cannot_be_decoded_at_once_is_made_one_image_at_a_time_from_the_sta
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_movable(sd3, monkeypatch)
-    least = least_to_decode(pipeline(sd3), images=2, width=32, height=32)
+    least = min_decode_bytes(pipeline(sd3), images=2, width=32, height=32)
     assert least is not None
     has_free(sd3, least - 1, monkeypatch)
     short = made(sd3, num_images=2)
@@ -264,7 +264,7 @@ def test_decoding_takes_what_was_estimated_and_a_little_more(
 ) -> None:
     pipe = pipeline(shared_runner(family))
     side, images = 256, 2
-    least = least_to_decode(pipe, images=images, width=side, height=side)
+    least = min_decode_bytes(pipe, images=images, width=side, height=side)
     assert least is not None
     smaller = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     latents = torch.zeros(images, pipe.vae.config.latent_channels, side // smaller, side // smaller)
@@ -276,7 +276,7 @@ def test_decoding_takes_what_was_estimated_and_a_little_more(
 @pytest.mark.parametrize("family", ["qwen_image", "hunyuan_image"])
 def test_another_kind_of_autoencoder_is_not_judged(family: str, shared_runner: Shared) -> None:
     pipe = pipeline(shared_runner(family))
-    assert least_to_decode(pipe, images=8, width=2048, height=2048) is None
+    assert min_decode_bytes(pipe, images=8, width=2048, height=2048) is None
 
 
 def test_slices_are_judged_by_one_image_and_tiles_not_at_all(
@@ -284,17 +284,17 @@ def test_slices_are_judged_by_one_image_and_tiles_not_at_all(
 ) -> None:
     pipe = pipeline(sd3)
     size = {"width": 64, "height": 32}
-    one = least_to_decode(pipe, images=1, **size)
+    one = min_decode_bytes(pipe, images=1, **size)
     assert one is not None
-    assert least_to_decode(pipe, images=8, **size) == 8 * one
+    assert min_decode_bytes(pipe, images=8, **size) == 8 * one
     monkeypatch.setattr(pipe.vae, "use_slicing", True)
-    assert least_to_decode(pipe, images=8, **size) == one
+    assert min_decode_bytes(pipe, images=8, **size) == one
     monkeypatch.setattr(pipe.vae, "use_tiling", True)
-    assert least_to_decode(pipe, images=8, **size) is None
+    assert min_decode_bytes(pipe, images=8, **size) is None
 
 
 def test_parts_on_several_devices_are_not_judged(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline(sd3), "hf_device_map", {"vae": 1})
-    assert least_to_decode(pipeline(sd3), images=1, width=64, height=64) is None
+    assert min_decode_bytes(pipeline(sd3), images=1, width=64, height=64) is None

@@ -129,7 +129,7 @@ ONLY_IMAGES = "only for MODEL_TYPE=text_to_image"
             IMAGES,
             0,
             {"compile": True, "adapters": {"pixels": "/a/folder"}},
-            "MODEL_COMPILE, MODEL_ADAPTERS: a change of adapters would be compiled anew; set one",
+            "MODEL_COMPILE, MODEL_ADAPTERS: each change of adapters would recompile; set one",
         ),
         (
             TEXTS,
@@ -208,7 +208,7 @@ def test_settings_that_go_together_are_not_refused(machine: Machine) -> None:
             SD3,
             None,
             {"attention": "native"},
-            "MODEL_ATTENTION: StableDiffusion3 has no choice of attention",
+            "MODEL_ATTENTION: StableDiffusion3 has no selectable attention backend",
         ),
         (SD3, None, {"step_cache": 0.1}, "MODEL_STEP_CACHE: StableDiffusion3 has no step cache"),
         (SDXL, None, {"step_cache": 0.1}, "MODEL_STEP_CACHE: StableDiffusionXL has no step cache"),

@@ -88,8 +88,8 @@ def test_a_checker_does_not_change_the_images(sd3: ModelRunner, use: Callable[..
     [
         ("raises", "the safety checker raised ValueError"),
         ("takes_no_images", "the safety checker raised TypeError"),
-        ("answers_too_little", "did not answer with one flag for each image"),
-        ("answers_once", "did not answer with one flag for each image"),
+        ("answers_too_little", "did not return one flag for each image"),
+        ("answers_once", "did not return one flag for each image"),
         ("answers_numbers", "neither true nor false"),
         ("answers_nothing", "neither true nor false"),
     ],
@@ -117,7 +117,7 @@ def test_a_checker_that_finds_the_device_full_is_no_faulty_checker(
         ("tests.support.checkers", "must be package.module:callable"),
         ("tests.support.checkers:missing", "AttributeError"),
         ("tests.no_such_module:check", "ModuleNotFoundError"),
-        ("tests.support.checkers:NOT_CALLABLE", "it cannot be called"),
+        ("tests.support.checkers:NOT_CALLABLE", "it is not callable"),
         ("..:check", "ValueError"),
     ],
 )
@@ -162,5 +162,5 @@ def test_flags_of_the_models_own_checker_that_fit_no_images_are_not_guessed_at(
 ) -> None:
     runner = shared_runner("hunyuan_dit")
     judged_by_the_model(runner, [False, True, False], monkeypatch)
-    with pytest.raises(ModelError, match="did not judge each image"):
+    with pytest.raises(ModelError, match="did not return one flag for each image"):
         made(runner, num_images=2)

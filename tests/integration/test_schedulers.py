@@ -136,7 +136,7 @@ def with_scheduler(folder: Path, name: str, **config: Any) -> Path:
             XL,
             "DPMSolverSDEScheduler",
             {},
-            "DPMSolverSDEScheduler draws noise that no seed of a request decides",
+            "DPMSolverSDEScheduler ignores the seed of a request",
         ),
         (
             FLUX,

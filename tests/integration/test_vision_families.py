@@ -297,7 +297,7 @@ def test_a_family_whose_texts_come_from_a_decoder_of_their_own_is_told_at_load(
 ) -> None:
     # What it writes has no prompt to cut off, and would be cut off itself.
     folder = changed(folder_of("vision_language"), tmp_path / "model", is_encoder_decoder=True)
-    with pytest.raises(ModelUnavailable, match="model: qwen2_5_vl has a decoder of its own"):
+    with pytest.raises(ModelUnavailable, match="model: qwen2_5_vl is an encoder-decoder model"):
         load(folder, Task.IMAGE_TO_TEXT)
 
 
@@ -366,7 +366,7 @@ def test_no_character_is_told_before_it_is_whole(
     growing.put(torch.tensor([[control, control]]))  # the prompt
     for token in (*tokens, control):
         growing.put(torch.tensor([token]))
-    whole = deltas.written_text(tokenizer, tokens)
+    whole = deltas.decode_text(tokenizer, tokens)
     assert whole.strip() == text.strip()
     assert "".join(parts) == whole
     assert not any("\ufffd" in part for part in parts)
@@ -400,5 +400,5 @@ def test_the_rest_of_a_text_that_ends_within_a_character_is_told_at_the_end(
     for token in tokens:
         growing.put(torch.tensor([token]))
     assert parts == ["a"]
-    growing.finish(whole := deltas.written_text(tokenizer, tokens))
+    growing.finish(whole := deltas.decode_text(tokenizer, tokens))
     assert "".join(parts) == whole == "a\ufffd"

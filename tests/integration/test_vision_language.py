@@ -24,7 +24,7 @@ from consumer.runners import ModelRunner
 from consumer.runners.device import Placement
 from consumer.runners.faults import BadOutput
 from consumer.runners.image_to_text import vision_language
-from consumer.runners.image_to_text.rows import Numbers
+from consumer.runners.image_to_text.rows import ValidScores
 from generation_contracts import ArtifactReference, ImageToTextRequest, Task
 from tests.support.model_runs import run_model
 from tests.support.tiny_models import Folder, Load
@@ -69,7 +69,7 @@ def inner(runner: ModelRunner) -> Any:
 
 def ids_of_prompt(runner: ModelRunner, *images: Image.Image, **fields: Any) -> list[int]:
     model = inner(runner)
-    inputs = model._inputs(model._cleaned(asked(**fields)), model._budget.fit(images or (RED,)))
+    inputs = model._inputs(model._stripped(asked(**fields)), model._budget.fit(images or (RED,)))
     ids: list[int] = inputs["input_ids"][0].tolist()
     return ids
 
@@ -246,7 +246,7 @@ def test_control_tokens_of_a_sender_do_not_reach_the_model(
     assert found == [i for i in ids_of_prompt(qwen, **plain) if i in specials]
     request = asked(**{**plain, field: attack})
     output = run_model(qwen, request, [RED])
-    assert output.warnings == ("control tokens of the model were taken out of the text",)
+    assert output.warnings == ("control tokens of the model were removed from the text",)
 
 
 def test_a_prompt_of_control_tokens_only_is_refused(qwen: ModelRunner) -> None:
@@ -371,9 +371,9 @@ def test_scores_that_are_not_numbers_are_an_error(
 
 def test_scores_that_are_infinite_are_an_error_unless_they_rule_a_token_out() -> None:
     scores = torch.tensor([[0.0, -math.inf]])
-    assert Numbers()(None, scores) is scores
+    assert ValidScores()(None, scores) is scores
     with pytest.raises(BadOutput, match="scores that are not numbers"):
-        Numbers()(None, -scores)
+        ValidScores()(None, -scores)
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-6])
