@@ -42,13 +42,13 @@ _FILE_FORMATS: dict[OutputFormat, _FileFormat] = {
     "webp": _FileFormat("image/webp", "webp"),
     "jpeg": _FileFormat("image/jpeg", "jpg"),
 }
-# Times and sizes are of one 1024x1024 picture with a little grain.
+# Times and sizes are of one 1024x1024 image with a little grain.
 _WEBP = {"quality": 90, "method": 2}  # 44 ms, 178 KB, 35.6 dB; method 4: twice as long for 0.2 dB
 _JPEG = {"quality": 95, "subsampling": 0}  # 6 ms, 655 KB; 4:4:4 keeps edges of saturated colours
 
 
 class ImageCodec:
-    """The pictures' codec (`ports.Images`). It keeps nothing but threads: any thread may call it.
+    """The images' codec (`ports.Images`). It keeps nothing but threads: any thread may call it.
 
     Args:
         max_bytes: The largest input file.
@@ -66,7 +66,7 @@ class ImageCodec:
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._max_side = max_side
-        # For one large picture at a time; what is encoded beside it has to share.
+        # For one large image at a time; what is encoded beside it has to share.
         self._threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="encoding")
 
     @property
@@ -117,9 +117,9 @@ class ImageCodec:
         seed: int,
         provenance: Mapping[str, str] | None = None,
     ) -> EncodedImage:
-        """A picture to a file with its hash; PNG is lossless, WebP and JPEG are not.
+        """An image to a file with its hash; PNG is lossless, WebP and JPEG are not.
 
-        The file holds the pixels and the provenance: nothing of what the picture carries. The same
+        The file holds the pixels and the provenance: nothing of what the image carries. The same
         of both give the same bytes with the same libraries, and the provenance changes no pixel.
 
         Args:

@@ -1,10 +1,10 @@
 """PNG files, written fast: one filter for all rows, and Intel's ISA-L for the compression.
 
-A picture of a model has grain, in which there is nothing to find: Pillow's encoder looks for it
+An image of a model has grain, in which there is nothing to find: Pillow's encoder looks for it
 all the same, for 100 to 500 ms at 1024x1024, while this takes 8 ms and some 5 % more bytes than its
 best (`python -m tests.bench.encoders`). All of it lets go of the interpreter's lock.
 
-A large picture is written in strips, which several threads can make at the same time: each is a
+A large image is written in strips, which several threads can make at the same time: each is a
 part of the one deflate stream (RFC 1951) that ends at a whole byte, in an IDAT chunk of its own.
 """
 
@@ -32,9 +32,9 @@ R = TypeVar("R")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _BITS = 8
 _UP = 2  # the filter: what differs from the pixel above
-_LEVEL = 1  # of ISA-L; 2 and 3 take longer and give larger files of pictures with grain
-# Bytes, about: 1024x1024 are four strips. By the picture alone, whatever the machine has: the same
-# picture must give the same bytes everywhere.
+_LEVEL = 1  # of ISA-L; 2 and 3 take longer and give larger files of images with grain
+# Bytes, about: 1024x1024 are four strips. By the image alone, whatever the machine has: the same
+# image must give the same bytes everywhere.
 _STRIP = 3 * 2**18
 _ZLIB_HEADER = b"\x78\x01"  # RFC 1950: deflate, a window of 32 KiB, the fastest level
 _ADLER_BASE = 65_521  # RFC 1950: the largest prime below 2^16
@@ -48,7 +48,7 @@ class Each(Protocol):
 
 
 def write_png(image: Image.Image, texts: Mapping[str, str], *, each: Each = map) -> bytes:
-    """A picture as a PNG file, with texts as its metadata.
+    """An image as a PNG file, with texts as its metadata.
 
     Args:
         image: Its mode is a key of `COLOUR_TYPES`; the pixels are kept as they are.
@@ -56,7 +56,7 @@ def write_png(image: Image.Image, texts: Mapping[str, str], *, each: Each = map)
         each: Makes the strips: one after the other, or at the same time.
 
     Returns:
-        The file's bytes: the same for the same picture, texts and version of ISA-L.
+        The file's bytes: the same for the same image, texts and version of ISA-L.
     """
     header = struct.pack(
         ">IIBBBBB", image.width, image.height, _BITS, COLOUR_TYPES[image.mode], 0, 0, 0
@@ -73,7 +73,7 @@ def write_png(image: Image.Image, texts: Mapping[str, str], *, each: Each = map)
 
 
 class _Pixels(NamedTuple):
-    """Some rows of a picture, and what has to be known of the rest of it.
+    """Some rows of an image, and what has to be known of the rest of it.
 
     Attributes:
         rows: Shape (rows, width * channels).

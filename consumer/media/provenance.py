@@ -1,4 +1,4 @@
-"""Provenance: what the file of a picture says of how it was made."""
+"""Provenance: what the file of an image says of how it was made."""
 
 import functools
 import json
@@ -21,18 +21,18 @@ def provenance_of(
     parameters: Mapping[str, ParameterValue],
     with_prompt: bool,
 ) -> dict[str, str]:
-    """Names and values for the file of one picture.
+    """Names and values for the file of one image.
 
     Nothing in them differs between two runs of the same request: an object's key contains the hash
     of its bytes, and a redelivery is to find its object. So there is no time, worker or attempt.
 
     Args:
-        made: The picture.
+        made: The image.
         request_id: The sender's, or the derived one.
         request: What was asked for.
         model: What made it.
         parameters: What it was made with.
-        with_prompt: Whether the prompts may be in the file, for whoever gets the picture.
+        with_prompt: Whether the prompts may be in the file, for whoever gets the image.
     """
     said = {
         "software": _software(),

@@ -1,7 +1,7 @@
-"""Runners: the loaded models. The only folder in which torch, diffusers or transformers appear.
+"""Runners: the loaded models. The only package that imports torch, diffusers and transformers.
 
-Importing this package is cheap: the libraries, 9 s and 780 MB for diffusers, are imported by
-`Runner.load`, in the inference thread.
+Importing this package is cheap. `ModelRunner.load` imports the libraries in the inference thread,
+which takes 9 s and 780 MB for diffusers.
 """
 
 import os
@@ -12,9 +12,9 @@ from consumer.runners.config import ModelConfig
 from consumer.runners.runner import ModelRunner
 from generation_contracts import Task
 
-# All are read once, when the libraries are imported, so they must be set before. The first beats
-# even trust_remote_code=True: no code that came with a model is ever run. The others: no telemetry,
-# and no warnings while they are imported, of optional libraries that nobody asked for.
+# The libraries read these when they are imported, so they must be set before. The first overrides
+# even trust_remote_code=True: code that comes with a model is never run. The others turn off
+# telemetry, and warnings about optional libraries during the import.
 os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -24,8 +24,8 @@ __all__ = ["ModelConfig", "ModelRunner", "create_runner"]
 
 
 def create_runner(task: Task, config: ModelConfig) -> ModelRunner:
-    """A runner for a task; nothing is loaded before its `load` is called."""
-    if not config.model_id:  # the demonstration model, at its best where nobody says otherwise
-        own = {**demonstration.DEFAULTS[task], **config.defaults}
-        config = replace(config, defaults=own)
+    """Create a runner for a task; `load` loads the model."""
+    if not config.model_id:  # the demonstration model has defaults that MODEL_DEFAULTS overrides
+        defaults = {**demonstration.DEFAULTS[task], **config.defaults}
+        config = replace(config, defaults=defaults)
     return ModelRunner(task, config)

@@ -1,4 +1,4 @@
-"""What the settings say about the model, as the runners take it; no library is imported here."""
+"""The configuration of a model, derived from the settings. This module imports no library."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,24 +21,24 @@ class ModelConfig:
     Attributes:
         model_id: A folder, or an id on the Hugging Face hub; empty for the demonstration model.
         revision: Commit, tag or branch on the hub; a folder has none.
-        device: `auto` takes the first of cuda, mps and cpu that is there.
+        device: `auto` is the first available one of cuda, mps and cpu.
         dtype: `auto` is bfloat16 on cuda, float32 elsewhere.
-        offload: Where the weights wait while they are not in use: on the device (`none`), or in
-            main memory, whole models at a time (`model`), layer by layer (`sequential`), or in
-            groups of layers (`group`).
-        device_map: `balanced` shares the parts out over all GPUs.
-        quantization: Of the large parts; `gguf` for a transformer that is stored so.
+        offload: Where unused weights are: on the device (`none`) or in main memory, moved as whole
+            models (`model`), layer by layer (`sequential`), or in groups of layers (`group`).
+        device_map: `balanced` distributes the parts over all GPUs.
+        quantization: Of the large parts; `gguf` for a transformer that is stored as GGUF.
         compile: Compile the repeated blocks; the first run takes minutes longer.
-        warm_up: Make one output when loading.
-        vae_tiling: Decode pictures in tiles.
-        vae_slicing: Decode one picture at a time.
+        warm_up: Generate one output during loading.
+        vae_tiling: Decode images in tiles.
+        vae_slicing: Decode one image at a time.
         channels_last: Memory format of the convolutions.
-        attention: An attention backend of diffusers or transformers; empty for their own choice.
+        attention: An attention backend of diffusers or transformers; empty for their default.
         step_cache: Threshold of the first-block cache; 0 is off.
-        defaults: What a request gets that says nothing, by its field: before the model's own.
+        defaults: Values by request field, for requests that omit the field; they override the
+            model's defaults.
         adapters: Folders of LoRA adapters by the names that requests use.
         safety_checker: `package.module:callable`; empty for none.
-        max_image_pixels: An input picture larger than this is made smaller, in pixels.
+        max_image_pixels: Larger input images are scaled down to this number of pixels.
     """
 
     model_id: str = ""

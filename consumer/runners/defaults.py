@@ -1,4 +1,4 @@
-"""MODEL_DEFAULTS: what a request gets that says nothing, before what the model itself would do."""
+"""Validation of MODEL_DEFAULTS: defaults for omitted request fields, which override the model's."""
 
 from collections.abc import Mapping
 
@@ -16,19 +16,20 @@ def checked_defaults(
     parameters: type[TextToImageParameters | ImageToTextParameters],
     defaults: Mapping[str, Default],
 ) -> dict[str, Default]:
-    """The defaults by the names of the request's fields, seen by the contract.
+    """Validate defaults against the contract, and return them by request field.
+
+    A field can have a default if its absence means "the model's default". The seed is excluded: a
+    fixed seed would give every sender the same image.
 
     Args:
-        parameters: The fields of a request that are the model's. One of them can have a default if
-            its absence means "the model's own", but for the seed: a fixed one would make one
-            picture for every sender.
-        defaults: As the setting has them.
+        parameters: The contract's model of the task's parameters.
+        defaults: The value of the setting.
 
     Raises:
-        ModelUnavailable: There is no such field, or the contract refuses the value.
+        ModelUnavailable: There is no such field, it cannot have a default, or the value is invalid.
     """
     try:
-        seen = parameters.model_validate(dict(defaults), strict=True)
+        validated = parameters.model_validate(dict(defaults), strict=True)
     except ValidationError as error:
         detail = error.errors(include_input=False, include_url=False, include_context=False)[0]
         field = ".".join(str(part) for part in detail["loc"])
@@ -36,7 +37,7 @@ def checked_defaults(
         problem = "a request has no such parameter" if unknown else detail["msg"]
         raise ModelUnavailable(f"{SETTING}: {field}: {problem}") from None
     fields = parameters.model_fields
-    for name in sorted(seen.model_fields_set):
+    for name in sorted(validated.model_fields_set):
         if fields[name].default is not None or name == "seed":
             raise ModelUnavailable(f"{SETTING}: {name}: cannot have a default")
-    return seen.model_dump(include=seen.model_fields_set, exclude_none=True)
+    return validated.model_dump(include=validated.model_fields_set, exclude_none=True)

@@ -1,4 +1,4 @@
-"""Where a model computes and in which type, and giving the device's memory back."""
+"""The device and dtype of a model, and the release of device memory."""
 
 import gc
 from dataclasses import dataclass
@@ -17,27 +17,27 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Placement:
-    """A device and the type of the weights, for torch."""
+    """A device and the dtype of the weights."""
 
     device: torch.device
     dtype: torch.dtype
 
     @property
     def dtype_name(self) -> str:
-        """The type as events tell it, for example `bfloat16`."""
+        """The dtype's name in events, for example `bfloat16`."""
         return str(self.dtype).removeprefix("torch.")
 
 
 def place(config: ModelConfig) -> Placement:
-    """Choose the device and the type.
+    """Choose the device and the dtype.
 
-    The type is always a real `torch.dtype`: diffusers takes the strings "float16" and "auto"
-    without a word and loads float32. `auto` is bfloat16 on cuda, because float16 overflows in FLUX
-    and others and gives black pictures, and float32 elsewhere, because few CPUs compute in half
-    precision faster than in float32, and on mps not every operation exists in it.
+    The dtype is always a `torch.dtype`: diffusers silently loads float32 for the strings "float16"
+    and "auto". `auto` is bfloat16 on cuda, because float16 overflows in FLUX and other models and
+    gives black images. Elsewhere it is float32: few CPUs are faster in half precision, and mps
+    lacks some operations in it.
 
     Raises:
-        ModelUnavailable: The device is not there, or offloading has nothing to do.
+        ModelUnavailable: The device is not available, or offloading is set for a CPU.
     """
     device = torch.device(_device(config.device))
     if config.offload != "none" and device.type == "cpu":
@@ -48,7 +48,7 @@ def place(config: ModelConfig) -> Placement:
 
 
 def release(device: torch.device) -> None:
-    """Collect garbage and give the memory that torch has kept back to the device."""
+    """Collect garbage and free the device memory that torch has cached."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -56,14 +56,14 @@ def release(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def _device(wanted: str) -> str:
-    there = {
+def _device(name: str) -> str:
+    available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if wanted == "auto":
-        return next(name for name, is_there in there.items() if is_there)
-    if not there[wanted]:
-        raise ModelUnavailable(f"MODEL_DEVICE: there is no {wanted} device for this process")
-    return wanted
+    if name == "auto":
+        return next(each for each, is_available in available.items() if is_available)
+    if not available[name]:
+        raise ModelUnavailable(f"MODEL_DEVICE: there is no {name} device for this process")
+    return name

@@ -1,8 +1,8 @@
-"""What a model raises, translated into the exceptions of the ports, without keeping its tensors.
+"""Translation of a model's exceptions into those of the ports, without keeping tensors alive.
 
-A traceback keeps every frame, and the frames keep the tensors of the failed run: memory can only be
-given back after the `except` block has been left, and what is raised then must not refer to the
-original.
+A traceback refers to every frame, and the frames refer to the tensors of the failed run. Memory can
+therefore be freed only after the `except` block, and the translated exception must not refer to the
+original one.
 """
 
 import re
@@ -27,34 +27,37 @@ T = TypeVar("T")
 
 log = structlog.get_logger()
 
-# torch has an exception of its own for a full cuda device only; the rest are plain RuntimeErrors.
+# torch has a specific exception for a full cuda device only; the others are RuntimeErrors.
 _MEMORY_SIGNS = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "MPS backend out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-_CUDA_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation: the one device error that is not sticky
-_LINE = 300  # characters of a library's message that are worth showing
+_CUDA_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation: the only device error that is not sticky
+_LINE = 300  # the most characters of a library's message in a log or message
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+[^\s/'\"]*")
 
 
-class StoppedAtStep(Exception):  # noqa: N818 - not an error: it was asked for
-    """Raised in a step's callback: the way out of the libraries when a run is to stop."""
+class StoppedAtStep(Exception):  # noqa: N818 - not an error: the run was cancelled
+    """Raised in the step callback to leave the library's code when a run is cancelled."""
 
 
 class BadOutput(Exception):  # noqa: N818 - a state of the output
-    """The model ran, but what it made is not a result; the text is safe to show."""
+    """The model ran, but its output is not a result. The message contains no text of a request."""
 
 
-def translated(run: Callable[[], T], *, free: Callable[[], None], saved: Sequence[str] = ()) -> T:
-    """Run a model and raise nothing but the exceptions of `consumer.ports.model.Runner.run`.
+def translate_failures(
+    run: Callable[[], T], *, free: Callable[[], None], saved: Sequence[str] = ()
+) -> T:
+    """Run a model and raise only the exceptions of `consumer.ports.model.Runner.run`.
 
     Args:
         run: The run.
-        free: Gives back what an ended run holds; called once nothing refers to its tensors, and not
-            when the device is lost.
-        saved: What the run did to save memory, in words for the sender; read when it has failed.
+        free: Frees the memory of a failed run. It is called when nothing refers to the run's
+            tensors any more, and not when the device is lost.
+        saved: The measures of the run that save memory, as text for the sender; read after a
+            failure.
 
     Raises:
         Interrupted, UnsupportedParameter, OutOfMemory, DeviceLost, ModelError: See the port.
@@ -62,21 +65,27 @@ def translated(run: Callable[[], T], *, free: Callable[[], None], saved: Sequenc
     failure: Exception
     try:
         return run()
-    except Exception as error:  # noqa: BLE001 - each of them is translated
+    except Exception as error:  # noqa: BLE001 - every exception is translated
         failure = _translate(error, tuple(saved))
     try:
         if not isinstance(failure, DeviceLost):
             free()
     except torch.AcceleratorError:
-        failure = DeviceLost("the device failed while its memory was given back")
+        failure = DeviceLost("the device failed while its memory was freed")
     try:
         raise failure from None
     finally:
-        del failure, run, free  # the traceback keeps this frame as well
+        del failure, run, free  # the traceback refers to this frame too
 
 
 def load_failure(error: Exception, *, name: str, folder: Path | None = None) -> ModelUnavailable:
-    """One clear line, without a path, for what the libraries raised while they loaded a model."""
+    """Log an exception of loading a model, and translate it into one line without a path.
+
+    Args:
+        error: What a library raised.
+        name: The model's name in the message.
+        folder: Replaced in the message by the name.
+    """
     log.error("model_not_loaded", model=name, error=type(error).__name__, detail=str(error))
     if _is_out_of_memory(error):
         return ModelUnavailable(f"{name}: does not fit into the device's memory")
@@ -99,7 +108,7 @@ def _translate(error: Exception, saved: tuple[str, ...]) -> Exception:
     if isinstance(error, torch.AcceleratorError):
         log.error("device_lost", error=type(error).__name__, where=_where(error))
         return DeviceLost("the device cannot be used any more")
-    # The message of the exception can quote the prompt: only its class and place are told.
+    # The exception's message can quote the prompt, so only its class and source line are reported.
     log.error("model_raised", error=type(error).__name__, where=_where(error))
     return ModelError(type(error).__name__)
 

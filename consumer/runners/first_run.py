@@ -1,7 +1,7 @@
-"""The run before the first job: it compiles what is compiled, and shows that the options work.
+"""The run before the first job: it triggers compilation and shows that the options work.
 
-Whether a kernel takes this device, or a cache this family, shows nowhere else; and the first job
-need not wait for what a first run does only once.
+Only a run shows whether a kernel supports the device, or a cache the family. The one-time work of a
+first run also does not delay the first job.
 """
 
 from collections.abc import Sequence
@@ -29,21 +29,21 @@ log = structlog.get_logger()
 
 _STEPS = 2  # the first fills a step cache, the second reads it
 _TOKENS = 2  # the first comes from the prompt, the second from the cache of keys and values
-_SIDE = 224  # pixels of the picture that is read
+_SIDE = 224  # pixels of each side of the input image
 _SEED = 0
-_UNREAD = "s3://first-run/picture.png"  # whoever runs a model gives it the decoded picture
+PLACEHOLDER = "s3://first-run/image.png"  # never read: a run gets the decoded image
 
 
 def run_once(model: "LoadedModel", task: Task, settings: tuple[str, ...]) -> None:
-    """Make one output of the default size in the fewest steps that pass through everything.
+    """Generate one output of the default size in the fewest steps that use all features.
 
     Args:
-        model: Just loaded; closed if it fails.
-        task: What it makes.
-        settings: Names of the settings whose effect the run shows, for the message.
+        model: The loaded model; closed if the run fails.
+        task: The model's task.
+        settings: The settings that the run validates, for the message.
 
     Raises:
-        ModelUnavailable: One line with the settings and what the run raised.
+        ModelUnavailable: One line with the settings and the failure.
     """
     if failure := _failure(model, task, save_memory=False):
         model.close()
@@ -51,18 +51,18 @@ def run_once(model: "LoadedModel", task: Task, settings: tuple[str, ...]) -> Non
 
 
 def probe_once(model: "LoadedModel", task: Task, reasons: tuple[str, ...]) -> None:
-    """Show by one output that a model works, where no setting asked for the run.
+    """Generate one output to show that a model works, for reasons other than a setting.
 
-    The run saves memory where it must, as a job does. A run that is out of memory shows nothing:
-    smaller requests can still succeed, so the model is not refused.
+    Like a job, the run is repeated with the measures that save memory if memory is short. If it is
+    still out of memory, the model is not refused, because smaller requests can succeed.
 
     Args:
-        model: Just loaded; closed if it fails.
-        task: What it makes.
-        reasons: What of the model only a run can show to work, for the message.
+        model: The loaded model; closed if the run fails.
+        task: The model's task.
+        reasons: The properties of the model that the run validates, for the message.
 
     Raises:
-        ModelUnavailable: One line with the reasons and what the run raised.
+        ModelUnavailable: One line with the reasons and the failure.
     """
     for save_memory in (False, True):
         failure = _failure(model, task, save_memory=save_memory)
@@ -74,18 +74,18 @@ def probe_once(model: "LoadedModel", task: Task, reasons: tuple[str, ...]) -> No
     log.warning("first_run_out_of_memory", untried=reasons)
 
 
-def unattended(request: Request, images: Sequence["Image"]) -> RunRequest:
-    """A run that is not cancelled, and whose progress nothing reads."""
+def probe_request(request: Request, images: Sequence["Image"]) -> RunRequest:
+    """Return a run that is never cancelled and drops its progress."""
     return RunRequest(request, images, _NoProgress(), lambda: False)
 
 
 def _failure(model: "LoadedModel", task: Task, *, save_memory: bool) -> Exception | None:
     try:
-        request, images = _least(model.description, task)
+        request, images = _smallest_request(model.description, task)
         model.check(request)
-        model.run([unattended(request, images)], save_memory=save_memory)
+        model.run([probe_request(request, images)], save_memory=save_memory)
     except (UnsupportedParameter, OutOfMemory, DeviceLost, ModelError) as error:
-        return error.with_traceback(None)  # its frames would keep the tensors of the run
+        return error.with_traceback(None)  # the frames would keep the tensors of the run alive
     return None
 
 
@@ -93,15 +93,15 @@ def _refusal(names: tuple[str, ...], failure: Exception) -> ModelUnavailable:
     return ModelUnavailable(f"{', '.join(names)}: the first run failed: {failure}")
 
 
-def _least(description: ModelDescription, task: Task) -> tuple[Request, list["Image"]]:
+def _smallest_request(description: ModelDescription, task: Task) -> tuple[Request, list["Image"]]:
     if task is Task.IMAGE_TO_TEXT:
         from PIL import Image
 
-        picture = Image.new("RGB", (_SIDE, _SIDE), "gray")
+        image = Image.new("RGB", (_SIDE, _SIDE), "gray")
         request = ImageToTextRequest(
-            prompt="What is it?", images=(_UNREAD,), max_new_tokens=_TOKENS, seed=_SEED
+            prompt="What is it?", images=(PLACEHOLDER,), max_new_tokens=_TOKENS, seed=_SEED
         )
-        return request, [picture]
+        return request, [image]
     default = description.defaults.get("num_inference_steps")
     steps = min(_STEPS, default) if isinstance(default, int) else _STEPS
     steps = max(steps, description.least_steps or 1)
@@ -109,13 +109,13 @@ def _least(description: ModelDescription, task: Task) -> tuple[Request, list["Im
 
 
 class _NoProgress:
-    """A `consumer.ports.model.RunProgress` that nothing reads."""
+    """A `consumer.ports.model.RunProgress` that drops everything."""
 
     def step(self, done: int, of: int) -> None:
-        """Drop it."""
+        """Drop the step."""
 
     def text(self, added: str) -> None:
-        """Drop it."""
+        """Drop the text."""
 
     def preview(self, jpeg: bytes) -> None:
-        """Drop it."""
+        """Drop the preview."""

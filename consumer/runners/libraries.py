@@ -1,9 +1,9 @@
-"""The libraries: imported at once, their own output turned down and sent to the process's log.
+"""Import of the model libraries, and redirection of their output to the process's log.
 
-diffusers logs the words of a prompt that it cuts, so it and transformers log errors only while a
-model runs; and each of these libraries writes to standard error with a separate handler, between
-the daemon's lines. While a model is loaded there is no prompt, and a warning is often the only sign
-that a library has dropped a part of the model's files.
+diffusers logs the words that it truncates from a prompt. Therefore diffusers and transformers log
+only errors while a model runs. The libraries' handlers, which write to standard error between the
+daemon's lines, are removed. During loading there is no prompt, and a warning is often the only sign
+that a library has ignored a part of the model's files; these warnings are logged.
 """
 
 # mypy: allow-untyped-calls
@@ -26,31 +26,31 @@ import structlog
 log = structlog.get_logger()
 
 _LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "torch", "safetensors")
-_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+")  # of an absolute path
-# Not a drop: diffusers warns of each text encoder for which an adapter has no weights. Whether all
-# layers of the file arrived is checked where adapters are loaded.
+_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+")  # the folders of an absolute path
+# diffusers gives this warning for each text encoder for which an adapter has no weights. The module
+# `adapters` checks whether all layers of the file were loaded.
 _HARMLESS = "No LoRA keys associated to"
-_LINE = 500  # characters of a warning that are worth showing
+_LINE = 500  # the most characters of a logged warning
 
-# Its structured trace, which it writes to files, and only when TORCH_TRACE names a folder.
+# The logger of torch's structured trace, which writes to files if TORCH_TRACE names a folder.
 _TORCH_TRACE = "torch.__trace"
 
 
-def import_with_all(name: str) -> ModuleType:
-    """Import a module with the libraries that it needs; the garbage collector passes over them.
+def import_frozen(name: str) -> ModuleType:
+    """Import a module and its libraries, and exclude their objects from garbage collection.
 
-    Hundreds of thousands of objects come with them and stay. To go through them again and again
-    while they come would take a fifth of the time, and each full collection later would stop every
-    thread for 0.3 s instead of 4 ms. The garbage of the imports themselves, 10 MB, is kept.
+    The libraries create hundreds of thousands of permanent objects. Collections during the import
+    would take a fifth of its time, and each full collection later would stop every thread for 0.3 s
+    instead of 4 ms. In return, 10 MB of garbage from the imports is never freed.
     """
     new, collecting = name not in sys.modules, gc.isenabled()
     gc.disable()
     try:
-        _torch_to_root()
+        _propagate_torch_logs()
         module = importlib.import_module(name)
         if new:
             gc.freeze()
-            # Collected when the process ends, or extension modules would tell of leaks.
+            # Collected at exit, because extension modules would otherwise report leaks.
             atexit.register(gc.unfreeze)
     finally:
         if collecting:
@@ -58,12 +58,13 @@ def import_with_all(name: str) -> ModuleType:
     return module
 
 
-def _torch_to_root() -> None:
-    """Import torch, and let the process's log have what it says.
+def _propagate_torch_logs() -> None:
+    """Import torch, and send its log records to the process's log.
 
-    Before diffusers and transformers are imported: torch warns of what their imports do.
+    Must run before diffusers and transformers are imported, because torch logs warnings about
+    their imports.
     """
-    import torch  # noqa: F401 - its import makes the handlers
+    import torch  # noqa: F401 - the import creates the handlers
 
     for name, logger in list(logging.root.manager.loggerDict.items()):
         ours = name.partition(".")[0] == "torch" and name != _TORCH_TRACE
@@ -73,7 +74,7 @@ def _torch_to_root() -> None:
 
 
 def quiet() -> None:
-    """Let diffusers and transformers log errors only, in the process's log; no progress bars."""
+    """Limit the logs of diffusers and transformers to errors; turn their progress bars off."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     for library in {"diffusers", "transformers"} & sys.modules.keys():
@@ -87,9 +88,9 @@ def quiet() -> None:
 
 @contextmanager
 def reported_warnings() -> Iterator[None]:
-    """Log what the libraries warn of while a model is loaded; afterwards they are quiet.
+    """Log the libraries' warnings inside the context; afterwards they log errors only.
 
-    Each warning is one event `library_warning` with the library's name, however often it is given.
+    Each distinct warning is logged once, as the event `library_warning` with the library's name.
     """
     quiet()
     report = _Report()
@@ -112,7 +113,7 @@ def reported_warnings() -> Iterator[None]:
 
 
 class _Report(logging.Handler):
-    """Logs each warning of the libraries once, on one line and without the folders of its paths."""
+    """Logs each warning of the libraries once, on one line and without folders in paths."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -122,11 +123,11 @@ class _Report(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self._log(record.name.partition(".")[0], record.getMessage())
 
-    def show(self, message: Any, category: Any, filename: str, *place: Any) -> None:
-        """Stands in for `warnings.showwarning`; what is not of the libraries goes its own way."""
+    def show(self, message: Any, category: Any, filename: str, *rest: Any) -> None:
+        """Replace `warnings.showwarning`; warnings of other modules are passed to the original."""
         library = next((part for part in Path(filename).parts if part in _LIBRARIES), None)
         if library is None:
-            self.show_otherwise(message, category, filename, *place)
+            self.show_otherwise(message, category, filename, *rest)
         else:
             self._log(library, str(message))
 

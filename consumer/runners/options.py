@@ -1,7 +1,6 @@
-"""Options for memory and speed: which of them go together, told before anything is loaded.
+"""Options for memory and speed: which combinations are refused before anything is loaded.
 
-What a loaded pipeline must have for its options is seen in `pipeline_options`, and whether all of
-it runs, in `first_run`.
+`pipeline_options` checks what a loaded pipeline supports, and `first_run` checks that it runs.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,8 +13,8 @@ from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 from generation_contracts import Task
 
-# Fields of the configuration that only one of the tasks has a use for.
-_FOR_PICTURES = (
+# Fields of the configuration that apply to only one task.
+_FOR_IMAGES = (
     "vae_tiling",
     "vae_slicing",
     "channels_last",
@@ -25,18 +24,18 @@ _FOR_PICTURES = (
 )
 _FOR_TEXTS = ("max_image_pixels",)
 
-# Whether these work shows in a run: a kernel may refuse the device, a family the cache.
+# Options that only a run validates: a kernel may not support the device, a family not the cache.
 _NEEDING_PROBE = ("quantization", "attention", "step_cache", "compile", "device_map", "warm_up")
 
-_BY_PARTS = {"sequential", "group"}  # what moves weights layer by layer
-_FEWEST_GPUS = 2  # to share parts out over
+_BY_LAYERS = {"sequential", "group"}  # offload modes that move single layers
+_MIN_GPUS = 2  # to distribute parts over
 
 
 def validate_options(task: Task, config: ModelConfig, placement: Placement) -> None:
     """Refuse settings that contradict each other, the task or this machine.
 
     Raises:
-        ModelUnavailable: One line that begins with the names of the settings.
+        ModelUnavailable: The message is one line that begins with the names of the settings.
     """
     for line in _refusals(task, config, placement):
         raise ModelUnavailable(line)
@@ -44,37 +43,37 @@ def validate_options(task: Task, config: ModelConfig, placement: Placement) -> N
 
 
 def options_needing_probe(config: ModelConfig) -> tuple[str, ...]:
-    """The settings in use that a first run must show to work."""
+    """Return the settings in use that a probe run must validate."""
     return _in_use(config, _NEEDING_PROBE)
 
 
 def _refusals(task: Task, config: ModelConfig, placement: Placement) -> Iterator[str]:
-    yield from _of_the_task(task, config)
-    yield from _of_several_gpus(task, config, placement)
-    if config.quantization != "none" and config.offload in _BY_PARTS:
-        # accelerate cannot take torchao's and gguf's weights apart, and nobody says that
-        # bitsandbytes' survive the groups.
+    yield from _task_refusals(task, config)
+    yield from _device_map_refusals(task, config, placement)
+    if config.quantization != "none" and config.offload in _BY_LAYERS:
+        # accelerate cannot split weights of torchao and GGUF, and group offloading of bitsandbytes
+        # weights is not documented to work.
         yield (
             "MODEL_QUANTIZATION, MODEL_OFFLOAD: quantized weights are moved as whole parts only; "
             "take none or model"
         )
     if config.quantization == "torchao-int4" and config.offload == "model":
         yield "MODEL_QUANTIZATION, MODEL_OFFLOAD: torchao-int4 stays on its device; take none"
-    if config.compile and config.offload in _BY_PARTS:
+    if config.compile and config.offload in _BY_LAYERS:
         yield (
             "MODEL_COMPILE, MODEL_OFFLOAD: the weights of compiled blocks stay in them; "
             "take none or model"
         )
     if config.compile and config.adapters:
-        # Each change of adapters would be compiled anew, in the middle of a job.
-        yield "MODEL_COMPILE, MODEL_ADAPTERS: a change of adapters would be compiled anew; set one"
+        # Each change of adapters would recompile the blocks during a job.
+        yield "MODEL_COMPILE, MODEL_ADAPTERS: each change of adapters would recompile; set one"
 
 
-def _of_the_task(task: Task, config: ModelConfig) -> Iterator[str]:
+def _task_refusals(task: Task, config: ModelConfig) -> Iterator[str]:
     if task is Task.TEXT_TO_IMAGE:
         others, foreign = Task.IMAGE_TO_TEXT, _in_use(config, _FOR_TEXTS)
     else:
-        others, foreign = Task.TEXT_TO_IMAGE, _in_use(config, _FOR_PICTURES)
+        others, foreign = Task.TEXT_TO_IMAGE, _in_use(config, _FOR_IMAGES)
         if config.offload == "group":
             yield "MODEL_OFFLOAD: group is for pipelines; take model or sequential"
         if config.quantization == "gguf":
@@ -83,7 +82,7 @@ def _of_the_task(task: Task, config: ModelConfig) -> Iterator[str]:
         yield f"{', '.join(foreign)}: only for MODEL_TYPE={others}"
 
 
-def _of_several_gpus(task: Task, config: ModelConfig, placement: Placement) -> Iterator[str]:
+def _device_map_refusals(task: Task, config: ModelConfig, placement: Placement) -> Iterator[str]:
     if config.device_map == "none":
         return
     if config.offload != "none":
@@ -92,8 +91,8 @@ def _of_several_gpus(task: Task, config: ModelConfig, placement: Placement) -> I
         yield "MODEL_DEVICE_MAP, MODEL_QUANTIZATION: not together for a pipeline; set one of them"
     if placement.device.type != "cuda":
         yield f"MODEL_DEVICE_MAP: needs the device cuda, this one is {placement.device.type}"
-    elif torch.cuda.device_count() < _FEWEST_GPUS:
-        yield f"MODEL_DEVICE_MAP: needs {_FEWEST_GPUS} GPUs, there is {torch.cuda.device_count()}"
+    elif torch.cuda.device_count() < _MIN_GPUS:
+        yield f"MODEL_DEVICE_MAP: needs {_MIN_GPUS} GPUs, there is {torch.cuda.device_count()}"
 
 
 def _in_use(config: ModelConfig, fields: Iterable[str]) -> tuple[str, ...]:

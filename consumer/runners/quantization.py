@@ -1,7 +1,7 @@
-"""Loading weights in eight or four bits: bitsandbytes, torchao, or a transformer stored as GGUF.
+"""Quantized weights in eight or four bits: bitsandbytes, torchao, or a transformer in GGUF.
 
-The denoiser is quantized always, a text encoder only if it is large; the autoencoder never, for
-it is small and makes the picture.
+The denoiser is always quantized, and a text encoder if it is large. The autoencoder is never
+quantized, because it is small and its precision affects the pixels directly.
 """
 
 # mypy: allow-untyped-calls
@@ -27,16 +27,16 @@ _PACKAGES = {
 }
 _ON_CUDA = {"bitsandbytes-4bit", "bitsandbytes-8bit", "torchao-int4"}
 
-_WORTH_IT = 2**30  # bytes of weights; a CLIP text encoder would lose precision and save nothing
+_MIN_BYTES = 2**30  # of weights; a CLIP text encoder would lose precision and save little memory
 _DENOISERS = ("transformer", "unet")
-_INT4_GROUP = 128  # weights with one scale; torchao's own default
+_INT4_GROUP = 128  # weights that share one scale; torchao's default
 
 
 def require_quantization(config: ModelConfig, placement: Placement) -> None:
-    """Refuse a quantization that cannot be had here, before anything is loaded.
+    """Refuse a quantization that is not available here, before anything is loaded.
 
     Raises:
-        ModelUnavailable: Says which.
+        ModelUnavailable: Says what the quantization needs.
     """
     kind = config.quantization
     if kind == "none":
@@ -54,19 +54,21 @@ def require_quantization(config: ModelConfig, placement: Placement) -> None:
 
 
 def for_transformers(
-    config: ModelConfig, placement: Placement, folder: Path, *, worth_it: int = _WORTH_IT
+    config: ModelConfig, placement: Placement, folder: Path, *, min_bytes: int = _MIN_BYTES
 ) -> dict[str, Any]:
     """Arguments for `from_pretrained` of a model of transformers whose files are in a folder.
 
     Args:
         config: Whether to quantize.
         placement: Where it is put while it is loaded.
-        folder: Of the model.
-        worth_it: Bytes of weights below which the model is left as it is.
+        config: The configuration of the model.
+        placement: The device and dtype.
+        folder: The model's folder.
+        min_bytes: Size of the weights in bytes, below which the model is not quantized.
     """
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     kind = config.quantization
-    if kind in {"none", "gguf"} or size < worth_it:
+    if kind in {"none", "gguf"} or size < min_bytes:
         return {}
     if kind.startswith("bitsandbytes"):
         how: Any = transformers.BitsAndBytesConfig(**_bitsandbytes(kind, placement))
@@ -80,11 +82,11 @@ def for_transformers(
 def for_diffusers(
     config: ModelConfig, placement: Placement, index: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments for `from_pretrained` of a pipeline: its denoiser is quantized while it is read."""
+    """Return arguments for `from_pretrained` of a pipeline that quantize its denoiser."""
     kind = config.quantization
     if kind in {"none", "gguf"}:
         return {}
-    # Not at the top: a vision-language model has no use for diffusers, which takes seconds.
+    # Not at module level: the import takes seconds, and vision-language models do not need it.
     from diffusers import TorchAoConfig
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
@@ -96,26 +98,28 @@ def for_diffusers(
             components_to_quantize=denoisers,
         )
         return {"quantization_config": how}
-    # The libraries' configurations for torchao have different arguments, so that diffusers takes
-    # them by part only.
+    # The torchao configurations of the two libraries have different arguments, so diffusers accepts
+    # them only for each part.
     mapping: dict[str, Any] = {name: TorchAoConfig(_torchao(kind)) for name in denoisers}
     how = PipelineQuantizationConfig(quant_mapping=mapping)
     arguments: dict[str, Any] = {"quantization_config": how}
     if placement.device.type == "cuda" and config.offload == "none":
-        arguments["device_map"] = "cuda"  # int4 is packed by the device; int8 is faster there
+        arguments["device_map"] = (
+            "cuda"  # int4 is packed on the device; int8 is quantized faster there
+        )
     return arguments
 
 
 def denoiser_from_gguf(
     config: ModelConfig, placement: Placement, folder: Path, index: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The denoiser by its name, read from the one .gguf file in its own folder.
+    """Load the denoiser from the only .gguf file in its folder, and return it by its name.
 
-    The file lies beside the denoiser's config.json, where its safetensors would be; its weights
-    are named as diffusers names them or as the family's authors did.
+    The file is next to the denoiser's config.json, in place of its safetensors files. Its weights
+    have the names of diffusers or those of the family's authors.
 
     Raises:
-        ModelUnavailable: There is no such file, or diffusers cannot read one for this family.
+        ModelUnavailable: There is not exactly one such file, or diffusers cannot read it.
     """
     if config.quantization != "gguf":
         return {}
@@ -140,7 +144,7 @@ def denoiser_from_gguf(
             dtype=placement.dtype,
             local_files_only=True,
         )
-    except (IndexError, KeyError):  # what diffusers' renaming of weights raises at one it lacks
+    except (IndexError, KeyError):  # raised when diffusers renames weights and one is missing
         raise ModelUnavailable(
             f"MODEL_QUANTIZATION: the weights in the .gguf file are not those of {class_name}"
         ) from None
@@ -165,5 +169,5 @@ def _torchao(kind: str) -> Any:
 
     if kind == "torchao-int8":
         return Int8WeightOnlyConfig()
-    # The one packing whose kernels come with torch.
+    # The only packing whose kernels are part of torch.
     return Int4WeightOnlyConfig(group_size=_INT4_GROUP, int4_packing_format="tile_packed_to_4d")

@@ -1,4 +1,4 @@
-"""The runner that the daemon holds: cheap to make, it imports and loads everything in `load`."""
+"""The runner of the daemon: cheap to create; `load` imports the libraries and loads the model."""
 
 from collections.abc import Hashable, Sequence
 from typing import Protocol
@@ -19,11 +19,11 @@ _MODULES = {
 
 
 class LoadedModel(Protocol):
-    """What a module of `_MODULES` makes with its `load(config)`."""
+    """A loaded model, as returned by `load(config)` of each module in `_MODULES`."""
 
     @property
     def description(self) -> ModelDescription:
-        """What the model is and takes."""
+        """The model and the parameters that it accepts."""
 
     def check(self, request: Request) -> None:
         """See `consumer.ports.model.Runner.check`."""
@@ -37,15 +37,15 @@ class LoadedModel(Protocol):
         """See `consumer.ports.model.Runner.batch_key`."""
 
     def close(self) -> None:
-        """Give the device's memory back."""
+        """Release the device memory of the weights."""
 
 
 class ModelRunner:
-    """A `consumer.ports.model.Runner`, called in the inference thread but for `check`.
+    """A `consumer.ports.model.Runner`. All methods but `check` run in the inference thread.
 
     Args:
-        task: Decides which kind of model it is.
-        config: Which model, and how it is loaded.
+        task: The task of the model.
+        config: The model and its options.
     """
 
     def __init__(self, task: Task, config: ModelConfig) -> None:
@@ -54,12 +54,12 @@ class ModelRunner:
         self._model: LoadedModel | None = None
 
     def load(self) -> ModelDescription:
-        """Import the libraries, load the weights and, where an option wants it, run once.
+        """Import the libraries, load the weights and, if an option needs it, make a probe run.
 
         Raises:
-            ModelUnavailable: With one clear line that has no path in it.
+            ModelUnavailable: The message is one line without a path.
         """
-        model: LoadedModel = libraries.import_with_all(_MODULES[self._task]).load(self._config)
+        model: LoadedModel = libraries.import_frozen(_MODULES[self._task]).load(self._config)
         from consumer.runners import first_run, options
 
         if settings := options.options_needing_probe(self._config):
@@ -69,7 +69,7 @@ class ModelRunner:
         return model.description
 
     def check(self, request: Request) -> None:
-        """See whether the model can do what is asked, without running it; in any thread.
+        """Validate a request against the model, without running it. Any thread may call this.
 
         Raises:
             UnsupportedParameter: Names the field.
@@ -83,11 +83,11 @@ class ModelRunner:
         return self._loaded().run(runs, save_memory=save_memory)
 
     def batch_key(self, request: Request) -> Hashable | None:
-        """What requests have in common that can run as one; None: it runs alone."""
+        """Return a key that is equal for requests of one batch; None: the request runs alone."""
         return self._loaded().batch_key(request)
 
     def close(self) -> None:
-        """Let go of the weights; once more is no fault."""
+        """Release the weights; a second call has no effect."""
         model, self._model = self._model, None
         if model is not None:
             model.close()

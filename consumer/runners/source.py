@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, the hub's cache, or the demonstration model."""
+"""Lookup of a model's files: a folder, the hub's cache, or the demonstration model."""
 
 import re
 from collections.abc import Iterator
@@ -26,11 +26,11 @@ DEMONSTRATION = "demonstration"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB_WITHIN = 10.0  # seconds for the hub to say which commit a revision is; its client has no limit
+HUB_TIMEOUT = 10.0  # seconds to resolve a revision on the hub; the hub's client has no timeout
 
 
 class Download(Protocol):
-    """Fetches a model from the hub into the hub's cache, or only finds it there."""
+    """Downloads a model from the hub into the hub's cache, or only looks it up there."""
 
     def __call__(self, model_id: str, revision: str | None, *, cached_only: bool) -> str:
         """Return the folder of the model.
@@ -42,10 +42,11 @@ class Download(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder and how it is called.
+    """A model's folder and its name.
 
     Attributes:
-        id: The hub id, or the name of the folder: what events and messages say, never a path.
+        folder: The folder with the model's files.
+        id: The hub id, or the name of the folder; used in events and messages instead of a path.
         revision: The commit on the hub; None for a folder.
     """
 
@@ -55,16 +56,16 @@ class Source:
 
 
 @contextmanager
-def located(task: Task, config: ModelConfig, download: Download) -> Iterator[Source]:
-    """Have the model's files at hand while it is loaded, and log what the libraries warn of.
+def locate_model(task: Task, config: ModelConfig, download: Download) -> Iterator[Source]:
+    """Find or download the model's files; inside the context, log the libraries' warnings.
 
     Args:
         task: Chooses the demonstration model.
-        config: `model_id` is a folder if there is one of that name, else an id on the hub.
-        download: Fetches a model from the hub, or finds it in the hub's cache.
+        config: `model_id` is a folder if a folder of that name exists, else an id on the hub.
+        download: Downloads a model from the hub, or looks it up in the hub's cache.
 
     Raises:
-        ModelUnavailable: Neither a folder nor an id on the hub that can be reached.
+        ModelUnavailable: There is no such folder, or the model cannot be downloaded.
     """
     with reported_warnings():
         folder_or_id = Path(config.model_id).expanduser()
@@ -76,8 +77,8 @@ def located(task: Task, config: ModelConfig, download: Download) -> Iterator[Sou
         if config.revision is not None and folder_or_id.is_dir():
             raise ModelUnavailable("MODEL_REVISION: only a model of the hub has revisions")
         if not config.model_id:
-            # Its tensors are too small to be shared out: a picture takes 0.2 s in one thread and up
-            # to 6 s in two, when the two cores have other work.
+            # The tensors are too small for several threads: an image takes 0.2 s in one thread,
+            # and up to 6 s in two threads on two busy cores.
             torch.set_num_threads(1)
             yield Source(demonstration.folder_of(task), DEMONSTRATION)
             return
@@ -90,10 +91,10 @@ def located(task: Task, config: ModelConfig, download: Download) -> Iterator[Sou
 
 
 def _from_hub(model_id: str, revision: str | None, download: Download) -> Source:
-    """Find a model in the hub's cache, or fetch it.
+    """Look a model up in the hub's cache, or download it.
 
-    A commit never changes, so one that is cached needs no hub. For everything else the hub is asked
-    once, within `HUB_WITHIN`: where it does not answer, the cached model is used.
+    A commit never changes, so a cached commit needs no request to the hub. For any other revision,
+    one request is made, with `HUB_TIMEOUT`. If it fails, the cached model is used.
     """
     is_commit = revision is not None and _COMMIT.fullmatch(revision) is not None
     try:
@@ -113,12 +114,12 @@ def _from_hub(model_id: str, revision: str | None, download: Download) -> Source
 def _cached(model_id: str, revision: str | None, download: Download) -> Path | None:
     try:
         return Path(download(model_id, revision, cached_only=True))
-    except OSError:  # the libraries disagree on which one
+    except OSError:  # the libraries raise different subclasses
         return None
 
 
 def _cached_without_hub(model_id: str, revision: str | None, download: Download) -> Path | None:
-    """Return the cached model where the hub cannot be asked; None: it can.
+    """Return the cached model if the hub cannot be used; None if it can.
 
     Raises:
         ModelUnavailable: The hub cannot be reached, and the cache has no complete copy.
@@ -126,7 +127,7 @@ def _cached_without_hub(model_id: str, revision: str | None, download: Download)
             revision.
     """
     try:
-        HfApi().model_info(model_id, revision=revision, timeout=HUB_WITHIN)
+        HfApi().model_info(model_id, revision=revision, timeout=HUB_TIMEOUT)
     except RevisionNotFoundError:
         raise
     except Exception as error:  # the hub's client raises a dozen kinds

@@ -1,7 +1,7 @@
-"""Completeness of tokenizers: each must have come with its vocabulary.
+"""Check that each tokenizer has a vocabulary.
 
-transformers makes a tokenizer of a folder without a vocabulary. Such a tokenizer reads every prompt
-as the same unknown word, or as nothing, and the output has nothing to do with the prompt.
+transformers creates a tokenizer even if the folder has no vocabulary. Such a tokenizer encodes
+every prompt as the same unknown word or as nothing, and the output does not depend on the prompt.
 """
 
 import inspect
@@ -13,16 +13,16 @@ import transformers
 
 from consumer.ports.model import ModelUnavailable
 
-_WORD = "red"  # in every vocabulary, at least as letters
+_WORD = "red"  # in every vocabulary, at least as single letters
 
 
-def require_all_weights(folder: Path, index: Mapping[str, Any], name: str) -> None:
-    """Refuse a pipeline one of whose tokenizers has no vocabulary.
+def require_vocabulary_files(folder: Path, index: Mapping[str, Any], name: str) -> None:
+    """Refuse a pipeline with a tokenizer that has no vocabulary file.
 
     Args:
-        folder: Of the pipeline.
+        folder: The pipeline's folder.
         index: Its model_index.json.
-        name: What to call the pipeline.
+        name: The pipeline's name in messages.
 
     Raises:
         ModelUnavailable: Names the tokenizer.
@@ -32,17 +32,17 @@ def require_all_weights(folder: Path, index: Mapping[str, Any], name: str) -> No
         kind = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
         if not (inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedTokenizerBase)):
             continue
-        files = kind.vocab_files_names.values()  # any one will do; none: it reads bytes
+        files = kind.vocab_files_names.values()  # one is enough; none: it encodes bytes
         if files and not any((folder / part / file).is_file() for file in files):
             raise ModelUnavailable(f"{name}: {part}: its vocabulary is missing")
 
 
 def require_vocabulary(tokenizer: Any, name: str) -> None:
-    """Refuse a loaded tokenizer that cannot read a word.
+    """Refuse a loaded tokenizer that cannot encode a word.
 
     Args:
-        tokenizer: Of transformers.
-        name: What to call the model.
+        tokenizer: A tokenizer of transformers.
+        name: The model's name in messages.
 
     Raises:
         ModelUnavailable: The tokenizer has no vocabulary.
@@ -50,6 +50,6 @@ def require_vocabulary(tokenizer: Any, name: str) -> None:
     tokens = tokenizer(_WORD, add_special_tokens=False)["input_ids"]
     if not tokenizer.decode(tokens, skip_special_tokens=True).strip():
         raise ModelUnavailable(
-            f"{name}: its tokenizer has no vocabulary: tokenizer.json, or what stands for it, is"
+            f"{name}: its tokenizer has no vocabulary: tokenizer.json, or an equivalent file, is"
             " missing"
         )

@@ -1,6 +1,6 @@
-"""A model's weights: where they are read to, and that all came from its files.
+"""A model's weights: direct loading to the device, and checks that no weight is missing.
 
-The libraries go on without those that did not.
+The libraries do not raise if weights are missing from a model's files.
 """
 
 from collections.abc import Mapping
@@ -12,38 +12,38 @@ from consumer.ports.model import ModelUnavailable
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 
-_OWN_MEMORY = {"cuda"}  # devices to which main memory would be a detour; mps has no other
+_OWN_MEMORY = {"cuda"}  # devices with separate memory; mps shares the main memory
 
 
 def direct_load_kwargs(placement: Placement, config: ModelConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained`, with which main memory need not hold all of the weights.
+    """Return arguments of `from_pretrained` that load weights directly to the device.
 
-    Each goes from its file to the device; not where an option puts them in their places by itself.
+    Main memory then never has all of the weights. Empty where an option places the weights.
     """
     placed = {config.offload, config.device_map, config.quantization}
-    straight = placement.device.type in _OWN_MEMORY and placed == {"none"}
-    return {"device_map": placement.device.type} if straight else {}
+    direct = placement.device.type in _OWN_MEMORY and placed == {"none"}
+    return {"device_map": placement.device.type} if direct else {}
 
 
 def require_no_new_weights(info: Mapping[str, Any], name: str) -> None:
-    """Refuse a model of transformers that filled gaps with random weights.
+    """Refuse a model of transformers whose missing weights were filled with random values.
 
     Args:
-        info: What `from_pretrained(…, output_loading_info=True)` gave.
-        name: What to call the model.
+        info: The loading info of `from_pretrained(…, output_loading_info=True)`.
+        name: The model's name in messages.
 
     Raises:
-        ModelUnavailable: Tells how many, and one of them.
+        ModelUnavailable: Says how many weights are missing, and names one.
     """
-    invented = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-    _refuse(sorted(invented), name)
+    missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    _refuse(sorted(missing), name)
 
 
 def require_all_weights(module: torch.nn.Module, name: str) -> None:
-    """Refuse a model of diffusers that left gaps: such weights stay on the meta device.
+    """Refuse a model of diffusers with missing weights, which stay on the meta device.
 
     Raises:
-        ModelUnavailable: Tells how many, and one of them.
+        ModelUnavailable: Says how many weights are missing, and names one.
     """
     weights = [*module.named_parameters(), *module.named_buffers()]
     _refuse([weight for weight, tensor in weights if tensor.is_meta], name)

@@ -121,7 +121,7 @@ def too_small(pipe: Any) -> Iterator[None]:
     ("fault", "reason"),
     [
         (not_numbers, "the model made pixels that are not numbers"),
-        (too_small, "the model made pictures of another shape than asked for"),
+        (too_small, "the model made images of another shape than requested"),
     ],
 )
 async def test_output_that_is_no_picture_is_a_model_error_and_the_next_one_is_unharmed(

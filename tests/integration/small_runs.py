@@ -30,7 +30,7 @@ def pipeline(runner: ModelRunner) -> Any:
 
 
 def made(runner: ModelRunner, **fields: Any) -> Image.Image:
-    """A small picture in four steps."""
+    """A small image in four steps."""
     asked = {"prompt": "a cat", **SMALL, "num_inference_steps": 4, "seed": 7, **fields}
     request = TextToImageRequest(**asked)
     output = run_model(runner, request, [])
@@ -38,12 +38,12 @@ def made(runner: ModelRunner, **fields: Any) -> Image.Image:
 
 
 def written(runner: ModelRunner) -> str:
-    """A greedy text of a few tokens about a red picture."""
+    """A greedy text of a few tokens about a red image."""
     request = ImageToTextRequest(
         prompt="What?", images=("s3://bucket/key.png",), max_new_tokens=6, temperature=0
     )
-    picture = Image.new("RGB", (56, 56), "red")
-    output = run_model(runner, request, [picture])
+    image = Image.new("RGB", (56, 56), "red")
+    output = run_model(runner, request, [image])
     assert output.text is not None
     return output.text.text
 

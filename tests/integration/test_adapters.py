@@ -1,6 +1,6 @@
 """LoRA adapters: named in the settings, in use for single jobs, and the model the same afterwards.
 
-The base is judged by the bytes of its pictures, and against a model that never saw an adapter.
+The base is judged by the bytes of its images, and against a model that never saw an adapter.
 """
 
 # mypy: allow-untyped-calls
@@ -53,7 +53,7 @@ def pixels(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> 
     request = asked(**fields)
     runner.check(request)
     output = run_model(runner, request, [], save_memory=save_memory)
-    return [picture.image.tobytes() for picture in output.images]
+    return [image.image.tobytes() for image in output.images]
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_adapters_that_nobody_asks_for_change_no_byte(
 
 
 @pytest.mark.parametrize("name", ["ink", "wash", "tale"])
-def test_an_adapter_changes_the_picture_that_asks_for_it_and_no_other(
+def test_an_adapter_changes_the_image_that_asks_for_it_and_no_other(
     name: str, styled: ModelRunner, plain: ModelRunner
 ) -> None:
     never_delivered = pixels(plain)
@@ -118,7 +118,7 @@ def test_adapters_at_once_add_up_in_whatever_order_they_are_named(styled: ModelR
 
 
 def test_the_order_in_which_adapters_are_added_is_always_the_same(styled: ModelRunner) -> None:
-    # A tiny model's pictures do not show it: sums of floats differ in the last bit.
+    # A tiny model's images do not show it: sums of floats differ in the last bit.
     for asked_for in ({"wash": 1.0, "ink": 1.0}, {"ink": 1.0, "wash": 1.0}):
         orders: list[list[str]] = []
         run_model(
@@ -182,7 +182,7 @@ def test_only_the_configured_adapters_can_be_asked_for(
         pixels(plain, adapters={"ink": 1})
 
 
-def test_the_adapters_are_told_with_what_the_picture_was_made_with(styled: ModelRunner) -> None:
+def test_the_adapters_are_told_with_what_the_image_was_made_with(styled: ModelRunner) -> None:
     output = run_model(styled, asked(adapters={"ink": 0.5}), [])
     assert output.parameters["adapters"] == {"ink": 0.5}
 
@@ -494,7 +494,7 @@ def test_an_adapter_saved_by_peft_has_the_scale_of_its_configuration(
 
 
 def latents(runner: ModelRunner, **fields: Any) -> torch.Tensor:
-    """What the decoder was given: pictures of eight bits hide small differences."""
+    """What the decoder was given: images of eight bits hide small differences."""
     seen: list[torch.Tensor] = []
     vae = pipeline(runner).vae
     hook = vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))

@@ -30,20 +30,20 @@ from consumer.ports.model import (
 )
 from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.image_to_text import batch as text_batch
-from consumer.runners.text_to_image import batch as picture_batch
-from consumer.runners.text_to_image.memory_guard import least_to_decode
+from consumer.runners.text_to_image import batch as image_batch
+from consumer.runners.text_to_image.memory_guard import min_decode_bytes
 from consumer.runners.text_to_image.safety import load_checker
 from generation_contracts import ArtifactReference, ImageToTextRequest, Request, Task
 from tests.support.family_table import FAMILIES
+from tests.support.image_runs import asked, made_of, model, pipeline, pixels
 from tests.support.model_runs import run_of
-from tests.support.picture_runs import asked, made_of, model, pipeline, pixels
 from tests.support.tiny_adapters import save_adapter
 from tests.support.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
 
-# How far a picture of 64x64 may be from the one that its request gets alone: 8 of its 12,288 values
-# may differ by 1. The most that was seen among 40 pictures of each family is 4 values.
+# How far an image of 64x64 may be from the one that its request gets alone: 8 of its 12,288 values
+# may differ by 1. The most that was seen among 40 images of each family is 4 values.
 MOST_VALUES = 8
 
 LONG = "a very long and winding prompt about a large red dog that runs along the beach"
@@ -93,11 +93,11 @@ def all_of(outputs: Sequence[RunnerOutput | None]) -> list[RunnerOutput]:
     return there
 
 
-# -- pictures: what each request gets -------------------------------------------------------------
+# -- images: what each request gets -------------------------------------------------------------
 
 
 def distance(one: RunnerOutput, other: RunnerOutput) -> int:
-    """How many values of the pictures differ; a large number where one does so by more than 1."""
+    """How many values of the images differ; a large number where one does so by more than 1."""
     most = 0
     for left, right in zip(one.images, other.images, strict=True):
         differences = np.abs(np.asarray(left.image, int) - np.asarray(right.image, int))
@@ -107,7 +107,7 @@ def distance(one: RunnerOutput, other: RunnerOutput) -> int:
 
 def same_but_for_rounding(one: RunnerOutput, other: RunnerOutput) -> None:
     assert distance(one, other) <= MOST_VALUES
-    assert [picture.seed for picture in one.images] == [picture.seed for picture in other.images]
+    assert [image.seed for image in one.images] == [image.seed for image in other.images]
     assert (one.parameters, one.warnings) == (other.parameters, other.warnings)
 
 
@@ -125,7 +125,7 @@ def same_as_alone(runner: ModelRunner, *asking: Asking) -> list[RunnerOutput]:
 
 
 @each_family
-def test_each_request_gets_the_pictures_that_it_would_get_alone(
+def test_each_request_gets_the_images_that_it_would_get_alone(
     name: str, options: dict[str, Any], shared_runner: Shared
 ) -> None:
     asking = [
@@ -138,7 +138,7 @@ def test_each_request_gets_the_pictures_that_it_would_get_alone(
 
 
 @each_family
-def test_pictures_prompts_and_cuts_stay_with_their_request(
+def test_images_prompts_and_cuts_stay_with_their_request(
     name: str, options: dict[str, Any], shared_runner: Shared
 ) -> None:
     # With a list of prompts and `num_images_per_prompt` three families mix up their masks.
@@ -159,7 +159,7 @@ def test_pictures_prompts_and_cuts_stay_with_their_request(
 
 
 def test_words_in_quotes_go_with_words_in_quotes(shared_runner: Shared) -> None:
-    # HunyuanImage guides all pictures of a call otherwise where one of them has such words.
+    # HunyuanImage guides all images of a call otherwise where one of them has such words.
     runner = shared_runner("hunyuan_image")
     quoted, plain = asked(prompt='a sign: "open"'), asked(prompt="a sign")
     negated = asked(prompt="a sign", negative_prompt='"shut"')
@@ -188,9 +188,9 @@ def test_flags_and_what_is_told_of_them_are_each_requests_own(
     monkeypatch.setattr(pipeline(runner), "run_safety_checker", lambda image, *_: (image, flags))
     asking = [Asking(asked(num_images=2)), Asking(asked(num_images=2, seed=9))]
     first, second = all_of(together(runner, *asking))
-    assert [picture.flagged for picture in (*first.images, *second.images)] == flags
+    assert [image.flagged for image in (*first.images, *second.images)] == flags
     assert first.warnings == ()
-    assert second.warnings == ("the model's safety checker blanked pictures: 1",)
+    assert second.warnings == ("the model's safety checker blanked images: 1",)
 
 
 def test_the_operators_checker_judges_each_request_by_itself(
@@ -201,7 +201,7 @@ def test_the_operators_checker_judges_each_request_by_itself(
     monkeypatch.setattr(runner._model, "_checker", checker)
     asking = [Asking(asked(num_images=2)), Asking(asked(num_images=2, seed=9))]
     for output in all_of(together(runner, *asking)):
-        assert [picture.flagged for picture in output.images] == [False, True]
+        assert [image.flagged for image in output.images] == [False, True]
 
 
 def test_adapters_are_in_use_for_the_whole_batch_and_not_afterwards(
@@ -215,7 +215,7 @@ def test_adapters_are_in_use_for_the_whole_batch_and_not_afterwards(
     assert pixels(made_of(runner, asked())) == pixels(made_of(plain, asked()))
 
 
-# -- pictures: what goes together -----------------------------------------------------------------
+# -- images: what goes together -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_family_that_was_not_measured_runs_alone(
 
 def test_every_measured_family_is_measured_here(shared_runner: Shared) -> None:
     assert {family.pipeline for family in FAMILIES} | {"PixArtSigmaPipeline"} == (
-        picture_batch.MEASURED
+        image_batch.MEASURED
     )
 
 
@@ -294,13 +294,11 @@ def test_every_measured_family_is_measured_here(shared_runner: Shared) -> None:
         ("flux", {"quantization": "torchao-int8"}, False),
     ],
 )
-def test_options_by_which_neighbours_would_change_a_picture_make_each_run_alone(
+def test_options_by_which_neighbours_would_change_an_image_make_each_run_alone(
     name: str, config: dict[str, Any], alone: bool, shared_runner: Shared
 ) -> None:
     runner = shared_runner(name)
-    keys = picture_batch.BatchKeys(
-        pipeline(runner), model(runner)._parameters, ModelConfig(**config)
-    )
+    keys = image_batch.BatchKeys(pipeline(runner), model(runner)._parameters, ModelConfig(**config))
     assert (keys.key(asked()) is None) is alone
 
 
@@ -309,7 +307,7 @@ def test_with_a_step_cache_each_runs_alone(model_folder: Folder, load: Load) -> 
     assert runner.batch_key(asked()) is None
 
 
-# -- pictures: who leaves, and what fails ---------------------------------------------------------
+# -- images: who leaves, and what fails ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "pixart"])  # both kinds of callbacks
@@ -360,11 +358,11 @@ def test_who_was_cancelled_before_is_not_made(shared_runner: Shared) -> None:
     assert (asking[0].steps, asking[2].steps) == ([], [])
 
 
-def test_more_pictures_than_can_be_decoded_at_once_are_not_begun(
+def test_more_images_than_can_be_decoded_at_once_are_not_begun(
     shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
-    least = least_to_decode(pipeline(runner), pictures=4, width=64, height=64)
+    least = min_decode_bytes(pipeline(runner), images=4, width=64, height=64)
     assert least is not None
     asking = [Asking(asked(num_images=2)), Asking(asked(num_images=2, seed=9))]
     monkeypatch.setattr(runner._model, "_free_bytes", lambda _: least - 1)
@@ -402,19 +400,19 @@ def test_a_batch_that_fails_keeps_nothing_and_leaves_the_model_as_it_was(
 
 # -- texts: what each request gets ----------------------------------------------------------------
 
-SOURCE = ArtifactReference(bucket="inputs", key="picture.png")  # never read: pictures are given
+SOURCE = ArtifactReference(bucket="inputs", key="image.png")  # never read: images are given
 TEXT_FAMILIES = ("qwen2_vl", "vision_language", "qwen3_vl", "llava", "demonstration")
 each_text_family = pytest.mark.parametrize("family", TEXT_FAMILIES)
 RunnerOf = Callable[[str], ModelRunner]
 
 
-def picture(size: tuple[int, int], colour: str) -> Image.Image:
+def drawing(size: tuple[int, int], colour: str) -> Image.Image:
     image = Image.new("RGB", size, "white")
     ImageDraw.Draw(image).ellipse((4, 4, size[0] // 2, size[1] // 2), colour)
     return image
 
 
-RED, BLUE, GREEN = picture((90, 60), "red"), picture((64, 64), "blue"), picture((120, 30), "green")
+RED, BLUE, GREEN = drawing((90, 60), "red"), drawing((64, 64), "blue"), drawing((120, 30), "green")
 
 
 @pytest.fixture(scope="module")

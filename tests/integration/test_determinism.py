@@ -10,8 +10,8 @@ import pytest
 from consumer.ports.model import Interrupted, ModelError
 from consumer.runners import ModelRunner
 from tests.support.family_table import FAMILIES, Family
+from tests.support.image_runs import asked, made, pipeline, pixels
 from tests.support.model_runs import run_model
-from tests.support.picture_runs import asked, made, pipeline, pixels
 from tests.support.tiny_models import Folder, Load
 
 OLD_CALLBACK = Family(
@@ -68,7 +68,7 @@ def fail(runner: ModelRunner) -> None:
 
 
 @each_family
-def test_a_picture_is_the_same_alone_and_after_other_jobs(
+def test_an_image_is_the_same_alone_and_after_other_jobs(
     family: Family, fresh: ModelRunner, used: ModelRunner
 ) -> None:
     alone = pixels(made(fresh))
@@ -83,7 +83,7 @@ def test_a_picture_is_the_same_alone_and_after_other_jobs(
 
 @each_family
 def test_a_job_in_the_middle_of_another_changes_neither(family: Family, used: ModelRunner) -> None:
-    # With one scheduler for all jobs this raises an IndexError, or gives other pictures.
+    # With one scheduler for all jobs this raises an IndexError, or gives other images.
     inner_alone = pixels(made(used, seed=8, num_inference_steps=2))
     outer_alone = pixels(made(used))
     inner: list[list[bytes]] = []
@@ -112,11 +112,9 @@ def test_the_shared_pipeline_keeps_nothing_of_a_run(family: Family, used: ModelR
 
 
 @each_family
-def test_a_drawn_seed_is_told_and_makes_the_picture_again(
-    family: Family, used: ModelRunner
-) -> None:
+def test_a_drawn_seed_is_told_and_makes_the_image_again(family: Family, used: ModelRunner) -> None:
     drawn = made(used, seed=None, num_inference_steps=2)
-    (picture,) = drawn.images
-    assert drawn.parameters["seed"] == picture.seed
-    assert made(used, seed=None, num_inference_steps=2).images[0].seed != picture.seed
-    assert pixels(made(used, seed=picture.seed, num_inference_steps=2)) == pixels(drawn)
+    (image,) = drawn.images
+    assert drawn.parameters["seed"] == image.seed
+    assert made(used, seed=None, num_inference_steps=2).images[0].seed != image.seed
+    assert pixels(made(used, seed=image.seed, num_inference_steps=2)) == pixels(drawn)

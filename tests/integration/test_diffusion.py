@@ -28,8 +28,8 @@ from consumer.runners.device import Placement
 from consumer.runners.text_to_image import diffusion
 from consumer.runners.text_to_image.memory import save
 from generation_contracts import Task, TextToImageRequest
+from tests.support.image_runs import StopAt, asked, made, model, pipeline, pixels
 from tests.support.model_runs import run_model
-from tests.support.picture_runs import StopAt, asked, made, model, pipeline, pixels
 from tests.support.tiny_models import Folder, Load
 
 SECRET = "zanzibar"  # a word of the prompt that must not turn up in a log, warning or error
@@ -84,33 +84,33 @@ def test_a_second_order_scheduler_counts_its_own_steps(model_folder: Folder, loa
     assert steps == [(n, 5) for n in range(1, 6)]
 
 
-def test_a_blanked_picture_is_told(shared_runner: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blanked_image_is_told(shared_runner: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = shared_runner("hunyuan_dit")
     monkeypatch.setattr(
         pipeline(runner), "run_safety_checker", lambda image, *_: (image, [False, True])
     )
     output = made(runner, num_images=2)
-    assert output.warnings == ("the model's safety checker blanked pictures: 1",)
+    assert output.warnings == ("the model's safety checker blanked images: 1",)
 
 
 # -- seeds ----------------------------------------------------------------------------------------
 
 
-def test_one_seed_makes_one_picture(sd3: ModelRunner) -> None:
+def test_one_seed_makes_one_image(sd3: ModelRunner) -> None:
     assert pixels(made(sd3)) == pixels(made(sd3))
     assert pixels(made(sd3)) != pixels(made(sd3, seed=8))
 
 
 def test_seeds_go_up_by_one_and_start_again_after_the_largest(sd3: ModelRunner) -> None:
     output = made(sd3, seed=2**32 - 1, num_images=3)
-    assert [picture.seed for picture in output.images] == [2**32 - 1, 0, 1]
+    assert [image.seed for image in output.images] == [2**32 - 1, 0, 1]
     assert len(set(pixels(output))) == 3
 
 
-# HunyuanDiT's scheduler draws noise at each step: with one generator for all pictures of a batch
-# each of them would be another picture than alone.
+# HunyuanDiT's scheduler draws noise at each step: with one generator for all images of a batch
+# each of them would be another image than alone.
 @pytest.mark.parametrize("family", ["stable_diffusion_3", "hunyuan_dit"])
-def test_a_picture_of_several_is_the_picture_of_its_own_seed(
+def test_an_image_of_several_is_the_image_of_its_own_seed(
     family: str, shared_runner: Shared
 ) -> None:
     runner = shared_runner(family)
@@ -170,7 +170,7 @@ def test_a_step_cache_of_a_cancelled_run_is_not_used_by_the_next(
 # The CPU stands for an accelerator: parts are moved by the same hooks, only not far. Sequential
 # offload cannot be had this way: accelerate's hook needs two kinds of device.
 @pytest.mark.parametrize("offload", ["model", "group"])
-def test_an_offloaded_pipeline_makes_the_same_pictures(
+def test_an_offloaded_pipeline_makes_the_same_images(
     offload: str,
     sd3: ModelRunner,
     model_folder: Folder,
@@ -267,7 +267,7 @@ def test_a_cut_prompt_is_told_without_its_words(
     with caplog.at_level(logging.DEBUG), capture_logs() as logs:
         output = made(shared_runner(family), prompt=f"{SECRET} " * 100)
     assert output.warnings == tuple(
-        f"a prompt is longer than the model reads: {name} saw its first {tokens} tokens only"
+        f"the prompt was truncated: {name} read only its first {tokens} tokens"
         for name, tokens in encoders.items()
     )
     printed = capsys.readouterr()
@@ -375,7 +375,7 @@ def test_a_raised_exception_is_logged_with_its_class_and_place(sd3: ModelRunner)
     assert "test_diffusion.py" in entry["where"]
 
 
-def test_pixels_that_are_not_numbers_are_an_error_and_no_black_picture(
+def test_pixels_that_are_not_numbers_are_an_error_and_no_black_image(
     model_folder: Folder, load: Load
 ) -> None:
     runner = load(model_folder("stable_diffusion_3"))
@@ -385,7 +385,7 @@ def test_pixels_that_are_not_numbers_are_an_error_and_no_black_picture(
         made(runner)
 
 
-def test_pictures_of_another_shape_are_an_error(
+def test_images_of_another_shape_are_an_error(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor = pipeline(sd3).image_processor
@@ -405,7 +405,7 @@ def test_a_request_that_is_cancelled_already_does_not_start(sd3: ModelRunner) ->
 # -- saving memory --------------------------------------------------------------------------------
 
 
-def test_saving_memory_makes_one_picture_at_a_time_and_is_off_afterwards(sd3: ModelRunner) -> None:
+def test_saving_memory_makes_one_image_at_a_time_and_is_off_afterwards(sd3: ModelRunner) -> None:
     vae = pipeline(sd3).vae
     batches: list[tuple[int, bool, bool]] = []
     hook = vae.decoder.register_forward_pre_hook(
@@ -422,7 +422,7 @@ def test_saving_memory_makes_one_picture_at_a_time_and_is_off_afterwards(sd3: Mo
     hook.remove()
     assert batches == [(1, True, True)] * 2
     assert steps == [(n, 6) for n in range(1, 7)]
-    assert [picture.seed for picture in output.images] == [7, 8]
+    assert [image.seed for image in output.images] == [7, 8]
     assert "memory was short" in output.warnings[0]
     assert (vae.use_slicing, vae.use_tiling) == (False, False)
     assert pixels(output)[0] == pixels(made(sd3))[0]

@@ -22,8 +22,8 @@ from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.faults import StoppedAtStep
 from generation_contracts import Task, TextToImageRequest
 from tests.support.family_table import FAMILIES, LARGEST_AREA, Family
+from tests.support.image_runs import asked, made, made_of, model, pipeline, pixels
 from tests.support.model_runs import run_model
-from tests.support.picture_runs import asked, made, made_of, model, pipeline, pixels
 from tests.support.tiny_models import Folder
 
 ALWAYS = {"width", "height", "num_inference_steps", "num_images", "seed", "output_format"}
@@ -67,12 +67,12 @@ def test_a_family_is_described_as_the_table_has_it(family: Family, runner: Model
 
 
 @each_family
-def test_a_family_makes_the_picture_asked_for(family: Family, runner: ModelRunner) -> None:
+def test_a_family_makes_the_image_asked_for(family: Family, runner: ModelRunner) -> None:
     steps: list[tuple[int, int]] = []
     request = asked(width=96, num_inference_steps=2)
     output = run_model(runner, request, [], on_step=lambda *step: steps.append(step))
-    (picture,) = output.images
-    assert (picture.image.size, picture.image.mode, picture.seed) == ((96, 64), "RGB", 7)
+    (image,) = output.images
+    assert (image.image.size, image.image.mode, image.seed) == ((96, 64), "RGB", 7)
     assert steps == [(1, 2), (2, 2)]
     assert output.warnings == ()
     scale = {} if family.scale is None else {"guidance_scale": family.scale}
@@ -97,7 +97,7 @@ def test_a_request_that_says_nothing_is_made_with_the_described_defaults(
 
     def note(pipe: Any, **arguments: Any) -> None:
         given.update(arguments, of_the_guider=getattr(pipe, "guider", None))
-        raise StoppedAtStep  # a picture of the default size would take minutes
+        raise StoppedAtStep  # an image of the default size would take minutes
 
     monkeypatch.setattr(type(pipeline(runner)), "__call__", note)
     with pytest.raises(Interrupted):
@@ -162,7 +162,7 @@ def test_sizes_that_the_family_cannot_make_are_refused(family: Family, runner: M
 
 
 @each_family
-def test_the_fewest_steps_make_a_picture_and_fewer_are_refused(
+def test_the_fewest_steps_make_an_image_and_fewer_are_refused(
     family: Family, runner: ModelRunner
 ) -> None:
     made(runner, num_inference_steps=family.least)
@@ -172,7 +172,7 @@ def test_the_fewest_steps_make_a_picture_and_fewer_are_refused(
 
 
 @each_family
-def test_previews_are_small_pictures_that_change_nothing_or_are_refused(
+def test_previews_are_small_images_that_change_nothing_or_are_refused(
     family: Family, runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not family.previews:
@@ -190,11 +190,11 @@ def test_previews_are_small_pictures_that_change_nothing_or_are_refused(
         [],
         on_preview=previews.append,
     )
-    assert len(previews) == 4  # not after the first step, and not of the picture itself
+    assert len(previews) == 4  # not after the first step, and not of the image itself
     for preview in previews:
-        with Image.open(io.BytesIO(preview)) as picture:
-            assert picture.format == "JPEG"
-            assert max(picture.size) <= 256
+        with Image.open(io.BytesIO(preview)) as image:
+            assert image.format == "JPEG"
+            assert max(image.size) <= 256
     assert pixels(output) == pixels(made(runner, num_inference_steps=6, num_images=2))
 
 
@@ -234,14 +234,14 @@ def of_the_class(name: str) -> Callable[[Path], None]:
     return rewrite
 
 
-FROM_PICTURES = "FluxImg2ImgPipeline does not make pictures from a text alone"
-VIDEO = "HunyuanVideoPipeline does not make pictures from a text alone"
+FROM_IMAGES = "FluxImg2ImgPipeline does not generate images from a text alone"
+VIDEO = "HunyuanVideoPipeline does not generate images from a text alone"
 
 
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        pytest.param(of_the_class("FluxImg2ImgPipeline"), FROM_PICTURES, id="from pictures"),
+        pytest.param(of_the_class("FluxImg2ImgPipeline"), FROM_IMAGES, id="from images"),
         pytest.param(of_the_class("HunyuanVideoPipeline"), VIDEO, id="video"),
         pytest.param(cut_short, "cannot be loaded: ", id="weights cut short"),
         pytest.param(without_its_words, "tokenizer: its vocabulary is missing", id="no words"),

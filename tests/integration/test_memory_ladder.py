@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from consumer.ports.model import OutOfMemory, RunnerOutput
 from consumer.runners import ModelRunner
-from consumer.runners.text_to_image.memory_guard import free_bytes, least_to_decode
+from consumer.runners.text_to_image.memory_guard import free_bytes, min_decode_bytes
 from generation_contracts import TextToImageRequest
 from tests.support.model_runs import run_model
 from tests.support.tiny_adapters import pipeline, save_adapter
@@ -23,9 +23,9 @@ from tests.support.tiny_models import Folder, Load
 
 CPU = torch.device("cpu")
 ONE_AT_A_TIME, IN_TILES, MOVED = (
-    "made one picture at a time",
+    "made one image at a time",
     "decoded in tiles",
-    "kept only the part at work on the device",
+    "kept only the active part on the device",
 )
 
 Shared = Callable[..., ModelRunner]
@@ -42,7 +42,7 @@ def made(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> Ru
 
 
 def pixels(output: RunnerOutput) -> list[bytes]:
-    return [picture.image.tobytes() for picture in output.images]
+    return [image.image.tobytes() for image in output.images]
 
 
 def is_movable(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def has_free(runner: ModelRunner, free: int | None, monkeypatch: pytest.MonkeyPa
 
 
 class Full:
-    """A device that is full when pictures are decoded; the tensors of the run are watched."""
+    """A device that is full when images are decoded; the tensors of the run are watched."""
 
     def __init__(self, pipe: Any) -> None:
         self.tensors: list[weakref.ref[torch.Tensor]] = []
@@ -82,7 +82,7 @@ def sd3(shared_runner: Shared) -> ModelRunner:
 
 
 @pytest.mark.parametrize(
-    ("save_memory", "movable", "pictures", "tried"),
+    ("save_memory", "movable", "images", "tried"),
     [
         (False, True, 2, ()),
         (True, False, 2, (ONE_AT_A_TIME, IN_TILES)),
@@ -94,7 +94,7 @@ def test_a_full_device_tells_what_was_tried(
     *,
     save_memory: bool,
     movable: bool,
-    pictures: int,
+    images: int,
     tried: tuple[str, ...],
     sd3: ModelRunner,
     monkeypatch: pytest.MonkeyPatch,
@@ -103,7 +103,7 @@ def test_a_full_device_tells_what_was_tried(
         is_movable(sd3, monkeypatch)
     full = Full(pipeline(sd3))
     with pytest.raises(OutOfMemory) as failed:
-        made(sd3, save_memory=save_memory, num_images=pictures)
+        made(sd3, save_memory=save_memory, num_images=images)
     full.again()
     assert failed.value.tried == tried
     assert full.switches == [(save_memory, save_memory)]
@@ -192,11 +192,11 @@ def test_a_step_cache_and_adapters_go_on_while_parts_are_moved(
 # -- seen before the run --------------------------------------------------------------------------
 
 
-def test_what_cannot_be_decoded_at_once_is_made_one_picture_at_a_time_from_the_start(
+def test_what_cannot_be_decoded_at_once_is_made_one_image_at_a_time_from_the_start(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_movable(sd3, monkeypatch)
-    least = least_to_decode(pipeline(sd3), pictures=2, width=32, height=32)
+    least = min_decode_bytes(pipeline(sd3), images=2, width=32, height=32)
     assert least is not None
     has_free(sd3, least - 1, monkeypatch)
     short = made(sd3, num_images=2)
@@ -263,13 +263,11 @@ def test_decoding_takes_what_was_estimated_and_a_little_more(
     family: str, shared_runner: Shared
 ) -> None:
     pipe = pipeline(shared_runner(family))
-    side, pictures = 256, 2
-    least = least_to_decode(pipe, pictures=pictures, width=side, height=side)
+    side, images = 256, 2
+    least = min_decode_bytes(pipe, images=images, width=side, height=side)
     assert least is not None
     smaller = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    latents = torch.zeros(
-        pictures, pipe.vae.config.latent_channels, side // smaller, side // smaller
-    )
+    latents = torch.zeros(images, pipe.vae.config.latent_channels, side // smaller, side // smaller)
     with torch.no_grad(), Living() as living:
         pipe.vae.decode(latents)
     assert least <= living.most < 1.1 * least
@@ -278,25 +276,25 @@ def test_decoding_takes_what_was_estimated_and_a_little_more(
 @pytest.mark.parametrize("family", ["qwen_image", "hunyuan_image"])
 def test_another_kind_of_autoencoder_is_not_judged(family: str, shared_runner: Shared) -> None:
     pipe = pipeline(shared_runner(family))
-    assert least_to_decode(pipe, pictures=8, width=2048, height=2048) is None
+    assert min_decode_bytes(pipe, images=8, width=2048, height=2048) is None
 
 
-def test_slices_are_judged_by_one_picture_and_tiles_not_at_all(
+def test_slices_are_judged_by_one_image_and_tiles_not_at_all(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = pipeline(sd3)
     size = {"width": 64, "height": 32}
-    one = least_to_decode(pipe, pictures=1, **size)
+    one = min_decode_bytes(pipe, images=1, **size)
     assert one is not None
-    assert least_to_decode(pipe, pictures=8, **size) == 8 * one
+    assert min_decode_bytes(pipe, images=8, **size) == 8 * one
     monkeypatch.setattr(pipe.vae, "use_slicing", True)
-    assert least_to_decode(pipe, pictures=8, **size) == one
+    assert min_decode_bytes(pipe, images=8, **size) == one
     monkeypatch.setattr(pipe.vae, "use_tiling", True)
-    assert least_to_decode(pipe, pictures=8, **size) is None
+    assert min_decode_bytes(pipe, images=8, **size) is None
 
 
 def test_parts_on_several_devices_are_not_judged(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline(sd3), "hf_device_map", {"vae": 1})
-    assert least_to_decode(pipeline(sd3), pictures=1, width=64, height=64) is None
+    assert min_decode_bytes(pipeline(sd3), images=1, width=64, height=64) is None

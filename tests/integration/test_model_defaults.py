@@ -14,7 +14,7 @@ from consumer.runners.defaults import Default, checked_defaults
 from consumer.runners.text_to_image.parameters import Parameters
 from generation_contracts import TextToImageRequest
 from generation_contracts.requests import ImageToTextParameters, TextToImageParameters
-from tests.support.picture_runs import asked, made_of, model, pipeline, pixels
+from tests.support.image_runs import asked, made_of, model, pipeline, pixels
 from tests.support.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
@@ -124,14 +124,14 @@ def test_a_default_negative_prompt_acts_until_a_request_has_its_own(
     plain = shared_runner("stable_diffusion_3")
     runner = load(model_folder("stable_diffusion_3"), defaults={"negative_prompt": "a dog"})
 
-    def picture(runner: ModelRunner, **fields: Any) -> list[bytes]:
+    def image(runner: ModelRunner, **fields: Any) -> list[bytes]:
         return pixels(made_of(runner, asked(**fields)))
 
-    assert picture(runner) == picture(plain, negative_prompt="a dog")
-    assert picture(runner, negative_prompt="a fox") == picture(plain, negative_prompt="a fox")
-    assert picture(runner, negative_prompt="") == picture(plain)
+    assert image(runner) == image(plain, negative_prompt="a dog")
+    assert image(runner, negative_prompt="a fox") == image(plain, negative_prompt="a fox")
+    assert image(runner, negative_prompt="") == image(plain)
     # Not refused, as it would be if the request had asked for it.
-    assert picture(runner, guidance_scale=1.0) == picture(plain, guidance_scale=1.0)
+    assert image(runner, guidance_scale=1.0) == image(plain, guidance_scale=1.0)
 
 
 def test_a_text_model_has_defaults_of_its_own() -> None:

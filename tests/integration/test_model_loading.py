@@ -27,7 +27,7 @@ from consumer.runners import ModelConfig, ModelRunner, create_runner, weights
 from consumer.runners.device import Placement, place
 from consumer.runners.image_to_text import vision_loading
 from consumer.runners.libraries import reported_warnings
-from consumer.runners.source import Download, located
+from consumer.runners.source import Download, locate_model
 from consumer.runners.text_to_image import pipeline_loading
 from consumer.runners.text_to_image.pipeline_loading import text_to_image_class
 from generation_contracts import Task, TextToImageRequest
@@ -81,7 +81,7 @@ def test_importing_the_runners_imports_no_library() -> None:
 def test_a_model_imports_its_own_libraries_and_no_look_for_garbage_meets_them() -> None:
     code = (
         "import gc, sys; from consumer.runners import libraries;"
-        "libraries.import_with_all('consumer.runners.image_to_text.vision_language');"
+        "libraries.import_frozen('consumer.runners.image_to_text.vision_language');"
         "others = {'diffusers', 'peft', 'bitsandbytes', 'gguf', 'nats', 'minio', 'opentelemetry'};"
         "print(gc.isenabled(), gc.get_freeze_count() > 10 * len(gc.get_objects()),"
         " *others & sys.modules.keys())"
@@ -233,24 +233,24 @@ def test_what_a_library_warns_of_is_one_line_without_folders_and_only_while_load
 @pytest.mark.parametrize(
     ("class_name", "line"),
     [
-        ("NoSuchPipeline", "names no pipeline of diffusers"),
-        (None, "names no pipeline of diffusers"),
-        (["pipeline", "OwnPipeline"], "names no pipeline of diffusers"),
-        ("AutoencoderKL", "names no pipeline of diffusers"),
-        ("StableDiffusion3Img2ImgPipeline", "does not make pictures from a text alone"),
-        ("StableDiffusion3InpaintPipeline", "does not make pictures from a text alone"),
-        ("StableDiffusionXLControlNetPipeline", "does not make pictures from a text alone"),
-        ("QwenImageEditPipeline", "does not make pictures from a text alone"),
-        ("FluxControlPipeline", "does not make pictures from a text alone"),
-        ("EasyAnimatePipeline", "does not make pictures from a text alone"),
-        ("KandinskyV22CombinedPipeline", "does not make pictures from a text alone"),
-        ("WanPipeline", "does not make pictures from a text alone"),
-        ("StableAudioPipeline", "does not make pictures from a text alone"),
-        ("StableCascadePriorPipeline", "does not make pictures from a text alone"),
-        ("LongCatImagePipeline", "cannot be stopped or watched at its steps"),
+        ("NoSuchPipeline", "names no pipeline class of diffusers"),
+        (None, "names no pipeline class of diffusers"),
+        (["pipeline", "OwnPipeline"], "names no pipeline class of diffusers"),
+        ("AutoencoderKL", "names no pipeline class of diffusers"),
+        ("StableDiffusion3Img2ImgPipeline", "does not generate images from a text alone"),
+        ("StableDiffusion3InpaintPipeline", "does not generate images from a text alone"),
+        ("StableDiffusionXLControlNetPipeline", "does not generate images from a text alone"),
+        ("QwenImageEditPipeline", "does not generate images from a text alone"),
+        ("FluxControlPipeline", "does not generate images from a text alone"),
+        ("EasyAnimatePipeline", "does not generate images from a text alone"),
+        ("KandinskyV22CombinedPipeline", "does not generate images from a text alone"),
+        ("WanPipeline", "does not generate images from a text alone"),
+        ("StableAudioPipeline", "does not generate images from a text alone"),
+        ("StableCascadePriorPipeline", "does not generate images from a text alone"),
+        ("LongCatImagePipeline", "has no callback at its steps"),
     ],
 )
-def test_a_class_that_makes_no_pictures_from_text_is_refused(
+def test_a_class_that_makes_no_images_from_text_is_refused(
     class_name: object, line: str, own_folder: Folder
 ) -> None:
     folder = own_folder(SD3)
@@ -289,7 +289,8 @@ def test_a_denoiser_of_another_class_is_refused(own_folder: Folder) -> None:
     )
     line = refusal(folder)
     assert line == (
-        "stable_diffusion_3: transformer is of AutoencoderKL, not of SD3Transformer2DModel"
+        "stable_diffusion_3: transformer has the class AutoencoderKL "
+        "instead of SD3Transformer2DModel"
     )
 
 
@@ -305,7 +306,7 @@ def test_code_that_came_with_a_model_is_not_run(own_folder: Folder, tmp_path: Pa
     (folder / "pipeline.py").write_text(code)
     rewrite(folder / "model_index.json", lambda index: index.update(transformer=["own", "Own"]))
     assert refusal(folder) == (
-        "stable_diffusion_3: transformer: own.Own is no class of diffusers or transformers, and "
+        "stable_diffusion_3: transformer: own.Own is not in diffusers or transformers, and "
         "code that comes with a model is not run"
     )
     assert not mark.exists()
@@ -372,9 +373,9 @@ def test_a_vision_language_model_has_the_type_asked_for(
     assert model.description.info.dtype == str(wanted).removeprefix("torch.")
 
 
-def test_a_model_that_reads_no_pictures_is_refused(model_folder: Folder) -> None:
+def test_a_model_that_reads_no_images_is_refused(model_folder: Folder) -> None:
     line = refusal(model_folder(SD3) / "text_encoder_3", Task.IMAGE_TO_TEXT)
-    assert line == "text_encoder_3: t5 does not write texts about pictures"
+    assert line == "text_encoder_3: t5 does not generate text from images"
 
 
 def test_a_processor_without_a_chat_template_is_refused(own_folder: Folder) -> None:
@@ -441,7 +442,7 @@ def silent_hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sil
     with closing(SilentHub()) as hub:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setattr("consumer.runners.source.HUB_WITHIN", 0.2)
+        monkeypatch.setattr("consumer.runners.source.HUB_TIMEOUT", 0.2)
         yield hub
 
 
@@ -457,7 +458,7 @@ def test_a_cached_model_needs_no_hub(
     folder = model_folder(SD3 if task is Task.TEXT_TO_IMAGE else VISION)
     put_into_cache(hub_cache, folder)
     config = ModelConfig(model_id="tiny/model", revision=revision)
-    with capture_logs() as logs, located(task, config, DOWNLOADS[task]) as source:
+    with capture_logs() as logs, locate_model(task, config, DOWNLOADS[task]) as source:
         assert (source.id, source.revision) == ("tiny/model", COMMIT)
         assert source.folder.resolve() == folder.resolve()
     asked = revision != COMMIT
@@ -553,7 +554,7 @@ def cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return maps
 
 
-def test_pictures_are_the_same_when_weights_go_straight_to_the_device(
+def test_images_are_the_same_when_weights_go_straight_to_the_device(
     shared_runner: Callable[[str], ModelRunner],
     model_folder: Folder,
     load: Load,

@@ -144,9 +144,9 @@ def test_the_blocks_are_compiled_before_the_first_job(
     runner = load(model_folder(FLUX), compile=True, defaults=SMALL)
     graphs = eager_compiler["unique_graphs"]
     assert graphs > 0
-    picture = made(runner)
+    image = made(runner)
     assert eager_compiler["unique_graphs"] == graphs
-    assert largest_difference(picture, made(shared_runner(FLUX))) <= 1
+    assert largest_difference(image, made(shared_runner(FLUX))) <= 1
 
 
 def test_a_compiled_pipeline_takes_requests_of_all_kinds(

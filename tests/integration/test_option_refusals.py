@@ -21,7 +21,7 @@ from tests.integration.small_runs import refusal
 from tests.support.tiny_models import Folder
 
 SD3, SDXL, FLUX, VISION = "stable_diffusion_3", "stable_diffusion_xl", "flux", "vision_language"
-PICTURES, TEXTS = Task.TEXT_TO_IMAGE, Task.IMAGE_TO_TEXT
+IMAGES, TEXTS = Task.TEXT_TO_IMAGE, Task.IMAGE_TO_TEXT
 
 Machine = Callable[[int], None]
 
@@ -68,29 +68,29 @@ COMPILED = (
 )
 SHARED_OUT = "MODEL_DEVICE_MAP, MODEL_OFFLOAD: parts on several GPUs stay there; set one of them"
 GGUF_FOLDER = "MODEL_QUANTIZATION, MODEL_ID: gguf needs a folder with the model"
-ONLY_PICTURES = "only for MODEL_TYPE=text_to_image"
+ONLY_IMAGES = "only for MODEL_TYPE=text_to_image"
 
 
 @pytest.mark.parametrize(
     ("task", "gpus", "given", "line"),
     [
         (
-            PICTURES,
+            IMAGES,
             0,
             {"offload": "model"},
             "MODEL_OFFLOAD: the device is cpu, there is nothing to offload from",
         ),
         (
-            PICTURES,
+            IMAGES,
             0,
             {"device_map": "balanced"},
             "MODEL_DEVICE_MAP: needs the device cuda, this one is cpu",
         ),
         (TEXTS, 1, {"device_map": "balanced"}, "MODEL_DEVICE_MAP: needs 2 GPUs, there is 1"),
-        (PICTURES, 2, {"device_map": "balanced", "offload": "model"}, SHARED_OUT),
+        (IMAGES, 2, {"device_map": "balanced", "offload": "model"}, SHARED_OUT),
         (TEXTS, 2, {"device_map": "balanced", "offload": "sequential"}, SHARED_OUT),
         (
-            PICTURES,
+            IMAGES,
             2,
             {"device_map": "balanced", "quantization": "bitsandbytes-4bit"},
             "MODEL_DEVICE_MAP, MODEL_QUANTIZATION: not together for a pipeline; set one of them",
@@ -101,7 +101,7 @@ ONLY_PICTURES = "only for MODEL_TYPE=text_to_image"
             for task in Task
         ),
         (
-            PICTURES,
+            IMAGES,
             1,
             {"quantization": "torchao-int4", "dtype": "float16"},
             "MODEL_QUANTIZATION, MODEL_DTYPE: torchao-int4 needs bfloat16",
@@ -112,24 +112,24 @@ ONLY_PICTURES = "only for MODEL_TYPE=text_to_image"
             {"quantization": "torchao-int4", "offload": "model"},
             "MODEL_QUANTIZATION, MODEL_OFFLOAD: torchao-int4 stays on its device; take none",
         ),
-        (PICTURES, 1, {"quantization": "torchao-int8", "offload": "sequential"}, BY_PARTS),
-        (PICTURES, 1, {"quantization": "gguf", "offload": "group"}, BY_PARTS),
+        (IMAGES, 1, {"quantization": "torchao-int8", "offload": "sequential"}, BY_PARTS),
+        (IMAGES, 1, {"quantization": "gguf", "offload": "group"}, BY_PARTS),
         (TEXTS, 1, {"quantization": "bitsandbytes-4bit", "offload": "sequential"}, BY_PARTS),
-        (PICTURES, 0, {"quantization": "gguf"}, GGUF_FOLDER),
-        (PICTURES, 0, {"quantization": "gguf", "model_id": ""}, GGUF_FOLDER),
+        (IMAGES, 0, {"quantization": "gguf"}, GGUF_FOLDER),
+        (IMAGES, 0, {"quantization": "gguf", "model_id": ""}, GGUF_FOLDER),
         (
             TEXTS,
             0,
             {"quantization": "gguf"},
-            f"MODEL_QUANTIZATION: gguf is {ONLY_PICTURES}",
+            f"MODEL_QUANTIZATION: gguf is {ONLY_IMAGES}",
         ),
-        (PICTURES, 1, {"compile": True, "offload": "sequential"}, COMPILED),
-        (PICTURES, 1, {"compile": True, "offload": "group"}, COMPILED),
+        (IMAGES, 1, {"compile": True, "offload": "sequential"}, COMPILED),
+        (IMAGES, 1, {"compile": True, "offload": "group"}, COMPILED),
         (
-            PICTURES,
+            IMAGES,
             0,
             {"compile": True, "adapters": {"pixels": "/a/folder"}},
-            "MODEL_COMPILE, MODEL_ADAPTERS: a change of adapters would be compiled anew; set one",
+            "MODEL_COMPILE, MODEL_ADAPTERS: each change of adapters would recompile; set one",
         ),
         (
             TEXTS,
@@ -137,18 +137,18 @@ ONLY_PICTURES = "only for MODEL_TYPE=text_to_image"
             {"offload": "group"},
             "MODEL_OFFLOAD: group is for pipelines; take model or sequential",
         ),
-        (TEXTS, 0, {"vae_tiling": True}, f"MODEL_VAE_TILING: {ONLY_PICTURES}"),
-        (TEXTS, 0, {"vae_slicing": True}, f"MODEL_VAE_SLICING: {ONLY_PICTURES}"),
-        (TEXTS, 0, {"channels_last": True}, f"MODEL_CHANNELS_LAST: {ONLY_PICTURES}"),
-        (TEXTS, 0, {"safety_checker": "a.b:c"}, f"MODEL_SAFETY_CHECKER: {ONLY_PICTURES}"),
+        (TEXTS, 0, {"vae_tiling": True}, f"MODEL_VAE_TILING: {ONLY_IMAGES}"),
+        (TEXTS, 0, {"vae_slicing": True}, f"MODEL_VAE_SLICING: {ONLY_IMAGES}"),
+        (TEXTS, 0, {"channels_last": True}, f"MODEL_CHANNELS_LAST: {ONLY_IMAGES}"),
+        (TEXTS, 0, {"safety_checker": "a.b:c"}, f"MODEL_SAFETY_CHECKER: {ONLY_IMAGES}"),
         (
             TEXTS,
             0,
             {"adapters": {"pixels": "/a/folder"}, "step_cache": 0.1},
-            f"MODEL_STEP_CACHE, MODEL_ADAPTERS: {ONLY_PICTURES}",
+            f"MODEL_STEP_CACHE, MODEL_ADAPTERS: {ONLY_IMAGES}",
         ),
         (
-            PICTURES,
+            IMAGES,
             0,
             {"max_image_pixels": 1_000_000},
             "MODEL_MAX_IMAGE_PIXELS: only for MODEL_TYPE=image_to_text",
@@ -193,7 +193,7 @@ def test_settings_that_go_together_are_not_refused(machine: Machine) -> None:
         {"offload": "group", "adapters": {"pixels": "/a/folder"}, "channels_last": True},
     ]
     for given in together:
-        options.validate_options(PICTURES, ModelConfig(**given), cuda)
+        options.validate_options(IMAGES, ModelConfig(**given), cuda)
     both = ModelConfig(device_map="balanced", quantization="bitsandbytes-8bit", compile=True)
     options.validate_options(TEXTS, both, cuda)
 
@@ -208,7 +208,7 @@ def test_settings_that_go_together_are_not_refused(machine: Machine) -> None:
             SD3,
             None,
             {"attention": "native"},
-            "MODEL_ATTENTION: StableDiffusion3 has no choice of attention",
+            "MODEL_ATTENTION: StableDiffusion3 has no selectable attention backend",
         ),
         (SD3, None, {"step_cache": 0.1}, "MODEL_STEP_CACHE: StableDiffusion3 has no step cache"),
         (SDXL, None, {"step_cache": 0.1}, "MODEL_STEP_CACHE: StableDiffusionXL has no step cache"),

@@ -68,7 +68,7 @@ def test_torchao_int8_holds_the_transformer_in_bytes(
 def test_torchao_int8_also_takes_a_text_encoder_that_is_large(
     model_folder: Folder, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    always = partial(quantization.for_transformers, worth_it=0)
+    always = partial(quantization.for_transformers, min_bytes=0)
     monkeypatch.setattr(quantization, "for_transformers", always)
     pipe = pipeline(load(model_folder(FLUX), quantization="torchao-int8", defaults=SMALL))
     assert "Int8Tensor" in classes_of(pipe.text_encoder_2)

@@ -1,4 +1,4 @@
-"""The operator's safety checker: a flag for each picture, and no picture that was not judged."""
+"""The operator's safety checker: a flag for each image, and no image that was not judged."""
 
 # mypy: allow-untyped-calls
 
@@ -33,11 +33,11 @@ def made(runner: ModelRunner, *, num_images: int = 1, size: int = 32) -> RunnerO
 
 
 def flags(output: RunnerOutput) -> list[bool | None]:
-    return [picture.flagged for picture in output.images]
+    return [image.flagged for image in output.images]
 
 
 def pixels(output: RunnerOutput) -> list[bytes]:
-    return [picture.image.tobytes() for picture in output.images]
+    return [image.image.tobytes() for image in output.images]
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelRunner, str], None]:
     return with_checker
 
 
-def test_without_a_checker_no_picture_has_a_flag_and_the_log_says_so(
+def test_without_a_checker_no_image_has_a_flag_and_the_log_says_so(
     model_folder: Folder, load: Load
 ) -> None:
     with capture_logs() as logs:
@@ -67,7 +67,7 @@ def test_without_a_checker_no_picture_has_a_flag_and_the_log_says_so(
     assert flags(made(runner)) == [None]
 
 
-def test_the_checker_of_the_settings_judges_each_picture(model_folder: Folder, load: Load) -> None:
+def test_the_checker_of_the_settings_judges_each_image(model_folder: Folder, load: Load) -> None:
     name = "tests.support.checkers:flags_the_second"
     with capture_logs() as logs:
         runner = load(model_folder("stable_diffusion_3"), safety_checker=name)
@@ -75,7 +75,7 @@ def test_the_checker_of_the_settings_judges_each_picture(model_folder: Folder, l
     assert flags(made(runner, num_images=3)) == [False, True, False]
 
 
-def test_a_checker_does_not_change_the_pictures(sd3: ModelRunner, use: Callable[..., None]) -> None:
+def test_a_checker_does_not_change_the_images(sd3: ModelRunner, use: Callable[..., None]) -> None:
     unchecked = pixels(made(sd3, num_images=2))
     use(sd3, "flags_and_paints")
     checked = made(sd3, num_images=2)
@@ -87,14 +87,14 @@ def test_a_checker_does_not_change_the_pictures(sd3: ModelRunner, use: Callable[
     ("checker", "message"),
     [
         ("raises", "the safety checker raised ValueError"),
-        ("takes_no_pictures", "the safety checker raised TypeError"),
-        ("answers_too_little", "did not answer with one flag for each picture"),
-        ("answers_once", "did not answer with one flag for each picture"),
+        ("takes_no_images", "the safety checker raised TypeError"),
+        ("answers_too_little", "did not return one flag for each image"),
+        ("answers_once", "did not return one flag for each image"),
         ("answers_numbers", "neither true nor false"),
         ("answers_nothing", "neither true nor false"),
     ],
 )
-def test_a_picture_that_was_not_judged_is_not_given_out(
+def test_an_image_that_was_not_judged_is_not_given_out(
     checker: str, message: str, sd3: ModelRunner, use: Callable[..., None]
 ) -> None:
     use(sd3, checker)
@@ -117,7 +117,7 @@ def test_a_checker_that_finds_the_device_full_is_no_faulty_checker(
         ("tests.support.checkers", "must be package.module:callable"),
         ("tests.support.checkers:missing", "AttributeError"),
         ("tests.no_such_module:check", "ModuleNotFoundError"),
-        ("tests.support.checkers:NOT_CALLABLE", "it cannot be called"),
+        ("tests.support.checkers:NOT_CALLABLE", "it is not callable"),
         ("..:check", "ValueError"),
     ],
 )
@@ -154,13 +154,13 @@ def test_the_flags_of_the_models_own_checker_are_told_as_well(
         use(runner, checker)
     output = made(runner, num_images=2)
     assert flags(output) == expected
-    assert output.warnings == ("the model's safety checker blanked pictures: 1",)
+    assert output.warnings == ("the model's safety checker blanked images: 1",)
 
 
-def test_flags_of_the_models_own_checker_that_fit_no_pictures_are_not_guessed_at(
+def test_flags_of_the_models_own_checker_that_fit_no_images_are_not_guessed_at(
     shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = shared_runner("hunyuan_dit")
     judged_by_the_model(runner, [False, True, False], monkeypatch)
-    with pytest.raises(ModelError, match="did not judge each picture"):
+    with pytest.raises(ModelError, match="did not return one flag for each image"):
         made(runner, num_images=2)

@@ -26,7 +26,7 @@ from consumer.runners.text_to_image.schedulers import (
 )
 from generation_contracts import Task
 from tests.integration.small_runs import refusal
-from tests.support.picture_runs import made, pipeline, pixels
+from tests.support.image_runs import made, pipeline, pixels
 from tests.support.tiny_models import Folder, Load
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
@@ -136,7 +136,7 @@ def with_scheduler(folder: Path, name: str, **config: Any) -> Path:
             XL,
             "DPMSolverSDEScheduler",
             {},
-            "DPMSolverSDEScheduler draws noise that no seed of a request decides",
+            "DPMSolverSDEScheduler ignores the seed of a request",
         ),
         (
             FLUX,

@@ -1,7 +1,7 @@
 """Families of vision-language models through the real from_pretrained path, and texts as they grow.
 
 What every model does with requests is in test_vision_language.py; here is what a family could make
-different: how it reads pictures, stops, draws by chance, and is decoded.
+different: how it reads images, stops, draws by chance, and is decoded.
 """
 
 import importlib
@@ -28,19 +28,19 @@ from tests.support.tiny_models import Folder, Load
 
 FAMILIES = ("qwen2_vl", "vision_language", "qwen3_vl", "llava")  # the second is a Qwen2.5-VL
 EVERY = pytest.mark.parametrize("family", FAMILIES)
-SOURCE = ArtifactReference(bucket="inputs", key="picture.png")  # never read: pictures are given
+SOURCE = ArtifactReference(bucket="inputs", key="image.png")  # never read: images are given
 
 FolderOf = Callable[[str], Path]
 RunnerOf = Callable[[str], ModelRunner]
 
 
-def picture(size: tuple[int, int] = (90, 60), colour: str = "red") -> Image.Image:
+def drawing(size: tuple[int, int] = (90, 60), colour: str = "red") -> Image.Image:
     image = Image.new("RGB", size, "white")
     ImageDraw.Draw(image).ellipse((4, 4, size[0] // 2, size[1] // 2), colour)
     return image
 
 
-RED, BLUE = picture(), picture((64, 64), "blue")
+RED, BLUE = drawing(), drawing((64, 64), "blue")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def inner(runner: ModelRunner) -> Any:
 
 
 def read(runner: ModelRunner, *images: Image.Image) -> Any:
-    """What the model sees of pictures, in a row."""
+    """What the model sees of images, in a row."""
     fitted = inner(runner)._budget.fit(images)
     return inner(runner)._inputs(("x", None), fitted)["pixel_values"]
 
@@ -123,15 +123,15 @@ def read(runner: ModelRunner, *images: Image.Image) -> Any:
 
 
 @EVERY
-def test_a_family_writes_about_one_picture_or_several_in_their_order(
+def test_a_family_writes_about_one_image_or_several_in_their_order(
     family: str, runner_of: RunnerOf
 ) -> None:
     runner = runner_of(family)
     assert written(runner, RED).completion_tokens == 12
     assert written(runner, RED, BLUE).prompt_tokens > written(runner, RED).prompt_tokens
     torch = importlib.import_module("torch")
-    pixels = [read(runner, *pictures) for pictures in ((RED, BLUE), (RED,), (BLUE,))]
-    assert torch.equal(pixels[0], torch.cat(pixels[1:]))  # random weights make little of pictures
+    pixels = [read(runner, *images) for images in ((RED, BLUE), (RED,), (BLUE,))]
+    assert torch.equal(pixels[0], torch.cat(pixels[1:]))  # random weights make little of images
 
 
 @EVERY
@@ -177,7 +177,7 @@ def test_a_text_tells_its_seed_only_if_it_was_drawn_by_chance(runner_of: RunnerO
 @pytest.mark.parametrize(
     ("family", "tile"), [("qwen2_vl", 28), ("vision_language", 28), ("qwen3_vl", 32)]
 )
-def test_a_large_picture_is_read_within_the_workers_budget(
+def test_a_large_image_is_read_within_the_workers_budget(
     family: str, tile: int, folder_of: FolderOf, load: Load
 ) -> None:
     budget = 40 * tile**2  # pixels, for 40 tokens
@@ -188,7 +188,7 @@ def test_a_large_picture_is_read_within_the_workers_budget(
     assert alone - small == 6 * 6 - 5 * 5
 
 
-def test_a_family_with_one_size_of_pictures_is_given_them_whole(runner_of: RunnerOf) -> None:
+def test_a_family_with_one_size_of_images_is_given_them_whole(runner_of: RunnerOf) -> None:
     runner = runner_of("llava")
     large = Image.new("RGB", (600, 400))
     (fitted,) = inner(runner)._budget.fit([large])
@@ -196,7 +196,7 @@ def test_a_family_with_one_size_of_pictures_is_given_them_whole(runner_of: Runne
     assert written(runner, large).prompt_tokens == written(runner, RED).prompt_tokens
 
 
-def test_a_family_with_one_size_of_pictures_refuses_very_narrow_ones(runner_of: RunnerOf) -> None:
+def test_a_family_with_one_size_of_images_refuses_very_narrow_ones(runner_of: RunnerOf) -> None:
     """Its processor would first enlarge the shorter side: 10,000x1 to a billion pixels."""
     with pytest.raises(UnsupportedParameter, match=r"images\.0: one side is more than 200 times"):
         output(runner_of("llava"), Image.new("RGB", (10_000, 1)))
@@ -275,7 +275,7 @@ def changed(folder: Path, to: Path, **config: Any) -> Path:
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{{ messages[0].content[-1].text }}", "no place for pictures"),
+        ("{{ messages[0].content[-1].text }}", "no place for images"),
         ("{{ raise_exception('not so') }}", "cannot be loaded: not so"),
         ("{{ messages[0].content + '' }}", "cannot be loaded: "),
     ],
@@ -297,7 +297,7 @@ def test_a_family_whose_texts_come_from_a_decoder_of_their_own_is_told_at_load(
 ) -> None:
     # What it writes has no prompt to cut off, and would be cut off itself.
     folder = changed(folder_of("vision_language"), tmp_path / "model", is_encoder_decoder=True)
-    with pytest.raises(ModelUnavailable, match="model: qwen2_5_vl has a decoder of its own"):
+    with pytest.raises(ModelUnavailable, match="model: qwen2_5_vl is an encoder-decoder model"):
         load(folder, Task.IMAGE_TO_TEXT)
 
 
@@ -366,7 +366,7 @@ def test_no_character_is_told_before_it_is_whole(
     growing.put(torch.tensor([[control, control]]))  # the prompt
     for token in (*tokens, control):
         growing.put(torch.tensor([token]))
-    whole = deltas.written_text(tokenizer, tokens)
+    whole = deltas.decode_text(tokenizer, tokens)
     assert whole.strip() == text.strip()
     assert "".join(parts) == whole
     assert not any("\ufffd" in part for part in parts)
@@ -400,5 +400,5 @@ def test_the_rest_of_a_text_that_ends_within_a_character_is_told_at_the_end(
     for token in tokens:
         growing.put(torch.tensor([token]))
     assert parts == ["a"]
-    growing.finish(whole := deltas.written_text(tokenizer, tokens))
+    growing.finish(whole := deltas.decode_text(tokenizer, tokens))
     assert "".join(parts) == whole == "a\ufffd"

@@ -368,7 +368,7 @@ class OfSize:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Any:
+def image_budget() -> Any:
     """The module that makes images fit; it imports torch."""
     return importlib.import_module("consumer.runners.image_to_text.image_budget")
 
@@ -379,11 +379,11 @@ sides = st.integers(1, 20_000)
 
 @given(st.tuples(sides, sides), tokens, tokens, st.integers(-500, 500))
 def test_every_image_fits_the_budget(
-    pictures: Any, size: tuple[int, int], least: int, more: int, odd: int
+    image_budget: Any, size: tuple[int, int], least: int, more: int, odd: int
 ) -> None:
     width, height = size
     most = max((least + more) * TILE + odd, least * TILE)
-    budget = pictures.ImageBudget(most=most, least=least * TILE, patch=14)
+    budget = image_budget.ImageBudget(most=most, least=least * TILE, patch=14)
     if max(width, height) > 200 * min(width, height):
         with pytest.raises(UnsupportedParameter, match="more than 200 times"):
             budget.fit([OfSize(width, height)])

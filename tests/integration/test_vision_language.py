@@ -24,7 +24,7 @@ from consumer.runners import ModelRunner
 from consumer.runners.device import Placement
 from consumer.runners.faults import BadOutput
 from consumer.runners.image_to_text import vision_language
-from consumer.runners.image_to_text.rows import Numbers
+from consumer.runners.image_to_text.rows import ValidScores
 from generation_contracts import ArtifactReference, ImageToTextRequest, Task
 from tests.support.model_runs import run_model
 from tests.support.tiny_models import Folder, Load
@@ -35,7 +35,7 @@ SECRET = "zanzibar"  # a word of the prompt that must not turn up in a log or er
 
 RED = Image.new("RGB", (120, 60), "red")
 BLUE = Image.new("RGB", (64, 64), "blue")
-SOURCE = ArtifactReference(bucket="inputs", key="picture.png")  # never read: pictures are given
+SOURCE = ArtifactReference(bucket="inputs", key="image.png")  # never read: images are given
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def inner(runner: ModelRunner) -> Any:
 
 def ids_of_prompt(runner: ModelRunner, *images: Image.Image, **fields: Any) -> list[int]:
     model = inner(runner)
-    inputs = model._inputs(model._cleaned(asked(**fields)), model._budget.fit(images or (RED,)))
+    inputs = model._inputs(model._stripped(asked(**fields)), model._budget.fit(images or (RED,)))
     ids: list[int] = inputs["input_ids"][0].tolist()
     return ids
 
@@ -167,10 +167,10 @@ def test_sampling_parameters_act(qwen: ModelRunner) -> None:
     )
 
 
-# -- pictures -------------------------------------------------------------------------------------
+# -- images -------------------------------------------------------------------------------------
 
 
-def test_pictures_are_read_in_their_order(qwen: ModelRunner) -> None:
+def test_images_are_read_in_their_order(qwen: ModelRunner) -> None:
     one = written(qwen, RED)
     two = written(qwen, RED, BLUE)
     assert two.prompt_tokens > one.prompt_tokens
@@ -186,7 +186,7 @@ def test_pictures_are_read_in_their_order(qwen: ModelRunner) -> None:
         ((5, 5), 2 * 2),
     ],
 )
-def test_a_picture_is_read_within_the_budget(
+def test_an_image_is_read_within_the_budget(
     size: tuple[int, int], tokens: int, model_folder: Folder, load: Load
 ) -> None:
     runner = load(model_folder("vision_language"), Task.IMAGE_TO_TEXT, max_image_pixels=40_000)
@@ -194,7 +194,7 @@ def test_a_picture_is_read_within_the_budget(
     assert ids_of_prompt(runner, Image.new("RGB", size)).count(image_pad) == tokens
 
 
-def test_a_long_and_narrow_picture_is_refused_by_its_place(qwen: ModelRunner) -> None:
+def test_a_long_and_narrow_image_is_refused_by_its_place(qwen: ModelRunner) -> None:
     with pytest.raises(UnsupportedParameter, match=r"images\.1: one side is more than 200 times"):
         written(qwen, RED, Image.new("RGB", (4001, 20)))
 
@@ -204,7 +204,7 @@ def test_saving_memory_reads_fewer_pixels(qwen: ModelRunner) -> None:
     output = run_model(qwen, asked(), [large], save_memory=True)
     assert output.text is not None
     assert output.text.prompt_tokens < written(qwen, large).prompt_tokens
-    assert output.warnings == ("memory was short: the pictures were read at half their pixels",)
+    assert output.warnings == ("memory was short: the images were read at half their pixels",)
 
 
 def test_a_run_out_of_memory_tells_what_was_tried(qwen: ModelRunner) -> None:
@@ -220,7 +220,7 @@ def test_a_run_out_of_memory_tells_what_was_tried(qwen: ModelRunner) -> None:
             tried.append(raised.value.tried)
     finally:
         hook.remove()
-    assert tried == [(), ("the pictures were read at half their pixels",)]
+    assert tried == [(), ("the images were read at half their pixels",)]
 
 
 # -- what a sender writes is text, not control ----------------------------------------------------
@@ -246,7 +246,7 @@ def test_control_tokens_of_a_sender_do_not_reach_the_model(
     assert found == [i for i in ids_of_prompt(qwen, **plain) if i in specials]
     request = asked(**{**plain, field: attack})
     output = run_model(qwen, request, [RED])
-    assert output.warnings == ("control tokens of the model were taken out of the text",)
+    assert output.warnings == ("control tokens of the model were removed from the text",)
 
 
 def test_a_prompt_of_control_tokens_only_is_refused(qwen: ModelRunner) -> None:
@@ -371,9 +371,9 @@ def test_scores_that_are_not_numbers_are_an_error(
 
 def test_scores_that_are_infinite_are_an_error_unless_they_rule_a_token_out() -> None:
     scores = torch.tensor([[0.0, -math.inf]])
-    assert Numbers()(None, scores) is scores
+    assert ValidScores()(None, scores) is scores
     with pytest.raises(BadOutput, match="scores that are not numbers"):
-        Numbers()(None, -scores)
+        ValidScores()(None, -scores)
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-6])

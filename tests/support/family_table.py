@@ -23,8 +23,8 @@ class Family:
         guidance: What the pipeline calls the request's guidance_scale; None: it has none.
         scale: Its default.
         negative: Whether it reads a negative prompt.
-        side: Of its default picture, which is square, in pixels.
-        multiple: Both sides of a picture must be multiples of it, in pixels.
+        side: Of its default image, which is square, in pixels.
+        multiple: Both sides of an image must be multiples of it, in pixels.
         largest: Side, in pixels; None: only the area is limited.
         adapters: Whether LoRA adapters can be loaded into it.
         least: Denoising steps that a request may ask for.

@@ -1,7 +1,7 @@
 """Tiny pipelines of the families with random weights, small enough for a CPU.
 
 Each function makes one family, by whose name the fixtures of `tests/support/tiny_models.py` know
-it; its options make the variants. `full_size` gives a pipeline the default and largest picture of
+it; its options make the variants. `full_size` gives a pipeline the default and largest image of
 the published weights, where these come from a configuration and not from the pipeline's code.
 """
 
@@ -130,7 +130,7 @@ def flux(*, reads_guidance: bool = True, blocks: int = 1) -> Any:
 
 
 def flux_2() -> Any:
-    """FLUX.2-dev, whose text encoder is a Mistral that reads pictures as well."""
+    """FLUX.2-dev, whose text encoder is a Mistral that reads images as well."""
     layers = 30  # the last of the three whose states are read
     processor = mistral_processor()
     return diffusers.Flux2Pipeline(

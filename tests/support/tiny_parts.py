@@ -32,7 +32,7 @@ from transformers import (
 from consumer.runners.demonstration.training.chat import CHAT_TEMPLATE, CONTROL_TOKENS
 
 LATENTS = 4
-WIDTHS = (4, 8, 8, 8)  # of the autoencoders: pictures become smaller by eight, as in the large ones
+WIDTHS = (4, 8, 8, 8)  # of the autoencoders: images become smaller by eight, as in the large ones
 MODEL = 32  # width of most encoders
 
 # The printable stand-ins for the 256 bytes that byte-level tokenizers are made of.
@@ -47,7 +47,7 @@ def autoencoder(
     quantized: bool = False,
     **options: Any,
 ) -> Any:
-    """An autoencoder that makes pictures smaller by two for each width but the first."""
+    """An autoencoder that makes images smaller by two for each width but the first."""
     return kind(
         sample_size=64,
         block_out_channels=widths,

@@ -105,7 +105,7 @@ def qwen3_vl(folder: Path) -> None:
 
 
 def llava(folder: Path) -> None:
-    """A family of another kind: pictures of one size, and a tokenizer of pieces of words."""
+    """A family of another kind: images of one size, and a tokenizer of pieces of words."""
     tokenizer = _pieces()
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -173,7 +173,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def _budget(tile: int) -> dict[str, int]:
-    """Of pixels, for pictures of 4 to 256 tokens, each `tile` pixels wide and high."""
+    """Of pixels, for images of 4 to 256 tokens, each `tile` pixels wide and high."""
     return {"shortest_edge": 4 * tile**2, "longest_edge": 256 * tile**2}
 
 

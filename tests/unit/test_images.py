@@ -1,4 +1,4 @@
-"""The pictures' codec: what senders may hand in, and what the outputs are made of."""
+"""The images' codec: what senders may hand in, and what the outputs are made of."""
 
 import hashlib
 import json
@@ -28,13 +28,13 @@ from tests.support.odd_images import (
     exif_of,
     in_jpeg,
     in_png,
+    photograph,
     png_chunk,
     png_file,
     srgb_profile,
     webp,
     xmp_of,
 )
-from tests.support.odd_images import photograph as picture
 
 CODEC = ImageCodec()
 unhurried = settings(deadline=None)  # a slow machine is no failure
@@ -135,7 +135,7 @@ def test_pillow_gets_nothing_but_what_decoding_needs() -> None:
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_the_three_formats_decode_to_rgb(file_format: str) -> None:
-    decoded = CODEC.decode(as_file(picture(), file_format))
+    decoded = CODEC.decode(as_file(photograph(), file_format))
     assert (decoded.mode, decoded.size) == ("RGB", (40, 24))
     assert near(decoded.getpixel((30, 3)), RED, 20)
     assert near(decoded.getpixel((30, 20)), BLUE, 20)
@@ -153,7 +153,7 @@ def test_every_exif_orientation_comes_out_upright(file_format: str, orientation:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }.get(orientation)
-    stored = picture() if turn_back is None else picture().transpose(turn_back)
+    stored = photograph() if turn_back is None else photograph().transpose(turn_back)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     lossless = {"lossless": True} if file_format == "WEBP" else {"quality": 95, "subsampling": 0}
@@ -186,16 +186,16 @@ def test_a_transparent_webp_comes_out_over_white() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P"])
 def test_other_png_modes_come_out_as_they_look(mode: str) -> None:
-    image = picture().convert(mode)
+    image = photograph().convert(mode)
     decoded = CODEC.decode(as_file(image))
     assert decoded.mode == "RGB"
     assert decoded.tobytes() == image.convert("RGB").tobytes()
 
 
-def test_the_picture_carries_no_metadata() -> None:
+def test_the_image_carries_no_metadata() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", "a prompt")
-    decoded = CODEC.decode(as_file(picture(), pnginfo=text, dpi=(72, 72)))
+    decoded = CODEC.decode(as_file(photograph(), pnginfo=text, dpi=(72, 72)))
     assert decoded.info == {}
 
 
@@ -205,7 +205,7 @@ def test_the_picture_carries_no_metadata() -> None:
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_a_truncated_file_is_refused_at_every_length(file_format: str) -> None:
     """A file without its last bytes, which hold no pixels, may pass, but only with all pixels."""
-    data = as_file(picture(), file_format)
+    data = as_file(photograph(), file_format)
     whole = CODEC.decode(data).tobytes()
     refused = 0
     for length in range(len(data)):
@@ -221,7 +221,7 @@ def test_a_truncated_file_is_refused_at_every_length(file_format: str) -> None:
 
 
 def test_the_process_wide_switch_for_truncated_files_stays_off() -> None:
-    refusal(as_file(picture())[:80])
+    refusal(as_file(photograph())[:80])
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
@@ -245,7 +245,7 @@ def test_a_bomb_that_decodes_is_refused_from_its_header(side: int, action: Any) 
             bomb.load()  # it is one: this takes a byte a pixel
 
 
-def test_no_pixel_of_a_picture_over_the_limit_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pixel_of_an_image_over_the_limit_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[int, int]] = []
     load = ImageFile.ImageFile.load
 
@@ -256,13 +256,13 @@ def test_no_pixel_of_a_picture_over_the_limit_is_decoded(monkeypatch: pytest.Mon
     monkeypatch.setattr(ImageFile.ImageFile, "load", noted)
     codec = ImageCodec(max_pixels=100)
     for file_format in FORMATS:
-        refusal(as_file(picture(), file_format), codec)
-    codec.decode(as_file(picture(10, 10)))
+        refusal(as_file(photograph(), file_format), codec)
+    codec.decode(as_file(photograph(10, 10)))
     assert set(loaded) == {(10, 10)}
 
 
 def test_a_webp_that_claims_a_huge_canvas_is_refused() -> None:
-    frame = as_file(picture(), "WEBP")[12:]
+    frame = as_file(photograph(), "WEBP")[12:]
     side = (16_382).to_bytes(3, "little")
     canvas = b"VP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + side + side
     body = b"WEBP" + canvas + frame
@@ -272,12 +272,12 @@ def test_a_webp_that_claims_a_huge_canvas_is_refused() -> None:
 
 def test_the_limit_of_pixels_is_exact() -> None:
     codec = ImageCodec(max_pixels=40 * 24)
-    assert codec.decode(as_file(picture())).size == (40, 24)
-    assert refusal(as_file(picture(41, 24)), codec) == "the image has more than 960 pixels"
+    assert codec.decode(as_file(photograph())).size == (40, 24)
+    assert refusal(as_file(photograph(41, 24)), codec) == "the image has more than 960 pixels"
 
 
 def test_the_limit_of_bytes_is_exact() -> None:
-    data = as_file(picture())
+    data = as_file(photograph())
     codec = ImageCodec(len(data))
     assert codec.max_bytes == len(data)
     assert codec.decode(data).size == (40, 24)
@@ -286,8 +286,10 @@ def test_the_limit_of_bytes_is_exact() -> None:
 
 def test_a_long_side_is_refused() -> None:
     codec = ImageCodec(max_side=50)
-    assert codec.decode(as_file(picture(50, 8))).size == (50, 8)
-    assert refusal(as_file(picture(8, 51)), codec) == "the image has a side of more than 50 pixels"
+    assert codec.decode(as_file(photograph(50, 8))).size == (50, 8)
+    assert (
+        refusal(as_file(photograph(8, 51)), codec) == "the image has a side of more than 50 pixels"
+    )
 
 
 def test_a_tiny_side_is_refused() -> None:
@@ -313,8 +315,8 @@ def test_a_strip_that_no_model_takes_is_refused() -> None:
         b"\x89PNG\r\n\x1a\n" + b"\0" * 64,
         b"\xff\xd8\xff" + b"\0" * 64,
         b"RIFF\x40\0\0\0WEBPVP8 " + b"\0" * 64,
-        b"GIF89a" + as_file(picture()),
-        b"\0" + as_file(picture()),
+        b"GIF89a" + as_file(photograph()),
+        b"\0" + as_file(photograph()),
     ],
     ids=["svg", "html", "eps", "png", "jpeg", "webp", "gif-before-png", "byte-before-png"],
 )
@@ -323,7 +325,7 @@ def test_what_only_pretends_is_refused(data: bytes) -> None:
 
 
 def test_a_damaged_png_is_refused() -> None:
-    data = bytearray(as_file(picture()))
+    data = bytearray(as_file(photograph()))
     data[data.index(b"IDAT") + 12] ^= 0xFF
     assert refusal(bytes(data)) == "the image is broken or incomplete"
 
@@ -370,7 +372,7 @@ def test_metadata_of_a_png_is_inflated_once_at_most(
 
 
 def test_a_refusal_says_nothing_of_the_machine(tmp_path: Path) -> None:
-    for data in (b"x", as_file(picture())[:60], as_file(picture(), "GIF")):
+    for data in (b"x", as_file(photograph())[:60], as_file(photograph(), "GIF")):
         assert "/" not in refusal(data)
         assert "object at" not in refusal(data)
 
@@ -382,10 +384,10 @@ def test_random_bytes_are_only_ever_refused(data: bytes) -> None:
 
 
 SEEDS = (
-    *(as_file(picture(), file_format) for file_format in FORMATS),
-    as_file(picture(), "JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"),
-    as_file(picture().convert("P"), transparency=0),
-    as_file(picture(), "MPO", save_all=True, append_images=[picture()]),
+    *(as_file(photograph(), file_format) for file_format in FORMATS),
+    as_file(photograph(), "JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"),
+    as_file(photograph().convert("P"), transparency=0),
+    as_file(photograph(), "MPO", save_all=True, append_images=[photograph()]),
 )
 
 
@@ -410,8 +412,8 @@ def test_damaged_files_decode_or_are_refused(seed: bytes, damage: list[tuple[int
 
 
 def test_png_is_lossless() -> None:
-    encoded = CODEC.encode(picture(), "png", seed=7)
-    assert CODEC.decode(encoded.data).tobytes() == picture().tobytes()
+    encoded = CODEC.encode(photograph(), "png", seed=7)
+    assert CODEC.decode(encoded.data).tobytes() == photograph().tobytes()
 
 
 @unhurried
@@ -431,10 +433,10 @@ def test_any_pixels_survive_a_round_trip(pixels: bytes, seed: int) -> None:
         ("jpeg", "image/jpeg", "jpg", "JPEG"),
     ],
 )
-def test_an_encoded_picture_describes_itself(
+def test_an_encoded_image_describes_itself(
     output_format: OutputFormat, media_type: str, extension: str, pillow_format: str
 ) -> None:
-    encoded = CODEC.encode(picture(), output_format, seed=7)
+    encoded = CODEC.encode(photograph(), output_format, seed=7)
     assert (encoded.media_type, encoded.extension) == (media_type, extension)
     assert (encoded.width, encoded.height, encoded.seed) == (40, 24, 7)
     assert encoded.sha256 == hashlib.sha256(encoded.data).hexdigest()
@@ -455,21 +457,21 @@ def test_jpeg_keeps_the_edges_of_colours() -> None:
 
 @pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
 def test_the_same_pixels_give_the_same_bytes_without_metadata(output_format: OutputFormat) -> None:
-    marked = picture()
+    marked = photograph()
     profile = b"a colour profile"
     marked.info = {"comment": b"a prompt", "icc_profile": profile, "dpi": (72, 72)}
     marked.getexif()[ExifTags.Base.ImageDescription] = "a prompt"
-    plain = CODEC.encode(picture(), output_format, seed=1)
+    plain = CODEC.encode(photograph(), output_format, seed=1)
     encoded = CODEC.encode(marked, output_format, seed=2)
     assert encoded.data == plain.data
     assert b"a prompt" not in encoded.data
-    assert marked.info["icc_profile"] == profile  # the caller's picture is left alone
+    assert marked.info["icc_profile"] == profile  # the caller's image is left alone
 
 
 @pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
 def test_any_mode_can_be_written(output_format: OutputFormat) -> None:
     for mode in ("L", "RGBA", "P", "CMYK"):
-        encoded = CODEC.encode(picture().convert(mode), output_format, seed=0)
+        encoded = CODEC.encode(photograph().convert(mode), output_format, seed=0)
         assert CODEC.decode(encoded.data).mode == "RGB"
 
 
@@ -512,7 +514,9 @@ def read_back(data: bytes) -> dict[str, str]:
 )
 def test_what_a_file_says_comes_back_in_any_script(output_format: OutputFormat, value: str) -> None:
     said = {"seed": "7", "prompt": value}
-    assert read_back(CODEC.encode(picture(), output_format, seed=7, provenance=said).data) == said
+    assert (
+        read_back(CODEC.encode(photograph(), output_format, seed=7, provenance=said).data) == said
+    )
 
 
 @EVERY_FORMAT
@@ -529,7 +533,7 @@ def test_any_text_can_be_said_without_its_control_characters(
 @EVERY_FORMAT
 def test_half_a_character_is_not_said(output_format: OutputFormat) -> None:
     said = {"prompt": "a\ud800b\x1b[31mc\0d"}
-    encoded = CODEC.encode(picture(), output_format, seed=0, provenance=said)
+    encoded = CODEC.encode(photograph(), output_format, seed=0, provenance=said)
     assert read_back(encoded.data) == {"prompt": "ab[31mcd"}
 
 
@@ -537,7 +541,7 @@ def test_half_a_character_is_not_said(output_format: OutputFormat) -> None:
 def test_long_values_are_cut_so_that_every_format_can_hold_them(
     output_format: OutputFormat,
 ) -> None:
-    told = read_back(CODEC.encode(picture(), output_format, seed=0, provenance=LONGEST).data)
+    told = read_back(CODEC.encode(photograph(), output_format, seed=0, provenance=LONGEST).data)
     assert told.keys() == LONGEST.keys()
     assert told["prompt"] == "\U0001f4a1" * (MAX_SAID - 1) + "…"
     assert told["parameters"] == LONGEST["parameters"]
@@ -545,16 +549,16 @@ def test_long_values_are_cut_so_that_every_format_can_hold_them(
 
 @EVERY_FORMAT
 def test_what_a_file_says_changes_no_pixel(output_format: OutputFormat) -> None:
-    silent = CODEC.encode(picture(), output_format, seed=0).data
-    saying = CODEC.encode(picture(), output_format, seed=0, provenance=LONGEST).data
+    silent = CODEC.encode(photograph(), output_format, seed=0).data
+    saying = CODEC.encode(photograph(), output_format, seed=0, provenance=LONGEST).data
     assert saying != silent
     assert CODEC.decode(saying).tobytes() == CODEC.decode(silent).tobytes()
-    assert CODEC.encode(picture(), output_format, seed=0, provenance=LONGEST).data == saying
-    assert CODEC.encode(picture(), output_format, seed=0, provenance={}).data == silent
+    assert CODEC.encode(photograph(), output_format, seed=0, provenance=LONGEST).data == saying
+    assert CODEC.encode(photograph(), output_format, seed=0, provenance={}).data == silent
 
 
 @EVERY_FORMAT
-def test_metadata_that_a_picture_brings_does_not_get_into_what_its_file_says(
+def test_metadata_that_an_image_brings_does_not_get_into_what_its_file_says(
     output_format: OutputFormat,
 ) -> None:
     text = PngImagePlugin.PngInfo()
@@ -562,7 +566,7 @@ def test_metadata_that_a_picture_brings_does_not_get_into_what_its_file_says(
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = "a secret"
     exif[ExifTags.Base.Artist] = "somebody"
-    for file in (as_file(picture(), pnginfo=text), as_file(picture(), "JPEG", exif=exif)):
+    for file in (as_file(photograph(), pnginfo=text), as_file(photograph(), "JPEG", exif=exif)):
         with Image.open(BytesIO(file)) as brought:
             brought.load()
             encoded = CODEC.encode(brought, output_format, seed=0, provenance={"seed": "0"})
@@ -576,8 +580,8 @@ def test_page_says_how_to_read_it(tmp_path: Path) -> None:
     files = []
     for output_format in ("png", "webp", "jpeg"):
         said = {"request_id": "poster-0001", "prompt": "маяк"}
-        encoded = CODEC.encode(picture(), output_format, seed=0, provenance=said)
-        files.append(tmp_path / f"picture.{encoded.extension}")
+        encoded = CODEC.encode(photograph(), output_format, seed=0, provenance=said)
+        files.append(tmp_path / f"image.{encoded.extension}")
         files[-1].write_bytes(encoded.data)
     for file in files:
         told = subprocess.run(
@@ -589,5 +593,5 @@ def test_page_says_how_to_read_it(tmp_path: Path) -> None:
         assert told == "request_id: poster-0001\nprompt: маяк\n"
 
 
-def test_an_encoded_picture_does_not_show_its_bytes() -> None:
-    assert "PNG" not in repr(CODEC.encode(picture(), "png", seed=0))
+def test_an_encoded_image_does_not_show_its_bytes() -> None:
+    assert "PNG" not in repr(CODEC.encode(photograph(), "png", seed=0))

@@ -68,14 +68,14 @@ def test_two_other_decoders_read_the_same_pixels(
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_a_picture_of_one_colour(value: int, compressor: str) -> None:
+def test_an_image_of_one_colour(value: int, compressor: str) -> None:
     image = Image.new("RGB", (640, 480), (value, value, 255 - value))
     written = write_png(image, {})
     assert by_pillow(written).tobytes() == image.tobytes()
     assert len(written) < 10_000
 
 
-def test_the_same_picture_gives_the_same_bytes(compressor: str) -> None:
+def test_the_same_image_gives_the_same_bytes(compressor: str) -> None:
     image = noise("RGB", (200, 100))
     assert write_png(image, {"a": "b"}) == write_png(image.copy(), {"a": "b"})
 
@@ -117,7 +117,7 @@ def test_one_transparent_colour_is_written_over_white() -> None:
     assert opened.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_other_threads_run_while_a_picture_is_compressed(compressor: str) -> None:
+def test_other_threads_run_while_an_image_is_compressed(compressor: str) -> None:
     image = noise("RGB", (2000, 1500))
     rows = np.asarray(image).reshape(image.height, -1)  # one strip, and long enough to be seen
     filtered = png._filtered(png._Pixels(rows, None, last=True))

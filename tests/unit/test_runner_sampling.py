@@ -9,7 +9,7 @@ from consumer.ports.model import ModelUnavailable
 from consumer.runners.image_to_text.sampling import Sampling, defaults_of
 from generation_contracts import ArtifactReference, ImageToTextRequest
 
-SOURCE = ArtifactReference(bucket="inputs", key="picture.png")
+SOURCE = ArtifactReference(bucket="inputs", key="image.png")
 
 SILENT = SimpleNamespace(do_sample=False, max_new_tokens=None)
 GREEDY = defaults_of(SILENT, {})

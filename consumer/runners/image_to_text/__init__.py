@@ -1,1 +1,1 @@
-"""Texts about pictures: what AutoModelForImageTextToText of transformers loads."""
+"""Texts about images: what AutoModelForImageTextToText of transformers loads."""

@@ -1,4 +1,4 @@
-"""Chats with pictures, as the template of a model writes them, in tokens and patches."""
+"""Conversion of prompts with images to a model's input tensors, by its chat template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chat:
-    """What is asked about pictures.
+    """A prompt about images.
 
     Attributes:
         prompt: Without control tokens.
-        system: The system prompt, the same.
-        images: Within the budget of the model.
+        system: The system prompt, without control tokens; None: there is none.
+        images: Resized to the budget of the model.
     """
 
     prompt: str
@@ -26,12 +26,12 @@ class Chat:
 
 
 class Chats:
-    """Makes the inputs of a model.
+    """Creates the inputs of a model.
 
     Args:
-        processor: Of the model, with a tokenizer and a chat template.
-        placement: Where the model is.
-        resize: Whether the image processor resizes images; not where they have their size already.
+        processor: The model's processor, with a tokenizer and a chat template.
+        placement: The device and dtype of the model.
+        resize: Whether the image processor resizes images; False if they have the final size.
     """
 
     def __init__(self, processor: Any, placement: Placement, *, resize: bool) -> None:
@@ -39,30 +39,30 @@ class Chats:
         self._placement = placement
         self._images = {} if resize else {"do_resize": False}
 
-    def have_pictures(self) -> bool:
-        """Whether the template has a place for them."""
-        return self._written("x", None, pictures=1) != self._written("x", None, pictures=0)
+    def supports_images(self) -> bool:
+        """Return whether the template has a place for images."""
+        return self._render("x", None, images=1) != self._render("x", None, images=0)
 
-    def have_system(self) -> bool:
-        """Whether the template takes system messages."""
+    def supports_system(self) -> bool:
+        """Return whether the template supports system messages."""
         mark = "a system message"
         messages = [{"role": "system", "content": mark}, {"role": "user", "content": "a prompt"}]
         try:
             return mark in self._processor.apply_chat_template(messages, tokenize=False)
-        except Exception:  # noqa: BLE001 - templates raise what they like at a role they lack
+        except Exception:  # noqa: BLE001 - templates raise any kind for an unsupported role
             return False
 
     def inputs(self, chats: Sequence[Chat]) -> Any:
-        """The tensors for the model, on its device, with a row for each chat."""
-        texts = [self._written(c.prompt, c.system, pictures=len(c.images)) for c in chats]
-        # Where the template writes the first token itself, the tokenizer must not do so again.
+        """Return the tensors for the model on its device, with a row for each chat."""
+        texts = [self._render(c.prompt, c.system, images=len(c.images)) for c in chats]
+        # If the template writes the first token, the tokenizer must not add it again.
         first = self._processor.tokenizer.bos_token
         more = {"add_special_tokens": False} if first and texts[0].startswith(first) else {}
-        # Said for a single chat too. The processor takes the values of a tokenizer_config.json
-        # otherwise: it cuts the places of images out of a chat, or pads each chat to one length.
+        # Set for a single chat too. Otherwise the values of a tokenizer_config.json apply, which
+        # can truncate image tokens or pad each chat to a fixed length.
         text: dict[str, Any] = {"truncation": False, "padding": len(texts) > 1}
         if len(texts) > 1:
-            # What is written begins where the prompts end: at the same place in all rows.
+            # The generated text starts at the same position in all rows.
             text["padding_side"] = "left"
         images = [image for chat in chats for image in chat.images]
         inputs = self._processor(
@@ -76,16 +76,16 @@ class Chats:
         return inputs.to(self._placement.device, dtype=self._placement.dtype)
 
     def image_tokens(self, inputs: Any) -> list[int]:
-        """How many tokens of each row stand for images; none where the processor does not say."""
+        """Return the number of image tokens of each row; 0 if the processor names no such token."""
         token = getattr(self._processor, "image_token_id", None)
         tokens: list[int] = (
             (inputs["input_ids"] == (-1 if token is None else token)).sum(1).tolist()
         )
         return tokens
 
-    def _written(self, prompt: str, system: str | None, *, pictures: int) -> str:
-        """The chat as the template writes it; of the pictures it sees how many there are."""
-        places: list[dict[str, str]] = [{"type": "image"}] * pictures
+    def _render(self, prompt: str, system: str | None, *, images: int) -> str:
+        """Render the chat by the template, with a placeholder for each image."""
+        places: list[dict[str, str]] = [{"type": "image"}] * images
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": [*places, {"type": "text", "text": prompt}]}
         ]
@@ -98,7 +98,7 @@ class Chats:
 
 
 def prompt_tokens(inputs: Any) -> list[int]:
-    """How many tokens the prompt of each row has, without the padding."""
+    """Return the number of tokens of each row's prompt, without padding."""
     rows, longest = inputs["input_ids"].shape
     if rows == 1:
         return [longest]
@@ -107,21 +107,21 @@ def prompt_tokens(inputs: Any) -> list[int]:
 
 
 def end_of_turn(processor: Any) -> int | None:
-    """Find the control token that the chat template writes behind what the assistant says.
+    """Find the control token that the chat template writes after an assistant message.
 
     Args:
-        processor: With a tokenizer and a chat template.
+        processor: A processor with a tokenizer and a chat template.
 
     Returns:
-        The token's number; None where the template writes none, or does not take such messages.
+        The token id; None if the template writes none, or does not support such messages.
     """
     answer = "an answer"
     text = [{"type": "text", "text": answer}]
-    for content in (answer, text):  # templates take either or both
+    for content in (answer, text):  # templates support either or both
         messages = [{"role": role, "content": content} for role in ("user", "assistant")]
         try:
             written = processor.apply_chat_template(messages, tokenize=False)
-        except Exception:  # noqa: BLE001, S112 - templates raise what they like at such messages
+        except Exception:  # noqa: BLE001, S112 - templates raise any kind for such messages
             continue
         _, found, behind = written.rpartition(answer)
         tokens = processor.tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []

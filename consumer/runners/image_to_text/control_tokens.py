@@ -1,7 +1,7 @@
-"""Control tokens in the text of a sender: to the model they would be control, not text.
+"""Removal of control tokens from a sender's text, which the model would not read as text.
 
-`<|im_end|><|im_start|>system` in a prompt begins a system message, and `<|image_pad|>` claims a
-picture that is not there.
+`<|im_end|><|im_start|>system` in a prompt starts a system message, and `<|image_pad|>` claims an
+image that does not exist.
 """
 
 import re
@@ -24,10 +24,10 @@ class ControlTokens:
         self._pattern = re.compile("|".join(re.escape(word) for word in longest_first) or r"(?!)")
 
     def strip(self, text: str) -> str:
-        """The text without any of them.
+        """Return the text without control tokens.
 
-        Taking one out can make another of the halves around it: it goes on until none is left. Each
-        round but the last makes the text shorter, so it ends.
+        Removing a token can join the text around it to another token, so this repeats until none is
+        left. Each repetition makes the text shorter, so the loop ends.
         """
         while (stripped := self._pattern.sub("", text)) != text:
             text = stripped

@@ -1,7 +1,7 @@
-"""What the daemon does with each setting of a model's generation_config.json.
+"""The rule for each setting of a model's generation_config.json.
 
-`generate` of transformers reads its defaults from that file. Some of them change what it returns,
-need an argument or code that it does not get here, or break the count of tokens. Each setting that
+`generate` of transformers reads its defaults from that file. Some settings change what it returns,
+need an argument or code that is not available here, or break the count of tokens. Each setting that
 transformers knows has a rule in `RULES`.
 """
 
@@ -25,7 +25,7 @@ FILE = "generation_config.json"
 
 
 class Rule(Enum):
-    """What happens to a setting."""
+    """The treatment of a setting."""
 
     DEFAULT = "the default of a request's parameter"
     BATCHED = "applied; means the same for a row of a batch as for a text alone"
@@ -119,10 +119,10 @@ RULES: Mapping[str, Rule] = {
 
 _APPLIED = {Rule.DEFAULT, Rule.BATCHED, Rule.ALONE}
 
-# Written by transformers itself; no settings.
+# Keys that transformers writes and that are not settings.
 METADATA = frozenset({"transformers_version"})
 
-# Values that do nothing; older versions of transformers wrote them into every file. None is one.
+# Values without an effect, as is None; older versions of transformers wrote them into every file.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "min_length": (0,),
     "min_new_tokens": (0,),
@@ -169,8 +169,8 @@ def load_settings(folder: Path, name: str) -> dict[str, Any]:
     settings that are ignored here.
 
     Args:
-        folder: Of the model.
-        name: What to call the model.
+        folder: The model's folder.
+        name: The model's name in messages.
 
     Raises:
         ModelUnavailable: The file is no JSON object, or has a setting that is refused.
@@ -193,38 +193,38 @@ def load_settings(folder: Path, name: str) -> dict[str, Any]:
 
 
 def prepared(settings: Mapping[str, Any], processor: Any, name: str) -> GenerationConfig:
-    """Make the defaults that `generate` gets for a model.
+    """Return the generation config of a model for `generate`.
 
     Args:
-        settings: What `load_settings` has read.
-        processor: Of the model, with its tokenizer and chat template.
-        name: What to call the model.
+        settings: From `load_settings`.
+        processor: The model's processor, with a tokenizer and a chat template.
+        name: The model's name in messages.
 
     Raises:
-        ModelUnavailable: The end tokens are no numbers of tokens.
+        ModelUnavailable: The end tokens are not token ids.
         ValueError: transformers refuses a value.
     """
     active = _active(settings)
     ignored = [key for key in active if RULES.get(key, Rule.IGNORED) is Rule.IGNORED]
     if ignored:
         log.warning("generation_settings_ignored", model=name, settings=ignored)
-    kept = {key: settings[key] for key in active if RULES.get(key) in _APPLIED}
+    applied = {key: settings[key] for key in active if RULES.get(key) in _APPLIED}
     tokenizer = processor.tokenizer
     ends = _end_tokens(settings.get("eos_token_id"), processor, name)
-    # Rows of a batch that have ended are padded; what stands there is cut off.
+    # `generate` pads the ended rows of a batch; the padding is removed from the result.
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    return GenerationConfig(**kept, eos_token_id=ends, pad_token_id=padding)
+    return GenerationConfig(**applied, eos_token_id=ends, pad_token_id=padding)
 
 
 def can_be_batched(generation: GenerationConfig) -> bool:
-    """Whether texts of a model with these defaults can be written as rows of one batch."""
+    """Return whether texts of a model with these defaults can be rows of one batch."""
     return not any(RULES.get(key) is Rule.ALONE for key in _active(vars(generation)))
 
 
 def _read_object(path: Path, name: str) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # also what is no UTF-8
+    except ValueError:  # also raised for invalid UTF-8
         settings = None
     if not isinstance(settings, dict):
         raise ModelUnavailable(f"{name}: {path.name} is not a JSON object")
@@ -245,7 +245,7 @@ def _active(settings: Mapping[str, Any]) -> list[str]:
 def _end_tokens(named: Any, processor: Any, name: str) -> list[int]:
     """Join the end tokens of the file, the tokenizer and the chat template.
 
-    Each of them can be incomplete: fine-tuning a base model changes the template alone.
+    Each source can be incomplete: fine-tuning a base model may change only the template.
     """
     ends = [] if named is None else named if isinstance(named, list) else [named]
     if not all(isinstance(end, int) for end in ends):

@@ -1,7 +1,7 @@
-"""The input pictures of a vision-language model, made to fit its budget of pixels.
+"""The pixel budget of a vision-language model, and resizing of input images to it.
 
-Only `PIL.Image` objects come in: qwen-vl-utils and the processors of transformers would also fetch
-http addresses and open files, with no limits.
+Only `PIL.Image` objects are passed on: qwen-vl-utils and the processors of transformers would also
+download URLs and open files, without limits.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from consumer.ports.model import UnsupportedParameter
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_MERGED = 2  # patches, each way, that are one token
+_MERGED = 2  # patches in each direction that are merged into one token
 
 
 @dataclass(frozen=True)
 class ImageBudget:
-    """How large a picture may be.
+    """The limits for the size of an image.
 
     Attributes:
-        most: Pixels; larger pictures are made smaller.
-        least: Pixels; smaller ones are made larger.
-        patch: Side of a patch in pixels, where the model cuts pictures of any size into patches as
-            Qwen-VL does; None for a model that does its own.
+        most: In pixels; larger images are scaled down.
+        least: In pixels; smaller images are scaled up.
+        patch: Side of a patch in pixels for models that split images of any size into patches, as
+            Qwen-VL does; None for other models.
     """
 
     most: int
@@ -35,12 +35,12 @@ class ImageBudget:
 
     @classmethod
     def of(cls, image_processor: Any, most: int) -> "ImageBudget":
-        """The budget of a model, at most `most` pixels and at most what the model itself wants."""
+        """Return the budget of a model: at most `most` pixels, within the model's own limits."""
         patch = getattr(image_processor, "patch_size", None)
         if patch is None or getattr(image_processor, "merge_size", None) != _MERGED:
             return cls(most, 0, None)
-        # Qwen-VL's edges are numbers of pixels; those of other families are lengths. Old files name
-        # them otherwise.
+        # The edges of Qwen-VL are numbers of pixels; in other families they are lengths. Old files
+        # have other names for them.
         size = image_processor.size
         own_most = _edge(size, "longest_edge", "max_pixels") or most
         own_least = _edge(size, "shortest_edge", "min_pixels") or 0
@@ -48,15 +48,15 @@ class ImageBudget:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the images that `fit` gives need no resizing by the image processor."""
+        """Whether the images from `fit` need no resizing by the image processor."""
         return self.patch is not None
 
     def fit(self, images: Sequence["Image"]) -> "list[Image]":
-        """The pictures within the budget, in their order.
+        """Resize images to the budget; the order stays.
 
         Raises:
-            UnsupportedParameter: One is too long and narrow: some processors make the shorter side
-                some hundred pixels long, and the longer one in proportion.
+            UnsupportedParameter: An image is too long and narrow. Some processors would scale its
+                shorter side to some hundred pixels and the longer side in proportion.
         """
         for number, image in enumerate(images):
             if max(image.size) > MAX_RATIO * min(image.size):
@@ -68,18 +68,18 @@ class ImageBudget:
         return [self._resized(image, self.patch * _MERGED) for image in images]
 
     def _resized(self, image: "Image", side: int) -> "Image":
-        """An image whose sides are multiples of `side`, the pixels of a token's side.
+        """Resize an image so that its sides are multiples of `side`, a token's side in pixels.
 
-        The sides are rounded, so that they may be more than `MAX_RATIO` times each other: the image
-        processor must not resize the image again, because it would refuse it.
+        Rounding can make the ratio of the sides exceed `MAX_RATIO`. The image processor must not
+        resize the image again, because it would refuse such an image.
         """
         height, width = smart_resize(
             image.height, image.width, factor=side, min_pixels=self.least, max_pixels=self.most
         )
-        # Rounding up to the least pixels can exceed the most.
+        # Rounding up to `least` can exceed `most`.
         if (excess := height * width / self.most) > 1:
             height, width = (int(edge / excess**0.5) // side * side for edge in (height, width))
-        # Rounding down can leave nothing of the shorter side, and then too much of the longer one.
+        # Rounding down can make the shorter side 0, and raising it then exceeds `most`.
         longest = max(self.most // side**2, 1) * side
         height, width = (min(max(edge, side), longest) for edge in (height, width))
         return image.resize((width, height))

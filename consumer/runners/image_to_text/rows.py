@@ -1,4 +1,4 @@
-"""The rows of one `generate`: where each text ends, and which request gets its steps."""
+"""The rows of one `generate` call: end of each text, progress and cancellation of its request."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -14,15 +14,16 @@ from consumer.runners.faults import BadOutput
 
 @dataclass
 class Row:
-    """One text as it is written.
+    """The state of one text during its generation.
 
     Attributes:
-        run: Its request: gets each token as a step, and is polled after it.
-        prompt_tokens: Without the padding before them.
-        most: Tokens that the text may have.
-        tokens: That it has so far.
-        is_cancelled: Its request is cancelled.
-        is_over: For this or another reason; its request is neither reported to nor polled again.
+        run: The request. Each token is reported to it as a step, and it is polled after each token.
+        prompt_tokens: Number of tokens of the prompt, without padding.
+        most: The most tokens of the text.
+        tokens: Number of tokens so far.
+        is_cancelled: Whether the request is cancelled.
+        is_over: Whether the text has ended, or the request is cancelled. The request then gets no
+            progress and is not polled.
     """
 
     run: RunRequest
@@ -33,19 +34,19 @@ class Row:
     is_over: bool = False
 
     def take(self, *, ends: bool) -> None:
-        """Count a token, which may be one that ends a text."""
+        """Count a token; `ends` says whether it is an end token."""
         self.tokens += 1
         self.run.progress.step(self.tokens, self.most)
         self.is_cancelled = self.run.cancelled()
         self.is_over = self.is_cancelled or ends or self.tokens >= self.most
 
 
-class Rows(StoppingCriteria):
-    """Stops each row at the very token with which it is over; `generate` pads it from there on.
+class RowStopping(StoppingCriteria):
+    """Stops each row at the token with which it is over; `generate` pads the row from there.
 
     Args:
-        rows: In the order of the model's.
-        ends: The tokens that end a text.
+        rows: In the order of the batch.
+        ends: The end tokens.
     """
 
     def __init__(self, rows: Sequence[Row], ends: Collection[int]) -> None:
@@ -53,21 +54,30 @@ class Rows(StoppingCriteria):
         self._ends = ends
 
     def __call__(self, input_ids: Any, *_: Any, **__: Any) -> Any:
-        """Look at the tokens that have just been written, padding included."""
+        """Process the newest token of each row; return a bool tensor, True for ended rows.
+
+        Args:
+            input_ids: Shape (rows, tokens), including padding.
+        """
         for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
             if not row.is_over:
                 row.take(ends=token in self._ends)
         return torch.tensor([row.is_over for row in self._rows], device=input_ids.device)
 
 
-class Numbers(LogitsProcessor):
-    """Refuses scores that are not numbers.
+class ValidScores(LogitsProcessor):
+    """Refuses scores that are NaN or infinite.
 
-    Greedy decoding would make gibberish of them, and sampling on cuda ends the process's device.
+    Greedy decoding would generate nonsense from them, and sampling makes a cuda device unusable for
+    the process.
     """
 
     def __call__(self, _: Any, scores: Any) -> Any:
-        """Give the scores back as they are."""
-        if not (scores < math.inf).all():  # -inf is a token that is ruled out
+        """Return the scores unchanged.
+
+        Raises:
+            BadOutput: A score is NaN or infinite.
+        """
+        if not (scores < math.inf).all():  # -inf marks an excluded token
             raise BadOutput("the model made scores that are not numbers")
         return scores

@@ -1,4 +1,4 @@
-"""How a text is written: the request's sampling parameters over the model's own."""
+"""The sampling parameters of a text: those of the request, else the defaults of the model."""
 
 import secrets
 from collections.abc import Mapping
@@ -10,13 +10,14 @@ from consumer.runners.defaults import SETTING, checked_defaults
 from generation_contracts import ImageToTextRequest
 from generation_contracts.requests import ImageToTextParameters
 
-NEW_TOKENS = 512  # the most that a text has where neither the request nor the model says
-SEEDS = 2**32
-# Below it the scores, which are divided by it, may be more than a float32 holds; on cuda, sampling
-# from such ends the process's device. Models that mean greedy have this one themselves.
+NEW_TOKENS = 512  # the limit of a text where neither the request nor the model has one
+SEEDS = 2**32  # the number of seeds
+# Scores are divided by the temperature. Below this value they can overflow float32, and sampling
+# from infinite scores makes a cuda device unusable for the process. Some models use this value to
+# request greedy decoding.
 LEAST_TEMPERATURE = 1e-6
 
-# What transformers does where a model's generation_config.json says nothing.
+# Defaults of transformers for values that a model's generation_config.json lacks.
 _LIBRARY: Mapping[str, int | float] = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -24,46 +25,46 @@ _LIBRARY: Mapping[str, int | float] = {
     "repetition_penalty": 1.0,
 }
 
-# The files of other servers say so; transformers refuses it, and has 0 for it.
-_EVERY_TOKEN = -1
+# top_k of "all tokens" in files of other servers; transformers refuses it and uses 0.
+_ALL_TOKENS = -1
 
-# These choose among tokens: whoever sets one of them wants no greedy text.
-_CHOICE = ("top_p", "top_k")
+# Parameters that have an effect only with sampling, so that setting one requests sampling.
+_SAMPLING_ONLY = ("top_p", "top_k")
 
 
 def defaults_of(
     generation: Any, configured: Mapping[str, int | float | str]
 ) -> Mapping[str, int | float]:
-    """What a model does where a request says nothing.
+    """Return the defaults for fields that a request omits.
 
-    A temperature of 0 is greedy: the most likely token each time.
+    A temperature of 0 means greedy decoding: always the most likely token.
 
     Args:
         generation: The model's generation config.
-        configured: MODEL_DEFAULTS, which come before it.
+        configured: MODEL_DEFAULTS, which override the generation config.
 
     Raises:
-        ModelUnavailable: A default is none of a request's, or the contract refuses its value.
+        ModelUnavailable: There is no such field, or the contract refuses its value.
     """
-    own = _own_defaults(generation)
-    set_here = checked_defaults(ImageToTextParameters, configured)
-    for name, value in set_here.items():
-        if name not in own or isinstance(value, str):
+    defaults = _model_defaults(generation)
+    overrides = checked_defaults(ImageToTextParameters, configured)
+    for name, value in overrides.items():
+        if name not in defaults or isinstance(value, str):
             raise ModelUnavailable(f"{SETTING}: {name}: cannot have a default")
-        own[name] = value
-    if "temperature" not in set_here and not set_here.keys().isdisjoint(_CHOICE):
-        own["temperature"] = own["temperature"] or _LIBRARY["temperature"]
-    return own
+        defaults[name] = value
+    if "temperature" not in overrides and not overrides.keys().isdisjoint(_SAMPLING_ONLY):
+        defaults["temperature"] = defaults["temperature"] or _LIBRARY["temperature"]
+    return defaults
 
 
-def _own_defaults(generation: Any) -> dict[str, int | float]:
+def _model_defaults(generation: Any) -> dict[str, int | float]:
     defaults: dict[str, int | float] = dict(_LIBRARY)
     for name in _LIBRARY:
-        own = getattr(generation, name, None)
-        defaults[name] = defaults[name] if own is None else own
+        value = getattr(generation, name, None)
+        defaults[name] = defaults[name] if value is None else value
         if not isinstance(defaults[name], int | float):
             raise ModelUnavailable(f"generation_config.json: {name}: must be a number")
-    if defaults["top_k"] == _EVERY_TOKEN:
+    if defaults["top_k"] == _ALL_TOKENS:
         defaults["top_k"] = 0
     if not generation.do_sample:
         defaults["temperature"] = 0.0
@@ -72,12 +73,12 @@ def _own_defaults(generation: Any) -> dict[str, int | float]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one text is written.
+    """The sampling parameters of one text.
 
     Attributes:
-        options: Keywords for `generate`.
-        parameters: The same by the names of a request's fields, with those that choose nothing.
-        seed: For the global random generator, the only one that sampling has; None for greedy.
+        options: Keyword arguments for `generate`.
+        parameters: The parameters by request field, including those without an effect.
+        seed: For torch's global random generator, which `generate` uses; None for greedy decoding.
     """
 
     options: Mapping[str, Any]
@@ -86,21 +87,21 @@ class Sampling:
 
     @classmethod
     def of(cls, request: ImageToTextRequest, defaults: Mapping[str, Any]) -> "Sampling":
-        """What a request asks for.
+        """Combine a request with the defaults.
 
-        A temperature of 0 would raise in transformers: it is greedy here, as is one of next to
-        nothing, and then `top_p`, `top_k` and `seed` choose nothing. A request that gives `top_p`
-        or `top_k` to a model that is greedy by default wants sampling, at the temperature 1.
+        transformers raises for a temperature of 0. Temperatures below `LEAST_TEMPERATURE` mean
+        greedy decoding here, without an effect of `top_p`, `top_k` and `seed`. If the default is
+        greedy and a request sets only `top_p` or `top_k`, it is sampled at the temperature 1.
         """
-        asked = {name: getattr(request, name) for name in _LIBRARY}
-        chosen = {name: defaults[name] if asked[name] is None else asked[name] for name in asked}
-        wants_choice = any(asked[name] is not None for name in _CHOICE)
-        if request.temperature is None and chosen["temperature"] == 0 and wants_choice:
-            chosen["temperature"] = _LIBRARY["temperature"]
-        if chosen["temperature"] < LEAST_TEMPERATURE:
-            chosen["temperature"] = 0.0
-        always = {"repetition_penalty": chosen["repetition_penalty"], "num_beams": 1}
-        if chosen["temperature"] == 0:
-            return cls({**always, "do_sample": False}, chosen, seed=None)
+        fields = {name: getattr(request, name) for name in _LIBRARY}
+        values = {name: defaults[name] if fields[name] is None else fields[name] for name in fields}
+        samples = any(fields[name] is not None for name in _SAMPLING_ONLY)
+        if request.temperature is None and values["temperature"] == 0 and samples:
+            values["temperature"] = _LIBRARY["temperature"]
+        if values["temperature"] < LEAST_TEMPERATURE:
+            values["temperature"] = 0.0
+        always = {"repetition_penalty": values["repetition_penalty"], "num_beams": 1}
+        if values["temperature"] == 0:
+            return cls({**always, "do_sample": False}, values, seed=None)
         seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
-        return cls({**always, **chosen, "do_sample": True}, chosen, seed)
+        return cls({**always, **values, "do_sample": True}, values, seed)

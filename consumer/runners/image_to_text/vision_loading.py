@@ -1,4 +1,4 @@
-"""Loading a vision-language model of transformers with its processor."""
+"""Loading of a vision-language model of transformers and its processor."""
 
 # mypy: allow-untyped-calls
 
@@ -27,10 +27,10 @@ from consumer.runners.source import Source
 from consumer.runners.vocabulary import require_vocabulary
 from consumer.runners.weights import direct_load_kwargs, require_no_new_weights
 
-# Never a path or an address of anything but the folder, and never code from it.
+# Nothing is read from outside the folder, and no code in the folder is run.
 _LOCALLY = {"local_files_only": True, "trust_remote_code": False}
 
-# What transformers brings itself, or by one package, and the models' word for having it.
+# Attention implementations that need at most one package, and the model attribute for support.
 _ATTENTION = {
     "eager": None,
     "sdpa": "_supports_sdpa",
@@ -38,20 +38,20 @@ _ATTENTION = {
     "flash_attention_2": "_supports_flash_attn",
 }
 
-# The keys at the top of a config.json that name one of them; transformers ignores them elsewhere.
+# The top-level keys of a config.json that name one; transformers ignores them elsewhere.
 _ATTENTION_KEYS = ("_attn_implementation", "attn_implementation")
 
 # The files that transformers reads.
 _READ = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
-# What stands in a file whose content was not fetched by Git LFS.
+# The beginning of a file whose content Git LFS has not downloaded.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 _NUMBER = re.compile(r"\.\d+\.")
 
 
 def download(model_id: str, revision: str | None, *, cached_only: bool) -> str:
-    """Fetch a model from the hub: what transformers reads, and no second copy in other formats."""
+    """Download the files of a model that transformers reads, and return its folder."""
     return huggingface_hub.snapshot_download(
         model_id,
         revision=revision,
@@ -64,16 +64,16 @@ def download(model_id: str, revision: str | None, *, cached_only: bool) -> str:
 def load_vision_language(
     source: Source, placement: Placement, config: ModelConfig
 ) -> tuple[Any, Any]:
-    """A model that reads pictures and text and writes text, and its processor.
+    """Load a model that generates text from images and text, and its processor.
 
     Raises:
-        ModelUnavailable: One clear line.
+        ModelUnavailable: The model or an option cannot be used; the message is one line.
     """
     if not (source.folder / "config.json").is_file():
         raise ModelUnavailable(f"{source.id}: there is no config.json in it")
     try:
         _require_fetched(source)
-        model_class = _class_that_writes(source)
+        model_class = _model_class(source)
         _require_files(source)
         settings = generation_settings.load_settings(source.folder, source.id)
         _require_attention(config, model_class, source)
@@ -87,7 +87,7 @@ def load_vision_language(
             **({"attn_implementation": config.attention} if config.attention else {}),
             **({"device_map": config.device_map} if config.device_map != "none" else {}),
             **direct_load_kwargs(placement, config),
-            **quantization.for_transformers(config, placement, source.folder, worth_it=0),
+            **quantization.for_transformers(config, placement, source.folder, min_bytes=0),
             **_LOCALLY,
         )
         model, info = loaded
@@ -97,7 +97,7 @@ def load_vision_language(
         _require_embeddings(model, processor, source.id)
         _require_all_on_gpus(model, config)
         model.eval()
-        _put_in_place(model, placement, config)
+        _move_to_device(model, placement, config)
     except ModelUnavailable:
         raise
     except Exception as error:  # noqa: BLE001 - the library raises dozens of kinds
@@ -108,7 +108,7 @@ def load_vision_language(
 
 
 def _require_fetched(source: Source) -> None:
-    """Refuse a folder with a Git LFS pointer in place of a file that is read."""
+    """Refuse a folder with a Git LFS pointer instead of a file that transformers reads."""
     for pattern in _READ:
         for file in sorted(source.folder.glob(pattern)):
             if file.is_file() and _is_lfs_pointer(file):
@@ -118,7 +118,10 @@ def _require_fetched(source: Source) -> None:
 
 
 def _require_files(source: Source) -> None:
-    """Refuse a folder without the files that transformers describes badly when they are missing."""
+    """Refuse a folder without the processor configuration or without weights.
+
+    The messages of transformers for these missing files are misleading.
+    """
     names = ("preprocessor_config.json", "processor_config.json")
     if not any((source.folder / name).is_file() for name in names):
         raise ModelUnavailable(f"{source.id}: there is no {names[0]} in it")
@@ -141,9 +144,9 @@ def _failure(error: Exception, source: Source) -> ModelUnavailable:
 
 
 def _require_every_layer(unused: Iterable[str], model: Any, name: str) -> None:
-    """Refuse files with more layers than config.json: the model would skip the last ones.
+    """Refuse files with more layers than config.json, because the model would skip the last ones.
 
-    Other weights that the model has no place for are of parts that transformers does not have.
+    Other unused weights belong to parts that transformers does not implement.
     """
     shapes = {_NUMBER.sub(".N.", key) for key in model.state_dict()}
     layers = sorted(key for key in unused if _NUMBER.sub(".N.", key) in shapes)
@@ -154,7 +157,7 @@ def _require_every_layer(unused: Iterable[str], model: Any, name: str) -> None:
 
 
 def _require_known_quantization(model: Any, name: str) -> None:
-    """Refuse quantized weights that transformers would read as if they were plain numbers."""
+    """Refuse quantized weights that transformers would load as plain numbers."""
     how = getattr(model.config, "quantization_config", None)
     if how is not None and getattr(model, "hf_quantizer", None) is None:
         method = how.get("quant_method") if isinstance(how, dict) else type(how).__name__
@@ -162,16 +165,17 @@ def _require_known_quantization(model: Any, name: str) -> None:
 
 
 def _require_embeddings(model: Any, processor: Any, name: str) -> None:
-    """Refuse a tokenizer with tokens that the model has no embeddings for.
+    """Refuse a tokenizer with tokens for which the model has no embeddings.
 
-    Such a token ends the process's device on cuda. Tokens for images are replaced before that.
+    On cuda, such a token makes the device unusable for the process. Image tokens are allowed,
+    because they are replaced before the lookup.
     """
     image_tokens = {
         getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video", "audio")
     }
     highest = max(set(processor.tokenizer.get_vocab().values()) - image_tokens)
     embeddings = model.get_input_embeddings()
-    # Some families keep those of tokens that were added in a second tensor.
+    # Some families store the embeddings of added tokens in a second tensor.
     rows = embeddings.num_embeddings + getattr(embeddings, "num_additional_embeddings", 0)
     if highest >= rows:
         raise ModelUnavailable(
@@ -180,12 +184,12 @@ def _require_embeddings(model: Any, processor: Any, name: str) -> None:
         )
 
 
-def _class_that_writes(source: Source) -> type[Any]:
+def _model_class(source: Source) -> type[Any]:
     config = AutoConfig.from_pretrained(source.folder, **_LOCALLY)
     classes: Any = AutoModelForImageTextToText._model_mapping  # noqa: SLF001 - no public way
     if type(config) not in classes:
         raise ModelUnavailable(
-            f"{source.id}: {config.model_type} does not write texts about pictures"
+            f"{source.id}: {config.model_type} does not generate text from images"
         )
     found: type[Any] = classes[type(config)]
     return found
@@ -194,7 +198,7 @@ def _class_that_writes(source: Source) -> type[Any]:
 def _processor(source: Source) -> Any:
     processor = AutoProcessor.from_pretrained(source.folder, **_LOCALLY)
     if getattr(processor, "chat_template", None) is None:
-        # Where fine-tuning of the text alone has left it.
+        # Fine-tuning of the text part alone saves the template with the tokenizer.
         processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
     for part in ("tokenizer", "image_processor", "chat_template"):
         if getattr(processor, part, None) is None:
@@ -216,12 +220,12 @@ def _require_attention(config: ModelConfig, model_class: type[Any], source: Sour
 
 
 def _require_one_attention(setting: str, name: str, model_class: type[Any]) -> None:
-    # Any other name would be fetched from the hub and run.
+    # transformers would download any other name from the hub and run it.
     if name not in _ATTENTION:
         raise ModelUnavailable(f"{setting}: must be one of {', '.join(_ATTENTION)}")
-    if (having := _ATTENTION[name]) and not getattr(model_class, having):
+    if (flag := _ATTENTION[name]) and not getattr(model_class, flag):
         raise ModelUnavailable(f"{setting}: {model_class.__name__} has no {name}")
-    # Where its package is missing but `kernels` is there, it would be fetched from the hub too.
+    # Without its package, but with `kernels`, transformers would download it from the hub too.
     if name == "flash_attention_2" and not is_flash_attn_2_available():
         raise ModelUnavailable(f"{setting}: the package flash-attn is not installed")
 
@@ -231,20 +235,20 @@ def _require_all_on_gpus(model: Any, config: ModelConfig) -> None:
         raise ModelUnavailable("MODEL_DEVICE_MAP: the model does not fit on the GPUs")
 
 
-def _put_in_place(model: Any, placement: Placement, config: ModelConfig) -> None:
+def _move_to_device(model: Any, placement: Placement, config: ModelConfig) -> None:
     if config.offload == "model":
         accelerate.cpu_offload_with_hook(model, placement.device)
     elif config.offload == "sequential":
         accelerate.cpu_offload(model, placement.device)
     elif config.quantization == "none" and config.device_map == "none":
-        model.to(placement.device)  # a quantized one was put there while it was loaded
+        model.to(placement.device)  # a quantized model was loaded to the device
     if config.compile:
-        _compile_the_layers(model)
+        _compile_layers(model)
 
 
-def _compile_the_layers(model: Any) -> None:
-    # What must not be split over devices are the layers that repeat. Their lengths change with
-    # every request: dynamic, or each would be compiled anew.
+def _compile_layers(model: Any) -> None:
+    # The modules that must not be split over devices are the repeated layers. Their input length
+    # changes with every request; without `dynamic`, each length would be compiled separately.
     layers = set(model._no_split_modules or ())  # noqa: SLF001 - no public way
     repeated = [module for module in model.modules() if type(module).__name__ in layers]
     for module in repeated or [model]:

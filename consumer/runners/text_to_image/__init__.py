@@ -1,1 +1,1 @@
-"""Pictures from texts: any pipeline of diffusers."""
+"""Images from texts: any pipeline of diffusers."""

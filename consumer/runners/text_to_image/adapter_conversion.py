@@ -1,7 +1,7 @@
-"""Conversion of the keys of LoRA files to those of diffusers.
+"""Conversion of the keys of LoRA files to the keys of diffusers.
 
-`lora_state_dict` of each family converts the keys that the family's trainers write. It leaves the
-keys of some other programs unchanged, or raises: these keys are converted here.
+`lora_state_dict` of each family converts the keys that the family's trainers write. For keys of
+some other programs it raises or leaves them unchanged; these keys are converted here.
 """
 
 import json
@@ -22,16 +22,16 @@ from consumer.runners.text_to_image.adapter_files import keys_of
 
 log = structlog.get_logger()
 
-# What follows the name of a layer in the name of one of its weights in an adapter.
+# The suffix of an adapter's key, after the name of the layer.
 _AFTER_A_LAYER = re.compile(r"([._](lora_|lora\.|lora_linear_layer\.)|\.lokr_).*")
 
-# The name of an adapter, as in `lora_A.default.weight`: a state dict that was saved as it was.
+# The name of an adapter in a key of an unconverted state dict, as in `lora_A.default.weight`.
 _ADAPTER_NAME = re.compile(r"(?<=\.lora_[AB])\.[^.]+(?=\.(weight|bias)$)")
 
 _PEFT_PREFIX = "base_model.model."
 _PEFT_CONFIG = "adapter_config.json"
 
-# Ways of PEFT to start a training that subtract the adapter's first state from the model's weights.
+# Initialisations of PEFT that subtract the adapter's initial state from the model's weights.
 _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -39,16 +39,15 @@ _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def counted_conversion(pipe: Any, file: Path) -> Iterator[Collection[str]]:
     """Make `load_lora_weights` convert all keys of one file, and count the file's layers.
 
-    The pipeline's `lora_state_dict` is replaced for the time of the context. A converted dict
-    cannot be given to `load_lora_weights` instead: the scales in a file's metadata would be lost.
+    The context replaces the pipeline's `lora_state_dict`. Passing a converted dict to
+    `load_lora_weights` instead would lose the scales in the file's metadata.
 
     Args:
-        pipe: The pipeline that the adapter is loaded into.
+        pipe: The pipeline of the adapter.
         file: The adapter.
 
     Yields:
-        The names of the file's layers, as diffusers names them; complete after
-        `load_lora_weights`.
+        The names of the file's layers in diffusers' form; filled by `load_lora_weights`.
     """
     convert = pipe.lora_state_dict
     part = "unet" if hasattr(pipe, "unet") else pipe.transformer_name
@@ -76,7 +75,7 @@ def _converted(convert: Any, source: str, options: Mapping[str, Any], file: Path
     for form in _forms(source, file, part):
         try:
             found = convert(form, **options)
-        except Exception as error:  # noqa: BLE001 - for keys that they do not know, many kinds
+        except Exception as error:  # noqa: BLE001 - unknown keys raise many kinds
             log.info("adapter_keys_not_converted", error=type(error).__name__)
             continue
         # diffusers returns the file's metadata last, and None for a dict.
@@ -88,7 +87,7 @@ def _converted(convert: Any, source: str, options: Mapping[str, Any], file: Path
 
 
 def _forms(source: str, file: Path, part: str) -> Iterator[Any]:
-    """The file, then its weights under names that more families know."""
+    """Yield the file, and then its weights under keys that more families know."""
     weights = load_file(file)
     config = file.with_name(_PEFT_CONFIG)
     of_peft = any(key.startswith(_PEFT_PREFIX) for key in weights)

@@ -1,7 +1,7 @@
-"""Files of LoRA adapters: which file a setting names, and whether diffusers reads all of it.
+"""Files of LoRA adapters: lookup by the setting, and refusal of formats that diffusers misreads.
 
-diffusers skips or misreads some formats without an error. A file of such a format is refused here,
-before anything is loaded.
+diffusers skips or misreads some formats without an error. Such a file is refused here, before
+anything is loaded.
 """
 
 import re
@@ -20,7 +20,7 @@ SETTING = "MODEL_ADAPTERS"
 _NAME: TypeAdapter[str] = TypeAdapter(AdapterName)
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
-# What the trainers call the two matrices of a layer.
+# The names that trainers give the two matrices of a layer.
 _HALVES = (
     ("lora_A", "lora_B"),
     ("lora_embedding_A", "lora_embedding_B"),
@@ -29,8 +29,8 @@ _HALVES = (
     ("lora_linear_layer.down", "lora_linear_layer.up"),
 )
 
-# Kinds of adapters by how a name between the dots of their keys begins. LoKr is not listed:
-# diffusers loads it for some families, and raises for the others.
+# Unsupported kinds of adapters, by the beginning of a component of their keys. LoKr is not listed,
+# because diffusers loads it for some families and raises for the others.
 _NOT_LOADED = {
     "hada_w": "a LoHa adapter, which diffusers does not load",
     "lora_mid": "a LoCon adapter with a third matrix, which diffusers does not load",
@@ -42,36 +42,36 @@ _NOT_LOADED = {
 
 
 def find_adapters(config: ModelConfig) -> dict[str, Path]:
-    """The files of the configured adapters, by name; nothing is loaded yet.
+    """Return the files of the configured adapters by name, without loading them.
 
     Raises:
-        ModelUnavailable: A file is not there, or adapters do not go with another setting.
+        ModelUnavailable: A file is missing, or adapters cannot be combined with another setting.
     """
     if not config.adapters:
         return {}
     if config.device_map != "none":
         raise ModelUnavailable(
-            f"{SETTING}, MODEL_DEVICE_MAP: not tried together; set one of the two"
+            f"{SETTING}, MODEL_DEVICE_MAP: the combination is not tested; set one of the two"
         )
     if config.quantization == "torchao-int4":
         raise ModelUnavailable(f"{SETTING}, MODEL_QUANTIZATION: peft cannot add to torchao-int4")
-    return {name: _file(name, place) for name, place in config.adapters.items()}
+    return {name: _file(name, path) for name, path in config.adapters.items()}
 
 
 def keys_of(file: Path) -> list[str]:
-    """The names of the weights in a file."""
+    """Return the names of the weights in a file."""
     with safe_open(file, framework="pt") as weights:
         return list(weights.keys())
 
 
 def require_loadable(keys: Collection[str]) -> None:
-    """Refuse a file of which diffusers would drop or misread a part.
+    """Refuse a file that diffusers would drop or misread in part.
 
     Args:
-        keys: The names of its weights.
+        keys: The names of the file's weights.
 
     Raises:
-        ModelUnavailable: Says which kind of adapter it is, or what is wrong with its keys.
+        ModelUnavailable: Names the kind of adapter, or a key without its counterpart.
     """
     for sign, kind in _NOT_LOADED.items():
         if any(f".{sign}" in f".{key}" for key in keys):
@@ -79,7 +79,7 @@ def require_loadable(keys: Collection[str]) -> None:
     present = frozenset(keys)
     for one, other in _HALVES:
         for half, missing in ((one, other), (other, one)):
-            # With or without `.weight`, and with the name of an adapter in front of it.
+            # With or without `.weight`, which can follow the name of an adapter.
             matrix = re.compile(rf"{re.escape(half)}((\.[^.]+)?\.weight)?$")
             for key in present:
                 if matrix.search(key) and key.replace(half, missing) not in present:
@@ -88,15 +88,15 @@ def require_loadable(keys: Collection[str]) -> None:
                     )
 
 
-def _file(name: str, place: str) -> Path:
+def _file(name: str, path: str) -> Path:
     try:
         _NAME.validate_python(name)
     except ValidationError:
         raise ModelUnavailable(
             f"{SETTING}: {name!r} is no name: up to 64 letters, digits, - and _"
         ) from None
-    # Not resolved: in the hub's cache the file is a link to one whose name does not tell its kind.
-    file = Path(place).expanduser().absolute()
+    # Not resolved: in the hub's cache the file is a link to a file without a suffix.
+    file = Path(path).expanduser().absolute()
     if file.is_dir():
         files = sorted(file.glob("*.safetensors"))
         if len(files) != 1:

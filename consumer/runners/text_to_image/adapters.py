@@ -1,8 +1,8 @@
-"""LoRA adapters: named in the settings, loaded with the model, switched on for single jobs.
+"""LoRA adapters: named in the settings, loaded with the model, activated for single runs.
 
-A request names an adapter, never a file or a model of the hub. An adapter that is loaded and not
-in use changes nothing: its layers then call the model's own and add nothing, so the pictures are
-the same to the byte. That holds for weights in 4 and 8 bits and for GGUF as well (tried on a CPU).
+A request names an adapter, never a file or a model of the hub. A loaded adapter that is not active
+changes no byte of an image, because its layers then only call the layers of the model. That also
+holds for weights in 4 and 8 bits and for GGUF (tested on a CPU).
 """
 
 # mypy: allow-untyped-calls
@@ -28,72 +28,77 @@ log = structlog.get_logger()
 
 
 class Adapters:
-    """The adapters of one pipeline. None is in use, but for the time of `active`.
+    """The adapters of one pipeline. They are active only inside the context `active`.
 
     Args:
         pipe: The pipeline that all runs share; the adapters are loaded into it.
-        files: As `find_adapters` gives them.
+        files: The adapters' files by name, from `find_adapters`.
 
     Raises:
-        ModelUnavailable: The pipeline takes no adapters, or not one of these.
+        ModelUnavailable: The pipeline does not support adapters, or an adapter does not fit.
     """
 
     def __init__(self, pipe: Any, files: Mapping[str, Path]) -> None:
         self._pipe = pipe
-        self._in_part: dict[str, str] = {}  # warnings for senders, by adapter
+        self._partial: dict[str, str] = {}  # warnings for senders, by adapter
         if not files:
             return
         if not isinstance(pipe, LoraBaseMixin):
             family = type(pipe).__name__.removesuffix("Pipeline")
             raise ModelUnavailable(f"{SETTING}: {family} takes no LoRA adapters")
         for name, file in files.items():
-            layers, of = _load(pipe, name, file)
+            layers, in_file = _load(pipe, name, file)
             pipe.disable_lora()
-            if layers < of:
-                self._in_part[name] = f"{layers} of its {of} layers are for this model"
+            if layers < in_file:
+                self._partial[name] = f"{layers} of its {in_file} layers are for this model"
 
     def warnings(self, weights: Mapping[str, float]) -> tuple[str, ...]:
-        """One sentence for each adapter in use of which the model took only a part.
+        """Return a warning for each active adapter of which the model has only some layers.
 
         Args:
-            weights: As `active` is given them.
+            weights: As passed to `active`.
         """
-        used = sorted(name for name, weight in weights.items() if weight and name in self._in_part)
-        return tuple(f"adapter {name}: {self._in_part[name]}" for name in used)
+        used = sorted(name for name, weight in weights.items() if weight and name in self._partial)
+        return tuple(f"adapter {name}: {self._partial[name]}" for name in used)
 
     @contextmanager
     def active(self, weights: Mapping[str, float]) -> Iterator[None]:
-        """Have adapters in use; afterwards none is, whatever happened.
+        """Activate adapters for the time of the context, also if the context raises.
 
-        Must be entered in inference mode: moving weights in it, as offloading does, makes them
-        tensors that can be switched nowhere else.
+        Must be entered in inference mode: offloading moves weights in it, which makes them
+        inference tensors, and adapters on such tensors can be switched only in inference mode.
 
         Args:
-            weights: By name; 1 is the adapter as it was made, 0 is without it.
+            weights: Adapter weight by name; 1 is the adapter as it was trained, 0 is without it.
         """
-        # In one order, whatever the request's is: sums of floats depend on it in the last bit.
-        wanted = {name: weight for name, weight in sorted(weights.items()) if weight}
-        if not wanted:
+        # Sorted, because the order of a floating-point sum affects its last bit.
+        nonzero = {name: weight for name, weight in sorted(weights.items()) if weight}
+        if not nonzero:
             yield
             return
         try:
             self._pipe.enable_lora()
-            self._pipe.set_adapters([*wanted], [*wanted.values()])
+            self._pipe.set_adapters([*nonzero], [*nonzero.values()])
             yield
         finally:
             self._pipe.disable_lora()
 
 
 def _load(pipe: Any, name: str, file: Path) -> tuple[int, int]:
-    """Load an adapter; how many layers it has in the model, and how many it has in its file."""
+    """Load an adapter; return the number of its layers in the model, and in its file.
+
+    Raises:
+        ModelUnavailable: The adapter does not fit, or would change the model.
+    """
     before = _weights(pipe)
     reason = ""
     failure: ModelUnavailable | None = None
-    layers = of = 0
+    layers = in_file = 0
     try:
         require_loadable(keys_of(file))
         with warnings.catch_warnings(), counted_conversion(pipe, file) as layers_of_file:
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of another adapter
+            # Given for each adapter after the first.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
             pipe.load_lora_weights(
                 str(file.parent),
                 adapter_name=name,
@@ -101,30 +106,30 @@ def _load(pipe: Any, name: str, file: Path) -> tuple[int, int]:
                 use_safetensors=True,
                 local_files_only=True,
             )
-            of = len(layers_of_file)
+            in_file = len(layers_of_file)
             layers = len(_tuned(pipe, name))
             if layers:
-                pipe.set_adapters([name])  # fails where diffusers cannot scale them
+                pipe.set_adapters([name])  # raises if diffusers cannot scale the layers
     except ModelUnavailable as error:
         reason = str(error)
     except Exception as error:  # noqa: BLE001 - the libraries raise dozens of kinds
         failure = load_failure(error, name=f"{SETTING}: {name}", folder=file.parent)
     if failure is not None:
         raise failure
-    reason = reason or _what_did_not_arrive(pipe, name)
+    reason = reason or _missing_weights(pipe, name)
     if not reason and _changed(before, _weights(pipe)):
         reason = "it would change the model for all requests"
     if reason:
         raise ModelUnavailable(f"{SETTING}: {name}: {reason}")
-    if layers < of:
-        log.warning("adapter_loaded_in_part", adapter=name, layers=layers, of=of)
+    if layers < in_file:
+        log.warning("adapter_loaded_in_part", adapter=name, layers=layers, of=in_file)
     else:
         log.info("adapter_loaded", adapter=name, layers=layers)
-    return layers, of
+    return layers, in_file
 
 
-def _what_did_not_arrive(pipe: Any, name: str) -> str:
-    """Why the adapter cannot be used: it has no layers here, or not all of their weights."""
+def _missing_weights(pipe: Any, name: str) -> str:
+    """Return why a loaded adapter cannot be used: no layers, or weights missing or not finite."""
     tuned = _tuned(pipe, name)
     if not tuned:
         return "none of its weights are for this model"
@@ -141,7 +146,10 @@ def _what_did_not_arrive(pipe: Any, name: str) -> str:
 
 
 def _weights(pipe: Any) -> dict[str, tuple[Any, Any, int]]:
-    """All weights by name, with their shapes and a number that changes when they are written to."""
+    """Return all weights by name, each with its shape and its version.
+
+    torch increments the version of a tensor at each in-place change.
+    """
     return {
         f"{part}.{name.replace('.base_layer', '')}": (weight, weight.shape, weight._version)  # noqa: SLF001
         for part, module in modules(pipe)
@@ -152,8 +160,8 @@ def _weights(pipe: Any) -> dict[str, tuple[Any, Any, int]]:
 def _changed(
     before: Mapping[str, tuple[Any, Any, int]], after: Mapping[str, tuple[Any, Any, int]]
 ) -> bool:
-    # The adapters of FLUX.1's control models replace norms and widen a layer; nothing is told, and
-    # `disable_lora` does not undo it. An offloaded weight is another tensor after loading.
+    # Adapters of FLUX.1's control models silently replace norms and widen a layer, and
+    # `disable_lora` does not undo it. An offloaded weight is a different tensor after loading.
     for name, (weight, shape, version) in before.items():
         now, shape_now, version_now = after.get(name, (None, None, 0))
         if shape_now != shape or (now is weight and version_now != version):
@@ -162,7 +170,7 @@ def _changed(
 
 
 def _tuned(pipe: Any, name: str) -> dict[str, Any]:
-    """The layers that have the adapter, by their names."""
+    """Return the layers that have the adapter, by their names."""
     return {
         f"{part}.{path}": layer
         for part, module in modules(pipe)

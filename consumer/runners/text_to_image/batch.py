@@ -1,22 +1,21 @@
-"""Several requests in one call of a pipeline: which go together, and what the call is given.
+"""Batches: which requests share one call of a pipeline, and the arguments of that call.
 
-Each picture of a batch has a prompt, a negative prompt and a generator of its own. A list of
-prompts never goes with `num_images_per_prompt`: HunyuanDiT, HunyuanImage and Qwen-Image then repeat
-the masks of the prompts in another order than the prompts themselves (diffusers 0.42), and most of
-the pictures are others.
+Each image of a batch has its prompt, negative prompt and generator. A list of prompts is never
+combined with `num_images_per_prompt`: HunyuanDiT, HunyuanImage and Qwen-Image then repeat the masks
+in another order than the prompts (diffusers 0.42), and most of the images are wrong.
 
-A picture of a batch is the one that its request would get alone, but for rounding: matrices of
-another shape are multiplied in another order. How much that is, in values of 0 to 255:
+An image of a batch differs from the image of a single run by rounding only: matrices of another
+shape are multiplied in another order. Measured differences, in pixel values of 0 to 255:
 
-- float32: at most 1, in at most 4 of the 12,288 values of a picture of 64x64 (40 pictures of each
-  family, tiny models of random weights; half or more of the pictures are the same to the byte);
-- bfloat16: up to 12, in up to 45% of the values, with the same models; as much as between a picture
-  of a request for one and the same picture of a request for several;
-- float64, before decoding: 1e-15 of 4, where a mask in the wrong order makes 1e-2 to 1. HunyuanDiT
-  computes a part in float32: 1e-6 of 1. The length of the neighbours' prompts makes no difference.
+- float32: at most 1, in at most 4 of the 12,288 values of a 64x64 image. 40 images of each family
+  with tiny models of random weights; at least half of the images are identical.
+- bfloat16: up to 12, in up to 45 % of the values, with the same models. The difference between an
+  image of a request for one and of a request for several is as large.
+- float64, before decoding: 1e-15 of 4. A mask in the wrong order gives 1e-2 to 1. HunyuanDiT
+  computes a part in float32: 1e-6 of 1. The lengths of the other prompts have no influence.
 
-That was measured for the families of `MEASURED` and for no other. tests/integration/test_batches.py
-has bars for float32.
+Only the families in `MEASURED` were measured. tests/integration/test_batches.py has limits for
+float32.
 """
 
 from collections.abc import Hashable, Sequence
@@ -42,16 +41,16 @@ MEASURED = frozenset(
         "ZImagePipeline",
     }
 )
-_OWN = ("prompt", "negative_prompt")  # what each picture of a call has for itself
+_PER_IMAGE = ("prompt", "negative_prompt")  # arguments that differ between the images of a call
 
 
 class BatchKeys:
-    """Says which requests can be made in one call of a pipeline.
+    """Computes which requests can share one call of a pipeline.
 
     Args:
         pipe: The pipeline; not changed.
-        parameters: What it takes.
-        config: How it was loaded.
+        parameters: The parameters of the pipeline.
+        config: The configuration that the pipeline was loaded with.
     """
 
     def __init__(self, pipe: Any, parameters: Parameters, config: ModelConfig) -> None:
@@ -60,58 +59,58 @@ class BatchKeys:
         self._possible = self._family in MEASURED and _rows_are_independent(self._family, config)
 
     def key(self, request: TextToImageRequest) -> Hashable | None:
-        """Equal for requests that go together; None for one that runs alone.
+        """Return a key that is equal for requests of one batch; None: the request runs alone.
 
-        A preview is made of the first picture of a run: it has no place in a batch.
+        A request with previews runs alone, because previews show only the first image of a run.
         """
         if not self._possible or request.preview:
             return None
         arguments = self._parameters.arguments(request)
-        shared = sorted((name, value) for name, value in arguments.items() if name not in _OWN)
+        shared = [(name, value) for name, value in arguments.items() if name not in _PER_IMAGE]
         return (
-            tuple(shared),
-            tuple(name for name in _OWN if name in arguments),
-            self._parameters.scale(request),  # a guider's is no argument
+            tuple(sorted(shared)),
+            tuple(name for name in _PER_IMAGE if name in arguments),
+            self._parameters.scale(request),  # a guider's scale is not among the arguments
             request.num_images,
             tuple(sorted((name, weight) for name, weight in request.adapters.items() if weight)),
-            self._quotes(arguments),
+            self._have_quotes(arguments),
         )
 
-    def _quotes(self, arguments: dict[str, Any]) -> tuple[bool, ...]:
-        """Which of the texts have words in quotes, where that makes a difference to others.
+    def _have_quotes(self, arguments: dict[str, Any]) -> tuple[bool, ...]:
+        """Return which texts have words in quotes, for families where that affects other images.
 
-        HunyuanImage reads the words in quotes by an encoder of their own, and where one prompt of a
-        call has some it guides all of its pictures by another guider.
+        HunyuanImage encodes words in quotes separately. If one prompt of a call has such words,
+        another guider is used for all images of the call.
         """
         if self._family != "HunyuanImagePipeline":
             return ()
-        texts = (arguments.get(name) for name in _OWN)
+        texts = (arguments.get(name) for name in _PER_IMAGE)
         return tuple(text is not None and extract_glyph_text(text) is not None for text in texts)
 
 
 def _rows_are_independent(family: str, config: ModelConfig) -> bool:
-    """Whether what the pictures of a call have in common is the weights only."""
-    # The cache looks at the change of all pictures together, and skips blocks for all or none.
+    """Return whether the images of a call share nothing but the weights."""
+    # The step cache compares the change of all images together and skips blocks for all or none.
     if config.step_cache:
         return False
-    # Columns with a large value in any row are multiplied in 16 bits, for all rows.
+    # A column with a large value in any row is multiplied in 16 bits for all rows.
     if config.quantization == "bitsandbytes-8bit":
         return False
-    # Prompts of different lengths need a mask here, one prompt does not: there are backends of
-    # attention that do the one and refuse the other.
+    # Prompts of different lengths need an attention mask, a single prompt does not. Some attention
+    # backends do not support masks.
     return not (config.attention and family == "QwenImagePipeline")
 
 
-def arguments_of_a_batch(
+def batch_arguments(
     parameters: Parameters, requests: Sequence[TextToImageRequest]
 ) -> dict[str, Any]:
-    """Keywords for one call, but for the generators and the callback.
+    """Return keyword arguments for one call, without the generators and the callback.
 
     Args:
-        parameters: Of the pipeline.
-        requests: One for each picture, all with the same key; one that wants several comes several
-            times.
+        parameters: The parameters of the pipeline.
+        requests: One entry for each image, all with the same key; a request for several images is
+            repeated.
     """
     each = [parameters.arguments(request) for request in requests]
-    own = {name: [given[name] for given in each] for name in _OWN if name in each[0]}
-    return {**each[0], **own, "num_images_per_prompt": 1}
+    texts = {name: [given[name] for given in each] for name in _PER_IMAGE if name in each[0]}
+    return {**each[0], **texts, "num_images_per_prompt": 1}

@@ -1,4 +1,4 @@
-"""Text to image: any pipeline that diffusers loads from a model_index.json."""
+"""The text-to-image model: any pipeline that diffusers loads from a model_index.json."""
 
 # mypy: allow-untyped-calls
 
@@ -21,28 +21,28 @@ from consumer.ports.model import (
 from consumer.runners import first_run, options
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement, place, release
-from consumer.runners.faults import BadOutput, translated
-from consumer.runners.source import located
+from consumer.runners.faults import BadOutput, translate_failures
+from consumer.runners.source import locate_model
 from consumer.runners.text_to_image import memory
 from consumer.runners.text_to_image.adapter_files import find_adapters
 from consumer.runners.text_to_image.adapters import Adapters
-from consumer.runners.text_to_image.batch import BatchKeys, arguments_of_a_batch
-from consumer.runners.text_to_image.image_run import BatchMembers, ImageRun, Wanted
-from consumer.runners.text_to_image.memory_guard import FreeBytes, free_bytes, least_to_decode
-from consumer.runners.text_to_image.own_pipeline import own_pipeline
+from consumer.runners.text_to_image.batch import BatchKeys, batch_arguments
+from consumer.runners.text_to_image.image_run import BatchMembers, ImageRun, PlannedImage
+from consumer.runners.text_to_image.memory_guard import FreeBytes, free_bytes, min_decode_bytes
 from consumer.runners.text_to_image.parameters import Parameters
+from consumer.runners.text_to_image.pipeline_copy import copy_pipeline
 from consumer.runners.text_to_image.pipeline_loading import STEP_CALLBACK, download, load_pipeline
 from consumer.runners.text_to_image.preview import Preview
+from consumer.runners.text_to_image.probe_reasons import probe_reasons
 from consumer.runners.text_to_image.safety import SafetyChecker, load_checker
 from consumer.runners.text_to_image.step_callback import StepCallback
-from consumer.runners.text_to_image.trial import parts_to_try
 from consumer.runners.text_to_image.truncation import TruncationTracker
 from generation_contracts import ModelInfo, Request, Task, TextToImageRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SEEDS = 2**32  # seeds are below it; picture n has seed + n, modulo this
+SEEDS = 2**32  # the number of seeds; image n has seed + n, modulo this
 CHANNELS = 3  # red, green, blue
 
 
@@ -56,7 +56,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
     options.validate_options(Task.TEXT_TO_IMAGE, config, placement)
     files = find_adapters(config)
     checker = load_checker(config.safety_checker)
-    with located(Task.TEXT_TO_IMAGE, config, download) as source:
+    with locate_model(Task.TEXT_TO_IMAGE, config, download) as source:
         pipe = load_pipeline(source, placement, config)
         adapters = Adapters(pipe, files)
     info = ModelInfo(
@@ -67,7 +67,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
         device=placement.device.type,
     )
     parameters = Parameters(pipe, info, config.defaults, adapters=files)
-    # Parts that are quantized or shared out over several devices do not move.
+    # Parts that are quantized or distributed over several devices cannot be moved.
     fixed = config.quantization != "none" or config.device_map != "none"
     model = DiffusionModel(
         pipe,
@@ -78,23 +78,23 @@ def load(config: ModelConfig) -> "DiffusionModel":
         keys=BatchKeys(pipe, parameters, config),
         movable=placement.device.type != "cpu" and config.offload == "none" and not fixed,
     )
-    if untried := parts_to_try(pipe):
-        first_run.probe_once(model, Task.TEXT_TO_IMAGE, (f"{source.id}: {', '.join(untried)}",))
+    if reasons := probe_reasons(pipe):
+        first_run.probe_once(model, Task.TEXT_TO_IMAGE, (f"{source.id}: {', '.join(reasons)}",))
     return model
 
 
 class DiffusionModel:
-    """A loaded pipeline; see `consumer.ports.model.Runner` for what its methods promise.
+    """A loaded pipeline; see `consumer.ports.model.Runner` for the contract of its methods.
 
     Args:
-        pipe: The pipeline whose weights all runs share. A run has a copy of its own.
-        placement: Where it was put.
-        parameters: What it takes.
-        adapters: What was loaded into it, to be used by single runs.
-        checker: Says which pictures are flagged; None: nobody does.
-        keys: Says which requests go together.
-        movable: Whether its parts can be moved to main memory for a run that needs the room.
-        free: Tells the memory of the device that a run can have.
+        pipe: The pipeline whose weights all runs share. Each run uses a shallow copy.
+        placement: The device and dtype of the pipeline.
+        parameters: The parameters that the pipeline accepts.
+        adapters: The loaded adapters; each run activates those of its request.
+        checker: Flags images; None: images are not checked.
+        keys: Computes the batch key of a request.
+        movable: Whether parts can be moved to main memory for a run that needs the memory.
+        free: Returns the device memory that is available to a run, in bytes.
     """
 
     def __init__(
@@ -115,115 +115,128 @@ class DiffusionModel:
         self._adapters = adapters
         self._keys = keys
         self._checker = checker
-        self._types = memory.types_of(pipe)
-        self._undo = ExitStack()  # what saves memory in this run
+        self._dtypes = memory.dtypes_of(pipe)
+        self._undo = ExitStack()  # restores what a run changed to save memory
         self._movable = movable
         self._free_bytes = free
 
     @property
     def description(self) -> ModelDescription:
-        """What the pipeline is and takes."""
+        """The pipeline and the parameters that it accepts."""
         return self._parameters.description
 
     def check(self, request: Request) -> None:
-        """See whether the pipeline can do what is asked."""
+        """Validate a request against the pipeline, without running it.
+
+        Raises:
+            UnsupportedParameter: Names the field.
+        """
         self._parameters.check(_text_to_image(request))
 
     def run(
         self, runs: Sequence[RunRequest], *, save_memory: bool
     ) -> Sequence[RunnerOutput | None]:
-        """Make the images of one request, or of several.
+        """Generate the images of one request or of a batch.
 
-        Images of a batch equal those of single runs as far as `batch` says. Raises `OutOfMemory`
-        before a batch starts where its images could not be decoded all at once.
+        The module `batch` documents how far images of a batch differ from those of single runs.
+
+        Raises:
+            OutOfMemory: Also before a batch starts, where its images cannot be decoded together.
+            Interrupted, UnsupportedParameter, DeviceLost, ModelError: See the port.
         """
         members = BatchMembers(runs)
-        if members.have_all_left():
+        if members.all_cancelled():
             raise Interrupted("stopped before the first step")
         requests = [_text_to_image(run.request) for run in runs]
-        wanted = [
-            Wanted(place, seed) for place in members.active for seed in _seeds(requests[place])
+        planned = [
+            PlannedImage(position, seed)
+            for position in members.active
+            for seed in _seeds(requests[position])
         ]
-        prompts = len(wanted) if len(members.active) > 1 else 1
-        run = ImageRun(members, requests, wanted, TruncationTracker(prompts))
-        outputs = translated(
-            lambda: self._make(run, save_memory=save_memory), free=self._free, saved=run.saved
+        prompts = len(planned) if len(members.active) > 1 else 1
+        run = ImageRun(members, requests, planned, TruncationTracker(prompts))
+        outputs = translate_failures(
+            lambda: self._generate(run, save_memory=save_memory), free=self._free, saved=run.saved
         )
-        return [outputs.get(place) for place in range(len(runs))]
+        return [outputs.get(position) for position in range(len(runs))]
 
     def batch_key(self, request: Request) -> Hashable | None:
-        """What requests have in common that can be made together; None: this one runs alone."""
+        """Return a key that is equal for requests of one batch; None: the request runs alone."""
         return self._keys.key(_text_to_image(request))
 
     def close(self) -> None:
-        """Give the device's memory back."""
-        del self._pipe, self._parameters, self._adapters, self._keys  # each of them holds weights
+        """Release the device memory of the weights."""
+        del self._pipe, self._parameters, self._adapters, self._keys  # each refers to the weights
         release(self._placement.device)
 
-    def _make(self, run: ImageRun, *, save_memory: bool) -> dict[int, RunnerOutput]:
-        pictures: dict[int, list[GeneratedImage]] = {}
+    def _generate(self, run: ImageRun, *, save_memory: bool) -> dict[int, RunnerOutput]:
+        images: dict[int, list[GeneratedImage]] = {}
         with torch.inference_mode():
-            parts = [run.wanted]
-            if save_memory or self._cannot_be_decoded(run):
+            parts = [run.planned]
+            if save_memory or self._cannot_decode(run):
                 parts = self._save_memory(run, move=save_memory and self._movable)
             with self._adapters.active(run.request.adapters):
                 for number, part in enumerate(parts):
                     steps = StepCallback(
                         run.members.report,
-                        run.members.have_all_left,
-                        modern=self._parameters.takes(STEP_CALLBACK),
+                        run.members.all_cancelled,
+                        on_step_end=self._parameters.accepts(STEP_CALLBACK),
                         run=number,
                         runs=len(parts),
                         preview=self._preview(run, number),
                     )
-                    made = self._run_pipeline(run, part, steps)
-                    for picture, wanted in zip(made, part, strict=True):
-                        pictures.setdefault(wanted.place, []).append(picture)
+                    generated = self._run_pipeline(run, part, steps)
+                    for image, planned in zip(generated, part, strict=True):
+                        images.setdefault(planned.position, []).append(image)
             self._undo.close()
-        return {place: self._output(run, place, pictures[place]) for place in run.members.active}
+        return {
+            position: self._output(run, position, images[position])
+            for position in run.members.active
+        }
 
-    def _output(self, run: ImageRun, place: int, pictures: list[GeneratedImage]) -> RunnerOutput:
-        warnings = run.cuts.warnings(run.prompt_of(place))
-        warnings += self._adapters.warnings(run.requests[place].adapters)
-        if blanked := sum(picture.flagged is True for picture in pictures):
-            warnings += (f"the model's safety checker blanked pictures: {blanked}",)
+    def _output(self, run: ImageRun, position: int, images: list[GeneratedImage]) -> RunnerOutput:
+        warnings = run.truncation.warnings(run.prompt_index(position))
+        warnings += self._adapters.warnings(run.requests[position].adapters)
+        if blanked := sum(image.flagged is True for image in images):
+            warnings += (f"the model's safety checker blanked images: {blanked}",)
         if run.saved:
             warnings += (f"memory was short: {', '.join(run.saved)}",)
         return RunnerOutput(
-            images=tuple(self._checked(pictures)),
+            images=tuple(self._checked(images)),
             warnings=warnings,
-            parameters=self._parameters.resolved(run.requests[place], run.seeds_of(place)),
+            parameters=self._parameters.resolved(run.requests[position], run.seeds(position)),
         )
 
     def _preview(self, run: ImageRun, number: int) -> Preview | None:
-        # Of the first picture; and not where memory is short.
+        # Previews show the first image only, and they need memory of their own.
         if not run.request.preview or number or run.saved:
             return None
         return Preview(run.members.preview, *self._parameters.size(run.request))
 
-    def _cannot_be_decoded(self, run: ImageRun) -> bool:
+    def _cannot_decode(self, run: ImageRun) -> bool:
         width, height = self._parameters.size(run.request)
-        least = least_to_decode(self._pipe, pictures=len(run.wanted), width=width, height=height)
+        needed = min_decode_bytes(self._pipe, images=len(run.planned), width=width, height=height)
         free = self._free_bytes(self._placement.device)
-        return least is not None and free is not None and free < least
+        return needed is not None and free is not None and free < needed
 
-    def _save_memory(self, run: ImageRun, *, move: bool) -> list[Sequence[Wanted]]:
+    def _save_memory(self, run: ImageRun, *, move: bool) -> list[Sequence[PlannedImage]]:
         if run.is_batch:
-            # One by one they are faster than all at once in tiles: the caller runs them so.
-            raise MemoryError("so many pictures cannot be decoded at once")
-        if len(run.wanted) > 1:
-            run.saved.append("made one picture at a time")
+            # Single runs are faster than one batch that is decoded in tiles. On this error the
+            # caller reruns the requests one by one.
+            raise MemoryError("so many images cannot be decoded at once")
+        if len(run.planned) > 1:
+            run.saved.append("made one image at a time")
         run.saved += memory.save(self._undo, self._pipe, self._placement.device, offload=move)
-        return [[wanted] for wanted in run.wanted]
+        return [[planned] for planned in run.planned]
 
     def _run_pipeline(
-        self, run: ImageRun, part: Sequence[Wanted], steps: StepCallback
+        self, run: ImageRun, part: Sequence[PlannedImage], steps: StepCallback
     ) -> list[GeneratedImage]:
         request, parameters = run.request, self._parameters
-        scale = parameters.scale_of_guiders(request)
-        # One for each picture, and on the CPU, whose numbers are the same everywhere.
-        generators = [torch.Generator("cpu").manual_seed(wanted.seed) for wanted in part]
-        pipe = own_pipeline(self._pipe, run.cuts, generators, guidance_scale=scale)
+        scale = parameters.guider_scale(request)
+        # One generator for each image, on the CPU: its numbers do not depend on the device.
+        generators = [torch.Generator("cpu").manual_seed(planned.seed) for planned in part]
+        pipe = copy_pipeline(self._pipe, run.truncation, generators, guidance_scale=scale)
         try:
             output = pipe(
                 **self._arguments(run, part),
@@ -231,40 +244,41 @@ class DiffusionModel:
                 generator=generators,
             )
         finally:
-            # Also after a failure: a step cache or an offloaded part would spoil the next run.
+            # Also after a failure: a step cache or an offloaded part would affect the next run.
             pipe.maybe_free_model_hooks()
         width, height = parameters.size(request)
         arrays = np.asarray(output.images)
         if arrays.shape != (len(part), height, width, CHANNELS):
-            raise BadOutput("the model made pictures of another shape than asked for")
+            raise BadOutput("the model made images of another shape than requested")
         if not np.isfinite(arrays).all():
             raise BadOutput("the model made pixels that are not numbers")
-        flags = _own_flags(output, len(part))
+        flags = _pipeline_flags(output, len(part))
         return [
-            GeneratedImage(_picture(array), wanted.seed, flag)
-            for array, wanted, flag in zip(arrays, part, flags, strict=True)
+            GeneratedImage(_image(array), planned.seed, flag)
+            for array, planned, flag in zip(arrays, part, flags, strict=True)
         ]
 
-    def _arguments(self, run: ImageRun, part: Sequence[Wanted]) -> dict[str, Any]:
+    def _arguments(self, run: ImageRun, part: Sequence[PlannedImage]) -> dict[str, Any]:
         if run.is_batch:
-            return arguments_of_a_batch(self._parameters, [run.requests[w.place] for w in part])
+            requests = [run.requests[planned.position] for planned in part]
+            return batch_arguments(self._parameters, requests)
         return {**self._parameters.arguments(run.request), "num_images_per_prompt": len(part)}
 
-    def _checked(self, pictures: list[GeneratedImage]) -> list[GeneratedImage]:
-        """The pictures with the flags of the safety checker, besides those of the model's own."""
+    def _checked(self, images: list[GeneratedImage]) -> list[GeneratedImage]:
+        """Add the flags of the operator's safety checker to those of the pipeline."""
         if self._checker is None:
-            return pictures
-        flags = self._checker.flags([made.image for made in pictures])
+            return images
+        flags = self._checker.flags([generated.image for generated in images])
         return [
-            GeneratedImage(made.image, made.seed, flagged=bool(made.flagged) or flag)
-            for made, flag in zip(pictures, flags, strict=True)
+            GeneratedImage(generated.image, generated.seed, flagged=bool(generated.flagged) or flag)
+            for generated, flag in zip(images, flags, strict=True)
         ]
 
     def _free(self) -> None:
         release(self._placement.device)
         with torch.inference_mode():
             self._undo.close()
-            memory.restore_types(self._pipe, self._types)
+            memory.restore_dtypes(self._pipe, self._dtypes)
 
 
 def _text_to_image(request: Request) -> TextToImageRequest:
@@ -278,14 +292,14 @@ def _seeds(request: TextToImageRequest) -> list[int]:
     return [(first + n) % SEEDS for n in range(request.num_images)]
 
 
-def _own_flags(output: Any, pictures: int) -> list[bool | None]:
+def _pipeline_flags(output: Any, images: int) -> list[bool | None]:
     flags = getattr(output, "nsfw_content_detected", None)
     if flags is None:
-        return [None] * pictures
-    if len(flags) != pictures:
-        raise BadOutput("the model's safety checker did not judge each picture")
+        return [None] * images
+    if len(flags) != images:
+        raise BadOutput("the model's safety checker did not return one flag for each image")
     return [bool(flag) for flag in flags]
 
 
-def _picture(array: Any) -> "Image":
+def _image(array: Any) -> "Image":
     return Pillow.fromarray((array * 255).round().astype(np.uint8))

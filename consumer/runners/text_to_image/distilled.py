@@ -1,9 +1,10 @@
-"""Weights that were distilled to need few steps, where their configuration tells that they were.
+"""Defaults of distilled weights, which need few steps.
 
-diffusers has one default number of steps for each pipeline, that of the weights which need many:
-FLUX.1-schnell would take seven times as long as it should. What is here are the numbers that the
-models' cards and diffusers' pages give. Most turbo and lightning weights have the configuration of
-the weights that they were made of: for those an operator sets MODEL_DEFAULTS.
+diffusers has one default number of steps for each pipeline, for weights that need many. With it,
+FLUX.1-schnell would take seven times as long as it should. The numbers here are those of the model
+cards and of diffusers' documentation. Only weights whose configuration identifies them as distilled
+are recognised. Most turbo and lightning weights have the configuration of their base model; for
+those an operator sets MODEL_DEFAULTS.
 """
 
 from collections.abc import Mapping
@@ -16,12 +17,12 @@ from consumer.runners.text_to_image.pipeline_loading import denoiser
 
 @dataclass(frozen=True)
 class Distilled:
-    """What such weights want.
+    """Defaults of one kind of distilled weights.
 
     Attributes:
         steps: Denoising steps.
-        guidance_scale: None: what their pipeline has.
-        arguments: Keywords that their pipeline is always given.
+        guidance_scale: None: the pipeline's default.
+        arguments: Keyword arguments that are always passed to the pipeline.
     """
 
     steps: int
@@ -30,33 +31,33 @@ class Distilled:
 
 
 @dataclass(frozen=True)
-class _Sign:
-    """A value in the configuration of a pipeline or of its denoiser, and what it means."""
+class _Rule:
+    """A configuration value that identifies distilled weights, and their defaults."""
 
     where: Literal["pipeline", "denoiser"]
     key: str
-    means: Distilled
+    defaults: Distilled
     value: bool = True
 
 
-_SIGNS = {
+_RULES = {
     # FLUX.1-schnell, which reads no guidance scale and was trained on prompts of 256 tokens.
-    "FluxPipeline": _Sign(
+    "FluxPipeline": _Rule(
         where="denoiser",
         key="guidance_embeds",
         value=False,
-        means=Distilled(4, arguments={"max_sequence_length": 256}),
+        defaults=Distilled(4, arguments={"max_sequence_length": 256}),
     ),
-    "Flux2KleinPipeline": _Sign("pipeline", "is_distilled", Distilled(4)),
-    "HunyuanImagePipeline": _Sign("denoiser", "use_meanflow", Distilled(8)),
-    "Krea2Pipeline": _Sign("pipeline", "is_distilled", Distilled(8, guidance_scale=0.0)),
+    "Flux2KleinPipeline": _Rule("pipeline", "is_distilled", Distilled(4)),
+    "HunyuanImagePipeline": _Rule("denoiser", "use_meanflow", Distilled(8)),
+    "Krea2Pipeline": _Rule("pipeline", "is_distilled", Distilled(8, guidance_scale=0.0)),
 }
 
 
 def distilled(pipe: Any) -> Distilled | None:
-    """What the pipeline's weights want; None where nothing says that they were distilled."""
-    sign = _SIGNS.get(type(pipe).__name__)
-    if sign is None:
+    """Return the defaults of the pipeline's distilled weights; None for other weights."""
+    rule = _RULES.get(type(pipe).__name__)
+    if rule is None:
         return None
-    config = config_of(denoiser(pipe) if sign.where == "denoiser" else pipe)
-    return sign.means if bool(config.get(sign.key)) is sign.value else None
+    config = config_of(denoiser(pipe) if rule.where == "denoiser" else pipe)
+    return rule.defaults if bool(config.get(rule.key)) is rule.value else None

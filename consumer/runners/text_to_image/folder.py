@@ -1,4 +1,4 @@
-"""The folder of a pipeline: which files of its parts are read, and which folders cannot be."""
+"""Checks of a pipeline's folder before loading: classes of its parts, variants of its weights."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -17,34 +17,34 @@ _PREFERRED = "fp16"  # the variant that most folders have
 
 
 def require_known_classes(index: Mapping[str, Any], name: str) -> None:
-    """Refuse a part whose class is of no library: code that comes with a model is not run.
+    """Refuse a part whose class is not of diffusers or transformers: remote code is not run.
 
     Args:
         index: The pipeline's model_index.json.
-        name: What to call the pipeline.
+        name: The pipeline's name in messages.
 
     Raises:
         ModelUnavailable: Names the part and its class.
     """
     for part, library, class_name in _parts(index):
-        # A class can also be of a module of diffusers' pipelines, as most safety checkers are.
+        # A class can also be in a module of diffusers' pipelines, as most safety checkers are.
         if library not in _LIBRARIES and not hasattr(diffusers.pipelines, library):
             raise ModelUnavailable(
-                f"{name}: {part}: {library}.{class_name} is no class of diffusers or transformers, "
+                f"{name}: {part}: {library}.{class_name} is not in diffusers or transformers, "
                 "and code that comes with a model is not run"
             )
 
 
 def variants(folder: Path, index: Mapping[str, Any], name: str) -> dict[str, str]:
-    """The variant of the weights of each part that has no others, such as `fp16`.
+    """Return the variant, such as `fp16`, of each part that has weights of variants only.
 
     Args:
-        folder: Of the pipeline.
+        folder: The pipeline's folder.
         index: Its model_index.json.
-        name: What to call the pipeline.
+        name: The pipeline's name in messages.
 
     Raises:
-        ModelUnavailable: The weights of a part are pickled only.
+        ModelUnavailable: A part has pickled weights only.
     """
     found = {}
     for part, _, _ in _parts(index):

@@ -1,15 +1,17 @@
-"""How a pipeline is guided towards the prompt, read off its `__call__` and its configuration.
+"""The guidance of a pipeline, derived from the signature of `__call__` and the configuration.
 
-Guidance has three names in diffusers and one in the requests, `guidance_scale`:
+Requests have one field, `guidance_scale`. diffusers has several parameters for it:
 
-- `guidance_scale`, most families; a negative prompt counts only above 1, of Z-Image above 0.
-- `true_cfg_scale` with `guidance_scale` for weights that were distilled to read it (FLUX.1-dev):
-  the request's is the distilled one. A negative prompt would need the other scale as well, which
-  requests do not have: refused.
-- `true_cfg_scale` where the weights do not read a scale (Qwen-Image, FLUX.1-schnell): the request's
-  is this one. It acts only against a negative prompt, so where there is none a blank is given, as
-  Qwen-Image's card does.
-- `distilled_guidance_scale` of HunyuanImage's distilled weights; its others have a `guider`.
+- `guidance_scale` in most families. A negative prompt has an effect only above 1, for Z-Image
+  above 0.
+- `guidance_scale` next to `true_cfg_scale`, for weights that are distilled to read the scale
+  (FLUX.1-dev): the request sets `guidance_scale`. A negative prompt is refused, because it would
+  need the other scale, which requests do not have.
+- `true_cfg_scale` for weights that do not read a scale (Qwen-Image, FLUX.1-schnell): the request
+  sets `true_cfg_scale`. It has an effect only with a negative prompt. Without one, a blank prompt
+  is passed, as Qwen-Image's model card does.
+- `distilled_guidance_scale` for HunyuanImage's distilled weights; its other weights have a
+  `guider`.
 """
 
 import copy
@@ -23,17 +25,17 @@ from consumer.runners.text_to_image.pipeline_loading import denoiser
 
 GuidanceName = Literal["guidance_scale", "true_cfg_scale", "distilled_guidance_scale", "guider"]
 
-_CERTAINLY = 2.0  # a scale at which every pipeline compares that ever does
+_HIGH_SCALE = 2.0  # classifier-free guidance is on at this scale, in pipelines that have it
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a pipeline is guided.
+    """The guidance parameters of a pipeline.
 
     Attributes:
-        name: What it calls the request's `guidance_scale`; None: it has none.
-        default: Its own scale.
-        negative: Whether it reads a negative prompt.
+        name: The parameter that takes the request's `guidance_scale`; None: there is none.
+        default: The pipeline's default scale.
+        negative: Whether the pipeline reads a negative prompt.
     """
 
     name: GuidanceName | None
@@ -42,7 +44,7 @@ class Guidance:
 
     @classmethod
     def of(cls, pipe: Any, known: Mapping[str, Parameter]) -> "Guidance":
-        """The guidance of a pipeline whose `__call__` has these parameters."""
+        """Derive the guidance of a pipeline whose `__call__` has these parameters."""
         reads_scale = bool(config_of(denoiser(pipe)).get("guidance_embeds"))
         takes_negative = "negative_prompt" in known
         if "distilled_guidance_scale" in known:
@@ -50,10 +52,10 @@ class Guidance:
         if "true_cfg_scale" in known:
             name: GuidanceName = "guidance_scale" if reads_scale else "true_cfg_scale"
             return cls(name, known[name].default, negative=takes_negative and not reads_scale)
-        if "guidance_scale" not in known or _ignores_it(pipe):
+        if "guidance_scale" not in known or _ignores_scale(pipe):
             return cls(None, None, negative=takes_negative)
-        # Weights that read the scale themselves never compare with a negative prompt.
-        negative = takes_negative and guides(pipe, _CERTAINLY)
+        # Weights that read the scale have no classifier-free guidance.
+        negative = takes_negative and has_cfg(pipe, _HIGH_SCALE)
         return cls("guidance_scale", known["guidance_scale"].default, negative=negative)
 
     @classmethod
@@ -70,7 +72,10 @@ class Guidance:
         return cls("guider", scale, negative=True)
 
     def arguments(self, scale: float | None, negative_prompt: str | None) -> dict[str, Any]:
-        """Keywords for the pipeline; a guider is no keyword, it is given its scale when made."""
+        """Return keyword arguments for the pipeline.
+
+        A guider's scale is not among them: the guider gets it when it is created.
+        """
         arguments: dict[str, Any] = {}
         if self.negative and negative_prompt and negative_prompt.strip():
             arguments["negative_prompt"] = negative_prompt
@@ -85,15 +90,15 @@ class Guidance:
 _NO_KEYWORD: Collection[GuidanceName | None] = (None, "guider")
 
 
-def guides(pipe: Any, scale: float) -> bool:
-    """Whether the pipeline compares with a negative prompt at this scale, by its own rule."""
+def has_cfg(pipe: Any, scale: float) -> bool:
+    """Return whether the pipeline uses classifier-free guidance at this scale, by its own rule."""
     if not hasattr(type(pipe), "do_classifier_free_guidance"):
         return scale > 1
     probe = copy.copy(pipe)
-    probe._guidance_scale = scale  # noqa: SLF001 - where each pipeline keeps its argument
+    probe._guidance_scale = scale  # noqa: SLF001 - each pipeline stores its argument there
     return bool(probe.do_classifier_free_guidance)
 
 
-def _ignores_it(pipe: Any) -> bool:
-    # FLUX.2 klein, distilled; the distilled Krea 2 does compare when a scale is given.
-    return bool(config_of(pipe).get("is_distilled")) and not guides(pipe, _CERTAINLY)
+def _ignores_scale(pipe: Any) -> bool:
+    # FLUX.2 klein, distilled. The distilled Krea 2 does use a scale that is passed.
+    return bool(config_of(pipe).get("is_distilled")) and not has_cfg(pipe, _HIGH_SCALE)

@@ -1,4 +1,4 @@
-"""One run of a pipeline: its requests, and the images that it is to make."""
+"""The state of one run of a pipeline: its requests and the images to generate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ from generation_contracts import TextToImageRequest
 
 
 class BatchMembers:
-    """The requests of one run: each gets its progress, until it is cancelled.
+    """The requests of one run. Progress is reported to a request until it is cancelled.
 
     Args:
-        runs: In their order; one for a run of a single request.
+        runs: The requests in delivery order; one for a run of a single request.
 
     Attributes:
-        active: Places of those that are not cancelled, in their order.
+        active: Positions in `runs` of the requests that are not cancelled, ascending.
     """
 
     def __init__(self, runs: Sequence[RunRequest]) -> None:
@@ -24,63 +24,63 @@ class BatchMembers:
         self.active = list(range(len(runs)))
 
     def report(self, done: int, of: int) -> None:
-        """Report a step to the active members."""
-        for place in self.active:
-            self._runs[place].progress.step(done, of)
+        """Report a step to the active requests."""
+        for position in self.active:
+            self._runs[position].progress.step(done, of)
 
     def preview(self, jpeg: bytes) -> None:
-        """Show how the first image looks; a request with previews runs alone."""
+        """Report a preview of the first image; a request with previews runs alone."""
         self._runs[0].progress.preview(jpeg)
 
-    def have_all_left(self) -> bool:
-        """Poll the active members, and return whether none is left. A cancelled one leaves.
+    def all_cancelled(self) -> bool:
+        """Remove the cancelled requests from `active`; return whether none is left.
 
-        Its images are made to the end nevertheless, where others stay: a pipeline cannot let go of
-        one row.
+        A pipeline cannot drop a row of a batch. While other requests are active, the images of a
+        cancelled request are generated too, and dropped.
         """
-        self.active = [place for place in self.active if not self._runs[place].cancelled()]
+        self.active = [position for position in self.active if not self._runs[position].cancelled()]
         return not self.active
 
 
-class Wanted(NamedTuple):
-    """One image that a run is to make."""
+class PlannedImage(NamedTuple):
+    """One image that a run is to generate."""
 
-    place: int  # of the request that it is for
+    position: int  # of its request among the requests of the run
     seed: int
 
 
 @dataclass
 class ImageRun:
-    """What one run is asked for, and what it has noted so far.
+    """The input of one run, and what was recorded during the run.
 
     Attributes:
-        members: Its requests as the daemon has them.
-        requests: Theirs, by their places.
-        wanted: The images, those of one request next to each other.
-        cuts: By the places in `wanted`, or of one prompt for all of them.
-        saved: What it did to save memory.
+        members: The requests with their progress and cancellation.
+        requests: The request bodies, in the same order.
+        planned: The images to generate; images of one request are adjacent.
+        truncation: Records truncated prompts: one prompt for each image of a batch, else one.
+        saved: The measures that were taken to save memory, as text for the sender.
     """
 
     members: BatchMembers
     requests: Sequence[TextToImageRequest]
-    wanted: Sequence[Wanted]
-    cuts: TruncationTracker
+    planned: Sequence[PlannedImage]
+    truncation: TruncationTracker
     saved: list[str] = field(default_factory=list)
 
     @property
     def is_batch(self) -> bool:
-        """Whether it is made for several, each with a prompt."""
-        return self.wanted[0].place != self.wanted[-1].place
+        """Whether the images are for several requests, each with a prompt."""
+        return self.planned[0].position != self.planned[-1].position
 
     @property
     def request(self) -> TextToImageRequest:
-        """The first, for what all of them have in common."""
-        return self.requests[self.wanted[0].place]
+        """The first request, for parameters that all requests share."""
+        return self.requests[self.planned[0].position]
 
-    def prompt_of(self, place: int) -> int:
-        """Where the prompt of a request is among those that the pipeline is given."""
-        return [w.place for w in self.wanted].index(place) if self.is_batch else 0
+    def prompt_index(self, position: int) -> int:
+        """Return the index of a request's prompt among the prompts of the pipeline call."""
+        return [image.position for image in self.planned].index(position) if self.is_batch else 0
 
-    def seeds_of(self, place: int) -> list[int]:
-        """Of the pictures of one request."""
-        return [w.seed for w in self.wanted if w.place == place]
+    def seeds(self, position: int) -> list[int]:
+        """Return the seeds of the images of one request."""
+        return [image.seed for image in self.planned if image.position == position]

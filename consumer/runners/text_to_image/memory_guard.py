@@ -1,17 +1,18 @@
-"""Seeing before a run that its pictures cannot be decoded in the memory that is free.
+"""A lower bound of the memory for decoding, to detect before a run that it is not available.
 
-Only decoding is judged: there the pictures are largest, all of a request at once, and a run that
-fails there has made all its steps for nothing. The least that it needs, in bytes:
+Only decoding is estimated. It needs the most memory, because all images of a request are decoded at
+once at full size, and a run that fails there has wasted all its steps. The lower bound in bytes:
 
-    pictures x width x height x 3 x channels x bytes of one value
+    images x width x height x 3 x channels x bytes of one value
 
-The autoencoders of Stable Diffusion 3, SDXL, FLUX.1 and .2, HunyuanDiT and Z-Image are of one kind:
-in their last block, at the full size of the picture, three tensors are alive at once with as many
-channels as come into that block (256 in all of them: 1.5 GiB for a megapixel in 16 bits). A count
-of the storages that are alive while diffusers 0.42 decodes gives 3.01 for it; a test counts again.
-What the device's libraries need besides is not in it, and none of it was measured on a GPU: so the
-estimate is a lower bound. Where not even that is free the run could only fail; where it is, the run
-may still, and is then made again with what saves memory.
+Stable Diffusion 3, SDXL, FLUX.1, FLUX.2, HunyuanDiT and Z-Image have the same kind of autoencoder.
+In its last block, at the full size of the image, three tensors are alive at once. They have as many
+channels as the input of that block: 256 in all these models, 1.5 GiB for a megapixel in 16 bits.
+A count of the live storages while diffusers 0.42 decodes gives 3.01 tensors; a test repeats it.
+
+Memory of the device's libraries is not included, and nothing was measured on a GPU. If less than
+the bound is free, the run would fail. If more is free, the run can still fail; it is then repeated
+with the measures that save memory.
 """
 
 from collections.abc import Callable
@@ -22,30 +23,30 @@ from diffusers.models.autoencoders.vae import Decoder
 
 FreeBytes = Callable[[torch.device], int | None]
 
-_ALIVE = 3  # tensors: the input of the last block's first layer, it normalised, and it activated
+_ALIVE = 3  # tensors: the input of the last block's first layer, normalised, and activated
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of a device that a run can have; None where that cannot be told."""
+    """Return the memory that is available to a run, in bytes; None where that is unknown."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + kept
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached
 
 
-def least_to_decode(pipe: Any, *, pictures: int, width: int, height: int) -> int | None:
-    """The bytes that decoding needs at least, as the pipeline is set now.
+def min_decode_bytes(pipe: Any, *, images: int, width: int, height: int) -> int | None:
+    """Return the bytes that decoding needs at least, with the pipeline's current settings.
 
     Args:
         pipe: The pipeline.
-        pictures: Of one batch.
+        images: Number of images of one call.
         width: In pixels.
         height: In pixels.
 
     Returns:
-        None where no estimate is possible: another kind of autoencoder, one that decodes in tiles,
-        or parts that are shared out over several devices.
+        None where no estimate is possible: another kind of autoencoder, decoding in tiles, or
+        parts that are distributed over several devices.
     """
     vae: Any = getattr(pipe, "vae", None)
     decoder = getattr(vae, "decoder", None)
@@ -53,7 +54,7 @@ def least_to_decode(pipe: Any, *, pictures: int, width: int, height: int) -> int
         return None
     if getattr(vae, "use_tiling", False):
         return None
-    at_once = 1 if getattr(vae, "use_slicing", False) else pictures
+    at_once = 1 if getattr(vae, "use_slicing", False) else images
     last: Any = decoder.up_blocks[-1]
     channels = int(last.resnets[0].in_channels)
     bytes_of_one = int(vae.dtype.itemsize)

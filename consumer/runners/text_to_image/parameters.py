@@ -1,6 +1,6 @@
-"""What a pipeline takes, read off its `__call__`, and requests measured by it.
+"""The parameters of a pipeline, derived from the signature of `__call__`; validation of requests.
 
-`**kwargs` of a pipeline do not count: SDXL swallows what it does not know.
+`**kwargs` in a signature are ignored: SDXL silently drops unknown names.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from diffusers.models.embeddings import PatchEmbed
 from consumer.ports.model import ModelDescription, ModelUnavailable, UnsupportedParameter
 from consumer.runners.defaults import SETTING, Default, checked_defaults
 from consumer.runners.text_to_image.distilled import distilled
-from consumer.runners.text_to_image.guidance import Guidance, guides
+from consumer.runners.text_to_image.guidance import Guidance, has_cfg
 from consumer.runners.text_to_image.part_config import config_of
 from consumer.runners.text_to_image.pipeline_loading import denoiser
 from consumer.runners.text_to_image.preview import allows_previews
@@ -23,12 +23,12 @@ from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue
 from generation_contracts.requests import TextToImageParameters
 
-# Enough for the largest default among the families, 2048x2048 of HunyuanImage. A request can ask
-# for eight pictures of this size at most, so memory is bounded whatever is asked.
+# The largest default of all families, 2048x2048 of HunyuanImage. A request is for at most eight
+# images of this size, which bounds the memory of a run.
 MAX_PIXELS = 2048 * 2048
 
-_SIDE = 1024  # pixels; where a pipeline has its default size in its code only (Z-Image)
-_STEPS = 50  # where a pipeline has no default: the one most often used in diffusers
+_SIDE = 1024  # pixels; for pipelines whose default size is only in their code (Z-Image)
+_STEPS = 50  # for pipelines without a default: the most frequent default in diffusers
 
 _ALWAYS = {"width", "height", "num_inference_steps", "num_images", "seed", "output_format"}
 _NO_DEFAULTS: Mapping[str, Default] = MappingProxyType({})
@@ -38,14 +38,14 @@ class Parameters:
     """The parameters of one loaded pipeline.
 
     Args:
-        pipe: The pipeline; never changed.
-        info: Goes into the description.
-        defaults: What a request gets that says nothing, by its field, as MODEL_DEFAULTS has it;
-            goes before what the weights and the pipeline themselves would do.
-        adapters: Names of the LoRA adapters that a request may ask for.
+        pipe: The pipeline; not changed.
+        info: Identifies the model in the description.
+        defaults: MODEL_DEFAULTS: values by request field, for requests that omit the field. They
+            take precedence over the defaults of the weights and of the pipeline.
+        adapters: Names of the LoRA adapters that a request may use.
 
     Raises:
-        ModelUnavailable: A default is none that a request could ask this pipeline for.
+        ModelUnavailable: The pipeline would refuse a default if a request contained it.
     """
 
     def __init__(
@@ -67,54 +67,54 @@ class Parameters:
         self._check_defaults()
 
     def check(self, request: TextToImageRequest) -> None:
-        """See whether the pipeline can do what is asked.
+        """Validate a request against the pipeline.
 
         Raises:
-            UnsupportedParameter: Names the first field that it cannot.
+            UnsupportedParameter: Names the first unsupported field.
         """
         for name in sorted(request.model_fields_set & TextToImageParameters.model_fields.keys()):
-            asked = getattr(request, name)
-            if asked == type(request).model_fields[name].get_default(call_default_factory=True):
+            value = getattr(request, name)
+            if value == type(request).model_fields[name].get_default(call_default_factory=True):
                 continue
             if name == "adapters":
-                self._check_adapters(asked)
-            elif name not in self.description.parameters and not _says_nothing(asked):
+                self._check_adapters(value)
+            elif name not in self.description.parameters and not _is_blank(value):
                 raise UnsupportedParameter(name, f"{name}: {self._family} does not have it")
         self._check_steps(request)
         self._check_size(request)
         self._check_negative_prompt(request)
 
-    def takes(self, name: str) -> bool:
-        """Whether the pipeline's `__call__` has a parameter of this name."""
+    def accepts(self, name: str) -> bool:
+        """Return whether the pipeline's `__call__` has a parameter of this name."""
         return name in self._known
 
     def size(self, request: TextToImageRequest) -> tuple[int, int]:
-        """Width and height of the pictures in pixels."""
+        """Return width and height of the images in pixels."""
         defaults = self.description.defaults
         return request.width or _int(defaults["width"]), request.height or _int(defaults["height"])
 
     def steps(self, request: TextToImageRequest) -> int:
-        """How many denoising steps are asked for."""
+        """Return the number of denoising steps."""
         defaults = self.description.defaults
         return request.num_inference_steps or _int(defaults["num_inference_steps"])
 
     def scale(self, request: TextToImageRequest) -> float | None:
-        """The guidance scale, by whatever name the pipeline has it; None: it has none."""
+        """Return the guidance scale; None for a pipeline without one."""
         if request.guidance_scale is not None:
             return request.guidance_scale
         return _number(self.description.defaults["guidance_scale"])
 
-    def scale_of_guiders(self, request: TextToImageRequest) -> float | None:
-        """What the request or MODEL_DEFAULTS sets; None: each guider of the model has its own."""
+    def guider_scale(self, request: TextToImageRequest) -> float | None:
+        """Return the scale of the request or of MODEL_DEFAULTS; None: the guider's default."""
         if request.guidance_scale is not None:
             return request.guidance_scale
         return _number(self._defaults.get("guidance_scale"))
 
     def arguments(self, request: TextToImageRequest) -> dict[str, Any]:
-        """Keywords for the pipeline, but for the generators and the callback.
+        """Return keyword arguments for the pipeline, without the generators and the callback.
 
-        What has a default is always given, so that the default is what the description says;
-        pictures come back as arrays, in which a NaN can still be seen.
+        Defaults are passed explicitly, so that they are those of the description. The output type
+        is an array, in which NaN values can be detected.
         """
         width, height = self.size(request)
         negative_prompt: Any = request.negative_prompt
@@ -130,19 +130,19 @@ class Parameters:
         }
         if self._distilled is not None:
             arguments.update(self._distilled.arguments)
-        if self.takes("use_resolution_binning"):
-            # It would turn 64x64 into 1024x1024 and cut the rest off.
+        if self.accepts("use_resolution_binning"):
+            # Binning would generate 1024x1024 for 64x64 and crop the image.
             arguments["use_resolution_binning"] = False
         return arguments
 
     def resolved(
         self, request: TextToImageRequest, seeds: Sequence[int]
     ) -> dict[str, ParameterValue]:
-        """What the pictures are made with, defaults included, but without any text.
+        """Return the parameters of the images, including defaults, without any text.
 
         Args:
-            request: What is asked.
-            seeds: Of the pictures, in their order.
+            request: The request.
+            seeds: The seeds of the images in order.
         """
         width, height = self.size(request)
         resolved: dict[str, ParameterValue] = {
@@ -169,8 +169,8 @@ class Parameters:
         except UnsupportedParameter as refused:
             raise ModelUnavailable(f"{SETTING}: {refused}") from None
 
-    def _check_adapters(self, asked: Mapping[str, float]) -> None:
-        for name in asked:
+    def _check_adapters(self, weights: Mapping[str, float]) -> None:
+        for name in weights:
             if name not in self._adapters:
                 raise UnsupportedParameter("adapters", f"adapters: there is no adapter {name}")
 
@@ -196,11 +196,11 @@ class Parameters:
             )
 
     def _check_negative_prompt(self, request: TextToImageRequest) -> None:
-        if _says_nothing(request.negative_prompt) or self.guidance.name == "guider":
+        if _is_blank(request.negative_prompt) or self.guidance.name == "guider":
             return
         scale = self.scale(request)
-        if scale is not None and not guides(self._pipe, scale):
-            least = 0 if guides(self._pipe, 1.0) else 1
+        if scale is not None and not has_cfg(self._pipe, scale):
+            least = 0 if has_cfg(self._pipe, 1.0) else 1
             raise UnsupportedParameter(
                 "negative_prompt",
                 f"negative_prompt: has an effect only with guidance_scale above {least}",
@@ -219,13 +219,13 @@ class Parameters:
         return ModelDescription(
             info=info,
             parameters=frozenset(names),
-            defaults={**self._own_defaults(), **self._defaults},
+            defaults={**self._model_defaults(), **self._defaults},
             size_multiple=_size_multiple(self._pipe),
             max_pixels=MAX_PIXELS,
             least_steps=self._least_steps,
         )
 
-    def _own_defaults(self) -> dict[str, Default | None]:
+    def _model_defaults(self) -> dict[str, Default | None]:
         steps = self._known["num_inference_steps"].default or _STEPS
         scale = self.guidance.default
         if self._distilled is not None:
@@ -242,7 +242,7 @@ class Parameters:
         }
 
 
-def _says_nothing(value: object) -> bool:
+def _is_blank(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
@@ -258,12 +258,15 @@ def _default_side(pipe: Any, known: Mapping[str, inspect.Parameter], name: str) 
     if not isinstance(sample, int):
         return _SIDE
     side = sample * int(getattr(pipe, "vae_scale_factor", 1))
-    # PRX counts its default_sample_size in pixels of the picture.
+    # The default_sample_size of PRX is in pixels of the image.
     return side if side * side <= MAX_PIXELS else sample
 
 
 def _size_multiple(pipe: Any) -> int:
-    """What both factors divide: fits FLUX.1 and .2, SD3, SDXL, both Hunyuans, Qwen and Z-Image."""
+    """Return the number of pixels of which width and height must be multiples.
+
+    The rule fits FLUX.1, FLUX.2, SD3, SDXL, HunyuanDiT, HunyuanImage, Qwen-Image and Z-Image.
+    """
     scale = int(getattr(pipe, "vae_scale_factor", 1))
     patch = config_of(denoiser(pipe)).get("patch_size", 1) or 1
     patch = patch[-1] if isinstance(patch, list | tuple) else patch
@@ -272,7 +275,10 @@ def _size_multiple(pipe: Any) -> int:
 
 
 def _max_side(pipe: Any) -> int | None:
-    """Stable Diffusion 3 cuts its positions out of a table and raises beyond its edge."""
+    """Return the longest side in pixels; None without a limit.
+
+    Stable Diffusion 3 reads its position embeddings from a table and raises beyond its size.
+    """
     embed = getattr(denoiser(pipe), "pos_embed", None)
     if not isinstance(embed, PatchEmbed) or not embed.pos_embed_max_size:
         return None

@@ -1,4 +1,4 @@
-"""Loading a diffusers pipeline, and refusing what would load and then give wrong pictures."""
+"""Loading of a diffusers pipeline. Folders that load and then give wrong images are refused."""
 
 # mypy: allow-untyped-calls
 
@@ -26,7 +26,7 @@ from consumer.runners.weights import (
     require_no_new_weights,
 )
 
-# What a pipeline must be able to be asked for.
+# Parameters that a pipeline's `__call__` must have.
 _NEEDED = (
     "prompt",
     "width",
@@ -36,7 +36,7 @@ _NEEDED = (
     "generator",
     "output_type",
 )
-# What a pipeline takes that needs more than a text, or does not make pictures from it.
+# Parameters of pipelines that need more than a text, or do not generate images.
 _MORE_THAN_TEXT = (
     "strength",
     "mask_image",
@@ -46,16 +46,19 @@ _MORE_THAN_TEXT = (
     "video_length",
     "prior_num_inference_steps",  # two pipelines in one, whose schedulers would be shared
 )
-_GIVEN = {"self", "prompt", "width", "height"}  # a pipeline may require them: they are always given
+_GIVEN = {"self", "prompt", "width", "height"}  # parameters that are always passed
 
 _DENOISERS = ("transformer", "unet")
 
 STEP_CALLBACK = "callback_on_step_end"
-OLD_STEP_CALLBACK = "callback"  # of PixArt, Amused and others
+OLD_STEP_CALLBACK = "callback"  # in PixArt, Amused and others
 
 
 def download(model_id: str, revision: str | None, *, cached_only: bool) -> str:
-    """Fetch a pipeline from the hub, its index first: a wrong class costs no gigabytes."""
+    """Download a pipeline from the hub and return its folder.
+
+    The index is downloaded and checked first, so that no weights of a wrong class are downloaded.
+    """
     found: dict[str, Any] = {"revision": revision, "local_files_only": cached_only}
     index = DiffusionPipeline.load_config(model_id, **found)
     text_to_image_class(index, model_id)
@@ -64,14 +67,14 @@ def download(model_id: str, revision: str | None, *, cached_only: bool) -> str:
 
 
 def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> Any:
-    """A text-to-image pipeline with all its weights and options, where the configuration wants it.
+    """Load a text-to-image pipeline with its weights and options, on the configured device.
 
     Raises:
-        ModelUnavailable: One clear line.
+        ModelUnavailable: The pipeline or an option cannot be used; the message is one line.
     """
     index = _read_index(source)
     text_to_image_class(index, source.id)
-    vocabulary.require_all_weights(source.folder, index, source.id)
+    vocabulary.require_vocabulary_files(source.folder, index, source.id)
     folder.require_known_classes(index, source.id)
     schedulers.require_generator(index, source.id)
     pipeline_options.require_attention_backend(config)
@@ -83,7 +86,7 @@ def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> 
         for name, module in modules(pipe):
             require_all_weights(module, f"{source.id}: {name}")
         schedulers.require_kind(pipe, source.id)
-        _share_out(pipe, parts)
+        _distribute(pipe, parts)
         pipeline_options.apply(pipe, denoiser(pipe), placement, config)
     except ModelUnavailable:
         raise
@@ -95,15 +98,15 @@ def load_pipeline(source: Source, placement: Placement, config: ModelConfig) -> 
 
 
 def text_to_image_class(index: Mapping[str, Any], name: str) -> type[Any]:
-    """The pipeline's class, if it makes pictures from a text alone.
+    """Return the pipeline's class, if it generates images from a text alone.
 
     Raises:
-        ModelUnavailable: It does not, or it is not a class of diffusers itself.
+        ModelUnavailable: The class does not, or it is not a class of diffusers.
     """
     class_name = index.get("_class_name")
     found = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
     if not (inspect.isclass(found) and issubclass(found, DiffusionPipeline)):
-        raise ModelUnavailable(f"{name}: model_index.json names no pipeline of diffusers")
+        raise ModelUnavailable(f"{name}: model_index.json names no pipeline class of diffusers")
     parameters = inspect.signature(found.__call__).parameters
     required = {
         p.name
@@ -117,47 +120,53 @@ def text_to_image_class(index: Mapping[str, Any], name: str) -> type[Any]:
         or parameters["output_type"].default != "pil"
         or ("image" in parameters and not _image_is_optional(found))
     ):
-        raise ModelUnavailable(f"{name}: {class_name} does not make pictures from a text alone")
+        raise ModelUnavailable(f"{name}: {class_name} does not generate images from a text alone")
     if not {STEP_CALLBACK, OLD_STEP_CALLBACK} & parameters.keys():
-        raise ModelUnavailable(f"{name}: {class_name} cannot be stopped or watched at its steps")
+        raise ModelUnavailable(f"{name}: {class_name} has no callback at its steps")
     _require_matching_denoiser(found, index, name)
     return found
 
 
 def modules(pipe: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The parts that have weights, by their names."""
+    """Yield the name and module of each part that has weights."""
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             yield name, part
 
 
 def denoiser(pipe: Any) -> Any:
-    """The part that is run at each step."""
+    """Return the part that runs at each step: the transformer or the UNet."""
     return getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
 
 
 def _image_is_optional(found: type[Any]) -> bool:
-    # Nothing in a signature tells an editor from FLUX.2, which takes pictures or none: diffusers'
-    # own list does. It also lists pipelines with a ControlNet, which do need a picture.
-    listed = diffusers.AutoPipelineForText2Image  # imported with its lists
+    # A signature does not distinguish an edit model from FLUX.2, where images are optional. The
+    # mapping of diffusers does. It also contains ControlNet pipelines, which need an image.
+    listed = diffusers.AutoPipelineForText2Image  # in the module of the mapping
     known = inspect.getmodule(listed).AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()  # type: ignore[union-attr]
     return found in known and "controlnet" not in inspect.signature(found.__init__).parameters
 
 
 def _require_matching_denoiser(found: type[Any], index: Mapping[str, Any], name: str) -> None:
-    """Refuse a denoiser of another class, which diffusers loads with no more than a warning.
+    """Refuse a denoiser of another class, for which diffusers only logs a warning.
 
-    Text encoders and autoencoders are not judged: they have stand-ins that work.
+    Text encoders and autoencoders are not checked, because other classes can work there.
     """
     for part, hint in get_type_hints(found.__init__).items():
-        wanted = tuple(c for c in get_args(hint) or (hint,) if inspect.isclass(c))
+        expected = tuple(c for c in get_args(hint) or (hint,) if inspect.isclass(c))
         entry = index.get(part)
-        if part not in _DENOISERS or not wanted or not isinstance(entry, list) or entry[0] is None:
+        if (
+            part not in _DENOISERS
+            or not expected
+            or not isinstance(entry, list)
+            or entry[0] is None
+        ):
             continue
-        given = getattr(diffusers, str(entry[-1]), None)
-        if inspect.isclass(given) and not issubclass(given, wanted):
-            expected = wanted[0].__name__
-            raise ModelUnavailable(f"{name}: {part} is of {given.__name__}, not of {expected}")
+        actual = getattr(diffusers, str(entry[-1]), None)
+        if inspect.isclass(actual) and not issubclass(actual, expected):
+            raise ModelUnavailable(
+                f"{name}: {part} has the class {actual.__name__} instead of {expected[0].__name__}"
+            )
 
 
 def _read_index(source: Source) -> dict[str, Any]:
@@ -179,9 +188,10 @@ def _text_models(
     placement: Placement,
     config: ModelConfig,
 ) -> dict[str, Any]:
-    """Load what comes from transformers, which fills missing weights with random ones.
+    """Load the parts that are models of transformers, by their names.
 
-    It tells so only in its loading info, which diffusers does not ask for.
+    transformers fills missing weights with random values and reports that only in its loading
+    info, which diffusers does not request.
     """
     loaded = {}
     for name, entry in index.items():
@@ -217,10 +227,10 @@ def _from_folder(
     placement: Placement,
     config: ModelConfig,
 ) -> Any:
-    # A part that is saved as absent, such as the T5 of Stable Diffusion 3, must be named as absent.
+    # A part that the index names as absent, such as T5 in Stable Diffusion 3, is passed as None.
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
-    straight = direct_load_kwargs(placement, config)
-    # One for all parts: diffusers reads the others where a part does not have it.
+    direct = direct_load_kwargs(placement, config)
+    # One variant for all parts: diffusers reads the plain files of a part that does not have it.
     variant = min(variants.values(), default=None)
     pipe = DiffusionPipeline.from_pretrained(
         str(source.folder),
@@ -230,28 +240,31 @@ def _from_folder(
         **quantization.for_diffusers(config, placement, index),
         **({"device_map": config.device_map} if config.device_map != "none" else {}),
         variant=variant,
-        **straight,
+        **direct,
         **absent,
         **parts,
     )
-    if straight:
-        pipe.hf_device_map = None  # nothing is shared out
+    if direct:
+        pipe.hf_device_map = None  # the parts are not distributed
     return pipe
 
 
-def _share_out(pipe: Any, parts: Mapping[str, Any]) -> None:
-    """Put the parts that were loaded here where the pipeline's device map has them.
+def _distribute(pipe: Any, parts: Mapping[str, Any]) -> None:
+    """Move the parts that were loaded here to the devices of the pipeline's device map.
 
-    diffusers shares out whole parts. One that fits on no GPU it leaves in main memory, where each
-    step would fetch it; of several such it forgets all but one.
+    diffusers distributes whole parts. A part that fits on no GPU stays in main memory, and each
+    step would copy it to a GPU. If there are several such parts, diffusers omits all but one.
+
+    Raises:
+        ModelUnavailable: A part does not fit on a GPU.
     """
-    places = pipe.hf_device_map
-    if not isinstance(places, dict):
+    device_map = pipe.hf_device_map
+    if not isinstance(device_map, dict):
         return
     for name, _ in modules(pipe):
-        device = places.get(name, "cpu")
+        device = device_map.get(name, "cpu")
         if device == "cpu":
             raise ModelUnavailable(f"MODEL_DEVICE_MAP: {name} does not fit on a GPU")
         if name in parts:
-            # With hooks, for its inputs come from other devices.
+            # With hooks, because the inputs are on other devices.
             accelerate.dispatch_model(parts[name], {"": device}, force_hooks=True)

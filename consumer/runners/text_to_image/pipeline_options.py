@@ -1,4 +1,7 @@
-"""Options of a pipeline, each by diffusers' own feature, or refused where the pipeline lacks it."""
+"""The optional features of a pipeline: each is turned on through diffusers, or refused.
+
+An option that a pipeline does not support is refused when the model is loaded.
+"""
 
 # mypy: allow-untyped-calls
 
@@ -12,15 +15,15 @@ from consumer.ports.model import ModelUnavailable
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
 
-GRAPHS = 64  # that one compiled block may have
-_FROM_THE_HUB = "_hub"  # ending of the backends whose code diffusers fetches from the hub
+GRAPHS = 64  # the most graphs of one compiled block
+_FROM_THE_HUB = "_hub"  # suffix of the backends whose code diffusers fetches from the hub
 
 
 def require_attention_backend(config: ModelConfig) -> None:
     """Refuse an attention backend that diffusers lacks, or whose package is missing.
 
     Raises:
-        ModelUnavailable: Says which there are, or which package is missing.
+        ModelUnavailable: Names the available backends, or the missing package.
     """
     name = config.attention
     if not name:
@@ -31,56 +34,56 @@ def require_attention_backend(config: ModelConfig) -> None:
     try:
         with attention_backend(AttentionBackendName(name)):
             pass
-    except RuntimeError as error:  # diffusers' word for a missing package
+    except RuntimeError as error:  # what diffusers raises for a missing package
         raise ModelUnavailable(f"MODEL_ATTENTION: {error}") from None
 
 
 def apply(pipe: Any, denoiser: Any, placement: Placement, config: ModelConfig) -> None:
-    """Turn the options on and put the pipeline where it computes.
+    """Turn the configured options on and move the pipeline to its device.
 
     Args:
-        pipe: Just loaded.
-        denoiser: Its part that is run at each step.
-        placement: Where it computes.
-        config: Which options.
+        pipe: The loaded pipeline.
+        denoiser: The part of the pipeline that runs at each step.
+        placement: The device of the pipeline.
+        config: The options.
 
     Raises:
-        ModelUnavailable: The pipeline has nothing to which an option could apply.
+        ModelUnavailable: The pipeline does not support an option.
     """
     family = type(pipe).__name__.removesuffix("Pipeline")
     if config.attention:
-        _choose_attention(denoiser, config.attention, family)
-    for wanted, setting, way in (
+        _set_attention(denoiser, config.attention, family)
+    for enabled, setting, mode in (
         (config.vae_tiling, "MODEL_VAE_TILING", "tiling"),
         (config.vae_slicing, "MODEL_VAE_SLICING", "slicing"),
     ):
-        if wanted:
-            _decode_in_parts(getattr(pipe, "vae", None), setting, way, family)
+        if enabled:
+            _enable_vae_mode(getattr(pipe, "vae", None), setting, mode, family)
     if config.channels_last:
-        _order_channels_last([denoiser, getattr(pipe, "vae", None)], family)
-    _put_in_place(pipe, placement, config)
-    # Last: what is cached and compiled is the forward pass with all the hooks above.
+        _set_channels_last([denoiser, getattr(pipe, "vae", None)], family)
+    _move_to_device(pipe, placement, config)
+    # Last, so that the cached and compiled forward pass includes the hooks of the options above.
     if config.step_cache:
         _cache_steps(denoiser, config.step_cache, family)
     if config.compile:
         _compile(denoiser, config)
 
 
-def _choose_attention(denoiser: Any, name: str, family: str) -> None:
+def _set_attention(denoiser: Any, name: str, family: str) -> None:
     processors = [getattr(module, "processor", None) for module in denoiser.modules()]
-    # The older processors call torch directly, and diffusers passes over them without a word.
+    # Older processors call torch directly, and diffusers silently skips them.
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
-        raise ModelUnavailable(f"MODEL_ATTENTION: {family} has no choice of attention")
+        raise ModelUnavailable(f"MODEL_ATTENTION: {family} has no selectable attention backend")
     denoiser.set_attention_backend(name)
 
 
-def _decode_in_parts(vae: Any, setting: str, way: str, family: str) -> None:
-    if not hasattr(vae, f"use_{way}"):
-        raise ModelUnavailable(f"{setting}: {family} has no vae with {way}")
-    getattr(vae, f"enable_{way}")()
+def _enable_vae_mode(vae: Any, setting: str, mode: str, family: str) -> None:
+    if not hasattr(vae, f"use_{mode}"):
+        raise ModelUnavailable(f"{setting}: {family} has no vae with {mode}")
+    getattr(vae, f"enable_{mode}")()
 
 
-def _order_channels_last(parts: list[Any], family: str) -> None:
+def _set_channels_last(parts: list[Any], family: str) -> None:
     with_convolutions = [
         part
         for part in parts
@@ -92,7 +95,7 @@ def _order_channels_last(parts: list[Any], family: str) -> None:
         part.to(memory_format=torch.channels_last)
 
 
-def _put_in_place(pipe: Any, placement: Placement, config: ModelConfig) -> None:
+def _move_to_device(pipe: Any, placement: Placement, config: ModelConfig) -> None:
     device = placement.device
     if config.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -108,13 +111,13 @@ def _put_in_place(pipe: Any, placement: Placement, config: ModelConfig) -> None:
 def _cache_steps(denoiser: Any, threshold: float, family: str) -> None:
     """Skip the later blocks at a step whose first block changes little.
 
-    What is kept from step to step goes with `maybe_free_model_hooks` after each run.
+    `maybe_free_model_hooks` clears the cached state after each run.
     """
     if not hasattr(denoiser, "enable_cache"):
         raise ModelUnavailable(f"MODEL_STEP_CACHE: {family} has no step cache")
     try:
         denoiser.enable_cache(FirstBlockCacheConfig(threshold=threshold))
-    except (ValueError, IndexError):  # diffusers knows nothing of its blocks, or there is one only
+    except (ValueError, IndexError):  # diffusers does not know its blocks, or there is only one
         raise ModelUnavailable(
             f"MODEL_STEP_CACHE: the first-block cache does not know the blocks of {family}"
         ) from None
@@ -122,14 +125,14 @@ def _cache_steps(denoiser: Any, threshold: float, family: str) -> None:
 
 def _compile(denoiser: Any, config: ModelConfig) -> None:
     if config.quantization.startswith("bitsandbytes"):
-        # diffusers' advice: bitsandbytes has operations whose result's shape depends on its input.
+        # As diffusers advises: output shapes of bitsandbytes operations depend on the input values.
         torch._dynamo.config.capture_dynamic_output_shape_ops = True  # noqa: SLF001
-    # The cache decides in the middle of a block, outside of what can be compiled.
+    # The cache branches in the middle of a block, which cannot be part of one graph.
     whole = not config.step_cache
-    # A graph for each way in which a block is called: with and without guidance, for one picture
-    # and for several, two sizes. Beyond the limit, 8, torch raises where the graph must be whole.
+    # Each way to call a block has a graph: with and without guidance, for one image and several,
+    # for each size. Above torch's limit of 8 graphs, a block that must be one graph raises.
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)  # noqa: SLF001
-    # The blocks of a transformer are alike: compiled once, used for all of them.
+    # The repeated blocks of a transformer share one compilation.
     if getattr(denoiser, "_repeated_blocks", None):
         denoiser.compile_repeated_blocks(fullgraph=whole)
     else:

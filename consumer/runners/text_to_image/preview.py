@@ -1,8 +1,8 @@
-"""Previews: what a picture looks like while it is made, small and now and then.
+"""Previews of an image during its run: small JPEG files at intervals.
 
-Between two steps of a flow-matching scheduler the latents move along a straight way; where it would
-end is the model's present estimate of the picture. It is made small before it is decoded, and it is
-decoded so rarely that a run takes at most a twentieth longer.
+Between two steps of a flow-matching scheduler the latents move along a straight line. Its end point
+is the model's current estimate of the image. The estimate is scaled down before it is decoded, and
+decoded so rarely that a run takes at most 5 % longer.
 """
 
 import io
@@ -16,13 +16,13 @@ from PIL import Image
 
 SIDE = 256  # pixels, of the longer side
 QUALITY = 75  # of the JPEG
-PAUSE = 0.5  # seconds between two previews at least
-MOST_OF_THE_RUN = 0.05  # of its time
-_PACKED = 3  # dimensions: picture, patch, channels; as FLUX.1 has them
+MIN_INTERVAL = 0.5  # seconds between two previews
+MAX_SHARE = 0.05  # of the run's time
+_PACKED = 3  # dimensions of FLUX.1's latents: image, patch, channels
 
 
 def allows_previews(pipe: Any) -> bool:
-    """Whether the estimate can be read off the latents and decoded by an ordinary autoencoder."""
+    """Return whether latents give the estimate and an `AutoencoderKL` decodes it."""
     scheduler: Any = getattr(pipe, "scheduler", None)
     vae: Any = getattr(pipe, "vae", None)
     ordinary = (type(scheduler), type(vae)) == (FlowMatchEulerDiscreteScheduler, AutoencoderKL)
@@ -35,12 +35,12 @@ def allows_previews(pipe: Any) -> bool:
 
 
 class Preview:
-    """Makes previews of the first picture of one run.
+    """Generates previews of the first image of one run.
 
     Args:
-        on_preview: Told each of them, in the inference thread.
-        width: Of the picture, in pixels.
-        height: The same.
+        on_preview: Called in the inference thread with each preview, a JPEG file.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
     """
 
     def __init__(self, on_preview: Callable[[bytes], None], width: int, height: int) -> None:
@@ -50,18 +50,24 @@ class Preview:
         self._next = 0.0
 
     def step(self, pipe: Any, index: int, latents: torch.Tensor) -> None:
-        """Look at the latents after a step, and tell a preview if it is time for one."""
+        """Take the latents after a step, and report a preview if the interval has passed.
+
+        Args:
+            pipe: The pipeline of the run.
+            index: Index of the step, from 0.
+            latents: Shape (images, channels, height, width), or packed (images, patches, channels).
+        """
         before, self._before = self._before, latents[:1].clone()
         sigmas = pipe.scheduler.sigmas
         if before is None or index + 1 >= len(sigmas) - 1 or time.monotonic() < self._next:
             return
-        # On a GPU this waits for the step, whose time is not the preview's.
+        # On a GPU this waits for the end of the step, so that its time is not counted below.
         now, earlier = float(sigmas[index + 1]), float(sigmas[index])
         began = time.monotonic()
         estimate = latents[:1] - now * (latents[:1] - before) / (now - earlier)
         self._on_preview(self._jpeg(pipe, estimate))
         cost = time.monotonic() - began
-        self._next = began + max(PAUSE, cost / MOST_OF_THE_RUN)
+        self._next = began + max(MIN_INTERVAL, cost / MAX_SHARE)
 
     def _jpeg(self, pipe: Any, latents: torch.Tensor) -> bytes:
         vae = pipe.vae

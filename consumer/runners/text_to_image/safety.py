@@ -1,4 +1,4 @@
-"""The operator's own safety checker: a callable that says of each picture whether it is flagged."""
+"""The operator's safety checker: a callable that flags images."""
 
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -18,48 +18,48 @@ SETTING = "MODEL_SAFETY_CHECKER"
 
 log = structlog.get_logger()
 
-# What the device does to a checker is told as what it is, not as a fault of the checker.
+# Failures of the device, which are not reported as failures of the checker.
 _OF_THE_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)
 
 
 class SafetyChecker:
-    """Asks the callable, and takes nothing for an answer but one bool for each picture.
+    """Calls the checker and accepts only one bool for each image as its result.
 
     Args:
-        check: Called in the inference thread with a list of RGB pictures.
+        check: Called in the inference thread with a list of RGB images.
     """
 
     def __init__(self, check: Callable[..., Any]) -> None:
         self._check = check
 
-    def flags(self, pictures: "Sequence[Image]") -> list[bool]:
-        """Which pictures are flagged. They are not changed: the callable has copies.
+    def flags(self, images: "Sequence[Image]") -> list[bool]:
+        """Return a flag for each image. The callable gets copies, so the images do not change.
 
         Raises:
-            BadOutput: The callable raised, or its answer is not one bool for each picture.
+            BadOutput: The callable raised, or did not return one bool for each image.
         """
         try:
-            answer = self._check([picture.copy() for picture in pictures])
+            flags = self._check([image.copy() for image in images])
         except _OF_THE_DEVICE:
             raise
         except Exception as error:
             log.exception("safety_checker_raised")
             raise BadOutput(f"the safety checker raised {type(error).__name__}") from None
-        if not isinstance(answer, list | tuple) or len(answer) != len(pictures):
-            raise BadOutput("the safety checker did not answer with one flag for each picture")
-        if not all(isinstance(flag, bool | np.bool_) for flag in answer):
-            raise BadOutput("the safety checker gave a flag that is neither true nor false")
-        return [bool(flag) for flag in answer]
+        if not isinstance(flags, list | tuple) or len(flags) != len(images):
+            raise BadOutput("the safety checker did not return one flag for each image")
+        if not all(isinstance(flag, bool | np.bool_) for flag in flags):
+            raise BadOutput("the safety checker returned a flag that is neither true nor false")
+        return [bool(flag) for flag in flags]
 
 
 def load_checker(setting: str) -> SafetyChecker | None:
-    """Import the callable, and tell in the log whether there is one.
+    """Import the callable, and log whether there is one.
 
     Args:
         setting: `package.module:callable`; empty for none.
 
     Raises:
-        ModelUnavailable: There is nothing of that name that can be called.
+        ModelUnavailable: The setting does not name a callable.
     """
     log.info("safety_checker", checker=setting or "off")
     if not setting:
@@ -68,11 +68,11 @@ def load_checker(setting: str) -> SafetyChecker | None:
         raise ModelUnavailable(f"{SETTING}: must be package.module:callable")
     try:
         found = pkgutil.resolve_name(setting)
-    except Exception as error:  # importing runs code that is not ours
+    except Exception as error:  # the import runs the operator's code
         log.exception("safety_checker_not_imported")
         reason = type(error).__name__
     else:
         if callable(found):
             return SafetyChecker(found)
-        reason = "it cannot be called"
+        reason = "it is not callable"
     raise ModelUnavailable(f"{SETTING}: {setting} cannot be used: {reason}")

@@ -1,7 +1,7 @@
-"""Schedulers of a pipeline: which ones its weights can be run with, and where their noise is from.
+"""Schedulers: which ones work with a pipeline's weights, and the generators of their noise.
 
-A pipeline takes any scheduler from its folder without a check. One of another kind makes noise
-that looks like a result, or fails at the first step of every request.
+A pipeline takes any scheduler from its folder without a check. A scheduler of another kind gives
+noise instead of an image, or fails at the first step of every request.
 """
 
 import functools
@@ -18,17 +18,17 @@ from consumer.runners.text_to_image.part_config import config_of
 
 _FLOW = "FlowMatchEulerDiscreteScheduler"  # what most flow-matching pipelines are published with
 
-# Classes that step along the straight way from noise to image, with any configuration.
+# Flow-matching classes, whatever their configuration.
 _ALWAYS_FLOW = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF")
 
-_INVERSE = "InverseScheduler"  # ending of the classes that turn an image into noise
+_INVERSE = "InverseScheduler"  # suffix of the classes that turn an image into noise
 
-# Its seed is drawn from torch's global generator, or is the same for all requests.
+# It seeds its noise from torch's global generator, or with a constant.
 _WITHOUT_GENERATOR = "DPMSolverSDEScheduler"
 
-_MOST_OF_THE_LEAST = 4  # steps: PNDM's first ones are of another method and need four
+_MAX_LEAST_STEPS = 4  # PNDM's first steps use another method and need four
 
-# What `set_timesteps` raises for too few steps, or without an argument that a pipeline passes.
+# Raised by `set_timesteps` for too few steps, or without an argument that a pipeline passes.
 _SET_TIMESTEPS_FAILURES = (
     ArithmeticError,
     AttributeError,
@@ -38,8 +38,8 @@ _SET_TIMESTEPS_FAILURES = (
     ValueError,
 )
 
-# Values that every class named in a pipeline's signature reads; with another one, only a run shows
-# whether the class reads it.
+# Values that every class named in a pipeline's signature supports. Whether a class supports another
+# value shows only in a run.
 _USUAL = {
     "prediction_type": ("epsilon", "v_prediction"),
     "timestep_spacing": ("linspace", "leading", "trailing"),
@@ -51,7 +51,7 @@ def require_generator(index: Mapping[str, Any], name: str) -> None:
 
     Args:
         index: The pipeline's model_index.json.
-        name: What to call the pipeline.
+        name: The pipeline's name in messages.
 
     Raises:
         ModelUnavailable: Names the scheduler.
@@ -59,21 +59,21 @@ def require_generator(index: Mapping[str, Any], name: str) -> None:
     entry = index.get("scheduler")
     scheduler = entry[-1] if isinstance(entry, list) and entry else None
     if scheduler == _WITHOUT_GENERATOR:
-        raise ModelUnavailable(f"{name}: {scheduler} draws noise that no seed of a request decides")
+        raise ModelUnavailable(f"{name}: {scheduler} ignores the seed of a request")
 
 
 def require_kind(pipe: Any, name: str) -> None:
     """Refuse a scheduler for another kind of weights than the pipeline's.
 
     Args:
-        pipe: The pipeline, loaded.
-        name: What to call the pipeline.
+        pipe: The loaded pipeline.
+        name: The pipeline's name in messages.
 
     Raises:
-        ModelUnavailable: Names the scheduler and the kind that is needed.
+        ModelUnavailable: Names the scheduler and the required kind.
     """
     scheduler: Any = getattr(pipe, "scheduler", None)
-    named = _named_by(type(pipe))
+    named = _scheduler_names(type(pipe))
     if scheduler is None or not named:
         return
     given, family = type(scheduler).__name__, type(pipe).__name__.removesuffix("Pipeline")
@@ -91,18 +91,18 @@ def require_kind(pipe: Any, name: str) -> None:
 
 
 def needs_flow(pipeline: type[Any]) -> bool:
-    """Whether the weights of a pipeline's class are made for flow matching."""
-    return _named_by(pipeline) == {_FLOW}
+    """Return whether the weights of a pipeline's class are trained for flow matching."""
+    return _scheduler_names(pipeline) == {_FLOW}
 
 
 def is_unusual(pipe: Any) -> bool:
-    """Whether only a run can show that the pipeline works with its scheduler.
+    """Return whether only a run can show that the pipeline works with its scheduler.
 
-    That is so for a class that the pipeline's signature does not name, and for a class with a value
-    in its configuration that it may not read.
+    That applies to a class that the pipeline's signature does not name, and to a configuration
+    value that the class may not support.
     """
     scheduler: Any = getattr(pipe, "scheduler", None)
-    named = _named_by(type(pipe))
+    named = _scheduler_names(type(pipe))
     if scheduler is None or not named:
         return False
     config = config_of(scheduler)
@@ -112,11 +112,11 @@ def is_unusual(pipe: Any) -> bool:
 
 
 def least_steps(scheduler: Any) -> int:
-    """The fewest steps that a scheduler can make; 1 where only a run could show it."""
+    """Return the fewest steps that a scheduler supports; 1 where only a run could show it."""
     # With shift_terminal, a schedule of one step divides 0 by 0.
     if config_of(scheduler).get("shift_terminal"):
         return 2
-    for steps in range(1, _MOST_OF_THE_LEAST + 1):
+    for steps in range(1, _MAX_LEAST_STEPS + 1):
         try:
             scheduler.from_config(scheduler.config).set_timesteps(steps)
         except _SET_TIMESTEPS_FAILURES:
@@ -126,10 +126,10 @@ def least_steps(scheduler: Any) -> int:
 
 
 def fresh_scheduler(shared: Any, generators: Sequence[torch.Generator]) -> Any:
-    """A scheduler for one run, whose noise comes from the generators of the images.
+    """Return a new scheduler for one run, whose noise comes from the generators of the images.
 
-    Many pipelines do not pass their generators to `step`: a scheduler that adds noise would then
-    take it from torch's global generator, another one for each run.
+    Many pipelines do not pass their generators to `step`. A scheduler that adds noise would then
+    draw it from torch's global generator, and the image would not depend on the seed alone.
 
     Args:
         shared: The scheduler of the pipeline; not changed.
@@ -137,8 +137,8 @@ def fresh_scheduler(shared: Any, generators: Sequence[torch.Generator]) -> Any:
     """
     scheduler = shared.from_config(shared.config)
     if "generator" in inspect.signature(scheduler.step).parameters:
-        # A subclass, not an attribute that refers to the object: such a cycle would keep
-        # the tensors of the run until the garbage collector comes.
+        # A subclass, not a bound method as an attribute: such a reference cycle would keep the
+        # tensors of the run until the next garbage collection.
         scheduler.__class__ = _with_generators(type(scheduler))  # type: ignore[arg-type]
         scheduler.generators = list(generators)
     return scheduler
@@ -156,8 +156,8 @@ def _with_generators(kind: type[Any]) -> type[Any]:
     return type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
 
 
-def _named_by(pipeline: type[Any]) -> frozenset[str]:
-    """The scheduler classes in the signature of a pipeline; empty where it names none."""
+def _scheduler_names(pipeline: type[Any]) -> frozenset[str]:
+    """Return the scheduler classes in the signature of a pipeline; empty where it names none."""
     hint = get_type_hints(pipeline.__init__).get("scheduler")
     classes = get_args(hint) or (hint,)
     names = {c.__name__ for c in classes if inspect.isclass(c)}
@@ -167,13 +167,13 @@ def _named_by(pipeline: type[Any]) -> frozenset[str]:
 
 
 def _is_scheduler(found: Any) -> bool:
-    # SchedulerMixin itself stands for any class.
+    # The annotation SchedulerMixin means any class.
     mixin = diffusers.SchedulerMixin
     return inspect.isclass(found) and issubclass(found, mixin) and found is not mixin
 
 
 def _can_flow(name: str) -> bool:
-    # Sana names DPMSolverMultistepScheduler, whose configuration is for either kind of weights.
+    # Sana names DPMSolverMultistepScheduler, which supports both kinds by configuration.
     options = inspect.signature(getattr(diffusers, name).__init__).parameters
     return name.startswith(_ALWAYS_FLOW) or "use_flow_sigmas" in options
 

@@ -1,7 +1,7 @@
-"""What a pipeline calls at the end of each step: it tells the step, and stops a cancelled run.
+"""The callback that a pipeline calls after each step: it reports progress and stops cancelled runs.
 
-Raising is the way that stops all families at once and leaves the next run undisturbed; the flag
-`_interrupt` of the pipelines still decodes, and some have none.
+A cancelled run is stopped by an exception, which works for all families and does not affect the
+next run. With the flag `_interrupt`, pipelines still decode the image, and some lack the flag.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,15 +14,15 @@ from consumer.runners.text_to_image.preview import Preview
 
 
 class StepCallback:
-    """Counts the steps of several runs of a pipeline as those of one.
+    """Reports the steps of several calls of a pipeline as the steps of one run.
 
     Args:
-        on_step: Told after each step.
-        cancelled: Asked after each step.
-        modern: Whether the pipeline takes the callback of today, or the old one.
-        run: Which of the runs it is, from 0.
-        runs: How many there are.
-        preview: Looks at the latents after each step; only with the callback of today.
+        on_step: Called after each step with the steps done and the steps in total.
+        cancelled: Polled after each step; the run stops when it returns True.
+        on_step_end: Whether the pipeline takes `callback_on_step_end`, or the older `callback`.
+        run: Index of this call of the pipeline, from 0.
+        runs: Number of calls.
+        preview: Gets the latents after each step; only with `callback_on_step_end`.
     """
 
     def __init__(
@@ -30,37 +30,37 @@ class StepCallback:
         on_step: Callable[[int, int], None],
         cancelled: Callable[[], bool],
         *,
-        modern: bool,
+        on_step_end: bool,
         run: int,
         runs: int,
         preview: Preview | None = None,
     ) -> None:
-        self._modern = modern
+        self._has_step_end = on_step_end
         self._on_step = on_step
         self._cancelled = cancelled
         self._run = run
         self._runs = runs
         self._preview = preview
 
-    def arguments(self, asked: int) -> dict[str, Any]:
-        """The callback as the pipeline takes it, for a number of steps asked for."""
-        if self._modern:
-            return {STEP_CALLBACK: partial(self._at_end, asked)}
-        return {OLD_STEP_CALLBACK: partial(self._at_end_of_old, asked), "callback_steps": 1}
+    def arguments(self, requested: int) -> dict[str, Any]:
+        """Return the pipeline's keyword arguments for a requested number of steps."""
+        if self._has_step_end:
+            return {STEP_CALLBACK: partial(self._on_step_end, requested)}
+        return {OLD_STEP_CALLBACK: partial(self._on_old_callback, requested), "callback_steps": 1}
 
-    def _at_end(
-        self, asked: int, pipe: Any, index: int, _time: Any, tensors: Mapping[str, Any]
+    def _on_step_end(
+        self, requested: int, pipe: Any, index: int, _time: Any, tensors: Mapping[str, Any]
     ) -> dict[str, Any]:
-        # Second-order schedulers make nearly twice as many steps as were asked for.
-        self._tell(index, getattr(pipe, "_num_timesteps", None) or asked)
+        # Second-order schedulers make nearly twice as many steps as requested.
+        self._report(index, getattr(pipe, "_num_timesteps", None) or requested)
         if self._preview is not None and "latents" in tensors:
             self._preview.step(pipe, index, tensors["latents"])
-        return {}  # None raises in the pipelines
+        return {}  # the pipelines raise if this is None
 
-    def _at_end_of_old(self, asked: int, index: int, *_: Any) -> None:
-        self._tell(index, asked)
+    def _on_old_callback(self, requested: int, index: int, *_: Any) -> None:
+        self._report(index, requested)
 
-    def _tell(self, index: int, steps: int) -> None:
+    def _report(self, index: int, steps: int) -> None:
         done = self._run * steps + index + 1
         self._on_step(done, self._runs * steps)
         if self._cancelled():

@@ -1,4 +1,7 @@
-"""Seeing that a prompt was cut: the pipelines only log it, words and all, and some do not."""
+"""Detection of truncated prompts.
+
+Pipelines only log a truncation, with the words of the prompt, and some do not log it.
+"""
 
 import copy
 from collections import Counter
@@ -9,50 +12,52 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 class TruncationTracker:
-    """The text encoders that did not read a text whole, with how many tokens they read.
+    """Records which tokenizers truncated which prompts, and how many tokens they kept.
 
-    Every pipeline reads its prompts in their order and then the negative ones in theirs, with each
-    of its tokenizers, in one call or in a call for each: so the place of a text among all that a
-    tokenizer was given tells whose it is.
+    With each tokenizer, a pipeline encodes the prompts in order and then the negative prompts in
+    order, in one call or one call each. The position of a text among all texts of a tokenizer
+    therefore identifies its prompt.
 
     Args:
-        prompts: How many are given to the pipeline; as many negative ones, or none.
+        prompts: Number of prompts; there are as many negative prompts, or none.
     """
 
     def __init__(self, prompts: int = 1) -> None:
         self._prompts = prompts
-        self._read: Counter[str] = Counter()  # texts, by tokenizer
-        self._seen: dict[tuple[int, str], int] = {}
+        self._texts: Counter[str] = Counter()  # encoded texts, by tokenizer
+        self._truncated: dict[tuple[int, str], int] = {}  # tokens kept, by prompt and tokenizer
 
-    def watched(self, name: str, part: Any) -> Any:
-        """A stand-in for a tokenizer, or a processor with one, that notes what it cuts.
+    def tracked(self, name: str, part: Any) -> Any:
+        """Return a copy of a tokenizer, or of a processor with one, that records truncations.
 
-        The original is not changed. Any other part is returned as it is.
+        The original is not changed. Any other part is returned unchanged.
         """
         if isinstance(part, ProcessorMixin) and hasattr(part, "tokenizer"):
-            stand_in: Any = copy.copy(part)
-            stand_in.tokenizer = self.watched(name, part.tokenizer)
-            return stand_in
+            tracked: Any = copy.copy(part)
+            tracked.tokenizer = self.tracked(name, part.tokenizer)
+            return tracked
         if not isinstance(part, PreTrainedTokenizerBase):
             return part
-        stand_in = copy.copy(part)
-        stand_in.__class__ = self._watching(name, type(part))
-        return stand_in
+        tracked = copy.copy(part)
+        tracked.__class__ = self._tracking(name, type(part))
+        return tracked
 
     def warnings(self, prompt: int = 0) -> tuple[str, ...]:
-        """One sentence for each encoder that cut a prompt or its negative one, without the words.
+        """Return one warning for each tokenizer that truncated a prompt or its negative prompt.
+
+        The warnings do not contain words of the prompt.
 
         Args:
-            prompt: Its place among the prompts.
+            prompt: Index of the prompt.
         """
         return tuple(
-            f"a prompt is longer than the model reads: {name} saw its first {tokens} tokens only"
-            for (place, name), tokens in sorted(self._seen.items())
-            if place == prompt
+            f"the prompt was truncated: {name} read only its first {tokens} tokens"
+            for (index, name), tokens in sorted(self._truncated.items())
+            if index == prompt
         )
 
-    def _watching(self, name: str, original: type[Any]) -> type[Any]:
-        note = self._note
+    def _tracking(self, name: str, original: type[Any]) -> type[Any]:
+        record = self._record
 
         def call(self: Any, text: Any = None, *args: Any, **kwargs: Any) -> Any:
             encoded = original.__call__(self, text, *args, **kwargs)
@@ -61,23 +66,23 @@ class TruncationTracker:
                 whole = original.__call__(
                     self, text, add_special_tokens=special, return_attention_mask=False
                 )
-                note(name, _rows(whole["input_ids"]), _rows(encoded["input_ids"]))
+                record(name, _rows(whole["input_ids"]), _rows(encoded["input_ids"]))
             return encoded
 
-        # The name stays: diffusers writes it into the configuration of the pipeline.
+        # The class name must not change: diffusers writes it into the pipeline's configuration.
         members = {"__call__": call, "__module__": original.__module__}
         return type(original.__name__, (original,), members)
 
-    def _note(self, name: str, whole: Sequence[Any], read: Sequence[Any]) -> None:
-        # What is read is padded, if at all, to no more than what can be read: a text that is longer
-        # than its padded row was cut.
-        for all_of_it, part in zip(whole, read, strict=False):
-            place = self._read[name] % self._prompts
-            self._read[name] += 1
-            if len(all_of_it) > len(part):
-                self._seen[place, name] = len(part)
+    def _record(self, name: str, whole: Sequence[Any], encoded: Sequence[Any]) -> None:
+        # Rows are padded to at most the encoder's maximum length. A text with more tokens than its
+        # padded row was truncated.
+        for tokens, row in zip(whole, encoded, strict=False):
+            index = self._texts[name] % self._prompts
+            self._texts[name] += 1
+            if len(tokens) > len(row):
+                self._truncated[index, name] = len(row)
 
 
 def _rows(ids: Sequence[Any]) -> Sequence[Any]:
-    """The tokens of each text, also where there is one text and no list of them."""
+    """Return the tokens of each text; a single text may come without the outer list."""
     return [ids] if not len(ids) or isinstance(ids[0], int) else ids

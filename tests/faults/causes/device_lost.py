@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from consumer.ports.model import RunnerOutput, RunRequest
-from consumer.runners.faults import translated
+from consumer.runners.faults import translate_failures
 from consumer.settings import Settings
 from generation_contracts import Request
 from tests.support.holding import hold
@@ -20,7 +20,7 @@ class DeviceLostOnce(QuickRunner):
     def run(
         self, runs: Sequence[RunRequest], *, save_memory: bool = False
     ) -> list[RunnerOutput | None]:
-        return translated(
+        return translate_failures(
             partial(super().run, runs, save_memory=save_memory),
             free=partial(note, "freed", "memory"),
         )

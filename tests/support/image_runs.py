@@ -1,4 +1,4 @@
-"""Small requests for pictures, run on a loaded model in the thread of the test."""
+"""Small requests for images, run on a loaded model in the thread of the test."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tests.support.model_runs import run_model
 
 
 def asked(**fields: Any) -> TextToImageRequest:
-    """A request for one picture of 64x64 pixels in three steps, but for these fields."""
+    """A request for one image of 64x64 pixels in three steps, but for these fields."""
     small = {"prompt": "a cat", "width": 64, "height": 64, "num_inference_steps": 3, "seed": 7}
     return TextToImageRequest(**{**small, **fields})
 
@@ -28,8 +28,8 @@ def made_of(
 
 
 def pixels(output: RunnerOutput) -> list[bytes]:
-    """The pictures' pixels."""
-    return [picture.image.tobytes() for picture in output.images]
+    """The images' pixels."""
+    return [image.image.tobytes() for image in output.images]
 
 
 def model(runner: ModelRunner) -> Any:

@@ -1,6 +1,6 @@
-"""What of a loaded pipeline only a run can show to work: it is run once before the first job.
+"""The reasons for a probe run: properties of a loaded pipeline that only a run can validate.
 
-Without that, a pipeline that fails at each request would be reported as ready.
+Without the probe run, a pipeline that fails at each request would be reported as ready.
 """
 
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from diffusers import AutoencoderKL
 from consumer.runners.text_to_image.part_config import config_of
 from consumer.runners.text_to_image.schedulers import is_unusual, needs_flow
 
-# Parts that a pipeline can lack. Some work without a text encoder, and none without its tokenizer.
+# Parts that a folder can lack. Some pipelines work without a text encoder, none without tokenizer.
 _NEEDED = ("scheduler", "text_encoder", "tokenizer", "transformer", "unet", "vae")
 
 
-def parts_to_try(pipe: Any) -> tuple[str, ...]:
-    """The parts because of which the pipeline is to be run once; empty where there are none.
+def probe_reasons(pipe: Any) -> tuple[str, ...]:
+    """Return the reasons for a probe run; empty where the pipeline needs none.
 
     Args:
-        pipe: The pipeline, loaded.
+        pipe: The loaded pipeline.
     """
     parts: Mapping[str, Any] = pipe.components
-    reasons = [f"no {name}" for name, part in parts.items() if part is None and _counts(name)]
+    reasons = [f"no {name}" for name, part in parts.items() if part is None and _is_needed(name)]
     if is_unusual(pipe):
         reasons.append(type(pipe.scheduler).__name__)
     vae = parts.get("vae")
-    # The autoencoders of these pipelines move the latents, and their class has no default for it.
+    # The autoencoders of these pipelines shift the latents; their class has no default shift.
     if (
         isinstance(vae, AutoencoderKL)
         and needs_flow(type(pipe))
@@ -36,5 +36,5 @@ def parts_to_try(pipe: Any) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def _counts(name: str) -> bool:
+def _is_needed(name: str) -> bool:
     return name.startswith(_NEEDED)

@@ -1,4 +1,4 @@
-"""A pipeline for one run: it shares the weights with all others, and nothing that a run changes."""
+"""The copy of a pipeline for one run: it shares the weights and has its own mutable state."""
 
 # mypy: allow-untyped-calls
 
@@ -14,22 +14,22 @@ from consumer.runners.text_to_image.schedulers import fresh_scheduler
 from consumer.runners.text_to_image.truncation import TruncationTracker
 
 
-def own_pipeline(
+def copy_pipeline(
     shared: Any,
-    cuts: TruncationTracker,
+    truncation: TruncationTracker,
     generators: Sequence[torch.Generator],
     *,
     guidance_scale: float | None,
 ) -> Any:
-    """A shallow copy with its own state: a fresh scheduler and guider, watched tokenizers.
+    """Return a shallow copy with a new scheduler, a new guider and tracked tokenizers.
 
-    Never one from `from_pipe`, which casts the shared weights.
+    `from_pipe` of diffusers is not used, because it casts the shared weights.
 
     Args:
         shared: The pipeline; not changed.
-        cuts: Notes the prompts that are cut.
-        generators: One for each image of the run; the scheduler takes its noise from them.
-        guidance_scale: For the guider, where the pipeline has one; None: the guider's own.
+        truncation: Records the prompts that are truncated.
+        generators: One for each image of the run; the source of the scheduler's noise.
+        guidance_scale: For the guider, where the pipeline has one; None: the guider's default.
     """
     pipe = copy.copy(shared)
     parts: dict[str, Any] = shared.components
@@ -37,9 +37,9 @@ def own_pipeline(
         if isinstance(part, SchedulerMixin):
             setattr(pipe, name, fresh_scheduler(part, generators))
         elif isinstance(part, BaseGuidance):
-            given = guidance_scale is not None and name == "guider"
-            scale = {"guidance_scale": guidance_scale} if given else {}
+            has_scale = guidance_scale is not None and name == "guider"
+            scale = {"guidance_scale": guidance_scale} if has_scale else {}
             setattr(pipe, name, part.new(**scale))
-        elif (watched := cuts.watched(name, part)) is not part:
-            setattr(pipe, name, watched)
+        elif (tracked := truncation.tracked(name, part)) is not part:
+            setattr(pipe, name, tracked)
     return pipe
