@@ -1,4 +1,4 @@
-"""`python -m consumer` is the same as `consumer`."""
+"""Run the `consumer` command as `python -m consumer`."""
 
 from consumer.app.cli import main
 

@@ -1,9 +1,9 @@
-"""Logs: structlog set up once; and what is told of a finished job, for logs and metrics.
+"""The logging setup of a process, and the report of a finished job.
 
-Other parts tell what happened through plain values (`JobReport`); nothing here reads a prompt, a
-secret or a presigned URL, so none can get into a log or a label.
+Other modules report through plain values (`JobReport`). Nothing here reads a prompt, a secret or a
+presigned URL, so none of them can get into a log line or a metric label.
 
-Logging decides nothing: a line that cannot be written is counted and lost, and the caller goes on.
+A log line that cannot be written is dropped and counted. The caller continues.
 """
 
 import io
@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, TextIO, cast
 
 import structlog
 
-LOG_PATIENCE = 0.1  # seconds that a line waits for a reader that has read all lines before it
+LOG_WRITE_TIMEOUT = 0.1  # seconds that a line waits for space in a full pipe
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class JobReport:
     """One finished job, for metrics and the log.
 
     Attributes:
-        outcome: `succeeded`, a failure code, `cancelled`, `already_done`, `given_back` or
-            `abandoned`.
-        attempt: How often the request has been delivered.
-        dead_letter: Whether it was put aside.
+        outcome: `succeeded`, a failure code, `cancelled`, `already_done`, `given_back` (requeued)
+            or `abandoned`.
+        attempt: How many times the request has been delivered.
+        dead_letter: Whether a dead letter was stored for the request.
     """
 
     outcome: str
@@ -42,38 +42,38 @@ class JobReport:
 
 
 class LogStream(io.TextIOBase):
-    """A text stream over another one; writing never raises, and never waits for long.
+    """Write text to another stream; a write never raises and never blocks for long.
 
-    A reader that has gone away (EPIPE), a closed descriptor and a full disk cost the line. So does
-    a reader that hangs: once the pipe is full, one line waits `LOG_PATIENCE` seconds, and the next
-    ones do not wait until something is read again. The first line that can be written afterwards
-    is preceded by one that says how many are missing.
+    A closed pipe (EPIPE), a closed descriptor or a full disk loses the line. So does a reader that
+    hangs: when the pipe is full, one line waits for `LOG_WRITE_TIMEOUT` seconds, and later lines
+    do not wait until the reader reads again. Before the first line that can be written again, the
+    stream writes a line with the number of lost lines.
 
     Attributes:
-        below: The other one.
+        wrapped: The stream that receives the text.
 
     Args:
-        stream: Usually standard error; None where the process was started without it.
-        render_loss: Makes the line about so many lost lines.
+        stream: Usually standard error; None if the process was started without it.
+        render_loss: Renders the line that reports a number of lost lines.
     """
 
     encoding = "utf-8"
     lost_lines: ClassVar[int] = 0  # of the process
 
     def __init__(self, stream: TextIO | None, render_loss: Callable[[int], str]) -> None:
-        self.below = stream
+        self.wrapped = stream
         self._render_loss = render_loss
         # Reentrant: the garbage collector may log a warning while this thread writes a line.
         self._lock = threading.RLock()
-        self._missing = 0  # lines lost since the last one that was written
-        self._cut = False  # whether the last line lacks its end
+        self._missing = 0  # lines lost since the last successful write
+        self._cut = False  # whether the last line was written only in part
         self._poll = select.poll()
         self._descriptor: int | None = None
         try:
             if stream is not None:
                 self._descriptor = stream.fileno()
                 self._poll.register(self._descriptor, select.POLLOUT)
-        except (OSError, ValueError):  # not a file; io.UnsupportedOperation is both
+        except (OSError, ValueError):  # not a file: io.UnsupportedOperation has both as bases
             self._descriptor = None
 
     def write(self, text: str) -> int:
@@ -84,39 +84,39 @@ class LogStream(io.TextIOBase):
                     self._send(f"{self._render_loss(self._missing)}\n")
                     self._missing = 0
                 self._send(text)
-            except (OSError, ValueError):  # ValueError: the stream has been closed
+            except (OSError, ValueError):  # ValueError: the stream is closed
                 lines = text.count("\n")
                 self._missing += lines
                 LogStream.lost_lines += lines
         return len(text)
 
     def fileno(self) -> int:
-        """The descriptor of the stream below; faulthandler writes to it."""
+        """Return the descriptor of the wrapped stream; faulthandler writes to it."""
         if self._descriptor is None:
             raise io.UnsupportedOperation("fileno")
         return self._descriptor
 
     def isatty(self) -> bool:
-        """Whether a person reads it."""
+        """Return whether the wrapped stream is a terminal."""
         return self._descriptor is not None and os.isatty(self._descriptor)
 
     def writable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def _send(self, text: str) -> None:
         if self._descriptor is None:
-            if self.below is None:
+            if self.wrapped is None:
                 raise ValueError("there is no standard error")
-            self.below.write(text)
-            self.below.flush()
+            self.wrapped.write(text)
+            self.wrapped.flush()
             return
-        # Past the stream's own buffer, which would keep what failed and fail with it again.
+        # Bypass the buffer of the wrapped stream: it would retain the failed data and fail again.
         data = (b"\n" if self._cut else b"") + text.encode(errors="backslashreplace")
         sent = 0
         while sent < len(data):
-            # A pipe that is ready takes so much at once; more could block.
-            if not self._poll.poll(0 if self._missing else LOG_PATIENCE * 1000):
+            # A pipe that polls as writable accepts PIPE_BUF bytes; a longer write could block.
+            if not self._poll.poll(0 if self._missing else LOG_WRITE_TIMEOUT * 1000):
                 self._cut = self._cut or sent > 0
                 raise BlockingIOError
             sent += os.write(self._descriptor, data[sent : sent + select.PIPE_BUF])
@@ -124,9 +124,13 @@ class LogStream(io.TextIOBase):
 
 
 def configure_logging(log_format: Literal["json", "console"], level: str) -> None:
-    """Set up structlog for the process: one JSON object a line on standard error, or for people.
+    """Set up structlog for the process, on standard error.
 
-    `sys.stderr` becomes a `LogStream`, so that what libraries write there cannot raise either.
+    `sys.stderr` is replaced by a `LogStream`, so writes by libraries cannot raise either.
+
+    Args:
+        log_format: `json` writes one JSON object per line, `console` writes lines for people.
+        level: The lowest level that is logged.
     """
 
     def render_loss(lines: int) -> str:
@@ -135,17 +139,17 @@ def configure_logging(log_format: Literal["json", "console"], level: str) -> Non
             rendered = process(None, "warning", rendered)
         return str(rendered)
 
-    below = sys.stderr
-    # One stream on the descriptor, however often this is called.
-    stream = LogStream(below.below if isinstance(below, LogStream) else below, render_loss)
+    present = sys.stderr
+    # Repeated calls do not stack one LogStream on another.
+    stream = LogStream(present.wrapped if isinstance(present, LogStream) else present, render_loss)
     sys.stderr = cast("TextIO", stream)
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    # Tracebacks without the frames' variables: those are prompts and secrets, and looking at them
-    # makes a cycle of the frame and its exception that keeps a run's tensors.
+    # Tracebacks leave out the frames' variables: they contain prompts and secrets. Reading them
+    # also makes a reference cycle of frame and exception that keeps a run's tensors alive.
     tracebacks = structlog.processors.ExceptionRenderer(
         structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
     )
@@ -164,7 +168,7 @@ def configure_logging(log_format: Literal["json", "console"], level: str) -> Non
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
-    # What the libraries say by the standard logging: warnings and above, in the same form.
+    # Libraries log through the standard logging module: warnings and above, in the same format.
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

@@ -1,4 +1,4 @@
-"""`consumer apply`: what must be there before a daemon can work: streams, durables, the bucket."""
+"""`consumer apply`: create or update what a daemon needs: streams, durables and the bucket."""
 
 import time
 from functools import partial
@@ -11,15 +11,15 @@ from consumer.settings import Settings, SettingsError
 from generation_contracts import Task
 
 CONNECT_WITHIN = 5.0  # seconds; a person waits
-API_WITHIN = 10.0  # seconds for a JetStream that starts later than its server, or answers late
+API_WITHIN = 10.0  # seconds; JetStream may start later than its server, or reply late
 
 
 def for_workers(settings: Settings, number: int) -> Settings:
-    """The settings with room for so many workers of each task.
+    """Return the settings with `max_ack_pending` raised for a number of workers of each task.
 
-    `max_ack_pending` belongs to the durable and counts for all its workers together: it is their
-    number times what one has in hand, CONSUMER_JOBS_IN_FLIGHT or, where that is not set,
-    CONSUMER_MAX_ACK_PENDING. The server heeds it at once, also while they run.
+    `max_ack_pending` belongs to the durable and covers all its workers together. It is their
+    number times the requests that one worker has in flight: CONSUMER_JOBS_IN_FLIGHT or, if unset,
+    CONSUMER_MAX_ACK_PENDING. The server applies a change at once, also to running workers.
     """
     each = settings.consumer_jobs_in_flight or settings.consumer_max_ack_pending
     return settings.model_copy(update={"consumer_max_ack_pending": number * each})
@@ -28,20 +28,20 @@ def for_workers(settings: Settings, number: int) -> Settings:
 async def apply(settings: Settings) -> dict[str, str]:
     """Create or update the streams, the durables and the bucket.
 
-    With MODEL_TYPE set only that task's durable is applied, else both.
+    If MODEL_TYPE is set, only the durable of that task is applied, otherwise all durables.
 
     Returns:
-        What was done, by name: created, updated or unchanged.
+        The change of each resource, by name: created, updated or unchanged.
 
     Raises:
         SettingsError: CONSUMER_NAME is set and MODEL_TYPE is not.
-        BusUnavailable, TopologyError, StoreUnavailable: With one clear line. With PartlyApplied
-            everything was applied but what the line names.
+        BusUnavailable, TopologyError, StoreUnavailable: The text is one line. After PartlyApplied,
+            everything was applied except the resource that the line names.
     """
     tasks = tuple(Task) if settings.model_type is None else (settings.model_type,)
     if settings.consumer_name is not None and len(tasks) > 1:
-        # One durable would be turned from the one task to the other.
-        raise SettingsError("CONSUMER_NAME: set MODEL_TYPE too, to say whose durable it is")
+        # The second task would overwrite the first task's durable of the same name.
+        raise SettingsError("CONSUMER_NAME: set MODEL_TYPE too, it names the task of the durable")
     bus = await connect(settings, name="generation apply", within=CONNECT_WITHIN)
     left: PartlyApplied | None = None
     done: dict[str, str] = {}

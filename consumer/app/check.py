@@ -1,4 +1,4 @@
-"""`consumer check`: every setting and service that a daemon needs, tried one after the other."""
+"""`consumer check`: test each setting and service that a daemon needs, one after the other."""
 
 import asyncio
 import importlib
@@ -38,30 +38,32 @@ EXIT_MODEL_LOST = 70
 
 _PROMPT = "a small red star on a white background at the top"
 _QUESTION = "Describe this picture."
-_SIDE = 224  # pixels of the picture that is described
-_SHOWN = 200  # characters of the text
+_SIDE = 224  # pixels: width and height of the image that the model describes
+_SHOWN = 200  # characters of the generated text
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        exit_code: 0 when it is well.
+        name: The checked service or part.
+        text: The result, in one line for people.
+        exit_code: 0 if the check passed.
     """
 
-    what: str
-    said: str
+    name: str
+    text: str
     exit_code: int = 0
 
 
 async def check(settings: Settings, report: Callable[[Finding], None], *, model: bool) -> int:
-    """Try everything, telling each finding as it comes.
+    """Run all checks and report each finding.
 
     Args:
-        settings: All of them.
+        settings: All settings.
         report: Called with each finding.
-        model: Also load the model, and make one output with its defaults.
+        model: Also load the model and generate one output with its defaults.
 
     Returns:
         The first exit code that is not 0, else 0.
@@ -75,29 +77,29 @@ async def check(settings: Settings, report: Callable[[Finding], None], *, model:
 
 
 async def check_model(settings: Settings, report: Callable[[Finding], None]) -> list[Finding]:
-    """Load the model, make one output with its defaults, tell what both took.
+    """Load the model, generate one output with its defaults, and report the time of both.
 
     Args:
-        settings: Which model, and how.
+        settings: The model and its options.
         report: Called with each finding.
 
     Returns:
-        What was reported: of the model and, if it could be loaded, of its output and the memory.
+        The reported findings: `model` and, if the model was loaded, `output` and `memory`.
     """
     findings: list[Finding] = []
     queue = RunQueue()
 
-    async def tell(what: str, look: Callable[[], Awaitable[str]]) -> bool:
-        findings.append(await _tried(what, look))
+    async def run_check(name: str, work: Callable[[], Awaitable[str]]) -> bool:
+        findings.append(await _finding(name, work))
         report(findings[-1])
         return not findings[-1].exit_code
 
     try:
         runner = make_runner(settings)
         inference = InferenceWorker(runner, queue)
-        if await tell("model", lambda: _loaded(inference)):
-            await tell("output", lambda: _made(runner, queue, settings.task))
-            await tell("memory", _held)
+        if await run_check("model", lambda: _load(inference)):
+            await run_check("output", lambda: _generate(runner, queue, settings.task))
+            await run_check("memory", _memory)
             await inference.stop()
     finally:
         queue.close()
@@ -118,62 +120,62 @@ async def _bus(settings: Settings) -> list[Finding]:
 
 
 async def _endpoints(settings: Settings) -> Finding:
-    async def look() -> str:
+    async def connect_once() -> str:
         bus = await connect_endpoints(settings, NullObserver(), within=CONNECT_WITHIN)
         await bus.close()
         return "connected"
 
-    return await _tried("endpoints", look)
+    return await _finding("endpoints", connect_once)
 
 
 async def _streams(settings: Settings, bus: Bus) -> Finding:
-    async def look() -> str:
-        looking = partial(make_topology(settings, bus).verify, settings.task)
-        found = await wait_until_available(looking, deadline=time.monotonic() + API_WITHIN)
+    async def read_durable() -> str:
+        read = partial(make_topology(settings, bus).verify, settings.task)
+        found = await wait_until_available(read, deadline=time.monotonic() + API_WITHIN)
         return (
             f"durable {found.name}: max_ack_pending {found.max_ack_pending}, "
             f"ack_wait {found.ack_wait:g} s"
         )
 
-    return await _tried("streams", look)
+    return await _finding("streams", read_durable)
 
 
 async def _store(settings: Settings) -> Finding:
-    async def look() -> str:
+    async def probe() -> str:
         artifacts = make_artifacts(settings, NullObserver())
         try:
             await artifacts.probe()
         finally:
             await artifacts.close()
-        found = f"bucket {settings.s3_bucket}: wrote, read and deleted an object"
+        text = f"bucket {settings.s3_bucket}: wrote, read and deleted an object"
         if code := artifacts.refused_checksum:
-            found += f"; the store takes no SHA-256 ({code}): uploads are checked by MD5"
-        return found
+            text += f"; the store refuses SHA-256 checksums ({code}): uploads are checked by MD5"
+        return text
 
-    return await _tried("s3", look)
+    return await _finding("s3", probe)
 
 
-async def _loaded(inference: InferenceWorker) -> str:
+async def _load(inference: InferenceWorker) -> str:
     start = time.perf_counter()
     model = await inference.start()
-    return f"{_described(model)}; loaded in {time.perf_counter() - start:.1f} s"
+    return f"{_description(model)}; loaded in {time.perf_counter() - start:.1f} s"
 
 
-def _described(model: ModelDescription) -> str:
+def _description(model: ModelDescription) -> str:
     defaults = ", ".join(f"{k} {v}" for k, v in model.defaults.items() if v is not None)
-    said = (
+    text = (
         f"{model.info.id}: {model.info.family}, {model.info.dtype} on {model.info.device}; "
-        f"takes {', '.join(sorted(model.parameters))}; defaults {defaults}"
+        f"parameters {', '.join(sorted(model.parameters))}; defaults {defaults}"
     )
     if model.size_multiple is not None:
-        said += f"; sides are multiples of {model.size_multiple} pixels"
+        text += f"; width and height are multiples of {model.size_multiple} pixels"
     if model.max_pixels is not None:
-        said += f", at most {model.max_pixels} pixels in all"
-    return said
+        text += f", at most {model.max_pixels} pixels per image"
+    return text
 
 
-async def _made(runner: Runner, queue: RunQueue, task: Task) -> str:
-    request, images = _asked(task)
+async def _generate(runner: Runner, queue: RunQueue, task: Task) -> str:
+    request, images = _sample_request(task)
     start = time.perf_counter()
     runner.check(request)
     ticket = queue.put()
@@ -183,36 +185,38 @@ async def _made(runner: Runner, queue: RunQueue, task: Task) -> str:
     return f"{_summary(output)} in {time.perf_counter() - start:.1f} s"
 
 
-def _asked(task: Task) -> tuple[Request, list["Image"]]:
+def _sample_request(task: Task) -> tuple[Request, list["Image"]]:
     if task is Task.TEXT_TO_IMAGE:
         return TextToImageRequest(prompt=_PROMPT), []
-    from PIL import Image, ImageDraw  # noqa: PLC0415 - the other checks need no pictures
+    from PIL import Image, ImageDraw  # noqa: PLC0415 - the other checks need no images
 
-    picture = Image.new("RGB", (_SIDE, _SIDE), "white")
+    image = Image.new("RGB", (_SIDE, _SIDE), "white")
     box = [_SIDE // 4, _SIDE // 4, 3 * _SIDE // 4, 3 * _SIDE // 4]
-    ImageDraw.Draw(picture).ellipse(box, fill="red")
-    # A request names its pictures; the runner is given this one.
-    return ImageToTextRequest(prompt=_QUESTION, images=("s3://check/picture.png",)), [picture]
+    ImageDraw.Draw(image).ellipse(box, fill="red")
+    # The contract requires an image reference; the runner receives the decoded image instead.
+    return ImageToTextRequest(prompt=_QUESTION, images=("s3://check/image.png",)), [image]
 
 
 def _summary(output: RunnerOutput) -> str:
     if output.text is not None:
         text = " ".join(output.text.text.split())
         return f'"{text[:_SHOWN]}", {output.text.completion_tokens} tokens'
-    sizes = [f"{made.image.width}x{made.image.height} pixels" for made in output.images]
-    return f"a picture of {', '.join(sizes)}"
+    sizes = [
+        f"{generated.image.width}x{generated.image.height} pixels" for generated in output.images
+    ]
+    return f"an image of {', '.join(sizes)}"
 
 
-async def _held() -> str:
-    # Imports torch: once the model has done so anyway.
+async def _memory() -> str:
+    # Imported here because the module imports torch, which the loaded model has imported already.
     measure: Callable[[], str] = importlib.import_module("consumer.runners.footprint").footprint
     return await asyncio.to_thread(measure)
 
 
-async def _tried(what: str, look: Callable[[], Awaitable[str]]) -> Finding:
+async def _finding(name: str, work: Callable[[], Awaitable[str]]) -> Finding:
     try:
-        return Finding(what, await look())
+        return Finding(name, await work())
     except Unavailable as error:
-        return Finding(what, str(error), EXIT_UNAVAILABLE)
+        return Finding(name, str(error), EXIT_UNAVAILABLE)
     except (ModelUnavailable, UnsupportedParameter, OutOfMemory, DeviceLost, ModelError) as error:
-        return Finding(what, str(error), EXIT_MODEL_LOST)
+        return Finding(name, str(error), EXIT_MODEL_LOST)

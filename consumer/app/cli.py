@@ -1,4 +1,7 @@
-"""The `consumer` command. Each command imports what it needs: --help must not wait for torch."""
+"""The `consumer` command line.
+
+Each command imports its own modules, so that `--help` and the light commands never import torch.
+"""
 
 import asyncio
 import gc
@@ -27,18 +30,18 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1  # the job failed
 EXIT_USAGE = 2  # usage or settings
 EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h: a service cannot be reached or used
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it; for SIGTERM too
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells; also used for SIGTERM
 
-DEADLINE_MARGIN = 5.0  # seconds in which the worker's own word on the deadline may come
+DEADLINE_MARGIN = 5.0  # seconds after the deadline in which the worker's failed event may arrive
 
 T = TypeVar("T")
 
 
 class _Range(click.FloatRange):
-    """Numbers between two others; click takes `nan` for one."""
+    """A range of numbers that refuses `nan`, which click accepts."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number."""
+        """Return the number."""
         number = super().convert(value, param, ctx)
         if math.isnan(number):
             self.fail(f"{value} is not a number.", param, ctx)
@@ -55,13 +58,13 @@ config_option = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="generation-consumer")
 def cli() -> None:
-    """Message-driven generation: requests from NATS JetStream, outputs to S3, events back."""
+    """Message-driven generation: requests from NATS JetStream, outputs in S3, events on NATS."""
 
 
 @cli.command()
 @config_option
 def run(config: Path | None) -> None:
-    """The daemon: load one model, serve one task until SIGTERM."""
+    """Run the worker: load one model and serve one task until SIGTERM."""
     settings = _settings(config)
     _require_task(settings)
     from consumer.app.daemon import run as run_daemon
@@ -81,7 +84,7 @@ def run(config: Path | None) -> None:
 @config_option
 @click.pass_context
 def gateway(context: click.Context, config: Path | None) -> None:
-    """The HTTP gateway: OpenAI's API, jobs, events and a page, until SIGTERM."""
+    """Run the HTTP gateway until SIGTERM: OpenAI's API, jobs, events and a web page."""
     context.obj = config
     if context.invoked_subcommand is not None:
         return
@@ -96,14 +99,14 @@ def gateway(context: click.Context, config: Path | None) -> None:
         code = serve(settings)
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
-    except KeyboardInterrupt:  # while it still starts
+    except KeyboardInterrupt:  # during startup
         code = 0
     sys.exit(code)
 
 
 @gateway.group("keys")
 def gateway_keys() -> None:
-    """The API keys of the gateway, in the file GATEWAY_KEYS."""
+    """Manage the API keys of the gateway, in the file GATEWAY_KEYS."""
 
 
 def _bound(name: str, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -112,27 +115,27 @@ def _bound(name: str, text: str) -> Callable[[Callable[..., None]], Callable[...
 
 @gateway_keys.command("add")
 @click.argument("tenant")
-@_bound("--waiting", "Requests of the tenant that wait or run at the same time.")
-@_bound("--per-minute", "Requests in a minute, at each gateway.")
-@_bound("--pixels", "Width times height of one image.")
-@_bound("--steps", "Denoising steps of one request.")
-@_bound("--images", "Images of one request.")
+@_bound("--waiting", "Most requests of the tenant that are queued or running.")
+@_bound("--per-minute", "Most requests per minute, at each gateway.")
+@_bound("--pixels", "Largest width times height of one image.")
+@_bound("--steps", "Most denoising steps of one request.")
+@_bound("--images", "Most images of one request.")
 @config_option
 @click.pass_obj
 def gateway_keys_add(
     of_group: Path | None, /, config: Path | None, tenant: str, **bounds: int | None
 ) -> None:
-    """Make a key for TENANT and print it: this once, it is not kept.
+    """Create a key for TENANT and print it. The key itself is not stored.
 
-    Keys of one tenant see the same jobs. To replace a key, add the new one, hand it out, then
-    revoke the old one. A running gateway takes changes over at once.
+    All keys of a tenant see the same jobs. To replace a key, add a new one, distribute it, then
+    revoke the old one. A running gateway applies changes at once.
     """
     file = _key_file(config or of_group)
     from consumer.gateway.tenants import Bounds
 
     new = _guarded(lambda: file.add(tenant, Bounds(**bounds)))
     click.echo(new.text)
-    click.echo(f"key {new.id} of tenant {tenant}: keep it now, it is not shown again", err=True)
+    click.echo(f"key {new.id} of tenant {tenant}: save it now, it is not shown again", err=True)
 
 
 @gateway_keys.command("list")
@@ -140,7 +143,7 @@ def gateway_keys_add(
 @config_option
 @click.pass_obj
 def gateway_keys_list(of_group: Path | None, /, config: Path | None, *, as_json: bool) -> None:
-    """All keys: id, tenant, creation, bounds. The keys themselves are not known."""
+    """List all keys: id, tenant, creation time and bounds. The file has only their hashes."""
     file = _key_file(config or of_group)
     document = _guarded(file.read)
     for key_id, entry in document.keys.items():
@@ -150,8 +153,8 @@ def gateway_keys_list(of_group: Path | None, /, config: Path | None, *, as_json:
             fields = {"id": key_id, "tenant": entry.tenant, "created": created, "bounds": bounds}
             click.echo(json.dumps(fields))
         else:
-            said = " ".join(f"{name}={value}" for name, value in bounds.items())
-            click.echo(f"{key_id}  {created}  {entry.tenant}  {said}".rstrip())
+            text = " ".join(f"{name}={value}" for name, value in bounds.items())
+            click.echo(f"{key_id}  {created}  {entry.tenant}  {text}".rstrip())
 
 
 @gateway_keys.command("revoke")
@@ -159,7 +162,7 @@ def gateway_keys_list(of_group: Path | None, /, config: Path | None, *, as_json:
 @config_option
 @click.pass_obj
 def gateway_keys_revoke(of_group: Path | None, /, config: Path | None, key: str) -> None:
-    """Remove a key. The tenant's jobs stay, for its other keys and for later ones."""
+    """Remove a key. The tenant's jobs remain available to its other keys."""
     file = _key_file(config or of_group)
     key_id = _guarded(lambda: file.revoke(key))
     click.echo(f"{key_id}: revoked")
@@ -171,10 +174,10 @@ def gateway_keys_revoke(of_group: Path | None, /, config: Path | None, key: str)
     type=click.Path(file_okay=False, path_type=Path),
     default=Path(".consumer"),
     show_default=True,
-    help="Where data, ports and credentials are kept.",
+    help="Directory for data, ports and credentials.",
 )
 def up(directory: Path) -> None:
-    """NATS, an S3 server, one daemon of each task and a gateway, for development."""
+    """Run NATS, an S3 server, one worker of each task and a gateway, for development."""
     from consumer.app.development import up as run_up
 
     sys.exit(_guarded(lambda: run_up(directory, _console()), interrupted=0))
@@ -186,10 +189,10 @@ def up(directory: Path) -> None:
     "--question",
     default="Describe this picture.",
     show_default=True,
-    help="Asked about the result.",
+    help="Prompt about the generated image.",
 )
 def demo(prompt: str, question: str) -> None:
-    """Everything in one command: draw PROMPT, save it, describe it, stop."""
+    """Start everything, generate an image of PROMPT, save it, describe it, and stop."""
     from consumer.app.development import demo as run_demo
 
     sys.exit(_guarded(lambda: run_demo(prompt, question, Path.cwd(), _console())))
@@ -200,8 +203,8 @@ def demo(prompt: str, question: str) -> None:
 @click.option(
     "--replicas",
     type=click.IntRange(1, 1_000),
-    help="Workers of each task: makes room for as many times the deliveries of one. "
-    "(Copies of the streams are NATS_REPLICAS.)",
+    help="Number of workers of each task; multiplies max_ack_pending. "
+    "(Stream replicas are set by NATS_REPLICAS.)",
 )
 def apply(config: Path | None, replicas: int | None) -> None:
     """Create or update the streams, the durables and the bucket."""
@@ -219,7 +222,7 @@ def apply(config: Path | None, replicas: int | None) -> None:
 @config_option
 @click.option("--model", is_flag=True, help="Also load the model.")
 def check(config: Path | None, model: bool) -> None:
-    """Settings, NATS, streams and S3: try what a daemon needs, say what is wrong."""
+    """Test what a worker needs: settings, NATS, streams and S3."""
     settings = _settings(config)
     _require_task(settings)
     from consumer.app.check import Finding
@@ -229,17 +232,17 @@ def check(config: Path | None, model: bool) -> None:
         click.echo(f"{name}={value}")
 
     def report(finding: Finding) -> None:
-        click.echo(f"{'FAIL' if finding.exit_code else 'ok  '} {finding.what}: {finding.said}")
+        click.echo(f"{'FAIL' if finding.exit_code else 'ok  '} {finding.name}: {finding.text}")
 
     sys.exit(_guarded(lambda: asyncio.run(run_check(settings, report, model=model))))
 
 
 @cli.command()
-@click.option("--json-schema", is_flag=True, help="JSON Schemas of the messages instead.")
-@click.option("--markdown", is_flag=True, help="A page to read instead.")
+@click.option("--json-schema", is_flag=True, help="Print JSON Schemas of the messages instead.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown page instead.")
 @config_option
 def schema(config: Path | None, *, json_schema: bool, markdown: bool) -> None:
-    """AsyncAPI 3 of all subjects and messages, as JSON."""
+    """Print the AsyncAPI 3 document of all subjects and messages, as JSON."""
     from generation_contracts.reference import markdown as page_of
     from generation_contracts.schema import asyncapi, json_schemas
 
@@ -254,11 +257,11 @@ def schema(config: Path | None, *, json_schema: bool, markdown: bool) -> None:
 
 @cli.group()
 def request() -> None:
-    """Publish a request on a running bus and wait for its result."""
+    """Publish a request to NATS and wait for its result."""
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What both kinds of request take."""
+    """Add the options that all requests have."""
     for option in (
         config_option,
         click.option(
@@ -269,9 +272,9 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
             "--deadline",
             type=_Range(0, 1e7, min_open=True),
             metavar="SECONDS",
-            help="Give up after so long; else the request waits for a worker.",
+            help="Fail the request after this time; without it the request waits for a worker.",
         ),
-        click.option("--id", "request_id", help="The request's id; default: a new one."),
+        click.option("--id", "request_id", help="Request id; default: a new one."),
     ):
         command = option(command)
     return command
@@ -284,24 +287,24 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--height", type=int)
 @click.option("--steps", "num_inference_steps", type=int)
 @click.option("--guidance-scale", type=float)
-@click.option("--images", "num_images", type=int, help="How many pictures.")
+@click.option("--images", "num_images", type=int, help="Number of images.")
 @click.option("--format", "output_format", type=click.Choice(["png", "webp", "jpeg"]))
 @click.option(
     "--output",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     default=Path(),
-    help="Folder for the pictures; default: the working folder.",
+    help="Folder for the images; default: the working directory.",
 )
 @common_options
 def request_text_to_image(
     config: Path | None, as_json: bool, output: Path, **parameters: Any
 ) -> None:
-    """Make a picture of PROMPT and save it."""
+    """Generate an image of PROMPT and save it."""
     settings = _settings(config)
     from consumer.app.sender_commands import text_to_image
 
-    made = _request(text_to_image, parameters)
-    _ask(settings, made, as_json=as_json, folder=output)
+    built = _build_request(text_to_image, parameters)
+    _send_and_wait(settings, built, as_json=as_json, folder=output)
 
 
 @request.command("image-to-text")
@@ -318,7 +321,7 @@ def request_text_to_image(
 def request_image_to_text(
     config: Path | None, as_json: bool, images: tuple[str, ...], **parameters: Any
 ) -> None:
-    """Ask PROMPT about each IMAGE: a file, or s3://bucket/key."""
+    """Send PROMPT with each IMAGE: a file, or s3://bucket/key."""
     settings = _settings(config)
     from consumer.app.sender_commands import image_source, image_to_text
 
@@ -326,8 +329,8 @@ def request_image_to_text(
         sources = tuple(image_source(image) for image in images)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}", EXIT_USAGE)
-    made = _request(image_to_text, {**parameters, "images": sources})
-    _ask(settings, made, as_json=as_json, folder=Path())
+    built = _build_request(image_to_text, {**parameters, "images": sources})
+    _send_and_wait(settings, built, as_json=as_json, folder=Path())
 
 
 @cli.command()
@@ -337,8 +340,8 @@ def request_image_to_text(
 def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
     """Cancel the request ID, queued or running, and wait until it has stopped.
 
-    Exit codes: 0 it is cancelled, 1 it has ended otherwise or there is none, 69 no worker is there
-    to see to it.
+    Exit codes: 0 the request is cancelled, 1 it has already ended or does not exist, 69 no worker
+    is available to cancel it.
     """
     settings = _settings(config)
     from generation_contracts import encode
@@ -356,20 +359,20 @@ def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
         if reply.status == "stopping":
             click.echo("stopping …", err=True)
             ended = await client.ended(request_id)
-        kind = "there is no such request" if ended is None else ended.rpartition(".")[2]
+        kind = "no such request" if ended is None else ended.rpartition(".")[2]
         click.echo(kind)
         return 0 if kind == "cancelled" else EXIT_FAILED
 
-    sys.exit(_as_client(settings, cancel_and_wait))
+    sys.exit(_with_client(settings, cancel_and_wait))
 
 
 @cli.group("dead-letters")
 def dead_letters() -> None:
-    """What no worker could handle: list it, look at it, ask for it again."""
+    """List, show and replay dead letters: requests that no worker could handle."""
 
 
 only_code_option = click.option(
-    "--code", metavar="CODE", help="Only letters with this code of failure, as model_error."
+    "--code", metavar="CODE", help="Only dead letters with this failure code, e.g. model_error."
 )
 
 
@@ -378,7 +381,7 @@ only_code_option = click.option(
 @only_code_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
 def dead_letters_list(config: Path | None, code: str | None, *, as_json: bool) -> None:
-    """All dead letters, oldest first."""
+    """List all dead letters, oldest first."""
     settings = _settings(config)
     _require_known(code)
     from consumer.app.dead_letter_commands import print_list
@@ -389,12 +392,12 @@ def dead_letters_list(config: Path | None, code: str | None, *, as_json: bool) -
 @dead_letters.command("show")
 @click.argument("letter", metavar="SEQUENCE|ID")
 @config_option
-@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def dead_letters_show(config: Path | None, letter: str, *, as_json: bool) -> None:
-    """One letter: headers on standard error, the request's bytes on standard output.
+    """Show one dead letter: headers on standard error, request body on standard output.
 
-    A number is the sequence of a letter, anything else a request id, whose newest letter is
-    shown. A request id of digits alone is written id:123.
+    A number is the sequence of a dead letter. Anything else is a request id; its newest dead
+    letter is shown. Write a request id of digits only as id:123.
     """
     settings = _settings(config)
     from consumer.app.dead_letter_commands import print_letter
@@ -405,30 +408,31 @@ def dead_letters_show(config: Path | None, letter: str, *, as_json: bool) -> Non
 @dead_letters.command("replay")
 @click.argument("letters", metavar="[SEQUENCE|ID]...", nargs=-1)
 @config_option
-@click.option("--all", "every", is_flag=True, help="All that there are now.")
+@click.option("--all", "every", is_flag=True, help="Replay all present dead letters.")
 @only_code_option
 def dead_letters_replay(
     config: Path | None, letters: tuple[str, ...], code: str | None, *, every: bool
 ) -> None:
-    """Ask again for the requests of letters.
+    """Publish the requests of dead letters again.
 
-    A replay is a new attempt of the same request under the same id; the letter is deleted. The
-    failed event of the request is taken out of the stream of results, and the next one is in its
-    place when a worker has done the request. A deadline in the request stays in force: when it has
-    passed, the new attempt fails with deadline_exceeded.
+    A replay is a new attempt of the same request under the same id; the dead letter is deleted.
+    The failed event of the request is removed from the results stream. The next terminal event
+    replaces it when a worker has finished the request. A deadline in the request stays in force:
+    if it has passed, the new attempt fails with deadline_exceeded.
 
-    Not replayed, and kept: a letter with only a part of its request; one whose id has been
-    cancelled, is waiting in the queue, or has been used for another request since. When the request
-    itself has succeeded since, its letter is deleted.
+    Some dead letters are not replayed and remain stored: those with a truncated request body, and
+    those whose id was cancelled, is queued, or was used for another request since. If the request
+    has succeeded since, its dead letter is deleted.
 
-    Run it again after an interruption: it finishes what was begun. Exit codes: 0, 1 when one was
-    not replayed, 69 when a service is unreachable or the queue is full; the rest is kept then.
+    After an interruption, run the command again to finish the replay. Exit codes: 0; 1 if a dead
+    letter was not replayed; 69 if a service is unreachable or the queue is full, and the other
+    dead letters remain stored.
 
-    A number is the sequence of a letter, anything else a request id, whose newest letter is
-    replayed. A request id of digits alone is written id:123.
+    A number is the sequence of a dead letter. Anything else is a request id; its newest dead
+    letter is replayed. Write a request id of digits only as id:123.
     """
     if every == bool(letters) or (code is not None and not every):
-        _fail("name letters or say --all; --code goes with --all", EXIT_USAGE)
+        _fail("name dead letters, or use --all; --code requires --all", EXIT_USAGE)
     settings = _settings(config)
     _require_known(code)
     from consumer.app.dead_letter_commands import replay, replay_all
@@ -441,13 +445,13 @@ def dead_letters_replay(
 
 
 def main() -> None:
-    """Entry point of the `consumer` command."""
-    # Imports make many objects and no garbage: looking for it is a tenth of what a command costs.
+    """Run the `consumer` command."""
+    # Imports allocate many objects and no garbage: collection would cost a tenth of a command.
     gc.disable()
     cli()
 
 
-# -- between the commands and the parts -----------------------------------------------------------
+# -- shared by the commands -----------------------------------------------------------------------
 
 
 def _settings(config: Path | None) -> "Settings":
@@ -466,13 +470,13 @@ def _gateway_part(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("consumer"):
             raise
-        _fail(f"{error.name} is not installed: use the extra 'gateway'", EXIT_USAGE)
+        _fail(f"{error.name} is not installed: install the extra 'gateway'", EXIT_USAGE)
 
 
 def _key_file(config: Path | None) -> "KeyFile":
     path = _settings(config).gateway_keys
     if path is None:
-        _fail("GATEWAY_KEYS: set it to the file of keys", EXIT_USAGE)
+        _fail("GATEWAY_KEYS: set it to the path of the key file", EXIT_USAGE)
     file: KeyFile = _gateway_part("keys").KeyFile(path)
     return file
 
@@ -493,7 +497,7 @@ def _require_known(code: str | None) -> None:
         _fail(f"--code: must be one of {', '.join(FailureCode)}", EXIT_USAGE)
 
 
-def _request(make: Callable[..., "Request"], parameters: dict[str, Any]) -> "Request":
+def _build_request(make: Callable[..., "Request"], parameters: dict[str, Any]) -> "Request":
     from datetime import UTC, datetime, timedelta
 
     from pydantic import ValidationError
@@ -505,34 +509,41 @@ def _request(make: Callable[..., "Request"], parameters: dict[str, Any]) -> "Req
         return make(**parameters)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        _fail(f"{place}: {first['msg']}", EXIT_USAGE)
+        field = ".".join(str(part) for part in first["loc"])
+        _fail(f"{field}: {first['msg']}", EXIT_USAGE)
 
 
-def _ask(settings: "Settings", request: "Request", *, as_json: bool, folder: Path) -> None:
+def _send_and_wait(
+    settings: "Settings", request: "Request", *, as_json: bool, folder: Path
+) -> None:
     from contextlib import nullcontext
 
-    from consumer.app.sender_commands import ProgressBar, Quiet, ask, save_pictures, summary
+    from consumer.app.sender_commands import (
+        NoDisplay,
+        ProgressBar,
+        save_images,
+        send_request,
+        summary,
+    )
     from generation_contracts import SucceededEvent, encode
 
-    async def ask_and_save(client: "GenerationClient") -> int:
-        display = nullcontext(Quiet()) if as_json else ProgressBar(_console())
-        with display as shown:
-            async with asyncio.timeout(_patience(request)):
-                event = await ask(client, request, shown)
+    async def send_and_save(client: "GenerationClient") -> int:
+        with nullcontext(NoDisplay()) if as_json else ProgressBar(_console()) as display:
+            async with asyncio.timeout(_result_timeout(request)):
+                event = await send_request(client, request, display)
         saved = []
         if isinstance(event, SucceededEvent) and not as_json:
-            saved = await save_pictures(client, event, folder, event.request_id)
+            saved = await save_images(client, event, folder, event.request_id)
         click.echo(encode(event).decode() if as_json else summary(event, saved))
         return 0 if isinstance(event, SucceededEvent) else EXIT_FAILED
 
-    sys.exit(_as_client(settings, ask_and_save))
+    sys.exit(_with_client(settings, send_and_save))
 
 
-def _as_client(
+def _with_client(
     settings: "Settings", work: Callable[["GenerationClient"], Coroutine[Any, Any, int]]
 ) -> int:
-    """Do something with a client of the configured bus; what stops it is one line."""
+    """Connect a client to the configured NATS server, run `work` with it, report errors."""
     from consumer.bus.connection import connect
     from generation_client import GenerationClient
 
@@ -547,8 +558,8 @@ def _as_client(
     return _guarded(lambda: asyncio.run(connected()))
 
 
-def _patience(request: "Request") -> float | None:
-    """Seconds to wait for a result: for ever without a deadline, else a little longer than it."""
+def _result_timeout(request: "Request") -> float | None:
+    """Return the seconds to wait for a result: until the deadline and a margin; None: no limit."""
     from datetime import UTC, datetime
 
     if request.deadline is None:
@@ -563,15 +574,15 @@ def _console() -> "Console":
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the program is, so that everything is stopped on the way out.
+    """SIGTERM as an exception: `finally` blocks stop what the command has started.
 
-    A KeyboardInterrupt, because asyncio lets no other exception out of a task.
+    It is a KeyboardInterrupt because asyncio propagates such exceptions out of a task at once.
     """
 
 
 @contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
-    """Turn SIGTERM into an exception, as Ctrl-C is, for as long as the block lasts."""
+    """Raise an exception on SIGTERM, as Python does on Ctrl-C, within the block."""
 
     def unwind(_number: int, _frame: FrameType | None) -> None:
         raise _Terminated
@@ -584,10 +595,10 @@ def _sigterm_unwinds() -> Iterator[None]:
 
 
 def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -> T:
-    """Call a command; what stops it is one line and an exit code, never a traceback.
+    """Call a command and turn its errors into one line and an exit code, without a traceback.
 
     Args:
-        command: Stops what it has started on its way out.
+        command: Must stop what it has started when an exception is raised.
         interrupted: The exit code after Ctrl-C or SIGTERM.
     """
     from consumer.ports.unavailable import Unavailable
@@ -596,23 +607,23 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
     from generation_client import GenerationError, RequestTooLarge, ServiceUnavailable
 
     configure_logging("console", "ERROR")
-    gc.enable()  # what is left to import is little
+    gc.enable()  # most modules have been imported
     try:
         with _sigterm_unwinds():
             return command()
     except (Unavailable, ServiceUnavailable) as error:
         _fail(str(error), EXIT_UNAVAILABLE)
     except RequestTooLarge:
-        _fail("the request is too large for the bus: name its images by s3://", EXIT_USAGE)
-    except GenerationError as error:  # the id is taken, a download has failed
+        _fail("the request is too large for NATS: refer to its images by s3://", EXIT_USAGE)
+    except GenerationError as error:  # for example: the id is in use, a download failed
         _fail(str(error), EXIT_FAILED)
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
     except TimeoutError:
         _fail("no result by the deadline", EXIT_UNAVAILABLE)
-    except BrokenPipeError:  # click ends quietly where nobody reads on
+    except BrokenPipeError:  # click exits without a message when the pipe is closed
         raise
-    except OSError as error:  # a folder that cannot be written to, a full disk
+    except OSError as error:  # for example: the folder is not writable, the disk is full
         _fail(f"{error.filename or 'system'}: {error.strerror}", EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(interrupted)
@@ -622,6 +633,6 @@ def _fail(message: str, code: int) -> NoReturn:
     click.echo(f"consumer: {message}", err=True)
     try:
         sys.stdout.flush()
-    except OSError:  # it is full; the interpreter would try once more
+    except OSError:  # the disk is full; the interpreter would flush again at exit and fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

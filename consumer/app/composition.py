@@ -1,4 +1,4 @@
-"""From settings to parts: the bus' topology and front door, the object store, the runner."""
+"""Build the daemon's components from the settings."""
 
 from collections.abc import Awaitable, Callable
 
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 def make_topology(settings: Settings, bus: Bus) -> Topology:
-    """The streams and durables under the configured root."""
+    """Return the streams and durables under the configured subject root."""
     return Topology(
         bus,
         settings.subjects,
@@ -40,17 +40,17 @@ def make_topology(settings: Settings, bus: Bus) -> Topology:
 
 
 def make_artifacts(settings: Settings, observer: Observer) -> ObjectStoreArtifacts:
-    """The object store with the configured credentials."""
+    """Return the object store with the configured credentials."""
     return ObjectStoreArtifacts(store_config(settings), observer=observer)
 
 
 def make_admission(settings: Settings, task: Task) -> Admission:
-    """How the requests of a task are read."""
+    """Return the admission stage, which decodes and validates the requests of a task."""
     return Admission(task, settings.subjects, settings.reply_prefixes)
 
 
 def make_run_queue(settings: Settings) -> RunQueue:
-    """The queue of the inference thread."""
+    """Return the queue from which the inference thread takes its runs."""
     return RunQueue(
         max_batch=min(settings.consumer_max_batch, most_in_flight(settings)),
         window=settings.consumer_batch_window_ms / 1000,
@@ -58,16 +58,16 @@ def make_run_queue(settings: Settings) -> RunQueue:
 
 
 def most_in_flight(settings: Settings) -> int:
-    """How many requests this worker may have in flight.
+    """Return how many requests this worker may have in flight.
 
-    The server gives all workers together no more than the durable's `max_ack_pending`, which can be
-    changed while they run: so it is no bound of the worker's own.
+    The durable's `max_ack_pending` is not applied here: the server enforces it for all workers
+    together, and an operator can change it while they run.
     """
     return settings.consumer_jobs_in_flight or STAGES * settings.consumer_max_batch
 
 
 def warn_of_short_batches(settings: Settings, durable: Durable) -> None:
-    """Log a line where the configured batch never fills up."""
+    """Log a warning if the configured batch size can never be reached."""
     batch, in_flight = settings.consumer_max_batch, most_in_flight(settings)
     if batch > min(in_flight, durable.max_ack_pending):
         log.warning(
@@ -92,21 +92,23 @@ def make_worker_service(
     is_running: Callable[[str], bool],
     observer: Observer,
 ) -> WorkerService:
-    """Calls for the own task, and cancellation for every task: a worker of another may be away.
+    """Return the request-reply endpoints: calls of this worker's task, cancellation of every task.
+
+    Cancellation covers every task because the other task may have no worker.
 
     Args:
-        settings: All of them.
-        endpoints: The connection that messages are answered over; see `connect_endpoints`.
-        queue: The requests in their streams.
-        workers: All workers.
-        events: The way to the bus.
+        settings: All settings.
+        endpoints: The connection that carries the replies; see `connect_endpoints`.
+        queue: Reads the requests in their streams.
+        workers: Broadcasts to all workers.
+        events: Publishes events and requests.
         artifacts: The object store.
-        model: What is loaded.
-        check: Says whether the model can do what is asked.
-        request_stop: Stops a request that this worker has.
-        is_running: Whether this worker has a request.
-        observer: Told of each call that is refused, and of chains that break where a cancellation
-            finds a request ended.
+        model: The loaded model.
+        check: Raises if the model cannot serve a request.
+        request_stop: Stops a request that is in flight in this worker.
+        is_running: Returns whether a request is in flight in this worker.
+        observer: Called for each refused call, and for each chain that breaks when a cancellation
+            finds its request finished.
     """
     finalizers = {
         task: TaskFinalizer(
@@ -140,7 +142,7 @@ def make_worker_service(
 
 
 def make_runner(settings: Settings) -> Runner:
-    """The configured model, not loaded yet.
+    """Return the runner of the configured model; the model is not loaded yet.
 
     Raises:
         SettingsError: MODEL_TYPE is not set.

@@ -1,4 +1,8 @@
-"""The daemon: puts the parts together, and start -> serve -> drain -> stop with its signals."""
+"""The worker process: connect, load the model, serve, drain and stop.
+
+`Daemon` builds the components, runs the background tasks, and handles the signals. `run` is the
+entry point of `consumer run` and returns its exit code.
+"""
 
 import asyncio
 import faulthandler
@@ -64,37 +68,36 @@ MakeRunner = Callable[[Settings], Runner]
 EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h: a service cannot be reached or used
 EXIT_MODEL_LOST = 70  # EX_SOFTWARE: the model cannot be loaded, or the device is lost
 
-# Seconds that the daemon waits at its start for NATS and its JetStream API, together.
-CONNECT_WITHIN = 30.0
-STORE_CHECK_EVERY = 30.0  # seconds between two looks at an idle store
-STORE_CHECK_AGAIN = 5.0  # seconds, while it is away
-ADVISORY_AGAIN = 5.0  # seconds until a request is looked at again that finds no place in its queue
-CANCEL_EVERY = 1.0  # seconds; a close that takes longer is cut short, and the next part is closed
-FORCE_AFTER = 2.0  # seconds after a second signal in which the delivery is given back
+CONNECT_WITHIN = 30.0  # seconds at startup for NATS and its JetStream API together
+STORE_CHECK_INTERVAL = 30.0  # seconds between two checks of an idle store
+STORE_RECHECK_INTERVAL = 5.0  # seconds between two checks of an unreachable store
+ADVISORY_RETRY_DELAY = 5.0  # seconds until an advisory that could not be handled is delivered again
+CANCEL_INTERVAL = 1.0  # seconds until a component that is still closing is cancelled again
+FORCED_STOP_TIMEOUT = 2.0  # seconds after a second signal to requeue the deliveries in flight
 
 
 def run(settings: Settings, *, make_runner: MakeRunner = make_runner) -> int:
-    """Run one daemon until a signal, a lost device or a closed bus ends it.
+    """Run one daemon until a signal, a lost device or a closed connection ends it.
 
     Args:
-        settings: All of them.
-        make_runner: Makes the model, not loaded yet.
+        settings: All settings.
+        make_runner: Makes the runner; it loads the model later.
 
     Returns:
         The exit code: 0, 69 or 70.
 
     Raises:
-        SettingsError: Before anything is started.
+        SettingsError: A setting is unusable; nothing has been started.
     """
-    # The standby asks for it before it kills a process whose threads hang: where they are, on
-    # standard error, written without the interpreter's lock.
+    # The lease guard sends SIGUSR1 before it kills a worker whose threads hang. faulthandler then
+    # writes all stacks to standard error, without the interpreter lock.
     if _has_descriptor(sys.stderr):
         faulthandler.register(signal.SIGUSR1, all_threads=True)
     daemon = Daemon(settings, make_runner)
     code = asyncio.run(daemon.run())
     if daemon.inference_busy:
-        # A thread that loads or hangs cannot be ended, and the interpreter would wait for it.
-        with suppress(OSError, ValueError):  # its reader may be gone
+        # Python cannot end a thread that loads or hangs, and a normal exit would wait for it.
+        with suppress(OSError, ValueError):  # the pipe may be closed
             sys.stdout.flush()
         os._exit(code)
     return code
@@ -111,34 +114,34 @@ class Daemon:
         self._health = self._telemetry.health
         self._run_queue = make_run_queue(settings)
         self._inference: InferenceWorker | None = None
-        self._life: asyncio.Task[int] | None = None
+        self._main_task: asyncio.Task[int] | None = None
         self._pull: PullLoop | None = None
         self._executor: Executor | None = None
         self._tracer: Tracer = open_telemetry() if settings.consumer_traces else NoTracer()
         self._signals = 0
-        self._code = 0  # how the process ends
-        self._drained = False  # nothing is in hand, and the inference thread is free
-        self._failure: BaseException | None = None  # of what must go on beside the serving
+        self._exit_code = 0
+        self._drained = False  # no request is in flight, and the inference thread is idle
+        self._failure: BaseException | None = None  # what a background task raised
 
     @property
     def inference_busy(self) -> bool:
-        """Whether the inference thread works, which nothing can end."""
+        """Whether the inference thread is running code, which cannot be interrupted."""
         return self._inference is not None and self._inference.busy
 
     async def run(self) -> int:
-        """Start, serve until told to stop, drain, stop; returns the exit code."""
+        """Start, serve until a stop is requested, drain and stop; return the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         log.info("daemon_starting", worker=self._settings.consumer_worker)
-        self._life = asyncio.create_task(self._start_and_serve(), name="life")
+        self._main_task = asyncio.create_task(self._start_and_serve(), name="daemon")
         try:
-            return await self._life
+            return await self._main_task
         except asyncio.CancelledError:
             log.warning("stopped_before_drained", running=self._executor is not None)
-            return self._code if self._failure is None else _exit_code(self._failure)
-        except Exception as error:  # noqa: BLE001 - each of them is an exit code
-            return _exit_code(error)
+            return self._exit_code if self._failure is None else _exit_code_of(self._failure)
+        except Exception as error:  # noqa: BLE001 - each exception has an exit code
+            return _exit_code_of(error)
         finally:
             self._run_queue.close()
             log.info("daemon_stopped")
@@ -146,27 +149,27 @@ class Daemon:
     # -- start ------------------------------------------------------------------------------------
 
     async def _start_and_serve(self) -> int:
-        async with AsyncExitStack() as parts:
-            await self._start_probes(parts)
+        async with AsyncExitStack() as stack:
+            await self._start_probes(stack)
             if isinstance(self._tracer, OpenTelemetry):
-                parts.push_async_callback(asyncio.to_thread, self._tracer.close)
+                stack.push_async_callback(asyncio.to_thread, self._tracer.close)
             runner = self._make_runner(self._settings)
-            # The weights come in while the connections are made.
+            # The model loads while the connections are made.
             inference = self._inference = InferenceWorker(
                 runner, self._run_queue, on_busy=self._telemetry.device_busy
             )
             loading = inference.start()
-            parts.callback(loading.cancel)
-            lease_guard = await self._start_lease_guard(parts)
+            stack.callback(loading.cancel)
+            lease_guard = await self._start_lease_guard(stack)
             deadline = time.monotonic() + CONNECT_WITHIN
-            bus, endpoints = await self._connect(parts)
+            bus, endpoints = await self._connect(stack)
             artifacts = make_artifacts(self._settings, self._telemetry)
-            parts.push_async_callback(artifacts.close)
+            stack.push_async_callback(artifacts.close)
             topology = make_topology(self._settings, bus)
             ensure = partial(topology.ensure, self._task)
             durable = await wait_until_available(ensure, deadline=deadline)
-            # After the bus: a slow store must not take the time that the bus is waited for.
-            await self._look_at_store(artifacts)
+            # After NATS: a slow store must not use up the time limit for NATS.
+            await self._check_store(artifacts)
             model = await loading
             self._health.model_loaded = True
             self._telemetry.metrics.model_loaded(model.info)
@@ -190,7 +193,7 @@ class Daemon:
             )
             context = self._make_context(bus, durable, lease_guard)
             pull = PullLoop(bus, durable, ensure=ensure, context=context)
-            door = make_worker_service(
+            service = make_worker_service(
                 self._settings,
                 endpoints=endpoints,
                 queue=queue,
@@ -203,21 +206,21 @@ class Daemon:
                 is_running=executor.has_started,
                 observer=self._telemetry,
             )
-            # Behind the door, which asks it about the last calls.
-            parts.push_async_callback(self._close_model, inference)
-            self._start_background_task(self._watch_inference(inference), "watch-inference", parts)
-            await door.start()
-            parts.push_async_callback(door.close)
+            # The stack closes the service first: its last calls still use the model.
+            stack.push_async_callback(self._close_model, inference)
+            self._start_background_task(self._watch_inference(inference), "watch-inference", stack)
+            await service.start()
+            stack.push_async_callback(service.close)
             await pull.start()
-            parts.push_async_callback(pull.close)
+            stack.push_async_callback(pull.close)
             self._health.durable_present = lambda: pull.attached
             self._pull, self._executor = pull, executor
             self._start_background_task(
-                self._watch_store(artifacts, executor, pull), "watch-store", parts
+                self._watch_store(artifacts, executor, pull), "watch-store", stack
             )
-            self._start_background_task(self._watch_endpoints(endpoints), "watch-endpoints", parts)
-            await self._watch_advisories(topology, context, executor, parts)
-            await self._watch_retries(topology, context, events, parts)
+            self._start_background_task(self._watch_endpoints(endpoints), "watch-endpoints", stack)
+            await self._watch_advisories(topology, context, executor, stack)
+            await self._watch_retries(topology, context, events, stack)
             log.info(
                 "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
             )
@@ -226,44 +229,45 @@ class Daemon:
             return code
 
     async def _close_model(self, inference: InferenceWorker) -> None:
-        if self._drained:  # else its thread may hang
+        if self._drained:  # otherwise the thread may hang, and the wait would not end
             await inference.stop()
 
     async def _watch_inference(self, inference: InferenceWorker) -> None:
-        # Its end is asked for only when this task has been cancelled.
+        # `_close_model` requests the end of the thread only after this task has been cancelled.
         await asyncio.shield(inference.ended)
         raise RuntimeError("the inference thread has ended")
 
-    async def _start_probes(self, parts: AsyncExitStack) -> None:
+    async def _start_probes(self, stack: AsyncExitStack) -> None:
         port, host = self._settings.consumer_probes_port, self._settings.consumer_probes_host
         if port:
             probes = Probes(self._telemetry, host=host, port=port)
             await probes.start()
-            parts.push_async_callback(probes.close)
+            stack.push_async_callback(probes.close)
 
-    async def _start_lease_guard(self, parts: AsyncExitStack) -> LeaseGuard:
+    async def _start_lease_guard(self, stack: AsyncExitStack) -> LeaseGuard:
         lease_guard = LeaseGuard(self._settings)
         await lease_guard.start()
-        parts.push_async_callback(lease_guard.close)
+        stack.push_async_callback(lease_guard.close)
         return lease_guard
 
     def _make_context(self, bus: Bus, durable: Durable, lease_guard: LeaseGuard) -> DeliveryContext:
         marks = AttemptMarks(bus, self._settings.subjects, self._task)
         return DeliveryContext(bus, durable.ack_wait, marks, lease_guard)
 
-    async def _connect(self, parts: AsyncExitStack) -> tuple[Bus, Bus]:
-        """Open the connection for deliveries and results, and the one for the endpoints."""
+    async def _connect(self, stack: AsyncExitStack) -> tuple[Bus, Bus]:
+        """Open the connection for deliveries and results, and the connection of the endpoints."""
         name = f"generation {self._settings.consumer_worker}"
         bus = await connect(self._settings, name=name, within=CONNECT_WITHIN)
-        parts.push_async_callback(bus.close)
+        stack.push_async_callback(bus.close)
         endpoints = await connect_endpoints(self._settings, self._telemetry, within=CONNECT_WITHIN)
-        parts.push_async_callback(endpoints.close)
-        self._start_background_task(self._watch_bus(bus), "watch-bus", parts)
+        stack.push_async_callback(endpoints.close)
+        self._start_background_task(self._watch_bus(bus), "watch-bus", stack)
         self._health.bus_connected = lambda: bus.connected and endpoints.connected
         return bus, endpoints
 
     async def _watch_bus(self, bus: Bus) -> None:
-        # While a job runs the pull loop is not asked, and a job may run for hours.
+        # The pull loop reports a closed connection only to `next`, which is not called while a job
+        # runs, and a job may run for hours.
         await bus.closed.wait()
         raise ConnectionClosed
 
@@ -283,8 +287,8 @@ class Daemon:
             worker=settings.consumer_worker,
             admission=make_admission(settings, self._task),
             limits=Limits(
-                # The server's values, whoever set them: the heartbeat depends on the first, and
-                # all workers of a durable must count alike.
+                # The values of the durable, not the settings: the heartbeat depends on ack_wait,
+                # and all workers of a durable must count attempts in the same way.
                 ack_wait=durable.ack_wait,
                 max_attempts=durable.max_attempts,
                 stall_timeout=settings.consumer_stall_timeout,
@@ -305,12 +309,12 @@ class Daemon:
             prompt_in_images=settings.consumer_prompt_in_pictures,
             tracer=self._tracer,
             most_in_flight=most_in_flight(settings),
-            before_exit=self._end_pulling,
+            before_exit=self._stop_pulling,
         )
 
-    async def _look_at_store(self, artifacts: ObjectStoreArtifacts) -> None:
-        # A wrong secret or a missing bucket stops the start; a store that is down for a while does
-        # not: the readiness says so, and the first output waits for it.
+    async def _check_store(self, artifacts: ObjectStoreArtifacts) -> None:
+        # A wrong secret or a missing bucket ends the daemon. A store that is down does not: the
+        # worker is not ready, and the first output waits for the store.
         try:
             await artifacts.probe()
         except StoreMisconfigured:
@@ -322,18 +326,17 @@ class Daemon:
         self, artifacts: ObjectStoreArtifacts, executor: Executor, pull: PullLoop
     ) -> None:
         while True:
-            away = not self._health.store_reachable
+            reachable = self._health.store_reachable
             changed = await self._telemetry.store_changes(
-                STORE_CHECK_AGAIN if away else STORE_CHECK_EVERY
+                STORE_CHECK_INTERVAL if reachable else STORE_RECHECK_INTERVAL
             )
-            # While an output is stored, its attempts tell more than a look, which a full store
-            # answers as well.
+            # A pending upload is a better check: a full store still passes `reachable`.
             if not changed and not executor.storing:
                 try:
                     await artifacts.reachable()
-                except Exception as error:  # noqa: BLE001 - it must not end the daemon
+                except Exception as error:  # noqa: BLE001 - a failed check must not end the daemon
                     log.warning("store_check_failed", error=type(error).__name__)
-            # A worker that has lost its own way to the store leaves new requests to the others.
+            # A worker that cannot reach the store leaves new requests to other workers.
             needed = self._task is Task.TEXT_TO_IMAGE or executor.waits_for_store
             if not self._health.store_reachable and needed:
                 pull.pause()
@@ -342,10 +345,9 @@ class Daemon:
 
     async def _watch_endpoints(self, endpoints: Bus) -> None:
         await endpoints.closed.wait()
-        # The worker can still store results: what runs is finished, for the next process to begin
-        # with the rest.
+        # The worker can still store results, so it finishes the running requests before it exits.
         log.error("endpoints_lost", reason=endpoints.last_error[:200])
-        self._code = self._code or EXIT_UNAVAILABLE
+        self._exit_code = self._exit_code or EXIT_UNAVAILABLE
         self._drain()
 
     async def _watch_advisories(
@@ -353,14 +355,14 @@ class Daemon:
         topology: Topology,
         context: DeliveryContext,
         executor: Executor,
-        parts: AsyncExitStack,
+        stack: AsyncExitStack,
     ) -> None:
-        pull = await self._open_pull_loop(topology, topology.watcher(self._task), context, parts)
+        pull = await self._open_pull_loop(topology, topology.watcher(self._task), context, stack)
         self._start_background_task(
-            self._end_exhausted(pull, context, executor), "watch-advisories", parts
+            self._handle_advisories(pull, context, executor), "watch-advisories", stack
         )
 
-    async def _end_exhausted(
+    async def _handle_advisories(
         self, pull: PullLoop, context: DeliveryContext, executor: Executor
     ) -> None:
         stream = self._settings.subjects.requests_stream(self._task)
@@ -370,34 +372,34 @@ class Daemon:
                 if delivery is not None:
                     await executor.handle_exhausted(delivery)
             except asyncio.CancelledError:
-                await advisory.nak()  # else the next worker gets it when its lease is over
+                await advisory.nak()  # otherwise no worker receives it before its ack wait ends
                 raise
             if delivery is None or delivery.settled:
                 await advisory.ack()
             else:
-                await advisory.nak_later(ADVISORY_AGAIN)
+                await advisory.nak_later(ADVISORY_RETRY_DELAY)
 
     async def _watch_retries(
         self,
         topology: Topology,
         context: DeliveryContext,
         events: JetStreamEvents,
-        parts: AsyncExitStack,
+        stack: AsyncExitStack,
     ) -> None:
         durable = topology.retries(self._task)
-        pull = await self._open_pull_loop(topology, durable, context, parts)
+        pull = await self._open_pull_loop(topology, durable, context, stack)
         mover = RetryMover(context.bus, self._task, durable, events)
-        self._start_background_task(self._move_retries(pull, mover), "move-retries", parts)
+        self._start_background_task(self._move_retries(pull, mover), "move-retries", stack)
 
     async def _move_retries(self, pull: PullLoop, mover: RetryMover) -> None:
         while (retry := await pull.next()) is not None:
             await mover.move(retry)
 
     async def _open_pull_loop(
-        self, topology: Topology, durable: Durable, context: DeliveryContext, parts: AsyncExitStack
+        self, topology: Topology, durable: Durable, context: DeliveryContext, stack: AsyncExitStack
     ) -> PullLoop:
-        """Pull from another durable than that of the requests."""
-        of = durable.stream.rpartition("_")[2].lower()  # sequences of another stream
+        """Start a pull loop on a durable of another stream than the requests."""
+        of = durable.stream.rpartition("_")[2].lower()  # its sequences are not those of requests
         marks = AttemptMarks(context.bus, self._settings.subjects, self._task, of=of)
         pull = PullLoop(
             context.bus,
@@ -406,29 +408,29 @@ class Daemon:
             context=replace(context, marks=marks),
         )
         await pull.start()
-        parts.push_async_callback(pull.close)
+        stack.push_async_callback(pull.close)
         return pull
 
     def _start_background_task(
-        self, work: Coroutine[Any, Any, None], name: str, parts: AsyncExitStack
+        self, work: Coroutine[Any, Any, None], name: str, stack: AsyncExitStack
     ) -> None:
-        """Do something beside the serving, until the parts are taken down.
+        """Run a coroutine in parallel with serving, until the exit stack closes.
 
-        When it raises, nobody may go on as if it were still done: the daemon ends.
+        If the coroutine raises, the daemon ends: it must not run without this task.
         """
 
-        def look(ended: asyncio.Task[None]) -> None:
+        def on_done(ended: asyncio.Task[None]) -> None:
             if not ended.cancelled() and ended.exception() is not None:
                 self._failure = ended.exception()
-                if self._life is not None:
-                    self._cancel(self._life)
+                if self._main_task is not None:
+                    self._cancel(self._main_task)
 
-        async def end() -> None:
+        async def cancel() -> None:
             await cancel_and_wait(task)
 
         task = asyncio.create_task(work, name=name)
-        task.add_done_callback(look)
-        parts.push_async_callback(end)
+        task.add_done_callback(on_done)
+        stack.push_async_callback(cancel)
 
     # -- serve ------------------------------------------------------------------------------------
 
@@ -441,28 +443,30 @@ class Daemon:
                 task = asyncio.create_task(self._handle(delivery, executor), name="job")
                 handling.add(task)
                 task.add_done_callback(handling.discard)
-                del delivery  # its body may be a megabyte, and the next may be long in coming
-                await asyncio.sleep(0)  # the task takes its place
+                del delivery  # free the body, up to a megabyte: the next delivery may take hours
+                await asyncio.sleep(0)  # let the task enter the executor before `room` counts it
                 await executor.room()
             drained = True
         finally:
-            if not drained:  # the bus is lost for good, or the process ends at once
+            if not drained:  # the connection is closed, or the process must end at once
                 for task in handling:
                     task.cancel()
-            await _ended(handling)
-        return self._code
+            await _wait_for(handling)
+        return self._exit_code
 
     async def _handle(self, delivery: JetStreamDelivery, executor: Executor) -> None:
         code = await executor.handle(delivery)
-        if code is not None and not self._code:
-            # What is on its way to the store may still get there; nothing more is begun.
-            self._code = code
+        if code is not None and not self._exit_code:
+            # Uploads in progress may still finish. No further run starts.
+            self._exit_code = code
             self._health.device_lost = True
             log.error("device_lost")
-            self._end_after(self._settings.consumer_drain_grace, DRAIN_STEP_TIMEOUT + FORCE_AFTER)
+            self._schedule_stop(
+                self._settings.consumer_drain_grace, DRAIN_STEP_TIMEOUT + FORCED_STOP_TIMEOUT
+            )
 
-    async def _end_pulling(self) -> None:
-        # Before the request is given back: a standing pull would bring it here again.
+    async def _stop_pulling(self) -> None:
+        # Called before the request is requeued: an open pull request would fetch it again.
         if self._pull is not None and self._executor is not None:
             await self._pull.unsubscribe()
             self._executor.requeue_waiting()
@@ -473,39 +477,42 @@ class Daemon:
         self._signals += 1
         log.info("signal", name=signal.Signals(number).name, times=self._signals)
         if self._executor is not None and self._signals > 1:
-            self._end_after(0.0, FORCE_AFTER)
+            self._schedule_stop(0.0, FORCED_STOP_TIMEOUT)
         else:
             self._drain()
 
     def _drain(self) -> None:
-        """Take no more requests, and end once those that were begun have ended."""
+        """Fetch no more requests, finish those that have started, then end."""
         self._health.draining = True
-        if self._life is None:
+        if self._main_task is None:
             return
         if self._executor is None or self._pull is None:
-            self._cancel(self._life)  # still starting: nothing has been taken
+            self._cancel(self._main_task)  # during startup no request has been fetched
             return
         self._pull.stop()
         self._executor.requeue_waiting()
-        self._end_after(self._settings.consumer_drain_grace, DRAIN_STEP_TIMEOUT + FORCE_AFTER)
+        self._schedule_stop(
+            self._settings.consumer_drain_grace, DRAIN_STEP_TIMEOUT + FORCED_STOP_TIMEOUT
+        )
 
-    def _end_after(self, grace: float, patience: float) -> None:
-        if self._executor is None or self._life is None:
+    def _schedule_stop(self, grace: float, timeout: float) -> None:
+        """Interrupt the runs after `grace` seconds, and end the daemon `timeout` seconds later."""
+        if self._executor is None or self._main_task is None:
             return
         loop = asyncio.get_running_loop()
         loop.call_later(grace, self._executor.interrupt, StopReason.DRAIN)
-        loop.call_later(grace + patience, self._cancel, self._life)
+        loop.call_later(grace + timeout, self._cancel, self._main_task)
 
-    def _cancel(self, life: asyncio.Task[int]) -> None:
-        # More than once: until Python 3.12, asyncio.wait_for loses a cancellation that comes in the
-        # moment in which what it waits for is done (python/cpython#86296).
-        if not life.done():
-            life.cancel()
-            asyncio.get_running_loop().call_later(CANCEL_EVERY, self._cancel, life)
+    def _cancel(self, main_task: asyncio.Task[int]) -> None:
+        # Repeated: before Python 3.12, asyncio.wait_for loses a cancellation that arrives when the
+        # awaited future completes (python/cpython#86296).
+        if not main_task.done():
+            main_task.cancel()
+            asyncio.get_running_loop().call_later(CANCEL_INTERVAL, self._cancel, main_task)
 
 
-async def _ended(tasks: set[asyncio.Task[None]]) -> None:
-    """Wait until tasks have ended; to cancel the waiting is to cancel them, as often as it is."""
+async def _wait_for(tasks: set[asyncio.Task[None]]) -> None:
+    """Wait until all tasks have ended; each cancellation of the wait cancels the tasks."""
     cancelled = False
     while running := [task for task in tasks if not task.done()]:
         try:
@@ -525,7 +532,7 @@ def _has_descriptor(stream: TextIO | None) -> bool:
         return False
 
 
-def _exit_code(error: BaseException) -> int:
+def _exit_code_of(error: BaseException) -> int:
     match error:
         case ModelUnavailable():
             log.error("model_unavailable", reason=str(error))
@@ -534,6 +541,7 @@ def _exit_code(error: BaseException) -> int:
             log.error("service_unavailable", reason=str(error))
             return EXIT_UNAVAILABLE
         case _:
-            # Not foreseen. The supervisor may start a new process; what is in hand comes again.
+            # An unknown error. The supervisor starts a new process, and the server redelivers the
+            # requests in flight.
             log.error("daemon_failed", exc_info=error)
             return EXIT_MODEL_LOST

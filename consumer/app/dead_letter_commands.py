@@ -1,4 +1,4 @@
-"""The operator's side of dead letters: a list, one letter in full, and what a replay has done."""
+"""`consumer dead-letters`: list dead letters, show one in full, and replay them."""
 
 import base64
 import json
@@ -19,19 +19,19 @@ from consumer.bus.dead_letters.replay import NotReplayed, Replayer
 from consumer.settings import Settings
 
 CONNECT_WITHIN = 5.0  # seconds
-EXIT_REFUSED = 1  # a letter is not there, or cannot be replayed
-ID_PREFIX = "id:"  # no request id has a colon
-WIDE = 10_000  # columns: rich would cut ids on a narrow terminal, which wraps lines by itself
+EXIT_REFUSED = 1  # a dead letter does not exist, or cannot be replayed
+ID_PREFIX = "id:"  # request ids contain no colon
+TABLE_WIDTH = 10_000  # columns; at the terminal's width, rich would cut ids
 COLUMNS = ("SEQUENCE", "STORED", "TASK", "REQUEST ID", "CODE", "ATTEMPTS", "WORKER", "REASON")
 
 
 async def print_list(settings: Settings, *, code: str | None, as_json: bool) -> None:
-    """Print every letter, oldest first: a table, or one JSON object per line.
+    """Print every dead letter, oldest first: a table, or one JSON object per line.
 
     Args:
-        settings: NATS_* and the root.
-        code: Only letters with this code of failure.
-        as_json: Lines are printed as the letters come; a table is made when all are there.
+        settings: NATS_* and the subject root.
+        code: Only dead letters with this failure code.
+        as_json: Print each line as its dead letter is read. A table is printed after the last one.
     """
     async with _connected(settings) as bus:
         letters = _with_code(DeadLetters(bus, settings.subjects), code)
@@ -47,7 +47,7 @@ async def print_list(settings: Settings, *, code: str | None, as_json: bool) -> 
 
 
 async def print_letter(settings: Settings, name: str, *, as_json: bool) -> int:
-    """Print one letter: its headers on standard error, the bytes of its body on standard output.
+    """Print one dead letter: headers on standard error, the bytes of the body on standard output.
 
     Returns:
         The exit code.
@@ -57,14 +57,14 @@ async def print_letter(settings: Settings, name: str, *, as_json: bool) -> int:
         try:
             letter = await letters.read((await _sequences(letters, [name]))[name])
         except (DeadLetterNotFound, KeyError):
-            click.echo(f"consumer: {_plain(name)}: no such letter", err=True)
+            click.echo(f"consumer: {_printable(name)}: no such dead letter", err=True)
             return EXIT_REFUSED
     if as_json:
         click.echo(json.dumps({**_fields(letter), "headers": letter.originals, **_body(letter)}))
         return 0
     click.echo(f"Sequence: {letter.sequence}\nStored: {_time(letter)}", err=True)
     for header, text in letter.headers.items():
-        click.echo(f"{_plain(header)}: {_plain(text)}", err=True)
+        click.echo(f"{_printable(header)}: {_printable(text)}", err=True)
     click.echo(err=True)
     click.echo(letter.body or b"", nl=False)
     if sys.stdout.isatty():
@@ -73,13 +73,13 @@ async def print_letter(settings: Settings, name: str, *, as_json: bool) -> int:
 
 
 async def replay(settings: Settings, names: Sequence[str]) -> int:
-    """Replay letters by their names, and print what has become of each.
+    """Replay dead letters by sequence or request id, and print the outcome of each.
 
     Returns:
         The exit code.
 
     Raises:
-        QueueFull: The rest is left as it is.
+        QueueFull: The remaining dead letters are unchanged.
     """
     async with _connected(settings) as bus:
         letters = DeadLetters(bus, settings.subjects)
@@ -89,23 +89,23 @@ async def replay(settings: Settings, names: Sequence[str]) -> int:
             if name in sequences:
                 refused |= not await _replayed(bus, settings, sequences[name])
             else:
-                click.echo(f"{_plain(name)}: no such letter")
+                click.echo(f"{_printable(name)}: no such dead letter")
                 refused = True
     return EXIT_REFUSED if refused else 0
 
 
 async def replay_all(settings: Settings, *, code: str | None) -> int:
-    """Replay every letter that is there when it begins, oldest first, and print the same.
+    """Replay every present dead letter, oldest first, and print the outcome of each.
 
     Returns:
         The exit code.
 
     Raises:
-        QueueFull: The rest is left as it is.
+        QueueFull: The remaining dead letters are unchanged.
     """
     async with _connected(settings) as bus:
         letters = _with_code(DeadLetters(bus, settings.subjects), code)
-        # First all sequences: what fails again in the meantime is not for this call.
+        # All sequences are read first: a request that fails again is not replayed twice.
         sequences = [letter.sequence async for letter in letters]
         replayed = [await _replayed(bus, settings, sequence) for sequence in sequences]
     if not replayed:
@@ -129,31 +129,31 @@ async def _with_code(letters: DeadLetters, code: str | None) -> AsyncIterator[St
 
 
 async def _sequences(letters: DeadLetters, names: Iterable[str]) -> dict[str, int]:
-    """The sequences that names stand for: digits are one, an id is the newest letter of it."""
+    """Return the sequence of each name: digits are a sequence, an id is its newest dead letter."""
     numbers = {name: int(name) for name in names if name.isascii() and name.isdecimal()}
     ids = {name: name.removeprefix(ID_PREFIX) for name in names if name not in numbers}
     found: dict[str, int] = {}
     if ids:
-        wanted = set(ids.values())
+        request_ids = set(ids.values())
         async for letter in letters.list_all():
-            if letter.request_id in wanted:
+            if letter.request_id in request_ids:
                 found[letter.request_id] = letter.sequence
-    return numbers | {name: found[name_] for name, name_ in ids.items() if name_ in found}
+    return numbers | {name: found[id_] for name, id_ in ids.items() if id_ in found}
 
 
 async def _replayed(bus: Bus, settings: Settings, sequence: int) -> bool:
     try:
         letter = await DeadLetters(bus, settings.subjects).read(sequence)
     except DeadLetterNotFound:
-        click.echo(f"{sequence}: no such letter")
+        click.echo(f"{sequence}: no such dead letter")
         return False
-    which = f"{sequence} {_plain(letter.request_id)}"
+    label = f"{sequence} {_printable(letter.request_id)}"
     try:
         outcome = await Replayer(bus, settings.subjects).replay(letter)
     except NotReplayed as error:
-        click.echo(f"{which}: not replayed: {error}")
+        click.echo(f"{label}: not replayed: {error}")
         return False
-    click.echo(f"{which}: {outcome.value}")
+    click.echo(f"{label}: {outcome.value}")
     return True
 
 
@@ -161,7 +161,7 @@ def _table(rows: list[list[Text]]) -> str:
     table = Table(*COLUMNS, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    console = Console(file=StringIO(), width=WIDE, force_terminal=False)
+    console = Console(file=StringIO(), width=TABLE_WIDTH, force_terminal=False)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
@@ -169,9 +169,9 @@ def _table(rows: list[list[Text]]) -> str:
 
 def _row(letter: StoredDeadLetter) -> list[Text]:
     task = "" if letter.task is None else str(letter.task)
-    cells = (str(letter.sequence), _time(letter), task, letter.request_id, letter.code)
-    # As Text: brackets in it are no markup.
-    return [Text(_plain(cell)) for cell in (*cells, letter.attempts, letter.worker, letter.reason)]
+    request = (str(letter.sequence), _time(letter), task, letter.request_id, letter.code)
+    cells = (*request, letter.attempts, letter.worker, letter.reason)
+    return [Text(_printable(cell)) for cell in cells]  # rich reads brackets in a str as markup
 
 
 def _fields(letter: StoredDeadLetter) -> dict[str, Any]:
@@ -203,6 +203,6 @@ def _time(letter: StoredDeadLetter) -> str:
     return letter.stored_at.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _plain(text: str) -> str:
-    """A text that cannot steer the terminal: headers come from whoever may publish."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+def _printable(text: str) -> str:
+    """Replace control characters, which a publisher could use to control the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,4 +1,4 @@
-"""`consumer up` and `consumer demo`: the whole system on one machine, without Docker."""
+"""`consumer up` and `consumer demo`: run the whole system on one machine, without Docker."""
 
 import asyncio
 import importlib.util
@@ -14,9 +14,9 @@ from rich.console import Console
 from consumer.app.apply import CONNECT_WITHIN, apply
 from consumer.app.sender_commands import (
     ProgressBar,
-    ask,
     image_to_text,
-    save_pictures,
+    save_images,
+    send_request,
     summary,
     text_to_image,
 )
@@ -34,20 +34,20 @@ from generation_contracts import (
     encode,
 )
 
-LOOK_EVERY = 0.5  # seconds between two looks at the children of `up`
+CHECK_INTERVAL = 0.5  # seconds between two checks of the child processes of `up`
 
 
 def demo(prompt: str, question: str, folder: Path, console: Console) -> int:
-    """Draw, describe, show both results, stop everything.
+    """Start everything, generate an image, describe it, print both results, and stop.
 
     Args:
-        prompt: What to draw.
-        question: What to ask about the picture.
-        folder: Where the picture is saved.
-        console: Standard error; the result events go to standard output.
+        prompt: The prompt of the image.
+        question: The prompt about the generated image.
+        folder: The folder in which the image is saved.
+        console: Writes to standard error; the result events are printed on standard output.
 
     Returns:
-        0, or 1 when a job failed.
+        0, or 1 if a job failed.
     """
     started = time.monotonic()
     with (
@@ -66,10 +66,10 @@ def demo(prompt: str, question: str, folder: Path, console: Console) -> int:
 
 
 def up(directory: Path, console: Console) -> int:
-    """Keep the stack running until Ctrl-C or SIGTERM.
+    """Run the development stack until Ctrl-C or SIGTERM.
 
     Returns:
-        0, or 70 when a daemon or the gateway ended by itself.
+        0, or 70 if a worker or the gateway exited unexpectedly.
     """
     with DevStack(directory, persist=True) as stack:
         console.print(_addresses(stack))
@@ -80,28 +80,28 @@ def up(directory: Path, console: Console) -> int:
         while True:
             for child in children:
                 if not child.alive:
-                    console.print(f"{child.name} ended by itself with code {child.returncode}")
+                    console.print(f"{child.name} exited unexpectedly with code {child.returncode}")
                     return 70
-            time.sleep(LOOK_EVERY)
+            time.sleep(CHECK_INTERVAL)
 
 
 def _start_processes(
     stack: DevStack, console: Console
 ) -> tuple[list[Daemon], GatewayServer | None]:
-    """Start a daemon of each task and a gateway, and wait until all of them are ready.
+    """Start a worker of each task and a gateway, and wait until all of them are ready.
 
-    The gateway's libraries are an extra: without it there is none.
+    The libraries of the gateway are an extra. Without them no gateway is started.
     """
     with _environment(stack):
         asyncio.run(apply(Settings.load()))
     settings = {
-        # Nothing of the environment that could only be meant for one of the two.
+        # Override variables that could be meant for only one of the two workers.
         "MODEL_ID": "",
         "MODEL_DEFAULTS": "",
         "MODEL_ADAPTERS": "",
         "MODEL_SAFETY_CHECKER": "",
         "CONSUMER_NAME": "",
-        # torch makes the folder for its compiler when it is imported, else in the temporary folder.
+        # torch creates this folder on import, by default in the temporary folder of the system.
         "TORCHINDUCTOR_CACHE_DIR": str(stack.directory / "torchinductor"),
     }
     daemons = [
@@ -120,14 +120,14 @@ def _start_processes(
 
 @contextmanager
 def _environment(stack: DevStack) -> Iterator[None]:
-    """The stack's settings in this process's environment, where `Settings` reads them.
+    """Put the stack's settings into this process's environment, where `Settings` reads them.
 
-    Without what names other servers, their credentials or one of the two daemons.
+    Variables that name other servers, their credentials or one worker are removed in the block.
     """
     before = dict(os.environ)
     for name in before:
-        elsewhere = name.upper().startswith(("NATS_", "S3_", "MODEL_", "GATEWAY_"))
-        if elsewhere or name.upper() == "CONSUMER_NAME":
+        foreign = name.upper().startswith(("NATS_", "S3_", "MODEL_", "GATEWAY_"))
+        if foreign or name.upper() == "CONSUMER_NAME":
             del os.environ[name]
     os.environ.update(stack.environment())
     try:
@@ -149,26 +149,28 @@ async def _demo(
     bus = await connect(settings, name="generation demo", within=CONNECT_WITHIN)
     client = GenerationClient(bus.client, root=settings.subjects.root)
     try:
-        console.print(f"drawing: {prompt}", markup=False)
-        drawn = await _show(client, text_to_image(prompt), console)
-        if not isinstance(drawn, SucceededEvent):
+        console.print(f"text to image: {prompt}", markup=False)
+        image_event = await _run(client, text_to_image(prompt), console)
+        if not isinstance(image_event, SucceededEvent):
             return 1
-        files = await save_pictures(client, drawn, folder, f"demo-{drawn.request_id[:8]}")
+        name = f"demo-{image_event.request_id[:8]}"
+        files = await save_images(client, image_event, folder, name)
         seconds = time.monotonic() - started
-        console.print(f"{summary(drawn, files)} ({seconds:.1f} s after the start)", soft_wrap=True)
-        picture = next(o for o in drawn.outputs if isinstance(o, ImageArtifact))
-        console.print(f"asking about it: {question}", markup=False)
-        reference = ArtifactReference(bucket=picture.bucket, key=picture.key)
-        described = await _show(client, image_to_text(question, (reference,)), console)
-        console.print(summary(described, []), markup=False, soft_wrap=True)
-        return 0 if isinstance(described, SucceededEvent) else 1
+        text = f"{summary(image_event, files)} ({seconds:.1f} s after the start)"
+        console.print(text, soft_wrap=True)
+        image = next(o for o in image_event.outputs if isinstance(o, ImageArtifact))
+        console.print(f"image to text: {question}", markup=False)
+        reference = ArtifactReference(bucket=image.bucket, key=image.key)
+        text_event = await _run(client, image_to_text(question, (reference,)), console)
+        console.print(summary(text_event, []), markup=False, soft_wrap=True)
+        return 0 if isinstance(text_event, SucceededEvent) else 1
     finally:
         await bus.close()
 
 
-async def _show(client: GenerationClient, request: Request, console: Console) -> ResultEvent:
+async def _run(client: GenerationClient, request: Request, console: Console) -> ResultEvent:
     with ProgressBar(console) as bar:
-        event = await ask(client, request, bar)
+        event = await send_request(client, request, bar)
     print(encode(event).decode(), flush=True)  # noqa: T201 - the result is this command's output
     return event
 
@@ -181,18 +183,18 @@ def _instructions(stack: DevStack, daemons: list[Daemon], gateway: GatewayServer
     nats = f"nats --server {stack.nats.url}"
     probes = "\n".join(f"  {daemon.name:<14} {daemon.probes_url}/readyz" for daemon in daemons)
     return f"""
-Running until Ctrl-C. Data, ports and credentials stay in {stack.directory}.
+Running until Ctrl-C. Data, ports and credentials are stored in {stack.directory}.
 
   NATS           {stack.nats.url}
   S3             {stack.store.endpoint} (bucket {stack.store.bucket})
 {probes}
   HTTP           {_gateway_line(gateway)}
 {"" if gateway is None else _http_example(gateway)}
-Ask for a picture and wait for it:
+Generate an image:
 
   NATS_URL={stack.nats.url} uv run consumer request text-to-image "a red circle"
 
-With the nats command line, the results in one terminal and a request in another:
+With the nats command line tool, results in one terminal and requests in another:
 
   {nats} subscribe 'generation.result.>'
   {nats} publish --jetstream generation.request.text_to_image '{{"prompt":"a red circle"}}'
@@ -202,12 +204,12 @@ With the nats command line, the results in one terminal and a request in another
 def _gateway_line(gateway: GatewayServer | None) -> str:
     if gateway is None:
         return "none: install the extra 'gateway'"
-    return f"{gateway.url} (the page), {gateway.url}/v1 (OpenAI's API), {gateway.url}/docs"
+    return f"{gateway.url} (web page), {gateway.url}/v1 (OpenAI's API), {gateway.url}/docs"
 
 
 def _http_example(gateway: GatewayServer) -> str:
     return f"""
-Over HTTP, as OpenAI's clients ask:
+Over HTTP, with OpenAI's API:
 
   curl {gateway.url}/v1/images/generations --json '{{"prompt":"a red circle"}}'
 """

@@ -1,6 +1,6 @@
 """The Prometheus metrics of one daemon.
 
-Whoever only sends requests never imports this: prometheus-client brings an HTTP server with it.
+Commands that only send requests do not import this module: prometheus-client loads an HTTP server.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,14 +21,14 @@ from consumer.media.provenance import SOFTWARE
 from consumer.telemetry import JobReport, LogStream
 from generation_contracts import FailureCode, ModelInfo
 
-# Seconds; a demonstration picture takes 0.2, a large model on a small card minutes, and a request
-# in a long queue, or an output that waits for its store, hours.
+# Seconds. An image of the demonstration model takes 0.2 s, a large model on a small GPU minutes.
+# A request in a long queue, or an output that waits for the store, takes hours.
 _BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400)
 
-# What a job's report says beside the failure codes.
+# The outcomes of `JobReport` that are not failure codes.
 _NO_FAILURES = ("succeeded", "cancelled", "already_done", "given_back", "abandoned")
 
-# What the front door may say of a call; see `consumer.endpoints.worker_service`.
+# The failure codes of refused calls; see `consumer.endpoints.worker_service`.
 _REFUSED = (
     FailureCode.INVALID_REQUEST,
     FailureCode.UNSUPPORTED_PARAMETER,
@@ -37,10 +37,10 @@ _REFUSED = (
     FailureCode.INTERNAL,
 )
 
-# Why the next step of a chain may not be queued; see `consumer.jobs.chain_continuation`.
+# The failure codes of a next step that cannot be queued; see `consumer.jobs.chain_continuation`.
 _BREAKS = (FailureCode.INVALID_REQUEST, FailureCode.QUEUE_FULL, FailureCode.INTERNAL)
 
-# What puts a request aside; see the table in `consumer.jobs.outcomes`.
+# The failure codes with a dead letter; see the table in `consumer.jobs.outcomes`.
 _DEAD_LETTERED = (
     FailureCode.INVALID_REQUEST,
     FailureCode.MODEL_ERROR,
@@ -50,11 +50,11 @@ _DEAD_LETTERED = (
 
 
 class Metrics:
-    """The metrics of one daemon, in a registry of its own.
+    """The metrics of one daemon, in a separate registry.
 
-    Every series is made here and not when it is first counted: an increase from nothing to 1 is
-    none to Prometheus, so the first failure would be missed. It also spares each job the looking
-    up of labels.
+    Every time series is created here and not at its first increment. Prometheus sees no increase
+    when a series appears with the value 1, so it would miss the first failure. Jobs also need no
+    label lookup.
     """
 
     def __init__(self, task: str) -> None:
@@ -62,8 +62,8 @@ class Metrics:
         self._task = task
 
         def histogram(name: str, text: str) -> Histogram:
-            made = Histogram(name, text, ["task"], registry=self.registry, buckets=_BUCKETS)
-            return made.labels(task)
+            metric = Histogram(name, text, ["task"], registry=self.registry, buckets=_BUCKETS)
+            return metric.labels(task)
 
         def counter(name: str, text: str) -> Counter:
             return Counter(name, text, ["task"], registry=self.registry).labels(task)
@@ -71,82 +71,82 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(name, text, ["task"], registry=self.registry).labels(task)
 
-        def kinds(name: str, text: str, label: str, known: Iterable[str]) -> _Kinds:
-            made = Counter(name, text, ["task", label], registry=self.registry)
-            return _Kinds(made, task, tuple(map(str, known)))
+        def labelled(name: str, text: str, label: str, values: Iterable[str]) -> _LabelledCounter:
+            metric = Counter(name, text, ["task", label], registry=self.registry)
+            return _LabelledCounter(metric, task, tuple(map(str, values)))
 
-        self._jobs = kinds(
+        self._jobs = labelled(
             "generation_jobs",
             "Deliveries handled, by outcome",
             "outcome",
             (*_NO_FAILURES, *FailureCode),
         )
-        self._failures = kinds(
+        self._failures = labelled(
             "generation_failures",
-            "Requests that ended as failed, by failure code",
+            "Failed requests, by failure code",
             "code",
             FailureCode,
         )
-        self._dead_letters = kinds(
+        self._dead_letters = labelled(
             "generation_dead_letters",
-            "Requests put aside as dead letters, by failure code",
+            "Requests stored as dead letters, by failure code",
             "code",
             _DEAD_LETTERED,
         )
-        self._refused_calls = kinds(
+        self._refused_calls = labelled(
             "generation_refused_calls",
-            "Calls that were refused at the front door, by failure code",
+            "Calls refused by the request-reply endpoint, by failure code",
             "code",
             _REFUSED,
         )
-        self._broken_chains = kinds(
+        self._broken_chains = labelled(
             "generation_broken_chains",
-            "Chains that ended at a step that could not be queued, by failure code",
+            "Chains whose next step could not be queued, by failure code",
             "code",
             _BREAKS,
         )
         self._redelivered = counter(
-            "generation_redelivered_jobs", "Deliveries that were not the first of their request"
+            "generation_redelivered_jobs", "Redeliveries: deliveries after the first of a request"
         )
         self._stages = {
-            "queued": histogram("generation_queue_wait_seconds", "From stored to started"),
-            "inference": histogram("generation_inference_seconds", "The model's run"),
-            "encode": histogram("generation_encode_seconds", "Encoding the outputs"),
-            "upload": histogram("generation_upload_seconds", "Storing the outputs"),
+            "queued": histogram(
+                "generation_queue_wait_seconds", "Time from stored in the stream to started"
+            ),
+            "inference": histogram("generation_inference_seconds", "Time to run the model"),
+            "encode": histogram("generation_encode_seconds", "Time to encode the outputs"),
+            "upload": histogram("generation_upload_seconds", "Time to upload the outputs"),
         }
-        self._in_flight = gauge("generation_jobs_in_flight", "Deliveries in hand")
+        self._in_flight = gauge("generation_jobs_in_flight", "Deliveries in flight")
         self._device_busy = counter(
             "generation_device_busy_seconds",
-            "Time that the device has worked, counted at the end of each run",
+            "Time in which the device was busy, added at the end of each run",
         )
         self._last_step = gauge(
             "generation_last_step_timestamp_seconds",
-            "When a run last came to a new step, more text or its end; 0 before the first",
+            "Time of the last step, text token or end of a run; 0 before the first",
         )
-        self._store_up = gauge("generation_store_reachable", "1 while the store answers")
+        self._store_up = gauge("generation_store_reachable", "1 while the store is reachable")
         self._store_failures = counter(
-            "generation_store_failures", "Tries that the store did not answer or refused"
+            "generation_store_failures", "Calls to the store that failed or were refused"
         )
         self._conditions = Gauge(
             "generation_ready_condition",
-            "1 while a condition of readiness holds",
+            "1 while a readiness condition is met",
             ["task", "condition"],
             registry=self.registry,
         )
-        self._model = Info(
-            "generation_model", "The model that is loaded", ["task"], registry=self.registry
-        )
-        build = Info("generation_build", "The daemon", ["task"], registry=self.registry)
+        self._model = Info("generation_model", "The loaded model", ["task"], registry=self.registry)
+        build = Info("generation_build", "The version", ["task"], registry=self.registry)
         build.labels(task).info({"version": version(SOFTWARE)})
         self.registry.register(_LostLogLines(task))
         ProcessCollector(registry=self.registry)
 
     def job_started(self) -> None:
-        """A delivery is in hand."""
+        """Report that a delivery is in flight."""
         self._in_flight.inc()
 
     def job_finished(self, report: JobReport) -> None:
-        """A delivery is settled, given back or abandoned."""
+        """Report that a delivery is settled, requeued or abandoned."""
         self._in_flight.dec()
         self._jobs.count(report.outcome)
         if report.outcome not in _NO_FAILURES:
@@ -161,71 +161,71 @@ class Metrics:
                 metric.observe(seconds)
 
     def chain_broken(self, code: FailureCode) -> None:
-        """A chain has ended at a step that could not be queued."""
+        """Report that the next step of a chain could not be queued."""
         self._broken_chains.count(str(code))
 
     def device_stepped(self) -> None:
-        """The run under way has come to a new step, or to more text."""
+        """Report that the current run has made a step or generated text."""
         self._last_step.set_to_current_time()
 
     def device_busy(self, seconds: float) -> None:
-        """A run has ended, in which the device worked for so long."""
+        """Report that a run has ended, and the seconds in which the device was busy."""
         self._device_busy.inc(seconds)
         self._last_step.set_to_current_time()
 
     def call_refused(self, code: FailureCode) -> None:
-        """The front door has refused a call."""
+        """Report that a request-reply call was refused."""
         self._refused_calls.count(str(code))
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:  # noqa: ARG002 - Observer's
-        """The store has answered, or not."""
+        """Report whether the store is reachable."""
         self._store_up.set(reachable)
         if not reachable:
             self._store_failures.inc()
 
     def model_loaded(self, model: ModelInfo) -> None:
-        """This model is what jobs run on."""
-        said = model.model_dump(exclude_none=True)
-        self._model.labels(self._task).info({name: str(value) for name, value in said.items()})
+        """Set the labels of the loaded model."""
+        labels = model.model_dump(exclude_none=True)
+        self._model.labels(self._task).info({name: str(value) for name, value in labels.items()})
 
     def readiness(self, conditions: Mapping[str, str | None]) -> None:
-        """Set what readiness depends on: None, or why a condition does not hold."""
+        """Set the readiness conditions: None, or the reason why a condition is not met."""
         for condition, reason in conditions.items():
             self._conditions.labels(self._task, condition).set(reason is None)
 
 
 class _LostLogLines(Collector):
-    """Shows how many log lines could not be written."""
+    """Collects the number of lost log lines at each scrape."""
 
     def __init__(self, task: str) -> None:
         self._task = task
 
     def collect(self) -> Iterator[Metric]:
-        """The one counter."""
+        """Yield the counter."""
         counter = CounterMetricFamily(
             "generation_lost_log_lines",
-            "Log lines that could not be written: no reader, a full disk or a full pipe",
+            "Log lines that could not be written: closed pipe, full pipe or full disk",
             labels=["task"],
         )
         counter.add_metric([self._task], LogStream.lost_lines)
         yield counter
 
 
-class _Kinds:
-    """A counter of one task with a label of its own for the kind of what is counted.
+class _LabelledCounter:
+    """A counter of one task with a second label.
 
     Args:
-        counter: With the labels `task` and the kind.
-        task: The value of the first.
-        kinds: Shown from the start, at 0.
+        counter: The metric, with the labels `task` and the second one.
+        task: The value of the label `task`.
+        values: Values of the second label that are exported from the start, as 0.
     """
 
-    def __init__(self, counter: Counter, task: str, kinds: tuple[str, ...]) -> None:
+    def __init__(self, counter: Counter, task: str, values: tuple[str, ...]) -> None:
         self._counter = counter
         self._task = task
-        self._known = {kind: counter.labels(task, kind) for kind in kinds}
+        self._known = {value: counter.labels(task, value) for value in values}
 
-    def count(self, kind: str) -> None:
-        """One more."""
-        known = self._known.get(kind)
-        (self._counter.labels(self._task, kind) if known is None else known).inc()
+    def count(self, value: str) -> None:
+        """Add one to the series of a label value."""
+        known = self._known.get(value)
+        (self._counter.labels(self._task, value) if known is None else known).inc()

@@ -1,7 +1,8 @@
-"""Health for whoever supervises the daemon: /livez, /readyz and /metrics over HTTP.
+"""Liveness, readiness and metrics over HTTP: /livez, /readyz and /metrics.
 
-`/livez` answers as long as the event loop turns and the device is not lost; `/readyz` says in JSON
-which of its conditions does not hold; `/metrics` is Prometheus text.
+`/livez` returns 200 while the event loop runs and the device is not lost. `/readyz` returns each
+readiness condition in JSON. `/metrics` is Prometheus text. `Telemetry` receives the reports of all
+components and updates the health and the metrics.
 """
 
 import asyncio
@@ -20,25 +21,25 @@ from generation_contracts import FailureCode
 
 log = structlog.get_logger()
 
-LOG_EVERY = 10.0  # seconds between two log lines about a store that fails for the same reason
-LOGGED_REASONS = 32  # reasons that the rate limit remembers; a failing store has a handful
-SHUTDOWN_TIMEOUT = 1.0  # seconds that a scrape under way may take when the daemon ends
+LOG_INTERVAL = 10.0  # seconds between two log lines about the same failure of the store
+MAX_LOGGED_REASONS = 32  # reasons that the rate limit remembers; a failing store has a few
+SHUTDOWN_TIMEOUT = 1.0  # seconds for a scrape in progress when the daemon ends
 
 
 @dataclass
 class Health:
-    """What readiness depends on.
+    """The state of the daemon on which its readiness depends.
 
     Attributes:
-        bus_connected: Asked at each probe.
-        durable_present: The same.
-        model_loaded: Set when the first job could run.
-        store_reachable: Whether the store answered when it was last used.
-        store_reason: Why it did not, for people.
-        streams_writable: Whether JetStream stores what is published.
-        streams_reason: Why it does not, for people.
-        draining: No new job will be taken.
-        device_lost: The process is about to end, for a new one to take over.
+        bus_connected: Called at each probe; returns whether NATS is connected.
+        durable_present: Called at each probe; returns whether the durable exists.
+        model_loaded: Whether a job could run.
+        store_reachable: Whether the store replied when it was last used.
+        store_reason: Why the store is unreachable, for people.
+        streams_writable: Whether JetStream stores published messages.
+        streams_reason: Why JetStream refuses messages, for people.
+        draining: Whether the daemon has stopped fetching requests.
+        device_lost: Whether the device has failed; the process is about to exit.
     """
 
     bus_connected: Callable[[], bool] = lambda: False
@@ -52,7 +53,7 @@ class Health:
     device_lost: bool = False
 
     def conditions(self) -> dict[str, str | None]:
-        """Return each condition with why it does not hold; None: it holds. Safe to show."""
+        """Return each condition with None, or the reason why it is not met, without secrets."""
         return {
             "bus": None if self.bus_connected() else "not connected",
             "durable": None if self.durable_present() else "not present",
@@ -65,40 +66,40 @@ class Health:
 
 
 class _ReasonLimit:
-    """Limits the log lines about failures to one per reason in `LOG_EVERY`.
+    """Limits the log lines about failures to one per reason in `LOG_INTERVAL`.
 
-    A success does not reset the limit: a store can answer every GET and refuse every PUT.
+    A success does not reset the limit: a store can accept every GET and refuse every PUT.
     """
 
     def __init__(self) -> None:
-        self._reasons: dict[str, tuple[float, int]] = {}  # time of the next line, lines left out
+        self._reasons: dict[str, tuple[float, int]] = {}  # time of the next line, suppressed lines
 
-    def left_out(self, reason: str) -> int | None:
-        """Return how many lines were left out since the last one; None: leave out this one, too."""
+    def suppressed(self, reason: str) -> int | None:
+        """Return the number of lines suppressed since the last one; None: suppress this line."""
         now = time.monotonic()
         log_from, unlogged = self._reasons.get(reason, (now, 0))
         if now < log_from:
             self._reasons[reason] = (log_from, unlogged + 1)
             return None
         self._reasons.pop(reason, None)
-        if len(self._reasons) >= LOGGED_REASONS:
-            del self._reasons[next(iter(self._reasons))]  # the reason logged longest ago
-        self._reasons[reason] = (now + LOG_EVERY, 0)
+        if len(self._reasons) >= MAX_LOGGED_REASONS:
+            del self._reasons[next(iter(self._reasons))]  # the least recently logged reason
+        self._reasons[reason] = (now + LOG_INTERVAL, 0)
         return unlogged
 
 
 @dataclass
 class Telemetry(Observer):
-    """Tells the metrics and the health what the daemon does."""
+    """Updates the metrics and the health with the reports of the daemon's components."""
 
     metrics: Metrics
     health: Health = field(default_factory=Health)
     _store_changed: asyncio.Event = field(default_factory=asyncio.Event)
     _store_limit: _ReasonLimit = field(default_factory=_ReasonLimit)
-    _recovery_logged: bool = False  # since the last line about a failure
+    _recovery_logged: bool = False  # since the last log line about a failure
 
     async def store_changes(self, within: float) -> bool:
-        """Wait until the store goes away or comes back; False: not within so many seconds."""
+        """Wait until the store's reachability changes; return False after `within` seconds."""
         self._store_changed.clear()
         try:
             async with asyncio.timeout(within):
@@ -108,31 +109,31 @@ class Telemetry(Observer):
         return True
 
     def job_started(self) -> None:
-        """A delivery is in hand."""
+        """Report that a delivery is in flight."""
         self.metrics.job_started()
 
     def job_finished(self, report: JobReport) -> None:
-        """A delivery is settled, given back or abandoned."""
+        """Report that a delivery is settled, requeued or abandoned."""
         self.metrics.job_finished(report)
 
     def chain_broken(self, code: FailureCode) -> None:
-        """A chain has ended at a step that could not be queued."""
+        """Report that the next step of a chain could not be queued."""
         self.metrics.chain_broken(code)
 
     def call_refused(self, code: FailureCode) -> None:
-        """The front door has refused a call."""
+        """Report that a request-reply call was refused."""
         self.metrics.call_refused(code)
 
     def device_stepped(self) -> None:
-        """The run under way has come to a new step, or to more text."""
+        """Report that the current run has made a step or generated text."""
         self.metrics.device_stepped()
 
     def device_busy(self, seconds: float) -> None:
-        """A run has ended, in which the device worked for so long."""
+        """Report that a run has ended, and the seconds in which the device was busy."""
         self.metrics.device_busy(seconds)
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
-        """The store has answered, or not."""
+        """Report whether the store is reachable."""
         self.metrics.store_reachable(reachable, reason)
         if not reachable:
             self.health.store_reason = reason or "not reachable"
@@ -145,61 +146,61 @@ class Telemetry(Observer):
         self.health.store_reachable = reachable
 
     def _log_store_failure(self, reason: str) -> None:
-        unlogged = self._store_limit.left_out(reason)
+        unlogged = self._store_limit.suppressed(reason)
         if unlogged is not None:
             log.warning("store_unreachable", reason=reason, unlogged=unlogged)
             self._recovery_logged = False
 
     def bus_writable(self, writable: bool, reason: str = "") -> None:
-        """JetStream has taken what was published, or refuses it."""
+        """Report that JetStream has stored a message, or refuses messages."""
         health, was_writable = self.health, self.health.streams_writable
         logged, reason = health.streams_reason, "" if writable else reason or "not writable"
         health.streams_writable, health.streams_reason = writable, reason
         if writable and not was_writable:
-            log.info("streams_take")
+            log.info("streams_writable")
         elif not writable and reason != logged:
-            log.warning("streams_refuse", reason=reason)
+            log.warning("streams_not_writable", reason=reason)
 
 
 class NullObserver(Observer):
-    """Tells nobody: for commands that use a part outside the daemon."""
+    """Ignores all reports, for commands that use a component outside the daemon."""
 
     def job_started(self) -> None:
-        """Not told."""
+        """Ignore the report."""
 
     def job_finished(self, report: JobReport) -> None:
-        """Not told."""
+        """Ignore the report."""
 
     def chain_broken(self, code: FailureCode) -> None:
-        """Not told."""
+        """Ignore the report."""
 
     def call_refused(self, code: FailureCode) -> None:
-        """Not told."""
+        """Ignore the report."""
 
     def device_stepped(self) -> None:
-        """Not told."""
+        """Ignore the report."""
 
     def device_busy(self, seconds: float) -> None:
-        """Not told."""
+        """Ignore the report."""
 
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
-        """Not told."""
+        """Ignore the report."""
 
     def bus_writable(self, writable: bool, reason: str = "") -> None:
-        """Not told."""
+        """Ignore the report."""
 
 
 class Probes:
     """The HTTP server of one daemon.
 
     Args:
-        watch: What is shown.
+        telemetry: The metrics and the health that are served.
         host: Address to listen on.
-        port: 0 for a free one.
+        port: Port to listen on; 0 chooses a free one.
     """
 
-    def __init__(self, watch: Telemetry, *, host: str, port: int) -> None:
-        self._telemetry = watch
+    def __init__(self, telemetry: Telemetry, *, host: str, port: int) -> None:
+        self._telemetry = telemetry
         self._host = host
         self._port = port
         application = web.Application()
@@ -212,14 +213,14 @@ class Probes:
 
     @property
     def port(self) -> int:
-        """The port that is listened on."""
+        """The port on which the server listens."""
         return int(self._runner.addresses[0][1])
 
     async def start(self) -> None:
-        """Listen.
+        """Start to listen.
 
         Raises:
-            OSError: The port is taken.
+            OSError: The port is in use.
         """
         await self._runner.setup()
         await web.TCPSite(self._runner, self._host, self._port).start()
@@ -240,7 +241,7 @@ class Probes:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         self._telemetry.metrics.readiness(self._telemetry.health.conditions())
-        # The content type as prometheus-client has it: aiohttp takes no charset in `content_type`.
+        # A header, because aiohttp accepts no charset in its argument `content_type`.
         return web.Response(
             body=generate_latest(self._telemetry.metrics.registry),
             headers={"Content-Type": CONTENT_TYPE_LATEST},

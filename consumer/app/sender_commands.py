@@ -1,4 +1,4 @@
-"""The sender's side of the commands: ask, show what happens, save what comes back."""
+"""`consumer request`: send a request, show its progress, save its outputs."""
 
 import asyncio
 import base64
@@ -26,18 +26,20 @@ from generation_contracts import (
 )
 from generation_contracts.artifacts import ImageSource
 
-SHOWN_OF_A_TEXT = 40  # characters, the last ones, beside the bar while it is being written
+SHOWN_TEXT_LENGTH = 40  # characters: the end of a streamed text, next to the progress bar
 
 
 class Display(Protocol):
-    """Told each event of a request as it comes."""
+    """Shows the events of a request as they arrive."""
 
     def show(self, event: StartedEvent | ProgressEvent) -> None:
-        """Something has happened."""
+        """Show one event."""
 
 
 def image_source(argument: str) -> ImageSource:
-    """A command's IMAGE: a local file goes into the request, anything with a scheme as it is.
+    """Return the image source of a command's IMAGE argument.
+
+    A local file is embedded in the request. An argument with a URL scheme is passed on unchanged.
 
     Raises:
         OSError: The file cannot be read.
@@ -47,7 +49,7 @@ def image_source(argument: str) -> ImageSource:
     return InlineImage(base64=base64.b64encode(Path(argument).read_bytes()).decode())
 
 
-async def ask(client: GenerationClient, request: Request, display: Display) -> ResultEvent:
+async def send_request(client: GenerationClient, request: Request, display: Display) -> ResultEvent:
     """Send a request and wait for its terminal event.
 
     Raises:
@@ -58,36 +60,36 @@ async def ask(client: GenerationClient, request: Request, display: Display) -> R
             if not isinstance(event, StartedEvent | ProgressEvent):
                 return event
             display.show(event)
-    raise AssertionError("events end with a terminal one")
+    raise AssertionError("the events end with a terminal event")
 
 
-async def save_pictures(
+async def save_images(
     client: GenerationClient, event: SucceededEvent, folder: Path, name: str
 ) -> list[Path]:
-    """Fetch every picture of a result.
+    """Download and save every image of a result.
 
     Returns:
-        The files, `<name>.png` or `<name>-<n>.png` where there are several.
+        The files: `<name>.png`, or `<name>-<n>.png` for several images.
 
     Raises:
-        DownloadFailed: A picture cannot be fetched, or its bytes are not the ones that were stored.
+        DownloadFailed: An image cannot be downloaded, or its bytes differ from the stored digest.
     """
-    pictures = [output for output in event.outputs if isinstance(output, ImageArtifact)]
-    contents = [await client.download(picture) for picture in pictures]
+    images = [output for output in event.outputs if isinstance(output, ImageArtifact)]
+    contents = [await client.download(image) for image in images]
     saved = []
-    for number, (picture, content) in enumerate(zip(pictures, contents, strict=True)):
-        suffix = Path(picture.key).suffix
-        file = folder / (f"{name}{suffix}" if len(pictures) == 1 else f"{name}-{number}{suffix}")
+    for number, (image, content) in enumerate(zip(images, contents, strict=True)):
+        suffix = Path(image.key).suffix
+        file = folder / (f"{name}{suffix}" if len(images) == 1 else f"{name}-{number}{suffix}")
         await asyncio.to_thread(file.write_bytes, content)
         saved.append(file)
     return saved
 
 
 class ProgressBar:
-    """Shows a request's progress and how a text grows, on a terminal; a context manager.
+    """Shows the progress of a request and the end of its text on a terminal; a context manager.
 
     Args:
-        console: Where; standard error, so that results can be piped.
+        console: Writes to standard error, so that results can be piped.
     """
 
     def __init__(self, console: Console) -> None:
@@ -97,7 +99,7 @@ class ProgressBar:
             TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_interactive,  # where nothing can be redrawn, it is an empty line
+            disable=not console.is_interactive,  # without redrawing, rich prints an empty line
         )
         self._bar = self._progress.add_task("waiting", total=1, visible=False)
         self._console = console
@@ -119,9 +121,9 @@ class ProgressBar:
                 soft_wrap=True,
             )
             return
-        # Step 0 begins a second try, and its text anew.
+        # Step 0 means a new attempt, which generates the text again from the start.
         self._text = ("" if event.step == 0 else self._text) + (event.text or "")
-        end = " ".join(self._text.split())[-SHOWN_OF_A_TEXT:]
+        end = " ".join(self._text.split())[-SHOWN_TEXT_LENGTH:]
         self._progress.update(
             self._bar,
             description=escape(end) or str(event.task).replace("_", " "),
@@ -131,15 +133,15 @@ class ProgressBar:
         )
 
 
-class Quiet:
-    """Shows nothing: for output that programs read."""
+class NoDisplay:
+    """Shows nothing, for output that programs read."""
 
     def show(self, event: StartedEvent | ProgressEvent) -> None:
-        """Not shown."""
+        """Ignore the event."""
 
 
 def summary(event: ResultEvent, saved: list[Path]) -> str:
-    """A result for people."""
+    """Return a result as text for people."""
     if isinstance(event, FailedEvent):
         return f"failed: {event.failure.code}: {event.failure.message}"
     if not isinstance(event, SucceededEvent):
@@ -151,10 +153,12 @@ def summary(event: ResultEvent, saved: list[Path]) -> str:
 
 
 def text_to_image(prompt: str, **parameters: Any) -> TextToImageRequest:
-    """A text-to-image request, with a new id where none is given; None is the model's own.
+    """Build a text-to-image request; a parameter that is None is left to the model's default.
+
+    The request has a new id unless `request_id` is given.
 
     Raises:
-        pydantic.ValidationError: Not within the contract.
+        pydantic.ValidationError: A parameter violates the contract.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
     return TextToImageRequest(prompt=prompt, **{"request_id": new_request_id(), **given})
@@ -163,10 +167,12 @@ def text_to_image(prompt: str, **parameters: Any) -> TextToImageRequest:
 def image_to_text(
     prompt: str, images: tuple[ImageSource, ...], **parameters: Any
 ) -> ImageToTextRequest:
-    """An image-to-text request, with a new id where none is given; None is the model's own.
+    """Build an image-to-text request; a parameter that is None is left to the model's default.
+
+    The request has a new id unless `request_id` is given.
 
     Raises:
-        pydantic.ValidationError: Not within the contract.
+        pydantic.ValidationError: A parameter violates the contract.
     """
     given = {name: value for name, value in parameters.items() if value is not None}
     return ImageToTextRequest(

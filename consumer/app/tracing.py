@@ -1,8 +1,8 @@
-"""Traces: OpenTelemetry spans of jobs, where the extra `traces` is installed and turned on.
+"""OpenTelemetry traces of jobs; needs the extra `traces` and CONSUMER_TRACES.
 
-A job's span begins when the stream took its request and is the parent of its stages; its context
-goes out with the events and the next requests of a chain. The stages are known with their times at
-the job's end and become spans then: while a job runs, nothing is measured for a trace.
+The span of a job starts when the stream stored its request, and is the parent of the spans of its
+stages. Its context is published with the events and with the next requests of a chain. Spans of
+stages are created at the end of the job from the recorded times, so tracing adds no work to a run.
 """
 
 import os
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
-SERVICE_NAME = "generation-consumer"  # unless OTEL_SERVICE_NAME says otherwise
-FLUSH_WITHIN = 3_000  # milliseconds at the end of the process
+SERVICE_NAME = "generation-consumer"  # default of OTEL_SERVICE_NAME
+FLUSH_TIMEOUT_MS = 3_000  # milliseconds, at the end of the process
 
 
 class JobTrace:
     """The trace of one job; implements `consumer.ports.telemetry.JobTrace`.
 
     Attributes:
-        trace_parent: What goes out with everything that the job publishes.
+        trace_parent: The W3C `traceparent` header of every message that the job publishes.
     """
 
     def __init__(self, tracer: Any, span: "Span", began: int) -> None:
@@ -47,19 +47,19 @@ class JobTrace:
             span = self._tracer.start_span(stage.name, within, start_time=stage.began)
             span.end(max(stage.ended, stage.began))
         self._span.set_attribute("generation.outcome", outcome)
-        if outcome not in _FINE:
+        if outcome not in _NOT_ERRORS:
             self._span.set_status(Status(StatusCode.ERROR, outcome))
         self._span.end()
 
 
-# What is no failure of anybody's.
-_FINE = frozenset({"succeeded", "cancelled", "already_done", "given_back"})
+# Outcomes that do not set the span's status to error.
+_NOT_ERRORS = frozenset({"succeeded", "cancelled", "already_done", "given_back"})
 
 
 class OpenTelemetry:
     """Exports to an OTLP endpoint over HTTP; implements `consumer.ports.telemetry.Tracer`.
 
-    Where to is said by OpenTelemetry's own variables: OTEL_EXPORTER_OTLP_ENDPOINT and the others.
+    OpenTelemetry's own variables configure the export: OTEL_EXPORTER_OTLP_ENDPOINT and others.
     """
 
     def __init__(self, provider: "TracerProvider") -> None:
@@ -69,12 +69,12 @@ class OpenTelemetry:
     def begin(
         self, *, trace_parent: str | None, began: int, attributes: Mapping[str, str | int]
     ) -> JobTrace:
-        """Open the span of a job.
+        """Start the span of a job.
 
         Args:
-            trace_parent: The sender's context, if it has one.
-            began: When the stream took the request, nanoseconds since the epoch.
-            attributes: Of the span.
+            trace_parent: The sender's `traceparent` header, if the request has one.
+            began: Time at which the stream stored the request, in nanoseconds since the epoch.
+            attributes: Attributes of the span.
         """
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -90,13 +90,13 @@ class OpenTelemetry:
         return JobTrace(self._tracer, span, began)
 
     def close(self) -> None:
-        """Export what is left; blocks for a moment."""
-        self._provider.force_flush(FLUSH_WITHIN)
+        """Export the remaining spans; blocks for up to `FLUSH_TIMEOUT_MS`."""
+        self._provider.force_flush(FLUSH_TIMEOUT_MS)
         self._provider.shutdown()
 
 
 def open_telemetry() -> OpenTelemetry:
-    """The exporter that OpenTelemetry's variables describe.
+    """Return an exporter that is configured by OpenTelemetry's environment variables.
 
     Raises:
         SettingsError: The extra is not installed.

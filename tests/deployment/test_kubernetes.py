@@ -26,10 +26,10 @@ import yaml
 from fastapi.routing import APIRoute
 
 from consumer.app.composition import make_topology
-from consumer.app.daemon import FORCE_AFTER
+from consumer.app.daemon import FORCED_STOP_TIMEOUT
 from consumer.app.metrics import Metrics
 from consumer.app.probes import SHUTDOWN_TIMEOUT, Probes, Telemetry
-from consumer.app.tracing import FLUSH_WITHIN
+from consumer.app.tracing import FLUSH_TIMEOUT_MS
 from consumer.bus.connection import CLOSE_TIMEOUT, connect
 from consumer.endpoints.worker_service import DRAIN_TIMEOUT
 from consumer.gateway import health
@@ -439,12 +439,15 @@ def test_a_model_has_time_to_load_and_a_hanging_one_is_left_to_the_daemon() -> N
 
 
 def test_a_pod_has_time_to_drain() -> None:
-    closing = DRAIN_TIMEOUT + 2 * CLOSE_TIMEOUT + FLUSH_WITHIN / 1000 + SHUTDOWN_TIMEOUT
+    closing = DRAIN_TIMEOUT + 2 * CLOSE_TIMEOUT + FLUSH_TIMEOUT_MS / 1000 + SHUTDOWN_TIMEOUT
     grace = float(base_settings()["CONSUMER_DRAIN_GRACE"])
     for overlay in ("overlays/cpu", "overlays/production"):
         assert "CONSUMER_DRAIN_GRACE" not in literals(overlay)
     needed = (
-        max(grace, Settings().consumer_drain_grace) + DRAIN_STEP_TIMEOUT + FORCE_AFTER + closing
+        max(grace, Settings().consumer_drain_grace)
+        + DRAIN_STEP_TIMEOUT
+        + FORCED_STOP_TIMEOUT
+        + closing
     )
     margin = 10  # seconds, for a busy node
     assert pod(the_worker())["terminationGracePeriodSeconds"] >= needed + margin

@@ -116,7 +116,7 @@ async def test_what_the_model_lacks_is_refused_at_the_door(sender: Client) -> No
 
 async def test_cancel_on_the_command_line(system: DevStack, sender: Client) -> None:
     unknown = await asyncio.to_thread(consumer, system, "cancel", "nobody")
-    assert (unknown.returncode, unknown.stdout) == (1, "there is no such request\n")
+    assert (unknown.returncode, unknown.stdout) == (1, "no such request\n")
     request_id = new_id()
     events = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
     await sender.flush()

@@ -97,7 +97,7 @@ async def test_a_request_is_replayed_once_its_model_is_mended(scene: Scene) -> N
     assert len(await scene.keys()) == 1
     assert await letters(scene) == 0
     again = await dead_letters(scene, "replay", request_id)
-    assert (again.code, again.lines) == (1, [f"{request_id}: no such letter"])
+    assert (again.code, again.lines) == (1, [f"{request_id}: no such dead letter"])
 
 
 async def test_a_replay_that_fails_again_has_a_new_event_and_a_new_letter(scene: Scene) -> None:
@@ -145,8 +145,8 @@ async def test_letters_are_named_by_sequence_or_by_id_and_digits_are_a_sequence(
         "3 r-1: replayed",
         "2 3: replayed",
         "4 r-2: replayed",
-        "9: no such letter",
-        "r-9: no such letter",
+        "9: no such dead letter",
+        "r-9: no such dead letter",
     ]
     assert await letters(scene) == 1
 
@@ -247,7 +247,7 @@ async def test_show_on_a_terminal_leaves_the_prompt_on_a_line_of_its_own(scene: 
 async def test_a_letter_that_is_not_there_is_one_line_with_1(scene: Scene, name: str) -> None:
     done = await dead_letters(scene, "show", name)
     assert (done.code, done.stdout) == (1, b"")
-    assert done.stderr == f"consumer: {name.replace(chr(27), '?')}: no such letter\n"
+    assert done.stderr == f"consumer: {name.replace(chr(27), '?')}: no such dead letter\n"
 
 
 # -- usage ----------------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ def test_the_commands_of_keys_need_the_setting() -> None:
         done = consumer("gateway", "keys", *command)
         assert (done.returncode, done.stderr) == (
             2,
-            "consumer: GATEWAY_KEYS: set it to the file of keys\n",
+            "consumer: GATEWAY_KEYS: set it to the path of the key file\n",
         )
 
 

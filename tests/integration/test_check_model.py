@@ -1,4 +1,4 @@
-"""`consumer check --model`: loads the model, makes one output, tells what both took."""
+"""`consumer check --model`: load the model, generate one output, report the time of both."""
 
 import re
 from pathlib import Path
@@ -20,44 +20,47 @@ def settings_of(folder: Path | str, task: str = "text_to_image", **given: Any) -
 
 
 async def test_a_pipeline_is_described_and_makes_a_picture(model_folder: Folder) -> None:
-    told: list[Finding] = []
+    reported: list[Finding] = []
     settings = settings_of(
         model_folder("stable_diffusion_3"), model_defaults='{"num_inference_steps": 2}'
     )
-    findings = await check_model(settings, told.append)
-    assert findings == told
-    assert [(finding.what, finding.exit_code) for finding in told] == [
+    findings = await check_model(settings, reported.append)
+    assert findings == reported
+    assert [(finding.name, finding.exit_code) for finding in reported] == [
         ("model", 0),
         ("output", 0),
         ("memory", 0),
     ]
-    model, output, memory = (finding.said for finding in told)
-    assert model.startswith("stable_diffusion_3: StableDiffusion3, float32 on cpu; takes ")
+    model, output, memory = (finding.text for finding in reported)
+    assert model.startswith("stable_diffusion_3: StableDiffusion3, float32 on cpu; parameters ")
     assert "defaults width 64, height 64, num_inference_steps 2, " in model
     assert re.search(
-        rf"; sides are multiples of 16 pixels, at most \d+ pixels in all; loaded in {SECONDS}$",
+        r"; width and height are multiples of 16 pixels, at most \d+ pixels per image; "
+        rf"loaded in {SECONDS}$",
         model,
     )
-    assert re.fullmatch(rf"a picture of 64x64 pixels in {SECONDS}", output)
+    assert re.fullmatch(rf"an image of 64x64 pixels in {SECONDS}", output)
     assert re.fullmatch(r"main memory at most \d+\.\d\d GiB", memory)
 
 
 async def test_a_vision_language_model_describes_a_picture(model_folder: Folder) -> None:
-    told: list[Finding] = []
+    reported: list[Finding] = []
     settings = settings_of(
         model_folder("vision_language"), "image_to_text", model_defaults='{"max_new_tokens": 3}'
     )
-    await check_model(settings, told.append)
-    model, output, _ = told
-    assert "takes" in model.said
-    assert "pixels" not in model.said
-    assert re.fullmatch(rf'"[^\n]*", 3 tokens in {SECONDS}', output.said)
+    await check_model(settings, reported.append)
+    model, output, _ = reported
+    assert "parameters" in model.text
+    assert "pixels" not in model.text
+    assert re.fullmatch(rf'"[^\n]*", 3 tokens in {SECONDS}', output.text)
 
 
 async def test_a_model_that_cannot_be_loaded_is_told_with_70(tmp_path: Path) -> None:
-    told: list[Finding] = []
-    await check_model(settings_of(tmp_path), told.append)
-    assert told == [Finding("model", f"{tmp_path.name}: there is no model_index.json in it", 70)]
+    reported: list[Finding] = []
+    await check_model(settings_of(tmp_path), reported.append)
+    assert reported == [
+        Finding("model", f"{tmp_path.name}: there is no model_index.json in it", 70)
+    ]
 
 
 async def test_a_model_whose_output_is_unusable_is_told_with_70(own_folder: Folder) -> None:
@@ -66,15 +69,15 @@ async def test_a_model_whose_output_is_unusable_is_told_with_70(own_folder: Fold
     weights = load_file(file)
     weights["decoder.conv_out.bias"][:] = float("nan")
     save_file(weights, file, metadata={"format": "pt"})
-    told: list[Finding] = []
+    reported: list[Finding] = []
     settings = settings_of(folder, model_defaults='{"num_inference_steps": 1}')
-    await check_model(settings, told.append)
-    assert [(finding.what, finding.exit_code) for finding in told] == [
+    await check_model(settings, reported.append)
+    assert [(finding.name, finding.exit_code) for finding in reported] == [
         ("model", 0),
         ("output", 70),
         ("memory", 0),
     ]
-    assert told[1].said == "the model made pixels that are not numbers"
+    assert reported[1].text == "the model made pixels that are not numbers"
 
 
 @pytest.mark.parametrize("model", [True, False])
@@ -82,7 +85,7 @@ async def test_the_model_is_tried_when_asked_for_even_where_no_service_is(
     model: bool, tmp_path: Path
 ) -> None:
     bus, store = free_ports(2)
-    told: list[Finding] = []
+    reported: list[Finding] = []
     settings = settings_of(
         tmp_path,
         nats_url=f"nats://127.0.0.1:{bus}",
@@ -90,5 +93,5 @@ async def test_the_model_is_tried_when_asked_for_even_where_no_service_is(
         s3_access_key="someone",
         s3_secret_key="something",
     )
-    assert await check(settings, told.append, model=model) == 69
-    assert [finding.what for finding in told] == ["nats", "s3", *(["model"] if model else [])]
+    assert await check(settings, reported.append, model=model) == 69
+    assert [finding.name for finding in reported] == ["nats", "s3", *(["model"] if model else [])]

@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from consumer.app.metrics import Metrics
-from consumer.app.probes import LOG_EVERY, LOGGED_REASONS, Probes, Telemetry
+from consumer.app.probes import LOG_INTERVAL, MAX_LOGGED_REASONS, Probes, Telemetry
 from consumer.telemetry import JobReport
 
 
@@ -170,10 +170,10 @@ def test_each_reason_of_the_store_is_logged_once_in_a_while(
         return [OK if "reason" not in line else (line["reason"], line["unlogged"]) for line in logs]
 
     assert lines() == logged
-    now += LOG_EVERY
+    now += LOG_INTERVAL
     left_out = {reason: sequence.count(reason) - 1 for reason in set(sequence)}
     assert lines() == [OK if line == OK else (line[0], left_out[line[0]]) for line in logged]
-    for number in range(LOGGED_REASONS):  # forgotten, so that the memory stays bounded
+    for number in range(MAX_LOGGED_REASONS):  # forgotten, so that the memory stays bounded
         watch.store_reachable(reachable=False, reason=str(number))
     assert lines() == logged
 
@@ -187,5 +187,5 @@ def test_recovery_is_logged_after_each_logged_failure(
         for _ in range(2):
             watch.store_reachable(reachable=False, reason="full")
             watch.store_reachable(reachable=True)
-            now += LOG_EVERY
+            now += LOG_INTERVAL
     assert [line["event"] for line in logs] == ["store_unreachable", "store_reachable"] * 2

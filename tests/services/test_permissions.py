@@ -295,7 +295,7 @@ async def logged(worker: Daemon, text: str) -> None:
 async def test_check_passes_with_what_a_worker_may(installation: Installation) -> None:
     found: list[str] = []
     settings = installation.settings("worker", model_type="text_to_image")
-    code = await check(settings, lambda finding: found.append(finding.said), model=False)
+    code = await check(settings, lambda finding: found.append(finding.text), model=False)
     assert code == 0, found
 
 

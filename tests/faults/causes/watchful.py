@@ -5,4 +5,4 @@ from tests.faults.causes.impatient import make_runner
 
 __all__ = ["make_runner"]
 
-daemon.STORE_CHECK_EVERY = daemon.STORE_CHECK_AGAIN = 0.2
+daemon.STORE_CHECK_INTERVAL = daemon.STORE_RECHECK_INTERVAL = 0.2
