@@ -51,7 +51,7 @@ from generation_contracts import (
     Request,
     Subjects,
     Task,
-    check_slip,
+    check_routing_slip,
     decode_request,
     encode,
     request_digest,
@@ -226,7 +226,7 @@ class WorkerService:
 
     def _admitted(self, body: bytes, request_id: str) -> Request:
         request = decode_request(self._backend.task, body)
-        check_slip(request)
+        check_routing_slip(request)
         if request.reply_to is not None:
             raise InvalidRequest("reply_to: a call is answered on its inbox")
         if request.deadline is not None and request.deadline <= datetime.now(UTC):

@@ -28,7 +28,7 @@ from generation_contracts import (
     Task,
     TextOutput,
     UnsafeReplySubject,
-    check_slip,
+    check_routing_slip,
     decode_request,
 )
 from generation_contracts.events import ParameterValue
@@ -216,7 +216,7 @@ class Admission:
             InvalidRequest: Not JSON, against the contract, or with another id than its subject.
         """
         request = decode_request(self.task, delivery.body)
-        check_slip(request)
+        check_routing_slip(request)
         in_subject = self.subjects.id_in(delivery.subject, self.task)
         if in_subject is not None and not is_request_id(in_subject):
             raise InvalidRequest("the subject's last token is no request id: 1-64 of A-Za-z0-9_-")
