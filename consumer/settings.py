@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from generation_contracts import ArtifactReference, Subjects, Task
-from generation_contracts.base import says
+from generation_contracts.base import pattern_message
 from generation_contracts.servers import Servers, parse_servers
 from generation_contracts.subjects import SUBJECT_PATTERN
 
@@ -154,25 +154,29 @@ Seconds = Annotated[float, Field(gt=0)]
 Defaults = Annotated[dict[str, int | float | str], NoDecode, BeforeValidator(_json)]
 Adapters = Annotated[dict[str, str], NoDecode, BeforeValidator(_named)]
 DurableName = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$"), says("must be 1-64 characters of A-Z a-z 0-9 _ -")
+    str,
+    Field(pattern=r"^[A-Za-z0-9_-]{1,64}$"),
+    pattern_message("must be 1-64 characters of A-Z a-z 0-9 _ -"),
 ]
 InboxPrefix = Annotated[
     str,
     Field(pattern=SUBJECT_PATTERN, max_length=64),
-    says("must be characters of A-Z a-z 0-9 _ - between dots"),
+    pattern_message("must be characters of A-Z a-z 0-9 _ - between dots"),
 ]
 Bucket = Annotated[
     str,
     Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$"),
-    says("must be 3-63 characters of a-z 0-9 . -, a letter or digit at both ends"),
+    pattern_message("must be 3-63 characters of a-z 0-9 . -, a letter or digit at both ends"),
 ]
 Prefix = Annotated[
     str,
     BeforeValidator(lambda value: value.strip("/") if isinstance(value, str) else value),
     Field(pattern=r"^([A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*)?$"),
-    says("must be names of A-Z a-z 0-9 _ - with slashes between them"),
+    pattern_message("must be names of A-Z a-z 0-9 _ - with slashes between them"),
 ]
-AccessKey = Annotated[str, Field(pattern=r"^[!-~]*$"), says("must be printable ASCII, no spaces")]
+AccessKey = Annotated[
+    str, Field(pattern=r"^[!-~]*$"), pattern_message("must be printable ASCII, no spaces")
+]
 
 
 class Settings(BaseSettings):

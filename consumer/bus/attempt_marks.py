@@ -64,7 +64,7 @@ class AttemptMarks:
         self._bus = bus
         self._stream = subjects.releases_stream
         self._attempts = ".".join(filter(None, (subjects.releases(task), of)))
-        self._cancelled = ".".join(filter(None, (subjects.withdrawals(task), of)))
+        self._cancelled = ".".join(filter(None, (subjects.cancellation_marks(task), of)))
 
     async def mark_delivery(self, key: str, attempt: int, kind: AttemptMark) -> None:
         """Mark a delivery of a message. Never raises.

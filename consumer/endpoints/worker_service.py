@@ -51,7 +51,7 @@ from generation_contracts import (
     Request,
     Subjects,
     Task,
-    check_slip,
+    check_routing_slip,
     decode_request,
     encode,
     request_digest,
@@ -228,7 +228,7 @@ class WorkerService:
 
     def _validate(self, body: bytes, request_id: str) -> Request:
         request = decode_request(self._backend.task, body)
-        check_slip(request)
+        check_routing_slip(request)
         if request.reply_to is not None:
             raise InvalidRequest(
                 "reply_to: not allowed in a call, which gets its reply on its inbox"

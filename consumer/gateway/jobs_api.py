@@ -29,7 +29,7 @@ from consumer.gateway.sse import EventStream
 from consumer.gateway.tenants import Caller
 from consumer.gateway.waiting import SenderPart
 from generation_contracts import ImageArtifact, SucceededEvent, Task
-from generation_contracts.base import RequestPart, says
+from generation_contracts.base import RequestPart, pattern_message
 from generation_contracts.requests import (
     MAX_CHAIN,
     Deadline,
@@ -53,7 +53,7 @@ OUTPUT_HEADERS = {
 EventIdText = Annotated[
     str,
     StringConstraints(pattern=r"^[0-9]{1,10}-[0-9]{1,10}$"),
-    says("must be the id of an event: two numbers with - between them"),
+    pattern_message("must be the id of an event: two numbers with - between them"),
 ]
 
 router = APIRouter(tags=["jobs"])

@@ -29,7 +29,7 @@ from generation_contracts import (
     Request,
     Subjects,
     Task,
-    check_slip,
+    check_routing_slip,
     decode_request,
     encode,
     request_digest,
@@ -104,7 +104,7 @@ class Submission:
             InvalidRequest: A step of its chain cannot follow the one before it.
             ApiError: 400, 403, 413, 422 (the key was used for another request), 429 or 503.
         """
-        check_slip(request)
+        check_routing_slip(request)
         request_id = _id(caller.tenant, key)
         request = request.model_copy(
             update={"request_id": request_id, "deadline": self._deadline(request, wait=wait)}

@@ -1,4 +1,5 @@
 """The inference thread and the queue that it pulls from.
 
-Nothing here knows what a job is: a run has a request, its inputs, a progress and a cancel token.
+This package knows nothing of jobs and deliveries. A run has a request, inputs, progress and a
+cancel token.
 """

@@ -1,4 +1,4 @@
-"""A flag that asks a job to stop: the inference thread polls it, the event loop can wait for it."""
+"""Cooperative cancellation: the inference thread polls a token, the event loop can await it."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -16,7 +16,7 @@ class StopReason(Enum):
     DRAIN = auto()
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: it was asked for
+class Stopped(Exception):  # noqa: N818 - not an error: the caller requested it
     """The job stopped for the reason of its `CancelToken`."""
 
     def __init__(self, reason: StopReason) -> None:
@@ -25,48 +25,48 @@ class Stopped(Exception):  # noqa: N818 - not an error: it was asked for
 
 
 class CancelToken:
-    """Asks one job to stop.
+    """Requests that one job stops.
 
     Attributes:
-        reason: Why; None until `set` is called.
-        acknowledged: Whether the inference thread has polled the reason. It does no more work for
-            this job then.
+        reason: Why the job is to stop; None until `set` is called.
+        acknowledged: Whether the inference thread has polled the reason. It then stops working for
+            this job.
     """
 
     def __init__(self) -> None:
         self.reason: StopReason | None = None
         self.acknowledged = False
-        self._waiter: asyncio.Future[None] | None = None  # made for the first one that waits
+        self._waiter: asyncio.Future[None] | None = None  # created by the first waiter
 
     def set(self, reason: StopReason) -> None:
-        """Ask to stop; the first reason stands. Only in the event loop's thread."""
+        """Request the stop. Only the first reason counts. Not thread-safe: for the event loop."""
         if self.reason is None:
             self.reason = reason
             if self._waiter is not None:
                 self._waiter.set_result(None)
 
     def poll(self) -> bool:
-        """Return whether to stop; called in the inference thread, which then stops."""
+        """Return whether to stop. The inference thread calls it, and then stops."""
         if self.reason is None:
             return False
         self.acknowledged = True
         return True
 
     def check(self) -> None:
-        """Raise when the token is set.
+        """Raise if the token is set.
 
         Raises:
-            Stopped: With the reason.
+            Stopped: The token is set.
         """
         if self.reason is not None:
             raise Stopped(self.reason)
 
     async def race(self, work: Awaitable[T]) -> T:
-        """Wait for work that may be cancelled, but no longer than until the token is set.
+        """Await work until it ends or the token is set. The work must tolerate cancellation.
 
         Raises:
             Stopped: The token was set first; the work has been cancelled.
-            Exception: What the work raised.
+            Exception: The exception of the work.
         """
         doing = asyncio.ensure_future(work)
         try:
@@ -77,12 +77,12 @@ class CancelToken:
             return await doing
         finally:
             doing.cancel()
-            # Cancelled work has ended before anything else is done with its parts.
+            # The caller must not touch shared objects before the cancelled work has ended.
             await asyncio.gather(doing, return_exceptions=True)
-            del doing, either  # the traceback of what the work raised refers to this frame
+            del doing, either  # the traceback of an exception of the work refers to this frame
 
     async def sleep(self, seconds: float) -> None:
-        """Wait, but no longer than until the token is set.
+        """Sleep until the time is over or the token is set.
 
         Raises:
             Stopped: The token was set.

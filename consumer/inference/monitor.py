@@ -1,4 +1,4 @@
-"""Follows one run from the event loop: its progress, its cancellation, and a thread that stalls."""
+"""Follows one run from the event loop: publishes progress, and detects a stop or a stall."""
 
 import asyncio
 import time
@@ -10,12 +10,12 @@ from consumer.inference.run_queue import Ticket
 from consumer.ports.model import Interrupted, RunnerOutput
 
 PROGRESS_INTERVAL = 0.2  # seconds; at most 5 events a second, the latest step wins
-LONGEST_LOOK = 0.25  # of the stall timeout
-DRAIN_STEP_TIMEOUT = 5.0  # seconds that the thread has to come to its next step in a drain
+MAX_INTERVAL = 0.25  # fraction of the stall timeout; see `StallDetector`
+DRAIN_STEP_TIMEOUT = 5.0  # seconds in which a run must make its next step in a drain
 
 
 class ThreadStalled(Exception):  # noqa: N818 - a state of the thread
-    """No step for `stall_timeout`: the inference thread cannot be ended from outside."""
+    """The run made no step for `stall_timeout`. Python cannot end the thread."""
 
 
 async def follow_run(
@@ -28,19 +28,19 @@ async def follow_run(
     """Wait for the output of a run that has begun, and publish its progress.
 
     Args:
-        ticket: Of the request.
-        token: Asks the run to stop at its next step.
-        stall_timeout: Seconds without a step after which the inference thread is taken to hang.
-        publish: Called with each update, at most every `PROGRESS_INTERVAL`, and with the last one
-            before this function returns.
+        ticket: Ticket of the request.
+        token: Cancel token of the request.
+        stall_timeout: Seconds without a step after which a run counts as stalled.
+        publish: Called with each update, at most every `PROGRESS_INTERVAL`. The last call precedes
+            the return of this function.
 
     Raises:
-        Stopped: The run has stopped for this request, or the process must not wait longer.
-        ThreadStalled: The inference thread does not come to its next step.
-        Exception: What the run raised.
+        Stopped: The run has stopped for this request, or a drain does not wait longer.
+        ThreadStalled: The run makes no step for `stall_timeout`.
+        Exception: The exception of the run.
     """
     progress, ended = ticket.progress, ticket.ended
-    stall = StallDetector(ticket.batch, longest_look=stall_timeout * LONGEST_LOOK)
+    stall = StallDetector(ticket.batch, max_interval=stall_timeout * MAX_INTERVAL)
     drain_since: float | None = None
     while not ended.done():
         await asyncio.wait({ended}, timeout=PROGRESS_INTERVAL)
@@ -49,7 +49,7 @@ async def follow_run(
         now = time.monotonic()
         if ended.done():
             break
-        # The thread does no more for this request, although others of its batch may go on.
+        # The thread has stopped working for this request. Its batch may continue with others.
         if token.acknowledged or not progress.running:
             token.check()
         if stall.seconds_without_step(now) > stall_timeout:
@@ -63,7 +63,7 @@ async def follow_run(
     except Interrupted:
         token.check()
         raise
-    token.check()  # the last step may have been made by then; the request has ended all the same
-    for update in progress.take():  # added while the update before was published
+    token.check()  # a stop during the last step counts too
+    for update in progress.take():  # added while the previous update was published
         await publish(update)
     return output

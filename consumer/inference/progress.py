@@ -1,4 +1,4 @@
-"""How far a run has come: written by the inference thread, read by the event loop."""
+"""Progress of a run: written by the inference thread, read by the event loop."""
 
 import threading
 import time
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Update:
-    """What is new since the update before it.
+    """The changes since the previous update.
 
     Attributes:
-        step: Steps done, or tokens written.
-        of: Steps in all, as far as the run knows; at least 1.
+        step: Number of completed steps; of generated tokens for text.
+        of: Expected number of steps; at least 1.
         seconds_per_step: Mean of this run so far; None before the first step.
-        text: What has been added to the text.
-        preview: A small JPEG file of how the image looks; None: nothing new.
+        text: New text since the previous update.
+        preview: A JPEG file of the unfinished image; None: no new preview.
     """
 
     step: int
@@ -26,17 +26,18 @@ class Update:
 
 
 class Progress:
-    """The progress of one request: a `consumer.ports.model.RunProgress`.
+    """The progress of one request; implements `consumer.ports.model.RunProgress`.
 
-    A request can be run again (with less memory, or alone after its batch failed). Readers then get
-    an update of step 0, which says that what they have of the run before is void.
+    A request can run again, with less memory or alone after its batch failed. Then the next update
+    has step 0: the text and the preview of the previous run are void. Times are in seconds of
+    `time.monotonic`.
 
     Attributes:
         running: Whether the inference thread works on this request now.
-        first_began: When its first run began, in seconds of `time.monotonic`; None: it has not.
-        ended: When its last run ended.
-        seconds: Duration of all of its runs together.
-        last_step: When the run under way began or made its last step.
+        first_began: Start of the first run; None: no run has begun.
+        ended: End of the last run.
+        seconds: Total duration of the runs, in seconds.
+        last_step: Time of the last step, or of the start if no step was made.
     """
 
     def __init__(self) -> None:
@@ -45,18 +46,18 @@ class Progress:
         self.ended = 0.0
         self.seconds = 0.0
         self.last_step = time.monotonic()
-        self._lock = threading.Lock()  # 0.1 microseconds for each step
+        self._lock = threading.Lock()  # costs 0.1 microseconds per step
         self._began = 0.0
         self._step, self._of = 0, 0
         self._taken_step = 0
         self._texts: list[str] = []
         self._preview: bytes | None = None
-        self._void: Update | None = None  # says that what was taken belongs to a run before
+        self._void: Update | None = None  # the update of step 0 that a new run needs
 
     # -- in the inference thread ------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Note that a run begins now; one after another one starts at step 0."""
+        """Record the start of a run. A further run starts at step 0 again."""
         with self._lock:
             if self._taken_step:
                 self._void = Update(step=0, of=max(self._of, 1))
@@ -69,32 +70,32 @@ class Progress:
             self.running = True
 
     def end(self) -> None:
-        """Note that the run has ended."""
+        """Record the end of the run."""
         with self._lock:
             self.running = False
             self.ended = time.monotonic()
             self.seconds += self.ended - self._began
 
     def step(self, done: int, of: int) -> None:
-        """Note a step. Some schedulers make more steps than they were asked for."""
+        """Record a step. Some schedulers make more steps than requested."""
         with self._lock:
             self._step, self._of = done, of
             self.last_step = time.monotonic()
 
     def text(self, added: str) -> None:
-        """Note what has been added to a text."""
+        """Record new text."""
         with self._lock:
             self._texts.append(added)
 
     def preview(self, jpeg: bytes) -> None:
-        """Note how the image looks; the latest one counts."""
+        """Record a preview; only the latest one is published."""
         with self._lock:
             self._preview = jpeg
 
     # -- in the event loop ------------------------------------------------------------------------
 
     def take(self) -> list[Update]:
-        """Return what is new since the last call, oldest first; empty when nothing is."""
+        """Return the updates since the last call, oldest first."""
         with self._lock:
             updates = [] if self._void is None else [self._void]
             self._void = None
@@ -117,29 +118,29 @@ class Progress:
 
 
 class StallDetector:
-    """How long a run has made no step, as far as this process could see it.
+    """Measures how long a run has made no step.
 
     Args:
         members: The progress of all requests of the run: one may end before the others.
-        longest_look: Seconds that count between two looks at most. A process that was frozen (a
-            paused container, a suspended machine) finds the time gone, and its inference thread
-            has not had it.
+        max_interval: Maximum number of seconds that count between two calls. While a process is
+            frozen (a paused container, a suspended machine), its clock continues but its inference
+            thread cannot run.
     """
 
-    def __init__(self, members: Sequence[Progress], *, longest_look: float) -> None:
+    def __init__(self, members: Sequence[Progress], *, max_interval: float) -> None:
         self._members = members
-        self._longest_look = longest_look
-        self._step = self._looked = self._last_step()
+        self._max_interval = max_interval
+        self._step = self._checked = self._last_step()
         self._seconds = 0.0
 
     def seconds_without_step(self, now: float) -> float:
-        """Look at `now`, in seconds of `time.monotonic`."""
-        passed, self._looked = now - self._looked, now
+        """Return the seconds since the last step; `now` is in seconds of `time.monotonic`."""
+        passed, self._checked = now - self._checked, now
         if (last := self._last_step()) != self._step:
             self._step = last
             self._seconds = 0.0
         else:
-            self._seconds += min(passed, self._longest_look)
+            self._seconds += min(passed, self._max_interval)
         return self._seconds
 
     def _last_step(self) -> float:

@@ -1,7 +1,7 @@
 """The queue between the event loop and the inference thread.
 
 The event loop puts a ticket for each delivery, in the order of the deliveries, and marks it as
-ready once its inputs are there. The inference thread takes the ticket at the head as soon as a run
+ready once its inputs are loaded. The inference thread takes the ticket at the head as soon as a run
 ends. The event loop is not involved, so encoding and uploading the previous result never delay the
 device.
 """
@@ -18,18 +18,18 @@ from consumer.ports.model import RunnerOutput, RunRequest
 
 
 class Ticket:
-    """One request in the queue; `RunQueue.put` makes it.
+    """One request in the queue, created by `RunQueue.put`.
 
     Attributes:
-        progress: How far its run has come.
-        run: What the runner gets, from `mark_ready` to the end of the run. Once the inference
-            thread has taken the ticket, only that thread changes it.
-        key: Equal for requests that can run in one batch; None: this one runs alone.
-        ready_since: Seconds of `time.monotonic`; None: it is not ready.
+        progress: Progress of the run.
+        run: Argument of the runner, from `mark_ready` to the end of the run. Once the inference
+            thread has taken the ticket, only that thread changes this attribute.
+        key: Equal for requests that can run in one batch; None: the request runs alone.
+        ready_since: Seconds of `time.monotonic`; None: the ticket is not ready.
         context: The context variables of the caller of `RunQueue.mark_ready`.
-        batch: The progress of all requests of its run, once that has begun.
-        began: Done once its run has begun.
-        ended: Done once `take` gives what came of the run.
+        batch: The progress of all requests of the batch, once the run has begun.
+        began: Done once the run has begun.
+        ended: Done once `take` can be called.
     """
 
     def __init__(self) -> None:
@@ -46,22 +46,22 @@ class Ticket:
         self._is_abandoned = False
 
     def begin(self) -> None:
-        """Let the waiter of `began` go on."""
+        """Resolve `began`."""
         if not self.began.done():
             self.began.set_result(None)
 
     def finish(self, result: RunnerOutput | BaseException) -> None:
-        """Keep what came of the run for `take`, and let the waiter of `ended` go on."""
+        """Store the output or the exception of the run for `take`, and resolve `ended`."""
         if not self._is_abandoned:
             self._result = result
         if not self.ended.done():
             self.ended.set_result(None)
 
     def take(self) -> RunnerOutput:
-        """Return the output once; the ticket keeps nothing of it.
+        """Return the output, once. The ticket does not refer to it any more.
 
         Raises:
-            BaseException: What the run raised.
+            BaseException: The exception of the run.
             AssertionError: The run has not ended, or its output was taken before.
         """
         result, self._result = self._result, None
@@ -72,10 +72,10 @@ class Ticket:
                 raise AssertionError("there is no output to take")
             return result
         finally:
-            del result  # the traceback of what is raised refers to this frame
+            del result  # the traceback of the exception refers to this frame
 
     def abandon(self) -> None:
-        """Drop what came or will come of the run: its waiter is gone."""
+        """Discard the output of the run, now or later: no caller waits for it."""
         self._is_abandoned = True
         self._result = None
 
@@ -83,11 +83,11 @@ class Ticket:
 class RunQueue:
     """Tickets in the order of their deliveries.
 
-    `next_batch` is for the inference thread, everything else for the event loop.
+    The inference thread calls `next_batch`; the event loop calls everything else.
 
     Args:
-        max_batch: Requests in one run at most.
-        window: Seconds that a ready request waits for others with its key, while the batch is not
+        max_batch: Maximum number of requests in one run.
+        window: Seconds that a ready request waits for others with the same key, unless the batch is
             full.
     """
 
@@ -100,23 +100,23 @@ class RunQueue:
 
     @property
     def closed(self) -> bool:
-        """Whether the inference thread takes no more."""
+        """Whether the queue is closed: `next_batch` returns no more tickets."""
         return self._closed
 
     def put(self) -> Ticket:
-        """Add a ticket behind all others. Those behind it wait until it is ready or removed."""
+        """Append a ticket. Later tickets wait until it is ready or removed."""
         ticket = Ticket()
         with self._changed:
             self._tickets.append(ticket)
         return ticket
 
     def mark_ready(self, ticket: Ticket, run: RunRequest, key: Hashable | None = None) -> None:
-        """Let the inference thread take a ticket.
+        """Allow the inference thread to take a ticket.
 
         Args:
-            ticket: From `put`.
-            run: What the runner gets.
-            key: Equal for requests that can run in one batch; None: this one runs alone.
+            ticket: A ticket of `put`.
+            run: Argument of the runner.
+            key: Equal for requests that can run in one batch; None: the request runs alone.
         """
         with self._changed:
             ticket.run, ticket.key = run, key
@@ -125,7 +125,7 @@ class RunQueue:
             self._changed.notify()
 
     def remove(self, ticket: Ticket) -> bool:
-        """Take a ticket out; False: it is not in the queue, the inference thread has it."""
+        """Remove a ticket; False: the inference thread has taken it, or it was removed before."""
         with self._changed:
             if ticket not in self._tickets:
                 return False
@@ -135,20 +135,20 @@ class RunQueue:
             return True
 
     def close(self) -> None:
-        """Give nothing to the inference thread any more."""
+        """Close the queue: `next_batch` returns no more tickets."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def next_batch(self, *, wait: bool = True) -> list[Ticket]:
-        """Take the ticket at the head, and those right behind it that fit into its batch.
+        """Take the ticket at the head, and the tickets directly behind it with the same key.
 
         Args:
             wait: Wait until the head is ready and its window is over.
 
         Returns:
-            The tickets in their order. Empty: the queue is closed, or nothing is ready without
-            waiting.
+            The tickets in the order of the queue. Empty: the queue is closed, or `wait` is False
+            and no batch is complete.
         """
         with self._changed:
             while not self._closed:
@@ -173,10 +173,10 @@ class RunQueue:
         return batch
 
     def _window_left(self, batch: Sequence[Ticket]) -> float:
-        """Seconds that it is worth to wait for one more."""
+        """Return the seconds to wait for another ticket of the batch."""
         if not batch or batch[0].key is None or len(batch) == self.max_batch:
             return 0.0
         behind = self._tickets[len(batch)] if len(batch) < len(self._tickets) else None
-        if behind is not None and behind.ready_since is not None:  # it does not fit
+        if behind is not None and behind.ready_since is not None:  # it has another key
             return 0.0
         return (batch[0].ready_since or 0.0) + self._window - time.monotonic()

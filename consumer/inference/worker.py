@@ -1,7 +1,7 @@
 """The inference thread: the one thread in which a model is loaded, run and closed.
 
-A shared diffusers pipeline on two threads gives IndexErrors or silently wrong images, and sampling
-in transformers has only the global random generator.
+A diffusers pipeline that two threads share raises IndexErrors or returns wrong images. Sampling in
+transformers uses the global random generator.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ from consumer.ports.model import (
 
 log = structlog.get_logger()
 
-# What `Runner.run` returns, or what it raises.
+# The return value of `Runner.run`, or its exception.
 _Result: TypeAlias = Sequence[RunnerOutput | None] | BaseException
 
 
 class InferenceWorker:
-    """Loads a model, runs what the queue gives it, and closes the model.
+    """Loads a model, runs the batches of a queue, and closes the model.
 
     Args:
         runner: The model, not loaded yet.
-        queue: Where the runs come from.
-        on_busy: Called in the event loop when a run has ended, with the seconds that it took.
+        queue: The queue to take batches from.
+        on_busy: Called in the event loop when a run has ended, with its duration in seconds.
     """
 
     def __init__(
@@ -46,36 +46,36 @@ class InferenceWorker:
         self._queue = queue
         self._on_busy = on_busy
         self._busy = False
-        self._unreported = 0.0  # seconds of runs that `on_busy` has not been called with
+        self._unreported = 0.0  # seconds of runs not yet passed to `on_busy`
         self._closes_model = False
         self._loop: asyncio.AbstractEventLoop
         self.ended: asyncio.Future[None]
 
     @property
     def busy(self) -> bool:
-        """Whether the thread works, which nothing from outside can end."""
+        """Whether the thread is loading, running or closing the model, without a way to stop it."""
         return self._busy
 
     def start(self) -> "asyncio.Future[ModelDescription]":
         """Start the thread, which loads the model first.
 
         Returns:
-            What the loaded model is and takes, or what `Runner.load` raises.
+            A future with the description of the model, or with the exception of `Runner.load`.
         """
         self._loop = asyncio.get_running_loop()
         self.ended = self._loop.create_future()
         loaded: asyncio.Future[ModelDescription] = self._loop.create_future()
         self._busy = True
-        # A daemon thread: one that hangs must not keep the interpreter from ending.
+        # A daemon thread, so that a stalled run does not keep the interpreter alive.
         threading.Thread(target=self._main, args=(loaded,), name="inference", daemon=True).start()
         return loaded
 
     def abandon(self) -> None:
-        """Begin no more runs; wait for nothing, and leave the model as it is."""
+        """Start no more runs. Do not wait, and do not close the model."""
         self._queue.close()
 
     async def stop(self) -> None:
-        """Begin no more runs, and wait until the model is closed."""
+        """Start no more runs, and wait until the model is closed."""
         self._closes_model = True
         self._queue.close()
         await self.ended
@@ -90,7 +90,7 @@ class InferenceWorker:
                     pass
             if self._closes_model:
                 self._runner.close()
-        except BaseException as raised:  # noqa: BLE001 - it is for who watches the thread
+        except BaseException as raised:  # noqa: BLE001 - reported through `ended`
             error = _without_frames(raised)
         self._busy = False
         self._notify(_settle, self.ended, error)
@@ -98,14 +98,14 @@ class InferenceWorker:
     def _load(self, loaded: "asyncio.Future[ModelDescription]") -> bool:
         try:
             description = self._runner.load()
-        except BaseException as error:  # noqa: BLE001 - it is for the caller of `start`
+        except BaseException as error:  # noqa: BLE001 - reported to the caller of `start`
             self._notify(_settle, loaded, _without_frames(error))
             return False
         self._notify(_settle, loaded, description)
         return True
 
     def _run_next(self) -> bool:
-        """Wait for a batch and run it. Returns False once the queue is closed."""
+        """Wait for a batch and run it. Return False once the queue is closed."""
         self._busy = False
         batch = self._queue.next_batch()
         self._busy = True
@@ -119,12 +119,12 @@ class InferenceWorker:
         result = self._run(batch)
         if isinstance(result, OutOfMemory) and len(batch) == 1:
             tried = result.tried
-            del result  # the tensors of the first run are freed before the second one
+            del result  # frees the tensors of the first run before the second run
             log.warning("out_of_memory", tried=tried)
             result = self._run(batch, save_memory=True)
             if isinstance(result, OutOfMemory):
                 result = OutOfMemory("twice", tuple(dict.fromkeys((*tried, *result.tried))))
-        elif len(batch) > 1 and _may_be_of_one_member(result):
+        elif len(batch) > 1 and _may_concern_one_member(result):
             log.warning("batch_failed", of=len(batch), error=type(result).__name__)
             del result
             self._run_one_by_one(batch)
@@ -132,7 +132,7 @@ class InferenceWorker:
         self._finish(batch, result)
 
     def _run_one_by_one(self, batch: Sequence[Ticket]) -> None:
-        """Run the members of a failed batch: one bad request must not end the others."""
+        """Run the members of a failed batch alone: one bad request must not fail the others."""
         for ticket in batch:
             if self._queue.closed:
                 self._finish([ticket], DeviceLost("the device was lost before this run"))
@@ -140,7 +140,7 @@ class InferenceWorker:
                 ticket.context.copy().run(self._run_batch, [ticket])
 
     def _run(self, batch: Sequence[Ticket], *, save_memory: bool = False) -> _Result:
-        """Call the runner; return what it returns or raises."""
+        """Call the runner; return its return value or its exception."""
         progresses = [ticket.progress for ticket in batch]
         began = time.monotonic()
         for progress in progresses:
@@ -149,7 +149,7 @@ class InferenceWorker:
         try:
             runs = [ticket.run for ticket in batch if ticket.run is not None]
             return self._runner.run(runs, save_memory=save_memory)
-        except BaseException as error:  # noqa: BLE001 - it is for the job
+        except BaseException as error:  # noqa: BLE001 - reported to the job
             if isinstance(error, DeviceLost):
                 self._queue.close()
             return _without_frames(error)
@@ -160,13 +160,13 @@ class InferenceWorker:
 
     def _finish(self, batch: Sequence[Ticket], result: _Result) -> None:
         for ticket in batch:
-            ticket.run = None  # nothing of the inputs is needed while the output is stored
+            ticket.run = None  # frees the inputs while the output is stored
         seconds, self._unreported = self._unreported, 0.0
         self._notify(_finish, batch, result, self._on_busy, seconds)
 
     def _notify(self, callback: Callable[..., None], *args: Any) -> None:
         """Call a function in the event loop."""
-        with suppress(RuntimeError):  # the loop is closed: the process ends
+        with suppress(RuntimeError):  # the loop is closed: the process is ending
             self._loop.call_soon_threadsafe(callback, *args)
 
 
@@ -178,7 +178,7 @@ def _settle(future: asyncio.Future[Any], result: object) -> None:
         return
     if isinstance(result, BaseException):
         future.set_exception(result)
-        future.exception()  # it may have no other reader: the process ends for another reason
+        future.exception()  # marks it as retrieved: the process may be ending for another reason
     else:
         future.set_result(result)
 
@@ -197,16 +197,16 @@ def _finish(
         ticket.finish(Interrupted() if output is None else output)
 
 
-# -- what a run raises ----------------------------------------------------------------------------
+# -- exceptions of a run --------------------------------------------------------------------------
 
 
-def _may_be_of_one_member(result: _Result) -> bool:
-    """Whether a batch has failed for a reason that only some of its members may share."""
+def _may_concern_one_member(result: _Result) -> bool:
+    """Return whether a single member may have caused the failure of a batch."""
     return isinstance(result, Exception) and not isinstance(result, DeviceLost | Interrupted)
 
 
 def _without_frames(error: BaseException) -> BaseException:
-    """Turn the traceback into text: its frames, and their callers', hold tensors on the device."""
+    """Replace the traceback by text, because its frames refer to tensors on the device."""
     error.add_note("".join(traceback.format_exception(error)))
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error

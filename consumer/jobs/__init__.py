@@ -1,4 +1,4 @@
 """One delivery through its stages, from its bytes to its settlement.
 
-Nothing here knows NATS, S3 or a model: only the Protocols of `consumer.ports`.
+This package uses NATS, S3 and the model through the Protocols of `consumer.ports` only.
 """

@@ -1,6 +1,6 @@
 """Reads a delivery: the request, the reply subject, the trace context. No input or output.
 
-Reading takes two passes. The envelope (id, reply subject, trace context) is read leniently from any
+Reading has two passes. The envelope (id, reply subject, trace context) is read leniently from any
 bytes, so that an invalid request gets a reply too. The request itself is validated strictly.
 """
 
@@ -28,7 +28,7 @@ from generation_contracts import (
     Task,
     TextOutput,
     UnsafeReplySubject,
-    check_slip,
+    check_routing_slip,
     decode_request,
 )
 from generation_contracts.events import ParameterValue
@@ -63,13 +63,14 @@ class Job:
     """One request in progress: its delivery, and the results of its stages so far.
 
     Attributes:
-        leased: The delivery, if this process has a lease on it. None: the request was read from its
-            stream, and stays there unless it is ended.
+        delivery: The request.
+        leased: The same request, if this process has a lease on it. None: the request was read from
+            its stream, and stays there until the finalizer ends it.
         digest: Digest of the request's content; of the raw bytes until the request is decoded.
         slot: Slot of the job among the requests in flight.
-        uncounted: Number of deliveries that were no attempts.
-        cancelled_before: Whether the request was cancelled while an earlier worker had it.
-        began: Whether the model has been started for the request.
+        uncounted: Number of deliveries that do not count as attempts.
+        cancelled_before: Whether the request was cancelled in an earlier delivery.
+        began: Whether the run of the request has begun.
         is_copy: Whether another delivery owns the request id.
         ownership_known: Set when `is_copy` is known.
         ended: Set when the job has ended in this worker.
@@ -123,7 +124,7 @@ class Job:
         same seed they write the same bytes.
         """
         if self.request is None:
-            raise AssertionError("nothing has been decoded")
+            raise AssertionError("the request has not been decoded")
         if self.request.seed is not None:
             return self.request
         drawn = hashlib.sha256(self.request_id.encode()).digest()[:SEED_BYTES]
@@ -146,12 +147,12 @@ class Job:
         return frozenset({self.request_id} if link is None else {self.request_id, link.id})
 
     async def nak(self) -> None:
-        """Return the request to its queue after a failed attempt. Without a lease it is there."""
+        """Return the request to its queue after a failed attempt. No effect without a lease."""
         if self.leased is not None:
             await self.leased.nak()
 
     async def requeue(self) -> None:
-        """Return the request to its queue without an attempt. Without a lease it is there."""
+        """Return the request to its queue; not an attempt. No effect without a lease."""
         if self.leased is not None:
             await self.leased.requeue()
 
@@ -213,13 +214,15 @@ class Admission:
         """Decode and validate the request.
 
         Raises:
-            InvalidRequest: Not JSON, against the contract, or with another id than its subject.
+            InvalidRequest: Not JSON, against the contract, or its id differs from the subject.
         """
         request = decode_request(self.task, delivery.body)
-        check_slip(request)
+        check_routing_slip(request)
         in_subject = self.subjects.id_in(delivery.subject, self.task)
         if in_subject is not None and not is_request_id(in_subject):
-            raise InvalidRequest("the subject's last token is no request id: 1-64 of A-Za-z0-9_-")
+            raise InvalidRequest(
+                "the subject's last token is not a request id: 1-64 of A-Za-z0-9_-"
+            )
         if in_subject is not None and request.request_id not in {None, in_subject}:
             raise InvalidRequest("request_id: differs from the last token of the subject")
         for reply_to in (request.reply_to, delivery.headers.get(REPLY_TO)):
@@ -245,8 +248,8 @@ class Admission:
             ) from None
 
     def _request_id(self, delivery: Message, fields: Mapping[str, Any]) -> str:
-        # The subject comes first: a request with another id in its body is refused, and the refusal
-        # must not end the id in the body.
+        # The subject has priority. A request with another id in its body is refused, and its failed
+        # event must not be stored under the id in the body.
         candidates = (
             self.subjects.id_in(delivery.subject, self.task),
             fields.get("request_id"),

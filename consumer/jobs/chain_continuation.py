@@ -82,7 +82,7 @@ class ChainContinuation:
 
     async def _queue(self, job: Job, task: Task, request: Request) -> None:
         if request.chain is None:
-            raise AssertionError("a next request without its place in the chain")
+            raise AssertionError("a next request without its position in the chain")
         refused: FailedOutcome
         try:
             await self._events.publish_request(

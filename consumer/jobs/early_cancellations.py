@@ -16,9 +16,9 @@ class EarlyCancellations:
     """A bounded, expiring set of request ids and chain ids.
 
     Args:
-        keep: Seconds that an id is kept after it was added last.
-        max_ids: When more are added, the oldest ids are dropped.
-        clock: Seconds that never go back.
+        keep: Seconds that an id is stored after it was last added.
+        max_ids: Number of stored ids; above it the oldest ids are dropped.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class EarlyCancellations:
         self._added: OrderedDict[str, float] = OrderedDict()  # the oldest first
 
     def add(self, request_id: str) -> None:
-        """Keep an id from now on."""
+        """Store an id, or store it for longer."""
         now = self._clock()
         self._added[request_id] = now
         self._added.move_to_end(request_id)

@@ -2,7 +2,7 @@
 
 decode -> admit -> run -> encode -> store -> publish the result -> reply -> settle. A stage returns
 its value or raises. `outcomes.classify_exception` turns an exception into an outcome,
-`outcomes.decide` says what the worker does about it, and `Finalizer` does it.
+`outcomes.decide` turns the outcome into a decision, and `Finalizer` carries the decision out.
 """
 
 import asyncio
@@ -197,7 +197,7 @@ class Executor:
         """Ask the job of one request, or all jobs, to stop at the next step.
 
         Returns:
-            Whether there was such a job.
+            Whether there is such a job.
         """
         jobs = [job for job in self._jobs if request_id in {None, job.request_id}]
         for job in jobs:
@@ -233,7 +233,7 @@ class Executor:
         return StopAck.STOPPING if stopping else StopAck.ENDING
 
     def has_started(self, request_id: str) -> bool:
-        """Return whether this worker has a job with this id and has started the model for it."""
+        """Return whether this worker has a job with this id whose run has begun."""
         return any(job.began for job in self._jobs if job.request_id == request_id)
 
     async def _process(
@@ -258,11 +258,11 @@ class Executor:
             try:
                 async with lease:
                     outcome = await stages(job)
-                    wanted = await self._decide(job, outcome)
-                    exit_code = wanted.exit_code  # stays set if the finalization fails
+                    intended = await self._decide(job, outcome)
+                    exit_code = intended.exit_code  # stays set if the finalization fails
                     if exit_code is not None and self._before_exit is not None:
                         await self._before_exit()
-                    decision = await self._finalizer.finalize(job, wanted)
+                    decision = await self._finalizer.finalize(job, intended)
             except asyncio.CancelledError:
                 if await self._requeue(job):
                     decision = outcomes.Draining().decision
@@ -296,7 +296,7 @@ class Executor:
         job.envelope = replace(job.envelope, trace_parent=trace.trace_parent)
         return trace
 
-    # -- the stages -------------------------------------------------------------------------------
+    # -- stages -----------------------------------------------------------------------------------
 
     async def _run_stages(self, job: Job) -> Outcome:
         timer: asyncio.TimerHandle | None = None
@@ -317,8 +317,8 @@ class Executor:
             del inputs  # frees their memory while the output is stored
             await self._store_output(job, request, output)
             if job.cancel_token.reason is StopReason.CANCEL:
-                # The sender has the answer that the request stops. A deadline or a drain that
-                # comes as late as this changes nothing.
+                # The sender has received the reply `stopping`. A deadline or a drain at this point
+                # does not change the result.
                 job.cancel_token.check()
         except Exception as error:  # noqa: BLE001 - every exception is an outcome
             return classify_exception(error)
@@ -345,19 +345,20 @@ class Executor:
         if job.cancelled_before:
             job.cancel_token.set(StopReason.CANCEL)
         if not job.slot.redelivered:
-            return  # it was queued again after a failed attempt, and its worker lives
+            return  # queued again after a failed attempt, by a worker that lives
         requeued = await job.delivery.marked_uncounted()
         job.uncounted = job.delivery.uncounted + requeued
         if job.delivery.deliveries - requeued == 1:
             job.slot.clear()  # every earlier delivery was requeued, for example in a rollout
         elif job.leased is not None and job.slot.co_resident:
-            # If the worker dies now, another request may be the cause. A request behind one that
-            # kills three workers must not be dead-lettered with it. `_isolate` removes the mark.
+            # If the worker dies now, another request may be the cause. A request that was only in
+            # flight with one that kills three workers must not be dead-lettered. `_isolate` removes
+            # the mark.
             await job.leased.mark_uncounted()
             job.uncounted = job.delivery.uncounted + await job.delivery.marked_uncounted()
 
     async def _isolate(self, job: Job) -> None:
-        """Wait until a redelivered job is alone in the worker: then a crash counts against it."""
+        """Wait until a redelivered job is alone in the worker, then count the attempt."""
         if job.slot.redelivered and job.slot.co_resident:
             await job.cancel_token.race(self._in_flight.isolate(job.slot))
             await self._count_attempt(job)
@@ -403,7 +404,7 @@ class Executor:
         if not job.outputs:
             raise ModelError("NoOutput")
 
-    # -- the end ----------------------------------------------------------------------------------
+    # -- decision and settlement ------------------------------------------------------------------
 
     async def _decide(self, job: Job, outcome: Outcome) -> Decision:
         if outcome.retryable:  # the request itself failed, not another request of this worker

@@ -41,7 +41,7 @@ from generation_contracts.chains import place_of
 log = structlog.get_logger()
 
 RETRY_DELAY_MOST = 60.0  # seconds
-COPY_DELAY = 5.0  # seconds until a copy checks again whether the request before it has ended
+COPY_DELAY = 5.0  # seconds until a copy checks again whether the earlier request has ended
 
 
 class Finalizer:
@@ -100,18 +100,18 @@ class Finalizer:
     async def finalize_failed(
         self, job: Job, error: InternalError, decision: Decision
     ) -> Decision | None:
-        """End a request whose finalization failed at every attempt, for an unexpected reason.
+        """End a request whose finalization raised in the last attempt. Never raises.
 
-        Otherwise the request would come back until `max_deliver`, and block the requests behind it.
-        Never raises.
+        Otherwise the server would redeliver the request until `max_deliver`, and the request would
+        block the queue.
 
         Args:
-            job: In an unknown state.
-            error: What ends the next step of a chain.
-            decision: What to do about it.
+            job: A job in an unknown state.
+            error: Outcome of the next step of a chain, if the job's own result is stored.
+            decision: The decision for `error`.
 
         Returns:
-            The decision; None where it failed too, or the delivery was settled before.
+            The decision; None if this failed too, or if the delivery was settled before.
         """
         if job.state in FINAL:
             return None
@@ -166,7 +166,7 @@ class Finalizer:
                 event, trace_parent=job.envelope.trace_parent
             )
         except ResultUnreadable:
-            log.error("result_not_readable")  # noqa: TRY400 - the traceback says no more
+            log.error("result_not_readable")  # noqa: TRY400 - the traceback adds nothing
             return None
         if stored == event:
             await self._continue_or_reply(job, event)
@@ -177,7 +177,7 @@ class Finalizer:
         return stored
 
     async def _publish_minimal_failure(self, job: Job, decision: Decision) -> ResultEvent | None:
-        # Without the sender's metadata: an event that is too large again would never be stored.
+        # Without the metadata of the sender, so that the event is not too large again.
         job.request = None
         try:
             return await self._publish_terminal(job, decision)
@@ -189,16 +189,16 @@ class Finalizer:
         request = next_step_of(job, job.existing)
         if request is None:
             await self._publish_minimal_failure(job, decision)
-        else:  # the request has its event; the sender waits for the next step
+        else:  # the event of this request is stored; the sender waits for the next step
             await self._chain.end_at_next(job, request, error)
 
     def _resolve_conflict(self, job: Job, event: ResultEvent, stored: ResultEvent) -> ResultEvent:
-        """Return what to reply where another event than the job's is stored."""
+        """Return the event to reply with if a different event is stored under the id."""
         if stored.request_digest == job.digest:  # another worker stored the event of this request
             return stored
         if isinstance(event, FailedEvent):
             return event
-        # The stored event belongs to another request: its outputs are not for this sender.
+        # The stored event belongs to another request, perhaps of another sender.
         return self._make_event(job, IdConflict().decision)
 
     async def _continue_or_reply(self, job: Job, event: ResultEvent | None) -> None:
@@ -236,7 +236,7 @@ class Finalizer:
             raise AssertionError("a failed event without a failure")
         return FailedEvent(**fields, failure=decision.failure)
 
-    # -- the store and the delivery ---------------------------------------------------------------
+    # -- dead letter, outputs, settlement ---------------------------------------------------------
 
     async def _discard_unpublished(self, job: Job, stored: ResultEvent) -> None:
         outputs = stored.outputs if isinstance(stored, SucceededEvent) else ()
@@ -257,7 +257,7 @@ class Finalizer:
         await self._events.dead_letter(self._task, job.delivery, letter)
 
     async def _settle(self, job: Job, decision: Decision) -> None:
-        # The next pull goes out with the settlement, not after its confirmation: one round trip.
+        # The next pull is sent together with the settlement: this saves one round trip.
         job.slot.leave()
         match decision.settle:
             case Settlement.ACK:

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 MAX_INPUT_PIXELS = 64_000_000  # of all input images of one request; 192 MB as RGB
 STORE_PAUSE_FIRST = 0.5  # seconds
-STORE_PAUSE_MOST = 15.0  # seconds; the longest wait of an output once the store answers again
+STORE_PAUSE_MOST = 15.0  # seconds; the longest delay of an output after an outage
 HANDOVER_DELAY = 60.0  # seconds; longer than a pull request, see `Workers.others_idle`
 
 
@@ -66,10 +66,10 @@ class ImageStages:
     )
 
     async def fetch_inputs(self, job: Job, sources: Sequence[ImageSource]) -> "list[Image]":
-        """Fetch and decode the request's input images; RGB.
+        """Fetch the input images of a request and decode them to RGB.
 
         Raises:
-            InputUnavailable: An image cannot be fetched or read, or all are too large together.
+            InputUnavailable: An image cannot be fetched or read, or there are too many pixels.
             Stopped: The job was asked to stop while the store did not answer.
             HandedOver: The store does not answer, and another worker is idle.
         """
@@ -78,7 +78,7 @@ class ImageStages:
         for index, source in enumerate(sources):
             inputs.append(await self._fetch_input(job, index, source))
             if sum(image.width * image.height for image in inputs) > MAX_INPUT_PIXELS:
-                raise InputUnavailable("images: too many pixels together")
+                raise InputUnavailable("images: too many pixels in total")
         if sources:
             job.spent("inputs", time.monotonic() - started)
         return inputs
@@ -115,8 +115,8 @@ class ImageStages:
             except StoreUnavailable:
                 if not await self.artifacts.reachable():
                     raise
-        # The store answers, but not with this object: another attempt would fail too.
-        raise InputUnavailable("the store does not give the object")
+        # The store answers, but does not return this object: another attempt would fail too.
+        raise InputUnavailable("the store does not return the object")
 
     async def _encode(
         self, job: Job, request: TextToImageRequest, output: RunnerOutput
@@ -156,8 +156,8 @@ class ImageStages:
         try:
             await asyncio.gather(*uploads)
         finally:
-            # If one upload fails, the others end too. The finalizer deletes what was stored by
-            # then, because no event will mention it.
+            # If one upload fails, the others end too. The finalizer deletes the files that were
+            # stored by then, because no event will mention them.
             for upload in uploads:
                 upload.cancel()
             await asyncio.wait(uploads)
@@ -166,7 +166,7 @@ class ImageStages:
                 for upload in uploads
                 if not upload.cancelled() and not upload.exception()
             ]
-            del uploads, upload  # tracebacks of their exceptions have this frame
+            del uploads, upload  # tracebacks of their exceptions refer to this frame
         job.upload = time.monotonic() - started
         job.spent("upload", job.upload)
         return tuple(job.stored)

@@ -1,28 +1,30 @@
-"""The requests that one worker has in flight: how many, and which of them are kept apart.
+"""The requests that one worker has in flight: their number, and the isolation of some of them.
 
-One request can be on the device while the ones before it are on their way to the store and the next
-ones are being read. Only the event loop uses this module.
+While one request runs on the device, the worker stores the outputs of earlier requests and reads
+the inputs of later ones. Only the event loop uses this module.
 """
 
 import asyncio
 
 from consumer.inference.run_queue import RunQueue, Ticket
 
-STAGES = 3  # being read, on the device, being stored: what one worker does at the same time
+STAGES = 3  # read inputs, run, store outputs: a worker does all three at the same time
 
 
 class InFlight:
-    """Counts the requests in flight, and keeps redelivered ones apart.
+    """Limits the requests in flight, and isolates redelivered requests.
 
     Args:
-        queue: Where requests wait for the device, in the order of their deliveries.
-        most: Requests in flight at most, from the delivery to the settlement.
+        queue: The queue of the inference thread.
+        most: Maximum number of requests in flight, from the delivery to the settlement.
 
     Attributes:
-        slots: Of all requests in flight.
-        aside: Of these, the slots of requests that left the run queue for a while.
-        waiting: Slots of those that wait for the device, in the order of their deliveries.
-        on_device: Slots of those whose run goes on.
+        queue: The queue of the inference thread.
+        slots: Slots of all requests in flight.
+        aside: Slots of requests that have left the run queue for a while.
+        waiting: Slots of requests that wait for the device, in the order of their deliveries.
+        on_device: Slots of requests whose run is in progress.
+        changed: Set at each change of the other attributes.
     """
 
     def __init__(self, queue: RunQueue, *, most: int = 1) -> None:
@@ -38,9 +40,9 @@ class InFlight:
         """Add a request, and put a ticket for it into the run queue.
 
         Args:
-            redelivered: Its last worker may have died of it. There is no room for others until it
-                has left, and it should wait for `isolate`: should this worker die as well, the
-                cause is known.
+            redelivered: The request may have killed its last worker. Until it has left there is
+                no room for further requests. The caller runs it after `isolate`: if this worker
+                dies too, the request is the cause.
         """
         slot = Slot(self, redelivered=redelivered, co_resident=bool(self.slots - self.aside))
         self.slots.add(slot)
@@ -50,7 +52,7 @@ class InFlight:
     async def room(self) -> None:
         """Wait until there is room for one more request.
 
-        No more than the requests of one run wait for the device: another worker may be idle.
+        At most the requests of one batch wait for the device, because another worker may be idle.
         """
         while (
             len(self.slots) >= self._most
@@ -60,17 +62,17 @@ class InFlight:
             await self._change()
 
     async def isolate(self, slot: "Slot") -> None:
-        """Wait until all others have left that wait for the device or use it."""
+        """Wait until no other request waits for the device or uses it."""
         while not self._is_alone(slot):
             await self._change()
 
     def waits_behind_another(self, slot: "Slot") -> bool:
-        """Return whether a request waits for the device, and could not begin if it were ready."""
+        """Return whether a request waits, and could not start now even if it were ready."""
         if slot not in self.waiting:
             return False
-        is_kept_back = slot.redelivered and not self._is_alone(slot)
-        is_taken = self.queue.closed or bool(self.on_device)
-        return is_taken or is_kept_back or slot is not next(iter(self.waiting))
+        is_blocked = slot.redelivered and not self._is_alone(slot)
+        is_device_busy = self.queue.closed or bool(self.on_device)
+        return is_device_busy or is_blocked or slot is not next(iter(self.waiting))
 
     def _is_alone(self, slot: "Slot") -> bool:
         return self.slots - self.aside == {slot}
@@ -84,35 +86,35 @@ class Slot:
     """One request in flight; `InFlight.join` makes it.
 
     Attributes:
-        redelivered: Whether its last worker may have died of it.
-        co_resident: Whether others were in flight when it came, so that its delivery does not count
-            as an attempt yet.
+        redelivered: Whether the request may have killed its last worker.
+        co_resident: Whether other requests were in flight when it joined. Then its delivery does
+            not count as an attempt yet.
     """
 
     def __init__(self, in_flight: InFlight, *, redelivered: bool, co_resident: bool) -> None:
         self._in_flight = in_flight
         self.redelivered = redelivered
         self.co_resident = co_resident
-        self._ticket: Ticket | None = None  # None: it needs the device no more, or not now
+        self._ticket: Ticket | None = None  # None: the request does not wait for the device
 
     @property
     def ticket(self) -> Ticket:
-        """Its place in the run queue.
+        """The ticket of the request in the run queue.
 
         Raises:
-            AssertionError: It has none.
+            AssertionError: The request has left the run queue.
         """
         if self._ticket is None:
             raise AssertionError("the request has left the run queue")
         return self._ticket
 
     def enqueue(self) -> None:
-        """Go to the end of the run queue."""
+        """Put a new ticket at the end of the run queue."""
         self._ticket = self._in_flight.queue.put()
         self._in_flight.waiting[self] = None
 
     def occupy_device(self) -> None:
-        """Note that its run has begun."""
+        """Record that the run has begun."""
         self._in_flight.waiting.pop(self, None)
         self._in_flight.on_device.add(self)
         self._in_flight.changed.set()
@@ -128,28 +130,28 @@ class Slot:
         self._in_flight.changed.set()
 
     def step_aside(self) -> None:
-        """Leave the run queue, but stay in flight: others need not wait for this request."""
+        """Leave the run queue but stay in flight: other requests do not wait for this one."""
         self._in_flight.aside.add(self)
         self.release_device()
 
     def rejoin(self) -> None:
-        """Go back to the end of the run queue after `step_aside`."""
+        """Return to the end of the run queue after `step_aside`."""
         if self in self._in_flight.aside:
             self._in_flight.aside.remove(self)
             self.enqueue()
 
     def clear(self) -> None:
-        """Note that its last worker did not die of it: it need not be kept apart."""
+        """Record that the request did not kill its last worker and needs no isolation."""
         self.redelivered = self.co_resident = False
         self._in_flight.changed.set()
 
     def leave(self) -> None:
-        """Make room for another request: this one is about to be settled."""
+        """Leave the requests in flight; the request is about to be settled."""
         self.release_device()
         self._in_flight.slots.discard(self)
         self._in_flight.aside.discard(self)
 
 
 def unqueued_slot() -> Slot:
-    """Return a slot for a request that is only ended: it takes no room, and is not run."""
+    """Return a slot for a request that is finalized without a run. It takes no room."""
     return InFlight(RunQueue()).join()

@@ -1,4 +1,4 @@
-"""The stage of a job on the device: it waits for its run, and publishes how the run goes."""
+"""The inference stage of a job: queues the run, waits for it, and publishes its progress."""
 
 import base64
 import time
@@ -31,15 +31,15 @@ log = structlog.get_logger()
 
 
 class InferenceStage:
-    """Has the requests of jobs run by the inference thread.
+    """Runs the requests of jobs on the inference thread.
 
     Args:
-        queue: Where the inference thread takes its runs from.
+        queue: The queue of the inference thread.
         runner: The loaded model; only `batch_key` is called here.
-        model: What the loaded model is and takes.
-        events: Where progress is published.
-        event_fields: The fields that every event of a job has.
-        stall_timeout: Seconds without a step after which the inference thread is taken to hang.
+        model: Description of the loaded model.
+        events: Publishes progress.
+        event_fields: Returns the fields that every event of a job has.
+        stall_timeout: Seconds without a step after which a run counts as stalled.
         observer: Notified of each update.
     """
 
@@ -63,12 +63,12 @@ class InferenceStage:
         self._observer = observer
 
     async def run(self, job: Job, images: "Sequence[Image]") -> RunnerOutput:
-        """Wait for the output of a job's request.
+        """Run the request of a job and return its output.
 
         Raises:
-            Stopped: The job was asked to stop, while it waited or ran.
-            ThreadStalled: The inference thread does not come to its next step.
-            Exception: What `Runner.run` raises.
+            Stopped: The job was asked to stop, before or during its run.
+            ThreadStalled: The run makes no step for `stall_timeout`.
+            Exception: The exception of `Runner.run`.
         """
         ticket = job.slot.ticket
         request = job.seeded_request
@@ -79,8 +79,8 @@ class InferenceStage:
                 RunRequest(request, images, ticket.progress, job.cancel_token.poll),
                 self._batch_key(job, request),
             )
-            await self._until_began(job, ticket)
-            self._note_waiting(job, ticket, ready)
+            await self._wait_until_begun(job, ticket)
+            self._record_waiting(job, ticket, ready)
             await self._publish_started(job)
             job.advance(State.RUNNING)
             return await self._follow(job, ticket)
@@ -94,17 +94,17 @@ class InferenceStage:
         several = self._queue.max_batch > 1 and not job.slot.redelivered
         return self._runner.batch_key(request) if several else None
 
-    async def _until_began(self, job: Job, ticket: Ticket) -> None:
+    async def _wait_until_begun(self, job: Job, ticket: Ticket) -> None:
         try:
             await job.cancel_token.race(ticket.began)
         except Stopped:
             if self._queue.remove(ticket):
                 raise
-            await ticket.began  # the inference thread has it, and stops at its first step
+            await ticket.began  # the inference thread has taken it, and stops at its first step
         job.slot.occupy_device()
 
-    def _note_waiting(self, job: Job, ticket: Ticket, ready: float) -> None:
-        # By the clock of the inference thread: the event loop may hear of the run late.
+    def _record_waiting(self, job: Job, ticket: Ticket, ready: float) -> None:
+        # The inference thread recorded the time, because the event loop may be late.
         began = ticket.progress.first_began or ready
         job.queued += began - ready
         job.spent("waiting", began - ready, ago=time.monotonic() - began)

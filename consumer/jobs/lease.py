@@ -28,7 +28,7 @@ class Lease:
         self.delivery = delivery
         self.interval = ack_wait / BEATS_PER_ACK_WAIT
         self._heartbeat: asyncio.Task[None] | None = None
-        self._ended = False  # in addition to the cancellation, which every renewal may swallow
+        self._ended = False  # in addition to the cancellation, which a renewal may suppress
 
     async def __aenter__(self) -> Self:
         self._ended = False
@@ -50,7 +50,7 @@ class Lease:
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
         while not self._ended:
-            # The first renewal goes out at once: it registers the lease with the lease guard.
+            # The first renewal is sent at once: it registers the lease with the lease guard.
             next_beat = loop.time() + self.interval
             try:
                 # A renewal that hangs must not delay the next one.

@@ -42,7 +42,7 @@ class Publish(Enum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     REPLY_STORED = "reply: stored event"  # the stored event again, to the reply subject only
-    REPLY_FAILED = "reply: failed"  # to the reply subject only; the id has another owner
+    REPLY_FAILED = "reply: failed"  # to the reply subject only; the id belongs to another request
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Decision:
         failure: Content of a failed event.
         dead_letter: Whether the original bytes are dead-lettered.
         counts: Whether the delivery counts as an attempt; only with RETRY.
-        exit_code: The process ends with it; the supervisor starts a new process.
+        exit_code: Exit code with which the process must end; the supervisor starts a new process.
     """
 
     settle: Settlement
@@ -67,14 +67,14 @@ class Decision:
 
 
 class Outcome(Exception):
-    """What came of a request.
+    """The outcome of a request, with its row of the settlement table.
 
     Attributes:
         settle: How the delivery is settled.
         publish: Which terminal event is published.
         code: Failure code of the event.
         dead_letter: Whether the original bytes are dead-lettered.
-        exit_code: The process ends with it.
+        exit_code: Exit code with which the process must end; None: it continues.
         retryable: Whether `Settlement.RETRY` replaces the row while attempts are left. The field
             `retryable` of a failed event is another statement: it follows from the code.
         counts: Whether the delivery counts as an attempt; only with `Settlement.RETRY`.
@@ -311,10 +311,10 @@ _STOPPED: dict[StopReason, type[Outcome]] = {
 
 
 def classify_exception(error: Exception) -> Outcome:  # noqa: PLR0911 - one line per exception
-    """Return the outcome that an exception of a stage stands for."""
+    """Return the outcome for an exception of a stage."""
     match error:
         case Outcome():
-            return error.with_traceback(None)  # its frames keep the tensors of the run
+            return error.with_traceback(None)  # the frames refer to tensors of the run
         case Stopped():
             return _STOPPED[error.reason]()
         case InvalidRequest():
@@ -340,7 +340,7 @@ def decide(outcome: Outcome, *, attempt: int, max_attempts: int, is_copy: bool =
     """Return what the worker does about an outcome.
 
     Args:
-        outcome: What came of the last stage.
+        outcome: Outcome of the last stage.
         attempt: Number of this attempt, from 1. Requeued deliveries are no attempts.
         max_attempts: Number of attempts that a retryable outcome has.
         is_copy: Whether the request id belongs to another delivery. A copy may send a reply and
@@ -361,7 +361,7 @@ def outcome_label(decision: Decision | None) -> str:
     """Return the value of the label `outcome` in metrics, logs and traces.
 
     Args:
-        decision: What was done; None where the job ended without a decision.
+        decision: The decision that was carried out; None if the job ended without one.
     """
     if decision is None or decision.settle is Settlement.ABANDON:
         return "abandoned"

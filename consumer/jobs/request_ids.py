@@ -1,4 +1,4 @@
-"""Which delivery owns a request id.
+"""Ownership of request ids by deliveries.
 
 A sender can publish an id twice, and every sender that knows an id can publish other bytes under
 it. The first delivery owns the id until the id has its terminal event. Only the owner may store the
@@ -73,7 +73,7 @@ class RequestIds:
         )
         if owner is None:
             return older is not None
-        # A mark is made for a retry: only a retried delivery can be the one that it was made for.
+        # A mark is written for a retry, so only a retried delivery can match it.
         is_owner = owner == job.digest and job.delivery.attempt > job.delivery.deliveries
         return not is_owner or (older is not None and self._digest(older) == owner)
 

@@ -30,7 +30,7 @@ _NEXT: dict[State, frozenset[State]] = {
 FINAL = frozenset({State.SETTLED, State.ABANDONED})
 
 
-class IllegalTransition(RuntimeError):  # noqa: N818 - it names what was attempted
+class IllegalTransition(RuntimeError):  # noqa: N818 - named like the error in other state machines
     """A job was moved to a state that cannot follow its current state: a bug in the daemon."""
 
 

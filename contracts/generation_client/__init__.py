@@ -1,8 +1,8 @@
-"""A client of the generation consumer: ask, watch, wait, cancel; needs the extra `client`.
+"""A client for senders: submit, follow, wait, cancel. Needs the extra `client`.
 
 async with GenerationClient("nats://127.0.0.1:4222") as client:
     result = await client.text_to_image("a red circle")
-    picture = await client.download(result.outputs[0])
+    file = await client.download(result.outputs[0])
 """
 
 from generation_client.client import GenerationClient, new_request_id, task_of

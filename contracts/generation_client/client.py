@@ -1,4 +1,4 @@
-"""The client: requests as method calls, their events as an iterator, results by id."""
+"""`GenerationClient`: sends requests, iterates over their events, and reads results by id."""
 
 import asyncio
 import hashlib
@@ -28,8 +28,8 @@ from generation_client.errors import (
 )
 from generation_client.lookup import (
     AnyEvent,
-    NoAnswer,
     ResultEvent,
+    ResultsUnreadable,
     read_event,
     refusal,
     stored_result,
@@ -47,7 +47,7 @@ from generation_contracts import (
     Task,
     TerminalEvent,
     TextToImageRequest,
-    check_slip,
+    check_routing_slip,
     decode_cancel_reply,
     encode,
     request_digest,
@@ -56,37 +56,37 @@ from generation_contracts.artifacts import ImageSource
 from generation_contracts.requests import digest_of_bytes
 from generation_contracts.servers import parse_servers
 
-CONNECT_WITHIN = 30.0  # seconds; nats-py itself would try a failing TLS handshake for ever
-LOOK_EVERY = 2.0  # seconds; a result whose announcement was missed is found in the stream
+CONNECT_TIMEOUT = 30.0  # seconds; nats-py repeats a failing TLS handshake without limit
+LOOKUP_INTERVAL = 2.0  # seconds; a result whose message was missed is found in the stream
 MAX_OUTAGE = 120.0  # seconds
-CANCEL_WITHIN = 10.0  # seconds for the answer to a cancellation
-DOWNLOAD_WITHIN = 60.0  # seconds for one output
+CANCEL_TIMEOUT = 10.0  # seconds for the reply to a cancellation
+DOWNLOAD_TIMEOUT = 60.0  # seconds for one output
 
 
 def new_request_id() -> str:
-    """An id of its own for each request."""
+    """Return a random request id."""
     return uuid.uuid4().hex
 
 
 def task_of(request: Request) -> Task:
-    """The task that a request belongs to."""
+    """Return the task of a request."""
     return Task.TEXT_TO_IMAGE if isinstance(request, TextToImageRequest) else Task.IMAGE_TO_TEXT
 
 
 class GenerationClient:
-    """Sends requests and collects what becomes of them; an asynchronous context manager.
+    """Sends requests and reads their results; an asynchronous context manager.
 
-    Whatever it waits for survives a lost connection: it connects again, and a result that was
-    published meanwhile is found in the stream. After `max_outage` the waiting call raises; the
-    client still connects again, and the result can be collected later.
+    A waiting call survives a lost connection: the client reconnects, and finds a result that was
+    published meanwhile in the results stream. After `max_outage` the call raises. The client
+    continues to reconnect, and the result can be read later.
 
     Args:
-        server: URLs, comma-separated, or a connected nats-py client, which is left open. The user
+        server: Comma-separated URLs, or a connected nats-py client, which is not closed. The user
             and the password in a URL are percent-encoded: `nats://app:p%40ss@host:4222`.
-        root: The installation's subject root.
-        max_outage: Seconds without an answer of the results stream after which a call that waits
-            for a result raises ServiceUnavailable; None never does.
-        options: For `nats.connect`: user_credentials, nkeys_seed, tls, …
+        root: Subject root of the installation.
+        max_outage: Seconds without a reply of the results stream after which a waiting call raises
+            ServiceUnavailable; None: no limit.
+        options: Options of `nats.connect`: user_credentials, nkeys_seed, tls, …
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class GenerationClient:
         self._subjects = Subjects(root)
         self._max_outage = max_outage
         self._options = options
-        self._secret = secrets.token_bytes(32)  # of the ids that requests are deduplicated by
+        self._secret = secrets.token_bytes(32)  # see `message_id`
         self._parts = AsyncExitStack()
         self._client: Client | None = server if isinstance(server, Client) else None
 
@@ -114,7 +114,7 @@ class GenerationClient:
     async def __aexit__(self, *_: object) -> None:
         await self._parts.aclose()
 
-    # -- ask and wait -----------------------------------------------------------------------------
+    # -- submit and wait --------------------------------------------------------------------------
 
     async def text_to_image(
         self,
@@ -123,16 +123,16 @@ class GenerationClient:
         on_event: Callable[[AnyEvent], None] | None = None,
         **parameters: Any,
     ) -> SucceededEvent:
-        """Make pictures from a prompt, and wait for them.
+        """Generate images from a prompt, and wait for the result.
 
         Args:
-            prompt: What to draw.
-            on_event: Told each event as it comes, the terminal one too.
-            parameters: Fields of `TextToImageRequest`; what is None is the model's own.
+            prompt: Description of the image.
+            on_event: Called with each event, including the terminal event.
+            parameters: Fields of `TextToImageRequest`. None means the default of the model.
 
         Raises:
-            pydantic.ValidationError: Not within the contract; nothing was sent.
-            GenerationError: One of its kinds; see `run`.
+            pydantic.ValidationError: The request is invalid; it was not sent.
+            GenerationError: See `run` for its subclasses.
         """
         request = TextToImageRequest(prompt=prompt, **_with_id(parameters))
         return await self.run(request, on_event=on_event)
@@ -145,17 +145,17 @@ class GenerationClient:
         on_event: Callable[[AnyEvent], None] | None = None,
         **parameters: Any,
     ) -> SucceededEvent:
-        """Ask something about pictures, and wait for the answer: `result.outputs[0].text`.
+        """Ask a question about images, and wait for the text: `result.outputs[0].text`.
 
         Args:
-            prompt: What to ask.
-            images: References, `s3://bucket/key`, or pictures in the request itself.
-            on_event: Told each event as it comes, the terminal one too.
-            parameters: Fields of `ImageToTextRequest`; what is None is the model's own.
+            prompt: The question or instruction.
+            images: References, `s3://bucket/key` URIs, or images inside the request.
+            on_event: Called with each event, including the terminal event.
+            parameters: Fields of `ImageToTextRequest`. None means the default of the model.
 
         Raises:
-            pydantic.ValidationError: Not within the contract; nothing was sent.
-            GenerationError: One of its kinds; see `run`.
+            pydantic.ValidationError: The request is invalid; it was not sent.
+            GenerationError: See `run` for its subclasses.
         """
         request = ImageToTextRequest(prompt=prompt, images=tuple(images), **_with_id(parameters))
         return await self.run(request, on_event=on_event)
@@ -165,13 +165,13 @@ class GenerationClient:
     ) -> SucceededEvent:
         """Send a request and wait until it has succeeded.
 
-        Of a chain this is the first step; `result` collects the later ones by their ids.
+        For a chain, this waits for the first step. Read the later steps with `result`.
 
         Raises:
             QueueFull, RequestTooLarge, ServiceUnavailable: See `submit`.
-            RequestIdTaken: The id was used before, for something else.
-            RequestFailed, RequestCancelled: It has ended otherwise.
-            UnsupportedMessage: Its result is of a later version of the contract.
+            RequestIdTaken: The id belongs to another request.
+            RequestFailed, RequestCancelled: The request has failed or was cancelled.
+            UnsupportedMessage: The result has a later version of the contract.
         """
         async with aclosing(self.events(request)) as events:
             async for event in events:
@@ -180,44 +180,46 @@ class GenerationClient:
         return _succeeded(event)
 
     async def events(self, request: Request) -> AsyncGenerator[AnyEvent, None]:
-        """Send a request; its events as they come, the terminal one last.
+        """Send a request and yield its events, the terminal event last.
 
-        Of the news before the terminal event some may be lost.
+        `started` and `progress` events may be lost.
 
         Raises:
             QueueFull, RequestTooLarge, ServiceUnavailable: See `submit`.
-            RequestIdTaken: The id was used before, for something else.
-            UnsupportedMessage: Its result is of a later version of the contract. News of a later
-                version are skipped.
+            RequestIdTaken: The id belongs to another request.
+            UnsupportedMessage: The result has a later version of the contract. `started` and
+                `progress` events of a later version are skipped.
         """
         request = _identified(request)
         task, request_id = task_of(request), str(request.request_id)
-        async with self._listening(task, request_id, news=True) as events:
+        async with self._subscribed(task, request_id, progress=True) as events:
             await self.submit(request)
             async for event in events:
                 if isinstance(event, TerminalEvent) and event.request_digest not in _digests(
                     request
                 ):
-                    raise RequestIdTaken("the id has been used for another request")
+                    raise RequestIdTaken("the id belongs to another request")
                 yield event
 
-    # -- ask now, collect later -------------------------------------------------------------------
+    # -- submit now, read the result later --------------------------------------------------------
 
     async def submit(self, request: Request) -> str:
-        """Store a request durably and do not wait for it.
+        """Store a request in the request stream, without waiting for its result.
+
+        Repeating the call is safe. A second submit by this client is not stored. A second submit by
+        another client gets a reply and does not run.
 
         Returns:
-            Its id: its own, or a new one. With it the result can be collected later, also by
-            another process. To submit it again is harmless: this client's second submit is not
-            stored, and one of another client is answered and not run.
+            The request id, newly generated if the request has none. Any process can read the result
+            with it.
 
         Raises:
             QueueFull: The stream is full.
-            RequestTooLarge: The request does not fit.
-            InvalidRequest: A step of its slip cannot follow the one before it.
-            ServiceUnavailable: No server, or no stream for requests.
+            RequestTooLarge: The request exceeds a limit of the server or the stream.
+            InvalidRequest: A step of the routing slip cannot follow the previous step.
+            ServiceUnavailable: No server, or no request stream.
         """
-        check_slip(request)
+        check_routing_slip(request)
         request = _identified(request)
         client, task = self._connected, task_of(request)
         await submit(client, self._subjects, task, request, secret=self._secret)
@@ -226,62 +228,67 @@ class GenerationClient:
     async def result(
         self, task: Task | str, request_id: str, *, within: float | None = None
     ) -> ResultEvent:
-        """The terminal event of a request, whoever sent it; waits until there is one.
+        """Wait for the terminal event of a request of any sender.
 
         Args:
-            task: The request's.
-            request_id: Its id.
-            within: Seconds; None waits for ever. 0 only looks.
+            task: Task of the request.
+            request_id: Id of the request.
+            within: Seconds to wait; None: no limit; 0: return or raise at once.
 
         Raises:
-            TimeoutError: None so far.
-            ServiceUnavailable: The results cannot be read: no stream, no permission, the connection
-                is closed for good or was lost for longer than `max_outage`.
-            UnsupportedMessage: The result is of a later version of the contract.
+            TimeoutError: The request has not ended within this time.
+            ServiceUnavailable: The results cannot be read: no stream, no permission, a closed
+                connection, or an outage of more than `max_outage`.
+            UnsupportedMessage: The result has a later version of the contract.
         """
         task = Task(task)
         if within == 0:
-            return await self._only_look(task, request_id)
+            return await self._stored_now(task, request_id)
         async with asyncio.timeout(within):
-            async with self._listening(task, request_id) as events:
+            async with self._subscribed(task, request_id) as events:
                 async for event in events:
                     if isinstance(event, TerminalEvent):
                         return event
-        raise AssertionError("events end with a terminal one")
+        raise AssertionError("the last event is not terminal")
 
     async def cancel(self, request_id: str) -> CancelReply:
-        """Cancel a request that is queued or running.
+        """Cancel a request that is queued or in progress.
 
         Returns:
-            What there was to cancel; see `CancelReply.status`. With `stopping` the terminal event
-            comes when the device is free.
+            The reply; see `CancelReply.status`. With `stopping`, the terminal event follows when
+            the device is free.
 
         Raises:
-            NoWorker: No worker is there to see to it.
-            ServiceUnavailable: It cannot be done now.
-            UnsupportedMessage: The answer is of a later version of the contract.
+            NoWorker: No worker is running.
+            ServiceUnavailable: NATS or the worker cannot process the cancellation now.
+            UnsupportedMessage: The reply has a later version of the contract.
         """
         subject = self._subjects.cancel(request_id)
         try:
-            answer = await self._connected.request(subject, b"", timeout=CANCEL_WITHIN)
+            reply = await self._connected.request(subject, b"", timeout=CANCEL_TIMEOUT)
         except NoRespondersError:
-            raise NoWorker("there is no worker to cancel it") from None
+            raise NoWorker("no worker is running that could cancel the request") from None
         except (Error, OSError) as error:
             reason = refusal(self._connected, subject) or f"NATS: no answer: {type(error).__name__}"
             raise ServiceUnavailable(reason) from None
         try:
-            return decode_cancel_reply(answer.data)
+            return decode_cancel_reply(reply.data)
         except ValidationError:
-            raise _refused_or_newer(answer.data) from None
+            raise _cancel_error(reply.data) from None
 
     async def ended(self, request_id: str, *, within: float | None = None) -> str:
-        """Wait for the end of a request of either task.
+        """Wait for the end of a request of unknown task.
+
+        Args:
+            request_id: Id of the request.
+            within: Seconds to wait; None: no limit.
 
         Returns:
-            The type of its terminal event.
+            The type of the terminal event.
 
         Raises:
-            TimeoutError: It has not ended within so many seconds.
+            TimeoutError: The request has not ended within this time.
+            ServiceUnavailable, UnsupportedMessage: See `result`.
         """
         waiting = [asyncio.ensure_future(self.result(task, request_id)) for task in Task]
         try:
@@ -289,18 +296,18 @@ class GenerationClient:
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             return next(iter(done)).result().type
         finally:
-            for one in waiting:
-                one.cancel()
+            for task in waiting:
+                task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
 
-    async def download(self, picture: ImageArtifact) -> bytes:
-        """A picture's file, compared with its event.
+    async def download(self, artifact: ImageArtifact) -> bytes:
+        """Fetch the file of an output and verify its digest.
 
         Raises:
-            DownloadFailed: It cannot be fetched, or its bytes are not the ones that were stored.
+            DownloadFailed: The file cannot be fetched, or its bytes differ from the stored bytes.
         """
-        url, headers = self._address(picture)
-        timeout = aiohttp.ClientTimeout(total=DOWNLOAD_WITHIN)
+        url, headers = self._address(artifact)
+        timeout = aiohttp.ClientTimeout(total=DOWNLOAD_TIMEOUT)
         try:
             async with (
                 aiohttp.ClientSession(timeout=timeout) as session,
@@ -309,17 +316,17 @@ class GenerationClient:
                 response.raise_for_status()
                 content = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            # The error's own text has the presigned URL in it.
-            raise DownloadFailed(f"{picture.key}: {type(error).__name__}") from None
-        if hashlib.sha256(content).hexdigest() != picture.sha256:
-            raise DownloadFailed(f"{picture.key}: the bytes are not the ones that were stored")
+            # The text of the error contains the presigned URL.
+            raise DownloadFailed(f"{artifact.key}: {type(error).__name__}") from None
+        if hashlib.sha256(content).hexdigest() != artifact.sha256:
+            raise DownloadFailed(f"{artifact.key}: the bytes differ from the stored bytes")
         return content
 
-    # -- inside -----------------------------------------------------------------------------------
+    # -- internals --------------------------------------------------------------------------------
 
-    def _address(self, picture: ImageArtifact) -> tuple[str, dict[str, str]]:
-        """Return where a file is read, and with which headers."""
-        return picture.url, {}
+    def _address(self, artifact: ImageArtifact) -> tuple[str, dict[str, str]]:
+        """Return the URL of a file, and the headers of the HTTP request."""
+        return artifact.url, {}
 
     @property
     def _connected(self) -> Client:
@@ -327,20 +334,23 @@ class GenerationClient:
             raise ServiceUnavailable("not connected: use `async with GenerationClient(…)`")
         return self._client
 
-    async def _only_look(self, task: Task, request_id: str) -> ResultEvent:
+    async def _stored_now(self, task: Task, request_id: str) -> ResultEvent:
         try:
-            found = await stored_result(self._connected, self._subjects, task, request_id)
-        except NoAnswer as error:
+            event = await stored_result(self._connected, self._subjects, task, request_id)
+        except ResultsUnreadable as error:
             raise ServiceUnavailable(f"NATS: {error}") from None
-        if found is None:
+        if event is None:
             raise TimeoutError
-        return found
+        return event
 
     @asynccontextmanager
-    async def _listening(
-        self, task: Task, request_id: str, *, news: bool = False
+    async def _subscribed(
+        self, task: Task, request_id: str, *, progress: bool = False
     ) -> AsyncIterator[AsyncIterator[AnyEvent]]:
-        """Events of one request, up to and with its terminal one. Listen first, then submit."""
+        """Subscribe to the events of a request; the iterator ends with the terminal event.
+
+        Subscribe before the request is submitted, so that no event is missed.
+        """
         received: asyncio.Queue[AnyEvent | UnsupportedMessage] = asyncio.Queue()
 
         async def take_result(message: Msg) -> None:
@@ -352,29 +362,31 @@ class GenerationClient:
             if isinstance(event, TerminalEvent):
                 received.put_nowait(event)
 
-        async def take_news(message: Msg) -> None:
-            with suppress(UnsupportedMessage):  # the result does not depend on it
+        async def take_progress(message: Msg) -> None:
+            with suppress(UnsupportedMessage):  # not needed for the result
                 event = read_event(message.data, task, request_id)
                 if event is not None and not isinstance(event, TerminalEvent):
                     received.put_nowait(event)
 
-        # The result last: the connection keeps the last refusal only, and news may be forbidden.
-        subjects = [(self._subjects.progress(task, request_id), take_news)] if news else []
+        # The result subject is last: nats-py stores only the last refused permission, and the
+        # permission for progress is optional.
+        subjects = [(self._subjects.progress(task, request_id), take_progress)] if progress else []
         subjects.append((self._subjects.result(task, request_id), take_result))
         client = self._connected
         try:
-            listening = [await client.subscribe(subject, cb=take) for subject, take in subjects]
+            subscriptions = [await client.subscribe(subject, cb=take) for subject, take in subjects]
         except (Error, OSError) as error:
             raise ServiceUnavailable(f"NATS: {type(error).__name__}") from None
         try:
-            # A request that is sent now has no result yet.
-            yield self._heard(task, request_id, received, wait=LOOK_EVERY if news else 0.0)
+            # `progress` is for a request that is submitted next, which has no result yet.
+            first_wait = LOOKUP_INTERVAL if progress else 0.0
+            yield self._received(task, request_id, received, wait=first_wait)
         finally:
             if not client.is_closed:
-                for subscription in listening:
+                for subscription in subscriptions:
                     await subscription.unsubscribe()
 
-    async def _heard(
+    async def _received(
         self,
         task: Task,
         request_id: str,
@@ -383,7 +395,7 @@ class GenerationClient:
         wait: float,
     ) -> AsyncIterator[AnyEvent]:
         client, now = self._connected, asyncio.get_running_loop().time
-        answered = now()
+        last_reply = now()
         while not client.is_closed:
             event: AnyEvent | UnsupportedMessage | None = None
             try:
@@ -391,9 +403,9 @@ class GenerationClient:
             except TimeoutError:
                 try:
                     event = await stored_result(client, self._subjects, task, request_id)
-                    answered = now()
-                except NoAnswer as error:
-                    if self._max_outage is not None and now() - answered > self._max_outage:
+                    last_reply = now()
+                except ResultsUnreadable as error:
+                    if self._max_outage is not None and now() - last_reply > self._max_outage:
                         raise ServiceUnavailable(f"NATS: {error}") from None
             if isinstance(event, UnsupportedMessage):
                 raise event
@@ -403,7 +415,7 @@ class GenerationClient:
                 return
             if reason := refusal(client, self._subjects.result(task, request_id)):
                 raise ServiceUnavailable(reason)
-            wait = LOOK_EVERY
+            wait = LOOKUP_INTERVAL
         raise ServiceUnavailable("NATS: the connection is closed")
 
 
@@ -418,23 +430,23 @@ async def _connect(servers: str, options: dict[str, Any]) -> Client:
         "reconnect_time_wait": 0.25,
         "ping_interval": 5,
         "max_outstanding_pings": 2,
-        "error_cb": _leave,
+        "error_cb": _ignore,
         **options,
     }
     try:
-        return await asyncio.wait_for(nats.connect(list(named.urls), **settings), CONNECT_WITHIN)
+        return await asyncio.wait_for(nats.connect(list(named.urls), **settings), CONNECT_TIMEOUT)
     except (Error, OSError, TimeoutError) as error:
         reason = str(error) or type(error).__name__
         raise ServiceUnavailable(f"NATS: cannot connect: {reason}") from None
 
 
 async def _close(client: Client) -> None:
-    with suppress(OSError):  # nats-py writes what is left, also where the connection is lost
+    with suppress(OSError):  # nats-py flushes its buffer, even if the connection is lost
         await client.close()
 
 
-async def _leave(_: Exception) -> None:
-    """What goes wrong with the connection is seen where something is asked of it."""
+async def _ignore(_: Exception) -> None:
+    """Ignore an error of the connection: the next call on it reports the error."""
 
 
 def _with_id(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -448,8 +460,8 @@ def _identified(request: Request) -> Request:
     return request.model_copy(update={"request_id": new_request_id()})
 
 
-def _refused_or_newer(body: bytes) -> GenerationError:
-    """What the answer to a cancellation means that is no `CancelReply` of this version."""
+def _cancel_error(body: bytes) -> GenerationError:
+    """Return the exception for a reply that is not a `CancelReply` of this version."""
     try:
         value: Any = json.loads(body)
     except ValueError:
@@ -459,11 +471,11 @@ def _refused_or_newer(body: bytes) -> GenerationError:
         return ServiceUnavailable(f"the cancellation was refused: {error.get('description')}")
     if isinstance(value, dict) and "status" in value:
         return UnsupportedMessage("CancelReply", body, "status")
-    return ServiceUnavailable("the cancellation was not answered by a worker")
+    return ServiceUnavailable("the reply to the cancellation is not from a worker")
 
 
 def _digests(request: Request) -> set[str]:
-    # What a worker could not read as a request has the digest of its bytes.
+    # A request that the worker could not decode has the digest of its bytes.
     return {request_digest(request), digest_of_bytes(encode(request))}
 
 
@@ -476,4 +488,4 @@ def _succeeded(event: AnyEvent) -> SucceededEvent:
         case CancelledEvent():
             raise RequestCancelled(event)
         case _:
-            raise AssertionError("events end with a terminal one")
+            raise AssertionError("the last event is not terminal")

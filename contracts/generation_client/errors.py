@@ -1,10 +1,10 @@
-"""What can go wrong for a sender, as exceptions; their texts may be shown."""
+"""The exceptions of the client. Their texts may be shown to a user."""
 
 from generation_contracts import CancelledEvent, FailedEvent
 
 
 class GenerationError(Exception):
-    """Base of everything that this package raises of its own accord."""
+    """Base of the exceptions of this package."""
 
 
 class ServiceUnavailable(GenerationError):
@@ -12,29 +12,29 @@ class ServiceUnavailable(GenerationError):
 
 
 class QueueFull(ServiceUnavailable):
-    """The request stream takes no more; the request was not stored."""
+    """The request stream is full. The request was not stored."""
 
     def __init__(self) -> None:
         super().__init__("the queue is full: try again later")
 
 
 class NoWorker(ServiceUnavailable):
-    """Nobody is there who could answer a cancellation."""
+    """No worker is running that could process a cancellation."""
 
 
 class RequestTooLarge(GenerationError):
-    """The request does not fit the server's limit or the stream's: name its pictures by s3://."""
+    """The request exceeds a limit of the server or the stream. Pass its images as s3:// URIs."""
 
 
 class DownloadFailed(GenerationError):
-    """An output cannot be fetched, or is not what its event says."""
+    """An output cannot be fetched, or its digest differs from the event."""
 
 
 class RequestFailed(GenerationError):
-    """The request was not done and will not be.
+    """The request has failed.
 
     Attributes:
-        event: Its `failure` says why, and whether a retry makes sense.
+        event: The terminal event. `event.failure` has the code, and whether a retry makes sense.
     """
 
     def __init__(self, event: FailedEvent) -> None:
@@ -43,10 +43,10 @@ class RequestFailed(GenerationError):
 
 
 class RequestCancelled(GenerationError):
-    """The request was withdrawn.
+    """The request was cancelled.
 
     Attributes:
-        event: Its terminal event.
+        event: The terminal event.
     """
 
     def __init__(self, event: CancelledEvent) -> None:
@@ -55,11 +55,11 @@ class RequestCancelled(GenerationError):
 
 
 class RequestIdTaken(GenerationError):
-    """The result under the request's id is that of another request."""
+    """The stored result under the request id belongs to another request."""
 
 
 class UnsupportedMessage(GenerationError):
-    """The daemon has answered in a form that this version of the package cannot decode.
+    """A message of the daemon that this version of the package cannot decode.
 
     Attributes:
         type: The type of the message, for example `generation.v2.failed`.

@@ -1,4 +1,4 @@
-"""Reading events: from messages, and from the stream that keeps every result."""
+"""Reading of events, from messages and from the results stream."""
 
 import base64
 import json
@@ -33,12 +33,12 @@ LOOKUP_TIMEOUT = 5.0  # seconds
 AnyEvent = StartedEvent | ProgressEvent | SucceededEvent | FailedEvent | CancelledEvent
 ResultEvent = SucceededEvent | FailedEvent | CancelledEvent
 
-_TRANSIENT = {"generation.v1.started", "generation.v1.progress"}  # a result does not depend on them
-# The server reports a missing permission in words only; no other text is compared here.
+_TRANSIENT = {"generation.v1.started", "generation.v1.progress"}  # not needed for a result
+# The server reports a missing permission as text only, without a code.
 _REFUSED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
 
-class NoAnswer(Exception):  # noqa: N818 - a state of the server
+class ResultsUnreadable(Exception):  # noqa: N818 - a state of the server
     """The stream cannot be read now; a later lookup may succeed."""
 
 
@@ -46,7 +46,7 @@ def read_event(body: bytes, task: Task, request_id: str) -> AnyEvent | None:
     """Decode an event of one request.
 
     Returns:
-        The event, or None where the message is no event of this request.
+        The event, or None if the message is not an event of this request.
 
     Raises:
         UnsupportedMessage: The message is an event of this request in a form that this version
@@ -65,37 +65,39 @@ async def stored_result(
 ) -> ResultEvent | None:
     """Read the terminal event of a request from the results stream.
 
-    The leader of the stream answers. A direct get may be answered by a replica that is behind.
+    The leader of the stream replies. A direct get may come from a replica that lags behind.
 
     Returns:
-        The event, or None where no event of this request is stored.
+        The event, or None if no event of this request is stored.
 
     Raises:
         UnsupportedMessage: This version cannot decode the event.
-        ServiceUnavailable: There is no such stream, or this user may not read it.
-        NoAnswer: The stream cannot be read now.
+        ServiceUnavailable: The stream is missing, or this user may not read it.
+        ResultsUnreadable: The stream cannot be read now.
     """
     subject = f"$JS.API.STREAM.MSG.GET.{subjects.results_stream}"
     body = json.dumps({"last_by_subj": subjects.result(task, request_id)}).encode()
     try:
         message = await client.request(subject, body, timeout=LOOKUP_TIMEOUT)
-        answer: Any = json.loads(message.data)
-        found = _found(answer, subjects)
+        reply: Any = json.loads(message.data)
+        stored = _stored_body(reply, subjects)
     except (Error, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # The last four: the answer is not the server's; somebody else listens to the subject.
+        # The last four: the reply is not from the server; another client subscribes to the subject.
         if reason := refusal(client, subject):
             raise ServiceUnavailable(reason) from None
-        raise NoAnswer(f"no answer from the results stream: {type(error).__name__}") from None
-    event = None if found is None else read_event(found, task, request_id)
+        raise ResultsUnreadable(
+            f"no answer from the results stream: {type(error).__name__}"
+        ) from None
+    event = None if stored is None else read_event(stored, task, request_id)
     return event if isinstance(event, TerminalEvent) else None
 
 
 def refusal(client: Client, *subjects: str) -> str | None:
-    """Return a line about a refused permission, where the last error of the connection is one.
+    """Return a line about a refused permission, or None if the last error is another one.
 
     Args:
-        client: Its `last_error` is read: it also exists on a connection that the caller has made.
-        subjects: What the permission must be about; the connection's inbox counts too.
+        client: Connected; `last_error` is set on every connection, also on one of the caller.
+        subjects: The subjects of the permission, in addition to the inbox of the connection.
     """
     refused = _REFUSED.search(str(client.last_error))
     if refused is None:
@@ -110,11 +112,11 @@ def refusal(client: Client, *subjects: str) -> str | None:
     return None
 
 
-def _found(answer: Any, subjects: Subjects) -> bytes | None:
-    """The body in an answer to `STREAM.MSG.GET`, or None where there is no such message."""
-    error = answer.get("error")
+def _stored_body(reply: Any, subjects: Subjects) -> bytes | None:
+    """Return the body in a reply to `STREAM.MSG.GET`, or None if there is no such message."""
+    error = reply.get("error")
     if error is None:
-        return base64.b64decode(answer["message"].get("data", ""))
+        return base64.b64decode(reply["message"].get("data", ""))
     match error.get("err_code"):
         case code if code == MESSAGE_NOT_FOUND:
             return None
@@ -124,7 +126,7 @@ def _found(answer: Any, subjects: Subjects) -> bytes | None:
             )
         case code if code in {JETSTREAM_NOT_ENABLED, JETSTREAM_NOT_ENABLED_FOR_ACCOUNT}:
             raise ServiceUnavailable(f"NATS: {error['description']}")
-    raise NoAnswer(f"the results stream cannot be read: {error['description']}")
+    raise ResultsUnreadable(f"the results stream cannot be read: {error['description']}")
 
 
 def _raise_if_newer(body: bytes, task: Task, request_id: str, error: ValidationError) -> None:
@@ -137,6 +139,6 @@ def _raise_if_newer(body: bytes, task: Task, request_id: str, error: ValidationE
         return
     if (value.get("task", task), value.get("request_id", request_id)) != (task, request_id):
         return
-    # The first name is the type, by which pydantic has chosen the class.
+    # The first name is the type, with which pydantic selects the class.
     where = ".".join(str(part) for part in error.errors(include_input=False)[0]["loc"][1:])
     raise UnsupportedMessage(kind, body, where)

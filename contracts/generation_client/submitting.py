@@ -1,4 +1,4 @@
-"""Publishing a request, so that it is stored or the sender knows that it is not."""
+"""Publishing of a request, with confirmation that the stream has stored it."""
 
 import hashlib
 import hmac
@@ -16,8 +16,8 @@ from generation_contracts import Request, Subjects, Task, encode
 from generation_contracts.headers import MESSAGE_ID, wire_size
 
 PUBLISH_TIMEOUT = 5.0  # seconds
-# js.publish raises these when the connection is lost under it, and when not the stream but one who
-# listens to the subject has answered.
+# js.publish raises these when the connection is lost meanwhile, and when another subscriber of the
+# subject replies instead of the stream.
 NO_PUB_ACK = (TypeError, AttributeError, ValueError, KeyError)
 
 
@@ -30,28 +30,28 @@ async def submit(
     secret: bytes | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> None:
-    """Store a request durably; it must have an id, which makes a second submit harmless.
+    """Store a request in the request stream. Repeating the call is safe.
 
     Args:
         client: Connected.
-        subjects: Where requests go.
-        task: Whose queue.
-        request: With an id.
-        secret: Of the sender; see `message_id`. With None the message id is random, and the stream
-            stores the request a second time, which is answered but not run.
-        headers: In addition, or in the place of the usual `Nats-Msg-Id`.
+        subjects: Subjects of the installation.
+        task: Task of the request.
+        request: A request with an id.
+        secret: Secret of the sender; see `message_id`. With None the message id is random. Then a
+            repeated request is stored again, and a worker replies to it without a second run.
+        headers: Additional headers. They may replace the computed `Nats-Msg-Id`.
 
     Raises:
         QueueFull: The stream is full.
-        RequestTooLarge: The request does not fit the server's limit or the stream's.
-        ServiceUnavailable: No server, or no stream for requests. The request may have been stored
-            all the same; to submit it again is harmless.
+        RequestTooLarge: The request exceeds a limit of the server or the stream.
+        ServiceUnavailable: No server, no request stream, or no confirmation. The request may have
+            been stored nevertheless.
     """
     if request.request_id is None:
         raise ValueError("a request that is submitted has an id")
     body = encode(request)
     sent = {MESSAGE_ID: message_id(secret or uuid.uuid4().bytes, task, request), **(headers or {})}
-    # nats-py checks the body alone; over the limit the server drops the connection for good.
+    # nats-py checks the body without the headers, and the server closes the connection over it.
     if wire_size(body, sent) > client.max_payload:
         raise RequestTooLarge
     subject = subjects.request(task, request.request_id)
@@ -73,11 +73,11 @@ async def submit(
 
 
 def message_id(secret: bytes, task: Task, request: Request) -> str:
-    """Return the `Nats-Msg-Id` of a request: the same for the same request and secret.
+    """Return the `Nats-Msg-Id` of a request, derived from the request and the secret.
 
-    JetStream drops a message whose `Nats-Msg-Id` was stored before, whoever has sent the first one,
-    and acknowledges it as a duplicate. So no other sender may be able to guess the id: only a
-    second submit of the same request by the holder of the secret is then a duplicate.
+    JetStream drops a message whose `Nats-Msg-Id` it has stored before, from any sender, and
+    acknowledges it as a duplicate. With the secret, no other sender can guess the id. So only a
+    repetition by the same sender is a duplicate.
     """
     content = f"{task}.{request.request_id}.".encode() + encode(request)
     return hmac.new(secret, content, hashlib.sha256).hexdigest()

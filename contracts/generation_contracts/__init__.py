@@ -1,9 +1,9 @@
-"""The messages of the generation consumer, for senders and readers alike: pydantic only, no I/O."""
+"""The messages of the generation consumer, for senders and readers. Pydantic only, no I/O."""
 
 from generation_contracts.artifacts import ArtifactReference, ImageArtifact, InlineImage, TextOutput
 from generation_contracts.base import Task
 from generation_contracts.cancellation import CancelReply, decode_cancel_reply
-from generation_contracts.chains import check_slip, next_requests
+from generation_contracts.chains import check_routing_slip, next_requests
 from generation_contracts.events import (
     CancelledEvent,
     ChainPlace,
@@ -59,7 +59,7 @@ __all__ = [
     "TextToImageStep",
     "Timings",
     "UnsafeReplySubject",
-    "check_slip",
+    "check_routing_slip",
     "decode_cancel_reply",
     "decode_event",
     "decode_request",

@@ -1,4 +1,4 @@
-"""The bases of all messages: frozen, and strict on the way in, tolerant on the way out."""
+"""Base classes of all messages. Requests forbid unknown fields, events ignore them."""
 
 from enum import StrEnum
 from typing import Any
@@ -14,19 +14,19 @@ from pydantic_core import PydanticCustomError
 
 
 class Task(StrEnum):
-    """What a worker's model does; a worker serves exactly one task."""
+    """What a model does. A worker serves exactly one task."""
 
     TEXT_TO_IMAGE = "text_to_image"
     IMAGE_TO_TEXT = "image_to_text"
 
 
-def says(words: str) -> WrapValidator:
-    """Report a value that does not match its pattern in words, not as a regular expression.
+def pattern_message(text: str) -> WrapValidator:
+    """Replace pydantic's message for a value that does not match its pattern.
 
-    Stands behind the constraint in an `Annotated` type. The JSON Schema keeps the pattern.
+    Place it after the constraint in an `Annotated` type. The JSON Schema keeps the pattern.
 
     Args:
-        words: What the value must be, for example "must be a bucket name: 3-63 characters".
+        text: The message, for example "must be a bucket name: 3-63 characters".
     """
 
     def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -35,15 +35,15 @@ def says(words: str) -> WrapValidator:
         except ValidationError as error:
             if error.errors(include_url=False)[0]["type"] != "string_pattern_mismatch":
                 raise
-        raise PydanticCustomError("string_pattern_mismatch", words)
+        raise PydanticCustomError("string_pattern_mismatch", text)
 
     return WrapValidator(validate)
 
 
 class RequestPart(BaseModel):
-    """Base of whatever a sender writes: a field that is not in the contract is an error.
+    """Base of all objects that a sender writes. An unknown field is an error.
 
-    A misspelt optional parameter would otherwise be dropped without a word.
+    Otherwise a misspelt optional parameter would be ignored silently.
     """
 
     model_config = ConfigDict(
@@ -52,6 +52,6 @@ class RequestPart(BaseModel):
 
 
 class EventPart(BaseModel):
-    """Base of whatever the daemon writes: readers ignore fields that a newer daemon added."""
+    """Base of all objects that the daemon writes. Unknown fields of a newer daemon are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""The reply to a cancellation: where the request was found, and what becomes of it."""
+"""The reply to a cancellation."""
 
 from typing import Literal
 
@@ -9,21 +9,22 @@ from generation_contracts.subjects import RequestId
 
 
 class CancelReply(EventPart):
-    """The reply to a cancellation, sent at once to the caller's inbox."""
+    """Reply to a cancellation, sent to the inbox of the caller."""
 
     request_id: RequestId
     status: Literal["cancelled", "stopping", "finished", "unknown"] = Field(
         description=(
-            "`cancelled`: the cancelled event is stored; the request waited in the queue, or had "
-            "been cancelled before. `stopping`: a worker has received the request; the terminal "
-            "event follows when the device is free, or from the next worker if that one has died. "
-            "`finished`: too late, the request has ended otherwise. `unknown`: no request with "
-            "this id waits, runs or has ended; if one is delivered to a worker within 10 minutes, "
-            "it is cancelled. The id of a chain's first request stands for the whole chain."
+            "`cancelled`: the cancelled event is stored; the request was queued, or was cancelled "
+            "before. `stopping`: a worker has received the request; the terminal event follows "
+            "when the device is free, or from the next worker if this worker has died. "
+            "`finished`: too late, the request has ended in another way. `unknown`: no request "
+            "with this id is queued, in progress or finished; a request that is delivered to a "
+            "worker within 10 minutes is cancelled. The id of a chain's first request cancels the "
+            "whole chain."
         )
     )
     result: str | None = Field(
-        default=None, description="type of the stored terminal event; absent where none is stored"
+        default=None, description="type of the stored terminal event; absent if none is stored"
     )
 
 
@@ -31,6 +32,6 @@ def decode_cancel_reply(body: bytes) -> CancelReply:
     """Decode the bytes of a reply.
 
     Raises:
-        pydantic.ValidationError: The bytes are not a reply.
+        pydantic.ValidationError: The bytes are not a reply of this version.
     """
     return CancelReply.model_validate_json(body)

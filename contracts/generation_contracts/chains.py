@@ -1,7 +1,7 @@
-"""Chains: a routing slip's next requests, made from a request and what it gave. Pure.
+"""Chains: the next requests of a routing slip, derived from a request and its result.
 
-Everything about a next request follows from the request before it and its result: whoever makes it
-again, after a crash, makes the same one with the same id.
+The next requests depend on the previous request and its result only. A worker that derives them
+again after a crash gets the same requests with the same ids. Nothing here does input or output.
 """
 
 import hashlib
@@ -24,45 +24,45 @@ from generation_contracts.requests import (
 
 TEXT = "$text"
 OUTPUTS = "$outputs"
-MAX_BRANCHES = 64  # requests that one slip may fan out into, at its widest
+MAX_BRANCHES = 64  # requests of one step of a chain
 MAX_ID = 64  # characters
-KEPT_OF_ID = 40  # characters of a chain's id, where it is too long to be followed by a place
+ID_PREFIX = 40  # characters of the chain's id in a step's id that would be longer than MAX_ID
 
 
-def check_slip(request: Request) -> None:
-    """See whether every step of a routing slip can be made from the one before it.
+def check_routing_slip(request: Request) -> None:
+    """Check that every step of a routing slip can follow the previous step.
 
-    Where the request says that it stands in a chain, from there: senders can say so too.
+    The limits count from the request's position in its chain. A sender can set the position too.
 
     Raises:
-        InvalidRequest: Names the step.
+        InvalidRequest: A step cannot follow. The text names the step.
     """
-    pictures = request.num_images if isinstance(request, TextToImageRequest) else 0
+    images = request.num_images if isinstance(request, TextToImageRequest) else 0
     branches = 1
     longest = request.chain.branch if request.chain is not None else ""
     if request.chain is not None and request.chain.step + len(request.then) > MAX_CHAIN + 1:
         problem = f"the chain would have more than {MAX_CHAIN + 1} steps"
         raise InvalidRequest(f"then: {problem}", ({"field": "then", "problem": problem},))
     for index, step in enumerate(request.then):
-        if TEXT in step.prompt and pictures:
-            raise _wrong(index, "prompt", f"{TEXT} follows a step that makes pictures")
+        if TEXT in step.prompt and images:
+            raise _wrong(index, "prompt", f"{TEXT} follows a step that generates images")
         if isinstance(step, ImageToTextStep):
-            if step.images == OUTPUTS and not pictures:
-                raise _wrong(index, "images", f"{OUTPUTS} follows a step that makes a text")
-            if _splits(step) and pictures > 1:
-                branches *= pictures
-                longest = _branch(longest, pictures - 1)
-            pictures = 0
+            if step.images == OUTPUTS and not images:
+                raise _wrong(index, "images", f"{OUTPUTS} follows a step that generates a text")
+            if _splits(step) and images > 1:
+                branches *= images
+                longest = _branch(longest, images - 1)
+            images = 0
         else:
-            pictures = step.num_images
+            images = step.num_images
         if branches > MAX_BRANCHES:
-            raise _wrong(index, "each", f"would make more than {MAX_BRANCHES} requests")
+            raise _wrong(index, "each", f"the step would have more than {MAX_BRANCHES} requests")
         if len(longest) > MAX_BRANCH:
-            raise _wrong(index, "each", "the chain has split too often")
+            raise _wrong(index, "each", "the chain splits too often")
 
 
 def place_of(request: Request, request_id: str) -> ChainPlace | None:
-    """Where in its chain a request stands; None when it is alone."""
+    """Return the position of a request in its chain; None outside a chain."""
     link = request.chain
     if link is None:
         if not request.then:
@@ -74,32 +74,33 @@ def place_of(request: Request, request_id: str) -> ChainPlace | None:
 def next_requests(
     request: Request, request_id: str, result: SucceededEvent
 ) -> tuple[tuple[Task, Request], ...]:
-    """What a routing slip asks for next; empty at its end.
+    """Return the next requests of a routing slip; empty at its end.
 
-    The deadline and the metadata go on with it. The reply subject does not: it is in a header.
+    They get the deadline and the metadata of the request. The caller passes the reply subject on,
+    in a header.
 
     Args:
-        request: What was asked for; its slip has been checked.
-        request_id: Its id, wherever it was told.
-        result: What it gave.
+        request: The request, checked with `check_routing_slip`.
+        request_id: Its id, from the body, the subject or a header.
+        result: Its terminal event.
 
     Raises:
-        InvalidRequest: The result makes no request.
+        InvalidRequest: No valid request follows from the result.
     """
     if not request.then:
         return ()
     step, *rest = request.then
     link = request.chain or ChainLink(id=request_id, step=1)
     texts = [output.text for output in result.outputs if isinstance(output, TextOutput)]
-    pictures = tuple(
+    images = tuple(
         ArtifactReference(bucket=output.bucket, key=output.key)
         for output in result.outputs
         if isinstance(output, ImageArtifact)
     )
-    # A prompt is cut where the contract ends; models read far less of it.
+    # Models read far fewer characters, so truncation at the limit of the contract does no harm.
     prompt = step.prompt.replace(TEXT, texts[0] if texts else "")[:MAX_PROMPT]
     if not prompt.strip():
-        raise InvalidRequest("prompt: the step before gave an empty text")
+        raise InvalidRequest("prompt: the previous step returned an empty text")
     common = {
         **_parameters(step),
         "prompt": prompt,
@@ -108,37 +109,38 @@ def next_requests(
         "then": tuple(rest),
     }
     if not isinstance(step, ImageToTextStep):
-        own = _follow(link, link.branch)
-        made = TextToImageRequest(**common, chain=own, request_id=id_of(own))
-        return ((Task.TEXT_TO_IMAGE, made),)
-    groups = [(picture,) for picture in pictures] if _splits(step) else [pictures]
-    many = len(groups) > 1
+        following = _follow(link, link.branch)
+        next_request = TextToImageRequest(**common, chain=following, request_id=id_of(following))
+        return ((Task.TEXT_TO_IMAGE, next_request),)
+    groups = [(image,) for image in images] if _splits(step) else [images]
     requests = []
     for number, group in enumerate(groups):
-        branch = _branch(link.branch, number) if many else link.branch
-        own = _follow(link, branch)
-        images = group if step.images == OUTPUTS else step.images
+        branch = _branch(link.branch, number) if len(groups) > 1 else link.branch
+        following = _follow(link, branch)
+        inputs = group if step.images == OUTPUTS else step.images
         requests.append(
-            ImageToTextRequest(**common, images=images, chain=own, request_id=id_of(own))
+            ImageToTextRequest(
+                **common, images=inputs, chain=following, request_id=id_of(following)
+            )
         )
-    return tuple((Task.IMAGE_TO_TEXT, one) for one in requests)
+    return tuple((Task.IMAGE_TO_TEXT, request) for request in requests)
 
 
 def next_link(request: Request, request_id: str) -> ChainLink:
-    """Where the next request stands, before it is split."""
+    """Return the position of the next step, before a split."""
     link = request.chain or ChainLink(id=request_id, step=1)
     return _follow(link, link.branch)
 
 
 def possible_links(link: ChainLink, result: SucceededEvent) -> tuple[ChainLink, ...]:
-    """Return every place where a request after a result may stand.
+    """Return every possible position of a request that follows a result.
 
-    An event does not carry the routing slip, so both forms are possible: one request for all of its
-    images, or one for each.
+    An event does not contain the routing slip, so both forms are possible: one request for all
+    images, or one for each image.
 
     Args:
-        link: Where the request of the result stands; it is not the last step.
-        result: What it gave.
+        link: Position of the request of the result; not the last step.
+        result: Terminal event of that request.
     """
     images = sum(isinstance(output, ImageArtifact) for output in result.outputs)
     split = (_branch(link.branch, number) for number in range(images if images > 1 else 0))
@@ -147,13 +149,13 @@ def possible_links(link: ChainLink, result: SucceededEvent) -> tuple[ChainLink, 
 
 
 def id_of(link: ChainLink) -> str:
-    """The id of a later request: the chain's, the step's number, and the branch where it split."""
+    """Return the id of a later request: the chain's id, the step, and the branch after a split."""
     place = "-".join(filter(None, (str(link.step), link.branch)))
     whole = f"{link.id}-{place}"
     if len(whole) <= MAX_ID:
         return whole
-    digest = hashlib.sha256(whole.encode()).hexdigest()[: MAX_ID - KEPT_OF_ID - 1]
-    return f"{link.id[:KEPT_OF_ID]}-{digest}"
+    digest = hashlib.sha256(whole.encode()).hexdigest()[: MAX_ID - ID_PREFIX - 1]
+    return f"{link.id[:ID_PREFIX]}-{digest}"
 
 
 def _follow(link: ChainLink, branch: str) -> ChainLink:

@@ -1,7 +1,7 @@
 """Events: what the daemon publishes about a request.
 
-`started` and `progress` are passing news on the progress subject; exactly one of `succeeded`,
-`failed` and `cancelled` ends a request and is stored.
+`started` and `progress` are transient events on the progress subject. Exactly one terminal event
+(`succeeded`, `failed` or `cancelled`) ends a request and is stored.
 """
 
 from typing import Annotated, Literal
@@ -21,20 +21,22 @@ Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
 class ModelInfo(EventPart):
-    """Which model made the outputs."""
+    """The model that generated the outputs."""
 
-    id: str = Field(description="hub id or name of the folder; `demonstration` by default")
-    revision: str | None = Field(default=None, description="as it is set; absent where it is not")
-    family: str = Field(description="of the pipeline or model, for example `Flux` or `qwen2_5_vl`")
-    dtype: str = Field(description="of the weights, for example `bfloat16`")
+    id: str = Field(description="hub id or folder name; by default `demonstration`")
+    revision: str | None = Field(
+        default=None, description="as set for the worker; absent if not set"
+    )
+    family: str = Field(description="pipeline or model family, for example `Flux` or `qwen2_5_vl`")
+    dtype: str = Field(description="dtype of the weights, for example `bfloat16`")
     device: str = Field(description="`cuda`, `mps`, `cpu`, …")
 
 
 class Timings(EventPart):
-    """Where the time went."""
+    """Durations of the stages, in seconds."""
 
     queued: Annotated[float, Field(ge=0)] = Field(
-        description="seconds from the stream's time stamp of the request to its start"
+        description="seconds from storage in the request stream to the start"
     )
     inference: Seconds
     encode: Seconds = 0.0
@@ -42,100 +44,98 @@ class Timings(EventPart):
 
 
 class ChainPlace(EventPart):
-    """Where in a chain of requests an event belongs."""
+    """Position of a request in a chain."""
 
-    id: RequestId = Field(
-        description="of the first request: what all events of a chain have in common"
-    )
+    id: RequestId = Field(description="id of the chain: the id of its first request")
     step: int = Field(ge=1, description="the first request is 1")
-    of: int = Field(ge=1, description="steps of the chain")
+    of: int = Field(ge=1, description="number of steps of the chain")
 
 
 class EventBase(EventPart):
-    """What every event carries."""
+    """Fields of every event."""
 
     request_id: RequestId
     task: Task
     sequence: int = Field(
-        ge=0, description="counts the events of one attempt; a terminal event has the highest"
+        ge=0, description="number of the event in its attempt; the terminal event has the highest"
     )
     time: AwareDatetime
-    worker: str = Field(description="name of the daemon's process")
+    worker: str = Field(description="name of the worker process")
     attempt: int = Field(
-        ge=1, description="how often the request has been delivered to a worker, this time included"
+        ge=1, description="number of deliveries of the request to a worker, including this one"
     )
-    metadata: dict[str, str] = Field(default_factory=dict, description="the request's")
-    chain: ChainPlace | None = Field(default=None, description="absent where it is alone")
+    metadata: dict[str, str] = Field(default_factory=dict, description="copied from the request")
+    chain: ChainPlace | None = Field(default=None, description="absent outside a chain")
 
 
 class StartedEvent(EventBase):
-    """A worker has taken the request."""
+    """The run has started on a worker."""
 
     type: Literal["generation.v1.started"] = "generation.v1.started"
     queued: Seconds
     model: ModelInfo
     defaults: dict[str, ParameterValue] = Field(
-        default_factory=dict, description="what the model uses where a request says nothing"
+        default_factory=dict, description="defaults of the model for absent parameters"
     )
 
 
 class ProgressEvent(EventBase):
-    """The run has come to a step. For text a step is a token.
+    """Progress of a run. For text, a step is a token.
 
-    A step of 0, or another attempt, begins the run and its text anew. These are passing news and
-    some may be lost; the text in the result is the truth.
+    Step 0 or another attempt restarts the run: discard earlier text. Progress events are transient
+    and some may be lost. The text in the result is complete.
     """
 
     type: Literal["generation.v1.progress"] = "generation.v1.progress"
-    step: int = Field(ge=0, description="the last one that was done")
-    of: int = Field(ge=1, description="steps of the run; for text, the most tokens")
+    step: int = Field(ge=0, description="number of completed steps")
+    of: int = Field(ge=1, description="steps of the run; for text, the maximum number of tokens")
     seconds_per_step: Seconds | None = Field(
-        default=None, description="seconds, the mean so far; absent before the first step"
+        default=None, description="mean so far, in seconds; absent before the first step"
     )
     eta: Seconds | None = Field(default=None, description="seconds until the last step")
     text: str | None = Field(
-        default=None, description="what was added since the last one, where the request streams"
+        default=None, description="text since the previous event, if the request sets `stream`"
     )
     preview: str | None = Field(
-        default=None, description="a small JPEG, base64, where the request wants previews"
+        default=None, description="a small JPEG in base64, if the request sets `preview`"
     )
 
 
 class TerminalEvent(EventBase):
     """Base of the events that end a request.
 
-    The digest is made by `generation_contracts.requests.request_digest`.
+    `generation_contracts.requests.request_digest` computes the digest.
     """
 
     request_digest: Digest = Field(
-        description="of what was asked for; another one under the same id is a conflict"
+        description="digest of the request's content; identifies the request under its id"
     )
 
 
 class SucceededEvent(TerminalEvent):
-    """The outputs are stored and can be fetched."""
+    """The request has succeeded. Its outputs are stored and can be fetched."""
 
     type: Literal["generation.v1.succeeded"] = "generation.v1.succeeded"
     outputs: Annotated[tuple[Output, ...], Field(min_length=1)]
     model: ModelInfo
     parameters: dict[str, ParameterValue] = Field(
-        default_factory=dict, description="what the outputs were made with, defaults included"
+        default_factory=dict, description="parameters of the run, including defaults"
     )
     timings: Timings
     warnings: tuple[str, ...] = Field(
-        default=(), description="what was done otherwise than asked, for example a prompt cut short"
+        default=(), description="deviations from the request, for example a truncated prompt"
     )
 
 
 class FailedEvent(TerminalEvent):
-    """The request was not done and will not be."""
+    """The request has failed. It is not attempted again."""
 
     type: Literal["generation.v1.failed"] = "generation.v1.failed"
     failure: Failure
 
 
 class CancelledEvent(TerminalEvent):
-    """The request was withdrawn, and the device is free of it."""
+    """The request was cancelled, and no longer uses the device."""
 
     type: Literal["generation.v1.cancelled"] = "generation.v1.cancelled"
 
@@ -154,18 +154,18 @@ _RESULT: TypeAdapter[SucceededEvent | FailedEvent | CancelledEvent] = TypeAdapte
 def decode_event(
     body: bytes,
 ) -> StartedEvent | ProgressEvent | SucceededEvent | FailedEvent | CancelledEvent:
-    """Bytes to an event of any kind.
+    """Decode an event of any kind.
 
     Raises:
-        pydantic.ValidationError: The bytes are no event of this version.
+        pydantic.ValidationError: The bytes are not an event of this version.
     """
     return _EVENT.validate_json(body)
 
 
 def decode_result(body: bytes) -> SucceededEvent | FailedEvent | CancelledEvent:
-    """Bytes to a terminal event.
+    """Decode a terminal event.
 
     Raises:
-        pydantic.ValidationError: The bytes are no terminal event of this version.
+        pydantic.ValidationError: The bytes are not a terminal event of this version.
     """
     return _RESULT.validate_json(body)

@@ -1,7 +1,7 @@
-"""Example messages: one of every kind, and two of each request, the shortest and the fullest.
+"""Example messages of every kind. Together they set every field of every message.
 
-The schemas show them and the golden files pin them, so that a document and the wire format cannot
-drift apart. Together they set every field of every message.
+Each request type has a minimal and a full example. The schemas contain the examples, and the golden
+files pin them, so the documentation and the wire format stay equal.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Failures: why a request did not succeed, in a closed list of codes that programs can act on."""
+"""Failures: the codes of failed requests, which programs can act on."""
 
 from enum import StrEnum
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from generation_contracts.base import EventPart
 
 
 class FailureCode(StrEnum):
-    """The closed list; a new code is a new version of the contract."""
+    """All failure codes. A new code is a new version of the contract."""
 
     INVALID_REQUEST = "invalid_request"
     UNSUPPORTED_PARAMETER = "unsupported_parameter"
@@ -23,7 +23,7 @@ class FailureCode(StrEnum):
     INTERNAL = "internal"
 
 
-# Whether the same request, sent again unchanged under a new id, may well succeed.
+# The same request, sent unchanged under a new id, may succeed.
 RETRYABLE = frozenset(
     {
         FailureCode.DEADLINE_EXCEEDED,
@@ -35,38 +35,38 @@ RETRYABLE = frozenset(
     }
 )
 
-# What each code says; for the documents.
+# For the documentation.
 MEANINGS = {
-    FailureCode.INVALID_REQUEST: "It is no request, or breaks the contract.",
-    FailureCode.UNSUPPORTED_PARAMETER: "The model, or this installation, does not have it.",
-    FailureCode.REQUEST_ID_CONFLICT: "The id was used for a request with other content.",
-    FailureCode.INPUT_UNAVAILABLE: "An input picture cannot be read, or may not be.",
-    FailureCode.DEADLINE_EXCEEDED: "The deadline passed before the end.",
-    FailureCode.OUT_OF_MEMORY: "It does not fit the device, nor with what saves memory.",
-    FailureCode.MODEL_ERROR: "The model raised, at every try.",
-    FailureCode.WORKER_LOST: "Its workers died with it, or their devices were lost.",
-    FailureCode.QUEUE_FULL: "The queue takes no more: a call, or a step of a chain.",
-    FailureCode.INTERNAL: "The worker failed on it otherwise.",
+    FailureCode.INVALID_REQUEST: "The message is not JSON, or not a valid request.",
+    FailureCode.UNSUPPORTED_PARAMETER: "The model or the worker does not support a parameter.",
+    FailureCode.REQUEST_ID_CONFLICT: "The id belongs to a request with other content.",
+    FailureCode.INPUT_UNAVAILABLE: "An input image cannot be read, or access is denied.",
+    FailureCode.DEADLINE_EXCEEDED: "The deadline passed before the request was done.",
+    FailureCode.OUT_OF_MEMORY: "The device has too little memory, even with memory saving.",
+    FailureCode.MODEL_ERROR: "The model raised an exception at every attempt.",
+    FailureCode.WORKER_LOST: "The worker died or lost its device at every attempt.",
+    FailureCode.QUEUE_FULL: "The queue is full; for request-reply and for steps of a chain.",
+    FailureCode.INTERNAL: "The worker failed for another reason.",
 }
 
 MAX_MESSAGE = 500  # characters
 
 
 class Failure(EventPart):
-    """Why a request failed. Safe to show: no stack, no path, no secret."""
+    """Why a request failed. Safe to show: no stack trace, no path, no secret."""
 
     code: FailureCode
     message: Annotated[str, StringConstraints(max_length=MAX_MESSAGE)] = Field(
         description="one sentence for people"
     )
-    retryable: bool = Field(description="whether the same under a new id may well succeed")
+    retryable: bool = Field(description="whether the same request under a new id may succeed")
     details: dict[str, Any] = Field(
-        default_factory=dict, description="for programs: the field, what was tried, …"
+        default_factory=dict, description="values for programs, for example the invalid fields"
     )
 
     @classmethod
     def of(cls, code: FailureCode, message: str, **details: Any) -> "Failure":
-        """A failure with the code's own answer to whether a retry makes sense."""
+        """Make a failure; the code determines whether a retry makes sense."""
         return cls(
             code=code,
             message=message[:MAX_MESSAGE],

@@ -1,8 +1,8 @@
-"""Headers: CloudEvents' NATS binding in binary mode, and the few of our own.
+"""Message headers: the NATS binding of CloudEvents in binary mode, and the daemon's own headers.
 
-In binary mode the attributes travel as `ce-` headers and the body stays plain JSON, so `nats sub`
-and `jq` read it at once. Source: the CloudEvents specification, NATS protocol binding, working
-draft 1.0.3: 1.0.2 has the structured mode only.
+In binary mode the attributes are `ce-` headers and the body is plain JSON, readable with `nats sub`
+and `jq`. Source: the CloudEvents specification, NATS protocol binding, working draft 1.0.3. Version
+1.0.2 has the structured mode only.
 """
 
 import re
@@ -13,20 +13,21 @@ from urllib.parse import quote
 from generation_contracts.events import EventBase, TerminalEvent
 
 REPLY_TO: Final = "Reply-To"
-MESSAGE_ID: Final = "Nats-Msg-Id"  # case-sensitive: JetStream drops a second message with the same
+MESSAGE_ID: Final = (
+    "Nats-Msg-Id"  # case-sensitive; JetStream drops a second message with the same value
+)
 TRACE_PARENT: Final = "traceparent"  # W3C trace context, passed from a request to its events
 EXPECTED_LAST_SUBJECT_SEQUENCE: Final = "Nats-Expected-Last-Subject-Sequence"
 
-# Written by workers. A sender can write the first into a request of its own: it then has fewer
-# attempts.
+# Written by workers. A sender that sets `Generation-Attempts` gets fewer attempts.
 EARLIER_ATTEMPTS: Final = "Generation-Attempts"  # attempts before the message was stored
 EARLIER_DELIVERIES: Final = "Generation-Deliveries"  # deliveries before it, attempts or not
 RETRY_DELAY: Final = "Generation-Retry-Delay"  # milliseconds after the message was stored
-# No answer of the server carries it, so no reply subject can forge a mark.
+# No reply of the server has this header, so no reply subject can forge a mark.
 MARK: Final = "Generation-Mark"
 MAX_EARLIER_ATTEMPTS: Final = 99  # the largest CONSUMER_MAX_ATTEMPTS is 100
 
-# On dead letters; the original headers follow with the prefix, so that none of them acts again.
+# On dead letters. The original headers have a prefix, so that none of them takes effect again.
 DEAD_LETTER_REASON: Final = "Dead-Letter-Reason"
 DEAD_LETTER_CODE: Final = "Dead-Letter-Code"
 DEAD_LETTER_REQUEST_ID: Final = "Dead-Letter-Request-Id"
@@ -39,24 +40,24 @@ ORIGINAL_PREFIX: Final = "Original-"
 
 
 def event_type(event: EventBase) -> str:
-    """The versioned type of an event, for example `generation.v1.succeeded`."""
-    value: str = getattr(event, "type")  # noqa: B009 - every concrete event has it, the base has not
+    """Return the versioned type of an event, for example `generation.v1.succeeded`."""
+    value: str = getattr(event, "type")  # noqa: B009 - every concrete event has `type`, the base class has not
     return value
 
 
 def event_id(event: EventBase) -> str:
-    """What makes an event unique: a request has one terminal event, whichever attempt wrote it."""
+    """Return the unique id of an event. All attempts share the id of the terminal event."""
     if isinstance(event, TerminalEvent):
         return f"{event.request_id}.done"
     return f"{event.request_id}.{event.attempt}.{event.sequence}"
 
 
 def event_headers(event: EventBase, *, trace_parent: str | None = None) -> dict[str, str]:
-    """The headers of an event, all ASCII.
+    """Return the headers of an event, all ASCII.
 
     Args:
         event: Any event.
-        trace_parent: The request's `traceparent`, passed on as it came.
+        trace_parent: The `traceparent` of the request, unchanged.
     """
     headers = {
         "ce-specversion": "1.0",
@@ -73,15 +74,15 @@ def event_headers(event: EventBase, *, trace_parent: str | None = None) -> dict[
 
 
 def earlier_attempts(headers: Mapping[str, str]) -> int:
-    """Return the attempts of a request before its message was stored; 0 where it names none.
+    """Return the number of attempts before the message was stored.
 
-    A value that no worker writes counts as 0.
+    0 without the header, or with a value that workers do not write.
     """
     return min(_number(headers.get(EARLIER_ATTEMPTS)), MAX_EARLIER_ATTEMPTS)
 
 
 def earlier_deliveries(headers: Mapping[str, str]) -> int:
-    """Return the deliveries of a request before its message was stored, attempts or not."""
+    """Return the number of deliveries before the message was stored, attempts or not."""
     return max(_number(headers.get(EARLIER_DELIVERIES)), earlier_attempts(headers))
 
 
@@ -91,10 +92,10 @@ def _number(value: object) -> int:
 
 
 def wire_size(body: bytes, headers: Mapping[str, str]) -> int:
-    """Bytes that a message takes of the server's `max_payload`: the body and the encoded headers.
+    """Return the size of a message in bytes as the server compares it with `max_payload`.
 
-    The client's own check counts the body alone; a message over the limit makes the server drop
-    the connection, and nats-py stays closed for good.
+    nats-py counts the body without the headers. The server closes the connection for a message over
+    the limit, and nats-py does not reconnect then.
     """
     if not headers:
         return len(body)

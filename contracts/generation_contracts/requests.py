@@ -1,8 +1,8 @@
-"""Requests: what a sender publishes, and how its bytes become one.
+"""Requests: their models, decoding, encoding and digests.
 
-`decode_request` is the only way from bytes to a request. It is strict ("512" is no number), takes
-no unknown field, and says in one sentence per field what is wrong without repeating the value, so
-that what it says may be shown and logged.
+`decode_request` is the only way from bytes to a request. It is strict: "512" is not a number, and
+an unknown field is an error. Its messages name the field and never contain the value, so they may
+be shown and logged.
 """
 
 import hashlib
@@ -25,31 +25,31 @@ from pydantic import (
 )
 
 from generation_contracts.artifacts import ImageSource
-from generation_contracts.base import RequestPart, Task, says
+from generation_contracts.base import RequestPart, Task, pattern_message
 from generation_contracts.subjects import RequestId, SubjectName
 
 MAX_PROMPT = 8_000  # characters; text encoders read far fewer, language models more
-MAX_IMAGES = 16  # pictures in one image-to-text request
-MAX_OUTPUTS = 8  # pictures from one text-to-image request
+MAX_IMAGES = 16  # images in one image-to-text request
+MAX_OUTPUTS = 8  # images from one text-to-image request
 MAX_SIDE = 4_096  # pixels; a model's own maximum is checked by its worker
-MAX_SEED = 2**32 - 1  # what every random generator in use accepts, and JSON holds exactly
+MAX_SEED = 2**32 - 1  # every random generator in use accepts it, and JSON represents it exactly
 MAX_STEPS = 200
 MAX_NEW_TOKENS = 8_192
 MAX_CHAIN = 8  # requests in a routing slip, so nine steps with the first
-MAX_BRANCH = 24  # characters of a place in a chain that has split
+MAX_BRANCH = 24  # characters
 MAX_METADATA = 16  # entries
 MAX_ADAPTERS = 4  # in one request
-MAX_PROBLEMS = 8  # told of one invalid request
-MAX_LISTED = 1_000  # problems of a request that are looked at
+MAX_PROBLEMS = 8  # reported for one invalid request
+MAX_LISTED = 1_000  # problems; above it none is listed
 
 
-def _says_something(value: str) -> str:
+def _not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("must contain more than white space")
     return value
 
 
-# pydantic would also take a number, and "1767323045", as seconds or milliseconds by its size.
+# pydantic would also accept a number, and "1767323045", and guess seconds or milliseconds.
 _RFC_3339 = re.compile(r"\d{4}-\d{2}-\d{2}[Tt ]", re.ASCII)
 
 
@@ -60,7 +60,7 @@ def _rfc_3339(value: Any) -> Any:
         if _RFC_3339.match(value):
             return datetime.fromisoformat(value)
     except ValueError:
-        pass  # its text repeats the value
+        pass  # the text of this error contains the value
     raise ValueError("must be a time like 2030-01-02T03:04:05Z")
 
 
@@ -83,13 +83,13 @@ Images = Annotated[
         max_length=MAX_IMAGES,
         fail_fast=True,
         description=(
-            "PNG, JPEG or WebP files: in the store, inside the request, which must fit the "
-            "server's `max_payload`, or at `https://` where the worker's settings list the host"
+            "PNG, JPEG or WebP files in the object store, inside the request (which must fit "
+            "the server's `max_payload`), or at an `https://` host that the worker's settings list"
         ),
     ),
 ]
 Prompt = Annotated[
-    str, StringConstraints(min_length=1, max_length=MAX_PROMPT), AfterValidator(_says_something)
+    str, StringConstraints(min_length=1, max_length=MAX_PROMPT), AfterValidator(_not_blank)
 ]
 Metadata = Annotated[
     dict[
@@ -103,17 +103,17 @@ Side = Annotated[int, Field(ge=16, le=MAX_SIDE, description="pixels")]
 AdapterName = Annotated[
     str,
     StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"),
-    says("must be 1-64 characters of A-Z a-z 0-9 _ -, the first a letter or digit"),
+    pattern_message("must be 1-64 characters of A-Z a-z 0-9 _ -, the first a letter or digit"),
 ]
-AdapterWeight = Annotated[float, Field(ge=-4, le=4, description="1 is the adapter as it was made")]
+AdapterWeight = Annotated[float, Field(ge=-4, le=4, description="1 is the strength of training")]
 
 
 class TextToImageParameters(RequestPart):
-    """How a picture is made. None means the model's own default."""
+    """Parameters of image generation. None means the default of the model."""
 
     negative_prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT)] | None = Field(
         default=None,
-        description="what must not be on the picture; refused where it would have no effect",
+        description="what the image must not show; refused if the model would ignore it",
     )
     width: Side | None = None
     height: Side | None = None
@@ -123,59 +123,63 @@ class TextToImageParameters(RequestPart):
         description="denoising steps",
     )
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = Field(
-        default=None, description="how closely the prompt is followed"
+        default=None, description="how closely the image follows the prompt"
     )
     num_images: Annotated[int, Field(ge=1, le=MAX_OUTPUTS)] = 1
     seed: Seed | None = Field(
-        default=None, description="picture n uses seed + n; absent: drawn, and told in the result"
+        default=None,
+        description="image n uses seed + n; absent: chosen by the worker, reported in the result",
     )
     output_format: Literal["png", "webp", "jpeg"] = "png"
     adapters: Annotated[dict[AdapterName, AdapterWeight], Field(max_length=MAX_ADAPTERS)] = Field(
         default_factory=dict,
-        description="LoRA adapters by the names that the worker's settings give them",
+        description="LoRA adapters: name in the worker's settings to weight",
     )
     preview: bool = Field(
-        default=False, description="small JPEGs in the progress, where the model's family can"
+        default=False,
+        description="small JPEGs in progress events, if the model family supports them",
     )
 
 
 class ImageToTextParameters(RequestPart):
-    """How a text is made. None means the model's own default."""
+    """Parameters of text generation. None means the default of the model."""
 
     system: Annotated[str, StringConstraints(max_length=MAX_PROMPT)] | None = Field(
-        default=None, description="what the model is told before the prompt"
+        default=None, description="system message before the prompt"
     )
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] | None = Field(
-        default=None, description="the text ends there, with the finish reason `length`"
+        default=None, description="the text ends there with the finish reason `length`"
     )
     temperature: Annotated[float, Field(ge=0, le=10)] | None = Field(
         default=None,
-        description="0 takes the likeliest token each time; above it tokens are drawn by chance",
+        description="0 always takes the most likely token; above 0, tokens are sampled",
     )
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="drawn from the likeliest tokens that are so probable together"
+        default=None,
+        description="sample from the most likely tokens whose probabilities add up to this",
     )
     top_k: Annotated[int, Field(ge=1, le=1_000)] | None = Field(
-        default=None, description="drawn from so many of the likeliest tokens"
+        default=None, description="sample from this number of most likely tokens"
     )
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = Field(
-        default=None, description="above 1, what was said before becomes less likely"
+        default=None, description="above 1, tokens of the text so far become less likely"
     )
     seed: Seed | None = Field(
-        default=None, description="of what is drawn by chance; absent: told in the result"
+        default=None,
+        description="seed of sampling; absent: chosen by the worker, reported in the result",
     )
-    stream: bool = Field(default=False, description="the progress has the text as it grows")
+    stream: bool = Field(default=False, description="progress events carry the text")
 
 
 class TextToImageStep(TextToImageParameters):
-    """A later step of a routing slip that makes pictures."""
+    """A later step of a routing slip that generates images."""
 
     task: Literal["text_to_image"]
-    prompt: Prompt = Field(description="`$text` in it is the text of the step before")
+    prompt: Prompt = Field(description="`$text` stands for the text of the previous step")
 
 
 class ImageToTextStep(ImageToTextParameters):
-    """A later step of a routing slip that makes a text."""
+    """A later step of a routing slip that generates a text."""
 
     task: Literal["image_to_text"]
     prompt: Prompt
@@ -183,9 +187,9 @@ class ImageToTextStep(ImageToTextParameters):
         Annotated[Literal["$outputs"], Tag("outputs")] | Annotated[Images, Tag("list")],
         Discriminator(_outputs_or_list),
     ] = Field(
-        default="$outputs", description="`$outputs`, the pictures of the step before; or a list"
+        default="$outputs", description="`$outputs` (the images of the previous step) or a list"
     )
-    each: bool = Field(default=False, description="one request for each picture, not one for all")
+    each: bool = Field(default=False, description="one request per image instead of one for all")
 
 
 NextStep = Annotated[TextToImageStep | ImageToTextStep, Field(discriminator="task")]
@@ -194,51 +198,52 @@ NextStep = Annotated[TextToImageStep | ImageToTextStep, Field(discriminator="tas
 Branch = Annotated[
     str,
     StringConstraints(pattern=r"^([0-9]+(-[0-9]+)*)?$", max_length=MAX_BRANCH),
-    says("must be numbers with - between them"),
+    pattern_message("must be numbers with - between them"),
 ]
 
 
 class ChainLink(RequestPart):
-    """Where in a chain a request stands; written by the worker that makes the next request."""
+    """Position of a request in a chain. The worker that queues the next request writes it."""
 
-    id: RequestId = Field(description="of the chain's first request; all of its events carry it")
+    id: RequestId = Field(description="id of the chain: the id of its first request")
     step: int = Field(ge=1, le=MAX_CHAIN + 1, description="the first request is 1")
     branch: Branch = Field(
-        default="", description="which of several requests of one step it came from"
+        default="", description="index at each split of the chain, such as `0-2`; empty before"
     )
 
 
 class RequestEnvelope(RequestPart):
-    """What every request carries besides its parameters."""
+    """Fields of every request apart from its parameters."""
 
     request_id: RequestId | None = Field(
         default=None,
-        description="absent: the subject's last token, else Nats-Msg-Id, else derived",
+        description="absent: last token of the subject, else Nats-Msg-Id, else derived",
     )
     reply_to: SubjectName | None = Field(
-        default=None, description="subject for the result event; also as the header Reply-To"
+        default=None,
+        description="subject for the terminal event; or the header Reply-To",
     )
     deadline: Deadline | None = Field(
         default=None,
-        description="with its time zone; what has not ended by then fails with `deadline_exceeded`",
+        description="with time zone; the request fails with `deadline_exceeded` when it passes",
     )
     metadata: Metadata = Field(
-        default_factory=dict, description="the sender's own, echoed in every event"
+        default_factory=dict, description="free for the sender; every event repeats it"
     )
     then: Annotated[tuple[NextStep, ...], Field(max_length=MAX_CHAIN, fail_fast=True)] = Field(
-        default=(), description="routing slip: the requests that follow, each made from a result"
+        default=(), description="routing slip: the next steps, each made from the previous result"
     )
-    chain: ChainLink | None = Field(default=None, description="set by workers, not by senders")
+    chain: ChainLink | None = Field(default=None, description="set by workers only")
 
 
 class TextToImageRequest(TextToImageParameters, RequestEnvelope):
-    """Make pictures from a prompt."""
+    """Generate images from a prompt."""
 
     prompt: Prompt
 
 
 class ImageToTextRequest(ImageToTextParameters, RequestEnvelope):
-    """Describe pictures, or answer a question about them."""
+    """Describe images, or answer a question about them."""
 
     prompt: Prompt
     images: Images
@@ -251,15 +256,15 @@ REQUEST_TYPES: dict[Task, type[TextToImageRequest] | type[ImageToTextRequest]] =
     Task.IMAGE_TO_TEXT: ImageToTextRequest,
 }
 
-# Who asks and until when, not what for: a second copy may differ in these.
+# These do not change the outputs, so a second copy of a request may differ in them.
 _NOT_CONTENT = frozenset({"request_id", "reply_to", "deadline", "metadata", "chain"})
 
 
-class InvalidRequest(ValueError):  # noqa: N818 - the contract's word for it is invalid_request
+class InvalidRequest(ValueError):  # noqa: N818 - named like the failure code
     """The bytes are not a request of this task.
 
     Attributes:
-        problems: One `{"field": …, "problem": …}` for each thing that is wrong, without the values.
+        problems: One `{"field": …, "problem": …}` for each error, without the values.
     """
 
     def __init__(self, message: str, problems: tuple[dict[str, str], ...] = ()) -> None:
@@ -268,10 +273,10 @@ class InvalidRequest(ValueError):  # noqa: N818 - the contract's word for it is 
 
 
 def decode_request(task: Task, body: bytes) -> Request:
-    """Bytes to a request.
+    """Decode and validate a request.
 
     Raises:
-        InvalidRequest: Not JSON, or not the contract; its text may be shown to the sender.
+        InvalidRequest: Not JSON, or against the contract. The text may be shown to the sender.
     """
     try:
         return REQUEST_TYPES[task].model_validate_json(body, strict=True)
@@ -286,29 +291,31 @@ def decode_request(task: Task, body: bytes) -> Request:
 
 
 def encode(message: BaseModel) -> bytes:
-    """A request or an event as the JSON that goes on the wire, without its absent fields."""
+    """Encode a request or an event as JSON, without fields that are None."""
     return message.model_dump_json(exclude_none=True).encode()
 
 
 def request_digest(request: Request) -> str:
-    """What a request asks for, as `sha256:<hex>`.
+    """Return the digest of a request's content, as `sha256:<hex>`.
 
-    Two requests with one id and one digest are copies; with different digests they conflict. Where
-    the answer goes, the deadline and the metadata do not count: a sender that asks again with a
-    later deadline means the same picture.
+    Two requests with the same id are copies if their digests are equal, and a conflict otherwise.
+    The reply subject, the deadline and the metadata are not part of the content: a sender may
+    repeat a request with a later deadline.
     """
-    asked = request.model_dump(mode="json", exclude=set(_NOT_CONTENT), exclude_defaults=True)
-    content = json.dumps(asked, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    content_fields = request.model_dump(
+        mode="json", exclude=set(_NOT_CONTENT), exclude_defaults=True
+    )
+    content = json.dumps(content_fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
 def digest_of_bytes(body: bytes) -> str:
-    """The same for what cannot be read as a request."""
+    """Return the digest of bytes that are not a valid request, as `sha256:<hex>`."""
     return f"sha256:{hashlib.sha256(body).hexdigest()}"
 
 
 def _causes(details: list[Any]) -> list[Any]:
-    # A list whose only item is wrong is also reported as too short: a consequence, not a cause.
+    # pydantic also reports a list as too short when its only item is invalid.
     def within(place: Any) -> bool:
         return any(len(d["loc"]) > len(place) and d["loc"][: len(place)] == place for d in details)
 
@@ -320,7 +327,7 @@ def _problem(detail: Any) -> dict[str, str]:
         return {"field": "", "problem": "the body is not JSON"}
     location = _without_union_members(detail["loc"])
     if detail["type"] in {"union_tag_invalid", "union_tag_not_found"}:
-        # pydantic's own message repeats the value, at any length.
+        # The message of pydantic contains the value, of any length.
         tags = f"must be one of {', '.join(Task)}"
         return {"field": _dotted([*location, "task"]), "problem": tags}
     if detail["type"] == "extra_forbidden":
@@ -329,8 +336,8 @@ def _problem(detail: Any) -> dict[str, str]:
 
 
 def _without_union_members(location: tuple[int | str, ...]) -> list[int | str]:
-    # A sender knows fields and indexes only. pydantic names the chosen member of a union after the
-    # index of a picture or step, and after `images` in a step.
+    # pydantic adds the name of the chosen union member after the index of an image or step, and
+    # after `images` in a step. Senders do not know these names.
     before: list[int | str] = ["", *location]
     return [
         part
@@ -345,7 +352,7 @@ def _plain(detail: Any) -> str:
 
 
 def _dotted(location: list[int | str]) -> str:
-    # An unknown field's name is the sender's text: bounded and printable before it is shown.
+    # The name of an unknown field is text of the sender: make it short and printable.
     dotted = ".".join(str(part) for part in location)
     return "".join(c for c in dotted if c.isprintable())[:100]
 

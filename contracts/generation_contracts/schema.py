@@ -1,9 +1,8 @@
-"""The contract as documents: AsyncAPI 3 for all subjects and messages, JSON Schema for each body.
+"""AsyncAPI 3 for all subjects and messages, and a JSON Schema for the body of each message.
 
-Both are made from the models, the header names and the examples of this package, so they say what
-the code does. What pydantic leaves out is added: a second name that a field is accepted
-under, the constant field that tells events apart as required, the end of a map whose keys have a
-pattern, and examples.
+Both are generated from the models, the header names and the examples of this package. This module
+adds what pydantic leaves out: alias names of fields, the constant `type` of an event as a required
+field, `additionalProperties: false` for maps with a key pattern, and examples.
 """
 
 import json
@@ -28,40 +27,40 @@ Document = dict[str, Any]
 _DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _JSON: Final = "application/json"
 
-_NEWS: Final[Mapping[str, type[EventBase]]] = {
+_TRANSIENT: Final[Mapping[str, type[EventBase]]] = {
     "started": events.StartedEvent,
     "progress": events.ProgressEvent,
 }
-_ENDS: Final[Mapping[str, type[EventBase]]] = {
+_TERMINAL: Final[Mapping[str, type[EventBase]]] = {
     "succeeded": events.SucceededEvent,
     "failed": events.FailedEvent,
     "cancelled": events.CancelledEvent,
 }
 _MODELS: Final[tuple[tuple[type[BaseModel], JsonSchemaMode], ...]] = (
     *((model, "validation") for model in REQUEST_TYPES.values()),
-    *((model, "serialization") for model in (*_NEWS.values(), *_ENDS.values())),
+    *((model, "serialization") for model in (*_TRANSIENT.values(), *_TERMINAL.values())),
     (CancelReply, "serialization"),
 )
 
-# The queue group that NATS micro services are in unless told otherwise.
+# The default queue group of NATS micro services.
 _QUEUE_GROUP: Final = {"nats": {"queue": "q", "bindingVersion": "0.1.0"}}
 
-# Stands for any request id while an address is built; it has to be a valid id itself.
+# Placeholder for a request id in an address. It must be a valid id.
 _ANY_ID: Final = "request_id"
 
 
 class _Generator(GenerateJsonSchema):
-    """pydantic's generator, made complete."""
+    """The generator of pydantic, with the additions of this module."""
 
     def model_schema(self, schema: core_schema.ModelSchema) -> Document:
-        """Add the other names that a field is accepted under, one of them at a time."""
+        """Add the alias names of fields, and forbid a name together with its alias."""
         document = super().model_schema(schema)
         for name, field in schema["cls"].model_fields.items():
             if isinstance(field.validation_alias, AliasChoices):
                 for other in sorted({*map(str, field.validation_alias.choices)} - {name}):
                     document["properties"][other] = document["properties"][name] | {
                         "deprecated": True,
-                        "description": f"another name of {name}",
+                        "description": f"alias of {name}",
                         "title": other.replace("_", " ").title(),
                     }
                     not_both = {"not": {"required": [name, other]}}
@@ -73,35 +72,34 @@ class _Generator(GenerateJsonSchema):
         field: core_schema.ModelField | core_schema.DataclassField | core_schema.TypedDictField,
         total: bool,
     ) -> bool:
-        """Require a constant field of an event: readers tell events and outputs apart by it."""
+        """Require the constant fields of events: readers distinguish events and outputs by them."""
         inner: Any = field["schema"]
         if self.mode == "serialization" and inner["type"] == "default":
             return bool(inner["schema"]["type"] == "literal")
         return super().field_is_required(field, total)
 
     def dict_schema(self, schema: core_schema.DictSchema) -> Document:
-        """Close a map whose keys have a pattern: pydantic leaves it open to every other key."""
+        """Forbid keys that do not match the key pattern of a map; pydantic allows them."""
         document = super().dict_schema(schema)
         if "patternProperties" in document:
             document["additionalProperties"] = False
         return document
 
     def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> Document:
-        """Leave out `discriminator`: it is OpenAPI's, and the constant fields say the same."""
+        """Remove `discriminator`, which belongs to OpenAPI. The constant fields are sufficient."""
         document = super().tagged_union_schema(schema)
         document.pop("discriminator", None)
         return document
 
 
 def json_schemas() -> dict[str, Document]:
-    """A JSON Schema 2020-12 for the body of every request and event, each usable on its own.
+    """Return a self-contained JSON Schema 2020-12 for the body of every request and event.
 
-    A schema is not the last word on a request. Beyond it `decode_request` refuses a prompt of
-    white space, a deadline without time zone, a whole number written as `512.0`, and JSON that is
-    broken or nested too deeply.
+    A schema cannot express all rules. `decode_request` also refuses a prompt of white space, a
+    deadline without time zone, an integer written as `512.0`, and JSON that is nested too deeply.
 
     Returns:
-        Class name -> schema. Requests forbid unknown fields, events allow them.
+        Class name to schema. Requests forbid unknown fields, events allow them.
     """
     return {
         model.__name__: {
@@ -115,10 +113,10 @@ def json_schemas() -> dict[str, Document]:
 
 
 def asyncapi(subjects: Subjects | None = None) -> Document:
-    """The AsyncAPI 3.0.0 document of one installation, from the daemon's point of view.
+    """Return the AsyncAPI 3.0.0 document of an installation, from the daemon's point of view.
 
     Args:
-        subjects: The installation's subjects; None means the default root.
+        subjects: Subjects of the installation; None means the default root.
     """
     subjects = subjects or Subjects()
     return {
@@ -127,9 +125,9 @@ def asyncapi(subjects: Subjects | None = None) -> Document:
             "title": "Generation consumer",
             "version": VERSION.rpartition(".")[2],
             "description": (
-                "Requests come from NATS JetStream, outputs go to an S3 store, events tell what "
-                "happened. `receive` and `send` are what the daemon does: a sender does the "
-                "opposite. Each stored channel names its JetStream stream as `x-stream`."
+                "The daemon receives requests from NATS JetStream, stores outputs in S3 and "
+                "publishes events. `receive` and `send` are operations of the daemon; a sender "
+                "does the opposite. `x-stream` names the JetStream stream of a stored channel."
             ),
         },
         "defaultContentType": _JSON,
@@ -157,38 +155,38 @@ def _server() -> Document:
 
 
 def _channels(subjects: Subjects) -> Document:
-    first = Task.TEXT_TO_IMAGE  # stands for any task in the addresses that have `{task}`
+    first = Task.TEXT_TO_IMAGE  # becomes `{task}` in the addresses
     channels = {
         "result": _channel(
             _address(subjects, subjects.result(first, _ANY_ID), any_task=True),
-            "The one terminal event of a request, kept for those who ask later.",
-            _ENDS,
+            "The one terminal event of a request, stored for later reads.",
+            _TERMINAL,
             subjects.results_stream,
         ),
         "progress": _channel(
             _address(subjects, subjects.progress(first, _ANY_ID), any_task=True),
-            "What happens meanwhile, at most five times a second; core NATS, not stored.",
-            _NEWS,
+            "Progress of a run, at most five events a second; core NATS, not stored.",
+            _TRANSIENT,
         ),
         "dead_letter": _channel(
             _address(subjects, subjects.dead_letter(first), any_task=True),
-            "The original bytes of a request that no worker can handle.",
+            "The original bytes of a request that the workers cannot process.",
             ["dead_letter"],
             subjects.dead_letters_stream,
         ),
         "cancel": _channel(
             _address(subjects, subjects.cancel(_ANY_ID)),
-            "Ask for the end of a request, queued or running.",
+            "Cancels a request that is queued or in progress.",
             ["cancel"],
         ),
         "reply": _channel(
             None,
-            f"The sender's own subject. A worker replies only under the prefixes that it is set to "
-            f"reply to, never under `{subjects.root}.` except `{subjects.root}.reply.`.",
-            _ENDS,
+            f"The sender's reply subject. A worker replies only under the prefixes of its "
+            f"settings, and never under `{subjects.root}.` except `{subjects.root}.reply.`.",
+            _TERMINAL,
         ),
         "cancel_reply": _channel(
-            None, "The caller's inbox: what there was to cancel.", ["cancel_reply"]
+            None, "The inbox of the caller of a cancellation.", ["cancel_reply"]
         ),
     }
     for task in Task:
@@ -201,22 +199,22 @@ def _task_channels(subjects: Subjects, task: Task) -> Document:
     return {
         request: _channel(
             _address(subjects, subjects.request(task)),
-            "Requests; the id is in the body, in Nats-Msg-Id, or made by the worker.",
+            "Requests with the id in the body or in Nats-Msg-Id, else the worker derives an id.",
             [request],
             subjects.requests_stream(task),
         ),
         f"{request}_by_id": _channel(
             _address(subjects, subjects.request(task, _ANY_ID)),
-            "Requests that can be found and cancelled by their id while they are queued. A last "
-            "token that is no request id fails with `invalid_request`. That event is sent to the "
-            "reply subject, and stored under the id in the body, else under Nats-Msg-Id, else "
-            "under an id that the worker makes.",
+            "Requests that can be found and cancelled by id while they are queued. If the last "
+            "token is not a request id, the request fails with `invalid_request`. That event is "
+            "sent to the reply subject, and stored under the id in the body, else under "
+            "Nats-Msg-Id, else under a derived id.",
             [request],
             subjects.requests_stream(task),
         ),
         f"{task}_call": _channel(
             _address(subjects, subjects.call(task)),
-            "The front door for request-reply: the caller's inbox gets the terminal event.",
+            "Request-reply endpoint: the caller's inbox receives the terminal event.",
             [request],
         ),
     }
@@ -235,7 +233,7 @@ def _channel(
             "description": "1-64 characters of A-Z a-z 0-9 _ -",
             "examples": ["poster-0001"],
         },
-        "task": {"description": "what the model does", "enum": [str(task) for task in Task]},
+        "task": {"description": "the task of the model", "enum": [str(task) for task in Task]},
     }
     parameters = {name: text for name, text in described.items() if f"{{{name}}}" in str(address)}
     if parameters:
@@ -246,7 +244,7 @@ def _channel(
 
 
 def _address(subjects: Subjects, subject: str, *, any_task: bool = False) -> str:
-    """A subject of `Subjects` with its variable tokens as parameters."""
+    """Return a subject with its variable tokens as parameters."""
     tokens = subject.removeprefix(f"{subjects.root}.").split(".")
     if any_task:
         tokens = ["{task}" if token in set(Task) else token for token in tokens]
@@ -255,7 +253,9 @@ def _address(subjects: Subjects, subject: str, *, any_task: bool = False) -> str
 
 def _operations() -> Document:
     operations = {
-        "cancel": _operation("receive", "cancel", ["cancel"], "Any worker sees to it.")
+        "cancel": _operation(
+            "receive", "cancel", ["cancel"], "One worker of the queue group processes it."
+        )
         | {
             "reply": {
                 "channel": _ref("channels", "cancel_reply"),
@@ -263,9 +263,11 @@ def _operations() -> Document:
             },
             "bindings": _QUEUE_GROUP,
         },
-        "send_dead_letter": _operation("send", "dead_letter", ["dead_letter"], "Put it aside."),
-        "send_progress": _operation("send", "progress", _NEWS, "Tell what happens."),
-        "send_result": _operation("send", "result", _ENDS, "Store how the request ended."),
+        "send_dead_letter": _operation(
+            "send", "dead_letter", ["dead_letter"], "Dead-letter a request."
+        ),
+        "send_progress": _operation("send", "progress", _TRANSIENT, "Publish progress."),
+        "send_result": _operation("send", "result", _TERMINAL, "Store the terminal event."),
     }
     for task in Task:
         request = f"{task}_request"
@@ -274,13 +276,16 @@ def _operations() -> Document:
                 "receive", channel, [request], "Pulled from the work queue by a durable consumer."
             ) | {"reply": _reply("$message.payload#/reply_to")}
         operations[f"{task}_call"] = _operation(
-            "receive", f"{task}_call", [request], "Queued; the worker answers the caller's inbox."
+            "receive",
+            f"{task}_call",
+            [request],
+            "The worker queues the request and replies to the caller's inbox.",
         ) | {
             "reply": _reply(None),
             "bindings": _QUEUE_GROUP,
         }
         operations[f"send_{request}"] = _operation(
-            "send", f"{request}_by_id", [request], "The next step of a routing slip."
+            "send", f"{request}_by_id", [request], "Queue the next step of a routing slip."
         )
     return dict(sorted(operations.items()))
 
@@ -297,12 +302,12 @@ def _operation(action: str, channel: str, messages: Iterable[str], summary: str)
 def _reply(location: str | None) -> Document:
     reply: Document = {
         "channel": _ref("channels", "reply"),
-        "messages": _messages_of("reply", _ENDS),
+        "messages": _messages_of("reply", _TERMINAL),
     }
     if location is not None:
         reply["address"] = {
             "location": location,
-            "description": f"else the header {headers.REPLY_TO}; without both there is no reply",
+            "description": f"or the header {headers.REPLY_TO}; without both there is no reply",
         }
     return reply
 
@@ -316,7 +321,7 @@ def _messages() -> Document:
         "cancel": {
             "name": "cancel",
             "title": "Cancellation",
-            "summary": "The subject says all: send an empty body.",
+            "summary": "The subject contains the request id; the body is empty.",
         },
         "cancel_reply": {
             "name": "cancel_reply",
@@ -332,7 +337,7 @@ def _messages() -> Document:
         "dead_letter": {
             "name": "dead_letter",
             "title": "Dead letter",
-            "summary": "The body is the request's, byte for byte, whatever it was.",
+            "summary": "The body of the original message, byte for byte.",
             "contentType": "application/octet-stream",
             "headers": _ref("components/schemas", "DeadLetterHeaders"),
         },
@@ -341,8 +346,8 @@ def _messages() -> Document:
         messages[f"{task}_request"] = _message(
             f"{task}_request", model, "RequestHeaders", "$message.payload#/request_id"
         )
-    for name, event in {**_NEWS, **_ENDS}.items():
-        kind = "ResultHeaders" if name in _ENDS else "EventHeaders"
+    for name, event in {**_TRANSIENT, **_TERMINAL}.items():
+        kind = "ResultHeaders" if name in _TERMINAL else "EventHeaders"
         messages[name] = _message(f"{VERSION}.{name}", event, kind, "$message.header#/ce-subject")
     return dict(sorted(messages.items()))
 
@@ -380,13 +385,13 @@ def _schemas() -> Document:
         _MODELS, ref_template="#/components/schemas/{model}", schema_generator=_Generator
     )
     event = {
-        "ce-id": "unique among the events",
-        "ce-source": "the worker",
-        "ce-specversion": "of CloudEvents",
+        "ce-id": "unique id of the event",
+        "ce-source": "URN of the worker",
+        "ce-specversion": "version of CloudEvents",
         "ce-subject": "the request id",
-        "ce-time": "RFC 3339",
-        "ce-type": "the versioned type, as in the body",
-        "ce-datacontenttype": _JSON,
+        "ce-time": "time of the event, RFC 3339",
+        "ce-type": "versioned type, as in the body",
+        "ce-datacontenttype": f"`{_JSON}`",
     }
     trace = {headers.TRACE_PARENT: "W3C trace context, from the request"}
     schemas = {
@@ -403,12 +408,12 @@ def _request_headers(trace: Mapping[str, str]) -> Document:
     schema = _headers(
         {
             headers.MESSAGE_ID: (
-                "JetStream drops a second message with the same within the stream's window; the "
-                "request id where neither subject nor body has one"
+                "JetStream drops a second message with the same value within 10 minutes; the "
+                "request id if neither the subject nor the body has one"
             ),
-            headers.EARLIER_ATTEMPTS: "attempts that were made already; workers write it",
-            headers.EARLIER_DELIVERIES: "deliveries so far, attempts or not; workers write it",
-            headers.REPLY_TO: "subject for the result event where the body has no `reply_to`",
+            headers.EARLIER_ATTEMPTS: "number of earlier attempts; written by workers",
+            headers.EARLIER_DELIVERIES: "number of earlier deliveries; written by workers",
+            headers.REPLY_TO: "subject for the terminal event if the body has no `reply_to`",
             **trace,
         }
     )
@@ -418,20 +423,22 @@ def _request_headers(trace: Mapping[str, str]) -> Document:
 
 def _dead_letter_headers() -> Document:
     always = {
-        headers.DEAD_LETTER_ATTEMPTS: "how often it was delivered",
+        headers.DEAD_LETTER_ATTEMPTS: "number of deliveries",
         headers.DEAD_LETTER_CODE: "a failure code",
-        headers.DEAD_LETTER_REASON: "in one sentence, safe to show",
-        headers.DEAD_LETTER_REQUEST_ID: "its own, or the one derived for it",
-        headers.DEAD_LETTER_SUBJECT: "where it was published",
-        headers.DEAD_LETTER_TIME: "when its stream took it, RFC 3339",
-        headers.DEAD_LETTER_WORKER: "who put it aside",
-        headers.MESSAGE_ID: "the request's place in its stream, with `.dead`",
+        headers.DEAD_LETTER_REASON: "one sentence, safe to show",
+        headers.DEAD_LETTER_REQUEST_ID: "request id, or the derived id",
+        headers.DEAD_LETTER_SUBJECT: "original subject",
+        headers.DEAD_LETTER_TIME: "when the request was stored, RFC 3339",
+        headers.DEAD_LETTER_WORKER: "name of the worker process",
+        headers.MESSAGE_ID: "stream and sequence of the request, with `.dead`",
     }
-    truncated = {headers.DEAD_LETTER_TRUNCATED: "bytes of the original, where it was cut to fit"}
+    truncated = {
+        headers.DEAD_LETTER_TRUNCATED: "size of the original in bytes, if the body was truncated"
+    }
     schema = _headers({**always, **truncated}, required=always)
     schema["properties"][headers.DEAD_LETTER_CODE]["enum"] = [str(code) for code in FailureCode]
     schema["patternProperties"] = {
-        f"^{headers.ORIGINAL_PREFIX}": {"type": "string", "description": "a header of the request"}
+        f"^{headers.ORIGINAL_PREFIX}": {"type": "string", "description": "original header"}
     }
     return schema
 

@@ -1,4 +1,4 @@
-"""Addresses of NATS servers, as settings and clients name them."""
+"""Parsing of NATS server URLs, from settings and for clients."""
 
 import re
 from dataclasses import dataclass, field
@@ -12,16 +12,16 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 @dataclass(frozen=True)
 class Servers:
-    """Servers of one installation, and what their URLs say about the user.
+    """NATS servers of one installation, and the user information of their URLs.
 
-    nats-py sends the user information of a URL as it is written there, percent-encoded, and sends
-    none to a server that it has learned of from another server. So the two are kept apart.
+    nats-py does not decode the user information of a URL, and does not send it to a server that
+    another server has announced. So this class separates the URLs and the user.
 
     Attributes:
-        urls: Without user information.
-        user: Decoded; None where the URLs name none.
+        urls: URLs without user information.
+        user: Decoded; None if the URLs have no user.
         password: Decoded.
-        token: Decoded; user information without a colon.
+        token: Decoded user information without a colon.
     """
 
     urls: tuple[str, ...]
@@ -31,20 +31,20 @@ class Servers:
 
     @property
     def credentials(self) -> dict[str, str]:
-        """The options of `nats.connect` for the user; empty where the URLs name none."""
+        """The options of `nats.connect` for the user; empty if the URLs have none."""
         named = {"user": self.user, "password": self.password, "token": self.token}
         return {name: value for name, value in named.items() if value is not None}
 
 
 def parse_servers(text: str) -> Servers:
-    """Read a comma-separated list of URLs, with percent-encoded user information.
+    """Parse a comma-separated list of URLs with percent-encoded user information.
 
     Args:
         text: For example `nats://app:p%40ss@a:4222,nats://b:4222`. A URL without user information
-            takes that of the others.
+            gets that of the others.
 
     Raises:
-        ValueError: Not such a list, or its URLs name different users; the text has no secret.
+        ValueError: Not a valid list, or its URLs have different users. The text has no secret.
     """
     urls: list[str] = []
     named: list[str] = []
@@ -52,7 +52,7 @@ def parse_servers(text: str) -> Servers:
         url, user_information = _split(part)
         is_token = user_information and ":" not in user_information
         if urls and not named and is_token and not _SCHEME.match(part):
-            # More likely the second half of a password with a plain comma.
+            # Probably the second half of a password that contains a comma.
             raise ValueError(_ENCODE)
         urls.append(url)
         if user_information and user_information not in named:
@@ -76,11 +76,13 @@ def _split(url: str) -> tuple[str, str]:
     try:
         parts = urlsplit(url if _SCHEME.match(url) else f"nats://{url}")
         usable = parts.scheme in _SCHEMES and parts.hostname and parts.port != 0
-    except ValueError:  # no port, or no IPv6 address: often a password with a plain `/`, `#` or `[`
+    except (
+        ValueError
+    ):  # invalid port or IPv6 address: often an unencoded `/`, `#` or `[` in a password
         usable = None
     if not usable:
         raise ValueError(f"{FORM}; {_ENCODE}")
-    if "@" in parts.path + parts.query + parts.fragment:  # what precedes it is not the host then
+    if "@" in parts.path + parts.query + parts.fragment:  # the part before it is not the host
         raise ValueError(_ENCODE)
     user_information, _, place = parts.netloc.rpartition("@")
     return parts._replace(netloc=place).geturl(), user_information

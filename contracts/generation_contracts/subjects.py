@@ -1,4 +1,4 @@
-"""Subjects, stream names and ids: where each message goes, and which names are safe in them."""
+"""Subjects, stream names and request ids, and which names are safe in them."""
 
 import re
 from dataclasses import dataclass
@@ -6,25 +6,25 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
-from generation_contracts.base import Task, says
+from generation_contracts.base import Task, pattern_message
 
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
-# NATS takes `*`, `>` and `a.b` as literal subjects when published to, so ids and reply subjects are
-# checked before any subject is built from them.
+# NATS accepts `*`, `>` and `a.b` in a published subject. So ids and reply subjects are checked
+# before a subject is built from them.
 SUBJECT_PATTERN = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$"
 MAX_SUBJECT = 200  # characters; a 5,000-character reply subject closes the worker's connection
-HOLDER = "holder:"  # before the request id, in the last token of `Subjects.holder`
-MAX_ROOT = 24  # characters; derived request ids begin with it, and have 64 in all
+HOLDER = "holder:"  # prefix of the request id in the last token of `Subjects.holder`
+MAX_ROOT = 24  # characters; derived request ids begin with the root and have 64 characters
 
 RequestId = Annotated[
     str,
     StringConstraints(pattern=REQUEST_ID_PATTERN),
-    says("must be 1-64 characters of A-Z a-z 0-9 _ -"),
+    pattern_message("must be 1-64 characters of A-Z a-z 0-9 _ -"),
 ]
 SubjectName = Annotated[
     str,
     StringConstraints(pattern=SUBJECT_PATTERN, min_length=1, max_length=MAX_SUBJECT),
-    says("must be characters of A-Z a-z 0-9 _ - between dots"),
+    pattern_message("must be characters of A-Z a-z 0-9 _ - between dots"),
 ]
 
 _REQUEST_ID = re.compile(REQUEST_ID_PATTERN.removesuffix("$") + r"\Z")
@@ -33,12 +33,12 @@ _ROOT = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*\Z")
 _SUBJECT = re.compile(SUBJECT_PATTERN.removesuffix("$") + r"\Z")
 
 
-class UnsafeReplySubject(ValueError):  # noqa: N818 - it names the subject, not the program's error
-    """The reply subject is not one that a worker may publish to; the text may be shown."""
+class UnsafeReplySubject(ValueError):  # noqa: N818 - it describes the subject
+    """A worker may not publish to this reply subject. The text may be shown to the sender."""
 
 
 def is_request_id(value: str) -> bool:
-    """Whether a string may be a request id, and so a subject token and part of object keys."""
+    """Return whether a string is a request id: safe as a subject token and in object keys."""
     return _REQUEST_ID.match(value) is not None
 
 
@@ -57,111 +57,111 @@ class Subjects:
             raise ValueError("the subject root must be 1-24 characters of a-z 0-9 - between dots")
 
     def request(self, task: Task, request_id: str | None = None) -> str:
-        """Where a request is published; with its id as the last token it can be found by it."""
+        """Return the subject of a request; a message with the id as last token is found by id."""
         subject = f"{self.root}.request.{task}"
         return subject if request_id is None else f"{subject}.{_checked(request_id)}"
 
     def request_subjects(self, task: Task) -> tuple[str, str]:
-        """What the request stream of a task stores."""
+        """Return the subjects of the request stream of a task."""
         return self.request(task), f"{self.root}.request.{task}.*"
 
     def result(self, task: Task, request_id: str) -> str:
-        """Where the one terminal event of a request is stored."""
+        """Return the subject of the one terminal event of a request."""
         return f"{self.root}.result.{task}.{_checked(request_id)}"
 
     def progress(self, task: Task, request_id: str) -> str:
-        """Where `started` and `progress` are published, by core NATS: they are not stored."""
+        """Return the subject of `started` and `progress` events: core NATS, not stored."""
         return f"{self.root}.progress.{task}.{_checked(request_id)}"
 
     def dead_letter(self, task: Task) -> str:
-        """Where the original bytes of a request go that no worker can handle."""
+        """Return the subject of dead letters: the original bytes of requests."""
         return f"{self.root}.dead.{task}"
 
     def retry(self, task: Task, request_id: str) -> str:
-        """Where a request waits that is published to its request subject again later."""
+        """Return the subject of a request that is queued again after a delay."""
         return f"{self.root}.retry.{task}.{_checked(request_id)}"
 
     def releases(self, task: Task) -> str:
-        """Where attempt marks are stored; message, delivery and kind follow as tokens."""
+        """Return the prefix of attempt marks. Tokens for message, delivery and kind follow."""
         return f"{self.root}.released.{task}"
 
-    def withdrawals(self, task: Task) -> str:
-        """Where it is stored, per message, that a request was cancelled while a worker had it."""
+    def cancellation_marks(self, task: Task) -> str:
+        """Return the prefix of the marks on messages that were cancelled while in progress."""
         return f"{self.root}.withdrawn.{task}"
 
     def interrupt(self, request_id: str) -> str:
-        """Where all workers are asked to stop a request, by the one that was told to cancel it."""
+        """Return the subject on which one worker asks all workers to stop a request."""
         return f"{self.root}.interrupt.{_checked(request_id)}"
 
     def holder(self, request_id: str) -> str:
-        """Where all workers are asked whether they have a request, which goes on.
+        """Return the subject on which a worker asks the others whether a request is in progress.
 
-        The last token cannot be a request id, so an earlier version that takes this subject for an
-        interrupt has nothing to stop.
+        The last token is not a request id. So an earlier version, which reads this subject as an
+        interrupt, finds nothing to stop.
         """
         return f"{self.root}.interrupt.{HOLDER}{_checked(request_id)}"
 
     @property
     def interrupts(self) -> str:
-        """What every worker listens to."""
+        """The wildcard subject of all interrupts, to which every worker subscribes."""
         return f"{self.root}.interrupt.*"
 
     @property
     def cancels(self) -> str:
-        """All of `cancel`."""
+        """The wildcard subject of all cancellations."""
         return f"{self.root}.cancel.*"
 
     def call(self, task: Task) -> str:
-        """The front door for request-reply."""
+        """Return the subject of the request-reply endpoint of a task."""
         return f"{self.root}.call.{task}"
 
     def cancel(self, request_id: str) -> str:
-        """Where a cancellation is asked for."""
+        """Return the subject on which a sender cancels a request."""
         return f"{self.root}.cancel.{_checked(request_id)}"
 
     def requests_stream(self, task: Task) -> str:
-        """Name of the work queue stream of a task.
+        """Return the name of the work queue stream of a task.
 
-        Each has its own: what a durable with a filter costs the server for each delivery grows with
-        the number of requests that wait, and without one it does not.
+        Each task has its own stream. In a shared stream the durables would need a filter, and then
+        the server's cost of a delivery grows with the number of queued requests.
         """
         return self._stream(f"REQUESTS_{task.upper()}")
 
     @property
     def results_stream(self) -> str:
-        """Name of the stream that keeps every terminal event."""
+        """Name of the stream of terminal events."""
         return self._stream("RESULTS")
 
     @property
     def dead_letters_stream(self) -> str:
-        """Name of the stream that keeps what could not be handled."""
+        """Name of the stream of dead letters."""
         return self._stream("DEAD_LETTERS")
 
     @property
     def retries_stream(self) -> str:
-        """Name of the stream that keeps requests until their next attempt is due."""
+        """Name of the stream of requests that wait for their next attempt."""
         return self._stream("RETRIES")
 
     @property
     def releases_stream(self) -> str:
-        """Name of the stream that keeps the marks on requests: not an attempt, or cancelled."""
+        """Name of the stream of attempt marks and cancellation marks."""
         return self._stream("RELEASES")
 
     @property
     def advisories_stream(self) -> str:
-        """Name of the stream that keeps what the server says of its own accord."""
+        """Name of the stream of the server's max-deliver advisories."""
         return self._stream("ADVISORIES")
 
     def id_in(self, subject: str, task: Task) -> str | None:
-        """The request id in a request's subject, or None in the form without one."""
+        """Return the last token of a request subject, or None if the subject has no id."""
         prefix = f"{self.request(task)}."
         return subject.removeprefix(prefix) if subject.startswith(prefix) else None
 
     def check_reply(self, subject: str, allowed_prefixes: tuple[str, ...]) -> None:
-        """Make sure that publishing to a subject of the sender's choice can do no harm.
+        """Validate a reply subject that a sender has chosen.
 
-        A worker publishes with its own permissions: `$JS.API.STREAM.DELETE.…` as a reply subject
-        deleted a stream, a request subject loops the queue.
+        A worker publishes with its own permissions. The reply subject `$JS.API.STREAM.DELETE.…`
+        would delete a stream, and a request subject would loop the queue.
 
         Raises:
             UnsafeReplySubject: With a text that may be shown to the sender.
@@ -170,8 +170,7 @@ class Subjects:
             raise UnsafeReplySubject(
                 f"reply_to: must be 1-{MAX_SUBJECT} characters of A-Z a-z 0-9 _ - between dots"
             )
-        # Only replies live under <root>.reply.; all else under the root belongs to the daemon, even
-        # where a generous prefix would allow it.
+        # Under the root, only <root>.reply.> is for replies, even if a configured prefix is wider.
         if _within(subject, self.root) and not _within(subject, f"{self.root}.reply"):
             raise UnsafeReplySubject("reply_to: is a subject of the daemon itself")
         if not subject.startswith(allowed_prefixes):

@@ -14,7 +14,7 @@ from generation_contracts import (
     SucceededEvent,
     Task,
     TextToImageRequest,
-    check_slip,
+    check_routing_slip,
     decode_request,
     encode,
     next_requests,
@@ -117,7 +117,7 @@ def test_the_next_request_is_on_the_wire_what_it_was_made_as_and_always_the_same
     assert once == again
     for task, following in once:
         assert decode_request(task, encode(following)) == following
-        check_slip(following)
+        check_routing_slip(following)
 
 
 def test_ids_stay_ids_however_long_the_first_one_is() -> None:
@@ -185,18 +185,18 @@ def test_an_empty_text_makes_no_prompt() -> None:
 )
 def test_a_slip_that_cannot_be_followed_is_refused(request_: Request, place: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        check_slip(request_)
+        check_routing_slip(request_)
     assert refused.value.problems[0]["field"] == place
 
 
 def test_a_slip_that_fans_out_to_the_limit_is_taken() -> None:
     each = {**TELL, "each": True}
-    check_slip(drawing(each, {**DRAW, "num_images": 8}, each, num_images=MAX_BRANCHES // 8))
+    check_routing_slip(drawing(each, {**DRAW, "num_images": 8}, each, num_images=MAX_BRANCHES // 8))
 
 
 def test_a_slip_that_goes_to_the_end_of_its_chain_is_taken() -> None:
-    check_slip(drawing(TELL, chain={"id": "a", "step": 8}))
-    check_slip(drawing({**TELL, "each": True}, num_images=1, chain=SPLIT))
+    check_routing_slip(drawing(TELL, chain={"id": "a", "step": 8}))
+    check_routing_slip(drawing({**TELL, "each": True}, num_images=1, chain=SPLIT))
 
 
 @settings(deadline=None)
@@ -216,7 +216,7 @@ def test_a_slip_that_is_taken_can_be_followed_to_its_end(
 ) -> None:
     request_ = drawing(*steps, num_images=number, chain=chain)
     try:
-        check_slip(request_)
+        check_routing_slip(request_)
     except InvalidRequest:
         reject()
     for step in range(len(steps) + 1):
@@ -225,4 +225,4 @@ def test_a_slip_that_is_taken_can_be_followed_to_its_end(
         assert bool(following) == (step < len(steps))
         if following:
             *_, (_, request_) = following
-            check_slip(request_)
+            check_routing_slip(request_)

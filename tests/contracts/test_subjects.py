@@ -37,7 +37,7 @@ def test_subjects_are_those_of_the_design() -> None:
     assert subjects.dead_letter(TEXT_TO_IMAGE) == "generation.dead.text_to_image"
     assert subjects.call(TEXT_TO_IMAGE) == "generation.call.text_to_image"
     assert subjects.releases(TEXT_TO_IMAGE) == "generation.released.text_to_image"
-    assert subjects.withdrawals(TEXT_TO_IMAGE) == "generation.withdrawn.text_to_image"
+    assert subjects.cancellation_marks(TEXT_TO_IMAGE) == "generation.withdrawn.text_to_image"
     assert subjects.retry(TEXT_TO_IMAGE, "a-1") == "generation.retry.text_to_image.a-1"
     assert subjects.cancel("a-1") == "generation.cancel.a-1"
 

@@ -228,7 +228,8 @@ async def test_a_subject_token_that_is_no_id_is_answered_to_the_reply_subject(
         result=reply_to,
         headers={"Reply-To": reply_to} if place == "header" else None,
     )
-    assert event["failure"]["message"].startswith("the subject's last token is no request id: 1-64")
+    message = event["failure"]["message"]
+    assert message.startswith("the subject's last token is not a request id: 1-64")
     assert event["request_id"].startswith("GENERATION_REQUESTS_TEXT_TO_IMAGE-")  # derived
 
 

@@ -162,7 +162,7 @@ def test_an_id_that_was_used_for_something_else_is_said_to_be(settings: dict[str
     assert consumer(*ask, "one", **settings).returncode == 0
     other = consumer(*ask, "another", **settings)
     assert (other.returncode, other.stdout) == (1, "")
-    assert other.stderr == "consumer: the id has been used for another request\n"
+    assert other.stderr == "consumer: the id belongs to another request\n"
 
 
 def test_a_deadline_ends_the_waiting_where_no_worker_is(settings: dict[str, str]) -> None:

@@ -161,7 +161,7 @@ async def test_a_picture_that_is_not_what_the_event_says_is_refused(scene: Scene
     async with client_of(scene) as client:
         (picture,) = (await client.text_to_image("a")).outputs
         assert isinstance(picture, ImageArtifact)
-        with pytest.raises(DownloadFailed, match="not the ones"):
+        with pytest.raises(DownloadFailed, match="differ from the stored"):
             await client.download(picture.model_copy(update={"sha256": "0" * 64}))
         gone = picture.model_copy(update={"url": picture.url.replace(picture.key, "gone.png")})
         with pytest.raises(DownloadFailed) as failed:
@@ -343,7 +343,7 @@ async def test_a_missing_permission_is_named(
 ) -> None:
     monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.5)
     monkeypatch.setattr(submitting, "PUBLISH_TIMEOUT", 0.5)
-    monkeypatch.setattr(client_module, "CANCEL_WITHIN", 0.5)
+    monkeypatch.setattr(client_module, "CANCEL_TIMEOUT", 0.5)
     server = start_nats(restricted(publish, subscribe))
     await make_streams(server.url, "GENERATION_RESULTS", "GENERATION_REQUESTS_TEXT_TO_IMAGE")
     options = {"user": "sender", "password": "x", "inbox_prefix": INBOX}
@@ -377,7 +377,7 @@ async def test_a_connection_that_stays_lost_ends_the_waiting(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.2)
-    monkeypatch.setattr(client_module, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(client_module, "LOOKUP_INTERVAL", 0.1)
     setup = await nats.connect(nats_server.url)
     await setup.jetstream().add_stream(name="GENERATION_RESULTS", subjects=[RESULTS])
     await setup.close()
@@ -397,7 +397,7 @@ async def test_a_connection_that_stays_lost_ends_the_waiting(
     [
         (b'{"error":{"code":"503","description":"no way"}}', ServiceUnavailable, "no way"),
         (b'{"request_id":"a","status":"paused"}', UnsupportedMessage, r"CancelReply \(status\)"),
-        (b"hello", ServiceUnavailable, "not answered by a worker"),
+        (b"hello", ServiceUnavailable, "not from a worker"),
     ],
 )
 async def test_an_answer_to_a_cancellation_that_is_none(
