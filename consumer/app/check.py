@@ -182,7 +182,8 @@ async def _generate(runner: Runner, queue: RunQueue, task: Task) -> str:
     queue.mark_ready(ticket, RunRequest(request, images, ticket.progress, lambda: False))
     await ticket.ended
     output = ticket.take()
-    return f"{_summary(output)} in {time.perf_counter() - start:.1f} s"
+    made = f"{_summary(output)} in {time.perf_counter() - start:.1f} s"
+    return "; ".join((made, *output.warnings))
 
 
 def _sample_request(task: Task) -> tuple[Request, list["Image"]]:

@@ -1,6 +1,7 @@
 """`consumer check --model`: load the model, generate one output, report the time of both."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from consumer.app.check import Finding, check, check_model
 from consumer.devstack import free_ports
+from consumer.ports.model import OutOfMemory, RunnerOutput, RunRequest
+from consumer.runners.text_to_image.diffusion import DiffusionModel
 from consumer.settings import Settings
 from tests.support.tiny_models import Folder
 
@@ -41,6 +44,29 @@ async def test_a_pipeline_is_described_and_makes_a_picture(model_folder: Folder)
     )
     assert re.fullmatch(rf"an image of 64x64 pixels in {SECONDS}", output)
     assert re.fullmatch(r"main memory at most \d+\.\d\d GiB", memory)
+
+
+async def test_output_that_was_short_of_memory_is_reported_with_what_saved_it(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = DiffusionModel.run
+
+    def short_of_memory(
+        model: DiffusionModel, runs: Sequence[RunRequest], *, save_memory: bool
+    ) -> Sequence[RunnerOutput | None]:
+        if not save_memory:
+            raise OutOfMemory("the device's memory did not suffice")
+        return run(model, runs, save_memory=save_memory)
+
+    monkeypatch.setattr(DiffusionModel, "run", short_of_memory)
+    reported: list[Finding] = []
+    settings = settings_of(
+        model_folder("stable_diffusion_3"), model_defaults='{"num_inference_steps": 2}'
+    )
+    await check_model(settings, reported.append)
+    assert re.fullmatch(
+        rf"an image of 64x64 pixels in {SECONDS}; memory was short: .+", reported[1].text
+    )
 
 
 async def test_a_vision_language_model_describes_a_picture(model_folder: Folder) -> None:
