@@ -43,7 +43,7 @@ async def test_the_result_and_the_error_come_back(calls: Calls) -> None:
     assert await calls.run(lambda: 7) == 7
     with pytest.raises(KeyError):
         await calls.run(fails)
-    assert calls._under_way == []  # nothing is kept
+    assert calls._in_progress == []  # nothing is kept
 
 
 async def test_after_the_end_nothing_is_taken(calls: Calls) -> None:
@@ -52,21 +52,21 @@ async def test_after_the_end_nothing_is_taken(calls: Calls) -> None:
         await calls.run(lambda: 7)
 
 
-def test_a_blocked_read_ends_when_its_call_is_broken_off(
+def test_a_blocked_read_ends_when_its_call_is_aborted(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = ends
     call = _Call()
 
     def read() -> bytes:
-        _Call.in_thread.call.uses(near)
+        _Call.in_thread.call.set_connection(near)
         near.send(b"!")
         return near.recv(1)
 
     with ThreadPoolExecutor(1) as thread:
         reading = thread.submit(call.run, read)
         assert far.recv(1) == b"!"
-        call.break_off()
+        call.abort()
         assert reading.result(SOON) == b""
     assert not is_open(far)
 
@@ -76,8 +76,8 @@ def test_a_connection_made_after_the_break_is_closed_at_once(
 ) -> None:
     near, far = ends
     call = _Call()
-    call.break_off()
-    call.uses(near)
+    call.abort()
+    call.set_connection(near)
     assert not is_open(far)
 
 
@@ -86,8 +86,8 @@ def test_a_connection_that_was_given_back_is_left_alone(
 ) -> None:
     near, far = ends
     call = _Call()
-    call.run(lambda: call.uses(near))
-    call.break_off()
+    call.run(lambda: call.set_connection(near))
+    call.abort()
     assert is_open(far)
     assert _Call.in_thread.call is None
 
@@ -97,12 +97,12 @@ def test_a_connection_that_is_closed_already_is_no_error(
 ) -> None:
     near, _ = ends
     call = _Call()
-    call.uses(near)
+    call.set_connection(near)
     near.close()
-    call.break_off()
+    call.abort()
 
 
-async def test_a_call_on_a_connection_kept_alive_can_be_broken_off(calls: Calls) -> None:
+async def test_a_call_on_a_connection_kept_alive_can_be_aborted(calls: Calls) -> None:
     requests: asyncio.Queue[int] = asyncio.Queue()  # the number of its connection, for each
     gone = asyncio.Event()
     connections = 0
