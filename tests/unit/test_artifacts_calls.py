@@ -36,7 +36,7 @@ def is_open(far: socket.socket) -> bool:
         return True
 
 
-async def test_the_result_and_the_error_come_back(calls: Calls) -> None:
+async def test_results_and_errors_are_returned(calls: Calls) -> None:
     def fails() -> None:
         raise KeyError("x")
 
@@ -46,7 +46,7 @@ async def test_the_result_and_the_error_come_back(calls: Calls) -> None:
     assert calls._in_progress == []  # nothing is kept
 
 
-async def test_after_the_end_nothing_is_taken(calls: Calls) -> None:
+async def test_calls_after_close_are_refused(calls: Calls) -> None:
     calls.close()
     with pytest.raises(StoreUnavailable, match="the client is closed"):
         await calls.run(lambda: 7)
@@ -71,7 +71,7 @@ def test_a_blocked_read_ends_when_its_call_is_aborted(
     assert not is_open(far)
 
 
-def test_a_connection_made_after_the_break_is_closed_at_once(
+def test_a_connection_after_the_abort_is_shut_down_at_once(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = ends
@@ -81,7 +81,7 @@ def test_a_connection_made_after_the_break_is_closed_at_once(
     assert not is_open(far)
 
 
-def test_a_connection_that_was_given_back_is_left_alone(
+def test_a_released_connection_is_not_shut_down(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = ends
