@@ -58,11 +58,14 @@ _CONNECTION_FAULTS: tuple[tuple[type[Exception], str], ...] = (
     (HTTPError, "the connection failed"),
     (OSError, "the connection broke"),
     (ParseError, "the answer is not that of an S3 store"),
-    (ValueError, "the answer is not that of an S3 store"),  # the SDK's, for some odd answers
+    (
+        ValueError,
+        "the answer is not that of an S3 store",
+    ),  # the SDK's, for some malformed responses
 )
 
 
-class UnexpectedResponse(Exception):  # noqa: N818 - it names the answer, not the program's error
+class UnexpectedResponse(Exception):  # noqa: N818 - it names the response, not a bug
     """The store reported success, but its response shows that the operation did not succeed."""
 
 

@@ -128,9 +128,9 @@ class Bus:
             nats.errors.Error: Nothing subscribes to the subject, or the connection is closed.
         """
         async with self.api_call(within):
-            # `question` has the limit: another one of the client costs a timer for each job.
-            answer = await self.client.request(subject, body, timeout=None)  # type: ignore[arg-type]
-        return bytes(answer.data)
+            # `api_call` limits the time; a timeout of the client would cost one more timer per job.
+            reply = await self.client.request(subject, body, timeout=None)  # type: ignore[arg-type]
+        return bytes(reply.data)
 
     def on_reconnect(self, listener: Callable[[], None]) -> None:
         """Register a function that is called after each reconnect."""

@@ -82,8 +82,8 @@ class QueueState:
 
     def _stored_between(self, first: int, end: int) -> int:
         """Count the messages from sequence `first` up to, but not including, `end`."""
-        gone = bisect_left(self.deleted, end) - bisect_left(self.deleted, first)
-        return max(0, end - first - gone)
+        deleted = bisect_left(self.deleted, end) - bisect_left(self.deleted, first)
+        return max(0, end - first - deleted)
 
 
 @dataclass(frozen=True)

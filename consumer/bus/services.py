@@ -34,7 +34,9 @@ async def worker_metadata(bus: Bus) -> list[Metadata]:
     try:
         subscription = await bus.client.subscribe(inbox)
     except (Error, OSError) as error:
-        raise BusUnavailable(f"NATS: workers cannot be asked: {type(error).__name__}") from None
+        raise BusUnavailable(
+            f"NATS: the workers cannot be queried: {type(error).__name__}"
+        ) from None
     try:
         await bus.client.publish(f"$SRV.INFO.{SERVICE}", reply=inbox)
         until = time.monotonic() + QUERY_TIMEOUT
@@ -48,7 +50,9 @@ async def worker_metadata(bus: Bus) -> list[Metadata]:
     except TimeoutError:  # nats-py's timeouts are subclasses
         pass
     except (Error, OSError) as error:
-        raise BusUnavailable(f"NATS: workers cannot be asked: {type(error).__name__}") from None
+        raise BusUnavailable(
+            f"NATS: the workers cannot be queried: {type(error).__name__}"
+        ) from None
     finally:
         await _unsubscribe(subscription)
     if not replies:

@@ -1,10 +1,10 @@
 """Cancels a request that is queued, in progress, or about to end.
 
-The canceller first asks all workers to stop the request. Each worker stores the id, and does not
+The canceller first sends a stop request to all workers. Each worker stores the id, and does not
 run the request if it receives it later. A worker that runs the request stops it, and stores the
 terminal event when the device is free. Then the canceller reads the streams. If no worker has ever
 received the request, the canceller stores the terminal event and deletes the message. Otherwise it
-marks the request as cancelled, because a worker that does not answer may still run it. That worker
+marks the request as cancelled, because a worker that does not reply may still run it. That worker
 receives the stop request when it recovers; if it has died, the next worker reads the mark.
 """
 
@@ -38,7 +38,7 @@ log = structlog.get_logger()
 RESULT_TIMEOUT = 5.0  # seconds to wait for the event of a worker that is storing it
 POLL_INTERVAL = 0.05  # seconds
 
-# Limits of what all cancellations do at the same time. A cancellation that waits for the answer of
+# Limits of what all cancellations do at the same time. A cancellation that waits for the reply of
 # a worker does not count.
 LOOKUPS = 64  # reads without message bodies
 LOADS = 4  # requests in memory, of up to a megabyte each
@@ -109,29 +109,29 @@ class Cancellation:
     async def _cancel(self, request_id: str) -> CancelReply:
         async with self._lookups:
             # Before the lookup: a worker that receives the request after the lookup knows the id.
-            answer = await self._workers.request_stop(request_id)
+            reply = await self._workers.request_stop(request_id)
             found = await self._queue.find(request_id)
         stored = await self._stop_stored(request_id, found)
-        in_flight = await self._await_workers(request_id, answer, stored)
+        in_flight = await self._await_workers(request_id, reply, stored)
         unfinished = [e for e in stored.ended.values() if _has_next_step(e, request_id, step=1)]
         if unfinished:
             return await self._cancel_chain(request_id, unfinished[0], in_flight=in_flight)
         return _reply(request_id, stored.ended.values(), in_flight=in_flight)
 
     async def _await_workers(
-        self, request_id: str, answer: "asyncio.Future[StopAck | None]", stored: _StoredState
+        self, request_id: str, reply: "asyncio.Future[StopAck | None]", stored: _StoredState
     ) -> bool:
-        """Wait for a worker's answer if it matters; return whether the request is in flight."""
-        if stored.ended and not stored.in_flight and not answer.done():
+        """Wait for a worker's reply if it matters; return whether the request is in flight."""
+        if stored.ended and not stored.in_flight and not reply.done():
             return False  # no worker has the request
-        match await answer:
+        match await reply:
             case StopAck.STOPPING:
                 log.info("cancellation", request_id=request_id, found="running")
                 return True
             case StopAck.ENDING:
                 stored.ended |= await self._wait_for_results(request_id)
                 # Without an event the attempt has failed. The request is delivered again, but
-                # every worker that was asked has stored the id and does not run it.
+                # every worker that received the stop request has stored the id and does not run it.
                 return not stored.ended
             case None:
                 stored.ended |= await self._read_results(request_id)
@@ -194,7 +194,7 @@ class Cancellation:
         Args:
             chain: Id of the chain.
             first: The event of the first step.
-            in_flight: Whether a worker has answered that it stops a step.
+            in_flight: Whether a worker has replied that it stops a step.
         """
         ends: list[ResultEvent] = []
         pending = [(ChainLink(id=chain, step=1), first)]
@@ -264,7 +264,7 @@ class _FairSemaphore:
         try:
             await waiter
         except asyncio.CancelledError:
-            if not waiter.cancelled():  # it was served at the same time
+            if not waiter.cancelled():  # it was served in the meantime
                 self._release()
             raise
 

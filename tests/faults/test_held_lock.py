@@ -12,8 +12,8 @@ from tests.support.scene import ACK_WAIT, WITHIN, Scene
 from tests.support.seen import until_pulls_stand
 
 
-def standby_of(worker: Daemon) -> int:
-    """The process id of a worker's standby."""
+def guard_of(worker: Daemon) -> int:
+    """Return the process id of a worker's lease guard."""
     (child,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
     return int(child)
 
@@ -55,9 +55,9 @@ async def test_lock_that_is_held_too_long_costs_the_lease_and_the_process(scene:
     assert scene.runs() == [request_id] * 2
 
 
-async def test_standby_ends_with_its_worker(scene: Scene) -> None:
+async def test_lease_guard_ends_with_its_worker(scene: Scene) -> None:
     worker = await scene.start()
-    lease_guard = standby_of(worker)
+    lease_guard = guard_of(worker)
     os.kill(worker.pid, signal.SIGKILL)
 
     async def gone() -> bool:
@@ -66,14 +66,14 @@ async def test_standby_ends_with_its_worker(scene: Scene) -> None:
     await scene.until(gone, "end of the lease_guard")
 
 
-async def test_standby_that_is_killed_is_replaced_and_knows_the_leases(scene: Scene) -> None:
+async def test_killed_lease_guard_is_replaced_and_knows_the_leases(scene: Scene) -> None:
     worker = await scene.start(
         "holding_the_lock", FAULTS_SECONDS=str(2 * ACK_WAIT), FAULTS_WAIT="1"
     )
     request_id = await scene.submit()
     await scene.noted("runs")
     await scene.logged(worker, "lease_guard_connected")
-    os.kill(standby_of(worker), signal.SIGKILL)
+    os.kill(guard_of(worker), signal.SIGKILL)
 
     async def replaced() -> bool:
         return worker.log_since_start().count("lease_guard_connected") == 2
@@ -115,7 +115,7 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     await scene.logged(worker, "lease_guard_connected")
     request_id = await scene.submit()
     await scene.noted("runs")
-    lease_guard = standby_of(worker)
+    lease_guard = guard_of(worker)
     taken = await pulled(scene)
     for pid in (worker.pid, lease_guard):
         os.kill(pid, signal.SIGSTOP)
@@ -129,16 +129,16 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     event = await scene.event(request_id)
     assert event["type"] == "generation.v1.succeeded"
     assert worker.alive
-    assert standby_of(worker) == lease_guard
+    assert guard_of(worker) == lease_guard
     await scene.emptied()
 
 
-async def test_standby_ends_though_a_fork_keeps_its_input_open(scene: Scene) -> None:
+async def test_lease_guard_ends_although_a_fork_keeps_its_input_open(scene: Scene) -> None:
     # A pull stands for half of it, and a beat that is late on a busy machine is a fifth.
     await scene.apply(CONSUMER_ACK_WAIT=str(3 * ACK_WAIT))
     dying = await scene.start("survived_by_a_fork")
     await scene.logged(dying, "lease_guard_connected")
-    lease_guard = standby_of(dying)
+    lease_guard = guard_of(dying)
     request_id = await scene.submit()
     await scene.noted("run")
     # The server takes the dead worker's connection, which the fork has too, to be there still.

@@ -28,7 +28,7 @@ async def scene(scene: Scene) -> Scene:
 
 
 def connections(scene: Scene) -> list[str]:
-    """The names of the connections that the server has from workers and their standbys."""
+    """The names of the connections that the server has from workers and their lease guards."""
     with urllib.request.urlopen(f"{scene.stack.nats.monitoring_url}/connz") as answer:  # noqa: S310 - loopback
         found: dict[str, Any] = json.load(answer)
     return [

@@ -187,7 +187,7 @@ class Installation:
         return Worker(bus, loop)
 
     def context(self, bus: Bus, durable: Durable) -> DeliveryContext:
-        """What deliveries need, with a standby that is not started."""
+        """Services for deliveries, with a lease guard that is not started."""
         marks = AttemptMarks(bus, self.subjects, TASK)
         return DeliveryContext(
             bus, durable.ack_wait, marks, LeaseGuard(bus_settings(self.server.url))

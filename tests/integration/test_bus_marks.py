@@ -42,7 +42,7 @@ async def forge(installation: Installation, reply: str) -> None:
     await until(stored)
 
 
-async def test_answers_of_the_server_are_no_marks(installation: Installation) -> None:
+async def test_server_replies_are_not_marks(installation: Installation) -> None:
     """Forged releases made a request that kills its workers immortal."""
     worker = await installation.worker()
     await installation.publish(b"{}")
@@ -55,7 +55,7 @@ async def test_answers_of_the_server_are_no_marks(installation: Installation) ->
     assert (await soon(again.marked_uncounted()), await soon(again.was_cancelled())) == (0, False)
 
 
-async def test_mark_takes_the_place_of_an_answer(installation: Installation) -> None:
+async def test_mark_replaces_a_server_reply(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish(b"{}")
     delivered = await take(worker)
@@ -80,7 +80,7 @@ async def forge_after(installation: Installation, delivery: JetStreamDelivery) -
 
 
 @pytest.mark.parametrize("below", ["the place", "the task"])
-async def test_reading_is_bounded_whatever_lies_around_the_marks(
+async def test_other_messages_do_not_slow_the_reads_of_marks(
     installation: Installation, below: str
 ) -> None:
     worker = await installation.worker()
@@ -119,7 +119,7 @@ async def test_first_delivery_costs_no_read(installation: Installation) -> None:
     ("said", "attempt"),
     [("2", 3), ("0", 1), ("99", 100), ("100", 100), ("-1", 1), ("1.5", 1), ("", 1), ("²", 1)],
 )
-async def test_attempts_of_a_request_that_was_published_again_count_on(
+async def test_attempts_of_a_republished_request_are_added(
     installation: Installation, said: str, attempt: int
 ) -> None:
     worker = await installation.worker()
@@ -132,7 +132,7 @@ async def test_attempts_of_a_request_that_was_published_again_count_on(
     assert await soon(again.marked_uncounted()) == 1, "marks are by the server's number"
 
 
-async def test_mark_is_what_the_header_says(installation: Installation) -> None:
+async def test_header_determines_the_mark(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish(b"{}")
     delivered = await take(worker)

@@ -64,9 +64,7 @@ async def test_an_id_with_many_copies_costs_no_more_than_any_other(
     assert len(asked) == 5
 
 
-async def test_what_is_not_stored_is_not_found(
-    installation: Installation, asked: list[str]
-) -> None:
+async def test_missing_requests_are_not_found(installation: Installation, asked: list[str]) -> None:
     queue = queue_of(installation)
     await installation.publish(request_id="b")
     await installation.publish()  # without its id in the subject
@@ -79,7 +77,7 @@ async def test_what_is_not_stored_is_not_found(
 
 
 @pytest.mark.parametrize("durable", [str(TASK), "of-another-name"])
-async def test_delivered_request_is_not_untouched(durable: str, installation: Installation) -> None:
+async def test_delivered_request_is_recognized(durable: str, installation: Installation) -> None:
     queue = queue_of(installation, durable)
     worker = await installation.worker()
     await installation.publish(request_id="delivered")
@@ -93,7 +91,7 @@ async def test_delivered_request_is_not_untouched(durable: str, installation: In
     assert states == {"delivered": False, "waiting": durable == str(TASK)}
 
 
-async def test_request_of_a_stream_without_any_consumer_is_untouched(
+async def test_request_of_a_stream_without_consumers_was_never_delivered(
     installation: Installation,
 ) -> None:
     subject = installation.subjects.request(OTHER, "a")
@@ -179,7 +177,7 @@ class Listening:
         return door
 
 
-async def test_worker_that_is_asked_whether_it_holds_a_request_goes_on(
+async def test_lookup_of_a_request_in_progress_does_not_stop_it(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers, other = workers_of(installation), Listening("a")
@@ -192,7 +190,7 @@ async def test_worker_that_is_asked_whether_it_holds_a_request_goes_on(
     await door.close()
 
 
-async def test_earlier_worker_stops_nothing_when_it_is_asked_what_it_holds(
+async def test_lookup_stops_nothing_at_an_earlier_worker(
     installation: Installation,
 ) -> None:
     subjects: list[str] = []
@@ -209,7 +207,7 @@ async def test_earlier_worker_stops_nothing_when_it_is_asked_what_it_holds(
     assert await soon(await workers_of(installation).request_stop("a")) is StopAck.STOPPING
 
 
-async def test_question_to_all_workers_has_been_sent_when_its_answer_is_waited_for(
+async def test_stop_request_is_sent_before_its_reply_is_awaited(
     installation: Installation,
 ) -> None:
     heard = asyncio.Event()
@@ -224,7 +222,7 @@ async def test_question_to_all_workers_has_been_sent_when_its_answer_is_waited_f
     assert await soon(answer) is None
 
 
-async def test_another_worker_that_waits_for_requests_is_seen(installation: Installation) -> None:
+async def test_another_idle_worker_is_detected(installation: Installation) -> None:
     workers = workers_of(installation)
     assert not await soon(workers.others_idle())
     other = await installation.worker()

@@ -17,7 +17,7 @@ LEASE = "lease.1"
 ACK_WAIT = 1.0  # seconds
 
 
-async def test_leases_that_were_told_before_it_ran_are_renewed_over_its_own_death(
+async def test_leases_reported_before_the_start_are_renewed_after_a_restart(
     installation: Installation,
 ) -> None:
     lease_guard = LeaseGuard(bus_settings(installation.server.url))
@@ -45,7 +45,7 @@ async def test_leases_that_were_told_before_it_ran_are_renewed_over_its_own_deat
     assert lease_guard.pid is None
 
 
-async def test_what_is_not_started_is_told_nothing_and_closes() -> None:
+async def test_a_guard_that_is_not_started_can_be_closed() -> None:
     lease_guard = LeaseGuard(bus_settings("nats://127.0.0.1:1"))
     lease_guard.alive(LEASE, ACK_WAIT)
     lease_guard.renewed(LEASE)

@@ -242,7 +242,7 @@ async def test_everything_that_a_gateway_does_is_allowed(
 async def test_a_worker_that_is_killed_has_a_successor(
     installation: Installation, tmp_path: Path
 ) -> None:
-    """Its standby, and its successor's look at the notes, are allowed as well."""
+    """The lease guard, and the reads of attempt marks by the next worker, are allowed as well."""
     task = Task.TEXT_TO_IMAGE
     (tmp_path / "die").touch()
     dying = start_worker(installation, task, tmp_path, "killed_in_run")

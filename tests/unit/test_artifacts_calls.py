@@ -36,58 +36,58 @@ def is_open(far: socket.socket) -> bool:
         return True
 
 
-async def test_the_result_and_the_error_come_back(calls: Calls) -> None:
+async def test_results_and_errors_are_returned(calls: Calls) -> None:
     def fails() -> None:
         raise KeyError("x")
 
     assert await calls.run(lambda: 7) == 7
     with pytest.raises(KeyError):
         await calls.run(fails)
-    assert calls._under_way == []  # nothing is kept
+    assert calls._in_progress == []  # nothing is kept
 
 
-async def test_after_the_end_nothing_is_taken(calls: Calls) -> None:
+async def test_calls_after_close_are_refused(calls: Calls) -> None:
     calls.close()
     with pytest.raises(StoreUnavailable, match="the client is closed"):
         await calls.run(lambda: 7)
 
 
-def test_a_blocked_read_ends_when_its_call_is_broken_off(
+def test_a_blocked_read_ends_when_its_call_is_aborted(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = ends
     call = _Call()
 
     def read() -> bytes:
-        _Call.in_thread.call.uses(near)
+        _Call.in_thread.call.set_connection(near)
         near.send(b"!")
         return near.recv(1)
 
     with ThreadPoolExecutor(1) as thread:
         reading = thread.submit(call.run, read)
         assert far.recv(1) == b"!"
-        call.break_off()
+        call.abort()
         assert reading.result(SOON) == b""
     assert not is_open(far)
 
 
-def test_a_connection_made_after_the_break_is_closed_at_once(
+def test_a_connection_after_the_abort_is_shut_down_at_once(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = ends
     call = _Call()
-    call.break_off()
-    call.uses(near)
+    call.abort()
+    call.set_connection(near)
     assert not is_open(far)
 
 
-def test_a_connection_that_was_given_back_is_left_alone(
+def test_a_released_connection_is_not_shut_down(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = ends
     call = _Call()
-    call.run(lambda: call.uses(near))
-    call.break_off()
+    call.run(lambda: call.set_connection(near))
+    call.abort()
     assert is_open(far)
     assert _Call.in_thread.call is None
 
@@ -97,12 +97,12 @@ def test_a_connection_that_is_closed_already_is_no_error(
 ) -> None:
     near, _ = ends
     call = _Call()
-    call.uses(near)
+    call.set_connection(near)
     near.close()
-    call.break_off()
+    call.abort()
 
 
-async def test_a_call_on_a_connection_kept_alive_can_be_broken_off(calls: Calls) -> None:
+async def test_a_call_on_a_connection_kept_alive_can_be_aborted(calls: Calls) -> None:
     requests: asyncio.Queue[int] = asyncio.Queue()  # the number of its connection, for each
     gone = asyncio.Event()
     connections = 0

@@ -107,7 +107,7 @@ def test_a_daemon_begins_without_the_libraries_of_models() -> None:
     assert imported & unused == set()
 
 
-def test_a_standby_imports_nothing_of_a_model_or_a_store() -> None:
+def test_the_lease_guard_imports_no_model_and_no_store() -> None:
     imported = imported_with("consumer.bus.lease_guard.process")
     assert "nats.aio.client" in imported
     assert imported & OF_A_DAEMON == set()

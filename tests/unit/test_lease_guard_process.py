@@ -17,7 +17,7 @@ from consumer.bus.lease_guard.process import LeaseGuardProcess
 TURNS = 20  # of the event loop
 SOON = 5.0  # seconds; only bounds a wait for something that must happen
 ACK_WAIT = 0.2  # seconds
-PATIENCE = 0.3  # seconds
+STALL_TIMEOUT = 0.3  # seconds
 LEASE = "lease.1"
 
 
@@ -69,7 +69,7 @@ async def watching(guard: Guard) -> AsyncIterator[RecordingBus]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_a_lease_that_is_over_at_once_is_no_fault() -> None:
+async def test_a_lease_may_end_at_once() -> None:
     guard = Guard()
     async with watching(guard):
         for _ in range(TURNS):
@@ -89,10 +89,10 @@ async def test_a_lease_that_is_over_at_once_is_no_fault() -> None:
         pytest.param(("renewed",), False, True, id="a renewal is no sign of life"),
     ],
 )
-async def test_alive_and_renewed_are_two_facts(
+async def test_alive_and_renewed_are_separate_facts(
     reports: tuple[str, ...], renews: bool, kills: bool
 ) -> None:
-    guard = Guard(PATIENCE)
+    guard = Guard(STALL_TIMEOUT)
     async with watching(guard) as bus:
         guard.say(alive=LEASE, ack_wait=ACK_WAIT)
         beats = 30
@@ -101,12 +101,12 @@ async def test_alive_and_renewed_are_two_facts(
                 guard.say(
                     **{report: LEASE}, **({"ack_wait": ACK_WAIT} if report == "alive" else {})
                 )
-            await asyncio.sleep(2 * PATIENCE / beats)
+            await asyncio.sleep(2 * STALL_TIMEOUT / beats)
     assert bool(bus.published) == renews
     assert bool(guard.kills) == kills
 
 
-async def test_renewal_that_was_late_follows_with_the_connection() -> None:
+async def test_late_renewal_is_sent_after_the_connection() -> None:
     guard = Guard()
     async with watching(guard) as bus:
         bus.connected = False

@@ -43,12 +43,12 @@ class Lease:
 
     Attributes:
         ack_wait: Duration of the lease, in seconds.
-        silence: Seconds since the worker's last report, counted while this process ran.
+        unreported: Seconds since the worker's last report, counted while this process ran.
         unrenewed: Seconds since the last renewal, by the worker or by this process.
     """
 
     ack_wait: float
-    silence: float = 0.0
+    unreported: float = 0.0
     unrenewed: float = 0.0
 
     @property
@@ -103,7 +103,7 @@ class LeaseGuardProcess:
                     lease.unrenewed = 0.0
             else:
                 lease = self._leases.setdefault(message["alive"], Lease(message["ack_wait"]))
-                lease.silence = 0.0
+                lease.unreported = 0.0
             if self._leases:
                 self._has_leases.set()
             else:
@@ -140,13 +140,13 @@ class LeaseGuardProcess:
             # If this process was suspended, the worker was suspended as well: limit the time.
             passed = min(time.monotonic() - before, 2 * tick)
             for subject, lease in list(self._leases.items()):
-                lease.silence += passed
+                lease.unreported += passed
                 lease.unrenewed += passed
                 await self._check(subject, lease)
 
     async def _check(self, subject: str, lease: Lease) -> None:
         """Renew a lease that is late; kill a worker that is stalled."""
-        if lease.silence > self._config.stall_timeout + lease.interval:
+        if lease.unreported > self._config.stall_timeout + lease.interval:
             await self._end_worker()
         elif lease.unrenewed > LATE_INTERVALS * lease.interval:
             if self._bus is None or not self._bus.connected:
@@ -160,7 +160,7 @@ class LeaseGuardProcess:
                 log.warning("lease_renewal_failed", error=type(error).__name__)
 
     async def _end_worker(self) -> None:
-        log.error("worker_stalled", silence=self._config.stall_timeout)
+        log.error("worker_stalled", stall_timeout=self._config.stall_timeout)
         for number in (signal.SIGUSR1, signal.SIGKILL):
             if os.getppid() == self._config.parent:
                 os.kill(self._config.parent, number)
