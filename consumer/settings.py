@@ -1,4 +1,7 @@
-"""Settings: from the environment or a TOML file; a wrong value stops the start with one line."""
+"""The settings of all commands, from the environment or a TOML file.
+
+A wrong value raises `SettingsError` with one line that names the setting.
+"""
 
 import json
 import os
@@ -28,27 +31,27 @@ from generation_contracts.servers import Servers, parse_servers
 from generation_contracts.subjects import SUBJECT_PATTERN
 
 _SPELLINGS = {"text2image": Task.TEXT_TO_IMAGE, "image2text": Task.IMAGE_TO_TEXT}
-# What editors and `kubectl create secret --from-file` leave around a value: ASCII white space, and
-# the byte order mark of a file from Windows.
+# Characters that editors and `kubectl create secret --from-file` add to a value: ASCII white space,
+# and the byte order mark of files from Windows.
 _AROUND = " \t\r\n\v\f\ufeff"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 _SECRETS = ("nats_password", "s3_secret_key")  # may hold any printable character
 
 
 class SettingsError(Exception):
-    """A setting is wrong or missing; the text is one clear line without the value."""
+    """A setting is wrong or missing; the text is one line that does not contain the value."""
 
 
 def _clean(name: str, value: str, field: FieldInfo) -> str:
-    """Return a value as it was meant.
+    """Return a value without surrounding white space, and a choice in its documented spelling.
 
     Raises:
-        ValueError: With a text that names the setting and not the value.
+        ValueError: The value is malformed; the text names the setting and not the value.
     """
     value = value.strip(_AROUND)
     one_line = NoDecode not in field.metadata  # lists and maps may have several
     if one_line and _CONTROL.search(value):
-        raise ValueError(f"{name.upper()}: has a line end or another control character in it")
+        raise ValueError(f"{name.upper()}: contains a line end or another control character")
     if name not in _SECRETS and len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         # `docker run --env-file` keeps the quotes that a shell would remove.
         raise ValueError(f"{name.upper()}: is in quotes; write it without them")
@@ -97,24 +100,24 @@ def _http_url(value: str) -> str:
         raise ValueError("must be http(s)://host[:port], without anything else")
     if url.port == 0:
         raise ValueError("the port must be 1 to 65535")
-    # Written as clients write it into the header `Host`, which signatures cover: in small letters,
-    # in ASCII and without the scheme's own port.
+    # Signatures cover the header `Host`. Clients send it in lowercase ASCII, without the default
+    # port of the scheme.
     return str(url).rstrip("/")
 
 
 def without_last_dot(endpoint: str) -> str:
-    """Return the URL of an endpoint without the dot that may end a host's name.
+    """Return the URL of an endpoint without a dot at the end of the host name.
 
-    Clients differ in whether they send that dot.
+    Some clients send this dot in the header `Host`, others do not.
     """
     return re.sub(r"\.(?=(:[0-9]+)?$)", "", endpoint)
 
 
 def is_plain(key: str) -> bool:
-    """Return whether a key names one object only: no empty, `.` or `..` part.
+    """Return whether an object key has no empty, `.` or `..` part.
 
-    Stores resolve such parts. A store on a file system may take a backslash for `/`, and a proxy
-    may percent-decode a key once more than it should.
+    Stores resolve such parts, so the key could name another object. A store on a file system may
+    treat a backslash as `/`, and a proxy may percent-decode a key twice.
     """
     parts, decoded = (
         [part.strip() for part in re.split(r"[/\\]", text)] for text in (key, unquote(key))
@@ -128,7 +131,7 @@ def _places(values: tuple[str, ...]) -> tuple[str, ...]:
         try:
             place = ArtifactReference(bucket=bucket, key=prefix if slash else "all")
         except ValidationError:
-            raise ValueError("must be bucket or bucket/prefix, with commas") from None
+            raise ValueError("must be bucket or bucket/prefix, comma-separated") from None
         if not is_plain(place.key):
             raise ValueError("a prefix has an empty, `.` or `..` part")
     return places
@@ -137,7 +140,7 @@ def _places(values: tuple[str, ...]) -> tuple[str, ...]:
 def _hosts(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?", value):
-            raise ValueError("must be host or host:port, in small letters, with commas")
+            raise ValueError("must be host or host:port, in lowercase, comma-separated")
     return values
 
 
@@ -180,36 +183,38 @@ AccessKey = Annotated[
 
 
 class Settings(BaseSettings):
-    """Every setting of every command; the environment variable is the name in capitals."""
+    """The settings of all commands; the environment variable is the name in upper case."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
     )
 
-    nats_url: str = Field(default="nats://127.0.0.1:4222", description="comma-separated for more")
-    nats_user: str = Field(default="", description="in place of the one in NATS_URL")
+    nats_url: str = Field(default="nats://127.0.0.1:4222", description="comma-separated")
+    nats_user: str = Field(default="", description="replaces the user in NATS_URL")
     nats_password: SecretStr = SecretStr("")
     nats_creds: Path | None = Field(default=None, description="a .creds file")
     nats_nkey_seed: Path | None = Field(default=None, description="a file with an nkey seed")
-    nats_ca: Path | None = Field(default=None, description="PEM: who signs the server")
+    nats_ca: Path | None = Field(default=None, description="PEM: CA of the server certificate")
     nats_cert: Path | None = Field(default=None, description="PEM: the client's certificate")
     nats_key: Path | None = Field(default=None, description="PEM: the client's key")
     nats_inbox_prefix: InboxPrefix = Field(
-        default="_INBOX", description="what the user's own inboxes begin with"
+        default="_INBOX", description="prefix of the user's inboxes"
     )
     nats_endpoints_creds: Path | None = Field(
-        default=None, description="for the connection of the endpoints; unset: as the others"
+        default=None, description="for the endpoint connection; unset: as the main connection"
     )
-    nats_endpoints_nkey_seed: Path | None = Field(default=None, description="the same")
+    nats_endpoints_nkey_seed: Path | None = Field(
+        default=None, description="for the endpoint connection"
+    )
     nats_endpoints_inbox_prefix: InboxPrefix | None = Field(
-        default=None, description="the same; unset: NATS_INBOX_PREFIX"
+        default=None, description="for the endpoint connection; unset: NATS_INBOX_PREFIX"
     )
     nats_replicas: Annotated[int, Field(ge=1, le=5)] | None = Field(
         default=None,
-        description="copies of each stream, for `apply`; unset: one, or as they are",
+        description="replicas of each stream, for `apply`; unset: 1 for new streams",
     )
     nats_stream_sizes: Literal["default", "small"] = Field(
-        default="default", description="small: a sixteenth of the storage that streams reserve"
+        default="default", description="small: streams reserve a sixteenth of the storage"
     )
 
     model_type: Annotated[Task | None, BeforeValidator(_known_spelling)] = None
@@ -219,28 +224,28 @@ class Settings(BaseSettings):
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     model_offload: Literal["none", "model", "sequential", "group"] = "none"
     model_device_map: Literal["none", "balanced"] = Field(
-        default="none", description="balanced: the parts are shared out over all GPUs"
+        default="none", description="balanced: distribute the components over all GPUs"
     )
     model_quantization: Literal[
         "none", "bitsandbytes-4bit", "bitsandbytes-8bit", "torchao-int8", "torchao-int4", "gguf"
     ] = "none"
     model_compile: bool = Field(default=False, description="compile the repeated blocks")
-    model_warm_up: bool = Field(default=False, description="make one output before being ready")
-    model_vae_tiling: bool = Field(default=False, description="decode pictures in tiles")
-    model_vae_slicing: bool = Field(default=False, description="decode one picture at a time")
+    model_warm_up: bool = Field(default=False, description="run once before ready")
+    model_vae_tiling: bool = Field(default=False, description="decode images in tiles")
+    model_vae_slicing: bool = Field(default=False, description="decode one image at a time")
     model_channels_last: bool = Field(default=False, description="memory format of convolutions")
     model_attention: str = Field(default="", description="attention backend; empty: torch's own")
     model_step_cache: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="threshold of the first-block cache; 0: off"
     )
     model_defaults: Defaults = Field(
-        default={}, description="JSON: what a request that says nothing gets, by field"
+        default={}, description="JSON: default values of request fields"
     )
     model_adapters: Adapters = Field(
         default={}, description="LoRA adapters: name=folder, comma-separated"
     )
     model_safety_checker: str = Field(
-        default="", description="package.module:callable; empty: no picture is checked"
+        default="", description="package.module:callable; empty: no check"
     )
     model_max_image_pixels: Annotated[int, Field(ge=28 * 28)] = 1_200_000
 
@@ -253,7 +258,7 @@ class Settings(BaseSettings):
     s3_public_endpoint: PublicUrl | None = None
     s3_url_ttl: Annotated[int, Field(ge=1, le=7 * 86_400, description="seconds")] = 86_400
     s3_input_prefixes: Places = Field(
-        default=(), description="bucket/prefix that inputs may name; empty: the own ones"
+        default=(), description="bucket/prefix of inputs; empty: S3_BUCKET/S3_PREFIX"
     )
 
     consumer_subject_root: str = "generation"
@@ -264,46 +269,46 @@ class Settings(BaseSettings):
         default=None, description="of this worker; default: three stages of CONSUMER_MAX_BATCH each"
     )
     consumer_max_batch: Annotated[int, Field(ge=1, le=256)] = Field(
-        default=1, description="requests that go together in one run of the model"
+        default=1, description="most requests in one run of the model"
     )
     consumer_batch_window_ms: Annotated[float, Field(ge=0, le=60_000)] = Field(
         default=10.0, description="how long a request that is ready waits for others"
     )
     consumer_ack_wait: Annotated[float, Field(ge=1, le=3_600)] = 60.0
     consumer_max_attempts: Annotated[int, Field(ge=1, le=100)] = Field(
-        default=3, description="of each request, for `apply`; workers take it from the durable"
+        default=3, description="of each request, for `apply`; workers read it from the durable"
     )
     consumer_retry_delay: Annotated[float, Field(ge=0, le=3_600)] = Field(
-        default=2.0, description="seconds before a second attempt; each further one waits twice"
+        default=2.0, description="seconds before the second attempt; doubles for each further one"
     )
     consumer_drain_grace: Seconds = 30.0
     consumer_stall_timeout: Seconds = 300.0
     consumer_probes_port: Annotated[int, Field(ge=0, le=65_535)] = 0
     consumer_probes_host: str = "127.0.0.1"
     consumer_reply_prefixes: List = Field(
-        default=(), description="what reply subjects begin with; empty: _INBOX. and <root>.reply."
+        default=(), description="prefixes of reply subjects; empty: _INBOX. and <root>.reply."
     )
     consumer_input_hosts: Annotated[List, AfterValidator(_hosts)] = Field(
-        default=(), description="host or host:port that inputs may be read from over https"
+        default=(), description="host or host:port of https inputs"
     )
     consumer_traces: bool = Field(
-        default=False, description="OpenTelemetry spans, to where OTEL_EXPORTER_OTLP_ENDPOINT says"
+        default=False, description="export OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT"
     )
     consumer_prompt_in_pictures: bool = Field(
-        default=False, description="write the prompt into the metadata of pictures"
+        default=False, description="write the prompt into the metadata of images"
     )
     consumer_max_input_bytes: Annotated[int, Field(gt=0)] = 20 * 2**20
     consumer_max_input_pixels: Annotated[int, Field(gt=0)] = 16_000_000
 
-    gateway_host: str = Field(default="127.0.0.1", description="another one needs GATEWAY_KEYS")
+    gateway_host: str = Field(default="127.0.0.1", description="others need GATEWAY_KEYS")
     gateway_port: Annotated[int, Field(ge=1, le=65_535)] = 8080
     gateway_keys: Path | None = Field(
-        default=None, description="the file of `consumer gateway keys`; unset: one open tenant"
+        default=None, description="key file of `consumer gateway keys`; unset: no key needed"
     )
     gateway_tls_cert: Path | None = Field(default=None, description="PEM; unset: plain HTTP")
     gateway_tls_key: Path | None = Field(default=None, description="PEM: its key")
     gateway_cors_origins: List = Field(
-        default=(), description="origins that browsers may call from; empty: none"
+        default=(), description="origins of browser requests; empty: none"
     )
     gateway_input_prefixes: Places = Field(
         default=(),
@@ -316,10 +321,10 @@ class Settings(BaseSettings):
         int, Field(ge=1_024, description="of the bodies of all requests in progress")
     ] = 128 * 2**20
     gateway_wait: Seconds = Field(
-        default=600.0, description="seconds that a caller who waits gets; it is the deadline, too"
+        default=600.0, description="seconds that a caller waits; also the deadline of its request"
     )
     gateway_events_kept: Seconds = Field(
-        default=300.0, description="seconds in which a lost stream of events can be resumed"
+        default=300.0, description="seconds in which a broken event stream can be resumed"
     )
     gateway_events_bytes: Annotated[int, Field(ge=2**20, description="of all events kept")] = (
         64 * 2**20
@@ -332,7 +337,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _cleaned(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Clean every value that is text; what is white space alone is no value."""
+        """Clean every text value; white space alone counts as unset."""
         cleaned: dict[str, Any] = {}
         for name, value in values.items():
             field = cls.model_fields.get(name)
@@ -370,13 +375,13 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, config: Path | None = None) -> Self:
-        """Read the environment, then what the file has for settings that the environment lacks.
+        """Read the settings from the environment, and the remaining ones from a file.
 
         Args:
-            config: TOML; `nats_url = …` and `[nats] url = …` are the same.
+            config: TOML file; `nats_url = …` and `[nats] url = …` are equivalent.
 
         Raises:
-            SettingsError: One line that names the setting.
+            SettingsError: A setting is wrong; the text is one line that names the setting.
         """
         values = {} if config is None else _read(config)
         present = {name.lower() for name, value in os.environ.items() if value.strip(_AROUND)}
@@ -404,9 +409,9 @@ class Settings(BaseSettings):
 
     @property
     def nats_servers(self) -> Servers:
-        """The servers, and the user of NATS_USER or, where that is not set, of NATS_URL.
+        """The servers, with the user of NATS_USER or, if unset, of NATS_URL.
 
-        No user where NATS_CREDS or NATS_NKEY_SEED has the credentials.
+        Without a user if NATS_CREDS or NATS_NKEY_SEED is set.
         """
         servers = parse_servers(self.nats_url)
         if self._nats_key_file:
@@ -423,7 +428,7 @@ class Settings(BaseSettings):
 
     @property
     def endpoints(self) -> Self:
-        """The settings of the connection that answers calls: its own user, if it has one."""
+        """The settings of the endpoint connection, with its separate user if one is set."""
         changed: dict[str, Any] = {}
         if self.nats_endpoints_creds is not None or self.nats_endpoints_nkey_seed is not None:
             changed["nats_creds"] = self.nats_endpoints_creds
@@ -435,20 +440,20 @@ class Settings(BaseSettings):
 
     @property
     def input_prefixes(self) -> tuple[str, ...]:
-        """`bucket/prefix` of every place that inputs may be read from."""
+        """`bucket/prefix` of all objects that may be inputs."""
         return self.s3_input_prefixes or (f"{self.s3_bucket}/{self.s3_prefix}".rstrip("/"),)
 
     @property
     def reply_prefixes(self) -> tuple[str, ...]:
-        """What the reply subjects that this worker may publish to begin with."""
+        """Prefixes of the reply subjects to which this worker may publish."""
         return self.consumer_reply_prefixes or ("_INBOX.", f"{self.consumer_subject_root}.reply.")
 
     def durable(self, task: Task) -> str:
-        """Name of the durable consumer that serves a task."""
+        """Return the name of the durable consumer of a task."""
         return self.consumer_name or str(task)
 
     def shown(self) -> dict[str, str]:
-        """All settings by their environment names, secrets hidden, for `consumer check`."""
+        """Return all settings by environment name, with secrets masked, for `consumer check`."""
         return {name.upper(): _shown(name, value) for name, value in self}
 
 
@@ -479,7 +484,7 @@ def _line(error: ValidationError) -> str:
 
 def _shown(name: str, value: object) -> str:
     if name == "nats_url":
-        # A password may contain every separator: hiding a server's name is better than half of it.
+        # A password may contain any separator. Masking too much is better than too little.
         servers = re.split(r",(?=\s*\w+://)", str(value))
         return ",".join(re.sub(r"^(\s*(?:\w+://)?).*@", r"\1***@", server) for server in servers)
     if isinstance(value, tuple):

@@ -1,10 +1,9 @@
 """The development stack: real servers as child processes on loopback, without Docker.
 
-`consumer up`, `consumer demo` and the tests run the same nats-server and the same S3 server that
-come as wheels (the extra `devstack`), with `consumer run` daemons and a `consumer gateway`.
-Everything listens on 127.0.0.1 only, the S3 server asks for credentials, and no child outlives the
-process that started it. The stack is for development: its internal gRPC ports trust every local
-user.
+`consumer up`, `consumer demo` and the tests run nats-server and an S3 server from wheels (the extra
+`devstack`), with `consumer run` daemons and a `consumer gateway`. All servers listen on 127.0.0.1
+only, the S3 server requires credentials, and no child outlives the process that started it. The
+stack is for development: its internal gRPC ports trust every local user.
 """
 
 from consumer.devstack.daemon import Daemon

@@ -1,4 +1,4 @@
-"""`consumer run` as a child process: the very command that an installation runs."""
+"""`consumer run` as a child process."""
 
 import sys
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ class Daemon(ChildProcess):
     """One `consumer run`.
 
     Args:
-        name: what people call it, in messages.
-        settings: its environment settings. They come on top of this process's environment, from
-            which the settings of NATS, S3 and gateways are left out: those are of others.
-        log: file that its output is appended to.
-        probes_port: where it serves /livez, /readyz and /metrics; None chooses a free port.
+        name: name of the child in messages.
+        settings: environment settings of the daemon. They are added to this process's environment,
+            without its settings of NATS, S3 and gateways, which may name other servers.
+        log: file to which the output is appended.
+        probes_port: port of /livez, /readyz and /metrics; None chooses a free port.
 
-    Ready when `/readyz` answers 200, that is, with its model loaded; SIGTERM drains it.
+    Ready when `/readyz` returns 200, with the model loaded; SIGTERM drains the daemon.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Daemon(ChildProcess):
 
     @property
     def probes_url(self) -> str:
-        """Where it serves /livez, /readyz and /metrics."""
+        """The base URL of /livez, /readyz and /metrics."""
         return f"http://{HOST}:{self.ports['probes']}"
 
     def _is_ready(self) -> bool:

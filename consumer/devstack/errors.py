@@ -1,14 +1,14 @@
-"""What can go wrong with the development stack, each with one message for the person at the desk.
+"""The exceptions of the development stack, each with one message for the terminal.
 
-The messages name ports and files of this machine, so they are for the terminal, never for a
-sender of requests.
+The messages contain ports and files of this machine, so they must not be sent to senders of
+requests.
 """
 
 from consumer.ports.unavailable import Unavailable
 
 
 class DevStackError(Unavailable):
-    """The development stack cannot do what was asked; the message says why and what helps."""
+    """The development stack failed; the message has the reason and a remedy."""
 
 
 class ServerMissingError(DevStackError):
@@ -24,4 +24,4 @@ class StartFailedError(DevStackError):
 
 
 class PortTakenError(StartFailedError):
-    """A port that a child was to listen on belongs to another program."""
+    """The port of a child is in use by another program."""

@@ -1,4 +1,4 @@
-"""`consumer gateway` as a child process: the very command that an installation runs."""
+"""`consumer gateway` as a child process."""
 
 import sys
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ class GatewayServer(ChildProcess):
     """One `consumer gateway`.
 
     Args:
-        name: what people call it, in messages.
-        settings: its environment settings. They come on top of this process's environment, from
-            which the settings of NATS, S3 and gateways are left out.
-        log: file that its output is appended to.
-        port: where it listens on loopback; None chooses a free port.
+        name: name of the child in messages.
+        settings: environment settings of the gateway. They are added to this process's environment,
+            without its settings of NATS, S3 and gateways.
+        log: file to which the output is appended.
+        port: port on loopback; None chooses a free port.
 
-    Ready when `/readyz` answers 200; SIGTERM drains it.
+    Ready when `/readyz` returns 200; SIGTERM drains the gateway.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class GatewayServer(ChildProcess):
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """The base URL of the gateway."""
         return f"http://{HOST}:{self.ports['http']}"
 
     def _is_ready(self) -> bool:

@@ -21,28 +21,28 @@ HOST = "127.0.0.1"
 _LOWEST_PORT = 10_000
 _SMALLEST_RANGE = 2_000  # ports
 _DEFAULT_FIRST_EPHEMERAL_PORT = 32_768  # Linux; macOS and IANA begin higher, at 49152
-_TRIES = 1_000  # random ports looked at before giving up
-_RELEASE_WAIT = 2.0  # seconds; a killed server of 150 MB takes some 10 ms to give its ports back
+_ATTEMPTS = 1_000  # random ports to test
+_RELEASE_WAIT = 2.0  # seconds; a killed server of 150 MB releases its ports after some 10 ms
 _POLL = 0.02  # seconds
 
 
 class FreePorts:
-    """A choice of TCP ports that nobody listens on, held until the choice is complete.
+    """Chooses free TCP ports, which stay bound until all ports are chosen.
 
-    Use as a context manager; within it all ports taken differ. They come from below the ephemeral
-    range, for two reasons. Any outgoing connection may take an ephemeral port while its server
-    restarts; and a client that keeps reconnecting to one on loopback can be given the same port as
-    its own source, connect to itself, and lock the server out.
+    Use as a context manager; all ports chosen within it differ. The ports are below the ephemeral
+    range, for two reasons. An outgoing connection may use an ephemeral port while its server
+    restarts. A client that reconnects to an ephemeral port on loopback can get the same port as its
+    source, connect to itself, and block the server.
     """
 
     def __init__(self) -> None:
-        self._held = contextlib.ExitStack()
+        self._bound = contextlib.ExitStack()
         self._end = _first_ephemeral_port()
         if self._end - _LOWEST_PORT < _SMALLEST_RANGE:  # nearly all ports are ephemeral here
             self._end = 65_536
 
     def __enter__(self) -> Self:
-        """Begin to choose."""
+        """Start to choose."""
         return self
 
     def __exit__(
@@ -51,8 +51,8 @@ class FreePorts:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Let go of all ports."""
-        self._held.close()
+        """Release all ports."""
+        self._bound.close()
 
     def take(self) -> int:
         """Choose one port.
@@ -68,12 +68,12 @@ class FreePorts:
         Raises:
             DevStackError: no such pair was found.
         """
-        for _ in range(_TRIES):
+        for _ in range(_ATTEMPTS):
             first = _LOWEST_PORT + secrets.randbelow(self._end - distance - _LOWEST_PORT)
             pair = (first, first + distance)
-            with contextlib.ExitStack() as held:
-                if all(_hold(port, held) for port in sorted(set(pair))):
-                    self._held.push(held.pop_all())
+            with contextlib.ExitStack() as bound:
+                if all(_bind(port, bound) for port in sorted(set(pair))):
+                    self._bound.push(bound.pop_all())
                     return pair
         raise DevStackError(f"no free port was found between {_LOWEST_PORT} and {self._end}")
 
@@ -88,14 +88,14 @@ def free_ports(count: int) -> list[int]:
         return [free.take() for _ in range(count)]
 
 
-def keep_from_others(ports: Iterable[int], owner: object) -> None:
-    """Keep `ports` out of every process's choices for as long as `owner` exists; Linux only.
+def reserve(ports: Iterable[int], owner: object) -> None:
+    """Prevent other processes from choosing `ports` while `owner` exists; Linux only.
 
-    A port is not listened on all the time: a daemon imports its libraries for seconds before it
-    does, and a server may be down for a while. Parallel test runs, which choose ports all the
-    time, took one in between. A socket that is bound and does not listen prevents that, and lets
-    a server that sets SO_REUSEADDR listen there, as all of the stack do. On other systems it would
-    stand in the server's own way. A port that somebody has is left alone: the start will tell.
+    A child does not always listen on its ports: a daemon first imports its libraries for seconds,
+    and a server may be down for a time. Parallel test runs, which choose ports all the time, could
+    choose such a port. A socket that is bound and does not listen prevents this. Servers that set
+    SO_REUSEADDR, as all servers of the stack do, can still listen on the port; on other systems
+    they could not. A port in use is skipped: the start of the child reports it.
     """
     if sys.platform != "linux":
         return
@@ -112,10 +112,10 @@ def keep_from_others(ports: Iterable[int], owner: object) -> None:
 
 
 def require_free(port: int, purpose: str) -> None:
-    """Return once `port` can be listened on, waiting a moment for a dying server to leave it.
+    """Wait until `port` is free; a server that was killed needs a moment to release it.
 
     Raises:
-        PortTakenError: another program keeps it; the message names the port and its `purpose`.
+        PortTakenError: another program uses the port; the message has the port and its `purpose`.
     """
     deadline = time.monotonic() + _RELEASE_WAIT
     while not _can_listen(port):
@@ -128,9 +128,9 @@ def require_free(port: int, purpose: str) -> None:
 
 
 def http_status(port: int, path: str, timeout: float = 1.0) -> int | None:
-    """Return the status of `GET path` on 127.0.0.1, or None where no HTTP answer came in `timeout`.
+    """Return the status of `GET path` on 127.0.0.1, or None after `timeout` seconds or an error.
 
-    `http.client` and not `urllib.request`: it ignores the proxy settings of the environment.
+    Uses `http.client`, which ignores the proxy settings of the environment.
     """
     connection = http.client.HTTPConnection(HOST, port, timeout=timeout)
     try:
@@ -142,9 +142,9 @@ def http_status(port: int, path: str, timeout: float = 1.0) -> int | None:
         connection.close()
 
 
-def _hold(port: int, held: contextlib.ExitStack) -> bool:
+def _bind(port: int, bound: contextlib.ExitStack) -> bool:
     # Without SO_REUSEADDR, with which Linux lets two sockets bind one port until one listens.
-    candidate = held.enter_context(socket.socket())
+    candidate = bound.enter_context(socket.socket())
     try:
         candidate.bind((HOST, port))
     except OSError as error:
@@ -156,7 +156,7 @@ def _hold(port: int, held: contextlib.ExitStack) -> bool:
 
 def _can_listen(port: int) -> bool:
     with socket.socket() as probe:
-        # As the servers do: connections of the last run that are in TIME_WAIT are no obstacle.
+        # As the servers do, so that connections of the last run in TIME_WAIT do not matter.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))

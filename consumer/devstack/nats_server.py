@@ -13,15 +13,15 @@ _PRIVATE_FILE = 0o600
 
 
 class NatsServer(ChildProcess):
-    """One nats-server; its streams live in `directory` and stay there over restarts.
+    """One nats-server; its streams are stored in `directory` and survive restarts.
 
     Args:
-        directory: holds configuration and streams; created with mode 0700.
+        directory: contains configuration and streams; created with mode 0700.
         ports: `client` and `monitoring`; None chooses free ones.
-        config: more configuration, appended to the server's file as it is (users, limits, TLS).
-        log: None puts `nats.log` into `directory`.
+        config: more configuration, appended unchanged to the server's file (users, limits, TLS).
+        log: log file; None means `nats.log` in `directory`.
 
-    Ready when `/healthz` of the monitoring port answers 200, which JetStream's recovery precedes.
+    Ready when `/healthz` of the monitoring port returns 200, after JetStream's recovery.
     """
 
     port_names = ("client", "monitoring")
@@ -48,18 +48,18 @@ class NatsServer(ChildProcess):
 
     @classmethod
     def choose_ports(cls, free: FreePorts | None = None) -> dict[str, int]:
-        """Choose the server's ports, among the others of `free` where given."""
+        """Choose the server's ports, different from all other ports of `free`."""
         with contextlib.nullcontext(free) if free else FreePorts() as choice:
             return {name: choice.take() for name in cls.port_names}
 
     @property
     def url(self) -> str:
-        """Where clients connect."""
+        """The URL for clients."""
         return f"nats://{HOST}:{self.ports['client']}"
 
     @property
     def monitoring_url(self) -> str:
-        """Where the server shows its state over HTTP: /varz, /jsz, /connz, /healthz."""
+        """The base URL of the monitoring endpoints: /varz, /jsz, /connz, /healthz."""
         return f"http://{HOST}:{self.ports['monitoring']}"
 
     def _prepare(self) -> None:

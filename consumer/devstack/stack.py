@@ -1,7 +1,7 @@
 """nats-server and the S3 server together, with the daemons and the gateway that use them.
 
-One directory belongs to one running stack. A stack that persists keeps its data, its ports and its
-credentials there, so that the next `consumer up` is found at the same addresses.
+A directory belongs to one running stack. A persistent stack stores its data, ports and credentials
+there, so the next `consumer up` has the same addresses.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from consumer.devstack.object_store import Credentials, ObjectStore
 
 _STATE = "devstack.json"
 _LOCK = "devstack.lock"
-_ATTEMPTS = 3  # starts of a throw-away stack, each with new ports
+_ATTEMPTS = 3  # starts of a temporary stack, each with new ports
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """What a stack that persists keeps from one run to the next."""
+    """The ports and credentials that a persistent stack stores between its runs."""
 
     nats: Mapping[str, int]
     store: Mapping[str, int]
@@ -71,11 +71,11 @@ class DevStack:
     """nats-server, the S3 server, daemons and a gateway, started and stopped together.
 
     Args:
-        directory: where everything is kept; created with mode 0700.
-        persist: whether data, ports and credentials are for the next run too. If not, every start
-            is a new, empty stack in a folder of its own, and the S3 server is killed at the end
-            instead of asked, which saves 1.3 s.
-        bucket: the name for `S3_BUCKET`; `consumer apply` creates it.
+        directory: contains all files; created with mode 0700.
+        persist: whether to keep data, ports and credentials for the next run. Otherwise every start
+            creates a new, empty stack in a separate folder, and the S3 server is killed at the end
+            instead of stopped, which saves 1.3 s.
+        bucket: the value of `S3_BUCKET`; `consumer apply` creates the bucket.
         nats_config: more configuration for nats-server.
 
     Measured: both ready after 0.8 s; both stopped in 1.3 s, or 0.01 s where not persisted.
@@ -125,11 +125,11 @@ class DevStack:
     def start(self) -> None:
         """Start both servers at the same time; return when both are ready.
 
-        Whatever was started is stopped again where this fails or is interrupted.
+        If the start fails or is interrupted, the started servers are stopped.
 
         Raises:
             DirectoryInUseError: another stack runs on this directory.
-            PortTakenError: a remembered port belongs to another program.
+            PortTakenError: a stored port is in use by another program.
             StartFailedError: a server did not start.
             ServerMissingError: a server is not installed.
         """
@@ -144,7 +144,7 @@ class DevStack:
         self._servers = servers
 
     def environment(self) -> dict[str, str]:
-        """Return the settings with which `consumer run` and the other commands use this stack."""
+        """Return the environment settings with which all commands use this stack."""
         return {
             "NATS_URL": self.nats.url,
             "S3_ENDPOINT": self.store.endpoint,
@@ -163,7 +163,7 @@ class DevStack:
             {**self.environment(), **settings},
             log=self.directory / "logs" / f"{name}.log",
         )
-        self._started.callback(daemon.stop)  # before it starts: an interrupt cannot fall between
+        self._started.callback(daemon.stop)  # before the start, so that an interrupt stops it too
         self.daemons.append(daemon)
         daemon.start()
         return daemon
@@ -184,7 +184,7 @@ class DevStack:
         return gateway
 
     def stop(self) -> None:
-        """Stop gateways and daemons, then the servers, also if one of them cannot be stopped.
+        """Stop gateways and daemons, then the servers, even if one of them cannot be stopped.
 
         Safe to call twice, and on a stack that never started.
         """
@@ -224,7 +224,8 @@ class DevStack:
     def _make_servers(self) -> tuple[NatsServer, ObjectStore]:
         state, logs = self.directory / _STATE, self.directory / "logs"
         if not self.persist:
-            # Every attempt in a new folder: the store's data belong to the ports they began with.
+            # A new folder for every attempt: the store's data belong to the ports of its first
+            # start.
             home, addresses = (
                 Path(tempfile.mkdtemp(dir=self.directory, prefix="run-")),
                 Addresses.choose(),
@@ -233,7 +234,7 @@ class DevStack:
             home, addresses = self.directory, Addresses.read(state)
         else:
             home, addresses = self.directory, Addresses.choose()
-            addresses.write(state)  # before the data exist that belong to these ports
+            addresses.write(state)  # before the store writes data that belong to these ports
         nats = NatsServer(
             home / "nats", ports=addresses.nats, config=self._nats_config, log=logs / "nats.log"
         )
@@ -249,10 +250,10 @@ class DevStack:
 
 @contextlib.contextmanager
 def _only_stack_on(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock, which the kernel lets go of when this process ends.
+    """Lock the directory; the kernel releases the lock when this process ends.
 
     Raises:
-        DirectoryInUseError: another stack holds it.
+        DirectoryInUseError: another stack has the lock.
     """
     with open(  # Path.open takes no opener, which sets the mode from the start
         directory / _LOCK, "r+", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o600)

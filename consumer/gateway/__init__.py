@@ -1,5 +1,5 @@
 """The HTTP gateway: OpenAI's API, jobs, events and a live page in front of the queue.
 
-A stateless process that sends requests and reads results as every other sender does. It loads no
-model and keeps no database: any number of gateways work behind a load balancer.
+A gateway is a stateless process that sends requests and reads results like any other sender. It
+loads no model and has no database, so any number of gateways can run behind a load balancer.
 """

@@ -1,4 +1,4 @@
-"""How answers are written, and how the OpenAPI document describes them."""
+"""JSON responses and their description in the OpenAPI document."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def json_answer(document: BaseModel) -> Response:
-    """Write a document; fields that are None are left out."""
-    # By pydantic: json.dumps takes several times as long for images of megabytes.
+    """Return a document as a JSON response, without the fields that are None."""
+    # pydantic serializes images of several megabytes several times as fast as json.dumps.
     body = document.model_dump_json(exclude_none=True)
     return Response(body, media_type="application/json")
 
 
 def described(model: Any, *, streams: bool = False) -> Responses:
-    """Describe the answers of a call that waits, for the OpenAPI document.
+    """Return the OpenAPI description of the responses of an endpoint that waits for a result.
 
     Args:
-        model: Of the body.
-        streams: Whether the answer can be a stream of events.
+        model: The model of the response body.
+        streams: Whether the response can be a stream of events.
     """
     success: dict[str, Any] = {"model": model, "description": "The result."}
     if streams:

@@ -1,4 +1,4 @@
-"""The HTTP application: its parts, its lifespan, its routes."""
+"""The HTTP application: its components, lifespan, routes and middleware."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -52,7 +52,7 @@ __all__ = ["Gateway", "create_app", "open_gateway"]
 CONNECT_WITHIN = 30.0  # seconds; a gateway and its NATS server may start at the same time
 EXPOSED = ["location", "preference-applied", "retry-after", "x-request-id", "x-should-retry"]
 
-# Each module of endpoints has one `router`; they are included in this order.
+# Each module of endpoints has one `router`; the application includes them in this order.
 ROUTERS: list[APIRouter] = [
     openai_images.router,
     openai_edits.router,
@@ -66,18 +66,18 @@ ROUTERS: list[APIRouter] = [
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is an error."""
+    """The body of every error response."""
 
     error: ErrorDetails
 
 
 @asynccontextmanager
 async def open_gateway(settings: Settings, metrics: GatewayMetrics) -> AsyncIterator[Gateway]:
-    """Connect to NATS and make the parts of a gateway.
+    """Connect to NATS and create the components of a gateway.
 
     Raises:
-        BusUnavailable: NATS cannot be reached or used; with one clear line.
-        KeysUnusable: The file of keys cannot be used.
+        BusUnavailable: NATS cannot be reached or used; the text is one line.
+        KeysUnusable: The key file cannot be used.
     """
     keys = Keys(settings.gateway_keys)
     bus = await connect(settings, name="generation gateway", within=CONNECT_WITHIN)
@@ -111,7 +111,7 @@ async def open_gateway(settings: Settings, metrics: GatewayMetrics) -> AsyncIter
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Make the application; it connects to NATS when its lifespan begins."""
+    """Create the application; it connects to NATS when its lifespan starts."""
     metrics = GatewayMetrics()
 
     @asynccontextmanager
@@ -128,7 +128,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=version("generation-consumer"),
         description="Images from texts and texts about images, behind a durable queue.",
         lifespan=lifespan,
-        docs_url=None,  # it loads scripts from elsewhere; `page` has one that does not
+        docs_url=None,  # FastAPI's page loads scripts from other hosts; `page` serves its own
         redoc_url=None,
         responses=error,
     )
@@ -143,7 +143,7 @@ def create_app(settings: Settings) -> FastAPI:
 def _add_middleware(
     app: FastAPI, settings: Settings, *, observe: Callable[[HandledRequest], None]
 ) -> None:
-    # The last one added is the outermost.
+    # The middleware that is added last is the outermost.
     app.add_middleware(KeyCheck)
     app.add_middleware(UnknownErrors)
     app.add_middleware(

@@ -14,7 +14,7 @@ from generation_contracts.requests import TextToImageParameters
 
 MINUTE = 60.0  # seconds
 WAITING_RETRY_AFTER = 5  # seconds
-VIEW_AGE = 10.0  # seconds after which the numbers of the queue show what has happened before
+VIEW_AGE = 10.0  # seconds after which the list of unfinished requests includes earlier changes
 
 Unfinished = Callable[[Tenant], Awaitable[Collection[str]]]
 
@@ -22,17 +22,17 @@ Unfinished = Callable[[Tenant], Awaitable[Collection[str]]]
 class Limits:
     """Admits requests within the bounds of their key.
 
-    A bound is on what a caller asks for. What a request leaves out, the model's own default fills
-    in: the operator has chosen it, so it is checked against nothing.
+    A bound applies to the fields that a request sets. A field that is absent gets the model's
+    default, which the operator has chosen, and is not checked.
 
-    The requests of a minute are counted by this process alone. The requests that wait come from the
-    queue, so that bound holds over all gateways, but for what several gateways admit within the
-    same second.
+    Each gateway counts its own requests per minute. The queued and running requests are read from
+    the queue, so their bound applies to all gateways together, except for requests that several
+    gateways admit within the same second.
 
     Args:
-        unfinished: Returns the ids of a tenant's requests that wait or run, a few seconds old at
-            most.
-        input_prefixes: Of the store's objects that every tenant may name as inputs.
+        unfinished: Returns the ids of a tenant's queued and running requests; at most a few
+            seconds old.
+        input_prefixes: Prefixes of the objects that every tenant may use as inputs.
         now: The clock, in seconds.
     """
 
@@ -46,30 +46,29 @@ class Limits:
         self._unfinished = unfinished
         self._input_prefixes = input_prefixes
         self._now = now
-        self._minutes: dict[str, deque[float]] = {}  # of each key, the times of its requests
-        # What the queue's numbers may not show yet, with the time at which it happened.
+        self._minutes: dict[str, deque[float]] = {}  # the times of the requests, by key id
+        # Changes that the list of unfinished requests may not show yet, with their times.
         self._admitted: OrderedDict[str, float] = OrderedDict()
         self._ended: OrderedDict[str, float] = OrderedDict()
 
     async def admit(self, caller: Caller, request: Request) -> None:
         """Check a request against the bounds of its caller's key, and count it.
 
-        A repeated request of one idempotency key queues nothing: do not call this for it.
+        Do not call this for a repeated request of an idempotency key: it queues nothing.
 
         Args:
-            caller: Who sends it.
-            request: With its id.
+            caller: The sender of the request.
+            request: The request, with its id.
 
         Raises:
-            ApiError: 400 or 403 that names the parameter; 429 with the seconds after which to try
-                again.
+            ApiError: 400 or 403 that names the parameter; 429 with the seconds until a retry.
         """
-        if caller.key_id:  # without keys there is one tenant
+        if caller.key_id:  # without keys there is only one tenant
             require_own_inputs(caller.tenant, request, self._input_prefixes)
         _require_within(caller.bounds, request)
         if caller.bounds.waiting is not None:
             await self._require_room(caller.tenant, caller.bounds.waiting)
-        # No await from here on: two requests cannot take the last place.
+        # No await from here on: otherwise two requests could both pass the check.
         if caller.bounds.per_minute is not None:
             self._count(caller.key_id, caller.bounds.per_minute)
         if request.request_id is not None:
@@ -77,7 +76,7 @@ class Limits:
             self._note(self._admitted, request.request_id)
 
     def ended(self, request_id: str) -> None:
-        """Count a request no more: it has its terminal event, or could not be queued."""
+        """Stop counting a request: it has a terminal event, or could not be queued."""
         self._admitted.pop(request_id, None)
         self._note(self._ended, request_id)
 
@@ -123,34 +122,34 @@ def _too_many(message: str, code: str, retry_after: int) -> ApiError:
 
 
 def _require_within(bounds: Bounds, request: Request) -> None:
-    """Check the size of a request and of the later steps of its chain.
+    """Check the size of a request and of the following steps of its chain.
 
     Raises:
         ApiError: 400 that names the parameter.
     """
-    for place, part in _image_parts(request):
+    for path, part in _image_parts(request):
         if bounds.images is not None and part.num_images > bounds.images:
-            raise _too_large(f"{place}num_images", f"at most {bounds.images}")
+            raise _too_large(f"{path}num_images", f"at most {bounds.images}")
         steps = part.num_inference_steps
         if bounds.steps is not None and steps is not None and steps > bounds.steps:
-            raise _too_large(f"{place}num_inference_steps", f"at most {bounds.steps}")
+            raise _too_large(f"{path}num_inference_steps", f"at most {bounds.steps}")
         if bounds.pixels is None or (part.width is None and part.height is None):
             continue
         if part.width is None or part.height is None:
-            # The default of the other side is not known here, so neither is the image's size.
+            # The gateway does not know the default of the other side, so it cannot check the size.
             missing = "width" if part.width is None else "height"
-            raise _too_large(f"{place}{missing}", "needed with the other side")
+            raise _too_large(f"{path}{missing}", "needed with the other side")
         if part.width * part.height > bounds.pixels:
-            wanted = f"width times height at most {bounds.pixels} pixels"
-            raise _too_large(f"{place}width", wanted)
+            bound = f"width times height at most {bounds.pixels} pixels"
+            raise _too_large(f"{path}width", bound)
 
 
-def _too_large(param: str, wanted: str) -> ApiError:
-    return invalid(f"{param}: {wanted} with this key", param=param, code="bound_exceeded")
+def _too_large(param: str, bound: str) -> ApiError:
+    return invalid(f"{param}: {bound} with this key", param=param, code="bound_exceeded")
 
 
 def _image_parts(request: Request) -> Iterator[tuple[str, TextToImageParameters]]:
-    """Yield each part of a request that makes images, and what its fields' names begin with."""
+    """Yield each part of a request that generates images, after the path prefix of its fields."""
     if isinstance(request, TextToImageParameters):
         yield "", request
     for number, step in enumerate(request.then):

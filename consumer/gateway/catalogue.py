@@ -16,10 +16,10 @@ from generation_contracts import Task
 
 log = structlog.get_logger()
 
-FRESH = 5.0  # seconds for which an answer of the workers is used without asking again
+FRESH = 5.0  # seconds for which the workers' replies are used without another request
 MAX_NAME = 200  # characters; a model id is a hub id or the name of a folder
 
-AskWorkers = Callable[[], Awaitable[Sequence[Metadata]]]
+ReadMetadata = Callable[[], Awaitable[Sequence[Metadata]]]
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Model:
     """A model that callers may name.
 
     Attributes:
-        name: What `/v1/models` lists.
-        task: The queue of its requests.
-        created: Unix time in seconds at which this gateway has first seen it.
-        is_loaded: Whether a worker serves it now.
+        name: The id in `/v1/models`.
+        task: The task of the model, which is also its queue.
+        created: Unix time in seconds at which this gateway first saw the model.
+        is_loaded: Whether a worker serves the model now.
     """
 
     name: str
@@ -42,22 +42,24 @@ class Model:
 class Catalogue:
     """The models of all workers.
 
-    A model that was seen stays known while no worker of its task answers: its requests wait in the
-    queue, and workers may be scaled to zero. Where no model of a task was ever seen, every name
-    stands for its model: it is the queued request that starts the first worker.
+    A model remains known while no worker of its task replies: workers may be scaled to zero, and
+    requests wait in the queue. While no model of a task has been seen, any name is accepted for
+    the task, because the queued request starts the first worker.
 
     Args:
-        ask: Asks all workers for their metadata; raises BusUnavailable.
+        read_metadata: Returns the metadata of all workers; raises BusUnavailable.
         now: The clock, in seconds.
     """
 
-    def __init__(self, ask: AskWorkers, now: Callable[[], float] = time.monotonic) -> None:
-        self._ask = ask
+    def __init__(
+        self, read_metadata: ReadMetadata, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._read_metadata = read_metadata
         self._now = now
         self._models: dict[tuple[Task, str], Model] = {}
-        self._asked_at: float | None = None
-        self._was_answered = False
-        self._asking: asyncio.Task[None] | None = None
+        self._read_at: float | None = None
+        self._succeeded = False  # whether the last read succeeded
+        self._reading: asyncio.Task[None] | None = None
 
     async def models(self) -> list[Model]:
         """List the models of all tasks."""
@@ -66,23 +68,22 @@ class Catalogue:
         return [model for task in Task for model in self._of(task)]
 
     async def name_of(self, name: str | None, task: Task) -> str:
-        """Return the name of the model that a caller means.
+        """Resolve the model name of a request.
 
         Args:
-            name: The id of a model, the last part of the id, or the name of the task. None or an
-                empty text stands for the only model of the task.
+            name: The id of a model, the last part of the id, or the name of the task. None and an
+                empty string mean the only model of the task.
             task: The task of the endpoint.
 
         Raises:
-            ApiError: 404: there is no such model for this task; 503: the workers that may serve it
-                could not be asked.
+            ApiError: 404: the task has no such model; 503: the workers could not be reached.
         """
         found = self._find(name, task)
         if found is not None:
             if not self._is_fresh:
-                self._refresh()  # for the next request; this one does not wait
+                self._refresh()  # in the background, for later requests
             return found
-        if not self._is_fresh or not self._was_answered:
+        if not self._is_fresh or not self._succeeded:
             await self._refresh()
         found = self._find(name, task)
         if found is None:
@@ -92,14 +93,14 @@ class Catalogue:
         return found
 
     def unknown(self, message: str) -> ApiError:
-        """Make the answer to a name that is not known: 404, or 503 where no worker has answered."""
-        if not self._was_answered:
+        """Return the error for an unknown name: 404, or 503 if the last read failed."""
+        if not self._succeeded:
             return of_error(ServiceUnavailable())
         return ApiError(HTTPStatus.NOT_FOUND, message, "model_not_found", "model")
 
     @property
     def _is_fresh(self) -> bool:
-        return self._asked_at is not None and self._now() - self._asked_at < FRESH
+        return self._read_at is not None and self._now() - self._read_at < FRESH
 
     def _of(self, task: Task) -> list[Model]:
         seen = [model for model in self._models.values() if model.task == task]
@@ -107,7 +108,7 @@ class Catalogue:
         return loaded or seen or [Model(str(task), task, int(time.time()), is_loaded=False)]
 
     def _find(self, name: str | None, task: Task) -> str | None:
-        if self._asked_at is None:
+        if self._read_at is None:
             return None
         models = self._of(task)
         if not name or name == task:
@@ -115,32 +116,32 @@ class Catalogue:
         names = [model.name for model in models]
         if name in names:
             return name
-        if self._was_answered and not self._is_seen(task, name):
+        if self._succeeded and not self._is_seen(task, name):
             return name
         last_parts = {each.rpartition("/")[2].lower(): each for each in reversed(names)}
         return last_parts.get(name.lower())
 
     def _is_seen(self, task: Task, name: str) -> bool:
-        """Whether a task has a model, or the name is that of another task or its model."""
+        """Return whether a task has a known model, or another task uses the name."""
         others = {model.name for model in self._models.values()} | set(Task)
         return name in others or any(model.task == task for model in self._models.values())
 
     def _refresh(self) -> "asyncio.Task[None]":
-        """Ask the workers; several callers wait for one answer."""
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask_workers(), name="catalogue")
-        return self._asking
+        """Start to read the workers' metadata, or return the task that is reading it."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read(), name="catalogue")
+        return self._reading
 
-    async def _ask_workers(self) -> None:
+    async def _read(self) -> None:
         try:
-            answers = await self._ask()
+            replies = await self._read_metadata()
         except BusUnavailable as error:
-            log.warning("workers_not_reached", reason=str(error))
-            answers = ()
-            self._was_answered = False
+            log.warning("worker_metadata_unavailable", reason=str(error))
+            replies = ()
+            self._succeeded = False
         else:
-            self._was_answered = True
-        loaded = set(_named(answers))
+            self._succeeded = True
+        loaded = set(_model_names(replies))
         created = {key: model.created for key, model in self._models.items()}
         self._models = {
             (task, name): Model(
@@ -148,15 +149,15 @@ class Catalogue:
             )
             for task, name in sorted(loaded | self._still_known(loaded))
         }
-        self._asked_at = self._now()
+        self._read_at = self._now()
 
     def _still_known(self, loaded: set[tuple[Task, str]]) -> set[tuple[Task, str]]:
-        answering = {task for task, _ in loaded}
-        return {key for key in self._models if key[0] not in answering}
+        served = {task for task, _ in loaded}
+        return {key for key in self._models if key[0] not in served}
 
 
-def _named(answers: Iterable[Metadata]) -> Iterable[tuple[Task, str]]:
-    for metadata in answers:
+def _model_names(replies: Iterable[Metadata]) -> Iterable[tuple[Task, str]]:
+    for metadata in replies:
         task, name = metadata.get("task"), metadata.get("id", "")
         if task in set(Task) and 0 < len(name) <= MAX_NAME and name.isprintable():
             yield Task(task), name

@@ -1,4 +1,4 @@
-"""The parameters of OpenAI's chat completions, and what of them can be done."""
+"""The parameters of OpenAI's chat completions, and their translation to the contract."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -47,7 +47,7 @@ _FIXED = {
 
 
 class ImageUrl(OpenAIBody):
-    """Where an image is."""
+    """The address of an image."""
 
     url: str = Field(
         description="`data:image/…;base64,…`, or `https://` at a host that the worker may read"
@@ -116,14 +116,14 @@ class Message(OpenAIBody):
 
 
 class StreamOptions(OpenAIBody):
-    """How the stream looks."""
+    """Options of the event stream."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = Field(default=None, description="has no effect")
 
 
 class ChatParameters(OpenAIBody):
-    """A question about images, in the words of OpenAI's API."""
+    """The body of a chat completion: a prompt about images."""
 
     fixed: ClassVar[Mapping[str, Fixed]] = _FIXED
 
@@ -169,7 +169,7 @@ class ChatParameters(OpenAIBody):
     web_search_options: Any = None
 
     def require_supported(self) -> None:
-        """Check what this service cannot do whatever the model.
+        """Check the parameters that this service cannot support with any model.
 
         Raises:
             ApiError: 400 that names the parameter.
@@ -192,11 +192,11 @@ class ChatParameters(OpenAIBody):
                 raise invalid("messages: images are at data: or https:// URLs", param="messages")
 
     def to_request(self, *, drawn_seed: int) -> ImageToTextRequest:
-        """Make the request of the contract.
+        """Return the request of the contract.
 
         Args:
-            drawn_seed: For a text that is streamed. With a seed, another attempt writes the same
-                text, so a client that has received half of it can get the rest.
+            drawn_seed: The seed of a streamed text without a seed. A retry with the same seed
+                generates the same text, so the stream can continue after a failed attempt.
 
         Raises:
             ApiError: 400 that names the parameter.
@@ -205,10 +205,10 @@ class ChatParameters(OpenAIBody):
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise invalid("max_tokens: differs from max_completion_tokens", param="max_tokens")
-        question = self.messages[-1]
+        message = self.messages[-1]
         fields = {
-            "prompt": question.text,
-            "images": question.images,
+            "prompt": message.text,
+            "images": message.images,
             "system": self.messages[0].text if len(self.messages) > 1 else None,
             "max_new_tokens": self.max_completion_tokens or self.max_tokens,
             "temperature": self.temperature,

@@ -1,4 +1,4 @@
-"""What every endpoint uses: the parts of the gateway."""
+"""The components of the gateway, as a dependency of the endpoints."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,7 +18,7 @@ from generation_client import GenerationClient
 
 @dataclass
 class Gateway:
-    """The parts of one gateway; `request.app.state.gateway`."""
+    """The components of one gateway; `request.app.state.gateway`."""
 
     settings: Settings
     bus: Bus

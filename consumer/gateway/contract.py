@@ -1,4 +1,4 @@
-"""From the fields of an HTTP request to a request of the contract, and errors back."""
+"""Conversion of HTTP fields to a request of the contract, and of field names in errors."""
 
 import json
 from collections.abc import Mapping
@@ -8,35 +8,35 @@ from typing import Any
 from consumer.gateway.errors import ApiError, invalid
 from generation_contracts import FailureCode, InvalidRequest, Request, Task, decode_request
 
-UNSUPPORTED = "unsupported_parameter"  # the code of what is understood and cannot be done
+UNSUPPORTED = "unsupported_parameter"  # error code of a valid parameter that is not supported
 
-Names = Mapping[str, str]  # a field of the contract -> the caller's own name of it
+Names = Mapping[str, str]  # a field of the contract -> the field of the HTTP request
 
 
 def contract_request(task: Task, fields: Mapping[str, Any], names: Names) -> Request:
-    """Make a request of the contract.
+    """Build a request of the contract.
 
     Args:
-        task: What is asked for.
-        fields: By the names of the contract; a field that is None is left out.
-        names: What the caller calls these fields.
+        task: The task of the request.
+        fields: Values by the field names of the contract; None means absent.
+        names: The field names of the HTTP request.
 
     Raises:
-        ApiError: 400 that names the caller's field.
+        ApiError: 400 that names the field of the HTTP request.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     try:
-        # The way of every request: what a worker would refuse is refused with the same words.
+        # The worker's decoder: both refuse the same requests with the same messages.
         return decode_request(task, json.dumps(given).encode())
     except InvalidRequest as error:
         problem = error.problems[0]
         param = _renamed(problem["field"], names)
-        place = f"{param}: " if param else ""
-        raise invalid(f"{place}{problem['problem']}", param=param or None) from None
+        prefix = f"{param}: " if param else ""
+        raise invalid(f"{prefix}{problem['problem']}", param=param or None) from None
 
 
-def in_callers_words(error: ApiError, names: Names) -> ApiError:
-    """Return an error that names the caller's field where it is about one of the contract."""
+def with_request_names(error: ApiError, names: Names) -> ApiError:
+    """Return an error whose `param` is the field of the HTTP request."""
     param = error.param
     if param is None and error.code == FailureCode.INPUT_UNAVAILABLE:
         param = "images"
@@ -44,7 +44,7 @@ def in_callers_words(error: ApiError, names: Names) -> ApiError:
 
 
 def unsupported(param: str, reason: str) -> ApiError:
-    """Make the answer to a parameter that would change the output and that nothing here can do."""
+    """Return the error for a parameter that would change the output and is not supported."""
     return invalid(f"{param}: {reason}", param=param, code=UNSUPPORTED)
 
 

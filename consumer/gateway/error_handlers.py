@@ -1,4 +1,4 @@
-"""Turn every exception into an error answer with the one body that all endpoints share."""
+"""Convert every exception to an error response with the same JSON body."""
 
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -19,11 +19,11 @@ from generation_contracts import InvalidRequest, Task
 
 log = structlog.get_logger()
 
-MAX_PARAM = 100  # characters; an unknown field's name is the caller's text
+MAX_PARAM = 100  # characters; the name of an unknown field is text of the caller
 MAX_MESSAGE = 300  # characters of one validation problem
-UNION_TAG = ":"  # what the tags of unions begin with: they are no names of the caller's
+UNION_TAG = ":"  # first character of union tags, which are not field names of the caller
 _SOURCES = {"body", "query", "path", "header"}
-_TASKS = frozenset(Task)  # what a body is for decides its fields; it is no part of their names
+_TASKS = frozenset(Task)  # tags of unions, too
 _NOT_JSON = ApiError(
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     "send JSON, with content-type: application/json",
@@ -51,11 +51,11 @@ _RETRY_AFTER = {  # seconds
 
 
 class ClientGone(Exception):  # noqa: N818 - a state of the client
-    """The client has disconnected, so it gets no answer."""
+    """The client has disconnected, so no response is sent."""
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Map any exception to the answer that the caller gets; unknown ones are logged."""
+    """Convert an exception to the error that the caller gets; log an unknown exception."""
     match error:
         case ApiError():
             return error
@@ -76,16 +76,16 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """Make the HTTP answer of an error."""
+    """Return the HTTP response of an error."""
     return JSONResponse(error.body, error.status, error.headers)
 
 
 def install_error_handlers(app: FastAPI, routers: Sequence[APIRouter] = ()) -> None:
-    """Answer every exception of an application with the body of `ApiError`.
+    """Make an application answer every exception with the body of `ApiError`.
 
     Args:
         app: The application.
-        routers: Its routes, for `Allow` in the answer to a method that an address does not take.
+        routers: Its routes, for the header `Allow` of a 405 response.
     """
 
     async def handle_gone(_: Request, __: Exception) -> Response:
@@ -94,7 +94,7 @@ def install_error_handlers(app: FastAPI, routers: Sequence[APIRouter] = ()) -> N
     async def handle(http: Request, error: Exception) -> JSONResponse:
         answer = error_response(as_api_error(error))
         if answer.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            # FastAPI would name the methods of one route only.
+            # FastAPI lists the methods of one route only.
             answer.headers["allow"] = ", ".join(sorted(_methods(http.url.path, routers)))
         return answer
 
@@ -121,14 +121,14 @@ def _methods(path: str, routers: Sequence[APIRouter]) -> set[str]:
 
 
 def _of_problem(problem: Any) -> ApiError:
-    """Name the field of the first problem that pydantic reports."""
+    """Return the error for the first problem that pydantic reports, with its field."""
     if problem["type"] == "json_invalid":
         return invalid("the body is not JSON")
     if isinstance(problem.get("input"), bytes):
         return _NOT_JSON
     places = [str(part) for part in problem["loc"] if part not in _SOURCES]
     discriminator = problem.get("ctx", {}).get("discriminator", "")
-    if discriminator.startswith("'"):  # a field, and no function
+    if discriminator.startswith("'"):  # the name of a field, not of a function
         places.append(discriminator.strip("'"))
     fields = (one for one in places if not one.startswith(UNION_TAG) and one not in _TASKS)
     param = ".".join(fields)[:MAX_PARAM]

@@ -1,7 +1,7 @@
-"""What goes wrong, as HTTP answers that OpenAI's clients understand.
+"""Error responses in the format of OpenAI's API.
 
-The body is `{"error": {"message", "type", "code", "param"}}`. OpenAI's clients send a request again
-on 408, 409, 429 and 5xx unless `x-should-retry` says `false`.
+The body is `{"error": {"message", "type", "code", "param"}}`. OpenAI's clients retry a request
+after 408, 409, 429 and 5xx unless the header `x-should-retry` is `false`.
 """
 
 from dataclasses import dataclass
@@ -52,15 +52,15 @@ _LOWEST_SERVER_ERROR = 500
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Attributes:
-        status: Of HTTP.
-        message: One sentence; the caller sees it.
-        code: For programs.
-        param: The field of the caller's request that is wrong.
-        retry_after: Seconds after which the same request may succeed; None: it will not.
-        request_id: Of the request that failed, where it has an id.
+        status: HTTP status.
+        message: One sentence for the caller.
+        code: Error code for programs.
+        param: The field of the HTTP request that is wrong.
+        retry_after: Seconds until a retry may succeed; None: a retry will not succeed.
+        request_id: Id of the request that failed, if it has one.
     """
 
     status: int
@@ -75,7 +75,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """The JSON body of the response."""
         status = HTTPStatus(self.status)
         kind = _TYPES.get(status) or (
             "server_error" if status >= _LOWEST_SERVER_ERROR else "invalid_request_error"
@@ -91,7 +91,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Whether OpenAI's clients are to send the request again, and when."""
+        """The headers of the response, which control the retries of OpenAI's clients."""
         headers = {"x-should-retry": "false" if self.retry_after is None else "true"}
         if self.retry_after is not None:
             headers["retry-after"] = str(self.retry_after)
@@ -101,17 +101,17 @@ class ApiError(Exception):
 
 
 def invalid(message: str, *, param: str | None = None, code: str = "invalid_request") -> ApiError:
-    """The caller's request is wrong."""
+    """Return a 400 error: the request is wrong."""
     return ApiError(HTTPStatus.BAD_REQUEST, message, code, param)
 
 
 def not_found(message: str = "there is no such job") -> ApiError:
-    """There is no such thing, or it belongs to another tenant: the answer is the same."""
+    """Return a 404 error, also for an object of another tenant."""
     return ApiError(HTTPStatus.NOT_FOUND, message, "not_found")
 
 
 def of_failure(failure: Failure, request_id: str | None = None) -> ApiError:
-    """The answer to a request that has failed. It has ended: its id will not run again."""
+    """Return the error for a request that has failed; its id does not run again."""
     parameter = failure.details.get("parameter")
     problems = failure.details.get("problems") or []
     field = parameter or (problems[0].get("field") if problems else None)
@@ -127,7 +127,7 @@ def of_failure(failure: Failure, request_id: str | None = None) -> ApiError:
 
 
 def of_error(error: GenerationError) -> ApiError:  # noqa: PLR0911 - one for each
-    """The answer to what the client library raises."""
+    """Return the error for an exception of the client library."""
     match error:
         case RequestFailed():
             return of_failure(error.event.failure, error.event.request_id)
@@ -158,7 +158,7 @@ def of_error(error: GenerationError) -> ApiError:  # noqa: PLR0911 - one for eac
                 retry_after=QUEUE_FULL_RETRY_AFTER,
             )
         case NoWorker():
-            message = "no worker is there to do it"
+            message = "no worker is available to do it"
         case DownloadFailed():
             message = "the output cannot be read from the object store"
         case ServiceUnavailable():

@@ -1,7 +1,7 @@
-"""Conditional requests: whether a client has a file already."""
+"""Conditional requests by entity tag."""
 
 
 def matches(condition: str, etag: str) -> bool:
-    """Whether the value of `If-None-Match` names an entity tag."""
+    """Return whether the value of `If-None-Match` contains an entity tag."""
     known = [tag.strip().removeprefix("W/") for tag in condition.split(",")]
     return known == ["*"] or etag.removeprefix("W/") in known

@@ -1,8 +1,8 @@
-"""The events of the last minutes, so that a stream of events can be resumed.
+"""The events of the last minutes, from which a client can resume an event stream.
 
-Progress events are published once and not stored. Each gateway receives all of them while it runs,
-and keeps those of its tenants for a while, within a bound of bytes. An event's id consists of the
-event's own numbers, so a stream that was broken off at one gateway can be resumed at another.
+Progress events are published once and not stored. Each running gateway receives all of them and
+keeps those of its tenants for a time, within a limit of bytes. The id of an event is made of its
+attempt and sequence, so a stream that broke at one gateway can be resumed at another.
 """
 
 import asyncio
@@ -16,21 +16,21 @@ from dataclasses import dataclass, field
 from generation_client import AnyEvent
 from generation_contracts import TerminalEvent, encode
 
-LAST = 2**31  # a terminal event comes after all others, whatever its own number
-OVERHEAD = 2_000  # bytes of memory that an event takes besides its bytes on the wire
+LAST = 2**31  # the number of every terminal event, so that it sorts after all others
+OVERHEAD = 2_000  # bytes of memory of an event in addition to its bytes on the wire
 QUIET = 5.0  # seconds
 MAX_ID = 32  # characters
 
-Look = Callable[[], Awaitable[AnyEvent | None]]
+ReadResult = Callable[[], Awaitable[AnyEvent | None]]
 
 
 @dataclass(frozen=True, order=True)
 class EventId:
-    """Where an event stands among the events of its request.
+    """The position of an event among the events of its request.
 
     Attributes:
-        attempt: Of the request.
-        sequence: Within the attempt; `LAST` for the terminal event.
+        attempt: Attempt of the request; `LAST` for the terminal event.
+        sequence: Number within the attempt; `LAST` for the terminal event.
     """
 
     attempt: int
@@ -41,12 +41,12 @@ class EventId:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether no event follows. A client may send any number."""
+        """Whether no event follows; a client may also send a larger number."""
         return self.attempt >= LAST
 
     @classmethod
     def parse(cls, text: str) -> "EventId | None":
-        """Read the value of `Last-Event-ID`; None where it is not the id of an event."""
+        """Parse the value of `Last-Event-ID`; return None if it is not the id of an event."""
         attempt, _, sequence = text.partition("-")
         if len(text) <= MAX_ID and all(n.isascii() and n.isdecimal() for n in (attempt, sequence)):
             return cls(int(attempt), int(sequence))
@@ -65,8 +65,8 @@ class Entry:
     """One event in the log.
 
     Attributes:
-        size: Bytes that it counts for.
-        at: Seconds on the clock of `time.monotonic`.
+        size: Bytes on the wire and `OVERHEAD`.
+        at: Time of arrival, in seconds of `time.monotonic`.
     """
 
     id: EventId
@@ -76,15 +76,15 @@ class Entry:
 
 
 @dataclass
-class _Story:
-    """The events of one request that are kept, oldest first.
+class _RequestEvents:
+    """The kept events of one request, oldest first.
 
     Attributes:
-        dropped: How many have been dropped; the number of the first one that is kept.
-        latest: The id of the last one that was added, kept or not.
-        changed: Set, and replaced, when there is news for the readers.
-        interruptions: How often events may have been missed.
-        readers: How many follow the request now.
+        dropped: Number of dropped events, which is also the number of the first kept event.
+        latest: The id of the last added event, kept or not.
+        changed: Set and replaced when the readers must check for new events.
+        interruptions: How many times events may have been missed.
+        readers: How many readers follow the request now.
     """
 
     entries: deque[Entry] = field(default_factory=deque)
@@ -99,145 +99,147 @@ class _Story:
         """Whether the terminal event is kept."""
         return bool(self.entries) and self.entries[-1].id.is_terminal
 
-    def takes(self, event_id: EventId) -> bool:
-        """Whether an event comes after those that were added before."""
+    def accepts(self, event_id: EventId) -> bool:
+        """Return whether an event comes after all events that were added before."""
         if self.latest is None or event_id > self.latest:
             return True
-        return event_id.is_terminal and not self.ended  # it was dropped, and has been looked up
+        return event_id.is_terminal and not self.ended  # it was dropped and then read again
 
     def wake(self) -> None:
-        """Let every reader go on."""
+        """Wake every reader."""
         self.changed.set()
         self.changed = asyncio.Event()
 
 
 class EventLog:
-    """Keeps events for a while.
+    """Keeps recent events in memory.
 
     Args:
-        seconds: How long.
-        most_bytes: Of all events together; the oldest are dropped first.
-        quiet: Seconds without an event, about, after which a reader looks up the terminal event.
+        seconds: How long an event is kept.
+        most_bytes: Limit for all events together; the oldest are dropped first.
+        quiet: Approximate seconds without an event after which a reader reads the stored result.
     """
 
     def __init__(self, *, seconds: float, most_bytes: int, quiet: float = QUIET) -> None:
         self._seconds = seconds
         self._quiet = quiet
         self._most_bytes = most_bytes
-        self._stories: dict[str, _Story] = {}
+        self._requests: dict[str, _RequestEvents] = {}
         self._order: deque[str] = deque()  # the request of each entry, oldest entry first
         self._bytes = 0
 
     @property
     def size(self) -> int:
-        """Bytes of all events that are kept."""
+        """Bytes of all kept events."""
         self._drop_old()
         return self._bytes
 
     def add(self, event: AnyEvent, size: int) -> None:
-        """Keep an event and wake the readers of its request.
+        """Add an event and wake the readers of its request.
 
-        The ids of a request's events only grow: an event of an earlier attempt, a repeated one, and
-        whatever comes after the terminal event is left out.
+        The event ids of a request only grow. Events of an earlier attempt, repeated events, and
+        events after the terminal event are ignored.
 
         Args:
-            event: As it was received.
+            event: The received event.
             size: Bytes on the wire.
         """
-        story = self._stories.setdefault(event.request_id, _Story())
+        events = self._requests.setdefault(event.request_id, _RequestEvents())
         entry = Entry(EventId.of(event), event, size + OVERHEAD, self._now())
-        if not story.takes(entry.id):
+        if not events.accepts(entry.id):
             return
-        story.latest = entry.id
-        story.entries.append(entry)
+        events.latest = entry.id
+        events.entries.append(entry)
         self._order.append(event.request_id)
         self._bytes += entry.size
         self._drop_old()
-        story.wake()
+        events.wake()
 
     def latest(self, request_id: str) -> AnyEvent | None:
-        """Return the last event of a request, if it is kept."""
+        """Return the last kept event of a request, or None."""
         self._drop_old()
-        story = self._stories.get(request_id)
-        return story.entries[-1].event if story is not None and story.entries else None
+        events = self._requests.get(request_id)
+        return events.entries[-1].event if events is not None and events.entries else None
 
     def interrupt(self) -> None:
-        """Let every reader look up its result: the connection was lost, and events with it."""
-        for story in self._stories.values():
-            story.interruptions += 1
-            story.wake()
+        """Make every reader read its stored result: a lost connection may have lost events."""
+        for events in self._requests.values():
+            events.interruptions += 1
+            events.wake()
 
     async def follow(
         self,
         request_id: str,
         *,
         after: EventId | None = None,
-        look: Look,
-        look_first: bool = True,
+        read_result: ReadResult,
+        read_first: bool = True,
     ) -> AsyncGenerator[Entry, None]:
-        """Yield the events of a request, those that are kept first, and end after the terminal one.
+        """Yield the events of a request, first the kept ones, and end after the terminal event.
 
-        The terminal event may be missed, or dropped before a slow reader has taken it. So it is
-        looked up at the beginning, after an interruption, and when nothing has come for long. The
-        log keeps nothing for a slow reader.
+        The terminal event may be missed, or dropped before a slow reader has received it. So the
+        reader reads the stored result at the start, after an interruption, and after `quiet`
+        seconds without an event. The log keeps no events for slow readers.
 
         Args:
-            request_id: Its id.
-            after: Only events after this one.
-            look: Returns the terminal event of the request, or None while there is none.
-            look_first: False for a request that has just been queued.
+            request_id: Id of the request.
+            after: Yield only events after this one.
+            read_result: Returns the stored terminal event of the request, or None.
+            read_first: Whether to read the stored result at the start; False for a new request.
         """
         if after is not None and after.is_terminal:
             return
-        with self._reading(request_id) as story:
-            number = story.dropped
-            interruptions = story.interruptions - look_first
+        with self._reading(request_id) as events:
+            number = events.dropped
+            interruptions = events.interruptions - read_first
             while True:
-                changed = story.changed
-                if number < story.dropped:
-                    number = story.dropped
-                    interruptions = story.interruptions - 1
-                if number < story.dropped + len(story.entries):
-                    entry = story.entries[number - story.dropped]
+                changed = events.changed
+                if number < events.dropped:
+                    number = events.dropped
+                    interruptions = events.interruptions - 1
+                if number < events.dropped + len(events.entries):
+                    entry = events.entries[number - events.dropped]
                     number += 1
-                    # This gateway may receive later what its client has from another one.
+                    # The client may have received this event from another gateway already.
                     if after is None or entry.id > after:
                         yield entry
                     if entry.id.is_terminal:
                         return
-                elif interruptions < story.interruptions or not await _is_set(changed, self._quiet):
-                    interruptions = story.interruptions
-                    found = await look()
+                elif interruptions < events.interruptions or not await _is_set(
+                    changed, self._quiet
+                ):
+                    interruptions = events.interruptions
+                    found = await read_result()
                     if found is not None:
                         self.add(found, len(encode(found)))
 
     @contextmanager
-    def _reading(self, request_id: str) -> Iterator[_Story]:
+    def _reading(self, request_id: str) -> Iterator[_RequestEvents]:
         self._drop_old()
-        story = self._stories.setdefault(request_id, _Story())
-        story.readers += 1
+        events = self._requests.setdefault(request_id, _RequestEvents())
+        events.readers += 1
         try:
-            yield story
+            yield events
         finally:
-            story.readers -= 1
-            self._forget(request_id, story)
+            events.readers -= 1
+            self._forget(request_id, events)
 
     def _drop_old(self) -> None:
         oldest = self._now() - self._seconds
         while self._order:
             request_id = self._order[0]
-            story = self._stories[request_id]
+            events = self._requests[request_id]
             too_many = self._bytes > self._most_bytes and len(self._order) > 1
-            if not too_many and story.entries[0].at >= oldest:
+            if not too_many and events.entries[0].at >= oldest:
                 return
             self._order.popleft()
-            self._bytes -= story.entries.popleft().size
-            story.dropped += 1
-            self._forget(request_id, story)
+            self._bytes -= events.entries.popleft().size
+            events.dropped += 1
+            self._forget(request_id, events)
 
-    def _forget(self, request_id: str, story: _Story) -> None:
-        if not story.entries and not story.readers:
-            self._stories.pop(request_id, None)
+    def _forget(self, request_id: str, events: _RequestEvents) -> None:
+        if not events.entries and not events.readers:
+            self._requests.pop(request_id, None)
 
     def _now(self) -> float:
         return time.monotonic()
@@ -245,7 +247,7 @@ class EventLog:
 
 async def _is_set(event: asyncio.Event, within: float) -> bool:
     try:
-        # Readers that began together do not look together.
+        # Random, so that readers that started together do not read their results together.
         async with asyncio.timeout(within * random.uniform(0.8, 1.2)):  # noqa: S311 - no secret
             await event.wait()
     except TimeoutError:

@@ -1,7 +1,7 @@
-"""Probes and metrics of a gateway, for its supervisor: no key is needed, nothing private is shown.
+"""Probes and metrics of a gateway; they need no key and contain no private data.
 
-`/healthz` answers while the event loop runs; `/readyz` says in JSON which of its conditions does
-not hold; `/metrics` is Prometheus text.
+`/healthz` returns 200 while the event loop runs. `/readyz` returns each readiness condition in
+JSON. `/metrics` is Prometheus text.
 """
 
 from http import HTTPStatus
@@ -17,11 +17,8 @@ router = APIRouter(tags=["operations"])
 
 
 def conditions(gateway: Gateway, in_flight: InFlight) -> dict[str, str | None]:
-    """Return each condition of readiness with why it does not hold; None: it holds.
-
-    The texts are safe to show.
-    """
-    gateway.keys.reload()  # no request comes to a gateway that is not ready
+    """Return each readiness condition with None, or the reason why it is not met."""
+    gateway.keys.reload()  # a gateway that is not ready gets no requests, which reload the keys
     return {
         "bus": None if gateway.bus.connected else "not connected",
         "keys": None if gateway.keys.usable else "unusable",
@@ -29,19 +26,19 @@ def conditions(gateway: Gateway, in_flight: InFlight) -> dict[str, str | None]:
     }
 
 
-@router.get("/healthz", response_class=PlainTextResponse, summary="Whether the process works")
+@router.get("/healthz", response_class=PlainTextResponse, summary="Liveness")
 async def healthz() -> str:
-    """Answer while the event loop runs."""
+    """Return 200 while the event loop runs."""
     return "ok\n"
 
 
 @router.get(
     "/readyz",
-    summary="Whether requests should be sent here",
-    responses={HTTPStatus.SERVICE_UNAVAILABLE: {"description": "A condition does not hold."}},
+    summary="Readiness",
+    responses={HTTPStatus.SERVICE_UNAVAILABLE: {"description": "A condition is not met."}},
 )
 async def readyz(request: Request) -> JSONResponse:
-    """Answer 200 where all conditions hold, else 503; the body names each."""
+    """Return 200 if all conditions are met, otherwise 503; the body lists all conditions."""
     found = conditions(request.app.state.gateway, request.app.state.in_flight)
     ready = all(reason is None for reason in found.values())
     shown = {name: reason or "ok" for name, reason in found.items()}

@@ -1,4 +1,4 @@
-"""Requests in flight: counted while they run, and ended in order when the gateway stops."""
+"""HTTP requests in flight: count them, limit the time of their bodies, end them at shutdown."""
 
 import asyncio
 import json
@@ -13,26 +13,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from consumer.background_tasks import cancel_and_wait
 from consumer.gateway.errors import ApiError
 
-BODY_PART_WITHIN = 30.0  # seconds; a client that sends nothing for so long gets 408
+BODY_PART_WITHIN = 30.0  # seconds between two parts of a body; a slower client gets 408
 BODY_WITHIN = 300.0  # seconds for a whole body: 2 MiB at 56 kbit/s
-END_WITHIN = 2.0  # seconds for a request to end by itself before it is cancelled
-RETRY_AFTER = 1  # seconds; another gateway can take the request at once
+END_WITHIN = 2.0  # seconds for a request to end before its task is cancelled
+RETRY_AFTER = 1  # seconds; another gateway can accept the request at once
 ALWAYS_ANSWERED = ("/healthz", "/readyz", "/metrics")
-RESUMABLE = "/events"  # the end of the paths of streams that a client resumes elsewhere
+RESUMABLE = "/events"  # suffix of the paths of streams that a client can resume at another gateway
 STOPPING_COMMENT = b": the gateway stops, connect again\n\n"
-CLIENT_GONE = 499  # of nginx; only the log and the metrics see it
-MAX_ERROR = 4_096  # bytes of an answer that are read for its error code
+CLIENT_GONE = 499  # nginx's status for a disconnected client; used in the log and the metrics only
+MAX_ERROR = 4_096  # bytes of a response that are parsed for its error code
 
 
 @dataclass(eq=False)
 class _Exchange:
-    """One request and its answer.
+    """One request and its response.
 
     Attributes:
-        started: When the request began, on the clock of `time.monotonic`.
-        limit: Ends the request when it is moved to now.
-        ending: Set when the request has to end: the application sees a disconnected client.
-        status: Of the answer; 0 before it has begun.
+        started: Start of the request, in seconds of `time.monotonic`.
+        limit: Timeout of the request; it is set when the request must end.
+        ending: Set when the request must end; the application then sees a disconnected client.
+        status: Status of the response; 0 before the response has started.
     """
 
     path: str
@@ -46,15 +46,15 @@ class _Exchange:
 
     @property
     def is_refused(self) -> bool:
-        """Whether the answer is an error that the client receives."""
+        """Whether the response is an error that the client receives."""
         return self.status >= HTTPStatus.BAD_REQUEST and self.status != CLIENT_GONE
 
 
 class InFlight:
-    """The requests that are in progress.
+    """The requests in progress.
 
     Args:
-        refused: Called with the code of each error answer.
+        refused: Called with the code of each error response.
     """
 
     def __init__(self, refused: Callable[[str], None] = lambda _code: None) -> None:
@@ -69,17 +69,17 @@ class InFlight:
 
     @property
     def streams(self) -> int:
-        """How many answers are streams of events."""
+        """How many responses are event streams."""
         return sum(exchange.is_stream for exchange in self._exchanges)
 
     def drain(self) -> None:
-        """Refuse new requests, and end the streams that their clients can resume elsewhere."""
+        """Refuse new requests, and end the streams that clients can resume at another gateway."""
         self.draining = True
-        # Also those that have sent nothing yet: a stream of a running job is silent for a while.
+        # Chosen by path and not by `is_stream`: a stream may not have sent anything yet.
         self._end(lambda exchange: exchange.path.endswith(RESUMABLE))
 
     def end(self) -> None:
-        """End all requests; each gets an answer that says so."""
+        """End all requests; each response tells the client that the gateway is stopping."""
         self.draining = True
         self._end(lambda _exchange: True)
 
@@ -91,24 +91,24 @@ class InFlight:
                 exchange.limit.reschedule(until)
 
     def enter(self, exchange: _Exchange) -> None:
-        """Count a request."""
+        """Add a request."""
         self._exchanges.add(exchange)
 
     def leave(self, exchange: _Exchange) -> None:
-        """Count a request no more."""
+        """Remove a request."""
         self._exchanges.discard(exchange)
 
 
 class InFlightMiddleware:
-    """Keeps `InFlight` up to date.
+    """Records each request in `InFlight` and ends it when the gateway stops.
 
-    To end a request, the application is shown a client that has disconnected. It does what it does
-    in that case: a request without an idempotency key is cancelled, so that a client that sends it
-    again elsewhere has it run once.
+    To end a request, the middleware reports a disconnected client to the application. The
+    application then cancels a request without an idempotency key, so a client that sends it to
+    another gateway does not run it twice.
 
     Args:
-        app: The application behind it.
-        in_flight: What is kept up to date.
+        app: The wrapped application.
+        in_flight: The requests in progress.
     """
 
     def __init__(self, app: ASGIApp, in_flight: InFlight) -> None:
@@ -142,7 +142,7 @@ class InFlightMiddleware:
             await _send_stopping(exchange, answer)
 
     def _observed(self, exchange: _Exchange, send: Send) -> Send:
-        """Note what the answer is before it is sent."""
+        """Wrap `send` to record the status and the progress of the response."""
 
         async def observe(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -159,15 +159,15 @@ class InFlightMiddleware:
 
 
 async def _received(exchange: _Exchange, receive: Receive) -> Message:
-    """Return the next message of the client, or that it has gone when the request has to end.
+    """Return the next message of the client, or a disconnect if the request must end.
 
     Raises:
-        HTTPException: 408: the next part of the body, or the whole body, is late.
+        HTTPException: 408: the next part of the body, or the whole body, timed out.
     """
     within = None
     if not exchange.body_read:
         within = min(BODY_PART_WITHIN, exchange.started + BODY_WITHIN - time.monotonic())
-        if within <= 0:  # a part that is there already would be taken without waiting
+        if within <= 0:  # otherwise a part that has arrived already would be accepted
             raise HTTPException(HTTPStatus.REQUEST_TIMEOUT)
     receiving = asyncio.ensure_future(receive())
     ending = asyncio.ensure_future(exchange.ending.wait())
@@ -185,7 +185,7 @@ async def _received(exchange: _Exchange, receive: Receive) -> Message:
 
 
 def _unless_ending(exchange: _Exchange, send: Send) -> Send:
-    """Drop what the application still sends to a client that it takes for disconnected."""
+    """Wrap `send` to drop messages of the application after its request was ended."""
 
     async def send_on(message: Message) -> None:
         if not exchange.ending.is_set():
@@ -195,7 +195,7 @@ def _unless_ending(exchange: _Exchange, send: Send) -> Send:
 
 
 async def _send_stopping(exchange: _Exchange, send: Send) -> None:
-    """Finish an answer: with 503, or a comment in a stream of events."""
+    """Finish a response: with 503, or with a comment in an event stream."""
     if exchange.is_stream:
         await send({"type": "http.response.body", "body": STOPPING_COMMENT})
     elif not exchange.status:
@@ -223,7 +223,7 @@ async def _send_stopping(exchange: _Exchange, send: Send) -> None:
 
 
 def _error_code(body: bytes) -> str:
-    """Read the code of an error answer; `other` where it has none."""
+    """Return the error code of a response body, or `other`."""
     try:
         return str(json.loads(body[:MAX_ERROR])["error"]["code"])
     except (ValueError, TypeError, KeyError):

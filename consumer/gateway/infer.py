@@ -1,4 +1,4 @@
-"""`/infer`: the one address of the HTTP service that this project replaces."""
+"""`/infer`: the endpoint of the HTTP service that this project replaces."""
 
 import base64
 import re
@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from consumer.gateway.answers import described, json_answer
-from consumer.gateway.contract import contract_request, in_callers_words, unsupported
+from consumer.gateway.contract import contract_request, unsupported, with_request_names
 from consumer.gateway.error_handlers import UNION_TAG
 from consumer.gateway.errors import ApiError
 from consumer.gateway.waiting import Call, SenderPart
@@ -39,7 +39,7 @@ class TextToImageBody(TextToImageParameters):
 
 
 class ImageToTextBody(ImageToTextParameters):
-    """Ask about images."""
+    """Generate a text from a prompt and images."""
 
     model_config = ConfigDict(strict=True)
 
@@ -58,7 +58,7 @@ class ImageToTextBody(ImageToTextParameters):
 
 
 def _kind(body: Any) -> str:
-    """Tell the two bodies apart: by `model_type`, else by whether there are images."""
+    """Return the union tag of a body: by `model_type` or, without it, by the image fields."""
     if not isinstance(body, dict):
         return IMAGE_TO_TEXT if isinstance(body, ImageToTextBody) else TEXT_TO_IMAGE
     kind = UNION_TAG + str(body.get("model_type", "")).replace("_to_", "2")
@@ -77,7 +77,7 @@ class _Answer(BaseModel):
     request_id: str
     model: str
     seconds: float = Field(description="of inference")
-    warnings: tuple[str, ...] = Field(description="what was done otherwise than asked")
+    warnings: tuple[str, ...] = Field(description="where the output differs from the request")
 
 
 class ImageAnswer(_Answer):
@@ -104,15 +104,15 @@ class TextAnswer(_Answer):
 
 @router.post(
     "/infer",
-    summary="Make images, or ask about images",
+    summary="Generate images, or a text about images",
     responses=described(ImageAnswer | TextAnswer),
 )
 async def infer(sender: SenderPart, body: Body) -> Response:
     """Run a model once and wait for its output.
 
-    A body with `images` (or `image`) is a question about them and is answered with `text`; any
-    other is a prompt for images and is answered with `image`, the first one, and `images`, all of
-    them, as base64. `model_type` says it explicitly.
+    A body with `images` (or `image`) is an image-to-text request; the response has `text`. Any
+    other body is a text-to-image request; the response has the first image as `image` and all
+    images as `images`, in base64. `model_type` selects the task explicitly.
     """
     if isinstance(body, ImageToTextBody):
         sender.require_room(sum(len(image) for image in body.all_images))
@@ -122,7 +122,7 @@ async def infer(sender: SenderPart, body: Body) -> Response:
             return await call.accepted()
         event = await call.result()
     except ApiError as error:
-        raise in_callers_words(error, {}) from None
+        raise with_request_names(error, {}) from None
     return json_answer(await _document(call, event))
 
 
@@ -141,7 +141,7 @@ def _request(body: TextToImageBody | ImageToTextBody) -> GenerationRequest:
 
 
 async def _document(call: Call, event: SucceededEvent) -> ImageAnswer | TextAnswer:
-    """Make the body of the answer."""
+    """Return the body of the response."""
     shared: dict[str, Any] = {
         "request_id": event.request_id,
         "model": event.model.id,

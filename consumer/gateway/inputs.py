@@ -1,7 +1,7 @@
-"""Which objects of the store a tenant may name as inputs.
+"""The objects of the store that a tenant may use as inputs.
 
-A worker reads every object under its input prefixes, by default all outputs of all tenants. So
-with API keys, a request may refer to the outputs of its tenant's own jobs and to shared objects.
+A worker can read every object under its input prefixes, by default all outputs of all tenants.
+With API keys, the gateway therefore accepts only outputs of the tenant's jobs and shared objects.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,20 +14,20 @@ from generation_contracts.artifacts import ArtifactReference, ImageSource
 from generation_contracts.requests import ImageToTextRequest, ImageToTextStep
 
 
-def require_own_inputs(tenant: Tenant, request: Request, for_all: Sequence[str]) -> None:
-    """Refuse a request that names an object of another tenant, in its chain too.
+def require_own_inputs(tenant: Tenant, request: Request, shared: Sequence[str]) -> None:
+    """Refuse a request that uses an object of another tenant, also in a step of its chain.
 
     Args:
-        tenant: Who asks.
-        request: With its chain.
-        for_all: `bucket/prefix` or `bucket` of what every tenant may name.
+        tenant: The tenant of the request.
+        request: The request, with its chain.
+        shared: `bucket/prefix` or `bucket` of the objects that every tenant may use.
 
     Raises:
         ApiError: 403 that names the parameter.
     """
     for param, source in _sources(request):
-        place = _place_of(source)
-        if place is None or _is_output_of(tenant, place) or _is_under(for_all, place):
+        path = _object_path(source)
+        if path is None or _is_output_of(tenant, path) or _is_under(shared, path):
             continue
         raise ApiError(
             HTTPStatus.FORBIDDEN,
@@ -39,13 +39,13 @@ def require_own_inputs(tenant: Tenant, request: Request, for_all: Sequence[str])
 
 def _sources(request: Request) -> Iterator[tuple[str, ImageSource]]:
     parts = [("", request), *((f"then.{n}.", step) for n, step in enumerate(request.then))]
-    for place, part in parts:
+    for prefix, part in parts:
         if isinstance(part, ImageToTextRequest | ImageToTextStep) and part.images != "$outputs":
             for number, source in enumerate(part.images):
-                yield f"{place}images.{number}", source
+                yield f"{prefix}images.{number}", source
 
 
-def _place_of(source: ImageSource) -> str | None:
+def _object_path(source: ImageSource) -> str | None:
     """Return `bucket/key` of an object of the store; None for every other source."""
     if isinstance(source, ArtifactReference):
         return f"{source.bucket}/{source.key}"
@@ -54,11 +54,11 @@ def _place_of(source: ImageSource) -> str | None:
     return None
 
 
-def _is_output_of(tenant: Tenant, place: str) -> bool:
-    # A worker's outputs are `<prefix>/<task>/<request id>/<file>`, whatever its prefix is.
-    *_, task, request_id, _ = ("", "", *place.split("/"))
+def _is_output_of(tenant: Tenant, path: str) -> bool:
+    # Workers store outputs as `<prefix>/<task>/<request id>/<file>`, with any prefix.
+    *_, task, request_id, _ = ("", "", *path.split("/"))
     return task in set(Task) and tenant.owns(request_id)
 
 
-def _is_under(prefixes: Sequence[str], place: str) -> bool:
-    return any(place.startswith(f"{prefix.rstrip('/')}/") for prefix in prefixes)
+def _is_under(prefixes: Sequence[str], path: str) -> bool:
+    return any(path.startswith(f"{prefix.rstrip('/')}/") for prefix in prefixes)

@@ -14,7 +14,7 @@ from generation_contracts import FailedEvent, ProgressEvent, Task, encode
 
 
 class Progress(BaseModel):
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int
     of: int
@@ -22,7 +22,7 @@ class Progress(BaseModel):
 
 
 class ErrorDetails(BaseModel):
-    """What is wrong with a request, or why a job has failed."""
+    """The error of a request or of a failed job."""
 
     message: str
     type: str
@@ -31,18 +31,18 @@ class ErrorDetails(BaseModel):
 
 
 class JobDocument(BaseModel):
-    """A job: what was asked for under an id, and what has become of it."""
+    """A job: a submitted request, its state and its result."""
 
     id: str
     object: Literal["job"] = "job"
     task: Task
     state: State
     created: datetime | None
-    position: int | None = Field(description="requests before it in the queue, at most")
-    estimated_start: datetime | None = Field(description="null where nothing was measured yet")
+    position: int | None = Field(description="most requests before it in the queue")
+    estimated_start: datetime | None = Field(description="null before the first measurement")
     progress: Progress | None
     metadata: dict[str, str] = Field(
-        description="the sender's own; empty until a worker has started the job"
+        description="metadata of the request; empty until a worker has started the job"
     )
     status_url: str
     events_url: str
@@ -69,19 +69,19 @@ class QueueOfTask(BaseModel):
     waiting: int
     running: int
     pace_seconds: float | None = Field(
-        description="seconds from one result to the next; null where nothing was measured yet"
+        description="seconds from one result to the next; null before the first measurement"
     )
 
 
 class QueueDocument(BaseModel):
-    """The queues: with API keys, what the own tenant has in them."""
+    """The queues; with API keys, only the jobs of the caller's tenant."""
 
     object: Literal["queue"] = "queue"
     tasks: Sequence[QueueOfTask]
 
 
 def job_document(view: JobView) -> JobDocument:
-    """Make the document of a job."""
+    """Return the document of a job."""
     address = job_address(view.job.id)
     failed = view.result if isinstance(view.result, FailedEvent) else None
     return JobDocument(
@@ -102,7 +102,7 @@ def job_document(view: JobView) -> JobDocument:
 
 
 def queue_of_task(task: Task, numbers: Numbers) -> QueueOfTask:
-    """Make the document of a queue."""
+    """Return the document of a queue."""
     return QueueOfTask(
         task=task,
         waiting=numbers.waiting,
@@ -117,7 +117,7 @@ def job_address(job_id: str) -> str:
 
 
 def event_json(event: AnyEvent) -> dict[str, Any]:
-    """Return the JSON of an event, with an address at this gateway for each image."""
+    """Return the JSON of an event, with a `content_url` at this gateway for each image."""
     value: dict[str, Any] = json.loads(encode(event))
     for number, output in enumerate(value.get("outputs", ())):
         if output["kind"] == "image":

@@ -1,8 +1,9 @@
-"""The ids of each tenant's jobs, from the subjects of the streams.
+"""The ids of each tenant's jobs, read from the subjects of the streams.
 
-The server cannot search a stream for the first characters of an id. So the subjects of all tenants
-are read at a time and sorted by tenant: those of requests that wait at most once a second, those of
-results once, and again after a lost connection. In between, the events say what has ended.
+The server cannot search a stream for the prefix of an id. So the gateway reads the subjects of all
+tenants together and sorts them by tenant. It reads the subjects of requests at most once a second.
+It reads the subjects of results once, and again after a lost connection; between these reads, the
+events report which jobs have ended.
 """
 
 import time
@@ -14,16 +15,16 @@ from consumer.bus.queue_view import QueueView
 from consumer.gateway.tenants import IDEMPOTENT, TAG_LENGTH, TIMED, Tenant, tag_of
 from generation_contracts import Task
 
-AGE = 1.0  # seconds that the list of unfinished jobs is kept
-DUTY = 20  # where the list is long, at most one part in so many of the time is spent on reading it,
-MOST_AGE = 4.0  # unless it is so many seconds old
-ENDED_AGE = 600.0  # seconds that the list of ended jobs is kept: results expire
-# Of each tenant, with an idempotency key and without one each. The oldest are left out, as far as
-# the ids have a time.
+AGE = 1.0  # seconds for which the list of unfinished jobs is used
+DUTY = 20  # a long list is read for at most 1/DUTY of the time,
+MOST_AGE = 4.0  # unless it is older than this, in seconds
+ENDED_AGE = 600.0  # seconds for which the list of ended jobs is used; results expire
+# Limit per tenant, for ids with an idempotency key and for ids without one. The oldest are left
+# out, if the ids contain a time.
 MOST_ENDED = 10_000
-RECENT = 10.0  # seconds after which the streams' lists have what this gateway has seen before
+RECENT = 10.0  # seconds after which a new list contains all changes that this gateway saw before
 
-_Lists = dict[str, dict[str, Task]]  # by what the ids begin with: tag and kind
+_Lists = dict[str, dict[str, Task]]  # by the prefix of the ids: tag and kind
 
 
 class JobList:
@@ -37,18 +38,18 @@ class JobList:
         self._view = view
         self._unfinished = CachedRead(self._read_unfinished, age=AGE, duty=DUTY, most_age=MOST_AGE)
         self._ended = CachedRead(self._read_ended, age=ENDED_AGE)
-        self._ended_lists: _Lists | None = None  # until it is asked for
-        self._ended_while_read: dict[str, Task] | None = None  # where it is being read
+        self._ended_lists: _Lists | None = None  # before the first read
+        self._ended_while_read: dict[str, Task] | None = None  # jobs that end during a read
         self._just_submitted = _Recent()
         self._just_ended = _Recent()
 
     async def unfinished(self, tenant: Tenant) -> Mapping[str, Task]:
-        """Return a tenant's jobs that wait or run, a few seconds old at most.
+        """Return a tenant's queued and running jobs; the list is at most a few seconds old.
 
-        What this gateway has queued, or has seen ending, is right at once.
+        Jobs that this gateway has queued, or whose end it has received, are always up to date.
 
         Raises:
-            BusUnavailable: The server does not answer.
+            BusUnavailable: The server does not reply.
         """
         found = _of(tenant, await self._unfinished.get())
         just_submitted, just_ended = self._just_submitted.ids(), self._just_ended.ids()
@@ -56,25 +57,25 @@ class JobList:
         return {id_: task for id_, task in found.items() if id_ not in just_ended}
 
     async def ended(self, tenant: Tenant) -> Mapping[str, Task]:
-        """Return a tenant's jobs that have ended; some of their results may have expired.
+        """Return a tenant's ended jobs; some of their results may have expired.
 
         Raises:
-            BusUnavailable: The server does not answer.
+            BusUnavailable: The server does not reply.
         """
         await self._ended.get()
         return _of(tenant, self._ended_lists or {})
 
     def add_submitted(self, request_id: str, task: Task) -> None:
-        """Note a request that is being queued here."""
+        """Add a request that this gateway queues."""
         self._just_submitted.add(request_id, task)
 
     def remove(self, request_id: str) -> None:
-        """Forget a request that could not be queued, or whose result has expired."""
+        """Remove a request that could not be queued, or whose result has expired."""
         self._just_submitted.remove(request_id)
-        (self._ended_lists or {}).get(_beginning(request_id), {}).pop(request_id, None)
+        (self._ended_lists or {}).get(_prefix(request_id), {}).pop(request_id, None)
 
     def add_ended(self, request_id: str, task: Task) -> None:
-        """Note a request that has its terminal event."""
+        """Add a request that has a terminal event."""
         self._just_ended.add(request_id, task)
         if self._ended_while_read is not None:
             self._ended_while_read[request_id] = task
@@ -82,7 +83,7 @@ class JobList:
             _add(self._ended_lists, request_id, task, most=MOST_ENDED)
 
     def interrupt(self) -> None:
-        """Read what has ended again: terminal events may have been missed."""
+        """Make the next call read the ended jobs again: terminal events may have been missed."""
         self._ended.expire()
 
     async def _read_unfinished(self) -> _Lists:
@@ -98,7 +99,7 @@ class JobList:
         finally:
             self._ended_while_read = None
         found: _Lists = {}
-        # In the order of their submission, as far as the ids have it: the oldest are left out.
+        # Sorted by time of submission, if the ids contain it, so that the oldest are left out.
         for request_id in sorted(ids):
             _add(found, request_id, ids[request_id], most=MOST_ENDED)
         for request_id, task in meanwhile.items():
@@ -107,7 +108,7 @@ class JobList:
 
 
 class _Recent:
-    """Ids of the last seconds."""
+    """Request ids that were added in the last `RECENT` seconds."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[str, tuple[Task, float]] = OrderedDict()
@@ -130,7 +131,7 @@ class _Recent:
             self._seen.popitem(last=False)
 
 
-def _beginning(request_id: str) -> str:
+def _prefix(request_id: str) -> str:
     return request_id[: TAG_LENGTH + len("-k")]
 
 
@@ -144,7 +145,7 @@ def _of(tenant: Tenant, lists: _Lists) -> dict[str, Task]:
 def _add(lists: _Lists, request_id: str, task: Task, *, most: int | None = None) -> None:
     if tag_of(request_id) is None:
         return
-    ids = lists.setdefault(_beginning(request_id), {})
+    ids = lists.setdefault(_prefix(request_id), {})
     ids[request_id] = task
     if most is not None and len(ids) > most:
         del ids[next(iter(ids))]

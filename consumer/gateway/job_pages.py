@@ -12,22 +12,22 @@ from consumer.gateway.job_view import JobView, State
 from consumer.gateway.tenants import Tenant, submitted_at
 from generation_contracts import Task
 
-MOST_LOOKED_AT = 500  # jobs for one page; with a filter a page may be shorter than its limit
-MOST_DATED = 2_000  # jobs whose times are looked up for one page; further ones come last
-KNOWN_TIMES = 50_000
-AT_A_TIME = 32
+MOST_READ = 500  # jobs read for one page; with a filter a page may be shorter than its limit
+MOST_DATED = 2_000  # jobs whose times are read for one page; the remaining jobs are listed last
+KNOWN_TIMES = 50_000  # times of submission in memory
+CONCURRENT_READS = 32
 UNFINISHED: frozenset[State] = frozenset({"queued", "running"})
 
-Look = Callable[[str, Task], Awaitable[JobView | None]]
+ReadView = Callable[[str, Task], Awaitable[JobView | None]]
 _Key = tuple[datetime, str]
 
 
 @dataclass(frozen=True)
 class Page:
-    """Some jobs of a tenant.
+    """One page of a tenant's jobs.
 
     Attributes:
-        next: The `after` of the next page; None where this is the last one.
+        next: The `after` of the next page; None on the last page.
     """
 
     jobs: Sequence[JobView]
@@ -35,18 +35,18 @@ class Page:
 
 
 class JobPages:
-    """Lists jobs.
+    """Lists jobs by page.
 
     Args:
         ids: The ids of all jobs.
-        look: Returns what is known of one job, or None where there is no such job.
+        read_view: Returns the view of one job, or None if the job does not exist.
     """
 
-    def __init__(self, ids: JobList, look: Look) -> None:
+    def __init__(self, ids: JobList, read_view: ReadView) -> None:
         self._ids = ids
-        self._look = look
+        self._read_view = read_view
         self._times: OrderedDict[str, datetime] = OrderedDict()
-        self._places = asyncio.Semaphore(AT_A_TIME)
+        self._reads = asyncio.Semaphore(CONCURRENT_READS)
 
     async def page(
         self,
@@ -60,11 +60,11 @@ class JobPages:
         """Return the jobs after one, newest first.
 
         Args:
-            tenant: Whose jobs.
+            tenant: The owner of the jobs.
             states: Only jobs in one of these states; empty: all jobs.
             task: Only jobs of this task.
-            limit: So many jobs at most.
-            after: Id of the job before the first one; None begins with the newest.
+            limit: Largest number of jobs.
+            after: Id of the last job of the previous page; None starts with the newest job.
 
         Raises:
             ApiError: 404: `after` is not one of the tenant's jobs.
@@ -78,18 +78,18 @@ class JobPages:
         return await self._filled(order, tasks, states, limit)
 
     async def _tasks(self, tenant: Tenant, states: Collection[State]) -> dict[str, Task]:
-        wanted = frozenset(states)
+        filtered = frozenset(states)
         found: dict[str, Task] = {}
-        if not wanted or wanted & UNFINISHED:
+        if not filtered or filtered & UNFINISHED:
             found.update(await self._ids.unfinished(tenant))
-        if not wanted or wanted - UNFINISHED:
+        if not filtered or filtered - UNFINISHED:
             found.update(await self._ids.ended(tenant))
         return found
 
     async def _order(self, tasks: dict[str, Task]) -> list[_Key]:
         undated = [id_ for id_ in tasks if self._time(id_) is None]
         await asyncio.gather(
-            *(self._see(id_, tasks[id_]) for id_ in undated[max(0, len(undated) - MOST_DATED) :])
+            *(self._read(id_, tasks[id_]) for id_ in undated[max(0, len(undated) - MOST_DATED) :])
         )
         return sorted((self._key_of(id_) for id_ in tasks), reverse=True)
 
@@ -98,25 +98,25 @@ class JobPages:
     ) -> Page:
         found: list[JobView] = []
         done = 0
-        while done < min(len(order), MOST_LOOKED_AT) and len(found) < limit:
-            some = [id_ for _, id_ in order[done : done + limit - len(found)]]
-            views = await asyncio.gather(*(self._see(id_, tasks[id_]) for id_ in some))
+        while done < min(len(order), MOST_READ) and len(found) < limit:
+            ids = [id_ for _, id_ in order[done : done + limit - len(found)]]
+            views = await asyncio.gather(*(self._read(id_, tasks[id_]) for id_ in ids))
             found += [v for v in views if v is not None and (not states or v.state in states)]
-            done += len(some)
+            done += len(ids)
         return Page(found, order[done - 1][1] if 0 < done < len(order) else None)
 
     async def _key(self, tenant: Tenant, request_id: str, task: Task | None) -> _Key:
         if tenant.owns(request_id):
-            for one in (task,) if task else Task:
+            for candidate in (task,) if task else Task:
                 if self._time(request_id) is None:
-                    await self._see(request_id, one)
+                    await self._read(request_id, candidate)
             if self._time(request_id) is not None:
                 return self._key_of(request_id)
         raise not_found("after: there is no such job")
 
-    async def _see(self, request_id: str, task: Task) -> JobView | None:
-        async with self._places:
-            view = await self._look(request_id, task)
+    async def _read(self, request_id: str, task: Task) -> JobView | None:
+        async with self._reads:
+            view = await self._read_view(request_id, task)
         if view is None:
             self._ids.remove(request_id)
         elif submitted_at(request_id) is None:

@@ -1,4 +1,4 @@
-"""The events of a job as server-sent events, and its place in the queue before the first one."""
+"""The events of a job as server-sent events, after its positions in the queue."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -13,17 +13,17 @@ from consumer.gateway.job_document import event_json
 from consumer.gateway.jobs import Jobs, JobView
 from consumer.gateway.sse import sse_message
 
-POSITION_EVERY = 1.0  # seconds between two looks at the queue for one stream
-ESTIMATE_MOVED = timedelta(seconds=5)  # a smaller change of the estimate alone is not reported
+POSITION_INTERVAL = 1.0  # seconds between two reads of the queue for one stream
+LEAST_CHANGE = timedelta(seconds=5)  # a smaller change of the estimate alone is not reported
 
 
 async def job_messages(
     jobs: Jobs, view: JobView, after: EventId | None
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the messages of a stream, up to and with the one of the terminal event.
+    """Yield the messages of a stream, up to and including the terminal event.
 
     Args:
-        jobs: Where the job is.
+        jobs: Reads the events and the queue.
         view: The job.
         after: Only events after this one.
 
@@ -34,9 +34,9 @@ async def job_messages(
         following = asyncio.ensure_future(anext(entries, None))
         try:
             if after is None and view.state == "queued":
-                async with aclosing(_places(jobs, view, following)) as places:
-                    async for place in places:
-                        yield _queued(place)
+                async with aclosing(_positions(jobs, view, following)) as positions:
+                    async for position in positions:
+                        yield _queued(position)
             while (entry := await following) is not None:
                 yield _message(entry)
                 following = asyncio.ensure_future(anext(entries, None))
@@ -44,30 +44,30 @@ async def job_messages(
             await cancel_and_wait(following)
 
 
-async def _places(
+async def _positions(
     jobs: Jobs, view: JobView, first_event: "asyncio.Future[Entry | None]"
 ) -> AsyncGenerator[JobView, None]:
-    """Yield the place of a job in its queue when it changes, until the first event."""
-    place: JobView | None = view
-    while place is not None:
-        yield place
-        sent, place = place, None
-        while place is None or not _has_moved(sent, place):
-            await asyncio.wait({first_event}, timeout=POSITION_EVERY)
+    """Yield the view of a queued job when its position changes, until the first event."""
+    current: JobView | None = view
+    while current is not None:
+        yield current
+        sent, current = current, None
+        while current is None or not _has_changed(sent, current):
+            await asyncio.wait({first_event}, timeout=POSITION_INTERVAL)
             if first_event.done():
                 return
             with suppress(ApiError):
-                place = await jobs.waiting(sent.job)
-                if place is None:
+                current = await jobs.waiting(sent.job)
+                if current is None:
                     return
 
 
-def _has_moved(old: JobView, new: JobView) -> bool:
+def _has_changed(old: JobView, new: JobView) -> bool:
     if old.position != new.position:
         return True
     if old.estimated_start is None or new.estimated_start is None:
         return old.estimated_start != new.estimated_start
-    return abs(new.estimated_start - old.estimated_start) >= ESTIMATE_MOVED
+    return abs(new.estimated_start - old.estimated_start) >= LEAST_CHANGE
 
 
 def _queued(view: JobView) -> bytes:

@@ -1,4 +1,4 @@
-"""What a job is, and what is known of it."""
+"""Jobs and their state, as the gateway knows it."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -14,12 +14,12 @@ State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 @dataclass(frozen=True)
 class Job:
-    """A request that was submitted.
+    """A submitted request.
 
     Attributes:
-        digest: Of what it asks for; "" where this gateway does not know it.
-        body_digest: Of its bytes, by which a worker names a request that it cannot read.
-        is_new: Whether this gateway has queued it just now, so that it has no result yet.
+        digest: Digest of the request; "" if this gateway does not know it.
+        body_digest: Digest of the bytes, which a worker reports for a request it cannot decode.
+        is_new: Whether this gateway has just queued the request, so that it has no result yet.
     """
 
     id: str
@@ -31,18 +31,17 @@ class Job:
 
 @dataclass(frozen=True)
 class JobView:
-    """What is known of a job now.
+    """The state of a job at one time.
 
     Attributes:
-        state: `running` from the first event that this gateway has received, until that attempt
-            ends. A worker may receive a job in advance: it is `queued` until its first run, and
-            `running` where it is a retry.
-        created: When it was submitted; an estimate for an idempotent job that has ended.
-        position: How many requests that do not run are before it in its queue, at most; None where
-            it has ended.
-        estimated_start: None where nothing has been measured yet, or it does not wait.
-        last_event: The latest one that this gateway has received and keeps.
-        result: Its terminal event.
+        state: `running` from the first event that this gateway has received until the attempt
+            ends. A job that a worker has prefetched is `queued` until its first run; a prefetched
+            retry is `running`.
+        created: Time of submission; an estimate for an idempotent job that has ended.
+        position: Most requests before it in the queue that are not running; None after its end.
+        estimated_start: None before the first measurement, or if the job is not queued.
+        last_event: The latest event that this gateway has received and keeps.
+        result: The terminal event.
     """
 
     job: Job
@@ -67,10 +66,10 @@ class JobView:
 
 @dataclass(frozen=True)
 class Numbers:
-    """How many jobs of a task wait and run.
+    """The numbers of queued and running jobs of a task.
 
     Attributes:
-        pace: Seconds from one result to the next; None where nothing was measured yet.
+        pace: Seconds from one result to the next; None before the first measurement.
     """
 
     waiting: int

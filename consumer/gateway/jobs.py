@@ -1,4 +1,4 @@
-"""Jobs: requests of a tenant, from their submission to their result."""
+"""Jobs: the requests of tenants, from submission to result."""
 
 import asyncio
 import time
@@ -48,26 +48,26 @@ __all__ = ["Job", "JobView", "Jobs", "Limits", "Page", "State"]
 
 log = structlog.get_logger()
 
-MAX_OUTAGE = 120.0  # seconds of failed lookups without an event, for a caller that waits
-ABANDON_PAUSE = 1.0  # seconds between two attempts to cancel what no client waits for
-ABANDON_ATTEMPTS = 500  # a second, for all abandoned jobs together
-MOST_ABANDONED = 10_000  # jobs that are being cancelled
-CANCELLATIONS = 32  # of abandoned jobs at a time
-CLOSE_WITHIN = 5.0  # seconds for the cancellations that are under way
-DOWNLOADS = 16  # files in memory at a time
-RECENT = 10_000  # jobs whose tasks are remembered
+MAX_OUTAGE = 120.0  # seconds of failed reads without an event until a waiting call fails
+ABANDON_PAUSE = 1.0  # seconds between two attempts to cancel an abandoned job
+ABANDON_ATTEMPTS = 500  # per second, for all abandoned jobs together
+MOST_ABANDONED = 10_000  # abandoned jobs whose cancellation is pending
+CANCELLATIONS = 32  # concurrent cancellations of abandoned jobs
+CLOSE_WITHIN = 5.0  # seconds for pending cancellations at shutdown
+DOWNLOADS = 16  # concurrent downloads, each with its file in memory
+RECENT = 10_000  # jobs whose tasks are cached
 
 
 class Jobs:
-    """The jobs of all tenants; every method with a caller shows it its own tenant's only.
+    """The jobs of all tenants; a method with a caller only uses jobs of the caller's tenant.
 
     Args:
         bus: The gateway's connection.
         client: A client on the same connection.
-        settings: The subject root, and the time that a caller may wait.
-        events: Where events are kept.
+        settings: The subject root, and the longest time that a caller may wait.
+        events: Keeps recent events.
         view: Reads the queues.
-        ids: The ids of all jobs, on the same view.
+        ids: The ids of all jobs, read by the same view.
         limits: Admits requests.
     """
 
@@ -99,7 +99,7 @@ class Jobs:
             wait=timedelta(seconds=settings.gateway_wait),
         )
         self._wait = settings.gateway_wait
-        self._pages = JobPages(ids, self._look)
+        self._pages = JobPages(ids, self._read_view)
         self._pace = Pace()
         self._runs = Runs()
         self._tasks: OrderedDict[str, Task] = OrderedDict()
@@ -125,7 +125,7 @@ class Jobs:
         await self._feed.open()
 
     async def close(self) -> None:
-        """Finish the cancellations that are under way, within seconds."""
+        """Finish the pending cancellations within `CLOSE_WITHIN` seconds."""
         if self._abandoning:
             await asyncio.wait(self._abandoning, timeout=CLOSE_WITHIN)
         await cancel_and_wait(*self._abandoning)
@@ -140,16 +140,16 @@ class Jobs:
     ) -> Job:
         """Queue a request within the caller's bounds.
 
-        A second submit with one idempotency key queues nothing and gives the same job.
+        A second submit with the same idempotency key queues nothing and returns the same job.
 
         Args:
-            caller: Who sends it.
-            request: Without an id.
-            idempotency_key: Of the caller.
-            wait: Whether the caller waits for the result: the request then has a deadline.
+            caller: The sender of the request.
+            request: The request, without an id.
+            idempotency_key: The caller's key, if any.
+            wait: Whether the caller waits for the result: the request then gets a deadline.
 
         Raises:
-            InvalidRequest: A step of its chain cannot follow the one before it.
+            InvalidRequest: A step of the chain cannot follow the step before it.
             ApiError: 400, 413, 422 (the key was used for another request), 429 or 503.
         """
         job = await self._submission.submit(caller, request, key=idempotency_key, wait=wait)
@@ -159,35 +159,37 @@ class Jobs:
     async def events(
         self, job: Job, *, after: EventId | None = None
     ) -> AsyncGenerator[Entry, None]:
-        """Yield what happens to a job, up to and with its terminal event.
+        """Yield the events of a job, up to and including its terminal event.
 
         Args:
             job: From `submit` or `find`.
-            after: Only what came after this event.
+            after: Only events after this one.
 
         Raises:
-            ApiError: 422 where the result is that of another request; 503 after a long outage.
+            ApiError: 422 if the result belongs to another request; 503 after a long outage.
         """
-        away_since: float | None = None
+        unavailable_since: float | None = None
 
-        async def look() -> AnyEvent | None:
-            nonlocal away_since
+        async def read_result() -> AnyEvent | None:
+            nonlocal unavailable_since
             try:
-                found = await self._results.look(job.task, job.id)
+                found = await self._results.read(job.task, job.id)
             except ServiceUnavailable:
                 now = time.monotonic()
-                away_since = away_since or now
-                if self._bus.closed.is_set() or now - away_since > MAX_OUTAGE:
+                unavailable_since = unavailable_since or now
+                if self._bus.closed.is_set() or now - unavailable_since > MAX_OUTAGE:
                     raise
                 return None
-            away_since = None
+            unavailable_since = None
             return found
 
-        following = self._events.follow(job.id, after=after, look=look, look_first=not job.is_new)
+        following = self._events.follow(
+            job.id, after=after, read_result=read_result, read_first=not job.is_new
+        )
         with as_api_errors():
             async with aclosing(following) as entries:
                 async for entry in entries:
-                    away_since = None
+                    unavailable_since = None
                     _require_same(job, entry.event)
                     yield entry
 
@@ -195,7 +197,7 @@ class Jobs:
         """Wait until a job has succeeded.
 
         Raises:
-            ApiError: It has ended otherwise.
+            ApiError: The job has failed or was cancelled.
         """
         async with aclosing(self.events(job)) as entries:
             async for entry in entries:
@@ -206,10 +208,10 @@ class Jobs:
                         raise of_failure(entry.event.failure, job.id)
                     case CancelledEvent():
                         raise of_error(RequestCancelled(entry.event))
-        raise AssertionError("events end with a terminal one")
+        raise AssertionError("the events end with a terminal event")
 
     async def find(self, caller: Caller, job_id: str) -> JobView:
-        """Look at one job.
+        """Return the view of one job.
 
         Raises:
             ApiError: 404 or 503.
@@ -218,22 +220,22 @@ class Jobs:
             raise not_found()
         tasks = [self._tasks[job_id]] if job_id in self._tasks else list(Task)
         with as_api_errors():
-            view = await self._look(job_id, *tasks)
+            view = await self._read_view(job_id, *tasks)
         if view is None:
             raise not_found()
         self._remember(job_id, view.job.task)
         return view
 
     async def view(self, job: Job) -> JobView:
-        """Look at a job that was just submitted.
+        """Return the view of a job that was just submitted.
 
         Raises:
             ApiError: 404 or 503.
         """
         with as_api_errors():
-            # What was queued a moment ago has no result yet, most often.
+            # A job that has just been queued rarely has a result, so the queue is read first.
             view = await self._unfinished(job.id, job.task) if job.is_new else None
-            view = view or await self._look(job.id, job.task)
+            view = view or await self._read_view(job.id, job.task)
         if view is None:
             raise not_found()
         return view
@@ -250,14 +252,14 @@ class Jobs:
         """List jobs, newest first.
 
         Args:
-            caller: Whose jobs.
+            caller: The owner of the jobs.
             states: Only jobs in one of these states; empty: all jobs.
             task: Only jobs of this task.
-            limit: So many jobs at most.
-            after: Id of the job before the first one; None begins with the newest.
+            limit: Largest number of jobs.
+            after: Id of the last job of the previous page; None starts with the newest job.
 
         Raises:
-            ApiError: 404: there is no job `after`; 503.
+            ApiError: 404: the job `after` does not exist; 503.
         """
         with as_api_errors():
             return await self._pages.page(
@@ -265,7 +267,7 @@ class Jobs:
             )
 
     async def waiting(self, job: Job) -> JobView | None:
-        """Look where a job waits; None where it runs or has ended.
+        """Return the view of a queued job; None if it is running or has ended.
 
         Raises:
             ApiError: 503.
@@ -275,7 +277,7 @@ class Jobs:
         return view if view is not None and view.state == "queued" else None
 
     async def numbers(self, caller: Caller) -> dict[Task, Numbers]:
-        """Count what waits and runs: of the caller's tenant, or of all where there are no keys.
+        """Count queued and running jobs: of the caller's tenant, or without keys all jobs.
 
         Raises:
             ApiError: 503.
@@ -297,18 +299,18 @@ class Jobs:
         }
 
     async def cancel(self, caller: Caller, job_id: str) -> JobView:
-        """Cancel a job that waits or runs, or the chain that begins with it.
+        """Cancel a queued or running job, or the chain that starts with it.
 
         Returns:
-            The job: cancelled, or still running until the device is free.
+            The job: cancelled, or running until the device is free.
 
         Raises:
-            ApiError: 404, 409 where it has ended otherwise, or 503.
+            ApiError: 404, 409 if the job has succeeded or failed, or 503.
         """
         view = await self.find(caller, job_id)
         if view.state == "cancelled":
             return view
-        if view.result is not None and not _goes_on(view.result):
+        if view.result is not None and not _continues(view.result):
             raise _has_ended(job_id)
         with as_api_errors():
             reply = await self._client.cancel(job_id)
@@ -317,15 +319,15 @@ class Jobs:
         return await self.find(caller, job_id)
 
     async def abandon(self, job: Job) -> None:
-        """Cancel a job whose caller has gone away. Never raises, and does not wait.
+        """Cancel a job whose client has disconnected, in the background. Never raises.
 
-        Cancelling needs a worker, so it is repeated until the deadline of the job: a worker that
-        starts after that does not run it.
+        A cancellation needs a running worker, so it is retried until the deadline of the job. A
+        worker that starts after the deadline does not run the job.
         """
         if len(self._abandoning) >= MOST_ABANDONED:
-            log.warning("job_not_cancelled", job=job.id, reason="too many are being cancelled")
+            log.warning("job_not_cancelled", job=job.id, reason="too many pending cancellations")
             return
-        # In another task: the caller's task may be cancelled already.
+        # In another task, because the task of the HTTP request may already be cancelled.
         abandoning = asyncio.create_task(self._abandon(job.id), name="abandon")
         self._abandoning.add(abandoning)
         abandoning.add_done_callback(self._abandoning.discard)
@@ -334,8 +336,8 @@ class Jobs:
         """Read the file of one output.
 
         Raises:
-            ApiError: 404: there is no such file, or its address has expired; 503: the store cannot
-                be reached.
+            ApiError: 404: the file does not exist, or its URL has expired; 503: the store is
+                unreachable.
         """
         outputs = event.outputs
         output = outputs[number] if 0 <= number < len(outputs) else None
@@ -346,7 +348,7 @@ class Jobs:
             async with self._downloads:
                 return await self._client.download(output)
 
-    # -- inside -----------------------------------------------------------------------------------
+    # -- internal ---------------------------------------------------------------------------------
 
     def _receive(self, event: AnyEvent, size: int) -> None:
         self._pace.add(event)
@@ -359,11 +361,11 @@ class Jobs:
             self._limits.ended(event.request_id)
             self._ids.add_ended(event.request_id, event.task)
 
-    async def _look(self, job_id: str, *tasks: Task) -> JobView | None:
-        """Find a job of one of these tasks; None where it neither waits, runs nor has ended."""
+    async def _read_view(self, job_id: str, *tasks: Task) -> JobView | None:
+        """Return the view of a job of one of these tasks; None if the job does not exist."""
         view = await self._ended(job_id, *tasks)
         view = view or await self._unfinished(job_id, *tasks)
-        # It may have ended between the two lookups.
+        # The job may have ended between the two reads.
         return view or await self._ended(job_id, *tasks)
 
     async def _ended(self, job_id: str, *tasks: Task) -> JobView | None:
@@ -387,7 +389,7 @@ class Jobs:
             position=0,
             last_event=self._events.latest(job.id),
         )
-        # A worker may have received it in advance. A retry is not delivered before its attempt.
+        # A worker may have prefetched the job. A retry is not delivered before its attempt.
         if place.delivered and self._runs.has(job.task, job.id):
             return view
         position = max(0, place.before - self._runs.count(job.task))
@@ -421,8 +423,8 @@ class Jobs:
             self._tasks.popitem(last=False)
 
 
-def _goes_on(event: ResultEvent) -> bool:
-    """Whether a job has ended as the first step of a chain that goes on."""
+def _continues(event: ResultEvent) -> bool:
+    """Return whether a job has ended as the first step of a chain that continues."""
     chain = event.chain
     if chain is None or not isinstance(event, SucceededEvent):
         return False

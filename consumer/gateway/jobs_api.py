@@ -1,4 +1,4 @@
-"""`/v1/jobs`: requests that are queued now and collected later, their events, their outputs."""
+"""`/v1/jobs`: asynchronous jobs, their events and their outputs; `/v1/queue`: the queues."""
 
 import json
 from dataclasses import dataclass
@@ -60,16 +60,18 @@ router = APIRouter(tags=["jobs"])
 
 
 class _JobFields(RequestPart):
-    """What every job may carry besides its parameters."""
+    """The fields of every job in addition to its parameters."""
 
     deadline: Deadline | None = Field(
-        default=None, description="what has not ended by then fails with `deadline_exceeded`"
+        default=None,
+        description="a job that has not ended by then fails with `deadline_exceeded`",
     )
     metadata: Metadata = Field(
-        default_factory=dict, description="the sender's own, echoed in every event"
+        default_factory=dict, description="values of the sender, echoed in every event"
     )
     then: Annotated[tuple[NextStep, ...], Field(max_length=MAX_CHAIN)] = Field(
-        default=(), description="routing slip: the requests that follow, each made from a result"
+        default=(),
+        description="routing slip: the following requests, each built from the previous result",
     )
 
 
@@ -93,7 +95,7 @@ JobBody = Annotated[TextToImageJob | ImageToTextJob, Body(discriminator="task")]
 
 @dataclass(frozen=True)
 class OneJob:
-    """The job that a path names, as its caller sees it."""
+    """The job of a request path, for its caller."""
 
     http: Request
     jobs: Jobs
@@ -101,7 +103,7 @@ class OneJob:
     id: str
 
     async def find(self) -> JobView:
-        """Look at it.
+        """Return the view of the job.
 
         Raises:
             ApiError: 404 or 503.
@@ -111,7 +113,7 @@ class OneJob:
         return view
 
 
-# Not a plain function: FastAPI calls those in a thread.
+# A coroutine, because FastAPI calls plain functions in a thread.
 async def _one_job(
     http: Request, gateway: GatewayPart, caller: Authenticated, job_id: str
 ) -> OneJob:
@@ -119,7 +121,7 @@ async def _one_job(
 
 
 class JobFilter(BaseModel):
-    """Which jobs are listed."""
+    """The filter and the paging of the list of jobs."""
 
     state: list[State] = Field(default_factory=list, description="repeatable")
     task: Task | None = None
@@ -129,31 +131,31 @@ class JobFilter(BaseModel):
 
 @router.post("/v1/jobs", status_code=HTTPStatus.ACCEPTED, summary="Queue a job")
 async def submit_job(sender: SenderPart, response: Response, body: JobBody) -> JobDocument:
-    """Queue a job and answer at once with where to watch, collect and cancel it.
+    """Queue a job and return its URLs for status, events and cancellation at once.
 
-    The same `Idempotency-Key` gives the same job, whichever gateway gets it.
+    The same `Idempotency-Key` returns the same job, at any gateway.
     """
-    # FastAPI converts the body to its model: "512" is no number for the contract.
+    # The raw body, because FastAPI converts values that the contract refuses, such as "512".
     fields: dict[str, Any] = json.loads(await sender.http.body(), parse_float=_number)
     del fields["task"]
-    wanted = contract_request(Task(body.task), fields, {})
-    call = await sender.submit(wanted, waits=False)
+    request = contract_request(Task(body.task), fields, {})
+    call = await sender.submit(request, waits=False)
     response.headers["location"] = job_address(call.job.id)
     document = job_document(await call.view())
-    return document.model_copy(update={"metadata": wanted.metadata})
+    return document.model_copy(update={"metadata": request.metadata})
 
 
 @router.get("/v1/jobs", summary="List jobs")
 async def list_jobs(
-    gateway: GatewayPart, caller: Authenticated, wanted: Annotated[JobFilter, Query()]
+    gateway: GatewayPart, caller: Authenticated, query: Annotated[JobFilter, Query()]
 ) -> JobListDocument:
-    """List the own jobs, newest first. With a filter a page may be shorter than `limit`."""
+    """List the tenant's jobs, newest first. With a filter a page may be shorter than `limit`."""
     page = await gateway.jobs.page(
         caller,
-        states=wanted.state,
-        task=wanted.task,
-        limit=wanted.limit,
-        after=wanted.after,
+        states=query.state,
+        task=query.task,
+        limit=query.limit,
+        after=query.after,
     )
     return JobListDocument(
         data=[job_document(view) for view in page.jobs],
@@ -162,22 +164,22 @@ async def list_jobs(
     )
 
 
-@router.get("/v1/jobs/{job_id}", summary="Look at a job")
-async def look_at_job(job: Annotated[OneJob, Depends(_one_job)]) -> JobDocument:
-    """Look at a job: its place in the queue, its progress, its result."""
+@router.get("/v1/jobs/{job_id}", summary="Get a job")
+async def get_job(job: Annotated[OneJob, Depends(_one_job)]) -> JobDocument:
+    """Return a job: its state, position in the queue, progress and result."""
     return job_document(await job.find())
 
 
 @router.delete(
     "/v1/jobs/{job_id}",
-    responses={HTTPStatus.ACCEPTED: {"model": JobDocument, "description": "It is stopping."}},
+    responses={HTTPStatus.ACCEPTED: {"model": JobDocument, "description": "The job is stopping."}},
     summary="Cancel a job",
 )
 async def cancel_job(job: Annotated[OneJob, Depends(_one_job)], response: Response) -> JobDocument:
-    """Cancel a job that waits or runs.
+    """Cancel a queued or running job.
 
-    With 202 it stops at the next step of the model; its `cancelled` event follows. A job that has
-    ended otherwise is a 409.
+    After 202 the job stops at the next step of the model and its `cancelled` event follows. A job
+    that has succeeded or failed returns 409.
     """
     view = await job.jobs.cancel(job.caller, job.id)
     note_job(job.http, view.job)
@@ -191,29 +193,31 @@ async def cancel_job(job: Annotated[OneJob, Depends(_one_job)], response: Respon
     response_class=Response,
     responses={
         HTTPStatus.OK: {"content": {"text/event-stream": {}}},
-        HTTPStatus.NO_CONTENT: {"description": "The last event was read before."},
+        HTTPStatus.NO_CONTENT: {"description": "The client has read the last event before."},
     },
     summary="Watch a job",
 )
 async def watch_job(
     job: Annotated[OneJob, Depends(_one_job)],
-    last_event_id: Annotated[EventIdText | None, Header(description="resume after this")] = None,
+    last_event_id: Annotated[
+        EventIdText | None, Header(description="resume after this event")
+    ] = None,
     last_event_id_in_query: Annotated[
         EventIdText | None, Query(alias="last_event_id", description="the same")
     ] = None,
 ) -> Response:
-    """Watch a job as server-sent events, the last one of which is its end.
+    """Stream the events of a job as server-sent events, up to its terminal event.
 
-    While it waits, `queued` has its position. The other events are those of the contract. A stream
-    that was broken off is resumed with `Last-Event-ID`, at any gateway, for some minutes without
-    loss; after that, only the last event comes. A gateway that has started or lost its connection
-    meanwhile lacks the events of that time, but for the last one.
+    While the job is queued, `queued` events have its position. The other events are those of the
+    contract. A client can resume a broken stream with `Last-Event-ID` at any gateway. For some
+    minutes no event is lost; later, only the terminal event is sent. A gateway that has started or
+    lost its connection in between lacks the events of that time, except the terminal event.
     """
     last_read = last_event_id or last_event_id_in_query
     after = None if last_read is None else EventId.parse(last_read)
     view = await job.find()
     if after is not None and after.is_terminal:
-        # An EventSource does not connect again after 204.
+        # An EventSource does not reconnect after 204.
         return Response(status_code=HTTPStatus.NO_CONTENT)
     return EventStream(job_messages(job.jobs, view, after))
 
@@ -229,7 +233,7 @@ async def read_output(
     number: int,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Read the file of an image, for clients without a way to the object store."""
+    """Return the file of an output, for clients that cannot reach the object store."""
     event = (await job.find()).result
     if not isinstance(event, SucceededEvent) or not 0 <= number < len(event.outputs):
         raise not_found("this job has no such output")
@@ -243,14 +247,14 @@ async def read_output(
     return Response(content, media_type=output.media_type, headers=headers)
 
 
-@router.get("/v1/queue", summary="Look at the queues")
-async def look_at_queue(gateway: GatewayPart, caller: Authenticated) -> QueueDocument:
-    """Count what waits and runs: with API keys, of the own tenant only."""
+@router.get("/v1/queue", summary="Get the queues")
+async def get_queues(gateway: GatewayPart, caller: Authenticated) -> QueueDocument:
+    """Return the numbers of queued and running jobs; with API keys, only of the tenant."""
     numbers = await gateway.jobs.numbers(caller)
     return QueueDocument(tasks=[queue_of_task(task, numbers[task]) for task in Task])
 
 
 def _number(text: str) -> int | float:
-    """Read a JSON number with a fraction: 512.0 is the integer 512."""
+    """Parse a JSON number with a fraction; 512.0 becomes the integer 512."""
     number = float(text)
     return int(number) if number.is_integer() else number

@@ -1,8 +1,8 @@
-"""API keys: a file of their hashes, and the caller that a key of a request stands for.
+"""API keys: the key file, and the check of a request's key.
 
-The file is JSON. It holds the SHA-256 of each key, never a key: a key is 256 random bits, so its
-hash cannot be reversed by guessing. `consumer gateway keys` writes the file; a running gateway
-reads it again when it has changed.
+The file is JSON with the SHA-256 of each key, never the key. A key has 256 random bits, so its hash
+cannot be reversed by guessing. `consumer gateway keys` writes the file; a running gateway reads it
+again after a change.
 """
 
 import base64
@@ -36,7 +36,7 @@ from consumer.settings import SettingsError
 
 log = structlog.get_logger()
 
-KEY_BYTES = 32  # of randomness in a key
+KEY_BYTES = 32  # random bytes of a key
 TENANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 OPEN_CALLER = Caller(Tenant("open", OPEN_TAG, b"open"))  # without keys there is nothing to protect
 
@@ -48,11 +48,11 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 
 
 class KeysUnusable(SettingsError):  # noqa: N818 - names what has happened
-    """The file of keys cannot be read or is damaged; the text is one clear line."""
+    """The key file cannot be read or is damaged; the text is one line."""
 
 
 class KeyUnknown(SettingsError):  # noqa: N818 - names what has happened
-    """There is no key of this id."""
+    """No key has this id."""
 
 
 class _Part(BaseModel):
@@ -60,7 +60,7 @@ class _Part(BaseModel):
 
 
 class KeyBounds(_Part):
-    """`Bounds` as the file has them."""
+    """`Bounds` in the key file."""
 
     waiting: AtLeastOne | None = None
     per_minute: AtLeastOne | None = None
@@ -70,7 +70,7 @@ class KeyBounds(_Part):
 
 
 class TenantEntry(_Part):
-    """One tenant in the file. It stays when its last key is revoked: its jobs belong to its tag."""
+    """One tenant in the file. It remains without keys, because its jobs belong to its tag."""
 
     tag: Annotated[str, Field(pattern=rf"^[a-z0-9]{{{TAG_LENGTH}}}$")]
     secret: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(repr=False)
@@ -95,10 +95,10 @@ class Document(_Part):
 
 @dataclass(frozen=True)
 class NewKey:
-    """A key that was just made.
+    """A new key.
 
     Attributes:
-        text: What the caller sends; it is not kept anywhere.
+        text: The key that the caller sends; it is not stored.
     """
 
     id: str
@@ -106,10 +106,10 @@ class NewKey:
 
 
 class KeyFile:
-    """The file of keys on disk.
+    """The key file on disk.
 
     Args:
-        path: Created with mode 0600 by the first `add`.
+        path: Path of the file; the first `add` creates it with mode 0600.
     """
 
     def __init__(self, path: Path) -> None:
@@ -119,7 +119,7 @@ class KeyFile:
         """Read the file.
 
         Raises:
-            KeysUnusable: It is not there, cannot be read, is damaged, or everyone may write to it.
+            KeysUnusable: The file is missing, unreadable, damaged or world-writable.
         """
         try:
             with self.path.open("rb") as file:
@@ -131,11 +131,11 @@ class KeyFile:
         return _parsed(self.path, content)
 
     def add(self, tenant: str, bounds: Bounds) -> NewKey:
-        """Add a key to a tenant; a tenant of a new name is created.
+        """Add a key to a tenant, and create the tenant if it does not exist.
 
         Raises:
             KeysUnusable: The file or its folder cannot be used.
-            SettingsError: The tenant's name is not usable.
+            SettingsError: The name of the tenant is invalid.
         """
         if not re.fullmatch(TENANT_NAME, tenant):
             raise SettingsError("TENANT: 1-64 characters of A-Z a-z 0-9 . _ -")
@@ -177,10 +177,10 @@ class KeyFile:
 
     @contextmanager
     def _changing(self, *, create: bool = True) -> Iterator[Document]:
-        """Yield the file's content to be changed, then write it; one process at a time."""
+        """Yield the content of the file for changes, then write it, under an exclusive lock."""
         lock_path = self.path.with_name(f"{self.path.name}.lock")
         try:
-            # A separate file: the key file is replaced, and a lock on it would be lost.
+            # A separate lock file: writing replaces the key file, which would lose a lock on it.
             with open(  # Path.open takes no opener, which sets the mode from the start
                 lock_path, "a", opener=lambda path, flags: os.open(path, flags, _PRIVATE)
             ) as lock:
@@ -193,8 +193,8 @@ class KeyFile:
             raise KeysUnusable(f"GATEWAY_KEYS: {self.path}: {error.strerror}") from None
 
     def _write(self, document: Document) -> None:
-        """Write the file whole or not at all; its owner and mode stay."""
-        target = self.path.resolve()  # where it is a link, the link stays one
+        """Replace the file atomically; keep its owner and mode."""
+        target = self.path.resolve()  # replace the target of a symbolic link, not the link
         handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
         try:
             with os.fdopen(handle, "w") as file:
@@ -204,7 +204,7 @@ class KeyFile:
                     if os.geteuid() == 0:
                         os.fchown(file.fileno(), before.st_uid, before.st_gid)
                 text = document.model_dump_json(indent=2, exclude_defaults=True)
-                # `version` is a default, and what tells a later format apart.
+                # `version` has its default, so exclude_defaults has removed it.
                 file.write(json.dumps({"version": 1, **json.loads(text)}, indent=2) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -215,10 +215,10 @@ class KeyFile:
 
 
 class Keys:
-    """What a running gateway knows of the keys.
+    """The keys of a running gateway.
 
     Args:
-        path: The file; None: there are no keys, and every caller is the one open tenant.
+        path: The key file; None: no keys are needed, and every caller is the open tenant.
 
     Raises:
         KeysUnusable: The file cannot be used.
@@ -228,8 +228,8 @@ class Keys:
         self._file = None if path is None else KeyFile(path)
         self._seen = None if path is None else file_state(path)
         self._callers = {} if self._file is None else _callers(self._file.read())
-        self.usable = True  # whether the file could be read when it was read last
-        self._logged = ""  # why it could not; the same reason is logged once
+        self.usable = True  # whether the last read of the file succeeded
+        self._logged = ""  # the last logged reason; a repeated reason is not logged again
 
     @property
     def open(self) -> bool:
@@ -237,10 +237,10 @@ class Keys:
         return self._file is None
 
     def caller(self, authorization: str | None) -> Caller:
-        """Find out who a caller is.
+        """Return the caller of a request.
 
         Args:
-            authorization: The header of this name, as the caller sent it.
+            authorization: The value of the header `Authorization`.
 
         Raises:
             ApiError: 401 without a valid key; 503 while the file cannot be used.
@@ -249,7 +249,7 @@ class Keys:
             return OPEN_CALLER
         self.reload()
         if not self.usable:
-            # Keys that were valid before may have been revoked by the change that cannot be read.
+            # The change that cannot be read may have revoked keys that were valid before.
             raise ApiError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "the gateway cannot read its API keys: try again later",
@@ -266,7 +266,7 @@ class Keys:
         return caller
 
     def reload(self) -> None:
-        """Read the file if it has changed since it was read last, or could not be read then."""
+        """Read the file again if it has changed, or if the last read failed."""
         if self._file is None:
             return
         seen = file_state(self._file.path)
@@ -293,7 +293,7 @@ class _Unauthorized(ApiError):  # noqa: N818 - as ApiError's other causes
 
     @property
     def headers(self) -> dict[str, str]:
-        """Also how to send a key."""
+        """The headers of the response, with the authentication scheme."""
         return {**super().headers, "www-authenticate": "Bearer"}
 
 
@@ -308,9 +308,9 @@ async def authenticate(
     request: Request,
     _described: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Caller:
-    """Return who sends this request: the dependency of every route that belongs to a tenant.
+    """Return the caller of a request: a dependency of every route that needs a key.
 
-    `KeyCheck` has checked the key before the body was read.
+    The middleware `KeyCheck` has checked the key before the body was read.
     """
     caller: Caller = request.state.caller
     return caller
@@ -320,7 +320,7 @@ Authenticated = Annotated[Caller, Depends(authenticate)]
 
 
 def hash_of(key: str) -> str:
-    """Return what the file has of a key."""
+    """Return the hash of a key, as in the key file."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -329,7 +329,7 @@ def _random_text() -> str:
 
 
 def _unused(taken: set[str]) -> str:
-    """Draw eight characters that are not in use."""
+    """Return a random id of eight characters that is not in use."""
     while True:
         drawn = "".join(secrets.choice(_ALPHABET) for _ in range(TAG_LENGTH))
         if drawn not in taken:

@@ -1,7 +1,7 @@
 """The Prometheus metrics of one gateway.
 
-A label never has a path, an id, a key or a tenant: routes are templates, and methods, statuses and
-codes are few.
+No label contains a path, an id, a key or a tenant. Routes are templates, and there are few methods,
+statuses and codes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,13 +22,13 @@ from prometheus_client.registry import Collector
 from consumer.media.provenance import SOFTWARE
 from consumer.telemetry import LogStream
 
-# Seconds. A page takes one millisecond, an image in a long queue hours.
+# Seconds. A page takes 1 ms; an image in a long queue takes hours.
 _BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
-# Codes of error answers. They are shown from the start, at 0: an increase from nothing to 1 is none
-# to Prometheus, so the first refusal would be missed.
+# Codes of error responses. Their series start at 0: Prometheus sees no increase when a series
+# appears with the value 1, so it would miss the first error.
 _REASONS = (
     "bound_exceeded",
     "gateway_busy",
@@ -54,35 +54,35 @@ class GatewayMetrics:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "generation_gateway_requests",
-            "HTTP requests that have ended, by route and status",
+            "Finished HTTP requests, by method, route and status",
             ["method", "route", "status"],
             registry=self.registry,
         )
         self._seconds = Histogram(
             "generation_gateway_request_seconds",
-            "From the beginning of a request to the end of its answer; streams included",
+            "Time from the start of a request to the end of its response, including streams",
             ["route"],
             registry=self.registry,
             buckets=_BUCKETS,
         )
         self._in_flight = Gauge(
             "generation_gateway_requests_in_flight",
-            "HTTP requests that are in progress, streams included",
+            "HTTP requests in progress, including streams",
             registry=self.registry,
         )
         self._streams = Gauge(
             "generation_gateway_streams",
-            "Streams of events that clients read now",
+            "Open event streams",
             registry=self.registry,
         )
         self._events = Gauge(
             "generation_gateway_event_log_bytes",
-            "Events that are kept so that streams can be resumed",
+            "Size of the events that are kept to resume streams",
             registry=self.registry,
         )
         self._refused = Counter(
             "generation_gateway_refused",
-            "Requests that were answered with an error, by its code",
+            "Error responses, by error code",
             ["reason"],
             registry=self.registry,
         )
@@ -90,11 +90,11 @@ class GatewayMetrics:
             self._refused.labels(reason)
         self._conditions = Gauge(
             "generation_gateway_ready_condition",
-            "1 while a condition of readiness holds",
+            "1 while a readiness condition is met",
             ["condition"],
             registry=self.registry,
         )
-        build = Info("generation_gateway_build", "The gateway", registry=self.registry)
+        build = Info("generation_gateway_build", "The version", registry=self.registry)
         build.info({"version": version(SOFTWARE)})
         self.registry.register(_LostLogLines())
         ProcessCollector(registry=self.registry)
@@ -103,17 +103,17 @@ class GatewayMetrics:
         """Count one request.
 
         Args:
-            method: Of HTTP; any text.
-            route: The template of its path.
-            status: 499 where the client went away before the answer.
-            seconds: To the end of the answer.
+            method: HTTP method; may be any text.
+            route: Template of the path.
+            status: HTTP status; 499 if the client disconnected before the response.
+            seconds: Time to the end of the response.
         """
         known = method if method in _METHODS else "other"
         self._requests.labels(known, route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def refused(self, reason: str) -> None:
-        """Count an error answer by its code."""
+        """Count an error response by its code."""
         self._refused.labels(reason).inc()
 
     def exposition(
@@ -127,10 +127,10 @@ class GatewayMetrics:
         """Return all metrics as Prometheus text.
 
         Args:
-            requests: In progress now.
-            streams: Of these, the streams of events.
-            event_bytes: Of the events that are kept.
-            conditions: Why a condition of readiness does not hold; None: it holds.
+            requests: Number of requests in progress.
+            streams: Number of open event streams.
+            event_bytes: Bytes of the kept events.
+            conditions: Readiness conditions: None, or the reason why a condition is not met.
         """
         self._in_flight.set(requests)
         self._streams.set(streams)
@@ -141,12 +141,12 @@ class GatewayMetrics:
 
 
 class _LostLogLines(Collector):
-    """Shows how many log lines could not be written."""
+    """Collects the number of lost log lines at each scrape."""
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the one counter."""
+        """Yield the counter."""
         yield CounterMetricFamily(
             "generation_gateway_lost_log_lines",
-            "Log lines that could not be written: no reader, a full disk or a full pipe",
+            "Log lines that could not be written: closed pipe, full pipe or full disk",
             value=LogStream.lost_lines,
         )

@@ -1,4 +1,4 @@
-"""ASGI middleware: access log, API keys, limits of bodies, the answer to unknown errors."""
+"""ASGI middleware: access log, API keys, body limits, and the response to unhandled exceptions."""
 
 import math
 import time
@@ -17,8 +17,8 @@ from consumer.gateway.keys import Keys
 
 log = structlog.get_logger()
 
-MAX_DIGITS = 18  # of a length that can be meant
-UNMATCHED = "unmatched"  # a path in the log could hold anything
+MAX_DIGITS = 18  # digits of a plausible content length
+UNMATCHED = "unmatched"  # replaces a path without a route, which could contain any text
 WITHOUT_KEY = ("/", "/docs", "/openapi.json", *ALWAYS_ANSWERED)
 PAGE_FILES = "/page/"
 
@@ -28,11 +28,11 @@ class HandledRequest:
     """One HTTP request, for the access log and metrics.
 
     Attributes:
-        route: The template of the path, never the path itself.
-        status: 499 where the client has disconnected before the answer.
-        seconds: From the first byte of the request to the last byte of the answer.
-        received: Bytes of the body.
-        sent: Bytes of the answer's body.
+        route: Template of the path, never the path itself.
+        status: HTTP status; 499 if the client disconnected before the response.
+        seconds: Time from the first byte of the request to the last byte of the response.
+        received: Bytes of the request body.
+        sent: Bytes of the response body.
     """
 
     method: str
@@ -50,7 +50,7 @@ Observe = Callable[[HandledRequest], None]
 
 
 def log_request(request: HandledRequest) -> None:
-    """Write one line of the access log; those of probes are for debugging only."""
+    """Write one line of the access log; requests of probes are logged at DEBUG."""
     write = log.debug if request.route in ALWAYS_ANSWERED else log.info
     write(
         "http_request",
@@ -66,11 +66,11 @@ def log_request(request: HandledRequest) -> None:
 
 
 class RequestLog:
-    """Observes each request when it has ended, and adds `X-Request-Id` to its answer.
+    """Reports each finished request, and adds `X-Request-Id` to its response.
 
     Args:
-        app: The application behind it.
-        observers: Called with each request that has ended.
+        app: The wrapped application.
+        observers: Called with each finished request.
     """
 
     def __init__(self, app: ASGIApp, observers: Sequence[Observe]) -> None:
@@ -109,13 +109,13 @@ class RequestLog:
 
 
 class KeyCheck:
-    """Refuses requests without a valid API key before anything reads their bodies.
+    """Refuses requests without a valid API key before their bodies are read.
 
-    The caller is left in `request.state.caller`, the key's id in `request.state.key_id`.
-    `UnknownErrors` must be around it and answers what it raises.
+    Sets `request.state.caller` and, to the id of the key, `request.state.key_id`. `UnknownErrors`
+    must wrap this middleware; it converts the raised errors to responses.
 
     Args:
-        app: The application behind it.
+        app: The wrapped application.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -135,10 +135,10 @@ class KeyCheck:
 
 
 class UnknownErrors:
-    """Answers what the application has raised and nothing else handles; mostly with 500.
+    """Converts unhandled exceptions of the application to error responses, mostly 500.
 
     Args:
-        app: The application behind it.
+        app: The wrapped application.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -155,22 +155,22 @@ class UnknownErrors:
 
         try:
             await self._app(scope, receive, noted_send)
-        except Exception as error:  # noqa: BLE001 - the last place that can answer
+        except Exception as error:  # noqa: BLE001 - the outermost handler
             answer = error_response(as_api_error(error))
-            if not started:  # an answer that has begun stays incomplete, and the client sees that
+            if not started:  # a started response remains incomplete, which the client detects
                 await answer(scope, receive, send)
 
 
 class BodyLimit:
-    """Answers 413 to a body that is too large, and 503 where all bodies together are.
+    """Answers 413 to a body that is too large, and 503 if all bodies together are too large.
 
-    It does so before a body is read completely. A body counts until its request ends, because the
-    application keeps it for so long.
+    It responds before the body is read completely. A body counts until its request ends, because
+    the application keeps the body in memory until then.
 
     Args:
-        app: The application behind it.
-        most_bytes: The largest body.
-        most_in_all: The largest sum of the bodies of all requests in progress.
+        app: The wrapped application.
+        most_bytes: Largest body, in bytes.
+        most_in_all: Largest sum of the bodies of all requests in progress, in bytes.
     """
 
     def __init__(self, app: ASGIApp, most_bytes: int, most_in_all: int) -> None:
@@ -190,7 +190,7 @@ class BodyLimit:
 
         async def limited_receive() -> Message:
             nonlocal received
-            # FastAPI answers 400 to every other exception while it reads a body.
+            # HTTPException, because FastAPI turns any other exception while reading into 400.
             if too_large:
                 raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
             message = await receive()
@@ -210,7 +210,7 @@ class BodyLimit:
 
 
 def _needs_key(path: str) -> bool:
-    # A path with one more slash is redirected to the one without.
+    # The router redirects a path with a trailing slash to the path without it.
     return (path.rstrip("/") or "/") not in WITHOUT_KEY and not path.startswith(PAGE_FILES)
 
 

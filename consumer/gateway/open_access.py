@@ -1,8 +1,8 @@
-"""Access without keys: for programs and pages of this machine only.
+"""Access without keys, for programs and web pages of this machine only.
 
-A gateway without keys listens on loopback. That alone does not stop a web page that a browser of
-this machine shows: the page may post a form here, or have its own name resolve to 127.0.0.1. So the
-host that is asked for, and the page that posts, must be of this machine.
+A gateway without keys listens on loopback. This does not stop web pages in a browser on this
+machine: a page can post a form to the gateway, or let its domain resolve to 127.0.0.1. So the
+middleware checks that the headers `Host` and `Origin` name this machine.
 """
 
 import ipaddress
@@ -19,11 +19,11 @@ _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class LoopbackOnly:
-    """Answers 403 to requests for other hosts, and to what pages of other hosts post.
+    """Answers 403 to requests for other hosts, and to posts from pages of other hosts.
 
     Args:
-        app: The application behind it.
-        origins: Of pages that may post nevertheless.
+        app: The wrapped application.
+        origins: Origins of other hosts that may post.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str] = ()) -> None:
@@ -61,7 +61,7 @@ class LoopbackOnly:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address stays on this machine."""
+    """Return whether a host name or address is of this machine."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` as OpenAI's clients use it, for questions about images."""
+"""`/v1/chat/completions` of OpenAI's API, for prompts about images."""
 
 import hashlib
 import secrets
@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from consumer.gateway.answers import described, json_answer
 from consumer.gateway.chat_parameters import NAMES, ChatParameters
-from consumer.gateway.contract import in_callers_words
+from consumer.gateway.contract import with_request_names
 from consumer.gateway.errors import ApiError
 from consumer.gateway.sse import DONE, EventStream, sse_message
 from consumer.gateway.text_stream import TextStream
@@ -32,7 +32,7 @@ class ChatUsage(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """What the model says."""
+    """The message of the model."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -47,42 +47,42 @@ class ChatChoice(BaseModel):
 
 
 class ChatAnswer(BaseModel):
-    """The text."""
+    """A chat completion."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int = Field(description="Unix time in seconds")
-    model: str = Field(description="the one that has run")
+    model: str = Field(description="the model that has run")
     choices: list[ChatChoice]
     usage: ChatUsage
-    metadata: dict[str, str] = Field(description="the request's")
-    seed: int | None = Field(default=None, description="absent where nothing was drawn by chance")
-    warnings: tuple[str, ...] = Field(description="what was done otherwise than asked")
+    metadata: dict[str, str] = Field(description="metadata of the request")
+    seed: int | None = Field(default=None, description="absent without random sampling")
+    warnings: tuple[str, ...] = Field(description="where the output differs from the request")
 
 
 @router.post(
     "/v1/chat/completions",
-    summary="Ask about images",
+    summary="Generate a text about images",
     responses=described(ChatAnswer, streams=True),
 )
 async def complete_chat(sender: SenderPart, parameters: ChatParameters) -> Response:
-    """Answer a question about images: one user message, after at most one system message.
+    """Generate a text about images: one user message, after at most one system message.
 
-    The text of all text parts together is the question; the images come in their order. With
-    `stream` the answer consists of server-sent events.
+    The prompt is the text of all text parts; the images keep their order. With `stream` the
+    response consists of server-sent events.
     """
     sender.require_room(sum(len(url) for url in parameters.messages[-1].images))
-    wanted = parameters.to_request(drawn_seed=_seed(sender.preferences.idempotency_key))
+    request = parameters.to_request(drawn_seed=_seed(sender.preferences.idempotency_key))
     model = await sender.gateway.catalogue.name_of(parameters.model, Task.IMAGE_TO_TEXT)
     try:
-        call = await sender.submit(wanted)
+        call = await sender.submit(request)
         if sender.preferences.respond_async:
             return await call.accepted()
         if parameters.stream:
             return EventStream(_stream(call, parameters, model), on_disconnect=call.abandon)
         event = await call.result()
     except ApiError as error:
-        raise in_callers_words(error, NAMES) from None
+        raise with_request_names(error, NAMES) from None
     output = _text(event)
     return json_answer(
         ChatAnswer(
@@ -103,7 +103,10 @@ async def complete_chat(sender: SenderPart, parameters: ChatParameters) -> Respo
 
 
 def _seed(idempotency_key: str | None) -> int:
-    """Draw a seed; the same one for the same idempotency key, whose request must not differ."""
+    """Return a random seed, or a seed derived from the idempotency key.
+
+    A repeated request must be identical to the first, so its seed must not differ.
+    """
     if idempotency_key is None:
         return secrets.randbelow(MAX_SEED + 1)
     return int.from_bytes(hashlib.sha256(idempotency_key.encode()).digest()[:4])
@@ -111,10 +114,10 @@ def _seed(idempotency_key: str | None) -> int:
 
 @dataclass
 class _Chunks:
-    """Makes the chunks of one stream.
+    """Builds the chunks of one stream.
 
     Attributes:
-        model: The one that runs; until its name is known, the one that was asked for.
+        model: The name of the running model; before it is known, the requested name.
         created: Unix time in seconds; 0 until the first event.
     """
 
@@ -124,7 +127,7 @@ class _Chunks:
     created: int = 0
 
     def delta(self, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        """Make a chunk that adds to the message."""
+        """Return a chunk that adds to the message."""
         choice = {
             "index": 0,
             "delta": delta,
@@ -135,7 +138,7 @@ class _Chunks:
         return self._chunk(choices=[choice], **usage)
 
     def usage(self, output: TextOutput) -> bytes:
-        """Make the last chunk, which has no choices."""
+        """Return the last chunk, which has no choices."""
         return self._chunk(choices=[], usage=_usage(output).model_dump())
 
     def _chunk(self, **fields: Any) -> bytes:
@@ -177,7 +180,7 @@ async def _stream(
                     if chunks.with_usage:
                         yield chunks.usage(output)
     except ApiError as error:
-        raise in_callers_words(error, NAMES) from None
+        raise with_request_names(error, NAMES) from None
     yield DONE
 
 

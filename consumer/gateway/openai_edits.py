@@ -1,4 +1,4 @@
-"""`/v1/images/edits` as OpenAI's clients use it: images and a mask, as files or in JSON."""
+"""`/v1/images/edits` of OpenAI's API: images and a mask, as files or in JSON."""
 
 import json
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from consumer.gateway.waiting import SenderPart
 from generation_contracts import TextToImageRequest
 from generation_contracts.requests import MAX_IMAGES
 
-EDIT = "image_edit"  # what the types of its events begin with
-MAX_FIELDS = 64  # of a form
+EDIT = "image_edit"  # prefix of the event types of a stream
+MAX_FIELDS = 64  # fields of a form
 _FILES = ("image", "image[]", "mask")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
@@ -26,7 +26,7 @@ router = APIRouter(tags=["OpenAI"])
 
 
 class EditParameters(ImageParameters):
-    """What is to be made of the images."""
+    """The parameters of an image edit."""
 
     fixed: ClassVar[Mapping[str, Fixed]] = {**ImageParameters.fixed, "input_fidelity": Fixed()}
 
@@ -35,10 +35,10 @@ class EditParameters(ImageParameters):
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """The images of a request: the content of a file, or a URL.
+    """The images of a request: the content of files, or URLs.
 
     Attributes:
-        mask: Its transparent pixels are where the first image is to be changed.
+        mask: Its transparent pixels mark the area of the first image to change.
     """
 
     images: tuple[bytes | str, ...]
@@ -46,19 +46,19 @@ class ImageInputs:
 
 
 def request_with_images(parameters: EditParameters, inputs: ImageInputs) -> TextToImageRequest:
-    """Make the request of the contract: the one place that decides whether images can be inputs.
+    """Return the request of the contract, or refuse images as inputs.
 
     Raises:
         ApiError: 400: no model takes images yet.
     """
-    parameters.to_request()  # whatever else is wrong is reported first
+    parameters.to_request()  # first report other errors
     if inputs.images:
         raise unsupported("image", "no model here takes images as input")
     raise invalid("image: is missing", param="image")
 
 
 def _body_schema() -> dict[str, Any]:
-    """Describe the two forms of the body, for the OpenAPI document."""
+    """Return the OpenAPI schema of both forms of the body."""
     schema = EditParameters.model_json_schema()
     fields, url = schema["properties"], {"type": "string"}
     images = {"image": {"anyOf": [url, {"type": "array", "items": url}]}, "mask": url}
@@ -80,10 +80,10 @@ def _body_schema() -> dict[str, Any]:
     openapi_extra={"requestBody": _body_schema()},
 )
 async def edit_images(http: Request, sender: SenderPart) -> Response:
-    """Change images. No model takes images as input yet, so the answer is a 400 that says so."""
+    """Change images. No model accepts images as input yet, so the response is a 400 error."""
     parameters, inputs = await _read(http)
-    wanted = request_with_images(parameters, inputs)
-    return await answer(sender, parameters, wanted, kind=EDIT)
+    request = request_with_images(parameters, inputs)
+    return await answer(sender, parameters, request, kind=EDIT)
 
 
 async def _read(http: Request) -> tuple[EditParameters, ImageInputs]:
@@ -132,9 +132,9 @@ def _from_json(body: bytes) -> tuple[EditParameters, ImageInputs]:
 
 
 def _urls(name: str, value: Any) -> tuple[str, ...]:
-    """Read `"data:…"`, `{"image_url": …}` or a list of these."""
-    each = value if isinstance(value, (list, tuple)) else [value]
-    urls = [one.get("image_url") if isinstance(one, Mapping) else one for one in each]
+    """Return the URLs of `"data:…"`, `{"image_url": …}` or a list of these."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    urls = [item.get("image_url") if isinstance(item, Mapping) else item for item in items]
     usable = [url for url in urls if str(url).startswith(("data:", "https://"))]
     if len(usable) < len(urls):
         raise invalid(f"{name}: must be data: or https:// URLs", param=name)

@@ -1,4 +1,4 @@
-"""`/v1/images/generations` as OpenAI's clients use it, and what its edits share with it."""
+"""`/v1/images/generations` of OpenAI's API, and the responses that image edits share with it."""
 
 import base64
 from collections.abc import AsyncGenerator
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from consumer.gateway.answers import described, json_answer
-from consumer.gateway.contract import in_callers_words
+from consumer.gateway.contract import with_request_names
 from consumer.gateway.errors import ApiError
 from consumer.gateway.openai_parameters import AUTO, ImageParameters
 from consumer.gateway.results import require_address
@@ -23,7 +23,7 @@ from generation_contracts import (
     TextToImageRequest,
 )
 
-GENERATION = "image_generation"  # what the types of its events begin with
+GENERATION = "image_generation"  # prefix of the event types of a stream
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -50,7 +50,7 @@ class ImageData(BaseModel):
     b64_json: str | None = Field(default=None, description="the file, base64")
     url: str | None = Field(default=None, description="with `response_format: url`")
     seed: int
-    flagged: bool | None = Field(default=None, description="what a safety checker says")
+    flagged: bool | None = Field(default=None, description="result of the safety checker")
 
 
 class ImagesAnswer(BaseModel):
@@ -62,49 +62,50 @@ class ImagesAnswer(BaseModel):
     output_format: str
     size: str
     usage: ImageUsage = ImageUsage()
-    model: str = Field(description="the one that has run")
-    warnings: tuple[str, ...] = Field(description="what was done otherwise than asked")
+    model: str = Field(description="the model that has run")
+    warnings: tuple[str, ...] = Field(description="where the output differs from the request")
 
 
 IMAGES_ANSWERS = described(ImagesAnswer, streams=True)
 
 
 @router.post(
-    "/v1/images/generations", summary="Make images from a prompt", responses=IMAGES_ANSWERS
+    "/v1/images/generations", summary="Generate images from a prompt", responses=IMAGES_ANSWERS
 )
 async def generate_images(sender: SenderPart, parameters: ImageParameters) -> Response:
-    """Make images; the answer has them as base64, or as URLs with `response_format: url`.
+    """Generate images; the response has base64, or URLs with `response_format: url`.
 
-    With `stream` the answer consists of server-sent events, with up to `partial_images` previews.
+    With `stream` the response consists of server-sent events, with at most `partial_images`
+    previews.
     """
-    wanted = parameters.to_request()
-    return await answer(sender, parameters, wanted, kind=GENERATION)
+    request = parameters.to_request()
+    return await answer(sender, parameters, request, kind=GENERATION)
 
 
 async def answer(
-    sender: Sender, parameters: ImageParameters, wanted: TextToImageRequest, *, kind: str
+    sender: Sender, parameters: ImageParameters, request: TextToImageRequest, *, kind: str
 ) -> Response:
-    """Queue a request and answer as the caller wishes.
+    """Queue a request and return its images, its event stream, or its job.
 
     Args:
-        sender: Who has sent it.
-        parameters: What was asked for, in the words of OpenAI's API.
-        wanted: The same in the words of the contract.
-        kind: What the types of the stream's events begin with.
+        sender: The client of the HTTP request.
+        parameters: The body of the HTTP request.
+        request: The request of the contract.
+        kind: Prefix of the event types of a stream.
 
     Raises:
-        ApiError: With the parameters' names in the words of OpenAI's API.
+        ApiError: `param` is the name of OpenAI's parameter.
     """
     await sender.gateway.catalogue.name_of(parameters.model, Task.TEXT_TO_IMAGE)
     try:
-        call = await sender.submit(wanted)
+        call = await sender.submit(request)
         if sender.preferences.respond_async:
             return await call.accepted()
         if parameters.stream:
             return EventStream(_stream(call, parameters, kind), on_disconnect=call.abandon)
         event = await call.result()
     except ApiError as error:
-        raise in_callers_words(error, parameters.names) from None
+        raise with_request_names(error, parameters.names) from None
     by_url = parameters.response_format == "url"
     outputs = _images(event)
     return json_answer(
@@ -135,34 +136,37 @@ async def _stream(
     try:
         async with aclosing(call.events()) as events:
             async for event in events:
-                if isinstance(event, ProgressEvent) and previews.takes(event):
-                    yield _partial(event, previews.taken - 1, parameters, kind)
+                if isinstance(event, ProgressEvent) and previews.select(event):
+                    yield _partial(event, previews.selected - 1, parameters, kind)
                 elif isinstance(event, SucceededEvent):
                     for number in range(len(_images(event))):
                         yield await _completed(call, event, number, kind)
     except ApiError as error:
-        raise in_callers_words(error, parameters.names) from None
+        raise with_request_names(error, parameters.names) from None
     yield DONE
 
 
 class PreviewChoice:
-    """Chooses at most so many previews, evenly over the steps of a run.
+    """Selects previews evenly over the steps of a run.
+
+    Args:
+        most: Largest number of previews.
 
     Attributes:
-        taken: How many have been chosen.
+        selected: Number of previews that have been selected.
     """
 
     def __init__(self, most: int) -> None:
-        self.taken = 0
+        self.selected = 0
         self._most = most
 
-    def takes(self, event: ProgressEvent) -> bool:
-        """Whether to send the preview of an event."""
-        if event.preview is None or self.taken >= self._most:
+    def select(self, event: ProgressEvent) -> bool:
+        """Return whether to send the preview of an event, and count it."""
+        if event.preview is None or self.selected >= self._most:
             return False
-        if event.step * (self._most + 1) < event.of * (self.taken + 1):
+        if event.step * (self._most + 1) < event.of * (self.selected + 1):
             return False
-        self.taken += 1
+        self.selected += 1
         return True
 
 

@@ -1,4 +1,4 @@
-"""`/v1/models` as OpenAI's clients use it."""
+"""`/v1/models` of OpenAI's API."""
 
 from typing import Literal
 
@@ -18,11 +18,11 @@ router = APIRouter(tags=["OpenAI"])
 class ModelDocument(BaseModel):
     """A model."""
 
-    id: str = Field(description="for `model` in requests")
+    id: str = Field(description="value of `model` in requests")
     object: Literal["model"] = "model"
     created: int = Field(description="Unix time in seconds")
     owned_by: str = OWNER
-    tasks: list[Task] = Field(description="what it does")
+    tasks: list[Task] = Field(description="the tasks of the model")
 
 
 class ModelList(BaseModel):
@@ -38,13 +38,13 @@ async def list_models(gateway: GatewayPart, caller: Authenticated) -> ModelList:
     return ModelList(data=_documents(await gateway.catalogue.models()))
 
 
-@router.get("/v1/models/{model:path}", summary="Look at one model")
+@router.get("/v1/models/{model:path}", summary="Get a model")
 async def get_model(
     gateway: GatewayPart,
     caller: Authenticated,  # noqa: ARG001 - a key is needed
     model: str,
 ) -> ModelDocument:
-    """Look at one model."""
+    """Return one model."""
     for document in _documents(await gateway.catalogue.models()):
         if document.id == model:
             return document
@@ -52,7 +52,7 @@ async def get_model(
 
 
 def _documents(models: list[Model]) -> list[ModelDocument]:
-    """Describe each name once: models of two tasks may have the same name."""
+    """Return one document for each name; models of two tasks may have the same name."""
     documents: dict[str, ModelDocument] = {}
     for model in models:
         new = ModelDocument(id=model.name, created=model.created, tasks=[])

@@ -1,4 +1,4 @@
-"""The parameters of OpenAI's image endpoints, and what of them can be done."""
+"""The parameters of OpenAI's image endpoints, and their translation to the contract."""
 
 import json
 import re
@@ -44,11 +44,11 @@ Identifier = Annotated[str, StringConstraints(max_length=512)]
 
 @dataclass(frozen=True)
 class Fixed:
-    """A parameter that would change the output, and that only these values leave as it is.
+    """A parameter that may have only values that do not change the output.
 
     Attributes:
-        values: The first one is OpenAI's default; none: the parameter is not supported.
-        advice: Ends the message to the caller.
+        values: The accepted values, OpenAI's default first; empty: the parameter is not supported.
+        advice: Text after the error message.
     """
 
     values: tuple[Any, ...] = ()
@@ -62,10 +62,10 @@ class Fixed:
 
 
 class OpenAIBody(BaseModel):
-    """A body as OpenAI's clients send it: null stands for a field that is absent.
+    """A body of OpenAI's API, in which a null field counts as absent.
 
     Attributes:
-        fixed: The parameters that cannot be chosen freely.
+        fixed: The parameters that accept only fixed values.
     """
 
     model_config = ConfigDict(
@@ -74,7 +74,7 @@ class OpenAIBody(BaseModel):
     fixed: ClassVar[Mapping[str, Fixed]] = {}
 
     def require_supported(self) -> None:
-        """Check what this service cannot do whatever the model.
+        """Check the parameters that this service cannot support with any model.
 
         Raises:
             ApiError: 400 that names the parameter.
@@ -88,7 +88,7 @@ class OpenAIBody(BaseModel):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Describe the fixed parameters by their values."""
+        """Return the JSON Schema, with the accepted values of the fixed parameters."""
         schema = handler(core_schema)
         properties = handler.resolve_ref_schema(schema).get("properties", {})
         for name, fixed in cls.fixed.items():
@@ -104,9 +104,9 @@ class OpenAIBody(BaseModel):
 
 
 class ImageParameters(OpenAIBody):
-    """What images are to be made, in the words of OpenAI's API.
+    """The body of an image generation.
 
-    The fields after `partial_images` are of this service; OpenAI's clients send them by
+    The fields after `partial_images` are extensions of this service. OpenAI's clients send them in
     `extra_body`.
     """
 
@@ -124,7 +124,7 @@ class ImageParameters(OpenAIBody):
     )
     size: Word | None = Field(
         default=None,
-        description="`WIDTHxHEIGHT` in pixels; `auto` is the model's own",
+        description="`WIDTHxHEIGHT` in pixels; `auto` is the model's default",
         json_schema_extra={"pattern": "^(|auto|[0-9]{1,5}x[0-9]{1,5})$"},
     )
     quality: Word | None = None
@@ -138,7 +138,7 @@ class ImageParameters(OpenAIBody):
     moderation: Word | None = Field(default=None, description="has no effect")
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(
-        default=None, description="previews in the stream, at most"
+        default=None, description="most previews in the stream"
     )
 
     negative_prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT)] | None = None
@@ -154,7 +154,7 @@ class ImageParameters(OpenAIBody):
     )
 
     def to_request(self) -> TextToImageRequest:
-        """Make the request of the contract.
+        """Return the request of the contract.
 
         Raises:
             ApiError: 400 that names the parameter.
@@ -181,13 +181,13 @@ class ImageParameters(OpenAIBody):
 
     @property
     def names(self) -> dict[str, str]:
-        """What the caller calls the fields of the contract."""
+        """The names of the contract's fields in this body."""
         by_size = {} if self._size is None else {"width": "size", "height": "size"}
         return {"num_images": "n", **by_size}
 
     @property
     def shown_size(self) -> str:
-        """The size as far as the request says it."""
+        """The requested size; `auto` if a side is left to the model."""
         width, height = self._sides()
         return AUTO if width is None or height is None else f"{width}x{height}"
 
@@ -204,9 +204,9 @@ class ImageParameters(OpenAIBody):
         size = self._size
         if size is None:
             return self.width, self.height
-        for name, side, wanted in zip(
+        for name, side, given in zip(
             ("width", "height"), size, (self.width, self.height), strict=True
         ):
-            if wanted not in {None, side}:
-                raise invalid(f"{name}: is not that of size", param=name)
+            if given not in {None, side}:
+                raise invalid(f"{name}: differs from size", param=name)
         return size

@@ -1,7 +1,7 @@
 """The live page at `/` and the API reference at `/docs`: static files of the package.
 
-Nothing is built and nothing comes from elsewhere, so both work without the Internet. The files are
-read once, when the module is imported.
+The pages need no build step and load nothing from other hosts, so they work offline. The module
+reads the files once, when it is imported.
 """
 
 import gzip
@@ -32,7 +32,7 @@ _POLICY = {
     "base-uri": "'none'",
     "form-action": "'none'",
     "frame-ancestors": "'none'",
-    "require-trusted-types-for": "'script'",  # no text becomes markup or code
+    "require-trusted-types-for": "'script'",  # scripts cannot turn text into markup or code
     "trusted-types": "'none'",
 }
 CONTENT_SECURITY_POLICY = "; ".join(f"{name} {value}" for name, value in _POLICY.items())
@@ -45,7 +45,7 @@ SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
 }
-_REVALIDATE = "no-cache"  # a new version is used at once; the ETag spares the transfer
+_REVALIDATE = "no-cache"  # browsers use a new version at once; the ETag avoids transfers
 
 router = APIRouter(include_in_schema=False)
 
@@ -55,7 +55,7 @@ class StaticFile:
     """One file of the page.
 
     Attributes:
-        etag: Weak: it stands for the plain and the compressed form.
+        etag: Weak, because it covers the plain and the compressed form.
     """
 
     content: bytes
@@ -65,11 +65,11 @@ class StaticFile:
 
     @classmethod
     def of(cls, name: str, content: bytes) -> "StaticFile":
-        """Prepare a file.
+        """Return a file with its compressed form, media type and entity tag.
 
         Args:
-            name: Its ending says the media type.
-            content: Of the file.
+            name: File name; its suffix determines the media type.
+            content: Content of the file.
         """
         return cls(
             content=content,
@@ -92,22 +92,22 @@ FILES = _load()
 @router.api_route("/", methods=["GET", "HEAD"])
 async def live_page(request: Request) -> Response:
     """Serve the live page."""
-    return _answer("index.html", request.headers)
+    return _respond("index.html", request.headers)
 
 
 @router.api_route("/docs", methods=["GET", "HEAD"])
 async def api_reference(request: Request) -> Response:
-    """Serve the page that shows /openapi.json."""
-    return _answer("docs.html", request.headers)
+    """Serve the API reference, which renders /openapi.json."""
+    return _respond("docs.html", request.headers)
 
 
 @router.api_route("/page/{name}", methods=["GET", "HEAD"])
 async def page_file(name: str, request: Request) -> Response:
     """Serve a script, style or image of the pages."""
-    return _answer(name, request.headers)
+    return _respond(name, request.headers)
 
 
-def _answer(name: str, asked: Headers) -> Response:
+def _respond(name: str, request_headers: Headers) -> Response:
     file = FILES.get(name)
     if file is None:
         raise not_found("there is no such file")
@@ -117,10 +117,10 @@ def _answer(name: str, asked: Headers) -> Response:
         "etag": file.etag,
         "vary": "accept-encoding",
     }
-    if matches(asked.get("if-none-match", ""), file.etag):
+    if matches(request_headers.get("if-none-match", ""), file.etag):
         return Response(status_code=304, headers=headers)
     content = file.content
-    if "gzip" in asked.get("accept-encoding", ""):
+    if "gzip" in request_headers.get("accept-encoding", ""):
         content = file.compressed
         headers["content-encoding"] = "gzip"
     return Response(content, media_type=file.media_type, headers=headers)

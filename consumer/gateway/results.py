@@ -1,4 +1,4 @@
-"""Stored results, looked up by the ids of their jobs."""
+"""Reading of stored results by job id."""
 
 import asyncio
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from generation_contracts import ImageArtifact, Task
 
 log = structlog.get_logger()
 
-RECONNECT_WITHIN = 2.0  # seconds; a broker that restarts is back in less
-LOOKUPS = 32  # at a time: after an outage everyone who waits looks at once
+RECONNECT_WITHIN = 2.0  # seconds; a restarting broker is available in less
+LOOKUPS = 32  # concurrent reads: after an outage all waiting calls read at once
 
 
 class Results:
@@ -33,12 +33,12 @@ class Results:
         self._client = client
         self._lookups = asyncio.Semaphore(LOOKUPS)
 
-    async def look(self, task: Task, request_id: str) -> ResultEvent | None:
-        """Read the terminal event of a request; None while there is none.
+    async def read(self, task: Task, request_id: str) -> ResultEvent | None:
+        """Read the terminal event of a request; return None if there is none yet.
 
         Raises:
             ServiceUnavailable: The stream cannot be read now.
-            UnsupportedMessage: The result is of a later version of the contract.
+            UnsupportedMessage: The result has a later version of the contract.
         """
         await self._reconnected()
         async with self._lookups:
@@ -46,15 +46,15 @@ class Results:
                 async with self._bus.api_call(API_TIMEOUT):
                     return await self._stored(task, request_id)
             except TimeoutError:
-                raise ServiceUnavailable("NATS: no answer from the results stream") from None
+                raise ServiceUnavailable("NATS: no reply from the results stream") from None
 
     async def find(self, request_id: str, *tasks: Task) -> ResultEvent | None:
-        """Read the terminal event of a request of one of these tasks, or of any.
+        """Read the terminal event of a request of one of these tasks, by default of any task.
 
         Raises:
-            ServiceUnavailable, UnsupportedMessage: See `look`.
+            ServiceUnavailable, UnsupportedMessage: See `read`.
         """
-        found = await asyncio.gather(*(self.look(task, request_id) for task in tasks or Task))
+        found = await asyncio.gather(*(self.read(task, request_id) for task in tasks or Task))
         return next((event for event in found if event is not None), None)
 
     async def _reconnected(self) -> None:
@@ -74,10 +74,10 @@ class Results:
 
 
 def require_address(output: ImageArtifact) -> str:
-    """Return where the file of an image can be read.
+    """Return the presigned URL of an image.
 
     Raises:
-        ApiError: 404: the address has expired; results are kept for longer.
+        ApiError: 404: the URL has expired; it is valid for a shorter time than its result.
     """
     if output.url_expires_at <= datetime.now(UTC):
         raise ApiError(
@@ -88,7 +88,7 @@ def require_address(output: ImageArtifact) -> str:
 
 @contextmanager
 def as_api_errors() -> Iterator[None]:
-    """Raise what the queue and its client raise as `ApiError`."""
+    """Convert exceptions of the queue and of the client library to `ApiError`."""
     try:
         yield
     except BusUnavailable as error:

@@ -1,7 +1,7 @@
-"""Which requests run: those whose model has begun, as far as their events say.
+"""The requests that are running, according to their events.
 
-The server only shows which requests have been delivered. A worker receives some in advance, which
-wait in the worker.
+The server only reports which requests have been delivered. A worker prefetches requests, so a
+delivered request may still wait in the worker.
 """
 
 import time
@@ -10,14 +10,12 @@ from collections.abc import Callable
 
 from generation_contracts import Task
 
-FRESH = (
-    60.0  # seconds without an event after which a run is not counted: its attempt may have ended
-)
-MOST = 10_000  # runs that are remembered, and ended ones
+FRESH = 60.0  # seconds after its last event for which a run is counted; its attempt may have ended
+MOST = 10_000  # runs in memory, and as many ended runs
 
 
 class Runs:
-    """The runs in progress. A gateway notices each of them at its next event.
+    """The runs in progress; a new gateway learns of each run with its next event.
 
     Args:
         now: The clock, in seconds.
@@ -25,30 +23,30 @@ class Runs:
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        # The time of the last event; the latest is the last one.
-        self._heard: OrderedDict[tuple[Task, str], float] = OrderedDict()
+        # The time of the last event of each run, in order.
+        self._last_events: OrderedDict[tuple[Task, str], float] = OrderedDict()
         self._ended: OrderedDict[tuple[Task, str], float] = OrderedDict()
 
     def add(self, task: Task, request_id: str) -> None:
-        """Note that a request runs."""
-        # Progress and results have subscriptions of their own: progress may come after the result.
+        """Record an event of a running request."""
+        # Progress and results have separate subscriptions, so progress may follow the result.
         if (task, request_id) not in self._ended:
-            self._note(self._heard, (task, request_id))
+            self._note(self._last_events, (task, request_id))
 
     def remove(self, task: Task, request_id: str) -> None:
-        """Note that a request has ended."""
-        self._heard.pop((task, request_id), None)
+        """Record that a request has ended."""
+        self._last_events.pop((task, request_id), None)
         self._note(self._ended, (task, request_id))
 
     def has(self, task: Task, request_id: str) -> bool:
-        """Whether a request has begun to run and has not ended."""
-        return (task, request_id) in self._heard
+        """Return whether a request has started to run and has not ended."""
+        return (task, request_id) in self._last_events
 
     def count(self, task: Task) -> int:
-        """Count the requests of a task that run now."""
+        """Count the running requests of a task."""
         oldest, found = self._now() - FRESH, 0
-        for (of, _), heard in reversed(self._heard.items()):
-            if heard < oldest:
+        for (of, _), last_event in reversed(self._last_events.items()):
+            if last_event < oldest:
                 break
             found += of == task
         return found

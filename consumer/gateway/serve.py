@@ -1,4 +1,4 @@
-"""Run a gateway: its sockets, TLS, signals, and an orderly end."""
+"""The gateway process: sockets, TLS, signals and graceful shutdown."""
 
 import asyncio
 import errno
@@ -28,24 +28,24 @@ from consumer.settings import Settings, SettingsError
 
 log = structlog.get_logger()
 
-EXIT_UNAVAILABLE = 69  # a service cannot be reached or used, or the address is taken
-HEADERS_WITHIN = 15.0  # seconds for the head of a request; a silent connection is closed then
-KEEP_ALIVE = 75  # seconds that a connection without a request stays open, longer than proxies' 60
+EXIT_UNAVAILABLE = 69  # a service cannot be reached or used, or the address is in use
+HEADERS_WITHIN = 15.0  # seconds for the head of a request; then the connection is closed
+KEEP_ALIVE = 75  # seconds that an idle connection stays open; proxies close after 60
 BACKLOG = 512  # connections that wait to be accepted
-LOOK_EVERY = 10.0  # seconds between two looks at the certificate
+CERTIFICATE_CHECK_INTERVAL = 10.0  # seconds between two checks for a renewed certificate
 
-_NOT_THERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_ADDRESS_MISSING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 def serve(settings: Settings) -> int:
     """Run a gateway until SIGTERM or SIGINT; return the exit code.
 
-    The first signal drains, the second one ends at once.
+    The first signal drains the gateway; the second ends it at once.
 
     Raises:
-        SettingsError: A setting does not fit, or a file that it names cannot be used.
+        SettingsError: A setting is invalid, or its file cannot be used.
     """
-    require_keys_where_others_call(settings)
+    require_keys_if_reachable(settings)
     try:
         return asyncio.run(_serve(settings))
     except Unavailable as error:
@@ -53,16 +53,16 @@ def serve(settings: Settings) -> int:
     return EXIT_UNAVAILABLE
 
 
-def require_keys_where_others_call(settings: Settings) -> None:
-    """Refuse to be reached from other machines, or from the pages of any host, without keys.
+def require_keys_if_reachable(settings: Settings) -> None:
+    """Refuse settings without keys with which other machines or all web pages reach the gateway.
 
     Raises:
-        SettingsError: There are no keys, and GATEWAY_HOST is not a loopback address, or
-            GATEWAY_CORS_ORIGINS names all pages.
+        SettingsError: GATEWAY_KEYS is unset, and GATEWAY_HOST is not a loopback address or
+            GATEWAY_CORS_ORIGINS is `*`.
     """
     if settings.gateway_keys is None and not is_loopback(settings.gateway_host):
         raise SettingsError(
-            "GATEWAY_HOST: without GATEWAY_KEYS it must be a loopback address, as 127.0.0.1"
+            "GATEWAY_HOST: without GATEWAY_KEYS it must be a loopback address such as 127.0.0.1"
         )
     if settings.gateway_keys is None and "*" in settings.gateway_cors_origins:
         raise SettingsError("GATEWAY_CORS_ORIGINS: * needs GATEWAY_KEYS: name the pages instead")
@@ -70,7 +70,7 @@ def require_keys_where_others_call(settings: Settings) -> None:
 
 async def _serve(settings: Settings) -> int:
     with ExitStack() as opened:
-        # First the address and the certificate: both are faults of the start.
+        # Before NATS, so that an unusable address or certificate ends the start at once.
         sockets = _listen(settings)
         for listener in sockets:
             opened.callback(listener.close)
@@ -84,7 +84,7 @@ async def _serve(settings: Settings) -> int:
             try:
                 await server.serve(sockets)
                 if server.force_exit:
-                    os._exit(server.exit_code)  # the rest would wait for NATS
+                    os._exit(server.exit_code)  # the remaining shutdown would wait for NATS
             finally:
                 await cancel_and_wait(watching)
         log.info("gateway_stopped")
@@ -96,7 +96,7 @@ def _make_server(app: FastAPI, settings: Settings, certificate: "_Certificate") 
         app,
         http=_Protocol,
         ws="none",
-        lifespan="off",  # its exceptions would become tracebacks
+        lifespan="off",  # uvicorn would log exceptions of the lifespan as tracebacks
         log_config=None,
         access_log=False,
         server_header=False,
@@ -114,13 +114,13 @@ class AddressUnusable(Unavailable):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which drains before it closes its sockets.
+    """A uvicorn server that drains before it closes its sockets.
 
-    While it drains it still answers: probes see that it is not ready, and new requests get 503
-    instead of a refused connection, so that clients send them to another gateway.
+    A draining server still responds. Probes report that it is not ready, and new requests get 503
+    instead of a refused connection, so clients send them to another gateway.
 
     Attributes:
-        exit_code: Of the process.
+        exit_code: The exit code of the process.
     """
 
     def __init__(
@@ -135,23 +135,23 @@ class _Server(uvicorn.Server):
         self._drain_until = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's
-        """Note a signal; `on_tick` acts on it."""
+        """Count a signal; `on_tick` handles it."""
         self._signals += 1
 
     async def on_tick(self, counter: int) -> bool:
-        """Do what is due, ten times a second; return whether to stop."""
+        """Handle signals and reload the certificate, ten times a second; return whether to stop."""
         if self._signals and not self._drain_until:
             log.info("gateway_draining", requests=self._in_flight.requests)
             self._drain_until = time.monotonic() + self._grace
             self._in_flight.drain()
         if self._signals > 1:
-            log.warning("gateway_ends_at_once", requests=self._in_flight.requests)
+            log.warning("gateway_stopped_before_drained", requests=self._in_flight.requests)
             self._abort()
             return True
         if self._drain_until and self._is_drained():
             self._in_flight.end()
             return True
-        if counter % round(LOOK_EVERY * 10) == 0:
+        if counter % round(CERTIFICATE_CHECK_INTERVAL * 10) == 0:
             self._certificate.reload()
         return await super().on_tick(counter)
 
@@ -171,58 +171,59 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol, with limits for clients that send no request, or read no answer.
+    """uvicorn's HTTP protocol, with timeouts for clients that send no request or read no response.
 
-    uvicorn closes an idle connection, but closing waits for the client to read what is unsent.
+    uvicorn closes an idle connection, but the close waits until the client has read the unsent
+    bytes.
     """
 
     _head: asyncio.TimerHandle | None = None
     _reader: asyncio.TimerHandle | None = None
-    _unsent = 0  # bytes at the last look; 0 where the client was not late then
+    _unsent = 0  # unsent bytes at the last check; 0 if the client was reading
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a request."""
+        """Start the timers of a new connection."""
         super().connection_made(transport)
         self._await_head()
-        self._reader = self.loop.call_later(SEND_WITHIN, self._look_at_reader)
+        self._reader = self.loop.call_later(SEND_WITHIN, self._check_reader)
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come; wait for the rest of an incomplete head."""
+        """Process received bytes; stop the timer if the head of a request is complete."""
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             self._await_head()
         else:
-            self._stop_waiting()
+            self._stop_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
-        self._stop_waiting()
+        """Stop the timers of the connection."""
+        self._stop_head_timer()
         if self._reader is not None:
             self._reader.cancel()
         super().connection_lost(exc)
 
     def resume_writing(self) -> None:
-        """Note that the client has read most of what was unsent."""
+        """Record that the client has read most of the unsent bytes."""
         self._unsent = 0
         super().resume_writing()
 
     def _await_head(self) -> None:
         if self._head is None:
-            self._head = self.loop.call_later(HEADERS_WITHIN, self._give_up)
+            self._head = self.loop.call_later(HEADERS_WITHIN, self._close)
 
-    def _stop_waiting(self) -> None:
+    def _stop_head_timer(self) -> None:
         if self._head is not None:
             self._head.cancel()
             self._head = None
 
-    def _give_up(self) -> None:
+    def _close(self) -> None:
         if not self.transport.is_closing():
             self.transport.close()
 
-    def _look_at_reader(self) -> None:
-        """Abort the connection if its client has read nothing since the last look."""
+    def _check_reader(self) -> None:
+        """Abort the connection if its client has read nothing since the last check."""
         unsent = 0
-        # In these states nothing is added to the buffer, so it shrinks whenever the client reads.
+        # In these states nothing is added to the buffer, so it shrinks when the client reads.
         if self.flow.write_paused or self.transport.is_closing():
             unsent = self.transport.get_write_buffer_size()
         if 0 < self._unsent <= unsent:
@@ -230,11 +231,11 @@ class _Protocol(H11Protocol):
             self.transport.abort()
             return
         self._unsent = unsent
-        self._reader = self.loop.call_later(SEND_WITHIN, self._look_at_reader)
+        self._reader = self.loop.call_later(SEND_WITHIN, self._check_reader)
 
 
 class _Certificate:
-    """The certificate of TLS, read again when its file is renewed.
+    """The TLS certificate, which is read again when its files change.
 
     Args:
         settings: GATEWAY_TLS_CERT and GATEWAY_TLS_KEY.
@@ -248,22 +249,22 @@ class _Certificate:
         self._key = settings.gateway_tls_key
         self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self._loaded: tuple[tuple[int, ...] | None, ...] = ()
-        self._logged = ""  # why the files cannot be used; the same reason is logged once
+        self._logged = ""  # the last logged reason; a repeated reason is not logged again
         self._load()
 
     @property
     def used(self) -> bool:
-        """Whether there is TLS at all."""
+        """Whether the gateway uses TLS."""
         return self._cert is not None
 
     def context(self, *_: Any) -> ssl.SSLContext:
-        """Return the context of all connections."""
+        """Return the TLS context of all connections."""
         return self._context
 
     def reload(self) -> None:
         """Read the files again if they have changed; new connections get the new certificate.
 
-        Where the new ones cannot be used, the ones before stay, and the next call tries again.
+        If the new files cannot be used, the old certificate remains and the next call retries.
         """
         try:
             self._load()
@@ -278,7 +279,7 @@ class _Certificate:
         """Read the files if they have changed.
 
         Raises:
-            SettingsError: They cannot be used.
+            SettingsError: The files cannot be used.
         """
         if self._cert is None or self._key is None:
             return
@@ -286,7 +287,8 @@ class _Certificate:
         if found == self._loaded:
             return
         try:
-            # First into another context: a certificate is taken before its key is checked.
+            # First into another context, because OpenSSL sets the certificate before it checks
+            # the key.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._cert, self._key)
             self._context.load_cert_chain(self._cert, self._key)
         except ssl.SSLError as error:
@@ -302,7 +304,7 @@ def _listen(settings: Settings) -> list[socket.socket]:
     """Open a socket for each address of GATEWAY_HOST.
 
     Raises:
-        AddressUnusable: It is taken, or not one of this machine.
+        AddressUnusable: An address is in use, or does not belong to this machine.
     """
     host, port = settings.gateway_host, settings.gateway_port
     with ExitStack() as opened:
@@ -313,17 +315,17 @@ def _listen(settings: Settings) -> list[socket.socket]:
                 try:
                     listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
                 except OSError as error:
-                    # `localhost` has an IPv6 address also where the machine has no IPv6.
-                    if error.errno not in _NOT_THERE or address == found[-1][4]:
+                    # `localhost` resolves to an IPv6 address even if the machine has no IPv6.
+                    if error.errno not in _ADDRESS_MISSING or address == found[-1][4]:
                         raise
                     continue
                 opened.callback(listener.close)
-                # Connections inherit it. asyncio sets it only where the socket names its protocol;
-                # without it, the body of an answer waits 40 ms for the client's delayed ACK.
+                # Connections inherit TCP_NODELAY. asyncio sets it only if the socket has its
+                # protocol number. Without it, a response body waits 40 ms for the delayed ACK.
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sockets.append(listener)
         except OSError as error:
-            # create_server repeats the address in its text.
+            # create_server repeats the address in the text of its error.
             reason = (error.strerror or str(error)).partition(" (while")[0]
             raise AddressUnusable(f"{host}:{port}: {reason}") from None
         opened.pop_all()
@@ -338,12 +340,12 @@ def _log_start(settings: Settings, gateway: Gateway, sockets: list[socket.socket
     if gateway.keys.open:
         log.warning(
             "gateway_without_keys",
-            reason="GATEWAY_KEYS is not set: no key is needed, on loopback only",
+            reason="GATEWAY_KEYS is not set: callers need no key; loopback only",
         )
 
 
 async def _end_with_bus(server: _Server, gateway: Gateway) -> None:
-    """End the gateway when its connection to NATS is lost for good."""
+    """End the gateway when its connection to NATS is closed."""
     await gateway.bus.closed.wait()
     log.error("service_unavailable", reason=str(ConnectionClosed()))
     server.stop(EXIT_UNAVAILABLE)

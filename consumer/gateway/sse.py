@@ -1,4 +1,4 @@
-"""Server-sent events: messages, heartbeats, errors in the middle, and clients that disconnect."""
+"""Server-sent events: messages, heartbeats, errors within a stream, and disconnected clients."""
 
 import asyncio
 import json
@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 from consumer.background_tasks import cancel_and_wait
 from consumer.gateway.error_handlers import as_api_error
 
-HEARTBEAT_EVERY = 15.0  # seconds; proxies close streams that are silent for a minute
-START_WITHIN = 2.0  # seconds; until then an error still is an HTTP status
-SEND_WITHIN = 60.0  # seconds in which a client has to read what was sent
+HEARTBEAT_EVERY = 15.0  # seconds; proxies close streams that are idle for a minute
+START_WITHIN = 2.0  # seconds until the headers are sent; before that an error is an HTTP status
+SEND_WITHIN = 60.0  # seconds in which a client must read the sent bytes
 HEARTBEAT = b": heartbeat\n\n"
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}  # nginx buffers without it
@@ -26,9 +26,9 @@ def sse_message(data: Any, *, event: str | None = None, event_id: str | None = N
     """Encode one message.
 
     Args:
-        data: JSON text, or a value that is written as JSON.
+        data: JSON text, or a value to serialize as JSON.
         event: The type of the message.
-        event_id: The client sends it as `Last-Event-ID` when it connects again.
+        event_id: The id, which the client sends as `Last-Event-ID` when it reconnects.
     """
     text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
     return format_sse_event(data_str=text, event=event, id=event_id)
@@ -41,17 +41,16 @@ async def disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """An answer that consists of server-sent events.
+    """A response that consists of server-sent events.
 
     The headers are sent with the first message, or after `START_WITHIN` seconds. An exception
-    before that becomes a usual error answer. A later exception becomes an `error` event, which ends
+    before that becomes an error response. A later exception becomes an `error` event, which ends
     the stream.
 
     Args:
         messages: Encoded messages. One task iterates and closes the generator.
-        on_disconnect: Called when the client disconnects, or does not read, before the last
-            message was sent. It is also called when the server ends the request, which then looks
-            like a client that has disconnected.
+        on_disconnect: Called if the client disconnects or stops reading before the last message
+            was sent, and if the server ends the request.
     """
 
     media_type = "text/event-stream"
@@ -84,14 +83,14 @@ class EventStream(Response):
             await self._on_disconnect()
 
     async def _write(self, output: "_Output") -> bool:
-        """Send everything; return whether the client has read it."""
+        """Send all messages; return whether the client has read them."""
         try:
             async with aclosing(self._messages) as messages:
                 async for message in messages:
                     await output.send(message)
         except _SlowReader:
             return False
-        except Exception as error:  # the client gets every error in the stream
+        except Exception as error:  # every error becomes an event of the stream
             if not output.started:
                 raise
             await output.send(sse_message(as_api_error(error).body, event="error"))
@@ -100,15 +99,15 @@ class EventStream(Response):
 
 
 class _SlowReader(Exception):  # noqa: N818 - a state of the client
-    """The client does not read what was sent."""
+    """The client does not read the sent bytes."""
 
 
 class _Output:
-    """What is sent to the client; one message at a time.
+    """Sends the response to the client, one message at a time.
 
     Attributes:
         started: Whether the headers have been sent.
-        last: When something was sent, on the clock of `time.monotonic`.
+        last: Time of the last message, in seconds of `time.monotonic`.
     """
 
     def __init__(self, send: Send, status: int, headers: list[tuple[bytes, bytes]]) -> None:
@@ -119,10 +118,10 @@ class _Output:
         self._lock = asyncio.Lock()
 
     async def send(self, chunk: bytes, *, more: bool = True) -> None:
-        """Send bytes, and the headers before the first ones.
+        """Send bytes, and before the first bytes the headers.
 
         Raises:
-            _SlowReader: The client has not read enough of what was sent before.
+            _SlowReader: The client has not read enough of the bytes that were sent before.
         """
         async with self._lock:
             if not self.started:
@@ -137,12 +136,12 @@ class _Output:
             self.last = time.monotonic()
 
     async def end(self) -> None:
-        """Complete the answer."""
+        """Complete the response."""
         await self.send(b"", more=False)
 
 
 async def _beat(output: _Output) -> None:
-    """Send a heartbeat whenever nothing else was sent for long. Return when the client is slow."""
+    """Send a heartbeat after each pause of `HEARTBEAT_EVERY`; return if the client is too slow."""
     while True:
         every = HEARTBEAT_EVERY if output.started else START_WITHIN
         left = output.last + every - time.monotonic()

@@ -1,8 +1,8 @@
-"""A client whose downloads take the inner way to the object store.
+"""A client that downloads from the internal endpoint of the object store.
 
-Presigned URLs name `S3_PUBLIC_ENDPOINT`, where senders reach the store. The gateway may have no way
-there: in a cluster, or in containers. It connects to `S3_ENDPOINT` instead and says the public
-name in the header `Host`, which is what the signature covers.
+Presigned URLs contain `S3_PUBLIC_ENDPOINT`, through which senders reach the store. In a cluster or
+in containers, the gateway may not reach this host. It connects to `S3_ENDPOINT` instead and sends
+the public host in the header `Host`, which the signature covers.
 """
 
 from urllib.parse import urlsplit
@@ -14,7 +14,7 @@ from generation_contracts import ImageArtifact
 
 
 class StoreClient(GenerationClient):
-    """A client on an existing connection.
+    """A client on an existing connection, for downloads by the internal endpoint.
 
     Args:
         bus: The gateway's connection.

@@ -1,4 +1,4 @@
-"""Submitting: a request with its id, within the bounds of its caller, stored once."""
+"""Submission of requests: give each an id, check the caller's bounds, and store it once."""
 
 import asyncio
 import secrets
@@ -39,23 +39,23 @@ from generation_contracts.requests import digest_of_bytes
 
 log = structlog.get_logger()
 
-SUBMIT_WITHIN = 15.0  # seconds; a broker restarts in less
+SUBMIT_WITHIN = 15.0  # seconds; a broker restarts in less time
 PAUSE = 0.25  # seconds between two attempts
 MAX_KEY = 255  # characters of an idempotency key
 
 
 class Limits(Protocol):
-    """The bounds of the keys."""
+    """Checks the bounds of the keys."""
 
     async def admit(self, caller: Caller, request: Request) -> None:
         """Count a request, or refuse it.
 
         Raises:
-            ApiError: 400 or 429.
+            ApiError: 400, 403 or 429.
         """
 
     def ended(self, request_id: str) -> None:
-        """Count a request no more."""
+        """Stop counting a request."""
 
 
 class Submission:
@@ -63,12 +63,12 @@ class Submission:
 
     Args:
         bus: The gateway's connection.
-        subjects: Where requests go.
-        view: Finds requests that wait.
-        ids: Notes what is queued.
-        results: Finds those that have ended.
+        subjects: The subjects of requests.
+        view: Finds queued and running requests.
+        ids: Records the queued requests.
+        results: Finds requests that have ended.
         limits: Admits requests.
-        wait: How long a caller may wait for a result.
+        wait: The longest time that a caller may wait for a result.
     """
 
     def __init__(
@@ -92,16 +92,16 @@ class Submission:
         self._secret = secrets.token_bytes(32)
 
     async def submit(self, caller: Caller, request: Request, *, key: str | None, wait: bool) -> Job:
-        """Queue a request, or find the one that was queued with the same key.
+        """Queue a request, or find the request that was queued with the same key.
 
         Args:
-            caller: Who sends it.
-            request: Without an id.
+            caller: The sender of the request.
+            request: The request, without an id.
             key: The caller's idempotency key.
-            wait: Whether the caller waits for the result: the request then has a deadline.
+            wait: Whether the caller waits for the result: the request then gets a deadline.
 
         Raises:
-            InvalidRequest: A step of its chain cannot follow the one before it.
+            InvalidRequest: A step of the chain cannot follow the step before it.
             ApiError: 400, 403, 413, 422 (the key was used for another request), 429 or 503.
         """
         check_routing_slip(request)
@@ -134,23 +134,23 @@ class Submission:
     def _message_id(self, tenant: Tenant, job: Job, request: Request, key: str | None) -> str:
         """Return the `Nats-Msg-Id`, by which the stream stores each request once.
 
-        Two gateways that get one idempotency key at the same time publish the same message id,
-        though their deadlines differ.
+        Two gateways that get the same idempotency key at the same time publish the same message
+        id, although their deadlines differ.
         """
         if key is None:
             return message_id(self._secret, job.task, request)
-        timeless = request.model_copy(update={"deadline": None})
-        return message_id(tenant.secret, job.task, timeless)
+        without_deadline = request.model_copy(update={"deadline": None})
+        return message_id(tenant.secret, job.task, without_deadline)
 
     async def _exists(self, job: Job) -> bool:
-        """Whether a request with this id waits, runs or has ended.
+        """Return whether a request with this id is queued, is running or has ended.
 
         Raises:
-            ApiError: 422: it asks for something else; 503.
+            ApiError: 422: the request differs; 503.
         """
         with as_api_errors():
             digest = await self._known_digest(job.id)
-            # It may have ended between the lookups.
+            # The request may have ended between the two reads.
             digest = digest or await self._digest_of_result(job.id)
             if digest is not None and digest != job.digest:
                 raise RequestIdTaken
@@ -169,10 +169,11 @@ class Submission:
         return None if event is None else event.request_digest
 
     async def _publish(self, request: Request, message: str) -> None:
-        """Store a request. An attempt without an answer is repeated: the message id is the same.
+        """Store a request; repeat a publish without an acknowledgement under the same message id.
 
         Raises:
-            QueueFull, RequestTooLarge, ServiceUnavailable: It is not stored, as far as is known.
+            QueueFull, RequestTooLarge: The request is not stored.
+            ServiceUnavailable: No acknowledgement was received.
             BusUnavailable: The connection is closed.
         """
         until = time.monotonic() + SUBMIT_WITHIN
@@ -190,7 +191,7 @@ class Submission:
                 raise
             except (ServiceUnavailable, TimeoutError) as error:
                 reason = str(error) or "the connection was lost"
-                log.warning("request_not_stored_yet", reason=reason)
+                log.warning("request_publish_failed", reason=reason)
             await self._reconnected(until)
 
     async def _reconnected(self, until: float) -> None:

@@ -1,4 +1,4 @@
-"""Tenants and their API keys: who a caller is, and how much it may ask for."""
+"""Tenants, callers and their bounds, and the request ids of tenants."""
 
 import hashlib
 import hmac
@@ -7,9 +7,9 @@ import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-TAG_LENGTH = 8  # characters of [a-z0-9]; every request id of a tenant begins with its tag
+TAG_LENGTH = 8  # characters of [a-z0-9]; every request id of a tenant starts with its tag
 IDEMPOTENT = "k"  # after the tag: the id is derived from an idempotency key
-TIMED = "t"  # after the tag: the id begins with the time of its submission
+TIMED = "t"  # after the tag: the id continues with the time of submission
 OPEN_TAG = "open0000"
 _RANDOM = 16  # hexadecimal characters
 _TIME = 12  # hexadecimal characters of milliseconds since 1970
@@ -19,14 +19,14 @@ _OWN_ID = re.compile(r"[a-z0-9]{8}-[kt][A-Za-z0-9_-]{1,54}\Z")
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much one key may ask for; None: without bound.
+    """The bounds of one key; None: no bound.
 
     Attributes:
-        waiting: Requests that wait or run at the same time.
-        per_minute: Requests in a minute.
-        pixels: Width times height of one image.
-        steps: Denoising steps of one request.
-        images: Images of one request.
+        waiting: Most queued and running requests of the tenant.
+        per_minute: Most requests per minute.
+        pixels: Largest width times height of one image.
+        steps: Most denoising steps of one request.
+        images: Most images of one request.
     """
 
     waiting: int | None = None
@@ -38,12 +38,12 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Tenant:
-    """Whose requests belong together: each sees its own only.
+    """The owner of a set of jobs; a tenant sees only its own jobs.
 
     Attributes:
-        name: For people.
-        tag: The first characters of all of its request ids.
-        secret: Key of the HMAC that turns idempotency keys into request ids that cannot be guessed.
+        name: Name for people.
+        tag: Prefix of all request ids of the tenant.
+        secret: HMAC key that derives request ids from idempotency keys, so they cannot be guessed.
     """
 
     name: str
@@ -51,25 +51,25 @@ class Tenant:
     secret: bytes = field(repr=False)
 
     def new_id(self, milliseconds: int) -> str:
-        """Make a request id; ids sort by the time of their submission."""
+        """Return a new request id; ids sort by the time of submission."""
         return f"{self.tag}-{TIMED}{milliseconds:0{_TIME}x}{secrets.token_hex(_RANDOM // 2)}"
 
     def id_of(self, idempotency_key: str) -> str:
-        """Make the request id of an idempotency key: the same one each time."""
+        """Return the request id of an idempotency key; it is always the same."""
         digest = hmac.new(self.secret, idempotency_key.encode(), hashlib.sha256).hexdigest()
         return f"{self.tag}-{IDEMPOTENT}{digest[:40]}"
 
     def owns(self, request_id: str) -> bool:
-        """Whether a request id is one of this tenant's."""
+        """Return whether a request id belongs to this tenant."""
         return _OWN_ID.match(request_id) is not None and request_id.startswith(f"{self.tag}-")
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sends an HTTP request.
+    """The sender of an HTTP request.
 
     Attributes:
-        key_id: Names the API key in logs; empty without keys.
+        key_id: Id of the API key, for logs; empty without keys.
     """
 
     tenant: Tenant
@@ -78,12 +78,12 @@ class Caller:
 
 
 def tag_of(request_id: str) -> str | None:
-    """Return the tag of the tenant whose id this can be; None for what no gateway has queued."""
+    """Return the tenant's tag of a request id; None if the id has not the form of a gateway's."""
     return request_id[:TAG_LENGTH] if _OWN_ID.match(request_id) else None
 
 
 def submitted_at(request_id: str) -> datetime | None:
-    """Return the time that an id begins with; None where it has none."""
+    """Return the time of submission that an id contains, or None."""
     kind, digits = request_id[TAG_LENGTH + 1 :][:1], request_id[TAG_LENGTH + 2 :][:_TIME]
     if kind != TIMED or not re.fullmatch(f"[0-9a-f]{{{_TIME}}}", digits):
         return None

@@ -1,4 +1,4 @@
-"""A text as it grows, out of progress events that may be lost or begin anew."""
+"""Reassembly of a streamed text from progress events that may be lost or start again."""
 
 from http import HTTPStatus
 
@@ -8,11 +8,11 @@ from generation_contracts import ProgressEvent, StartedEvent
 
 
 class TextStream:
-    """Makes the parts of a text that a client has not received yet.
+    """Returns the parts of a text that a client has not received yet.
 
-    Progress events are not stored: after a lost one the text has a gap, and nothing more is sent
-    until the result, whose text is complete. Another attempt restarts the text: nothing
-    is sent until it is longer than what was sent. With the same seed and model it is the same text.
+    Progress events are not stored. After a lost event the text has a gap, and nothing is sent until
+    the result, whose text is complete. A new attempt restarts the text: nothing is sent until the
+    text is longer than the sent text. The same seed and model generate the same text.
     """
 
     def __init__(self) -> None:
@@ -23,10 +23,10 @@ class TextStream:
         self._sequence = 0  # of the last event
 
     def add(self, event: AnyEvent) -> str:
-        """Take the next event; return what to send.
+        """Add the next event and return the text to send.
 
         Raises:
-            ApiError: The text of a new attempt is not the one that was sent.
+            ApiError: The text of a new attempt differs from the sent text.
         """
         self._note_order(event)
         if not isinstance(event, ProgressEvent):
@@ -39,10 +39,10 @@ class TextStream:
         return self._unsent(self._current)
 
     def end(self, text: str) -> str:
-        """Take the complete text; return what to send.
+        """Add the complete text and return the remaining text to send.
 
         Raises:
-            ApiError: It is not the text that was sent.
+            ApiError: The text differs from the sent text.
         """
         if not text.startswith(self.sent):
             raise _other_text()
@@ -68,6 +68,6 @@ class TextStream:
 def _other_text() -> ApiError:
     return ApiError(
         HTTPStatus.INTERNAL_SERVER_ERROR,
-        "another attempt has written another text: send the request again without streaming",
+        "another attempt generated a different text: send the request again without streaming",
         "text_changed",
     )

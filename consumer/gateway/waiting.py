@@ -1,4 +1,4 @@
-"""Calls that wait: for a result, within the time that a caller gets, while the caller is there."""
+"""Endpoints that wait for a result, with a time limit, while the client is connected."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
@@ -24,17 +24,17 @@ from generation_contracts import CancelledEvent, FailedEvent, SucceededEvent
 from generation_contracts import Request as GenerationRequest
 
 MAX_KEY = 255  # characters of an idempotency key
-MARGIN = 5.0  # seconds after the deadline, in which the worker's own answer may arrive
+MARGIN = 5.0  # seconds after the deadline in which the worker's failed event may arrive
 
 
 @dataclass(frozen=True)
 class Preferences:
-    """How a caller wants to wait.
+    """The headers `Idempotency-Key` and `Prefer` of a request.
 
     Attributes:
-        idempotency_key: The job has the same id each time; it is not cancelled when the client
+        idempotency_key: Gives the same job each time; the job is not cancelled when the client
             disconnects.
-        respond_async: Whether the answer is the job and not its result.
+        respond_async: Whether the response is the job and not its result.
     """
 
     idempotency_key: str | None = None
@@ -45,8 +45,8 @@ async def _preferences(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=MAX_KEY)] = None,
     prefer: Annotated[str | None, Header(description="`respond-async`: answer 202 at once")] = None,
 ) -> Preferences:
-    wishes = {wish.partition(";")[0].strip().lower() for wish in (prefer or "").split(",")}
-    return Preferences(idempotency_key, "respond-async" in wishes)
+    options = {option.partition(";")[0].strip().lower() for option in (prefer or "").split(",")}
+    return Preferences(idempotency_key, "respond-async" in options)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Sender:
     """The client of one HTTP request.
 
     Attributes:
-        http: Its request.
+        http: The HTTP request.
     """
 
     gateway: Gateway
@@ -63,10 +63,10 @@ class Sender:
     preferences: Preferences
 
     def require_room(self, size: int) -> None:
-        """Check early whether images can fit into the queue: to encode large ones takes long.
+        """Check early whether the images fit into a message: encoding large images takes long.
 
         Args:
-            size: Characters of all images.
+            size: Characters of all images together.
 
         Raises:
             ApiError: 413.
@@ -74,19 +74,19 @@ class Sender:
         if size > self.gateway.bus.client.max_payload:
             raise of_error(RequestTooLarge())
 
-    async def submit(self, wanted: GenerationRequest, *, waits: bool = True) -> "Call":
+    async def submit(self, request: GenerationRequest, *, waits: bool = True) -> "Call":
         """Queue a request.
 
         Args:
-            wanted: What to queue.
-            waits: False where the endpoint never waits for the result.
+            request: The request of the contract.
+            waits: Whether the endpoint can wait for the result.
 
         Raises:
-            ApiError: It is not queued.
+            ApiError: The request is not queued.
         """
         job = await self.gateway.jobs.submit(
             self.caller,
-            wanted,
+            request,
             idempotency_key=self.preferences.idempotency_key,
             wait=waits and not self.preferences.respond_async,
         )
@@ -110,9 +110,9 @@ SenderPart = Annotated[Sender, Depends(_sender)]
 class Call:
     """A job and the client that waits for it.
 
-    The job is queued. A client that sends its request again without an idempotency key queues a
-    second job, so each error tells such a client not to retry. The client can fetch the job by its
-    id, which the header `X-Request-Id` of the answer has.
+    The job is queued. A retry without an idempotency key would queue a second job, so errors
+    advise such a client not to retry. The client can read the job by its id, which is in the
+    response header `X-Request-Id`.
     """
 
     sender: Sender
@@ -123,13 +123,13 @@ class Call:
 
         Raises:
             ApiError: The job has not succeeded, or not in time.
-            ClientGone: The client has disconnected; the job is abandoned.
+            ClientGone: The client has disconnected; the job is cancelled.
         """
         waiting = asyncio.create_task(self._gateway.jobs.result(self.job), name="wait")
         leaving = asyncio.create_task(disconnected(self.sender.http.receive), name="disconnect")
         try:
             await asyncio.wait(
-                {waiting, leaving}, timeout=self._patience, return_when=asyncio.FIRST_COMPLETED
+                {waiting, leaving}, timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED
             )
             ended, gone = waiting.done(), leaving.done()
         finally:
@@ -143,12 +143,12 @@ class Call:
         raise self._too_late()
 
     async def events(self) -> AsyncGenerator[AnyEvent, None]:
-        """Yield the events of the job; the last one is the success.
+        """Yield the events of the job, up to and including its succeeded event.
 
         Raises:
             ApiError: The job has not succeeded, or not in time.
         """
-        until = asyncio.get_running_loop().time() + self._patience
+        until = asyncio.get_running_loop().time() + self._timeout
         async with aclosing(self._gateway.jobs.events(self.job)) as entries:
             while True:
                 try:
@@ -173,7 +173,7 @@ class Call:
             return await self._gateway.jobs.content(event, number)
 
     async def view(self) -> JobView:
-        """Look at the job.
+        """Return the view of the job.
 
         Raises:
             ApiError: See `Jobs.view`.
@@ -182,7 +182,7 @@ class Call:
             return await self._gateway.jobs.view(self.job)
 
     async def accepted(self) -> JSONResponse:
-        """Answer with the job instead of its result: what `Prefer: respond-async` asks for."""
+        """Return the response for `Prefer: respond-async`: the job instead of its result."""
         document = job_document(await self.view())
         headers = {
             "location": document.status_url,
@@ -191,13 +191,13 @@ class Call:
         return JSONResponse(document.model_dump(mode="json"), HTTPStatus.ACCEPTED, headers)
 
     async def abandon(self) -> None:
-        """Cancel the job, unless the client can come back for it. Never raises."""
+        """Cancel the job, unless the client can repeat its request. Never raises."""
         if not self._can_be_repeated:
             await self._gateway.jobs.abandon(self.job)
 
     @contextmanager
     def _without_retry(self) -> Iterator[None]:
-        """Remove the advice to retry from errors, unless a retry finds the same job."""
+        """Remove `retry_after` from errors, unless a retry finds the same job."""
         try:
             yield
         except ApiError as error:
@@ -214,7 +214,7 @@ class Call:
         return self.sender.gateway
 
     @property
-    def _patience(self) -> float:
+    def _timeout(self) -> float:
         return self._gateway.settings.gateway_wait + MARGIN
 
     def _too_late(self) -> ApiError:
@@ -227,7 +227,7 @@ class Call:
 
 
 def require_success(event: AnyEvent) -> None:
-    """Check that an event does not end its job without a result.
+    """Raise if an event ends its job without a result.
 
     Raises:
         ApiError: The job has failed or was cancelled.

@@ -22,7 +22,7 @@ from huggingface_hub import get_token
 from consumer.app.metrics import Metrics
 from consumer.app.probes import Probes, Telemetry
 from consumer.gateway.keys import KeyFile, Keys
-from consumer.gateway.serve import require_keys_where_others_call
+from consumer.gateway.serve import require_keys_if_reachable
 from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
 from generation_contracts import Task
@@ -291,7 +291,7 @@ def test_grafana_finds_its_dashboards() -> None:
 def test_the_gateway_is_reached_with_keys_and_has_time_to_drain() -> None:
     gateway = services()["gateway"]
     settings = Settings(**{name.lower(): value for name, value in gateway["environment"].items()})
-    require_keys_where_others_call(settings)
+    require_keys_if_reachable(settings)
     assert gateway["command"] == ["gateway"]
     assert gateway["ports"] == [f"127.0.0.1:8080:{settings.gateway_port}"]
     port, path = probed(gateway["healthcheck"]["test"])

@@ -36,7 +36,7 @@ from consumer.gateway import health
 from consumer.gateway.app import CONNECT_WITHIN, ROUTERS
 from consumer.gateway.in_flight import ALWAYS_ANSWERED, END_WITHIN
 from consumer.gateway.jobs import CLOSE_WITHIN
-from consumer.gateway.serve import require_keys_where_others_call
+from consumer.gateway.serve import require_keys_if_reachable
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.settings import Settings
 from generation_contracts import Task
@@ -685,7 +685,7 @@ def test_the_gateway_can_read_its_settings(
     production: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings = gateway_settings(production, monkeypatch, tmp_path)
-    require_keys_where_others_call(settings)
+    require_keys_if_reachable(settings)
     gateway = container(the_gateway())
     assert gateway["args"] == ["gateway"]
     (port,) = gateway["ports"]

@@ -99,7 +99,7 @@ def test_what_is_no_id_is_not_read(text: str) -> None:
 
 async def test_events_that_are_kept_come_first_and_the_terminal_one_ends() -> None:
     log = log_of(progress(0), progress(1))
-    reading = log.follow("a", look=nothing)
+    reading = log.follow("a", read_result=nothing)
     assert [await one(reading), await one(reading)] == ["1-0", "1-1"]
     log.add(progress(2), SIZE)
     log.add(end(), SIZE)
@@ -108,7 +108,7 @@ async def test_events_that_are_kept_come_first_and_the_terminal_one_ends() -> No
 
 async def test_events_of_others_wake_no_reader() -> None:
     log = log_of()
-    reading = log.follow("a", look=nothing)
+    reading = log.follow("a", read_result=nothing)
     waiting = asyncio.ensure_future(anext(reading))
     await asyncio.sleep(0)
     log.add(progress(0, request="b"), SIZE)
@@ -127,13 +127,13 @@ async def test_a_reader_resumes_after_the_last_event_that_it_has() -> None:
         ("2-1", []),
         ("3-0", []),
     ]:
-        found = await ids(log.follow("a", after=EventId.parse(after), look=forbidden))
+        found = await ids(log.follow("a", after=EventId.parse(after), read_result=forbidden))
         assert found == [*rest, str(TERMINAL)]
 
 
 async def test_a_reader_that_resumes_where_less_has_been_received_gets_nothing_twice() -> None:
     log = log_of(progress(0))
-    reading = log.follow("a", after=EventId(1, 2), look=nothing)
+    reading = log.follow("a", after=EventId(1, 2), read_result=nothing)
     waiting = asyncio.ensure_future(anext(reading))
     for sequence in (1, 2, 3):
         await asyncio.sleep(0)
@@ -145,7 +145,7 @@ async def test_a_reader_that_resumes_where_less_has_been_received_gets_nothing_t
 @pytest.mark.parametrize("after", [TERMINAL, EventId(9_999_999_999, 0)])
 async def test_nothing_follows_the_terminal_event(after: EventId) -> None:
     log = log_of(progress(0), end())
-    assert await ids(log.follow("a", after=after, look=forbidden)) == []
+    assert await ids(log.follow("a", after=after, read_result=forbidden)) == []
 
 
 async def test_ids_only_grow() -> None:
@@ -159,15 +159,15 @@ async def test_ids_only_grow() -> None:
         progress(1, attempt=2),
         end(),
     )
-    assert await ids(log.follow("a", look=forbidden)) == ["1-0", "1-1", "2-0", str(TERMINAL)]
+    assert await ids(log.follow("a", read_result=forbidden)) == ["1-0", "1-1", "2-0", str(TERMINAL)]
 
 
 async def test_the_terminal_event_is_looked_up_first() -> None:
-    assert await ids(log_of().follow("a", look=stored)) == [str(TERMINAL)]
+    assert await ids(log_of().follow("a", read_result=stored)) == [str(TERMINAL)]
 
 
 async def test_what_was_just_queued_is_not_looked_up_first() -> None:
-    reading = log_of().follow("a", look=forbidden, look_first=False)
+    reading = log_of().follow("a", read_result=forbidden, read_first=False)
     waiting = asyncio.ensure_future(anext(reading))
     await asyncio.sleep(0.01)
     waiting.cancel()
@@ -176,13 +176,13 @@ async def test_what_was_just_queued_is_not_looked_up_first() -> None:
 
 async def test_an_announcement_that_was_missed_is_looked_up() -> None:
     log = log_of(progress(0), quiet=0.01)
-    reading = log.follow("a", look=stored, look_first=False)
+    reading = log.follow("a", read_result=stored, read_first=False)
     assert await ids(reading) == ["1-0", str(TERMINAL)]
 
 
 async def test_an_interruption_lets_every_reader_look() -> None:
     log = log_of()
-    reading = log.follow("a", look=stored, look_first=False)
+    reading = log.follow("a", read_result=stored, read_first=False)
     waiting = asyncio.ensure_future(anext(reading))
     await asyncio.sleep(0)
     log.interrupt()
@@ -191,9 +191,9 @@ async def test_an_interruption_lets_every_reader_look() -> None:
 
 async def test_what_one_reader_finds_wakes_the_others() -> None:
     log = log_of()
-    other = asyncio.ensure_future(ids(log.follow("a", look=forbidden, look_first=False)))
+    other = asyncio.ensure_future(ids(log.follow("a", read_result=forbidden, read_first=False)))
     await asyncio.sleep(0)
-    assert await ids(log.follow("a", look=stored)) == [str(TERMINAL)]
+    assert await ids(log.follow("a", read_result=stored)) == [str(TERMINAL)]
     assert await asyncio.wait_for(other, 5) == [str(TERMINAL)]
 
 
@@ -202,7 +202,7 @@ async def test_an_error_of_the_lookup_reaches_the_reader() -> None:
         raise OSError
 
     with pytest.raises(OSError):
-        await ids(log_of().follow("a", look=broken))
+        await ids(log_of().follow("a", read_result=broken))
 
 
 async def test_old_events_are_forgotten_and_the_terminal_one_is_still_found() -> None:
@@ -211,7 +211,7 @@ async def test_old_events_are_forgotten_and_the_terminal_one_is_still_found() ->
     after = EventId(1, 0)
     assert log.latest("a") is None
     assert log.size == 0
-    assert await ids(log.follow("a", after=after, look=stored)) == [str(TERMINAL)]
+    assert await ids(log.follow("a", after=after, read_result=stored)) == [str(TERMINAL)]
 
 
 async def test_latest_event() -> None:
@@ -223,7 +223,7 @@ async def test_latest_event() -> None:
 async def test_a_slow_reader_misses_what_was_dropped_but_never_the_end() -> None:
     """The whole stream does not fit: also the terminal event is dropped before it is read."""
     log = log_of(progress(0), most_bytes=3 * (SIZE + OVERHEAD))
-    reading = log.follow("a", look=stored)
+    reading = log.follow("a", read_result=stored)
     assert await one(reading) == "1-0"
     for sequence in range(1, 50):
         log.add(progress(sequence), SIZE)
@@ -235,7 +235,7 @@ async def test_a_slow_reader_misses_what_was_dropped_but_never_the_end() -> None
 
 async def test_a_slow_reader_gets_what_is_left_in_order() -> None:
     log = log_of(progress(0), most_bytes=3 * (SIZE + OVERHEAD))
-    reading = log.follow("a", look=nothing)
+    reading = log.follow("a", read_result=nothing)
     assert await one(reading) == "1-0"
     for sequence in range(1, 50):
         log.add(progress(sequence), SIZE)
@@ -246,13 +246,13 @@ async def test_a_slow_reader_gets_what_is_left_in_order() -> None:
 async def test_an_event_larger_than_the_log_is_read() -> None:
     log = log_of(most_bytes=2**10)
     log.add(end(), 2**20)
-    assert await ids(log.follow("a", look=forbidden)) == [str(TERMINAL)]
+    assert await ids(log.follow("a", read_result=forbidden)) == [str(TERMINAL)]
 
 
 async def test_memory_is_bounded_with_readers_that_do_not_read() -> None:
     bound = 2**20
     log = log_of(most_bytes=bound)
-    slow = [log.follow("slow", look=nothing) for _ in range(100)]
+    slow = [log.follow("slow", read_result=nothing) for _ in range(100)]
     log.add(progress(0, request="slow"), SIZE)
     for reading in slow:
         await one(reading)
@@ -274,7 +274,7 @@ async def test_memory_is_bounded_with_readers_that_do_not_read() -> None:
 async def test_a_request_without_events_and_readers_leaves_nothing() -> None:
     log = log_of(seconds=10)
     for number in range(100):
-        reading = log.follow(f"r{number}", look=nothing)
+        reading = log.follow(f"r{number}", read_result=nothing)
         waiting = asyncio.ensure_future(anext(reading))
         await asyncio.sleep(0)
         waiting.cancel()
@@ -284,12 +284,14 @@ async def test_a_request_without_events_and_readers_leaves_nothing() -> None:
         log.add(progress(0, request=f"s{number}"), SIZE)
     log.time = 11.0
     assert log.size == 0
-    assert not log._stories
+    assert not log._requests
 
 
 async def test_five_hundred_readers_of_one_request_get_everything_once() -> None:
     log = log_of()
-    readings = [asyncio.ensure_future(ids(log.follow("a", look=nothing))) for _ in range(500)]
+    readings = [
+        asyncio.ensure_future(ids(log.follow("a", read_result=nothing))) for _ in range(500)
+    ]
     for sequence in range(50):
         await asyncio.sleep(0)
         log.add(progress(sequence), SIZE)

@@ -157,7 +157,7 @@ async def test_filters(scene: Scene, opened: OpenJobs) -> None:
 async def test_a_filter_that_finds_little_gives_short_pages(
     scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_pages_module, "MOST_LOOKED_AT", 4)
+    monkeypatch.setattr(job_pages_module, "MOST_READ", 4)
     for number in range(10):
         await end(scene, name(number), Task.TEXT_TO_IMAGE, "failed" if number == 0 else "succeeded")
     pages = await all_pages(opened, 2, states=["failed"])
@@ -250,7 +250,7 @@ async def test_results_that_have_expired_leave_the_list(scene: Scene, opened: Op
     assert await ids(opened) == [name(1), name(0)]
     await scene.sender.jetstream().purge_stream(scene.subjects.results_stream)
     opened.log._order.clear()
-    opened.log._stories.clear()
+    opened.log._requests.clear()
     assert await ids(opened) == []
     assert await opened.ids.ended(ALICE.tenant) == {}
 

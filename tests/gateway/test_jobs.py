@@ -470,7 +470,7 @@ async def test_an_outage_counts_from_its_first_failed_lookup(
         raise ServiceUnavailable
 
     async def is_waiting() -> bool:
-        return job.id in opened.log._stories
+        return job.id in opened.log._requests
 
     job = await opened.submit()
     waiting = asyncio.ensure_future(opened.jobs.result(job))

@@ -441,7 +441,7 @@ def test_tls_with_a_certificate_that_is_renewed(
     start: Start, certificate: tuple[trustme.CA, dict[str, str]], tmp_path: Path
 ) -> None:
     first, settings = certificate
-    gateway = start(ready=False, patch="serve.LOOK_EVERY = 0.1", **settings)
+    gateway = start(ready=False, patch="serve.CERTIFICATE_CHECK_INTERVAL = 0.1", **settings)
     url = gateway.url.replace("http:", "https:")
 
     def answers(authority: trustme.CA) -> bool:
@@ -631,15 +631,15 @@ async def test_a_client_that_reads_a_little_stays_connected() -> None:
     protocol.connection_made(transport)
     protocol.pause_writing()
     for _ in range(5):
-        protocol._look_at_reader()
+        protocol._check_reader()
         transport.unread -= 1
-    protocol._look_at_reader()
+    protocol._check_reader()
     protocol.resume_writing()  # and then there is another answer to read
     transport.unread = 100_000
     protocol.pause_writing()
-    protocol._look_at_reader()
+    protocol._check_reader()
     assert not transport.aborted
-    protocol._look_at_reader()
+    protocol._check_reader()
     assert transport.aborted
     protocol.connection_lost(ConnectionAbortedError())
 
@@ -721,7 +721,7 @@ def test_a_second_signal_ends_it_at_once(start: Start) -> None:
             gateway.signal(signal.SIGINT)
             stream.read()
     assert ended(gateway) == 0
-    assert "gateway_ends_at_once" in events_of(gateway)
+    assert "gateway_stopped_before_drained" in events_of(gateway)
 
 
 def test_a_connection_to_nats_that_is_lost_for_good_ends_it(start: Start) -> None:
