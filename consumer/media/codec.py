@@ -1,4 +1,4 @@
-"""Input files to images, and images to output files."""
+"""Decoding of input files to images, and encoding of images to output files."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ from consumer.media.png_writer import COLOUR_TYPES, write_png
 from consumer.ports.media import EncodedImage, InputUnavailable, OutputFormat
 
 _MAX_ASPECT_RATIO = 200  # the processor of Qwen2.5-VL raises above it
-_MIN_SIDE = 4  # pixels; some processors take a side of 1 or 3 for the number of channels
+_MIN_SIDE = 4  # pixels; some processors mistake a side of 1 or 3 for the number of channels
 # Of one value in a file's metadata. A JPEG segment has room for 65,533 bytes, and a character needs
-# up to 12 in JSON: so two prompts and a few short values fit, whatever they are written in.
-MAX_SAID = 2_500  # characters
-_CUT_SHORT = "…"
-# What a value must not have: NUL ends it for many readers, an escape steers terminals, and half of
-# a surrogate pair is no text. Tabs and ends of lines are left.
+# up to 12 bytes in JSON. Two prompts and a few short values fit, in any script.
+MAX_VALUE_LENGTH = 2_500  # characters
+_ELLIPSIS = "…"
+# Removed from values: many readers stop at NUL, escape sequences control terminals, and a lone
+# surrogate cannot be encoded. Tabs and ends of lines are allowed.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 MediaType = Literal["image/png", "image/webp", "image/jpeg"]
@@ -42,13 +42,13 @@ _FILE_FORMATS: dict[OutputFormat, _FileFormat] = {
     "webp": _FileFormat("image/webp", "webp"),
     "jpeg": _FileFormat("image/jpeg", "jpg"),
 }
-# Times and sizes are of one 1024x1024 image with a little grain.
+# Times and sizes were measured with one 1024x1024 image with some noise.
 _WEBP = {"quality": 90, "method": 2}  # 44 ms, 178 KB, 35.6 dB; method 4: twice as long for 0.2 dB
 _JPEG = {"quality": 95, "subsampling": 0}  # 6 ms, 655 KB; 4:4:4 keeps edges of saturated colours
 
 
 class ImageCodec:
-    """The images' codec (`ports.Images`). It keeps nothing but threads: any thread may call it.
+    """Decodes and encodes images. It has no state but a thread pool: any thread may call it.
 
     Args:
         max_bytes: The largest input file.
@@ -66,7 +66,7 @@ class ImageCodec:
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._max_side = max_side
-        # For one large image at a time; what is encoded beside it has to share.
+        # Sized for one large image; images that are encoded in parallel share the threads.
         self._threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="encoding")
 
     @property
@@ -91,10 +91,10 @@ class ImageCodec:
         except (InputUnavailable, MemoryError):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            # Pillow's own check, of 89 and 179 million pixels, comes first; it is a warning or an
-            # error depending on the process's filters.
+            # Pillow's checks at 89 and 179 million pixels run first. They warn or raise, depending
+            # on the warning filters of the process.
             raise self._too_many_pixels() from None
-        except Exception:  # noqa: BLE001 - what Pillow's decoders raise on hostile bytes is not documented: OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and others
+        except Exception:  # noqa: BLE001 - exceptions of Pillow's decoders on hostile bytes are not documented: OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError and others
             raise broken() from None
 
     def _decoded(self, parts: FileParts) -> Image.Image:
@@ -117,22 +117,22 @@ class ImageCodec:
         seed: int,
         provenance: Mapping[str, str] | None = None,
     ) -> EncodedImage:
-        """An image to a file with its hash; PNG is lossless, WebP and JPEG are not.
+        """Encode an image as a file with its hash; PNG is lossless, WebP and JPEG are not.
 
-        The file holds the pixels and the provenance: nothing of what the image carries. The same
-        of both give the same bytes with the same libraries, and the provenance changes no pixel.
+        The file contains the pixels and the provenance, and no metadata of the image. Equal pixels
+        and provenance give equal bytes with the same libraries. The provenance changes no pixel.
 
         Args:
-            image: RGB, or any other mode. A PNG keeps grey and alpha; of the other formats, and
-                of any mode that has more bits or a palette, the pixels become RGB over white.
-            output_format: Of the file.
-            seed: Goes into what is returned.
-            provenance: In a PNG each name is a text chunk of its own; WebP and JPEG have all of
-                them in the EXIF's ImageDescription, as a JSON object in ASCII. A value is cut to
-                `MAX_SAID` characters, and control characters are left out of it.
+            image: RGB, or any other mode. PNG preserves 8-bit grey and alpha. Other modes, and all
+                modes in WebP and JPEG, are converted to RGB over white.
+            output_format: The format of the file.
+            seed: Copied to the result.
+            provenance: PNG has one text chunk for each name. WebP and JPEG have one ASCII JSON
+                object in the EXIF field ImageDescription. Values are cut to `MAX_VALUE_LENGTH`
+                characters, and control characters are removed.
         """
-        said = {name: _fit_to_be_said(value) for name, value in (provenance or {}).items()}
-        data = self._written(image, output_format, said)
+        metadata = {name: _metadata_value(value) for name, value in (provenance or {}).items()}
+        data = self._file(image, output_format, metadata)
         file_format = _FILE_FORMATS[output_format]
         return EncodedImage(
             data=data,
@@ -144,24 +144,24 @@ class ImageCodec:
             sha256=hashlib.sha256(data).hexdigest(),
         )
 
-    def _written(
-        self, image: Image.Image, output_format: OutputFormat, said: dict[str, str]
+    def _file(
+        self, image: Image.Image, output_format: OutputFormat, metadata: dict[str, str]
     ) -> bytes:
         if output_format == "png":
-            as_it_is = image.mode in COLOUR_TYPES and "transparency" not in image.info
-            return write_png(image if as_it_is else to_rgb(image), said, each=self._threads.map)
+            writable = image.mode in COLOUR_TYPES and "transparency" not in image.info
+            return write_png(image if writable else to_rgb(image), metadata, each=self._threads.map)
         pixels = to_rgb(image)
-        pixels.info = {}  # Pillow writes a comment or a colour profile that it finds here
+        pixels.info = {}  # Pillow would write a comment or a colour profile from here
         options: dict[str, Any] = dict(_WEBP if output_format == "webp" else _JPEG)
-        if said:
+        if metadata:
             options["exif"] = exif = Image.Exif()
-            exif[ExifTags.Base.ImageDescription] = json.dumps(said)  # by EXIF 2, it is ASCII
+            exif[ExifTags.Base.ImageDescription] = json.dumps(metadata)  # EXIF 2 requires ASCII
         file = BytesIO()
         pixels.save(file, output_format.upper(), **options)
         return file.getvalue()
 
     def _check(self, image: ImageFile.ImageFile) -> None:
-        """What the header says must be within the limits before a pixel is decoded."""
+        """Check the size in the header against the limits, before a pixel is decoded."""
         short, long = sorted(image.size)
         if image.width * image.height > self._max_pixels:
             raise self._too_many_pixels()
@@ -176,13 +176,15 @@ class ImageCodec:
         return InputUnavailable(f"the image has more than {self._max_pixels} pixels")
 
 
-def _fit_to_be_said(value: str) -> str:
+def _metadata_value(value: str) -> str:
     value = _UNPRINTABLE.sub("", value)
-    return value if len(value) <= MAX_SAID else value[: MAX_SAID - 1] + _CUT_SHORT
+    if len(value) <= MAX_VALUE_LENGTH:
+        return value
+    return value[: MAX_VALUE_LENGTH - 1] + _ELLIPSIS
 
 
 def _parts(data: bytes) -> FileParts:
-    """Take the file apart by its format."""
+    """Split the file into its parts, by its format."""
     if data.startswith(png_parts.SIGNATURE):
         return png_parts.png_parts(data)
     if data.startswith(jpeg_parts.START):

@@ -1,4 +1,4 @@
-"""Pixels of any mode to sRGB over white."""
+"""Conversion of pixels of any mode to sRGB over white."""
 
 from io import BytesIO
 from typing import Any
@@ -11,22 +11,22 @@ from consumer.media.parts import MAX_PROFILE, FileParts
 
 _WHITE = (255, 255, 255)
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> Pillow's mode
-# Levels of 255 by which a profile may change colours without being applied: profiles of sRGB differ
-# by rounding. It also keeps files with such a profile exact.
+# Largest difference, in levels of 255, for which a profile is not applied. Profiles of sRGB differ
+# by rounding; without conversion, the pixels of such files stay exact.
 _INVISIBLE = 3
-# The type of a tag that can name one step of the conversion any number of times, in 8 bytes each: a
-# file of 402 bytes would take 7 s. Profiles for monitors and printers do not have it.
+# A tag type that can repeat a step of the conversion any number of times, in 8 bytes each: a file
+# of 402 bytes would take 7 s. Profiles for monitors and printers do not have it.
 _ELEMENTS = b"mpet"
-_SAMPLES = range(0, 256, 51)  # levels of each channel on which a profile is tried
+_SAMPLES = range(0, 256, 51)  # levels of each channel with which a profile is tested
 
 
 def to_rgb(image: Image.Image, profile: bytes = b"") -> Image.Image:
-    """Make a copy in RGB, transparency over white.
+    """Return a copy in RGB, with transparency over white.
 
     Args:
         image: Any mode.
-        profile: An ICC profile of its colours. It is converted to sRGB if that changes colours
-            visibly; a profile that is broken or for another mode is ignored.
+        profile: An ICC profile of the colours. It is applied if that changes colours visibly; a
+            profile that is broken or for another mode is ignored.
     """
     colours, alpha = _planes(image)
     rgb = _to_srgb(colours, profile)
@@ -43,7 +43,7 @@ def paint_transparent_colour(rgb: Image.Image, decoded: Image.Image, parts: File
     Args:
         rgb: The image in RGB, of the same size as the decoded one.
         decoded: As Pillow decodes the file without its tRNS chunk: mode 1, L, I;16 or RGB.
-        parts: The file; all bits of a sample count, also those that Pillow drops.
+        parts: The file; all bits of a sample are compared, also those that Pillow drops.
     """
     if not parts.transparent:
         return
@@ -62,7 +62,7 @@ def paint_transparent_colour(rgb: Image.Image, decoded: Image.Image, parts: File
 
 
 def _planes(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return the colours, in a mode that profiles are for, and the alpha channel."""
+    """Return the colours, in a mode that profiles support, and the alpha channel."""
     if image.mode.startswith("I"):
         # 16-bit grey. Pillow's own conversion clips at 255 and gives a white image.
         return image.point(lambda value: value * (1 / 257)).convert("L"), None
@@ -83,13 +83,13 @@ def _to_srgb(colours: Image.Image, profile: bytes) -> Image.Image:
             converting = _conversion(profile, colours.mode)
             if converting is not None:
                 return ImageCms.applyTransform(colours, converting) or colours
-        except (ImageCms.PyCMSError, OSError, ValueError):  # a broken profile: the pixels are good
+        except (ImageCms.PyCMSError, OSError, ValueError):  # a broken profile, but intact pixels
             pass
     return colours.convert("RGB")
 
 
 def _conversion(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the conversion to sRGB; `None` if it changes nothing visibly or could take minutes."""
+    """Return the conversion to sRGB; None if it has no visible effect or could take minutes."""
     if _ELEMENTS in profile:
         return None
     source = ImageCms.getOpenProfile(BytesIO(profile))
@@ -105,14 +105,14 @@ def _conversion(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     )
     bands = Image.getmodebands(mode)
     samples = np.stack(np.meshgrid(*[np.array(_SAMPLES, "u1")] * bands), axis=-1)
-    tried = Image.frombytes(mode, (samples.size // bands, 1), samples.tobytes())
-    converted = ImageCms.applyTransform(tried, conversion)
-    plain = np.asarray(tried.convert("RGB"), "i2")
+    tested = Image.frombytes(mode, (samples.size // bands, 1), samples.tobytes())
+    converted = ImageCms.applyTransform(tested, conversion)
+    plain = np.asarray(tested.convert("RGB"), "i2")
     return conversion if np.abs(plain - np.asarray(converted)).max() > _INVISIBLE else None
 
 
 def _equals(image: Image.Image, colour: NDArray[Any]) -> NDArray[np.bool_]:
-    """Compare each pixel with a colour of 8-bit samples; height x width."""
+    """Compare each pixel with a colour of 8-bit samples; shape (height, width)."""
     same: NDArray[np.bool_] = np.ones((image.height, image.width), np.bool_)
     for band, sample in enumerate(colour.astype("u1")):
         same &= np.asarray(image.getchannel(band)) == sample
@@ -120,9 +120,9 @@ def _equals(image: Image.Image, colour: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _low_bytes(parts: FileParts) -> Image.Image:
-    """Decode the lower byte of each sample of a 16-bit RGB file, of which Pillow keeps the upper.
+    """Decode the lower byte of each sample of a 16-bit RGB file.
 
-    Pillow's reader for samples in the other byte order takes the other byte.
+    Pillow decodes the upper byte only. Its reader for the opposite byte order gives the lower byte.
     """
     with Image.open(BytesIO(parts.file), formats=(parts.format,)) as opened:
         opened.tile = [tile._replace(args="RGB;16L") for tile in opened.tile]

@@ -8,8 +8,9 @@ from consumer.ports.media import InputUnavailable
 
 START = b"\xff\xd8"
 _END = b"\xff\xd9"
-# What one file may repeat; cameras write some 10 scans and 20 segments, and content credentials or
-# depth maps some 200. One scan of 53 bytes costs 11 ms at 16 million pixels, 1 MB of them minutes.
+# Limits of one file. Cameras write about 10 scans and 20 segments; content credentials or depth
+# maps add about 200 segments. One scan of 53 bytes takes 11 ms at 16 million pixels, and 1 MB of
+# such scans takes minutes.
 _MAX_SCANS = 100
 _MAX_SEGMENTS = 5_000
 # The next marker as libjpeg finds it: between segments, and at the end of a scan, where restart
@@ -23,8 +24,8 @@ _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # 0xF7: JPEG-LS
 _READ_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA}
 _TABLES = {0xC4, 0xCC, 0xDB, 0xDC, 0xDD}
 _ALL_COEFFICIENTS = 2**64 - 1
-# Of what comes after the last scan where the end marker is missing. As scan data, the two differ
-# in each bit, and no byte of either is 0 or 0xFF.
+# Added after the last scan where the end marker is missing. The two differ in every bit, and no
+# byte of them is 0 or 0xFF.
 _FILLERS = bytes(range(1, 255)), bytes(range(254, 0, -1))
 
 
@@ -33,13 +34,13 @@ class _Segment(NamedTuple):
     body: bytes
     scan: bytes = b""
 
-    def written(self) -> bytes:
+    def to_bytes(self) -> bytes:
         size = (len(self.body) + 2).to_bytes(2)
         return b"".join((b"\xff", bytes((self.marker,)), size, self.body, self.scan))
 
 
 class _Coverage:
-    """The coefficients of each component that the scans have brought in full precision."""
+    """The coefficients of each component that the scans contain in full precision."""
 
     def __init__(self) -> None:
         self._bits: dict[int, int] = {}  # id of a component -> a bit for each coefficient
@@ -63,8 +64,8 @@ class _Coverage:
 def jpeg_parts(data: bytes) -> FileParts:
     """Read the segments of a JPEG file up to the end of its first image.
 
-    A file without the end marker is complete if it has all scans and if what comes after them has
-    no influence on the pixels: `FileParts.second_file` differs from the first in that.
+    A file without the end marker is complete if it has all scans and if the data after them does
+    not affect the pixels. To check that, `FileParts.second_file` has other data there.
 
     Raises:
         InputUnavailable: Damaged, of a kind that libjpeg does not decode, or too many segments.
@@ -73,13 +74,13 @@ def jpeg_parts(data: bytes) -> FileParts:
     for segment in segments:
         if segment.marker in _FRAMES:
             _check_frame(segment)
-    kept = b"".join((START, *(each.written() for each in segments if _is_needed(each))))
+    kept = b"".join((START, *(each.to_bytes() for each in segments if _is_needed(each))))
     files = [kept + _END]
     if not ended:
         if not complete:  # without all scans an image has coarse pixels
             raise broken()
-        # Zeros end a download that was broken off in a file of the full size. No scan ends in one:
-        # its last byte is filled with ones.
+        # An interrupted download into a file of full size ends in zeros. No scan ends in a zero
+        # byte, because its last byte is padded with ones.
         files = [kept.rstrip(b"\0\xff") + filler + _END for filler in _FILLERS]
     return FileParts(
         format="JPEG",
@@ -92,10 +93,13 @@ def jpeg_parts(data: bytes) -> FileParts:
 
 
 def _segments(data: bytes) -> tuple[list[_Segment], bool, bool]:
-    """Split a file into its segments; whether it has all scans, and the end marker after them.
+    """Split a file into its segments.
 
-    What comes after the last scan that an image needs is left out: some phones put a video
-    there, without an end marker, and each further scan costs the time of a pass over the image.
+    Data after the last scan that the image needs is left out. Some phones store a video there,
+    without an end marker, and each further scan takes the time of a pass over the image.
+
+    Returns:
+        The segments, whether all scans are present, and whether the end marker follows them.
     """
     segments: list[_Segment] = []
     coverage = _Coverage()
@@ -140,7 +144,7 @@ def _check_frame(frame: _Segment) -> None:
 
 
 def _is_needed(segment: _Segment) -> bool:
-    """Whether libjpeg needs a segment: frame, tables, scans, and what says which colours it has."""
+    """Return whether libjpeg needs a segment: frame, tables, scans and colour space markers."""
     marker, body = segment.marker, segment.body
     return (
         marker in _FRAMES
@@ -159,7 +163,7 @@ def _first(segments: list[_Segment], marker: int, beginning: bytes) -> bytes:
 
 
 def _profile(segments: list[_Segment]) -> bytes:
-    """Join the pieces of the ICC profile by their numbers; nothing if a piece is missing."""
+    """Join the pieces of the ICC profile by their numbers; empty if a piece is missing."""
     name = b"ICC_PROFILE\0"
     pieces: dict[int, bytes] = {}
     count = 0

@@ -1,4 +1,4 @@
-"""The orientation that a file's metadata names, and images turned upright by it."""
+"""The orientation in a file's metadata, and rotation of images to it."""
 
 import re
 import struct
@@ -7,15 +7,15 @@ from PIL import ExifTags, Image, ImageOps
 
 _BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 _ENTRY = 12  # bytes
-_KINDS = {1: "B", 3: "H", 4: "I"}  # types of whole numbers; the standard says 3
+_KINDS = {1: "B", 3: "H", 4: "I"}  # types of whole numbers; the standard requires 3
 _XMP = re.compile(rb'tiff:Orientation(?:\s*=\s*["\']|>)\s*([1-8])')
 
 
 def orientation(exif: bytes, xmp: bytes) -> int:
-    """Return the EXIF orientation, or else that of the XMP packet: 1 to 8; 1 without either.
+    """Return the EXIF orientation, else the one of the XMP packet, from 1 to 8; 1 without either.
 
-    Only this one value is read: Pillow copies the data of each entry, and entries can share the
-    same megabytes. Broken metadata counts as none, because the pixels are good.
+    Only this value is read. Pillow would copy the data of each entry, and entries can refer to the
+    same megabytes. Broken metadata is ignored, because the pixels can be intact.
     """
     found = _in_exif(exif)
     if found is None and (in_xmp := _XMP.search(xmp)):
@@ -24,7 +24,7 @@ def orientation(exif: bytes, xmp: bytes) -> int:
 
 
 def _in_exif(exif: bytes) -> int | None:
-    exif = exif.removeprefix(b"Exif\0\0")  # also where the standard has none: PNG, WebP
+    exif = exif.removeprefix(b"Exif\0\0")  # also in PNG and WebP, against the standard
     order = _BYTE_ORDERS.get(exif[:4])
     if order is None:
         return None
@@ -36,13 +36,13 @@ def _in_exif(exif: bytes) -> int | None:
             if tag == ExifTags.Base.Orientation and kind in _KINDS:
                 (value,) = struct.unpack_from(f"{order}{_KINDS[kind]}", exif, entry + 8)
                 return int(value) if 1 <= value <= 8 else None  # noqa: PLR2004 - EXIF has eight
-    except struct.error:  # it ends before the entry
+    except struct.error:  # the data ends before the entry
         return None
     return None
 
 
 def upright(image: Image.Image, value: int) -> Image.Image:
-    """Turn and mirror an image in place by an EXIF orientation, and drop its metadata."""
+    """Rotate and mirror an image in place by an EXIF orientation, and remove its metadata."""
     image.info = {}
     image.getexif()[ExifTags.Base.Orientation] = value
     ImageOps.exif_transpose(image, in_place=True)

@@ -26,7 +26,7 @@ _MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:\?xml|!doctype|html|svg|!--)", r
 
 
 def format_name(data: bytes) -> str | None:
-    """Name the format of a file that is no PNG, JPEG or WebP file, with its article."""
+    """Return the format of a file that is not PNG, JPEG or WebP, with an article; None: unknown."""
     for beginning, name in _BEGINNINGS:
         if data.startswith(beginning):
             return name

@@ -4,17 +4,16 @@ from typing import Literal, NamedTuple
 
 from consumer.ports.media import InputUnavailable
 
-# Of one colour profile, in bytes: profiles for printing have up to 3 MB.
-MAX_PROFILE = 4 * 2**20
+MAX_PROFILE = 4 * 2**20  # bytes of one colour profile; profiles for printing have up to 3 MB
 
 
 class FileParts(NamedTuple):
-    """A file for Pillow, and the metadata that changes how its pixels look.
+    """A file for Pillow, and the metadata that affects its pixels.
 
     Attributes:
         format: Pillow's name of the format.
         file: A file with the pixels only.
-        second_file: A file that must decode to the same pixels; `None` where one file is enough.
+        second_file: A file that must decode to the same pixels; None where one file is enough.
         exif: The EXIF block, which begins with a TIFF header; empty without one.
         xmp: The XMP packet; empty without one.
         profile: The ICC profile; empty without one.
@@ -33,5 +32,5 @@ class FileParts(NamedTuple):
 
 
 def broken() -> InputUnavailable:
-    """Make the error for a file whose pixels cannot all be read."""
+    """Return the error for a file whose pixels cannot all be decoded."""
     return InputUnavailable("the image is broken or incomplete")

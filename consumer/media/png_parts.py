@@ -24,10 +24,10 @@ _EXIF_KEYWORD = b"Raw profile type exif\0"  # ImageMagick's
 class _Chunk(NamedTuple):
     kind: bytes
     body: bytes
-    whole: bool  # the file has all of it, and its checksum is right
+    intact: bool  # the body is complete and its checksum is correct
 
 
-class _Found:
+class _UsedChunks:
     """The chunks of one file that are used."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class _Found:
         self.palette = b""
         self.transparent = b""
         self.pixels: list[bytes] = []
-        self.frames = 0  # that an animation claims
+        self.frames = 0  # number of frames in the animation header
         self.first_frame_is_image = False
         self.metadata: dict[bytes, bytes] = {}
 
@@ -43,8 +43,8 @@ class _Found:
 def png_parts(data: bytes) -> FileParts:
     """Read the chunks of a PNG file.
 
-    Text chunks are not inflated, except for an XMP packet and EXIF. A chunk without influence on
-    the pixels is left out, even a damaged one.
+    Text chunks are not inflated, except for an XMP packet and EXIF. Chunks that do not affect the
+    pixels are left out, also damaged ones.
 
     Raises:
         InputUnavailable: Animated, damaged, of another format, or too many chunks.
@@ -53,24 +53,24 @@ def png_parts(data: bytes) -> FileParts:
         raise InputUnavailable(
             "the image is a PNG file in Apple's CgBI format; standard PNG files are read"
         )
-    found = _find(data)
+    found = _used_chunks(data)
     depth, colour = found.header[8:10]
     palette = b""
     if colour == _PALETTE:
         if not found.palette:
             raise broken()
-        palette = _written(b"PLTE", found.palette)
+        palette = _chunk_bytes(b"PLTE", found.palette)
         if found.transparent:
-            palette += _written(b"tRNS", found.transparent)
+            palette += _chunk_bytes(b"tRNS", found.transparent)
     return FileParts(
         format="PNG",
         file=b"".join(
             (
                 SIGNATURE,
-                _written(b"IHDR", found.header),
+                _chunk_bytes(b"IHDR", found.header),
                 palette,
-                _written(b"IDAT", b"".join(found.pixels)),
-                _written(b"IEND", b""),
+                _chunk_bytes(b"IDAT", b"".join(found.pixels)),
+                _chunk_bytes(b"IEND", b""),
             )
         ),
         exif=_exif(found.metadata),
@@ -90,27 +90,27 @@ def _transparent_colour(body: bytes, depth: int, samples: int) -> tuple[int, ...
     return tuple(sample & mask for sample in struct.unpack_from(f">{samples}H", body))
 
 
-def _find(data: bytes) -> _Found:
+def _used_chunks(data: bytes) -> _UsedChunks:
     """Collect the chunks that are used, in the order in which a decoder reads them."""
-    found = _Found()
-    for kind, body, whole in _chunks(data):
+    found = _UsedChunks()
+    for kind, body, intact in _chunks(data):
         if kind == b"IDAT":
             found.pixels.append(body)  # zlib checks the pixels itself
         elif kind in {b"IHDR", b"PLTE", b"tRNS"} and not found.pixels:
-            if not whole:
+            if not intact:
                 raise broken()
-            _note(found, kind, body)
-        elif whole:
-            _note_metadata(found, kind, body)
+            _add(found, kind, body)
+        elif intact:
+            _add_metadata(found, kind, body)
     if len(found.header) != _HEADER or not found.pixels:
         raise broken()
-    # Without an fcTL chunk before it, the image is shown only by readers without animation.
+    # Without an fcTL chunk before it, the image is not a frame of the animation.
     if found.frames and found.frames + (not found.first_frame_is_image) > 1:
         raise InputUnavailable("the image is animated")
     return found
 
 
-def _note(found: _Found, kind: bytes, body: bytes) -> None:
+def _add(found: _UsedChunks, kind: bytes, body: bytes) -> None:
     if kind == b"IHDR":
         found.header = body
     elif kind == b"PLTE":
@@ -119,9 +119,9 @@ def _note(found: _Found, kind: bytes, body: bytes) -> None:
         found.transparent = body
 
 
-def _note_metadata(found: _Found, kind: bytes, body: bytes) -> None:
+def _add_metadata(found: _UsedChunks, kind: bytes, body: bytes) -> None:
     if kind == b"acTL" and not found.pixels:
-        # A second one, or one without frames, is no animation for any decoder.
+        # No decoder animates a file with a second acTL chunk, or with one without frames.
         found.frames = 0 if found.frames else int.from_bytes(body[:4])
     elif kind == b"fcTL" and not found.pixels:
         found.first_frame_is_image = True
@@ -147,7 +147,7 @@ def _chunks(data: bytes) -> Iterator[_Chunk]:
     raise InputUnavailable("the image has too many PNG chunks")
 
 
-def _written(kind: bytes, body: bytes) -> bytes:
+def _chunk_bytes(kind: bytes, body: bytes) -> bytes:
     checksum = zlib.crc32(body, zlib.crc32(kind))
     return b"".join((len(body).to_bytes(4), kind, body, checksum.to_bytes(4)))
 
@@ -158,7 +158,7 @@ def _exif(metadata: dict[bytes, bytes]) -> bytes:
     text = metadata.get(_EXIF_KEYWORD, b"")
     if text.startswith(b"zTXt"):
         text = _inflated(text[5:], _MAX_EXIF_TEXT)
-    # Its lines: nothing, the name, the length, and the bytes as hexadecimal digits.
+    # The lines are: an empty line, the name, the length, and the bytes as hexadecimal digits.
     digits = b"".join(text[:_MAX_EXIF_TEXT].split(b"\n")[3:])
     try:
         return bytes.fromhex(digits.decode("ascii"))
@@ -167,7 +167,7 @@ def _exif(metadata: dict[bytes, bytes]) -> bytes:
 
 
 def _xmp(text: bytes) -> bytes:
-    """Return the packet from an iTXt chunk, whose kind comes before its flags."""
+    """Return the packet from an iTXt chunk; `text` is its kind, its flags and its text."""
     if not text.startswith(b"iTXt"):
         return b""
     compressed, packet = text[4:5] == b"\1", text[6:].split(b"\0", 2)[-1]
@@ -180,7 +180,7 @@ def _profile(body: bytes) -> bytes:
 
 
 def _inflated(data: bytes, limit: int) -> bytes:
-    """Inflate metadata; nothing where it is damaged or larger than the limit in bytes."""
+    """Inflate metadata; empty if it is damaged or larger than the limit in bytes."""
     if not data:
         return b""
     inflating = zlib.decompressobj()

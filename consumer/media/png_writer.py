@@ -1,11 +1,11 @@
-"""PNG files, written fast: one filter for all rows, and Intel's ISA-L for the compression.
+"""A fast PNG encoder: one filter for all rows, and Intel's ISA-L for the compression.
 
-An image of a model has grain, in which there is nothing to find: Pillow's encoder looks for it
-all the same, for 100 to 500 ms at 1024x1024, while this takes 8 ms and some 5 % more bytes than its
-best (`python -m tests.bench.encoders`). All of it lets go of the interpreter's lock.
+Generated images contain noise, in which deflate finds no repetitions. Pillow's encoder searches for
+them nevertheless, for 100 to 500 ms at 1024x1024. This encoder takes 8 ms and about 5 % more bytes
+than Pillow's best (`python -m tests.bench.encoders`). It releases the GIL.
 
-A large image is written in strips, which several threads can make at the same time: each is a
-part of the one deflate stream (RFC 1951) that ends at a whole byte, in an IDAT chunk of its own.
+A large image is encoded in strips, which several threads can encode in parallel. Each strip is a
+part of the same deflate stream (RFC 1951) that ends at a whole byte, in a separate IDAT chunk.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 fast: Any = None
-with contextlib.suppress(ImportError):  # there is no wheel for every machine
+with contextlib.suppress(ImportError):  # some platforms have no wheel
     from isal import isal_zlib as fast
 
 # Mode of Pillow -> colour type of PNG, with 8 bits for each channel.
@@ -31,32 +31,32 @@ R = TypeVar("R")
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _BITS = 8
-_UP = 2  # the filter: what differs from the pixel above
-_LEVEL = 1  # of ISA-L; 2 and 3 take longer and give larger files of images with grain
-# Bytes, about: 1024x1024 are four strips. By the image alone, whatever the machine has: the same
-# image must give the same bytes everywhere.
+_UP = 2  # the filter: the difference from the pixel above
+_LEVEL = 1  # of ISA-L; 2 and 3 take longer and give larger files for images with noise
+# Approximate bytes of a strip: 1024x1024 RGB pixels are four strips. It does not depend on the
+# machine, because equal images must give equal bytes everywhere.
 _STRIP = 3 * 2**18
 _ZLIB_HEADER = b"\x78\x01"  # RFC 1950: deflate, a window of 32 KiB, the fastest level
 _ADLER_BASE = 65_521  # RFC 1950: the largest prime below 2^16
 
 
 class Each(Protocol):
-    """Calls a function with each of several things, and gives what it returns in their order."""
+    """Calls a function with each item, and yields the results in order."""
 
     def __call__(self, function: Callable[[T], R], things: Iterable[T], /) -> Iterator[R]:
-        """As the built-in `map`, or an executor's."""
+        """Behave as the built-in `map`, or as `map` of an executor."""
 
 
 def write_png(image: Image.Image, texts: Mapping[str, str], *, each: Each = map) -> bytes:
-    """An image as a PNG file, with texts as its metadata.
+    """Encode an image as a PNG file with text chunks.
 
     Args:
-        image: Its mode is a key of `COLOUR_TYPES`; the pixels are kept as they are.
-        texts: Name and value of a text chunk each.
-        each: Makes the strips: one after the other, or at the same time.
+        image: The mode is a key of `COLOUR_TYPES`; the pixels are preserved exactly.
+        texts: The text chunks: values by name.
+        each: Encodes the strips, one after the other or in parallel.
 
     Returns:
-        The file's bytes: the same for the same image, texts and version of ISA-L.
+        The file's bytes, which depend only on the image, the texts and the version of ISA-L.
     """
     header = struct.pack(
         ">IIBBBBB", image.width, image.height, _BITS, COLOUR_TYPES[image.mode], 0, 0, 0
@@ -65,7 +65,7 @@ def write_png(image: Image.Image, texts: Mapping[str, str], *, each: Each = map)
     parts = [part for chunk in before for part in _framed(*chunk)]
     adler = 1
     strips = _strips(image)
-    for strip in each(_make_strip, strips) if len(strips) > 1 else map(_make_strip, strips):
+    for strip in each(_encode_strip, strips) if len(strips) > 1 else map(_encode_strip, strips):
         parts += strip.chunk
         adler = _joined(adler, strip.adler, strip.length)
     parts += [*_framed(b"IDAT", struct.pack(">I", adler)), *_framed(b"IEND", b"")]
@@ -73,11 +73,11 @@ def write_png(image: Image.Image, texts: Mapping[str, str], *, each: Each = map)
 
 
 class _Pixels(NamedTuple):
-    """Some rows of an image, and what has to be known of the rest of it.
+    """Adjacent rows of an image.
 
     Attributes:
         rows: Shape (rows, width * channels).
-        above: The row before the first; None: there is none.
+        above: The row above the first, shape (width * channels,); None: there is none.
         last: Whether no rows follow.
     """
 
@@ -87,12 +87,12 @@ class _Pixels(NamedTuple):
 
 
 class _Strip(NamedTuple):
-    """The same rows as a part of a file.
+    """Encoded rows.
 
     Attributes:
         chunk: An IDAT chunk, in parts.
-        adler: The Adler-32 of what was compressed.
-        length: Bytes of what was compressed.
+        adler: The Adler-32 of the uncompressed data.
+        length: Number of bytes of the uncompressed data.
     """
 
     chunk: tuple[bytes, ...]
@@ -110,7 +110,7 @@ def _strips(image: Image.Image) -> list[_Pixels]:
     ]
 
 
-def _make_strip(pixels: _Pixels) -> _Strip:
+def _encode_strip(pixels: _Pixels) -> _Strip:
     filtered = _filtered(pixels)
     compressed = _compressed(filtered, last=pixels.last)
     if pixels.above is None:
@@ -120,7 +120,7 @@ def _make_strip(pixels: _Pixels) -> _Strip:
 
 
 def _text_chunks(texts: Mapping[str, str]) -> Iterator[tuple[bytes, bytes]]:
-    # Pillow knows which of the two kinds a text needs, and how it is encoded.
+    # Pillow chooses the kind of chunk for a text and its encoding.
     info = PngImagePlugin.PngInfo()
     for name, value in texts.items():
         info.add_text(name, value)
@@ -134,22 +134,22 @@ def _framed(kind: bytes, data: bytes) -> tuple[bytes, ...]:
 
 
 def _filtered(pixels: _Pixels) -> NDArray[np.uint8]:
-    """Shape (rows, 1 + width * channels): the filter's number, then the row's differences."""
+    """Return the filter type and the filtered row, shape (rows, 1 + width * channels)."""
     rows, above, _ = pixels
     filtered = np.empty((rows.shape[0], 1 + rows.shape[1]), np.uint8)
     filtered[:, 0] = _UP
-    # Modulo 256, as PNG wants it; above the first row there is nothing, which counts as zeros.
+    # Modulo 256, as PNG requires. The row above the first counts as zeros.
     np.subtract(rows[0], 0 if above is None else above, out=filtered[0, 1:])
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
     return filtered
 
 
 def _compressed(filtered: NDArray[np.uint8], *, last: bool) -> bytes:
-    """A part of a deflate stream, without what zlib puts around it."""
+    """Return a part of a deflate stream, without the header and checksum of zlib."""
     if fast is not None:
         deflate = fast.compressobj(_LEVEL, fast.DEFLATED, -zlib.MAX_WBITS)
     else:
-        # Without the search for repetitions, but for runs: a quarter of the time of level 1.
+        # Searches only for runs of equal bytes, which takes a quarter of the time of level 1.
         deflate = zlib.compressobj(
             1, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE
         )
@@ -159,10 +159,11 @@ def _compressed(filtered: NDArray[np.uint8], *, last: bool) -> bytes:
 
 
 def _joined(adler: int, following: int, length: int) -> int:
-    """The Adler-32 of two pieces of data, by that of each and the length of the second.
+    """Return the Adler-32 of two pieces of data, from both checksums and the second's length.
 
-    It is two sums modulo a prime (RFC 1950): of the bytes plus 1, and of what the first has been
-    after each byte. So the second grows by the length times what the first had before.
+    Adler-32 consists of two sums modulo a prime (RFC 1950): the sum of the bytes plus 1, and the
+    sum of its values after each byte. The second sum therefore grows by the length times the
+    previous value of the first sum.
     """
     low, high = adler & 0xFFFF, adler >> 16
     low_after, high_after = following & 0xFFFF, following >> 16

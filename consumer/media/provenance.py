@@ -1,4 +1,4 @@
-"""Provenance: what the file of an image says of how it was made."""
+"""Provenance: the metadata in an image's file about the generation of the image."""
 
 import functools
 import json
@@ -21,20 +21,20 @@ def provenance_of(
     parameters: Mapping[str, ParameterValue],
     with_prompt: bool,
 ) -> dict[str, str]:
-    """Names and values for the file of one image.
+    """Return names and values for the file of one image.
 
-    Nothing in them differs between two runs of the same request: an object's key contains the hash
-    of its bytes, and a redelivery is to find its object. So there is no time, worker or attempt.
+    They are equal in all runs of a request and contain no time, worker or attempt. An object's key
+    contains the hash of its bytes, and a redelivered request must produce the same key.
 
     Args:
-        made: The image.
-        request_id: The sender's, or the derived one.
-        request: What was asked for.
-        model: What made it.
-        parameters: What it was made with.
-        with_prompt: Whether the prompts may be in the file, for whoever gets the image.
+        made: The generated image.
+        request_id: The sender's request id, or the derived one.
+        request: The request.
+        model: The model.
+        parameters: The parameters of the run.
+        with_prompt: Whether the file contains the prompts, which every recipient can read.
     """
-    said = {
+    values = {
         "software": _software(),
         "request_id": request_id,
         "seed": str(made.seed),
@@ -44,10 +44,10 @@ def provenance_of(
         "flagged": None if made.flagged is None else json.dumps(made.flagged),
     }
     if with_prompt:
-        said |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-    return {name: value for name, value in said.items() if value is not None}
+        values |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-@functools.cache  # it reads the distribution's files
+@functools.cache  # `version` reads files
 def _software() -> str:
     return f"{SOFTWARE} {version(SOFTWARE)}"

@@ -13,12 +13,12 @@ _METADATA_FLAGS = 0x20 | 0x08 | 0x04  # of VP8X: profile, EXIF, XMP
 
 
 def is_webp(data: bytes) -> bool:
-    """Whether a file begins as a WebP file."""
+    """Return whether a file begins as a WebP file."""
     return data.startswith(_RIFF) and data[8:_HEADER] == _WEBP
 
 
 def webp_parts(data: bytes) -> FileParts:
-    """Read the chunks of a WebP file; the size in its header counts only where it is possible.
+    """Read the chunks of a WebP file; an impossible size in its header is ignored.
 
     Raises:
         InputUnavailable: Animated, an image chunk is cut off, or too many chunks.

@@ -14,14 +14,14 @@ from tests.bench.models import Bench
 def test_the_short_way_through_attention_is_the_pipelines_own() -> None:
     """Training has one token in place of the 256 that the pipeline appends: the same numbers."""
     torch = importlib.import_module("torch")
-    pictures = importlib.import_module("consumer.runners.demonstration.training.pictures")
+    images = importlib.import_module("consumer.runners.demonstration.training.images")
     autoencoder = importlib.import_module("consumer.runners.demonstration.training.autoencoder")
     torch.manual_seed(0)
-    pipe = pictures.pipeline(autoencoder.autoencoder())
+    pipe = images.pipeline(autoencoder.autoencoder())
     for parameter in pipe.transformer.parameters():
         if not parameter.any():  # zero at first, and then nothing would differ
             torch.nn.init.normal_(parameter, std=0.05)
-    trained = pictures.Trained(pipe)
+    trained = images.Trained(pipe)
     prompts = ["a small red star on a white background at the top", ""]
     noisy, times = torch.randn(2, 8, 16, 16), torch.tensor([300.0, 700.0])
     with torch.inference_mode():
@@ -30,7 +30,7 @@ def test_the_short_way_through_attention_is_the_pipelines_own() -> None:
         )
         long = _way(pipe.transformer, noisy, times, words, pooled)
         trained.use_short_attention()
-        words, pooled = trained.read(pictures.tokens(pipe, prompts))
+        words, pooled = trained.read(images.tokens(pipe, prompts))
         short = _way(pipe.transformer, noisy, times, words, pooled)
     assert long.abs().mean() > 0.1
     torch.testing.assert_close(short, long, atol=1e-5, rtol=1e-4)
@@ -46,14 +46,14 @@ def _way(transformer, noisy, times, words, pooled):  # type: ignore[no-untyped-d
     )[0]
 
 
-def test_the_autoencoder_sees_colours_that_no_picture_has() -> None:
-    """Half of its pictures as they are drawn, the others within the same range and with no edge."""
+def test_the_autoencoder_sees_colours_that_no_image_has() -> None:
+    """Half of its images as they are drawn, the others within the same range and with no edge."""
     torch = importlib.import_module("torch")
     autoencoder = importlib.import_module("consumer.runners.demonstration.training.autoencoder")
     torch.manual_seed(0)
-    pictures = torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1).expand(64, 3, 8, 8)
-    tinted = autoencoder._tinted(pictures)
-    changed = (tinted != pictures).flatten(1).any(dim=1)
+    images = torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1).expand(64, 3, 8, 8)
+    tinted = autoencoder._tinted(images)
+    changed = (tinted != images).flatten(1).any(dim=1)
     assert 16 < changed.sum() < 48
     assert tinted.abs().max() <= 1
     assert (tinted == tinted[:, :, :1, :1]).all()
@@ -75,7 +75,7 @@ def test_training_leaves_both_models_where_the_runners_load_them(tmp_path: Path)
     assert done.returncode == 0, done.stderr[-2_000:]
     assert not any(str(tmp_path) in file.read_text() for file in tmp_path.rglob("*.json"))
     loaded = Bench(tmp_path)
-    picture = loaded.picture("a red circle", 1)
-    assert picture.size == (64, 64)
-    assert isinstance(loaded.text([picture], "What is this?"), str)
+    image = loaded.image("a red circle", 1)
+    assert image.size == (64, 64)
+    assert isinstance(loaded.text([image], "What is this?"), str)
     loaded.close()

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageChops, ImageFile, PngImagePlugin
 
-from consumer.media.codec import MAX_SAID, ImageCodec, jpeg_parts, png_parts, webp_parts
+from consumer.media.codec import MAX_VALUE_LENGTH, ImageCodec, jpeg_parts, png_parts, webp_parts
 from consumer.ports.media import InputUnavailable, OutputFormat
 from tests.support.odd_images import (
     BLUE,
@@ -543,7 +543,7 @@ def test_long_values_are_cut_so_that_every_format_can_hold_them(
 ) -> None:
     told = read_back(CODEC.encode(photograph(), output_format, seed=0, provenance=LONGEST).data)
     assert told.keys() == LONGEST.keys()
-    assert told["prompt"] == "\U0001f4a1" * (MAX_SAID - 1) + "…"
+    assert told["prompt"] == "\U0001f4a1" * (MAX_VALUE_LENGTH - 1) + "…"
     assert told["parameters"] == LONGEST["parameters"]
 
 

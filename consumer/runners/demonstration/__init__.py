@@ -1,8 +1,8 @@
-"""The demonstration models: small, trained, shipped with the package.
+"""The demonstration models: small trained models that are part of the package.
 
-What is loaded when MODEL_ID is empty: a real StableDiffusion3Pipeline that draws coloured shapes,
-and a real Qwen2.5-VL that describes them, 10 MB together. README.md in this folder is their model
-card; `training` is how they were made.
+They are loaded when MODEL_ID is empty: a StableDiffusion3Pipeline that draws coloured shapes, and a
+Qwen2.5-VL that describes them, 10 MB together. README.md in this folder is their model card. The
+folder `training` contains the code that trained them.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from generation_contracts import Task
 
-# What they do best; the defaults of the large models of their families are made for those.
+# The best settings of these models; the defaults of their families are for large models.
 DEFAULTS: Mapping[Task, Mapping[str, int | float | str]] = {
     Task.TEXT_TO_IMAGE: {"num_inference_steps": 16, "guidance_scale": 2.5},
     Task.IMAGE_TO_TEXT: {},
@@ -18,5 +18,5 @@ DEFAULTS: Mapping[Task, Mapping[str, int | float | str]] = {
 
 
 def folder_of(task: Task) -> Path:
-    """Where the demonstration model of a task is."""
+    """Return the folder of a task's demonstration model."""
     return Path(__file__).with_name(str(task))

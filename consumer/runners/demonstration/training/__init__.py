@@ -1,1 +1,1 @@
-"""How the demonstration models were made, and how to make them again."""
+"""The training of the demonstration models."""

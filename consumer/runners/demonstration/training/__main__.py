@@ -1,6 +1,6 @@
 """Train the demonstration models: `python -m consumer.runners.demonstration.training`.
 
-Everything is made here: the pictures are drawn and the sentences put together by this package. The
+Everything is made here: the images are drawn and the sentences put together by this package. The
 weights are written as the runners load them, in half precision.
 """
 
@@ -15,7 +15,7 @@ import structlog
 import torch
 from diffusers import AutoencoderKL
 
-from consumer.runners.demonstration.training import autoencoder, captions, pictures
+from consumer.runners.demonstration.training import autoencoder, captions, images
 from generation_contracts import Task
 
 log = structlog.get_logger()
@@ -44,7 +44,7 @@ def main(parts: tuple[str, ...], to: Path, keep: Path | None, seed: int, share: 
     # Loaded for each: it is in the pipeline, and what is saved is made half as precise.
     if "pictures" in parts:
         vae = _autoencoder(drawing / "vae")
-        _save(pictures.train(vae, steps["pictures"], seed, keep), drawing)
+        _save(images.train(vae, steps["pictures"], seed, keep), drawing)
     if "captions" in parts:
         vae = _autoencoder(drawing / "vae")
         model, processor = captions.train(vae, steps["captions"], seed, keep)

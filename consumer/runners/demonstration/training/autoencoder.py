@@ -1,4 +1,4 @@
-"""The autoencoder between pictures of 64x64 pixels and latents of 16x16.
+"""The autoencoder between images of 64x64 pixels and latents of 16x16.
 
 It is trained with noise on its latents: its decoder must make clean shapes of latents that are a
 little off, as those that the transformer makes always are.
@@ -16,19 +16,19 @@ from torch.nn import functional
 
 from consumer.runners.demonstration.training.pixels import tensors
 from consumer.runners.demonstration.training.scenes import SIDE, draw, some_scene
-from consumer.runners.demonstration.training.schedule import Schedule, Watch, autocast
+from consumer.runners.demonstration.training.schedule import ProgressLog, Schedule, autocast
 
 log = structlog.get_logger()
 
 DOWNSCALE = 4
 CHANNELS = 8  # of the latents
 _WIDTHS = (16, 48, 64)
-_PICTURES = 16_384  # drawn once, and turned over and around
+_IMAGES = 16_384  # drawn once, and turned over and around
 _BATCH = 16
-_OF_TWO = 0.5  # of the pictures show two things
+_OF_TWO = 0.5  # of the images show two things
 _NOISE = 0.3  # standard deviations of the latents: the most noise that is put on them
 _KL = 1e-5
-_TINT = 0.3  # of its range: the most that a channel of a picture is narrowed by
+_TINT = 0.3  # of its range: the most that a channel of an image is narrowed by
 
 
 def autoencoder() -> Any:
@@ -53,13 +53,13 @@ def train(steps: int, seed: int) -> Any:
     """An autoencoder whose latents have a mean of 0 and a deviation of 1."""
     torch.manual_seed(seed)
     choice = random.Random(seed)
-    number = min(_PICTURES, _BATCH * steps)
-    pictures = tensors([draw(some_scene(choice, of_two=_OF_TWO), choice) for _ in range(number)])
+    number = min(_IMAGES, _BATCH * steps)
+    images = tensors([draw(some_scene(choice, of_two=_OF_TWO), choice) for _ in range(number)])
     model = autoencoder()
     schedule = Schedule(model.parameters(), rate=2e-3, steps=steps)
-    watch = Watch("autoencoder", steps)
+    progress = ProgressLog("autoencoder", steps)
     for step in range(steps):
-        batch = _batch(pictures, choice)
+        batch = _batch(images, choice)
         with autocast():
             latents = model.encode(batch).latent_dist
             sample = latents.sample()
@@ -67,29 +67,29 @@ def train(steps: int, seed: int) -> Any:
             decoded = model.decode(sample + noise * torch.randn_like(sample)).sample
         loss = _distance(decoded.float(), batch) + _KL * latents.kl().mean() / SIDE
         schedule.step(loss)
-        watch.tell(step, loss)
-    _normalize(model.eval(), pictures[:2048])
-    _sharpen(model, pictures, steps, seed)
+        progress.add(step, loss)
+    _normalize(model.eval(), images[:2048])
+    _sharpen(model, images, steps, seed)
     return model
 
 
-def _sharpen(model: Any, pictures: torch.Tensor, steps: int, seed: int) -> None:
+def _sharpen(model: Any, images: torch.Tensor, steps: int, seed: int) -> None:
     """Train the decoder on, for latents that stay as they are.
 
     Both together first find the latents, and leave edges a little soft and ringed.
 
     Args:
         model: The autoencoder, with latents of a deviation of 1.
-        pictures: uint8, (number, 3, SIDE, SIDE).
+        images: uint8, (number, 3, SIDE, SIDE).
         steps: How many.
-        seed: Of the noise and of the order of the pictures.
+        seed: Of the noise and of the order of the images.
     """
     torch.manual_seed(seed)
     choice = random.Random(seed)
     schedule = Schedule(model.decoder.parameters(), rate=1e-3, steps=steps)
-    watch = Watch("autoencoder, sharp", steps)
+    progress = ProgressLog("autoencoder, sharp", steps)
     for step in range(steps):
-        batch = _batch(pictures, choice)
+        batch = _batch(images, choice)
         with autocast():
             with torch.no_grad():
                 latents = model.encode(batch).latent_dist.mean
@@ -97,27 +97,27 @@ def _sharpen(model: Any, pictures: torch.Tensor, steps: int, seed: int) -> None:
             decoded = model.decode(latents + noise * torch.randn_like(latents)).sample
         loss = _distance(decoded.float(), batch)
         schedule.step(loss)
-        watch.tell(step, loss)
+        progress.add(step, loss)
 
 
-def _batch(pictures: torch.Tensor, choice: random.Random) -> torch.Tensor:
-    batch = pictures[torch.randint(len(pictures), (_BATCH,))].float() / 127.5 - 1
+def _batch(images: torch.Tensor, choice: random.Random) -> torch.Tensor:
+    batch = images[torch.randint(len(images), (_BATCH,))].float() / 127.5 - 1
     if choice.random() < 0.5:
         batch = batch.flip(3)
     return _tinted(batch)
 
 
-def _tinted(pictures: torch.Tensor) -> torch.Tensor:
-    """Half of the pictures in colours a little off their own, each channel by itself.
+def _tinted(images: torch.Tensor) -> torch.Tensor:
+    """Half of the images in colours a little off their own, each channel by itself.
 
     Of ten colours alone it learns the colours by heart, with what stands beside them, and gives
     what it has never seen together a neighbouring colour: red on gray comes out orange.
     """
-    number = len(pictures)
+    number = len(images)
     gain = 1 - _TINT * torch.rand(number, 3, 1, 1)
     shift = (1 - gain) * (2 * torch.rand(number, 3, 1, 1) - 1)  # stays within -1..1
     as_drawn = torch.rand(number, 1, 1, 1) < 0.5
-    return torch.where(as_drawn, pictures, pictures * gain + shift)
+    return torch.where(as_drawn, images, images * gain + shift)
 
 
 def _distance(decoded: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -130,12 +130,12 @@ def _distance(decoded: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _normalize(model: Any, pictures: torch.Tensor) -> None:
+def _normalize(model: Any, images: torch.Tensor) -> None:
     """Scale each channel of the latents within the weights, and write down the rest.
 
     The transformer learns latents of equal deviations best, and the pipeline has one factor only.
     """
-    latents = encoded(model, pictures)
+    latents = encoded(model, images)
     deviations = latents.std(dim=(0, 2, 3))
     means = model.encoder.conv_out.weight[:CHANNELS]
     means /= deviations[:, None, None, None]
@@ -149,16 +149,16 @@ def _normalize(model: Any, pictures: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-def encoded(model: Any, pictures: torch.Tensor, *, batch: int = 64) -> torch.Tensor:
-    """Latents of pictures, unscaled: float32, (number, CHANNELS, 16, 16).
+def encoded(model: Any, images: torch.Tensor, *, batch: int = 64) -> torch.Tensor:
+    """Latents of images, unscaled: float32, (number, CHANNELS, 16, 16).
 
     Args:
         model: The autoencoder.
-        pictures: uint8, (number, 3, SIDE, SIDE).
+        images: uint8, (number, 3, SIDE, SIDE).
         batch: How many at once.
     """
     parts = []
-    for part in pictures.split(batch):
+    for part in images.split(batch):
         with autocast():
             moments = model.encode(part.float() / 127.5 - 1).latent_dist
         parts.append(moments.mean.float())

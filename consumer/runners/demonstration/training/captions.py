@@ -1,6 +1,6 @@
 """The image-to-text model: a small Qwen2.5-VL that describes scenes and answers questions on them.
 
-The vision tower is trained alone first, to tell of each part of a picture what is there; trained
+The vision tower is trained alone first, to tell of each part of an image what is there; trained
 from the sentences alone it does not learn the shapes.
 """
 
@@ -43,13 +43,19 @@ from consumer.runners.demonstration.training.scenes import (
     draw,
     some_scene,
 )
-from consumer.runners.demonstration.training.schedule import Schedule, Watch, autocast, split, told
+from consumer.runners.demonstration.training.schedule import (
+    ProgressLog,
+    Schedule,
+    attribute_loss,
+    autocast,
+    split,
+)
 from consumer.runners.demonstration.training.words import BYTES, every_word, merges, vocabulary
 
 log = structlog.get_logger()
 
 _TOKEN = 28  # pixels, each side of what is one token
-_ACROSS = 4  # tokens, each side of a picture
+_ACROSS = 4  # tokens, each side of an image
 _NEW_TOKENS = 64  # the most that a text has, unless the request says more
 _CONTEXT = 4_096  # tokens
 _WIDTH = 128
@@ -63,7 +69,7 @@ _LOOK_STEPS = 1_400  # the vision tower alone; at most a third of the steps
 
 
 def processor() -> Any:
-    """The processor: every picture becomes about 112x112 pixels, whatever its size."""
+    """The processor: every image becomes about 112x112 pixels, whatever its size."""
     budget = {"shortest_edge": (_ACROSS * _TOKEN) ** 2, "longest_edge": (_ACROSS * _TOKEN) ** 2}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=budget),
@@ -146,43 +152,45 @@ def _tokenizer(said: list[str]) -> Qwen2Tokenizer:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Scenes and their pictures, as patches that the vision tower reads."""
+    """Scenes and their images, as patches that the vision tower reads."""
 
     scenes: Sequence[Scene]
     patches: torch.Tensor  # bfloat16, (scenes, patches, values)
-    grid: torch.Tensor  # of one picture: 1, rows, columns
+    grid: torch.Tensor  # of one image: 1, rows, columns
 
     @classmethod
-    def of(cls, scenes: Sequence[Scene], images: Any, choice: random.Random, vae: Any) -> "_Drawn":
+    def of(
+        cls, scenes: Sequence[Scene], image_processor: Any, choice: random.Random, vae: Any
+    ) -> "_Drawn":
         parts = []
         for first in range(0, len(scenes), 256):
-            pictures = tensors([draw(scene, choice) for scene in scenes[first : first + 256]])
-            seen = images(
-                images=list(_as_generated(vae, pictures)),
+            images = tensors([draw(scene, choice) for scene in scenes[first : first + 256]])
+            seen = image_processor(
+                images=list(_as_generated(vae, images)),
                 return_tensors="pt",
                 input_data_format="channels_first",
             )
-            parts.append(seen.pixel_values.bfloat16().unflatten(0, (len(pictures), -1)))
+            parts.append(seen.pixel_values.bfloat16().unflatten(0, (len(images), -1)))
         return cls(scenes, torch.cat(parts), seen.image_grid_thw[:1])
 
 
 @torch.inference_mode()
-def _as_generated(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
-    """Every second picture as the text-to-image model would have decoded it, a little unsharp."""
-    latents = encoded(vae, pictures[::2])
+def _as_generated(vae: Any, images: torch.Tensor) -> torch.Tensor:
+    """Every second image as the text-to-image model would have decoded it, a little unsharp."""
+    latents = encoded(vae, images[::2])
     latents += torch.rand(len(latents), 1, 1, 1) * 0.3 * torch.randn_like(latents) * latents.std()
     with autocast():
         decoded = vae.decode(latents).sample
-    pictures = pictures.clone()
-    pictures[::2] = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pictures
+    images = images.clone()
+    images[::2] = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return images
 
 
 def train(vae: Any, steps: int, seed: int, keep: Path | None = None) -> tuple[Any, Any]:
     """A model that describes scenes, and its processor.
 
     Args:
-        vae: What pictures go through that the text-to-image model makes.
+        vae: What images go through that the text-to-image model makes.
         steps: How often it learns from a batch, with and without the sentences.
         seed: For the weights, the scenes and their order.
         keep: A folder in which a broken training is kept, and gone on with.
@@ -214,14 +222,14 @@ def _learn_to_look(
     schedule = Schedule([*others, *heads.parameters()], matrices=inner, rate=1.5e-3, steps=steps)
     parts = {"tower": tower, "heads": heads, "schedule": schedule}
     checkpoint = Checkpoint(keep and keep / "looking.pt", choice, parts)
-    watch = Watch("captions, looking", steps)
+    progress = ProgressLog("captions, looking", steps)
     for step in range(checkpoint.resume(), steps):
         batch = torch.randint(len(labels), (_BATCH,))
         with autocast():
             seen = _look(tower, drawn, batch)
-            loss = told(heads, seen, labels[batch].flatten(0, 1))
+            loss = attribute_loss(heads, seen, labels[batch].flatten(0, 1))
         schedule.step(loss)
-        watch.tell(step, loss)
+        progress.add(step, loss)
         checkpoint.keep(step + 1)
 
 
@@ -246,13 +254,13 @@ def _learn_to_tell(
     schedule = Schedule(groups, matrices=inner, rate=1.5e-3, steps=steps)
     parts = {"learns": learns, "schedule": schedule}
     checkpoint = Checkpoint(keep and keep / "telling.pt", choice, parts)
-    watch = Watch("captions, telling", steps)
+    progress = ProgressLog("captions, telling", steps)
     for step in range(checkpoint.resume(), steps):
         inputs = _inputs(tokenizer, drawn, choice)
         with autocast():
             loss = learns(**inputs, use_cache=False).loss
         schedule.step(loss)
-        watch.tell(step, loss)
+        progress.add(step, loss)
         checkpoint.keep(step + 1)
 
 
@@ -264,15 +272,15 @@ def _inputs(tokenizer: Any, drawn: _Drawn, choice: random.Random) -> dict[str, t
         one = choice.randrange(len(drawn.scenes))
         scene = drawn.scenes[one]
         if chance < 0.45:
-            pictures, question = [one], ask_for_description(scene, choice)
+            images, question = [one], ask_for_description(scene, choice)
         elif chance < 0.75:
-            pictures, question = [one], ask_about(scene, choice)
+            images, question = [one], ask_about(scene, choice)
         else:
             other = choice.randrange(len(drawn.scenes))
-            pictures = [one, other]
+            images = [one, other]
             question = ask_about_two([scene, drawn.scenes[other]], choice)
-        shown += pictures
-        talks.append(_talk(question, len(pictures), choice))
+        shown += images
+        talks.append(_talk(question, len(images), choice))
     tokens = tokenizer(
         [asked + answer for asked, answer in talks],
         padding=True,
@@ -298,13 +306,13 @@ def _lengths(tokenizer: Any, texts: list[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(texts).input_ids]
 
 
-def _talk(question: Question, pictures: int, choice: random.Random) -> tuple[str, str]:
+def _talk(question: Question, images: int, choice: random.Random) -> tuple[str, str]:
     asked = question.question
     if choice.random() < 0.15:
         asked = asked.rstrip("?.")
     if choice.random() < 0.15:
         asked = asked.lower()
-    seen = f"<|vision_start|>{'<|image_pad|>' * _ACROSS**2}<|vision_end|>" * pictures
+    seen = f"<|vision_start|>{'<|image_pad|>' * _ACROSS**2}<|vision_end|>" * images
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     user = f"<|im_start|>user\n{seen}{asked}<|im_end|>\n<|im_start|>assistant\n"
     return system + user, f"{question.answer}<|im_end|>"

@@ -1,4 +1,4 @@
-"""Going on with a training that was broken off: it takes an hour or more on a small machine."""
+"""Checkpoints, to resume an interrupted training: it takes an hour or more on a small machine."""
 
 import random
 from pathlib import Path
@@ -13,12 +13,12 @@ EVERY = 250  # steps
 
 
 class Checkpoint:
-    """The state of a training in a file, replaced as a whole.
+    """The state of a training in a file, which is replaced atomically.
 
     Args:
-        file: None: nothing is kept.
-        choice: What the scenes are drawn with; its state is kept as well as torch's.
-        parts: Whatever has a `state_dict` and changes: models, optimizers.
+        file: None: no checkpoint is saved.
+        choice: The random generator of the scenes; its state is saved, and that of torch.
+        parts: Objects with a `state_dict`: models and optimizers.
     """
 
     def __init__(self, file: Path | None, choice: random.Random, parts: dict[str, Any]) -> None:
@@ -27,14 +27,14 @@ class Checkpoint:
         self._parts = parts
 
     def resume(self) -> int:
-        """Set everything as it was.
+        """Restore the saved state.
 
         Returns:
-            The number of steps that were done; 0 where nothing was kept.
+            The number of completed steps; 0 without a checkpoint.
         """
         if self._file is None or not self._file.is_file():
             return 0
-        # Written by this class, on this machine: besides tensors it has the states of optimizers.
+        # A trusted file, written by this class. It also contains the states of optimizers.
         kept = torch.load(self._file, weights_only=False)
         for name, part in self._parts.items():
             part.load_state_dict(kept[name])
@@ -44,7 +44,7 @@ class Checkpoint:
         return int(kept["step"])
 
     def keep(self, step: int) -> None:
-        """Write it down after every so many steps."""
+        """Save the state, if the step is a multiple of `EVERY`."""
         if self._file is None or step % EVERY:
             return
         state = {name: part.state_dict() for name, part in self._parts.items()}

@@ -1,4 +1,4 @@
-"""Pictures as tensors."""
+"""Images as tensors."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,6 @@ import torch
 from PIL import Image
 
 
-def tensors(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures of one size, RGB, as uint8 of (number, 3, height, width)."""
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
+def tensors(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Images of one size, RGB, as uint8 of (number, 3, height, width)."""
+    return torch.from_numpy(np.stack([np.asarray(p) for p in images])).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Questions about one picture or two, with their answers."""
+"""Questions about one image or two, with their answers."""
 
 import random
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ _COMMON = 0.7  # how probable the first of several words is
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one picture or several, and its answer."""
+    """A question about one image or several, and its answer."""
 
     question: str
     answer: str
@@ -55,7 +55,7 @@ def ask_for_description(scene: Scene, choice: random.Random) -> Question:
 
 
 def ask_about(scene: Scene, choice: random.Random) -> Question:
-    """A question about a detail of one picture."""
+    """A question about a detail of one image."""
     kinds = [_ask_background, _ask_how_many, _ask_whether, _ask_colour, _ask_shape]
     if len(scene.things) == 1:
         kinds += [_ask_where, _ask_size, _ask_colour, _ask_shape]
@@ -65,7 +65,7 @@ def ask_about(scene: Scene, choice: random.Random) -> Question:
 
 
 def ask_about_two(scenes: Sequence[Scene], choice: random.Random) -> Question:
-    """A question about two pictures."""
+    """A question about two images."""
     kind = choice.randrange(4)
     which = choice.randrange(2)
     if kind == 0:

@@ -1,7 +1,7 @@
 """The world that the demonstration models know: one or two coloured shapes on a plain background.
 
-A `Scene` says what is to be seen; `draw` makes a picture of it, a little different each time.
-`held_out` names the combinations that no training picture shows.
+A `Scene` says what is to be seen; `draw` makes an image of it, a little different each time.
+`held_out` names the combinations that no training image shows.
 """
 
 import itertools
@@ -14,8 +14,8 @@ from itertools import product
 
 from PIL import Image, ImageDraw
 
-SIDE = 64  # pixels, each side of a picture
-_SMOOTHING = 8  # a picture is drawn this much larger and made smaller: smooth edges
+SIDE = 64  # pixels, each side of an image
+_SMOOTHING = 8  # an image is drawn this much larger and made smaller: smooth edges
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -30,7 +30,7 @@ COLOURS = {
     "white": (255, 255, 255),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-# Half the width of a shape in pixels: alone in the picture, and as one of two.
+# Half the width of a shape in pixels: alone in the image, and as one of two.
 SIZES = {"small": 8.5, "medium": 11.5, "large": 15.5}
 SIZES_OF_TWO = {"small": 7.8, "medium": 9.8, "large": 12.0}
 # Where the middle of a single shape is: columns and rows of three.
@@ -47,7 +47,7 @@ PLACES = {
 }
 _THIRDS = (19.0, 32.0, 45.0)  # pixels
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-_APART = 15.5  # pixels from the middle of the picture to the middle of each of two shapes
+_APART = 15.5  # pixels from the middle of the image to the middle of each of two shapes
 
 _SHIFT = 1.2  # pixels, each way, by which a shape may be off its place
 _STRETCH = 0.05  # the part by which it may be larger or smaller
@@ -65,7 +65,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
+    """What an image shows.
 
     Attributes:
         background: Of `COLOURS`, and no thing's colour.
@@ -137,14 +137,14 @@ def some_held_out_scene(choice: random.Random, *, two: bool) -> Scene:
 
 
 def draw(scene: Scene, choice: random.Random) -> Image.Image:
-    """A picture of a scene, `SIDE` pixels each way, RGB.
+    """An image of a scene, `SIDE` pixels each way, RGB.
 
     Args:
         scene: What to draw.
         choice: Moves the shapes a little, and makes them a little larger or smaller.
     """
-    picture = Image.new("RGB", (SIDE * _SMOOTHING,) * 2, COLOURS[scene.background])
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIDE * _SMOOTHING,) * 2, COLOURS[scene.background])
+    canvas = ImageDraw.Draw(image)
     for thing, (x, y), radius in zip(scene.things, _middles(scene), _radii(scene), strict=True):
         middle = (x + choice.uniform(-_SHIFT, _SHIFT), y + choice.uniform(-_SHIFT, _SHIFT))
         scale = radius * choice.uniform(1 - _STRETCH, 1 + _STRETCH)
@@ -153,7 +153,7 @@ def draw(scene: Scene, choice: random.Random) -> Image.Image:
             for px, py in outline(thing.shape)
         ]
         canvas.polygon(points, fill=COLOURS[thing.colour])
-    return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
@@ -253,10 +253,10 @@ def attributes(scene: Scene) -> list[int]:
 
 
 def covered(scene: Scene, across: int) -> list[tuple[int, int, int, int]]:
-    """What each cell of a picture shows, row by row: what a vision tower can be taught to tell.
+    """What each cell of an image shows, row by row: what a vision tower can be taught to tell.
 
     Args:
-        scene: What the picture shows.
+        scene: What the image shows.
         across: Cells, each way.
 
     Returns:

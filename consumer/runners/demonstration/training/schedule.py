@@ -1,4 +1,4 @@
-"""How every one of the models is trained: a warm-up, a cosine, clipped gradients."""
+"""The training schedule of all models: warm-up, cosine decay, clipped gradients."""
 
 import math
 import time
@@ -18,14 +18,14 @@ _TELL_EVERY = 100  # steps
 
 
 class Schedule:
-    """Optimizers whose rates rise at first and then fall to almost nothing.
+    """Optimizers whose learning rates rise first and then fall to 2 % of the maximum.
 
     Args:
-        parameters: What AdamW trains, or groups of it as torch takes them.
-        matrices: What Muon trains: the weights within the layers of a transformer, which it turns
-            in all directions alike, and so in fewer steps.
-        rate: The highest learning rate; a group's own `lr` goes before it.
-        steps: How many there will be.
+        parameters: The parameters for AdamW, or parameter groups as torch defines them.
+        matrices: The parameters for Muon: the weights in the layers of a transformer. Muon
+            orthogonalizes their updates and needs fewer steps.
+        rate: The highest learning rate; the `lr` of a group overrides it.
+        steps: Number of training steps.
     """
 
     def __init__(
@@ -49,21 +49,21 @@ class Schedule:
         ]
 
     def state_dict(self) -> dict[str, object]:
-        """All that changes from step to step."""
+        """Return the state of the optimizers and learning rates."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "rates": [rates.state_dict() for rates in self._rates],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore a state from `state_dict`."""
         for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         for rates, kept in zip(self._rates, state["rates"], strict=True):
             rates.load_state_dict(kept)
 
     def step(self, loss: torch.Tensor) -> None:
-        """Learn from one batch."""
+        """Make one optimizer step for the loss of a batch."""
         loss.backward()  # type: ignore[no-untyped-call]
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         parameters = [parameter for group in groups for parameter in group["params"]]
@@ -75,9 +75,10 @@ class Schedule:
 
 
 def split(modules: Iterable[torch.nn.Module]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The weights within the layers of transformers, for Muon, and all the others.
+    """Split parameters into the weights in transformer layers, for Muon, and all others.
 
-    Not those that make scales and shifts of a condition: they begin at zero and have no direction.
+    Weights that turn a condition into scales and shifts are among the others, because they start at
+    zero and have no direction.
     """
     inner: list[torch.Tensor] = []
     others: list[torch.Tensor] = []
@@ -90,7 +91,7 @@ def split(modules: Iterable[torch.nn.Module]) -> tuple[list[torch.Tensor], list[
 
 
 def autocast() -> torch.autocast:
-    """Compute in bfloat16 where the CPU has instructions for it.
+    """Return a context that computes in bfloat16 if the CPU has instructions for it.
 
     Other CPUs take 50 times as long for a convolution in bfloat16 as for one in float32.
     """
@@ -98,8 +99,8 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=has_instructions)
 
 
-class Watch:
-    """Tells how the training goes."""
+class ProgressLog:
+    """Logs the progress of a training."""
 
     def __init__(self, model: str, steps: int) -> None:
         self._model = model
@@ -108,7 +109,7 @@ class Watch:
         self._sum = 0.0
         self._count = 0
 
-    def tell(self, step: int, loss: torch.Tensor) -> None:
+    def add(self, step: int, loss: torch.Tensor) -> None:
         """Log the mean loss every hundred steps."""
         self._sum += float(loss.detach())
         self._count += 1
@@ -131,15 +132,15 @@ def _rate(step: int, *, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def told(
+def attribute_loss(
     heads: Iterable[torch.nn.Module], seen: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """How wrong throw-away heads are about labels.
+    """Return the summed cross-entropy of auxiliary heads.
 
     Args:
         heads: One for each attribute.
-        seen: Vectors, (number, width).
-        labels: (number, attributes).
+        seen: Vectors, shape (number, width).
+        labels: Shape (number, attributes).
     """
     losses = [
         functional.cross_entropy(head(seen).float(), labels[:, n]) for n, head in enumerate(heads)

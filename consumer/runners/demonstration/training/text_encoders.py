@@ -1,4 +1,4 @@
-"""What reads the prompts: two small CLIP text encoders, and a T5 that says nothing."""
+"""The text encoders of the text-to-image model: two small CLIP encoders and a T5 of zeros."""
 
 # mypy: allow-untyped-calls
 
@@ -24,7 +24,7 @@ _TEXT_LAYERS = 3
 
 
 def clip_tokenizer(said: list[str]) -> CLIPTokenizer:
-    """Knows each word of the sentences as one piece, and any other text byte by byte."""
+    """Return a tokenizer with a token for each word of the sentences, and for each byte."""
     split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(
@@ -43,7 +43,7 @@ def clip_tokenizer(said: list[str]) -> CLIPTokenizer:
 
 
 def text_encoder(tokenizer: CLIPTokenizer) -> Any:
-    """A CLIP text encoder with fresh weights."""
+    """Create a CLIP text encoder with initial weights."""
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -61,7 +61,7 @@ def text_encoder(tokenizer: CLIPTokenizer) -> Any:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """Reads printable ASCII letter by letter."""
+    """Return a tokenizer with one token for each printable ASCII character."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     letters = string.ascii_letters + string.digits + string.punctuation
     return T5Tokenizer(
@@ -70,9 +70,9 @@ def t5_tokenizer() -> T5Tokenizer:
 
 
 def silent_t5() -> Any:
-    """A T5 that says nothing of any text: zeros, what the pipeline has in place of a missing one.
+    """Create a T5 whose output is always zero, as the pipeline uses for a missing text encoder.
 
-    A pipeline that is saved without its third text encoder cannot be loaded without being told so.
+    A pipeline that is saved without its third text encoder needs an extra argument to load.
     """
     model = T5EncoderModel(
         T5Config(

@@ -1,4 +1,4 @@
-"""The pieces of the tokenizers: whole words of what the models know, bytes for all else."""
+"""The vocabularies of the tokenizers: whole words of the training texts, and bytes."""
 
 import itertools
 import json
@@ -26,12 +26,12 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 def merges(
     said: Iterable[str], split: pre_tokenizers.PreTokenizer, *, end_of_word: str = ""
 ) -> Any:
-    """The pairs of pieces to be joined, in their order, until every word that is said is one piece.
+    """Return the BPE merges, in order, with which every word of the sentences is one token.
 
     Args:
-        said: All sentences.
-        split: How the tokenizer finds the words in a sentence.
-        end_of_word: What CLIP's tokenizer appends to a word.
+        said: The sentences.
+        split: Splits a sentence into words.
+        end_of_word: The suffix that CLIP's tokenizer adds to a word.
     """
     model = models.BPE()
     model.end_of_word_suffix = end_of_word or None
@@ -51,14 +51,14 @@ def merges(
 
 
 def vocabulary(joined: Iterable[tuple[str, str]], alphabet: Iterable[str]) -> dict[str, int]:
-    """Each piece with its number: the alphabet, then what the merges make."""
+    """Return the id of each token: the alphabet first, then the results of the merges."""
     pieces = dict.fromkeys(alphabet)
     pieces |= dict.fromkeys(first + second for first, second in joined)
     return {piece: number for number, piece in enumerate(pieces)}
 
 
 def every_word() -> list[str]:
-    """A sample of all that is said, from which the tokenizers learn their words."""
+    """Return a sample of the training texts, from which the tokenizers learn their words."""
     choice = random.Random(0)
     scenes = [some_scene(choice, of_two=0.5) for _ in range(_SCENES)]
     scenes += list(single_scenes())[::7]

@@ -32,7 +32,13 @@ from consumer.runners.demonstration.training.scenes import (
     some_plain_scene,
     some_scene,
 )
-from consumer.runners.demonstration.training.schedule import Schedule, Watch, autocast, split, told
+from consumer.runners.demonstration.training.schedule import (
+    ProgressLog,
+    Schedule,
+    attribute_loss,
+    autocast,
+    split,
+)
 from consumer.runners.demonstration.training.text_encoders import (
     TEXT_WIDTH,
     TOKENS,
@@ -48,7 +54,7 @@ log = structlog.get_logger()
 _WIDTH = 128
 _LAYERS = 4
 _PATCH = 2
-_LARGEST = 128  # pixels, each side of the largest picture; it is trained at SIDE only
+_LARGEST = 128  # pixels, each side of the largest image; it is trained at SIDE only
 _T5_TOKENS = 256  # what the pipeline appends to them, always
 
 _SCENES = 20_480
@@ -123,14 +129,14 @@ def train(vae: Any, steps: int, seed: int, keep: Path | None = None) -> Any:
     schedule = Schedule(others, matrices=inner, rate=1.5e-3, steps=steps)
     parts = {"transformer": trained.transformer, "average": average, "schedule": schedule}
     checkpoint = Checkpoint(keep and keep / "pictures.pt", choice, parts)
-    watch = Watch("pictures", steps)
+    progress = ProgressLog("pictures", steps)
     for step in range(checkpoint.resume(), steps):
         batch = torch.randint(number, (_BATCH,))
         prompts = [_prompt(scenes[n], choice) for n in batch.tolist()]
         loss = trained.loss(latents[batch], tokens(pipe, prompts))
         schedule.step(loss)
         _follow(average, trained.transformer, min(_EMA, (1 + step) / (10 + step)))
-        watch.tell(step, loss)
+        progress.add(step, loss)
         checkpoint.keep(step + 1)
     trained.transformer = average
     trained.put_into(pipe)
@@ -138,7 +144,7 @@ def train(vae: Any, steps: int, seed: int, keep: Path | None = None) -> Any:
 
 
 def _latents(vae: Any, scenes: Sequence[Scene], choice: random.Random) -> torch.Tensor:
-    """Pictures of the scenes as the transformer is to make them."""
+    """Images of the scenes as the transformer is to make them."""
     parts = [
         encoded(vae, tensors([draw(scene, choice) for scene in scenes[first : first + 512]]))
         for first in range(0, len(scenes), 512)
@@ -240,7 +246,7 @@ def _learn_to_read(
 ) -> None:
     """Train the text encoders to tell what a prompt asks for.
 
-    Trained from the pictures alone they learn each combination for itself; so, each attribute.
+    Trained from the images alone they learn each combination for itself; so, each attribute.
     """
     heads = torch.nn.ModuleList(torch.nn.Linear(2 * TEXT_WIDTH, n) for n in ATTRIBUTES)
     encoders = [trained.encoder, trained.encoder_2]
@@ -248,15 +254,15 @@ def _learn_to_read(
     schedule = Schedule(learned.parameters(), rate=1.5e-3, steps=steps)
     parts = {"learned": learned, "schedule": schedule}
     checkpoint = Checkpoint(keep and keep / "reading.pt", choice, parts)
-    watch = Watch("pictures, reading", steps)
+    progress = ProgressLog("pictures, reading", steps)
     for step in range(checkpoint.resume(), steps):
         scenes = [_scene(choice) for _ in range(_BATCH)]
         labels = torch.tensor([attributes(scene) for scene in scenes])
         with autocast():
             _, pooled = trained.read(tokens(pipe, [prompt(scene, choice) for scene in scenes]))
-            loss = told(heads, pooled, labels)
+            loss = attribute_loss(heads, pooled, labels)
         schedule.step(loss)
-        watch.tell(step, loss)
+        progress.add(step, loss)
         checkpoint.keep(step + 1)
 
 
