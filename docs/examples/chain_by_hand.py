@@ -1,4 +1,4 @@
-"""Have every image described as soon as it is stored: a subscriber in plain nats-py.
+"""Request a description of every stored image: a subscriber in plain nats-py.
 
     python docs/examples/chain_by_hand.py nats://127.0.0.1:4222
 

@@ -4,7 +4,7 @@
 
 For gated models, set `HF_TOKEN` to the hub's token.
 
-Existing files are kept, so the program may run again; it makes a deleted file again. Only the owner
+Existing files are not changed, and deleted files are created again. Only the owner
 can read the folder (0700). Files that are mounted into containers are readable for all (0444): an
 engine mounts them unchanged, and no container runs as their owner. The others are 0600.
 """
@@ -30,7 +30,7 @@ MOUNTED, OWN = 0o444, 0o600
 
 
 def write(name: str, text: str, mode: int = MOUNTED) -> str:
-    """Write a file unless it has this text already."""
+    """Write a file if its text differs."""
     path = FOLDER / name
     if not path.exists() or path.read_text() != text:
         draft = FOLDER / f".{name}"
@@ -43,31 +43,31 @@ def write(name: str, text: str, mode: int = MOUNTED) -> str:
     return text
 
 
-def keep(name: str, text: str, mode: int = MOUNTED) -> str:
-    """Write a file unless there is one, and return what it has."""
+def write_once(name: str, text: str, mode: int = MOUNTED) -> str:
+    """Write a file if it does not exist; return its text."""
     path = FOLDER / name
     return write(name, path.read_text() if path.exists() else text, mode)
 
 
 def public_key(role: str, mode: int) -> str:
-    """The public key of a NATS user, whose seed is in a file."""
+    """Return the public key of a NATS user, and store the seed in a file."""
     seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode()
-    pair = nkeys.from_seed(bytearray(keep(f"{role}.nk", seed, mode).encode()))
+    pair = nkeys.from_seed(bytearray(write_once(f"{role}.nk", seed, mode).encode()))
     return pair.public_key.decode()
 
 
 def s3_keys(role: str) -> dict[str, str]:
-    """The S3 credentials of a role, which are in its settings."""
+    """Return the S3 credentials in the settings of a role."""
     made = (
         f's3_access_key = "{role}-{secrets.token_hex(6)}"\n'
         f's3_secret_key = "{secrets.token_urlsafe(30)}"\n'
     )
-    settings = tomllib.loads(keep(f"{role}.toml", made))
+    settings = tomllib.loads(write_once(f"{role}.toml", made))
     return {"accessKey": settings["s3_access_key"], "secretKey": settings["s3_secret_key"]}
 
 
 def gateway_key() -> None:
-    """The file of the gateway's API keys, in a folder of its own, and its first key."""
+    """Create the folder with the file of API keys of the gateway, and the first key."""
     path = FOLDER / "gateway" / "keys.json"
     path.parent.mkdir(exist_ok=True)
     path.parent.chmod(0o755)
@@ -77,7 +77,7 @@ def gateway_key() -> None:
 
 
 def main() -> None:
-    """Make all that is missing, and derive the rest from it."""
+    """Create the missing secrets, and the files that are derived from them."""
     FOLDER.mkdir(mode=0o700, exist_ok=True)
     FOLDER.chmod(0o700)
     mounted, own = ("admin", "worker", "endpoints", "gateway"), ("publisher", "observer")
@@ -91,12 +91,12 @@ def main() -> None:
     write("s3.json", json.dumps(identities, indent=2) + "\n")
     write("minio_root_user", stores["admin"]["accessKey"])
     write("minio_root_password", stores["admin"]["secretKey"])
-    keep("grafana_admin_password", secrets.token_urlsafe(18))
+    write_once("grafana_admin_password", secrets.token_urlsafe(18))
     gateway_key()
     if token := os.environ.get("HF_TOKEN"):
         write("hub_token", token)
     else:
-        keep("hub_token", "")  # which is none to the hub's client
+        write_once("hub_token", "")  # which is none to the hub's client
 
 
 if __name__ == "__main__":

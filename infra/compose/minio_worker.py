@@ -19,13 +19,13 @@ POLICY = "generation-worker"
 
 
 def keys(role: str) -> tuple[str, str]:
-    """The access key and the secret key in the settings of a role."""
+    """Return the access key and the secret key in the settings of a role."""
     settings = tomllib.loads((SECRETS / f"{role}_settings").read_text())
     return settings["s3_access_key"], settings["s3_secret_key"]
 
 
 def main() -> None:
-    """Make the user, make the policy, join them."""
+    """Create the user and the policy, and attach the policy to the user."""
     endpoint = urlsplit(os.environ["S3_ENDPOINT"])
     admin = MinioAdmin(
         endpoint=endpoint.netloc,

@@ -1,8 +1,8 @@
-"""How well the demonstration models draw and describe: `python -m tests.bench.models`.
+"""Accuracy of the demonstration models: `python -m tests.bench.models`.
 
-Every prompt here names a combination of colour, shape and background that no training picture
-showed. What the pictures show is read off their pixels by `tests.support.pixel_checker`; what is
-said of them is compared with the one right sentence. The models run as the daemon runs them.
+Every prompt has a combination of colour, shape and background that is not in the training data.
+`tests.support.pixel_checker` reads the scene from the pixels of an image. A description is compared
+with the one correct sentence. The models run as in the daemon.
 """
 
 import importlib
@@ -53,7 +53,7 @@ QUESTIONS = ("Describe this picture.", "What do you see?", "Describe this image 
 
 @dataclass(frozen=True)
 class Bar:
-    """One line of the table: how many of how many, and how many it must be."""
+    """One line of the table: number of correct cases, number of cases, required share."""
 
     name: str
     right: int
@@ -62,7 +62,7 @@ class Bar:
 
     @property
     def passed(self) -> bool:
-        """Whether it is high enough."""
+        """Whether the share reaches the bar."""
         return self.least is None or self.right >= self.least * self.of
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Bar:
 
 
 class Bench:
-    """Both models, as a daemon holds them.
+    """Both models, loaded as in a daemon.
 
     Args:
         models: A folder with `text_to_image` and `image_to_text`; None for the shipped ones.
@@ -87,19 +87,19 @@ class Bench:
         self._tells = self._loaded(Task.IMAGE_TO_TEXT, models)
 
     def picture(self, wanted: str, seed: int, **parameters: float) -> "Image":
-        """A picture for a prompt."""
+        """Generate an image for a prompt."""
         request = TextToImageRequest(prompt=wanted, seed=seed, **parameters)
         output = run_model(self._draws, request, (), on_step=_ignore, cancelled=_never)
         return output.images[0].image
 
     def text(self, pictures: Sequence["Image"], question: str) -> str:
-        """What is answered about pictures."""
+        """Generate the text for a question about images."""
         request = ImageToTextRequest(prompt=question, images=("s3://bucket/key",) * len(pictures))
         output = run_model(self._tells, request, pictures, on_step=_ignore, cancelled=_never)
         return "" if output.text is None else output.text.text
 
     def close(self) -> None:
-        """Let go of both."""
+        """Close both models."""
         self._draws.close()
         self._tells.close()
 
@@ -127,7 +127,7 @@ def _never() -> bool:
 
 
 def measure(bench: Bench, number: int, **parameters: float) -> list[Bar]:
-    """Every bar, on so many prompts."""
+    """Measure every bar except the autoencoder with this number of prompts."""
     choice = random.Random(SEED)
     alone = [some_held_out_scene(choice, two=False) for _ in range(number)]
     pairs = [some_held_out_scene(choice, two=True) for _ in range(number // 2)]
@@ -149,35 +149,35 @@ def measure(bench: Bench, number: int, **parameters: float) -> list[Bar]:
     everything = _right(drawn, alone)
     readable = [(s, t) for s, t in zip(shown, told, strict=True) if s is not None]
     return [
-        Bar("pictures: background", right(lambda s: s.background), number),
-        Bar("pictures: colour", right(lambda s: s.things[0].colour), number),
-        Bar("pictures: shape", right(lambda s: s.things[0].shape), number),
-        Bar("pictures: position", right(lambda s: s.place), number),
-        Bar("pictures: size", right(lambda s: s.things[0].size), number),
-        Bar("pictures: colours, shape and position together", right(_without_size), number, 0.95),
-        Bar("pictures: size as well", everything, number),
-        Bar("pictures: two things and how they stand", _right(of_two, pairs), len(pairs)),
-        Bar("pictures: in words never learned", _right(other, alone), len(other)),
+        Bar("images: background", right(lambda s: s.background), number),
+        Bar("images: colour", right(lambda s: s.things[0].colour), number),
+        Bar("images: shape", right(lambda s: s.things[0].shape), number),
+        Bar("images: position", right(lambda s: s.place), number),
+        Bar("images: size", right(lambda s: s.things[0].size), number),
+        Bar("images: colours, shape and position together", right(_without_size), number, 0.95),
+        Bar("images: colours, shape, position and size together", everything, number),
+        Bar("images: two shapes and their relation", _right(of_two, pairs), len(pairs)),
+        Bar("images: prompts with words not in the training", _right(other, alone), len(other)),
         Bar(
-            "descriptions: of drawn pictures, word for word",
+            "descriptions: drawn images, word for word",
             sum(_says(t, s) for t, (s, _) in zip(told_of_own, own, strict=True)),
             len(own),
             0.95,
         ),
         Bar(
-            "descriptions: of the pipeline's own pictures",
+            "descriptions: generated images, word for word",
             sum(_says(text, scene) for scene, text in readable),
             len(readable),
             0.90,
         ),
         Bar(
-            "round trip: prompt to picture to description",
+            "round trip: prompt to image to description",
             sum(_says(text, scene) for text, scene in zip(told, alone, strict=True)),
             number,
             0.90,
         ),
         Bar(
-            "round trip: two things",
+            "round trip: two shapes",
             sum(_says(text, scene) for text, scene in zip(told_of_two, pairs, strict=True)),
             len(pairs),
         ),
@@ -185,7 +185,7 @@ def measure(bench: Bench, number: int, **parameters: float) -> list[Bar]:
 
 
 def measure_unsaid(bench: Bench) -> list[Bar]:
-    """Prompts of a colour and a shape alone, which mean a medium one in the center, on white."""
+    """Measure prompts of a colour and a shape, which mean medium size, centered on white."""
     wanted = [
         (f"{'an' if colour == 'orange' else 'a'} {colour} {shape}", Thing(colour, shape))
         for colour, shape in product(COLOURS, SHAPES)
@@ -200,13 +200,13 @@ def measure_unsaid(bench: Bench) -> list[Bar]:
     ]
     as_meant = sum(scene == Scene("white", (thing,)) for scene, thing in of_the_kind)
     return [
-        Bar("pictures: of a colour and a shape alone", len(of_the_kind), len(wanted)),
-        Bar("pictures: the same, in the center and on white", as_meant, len(wanted)),
+        Bar("images: only a colour and a shape in the prompt", len(of_the_kind), len(wanted)),
+        Bar("images: of these, centered on white", as_meant, len(wanted)),
     ]
 
 
 def measure_autoencoder(models: Path | None, number: int) -> Bar:
-    """How many drawn pictures are read right after the autoencoder alone: the most there can be."""
+    """Measure drawn images after the autoencoder alone: the upper bound for generated images."""
     torch = importlib.import_module("torch")
     images = importlib.import_module("PIL.Image")
     diffusers = importlib.import_module("diffusers")
@@ -222,7 +222,7 @@ def measure_autoencoder(models: Path | None, number: int) -> Bar:
         back = vae.decode(autoencoder.encoded(vae, drawn)).sample
     bytes_ = ((back + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     right = _right([images.fromarray(one) for one in bytes_], scenes)
-    return Bar("autoencoder: drawn pictures, there and back", right, number)
+    return Bar("autoencoder: drawn images, encoded and decoded", right, number)
 
 
 def _without_size(scene: Scene) -> object:
@@ -248,12 +248,14 @@ def _in_other_words(scene: Scene, choice: random.Random) -> str:
 
 
 @click.command()
-@click.option("--models", type=click.Path(path_type=Path), help="default: the shipped ones")
-@click.option("--number", default=400, show_default=True, help="of prompts")
+@click.option(
+    "--models", type=click.Path(path_type=Path), help="default: the weights of the package"
+)
+@click.option("--number", default=400, show_default=True, help="number of prompts")
 @click.option("--steps", type=int)
 @click.option("--guidance", type=float)
 def main(models: Path | None, number: int, steps: int | None, guidance: float | None) -> None:
-    """Print how well the demonstration models do; exit with 1 when a bar is missed."""
+    """Print the accuracy of the demonstration models; exit with 1 when a bar is missed."""
     asked = {"num_inference_steps": steps, "guidance_scale": guidance}
     bench = Bench(models)
     bars = [measure_autoencoder(models, number)]
@@ -265,7 +267,7 @@ def main(models: Path | None, number: int, steps: int | None, guidance: float | 
     began = time.monotonic()
     for number_of in range(TIMED):
         bench.picture("a red circle", number_of)
-    quick.append(_quick("a picture, on one core", (time.monotonic() - began) / TIMED, 1.0))
+    quick.append(_quick("one image, on one core", (time.monotonic() - began) / TIMED, 1.0))
     sys.exit(0 if all(quick) and all(bar.passed for bar in bars) else 1)
 
 

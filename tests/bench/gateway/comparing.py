@@ -20,7 +20,7 @@ from tests.bench.speed.sender import Sender, WentWrongError
 from tests.bench.speed.systems import OverHttp, OverNats, System, wire_of_daemon
 from tests.bench.speed.trial import Trial, new_trial
 
-CALLERS = 8  # HTTP requests under way under load
+CALLERS = 8  # HTTP requests in flight under load
 ROWS = (
     Row("sleeps", 0, 64, "png"),
     Row("sleeps", 50, 64, "png"),
@@ -43,9 +43,9 @@ class Figures:
     Attributes:
         jobs_per_second: Under load.
         busy: The part of the time in which the device worked, under load.
-        p50: Milliseconds from asking an idle system for one job to its result.
+        p50: Milliseconds from a request to an idle system to its result.
         p99: The same, of the slow ones.
-        added: Milliseconds of `p50` besides the device's.
+        added: Milliseconds of `p50` without the device's.
         cpu: Milliseconds of CPU for each job, of all processes of the system.
         resident: MB of the process that clients connect to.
     """
@@ -143,7 +143,7 @@ _COLUMNS = (
 )
 _EXPLAINED = f"""\
 One HTTP request for each job, `POST /v1/images/generations` at the gateway; {CALLERS} requests
-under way under load. *The bus alone* is the same daemon (max_ack_pending 3) without the gateway.
+in flight under load. *The bus alone* is the same daemon (max_ack_pending 3) without the gateway.
 FastAPI and LitServe do the job in their own process, keep their queue in memory and answer with a
 key of the store, as `url` does; `b64_json` also carries the file. *Added to the device* is the
 median of one job at an idle system without the milliseconds of the device. CPU is that of all

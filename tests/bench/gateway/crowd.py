@@ -1,6 +1,6 @@
 """A crowd at two gateways: clients that wait, watch, read slowly and leave; one gateway is killed.
 
-All requests are queued before the daemon starts, so everyone waits at the same time. Afterwards
+All requests are queued before the daemon starts, so all clients wait at the same time. Afterwards
 every job must have one result, and each client that stayed must have received it once.
 """
 
@@ -208,7 +208,7 @@ class _Scene:
             # Last in the queue: their jobs must be cancelled before the device comes to them.
             leaving = [everyone.create_task(self._leave()) for _ in range(size.leaving)]
             await self._queued(size.jobs)
-            self._note_memory("everyone waits")
+            self._note_memory("all clients wait")
             daemon = await start_daemon(self._trial)
             began = time.monotonic()
             await self._some_ended.wait()
@@ -367,14 +367,14 @@ def section(crowd: Crowd) -> Section:
         ("runs of the device", f"at most {size.jobs - size.cancelled}", crowd.runs),
         ("device busy", None, crowd.busy),
         ("from a result to the client of its stream, p50, ms", None, _ms(delays, 0.5)),
-        ("the same, p99, ms", None, _ms(delays, 0.99)),
+        ("from a result to the client of its stream, p99, ms", None, _ms(delays, 0.99)),
         ("growth of the gateway's RSS, MB", f"at most {size.growth:.0f}", crowd.growth),
         *((f"RSS of the gateway, MB: {moment}", None, mb) for moment, mb in crowd.memory.items()),
     ]
     text = (
         f"A crowd: {size.waiting} clients wait, {size.watching} watch, {size.kept} wait with an "
         f"idempotency key at a second gateway, all at the same time, before the daemon starts "
-        f"({ROW}). Then {size.leaving} of those that wait, the last in the queue, disconnect, and "
+        f"({ROW}). Then {size.leaving} waiting clients, the last in the queue, disconnect, and "
         f"the second gateway is killed. One reader does not read "
         f"{size.unread * len(PREVIEW) / 1e6:.0f} MB of events; `GATEWAY_EVENTS_BYTES` is "
         f"{KEPT_BYTES // 2**20} MiB.\n\n"

@@ -105,7 +105,7 @@ def section(found: Mapping[str, Rate]) -> Section:
     columns = ("", "requests/s", "p50, ms", "p99, ms", "CPU of the gateway, ms/request")
     lines = [(name, rate.per_second, rate.p50, rate.p99, rate.cpu) for name, rate in found.items()]
     text = (
-        f"Requests that one gateway answers, with {CALLERS} under way; the client has the other "
+        f"Requests that one gateway answers, with {CALLERS} in flight; the client has the other "
         f"core. No worker runs: all jobs wait.\n\n{table(columns, lines)}"
     )
     numbers = {name: {"per_second": rate.per_second} for name, rate in found.items()}

@@ -68,7 +68,7 @@ class OverGateway(OverHttp):
         process: The gateway.
         session: Of the gateway.
         fields: Of every request.
-        callers: Requests under way under load.
+        callers: Requests in flight under load.
     """
 
     def __init__(

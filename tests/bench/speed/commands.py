@@ -1,4 +1,4 @@
-"""How fast the daemon is, beside others.
+"""The commands of the speed bench: the daemon compared with other systems.
 
 Real servers, a stand-in for the model, one system at a time. `compare`, the default, is the table
 of systems; `scaling`, `depth` and `progress` are about the daemon alone. Linux only.

@@ -27,12 +27,12 @@ _COLUMNS = (
 )
 _BARS = ("the daemon's", "found", "bar", "")
 _EXPLAINED = """\
-Each system is one process with nothing else running, on servers of its own; it gets jobs without
-a gap, and then one at a time. *Device busy* is the part of the time in which the device works, from
-the beginning of the first job to that of the last one; *over the device* is the rest of that time,
-for each job. *One job* is from asking an idle system to its result; p99 is the slowest one where
-there are fewer than 100. CPU is that of the system's process with what it has started, and that of
-nats-server and the store together; beside the device alone, it is what these take for nothing."""
+Each system is one process on separate servers, measured alone: first with a constant supply of
+jobs, then with one job at a time. *Device busy* is the share of the time in which the device works,
+from the start of the first job to the start of the last job. *Over the device* is the rest of that
+time per job. *One job* is the time from a request to an idle system to its result; p99 is the
+maximum if there are fewer than 100 jobs. *CPU* is that of the system's processes, and that of
+nats-server and the store together; in the row of the device alone, the servers are idle."""
 
 
 class Comparison:

@@ -20,7 +20,7 @@ class Figures:
         jobs_per_second: Under load.
         busy: The part of the time in which the device worked, under load.
         over: Milliseconds of each job in which it did not.
-        p50: Milliseconds from asking an idle system for one job to its result.
+        p50: Milliseconds from a request to an idle system to its result.
         p99: The same, of the slow ones.
         samples: How many were asked for.
         cpu: Milliseconds of CPU for each job: the system's process with its descendants.

@@ -1,4 +1,4 @@
-"""What the command line of this bench needs beside click's own."""
+"""Command line options of the speed bench."""
 
 import functools
 from collections.abc import Callable, Container
@@ -61,7 +61,9 @@ def write(command: Callable[..., None]) -> Callable[..., None]:
     def with_files(*, stem: Path | None, baseline: Path, **others: Any) -> None:
         command(files=None if stem is None else Files(stem, baseline), **others)
 
-    beside = f"With --write; default: {_BASELINE.name} beside this bench."
-    decorated = click.option("--baseline", type=_FILE, default=_BASELINE, help=beside)(with_files)
+    baseline_help = f"With --write; default: {_BASELINE.name} next to this bench."
+    decorated = click.option("--baseline", type=_FILE, default=_BASELINE, help=baseline_help)(
+        with_files
+    )
     stem = "docs/reference/speed: writes the page, its plot and the baseline."
     return click.option("--write", "stem", type=_FILE, help=stem)(decorated)

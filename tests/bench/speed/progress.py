@@ -82,7 +82,7 @@ def section(milliseconds: int, found: Sequence[Rate]) -> Section:
     ]
     columns = ("steps/s", "progress events", "events/s", "shortest gap, ms", "longest gap, ms")
     text = (
-        f"Progress events of runs of {milliseconds / MILLI:g} s with more and more steps.\n\n"
+        f"Progress events of runs of {milliseconds / MILLI:g} s, by number of steps.\n\n"
         f"{table(columns, lines)}"
     )
     numbers = {str(rate.steps): {"per_second": rate.per_second} for rate in found}

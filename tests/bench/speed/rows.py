@@ -23,7 +23,7 @@ class Row:
 
     Attributes:
         device: What the stand-in does with its time: it sleeps as the host does while a GPU works,
-            or it computes as a CPU model does, beside all else that the machine has to do.
+            or it computes as a CPU model does, in parallel with the rest of the system.
         milliseconds: How long the stand-in takes.
         side: Pixels of each side of the picture.
         file_format: Of the artifact.

@@ -28,7 +28,7 @@ class Shares:
 
     @property
     def fairness(self) -> float:
-        """The least that one got, over an equal part."""
+        """The smallest share of one daemon, divided by an equal share."""
         return min(self.jobs) * len(self.jobs) / sum(self.jobs)
 
 
@@ -73,7 +73,8 @@ def section(row: Row, each: int, found: Mapping[int, Shares]) -> Section:
     columns = ("daemons", "jobs/s", "times one daemon", "fairness", "jobs of each")
     text = (
         f"Daemons on one queue: {row}; max_ack_pending is {each} times their number. *Fairness* "
-        f"is the least that one of them did, over an equal part.\n\n{table(columns, lines)}"
+        "is the smallest share of one daemon, divided by an equal share.\n\n"
+        f"{table(columns, lines)}"
     )
     numbers = {
         str(daemons): {"jobs_per_second": shares.jobs_per_second, "fairness": shares.fairness}

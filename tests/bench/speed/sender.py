@@ -27,7 +27,7 @@ class Wire:
     Attributes:
         request: The subject of a request, by its id.
         results: Where every result is seen.
-        fields: Of every request, beside its id.
+        fields: Fields of every request except the id.
     """
 
     request: Callable[[str], str]

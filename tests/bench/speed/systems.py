@@ -1,6 +1,6 @@
 """The systems side by side: how each is started, kept busy, and asked for one job.
 
-Each is a process of its own. All else that happens to them is the same for all, and elsewhere.
+Each is a separate process. All other parts of a measurement are common, in other modules.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from tests.bench.speed.peers.job import FAIR
 from tests.bench.speed.sender import PROMPT, Sender, WentWrongError, Wire
 from tests.bench.speed.trial import TASK, Trial
 
-_CALLERS = 4  # HTTP requests under way: one worked on, one in the queue, and no gap behind them
+_CALLERS = 4  # HTTP requests in flight: one runs, one is queued, and no gap follows
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tests.bench.speed.peers.job import Asked, Done, PeerJob
 
 
 def make_app(job: PeerJob) -> FastAPI:
-    """The server, with its loop beside it."""
+    """The server, with its loop in the background."""
     waiting: asyncio.Queue[tuple[Asked, asyncio.Future[Done]]] = asyncio.Queue(maxsize=1)
 
     async def work() -> None:
