@@ -153,5 +153,5 @@ class Slot:
 
 
 def unqueued_slot() -> Slot:
-    """Return a slot for a request that is finalized without a run. It takes no room."""
-    return InFlight(RunQueue()).join()
+    """Return a slot for a request that is finalized without a run: it has no ticket."""
+    return Slot(InFlight(RunQueue()), redelivered=False, co_resident=False)
