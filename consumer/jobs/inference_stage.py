@@ -1,5 +1,6 @@
 """The inference stage of a job: queues the run, waits for it, and publishes its progress."""
 
+import asyncio
 import base64
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -96,7 +97,8 @@ class InferenceStage:
 
     async def _wait_until_begun(self, job: Job, ticket: Ticket) -> None:
         try:
-            await job.cancel_token.race(ticket.began)
+            # Shielded: the race cancels what it waits for, and the run may have begun.
+            await job.cancel_token.race(asyncio.shield(ticket.began))
         except Stopped:
             if self._queue.remove(ticket):
                 raise

@@ -10,6 +10,7 @@ import pytest
 
 from consumer.inference import monitor
 from consumer.inference.cancel_token import StopReason
+from consumer.inference.run_queue import Ticket
 from consumer.jobs.outcomes import EXIT_DEVICE_LOST
 from consumer.jobs.states import State
 from consumer.ports.model import (
@@ -569,3 +570,22 @@ async def test_pictures_of_a_request_are_stored_at_the_same_time() -> None:
     event = await world.result("a")
     assert isinstance(event, SucceededEvent)
     assert [one.seed for one in event.outputs] == sorted(one.seed for one in event.outputs)  # type: ignore[union-attr,type-var]
+
+
+async def test_cancellation_before_the_event_loop_is_notified_of_the_run(
+    make_world: Worlds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tickets: list[Ticket] = []
+    begin = Ticket.begin
+    monkeypatch.setattr(Ticket, "begin", lambda ticket: tickets.append(ticket))  # noqa: PLW0108
+    world = await make_world()
+    hold = world.runner.will_hold()
+    await world.send(asking("a"))
+    working = asyncio.create_task(world.work())
+    await soon(hold.begun())
+    await world.executor.request_stop("a")
+    await asyncio.wait({working}, timeout=POLL)
+    assert not working.done()
+    begin(tickets[0])
+    await soon(working)
+    assert isinstance(await world.result("a"), CancelledEvent)
