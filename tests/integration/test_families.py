@@ -179,8 +179,8 @@ def test_previews_are_small_images_that_change_nothing_or_are_refused(
         name = model(runner).description.info.family
         assert refused(runner, preview=True) == f"preview: {name} does not have it"
         return
-    monkeypatch.setattr("consumer.runners.text_to_image.preview.PAUSE", 0.0)
-    monkeypatch.setattr("consumer.runners.text_to_image.preview.MOST_OF_THE_RUN", 1e9)
+    monkeypatch.setattr("consumer.runners.text_to_image.preview.MIN_INTERVAL", 0.0)
+    monkeypatch.setattr("consumer.runners.text_to_image.preview.MAX_SHARE", 1e9)
     request = asked(preview=True, num_inference_steps=6, num_images=2)
     runner.check(request)
     previews: list[bytes] = []
