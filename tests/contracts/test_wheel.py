@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,13 @@ def test_wheel_installs_and_works_alone(tmp_path: Path) -> None:
     assert [need.partition(">")[0] for need in always] == ["pydantic"]
     assert Path(told["typed"]).with_name("py.typed").is_file()
     assert Path(told["typed"]).is_relative_to(tmp_path / "alone")
+
+
+def test_wheel_of_the_daemon_has_the_trained_models_and_not_their_training(tmp_path: Path) -> None:
+    uv("build", "--package", "generation-consumer", "--wheel", "-o", tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    demonstration = [name for name in names if "/demonstration/" in name]
+    assert any(name.endswith(".safetensors") for name in demonstration)
+    assert not any("/training/" in name for name in demonstration)
+    assert any(name.startswith("consumer/infra/nats/") for name in names)
