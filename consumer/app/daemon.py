@@ -233,9 +233,8 @@ class Daemon:
             await inference.stop()
 
     async def _watch_inference(self, inference: InferenceWorker) -> None:
-        # `_close_model` requests the end of the thread only after this task has been cancelled.
+        # Raises what the thread raised. It also ends, without an error, when the device is lost.
         await asyncio.shield(inference.ended)
-        raise RuntimeError("the inference thread has ended")
 
     async def _start_probes(self, stack: AsyncExitStack) -> None:
         port, host = self._settings.consumer_probes_port, self._settings.consumer_probes_host

@@ -207,7 +207,7 @@ class Executor:
     def requeue_waiting(self) -> None:
         """Requeue the requests that wait for the device behind another request."""
         for job in self._jobs:
-            if self._in_flight.waits_behind_another(job.slot):
+            if job.slot.waits_behind_another:
                 job.cancel_token.set(StopReason.DRAIN)
 
     async def request_stop(self, request_id: str) -> StopAck | None:

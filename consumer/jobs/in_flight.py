@@ -108,6 +108,11 @@ class Slot:
             raise AssertionError("the request has left the run queue")
         return self._ticket
 
+    @property
+    def waits_behind_another(self) -> bool:
+        """Whether its run could not begin now if it were ready."""
+        return self._in_flight.waits_behind_another(self)
+
     def enqueue(self) -> None:
         """Put a new ticket at the end of the run queue."""
         self._ticket = self._in_flight.queue.put()

@@ -74,14 +74,14 @@ class InferenceStage:
         ticket = job.slot.ticket
         request = job.seeded_request
         try:
-            ready = time.monotonic()
-            self._queue.mark_ready(
-                ticket,
-                RunRequest(request, images, ticket.progress, job.cancel_token.poll),
-                self._batch_key(job, request),
-            )
+            ready, key = time.monotonic(), self._batch_key(job, request)
+            waits = job.slot.waits_behind_another or key is not None  # for others of its batch
+            run = RunRequest(request, images, ticket.progress, job.cancel_token.poll)
+            self._queue.mark_ready(ticket, run, key)
+            del run
             await self._wait_until_begun(job, ticket)
-            self._record_waiting(job, ticket, ready)
+            if waits:
+                self._record_waiting(job, ticket, ready)
             await self._publish_started(job)
             job.advance(State.RUNNING)
             return await self._follow(job, ticket)

@@ -88,7 +88,7 @@ def test_demo_draws_saves_and_describes(folders: tuple[Path, Path]) -> None:
         ("nats-server on", signal.SIGTERM),
         ("loading the models", signal.SIGINT),
         ("loading the models", signal.SIGTERM),
-        ("drawing", signal.SIGTERM),
+        ("text to image: ", signal.SIGTERM),
     ],
 )
 def test_demo_interrupted_leaves_nothing(

@@ -24,7 +24,7 @@ async def test_a_bus_that_is_closed_for_good_ends_the_daemon_while_a_job_runs(
     worker = await scene.start("bus_closed", CONSUMER_JOBS_IN_FLIGHT="1")
     request_id = await scene.submit()
     assert await scene.ended(worker, within=AT_ONCE) == EXIT_UNAVAILABLE
-    assert "the client has given up" in worker.log_since_start()
+    assert "the client has closed the connection permanently" in worker.log_since_start()
     await scene.start()
     assert (await scene.event(request_id))["type"] == "generation.v1.succeeded"
 
@@ -42,7 +42,7 @@ async def test_calls_without_an_answer_are_repeated_at_the_start(scene: Scene) -
     for call in (
         "$JS.API.STREAM.INFO",
         "$JS.API.CONSUMER",
-        "the service of this worker does not answer",
+        "the service of this worker does not reply",
     ):
         assert call in log
     request_id = await scene.submit()

@@ -154,6 +154,7 @@ async def test_lost_device_is_given_to_no_other(scene: Scene) -> None:
     (scene.folder / "lose").touch()
     assert await scene.ended(worker) == EXIT_DEVICE_LOST
     assert worker.log_since_start().count("given_back") == 2
+    assert "daemon_failed" not in worker.log_since_start()
     assert scene.runs() == [lost], "nothing more is begun on a lost device"
     await scene.start()
     for one in (lost, waiting):

@@ -218,7 +218,7 @@ async def test_the_list_follows_what_happens(scene: Scene, opened: OpenJobs) -> 
 async def test_what_ended_at_another_gateways_time_is_found(scene: Scene, opened: OpenJobs) -> None:
     """A terminal event that was missed is in the list after the reconnect."""
     assert await ids(opened) == []
-    opened.jobs._feed._receive = lambda _event, _size: None
+    opened.jobs._feed._on_event = lambda _event, _size: None
     await end(scene, name(0), Task.TEXT_TO_IMAGE, "succeeded")
     assert await ids(opened) == []
     opened.ids.interrupt()

@@ -367,7 +367,7 @@ async def test_an_hour_later_only_the_end_comes(scene: Scene) -> None:
 async def test_an_announcement_that_was_lost(scene: Scene) -> None:
     await scene.start()
     async with open_jobs(scene, quiet=0.2) as gateway:
-        gateway.jobs._feed._receive = lambda _event, _size: None
+        gateway.jobs._feed._on_event = lambda _event, _size: None
         job = await gateway.submit()
         (entry,) = await events_of(gateway, job)
         assert entry.event.type == "generation.v1.succeeded"
@@ -476,7 +476,7 @@ async def test_an_outage_counts_from_its_first_failed_lookup(
     waiting = asyncio.ensure_future(opened.jobs.result(job))
     await scene.until(is_waiting, "a reader of the log")
     with monkeypatch.context() as patched:
-        patched.setattr(Results, "look", fail)
+        patched.setattr(Results, "read", fail)
         opened.log.interrupt()
         await failed.wait()
     end = CancelledEvent(
