@@ -555,7 +555,8 @@ async def test_abandoning_a_job(scene: Scene, opened: OpenJobs) -> None:
 async def test_abandoning_never_raises(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs_module, "ABANDON_PAUSE", 0.05)
     async with open_jobs(scene) as gateway:
-        job = await gateway.submit()
+        # Long enough for the cancellation, which is sent again every 0.05 s, to find it running.
+        job = await gateway.submit(num_inference_steps=100)
         await gateway.jobs.abandon(job)  # no worker is there
         await asyncio.sleep(0.2)
         await scene.start()
