@@ -81,6 +81,10 @@ class CancelToken:
             await asyncio.gather(doing, return_exceptions=True)
             del doing, either  # the traceback of an exception of the work refers to this frame
 
+    async def wait_for(self, future: asyncio.Future[Any]) -> None:
+        """Wait until a future is done or the token is set. The future is not cancelled."""
+        await asyncio.wait({future, self._wait()}, return_when=asyncio.FIRST_COMPLETED)
+
     async def sleep(self, seconds: float) -> None:
         """Sleep until the time is over or the token is set.
 

@@ -1,6 +1,5 @@
 """The inference stage of a job: queues the run, waits for it, and publishes its progress."""
 
-import asyncio
 import base64
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -8,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from consumer.inference.cancel_token import Stopped
 from consumer.inference.monitor import ThreadStalled, follow_run
 from consumer.inference.progress import Update
 from consumer.inference.run_queue import RunQueue, Ticket
@@ -96,12 +94,10 @@ class InferenceStage:
         return self._runner.batch_key(request) if several else None
 
     async def _wait_until_begun(self, job: Job, ticket: Ticket) -> None:
-        try:
-            # Shielded: the race cancels what it waits for, and the run may have begun.
-            await job.cancel_token.race(asyncio.shield(ticket.began))
-        except Stopped:
+        await job.cancel_token.wait_for(ticket.began)
+        if not ticket.began.done():
             if self._queue.remove(ticket):
-                raise
+                job.cancel_token.check()
             await ticket.began  # the inference thread has taken it, and stops at its first step
         job.slot.occupy_device()
 
