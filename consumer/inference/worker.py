@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeAlias
 
 import structlog
@@ -48,6 +49,7 @@ class InferenceWorker:
         self._busy = False
         self._unreported = 0.0  # seconds of runs not yet passed to `on_busy`
         self._closes_model = False
+        self._callbacks: list[Callable[[], None]] = []  # for the event loop, not sent yet
         self._loop: asyncio.AbstractEventLoop
         self.ended: asyncio.Future[None]
 
@@ -106,9 +108,12 @@ class InferenceWorker:
 
     def _run_next(self) -> bool:
         """Wait for a batch and run it. Return False once the queue is closed."""
-        self._busy = False
-        batch = self._queue.next_batch()
-        self._busy = True
+        batch = self._queue.next_batch(wait=False)
+        if not batch:
+            self._flush()
+            self._busy = False
+            batch = self._queue.next_batch()
+            self._busy = True
         if batch:
             for ticket in batch:
                 ticket.batch = [member.progress for member in batch]
@@ -145,7 +150,8 @@ class InferenceWorker:
         began = time.monotonic()
         for progress in progresses:
             progress.begin()
-        self._notify(_begin, batch)
+        self._defer(_begin, batch)
+        self._flush()
         try:
             runs = [ticket.run for ticket in batch if ticket.run is not None]
             return self._runner.run(runs, save_memory=save_memory)
@@ -162,12 +168,26 @@ class InferenceWorker:
         for ticket in batch:
             ticket.run = None  # frees the inputs while the output is stored
         seconds, self._unreported = self._unreported, 0.0
-        self._notify(_finish, batch, result, self._on_busy, seconds)
+        self._defer(_finish, batch, result, self._on_busy, seconds)
 
     def _notify(self, callback: Callable[..., None], *args: Any) -> None:
         """Call a function in the event loop."""
-        with suppress(RuntimeError):  # the loop is closed: the process is ending
-            self._loop.call_soon_threadsafe(callback, *args)
+        self._defer(callback, *args)
+        self._flush()
+
+    def _defer(self, callback: Callable[..., None], *args: Any) -> None:
+        """Call a function in the event loop with the next `_flush`.
+
+        The event loop wakes up once for the end of a run and the begin of the next one. Each time
+        it does, it competes with this thread for the interpreter.
+        """
+        self._callbacks.append(partial(callback, *args))
+
+    def _flush(self) -> None:
+        callbacks, self._callbacks = self._callbacks, []
+        if callbacks:
+            with suppress(RuntimeError):  # the loop is closed: the process is ending
+                self._loop.call_soon_threadsafe(_call_all, callbacks)
 
 
 # -- in the event loop ----------------------------------------------------------------------------
@@ -181,6 +201,11 @@ def _settle(future: asyncio.Future[Any], result: object) -> None:
         future.exception()  # marks it as retrieved: the process may be ending for another reason
     else:
         future.set_result(result)
+
+
+def _call_all(callbacks: Sequence[Callable[[], None]]) -> None:
+    for callback in callbacks:
+        callback()
 
 
 def _begin(batch: Sequence[Ticket]) -> None:
