@@ -18,7 +18,7 @@ pytest_plugins = ["tests.support.tiny_models", "tests.support.scene_fixtures"]
 pytest.register_assert_rewrite("tests.support.behaviour")
 
 # What the tests of a lot have in common takes seconds to start: daemons with models, or servers
-# with users. Each test that is not named here is a lot of its own.
+# with users. Each test that is not named here is a separate lot.
 LOTS = {
     "the system of tests/e2e": ("tests/e2e/",),
     "the system of tests/gateway, for pages": ("tests/gateway/test_page",),
@@ -100,5 +100,5 @@ async def installation_of() -> AsyncIterator[InstallationOf]:
 
 @pytest.fixture
 async def installation(nats_server: NatsServer, installation_of: InstallationOf) -> Installation:
-    """Streams and the durable of text_to_image on a server of its own."""
+    """Streams and the durable of text_to_image on a separate server."""
     return await installation_of(nats_server)

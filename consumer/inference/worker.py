@@ -72,10 +72,6 @@ class InferenceWorker:
         threading.Thread(target=self._main, args=(loaded,), name="inference", daemon=True).start()
         return loaded
 
-    def abandon(self) -> None:
-        """Start no more runs. Do not wait, and do not close the model."""
-        self._queue.close()
-
     async def stop(self) -> None:
         """Start no more runs, and wait until the model is closed."""
         self._closes_model = True

@@ -1,7 +1,7 @@
 """One worker on a real nats-server and a real S3 server, for `tests.support.behaviour`.
 
 The worker's connections go through relays, so that one service can be taken away from one worker
-while the sender, on connections of its own and without the project's code, still sees everything.
+while the sender, on separate connections and without the project's code, still sees everything.
 The model is scripted; every other part is the one that the daemon uses.
 """
 
@@ -248,7 +248,7 @@ def _picture() -> bytes:
 
 
 class RealWorld:
-    """Implements `tests.support.behaviour.World`, under a root of its own on shared servers.
+    """Implements `tests.support.behaviour.World`, under a separate root on shared servers.
 
     Attributes:
         store: The relay before the S3 server.

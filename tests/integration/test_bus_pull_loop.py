@@ -500,7 +500,7 @@ async def test_what_is_published_during_close_goes_to_another_worker_at_once(
     print(f"{given_back} of {CHANCES} requests had come to the closing worker")  # noqa: T201
 
 
-async def test_a_delivery_that_nobody_took_is_given_back_by_close(
+async def test_close_requeues_a_delivery_that_was_not_taken(
     installation: Installation,
 ) -> None:
     worker, other = await installation.worker(), await installation.worker()
@@ -576,7 +576,7 @@ async def test_the_loop_hears_while_it_gives_back(
 
     await installation.publish(b"third")
     assert (await take(worker)).body == b"third"
-    assert worker.loop._requeuing, "the second is not given back, because nobody confirms it"
+    assert worker.loop._requeuing, "the server has not confirmed that the second one is requeued"
     started = time.monotonic()
     await soon(worker.loop.close())
     measured("close with something that cannot be given back", time.monotonic() - started)

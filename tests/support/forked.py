@@ -2,7 +2,7 @@
 
 A worker takes two seconds of a core to import what it needs, a gateway as long, and the tests start
 hundreds of them. A forked one runs the same code, with an environment, an output, a session and a
-process id of its own. It is ready in 0.2 s. A forked worker forks its lease guard too, which takes
+separate process id. It is ready in 0.2 s. A forked worker forks its lease guard too, which takes
 another second of a core where it is started. `DevStack` starts what it starts the ordinary way.
 
 `ForkedWorker` and `ForkedGateway` are the side of the tests. The template is
@@ -247,7 +247,10 @@ def _report_ended(running: dict[int, socket.socket]) -> None:
     for pid in list(running):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            with running.pop(pid) as reports, contextlib.suppress(OSError):  # nobody may listen
+            with (
+                running.pop(pid) as reports,
+                contextlib.suppress(OSError),
+            ):  # the reader may have closed the pipe
                 reports.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 

@@ -2,7 +2,7 @@
 
 They behave as the real ones do: messages pass through their wire format, a request has at most one
 stored terminal event, a requeued message is delivered again with a higher number, and the model
-runs in a thread of its own. All of them write what they do into one journal, in order.
+runs in a separate thread. All of them write what they do into one journal, in order.
 """
 
 import asyncio
@@ -531,7 +531,7 @@ class MemoryArtifacts:
 
     def __init__(self, journal: list[str]) -> None:
         self.outage = Outage()
-        self.unreadable: set[str] = set()  # keys that the store answers with an error of its own
+        self.unreadable: set[str] = set()  # keys that the store answers with another error
         self.objects: dict[str, bytes] = {}
         self.calls = Tally()
         self._journal = journal

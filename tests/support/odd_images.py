@@ -21,7 +21,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def photograph(width: int = 40, height: int = 24) -> Image.Image:
-    """Red above, blue below, with a corner of its own: every turn and flip of it is different."""
+    """Red above, blue below, with one corner of another colour: every rotation and flip differs."""
     image = Image.new("RGB", (width, height), BLUE)
     image.paste(RED, (0, 0, width, height // 2))
     image.paste(WHITE, (0, 0, width // 4, height // 4))

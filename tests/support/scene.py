@@ -30,7 +30,7 @@ Event = dict[str, Any]
 
 
 class Scene:
-    """One installation under a root of its own, on servers that other tests use too.
+    """One installation under a separate root, on servers that other tests use too.
 
     Attributes:
         stack: The servers; a test may kill them and start them again.

@@ -1,4 +1,4 @@
-"""Fixtures: servers for the whole process, an installation of its own for each test."""
+"""Fixtures: servers for the whole process, a separate installation for each test."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack

@@ -298,7 +298,7 @@ def z_image() -> Any:
 
 
 def pixart() -> Any:
-    """A family with the old callback, which is told of steps but returns nothing."""
+    """A family with the old callback, which is called after each step and returns nothing."""
     return diffusers.PixArtSigmaPipeline(
         transformer=diffusers.PixArtTransformer2DModel(
             sample_size=_SMALL,

@@ -78,7 +78,7 @@ class Wish:
     """What a sender asks for.
 
     Attributes:
-        again: Which request before this one has the same id; None for an id of its own.
+        again: Which request before this one has the same id; None for another id.
         kind: "refused" is what cannot be done for a reason that the task has.
         seconds: Until the deadline.
         bulky: Whether events that say its metadata are too large for the bus.

@@ -219,7 +219,7 @@ async def test_output_of_a_run_that_was_done_before_it_could_stop_is_gone_with_t
 
 
 class Complaints:
-    """What asyncio would log of an exception that nobody has heard."""
+    """What asyncio would log of an exception that was never retrieved."""
 
     def __init__(self) -> None:
         self.heard: list[dict[str, Any]] = []
@@ -232,7 +232,7 @@ async def late_run_is_gone(hold: Hold, traced: Traced) -> bool:
     return await traced.are_gone()
 
 
-async def test_error_of_a_run_that_hung_is_heard_by_nobody_and_gone(make_world: Worlds) -> None:
+async def test_error_of_a_stalled_run_is_not_logged_and_gone(make_world: Worlds) -> None:
     complaints = Complaints()
     world = await make_world(stall_timeout=0.02)
     traced = Traced()
@@ -243,7 +243,7 @@ async def test_error_of_a_run_that_hung_is_heard_by_nobody_and_gone(make_world: 
     assert complaints.heard == []
 
 
-async def test_error_of_a_run_that_a_draining_process_left_is_heard_by_nobody_and_gone(
+async def test_error_of_a_run_that_a_draining_process_left_is_not_logged_and_gone(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("consumer.inference.monitor.DRAIN_STEP_TIMEOUT", 0.01)
@@ -258,7 +258,7 @@ async def test_error_of_a_run_that_a_draining_process_left_is_heard_by_nobody_an
 
 
 @pytest.mark.parametrize("late", ["raises", "gives"])
-async def test_run_of_a_cancelled_task_is_heard_by_nobody_and_gone(
+async def test_run_of_a_cancelled_task_is_not_logged_and_gone(
     world: MemoryWorld, late: str
 ) -> None:
     complaints = Complaints()

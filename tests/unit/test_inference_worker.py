@@ -90,7 +90,7 @@ async def worker() -> AsyncIterator[Worker]:
     made = Worker()
     await made.inference.start()
     yield made
-    made.inference.abandon()
+    made.queue.close()
 
 
 class Gate:
@@ -181,7 +181,7 @@ async def test_abandoned_worker_begins_nothing_more_and_leaves_the_model(worker:
     running = worker.submit(gate)
     await gate.has_begun()
     waiting = worker.submit(giving())
-    worker.inference.abandon()
+    worker.queue.close()
     gate.go_on.set()
     await output(running)
     await asyncio.wait_for(worker.inference.ended, WITHIN)
@@ -270,7 +270,7 @@ async def batching() -> AsyncIterator[Worker]:
     made = Worker(max_batch=3)
     await made.inference.start()
     yield made
-    made.inference.abandon()
+    made.queue.close()
 
 
 async def results(tickets: Sequence[Ticket]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""One followed run: what is told of it, what stops it, and what becomes of a thread that hangs."""
+"""Following one run: its progress, its cancellation, and a thread that stalls."""
 
 import asyncio
 import time

@@ -208,7 +208,7 @@ class DiffusionModel:
         )
 
     def _preview(self, run: ImageRun, number: int) -> Preview | None:
-        # Previews show the first image only, and they need memory of their own.
+        # Previews show the first image only, and they need additional memory.
         if not run.request.preview or number or run.saved:
             return None
         return Preview(run.members.preview, *self._parameters.size(run.request))

@@ -81,7 +81,7 @@ class Scene:
 
     @property
     def turned(self) -> "Scene":
-        """The same scene of two things, told from the other one."""
+        """The same scene of two things, described from the other thing."""
         opposite = {"left of": "right of", "above": "below"}
         opposite |= {after: before for before, after in opposite.items()}
         return Scene(self.background, self.things[::-1], relation=opposite[self.relation])
