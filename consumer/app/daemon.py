@@ -10,9 +10,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TextIO
 
@@ -103,6 +103,21 @@ def run(settings: Settings, *, make_runner: MakeRunner = make_runner) -> int:
     return code
 
 
+@dataclass(frozen=True)
+class _Services:
+    """The connections to the services, and the adapters that use them."""
+
+    bus: Bus
+    endpoints: Bus
+    artifacts: ObjectStoreArtifacts
+    topology: Topology
+    ensure: Callable[[], Awaitable[Durable]]
+    durable: Durable
+    events: JetStreamEvents
+    queue: JetStreamQueue
+    workers: BroadcastWorkers
+
+
 class Daemon:
     """One process, one loaded model, one queue."""
 
@@ -161,45 +176,20 @@ class Daemon:
             loading = inference.start()
             stack.callback(loading.cancel)
             lease_guard = await self._start_lease_guard(stack)
-            deadline = time.monotonic() + CONNECT_WITHIN
-            bus, endpoints = await self._connect(stack)
-            artifacts = make_artifacts(self._settings, self._telemetry)
-            stack.push_async_callback(artifacts.close)
-            topology = make_topology(self._settings, bus)
-            ensure = partial(topology.ensure, self._task)
-            durable = await wait_until_available(ensure, deadline=deadline)
-            # After NATS: a slow store must not use up the time limit for NATS.
-            await self._check_store(artifacts)
+            services = await self._open_services(stack)
             model = await loading
             self._health.model_loaded = True
             self._telemetry.metrics.model_loaded(model.info)
-            events = JetStreamEvents(
-                bus, self._settings.subjects, ensure=ensure, observer=self._telemetry
-            )
-            names = topology.durables(self._task)
-            queue = JetStreamQueue(bus, self._settings.subjects, names)
-            workers = BroadcastWorkers(
-                bus, self._settings.subjects, task=self._task, durables=names
-            )
-            warn_of_short_batches(self._settings, durable)
-            executor = self._make_executor(
-                durable=durable,
-                model=model,
-                runner=runner,
-                events=events,
-                queue=queue,
-                workers=workers,
-                artifacts=artifacts,
-            )
-            context = self._make_context(bus, durable, lease_guard)
-            pull = PullLoop(bus, durable, ensure=ensure, context=context)
+            executor = self._make_executor(services, model=model, runner=runner)
+            context = self._make_context(services.bus, services.durable, lease_guard)
+            pull = PullLoop(services.bus, services.durable, ensure=services.ensure, context=context)
             service = make_worker_service(
                 self._settings,
-                endpoints=endpoints,
-                queue=queue,
-                workers=workers,
-                events=events,
-                artifacts=artifacts,
+                endpoints=services.endpoints,
+                queue=services.queue,
+                workers=services.workers,
+                events=services.events,
+                artifacts=services.artifacts,
                 model=model,
                 check=runner.check,
                 request_stop=executor.request_stop,
@@ -215,18 +205,43 @@ class Daemon:
             stack.push_async_callback(pull.close)
             self._health.durable_present = lambda: pull.attached
             self._pull, self._executor = pull, executor
-            self._start_background_task(
-                self._watch_store(artifacts, executor, pull), "watch-store", stack
-            )
-            self._start_background_task(self._watch_endpoints(endpoints), "watch-endpoints", stack)
-            await self._watch_advisories(topology, context, executor, stack)
-            await self._watch_retries(topology, context, events, stack)
+            watching = self._watch_store(services.artifacts, executor, pull)
+            self._start_background_task(watching, "watch-store", stack)
+            watching = self._watch_endpoints(services.endpoints)
+            self._start_background_task(watching, "watch-endpoints", stack)
+            await self._watch_advisories(services.topology, context, executor, stack)
+            await self._watch_retries(services.topology, context, services.events, stack)
             log.info(
                 "daemon_ready", worker=self._settings.consumer_worker, model=model.info.model_dump()
             )
             code = await self._serve(pull, executor)
             self._drained = code == 0
             return code
+
+    async def _open_services(self, stack: AsyncExitStack) -> "_Services":
+        """Connect to NATS and S3, and wait until the durable exists."""
+        deadline = time.monotonic() + CONNECT_WITHIN
+        bus, endpoints = await self._connect(stack)
+        artifacts = make_artifacts(self._settings, self._telemetry)
+        stack.push_async_callback(artifacts.close)
+        topology = make_topology(self._settings, bus)
+        ensure = partial(topology.ensure, self._task)
+        durable = await wait_until_available(ensure, deadline=deadline)
+        warn_of_short_batches(self._settings, durable)
+        # After NATS: a slow store must not use up the time limit for NATS.
+        await self._check_store(artifacts)
+        subjects, names = self._settings.subjects, topology.durables(self._task)
+        return _Services(
+            bus=bus,
+            endpoints=endpoints,
+            artifacts=artifacts,
+            topology=topology,
+            ensure=ensure,
+            durable=durable,
+            events=JetStreamEvents(bus, subjects, ensure=ensure, observer=self._telemetry),
+            queue=JetStreamQueue(bus, subjects, names),
+            workers=BroadcastWorkers(bus, subjects, task=self._task, durables=names),
+        )
 
     async def _close_model(self, inference: InferenceWorker) -> None:
         if self._drained:  # otherwise the thread may hang, and the wait would not end
@@ -271,15 +286,7 @@ class Daemon:
         raise ConnectionClosed
 
     def _make_executor(
-        self,
-        *,
-        durable: Durable,
-        model: ModelDescription,
-        runner: Runner,
-        events: JetStreamEvents,
-        queue: JetStreamQueue,
-        workers: BroadcastWorkers,
-        artifacts: ObjectStoreArtifacts,
+        self, services: "_Services", *, model: ModelDescription, runner: Runner
     ) -> Executor:
         settings = self._settings
         return Executor(
@@ -288,18 +295,18 @@ class Daemon:
             limits=Limits(
                 # The values of the durable, not the settings: the heartbeat depends on ack_wait,
                 # and all workers of a durable must count attempts in the same way.
-                ack_wait=durable.ack_wait,
-                max_attempts=durable.max_attempts,
+                ack_wait=services.durable.ack_wait,
+                max_attempts=services.durable.max_attempts,
                 stall_timeout=settings.consumer_stall_timeout,
                 retry_delay=settings.consumer_retry_delay,
             ),
             model=model,
             runner=runner,
             run_queue=self._run_queue,
-            events=events,
-            queue=queue,
-            workers=workers,
-            artifacts=artifacts,
+            events=services.events,
+            queue=services.queue,
+            workers=services.workers,
+            artifacts=services.artifacts,
             images=ImageCodec(
                 max_bytes=settings.consumer_max_input_bytes,
                 max_pixels=settings.consumer_max_input_pixels,

@@ -1,8 +1,8 @@
 """Child processes forked from one that has imported their libraries.
 
 A worker takes two seconds of a core to import what it needs, a gateway as long, and the tests start
-hundreds of them. A forked one runs the same code, with an environment, an output, a session and a
-separate process id. It is ready in 0.2 s. A forked worker forks its lease guard too, which takes
+hundreds of them. A forked one runs the same code, with a separate environment, output, session
+and process id. It is ready in 0.2 s. A forked worker forks its lease guard too, which takes
 another second of a core where it is started. `DevStack` starts what it starts the ordinary way.
 
 `ForkedWorker` and `ForkedGateway` are the side of the tests. The template is

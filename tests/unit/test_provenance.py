@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,15 +110,17 @@ async def test_picture_says_the_same_whichever_attempt_and_worker_makes_it(
 async def test_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> None:
     settings = Settings(model_type="text_to_image", consumer_prompt_in_pictures=setting)
     daemon = Daemon(settings, lambda _: world.runner)
-    durable: Any = type("Durable", (), {"ack_wait": 1.0, "max_ack_pending": 1, "max_attempts": 3})
-    ports: Any = world
-    executor = daemon._make_executor(
+    durable = SimpleNamespace(ack_wait=1.0, max_ack_pending=1, max_attempts=3)
+    services: Any = SimpleNamespace(
         durable=durable,
+        events=world.events,
+        queue=world.queue,
+        workers=world.workers,
+        artifacts=world.artifacts,
+    )
+    executor = daemon._make_executor(
+        services,
         model=world.runner.description,
         runner=world.runner,
-        events=ports.events,
-        queue=ports.queue,
-        workers=ports.workers,
-        artifacts=ports.artifacts,
     )
     assert executor._image_stages.prompt_in_files is setting
