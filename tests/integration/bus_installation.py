@@ -1,4 +1,4 @@
-"""What the tests of the bus work on: one installation on a real server, and its workers."""
+"""An installation on a real nats-server, and its workers, for the tests of the bus."""
 
 import asyncio
 import json
@@ -35,12 +35,13 @@ REQUESTS, OTHER_REQUESTS, RESULTS, DEAD_LETTERS = (
     for name in ("REQUESTS_TEXT_TO_IMAGE", "REQUESTS_IMAGE_TO_TEXT", "RESULTS", "DEAD_LETTERS")
 )
 SOON = 15.0  # seconds; only bounds a wait for something that must happen
-ACK_WAIT = 60.0  # seconds; longer than any test: what comes again has been given back
-SANE = 10.0  # seconds; far above everything that is measured
+ACK_WAIT = 60.0  # seconds; longer than any test: only a NAK can cause a redelivery
+SANE = 10.0  # seconds; far above every measured time
 POLL = 0.005  # seconds
 
 
-# Server configuration with a user `mute` (password x) that may not settle; others need no name.
+# Server configuration with a user `mute` (password x) that may not publish acknowledgements.
+# Connections without a user name become the user `any`.
 MUTE = """
 authorization {
   users: [
@@ -53,34 +54,34 @@ no_auth_user: "any"
 
 
 def bus_settings(url: str) -> Settings:
-    """Settings for the bus alone, whatever the environment says."""
-    nothing: dict[str, Any] = dict.fromkeys(
+    """Return settings for the bus, without the credentials of the environment."""
+    unset: dict[str, Any] = dict.fromkeys(
         ("nats_creds", "nats_nkey_seed", "nats_ca", "nats_cert", "nats_key")
     )
-    return Settings(nats_url=url, **nothing)
+    return Settings(nats_url=url, **unset)
 
 
 def measured(what: str, seconds: float) -> None:
-    """Show a measurement (`pytest -s`); a test passes or fails for other reasons."""
-    print(f"{what}: {seconds * 1e3:.1f} ms")  # noqa: T201 - for people
+    """Print a measured time (`pytest -s`), and check only that it is below `SANE`."""
+    print(f"{what}: {seconds * 1e3:.1f} ms")  # noqa: T201 - shown by `pytest -s`
     assert seconds < SANE
 
 
 async def soon(value: Awaitable[T]) -> T:
-    """Wait for what must come."""
+    """Await a value for at most `SOON` seconds."""
     async with asyncio.timeout(SOON):
         return await value
 
 
-async def until(true: Callable[[], Awaitable[bool]]) -> None:
-    """Ask until the answer is yes, where nothing announces it."""
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Poll a condition until it is true."""
     async with asyncio.timeout(SOON):
-        while not await true():  # noqa: ASYNC110 - there is no event to wait for
+        while not await condition():  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(POLL)
 
 
 async def until_connected(*buses: Bus) -> None:
-    """Return once all of them are connected."""
+    """Return when all connections are up."""
 
     async def connected() -> bool:
         return all(bus.connected for bus in buses)
@@ -89,7 +90,7 @@ async def until_connected(*buses: Bus) -> None:
 
 
 async def until_lost(*buses: Bus) -> None:
-    """Return once none of them is connected."""
+    """Return when all connections are lost."""
 
     async def lost() -> bool:
         return not any(bus.connected for bus in buses)
@@ -98,14 +99,14 @@ async def until_lost(*buses: Bus) -> None:
 
 
 async def open_bus(url: str, parts: AsyncExitStack) -> Bus:
-    """A connection that is closed with the test."""
+    """Open a connection that `parts` closes."""
     bus = await connect(bus_settings(url), name="test", within=SOON)
     parts.push_async_callback(bus.close)
     return bus
 
 
 async def api(bus: Bus, subject: str, body: object = None) -> dict[str, Any]:
-    """Call the JetStream API as it is; it must not refuse."""
+    """Call the JetStream API, and require an answer without an error."""
     payload = b"" if body is None else json.dumps(body).encode()
     answer = await bus.client.request(f"$JS.API.{subject}", payload, timeout=5)
     value: dict[str, Any] = json.loads(answer.data)
@@ -114,18 +115,18 @@ async def api(bus: Bus, subject: str, body: object = None) -> dict[str, Any]:
 
 
 async def take(worker: "Worker") -> JetStreamDelivery:
-    """The next delivery, which must come."""
+    """Return the next delivery of a worker."""
     delivery = await soon(worker.loop.next())
     assert delivery is not None
     return delivery
 
 
 async def _quiet(_: Exception) -> None:
-    """The plain client's errors are those of the server that a test takes away."""
+    """Ignore the errors of the plain client: tests stop its server."""
 
 
 class Worker:
-    """A pull loop on a connection of its own."""
+    """A pull loop and its connection."""
 
     def __init__(self, bus: Bus, loop: PullLoop) -> None:
         self.bus = bus
@@ -136,9 +137,9 @@ class Installation:
     """The streams of one root and the durable of one task.
 
     Attributes:
-        server: Where it all lies.
-        bus: A connection for what is not a worker's.
-        plain: A nats-py client, without any code of the project.
+        server: The nats-server with the streams.
+        bus: A connection that no worker uses.
+        plain: A nats-py client, without the project's code.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Installation:
         ack_wait: float = ACK_WAIT,
         max_ack_pending: int = 1,
     ) -> "Installation":
-        """Connect and apply."""
+        """Connect, and create the streams and the durable."""
         bus = await open_bus(server.url, parts)
         plain = await nats.connect(
             server.url,
@@ -176,7 +177,7 @@ class Installation:
         return cls(server, parts, bus, plain, topology)
 
     async def worker(self, url: str | None = None) -> Worker:
-        """Start a worker, by default on the server itself."""
+        """Start a worker, by default with a direct connection to the server."""
         bus = await open_bus(url or self.server.url, self._parts)
         self._buses.append(bus)
         topology = Topology(bus, self.subjects, ack_wait=ACK_WAIT, max_ack_pending=1)
@@ -194,7 +195,7 @@ class Installation:
         )
 
     def events_of(self, worker: Worker) -> JetStreamEvents:
-        """The publishing side of a worker, on its own connection."""
+        """Return the event publisher of a worker, on the worker's connection."""
         topology = Topology(worker.bus, self.subjects, ack_wait=ACK_WAIT, max_ack_pending=1)
         return JetStreamEvents(worker.bus, self.subjects, ensure=partial(topology.ensure, TASK))
 
@@ -206,7 +207,7 @@ class Installation:
         headers: dict[str, str] | None = None,
         timeout: float = 5.0,  # noqa: ASYNC109 - nats-py's own
     ) -> int:
-        """Publish a request with plain nats-py; returns its sequence in the stream."""
+        """Publish a request with plain nats-py; return its stream sequence."""
         subject = self.subjects.request(TASK, request_id)
         jetstream = self.plain.jetstream()
         return (await jetstream.publish(subject, body, headers=headers, timeout=timeout)).seq
@@ -220,45 +221,45 @@ class Installation:
     async def listen(
         self, subject: str, respond: Callable[[Msg], Awaitable[None]] | None = None
     ) -> Subscription:
-        """Subscribe with plain nats-py; returns when the server knows of it."""
+        """Subscribe with plain nats-py; return when the server has the subscription."""
         subscription = await self.plain.subscribe(subject, cb=respond)
-        await self.plain.flush()  # its PING is ahead of the SUB
+        await self.plain.flush()  # nats-py may send the first PING before the SUB
         await self.plain.flush()
         return subscription
 
     async def consumer_info(self) -> ConsumerInfo:
-        """What the server says of the durable."""
+        """Return the server's state of the durable."""
         info: ConsumerInfo = await self.plain.jetstream().consumer_info(REQUESTS, str(TASK))
         return info
 
-    async def until_pulls_stand(self, count: int) -> None:
-        """Return once the server knows of so many pulls."""
+    async def until_pulls_wait(self, count: int) -> None:
+        """Return when the server has `count` waiting pull requests."""
 
-        async def known() -> bool:
+        async def waiting() -> bool:
             return (await self.consumer_info()).num_waiting == count
 
-        await until(known)
+        await until(waiting)
 
     async def count(self, stream: str) -> int:
-        """How many messages a stream holds."""
+        """Return the number of messages in a stream."""
         return (await self.plain.jetstream().stream_info(stream)).state.messages
 
     async def api(self, subject: str, body: object = None) -> dict[str, Any]:
-        """Call the JetStream API as it is; it must not refuse."""
+        """Call the JetStream API, and require an answer without an error."""
         return await api(self.bus, subject, body)
 
     async def kill_server(self) -> None:
-        """SIGKILL; returns when the clients have noticed."""
+        """Send SIGKILL; return when all clients are disconnected."""
         await asyncio.to_thread(self.server.kill)
         await until_lost(*self._buses)
 
     async def stop_server(self) -> None:
-        """SIGTERM; returns when the clients have noticed."""
+        """Send SIGTERM; return when all clients are disconnected."""
         await asyncio.to_thread(self.server.stop)
         await until_lost(*self._buses)
 
     async def start_server(self) -> float:
-        """Start it again on the same port and files; returns the time when it was ready."""
+        """Restart the server with the same port and files; return the time when it is ready."""
         await asyncio.to_thread(self.server.start)
         await asyncio.to_thread(self.server.wait_ready)
         return time.monotonic()
@@ -272,7 +273,7 @@ class Installation:
 
 @contextmanager
 def frozen(server: NatsServer) -> Iterator[None]:
-    """For the block, the server does nothing and hears nothing; its connections stay."""
+    """Stop the server's process with SIGSTOP for the block; its connections stay open."""
     server.signal(signal.SIGSTOP)
     os.waitpid(server.pid, os.WUNTRACED)  # returns when all its threads have stopped
     try:

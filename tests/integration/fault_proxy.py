@@ -1,4 +1,4 @@
-"""A proxy before the object store that makes it fail, request by request or for all of them."""
+"""A proxy in front of the object store that makes single requests or all requests fail."""
 
 import asyncio
 from collections import deque
@@ -12,13 +12,13 @@ HOST = "127.0.0.1"
 
 @dataclass
 class Exchange:
-    """One request at the proxy, and the way to answer it.
+    """One request at the proxy, and its connection.
 
     Attributes:
-        head: Request line and headers, with the empty line.
-        reader: What the client sends after the head.
-        writer: To the client.
-        upstream: The real store's port.
+        head: The request line and the headers, with the empty line.
+        reader: Reads the body from the client.
+        writer: Writes to the client.
+        upstream: The port of the real store.
     """
 
     head: bytes
@@ -32,16 +32,16 @@ class Exchange:
 
     @property
     def length(self) -> int:
-        """Bytes of the body."""
+        """The size of the body in bytes."""
         headers = dict(line.split(b": ", 1) for line in self.head.split(b"\r\n")[1:] if line)
         return int(headers.get(b"Content-Length", b"0"))
 
     async def body(self) -> bytes:
-        """The whole body; to be asked for once."""
+        """Read the whole body; call this once."""
         return await self.reader.readexactly(self.length)
 
     async def forward(self, body: bytes | None = None) -> bytes:
-        """The real store's whole answer, to another body than the client's where one is given."""
+        """Send the request to the real store, optionally with another body; return the answer."""
         sent = await self.body() if body is None else body
         reader, writer = await asyncio.open_connection(HOST, self.upstream)
         writer.write(self._head_for_one() + sent)
@@ -50,7 +50,7 @@ class Exchange:
         return answer
 
     async def forward_half(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """The connection to the real store, which has the head and half of the body by now."""
+        """Send the head and half of the body to the real store; return the connection to it."""
         reader, writer = await asyncio.open_connection(HOST, self.upstream)
         writer.write(self._head_for_one())
         writer.write(await self.reader.readexactly(self.length // 2))
@@ -58,7 +58,7 @@ class Exchange:
         return reader, writer
 
     async def answer(self, status: str, body: bytes = b"", **headers: str) -> None:
-        await self.body()  # an answer that comes before it could be lost with the connection
+        await self.body()  # a client could lose an answer that arrives before the end of its body
         lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         self.writer.write("\r\n".join([*lines, "", ""]).encode() + body)
@@ -76,7 +76,7 @@ async def passes(exchange: Exchange) -> None:
 
 
 async def is_silent(exchange: Exchange) -> None:
-    await exchange.reader.read()  # until the client goes
+    await exchange.reader.read()  # until the client disconnects
 
 
 async def hangs_up(exchange: Exchange) -> None:
@@ -85,20 +85,20 @@ async def hangs_up(exchange: Exchange) -> None:
 
 
 async def cuts_halfway(exchange: Exchange) -> None:
-    """The connections break when half of the body has reached the real store."""
+    """Break both connections when half of the body has reached the real store."""
     _, writer = await exchange.forward_half()
     writer.transport.abort()
     exchange.writer.transport.abort()
 
 
 async def drips(exchange: Exchange) -> None:
-    """Sends one byte after the other of an endless header, faster than any timeout for reading."""
+    """Send an endless header byte by byte, faster than any read timeout."""
     exchange.writer.write(b"HTTP/1.1 200 OK\r\nX-Drip: ")
-    gone = asyncio.ensure_future(exchange.reader.read())
-    while not gone.done():
+    closed = asyncio.ensure_future(exchange.reader.read())
+    while not closed.done():
         exchange.writer.write(b"x")
-        await asyncio.wait([gone], timeout=0.02)
-    await gone  # raises where the client has broken the connection
+        await asyncio.wait([closed], timeout=0.02)
+    await closed  # raises if the client has broken the connection
 
 
 async def damages_the_body(exchange: Exchange) -> None:
@@ -116,7 +116,7 @@ def refuses(status: str, code: str) -> Fault:
 
 
 def for_writing(fault: Fault) -> Fault:
-    """A fault that only uploads meet, as of a store that is full."""
+    """Apply a fault to uploads only, as a full store does."""
 
     async def only_uploads(exchange: Exchange) -> None:
         await (fault if exchange.method == "PUT" else passes)(exchange)
@@ -125,7 +125,7 @@ def for_writing(fault: Fault) -> Fault:
 
 
 def for_checksums(fault: Fault) -> Fault:
-    """A fault that only requests with a checksum of a newer S3 meet, as at OCI or an older Ceph."""
+    """Apply a fault to requests with an S3 checksum header only, as OCI and older Ceph do."""
 
     async def only_checksums(exchange: Exchange) -> None:
         await (fault if b"x-amz-checksum-" in exchange.head.lower() else passes)(exchange)
@@ -134,10 +134,10 @@ def for_checksums(fault: Fault) -> Fault:
 
 
 class HoldsHalfway:
-    """A fault: half of an upload has reached the real store, and no more follows until that ends.
+    """A fault that sends half of an upload to the real store and then stalls.
 
     Attributes:
-        reached: Set when it has come so far.
+        reached: Set when half of the body has been sent.
     """
 
     def __init__(self) -> None:
@@ -155,18 +155,18 @@ class HoldsHalfway:
 
 
 class FaultProxy:
-    """Stands before the store.
+    """Forwards requests to the store, and applies faults to them.
 
     Args:
-        upstream: The real store's port.
+        upstream: The port of the real store.
 
     Attributes:
-        faults: What the next requests meet, one each.
-        otherwise: What all others meet.
-        methods: Of the requests that have come.
-        heads: The same, whole.
-        met: One for each request that has come.
-        left: One for each client that has gone.
+        faults: The faults of the next requests, one each.
+        otherwise: The fault of all other requests.
+        methods: The methods of the received requests.
+        heads: The heads of the received requests.
+        met: One item for each received request.
+        left: One item for each closed connection of a client.
     """
 
     def __init__(self, upstream: int) -> None:
@@ -192,21 +192,21 @@ class FaultProxy:
         return f"http://{HOST}:{self._port}"
 
     async def listen(self) -> None:
-        """Take connections, always at the same port."""
+        """Accept connections, always on the same port."""
         self._server = await asyncio.start_server(self._serve, HOST, self._port)
         self._port = self._server.sockets[0].getsockname()[1]
 
     def refuse(self) -> None:
-        """Take no more connections."""
+        """Stop accepting connections."""
         if self._server is not None:
             self._server.close()
 
     def heal(self) -> None:
-        """Let all requests pass."""
+        """Forward all requests without a fault."""
         self.otherwise = passes
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # The real store may be away, and both it and the client may break a connection.
+        # The real store may be down, and the store or the client may break a connection.
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             head = await reader.readuntil(b"\r\n\r\n")
             exchange = Exchange(head, reader, writer, self._upstream)

@@ -1,4 +1,4 @@
-"""MinIO itself, where it is on the PATH: `.ci/run` builds it from its module where there is Go."""
+"""A real MinIO server, if `minio` is on the PATH; `.ci/run` builds it if Go is installed."""
 
 import os
 import shutil
@@ -13,23 +13,23 @@ from consumer.devstack.loopback import HOST, http_status
 from consumer.devstack.object_store import Credentials
 from consumer.devstack.process import server_environment
 
-REQUIRED = "MINIO_REQUIRED"  # environment: set where it must not be left out
+REQUIRED = "MINIO_REQUIRED"  # environment variable: if set, a missing minio is an error
 
 
-def is_there() -> bool:
-    """Whether the tests of stores run on it too."""
+def is_installed() -> bool:
+    """Whether the tests of stores also run on MinIO."""
     found = shutil.which("minio") is not None
     assert found or REQUIRED not in os.environ, "minio is not on the PATH"
     return found
 
 
 class MinioServer(ChildProcess):
-    """One server with its root user, and a second key pair that may use one prefix only.
+    """One server with its root user, and a second key pair that is limited to one prefix.
 
     Attributes:
         endpoint: The URL of the S3 API.
-        access_key: Of the root user.
-        secret_key: The same.
+        access_key: The access key of the root user.
+        secret_key: The secret key of the root user.
     """
 
     scoped_access_key = "worker"
@@ -65,15 +65,15 @@ class MinioServer(ChildProcess):
         return http_status(self.ports["s3.port"], "/minio/health/ready") == HTTPStatus.OK
 
     def admin(self) -> MinioAdmin:
-        """What makes users and policies."""
+        """Return a client of the admin API."""
         keys = StaticProvider(self.access_key, self.secret_key)
         host = self.endpoint.removeprefix("http://")
         return MinioAdmin(endpoint=host, credentials=keys, secure=False)
 
-    def let_in(self, place: str) -> None:
-        """Make the second key pair, for `bucket/prefix/*`."""
+    def add_scoped_user(self, objects: str) -> None:
+        """Create the second key pair, for the objects `bucket/prefix/*`."""
         actions = ["s3:PutObject", "s3:GetObject", "s3:DeleteObject"]
-        resources = [f"arn:aws:s3:::{place}"]
+        resources = [f"arn:aws:s3:::{objects}"]
         statement = {"Effect": "Allow", "Action": actions, "Resource": resources}
         policy = {"Version": "2012-10-17", "Statement": [statement]}
         admin = self.admin()

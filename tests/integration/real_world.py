@@ -1,8 +1,8 @@
 """One worker on a real nats-server and a real S3 server, for `tests.support.behaviour`.
 
-The worker's connections go through relays, so that one service can be taken away from one worker
-while the sender, on separate connections and without the project's code, still sees everything.
-The model is scripted; every other part is the one that the daemon uses.
+The worker connects through relays, so that a test can cut one worker off from one service. The
+sender uses direct connections and none of the project's code. The model is scripted; every other
+part is the one that the daemon uses.
 """
 
 import asyncio
@@ -62,19 +62,19 @@ from generation_contracts.headers import (
 from tests.support.memory_ports import MemoryObserver, ScriptedRunner, Tally
 
 CHUNK = 65_536  # bytes
-CONNECT_WITHIN = 10.0  # seconds; only bounds what must happen
+CONNECT_WITHIN = 10.0  # seconds; only bounds a wait for something that must happen
 LONG = 3_600.0  # seconds; longer than any test
-# The adapter gives up early, so that the execution's own patience is what is tested.
-STORE_DEADLINE = 0.2  # seconds for all tries of one operation
+# The adapter gives up early, so that the tests cover the retries of the executor.
+STORE_DEADLINE = 0.2  # seconds for all attempts of one operation
 STORE_PAUSE = 0.005  # seconds
 
 
 class Relay:
-    """Stands before a server; while it is away, whoever connects or is connected is cut off."""
+    """Relays connections to a server; during an outage it aborts all connections."""
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._away = False
+        self._is_down = False
         self._writers: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
 
@@ -89,21 +89,21 @@ class Relay:
 
     @property
     def address(self) -> str:
-        """Host and port."""
+        """The host and the port that clients connect to."""
         return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     def begin(self) -> None:
-        """Go away."""
-        self._away = True
+        """Begin an outage."""
+        self._is_down = True
         for writer in self._writers:
             writer.transport.abort()
 
     def end(self) -> None:
-        """Come back."""
-        self._away = False
+        """End the outage."""
+        self._is_down = False
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._away:
+        if self._is_down:
             writer.transport.abort()
             return
         server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
@@ -123,7 +123,7 @@ class Relay:
 
 
 class CountingArtifacts(ObjectStoreArtifacts):
-    """The store's adapter; lets a test wait until it has given up, tries and all."""
+    """The store's adapter, which counts the operations that failed after all attempts."""
 
     def __init__(self, config: StoreConfig, *, observer: Observer) -> None:
         super().__init__(config, observer=observer)
@@ -147,7 +147,7 @@ class CountingArtifacts(ObjectStoreArtifacts):
 
 
 def plain_store(servers: DevStack) -> Minio:
-    """A client of the S3 server that shares no code with the product."""
+    """Return a client of the S3 server that shares no code with the product."""
     store = servers.store
     return Minio(
         store.endpoint.removeprefix("http://"),
@@ -159,17 +159,17 @@ def plain_store(servers: DevStack) -> Minio:
 
 
 class Sender:
-    """What is seen and done from outside, with plain nats-py and MinIO clients."""
+    """A sender of requests, with plain nats-py and MinIO clients."""
 
     def __init__(self, servers: DevStack, subjects: Subjects) -> None:
         self._servers = servers
         self._subjects = subjects
         self._client: Client
-        self._listening: dict[str, Subscription] = {}
-        self._heard: dict[str, list[Msg]] = {"replies": [], "news": []}
+        self._subscriptions: dict[str, Subscription] = {}
+        self._received: dict[str, list[Msg]] = {"replies": [], "news": []}
 
     async def open(self, parts: AsyncExitStack) -> None:
-        """Connect and listen; the streams are deleted at the end."""
+        """Connect and subscribe; `parts` deletes the streams at the end."""
         self._client = await nats.connect(self._servers.nats.url)
         parts.push_async_callback(self._client.close)
         parts.push_async_callback(self._delete_streams)
@@ -177,23 +177,23 @@ class Sender:
             ("replies", "_INBOX.sender.*"),
             ("news", f"{self._subjects.root}.progress.>"),
         ):
-            self._listening[what] = await self._client.subscribe(subject)
-        await self._client.flush()  # its PING is ahead of the SUBs
+            self._subscriptions[what] = await self._client.subscribe(subject)
+        await self._client.flush()  # nats-py may send the first PING before the SUBs
         await self._client.flush()
 
     async def publish(self, subject: str, body: bytes, headers: dict[str, str] | None) -> None:
         await self._client.jetstream().publish(subject, body, headers=headers)
 
-    async def heard(self, what: str) -> list[Msg]:
-        """Everything that has come to a subscription so far."""
-        await self._client.flush()  # what the server sent before its PONG is here then
-        listening, heard = self._listening[what], self._heard[what]
-        while listening.pending_msgs:
-            heard.append(await listening.next_msg())
-        return heard
+    async def received(self, what: str) -> list[Msg]:
+        """Return all messages that a subscription has received."""
+        await self._client.flush()  # the server sends its PONG after all earlier messages
+        subscription, received = self._subscriptions[what], self._received[what]
+        while subscription.pending_msgs:
+            received.append(await subscription.next_msg())
+        return received
 
     async def last(self, stream: str, subject: str) -> bytes | None:
-        """The stored message of a subject."""
+        """Return the stored message of a subject."""
         try:
             found = await self._client.jetstream().get_last_msg(stream, subject)
         except NotFoundError:
@@ -231,31 +231,31 @@ class Sender:
             response.release_conn()
 
     def keys(self, bucket: str, prefix: str) -> set[str]:
-        found = plain_store(self._servers).list_objects(bucket, prefix=prefix, recursive=True)
-        return {one.object_name or "" for one in found}
+        objects = plain_store(self._servers).list_objects(bucket, prefix=prefix, recursive=True)
+        return {found.object_name or "" for found in objects}
 
     async def _delete_streams(self) -> None:
-        # They reserve gigabytes; the server has only so many.
+        # Each set of streams reserves gigabytes of the server's storage.
         jetstream = self._client.jetstream()
         for stream in await jetstream.streams_info():
             if str(stream.config.name).startswith(f"{self._subjects.root.upper()}_"):
                 await jetstream.delete_stream(str(stream.config.name))
 
 
-def _picture() -> bytes:
-    """A file of 4 by 4 pixels."""
+def _image_file() -> bytes:
+    """Return a PNG file of 4x4 pixels."""
     return ImageCodec().encode(Image.new("RGB", (4, 4)), "png", seed=0).data
 
 
 class RealWorld:
-    """Implements `tests.support.behaviour.World`, under a separate root on shared servers.
+    """Implements `tests.support.behaviour.World`, with a separate subject root on shared servers.
 
     Attributes:
-        store: The relay before the S3 server.
-        bus: The relay before the nats-server.
+        store: The relay in front of the S3 server.
+        bus: The relay in front of the nats-server.
     """
 
-    picture = _picture()
+    picture = _image_file()
 
     def __init__(self, servers: DevStack, task: Task, store: Relay, bus: Relay) -> None:
         root = f"t{uuid4().hex[:8]}"
@@ -282,7 +282,7 @@ class RealWorld:
         task: Task = Task.TEXT_TO_IMAGE,
         **limits: float,
     ) -> Self:
-        """A worker that is ready; `limits` are fields of `execution.Limits`."""
+        """Start a worker; `limits` are fields of `executor.Limits`."""
         store = await parts.enter_async_context(Relay(servers.store.ports["s3.port"]))
         bus = await parts.enter_async_context(Relay(int(servers.nats.url.rpartition(":")[2])))
         world = cls(servers, task, store, bus)
@@ -356,7 +356,7 @@ class RealWorld:
         moves = asyncio.create_task(_move(moving, mover))
         parts.push_async_callback(cancel_and_wait, moves)
 
-    # -- what the suite asks for ------------------------------------------------------------------
+    # -- the interface of the suite ----------------------------------------------------------------
 
     async def send(
         self,
@@ -372,7 +372,7 @@ class RealWorld:
         delivery = await self._pull.next()
         assert delivery is not None
         code = await self.executor.handle(delivery)
-        if code is not None:  # the process ends, and its supervisor starts another one
+        if code is not None:  # the process exits, and its supervisor starts another one
             self.executor = self._start()
         return code
 
@@ -386,14 +386,14 @@ class RealWorld:
         return None if body is None else decode_result(body)
 
     async def replies(self) -> list[tuple[str, ResultEvent]]:
-        heard = await self._sender.heard("replies")
-        return [(message.subject, decode_result(message.data)) for message in heard]
+        messages = await self._sender.received("replies")
+        return [(message.subject, decode_result(message.data)) for message in messages]
 
     async def news(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
-        told = [decode_event(message.data) for message in await self._sender.heard("news")]
+        events = [decode_event(message.data) for message in await self._sender.received("news")]
         return [
             event
-            for event in told
+            for event in events
             if isinstance(event, StartedEvent | ProgressEvent) and event.request_id == request_id
         ]
 

@@ -1,4 +1,4 @@
-"""Small runs of loaded models and refusals to load them, for the tests of options."""
+"""Small runs of loaded models, and the errors of models that do not load."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ from tests.support.model_runs import run_model
 SMALL = {"width": 64, "height": 64}  # pixels
 
 
-def refusal(folder: Path | str, task: Task = Task.TEXT_TO_IMAGE, **given: Any) -> str:
-    """The one line with which a model is not loaded."""
-    runner = create_runner(task, ModelConfig(**{"model_id": str(folder), **given}))
+def load_error(folder: Path | str, task: Task = Task.TEXT_TO_IMAGE, **options: Any) -> str:
+    """Load a model, which must fail; return the error: one line without the path of the folder."""
+    runner = create_runner(task, ModelConfig(**{"model_id": str(folder), **options}))
     with pytest.raises(ModelUnavailable) as refused:
         runner.load()
-    assert "\n" not in str(refused.value)
+    line = str(refused.value)
+    assert "\n" not in line
     assert refused.value.__cause__ is None
-    return str(refused.value)
+    if isinstance(folder, Path):
+        assert str(folder.parent) not in line
+    return line
 
 
 def pipeline(runner: ModelRunner) -> Any:
@@ -29,16 +32,16 @@ def pipeline(runner: ModelRunner) -> Any:
     return model._pipe
 
 
-def made(runner: ModelRunner, **fields: Any) -> Image.Image:
-    """A small image in four steps."""
-    asked = {"prompt": "a cat", **SMALL, "num_inference_steps": 4, "seed": 7, **fields}
-    request = TextToImageRequest(**asked)
+def generate_image(runner: ModelRunner, **fields: Any) -> Image.Image:
+    """Generate an image of 64x64 pixels in four steps."""
+    values = {"prompt": "a cat", **SMALL, "num_inference_steps": 4, "seed": 7, **fields}
+    request = TextToImageRequest(**values)
     output = run_model(runner, request, [])
     return output.images[0].image
 
 
-def written(runner: ModelRunner) -> str:
-    """A greedy text of a few tokens about a red image."""
+def generate_text(runner: ModelRunner) -> str:
+    """Generate a greedy text of six tokens about a red image."""
     request = ImageToTextRequest(
         prompt="What?", images=("s3://bucket/key.png",), max_new_tokens=6, temperature=0
     )
@@ -49,5 +52,6 @@ def written(runner: ModelRunner) -> str:
 
 
 def largest_difference(one: Image.Image, other: Image.Image) -> int:
+    """Return the largest difference of two images' values, of 255."""
     bands: Any = ImageChops.difference(one, other).getextrema()
     return max(int(high) for _, high in bands)

@@ -108,14 +108,16 @@ class Recorder:
         self.news.put_nowait(reason)
 
 
-@pytest.fixture(scope="module", params=["weed", *(["minio"] if minio_server.is_there() else [])])
+@pytest.fixture(
+    scope="module", params=["weed", *(["minio"] if minio_server.is_installed() else [])]
+)
 def store(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[StoreOfTwo | MinioServer]:
     kind = StoreOfTwo if request.param == "weed" else MinioServer
     with kind(tmp_path_factory.mktemp("store")) as running:
         if isinstance(running, MinioServer):
-            running.let_in(f"{BUCKET}/{PREFIX}/*")
+            running.add_scoped_user(f"{BUCKET}/{PREFIX}/*")
         plain_client(running).make_bucket(BUCKET)
         plain_client(running).make_bucket("private")
         yield running

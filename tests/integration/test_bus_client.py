@@ -1,4 +1,4 @@
-"""The client on raw protocol bytes: no message, file or cancellation stops the connection."""
+"""The client with raw protocol bytes: no message, file or cancellation breaks the connection."""
 
 import asyncio
 import random
@@ -28,11 +28,11 @@ from tests.integration.raw_publisher import SUBJECT_BYTES, RawPublisher, raw_pub
 
 SEED = 20261129
 ROUNDS = 300  # messages of random bytes
-LONG_SUBJECT = 3900  # bytes; with the rest of its line just below the server's 4096
+LONG_SUBJECT = 3900  # bytes; with the rest of the line just below the server's limit of 4096
 
 
 class Listener:
-    """Everything that arrives at one connection, in order."""
+    """Records all messages of one connection, in order."""
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
@@ -46,7 +46,7 @@ class Listener:
         self.messages.append(message)
 
     async def received(self, count: int) -> list[Msg]:
-        """All messages, once there are so many."""
+        """Return all messages when at least `count` have arrived."""
 
         async def enough() -> bool:
             return len(self.messages) >= count
@@ -88,21 +88,21 @@ async def test_messages_of_random_bytes_all_arrive(
     listening: tuple[Listener, RawPublisher],
 ) -> None:
     listener, publisher = listening
-    chance = random.Random(SEED)
+    generator = random.Random(SEED)
 
     def token() -> bytes:
-        length = chance.choice([1, 2, 8, 200, LONG_SUBJECT if chance.random() < 0.1 else 1])
-        return b"x" + b"".join(chance.choices(SUBJECT_BYTES, k=length)).replace(b".", b"")
+        length = generator.choice([1, 2, 8, 200, LONG_SUBJECT if generator.random() < 0.1 else 1])
+        return b"x" + b"".join(generator.choices(SUBJECT_BYTES, k=length)).replace(b".", b"")
 
     for number in range(ROUNDS):
         subject, reply = b"t." + token(), b""
-        if len(subject) < 300 and chance.random() < 0.5:
+        if len(subject) < 300 and generator.random() < 0.5:
             reply = token()
-        body = b"%d " % number + chance.randbytes(chance.choice([0, 3, 5000]))
-        if chance.random() < 0.5:
+        body = b"%d " % number + generator.randbytes(generator.choice([0, 3, 5000]))
+        if generator.random() < 0.5:
             await publisher.publish(subject, body, reply=reply)
             continue
-        headers = b"NATS/1.0" + chance.choice([b"", b" 100", b"\r\n" + chance.randbytes(20)])
+        headers = b"NATS/1.0" + generator.choice([b"", b" 100", b"\r\n" + generator.randbytes(20)])
         headers += b"\r\n\r\n"
         sizes = len(headers), len(headers) + len(body)
         await publisher.send(b"HPUB %s %s %d %d" % (subject, reply, *sizes), headers + body)
@@ -111,7 +111,7 @@ async def test_messages_of_random_bytes_all_arrive(
     assert [int(message.data.split(b" ")[0]) for message in messages] == list(range(ROUNDS))
 
 
-async def test_an_exception_while_one_message_is_processed_costs_that_message_only(
+async def test_an_exception_in_one_message_loses_only_that_message(
     listening: tuple[Listener, RawPublisher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listener, publisher = listening
@@ -131,8 +131,8 @@ async def test_an_exception_while_one_message_is_processed_costs_that_message_on
 
 
 @pytest.mark.parametrize("line", [b"HELLO", b"MSG a", b"INFO {", b"MSG t.a one 1"])
-async def test_what_is_not_the_protocol_is_answered_with_a_new_connection(line: bytes) -> None:
-    """A server that says one such line; nats-py stayed connected to it and deaf."""
+async def test_a_line_that_violates_the_protocol_causes_a_reconnect(line: bytes) -> None:
+    """nats-py stays connected after such a line and receives nothing."""
     connections = 0
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -158,7 +158,7 @@ async def test_what_is_not_the_protocol_is_answered_with_a_new_connection(line: 
 # -- cancellation ---------------------------------------------------------------------------------
 
 
-async def test_a_publish_that_waits_for_a_full_buffer_can_be_cancelled(
+async def test_a_publish_that_waits_for_buffer_space_can_be_cancelled(
     nats_server: NatsServer,
 ) -> None:
     async with AsyncExitStack() as parts:
@@ -210,8 +210,9 @@ async def test_an_unexpected_exception_during_a_reconnect_is_followed_by_another
         ("nats_nkey_seed", b"not a seed"),
         ("nats_nkey_seed", b"\xff\xfe"),
     ],
+    ids=["empty credentials", "no seed in credentials", "text", "bytes"],
 )
-async def test_credentials_that_cannot_be_used_stop_the_start_at_once(
+async def test_unusable_credentials_stop_the_start_immediately(
     nats_server: NatsServer, tmp_path: Path, setting: str, content: bytes
 ) -> None:
     """nats-py reads a file without a JWT in an endless loop that blocks the event loop."""
@@ -224,10 +225,12 @@ async def test_credentials_that_cannot_be_used_stop_the_start_at_once(
 
 
 @pytest.mark.parametrize(
-    ("line_end", "last"), [("\n", "\n"), ("\r\n", "\r\n"), (" \r\n", ""), ("\n", "")], ids=ascii
+    ("line_end", "last"),
+    [("\n", "\n"), ("\r\n", "\r\n"), (" \r\n", ""), ("\n", "")],
+    ids=["lf", "crlf", "space and crlf", "no last line end"],
 )
 @pytest.mark.parametrize("title", ["NKEY SEED", "PRIVATE KEY"])
-def test_files_of_credentials_may_have_the_line_ends_of_any_editor(
+def test_credentials_files_may_have_the_line_ends_of_any_editor(
     tmp_path: Path, line_end: str, last: str, title: str
 ) -> None:
     """nats-py reads a seed with its carriage return, or without its last character."""
@@ -245,8 +248,10 @@ def test_files_of_credentials_may_have_the_line_ends_of_any_editor(
     assert require_usable_seed(alone) == seed
 
 
-def test_a_credentials_file_that_has_become_empty_is_an_error_of_nats(tmp_path: Path) -> None:
-    """At a reconnect: nats-py tries again after its own errors only."""
+def test_a_credentials_file_that_is_empty_at_a_reconnect_raises_a_nats_error(
+    tmp_path: Path,
+) -> None:
+    """nats-py retries a reconnect only after its own errors."""
     file = tmp_path / "creds"
     file.write_bytes(b"")
     client = Bus().client

@@ -1,4 +1,4 @@
-"""The parts of the bus together, while the server dies again and again."""
+"""The parts of the bus together, while the server is killed repeatedly."""
 
 import asyncio
 import random
@@ -25,7 +25,7 @@ KILLS = 4
 LEASE = 2.0  # seconds
 
 
-async def test_every_request_has_one_result_though_the_server_dies_again_and_again(
+async def test_each_request_has_one_result_after_repeated_server_kills(
     start_nats: StartNats, installation_of: InstallationOf
 ) -> None:
     installation = await installation_of(start_nats(), ack_wait=LEASE, max_ack_pending=2)
@@ -34,7 +34,7 @@ async def test_every_request_has_one_result_though_the_server_dies_again_and_aga
     working = [asyncio.create_task(work(installation, worker, runs)) for worker in workers]
     feeding = asyncio.create_task(feed(installation))
     for kill in range(1, KILLS + 1):
-        while len(runs) < kill * JOBS // (KILLS + 1):  # noqa: ASYNC110 - spreads the kills
+        while len(runs) < kill * JOBS // (KILLS + 1):  # noqa: ASYNC110 - spreads the kills over the jobs
             await asyncio.sleep(0.01)
         await installation.kill_server()
         await installation.start_server()
@@ -52,13 +52,13 @@ async def test_every_request_has_one_result_though_the_server_dies_again_and_aga
     assert len(counts["subjects"]) == JOBS
     assert set(counts["subjects"].values()) == {1}
     assert set(runs) == {f"r-{n}" for n in range(JOBS)}
-    print(f"{sum(runs.values()) - JOBS} of {JOBS} ran more than once")  # noqa: T201 - for people
+    print(f"{sum(runs.values()) - JOBS} of {JOBS} ran more than once")  # noqa: T201 - shown by `pytest -s`
 
 
 async def work(installation: Installation, worker: Worker, runs: Counter[str]) -> None:
     example = EVENTS["succeeded_image"]
     assert isinstance(example, SucceededEvent)
-    chance = random.Random(2)
+    generator = random.Random(2)
     events = installation.events_of(worker)
     while (delivered := await worker.loop.next()) is not None:
         request_id = installation.subjects.id_in(delivered.subject, TASK)
@@ -66,7 +66,7 @@ async def work(installation: Installation, worker: Worker, runs: Counter[str]) -
         async with Lease(delivered, ack_wait=LEASE):
             if await events.find_result(TASK, request_id) is None:
                 runs[request_id] += 1
-                await asyncio.sleep(chance.uniform(0.005, 0.03))  # the model
+                await asyncio.sleep(generator.uniform(0.005, 0.03))  # the model
                 event = example.model_copy(
                     update={"request_id": request_id, "attempt": delivered.attempt}
                 )

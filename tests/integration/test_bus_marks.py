@@ -1,4 +1,4 @@
-"""Attempt marks: senders cannot write them, and what senders can write does not slow them down."""
+"""Attempt marks: senders can neither forge marks nor slow down the reads of marks."""
 
 import asyncio
 from typing import Any
@@ -28,7 +28,7 @@ def subject(delivery: JetStreamDelivery, attempt: int, kind: str) -> str:
 
 
 async def forge(installation: Installation, reply: str) -> None:
-    """Have the server store each of its answers under a subject, as the first one there."""
+    """Make the server store its own replies under a subject."""
     plain = installation.plain
     before = await installation.count(RELEASES)
     await plain.publish("generation.request.text_to_image", b"x", reply=reply)
@@ -42,8 +42,8 @@ async def forge(installation: Installation, reply: str) -> None:
     await until(stored)
 
 
-async def test_server_replies_are_not_marks(installation: Installation) -> None:
-    """Forged releases made a request that kills its workers immortal."""
+async def test_replies_of_the_server_are_not_marks(installation: Installation) -> None:
+    """Forged marks would let a request that kills its workers run without limit."""
     worker = await installation.worker()
     await installation.publish(b"{}")
     delivered = await take(worker)
@@ -55,7 +55,7 @@ async def test_server_replies_are_not_marks(installation: Installation) -> None:
     assert (await soon(again.marked_uncounted()), await soon(again.was_cancelled())) == (0, False)
 
 
-async def test_mark_replaces_a_server_reply(installation: Installation) -> None:
+async def test_a_mark_replaces_a_reply_of_the_server(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish(b"{}")
     delivered = await take(worker)
@@ -79,16 +79,16 @@ async def forge_after(installation: Installation, delivery: JetStreamDelivery) -
     await installation.plain.flush()
 
 
-@pytest.mark.parametrize("below", ["the place", "the task"])
+@pytest.mark.parametrize("below", ["message", "task"])
 async def test_other_messages_do_not_slow_the_reads_of_marks(
     installation: Installation, below: str
 ) -> None:
     worker = await installation.worker()
     await installation.publish(b"{}")
     delivered = await take(worker)
-    place = f"{message_key(delivered)}." if below == "the place" else ""
+    key = f"{message_key(delivered)}." if below == "message" else ""
     for number in range(JUNK):
-        await installation.plain.publish(f"generation.released.{TASK}.{place}9{number}.released")
+        await installation.plain.publish(f"generation.released.{TASK}.{key}9{number}.released")
 
     async def stored() -> bool:
         return await installation.count(RELEASES) == JUNK
@@ -105,43 +105,42 @@ async def test_other_messages_do_not_slow_the_reads_of_marks(
     assert read["in_bytes"] - before[1] < 10_000
 
 
-async def test_first_delivery_costs_no_read(installation: Installation) -> None:
-    """Its number is the server's: nothing is asked for."""
+async def test_the_first_delivery_needs_no_read_of_marks(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish(b"{}")
     sent = worker.bus.client.stats["out_msgs"]
     delivered = await take(worker)
     assert delivered.attempt == 1
-    assert worker.bus.client.stats["out_msgs"] - sent <= 2, "a pull, and its next"
+    assert worker.bus.client.stats["out_msgs"] - sent <= 2, "one pull request, and the next one"
 
 
 @pytest.mark.parametrize(
-    ("said", "attempt"),
+    ("header", "attempt"),
     [("2", 3), ("0", 1), ("99", 100), ("100", 100), ("-1", 1), ("1.5", 1), ("", 1), ("²", 1)],
 )
-async def test_attempts_of_a_republished_request_are_added(
-    installation: Installation, said: str, attempt: int
+async def test_attempts_of_a_republished_request_are_added_to_the_deliveries(
+    installation: Installation, header: str, attempt: int
 ) -> None:
     worker = await installation.worker()
-    await installation.publish(b"{}", headers={EARLIER_ATTEMPTS: said})
+    await installation.publish(b"{}", headers={EARLIER_ATTEMPTS: header})
     delivered = await take(worker)
     assert delivered.attempt == attempt
     await soon(delivered.requeue())
     again = await take(worker)
     assert again.attempt == attempt + 1
-    assert await soon(again.marked_uncounted()) == 1, "marks are by the server's number"
+    assert await soon(again.marked_uncounted()) == 1, "marks use the delivery count of the server"
 
 
-async def test_header_determines_the_mark(installation: Installation) -> None:
+async def test_the_header_of_a_message_determines_the_mark(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish(b"{}")
     delivered = await take(worker)
     await soon(delivered.mark_uncounted())
-    (only,) = [await stored_mark(installation, subject(delivered, 1, AttemptMark.UNCOUNTED))]
-    assert only == {MARK: "discounted"}
+    mark = await stored_mark(installation, subject(delivered, 1, AttemptMark.UNCOUNTED))
+    assert mark == {MARK: "discounted"}
 
 
-async def stored_mark(installation: Installation, where: str) -> dict[str, Any]:
-    message = await installation.plain.jetstream().get_last_msg(RELEASES, where)
+async def stored_mark(installation: Installation, name: str) -> dict[str, Any]:
+    message = await installation.plain.jetstream().get_last_msg(RELEASES, name)
     headers: dict[str, Any] = dict(message.headers or {})
-    return {name: text for name, text in headers.items() if not name.startswith("Nats-")}
+    return {key: text for key, text in headers.items() if not key.startswith("Nats-")}

@@ -47,7 +47,7 @@ def do_not_hear_silence(monkeypatch: pytest.MonkeyPatch) -> None:
 async def waiting(installation: Installation, worker: Worker) -> "asyncio.Task[Delivery | None]":
     """A worker that waits for a request, and the server knows it."""
     task: asyncio.Task[Delivery | None] = asyncio.create_task(worker.loop.next())
-    await installation.until_pulls_stand(1)
+    await installation.until_pulls_wait(1)
     return task
 
 
@@ -177,7 +177,7 @@ async def test_a_paused_loop_pulls_nothing_until_it_is_resumed(
     worker = await installation.worker()
     task = await waiting(installation, worker)
     worker.loop.pause()
-    await installation.until_pulls_stand(0)  # left to expire
+    await installation.until_pulls_wait(0)  # left to expire
     await installation.publish()
     # Long enough for a heartbeat timeout.
     await asyncio.wait({task}, timeout=5 * pull.HEARTBEAT_TIMEOUT)
@@ -587,5 +587,5 @@ async def answer_an_old_pull(installation: Installation, worker: Worker, body: b
     await worker.bus.client.publish(
         f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{TASK}", b"1", reply=f"{worker.loop._inbox}.0"
     )
-    await installation.until_pulls_stand(1)
+    await installation.until_pulls_wait(1)
     await installation.publish(body)

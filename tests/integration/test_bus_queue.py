@@ -1,4 +1,4 @@
-"""Finding requests by their ids, and asking all workers, on a real server."""
+"""Lookup of requests by id, and calls to all workers, on a real server."""
 
 import asyncio
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from nats.aio.msg import Msg
 
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
-from consumer.endpoints import worker_service as front_door
+from consumer.endpoints import worker_service as worker_service_module
 from consumer.endpoints.worker_service import WorkerBackend, WorkerService
 from consumer.ports.bus import IdLookup, StopAck
 from generation_contracts import ModelInfo, Subjects, Task
@@ -30,16 +30,16 @@ def workers_of(installation: Installation) -> BroadcastWorkers:
 
 
 @pytest.fixture
-def asked(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The subjects of all questions to the server, as they are asked."""
+def api_calls(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record the subjects of all calls to the server."""
     client = installation.bus.client
     request, subjects = client.request, []
 
-    async def noted(subject: str, *args: Any, **kwargs: Any) -> Msg:
+    async def recorded(subject: str, *args: Any, **kwargs: Any) -> Msg:
         subjects.append(subject)
         return await request(subject, *args, **kwargs)
 
-    monkeypatch.setattr(client, "request", noted)
+    monkeypatch.setattr(client, "request", recorded)
     return subjects
 
 
@@ -48,8 +48,8 @@ async def store_result(installation: Installation, task: Task, request_id: str) 
     await installation.plain.jetstream().publish(subject, b"{}")
 
 
-async def test_an_id_with_many_copies_costs_no_more_than_any_other(
-    installation: Installation, asked: list[str]
+async def test_the_lookup_of_an_id_with_many_requests_loads_no_message(
+    installation: Installation, api_calls: list[str]
 ) -> None:
     queue = queue_of(installation)
     await store_result(installation, OTHER, "a")
@@ -57,27 +57,29 @@ async def test_an_id_with_many_copies_costs_no_more_than_any_other(
         await installation.publish(str(number).encode(), request_id="a")
     found = await soon(queue.find("a"))
     assert found == IdLookup(requests=frozenset({TASK}), results=frozenset({OTHER}))
-    assert [subject.split(".")[3] for subject in asked] == ["INFO"] * 3  # no message is loaded
+    assert [subject.split(".")[3] for subject in api_calls] == [
+        "INFO"
+    ] * 3  # the state of each stream, and no message
     oldest = await soon(queue.oldest(TASK, "a"))
     assert oldest is not None
     assert (oldest.delivery.body, oldest.never_delivered) == (b"0", True)
-    assert len(asked) == 5
+    assert len(api_calls) == 5
 
 
-async def test_missing_requests_are_not_found(installation: Installation, asked: list[str]) -> None:
+async def test_an_unknown_id_is_not_found(installation: Installation, api_calls: list[str]) -> None:
     queue = queue_of(installation)
     await installation.publish(request_id="b")
-    await installation.publish()  # without its id in the subject
+    await installation.publish()  # without an id in the subject
     assert await soon(queue.find("a")) == await soon(queue.find("c"))
     assert (await soon(queue.find("a"))).requests == frozenset()
     assert await soon(queue.oldest(TASK, "a")) is None
-    asked.clear()
+    api_calls.clear()
     assert await soon(queue.older(TASK, "a", at(10, None))) is None
-    assert len(asked) == 1
+    assert len(api_calls) == 1
 
 
 @pytest.mark.parametrize("durable", [str(TASK), "of-another-name"])
-async def test_delivered_request_is_recognized(durable: str, installation: Installation) -> None:
+async def test_a_delivered_request_is_recognized(durable: str, installation: Installation) -> None:
     queue = queue_of(installation, durable)
     worker = await installation.worker()
     await installation.publish(request_id="delivered")
@@ -91,7 +93,7 @@ async def test_delivered_request_is_recognized(durable: str, installation: Insta
     assert states == {"delivered": False, "waiting": durable == str(TASK)}
 
 
-async def test_request_of_a_stream_without_consumers_was_never_delivered(
+async def test_a_request_in_a_stream_without_consumers_was_never_delivered(
     installation: Installation,
 ) -> None:
     subject = installation.subjects.request(OTHER, "a")
@@ -101,7 +103,7 @@ async def test_request_of_a_stream_without_consumers_was_never_delivered(
     assert stored.never_delivered
 
 
-async def test_older_request_with_the_same_id_is_found(installation: Installation) -> None:
+async def test_an_older_request_with_the_same_id_is_found(installation: Installation) -> None:
     queue = queue_of(installation)
     first = await installation.publish(b"first", request_id="a")
     second = await installation.publish(b"second", request_id="a")
@@ -112,20 +114,20 @@ async def test_older_request_with_the_same_id_is_found(installation: Installatio
         assert (None if delivery is None else delivery.body) == older
 
 
-async def test_id_of_a_request_that_waits_for_a_retry_is_marked_for_it_once(
+async def test_only_the_first_owner_mark_of_an_id_is_stored(
     installation: Installation,
 ) -> None:
     marks = AttemptMarks(installation.bus, installation.subjects, TASK)
     queue = queue_of(installation)
     subject = f"{installation.subjects.releases(TASK)}.owner.a"
-    await installation.plain.publish(subject, b"what the server answers")
+    await installation.plain.publish(subject, b"a reply of the server")
     assert await soon(queue.owner(TASK, "a")) is None
     for digest in ("sha256:first", "sha256:second"):
         await soon(marks.mark_owner("a", digest))
         assert await soon(queue.owner(TASK, "a")) == "sha256:first"
 
 
-async def test_mark_of_the_canceller_is_read_by_the_next_worker(
+async def test_a_cancellation_mark_is_read_by_the_next_worker(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
@@ -140,12 +142,12 @@ async def test_mark_of_the_canceller_is_read_by_the_next_worker(
 
 
 def at(sequence: int, request_id: str | None) -> Any:
-    """A delivery, as far as it is asked what came before it."""
+    """Return a delivery with only the fields that `older` reads."""
     return SimpleNamespace(stream_sequence=sequence, subject=Subjects().request(TASK, request_id))
 
 
-class Listening:
-    """The part of a worker that answers the questions of others."""
+class RemoteWorker:
+    """A worker service that has these requests in progress."""
 
     def __init__(self, *ids: str) -> None:
         self.ids = ids
@@ -156,10 +158,10 @@ class Listening:
         return StopAck.STOPPING if request_id in self.ids else None
 
     async def start(self, installation: Installation) -> WorkerService:
-        """Listen on the installation's connection."""
+        """Start the service on the connection of the installation."""
 
         async def cancel(_: str) -> Any:
-            raise AssertionError("not called here")
+            raise AssertionError("this test sends no cancellation")
 
         backend = WorkerBackend(
             task=TASK,
@@ -172,31 +174,31 @@ class Listening:
             is_running=self.ids.__contains__,
             observer=MemoryObserver(),
         )
-        door = WorkerService(installation.bus, installation.subjects, backend)
-        await door.start()
-        return door
+        service = WorkerService(installation.bus, installation.subjects, backend)
+        await service.start()
+        return service
 
 
-async def test_lookup_of_a_request_in_progress_does_not_stop_it(
+async def test_the_lookup_of_a_request_in_progress_does_not_stop_the_request(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workers, other = workers_of(installation), Listening("a")
-    door = await other.start(installation)
-    assert not await soon(workers.is_in_progress("a"))  # the process that asks does not count
-    monkeypatch.setattr(front_door, "PROCESS", b"another process")
+    workers, other = workers_of(installation), RemoteWorker("a")
+    service = await other.start(installation)
+    assert not await soon(workers.is_in_progress("a"))  # the calling process ignores itself
+    monkeypatch.setattr(worker_service_module, "PROCESS", b"another process")
     assert await soon(workers.is_in_progress("a"))
     assert not await soon(workers.is_in_progress("b"))
     assert other.stopped == []
-    await door.close()
+    await service.close()
 
 
-async def test_lookup_stops_nothing_at_an_earlier_worker(
+async def test_a_lookup_stops_no_request_of_a_worker_of_an_earlier_version(
     installation: Installation,
 ) -> None:
     subjects: list[str] = []
 
     async def interrupt(message: Msg) -> None:
-        """As the version before did: the last token is the id of a request to stop."""
+        """Stop the request whose id is the last token, as the earlier version did."""
         subjects.append(message.subject.rpartition(".")[2])
         if subjects[-1] == "a":
             await message.respond(b"stopping")
@@ -207,27 +209,29 @@ async def test_lookup_stops_nothing_at_an_earlier_worker(
     assert await soon(await workers_of(installation).request_stop("a")) is StopAck.STOPPING
 
 
-async def test_stop_request_is_sent_before_its_reply_is_awaited(
+async def test_a_stop_request_is_sent_before_its_reply_is_awaited(
     installation: Installation,
 ) -> None:
-    heard = asyncio.Event()
+    received = asyncio.Event()
 
     async def interrupt(_: Msg) -> None:
-        heard.set()
+        received.set()
 
     await installation.listen(Subjects().interrupts, interrupt)
     answer = await workers_of(installation).request_stop("a")
     assert not answer.done()
-    await soon(heard.wait())
+    await soon(received.wait())
     assert await soon(answer) is None
 
 
-async def test_another_idle_worker_is_detected(installation: Installation) -> None:
+async def test_an_idle_worker_is_detected_by_its_waiting_pull_request(
+    installation: Installation,
+) -> None:
     workers = workers_of(installation)
     assert not await soon(workers.others_idle())
     other = await installation.worker()
     waiting = asyncio.create_task(other.loop.next())
-    await installation.until_pulls_stand(1)
+    await installation.until_pulls_wait(1)
     assert await soon(workers.others_idle())
     other.loop.stop()
     assert await soon(waiting) is None

@@ -1,4 +1,4 @@
-"""What lies under a result subject counts only if it is the event of that request."""
+"""A message under a result subject counts only if it is the event of that request."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ REPLY = "generation.result.text_to_image.r-1"
 
 
 async def put(installation: Installation, body: bytes, subject: str = SUBJECT) -> None:
-    """Store a message under a result subject, as an answer of the server would be stored."""
+    """Store a message under a result subject, as a reply of the server would be stored."""
     await installation.plain.publish(subject, body)
     await installation.plain.flush()
 
@@ -56,11 +56,11 @@ async def trace_event(installation: Installation) -> None:
     await installation.plain.publish("somewhere", b"", headers={"Nats-Trace-Dest": REPLY})
 
 
-async def anothers_event(installation: Installation) -> None:
+async def event_of_another_request(installation: Installation) -> None:
     await put(installation, encode(result("r-2")))
 
 
-async def anothers_task(installation: Installation) -> None:
+async def event_of_another_task(installation: Installation) -> None:
     await put(installation, encode(result().model_copy(update={"task": Task.IMAGE_TO_TEXT})))
 
 
@@ -71,34 +71,35 @@ async def anothers_task(installation: Installation) -> None:
         stored_message,
         missing_message,
         trace_event,
-        anothers_event,
-        anothers_task,
+        event_of_another_request,
+        event_of_another_task,
     ],
+    ids=lambda forge: forge.__name__,
 )
-async def test_what_is_not_the_event_of_the_request_is_replaced_by_it(
+async def test_a_foreign_message_is_replaced_by_the_event_of_the_request(
     installation: Installation, forge: Any
 ) -> None:
-    """Whether the junk comes before the request is looked at, or during its run."""
+    """The message is stored before the first lookup, or between the lookup and the event."""
     events = installation.events
-    for look_first in (True, False):
+    for find_first in (True, False):
         await forge(installation)
 
-        async def there() -> bool:
+        async def stored() -> bool:
             return await installation.count(RESULTS) == 1
 
-        await until(there)
-        if look_first:
+        await until(stored)
+        if find_first:
             assert await soon(events.find_result(TASK, "r-1")) is None
             assert await installation.count(RESULTS) == 0
     event = result()
     assert await soon(events.publish_result(event, trace_parent=None)) == event
     await forge(installation)
     await installation.plain.flush()
-    assert await soon(events.find_result(TASK, "r-1")) == event, "nothing comes after it"
+    assert await soon(events.find_result(TASK, "r-1")) == event, "a later message replaces no event"
     assert await installation.count(RESULTS) == 1
 
 
-async def test_event_is_stored_while_a_sender_fills_its_subject_again_and_again(
+async def test_an_event_is_stored_while_a_sender_refills_its_subject(
     installation: Installation,
 ) -> None:
     stop = asyncio.Event()
@@ -120,8 +121,8 @@ async def test_event_is_stored_while_a_sender_fills_its_subject_again_and_again(
         await filling
 
 
-async def test_event_of_a_later_version_is_not_junk(installation: Installation) -> None:
-    """It stays; this version runs the request in vain and says nothing in its place."""
+async def test_an_event_of_a_later_version_is_not_replaced(installation: Installation) -> None:
+    """The run of this version is in vain: its event is not stored."""
     later = {"type": "generation.v9.done", "request_id": "r-1", "task": "text_to_image"}
     await put(installation, json.dumps(later).encode())
     assert await soon(installation.events.find_result(TASK, "r-1")) is None
@@ -131,7 +132,7 @@ async def test_event_of_a_later_version_is_not_junk(installation: Installation) 
 
 
 @pytest.mark.parametrize("wrong", ["request_id", "task", "type"])
-async def test_only_an_event_of_this_request_can_be_of_a_later_version(
+async def test_an_unknown_event_of_another_request_is_replaced(
     installation: Installation, wrong: str
 ) -> None:
     other = {"type": "generation.v9.done", "request_id": "r-1", "task": "text_to_image"}
@@ -140,8 +141,10 @@ async def test_only_an_event_of_this_request_can_be_of_a_later_version(
     assert await soon(installation.events.publish_result(event, trace_parent=None)) == event
 
 
-async def test_stream_refuses_a_second_message_under_a_subject(installation: Installation) -> None:
-    """Whoever publishes it, with and without an expectation."""
+async def test_the_stream_refuses_a_second_message_under_a_subject(
+    installation: Installation,
+) -> None:
+    """With and without an expected sequence."""
     await soon(installation.events.publish_result(result(), trace_parent=None))
     jetstream = installation.plain.jetstream()
     for headers, code in (
@@ -155,21 +158,21 @@ async def test_stream_refuses_a_second_message_under_a_subject(installation: Ins
     assert await installation.count(RESULTS) == 1
 
 
-async def test_full_stream_is_waited_for_and_reported(
+async def test_a_result_waits_for_a_full_stream_and_the_observer_is_notified(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publishing, "MAX_PAUSE", 0.05)
-    said: list[tuple[bool, str]] = []
+    reports: list[tuple[bool, str]] = []
 
-    class Watching(NullObserver):
+    class Recorder(NullObserver):
         def bus_writable(self, writable: bool, reason: str = "") -> None:
-            said.append((writable, reason))
+            reports.append((writable, reason))
 
     async def ensure() -> None:
-        """Everything is there."""
+        """Do nothing: the streams exist."""
 
     events = JetStreamEvents(
-        installation.bus, installation.subjects, ensure=ensure, observer=Watching()
+        installation.bus, installation.subjects, ensure=ensure, observer=Recorder()
     )
     assert await soon(events.publish_result(result(), trace_parent=None))
     config = (await installation.api(f"STREAM.INFO.{RESULTS}"))["config"]
@@ -178,15 +181,17 @@ async def test_full_stream_is_waited_for_and_reported(
     publishing_it = asyncio.create_task(events.publish_result(second, trace_parent=None))
 
     async def reported() -> bool:
-        return bool(said)
+        return bool(reports)
 
     await until(reported)
-    assert said[-1] == (False, f"{RESULTS}: maximum bytes exceeded")
+    assert reports[-1] == (False, f"{RESULTS}: maximum bytes exceeded")
     assert not publishing_it.done()
-    assert await soon(events.find_result(TASK, "r-1")) == result(), "nothing is dropped for it"
+    assert await soon(events.find_result(TASK, "r-1")) == result(), (
+        "the stream drops no older event"
+    )
     await installation.api(f"STREAM.UPDATE.{RESULTS}", config)
     assert await soon(publishing_it) == second
-    assert said[-1] == (True, "")
+    assert reports[-1] == (True, "")
 
 
 async def test_answer_that_does_not_come_from_the_stream_is_not_believed(
@@ -207,7 +212,7 @@ async def test_answer_that_does_not_come_from_the_stream_is_not_believed(
 # -- message ids ----------------------------------------------------------------------------------
 
 
-async def test_next_step_of_a_chain_is_stored_whatever_ids_senders_have_used(
+async def test_the_next_step_of_a_chain_is_stored_if_a_sender_has_used_its_message_id(
     installation: Installation,
 ) -> None:
     jetstream = installation.plain.jetstream()
@@ -227,7 +232,9 @@ async def test_next_step_of_a_chain_is_stored_whatever_ids_senders_have_used(
     assert await installation.count(OTHER_REQUESTS) == 0
 
 
-async def test_dead_letter_is_kept_although_its_id_is_occupied(installation: Installation) -> None:
+async def test_a_dead_letter_is_stored_if_its_message_id_is_in_use(
+    installation: Installation,
+) -> None:
     worker = await installation.worker()
     await installation.publish(b"first")
     delivered = await take(worker)
@@ -244,7 +251,7 @@ async def test_dead_letter_is_kept_although_its_id_is_occupied(installation: Ins
     )
     await soon(installation.events.dead_letter(TASK, await take(worker), LETTER))
     assert await installation.count(DEAD_LETTERS) == 2
-    kept = await installation.plain.jetstream().get_msg(DEAD_LETTERS, 2)
-    assert kept.data == b"first"
-    assert kept.headers is not None
-    assert kept.headers[MESSAGE_ID].startswith(f"{message_id}-")
+    stored = await installation.plain.jetstream().get_msg(DEAD_LETTERS, 2)
+    assert stored.data == b"first"
+    assert stored.headers is not None
+    assert stored.headers[MESSAGE_ID].startswith(f"{message_id}-")

@@ -1,4 +1,4 @@
-"""Requests that get another attempt: when it is due, or because drains used up `max_deliver`."""
+"""Delayed retries of requests, and the marks of requests that reached `max_deliver`."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
@@ -36,7 +36,7 @@ BODY = b'{"prompt":"a"}'
 
 @asynccontextmanager
 async def mover(installation: Installation) -> AsyncIterator[None]:
-    """A worker's mover of retries."""
+    """Run the retry mover of a worker."""
     bus, durable = installation.bus, installation.topology.retries(TASK)
     pull = PullLoop(
         bus,
@@ -47,9 +47,9 @@ async def mover(installation: Installation) -> AsyncIterator[None]:
     await pull.start()
 
     async def move() -> None:
-        moving = RetryMover(bus, TASK, durable, installation.events)
+        retry_mover = RetryMover(bus, TASK, durable, installation.events)
         while (retry := await pull.next()) is not None:
-            await moving.move(retry)
+            await retry_mover.move(retry)
 
     task = asyncio.create_task(move())
     try:
@@ -63,10 +63,10 @@ async def mover(installation: Installation) -> AsyncIterator[None]:
 OWNER = f"sha256:{'0' * 64}"
 
 
-async def retried(
+async def request_retry(
     installation: Installation, delivered: JetStreamDelivery, *, delay: float, attempts: int = 1
 ) -> None:
-    """What a worker does with a request whose model has raised."""
+    """Store a retry and acknowledge the request, as a worker does after a model error."""
     await soon(
         installation.events.retry_later(
             TASK,
@@ -80,12 +80,14 @@ async def retried(
     await delivered.ack()
 
 
-async def test_request_comes_again_when_its_next_attempt_is_due(installation: Installation) -> None:
+async def test_a_request_is_redelivered_when_its_next_attempt_is_due(
+    installation: Installation,
+) -> None:
     worker = await installation.worker()
     headers = {name: text for name, text in HEADERS.items() if text}
     await installation.publish(BODY, headers={**headers, TRACE_PARENT: "00-x"})
     began = asyncio.get_running_loop().time()
-    await retried(installation, await take(worker), delay=0.4, attempts=2)
+    await request_retry(installation, await take(worker), delay=0.4, attempts=2)
     async with mover(installation):
         again = await take(worker)
     assert asyncio.get_running_loop().time() - began >= 0.4
@@ -101,26 +103,28 @@ async def test_request_comes_again_when_its_next_attempt_is_due(installation: In
     assert await installation.count(REQUESTS) == 0
 
 
-async def test_delay_blocks_neither_the_queue_nor_other_retries(installation: Installation) -> None:
+async def test_a_delayed_retry_blocks_neither_the_queue_nor_other_retries(
+    installation: Installation,
+) -> None:
     worker = await installation.worker()
     await installation.publish(BODY)
-    await retried(installation, await take(worker), delay=1_000.0)
+    await request_retry(installation, await take(worker), delay=1_000.0)
     await installation.publish(b"next")
     async with mover(installation):
         delivered = await take(worker)
         assert delivered.body == b"next"
-        await retried(installation, delivered, delay=0.0)
+        await request_retry(installation, delivered, delay=0.0)
         assert (await take(worker)).body == b"next"
     assert await installation.count(RETRIES) == 1
 
 
-async def test_retry_of_a_worker_that_died_is_moved_by_another_soon(
+async def test_a_retry_that_a_dead_worker_had_pulled_is_moved_by_another_worker(
     installation: Installation,
 ) -> None:
-    """Its lease is the server's to end: nothing renews it, and a move takes milliseconds."""
+    """The durable has a short ack_wait, and no worker renews the lease of a retry."""
     worker = await installation.worker()
     await installation.publish(BODY)
-    await retried(installation, await take(worker), delay=0.0)
+    await request_retry(installation, await take(worker), delay=0.0)
     durable = installation.topology.retries(TASK)
     async with await nats.connect(installation.server.url) as dead:
         inbox = dead.new_inbox()
@@ -130,14 +134,14 @@ async def test_retry_of_a_worker_that_died_is_moved_by_another_soon(
         pulled = await deliveries.next_msg(timeout=5)
     assert pulled.data == BODY
     async with mover(installation):
-        assert (await take(worker)).body == BODY  # within SOON
+        assert (await take(worker)).body == BODY  # within `SOON`
     assert await installation.count(RETRIES) == 0
 
 
-async def test_retry_survives_the_death_of_the_server(installation: Installation) -> None:
+async def test_a_retry_survives_a_kill_of_the_server(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish(BODY)
-    await retried(installation, await take(worker), delay=0.5)
+    await request_retry(installation, await take(worker), delay=0.5)
     await installation.kill_server()
     await installation.start_server()
     async with mover(installation):
@@ -145,17 +149,17 @@ async def test_retry_survives_the_death_of_the_server(installation: Installation
     assert await installation.count(RETRIES) == 0
 
 
-async def test_retry_waits_for_a_place_in_its_queue(
+async def test_a_retry_waits_while_the_request_queue_is_full(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries, "PAUSE_FULL", 0.05)
     worker = await installation.worker()
     await installation.publish(BODY)
-    await retried(installation, await take(worker), delay=0.0)
+    await request_retry(installation, await take(worker), delay=0.0)
     config = (await installation.api(f"STREAM.INFO.{REQUESTS}"))["config"]
     await installation.api(f"STREAM.UPDATE.{REQUESTS}", {**config, "max_msgs": 1})
     await installation.publish(b"next")
-    held = await take(worker)
+    delivered = await take(worker)
     async with mover(installation):
 
         async def refused() -> bool:
@@ -163,14 +167,14 @@ async def test_retry_waits_for_a_place_in_its_queue(
             return bool(info["num_redelivered"])
 
         await until(refused)
-        await held.ack()
+        await delivered.ack()
         assert (await take(worker)).body == BODY
 
 
 @pytest.mark.parametrize(
     ("name", "answer"), [("r-1", b'{"stream":"X","seq":1}'), ("r-1", b""), ("*", b"")]
 )
-async def test_answer_of_the_server_among_the_retries_is_deleted(
+async def test_a_reply_of_the_server_in_the_retry_stream_is_deleted(
     installation: Installation, name: str, answer: bytes
 ) -> None:
     await installation.plain.publish(f"generation.retry.{TASK}.{name}", answer)
@@ -188,7 +192,7 @@ async def test_answer_of_the_server_among_the_retries_is_deleted(
     ("change", "error"),
     [({"max_bytes": 100}, QueueFull), ({"max_msg_size": 10}, MessageTooLarge)],
 )
-async def test_retry_that_cannot_be_stored_is_the_callers(
+async def test_a_retry_that_cannot_be_stored_raises(
     installation: Installation, change: dict[str, int], error: type[Exception]
 ) -> None:
     worker = await installation.worker()
@@ -197,35 +201,35 @@ async def test_retry_that_cannot_be_stored_is_the_callers(
     config = (await installation.api(f"STREAM.INFO.{RETRIES}"))["config"]
     await installation.api(f"STREAM.UPDATE.{RETRIES}", {**config, **change})
     with pytest.raises(error):
-        await retried(installation, delivered, delay=1.0)
+        await request_retry(installation, delivered, delay=1.0)
 
 
 # -- max_deliver ----------------------------------------------------------------------------------
 
 
 async def exhaust(
-    installation: Installation, worker: Worker, *kinds: str
+    installation: Installation, worker: Worker, *methods: str
 ) -> tuple[RequestInStream, Awaitable[JetStreamDelivery | None]]:
-    """Let a request reach max_deliver; each delivery ends as one of the kinds.
+    """Let a request reach max_deliver; each delivery ends with one of the methods.
 
     Returns:
-        The request, and the worker's next delivery: the server notices at a pull.
+        The request, and the worker's pending next delivery: the server counts deliveries at a pull.
     """
     durable = f"{REQUESTS}.{TASK}"
     config = (await installation.api(f"CONSUMER.INFO.{durable}"))["config"]
     await installation.api(
         f"CONSUMER.CREATE.{durable}",
-        {"stream_name": REQUESTS, "config": {**config, "max_deliver": len(kinds)}},
+        {"stream_name": REQUESTS, "config": {**config, "max_deliver": len(methods)}},
     )
-    heard = await installation.listen("$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>")
-    for kind in kinds:
-        await soon(getattr(await take(worker), kind)())
-    coming = asyncio.ensure_future(worker.loop.next())
-    advisory = await heard.next_msg(timeout=10)
+    advisories = await installation.listen("$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>")
+    for method in methods:
+        await soon(getattr(await take(worker), method)())
+    pending = asyncio.ensure_future(worker.loop.next())
+    advisory = await advisories.next_msg(timeout=10)
     marks = AttemptMarks(installation.bus, installation.subjects, TASK)
     found = await soon(find_exhausted(installation.bus, REQUESTS, as_delivery(advisory), marks))
     assert found is not None
-    return found, coming
+    return found, pending
 
 
 def as_delivery(message: Any) -> Any:
@@ -235,11 +239,13 @@ def as_delivery(message: Any) -> Any:
     return Advisory()
 
 
-async def test_marks_of_an_exhausted_request_are_read(installation: Installation) -> None:
-    """They tell drains from attempts: 30 drains must not end a request."""
+async def test_the_marks_of_a_max_deliver_exhausted_request_are_read(
+    installation: Installation,
+) -> None:
+    """Requeues by draining workers must not count as attempts."""
     worker = await installation.worker()
     await installation.publish(BODY, request_id="r-1")
-    found, coming = await exhaust(installation, worker, "nak", "requeue", "requeue")
+    found, pending = await exhaust(installation, worker, "nak", "requeue", "requeue")
     assert (found.deliveries, await soon(found.marked_uncounted())) == (3, 2)
     worker.loop.stop()
-    assert await soon(coming) is None
+    assert await soon(pending) is None

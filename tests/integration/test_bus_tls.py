@@ -1,4 +1,4 @@
-"""TLS and mutual TLS to a real server: who proves what, and one line where it is not proven."""
+"""TLS and mutual TLS to a real server: accepted certificates, and one line for refused ones."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from tests.conftest import StartNats
 from tests.integration.bus_installation import soon
 
 WITHIN = 5.0  # seconds
-FAILS_WITHIN = 1.0  # seconds; a handshake that fails is tried again until then
+FAILS_WITHIN = 1.0  # seconds; the client retries a failed handshake until then
 
 
 class Certificates:
-    """What one authority has signed, as files.
+    """A certificate authority and the certificates that it has signed, as files.
 
     Attributes:
-        ca: Of the authority.
+        ca: The certificate of the authority.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,7 @@ class Certificates:
         self._authority.cert_pem.write_to_path(self.ca)
 
     def issue(self, name: str) -> tuple[Path, Path]:
-        """A certificate and its key."""
+        """Sign a certificate; return the files of the certificate and its key."""
         issued = self._authority.issue_cert(name)
         files = self._folder / f"{name}.pem", self._folder / f"{name}.key"
         issued.cert_chain_pems[0].write_to_path(files[0])
@@ -63,7 +63,8 @@ async def connected(settings: Settings) -> bool:
         await bus.close()
 
 
-async def refused(settings: Settings) -> str:
+async def connect_error(settings: Settings) -> str:
+    """Connect, which must fail; return the error, which must be one line."""
     with pytest.raises(BusUnavailable) as caught:
         await soon(connect(settings, name="test", within=FAILS_WITHIN))
     text = str(caught.value)
@@ -71,19 +72,25 @@ async def refused(settings: Settings) -> str:
     return text
 
 
-async def test_server_proves_who_it_is(start_nats: StartNats, ours: Certificates) -> None:
+async def test_a_server_certificate_of_the_configured_authority_is_accepted(
+    start_nats: StartNats, ours: Certificates
+) -> None:
     url = server_url(start_nats, ours, mutual=False)
     assert await connected(Settings(nats_url=url, nats_ca=ours.ca))
 
 
-async def test_server_that_another_authority_has_signed_is_refused(
+async def test_a_server_certificate_of_another_authority_is_refused(
     start_nats: StartNats, ours: Certificates, others: Certificates
 ) -> None:
     url = server_url(start_nats, ours, mutual=False)
-    assert "certificate verify failed" in await refused(Settings(nats_url=url, nats_ca=others.ca))
+    assert "certificate verify failed" in await connect_error(
+        Settings(nats_url=url, nats_ca=others.ca)
+    )
 
 
-async def test_both_sides_prove_who_they_are(start_nats: StartNats, ours: Certificates) -> None:
+async def test_a_client_certificate_of_the_configured_authority_is_accepted(
+    start_nats: StartNats, ours: Certificates
+) -> None:
     url = server_url(start_nats, ours, mutual=True)
     certificate, key = ours.issue("worker")
     assert await connected(
@@ -91,24 +98,24 @@ async def test_both_sides_prove_who_they_are(start_nats: StartNats, ours: Certif
     )
 
 
-@pytest.mark.parametrize("client", ["none", "another authority's"])
-async def test_client_that_proves_nothing_is_refused(
+@pytest.mark.parametrize("client", ["no certificate", "unknown authority"])
+async def test_a_missing_or_unknown_client_certificate_is_refused(
     start_nats: StartNats, ours: Certificates, others: Certificates, client: str
 ) -> None:
     url = server_url(start_nats, ours, mutual=True)
     settings = Settings(nats_url=url, nats_ca=ours.ca)
-    if client != "none":
+    if client == "unknown authority":
         certificate, key = others.issue("worker")
         settings = settings.model_copy(update={"nats_cert": certificate, "nats_key": key})
-    assert "cannot connect" in await refused(settings)
+    assert "cannot connect" in await connect_error(settings)
 
 
-async def test_a_file_that_is_no_certificate_is_one_line(
+async def test_an_unreadable_authority_file_is_refused_with_the_setting(
     start_nats: StartNats, ours: Certificates, tmp_path: Path
 ) -> None:
     url = server_url(start_nats, ours, mutual=False)
     wrong = tmp_path / "wrong.pem"
     wrong.write_text("no certificate")
-    assert "cannot be read: NATS_CA: not a PEM file" in await refused(
+    assert "cannot be read: NATS_CA: not a PEM file" in await connect_error(
         Settings(nats_url=url, nats_ca=wrong)
     )

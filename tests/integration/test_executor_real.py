@@ -1,4 +1,4 @@
-"""What every worker does, on a real bus and a real store."""
+"""The behaviour of every worker, on a real bus and a real store."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
@@ -13,7 +13,7 @@ from tests.support.behaviour import Behaviour, MakeWorld
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
-    """Servers for all tests of this module: each worker has a root of its own on them."""
+    """Start servers for all tests of this module; each worker has a separate subject root."""
     with DevStack(tmp_path_factory.mktemp("servers"), persist=False) as stack:
         plain_store(stack).make_bucket(stack.store.bucket)
         yield stack
@@ -21,10 +21,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
 
 @pytest.fixture
 async def make_world(servers: DevStack) -> AsyncIterator[MakeWorld]:
-    """Makes workers and closes them."""
+    """Return a function that starts workers; close the workers after the test."""
     async with AsyncExitStack() as parts:
         yield partial(RealWorld.make, servers, parts)
 
 
 class TestExecution(Behaviour):
-    """`make_world` comes from the fixtures of this module."""
+    """Run the suite with the `make_world` of this module."""

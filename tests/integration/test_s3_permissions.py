@@ -162,7 +162,7 @@ class RealMinioWithUsers(MinioServer, Users):
 STORES: dict[str, type] = {
     "SeaweedFS": SeaweedWithUsers,
     "MinIO's front end": MinioWithUsers,
-    **({"MinIO": RealMinioWithUsers} if minio_server.is_there() else {}),
+    **({"MinIO": RealMinioWithUsers} if minio_server.is_installed() else {}),
 }
 
 
