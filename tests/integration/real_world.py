@@ -356,7 +356,7 @@ class RealWorld:
         moves = asyncio.create_task(_move(moving, mover))
         parts.push_async_callback(cancel_and_wait, moves)
 
-    # -- the interface of the suite ----------------------------------------------------------------
+    # -- the interface of the suite ---------------------------------------------------------------
 
     async def send(
         self,

@@ -372,7 +372,7 @@ def warnings(runner: ModelRunner, **fields: Any) -> tuple[str, ...]:
     return run_model(runner, request, []).warnings
 
 
-# -- as other programs save them -------------------------------------------------------------------
+# -- as other programs save them ------------------------------------------------------------------
 
 NAMED = (".weight", ".default.weight")
 

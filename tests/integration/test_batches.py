@@ -93,7 +93,7 @@ def all_of(outputs: Sequence[RunnerOutput | None]) -> list[RunnerOutput]:
     return there
 
 
-# -- images: what each request gets -------------------------------------------------------------
+# -- images: what each request gets ---------------------------------------------------------------
 
 
 def distance(one: RunnerOutput, other: RunnerOutput) -> int:
@@ -215,7 +215,7 @@ def test_adapters_are_in_use_for_the_whole_batch_and_not_afterwards(
     assert pixels(made_of(runner, asked())) == pixels(made_of(plain, asked()))
 
 
-# -- images: what goes together -----------------------------------------------------------------
+# -- images: what goes together -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_with_a_step_cache_each_runs_alone(model_folder: Folder, load: Load) -> 
     assert runner.batch_key(asked()) is None
 
 
-# -- images: who leaves, and what fails ---------------------------------------------------------
+# -- images: who leaves, and what fails -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "pixart"])  # both kinds of callbacks

@@ -1,4 +1,4 @@
-"""The connection to a real server: refused, lost, given up, closed."""
+"""The connection to a real server: refusals, losses, reconnects and closing."""
 
 import asyncio
 import json
@@ -38,15 +38,15 @@ from tests.integration.bus_installation import (
 )
 
 SECRET = "a-secret-of-the-url"
-WITHIN = 0.6  # seconds; two tries
+WITHIN = 0.6  # seconds; enough for two attempts
 
 
-async def refused(url: str) -> str:
-    """The text of the refusal; no secret is in it or in the log."""
+async def connect_error(url: str) -> str:
+    """Connect, which must fail; return the error, which contains no secret."""
     started = time.monotonic()
     with capture_logs() as logs, pytest.raises(BusUnavailable) as caught:
         await soon(connect(bus_settings(url), name="test", within=WITHIN))
-    measured(f"refusal within {WITHIN} s", time.monotonic() - started)
+    measured(f"error within {WITHIN} s", time.monotonic() - started)
     text = str(caught.value)
     assert SECRET not in text + repr(logs)
     assert "\n" not in text
@@ -54,14 +54,14 @@ async def refused(url: str) -> str:
     return text
 
 
-async def test_no_server_is_a_clear_error_without_credentials() -> None:
+async def test_the_error_of_a_refused_connection_contains_no_credentials() -> None:
     (port,) = free_ports(1)
-    text = await refused(f"nats://user:{SECRET}@127.0.0.1:{port}")
+    text = await connect_error(f"nats://user:{SECRET}@127.0.0.1:{port}")
     assert "cannot connect" in text
     assert "Connect call failed" in text
 
 
-async def test_a_server_that_says_nothing_is_a_clear_error() -> None:
+async def test_the_error_of_a_silent_server_contains_no_credentials() -> None:
     async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await closing.wait()
         writer.close()
@@ -69,14 +69,14 @@ async def test_a_server_that_says_nothing_is_a_clear_error() -> None:
     closing = asyncio.Event()
     async with await asyncio.start_server(accept, "127.0.0.1", 0) as silent:
         port = silent.sockets[0].getsockname()[1]
-        assert "cannot connect" in await refused(f"nats://user:{SECRET}@127.0.0.1:{port}")
+        assert "cannot connect" in await connect_error(f"nats://user:{SECRET}@127.0.0.1:{port}")
         closing.set()
 
 
 @pytest.mark.parametrize("user", [f"user:{SECRET}", f"user:{SECRET}x", SECRET])
-async def test_wrong_credentials_are_a_clear_error(start_nats: StartNats, user: str) -> None:
+async def test_wrong_credentials_are_reported_as_refused(start_nats: StartNats, user: str) -> None:
     server = start_nats('authorization { user: "user", password: "right" }')
-    text = await refused(server.url.replace("//", f"//{user}@"))
+    text = await connect_error(server.url.replace("//", f"//{user}@"))
     assert text == "NATS: the credentials are refused"
 
 
@@ -106,10 +106,10 @@ async def test_user_information_in_an_address_is_percent_encoded(
     await require_connection(named)
 
 
-async def test_a_server_that_another_one_names_gets_the_user_of_the_address(
+async def test_a_discovered_server_gets_the_user_of_the_address(
     tmp_path: Path,
 ) -> None:
-    """nats-py sends no user to it: once the named server was lost, it would never connect."""
+    """nats-py itself sends no user to a discovered server, and could not fail over to it."""
     routes = dict(zip("ab", free_ports(2), strict=True))
     first, second = (
         NatsServer(
@@ -130,13 +130,13 @@ async def test_a_server_that_another_one_names_gets_the_user_of_the_address(
             parts.callback(server.kill)
             server.start()
         for server in (first, second):
-            await asyncio.to_thread(server.wait_ready)  # they have found each other
+            await asyncio.to_thread(server.wait_ready)  # each server has found the other one
         bus = await open_bus(first.url.replace("//", "//app:p%40ss@"), parts)
 
         async def discovered() -> bool:
             return bool(bus.client.discovered_servers)
 
-        await until(discovered)  # the named server may have found the other one later
+        await until(discovered)  # the first server may announce the other one later
 
         async def connected_to_the_second() -> bool:
             # Waiting for the loss first would miss it: the client reconnects within milliseconds.
@@ -157,7 +157,7 @@ def _password(password: str) -> str:
     return f"password: {json.dumps(password, ensure_ascii=False)}"
 
 
-async def test_a_missing_file_of_credentials_is_a_clear_error(
+async def test_the_error_of_a_missing_credentials_file_names_the_setting(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
     for name in ("nats_creds", "nats_nkey_seed", "nats_ca"):
@@ -168,10 +168,10 @@ async def test_a_missing_file_of_credentials_is_a_clear_error(
             await soon(connect(settings, name="test", within=WITHIN))
 
 
-async def test_a_server_that_does_not_know_the_user_yet_is_waited_for(
+async def test_the_client_waits_for_a_server_that_learns_the_user_later(
     start_nats: StartNats, tmp_path: Path
 ) -> None:
-    """Its configuration is loaded again while the daemon starts."""
+    """The server reloads its configuration while the daemon starts."""
     users = 'authorization { user: "user", password: "%s" }'
     server = start_nats(users % "old")
     url = server.url.replace("//", f"//user:{SECRET}@")
@@ -190,12 +190,12 @@ async def test_a_server_that_does_not_know_the_user_yet_is_waited_for(
     ("failures", "raised", "calls"),
     [
         pytest.param([BusUnavailable("1"), BusUnavailable("2")], None, 3, id="available later"),
-        pytest.param([BusMisconfigured("1")], BusMisconfigured, 1, id="certain"),
+        pytest.param([BusMisconfigured("1")], BusMisconfigured, 1, id="misconfigured"),
         pytest.param([TopologyError("1")], TopologyError, 1, id="another error"),
         pytest.param([BusUnavailable("no")] * 1_000, BusUnavailable, None, id="never available"),
     ],
 )
-async def test_what_is_not_available_at_a_start_is_tried_again_and_what_is_wrong_is_not(
+async def test_an_unavailable_bus_is_retried_at_the_start_and_a_misconfigured_one_is_not(
     monkeypatch: pytest.MonkeyPatch,
     failures: list[Exception],
     raised: type[Exception] | None,
@@ -220,7 +220,7 @@ async def test_what_is_not_available_at_a_start_is_tried_again_and_what_is_wrong
     assert called == calls if calls is not None else called > 2
 
 
-async def test_a_call_that_is_not_permitted_is_certain(
+async def test_an_api_call_without_permission_is_a_misconfiguration(
     start_nats: StartNats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(topology_module, "API_TIMEOUT", 0.5)
@@ -234,7 +234,7 @@ async def test_a_call_that_is_not_permitted_is_certain(
             await soon(topology.ensure(Task.TEXT_TO_IMAGE))
 
 
-async def test_the_second_of_two_servers_is_used_when_the_first_is_away(
+async def test_the_second_of_two_servers_is_used_when_the_first_is_down(
     nats_server: NatsServer,
 ) -> None:
     (port,) = free_ports(1)
@@ -243,7 +243,7 @@ async def test_the_second_of_two_servers_is_used_when_the_first_is_away(
         assert bus.connected
 
 
-async def test_the_connection_is_there_again_after_a_restart(nats_server: NatsServer) -> None:
+async def test_the_client_reconnects_after_a_restart_of_the_server(nats_server: NatsServer) -> None:
     async with AsyncExitStack() as parts:
         bus = await open_bus(nats_server.url, parts)
         reconnected = asyncio.Event()
@@ -259,7 +259,7 @@ async def test_the_connection_is_there_again_after_a_restart(nats_server: NatsSe
         assert not bus.closed.is_set()
 
 
-async def test_a_lost_server_is_waited_for_before_the_client_says_that_it_is_lost(
+async def test_wait_connected_waits_before_nats_py_reports_the_lost_server(
     nats_server: NatsServer,
 ) -> None:
     async with AsyncExitStack() as parts:
@@ -267,97 +267,99 @@ async def test_a_lost_server_is_waited_for_before_the_client_says_that_it_is_los
         await soon(bus.wait_connected())
         nats_server.kill()
         await until_lost(bus)
-        bus._up.set()  # nats-py calls back some turns of the event loop later
-        reaching = asyncio.create_task(bus.wait_connected())
-        await asyncio.wait({reaching}, timeout=0.05)
-        assert not reaching.done()
+        bus._up.set()  # nats-py calls the disconnect callback later
+        waiting = asyncio.create_task(bus.wait_connected())
+        await asyncio.wait({waiting}, timeout=0.05)
+        assert not waiting.done()
         nats_server.start()
-        await soon(reaching)
+        await soon(waiting)
         assert bus.connected
 
 
-async def test_closed_is_set_when_the_client_has_given_up(nats_server: NatsServer) -> None:
+async def test_closed_is_set_when_the_client_gives_up(nats_server: NatsServer) -> None:
     async with AsyncExitStack() as parts:
         bus = await open_bus(nats_server.url, parts)
-        # What nats-py lets pass, because it does not count the headers, and the server does not.
+        # nats-py accepts this message because it does not count the headers; the server refuses it.
         body = bytes(bus.client.max_payload)
         await bus.client.publish("anything", body, headers={"one": "more"})
         await soon(bus.closed.wait())
         assert not bus.connected
 
 
-async def test_close_writes_what_is_left(nats_server: NatsServer) -> None:
+async def test_close_sends_buffered_messages(nats_server: NatsServer) -> None:
     async with AsyncExitStack() as parts:
-        listening = await open_bus(nats_server.url, parts)
-        heard = await listening.client.subscribe("news")
-        await listening.client.flush()
+        subscriber = await open_bus(nats_server.url, parts)
+        subscription = await subscriber.client.subscribe("news")
+        await subscriber.client.flush()
 
         bus = await open_bus(nats_server.url, parts)
-        await bus.client.publish("news", b"last words")
+        await bus.client.publish("news", b"buffered")
         await bus.close()
 
         assert bus.closed.is_set()
-        assert (await heard.next_msg(timeout=5)).data == b"last words"
+        assert (await subscription.next_msg(timeout=5)).data == b"buffered"
 
 
-async def test_flush_means_that_the_server_has_had_everything(nats_server: NatsServer) -> None:
+async def test_flush_returns_when_the_server_has_processed_everything(
+    nats_server: NatsServer,
+) -> None:
     async with AsyncExitStack() as parts:
         bus, other = (
             await open_bus(nats_server.url, parts),
             await open_bus(nats_server.url, parts),
         )
         for n in range(200):
-            heard = await bus.client.subscribe(f"news.{n}")
+            subscription = await bus.client.subscribe(f"news.{n}")
             await bus.client.flush()
             await other.client.publish(f"news.{n}", b"now")
-            assert (await heard.next_msg(timeout=5)).data == b"now"
+            assert (await subscription.next_msg(timeout=5)).data == b"now"
 
 
-async def test_flush_that_was_cancelled_leaves_the_connection_well(nats_server: NatsServer) -> None:
+async def test_a_cancelled_flush_does_not_break_the_connection(nats_server: NatsServer) -> None:
     async with AsyncExitStack() as parts:
         bus = await open_bus(nats_server.url, parts)
-        heard = await bus.client.subscribe("news")
+        subscription = await bus.client.subscribe("news")
         await bus.client.flush()
         with frozen(nats_server):
             flushing = asyncio.create_task(bus.client.flush())
-            await asyncio.sleep(0)  # its PING is on its way
+            await asyncio.sleep(0)  # the client has sent its PING
             flushing.cancel()
             await asyncio.wait({flushing})
-        await soon(bus.client.flush())  # behind the answer to the one before
+        await soon(bus.client.flush())  # its PONG follows the PONG of the cancelled flush
         await bus.client.publish("news", b"now")
-        assert (await heard.next_msg(timeout=5)).data == b"now"
+        assert (await subscription.next_msg(timeout=5)).data == b"now"
 
 
-async def test_close_is_cut_short_when_a_frozen_server_takes_nothing(
+async def test_close_does_not_wait_for_a_frozen_server(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "CLOSE_TIMEOUT", 0.2)
     async with AsyncExitStack() as parts:
         bus = await open_bus(nats_server.url, parts)
 
-        async def stuff() -> None:
-            while True:  # until the socket's buffers and nats-py's own are full
+        async def fill_buffers() -> None:
+            while True:  # until the buffers of the socket and of nats-py are full
                 await bus.client.publish("anything", bytes(1_000_000))
 
         with frozen(nats_server):
-            stuffing = asyncio.create_task(stuff())
-            await asyncio.wait({stuffing}, timeout=0.3)
-            assert not stuffing.done()
+            filling = asyncio.create_task(fill_buffers())
+            await asyncio.wait({filling}, timeout=0.3)
+            assert not filling.done()
             started = time.monotonic()
             await bus.close()
-            measured("close with what a frozen server does not take", time.monotonic() - started)
+            measured("close with full buffers and a frozen server", time.monotonic() - started)
             assert bus.closed.is_set()
-        stuffing.cancel()
-        await asyncio.wait({stuffing})
+        filling.cancel()
+        await asyncio.wait({filling})
 
 
-async def test_a_connection_lost_while_a_question_expires_is_no_error(
+async def test_a_connection_loss_while_an_api_call_expires_raises_only_the_timeout(
     nats_server: NatsServer,
 ) -> None:
     async with AsyncExitStack() as parts:
         bus = await open_bus(nats_server.url, parts)
 
-        async def ask() -> None:
+        async def call() -> None:
             async with bus.api_call(0.0):
                 try:
                     await asyncio.Event().wait()
@@ -365,4 +367,4 @@ async def test_a_connection_lost_while_a_question_expires_is_no_error(
                     await bus._on_disconnect()
 
         with pytest.raises(TimeoutError):
-            await ask()
+            await call()

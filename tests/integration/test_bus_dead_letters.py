@@ -1,4 +1,4 @@
-"""Dead letters on a real server: listed, read, and replayed whatever comes in between."""
+"""Dead letters on a real server: listing, reading, and replays with interruptions."""
 
 import asyncio
 import json
@@ -53,14 +53,16 @@ from tests.integration.bus_installation import (
 
 ROOT = "generation.request.text_to_image"
 BODY = b'{"prompt": "a", "request_id": "r-1"}'
+DIGEST = request_digest(decode_request(TASK, BODY))
+OTHER_DIGEST = "sha256:" + "0" * 64
 
 
-class Cut(Exception):  # noqa: N818 - what happens
-    """The replay ends here."""
+class Interruption(Exception):  # noqa: N818 - not an error of the product
+    """Interrupts a replay."""
 
 
 def digest_of(delivery: JetStreamDelivery, installation: Installation) -> tuple[str, str]:
-    """The id and the digest that a worker gives to a request."""
+    """Return the id and the digest that a worker gives to a request."""
     admission = Admission(TASK, installation.subjects, ("_INBOX.",))
     job = admission.open(delivery)
     try:
@@ -91,8 +93,8 @@ def cancelled(request_id: str, digest: str) -> CancelledEvent:
     return event.model_copy(update=changes)
 
 
-class Office:
-    """An installation, the worker that fails its requests, and the operator's side."""
+class Setup:
+    """An installation, a worker that fails its requests, and the operator's client."""
 
     def __init__(self, installation: Installation, worker: Worker) -> None:
         self.installation = installation
@@ -102,14 +104,14 @@ class Office:
         self.jetstream = installation.plain.jetstream()
 
     async def dead_letter(self, delivery: JetStreamDelivery) -> StoredDeadLetter:
-        """What a worker does first with a request that no worker can handle."""
+        """Store the dead letter of a delivery, as a worker does."""
         request_id, _ = digest_of(delivery, self.installation)
         letter = DeadLetter("model_error", "the model failed", request_id, "w-1")
         await self.installation.events.dead_letter(TASK, delivery, letter)
         return (await self.list_all())[-1]
 
     async def fail(self, *, letter: bool = True) -> str:
-        """A worker takes the next request and fails it; the request's id."""
+        """Take the next request and fail it; return the request's id."""
         delivery = await take(self.worker)
         if letter:
             await self.dead_letter(delivery)
@@ -119,7 +121,7 @@ class Office:
         return request_id
 
     async def end(self, event: ResultEvent) -> bool:
-        """A worker publishes a terminal event."""
+        """Publish a terminal event; return whether it is the stored one."""
         stored = await soon(self.installation.events.publish_result(event, trace_parent=None))
         return stored == event
 
@@ -130,13 +132,13 @@ class Office:
         request_id: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> StoredDeadLetter:
-        """Publish a request, let it fail; its letter, read."""
+        """Publish a request, and fail it; return its dead letter with the body."""
         await self.installation.publish(body, request_id=request_id, headers=headers)
         await self.fail()
         return await self.letters.read((await self.list_all())[-1].sequence)
 
     async def forge(self, headers: dict[str, str], task: str = str(TASK)) -> StoredDeadLetter:
-        """A letter by another hand."""
+        """Publish a dead letter as another client would; return it with the body."""
         stored = await self.jetstream.publish(f"generation.dead.{task}", BODY, headers=headers)
         return await self.letters.read(stored.seq)
 
@@ -144,7 +146,7 @@ class Office:
         return [letter async for letter in self.letters.list_all()]
 
     async def event(self, request_id: str = "r-1") -> RawStreamMsg | None:
-        """The stored terminal event."""
+        """Return the stored terminal event."""
         try:
             return await self.jetstream.get_last_msg(
                 RESULTS, f"generation.result.text_to_image.{request_id}"
@@ -153,33 +155,33 @@ class Office:
             return None
 
     async def counts(self) -> tuple[int, int, int]:
-        """How many requests, results and letters there are."""
+        """Return the numbers of requests, results and dead letters."""
         count = self.installation.count
         return await count(REQUESTS), await count(RESULTS), await count(DEAD_LETTERS)
 
-    async def refused(self, letter: StoredDeadLetter, why: str) -> None:
-        """The letter is not replayed, and nothing has changed."""
+    async def assert_refused(self, letter: StoredDeadLetter, reason: str) -> None:
+        """Check that a replay of the letter is refused and changes nothing."""
         before = await self.counts()
-        with pytest.raises(NotReplayed, match=why):
+        with pytest.raises(NotReplayed, match=reason):
             await self.replayer.replay(letter)
         assert await self.counts() == before
 
 
 @pytest.fixture
-async def office(installation: Installation) -> Office:
-    return Office(installation, await installation.worker())
+async def setup(installation: Installation) -> Setup:
+    return Setup(installation, await installation.worker())
 
 
 # -- list -----------------------------------------------------------------------------------------
 
 
-async def test_no_letters_are_an_empty_list(office: Office) -> None:
-    assert await office.list_all() == []
+async def test_a_stream_without_dead_letters_gives_an_empty_list(setup: Setup) -> None:
+    assert await setup.list_all() == []
 
 
-async def test_a_listing_says_what_it_is_about_and_leaves_the_body_out(office: Office) -> None:
-    await office.letter(b"\x00not json", request_id="r-1", headers={"Title": "Grüße"})
-    (letter,) = await office.list_all()
+async def test_a_listed_dead_letter_has_its_headers_and_no_body(setup: Setup) -> None:
+    await setup.letter(b"\x00not json", request_id="r-1", headers={"Title": "Grüße"})
+    (letter,) = await setup.list_all()
     assert (letter.sequence, letter.task, letter.request_id) == (1, TASK, "r-1")
     assert (letter.code, letter.reason) == ("model_error", "the model failed")
     assert (letter.attempts, letter.worker) == ("1", "w-1")
@@ -189,81 +191,83 @@ async def test_a_listing_says_what_it_is_about_and_leaves_the_body_out(office: O
     assert letter.stored_at.tzinfo is not None
 
 
-CODE = {"Dead-Letter-Code": "model_error"}  # what every letter of a worker has
+CODE = {"Dead-Letter-Code": "model_error"}  # a header of every dead letter of a worker
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 6, 7])
-async def test_a_listing_is_whole_however_many_pulls_it_takes(
-    office: Office, count: int, monkeypatch: pytest.MonkeyPatch
+async def test_a_listing_with_several_pull_requests_is_complete(
+    setup: Setup, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dead_letters, "BATCH", 3)
     for number in range(count):
-        await office.jetstream.publish(
+        await setup.jetstream.publish(
             "generation.dead.text_to_image", b"%d" % number, headers=dict(CODE)
         )
-    # Without a code it is an answer of the server, to the reply subject of a sender's choice.
-    await office.jetstream.publish("generation.dead.text_to_image", b"junk")
-    assert [letter.sequence for letter in await soon(office.list_all())] == [*range(1, count + 1)]
+    # A message without a code is a reply of the server to a request of a sender.
+    await setup.jetstream.publish("generation.dead.text_to_image", b"reply")
+    assert [letter.sequence for letter in await soon(setup.list_all())] == [*range(1, count + 1)]
 
 
-async def test_a_listing_ends_with_what_was_there_and_leaves_no_consumer(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+async def test_a_listing_omits_later_dead_letters_and_leaves_no_consumer(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dead_letters, "BATCH", 1)  # the next pull finds what came meanwhile
-    await office.forge(dict(CODE))
+    monkeypatch.setattr(
+        dead_letters, "BATCH", 1
+    )  # the next pull request would find the later dead letter
+    await setup.forge(dict(CODE))
     sequences = []
-    async for letter in office.letters.list_all():
+    async for letter in setup.letters.list_all():
         sequences.append(letter.sequence)
-        await office.forge(dict(CODE))
+        await setup.forge(dict(CODE))
     assert sequences == [1]
-    assert await office.jetstream.consumers_info(DEAD_LETTERS) == []
+    assert await setup.jetstream.consumers_info(DEAD_LETTERS) == []
 
 
-async def test_thousands_of_letters_are_listed(office: Office) -> None:
+async def test_thousands_of_dead_letters_are_listed(setup: Setup) -> None:
     for number in range(3_000):
-        await office.installation.plain.publish(
+        await setup.installation.plain.publish(
             "generation.dead.text_to_image", b"x" * 1_000, headers=dict(CODE)
         )
         if number % 500 == 0:
-            await office.installation.plain.flush()
-    await office.forge(dict(CODE))
+            await setup.installation.plain.flush()
+    await setup.forge(dict(CODE))
     started = asyncio.get_running_loop().time()
-    assert len(await soon(office.list_all())) == 3_001
+    assert len(await soon(setup.list_all())) == 3_001
     measured("list of 3,001 letters", asyncio.get_running_loop().time() - started)
 
 
 # -- read -----------------------------------------------------------------------------------------
 
 
-async def test_a_letter_is_read_with_every_byte_of_its_body(office: Office) -> None:
+async def test_a_dead_letter_is_read_with_its_whole_body(setup: Setup) -> None:
     body = bytes(range(256))
-    letter = await office.letter(body, request_id="r-1", headers={"Title": "Grüße"})
+    letter = await setup.letter(body, request_id="r-1", headers={"Title": "Grüße"})
     assert (letter.body, letter.size) == (body, 256)
     assert letter.originals == {"Title": "Grüße"}
-    (listed,) = await office.list_all()
+    (listed,) = await setup.list_all()
     assert letter.headers == listed.headers
-    # nats-py rounds one of them to microseconds and cuts the other.
+    # nats-py rounds one time to microseconds and truncates the other one.
     assert abs(letter.stored_at - listed.stored_at) <= timedelta(microseconds=1)
 
 
-async def test_an_empty_letter_is_read(office: Office) -> None:
-    stored = await office.jetstream.publish("generation.dead.text_to_image", b"")
-    assert (await office.letters.read(stored.seq)).body == b""
+async def test_a_dead_letter_with_an_empty_body_is_read(setup: Setup) -> None:
+    stored = await setup.jetstream.publish("generation.dead.text_to_image", b"")
+    assert (await setup.letters.read(stored.seq)).body == b""
 
 
 @pytest.mark.parametrize("sequence", [0, 1, 2**63, 2**64, -1])
-async def test_a_letter_that_is_not_there_is_said_not_to_be(office: Office, sequence: int) -> None:
+async def test_an_unknown_sequence_is_not_found(setup: Setup, sequence: int) -> None:
     with pytest.raises(DeadLetterNotFound):
-        await office.letters.read(sequence)
+        await setup.letters.read(sequence)
 
 
 @pytest.mark.parametrize("missing", [DEAD_LETTERS, REQUESTS, RESULTS])
-async def test_a_missing_stream_is_one_clear_line(office: Office, missing: str) -> None:
-    letter = await office.letter()
-    await office.installation.api(f"STREAM.DELETE.{missing}")
-    calls: list[Awaitable[object]] = [office.replayer.replay(letter)]
+async def test_a_missing_stream_is_reported_by_name(setup: Setup, missing: str) -> None:
+    letter = await setup.letter()
+    await setup.installation.api(f"STREAM.DELETE.{missing}")
+    calls: list[Awaitable[object]] = [setup.replayer.replay(letter)]
     if missing == DEAD_LETTERS:
-        calls += [office.list_all(), office.letters.read(1)]
+        calls += [setup.list_all(), setup.letters.read(1)]
     for call in calls:
         with pytest.raises(BusUnavailable, match=f"there is no stream {missing}; run `consumer"):
             await call
@@ -272,8 +276,8 @@ async def test_a_missing_stream_is_one_clear_line(office: Office, missing: str) 
 # -- replay ---------------------------------------------------------------------------------------
 
 
-async def test_a_replay_takes_the_event_away_and_publishes_the_request_again(
-    office: Office,
+async def test_a_replay_deletes_the_event_and_publishes_the_request_again(
+    setup: Setup,
 ) -> None:
     headers = {
         MESSAGE_ID: "m-1",
@@ -283,13 +287,13 @@ async def test_a_replay_takes_the_event_away_and_publishes_the_request_again(
         "Title": "Grüße",
         "Original-Title": "twice",
     }
-    letter = await office.letter(headers=headers)
-    assert await office.counts() == (0, 1, 1)
+    letter = await setup.letter(headers=headers)
+    assert await setup.counts() == (0, 1, 1)
 
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
 
-    assert await office.counts() == (1, 0, 0)
-    again = await take(office.worker)
+    assert await setup.counts() == (1, 0, 0)
+    again = await take(setup.worker)
     assert (again.subject, again.body, again.attempt) == (f"{ROOT}.r-1", BODY, 1)
     expected = {"Reply-To": "_INBOX.x", "Title": "Grüße", "Original-Title": "twice"}
     message_id = again.headers[MESSAGE_ID]
@@ -310,420 +314,428 @@ async def test_a_replay_takes_the_event_away_and_publishes_the_request_again(
         (b"nonsense", "r-1", {}),
     ],
 )
-async def test_the_id_stays_the_same_wherever_it_came_from(
-    office: Office, body: bytes, token: str | None, headers: dict[str, str]
+async def test_a_replayed_request_keeps_its_id(
+    setup: Setup, body: bytes, token: str | None, headers: dict[str, str]
 ) -> None:
-    letter = await office.letter(body, request_id=token, headers=headers)
-    await office.replayer.replay(letter)
-    assert await office.fail() == letter.request_id
-    assert await office.event(letter.request_id) is not None
+    letter = await setup.letter(body, request_id=token, headers=headers)
+    await setup.replayer.replay(letter)
+    assert await setup.fail() == letter.request_id
+    assert await setup.event(letter.request_id) is not None
 
 
-async def test_a_request_that_contradicts_its_subject_does_so_again(office: Office) -> None:
-    letter = await office.letter(BODY, request_id="r-2")
-    assert letter.request_id == "r-2", "that of its subject"
-    await office.replayer.replay(letter)
-    assert (await take(office.worker)).subject == f"{ROOT}.r-2"
+async def test_a_replay_publishes_to_the_original_subject(setup: Setup) -> None:
+    letter = await setup.letter(BODY, request_id="r-2")
+    assert letter.request_id == "r-2", "the id of the subject"
+    await setup.replayer.replay(letter)
+    assert (await take(setup.worker)).subject == f"{ROOT}.r-2"
 
 
 async def test_a_replayed_request_gets_a_new_stored_result_within_the_duplicate_window(
-    office: Office,
+    setup: Setup,
 ) -> None:
-    letter = await office.letter()
-    await office.replayer.replay(letter)
-    request_id, digest = digest_of(await take(office.worker), office.installation)
-    assert await office.end(succeeded(request_id, digest))
-    stored = await office.event()
+    letter = await setup.letter()
+    await setup.replayer.replay(letter)
+    request_id, digest = digest_of(await take(setup.worker), setup.installation)
+    assert await setup.end(succeeded(request_id, digest))
+    stored = await setup.event()
     assert stored is not None
     assert json.loads(stored.data or b"")["type"] == "generation.v1.succeeded"
-    assert not await office.end(failed(request_id, digest)), "and only one"
+    assert not await setup.end(failed(request_id, digest)), "a second event is not stored"
 
 
-async def test_a_sender_cannot_occupy_the_id_of_a_replay(office: Office) -> None:
-    """What the stream calls a duplicate may be something else."""
-    letter = await office.letter()
-    await clear_results(office)
-    message_id = replaying._Attempt.of(letter, office.installation.subjects).message_id
-    await office.installation.publish(b"foreign", headers={MESSAGE_ID: message_id})
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
-    await (await take(office.worker)).ack()
-    assert (await take(office.worker)).body == letter.body
+async def test_a_replay_is_published_although_a_sender_has_used_its_message_id(
+    setup: Setup,
+) -> None:
+    """The stream reports a duplicate, which is another message."""
+    letter = await setup.letter()
+    await clear_results(setup)
+    message_id = replaying._Attempt.of(letter, setup.installation.subjects).message_id
+    await setup.installation.publish(b"foreign", headers={MESSAGE_ID: message_id})
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
+    await (await take(setup.worker)).ack()
+    assert (await take(setup.worker)).body == letter.body
 
 
 @pytest.mark.parametrize(
     "subject",
     ["$JS.API.STREAM.DELETE.GENERATION_RESULTS", "generation.dead.text_to_image", f"{ROOT}.*", ""],
 )
-async def test_a_forged_subject_is_not_published_to(office: Office, subject: str) -> None:
-    letter = await office.forge({DEAD_LETTER_REQUEST_ID: "r-1", DEAD_LETTER_SUBJECT: subject})
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
-    assert (await take(office.worker)).subject == f"{ROOT}.r-1"
-    assert await office.installation.count(DEAD_LETTERS) == 0
+async def test_a_replay_does_not_publish_to_a_forged_subject(setup: Setup, subject: str) -> None:
+    letter = await setup.forge({DEAD_LETTER_REQUEST_ID: "r-1", DEAD_LETTER_SUBJECT: subject})
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
+    assert (await take(setup.worker)).subject == f"{ROOT}.r-1"
+    assert await setup.installation.count(DEAD_LETTERS) == 0
 
 
-async def test_a_letter_of_one_stream_is_not_taken_for_that_of_an_earlier_one(
-    office: Office,
+async def test_a_dead_letter_with_the_sequence_of_a_deleted_stream_is_replayed(
+    setup: Setup,
 ) -> None:
-    first = await office.letter()
-    await office.replayer.replay(first)
-    await (await take(office.worker)).ack()
-    config = (await office.installation.api(f"STREAM.INFO.{DEAD_LETTERS}"))["config"]
-    await office.installation.api(f"STREAM.DELETE.{DEAD_LETTERS}")
-    await office.installation.api(f"STREAM.CREATE.{DEAD_LETTERS}", config)
-    second = await office.forge({DEAD_LETTER_REQUEST_ID: "r-2"})
+    first = await setup.letter()
+    await setup.replayer.replay(first)
+    await (await take(setup.worker)).ack()
+    config = (await setup.installation.api(f"STREAM.INFO.{DEAD_LETTERS}"))["config"]
+    await setup.installation.api(f"STREAM.DELETE.{DEAD_LETTERS}")
+    await setup.installation.api(f"STREAM.CREATE.{DEAD_LETTERS}", config)
+    second = await setup.forge({DEAD_LETTER_REQUEST_ID: "r-2"})
     assert (second.sequence, first.sequence) == (1, 1)
-    assert await office.replayer.replay(second) is Replay.PUBLISHED
-    assert (await take(office.worker)).headers[MESSAGE_ID].endswith(".replay")
+    assert await setup.replayer.replay(second) is Replay.PUBLISHED
+    assert (await take(setup.worker)).headers[MESSAGE_ID].endswith(".replay")
 
 
-async def test_a_letter_without_its_body_is_not_taken_for_an_empty_request(office: Office) -> None:
-    await office.letter()
-    (listed,) = await office.list_all()
+async def test_a_listed_dead_letter_without_its_body_cannot_be_replayed(setup: Setup) -> None:
+    await setup.letter()
+    (listed,) = await setup.list_all()
     with pytest.raises(ValueError, match="read"):
-        await office.replayer.replay(listed)
+        await setup.replayer.replay(listed)
 
 
-# -- what is not replayed -------------------------------------------------------------------------
-
-
-async def test_a_truncated_letter_is_not_replayed(office: Office) -> None:
-    headers = {DEAD_LETTER_REQUEST_ID: "r-1", DEAD_LETTER_TRUNCATED: "2000000"}
-    await office.refused(await office.forge(headers), "truncated")
+# -- refused replays ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("headers", "task"),
-    [({}, TASK), ({DEAD_LETTER_REQUEST_ID: "*"}, TASK), ({DEAD_LETTER_REQUEST_ID: "r"}, "other")],
+    ("headers", "task", "reason"),
+    [
+        pytest.param(
+            {DEAD_LETTER_REQUEST_ID: "r-1", DEAD_LETTER_TRUNCATED: "2000000"},
+            TASK,
+            "truncated",
+            id="truncated",
+        ),
+        pytest.param({}, TASK, "the id of the request", id="no id"),
+        pytest.param({DEAD_LETTER_REQUEST_ID: "*"}, TASK, "the id of the request", id="bad id"),
+        pytest.param(
+            {DEAD_LETTER_REQUEST_ID: "r"}, "other", "the id of the request", id="unknown task"
+        ),
+    ],
 )
-async def test_a_letter_of_no_known_request_is_not_replayed(
-    office: Office, headers: dict[str, str], task: str
+async def test_an_incomplete_dead_letter_is_not_replayed(
+    setup: Setup, headers: dict[str, str], task: str, reason: str
 ) -> None:
-    await office.refused(await office.forge(headers, task), "the id of the request")
+    await setup.assert_refused(await setup.forge(headers, task), reason)
 
 
-async def test_a_request_that_has_succeeded_since_needs_no_replay(office: Office) -> None:
-    letter = await office.letter()
-    await clear_results(office)
-    assert await office.end(succeeded("r-1", event_digest()))
-    assert await office.replayer.replay(letter) is Replay.ALREADY_SUCCEEDED
-    assert await office.counts() == (0, 1, 0)
-    stored = await office.event()
+async def test_a_request_with_a_result_needs_no_replay(setup: Setup) -> None:
+    letter = await setup.letter()
+    await clear_results(setup)
+    assert await setup.end(succeeded("r-1", DIGEST))
+    assert await setup.replayer.replay(letter) is Replay.ALREADY_SUCCEEDED
+    assert await setup.counts() == (0, 1, 0)
+    stored = await setup.event()
     assert stored is not None
     assert b"succeeded" in (stored.data or b"")
 
 
 @pytest.mark.parametrize(
-    ("event", "why"),
+    ("event", "reason"),
     [
-        (succeeded("r-1", "sha256:" + "0" * 64), "another request with its id has succeeded"),
-        (failed("r-1", "sha256:" + "0" * 64), "belongs to another request"),
-        (cancelled("r-1", "sha256:" + "0" * 64), "cancelled since"),
+        pytest.param(
+            succeeded("r-1", OTHER_DIGEST),
+            "another request with its id has succeeded",
+            id="another request succeeded",
+        ),
+        pytest.param(
+            failed("r-1", OTHER_DIGEST), "belongs to another request", id="another request failed"
+        ),
+        pytest.param(
+            cancelled("r-1", OTHER_DIGEST), "cancelled since", id="another request cancelled"
+        ),
+        pytest.param(cancelled("r-1", DIGEST), "has been cancelled since", id="cancelled"),
     ],
 )
-async def test_an_event_of_another_request_or_a_cancellation_stays(
-    office: Office, event: ResultEvent, why: str
+async def test_a_request_with_a_foreign_or_cancelled_event_is_not_replayed(
+    setup: Setup, event: ResultEvent, reason: str
 ) -> None:
-    letter = await office.letter()
-    await clear_results(office)
-    assert await office.end(event)
-    await office.refused(letter, why)
-
-
-async def test_a_cancelled_request_is_not_replayed(office: Office) -> None:
-    letter = await office.letter()
-    await clear_results(office)
-    assert await office.end(cancelled("r-1", event_digest()))
-    await office.refused(letter, "has been cancelled since")
+    letter = await setup.letter()
+    await clear_results(setup)
+    assert await setup.end(event)
+    await setup.assert_refused(letter, reason)
 
 
 LATER = b'{"type":"generation.v9.done","request_id":"r-1","task":"text_to_image"}'
 
 
-async def test_an_event_that_cannot_be_read_stays(office: Office) -> None:
-    letter = await office.letter()
-    await clear_results(office)
-    await office.jetstream.publish("generation.result.text_to_image.r-1", LATER)
-    await office.refused(letter, "cannot be read")
+async def test_a_request_with_an_unreadable_event_is_not_replayed(setup: Setup) -> None:
+    letter = await setup.letter()
+    await clear_results(setup)
+    await setup.jetstream.publish("generation.result.text_to_image.r-1", LATER)
+    await setup.assert_refused(letter, "cannot be read")
 
 
-async def test_a_request_that_a_worker_still_has_is_not_replayed(office: Office) -> None:
-    await office.installation.publish(BODY)
-    delivery = await take(office.worker)
-    letter = await office.letters.read((await office.dead_letter(delivery)).sequence)
-    await office.refused(letter, "a worker has not settled the request yet")
-    assert await office.end(failed("r-1", event_digest()))
-    await office.refused(letter, "a worker has not settled the request yet")
+async def test_a_request_in_progress_is_not_replayed(setup: Setup) -> None:
+    await setup.installation.publish(BODY)
+    delivery = await take(setup.worker)
+    letter = await setup.letters.read((await setup.dead_letter(delivery)).sequence)
+    await setup.assert_refused(letter, "a worker has not settled the request yet")
+    assert await setup.end(failed("r-1", DIGEST))
+    await setup.assert_refused(letter, "a worker has not settled the request yet")
     await delivery.term("model_error")
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
 
 
-async def test_another_request_in_its_place_of_a_stream_made_again_is_not_taken_for_it(
-    office: Office,
+async def test_another_request_with_its_sequence_does_not_block_a_replay(
+    setup: Setup,
 ) -> None:
-    sequence = await office.installation.publish()
+    sequence = await setup.installation.publish()
     headers = {DEAD_LETTER_REQUEST_ID: "r-1", MESSAGE_ID: f"{REQUESTS}-{sequence}-1a2b3c.dead"}
-    assert await office.replayer.replay(await office.forge(headers)) is Replay.PUBLISHED
+    assert await setup.replayer.replay(await setup.forge(headers)) is Replay.PUBLISHED
 
 
-async def test_a_request_that_is_queued_already_is_not_replayed(office: Office) -> None:
-    letter = await office.letter()
-    await office.installation.publish(BODY, request_id="r-1")
-    await office.refused(letter, "in the queue already")
+async def test_a_queued_request_is_not_replayed(setup: Setup) -> None:
+    letter = await setup.letter()
+    await setup.installation.publish(BODY, request_id="r-1")
+    await setup.assert_refused(letter, "in the queue already")
 
 
-async def test_a_letter_of_the_other_task_is_held_against_that_tasks_queue(office: Office) -> None:
-    stored = await office.jetstream.publish("generation.request.image_to_text.r-1", BODY)
-    request = await office.jetstream.get_msg(OTHER_REQUESTS, stored.seq)
+async def test_a_dead_letter_of_another_task_is_compared_with_the_queue_of_that_task(
+    setup: Setup,
+) -> None:
+    stored = await setup.jetstream.publish("generation.request.image_to_text.r-1", BODY)
+    request = await setup.jetstream.get_msg(OTHER_REQUESTS, stored.seq)
     assert request.time is not None
-    place = f"{OTHER_REQUESTS}-{stored.seq}-{int(request.time.timestamp()):x}.dead"
-    of_it = {DEAD_LETTER_REQUEST_ID: "r-1"}
-    letter = await office.forge({**of_it, MESSAGE_ID: place}, "image_to_text")
-    await office.refused(letter, "a worker has not settled the request yet")
-    letter = await office.forge(of_it, "image_to_text")
-    await office.refused(letter, "in the queue already")
-    await office.installation.api(f"STREAM.PURGE.{OTHER_REQUESTS}")
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
-    count = office.installation.count
+    message_id = f"{OTHER_REQUESTS}-{stored.seq}-{int(request.time.timestamp()):x}.dead"
+    identified = {DEAD_LETTER_REQUEST_ID: "r-1"}
+    letter = await setup.forge({**identified, MESSAGE_ID: message_id}, "image_to_text")
+    await setup.assert_refused(letter, "a worker has not settled the request yet")
+    letter = await setup.forge(identified, "image_to_text")
+    await setup.assert_refused(letter, "in the queue already")
+    await setup.installation.api(f"STREAM.PURGE.{OTHER_REQUESTS}")
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
+    count = setup.installation.count
     assert (await count(OTHER_REQUESTS), await count(REQUESTS)) == (1, 0)
 
 
 @pytest.mark.parametrize("limits", [{"max_msgs": 2}, {"max_bytes": 600}])
-async def test_a_full_queue_leaves_everything_as_it_is(
-    office: Office, limits: dict[str, int]
+async def test_a_replay_into_a_full_queue_changes_nothing(
+    setup: Setup, limits: dict[str, int]
 ) -> None:
-    letter = await office.letter()
-    await limit(office, REQUESTS, **limits)
+    letter = await setup.letter()
+    await limit(setup, REQUESTS, **limits)
     for _ in range(2):
-        await office.installation.publish(b"x" * 200)
-    before = await office.counts()
+        await setup.installation.publish(b"x" * 200)
+    before = await setup.counts()
     with pytest.raises(QueueFull):
-        await office.replayer.replay(letter)
-    assert await office.counts() == before == (2, 1, 1)
-    await office.installation.api(f"STREAM.PURGE.{REQUESTS}")
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
+        await setup.replayer.replay(letter)
+    assert await setup.counts() == before == (2, 1, 1)
+    await setup.installation.api(f"STREAM.PURGE.{REQUESTS}")
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
 
 
-async def test_a_queue_that_fills_up_at_the_last_moment_keeps_the_letter(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+async def test_a_dead_letter_is_kept_if_the_queue_is_full_at_the_publish(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    letter = await office.letter()
+    letter = await setup.letter()
 
     async def fill() -> None:
-        await limit(office, REQUESTS, max_msgs=1)
-        await office.installation.publish()
+        await limit(setup, REQUESTS, max_msgs=1)
+        await setup.installation.publish()
 
-    before_call(office, monkeypatch, "publish", fill)
+    before_call(setup, monkeypatch, "publish", fill)
     with pytest.raises(QueueFull):
-        await office.replayer.replay(letter)
-    assert await office.counts() == (1, 0, 1)
+        await setup.replayer.replay(letter)
+    assert await setup.counts() == (1, 0, 1)
     monkeypatch.undo()
-    await office.installation.api(f"STREAM.PURGE.{REQUESTS}")
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
-    assert await office.counts() == (1, 0, 0)
+    await setup.installation.api(f"STREAM.PURGE.{REQUESTS}")
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
+    assert await setup.counts() == (1, 0, 0)
 
 
-async def test_a_request_that_would_be_too_large_with_its_new_id_keeps_its_event(
-    office: Office,
+async def test_a_request_that_is_too_large_with_its_new_id_is_not_replayed(
+    setup: Setup,
 ) -> None:
-    await limit(office, REQUESTS, max_msg_size=len(BODY))
-    await office.refused(await office.letter(), "too large")
+    await limit(setup, REQUESTS, max_msg_size=len(BODY))
+    await setup.assert_refused(await setup.letter(), "too large")
 
 
-async def test_a_limit_that_is_set_at_the_last_moment_keeps_the_letter(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+async def test_a_dead_letter_is_kept_if_the_request_is_too_large_at_the_publish(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    letter = await office.letter()
+    letter = await setup.letter()
 
     async def shrink() -> None:
-        await limit(office, REQUESTS, max_msg_size=len(BODY))
+        await limit(setup, REQUESTS, max_msg_size=len(BODY))
 
-    before_call(office, monkeypatch, "publish", shrink)
+    before_call(setup, monkeypatch, "publish", shrink)
     with pytest.raises(NotReplayed, match="too large"):
-        await office.replayer.replay(letter)
-    assert await office.installation.count(DEAD_LETTERS) == 1
+        await setup.replayer.replay(letter)
+    assert await setup.installation.count(DEAD_LETTERS) == 1
 
 
-# -- interrupted, and two at once -----------------------------------------------------------------
+# -- interrupted and concurrent replays -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["delete_msg", "publish"])
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_an_interrupted_replay_is_finished_by_the_next(
-    office: Office, monkeypatch: pytest.MonkeyPatch, call: str, when: str
+async def test_an_interrupted_replay_is_finished_by_the_next_one(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, call: str, when: str
 ) -> None:
-    letter = await office.letter()
-    cut_at(office, monkeypatch, call, when)
-    with pytest.raises(Cut):
-        await office.replayer.replay(letter)
+    letter = await setup.letter()
+    interrupt_at(setup, monkeypatch, call, when)
+    with pytest.raises(Interruption):
+        await setup.replayer.replay(letter)
     monkeypatch.undo()
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
-    assert await office.counts() == (1, 0, 0)
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
+    assert await setup.counts() == (1, 0, 0)
 
 
 @pytest.mark.parametrize("with_letter", [True, False])
-async def test_an_attempt_that_failed_after_an_interruption_is_not_left_without_an_event(
-    office: Office, monkeypatch: pytest.MonkeyPatch, with_letter: bool
+async def test_a_request_that_failed_after_an_interrupted_replay_is_replayed(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, with_letter: bool
 ) -> None:
-    """The stream drops the second copy by its id, although the first one is done with."""
-    letter = await office.letter()
-    cut_at(office, monkeypatch, "publish", "after")
-    with pytest.raises(Cut):
-        await office.replayer.replay(letter)
+    """The stream drops the second copy by its message id, although the first copy has ended."""
+    letter = await setup.letter()
+    interrupt_at(setup, monkeypatch, "publish", "after")
+    with pytest.raises(Interruption):
+        await setup.replayer.replay(letter)
     monkeypatch.undo()
-    await office.fail(letter=with_letter)
+    await setup.fail(letter=with_letter)
 
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
 
-    requests, results, _ = await office.counts()
+    requests, results, _ = await setup.counts()
     assert (requests, results) == (1, 0)
-    assert await office.fail() == "r-1"
-    assert await office.installation.count(RESULTS) == 1
+    assert await setup.fail() == "r-1"
+    assert await setup.installation.count(RESULTS) == 1
 
 
-async def test_nor_when_it_is_interrupted_again_before_it_is_published(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+async def test_a_replay_that_is_interrupted_twice_is_finished_by_the_third_one(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    letter = await office.letter()
+    letter = await setup.letter()
     for call in ("publish", "delete_msg"):
-        cut_at(office, monkeypatch, call, "after")
-        with pytest.raises(Cut):
-            await office.replayer.replay(letter)
+        interrupt_at(setup, monkeypatch, call, "after")
+        with pytest.raises(Interruption):
+            await setup.replayer.replay(letter)
         monkeypatch.undo()
         if call == "publish":
-            await office.fail(letter=False)
-    assert await office.counts() == (0, 0, 1)
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
-    assert await office.counts() == (1, 0, 0)
+            await setup.fail(letter=False)
+    assert await setup.counts() == (0, 0, 1)
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
+    assert await setup.counts() == (1, 0, 0)
 
 
-async def test_an_attempt_that_succeeded_after_an_interruption_ends_the_letter(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+async def test_a_request_that_succeeded_after_an_interrupted_replay_needs_no_replay(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    letter = await office.letter()
-    cut_at(office, monkeypatch, "publish", "after")
-    with pytest.raises(Cut):
-        await office.replayer.replay(letter)
+    letter = await setup.letter()
+    interrupt_at(setup, monkeypatch, "publish", "after")
+    with pytest.raises(Interruption):
+        await setup.replayer.replay(letter)
     monkeypatch.undo()
-    delivery = await take(office.worker)
-    assert await office.end(succeeded(*digest_of(delivery, office.installation)))
+    delivery = await take(setup.worker)
+    assert await setup.end(succeeded(*digest_of(delivery, setup.installation)))
     await delivery.ack()
-    assert await office.replayer.replay(letter) is Replay.ALREADY_SUCCEEDED
-    assert await office.counts() == (0, 1, 0)
+    assert await setup.replayer.replay(letter) is Replay.ALREADY_SUCCEEDED
+    assert await setup.counts() == (0, 1, 0)
 
 
-async def test_what_is_stored_after_the_look_is_never_deleted(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+async def test_a_replay_does_not_delete_an_event_that_is_stored_after_the_read(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    letter = await office.letter()
-    look, looked = replaying.read_message, asyncio.Event()
+    letter = await setup.letter()
+    read, was_read = replaying.read_message, asyncio.Event()
 
-    async def read_message(bus: Bus, stream: str, **place: Any) -> StoredMessage | None:
-        found = await look(bus, stream, **place)
-        if stream == RESULTS and not looked.is_set():
-            looked.set()
-            await clear_results(office)
-            events = office.installation.events_of(office.worker)
-            event = succeeded("r-1", event_digest())
+    async def read_message(bus: Bus, stream: str, **selector: Any) -> StoredMessage | None:
+        found = await read(bus, stream, **selector)
+        if stream == RESULTS and not was_read.is_set():
+            was_read.set()
+            await clear_results(setup)
+            events = setup.installation.events_of(setup.worker)
+            event = succeeded("r-1", DIGEST)
             assert await soon(events.publish_result(event, trace_parent=None))
         return found
 
     monkeypatch.setattr(replaying, "read_message", read_message)
-    await office.replayer.replay(letter)
-    assert looked.is_set()
-    stored = await office.event()
+    await setup.replayer.replay(letter)
+    assert was_read.is_set()
+    stored = await setup.event()
     assert stored is not None
     assert b"succeeded" in (stored.data or b"")
 
 
-async def test_an_event_that_another_replay_has_led_to_is_not_lost_before_it_is_settled(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+async def test_a_request_that_failed_after_a_concurrent_replay_is_replayed(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    letter = await office.letter()
+    letter = await setup.letter()
     deliveries: list[JetStreamDelivery] = []
 
-    async def meanwhile() -> None:
-        other = Replayer(office.worker.bus, office.installation.subjects)
+    async def concurrently() -> None:
+        other = Replayer(setup.worker.bus, setup.installation.subjects)
         assert await other.replay(letter) is Replay.PUBLISHED
-        deliveries.append(await take(office.worker))
-        assert await office.end(failed("r-1", event_digest()))
+        deliveries.append(await take(setup.worker))
+        assert await setup.end(failed("r-1", DIGEST))
 
-    before_call(office, monkeypatch, "stream_info", meanwhile)
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
+    before_call(setup, monkeypatch, "stream_info", concurrently)
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
     await deliveries[0].term("model_error")
-    requests, results, _ = await office.counts()
+    requests, results, _ = await setup.counts()
     assert (requests, results) == (1, 0)
 
 
-async def test_a_copy_that_another_replay_has_queued_is_not_queued_again(
-    office: Office, monkeypatch: pytest.MonkeyPatch
+async def test_a_copy_that_a_concurrent_replay_has_queued_is_not_queued_again(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    letter = await office.letter()
-    await clear_results(office)
+    letter = await setup.letter()
+    await clear_results(setup)
 
-    async def meanwhile() -> None:
-        other = Replayer(office.worker.bus, office.installation.subjects)
+    async def concurrently() -> None:
+        other = Replayer(setup.worker.bus, setup.installation.subjects)
         assert await other.replay(letter) is Replay.PUBLISHED
 
-    before_call(office, monkeypatch, "publish", meanwhile)
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
-    assert await office.counts() == (1, 0, 0)
+    before_call(setup, monkeypatch, "publish", concurrently)
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
+    assert await setup.counts() == (1, 0, 0)
 
 
-async def test_two_at_once_leave_no_letter_and_no_event(office: Office) -> None:
-    letter = await office.letter()
-    other = Replayer(office.worker.bus, office.installation.subjects)
-    done = await asyncio.gather(office.replayer.replay(letter), other.replay(letter))
+async def test_two_concurrent_replays_leave_no_dead_letter_and_no_event(setup: Setup) -> None:
+    letter = await setup.letter()
+    other = Replayer(setup.worker.bus, setup.installation.subjects)
+    done = await asyncio.gather(setup.replayer.replay(letter), other.replay(letter))
     assert set(done) == {Replay.PUBLISHED}
-    requests, results, letters = await office.counts()
-    assert requests in {1, 2}  # a second copy is answered with the first one's event
+    requests, results, letters = await setup.counts()
+    assert requests in {1, 2}  # a worker answers a second copy with the event of the first one
     assert (results, letters) == (0, 0)
 
 
-async def test_an_older_letter_of_the_same_request_waits_for_the_newer_one(office: Office) -> None:
-    older = await office.letter()
-    await clear_results(office)
-    newer = await office.letter()
-    assert await office.replayer.replay(newer) is Replay.PUBLISHED
-    await office.refused(older, "in the queue already")
+async def test_an_older_dead_letter_of_a_queued_request_is_not_replayed(setup: Setup) -> None:
+    older = await setup.letter()
+    await clear_results(setup)
+    newer = await setup.letter()
+    assert await setup.replayer.replay(newer) is Replay.PUBLISHED
+    await setup.assert_refused(older, "in the queue already")
 
 
-async def test_a_server_that_is_gone_is_one_line_and_the_letter_is_kept(office: Office) -> None:
-    letter = await office.letter()
-    await office.installation.kill_server()
-    replaying = asyncio.create_task(office.replayer.replay(letter))
+async def test_a_lost_server_is_reported_and_the_dead_letter_is_kept(setup: Setup) -> None:
+    letter = await setup.letter()
+    await setup.installation.kill_server()
+    replaying = asyncio.create_task(setup.replayer.replay(letter))
     with pytest.raises(BusUnavailable, match="NATS: "):
         await soon(replaying)
-    await office.installation.start_server()
-    await until_connected(office.installation.bus, office.worker.bus)
-    assert await office.replayer.replay(letter) is Replay.PUBLISHED
-    assert await office.counts() == (1, 0, 0)
+    await setup.installation.start_server()
+    await until_connected(setup.installation.bus, setup.worker.bus)
+    assert await setup.replayer.replay(letter) is Replay.PUBLISHED
+    assert await setup.counts() == (1, 0, 0)
 
 
-# -- parts ----------------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------
 
 
-def event_digest() -> str:
-    """The digest of `BODY`."""
-    return request_digest(decode_request(TASK, BODY))
+async def clear_results(setup: Setup) -> None:
+    await setup.installation.api(f"STREAM.PURGE.{RESULTS}")
 
 
-async def clear_results(office: Office) -> None:
-    await office.installation.api(f"STREAM.PURGE.{RESULTS}")
-
-
-async def limit(office: Office, stream: str, **limits: int) -> None:
-    config = (await office.installation.api(f"STREAM.INFO.{stream}"))["config"]
-    await office.installation.api(f"STREAM.UPDATE.{stream}", {**config, **limits})
+async def limit(setup: Setup, stream: str, **limits: int) -> None:
+    config = (await setup.installation.api(f"STREAM.INFO.{stream}"))["config"]
+    await setup.installation.api(f"STREAM.UPDATE.{stream}", {**config, **limits})
 
 
 def before_call(
-    office: Office,
+    setup: Setup,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     act: Callable[[], Awaitable[None]],
 ) -> None:
-    """Do something right before the operator's client makes a call for the first time."""
-    jetstream = office.installation.bus.jetstream
+    """Call `act` before the first call of a method of the operator's client."""
+    jetstream = setup.installation.bus.jetstream
     original, acted = getattr(jetstream, name), asyncio.Event()
 
     async def call(*arguments: Any, **named: Any) -> Any:
@@ -735,14 +747,14 @@ def before_call(
     monkeypatch.setattr(jetstream, name, call)
 
 
-def cut_at(office: Office, monkeypatch: pytest.MonkeyPatch, name: str, when: str) -> None:
-    """End the operator's process before a call, or before its answer is heard."""
-    jetstream = office.installation.bus.jetstream
+def interrupt_at(setup: Setup, monkeypatch: pytest.MonkeyPatch, name: str, when: str) -> None:
+    """Interrupt the operator's client before a call, or after a call and before its answer."""
+    jetstream = setup.installation.bus.jetstream
     original = getattr(jetstream, name)
 
     async def call(*arguments: Any, **named: Any) -> Any:
         if when == "after":
             await original(*arguments, **named)
-        raise Cut
+        raise Interruption
 
     monkeypatch.setattr(jetstream, name, call)

@@ -1,4 +1,4 @@
-"""Settling on a real server: confirmed, told with a reason, kept, and given up in the end."""
+"""Settling of deliveries on a real server: confirmation, retries, and the end of retries."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ from tests.integration.bus_installation import (
 LEASE = 1.0  # seconds
 
 
-async def test_an_acked_request_is_gone(installation: Installation) -> None:
+async def test_an_acked_request_is_deleted(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish()
     delivered = await take(worker)
@@ -36,7 +36,7 @@ async def test_an_acked_request_is_gone(installation: Installation) -> None:
     assert await installation.count(REQUESTS) == 0
 
 
-async def test_a_nak_brings_the_request_again_at_once(installation: Installation) -> None:
+async def test_a_request_is_redelivered_immediately_after_a_nak(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish(b"again")
     for attempt in range(1, 6):
@@ -47,48 +47,46 @@ async def test_a_nak_brings_the_request_again_at_once(installation: Installation
     measured("nak", time.monotonic() - started)
 
 
-async def test_released_request_comes_again_at_once_and_knows_of_it(
+async def test_a_requeued_request_is_redelivered_immediately_and_marked_uncounted(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
     await installation.publish(b"again")
     await installation.publish(b"other")
-    for attempt, releases in ((1, 0), (2, 1), (3, 2)):
+    for attempt, uncounted in ((1, 0), (2, 1), (3, 2)):
         delivered = await take(worker)
         assert (delivered.body, delivered.attempt) == (b"again", attempt)
-        assert await soon(delivered.marked_uncounted()) == releases
+        assert await soon(delivered.marked_uncounted()) == uncounted
         await soon(delivered.requeue())
     again = await take(worker)
     await soon(again.requeue())
-    await soon(again.requeue())  # as after a confirmation that was lost: it is one release
+    await soon(again.requeue())  # as after a lost confirmation: both calls count as one requeue
     again = await take(worker)
     assert await soon(again.marked_uncounted()) == 4
-    await soon(again.nak())  # a try that failed is no release
+    await soon(again.nak())  # a NAK counts as an attempt
     again = await take(worker)
     assert await soon(again.marked_uncounted()) == 4
     await soon(again.ack())
     assert await soon((await take(worker)).marked_uncounted()) == 0
 
 
-async def test_delivery_that_is_discounted_is_a_try_once_it_is_counted(
+async def test_the_last_mark_of_a_delivery_decides_whether_it_counts(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
     await installation.publish()
     first = await take(worker)
-    for note, releases in ((first.mark_uncounted, 1), (first.mark_counted, 0), (first.requeue, 1)):
-        await soon(note())
-        assert await soon(first.marked_uncounted()) == releases
+    for mark, uncounted in ((first.mark_uncounted, 1), (first.mark_counted, 0), (first.requeue, 1)):
+        await soon(mark())
+        assert await soon(first.marked_uncounted()) == uncounted
     again = await take(worker)
     await soon(again.mark_uncounted())
     assert await soon(again.marked_uncounted()) == 2
     await soon(again.requeue())
-    assert await soon(again.marked_uncounted()) == 2, (
-        "one delivery counts once, whatever is noted of it"
-    )
+    assert await soon(again.marked_uncounted()) == 2, "two marks of one delivery count once"
 
 
-async def test_second_note_of_a_delivery_counts_once_however_late(
+async def test_a_second_mark_of_a_delivery_replaces_the_first_one(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
@@ -101,7 +99,7 @@ async def test_second_note_of_a_delivery_counts_once_however_late(
     assert await soon(delivered.marked_uncounted()) == 1
 
 
-async def test_release_without_a_place_for_its_note_gives_back_all_the_same(
+async def test_a_requeue_without_the_stream_of_marks_requeues_the_request(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
@@ -113,7 +111,7 @@ async def test_release_without_a_place_for_its_note_gives_back_all_the_same(
     assert (again.attempt, await soon(again.marked_uncounted())) == (2, 0)
 
 
-async def test_release_over_a_dead_server_ends(installation: Installation) -> None:
+async def test_a_requeue_ends_while_the_server_is_frozen(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish()
     delivered = await take(worker)
@@ -123,7 +121,7 @@ async def test_release_over_a_dead_server_ends(installation: Installation) -> No
     assert again.attempt == 2
 
 
-async def test_what_is_the_same_for_every_delivery_stays_the_same(
+async def test_each_delivery_of_a_request_has_the_same_message_fields(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
@@ -135,7 +133,7 @@ async def test_what_is_the_same_for_every_delivery_stays_the_same(
         assert getattr(first, name) == getattr(second, name)
 
 
-async def test_a_terminated_request_is_gone_and_the_advisory_has_the_reason(
+async def test_a_terminated_request_is_deleted_and_the_advisory_has_the_reason(
     installation: Installation,
 ) -> None:
     advisories = await installation.listen(
@@ -150,28 +148,28 @@ async def test_a_terminated_request_is_gone_and_the_advisory_has_the_reason(
     assert await installation.count(REQUESTS) == 0
 
 
-async def test_extend_keeps_a_request_beyond_ack_wait(
+async def test_extend_prevents_a_redelivery_after_ack_wait(
     start_nats: StartNats, installation_of: InstallationOf
 ) -> None:
     installation = await installation_of(start_nats(), ack_wait=LEASE, max_ack_pending=2)
     holder, other = await installation.worker(), await installation.worker()
     await installation.publish()
-    held = await take(holder)
-    coming = asyncio.create_task(other.loop.next())
+    delivered = await take(holder)
+    pending = asyncio.create_task(other.loop.next())
 
     extends = 10
     for _ in range(extends):
-        await asyncio.wait({coming}, timeout=2.5 * LEASE / extends)
-        assert not coming.done()
-        await held.extend()
+        await asyncio.wait({pending}, timeout=2.5 * LEASE / extends)
+        assert not pending.done()
+        await delivered.extend()
 
-    # The same wait without a renewal, to show that the other worker would have got it.
-    again = await soon(coming)
+    # Without a renewal, the other worker gets the request after the same time.
+    again = await soon(pending)
     assert again is not None
-    assert (again.stream_sequence, again.attempt) == (held.stream_sequence, 2)
+    assert (again.stream_sequence, again.attempt) == (delivered.stream_sequence, 2)
 
 
-async def test_header_values_beyond_ascii_come_as_they_were_sent(
+async def test_header_values_beyond_ascii_are_delivered_unchanged(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
@@ -190,7 +188,7 @@ async def test_a_request_without_headers_has_none(installation: Installation) ->
 # -- ack subjects of the second version -----------------------------------------------------------
 
 
-async def test_deliveries_with_ack_subjects_v2_are_settled_like_others(
+async def test_deliveries_with_ack_subjects_of_version_2_are_settled(
     start_nats: StartNats, installation_of: InstallationOf
 ) -> None:
     server = start_nats("feature_flags { js_ack_fc_v2: true }")
@@ -210,21 +208,21 @@ async def test_deliveries_with_ack_subjects_v2_are_settled_like_others(
     assert await installation.count(REQUESTS) == 0
     await installation.publish()
     delivered = await take(worker)
-    coming = asyncio.create_task(worker.loop.next())
+    pending = asyncio.create_task(worker.loop.next())
     for _ in range(8):
-        await asyncio.wait({coming}, timeout=LEASE / 5)
+        await asyncio.wait({pending}, timeout=LEASE / 5)
         await delivered.extend()
-    assert not coming.done(), "the lease was not renewed"
+    assert not pending.done(), "the lease was not renewed"
     await soon(delivered.ack())
     assert await installation.count(REQUESTS) == 0
     worker.loop.stop()
-    await soon(coming)
+    await soon(pending)
 
 
 # -- the lease guard ------------------------------------------------------------------------------
 
 
-async def test_a_renewal_is_reported_only_when_the_connection_is_there(
+async def test_a_renewal_is_reported_to_the_guard_only_while_connected(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports: list[str] = []
@@ -242,11 +240,11 @@ async def test_a_renewal_is_reported_only_when_the_connection_is_there(
     assert reports == ["alive", "renewed", "alive", "alive", "renewed"]
 
 
-# -- the server is away ---------------------------------------------------------------------------
+# -- the server is down ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
-async def test_an_ack_without_a_server_is_confirmed_after_its_return(
+async def test_an_ack_without_a_server_is_confirmed_after_the_restart(
     installation: Installation, how: str
 ) -> None:
     worker = await installation.worker()
@@ -260,11 +258,11 @@ async def test_an_ack_without_a_server_is_confirmed_after_its_return(
     returned = await installation.start_server()
     await soon(settling)
     measured("server's return to a confirmed ack", time.monotonic() - returned)
-    await settle_what_is_forgotten(installation, worker, after=how)
+    await settle_forgotten_delivery(installation, worker, after=how)
     assert await installation.count(REQUESTS) == 0
 
 
-async def test_an_ack_that_is_under_way_when_the_server_dies_is_asked_for_again(
+async def test_an_unconfirmed_ack_is_sent_again_after_a_kill_of_the_server(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "CONFIRM_TIMEOUT", 1_000.0)
@@ -278,24 +276,24 @@ async def test_an_ack_that_is_under_way_when_the_server_dies_is_asked_for_again(
     assert not settling.done()
     await installation.start_server()
     await soon(settling)
-    await settle_what_is_forgotten(installation, worker, after="SIGKILL")
+    await settle_forgotten_delivery(installation, worker, after="SIGKILL")
     assert await installation.count(REQUESTS) == 0
 
 
-async def settle_what_is_forgotten(
+async def settle_forgotten_delivery(
     installation: Installation, worker: Worker, *, after: str
 ) -> None:
-    """A server that was killed may know the request but not its delivery, and give it once more."""
+    """Settle a redelivery: a killed server may have stored the request but not its delivery."""
     if after == "SIGKILL" and await installation.count(REQUESTS):
         again = await take(worker)
         assert again.attempt == 1
         await soon(again.ack())
 
 
-async def test_a_nak_without_a_server_is_not_kept_for_later(
+async def test_a_nak_without_a_server_is_not_buffered_by_the_client(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sent twice at the reconnect, it would take the request from the worker that has it then."""
+    """A second NAK after the reconnect would take the request from the worker that then has it."""
     monkeypatch.setattr(delivery, "CONFIRM_PAUSE", 0.02)
     monkeypatch.setattr(delivery, "CONFIRM_TIMEOUT", 0.02)
     worker = await installation.worker()
@@ -313,7 +311,7 @@ async def test_a_nak_without_a_server_is_not_kept_for_later(
     assert (await take(worker)).attempt == 2
 
 
-async def test_a_nak_gives_up_while_the_server_stays_away(
+async def test_a_nak_gives_up_while_the_server_is_down(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "SETTLE_TIMEOUT", 0.3)
@@ -325,7 +323,7 @@ async def test_a_nak_gives_up_while_the_server_stays_away(
 
 
 @pytest.mark.parametrize("what", ["stream", "durable"])
-async def test_settling_ends_when_the_stream_or_the_durable_is_gone(
+async def test_settling_ends_when_the_stream_or_the_durable_is_deleted(
     installation: Installation, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setattr(delivery, "SETTLE_TIMEOUT", 1_000.0)
@@ -341,10 +339,10 @@ async def test_settling_ends_when_the_stream_or_the_durable_is_gone(
         measured(f"settling without a {what}", time.monotonic() - started)
 
 
-async def test_settling_ends_when_the_server_has_forgotten_the_delivery(
+async def test_settling_ends_when_the_server_does_not_know_the_delivery(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it has after a kill; here the durable is another one of the same name."""
+    """A server may lose deliveries in a kill; here the durable is deleted and created again."""
     monkeypatch.setattr(delivery, "SETTLE_TIMEOUT", 1_000.0)
     worker = await installation.worker()
     await installation.publish()
@@ -353,12 +351,12 @@ async def test_settling_ends_when_the_server_has_forgotten_the_delivery(
     await installation.topology.ensure(TASK)
     started = time.monotonic()
     await soon(delivered.ack())
-    measured("settling what is forgotten", time.monotonic() - started)
+    measured("settling an unknown delivery", time.monotonic() - started)
     again = await take(worker)
     assert (again.stream_sequence, again.attempt) == (delivered.stream_sequence, 1)
 
 
-async def test_an_ack_that_may_not_be_said_is_given_up(
+async def test_an_ack_without_permission_gives_up(
     start_nats: StartNats, installation_of: InstallationOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "CONFIRM_TIMEOUT", 0.1)
@@ -370,7 +368,7 @@ async def test_an_ack_that_may_not_be_said_is_given_up(
     assert (await installation.consumer_info()).num_ack_pending == 1
 
 
-async def test_a_client_that_has_given_up_cannot_settle(installation: Installation) -> None:
+async def test_an_ack_on_a_closed_client_raises(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish()
     delivered = await take(worker)

@@ -1,4 +1,4 @@
-"""Publishing on a real server: stored once, whatever happens, and told where it can be told."""
+"""Publishing on a real server: each event is stored once, whatever fails in between."""
 
 import asyncio
 import time
@@ -72,7 +72,7 @@ def progress(request_id: str = "r-1") -> ProgressEvent:
 
 
 def result_of_size(size: int) -> SucceededEvent:
-    """A result that takes so many bytes of `max_payload`."""
+    """Return a result with a wire size of `size` bytes."""
 
     def of_length(length: int) -> SucceededEvent:
         text = TextOutput(
@@ -85,7 +85,7 @@ def result_of_size(size: int) -> SucceededEvent:
 
 
 async def publish(installation: Installation, event: ResultEvent) -> bool:
-    """Publish an event; whether it is the stored one."""
+    """Publish an event; return whether it is the stored one."""
     stored = await soon(installation.events.publish_result(event, trace_parent=None))
     assert stored == await soon(installation.events.find_result(TASK, event.request_id))
     return stored == event
@@ -114,10 +114,10 @@ async def test_a_result_is_stored_with_its_headers(installation: Installation) -
     assert message.headers[TRACE_PARENT_HEADER] == TRACE_PARENT
 
 
-async def test_the_same_event_may_be_published_again_and_another_not(
+async def test_an_event_can_be_published_again_but_not_replaced(
     installation: Installation,
 ) -> None:
-    """The first is a lost answer, the second another worker that had the same delivery."""
+    """A worker publishes again after a lost answer; another worker had the same delivery."""
     event = result()
     assert await publish(installation, event)
     assert await publish(installation, event)
@@ -127,17 +127,19 @@ async def test_the_same_event_may_be_published_again_and_another_not(
     assert await installation.events.find_result(TASK, "r-1") == event
 
 
-async def test_an_event_of_the_same_worker_and_attempt_is_not_taken_for_this_one(
+async def test_a_later_event_of_the_same_worker_and_attempt_is_not_stored(
     installation: Installation,
 ) -> None:
     first = result()
     second = first.model_copy(update={"time": first.time + timedelta(seconds=1)})
     assert await publish(installation, first)
-    assert await publish(installation, first), "a try whose answer was lost"
-    assert not await publish(installation, second), "of a second copy in the same hands"
+    assert await publish(installation, first), "an attempt whose answer was lost"
+    assert not await publish(installation, second), (
+        "a second copy of the request at the same worker"
+    )
 
 
-async def test_a_cancelled_event_is_fenced_like_every_terminal_event(
+async def test_a_cancelled_event_does_not_replace_a_result(
     installation: Installation,
 ) -> None:
     cancelled = EVENTS["cancelled"]
@@ -147,7 +149,7 @@ async def test_a_cancelled_event_is_fenced_like_every_terminal_event(
     assert await installation.count(RESULTS) == 1
 
 
-async def test_a_result_that_was_purged_can_be_stored_again(
+async def test_a_result_can_be_stored_again_after_a_purge(
     installation: Installation,
 ) -> None:
     assert await publish(installation, result())
@@ -171,14 +173,14 @@ async def test_many_workers_at_once_store_one_result(installation: Installation)
 # -- finding --------------------------------------------------------------------------------------
 
 
-async def test_a_result_is_found_or_not(installation: Installation) -> None:
+async def test_only_the_result_of_the_id_is_found(installation: Installation) -> None:
     assert await soon(installation.events.find_result(TASK, "r-1")) is None
     assert await publish(installation, result())
     assert await soon(installation.events.find_result(TASK, "r-1")) == result()
     assert await soon(installation.events.find_result(TASK, "r-2")) is None
 
 
-async def test_find_result_makes_a_deleted_stream_again(installation: Installation) -> None:
+async def test_find_result_recreates_a_deleted_stream(installation: Installation) -> None:
     assert await publish(installation, result())
     await installation.api(f"STREAM.DELETE.{RESULTS}")
     assert await soon(installation.events.find_result(TASK, "r-1")) is None
@@ -195,7 +197,7 @@ async def test_find_result_waits_for_the_server(installation: Installation) -> N
     assert await soon(finding) == result()
 
 
-# -- the server or the stream is away -------------------------------------------------------------
+# -- the server or the stream is missing ----------------------------------------------------------
 
 
 async def test_a_result_waits_for_the_server_and_is_stored_once(
@@ -205,7 +207,7 @@ async def test_a_result_waits_for_the_server_and_is_stored_once(
     publishing_it = asyncio.create_task(publish(installation, result()))
     await asyncio.wait({publishing_it}, timeout=0.2)
     assert not publishing_it.done()
-    assert installation.bus.client.pending_data_size == 0, "it is not left to nats-py's buffer"
+    assert installation.bus.client.pending_data_size == 0, "nats-py does not buffer the event"
     returned = await installation.start_server()
     assert await soon(publishing_it)
     measured("server's return to a stored result", time.monotonic() - returned)
@@ -214,46 +216,46 @@ async def test_a_result_waits_for_the_server_and_is_stored_once(
 
 
 @pytest.mark.parametrize("what", ["publish", "find"])
-async def test_a_question_under_way_when_the_server_dies_is_asked_again(
+async def test_a_call_in_progress_is_repeated_after_a_kill_of_the_server(
     installation: Installation, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setattr(publishing, "API_TIMEOUT", 1_000.0)
     await publish(installation, result("r-0"))
     events = installation.events
     with installation.frozen():
-        asking: asyncio.Future[object] = asyncio.ensure_future(
+        call: asyncio.Future[object] = asyncio.ensure_future(
             events.publish_result(result(), trace_parent=None)
             if what == "publish"
             else events.find_result(TASK, "r-0")
         )
-        await asyncio.wait({asking}, timeout=0.05)
+        await asyncio.wait({call}, timeout=0.05)
         await installation.kill_server()
-    assert not asking.done()
+    assert not call.done()
     returned = await installation.start_server()
-    assert await soon(asking)
+    assert await soon(call)
     measured(f"server's return to the answer ({what})", time.monotonic() - returned)
 
 
-async def test_a_series_of_results_survives_a_kill_in_its_middle(
+async def test_a_series_of_results_survives_a_kill_of_the_server(
     installation: Installation,
 ) -> None:
     series = 60
-    at = asyncio.Event()
+    half_done = asyncio.Event()
 
-    async def publish_all(half: int) -> list[ResultEvent]:
+    async def publish_all(number: int) -> list[ResultEvent]:
         stored_all = []
         for n in range(series):
             if n == series // 2:
-                at.set()
-            event = result(f"r-{half}-{n}")
+                half_done.set()
+            event = result(f"r-{number}-{n}")
             stored_all.append(await installation.events.publish_result(event, trace_parent=None))
         return stored_all
 
-    halves = [asyncio.create_task(publish_all(half)) for half in range(3)]
-    await soon(at.wait())
+    all_series = [asyncio.create_task(publish_all(number)) for number in range(3)]
+    await soon(half_done.wait())
     await installation.kill_server()
     await installation.start_server()
-    for stored_all in await soon(asyncio.gather(*halves)):
+    for stored_all in await soon(asyncio.gather(*all_series)):
         assert all(stored_all)
 
     state = await installation.api(f"STREAM.INFO.{RESULTS}", {"subjects_filter": ">"})
@@ -262,38 +264,43 @@ async def test_a_series_of_results_survives_a_kill_in_its_middle(
     assert set(counts.values()) == {1}
 
 
-async def test_a_deleted_stream_is_made_again_for_a_result(installation: Installation) -> None:
-    await installation.api(f"STREAM.DELETE.{RESULTS}")
-    assert await publish(installation, result())
-    assert await installation.count(RESULTS) == 1
-
-
-async def test_a_deleted_stream_is_made_again_though_someone_listens_to_its_subjects(
-    installation: Installation, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(None, id="no answer"),
+        pytest.param(b"thanks", id="text"),
+        pytest.param(b"{}", id="empty object"),
+        pytest.param(b'{"error":{}}', id="empty error"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b"", id="empty"),
+        pytest.param(b'{"stream":"ANOTHER","seq":1}', id="another stream"),
+    ],
+)
+async def test_a_deleted_stream_is_recreated_for_a_result_although_a_subscriber_answers(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch, answer: bytes | None
 ) -> None:
-    """A listener takes the place of the missing stream: nobody says that there is none."""
-    monkeypatch.setattr(publishing, "API_TIMEOUT", 0.2)
-    await installation.listen("generation.result.>")
-    await installation.api(f"STREAM.DELETE.{RESULTS}")
-    assert await publish(installation, result())
-    assert await installation.count(RESULTS) == 1
+    """With a subscriber of the subject, the server does not report that no stream has it."""
 
-
-@pytest.mark.parametrize("answer", [b"thanks", b"{}", b'{"error":{}}', b"[]", b""])
-async def test_a_listener_that_answers_in_the_streams_place_is_not_believed(
-    installation: Installation, answer: bytes
-) -> None:
     async def respond(message: Msg) -> None:
-        await message.respond(answer)
-        await listening.unsubscribe()
+        if answer is not None:
+            await message.respond(answer)
+            await subscription.unsubscribe()
 
-    listening = await installation.listen("generation.result.>", respond)
+    if answer is None:
+        monkeypatch.setattr(publishing, "API_TIMEOUT", 0.2)
+    subscription = await installation.listen("generation.result.>", respond)
     await installation.api(f"STREAM.DELETE.{RESULTS}")
     assert await publish(installation, result())
     assert await installation.count(RESULTS) == 1
 
 
-async def test_a_result_waits_until_the_stream_takes_it(installation: Installation) -> None:
+async def test_a_deleted_stream_is_recreated_for_a_result(installation: Installation) -> None:
+    await installation.api(f"STREAM.DELETE.{RESULTS}")
+    assert await publish(installation, result())
+    assert await installation.count(RESULTS) == 1
+
+
+async def test_a_result_waits_while_the_stream_is_full(installation: Installation) -> None:
     config = (await installation.api(f"STREAM.INFO.{RESULTS}"))["config"]
     await installation.api(f"STREAM.UPDATE.{RESULTS}", {**config, "max_msgs": 1})
     assert await publish(installation, result("r-0"))
@@ -307,12 +314,12 @@ async def test_a_result_waits_until_the_stream_takes_it(installation: Installati
 # -- sizes ----------------------------------------------------------------------------------------
 
 
-async def test_a_result_that_just_fits_is_stored_and_one_byte_more_is_refused(
+async def test_a_result_of_max_payload_is_stored_and_a_larger_one_is_refused(
     installation: Installation,
 ) -> None:
     limit = installation.bus.client.max_payload
     too_large = result_of_size(limit + 1)
-    assert len(encode(too_large)) < limit, "it is the headers that make it too large"
+    assert len(encode(too_large)) < limit, "only the headers exceed the limit"
     with pytest.raises(MessageTooLarge):
         await publish(installation, too_large)
     assert await publish(installation, result_of_size(limit))
@@ -322,7 +329,7 @@ async def test_a_result_that_just_fits_is_stored_and_one_byte_more_is_refused(
     assert not installation.bus.closed.is_set()
 
 
-async def test_a_result_over_the_streams_own_limit_is_too_large(
+async def test_a_result_above_the_limit_of_the_stream_is_too_large(
     installation: Installation,
 ) -> None:
     config = (await installation.api(f"STREAM.INFO.{RESULTS}"))["config"]
@@ -335,17 +342,17 @@ async def test_a_result_over_the_streams_own_limit_is_too_large(
 # -- progress and replies -------------------------------------------------------------------------
 
 
-async def test_progress_is_told_to_who_listens(installation: Installation) -> None:
-    heard = await installation.listen("generation.progress.text_to_image.r-1")
+async def test_progress_is_published_to_subscribers(installation: Installation) -> None:
+    subscription = await installation.listen("generation.progress.text_to_image.r-1")
     await installation.events.publish_progress(progress(), trace_parent=TRACE_PARENT)
-    message = await heard.next_msg(timeout=5)
+    message = await subscription.next_msg(timeout=5)
     assert decode_event(message.data) == progress()
     assert message.headers is not None
     assert message.headers[TRACE_PARENT_HEADER] == TRACE_PARENT
     assert MESSAGE_ID not in message.headers
 
 
-async def test_progress_while_disconnected_is_not_kept_for_later(
+async def test_progress_is_not_buffered_while_disconnected(
     installation: Installation,
 ) -> None:
     await installation.kill_server()
@@ -358,19 +365,21 @@ async def test_progress_while_disconnected_is_not_kept_for_later(
     await installation.events.publish_progress(progress(), trace_parent=None)
 
 
-async def test_a_reply_is_the_event_without_a_message_id(installation: Installation) -> None:
-    heard = await installation.listen("_INBOX.sender.1")
+async def test_a_reply_has_the_event_and_no_message_id(installation: Installation) -> None:
+    subscription = await installation.listen("_INBOX.sender.1")
     await installation.events.reply("_INBOX.sender.1", result(), trace_parent=TRACE_PARENT)
-    message = await heard.next_msg(timeout=5)
+    message = await subscription.next_msg(timeout=5)
     assert decode_result(message.data) == result()
     assert message.headers is not None
     assert message.headers["ce-id"] == "r-1.done"
     assert MESSAGE_ID not in message.headers
 
 
-async def test_what_cannot_be_told_is_let_go(installation: Installation) -> None:
+async def test_progress_and_replies_that_cannot_be_sent_are_dropped(
+    installation: Installation,
+) -> None:
     limit = installation.bus.client.max_payload
-    too_large = result_of_size(limit + 200)  # a reply has some headers less than the stored one
+    too_large = result_of_size(limit + 200)  # a reply has fewer headers than a stored event
     assert len(encode(too_large)) < limit
     await soon(installation.events.reply("_INBOX.sender.1", too_large, trace_parent=None))
     huge = progress().model_copy(update={"preview": "x" * 2_000_000})
@@ -393,7 +402,7 @@ async def dead_letter(
     return await stored(installation, "generation.dead.text_to_image")
 
 
-async def test_a_dead_letter_keeps_the_request_and_says_why(installation: Installation) -> None:
+async def test_a_dead_letter_has_the_request_and_the_reason(installation: Installation) -> None:
     worker = await installation.worker()
     original = {MESSAGE_ID: "m-1", "Reply-To": "_INBOX.x", "Title": "Grüße"}
     await installation.publish(b"\x00not json\xff", request_id="r-1", headers=original)
@@ -411,14 +420,13 @@ async def test_a_dead_letter_keeps_the_request_and_says_why(installation: Instal
     assert headers.pop(DEAD_LETTER_ATTEMPTS) == "2"
     assert headers.pop(DEAD_LETTER_WORKER) == "w-1"
     assert headers.pop(DEAD_LETTER_SUBJECT) == "generation.request.text_to_image.r-1"
-    time_of_it = datetime.fromisoformat(headers.pop(DEAD_LETTER_TIME))
-    assert time_of_it == delivered.stored_at
+    assert datetime.fromisoformat(headers.pop(DEAD_LETTER_TIME)) == delivered.stored_at
     assert headers.pop(MESSAGE_ID) != "m-1"
-    kept = {name: text for name, text in headers.items() if not name.startswith("Nats-")}
-    assert kept == {f"Original-{name}": text for name, text in original.items()}
+    originals = {name: text for name, text in headers.items() if not name.startswith("Nats-")}
+    assert originals == {f"Original-{name}": text for name, text in original.items()}
 
 
-async def test_a_dead_letter_is_kept_once_for_all_deliveries(installation: Installation) -> None:
+async def test_a_dead_letter_is_stored_once_for_all_deliveries(installation: Installation) -> None:
     worker = await installation.worker()
     await installation.publish(b"first")
     for _ in range(3):
@@ -430,7 +438,7 @@ async def test_a_dead_letter_is_kept_once_for_all_deliveries(installation: Insta
     await (await take(worker)).ack()
     await installation.publish(b"first")
     await dead_letter(installation, await take(worker))
-    assert await installation.count(DEAD_LETTERS) == 2, "an equal request is another request"
+    assert await installation.count(DEAD_LETTERS) == 2, "a second request with the same body"
 
 
 async def test_a_dead_letter_waits_for_the_server(installation: Installation) -> None:
@@ -438,20 +446,20 @@ async def test_a_dead_letter_waits_for_the_server(installation: Installation) ->
     await installation.publish(b"first")
     delivered = await take(worker)
     await installation.kill_server()
-    putting = asyncio.create_task(dead_letter(installation, delivered))
-    await asyncio.wait({putting}, timeout=0.1)
-    assert not putting.done()
+    storing = asyncio.create_task(dead_letter(installation, delivered))
+    await asyncio.wait({storing}, timeout=0.1)
+    assert not storing.done()
     await installation.start_server()
-    assert (await soon(putting)).body == b"first"
+    assert (await soon(storing)).body == b"first"
 
 
-async def test_a_dead_letter_that_does_not_fit_is_cut(
+async def test_the_body_of_a_dead_letter_that_is_too_large_is_truncated(
     start_nats: StartNats, installation_of: InstallationOf
 ) -> None:
     limit = 4_096  # bytes
     installation = await installation_of(start_nats(f"max_payload: {limit}"))
     worker = await installation.worker()
-    body = bytes(range(256)) * 15  # fits the server's limit, but not with a dead letter's headers
+    body = bytes(range(256)) * 15  # too large with the headers of a dead letter
     await installation.publish(body, headers={"Title": "x" * 100})
     delivered = await take(worker)
 
@@ -464,7 +472,7 @@ async def test_a_dead_letter_that_does_not_fit_is_cut(
     assert installation.bus.client.stats["reconnects"] == 0
 
 
-async def test_originals_are_left_out_before_the_body_is_cut(
+async def test_a_large_dead_letter_loses_original_headers_before_its_body(
     start_nats: StartNats, installation_of: InstallationOf
 ) -> None:
     installation = await installation_of(start_nats("max_payload: 4096"))
@@ -476,7 +484,7 @@ async def test_originals_are_left_out_before_the_body_is_cut(
     assert "Original-Title" not in letter.headers
 
 
-async def test_a_reason_cannot_write_headers_or_fill_the_letter(
+async def test_a_reason_cannot_add_headers_and_its_length_is_limited(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
@@ -495,10 +503,10 @@ async def test_a_reason_cannot_write_headers_or_fill_the_letter(
     assert text.isascii()
 
 
-async def test_a_header_name_that_the_client_would_not_write_does_not_stop_a_dead_letter(
+async def test_a_dead_letter_renames_a_header_that_nats_py_cannot_write(
     installation: Installation,
 ) -> None:
-    """Other clients, and whoever writes to the socket, publish such names."""
+    """Other clients can publish such names."""
     async with raw_client(installation) as write:
         headers = b"NATS/1.0\r\nodd(name)/x: 1\r\nGood: 2\r\n\r\n"
         await write(
@@ -518,7 +526,7 @@ async def test_a_header_name_that_the_client_would_not_write_does_not_stop_a_dea
 
 @asynccontextmanager
 async def raw_client(installation: Installation) -> AsyncIterator[Any]:
-    """Writes to the server's socket, and returns when the server has had it."""
+    """Return a function that writes to the server and waits until the server has processed it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", installation.server.ports["client"])
 
     async def write(data: bytes) -> None:

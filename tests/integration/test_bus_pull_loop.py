@@ -1,4 +1,4 @@
-"""The pull loop on a real server: what it delivers, survives, and gives back."""
+"""The pull loop on a real server: deliveries, lost servers and durables, and requeues."""
 
 import asyncio
 import time
@@ -27,25 +27,25 @@ from tests.integration.bus_installation import (
 from tests.support.relay import Relay
 
 ROUNDS = 50
-CHANCES = 150  # rounds; one in 18 lost its request when nothing was done about it
-MOST_TURNS = 15  # of the event loop, within which a worker closes
-QUICK = 0.2  # seconds; an idle heartbeat for tests that wait for silence
+CLOSE_ROUNDS = 150  # without requeues at close, one in 18 rounds lost its request
+MAX_ITERATIONS = 15  # of the event loop: a worker closes within this number
+QUICK = 0.2  # seconds; an idle heartbeat for tests that wait for a heartbeat timeout
 
 
-def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let silence be noticed in half a second, and leave nats-py's own pings out of it."""
+def shorten_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the heartbeat timeout to half a second, and disable the pings of nats-py."""
     monkeypatch.setattr(pull, "IDLE_HEARTBEAT", QUICK)
     monkeypatch.setattr(pull, "HEARTBEAT_TIMEOUT", 2.5 * QUICK)
     monkeypatch.setattr(connection, "PING_INTERVAL", 1_000)
 
 
-def do_not_hear_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave it to the reconnect, or to the stop, to wake the loop."""
+def disable_heartbeat_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let only a reconnect or a stop wake the loop."""
     monkeypatch.setattr(pull, "HEARTBEAT_TIMEOUT", 1_000.0)
 
 
 async def waiting(installation: Installation, worker: Worker) -> "asyncio.Task[Delivery | None]":
-    """A worker that waits for a request, and the server knows it."""
+    """Let a worker wait for a request; return when the server has its pull request."""
     task: asyncio.Task[Delivery | None] = asyncio.create_task(worker.loop.next())
     await installation.until_pulls_wait(1)
     return task
@@ -57,9 +57,9 @@ async def taken(task: "asyncio.Task[Delivery | None]") -> Delivery:
     return delivery
 
 
-async def publish_after(installation: Installation, turns: int) -> None:
-    """Publish after so many turns of the event loop."""
-    for _ in range(turns):
+async def publish_after(installation: Installation, iterations: int) -> None:
+    """Publish after a number of iterations of the event loop."""
+    for _ in range(iterations):
         await asyncio.sleep(0)
     await installation.publish()
 
@@ -84,7 +84,9 @@ async def test_a_request_is_delivered_as_it_was_published(installation: Installa
     assert before < delivered.stored_at < datetime.now(UTC) + timedelta(seconds=1)
 
 
-async def test_requests_come_in_order_and_none_stays(installation: Installation) -> None:
+async def test_requests_are_delivered_in_order_and_deleted_after_the_ack(
+    installation: Installation,
+) -> None:
     worker = await installation.worker()
     for n in range(20):
         await installation.publish(b"%d" % n)
@@ -97,7 +99,7 @@ async def test_requests_come_in_order_and_none_stays(installation: Installation)
     assert await installation.count(REQUESTS) == 0
 
 
-async def test_a_waiting_worker_gets_a_request_at_once(installation: Installation) -> None:
+async def test_a_waiting_worker_gets_a_request_immediately(installation: Installation) -> None:
     worker = await installation.worker()
     latencies = []
     for _ in range(30):
@@ -118,19 +120,19 @@ async def test_max_ack_pending_limits_the_jobs_of_all_workers_together(
 ) -> None:
     installation = await installation_of(start_nats(), max_ack_pending=at_once)
     jobs = 30
-    in_hand: set[int] = set()
+    in_flight: set[int] = set()
     most = done = 0
-    meeting = asyncio.Event()  # set once so many jobs are in hand as there may be
+    limit_reached = asyncio.Event()  # set when the maximum of jobs is in flight
 
     async def work(worker: Worker) -> None:
         nonlocal most, done
         while (delivered := await worker.loop.next()) is not None:
-            in_hand.add(delivered.stream_sequence)
-            most = max(most, len(in_hand))
-            if len(in_hand) == at_once:
-                meeting.set()
-            await meeting.wait()
-            in_hand.remove(delivered.stream_sequence)
+            in_flight.add(delivered.stream_sequence)
+            most = max(most, len(in_flight))
+            if len(in_flight) == at_once:
+                limit_reached.set()
+            await limit_reached.wait()
+            in_flight.remove(delivered.stream_sequence)
             await delivered.ack()
             done += 1
             if done == jobs:
@@ -147,10 +149,10 @@ async def test_max_ack_pending_limits_the_jobs_of_all_workers_together(
     assert await installation.count(REQUESTS) == 0
 
 
-async def test_a_paused_durable_is_waited_for(
+async def test_a_worker_waits_for_a_paused_durable(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hasten(monkeypatch)
+    shorten_heartbeats(monkeypatch)
     until_tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
     await installation.api(f"CONSUMER.PAUSE.{REQUESTS}.{TASK}", {"pause_until": until_tomorrow})
     worker = await installation.worker()
@@ -159,7 +161,7 @@ async def test_a_paused_durable_is_waited_for(
     pulls = worker.loop._pulls
     await asyncio.wait({task}, timeout=5 * QUICK)
     assert not task.done()
-    assert worker.loop._pulls == pulls, "the heartbeats of a paused durable are heard"
+    assert worker.loop._pulls == pulls, "a paused durable sends heartbeats"
     assert worker.loop.attached
 
     await installation.api(f"CONSUMER.PAUSE.{REQUESTS}.{TASK}", {})
@@ -172,24 +174,24 @@ async def test_a_paused_durable_is_waited_for(
 async def test_a_paused_loop_pulls_nothing_until_it_is_resumed(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hasten(monkeypatch)
+    shorten_heartbeats(monkeypatch)
     monkeypatch.setattr(pull, "EXPIRES", 1.0)
     worker = await installation.worker()
     task = await waiting(installation, worker)
     worker.loop.pause()
-    await installation.until_pulls_wait(0)  # left to expire
+    await installation.until_pulls_wait(0)  # the pull request expires
     await installation.publish()
     # Long enough for a heartbeat timeout.
     await asyncio.wait({task}, timeout=5 * pull.HEARTBEAT_TIMEOUT)
     assert not task.done()
-    assert worker.bus.connection == 0, "silence is no fault while the loop is paused"
+    assert worker.bus.connection == 0, "a paused loop ignores missing heartbeats"
     assert (await installation.consumer_info()).num_pending == 1
 
     worker.loop.resume()
     assert (await taken(task)).attempt == 1
 
 
-async def test_what_a_standing_pull_brings_while_paused_is_delivered(
+async def test_a_pull_request_from_before_the_pause_still_delivers(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
@@ -205,7 +207,7 @@ async def test_what_a_standing_pull_brings_while_paused_is_delivered(
     assert await soon(task) is None
 
 
-async def test_a_message_on_the_pulls_inbox_that_is_not_the_servers_changes_nothing(
+async def test_a_foreign_message_on_the_inbox_of_the_pull_is_ignored(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
@@ -220,14 +222,14 @@ async def test_a_message_on_the_pulls_inbox_that_is_not_the_servers_changes_noth
     assert worker.loop.attached
 
 
-# -- the server goes and comes back ---------------------------------------------------------------
+# -- the server restarts --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
-async def test_an_idle_worker_goes_on_after_a_restart_of_the_server(
+async def test_an_idle_worker_gets_requests_after_a_restart_of_the_server(
     installation: Installation, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    do_not_hear_silence(monkeypatch)
+    disable_heartbeat_timeout(monkeypatch)
     worker = await installation.worker()
     task = await waiting(installation, worker)
 
@@ -241,10 +243,10 @@ async def test_an_idle_worker_goes_on_after_a_restart_of_the_server(
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
-async def test_a_request_that_waits_on_the_returning_server_is_delivered(
+async def test_a_request_that_was_queued_before_the_restart_is_delivered(
     installation: Installation, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    do_not_hear_silence(monkeypatch)
+    disable_heartbeat_timeout(monkeypatch)
     holder, worker = await installation.worker(), await installation.worker()
     await installation.publish(b"first")
     first = await take(holder)
@@ -256,17 +258,17 @@ async def test_a_request_that_waits_on_the_returning_server_is_delivered(
     returned = await installation.start_server()
 
     delivered = await taken(task)
-    measured(
-        f"server's return to a waiting request in hand, after {how}", time.monotonic() - returned
-    )
+    measured(f"server's return to a queued request, after {how}", time.monotonic() - returned)
     await soon(settling)
-    if how == "SIGKILL" and delivered.body == b"first":  # a killed server may not know who has it
+    if how == "SIGKILL" and delivered.body == b"first":  # a killed server may not know its delivery
         await delivered.ack()
         delivered = await take(worker)
     assert (delivered.body, delivered.attempt) == (b"second", 1)
 
 
-async def test_a_restart_while_a_job_is_in_hand_costs_nothing(installation: Installation) -> None:
+async def test_a_restart_while_a_job_is_in_progress_causes_no_redelivery(
+    installation: Installation,
+) -> None:
     worker = await installation.worker()
     await installation.publish(b"first")
     first = await take(worker)
@@ -280,41 +282,44 @@ async def test_a_restart_while_a_job_is_in_hand_costs_nothing(installation: Inst
     assert (second.body, second.attempt) == (b"second", 1)
 
 
-async def test_a_pull_that_was_lost_is_made_again(
+async def test_a_lost_pull_request_is_sent_again(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hasten(monkeypatch)
+    shorten_heartbeats(monkeypatch)
     monkeypatch.setattr(pull, "MAX_HEARTBEAT_TIMEOUTS", 10**9)
     worker = await installation.worker()
-    worker.loop._is_pull_pending = True  # the server has no such pull request
+    worker.loop._is_pull_pending = True  # the server has no pull request
     worker.loop._last_message_at = time.monotonic()
     task = await waiting(installation, worker)
     await installation.publish()
     await taken(task)
 
 
-async def test_a_pull_that_the_server_refuses_is_tried_again(installation: Installation) -> None:
+async def test_a_refused_pull_request_is_sent_again(installation: Installation) -> None:
     durable = (await installation.api(f"CONSUMER.INFO.{REQUESTS}.{TASK}"))["config"]
-    shorter = {**durable, "max_expires": 1_000_000_000}  # nanoseconds; the loop asks for more
+    shorter = {
+        **durable,
+        "max_expires": 1_000_000_000,
+    }  # nanoseconds; the pull requests of the loop last longer
     update = f"CONSUMER.CREATE.{REQUESTS}.{TASK}"
     await installation.api(update, {"stream_name": REQUESTS, "config": shorter})
     worker = await installation.worker()
     task = asyncio.create_task(worker.loop.next())
 
-    async def noticed() -> bool:
+    async def detached() -> bool:
         return not worker.loop.attached
 
-    await until(noticed)
+    await until(detached)
     await installation.publish()
     await installation.api(update, {"stream_name": REQUESTS, "config": durable})
     await taken(task)
     assert worker.loop.attached
 
 
-async def test_a_dead_connection_that_looks_alive_is_made_anew(
+async def test_a_connection_that_loses_all_bytes_is_replaced(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hasten(monkeypatch)
+    shorten_heartbeats(monkeypatch)
     async with Relay(installation.server.ports["client"]) as relay:
         worker = await installation.worker(f"nats://{relay.address}")
         task = await waiting(installation, worker)
@@ -323,24 +328,24 @@ async def test_a_dead_connection_that_looks_alive_is_made_anew(
         worker.bus.on_reconnect(reconnected.set)
 
         relay.swallow()
-        swallowed = time.monotonic()
+        started = time.monotonic()
         await soon(reconnected.wait())
         await installation.publish()
 
         await taken(task)
         measured(
-            f"a dead connection to the next request, with heartbeats of {QUICK} s",
-            time.monotonic() - swallowed,
+            f"a lost connection to the next request, with heartbeats of {QUICK} s",
+            time.monotonic() - started,
         )
         worker.loop.stop()
         await worker.loop.close()
         await worker.bus.close()
 
 
-async def test_a_frozen_server_is_waited_for(
+async def test_a_worker_reconnects_to_a_server_that_was_frozen(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hasten(monkeypatch)
+    shorten_heartbeats(monkeypatch)
     worker = await installation.worker()
     task = await waiting(installation, worker)
 
@@ -349,21 +354,21 @@ async def test_a_frozen_server_is_waited_for(
 
     with installation.frozen():
         await until_lost(worker.bus)
-    thawed = time.monotonic()
+    resumed = time.monotonic()
     await soon(reconnected.wait())
     await installation.publish()
 
     await taken(task)
-    measured("a frozen server's return to the next request", time.monotonic() - thawed)
+    measured("a frozen server's return to the next request", time.monotonic() - resumed)
 
 
-# -- the durable goes -----------------------------------------------------------------------------
+# -- the durable or the stream is deleted ---------------------------------------------------------
 
 
-async def test_a_durable_deleted_while_idle_is_made_again(
+async def test_a_durable_deleted_while_the_worker_is_idle_is_recreated(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    do_not_hear_silence(monkeypatch)
+    disable_heartbeat_timeout(monkeypatch)
     worker = await installation.worker()
     task = await waiting(installation, worker)
 
@@ -376,7 +381,7 @@ async def test_a_durable_deleted_while_idle_is_made_again(
     assert worker.loop.attached
 
 
-async def test_a_durable_deleted_while_a_job_is_in_hand_is_made_again(
+async def test_a_durable_deleted_while_a_job_is_in_progress_is_recreated(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
@@ -386,29 +391,31 @@ async def test_a_durable_deleted_while_a_job_is_in_hand_is_made_again(
     await installation.api(f"CONSUMER.DELETE.{REQUESTS}.{TASK}")
 
     again = await take(worker)
-    assert again.body == b"first", "the new durable knows of no delivery"
+    assert again.body == b"first", "the new durable has no deliveries"
     await again.ack()
     assert (await take(worker)).body == b"second"
 
 
-async def test_a_stream_deleted_while_idle_is_made_again(installation: Installation) -> None:
+async def test_a_stream_deleted_while_the_worker_is_idle_is_recreated(
+    installation: Installation,
+) -> None:
     worker = await installation.worker()
     task = await waiting(installation, worker)
 
     await installation.api(f"STREAM.DELETE.{REQUESTS}")
     deleted = time.monotonic()
 
-    async def there_again() -> bool:
+    async def recreated() -> bool:
         answer = await installation.plain.request(f"$JS.API.STREAM.INFO.{REQUESTS}", timeout=5)
         return b'"error"' not in answer.data
 
-    await until(there_again)
+    await until(recreated)
     await installation.publish(b"after")
     assert (await taken(task)).body == b"after"
     measured("a deleted stream to the next request", time.monotonic() - deleted)
 
 
-async def test_the_worker_is_not_attached_while_the_durable_cannot_be_made(
+async def test_the_worker_is_detached_while_the_durable_cannot_be_created(
     installation: Installation,
 ) -> None:
     worker = await installation.worker()
@@ -419,10 +426,10 @@ async def test_the_worker_is_not_attached_while_the_durable_cannot_be_made(
     await installation.api(f"STREAM.UPDATE.{RESULTS}", {**results, "allow_direct": False})
     await installation.api(f"CONSUMER.DELETE.{REQUESTS}.{TASK}")
 
-    async def noticed() -> bool:
+    async def detached() -> bool:
         return not worker.loop.attached
 
-    await until(noticed)
+    await until(detached)
     await installation.api(f"STREAM.UPDATE.{RESULTS}", results)
     await installation.publish()
     await taken(task)
@@ -435,7 +442,7 @@ async def test_the_worker_is_not_attached_while_the_durable_cannot_be_made(
 async def test_stop_ends_an_idle_wait(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    do_not_hear_silence(monkeypatch)
+    disable_heartbeat_timeout(monkeypatch)
     worker = await installation.worker()
     task = await waiting(installation, worker)
     started = time.monotonic()
@@ -445,10 +452,10 @@ async def test_stop_ends_an_idle_wait(
     assert await soon(worker.loop.next()) is None
 
 
-async def test_stop_ends_a_wait_for_a_server_that_is_away(
+async def test_stop_ends_a_wait_while_the_server_is_down(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    do_not_hear_silence(monkeypatch)
+    disable_heartbeat_timeout(monkeypatch)
     worker = await installation.worker()
     task = await waiting(installation, worker)
     await installation.kill_server()
@@ -459,7 +466,7 @@ async def test_stop_ends_a_wait_for_a_server_that_is_away(
     measured("close without a server", time.monotonic() - started)
 
 
-async def test_what_is_published_after_close_goes_to_another_worker_at_once(
+async def test_a_request_published_after_close_goes_to_another_worker(
     installation: Installation,
 ) -> None:
     other = await installation.worker()
@@ -477,30 +484,32 @@ async def test_what_is_published_after_close_goes_to_another_worker_at_once(
         await worker.bus.close()
 
 
-async def test_what_is_published_during_close_goes_to_another_worker_at_once(
+async def test_a_request_published_during_close_goes_to_another_worker(
     installation: Installation,
 ) -> None:
-    """ack_wait is 60 s: what the closing worker lost could not come again within this test."""
+    """With an ack_wait of 60 s, a request that the closing worker loses fails this test."""
     other = await installation.worker()
-    given_back = 0
-    for turns in range(CHANCES):
+    requeued = 0
+    for round_number in range(CLOSE_ROUNDS):
         worker = await installation.worker()
         task = await waiting(installation, worker)
         worker.loop.stop()
         assert await soon(task) is None
         await soon(
-            asyncio.gather(worker.loop.close(), publish_after(installation, turns % MOST_TURNS))
+            asyncio.gather(
+                worker.loop.close(), publish_after(installation, round_number % MAX_ITERATIONS)
+            )
         )
 
         delivered = await take(other)
         assert delivered.attempt <= 2
-        given_back += delivered.attempt == 2
+        requeued += delivered.attempt == 2
         await delivered.ack()
         await worker.bus.close()
-    print(f"{given_back} of {CHANCES} requests had come to the closing worker")  # noqa: T201
+    print(f"{requeued} of {CLOSE_ROUNDS} requests were delivered to the closing worker")  # noqa: T201
 
 
-async def test_close_requeues_a_delivery_that_was_not_taken(
+async def test_close_requeues_a_delivery_that_no_job_has_taken(
     installation: Installation,
 ) -> None:
     worker, other = await installation.worker(), await installation.worker()
@@ -512,14 +521,14 @@ async def test_close_requeues_a_delivery_that_was_not_taken(
 
     await until(received)
     await soon(worker.loop.close())
-    assert not worker.loop._requeuing, "the connection is closed next"
+    assert not worker.loop._requeuing, "the connection may be closed after this"
     assert (await take(other)).attempt == 2
 
 
 async def test_close_does_not_wait_for_a_frozen_server(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hasten(monkeypatch)
+    shorten_heartbeats(monkeypatch)
     monkeypatch.setattr(connection, "CLOSE_TIMEOUT", QUICK)
     worker = await installation.worker()
     task = await waiting(installation, worker)
@@ -534,10 +543,10 @@ async def test_close_does_not_wait_for_a_frozen_server(
         measured("the connection's close with a frozen server", time.monotonic() - started)
 
 
-async def test_a_client_that_has_given_up_ends_the_wait(
+async def test_a_closed_client_ends_the_wait(
     installation: Installation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hasten(monkeypatch)
+    shorten_heartbeats(monkeypatch)
     worker = await installation.worker()
     task = await waiting(installation, worker)
     await worker.bus.client.close()
@@ -545,10 +554,10 @@ async def test_a_client_that_has_given_up_ends_the_wait(
         await soon(task)
 
 
-# -- pulls that were taken to be lost -------------------------------------------------------------
+# -- late answers to old pull requests ------------------------------------------------------------
 
 
-async def test_a_delivery_that_was_not_asked_for_is_given_back(
+async def test_an_unexpected_delivery_is_requeued(
     start_nats: StartNats, installation_of: InstallationOf
 ) -> None:
     installation = await installation_of(start_nats(), max_ack_pending=2)
@@ -563,7 +572,7 @@ async def test_a_delivery_that_was_not_asked_for_is_given_back(
     await first.ack()
 
 
-async def test_the_loop_hears_while_it_gives_back(
+async def test_the_loop_takes_deliveries_while_it_requeues_another_one(
     start_nats: StartNats, installation_of: InstallationOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "SETTLE_TIMEOUT", 1_000.0)
@@ -576,14 +585,14 @@ async def test_the_loop_hears_while_it_gives_back(
 
     await installation.publish(b"third")
     assert (await take(worker)).body == b"third"
-    assert worker.loop._requeuing, "the server has not confirmed that the second one is requeued"
+    assert worker.loop._requeuing, "the server has not confirmed the requeue of the second request"
     started = time.monotonic()
     await soon(worker.loop.close())
-    measured("close with something that cannot be given back", time.monotonic() - started)
+    measured("close with a delivery that cannot be requeued", time.monotonic() - started)
 
 
 async def answer_an_old_pull(installation: Installation, worker: Worker, body: bytes) -> None:
-    """Let the server answer a pull only now that the worker has taken to be lost."""
+    """Let the server answer a pull request that the worker regards as lost."""
     await worker.bus.client.publish(
         f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{TASK}", b"1", reply=f"{worker.loop._inbox}.0"
     )

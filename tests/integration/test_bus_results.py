@@ -194,21 +194,6 @@ async def test_a_result_waits_for_a_full_stream_and_the_observer_is_notified(
     assert reports[-1] == (True, "")
 
 
-async def test_answer_that_does_not_come_from_the_stream_is_not_believed(
-    installation: Installation,
-) -> None:
-    """A listener may answer where the stream is missing."""
-    await installation.api(f"STREAM.DELETE.{RESULTS}")
-
-    async def respond(message: Any) -> None:
-        await message.respond(b'{"stream":"ANOTHER","seq":1}')
-        await listening.unsubscribe()
-
-    listening = await installation.listen("generation.result.>", respond)
-    assert await soon(installation.events.publish_result(result(), trace_parent=None))
-    assert await installation.count(RESULTS) == 1
-
-
 # -- message ids ----------------------------------------------------------------------------------
 
 

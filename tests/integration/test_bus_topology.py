@@ -1,4 +1,4 @@
-"""Streams and durables on a real server: created, left alone, updated, refused."""
+"""Streams and durables on a real server: creation, updates, and refusals."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ from tests.integration.bus_installation import (
 )
 
 ROOT = Path(__file__).parents[2]
-FORMER = "GENERATION_REQUESTS"  # of all tasks, in earlier versions
+FORMER = "GENERATION_REQUESTS"  # the request stream of all tasks in earlier versions
 RELEASES, ADVISORIES = "GENERATION_RELEASES", "GENERATION_ADVISORIES"
 RETRIES = "GENERATION_RETRIES"
 STREAMS = (REQUESTS, OTHER_REQUESTS, RESULTS, DEAD_LETTERS, RELEASES, RETRIES, ADVISORIES)
@@ -87,41 +87,41 @@ async def bus(nats_server: NatsServer, parts: AsyncExitStack) -> Bus:
 # -- apply ----------------------------------------------------------------------------------------
 
 
-async def test_apply_creates_everything_and_then_finds_it_unchanged(bus: Bus) -> None:
+async def test_a_second_apply_changes_nothing(bus: Bus) -> None:
     assert await topology(bus).apply(BOTH) == dict.fromkeys(EVERYTHING, "created")
     assert await topology(bus).apply(BOTH) == dict.fromkeys(EVERYTHING, "unchanged")
 
 
-async def test_what_apply_creates_is_what_the_files_say(bus: Bus) -> None:
+async def test_apply_creates_the_configurations_of_the_files(bus: Bus) -> None:
     await topology(bus, ack_wait=90.0, max_ack_pending=3).apply(BOTH)
     for path in (ROOT / "infra/nats/streams").glob("*.json"):
-        wanted = json.loads(path.read_text())
-        found = await stream_config(bus, wanted["name"])
-        assert {key: found.get(key, 0) for key in wanted} == wanted
+        expected = json.loads(path.read_text())
+        found = await stream_config(bus, expected["name"])
+        assert {key: found.get(key, 0) for key in expected} == expected
     for path in (ROOT / "infra/nats/consumers").glob("*.json"):
-        wanted = {
+        expected = {
             **json.loads(path.read_text()),
             "ack_wait": 90 * SECOND,
             "max_ack_pending": 3,
         }
         found = await consumer_config(bus, path.stem, stream=QUEUES[path.stem])
-        assert {key: found.get(key) for key in wanted} == wanted
+        assert {key: found.get(key) for key in expected} == expected
     for folder, stream in (("watchers", ADVISORIES), ("retries", RETRIES)):
         for path in (ROOT / "infra/nats" / folder).glob("*.json"):
-            wanted = json.loads(path.read_text())
-            found = await consumer_config(bus, wanted["durable_name"], stream=stream)
-            assert {key: found.get(key) for key in wanted} == wanted
+            expected = json.loads(path.read_text())
+            found = await consumer_config(bus, expected["durable_name"], stream=stream)
+            assert {key: found.get(key) for key in expected} == expected
 
 
 @pytest.mark.parametrize("ack_wait", [1.0, 1.1, 12.345, 60.0])
-async def test_seconds_survive_the_way_to_nanoseconds_and_back(bus: Bus, ack_wait: float) -> None:
+async def test_ack_wait_survives_the_conversion_to_nanoseconds(bus: Bus, ack_wait: float) -> None:
     applied = topology(bus, ack_wait=ack_wait)
     await applied.apply((TASK,))
     assert (await applied.apply((TASK,)))["text_to_image"] == "unchanged"
     assert (await applied.ensure(TASK)).ack_wait == ack_wait
 
 
-async def test_apply_updates_a_live_durable_and_keeps_the_rest_of_it(bus: Bus) -> None:
+async def test_apply_updates_a_durable_and_keeps_its_other_settings(bus: Bus) -> None:
     await topology(bus).apply((TASK,))
     await change_consumer(bus, sample_freq="100", metadata={"owner": "us"})
 
@@ -138,7 +138,7 @@ async def test_apply_updates_a_live_durable_and_keeps_the_rest_of_it(bus: Bus) -
     assert set(again.values()) == {"unchanged"}
 
 
-async def test_apply_brings_a_stream_back_to_its_file_and_keeps_the_rest_of_it(bus: Bus) -> None:
+async def test_apply_resets_a_stream_to_its_file_and_keeps_its_other_settings(bus: Bus) -> None:
     await topology(bus).apply((TASK,))
     await change_stream(bus, REQUESTS, max_msgs=5, metadata={"owner": "us"}, compression="s2")
 
@@ -150,7 +150,7 @@ async def test_apply_brings_a_stream_back_to_its_file_and_keeps_the_rest_of_it(b
     assert (found["metadata"]["owner"], found["compression"]) == ("us", "s2")
 
 
-async def test_an_operators_extra_settings_are_no_difference(bus: Bus) -> None:
+async def test_extra_settings_of_an_operator_are_ignored(bus: Bus) -> None:
     await topology(bus).apply((TASK,))
     await change_stream(bus, RESULTS, metadata={"owner": "us"})
     await change_consumer(bus, metadata={"owner": "us"})
@@ -160,24 +160,17 @@ async def test_an_operators_extra_settings_are_no_difference(bus: Bus) -> None:
     assert logs == []
 
 
-async def test_apply_removes_a_backoff(bus: Bus) -> None:
-    await topology(bus).apply((TASK,))
-    await change_consumer(bus, backoff=[SECOND, 5 * SECOND])
-    assert (await topology(bus).apply((TASK,)))["text_to_image"] == "updated"
-    found = await consumer_config(bus)
-    assert not found.get("backoff")
-    assert found["ack_wait"] == 60 * SECOND
-
-
 @pytest.mark.parametrize(
     "filters",
     [
         {"filter_subject": "generation.request.text_to_image"},
         {"filter_subjects": list(Subjects().request_subjects(TASK))},
     ],
-    ids=["one that hides requests", "two that make them dear"],
+    ids=["one subject", "both subjects"],
 )
-async def test_apply_takes_filters_away(bus: Bus, filters: dict[str, Any]) -> None:
+async def test_a_durable_with_filters_is_refused_and_apply_removes_the_filters(
+    bus: Bus, filters: dict[str, Any]
+) -> None:
     await topology(bus).apply(())
     config = {"durable_name": "text_to_image", "ack_policy": "explicit", **filters}
     await api(
@@ -196,7 +189,7 @@ async def test_apply_takes_filters_away(bus: Bus, filters: dict[str, Any]) -> No
 
 
 def assert_unfiltered(durable: dict[str, Any]) -> None:
-    """What a delivery costs the server does not grow with the queue then (tests/bench/speed)."""
+    """With a filter, the cost of a delivery grows with the queue (tests/bench/speed)."""
     assert not durable.get("filter_subject")
     assert not durable.get("filter_subjects")
 
@@ -205,7 +198,7 @@ def assert_unfiltered(durable: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("retention", "limits"), ("storage", "memory")])
-async def test_what_an_update_cannot_change_is_a_clear_error(
+async def test_a_setting_that_no_update_can_change_is_refused_by_name(
     bus: Bus, key: str, value: str
 ) -> None:
     config = json.loads((ROOT / f"infra/nats/streams/{REQUESTS}.json").read_text())
@@ -244,14 +237,18 @@ async def test_ensure_refuses_a_stream_that_breaks_a_guarantee(
     await topology(bus).ensure(TASK)
 
 
-async def test_ensure_refuses_a_backoff(bus: Bus) -> None:
+async def test_a_durable_with_a_backoff_is_refused_and_apply_removes_the_backoff(bus: Bus) -> None:
     await topology(bus).apply((TASK,))
     await change_consumer(bus, backoff=[SECOND, 5 * SECOND])
     with pytest.raises(TopologyError, match="consumer text_to_image: backoff is"):
         await topology(bus).ensure(TASK)
+    assert (await topology(bus).apply((TASK,)))["text_to_image"] == "updated"
+    found = await consumer_config(bus)
+    assert not found.get("backoff")
+    assert found["ack_wait"] == 60 * SECOND
 
 
-async def test_another_max_deliver_is_reported_and_applied(bus: Bus) -> None:
+async def test_another_max_deliver_is_logged_and_apply_updates_it(bus: Bus) -> None:
     await topology(bus).apply((TASK,))
     await change_consumer(bus, max_deliver=3)
     with capture_logs() as logs:
@@ -263,7 +260,7 @@ async def test_another_max_deliver_is_reported_and_applied(bus: Bus) -> None:
     assert (await consumer_config(bus))["max_deliver"] == 50
 
 
-async def test_watcher_hears_of_its_own_durable_alone(bus: Bus) -> None:
+async def test_a_watcher_gets_the_advisories_of_its_durable_only(bus: Bus) -> None:
     await topology(bus, durable_name="mine").apply((TASK,))
     await topology(bus).apply((Task.IMAGE_TO_TEXT,))
     advisories = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES"
@@ -271,8 +268,8 @@ async def test_watcher_hears_of_its_own_durable_alone(bus: Bus) -> None:
         found = await consumer_config(bus, durable, stream=ADVISORIES)
         assert found["filter_subjects"] == [f"{advisories}.{queue}.{durable}"]
         assert found["max_deliver"] == -1
-    wanted = topology(bus, durable_name="mine").watcher(TASK)
-    assert wanted == Durable(
+    expected = topology(bus, durable_name="mine").watcher(TASK)
+    assert expected == Durable(
         stream=ADVISORIES, name="mine", ack_wait=30.0, max_ack_pending=1, max_deliver=-1
     )
 
@@ -301,24 +298,24 @@ async def test_a_second_durable_of_a_task_is_refused(bus: Bus) -> None:
         await topology(bus, durable_name="second").ensure(TASK)
 
 
-# -- what is there is not harmed ------------------------------------------------------------------
+# -- existing work is not harmed ------------------------------------------------------------------
 
 
 async def in_flight(bus: Bus) -> None:
-    """Give a request to a worker that keeps it."""
+    """Deliver a request to a client that does not settle it."""
     await bus.jetstream.publish("generation.request.text_to_image.r-1", b"{}")
     inbox = bus.client.new_inbox()
-    heard = await bus.client.subscribe(inbox)
+    subscription = await bus.client.subscribe(inbox)
     pull = f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.text_to_image"
     await bus.client.publish(pull, b"", reply=inbox)
-    await heard.next_msg(timeout=5)
+    await subscription.next_msg(timeout=5)
 
 
 @pytest.mark.parametrize("idle", [False, True])
 async def test_apply_does_not_shorten_leases_while_workers_run(bus: Bus, idle: bool) -> None:
-    """They renew leases, also that of their next request, as often as the old value asks for.
+    """Running workers renew their leases for the old value of ack_wait.
 
-    The rest is applied, and the line says what to do.
+    Apply updates the other settings, and its error names the setting to change.
     """
     await topology(bus, ack_wait=300.0).apply((TASK,))
     await bus.client.subscribe("generation.interrupt.*")  # as a worker does
@@ -329,18 +326,18 @@ async def test_apply_does_not_shorten_leases_while_workers_run(bus: Bus, idle: b
     found = await consumer_config(bus)
     assert (found["ack_wait"], found["max_ack_pending"]) == (300 * SECOND, 7)
     longer = await topology(bus, ack_wait=400.0, max_ack_pending=7).apply((TASK,))
-    assert longer["text_to_image"] == "updated", "a longer one harms nothing"
+    assert longer["text_to_image"] == "updated", "a longer ack_wait is harmless"
 
 
 async def test_apply_shortens_leases_while_no_worker_runs(bus: Bus) -> None:
-    """Also where a worker that is gone has left a request in flight."""
+    """A request of a dead worker may still be in flight."""
     await topology(bus, ack_wait=300.0).apply((TASK,))
     await in_flight(bus)
     assert (await topology(bus, ack_wait=60.0).apply((TASK,)))["text_to_image"] == "updated"
     assert (await consumer_config(bus))["ack_wait"] == 60 * SECOND
 
 
-async def test_apply_drops_no_dead_letters_to_make_their_stream_smaller(bus: Bus) -> None:
+async def test_apply_does_not_shrink_a_stream_below_its_dead_letters(bus: Bus) -> None:
     await topology(bus).apply((TASK,))
     await bus.jetstream.publish("generation.dead.text_to_image", b"x" * 1000)
     config = await stream_config(bus, DEAD_LETTERS)
@@ -354,10 +351,10 @@ async def test_apply_drops_no_dead_letters_to_make_their_stream_smaller(bus: Bus
 # -- streams of earlier versions ------------------------------------------------------------------
 
 
-async def test_apply_updates_the_streams_of_an_earlier_version_and_keeps_each_first_result(
+async def test_apply_updates_the_streams_of_an_earlier_version_and_keeps_the_real_results(
     bus: Bus,
 ) -> None:
-    """The server alone would keep the last message of each subject, which may be junk."""
+    """The server itself would keep the last message of each subject, which may be foreign."""
     await topology(bus).apply((TASK,))
     for name in STREAMS:
         changes: dict[str, Any] = {"allow_direct": True}
@@ -369,14 +366,14 @@ async def test_apply_updates_the_streams_of_an_earlier_version_and_keeps_each_fi
     real = encode(event)
     subject = f"generation.result.text_to_image.{event.request_id}"
     later = b'{"type":"generation.v9.done","request_id":"l-1","task":"text_to_image"}'
-    for where, bodies in {
+    for name, bodies in {
         subject: (b"junk", real, b'{"stream":"x","seq":1}', b""),
         "generation.result.text_to_image.l-1": (later, b"junk"),
-        "generation.result.text_to_image.one": (b"left to the worker",),
+        "generation.result.text_to_image.one": (b"foreign",),
         "generation.result.other": (b"1", b"2"),
     }.items():
         for body in bodies:
-            await bus.jetstream.publish(where, body)
+            await bus.jetstream.publish(name, body)
 
     with pytest.raises(TopologyError, match="consumer apply"):
         await topology(bus).ensure(TASK)
@@ -398,19 +395,19 @@ LIMITED = (
 )
 
 
-@pytest.mark.parametrize("config", LIMITED, ids=["of the account", "of the server"])
-async def test_apply_creates_nothing_where_the_storage_does_not_suffice(
+@pytest.mark.parametrize("config", LIMITED, ids=["account", "server"])
+async def test_apply_creates_nothing_if_the_storage_is_too_small(
     start_nats: StartNats, parts: AsyncExitStack, config: str
 ) -> None:
     server = start_nats(config.format("2G"))
     bus = await open_bus(server.url.replace("//", "//u:p@"), parts)
-    said = r"reserve 7\.38 GiB and .*nothing was created: set NATS_STREAM_SIZES=small"
-    with pytest.raises(TopologyError, match=said):
+    message = r"reserve 7\.38 GiB and .*nothing was created: set NATS_STREAM_SIZES=small"
+    with pytest.raises(TopologyError, match=message):
         await topology(bus).apply(BOTH)
     assert (await api(bus, "STREAM.NAMES"))["streams"] is None
 
 
-@pytest.mark.parametrize("config", LIMITED, ids=["of the account", "of the server"])
+@pytest.mark.parametrize("config", LIMITED, ids=["account", "server"])
 async def test_small_streams_fit_into_one_gibibyte(
     start_nats: StartNats, parts: AsyncExitStack, config: str
 ) -> None:
@@ -430,7 +427,7 @@ async def test_small_streams_fit_into_one_gibibyte(
 # -- ensure ---------------------------------------------------------------------------------------
 
 
-async def test_ensure_creates_what_is_missing(bus: Bus) -> None:
+async def test_ensure_creates_missing_streams_and_the_durable(bus: Bus) -> None:
     found = await topology(bus, ack_wait=12.5, max_ack_pending=2).ensure(TASK)
     assert found == Durable(
         stream=REQUESTS, name="text_to_image", ack_wait=12.5, max_ack_pending=2, max_deliver=30
@@ -440,7 +437,7 @@ async def test_ensure_creates_what_is_missing(bus: Bus) -> None:
         assert (await stream_config(bus, name))["name"] == name
 
 
-async def test_ensure_leaves_and_reports_what_others_have_set(bus: Bus) -> None:
+async def test_ensure_keeps_and_logs_settings_that_differ(bus: Bus) -> None:
     await topology(bus, ack_wait=25.0, max_ack_pending=8).apply((TASK,))
     with capture_logs() as logs:
         found = await topology(bus, ack_wait=60.0, max_ack_pending=1).ensure(TASK)
@@ -450,7 +447,7 @@ async def test_ensure_leaves_and_reports_what_others_have_set(bus: Bus) -> None:
     assert {entry["key"] for entry in logs} == {"ack_wait", "max_ack_pending"}
 
 
-async def test_look_changes_nothing(bus: Bus) -> None:
+async def test_verify_changes_nothing(bus: Bus) -> None:
     with pytest.raises(TopologyError, match=f"stream {REQUESTS}: missing"):
         await topology(bus).verify(TASK)
     await topology(bus).apply(())
@@ -460,7 +457,7 @@ async def test_look_changes_nothing(bus: Bus) -> None:
     assert await topology(bus).verify(TASK) == await topology(bus).ensure(TASK)
 
 
-async def test_another_root_makes_streams_of_its_own(bus: Bus) -> None:
+async def test_each_subject_root_has_separate_streams(bus: Bus) -> None:
     await topology(bus).apply(BOTH)
     done = await topology(bus, "team.a").apply(BOTH)
     assert done == {name.replace("GENERATION", "TEAM_A"): "created" for name in EVERYTHING}
@@ -482,7 +479,7 @@ async def test_another_root_makes_streams_of_its_own(bus: Bus) -> None:
     assert set((await topology(bus).apply(BOTH)).values()) == {"unchanged"}
 
 
-async def test_each_task_has_a_stream_of_its_own_and_a_durable_without_a_filter(bus: Bus) -> None:
+async def test_each_task_has_a_separate_stream_and_a_durable_without_a_filter(bus: Bus) -> None:
     await topology(bus).apply(BOTH)
     for task in BOTH:
         queue = Subjects().requests_stream(task)
@@ -496,9 +493,9 @@ async def test_each_task_has_a_stream_of_its_own_and_a_durable_without_a_filter(
 
 
 async def make_earlier_version(bus: Bus) -> None:
-    """One request stream for all tasks, durables with filters, and the stream of advisories."""
-    everything = {"subjects": ["generation.request.>"], "retention": "workqueue"}
-    await api(bus, f"STREAM.CREATE.{FORMER}", {"name": FORMER, **everything})
+    """Create one request stream for all tasks, durables with filters, and the advisory stream."""
+    settings = {"subjects": ["generation.request.>"], "retention": "workqueue"}
+    await api(bus, f"STREAM.CREATE.{FORMER}", {"name": FORMER, **settings})
     advisories = f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{FORMER}"
     config = json.loads((ROOT / f"infra/nats/streams/{ADVISORIES}.json").read_text())
     await api(bus, f"STREAM.CREATE.{ADVISORIES}", {**config, "subjects": [f"{advisories}.*"]})
@@ -512,7 +509,7 @@ async def make_earlier_version(bus: Bus) -> None:
             await api(bus, f"CONSUMER.CREATE.{stream}.{task}", body)
 
 
-async def test_the_stream_of_an_earlier_version_is_named_and_left_alone(bus: Bus) -> None:
+async def test_the_stream_of_an_earlier_version_is_reported_and_not_changed(bus: Bus) -> None:
     await make_earlier_version(bus)
     await bus.jetstream.publish("generation.request.text_to_image", b"{}")
     line = (
@@ -529,7 +526,7 @@ async def test_the_stream_of_an_earlier_version_is_named_and_left_alone(bus: Bus
     assert (await api(bus, "STREAM.NAMES"))["total"] == 2
 
 
-async def test_an_installation_of_an_earlier_version_is_upgraded_once_that_is_deleted(
+async def test_apply_upgrades_an_installation_after_the_old_stream_is_deleted(
     bus: Bus,
 ) -> None:
     await make_earlier_version(bus)
@@ -540,14 +537,14 @@ async def test_an_installation_of_an_earlier_version_is_upgraded_once_that_is_de
     await topology(bus).ensure(TASK)
 
 
-async def test_any_other_stream_in_the_way_is_the_servers_word(bus: Bus) -> None:
+async def test_another_stream_with_overlapping_subjects_is_reported(bus: Bus) -> None:
     stranger = {"name": "STRANGER", "subjects": ["generation.request.image_to_text"]}
     await api(bus, "STREAM.CREATE.STRANGER", stranger)
     with pytest.raises(TopologyError, match=f"STREAM.CREATE.{OTHER_REQUESTS}: subjects overlap"):
         await topology(bus).apply(BOTH)
 
 
-async def test_the_durable_may_have_another_name(bus: Bus) -> None:
+async def test_the_name_of_the_durable_is_configurable(bus: Bus) -> None:
     named = topology(bus, durable_name="blue")
     assert (await named.apply((TASK,)))["blue"] == "created"
     assert (await named.apply((TASK,)))["blue"] == "unchanged"
@@ -555,7 +552,7 @@ async def test_the_durable_may_have_another_name(bus: Bus) -> None:
     assert (await consumer_config(bus, "blue"))["durable_name"] == "blue"
 
 
-# -- servers that cannot --------------------------------------------------------------------------
+# -- unsuitable servers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -563,7 +560,7 @@ async def test_the_durable_may_have_another_name(bus: Bus) -> None:
     ['accounts { PLAIN { users: [{user: "u", password: "p"}] } }', "jetstream: disabled"],
     ids=["account", "server"],
 )
-async def test_missing_jetstream_is_a_clear_error(
+async def test_missing_jetstream_is_reported(
     start_nats: StartNats, parts: AsyncExitStack, config: str
 ) -> None:
     server = start_nats(config)
@@ -574,7 +571,7 @@ async def test_missing_jetstream_is_a_clear_error(
         await topology(bus).ensure(TASK)
 
 
-async def test_what_a_user_may_not_do_is_named(
+async def test_a_missing_permission_is_reported_with_the_subject(
     start_nats: StartNats, parts: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("consumer.bus.topology.API_TIMEOUT", 0.5)
@@ -591,7 +588,7 @@ async def test_what_a_user_may_not_do_is_named(
         await topology(bus).apply((TASK,))
 
 
-async def test_a_server_that_is_away_is_a_clear_error(
+async def test_a_server_that_is_down_is_reported(
     bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("consumer.bus.topology.API_TIMEOUT", 0.2)
@@ -600,11 +597,11 @@ async def test_a_server_that_is_away_is_a_clear_error(
         await topology(bus).ensure(TASK)
 
 
-async def test_an_old_error_is_not_given_as_the_reason(
+async def test_an_old_error_is_not_reported_as_the_reason(
     bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("consumer.bus.topology.API_TIMEOUT", 0.2)
-    bus.last_error = "a story of yesterday"
+    bus.last_error = "an earlier error"
     with frozen(nats_server), pytest.raises(BusUnavailable, match=r"STREAM.INFO.*no reply"):
         await topology(bus).ensure(TASK)
 
@@ -612,17 +609,17 @@ async def test_an_old_error_is_not_given_as_the_reason(
 # -- the files ------------------------------------------------------------------------------------
 
 
-async def test_the_server_takes_the_files_as_they_are(bus: Bus) -> None:
-    """What `nats stream add --config FILE` and `nats consumer add` send."""
+async def test_the_server_accepts_the_files_unchanged(bus: Bus) -> None:
+    """Send the files as `nats stream add --config FILE` and `nats consumer add` do."""
     for path in sorted((ROOT / "infra/nats/streams").glob("*.json")):
         config = json.loads(path.read_text())
         assert path.stem == config["name"]
         await api(bus, f"STREAM.CREATE.{config['name']}", config)
-    for folder, where in (("consumers", None), ("watchers", ADVISORIES), ("retries", RETRIES)):
+    for folder, shared in (("consumers", None), ("watchers", ADVISORIES), ("retries", RETRIES)):
         for path in sorted((ROOT / "infra/nats" / folder).glob("*.json")):
             config = json.loads(path.read_text())
             assert path.stem == config["durable_name"]
-            stream = where or QUEUES[path.stem]
+            stream = shared or QUEUES[path.stem]
             await api(
                 bus,
                 f"CONSUMER.DURABLE.CREATE.{stream}.{config['durable_name']}",
@@ -631,7 +628,7 @@ async def test_the_server_takes_the_files_as_they_are(bus: Bus) -> None:
     assert set((await topology(bus).apply(BOTH)).values()) == {"unchanged"}
 
 
-def test_the_server_takes_its_configuration_file() -> None:
+def test_the_server_accepts_its_configuration_file() -> None:
     subprocess.run(
         [find_program("nats-server"), "-t", "-c", ROOT / "infra/nats/server.conf"],
         check=True,
@@ -640,7 +637,7 @@ def test_the_server_takes_its_configuration_file() -> None:
     )
 
 
-def test_the_wheel_carries_the_files(tmp_path: Path) -> None:
+def test_the_wheel_contains_the_files(tmp_path: Path) -> None:
     subprocess.run(
         ["uv", "build", "--package", "generation-consumer", "--wheel", "-o", tmp_path],
         cwd=ROOT,
@@ -655,20 +652,20 @@ def test_the_wheel_carries_the_files(tmp_path: Path) -> None:
             assert packed.read(name) == path.read_bytes()
 
 
-async def test_copies_of_streams_are_asked_for_and_refused_where_there_is_one_server(
+async def test_replicas_are_refused_by_a_single_server(
     bus: Bus,
 ) -> None:
     with pytest.raises((TopologyError, BusUnavailable), match=r"replicas|insufficient"):
         await topology(bus, replicas=3).apply(BOTH)
 
 
-async def test_copies_that_exist_are_left_alone_unless_a_number_is_set() -> None:
-    """As an answer of the server: one server alone makes no copies."""
+async def test_existing_replicas_are_kept_unless_a_number_is_set() -> None:
+    """With the answer of a server as data, because a single server makes no replicas."""
     found = {"num_replicas": 3, "name": REQUESTS}
-    wanted = {"num_replicas": 1, "name": REQUESTS}
+    expected = {"num_replicas": 1, "name": REQUESTS}
     without, one = (
         Topology(Bus(), Subjects(), ack_wait=60.0, max_ack_pending=1, replicas=replicas)
         for replicas in (None, 1)
     )
-    assert without._with_current_replicas(wanted, found)["num_replicas"] == 3
-    assert one._with_current_replicas(wanted, found)["num_replicas"] == 1
+    assert without._with_current_replicas(expected, found)["num_replicas"] == 3
+    assert one._with_current_replicas(expected, found)["num_replicas"] == 1

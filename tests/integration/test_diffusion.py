@@ -47,7 +47,7 @@ def sd3(shared_runner: Shared) -> ModelRunner:
     return shared_runner("stable_diffusion_3")
 
 
-# -- what it makes -------------------------------------------------------------------------------
+# -- what it makes --------------------------------------------------------------------------------
 
 
 def test_the_description_says_what_the_model_is(sd3: ModelRunner) -> None:
@@ -188,7 +188,7 @@ def test_an_offloaded_pipeline_makes_the_same_images(
     assert pixels(made(runner, save_memory=True)) == undisturbed
 
 
-# -- what the model lacks ------------------------------------------------------------------------
+# -- what the model lacks -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

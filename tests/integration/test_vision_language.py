@@ -167,7 +167,7 @@ def test_sampling_parameters_act(qwen: ModelRunner) -> None:
     )
 
 
-# -- images -------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------
 
 
 def test_images_are_read_in_their_order(qwen: ModelRunner) -> None:
