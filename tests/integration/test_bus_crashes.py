@@ -34,7 +34,7 @@ async def test_each_request_has_one_result_after_repeated_server_kills(
     working = [asyncio.create_task(work(installation, worker, runs)) for worker in workers]
     feeding = asyncio.create_task(feed(installation))
     for kill in range(1, KILLS + 1):
-        while len(runs) < kill * JOBS // (KILLS + 1):  # noqa: ASYNC110 - spreads the kills over the jobs
+        while len(runs) < kill * JOBS // (KILLS + 1):  # noqa: ASYNC110 - spreads the kills
             await asyncio.sleep(0.01)
         await installation.kill_server()
         await installation.start_server()

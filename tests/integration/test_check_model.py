@@ -1,4 +1,4 @@
-"""`consumer check --model`: load the model, generate one output, report the time of both."""
+"""`consumer check --model` loads the model, generates one output, and reports both times."""
 
 import re
 from collections.abc import Sequence
@@ -18,11 +18,13 @@ from tests.support.tiny_models import Folder
 SECONDS = r"\d+\.\d s"
 
 
-def settings_of(folder: Path | str, task: str = "text_to_image", **given: Any) -> Settings:
-    return Settings(model_type=task, model_id=str(folder), **given)
+def settings_of(folder: Path | str, task: str = "text_to_image", **options: Any) -> Settings:
+    return Settings(model_type=task, model_id=str(folder), **options)
 
 
-async def test_a_pipeline_is_described_and_makes_a_picture(model_folder: Folder) -> None:
+async def test_the_check_of_a_pipeline_describes_it_and_generates_an_image(
+    model_folder: Folder,
+) -> None:
     reported: list[Finding] = []
     settings = settings_of(
         model_folder("stable_diffusion_3"), model_defaults='{"num_inference_steps": 2}'
@@ -46,7 +48,7 @@ async def test_a_pipeline_is_described_and_makes_a_picture(model_folder: Folder)
     assert re.fullmatch(r"main memory at most \d+\.\d\d GiB", memory)
 
 
-async def test_output_that_was_short_of_memory_is_reported_with_what_saved_it(
+async def test_the_check_reports_how_the_run_saved_memory(
     model_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = DiffusionModel.run
@@ -69,7 +71,7 @@ async def test_output_that_was_short_of_memory_is_reported_with_what_saved_it(
     )
 
 
-async def test_a_vision_language_model_describes_a_picture(model_folder: Folder) -> None:
+async def test_the_check_of_a_vision_language_model_generates_a_text(model_folder: Folder) -> None:
     reported: list[Finding] = []
     settings = settings_of(
         model_folder("vision_language"), "image_to_text", model_defaults='{"max_new_tokens": 3}'
@@ -81,7 +83,7 @@ async def test_a_vision_language_model_describes_a_picture(model_folder: Folder)
     assert re.fullmatch(rf'"[^\n]*", 3 tokens in {SECONDS}', output.text)
 
 
-async def test_a_model_that_cannot_be_loaded_is_told_with_70(tmp_path: Path) -> None:
+async def test_a_model_that_cannot_be_loaded_is_reported_with_exit_code_70(tmp_path: Path) -> None:
     reported: list[Finding] = []
     await check_model(settings_of(tmp_path), reported.append)
     assert reported == [
@@ -89,7 +91,7 @@ async def test_a_model_that_cannot_be_loaded_is_told_with_70(tmp_path: Path) -> 
     ]
 
 
-async def test_a_model_whose_output_is_unusable_is_told_with_70(own_folder: Folder) -> None:
+async def test_unusable_output_is_reported_with_exit_code_70(own_folder: Folder) -> None:
     folder = own_folder("stable_diffusion_3")
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -106,8 +108,8 @@ async def test_a_model_whose_output_is_unusable_is_told_with_70(own_folder: Fold
     assert reported[1].text == "the model made pixels that are not numbers"
 
 
-@pytest.mark.parametrize("model", [True, False])
-async def test_the_model_is_tried_when_asked_for_even_where_no_service_is(
+@pytest.mark.parametrize("model", [True, False], ids=["model", "no model"])
+async def test_the_model_is_checked_only_on_request_although_no_service_is_up(
     model: bool, tmp_path: Path
 ) -> None:
     bus, store = free_ports(2)

@@ -1,6 +1,7 @@
-"""The models that ship with the package draw and describe; `tests.bench.models` measures how well.
+"""The models that ship with the package generate images and texts of acceptable quality.
 
-Here are a few prompts each, and bounds that chance does not miss: the bench has the bars.
+`tests.bench.models` measures the quality with many prompts and strict bounds. These tests use few
+prompts and loose bounds.
 """
 
 import random
@@ -19,7 +20,7 @@ from tests.bench.models import Bench, measure, measure_autoencoder
 from tests.contracts.test_wheel import uv
 from tests.support.pixel_checker import seen
 
-MOST_BYTES = 10_000_000  # of both models' weights
+MAX_BYTES = 10_000_000  # of the weights of both models
 
 
 @pytest.fixture(scope="module")
@@ -28,80 +29,81 @@ def bench() -> Iterator[Bench]:
     loaded.close()
 
 
-def test_both_models_are_small_and_in_safetensors_only() -> None:
+def test_both_models_are_small_and_only_in_safetensors() -> None:
     files = [file for task in Task for file in folder_of(task).rglob("*") if file.is_file()]
     weights = [file for file in files if file.suffix == ".safetensors"]
     assert len(weights) == 6
-    assert sum(file.stat().st_size for file in weights) < MOST_BYTES
+    assert sum(file.stat().st_size for file in weights) < MAX_BYTES
     texts = [file.read_text("utf-8") for file in files if file.suffix == ".json"]
-    assert not any('"_name_or_path": "/' in text for text in texts)  # of whoever trained them
+    # No file contains a path of the machine that trained the models.
+    assert not any('"_name_or_path": "/' in text for text in texts)
     assert {file.suffix for file in files} <= {".safetensors", ".json", ".txt", ".jinja"}
 
 
-def test_pictures_and_descriptions_are_right(bench: Bench) -> None:
+def test_images_and_descriptions_reach_the_bounds(bench: Bench) -> None:
     for bar in measure(bench, 12):
         if bar.least is not None:
             assert bar.right >= bar.least * bar.of - 2, str(bar)
 
 
-def test_a_folder_of_weights_is_measured_as_if_it_were_shipped(bench: Bench) -> None:
+def test_the_bench_can_load_the_models_from_a_folder(bench: Bench) -> None:
     folder = Bench(folder_of(Task.TEXT_TO_IMAGE).parent)
-    pictures = [models.picture("a red circle", 1).tobytes() for models in (bench, folder)]
+    images = [models.picture("a red circle", 1).tobytes() for models in (bench, folder)]
     folder.close()
-    assert pictures[0] == pictures[1]
+    assert images[0] == images[1]
 
 
-def test_the_autoencoder_keeps_what_it_has_never_seen() -> None:
-    """Red on gray came back in orange from one that was trained on the ten colours alone."""
+def test_the_autoencoder_reproduces_unknown_colours() -> None:
+    """An autoencoder that was trained with ten colours only returned red on gray as orange."""
     bar = measure_autoencoder(None, 100)
     assert bar.right >= 97, str(bar)
 
 
-def test_the_prompt_of_the_demonstration_is_drawn_and_described(bench: Bench) -> None:
-    wanted = "a small red star on a white background at the top"
+def test_the_prompt_of_the_demonstration_gives_its_image_and_description(bench: Bench) -> None:
+    prompt = "a small red star on a white background at the top"
     scene = Scene("white", (Thing("red", "star", "small"),), "top")
-    pictures = [bench.picture(wanted, seed) for seed in range(6)]
-    told = [bench.text([picture], "Describe this picture.") for picture in pictures]
-    # The checker wants more of a star of twelve pixels than the eye does.
-    assert sum(seen(picture) == scene for picture in pictures) >= 5
-    assert sum(text == description(scene) for text in told) >= 5
+    images = [bench.picture(prompt, seed) for seed in range(6)]
+    texts = [bench.text([image], "Describe this picture.") for image in images]
+    # The checker is stricter than the eye with a star of twelve pixels.
+    assert sum(seen(image) == scene for image in images) >= 5
+    assert sum(text == description(scene) for text in texts) >= 5
 
 
-def test_a_thing_alone_means_it_in_the_center_on_white(bench: Bench) -> None:
+def test_a_shape_without_a_place_is_in_the_center_on_white(bench: Bench) -> None:
     things = [Thing(colour, shape) for colour in ("red", "black") for shape in SHAPES]
-    pictures = [bench.picture(f"a {t.colour} {t.shape}", n) for n, t in enumerate(things)]
-    meant = [Scene("white", (thing,)) for thing in things]
-    right = sum(seen(p) == scene for p, scene in zip(pictures, meant, strict=True))
+    images = [bench.picture(f"a {t.colour} {t.shape}", n) for n, t in enumerate(things)]
+    expected = [Scene("white", (thing,)) for thing in things]
+    right = sum(seen(p) == scene for p, scene in zip(images, expected, strict=True))
     assert right >= len(things) - 2
 
 
-def test_another_seed_is_another_picture_of_the_same(bench: Bench) -> None:
+def test_another_seed_gives_another_image_of_the_same_scene(bench: Bench) -> None:
     first, second = (bench.picture("a blue square", seed) for seed in (1, 2))
     assert first.tobytes() != second.tobytes()
     assert seen(first) == seen(second) == Scene("white", (Thing("blue", "square"),))
 
 
-def test_a_negative_prompt_keeps_away_what_it_names(bench: Bench) -> None:
-    """Without a colour in the prompt any may come; named in the negative prompt it does not."""
+def test_a_negative_prompt_excludes_a_colour(bench: Bench) -> None:
+    """A prompt without a colour gives any colour, except one in the negative prompt."""
     colours = {}
     for negative in ("", "red"):
-        shown = [seen(bench.picture("a circle", n, negative_prompt=negative)) for n in range(8)]
-        colours[negative] = {scene.things[0].colour for scene in shown if scene is not None}
+        scenes = [seen(bench.picture("a circle", n, negative_prompt=negative)) for n in range(8)]
+        colours[negative] = {scene.things[0].colour for scene in scenes if scene is not None}
     assert len(colours[""]) > 2
     assert "red" not in colours["red"]
 
 
-def test_guidance_makes_a_picture_follow_its_prompt(bench: Bench) -> None:
+def test_guidance_makes_an_image_follow_its_prompt(bench: Bench) -> None:
     scene = Scene("green", (Thing("pink", "heart", "large"),), "left")
-    wanted = "a large pink heart on a green background on the left"
-    pictures = {scale: bench.picture(wanted, 5, guidance_scale=scale) for scale in (0.0, 4.0)}
-    assert seen(pictures[4.0]) == scene
-    assert pictures[0.0].tobytes() != pictures[4.0].tobytes()
+    prompt = "a large pink heart on a green background on the left"
+    images = {scale: bench.picture(prompt, 5, guidance_scale=scale) for scale in (0.0, 4.0)}
+    assert seen(images[4.0]) == scene
+    assert images[0.0].tobytes() != images[4.0].tobytes()
 
 
 def test_questions_about_details_are_answered(bench: Bench) -> None:
     scene = Scene("yellow", (Thing("purple", "cross", "large"),), "bottom right")
-    picture = draw(scene, random.Random(0))
+    image = draw(scene, random.Random(0))
     answers = {
         "What colour is the cross?": "The cross is purple.",
         "What color is the background?": "The background is yellow.",
@@ -110,32 +112,32 @@ def test_questions_about_details_are_answered(bench: Bench) -> None:
         "Is there a circle?": "No, there is not a circle.",
         "How many shapes are there?": "There is one shape.",
     }
-    given = {question: bench.text([picture], question) for question in answers}
-    wrong = {question for question in answers if given[question] != answers[question]}
-    assert len(wrong) <= 1, given
+    texts = {question: bench.text([image], question) for question in answers}
+    wrong = {question for question in answers if texts[question] != answers[question]}
+    assert len(wrong) <= 1, texts
 
 
-def test_two_pictures_in_one_request_are_told_apart(bench: Bench) -> None:
+def test_two_images_in_one_request_are_distinguished(bench: Bench) -> None:
     scenes = [
         Scene("white", (Thing("red", "circle"),)),
         Scene("black", (Thing("yellow", "star", "large"),), "top"),
     ]
-    pictures = [draw(scene, random.Random(1)) for scene in scenes]
-    for ordered, nth in ((pictures, "second"), (pictures[::-1], "first")):
+    images = [draw(scene, random.Random(1)) for scene in scenes]
+    for ordered, nth in ((images, "second"), (images[::-1], "first")):
         assert bench.text(ordered, "Which picture has a star?") == f"The {nth} picture."
-    assert bench.text(pictures, "Describe both pictures.") == (
+    assert bench.text(images, "Describe both pictures.") == (
         "The first picture: a red circle on a white background in the center. "
         "The second picture: a large yellow star on a black background at the top."
     )
 
 
-def test_a_larger_picture_is_described_as_well(bench: Bench) -> None:
+def test_a_larger_image_is_described(bench: Bench) -> None:
     scene = Scene("blue", (Thing("orange", "triangle"),), "top left")
     large = draw(scene, random.Random(2)).resize((1024, 1024), Image.Resampling.BICUBIC)
     assert bench.text([large], "What is this?") == description(scene)
 
 
-def test_the_wheel_has_both_models(tmp_path: Path) -> None:
+def test_the_wheel_contains_both_models(tmp_path: Path) -> None:
     uv("build", "--package", "generation-consumer", "--wheel", "-o", tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:

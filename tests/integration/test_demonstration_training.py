@@ -1,4 +1,4 @@
-"""The training of the demonstration models trains what is run later."""
+"""The training of the demonstration models matches the runners that load them."""
 
 import importlib
 import os
@@ -11,15 +11,15 @@ import pytest
 from tests.bench.models import Bench
 
 
-def test_the_short_way_through_attention_is_the_pipelines_own() -> None:
-    """Training has one token in place of the 256 that the pipeline appends: the same numbers."""
+def test_the_short_attention_of_the_training_gives_the_numbers_of_the_pipeline() -> None:
+    """Training replaces the 256 tokens that the pipeline appends with one token."""
     torch = importlib.import_module("torch")
     images = importlib.import_module("consumer.runners.demonstration.training.images")
     autoencoder = importlib.import_module("consumer.runners.demonstration.training.autoencoder")
     torch.manual_seed(0)
     pipe = images.pipeline(autoencoder.autoencoder())
     for parameter in pipe.transformer.parameters():
-        if not parameter.any():  # zero at first, and then nothing would differ
+        if not parameter.any():  # zero weights would hide every difference
             torch.nn.init.normal_(parameter, std=0.05)
     trained = images.Trained(pipe)
     prompts = ["a small red star on a white background at the top", ""]
@@ -28,15 +28,15 @@ def test_the_short_way_through_attention_is_the_pipelines_own() -> None:
         words, _, pooled, _ = pipe.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False
         )
-        long = _way(pipe.transformer, noisy, times, words, pooled)
+        long = _forward(pipe.transformer, noisy, times, words, pooled)
         trained.use_short_attention()
         words, pooled = trained.read(images.tokens(pipe, prompts))
-        short = _way(pipe.transformer, noisy, times, words, pooled)
+        short = _forward(pipe.transformer, noisy, times, words, pooled)
     assert long.abs().mean() > 0.1
     torch.testing.assert_close(short, long, atol=1e-5, rtol=1e-4)
 
 
-def _way(transformer, noisy, times, words, pooled):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _forward(transformer, noisy, times, words, pooled):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     return transformer(
         hidden_states=noisy,
         timestep=times,
@@ -46,8 +46,8 @@ def _way(transformer, noisy, times, words, pooled):  # type: ignore[no-untyped-d
     )[0]
 
 
-def test_the_autoencoder_sees_colours_that_no_image_has() -> None:
-    """Half of its images as they are drawn, the others within the same range and with no edge."""
+def test_the_autoencoder_is_trained_with_changed_colours() -> None:
+    """Half of the images keep their colours; the others get colours of the same range."""
     torch = importlib.import_module("torch")
     autoencoder = importlib.import_module("consumer.runners.demonstration.training.autoencoder")
     torch.manual_seed(0)
@@ -61,15 +61,15 @@ def test_the_autoencoder_sees_colours_that_no_image_has() -> None:
 
 
 @pytest.mark.timeout(320)
-def test_training_leaves_both_models_where_the_runners_load_them(tmp_path: Path) -> None:
-    """The command of the model card, for a step or two of each part: it only has to run."""
+def test_the_training_saves_both_models_where_the_runners_load_them(tmp_path: Path) -> None:
+    """Run the command of the model card with one or two steps for each part."""
     command = [sys.executable, "-m", "consumer.runners.demonstration.training"]
     done = subprocess.run(
         [*command, "--share", "0.0002", "--to", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # its tensors are too small to be shared out
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # its tensors are too small for several threads
         capture_output=True,
         text=True,
-        timeout=300,  # only bounds it: 40 seconds on slow cores
+        timeout=300,  # seconds; it takes 40 seconds on slow cores
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2_000:]

@@ -1,4 +1,4 @@
-"""The same request and seed make the same bytes, alone or after other jobs, in every family."""
+"""In every family, a request and its seed determine the image, also after other jobs."""
 
 # mypy: allow-untyped-calls
 
@@ -15,7 +15,7 @@ from tests.support.model_runs import run_model
 from tests.support.tiny_models import Folder, Load
 
 OLD_CALLBACK = Family(
-    title="PixArt, whose callback is the old one",
+    title="PixArt, with the old callback",
     name="pixart",
     pipeline="PixArtSigmaPipeline",
     steps=20,
@@ -34,13 +34,13 @@ each_family = pytest.mark.parametrize(
 
 @pytest.fixture
 def fresh(family: Family, model_folder: Folder, load: Load) -> ModelRunner:
-    """A model that has made nothing yet."""
+    """Return a model that has run no job."""
     return load(model_folder(family.name, **family.options))
 
 
 @pytest.fixture
 def used(family: Family, shared_runner: Callable[..., ModelRunner]) -> ModelRunner:
-    """The same model, loaded once for many tests."""
+    """Return the model that many tests share."""
     return shared_runner(family.name, **family.options)
 
 
@@ -54,12 +54,12 @@ def cancel(runner: ModelRunner, *, at_step: int, **fields: Any) -> None:
             on_step=lambda step, _: steps.append(step),
             cancelled=lambda: len(steps) == at_step,
         )
-    assert steps == list(range(1, at_step + 1))  # no step was made after it
+    assert steps == list(range(1, at_step + 1))  # no step follows the cancellation
 
 
 def fail(runner: ModelRunner) -> None:
     def refuse(*_: Any) -> None:
-        raise ValueError("made to fail")
+        raise ValueError("raised by the test")
 
     hook = pipeline(runner).vae.decoder.register_forward_pre_hook(refuse)
     with pytest.raises(ModelError):
@@ -82,8 +82,8 @@ def test_an_image_is_the_same_alone_and_after_other_jobs(
 
 
 @each_family
-def test_a_job_in_the_middle_of_another_changes_neither(family: Family, used: ModelRunner) -> None:
-    # With one scheduler for all jobs this raises an IndexError, or gives other images.
+def test_a_job_within_another_job_changes_neither_image(family: Family, used: ModelRunner) -> None:
+    # A scheduler that jobs share would raise an IndexError or change the images.
     inner_alone = pixels(made(used, seed=8, num_inference_steps=2))
     outer_alone = pixels(made(used))
     inner: list[list[bytes]] = []
@@ -98,7 +98,9 @@ def test_a_job_in_the_middle_of_another_changes_neither(family: Family, used: Mo
 
 
 @each_family
-def test_the_shared_pipeline_keeps_nothing_of_a_run(family: Family, used: ModelRunner) -> None:
+def test_a_run_does_not_change_the_state_of_the_shared_pipeline(
+    family: Family, used: ModelRunner
+) -> None:
     shared = pipeline(used)
 
     def state() -> str:
@@ -112,9 +114,11 @@ def test_the_shared_pipeline_keeps_nothing_of_a_run(family: Family, used: ModelR
 
 
 @each_family
-def test_a_drawn_seed_is_told_and_makes_the_image_again(family: Family, used: ModelRunner) -> None:
-    drawn = made(used, seed=None, num_inference_steps=2)
-    (image,) = drawn.images
-    assert drawn.parameters["seed"] == image.seed
+def test_a_random_seed_is_reported_and_reproduces_the_image(
+    family: Family, used: ModelRunner
+) -> None:
+    output = made(used, seed=None, num_inference_steps=2)
+    (image,) = output.images
+    assert output.parameters["seed"] == image.seed
     assert made(used, seed=None, num_inference_steps=2).images[0].seed != image.seed
-    assert pixels(made(used, seed=image.seed, num_inference_steps=2)) == pixels(drawn)
+    assert pixels(made(used, seed=image.seed, num_inference_steps=2)) == pixels(output)

@@ -1,4 +1,4 @@
-"""The run before the first job: when it is made, of what, and what its failure says."""
+"""The run before the first job: when it happens, its request, and its errors."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ MODELS = {
 
 
 class Runs:
-    """Watches the runs of a class of models; they are made nonetheless."""
+    """Records the runs of a class of models, and runs the models."""
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.requests: list[Request] = []
@@ -36,20 +36,20 @@ class Runs:
         self.closed = 0
         run, close = model.run, model.close
 
-        def watched(this: Any, runs: Sequence[RunRequest], **how: Any) -> Any:
+        def record_run(this: Any, runs: Sequence[RunRequest], **options: Any) -> Any:
             self.requests += [run.request for run in runs]
             self.threads.append(threading.current_thread().name)
-            self.saving.append(how["save_memory"])
-            if self.fail_with and not (self.fits_in_less and how["save_memory"]):
+            self.saving.append(options["save_memory"])
+            if self.fail_with and not (self.fits_in_less and options["save_memory"]):
                 raise self.fail_with
-            return run(this, runs, **how)
+            return run(this, runs, **options)
 
-        def closing(this: Any) -> None:
+        def record_close(this: Any) -> None:
             self.closed += 1
             close(this)
 
-        monkeypatch.setattr(model, "run", watched)
-        monkeypatch.setattr(model, "close", closing)
+        monkeypatch.setattr(model, "run", record_run)
+        monkeypatch.setattr(model, "close", record_close)
 
 
 @pytest.mark.parametrize("task", list(Task))
@@ -69,7 +69,7 @@ async def test_a_warm_up_is_a_run_of_two_steps_in_the_inference_thread(
     assert runs.closed == 1
 
 
-def test_the_steps_of_a_warm_up_are_no_more_than_the_default(
+def test_a_warm_up_has_at_most_the_default_number_of_steps(
     model_folder: Folder, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = Runs(diffusion.DiffusionModel, monkeypatch)
@@ -80,7 +80,7 @@ def test_the_steps_of_a_warm_up_are_no_more_than_the_default(
     assert request.num_inference_steps == 1
 
 
-def test_without_options_nothing_is_run_at_load(
+def test_a_model_without_a_warm_up_runs_nothing_at_load(
     model_folder: Folder, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = Runs(diffusion.DiffusionModel, monkeypatch)
@@ -94,8 +94,9 @@ def test_without_options_nothing_is_run_at_load(
         (ModelError("RuntimeError"), "MODEL_WARM_UP: the first run failed: RuntimeError"),
         (OutOfMemory("no room"), "MODEL_WARM_UP: the first run failed: no room"),
     ],
+    ids=["model error", "out of memory"],
 )
-def test_a_first_run_that_fails_stops_the_start_and_lets_go_of_the_model(
+def test_a_failed_first_run_stops_the_start_and_closes_the_model(
     error: Exception, line: str, model_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = Runs(diffusion.DiffusionModel, monkeypatch)
@@ -110,8 +111,8 @@ def test_a_first_run_that_fails_stops_the_start_and_lets_go_of_the_model(
         runner.check(runs.requests[0])
 
 
-@pytest.mark.parametrize("fits_in_less", [True, False])
-def test_a_trial_that_is_out_of_memory_does_not_refuse_the_model(
+@pytest.mark.parametrize("fits_in_less", [True, False], ids=["fits", "does not fit"])
+def test_a_probe_run_without_enough_memory_does_not_refuse_the_model(
     *,
     fits_in_less: bool,
     own_folder: Folder,
@@ -121,18 +122,18 @@ def test_a_trial_that_is_out_of_memory_does_not_refuse_the_model(
     runs = Runs(diffusion.DiffusionModel, monkeypatch)
     runs.fail_with, runs.fits_in_less = OutOfMemory("no room"), fits_in_less
     folder = own_folder("stable_diffusion_3")
-    with_an_unnamed_scheduler(folder)
+    set_unusual_scheduler(folder)
     with capture_logs() as logs:
         load(folder)
     assert runs.saving == [False, True]
     assert runs.closed == 0
-    untried = [entry["untried"] for entry in logs if entry["event"] == "first_run_out_of_memory"]
+    not_probed = [entry["untried"] for entry in logs if entry["event"] == "first_run_out_of_memory"]
     name = "stable_diffusion_3: FlowMatchLCMScheduler"
-    assert untried == ([] if fits_in_less else [(name,)])
+    assert not_probed == ([] if fits_in_less else [(name,)])
 
 
-def with_an_unnamed_scheduler(folder: Path) -> None:
-    """Have the model tried at the start, without a setting that asks for it."""
+def set_unusual_scheduler(folder: Path) -> None:
+    """Give the model a scheduler that makes the runner probe it at the start."""
     file = folder / "model_index.json"
     index = json.loads(file.read_text())
     index["scheduler"] = ["diffusers", "FlowMatchLCMScheduler"]

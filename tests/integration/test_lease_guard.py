@@ -1,4 +1,4 @@
-"""The lease guard as a process: it renews what is reported to it, and outlives nothing."""
+"""The lease guard as a process: it renews reported leases, and ends with its worker."""
 
 import asyncio
 import os
@@ -22,10 +22,10 @@ async def test_leases_reported_before_the_start_are_renewed_after_a_restart(
 ) -> None:
     lease_guard = LeaseGuard(bus_settings(installation.server.url))
     beats = await installation.listen(LEASE)
-    lease_guard.alive("lease.over", ACK_WAIT)
+    lease_guard.alive("lease.ended", ACK_WAIT)
     lease_guard.alive(LEASE, ACK_WAIT)
-    lease_guard.stop_renewing("lease.over")
-    over = await installation.listen("lease.over")
+    lease_guard.stop_renewing("lease.ended")
+    ended = await installation.listen("lease.ended")
     await lease_guard.start()
     try:
         for _ in range(2):
@@ -39,13 +39,13 @@ async def test_leases_reported_before_the_start_are_renewed_after_a_restart(
                 await beats.next_msg()
         await soon(beats.next_msg(timeout=None))
         assert lease_guard.pid != first
-        assert over.pending_msgs == 0
+        assert ended.pending_msgs == 0
     finally:
         await lease_guard.close()
     assert lease_guard.pid is None
 
 
-async def test_a_guard_that_is_not_started_can_be_closed() -> None:
+async def test_a_guard_that_was_not_started_can_be_closed() -> None:
     lease_guard = LeaseGuard(bus_settings("nats://127.0.0.1:1"))
     lease_guard.alive(LEASE, ACK_WAIT)
     lease_guard.renewed(LEASE)
@@ -62,23 +62,23 @@ async def test_a_guard_that_does_not_read_is_replaced(
     lease_guard = LeaseGuard(bus_settings(installation.server.url))
     await lease_guard.start()
     try:
-        deaf = lease_guard.pid
-        assert deaf is not None
-        os.kill(deaf, signal.SIGSTOP)
+        unresponsive = lease_guard.pid
+        assert unresponsive is not None
+        os.kill(unresponsive, signal.SIGSTOP)
         beats = await installation.listen(LEASE)
         lease_guard.alive(LEASE, ACK_WAIT)
 
         async def replaced() -> bool:
             lease_guard.alive(f"lease.{'x' * 10_000}", 60.0)
-            return lease_guard.pid != deaf
+            return lease_guard.pid != unresponsive
 
         await until(replaced)
-        await soon(beats.next_msg(timeout=None))  # the new one knows of the lease
+        await soon(beats.next_msg(timeout=None))  # the new process renews the lease
     finally:
         await lease_guard.close()
 
 
-# A worker that starts a guard, forks a process that keeps every descriptor, and waits to be killed.
+# A worker that starts a guard and forks a process that inherits every file descriptor.
 WORKER = """
 import asyncio, os, subprocess, sys
 from consumer.bus.lease_guard.guard import LeaseGuard
@@ -97,25 +97,26 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("away", ["a credentials file", "a server and a reader of the log"])
-async def test_the_guard_ends_with_its_worker(tmp_path: Path, away: str) -> None:
+@pytest.mark.parametrize("missing", ["credentials file", "server and log reader"])
+async def test_the_guard_ends_with_its_worker(tmp_path: Path, missing: str) -> None:
     environment = {**os.environ, "NATS_URL": "nats://127.0.0.1:1", "LOG_LEVEL": "INFO"}
-    if away == "a credentials file":
+    if missing == "credentials file":
         environment["NATS_CREDS"] = str(tmp_path / "none")
     read, write = os.pipe()
-    if away == "a server and a reader of the log":
+    if missing == "server and log reader":
         os.set_blocking(write, False)
         while _filled(write):
             pass
         os.set_blocking(write, True)
-    worker = subprocess.Popen(  # noqa: ASYNC220 - it starts at once
+    worker = subprocess.Popen(  # noqa: ASYNC220 - returns immediately
         [sys.executable, "-c", WORKER], env=environment, stdout=subprocess.PIPE, stderr=write
     )
     os.close(write)
     try:
         assert worker.stdout is not None
         guard, child = map(int, (await asyncio.to_thread(worker.stdout.readline)).split())
-        await asyncio.sleep(0.5)  # it has read its configuration, and may spin by now
+        # After this time the guard has read its configuration, and may retry its connection.
+        await asyncio.sleep(0.5)
         worker.kill()
         worker.wait()
 

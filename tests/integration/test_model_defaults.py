@@ -1,4 +1,4 @@
-"""MODEL_DEFAULTS and the names of adapters, measured by real pipelines."""
+"""MODEL_DEFAULTS and the names of adapters, validated against real pipelines."""
 
 import json
 import re
@@ -23,7 +23,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 
 @pytest.fixture
 def parameters_of(shared_runner: Shared) -> Callable[..., Parameters]:
-    """The parameters of a tiny pipeline with these defaults and adapters."""
+    """Return a function that gives the parameters of a tiny pipeline with defaults and adapters."""
 
     def parameters(
         family: str, defaults: Mapping[str, Default], adapters: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ def parameters_of(shared_runner: Shared) -> Callable[..., Parameters]:
         ),
     ],
 )
-def test_a_default_that_no_request_could_ask_for_is_refused(
+def test_a_default_that_no_request_can_have_is_refused(
     family: str,
     defaults: dict[str, Default],
     line: str,
@@ -73,22 +73,22 @@ def test_a_default_that_no_request_could_ask_for_is_refused(
     assert "\n" not in str(refused.value)
 
 
-def test_defaults_are_described_and_go_before_those_of_the_model(
+def test_configured_defaults_replace_the_defaults_of_the_model(
     parameters_of: Callable[..., Parameters],
 ) -> None:
-    turbo = {"steps": 4, "guidance_scale": 0, "width": 512}  # `steps` is a name of the contract
+    turbo = {"steps": 4, "guidance_scale": 0, "width": 512}  # `steps` is an alias in the contract
     parameters = parameters_of("stable_diffusion_xl", turbo)
     described = parameters.description.defaults
     assert (described["num_inference_steps"], described["guidance_scale"]) == (4, 0)
     assert (described["width"], described["height"]) == (512, 64)
-    silent = asked(width=None, height=None, num_inference_steps=None)
-    assert parameters.arguments(silent).items() >= {
+    request = asked(width=None, height=None, num_inference_steps=None)
+    assert parameters.arguments(request).items() >= {
         ("num_inference_steps", 4),
         ("guidance_scale", 0),
         ("width", 512),
         ("height", 64),
     }
-    assert parameters.resolved(silent, [7, 8]) == {
+    assert parameters.resolved(request, [7, 8]) == {
         "width": 512,
         "height": 64,
         "num_inference_steps": 4,
@@ -99,26 +99,24 @@ def test_defaults_are_described_and_go_before_those_of_the_model(
     assert parameters.arguments(asked(guidance_scale=3.0))["guidance_scale"] == 3.0
 
 
-def test_a_model_refuses_to_load_with_defaults_that_it_cannot_honour(
-    model_folder: Folder, load: Load
-) -> None:
+def test_a_model_with_unsupported_defaults_does_not_load(model_folder: Folder, load: Load) -> None:
     with pytest.raises(ModelUnavailable, match=r"^MODEL_DEFAULTS: width: must be a multiple"):
         load(model_folder("flux"), defaults={"width": 1000})
 
 
-def test_a_request_that_says_nothing_is_made_with_the_configured_defaults(
+def test_a_request_without_parameters_uses_the_configured_defaults(
     model_folder: Folder, load: Load
 ) -> None:
     small = {"width": 96, "num_inference_steps": 2, "guidance_scale": 4.0}
     runner = load(model_folder("flux", reads_guidance=False), defaults={**small, "height": 64})
-    silent = made_of(runner, TextToImageRequest(prompt="a cat", seed=7))
-    assert silent.images[0].image.size == (96, 64)
-    assert silent.parameters.items() >= small.items()
-    assert pixels(made_of(runner, asked(**small))) == pixels(silent)
-    assert pixels(made_of(runner, asked(**{**small, "guidance_scale": 1.0}))) != pixels(silent)
+    output = made_of(runner, TextToImageRequest(prompt="a cat", seed=7))
+    assert output.images[0].image.size == (96, 64)
+    assert output.parameters.items() >= small.items()
+    assert pixels(made_of(runner, asked(**small))) == pixels(output)
+    assert pixels(made_of(runner, asked(**{**small, "guidance_scale": 1.0}))) != pixels(output)
 
 
-def test_a_default_negative_prompt_acts_until_a_request_has_its_own(
+def test_a_negative_prompt_of_a_request_replaces_the_default_one(
     model_folder: Folder, load: Load, shared_runner: Shared
 ) -> None:
     plain = shared_runner("stable_diffusion_3")
@@ -130,26 +128,26 @@ def test_a_default_negative_prompt_acts_until_a_request_has_its_own(
     assert image(runner) == image(plain, negative_prompt="a dog")
     assert image(runner, negative_prompt="a fox") == image(plain, negative_prompt="a fox")
     assert image(runner, negative_prompt="") == image(plain)
-    # Not refused, as it would be if the request had asked for it.
+    # Not refused: only a request with its own negative prompt and this scale is refused.
     assert image(runner, guidance_scale=1.0) == image(plain, guidance_scale=1.0)
 
 
-def test_a_text_model_has_defaults_of_its_own() -> None:
+def test_defaults_of_a_text_model_are_validated() -> None:
     defaults: dict[str, Default] = {"max_new_tokens": 200, "temperature": 0.2}
     assert checked_defaults(ImageToTextParameters, defaults) == defaults
     with pytest.raises(ModelUnavailable, match="MODEL_DEFAULTS: stream: cannot have a default"):
         checked_defaults(ImageToTextParameters, {"stream": True})
 
 
-def test_the_documents_defaults_are_taken() -> None:
-    shown = re.findall(r"MODEL_DEFAULTS='(\{.*?\})'", DOCUMENT.read_text())
-    assert len(shown) >= 5
-    for value in shown:
+def test_the_defaults_in_the_document_are_valid() -> None:
+    examples = re.findall(r"MODEL_DEFAULTS='(\{.*?\})'", DOCUMENT.read_text())
+    assert len(examples) >= 5
+    for value in examples:
         defaults = json.loads(value)
         assert checked_defaults(TextToImageParameters, defaults).keys() == defaults.keys()
 
 
-def test_adapters_are_asked_for_by_the_names_that_the_settings_give_them(
+def test_a_request_selects_adapters_by_their_names_in_the_settings(
     parameters_of: Callable[..., Parameters],
 ) -> None:
     parameters = parameters_of("flux", {}, ("ink", "clay"))

@@ -1,6 +1,6 @@
-"""Options for memory and speed that are refused: together, here, or for this model.
+"""Options for memory and speed that are refused, each with the line that stops the start.
 
-Each with the one line that stops the start.
+A combination of options, the machine, or the model can be the reason.
 """
 
 # mypy: allow-untyped-calls
@@ -17,7 +17,7 @@ import torch
 from consumer.runners import ModelConfig, options
 from consumer.runners.device import Placement
 from generation_contracts import Task
-from tests.integration.small_runs import refusal
+from tests.integration.small_runs import load_error
 from tests.support.tiny_models import Folder
 
 SD3, SDXL, FLUX, VISION = "stable_diffusion_3", "stable_diffusion_xl", "flux", "vision_language"
@@ -28,7 +28,7 @@ Machine = Callable[[int], None]
 
 @pytest.fixture(autouse=True, scope="module")
 def _libraries() -> None:
-    """Imported while the machine is as it is: the tests pretend that it has GPUs."""
+    """Import the libraries before the tests simulate GPUs."""
     for library in (
         "torch._inductor.config",
         "consumer.runners.text_to_image.diffusion",
@@ -41,7 +41,7 @@ def _libraries() -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Lets the process see a number of GPUs, which must not be used then."""
+    """Return a function that simulates a number of GPUs, which the test must not use."""
 
     def with_gpus(count: int) -> None:
         monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
@@ -57,7 +57,7 @@ def without(folder: Path, part: str) -> Path:
     return folder
 
 
-# -- what does not go together, told before anything is loaded ------------------------------------
+# -- combinations that are refused before anything is loaded --------------------------------------
 
 BY_PARTS = (
     "MODEL_QUANTIZATION, MODEL_OFFLOAD: quantized weights are moved as whole parts only; "
@@ -66,13 +66,13 @@ BY_PARTS = (
 COMPILED = (
     "MODEL_COMPILE, MODEL_OFFLOAD: the weights of compiled blocks stay in them; take none or model"
 )
-SHARED_OUT = "MODEL_DEVICE_MAP, MODEL_OFFLOAD: parts on several GPUs stay there; set one of them"
+SEVERAL_GPUS = "MODEL_DEVICE_MAP, MODEL_OFFLOAD: parts on several GPUs stay there; set one of them"
 GGUF_FOLDER = "MODEL_QUANTIZATION, MODEL_ID: gguf needs a folder with the model"
 ONLY_IMAGES = "only for MODEL_TYPE=text_to_image"
 
 
 @pytest.mark.parametrize(
-    ("task", "gpus", "given", "line"),
+    ("task", "gpus", "values", "line"),
     [
         (
             IMAGES,
@@ -87,13 +87,13 @@ ONLY_IMAGES = "only for MODEL_TYPE=text_to_image"
             "MODEL_DEVICE_MAP: needs the device cuda, this one is cpu",
         ),
         (TEXTS, 1, {"device_map": "balanced"}, "MODEL_DEVICE_MAP: needs 2 GPUs, there is 1"),
-        (IMAGES, 2, {"device_map": "balanced", "offload": "model"}, SHARED_OUT),
-        (TEXTS, 2, {"device_map": "balanced", "offload": "sequential"}, SHARED_OUT),
+        (IMAGES, 2, {"device_map": "balanced", "offload": "model"}, SEVERAL_GPUS),
+        (TEXTS, 2, {"device_map": "balanced", "offload": "sequential"}, SEVERAL_GPUS),
         (
             IMAGES,
             2,
             {"device_map": "balanced", "quantization": "bitsandbytes-4bit"},
-            "MODEL_DEVICE_MAP, MODEL_QUANTIZATION: not together for a pipeline; set one of them",
+            "MODEL_DEVICE_MAP, MODEL_QUANTIZATION: not compatible for a pipeline; set one of them",
         ),
         *(
             (task, 0, {"quantization": kind}, f"MODEL_QUANTIZATION: {kind} needs the device cuda")
@@ -155,11 +155,11 @@ ONLY_IMAGES = "only for MODEL_TYPE=text_to_image"
         ),
     ],
 )
-def test_settings_that_do_not_go_together_are_told_before_anything_is_loaded(
-    task: Task, gpus: int, given: dict[str, Any], line: str, machine: Machine
+def test_incompatible_settings_are_refused_before_anything_is_loaded(
+    task: Task, gpus: int, values: dict[str, Any], line: str, machine: Machine
 ) -> None:
     machine(gpus)
-    assert refusal("no/model", task, **given) == line
+    assert load_error("no/model", task, **values) == line
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_settings_that_do_not_go_together_are_told_before_anything_is_loaded(
         ("gguf", "gguf"),
     ],
 )
-def test_a_quantization_whose_package_is_missing_is_told(
+def test_a_quantization_without_its_package_is_refused(
     kind: str, package: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(1)
@@ -180,29 +180,29 @@ def test_a_quantization_whose_package_is_missing_is_told(
         "consumer.runners.quantization.find_spec", lambda name: None if name == package else name
     )
     line = f"MODEL_QUANTIZATION: the package {package} is not installed"
-    assert refusal("no/model", quantization=kind) == line
+    assert load_error("no/model", quantization=kind) == line
 
 
-def test_settings_that_go_together_are_not_refused(machine: Machine) -> None:
+def test_compatible_settings_are_accepted(machine: Machine) -> None:
     machine(2)
     cuda = Placement(torch.device("cuda"), torch.bfloat16)
-    together: list[dict[str, Any]] = [
+    compatible: list[dict[str, Any]] = [
         {"quantization": "bitsandbytes-4bit", "offload": "model", "vae_tiling": True},
         {"quantization": "torchao-int4", "compile": True, "step_cache": 0.1},
         {"device_map": "balanced", "compile": True},
         {"offload": "group", "adapters": {"pixels": "/a/folder"}, "channels_last": True},
     ]
-    for given in together:
-        options.validate_options(IMAGES, ModelConfig(**given), cuda)
+    for values in compatible:
+        options.validate_options(IMAGES, ModelConfig(**values), cuda)
     both = ModelConfig(device_map="balanced", quantization="bitsandbytes-8bit", compile=True)
     options.validate_options(TEXTS, both, cuda)
 
 
-# -- what a model lacks ---------------------------------------------------------------------------
+# -- missing features of a model ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("family", "absent", "given", "line"),
+    ("family", "absent", "values", "line"),
     [
         (
             SD3,
@@ -244,27 +244,27 @@ def test_settings_that_go_together_are_not_refused(machine: Machine) -> None:
         ),
     ],
 )
-def test_a_pipeline_without_what_an_option_needs_is_refused(
-    family: str, absent: str | None, given: dict[str, Any], line: str, own_folder: Folder
+def test_an_option_that_the_pipeline_does_not_support_is_refused(
+    family: str, absent: str | None, values: dict[str, Any], line: str, own_folder: Folder
 ) -> None:
     folder = own_folder(family)
-    assert refusal(without(folder, absent) if absent else folder, **given) == line
+    assert load_error(without(folder, absent) if absent else folder, **values) == line
 
 
 @pytest.mark.parametrize("name", ["flash_hub", "sage_hub", "no such", "FLEX"])
-def test_an_attention_backend_that_is_unknown_or_fetched_from_the_hub_is_refused(
+def test_an_unknown_attention_backend_or_one_of_the_hub_is_refused(
     name: str, model_folder: Folder
 ) -> None:
-    line = refusal(model_folder(FLUX), attention=name)
+    line = load_error(model_folder(FLUX), attention=name)
     assert line.startswith("MODEL_ATTENTION: must be one of _flash_3, ")
     assert "hub" not in line
 
 
 @pytest.mark.parametrize(("name", "package"), [("flash", "flash-attn"), ("sage", "sageattention")])
-def test_an_attention_backend_whose_package_is_missing_is_refused(
+def test_an_attention_backend_without_its_package_is_refused(
     name: str, package: str, model_folder: Folder
 ) -> None:
-    line = refusal(model_folder(FLUX), attention=name)
+    line = load_error(model_folder(FLUX), attention=name)
     assert line.startswith("MODEL_ATTENTION: ")
     assert f"Please install `{package}" in line
 
@@ -278,9 +278,9 @@ def test_an_attention_backend_whose_package_is_missing_is_refused(
         ("flash_attention_2", "the package flash-attn is not installed"),
     ],
 )
-def test_an_attention_that_a_vision_language_model_cannot_have_is_refused(
+def test_an_unsupported_attention_of_a_vision_language_model_is_refused(
     name: str, line: str, model_folder: Folder
 ) -> None:
-    assert refusal(model_folder(VISION), TEXTS, attention=name).startswith(
+    assert load_error(model_folder(VISION), TEXTS, attention=name).startswith(
         f"MODEL_ATTENTION: {line}"
     )

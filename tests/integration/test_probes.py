@@ -1,4 +1,4 @@
-"""The probes over real HTTP: what they say, and when they say no."""
+"""The probes over real HTTP: readiness, liveness and metrics."""
 
 import time
 from collections.abc import AsyncIterator
@@ -14,19 +14,19 @@ from consumer.telemetry import JobReport
 
 
 @pytest.fixture
-def watch() -> Telemetry:
-    """Of a daemon that could take its first job."""
-    made = Telemetry(Metrics("text_to_image"))
-    made.health.bus_connected = lambda: True
-    made.health.durable_present = lambda: True
-    made.health.model_loaded = True
-    made.store_reachable(reachable=True)
-    return made
+def telemetry() -> Telemetry:
+    """Return the telemetry of a daemon that is ready."""
+    ready = Telemetry(Metrics("text_to_image"))
+    ready.health.bus_connected = lambda: True
+    ready.health.durable_present = lambda: True
+    ready.health.model_loaded = True
+    ready.store_reachable(reachable=True)
+    return ready
 
 
 @pytest.fixture
-async def http(watch: Telemetry) -> AsyncIterator[aiohttp.ClientSession]:
-    probes = Probes(watch, host="127.0.0.1", port=0)
+async def http(telemetry: Telemetry) -> AsyncIterator[aiohttp.ClientSession]:
+    probes = Probes(telemetry, host="127.0.0.1", port=0)
     await probes.start()
     async with aiohttp.ClientSession(f"http://127.0.0.1:{probes.port}") as session:
         yield session
@@ -38,59 +38,62 @@ async def readiness(http: aiohttp.ClientSession) -> tuple[int, dict[str, str]]:
         return answer.status, {k: v for k, v in (await answer.json()).items() if v != "ok"}
 
 
-async def test_ready_when_every_condition_holds(http: aiohttp.ClientSession) -> None:
+async def test_the_daemon_is_ready_if_every_condition_is_true(http: aiohttp.ClientSession) -> None:
     assert await readiness(http) == (200, {})
     async with http.get("/livez") as answer:
         assert (answer.status, await answer.text()) == (200, "ok\n")
 
 
 @pytest.mark.parametrize(
-    ("attribute", "value", "said"),
+    ("attribute", "value", "reason"),
     [
         ("bus_connected", lambda: False, {"bus": "not connected"}),
         ("durable_present", lambda: False, {"durable": "not present"}),
         ("model_loaded", False, {"model": "not loaded"}),
         ("draining", True, {"daemon": "draining"}),
     ],
+    ids=["bus", "durable", "model", "draining"],
 )
-async def test_one_condition_that_does_not_hold_is_said_and_the_daemon_is_alive(
+async def test_a_false_condition_is_reported_and_the_daemon_is_alive(
     http: aiohttp.ClientSession,
-    watch: Telemetry,
+    telemetry: Telemetry,
     attribute: str,
     value: object,
-    said: dict[str, str],
+    reason: dict[str, str],
 ) -> None:
-    setattr(watch.health, attribute, value)
-    assert await readiness(http) == (503, said)
+    setattr(telemetry.health, attribute, value)
+    assert await readiness(http) == (503, reason)
     async with http.get("/livez") as answer:
         assert answer.status == 200
 
 
-async def test_the_store_is_said_to_be_away_until_it_answers(
-    http: aiohttp.ClientSession, watch: Telemetry
+async def test_the_daemon_is_not_ready_while_the_store_is_unreachable(
+    http: aiohttp.ClientSession, telemetry: Telemetry
 ) -> None:
-    watch.store_reachable(reachable=False, reason="S3: no connection")
+    telemetry.store_reachable(reachable=False, reason="S3: no connection")
     assert await readiness(http) == (503, {"store": "S3: no connection"})
-    watch.store_reachable(reachable=True)
+    telemetry.store_reachable(reachable=True)
     assert await readiness(http) == (200, {})
 
 
 async def test_a_lost_device_is_neither_ready_nor_alive(
-    http: aiohttp.ClientSession, watch: Telemetry
+    http: aiohttp.ClientSession, telemetry: Telemetry
 ) -> None:
-    watch.health.device_lost = True
+    telemetry.health.device_lost = True
     assert await readiness(http) == (503, {"device": "lost"})
     async with http.get("/livez") as answer:
         assert answer.status == 503
 
 
-async def test_metrics_tell_jobs_stages_and_the_device(
-    http: aiohttp.ClientSession, watch: Telemetry
+async def test_the_metrics_have_jobs_stages_and_the_device(
+    http: aiohttp.ClientSession, telemetry: Telemetry
 ) -> None:
-    watch.job_started()
-    watch.device_busy(1.5)
-    watch.job_finished(JobReport("succeeded", 2, queued=0.1, inference=1.5, encode=0.2, upload=0.3))
-    watch.job_started()
+    telemetry.job_started()
+    telemetry.device_busy(1.5)
+    telemetry.job_finished(
+        JobReport("succeeded", 2, queued=0.1, inference=1.5, encode=0.2, upload=0.3)
+    )
+    telemetry.job_started()
     async with http.get("/metrics") as answer:
         assert answer.headers["Content-Type"].startswith("text/plain; version=")
         lines = set((await answer.text()).splitlines())
@@ -108,18 +111,18 @@ async def test_metrics_tell_jobs_stages_and_the_device(
     } <= lines
 
 
-async def test_metrics_tell_which_condition_of_readiness_holds(
-    http: aiohttp.ClientSession, watch: Telemetry
+async def test_the_metrics_have_each_condition_of_readiness(
+    http: aiohttp.ClientSession, telemetry: Telemetry
 ) -> None:
-    watch.store_reachable(reachable=False, reason="S3: no connection")
-    watch.bus_writable(writable=False, reason="GENERATION_RESULTS: maximum bytes exceeded")
-    watch.health.draining = True
+    telemetry.store_reachable(reachable=False, reason="S3: no connection")
+    telemetry.bus_writable(writable=False, reason="GENERATION_RESULTS: maximum bytes exceeded")
+    telemetry.health.draining = True
     async with http.get("/readyz") as answer:
         assert (await answer.json())["streams"] == "GENERATION_RESULTS: maximum bytes exceeded"
     async with http.get("/metrics") as answer:
         lines = (await answer.text()).splitlines()
-    told = "generation_ready_condition{"
-    assert {line.removeprefix(told) for line in lines if line.startswith(told)} == {
+    prefix = "generation_ready_condition{"
+    assert {line.removeprefix(prefix) for line in lines if line.startswith(prefix)} == {
         f'condition="{condition}",task="text_to_image"}} {holds}'
         for condition, holds in {
             "bus": 1.0,
@@ -134,18 +137,18 @@ async def test_metrics_tell_which_condition_of_readiness_holds(
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc here")
-async def test_metrics_tell_what_the_process_takes(http: aiohttp.ClientSession) -> None:
+async def test_the_metrics_have_the_resources_of_the_process(http: aiohttp.ClientSession) -> None:
     async with http.get("/metrics") as answer:
         lines = (await answer.text()).splitlines()
-    told = {
+    metrics = {
         name: float(value)
         for name, value in (line.rsplit(" ", 1) for line in lines[1:] if "#" not in line)
     }
-    assert told["process_resident_memory_bytes"] > 10_000_000
-    assert abs(told["process_start_time_seconds"] - time.time()) < 24 * 3600
+    assert metrics["process_resident_memory_bytes"] > 10_000_000
+    assert abs(metrics["process_start_time_seconds"] - time.time()) < 24 * 3600
 
 
-OK = ""  # the store has answered
+OK = ""  # the reason of a reachable store
 
 
 @pytest.mark.parametrize(
@@ -153,12 +156,12 @@ OK = ""  # the store has answered
     [
         (["full"] * 3 + ["away"], [("full", 0), ("away", 0)]),
         (["full", "away"] * 5, [("full", 0), ("away", 0)]),
-        (["full", OK] * 5, [("full", 0), OK]),  # GETs are answered, PUTs fail
+        (["full", OK] * 5, [("full", 0), OK]),  # reads succeed and writes fail
     ],
     ids=["repeated", "alternating", "with successes"],
 )
-def test_each_reason_of_the_store_is_logged_once_in_a_while(
-    watch: Telemetry, monkeypatch: pytest.MonkeyPatch, sequence: list[str], logged: list[object]
+def test_each_reason_of_the_store_is_logged_once_per_interval(
+    telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch, sequence: list[str], logged: list[object]
 ) -> None:
     now = 1_000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -166,26 +169,26 @@ def test_each_reason_of_the_store_is_logged_once_in_a_while(
     def lines() -> list[object]:
         with capture_logs() as logs:
             for reason in sequence:
-                watch.store_reachable(reachable=not reason, reason=reason)
+                telemetry.store_reachable(reachable=not reason, reason=reason)
         return [OK if "reason" not in line else (line["reason"], line["unlogged"]) for line in logs]
 
     assert lines() == logged
     now += LOG_INTERVAL
-    left_out = {reason: sequence.count(reason) - 1 for reason in set(sequence)}
-    assert lines() == [OK if line == OK else (line[0], left_out[line[0]]) for line in logged]
-    for number in range(MAX_LOGGED_REASONS):  # forgotten, so that the memory stays bounded
-        watch.store_reachable(reachable=False, reason=str(number))
+    unlogged = {reason: sequence.count(reason) - 1 for reason in set(sequence)}
+    assert lines() == [OK if line == OK else (line[0], unlogged[line[0]]) for line in logged]
+    for number in range(MAX_LOGGED_REASONS):  # the number of stored reasons is bounded
+        telemetry.store_reachable(reachable=False, reason=str(number))
     assert lines() == logged
 
 
 def test_recovery_is_logged_after_each_logged_failure(
-    watch: Telemetry, monkeypatch: pytest.MonkeyPatch
+    telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1_000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with capture_logs() as logs:
         for _ in range(2):
-            watch.store_reachable(reachable=False, reason="full")
-            watch.store_reachable(reachable=True)
+            telemetry.store_reachable(reachable=False, reason="full")
+            telemetry.store_reachable(reachable=True)
             now += LOG_INTERVAL
     assert [line["event"] for line in logs] == ["store_unreachable", "store_reachable"] * 2

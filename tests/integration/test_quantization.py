@@ -1,4 +1,4 @@
-"""Weights in eight and four bits: as far as a CPU can hold them."""
+"""Weights in eight and four bits, as far as a CPU supports them."""
 
 # mypy: allow-untyped-calls
 
@@ -17,7 +17,14 @@ from consumer.runners.device import Placement
 from consumer.runners.image_to_text.vision_loading import load_vision_language
 from consumer.runners.source import Source
 from generation_contracts import Task
-from tests.integration.small_runs import SMALL, largest_difference, made, pipeline, refusal, written
+from tests.integration.small_runs import (
+    SMALL,
+    generate_image,
+    generate_text,
+    largest_difference,
+    load_error,
+    pipeline,
+)
 from tests.support.tiny_models import Folder, Load
 
 FLUX, VISION = "flux", "vision_language"
@@ -34,7 +41,7 @@ def classes_of(model: Any) -> set[str]:
 
 
 def as_gguf(folder: Path, *, leave_out: str = "") -> Path:
-    """Store the transformer of a folder as GGUF in place of safetensors."""
+    """Replace the safetensors file of a folder's transformer with a GGUF file."""
     (safe,) = (folder / "transformer").glob("*.safetensors")
     writer = gguf.GGUFWriter(safe.with_name("tiny-Q8_0.gguf"), "flux")
     for name, weight in load_file(safe).items():
@@ -53,7 +60,7 @@ def as_gguf(folder: Path, *, leave_out: str = "") -> Path:
     return folder
 
 
-def test_torchao_int8_holds_the_transformer_in_bytes(
+def test_torchao_int8_quantizes_the_transformer(
     model_folder: Folder, load: Load, shared_runner: Shared
 ) -> None:
     runner = load(model_folder(FLUX), quantization="torchao-int8", defaults=SMALL)
@@ -62,10 +69,10 @@ def test_torchao_int8_holds_the_transformer_in_bytes(
     assert pipe.transformer.proj_out.weight.qdata.dtype is torch.int8
     for small in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
         assert classes_of(small) == {"Parameter"}
-    assert 0 < largest_difference(made(runner), made(shared_runner(FLUX))) < 20
+    assert 0 < largest_difference(generate_image(runner), generate_image(shared_runner(FLUX))) < 20
 
 
-def test_torchao_int8_also_takes_a_text_encoder_that_is_large(
+def test_torchao_int8_also_quantizes_a_large_text_encoder(
     model_folder: Folder, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     always = partial(quantization.for_transformers, min_bytes=0)
@@ -74,20 +81,18 @@ def test_torchao_int8_also_takes_a_text_encoder_that_is_large(
     assert "Int8Tensor" in classes_of(pipe.text_encoder_2)
 
 
-def test_torchao_int8_holds_a_vision_language_model_in_bytes(
-    model_folder: Folder, load: Load
-) -> None:
+def test_torchao_int8_quantizes_a_vision_language_model(model_folder: Folder, load: Load) -> None:
     runner = load(model_folder(VISION), Task.IMAGE_TO_TEXT, quantization="torchao-int8")
     model: Any = runner._model
     assert "Int8Tensor" in classes_of(model._model)
-    assert written(runner)
+    assert generate_text(runner)
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("bitsandbytes-4bit", "Linear4bit")])
 def test_bitsandbytes_replaces_the_layers_of_a_vision_language_model(
     kind: Any, layer: str, model_folder: Folder
 ) -> None:
-    # The settings refuse it on a CPU, where it is slow; its arguments can be seen to work there.
+    # The settings refuse it on a CPU, where it is slow; this test calls the loader directly.
     config = ModelConfig(quantization=kind)
     model, _ = load_vision_language(Source(model_folder(VISION), VISION), CPU, config)
     assert layer in {type(module).__name__ for module in model.modules()}
@@ -100,21 +105,21 @@ def test_bitsandbytes_replaces_the_layers_of_a_vision_language_model(
         ("bitsandbytes-8bit", {"load_in_8bit": True}),
     ],
 )
-def test_bitsandbytes_is_asked_for_the_denoiser_only(kind: Any, expected: dict[str, Any]) -> None:
+def test_bitsandbytes_quantizes_the_denoiser_only(kind: Any, expected: dict[str, Any]) -> None:
     index = {"transformer": ["diffusers", "X"], "vae": ["diffusers", "Y"]}
     arguments = quantization.for_diffusers(ModelConfig(quantization=kind), CUDA, index)
-    how = arguments["quantization_config"]
-    given = how._resolve_quant_config(is_diffusers=True, module_name="transformer").to_dict()
+    config = arguments["quantization_config"]
+    given = config._resolve_quant_config(is_diffusers=True, module_name="transformer").to_dict()
     assert expected.items() <= given.items()
-    assert how._resolve_quant_config(is_diffusers=True, module_name="vae") is None
+    assert config._resolve_quant_config(is_diffusers=True, module_name="vae") is None
     assert "device_map" not in arguments
 
 
-def test_torchao_int4_is_packed_on_the_device_in_groups() -> None:
+def test_torchao_int4_packs_groups_of_128_weights_on_the_device() -> None:
     config = ModelConfig(quantization="torchao-int4")
     arguments = quantization.for_diffusers(config, CUDA, {"transformer": ["diffusers", "X"]})
-    how = arguments["quantization_config"]._resolve_quant_config(module_name="transformer")
-    assert (how.quant_type.group_size, how.quant_type.int4_packing_format) == (
+    config = arguments["quantization_config"]._resolve_quant_config(module_name="transformer")
+    assert (config.quant_type.group_size, config.quant_type.int4_packing_format) == (
         128,
         "tile_packed_to_4d",
     )
@@ -128,19 +133,19 @@ def test_a_transformer_stored_as_gguf_is_read_and_stays_quantized(
     transformer = pipeline(runner).transformer
     assert "GGUFParameter" in classes_of(transformer)
     assert transformer.proj_out.weight.dtype is torch.uint8
-    assert 0 < largest_difference(made(runner), made(shared_runner(FLUX))) < 20
+    assert 0 < largest_difference(generate_image(runner), generate_image(shared_runner(FLUX))) < 20
 
 
 def test_a_gguf_file_without_one_of_the_weights_is_refused(own_folder: Folder) -> None:
     folder = as_gguf(own_folder(FLUX), leave_out="proj_out.weight")
-    assert refusal(folder, quantization="gguf") == (
+    assert load_error(folder, quantization="gguf") == (
         "MODEL_QUANTIZATION: the weights in the .gguf file are not those of FluxTransformer2DModel"
     )
 
 
-def test_two_gguf_files_are_one_too_many(own_folder: Folder) -> None:
+def test_two_gguf_files_are_refused(own_folder: Folder) -> None:
     folder = as_gguf(own_folder(FLUX))
     (folder / "transformer" / "other.gguf").touch()
-    assert refusal(folder, quantization="gguf") == (
+    assert load_error(folder, quantization="gguf") == (
         "MODEL_QUANTIZATION: gguf needs one .gguf file in transformer, there are 2"
     )

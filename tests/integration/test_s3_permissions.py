@@ -1,4 +1,4 @@
-"""The worker's least privilege in S3, as infra/s3 has it, on SeaweedFS and on MinIO."""
+"""The permissions of the worker in S3, from the files in infra/s3, on SeaweedFS and MinIO."""
 
 import json
 import os
@@ -33,18 +33,18 @@ BUCKET = "generation"
 
 
 class Users:
-    """What both stores are asked for.
+    """A store with the users `admin` and `worker`.
 
     Attributes:
         endpoint: The URL of the S3 API.
-        keys: The key pair of `admin` and `worker`.
+        keys: The key pairs of `admin` and `worker`.
     """
 
     endpoint: str
     keys: dict[str, Credentials]
 
     def client(self, name: str) -> Minio:
-        """The SDK as one of them."""
+        """Return a client of the SDK with the key pair of a user."""
         key = self.keys[name]
         return Minio(
             self.endpoint.removeprefix("http://"),
@@ -55,25 +55,25 @@ class Users:
         )
 
     def artifacts(self, name: str) -> ObjectStoreArtifacts:
-        """The daemon's own way to it."""
+        """Return the daemon's adapter of the store with the key pair of a user."""
         key = self.keys[name]
         settings = Settings(
             s3_endpoint=self.endpoint,
             s3_access_key=key.access_key,
-            s3_secret_key=key.secret_key,  # type: ignore[arg-type] # as the environment gives it
+            s3_secret_key=key.secret_key,  # type: ignore[arg-type] # pydantic converts the string
             s3_bucket=BUCKET,
         )
         return ObjectStoreArtifacts(store_config(settings), observer=NullObserver())
 
     def make_worker(self) -> None:
-        """By the program that compose runs for MinIO."""
+        """Create the worker with the program that compose runs for MinIO."""
         secrets = self.directory / "secrets"
         secrets.mkdir()
         for name, key in self.keys.items():
             (secrets / f"{name}_settings").write_text(
                 f's3_access_key = "{key.access_key}"\ns3_secret_key = "{key.secret_key}"\n'
             )
-        for _ in range(2):  # it may be run again
+        for _ in range(2):  # a second run is allowed
             subprocess.run(
                 [sys.executable, str(ROOT / "infra" / "compose" / "minio_worker.py")],
                 env={
@@ -88,7 +88,7 @@ class Users:
 
 
 class SeaweedWithUsers(ObjectStore, Users):  # type: ignore[misc] # its endpoint is a property
-    """SeaweedFS with the identities of infra/s3 instead of its own."""
+    """SeaweedFS with the identities of infra/s3."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, bucket=BUCKET)
@@ -103,11 +103,11 @@ class SeaweedWithUsers(ObjectStore, Users):  # type: ignore[misc] # its endpoint
         (self.directory / "s3.json").write_text(json.dumps(identities))
 
     def make_worker(self) -> None:
-        """The file has said it."""
+        """Do nothing: the identities file defines the worker."""
 
 
 class MinioWithUsers(ChildProcess, Users):
-    """MinIO's S3 front end, in the gateway of JuiceFS, told of its users as compose does it."""
+    """MinIO's S3 front end in the gateway of JuiceFS, with users as compose creates them."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -150,7 +150,7 @@ class MinioWithUsers(ChildProcess, Users):
 
 
 class RealMinioWithUsers(MinioServer, Users):
-    """MinIO itself, told of them in the same way."""
+    """A real MinIO server, with users as compose creates them."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -170,20 +170,19 @@ STORES: dict[str, type] = {
 def store(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Users]:
-    made = STORES[request.param](tmp_path_factory.mktemp("store"))
+    running = STORES[request.param](tmp_path_factory.mktemp("store"))
     try:
-        made.start()
-        made.wait_ready()
-        made.make_worker()
+        running.start()
+        running.wait_ready()
+        running.make_worker()
         for bucket in (BUCKET, "private"):
-            made.client("admin").make_bucket(bucket)
-        yield made
+            running.client("admin").make_bucket(bucket)
+        yield running
     finally:
-        made.kill()
+        running.kill()
 
 
 async def test_the_worker_can_do_its_work(store: Users) -> None:
-
     artifacts = store.artifacts("worker")
     try:
         assert not await artifacts.ensure_bucket()
@@ -201,28 +200,28 @@ async def test_the_worker_can_do_its_work(store: Users) -> None:
 
 
 FORBIDDEN = {
-    "another bucket's objects, to read": lambda client: client.get_object("private", "x"),
-    "another bucket's objects, to write": lambda client: client.fput_object(
+    "read objects of another bucket": lambda client: client.get_object("private", "x"),
+    "write objects of another bucket": lambda client: client.fput_object(
         "private", "x", str(POLICY)
     ),
-    "another bucket's objects, to delete": lambda client: client.remove_object("private", "x"),
-    "a bucket, to make": lambda client: client.make_bucket("mine"),
-    "its bucket, to delete": lambda client: client.remove_bucket(BUCKET),
-    "its bucket's policy, to change": lambda client: client.set_bucket_policy(
+    "delete objects of another bucket": lambda client: client.remove_object("private", "x"),
+    "create a bucket": lambda client: client.make_bucket("mine"),
+    "delete its bucket": lambda client: client.remove_bucket(BUCKET),
+    "change the policy of its bucket": lambda client: client.set_bucket_policy(
         BUCKET, POLICY.read_text()
     ),
-    "its bucket's objects, to list": lambda client: list(client.list_objects(BUCKET)),
+    "list the objects of its bucket": lambda client: list(client.list_objects(BUCKET)),
 }
 
 
 @pytest.mark.parametrize("what", FORBIDDEN)
-def test_what_the_worker_must_not_do(store: Users, what: str) -> None:
-    with pytest.raises(S3Error) as refused:
+def test_the_worker_is_denied_access(store: Users, what: str) -> None:
+    with pytest.raises(S3Error) as error:
         FORBIDDEN[what](store.client("worker"))
-    assert refused.value.code == "AccessDenied"
+    assert error.value.code == "AccessDenied"
 
 
-def test_the_policy_for_other_stores_says_the_same() -> None:
+def test_the_policy_for_other_stores_has_the_same_permissions() -> None:
     (statement,) = json.loads(POLICY.read_text())["Statement"]
     assert statement["Effect"] == "Allow"
     assert statement["Resource"] == [f"arn:aws:s3:::{BUCKET}/*"]

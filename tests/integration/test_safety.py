@@ -1,4 +1,4 @@
-"""The operator's safety checker: a flag for each image, and no image that was not judged."""
+"""The safety checker of the operator: one flag for each image, and no unchecked image."""
 
 # mypy: allow-untyped-calls
 
@@ -20,7 +20,7 @@ from tests.support.tiny_models import Folder, Load
 Shared = Callable[..., ModelRunner]
 
 
-def made(runner: ModelRunner, *, num_images: int = 1, size: int = 32) -> RunnerOutput:
+def generate(runner: ModelRunner, *, num_images: int = 1, size: int = 32) -> RunnerOutput:
     request = TextToImageRequest(
         prompt=SECRET,
         width=size,
@@ -47,7 +47,7 @@ def sd3(shared_runner: Shared) -> ModelRunner:
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelRunner, str], None]:
-    """Give a loaded model a checker of `tests.support.checkers`, as MODEL_SAFETY_CHECKER does."""
+    """Return a function that sets the checker of a loaded model, as MODEL_SAFETY_CHECKER does."""
 
     def with_checker(runner: ModelRunner, name: str) -> None:
         checker = load_checker(f"tests.support.checkers:{name}")
@@ -56,7 +56,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelRunner, str], None]:
     return with_checker
 
 
-def test_without_a_checker_no_image_has_a_flag_and_the_log_says_so(
+def test_without_a_checker_no_image_has_a_flag_and_the_checker_is_logged_as_off(
     model_folder: Folder, load: Load
 ) -> None:
     with capture_logs() as logs:
@@ -64,21 +64,21 @@ def test_without_a_checker_no_image_has_a_flag_and_the_log_says_so(
     assert [entry for entry in logs if entry["event"] == "safety_checker"] == [
         {"event": "safety_checker", "checker": "off", "log_level": "info"}
     ]
-    assert flags(made(runner)) == [None]
+    assert flags(generate(runner)) == [None]
 
 
-def test_the_checker_of_the_settings_judges_each_image(model_folder: Folder, load: Load) -> None:
+def test_the_checker_of_the_settings_flags_each_image(model_folder: Folder, load: Load) -> None:
     name = "tests.support.checkers:flags_the_second"
     with capture_logs() as logs:
         runner = load(model_folder("stable_diffusion_3"), safety_checker=name)
     assert [entry["checker"] for entry in logs if entry["event"] == "safety_checker"] == [name]
-    assert flags(made(runner, num_images=3)) == [False, True, False]
+    assert flags(generate(runner, num_images=3)) == [False, True, False]
 
 
 def test_a_checker_does_not_change_the_images(sd3: ModelRunner, use: Callable[..., None]) -> None:
-    unchecked = pixels(made(sd3, num_images=2))
+    unchecked = pixels(generate(sd3, num_images=2))
     use(sd3, "flags_and_paints")
-    checked = made(sd3, num_images=2)
+    checked = generate(sd3, num_images=2)
     assert flags(checked) == [True, True]
     assert pixels(checked) == unchecked
 
@@ -94,21 +94,21 @@ def test_a_checker_does_not_change_the_images(sd3: ModelRunner, use: Callable[..
         ("answers_nothing", "neither true nor false"),
     ],
 )
-def test_an_image_that_was_not_judged_is_not_given_out(
+def test_a_failed_check_raises_instead_of_returning_images(
     checker: str, message: str, sd3: ModelRunner, use: Callable[..., None]
 ) -> None:
     use(sd3, checker)
     with pytest.raises(ModelError, match=message) as failed:
-        made(sd3, num_images=2)
+        generate(sd3, num_images=2)
     assert SECRET not in str(failed.value)
 
 
-def test_a_checker_that_finds_the_device_full_is_no_faulty_checker(
+def test_a_checker_without_enough_memory_raises_out_of_memory(
     sd3: ModelRunner, use: Callable[..., None]
 ) -> None:
     use(sd3, "runs_out_of_memory")
     with pytest.raises(OutOfMemory):
-        made(sd3)
+        generate(sd3)
 
 
 @pytest.mark.parametrize(
@@ -121,16 +121,18 @@ def test_a_checker_that_finds_the_device_full_is_no_faulty_checker(
         ("..:check", "ValueError"),
     ],
 )
-def test_a_checker_that_is_not_there_stops_the_start(setting: str, reason: str) -> None:
+def test_a_checker_that_cannot_be_loaded_stops_the_start(setting: str, reason: str) -> None:
     with pytest.raises(ModelUnavailable, match=f"^MODEL_SAFETY_CHECKER: .*{reason}$"):
         load_checker(setting)
 
 
-# -- a pipeline with a checker of its own ---------------------------------------------------------
+# -- pipelines with a safety checker --------------------------------------------------------------
 
 
-def judged_by_the_model(runner: ModelRunner, judged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline(runner), "run_safety_checker", lambda image, *_: (image, judged))
+def set_flags_of_the_model(
+    runner: ModelRunner, flagged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline(runner), "run_safety_checker", lambda image, *_: (image, flagged))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def judged_by_the_model(runner: ModelRunner, judged: Any, monkeypatch: pytest.Mo
         ("flags_none", [True, False]),
     ],
 )
-def test_the_flags_of_the_models_own_checker_are_told_as_well(
+def test_the_flags_of_both_checkers_are_combined(
     checker: str | None,
     expected: list[bool],
     shared_runner: Shared,
@@ -149,18 +151,18 @@ def test_the_flags_of_the_models_own_checker_are_told_as_well(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runner = shared_runner("hunyuan_dit")
-    judged_by_the_model(runner, [True, False], monkeypatch)
+    set_flags_of_the_model(runner, [True, False], monkeypatch)
     if checker is not None:
         use(runner, checker)
-    output = made(runner, num_images=2)
+    output = generate(runner, num_images=2)
     assert flags(output) == expected
     assert output.warnings == ("the model's safety checker blanked images: 1",)
 
 
-def test_flags_of_the_models_own_checker_that_fit_no_images_are_not_guessed_at(
+def test_a_wrong_number_of_flags_of_the_models_checker_is_an_error(
     shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = shared_runner("hunyuan_dit")
-    judged_by_the_model(runner, [False, True, False], monkeypatch)
+    set_flags_of_the_model(runner, [False, True, False], monkeypatch)
     with pytest.raises(ModelError, match="did not return one flag for each image"):
-        made(runner, num_images=2)
+        generate(runner, num_images=2)

@@ -1,4 +1,4 @@
-"""Schedulers: which load with which pipeline, and that one seed always makes the same bytes."""
+"""Schedulers: which of them load with which pipeline, and the determinism of their images."""
 
 # mypy: allow-untyped-calls
 
@@ -25,27 +25,27 @@ from consumer.runners.text_to_image.schedulers import (
     require_kind,
 )
 from generation_contracts import Task
-from tests.integration.small_runs import refusal
+from tests.integration.small_runs import load_error
 from tests.support.image_runs import made, pipeline, pixels
 from tests.support.tiny_models import Folder, Load
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 SD3, XL, FLUX = "stable_diffusion_3", "stable_diffusion_xl", "flux"
 OF_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-STEPS = {"num_inference_steps": 4}  # PNDM makes no fewer
+STEPS = {"num_inference_steps": 4}  # the minimum of PNDM
 OPTIONS = [{}, {"stochastic_sampling": True}, {"algorithm_type": "sde-dpmsolver++"}]
 
 
 def all_schedulers() -> Iterator[tuple[str, Any]]:
-    """Each class of diffusers, with each set of options that its configuration has."""
+    """Yield each scheduler class of diffusers with each set of its options."""
     for name in sorted(dir(diffusers)):
         kind = getattr(diffusers, name, None)
         if not inspect.isclass(kind) or not issubclass(kind, SchedulerMixin):
             continue
-        takes = inspect.signature(kind.__init__).parameters
+        parameters = inspect.signature(kind.__init__).parameters
         for flow in ({}, OF_FLOW):
-            for options in ({**given, **flow} for given in OPTIONS):
-                if options.keys() <= takes.keys():
+            for options in ({**base, **flow} for base in OPTIONS):
+                if options.keys() <= parameters.keys():
                     try:
                         yield name, kind(**options)
                     except (TypeError, NotImplementedError):
@@ -63,7 +63,7 @@ def runner(request: pytest.FixtureRequest, model_folder: Folder) -> Iterator[Mod
 
 
 def documented(family: str) -> set[str]:
-    """The schedulers that the document lists for a family."""
+    """Return the schedulers that the document lists for a family."""
     rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith(f"| {family} |")]
     assert len(rows) == 1
     return set(rows[0].split("|")[2].replace("`", " ").replace(",", " ").split())
@@ -79,7 +79,7 @@ def test_each_scheduler_that_loads_takes_its_noise_from_the_seed(runner: ModelRu
             require_kind(pipe, "a model")
             first = made(runner, num_images=2, **STEPS)
         except (ModelUnavailable, ModelError):
-            continue  # at the start, the first run shows the second
+            continue  # a model error would stop the first run of a worker
         working.add(name.removesuffix("Scheduler"))
         torch.manual_seed(1)
         state = torch.get_rng_state()
@@ -88,15 +88,15 @@ def test_each_scheduler_that_loads_takes_its_noise_from_the_seed(runner: ModelRu
             scheduler.config,
         )
         assert torch.equal(torch.get_rng_state(), state), name
-        second = np.asarray(made(runner, seed=8, **STEPS).images[0].image, dtype=int)
-        difference = np.abs(second - np.asarray(first.images[1].image, dtype=int))
-        # A batch rounds otherwise; noise of another seed changes nearly every value by more.
+        alone = np.asarray(made(runner, seed=8, **STEPS).images[0].image, dtype=int)
+        difference = np.abs(alone - np.asarray(first.images[1].image, dtype=int))
+        # Batches round differently; another seed changes nearly every value by more than 1.
         assert np.median(difference) <= 1, (name, scheduler.config)
     assert working == documented(type(pipe).__name__.removesuffix("Pipeline"))
 
 
 def with_scheduler(folder: Path, name: str, **config: Any) -> Path:
-    """Give a pipeline's folder another scheduler."""
+    """Set another scheduler in the folder of a pipeline."""
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({"_class_name": name, **config}))
     index = json.loads((folder / "model_index.json").read_text())
@@ -152,11 +152,11 @@ def with_scheduler(folder: Path, name: str, **config: Any) -> Path:
         ),
     ],
 )
-def test_a_scheduler_that_cannot_work_stops_the_start(
+def test_an_unsuitable_scheduler_stops_the_start(
     *, family: str, scheduler: str, config: dict[str, Any], line: str, own_folder: Folder
 ) -> None:
     folder = with_scheduler(own_folder(family), scheduler, **config)
-    assert refusal(folder).startswith(f"{family}: {line}")
+    assert load_error(folder).startswith(f"{family}: {line}")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,8 @@ def test_a_scheduler_that_cannot_work_stops_the_start(
         (SD3, "FlowMatchLCMScheduler", {}),
         (SD3, "UniPCMultistepScheduler", OF_FLOW),
         (XL, "LCMScheduler", {}),
-        (XL, "DPMSolverMultistepScheduler", OF_FLOW),  # SDXL weights are trained so, too
+        # Some SDXL weights are trained with flow matching.
+        (XL, "DPMSolverMultistepScheduler", OF_FLOW),
     ],
 )
 def test_an_unusual_scheduler_that_works_is_loaded(
@@ -178,7 +179,7 @@ def test_an_unusual_scheduler_that_works_is_loaded(
 def test_a_scheduler_of_a_run_is_freed_without_the_garbage_collector(
     shared_runner: Callable[[str], ModelRunner],
 ) -> None:
-    # It keeps tensors of the run: multistep schedulers the outputs of the last steps.
+    # A scheduler references tensors of its run, such as the outputs of the last steps.
     scheduler = fresh_scheduler(pipeline(shared_runner(SD3)).scheduler, [torch.Generator()])
     alive = weakref.ref(scheduler)
     gc.disable()
@@ -189,7 +190,9 @@ def test_a_scheduler_of_a_run_is_freed_without_the_garbage_collector(
         gc.enable()
 
 
-def test_fewer_steps_than_a_scheduler_can_make_are_refused(own_folder: Folder, load: Load) -> None:
+def test_fewer_steps_than_the_minimum_of_the_scheduler_are_refused(
+    own_folder: Folder, load: Load
+) -> None:
     runner = load(with_scheduler(own_folder(XL), "PNDMScheduler"), warm_up=True)
     with pytest.raises(UnsupportedParameter, match="num_inference_steps: must be at least 4"):
         made(runner, num_inference_steps=3)
@@ -200,13 +203,15 @@ def test_fewer_steps_than_a_scheduler_can_make_are_refused(own_folder: Folder, l
     ("scheduler", "steps"),
     [("EulerDiscreteScheduler", 1), ("UnCLIPScheduler", 2), ("HeliosScheduler", 1)],
 )
-def test_the_fewest_steps_are_known_or_1(scheduler: str, steps: int) -> None:
-    # HeliosScheduler needs an argument of its pipeline, whatever the number of steps is.
+def test_the_minimum_number_of_steps_is_1_if_it_is_unknown(scheduler: str, steps: int) -> None:
+    # HeliosScheduler needs an argument of its pipeline for every number of steps.
     assert least_steps(getattr(diffusers, scheduler)()) == steps
 
 
-@pytest.mark.parametrize("kind", [diffusers.SanaPipeline, diffusers.SanaSprintPipeline])
-def test_a_flow_scheduler_is_tried_where_the_named_class_is_for_either_kind(kind: Any) -> None:
+@pytest.mark.parametrize(
+    "kind", [diffusers.SanaPipeline, diffusers.SanaSprintPipeline], ids=["sana", "sana sprint"]
+)
+def test_a_flow_scheduler_of_a_pipeline_for_both_kinds_is_probed(kind: Any) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "transformer"))
     pipe = kind(**parts, scheduler=scheduler)

@@ -1,7 +1,7 @@
-"""Folders of vision-language models as they come: incomplete, of other versions, by other tools.
+"""Folders of vision-language models: incomplete ones, and those of other versions and tools.
 
-A folder that cannot answer a request is refused at the start, in one line; what is said in several
-places, or in an old way, is read from all of them.
+A folder that cannot answer a request is refused at the start, in one line. Settings that a folder
+has in several files, or in an old format, are read from all of them.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from PIL import Image
 from consumer.ports.model import UnsupportedParameter
 from consumer.runners import ModelRunner
 from generation_contracts import ImageToTextRequest, Task
-from tests.integration.small_runs import refusal
+from tests.integration.small_runs import load_error
 from tests.support.model_runs import run_model
 from tests.support.tiny_models import Folder, Load
 
@@ -30,9 +30,9 @@ Change = Callable[[Path], None]
 
 @pytest.fixture
 def folder(own_folder: Folder) -> Iterator[Path]:
-    made = own_folder("vision_language")
-    yield made
-    shutil.rmtree(made)
+    path = own_folder("vision_language")
+    yield path
+    shutil.rmtree(path)
 
 
 def edited(name: str, **values: Any) -> Change:
@@ -40,8 +40,8 @@ def edited(name: str, **values: Any) -> Change:
 
     def change(folder: Path) -> None:
         content = json.loads((folder / name).read_text()) | values
-        kept = {key: value for key, value in content.items() if value is not None}
-        (folder / name).write_text(json.dumps(kept))
+        remaining = {key: value for key, value in content.items() if value is not None}
+        (folder / name).write_text(json.dumps(remaining))
 
     return change
 
@@ -57,7 +57,7 @@ def holding(name: str, content: bytes) -> Change:
     return change
 
 
-def asked(runner: ModelRunner, *images: Image.Image, **fields: Any) -> Any:
+def generate_text(runner: ModelRunner, *images: Image.Image, **fields: Any) -> Any:
     sources = tuple(f"s3://inputs/{number}.png" for number in range(len(images)))
     request = ImageToTextRequest(
         **{"prompt": "What is this?", "images": sources, "max_new_tokens": 6, **fields}
@@ -71,7 +71,7 @@ def image(*size: int) -> Image.Image:
     return Image.new("RGB", size or (60, 60), "red")
 
 
-# -- incomplete -----------------------------------------------------------------------------------
+# -- unusable folders -----------------------------------------------------------------------------
 
 
 def in_two_files(folder: Path) -> None:
@@ -96,7 +96,7 @@ def with_a_torn_file(folder: Path) -> None:
 
 
 def renamed(rename: Callable[[str], str | None]) -> Change:
-    """Store weights under other names; None leaves one out. Copies are added to what is there."""
+    """Rename the weights; a weight whose new name is None is removed."""
 
     def change(folder: Path) -> None:
         tensors = importlib.import_module("safetensors.torch")
@@ -129,11 +129,25 @@ def with_the_vocabulary_alone(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
+def as_preprocessor(**values: Any) -> Change:
+    """Write the image settings as versions of transformers before 5 do."""
+
+    def change(folder: Path) -> None:
+        (folder / "processor_config.json").unlink()
+        sizes = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+        kind = {"image_processor_type": "Qwen2VLImageProcessor"}
+        names = {"processor_class": "Qwen2_5_VLProcessor"}
+        content = {**kind, **names, **sizes, **values}
+        (folder / "preprocessor_config.json").write_text(json.dumps(content))
+
+    return change
+
+
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         pytest.param(without("config.json"), "there is no config.json in it", id="config"),
         pytest.param(without("tokenizer.json"), "tokenizer has no vocabulary", id="tokenizer"),
@@ -141,7 +155,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
         pytest.param(
             without("processor_config.json"), "there is no preprocessor_config.json", id="processor"
         ),
-        pytest.param(without("chat_template.jinja"), "has no chat template", id="template"),
+        pytest.param(
+            without("chat_template.jinja"), "its processor has no chat template", id="template"
+        ),
         pytest.param(without(WEIGHTS), "no weights in safetensors files", id="weights"),
         pytest.param(without_a_shard, "model-00002-of-00002.safetensors", id="shard"),
         pytest.param(with_a_torn_file, "file not fully covered", id="torn weights"),
@@ -170,60 +186,78 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
             "its tokenizer has tokens up to number 270, its embeddings end at 269",
             id="embeddings",
         ),
-    ],
-)
-def test_an_incomplete_folder_is_refused(change: Change, says: str, folder: Path) -> None:
-    change(folder)
-    refused = refusal(folder, Task.IMAGE_TO_TEXT)
-    assert says in refused
-    assert refused.startswith("vision_language: ")
-    assert str(folder) not in refused
-
-
-# -- parts that do not fit each other -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "says"),
-    [
-        ("config.json", {"image_token_id": 5}, "Image features and image tokens do not match"),
-        (
-            "config.json",
-            {"model_type": "other_vl", "auto_map": {"AutoConfig": "code.Config"}},
+        pytest.param(
+            holding("chat_template.jinja", b"{{ messages[0].content[-1].text }}"),
+            "no place for images",
+            id="template without images",
+        ),
+        pytest.param(
+            holding("chat_template.jinja", b"{{ raise_exception('not so') }}"),
+            "cannot be loaded: not so",
+            id="template that raises",
+        ),
+        pytest.param(
+            holding("chat_template.jinja", b"{{ messages[0].content + '' }}"),
+            "cannot be loaded: ",
+            id="template for strings",
+        ),
+        pytest.param(
+            edited("config.json", is_encoder_decoder=True),
+            "qwen2_5_vl is an encoder-decoder model",
+            id="encoder-decoder",
+        ),
+        pytest.param(
+            edited("config.json", image_token_id=5),
+            "Image features and image tokens do not match",
+            id="image token",
+        ),
+        pytest.param(
+            edited("config.json", model_type="other_vl", auto_map={"AutoConfig": "code.Config"}),
             "code that comes with a model is never run",
+            id="code of the model",
         ),
-        ("config.json", {"quantization_config": {"quant_method": "new"}}, "quantization new is"),
-        ("config.json", {"quantization_config": {"quant_method": "awq"}}, "AWQ"),
-        (
-            "config.json",
-            {"_attn_implementation": {"vision_config": "kernels-community/flash-attn"}},
-            "config.json: _attn_implementation: must be one of eager, sdpa",
-        ),
-        (
-            "config.json",
-            {"_attn_implementation": "flash_attention_2"},
-            "config.json: _attn_implementation: the package flash-attn is not installed",
-        ),
-        (
-            "processor_config.json",
-            {"processor_class": "P", "auto_map": {"AutoProcessor": "code.P"}},
+        pytest.param(
+            edited(
+                "processor_config.json",
+                processor_class="P",
+                auto_map={"AutoProcessor": "code.P"},
+            ),
             "is never run",
+            id="code of the processor",
+        ),
+        pytest.param(
+            edited("config.json", quantization_config={"quant_method": "new"}),
+            "quantization new is",
+            id="unknown quantization",
+        ),
+        pytest.param(
+            edited("config.json", quantization_config={"quant_method": "awq"}), "AWQ", id="awq"
+        ),
+        pytest.param(
+            edited(
+                "config.json",
+                _attn_implementation={"vision_config": "kernels-community/flash-attn"},
+            ),
+            "config.json: _attn_implementation: must be one of eager, sdpa",
+            id="attention of the hub",
+        ),
+        pytest.param(
+            edited("config.json", _attn_implementation="flash_attention_2"),
+            "config.json: _attn_implementation: the package flash-attn is not installed",
+            id="attention without its package",
+        ),
+        pytest.param(as_preprocessor(merge_size=3), "cannot be loaded", id="merge size"),
+        pytest.param(as_preprocessor(patch_size=16), "cannot be loaded", id="patch size"),
+        pytest.param(
+            as_preprocessor(temporal_patch_size=1), "cannot be loaded", id="temporal patch size"
         ),
     ],
 )
-def test_parts_that_cannot_work_together_are_refused(
-    name: str, values: dict[str, Any], says: str, folder: Path
-) -> None:
-    edited(name, **values)(folder)
-    assert says in refusal(folder, Task.IMAGE_TO_TEXT)
-
-
-@pytest.mark.parametrize(
-    "values", [{"merge_size": 3}, {"patch_size": 16}, {"temporal_patch_size": 1}]
-)
-def test_images_cut_for_another_model_are_refused(values: dict[str, int], folder: Path) -> None:
-    as_preprocessor(**values)(folder)
-    assert "cannot be loaded" in refusal(folder, Task.IMAGE_TO_TEXT)
+def test_an_unusable_folder_is_refused(change: Change, message: str, folder: Path) -> None:
+    change(folder)
+    line = load_error(folder, Task.IMAGE_TO_TEXT)
+    assert message in line
+    assert line.startswith("vision_language: ")
 
 
 @pytest.mark.parametrize(
@@ -234,58 +268,49 @@ def test_images_cut_for_another_model_are_refused(values: dict[str, int], folder
     ],
     ids=["attention of a part", "LFS pointer of an unread file"],
 )
-def test_what_transformers_does_not_read_is_not_judged(
+def test_files_and_settings_that_transformers_does_not_read_are_ignored(
     change: Change, folder: Path, load: Load
 ) -> None:
     change(folder)
-    assert asked(load(folder, Task.IMAGE_TO_TEXT), image())
+    assert generate_text(load(folder, Task.IMAGE_TO_TEXT), image())
 
 
 # -- other layouts --------------------------------------------------------------------------------
 
 
-def as_preprocessor(**values: Any) -> Change:
-    """Write the settings of images as versions of transformers before 5 do."""
-
-    def change(folder: Path) -> None:
-        (folder / "processor_config.json").unlink()
-        sizes = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
-        kind = {"image_processor_type": "Qwen2VLImageProcessor"}
-        names = {"processor_class": "Qwen2_5_VLProcessor"}
-        content = {**kind, **names, **sizes, **values}
-        (folder / "preprocessor_config.json").write_text(json.dumps(content))
-
-    return change
-
-
 TILE = 28**2  # pixels of a token
-LEAST, MOST = 4 * TILE, 20 * TILE
+MIN_PIXELS, MAX_PIXELS = 4 * TILE, 20 * TILE
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        pytest.param({"min_pixels": LEAST, "max_pixels": MOST}, id="top"),
-        pytest.param({"size": {"shortest_edge": LEAST, "longest_edge": MOST}}, id="edges"),
-        pytest.param({"size": {"min_pixels": LEAST, "max_pixels": MOST}}, id="size"),
+        pytest.param({"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}, id="top"),
+        pytest.param(
+            {"size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}}, id="edges"
+        ),
+        pytest.param({"size": {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}}, id="size"),
         pytest.param(
             {
-                "min_pixels": LEAST,
-                "max_pixels": MOST,
-                "size": {"min_pixels": LEAST, "max_pixels": 9 * MOST},
+                "min_pixels": MIN_PIXELS,
+                "max_pixels": MAX_PIXELS,
+                "size": {"min_pixels": MIN_PIXELS, "max_pixels": 9 * MAX_PIXELS},
             },
             id="both",
         ),
-        pytest.param({"max_pixels": MOST, "do_resize": False}, id="no resizing"),
+        pytest.param({"max_pixels": MAX_PIXELS, "do_resize": False}, id="no resizing"),
         pytest.param(
-            {"max_pixels": MOST, "image_processor_type": "Qwen2VLImageProcessorFast"}, id="fast"
+            {"max_pixels": MAX_PIXELS, "image_processor_type": "Qwen2VLImageProcessorFast"},
+            id="fast",
         ),
     ],
 )
-def test_the_models_own_pixels_are_kept(values: dict[str, Any], folder: Path, load: Load) -> None:
+def test_the_pixel_limits_of_the_model_are_applied(
+    values: dict[str, Any], folder: Path, load: Load
+) -> None:
     as_preprocessor(**values)(folder)
     runner = load(folder, Task.IMAGE_TO_TEXT)
-    small, large = (asked(runner, image(side, side)).prompt_tokens for side in (56, 1000))
+    small, large = (generate_text(runner, image(side, side)).prompt_tokens for side in (56, 1000))
     assert large - small == 4 * 4 - 2 * 2  # the largest square of at most 20 tokens
 
 
@@ -331,25 +356,27 @@ def template_elsewhere(name: str, wrapped: Callable[[str], Any]) -> Change:
         ),
     ],
 )
-def test_another_layout_of_the_same_model_answers_the_same(
+def test_another_layout_of_a_model_gives_the_same_text(
     change: Change, folder: Path, load: Load, shared_runner: Callable[[str], ModelRunner]
 ) -> None:
     change(folder)
-    expected = asked(shared_runner("vision_language"), image())
-    assert asked(load(folder, Task.IMAGE_TO_TEXT), image()) == expected
+    expected = generate_text(shared_runner("vision_language"), image())
+    assert generate_text(load(folder, Task.IMAGE_TO_TEXT), image()) == expected
 
 
-# -- images of odd sizes --------------------------------------------------------------------------
+# -- image sizes ----------------------------------------------------------------------------------
 
 
 def test_narrow_and_tiny_images_are_read(folder: Path, load: Load) -> None:
-    as_preprocessor(min_pixels=LEAST, max_pixels=16_384 * TILE)(folder)  # as Qwen2.5-VL has it
+    as_preprocessor(min_pixels=MIN_PIXELS, max_pixels=16_384 * TILE)(
+        folder
+    )  # the limits of Qwen2.5-VL
     runner = load(folder, Task.IMAGE_TO_TEXT, max_image_pixels=256 * TILE)
-    alone = asked(runner, image(56, 56)).prompt_tokens - 4
+    alone = generate_text(runner, image(56, 56)).prompt_tokens - 4
     sizes = [(6000, 34), (34, 6000), (10_000, 50), (200, 1), (1, 1)]
-    read = [asked(runner, image(*size)).prompt_tokens - alone for size in sizes]
-    # A rounded 28x5992 is 214 times as long as it is wide: the image processor refuses such.
-    assert read == [214, 214, 226, 7, 4]
+    tokens_of_images = [generate_text(runner, image(*size)).prompt_tokens - alone for size in sizes]
+    # The image processor would refuse 28x5992 pixels, because one side is 214 times the other.
+    assert tokens_of_images == [214, 214, 226, 7, 4]
 
 
 @dataclass
@@ -369,7 +396,7 @@ class OfSize:
 
 @pytest.fixture(scope="module")
 def image_budget() -> Any:
-    """The module that makes images fit; it imports torch."""
+    """Return the module of the pixel budget, which imports torch."""
     return importlib.import_module("consumer.runners.image_to_text.image_budget")
 
 
@@ -398,7 +425,7 @@ def test_images_beyond_the_context_are_refused(folder: Path, load: Load) -> None
     text = {**content["text_config"], "max_position_embeddings": 300}
     edited("config.json", text_config=text)(folder)
     runner = load(folder, Task.IMAGE_TO_TEXT)
-    assert asked(runner, image(280, 280))
+    assert generate_text(runner, image(280, 280))
     with pytest.raises(UnsupportedParameter, match="images: 400 tokens, of 300 at most") as refused:
-        asked(runner, *[image(280, 280)] * 4)
+        generate_text(runner, *[image(280, 280)] * 4)
     assert refused.value.parameter == "images"
