@@ -1,6 +1,6 @@
-"""LoRA adapters: named in the settings, in use for single jobs, and the model the same afterwards.
+"""LoRA adapters: configured by name, applied to single jobs, and removed afterwards.
 
-The base is judged by the bytes of its images, and against a model that never saw an adapter.
+The tests compare images byte by byte with the images of a model that has loaded no adapter.
 """
 
 # mypy: allow-untyped-calls
@@ -44,13 +44,13 @@ from tests.support.tiny_models import Folder, Load
 Shared = Callable[..., ModelRunner]
 
 
-def asked(**fields: Any) -> TextToImageRequest:
+def make_request(**fields: Any) -> TextToImageRequest:
     small = {"prompt": "a cat", "width": 32, "height": 32, "num_inference_steps": 2, "seed": 7}
     return TextToImageRequest(**{**small, **fields})
 
 
 def pixels(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> list[bytes]:
-    request = asked(**fields)
+    request = make_request(**fields)
     runner.check(request)
     output = run_model(runner, request, [], save_memory=save_memory)
     return [image.image.tobytes() for image in output.images]
@@ -58,7 +58,7 @@ def pixels(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> 
 
 @pytest.fixture
 def plain(shared_runner: Shared) -> ModelRunner:
-    """The same model, which never saw an adapter."""
+    """Return a model that has loaded no adapter."""
     return shared_runner("stable_diffusion_3")
 
 
@@ -66,13 +66,13 @@ def plain(shared_runner: Shared) -> ModelRunner:
 def styled(
     model_folder: Folder, shared_runner: Shared, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ModelRunner]:
-    """Stable Diffusion 3 with three adapters: of a folder, of the text's, and of a linked file."""
+    """Load three adapters: of a folder, of a text encoder, and of a symbolic link."""
     folder = tmp_path_factory.mktemp("adapters")
     pipe = pipeline(shared_runner("stable_diffusion_3"))
     save_adapter(pipe, folder / "ink", seed=1)
     save_adapter(pipe, folder / "tale", seed=2, part="text_encoder", layers=("q_proj", "v_proj"))
     blob = save_adapter(pipe, folder / "blobs", seed=3).rename(folder / "blobs" / "4b1d")
-    (folder / "wash.safetensors").symlink_to(blob)  # as the hub's cache has its files
+    (folder / "wash.safetensors").symlink_to(blob)  # as in the hub's cache
     runner = create_runner(
         Task.TEXT_TO_IMAGE,
         ModelConfig(
@@ -89,59 +89,61 @@ def styled(
     runner.close()
 
 
-# -- in use for a job -----------------------------------------------------------------------------
+# -- jobs with adapters ---------------------------------------------------------------------------
 
 
-def test_adapters_that_nobody_asks_for_change_no_byte(
+def test_loaded_adapters_do_not_change_a_request_without_adapters(
     styled: ModelRunner, plain: ModelRunner
 ) -> None:
     assert pixels(styled, num_images=2) == pixels(plain, num_images=2)
 
 
 @pytest.mark.parametrize("name", ["ink", "wash", "tale"])
-def test_an_adapter_changes_the_image_that_asks_for_it_and_no_other(
+def test_an_adapter_changes_only_the_images_of_its_requests(
     name: str, styled: ModelRunner, plain: ModelRunner
 ) -> None:
-    never_delivered = pixels(plain)
+    without_adapter = pixels(plain)
     with_it = pixels(styled, adapters={name: 1})
-    assert with_it != never_delivered
-    assert pixels(styled) == never_delivered
+    assert with_it != without_adapter
+    assert pixels(styled) == without_adapter
     assert pixels(styled, adapters={name: 1}) == with_it
-    assert pixels(styled, adapters={name: 0.5}) not in (with_it, never_delivered)
+    assert pixels(styled, adapters={name: 0.5}) not in (with_it, without_adapter)
 
 
-def test_adapters_at_once_add_up_in_whatever_order_they_are_named(styled: ModelRunner) -> None:
+def test_several_adapters_are_combined_in_any_order(styled: ModelRunner) -> None:
     single = [pixels(styled, adapters={name: 1}) for name in ("ink", "wash", "tale")]
     together = pixels(styled, adapters={"ink": 1, "wash": 0.7, "tale": -1})
     assert together not in single
     assert pixels(styled, adapters={"tale": -1, "wash": 0.7, "ink": 1}) == together
 
 
-def test_the_order_in_which_adapters_are_added_is_always_the_same(styled: ModelRunner) -> None:
-    # A tiny model's images do not show it: sums of floats differ in the last bit.
-    for asked_for in ({"wash": 1.0, "ink": 1.0}, {"ink": 1.0, "wash": 1.0}):
+def test_adapters_are_always_activated_in_the_same_order(styled: ModelRunner) -> None:
+    # The order changes only the last bits of sums, which the images of a tiny model do not show.
+    for adapters in ({"wash": 1.0, "ink": 1.0}, {"ink": 1.0, "wash": 1.0}):
         orders: list[list[str]] = []
         run_model(
             styled,
-            asked(adapters=asked_for),
+            make_request(adapters=adapters),
             [],
             on_step=lambda *_, seen=orders: seen.append(pipeline(styled).get_active_adapters()),
         )
         assert orders == [["ink", "wash"]] * 2
 
 
-def test_weight_zero_is_without_the_adapter(styled: ModelRunner, plain: ModelRunner) -> None:
+def test_an_adapter_with_weight_zero_is_not_applied(
+    styled: ModelRunner, plain: ModelRunner
+) -> None:
     assert pixels(styled, adapters={"ink": 0}) == pixels(plain)
     only_ink = pixels(styled, adapters={"ink": 1})
     assert pixels(styled, adapters={"wash": 0, "ink": 1}) == only_ink
 
 
-def test_a_cancelled_job_leaves_no_adapter_on(styled: ModelRunner, plain: ModelRunner) -> None:
+def test_a_cancelled_job_leaves_no_adapter_active(styled: ModelRunner, plain: ModelRunner) -> None:
     steps: list[int] = []
     with pytest.raises(Interrupted):
         run_model(
             styled,
-            asked(adapters={"ink": 1, "tale": 1}),
+            make_request(adapters={"ink": 1, "tale": 1}),
             [],
             on_step=lambda step, _: steps.append(step),
             cancelled=lambda: bool(steps),
@@ -154,7 +156,7 @@ def test_a_cancelled_job_leaves_no_adapter_on(styled: ModelRunner, plain: ModelR
     ("error", "translated"), [(ValueError, ModelError), (torch.OutOfMemoryError, OutOfMemory)]
 )
 @pytest.mark.parametrize("save_memory", [False, True])
-def test_a_failed_job_leaves_no_adapter_on(
+def test_a_failed_job_leaves_no_adapter_active(
     error: type[Exception],
     translated: type[Exception],
     *,
@@ -172,9 +174,7 @@ def test_a_failed_job_leaves_no_adapter_on(
     assert pixels(styled) == pixels(plain)
 
 
-def test_only_the_configured_adapters_can_be_asked_for(
-    styled: ModelRunner, plain: ModelRunner
-) -> None:
+def test_only_configured_adapters_are_accepted(styled: ModelRunner, plain: ModelRunner) -> None:
     with pytest.raises(UnsupportedParameter, match="there is no adapter other") as refused:
         pixels(styled, adapters={"ink": 1, "other": 1})
     assert refused.value.parameter == "adapters"
@@ -182,15 +182,15 @@ def test_only_the_configured_adapters_can_be_asked_for(
         pixels(plain, adapters={"ink": 1})
 
 
-def test_the_adapters_are_told_with_what_the_image_was_made_with(styled: ModelRunner) -> None:
-    output = run_model(styled, asked(adapters={"ink": 0.5}), [])
+def test_the_output_reports_its_adapters(styled: ModelRunner) -> None:
+    output = run_model(styled, make_request(adapters={"ink": 0.5}), [])
     assert output.parameters["adapters"] == {"ink": 0.5}
 
 
-def test_weights_that_were_moved_in_a_run_can_still_be_switched(
+def test_adapters_can_be_switched_after_weights_were_moved_in_a_run(
     styled: ModelRunner, plain: ModelRunner
 ) -> None:
-    # Offloading moves them in inference mode, which makes tensors of another kind of them.
+    # Offloading moves weights in inference mode, which turns them into inference tensors.
     transformer = pipeline(styled).transformer
     with torch.inference_mode():
         transformer.to(torch.float64).to(torch.float32)
@@ -205,18 +205,18 @@ def test_weights_that_were_moved_in_a_run_can_still_be_switched(
 @pytest.mark.parametrize(
     "family", ["flux", "flux_2_klein", "stable_diffusion_xl", "qwen_image", "z_image"]
 )
-def test_every_family_that_takes_adapters_is_the_same_without_them(
+def test_a_family_with_adapters_gives_the_same_images_without_them(
     family: str, shared_runner: Shared, model_folder: Folder, load: Load, tmp_path: Path
 ) -> None:
-    never_delivered = shared_runner(family)
-    file = save_adapter(pipeline(never_delivered), tmp_path)
+    without_adapter = shared_runner(family)
+    file = save_adapter(pipeline(without_adapter), tmp_path)
     runner = load(model_folder(family), adapters={"ink": str(file)})
-    before = pixels(never_delivered)
+    before = pixels(without_adapter)
     assert pixels(runner, adapters={"ink": 1}) != before
     assert pixels(runner) == before
 
 
-def test_a_family_without_adapters_does_not_start_with_them(
+def test_a_family_that_takes_no_adapters_does_not_start_with_them(
     shared_runner: Shared, model_folder: Folder, load: Load, tmp_path: Path
 ) -> None:
     file = save_adapter(pipeline(shared_runner("stable_diffusion_3")), tmp_path)
@@ -224,23 +224,23 @@ def test_a_family_without_adapters_does_not_start_with_them(
         load(model_folder("hunyuan_dit"), adapters={"ink": str(file)})
 
 
-def of_nothing(file: Path, _: Any) -> None:
+def with_unknown_layers(file: Path, _: Any) -> None:
     save_file({f"other.lora_{half}.weight": torch.zeros(2, 8) for half in "AB"}, file)
 
 
-def of_no_lora(file: Path, _: Any) -> None:
+def without_lora_keys(file: Path, _: Any) -> None:
     save_file({"transformer.weight": torch.zeros(2, 8)}, file)
 
 
-def broken(file: Path, _: Any) -> None:
+def with_broken_file(file: Path, _: Any) -> None:
     file.write_bytes(b"\xff" * 100)
 
 
-def of_another_size(file: Path, pipe: Any) -> None:
+def with_another_size(file: Path, pipe: Any) -> None:
     save_adapter(pipe, file.parent, wider=2)
 
 
-def of_another_model(file: Path, _: Any) -> None:
+def for_another_model(file: Path, _: Any) -> None:
     matrices = {f"transformer.deep.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"}
     save_file(matrices, file)
 
@@ -267,12 +267,12 @@ def without_one_matrix(file: Path, pipe: Any) -> None:
     change_weights(file, lambda name, w: None if name.endswith(lost) else (name, w))
 
 
-def of_dora(file: Path, pipe: Any) -> None:
+def with_dora_scale(file: Path, pipe: Any) -> None:
     scales = {"transformer__transformer_blocks__0__attn__to_q__dora_scale": torch.ones(16, 1)}
     add_weights(save_adapter(pipe, file.parent), **scales)
 
 
-def of_loha(file: Path, pipe: Any) -> None:
+def as_loha(file: Path, pipe: Any) -> None:
     save_adapter(pipe, file.parent)
     change_weights(
         file,
@@ -280,22 +280,22 @@ def of_loha(file: Path, pipe: Any) -> None:
     )
 
 
-def of_ia3(file: Path, _: Any) -> None:
+def as_ia3(file: Path, _: Any) -> None:
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k"
     save_file({f"{layer}.weight": torch.ones(8), f"{layer}.on_input": torch.zeros(1)}, file)
 
 
-def of_numbers_that_are_none(file: Path, pipe: Any) -> None:
+def with_nan_weights(file: Path, pipe: Any) -> None:
     save_adapter(pipe, file.parent)
     change_weights(file, lambda name, w: (name, w * float("nan") if "lora_B" in name else w))
 
 
-def of_peft_without_its_config(file: Path, pipe: Any) -> None:
+def of_peft_without_config(file: Path, pipe: Any) -> None:
     save_adapter(pipe, file.parent)
     change_weights(file, lambda name, w: (name.replace("transformer.", "base_model.model.", 1), w))
 
 
-def of_the_other_kind(file: Path, pipe: Any) -> None:
+def with_unet_prefix(file: Path, pipe: Any) -> None:
     save_adapter(pipe, file.parent)
     change_weights(file, lambda name, w: (name.replace("transformer.", "unet.", 1), w))
 
@@ -305,26 +305,30 @@ def of_the_other_kind(file: Path, pipe: Any) -> None:
     [
         ("stable_diffusion_3", without_half, "it has matrices without their other half, such as "),
         ("stable_diffusion_3", without_one_matrix, "it has matrices without their other half"),
-        ("stable_diffusion_3", of_dora, "it is a DoRA, which diffusers would apply as a plain"),
-        ("stable_diffusion_3", of_loha, "it is a LoHa adapter, which diffusers does not load"),
-        ("stable_diffusion_xl", of_ia3, "it is an IA3 adapter, which diffusers does not load"),
-        ("stable_diffusion_3", of_numbers_that_are_none, "it has weights that are not numbers"),
         (
             "stable_diffusion_3",
-            of_peft_without_its_config,
+            with_dora_scale,
+            "it is a DoRA, which diffusers would apply as a plain",
+        ),
+        ("stable_diffusion_3", as_loha, "it is a LoHa adapter, which diffusers does not load"),
+        ("stable_diffusion_xl", as_ia3, "it is an IA3 adapter, which diffusers does not load"),
+        ("stable_diffusion_3", with_nan_weights, "it has weights that are not numbers"),
+        (
+            "stable_diffusion_3",
+            of_peft_without_config,
             "it was saved by PEFT and its adapter_config.json is missing",
         ),
-        ("stable_diffusion_3", of_the_other_kind, "none of its weights are for this model"),
-        ("stable_diffusion_3", of_nothing, "none of its weights are for this model"),
-        ("stable_diffusion_3", of_no_lora, "cannot be loaded: Invalid LoRA checkpoint"),
-        ("stable_diffusion_3", broken, "cannot be loaded: "),
-        ("stable_diffusion_3", of_another_size, "cannot be loaded: .*size mismatch"),
-        ("stable_diffusion_3", of_another_model, "cannot be loaded: "),
+        ("stable_diffusion_3", with_unet_prefix, "none of its weights are for this model"),
+        ("stable_diffusion_3", with_unknown_layers, "none of its weights are for this model"),
+        ("stable_diffusion_3", without_lora_keys, "cannot be loaded: Invalid LoRA checkpoint"),
+        ("stable_diffusion_3", with_broken_file, "cannot be loaded: "),
+        ("stable_diffusion_3", with_another_size, "cannot be loaded: .*size mismatch"),
+        ("stable_diffusion_3", for_another_model, "cannot be loaded: "),
         ("flux", widening, "it would change the model for all requests"),
         ("flux", replacing_norms, "it would change the model for all requests"),
     ],
 )
-def test_an_adapter_that_is_none_for_this_model_stops_the_start(
+def test_an_unsuitable_adapter_stops_the_start(
     *,
     family: str,
     write: Callable[[Path, Any], None],
@@ -341,7 +345,7 @@ def test_an_adapter_that_is_none_for_this_model_stops_the_start(
     assert "\n" not in str(refused.value)
 
 
-def test_an_adapter_that_fits_in_part_is_told_in_the_log_and_to_its_senders(
+def test_a_partly_applied_adapter_is_logged_and_reported_as_a_warning(
     shared_runner: Shared, model_folder: Folder, load: Load, tmp_path: Path
 ) -> None:
     pipe = pipeline(shared_runner("stable_diffusion_3"))
@@ -368,11 +372,11 @@ def test_an_adapter_that_fits_in_part_is_told_in_the_log_and_to_its_senders(
 
 
 def warnings(runner: ModelRunner, **fields: Any) -> tuple[str, ...]:
-    request = asked(**fields)
+    request = make_request(**fields)
     return run_model(runner, request, []).warnings
 
 
-# -- as other programs save them ------------------------------------------------------------------
+# -- formats of other programs --------------------------------------------------------------------
 
 NAMED = (".weight", ".default.weight")
 
@@ -392,7 +396,7 @@ NAMED = (".weight", ".default.weight")
         ),
     ],
 )
-def test_keys_of_other_programs_are_the_same_adapter(
+def test_the_keys_of_other_programs_give_the_same_adapter(
     *,
     family: str,
     changes: list[tuple[str, str]],
@@ -401,19 +405,19 @@ def test_keys_of_other_programs_are_the_same_adapter(
     load: Load,
     tmp_path: Path,
 ) -> None:
-    places = {}
+    paths = {}
     for name in ("ink", "other"):
         file = save_adapter(pipeline(shared_runner(family)), tmp_path / name)
-        places[name] = str(file)
+        paths[name] = str(file)
     for old, new in changes:
         change_weights(file, lambda key, w, old=old, new=new: (key.replace(old, new, 1), w))
-    runner = load(model_folder(family), adapters=places)
-    ink, other = (latents(runner, adapters={name: 1}) for name in places)
+    runner = load(model_folder(family), adapters=paths)
+    ink, other = (latents(runner, adapters={name: 1}) for name in paths)
     assert torch.equal(ink, other)
     assert not torch.equal(ink, latents(runner))
 
 
-def test_the_scale_in_the_metadata_of_diffusers_is_applied_also_to_keys_with_a_name(
+def test_the_scale_in_the_metadata_is_also_applied_to_keys_with_an_adapter_name(
     plain: ModelRunner, model_folder: Folder, load: Load, tmp_path: Path
 ) -> None:
     file = save_adapter(pipeline(plain), tmp_path / "plain", layers=("to_q",))
@@ -421,12 +425,12 @@ def test_the_scale_in_the_metadata_of_diffusers_is_applied_also_to_keys_with_a_n
     metadata = {
         LORA_ADAPTER_METADATA_KEY: json.dumps({f"transformer.{k}": v for k, v in config.items()})
     }
-    places = {"plain": str(file)}
+    paths = {"plain": str(file)}
     for name, suffix in (("scaled", ".weight"), ("named", ".default.weight")):
         weights = {key.replace(".weight", suffix): w for key, w in load_file(file).items()}
-        places[name] = str(tmp_path / f"{name}.safetensors")
-        save_file(weights, places[name], metadata=metadata)
-    runner = load(model_folder("stable_diffusion_3"), adapters=places)
+        paths[name] = str(tmp_path / f"{name}.safetensors")
+        save_file(weights, paths[name], metadata=metadata)
+    runner = load(model_folder("stable_diffusion_3"), adapters=paths)
     twice = latents(runner, adapters={"plain": 2})
     assert not torch.allclose(latents(runner, adapters={"plain": 1}), twice, atol=1e-4)
     for name in ("scaled", "named"):
@@ -446,7 +450,7 @@ def test_the_scale_in_the_metadata_of_diffusers_is_applied_also_to_keys_with_a_n
         (["a.lora_embedding_B"], "without their other half"),
     ],
 )
-def test_a_format_is_known_by_whole_names_in_its_keys(keys: list[str], refused: str) -> None:
+def test_a_format_is_detected_by_whole_names_in_its_keys(keys: list[str], refused: str) -> None:
     if not refused:
         require_loadable(keys)
         return
@@ -454,7 +458,7 @@ def test_a_format_is_known_by_whole_names_in_its_keys(keys: list[str], refused: 
         require_loadable(keys)
 
 
-# -- as PEFT saves them ---------------------------------------------------------------------------
+# -- the format of PEFT ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -485,16 +489,16 @@ def test_an_adapter_saved_by_peft_has_the_scale_of_its_configuration(
         biases = {k.replace(".weight", ".bias"): w[:, 0] for k, w in matrices if ".lora_B." in k}
         save_file({**dict(matrices), **{k: b.contiguous() for k, b in biases.items()}}, file)
     folder = save_as_peft_does(file, tmp_path / "peft", part, **config)
-    places = {"ink": file, "same": folder, "file": folder / "adapter_model.safetensors"}
-    runner = load(model_folder(family), adapters={n: str(place) for n, place in places.items()})
+    paths = {"ink": file, "same": folder, "file": folder / "adapter_model.safetensors"}
+    runner = load(model_folder(family), adapters={n: str(path) for n, path in paths.items()})
     for weights in (1, 0.5):
-        ink, same, by_file = (latents(runner, adapters={name: weights}) for name in places)
+        ink, same, by_file = (latents(runner, adapters={name: weights}) for name in paths)
         assert torch.allclose(ink, same, atol=1e-5)
         assert torch.equal(same, by_file)
 
 
 def latents(runner: ModelRunner, **fields: Any) -> torch.Tensor:
-    """What the decoder was given: images of eight bits hide small differences."""
+    """Return the latents of a run: images of eight bits hide small differences."""
     seen: list[torch.Tensor] = []
     vae = pipeline(runner).vae
     hook = vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
@@ -511,7 +515,7 @@ def latents(runner: ModelRunner, **fields: Any) -> torch.Tensor:
         ({"init_lora_weights": "pissa"}, "it was made with init_lora_weights=pissa, which changes"),
     ],
 )
-def test_an_adapter_saved_by_peft_that_is_no_plain_lora_stops_the_start(
+def test_an_adapter_of_peft_that_is_not_a_plain_lora_stops_the_start(
     *,
     config: dict[str, Any],
     message: str,
@@ -526,7 +530,7 @@ def test_an_adapter_saved_by_peft_that_is_no_plain_lora_stops_the_start(
         load(model_folder("stable_diffusion_3"), adapters={"ink": str(folder)})
 
 
-def test_a_dora_that_peft_saved_is_applied_as_one(
+def test_a_dora_saved_by_peft_is_applied_as_a_dora(
     plain: ModelRunner, model_folder: Folder, load: Load, tmp_path: Path
 ) -> None:
     # diffusers reads the keys of PEFT, `lora_magnitude_vector`, and not those of kohya's scripts.
@@ -558,14 +562,14 @@ def test_an_adapter_of_several_ranks_without_alphas_has_scale_1_in_each_layer(
         return name, torch.cat([weight, torch.zeros_like(weight)], dim=int("lora_B" in name))
 
     change_weights(mixed, widen)
-    places = {"ink": str(file), "mixed": str(mixed)}
-    runner = load(model_folder("stable_diffusion_3"), adapters=places)
-    ink, same = (latents(runner, adapters={name: 1}) for name in places)
+    paths = {"ink": str(file), "mixed": str(mixed)}
+    runner = load(model_folder("stable_diffusion_3"), adapters=paths)
+    ink, same = (latents(runner, adapters={name: 1}) for name in paths)
     assert torch.allclose(ink, same, atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [2.0, 8.0])
-def test_an_adapter_of_kohyas_scripts_has_the_scale_of_its_alphas(
+def test_an_adapter_of_kohya_scripts_has_the_scale_of_its_alphas(
     alpha: float, shared_runner: Shared, model_folder: Folder, load: Load, tmp_path: Path
 ) -> None:
     family = "stable_diffusion_xl"
@@ -578,14 +582,14 @@ def test_an_adapter_of_kohyas_scripts_has_the_scale_of_its_alphas(
         named[f"{name}.lora_{'down' if down else 'up'}.weight"] = weight
         named[f"{name}.alpha"] = torch.tensor(alpha)
     save_file(named, tmp_path / "kohya.safetensors")
-    places = {"ink": str(file), "kohya": str(tmp_path / "kohya.safetensors")}
-    runner = load(model_folder(family), adapters=places)
+    paths = {"ink": str(file), "kohya": str(tmp_path / "kohya.safetensors")}
+    runner = load(model_folder(family), adapters=paths)
     ink = latents(runner, adapters={"ink": alpha / RANK})
     assert torch.allclose(latents(runner, adapters={"kohya": 1}), ink, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
-def test_an_adapter_of_another_type_is_loaded(
+def test_an_adapter_with_another_dtype_is_loaded(
     dtype: torch.dtype, plain: ModelRunner, model_folder: Folder, load: Load, tmp_path: Path
 ) -> None:
     file = save_adapter(pipeline(plain), tmp_path)
@@ -595,7 +599,7 @@ def test_an_adapter_of_another_type_is_loaded(
     assert pixels(runner) == pixels(plain)
 
 
-def test_offloading_goes_with_adapters(
+def test_adapters_work_with_offloading(
     plain: ModelRunner,
     model_folder: Folder,
     load: Load,
@@ -603,7 +607,7 @@ def test_offloading_goes_with_adapters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu = Placement(torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(diffusion, "place", lambda _: cpu)  # it stands for an accelerator
+    monkeypatch.setattr(diffusion, "place", lambda _: cpu)  # stands for an accelerator
     monkeypatch.setattr(options, "validate_options", lambda *_: None)
     file = save_adapter(pipeline(plain), tmp_path)
     runner = load(model_folder("stable_diffusion_3"), offload="group", adapters={"ink": str(file)})
@@ -618,7 +622,7 @@ def test_offloading_goes_with_adapters(
         ({"quantization": "torchao-int4"}, "MODEL_ADAPTERS, MODEL_QUANTIZATION: "),
     ],
 )
-def test_settings_that_adapters_do_not_go_with_are_named(
+def test_settings_that_are_incompatible_with_adapters_are_refused(
     options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelUnavailable, match=f"^{message}"):
@@ -637,7 +641,7 @@ def test_settings_that_adapters_do_not_go_with_are_named(
         ("a.b", "one", "'a.b' is no name"),
     ],
 )
-def test_a_file_that_is_not_there_stops_the_start(
+def test_a_missing_or_unsupported_adapter_file_stops_the_start(
     name: str, place: str, message: str, tmp_path: Path
 ) -> None:
     for folder, count in (("none", 0), ("one", 1), ("two", 2)):
@@ -651,7 +655,7 @@ def test_a_file_that_is_not_there_stops_the_start(
     assert str(tmp_path) not in str(refused.value)
 
 
-def test_a_folder_stands_for_the_one_file_in_it(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_by_its_only_adapter_file(tmp_path: Path) -> None:
     file = tmp_path / "style.safetensors"
     file.touch()
     (tmp_path / "README.md").touch()

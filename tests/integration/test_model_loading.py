@@ -1,8 +1,9 @@
-"""Loading: what is refused, and that each refusal is one clear line without a path."""
+"""Loading of models: refused folders, code and devices, and the use of the hub's cache."""
 
 import gc
 import json
 import logging
+import re
 import select
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
 from consumer.ports.model import ModelUnavailable
-from consumer.runners import ModelConfig, ModelRunner, create_runner, weights
+from consumer.runners import ModelConfig, ModelRunner, weights
 from consumer.runners.device import Placement, place
 from consumer.runners.image_to_text import vision_loading
 from consumer.runners.libraries import reported_warnings
@@ -31,7 +32,13 @@ from consumer.runners.source import Download, locate_model
 from consumer.runners.text_to_image import pipeline_loading
 from consumer.runners.text_to_image.pipeline_loading import text_to_image_class
 from generation_contracts import Task, TextToImageRequest
-from tests.integration.small_runs import largest_difference, made, pipeline, written
+from tests.integration.small_runs import (
+    generate_image,
+    generate_text,
+    largest_difference,
+    load_error,
+    pipeline,
+)
 from tests.support.tiny_models import Folder, Load
 
 SD3, VISION = "stable_diffusion_3", "vision_language"
@@ -41,34 +48,16 @@ DOWNLOADS: dict[Task, Download] = {
 }
 
 
-def refusal(folder: Path | str, task: Task = Task.TEXT_TO_IMAGE, **options: Any) -> str:
-    runner = create_runner(task, ModelConfig(model_id=str(folder), **options))
-    with pytest.raises(ModelUnavailable) as refused:
-        runner.load()
-    line = str(refused.value)
-    assert "\n" not in line
-    if isinstance(folder, Path):
-        assert str(folder.parent) not in line
-    assert refused.value.__cause__ is None
-    return line
-
-
-def without_weight(file: Path, ending: str) -> None:
-    weights = load_file(file)
-    name = next(name for name in weights if name.endswith(ending))
-    save_file({n: t for n, t in weights.items() if n != name}, file, metadata={"format": "pt"})
-
-
 def rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
 
 
-# -- the folder -----------------------------------------------------------------------------------
+# -- imports and folders --------------------------------------------------------------------------
 
 
-def test_importing_the_runners_imports_no_library() -> None:
+def test_importing_the_runners_imports_no_model_library() -> None:
     code = (
         "import sys, consumer.runners as r; from generation_contracts import Task;"
         "r.create_runner(Task.TEXT_TO_IMAGE, r.ModelConfig()); "
@@ -78,7 +67,7 @@ def test_importing_the_runners_imports_no_library() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_model_imports_its_own_libraries_and_no_look_for_garbage_meets_them() -> None:
+def test_a_model_imports_only_its_libraries_and_freezes_their_objects() -> None:
     code = (
         "import gc, sys; from consumer.runners import libraries;"
         "libraries.import_frozen('consumer.runners.image_to_text.vision_language');"
@@ -92,97 +81,177 @@ def test_a_model_imports_its_own_libraries_and_no_look_for_garbage_meets_them() 
     assert done.stdout == "True True\n"
 
 
-def test_a_folder_that_is_not_there_is_told_by_its_name(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "no-such-model") == "MODEL_ID: there is no folder no-such-model"
+def test_a_missing_folder_is_refused_by_its_name(tmp_path: Path) -> None:
+    assert load_error(tmp_path / "no-such-model") == "MODEL_ID: there is no folder no-such-model"
 
 
-def test_a_folder_without_an_index_is_told(tmp_path: Path) -> None:
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    assert refusal(folder) == "empty: there is no model_index.json in it"
-    assert refusal(folder, Task.IMAGE_TO_TEXT) == "empty: there is no config.json in it"
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
-def test_an_index_that_cannot_be_read_is_told(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("index", "line"),
+    [
+        pytest.param(None, "there is no model_index.json in it", id="missing"),
+        pytest.param("{", "its model_index.json cannot be read", id="incomplete"),
+        pytest.param("[]", "its model_index.json cannot be read", id="list"),
+        pytest.param("\x00", "its model_index.json cannot be read", id="null byte"),
+    ],
+)
+def test_a_missing_or_broken_index_is_refused(index: str | None, line: str, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     folder.mkdir()
-    (folder / "model_index.json").write_text(content)
-    assert refusal(folder) == "broken: its model_index.json cannot be read"
+    if index is not None:
+        (folder / "model_index.json").write_text(index)
+    assert load_error(folder) == f"broken: {line}"
 
 
-def test_a_part_without_files_is_told_without_a_path(own_folder: Folder) -> None:
-    folder = own_folder(SD3)
-    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    line = refusal(folder)
-    assert line.startswith("stable_diffusion_3: cannot be loaded: ")
-    assert "diffusion_pytorch_model" in line
-
-
-def test_pickled_weights_are_not_read(own_folder: Folder) -> None:
-    folder = own_folder(SD3)
-    safe = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    torch.save(load_file(safe), safe.with_suffix(".bin"))
-    safe.unlink()
-    assert refusal(folder) == (
-        "stable_diffusion_3: vae: its weights are pickled, which can hold code and is not read: "
-        "convert them to .safetensors"
-    )
-
-
-def test_weights_that_are_there_as_a_variant_only_are_read(
+def test_weights_that_exist_only_as_a_variant_are_loaded(
     own_folder: Folder, load: Load, shared_runner: Callable[[str], ModelRunner]
 ) -> None:
     folder = own_folder(SD3)
     for part in ("vae", "transformer", "text_encoder"):
         (file,) = (folder / part).glob("*.safetensors")
         file.rename(file.with_suffix(".fp16.safetensors"))
-    assert largest_difference(made(load(folder)), made(shared_runner(SD3))) == 0
+    assert largest_difference(generate_image(load(folder)), generate_image(shared_runner(SD3))) == 0
 
 
-def test_a_single_file_is_no_model(model_folder: Folder) -> None:
+def test_a_single_file_is_refused(model_folder: Folder) -> None:
     file = model_folder(SD3) / "vae" / "diffusion_pytorch_model.safetensors"
-    assert refusal(file) == (
+    assert load_error(file) == (
         "MODEL_ID: diffusion_pytorch_model.safetensors is a file: a model is a folder with its "
         "configuration and weights, or an id on the hub"
     )
 
 
-def without_a_part(name: str) -> Callable[[Path], None]:
+# -- damaged folders ------------------------------------------------------------------------------
+
+Change = Callable[[Path], None]
+
+
+def without(pattern: str) -> Change:
+    """Delete the files that match a pattern."""
+
     def change(folder: Path) -> None:
-        absent = {name: [None, None]}
-        rewrite(folder / "model_index.json", lambda index: index.update(absent))
+        for file in folder.glob(pattern):
+            file.unlink()
 
     return change
 
 
-def without_the_shift_of_its_latents(folder: Path) -> None:
-    rewrite(folder / "vae" / "config.json", lambda config: config.pop("shift_factor"))
+def with_text(file: str, text: str) -> Change:
+    def change(folder: Path) -> None:
+        (folder / file).write_text(text)
+
+    return change
+
+
+def with_values(file: str, **values: Any) -> Change:
+    """Set keys of a JSON file."""
+    return lambda folder: rewrite(folder / file, lambda content: content.update(values))
+
+
+def with_index(**parts: Any) -> Change:
+    return with_values("model_index.json", **parts)
+
+
+def without_key(file: str, key: str) -> Change:
+    return lambda folder: rewrite(folder / file, lambda content: content.pop(key))
+
+
+def without_weight(file: str, ending: str) -> Change:
+    def change(folder: Path) -> None:
+        weights = load_file(folder / file)
+        name = next(name for name in weights if name.endswith(ending))
+        remaining = {n: t for n, t in weights.items() if n != name}
+        save_file(remaining, folder / file, metadata={"format": "pt"})
+
+    return change
+
+
+def with_pickled_weights(folder: Path) -> None:
+    safe = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(safe), safe.with_suffix(".bin"))
+    safe.unlink()
+
+
+def with_truncated_weights(folder: Path) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+ABSENT = [None, None]
+DIFFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "part"),
+    ("change", "line"),
     [
-        pytest.param(without_a_part("tokenizer_2"), "no tokenizer_2", id="tokenizer"),
-        pytest.param(without_a_part("text_encoder"), "no text_encoder", id="text encoder"),
-        pytest.param(without_a_part("vae"), "no vae", id="vae"),
-        pytest.param(without_a_part("scheduler"), "no scheduler", id="scheduler"),
-        pytest.param(without_the_shift_of_its_latents, "vae without shift_factor", id="shift"),
+        pytest.param(
+            without(f"vae/{DIFFUSION_WEIGHTS}"),
+            "cannot be loaded: .*diffusion_pytorch_model",
+            id="no weights",
+        ),
+        pytest.param(
+            with_pickled_weights,
+            "vae: its weights are pickled, which can hold code and is not read: "
+            r"convert them to \.safetensors$",
+            id="pickled weights",
+        ),
+        pytest.param(with_truncated_weights, "cannot be loaded: ", id="truncated weights"),
+        pytest.param(
+            without("tokenizer/*.json"), "tokenizer: its vocabulary is missing", id="no vocabulary"
+        ),
+        pytest.param(with_text("vae/config.json", "{"), "cannot be loaded: ", id="broken config"),
+        pytest.param(
+            with_index(scheduler=["diffusers", "NoSuchScheduler"]),
+            "cannot be loaded: ",
+            id="unknown scheduler",
+        ),
+        pytest.param(
+            with_index(transformer=["diffusers", "AutoencoderKL"]),
+            "transformer has the class AutoencoderKL instead of SD3Transformer2DModel$",
+            id="denoiser of another class",
+        ),
+        pytest.param(
+            with_index(tokenizer_2=ABSENT),
+            "no tokenizer_2: the first run failed: ",
+            id="no tokenizer",
+        ),
+        pytest.param(
+            with_index(text_encoder=ABSENT),
+            "no text_encoder: the first run failed: ",
+            id="no text encoder",
+        ),
+        pytest.param(with_index(vae=ABSENT), "no vae: the first run failed: ", id="no vae"),
+        pytest.param(
+            with_index(scheduler=ABSENT), "no scheduler: the first run failed: ", id="no scheduler"
+        ),
+        pytest.param(
+            without_key("vae/config.json", "shift_factor"),
+            "vae without shift_factor: the first run failed: ",
+            id="no shift factor",
+        ),
+        *(
+            pytest.param(
+                without_weight(f"{part}/{file}", weight),
+                rf"{part}: 1 weights are missing, such as \S*{weight}$",
+                id=f"weight of {part}",
+            )
+            for part, file, weight in (
+                ("transformer", DIFFUSION_WEIGHTS, "proj_out.weight"),
+                ("vae", DIFFUSION_WEIGHTS, "decoder.conv_out.bias"),
+                ("text_encoder_3", "model.safetensors", "final_layer_norm.weight"),
+                ("text_encoder", "model.safetensors", "final_layer_norm.bias"),
+            )
+        ),
     ],
 )
-def test_a_pipeline_that_would_fail_at_each_request_stops_the_start(
-    spoil: Callable[[Path], None], part: str, own_folder: Folder
+def test_a_damaged_pipeline_folder_is_refused(
+    change: Change, line: str, own_folder: Folder
 ) -> None:
     folder = own_folder(SD3)
-    spoil(folder)
-    assert refusal(folder).startswith(f"stable_diffusion_3: {part}: the first run failed: ")
+    change(folder)
+    assert re.match(f"stable_diffusion_3: {line}", load_error(folder))
 
 
-# -- what the libraries drop ----------------------------------------------------------------------
-
-
-def unknown_key(part: str, file: str) -> Callable[[Path], None]:
-    return lambda folder: rewrite(folder / part / file, lambda c: c.update(of_another_version=True))
+# -- warnings of the libraries --------------------------------------------------------------------
 
 
 def unknown_weight(folder: Path) -> None:
@@ -193,12 +262,15 @@ def unknown_weight(folder: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(unknown_key("vae", "config.json"), id="key of the vae"),
-        pytest.param(unknown_key("scheduler", "scheduler_config.json"), id="key of the scheduler"),
+        pytest.param(with_values("vae/config.json", of_another_version=True), id="key of the vae"),
+        pytest.param(
+            with_values("scheduler/scheduler_config.json", of_another_version=True),
+            id="key of the scheduler",
+        ),
         pytest.param(unknown_weight, id="weight of the transformer"),
     ],
 )
-def test_what_the_libraries_drop_while_they_load_is_logged_once(
+def test_a_library_warning_about_an_unknown_key_or_weight_is_logged_once(
     change: Callable[[Path], None], own_folder: Folder, load: Load
 ) -> None:
     folder = own_folder(SD3)
@@ -210,7 +282,7 @@ def test_what_the_libraries_drop_while_they_load_is_logged_once(
     assert "of_another_version" in warning["detail"]
 
 
-def test_what_a_library_warns_of_is_one_line_without_folders_and_only_while_loading(
+def test_library_warnings_are_logged_in_one_line_without_folders_while_loading(
     tmp_path: Path,
 ) -> None:
     logger = logging.getLogger("diffusers.models.any")
@@ -237,6 +309,8 @@ def test_what_a_library_warns_of_is_one_line_without_folders_and_only_while_load
         (None, "names no pipeline class of diffusers"),
         (["pipeline", "OwnPipeline"], "names no pipeline class of diffusers"),
         ("AutoencoderKL", "names no pipeline class of diffusers"),
+        ("FluxImg2ImgPipeline", "does not generate images from a text alone"),
+        ("HunyuanVideoPipeline", "does not generate images from a text alone"),
         ("StableDiffusion3Img2ImgPipeline", "does not generate images from a text alone"),
         ("StableDiffusion3InpaintPipeline", "does not generate images from a text alone"),
         ("StableDiffusionXLControlNetPipeline", "does not generate images from a text alone"),
@@ -250,12 +324,12 @@ def test_what_a_library_warns_of_is_one_line_without_folders_and_only_while_load
         ("LongCatImagePipeline", "has no callback at its steps"),
     ],
 )
-def test_a_class_that_makes_no_images_from_text_is_refused(
+def test_a_class_that_generates_no_images_from_text_is_refused(
     class_name: object, line: str, own_folder: Folder
 ) -> None:
     folder = own_folder(SD3)
-    rewrite(folder / "model_index.json", lambda index: index.update(_class_name=class_name))
-    assert line in refusal(folder)
+    with_index(_class_name=class_name)(folder)
+    assert line in load_error(folder)
 
 
 @pytest.mark.parametrize(
@@ -276,114 +350,66 @@ def test_a_class_that_makes_no_images_from_text_is_refused(
         "Lumina2Pipeline",
     ],
 )
-def test_text_to_image_classes_are_taken(class_name: str) -> None:
+def test_text_to_image_classes_are_accepted(class_name: str) -> None:
     found = text_to_image_class({"_class_name": class_name}, "a model")
     assert found.__name__ == class_name
 
 
-def test_a_denoiser_of_another_class_is_refused(own_folder: Folder) -> None:
-    folder = own_folder(SD3)
-    rewrite(
-        folder / "model_index.json",
-        lambda index: index.update(transformer=["diffusers", "AutoencoderKL"]),
-    )
-    line = refusal(folder)
-    assert line == (
-        "stable_diffusion_3: transformer has the class AutoencoderKL "
-        "instead of SD3Transformer2DModel"
-    )
-
-
 def test_remote_code_is_turned_off_for_the_whole_process() -> None:
-    # Read once, when diffusers is imported: the runners' package must have come first.
+    # diffusers reads the variable at its import, so the runners' package must be imported first.
     assert diffusers.utils.constants.DIFFUSERS_DISABLE_REMOTE_CODE is True
 
 
-def test_code_that_came_with_a_model_is_not_run(own_folder: Folder, tmp_path: Path) -> None:
+def test_code_of_a_model_is_not_run(own_folder: Folder, tmp_path: Path) -> None:
     folder, mark = own_folder(SD3), tmp_path / "ran"
     code = f"import pathlib; pathlib.Path({str(mark)!r}).touch()\nclass Own: pass\n"
     (folder / "transformer" / "own.py").write_text(code)
     (folder / "pipeline.py").write_text(code)
-    rewrite(folder / "model_index.json", lambda index: index.update(transformer=["own", "Own"]))
-    assert refusal(folder) == (
+    with_index(transformer=["own", "Own"])(folder)
+    assert load_error(folder) == (
         "stable_diffusion_3: transformer: own.Own is not in diffusers or transformers, and "
         "code that comes with a model is not run"
     )
     assert not mark.exists()
 
 
-def test_code_that_came_with_a_vision_language_model_is_not_run(
-    own_folder: Folder, tmp_path: Path
-) -> None:
+def test_code_of_a_vision_language_model_is_not_run(own_folder: Folder, tmp_path: Path) -> None:
     folder, mark = own_folder(VISION), tmp_path / "ran"
     (folder / "own.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
     own = {"AutoConfig": "own.Own", "AutoModelForImageTextToText": "own.Own"}
-    rewrite(folder / "config.json", lambda c: c.update(model_type="own", auto_map=own))
-    assert "cannot be loaded" in refusal(folder, Task.IMAGE_TO_TEXT)
+    with_values("config.json", model_type="own", auto_map=own)(folder)
+    assert "cannot be loaded" in load_error(folder, Task.IMAGE_TO_TEXT)
     assert not mark.exists()
 
 
-# -- the weights ----------------------------------------------------------------------------------
+# -- parts and types ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("part", "file", "weight"),
-    [
-        ("transformer", "diffusion_pytorch_model", "proj_out.weight"),
-        ("vae", "diffusion_pytorch_model", "decoder.conv_out.bias"),
-        ("text_encoder_3", "model", "final_layer_norm.weight"),
-        ("text_encoder", "model", "final_layer_norm.bias"),
-    ],
-)
-def test_a_missing_weight_is_not_made_up(
-    part: str, file: str, weight: str, own_folder: Folder
+def test_a_part_that_the_index_lists_as_absent_is_not_loaded(
+    own_folder: Folder, load: Load
 ) -> None:
     folder = own_folder(SD3)
-    without_weight(folder / part / f"{file}.safetensors", weight)
-    line = refusal(folder)
-    assert line.startswith(f"stable_diffusion_3: {part}: 1 weights are missing, such as ")
-    assert line.endswith(weight)
-
-
-def test_a_missing_weight_of_a_vision_language_model_is_not_made_up(own_folder: Folder) -> None:
-    folder = own_folder(VISION)
-    without_weight(folder / "model.safetensors", "layers.1.mlp.up_proj.weight")
-    line = refusal(folder, Task.IMAGE_TO_TEXT)
-    assert line.startswith("vision_language: 1 weights are missing, such as ")
-
-
-def test_a_part_that_is_saved_as_absent_stays_absent(own_folder: Folder, load: Load) -> None:
-    folder = own_folder(SD3)
-    absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
-    rewrite(folder / "model_index.json", lambda index: index.update(absent))
+    with_index(text_encoder_3=ABSENT, tokenizer_3=ABSENT)(folder)
     model: Any = load(folder)._model
     assert model._pipe.text_encoder_3 is None
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wanted"),
+    ("dtype", "expected"),
     [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)],
 )
-def test_a_vision_language_model_has_the_type_asked_for(
-    dtype: str, wanted: torch.dtype, model_folder: Folder, load: Load
+def test_a_vision_language_model_is_loaded_with_the_configured_type(
+    dtype: str, expected: torch.dtype, model_folder: Folder, load: Load
 ) -> None:
     runner = load(model_folder(VISION), Task.IMAGE_TO_TEXT, dtype=dtype)
     model: Any = runner._model
-    assert {p.dtype for p in model._model.parameters()} == {wanted}
-    assert model.description.info.dtype == str(wanted).removeprefix("torch.")
+    assert {p.dtype for p in model._model.parameters()} == {expected}
+    assert model.description.info.dtype == str(expected).removeprefix("torch.")
 
 
 def test_a_model_that_reads_no_images_is_refused(model_folder: Folder) -> None:
-    line = refusal(model_folder(SD3) / "text_encoder_3", Task.IMAGE_TO_TEXT)
+    line = load_error(model_folder(SD3) / "text_encoder_3", Task.IMAGE_TO_TEXT)
     assert line == "text_encoder_3: t5 does not generate text from images"
-
-
-def test_a_processor_without_a_chat_template_is_refused(own_folder: Folder) -> None:
-    folder = own_folder(VISION)
-    (folder / "chat_template.jinja").unlink()
-    assert refusal(folder, Task.IMAGE_TO_TEXT) == (
-        "vision_language: its processor has no chat template"
-    )
 
 
 # -- the hub --------------------------------------------------------------------------------------
@@ -393,7 +419,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache, and no hub."""
+    """Set an empty cache of the hub, without a hub."""
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -401,7 +427,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put_into_cache(hub_cache: Path, folder: Path) -> None:
-    """Make a folder the snapshot of `tiny/model` at main."""
+    """Make a folder the snapshot of `tiny/model` at `main`."""
     repository = hub_cache / "models--tiny--model"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
@@ -412,7 +438,7 @@ def put_into_cache(hub_cache: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "task"), [(SD3, Task.TEXT_TO_IMAGE), (VISION, Task.IMAGE_TO_TEXT)]
 )
-def test_a_model_of_the_hub_is_told_with_its_commit(
+def test_the_description_of_a_model_of_the_hub_has_its_commit(
     family: str, task: Task, hub_cache: Path, model_folder: Folder, load: Load
 ) -> None:
     put_into_cache(hub_cache, model_folder(family))
@@ -429,7 +455,7 @@ class SilentHub:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
-    def asked(self) -> bool:
+    def was_called(self) -> bool:
         """Whether a client has connected."""
         return bool(select.select([self._listener], [], [], 0)[0])
 
@@ -461,45 +487,43 @@ def test_a_cached_model_needs_no_hub(
     with capture_logs() as logs, locate_model(task, config, DOWNLOADS[task]) as source:
         assert (source.id, source.revision) == ("tiny/model", COMMIT)
         assert source.folder.resolve() == folder.resolve()
-    asked = revision != COMMIT
-    assert silent_hub.asked() is asked
-    assert [line["event"] for line in logs] == ["hub_not_used"] * asked
+    needs_hub = revision != COMMIT
+    assert silent_hub.was_called() is needs_hub
+    assert [line["event"] for line in logs] == ["hub_not_used"] * needs_hub
 
 
 @pytest.mark.parametrize("revision", [None, COMMIT], ids=str)
 @pytest.mark.parametrize("task", list(Task))
-def test_a_silent_hub_is_not_waited_for(
-    task: Task, revision: str | None, silent_hub: SilentHub
-) -> None:
-    said = refusal("tiny/unknown", task, revision=revision)
-    assert "the hub cannot be reached (" in said
-    assert silent_hub.asked()
+def test_a_silent_hub_times_out(task: Task, revision: str | None, silent_hub: SilentHub) -> None:
+    line = load_error("tiny/unknown", task, revision=revision)
+    assert "the hub cannot be reached (" in line
+    assert silent_hub.was_called()
 
 
-def test_a_copy_that_is_not_complete_is_not_used(
+def test_an_incomplete_copy_is_not_used(
     silent_hub: SilentHub, hub_cache: Path, model_folder: Folder
 ) -> None:
     put_into_cache(hub_cache, model_folder(VISION))
     missing = TreeCacheEntry(size=1, blob_id="0" * 40)
     repository = str(hub_cache / "models--tiny--model")
     write_tree_cache(repository, COMMIT, {"model-2-of-2.safetensors": missing})
-    said = refusal("tiny/model", Task.IMAGE_TO_TEXT, revision=COMMIT)
-    assert "has no complete copy" in said
-    assert silent_hub.asked()
+    line = load_error("tiny/model", Task.IMAGE_TO_TEXT, revision=COMMIT)
+    assert "has no complete copy" in line
+    assert silent_hub.was_called()
 
 
 def test_a_revision_of_a_folder_is_refused(model_folder: Folder) -> None:
     line = "MODEL_REVISION: only a model of the hub has revisions"
-    assert refusal(model_folder(SD3), revision="main") == line
-    assert refusal("", revision="main") == line
+    assert load_error(model_folder(SD3), revision="main") == line
+    assert load_error("", revision="main") == line
 
 
 @pytest.mark.parametrize("task", list(Task))
-def test_a_model_that_is_not_to_be_had_is_told(task: Task, hub_cache: Path) -> None:
-    assert refusal("tiny/unknown", task).startswith("tiny/unknown: cannot be loaded: ")
+def test_a_model_that_is_not_in_the_cache_is_refused(task: Task, hub_cache: Path) -> None:
+    assert load_error("tiny/unknown", task).startswith("tiny/unknown: cannot be loaded: ")
 
 
-# -- how it is loaded -----------------------------------------------------------------------------
+# -- devices and options --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -514,12 +538,12 @@ def test_a_model_that_is_not_to_be_had_is_told(task: Task, hub_cache: Path) -> N
     ],
 )
 @pytest.mark.parametrize("task", list(Task))
-def test_what_this_machine_lacks_is_told_before_anything_is_loaded(
+def test_a_missing_device_is_refused_before_anything_is_loaded(
     options: dict[str, Any], line: str, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    assert refusal("no/model", task, **options) == line
+    assert load_error("no/model", task, **options) == line
 
 
 @pytest.mark.parametrize(
@@ -530,7 +554,7 @@ def test_what_this_machine_lacks_is_told_before_anything_is_loaded(
         (False, False, "cpu", torch.float32),
     ],
 )
-def test_auto_takes_the_best_device_and_its_type(
+def test_auto_selects_the_best_device_and_its_type(
     cuda: bool, mps: bool, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
@@ -541,26 +565,26 @@ def test_auto_takes_the_best_device_and_its_type(
 
 
 def cpu_for_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """From now on the CPU stands in for a GPU; the device maps that transformers is then given."""
+    """Let the CPU stand in for a GPU; return the list of device maps that transformers gets."""
     maps: list[Any] = []
     read = PreTrainedModel.from_pretrained.__func__
 
-    def note(model_class: type, *places: Any, **options: Any) -> Any:
+    def record(model_class: type, *positional: Any, **options: Any) -> Any:
         maps.append(options.get("device_map"))
-        return read(model_class, *places, **options)
+        return read(model_class, *positional, **options)
 
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(note))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(record))
     monkeypatch.setattr(weights, "_OWN_MEMORY", {"cpu"})
     return maps
 
 
-def test_images_are_the_same_when_weights_go_straight_to_the_device(
+def test_weights_loaded_directly_to_the_device_give_the_same_images(
     shared_runner: Callable[[str], ModelRunner],
     model_folder: Folder,
     load: Load,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = made(shared_runner(SD3))
+    expected = generate_image(shared_runner(SD3))
     device_maps = cpu_for_gpu(monkeypatch)
     runner = load(model_folder(SD3))
     pipe = pipeline(runner)
@@ -569,26 +593,28 @@ def test_images_are_the_same_when_weights_go_straight_to_the_device(
         assert part.hf_device_map == {"": torch.device("cpu")}
     assert not any(hasattr(part, "_hf_hook") for part in (pipe.transformer, pipe.text_encoder))
     assert pipe.hf_device_map is None
-    assert made(runner).tobytes() == expected.tobytes()
+    assert generate_image(runner).tobytes() == expected.tobytes()
 
 
-def test_texts_are_the_same_when_weights_go_straight_to_the_device(
+def test_weights_loaded_directly_to_the_device_give_the_same_texts(
     shared_runner: Callable[[str], ModelRunner],
     model_folder: Folder,
     load: Load,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = written(shared_runner(VISION))
+    expected = generate_text(shared_runner(VISION))
     device_maps = cpu_for_gpu(monkeypatch)
     runner = load(model_folder(VISION), Task.IMAGE_TO_TEXT)
     assert device_maps == ["cpu"]
-    assert written(runner) == expected
+    assert generate_text(runner) == expected
 
 
 @pytest.mark.parametrize(
-    "other", [{"offload": "model"}, {"device_map": "balanced"}, {"quantization": "torchao-int8"}]
+    "other",
+    [{"offload": "model"}, {"device_map": "balanced"}, {"quantization": "torchao-int8"}],
+    ids=["offload", "device map", "quantization"],
 )
-def test_weights_go_straight_where_no_option_places_them(other: dict[str, Any]) -> None:
+def test_weights_are_loaded_directly_unless_an_option_places_them(other: dict[str, Any]) -> None:
     gpu = Placement(torch.device("cuda"), torch.bfloat16)
     assert weights.direct_load_kwargs(gpu, ModelConfig()) == {"device_map": "cuda"}
     assert weights.direct_load_kwargs(gpu, ModelConfig(**other)) == {}
@@ -600,7 +626,7 @@ def test_weights_go_straight_where_no_option_places_them(other: dict[str, Any]) 
     ("family", "blocks"),
     [
         ("flux", ["FluxTransformerBlock", "FluxSingleTransformerBlock"]),
-        (SD3, ["SD3Transformer2DModel"]),  # diffusers knows of no repeated blocks in it
+        (SD3, ["SD3Transformer2DModel"]),  # diffusers lists no repeated blocks for it
     ],
 )
 def test_compile_compiles_the_repeated_blocks_of_the_denoiser(
@@ -625,7 +651,7 @@ def test_compile_compiles_the_repeated_blocks_of_the_denoiser(
         (VISION, Task.IMAGE_TO_TEXT, "image_to_text.vision_language", "_model"),
     ],
 )
-def test_closing_lets_go_of_the_weights_before_the_memory_is_given_back(  # noqa: PLR0917 - fixtures
+def test_close_drops_the_weights_before_it_releases_the_memory(  # noqa: PLR0917 - fixtures
     family: str,
     task: Task,
     module: str,
@@ -635,16 +661,16 @@ def test_closing_lets_go_of_the_weights_before_the_memory_is_given_back(  # noqa
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runner = load(model_folder(family), task)
-    held = weakref.ref(getattr(runner._model, weights))
-    gone: list[bool] = []
+    weight_owner = weakref.ref(getattr(runner._model, weights))
+    freed: list[bool] = []
 
     def observe(_: torch.device) -> None:
         gc.collect()
-        gone.append(held() is None)
+        freed.append(weight_owner() is None)
 
     monkeypatch.setattr(f"consumer.runners.{module}.release", observe)
     runner.close()
-    assert gone == [True]
+    assert freed == [True]
     runner.close()
     with pytest.raises(ModelUnavailable, match="no model is loaded"):
         runner.check(TextToImageRequest(prompt="a cat"))
