@@ -1,4 +1,4 @@
-"""The development stack with its real servers: what it starts, keeps, refuses and leaves behind."""
+"""The development stack with real servers: start, persistence, refusals, and stop."""
 
 import io
 import json
@@ -48,13 +48,13 @@ _SOON = 20.0  # seconds; only bounds a wait for something that must happen
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
-    """One running stack, for the tests that leave it as it is, except for a bucket each."""
+    """Start one stack for all tests that only add a bucket to it."""
     with DevStack(tmp_path_factory.mktemp("stack"), persist=False) as running:
         yield running
 
 
 def python_child(tmp_path: Path, code: str, **options: object) -> ChildProcess:
-    """A plain Python process as a child, for what does not depend on the program."""
+    """Return a Python process as a child, for tests that do not depend on the program."""
     return ChildProcess(
         "a program",
         [sys.executable, "-I", "-S", "-c", code],
@@ -64,12 +64,12 @@ def python_child(tmp_path: Path, code: str, **options: object) -> ChildProcess:
 
 
 def listening_addresses(pid: int) -> set[tuple[str, int]]:
-    """What a process listens on, read from the kernel: {(hexadecimal address, port)}."""
+    """Return the listening sockets of a process: {(hexadecimal address, port)}."""
     inodes = set()
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         try:
             target = descriptor.readlink()
-        except FileNotFoundError:  # closed since it was listed
+        except FileNotFoundError:  # the process has closed it
             continue
         if target.name.startswith("socket:["):
             inodes.add(target.name.removeprefix("socket:[").removesuffix("]"))
@@ -84,7 +84,7 @@ def listening_addresses(pid: int) -> set[tuple[str, int]]:
 
 
 class Watched:
-    """Another process, which need not be a child: awaited, and ended with the test."""
+    """Any other process, which is killed at the end of the block."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -98,34 +98,34 @@ class Watched:
             signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
         os.close(self._descriptor)
 
-    def wait_until_gone(self) -> None:
+    def wait_until_ended(self) -> None:
         poll = select.poll()
         poll.register(self._descriptor, select.POLLIN)
-        assert poll.poll(_SOON * 1_000), f"process {self.pid} is still there"
+        assert poll.poll(_SOON * 1_000), f"process {self.pid} is still running"
 
 
-def s3_client(store: ObjectStore) -> Minio:
+def s3_client(store: ObjectStore, **keys: str) -> Minio:
+    """Return a client of a store, with the store's keys unless others are given."""
     return Minio(
         store.endpoint.removeprefix("http://"),
-        access_key=store.access_key,
-        secret_key=store.secret_key,
+        **{"access_key": store.access_key, "secret_key": store.secret_key, **keys},
         secure=False,
         region="us-east-1",
     )
 
 
 def socket_files() -> set[Path]:
-    """Where weed puts them; those of stores that were killed stay there for good."""
-    return set(Path("/tmp").glob("seaweedfs-*-grpc-*.sock"))  # noqa: S108 - not chosen here
+    """Return the socket files of weed; a killed store leaves its files."""
+    return set(Path("/tmp").glob("seaweedfs-*-grpc-*.sock"))  # noqa: S108 - weed's folder
 
 
-def sockets_left_by(store: ObjectStore) -> list[Path]:
+def remaining_sockets(store: ObjectStore) -> list[Path]:
     ports = {str(port) for port in store.ports.values()}
     files = [path for path in socket_files() if path.stem.rpartition("-")[2] in ports]
     return [*files, *store.directory.glob("*.sock")]
 
 
-async def test_both_servers_answer_with_the_settings_of_the_environment(stack: DevStack) -> None:
+async def test_the_environment_has_the_settings_of_both_servers(stack: DevStack) -> None:
     settings = stack.environment()
     assert set(settings) == {
         "NATS_URL",
@@ -151,12 +151,14 @@ async def test_both_servers_answer_with_the_settings_of_the_environment(stack: D
     )
     assert store.list_buckets() == []
     store.make_bucket(settings["S3_BUCKET"])
-    store.put_object(settings["S3_BUCKET"], "a/b", io.BytesIO(b"picture"), 7)
-    assert store.get_object(settings["S3_BUCKET"], "a/b").read() == b"picture"
+    store.put_object(settings["S3_BUCKET"], "a/b", io.BytesIO(b"image"), 5)
+    assert store.get_object(settings["S3_BUCKET"], "a/b").read() == b"image"
 
 
-def test_everything_listens_on_loopback_at_the_chosen_ports_only(stack: DevStack) -> None:
-    while http_status(stack.store.ports["admin.port"], "/") is None:  # its last, after S3 is ready
+def test_the_servers_listen_only_on_loopback_and_the_chosen_ports(stack: DevStack) -> None:
+    while (
+        http_status(stack.store.ports["admin.port"], "/") is None
+    ):  # this port opens last, after S3 is ready
         assert stack.store.alive
     address = "0100007F"  # 127.0.0.1 as the kernel writes it
     for server in (stack.nats, stack.store):
@@ -164,10 +166,10 @@ def test_everything_listens_on_loopback_at_the_chosen_ports_only(stack: DevStack
         assert listening_addresses(server.pid) == expected
 
 
-def test_the_stores_maintenance_worker_finds_its_own_server(stack: DevStack) -> None:
+def test_the_maintenance_worker_of_the_store_connects_to_its_server(stack: DevStack) -> None:
     while "INITIAL CONNECTION" not in (log := stack.store.log_since_start()):
         assert stack.store.alive
-        time.sleep(0.01)  # a file announces nothing
+        time.sleep(0.01)  # no event reports a change of the file
     assert "INITIAL CONNECTION SUCCESS" in log
 
 
@@ -180,45 +182,33 @@ def test_the_store_refuses_anonymous_and_wrongly_signed_writes(stack: DevStack) 
             b"Content-Length: 1\r\nConnection: close\r\n\r\nx"
         )
         assert anonymous.makefile("rb").readline().startswith(b"HTTP/1.1 403")
-    stranger = Minio(
-        stack.store.endpoint.removeprefix("http://"),
-        access_key=stack.store.access_key,
-        secret_key="another secret",
-        secure=False,
-        region="us-east-1",
-    )
+    client_with_wrong_key = s3_client(stack.store, secret_key="another secret")
     with pytest.raises(S3Error, match="SignatureDoesNotMatch"):
-        stranger.put_object("anonymous", "a", io.BytesIO(b"x"), 1)
+        client_with_wrong_key.put_object("anonymous", "a", io.BytesIO(b"x"), 1)
     assert list(client.list_objects("anonymous")) == []
 
 
-def test_the_filer_hands_out_nothing_without_credentials(stack: DevStack) -> None:
+def test_the_filer_refuses_reads_without_credentials(stack: DevStack) -> None:
     client = s3_client(stack.store)
     client.make_bucket("filer")
     client.put_object("filer", "a", io.BytesIO(b"x"), 1)
     assert http_status(stack.store.ports["filer.port"], "/buckets/filer/a") != 200
 
 
-def test_aws_credentials_of_the_environment_do_not_open_the_store(
+def test_aws_credentials_in_the_environment_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "fromenvironment")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secretofenvironment")
     monkeypatch.setenv("S3_BUCKET", "unwanted")
     with ObjectStore(tmp_path / "store") as store:
-        client = Minio(
-            store.endpoint.removeprefix("http://"),
-            access_key="fromenvironment",
-            secret_key="secretofenvironment",
-            secure=False,
-            region="us-east-1",
-        )
+        client = s3_client(store, access_key="fromenvironment", secret_key="secretofenvironment")
         with pytest.raises(S3Error, match="InvalidAccessKeyId"):
             client.make_bucket("generation")
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
-async def test_a_message_survives_the_server_on_the_same_ports(tmp_path: Path, how: str) -> None:
+async def test_a_message_survives_a_restart_on_the_same_ports(tmp_path: Path, how: str) -> None:
     with NatsServer(tmp_path / "nats") as server:
         before = (server.url, server.pid)
         connection = await nats.connect(server.url)
@@ -244,28 +234,28 @@ async def test_a_message_survives_the_server_on_the_same_ports(tmp_path: Path, h
             await connection.close()
 
 
-async def test_more_nats_configuration_is_used(tmp_path: Path) -> None:
+async def test_additional_nats_configuration_is_used(tmp_path: Path) -> None:
     with NatsServer(tmp_path / "nats", config="max_payload: 4096") as server:
         connection = await nats.connect(server.url)
         assert connection.max_payload == 4096
         await connection.close()
 
 
-def test_a_stack_that_persists_keeps_ports_credentials_and_objects(tmp_path: Path) -> None:
+def test_a_persistent_stack_keeps_ports_credentials_and_objects(tmp_path: Path) -> None:
     with DevStack(tmp_path / "stack", persist=True) as stack:
         first = stack.environment()
         ports = {**stack.nats.ports, **stack.store.ports}
         client = s3_client(stack.store)
         client.make_bucket("generation")
-        client.put_object("generation", "a/b", io.BytesIO(b"picture"), 7)
+        client.put_object("generation", "a/b", io.BytesIO(b"image"), 5)
     with DevStack(tmp_path / "stack", persist=True) as stack:
         assert stack.environment() == first
         assert {**stack.nats.ports, **stack.store.ports} == ports
         client = s3_client(stack.store)
-        assert client.get_object("generation", "a/b").read() == b"picture"
+        assert client.get_object("generation", "a/b").read() == b"image"
 
 
-def test_what_a_stack_writes_is_for_its_owner_only(tmp_path: Path) -> None:
+def test_the_files_of_a_stack_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     directory = tmp_path / "stack"
     directory.mkdir(mode=0o755)
     with DevStack(directory, persist=True) as stack:
@@ -281,7 +271,7 @@ def test_what_a_stack_writes_is_for_its_owner_only(tmp_path: Path) -> None:
         assert stack.store.secret_key not in stack.store.log.read_text()
 
 
-def test_a_throw_away_stack_begins_empty_every_time(tmp_path: Path) -> None:
+def test_a_temporary_stack_starts_empty(tmp_path: Path) -> None:
     stack = DevStack(tmp_path / "stack", persist=False)
     keys = set()
     for _ in range(2):
@@ -304,17 +294,17 @@ def test_stop_leaves_no_process_no_port_and_no_socket_file(tmp_path: Path, persi
     stack.stop()
 
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    assert set(sockets_left_by(servers[1])) <= before
+    assert set(remaining_sockets(servers[1])) <= before
     for port in [port for server in servers for port in server.ports.values()]:
         with socket.socket() as again:
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             again.bind(("127.0.0.1", port))
-    stack.stop()  # a second time is no error
+    stack.stop()  # a second stop does nothing
     with pytest.raises(DevStackError, match="not running"):
         stack.environment()
 
 
-def test_everything_is_stopped_even_where_one_stop_fails(
+def test_all_servers_are_stopped_if_one_stop_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack = DevStack(tmp_path / "stack", persist=False)
@@ -329,13 +319,13 @@ def test_everything_is_stopped_even_where_one_stop_fails(
     with pytest.raises(OSError, match="cannot be removed"):
         stack.stop()
     monkeypatch.undo()
-    store.kill()  # only to remove those files
+    store.kill()  # removes the socket files
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    with DevStack(tmp_path / "stack", persist=False):  # the lock was let go of
+    with DevStack(tmp_path / "stack", persist=False):  # the lock is free
         pass
 
 
-def test_a_second_stack_on_the_same_directory_is_refused_with_the_first_ones_process(
+def test_a_directory_in_use_is_refused_with_the_id_of_its_process(
     tmp_path: Path,
 ) -> None:
     with DevStack(tmp_path / "stack", persist=False) as stack:
@@ -347,20 +337,20 @@ def test_a_second_stack_on_the_same_directory_is_refused_with_the_first_ones_pro
         assert stack.store.alive
 
 
-def test_a_failed_start_stops_what_was_started(
+def test_a_failed_start_stops_the_started_servers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[NatsServer] = []
     start = NatsServer.start
 
-    def remember(server: NatsServer) -> None:
+    def record(server: NatsServer) -> None:
         start(server)
         started.append(server)
 
     def interrupt(_store: ObjectStore) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(NatsServer, "start", remember)
+    monkeypatch.setattr(NatsServer, "start", record)
     monkeypatch.setattr(ObjectStore, "_is_ready", interrupt)
     stack = DevStack(tmp_path / "stack", persist=True)
     with pytest.raises(KeyboardInterrupt):
@@ -368,11 +358,11 @@ def test_a_failed_start_stops_what_was_started(
     assert [server.alive for server in started] == [False]
 
     monkeypatch.undo()
-    with stack:  # the ports and the lock are free again
+    with stack:  # the ports and the lock are free
         assert stack.store.alive
 
 
-def test_a_remembered_port_that_is_taken_is_named(
+def test_a_stored_port_that_is_taken_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "stack"
@@ -387,7 +377,7 @@ def test_a_remembered_port_that_is_taken_is_named(
             stack.start()
 
 
-def test_a_port_of_a_server_that_is_just_ending_is_waited_for(
+def test_the_start_waits_for_the_port_of_a_server_that_is_ending(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ending = socket.create_server(("127.0.0.1", 0))
@@ -402,14 +392,14 @@ def test_a_port_of_a_server_that_is_just_ending_is_waited_for(
     assert len(waits) == 1
 
 
-def test_a_throw_away_stack_tries_other_ports(
+def test_a_temporary_stack_chooses_other_ports_if_one_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unlucky = Addresses.choose()
-    choices = [unlucky, Addresses.choose()]
+    taken_addresses = Addresses.choose()
+    choices = [taken_addresses, Addresses.choose()]
     monkeypatch.setattr(Addresses, "choose", lambda: choices.pop(0))
     monkeypatch.setattr(loopback, "_RELEASE_WAIT", 0.1)
-    taken = unlucky.store["filer.port"]
+    taken = taken_addresses.store["filer.port"]
     with (
         socket.create_server(("127.0.0.1", taken)),
         DevStack(tmp_path / "stack", persist=False) as stack,
@@ -418,39 +408,37 @@ def test_a_throw_away_stack_tries_other_ports(
         assert stack.store.ports["filer.port"] != taken
 
 
-@pytest.mark.parametrize("purpose", NatsServer.port_names)
-def test_nats_that_loses_the_race_for_a_port_is_known_by_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, purpose: str
+@pytest.mark.parametrize(
+    ("kind", "purpose", "message"),
+    [
+        *((NatsServer, purpose, "address already in use") for purpose in NatsServer.port_names),
+        (ObjectStore, "volume.port", "is not available"),
+        (ObjectStore, "volume.port.grpc", "is not available"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_server_that_loses_the_race_for_a_port_reports_the_taken_port(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[NatsServer | ObjectStore],
+    purpose: str,
+    message: str,
 ) -> None:
     monkeypatch.setattr(process, "require_free", lambda _port, _purpose: None)
-    server = NatsServer(tmp_path / "nats")
+    server = kind(tmp_path / "server")
     with (
         socket.create_server(("127.0.0.1", server.ports[purpose])),
-        pytest.raises(PortTakenError, match="address already in use"),
+        pytest.raises(PortTakenError, match=message),
         server,
     ):
         pass
     assert not server.alive
+    # The store names the socket files of its other ports in its log.
+    for path in re.findall(r"/\S+/seaweedfs-\S+\.sock", server.log_since_start()):
+        Path(path).unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("purpose", ["volume.port", "volume.port.grpc"])
-def test_a_store_that_loses_the_race_for_a_port_does_not_move_to_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, purpose: str
-) -> None:
-    monkeypatch.setattr(process, "require_free", lambda _port, _purpose: None)
-    store = ObjectStore(tmp_path / "store")
-    with (
-        socket.create_server(("127.0.0.1", store.ports[purpose])),
-        pytest.raises(PortTakenError, match="is not available"),
-        store,
-    ):
-        pass
-    assert not store.alive
-    for path in re.findall(r"/\S+/seaweedfs-\S+\.sock", store.log_since_start()):
-        Path(path).unlink(missing_ok=True)  # the one of the other port
-
-
-def test_a_damaged_memory_of_ports_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_damaged_file_of_ports_is_reported(tmp_path: Path) -> None:
     (tmp_path / "devstack.json").write_text('{"nats": {"client": 1}}')
     with pytest.raises(DevStackError, match=r"devstack\.json is damaged"):
         DevStack(tmp_path, persist=True).start()
@@ -467,14 +455,14 @@ def test_free_ports_differ_and_lie_below_the_ephemeral_range() -> None:
     assert max(second for _, second in pairs) < first_ephemeral
 
 
-def test_the_port_of_a_child_is_not_chosen_while_nobody_listens_on_it(
+def test_the_port_of_a_child_is_reserved_while_the_child_is_not_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = NatsServer(tmp_path / "nats")
     port = server.ports["client"]
     monkeypatch.setattr(secrets, "randbelow", lambda _limit: port - loopback._LOWEST_PORT)
     with pytest.raises(DevStackError, match="no free port was found"):
-        free_ports(1)  # it was not started yet
+        free_ports(1)  # before the first start
     with server:
         server.kill()
         with pytest.raises(DevStackError, match="no free port was found"):
@@ -482,7 +470,7 @@ def test_the_port_of_a_child_is_not_chosen_while_nobody_listens_on_it(
         server.restart()
 
 
-def test_a_port_can_be_chosen_again_when_its_child_is_forgotten(
+def test_the_port_of_a_deleted_child_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child = Daemon("a daemon", {}, log=tmp_path / "log")
@@ -494,7 +482,7 @@ def test_a_port_can_be_chosen_again_when_its_child_is_forgotten(
     assert free_ports(1) == [port]
 
 
-def test_a_port_that_another_program_has_is_left_to_it(tmp_path: Path) -> None:
+def test_a_child_can_start_after_another_program_has_freed_its_port(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         child = ChildProcess(
             "a child", ["true"], log=tmp_path / "log", ports={"own": other.getsockname()[1]}
@@ -503,14 +491,16 @@ def test_a_port_that_another_program_has_is_left_to_it(tmp_path: Path) -> None:
     child.stop()
 
 
-def test_a_missing_server_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_server_program_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServerMissingError, match=r"nats-server is not installed.*devstack"):
         NatsServer(tmp_path / "nats")
 
 
-def test_a_server_that_dies_at_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
+def test_the_error_of_a_failed_start_has_the_end_of_the_log(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "nats", config="max_payload: much")
     server.start()
     with pytest.raises(
@@ -521,7 +511,7 @@ def test_a_server_that_dies_at_start_shows_the_end_of_its_log(tmp_path: Path) ->
     server.stop()
 
 
-def test_the_shown_log_is_of_this_start_and_without_secrets(tmp_path: Path) -> None:
+def test_the_reported_log_is_of_the_last_start_and_has_no_secrets(tmp_path: Path) -> None:
     code = (
         "import os; print('key', os.environ['KEY'], 'run', os.environ['RUN']); raise SystemExit(3)"
     )
@@ -535,7 +525,7 @@ def test_the_shown_log_is_of_this_start_and_without_secrets(tmp_path: Path) -> N
         assert str(failure.value).endswith(f"{child.log}:\nkey *** run {run}")
 
 
-def test_a_child_that_never_gets_ready_fails_after_the_timeout(tmp_path: Path) -> None:
+def test_a_child_that_is_not_ready_in_time_fails(tmp_path: Path) -> None:
     daemon = Daemon("a daemon", {}, log=tmp_path / "daemon.log")
     daemon.argv = (
         sys.executable,
@@ -550,7 +540,7 @@ def test_a_child_that_never_gets_ready_fails_after_the_timeout(tmp_path: Path) -
     assert not daemon.alive
 
 
-def test_a_program_that_cannot_be_executed_is_a_failed_start(tmp_path: Path) -> None:
+def test_a_program_that_cannot_be_executed_is_reported_as_a_failed_start(tmp_path: Path) -> None:
     server = NatsServer(tmp_path / "nats")
     server.argv = (str(tmp_path / "ghost"),)
     with pytest.raises(StartFailedError, match=r"(?s)nats-server.*ghost: No such file"), server:
@@ -561,46 +551,44 @@ def test_a_program_that_cannot_be_executed_is_a_failed_start(tmp_path: Path) -> 
     assert not child.alive
 
 
-def test_a_child_that_ignores_sigterm_is_killed_with_what_it_started(tmp_path: Path) -> None:
+IGNORE_SIGTERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+
+
+@pytest.mark.parametrize(
+    ("in_both", "in_grandchild", "grace", "end"),
+    [
+        pytest.param(IGNORE_SIGTERM, "pass", 0.2, signal.SIGKILL, id="child ignores SIGTERM"),
+        pytest.param("pass", IGNORE_SIGTERM, None, signal.SIGTERM, id="grandchild ignores SIGTERM"),
+    ],
+)
+def test_stop_ends_a_child_and_its_children(
+    tmp_path: Path, in_both: str, in_grandchild: str, grace: float | None, end: signal.Signals
+) -> None:
     code = (
-        "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); grandchild = os.fork()\n"
+        f"import os, signal; {in_both}; grandchild = os.fork()\n"
         "if grandchild: os.write(1, f'{grandchild}\\n'.encode())\n"
+        f"else: {in_grandchild}\n"
         "signal.pause()"
     )
+    options = {} if grace is None else {"grace": grace}
     with (
-        python_child(tmp_path, code, grace=0.2) as child,
+        python_child(tmp_path, code, **options) as child,
         Watched(int(first_line(child))) as grandchild,
     ):
         child.stop()
-        assert child.returncode == -signal.SIGKILL
-        grandchild.wait_until_gone()
-
-
-def test_what_a_child_leaves_running_ends_with_its_stop(tmp_path: Path) -> None:
-    code = (
-        "import os, signal; grandchild = os.fork()\n"
-        "if grandchild: os.write(1, f'{grandchild}\\n'.encode())\n"
-        "else: signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "signal.pause()"
-    )
-    with (
-        python_child(tmp_path, code) as child,
-        Watched(int(first_line(child))) as grandchild,
-    ):
-        child.stop()
-        assert child.returncode == -signal.SIGTERM
-        grandchild.wait_until_gone()
+        assert child.returncode == -end
+        grandchild.wait_until_ended()
 
 
 def first_line(child: ChildProcess) -> str:
-    """The first line of a child's output, awaited."""
+    """Wait for the first line of a child's output, and return it."""
     while not (written := child.log_since_start().partition("\n"))[1]:
         assert child.alive
-        time.sleep(0.01)  # a file announces nothing
+        time.sleep(0.01)  # no event reports a change of the file
     return written[0]
 
 
-def test_an_interrupt_during_stop_kills_the_child_at_once(tmp_path: Path) -> None:
+def test_an_interrupt_during_stop_kills_the_child_immediately(tmp_path: Path) -> None:
     code = (
         "import os, signal\n"
         "signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getppid(), signal.SIGINT))\n"
@@ -614,7 +602,7 @@ def test_an_interrupt_during_stop_kills_the_child_at_once(tmp_path: Path) -> Non
         assert child.returncode == -signal.SIGKILL
 
 
-def test_a_child_leads_its_own_session_so_that_the_terminal_does_not_reach_it(
+def test_a_child_runs_in_a_separate_session(
     tmp_path: Path,
 ) -> None:
     with python_child(tmp_path, "import signal; signal.pause()") as child:
@@ -622,7 +610,7 @@ def test_a_child_leads_its_own_session_so_that_the_terminal_does_not_reach_it(
         assert os.getsid(0) != child.pid
 
 
-def test_a_running_child_is_not_started_twice(tmp_path: Path) -> None:
+def test_a_running_child_cannot_be_started_again(tmp_path: Path) -> None:
     with (
         python_child(tmp_path, "import signal; signal.pause()") as child,
         pytest.raises(RuntimeError, match="runs already"),
@@ -630,11 +618,11 @@ def test_a_running_child_is_not_started_twice(tmp_path: Path) -> None:
         child.start()
 
 
-def test_a_signal_reaches_a_child_and_is_nothing_to_one_that_ended(tmp_path: Path) -> None:
+def test_a_signal_is_sent_to_a_child_and_ignored_after_its_end(tmp_path: Path) -> None:
     with python_child(tmp_path, "import signal; signal.pause()") as child:
         with Watched(child.pid) as watched:
             child.signal(signal.SIGUSR1)
-            watched.wait_until_gone()
+            watched.wait_until_ended()
         assert child.returncode == -signal.SIGUSR1
         child.signal(signal.SIGUSR1)
 
@@ -652,14 +640,14 @@ def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     thread.join()
     assert child._spawned is not None
     with child._spawned.result() as running:
-        # Linux would send the parent-death signal as the thread ends, which is after join returns.
+        # Linux sends a parent-death signal when the thread ends, which is after join returns.
         with pytest.raises(subprocess.TimeoutExpired):
             running.wait(0.3)
         child.stop()
     assert child.returncode == -signal.SIGTERM
 
 
-def test_the_guard_starts_nothing_for_a_parent_that_is_gone(tmp_path: Path) -> None:
+def test_the_orphan_guard_starts_nothing_for_a_dead_parent(tmp_path: Path) -> None:
     ended = subprocess.Popen(["/bin/true"])
     ended.wait()
     result = subprocess.run(
@@ -701,13 +689,13 @@ def test_no_child_outlives_a_killed_parent(tmp_path: Path) -> None:
         parent.kill()
         parent.wait()
         for server in servers:
-            server.wait_until_gone()
-    with DevStack(tmp_path / "stack", persist=True) as stack:  # lock and ports are free at once
+            server.wait_until_ended()
+    with DevStack(tmp_path / "stack", persist=True) as stack:  # the lock and the ports are free
         assert stack.nats.pid not in pids
         assert stack.store.alive
 
 
-def test_a_daemon_gets_this_stack_and_no_other_servers_settings(
+def test_a_daemon_gets_only_the_server_settings_of_its_stack(
     stack: DevStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NATS_CREDS", "someone.creds")
@@ -722,7 +710,7 @@ def test_a_daemon_gets_this_stack_and_no_other_servers_settings(
     assert daemon.argv[-3:] == ("-m", "consumer", "run")
 
 
-def test_a_folder_named_consumer_does_not_replace_the_daemon(tmp_path: Path) -> None:
+def test_a_folder_named_consumer_does_not_shadow_the_daemon(tmp_path: Path) -> None:
     (tmp_path / "consumer").mkdir()
     (tmp_path / "consumer" / "__init__.py").write_text("raise SystemExit('the wrong package')")
     daemon = Daemon("a daemon", {}, log=tmp_path / "daemon.log")
