@@ -1,7 +1,8 @@
-"""Several requests in one run of a model: what goes together, and that each gets what is its own.
+"""Several requests in one run of a model: which requests share a batch, and their outputs.
 
-Each output is compared with the one that its request gets alone, in every family that is run in
-batches. What the numbers were: `consumer/runners/text_to_image/batch.py` and its brother for texts.
+The tests compare each output with the output of its request alone, in every family with batches.
+The measured differences are in `consumer/runners/text_to_image/batch.py` and
+`consumer/runners/image_to_text/batch.py`.
 """
 
 # mypy: allow-untyped-calls
@@ -42,9 +43,9 @@ from tests.support.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
 
-# How far an image of 64x64 may be from the one that its request gets alone: 8 of its 12,288 values
-# may differ by 1. The most that was seen among 40 images of each family is 4 values.
-MOST_VALUES = 8
+# An image of 64x64 pixels may differ from the image of its request alone by 1 in 8 of its 12,288
+# values. The largest measured difference in 40 images of each family is 4 values.
+MAX_VALUES = 8
 
 LONG = "a very long and winding prompt about a large red dog that runs along the beach"
 TOO_LONG = "endless " * 500  # for every encoder
@@ -53,22 +54,22 @@ each_family = pytest.mark.parametrize(
     ("name", "options"),
     [
         *(pytest.param(f.name, f.options, id=f.title) for f in FAMILIES),
-        pytest.param("pixart", {}, id="PixArt, whose callback is the old one"),
+        pytest.param("pixart", {}, id="PixArt, with the old callback"),
     ],
 )
 
 
 @dataclass
-class Asking:
-    """Whoever asks for one thing, and what is told in the meantime.
+class Member:
+    """One member of a batch, and its recorded steps.
 
     Attributes:
-        leaves_at: The step at which the request is cancelled; 0: before the first.
+        cancelled_at: The step at which the request is cancelled; 0: before the first step.
     """
 
     request: Request
     images: Sequence[Image.Image] = ()
-    leaves_at: int | None = None
+    cancelled_at: int | None = None
     steps: list[tuple[int, int]] = field(default_factory=list)
 
     def run(self) -> RunRequest:
@@ -76,28 +77,28 @@ class Asking:
             self.request,
             self.images,
             on_step=lambda *step: self.steps.append(step),
-            cancelled=lambda: len(self.steps) == self.leaves_at,
+            cancelled=lambda: len(self.steps) == self.cancelled_at,
         )
 
 
-def together(runner: ModelRunner, *asking: Asking) -> list[RunnerOutput | None]:
-    keys = {runner.batch_key(one.request) for one in asking}
+def run_batch(runner: ModelRunner, *members: Member) -> list[RunnerOutput | None]:
+    keys = {runner.batch_key(one.request) for one in members}
     assert None not in keys
     assert len(keys) == 1
-    return [*runner.run([one.run() for one in asking])]
+    return [*runner.run([one.run() for one in members])]
 
 
-def all_of(outputs: Sequence[RunnerOutput | None]) -> list[RunnerOutput]:
-    there = [output for output in outputs if output is not None]
-    assert len(there) == len(outputs)
-    return there
+def require_all(outputs: Sequence[RunnerOutput | None]) -> list[RunnerOutput]:
+    present = [output for output in outputs if output is not None]
+    assert len(present) == len(outputs)
+    return present
 
 
-# -- images: what each request gets ---------------------------------------------------------------
+# -- images: outputs ------------------------------------------------------------------------------
 
 
 def distance(one: RunnerOutput, other: RunnerOutput) -> int:
-    """How many values of the images differ; a large number where one does so by more than 1."""
+    """Return how many values of the images differ; 10,000 or more if one differs by above 1."""
     most = 0
     for left, right in zip(one.images, other.images, strict=True):
         differences = np.abs(np.asarray(left.image, int) - np.asarray(right.image, int))
@@ -105,124 +106,126 @@ def distance(one: RunnerOutput, other: RunnerOutput) -> int:
     return most
 
 
-def same_but_for_rounding(one: RunnerOutput, other: RunnerOutput) -> None:
-    assert distance(one, other) <= MOST_VALUES
+def assert_equal_but_for_rounding(one: RunnerOutput, other: RunnerOutput) -> None:
+    assert distance(one, other) <= MAX_VALUES
     assert [image.seed for image in one.images] == [image.seed for image in other.images]
     assert (one.parameters, one.warnings) == (other.parameters, other.warnings)
 
 
-def same_as_alone(runner: ModelRunner, *asking: Asking) -> list[RunnerOutput]:
-    """Run requests together, and compare each with the run that it gets alone.
+def assert_same_as_alone(runner: ModelRunner, *members: Member) -> list[RunnerOutput]:
+    """Run requests in one batch, and compare each output with that of the request alone.
 
     Returns:
         The outputs of the runs alone.
     """
-    outputs = all_of(together(runner, *asking))
-    alone = [made_of(runner, one.request) for one in asking]
+    outputs = require_all(run_batch(runner, *members))
+    alone = [made_of(runner, one.request) for one in members]
     for output, single in zip(outputs, alone, strict=True):
-        same_but_for_rounding(output, single)
+        assert_equal_but_for_rounding(output, single)
     return alone
 
 
 @each_family
-def test_each_request_gets_the_images_that_it_would_get_alone(
+def test_a_batch_gives_each_request_its_images(
     name: str, options: dict[str, Any], shared_runner: Shared
 ) -> None:
-    asking = [
-        Asking(asked(prompt=prompt, seed=seed))
+    members = [
+        Member(asked(prompt=prompt, seed=seed))
         for prompt, seed in (("a cat", 7), (LONG, 90), ("sea", 7))
     ]
-    alone = same_as_alone(shared_runner(name, **options), *asking)
-    assert distance(alone[0], alone[2]) > MOST_VALUES  # another prompt would have been seen
-    assert [one.steps for one in asking] == [[(1, 3), (2, 3), (3, 3)]] * 3
+    alone = assert_same_as_alone(shared_runner(name, **options), *members)
+    assert distance(alone[0], alone[2]) > MAX_VALUES  # another prompt gives a larger difference
+    assert [one.steps for one in members] == [[(1, 3), (2, 3), (3, 3)]] * 3
 
 
 @each_family
-def test_images_prompts_and_cuts_stay_with_their_request(
+def test_a_batch_keeps_prompts_and_warnings_with_their_requests(
     name: str, options: dict[str, Any], shared_runner: Shared
 ) -> None:
-    # With a list of prompts and `num_images_per_prompt` three families mix up their masks.
+    # Three families confuse the masks of prompts if `num_images_per_prompt` is above 1.
     runner = shared_runner(name, **options)
     fields: list[dict[str, Any]] = [{}, {}, {}]
     has_negative = "negative_prompt" in model(runner).description.parameters
     if has_negative:
         negative = ["dark", "ugly, blurred, with many more words than the others have", TOO_LONG]
         fields = [{"guidance_scale": 4.0, "negative_prompt": text} for text in negative]
-    asking = [
-        Asking(asked(prompt=prompt, seed=seed, num_images=2, **more))
+    members = [
+        Member(asked(prompt=prompt, seed=seed, num_images=2, **more))
         for prompt, seed, more in zip(
             ("a cat", TOO_LONG, "the sea"), (7, 2**32 - 1, 9), fields, strict=True
         )
     ]
-    alone = same_as_alone(runner, *asking)
+    alone = assert_same_as_alone(runner, *members)
     assert [bool(output.warnings) for output in alone] == [False, True, has_negative]
 
 
-def test_words_in_quotes_go_with_words_in_quotes(shared_runner: Shared) -> None:
-    # HunyuanImage guides all images of a call otherwise where one of them has such words.
+def test_prompts_with_quotes_share_a_batch_only_with_prompts_with_quotes(
+    shared_runner: Shared,
+) -> None:
+    # In HunyuanImage, quotes in one prompt change the guidance of all images of a call.
     runner = shared_runner("hunyuan_image")
     quoted, plain = asked(prompt='a sign: "open"'), asked(prompt="a sign")
     negated = asked(prompt="a sign", negative_prompt='"shut"')
     assert len({runner.batch_key(r) for r in (quoted, plain, negated)}) == 3
-    asking = [Asking(quoted), Asking(asked(prompt="'a' and “b”: " + TOO_LONG, seed=9))]
-    same_as_alone(runner, *asking)
+    members = [Member(quoted), Member(asked(prompt="'a' and “b”: " + TOO_LONG, seed=9))]
+    assert_same_as_alone(runner, *members)
 
 
-def test_the_demonstration_model_draws_the_same_in_batches() -> None:
+def test_the_demonstration_model_generates_the_same_images_in_batches() -> None:
     runner = create_runner(Task.TEXT_TO_IMAGE, ModelConfig())
     runner.load()
     prompts = ["a red circle", "a large blue heart on a yellow background", "a star", "a cross"]
-    asking = [
-        Asking(asked(prompt=prompt, seed=seed, num_inference_steps=None))
+    members = [
+        Member(asked(prompt=prompt, seed=seed, num_inference_steps=None))
         for seed, prompt in enumerate(prompts)
     ]
-    same_as_alone(runner, *asking)
+    assert_same_as_alone(runner, *members)
     runner.close()
 
 
-def test_flags_and_what_is_told_of_them_are_each_requests_own(
+def test_each_request_gets_its_own_flags_and_warnings(
     shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = shared_runner("hunyuan_dit")
     flags = [False, False, True, False]
     monkeypatch.setattr(pipeline(runner), "run_safety_checker", lambda image, *_: (image, flags))
-    asking = [Asking(asked(num_images=2)), Asking(asked(num_images=2, seed=9))]
-    first, second = all_of(together(runner, *asking))
+    members = [Member(asked(num_images=2)), Member(asked(num_images=2, seed=9))]
+    first, second = require_all(run_batch(runner, *members))
     assert [image.flagged for image in (*first.images, *second.images)] == flags
     assert first.warnings == ()
     assert second.warnings == ("the model's safety checker blanked images: 1",)
 
 
-def test_the_operators_checker_judges_each_request_by_itself(
+def test_the_safety_checker_is_called_for_each_request(
     shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
     checker = load_checker("tests.support.checkers:flags_the_second")
     monkeypatch.setattr(runner._model, "_checker", checker)
-    asking = [Asking(asked(num_images=2)), Asking(asked(num_images=2, seed=9))]
-    for output in all_of(together(runner, *asking)):
+    members = [Member(asked(num_images=2)), Member(asked(num_images=2, seed=9))]
+    for output in require_all(run_batch(runner, *members)):
         assert [image.flagged for image in output.images] == [False, True]
 
 
-def test_adapters_are_in_use_for_the_whole_batch_and_not_afterwards(
+def test_adapters_are_active_for_the_whole_batch_and_not_afterwards(
     model_folder: Folder, shared_runner: Shared, load: Load, tmp_path: Path
 ) -> None:
     plain = shared_runner("stable_diffusion_3")
     file = save_adapter(pipeline(plain), tmp_path)
     runner = load(model_folder("stable_diffusion_3"), adapters={"ink": str(file)})
-    asking = [Asking(asked(prompt=p, adapters={"ink": 0.5})) for p in ("a cat", "a dog")]
-    same_as_alone(runner, *asking)
+    members = [Member(asked(prompt=p, adapters={"ink": 0.5})) for p in ("a cat", "a dog")]
+    assert_same_as_alone(runner, *members)
     assert pixels(made_of(runner, asked())) == pixels(made_of(plain, asked()))
 
 
-# -- images: what goes together -------------------------------------------------------------------
+# -- images: batch keys ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("fields", "goes_along"),
+    ("fields", "same_batch"),
     [
         ({"prompt": "another", "seed": 3, "output_format": "webp", "metadata": {"a": "b"}}, True),
-        ({"guidance_scale": 7.0, "adapters": {"ink": 0.0}}, True),  # as where nothing is said
+        ({"guidance_scale": 7.0, "adapters": {"ink": 0.0}}, True),  # the defaults
         ({"negative_prompt": " "}, True),
         ({"width": 96}, False),
         ({"height": 96}, False),
@@ -233,21 +236,21 @@ def test_adapters_are_in_use_for_the_whole_batch_and_not_afterwards(
         ({"adapters": {"ink": 1.0}}, False),
     ],
 )
-def test_requests_go_together_if_what_a_call_has_in_common_is_the_same(
-    fields: dict[str, Any], goes_along: bool, shared_runner: Shared
+def test_requests_with_the_same_common_arguments_share_a_batch(
+    fields: dict[str, Any], same_batch: bool, shared_runner: Shared
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
-    assert (runner.batch_key(asked(**fields)) == runner.batch_key(asked())) is goes_along
+    assert (runner.batch_key(asked(**fields)) == runner.batch_key(asked())) is same_batch
 
 
-def test_guiders_are_compared_too(shared_runner: Shared) -> None:
-    # The scale of a guider is no argument of the call.
+def test_the_scale_of_a_guider_is_part_of_the_batch_key(shared_runner: Shared) -> None:
+    # The scale of a guider is not an argument of the call.
     runner = shared_runner("hunyuan_image")
     assert runner.batch_key(asked()) == runner.batch_key(asked(guidance_scale=3.5))
     assert runner.batch_key(asked()) != runner.batch_key(asked(guidance_scale=4.0))
 
 
-def test_weights_of_adapters_are_compared_in_any_order(shared_runner: Shared) -> None:
+def test_the_order_of_adapters_does_not_change_the_batch_key(shared_runner: Shared) -> None:
     runner = shared_runner("stable_diffusion_3")
     keys = {
         runner.batch_key(asked(adapters=adapters))
@@ -257,7 +260,7 @@ def test_weights_of_adapters_are_compared_in_any_order(shared_runner: Shared) ->
     assert runner.batch_key(asked(adapters={"a": 1, "b": 0.4})) not in keys
 
 
-def test_who_wants_previews_runs_alone(shared_runner: Shared) -> None:
+def test_a_request_with_previews_runs_alone(shared_runner: Shared) -> None:
     assert shared_runner("stable_diffusion_3").batch_key(asked(preview=True)) is None
 
 
@@ -277,7 +280,7 @@ def test_a_family_that_was_not_measured_runs_alone(
     assert shared_runner("pixart").batch_key(asked()) is not None
 
 
-def test_every_measured_family_is_measured_here(shared_runner: Shared) -> None:
+def test_these_tests_cover_every_family_with_batches(shared_runner: Shared) -> None:
     assert {family.pipeline for family in FAMILIES} | {"PixArtSigmaPipeline"} == (
         image_batch.MEASURED
     )
@@ -294,7 +297,7 @@ def test_every_measured_family_is_measured_here(shared_runner: Shared) -> None:
         ("flux", {"quantization": "torchao-int8"}, False),
     ],
 )
-def test_options_by_which_neighbours_would_change_an_image_make_each_run_alone(
+def test_options_that_make_images_depend_on_the_batch_disable_batches(
     name: str, config: dict[str, Any], alone: bool, shared_runner: Shared
 ) -> None:
     runner = shared_runner(name)
@@ -302,26 +305,28 @@ def test_options_by_which_neighbours_would_change_an_image_make_each_run_alone(
     assert (keys.key(asked()) is None) is alone
 
 
-def test_with_a_step_cache_each_runs_alone(model_folder: Folder, load: Load) -> None:
+def test_a_step_cache_disables_batches(model_folder: Folder, load: Load) -> None:
     runner = load(model_folder("flux", blocks=2), step_cache=0.1)
     assert runner.batch_key(asked()) is None
 
 
-# -- images: who leaves, and what fails -----------------------------------------------------------
+# -- images: cancellation and errors --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "pixart"])  # both kinds of callbacks
-def test_who_is_cancelled_leaves_and_the_others_go_on(name: str, shared_runner: Shared) -> None:
+def test_a_cancelled_request_leaves_the_batch_and_the_others_continue(
+    name: str, shared_runner: Shared
+) -> None:
     runner = shared_runner(name)
-    undisturbed = all_of(together(runner, *(Asking(asked(seed=seed)) for seed in (1, 2, 3))))
-    asking = [Asking(asked(seed=seed)) for seed in (1, 2, 3)]
-    asking[1].leaves_at = 2
-    first, second, third = together(runner, *asking)
+    expected = require_all(run_batch(runner, *(Member(asked(seed=seed)) for seed in (1, 2, 3))))
+    members = [Member(asked(seed=seed)) for seed in (1, 2, 3)]
+    members[1].cancelled_at = 2
+    first, second, third = run_batch(runner, *members)
     assert second is None
-    assert asking[1].steps == [(1, 3), (2, 3)]
+    assert members[1].steps == [(1, 3), (2, 3)]
     for output, before, one in (
-        (first, undisturbed[0], asking[0]),
-        (third, undisturbed[2], asking[2]),
+        (first, expected[0], members[0]),
+        (third, expected[2], members[2]),
     ):
         assert output is not None
         assert pixels(output) == pixels(before)
@@ -329,52 +334,54 @@ def test_who_is_cancelled_leaves_and_the_others_go_on(name: str, shared_runner: 
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "pixart"])
-def test_when_all_have_left_the_run_stops_at_that_step(name: str, shared_runner: Shared) -> None:
+def test_a_run_stops_when_all_its_requests_are_cancelled(name: str, shared_runner: Shared) -> None:
     runner = shared_runner(name)
-    undisturbed = pixels(made_of(runner, asked()))
-    asking = [Asking(asked(seed=1), leaves_at=2), Asking(asked(seed=2), leaves_at=1)]
+    expected = pixels(made_of(runner, asked()))
+    members = [Member(asked(seed=1), cancelled_at=2), Member(asked(seed=2), cancelled_at=1)]
     with pytest.raises(Interrupted):
-        together(runner, *asking)
-    assert [len(one.steps) for one in asking] == [2, 1]
-    assert pixels(made_of(runner, asked())) == undisturbed
+        run_batch(runner, *members)
+    assert [len(one.steps) for one in members] == [2, 1]
+    assert pixels(made_of(runner, asked())) == expected
 
 
-def test_who_was_cancelled_before_is_not_made(shared_runner: Shared) -> None:
+def test_requests_that_are_cancelled_before_the_run_are_not_generated(
+    shared_runner: Shared,
+) -> None:
     runner = shared_runner("stable_diffusion_3")
     decoded: list[int] = []
     hook = pipeline(runner).vae.decoder.register_forward_pre_hook(
         lambda _, inputs: decoded.append(len(inputs[0]))
     )
-    asking = [Asking(asked(seed=seed)) for seed in (1, 2, 3)]
-    asking[0].leaves_at = asking[2].leaves_at = 0
-    outputs = together(runner, *asking)
+    members = [Member(asked(seed=seed)) for seed in (1, 2, 3)]
+    members[0].cancelled_at = members[2].cancelled_at = 0
+    outputs = run_batch(runner, *members)
     with pytest.raises(Interrupted):
-        together(runner, asking[0], asking[2])
+        run_batch(runner, members[0], members[2])
     hook.remove()
     assert decoded == [1]
     assert outputs[0] is outputs[2] is None
     assert outputs[1] is not None
     assert pixels(outputs[1]) == pixels(made_of(runner, asked(seed=2)))
-    assert (asking[0].steps, asking[2].steps) == ([], [])
+    assert (members[0].steps, members[2].steps) == ([], [])
 
 
-def test_more_images_than_can_be_decoded_at_once_are_not_begun(
+def test_a_batch_that_cannot_be_decoded_does_not_start(
     shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
     least = min_decode_bytes(pipeline(runner), images=4, width=64, height=64)
     assert least is not None
-    asking = [Asking(asked(num_images=2)), Asking(asked(num_images=2, seed=9))]
+    members = [Member(asked(num_images=2)), Member(asked(num_images=2, seed=9))]
     monkeypatch.setattr(runner._model, "_free_bytes", lambda _: least - 1)
     with pytest.raises(OutOfMemory) as full:
-        together(runner, *asking)
+        run_batch(runner, *members)
     assert full.value.tried == ()
-    assert asking[0].steps == asking[1].steps == []
+    assert members[0].steps == members[1].steps == []
     monkeypatch.setattr(runner._model, "_free_bytes", lambda _: least)
-    assert [output.warnings for output in all_of(together(runner, *asking))] == [(), ()]
+    assert [output.warnings for output in require_all(run_batch(runner, *members))] == [(), ()]
 
 
-def test_a_batch_that_fails_keeps_nothing_and_leaves_the_model_as_it_was(
+def test_a_failed_batch_frees_its_tensors_and_does_not_change_the_model(
     shared_runner: Shared,
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
@@ -389,7 +396,7 @@ def test_a_batch_that_fails_keeps_nothing_and_leaves_the_model_as_it_was(
     gc.disable()
     try:
         with pytest.raises(OutOfMemory) as failed:
-            together(runner, Asking(asked()), Asking(asked(seed=9)))
+            run_batch(runner, Member(asked()), Member(asked(seed=9)))
         assert seen[0]() is None
     finally:
         gc.enable()
@@ -398,7 +405,7 @@ def test_a_batch_that_fails_keeps_nothing_and_leaves_the_model_as_it_was(
     assert pixels(made_of(runner, asked())) == before
 
 
-# -- texts: what each request gets ----------------------------------------------------------------
+# -- texts: outputs -------------------------------------------------------------------------------
 
 SOURCE = ArtifactReference(bucket="inputs", key="image.png")  # never read: images are given
 TEXT_FAMILIES = ("qwen2_vl", "vision_language", "qwen3_vl", "llava", "demonstration")
@@ -419,7 +426,7 @@ RED, BLUE, GREEN = drawing((90, 60), "red"), drawing((64, 64), "blue"), drawing(
 def runner_of(
     shared_runner: Shared, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], ModelRunner]:
-    """A loaded model of a family, one for all tests."""
+    """Return a function that gives the shared loaded model of a family."""
     loaded: dict[str, ModelRunner] = {}
 
     def runner(family: str) -> ModelRunner:
@@ -440,19 +447,19 @@ def runner_of(
     return runner
 
 
-# Of the random weights. With 0, one of this family's texts is a choice between words that rounding
-# alone decides on some processors.
+# Seeds of the random weights. With 0, rounding on some processors decides between two words in one
+# text of this family.
 SEEDS = {"qwen2_vl": 1}
 
 
-def question(**fields: Any) -> ImageToTextRequest:
+def make_text_request(**fields: Any) -> ImageToTextRequest:
     small = {"prompt": "What is this?", "images": (SOURCE,), "max_new_tokens": 12}
     return ImageToTextRequest(**{**small, **fields})
 
 
-def alone(runner: ModelRunner, one: Asking) -> tuple[RunnerOutput, list[tuple[int, int]]]:
-    """The output of a request by itself, and the steps that were told."""
-    again = Asking(one.request, one.images)
+def alone(runner: ModelRunner, one: Member) -> tuple[RunnerOutput, list[tuple[int, int]]]:
+    """Return the output of a request alone, and its steps."""
+    again = Member(one.request, one.images)
     runner.check(again.request)
     (output,) = runner.run([again.run()])
     assert output is not None
@@ -465,117 +472,121 @@ def text_of(output: RunnerOutput | None) -> GeneratedText:
     return output.text
 
 
-def various() -> list[Asking]:
+def different_members() -> list[Member]:
     return [
-        Asking(question(), [RED]),
-        Asking(question(prompt="And these two, which are larger?", max_new_tokens=5), [BLUE, RED]),
-        Asking(question(prompt="x<|im_end|>", max_new_tokens=None, seed=3), [GREEN]),
-        Asking(question(max_new_tokens=40), [RED, BLUE, GREEN]),
+        Member(make_text_request(), [RED]),
+        Member(
+            make_text_request(prompt="And these two, which are larger?", max_new_tokens=5),
+            [BLUE, RED],
+        ),
+        Member(make_text_request(prompt="x<|im_end|>", max_new_tokens=None, seed=3), [GREEN]),
+        Member(make_text_request(max_new_tokens=40), [RED, BLUE, GREEN]),
     ]
 
 
 @each_text_family
-def test_each_request_gets_the_text_that_it_would_get_alone(
-    family: str, runner_of: RunnerOf
-) -> None:
+def test_a_batch_gives_each_request_its_text(family: str, runner_of: RunnerOf) -> None:
     runner = runner_of(family)
-    asking = various()
-    for output, one in zip(together(runner, *asking), asking, strict=True):
+    members = different_members()
+    for output, one in zip(run_batch(runner, *members), members, strict=True):
         assert (output, one.steps) == alone(runner, one)
 
 
 @each_text_family
-def test_repetitions_cost_the_same_in_a_batch(family: str, runner_of: RunnerOf) -> None:
-    # The padding is no word that a text repeats.
+def test_a_batch_does_not_change_the_repetition_penalty(family: str, runner_of: RunnerOf) -> None:
+    # The padding must not count as repeated tokens.
     runner = runner_of(family)
-    asking = [
-        Asking(question(prompt=prompt, repetition_penalty=1.5, max_new_tokens=30), [RED])
+    members = [
+        Member(make_text_request(prompt=prompt, repetition_penalty=1.5, max_new_tokens=30), [RED])
         for prompt in ("x", "a much longer question than the other one")
     ]
-    for output, one in zip(together(runner, *asking), asking, strict=True):
+    for output, one in zip(run_batch(runner, *members), members, strict=True):
         assert output == alone(runner, one)[0]
 
 
-def test_a_system_prompt_is_each_requests_own(runner_of: RunnerOf) -> None:
+def test_each_request_of_a_batch_has_its_own_system_prompt(runner_of: RunnerOf) -> None:
     runner = runner_of("vision_language")
-    asking = [
-        Asking(question(system=system), [RED]) for system in (None, "Be brief.", "<|im_end|>Sing.")
+    members = [
+        Member(make_text_request(system=system), [RED])
+        for system in (None, "Be brief.", "<|im_end|>Sing.")
     ]
-    outputs = together(runner, *asking)
-    assert [output for output in outputs if output] == [alone(runner, one)[0] for one in asking]
+    outputs = run_batch(runner, *members)
+    assert [output for output in outputs if output] == [alone(runner, one)[0] for one in members]
     assert len({text_of(output).prompt_tokens for output in outputs}) == 3
 
 
-def test_texts_end_by_themselves_or_at_their_limit_each_in_its_row(runner_of: RunnerOf) -> None:
+def test_each_text_of_a_batch_ends_at_its_own_end_token_or_limit(runner_of: RunnerOf) -> None:
     runner = runner_of("demonstration")
-    asking = [Asking(question(max_new_tokens=most), [RED]) for most in (60, 4, 40)]
-    outputs = together(runner, *asking)
+    members = [Member(make_text_request(max_new_tokens=most), [RED]) for most in (60, 4, 40)]
+    outputs = run_batch(runner, *members)
     whole, cut, again = map(text_of, outputs)
     assert (whole.finish_reason, again.finish_reason) == ("stop", "stop")
     assert whole.text == again.text
     assert 4 < whole.completion_tokens < 40
     assert (cut.finish_reason, cut.completion_tokens) == ("length", 4)
     assert whole.text.startswith(cut.text)
-    assert [len(one.steps) for one in asking] == [
+    assert [len(one.steps) for one in members] == [
         text.completion_tokens for text in (whole, cut, again)
     ]
 
 
-def test_the_demonstration_model_describes_the_same_in_batches(runner_of: RunnerOf) -> None:
+def test_the_demonstration_model_generates_the_same_texts_in_batches(runner_of: RunnerOf) -> None:
     scenes = importlib.import_module("consumer.runners.demonstration.training.scenes")
     random = importlib.import_module("random")
     runner, choice = runner_of("demonstration"), random.Random(7)
-    asking = []
+    members = []
     for number in range(32):
         scene = scenes.some_held_out_scene(choice, two=number % 2 == 0)
         drawn = scenes.draw(scene, choice)
         prompt = choice.choice(("Describe this picture.", "What do you see?", "Which colour?"))
-        asking.append(Asking(question(prompt=prompt, max_new_tokens=None), [drawn]))
-    for first in range(0, len(asking), 8):
-        eight = asking[first : first + 8]
-        for output, one in zip(together(runner, *eight), eight, strict=True):
+        members.append(Member(make_text_request(prompt=prompt, max_new_tokens=None), [drawn]))
+    for first in range(0, len(members), 8):
+        eight = members[first : first + 8]
+        for output, one in zip(run_batch(runner, *eight), eight, strict=True):
             assert output == alone(runner, one)[0]
 
 
-def test_a_row_ends_with_the_models_context(
+def test_each_text_of_a_batch_ends_at_the_end_of_the_context(
     runner_of: RunnerOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = runner_of("vision_language")
-    asking = [Asking(question(), [RED]), Asking(question(), [RED, BLUE])]
-    longest = text_of(alone(runner, asking[1])[0]).prompt_tokens
+    members = [Member(make_text_request(), [RED]), Member(make_text_request(), [RED, BLUE])]
+    longest = text_of(alone(runner, members[1])[0]).prompt_tokens
     monkeypatch.setattr(model(runner), "_context", longest + 5)
-    for output, one in zip(together(runner, *asking), asking, strict=True):
+    for output, one in zip(run_batch(runner, *members), members, strict=True):
         assert output == alone(runner, one)[0]
     monkeypatch.setattr(model(runner), "_context", longest)
     with pytest.raises(UnsupportedParameter):
-        together(runner, *asking)
+        run_batch(runner, *members)
 
 
-# -- texts: what goes together --------------------------------------------------------------------
+# -- texts: batch keys ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("fields", "goes_along"),
+    ("fields", "same_batch"),
     [
         ({"prompt": "another", "system": "Be brief.", "max_new_tokens": 3, "seed": 1}, True),
         ({"temperature": 0.0, "images": (SOURCE, SOURCE), "repetition_penalty": 1.0}, True),
         ({"repetition_penalty": 1.2}, False),
     ],
 )
-def test_texts_go_together_if_they_are_written_in_the_same_way(
-    fields: dict[str, Any], goes_along: bool, runner_of: RunnerOf
+def test_requests_with_the_same_sampling_share_a_batch(
+    fields: dict[str, Any], same_batch: bool, runner_of: RunnerOf
 ) -> None:
     runner = runner_of("vision_language")
-    assert (runner.batch_key(question(**fields)) == runner.batch_key(question())) is goes_along
+    assert (
+        runner.batch_key(make_text_request(**fields)) == runner.batch_key(make_text_request())
+    ) is same_batch
 
 
 @pytest.mark.parametrize(
     "fields", [{"temperature": 0.5, "seed": 1}, {"top_p": 0.5}, {"top_k": 5}, {"stream": True}]
 )
-def test_texts_drawn_by_chance_or_told_as_they_grow_are_written_alone(
+def test_sampled_and_streamed_texts_are_generated_alone(
     fields: dict[str, Any], runner_of: RunnerOf
 ) -> None:
-    assert runner_of("vision_language").batch_key(question(**fields)) is None
+    assert runner_of("vision_language").batch_key(make_text_request(**fields)) is None
 
 
 @pytest.mark.parametrize(
@@ -588,7 +599,7 @@ def test_texts_drawn_by_chance_or_told_as_they_grow_are_written_alone(
         ("", {"quantization": "bitsandbytes-4bit"}),
     ],
 )
-def test_a_model_whose_rows_could_differ_from_single_texts_writes_alone(
+def test_a_model_whose_texts_could_depend_on_the_batch_has_no_batches(
     broken: str, config: dict[str, Any], runner_of: RunnerOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner = model(runner_of("vision_language"))
@@ -599,42 +610,48 @@ def test_a_model_whose_rows_could_differ_from_single_texts_writes_alone(
     if broken == "padding":
         monkeypatch.setattr(inner._processor.tokenizer, "_special_tokens_map", {"pad_token": None})
     keys = text_batch.BatchKeys(inner._model, inner._processor.tokenizer, ModelConfig(**config))
-    sampling = text_batch.Sampling.of(question(), inner.description.defaults)
+    sampling = text_batch.Sampling.of(make_text_request(), inner.description.defaults)
     possible = config.get("quantization") == "bitsandbytes-4bit"
-    assert (keys.key(question(), sampling) is not None) is possible
+    assert (keys.key(make_text_request(), sampling) is not None) is possible
 
 
-# -- texts: who leaves ----------------------------------------------------------------------------
+# -- texts: cancellation --------------------------------------------------------------------------
 
 
-def test_a_cancelled_row_ends_at_its_token_and_the_others_go_on(runner_of: RunnerOf) -> None:
+def test_a_cancelled_text_ends_at_its_token_and_the_others_continue(runner_of: RunnerOf) -> None:
     runner = runner_of("vision_language")
-    asking = various()
-    asking[0].leaves_at = 4
-    asking[2].leaves_at = 0
-    outputs = together(runner, *asking)
+    members = different_members()
+    members[0].cancelled_at = 4
+    members[2].cancelled_at = 0
+    outputs = run_batch(runner, *members)
     assert outputs[0] is outputs[2] is None
-    assert [len(one.steps) for one in asking] == [4, 5, 0, 40]
-    for place in (1, 3):
-        assert outputs[place] == alone(runner, asking[place])[0]
+    assert [len(one.steps) for one in members] == [4, 5, 0, 40]
+    for index in (1, 3):
+        assert outputs[index] == alone(runner, members[index])[0]
 
 
-def test_when_all_are_cancelled_writing_stops_at_that_token(runner_of: RunnerOf) -> None:
+def test_a_text_run_stops_when_all_its_requests_are_cancelled(runner_of: RunnerOf) -> None:
     runner = runner_of("vision_language")
-    asking = [Asking(question(), [RED], leaves_at=3), Asking(question(), [BLUE], leaves_at=5)]
+    members = [
+        Member(make_text_request(), [RED], cancelled_at=3),
+        Member(make_text_request(), [BLUE], cancelled_at=5),
+    ]
     calls: list[int] = []
     hook = model(runner)._model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     with pytest.raises(Interrupted):
-        together(runner, *asking)
+        run_batch(runner, *members)
     hook.remove()
     assert len(calls) == 5
     with pytest.raises(Interrupted):
-        together(runner, *(Asking(one.request, one.images, leaves_at=0) for one in asking))
+        run_batch(runner, *(Member(one.request, one.images, cancelled_at=0) for one in members))
 
 
-def test_a_text_that_has_ended_is_not_asked_whether_it_is_cancelled(runner_of: RunnerOf) -> None:
+def test_a_text_that_has_ended_cannot_be_cancelled(runner_of: RunnerOf) -> None:
     runner = runner_of("vision_language")
-    asking = [Asking(question(max_new_tokens=3), [RED]), Asking(question(), [BLUE], leaves_at=6)]
-    first, second = together(runner, *asking)
-    assert (first, second) == (alone(runner, asking[0])[0], None)
-    assert len(asking[0].steps) == 3
+    members = [
+        Member(make_text_request(max_new_tokens=3), [RED]),
+        Member(make_text_request(), [BLUE], cancelled_at=6),
+    ]
+    first, second = run_batch(runner, *members)
+    assert (first, second) == (alone(runner, members[0])[0], None)
+    assert len(members[0].steps) == 3

@@ -1,4 +1,4 @@
-"""Text to image through the real from_pretrained path; what each family does: test_families.py."""
+"""Text to image through the real from_pretrained path; test_families.py tests each family."""
 
 # mypy: allow-untyped-calls
 
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, HeunDiscreteScheduler
-from PIL import Image, ImageChops
 from structlog.testing import capture_logs
 
 from consumer.ports.model import (
@@ -28,18 +27,14 @@ from consumer.runners.device import Placement
 from consumer.runners.text_to_image import diffusion
 from consumer.runners.text_to_image.memory import save
 from generation_contracts import Task, TextToImageRequest
+from tests.integration.small_runs import largest_difference
 from tests.support.image_runs import StopAt, asked, made, model, pipeline, pixels
 from tests.support.model_runs import run_model
 from tests.support.tiny_models import Folder, Load
 
-SECRET = "zanzibar"  # a word of the prompt that must not turn up in a log, warning or error
+SECRET = "zanzibar"  # a word of the prompt that must not appear in a log, warning or error
 
 Shared = Callable[..., ModelRunner]
-
-
-def largest_difference(one: Image.Image, other: Image.Image) -> int:
-    bands: Any = ImageChops.difference(one, other).getextrema()
-    return max(int(high) for _, high in bands)
 
 
 @pytest.fixture
@@ -47,10 +42,10 @@ def sd3(shared_runner: Shared) -> ModelRunner:
     return shared_runner("stable_diffusion_3")
 
 
-# -- what it makes --------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------
 
 
-def test_the_description_says_what_the_model_is(sd3: ModelRunner) -> None:
+def test_the_description_identifies_the_model(sd3: ModelRunner) -> None:
     assert model(sd3).description.info.model_dump() == {
         "id": "stable_diffusion_3",
         "revision": None,
@@ -60,7 +55,7 @@ def test_the_description_says_what_the_model_is(sd3: ModelRunner) -> None:
     }
 
 
-def test_the_demonstration_model_makes_64_by_64_pixels_where_nothing_is_said() -> None:
+def test_the_default_size_of_the_demonstration_model_is_64_by_64_pixels() -> None:
     runner = create_runner(Task.TEXT_TO_IMAGE, ModelConfig())
     description = runner.load()
     assert description.info.id == "demonstration"
@@ -70,7 +65,7 @@ def test_the_demonstration_model_makes_64_by_64_pixels_where_nothing_is_said() -
     assert output.images[0].image.size == (64, 64)
 
 
-def test_the_side_that_is_not_asked_for_is_the_default(sd3: ModelRunner) -> None:
+def test_a_missing_side_has_its_default(sd3: ModelRunner) -> None:
     assert made(sd3, width=96, height=None).images[0].image.size == (96, 64)
     assert made(sd3, width=None, height=32).images[0].image.size == (64, 32)
 
@@ -84,7 +79,9 @@ def test_a_second_order_scheduler_counts_its_own_steps(model_folder: Folder, loa
     assert steps == [(n, 5) for n in range(1, 6)]
 
 
-def test_a_blanked_image_is_told(shared_runner: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blanked_image_is_reported(
+    shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner = shared_runner("hunyuan_dit")
     monkeypatch.setattr(
         pipeline(runner), "run_safety_checker", lambda image, *_: (image, [False, True])
@@ -96,31 +93,31 @@ def test_a_blanked_image_is_told(shared_runner: Shared, monkeypatch: pytest.Monk
 # -- seeds ----------------------------------------------------------------------------------------
 
 
-def test_one_seed_makes_one_image(sd3: ModelRunner) -> None:
+def test_a_seed_determines_the_image(sd3: ModelRunner) -> None:
     assert pixels(made(sd3)) == pixels(made(sd3))
     assert pixels(made(sd3)) != pixels(made(sd3, seed=8))
 
 
-def test_seeds_go_up_by_one_and_start_again_after_the_largest(sd3: ModelRunner) -> None:
+def test_seeds_increase_by_one_and_wrap_after_the_largest(sd3: ModelRunner) -> None:
     output = made(sd3, seed=2**32 - 1, num_images=3)
     assert [image.seed for image in output.images] == [2**32 - 1, 0, 1]
     assert len(set(pixels(output))) == 3
 
 
-# HunyuanDiT's scheduler draws noise at each step: with one generator for all images of a batch
-# each of them would be another image than alone.
+# HunyuanDiT's scheduler draws noise at each step. One generator for all images of a batch would
+# change each of them.
 @pytest.mark.parametrize("family", ["stable_diffusion_3", "hunyuan_dit"])
-def test_an_image_of_several_is_the_image_of_its_own_seed(
+def test_each_image_of_a_request_is_the_image_of_its_seed(
     family: str, shared_runner: Shared
 ) -> None:
     runner = shared_runner(family)
     several = made(runner, num_images=3).images
     alone = [made(runner, seed=7 + n).images[0] for n in range(3)]
     for one, other in zip(several, alone, strict=True):
-        assert largest_difference(one.image, other.image) <= 3  # of 255; batches round otherwise
+        assert largest_difference(one.image, other.image) <= 3  # of 255; batches round differently
 
 
-# -- what a run must not leave behind -------------------------------------------------------------
+# -- state after a run ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -129,20 +126,22 @@ def test_a_run_does_not_cast_the_shared_weights(
 ) -> None:
     runner = load(model_folder("stable_diffusion_3"), dtype=dtype)
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-    wanted = {part: getattr(torch, dtype) for part in parts}
-    assert {part: getattr(pipeline(runner), part).dtype for part in parts} == wanted
+    expected = {part: getattr(torch, dtype) for part in parts}
+    assert {part: getattr(pipeline(runner), part).dtype for part in parts} == expected
     made(runner)
-    assert {part: getattr(pipeline(runner), part).dtype for part in parts} == wanted
+    assert {part: getattr(pipeline(runner), part).dtype for part in parts} == expected
     description = runner._model.description if runner._model else None
     assert description is not None
     assert description.info.dtype == dtype
 
 
-def test_vae_types_are_given_back_when_decoding_fails(model_folder: Folder, load: Load) -> None:
-    # SDXL in float16 decodes in float32; a failure there left the autoencoder so for good.
+def test_the_dtype_of_the_vae_is_restored_when_decoding_fails(
+    model_folder: Folder, load: Load
+) -> None:
+    # SDXL in float16 decodes in float32; a failure must restore float16.
     runner = load(model_folder("stable_diffusion_xl"), dtype="float16")
     vae = pipeline(runner).vae
-    undisturbed = pixels(made(runner))
+    images_before = pixels(made(runner))
 
     def fail(*_: Any) -> None:
         assert vae.dtype == torch.float32
@@ -153,24 +152,24 @@ def test_vae_types_are_given_back_when_decoding_fails(model_folder: Folder, load
         made(runner)
     hook.remove()
     assert vae.dtype == torch.float16
-    assert pixels(made(runner)) == undisturbed
+    assert pixels(made(runner)) == images_before
 
 
-def test_a_step_cache_of_a_cancelled_run_is_not_used_by_the_next(
+def test_the_step_cache_of_a_cancelled_run_is_not_used_by_the_next_run(
     model_folder: Folder, load: Load
 ) -> None:
     runner = load(model_folder("flux", blocks=2))
     pipeline(runner).transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
-    undisturbed = pixels(made(runner))
+    images_before = pixels(made(runner))
     with pytest.raises(Interrupted):
         run_model(runner, asked(prompt="another"), [], cancelled=StopAt(2).is_reached)
-    assert pixels(made(runner)) == undisturbed
+    assert pixels(made(runner)) == images_before
 
 
-# The CPU stands for an accelerator: parts are moved by the same hooks, only not far. Sequential
-# offload cannot be had this way: accelerate's hook needs two kinds of device.
+# The CPU stands for an accelerator: the same hooks move the parts. Sequential offload cannot be
+# tested this way: accelerate's hook needs two kinds of device.
 @pytest.mark.parametrize("offload", ["model", "group"])
-def test_an_offloaded_pipeline_makes_the_same_images(
+def test_an_offloaded_pipeline_generates_the_same_images(
     offload: str,
     sd3: ModelRunner,
     model_folder: Folder,
@@ -180,15 +179,15 @@ def test_an_offloaded_pipeline_makes_the_same_images(
     cpu = Placement(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(diffusion, "place", lambda _: cpu)
     runner = load(model_folder("stable_diffusion_3"), offload=offload)
-    undisturbed = pixels(made(sd3))
-    assert pixels(made(runner)) == undisturbed
+    images_before = pixels(made(sd3))
+    assert pixels(made(runner)) == images_before
     with pytest.raises(Interrupted):
         run_model(runner, asked(), [], cancelled=StopAt(2).is_reached)
-    assert pixels(made(runner)) == undisturbed
-    assert pixels(made(runner, save_memory=True)) == undisturbed
+    assert pixels(made(runner)) == images_before
+    assert pixels(made(runner, save_memory=True)) == images_before
 
 
-# -- what the model lacks -------------------------------------------------------------------------
+# -- unsupported parameters -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def test_an_offloaded_pipeline_makes_the_same_images(
         ),
     ],
 )
-def test_check_refuses_by_name_what_the_model_cannot_do(
+def test_check_refuses_unsupported_parameters_by_name(
     family: str,
     fields: dict[str, Any],
     field: str | None,
@@ -246,7 +245,7 @@ def test_flux_without_a_distilled_scale_is_guided_against_a_negative_prompt(
         made(schnell, negative_prompt="a dog")
 
 
-# -- a prompt that is too long --------------------------------------------------------------------
+# -- prompts that are too long --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -257,7 +256,7 @@ def test_flux_without_a_distilled_scale_is_guided_against_a_negative_prompt(
         ("hunyuan_dit", {"tokenizer": 77, "tokenizer_2": 256}),
     ],
 )
-def test_a_cut_prompt_is_told_without_its_words(
+def test_a_truncated_prompt_is_reported_without_its_words(
     family: str,
     encoders: dict[str, int],
     shared_runner: Shared,
@@ -271,20 +270,20 @@ def test_a_cut_prompt_is_told_without_its_words(
         for name, tokens in encoders.items()
     )
     printed = capsys.readouterr()
-    for told in (str(output.warnings), caplog.text, str(logs), printed.out, printed.err):
-        assert SECRET not in told
+    for text in (str(output.warnings), caplog.text, str(logs), printed.out, printed.err):
+        assert SECRET not in text
 
 
-def test_a_prompt_that_fits_one_encoder_only_is_told_of_the_other(sd3: ModelRunner) -> None:
+def test_only_encoders_that_truncate_the_prompt_are_reported(sd3: ModelRunner) -> None:
     warnings = made(sd3, prompt="x" * 100).warnings
     assert [w.split(": ")[1].split()[0] for w in warnings] == ["tokenizer", "tokenizer_2"]
 
 
-# -- what goes wrong inside the model -------------------------------------------------------------
+# -- errors failing the model ---------------------------------------------------------------------
 
 
-class Inside:
-    """Makes a part of a pipeline raise, with a tensor in the frame that raises."""
+class FailingPart:
+    """Makes a part of a pipeline raise once, with a tensor in the frame that raises."""
 
     def __init__(self, part: torch.nn.Module, error: Exception) -> None:
         self.error: Exception | None = error
@@ -325,59 +324,59 @@ def test_an_exception_is_translated_and_its_tensors_are_freed(
     text: str,
     sd3: ModelRunner,
 ) -> None:
-    undisturbed = pixels(made(sd3))
-    inside = Inside(pipeline(sd3).transformer, error(message))
+    images_before = pixels(made(sd3))
+    failing = FailingPart(pipeline(sd3).transformer, error(message))
     gc.disable()
     try:
         with capture_logs() as logs, pytest.raises(translated, match=text) as raised:
             made(sd3, prompt=SECRET)
-        assert inside.freed()
+        assert failing.freed()
     finally:
         gc.enable()
     assert raised.value.__context__ is None
     assert SECRET not in f"{raised.value} {logs}"
-    assert pixels(made(sd3)) == undisturbed
+    assert pixels(made(sd3)) == images_before
 
 
-def test_a_device_error_is_a_lost_device_and_the_device_is_not_used_again(
+def test_a_device_error_is_a_lost_device_and_releases_no_memory(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released: list[torch.device] = []
     monkeypatch.setattr(diffusion, "release", released.append)
-    inside = Inside(pipeline(sd3).transformer, torch.AcceleratorError(f"CUDA error: {SECRET}"))
+    failing = FailingPart(
+        pipeline(sd3).transformer, torch.AcceleratorError(f"CUDA error: {SECRET}")
+    )
     with capture_logs() as logs, pytest.raises(DeviceLost) as raised:
         made(sd3)
-    inside.hook.remove()
+    failing.hook.remove()
     assert released == []
     assert SECRET not in f"{raised.value} {logs}"
 
 
-def test_a_device_error_while_memory_is_given_back_is_a_lost_device(
+def test_a_device_error_during_the_release_of_memory_is_a_lost_device(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: torch.device) -> None:
         raise torch.AcceleratorError("CUDA error: gone")
 
     monkeypatch.setattr(diffusion, "release", fail)
-    inside = Inside(pipeline(sd3).transformer, torch.OutOfMemoryError("no more"))
+    failing = FailingPart(pipeline(sd3).transformer, torch.OutOfMemoryError("no more"))
     with pytest.raises(DeviceLost):
         made(sd3)
-    inside.hook.remove()
+    failing.hook.remove()
 
 
-def test_a_raised_exception_is_logged_with_its_class_and_place(sd3: ModelRunner) -> None:
-    inside = Inside(pipeline(sd3).vae.decoder, ValueError(SECRET))
+def test_an_exception_is_logged_with_its_class_and_location(sd3: ModelRunner) -> None:
+    failing = FailingPart(pipeline(sd3).vae.decoder, ValueError(SECRET))
     with capture_logs() as logs, pytest.raises(ModelError):
         made(sd3)
-    inside.hook.remove()
+    failing.hook.remove()
     (entry,) = logs
     assert (entry["event"], entry["error"]) == ("model_raised", "ValueError")
     assert "test_diffusion.py" in entry["where"]
 
 
-def test_pixels_that_are_not_numbers_are_an_error_and_no_black_image(
-    model_folder: Folder, load: Load
-) -> None:
+def test_pixels_that_are_not_numbers_are_an_error(model_folder: Folder, load: Load) -> None:
     runner = load(model_folder("stable_diffusion_3"))
     with torch.no_grad():
         pipeline(runner).vae.decoder.conv_out.bias.fill_(float("nan"))
@@ -385,7 +384,7 @@ def test_pixels_that_are_not_numbers_are_an_error_and_no_black_image(
         made(runner)
 
 
-def test_images_of_another_shape_are_an_error(
+def test_images_of_a_wrong_shape_are_an_error(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor = pipeline(sd3).image_processor
@@ -395,17 +394,19 @@ def test_images_of_another_shape_are_an_error(
         made(sd3)
 
 
-def test_a_request_that_is_cancelled_already_does_not_start(sd3: ModelRunner) -> None:
-    inside = Inside(pipeline(sd3).text_encoder, AssertionError("the text was read"))
+def test_a_cancelled_request_does_not_start(sd3: ModelRunner) -> None:
+    failing = FailingPart(pipeline(sd3).text_encoder, AssertionError("the text was read"))
     with pytest.raises(Interrupted):
         run_model(sd3, asked(), [], cancelled=lambda: True)
-    inside.hook.remove()
+    failing.hook.remove()
 
 
 # -- saving memory --------------------------------------------------------------------------------
 
 
-def test_saving_memory_makes_one_image_at_a_time_and_is_off_afterwards(sd3: ModelRunner) -> None:
+def test_saving_memory_generates_one_image_at_a_time_and_ends_with_the_run(
+    sd3: ModelRunner,
+) -> None:
     vae = pipeline(sd3).vae
     batches: list[tuple[int, bool, bool]] = []
     hook = vae.decoder.register_forward_pre_hook(
@@ -428,42 +429,42 @@ def test_saving_memory_makes_one_image_at_a_time_and_is_off_afterwards(sd3: Mode
     assert pixels(output)[0] == pixels(made(sd3))[0]
 
 
-def test_saving_memory_is_off_after_a_failure_too(sd3: ModelRunner) -> None:
-    inside = Inside(pipeline(sd3).transformer, torch.OutOfMemoryError("no more"))
+def test_saving_memory_ends_with_a_failed_run(sd3: ModelRunner) -> None:
+    failing = FailingPart(pipeline(sd3).transformer, torch.OutOfMemoryError("no more"))
     with pytest.raises(OutOfMemory):
         made(sd3, save_memory=True)
-    inside.hook.remove()
+    failing.hook.remove()
     assert (pipeline(sd3).vae.use_slicing, pipeline(sd3).vae.use_tiling) == (False, False)
 
 
-def test_parts_moved_for_one_run_are_brought_back(sd3: ModelRunner) -> None:
+def test_parts_that_were_moved_for_one_run_are_moved_back(sd3: ModelRunner) -> None:
     shared = pipeline(sd3)
-    undisturbed = pixels(made(sd3))
+    images_before = pixels(made(sd3))
     with ExitStack() as undo:
         save(undo, shared, torch.device("cpu"), offload=True)
         assert shared.transformer._hf_hook is not None
-        assert pixels(made(sd3)) == undisturbed
+        assert pixels(made(sd3)) == images_before
     assert not hasattr(shared.transformer, "_hf_hook")
-    assert pixels(made(sd3)) == undisturbed
+    assert pixels(made(sd3)) == images_before
 
 
-def test_parts_that_do_not_fit_any_more_stay_in_main_memory(
+def test_parts_that_no_longer_fit_stay_in_main_memory(
     model_folder: Folder, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = load(model_folder("stable_diffusion_3"))
     shared = pipeline(runner)
-    undisturbed = pixels(made(runner))
+    images_before = pixels(made(runner))
     undo = ExitStack()
     save(undo, shared, torch.device("cpu"), offload=True)
-    there_is_room = shared.to
+    move_to = shared.to
 
-    def no_room(*_: Any, **__: Any) -> None:
-        monkeypatch.setattr(shared, "to", there_is_room)
+    def raise_once(*_: Any, **__: Any) -> None:
+        monkeypatch.setattr(shared, "to", move_to)
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr(shared, "to", no_room)
+    monkeypatch.setattr(shared, "to", raise_once)
     with capture_logs() as logs:
         undo.close()
     assert [entry["event"] for entry in logs] == ["weights_stay_in_main_memory"]
     assert shared.transformer._hf_hook is not None
-    assert pixels(made(runner)) == undisturbed
+    assert pixels(made(runner)) == images_before

@@ -1,4 +1,4 @@
-"""What is tried when memory is short, what is told of it, and that nothing of it stays on."""
+"""Measures when memory is short: their order, their reports, and their removal after the run."""
 
 # mypy: allow-untyped-calls
 
@@ -23,7 +23,7 @@ from tests.support.tiny_models import Folder, Load
 
 CPU = torch.device("cpu")
 ONE_AT_A_TIME, IN_TILES, MOVED = (
-    "made one image at a time",
+    "generate one image at a time",
     "decoded in tiles",
     "kept only the active part on the device",
 )
@@ -31,7 +31,7 @@ ONE_AT_A_TIME, IN_TILES, MOVED = (
 Shared = Callable[..., ModelRunner]
 
 
-def made(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> RunnerOutput:
+def generate(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> RunnerOutput:
     small = {"prompt": "a cat", "width": 32, "height": 32, "num_inference_steps": 2, "seed": 7}
     return run_model(
         runner,
@@ -45,17 +45,17 @@ def pixels(output: RunnerOutput) -> list[bytes]:
     return [image.image.tobytes() for image in output.images]
 
 
-def is_movable(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU stands for an accelerator: parts are moved by the same hooks, only not far."""
+def make_movable(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU stand for an accelerator: the same hooks move the parts."""
     monkeypatch.setattr(runner._model, "_movable", True)
 
 
-def has_free(runner: ModelRunner, free: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def set_free_bytes(runner: ModelRunner, free: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner._model, "_free_bytes", lambda _: free)
 
 
-class Full:
-    """A device that is full when images are decoded; the tensors of the run are watched."""
+class FullDevice:
+    """Fails the decoder with an out-of-memory error, and records the tensors of the run."""
 
     def __init__(self, pipe: Any) -> None:
         self.tensors: list[weakref.ref[torch.Tensor]] = []
@@ -69,7 +69,7 @@ class Full:
         self.switches.append((self._vae.use_slicing, self._vae.use_tiling))
         raise torch.OutOfMemoryError("no more")
 
-    def again(self) -> None:
+    def remove(self) -> None:
         self._hook.remove()
 
 
@@ -78,7 +78,7 @@ def sd3(shared_runner: Shared) -> ModelRunner:
     return shared_runner("stable_diffusion_3")
 
 
-# -- what is tried, and told ----------------------------------------------------------------------
+# -- measures and their reports -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def sd3(shared_runner: Shared) -> ModelRunner:
         (True, True, 1, (IN_TILES, MOVED)),
     ],
 )
-def test_a_full_device_tells_what_was_tried(
+def test_an_out_of_memory_error_lists_the_measures(
     *,
     save_memory: bool,
     movable: bool,
@@ -100,41 +100,41 @@ def test_a_full_device_tells_what_was_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if movable:
-        is_movable(sd3, monkeypatch)
-    full = Full(pipeline(sd3))
+        make_movable(sd3, monkeypatch)
+    full = FullDevice(pipeline(sd3))
     with pytest.raises(OutOfMemory) as failed:
-        made(sd3, save_memory=save_memory, num_images=images)
-    full.again()
+        generate(sd3, save_memory=save_memory, num_images=images)
+    full.remove()
     assert failed.value.tried == tried
     assert full.switches == [(save_memory, save_memory)]
 
 
-def test_what_was_on_before_is_not_told_as_tried_and_stays_on(
+def test_a_configured_measure_is_not_listed_and_stays_on(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vae = pipeline(sd3).vae
     monkeypatch.setattr(vae, "use_tiling", True)
-    full = Full(pipeline(sd3))
+    full = FullDevice(pipeline(sd3))
     with pytest.raises(OutOfMemory) as failed:
-        made(sd3, save_memory=True)
-    full.again()
+        generate(sd3, save_memory=True)
+    full.remove()
     assert failed.value.tried == ()
     assert (vae.use_slicing, vae.use_tiling) == (False, True)
 
 
-def test_what_a_run_did_to_save_memory_is_a_warning(
+def test_the_measures_of_a_run_are_a_warning(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    is_movable(sd3, monkeypatch)
-    output = made(sd3, save_memory=True, num_images=2)
+    make_movable(sd3, monkeypatch)
+    output = generate(sd3, save_memory=True, num_images=2)
     assert output.warnings == (f"memory was short: {ONE_AT_A_TIME}, {IN_TILES}, {MOVED}",)
-    assert made(sd3).warnings == ()
+    assert generate(sd3).warnings == ()
 
 
-# -- everything as before -------------------------------------------------------------------------
+# -- after the run --------------------------------------------------------------------------------
 
 
-def test_after_a_full_device_the_model_is_as_before_and_no_tensor_of_the_run_lives(
+def test_an_out_of_memory_error_restores_the_model_and_frees_all_tensors(
     model_folder: Folder,
     load: Load,
     tmp_path_factory: pytest.TempPathFactory,
@@ -146,30 +146,30 @@ def test_after_a_full_device_the_model_is_as_before_and_no_tensor_of_the_run_liv
         pipeline(shared_runner(**family)), tmp_path_factory.mktemp("adapters") / "ink"
     )
     runner = load(model_folder(**family), adapters={"ink": str(file)})
-    is_movable(runner, monkeypatch)
+    make_movable(runner, monkeypatch)
     pipe = pipeline(runner)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
-    before = pixels(made(runner, num_inference_steps=3))
-    full = Full(pipe)
+    before = pixels(generate(runner, num_inference_steps=3))
+    full = FullDevice(pipe)
     failures: list[OutOfMemory] = []
     gc.disable()
     try:
         for save_memory in (False, True):
             with pytest.raises(OutOfMemory) as failed:
-                made(runner, save_memory=save_memory, num_images=2, adapters={"ink": 1})
-            failures.append(failed.value)  # nor does the exception keep a tensor
+                generate(runner, save_memory=save_memory, num_images=2, adapters={"ink": 1})
+            failures.append(failed.value)  # the exceptions must not reference a tensor
         assert [tensor() for tensor in full.tensors] == [None] * len(full.tensors)
     finally:
         gc.enable()
-        full.again()
+        full.remove()
     assert len(full.tensors) == 4
     assert pipe.transformer.is_cache_enabled
     assert (pipe.vae.use_slicing, pipe.vae.use_tiling) == (False, False)
     assert not [part for part in pipe.components.values() if hasattr(part, "_hf_hook")]
-    assert pixels(made(runner, num_inference_steps=3)) == before
+    assert pixels(generate(runner, num_inference_steps=3)) == before
 
 
-def test_a_step_cache_and_adapters_go_on_while_parts_are_moved(
+def test_a_step_cache_and_adapters_work_while_parts_are_moved(
     model_folder: Folder,
     load: Load,
     tmp_path_factory: pytest.TempPathFactory,
@@ -181,52 +181,52 @@ def test_a_step_cache_and_adapters_go_on_while_parts_are_moved(
         pipeline(shared_runner(**family)), tmp_path_factory.mktemp("adapters") / "ink"
     )
     runner = load(model_folder(**family), adapters={"ink": str(file)})
-    is_movable(runner, monkeypatch)
+    make_movable(runner, monkeypatch)
     pipeline(runner).transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
     fields: dict[str, Any] = {"num_inference_steps": 3, "adapters": {"ink": 1}}
-    before = pixels(made(runner, **fields))
-    assert pixels(made(runner, save_memory=True, **fields)) == before
-    assert pixels(made(runner, **fields)) == before
+    before = pixels(generate(runner, **fields))
+    assert pixels(generate(runner, save_memory=True, **fields)) == before
+    assert pixels(generate(runner, **fields)) == before
 
 
-# -- seen before the run --------------------------------------------------------------------------
+# -- measures from the start ----------------------------------------------------------------------
 
 
-def test_what_cannot_be_decoded_at_once_is_made_one_image_at_a_time_from_the_start(
+def test_images_that_cannot_be_decoded_together_are_generated_one_at_a_time(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    is_movable(sd3, monkeypatch)
+    make_movable(sd3, monkeypatch)
     least = min_decode_bytes(pipeline(sd3), images=2, width=32, height=32)
     assert least is not None
-    has_free(sd3, least - 1, monkeypatch)
-    short = made(sd3, num_images=2)
-    has_free(sd3, least, monkeypatch)
-    enough = made(sd3, num_images=2)
-    # Moving parts is slow, and no help for decoding: only the second try does it.
+    set_free_bytes(sd3, least - 1, monkeypatch)
+    short = generate(sd3, num_images=2)
+    set_free_bytes(sd3, least, monkeypatch)
+    enough = generate(sd3, num_images=2)
+    # Moving parts is slow and does not help decoding: only the second attempt does it.
     assert short.warnings == (f"memory was short: {ONE_AT_A_TIME}, {IN_TILES}",)
     assert enough.warnings == ()
-    assert pixels(short) == [*pixels(made(sd3)), *pixels(made(sd3, seed=8))]
+    assert pixels(short) == [*pixels(generate(sd3)), *pixels(generate(sd3, seed=8))]
     vae = pipeline(sd3).vae
     assert (vae.use_slicing, vae.use_tiling) == (False, False)
 
 
-def test_a_device_that_does_not_tell_its_free_memory_is_not_judged(
+def test_unknown_free_memory_causes_no_measures(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert free_bytes(CPU) is None
-    has_free(sd3, None, monkeypatch)
-    assert made(sd3, num_images=2).warnings == ()
+    set_free_bytes(sd3, None, monkeypatch)
+    assert generate(sd3, num_images=2).warnings == ()
 
 
-def test_what_torch_keeps_for_itself_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_torch_has_cached_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 30)
     assert free_bytes(torch.device("cuda")) == 140
 
 
-class Living(TorchDispatchMode):
-    """Counts the bytes of all tensors that were made and are still alive."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all new tensors that are alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,17 +240,17 @@ class Living(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
+                self._add(tensor.untyped_storage())
         return result
 
-    def _see(self, storage: Any) -> None:
+    def _add(self, storage: Any) -> None:
         if storage._cdata not in self._known:
             self._known.add(storage._cdata)
             self._now += storage.nbytes()
             self.most = max(self.most, self._now)
-            weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+            weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
 
-    def _gone(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._now -= size
 
@@ -259,7 +259,7 @@ class Living(TorchDispatchMode):
     "family",
     ["stable_diffusion_3", "stable_diffusion_xl", "flux", "flux_2_klein", "hunyuan_dit", "z_image"],
 )
-def test_decoding_takes_what_was_estimated_and_a_little_more(
+def test_the_estimate_of_the_decoding_memory_is_at_most_10_percent_too_low(
     family: str, shared_runner: Shared
 ) -> None:
     pipe = pipeline(shared_runner(family))
@@ -268,18 +268,18 @@ def test_decoding_takes_what_was_estimated_and_a_little_more(
     assert least is not None
     smaller = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     latents = torch.zeros(images, pipe.vae.config.latent_channels, side // smaller, side // smaller)
-    with torch.no_grad(), Living() as living:
+    with torch.no_grad(), LiveBytes() as live:
         pipe.vae.decode(latents)
-    assert least <= living.most < 1.1 * least
+    assert least <= live.most < 1.1 * least
 
 
 @pytest.mark.parametrize("family", ["qwen_image", "hunyuan_image"])
-def test_another_kind_of_autoencoder_is_not_judged(family: str, shared_runner: Shared) -> None:
+def test_other_kinds_of_autoencoders_have_no_estimate(family: str, shared_runner: Shared) -> None:
     pipe = pipeline(shared_runner(family))
     assert min_decode_bytes(pipe, images=8, width=2048, height=2048) is None
 
 
-def test_slices_are_judged_by_one_image_and_tiles_not_at_all(
+def test_slicing_needs_the_memory_of_one_image_and_tiling_has_no_estimate(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = pipeline(sd3)
@@ -293,7 +293,7 @@ def test_slices_are_judged_by_one_image_and_tiles_not_at_all(
     assert min_decode_bytes(pipe, images=8, **size) is None
 
 
-def test_parts_on_several_devices_are_not_judged(
+def test_parts_on_several_devices_have_no_estimate(
     sd3: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline(sd3), "hf_device_map", {"vae": 1})
