@@ -16,12 +16,13 @@ from consumer.app.apply import apply
 from consumer.devstack import DevStack
 from consumer.settings import Settings
 from generation_contracts import Task
+from tests.support.forked import ForkedStack
 
 
 @pytest.fixture(scope="session")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
-    """The stack that `consumer up` runs, with short leases."""
-    with DevStack(tmp_path_factory.mktemp("system"), persist=False) as stack:
+    """The stack that `consumer up` runs, with short leases and forked workers."""
+    with ForkedStack(tmp_path_factory.mktemp("system"), persist=False) as stack:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {**stack.environment(), "CONSUMER_ACK_WAIT": "5"}.items():
                 patch.setenv(name, value)

@@ -10,7 +10,7 @@ from pathlib import Path
 import nats
 import pytest
 
-from consumer.devstack import DevStack, free_ports
+from consumer.devstack import DevStack, StartFailedError, free_ports
 
 
 def consumer(
@@ -186,17 +186,16 @@ def test_a_daemon_that_cannot_use_the_store_does_not_start(
 
 
 def test_a_model_that_cannot_be_loaded_ends_with_70_and_takes_nothing(
-    settings: dict[str, str], tmp_path: Path
+    system: DevStack, tmp_path: Path
 ) -> None:
-    done = consumer(
-        "run",
-        **{**settings, "MODEL_TYPE": "text_to_image", "MODEL_ID": str(tmp_path)},
-        CONSUMER_SUBJECT_ROOT="unloaded",
-    )
-    assert done.returncode == 70
-    events = {json.loads(line)["event"] for line in done.stderr.splitlines()}
-    assert "model_unavailable" in events
-    assert "job_started" not in events
+    settings = {"MODEL_ID": str(tmp_path), "CONSUMER_SUBJECT_ROOT": "unloaded"}
+    daemon = system.start_daemon("unloaded", {"MODEL_TYPE": "text_to_image", **settings})
+    with pytest.raises(StartFailedError):
+        daemon.wait_ready()
+    assert daemon.returncode == 70
+    log = daemon.log_since_start()
+    assert '"event": "model_unavailable"' in log
+    assert "job_started" not in log
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")

@@ -7,11 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 from PIL import Image
 
@@ -88,7 +88,6 @@ def test_demo_draws_saves_and_describes(folders: tuple[Path, Path]) -> None:
         ("nats-server on", signal.SIGTERM),
         ("loading the models", signal.SIGINT),
         ("loading the models", signal.SIGTERM),
-        ("text to image: ", signal.SIGTERM),
     ],
 )
 def test_demo_interrupted_leaves_nothing(
@@ -107,14 +106,14 @@ def test_demo_that_fails_says_why_and_leaves_nothing(folders: tuple[Path, Path])
     done = subprocess.run(
         DEMO,
         cwd=work,
-        env={**environment(temporary), "MODEL_ATTENTION": "nonsense"},
+        env={**environment(temporary), "MODEL_DTYPE": "nonsense"},
         capture_output=True,
         text=True,
         timeout=2 * WITHIN,
         check=False,
     )
     assert done.returncode == 69
-    assert "model_unavailable" in done.stderr
+    assert "consumer: MODEL_DTYPE: " in done.stderr
     assert "Traceback" not in done.stderr
     assert_nothing_left(temporary)
 
@@ -128,7 +127,7 @@ def test_up_keeps_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) -> 
             shown = read_until(process, last_words)
             first = shown[0]
             if len(shown) > 1:
-                assert_answers_over_http("".join(shown))
+                run_a_job_over_http("".join(shown))
             address = first.removeprefix("nats-server on ").partition(",")[0]
             addresses.append(address)
             process.send_signal(signal.SIGTERM)
@@ -141,18 +140,26 @@ def test_up_keeps_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) -> 
     assert not processes_of(temporary)
 
 
-def assert_answers_over_http(shown: str) -> None:
-    """Call the gateway at the address that `up` has printed."""
+def run_a_job_over_http(shown: str) -> None:
+    """Start a long job at the address that `up` has printed, and return while it runs."""
     (page,) = re.findall(r"HTTP +(http://127\.0\.0\.1:\d+) ", shown)
-    with urllib.request.urlopen(f"{page}/v1/models") as answer:  # noqa: S310 - loopback
-        models = json.load(answer)["data"]
-    assert [model["tasks"] for model in models] == [["text_to_image", "image_to_text"]]
+    with httpx.Client(base_url=page) as http:
+        models = http.get("/v1/models").json()["data"]
+        assert [model["tasks"] for model in models] == [["text_to_image", "image_to_text"]]
+        request = {"task": "text_to_image", "prompt": "a", "num_inference_steps": 200}
+        job = http.post("/v1/jobs", json=request).raise_for_status().json()["id"]
+        with http.stream("GET", f"/v1/jobs/{job}/events", timeout=WITHIN) as events:
+            assert any("generation.v1.progress" in line for line in events.iter_lines())
 
 
 @contextmanager
 def started(command: list[str], work: Path, temporary: Path) -> Iterator["subprocess.Popen[str]"]:
     process = subprocess.Popen(
-        command, cwd=work, env=environment(temporary), stderr=subprocess.PIPE, text=True
+        command,
+        cwd=work,
+        env={**environment(temporary), "CONSUMER_DRAIN_GRACE": "0.5"},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         yield process

@@ -16,13 +16,14 @@ from consumer.app.apply import apply
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from tests.e2e.senders import WITHIN, new_id
+from tests.support.forked import ForkedStack
 
 LONG = {"prompt": "a", "steps": 60}  # some seconds on these models
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
-    with DevStack(tmp_path_factory.mktemp("shutdown"), persist=False) as stack:
+    with ForkedStack(tmp_path_factory.mktemp("shutdown"), persist=False) as stack:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in stack.environment().items():
                 patch.setenv(name, value)

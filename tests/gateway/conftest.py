@@ -14,12 +14,13 @@ from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
 from generation_client import GenerationClient
 from generation_contracts import Task
+from tests.support.forked import ForkedStack
 
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
     """NATS and S3 with their streams and bucket; no daemon."""
-    with DevStack(tmp_path_factory.mktemp("gateway"), persist=False) as running:
+    with ForkedStack(tmp_path_factory.mktemp("gateway"), persist=False) as running:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in running.environment().items():
                 patch.setenv(name, value)

@@ -535,7 +535,7 @@ async def test_cancelling_without_a_worker(opened: OpenJobs) -> None:
 
 async def test_abandoning_a_job(scene: Scene, opened: OpenJobs) -> None:
     """From a task that is being cancelled itself, as a server cancels that of a lost client."""
-    await scene.start()
+    await scene.start("slow_steps")
     job = await opened.submit(num_inference_steps=200)
 
     async def request() -> None:

@@ -22,8 +22,8 @@ from tests.support.forked import ForkedGateway, ForkedWorker
 from tests.support.quick_runner import FOLDER
 
 PROGRAM = Path(sys.executable).parent / "schemathesis"
-EXAMPLES = 15  # of each operation, in each phase that draws them
-FEW = 5
+EXAMPLES = 8  # of each operation, in each phase that draws them
+FEW = 3
 # What a schema cannot say is refused too: an image that a question needs, a used idempotency key.
 NOT_CHECKED = "positive_data_acceptance"
 AT_ONCE = "--header=Prefer: respond-async"

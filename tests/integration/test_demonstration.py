@@ -7,6 +7,7 @@ prompts and loose bounds.
 import random
 import zipfile
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,9 @@ def test_both_models_are_small_and_only_in_safetensors() -> None:
 
 
 def test_images_and_descriptions_reach_the_bounds(bench: Bench) -> None:
-    for bar in measure(bench, 12):
+    for bar in measure(bench, 6):
         if bar.least is not None:
-            assert bar.right >= bar.least * bar.of - 2, str(bar)
+            assert bar.right >= bar.least * bar.of - 1, str(bar)
 
 
 def test_the_bench_can_load_the_models_from_a_folder(bench: Bench) -> None:
@@ -55,26 +56,26 @@ def test_the_bench_can_load_the_models_from_a_folder(bench: Bench) -> None:
 
 def test_the_autoencoder_reproduces_unknown_colours() -> None:
     """An autoencoder that was trained with ten colours only returned red on gray as orange."""
-    bar = measure_autoencoder(None, 100)
-    assert bar.right >= 97, str(bar)
+    bar = measure_autoencoder(None, 40)
+    assert bar.right >= 38, str(bar)
 
 
 def test_the_prompt_of_the_demonstration_gives_its_image_and_description(bench: Bench) -> None:
     prompt = "a small red star on a white background at the top"
     scene = Scene("white", (Thing("red", "star", "small"),), "top")
-    images = [bench.picture(prompt, seed) for seed in range(6)]
+    images = [bench.picture(prompt, seed) for seed in range(3)]
     texts = [bench.text([image], "Describe this picture.") for image in images]
     # The checker is stricter than the eye with a star of twelve pixels.
-    assert sum(seen(image) == scene for image in images) >= 5
-    assert sum(text == description(scene) for text in texts) >= 5
+    assert sum(seen(image) == scene for image in images) >= 2
+    assert sum(text == description(scene) for text in texts) >= 2
 
 
 def test_a_shape_without_a_place_is_in_the_center_on_white(bench: Bench) -> None:
-    things = [Thing(colour, shape) for colour in ("red", "black") for shape in SHAPES]
+    things = [Thing(colour, shape) for colour, shape in zip(cycle(("red", "black")), SHAPES)]
     images = [bench.picture(f"a {t.colour} {t.shape}", n) for n, t in enumerate(things)]
     expected = [Scene("white", (thing,)) for thing in things]
     right = sum(seen(p) == scene for p, scene in zip(images, expected, strict=True))
-    assert right >= len(things) - 2
+    assert right >= len(things) - 1
 
 
 def test_another_seed_gives_another_image_of_the_same_scene(bench: Bench) -> None:
@@ -87,9 +88,9 @@ def test_a_negative_prompt_excludes_a_colour(bench: Bench) -> None:
     """A prompt without a colour gives any colour, except one in the negative prompt."""
     colours = {}
     for negative in ("", "red"):
-        scenes = [seen(bench.picture("a circle", n, negative_prompt=negative)) for n in range(8)]
+        scenes = [seen(bench.picture("a circle", n, negative_prompt=negative)) for n in range(5)]
         colours[negative] = {scene.things[0].colour for scene in scenes if scene is not None}
-    assert len(colours[""]) > 2
+    assert len(colours[""]) > 1
     assert "red" not in colours["red"]
 
 

@@ -1,11 +1,12 @@
 """Child processes forked from one that has imported their libraries.
 
-A worker takes two seconds of a core to import what it needs, a gateway as long, and the tests start
-hundreds of them. A forked one runs the same code, with a separate environment, output, session
-and process id. It is ready in 0.2 s. A forked worker forks its lease guard too, which takes
-another second of a core where it is started. `DevStack` starts what it starts the ordinary way.
+A worker takes two seconds of a core to import what it needs, ten with the libraries of the models,
+and a gateway two. The tests start hundreds of them. A forked process runs the same code, with a
+separate environment, output, session and process id, and is ready in 0.2 s. A forked worker forks
+its lease guard too, which takes another second of a core where it is started. `DevStack` starts
+its children the ordinary way, `ForkedStack` forks them.
 
-`ForkedWorker` and `ForkedGateway` are the side of the tests. The template is
+`ForkedStack`, `ForkedWorker` and `ForkedGateway` are the side of the tests. The template is
 `python -m tests.support.forked IMPORT…`. It ends with the process of the tests, and what it has
 forked ends with it.
 """
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from consumer.devstack import Daemon, GatewayServer
+from consumer.devstack import Daemon, DevStack, GatewayServer
 from consumer.devstack.process import ChildProcess
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,19 @@ class ForkedWorker(_Forked, Daemon):
         self.argv = (sys.executable, "-P", "-m", "tests.faults.worker", cause)
 
 
+class ForkedDaemon(_Forked, Daemon):
+    """A `Daemon` with a real model."""
+
+    _imports = (
+        "consumer.app.cli",
+        "consumer.app.daemon",
+        "consumer.runners.image_to_text.vision_language",
+        "consumer.runners.text_to_image.diffusion",
+        "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    )
+
+
 class ForkedGateway(_Forked, GatewayServer):
     """A `GatewayServer`, with some constants changed.
 
@@ -92,6 +106,27 @@ class ForkedGateway(_Forked, GatewayServer):
         run = "import sys; from consumer.app.cli import main; sys.argv = ['consumer', 'gateway']"
         imports = "from consumer.gateway import app, in_flight, serve"
         self.argv = (sys.executable, "-P", "-c", f"{imports}\n{patch}\n{run}\nmain()")
+
+
+class ForkedStack(DevStack):
+    """A `DevStack` whose daemons and gateways are forked."""
+
+    def start_daemon(self, name: str, settings: Mapping[str, str]) -> Daemon:
+        daemon = ForkedDaemon(name, {**self.environment(), **settings}, log=self._log_of(name))
+        self._started.callback(daemon.stop)
+        self.daemons.append(daemon)
+        daemon.start()
+        return daemon
+
+    def start_gateway(self, name: str, settings: Mapping[str, str]) -> GatewayServer:
+        gateway = ForkedGateway(name, {**self.environment(), **settings}, log=self._log_of(name))
+        self._started.callback(gateway.stop)
+        self._gateways.append(gateway)
+        gateway.start()
+        return gateway
+
+    def _log_of(self, name: str) -> Path:
+        return self.directory / "logs" / f"{name}.log"
 
 
 class _Process:

@@ -34,7 +34,7 @@ from tests.support.wishes import CALLS, ENDINGS, PLACES, WHICH, WISHES, Ending, 
 # The examples are the same at every run: a failure is caused by a change. To search for others,
 # give a number of examples; they then differ at every run, and Hypothesis keeps a failing one.
 SEARCH = int(os.environ.get("MACHINE_EXAMPLES", "0"))
-EXAMPLES = 600
+EXAMPLES = 300
 RULES = 30  # in one example
 
 REASONS = st.sampled_from([StopReason.CANCEL, StopReason.DRAIN])
