@@ -147,7 +147,7 @@ async def test_a_stream_that_breaks_off_is_resumed(visit: Visits) -> None:
         relay.break_all()
         await expect(status).to_have_text(re.compile(r"Step \d+"))
         relay.cut()
-        await expect(page.locator("#connection")).to_have_text("Connecting again")
+        await expect(page.locator("#connection")).to_have_text("Reconnecting")
         await expect(page.locator("#notices")).to_contain_text("cannot be reached")
         relay.mend()
         await expect(page.locator("#connection")).to_have_text("Connected")
@@ -324,7 +324,7 @@ async def test_an_image_of_the_gallery_is_asked_about_with_one_click(visit: Visi
 async def test_what_is_wrong_is_said_in_sentences_at_its_field(visit: Visits) -> None:
     page = await visit()
     await page.get_by_role("button", name="Draw").click()
-    await expect(page.locator("#prompt-error")).to_have_text("Write something first.")
+    await expect(page.locator("#prompt-error")).to_have_text("This field is required.")
     await expect(page.locator("#prompt")).to_be_focused()
 
     await draw(page, "a star", steps="201")
