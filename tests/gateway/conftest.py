@@ -1,4 +1,4 @@
-"""One running system for the whole folder: servers, a daemon of each task, gateways."""
+"""A running system for all tests in this folder: servers, a daemon of each task, gateways."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -18,7 +18,7 @@ from generation_contracts import Task
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
-    """NATS and S3 with their streams and bucket; no daemon."""
+    """NATS and S3 with their streams and bucket, without a daemon."""
     with DevStack(tmp_path_factory.mktemp("gateway"), persist=False) as running:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in running.environment().items():
@@ -37,7 +37,7 @@ def system(stack: DevStack) -> DevStack:
 
 
 def start_gateway(stack: DevStack, name: str, **settings: str) -> GatewayServer:
-    """Start a gateway on a stack; it is ready."""
+    """Start a gateway on a stack, and wait until it is ready."""
     server = stack.start_gateway(name, settings)
     server.wait_ready()
     return server
@@ -61,7 +61,7 @@ class KeyedGateway:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """URL of the gateway."""
         return self.server.url
 
 
@@ -76,7 +76,7 @@ def keyed_gateway(system: DevStack) -> KeyedGateway:
 
 @pytest.fixture
 async def behind(system: DevStack) -> AsyncIterator[GenerationClient]:
-    """What happens behind the gateway: a client on a NATS connection of its own."""
+    """A client on a separate NATS connection, to observe the jobs behind the gateway."""
     connection = await nats.connect(system.nats.url)
     async with GenerationClient(connection) as client:
         yield client

@@ -1,4 +1,4 @@
-"""Images that tests send, and what they look at in the images they get."""
+"""Encodes and decodes the images of tests."""
 
 import base64
 import io
@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 
 def decoded(text: str | None) -> Image.Image:
-    """The image in a base64 text; it is read completely."""
+    """Decode a base64 text into an image, and load all its pixels."""
     assert text is not None
     image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
     image.load()
@@ -15,7 +15,7 @@ def decoded(text: str | None) -> Image.Image:
 
 
 def red_circle() -> bytes:
-    """A PNG that the demonstration model of image_to_text knows how to describe."""
+    """Return a PNG that the demonstration model of image_to_text can describe."""
     image = Image.new("RGB", (64, 64), (40, 80, 220))
     ImageDraw.Draw(image).ellipse((20, 20, 44, 44), fill=(220, 40, 40))
     file = io.BytesIO()
@@ -24,5 +24,5 @@ def red_circle() -> bytes:
 
 
 def data_url(content: bytes, media_type: str = "image/png") -> str:
-    """A `data:` URL."""
+    """Return a `data:` URL."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
