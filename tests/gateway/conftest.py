@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
+import httpx2
 import nats
 import pytest
+from openai import AsyncOpenAI
 
 from consumer.app.apply import apply
 from consumer.devstack import DevStack, GatewayServer
@@ -14,6 +16,8 @@ from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
 from generation_client import GenerationClient
 from generation_contracts import Task
+
+WITHIN = 60.0  # seconds for an HTTP response
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +76,20 @@ def keyed_gateway(system: DevStack) -> KeyedGateway:
     alice, bob = file.add("alice", Bounds()), file.add("bob", Bounds())
     server = start_gateway(system, "keyed-gateway", GATEWAY_KEYS=str(file.path))
     return KeyedGateway(server, alice.text, bob.text)
+
+
+@pytest.fixture
+async def http(gateway: GatewayServer) -> AsyncIterator[httpx2.AsyncClient]:
+    """An HTTP client of the gateway without keys."""
+    async with httpx2.AsyncClient(base_url=gateway.url, timeout=WITHIN) as client:
+        yield client
+
+
+@pytest.fixture
+async def openai(gateway: GatewayServer) -> AsyncIterator[AsyncOpenAI]:
+    """An OpenAI client of the gateway without keys."""
+    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
+        yield client
 
 
 @pytest.fixture

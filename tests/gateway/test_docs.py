@@ -14,7 +14,7 @@ import pytest
 
 from consumer.devstack import GatewayServer
 from tests.gateway.conftest import KeyedGateway
-from tests.gateway.pictures import decoded
+from tests.gateway.images import decoded
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/reference/http.md").read_text("utf-8")

@@ -1,25 +1,17 @@
 """`/infer` for both model types, with a plain HTTP client."""
 
 import base64
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
 import pytest
 
-from consumer.devstack import GatewayServer
 from generation_client import GenerationClient
 from generation_contracts import SucceededEvent, Task
-from tests.gateway.pictures import data_url, decoded, red_circle
+from tests.gateway.images import data_url, decoded, red_circle
 
 WITHIN = 60.0  # seconds
 ENCODED = base64.b64encode(red_circle()).decode()
-
-
-@pytest.fixture
-async def http(gateway: GatewayServer) -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(base_url=gateway.url, timeout=WITHIN) as client:
-        yield client
 
 
 async def test_a_prompt_returns_images(http: httpx2.AsyncClient) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from playwright.async_api import FilePayload, Request, Route, expect
 
 from consumer.devstack import GatewayServer
+from tests.gateway.images import red_circle
 from tests.gateway.page_visits import (
     LONG,
     WITHIN,
@@ -25,7 +26,6 @@ from tests.gateway.page_visits import (
     tenants,
     visit,
 )
-from tests.gateway.pictures import red_circle
 from tests.support.relay import Relay
 
 __all__ = ["browser", "tenants", "visit"]  # fixtures

@@ -3,6 +3,7 @@
 import pytest
 from playwright.async_api import Route, expect
 
+from tests.gateway.images import red_circle
 from tests.gateway.page_visits import (
     DESKTOP,
     LONG,
@@ -18,7 +19,6 @@ from tests.gateway.page_visits import (
     tenants,
     visit,
 )
-from tests.gateway.pictures import red_circle
 
 __all__ = ["browser", "tenants", "visit"]  # fixtures
 

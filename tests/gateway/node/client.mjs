@@ -85,6 +85,6 @@ const { data: stream, response } = await openai.images
   .generate({ prompt, stream: true, partial_images: 3, num_inference_steps: 200 })
   .withResponse();
 for await (const _ of stream) break;
-found.left = response.headers.get("x-request-id");
+found.disconnected = response.headers.get("x-request-id");
 
 console.log(JSON.stringify(found));

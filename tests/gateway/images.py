@@ -5,6 +5,11 @@ import io
 
 from PIL import Image, ImageDraw
 
+PIXEL = (  # a PNG of one pixel
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
+    "WjR9awAAAABJRU5ErkJggg=="
+)
+
 
 def decoded(text: str | None) -> Image.Image:
     """Decode a base64 text into an image, and load all its pixels."""
