@@ -76,7 +76,7 @@ class Tenants:
 @pytest.fixture(scope="module")
 def tenants(system: DevStack) -> Iterator[Tenants]:
     file = KeyFile(system.directory / "keys-of-the-page.json")
-    file.add("nobody", Bounds())
+    file.add("unused", Bounds())
     server = start_gateway(system, "page-gateway", GATEWAY_KEYS=str(file.path))
     yield Tenants(server, file)
     assert server.alive, server.log_since_start()

@@ -647,8 +647,8 @@ async def test_a_tenant_cannot_access_jobs_of_another_tenant(
     assert await opened.ids.unfinished(BOB.tenant) == {}
     numbers = await opened.jobs.numbers(BOB)
     assert all((n.waiting, n.running) == (0, 0) for n in numbers.values())
-    own = (await opened.jobs.numbers(ALICE))[scene.task]
-    assert (own.waiting, own.running) == (1, 1)
+    of_alice = (await opened.jobs.numbers(ALICE))[scene.task]
+    assert (of_alice.waiting, of_alice.running) == (1, 1)
     await let_go(scene, "run")
     await opened.jobs.result(waiting)
     assert (await opened.jobs.page(BOB)).jobs == []
@@ -741,8 +741,8 @@ async def test_positions_include_prefetched_requests(scene: Scene, opened: OpenJ
     assert [round(start / timedelta(seconds=10)) for start in starts] == [1, 2, 3, 4]
     numbers = (await opened.jobs.numbers(Caller(ALICE.tenant)))[scene.task]
     assert (numbers.waiting, numbers.running) == (4, 1)
-    own = (await opened.jobs.numbers(ALICE))[scene.task]
-    assert (own.waiting, own.running) == (4, 1)
+    of_alice = (await opened.jobs.numbers(ALICE))[scene.task]
+    assert (of_alice.waiting, of_alice.running) == (4, 1)
     await prefetched.nak()
     await let_go(scene, "run")
     await asyncio.gather(*(opened.jobs.result(job) for job in others))

@@ -204,8 +204,8 @@ def test_pages_of_other_hosts_cannot_use_a_gateway_without_keys(
     for origin in ("http://evil.example", "null"):
         posted = httpx2.post(f"{gateway.url}/v1/jobs", json={}, headers={"origin": origin})
         assert posted.status_code == 403
-    own = httpx2.post(f"{gateway.url}/v1/jobs", json={}, headers={"origin": gateway.url})
-    assert own.status_code == 400
+    same_origin = httpx2.post(f"{gateway.url}/v1/jobs", json={}, headers={"origin": gateway.url})
+    assert same_origin.status_code == 400
     port = gateway.url.rpartition(":")[2]
     assert httpx2.get(f"http://localhost:{port}/v1/models").status_code == 200
 

@@ -255,10 +255,10 @@ async def test_a_question_about_uploads_gets_an_answer(visit: Visits) -> None:
     await page.evaluate(
         """() => {
           window.texts = new Set();
-          { => const look = () => { => {
+          const record = () => {
             for (const node of document.querySelectorAll(".job-text")) texts.add(node.textContent);
           };
-          new MutationObserver(look).observe(document.querySelector("#active"),
+          new MutationObserver(record).observe(document.querySelector("#active"),
             { subtree: true, childList: true, characterData: true });
         }"""
     )

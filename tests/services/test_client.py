@@ -133,7 +133,7 @@ async def test_each_failed_submission_raises_its_error(scene: Scene) -> None:
         with pytest.raises(RequestTooLarge):
             await client.image_to_text("a", [InlineImage(base64="A" * 2**20)])
         with pytest.raises(NoWorker):
-            await client.cancel("nobody")
+            await client.cancel("unknown")
         jetstream = scene.sender.jetstream()
         config = (await jetstream.stream_info(scene.subjects.requests_stream(scene.task))).config
         await jetstream.update_stream(config.evolve(max_msgs=1))

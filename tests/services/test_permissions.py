@@ -523,7 +523,7 @@ async def test_a_worker_does_not_reply_to_subjects_that_its_sender_must_not_publ
         assert arrived == []
     finally:
         worker.kill()
-    # The worker did not publish at all. The permissions are a second protection.
+    # The worker did not publish at all. The permissions are an additional protection.
     assert "ermissions violation" not in worker.log_since_start()
 
 
