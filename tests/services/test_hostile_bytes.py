@@ -65,6 +65,8 @@ async def test_a_message_with_invalid_bytes_affects_no_other_message(
                 await sender.publish(f"generation.request.text_to_image.{good}", PROMPT)
                 assert (await finished(admin, good))["type"] == "generation.v1.succeeded"
             jetstream = admin.jetstream()
+            while (await jetstream.stream_info(STORED)).state.messages:  # noqa: ASYNC110 - the last ack
+                await asyncio.sleep(POLL)
             letters = [
                 await jetstream.get_msg("GENERATION_DEAD_LETTERS", sequence)
                 for sequence in range(1, len(BAD_BYTES) + 1)
@@ -76,8 +78,6 @@ async def test_a_message_with_invalid_bytes_affects_no_other_message(
                 assert headers["Dead-Letter-Subject"].startswith(f"{REQUEST.decode()}.a")
             found = await jetstream.stream_info("GENERATION_DEAD_LETTERS")
             assert found.state.messages == len(BAD_BYTES)
-            while (await jetstream.stream_info(STORED)).state.messages:  # noqa: ASYNC110 - the last ack
-                await asyncio.sleep(POLL)
         log = worker.log_since_start()
         assert "bus_disconnected" not in log
         assert "settlement_unconfirmed" not in log
