@@ -1,6 +1,6 @@
-"""One running system for the whole folder: servers, bucket, streams, a daemon of each task.
+"""A running system for all tests in this folder: servers, streams, bucket, a daemon of each task.
 
-One of the parallel processes takes the whole folder: each daemon loads torch and a model.
+A single test process runs the whole folder, because each daemon loads torch and a model.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
 
 @pytest.fixture
 async def sender(system: DevStack) -> AsyncIterator[Client]:
-    """A bare nats-py connection, as a sender without any of this project's code has it."""
+    """A plain nats-py connection, for a sender without code of this project."""
     connection = await nats.connect(system.nats.url)
     yield connection
     await connection.close()
@@ -64,7 +64,7 @@ def log_of(system: DevStack) -> "LogOf":
 
 
 class LogOf:
-    """What a daemon has logged."""
+    """Reads the log of a daemon."""
 
     def __init__(self, system: DevStack) -> None:
         self._system = system

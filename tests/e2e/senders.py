@@ -1,4 +1,4 @@
-"""What a sender does, with nats-py alone: no code of this project."""
+"""The actions of a sender, with nats-py and without code of this project."""
 
 import asyncio
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 from nats.aio.client import Client
 
-WITHIN = 60.0  # seconds; generous, a hang is a failure
+WITHIN = 60.0  # seconds; only a hang takes this long
 QUEUES = ("GENERATION_REQUESTS_TEXT_TO_IMAGE", "GENERATION_REQUESTS_IMAGE_TO_TEXT")
 
 
@@ -23,7 +23,7 @@ async def publish_and_wait(
     result: str,
     headers: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Publish bytes to a request subject; the first event on the result subject."""
+    """Publish bytes to a request subject; return the first event on the result subject."""
     answers = await sender.subscribe(result)
     await sender.flush()
     await sender.jetstream().publish(subject, body, headers=headers)
@@ -33,8 +33,8 @@ async def publish_and_wait(
     return event
 
 
-async def ask(sender: Client, task: str, **fields: Any) -> dict[str, Any]:
-    """Publish a request with an id of its own; its stored event."""
+async def run_request(sender: Client, task: str, **fields: Any) -> dict[str, Any]:
+    """Publish a request, by default with a new id; return its stored event."""
     request_id = fields.setdefault("request_id", new_id())
     return await publish_and_wait(
         sender,
@@ -45,7 +45,7 @@ async def ask(sender: Client, task: str, **fields: Any) -> dict[str, Any]:
 
 
 async def dead_letter_of(sender: Client, task: str, request_id: str) -> Any:
-    """The dead letter of a request, waited for."""
+    """Wait for the dead letter of a request."""
     jetstream = sender.jetstream()
     subscription = await jetstream.subscribe(f"generation.dead.{task}", ordered_consumer=True)
     try:
@@ -57,10 +57,10 @@ async def dead_letter_of(sender: Client, task: str, request_id: str) -> Any:
         await subscription.unsubscribe()
 
 
-async def nothing_waits(sender: Client) -> None:
-    """Wait until every request is settled: that is the moment after its event is heard."""
+async def wait_until_settled(sender: Client) -> None:
+    """Wait until all requests are settled, shortly after their events are published."""
     async with asyncio.timeout(WITHIN):
-        # JetStream tells nobody that a message is gone.
+        # JetStream does not report the removal of a message.
         for queue in QUEUES:
             while (await sender.jetstream().stream_info(queue)).state.messages:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)

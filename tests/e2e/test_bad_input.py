@@ -1,6 +1,6 @@
-"""What bad input gets: one clear failed event, a dead letter where due, a daemon that goes on.
+"""Bad input leads to one failed event and, for some codes, to a dead letter.
 
-Every case is published with bare nats-py, and each is followed by a good request.
+The tests publish each case with plain nats-py. A valid request follows each case.
 """
 
 import asyncio
@@ -23,35 +23,35 @@ from consumer.devstack import Daemon, DevStack
 from tests.e2e.conftest import LogOf
 from tests.e2e.senders import (
     WITHIN,
-    ask,
     dead_letter_of,
     new_id,
-    nothing_waits,
     publish_and_wait,
+    run_request,
+    wait_until_settled,
 )
 from tests.support.tiny_models import Folder
 
-SECRET_WORDS = "xyzzy-the-prompt"  # recognisable in a message or a log, where it must not be
+SECRET_PROMPT = "xyzzy-the-prompt"  # must not appear in messages and logs
 
 
 @dataclass(frozen=True)
 class Bad:
-    """One bad request, and what becomes of it."""
+    """A bad request and its expected failure."""
 
     task: str
     fields: dict[str, Any]
     code: str
-    says: str  # part of the failure's message
+    message: str  # part of the failure's message
     dead_letter: bool = True
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def picture(**fields: Any) -> dict[str, Any]:
-    return {"prompt": SECRET_WORDS, "steps": 2, **fields}
+def image_request(**fields: Any) -> dict[str, Any]:
+    return {"prompt": SECRET_PROMPT, "steps": 2, **fields}
 
 
 def question(*images: Any, **fields: Any) -> dict[str, Any]:
-    return {"prompt": SECRET_WORDS, "images": list(images), "max_new_tokens": 2, **fields}
+    return {"prompt": SECRET_PROMPT, "images": list(images), "max_new_tokens": 2, **fields}
 
 
 def inline(data: bytes) -> dict[str, str]:
@@ -65,7 +65,7 @@ def truncated_png() -> bytes:
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A well-formed file of a few kilobytes that decodes to width times height pixels."""
+    """Return a valid file of a few kilobytes that decodes to width times height pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -82,35 +82,37 @@ def png_claiming(width: int, height: int) -> bytes:
 T2I, I2T = "text_to_image", "image_to_text"
 INVALID = "invalid_request"
 CASES = {
-    "an unknown field": Bad(T2I, picture(wdith=64), INVALID, "wdith: there is no such field"),
+    "an unknown field": Bad(T2I, image_request(wdith=64), INVALID, "wdith: there is no such field"),
     "a wrong type": Bad(
-        T2I, picture(width="64"), INVALID, "width: input should be a valid integer"
+        T2I, image_request(width="64"), INVALID, "width: input should be a valid integer"
     ),
     "no prompt": Bad(T2I, {"steps": 2}, INVALID, "prompt: field required"),
-    "a width of 100000": Bad(T2I, picture(width=100_000), INVALID, "less than or equal to 4096"),
+    "a width of 100000": Bad(
+        T2I, image_request(width=100_000), INVALID, "less than or equal to 4096"
+    ),
     "no images": Bad(I2T, question(), INVALID, "images: tuple should have at least 1 item"),
     "a text over the limit": Bad(T2I, {"prompt": "x" * 8_001}, INVALID, "at most 8000"),
     "a reply subject of the JetStream API": Bad(
         T2I,
-        picture(reply_to="$JS.API.STREAM.DELETE.GENERATION_REQUESTS_TEXT_TO_IMAGE"),
+        image_request(reply_to="$JS.API.STREAM.DELETE.GENERATION_REQUESTS_TEXT_TO_IMAGE"),
         INVALID,
         "reply_to",
     ),
-    "the same in the header": Bad(
+    "a reply subject of the JetStream API in the header": Bad(
         T2I,
-        picture(),
+        image_request(),
         INVALID,
         "reply_to",
         headers={"Reply-To": "$JS.API.STREAM.DELETE.GENERATION_REQUESTS_TEXT_TO_IMAGE"},
     ),
     "a reply subject of 5,000 characters": Bad(
-        T2I, picture(reply_to="_INBOX." + "x" * 5_000), INVALID, "reply_to"
+        T2I, image_request(reply_to="_INBOX." + "x" * 5_000), INVALID, "reply_to"
     ),
     "a reply subject that is a request subject": Bad(
-        T2I, picture(reply_to="generation.request.text_to_image"), INVALID, "reply_to"
+        T2I, image_request(reply_to="generation.request.text_to_image"), INVALID, "reply_to"
     ),
     "a reply subject under no allowed prefix": Bad(
-        T2I, picture(reply_to="accounts.delete"), INVALID, "reply_to"
+        T2I, image_request(reply_to="accounts.delete"), INVALID, "reply_to"
     ),
     "a file URL": Bad(I2T, question("file:///etc/passwd"), INVALID, "images.0: must be"),
     "an image in another bucket": Bad(
@@ -145,16 +147,20 @@ CASES = {
         dead_letter=False,
     ),
     "an adapter that the worker does not have": Bad(
-        T2I, picture(adapters={"ink": 1}), "unsupported_parameter", "adapters", dead_letter=False
+        T2I,
+        image_request(adapters={"ink": 1}),
+        "unsupported_parameter",
+        "adapters",
+        dead_letter=False,
     ),
     "a width that the model cannot draw": Bad(
-        T2I, picture(width=65), "unsupported_parameter", "width", dead_letter=False
+        T2I, image_request(width=65), "unsupported_parameter", "width", dead_letter=False
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-async def test_bad_input(name: str, sender: Client, log_of: LogOf) -> None:
+async def test_bad_input_leads_to_a_failed_event(name: str, sender: Client, log_of: LogOf) -> None:
     bad, request_id = CASES[name], new_id()
     body = json.dumps({**bad.fields, "request_id": request_id}).encode()
     event = await publish_and_wait(
@@ -166,25 +172,25 @@ async def test_bad_input(name: str, sender: Client, log_of: LogOf) -> None:
     )
     assert event["type"] == "generation.v1.failed"
     assert event["failure"]["code"] == bad.code
-    assert bad.says in event["failure"]["message"]
-    assert SECRET_WORDS not in json.dumps(event)
+    assert bad.message in event["failure"]["message"]
+    assert SECRET_PROMPT not in json.dumps(event)
     if bad.dead_letter:
         letter = await dead_letter_of(sender, bad.task, request_id)
         assert letter.data == body
         assert letter.headers["Dead-Letter-Code"] == bad.code
     await assert_still_serving(sender, bad.task)
-    assert SECRET_WORDS not in log_of(bad.task)
+    assert SECRET_PROMPT not in log_of(bad.task)
 
 
 async def assert_still_serving(sender: Client, task: str) -> None:
     good = inline(png_claiming(32, 32))
-    fields = picture() if task == T2I else question(good)
-    event = await ask(sender, task, **fields)
+    fields = image_request() if task == T2I else question(good)
+    event = await run_request(sender, task, **fields)
     assert event["type"] == "generation.v1.succeeded", event
-    await nothing_waits(sender)
+    await wait_until_settled(sender)
 
 
-async def test_bytes_that_are_not_json_are_answered_under_the_message_id(sender: Client) -> None:
+async def test_a_body_without_json_fails_under_the_message_id(sender: Client) -> None:
     request_id = new_id()
     event = await publish_and_wait(
         sender,
@@ -201,9 +207,9 @@ async def test_bytes_that_are_not_json_are_answered_under_the_message_id(sender:
     await assert_still_serving(sender, T2I)
 
 
-async def test_an_illegal_id_is_answered_to_the_reply_subject(sender: Client) -> None:
+async def test_an_invalid_id_fails_on_the_reply_subject(sender: Client) -> None:
     reply_to = sender.new_inbox()
-    body = json.dumps(picture(request_id="a.b", reply_to=reply_to)).encode()
+    body = json.dumps(image_request(request_id="a.b", reply_to=reply_to)).encode()
     event = await publish_and_wait(
         sender, "generation.request.text_to_image", body, result=reply_to
     )
@@ -215,28 +221,28 @@ async def test_an_illegal_id_is_answered_to_the_reply_subject(sender: Client) ->
     await assert_still_serving(sender, T2I)
 
 
-@pytest.mark.parametrize("place", ["body", "header"])
-async def test_a_subject_token_that_is_no_id_is_answered_to_the_reply_subject(
-    sender: Client, place: str
+@pytest.mark.parametrize("location", ["body", "header"])
+async def test_an_invalid_id_in_the_subject_fails_on_the_reply_subject(
+    sender: Client, location: str
 ) -> None:
     reply_to = sender.new_inbox()
-    in_body = {"reply_to": reply_to} if place == "body" else {}
+    in_body = {"reply_to": reply_to} if location == "body" else {}
     event = await publish_and_wait(
         sender,
         "generation.request.text_to_image.img@42",
-        json.dumps(picture(**in_body)).encode(),
+        json.dumps(image_request(**in_body)).encode(),
         result=reply_to,
-        headers={"Reply-To": reply_to} if place == "header" else None,
+        headers={"Reply-To": reply_to} if location == "header" else None,
     )
     message = event["failure"]["message"]
     assert message.startswith("the subject's last token is not a request id: 1-64")
     assert event["request_id"].startswith("GENERATION_REQUESTS_TEXT_TO_IMAGE-")  # derived
 
 
-async def test_a_wildcard_subject_as_id_reaches_nobody_elses_results(sender: Client) -> None:
+async def test_a_wildcard_as_id_does_not_reach_other_results(sender: Client) -> None:
     results = await sender.subscribe("generation.result.text_to_image.>")
     await sender.jetstream().publish(
-        "generation.request.text_to_image", json.dumps(picture(request_id=">")).encode()
+        "generation.request.text_to_image", json.dumps(image_request(request_id=">")).encode()
     )
     message = await results.next_msg(timeout=WITHIN)
     assert message.subject.startswith(
@@ -245,22 +251,22 @@ async def test_a_wildcard_subject_as_id_reaches_nobody_elses_results(sender: Cli
     assert json.loads(message.data)["failure"]["code"] == "invalid_request"
 
 
-async def test_a_harmful_reply_subject_is_never_published_to(sender: Client) -> None:
+async def test_no_event_is_published_to_a_forbidden_reply_subject(sender: Client) -> None:
     for reply_to in (
         "$JS.API.STREAM.DELETE.GENERATION_RESULTS",
         "generation.request.text_to_image",
         "accounts.delete",
     ):
-        heard = await sender.subscribe(reply_to)
+        replies = await sender.subscribe(reply_to)
         await sender.flush()
-        await ask(sender, T2I, **picture(reply_to=reply_to))
+        await run_request(sender, T2I, **image_request(reply_to=reply_to))
         published = 1 if reply_to == "generation.request.text_to_image" else 0  # the request itself
         for _ in range(published):
-            await heard.next_msg(timeout=WITHIN)
-        # The stored event comes after the reply would have come, on the same connection.
+            await replies.next_msg(timeout=WITHIN)
+        # The worker would publish the reply before the stored event, on the same connection.
         with pytest.raises(NatsTimeout):
-            await heard.next_msg(timeout=0.2)
-        await heard.unsubscribe()
+            await replies.next_msg(timeout=0.2)
+        await replies.unsubscribe()
     names = {info.config.name for info in await sender.jetstream().streams_info()}
     assert {
         "GENERATION_REQUESTS_TEXT_TO_IMAGE",
@@ -269,19 +275,19 @@ async def test_a_harmful_reply_subject_is_never_published_to(sender: Client) -> 
     } <= names
 
 
-async def test_an_object_that_is_no_picture_is_an_input_error(
+async def test_an_object_that_is_no_image_is_an_input_error(
     sender: Client, plain_s3: Minio, system: DevStack
 ) -> None:
     key = f"text_to_image/{new_id()}/0.png"
     plain_s3.put_object(system.store.bucket, key, io.BytesIO(b"hello"), 5, "image/png")
-    event = await ask(sender, I2T, **question({"bucket": system.store.bucket, "key": key}))
+    event = await run_request(sender, I2T, **question({"bucket": system.store.bucket, "key": key}))
     assert event["failure"]["code"] == "input_unavailable"
     assert event["failure"]["message"].startswith("images.0: ")
 
 
 @pytest.fixture
 async def flux(system: DevStack, model_folder: Folder) -> AsyncIterator[Daemon]:
-    """A worker under a root of its own, with a model that has no use for a negative prompt."""
+    """A worker with a separate subject root and a model without negative prompts."""
     settings = {
         "MODEL_TYPE": T2I,
         "MODEL_ID": str(model_folder("flux")),
@@ -295,9 +301,9 @@ async def flux(system: DevStack, model_folder: Folder) -> AsyncIterator[Daemon]:
 
 
 @pytest.mark.usefixtures("flux")
-async def test_a_parameter_that_the_model_lacks(sender: Client) -> None:
+async def test_a_parameter_that_the_model_does_not_support_is_refused(sender: Client) -> None:
     request_id = new_id()
-    body = json.dumps(picture(request_id=request_id, negative_prompt="blue")).encode()
+    body = json.dumps(image_request(request_id=request_id, negative_prompt="blue")).encode()
     event = await publish_and_wait(
         sender,
         f"flux.request.{T2I}",
@@ -309,13 +315,13 @@ async def test_a_parameter_that_the_model_lacks(sender: Client) -> None:
     good = await publish_and_wait(
         sender,
         f"flux.request.{T2I}.{new_id()}",
-        json.dumps(picture(width=64, height=64)).encode(),
+        json.dumps(image_request(width=64, height=64)).encode(),
         result=f"flux.result.{T2I}.*",
     )
     assert good["type"] == "generation.v1.succeeded", good
 
 
-# What nats-py cannot decode on the other side, and the server stores all the same.
+# Messages that the server stores but nats-py cannot decode.
 UNDECODABLE = {
     "a header block without an end": (b"", b"NATS/1.0"),
     "a header block that is no text": (b"", b"NATS/1.0 \xff\xfe: \xff\r\n\r\n"),
@@ -328,12 +334,12 @@ async def test_bytes_that_nats_py_cannot_decode_do_not_stop_the_queue(
     name: str, system: DevStack, sender: Client
 ) -> None:
     subject, headers = UNDECODABLE[name]
-    body = json.dumps(picture()).encode()
+    body = json.dumps(image_request()).encode()
     results = await sender.subscribe(f"generation.result.{T2I}.>")
     await sender.flush()
     await publish_raw(system, b"generation.request.text_to_image" + subject, headers, body)
     event = json.loads((await results.next_msg(timeout=WITHIN)).data)
-    if subject:  # names no id, which is an error; headers that cannot be read are none
+    if subject:  # the subject has no valid id; unreadable headers count as no headers
         assert event["failure"]["code"] == "invalid_request"
     else:
         assert event["type"] == "generation.v1.succeeded", event
@@ -341,7 +347,7 @@ async def test_bytes_that_nats_py_cannot_decode_do_not_stop_the_queue(
 
 
 async def publish_raw(system: DevStack, subject: bytes, headers: bytes, body: bytes) -> None:
-    """Publish what no client library would, and wait until the server has taken it."""
+    """Publish invalid bytes without a client library, and wait until the server has them."""
     reader, writer = await asyncio.open_connection("127.0.0.1", system.nats.ports["client"])
     await reader.readline()  # INFO
     writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n')

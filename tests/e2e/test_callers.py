@@ -14,7 +14,7 @@ from nats.aio.client import Client
 from PIL import Image
 
 from consumer.devstack import DevStack
-from tests.e2e.senders import WITHIN, ask, new_id
+from tests.e2e.senders import WITHIN, new_id, run_request
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/sending.md").read_text("utf-8")
@@ -45,10 +45,10 @@ async def test_the_chain_of_the_page_runs(sender: Client) -> None:
     assert event["chain"] == {"id": "tour", "step": 3, "of": 3}
 
 
-async def run_example(of: str, system: DevStack, folder: Path) -> str:
-    """Run the page's only example with this text; return its output."""
+async def run_example(text: str, system: DevStack, folder: Path) -> str:
+    """Run the example of the page that contains a text; return its output."""
     examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    (example,) = [code for code in examples if of in code]
+    (example,) = [code for code in examples if text in code]
     done = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-c", example.replace("nats://127.0.0.1:4222", system.nats.url)],
@@ -72,7 +72,7 @@ async def test_the_example_with_the_client_runs(system: DevStack, tmp_path: Path
     assert (tmp_path / "circle.png").read_bytes().startswith(b"\x89PNG")
 
 
-async def test_the_chain_by_hand_describes_every_picture(system: DevStack, sender: Client) -> None:
+async def test_the_manual_chain_describes_every_image(system: DevStack, sender: Client) -> None:
     describer = await asyncio.create_subprocess_exec(
         sys.executable, str(ROOT / "docs" / "examples" / "chain_by_hand.py"), system.nats.url
     )
@@ -81,7 +81,9 @@ async def test_the_chain_by_hand_describes_every_picture(system: DevStack, sende
         subject = f"generation.result.image_to_text.{request_id}-described"
         answers = await sender.subscribe(subject)
         await sender.flush()
-        await ask(sender, "text_to_image", request_id=request_id, prompt="a red circle", steps=1)
+        await run_request(
+            sender, "text_to_image", request_id=request_id, prompt="a red circle", steps=1
+        )
         event = json.loads((await answers.next_msg(timeout=WITHIN)).data)
     finally:
         describer.terminate()
@@ -90,9 +92,9 @@ async def test_the_chain_by_hand_describes_every_picture(system: DevStack, sende
     await sender.jetstream().delete_consumer("GENERATION_RESULTS", "describer")
 
 
-async def test_previews_come_with_the_progress(sender: Client) -> None:
+async def test_progress_events_contain_previews(sender: Client) -> None:
     request_id = new_id()
-    news = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
+    progress = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
     await sender.flush()
     body = {"prompt": "a large red circle", "steps": 200, "preview": True}
     await sender.jetstream().publish(
@@ -100,13 +102,13 @@ async def test_previews_come_with_the_progress(sender: Client) -> None:
     )
     preview = None
     while preview is None:
-        preview = json.loads((await news.next_msg(timeout=WITHIN)).data).get("preview")
-    with Image.open(io.BytesIO(base64.b64decode(preview))) as picture:
-        assert (picture.format, picture.size) == ("JPEG", (64, 64))
+        preview = json.loads((await progress.next_msg(timeout=WITHIN)).data).get("preview")
+    with Image.open(io.BytesIO(base64.b64decode(preview))) as image:
+        assert (image.format, image.size) == ("JPEG", (64, 64))
     await sender.request(f"generation.cancel.{request_id}", b"", timeout=WITHIN)
 
 
-async def test_what_the_model_lacks_is_refused_at_the_door(sender: Client) -> None:
+async def test_a_call_with_an_unsupported_parameter_is_refused(sender: Client) -> None:
     body = json.dumps({"prompt": "a", "adapters": {"none": 1}})
     event = await call(sender, "text_to_image", body)
     failure = event["failure"]
@@ -114,8 +116,8 @@ async def test_what_the_model_lacks_is_refused_at_the_door(sender: Client) -> No
     assert failure["code"] == "unsupported_parameter"
 
 
-async def test_cancel_on_the_command_line(system: DevStack, sender: Client) -> None:
-    unknown = await asyncio.to_thread(consumer, system, "cancel", "nobody")
+async def test_the_cancel_command_prints_the_status(system: DevStack, sender: Client) -> None:
+    unknown = await asyncio.to_thread(consumer, system, "cancel", "unknown")
     assert (unknown.returncode, unknown.stdout) == (1, "no such request\n")
     request_id = new_id()
     events = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
@@ -128,7 +130,7 @@ async def test_cancel_on_the_command_line(system: DevStack, sender: Client) -> N
     assert (stopped.returncode, stopped.stdout) == (0, "cancelled\n")
     again = await asyncio.to_thread(consumer, system, "cancel", request_id, "--json")
     assert json.loads(again.stdout)["status"] == "cancelled"
-    done = await ask(sender, "text_to_image", prompt="a", steps=1)
+    done = await run_request(sender, "text_to_image", prompt="a", steps=1)
     late = await asyncio.to_thread(consumer, system, "cancel", done["request_id"])
     assert (late.returncode, late.stdout) == (1, "succeeded\n")
     assert (await asyncio.to_thread(consumer, system, "cancel", "a.b")).returncode == 2

@@ -1,4 +1,4 @@
-"""The commands as a shell sees them: output, exit codes, what they must not import."""
+"""The commands in a shell: output, exit codes and imports."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ def settings(system: DevStack) -> dict[str, str]:
     return system.environment()
 
 
-def test_request_saves_the_picture(settings: dict[str, str], tmp_path: Path) -> None:
+def test_request_saves_the_image(settings: dict[str, str], tmp_path: Path) -> None:
     done = consumer(
         *("request", "text-to-image", "a circle", "--steps", "2", "--id", "shell-1"),
         folder=tmp_path,
@@ -43,7 +43,7 @@ def test_request_saves_the_picture(settings: dict[str, str], tmp_path: Path) -> 
     assert (tmp_path / "shell-1.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_request_as_json_takes_a_file(settings: dict[str, str], tmp_path: Path) -> None:
+def test_request_accepts_a_file_and_prints_json(settings: dict[str, str], tmp_path: Path) -> None:
     consumer(
         *("request", "text-to-image", "a", "--steps", "1", "--id", "shell-2"),
         folder=tmp_path,
@@ -59,14 +59,14 @@ def test_request_as_json_takes_a_file(settings: dict[str, str], tmp_path: Path) 
     assert done.stderr == ""
 
 
-def test_request_that_fails_says_why_with_1(settings: dict[str, str]) -> None:
+def test_a_failed_request_exits_with_1_and_the_reason(settings: dict[str, str]) -> None:
     done = consumer("request", "text-to-image", "a", "--width", "65", **settings)
     assert done.returncode == 1
     assert done.stdout.startswith("failed: unsupported_parameter: width: ")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("request", "text-to-image", "a", "--steps", "1000"), "num_inference_steps: "),
         (("request", "image-to-text", "no-such-file.png", "What?"), "no-such-file.png: No such"),
@@ -75,17 +75,17 @@ def test_request_that_fails_says_why_with_1(settings: dict[str, str]) -> None:
         (("check",), "MODEL_TYPE: "),
     ],
 )
-def test_wrong_usage_is_one_line_with_2(arguments: tuple[str, ...], says: str) -> None:
+def test_wrong_usage_exits_with_2_and_one_line(arguments: tuple[str, ...], message: str) -> None:
     done = consumer(*arguments)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"consumer: {says}")
+    assert done.stderr.startswith(f"consumer: {message}")
     assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "arguments", [("request", "text-to-image", "a"), ("apply",)], ids=["request", "apply"]
 )
-def test_no_server_is_one_line_with_69(arguments: tuple[str, ...]) -> None:
+def test_a_missing_server_exits_with_69_and_one_line(arguments: tuple[str, ...]) -> None:
     (port,) = free_ports(1)
     done = consumer(*arguments, NATS_URL=f"nats://someone:secret@127.0.0.1:{port}")
     assert done.returncode == 69
@@ -94,7 +94,7 @@ def test_no_server_is_one_line_with_69(arguments: tuple[str, ...]) -> None:
     assert "secret" not in done.stderr
 
 
-def test_check_tries_everything_and_hides_the_secret(settings: dict[str, str]) -> None:
+def test_check_tests_all_services_and_hides_the_secret(settings: dict[str, str]) -> None:
     done = consumer("check", MODEL_TYPE="text_to_image", CONSUMER_ACK_WAIT="5", **settings)
     assert done.returncode == 0, done.stdout
     assert [line[:4] for line in done.stdout.splitlines()[-3:]] == ["ok  "] * 3
@@ -102,7 +102,7 @@ def test_check_tries_everything_and_hides_the_secret(settings: dict[str, str]) -
     assert settings["S3_SECRET_KEY"] not in done.stdout + done.stderr
 
 
-def test_check_of_a_wrong_secret_fails_with_69(settings: dict[str, str]) -> None:
+def test_check_with_a_wrong_secret_exits_with_69(settings: dict[str, str]) -> None:
     done = consumer(
         "check", **{**settings, "MODEL_TYPE": "text_to_image", "S3_SECRET_KEY": "wrong-one"}
     )
@@ -111,27 +111,27 @@ def test_check_of_a_wrong_secret_fails_with_69(settings: dict[str, str]) -> None
     assert "wrong-one" not in done.stdout + done.stderr
 
 
-def test_apply_a_second_time_changes_nothing(settings: dict[str, str]) -> None:
+def test_a_second_apply_changes_nothing(settings: dict[str, str]) -> None:
     done = consumer("apply", CONSUMER_ACK_WAIT="5", **settings)
     assert done.returncode == 0, done.stderr
     assert {line.rsplit(": ", 1)[1] for line in done.stdout.splitlines()} == {"unchanged"}
 
 
-def test_apply_for_several_workers_makes_room_for_them(settings: dict[str, str]) -> None:
-    room = {"CONSUMER_ACK_WAIT": "5", **settings}
+def test_apply_sets_max_ack_pending_for_the_replicas(settings: dict[str, str]) -> None:
+    base = {"CONSUMER_ACK_WAIT": "5", **settings}
     for arguments, more, expected in (
         (("--replicas", "4"), {}, 4),
         (("--replicas", "4"), {"CONSUMER_JOBS_IN_FLIGHT": "3"}, 12),
         ((), {}, 1),
     ):
-        assert consumer("apply", *arguments, **room, **more).returncode == 0
+        assert consumer("apply", *arguments, **base, **more).returncode == 0
         assert max_ack_pending(settings["NATS_URL"]) == expected
 
 
 def max_ack_pending(url: str) -> int | None:
-    """Of the durable of text_to_image."""
+    """Return the max_ack_pending of the durable consumer of text_to_image."""
 
-    async def ask() -> int | None:
+    async def fetch() -> int | None:
         client = await nats.connect(url)
         try:
             stream = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
@@ -140,41 +140,41 @@ def max_ack_pending(url: str) -> int | None:
         finally:
             await client.close()
 
-    return asyncio.run(ask())
+    return asyncio.run(fetch())
 
 
-def test_apply_of_one_durable_for_two_tasks_is_refused(settings: dict[str, str]) -> None:
+def test_apply_with_one_durable_for_two_tasks_is_refused(settings: dict[str, str]) -> None:
     done = consumer("apply", **{**settings, "CONSUMER_NAME": "mine"})
     assert done.returncode == 2
     assert done.stderr.startswith("consumer: CONSUMER_NAME: ")
 
 
-def test_request_as_json_saves_nothing(settings: dict[str, str], tmp_path: Path) -> None:
-    ask = ("request", "text-to-image", "a", "--steps", "1", "--json")
-    done = consumer(*ask, folder=tmp_path, **settings)
+def test_request_with_json_output_saves_no_file(settings: dict[str, str], tmp_path: Path) -> None:
+    command = ("request", "text-to-image", "a", "--steps", "1", "--json")
+    done = consumer(*command, folder=tmp_path, **settings)
     assert json.loads(done.stdout)["type"] == "generation.v1.succeeded"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_id_that_was_used_for_something_else_is_said_to_be(settings: dict[str, str]) -> None:
-    ask = ("request", "text-to-image", "--steps", "1", "--id", "shell-3", "--json")
-    assert consumer(*ask, "one", **settings).returncode == 0
-    assert consumer(*ask, "one", **settings).returncode == 0
-    other = consumer(*ask, "another", **settings)
+def test_an_id_of_another_request_is_an_error(settings: dict[str, str]) -> None:
+    command = ("request", "text-to-image", "--steps", "1", "--id", "shell-3", "--json")
+    assert consumer(*command, "one", **settings).returncode == 0
+    assert consumer(*command, "one", **settings).returncode == 0
+    other = consumer(*command, "another", **settings)
     assert (other.returncode, other.stdout) == (1, "")
     assert other.stderr == "consumer: the id belongs to another request\n"
 
 
-def test_a_deadline_ends_the_waiting_where_no_worker_is(settings: dict[str, str]) -> None:
-    alone = {**settings, "CONSUMER_SUBJECT_ROOT": "alone"}
-    assert consumer("apply", **alone).returncode == 0
-    done = consumer("request", "text-to-image", "a", "--deadline", "0.1", **alone)
+def test_a_request_without_a_worker_ends_at_its_deadline(settings: dict[str, str]) -> None:
+    environment = {**settings, "CONSUMER_SUBJECT_ROOT": "alone"}
+    assert consumer("apply", **environment).returncode == 0
+    done = consumer("request", "text-to-image", "a", "--deadline", "0.1", **environment)
     assert done.returncode == 69
     assert done.stderr.endswith("consumer: no result by the deadline\n")
 
 
 @pytest.mark.parametrize("setting", ["S3_BUCKET=no-such-bucket", "S3_SECRET_KEY=wrong-one"])
-def test_a_daemon_that_cannot_use_the_store_does_not_start(
+def test_a_daemon_without_a_usable_store_does_not_start(
     settings: dict[str, str], setting: str
 ) -> None:
     name, _, value = setting.partition("=")
@@ -185,7 +185,7 @@ def test_a_daemon_that_cannot_use_the_store_does_not_start(
     assert "wrong-one" not in done.stderr
 
 
-def test_a_model_that_cannot_be_loaded_ends_with_70_and_takes_nothing(
+def test_an_unloadable_model_exits_with_70_and_processes_no_request(
     system: DevStack, tmp_path: Path
 ) -> None:
     settings = {"MODEL_ID": str(tmp_path), "CONSUMER_SUBJECT_ROOT": "unloaded"}
@@ -198,8 +198,8 @@ def test_a_model_that_cannot_be_loaded_ends_with_70_and_takes_nothing(
     assert "job_started" not in log
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
-def test_output_that_cannot_be_written_is_one_line() -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full does not exist")
+def test_a_failed_write_of_the_output_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "consumer", "schema"],
@@ -213,7 +213,7 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("seconds", ["nan", "0", "-1", "inf"])
-def test_deadline_that_is_none_is_refused(seconds: str) -> None:
+def test_an_invalid_deadline_is_refused(seconds: str) -> None:
     done = consumer("request", "text-to-image", "a", "--deadline", seconds)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -233,10 +233,12 @@ def test_schema_prints_json() -> None:
     ],
 )
 def test_help_imports_no_model_library(arguments: list[str]) -> None:
-    shown = "import sys; from consumer.app.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
-    look = "; print('HEAVY', sorted({'torch', 'diffusers', 'nats', 'minio'} & sys.modules.keys()))"
+    run = "import sys; from consumer.app.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
+    report = (
+        "; print('HEAVY', sorted({'torch', 'diffusers', 'nats', 'minio'} & sys.modules.keys()))"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", shown + look, *arguments],
+        [sys.executable, "-c", run + report, *arguments],
         capture_output=True,
         text=True,
         timeout=150,

@@ -1,4 +1,4 @@
-"""`consumer demo` and `consumer up` as a person runs them, and what they leave behind: nothing."""
+"""`consumer demo` and `consumer up`: results, and complete cleanup."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def environment(temporary: Path) -> dict[str, str]:
-    """Of a person who works with other servers: none of that may matter."""
+    """Return an environment with settings of other servers, which must have no effect."""
     return {
         **os.environ,
         "TMPDIR": str(temporary),
@@ -38,26 +38,26 @@ def environment(temporary: Path) -> dict[str, str]:
         "S3_PREFIX": "elsewhere",
         "MODEL_TYPE": "image_to_text",
         "CONSUMER_NAME": "mine",
-        "GATEWAY_HOST": "0.0.0.0",  # noqa: S104 - it must not matter
+        "GATEWAY_HOST": "0.0.0.0",  # noqa: S104 - must have no effect
         "GATEWAY_TLS_CERT": "/no/such/file",
     }
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Command lines of living processes that have to do with a folder."""
+    """Return the command lines of running processes that refer to a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             names = line + (process / "environ").read_bytes().decode(errors="replace")
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended
             continue
         if str(folder) in names:
             found.append(line)
     return found
 
 
-def test_demo_draws_saves_and_describes(folders: tuple[Path, Path]) -> None:
+def test_demo_draws_saves_and_describes_an_image(folders: tuple[Path, Path]) -> None:
     work, temporary = folders
     done = subprocess.run(
         DEMO,
@@ -71,11 +71,11 @@ def test_demo_draws_saves_and_describes(folders: tuple[Path, Path]) -> None:
     assert done.returncode == 0, done.stderr
     drawn, described = [json.loads(line) for line in done.stdout.splitlines()]
     assert drawn["type"] == described["type"] == "generation.v1.succeeded"
-    # How often it is the right one, tests/integration/test_demonstration.py says.
+    # tests/integration/test_demonstration.py measures how many descriptions are correct.
     assert re.fullmatch(r"An? .+ on an? [a-z]+ background.*\.", described["outputs"][0]["text"])
     (file,) = work.glob("demo-*.png")
-    with Image.open(file) as picture:
-        assert picture.size == (64, 64)
+    with Image.open(file) as image:
+        assert image.size == (64, 64)
     assert str(file.name) in done.stderr
     assert re.search(r"^HTTP on http://127\.0\.0\.1:\d+$", done.stderr, re.MULTILINE)
     assert_nothing_left(temporary)
@@ -90,7 +90,7 @@ def test_demo_draws_saves_and_describes(folders: tuple[Path, Path]) -> None:
         ("loading the models", signal.SIGTERM),
     ],
 )
-def test_demo_interrupted_leaves_nothing(
+def test_an_interrupted_demo_cleans_up(
     folders: tuple[Path, Path], moment: str, number: signal.Signals
 ) -> None:
     work, temporary = folders
@@ -101,7 +101,9 @@ def test_demo_interrupted_leaves_nothing(
     assert_nothing_left(temporary)
 
 
-def test_demo_that_fails_says_why_and_leaves_nothing(folders: tuple[Path, Path]) -> None:
+def test_a_failed_demo_logs_the_reason_and_cleans_up(
+    folders: tuple[Path, Path],
+) -> None:
     work, temporary = folders
     done = subprocess.run(
         DEMO,
@@ -118,16 +120,16 @@ def test_demo_that_fails_says_why_and_leaves_nothing(folders: tuple[Path, Path])
     assert_nothing_left(temporary)
 
 
-def test_up_keeps_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) -> None:
+def test_up_reuses_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) -> None:
     work, temporary = folders
     addresses = []
-    # The second time there is no need to wait for the models.
-    for last_words in ("publish --jetstream", "nats-server on"):
+    # The second start need not wait for the models.
+    for last_text in ("publish --jetstream", "nats-server on"):
         with started([sys.executable, "-m", "consumer", "up"], work, temporary) as process:
-            shown = read_until(process, last_words)
-            first = shown[0]
-            if len(shown) > 1:
-                run_a_job_over_http("".join(shown))
+            lines = read_until(process, last_text)
+            first = lines[0]
+            if len(lines) > 1:
+                start_job_over_http("".join(lines))
             address = first.removeprefix("nats-server on ").partition(",")[0]
             addresses.append(address)
             process.send_signal(signal.SIGTERM)
@@ -140,9 +142,9 @@ def test_up_keeps_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) -> 
     assert not processes_of(temporary)
 
 
-def run_a_job_over_http(shown: str) -> None:
-    """Start a long job at the address that `up` has printed, and return while it runs."""
-    (page,) = re.findall(r"HTTP +(http://127\.0\.0\.1:\d+) ", shown)
+def start_job_over_http(output: str) -> None:
+    """Start a long job at the gateway address in the output of `up`; return while it runs."""
+    (page,) = re.findall(r"HTTP +(http://127\.0\.0\.1:\d+) ", output)
     with httpx.Client(base_url=page) as http:
         models = http.get("/v1/models").json()["data"]
         assert [model["tasks"] for model in models] == [["text_to_image", "image_to_text"]]
@@ -168,15 +170,15 @@ def started(command: list[str], work: Path, temporary: Path) -> Iterator["subpro
         process.communicate()
 
 
-def read_until(process: "subprocess.Popen[str]", words: str) -> list[str]:
-    """What is shown, up to the line with these words."""
+def read_until(process: "subprocess.Popen[str]", text: str) -> list[str]:
+    """Read lines until a line contains a text; return them."""
     assert process.stderr is not None
-    shown: list[str] = []
+    lines: list[str] = []
     for line in process.stderr:
-        shown.append(line)
-        if words in line:
-            return shown
-    raise AssertionError(f"{words!r} was never shown:\n{''.join(shown)}")
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} not found in:\n{''.join(lines)}")
 
 
 def assert_nothing_left(temporary: Path) -> None:

@@ -1,4 +1,4 @@
-"""A sender without any of this project's code: publish, hear, download, compare."""
+"""A sender without code of this project: publish, subscribe, download, compare."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from nats.aio.client import Client
 from PIL import Image
 
 from consumer.devstack import DevStack
-from tests.e2e.senders import WITHIN, ask, new_id
+from tests.e2e.senders import WITHIN, new_id, run_request
 
 
 def png(color: tuple[int, int, int], size: tuple[int, int] = (56, 84)) -> bytes:
@@ -22,13 +22,13 @@ def png(color: tuple[int, int, int], size: tuple[int, int] = (56, 84)) -> bytes:
     return file.getvalue()
 
 
-async def test_a_picture_comes_back_on_both_subjects_and_lies_in_the_store(
+async def test_a_result_is_published_on_both_subjects_and_stored(
     sender: Client, plain_s3: Minio
 ) -> None:
     request_id, reply_to = new_id(), sender.new_inbox()
     stored = await sender.subscribe(f"generation.result.text_to_image.{request_id}")
     replied = await sender.subscribe(reply_to)
-    passing = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
+    transient = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
     await sender.flush()
     request = {
         "request_id": request_id,
@@ -55,7 +55,7 @@ async def test_a_picture_comes_back_on_both_subjects_and_lies_in_the_store(
     assert_cloud_event(message.headers or {}, event)
     assert "Nats-Msg-Id" not in (answer.headers or {})
 
-    started = json.loads((await passing.next_msg(timeout=WITHIN)).data)
+    started = json.loads((await transient.next_msg(timeout=WITHIN)).data)
     assert started["type"] == "generation.v1.started"
     assert started["sequence"] < event["sequence"]
 
@@ -66,12 +66,12 @@ async def test_a_picture_comes_back_on_both_subjects_and_lies_in_the_store(
     assert output["key"] == f"text_to_image/{request_id}/{name}"
     assert hashlib.sha256(body).hexdigest() == output["sha256"]
     assert len(body) == output["size"]
-    picture = Image.open(io.BytesIO(body))
-    assert (picture.width, picture.height) == (64, 96) == (output["width"], output["height"])
-    assert picture.convert("RGB").getcolors(maxcolors=1) is None  # drawn, not blank
-    said = picture.text  # type: ignore[attr-defined] # of a PNG
-    assert (said["request_id"], said["seed"]) == (request_id, "7")
-    assert "prompt" not in said
+    image = Image.open(io.BytesIO(body))
+    assert (image.width, image.height) == (64, 96) == (output["width"], output["height"])
+    assert image.convert("RGB").getcolors(maxcolors=1) is None  # not blank
+    text_chunks = image.text  # type: ignore[attr-defined] # an attribute of PNG images
+    assert (text_chunks["request_id"], text_chunks["seed"]) == (request_id, "7")
+    assert "prompt" not in text_chunks
     async with aiohttp.ClientSession() as session, session.get(output["url"]) as response:
         assert await response.read() == body
         assert response.headers["Content-Type"] == "image/png"
@@ -87,7 +87,7 @@ def assert_cloud_event(headers: dict[str, str], event: dict[str, Any]) -> None:
     assert datetime.fromisoformat(headers["ce-time"]).tzinfo is not None
 
 
-async def test_two_pictures_are_described_one_by_reference_one_inline(
+async def test_two_images_by_reference_and_inline_are_described(
     sender: Client, plain_s3: Minio, system: DevStack
 ) -> None:
     key = f"text_to_image/{new_id()}/0.png"
@@ -95,7 +95,7 @@ async def test_two_pictures_are_described_one_by_reference_one_inline(
     plain_s3.put_object(system.store.bucket, key, io.BytesIO(red), len(red), "image/png")
     reply_to = sender.new_inbox()
     replied = await sender.subscribe(reply_to)
-    event = await ask(
+    event = await run_request(
         sender,
         "image_to_text",
         reply_to=reply_to,
@@ -113,8 +113,8 @@ async def test_two_pictures_are_described_one_by_reference_one_inline(
     assert isinstance(output["text"], str)
     assert output["finish_reason"] in {"stop", "length"}
     assert 0 < output["completion_tokens"] <= 8
-    # Both pictures reached the model: one alone takes fewer tokens of the prompt.
-    alone = await ask(
+    # A single image needs fewer prompt tokens, so the model received both images.
+    alone = await run_request(
         sender,
         "image_to_text",
         prompt="What differs?",
@@ -124,18 +124,18 @@ async def test_two_pictures_are_described_one_by_reference_one_inline(
     assert alone["outputs"][0]["prompt_tokens"] < output["prompt_tokens"]
 
 
-async def test_a_picture_goes_on_to_the_description_by_its_reference(sender: Client) -> None:
-    drawn = await ask(sender, "text_to_image", prompt="a green square", steps=2)
-    (picture,) = drawn["outputs"]
-    reference = {"bucket": picture["bucket"], "key": picture["key"]}
-    described = await ask(
+async def test_an_output_can_be_described_by_its_reference(sender: Client) -> None:
+    drawn = await run_request(sender, "text_to_image", prompt="a green square", steps=2)
+    (image,) = drawn["outputs"]
+    reference = {"bucket": image["bucket"], "key": image["key"]}
+    described = await run_request(
         sender, "image_to_text", prompt="What is it?", images=[reference], max_new_tokens=4
     )
     assert described["type"] == "generation.v1.succeeded", described
 
 
-async def test_several_pictures_and_their_seeds(sender: Client, plain_s3: Minio) -> None:
-    event = await ask(
+async def test_each_image_of_a_request_has_a_seed(sender: Client, plain_s3: Minio) -> None:
+    event = await run_request(
         sender, "text_to_image", prompt="dots", steps=2, num_images=2, seed=41, output_format="webp"
     )
     assert [o["seed"] for o in event["outputs"]] == [41, 42]
@@ -144,20 +144,20 @@ async def test_several_pictures_and_their_seeds(sender: Client, plain_s3: Minio)
     assert [Image.open(io.BytesIO(body)).format for body in bodies] == ["WEBP", "WEBP"]
 
 
-async def test_the_same_seed_draws_the_same_picture(sender: Client, plain_s3: Minio) -> None:
+async def test_one_seed_reproduces_an_image(sender: Client, plain_s3: Minio) -> None:
     drawn = []
     for _ in range(2):
-        event = await ask(sender, "text_to_image", prompt="a boat", steps=2, seed=5)
+        event = await run_request(sender, "text_to_image", prompt="a boat", steps=2, seed=5)
         (output,) = event["outputs"]
         body = plain_s3.get_object(output["bucket"], output["key"]).read()
-        drawn.append(Image.open(io.BytesIO(body)).tobytes())  # the files say their request's ids
+        drawn.append(Image.open(io.BytesIO(body)).tobytes())  # the metadata of the files differs
     assert drawn[0] == drawn[1]
 
 
-async def test_a_second_copy_gets_the_first_result_and_the_model_is_not_run_again(
+async def test_a_copy_of_a_request_gets_the_stored_result_without_a_run(
     sender: Client,
 ) -> None:
-    first = await ask(sender, "text_to_image", prompt="once", steps=2)
+    first = await run_request(sender, "text_to_image", prompt="once", steps=2)
     reply_to = sender.new_inbox()
     replied = await sender.subscribe(reply_to)
     await sender.flush()
@@ -167,8 +167,8 @@ async def test_a_second_copy_gets_the_first_result_and_the_model_is_not_run_agai
     assert answer == first
 
 
-async def test_the_same_id_for_something_else_is_a_conflict(sender: Client) -> None:
-    first = await ask(sender, "text_to_image", prompt="mine", steps=2)
+async def test_an_id_with_other_content_is_a_conflict(sender: Client) -> None:
+    first = await run_request(sender, "text_to_image", prompt="mine", steps=2)
     reply_to = sender.new_inbox()
     replied = await sender.subscribe(reply_to)
     await sender.flush()

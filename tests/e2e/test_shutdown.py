@@ -1,6 +1,6 @@
-"""SIGTERM with a real model: in the middle of its steps, and while it is loading.
+"""SIGTERM with a real model, during its steps and during its loading.
 
-Every other state of a daemon is in tests/faults, with a model that takes no time to load.
+tests/faults covers the other states of a daemon, with a model that loads instantly.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from consumer.settings import Settings
 from tests.e2e.senders import WITHIN, new_id
 from tests.support.forked import ForkedStack
 
-LONG = {"prompt": "a", "steps": 60}  # some seconds on these models
+LONG = {"prompt": "a", "steps": 60}  # a run of some seconds
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +45,18 @@ async def start(servers: DevStack, name: str, **settings: str) -> Daemon:
 
 
 async def ended(daemon: Daemon) -> int | None:
-    """The exit code of a daemon that was told to end."""
+    """Wait for the end of a daemon after a signal; return its exit code."""
     for _ in range(int(WITHIN / 0.05)):
         if not daemon.alive:
             return daemon.returncode
-        await asyncio.sleep(0.05)  # another process's end is no event of this loop
-    raise AssertionError(f"{daemon.name} goes on:\n{daemon.log_since_start()}")
+        await asyncio.sleep(0.05)  # the event loop does not report the end of this process
+    raise AssertionError(f"{daemon.name} does not stop:\n{daemon.log_since_start()}")
 
 
-async def test_a_job_that_does_not_fit_the_grace_is_given_back_at_once(
+async def test_a_job_longer_than_the_drain_grace_is_requeued_at_once(
     servers: DevStack, sender: Client
 ) -> None:
-    first = await start(servers, "giving-back", CONSUMER_DRAIN_GRACE="0.1")
+    first = await start(servers, "first", CONSUMER_DRAIN_GRACE="0.1")
     request_id = new_id()
     results = await sender.subscribe(f"generation.result.text_to_image.{request_id}")
     await running(sender, request_id)
@@ -64,15 +64,15 @@ async def test_a_job_that_does_not_fit_the_grace_is_given_back_at_once(
     assert await ended(first) == 0, first.log_since_start()
     assert "given_back" in first.log_since_start()
 
-    second = await start(servers, "taking-over")
-    # ack_wait is 60 s: only a delivery that was given back can be here within this time.
+    second = await start(servers, "second")
+    # ack_wait is 60 s, so only a requeued message is delivered again within this time.
     event = json.loads((await results.next_msg(timeout=WITHIN / 2)).data)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
     second.signal(signal.SIGTERM)
     assert await ended(second) == 0
 
 
-async def test_while_the_model_is_loading(servers: DevStack) -> None:
+async def test_sigterm_during_the_loading_of_the_model_stops_the_daemon(servers: DevStack) -> None:
     daemon = servers.start_daemon("loading", {"MODEL_TYPE": "text_to_image"})
     async with asyncio.timeout(WITHIN):
         while "daemon_starting" not in daemon.log_since_start():
@@ -84,7 +84,7 @@ async def test_while_the_model_is_loading(servers: DevStack) -> None:
 
 
 async def running(sender: Client, request_id: str) -> None:
-    """Publish a long request and wait until the model is at it."""
+    """Publish a long request and wait until the model runs it."""
     steps = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
     await sender.flush()
     body = json.dumps({**LONG, "request_id": request_id}).encode()

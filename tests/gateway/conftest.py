@@ -1,11 +1,13 @@
-"""One running system for the whole folder: servers, a daemon of each task, gateways."""
+"""A running system for all tests in this folder: servers, a daemon of each task, gateways."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
+import httpx2
 import nats
 import pytest
+from openai import AsyncOpenAI
 
 from consumer.app.apply import apply
 from consumer.devstack import DevStack, GatewayServer
@@ -16,10 +18,12 @@ from generation_client import GenerationClient
 from generation_contracts import Task
 from tests.support.forked import ForkedStack
 
+WITHIN = 60.0  # seconds for an HTTP response
+
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
-    """NATS and S3 with their streams and bucket; no daemon."""
+    """NATS and S3 with their streams and bucket, without a daemon."""
     with ForkedStack(tmp_path_factory.mktemp("gateway"), persist=False) as running:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in running.environment().items():
@@ -38,7 +42,7 @@ def system(stack: DevStack) -> DevStack:
 
 
 def start_gateway(stack: DevStack, name: str, **settings: str) -> GatewayServer:
-    """Start a gateway on a stack; it is ready."""
+    """Start a gateway on a stack, and wait until it is ready."""
     server = stack.start_gateway(name, settings)
     server.wait_ready()
     return server
@@ -62,7 +66,7 @@ class KeyedGateway:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """URL of the gateway."""
         return self.server.url
 
 
@@ -76,8 +80,22 @@ def keyed_gateway(system: DevStack) -> KeyedGateway:
 
 
 @pytest.fixture
+async def http(gateway: GatewayServer) -> AsyncIterator[httpx2.AsyncClient]:
+    """An HTTP client of the gateway without keys."""
+    async with httpx2.AsyncClient(base_url=gateway.url, timeout=WITHIN) as client:
+        yield client
+
+
+@pytest.fixture
+async def openai(gateway: GatewayServer) -> AsyncIterator[AsyncOpenAI]:
+    """An OpenAI client of the gateway without keys."""
+    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
+        yield client
+
+
+@pytest.fixture
 async def behind(system: DevStack) -> AsyncIterator[GenerationClient]:
-    """What happens behind the gateway: a client on a NATS connection of its own."""
+    """A client on a separate NATS connection, to observe the jobs behind the gateway."""
     connection = await nats.connect(system.nats.url)
     async with GenerationClient(connection) as client:
         yield client

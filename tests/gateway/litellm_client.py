@@ -1,6 +1,6 @@
-"""What LiteLLM reads from a gateway, as one JSON document on standard output.
+"""Calls a gateway with LiteLLM and prints the results as one JSON document.
 
-It runs in an environment of its own: LiteLLM needs older versions of what the project uses.
+It runs in a separate environment, because LiteLLM needs older versions of common packages.
 Arguments: the base URL, and a data: URL of an image.
 """
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Awaitable
 from typing import Any
 
-import litellm  # type: ignore[import-not-found] # in its own environment
+import litellm  # type: ignore[import-not-found] # installed in a separate environment
 
 
 async def main(base: str, image: str) -> dict[str, Any]:
@@ -21,7 +21,7 @@ async def main(base: str, image: str) -> dict[str, Any]:
         {"type": "image_url", "image_url": {"url": image}},
     ]
     messages = [{"role": "user", "content": parts}]
-    made = await litellm.aimage_generation(
+    images = await litellm.aimage_generation(
         prompt="a red circle", n=1, size="64x64", seed=3, num_inference_steps=4, **target
     )
     answer = await litellm.acompletion(messages=messages, max_tokens=40, temperature=0, **target)
@@ -31,7 +31,7 @@ async def main(base: str, image: str) -> dict[str, Any]:
     chunks = [chunk async for chunk in stream]
     without_image = [{"role": "user", "content": "no image"}]
     return {
-        "image": made.data[0].b64_json,
+        "image": images.data[0].b64_json,
         "text": answer.choices[0].message.content,
         "finish_reason": answer.choices[0].finish_reason,
         "tokens": answer.usage.total_tokens,
@@ -49,10 +49,10 @@ async def main(base: str, image: str) -> dict[str, Any]:
 async def _error(call: Awaitable[Any]) -> dict[str, Any] | None:
     try:
         await call
-    except Exception as error:  # noqa: BLE001 - its errors have no common base
+    except Exception as error:  # noqa: BLE001 - LiteLLM's errors have no common base
         return {"name": type(error).__name__, "status": getattr(error, "status_code", None)}
     return None
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(main(*sys.argv[1:]))))  # noqa: T201 - its result
+    print(json.dumps(asyncio.run(main(*sys.argv[1:]))))  # noqa: T201 - the output of this program

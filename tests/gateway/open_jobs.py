@@ -1,4 +1,4 @@
-"""Jobs as a gateway has them, without HTTP: real servers, workers that take no time to load."""
+"""The parts of a gateway without HTTP, on real servers."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,7 +23,7 @@ BOB = Caller(Tenant("bob", "bob00000", b"b" * 32), "key-b")
 
 
 class NoLimits:
-    """Admits everything, and notes it."""
+    """Admits and records every request, unless the test sets a refusal."""
 
     def __init__(self) -> None:
         self.admitted: list[str] = []
@@ -58,7 +58,7 @@ class OpenJobs:
 
 
 def settings_of(scene: Scene, **more: Any) -> Settings:
-    """The settings of a gateway of an installation."""
+    """Return the settings of a gateway for a scene."""
     values: dict[str, Any] = {**scene.settings(), **more}
     return Settings(**{name.lower(): value for name, value in values.items()})
 

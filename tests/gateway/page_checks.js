@@ -1,4 +1,4 @@
-// What a screen reader, a keyboard and weak eyes need of a page. Evaluates to a list of problems.
+// Checks the accessibility of a page: names, structure, sizes, contrast. Evaluates to its problems.
 () => {
   const problems = [];
   const shown = (node) => node.checkVisibility({ visibilityProperty: true, opacityProperty: true });
@@ -23,29 +23,29 @@
   }
   const ids = all("[id]").map(({ id }) => id);
   for (const id of ids)
-    if (ids.indexOf(id) !== ids.lastIndexOf(id)) problems.push(`the id ${id} twice`);
+    if (ids.indexOf(id) !== ids.lastIndexOf(id)) problems.push(`duplicate id ${id}`);
   for (const attribute of ["aria-labelledby", "aria-describedby", "for"]) {
     for (const node of all(`[${attribute}]`)) {
       for (const id of node.getAttribute(attribute).split(/\s+/)) {
         if (!document.getElementById(id))
-          report(node, `${attribute} names ${id}, which is not there`);
+          report(node, `${attribute} names the missing id ${id}`);
       }
     }
   }
   let level = 0;
   for (const heading of all("h1, h2, h3, h4").filter((node) => reachable(node) && !modal)) {
-    const own = Number(heading.tagName[1]);
-    if (own > level + 1) report(heading, `h${own} follows h${level}`);
-    level = own;
+    const rank = Number(heading.tagName[1]);
+    if (rank > level + 1) report(heading, `h${rank} follows h${level}`);
+    level = rank;
   }
   for (const item of all("li"))
-    if (!/^(UL|OL)$/.test(item.parentElement.tagName)) report(item, "no list around");
+    if (!/^(UL|OL)$/.test(item.parentElement.tagName)) report(item, "a list item outside a list");
   for (const image of all("img")) if (!image.hasAttribute("alt")) report(image, "no alt");
   for (const node of all("[tabindex]"))
-    if (node.tabIndex > 0) report(node, "a tab order of its own");
+    if (node.tabIndex > 0) report(node, "a positive tabindex");
   for (const section of all("main section")) {
     if (!section.hasAttribute("aria-labelledby") && !section.querySelector("h2"))
-      report(section, "a section without name");
+      report(section, "a section without a name");
   }
 
   // -- names --
@@ -76,7 +76,7 @@
   for (const node of controls.filter(reachable))
     if (!accessibleName(node).trim()) report(node, "no name");
 
-  // -- sizes: 24 pixels at least, as WCAG 2.2 has it --
+  // -- sizes: at minimum 24 pixels, as WCAG 2.2 requires --
   for (const node of all("a[href], button, select, summary, .tasks label").filter(reachable)) {
     const { width, height } = node.getBoundingClientRect();
     if (!clipped(node) && (width < 24 || height < 24))
@@ -108,8 +108,8 @@
     const [high, low] = [luminance(a), luminance(b)].sort((x, y) => y - x);
     return (high + 0.05) / (low + 0.05);
   };
-  // The colour behind an element; null where an image is behind it.
-  const ground = (node) => {
+  // The colour behind an element; null if an image is behind it.
+  const background = (node) => {
     let found = [0, 0, 0, 0];
     for (let each = node; each; each = each.parentElement) {
       const style = getComputedStyle(each);
@@ -125,12 +125,12 @@
       product *= Number(getComputedStyle(each).opacity);
     return product;
   };
-  const check = (node, text, least, what) => {
-    const behind = ground(node);
+  const check = (node, text, minimum, what) => {
+    const behind = background(node);
     if (!behind) return;
-    const seen = over([text[0], text[1], text[2], text[3] * opacity(node)], behind);
-    const ratio = contrast(seen, behind);
-    if (ratio < least) report(node, `${what} has a contrast of ${ratio.toFixed(2)}, not ${least}`);
+    const visible = over([text[0], text[1], text[2], text[3] * opacity(node)], behind);
+    const ratio = contrast(visible, behind);
+    if (ratio < minimum) report(node, `${what} has a contrast of ${ratio.toFixed(2)}, not ${minimum}`);
     if (ratio < lowest) lowest = ratio;
   };
   let lowest = Infinity;

@@ -1,4 +1,4 @@
-"""A real Chromium on the live page: fixtures, and what a user does there."""
+"""Fixtures with a real Chromium on the live page, and the actions of a user."""
 
 import asyncio
 import os
@@ -29,19 +29,19 @@ from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
 from tests.gateway.conftest import start_gateway
 
-REQUIRED = "CHROMIUM_REQUIRED"  # environment: set where these tests must not be left out
+REQUIRED = "CHROMIUM_REQUIRED"  # environment variable: without Chromium, fail instead of skip
 CHECKS = Path(__file__).with_name("page_checks.js").read_text()
-WITHIN = 30_000.0  # milliseconds; models run on a busy CPU
-LONG = {"steps": "200", "count": "8"}  # many seconds on the demonstration model
+WITHIN = 30_000.0  # milliseconds; the models run on a busy CPU
+LONG = {"steps": "200", "count": "8"}  # a run of many seconds on the demonstration model
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
-NARROW = {"width": 320, "height": 568}  # 1280 pixels at a zoom of 400%, as WCAG has it
+NARROW = {"width": 320, "height": 568}  # 1280 pixels at a zoom of 400%, as in WCAG
 
 expect.set_options(timeout=WITHIN)
 
 
 def _chromium() -> str | None:
-    """The browser of the system; None where there is only playwright's own, or none."""
+    """Return the browser of the system; None if the system has none."""
     names = ["chromium", "chromium-browser", "google-chrome"]
     return next((path for name in names if (path := shutil.which(name))), None)
 
@@ -50,7 +50,7 @@ def _chromium() -> str | None:
 async def browser() -> AsyncIterator[Browser]:
     async with async_playwright() as playwright:
         try:
-            # Its sandbox does not work for root, as in many containers.
+            # Chromium's sandbox does not work for root, the user in many containers.
             running = await playwright.chromium.launch(
                 executable_path=_chromium(), args=["--no-sandbox"]
             )
@@ -64,7 +64,7 @@ async def browser() -> AsyncIterator[Browser]:
 
 @dataclass(frozen=True)
 class Tenants:
-    """A gateway with keys: each test is a tenant of its own, with an empty history."""
+    """A gateway with keys. Each test uses a new tenant with an empty history."""
 
     server: GatewayServer
     file: KeyFile
@@ -76,7 +76,7 @@ class Tenants:
 @pytest.fixture(scope="module")
 def tenants(system: DevStack) -> Iterator[Tenants]:
     file = KeyFile(system.directory / "keys-of-the-page.json")
-    file.add("nobody", Bounds())
+    file.add("unused", Bounds())
     server = start_gateway(system, "page-gateway", GATEWAY_KEYS=str(file.path))
     yield Tenants(server, file)
     assert server.alive, server.log_since_start()
@@ -85,12 +85,12 @@ def tenants(system: DevStack) -> Iterator[Tenants]:
 
 @dataclass
 class Visits:
-    """Opens pages, and watches what they must never do."""
+    """Opens pages, and records errors and requests to other servers."""
 
     browser: Browser
     tenants: Tenants
     contexts: list[BrowserContext] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
 
     async def __call__(
         self, path: str = "/", *, key: str | None = None, url: str | None = None, **options: Any
@@ -98,10 +98,10 @@ class Visits:
         """Open a page.
 
         Args:
-            path: On the gateway.
-            key: Of a tenant; None makes a new one, "" enters none.
-            url: Another gateway.
-            options: Of the browser's context.
+            path: Path on the gateway.
+            key: API key; None creates a new tenant, "" enters no key.
+            url: URL of another gateway.
+            options: Options of the browser's context.
         """
         origin = url or self.tenants.server.url
         options = {"viewport": DESKTOP, "color_scheme": "light", **options}
@@ -117,16 +117,16 @@ class Visits:
 
     def _watch(self, page: Page, origin: str) -> None:
         def on_console(message: ConsoleMessage) -> None:
-            # The browser logs each answer with an error status, whatever the page makes of it.
+            # The browser logs each response with an error status, even an expected one.
             if message.type == "error" and "Failed to load resource" not in message.text:
-                self.wrong.append(message.text)
+                self.violations.append(message.text)
 
         def on_request(request: Request) -> None:
             if not request.url.startswith((origin, "blob:", "data:")):
-                self.wrong.append(f"asked {request.url}")
+                self.violations.append(f"request to {request.url}")
 
         page.on("console", on_console)
-        page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        page.on("pageerror", lambda error: self.violations.append(str(error)))
         page.on("request", on_request)
 
 
@@ -138,11 +138,11 @@ async def visit(browser: Browser, tenants: Tenants) -> AsyncIterator[Visits]:
         for page in context.pages:
             await cancel_all(page)
         await context.close()
-    assert visits.wrong == []
+    assert visits.violations == []
 
 
 async def cancel_all(page: Page) -> None:
-    """End what a test has left, so that the next one has the models for itself."""
+    """Cancel the unfinished jobs of a test, so that the models are idle for the next test."""
     if page.url.endswith("/docs"):
         return
     with suppress(Exception):
@@ -156,7 +156,7 @@ async def cancel_all(page: Page) -> None:
 
 
 async def draw(page: Page, prompt: str, **options: str) -> None:
-    """Fill in the form and send it with the keyboard."""
+    """Fill in the form and submit it with the keyboard."""
     await page.get_by_label("Prompt", exact=True).fill(prompt)
     if options and await page.locator("#options").get_attribute("open") is None:
         await page.locator("#options summary").click()
@@ -166,17 +166,17 @@ async def draw(page: Page, prompt: str, **options: str) -> None:
 
 
 def job(page: Page, title: str) -> Locator:
-    """The row of a job that waits or runs."""
+    """Return the row of a waiting or running job."""
     return page.locator("#active > li").filter(has_text=title)
 
 
 def card(page: Page, title: str) -> Locator:
-    """A result."""
+    """Return the card of a result."""
     return page.locator("#gallery > li.card").filter(has_text=title)
 
 
 async def bytes_of(page: Page, click: Callable[[], Awaitable[None]]) -> tuple[str, bytes]:
-    """The name and the content of what a click downloads."""
+    """Return the name and the content of the file that a click downloads."""
     async with page.expect_download() as download:
         await click()
     value = await download.value
@@ -185,8 +185,8 @@ async def bytes_of(page: Page, click: Callable[[], Awaitable[None]]) -> tuple[st
 
 
 async def problems(page: Page) -> list[str]:
-    """What is wrong for keyboards, screen readers and weak eyes."""
-    # Not in the middle of a fade; what repeats for ever is not waited for.
+    """Return the accessibility problems of a page."""
+    # Wait for the end of all animations that do not repeat forever.
     await page.evaluate(
         """() => Promise.allSettled(document.getAnimations()
           .filter((each) => each.effect.getTiming().iterations !== Infinity)

@@ -1,4 +1,4 @@
-"""A gateway in the process of the test, whose constants a test may change."""
+"""A gateway in the process of the test, so that a test can patch its constants."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,10 +13,10 @@ from tests.support.scene import WITHIN
 
 @asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[str]:
-    """A gateway in this process; where it answers."""
+    """Run a gateway in this process; yield its URL."""
     config = uvicorn.Config(create_app(settings), port=0, log_config=None, lifespan="on")
     server = uvicorn.Server(config)
-    # Not serve(): it would handle the signals of the tests.
+    # serve() would install signal handlers, so call the inner function.
     running = asyncio.ensure_future(server._serve())
     async with asyncio.timeout(WITHIN):
         while not server.started and not running.done():  # noqa: ASYNC110 - there is no event

@@ -1,4 +1,4 @@
-"""The models that callers may name: what workers say, and what is known without them."""
+"""The model catalogue: models of the workers, and models known without workers."""
 
 import asyncio
 import json
@@ -22,30 +22,30 @@ QWEN = {"task": "image_to_text", "id": "Qwen/Qwen2.5-VL-7B-Instruct", "worker": 
 
 
 class Workers:
-    """Workers whose answers the test sets, and a clock."""
+    """Workers and a clock, controlled by the test."""
 
     def __init__(self, *answers: Mapping[str, str]) -> None:
         self.answers: Sequence[Mapping[str, str]] = answers
-        self.asked = 0
+        self.queries = 0
         self.down = False
         self.time = 100.0
 
-    async def ask(self) -> Sequence[Mapping[str, str]]:
-        self.asked += 1
+    async def query(self) -> Sequence[Mapping[str, str]]:
+        self.queries += 1
         await asyncio.sleep(0)
         if self.down:
             raise BusUnavailable("NATS: away")
         return self.answers
 
     def catalogue(self) -> Catalogue:
-        return Catalogue(self.ask, lambda: self.time)
+        return Catalogue(self.query, lambda: self.time)
 
 
 async def names_of(catalogue: Catalogue) -> list[str]:
     return [model.name for model in await catalogue.models()]
 
 
-async def test_models_are_those_of_the_workers() -> None:
+async def test_the_catalogue_lists_the_models_of_the_workers() -> None:
     catalogue = Workers(FLUX, FLUX, QWEN).catalogue()
     assert await names_of(catalogue) == [FLUX["id"], QWEN["id"]]
 
@@ -59,14 +59,14 @@ async def test_a_model_has_several_names(name: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", [QWEN["id"], "image_to_text", "gpt-image-2", "FLUX"])
-async def test_other_names_are_not_found(name: str) -> None:
+async def test_unknown_names_are_not_found(name: str) -> None:
     catalogue = Workers(FLUX, QWEN).catalogue()
     with pytest.raises(ApiError) as raised:
         await catalogue.name_of(name, Task.TEXT_TO_IMAGE)
     assert (raised.value.status, raised.value.code) == (404, "model_not_found")
 
 
-async def test_without_workers_a_task_stands_for_its_model() -> None:
+async def test_without_workers_the_task_is_the_name_of_its_model() -> None:
     workers = Workers()
     catalogue = workers.catalogue()
     assert await names_of(catalogue) == ["text_to_image", "image_to_text"]
@@ -76,7 +76,7 @@ async def test_without_workers_a_task_stands_for_its_model() -> None:
     assert await names_of(catalogue) == ["text_to_image", "image_to_text"]
 
 
-async def test_an_unknown_name_is_unavailable_while_the_workers_cannot_be_asked() -> None:
+async def test_an_unknown_name_is_unavailable_without_a_connection_to_workers() -> None:
     workers = Workers(FLUX)
     workers.down = True
     catalogue = workers.catalogue()
@@ -93,7 +93,7 @@ async def test_an_unknown_name_is_unavailable_while_the_workers_cannot_be_asked(
     assert raised.value.status == 404
 
 
-async def test_a_model_stays_known_while_its_workers_are_away() -> None:
+async def test_a_model_remains_in_the_catalogue_after_its_workers_stop() -> None:
     workers = Workers(FLUX, QWEN)
     catalogue = workers.catalogue()
     before = await catalogue.models()
@@ -107,7 +107,7 @@ async def test_a_model_stays_known_while_its_workers_are_away() -> None:
     assert [model.is_loaded for model in await catalogue.models()] == [False, True]
 
 
-async def test_another_model_takes_the_place_of_the_former() -> None:
+async def test_a_new_model_replaces_the_former_model_of_its_task() -> None:
     workers = Workers(FLUX)
     catalogue = workers.catalogue()
     await catalogue.models()
@@ -118,24 +118,24 @@ async def test_another_model_takes_the_place_of_the_former() -> None:
         await catalogue.name_of(FLUX["id"], Task.TEXT_TO_IMAGE)
 
 
-async def test_many_callers_ask_the_workers_once() -> None:
+async def test_concurrent_callers_share_one_query() -> None:
     workers = Workers(FLUX)
     catalogue = workers.catalogue()
     await asyncio.gather(*(catalogue.name_of(None, Task.TEXT_TO_IMAGE) for _ in range(50)))
     await asyncio.gather(*(catalogue.models() for _ in range(50)))
-    assert workers.asked == 1
+    assert workers.queries == 1
 
 
-async def test_a_known_model_does_not_wait_for_the_workers() -> None:
+async def test_a_known_model_is_returned_without_waiting_for_the_workers() -> None:
     workers = Workers(FLUX)
     catalogue = workers.catalogue()
     await catalogue.models()
     workers.time += 10
     found = catalogue.name_of(FLUX["id"], Task.TEXT_TO_IMAGE)
-    with pytest.raises(StopIteration):  # it is there without waiting
+    with pytest.raises(StopIteration):  # the coroutine returns without a suspension
         found.send(None)
     await asyncio.sleep(0)
-    assert workers.asked == 2
+    assert workers.queries == 2
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ async def test_a_known_model_does_not_wait_for_the_workers() -> None:
         {"task": "text_to_image", "id": "a\nb"},
     ],
 )
-async def test_answers_that_name_no_model_are_left_out(answer: dict[str, str]) -> None:
+async def test_invalid_worker_metadata_is_ignored(answer: dict[str, str]) -> None:
     assert await names_of(Workers(answer).catalogue()) == ["text_to_image", "image_to_text"]
 
 
@@ -161,19 +161,19 @@ async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
 
 @pytest.fixture
 async def client(nats_server: NatsServer) -> AsyncIterator[RobustClient]:
-    """The connection of a stand-in for workers; its flush waits for the subscription."""
+    """A connection that simulates workers; `flush` waits until its subscription is active."""
     connection = RobustClient()
     await connection.connect(nats_server.url)
     yield connection
     await connection.close()
 
 
-async def test_without_workers_there_is_no_waiting(bus: Bus) -> None:
+async def test_a_query_without_workers_returns_at_once(bus: Bus) -> None:
     async with asyncio.timeout(0.5):
         assert await worker_metadata(bus) == []
 
 
-async def test_a_busy_worker_is_waited_for(
+async def test_a_query_waits_for_a_slow_worker(
     bus: Bus, client: RobustClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services, "QUERY_TIMEOUT", 30.0)
@@ -187,7 +187,7 @@ async def test_a_busy_worker_is_waited_for(
     assert await worker_metadata(bus) == [FLUX]
 
 
-async def test_workers_that_do_not_answer_are_no_empty_list(
+async def test_a_query_without_replies_raises_an_error(
     bus: Bus, client: RobustClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services, "QUERY_TIMEOUT", 0.1)
@@ -197,7 +197,7 @@ async def test_workers_that_do_not_answer_are_no_empty_list(
         await worker_metadata(bus)
 
 
-async def test_every_worker_counts_and_nothing_else(bus: Bus, client: RobustClient) -> None:
+async def test_a_query_returns_every_valid_reply(bus: Bus, client: RobustClient) -> None:
 
     async def answer(message: Msg) -> None:
         for body in (

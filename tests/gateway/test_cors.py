@@ -1,4 +1,4 @@
-"""Which pages a browser lets call the gateway."""
+"""Cross-origin requests from browsers."""
 
 from collections.abc import AsyncIterator
 
@@ -14,7 +14,7 @@ OTHER = "https://other.example"
 
 @pytest.fixture(scope="module")
 def urls(stack: DevStack) -> tuple[str, str]:
-    """A gateway as it is by default, and one with an origin."""
+    """Return the URLs of a gateway with default settings and of one with an allowed origin."""
     default = start_gateway(stack, "cors-default")
     with_origin = start_gateway(stack, "cors", GATEWAY_CORS_ORIGINS=FRONT)
     return default.url, with_origin.url
@@ -34,31 +34,31 @@ def preflight(origin: str) -> dict[str, str]:
     }
 
 
-async def test_no_page_may_call_by_default(http: httpx2.AsyncClient, urls: tuple[str, str]) -> None:
+async def test_no_origin_is_allowed_by_default(
+    http: httpx2.AsyncClient, urls: tuple[str, str]
+) -> None:
     for method, headers in (("OPTIONS", preflight(FRONT)), ("GET", {"origin": FRONT})):
         answer = await http.request(method, f"{urls[0]}/v1/models", headers=headers)
         assert "access-control-allow-origin" not in answer.headers
 
 
-async def test_pages_of_the_origins_may_call(
+async def test_configured_origins_are_allowed(
     http: httpx2.AsyncClient, urls: tuple[str, str]
 ) -> None:
-    asked = await http.options(f"{urls[1]}/infer", headers=preflight(FRONT))
-    assert asked.status_code == 200
-    assert asked.headers["access-control-allow-origin"] == FRONT
-    assert "idempotency-key" in asked.headers["access-control-allow-headers"]
+    response = await http.options(f"{urls[1]}/infer", headers=preflight(FRONT))
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == FRONT
+    assert "idempotency-key" in response.headers["access-control-allow-headers"]
     answer = await http.post(f"{urls[1]}/infer", json={}, headers={"origin": FRONT})
     assert answer.status_code == 400
     assert answer.headers["access-control-allow-origin"] == FRONT
     assert "x-request-id" in answer.headers["access-control-expose-headers"]
 
 
-async def test_pages_of_other_origins_may_not(
-    http: httpx2.AsyncClient, urls: tuple[str, str]
-) -> None:
-    asked = await http.options(f"{urls[1]}/infer", headers=preflight(OTHER))
-    assert asked.status_code == 400
-    assert "access-control-allow-origin" not in asked.headers
+async def test_other_origins_are_refused(http: httpx2.AsyncClient, urls: tuple[str, str]) -> None:
+    response = await http.options(f"{urls[1]}/infer", headers=preflight(OTHER))
+    assert response.status_code == 400
+    assert "access-control-allow-origin" not in response.headers
     answer = await http.post(f"{urls[1]}/infer", json={}, headers={"origin": OTHER})
     assert answer.status_code == 403
     assert answer.json()["error"]["code"] == "loopback_only"

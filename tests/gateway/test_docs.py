@@ -1,4 +1,4 @@
-"""The examples of docs/reference/http.md and of the README's quick start run as written."""
+"""The examples of docs/reference/http.md and of the README's quick start run unchanged."""
 
 import json
 import os
@@ -14,13 +14,13 @@ import pytest
 
 from consumer.devstack import GatewayServer
 from tests.gateway.conftest import KeyedGateway
-from tests.gateway.pictures import decoded
+from tests.gateway.images import decoded
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/reference/http.md").read_text("utf-8")
 PACKAGE = Path(__file__).parent / "node" / "package.json"
 INSTALL = "npm install --no-fund --no-audit --ignore-scripts --no-package-lock --silent"
-# Of "Send a request", the part over HTTP.
+# The HTTP part of the section "Send a request".
 README = (
     (ROOT / "README.md")
     .read_text("utf-8")
@@ -35,7 +35,7 @@ NOT_RUN = re.compile(r"^\$ (export |.*\bconsumer gateway\b)")
 
 
 def run_example(folder: Path, *command: str, text: str = "", **environment: str) -> str:
-    """Run an example; return what it has printed."""
+    """Run an example; return its standard output."""
     ended = subprocess.run(
         command,
         cwd=folder,
@@ -51,18 +51,18 @@ def run_example(folder: Path, *command: str, text: str = "", **environment: str)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the examples run: one folder for all, since they use each other's files."""
+class Examples:
+    """The environment of the examples: one folder, because they share files."""
 
     folder: Path
     gateway: KeyedGateway
 
     def run(self, *command: str, text: str = "", **environment: str) -> str:
-        """Run an example; return what it has printed."""
+        """Run an example; return its standard output."""
         return run_example(self.folder, *command, text=text, **environment)
 
     def adapted(self, code: str) -> str:
-        """An example with this gateway's address and key."""
+        """Return an example with this gateway's address and key."""
         assert ADDRESS in code
         assert KEY in code
         return code.replace(ADDRESS, self.gateway.url).replace(KEY, self.gateway.alice)
@@ -73,13 +73,13 @@ def blocks(language: str, page: str = PAGE) -> list[str]:
 
 
 def commands(page: str = PAGE) -> Iterator[str]:
-    """Each command of the shell, with the output that the page shows below it."""
+    """Yield each shell command, with the output that the page shows below it."""
     for block in blocks("console", page):
         yield from re.split(r"^(?=\$ )", block, flags=re.MULTILINE)[1:]
 
 
 def parts(command: str) -> tuple[str, list[str]]:
-    """The lines to run, and the lines of output."""
+    """Split a command into the lines to run and the lines of output."""
     lines = command.removeprefix("$ ").splitlines()
     code = [lines.pop(0)]
     here = re.search(r"<<(\w+)", code[0])
@@ -89,24 +89,24 @@ def parts(command: str) -> tuple[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def place(keyed_gateway: KeyedGateway, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("examples"), keyed_gateway)
+def examples(keyed_gateway: KeyedGateway, tmp_path_factory: pytest.TempPathFactory) -> Examples:
+    return Examples(tmp_path_factory.mktemp("examples"), keyed_gateway)
 
 
 @pytest.fixture(scope="module")
-def node(place: Place) -> Place:
-    """The same with openai-node installed."""
+def node(examples: Examples) -> Examples:
+    """The environment with openai-node installed."""
     if shutil.which("npm") is None or shutil.which("node") is None:
         if os.environ.get("NODE_REQUIRED"):
             pytest.fail("node and npm are needed")
         pytest.skip("no node, no npm")
-    shutil.copy(PACKAGE, place.folder)
-    place.run(*INSTALL.split())
-    return place
+    shutil.copy(PACKAGE, examples.folder)
+    examples.run(*INSTALL.split())
+    return examples
 
 
-def test_the_commands_run(place: Place) -> None:
-    """In one shell, since they use each other's variables."""
+def test_the_commands_run(examples: Examples) -> None:
+    """All commands run in one shell, because they share variables."""
     shown = []
     script = ["set -euo pipefail"]
     for command in commands():
@@ -115,35 +115,35 @@ def test_the_commands_run(place: Place) -> None:
             script.append(code)
             shown += output
     assert len(script) > 10
-    printed = place.run(
+    printed = examples.run(
         "bash",
         "-s",
         text="\n".join(script),
-        GATEWAY=place.gateway.url,
-        GATEWAY_KEY=place.gateway.alice,
+        GATEWAY=examples.gateway.url,
+        GATEWAY_KEY=examples.gateway.alice,
     )
     assert [line for line in shown if line not in printed.splitlines()] == []
     assert "event: succeeded" in printed
     assert "circle" in printed
     for name in ("circle.png", "green.png"):
-        assert (place.folder / name).read_bytes().startswith(b"\x89PNG")
+        assert (examples.folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_python_examples_run(place: Place) -> None:
-    draw, ask, follow = (place.adapted(block) for block in blocks("python"))
-    printed = place.run(sys.executable, "-W", "error", "-c", draw)
+def test_the_python_examples_run(examples: Examples) -> None:
+    draw, ask, follow = (examples.adapted(block) for block in blocks("python"))
+    printed = examples.run(sys.executable, "-W", "error", "-c", draw)
     assert printed.splitlines()[-1].startswith("image_generation.completed ")
-    assert (place.folder / "square.png").read_bytes().startswith(b"\x89PNG")
-    asked = place.run(sys.executable, "-W", "error", "-c", ask)
-    assert "square" in asked
-    assert asked.endswith(" tokens\n")
-    followed = place.run(sys.executable, "-W", "error", "-c", follow)
+    assert (examples.folder / "square.png").read_bytes().startswith(b"\x89PNG")
+    answer = examples.run(sys.executable, "-W", "error", "-c", ask)
+    assert "square" in answer
+    assert answer.endswith(" tokens\n")
+    followed = examples.run(sys.executable, "-W", "error", "-c", follow)
     assert "started" in followed
     assert followed.splitlines()[-1].startswith("succeeded")
-    assert (place.folder / "triangle.png").read_bytes().startswith(b"\x89PNG")
+    assert (examples.folder / "triangle.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_javascript_examples_run(node: Place) -> None:
+def test_the_javascript_examples_run(node: Examples) -> None:
     draw, ask, follow = (node.adapted(block) for block in blocks("javascript"))
     node.run("node", "--input-type=module", text=draw)
     assert "square" in node.run("node", "--input-type=module", text=ask)
@@ -159,19 +159,19 @@ def test_the_readme_examples_run(gateway: GatewayServer, tmp_path: Path) -> None
     assert job["state"] in {"queued", "running"}
     assert (tmp_path / "circle.png").read_bytes().startswith(b"\x89PNG")
     (python,) = blocks("python", README)
-    look = f"{python.replace(README_ADDRESS, gateway.url)}\nprint(made.data[0].b64_json)"
-    printed = run_example(tmp_path, sys.executable, "-W", "error", "-c", look)
+    script = f"{python.replace(README_ADDRESS, gateway.url)}\nprint(made.data[0].b64_json)"
+    printed = run_example(tmp_path, sys.executable, "-W", "error", "-c", script)
     assert decoded(printed.strip()).size == (64, 64)
 
 
-def test_the_page_names_every_address() -> None:
+def test_the_page_lists_every_address() -> None:
     from consumer.gateway.app import create_app  # noqa: PLC0415 - with the routes of all modules
     from consumer.settings import Settings  # noqa: PLC0415
 
     table = PAGE.partition("| address |")[2].partition("\n\n")[0]
-    named = set(re.findall(r"`(?:[A-Z]+ )?(/\S*?)`", table))
-    really = {
+    documented = set(re.findall(r"`(?:[A-Z]+ )?(/\S*?)`", table))
+    actual = {
         re.sub(r"\{number\}", "{n}", re.sub(r"\{(job_id|model)\}", "{id}", path))
         for path in create_app(Settings()).openapi()["paths"]
     }
-    assert named == really | {"/", "/docs", "/openapi.json"}
+    assert documented == actual | {"/", "/docs", "/openapi.json"}

@@ -1,4 +1,4 @@
-"""The log of events: what it keeps, what readers get, and that neither grows without bound."""
+"""The event log: stored events, readers, and bounded memory."""
 
 import asyncio
 import tracemalloc
@@ -15,12 +15,12 @@ from generation_client import AnyEvent
 from generation_contracts import CancelledEvent, ProgressEvent, Task, encode
 
 SIZE = 300  # bytes on the wire
-LONG = 60.0  # seconds; no test waits for it
+LONG = 60.0  # seconds; no test waits that long
 TERMINAL = EventId(LAST, LAST)
 
 
 class Clock(EventLog):
-    """A log whose time a test moves."""
+    """A log with a clock that the test sets."""
 
     time = 0.0
 
@@ -63,7 +63,7 @@ async def stored() -> AnyEvent | None:
 
 
 async def forbidden() -> AnyEvent | None:
-    raise AssertionError("it is not looked up")
+    raise AssertionError("unexpected lookup")
 
 
 def log_of(
@@ -85,7 +85,7 @@ async def one(entries: AsyncGenerator[Entry, None]) -> str:
 
 
 @given(st.integers(0, 2**40), st.integers(0, 2**40))
-def test_ids_are_read_as_they_are_written(attempt: int, sequence: int) -> None:
+def test_an_id_survives_formatting_and_parsing(attempt: int, sequence: int) -> None:
     event_id = EventId(attempt, sequence)
     assert EventId.parse(str(event_id)) == event_id
 
@@ -93,11 +93,11 @@ def test_ids_are_read_as_they_are_written(attempt: int, sequence: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "1", "1-", "-1", "1-2-3", "a-b", "٣-٤", "1-2 ", "1" * 40, "²-1"]
 )
-def test_what_is_no_id_is_not_read(text: str) -> None:
+def test_an_invalid_id_is_not_parsed(text: str) -> None:
     assert EventId.parse(text) is None
 
 
-async def test_events_that_are_kept_come_first_and_the_terminal_one_ends() -> None:
+async def test_a_reader_gets_stored_events_first_and_stops_after_the_terminal_event() -> None:
     log = log_of(progress(0), progress(1))
     reading = log.follow("a", read_result=nothing)
     assert [await one(reading), await one(reading)] == ["1-0", "1-1"]
@@ -106,7 +106,7 @@ async def test_events_that_are_kept_come_first_and_the_terminal_one_ends() -> No
     assert await ids(reading) == ["1-2", str(TERMINAL)]
 
 
-async def test_events_of_others_wake_no_reader() -> None:
+async def test_events_of_other_requests_wake_no_reader() -> None:
     log = log_of()
     reading = log.follow("a", read_result=nothing)
     waiting = asyncio.ensure_future(anext(reading))
@@ -119,7 +119,7 @@ async def test_events_of_others_wake_no_reader() -> None:
     await reading.aclose()
 
 
-async def test_a_reader_resumes_after_the_last_event_that_it_has() -> None:
+async def test_a_reader_resumes_after_its_last_event() -> None:
     log = log_of(progress(0), progress(1), progress(0, attempt=2), progress(1, attempt=2), end())
     for after, rest in [
         ("1-0", ["1-1", "2-0", "2-1"]),
@@ -131,7 +131,7 @@ async def test_a_reader_resumes_after_the_last_event_that_it_has() -> None:
         assert found == [*rest, str(TERMINAL)]
 
 
-async def test_a_reader_that_resumes_where_less_has_been_received_gets_nothing_twice() -> None:
+async def test_a_reader_ahead_of_the_log_gets_no_event_twice() -> None:
     log = log_of(progress(0))
     reading = log.follow("a", after=EventId(1, 2), read_result=nothing)
     waiting = asyncio.ensure_future(anext(reading))
@@ -148,13 +148,13 @@ async def test_nothing_follows_the_terminal_event(after: EventId) -> None:
     assert await ids(log.follow("a", after=after, read_result=forbidden)) == []
 
 
-async def test_ids_only_grow() -> None:
+async def test_event_ids_are_strictly_increasing() -> None:
     log = log_of(
         progress(0),
         progress(1),
         progress(1),
         progress(0, attempt=2),
-        progress(2),  # of a worker that has lost its lease and goes on
+        progress(2),  # from a worker that continues after the loss of its lease
         end(),
         progress(1, attempt=2),
         end(),
@@ -162,11 +162,11 @@ async def test_ids_only_grow() -> None:
     assert await ids(log.follow("a", read_result=forbidden)) == ["1-0", "1-1", "2-0", str(TERMINAL)]
 
 
-async def test_the_terminal_event_is_looked_up_first() -> None:
+async def test_a_reader_first_looks_up_the_terminal_event() -> None:
     assert await ids(log_of().follow("a", read_result=stored)) == [str(TERMINAL)]
 
 
-async def test_what_was_just_queued_is_not_looked_up_first() -> None:
+async def test_a_reader_of_a_new_job_does_not_look_up_the_terminal_event_first() -> None:
     reading = log_of().follow("a", read_result=forbidden, read_first=False)
     waiting = asyncio.ensure_future(anext(reading))
     await asyncio.sleep(0.01)
@@ -174,13 +174,13 @@ async def test_what_was_just_queued_is_not_looked_up_first() -> None:
     await asyncio.wait({waiting})
 
 
-async def test_an_announcement_that_was_missed_is_looked_up() -> None:
+async def test_a_missed_terminal_event_is_looked_up() -> None:
     log = log_of(progress(0), quiet=0.01)
     reading = log.follow("a", read_result=stored, read_first=False)
     assert await ids(reading) == ["1-0", str(TERMINAL)]
 
 
-async def test_an_interruption_lets_every_reader_look() -> None:
+async def test_after_an_interruption_every_reader_looks_up_the_terminal_event() -> None:
     log = log_of()
     reading = log.follow("a", read_result=stored, read_first=False)
     waiting = asyncio.ensure_future(anext(reading))
@@ -189,7 +189,7 @@ async def test_an_interruption_lets_every_reader_look() -> None:
     assert (await asyncio.wait_for(waiting, 5)).id == TERMINAL
 
 
-async def test_what_one_reader_finds_wakes_the_others() -> None:
+async def test_a_looked_up_terminal_event_wakes_other_readers() -> None:
     log = log_of()
     other = asyncio.ensure_future(ids(log.follow("a", read_result=forbidden, read_first=False)))
     await asyncio.sleep(0)
@@ -197,7 +197,7 @@ async def test_what_one_reader_finds_wakes_the_others() -> None:
     assert await asyncio.wait_for(other, 5) == [str(TERMINAL)]
 
 
-async def test_an_error_of_the_lookup_reaches_the_reader() -> None:
+async def test_a_lookup_error_is_raised_in_the_reader() -> None:
     async def broken() -> AnyEvent | None:
         raise OSError
 
@@ -205,7 +205,7 @@ async def test_an_error_of_the_lookup_reaches_the_reader() -> None:
         await ids(log_of().follow("a", read_result=broken))
 
 
-async def test_old_events_are_forgotten_and_the_terminal_one_is_still_found() -> None:
+async def test_old_events_are_dropped_and_the_terminal_event_is_looked_up() -> None:
     log = log_of(progress(0), progress(1), end(), seconds=10)
     log.time = 3_600.0
     after = EventId(1, 0)
@@ -214,14 +214,14 @@ async def test_old_events_are_forgotten_and_the_terminal_one_is_still_found() ->
     assert await ids(log.follow("a", after=after, read_result=stored)) == [str(TERMINAL)]
 
 
-async def test_latest_event() -> None:
+async def test_the_log_returns_the_latest_event() -> None:
     log = log_of(progress(0), progress(1))
-    assert log.latest("a") == progress(1).model_copy(update={"time": log.latest("a").time})  # type: ignore[union-attr] # there is one
+    assert log.latest("a") == progress(1).model_copy(update={"time": log.latest("a").time})  # type: ignore[union-attr] # there is one event
     assert log.latest("b") is None
 
 
-async def test_a_slow_reader_misses_what_was_dropped_but_never_the_end() -> None:
-    """The whole stream does not fit: also the terminal event is dropped before it is read."""
+async def test_a_slow_reader_misses_dropped_events_but_not_the_terminal_event() -> None:
+    """The log is too small for the stream and drops the terminal event before it is read."""
     log = log_of(progress(0), most_bytes=3 * (SIZE + OVERHEAD))
     reading = log.follow("a", read_result=stored)
     assert await one(reading) == "1-0"
@@ -233,7 +233,7 @@ async def test_a_slow_reader_misses_what_was_dropped_but_never_the_end() -> None
     assert await ids(reading) == [str(TERMINAL)]
 
 
-async def test_a_slow_reader_gets_what_is_left_in_order() -> None:
+async def test_a_slow_reader_gets_the_remaining_events_in_order() -> None:
     log = log_of(progress(0), most_bytes=3 * (SIZE + OVERHEAD))
     reading = log.follow("a", read_result=nothing)
     assert await one(reading) == "1-0"
@@ -243,13 +243,13 @@ async def test_a_slow_reader_gets_what_is_left_in_order() -> None:
     assert await ids(reading) == ["1-48", "1-49", str(TERMINAL)]
 
 
-async def test_an_event_larger_than_the_log_is_read() -> None:
+async def test_a_reader_gets_an_event_larger_than_the_log() -> None:
     log = log_of(most_bytes=2**10)
     log.add(end(), 2**20)
     assert await ids(log.follow("a", read_result=forbidden)) == [str(TERMINAL)]
 
 
-async def test_memory_is_bounded_with_readers_that_do_not_read() -> None:
+async def test_memory_is_bounded_with_idle_readers() -> None:
     bound = 2**20
     log = log_of(most_bytes=bound)
     slow = [log.follow("slow", read_result=nothing) for _ in range(100)]
@@ -266,12 +266,12 @@ async def test_memory_is_bounded_with_readers_that_do_not_read() -> None:
     finally:
         tracemalloc.stop()
     assert log.size <= bound
-    assert used < bound * 1.5, "the overhead of an event is larger than what is counted"
+    assert used < bound * 1.5, "OVERHEAD is smaller than the real overhead of an event"
     for reading in slow:
         await reading.aclose()
 
 
-async def test_a_request_without_events_and_readers_leaves_nothing() -> None:
+async def test_the_log_has_no_record_of_a_request_without_events_and_readers() -> None:
     log = log_of(seconds=10)
     for number in range(100):
         reading = log.follow(f"r{number}", read_result=nothing)
@@ -287,7 +287,7 @@ async def test_a_request_without_events_and_readers_leaves_nothing() -> None:
     assert not log._requests
 
 
-async def test_five_hundred_readers_of_one_request_get_everything_once() -> None:
+async def test_five_hundred_readers_of_one_request_get_each_event_once() -> None:
     log = log_of()
     readings = [
         asyncio.ensure_future(ids(log.follow("a", read_result=nothing))) for _ in range(500)
@@ -296,5 +296,5 @@ async def test_five_hundred_readers_of_one_request_get_everything_once() -> None
         await asyncio.sleep(0)
         log.add(progress(sequence), SIZE)
     log.add(end(), SIZE)
-    wanted = [*(f"1-{sequence}" for sequence in range(50)), str(TERMINAL)]
-    assert all(found == wanted for found in await asyncio.gather(*readings))
+    expected = [*(f"1-{sequence}" for sequence in range(50)), str(TERMINAL)]
+    assert all(found == expected for found in await asyncio.gather(*readings))

@@ -1,4 +1,4 @@
-"""Requests in flight when the gateway stops, on a small application."""
+"""Requests in flight when the gateway stops, with a small ASGI application."""
 
 import asyncio
 from typing import Any
@@ -9,7 +9,7 @@ from consumer.gateway.in_flight import CLIENT_GONE, InFlight, InFlightMiddleware
 
 
 class Client:
-    """One client of the middleware, that sends a request without a body and stays."""
+    """A client that sends a request without a body and stays connected."""
 
     def __init__(self, path: str) -> None:
         self.scope: Any = {"type": "http", "method": "GET", "path": path, "headers": []}
@@ -26,7 +26,7 @@ class Client:
         self.received.append(message)
 
 
-async def test_a_stream_of_events_that_has_sent_nothing_yet_ends_with_the_drain() -> None:
+async def test_a_drain_ends_an_event_stream_that_has_no_response_yet() -> None:
     waiting = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,7 +51,7 @@ async def test_a_stream_of_events_that_has_sent_nothing_yet_ends_with_the_drain(
     await asyncio.wait_for(exchanges[0], 5)
 
 
-async def test_a_client_that_disconnects_is_not_counted_as_refused() -> None:
+async def test_a_disconnected_client_does_not_count_as_refused() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         status = 404 if scope["path"] == "/none" else CLIENT_GONE
         await send({"type": "http.response.start", "status": status, "headers": []})

@@ -1,28 +1,20 @@
-"""`/infer` for both model types, as a plain HTTP client calls it."""
+"""`/infer` for both model types, with a plain HTTP client."""
 
 import base64
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
 import pytest
 
-from consumer.devstack import GatewayServer
 from generation_client import GenerationClient
 from generation_contracts import SucceededEvent, Task
-from tests.gateway.pictures import data_url, decoded, red_circle
+from tests.gateway.images import data_url, decoded, red_circle
 
 WITHIN = 60.0  # seconds
 ENCODED = base64.b64encode(red_circle()).decode()
 
 
-@pytest.fixture
-async def http(gateway: GatewayServer) -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(base_url=gateway.url, timeout=WITHIN) as client:
-        yield client
-
-
-async def test_a_prompt_makes_images(http: httpx2.AsyncClient) -> None:
+async def test_a_prompt_returns_images(http: httpx2.AsyncClient) -> None:
     body = {"prompt": "a red circle", "width": 64, "height": 32, "num_images": 2, "seed": 4}
     answer = await http.post("/infer", json={**body, "num_inference_steps": 3})
     assert answer.status_code == 200, answer.text
@@ -45,7 +37,7 @@ async def test_a_prompt_makes_images(http: httpx2.AsyncClient) -> None:
         {"image": ENCODED, "model_type": "image_to_text"},
     ],
 )
-async def test_a_prompt_and_an_image_make_a_text(
+async def test_a_prompt_and_an_image_return_a_text(
     http: httpx2.AsyncClient, images: dict[str, Any]
 ) -> None:
     answer = await http.post("/infer", json={"prompt": "Describe the image.", **images})
@@ -57,7 +49,9 @@ async def test_a_prompt_and_an_image_make_a_text(
     assert value["completion_tokens"] > 5
 
 
-async def test_a_caller_need_not_wait(http: httpx2.AsyncClient, behind: GenerationClient) -> None:
+async def test_an_asynchronous_request_returns_a_job(
+    http: httpx2.AsyncClient, behind: GenerationClient
+) -> None:
     answer = await http.post(
         "/infer", json={"prompt": "a red circle"}, headers={"Prefer": "respond-async, wait=5"}
     )
@@ -90,7 +84,7 @@ async def test_a_caller_need_not_wait(http: httpx2.AsyncClient, behind: Generati
         ({"prompt": "a", "reply_to": "x"}, "reply_to"),
     ],
 )
-async def test_what_is_wrong_is_named(
+async def test_an_error_names_the_invalid_parameter(
     http: httpx2.AsyncClient, body: dict[str, Any], param: str
 ) -> None:
     answer = await http.post("/infer", json=body)
@@ -149,7 +143,7 @@ async def test_what_is_wrong_is_named(
         ),
     ],
 )
-async def test_every_error_has_the_same_body(
+async def test_every_error_has_the_standard_body(
     http: httpx2.AsyncClient, status: int, code: str, request_: dict[str, Any]
 ) -> None:
     answer = await http.request(**request_)
@@ -160,13 +154,13 @@ async def test_every_error_has_the_same_body(
     assert answer.json()["error"]["code"] == code
 
 
-async def test_an_address_names_all_its_methods(http: httpx2.AsyncClient) -> None:
+async def test_a_wrong_method_lists_the_allowed_methods(http: httpx2.AsyncClient) -> None:
     answer = await http.put("/v1/jobs/open0000-t1")
     assert answer.status_code == 405
     assert answer.headers["allow"] == "DELETE, GET"
 
 
-async def test_a_request_that_the_queue_cannot_hold_is_too_large(http: httpx2.AsyncClient) -> None:
+async def test_a_request_above_the_message_limit_is_too_large(http: httpx2.AsyncClient) -> None:
     answer = await http.post("/infer", json={"prompt": "a", "images": ["A" * 2_000_000]})
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "request_too_large"

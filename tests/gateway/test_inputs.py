@@ -1,4 +1,4 @@
-"""Which objects of the store a tenant may name."""
+"""Object store inputs that a tenant may use."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ OWN = f"generation/out/text_to_image/{BOB.id_of('a')}/0-aa.png"
 OTHER = f"generation/out/text_to_image/{ALICE.id_of('a')}/0-aa.png"
 
 
-def reference(place: str) -> dict[str, str]:
-    bucket, _, key = place.partition("/")
+def reference(address: str) -> dict[str, str]:
+    bucket, _, key = address.partition("/")
     return {"bucket": bucket, "key": key}
 
 
@@ -39,27 +39,29 @@ def check(images: Any, *, then: Any = (), for_all: tuple[str, ...] = ()) -> None
         (["s3://shared/Zürich/a b&c?d#e.png"], ("shared/Zürich",)),
     ],
 )
-def test_outputs_of_own_jobs_and_what_is_for_all(images: Any, for_all: tuple[str, ...]) -> None:
+def test_outputs_of_the_tenant_and_public_objects_are_allowed(
+    images: Any, for_all: tuple[str, ...]
+) -> None:
     check(images, for_all=for_all)
 
 
 @pytest.mark.parametrize(
-    "place",
+    "address",
     [
         OTHER,
         "generation/inputs/a.png",
         "shared-of-others/a.png",
     ],
 )
-def test_objects_of_others_are_refused(place: str) -> None:
-    for images in ([reference(place)], [f"s3://{OWN}", f"s3://{place}"]):
+def test_objects_of_other_tenants_are_refused(address: str) -> None:
+    for images in ([reference(address)], [f"s3://{OWN}", f"s3://{address}"]):
         with pytest.raises(ApiError) as caught:
             check(images, for_all=("shared",))
         assert (caught.value.status, caught.value.code) == (403, "input_not_allowed")
         assert caught.value.param == f"images.{len(images) - 1}"
 
 
-def test_the_steps_of_a_chain_are_checked_too() -> None:
+def test_inputs_of_chain_steps_are_checked() -> None:
     step = {"task": "image_to_text", "prompt": "and this?"}
     check([f"s3://{OWN}"], then=[step])
     with pytest.raises(ApiError) as caught:

@@ -1,4 +1,4 @@
-"""Lists of jobs: their order, filters and pages, from what the streams hold."""
+"""Lists of jobs from the streams: order, filters and pages."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -61,12 +61,12 @@ async def end(scene: Scene, job_id: str, task: Task, state: State) -> None:
 
 
 def name(number: int, tag: str = "alice000") -> str:
-    """The id of a job that was submitted at a second."""
+    """Return the id of a job with a given submission second."""
     return f"{tag}-t{(1_700_000_000 + number) * 1000:012x}{number:016x}"
 
 
 async def ids(gateway: OpenJobs, **filters: object) -> list[str]:
-    page = await gateway.jobs.page(ALICE, **filters)  # type: ignore[arg-type] # as they are given
+    page = await gateway.jobs.page(ALICE, **filters)  # type: ignore[arg-type] # the keywords of `page`
     return [view.job.id for view in page.jobs]
 
 
@@ -74,14 +74,14 @@ async def all_pages(gateway: OpenJobs, limit: int, **filters: object) -> list[li
     pages: list[list[str]] = []
     after: str | None = None
     while True:
-        page = await gateway.jobs.page(ALICE, limit=limit, after=after, **filters)  # type: ignore[arg-type] # as they are given
+        page = await gateway.jobs.page(ALICE, limit=limit, after=after, **filters)  # type: ignore[arg-type] # the keywords of `page`
         pages.append([view.job.id for view in page.jobs])
         after = page.next
         if after is None:
             return pages
 
 
-def test_times_in_ids() -> None:
+def test_an_id_contains_the_submission_time() -> None:
     job_id = ALICE.tenant.new_id(1_700_000_000_123)
     assert submitted_at(job_id) == datetime.fromtimestamp(1_700_000_000.123, UTC)
     assert submitted_at(f"{job_id}-2-1") == submitted_at(job_id)
@@ -90,12 +90,12 @@ def test_times_in_ids() -> None:
     assert [tag_of(job_id), tag_of("4f0c"), tag_of("alice000_t0")] == ["alice000", None, None]
 
 
-async def test_newest_first_in_all_states(scene: Scene, opened: OpenJobs) -> None:
+async def test_the_list_has_jobs_in_all_states_newest_first(scene: Scene, opened: OpenJobs) -> None:
     task = Task.TEXT_TO_IMAGE
     for number, state in enumerate(("succeeded", "failed", "cancelled")):
         await end(scene, name(number), task, state)  # type: ignore[arg-type] # they are states
     await end(scene, name(9, "bob00000"), task, "succeeded")
-    await end(scene, "of-somebody-else", task, "succeeded")
+    await end(scene, "of-another-sender", task, "succeeded")
     waiting = [await opened.submit() for _ in range(2)]
     views = (await opened.jobs.page(ALICE)).jobs
     assert [view.job.id for view in views] == [
@@ -115,13 +115,13 @@ async def test_newest_first_in_all_states(scene: Scene, opened: OpenJobs) -> Non
     assert {view.position for view in views[:2]} == {0, 1}
 
 
-async def test_pages_have_every_job_once(scene: Scene, opened: OpenJobs) -> None:
+async def test_the_pages_contain_every_job_once(scene: Scene, opened: OpenJobs) -> None:
     for number in range(7):
         await end(scene, name(number), Task.TEXT_TO_IMAGE, "succeeded")
-    wanted = [name(number) for number in reversed(range(7))]
+    expected = [name(number) for number in reversed(range(7))]
     for limit in (1, 2, 3, 7, 100):
         pages = await all_pages(opened, limit)
-        assert [job_id for page in pages for job_id in page] == wanted
+        assert [job_id for page in pages for job_id in page] == expected
         assert all(len(page) == limit for page in pages[:-1])
         assert pages[-1]
 
@@ -135,7 +135,7 @@ async def test_new_jobs_do_not_shift_the_pages(scene: Scene, opened: OpenJobs) -
     assert [view.job.id for view in (*first.jobs, *second.jobs)] == [name(n) for n in (3, 2, 1, 0)]
 
 
-async def test_filters(scene: Scene, opened: OpenJobs) -> None:
+async def test_the_list_is_filtered_by_state_and_task(scene: Scene, opened: OpenJobs) -> None:
     for number in range(12):
         state: State = "failed" if number % 4 == 0 else "succeeded"
         task = Task.IMAGE_TO_TEXT if number % 3 == 0 else Task.TEXT_TO_IMAGE
@@ -154,7 +154,7 @@ async def test_filters(scene: Scene, opened: OpenJobs) -> None:
     assert await all_pages(opened, 2, states=["failed"]) == [[name(8), name(4)], [name(0)]]
 
 
-async def test_a_filter_that_finds_little_gives_short_pages(
+async def test_a_filter_with_few_matches_returns_short_pages(
     scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_pages_module, "MOST_READ", 4)
@@ -166,7 +166,7 @@ async def test_a_filter_that_finds_little_gives_short_pages(
 
 
 async def test_idempotent_jobs_are_sorted_by_their_times(scene: Scene, opened: OpenJobs) -> None:
-    """Their ids do not contain them."""
+    """The ids of idempotent jobs do not contain a time."""
     order = []
     for number in range(6):
         job_id = ALICE.tenant.id_of(str(number)) if number % 2 else None
@@ -191,19 +191,19 @@ async def test_idempotent_jobs_are_sorted_by_their_times(scene: Scene, opened: O
 
 
 @pytest.mark.parametrize("after", ["", "x", "alice000-k00", name(1, "bob00000")])
-async def test_a_cursor_that_is_none(opened: OpenJobs, after: str) -> None:
+async def test_an_invalid_cursor_is_not_found(opened: OpenJobs, after: str) -> None:
     with pytest.raises(ApiError) as error:
         await opened.jobs.page(ALICE, after=after)
     assert error.value.status == 404
 
 
-async def test_a_cursor_whose_job_is_gone(scene: Scene, opened: OpenJobs) -> None:
+async def test_a_cursor_of_an_expired_job_still_works(scene: Scene, opened: OpenJobs) -> None:
     await end(scene, name(1), Task.TEXT_TO_IMAGE, "succeeded")
     assert await ids(opened, after=name(2)) == [name(1)]
 
 
-async def test_the_list_follows_what_happens(scene: Scene, opened: OpenJobs) -> None:
-    """Without reading the streams again: the numbers are as old as the constants allow."""
+async def test_the_list_follows_events_between_stream_reads(scene: Scene, opened: OpenJobs) -> None:
+    """The cached reads of the streams are still valid, so the changes come from events."""
     assert await ids(opened) == []
     job = await opened.submit()
     assert await ids(opened, states=["queued"]) == [job.id]
@@ -215,8 +215,9 @@ async def test_the_list_follows_what_happens(scene: Scene, opened: OpenJobs) -> 
     assert await opened.ids.unfinished(ALICE.tenant) == {}
 
 
-async def test_what_ended_at_another_gateways_time_is_found(scene: Scene, opened: OpenJobs) -> None:
-    """A terminal event that was missed is in the list after the reconnect."""
+async def test_a_job_with_a_missed_terminal_event_is_listed_after_a_reconnect(
+    scene: Scene, opened: OpenJobs
+) -> None:
     assert await ids(opened) == []
     opened.jobs._feed._on_event = lambda _event, _size: None
     await end(scene, name(0), Task.TEXT_TO_IMAGE, "succeeded")
@@ -225,26 +226,26 @@ async def test_what_ended_at_another_gateways_time_is_found(scene: Scene, opened
     assert await ids(opened) == [name(0)]
 
 
-async def test_what_ends_while_the_list_is_read(
+async def test_a_job_that_ends_during_a_stream_read_is_listed(
     scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = opened.view.ended
-    held = asyncio.Event()
+    reading = asyncio.Event()
 
     async def ended() -> object:
         found = await read()
-        held.set()
+        reading.set()
         await asyncio.sleep(0.1)
         return found
 
     monkeypatch.setattr(opened.view, "ended", ended)
     listing = asyncio.ensure_future(ids(opened))
-    await held.wait()
+    await reading.wait()
     await end(scene, name(0), Task.TEXT_TO_IMAGE, "succeeded")
     assert await listing == [name(0)]
 
 
-async def test_results_that_have_expired_leave_the_list(scene: Scene, opened: OpenJobs) -> None:
+async def test_expired_results_are_removed_from_the_list(scene: Scene, opened: OpenJobs) -> None:
     await end(scene, name(0), Task.TEXT_TO_IMAGE, "succeeded")
     await end(scene, name(1), Task.TEXT_TO_IMAGE, "succeeded")
     assert await ids(opened) == [name(1), name(0)]
@@ -255,7 +256,7 @@ async def test_results_that_have_expired_leave_the_list(scene: Scene, opened: Op
     assert await opened.ids.ended(ALICE.tenant) == {}
 
 
-async def test_only_the_newest_of_too_many(
+async def test_the_list_contains_only_the_newest_jobs_above_the_limit(
     scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_list_module, "MOST_ENDED", 3)
@@ -276,7 +277,7 @@ async def test_only_the_newest_of_too_many(
     assert [view.job.id for view in (await opened.jobs.page(BOB)).jobs] == [name(0, "bob00000")]
 
 
-async def test_jobs_without_a_known_time_come_last(
+async def test_jobs_without_a_known_time_are_last(
     scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_pages_module, "MOST_DATED", 0)
@@ -286,7 +287,7 @@ async def test_jobs_without_a_known_time_come_last(
     assert (await ids(opened))[-1] == idempotent
 
 
-async def test_created_of_an_idempotent_job(scene: Scene, opened: OpenJobs) -> None:
+async def test_an_idempotent_job_has_a_creation_time(scene: Scene, opened: OpenJobs) -> None:
     job = await opened.submit(key="k")
     waiting = await opened.jobs.find(ALICE, job.id)
     await scene.start()

@@ -1,4 +1,4 @@
-"""Jobs against real servers and workers: from their submission to their result."""
+"""Jobs on real servers and workers, from submission to result."""
 
 import asyncio
 import json
@@ -28,6 +28,7 @@ from generation_contracts import (
     Task,
     TextToImageRequest,
 )
+from tests.gateway.images import PIXEL
 from tests.gateway.open_jobs import ALICE, BOB, OpenJobs, open_jobs, opened
 from tests.gateway.test_pace import succeeded as measured
 from tests.support.outage import let_go, outage
@@ -35,14 +36,9 @@ from tests.support.scene import WITHIN, Scene
 
 __all__ = ["opened"]
 
-PIXEL = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
-    "WjR9awAAAABJRU5ErkJggg=="
-)
-
 
 async def events_of(gateway: OpenJobs, job: Job, after: EventId | None = None) -> list[Entry]:
-    """All events of a job."""
+    """Return all events of a job."""
     async with asyncio.timeout(WITHIN), aclosing(gateway.jobs.events(job, after=after)) as entries:
         return [entry async for entry in entries]
 
@@ -54,11 +50,11 @@ async def view_of(gateway: OpenJobs, job: Job, caller: Caller = ALICE) -> JobVie
 def count_refusals(
     gateway: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[int], Callable[[], Awaitable[bool]]]:
-    """Count the cancellations that find no worker; the result waits for so many more."""
+    """Count cancellations without a worker; return a factory of conditions for further ones."""
     refused = 0
     cancel = gateway.jobs._client.cancel
 
-    async def counted(request_id: str) -> CancelReply:
+    async def counting(request_id: str) -> CancelReply:
         nonlocal refused
         try:
             return await cancel(request_id)
@@ -67,14 +63,14 @@ def count_refusals(
             raise
 
     def more(count: int) -> Callable[[], Awaitable[bool]]:
-        wanted = refused + count
+        expected = refused + count
 
         async def enough() -> bool:
-            return refused >= wanted
+            return refused >= expected
 
         return enough
 
-    monkeypatch.setattr(gateway.jobs._client, "cancel", counted)
+    monkeypatch.setattr(gateway.jobs._client, "cancel", counting)
     return more
 
 
@@ -83,7 +79,7 @@ async def no_attempts(gateway: OpenJobs) -> bool:
 
 
 async def until_state(scene: Scene, gateway: OpenJobs, job: Job, state: str) -> JobView:
-    """Look until a job has come to a state."""
+    """Wait until a job is in a state; return its view."""
     found: list[JobView] = []
 
     async def there() -> bool:
@@ -98,7 +94,7 @@ def refused(error: pytest.ExceptionInfo[ApiError]) -> tuple[int, str]:
     return int(error.value.status), error.value.code
 
 
-# -- the ordinary way -----------------------------------------------------------------------------
+# -- submission and result -----------------------------------------------------------------------
 
 
 async def test_a_job_succeeds(scene: Scene, opened: OpenJobs) -> None:
@@ -119,7 +115,7 @@ async def test_a_job_succeeds(scene: Scene, opened: OpenJobs) -> None:
     assert opened.limits.over == [job.id]
 
 
-async def test_ids_sort_by_their_time(opened: OpenJobs) -> None:
+async def test_ids_sort_by_submission_time(opened: OpenJobs) -> None:
     first = await opened.submit()
     await asyncio.sleep(0.002)
     second = await opened.submit()
@@ -127,7 +123,7 @@ async def test_ids_sort_by_their_time(opened: OpenJobs) -> None:
     assert ALICE.tenant.owns(first.id)
 
 
-async def test_a_failed_job(scene: Scene, opened: OpenJobs) -> None:
+async def test_a_failed_job_raises_the_error_of_its_failure(scene: Scene, opened: OpenJobs) -> None:
     await scene.start("raises_on_demand")
     job = await opened.submit(prompt="raises")
     with pytest.raises(ApiError) as error:
@@ -137,16 +133,16 @@ async def test_a_failed_job(scene: Scene, opened: OpenJobs) -> None:
     assert (await view_of(opened, job)).state == "failed"
 
 
-async def test_a_retry_waits_and_goes_on(scene: Scene, opened: OpenJobs) -> None:
-    """While it waits for its next attempt it is in no request stream."""
+async def test_a_retried_job_is_queued_between_its_attempts(scene: Scene, opened: OpenJobs) -> None:
+    """Between attempts the request is in no request stream."""
     await scene.start("raises_on_demand", CONSUMER_RETRY_DELAY="1.5")
     job = await opened.submit(prompt="raises once", num_inference_steps=2)
 
-    async def waits_again() -> bool:
+    async def has_retry() -> bool:
         state = await opened.view._read_state(job.task)
         return (state.retries, state.messages) == (1, 0)
 
-    await scene.until(waits_again, "retry")
+    await scene.until(has_retry, "retry")
     view = await view_of(opened, job)
     assert view.state == "queued"
     assert job.id in await opened.ids.unfinished(ALICE.tenant)
@@ -155,7 +151,7 @@ async def test_a_retry_waits_and_goes_on(scene: Scene, opened: OpenJobs) -> None
     assert entries[-1].event.type == "generation.v1.succeeded"
 
 
-async def test_a_chain_is_several_jobs(scene: Scene, opened: OpenJobs) -> None:
+async def test_each_step_of_a_chain_is_a_job(scene: Scene, opened: OpenJobs) -> None:
     await scene.start()
     job = await opened.submit(then=[{"task": "text_to_image", "prompt": "b"}])
     await opened.jobs.result(job)
@@ -168,28 +164,28 @@ async def test_a_chain_is_several_jobs(scene: Scene, opened: OpenJobs) -> None:
     assert (await opened.jobs.page(BOB)).jobs == []
 
 
-async def test_a_slip_that_makes_no_sense(opened: OpenJobs) -> None:
+async def test_an_invalid_routing_slip_is_refused(opened: OpenJobs) -> None:
     with pytest.raises(InvalidRequest):
         await opened.submit(then=[{"task": "text_to_image", "prompt": "$text"}])
     assert opened.limits.admitted == []
 
 
-async def test_who_waits_has_a_deadline(opened: OpenJobs) -> None:
+async def test_a_waiting_request_has_a_deadline(opened: OpenJobs) -> None:
     early = datetime.now(UTC) + timedelta(seconds=5)
-    for wait, given, wanted in [
+    for wait, requested, expected in [
         (False, None, None),
         (False, early, early),
         (True, early, early),
         (True, None, datetime.now(UTC) + timedelta(seconds=600)),
         (True, early + timedelta(days=1), datetime.now(UTC) + timedelta(seconds=600)),
     ]:
-        job = await opened.submit(wait=wait, deadline=given)
+        job = await opened.submit(wait=wait, deadline=requested)
         body = json.loads(await opened.view.body(job.task, job.id) or b"")
         deadline = body.get("deadline")
-        if wanted is None:
+        if expected is None:
             assert deadline is None
         else:
-            assert abs(datetime.fromisoformat(deadline) - wanted) < timedelta(seconds=WITHIN)
+            assert abs(datetime.fromisoformat(deadline) - expected) < timedelta(seconds=WITHIN)
 
 
 # -- bounds ---------------------------------------------------------------------------------------
@@ -203,7 +199,7 @@ async def test_a_refused_request_is_not_queued(opened: OpenJobs) -> None:
     assert (await opened.view._read_state(Task.TEXT_TO_IMAGE)).messages == 0
 
 
-async def test_a_full_queue(scene: Scene, opened: OpenJobs) -> None:
+async def test_a_full_queue_refuses_requests(scene: Scene, opened: OpenJobs) -> None:
     jetstream = scene.sender.jetstream()
     config = (await jetstream.stream_info(scene.subjects.requests_stream(scene.task))).config
     await jetstream.update_stream(config.evolve(max_msgs=1))
@@ -216,7 +212,7 @@ async def test_a_full_queue(scene: Scene, opened: OpenJobs) -> None:
     assert len(await opened.ids.unfinished(ALICE.tenant)) == 1
 
 
-async def test_a_request_that_is_too_large(opened: OpenJobs) -> None:
+async def test_a_request_above_the_message_limit_is_refused(opened: OpenJobs) -> None:
     request = ImageToTextRequest(prompt="a", images=(f"data:image/png;base64,{'A' * 2**20}",))
     with pytest.raises(ApiError) as error:
         await opened.jobs.submit(ALICE, request)
@@ -226,7 +222,7 @@ async def test_a_request_that_is_too_large(opened: OpenJobs) -> None:
 # -- idempotency ----------------------------------------------------------------------------------
 
 
-async def test_one_key_is_one_run(scene: Scene, opened: OpenJobs) -> None:
+async def test_requests_with_one_key_run_once(scene: Scene, opened: OpenJobs) -> None:
     await scene.start()
     jobs = [await opened.submit(key="k", wait=True) for _ in range(3)]
     results = [await opened.jobs.result(job) for job in jobs]
@@ -238,7 +234,9 @@ async def test_one_key_is_one_run(scene: Scene, opened: OpenJobs) -> None:
     assert len(opened.limits.admitted) == 1
 
 
-async def test_one_key_at_two_gateways_at_once_is_one_run(scene: Scene, opened: OpenJobs) -> None:
+async def test_concurrent_requests_with_one_key_at_two_gateways_run_once(
+    scene: Scene, opened: OpenJobs
+) -> None:
     async with open_jobs(scene) as second:
         submits = [gateway.submit(key="k", wait=True) for gateway in (opened, second) * 5]
         jobs = await asyncio.gather(*submits)
@@ -251,8 +249,8 @@ async def test_one_key_at_two_gateways_at_once_is_one_run(scene: Scene, opened: 
     assert scene.runs() == [jobs[0].id]
 
 
-async def test_a_copy_of_another_message_id_is_not_run(scene: Scene, opened: OpenJobs) -> None:
-    """Metadata is no content, and makes another message of it."""
+async def test_a_copy_with_another_message_id_does_not_run(scene: Scene, opened: OpenJobs) -> None:
+    """Metadata changes the message id, but is not part of the content."""
     async with open_jobs(scene) as second:
         one, other = await asyncio.gather(
             opened.submit(key="k", metadata={"a": "1"}), second.submit(key="k", metadata={"a": "2"})
@@ -265,7 +263,9 @@ async def test_a_copy_of_another_message_id_is_not_run(scene: Scene, opened: Ope
 
 
 @pytest.mark.parametrize("moment", ["waiting", "ended"])
-async def test_a_key_for_two_requests(scene: Scene, opened: OpenJobs, moment: str) -> None:
+async def test_a_reused_key_for_another_request_is_refused(
+    scene: Scene, opened: OpenJobs, moment: str
+) -> None:
     job = await opened.submit(key="k")
     if moment == "ended":
         await scene.start()
@@ -278,8 +278,10 @@ async def test_a_key_for_two_requests(scene: Scene, opened: OpenJobs, moment: st
     assert len(opened.limits.admitted) == 1
 
 
-async def test_a_key_for_two_requests_at_once(scene: Scene, opened: OpenJobs) -> None:
-    """One of them is run; the other one learns that the key is taken, at its end at the latest."""
+async def test_concurrent_requests_with_one_key_and_different_content_run_one(
+    scene: Scene, opened: OpenJobs
+) -> None:
+    """One request runs. The other fails with a reused key, when the run ends at the latest."""
     await scene.start("held_in_run")
     async with open_jobs(scene) as second:
         jobs = await asyncio.gather(
@@ -302,19 +304,19 @@ async def test_a_key_for_two_requests_at_once(scene: Scene, opened: OpenJobs) ->
     assert len(scene.runs()) == 1
 
 
-async def test_keys_of_tenants_do_not_meet(opened: OpenJobs) -> None:
+async def test_idempotency_keys_are_separate_for_each_tenant(opened: OpenJobs) -> None:
     ids = {(await opened.submit(caller, key="k")).id for caller in (ALICE, BOB)}
     assert len(ids) == 2
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256])
-async def test_no_key(opened: OpenJobs, key: str) -> None:
+async def test_an_invalid_idempotency_key_is_refused(opened: OpenJobs, key: str) -> None:
     with pytest.raises(ApiError) as error:
         await opened.submit(key=key)
     assert refused(error) == (400, "invalid_request")
 
 
-async def test_the_job_outlives_its_gateway(scene: Scene) -> None:
+async def test_a_job_continues_after_its_gateway_stops(scene: Scene) -> None:
     await scene.start("held_in_run")
     async with open_jobs(scene) as first:
         job = await first.submit(key="k", wait=True)
@@ -335,23 +337,23 @@ async def test_a_stream_resumes_at_another_gateway(scene: Scene, opened: OpenJob
     await scene.start()
     async with open_jobs(scene) as second:
         job = await opened.submit(num_inference_steps=150)
-        seen: list[Entry] = []
+        received: list[Entry] = []
         gateway = opened
-        while not seen or not seen[-1].id.is_terminal:
+        while not received or not received[-1].id.is_terminal:
             view = await view_of(gateway, job)
-            after = seen[-1].id if seen else None
+            after = received[-1].id if received else None
             async with aclosing(gateway.jobs.events(view.job, after=after)) as entries:
                 async for entry in entries:
-                    seen.append(entry)
-                    if len(seen) % 2 == 0:
+                    received.append(entry)
+                    if len(received) % 2 == 0:
                         break  # the connection is lost
             gateway = second if gateway is opened else opened
         whole = await events_of(opened, job)
-    assert [entry.id for entry in seen] == [entry.id for entry in whole]
+    assert [entry.id for entry in received] == [entry.id for entry in whole]
     assert len(whole) > 5
 
 
-async def test_an_hour_later_only_the_end_comes(scene: Scene) -> None:
+async def test_after_the_events_expire_a_reader_gets_the_terminal_event_only(scene: Scene) -> None:
     await scene.start()
     async with open_jobs(scene, seconds=0.1) as gateway:
         job = await gateway.submit(num_inference_steps=30)
@@ -364,7 +366,7 @@ async def test_an_hour_later_only_the_end_comes(scene: Scene) -> None:
         assert await events_of(gateway, job, entries[-1].id) == []
 
 
-async def test_an_announcement_that_was_lost(scene: Scene) -> None:
+async def test_a_reader_looks_up_a_lost_terminal_event(scene: Scene) -> None:
     await scene.start()
     async with open_jobs(scene, quiet=0.2) as gateway:
         gateway.jobs._feed._on_event = lambda _event, _size: None
@@ -373,7 +375,9 @@ async def test_an_announcement_that_was_lost(scene: Scene) -> None:
         assert entry.event.type == "generation.v1.succeeded"
 
 
-async def test_many_who_wait_for_one_job(scene: Scene, opened: OpenJobs) -> None:
+async def test_two_hundred_readers_of_one_job_get_one_terminal_event(
+    scene: Scene, opened: OpenJobs
+) -> None:
     await scene.start("held_in_run")
     job = await opened.submit()
     await scene.noted("run")
@@ -384,7 +388,9 @@ async def test_many_who_wait_for_one_job(scene: Scene, opened: OpenJobs) -> None
     assert all(sum(i.is_terminal for i in one) == 1 and one[-1].is_terminal for one in ends)
 
 
-async def test_the_result_of_another_request_under_the_id(scene: Scene, opened: OpenJobs) -> None:
+async def test_a_result_with_another_digest_is_an_id_conflict(
+    scene: Scene, opened: OpenJobs
+) -> None:
     await scene.start()
     job = await opened.submit()
     await opened.jobs.result(job)
@@ -394,7 +400,7 @@ async def test_the_result_of_another_request_under_the_id(scene: Scene, opened: 
     assert refused(error) == (422, "idempotency_key_reused")
 
 
-async def test_a_result_of_a_later_version(scene: Scene, opened: OpenJobs) -> None:
+async def test_a_result_of_an_unknown_version_is_an_error(scene: Scene, opened: OpenJobs) -> None:
     job = await opened.submit()
     later = {"type": "generation.v2.succeeded", "request_id": job.id, "task": job.task}
     await scene.sender.jetstream().publish(
@@ -409,10 +415,10 @@ async def test_a_result_of_a_later_version(scene: Scene, opened: OpenJobs) -> No
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-async def test_who_waits_survives_a_restart_of_the_broker(
+async def test_waiting_requests_survive_a_restart_of_the_broker(
     scene: Scene, opened: OpenJobs, how: str
 ) -> None:
-    """The result is announced while the gateway may not be connected yet."""
+    """The worker may publish the result before the gateway has reconnected."""
     worker = await scene.start("held_in_run")
     jobs = [await opened.submit() for _ in range(20)]
     waiting = [asyncio.ensure_future(opened.jobs.result(job)) for job in jobs]
@@ -423,7 +429,9 @@ async def test_who_waits_survives_a_restart_of_the_broker(
     assert [result.request_id for result in results] == [job.id for job in jobs]
 
 
-async def test_a_submit_survives_a_restart_of_the_broker(scene: Scene, opened: OpenJobs) -> None:
+async def test_a_submission_survives_a_restart_of_the_broker(
+    scene: Scene, opened: OpenJobs
+) -> None:
     await scene.start()
     async with outage(scene, "kill"):
         submitting = [asyncio.ensure_future(opened.submit()) for _ in range(5)]
@@ -435,7 +443,7 @@ async def test_a_submit_survives_a_restart_of_the_broker(scene: Scene, opened: O
     assert sorted(scene.runs()) == sorted(job.id for job in jobs)
 
 
-async def test_a_long_outage_is_said(
+async def test_a_long_outage_raises_an_error(
     scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs_module, "MAX_OUTAGE", 0.5)
@@ -446,9 +454,9 @@ async def test_a_long_outage_is_said(
             with pytest.raises(ApiError) as error:
                 await gateway.jobs.result(job)
             assert refused(error) == (503, "unavailable")
-            for asking in (gateway.submit(), view_of(gateway, job), gateway.jobs.numbers(ALICE)):
+            for operation in (gateway.submit(), view_of(gateway, job), gateway.jobs.numbers(ALICE)):
                 with pytest.raises(ApiError) as error:
-                    await asking
+                    await operation
                 assert refused(error) == (503, "unavailable")
                 assert error.value.headers["x-should-retry"] == "true"
         assert gateway.limits.over == gateway.limits.admitted[1:]
@@ -461,7 +469,7 @@ async def test_a_long_outage_is_said(
 async def test_an_outage_counts_from_its_first_failed_lookup(
     scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that reports its progress needs no lookup for a long time."""
+    """A reader makes no lookups while it receives progress events."""
     monkeypatch.setattr(jobs_module, "MAX_OUTAGE", 0.0)
     failed = asyncio.Event()
 
@@ -497,7 +505,7 @@ async def test_an_outage_counts_from_its_first_failed_lookup(
 # -- cancelling -----------------------------------------------------------------------------------
 
 
-async def test_cancelling_a_job_that_waits(scene: Scene, opened: OpenJobs) -> None:
+async def test_a_waiting_job_can_be_cancelled(scene: Scene, opened: OpenJobs) -> None:
     await scene.start("held_in_run")
     first = await opened.submit()
     await scene.noted("run")
@@ -517,7 +525,7 @@ async def test_cancelling_a_job_that_waits(scene: Scene, opened: OpenJobs) -> No
     assert scene.runs() == [first.id]
 
 
-async def test_cancelling_a_job_that_runs(scene: Scene, opened: OpenJobs) -> None:
+async def test_a_running_job_can_be_cancelled(scene: Scene, opened: OpenJobs) -> None:
     await scene.start()
     job = await opened.submit(num_inference_steps=200)
     await scene.noted("runs")
@@ -526,15 +534,15 @@ async def test_cancelling_a_job_that_runs(scene: Scene, opened: OpenJobs) -> Non
     assert (await events_of(opened, job))[-1].event.type == "generation.v1.cancelled"
 
 
-async def test_cancelling_without_a_worker(opened: OpenJobs) -> None:
+async def test_a_cancellation_without_a_worker_is_unavailable(opened: OpenJobs) -> None:
     job = await opened.submit()
     with pytest.raises(ApiError) as error:
         await opened.jobs.cancel(ALICE, job.id)
     assert refused(error) == (503, "unavailable")
 
 
-async def test_abandoning_a_job(scene: Scene, opened: OpenJobs) -> None:
-    """From a task that is being cancelled itself, as a server cancels that of a lost client."""
+async def test_an_abandoned_job_is_cancelled(scene: Scene, opened: OpenJobs) -> None:
+    """The calling task is cancelled, as a server cancels the task of a disconnected client."""
     await scene.start("slow_steps")
     job = await opened.submit(num_inference_steps=200)
 
@@ -542,7 +550,7 @@ async def test_abandoning_a_job(scene: Scene, opened: OpenJobs) -> None:
         try:
             await opened.jobs.result(job)
         finally:
-            asyncio.current_task().cancel()  # type: ignore[union-attr] # this is one
+            asyncio.current_task().cancel()  # type: ignore[union-attr] # the test runs in a task
             await opened.jobs.abandon(job)
 
     serving = asyncio.ensure_future(request())
@@ -552,12 +560,14 @@ async def test_abandoning_a_job(scene: Scene, opened: OpenJobs) -> None:
     await until_state(scene, opened, job, "cancelled")
 
 
-async def test_abandoning_never_raises(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_abandon_raises_no_error_without_worker_or_connection(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jobs_module, "ABANDON_PAUSE", 0.05)
     async with open_jobs(scene) as gateway:
-        # Long enough for the cancellation, which is sent again every 0.05 s, to find it running.
+        # The run is long enough for the cancellation, which is repeated every 0.05 s.
         job = await gateway.submit(num_inference_steps=100)
-        await gateway.jobs.abandon(job)  # no worker is there
+        await gateway.jobs.abandon(job)  # there is no worker
         await asyncio.sleep(0.2)
         await scene.start()
         await until_state(scene, gateway, job, "cancelled")
@@ -566,7 +576,7 @@ async def test_abandoning_never_raises(scene: Scene, monkeypatch: pytest.MonkeyP
 
 
 class Clock:
-    """The module `time` with a clock that the test puts forward."""
+    """Replaces the module `time` with a clock that the test moves forward."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -575,10 +585,10 @@ class Clock:
         return time.monotonic() + self.ahead
 
 
-async def test_abandoning_lasts_until_the_deadline(
+async def test_abandon_repeats_the_cancellation_until_the_deadline(
     scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model may take minutes to load after the workers were scaled to zero."""
+    """A model may take minutes to load after a scale-up from zero workers."""
     clock = Clock()
     monkeypatch.setattr(jobs_module, "time", clock)
     monkeypatch.setattr(jobs_module, "ABANDON_PAUSE", 0.01)
@@ -593,7 +603,7 @@ async def test_abandoning_lasts_until_the_deadline(
     await scene.until(partial(no_attempts, opened), "end of the attempts")
 
 
-async def test_abandoning_ends_with_the_deadline(
+async def test_abandon_stops_at_the_deadline(
     scene: Scene, opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
@@ -606,7 +616,7 @@ async def test_abandoning_ends_with_the_deadline(
     await scene.until(partial(no_attempts, opened), "end of the attempts")
 
 
-async def test_only_so_many_jobs_are_abandoned_at_a_time(
+async def test_the_number_of_abandoned_jobs_is_bounded(
     opened: OpenJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs_module, "MOST_ABANDONED", 2)
@@ -614,29 +624,31 @@ async def test_only_so_many_jobs_are_abandoned_at_a_time(
     for _ in range(3):
         await opened.jobs.abandon(await opened.submit(wait=True))
     assert len(opened.jobs._abandoning) == 2
-    await opened.jobs.close()  # there is no worker: it does not wait for the deadline
+    await opened.jobs.close()  # there is no worker, and `close` does not wait for the deadline
     assert not opened.jobs._abandoning
 
 
 # -- tenants --------------------------------------------------------------------------------------
 
 
-async def test_tenants_see_nothing_of_each_other(scene: Scene, opened: OpenJobs) -> None:
+async def test_a_tenant_cannot_access_jobs_of_another_tenant(
+    scene: Scene, opened: OpenJobs
+) -> None:
     await scene.start("held_in_run")
     running = await opened.submit(ALICE)
     await scene.noted("run")
     waiting = await opened.submit(ALICE)
     for job in (running, waiting):
-        for looking in (opened.jobs.find(BOB, job.id), opened.jobs.cancel(BOB, job.id)):
+        for operation in (opened.jobs.find(BOB, job.id), opened.jobs.cancel(BOB, job.id)):
             with pytest.raises(ApiError) as error:
-                await looking
+                await operation
             assert refused(error) == (404, "not_found")
     assert (await opened.jobs.page(BOB)).jobs == []
     assert await opened.ids.unfinished(BOB.tenant) == {}
-    counted = await opened.jobs.numbers(BOB)
-    assert all((n.waiting, n.running) == (0, 0) for n in counted.values())
-    own = (await opened.jobs.numbers(ALICE))[scene.task]
-    assert (own.waiting, own.running) == (1, 1)
+    numbers = await opened.jobs.numbers(BOB)
+    assert all((n.waiting, n.running) == (0, 0) for n in numbers.values())
+    of_alice = (await opened.jobs.numbers(ALICE))[scene.task]
+    assert (of_alice.waiting, of_alice.running) == (1, 1)
     await let_go(scene, "run")
     await opened.jobs.result(waiting)
     assert (await opened.jobs.page(BOB)).jobs == []
@@ -665,31 +677,33 @@ async def test_tenants_see_nothing_of_each_other(scene: Scene, opened: OpenJobs)
         "../alice000-t1",
     ],
 )
-async def test_ids_that_are_none(opened: OpenJobs, job_id: str) -> None:
-    for looking in (opened.jobs.find(ALICE, job_id), opened.jobs.cancel(ALICE, job_id)):
+async def test_an_invalid_job_id_is_not_found(opened: OpenJobs, job_id: str) -> None:
+    for operation in (opened.jobs.find(ALICE, job_id), opened.jobs.cancel(ALICE, job_id)):
         with pytest.raises(ApiError) as error:
-            await looking
+            await operation
         assert refused(error) == (404, "not_found")
 
 
-async def test_without_keys_all_is_counted(scene: Scene, opened: OpenJobs) -> None:
+async def test_a_gateway_without_keys_counts_all_requests(scene: Scene, opened: OpenJobs) -> None:
     await scene.submit()
     await opened.submit(ALICE)
     numbers = (await opened.jobs.numbers(Caller(ALICE.tenant)))[scene.task]
     assert (numbers.waiting, numbers.running, numbers.pace) == (2, 0, None)
 
 
-# -- positions, outputs ---------------------------------------------------------------------------
+# -- positions and outputs ------------------------------------------------------------------------
 
 
-async def test_positions_and_estimates(scene: Scene, opened: OpenJobs) -> None:
+async def test_waiting_jobs_have_positions_and_estimated_starts(
+    scene: Scene, opened: OpenJobs
+) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     first, *others = [await opened.submit() for _ in range(4)]
     await scene.noted("run")
     views = [await view_of(opened, job) for job in others]
     assert [view.state for view in views] == ["queued"] * 3
     assert [view.position for view in views] == [0, 1, 2]
-    assert [view.estimated_start for view in views] == [None] * 3, "nothing was measured yet"
+    assert [view.estimated_start for view in views] == [None] * 3, "there is no measured run yet"
     assert (await view_of(opened, first)).state == "running"
     await let_go(scene, "run")
     await opened.jobs.result(others[-1])
@@ -700,9 +714,7 @@ async def test_positions_and_estimates(scene: Scene, opened: OpenJobs) -> None:
     assert numbers.pace == pace
 
 
-async def test_positions_count_what_a_worker_has_received_in_advance(
-    scene: Scene, opened: OpenJobs
-) -> None:
+async def test_positions_include_prefetched_requests(scene: Scene, opened: OpenJobs) -> None:
     await scene.apply(CONSUMER_MAX_ACK_PENDING="3")
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="3")
     opened.jobs._pace.add(measured(10.0))
@@ -715,10 +727,10 @@ async def test_positions_count_what_a_worker_has_received_in_advance(
         return (await opened.view._read_state(scene.task)).in_flight == 2
 
     await scene.until(received, "two requests in flight")
-    # The worker takes one request in advance. A second worker does the same.
+    # The worker prefetches one request, and so does a second worker.
     stream = scene.subjects.requests_stream(scene.task)
     pulling = await scene.sender.jetstream().pull_subscribe_bind(str(scene.task), stream)
-    (in_advance,) = await pulling.fetch(1)
+    (prefetched,) = await pulling.fetch(1)
     opened.view._states[scene.task].expire()
     now = datetime.now(UTC)
     views = [await view_of(opened, job) for job in others]
@@ -729,14 +741,14 @@ async def test_positions_count_what_a_worker_has_received_in_advance(
     assert [round(start / timedelta(seconds=10)) for start in starts] == [1, 2, 3, 4]
     numbers = (await opened.jobs.numbers(Caller(ALICE.tenant)))[scene.task]
     assert (numbers.waiting, numbers.running) == (4, 1)
-    own = (await opened.jobs.numbers(ALICE))[scene.task]
-    assert (own.waiting, own.running) == (4, 1)
-    await in_advance.nak()
+    of_alice = (await opened.jobs.numbers(ALICE))[scene.task]
+    assert (of_alice.waiting, of_alice.running) == (4, 1)
+    await prefetched.nak()
     await let_go(scene, "run")
     await asyncio.gather(*(opened.jobs.result(job) for job in others))
 
 
-async def test_runs_of_senders_without_a_gateway_are_counted(
+async def test_positions_include_runs_of_senders_without_a_gateway(
     scene: Scene, opened: OpenJobs
 ) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
@@ -753,7 +765,7 @@ async def test_runs_of_senders_without_a_gateway_are_counted(
     await opened.jobs.result(job)
 
 
-async def test_the_file_of_an_output(scene: Scene, opened: OpenJobs) -> None:
+async def test_the_content_of_an_output_can_be_read(scene: Scene, opened: OpenJobs) -> None:
     await scene.start()
     result = await opened.jobs.result(await opened.submit(num_images=2))
     files = [await opened.jobs.content(result, number) for number in range(2)]
@@ -771,8 +783,10 @@ async def test_the_file_of_an_output(scene: Scene, opened: OpenJobs) -> None:
         require_address(late.outputs[0])
     assert refused(error) == (404, "output_expired")
     lost = {"url": "http://127.0.0.1:9/x"}
-    gone = result.model_copy(update={"outputs": (result.outputs[0].model_copy(update=lost),)})
+    unreachable = result.model_copy(
+        update={"outputs": (result.outputs[0].model_copy(update=lost),)}
+    )
     with pytest.raises(ApiError) as error:
-        await opened.jobs.content(gone, 0)
+        await opened.jobs.content(unreachable, 0)
     assert refused(error) == (503, "unavailable")
     assert isinstance(result, SucceededEvent)

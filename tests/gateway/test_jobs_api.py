@@ -1,4 +1,4 @@
-"""`/v1/jobs` over HTTP: the real command, real servers, two tenants."""
+"""`/v1/jobs` over HTTP, on real servers with two tenants."""
 
 import asyncio
 import hashlib
@@ -16,6 +16,7 @@ import pytest
 from consumer.devstack import GatewayServer
 from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
+from tests.gateway.images import PIXEL
 from tests.gateway.open_jobs import settings_of
 from tests.gateway.serving import serving
 from tests.support.forked import ForkedGateway
@@ -24,10 +25,6 @@ from tests.support.scene import WITHIN, Scene
 
 Json = dict[str, Any]
 IMAGE = {"task": "text_to_image", "prompt": "a red circle"}
-PIXEL = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
-    "WjR9awAAAABJRU5ErkJggg=="
-)
 
 
 @dataclass(frozen=True)
@@ -40,28 +37,28 @@ class Message:
 
 
 class Client:
-    """One tenant's HTTP client; `at` counts the gateways."""
+    """The HTTP client of a tenant; `at` is the index of the gateway."""
 
     def __init__(self, urls: list[str], http: httpx2.AsyncClient) -> None:
         self._urls = urls
         self._http = http
 
-    async def ask(self, method: str, path: str, *, at: int = 0, **more: Any) -> httpx2.Response:
+    async def send(self, method: str, path: str, *, at: int = 0, **more: Any) -> httpx2.Response:
         """Send a request."""
         return await self._http.request(method, self._urls[at] + path, **more)
 
     async def submit(self, **fields: Any) -> Json:
-        """Queue a job for images; its document."""
+        """Submit an image job; return its document."""
         headers = fields.pop("headers", None)
         body = {**IMAGE, **fields}
-        answer = await self.ask("POST", "/v1/jobs", json=body, headers=headers)
+        answer = await self.send("POST", "/v1/jobs", json=body, headers=headers)
         assert answer.status_code == 202, answer.text
         document: Json = answer.json()
         return document
 
     async def document(self, job: Json, *, at: int = 0) -> Json:
-        """Look at a job."""
-        answer = await self.ask("GET", job["status_url"], at=at)
+        """Fetch the document of a job."""
+        answer = await self.send("GET", job["status_url"], at=at)
         assert answer.status_code == 200, answer.text
         document: Json = answer.json()
         return document
@@ -69,7 +66,7 @@ class Client:
     async def messages(
         self, job: Json, *, at: int = 0, after: str | None = None
     ) -> AsyncIterator[Message]:
-        """The events of a job as they come."""
+        """Yield the events of a job."""
         headers = {} if after is None else {"last-event-id": after}
         url = self._urls[at] + job["events_url"]
         async with self._http.stream("GET", url, headers=headers) as answer:
@@ -86,7 +83,7 @@ class Client:
                     fields = {}
 
     async def end(self, job: Json, *, at: int = 0) -> Message:
-        """The last event of a job."""
+        """Return the last event of a job."""
         async with asyncio.timeout(WITHIN):
             messages = [message async for message in self.messages(job, at=at)]
         return messages[-1]
@@ -99,7 +96,7 @@ class Api:
     urls: list[str]
     alice: Client
     bob: Client
-    nobody: Client
+    anonymous: Client
 
 
 @pytest.fixture
@@ -124,8 +121,8 @@ async def api(scene: Scene, key_file: KeyFile) -> AsyncIterator[Api]:
 
 
 @pytest.fixture
-async def doomed(scene: Scene, key_file: KeyFile) -> AsyncIterator[GatewayServer]:
-    """A gateway that a test may kill."""
+async def killable(scene: Scene, key_file: KeyFile) -> AsyncIterator[GatewayServer]:
+    """A gateway in a separate process that the test kills."""
     settings = {**scene.settings(), "GATEWAY_KEYS": str(key_file.path)}
     gateway = ForkedGateway("gateway", settings, log=scene.folder / "gateway.log")
     gateway.start()
@@ -143,20 +140,20 @@ def error_of(answer: httpx2.Response) -> tuple[int, str, str | None]:
     return answer.status_code, body["error"]["code"], body["error"]["param"]
 
 
-async def until(scene: Scene, true: Callable[[Json], bool], client: Client, job: Json) -> Json:
-    """Look at a job until something is true of it."""
+async def until(scene: Scene, condition: Callable[[Json], bool], client: Client, job: Json) -> Json:
+    """Poll a job until its document fulfils a condition; return the document."""
     found: Json = {}
 
     async def there() -> bool:
         found.update(await client.document(job))
-        return true(found)
+        return condition(found)
 
-    await scene.until(there, "job in the state that is waited for")
+    await scene.until(there, "job in the expected state")
     return found
 
 
-async def test_a_job_from_its_submission_to_its_file(scene: Scene, api: Api) -> None:
-    answer = await api.alice.ask("POST", "/v1/jobs", json={**IMAGE, "metadata": {"a": "b"}})
+async def test_a_job_returns_its_result_and_its_output_file(scene: Scene, api: Api) -> None:
+    answer = await api.alice.send("POST", "/v1/jobs", json={**IMAGE, "metadata": {"a": "b"}})
     assert answer.status_code == 202
     job = answer.json()
     address = f"/v1/jobs/{job['id']}"
@@ -187,20 +184,20 @@ async def test_a_job_from_its_submission_to_its_file(scene: Scene, api: Api) -> 
     assert (done["position"], done["error"], done["created"]) == (None, None, job["created"])
     (output,) = done["result"]["outputs"]
     assert output["content_url"] == f"{address}/outputs/0"
-    file = await api.alice.ask("GET", output["content_url"], at=1)
+    file = await api.alice.send("GET", output["content_url"], at=1)
     assert hashlib.sha256(file.content).hexdigest() == output["sha256"]
     assert file.headers["content-type"] == "image/png"
     assert file.headers["x-content-type-options"] == "nosniff"
-    again = await api.alice.ask(
+    again = await api.alice.send(
         "GET", output["content_url"], headers={"if-none-match": file.headers["etag"]}
     )
     assert (again.status_code, again.content) == (304, b"")
     for path in (f"{address}/outputs/1", f"{address}/outputs/9999999999"):
-        assert error_of(await api.alice.ask("GET", path))[:2] == (404, "not_found")
-    assert error_of(await api.alice.ask("GET", f"{address}/outputs/x"))[0] == 400
+        assert error_of(await api.alice.send("GET", path))[:2] == (404, "not_found")
+    assert error_of(await api.alice.send("GET", f"{address}/outputs/x"))[0] == 400
 
 
-async def test_progress_of_a_job(scene: Scene, api: Api) -> None:
+async def test_a_running_job_shows_its_progress(scene: Scene, api: Api) -> None:
     await scene.start("slow_steps")
     job = await api.alice.submit(num_inference_steps=8)
     document = await until(scene, lambda found: bool(found["progress"]), api.alice, job)
@@ -211,7 +208,7 @@ async def test_progress_of_a_job(scene: Scene, api: Api) -> None:
     assert (await api.alice.end(job)).event == "succeeded"
 
 
-async def test_a_failed_job(scene: Scene, api: Api) -> None:
+async def test_a_failed_job_shows_its_error(scene: Scene, api: Api) -> None:
     await scene.start("raises_on_demand")
     job = await api.alice.submit(prompt="raises")
     assert (await api.alice.end(job)).event == "failed"
@@ -248,38 +245,38 @@ async def test_a_failed_job(scene: Scene, api: Api) -> None:
         ({**IMAGE, "task": "image_to_text", "images": ["ftp://x"]}, "images.0"),
     ],
 )
-async def test_what_is_no_job(api: Api, body: object, param: str | None) -> None:
-    answer = await api.alice.ask("POST", "/v1/jobs", json=body)
+async def test_an_invalid_job_is_refused(api: Api, body: object, param: str | None) -> None:
+    answer = await api.alice.send("POST", "/v1/jobs", json=body)
     status, _, named = error_of(answer)
     assert status == 400, answer.text
     assert named == param, answer.text
-    assert (await api.alice.ask("GET", "/v1/jobs")).json()["data"] == []
+    assert (await api.alice.send("GET", "/v1/jobs")).json()["data"] == []
 
 
-async def test_numbers_as_json_has_them(scene: Scene, api: Api) -> None:
-    """512.0 is the integer 512 for JSON Schema."""
+async def test_a_whole_float_is_accepted_as_an_integer(scene: Scene, api: Api) -> None:
+    """JSON Schema treats 512.0 as the integer 512."""
     job = await api.alice.submit(width=64.0, guidance_scale=3)
     body = await scene.sender.jetstream().get_last_msg(
         scene.subjects.requests_stream(scene.task), scene.subjects.request(scene.task, job["id"])
     )
-    asked = json.loads(body.data or b"")
-    assert (asked["width"], asked["guidance_scale"]) == (64, 3)
+    request = json.loads(body.data or b"")
+    assert (request["width"], request["guidance_scale"]) == (64, 3)
     assert b"64.0" not in (body.data or b"")
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"task": NaN}', b'{"a": "\\ud800"}'])
-async def test_what_is_no_json(api: Api, body: bytes) -> None:
+async def test_invalid_json_is_refused(api: Api, body: bytes) -> None:
     headers = {"content-type": "application/json"}
-    answer = await api.alice.ask("POST", "/v1/jobs", content=body, headers=headers)
+    answer = await api.alice.send("POST", "/v1/jobs", content=body, headers=headers)
     assert error_of(answer)[0] == 400
 
 
-async def test_the_idempotency_key(scene: Scene, api: Api) -> None:
+async def test_requests_with_one_idempotency_key_return_one_job(scene: Scene, api: Api) -> None:
     headers = {"idempotency-key": "order-1"}
     job = await api.alice.submit(headers=headers)
-    again = await api.alice.ask("POST", "/v1/jobs", at=1, json=IMAGE, headers=headers)
+    again = await api.alice.send("POST", "/v1/jobs", at=1, json=IMAGE, headers=headers)
     assert (again.status_code, again.json()["id"]) == (202, job["id"])
-    other = await api.alice.ask(
+    other = await api.alice.send(
         "POST", "/v1/jobs", json={**IMAGE, "prompt": "a blue circle"}, headers=headers
     )
     assert error_of(other)[:2] == (422, "idempotency_key_reused")
@@ -291,7 +288,7 @@ async def test_the_idempotency_key(scene: Scene, api: Api) -> None:
     assert scene.runs().count(job["id"]) == 1
 
 
-async def test_the_place_in_the_queue_is_streamed(scene: Scene, api: Api) -> None:
+async def test_the_queue_position_is_streamed(scene: Scene, api: Api) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     first = await api.alice.submit()
     await scene.noted("run")
@@ -305,7 +302,7 @@ async def test_the_place_in_the_queue_is_streamed(scene: Scene, api: Api) -> Non
         "position": 1,
         "estimated_start": None,
     }
-    answer = await api.alice.ask("DELETE", second["cancel_url"])
+    answer = await api.alice.send("DELETE", second["cancel_url"])
     assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
     message = await anext(messages)
     assert (message.event, message.data["position"]) == ("queued", 0)
@@ -316,7 +313,7 @@ async def test_the_place_in_the_queue_is_streamed(scene: Scene, api: Api) -> Non
     assert (await api.alice.end(first)).event == "succeeded"
 
 
-async def test_the_start_is_estimated_once_a_result_was_measured(scene: Scene, api: Api) -> None:
+async def test_the_start_is_estimated_after_the_first_result(scene: Scene, api: Api) -> None:
     worker = await scene.start("slow_steps")
     await api.alice.end(await api.alice.submit(num_inference_steps=1))
     await scene.emptied()
@@ -328,50 +325,50 @@ async def test_the_start_is_estimated_once_a_result_was_measured(scene: Scene, a
     async for message in api.alice.messages(jobs[2]):
         assert message.event == "queued"
         assert now < datetime.fromisoformat(message.data["estimated_start"])
-        if message.data["position"] == 2:  # the numbers may be a second old
+        if message.data["position"] == 2:  # the cached queue read may be a second old
             break
-    queue = (await api.alice.ask("GET", "/v1/queue")).json()
+    queue = (await api.alice.send("GET", "/v1/queue")).json()
     assert queue["tasks"][0]["pace_seconds"] > 0
 
 
-async def test_a_stream_resumes_at_another_gateway_when_its_own_is_killed(
-    scene: Scene, api: Api, doomed: GatewayServer
+async def test_a_stream_resumes_at_another_gateway_after_a_kill(
+    scene: Scene, api: Api, killable: GatewayServer
 ) -> None:
     await scene.start("slow_steps")
-    api.urls.append(doomed.url)
+    api.urls.append(killable.url)
     job = await api.alice.submit(num_inference_steps=12)
     whole = asyncio.ensure_future(_all(api.alice.messages(job)))
-    seen: list[Message] = []
+    received: list[Message] = []
 
     async def watch() -> None:
         async for message in api.alice.messages(job, at=2):
-            seen.append(message)
-            if sum(message.id is not None for message in seen) == 3:
-                await asyncio.to_thread(doomed.kill)
+            received.append(message)
+            if sum(message.id is not None for message in received) == 3:
+                await asyncio.to_thread(killable.kill)
 
     with pytest.raises(httpx2.RemoteProtocolError):
         await watch()
-    ids = [message.id for message in seen if message.id]
+    ids = [message.id for message in received if message.id]
     rest = await _all(api.alice.messages(job, at=1, after=ids[-1]))
-    wanted = [message.id for message in await whole if message.id]
-    assert [*ids, *(message.id for message in rest)] == wanted
+    expected = [message.id for message in await whole if message.id]
+    assert [*ids, *(message.id for message in rest)] == expected
     assert rest[-1].event == "succeeded"
     assert scene.runs() == [job["id"]]
 
 
-async def test_a_client_that_waits_finds_its_job_by_key_when_its_gateway_is_killed(
-    scene: Scene, api: Api, doomed: GatewayServer
+async def test_a_waiting_client_finds_its_job_by_key_after_its_gateway_is_killed(
+    scene: Scene, api: Api, killable: GatewayServer
 ) -> None:
     await scene.start("held_in_run")
-    api.urls.append(doomed.url)
+    api.urls.append(killable.url)
     options: Json = {"json": {"prompt": "a"}, "headers": {"idempotency-key": "k"}}
     path = "/v1/images/generations"
-    waiting = asyncio.ensure_future(api.alice.ask("POST", path, at=2, **options))
+    waiting = asyncio.ensure_future(api.alice.send("POST", path, at=2, **options))
     await scene.noted("run")
-    await asyncio.to_thread(doomed.kill)
+    await asyncio.to_thread(killable.kill)
     with pytest.raises(httpx2.RemoteProtocolError):
         await waiting
-    again = asyncio.ensure_future(api.alice.ask("POST", path, at=1, **options))
+    again = asyncio.ensure_future(api.alice.send("POST", path, at=1, **options))
     await let_go(scene, "run")
     answer = await again
     assert answer.status_code == 200, answer.text
@@ -379,17 +376,17 @@ async def test_a_client_that_waits_finds_its_job_by_key_when_its_gateway_is_kill
     assert scene.runs() == [answer.headers["x-request-id"]]
 
 
-async def test_resuming_after_the_end(scene: Scene, api: Api) -> None:
+async def test_a_stream_resumed_after_the_terminal_event_is_empty(scene: Scene, api: Api) -> None:
     await scene.start()
     job = await api.alice.submit()
     end = await api.alice.end(job)
-    for place in ("headers", "params"):
-        name = "last-event-id" if place == "headers" else "last_event_id"
-        more: Json = {place: {name: end.id}}
-        answer = await api.alice.ask("GET", job["events_url"], **more)
+    for location in ("headers", "params"):
+        name = "last-event-id" if location == "headers" else "last_event_id"
+        more: Json = {location: {name: end.id}}
+        answer = await api.alice.send("GET", job["events_url"], **more)
         assert (answer.status_code, answer.content) == (204, b"")
     for wrong in ("x", "1", "1-", "-1"):
-        answer = await api.alice.ask("GET", job["events_url"], headers={"last-event-id": wrong})
+        answer = await api.alice.send("GET", job["events_url"], headers={"last-event-id": wrong})
         assert error_of(answer) == (400, "invalid_request", "last-event-id")
 
 
@@ -406,55 +403,58 @@ async def test_a_stream_survives_a_restart_of_the_broker(scene: Scene, api: Api)
     assert [m.event for m in messages].count("succeeded") == 1
 
 
-async def test_cancelling(scene: Scene, api: Api) -> None:
+async def test_jobs_can_be_cancelled(scene: Scene, api: Api) -> None:
     await scene.start("slow_steps")
     job = await api.alice.submit(num_inference_steps=50)
     await until(scene, lambda found: found["state"] == "running", api.alice, job)
-    assert error_of(await api.bob.ask("DELETE", job["cancel_url"]))[:2] == (404, "not_found")
-    answer = await api.alice.ask("DELETE", job["cancel_url"])
+    assert error_of(await api.bob.send("DELETE", job["cancel_url"]))[:2] == (404, "not_found")
+    answer = await api.alice.send("DELETE", job["cancel_url"])
     assert answer.status_code in {200, 202}
     assert (await api.alice.end(job)).event == "cancelled"
-    again = await api.alice.ask("DELETE", job["cancel_url"])
+    again = await api.alice.send("DELETE", job["cancel_url"])
     assert (again.status_code, again.json()["state"]) == (200, "cancelled")
     done = await api.alice.submit(num_inference_steps=1)
     await api.alice.end(done)
-    assert error_of(await api.alice.ask("DELETE", done["cancel_url"]))[:2] == (409, "job_has_ended")
+    assert error_of(await api.alice.send("DELETE", done["cancel_url"]))[:2] == (
+        409,
+        "job_has_ended",
+    )
 
 
-async def test_the_list(scene: Scene, api: Api) -> None:
+async def test_jobs_are_listed_in_pages_with_filters(scene: Scene, api: Api) -> None:
     await scene.start("held_in_run")
     jobs = [await api.alice.submit() for _ in range(3)]
     await scene.noted("run")
     await api.bob.submit()
-    listed = (await api.alice.ask("GET", "/v1/jobs")).json()
+    listed = (await api.alice.send("GET", "/v1/jobs")).json()
     assert listed["object"] == "list"
     assert [job["id"] for job in listed["data"]] == [job["id"] for job in reversed(jobs)]
-    first = (await api.alice.ask("GET", "/v1/jobs?limit=2", at=1)).json()
+    first = (await api.alice.send("GET", "/v1/jobs?limit=2", at=1)).json()
     assert (len(first["data"]), first["has_more"]) == (2, True)
-    second = (await api.alice.ask("GET", f"/v1/jobs?limit=2&after={first['next']}")).json()
+    second = (await api.alice.send("GET", f"/v1/jobs?limit=2&after={first['next']}")).json()
     assert [job["id"] for job in second["data"]] == [jobs[0]["id"]]
     assert (second["has_more"], second["next"]) == (False, None)
     await let_go(scene, "run")
     for job in jobs:
         await api.alice.end(job)
-    ended = (await api.alice.ask("GET", "/v1/jobs?state=succeeded&state=failed")).json()
+    ended = (await api.alice.send("GET", "/v1/jobs?state=succeeded&state=failed")).json()
     assert len(ended["data"]) == 3
     assert all(job["result"]["outputs"] for job in ended["data"])
-    assert (await api.alice.ask("GET", "/v1/jobs?task=image_to_text")).json()["data"] == []
+    assert (await api.alice.send("GET", "/v1/jobs?task=image_to_text")).json()["data"] == []
     for query in ("limit=0", "limit=101", "limit=x", "state=done", "task=x", "after=a.b"):
-        status, _, param = error_of(await api.alice.ask("GET", f"/v1/jobs?{query}"))
+        status, _, param = error_of(await api.alice.send("GET", f"/v1/jobs?{query}"))
         assert status == 400
         assert param is not None
         assert param.split(".")[0] == query.partition("=")[0]
-    assert error_of(await api.alice.ask("GET", "/v1/jobs?after=x"))[0] == 404
+    assert error_of(await api.alice.send("GET", "/v1/jobs?after=x"))[0] == 404
 
 
-async def test_the_queue(scene: Scene, api: Api) -> None:
+async def test_the_queue_shows_the_requests_of_the_tenant(scene: Scene, api: Api) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     await api.alice.submit()
     await scene.noted("run")
     await api.alice.submit()
-    queue = (await api.alice.ask("GET", "/v1/queue")).json()
+    queue = (await api.alice.send("GET", "/v1/queue")).json()
     assert queue == {
         "object": "queue",
         "tasks": [
@@ -462,11 +462,11 @@ async def test_the_queue(scene: Scene, api: Api) -> None:
             {"task": "image_to_text", "waiting": 0, "running": 0, "pace_seconds": None},
         ],
     }
-    other = (await api.bob.ask("GET", "/v1/queue")).json()
+    other = (await api.bob.send("GET", "/v1/queue")).json()
     assert [(task["waiting"], task["running"]) for task in other["tasks"]] == [(0, 0), (0, 0)]
 
 
-async def test_another_tenants_jobs_do_not_exist(api: Api) -> None:
+async def test_a_job_of_another_tenant_is_not_found(api: Api) -> None:
     job = await api.alice.submit()
     for method, path in [
         ("GET", job["status_url"]),
@@ -475,14 +475,14 @@ async def test_another_tenants_jobs_do_not_exist(api: Api) -> None:
         ("GET", f"{job['status_url']}/outputs/0"),
     ]:
         foreign, unknown = (
-            await api.bob.ask(method, path),
-            await api.bob.ask(method, path.replace(job["id"], "unknown")),
+            await api.bob.send(method, path),
+            await api.bob.send(method, path.replace(job["id"], "unknown")),
         )
         assert error_of(foreign) == error_of(unknown) == (404, "not_found", None)
         assert foreign.json() == unknown.json()
-        assert error_of(await api.nobody.ask(method, path))[0] == 401
+        assert error_of(await api.anonymous.send(method, path))[0] == 401
     for method, path in [("POST", "/v1/jobs"), ("GET", "/v1/jobs"), ("GET", "/v1/queue")]:
-        assert error_of(await api.nobody.ask(method, path, json=IMAGE))[0] == 401
+        assert error_of(await api.anonymous.send(method, path, json=IMAGE))[0] == 401
 
 
 async def _all(messages: AsyncIterator[Message]) -> list[Message]:

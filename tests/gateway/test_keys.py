@@ -1,4 +1,4 @@
-"""The file of API keys, and what a running gateway makes of it."""
+"""The file of API keys, and its use by a running gateway."""
 
 import json
 import multiprocessing
@@ -31,7 +31,7 @@ def refusal(keys: Keys, authorization: str | None) -> ApiError:
     return caught.value
 
 
-def test_a_key_stands_for_its_tenant_with_its_bounds(path: Path) -> None:
+def test_a_key_identifies_its_tenant_and_bounds(path: Path) -> None:
     new = KeyFile(path).add("acme", Bounds(waiting=3, pixels=512 * 512))
     caller = Keys(path).caller(bearer(new.text))
     assert caller.tenant.name == "acme"
@@ -40,7 +40,7 @@ def test_a_key_stands_for_its_tenant_with_its_bounds(path: Path) -> None:
     assert len(caller.tenant.secret) == 32
 
 
-def test_the_file_has_no_key_and_is_private(path: Path) -> None:
+def test_the_file_contains_no_key_and_is_private(path: Path) -> None:
     new = KeyFile(path).add("acme", Bounds())
     text = path.read_text()
     assert new.text not in text
@@ -49,14 +49,14 @@ def test_the_file_has_no_key_and_is_private(path: Path) -> None:
     assert json.loads(text)["version"] == 1
 
 
-def test_a_key_has_256_bits_and_says_what_it_is(path: Path) -> None:
+def test_a_key_has_a_prefix_and_256_random_bits(path: Path) -> None:
     keys = {KeyFile(path).add("acme", Bounds()).text for _ in range(3)}
     assert len(keys) == 3
     assert all(key.startswith("gk_") and len(key) == 3 + 8 + 1 + 43 for key in keys)
 
 
-def test_several_keys_of_one_tenant_see_the_same_jobs(path: Path) -> None:
-    """Rotation: add the new key, hand it out, revoke the old one."""
+def test_all_keys_of_a_tenant_have_the_same_jobs(path: Path) -> None:
+    """Rotation: add the new key, distribute it, revoke the old one."""
     old = KeyFile(path).add("acme", Bounds())
     new = KeyFile(path).add("acme", Bounds())
     other = KeyFile(path).add("other", Bounds())
@@ -69,10 +69,10 @@ def test_several_keys_of_one_tenant_see_the_same_jobs(path: Path) -> None:
     assert keys.caller(bearer(new.text)).tenant == tenant
 
 
-def test_a_tenant_outlives_its_last_key(path: Path) -> None:
+def test_a_tenant_remains_after_its_last_key_is_revoked(path: Path) -> None:
     first = KeyFile(path).add("acme", Bounds())
     tenant = Keys(path).caller(bearer(first.text)).tenant
-    KeyFile(path).revoke(first.text)  # the whole key, as one finds it in a leak
+    KeyFile(path).revoke(first.text)  # the complete key, as found in a leak
     second = KeyFile(path).add("acme", Bounds())
     assert Keys(path).caller(bearer(second.text)).tenant == tenant
 
@@ -91,7 +91,7 @@ def test_a_tenant_outlives_its_last_key(path: Path) -> None:
         "Basic Z2s6",
     ],
 )
-def test_anything_else_is_refused(path: Path, authorization: str | None) -> None:
+def test_an_invalid_authorization_is_refused(path: Path, authorization: str | None) -> None:
     KeyFile(path).add("acme", Bounds())
     error = refusal(Keys(path), authorization)
     assert error.status == 401
@@ -106,12 +106,12 @@ def test_a_key_with_one_wrong_character_is_refused(path: Path) -> None:
     assert refusal(Keys(path), bearer(wrong)).status == 401
 
 
-def test_the_scheme_may_be_in_any_case(path: Path) -> None:
+def test_the_authorization_scheme_is_case_insensitive(path: Path) -> None:
     key = KeyFile(path).add("acme", Bounds()).text
     assert Keys(path).caller(f"bearer {key}").tenant.name == "acme"
 
 
-def test_without_a_file_every_caller_is_the_open_tenant() -> None:
+def test_without_a_file_all_callers_are_the_open_tenant() -> None:
     keys = Keys(None)
     assert keys.open
     assert keys.caller(None) is OPEN_CALLER
@@ -119,7 +119,7 @@ def test_without_a_file_every_caller_is_the_open_tenant() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "named"),
+    ("content", "part"),
     [
         ("", "JSON"),
         ("{", "JSON"),
@@ -150,18 +150,20 @@ def test_without_a_file_every_caller_is_the_open_tenant() -> None:
         (json.dumps({"tenants": {"a": {"tag": "open0000", "secret": "0" * 64}}}), "tag"),
     ],
 )
-def test_a_damaged_file_stops_the_start_with_one_line(path: Path, content: str, named: str) -> None:
+def test_a_damaged_file_stops_the_start_with_a_single_line(
+    path: Path, content: str, part: str
+) -> None:
     path.write_text(content)
     with pytest.raises(KeysUnusable) as caught:
         Keys(path)
-    assert named in str(caught.value)
+    assert part in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(KeysUnusable):
         KeyFile(path).add("acme", Bounds())
-    assert path.read_text() == content  # what is damaged is not overwritten
+    assert path.read_text() == content  # a damaged file is not overwritten
 
 
-def test_a_file_that_an_editor_of_windows_has_saved_is_read(path: Path) -> None:
+def test_a_file_with_windows_line_ends_and_a_bom_is_read(path: Path) -> None:
     key = KeyFile(path).add("acme", Bounds())
     saved = path.read_text().replace("\n", "\r\n")
     path.write_bytes(b"\xef\xbb\xbf" + saved.encode())
@@ -181,15 +183,15 @@ def test_a_missing_file_stops_the_start(path: Path) -> None:
         Keys(path)
 
 
-def test_a_file_that_everyone_may_write_to_is_refused(path: Path) -> None:
+def test_a_world_writable_file_is_refused(path: Path) -> None:
     KeyFile(path).add("acme", Bounds())
     path.chmod(0o666)
     with pytest.raises(KeysUnusable, match="may write"):
         Keys(path)
 
 
-def test_a_file_that_becomes_unusable_refuses_every_key(path: Path) -> None:
-    """The change may have been a revocation: no key is accepted until it can be read."""
+def test_a_file_that_becomes_unusable_disables_every_key(path: Path) -> None:
+    """The change may be a revocation, so the gateway accepts no key until it can read the file."""
     key = KeyFile(path).add("acme", Bounds()).text
     keys = Keys(path)
     good = path.read_text()
@@ -209,8 +211,8 @@ def test_a_file_that_becomes_unusable_refuses_every_key(path: Path) -> None:
     assert keys.usable
 
 
-def test_a_file_that_is_repaired_in_its_place_is_read_without_a_request(path: Path) -> None:
-    """No request comes to a gateway that is not ready: its probes read the file."""
+def test_a_repaired_file_is_read_without_a_request(path: Path) -> None:
+    """A gateway that is not ready receives no requests, so its probes read the file."""
     key = KeyFile(path).add("acme", Bounds()).text
     keys = Keys(path)
     good = path.read_text()
@@ -223,9 +225,7 @@ def test_a_file_that_is_repaired_in_its_place_is_read_without_a_request(path: Pa
     assert keys.caller(bearer(key)).tenant.name == "acme"
 
 
-def test_a_file_that_could_not_be_read_is_read_again(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_read_of_the_file_is_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = KeyFile(path).add("acme", Bounds()).text
     keys = Keys(path)
     KeyFile(path).add("acme", Bounds())
@@ -239,7 +239,7 @@ def test_a_file_that_could_not_be_read_is_read_again(
     assert keys.caller(bearer(key)).tenant.name == "acme"
 
 
-def test_a_running_gateway_reads_the_file_again_when_it_changes(path: Path) -> None:
+def test_a_running_gateway_reloads_a_changed_file(path: Path) -> None:
     first = KeyFile(path).add("acme", Bounds())
     keys = Keys(path)
     second = KeyFile(path).add("acme", Bounds(steps=4))
@@ -248,7 +248,7 @@ def test_a_running_gateway_reads_the_file_again_when_it_changes(path: Path) -> N
     assert refusal(keys, bearer(first.text)).status == 401
 
 
-def test_revoking_what_is_not_there_says_so(path: Path) -> None:
+def test_revoking_an_unknown_key_raises_an_error(path: Path) -> None:
     KeyFile(path).add("acme", Bounds())
     with pytest.raises(KeyUnknown):
         KeyFile(path).revoke("aaaaaaaa")
@@ -257,14 +257,14 @@ def test_revoking_what_is_not_there_says_so(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", " ", "a b", "a/b", "é", "a" * 65, "-a", "a\n"])
-def test_a_tenant_has_a_plain_name(path: Path, name: str) -> None:
+def test_an_invalid_tenant_name_is_refused(path: Path, name: str) -> None:
     with pytest.raises(SettingsError):
         KeyFile(path).add(name, Bounds())
     assert not path.exists()
 
 
-def test_mode_and_link_stay(path: Path, tmp_path: Path) -> None:
-    """As a secret is mounted: the file is elsewhere, and its group may read it."""
+def test_a_write_preserves_file_mode_and_symbolic_link(path: Path, tmp_path: Path) -> None:
+    """A mounted secret is a symbolic link to a file that its group may read."""
     target = tmp_path / "elsewhere.json"
     KeyFile(target).add("acme", Bounds())
     target.chmod(0o640)
@@ -275,7 +275,7 @@ def test_mode_and_link_stay(path: Path, tmp_path: Path) -> None:
     assert len(KeyFile(target).read().keys) == 2
 
 
-def test_a_failed_write_leaves_the_file_as_it_was(
+def test_a_failed_write_does_not_change_the_file(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     KeyFile(path).add("acme", Bounds())
@@ -295,7 +295,7 @@ def _add(path: Path, tenant: str) -> None:
     KeyFile(path).add(tenant, Bounds())
 
 
-def test_keys_added_at_the_same_time_are_all_kept(path: Path) -> None:
+def test_concurrent_additions_store_all_keys(path: Path) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_add, args=(path, f"tenant-{n}")) for n in range(8)]
     for process in processes:

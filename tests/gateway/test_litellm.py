@@ -1,4 +1,4 @@
-"""LiteLLM's client path, with `api_base`, against the real gateway; needs uv."""
+"""LiteLLM with `api_base` as a client of the real gateway; needs uv."""
 
 import json
 import os
@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 
 from consumer.devstack import GatewayServer
-from tests.gateway.pictures import data_url, decoded, red_circle
+from tests.gateway.images import data_url, decoded, red_circle
 
 INSTALL_WITHIN = 300.0  # seconds
 WITHIN = 60.0  # seconds
 
-pytestmark = pytest.mark.timeout(400)  # seconds; an installation may take long
+pytestmark = pytest.mark.timeout(400)  # seconds; the installation may be slow
 DESCRIPTION = "A red circle on a blue background in the center."
 SCRIPT = Path(__file__).parent / "litellm_client.py"
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter with LiteLLM."""
+    """A Python interpreter with LiteLLM."""
     uv = shutil.which("uv")
     if uv is None:
         raise _unavailable("no uv")
@@ -48,10 +48,10 @@ def _unavailable(reason: str) -> BaseException:
 
 @pytest.fixture(scope="module")
 def found(python: Path, gateway: GatewayServer) -> dict[str, Any]:
-    """What the script has read."""
+    """The output of the script."""
     run = subprocess.run(
         [python, SCRIPT, f"{gateway.url}/v1", data_url(red_circle())],
-        # Otherwise it fetches a table of prices when it is imported.
+        # Without this variable, the import of LiteLLM downloads a table of prices.
         env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
         capture_output=True,
         text=True,
@@ -63,20 +63,20 @@ def found(python: Path, gateway: GatewayServer) -> dict[str, Any]:
     return value
 
 
-def test_an_image_is_made(found: dict[str, Any]) -> None:
+def test_an_image_is_generated(found: dict[str, Any]) -> None:
     assert decoded(found["image"]).size == (64, 64)
 
 
-def test_a_question_is_answered(found: dict[str, Any]) -> None:
+def test_a_question_gets_an_answer(found: dict[str, Any]) -> None:
     assert (found["text"], found["finish_reason"]) == (DESCRIPTION, "stop")
     assert found["tokens"] > 0
 
 
-def test_a_stream_of_text_is_read(found: dict[str, Any]) -> None:
+def test_a_text_is_streamed(found: dict[str, Any]) -> None:
     assert found["streamed"] == DESCRIPTION
     assert found["streamed_tokens"] > 0
 
 
-def test_errors_are_typed(found: dict[str, Any]) -> None:
+def test_errors_have_their_exception_types(found: dict[str, Any]) -> None:
     assert found["refused"] == {"name": "BadRequestError", "status": 400}
     assert found["unknown"] == {"name": "NotFoundError", "status": 404}

@@ -1,4 +1,4 @@
-"""The bench with a crowd of clients, `python -m tests.bench.gateway`, with fewer of them."""
+"""The load bench `python -m tests.bench.gateway`, with few clients."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ MEMORY = {"alone": 70.0, "at most": 80.0}
 
 
 def crowd(*, cancelled: int = 5, memory: dict[str, float] = MEMORY) -> Crowd:
-    """A crowd of which nothing was lost."""
+    """Return the results of a crowd without losses."""
     succeeded = SIZE.jobs - cancelled
     results = {"succeeded": succeeded, "cancelled": cancelled}
     return Crowd(
@@ -28,21 +28,21 @@ def crowd(*, cancelled: int = 5, memory: dict[str, float] = MEMORY) -> Crowd:
     )
 
 
-def test_a_crowd_of_which_nothing_was_lost() -> None:
+def test_a_crowd_without_losses_passes() -> None:
     crowd().check()
 
 
-def test_a_client_that_leaves_must_cancel_its_job() -> None:
+def test_a_missing_cancellation_fails_the_check() -> None:
     with pytest.raises(WentWrongError, match="cancelled 0, not 2"):
         crowd(cancelled=0).check()
 
 
-def test_a_gateway_must_not_keep_what_nobody_reads() -> None:
+def test_a_growing_gateway_fails_the_check() -> None:
     with pytest.raises(WentWrongError, match="RSS grew by 130 MB, not 37"):
         crowd(memory={"alone": 70.0, "at most": 200.0}).check()
 
 
-def test_a_small_crowd() -> None:
+def test_the_bench_runs_with_a_small_crowd() -> None:
     command = [sys.executable, "-m", "tests.bench.gateway", "--parts", "rates,crowd"]
     done = subprocess.run(
         [*command, "--small", "--requests", "100"], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""The access log, the limit of bodies and unknown errors, on a small application."""
+"""The access log, the body limit and unknown errors, with a small ASGI application."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -42,7 +42,7 @@ async def http(handled: list[HandledRequest]) -> AsyncIterator[httpx2.AsyncClien
         yield client
 
 
-async def test_a_request_is_logged_without_what_it_says(
+async def test_the_access_log_contains_no_content_of_the_request(
     http: httpx2.AsyncClient, handled: list[HandledRequest]
 ) -> None:
     answer = await http.post("/things/private?key=private", json={"prompt": "private"})
@@ -55,7 +55,7 @@ async def test_a_request_is_logged_without_what_it_says(
     assert "private" not in str(request)
 
 
-async def test_an_unknown_address_is_logged_without_it(
+async def test_the_access_log_contains_no_unknown_path(
     http: httpx2.AsyncClient, handled: list[HandledRequest]
 ) -> None:
     await http.get("/private")
@@ -71,7 +71,7 @@ async def test_an_unknown_error_is_a_500_without_details(
     assert "secret" not in answer.text
 
 
-async def test_an_answer_that_has_begun_stays_incomplete() -> None:
+async def test_an_error_after_the_response_start_leaves_the_response_incomplete() -> None:
     start = {"type": "http.response.start", "status": 200, "headers": []}
     sent: list[Message] = []
 
@@ -105,7 +105,7 @@ async def test_a_large_body_is_refused(http: httpx2.AsyncClient, *, announced: b
     assert answer.json()["error"]["code"] == "request_too_large"
 
 
-async def test_a_body_of_the_limit_is_read(http: httpx2.AsyncClient) -> None:
+async def test_a_body_at_the_limit_is_accepted(http: httpx2.AsyncClient) -> None:
     body = b'{"a": "' + b"a" * (LIMIT - 9) + b'"}'
     answer = await http.post(
         "/things/a", content=body, headers={"content-type": "application/json"}
@@ -114,7 +114,9 @@ async def test_a_body_of_the_limit_is_read(http: httpx2.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("number", [b"1_0", b"-5", b"+5", b"9" * 5_000, b"\xb2"])
-async def test_an_odd_length_is_no_error(http: httpx2.AsyncClient, number: bytes) -> None:
+async def test_an_invalid_content_length_causes_no_server_error(
+    http: httpx2.AsyncClient, number: bytes
+) -> None:
     answer = await http.post(
         "/things/a",
         content=b"{}",

@@ -1,9 +1,9 @@
-"""What Open WebUI sends once its image settings name a gateway, as recorded HTTP requests.
+"""Recorded HTTP requests of Open WebUI, sent to the real gateway.
 
-Its settings (Admin > Settings > Images, or the environment): `IMAGE_GENERATION_ENGINE=openai`,
-`IMAGES_OPENAI_API_BASE_URL=http://gateway:8080/v1`, `IMAGES_OPENAI_API_KEY`,
-`IMAGE_GENERATION_MODEL`, `IMAGE_SIZE`, `IMAGES_OPENAI_API_PARAMS`; for its chats and its list of
-models an OpenAI connection to the same address.
+Settings of Open WebUI (Admin > Settings > Images, or the environment):
+`IMAGE_GENERATION_ENGINE=openai`, `IMAGES_OPENAI_API_BASE_URL=http://gateway:8080/v1`,
+`IMAGES_OPENAI_API_KEY`, `IMAGE_GENERATION_MODEL`, `IMAGE_SIZE`, `IMAGES_OPENAI_API_PARAMS`. Chats
+and the model list use an OpenAI connection to the same address.
 """
 
 import base64
@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from tests.gateway.conftest import KeyedGateway
-from tests.gateway.pictures import data_url, decoded, red_circle
+from tests.gateway.images import data_url, decoded, red_circle
 
 WITHIN = 60.0  # seconds
 IMAGE_REQUEST = {
@@ -43,7 +43,7 @@ CHAT_REQUEST = {
 
 @pytest.fixture
 async def open_webui(keyed_gateway: KeyedGateway) -> AsyncIterator[httpx2.AsyncClient]:
-    """The headers that it sends, those about its user included."""
+    """A client with the headers of Open WebUI, including the headers about its user."""
     headers = {
         "Authorization": f"Bearer {keyed_gateway.alice}",
         "X-OpenWebUI-User-Name": "Somebody",
@@ -58,7 +58,7 @@ async def open_webui(keyed_gateway: KeyedGateway) -> AsyncIterator[httpx2.AsyncC
         yield client
 
 
-async def test_its_connection_is_verified_by_the_list_of_models(
+async def test_the_model_list_verifies_the_connection(
     open_webui: httpx2.AsyncClient,
 ) -> None:
     answer = await open_webui.get("/models")
@@ -77,7 +77,7 @@ async def test_its_connection_is_verified_by_the_list_of_models(
         ({"output_format": "webp"}, {"api-version": "2025-04-01-preview"}),
     ],
 )
-async def test_its_images_are_made(
+async def test_images_are_generated(
     open_webui: httpx2.AsyncClient, params: dict[str, Any], query: dict[str, str]
 ) -> None:
     answer = await open_webui.post(
@@ -89,7 +89,7 @@ async def test_its_images_are_made(
     assert decoded(image["b64_json"]).size == (64, 64)
 
 
-async def test_an_image_by_url_is_fetched_without_a_key(open_webui: httpx2.AsyncClient) -> None:
+async def test_an_image_url_needs_no_key(open_webui: httpx2.AsyncClient) -> None:
     answer = await open_webui.post(
         "/images/generations", json={**IMAGE_REQUEST, "response_format": "url"}
     )
@@ -98,7 +98,7 @@ async def test_an_image_by_url_is_fetched_without_a_key(open_webui: httpx2.Async
     assert file.headers["content-type"].startswith("image/")
 
 
-async def test_its_message_about_a_refused_size_has_the_reason(
+async def test_the_error_for_an_invalid_size_names_the_reason(
     open_webui: httpx2.AsyncClient,
 ) -> None:
     answer = await open_webui.post("/images/generations", json={**IMAGE_REQUEST, "size": "auto2"})
@@ -106,7 +106,7 @@ async def test_its_message_about_a_refused_size_has_the_reason(
     assert "size" in answer.json()["error"]["message"]
 
 
-async def test_its_edits_say_that_no_model_takes_images(open_webui: httpx2.AsyncClient) -> None:
+async def test_edits_are_refused_without_a_model_for_images(open_webui: httpx2.AsyncClient) -> None:
     answer = await open_webui.post(
         "/images/edits",
         data={"model": "demonstration", "prompt": "make it green", "n": "1", "size": "64x64"},
@@ -116,7 +116,7 @@ async def test_its_edits_say_that_no_model_takes_images(open_webui: httpx2.Async
     assert answer.json()["error"]["code"] == "unsupported_parameter"
 
 
-async def test_its_chats_are_streamed(open_webui: httpx2.AsyncClient) -> None:
+async def test_chats_are_streamed(open_webui: httpx2.AsyncClient) -> None:
     text, done = "", False
     async with open_webui.stream("POST", "/chat/completions", json=CHAT_REQUEST) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -130,9 +130,11 @@ async def test_its_chats_are_streamed(open_webui: httpx2.AsyncClient) -> None:
     assert done
 
 
-async def test_an_image_that_it_made_can_be_asked_about(open_webui: httpx2.AsyncClient) -> None:
-    made = await open_webui.post("/images/generations", json=IMAGE_REQUEST)
-    content = base64.b64decode(made.json()["data"][0]["b64_json"])
+async def test_a_chat_about_a_generated_image_gets_an_answer(
+    open_webui: httpx2.AsyncClient,
+) -> None:
+    generated = await open_webui.post("/images/generations", json=IMAGE_REQUEST)
+    content = base64.b64decode(generated.json()["data"][0]["b64_json"])
     question = json.loads(json.dumps({**CHAT_REQUEST, "stream": False}))
     question.pop("stream_options")
     question["messages"][0]["content"][1]["image_url"]["url"] = data_url(content)

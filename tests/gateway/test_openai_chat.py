@@ -1,16 +1,14 @@
-"""Questions about images as the stock openai-python asks them, against the real system."""
+"""Chat completions with openai-python, on the real system."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
 
-from consumer.devstack import GatewayServer
 from generation_client import GenerationClient
 from generation_contracts import SucceededEvent, Task, TextOutput
-from tests.gateway.pictures import data_url, red_circle
+from tests.gateway.images import data_url, red_circle
 
 IMAGE = {"type": "image_url", "image_url": {"url": data_url(red_circle()), "detail": "auto"}}
 WITHIN = 60.0  # seconds
@@ -21,13 +19,7 @@ def user(text: str = "Describe the image.", *images: Any) -> Any:
     return {"role": "user", "content": [{"type": "text", "text": text}, *(images or (IMAGE,))]}
 
 
-@pytest.fixture
-async def openai(gateway: GatewayServer) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
-        yield client
-
-
-async def test_a_question_is_answered(openai: AsyncOpenAI) -> None:
+async def test_a_question_gets_an_answer(openai: AsyncOpenAI) -> None:
     answer = await openai.chat.completions.create(model="demonstration", messages=[user()])
     assert answer.object == "chat.completion"
     assert answer.id.startswith("chatcmpl-open0000-")
@@ -90,7 +82,7 @@ async def test_a_stream_has_the_text_and_the_usage(openai: AsyncOpenAI) -> None:
     assert usage.usage.completion_tokens > 5
 
 
-async def test_a_stream_without_usage_has_none(openai: AsyncOpenAI) -> None:
+async def test_a_stream_has_no_usage_by_default(openai: AsyncOpenAI) -> None:
     stream = await openai.chat.completions.create(
         model="demonstration", messages=[user()], stream=True
     )
@@ -98,7 +90,7 @@ async def test_a_stream_without_usage_has_none(openai: AsyncOpenAI) -> None:
     assert all(chunk.usage is None and chunk.choices for chunk in chunks)
 
 
-async def test_the_stream_helper_of_the_library_reads_it(openai: AsyncOpenAI) -> None:
+async def test_the_stream_helper_of_the_library_works(openai: AsyncOpenAI) -> None:
     async with openai.chat.completions.stream(
         model="demonstration", messages=[user()], temperature=0
     ) as stream:
@@ -120,8 +112,8 @@ async def test_a_sampled_stream_has_a_seed(openai: AsyncOpenAI, behind: Generati
     assert output.seed is not None
 
 
-async def test_an_idempotent_stream_is_the_same_request_each_time(openai: AsyncOpenAI) -> None:
-    async def ask() -> tuple[str, str]:
+async def test_a_repeated_idempotent_stream_returns_the_same_job(openai: AsyncOpenAI) -> None:
+    async def send() -> tuple[str, str]:
         stream = await openai.chat.completions.create(
             model="demonstration",
             messages=[user()],
@@ -132,16 +124,17 @@ async def test_an_idempotent_stream_is_the_same_request_each_time(openai: AsyncO
         text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
         return stream.response.headers["x-request-id"], text
 
-    assert await ask() == await ask()
+    assert await send() == await send()
 
 
-async def test_a_caller_need_not_wait(gateway: GatewayServer, behind: GenerationClient) -> None:
-    async with httpx2.AsyncClient(base_url=gateway.url, timeout=WITHIN) as http:
-        answer = await http.post(
-            "/v1/chat/completions",
-            json={"model": "demonstration", "messages": [user()], "stream": True},
-            headers={"Prefer": "respond-async"},
-        )
+async def test_an_asynchronous_request_returns_a_job(
+    http: httpx2.AsyncClient, behind: GenerationClient
+) -> None:
+    answer = await http.post(
+        "/v1/chat/completions",
+        json={"model": "demonstration", "messages": [user()], "stream": True},
+        headers={"Prefer": "respond-async"},
+    )
     assert answer.status_code == 202
     job = answer.json()
     assert answer.headers["preference-applied"] == "respond-async"
@@ -195,7 +188,7 @@ async def test_a_caller_need_not_wait(gateway: GatewayServer, behind: Generation
         ),
     ],
 )
-async def test_what_cannot_be_done_is_named(
+async def test_an_error_names_the_unsupported_parameter(
     openai: AsyncOpenAI, parameters: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(BadRequestError) as raised:
@@ -210,7 +203,7 @@ async def test_a_model_of_the_other_task_is_not_found(openai: AsyncOpenAI) -> No
         await openai.chat.completions.create(model="text_to_image", messages=[user()])
 
 
-async def test_the_models_are_listed(openai: AsyncOpenAI) -> None:
+async def test_models_are_listed(openai: AsyncOpenAI) -> None:
     models = [model async for model in openai.models.list()]
     assert [model.id for model in models] == ["demonstration"]
     assert models[0].object == "model"

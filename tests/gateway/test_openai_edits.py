@@ -1,4 +1,4 @@
-"""`/v1/images/edits` as it answers once a model takes images: only that decision is replaced."""
+"""`/v1/images/edits` with a patched gateway that accepts input images."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,7 +13,7 @@ from consumer.gateway import openai_edits
 from consumer.gateway.openai_edits import EditParameters, ImageInputs
 from consumer.settings import Settings
 from generation_contracts import TextToImageRequest
-from tests.gateway.pictures import data_url, decoded, red_circle
+from tests.gateway.images import data_url, decoded, red_circle
 from tests.gateway.serving import serving
 
 PROMPT = "a green circle"
@@ -21,20 +21,20 @@ PROMPT = "a green circle"
 
 @pytest.fixture
 def inputs(monkeypatch: pytest.MonkeyPatch) -> list[ImageInputs]:
-    """The images of the requests, which the model is not shown."""
-    seen: list[ImageInputs] = []
+    """The input images of the requests. The model does not receive them."""
+    accepted: list[ImageInputs] = []
 
     def accept(parameters: EditParameters, images: ImageInputs) -> TextToImageRequest:
-        seen.append(images)
+        accepted.append(images)
         return parameters.to_request()
 
     monkeypatch.setattr(openai_edits, "request_with_images", accept)
-    return seen
+    return accepted
 
 
 @pytest.fixture
 async def openai(system: DevStack, inputs: list[ImageInputs]) -> AsyncIterator[AsyncOpenAI]:
-    """A gateway in front of the demonstration models, where images are accepted."""
+    """A client of a gateway that accepts input images."""
     environment: dict[str, Any] = system.environment()
     settings = Settings(**{name.lower(): value for name, value in environment.items()})
     async with (
@@ -44,7 +44,7 @@ async def openai(system: DevStack, inputs: list[ImageInputs]) -> AsyncIterator[A
         yield client
 
 
-async def test_an_edit_is_answered(openai: AsyncOpenAI, inputs: list[ImageInputs]) -> None:
+async def test_an_edit_returns_images(openai: AsyncOpenAI, inputs: list[ImageInputs]) -> None:
     answer = await openai.images.edit(
         image=[("a.png", red_circle()), ("b.png", red_circle())],
         mask=("mask.png", red_circle()),
@@ -63,7 +63,7 @@ async def test_an_edit_is_answered(openai: AsyncOpenAI, inputs: list[ImageInputs
     assert inputs == [ImageInputs((red_circle(), red_circle()), red_circle())]
 
 
-async def test_a_stream_of_an_edit(openai: AsyncOpenAI) -> None:
+async def test_an_edit_is_streamed(openai: AsyncOpenAI) -> None:
     stream = await openai.images.edit(
         image=red_circle(),
         prompt=PROMPT,
@@ -84,7 +84,7 @@ async def test_a_stream_of_an_edit(openai: AsyncOpenAI) -> None:
     assert completed.usage.total_tokens == 0
 
 
-async def test_an_edit_as_json(openai: AsyncOpenAI, inputs: list[ImageInputs]) -> None:
+async def test_an_edit_can_be_sent_as_json(openai: AsyncOpenAI, inputs: list[ImageInputs]) -> None:
     image = data_url(red_circle())
     body = {"prompt": PROMPT, "size": "64x64", "images": [{"image_url": image}]}
     async with httpx2.AsyncClient(timeout=60) as http:

@@ -1,8 +1,7 @@
-"""Images as the stock openai-python asks for them, against the real gateway and model."""
+"""Images with openai-python, on the real gateway and model."""
 
 import asyncio
 import urllib.request
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
@@ -22,38 +21,32 @@ from consumer.devstack import GatewayServer
 from generation_client import GenerationClient
 from generation_contracts import CancelledEvent, SucceededEvent, Task
 from tests.gateway.conftest import KeyedGateway
-from tests.gateway.pictures import decoded, red_circle
+from tests.gateway.images import decoded, red_circle
 
 PROMPT = "a red circle on a blue background"
 WITHIN = 60.0  # seconds
-LONG = {"num_inference_steps": 200}  # seconds on the demonstration model
+LONG = {"num_inference_steps": 200}  # a run of several seconds on the demonstration model
 
 
-@pytest.fixture
-async def openai(gateway: GatewayServer) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=2) as client:
-        yield client
-
-
-async def test_an_image_comes_as_base64(openai: AsyncOpenAI) -> None:
+async def test_an_image_is_returned_as_base64(openai: AsyncOpenAI) -> None:
     answer = await openai.images.generate(prompt=PROMPT, model="demonstration")
     assert answer.data is not None
     (image,) = answer.data
-    picture = decoded(image.b64_json)
-    assert picture.format == "PNG"
-    assert answer.size == f"{picture.width}x{picture.height}"
+    pixels = decoded(image.b64_json)
+    assert pixels.format == "PNG"
+    assert answer.size == f"{pixels.width}x{pixels.height}"
     assert answer.output_format == "png"
     assert answer.background == "opaque"
     assert answer.created > 1_700_000_000
     assert answer.usage is not None
     assert answer.usage.total_tokens == 0
-    red, _, blue = picture.convert("RGB").getpixel((picture.width // 2, picture.height // 2))  # type: ignore[misc] # three bands
+    red, _, blue = pixels.convert("RGB").getpixel((pixels.width // 2, pixels.height // 2))  # type: ignore[misc] # three bands
     assert red > blue
-    red, _, blue = picture.convert("RGB").getpixel((2, 2))  # type: ignore[misc] # the same
+    red, _, blue = pixels.convert("RGB").getpixel((2, 2))  # type: ignore[misc] # three bands
     assert blue > red
 
 
-async def test_parameters_of_openai_and_of_this_service_reach_the_model(
+async def test_parameters_of_openai_and_of_the_contract_reach_the_model(
     openai: AsyncOpenAI,
 ) -> None:
     answer = await openai.images.generate(
@@ -70,13 +63,13 @@ async def test_parameters_of_openai_and_of_this_service_reach_the_model(
     assert answer.data is not None
     assert [image.model_extra for image in answer.data] == [{"seed": 7}, {"seed": 8}]
     for image in answer.data:
-        picture = decoded(image.b64_json)
-        assert (picture.format, picture.size) == ("WEBP", (64, 32))
+        pixels = decoded(image.b64_json)
+        assert (pixels.format, pixels.size) == ("WEBP", (64, 32))
     assert answer.size == "64x32"
     assert answer.output_format == "webp"
 
 
-async def test_one_seed_makes_one_image(openai: AsyncOpenAI) -> None:
+async def test_one_seed_reproduces_an_image(openai: AsyncOpenAI) -> None:
     first, second = [
         await openai.images.generate(prompt=PROMPT, extra_body={"seed": 3, "steps": 4})
         for _ in range(2)
@@ -87,7 +80,7 @@ async def test_one_seed_makes_one_image(openai: AsyncOpenAI) -> None:
     assert pixels[0] == pixels[1]
 
 
-async def test_an_image_comes_as_a_url(openai: AsyncOpenAI) -> None:
+async def test_an_image_is_returned_as_a_url(openai: AsyncOpenAI) -> None:
     answer = await openai.images.generate(prompt=PROMPT, response_format="url")
     assert answer.data is not None
     (image,) = answer.data
@@ -96,7 +89,7 @@ async def test_an_image_comes_as_a_url(openai: AsyncOpenAI) -> None:
     assert (await asyncio.to_thread(_fetched, image.url)).startswith(b"\x89PNG")
 
 
-async def test_a_stream_has_previews_and_then_the_image(openai: AsyncOpenAI) -> None:
+async def test_a_stream_has_previews_before_the_image(openai: AsyncOpenAI) -> None:
     stream = await openai.images.generate(
         prompt=PROMPT, stream=True, partial_images=2, extra_body={"num_inference_steps": 100}
     )
@@ -112,13 +105,13 @@ async def test_a_stream_has_previews_and_then_the_image(openai: AsyncOpenAI) -> 
     completed = events[-1]
     assert isinstance(completed, ImageGenCompletedEvent)
     assert completed.type == "image_generation.completed"
-    picture = decoded(completed.b64_json)
-    assert completed.size == f"{picture.width}x{picture.height}"
+    pixels = decoded(completed.b64_json)
+    assert completed.size == f"{pixels.width}x{pixels.height}"
     assert completed.usage.total_tokens == 0
     assert len(events) == len(previews) + 1
 
 
-async def test_a_stream_of_two_images_completes_twice(openai: AsyncOpenAI) -> None:
+async def test_a_stream_of_two_images_has_two_completed_events(openai: AsyncOpenAI) -> None:
     stream = await openai.images.generate(prompt=PROMPT, n=2, stream=True)
     events = [event async for event in stream]
     assert [event.type for event in events] == ["image_generation.completed"] * 2
@@ -145,7 +138,7 @@ async def test_a_stream_of_two_images_completes_twice(openai: AsyncOpenAI) -> No
         ({"prompt": " "}, "prompt", "invalid_request"),
     ],
 )
-async def test_what_cannot_be_done_is_named(
+async def test_an_error_names_the_unsupported_parameter(
     openai: AsyncOpenAI, parameters: dict[str, Any], param: str, code: str
 ) -> None:
     with pytest.raises(BadRequestError) as raised:
@@ -155,7 +148,7 @@ async def test_what_cannot_be_done_is_named(
     assert raised.value.response.headers["x-should-retry"] == "false"
 
 
-async def test_a_stream_that_cannot_begin_is_a_usual_error(openai: AsyncOpenAI) -> None:
+async def test_an_invalid_stream_request_returns_a_normal_error(openai: AsyncOpenAI) -> None:
     with pytest.raises(BadRequestError) as raised:
         await openai.images.generate(prompt=PROMPT, size="100x100", stream=True)
     assert raised.value.param == "size"
@@ -167,7 +160,7 @@ async def test_an_unknown_model_is_not_found(openai: AsyncOpenAI) -> None:
     assert (raised.value.param, raised.value.code) == ("model", "model_not_found")
 
 
-async def test_a_task_stands_for_its_model(openai: AsyncOpenAI) -> None:
+async def test_a_task_is_a_name_of_its_model(openai: AsyncOpenAI) -> None:
     answer = await openai.images.generate(
         prompt=PROMPT, model="text_to_image", extra_body={"steps": 1}
     )
@@ -175,7 +168,7 @@ async def test_a_task_stands_for_its_model(openai: AsyncOpenAI) -> None:
     assert answer.model_extra["model"] == "demonstration"
 
 
-async def test_a_client_that_leaves_a_stream_cancels_its_request(
+async def test_closing_a_stream_cancels_the_request(
     openai: AsyncOpenAI, behind: GenerationClient
 ) -> None:
     stream = await openai.images.generate(
@@ -187,7 +180,7 @@ async def test_a_client_that_leaves_a_stream_cancels_its_request(
     assert isinstance(result, CancelledEvent)
 
 
-async def test_a_client_that_stops_waiting_cancels_its_request(
+async def test_disconnecting_a_waiting_client_cancels_the_request(
     gateway: GatewayServer, openai: AsyncOpenAI, behind: GenerationClient
 ) -> None:
     waiting = asyncio.create_task(openai.images.generate(prompt=PROMPT, extra_body=LONG))
@@ -211,7 +204,7 @@ async def test_a_cancelled_request_ends_its_stream_with_an_error(
     assert (raised.value.code, raised.value.message) == ("cancelled", "the request was cancelled")
 
 
-async def test_an_idempotent_request_outlives_its_client(
+async def test_an_idempotent_request_continues_after_its_client_disconnects(
     openai: AsyncOpenAI, behind: GenerationClient
 ) -> None:
     key = {"Idempotency-Key": "outlives"}
@@ -241,7 +234,7 @@ async def test_an_idempotent_request_outlives_its_client(
     assert raised.value.code == "idempotency_key_reused"
 
 
-async def test_edits_say_that_no_model_takes_images(openai: AsyncOpenAI) -> None:
+async def test_edits_are_refused_without_a_model_for_images(openai: AsyncOpenAI) -> None:
     with pytest.raises(BadRequestError) as raised:
         await openai.images.edit(
             image=[("a.png", red_circle()), ("b.png", red_circle())],
@@ -267,7 +260,7 @@ async def test_edits_say_that_no_model_takes_images(openai: AsyncOpenAI) -> None
         ({"prompt": ""}, "prompt"),
     ],
 )
-async def test_edits_are_checked(
+async def test_an_invalid_edit_is_refused(
     openai: AsyncOpenAI, parameters: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(BadRequestError) as raised:
@@ -275,20 +268,20 @@ async def test_edits_are_checked(
     assert raised.value.param == param
 
 
-async def test_a_key_is_needed_where_there_are_keys(keyed_gateway: KeyedGateway) -> None:
+async def test_a_gateway_with_keys_requires_a_key(keyed_gateway: KeyedGateway) -> None:
     base = f"{keyed_gateway.url}/v1"
     async with AsyncOpenAI(base_url=base, api_key=keyed_gateway.alice) as alice:
         answer = await alice.images.generate(prompt=PROMPT, extra_body={"steps": 1})
         assert answer.data
-    async with AsyncOpenAI(base_url=base, api_key="sk-wrong") as stranger:
+    async with AsyncOpenAI(base_url=base, api_key="sk-wrong") as unauthorized:
         with pytest.raises(AuthenticationError) as raised:
-            await stranger.images.generate(prompt=PROMPT)
+            await unauthorized.images.generate(prompt=PROMPT)
         assert raised.value.code == "invalid_api_key"
         with pytest.raises(AuthenticationError):
-            await stranger.models.list()
+            await unauthorized.models.list()
 
 
-async def test_an_open_gateway_is_for_this_machine(gateway: GatewayServer) -> None:
+async def test_a_gateway_without_keys_refuses_other_hosts(gateway: GatewayServer) -> None:
     async with AsyncOpenAI(
         base_url=f"{gateway.url}/v1", api_key="none", default_headers={"host": "gateway.example"}
     ) as client:

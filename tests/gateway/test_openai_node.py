@@ -1,4 +1,4 @@
-"""What the stock openai-node reads from the real gateway; needs node and npm."""
+"""openai-node as a client of the real gateway; needs node and npm."""
 
 import asyncio
 import json
@@ -16,13 +16,13 @@ from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
 from generation_client import GenerationClient
 from generation_contracts import CancelledEvent, Task
+from tests.gateway.images import data_url, decoded, red_circle
 from tests.gateway.open_jobs import settings_of
-from tests.gateway.pictures import data_url, decoded, red_circle
 from tests.gateway.serving import serving
 from tests.support.scene import Scene
 
 SOURCES = Path(__file__).parent / "node"
-WITHIN = 120.0  # seconds for everything that the script does
+WITHIN = 120.0  # seconds for the whole script
 DESCRIPTION = "A red circle on a blue background in the center."
 BOUNDS = {"free": Bounds(), "bound": Bounds(per_minute=1)}
 INSTALL = "npm install --no-fund --no-audit --ignore-scripts --no-package-lock --silent"
@@ -30,7 +30,7 @@ INSTALL = "npm install --no-fund --no-audit --ignore-scripts --no-package-lock -
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the library installed."""
+    """A folder with the scripts and openai-node."""
     if shutil.which("npm") is None or shutil.which("node") is None:
         if os.environ.get("NODE_REQUIRED"):
             pytest.fail("node and npm are needed")
@@ -43,7 +43,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(client: Path, gateway: GatewayServer) -> dict[str, Any]:
-    """What the script has read."""
+    """The output of the script."""
     image = data_url(red_circle())
     run = subprocess.run(
         ["node", "client.mjs", f"{gateway.url}/v1", image],
@@ -62,12 +62,12 @@ def test_models_are_listed(found: dict[str, Any]) -> None:
     assert found["models"] == ["demonstration"]
 
 
-def test_an_image_is_made(found: dict[str, Any]) -> None:
+def test_an_image_is_generated(found: dict[str, Any]) -> None:
     assert decoded(found["image"]["data"][0]["b64_json"]).size == (64, 64)
     assert found["image"]["size"] == "64x64"
 
 
-def test_a_stream_of_images_is_read(found: dict[str, Any]) -> None:
+def test_images_are_streamed(found: dict[str, Any]) -> None:
     *previews, completed = found["imageEvents"]
     assert 1 <= len(previews) <= 2
     assert {event["type"] for event in previews} == {"image_generation.partial_image"}
@@ -77,13 +77,13 @@ def test_a_stream_of_images_is_read(found: dict[str, Any]) -> None:
     assert decoded(completed["b64_json"]).format == "PNG"
 
 
-def test_a_question_is_answered(found: dict[str, Any]) -> None:
+def test_a_question_gets_an_answer(found: dict[str, Any]) -> None:
     choice = found["chat"]["choices"][0]
     assert choice["message"]["content"] == DESCRIPTION
     assert choice["finish_reason"] == "stop"
 
 
-def test_a_stream_of_text_is_read(found: dict[str, Any]) -> None:
+def test_a_text_is_streamed(found: dict[str, Any]) -> None:
     *parts, last, usage = found["chunks"]
     assert "".join(part["choices"][0]["delta"].get("content") or "" for part in parts) == (
         DESCRIPTION
@@ -96,7 +96,7 @@ def test_a_stream_of_text_is_read(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "param"), [("imageError", "quality"), ("editError", "image"), ("chatError", "n")]
 )
-def test_errors_are_typed(found: dict[str, Any], name: str, param: str) -> None:
+def test_errors_have_their_exception_types(found: dict[str, Any], name: str, param: str) -> None:
     assert found[name] == {
         "name": "BadRequestError",
         "status": 400,
@@ -106,15 +106,15 @@ def test_errors_are_typed(found: dict[str, Any], name: str, param: str) -> None:
     }
 
 
-async def test_a_client_that_leaves_cancels_its_request(
+async def test_closing_a_stream_cancels_the_request(
     found: dict[str, Any], behind: GenerationClient
 ) -> None:
     async with asyncio.timeout(WITHIN):
-        result = await behind.result(Task.TEXT_TO_IMAGE, found["left"])
+        result = await behind.result(Task.TEXT_TO_IMAGE, found["disconnected"])
     assert isinstance(result, CancelledEvent)
 
 
-async def test_what_is_sent_again(
+async def test_the_library_retries_retryable_errors_only(
     scene: Scene, client: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounds_module, "MINUTE", 2.0)

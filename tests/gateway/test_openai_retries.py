@@ -1,4 +1,4 @@
-"""What the stock openai-python sends again by itself, and how often the model runs."""
+"""Automatic retries of openai-python, and the number of runs of the model."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -26,33 +26,33 @@ from tests.support.scene import Scene
 PROMPT = "a red circle"
 
 
-class Answers:
-    """The answers of the gateway, those included that the library does not show."""
+class Responses:
+    """Records all responses of the gateway, including retried ones."""
 
     def __init__(self) -> None:
-        self.seen: list[httpx2.Response] = []
+        self.all: list[httpx2.Response] = []
         self._errors = asyncio.Semaphore(0)
 
     async def add(self, answer: httpx2.Response) -> None:
-        self.seen.append(answer)
+        self.all.append(answer)
         if answer.is_error:
             self._errors.release()
 
     async def error(self) -> None:
-        """Return when there is a further error."""
+        """Wait for a further error response."""
         await self._errors.acquire()
 
     @property
     def statuses(self) -> list[int]:
-        return [answer.status_code for answer in self.seen]
+        return [answer.status_code for answer in self.all]
 
 
 @asynccontextmanager
 async def openai_for(
-    scene: Scene, answers: Answers, *, key: str = "none", **settings: Any
+    scene: Scene, responses: Responses, *, key: str = "none", **settings: Any
 ) -> AsyncIterator[AsyncOpenAI]:
-    """The library with its own settings, and a gateway."""
-    http = DefaultAsyncHttpx2Client(event_hooks={"response": [answers.add]})
+    """Run a gateway; yield a client with the default settings of the library."""
+    http = DefaultAsyncHttpx2Client(event_hooks={"response": [responses.add]})
     async with (
         serving(settings_of(scene, **settings)) as url,
         AsyncOpenAI(base_url=f"{url}/v1", api_key=key, http_client=http) as client,
@@ -61,8 +61,8 @@ async def openai_for(
 
 
 @pytest.fixture
-def answers() -> Answers:
-    return Answers()
+def responses() -> Responses:
+    return Responses()
 
 
 @pytest.fixture
@@ -73,21 +73,21 @@ def no_store(scene: Scene) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_request_that_is_queued_is_not_sent_again_in_an_outage(
-    scene: Scene, answers: Answers, monkeypatch: pytest.MonkeyPatch, stream: bool
+async def test_a_queued_request_is_not_retried_in_an_outage(
+    scene: Scene, responses: Responses, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     monkeypatch.setattr(jobs_module, "MAX_OUTAGE", 0.2)
     monkeypatch.setattr("consumer.gateway.sse.START_WITHIN", 60.0)
     monkeypatch.setattr(app_module, "EventLog", partial(EventLog, quiet=0.1))
     worker = await scene.start("held_in_run")
-    async with openai_for(scene, answers) as openai:
-        asking = asyncio.ensure_future(openai.images.generate(prompt=PROMPT, stream=stream))
+    async with openai_for(scene, responses) as openai:
+        request = asyncio.ensure_future(openai.images.generate(prompt=PROMPT, stream=stream))
         await scene.noted("run")
         async with outage(scene, "kill", worker):
-            await answers.error()
+            await responses.error()
         await let_go(scene, "run")
         with pytest.raises(InternalServerError) as raised:
-            await asking
+            await request
         headers = raised.value.response.headers
         assert (raised.value.code, headers["x-should-retry"]) == ("unavailable", "false")
         assert "retry-after" not in headers
@@ -96,11 +96,11 @@ async def test_a_request_that_is_queued_is_not_sent_again_in_an_outage(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_output_that_cannot_be_read_is_not_made_again(
-    scene: Scene, answers: Answers, no_store: dict[str, str], stream: bool
+async def test_an_unreadable_output_is_not_generated_again(
+    scene: Scene, responses: Responses, no_store: dict[str, str], stream: bool
 ) -> None:
     await scene.start()
-    async with openai_for(scene, answers, **no_store) as openai:
+    async with openai_for(scene, responses, **no_store) as openai:
         with pytest.raises(InternalServerError) as raised:
             await openai.images.generate(prompt=PROMPT, stream=stream)
         assert raised.value.response.headers["x-should-retry"] == "false"
@@ -111,7 +111,7 @@ async def test_an_output_that_cannot_be_read_is_not_made_again(
         assert found.json()["state"] == "succeeded"
 
 
-async def test_other_endpoints_do_not_make_it_again_either(
+async def test_infer_does_not_retry_an_unreadable_output(
     scene: Scene, no_store: dict[str, str]
 ) -> None:
     await scene.start()
@@ -121,21 +121,21 @@ async def test_other_endpoints_do_not_make_it_again_either(
     assert scene.runs() == [answer.headers["x-request-id"]]
 
 
-async def test_with_an_idempotency_key_it_is_sent_again_and_run_once(
-    scene: Scene, answers: Answers, no_store: dict[str, str], monkeypatch: pytest.MonkeyPatch
+async def test_a_retried_idempotent_request_runs_once(
+    scene: Scene, responses: Responses, no_store: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(errors, "UNAVAILABLE_RETRY_AFTER", 1)
     await scene.start()
-    async with openai_for(scene, answers, **no_store) as openai:
+    async with openai_for(scene, responses, **no_store) as openai:
         with pytest.raises(InternalServerError) as raised:
             await openai.images.generate(prompt=PROMPT, extra_headers={"Idempotency-Key": "k"})
     assert raised.value.response.headers["x-should-retry"] == "true"
-    assert answers.statuses == [503] * 3
+    assert responses.statuses == [503] * 3
     assert len(scene.runs()) == 1
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/images/generations"])
-async def test_a_job_that_is_queued_and_cannot_be_looked_at_is_not_queued_again(
+async def test_a_queued_job_with_a_failed_lookup_is_not_retried(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     async def unavailable(*_: object) -> None:
@@ -152,36 +152,36 @@ async def test_a_job_that_is_queued_and_cannot_be_looked_at_is_not_queued_again(
     assert await scene.left() == 2
 
 
-async def test_a_failure_of_the_model_is_not_sent_again(scene: Scene, answers: Answers) -> None:
+async def test_a_model_error_is_not_retried(scene: Scene, responses: Responses) -> None:
     await scene.start("raises_on_demand")
-    async with openai_for(scene, answers) as openai:
+    async with openai_for(scene, responses) as openai:
         with pytest.raises(InternalServerError) as raised:
             await openai.images.generate(prompt="raises")
     assert raised.value.code == "model_error"
-    assert answers.statuses == [500]
-    # The worker itself runs it CONSUMER_MAX_ATTEMPTS times.
-    assert set(scene.runs()) == {answers.seen[0].headers["x-request-id"]}
+    assert responses.statuses == [500]
+    # The worker runs the request CONSUMER_MAX_ATTEMPTS times.
+    assert set(scene.runs()) == {responses.all[0].headers["x-request-id"]}
 
 
-async def test_a_bound_of_a_minute_is_waited_for(
-    scene: Scene, answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_the_library_waits_for_the_bound_per_minute(
+    scene: Scene, responses: Responses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounds_module, "MINUTE", 2.0)
     file = KeyFile(tmp_path / "keys.json")
     key = file.add("alice", Bounds(per_minute=1)).text
     await scene.start()
-    async with openai_for(scene, answers, key=key, GATEWAY_KEYS=file.path) as openai:
+    async with openai_for(scene, responses, key=key, GATEWAY_KEYS=file.path) as openai:
         for _ in range(2):
             assert (await openai.images.generate(prompt=PROMPT)).data
-    assert answers.statuses == [200, 429, 200]
-    refused = answers.seen[1]
+    assert responses.statuses == [200, 429, 200]
+    refused = responses.all[1]
     assert await refused.aread()
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
     assert refused.headers["retry-after"] in {"1", "2"}
     assert len(scene.runs()) == 2
 
 
-async def test_a_full_queue_says_when_to_come_again(scene: Scene) -> None:
+async def test_a_full_queue_returns_a_retry_delay(scene: Scene) -> None:
     jetstream = scene.sender.jetstream()
     config = (await jetstream.stream_info(scene.subjects.requests_stream(scene.task))).config
     await jetstream.update_stream(config.evolve(max_msgs=1))

@@ -1,4 +1,4 @@
-"""A gateway as its operator sees it: start, probes, metrics, log, drain, end."""
+"""Operation of a gateway: start, keys, probes, metrics, log, TLS, limits and drain."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ Start = Callable[..., GatewayServer]
 
 @pytest.fixture(scope="module")
 def idle(stack: DevStack) -> dict[str, str]:
-    """Settings of an installation that has no worker."""
+    """Settings of an installation without workers."""
     environment: dict[str, Any] = {**stack.environment(), "CONSUMER_SUBJECT_ROOT": "idle"}
     settings = Settings(**{name.lower(): value for name, value in environment.items()})
     asyncio.run(apply(settings))
@@ -47,7 +47,7 @@ def idle(stack: DevStack) -> dict[str, str]:
 
 @pytest.fixture
 def start(idle: dict[str, str], tmp_path: Path) -> Iterator[Start]:
-    """Start a gateway where there is no worker, unless the test says otherwise."""
+    """Return a function that starts a gateway, by default without workers."""
     numbers = itertools.count()
     with contextlib.ExitStack() as running:
 
@@ -96,23 +96,23 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 
 
 def ended(gateway: GatewayServer) -> int | None:
-    wait_for(lambda: not gateway.alive, "the gateway goes on")
+    wait_for(lambda: not gateway.alive, "the gateway does not stop")
     return gateway.returncode
 
 
 def metric(gateway: GatewayServer, name: str, **labels: str) -> float:
-    """The value of one series; 0 where there is none."""
-    wanted = {f'{label}="{value}"' for label, value in labels.items()}
+    """Return the value of a time series; 0 if there is none."""
+    expected = {f'{label}="{value}"' for label, value in labels.items()}
     for line in httpx2.get(f"{gateway.url}/metrics").text.splitlines():
         series, _, value = line.rpartition(" ")
         found, _, its_labels = series.rstrip("}").partition("{")
-        if found == name and set(filter(None, its_labels.split(","))) == wanted:
+        if found == name and set(filter(None, its_labels.split(","))) == expected:
             return float(value)
     return 0.0
 
 
 def in_background(call: Callable[[], httpx2.Response]) -> Callable[[], httpx2.Response]:
-    """Start a call in a thread; the result waits for its answer."""
+    """Start a call in a thread; return a function that waits for its response."""
     answers: list[httpx2.Response] = []
     thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
     thread.start()
@@ -134,11 +134,13 @@ IMAGE = {"prompt": "a red circle", "size": "64x64"}
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("GATEWAY_HOST", "0.0.0.0", "without GATEWAY_KEYS"),  # noqa: S104 - it is refused
+        ("GATEWAY_HOST", "0.0.0.0", "without GATEWAY_KEYS"),  # noqa: S104 - the gateway refuses it
         ("GATEWAY_CORS_ORIGINS", "*", "* needs GATEWAY_KEYS"),
     ],
 )
-def test_without_keys_nothing_of_other_hosts_may_call(name: str, value: str, reason: str) -> None:
+def test_without_keys_settings_for_other_hosts_are_refused(
+    name: str, value: str, reason: str
+) -> None:
     done = consumer("gateway", **{name: value})
     assert done.returncode == 2
     assert done.stderr.startswith(f"consumer: {name}: {reason}")
@@ -156,7 +158,7 @@ def test_unusable_keys_stop_the_start(tmp_path: Path, content: str | None) -> No
     assert done.stderr.count("\n") == 1
 
 
-def test_a_taken_address_stops_the_start(stack: DevStack) -> None:
+def test_an_address_in_use_stops_the_start(stack: DevStack) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = consumer("gateway", **stack.environment(), GATEWAY_PORT=str(port))
@@ -165,15 +167,15 @@ def test_a_taken_address_stops_the_start(stack: DevStack) -> None:
     assert line["reason"] == f"127.0.0.1:{port}: Address already in use"
 
 
-def test_answers_are_sent_without_delay() -> None:
-    """Else the body of each answer after the first waits for the client's delayed ACK."""
+def test_responses_are_sent_without_delay() -> None:
+    """Without TCP_NODELAY, each later response body waits for the client's delayed ACK."""
     (port,) = free_ports(1)
     (listener,) = serve._listen(Settings(gateway_port=port))
     with listener, socket.create_connection(("127.0.0.1", port)), listener.accept()[0] as accepted:
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_no_nats_stops_the_start_with_69(start: Start) -> None:
+def test_a_missing_nats_server_stops_the_start_with_69(start: Start) -> None:
     (port,) = free_ports(1)
     url = f"nats://someone:secret@127.0.0.1:{port}"
     gateway = start(ready=False, patch="app.CONNECT_WITHIN = 0.5", NATS_URL=url)
@@ -182,7 +184,7 @@ def test_no_nats_stops_the_start_with_69(start: Start) -> None:
     assert "secret" not in gateway.log.read_text()
 
 
-def test_without_keys_it_says_so(start: Start) -> None:
+def test_a_gateway_without_keys_logs_a_warning(start: Start) -> None:
     gateway = start()
     ready, opened = lines_of(gateway)[:2]
     assert (ready["event"], ready["url"]) == ("gateway_ready", gateway.url)
@@ -192,7 +194,7 @@ def test_without_keys_it_says_so(start: Start) -> None:
 @pytest.mark.parametrize(
     "settings", [{}, {"GATEWAY_CORS_ORIGINS": "http://friend.example"}], ids=["default", "cors"]
 )
-def test_pages_of_other_hosts_cannot_use_an_open_gateway(
+def test_pages_of_other_hosts_cannot_use_a_gateway_without_keys(
     start: Start, settings: dict[str, str]
 ) -> None:
     gateway = start(**settings)
@@ -202,8 +204,8 @@ def test_pages_of_other_hosts_cannot_use_an_open_gateway(
     for origin in ("http://evil.example", "null"):
         posted = httpx2.post(f"{gateway.url}/v1/jobs", json={}, headers={"origin": origin})
         assert posted.status_code == 403
-    own = httpx2.post(f"{gateway.url}/v1/jobs", json={}, headers={"origin": gateway.url})
-    assert own.status_code == 400
+    same_origin = httpx2.post(f"{gateway.url}/v1/jobs", json={}, headers={"origin": gateway.url})
+    assert same_origin.status_code == 400
     port = gateway.url.rpartition(":")[2]
     assert httpx2.get(f"http://localhost:{port}/v1/models").status_code == 200
 
@@ -211,11 +213,11 @@ def test_pages_of_other_hosts_cannot_use_an_open_gateway(
 # -- keys -----------------------------------------------------------------------------------------
 
 
-def test_keys_are_added_listed_and_revoked_while_it_runs(start: Start, keys: KeyFile) -> None:
+def test_keys_can_be_added_listed_and_revoked_at_runtime(start: Start, keys: KeyFile) -> None:
     settings = {"GATEWAY_KEYS": str(keys.path)}
-    made = consumer("gateway", "keys", "add", "acme", "--steps", "4", **settings)
-    assert made.returncode == 0, made.stderr
-    key = made.stdout.removesuffix("\n")
+    added = consumer("gateway", "keys", "add", "acme", "--steps", "4", **settings)
+    assert added.returncode == 0, added.stderr
+    key = added.stdout.removesuffix("\n")
     gateway = start(**settings)
     assert "gateway_without_keys" not in events_of(gateway)
 
@@ -243,7 +245,7 @@ def test_keys_are_added_listed_and_revoked_while_it_runs(start: Start, keys: Key
     assert (again.returncode, again.stderr) == (2, "consumer: there is no key of this id\n")
 
 
-def test_the_commands_of_keys_need_the_setting() -> None:
+def test_the_key_commands_require_the_setting() -> None:
     for command in (("add", "acme"), ("list",), ("revoke", "aaaaaaaa")):
         done = consumer("gateway", "keys", *command)
         assert (done.returncode, done.stderr) == (
@@ -252,12 +254,12 @@ def test_the_commands_of_keys_need_the_setting() -> None:
         )
 
 
-def test_probes_need_no_key_and_everything_else_does(start: Start, keys: KeyFile) -> None:
+def test_only_probes_and_pages_need_no_key(start: Start, keys: KeyFile) -> None:
     keys.add("acme", Bounds())
     gateway = start(GATEWAY_KEYS=str(keys.path))
     for path in ("/healthz", "/readyz", "/metrics"):
         assert httpx2.get(gateway.url + path).status_code == 200
-    # Those of docs/reference/observability.md.
+    # The conditions in docs/reference/observability.md.
     assert httpx2.get(f"{gateway.url}/readyz").json().keys() == {"bus", "keys", "gateway"}
     document = httpx2.get(f"{gateway.url}/openapi.json").json()
     without = {"/healthz", "/readyz", "/metrics", "/", "/{name}"}
@@ -275,14 +277,14 @@ class _AnyId(dict[str, str]):
         return "1"
 
 
-def test_bounds_are_answers_that_clients_understand(start: Start, keys: KeyFile) -> None:
+def test_bounds_lead_to_standard_errors(start: Start, keys: KeyFile) -> None:
     key = keys.add("acme", Bounds(pixels=64 * 64, steps=2, per_minute=1)).text
     gateway = start(GATEWAY_KEYS=str(keys.path))
     headers = {"authorization": f"Bearer {key}", "prefer": "respond-async"}
 
     def draw(**fields: object) -> httpx2.Response:
-        asked = {**IMAGE, **fields}
-        return httpx2.post(f"{gateway.url}/v1/images/generations", json=asked, headers=headers)
+        body = {**IMAGE, **fields}
+        return httpx2.post(f"{gateway.url}/v1/images/generations", json=body, headers=headers)
 
     large = draw(size="128x64")
     assert large.status_code == 400
@@ -298,11 +300,11 @@ def test_bounds_are_answers_that_clients_understand(start: Start, keys: KeyFile)
     assert metric(gateway, "generation_gateway_refused_total", reason="rate_limit_exceeded") == 1
 
 
-def test_the_bound_on_waiting_holds_over_gateways_and_keys(start: Start, keys: KeyFile) -> None:
-    """No worker is there: what is queued waits."""
+def test_the_waiting_bound_covers_all_gateways_and_keys(start: Start, keys: KeyFile) -> None:
+    """There is no worker, so queued requests wait."""
     bounds = Bounds(waiting=2)
     first, second = keys.add("acme", bounds).text, keys.add("acme", bounds).text
-    stranger = keys.add("other", bounds).text
+    other_tenant = keys.add("other", bounds).text
     here, there = start(GATEWAY_KEYS=str(keys.path)), start(GATEWAY_KEYS=str(keys.path))
 
     def submit(gateway: GatewayServer, key: str, idempotency_key: str = "") -> httpx2.Response:
@@ -320,12 +322,12 @@ def test_the_bound_on_waiting_holds_over_gateways_and_keys(start: Start, keys: K
         assert refused.json()["error"]["code"] == "too_many_waiting"
         assert refused.headers["x-should-retry"] == "true"
         assert int(refused.headers["retry-after"]) > 0
-    # A repeated request queues nothing, and other tenants have their own room.
+    # A repeated request adds nothing to the queue, and other tenants have separate bounds.
     assert submit(there, first, "poster").status_code == 202
-    assert submit(there, stranger).status_code == 202
+    assert submit(there, other_tenant).status_code == 202
 
 
-def test_the_bound_on_images_names_the_callers_parameter(start: Start, keys: KeyFile) -> None:
+def test_the_image_bound_names_the_parameter_of_the_endpoint(start: Start, keys: KeyFile) -> None:
     key = keys.add("acme", Bounds(images=2)).text
     gateway = start(GATEWAY_KEYS=str(keys.path))
     headers = {"authorization": f"Bearer {key}", "prefer": "respond-async"}
@@ -347,12 +349,10 @@ def test_the_bound_on_images_names_the_callers_parameter(start: Start, keys: Key
         assert post(path, {**body, param: 2}).status_code == 202
 
 
-# -- what can be seen -----------------------------------------------------------------------------
+# -- log and metrics ------------------------------------------------------------------------------
 
 
-def test_the_access_log_has_neither_prompts_nor_queries_nor_keys(
-    start: Start, keys: KeyFile
-) -> None:
+def test_the_access_log_contains_no_prompts_queries_or_keys(start: Start, keys: KeyFile) -> None:
     new = keys.add("acme", Bounds())
     gateway = start(GATEWAY_KEYS=str(keys.path))
     headers = {"authorization": f"Bearer {new.text}", "prefer": "respond-async"}
@@ -367,14 +367,14 @@ def test_the_access_log_has_neither_prompts_nor_queries_nor_keys(
     assert "secret-" not in log
     assert new.text not in log
     lines = [line for line in lines_of(gateway) if line["event"] == "http_request"]
-    drawn = next(line for line in lines if line["route"] == "/v1/images/generations")
-    assert drawn["status"] == 202
-    assert drawn["key"] == new.id
-    assert drawn["job"] == answer.headers["x-request-id"]
+    logged = next(line for line in lines if line["route"] == "/v1/images/generations")
+    assert logged["status"] == 202
+    assert logged["key"] == new.id
+    assert logged["job"] == answer.headers["x-request-id"]
     assert [line["route"] for line in lines] == ["/v1/images/generations", "unmatched"]
 
 
-def test_metrics_have_templates_and_no_ids(start: Start) -> None:
+def test_metrics_contain_route_templates_without_ids(start: Start) -> None:
     gateway = start()
     for job_id in ("open0000-t1", "open0000-t2"):
         httpx2.get(f"{gateway.url}/v1/jobs/{job_id}")
@@ -396,17 +396,17 @@ def test_metrics_have_templates_and_no_ids(start: Start) -> None:
     assert "no/such/path" not in text
 
 
-def test_requests_and_streams_are_counted_while_they_last(start: Start) -> None:
+def test_open_requests_and_streams_are_counted(start: Start) -> None:
     gateway = start()
     job = httpx2.post(
         f"{gateway.url}/v1/jobs", json={"task": "text_to_image", "prompt": "a red circle"}
     ).json()
     with httpx2.stream("GET", gateway.url + job["events_url"]) as stream:
-        chunks = stream.iter_raw()  # kept: it closes the stream when it is dropped
+        chunks = stream.iter_raw()  # a reference, because its garbage collection closes the stream
         next(chunks)
         assert metric(gateway, "generation_gateway_streams") == 1
-        assert metric(gateway, "generation_gateway_requests_in_flight") == 2  # and the scrape
-    wait_for(lambda: metric(gateway, "generation_gateway_streams") == 0, "the stream stays")
+        assert metric(gateway, "generation_gateway_requests_in_flight") == 2  # one is the scrape
+    wait_for(lambda: metric(gateway, "generation_gateway_streams") == 0, "the stream does not end")
 
 
 # -- TLS ------------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def _trusting(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
-def test_tls_with_a_certificate_that_is_renewed(
+def test_a_renewed_certificate_is_used_and_an_unusable_one_ignored(
     start: Start, certificate: tuple[trustme.CA, dict[str, str]], tmp_path: Path
 ) -> None:
     first, settings = certificate
@@ -450,7 +450,7 @@ def test_tls_with_a_certificate_that_is_renewed(
         except httpx2.TransportError:
             return False
 
-    wait_for(lambda: answers(first), "it does not answer")
+    wait_for(lambda: answers(first), "the gateway does not respond")
     ready = next(line for line in lines_of(gateway) if line["event"] == "gateway_ready")
     assert ready["url"] == url
     second = trustme.CA()
@@ -462,7 +462,7 @@ def test_tls_with_a_certificate_that_is_renewed(
         (tmp_path / "cert.pem").write_bytes(unusable)
         wait_for(
             lambda times=times: events_of(gateway).count("certificate_unusable") > times,  # type: ignore[misc]
-            "the damage is not noticed",
+            "the unusable certificate is not reported",
         )
         assert answers(second)
     third = trustme.CA()
@@ -470,7 +470,7 @@ def test_tls_with_a_certificate_that_is_renewed(
     wait_for(lambda: answers(third), "the repaired certificate is not used")
 
 
-def test_a_certificate_that_cannot_be_used_stops_the_start(
+def test_an_unusable_certificate_stops_the_start(
     certificate: tuple[trustme.CA, dict[str, str]], tmp_path: Path
 ) -> None:
     _, settings = certificate
@@ -485,9 +485,7 @@ def test_a_certificate_that_cannot_be_used_stops_the_start(
 
 
 @pytest.mark.parametrize("content", [b" " * 2**21, b"{"], ids=["large", "malformed"])
-def test_nothing_of_a_body_is_read_without_a_key(
-    start: Start, keys: KeyFile, content: bytes
-) -> None:
+def test_no_body_is_read_without_a_key(start: Start, keys: KeyFile, content: bytes) -> None:
     keys.add("acme", Bounds())
     gateway = start(GATEWAY_KEYS=str(keys.path))
     for path in ("/v1/jobs", "/v1/images/edits", "/infer", "/no/such/path"):
@@ -500,8 +498,8 @@ def test_nothing_of_a_body_is_read_without_a_key(
     assert [line["received"] for line in lines] == [0, 0, 0, 0]
 
 
-def test_the_bodies_of_all_requests_are_bounded_together(start: Start) -> None:
-    """A body counts while its request is in progress: here until its client has disconnected."""
+def test_the_total_size_of_request_bodies_is_bounded(start: Start) -> None:
+    """A body counts while its request is in progress, here until the client disconnects."""
     gateway = start(GATEWAY_MAX_BODY="40000", GATEWAY_BODIES_BYTES="60000")
     url = f"{gateway.url}/v1/images/generations"
     padding = " " * 35_000
@@ -520,10 +518,10 @@ def test_the_bodies_of_all_requests_are_bounded_together(start: Start) -> None:
         assert refused.headers["x-should-retry"] == "true"
         assert int(refused.headers["retry-after"]) > 0
         assert metric(gateway, "generation_gateway_refused_total", reason="gateway_busy") == 1
-        # What is small enough has room: the refused body counts no more.
+        # A small body fits, because the refused body no longer counts.
         small = httpx2.post(url, json=IMAGE, headers={"prefer": "respond-async"})
         assert small.status_code == 202
-    wait_for(lambda: metric(gateway, "generation_gateway_streams") == 0, "the stream stays")
+    wait_for(lambda: metric(gateway, "generation_gateway_streams") == 0, "the stream does not end")
     answer = httpx2.post(url, content=body, headers={**headers, "prefer": "respond-async"})
     assert answer.status_code == 202
 
@@ -531,7 +529,7 @@ def test_the_bodies_of_all_requests_are_bounded_together(start: Start) -> None:
 # -- slow clients ---------------------------------------------------------------------------------
 
 
-def test_a_client_that_sends_nothing_is_disconnected(start: Start) -> None:
+def test_a_client_without_complete_headers_is_disconnected(start: Start) -> None:
     gateway = start(patch="serve.HEADERS_WITHIN = 0.3")
     for sent in (b"", b"GET /readyz HTTP/1.1\r\nhost: "):
         with socket.create_connection(("127.0.0.1", gateway.ports["http"]), WITHIN) as client:
@@ -539,7 +537,7 @@ def test_a_client_that_sends_nothing_is_disconnected(start: Start) -> None:
             assert client.recv(1) == b""
 
 
-def test_a_body_that_does_not_arrive_is_408(start: Start) -> None:
+def test_a_stalled_body_returns_408(start: Start) -> None:
     gateway = start(patch="in_flight.BODY_PART_WITHIN = 0.3")
     with socket.create_connection(("127.0.0.1", gateway.ports["http"]), WITHIN) as client:
         client.sendall(
@@ -550,8 +548,8 @@ def test_a_body_that_does_not_arrive_is_408(start: Start) -> None:
     assert_is_408(answer)
 
 
-def test_a_body_that_arrives_in_drips_is_408(start: Start) -> None:
-    """Each part arrives in time, and the body never ends."""
+def test_a_slow_body_returns_408(start: Start) -> None:
+    """Each part arrives in time, but the body does not end."""
     gateway = start(patch="in_flight.BODY_WITHIN = 0.5")
     until = time.monotonic() + WITHIN
     answer = b""
@@ -590,13 +588,13 @@ GET_LARGE = b"GET /page/large.js HTTP/1.1\r\nhost: localhost\r\n"
         GET_LARGE + b"connection: close\r\n\r\n",
         2 * (GET_LARGE + b"\r\n"),
     ],
-    ids=["kept", "closing", "pipelined"],
+    ids=["keep-alive", "close", "pipelined"],
 )
 def test_a_client_that_reads_nothing_is_disconnected(start: Start, sent: bytes) -> None:
     gateway = start(patch=LARGE)
     with socket.create_connection(("127.0.0.1", gateway.ports["http"]), WITHIN) as client:
         client.sendall(sent)
-        wait_for(lambda: "http_slow_reader" in events_of(gateway), "the connection stays")
+        wait_for(lambda: "http_slow_reader" in events_of(gateway), "the connection is not closed")
         received = 0
         with contextlib.suppress(ConnectionResetError):
             while chunk := client.recv(2**20):
@@ -604,12 +602,12 @@ def test_a_client_that_reads_nothing_is_disconnected(start: Start, sent: bytes) 
     assert received < 2**24
     wait_for(
         lambda: metric(gateway, "generation_gateway_requests_in_flight") == 1,
-        "the request goes on",
+        "the request does not end",
     )
 
 
-class _Unread(asyncio.Transport):
-    """A transport whose client reads as the test says."""
+class _SlowTransport(asyncio.Transport):
+    """A transport with a write buffer size that the test sets."""
 
     unread = 100_000
     aborted = False
@@ -625,7 +623,7 @@ class _Unread(asyncio.Transport):
 
 
 async def test_a_client_that_reads_a_little_stays_connected() -> None:
-    transport = _Unread()
+    transport = _SlowTransport()
     config = uvicorn.Config(FastAPI(), log_config=None)
     protocol = serve._Protocol(config, ServerState(), {})
     protocol.connection_made(transport)
@@ -634,7 +632,7 @@ async def test_a_client_that_reads_a_little_stays_connected() -> None:
         protocol._check_reader()
         transport.unread -= 1
     protocol._check_reader()
-    protocol.resume_writing()  # and then there is another answer to read
+    protocol.resume_writing()  # the next response fills the buffer again
     transport.unread = 100_000
     protocol.pause_writing()
     protocol._check_reader()
@@ -644,18 +642,18 @@ async def test_a_client_that_reads_a_little_stays_connected() -> None:
     protocol.connection_lost(ConnectionAbortedError())
 
 
-# -- the end --------------------------------------------------------------------------------------
+# -- stop -----------------------------------------------------------------------------------------
 
 
-def test_without_requests_it_ends_at_once(start: Start) -> None:
+def test_an_idle_gateway_stops_at_once(start: Start) -> None:
     gateway = start()
     gateway.signal(signal.SIGTERM)
     assert ended(gateway) == 0
     assert events_of(gateway)[-2:] == ["gateway_draining", "gateway_stopped"]
 
 
-def test_it_drains(start: Start) -> None:
-    """No worker is there: what waits goes on waiting, up to the grace."""
+def test_a_draining_gateway_ends_streams_and_refuses_new_requests(start: Start) -> None:
+    """There is no worker, so a waiting request waits until the end of the drain grace."""
     gateway = start(GATEWAY_DRAIN_GRACE="2")
     submit = {"task": "text_to_image", "prompt": "a red circle"}
     job = httpx2.post(f"{gateway.url}/v1/jobs", json=submit).json()
@@ -673,7 +671,7 @@ def test_it_drains(start: Start) -> None:
             "the request did not arrive",
         )
         gateway.signal(signal.SIGTERM)
-        # The stream ends at once: its client goes on at another gateway.
+        # The stream ends at once, and its client resumes it at another gateway.
         assert b"".join(chunks).endswith(b": the gateway stops, connect again\n\n")
     assert httpx2.get(f"{gateway.url}/healthz").status_code == 200
     ready = httpx2.get(f"{gateway.url}/readyz")
@@ -682,14 +680,14 @@ def test_it_drains(start: Start) -> None:
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "gateway_stopping"
     assert refused.headers["x-should-retry"] == "true"
-    # A request that waits gets the grace, then an answer.
+    # A waiting request gets a response at the end of the drain grace.
     assert waiting().status_code == 503
     assert waiting().json()["error"]["code"] == "gateway_stopping"
     assert ended(gateway) == 0
     assert "Traceback" not in gateway.log_since_start()
 
 
-def test_what_ends_within_the_grace_is_delivered(system: DevStack, start: Start) -> None:
+def test_a_result_within_the_drain_grace_is_returned(system: DevStack, start: Start) -> None:
     gateway = start(
         **system.environment(), CONSUMER_SUBJECT_ROOT="generation", GATEWAY_DRAIN_GRACE="120"
     )
@@ -711,26 +709,26 @@ def test_what_ends_within_the_grace_is_delivered(system: DevStack, start: Start)
     assert ended(gateway) == 0
 
 
-def test_a_second_signal_ends_it_at_once(start: Start) -> None:
+def test_a_second_signal_stops_the_gateway_at_once(start: Start) -> None:
     gateway = start(GATEWAY_DRAIN_GRACE="600")
     with contextlib.suppress(httpx2.TransportError):
         url = f"{gateway.url}/v1/images/generations"
         with httpx2.stream("POST", url, json={**IMAGE, "stream": True}, timeout=WITHIN) as stream:
             gateway.signal(signal.SIGTERM)
-            wait_for(lambda: "gateway_draining" in events_of(gateway), "it does not drain")
+            wait_for(lambda: "gateway_draining" in events_of(gateway), "the gateway does not drain")
             gateway.signal(signal.SIGINT)
             stream.read()
     assert ended(gateway) == 0
     assert "gateway_stopped_before_drained" in events_of(gateway)
 
 
-def test_a_connection_to_nats_that_is_lost_for_good_ends_it(start: Start) -> None:
+def test_a_closed_nats_connection_stops_the_gateway(start: Start) -> None:
     closing = """
 from consumer.bus import connection
-usual = connection.connect
+original = connection.connect
 async def connect(*arguments, **named):
     import asyncio
-    bus = await usual(*arguments, **named)
+    bus = await original(*arguments, **named)
     asyncio.get_running_loop().call_later(1.0, asyncio.ensure_future, bus.client.close())
     return bus
 app.connect = connect

@@ -1,4 +1,4 @@
-"""When a request starts: by the results of the last minutes, and by the run that is under way."""
+"""Estimated starts, from recent results and the progress of the current run."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -32,20 +32,20 @@ def progress(eta: float) -> ProgressEvent:
     return ProgressEvent(**COMMON, step=1, of=9, eta=eta)
 
 
-def test_nothing_is_said_before_something_was_measured() -> None:
+def test_there_is_no_estimate_before_the_first_result() -> None:
     pace = Pace()
     pace.add(progress(30.0))
     assert pace.until_start(TASK, 0) is None
 
 
-def test_each_request_ahead_takes_the_mean() -> None:
+def test_each_request_ahead_adds_the_mean_duration() -> None:
     pace = Pace()
     pace.add(succeeded(2.0))
     assert pace.until_start(TASK, 0) == pytest.approx(2.0, abs=0.1)
     assert pace.until_start(TASK, 3) == pytest.approx(8.0, abs=0.1)
 
 
-def test_a_long_run_delays_what_waits_until_it_has_ended() -> None:
+def test_the_remaining_time_of_a_run_delays_waiting_requests() -> None:
     pace = Pace()
     pace.add(succeeded(2.0))
     pace.add(progress(60.0))

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from playwright.async_api import FilePayload, Request, Route, expect
 
 from consumer.devstack import GatewayServer
+from tests.gateway.images import red_circle
 from tests.gateway.page_visits import (
     LONG,
     WITHIN,
@@ -25,7 +26,6 @@ from tests.gateway.page_visits import (
     tenants,
     visit,
 )
-from tests.gateway.pictures import red_circle
 from tests.support.relay import Relay
 
 __all__ = ["browser", "tenants", "visit"]  # fixtures
@@ -33,7 +33,7 @@ __all__ = ["browser", "tenants", "visit"]  # fixtures
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def test_a_drawing_is_watched_and_its_result_looked_at(visit: Visits) -> None:
+async def test_a_drawing_shows_its_progress_and_its_result(visit: Visits) -> None:
     page = await visit()
     await expect(page.locator("#gallery-empty")).to_have_text(re.compile("No results yet"))
     await expect(page.locator("#connection")).to_have_text("Connected")
@@ -61,7 +61,7 @@ async def test_a_drawing_is_watched_and_its_result_looked_at(visit: Visits) -> N
     assert Image.open(io.BytesIO(content)).size == (64, 64)
 
 
-async def test_parameters_are_used_again(visit: Visits) -> None:
+async def test_the_form_reuses_the_parameters_of_a_result(visit: Visits) -> None:
     key = visit.tenants.new_key()
     page = await visit(key=key)
     options = {"steps": "5", "seed": "11", "count": "3", "width": "32", "guidance": "1.5"}
@@ -71,7 +71,7 @@ async def test_parameters_are_used_again(visit: Visits) -> None:
     await draw(page, "three blue squares", **options)
     await expect(card(page, "three blue squares")).to_contain_text("3 images")
 
-    # Another browser of the same tenant: nothing is known but what the server says.
+    # Another browser of the same tenant has no stored values: all data is from the server.
     page = await visit(key=key)
     await (
         card(page, "three blue squares").get_by_role("button", name="Use these parameters").click()
@@ -82,7 +82,7 @@ async def test_parameters_are_used_again(visit: Visits) -> None:
     await expect(page.locator("#prompt")).to_be_focused()
 
 
-async def test_waiting_jobs_have_places_and_can_be_cancelled(visit: Visits) -> None:
+async def test_waiting_jobs_show_their_position_and_can_be_cancelled(visit: Visits) -> None:
     page = await visit()
     await draw(page, "the first", **LONG)
     await expect(job(page, "the first")).to_have_attribute("data-state", "running")
@@ -102,18 +102,18 @@ async def test_waiting_jobs_have_places_and_can_be_cancelled(visit: Visits) -> N
     await expect(page.locator("#active-empty")).to_be_visible()
 
 
-async def test_waiting_jobs_say_when_they_start(visit: Visits) -> None:
+async def test_waiting_jobs_show_their_estimated_start(visit: Visits) -> None:
     page = await visit()
-    await draw(page, "the measured one", steps="60", count="1")
-    await expect(card(page, "the measured one")).to_have_attribute("data-state", "succeeded")
+    await draw(page, "the measured job", steps="60", count="1")
+    await expect(card(page, "the measured job")).to_have_attribute("data-state", "succeeded")
     await draw(page, "the first", **LONG)
     await expect(job(page, "the first")).to_have_attribute("data-state", "running")
     await draw(page, "the second", steps="2", count="1")
     await draw(page, "the third", steps="2", count="1")
-    places = {"the second": "Next in the queue", "the third": "1 request ahead"}
-    for title, place in places.items():
+    positions = {"the second": "Next in the queue", "the third": "1 request ahead"}
+    for title, position in positions.items():
         status = job(page, title).locator(".job-status")
-        await expect(status).to_have_text(re.compile(rf"^{place}, starts in about \d+ (s|min)$"))
+        await expect(status).to_have_text(re.compile(rf"^{position}, starts in about \d+ (s|min)$"))
 
 
 async def test_a_running_job_survives_a_reload(visit: Visits) -> None:
@@ -130,14 +130,14 @@ async def test_a_running_job_survives_a_reload(visit: Visits) -> None:
     await expect(card(page, title)).to_contain_text("Cancelled")
 
 
-async def test_a_stream_that_breaks_off_is_resumed(visit: Visits) -> None:
+async def test_a_broken_stream_is_resumed(visit: Visits) -> None:
     async with Relay(visit.tenants.server.ports["http"]) as relay:
         page = await visit(url=f"http://{relay.address}")
-        asked: list[str | None] = []
+        last_ids: list[str | None] = []
 
         def on_request(request: Request) -> None:
             if request.url.endswith("/events"):
-                asked.append(request.headers.get("last-event-id"))
+                last_ids.append(request.headers.get("last-event-id"))
 
         page.on("request", on_request)
         title = "a purple heart"
@@ -147,23 +147,23 @@ async def test_a_stream_that_breaks_off_is_resumed(visit: Visits) -> None:
         relay.break_all()
         await expect(status).to_have_text(re.compile(r"Step \d+"))
         relay.cut()
-        await expect(page.locator("#connection")).to_have_text("Connecting again")
+        await expect(page.locator("#connection")).to_have_text("Reconnecting")
         await expect(page.locator("#notices")).to_contain_text("cannot be reached")
         relay.mend()
         await expect(page.locator("#connection")).to_have_text("Connected")
         await expect(page.locator("#notices")).to_be_empty()
         await page.get_by_role("button", name=f"Cancel {title}").click()
         await expect(card(page, title)).to_contain_text("Cancelled")
-    assert asked[0] is None
-    assert len(asked) > 1
-    assert all(re.fullmatch(r"\d+-\d+", last or "") for last in asked[1:])
+    assert last_ids[0] is None
+    assert len(last_ids) > 1
+    assert all(re.fullmatch(r"\d+-\d+", last or "") for last in last_ids[1:])
 
 
-async def test_an_unanswered_submit_is_not_done_twice(visit: Visits) -> None:
+async def test_a_submission_without_a_response_creates_one_job(visit: Visits) -> None:
     page = await visit()
     lost = True
 
-    async def lose_the_answer(route: Route) -> None:
+    async def lose_response(route: Route) -> None:
         nonlocal lost
         if route.request.method == "POST" and lost:
             lost = False
@@ -172,7 +172,7 @@ async def test_an_unanswered_submit_is_not_done_twice(visit: Visits) -> None:
         else:
             await route.continue_()
 
-    await page.route("**/v1/jobs", lose_the_answer)
+    await page.route("**/v1/jobs", lose_response)
     await draw(page, "a green disc", steps="2")
     await expect(page.locator("#form-error")).to_have_text("The gateway cannot be reached.")
     await page.get_by_role("button", name="Draw").click()
@@ -181,12 +181,12 @@ async def test_an_unanswered_submit_is_not_done_twice(visit: Visits) -> None:
     await expect(card(page, "a green disc")).to_have_count(1)
 
 
-async def test_a_model_without_previews_draws_all_the_same(visit: Visits) -> None:
+async def test_a_model_without_previews_still_draws(visit: Visits) -> None:
     page = await visit()
     sent: list[dict[str, Any]] = []
     listed = asyncio.Event()
 
-    async def list_the_failed_one(route: Route) -> None:
+    async def list_failed_job(route: Route) -> None:
         answer = await route.fetch()
         body = await answer.json()
         if sent:
@@ -207,16 +207,16 @@ async def test_a_model_without_previews_draws_all_the_same(visit: Visits) -> Non
         await route.fulfill(status=202, json=document)
         return None
 
-    async def events_of_it(route: Route) -> None:
+    async def failed_event(route: Route) -> None:
         failed = (
             'event: failed\ndata: {"failure": {"code": "unsupported_parameter", "message": '
             '"preview: Flux does not have it", "details": {"parameter": "preview"}}}\n\n'
         )
         await route.fulfill(content_type="text/event-stream", body=failed)
 
-    await page.route("**/v1/jobs?*", list_the_failed_one)
+    await page.route("**/v1/jobs?*", list_failed_job)
     await page.route("**/v1/jobs", refuse_previews)
-    await page.route("**/v1/jobs/x-1/events", events_of_it)
+    await page.route("**/v1/jobs/x-1/events", failed_event)
     await draw(page, "a red disc", steps="2")
     await expect(page.locator("#gallery > li[data-state=succeeded]")).to_contain_text("a red disc")
     await draw(page, "a blue disc", steps="2")
@@ -227,7 +227,7 @@ async def test_a_model_without_previews_draws_all_the_same(visit: Visits) -> Non
 
 
 def photograph() -> bytes:
-    """A file that is too large for a message of the queue."""
+    """Return an image file that is too large for a message of the queue."""
     noise = Image.frombytes("RGB", (1_200, 1_200), os.urandom(1_200 * 1_200 * 3))
     ImageDraw.Draw(noise).ellipse((200, 200, 1_000, 1_000), fill=(220, 40, 40))
     file = io.BytesIO()
@@ -235,7 +235,7 @@ def photograph() -> bytes:
     return file.getvalue()
 
 
-async def test_a_question_about_uploads_is_answered(visit: Visits) -> None:
+async def test_a_question_about_uploads_gets_an_answer(visit: Visits) -> None:
     page = await visit()
     await page.get_by_role("radio", name="Ask about images").check()
     await page.locator("#files").set_input_files(
@@ -251,14 +251,14 @@ async def test_a_question_about_uploads_is_answered(visit: Visits) -> None:
     await page.get_by_role("button", name="Remove circle.png").click()
     await expect(attached).to_have_count(1)
 
-    # The text is written so fast that it is watched by an observer, not by looking now and then.
+    # The text grows too fast for polling, so an observer records it.
     await page.evaluate(
         """() => {
           window.texts = new Set();
-          const look = () => {
+          const record = () => {
             for (const node of document.querySelectorAll(".job-text")) texts.add(node.textContent);
           };
-          new MutationObserver(look).observe(document.querySelector("#active"),
+          new MutationObserver(record).observe(document.querySelector("#active"),
             { subtree: true, childList: true, characterData: true });
         }"""
     )
@@ -281,7 +281,7 @@ async def test_a_question_about_uploads_is_answered(visit: Visits) -> None:
     await expect(card(page, "Describe this picture.").locator(".sources img")).to_be_visible()
 
 
-async def test_images_are_dropped_and_pasted(visit: Visits) -> None:
+async def test_images_can_be_dropped_and_pasted(visit: Visits) -> None:
     page = await visit()
     transfer = await page.evaluate_handle(
         """(base64) => {
@@ -306,7 +306,7 @@ async def test_images_are_dropped_and_pasted(visit: Visits) -> None:
     await expect(page.locator("#attachments > li")).to_have_count(2)
 
 
-async def test_an_image_of_the_gallery_is_asked_about_with_one_click(visit: Visits) -> None:
+async def test_one_click_prepares_a_question_about_an_image_of_the_gallery(visit: Visits) -> None:
     key = visit.tenants.new_key()
     page = await visit(key=key)
     await draw(page, "a blue triangle")
@@ -321,10 +321,10 @@ async def test_an_image_of_the_gallery_is_asked_about_with_one_click(visit: Visi
     await expect(source).to_have_attribute("data-state", "done")
 
 
-async def test_what_is_wrong_is_said_in_sentences_at_its_field(visit: Visits) -> None:
+async def test_the_form_shows_errors_as_sentences_at_their_fields(visit: Visits) -> None:
     page = await visit()
     await page.get_by_role("button", name="Draw").click()
-    await expect(page.locator("#prompt-error")).to_have_text("Write something first.")
+    await expect(page.locator("#prompt-error")).to_have_text("This field is required.")
     await expect(page.locator("#prompt")).to_be_focused()
 
     await draw(page, "a star", steps="201")
@@ -342,7 +342,7 @@ async def test_what_is_wrong_is_said_in_sentences_at_its_field(visit: Visits) ->
     await expect(page.locator("#images-error")).to_contain_text("Choose at least one image")
 
 
-async def test_bounds_of_a_key_are_said(visit: Visits) -> None:
+async def test_the_form_shows_the_bounds_of_a_key(visit: Visits) -> None:
     page = await visit(key=visit.tenants.new_key(steps=10, per_minute=1))
     await draw(page, "a star", steps="11")
     await expect(page.locator("#steps-error")).to_have_text(re.compile(r"[A-Z].*10.*\."))
@@ -354,7 +354,7 @@ async def test_bounds_of_a_key_are_said(visit: Visits) -> None:
     )
 
 
-async def test_a_key_is_asked_for_and_kept_in_the_tab_only(visit: Visits) -> None:
+async def test_the_page_requests_a_key_and_stores_it_in_the_tab_only(visit: Visits) -> None:
     page = await visit(key="")
     await expect(page.locator("#notices")).to_contain_text("This gateway needs an API key.")
     await expect(page.locator("#connection")).to_have_text("API key needed")
@@ -385,21 +385,21 @@ async def test_a_key_is_asked_for_and_kept_in_the_tab_only(visit: Visits) -> Non
     assert "first key" not in await page.evaluate("JSON.stringify(sessionStorage)")
 
 
-async def test_without_keys_none_is_needed(visit: Visits, gateway: GatewayServer) -> None:
+async def test_a_gateway_without_keys_needs_no_key(visit: Visits, gateway: GatewayServer) -> None:
     page = await visit(key="", url=gateway.url)
     await expect(page.locator("#connection")).to_have_text("Connected")
     await draw(page, "for everybody", steps="2")
     await expect(card(page, "for everybody")).to_be_visible()
 
 
-async def test_history_comes_in_pages_and_is_filtered(visit: Visits) -> None:
+async def test_the_history_has_pages_and_filters(visit: Visits) -> None:
     key = visit.tenants.new_key()
     headers = {"authorization": f"Bearer {key}"}
     async with httpx2.AsyncClient(base_url=visit.tenants.server.url, headers=headers) as client:
         for number in range(30):
             body = {"task": "text_to_image", "prompt": "a dot", "num_inference_steps": 1}
             metadata = {"prompt": f"number {number:02}"}
-            # One of them is refused by the model.
+            # The model refuses one of the requests.
             width = {"width": 17} if number == 15 else {}
             answer = await client.post("/v1/jobs", json={**body, **width, "metadata": metadata})
             assert answer.status_code == 202, answer.text
@@ -421,7 +421,7 @@ async def test_history_comes_in_pages_and_is_filtered(visit: Visits) -> None:
     await expect(page.locator("#gallery-empty")).to_have_text("No answers yet.")
 
 
-async def test_texts_are_never_markup(visit: Visits) -> None:
+async def test_texts_are_not_rendered_as_markup(visit: Visits) -> None:
     page = await visit()
     title = "<img src=x onerror=alert(1)> <b>bold</b> &amp;"
     await draw(page, title, steps="2")

@@ -1,8 +1,9 @@
-"""The pages for keyboards, screen readers, weak eyes and small screens."""
+"""Accessibility of the pages: keyboard, screen readers, contrast and small screens."""
 
 import pytest
 from playwright.async_api import Route, expect
 
+from tests.gateway.images import red_circle
 from tests.gateway.page_visits import (
     DESKTOP,
     LONG,
@@ -18,14 +19,13 @@ from tests.gateway.page_visits import (
     tenants,
     visit,
 )
-from tests.gateway.pictures import red_circle
 
 __all__ = ["browser", "tenants", "visit"]  # fixtures
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def test_everything_works_with_the_keyboard_alone(visit: Visits) -> None:
+async def test_the_page_works_with_the_keyboard_alone(visit: Visits) -> None:
     page = await visit()
     focused = "document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"
 
@@ -55,7 +55,7 @@ async def test_everything_works_with_the_keyboard_alone(visit: Visits) -> None:
     await tab_to("Details: a gray cross")
     await page.keyboard.press("Enter")
     await expect(page.get_by_role("dialog")).to_be_visible()
-    for _ in range(12):  # the focus stays in the dialog, or leaves the page for the browser's own
+    for _ in range(12):  # the focus stays in the dialog or moves to the browser's controls
         await page.keyboard.press("Tab")
         assert await page.evaluate(
             "document.activeElement === document.body || !!document.activeElement.closest('dialog')"
@@ -65,7 +65,7 @@ async def test_everything_works_with_the_keyboard_alone(visit: Visits) -> None:
     assert await page.evaluate(focused) == "Details: a gray cross"
 
 
-async def test_results_are_leafed_through_with_the_arrows(visit: Visits) -> None:
+async def test_the_arrow_keys_switch_between_results(visit: Visits) -> None:
     page = await visit()
     for title in ("the older", "the newer"):
         await draw(page, title, steps="2")
@@ -83,7 +83,7 @@ async def test_results_are_leafed_through_with_the_arrows(visit: Visits) -> None
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-async def test_names_structure_and_contrast(
+async def test_names_structure_and_contrast_are_accessible(
     visit: Visits, theme: str, size: dict[str, int]
 ) -> None:
     page = await visit(color_scheme=theme, viewport=size)
@@ -95,10 +95,10 @@ async def test_names_structure_and_contrast(
     )
     await draw(page, "refused", width="17", count="")
     await expect(card(page, "refused")).to_contain_text("Failed")
-    await draw(page, "a long one", width="", **LONG)
-    await draw(page, "one that waits", **LONG)
-    await expect(job(page, "a long one").locator("progress[value]")).to_be_visible()
-    await expect(job(page, "one that waits")).to_be_visible()
+    await draw(page, "a long run", width="", **LONG)
+    await draw(page, "a waiting run", **LONG)
+    await expect(job(page, "a long run").locator("progress[value]")).to_be_visible()
+    await expect(job(page, "a waiting run")).to_be_visible()
     assert await problems(page) == []
     await card(page, "a small green star").get_by_role("button", name="Ask about").click()
     await page.locator("#temperature").fill("99")
@@ -113,7 +113,7 @@ async def test_names_structure_and_contrast(
 
 
 @pytest.mark.parametrize("size", [PHONE, NARROW], ids=["phone", "zoomed"])
-async def test_nothing_scrolls_sideways_on_small_screens(
+async def test_small_screens_need_no_horizontal_scrolling(
     visit: Visits, size: dict[str, int]
 ) -> None:
     page = await visit(viewport=size, has_touch=True, is_mobile=True)
@@ -131,22 +131,22 @@ async def test_nothing_scrolls_sideways_on_small_screens(
     assert not await scrolls_sideways(page)
 
 
-async def test_the_theme_follows_the_system_until_one_is_chosen(visit: Visits) -> None:
+async def test_the_theme_follows_the_system_until_the_user_chooses_one(visit: Visits) -> None:
     page = await visit(color_scheme="dark")
-    ground = "getComputedStyle(document.body).backgroundColor"
-    dark = await page.evaluate(ground)
+    background = "getComputedStyle(document.body).backgroundColor"
+    dark = await page.evaluate(background)
     await page.emulate_media(color_scheme="light")
-    light = await page.evaluate(ground)
+    light = await page.evaluate(background)
     assert dark != light
     await page.get_by_role("button", name="Switch to the dark theme").click()
-    assert await page.evaluate(ground) == dark
+    assert await page.evaluate(background) == dark
     await page.reload()
-    assert await page.evaluate(ground) == dark
+    assert await page.evaluate(background) == dark
     await page.get_by_role("button", name="Switch to the light theme").click()
-    assert await page.evaluate(ground) == light
+    assert await page.evaluate(background) == light
 
 
-async def test_nothing_moves_where_motion_is_unwanted(visit: Visits) -> None:
+async def test_reduced_motion_disables_all_animations(visit: Visits) -> None:
     page = await visit(reduced_motion="reduce")
     await page.get_by_role("radio", name="Ask about images").check()
     await page.locator("#files").set_input_files(
@@ -173,7 +173,7 @@ async def test_the_reference_shows_every_endpoint(visit: Visits, theme: str) -> 
     assert not await scrolls_sideways(page)
 
 
-async def test_the_reference_says_when_it_cannot_be_loaded(visit: Visits) -> None:
+async def test_the_reference_reports_a_failed_load(visit: Visits) -> None:
     page = await visit("/docs")
 
     async def fail(route: Route) -> None:

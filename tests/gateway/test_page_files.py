@@ -1,4 +1,4 @@
-"""The files of the pages: how they are served, what is in them."""
+"""The static files of the pages: HTTP headers, content and packaging."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from consumer.gateway.page import FILES
 ROOT = Path(__file__).parents[2]
 
 
-async def test_files_are_served_for_caches_and_under_a_strict_policy(
+async def test_files_have_entity_tags_and_a_strict_content_security_policy(
     gateway: GatewayServer,
 ) -> None:
     async with httpx2.AsyncClient(base_url=gateway.url) as client:
@@ -38,7 +38,7 @@ async def test_files_are_served_for_caches_and_under_a_strict_policy(
         assert missing.json()["error"]["code"] == "not_found"
 
 
-async def test_files_name_no_other_server() -> None:
+async def test_files_contain_no_address_of_another_server() -> None:
     for name, file in FILES.items():
         text = file.content.decode()
         addresses = set(re.findall(r"https?://[^\s\"'`)]+", text))
@@ -53,7 +53,7 @@ async def test_files_name_no_other_server() -> None:
             )
 
 
-def test_the_wheel_has_the_files(tmp_path: Path) -> None:
+def test_the_wheel_contains_the_files(tmp_path: Path) -> None:
     uv = shutil.which("uv")
     command = [uv] if uv else [sys.executable, "-m", "uv"]
     build = [*command, "build", "--package", "generation-consumer", "--wheel", "-o", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""Modules of the live page on their own, in a real Chromium."""
+"""Unit tests of the live page's modules, in a real Chromium."""
 
 import pytest
 
@@ -9,7 +9,7 @@ __all__ = ["browser", "tenants", "visit"]  # fixtures
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-async def test_events_are_read_however_they_are_cut(visit: Visits) -> None:
+async def test_the_event_parser_accepts_chunks_of_any_size(visit: Visits) -> None:
     page = await visit()
     stream = (
         ": a comment\r\n\r\nid: 1-0\nevent: started\ndata: {\n\rdata:}\n\n"
@@ -60,7 +60,7 @@ async def test_long_prompts_fit_the_metadata(visit: Visits) -> None:
     assert len(back["images"]) == 6
 
 
-async def test_a_deluge_of_progress_is_drawn_once_a_frame(visit: Visits) -> None:
+async def test_many_progress_events_lead_to_one_draw_per_frame(visit: Visits) -> None:
     page = await visit()
     seconds = await page.evaluate(
         """async () => {
@@ -81,7 +81,7 @@ async def test_a_deluge_of_progress_is_drawn_once_a_frame(visit: Visits) -> None
     assert seconds < 2
 
 
-async def test_a_text_grows_and_begins_anew_with_another_attempt(visit: Visits) -> None:
+async def test_a_text_grows_and_restarts_with_a_new_attempt(visit: Visits) -> None:
     page = await visit()
     texts = await page.evaluate(
         """async () => {
@@ -105,7 +105,7 @@ async def test_a_text_grows_and_begins_anew_with_another_attempt(visit: Visits) 
           return texts;
         }"""
     )
-    # The piece between the second and the fourth was lost, as was the first of each attempt.
+    # The events 0 and 3 of the first attempt and the event 0 of the second are missing.
     assert texts == [
         "… A ",
         "… A red ",

@@ -1,4 +1,4 @@
-"""Which previews of a run go into a stream."""
+"""Selection of the previews of a run for a stream."""
 
 from datetime import UTC, datetime
 
@@ -23,19 +23,19 @@ def progress(step: int, *, of: int = 20, preview: str | None = "AAAA") -> Progre
 
 
 @pytest.mark.parametrize(("most", "steps"), [(0, []), (1, [10]), (2, [7, 14]), (3, [5, 10, 15])])
-def test_previews_are_spread_over_the_run(most: int, steps: list[int]) -> None:
+def test_previews_are_distributed_over_the_run(most: int, steps: list[int]) -> None:
     choice = PreviewChoice(most)
     assert [step for step in range(21) if choice.select(progress(step))] == steps
 
 
-def test_late_previews_make_up_for_missing_ones() -> None:
+def test_late_previews_replace_missing_ones() -> None:
     choice = PreviewChoice(3)
     selected = [choice.select(progress(step)) for step in (18, 19, 20)]
     assert selected == [True, True, True]
     assert choice.selected == 3
 
 
-def test_a_step_without_preview_is_not_counted() -> None:
+def test_a_step_without_a_preview_does_not_count() -> None:
     choice = PreviewChoice(1)
     assert not choice.select(progress(15, preview=None))
     assert choice.select(progress(16))

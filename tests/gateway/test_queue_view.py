@@ -1,4 +1,4 @@
-"""The numbers of the queues against a real server; a bare consumer takes the place of a worker."""
+"""Queue positions and counts on a real server, with a plain consumer instead of a worker."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,7 +17,7 @@ TASK = Task.TEXT_TO_IMAGE
 
 
 class EagerView(QueueView):
-    """A view that keeps nothing, for tests that change what it sees."""
+    """A view without a cache, for tests that change the streams."""
 
     async def state(self, task: Task) -> QueueState:
         return await self._read_state(task)
@@ -36,13 +36,13 @@ def view(scene: Scene, bus: Bus) -> QueueView:
 
 
 async def worker(scene: Scene) -> JetStreamContext.PullSubscription:
-    """The durable of the task, to pull from."""
+    """Return a pull subscription to the durable consumer of the task."""
     jetstream = scene.sender.jetstream()
     return await jetstream.pull_subscribe_bind(str(TASK), scene.subjects.requests_stream(TASK))
 
 
 async def submit(scene: Scene, count: int) -> list[str]:
-    """Queue requests under their own subjects, as the gateway does."""
+    """Publish requests under separate subjects, as the gateway does."""
     ids = [f"r{number}" for number in range(count)]
     for request_id in ids:
         subject = scene.subjects.request(TASK, request_id)
@@ -50,12 +50,14 @@ async def submit(scene: Scene, count: int) -> list[str]:
     return ids
 
 
-async def places(view: QueueView, ids: list[str]) -> list[Any]:
+async def positions(view: QueueView, ids: list[str]) -> list[Any]:
     found = [await view.position(TASK, request_id) for request_id in ids]
-    return [None if place is None else (place.before, place.delivered) for place in found]
+    return [
+        None if position is None else (position.before, position.delivered) for position in found
+    ]
 
 
-async def test_empty_queue(view: QueueView) -> None:
+async def test_an_empty_queue_has_no_positions(view: QueueView) -> None:
     assert await view.state(TASK) == QueueState()
     assert await view.position(TASK, "nothing") is None
     assert await view.body(TASK, "nothing") is None
@@ -63,44 +65,42 @@ async def test_empty_queue(view: QueueView) -> None:
     assert await view.ended() == {}
 
 
-async def test_positions_before_any_worker_has_come(scene: Scene, view: QueueView) -> None:
+async def test_requests_have_positions_before_the_first_delivery(
+    scene: Scene, view: QueueView
+) -> None:
     ids = await submit(scene, 3)
-    assert await places(view, ids) == [(0, False), (1, False), (2, False)]
+    assert await positions(view, ids) == [(0, False), (1, False), (2, False)]
     state = await view.state(TASK)
     assert (state.waiting, state.in_flight) == (3, 0)
 
 
-async def test_positions_count_from_what_is_delivered(scene: Scene, view: QueueView) -> None:
+async def test_positions_start_at_the_delivered_requests(scene: Scene, view: QueueView) -> None:
     ids = await submit(scene, 4)
     pulling = await worker(scene)
     (first,) = await pulling.fetch(1)
-    assert await places(view, ids) == [(0, True), (1, False), (2, False), (3, False)]
+    assert await positions(view, ids) == [(0, True), (1, False), (2, False), (3, False)]
     await first.ack_sync()
     (second,) = await pulling.fetch(1)
-    assert await places(view, ids) == [None, (0, True), (1, False), (2, False)]
+    assert await positions(view, ids) == [None, (0, True), (1, False), (2, False)]
     state = await view.state(TASK)
     assert (state.waiting, state.in_flight) == (2, 1)
     await second.ack_sync()
 
 
-async def test_requests_that_a_worker_has_received_in_advance_are_counted(
-    scene: Scene, view: QueueView
-) -> None:
+async def test_positions_include_prefetched_requests(scene: Scene, view: QueueView) -> None:
     await scene.apply(CONSUMER_MAX_ACK_PENDING="3")
     ids = await submit(scene, 5)
     pulling = await worker(scene)
     first, second, third = await pulling.fetch(3)
     delivered = [(0, True), (1, True), (2, True)]
-    assert await places(view, ids) == [*delivered, (3, False), (4, False)]
+    assert await positions(view, ids) == [*delivered, (3, False), (4, False)]
     await second.ack_sync()
-    assert await places(view, ids) == [(0, True), None, (1, True), (2, False), (3, False)]
+    assert await positions(view, ids) == [(0, True), None, (1, True), (2, False), (3, False)]
     await first.ack_sync()
     await third.ack_sync()
 
 
-async def test_what_was_cancelled_in_the_middle_is_not_counted(
-    scene: Scene, view: QueueView
-) -> None:
+async def test_positions_exclude_cancelled_requests(scene: Scene, view: QueueView) -> None:
     ids = await submit(scene, 6)
     pulling = await worker(scene)
     (first,) = await pulling.fetch(1)
@@ -109,7 +109,7 @@ async def test_what_was_cancelled_in_the_middle_is_not_counted(
         await jetstream.purge_stream(
             scene.subjects.requests_stream(TASK), subject=scene.subjects.request(TASK, request_id)
         )
-    assert await places(view, ids) == [
+    assert await positions(view, ids) == [
         (0, True),
         (1, False),
         None,
@@ -120,10 +120,10 @@ async def test_what_was_cancelled_in_the_middle_is_not_counted(
     await first.ack_sync()
 
 
-async def test_copies_stand_at_the_place_of_the_first(scene: Scene, view: QueueView) -> None:
+async def test_a_copy_has_the_position_of_the_first_message(scene: Scene, view: QueueView) -> None:
     ids = await submit(scene, 3)
     await submit(scene, 1)
-    assert await places(view, ids) == [(0, False), (1, False), (2, False)]
+    assert await positions(view, ids) == [(0, False), (1, False), (2, False)]
 
 
 async def test_retries_are_counted_as_waiting(scene: Scene, view: QueueView) -> None:
@@ -132,42 +132,42 @@ async def test_retries_are_counted_as_waiting(scene: Scene, view: QueueView) -> 
     await scene.sender.jetstream().publish(subject, b'{"prompt": "b"}')
     state = await view.state(TASK)
     assert (state.waiting, state.retries) == (3, 1)
-    assert await places(view, ["later"]) == [(3, False)]
+    assert await positions(view, ["later"]) == [(3, False)]
     assert await view.body(TASK, "later") == b'{"prompt": "b"}'
     assert await view.unfinished() == dict.fromkeys([*ids, "later"], TASK)
 
 
-async def test_a_retry_that_is_queued_again_has_its_new_place(
-    scene: Scene, view: QueueView
-) -> None:
+async def test_a_requeued_retry_has_a_new_position(scene: Scene, view: QueueView) -> None:
     ids = await submit(scene, 3)
-    assert await places(view, ids[:1]) == [(0, False)]
+    assert await positions(view, ids[:1]) == [(0, False)]
     pulling = await worker(scene)
     (first,) = await pulling.fetch(1)
-    assert await places(view, ids[:1]) == [(0, True)]
+    assert await positions(view, ids[:1]) == [(0, True)]
     jetstream = scene.sender.jetstream()
     await jetstream.publish(scene.subjects.retry(TASK, ids[0]), first.data)
     await first.ack_sync()
-    assert await places(view, ids[:1]) == [(3, False)]
+    assert await positions(view, ids[:1]) == [(3, False)]
     await jetstream.publish(first.subject, first.data)
-    assert await places(view, ids) == [(2, False), (0, False), (1, False)]
+    assert await positions(view, ids) == [(2, False), (0, False), (1, False)]
 
 
-async def test_requests_without_an_id_in_their_subject_count(scene: Scene, view: QueueView) -> None:
+async def test_positions_include_requests_without_an_id_in_their_subject(
+    scene: Scene, view: QueueView
+) -> None:
     await scene.submit()
     ids = await submit(scene, 1)
-    assert await places(view, ids) == [(1, False)]
+    assert await positions(view, ids) == [(1, False)]
     assert await view.unfinished() == {ids[0]: TASK}
 
 
-async def test_ended(scene: Scene, view: QueueView) -> None:
+async def test_ended_requests_are_listed_with_their_tasks(scene: Scene, view: QueueView) -> None:
     jetstream = scene.sender.jetstream()
     for task in Task:
         await jetstream.publish(scene.subjects.result(task, f"of-{task}"), b"{}")
     assert await view.ended() == {f"of-{task}": task for task in Task}
 
 
-async def test_a_crowd_costs_one_reading(scene: Scene, bus: Bus) -> None:
+async def test_concurrent_callers_share_one_read(scene: Scene, bus: Bus) -> None:
     await submit(scene, 5)
     view = QueueView(bus, scene.subjects, {task: str(task) for task in Task})
     before = bus.client.stats["out_msgs"]
@@ -176,11 +176,11 @@ async def test_a_crowd_costs_one_reading(scene: Scene, bus: Bus) -> None:
     await asyncio.gather(*(view.position(TASK, "r4") for _ in range(100)))
     for _ in range(100):
         assert await view.position(TASK, "r4") is not None
-    asked = bus.client.stats["out_msgs"] - before
-    assert asked < 110, "a hundred lookups of the sequence at most; afterwards it is known"
+    sent = bus.client.stats["out_msgs"] - before
+    assert sent < 110, "at most 100 sequence lookups, which the view caches"
 
 
-async def test_a_lost_server_is_said_and_found_again(scene: Scene, bus: Bus) -> None:
+async def test_the_view_recovers_after_a_server_outage(scene: Scene, bus: Bus) -> None:
     view = QueueView(bus, scene.subjects, {task: str(task) for task in Task})
     (request_id,) = await submit(scene, 1)
     await asyncio.to_thread(scene.stack.nats.kill)
@@ -196,4 +196,4 @@ async def test_a_lost_server_is_said_and_found_again(scene: Scene, bus: Bus) -> 
         except BusUnavailable:
             return False
 
-    await scene.until(found, "place")
+    await scene.until(found, "the position")

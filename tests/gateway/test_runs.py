@@ -1,4 +1,4 @@
-"""Which requests run, by their events."""
+"""Running requests, tracked by their events."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from generation_contracts import Task
 TASK = Task.TEXT_TO_IMAGE
 
 
-def test_a_run_is_counted_from_its_first_event_to_its_end() -> None:
+def test_a_run_counts_from_its_first_event_to_its_end() -> None:
     runs = Runs()
     assert (runs.count(TASK), runs.has(TASK, "a")) == (0, False)
     for request_id in ("a", "b", "a"):
@@ -20,15 +20,15 @@ def test_a_run_is_counted_from_its_first_event_to_its_end() -> None:
     assert (runs.count(TASK), runs.has(TASK, "a")) == (1, False)
 
 
-def test_progress_after_the_result_is_no_run() -> None:
+def test_progress_after_the_result_does_not_count() -> None:
     runs = Runs()
     runs.remove(TASK, "a")
     runs.add(TASK, "a")
     assert (runs.count(TASK), runs.has(TASK, "a")) == (0, False)
 
 
-def test_a_run_that_is_silent_is_not_counted_and_still_runs() -> None:
-    """Its attempt may have ended with its worker: a position is an upper bound."""
+def test_a_run_without_recent_events_is_running_but_not_counted() -> None:
+    """The worker may have crashed. A position is an upper bound."""
     clock = [0.0]
     runs = Runs(lambda: clock[0])
     runs.add(TASK, "a")
@@ -39,7 +39,7 @@ def test_a_run_that_is_silent_is_not_counted_and_still_runs() -> None:
     assert runs.count(TASK) == 2
 
 
-def test_only_so_many_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_tracked_runs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs_module, "MOST", 2)
     runs = Runs()
     for request_id in "abc":

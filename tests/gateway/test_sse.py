@@ -1,4 +1,4 @@
-"""Streams of server-sent events: heartbeats, errors, clients that leave or do not read."""
+"""Server-sent event streams: heartbeats, errors, disconnected and slow clients."""
 
 import asyncio
 import json
@@ -14,11 +14,11 @@ from consumer.gateway.sse import DONE, HEARTBEAT, EventStream, sse_message
 
 
 class Client:
-    """A client that reads, until it is told to leave or to read no more."""
+    """A client that reads until the test disconnects or pauses it."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
-        self.left = asyncio.Event()
+        self.disconnected = asyncio.Event()
         self.reads = asyncio.Event()
         self.reads.set()
         self.got_bytes = asyncio.Event()
@@ -26,7 +26,7 @@ class Client:
         self.abandoned = 0
 
     async def receive(self) -> Message:
-        await self.left.wait()
+        await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
@@ -79,7 +79,7 @@ async def endless(closed: asyncio.Event) -> AsyncGenerator[bytes, None]:
         closed.set()
 
 
-def test_a_message_has_its_type_and_its_id() -> None:
+def test_a_message_has_a_type_and_an_id() -> None:
     message = sse_message({"a": "b\nc"}, event="progress", event_id="1-2")
     assert message.decode().splitlines() == [
         "event: progress",
@@ -101,7 +101,7 @@ async def test_messages_are_sent_in_order(client: Client) -> None:
     assert client.abandoned == 0
 
 
-async def test_a_stream_of_nothing_is_complete(client: Client) -> None:
+async def test_an_empty_stream_is_complete(client: Client) -> None:
     await client.read(messages_of())
     assert (client.status, client.body, client.complete) == (200, b"", True)
 
@@ -122,55 +122,55 @@ async def test_an_error_after_the_first_message_ends_the_stream(client: Client) 
     assert client.complete
 
 
-async def test_an_unknown_error_shows_nothing_of_itself(client: Client) -> None:
+async def test_an_unknown_error_is_sent_without_details(client: Client) -> None:
     await client.read(messages_of(1, then=RuntimeError("secret")))
     assert b"internal_error" in client.body
     assert b"secret" not in client.body
 
 
-async def test_heartbeats_come_while_nothing_else_does(
+async def test_an_idle_stream_sends_heartbeats(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sse, "START_WITHIN", 0.05)
     monkeypatch.setattr(sse, "HEARTBEAT_EVERY", 0.05)
-    go_on = asyncio.Event()
+    resume = asyncio.Event()
 
     async def late() -> AsyncGenerator[bytes, None]:
-        await go_on.wait()
+        await resume.wait()
         yield DONE
 
     reading = asyncio.create_task(client.read(late()))
     async with asyncio.timeout(10):
         await client.third_heartbeat.wait()
-    go_on.set()
+    resume.set()
     await reading
     assert client.status == 200
     assert client.body.endswith(DONE)
 
 
-async def test_a_client_that_leaves_is_noticed(client: Client) -> None:
+async def test_a_disconnect_closes_the_stream(client: Client) -> None:
     closed = asyncio.Event()
     reading = asyncio.create_task(client.read(endless(closed)))
     await client.got_bytes.wait()
-    client.left.set()
+    client.disconnected.set()
     await reading
     assert closed.is_set()
     assert client.abandoned == 1
 
 
-async def test_a_client_that_leaves_before_the_headers_is_noticed(client: Client) -> None:
-    client.left.set()
+async def test_a_disconnect_before_the_headers_closes_the_stream(client: Client) -> None:
+    client.disconnected.set()
 
-    async def silent() -> AsyncGenerator[bytes, None]:
+    async def idle() -> AsyncGenerator[bytes, None]:
         await asyncio.Event().wait()
         yield DONE
 
-    await client.read(silent())
+    await client.read(idle())
     assert client.abandoned == 1
     assert client.messages == []
 
 
-async def test_a_client_that_does_not_read_is_left(
+async def test_a_client_that_does_not_read_is_disconnected(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sse, "SEND_WITHIN", 0.05)
@@ -181,7 +181,7 @@ async def test_a_client_that_does_not_read_is_left(
     assert client.abandoned == 1
 
 
-async def test_a_server_that_stops_abandons_nothing(client: Client) -> None:
+async def test_a_server_stop_abandons_no_jobs(client: Client) -> None:
     closed = asyncio.Event()
     reading = asyncio.create_task(client.read(endless(closed)))
     await client.got_bytes.wait()
@@ -192,7 +192,7 @@ async def test_a_server_that_stops_abandons_nothing(client: Client) -> None:
     assert client.abandoned == 0
 
 
-async def test_a_generator_may_have_time_limits(client: Client) -> None:
+async def test_a_generator_can_use_timeouts(client: Client) -> None:
     async def limited() -> AsyncGenerator[bytes, None]:
         async with asyncio.timeout(30):
             yield sse_message(1)

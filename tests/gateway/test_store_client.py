@@ -1,4 +1,4 @@
-"""Outputs whose presigned URLs name an address that the gateway cannot reach."""
+"""Outputs with presigned URLs at an address that the gateway cannot reach."""
 
 import asyncio
 import base64
@@ -16,8 +16,8 @@ from tests.support.quick_runner import FOLDER
 from tests.support.scene import WITHIN
 
 
-def test_outputs_are_read_at_the_inner_address(stack: DevStack, tmp_path: Path) -> None:
-    """As in containers: clients reach the store at another address than the gateway."""
+def test_outputs_are_read_at_the_internal_address(stack: DevStack, tmp_path: Path) -> None:
+    """In containers, clients and the gateway use different addresses of the store."""
     (port,) = free_ports(1)  # nothing listens there
     public = f"http://127.0.0.1:{port}"
     environment: dict[str, Any] = {
@@ -27,17 +27,17 @@ def test_outputs_are_read_at_the_inner_address(stack: DevStack, tmp_path: Path) 
     }
     settings = Settings(**{name.lower(): value for name, value in environment.items()})
     asyncio.run(apply(settings))
-    of_worker = {"MODEL_TYPE": str(Task.TEXT_TO_IMAGE), FOLDER: str(tmp_path)}
+    worker_settings = {"MODEL_TYPE": str(Task.TEXT_TO_IMAGE), FOLDER: str(tmp_path)}
     worker = ForkedWorker(
-        "worker", {**environment, **of_worker}, log=tmp_path / "worker.log", cause="none"
+        "worker", {**environment, **worker_settings}, log=tmp_path / "worker.log", cause="none"
     )
     gateway = ForkedGateway("gateway", environment, log=tmp_path / "gateway.log")
     with worker, gateway:
         address = f"{gateway.url}/v1/images/generations"
-        asked = {"prompt": "a red circle", "num_inference_steps": 1}
-        made = httpx2.post(address, json=asked, timeout=WITHIN)
-        assert made.status_code == 200, made.text
-        assert base64.b64decode(made.json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
-        url = {**asked, "response_format": "url"}
-        named = httpx2.post(address, json=url, timeout=WITHIN)
-        assert named.json()["data"][0]["url"].startswith(f"{public}/")
+        body = {"prompt": "a red circle", "num_inference_steps": 1}
+        answer = httpx2.post(address, json=body, timeout=WITHIN)
+        assert answer.status_code == 200, answer.text
+        assert base64.b64decode(answer.json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
+        url = {**body, "response_format": "url"}
+        with_url = httpx2.post(address, json=url, timeout=WITHIN)
+        assert with_url.json()["data"][0]["url"].startswith(f"{public}/")

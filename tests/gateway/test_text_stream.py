@@ -1,4 +1,4 @@
-"""Texts out of progress events that are lost, repeated or begun anew."""
+"""Texts from progress events that are lost, repeated or restarted."""
 
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -47,14 +47,14 @@ def attempt_of(parts: list[str], attempt: int) -> list[AnyEvent]:
     ]
 
 
-def test_parts_come_as_they_are_written() -> None:
+def test_parts_are_sent_without_delay() -> None:
     stream = TextStream()
     events = attempt_of(["A red", " circle"], 1)
     assert [stream.add(event) for event in events] == ["", "A red", " circle"]
     assert stream.end(TEXT) == " on a blue background."
 
 
-def test_nothing_is_sent_after_a_gap_until_the_end() -> None:
+def test_a_gap_delays_the_remaining_text_until_the_end() -> None:
     stream = TextStream()
     stream.add(started())
     assert stream.add(progress(1, "A")) == "A"
@@ -63,13 +63,13 @@ def test_nothing_is_sent_after_a_gap_until_the_end() -> None:
     assert stream.end(TEXT) == TEXT[1:]
 
 
-def test_a_stream_that_begins_in_the_middle_waits_for_the_end() -> None:
+def test_a_stream_that_starts_in_the_middle_sends_the_text_at_the_end() -> None:
     stream = TextStream()
     assert stream.add(progress(5, " circle", step=5)) == ""
     assert stream.end(TEXT) == TEXT
 
 
-def test_another_attempt_repeats_nothing() -> None:
+def test_a_new_attempt_repeats_no_text() -> None:
     stream = TextStream()
     first = [stream.add(event) for event in attempt_of(["A red", " circle"], 1)]
     second = [stream.add(event) for event in attempt_of(["A", " red circle on", " a"], 2)]
@@ -77,7 +77,7 @@ def test_another_attempt_repeats_nothing() -> None:
     assert second == ["", "", " on", " a"]
 
 
-def test_a_run_that_begins_anew_within_an_attempt_repeats_nothing() -> None:
+def test_a_restarted_run_repeats_no_text() -> None:
     stream = TextStream()
     stream.add(started())
     assert stream.add(progress(1, "A red")) == "A red"
@@ -85,7 +85,7 @@ def test_a_run_that_begins_anew_within_an_attempt_repeats_nothing() -> None:
     assert stream.add(progress(4, "A red circle")) == " circle"
 
 
-def test_another_text_is_an_error() -> None:
+def test_a_changed_text_is_an_error() -> None:
     stream = TextStream()
     for event in attempt_of(["A red"], 1):
         stream.add(event)
@@ -101,10 +101,10 @@ def test_another_text_is_an_error() -> None:
     cuts=st.lists(st.lists(st.integers(0, len(TEXT)), max_size=5), min_size=1, max_size=4),
     lost=st.sets(st.integers(0, 30)),
 )
-def test_whatever_is_lost_the_text_arrives_once(cuts: list[list[int]], lost: set[int]) -> None:
+def test_lost_events_do_not_change_the_complete_text(cuts: list[list[int]], lost: set[int]) -> None:
     stream, sent, number = TextStream(), "", 0
-    for attempt, places in enumerate(cuts, start=1):
-        ends = [0, *sorted(places)]
+    for attempt, positions in enumerate(cuts, start=1):
+        ends = [0, *sorted(positions)]
         parts = [TEXT[begin:end] for begin, end in pairwise(ends)]
         for event in attempt_of(parts, attempt):
             number += 1

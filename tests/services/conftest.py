@@ -1,4 +1,4 @@
-"""Real servers and real daemon processes, as in tests/faults, for what the bus' users do."""
+"""Real servers and daemon processes, for tests of senders and operators on the bus."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from tests.support.scene import WITHIN, Event, Scene
 
 
 class Caller:
-    """Somebody with a plain NATS client who asks and waits: `nats request`."""
+    """A caller with a plain NATS client, such as `nats request`."""
 
     def __init__(self, scene: Scene, client: Client) -> None:
         self._scene = scene
@@ -23,24 +23,24 @@ class Caller:
     async def call(
         self, body: object = None, *, within: float = WITHIN, headers: Any = None, **fields: Any
     ) -> Event:
-        """Call the front door; the first answer."""
-        sent = body if body is not None else {"prompt": "a", **fields}
-        data = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
+        """Send a request to the request-reply endpoint; return the first reply."""
+        value = body if body is not None else {"prompt": "a", **fields}
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
         subject = self._scene.subjects.call(self._scene.task)
         answer = await self.client.request(subject, data, timeout=within, headers=headers)
         event: Event = json.loads(answer.data)
         return event
 
     async def cancel(self, request_id: str) -> Event:
-        """Cancel a request; the answer."""
+        """Cancel a request; return the reply."""
         subject = f"{self._scene.subjects.root}.cancel.{request_id}"
         answer = await self.client.request(subject, b"", timeout=WITHIN)
         event: Event = json.loads(answer.data)
         return event
 
-    def asking(self, work: Awaitable[Event]) -> "asyncio.Task[Event]":
-        """Ask, and go on."""
-        return asyncio.ensure_future(work)  # type: ignore[return-value] # a coroutine becomes a task
+    def start(self, operation: Awaitable[Event]) -> "asyncio.Task[Event]":
+        """Start an operation in a task."""
+        return asyncio.ensure_future(operation)  # type: ignore[return-value] # a coroutine becomes a task
 
 
 NewCaller = Callable[[], Awaitable[Caller]]
@@ -48,23 +48,23 @@ NewCaller = Callable[[], Awaitable[Caller]]
 
 @pytest.fixture
 async def new_caller(scene: Scene) -> AsyncIterator[NewCaller]:
-    """Callers with connections of their own."""
+    """Return a function that creates callers with separate connections."""
     async with AsyncExitStack() as parts:
 
-        async def make() -> Caller:
-            async def quiet(_: Exception) -> None:
-                """What a test does to the server is not the caller's concern."""
+        async def connect() -> Caller:
+            async def ignore(_: Exception) -> None:
+                """Ignore connection errors, which the tests cause on purpose."""
 
             client = await nats.connect(
                 scene.stack.nats.url,
                 max_reconnect_attempts=-1,
                 reconnect_time_wait=0.05,
-                error_cb=quiet,
+                error_cb=ignore,
             )
             parts.push_async_callback(client.close)
             return Caller(scene, client)
 
-        yield make
+        yield connect
 
 
 @pytest.fixture

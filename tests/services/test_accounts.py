@@ -1,4 +1,4 @@
-"""The accounts of infra/nats/accounts.conf: each tenant works, and reaches nothing of the other."""
+"""The accounts of infra/nats/accounts.conf: tenants work and are isolated from each other."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ class Installation:
 
     Attributes:
         stack: The servers.
-        folder: Where the seeds are.
+        folder: Folder of the seeds.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,7 +54,7 @@ class Installation:
         return str(nkeys.from_seed(bytearray(seed)).public_key.decode())
 
     def environment(self, tenant: str, user: str, inbox: str) -> dict[str, str]:
-        """The settings of a process of the operator, for one tenant."""
+        """Return the settings of an operator's process for a tenant."""
         name = tenant.replace("-", "_")
         return {
             **self.stack.environment(),
@@ -67,12 +67,12 @@ class Installation:
         }
 
     async def apply(self, tenant: str) -> None:
-        """`consumer apply` for a tenant."""
+        """Run `consumer apply` for a tenant."""
         environment: dict[str, Any] = self.environment(tenant, "GENERATION_ADMIN", "_INBOX_admin")
         await apply(Settings(**{name.lower(): value for name, value in environment.items()}))
 
     def worker(self, tenant: str) -> Daemon:
-        """A worker for a tenant, starting."""
+        """Start a worker for a tenant, without waiting until it is ready."""
         name = tenant.replace("-", "_")
         worker = ForkedWorker(
             tenant,
@@ -87,7 +87,7 @@ class Installation:
         return worker
 
     def gateway(self, tenant: str) -> GatewayServer:
-        """A gateway for a tenant, not started yet."""
+        """Return a gateway for a tenant; the caller starts it."""
         name = tenant.replace("-", "_")
         return ForkedGateway(
             f"gateway-{tenant}",
@@ -96,17 +96,17 @@ class Installation:
         )
 
     def seed(self, user: str) -> str:
-        """The file with a user's key."""
+        """Return the path of a user's seed."""
         return str(self.folder / user)
 
     def sender(self, tenant: str) -> GenerationClient:
-        """The client library of a tenant."""
+        """Return a client for a tenant."""
         key = self.seed(tenant.replace("-", "_").upper())
         return GenerationClient(self.stack.nats.url, root=tenant, nkeys_seed=key)
 
     @asynccontextmanager
     async def plain(self, user: str) -> AsyncIterator[Client]:
-        """A plain connection of a user."""
+        """Open a plain connection of a user."""
         client = await nats.connect(self.stack.nats.url, nkeys_seed=self.seed(user))
         try:
             yield client
@@ -116,15 +116,15 @@ class Installation:
 
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    made = Installation(tmp_path_factory.mktemp("accounts"))
-    with made.stack:
+    created = Installation(tmp_path_factory.mktemp("accounts"))
+    with created.stack:
         for tenant in (A, B):
-            asyncio.run(made.apply(tenant))
-        workers = [made.worker(tenant) for tenant in (A, B)]
+            asyncio.run(created.apply(tenant))
+        workers = [created.worker(tenant) for tenant in (A, B)]
         try:
             for worker in workers:
                 worker.wait_ready()
-            yield made
+            yield created
             for worker in workers:
                 assert "ermissions violation" not in worker.log_since_start()
         finally:
@@ -132,16 +132,16 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
                 worker.kill()
 
 
-async def test_each_tenant_works_with_the_client_library(installation: Installation) -> None:
-    """Results, progress, lookups and cancellations; the same id in both, at the same time."""
+async def test_each_tenant_can_use_the_client_library(installation: Installation) -> None:
+    """Results, progress, lookups and cancellations, with equal ids at the same time."""
 
     async def work(tenant: str) -> None:
         async with installation.sender(tenant) as client:
             request = TextToImageRequest(prompt=tenant, request_id="shared", num_inference_steps=2)
-            news = [event async for event in client.events(request)]
-            assert any(isinstance(event, ProgressEvent) for event in news)
-            assert news[-1].type == "generation.v1.succeeded"
-            assert await client.result(TASK, "shared", within=0) == news[-1]
+            events = [event async for event in client.events(request)]
+            assert any(isinstance(event, ProgressEvent) for event in events)
+            assert events[-1].type == "generation.v1.succeeded"
+            assert await client.result(TASK, "shared", within=0) == events[-1]
             await client.submit(
                 TextToImageRequest(prompt="a", request_id="long", num_inference_steps=100)
             )
@@ -153,8 +153,8 @@ async def test_each_tenant_works_with_the_client_library(installation: Installat
         await asyncio.gather(work(A), work(B))
 
 
-async def test_each_tenant_works_with_plain_nats(installation: Installation) -> None:
-    """A call is answered on the inbox, and a request on its `reply_to`."""
+async def test_each_tenant_can_use_plain_nats(installation: Installation) -> None:
+    """The worker replies to a call on the inbox and to a request on its `reply_to`."""
     for tenant in (A, B):
         async with installation.plain(tenant.replace("-", "_").upper()) as client:
             body = {"prompt": "a", "steps": 1}
@@ -171,8 +171,8 @@ async def test_each_tenant_works_with_plain_nats(installation: Installation) -> 
             assert json.loads((await replies.next_msg(WITHIN)).data)["request_id"] == "replied"
 
 
-async def test_a_tenant_has_a_gateway_of_its_own(installation: Installation) -> None:
-    """It sees its tenant's worker and requests; a worker of another tenant does not answer it."""
+async def test_each_tenant_can_have_a_gateway(installation: Installation) -> None:
+    """The gateway reaches only the worker and the requests of its tenant."""
     with installation.gateway(A) as gateway:
         async with httpx2.AsyncClient(base_url=gateway.url, timeout=WITHIN) as client:
             (model,) = [
@@ -212,7 +212,7 @@ LAST = json.dumps({"last_by_subj": RESULT}).encode()
 FORGED = json.dumps({"request_id": SECRET, "type": "generation.v1.cancelled"}).encode()
 
 ATTACKS = {
-    # directly: occupy the id, cancel, stop, forge, note, call, answer
+    # direct messages: use the id, cancel, interrupt, forge events and marks, call, reply
     "occupy": Attack(f"{A}.request.{TASK}.{SECRET}", b"{}", headers={"Nats-Msg-Id": SECRET}),
     "cancel": Attack(f"{A}.cancel.{SECRET}"),
     "interrupt": Attack(f"{A}.interrupt.{SECRET}"),
@@ -222,7 +222,7 @@ ATTACKS = {
     "call": Attack(f"{A}.call.{TASK}", b'{"prompt":"a"}'),
     "reply": Attack(f"{A}.reply.mine", FORGED),
     "progress": Attack(f"{A}.progress.{TASK}.{SECRET}", FORGED),
-    # with the reply subjects of what it may ask
+    # through the reply subjects of allowed requests
     "ack_as_result": Attack(f"{B}.request.{TASK}.x", b"{}", reply=RESULT),
     "ack_as_request": Attack(f"{B}.request.{TASK}.x", b"{}", reply=f"{A}.request.{TASK}.y"),
     "refusal_as_result": Attack(f"{B}.call.{TASK}", b"{}", reply=RESULT),
@@ -241,7 +241,7 @@ ATTACKS = {
         reply="$JS.API.STREAM.PURGE.TENANT-A_RESULTS",
     ),
     "ping_as_result": Attack("$SRV.PING", reply=RESULT),
-    # with what a worker publishes for it
+    # through events that a worker publishes for tenant-b
     "reply_to": Attack(
         f"{B}.request.{TASK}.replying",
         json.dumps({"prompt": "a", "reply_to": f"{A}.reply.mine"}).encode(),
@@ -249,57 +249,57 @@ ATTACKS = {
     "reply_header": Attack(
         f"{B}.request.{TASK}.heading", b'{"prompt":"a"}', headers={"Reply-To": RESULT}
     ),
-    # with the API of JetStream
-    "look": Attack("$JS.API.STREAM.MSG.GET.TENANT-A_RESULTS", LAST),
-    "look_in_queue": Attack(f"$JS.API.STREAM.MSG.GET.TENANT-A_REQUESTS_{TASK.upper()}", LAST),
-    "look_directly": Attack(f"$JS.API.DIRECT.GET.TENANT-A_RESULTS.{RESULT}"),
-    "look_by_mapping": Attack(f"{A}.stored.results", LAST),
+    # through the JetStream API
+    "lookup": Attack("$JS.API.STREAM.MSG.GET.TENANT-A_RESULTS", LAST),
+    "lookup_in_queue": Attack(f"$JS.API.STREAM.MSG.GET.TENANT-A_REQUESTS_{TASK.upper()}", LAST),
+    "lookup_direct": Attack(f"$JS.API.DIRECT.GET.TENANT-A_RESULTS.{RESULT}"),
+    "lookup_by_mapping": Attack(f"{A}.stored.results", LAST),
     "delete": Attack("$JS.API.STREAM.DELETE.TENANT-A_RESULTS"),
     "purge": Attack("$JS.API.STREAM.PURGE.TENANT-A_RESULTS"),
     "erase": Attack("$JS.API.STREAM.MSG.DELETE.TENANT-A_RESULTS", b'{"seq":1}'),
-    "read_along": Attack(
+    "create_consumer": Attack(
         "$JS.API.CONSUMER.CREATE.TENANT-A_RESULTS.mine",
         b'{"stream_name":"TENANT-A_RESULTS","config":{"deliver_subject":"mine"}}',
     ),
-    "take": Attack(f"$JS.API.CONSUMER.MSG.NEXT.TENANT-A_REQUESTS_{TASK.upper()}.{TASK}", b"1"),
+    "fetch": Attack(f"$JS.API.CONSUMER.MSG.NEXT.TENANT-A_REQUESTS_{TASK.upper()}.{TASK}", b"1"),
 }
 
 
 class Witness:
-    """Everything that reaches the subjects, the streams and the account of tenant-a.
+    """Records all messages on the subjects, the streams and the account of tenant-a.
 
     Attributes:
-        seen: Subject and beginning of each message.
+        received: Subject and first bytes of each message.
     """
 
     def __init__(self, *clients: Client) -> None:
-        self.seen: list[str] = []
+        self.received: list[str] = []
         self._clients = clients
 
     async def listen(self) -> None:
         admin, tenant = self._clients
         for subject in (f"{A}.>", "$JS.API.*.*.TENANT-A_RESULTS", "$JS.API.*.*.*.TENANT-A_RESULTS"):
-            await admin.subscribe(subject, cb=self._hear)
-        await tenant.subscribe(">", cb=self._hear)
+            await admin.subscribe(subject, cb=self._receive)
+        await tenant.subscribe(">", cb=self._receive)
         await self.flush()
 
     async def flush(self) -> None:
-        """Return once everything has come that the server had until now."""
+        """Wait for all messages that the server has routed so far."""
         for client in self._clients:
             await client.flush()
 
-    async def _hear(self, message: Msg) -> None:
-        self.seen.append(f"{message.subject} {message.data[:200]!r}")
+    async def _receive(self, message: Msg) -> None:
+        self.received.append(f"{message.subject} {message.data[:200]!r}")
 
 
-async def carry_out(installation: Installation, client: Client) -> list[Msg]:
-    """Publish every attack as tenant-b, and return all answers once everything is handled."""
-    replies = {attack.reply for attack in ATTACKS.values() if attack.reply}
-    listening = [await client.subscribe(subject) for subject in ("answers.>", *replies)]
+async def run_attacks(installation: Installation, client: Client) -> list[Msg]:
+    """Publish every attack as tenant-b, wait until all are handled, and return the replies."""
+    reply_subjects = {attack.reply for attack in ATTACKS.values() if attack.reply}
+    listening = [await client.subscribe(subject) for subject in ("answers.>", *reply_subjects)]
     for name, attack in ATTACKS.items():
         reply, headers = attack.reply or f"answers.{name}", attack.headers or None
         await client.publish(attack.subject, attack.body, reply=reply, headers=headers)
-    # The server and the worker handle in order what one connection sends.
+    # The server and the worker handle the messages of one connection in order.
     await client.request(f"{B}.cancel.nothing", b"", timeout=WITHIN)
     async with installation.sender(B) as sender:
         for attack in ATTACKS.values():
@@ -308,7 +308,7 @@ async def carry_out(installation: Installation, client: Client) -> list[Msg]:
     return [await each.next_msg(WITHIN) for each in listening for _ in range(each.pending_msgs)]
 
 
-async def test_nothing_of_a_tenant_reaches_another(installation: Installation) -> None:
+async def test_messages_of_a_tenant_do_not_reach_another_tenant(installation: Installation) -> None:
     async with (
         installation.plain("TENANT_B") as client,
         installation.plain("GENERATION_ADMIN") as admin,
@@ -316,36 +316,38 @@ async def test_nothing_of_a_tenant_reaches_another(installation: Installation) -
     ):
         witness = Witness(admin, tenant)
         await witness.listen()
-        answers = await carry_out(installation, client)
+        replies = await run_attacks(installation, client)
         await witness.flush()
-        assert witness.seen == []
-        own = [each for each in answers if each.subject.startswith((f"{A}.", "$JS."))]
-        assert own, "what it may ask is answered in its own account"
-        for each in answers:
+        assert witness.received == []
+        allowed = [each for each in replies if each.subject.startswith((f"{A}.", "$JS."))]
+        assert allowed, "tenant-b gets replies to its allowed requests"
+        for each in replies:
             assert A.encode() not in each.data, each.subject
             assert b'"success":true' not in each.data, each.subject
 
 
-async def test_nothing_of_a_tenant_is_heard_by_another(installation: Installation) -> None:
-    """Progress, results and replies of a request, and how they travel."""
-    heard: list[str] = []
+async def test_a_tenant_cannot_receive_messages_of_another_tenant(
+    installation: Installation,
+) -> None:
+    """Progress, results and replies of a request, and the messages that carry them."""
+    received: list[str] = []
 
-    async def hear(message: Msg) -> None:
-        heard.append(message.subject)
+    async def record(message: Msg) -> None:
+        received.append(message.subject)
 
     async with installation.plain("TENANT_B") as spy, installation.plain("TENANT_A") as client:
         for subject in (f"{A}.>", ">", "_R_.>", "$JS.>", "$SRV.>"):
-            await spy.subscribe(subject, cb=hear)
+            await spy.subscribe(subject, cb=record)
         await spy.flush()
         body = b'{"prompt":"a","steps":1}'
         answer = await client.request(f"{A}.call.{TASK}", body, timeout=WITHIN)
         assert json.loads(answer.data)["type"] == "generation.v1.succeeded"
         await spy.flush()
-        assert heard == []
+        assert received == []
 
 
-async def test_an_id_that_another_tenant_uses_is_not_occupied(installation: Installation) -> None:
-    """Neither by a request nor by a cancellation of the other, before or after."""
+async def test_two_tenants_can_use_the_same_id(installation: Installation) -> None:
+    """Requests and cancellations of one tenant do not affect equal ids of the other."""
     async with installation.sender(A) as one, installation.sender(B) as other:
         await other.text_to_image("of b", request_id=SECRET, num_inference_steps=1)
         assert (await other.cancel("early")).status == "unknown"
@@ -357,42 +359,42 @@ async def test_an_id_that_another_tenant_uses_is_not_occupied(installation: Inst
         assert (await other.result(TASK, SECRET, within=0)).request_digest != first.request_digest
 
 
-# -- the file -------------------------------------------------------------------------------------
+# -- permissions in the file ----------------------------------------------------------------------
 
 
 def permissions(text: str, user: str) -> set[str]:
-    """What a user may publish, and what it may subscribe to, as `publish x` and `subscribe x`."""
+    """Return the permissions of a user, as `publish SUBJECT` and `subscribe SUBJECT`."""
     (block,) = re.findall(rf"nkey: \${user}_NKEY\n\s+permissions(.*?)\n      }}", text, re.DOTALL)
     lists = re.findall(r"(publish|subscribe) \{\s+allow: \[(.*?)\]", block, re.DOTALL)
     return {f"{kind} {each}" for kind, found in lists for each in re.findall(r'"(.+?)"', found)}
 
 
-def test_a_tenants_worker_may_what_a_worker_may_under_its_own_root() -> None:
-    """What is added to users.conf is added here."""
+def test_a_tenant_worker_has_the_permissions_of_a_worker_under_its_root() -> None:
+    """A permission that is new in users.conf must be added to accounts.conf."""
     users = USERS.read_text()
     roles = [role for role in ("WORKER", "ENDPOINTS") if f"GENERATION_{role}_NKEY" in users]
-    usual = set().union(*(permissions(users, f"GENERATION_{role}") for role in roles))
+    standard = set().union(*(permissions(users, f"GENERATION_{role}") for role in roles))
     for tenant, user in ((A, "TENANT_A_WORKER"), (B, "TENANT_B_WORKER")):
         own = {
             each.replace(f"{tenant.upper()}_", "GENERATION_").replace(f"{tenant}.", "generation.")
             for each in permissions(ACCOUNTS.read_text(), user)
         }
-        differences = {each for each in usual ^ own if "_INBOX_" not in each}
-        one_by_one = {each for each in usual if each.startswith("publish generation.request.")}
+        differences = {each for each in standard ^ own if "_INBOX_" not in each}
+        one_by_one = {each for each in standard if each.startswith("publish generation.request.")}
         assert differences == {"publish _R_.>", *one_by_one - {"publish generation.request.>"}}
 
 
-def test_a_tenants_gateway_may_what_a_gateway_may_under_its_own_root() -> None:
-    usual = permissions(USERS.read_text(), "GENERATION_GATEWAY")
+def test_a_tenant_gateway_has_the_permissions_of_a_gateway_under_its_root() -> None:
+    standard = permissions(USERS.read_text(), "GENERATION_GATEWAY")
     for tenant, user in ((A, "TENANT_A_GATEWAY"), (B, "TENANT_B_GATEWAY")):
         own = {
             each.replace(f"{tenant.upper()}_", "GENERATION_").replace(f"{tenant}.", "generation.")
             for each in permissions(ACCOUNTS.read_text(), user)
         }
-        assert {each for each in usual ^ own if "_INBOX_" not in each} == set()
+        assert {each for each in standard ^ own if "_INBOX_" not in each} == set()
 
 
-def test_the_tenants_have_the_same_permissions_imports_and_exports() -> None:
+def test_the_tenants_have_equal_permissions_imports_and_exports() -> None:
     text = ACCOUNTS.read_text().partition("accounts {")[2]
     names = ("tenant-{}", "tenant_{}", "TENANT-{}", "TENANT_{}")
     first = [text.count(name.format("a" if name.islower() else "A")) for name in names]

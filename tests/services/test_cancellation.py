@@ -1,4 +1,4 @@
-"""Cancelling: queued, running, ending, ended, unknown; and what happens at the same time."""
+"""Cancellation of queued, running, ended and unknown requests, and its races."""
 
 import asyncio
 import time
@@ -12,76 +12,76 @@ SUCCEEDED = "generation.v1.succeeded"
 CANCELLED = "generation.v1.cancelled"
 
 
-def told(request_id: str, status: str, result: str | None = None) -> Event:
+def reply_of(request_id: str, status: str, result: str | None = None) -> Event:
     reply = {"request_id": request_id, "status": status}
     return reply if result is None else {**reply, "result": result}
 
 
 async def queue(scene: Scene, *ids: str, **fields: object) -> None:
-    """Requests under subjects with their ids."""
+    """Publish requests under subjects with their ids."""
     jetstream = scene.sender.jetstream()
     for one in ids:
         body = f'{{"prompt":"a","num_inference_steps":{fields.get("steps", 2)}}}'.encode()
         await jetstream.publish(scene.subjects.request(scene.task, one), body)
 
 
-async def test_a_queued_request_is_gone_and_the_others_are_done(
+async def test_a_cancelled_queued_request_is_removed_and_the_others_run(
     scene: Scene, caller: Caller
 ) -> None:
     await scene.start("held_in_run")
-    await queue(scene, "first", "unwanted", "last")
+    await queue(scene, "first", "second", "last")
     await scene.noted("run")
-    assert await caller.cancel("unwanted") == told("unwanted", "cancelled", CANCELLED)
+    assert await caller.cancel("second") == reply_of("second", "cancelled", CANCELLED)
     assert await scene.left() == 2
-    assert (await scene.event("unwanted"))["type"] == CANCELLED
+    assert (await scene.event("second"))["type"] == CANCELLED
     (scene.folder / "run.go").touch()
     await scene.emptied()
-    assert scene.runs() == ["", ""]  # ids in subjects only
+    assert scene.runs() == ["", ""]  # the ids are in the subjects only
     assert (await scene.event("last"))["type"] == SUCCEEDED
 
 
-async def test_the_caller_of_a_queued_request_is_answered(
+async def test_the_caller_of_a_cancelled_queued_request_gets_its_event(
     scene: Scene, new_caller: NewCaller
 ) -> None:
     await scene.start("held_in_run")
     first, second, third = [await new_caller() for _ in range(3)]
-    running = first.asking(first.call(request_id="running"))
+    running = first.start(first.call(request_id="running"))
     await scene.noted("run")
-    waiting = [one.asking(one.call(request_id="unwanted")) for one in (second, third)]
+    waiting = [one.start(one.call(request_id="second")) for one in (second, third)]
 
     async def stored() -> bool:
         return await scene.left() == 3
 
     await scene.until(stored, "three requests")
-    assert (await first.cancel("unwanted"))["status"] == "cancelled"
-    answered, waiting_on = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    assert [(await one)["type"] for one in answered] == [CANCELLED]
+    assert (await first.cancel("second"))["status"] == "cancelled"
+    done, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    assert [(await one)["type"] for one in done] == [CANCELLED]
     assert await scene.left() == 2
     (scene.folder / "run.go").touch()
     # The copy finds the stored event when it is delivered.
-    assert [(await one)["type"] for one in waiting_on] == [CANCELLED]
+    assert [(await one)["type"] for one in pending] == [CANCELLED]
     assert (await running)["type"] == SUCCEEDED
 
 
-async def test_a_running_request_stops_at_its_next_step_and_the_next_one_is_done(
+async def test_a_cancelled_running_request_stops_at_its_next_step(
     scene: Scene, caller: Caller
 ) -> None:
     await scene.start("slow_steps")
-    running = caller.asking(caller.call(request_id="long", num_inference_steps=200))
+    running = caller.start(caller.call(request_id="long", num_inference_steps=200))
     await scene.noted("steps", 2)
-    assert await caller.cancel("long") == told("long", "stopping")
+    assert await caller.cancel("long") == reply_of("long", "stopping")
     event = await running
     assert event["type"] == CANCELLED
     steps = len(scene.notes("steps"))
     assert steps < 20
     assert (await caller.call(num_inference_steps=1))["type"] == SUCCEEDED
-    assert len(scene.notes("steps")) == steps + 1  # the device was free: no step of it came after
+    assert len(scene.notes("steps")) == steps + 1  # the cancelled run made no further step
     await scene.emptied()
     assert await scene.keys() != set()
     assert not any("/long/" in key for key in await scene.keys())
 
 
-async def test_a_request_without_its_id_in_the_subject_is_cancelled_while_it_runs(
+async def test_a_running_request_without_its_id_in_the_subject_can_be_cancelled(
     scene: Scene, caller: Caller
 ) -> None:
     await scene.start("slow_steps")
@@ -91,18 +91,18 @@ async def test_a_request_without_its_id_in_the_subject_is_cancelled_while_it_run
     assert (await scene.event(request_id))["type"] == CANCELLED
 
 
-async def test_what_has_ended_or_never_was_is_said(scene: Scene, caller: Caller) -> None:
+async def test_ended_and_unknown_requests_have_a_status(scene: Scene, caller: Caller) -> None:
     await scene.start()
     done = await caller.call(request_id="done")
     assert done["type"] == SUCCEEDED
-    assert await caller.cancel("done") == told("done", "finished", SUCCEEDED)
-    assert await caller.cancel("never-was") == told("never-was", "unknown")
+    assert await caller.cancel("done") == reply_of("done", "finished", SUCCEEDED)
+    assert await caller.cancel("unknown") == reply_of("unknown", "unknown")
     refused = await caller.cancel("*")
     assert refused["error"]["code"] == "400"
-    assert await scene.events("never-was") == []
+    assert await scene.events("unknown") == []
 
 
-async def test_a_body_that_names_another_id_is_cancelled_by_that_of_its_subject_alone(
+async def test_a_request_with_two_ids_is_cancelled_by_the_id_in_its_subject(
     scene: Scene, caller: Caller
 ) -> None:
     await scene.start("held_in_run")
@@ -110,81 +110,85 @@ async def test_a_body_that_names_another_id_is_cancelled_by_that_of_its_subject_
     await scene.noted("run")
     subject = scene.subjects.request(scene.task, "mine")
     await scene.sender.jetstream().publish(subject, b'{"prompt":"a","request_id":"yours"}')
-    assert await caller.cancel("mine") == told("mine", "cancelled", "generation.v1.cancelled")
+    assert await caller.cancel("mine") == reply_of("mine", "cancelled", "generation.v1.cancelled")
     assert await scene.events("yours") == []
     (scene.folder / "run.go").touch()
     await scene.emptied()
 
 
-async def test_twice_is_once(scene: Scene, caller: Caller) -> None:
+async def test_concurrent_cancellations_store_one_event(scene: Scene, caller: Caller) -> None:
     await scene.start("held_in_run")
-    await queue(scene, "first", "unwanted")
+    await queue(scene, "first", "second")
     await scene.noted("run")
-    replies = await asyncio.gather(*(caller.cancel("unwanted") for _ in range(5)))
+    replies = await asyncio.gather(*(caller.cancel("second") for _ in range(5)))
     assert {reply["status"] for reply in replies} == {"cancelled"}
-    assert len(await scene.events("unwanted")) == 1
+    assert len(await scene.events("second")) == 1
     (scene.folder / "run.go").touch()
     await scene.emptied()
 
 
-async def test_a_cancelled_id_stays_cancelled(scene: Scene, caller: Caller) -> None:
+async def test_a_cancelled_id_remains_cancelled(scene: Scene, caller: Caller) -> None:
     await scene.start("held_in_run")
-    await queue(scene, "first", "unwanted")
+    await queue(scene, "first", "second")
     await scene.noted("run")
-    cancelled = await caller.cancel("unwanted")
+    cancelled = await caller.cancel("second")
     (scene.folder / "run.go").touch()
     await scene.emptied()
-    again = await caller.call(b'{"prompt":"a","num_inference_steps":2,"request_id":"unwanted"}')
+    again = await caller.call(b'{"prompt":"a","num_inference_steps":2,"request_id":"second"}')
     assert (again["type"], cancelled["status"]) == (CANCELLED, "cancelled")
-    other = await caller.call(request_id="unwanted", seed=3)
+    other = await caller.call(request_id="second", seed=3)
     assert other["failure"]["code"] == "request_id_conflict"
     assert scene.runs() == [""]
 
 
-async def test_during_the_upload_it_stops_and_leaves_nothing(scene: Scene, caller: Caller) -> None:
+async def test_a_cancellation_during_the_upload_leaves_no_objects(
+    scene: Scene, caller: Caller
+) -> None:
     await scene.start("held_in_upload")
-    running = caller.asking(caller.call(request_id="late"))
+    running = caller.start(caller.call(request_id="late"))
     await scene.noted("upload")
     assert (await caller.cancel("late"))["status"] == "stopping"
     assert (await running)["type"] == CANCELLED
     assert await scene.keys() == set()
 
 
-async def test_at_its_end_it_is_too_late(scene: Scene, caller: Caller) -> None:
+async def test_a_cancellation_during_publication_is_too_late(scene: Scene, caller: Caller) -> None:
     await scene.start("held_before_result")
-    running = caller.asking(caller.call(request_id="late"))
+    running = caller.start(caller.call(request_id="late"))
     await scene.noted("result")
-    cancelling = caller.asking(caller.cancel("late"))
+    cancelling = caller.start(caller.cancel("late"))
     (scene.folder / "result.go").touch()
-    assert await cancelling == told("late", "finished", SUCCEEDED)
+    assert await cancelling == reply_of("late", "finished", SUCCEEDED)
     assert (await running)["type"] == SUCCEEDED
 
 
-async def test_what_is_fetched_in_the_same_moment_has_one_end(scene: Scene, caller: Caller) -> None:
-    """Who cancels has seen it waiting, and a worker gets it before its end is stored."""
+async def test_a_request_fetched_during_its_cancellation_has_one_terminal_event(
+    scene: Scene, caller: Caller
+) -> None:
+    """A worker fetches the request after the cancelling worker has found it in the queue."""
     await scene.apply(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
     await scene.start("held_before_result", MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
-    await queue(scene, "unwanted", steps=200)
-    cancelling = caller.asking(caller.cancel("unwanted"))
+    await queue(scene, "second", steps=200)
+    cancelling = caller.start(caller.cancel("second"))
     await scene.noted("result")
     await scene.start("slow_steps")
     await scene.noted("steps", 1)
     (scene.folder / "result.go").touch()
-    assert await cancelling == told("unwanted", "cancelled", CANCELLED)
+    assert await cancelling == reply_of("second", "cancelled", CANCELLED)
     await scene.logged(scene.workers[1], "job_finished")
-    assert (await scene.event("unwanted"))["worker"] != scene.workers[1].name
-    assert len(scene.notes("steps")) < 20  # it did not go on for nothing
+    assert (await scene.event("second"))["worker"] != scene.workers[1].name
+    assert len(scene.notes("steps")) < 20  # the run stopped early
     assert await scene.left() == 0
 
 
-async def test_a_worker_that_dies_before_it_has_stopped_has_a_successor_that_knows(
+async def test_the_cancellation_of_a_killed_worker_applies_to_the_next_attempt(
     scene: Scene, caller: Caller
 ) -> None:
-    deaf = await scene.start("held_in_run")  # it does not look whether it is to stop
+    unresponsive = await scene.start("held_in_run")  # it does not poll the cancel token
     request_id = await scene.submit()
     await scene.noted("run")
     assert (await caller.cancel(request_id))["status"] == "stopping"
-    deaf.kill()
+    unresponsive.kill()
     await scene.start()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == (CANCELLED, 2)
@@ -192,17 +196,17 @@ async def test_a_worker_that_dies_before_it_has_stopped_has_a_successor_that_kno
     assert scene.runs() == [request_id]
 
 
-async def test_dead_workers_request_is_ended_by_the_worker_that_gets_it_next(
+async def test_the_request_of_a_dead_worker_is_cancelled_by_the_next_worker(
     scene: Scene, caller: Caller
 ) -> None:
-    """A worker that does not answer may be deaf, not dead: its model may still run the request."""
+    """A worker without a reply may still run the request, so no other worker ends it early."""
     await scene.apply(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
-    await scene.start(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))  # answers cancellations of both tasks
+    await scene.start(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))  # handles cancellations of both tasks
     dead = await scene.start("held_in_run")
     await queue(scene, "orphan")
     await scene.noted("run")
     dead.kill()
-    assert await caller.cancel("orphan") == told("orphan", "stopping")
+    assert await caller.cancel("orphan") == reply_of("orphan", "stopping")
     assert await scene.events("orphan") == []
     await scene.start()
     event = await scene.event("orphan")
@@ -211,10 +215,8 @@ async def test_dead_workers_request_is_ended_by_the_worker_that_gets_it_next(
     assert len(scene.runs()) == 1
 
 
-async def test_storm_of_cancels_of_large_requests_cancels_all_of_them(
-    scene: Scene, caller: Caller
-) -> None:
-    """The bodies together are more than the server keeps for a connection that reads slowly."""
+async def test_many_cancellations_of_large_requests_succeed(scene: Scene, caller: Caller) -> None:
+    """The total size of the bodies exceeds the server's buffer for a slow connection."""
     worker = await scene.start("held_in_run")
     await queue(scene, "first")
     await scene.noted("run")
@@ -224,74 +226,78 @@ async def test_storm_of_cancels_of_large_requests_cancels_all_of_them(
     for one in ids:
         await jetstream.publish(scene.subjects.request(scene.task, one), body)
     replies = await asyncio.gather(*(caller.cancel(one) for one in ids))
-    assert replies == [told(one, "cancelled", CANCELLED) for one in ids]
+    assert replies == [reply_of(one, "cancelled", CANCELLED) for one in ids]
     assert await scene.left() == 1
     assert "bus_disconnected" not in worker.log_since_start()
     (scene.folder / "run.go").touch()
     await scene.emptied()
 
 
-async def test_cancel_behind_a_storm_of_unknown_ids_does_not_wait_for_it(
+async def test_a_cancellation_does_not_wait_behind_many_unknown_ids(
     scene: Scene, caller: Caller
 ) -> None:
-    """Each unknown id is waited for, which holds no place that another cancellation needs."""
+    """The worker waits for each unknown id, without blocking other cancellations."""
     await scene.start("held_in_run")
-    await queue(scene, "first", "unwanted")
+    await queue(scene, "first", "second")
     await scene.noted("run")
     inbox = caller.client.new_inbox()
     for number in range(2_000):
         await caller.client.publish(scene.subjects.cancel(f"unknown-{number}"), reply=inbox)
     began = time.monotonic()
-    assert (await caller.cancel("unwanted"))["status"] == "cancelled"
-    assert time.monotonic() - began < 5.0  # one took 12 s when 64 were looked at in turn
+    assert (await caller.cancel("second"))["status"] == "cancelled"
+    assert time.monotonic() - began < 5.0  # sequential handling would take 12 s
     (scene.folder / "run.go").touch()
     await scene.emptied()
 
 
-async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(
+async def test_a_chain_is_cancelled_by_its_id_after_its_first_step(
     scene: Scene, caller: Caller
 ) -> None:
     await scene.apply(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
     await scene.start()
     steps = [{"task": "image_to_text", "prompt": "b", "each": True}]
-    answer = caller.asking(caller.call(request_id="tour", num_images=2, then=steps))
+    answer = caller.start(caller.call(request_id="tour", num_images=2, then=steps))
 
     async def queued() -> bool:
         return await scene.left() == 2
 
     await scene.until(queued, "two branches in the queue")
-    assert await caller.cancel("tour") == told("tour", "cancelled", CANCELLED)
+    assert await caller.cancel("tour") == reply_of("tour", "cancelled", CANCELLED)
     assert (await answer)["type"] == CANCELLED
     assert await scene.left() == 0
-    assert await caller.cancel("tour") == told("tour", "cancelled", CANCELLED)
+    assert await caller.cancel("tour") == reply_of("tour", "cancelled", CANCELLED)
 
 
-async def test_running_step_of_a_chain_stops_by_the_chains_id(scene: Scene, caller: Caller) -> None:
+async def test_a_running_step_of_a_chain_is_cancelled_by_the_chain_id(
+    scene: Scene, caller: Caller
+) -> None:
     await scene.apply(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
     await scene.start()
     await scene.start("slow_steps", MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
     step = {"task": "image_to_text", "prompt": "b", "max_new_tokens": 200}
-    answer = caller.asking(
+    answer = caller.start(
         caller.call(request_id="tour", then=[step, {"task": "text_to_image", "prompt": "c"}])
     )
     await scene.noted("steps", 1)
-    assert await caller.cancel("tour") == told("tour", "stopping")
+    assert await caller.cancel("tour") == reply_of("tour", "stopping")
     event = await answer
     assert (event["request_id"], event["type"]) == ("tour-2", CANCELLED)
-    assert await caller.cancel("tour") == told("tour", "cancelled", CANCELLED)
+    assert await caller.cancel("tour") == reply_of("tour", "cancelled", CANCELLED)
     await scene.emptied()
 
 
-async def test_chain_that_has_ended_is_finished(scene: Scene, caller: Caller) -> None:
+async def test_the_cancellation_of_an_ended_chain_returns_finished(
+    scene: Scene, caller: Caller
+) -> None:
     await scene.apply(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
     await scene.start()
     await scene.start(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
     step = {"task": "image_to_text", "prompt": "b"}
     assert (await caller.call(request_id="tour", then=[step]))["request_id"] == "tour-2"
-    assert await caller.cancel("tour") == told("tour", "finished", SUCCEEDED)
+    assert await caller.cancel("tour") == reply_of("tour", "finished", SUCCEEDED)
 
 
-async def test_requests_of_a_task_without_workers_are_cancelled_by_the_others(
+async def test_workers_cancel_requests_of_a_task_without_workers(
     scene: Scene, caller: Caller
 ) -> None:
     await scene.start()
@@ -302,12 +308,12 @@ async def test_requests_of_a_task_without_workers_are_cancelled_by_the_others(
     assert await scene.left() == 0
 
 
-async def test_cancel_that_comes_before_its_request_is_honoured(
+async def test_a_cancellation_before_the_submission_is_applied(
     scene: Scene, caller: Caller
 ) -> None:
     await scene.start()
     for request_id in ("early", "early-chain"):
-        assert await caller.cancel(request_id) == told(request_id, "unknown")
+        assert await caller.cancel(request_id) == reply_of(request_id, "unknown")
     await scene.submit(request_id="early")  # without its id in the subject
     await scene.submit(request_id="step", chain={"id": "early-chain", "step": 1})
     for request_id in ("early", "step"):

@@ -1,4 +1,4 @@
-"""Chains of requests: through real daemon processes of both tasks, also where one is killed."""
+"""Chains of requests through daemon processes of both tasks, also after a kill."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ from tests.support.seen import counted
 
 SUCCEEDED = "generation.v1.succeeded"
 DRAW = {"task": "text_to_image", "prompt": "as a woodcut: $text"}
-TELL = {"task": "image_to_text", "prompt": "Describe it."}
+DESCRIBE = {"task": "image_to_text", "prompt": "Describe it."}
 
 
 async def start_both(scene: Scene, cause: str = "none") -> None:
@@ -21,7 +21,7 @@ async def start_both(scene: Scene, cause: str = "none") -> None:
 
 
 async def stored(scene: Scene, task: Task, request_id: str) -> Event:
-    """The one terminal event of a step, waited for."""
+    """Wait for the terminal event of a step."""
     scene.task = task
     try:
         return await scene.event(request_id)
@@ -29,14 +29,14 @@ async def stored(scene: Scene, task: Task, request_id: str) -> Event:
         scene.task = Task.TEXT_TO_IMAGE
 
 
-async def test_the_caller_gets_the_last_steps_result_and_nothing_else(
+async def test_the_caller_gets_only_the_result_of_the_last_step(
     scene: Scene, caller: Caller
 ) -> None:
     await start_both(scene)
     inbox = caller.client.new_inbox()
     answers = await caller.client.subscribe(inbox)
     body: dict[str, Any] = {"prompt": "a", "request_id": "c", "metadata": {"order": "7"}}
-    body |= {"num_images": 3, "then": [TELL, DRAW]}
+    body |= {"num_images": 3, "then": [DESCRIBE, DRAW]}
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     await caller.client.publish(
         scene.subjects.call(scene.task),
@@ -58,13 +58,11 @@ async def test_the_caller_gets_the_last_steps_result_and_nothing_else(
     assert answers.pending_msgs == 0
 
 
-async def test_each_picture_has_a_request_and_an_answer_of_its_own(
-    scene: Scene, caller: Caller
-) -> None:
+async def test_each_image_has_a_separate_request_and_reply(scene: Scene, caller: Caller) -> None:
     await start_both(scene)
     inbox = caller.client.new_inbox()
     answers = await caller.client.subscribe(inbox)
-    body = {"prompt": "a", "request_id": "e", "num_images": 3, "then": [{**TELL, "each": True}]}
+    body = {"prompt": "a", "request_id": "e", "num_images": 3, "then": [{**DESCRIBE, "each": True}]}
     await caller.client.publish(
         scene.subjects.call(scene.task), json.dumps(body).encode(), reply=inbox
     )
@@ -73,37 +71,35 @@ async def test_each_picture_has_a_request_and_an_answer_of_its_own(
     assert {event["outputs"][0]["text"] for event in events} == {"1 pictures"}
 
 
-async def test_a_worker_killed_between_two_steps_loses_none_and_repeats_none(
+async def test_a_worker_killed_between_two_steps_neither_loses_nor_repeats_a_step(
     scene: Scene, caller: Caller
 ) -> None:
     await scene.apply(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
     await scene.start("killed_after_result")
     await scene.start(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
-    asked = caller.asking(caller.call(request_id="k", then=[TELL]))
+    answer = caller.start(caller.call(request_id="k", then=[DESCRIBE]))
     assert (await scene.event("k"))["type"] == SUCCEEDED
     (scene.folder / "die").touch()
     await scene.ended(scene.workers[0])
     await scene.start()
-    event = await asked
+    event = await answer
     assert (event["request_id"], event["type"]) == ("k-2", SUCCEEDED)
     await scene.emptied()
     assert sorted(scene.runs()) == ["k", "k-2"]
 
 
-async def test_a_failed_step_ends_the_chain_and_is_named(scene: Scene, caller: Caller) -> None:
+async def test_a_failed_step_ends_the_chain(scene: Scene, caller: Caller) -> None:
     await scene.apply(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
     await scene.start()
     await scene.start("raising", MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
-    event = await caller.call(request_id="f", then=[TELL, DRAW])
+    event = await caller.call(request_id="f", then=[DESCRIBE, DRAW])
     assert (event["request_id"], event["failure"]["code"]) == ("f-2", "model_error")
     assert event["chain"] == {"id": "f", "step": 2, "of": 3}
     await scene.emptied()
     assert await scene.events("f-3") == []
 
 
-async def test_a_slip_that_cannot_be_followed_is_refused_at_once(
-    scene: Scene, caller: Caller
-) -> None:
+async def test_an_invalid_routing_slip_is_refused(scene: Scene, caller: Caller) -> None:
     await scene.start()
     event = await caller.call(then=[DRAW])
     assert event["failure"]["code"] == "invalid_request"
@@ -113,11 +109,9 @@ async def test_a_slip_that_cannot_be_followed_is_refused_at_once(
     assert scene.runs() == []
 
 
-async def test_a_chain_that_finds_no_place_in_the_queue_is_told(
-    scene: Scene, caller: Caller
-) -> None:
+async def test_a_full_queue_of_the_next_step_fails_the_chain(scene: Scene, caller: Caller) -> None:
     worker = await scene.start("held_in_run")
-    asked = caller.asking(caller.call(request_id="q", then=[TELL]))
+    answer = caller.start(caller.call(request_id="q", then=[DESCRIBE]))
     await scene.noted("run")
     jetstream = scene.sender.jetstream()
     next_queue = scene.subjects.requests_stream(Task.IMAGE_TO_TEXT)
@@ -125,7 +119,7 @@ async def test_a_chain_that_finds_no_place_in_the_queue_is_told(
     await jetstream.update_stream(config.evolve(max_msgs=1))
     await jetstream.publish(scene.subjects.request(Task.IMAGE_TO_TEXT), b"{}")
     (scene.folder / "run.go").touch()
-    event = await asked
+    event = await answer
     assert (event["request_id"], event["failure"]["code"]) == ("q-2", "queue_full")
     assert (await stored(scene, Task.IMAGE_TO_TEXT, "q-2")) == event
     assert (await scene.event("q"))["type"] == SUCCEEDED
@@ -133,10 +127,10 @@ async def test_a_chain_that_finds_no_place_in_the_queue_is_told(
     assert broken == {"queue_full": 1, "invalid_request": 0, "internal": 0}
 
 
-async def test_a_second_caller_of_a_chain_gets_its_end_too(scene: Scene, caller: Caller) -> None:
+async def test_a_second_caller_of_a_chain_gets_the_result(scene: Scene, caller: Caller) -> None:
     await start_both(scene)
     first, second = await asyncio.gather(
-        *(caller.call(request_id="twice", then=[TELL]) for _ in range(2))
+        *(caller.call(request_id="twice", then=[DESCRIBE]) for _ in range(2))
     )
     assert first == second
     assert first["request_id"] == "twice-2"

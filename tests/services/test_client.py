@@ -1,4 +1,4 @@
-"""The client as a program uses it, on real servers and a real daemon process with a quick model."""
+"""The client library on real servers and a real daemon process with a quick model."""
 
 import asyncio
 import base64
@@ -48,8 +48,8 @@ from tests.conftest import StartNats
 from tests.support.scene import WITHIN, Scene
 
 
-def picture() -> str:
-    """A small PNG, as base64."""
+def png_base64() -> str:
+    """Return a small PNG as base64."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -59,17 +59,17 @@ def client_of(scene: Scene) -> GenerationClient:
     return GenerationClient(scene.stack.nats.url, root=scene.subjects.root)
 
 
-async def test_a_picture_is_asked_for_watched_and_downloaded(scene: Scene) -> None:
+async def test_an_image_request_reports_progress_and_can_be_downloaded(scene: Scene) -> None:
     await scene.start("slow_steps")
     events = []
     async with client_of(scene) as client:
         result = await client.text_to_image(
             "a red circle", num_inference_steps=3, on_event=events.append
         )
-        (picture,) = result.outputs
-        assert isinstance(picture, ImageArtifact)
-        data = await client.download(picture)
-    assert hashlib.sha256(data).hexdigest() == picture.sha256
+        (image,) = result.outputs
+        assert isinstance(image, ImageArtifact)
+        data = await client.download(image)
+    assert hashlib.sha256(data).hexdigest() == image.sha256
     assert isinstance(events[0], StartedEvent)
     steps = [event.step for event in events if isinstance(event, ProgressEvent)]
     assert steps
@@ -77,18 +77,18 @@ async def test_a_picture_is_asked_for_watched_and_downloaded(scene: Scene) -> No
     assert events[-1] == result
 
 
-async def test_a_text_is_asked_for(scene: Scene) -> None:
+async def test_a_text_request_returns_a_text(scene: Scene) -> None:
     scene.task = Task.IMAGE_TO_TEXT
     await scene.apply()
     await scene.start("none")
     async with client_of(scene) as client:
-        result = await client.image_to_text("What is it?", [InlineImage(base64=picture())])
+        result = await client.image_to_text("What is it?", [InlineImage(base64=png_base64())])
     (output,) = result.outputs
     assert isinstance(output, TextOutput)
     assert output.text == "1 pictures"
 
 
-async def test_another_client_collects_what_was_submitted(scene: Scene) -> None:
+async def test_another_client_can_fetch_the_result_of_a_submitted_request(scene: Scene) -> None:
     async with client_of(scene) as client:
         request_id = await client.submit(TextToImageRequest(prompt="a"))
         assert await client.submit(TextToImageRequest(prompt="a", request_id=request_id))
@@ -99,12 +99,12 @@ async def test_another_client_collects_what_was_submitted(scene: Scene) -> None:
         await scene.start()
         event = await waiting
         assert isinstance(event, SucceededEvent)
-        await scene.event(request_id)  # the server tells of it a moment before it has stored it
+        await scene.event(request_id)  # subscribers receive the event shortly before it is stored
         assert await client.result(Task.TEXT_TO_IMAGE, request_id, within=0) == event
     assert scene.runs() == [request_id]
 
 
-async def test_what_is_cancelled_raises_where_it_is_waited_for(scene: Scene) -> None:
+async def test_waiting_for_a_cancelled_request_raises_an_error(scene: Scene) -> None:
     await scene.start("slow_steps")
     async with client_of(scene) as client:
         request = TextToImageRequest(prompt="a", num_inference_steps=200, request_id="long")
@@ -117,7 +117,7 @@ async def test_what_is_cancelled_raises_where_it_is_waited_for(scene: Scene) -> 
         assert await client.ended("long") == "generation.v1.cancelled"
 
 
-async def test_a_failure_raises_with_its_event(scene: Scene) -> None:
+async def test_a_failed_request_raises_an_error_with_its_event(scene: Scene) -> None:
     await scene.start("raising")
     async with client_of(scene) as client:
         with pytest.raises(RequestFailed) as failed:
@@ -126,14 +126,14 @@ async def test_a_failure_raises_with_its_event(scene: Scene) -> None:
     assert "model_error" in str(failed.value)
 
 
-async def test_what_cannot_be_sent_is_said(scene: Scene) -> None:
+async def test_each_failed_submission_raises_its_error(scene: Scene) -> None:
     async with client_of(scene) as client:
         with pytest.raises(ValidationError):
             await client.text_to_image("")
         with pytest.raises(RequestTooLarge):
             await client.image_to_text("a", [InlineImage(base64="A" * 2**20)])
         with pytest.raises(NoWorker):
-            await client.cancel("nobody")
+            await client.cancel("unknown")
         jetstream = scene.sender.jetstream()
         config = (await jetstream.stream_info(scene.subjects.requests_stream(scene.task))).config
         await jetstream.update_stream(config.evolve(max_msgs=1))
@@ -147,7 +147,7 @@ async def test_what_cannot_be_sent_is_said(scene: Scene) -> None:
             await client.submit(TextToImageRequest(prompt="a"))
 
 
-async def test_an_id_of_another_request_is_told(scene: Scene) -> None:
+async def test_an_id_of_another_request_raises_an_error(scene: Scene) -> None:
     await scene.start()
     async with client_of(scene) as client:
         first = await client.text_to_image("a", request_id="taken")
@@ -156,20 +156,20 @@ async def test_an_id_of_another_request_is_told(scene: Scene) -> None:
             await client.text_to_image("b", request_id="taken")
 
 
-async def test_a_picture_that_is_not_what_the_event_says_is_refused(scene: Scene) -> None:
+async def test_a_download_that_differs_from_the_event_is_refused(scene: Scene) -> None:
     await scene.start()
     async with client_of(scene) as client:
-        (picture,) = (await client.text_to_image("a")).outputs
-        assert isinstance(picture, ImageArtifact)
+        (image,) = (await client.text_to_image("a")).outputs
+        assert isinstance(image, ImageArtifact)
         with pytest.raises(DownloadFailed, match="differ from the stored"):
-            await client.download(picture.model_copy(update={"sha256": "0" * 64}))
-        gone = picture.model_copy(update={"url": picture.url.replace(picture.key, "gone.png")})
+            await client.download(image.model_copy(update={"sha256": "0" * 64}))
+        missing = image.model_copy(update={"url": image.url.replace(image.key, "gone.png")})
         with pytest.raises(DownloadFailed) as failed:
-            await client.download(gone)
+            await client.download(missing)
     assert "Signature" not in str(failed.value)
 
 
-async def test_a_result_comes_although_the_server_is_killed_meanwhile(scene: Scene) -> None:
+async def test_a_result_arrives_after_a_restart_of_the_server(scene: Scene) -> None:
     await scene.start("held_in_run")
     async with client_of(scene) as client:
         running = asyncio.ensure_future(client.text_to_image("a"))
@@ -181,19 +181,19 @@ async def test_a_result_comes_although_the_server_is_killed_meanwhile(scene: Sce
         assert (await running).outputs
 
 
-def test_it_imports_none_of_the_daemons_libraries() -> None:
-    look = (
+def test_the_client_imports_no_library_of_the_daemon() -> None:
+    code = (
         "import sys, generation_client; print(sorted({'torch', 'consumer'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
-# -- what cannot be read, and what is not its result ----------------------------------------------
+# -- unreadable and foreign messages --------------------------------------------------------------
 
 
 def event_of(request_id: str, **fields: Any) -> dict[str, Any]:
-    """A failed event, as a worker publishes it."""
+    """Return a failed event, as a worker publishes it."""
     return {
         "type": "generation.v1.failed",
         "request_id": request_id,
@@ -218,11 +218,11 @@ NEWER = {
 }
 
 
-@pytest.mark.parametrize(("fields", "said"), NEWER.values(), ids=NEWER.keys())
-async def test_a_result_of_a_later_version_is_an_error_that_says_so(
-    scene: Scene, fields: dict[str, Any], said: str
+@pytest.mark.parametrize(("fields", "message"), NEWER.values(), ids=NEWER.keys())
+async def test_a_result_of_a_later_version_raises_unsupported_message(
+    scene: Scene, fields: dict[str, Any], message: str
 ) -> None:
-    """While it is waited for and afterwards; transient events of a later version are skipped."""
+    """The error is raised while waiting and afterwards. Unknown transient events are skipped."""
     event = {name: value for name, value in event_of("a", **fields).items() if value is not None}
     body = json.dumps(event).encode()
     async with client_of(scene) as client:
@@ -231,16 +231,16 @@ async def test_a_result_of_a_later_version_is_an_error_that_says_so(
         newer = json.dumps({**event, "type": "generation.v2.progress"}).encode()
         await scene.sender.publish(scene.subjects.progress(scene.task, "a"), newer)
         await scene.sender.jetstream().publish(scene.subjects.result(scene.task, "a"), body)
-        with pytest.raises(UnsupportedMessage, match=said) as raised:
+        with pytest.raises(UnsupportedMessage, match=message) as raised:
             await asyncio.wait_for(waiting, WITHIN)
         assert (raised.value.type, raised.value.body) == (event["type"], body)
         for within in (0, WITHIN):
-            with pytest.raises(UnsupportedMessage, match=said):
+            with pytest.raises(UnsupportedMessage, match=message):
                 await client.result(scene.task, "a", within=within)
 
 
 async def queued(scene: Scene, count: int) -> None:
-    """Return once so many requests are stored."""
+    """Wait until the queue stores a number of requests."""
 
     async def there() -> bool:
         return await scene.left() == count
@@ -248,7 +248,7 @@ async def queued(scene: Scene, count: int) -> None:
     await scene.until(there, f"{count} requests")
 
 
-async def test_the_command_line_says_that_a_result_is_of_a_later_version(scene: Scene) -> None:
+async def test_the_request_command_reports_a_result_of_a_later_version(scene: Scene) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "consumer", "request", "text-to-image", "a", "--id", "a"),
         env={**os.environ, **scene.settings()},
@@ -264,8 +264,8 @@ async def test_the_command_line_says_that_a_result_is_of_a_later_version(scene: 
     assert "cannot read generation.v2.failed" in line
 
 
-async def test_what_is_not_the_requests_event_is_not_its_result(scene: Scene) -> None:
-    """Answers of the server, events of other requests and junk, under the result's subject."""
+async def test_other_messages_under_the_result_subject_are_ignored(scene: Scene) -> None:
+    """Server replies, events of other requests and junk under the result subject."""
     subject = scene.subjects.result(scene.task, "a")
     junk = [
         b"",
@@ -291,8 +291,8 @@ async def test_what_is_not_the_requests_event_is_not_its_result(scene: Scene) ->
         assert (await waiting).type == "generation.v1.failed"
 
 
-async def test_a_message_id_cannot_be_occupied(scene: Scene) -> None:
-    """A sender that knows the id of a request cannot have it dropped as a duplicate."""
+async def test_the_message_id_of_a_request_cannot_be_guessed(scene: Scene) -> None:
+    """A sender that knows a request id cannot cause the request to be dropped as a duplicate."""
     async with client_of(scene) as client, client_of(scene) as other:
         subject = scene.subjects.request(scene.task, "a")
         for guess in ("a", "text_to_image.a", "text_to_image.a.", "image_to_text.a"):
@@ -301,13 +301,17 @@ async def test_a_message_id_cannot_be_occupied(scene: Scene) -> None:
         before = await scene.left()
         for _ in range(2):
             await client.submit(request)
-        assert await scene.left() == before + 1, "its own second submit is a duplicate"
+        assert await scene.left() == before + 1, (
+            "the second submission of one client is a duplicate"
+        )
         await other.submit(request)
         await client.submit(TextToImageRequest(prompt="b", request_id="a"))
-        assert await scene.left() == before + 3, "another client's is not, nor another request"
+        assert await scene.left() == before + 3, (
+            "other clients and other requests are no duplicates"
+        )
 
 
-# -- what the connection may not, or has lost -----------------------------------------------------
+# -- missing permissions, streams and connections -------------------------------------------------
 
 INBOX = "_INBOX_sender"
 RESULTS = "generation.result.>"
@@ -317,16 +321,16 @@ CANCEL = "generation.cancel.*"
 
 
 def restricted(publish: list[str], subscribe: list[str]) -> str:
-    """The configuration of a server with a sender of few permissions, and an administrator."""
-    may = json.dumps({"publish": publish, "subscribe": subscribe})
+    """Return a server configuration with a restricted sender and an administrator."""
+    permissions = json.dumps({"publish": publish, "subscribe": subscribe})
     return (
         "accounts { A { jetstream: enabled, users: [{user: admin, password: x}, "
-        f"{{user: sender, password: x, permissions: {may}}}] }} }}"
+        f"{{user: sender, password: x, permissions: {permissions}}}] }} }}"
     )
 
 
 @pytest.mark.parametrize(
-    ("publish", "subscribe", "named"),
+    ("publish", "subscribe", "subject"),
     [
         ([REQUEST], [f"{INBOX}.>", RESULTS], LOOKUP),
         ([REQUEST, LOOKUP], [f"{INBOX}.>"], "generation.result.text_to_image.a"),
@@ -334,12 +338,12 @@ def restricted(publish: list[str], subscribe: list[str]) -> str:
         ([LOOKUP], [f"{INBOX}.>", RESULTS], "generation.request.text_to_image.a"),
     ],
 )
-async def test_a_missing_permission_is_named(
+async def test_a_missing_permission_is_named_in_the_error(
     start_nats: StartNats,
     monkeypatch: pytest.MonkeyPatch,
     publish: list[str],
     subscribe: list[str],
-    named: str,
+    subject: str,
 ) -> None:
     monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.5)
     monkeypatch.setattr(submitting, "PUBLISH_TIMEOUT", 0.5)
@@ -348,7 +352,7 @@ async def test_a_missing_permission_is_named(
     await make_streams(server.url, "GENERATION_RESULTS", "GENERATION_REQUESTS_TEXT_TO_IMAGE")
     options = {"user": "sender", "password": "x", "inbox_prefix": INBOX}
     async with GenerationClient(server.url, **options) as client:
-        with pytest.raises(ServiceUnavailable, match=re.escape(f"to {named}")) as raised:
+        with pytest.raises(ServiceUnavailable, match=re.escape(f"to {subject}")) as raised:
             await asyncio.wait_for(client.text_to_image("a", request_id="a"), WITHIN)
         assert "\n" not in str(raised.value)
         with pytest.raises(ServiceUnavailable, match=r"not publish to generation\.cancel\.a"):
@@ -356,7 +360,7 @@ async def test_a_missing_permission_is_named(
 
 
 async def make_streams(url: str, *names: str) -> None:
-    """Streams, by an administrator."""
+    """Create streams as the administrator."""
     client = await nats.connect(url, user="admin", password="x")
     subjects = {"GENERATION_RESULTS": "generation.result.>"}
     for name in names:
@@ -366,14 +370,14 @@ async def make_streams(url: str, *names: str) -> None:
     await client.close()
 
 
-async def test_a_missing_stream_is_named(scene: Scene) -> None:
+async def test_a_missing_stream_is_named_in_the_error(scene: Scene) -> None:
     async with GenerationClient(scene.stack.nats.url, root="nowhere") as client:
         for within in (0, WITHIN):
             with pytest.raises(ServiceUnavailable, match="NOWHERE_RESULTS; run `consumer apply`"):
                 await client.result(scene.task, "a", within=within)
 
 
-async def test_a_connection_that_stays_lost_ends_the_waiting(
+async def test_a_long_outage_ends_the_wait_for_a_result(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.2)
@@ -384,7 +388,7 @@ async def test_a_connection_that_stays_lost_ends_the_waiting(
     async with GenerationClient(nats_server.url, max_outage=0.5) as client:
         waiting = asyncio.ensure_future(client.result("text_to_image", "a"))
         await asyncio.wait({waiting}, timeout=1.0)
-        assert not waiting.done(), "an answer that there is no result is an answer"
+        assert not waiting.done(), "a reply without a result is no outage"
         nats_server.kill()
         with pytest.raises(ServiceUnavailable, match="no answer from the results stream"):
             await asyncio.wait_for(waiting, WITHIN)
@@ -393,15 +397,15 @@ async def test_a_connection_that_stays_lost_ends_the_waiting(
 
 
 @pytest.mark.parametrize(
-    ("answer", "error", "said"),
+    ("answer", "error", "message"),
     [
         (b'{"error":{"code":"503","description":"no way"}}', ServiceUnavailable, "no way"),
         (b'{"request_id":"a","status":"paused"}', UnsupportedMessage, r"CancelReply \(status\)"),
         (b"hello", ServiceUnavailable, "not from a worker"),
     ],
 )
-async def test_an_answer_to_a_cancellation_that_is_none(
-    scene: Scene, answer: bytes, error: type[Exception], said: str
+async def test_an_invalid_reply_to_a_cancellation_raises_an_error(
+    scene: Scene, answer: bytes, error: type[Exception], message: str
 ) -> None:
     async def respond(message: Msg) -> None:
         await message.respond(answer)
@@ -409,12 +413,12 @@ async def test_an_answer_to_a_cancellation_that_is_none(
     await scene.sender.subscribe(scene.subjects.cancels, cb=respond)
     await scene.sender.flush()
     async with client_of(scene) as client:
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             await client.cancel("a")
 
 
-async def test_a_calls_message_id_cannot_be_occupied(scene: Scene) -> None:
-    """A caller with a known inbox and a known id gets its answer all the same."""
+async def test_the_message_id_of_a_call_cannot_be_guessed(scene: Scene) -> None:
+    """A caller with a known inbox and a known id still gets its reply."""
     await scene.start()
     inbox, request = "_INBOX.known", {"prompt": "a", "request_id": "known"}
     for guess in (f"{scene.task}.known.{inbox}", f"{scene.task}.known", f"known.{inbox}", "known"):

@@ -1,4 +1,4 @@
-"""The second connection of a worker, which calls, cancellations and `$SRV` are answered over."""
+"""The second connection of a worker, for calls, cancellations and `$SRV`."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -11,10 +11,10 @@ from tests.support.seen import readiness
 SUCCEEDED = "generation.v1.succeeded"
 
 
-async def test_a_worker_that_loses_its_endpoints_for_good_finishes_its_request_and_ends(
+async def test_a_worker_with_closed_endpoints_finishes_its_request_and_stops(
     tmp_path: Path,
 ) -> None:
-    """The server refuses them after a restart: theirs is the connection with many subscriptions."""
+    """The restarted server allows too few subscriptions for the endpoints' connection."""
     stack = DevStack(tmp_path / "stack", persist=False)
     async with AsyncExitStack() as parts:
         parts.enter_context(stack)

@@ -1,22 +1,19 @@
-"""Messages with any bytes in subject and reply subject, sent with the publisher's key alone."""
+"""Messages of a publisher with arbitrary bytes in subject and reply subject."""
 
 import asyncio
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import nkeys
 import pytest
 from nats.aio.client import Client
 
-from consumer.app.apply import apply
 from generation_contracts import Task
-from tests.services.test_permissions import ROLES, USERS, Installation, start_worker
+from tests.services.test_permissions import Installation, installed, start_worker
 from tests.support.scene import POLL, WITHIN
 
 PROMPT = b'{"prompt": "a"}'
-# A vertical tab and a form feed, which nats-py takes for spaces; a carriage return; not UTF-8.
+# Vertical tab and form feed (spaces for nats-py), carriage return, invalid UTF-8.
 BAD_BYTES = (b"\x0b", b"\x0c", b"\r", b"\x1c", b"\xff", b"\xc2\x85")
 REQUEST = b"generation.request.text_to_image"
 STORED = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
@@ -24,33 +21,24 @@ STORED = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
 
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    folder = tmp_path_factory.mktemp("hostile")
-    keys = {}
-    for role in ROLES:
-        seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
-        (folder / role).write_bytes(seed)
-        keys[role] = nkeys.from_seed(bytearray(seed)).public_key.decode()
-    variables = "".join(f"GENERATION_{role.upper()}_NKEY: {key}\n" for role, key in keys.items())
-    made = Installation(folder, variables + USERS.read_text())
-    with made.stack:
-        # Longer than the test: a delivery that is not handled at once would be missed.
-        asyncio.run(apply(made.settings("admin", consumer_ack_wait="120")))
-        yield made
+    # The lease is longer than the test, so that no redelivery hides an unhandled message.
+    with installed(tmp_path_factory.mktemp("hostile"), ack_wait="120") as servers:
+        yield servers
 
 
 def hostile_lines(bad: bytes) -> list[bytes]:
-    """Every kind of message that a publisher may send, with bytes that it should not have."""
+    """Return every kind of message that a publisher may send, with invalid bytes."""
     subjects = [b"generation.cancel.a%sb", b"generation.call.a%sb", REQUEST + b".a%sb"]
-    answered = [b"generation.cancel.a", b"generation.call.text_to_image", REQUEST + b".%d"]
-    answered += [b"$SRV.PING.generation", b"$SRV.INFO.generation"]
+    with_reply = [b"generation.cancel.a", b"generation.call.text_to_image", REQUEST + b".%d"]
+    with_reply += [b"$SRV.PING.generation", b"$SRV.INFO.generation"]
     reply = b"_INBOX_sender.a" + bad + b"b"
     lines = [line.replace(b"%s", bad) + b" " for line in subjects]
-    lines += [line.replace(b"%d", b"r%d" % bad[0]) + b" " + reply + b" " for line in answered]
+    lines += [line.replace(b"%d", b"r%d" % bad[0]) + b" " + reply + b" " for line in with_reply]
     return [b"PUB %s%d\r\n%s\r\n" % (line, len(PROMPT), PROMPT) for line in lines]
 
 
 async def finished(client: Client, request_id: str) -> dict[str, object]:
-    """The terminal event of a request."""
+    """Wait for the terminal event of a request."""
     subject = f"generation.result.text_to_image.{request_id}"
     subscription = await client.jetstream().subscribe(subject, ordered_consumer=True)
     event: dict[str, object] = json.loads((await subscription.next_msg(timeout=WITHIN)).data)
@@ -58,7 +46,7 @@ async def finished(client: Client, request_id: str) -> dict[str, object]:
     return event
 
 
-async def test_no_byte_of_a_message_costs_more_than_that_message(
+async def test_a_message_with_invalid_bytes_affects_no_other_message(
     installation: Installation, tmp_path: Path
 ) -> None:
     worker = start_worker(installation, Task.TEXT_TO_IMAGE, tmp_path)
@@ -71,12 +59,14 @@ async def test_no_byte_of_a_message_costs_more_than_that_message(
         ):
             for bad in BAD_BYTES:
                 for line in hostile_lines(bad):
-                    sender._transport.write(line)  # type: ignore[union-attr] # nats-py would refuse
+                    sender._transport.write(line)  # type: ignore[union-attr] # nats-py would refuse it
                 await sender.flush()
                 good = f"good-{bad.hex()}"
                 await sender.publish(f"generation.request.text_to_image.{good}", PROMPT)
                 assert (await finished(admin, good))["type"] == "generation.v1.succeeded"
             jetstream = admin.jetstream()
+            while (await jetstream.stream_info(STORED)).state.messages:  # noqa: ASYNC110 - the last ack
+                await asyncio.sleep(POLL)
             letters = [
                 await jetstream.get_msg("GENERATION_DEAD_LETTERS", sequence)
                 for sequence in range(1, len(BAD_BYTES) + 1)
@@ -88,8 +78,6 @@ async def test_no_byte_of_a_message_costs_more_than_that_message(
                 assert headers["Dead-Letter-Subject"].startswith(f"{REQUEST.decode()}.a")
             found = await jetstream.stream_info("GENERATION_DEAD_LETTERS")
             assert found.state.messages == len(BAD_BYTES)
-            while (await jetstream.stream_info(STORED)).state.messages:  # noqa: ASYNC110 - the last ack
-                await asyncio.sleep(POLL)
         log = worker.log_since_start()
         assert "bus_disconnected" not in log
         assert "settlement_unconfirmed" not in log

@@ -1,6 +1,6 @@
-"""What the README shows to people at a terminal: `nats request`, `nats micro ls`, cancellation.
+"""The README's examples for a terminal: `nats request`, `nats micro ls` and cancellation.
 
-Where the nats command line is on the PATH it is used; elsewhere the same messages go by nats-py.
+The tests use the nats command if it is on the PATH, and nats-py otherwise.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ NATS = shutil.which("nats")
 
 
 async def request(scene: Scene, subject: str, body: str) -> str:
-    """What `nats request SUBJECT BODY` prints."""
+    """Return the output of `nats request SUBJECT BODY`."""
     if NATS is None:
         answer = await scene.sender.request(subject, body.encode(), timeout=WITHIN)
         return answer.data.decode()
@@ -23,22 +23,22 @@ async def request(scene: Scene, subject: str, body: str) -> str:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    told, errors = await asyncio.wait_for(process.communicate(), WITHIN)
+    output, errors = await asyncio.wait_for(process.communicate(), WITHIN)
     assert process.returncode == 0, errors.decode()
-    return told.decode()
+    return output.decode()
 
 
-async def test_a_request_gives_the_result_event_and_nothing_before_it(scene: Scene) -> None:
+async def test_a_request_returns_only_the_result_event(scene: Scene) -> None:
     await scene.start()
     body = '{"prompt":"a red circle","request_id":"cli"}'
-    told = await request(scene, scene.subjects.call(scene.task), body)
-    assert json.loads(told) == await scene.event("cli")
+    output = await request(scene, scene.subjects.call(scene.task), body)
+    assert json.loads(output) == await scene.event("cli")
 
 
-async def test_the_service_is_found_and_cancels(scene: Scene) -> None:
+async def test_the_service_is_discoverable_and_handles_cancellations(scene: Scene) -> None:
     await scene.start()
-    # What `nats micro ls` and `nats micro info` ask.
+    # The requests of `nats micro ls` and `nats micro info`.
     assert json.loads(await request(scene, "$SRV.PING", ""))["name"] == "generation"
     assert json.loads(await request(scene, "$SRV.INFO.generation", ""))["metadata"]["id"] == "quick"
-    told = await request(scene, f"{scene.subjects.root}.cancel.nobody", "")
-    assert json.loads(told)["status"] == "unknown"
+    output = await request(scene, f"{scene.subjects.root}.cancel.unknown", "")
+    assert json.loads(output)["status"] == "unknown"

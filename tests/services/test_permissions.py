@@ -1,4 +1,4 @@
-"""The users of infra/nats/users.conf: each can do its work, and nothing of what it must not."""
+"""The users of infra/nats/users.conf: each has the permissions for its work and no others."""
 
 import asyncio
 import json
@@ -35,11 +35,11 @@ REQUESTS = "GENERATION_REQUESTS_TEXT_TO_IMAGE"
 
 
 class Installation:
-    """Servers that know the users, and their settings.
+    """Servers with the users, and the settings of their processes.
 
     Attributes:
         stack: The servers.
-        folder: Where seeds and marks are.
+        folder: Folder of the seeds and marks.
     """
 
     def __init__(self, folder: Path, config: str) -> None:
@@ -47,7 +47,7 @@ class Installation:
         self.stack = DevStack(folder / "stack", persist=False, nats_config=config)
 
     def environment(self, role: str, **more: str) -> dict[str, str]:
-        """The settings of a user's process."""
+        """Return the environment of a user's process."""
         return {
             **self.stack.environment(),
             "NATS_NKEY_SEED": str(self.folder / role),
@@ -58,23 +58,23 @@ class Installation:
         }
 
     def settings(self, role: str, **more: str) -> Settings:
-        """The same, for what runs in this process."""
+        """Return the settings of a user for code in this process."""
         environment = self.environment(role, **more)
         return Settings(**{name.lower(): value for name, value in environment.items()})
 
     @asynccontextmanager
     async def client(self, role: str) -> AsyncIterator[tuple[Client, "asyncio.Queue[str]"]]:
-        """A plain connection of a user, and what the server refuses it."""
+        """Open a plain connection of a user; yield it with a queue of permission errors."""
         refused: asyncio.Queue[str] = asyncio.Queue()
 
-        async def hear(error: Exception) -> None:
+        async def record(error: Exception) -> None:
             refused.put_nowait(str(error).lower())
 
         client = await nats.connect(
             self.stack.nats.url,
             nkeys_seed=str(self.folder / role),
             inbox_prefix=INBOXES[role],
-            error_cb=hear,
+            error_cb=record,
         )
         try:
             yield client, refused
@@ -82,7 +82,7 @@ class Installation:
             await client.close()
 
     def generation_client(self) -> GenerationClient:
-        """What a sender uses."""
+        """Return the client of a sender."""
         return GenerationClient(
             self.stack.nats.url,
             nkeys_seed=str(self.folder / "publisher"),
@@ -91,30 +91,32 @@ class Installation:
 
 
 @contextmanager
-def installed(folder: Path, more_config: str = "") -> Iterator[Installation]:
-    """Servers with the users of users.conf, the streams and the durables."""
+def installed(
+    folder: Path, more_config: str = "", *, ack_wait: str = "2"
+) -> Iterator[Installation]:
+    """Run servers with the users of users.conf, the streams and the durable consumers."""
     keys: dict[str, str] = {}
     for role in ROLES:
         seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
         (folder / role).write_bytes(seed)
         keys[role] = nkeys.from_seed(bytearray(seed)).public_key.decode()
     variables = "".join(f"GENERATION_{role.upper()}_NKEY: {key}\n" for role, key in keys.items())
-    made = Installation(folder, variables + USERS.read_text() + more_config)
-    with made.stack:
-        asyncio.run(apply(made.settings("admin", consumer_ack_wait="2")))
-        yield made
+    servers = Installation(folder, variables + USERS.read_text() + more_config)
+    with servers.stack:
+        asyncio.run(apply(servers.settings("admin", consumer_ack_wait=ack_wait)))
+        yield servers
 
 
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
-    with installed(tmp_path_factory.mktemp("permissions")) as made:
-        yield made
+    with installed(tmp_path_factory.mktemp("permissions")) as servers:
+        yield servers
 
 
 @pytest.fixture
 def installation_with_ack_subjects_v2(tmp_path: Path) -> Iterator[Installation]:
-    with installed(tmp_path, "feature_flags { js_ack_fc_v2: true }\n") as made:
-        yield made
+    with installed(tmp_path, "feature_flags { js_ack_fc_v2: true }\n") as servers:
+        yield servers
 
 
 def start_worker(
@@ -147,13 +149,13 @@ def workers(installation: Installation, tmp_path: Path) -> Iterator[Mapping[Task
             worker.kill()
 
 
-async def test_everything_that_senders_and_workers_do_is_allowed(
+async def test_senders_and_workers_have_the_permissions_that_they_need(
     installation: Installation, workers: Mapping[Task, Daemon]
 ) -> None:
     async with asyncio.timeout(WITHIN), installation.generation_client() as client:
         event = await client.text_to_image("a", num_inference_steps=2)
-        picture = f"s3://{event.outputs[0].bucket}/{event.outputs[0].key}"  # type: ignore[union-attr]
-        text = await client.image_to_text("What is it?", [picture])
+        image = f"s3://{event.outputs[0].bucket}/{event.outputs[0].key}"  # type: ignore[union-attr]
+        text = await client.image_to_text("What is it?", [image])
         assert isinstance(text.outputs[0], TextOutput)
         await client.text_to_image(
             "a",
@@ -180,7 +182,7 @@ async def test_everything_that_senders_and_workers_do_is_allowed(
         assert "ermissions violation" not in worker.log_since_start()
 
 
-async def test_a_call_and_a_dead_letter(
+async def test_calls_and_dead_letters_need_no_further_permissions(
     installation: Installation, workers: Mapping[Task, Daemon]
 ) -> None:
     async with installation.client("publisher") as (client, refused):
@@ -190,18 +192,18 @@ async def test_a_call_and_a_dead_letter(
         assert json.loads(answer.data)["type"] == "generation.v1.succeeded"
         await client.jetstream().publish("generation.request.text_to_image.bad", b"{}")
         results = await client.subscribe("generation.result.text_to_image.bad")
-        async with installation.generation_client() as asking, asyncio.timeout(WITHIN):
-            event = await asking.result(Task.TEXT_TO_IMAGE, "bad")
+        async with installation.generation_client() as sender, asyncio.timeout(WITHIN):
+            event = await sender.result(Task.TEXT_TO_IMAGE, "bad")
         assert event.type == "generation.v1.failed"
         await results.unsubscribe()
         assert refused.empty()
-    await settled(installation)  # else it is still in the queue, and a replay is refused
+    await settled(installation)  # a replay is refused while the request is in the queue
     assert await replay(installation.settings("admin"), ("id:bad",)) == 0
     for worker in workers.values():
         assert "ermissions violation" not in worker.log_since_start()
 
 
-async def test_everything_that_a_gateway_does_is_allowed(
+async def test_a_gateway_has_the_permissions_that_it_needs(
     installation: Installation, workers: Mapping[Task, Daemon], tmp_path: Path
 ) -> None:
     gateway = ForkedGateway("gateway", installation.environment("gateway"), log=tmp_path / "log")
@@ -239,10 +241,10 @@ async def test_everything_that_a_gateway_does_is_allowed(
     }
 
 
-async def test_a_worker_that_is_killed_has_a_successor(
+async def test_a_worker_can_take_over_the_request_of_a_killed_worker(
     installation: Installation, tmp_path: Path
 ) -> None:
-    """The lease guard, and the reads of attempt marks by the next worker, are allowed as well."""
+    """The permissions cover the lease guard and the reads of attempt marks."""
     task = Task.TEXT_TO_IMAGE
     (tmp_path / "die").touch()
     dying = start_worker(installation, task, tmp_path, "killed_in_run")
@@ -263,7 +265,7 @@ async def test_a_worker_that_is_killed_has_a_successor(
         assert "ermissions violation" not in worker.log_since_start()
 
 
-async def test_a_worker_acknowledges_with_ack_subjects_of_version_2(
+async def test_a_worker_can_acknowledge_with_ack_subjects_of_version_2(
     installation_with_ack_subjects_v2: Installation, tmp_path: Path
 ) -> None:
     installation = installation_with_ack_subjects_v2
@@ -279,7 +281,7 @@ async def test_a_worker_acknowledges_with_ack_subjects_of_version_2(
 
 
 async def settled(installation: Installation) -> None:
-    """Return once no request of text_to_image is left."""
+    """Wait until the queue of text_to_image is empty."""
     async with installation.client("observer") as (client, _), asyncio.timeout(WITHIN):
         jetstream = client.jetstream()
         while (await jetstream.stream_info(REQUESTS)).state.messages:  # noqa: ASYNC110 - no event
@@ -287,26 +289,26 @@ async def settled(installation: Installation) -> None:
 
 
 async def logged(worker: Daemon, text: str) -> None:
-    """Return once a worker has logged a text."""
-    while text not in worker.log_since_start():  # noqa: ASYNC110 - a file announces nothing
+    """Wait until a worker has logged a text."""
+    while text not in worker.log_since_start():  # noqa: ASYNC110 - a file has no events
         await asyncio.sleep(0.01)
 
 
-async def test_check_passes_with_what_a_worker_may(installation: Installation) -> None:
+async def test_check_passes_with_the_permissions_of_a_worker(installation: Installation) -> None:
     found: list[str] = []
     settings = installation.settings("worker", model_type="text_to_image")
     code = await check(settings, lambda finding: found.append(finding.text), model=False)
     assert code == 0, found
 
 
-async def test_apply_is_the_admins(installation: Installation) -> None:
+async def test_only_the_admin_can_apply(installation: Installation) -> None:
     for role in ("worker", "publisher", "gateway", "observer"):
         with pytest.raises(BusUnavailable, match=r"ermissions [Vv]iolation"):
             await apply(installation.settings(role, nats_replicas="1", consumer_ack_wait="7"))
 
 
-# What each must not do; an empty body would do it, where it was allowed.
-FORBIDDEN = [
+# Forbidden publications. If allowed, an empty body would perform the operation.
+FORBIDDEN_PUBLICATIONS = [
     *(
         (role, subject)
         for role in ("worker", "endpoints", "publisher", "gateway", "observer")
@@ -321,13 +323,13 @@ FORBIDDEN = [
             f"$JS.API.CONSUMER.DELETE.{REQUESTS}.text_to_image",
             f"$JS.API.CONSUMER.CREATE.{REQUESTS}.mine",
             f"$JS.API.CONSUMER.PAUSE.{REQUESTS}.text_to_image",
-            # An answer to these has no body, which is a whole request to PURGE and DELETE.
+            # A reply to these has no body, which is a complete request to PURGE and DELETE.
             "$JS.API.DIRECT.GET.GENERATION_RESULTS",
             "$JS.API.DIRECT.GET.GENERATION_RESULTS.generation.result.text_to_image.x",
             f"$JS.API.DIRECT.GET.{REQUESTS}",
             "$JS.API.DIRECT.GET.GENERATION_DEAD_LETTERS",
             "$JS.API.DIRECT.GET.GENERATION_RETRIES",
-            "_INBOX.somebody",
+            "_INBOX.other",
             "$SYS.REQ.SERVER.PING",
         )
     ),
@@ -390,7 +392,7 @@ FORBIDDEN = [
     ("observer", f"$JS.API.STREAM.MSG.GET.{REQUESTS}"),
 ]
 
-UNHEARD = [
+FORBIDDEN_SUBSCRIPTIONS = [
     *(
         (role, subject)
         for role in ("worker", "endpoints", "publisher", "gateway", "observer")
@@ -423,46 +425,50 @@ UNHEARD = [
 async def refusals(
     installation: Installation,
     role: str,
-    what: Callable[[Client, str], Awaitable[object]],
+    operation: Callable[[Client, str], Awaitable[object]],
     subjects: Sequence[str],
 ) -> list[str]:
-    """What the server says to a user that publishes or subscribes to subjects, in order."""
+    """Return the server's permission errors for an operation on each subject, in order."""
     async with installation.client(role) as (client, refused), asyncio.timeout(WITHIN):
-        said = []
+        errors = []
         for subject in subjects:
-            await what(client, subject)
-            said.append(await refused.get())
-        return said
+            await operation(client, subject)
+            errors.append(await refused.get())
+        return errors
 
 
 def of_role(role: str, table: Sequence[tuple[str, str]]) -> list[str]:
-    """The subjects that a table has for a user."""
+    """Return the subjects of a user in a table."""
     return [subject for each, subject in table if each == role]
 
 
 @pytest.mark.parametrize("role", ROLES[1:])
-async def test_what_a_user_must_not_publish(installation: Installation, role: str) -> None:
-    subjects = of_role(role, FORBIDDEN)
-    said = await refusals(installation, role, lambda client, to: client.publish(to, b""), subjects)
+async def test_forbidden_publications_are_refused(installation: Installation, role: str) -> None:
+    subjects = of_role(role, FORBIDDEN_PUBLICATIONS)
+    errors = await refusals(
+        installation, role, lambda client, to: client.publish(to, b""), subjects
+    )
     expected = [f'permissions violation for publish to "{to.lower()}"' for to in subjects]
-    assert [one.removeprefix("nats: ") for one in said] == expected
+    assert [one.removeprefix("nats: ") for one in errors] == expected
 
 
 @pytest.mark.parametrize("role", ROLES[1:])
-async def test_what_a_user_must_not_hear(installation: Installation, role: str) -> None:
-    subjects = of_role(role, UNHEARD)
-    said = await refusals(installation, role, lambda client, of: client.subscribe(of), subjects)
+async def test_forbidden_subscriptions_are_refused(installation: Installation, role: str) -> None:
+    subjects = of_role(role, FORBIDDEN_SUBSCRIPTIONS)
+    errors = await refusals(installation, role, lambda client, of: client.subscribe(of), subjects)
     expected = [f'permissions violation for subscription to "{of.lower()}"' for of in subjects]
-    assert [one.removeprefix("nats: ") for one in said] == expected
+    assert [one.removeprefix("nats: ") for one in errors] == expected
 
 
 def reply_subjects(*, api: bool) -> list[str]:
-    """Where a sender has no business: the daemon's subjects, and the JetStream API or not."""
+    """Return reply subjects forbidden for senders: of the daemon, or of the JetStream API."""
     streams = ("GENERATION_RESULTS", REQUESTS, "GENERATION_RELEASES")
     verbs = ("PURGE", "DELETE", "MSG.DELETE", "UPDATE", "LEADER.STEPDOWN")
     if api:
-        of_streams = [f"$JS.API.STREAM.{verb}.{stream}" for verb in verbs for stream in streams]
-        return [*of_streams, f"$JS.API.CONSUMER.DELETE.{REQUESTS}.text_to_image"]
+        stream_subjects = [
+            f"$JS.API.STREAM.{verb}.{stream}" for verb in verbs for stream in streams
+        ]
+        return [*stream_subjects, f"$JS.API.CONSUMER.DELETE.{REQUESTS}.text_to_image"]
     return [
         f"generation.{rest}"
         for rest in (
@@ -478,7 +484,7 @@ def reply_subjects(*, api: bool) -> list[str]:
     ]
 
 
-async def test_no_answer_of_a_worker_goes_where_its_sender_may_not_publish(
+async def test_a_worker_does_not_reply_to_subjects_that_its_sender_must_not_publish_to(
     installation: Installation, tmp_path: Path
 ) -> None:
     worker = start_worker(installation, Task.TEXT_TO_IMAGE, tmp_path)
@@ -508,7 +514,7 @@ async def test_no_answer_of_a_worker_goes_where_its_sender_may_not_publish(
                 await sender.publish("$SRV.INFO.generation", b"", reply=reply)
                 await admin.publish("$SRV.STATS.generation", b"", reply=reply)
                 await admin.publish("generation.interrupt.mine", b"", reply=reply)
-            # Honest messages behind all of these are answered.
+            # The worker replies to valid messages after all of these.
             await sender.request("generation.call.text_to_image", b"{", timeout=WITHIN)
             await sender.request("generation.cancel.no~id", b"", timeout=WITHIN)
             for subject in ("$SRV.PING.generation", "$SRV.STATS.generation"):
@@ -517,14 +523,14 @@ async def test_no_answer_of_a_worker_goes_where_its_sender_may_not_publish(
         assert arrived == []
     finally:
         worker.kill()
-    # The client has not even tried: the users are the second line.
+    # The worker did not publish at all. The permissions are an additional protection.
     assert "ermissions violation" not in worker.log_since_start()
 
 
-async def test_a_publisher_purges_and_deletes_nothing_through_the_servers_answers(
+async def test_replies_of_the_server_do_not_purge_or_delete(
     installation: Installation,
 ) -> None:
-    """The server answers to any reply subject without looking at permissions."""
+    """The server replies to any reply subject without a permission check."""
     messages = {
         "$JS.API.DIRECT.GET.GENERATION_RESULTS": [b'{"seq":999}', b""],
         "$JS.API.DIRECT.GET.GENERATION_RESULTS.generation.result.text_to_image.none": [b""],
@@ -544,22 +550,22 @@ async def test_a_publisher_purges_and_deletes_nothing_through_the_servers_answer
     ):
         jetstream = admin.jetstream()
 
-        async def kept() -> dict[str, int]:
+        async def message_counts() -> dict[str, int]:
             infos = await jetstream.streams_info()
             return {str(info.config.name): info.state.messages for info in infos}
 
         await jetstream.publish("generation.result.text_to_image.kept", b"{}")
-        before = await kept()
+        before = await message_counts()
         for reply in reply_subjects(api=True):
             for subject, bodies in messages.items():
                 for body in bodies:
                     for header in headers:
                         await sender.publish(subject, body, reply=reply, headers=header)
-        # The streams take one message after the other: when these are confirmed, all are there.
+        # Each stream stores messages in order, so these confirmations cover all earlier messages.
         for subject in ("text_to_image.kept", "image_to_text"):
             await sender.request(f"generation.request.{subject}", b"{}", timeout=WITHIN)
-        after = await kept()
-        # Only its own requests have come.
+        after = await message_counts()
+        # Only the request streams have new messages.
         requests = {name for name in before if "_REQUESTS_" in name}
         assert after.keys() == before.keys()
         assert all(after[name] > before[name] for name in requests)
@@ -571,7 +577,7 @@ async def test_a_publisher_purges_and_deletes_nothing_through_the_servers_answer
             await jetstream.purge_stream(name)
 
 
-ORDERS = [  # headers that the server obeys, and what it says of them in a request
+ORDERS = [  # headers with an effect on the server, and its error for them in a request
     ({"Nats-Rollup": "all"}, "rollup not permitted"),
     ({"Nats-Rollup": "sub"}, "rollup not permitted"),
     ({"Nats-TTL": "1s"}, "per-message TTL is disabled"),
@@ -588,7 +594,7 @@ ORDERS = [  # headers that the server obeys, and what it says of them in a reque
 ]
 
 
-async def test_headers_of_a_publisher_do_nothing_to_other_messages(
+async def test_headers_of_a_publisher_do_not_affect_other_messages(
     installation: Installation,
 ) -> None:
     async with (
@@ -597,21 +603,21 @@ async def test_headers_of_a_publisher_do_nothing_to_other_messages(
         installation.client("observer") as (observer, _),
     ):
         before = (await observer.jetstream().stream_info(REQUESTS)).state.last_seq
-        for headers, says in ORDERS:
+        for headers, description in ORDERS:
             answer = await sender.request(
                 "generation.request.text_to_image.x", b"{}", timeout=WITHIN, headers=headers
             )
-            assert json.loads(answer.data)["error"]["description"] == says
-        # The trace of a message goes where its sender may publish, or the message nowhere.
+            assert json.loads(answer.data)["error"]["description"] == description
+        # The server drops a message whose trace destination is forbidden for the sender.
         for target in (*reply_subjects(api=True), "generation.result.text_to_image.x"):
             for subject in ("generation.request.text_to_image.x", "generation.call.text_to_image"):
                 await sender.publish(subject, b"{}", headers={"Nats-Trace-Dest": target})
-                said = await refused.get()
-                assert said == f'nats: permissions violation for publish to "{target.lower()}"'
+                error = await refused.get()
+                assert error == f'nats: permissions violation for publish to "{target.lower()}"'
         assert (await observer.jetstream().stream_info(REQUESTS)).state.last_seq == before
 
 
-async def test_what_an_observer_looks_at(installation: Installation) -> None:
+async def test_an_observer_can_read_the_state_of_streams(installation: Installation) -> None:
     async with installation.client("observer") as (client, refused):
         jetstream: Any = client.jetstream()
         assert (await jetstream.stream_info(REQUESTS)).config.name == REQUESTS
@@ -622,7 +628,7 @@ async def test_what_an_observer_looks_at(installation: Installation) -> None:
         assert refused.empty()
 
 
-async def test_nobody_is_let_in_without_a_key(installation: Installation) -> None:
+async def test_a_connection_without_a_key_is_refused(installation: Installation) -> None:
     settings = Settings(nats_url=installation.stack.nats.url)
     async with AsyncExitStack():
         with pytest.raises(BusUnavailable, match="credentials are refused"):

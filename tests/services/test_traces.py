@@ -1,4 +1,4 @@
-"""Traces of real jobs in a daemon process, received by an OTLP endpoint over HTTP."""
+"""Traces of real jobs from a daemon process, at an OTLP endpoint over HTTP."""
 
 import asyncio
 import os
@@ -19,14 +19,14 @@ SENDER = "00f067aa0ba902b7"
 
 
 class Collector:
-    """What an OTLP endpoint was sent."""
+    """Collects the spans at an OTLP endpoint."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self.services: set[str] = set()
         self._more = asyncio.Event()
 
-    async def take(self, request: web.Request) -> web.Response:
+    async def receive(self, request: web.Request) -> web.Response:
         sent = ExportTraceServiceRequest.FromString(await request.read())
         for resource in sent.resource_spans:
             self.services |= {
@@ -51,9 +51,9 @@ class Collector:
 
 @asynccontextmanager
 async def collector() -> AsyncIterator[tuple[Collector, dict[str, str]]]:
-    """An endpoint, and the settings of a worker that exports to it."""
-    kept, application = Collector(), web.Application()
-    application.router.add_post("/v1/traces", kept.take)
+    """Run an endpoint; yield its collector and the settings of a worker that exports to it."""
+    received, application = Collector(), web.Application()
+    application.router.add_post("/v1/traces", received.receive)
     runner = web.AppRunner(application)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -61,7 +61,7 @@ async def collector() -> AsyncIterator[tuple[Collector, dict[str, str]]]:
     port = runner.addresses[0][1]
     try:
         yield (
-            kept,
+            received,
             {
                 "CONSUMER_TRACES": "true",
                 "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
@@ -72,19 +72,17 @@ async def collector() -> AsyncIterator[tuple[Collector, dict[str, str]]]:
         await runner.cleanup()
 
 
-async def test_a_job_is_a_span_of_its_senders_trace_with_its_stages(
-    scene: Scene, caller: Caller
-) -> None:
-    async with collector() as (kept, settings):
+async def test_a_job_is_a_span_in_the_trace_of_its_sender(scene: Scene, caller: Caller) -> None:
+    async with collector() as (received, settings):
         await scene.start(**settings)
         events = await caller.client.subscribe(f"{scene.subjects.root}.result.>")
         await caller.call(headers={"traceparent": f"00-{TRACE}-{SENDER}-01"})
         result = await events.next_msg(timeout=WITHIN)
-        await kept.until(6)
-    (job,) = kept.named("generation text_to_image")
+        await received.until(6)
+    (job,) = received.named("generation text_to_image")
     assert (job.trace_id.hex(), job.parent_span_id.hex()) == (TRACE, SENDER)
     assert job.kind == Span.SPAN_KIND_CONSUMER
-    stages = [span for span in kept.spans if span is not job]
+    stages = [span for span in received.spans if span is not job]
     assert [one.name for one in sorted(stages, key=lambda one: one.start_time_unix_nano)] == [
         "queue",
         "inference",
@@ -97,53 +95,51 @@ async def test_a_job_is_a_span_of_its_senders_trace_with_its_stages(
         assert job.start_time_unix_nano <= stage.start_time_unix_nano
         assert stage.start_time_unix_nano <= stage.end_time_unix_nano <= job.end_time_unix_nano
     assert (result.headers or {})["traceparent"] == f"00-{TRACE}-{job.span_id.hex()}-01"
-    assert kept.services == {"generation-consumer"}
+    assert received.services == {"generation-consumer"}
 
 
-async def test_a_failed_job_is_an_error_and_no_prompt_is_in_a_trace(
-    scene: Scene, caller: Caller
-) -> None:
-    async with collector() as (kept, settings):
+async def test_a_failed_job_is_an_error_span_without_a_prompt(scene: Scene, caller: Caller) -> None:
+    async with collector() as (received, settings):
         await scene.apply(CONSUMER_MAX_ATTEMPTS="1")
         await scene.start("raising", CONSUMER_MAX_ATTEMPTS="1", **settings)
         await caller.call(prompt="a secret wish")
-        await kept.until(4)
-    (job,) = kept.named("generation text_to_image")
+        await received.until(4)
+    (job,) = received.named("generation text_to_image")
     assert job.status.code == Status.STATUS_CODE_ERROR
     assert job.status.message == "model_error"
-    assert not any("secret" in str(span) for span in kept.spans)
+    assert not any("secret" in str(span) for span in received.spans)
 
 
-async def test_an_endpoint_that_is_away_holds_no_job_up(scene: Scene, caller: Caller) -> None:
+async def test_an_unreachable_endpoint_does_not_delay_jobs(scene: Scene, caller: Caller) -> None:
     async with collector() as (_, settings):
-        pass  # it is closed now, and its port is nobody's
+        pass  # the endpoint is closed, and its port is unused
     worker = await scene.start(**settings)
     for _ in range(3):
         assert (await caller.call(within=10))["type"] == "generation.v1.succeeded"
     assert worker.alive
 
 
-def test_traces_without_the_extra_stop_the_start_with_one_line() -> None:
+def test_traces_without_the_extra_stop_the_start() -> None:
     without = "import sys; sys.modules['opentelemetry.sdk.trace'] = None"
     run = "from consumer.app.cli import main; sys.argv[1:] = ['run']; main()"
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", f"{without}; {run}"],
         env={**os.environ, "MODEL_TYPE": "text_to_image", "CONSUMER_TRACES": "true"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert told.returncode == 2
-    assert told.stderr == "consumer: CONSUMER_TRACES: needs the extra `traces`\n"
+    assert done.returncode == 2
+    assert done.stderr == "consumer: CONSUMER_TRACES: needs the extra `traces`\n"
 
 
-async def test_without_the_setting_the_senders_context_is_passed_on(
+async def test_without_the_setting_the_context_of_the_sender_is_forwarded(
     scene: Scene, caller: Caller
 ) -> None:
-    async with collector() as (kept, settings):
+    async with collector() as (received, settings):
         await scene.start(**{**settings, "CONSUMER_TRACES": "false"})
         events = await caller.client.subscribe(f"{scene.subjects.root}.result.>")
         await caller.call(headers={"traceparent": f"00-{TRACE}-{SENDER}-01"})
         result = await events.next_msg(timeout=WITHIN)
     assert (result.headers or {})["traceparent"] == f"00-{TRACE}-{SENDER}-01"
-    assert kept.spans == []
+    assert received.spans == []

@@ -1,4 +1,4 @@
-"""Request-reply: a caller with a plain NATS client gets the result event, and nothing before it."""
+"""Request-reply: a caller with a plain NATS client gets only the result event."""
 
 import asyncio
 import json
@@ -17,9 +17,7 @@ from tests.support.seen import counted
 SUCCEEDED = "generation.v1.succeeded"
 
 
-async def test_a_call_is_answered_with_the_stored_event_and_nothing_else(
-    scene: Scene, caller: Caller
-) -> None:
+async def test_the_only_reply_to_a_call_is_the_stored_event(scene: Scene, caller: Caller) -> None:
     await scene.start()
     inbox = caller.client.new_inbox()
     answers = await caller.client.subscribe(inbox)
@@ -34,12 +32,12 @@ async def test_a_call_is_answered_with_the_stored_event_and_nothing_else(
     assert await scene.object(event["outputs"][0])
 
 
-async def test_what_is_wrong_is_answered_at_once_and_never_queued(
+async def test_an_invalid_call_fails_at_once_and_is_not_queued(
     scene: Scene, caller: Caller
 ) -> None:
     await scene.start("held_until_let_go", LET_GO="go")
     await scene.submit()
-    await scene.noted("at_the_place")  # the only worker is busy, for as long as this test likes
+    await scene.noted("at_the_place")  # the only worker is busy until the test continues
     past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
     refused = {
         "invalid_request": [
@@ -76,10 +74,10 @@ async def test_refused_calls_are_counted_by_code(scene: Scene, caller: Caller) -
     }
 
 
-async def test_a_message_whose_reply_subject_is_not_allowed_has_no_effect(
+async def test_a_message_with_a_forbidden_reply_subject_has_no_effect(
     scene: Scene, caller: Caller
 ) -> None:
-    """Calls, cancellations, interrupts and $SRV, on a server that knows no users."""
+    """Calls, cancellations, interrupts and $SRV, on a server without users."""
     worker = await scene.start("held_in_run")
     await scene.submit(request_id="running")
     await scene.noted("run")
@@ -107,7 +105,7 @@ async def test_a_message_whose_reply_subject_is_not_allowed_has_no_effect(
         "elsewhere.me",
     ]
     call = scene.subjects.call(scene.task)
-    asked = [
+    messages = [
         (call, b'{"prompt":"a","request_id":"other"}'),
         (call, b"{"),
         (f"{root}.cancel.waiting", b""),
@@ -125,18 +123,18 @@ async def test_a_message_whose_reply_subject_is_not_allowed_has_no_effect(
     for subject in forbidden:
         await caller.client.subscribe(subject, cb=note)
     for reply in forbidden:
-        for subject, body in asked:
+        for subject, body in messages:
             await caller.client.publish(subject, body, reply=reply)
-    # Honest messages behind all of these are answered.
+    # The worker replies to valid messages after all of these.
     assert (await caller.call(b"{"))["failure"]["code"] == "invalid_request"
-    assert (await caller.cancel("nobody"))["status"] == "unknown"
+    assert (await caller.cancel("unknown"))["status"] == "unknown"
     for verb in ("PING", "INFO", "STATS"):
         await caller.client.request(f"$SRV.{verb}.generation", timeout=WITHIN)
     await caller.client.flush()
     assert arrived == []
     assert await scene.left() == 2
     refused = await counted(worker, "generation_refused_calls_total")
-    assert refused["invalid_request"] == len(forbidden) * len(asked) + 1
+    assert refused["invalid_request"] == len(forbidden) * len(messages) + 1
     assert 0 < worker.log_since_start().count("reply_subject_refused") < len(forbidden)
     (scene.folder / "run.go").touch()
     await scene.emptied()
@@ -144,9 +142,7 @@ async def test_a_message_whose_reply_subject_is_not_allowed_has_no_effect(
         assert (await scene.event(request_id))["type"] == SUCCEEDED
 
 
-async def test_callers_at_the_same_time_get_their_own_answers(
-    scene: Scene, new_caller: NewCaller
-) -> None:
+async def test_concurrent_callers_get_their_results(scene: Scene, new_caller: NewCaller) -> None:
     await scene.start()
     callers = [await new_caller() for _ in range(3)]
     ids = [uuid4().hex for _ in range(12)]
@@ -157,19 +153,19 @@ async def test_callers_at_the_same_time_get_their_own_answers(
     assert [event["outputs"][0]["width"] for event in events] == [16 + n for n in range(12)]
 
 
-async def test_two_callers_with_one_request_both_get_its_one_result(
+async def test_two_callers_with_one_request_get_one_result(
     scene: Scene, new_caller: NewCaller
 ) -> None:
     await scene.start("held_until_let_go", LET_GO="go")
     first, second = await new_caller(), await new_caller()
-    asked = [one.asking(one.call(request_id="same", seed=7)) for one in (first, second)]
+    replies = [one.start(one.call(request_id="same", seed=7)) for one in (first, second)]
 
     async def both_are_stored() -> bool:
         return await scene.left() == 2
 
     await scene.until(both_are_stored, "two requests")
     (scene.folder / "go").touch()
-    one, other = await asyncio.gather(*asked)
+    one, other = await asyncio.gather(*replies)
     assert one == other
     assert one["type"] == SUCCEEDED
     assert len(await scene.events("same")) == 1
@@ -177,41 +173,43 @@ async def test_two_callers_with_one_request_both_get_its_one_result(
     assert conflicting["failure"]["code"] == "request_id_conflict"
 
 
-async def test_the_answer_comes_although_the_worker_is_killed(scene: Scene, caller: Caller) -> None:
+async def test_a_caller_gets_the_result_after_its_worker_is_killed(
+    scene: Scene, caller: Caller
+) -> None:
     first = await scene.start("held_in_run")
-    asked = caller.asking(caller.call(request_id="survivor"))
+    reply = caller.start(caller.call(request_id="survivor"))
     await scene.noted("run")
     first.kill()
     await scene.start()
-    event = await asked
+    event = await reply
     assert (event["type"], event["attempt"]) == (SUCCEEDED, 2)
     assert event["worker"] != first.name
 
 
-async def test_the_answer_comes_although_the_server_is_killed(scene: Scene, caller: Caller) -> None:
+async def test_a_caller_gets_the_result_after_the_server_is_killed(
+    scene: Scene, caller: Caller
+) -> None:
     await scene.start("held_in_run")
-    asked = caller.asking(caller.call(request_id="survivor"))
+    reply = caller.start(caller.call(request_id="survivor"))
     await scene.noted("run")
     scene.stack.nats.kill()
     scene.stack.nats.start()
     await asyncio.to_thread(scene.stack.nats.wait_ready)
     (scene.folder / "run.go").touch()
-    assert (await asked)["type"] == SUCCEEDED
+    assert (await reply)["type"] == SUCCEEDED
 
 
-async def test_a_caller_that_is_gone_finds_its_result_in_the_stream(
-    scene: Scene, caller: Caller
-) -> None:
+async def test_the_result_for_a_disconnected_caller_is_stored(scene: Scene, caller: Caller) -> None:
     await scene.start("held_in_run")
-    asked = caller.asking(caller.call(request_id="left"))
+    reply = caller.start(caller.call(request_id="left"))
     await scene.noted("run")
-    asked.cancel()
+    reply.cancel()
     await caller.client.close()
     (scene.folder / "run.go").touch()
     assert (await scene.event("left"))["type"] == SUCCEEDED
 
 
-async def test_calls_that_a_worker_has_not_looked_at_when_it_ends_are_stored(
+async def test_unprocessed_calls_of_a_stopping_worker_are_stored(
     scene: Scene, caller: Caller
 ) -> None:
     worker = await scene.start()
@@ -232,12 +230,12 @@ async def test_calls_that_a_worker_has_not_looked_at_when_it_ends_are_stored(
     assert {event["type"] for event in answered} == {SUCCEEDED}
 
 
-async def test_a_full_queue_is_told_at_once(scene: Scene, caller: Caller) -> None:
+async def test_a_full_queue_fails_a_call_at_once(scene: Scene, caller: Caller) -> None:
     await scene.start("held_in_run")
     jetstream = scene.sender.jetstream()
     config = (await jetstream.stream_info(scene.subjects.requests_stream(scene.task))).config
     await jetstream.update_stream(config.evolve(max_msgs=1))
-    waiting = caller.asking(caller.call(request_id="the-one"))
+    waiting = caller.start(caller.call(request_id="the-one"))
     await scene.noted("run")
     refused = await caller.call(within=10)
     assert (refused["failure"]["code"], refused["failure"]["retryable"]) == ("queue_full", True)
@@ -245,7 +243,7 @@ async def test_a_full_queue_is_told_at_once(scene: Scene, caller: Caller) -> Non
     assert (await waiting)["type"] == SUCCEEDED
 
 
-async def test_the_service_tells_its_model_and_schema(scene: Scene, caller: Caller) -> None:
+async def test_the_service_info_contains_model_and_schema(scene: Scene, caller: Caller) -> None:
     await scene.start()
     answer = await caller.client.request("$SRV.INFO.generation", b"", timeout=10)
     info = json.loads(answer.data)
@@ -256,8 +254,7 @@ async def test_the_service_tells_its_model_and_schema(scene: Scene, caller: Call
     schema = json.loads(call["metadata"]["request"])
     assert schema["properties"]["prompt"]["type"] == "string"
     await caller.call()
-    # An answer that repeated these headers would be larger than the server takes, which ends the
-    # connection for good.
+    # A reply that repeats these headers would exceed the server's limit and close the connection.
     headers = {"Filler": "x" * 1_048_000}
     await caller.client.request("$SRV.INFO.generation", timeout=10, headers=headers)
     stats = json.loads((await caller.client.request("$SRV.STATS.generation", timeout=10)).data)
@@ -270,4 +267,4 @@ async def test_several_workers_share_the_calls(scene: Scene, caller: Caller) -> 
     await scene.start()
     events = [await caller.call() for _ in range(6)]
     assert {event["type"] for event in events} == {SUCCEEDED}
-    assert len(scene.runs()) == 6  # no call was taken twice
+    assert len(scene.runs()) == 6  # each call ran once

@@ -1,18 +1,18 @@
-/** The list of jobs that wait or run. */
+/** The list of waiting and running jobs. */
 
 import { announce } from "./announce.js";
 import { ApiError, cancelJob } from "./api.js";
 import { byId, element, icon, setText } from "./dom.js";
 import { hideNotice, showNotice } from "./notices.js";
-import { counted, duration, roughly, sentence, shortened } from "./words.js";
+import { approximateDuration, formatDuration, pluralize, sentence, truncate } from "./format.js";
 
 const BASE64 = /^[A-Za-z0-9+/]+={0,2}$/;
 
 export class ActiveView {
   #jobs;
-  #rows = new Map(); // job id to its row
+  #rows = new Map(); // rows by job id
   #list = byId("active");
-  #drawing = false;
+  #drawScheduled = false;
   #loaded = false;
 
   /** @param {import("./jobs.js").ActiveJobs} jobs */
@@ -20,27 +20,27 @@ export class ActiveView {
     this.#jobs = jobs;
     jobs.addEventListener("change", ({ detail: { job, before } }) => {
       if (job) this.#announce(job, before);
-      this.#plan();
+      this.#scheduleDraw();
     });
   }
 
-  /** Show that nothing waits, once it is known. */
-  loaded() {
+  /** Allow the text for an empty list: the first job list has arrived. */
+  setLoaded() {
     this.#loaded = true;
-    this.#plan();
+    this.#scheduleDraw();
   }
 
-  /** Show how much waits and runs. @param {{tasks: Object[]}} queue */
+  /** Show how many jobs wait and run. @param {{tasks: Object[]}} queue */
   showQueue({ tasks }) {
     setText(byId("queue"), tasks.map(queueText).filter(Boolean).join(" · "));
   }
 
-  // Many events may come between two frames: they are drawn once.
-  #plan() {
-    if (this.#drawing) return;
-    this.#drawing = true;
+  // Many events may arrive between two frames. One draw covers them all.
+  #scheduleDraw() {
+    if (this.#drawScheduled) return;
+    this.#drawScheduled = true;
     requestAnimationFrame(() => {
-      this.#drawing = false;
+      this.#drawScheduled = false;
       this.#draw();
     });
   }
@@ -49,11 +49,11 @@ export class ActiveView {
     const jobs = this.#jobs.all;
     const ids = new Set(jobs.map((job) => job.id));
     for (const [id, row] of this.#rows) if (!ids.has(id)) this.#remove(id, row);
-    jobs.forEach((job, place) => {
+    jobs.forEach((job, index) => {
       if (!this.#rows.has(job.id)) this.#rows.set(job.id, new Row(job));
       const row = this.#rows.get(job.id);
       row.draw();
-      this.#put(row.node, place);
+      this.#insertAt(row.node, index);
     });
     byId("active-empty").hidden = jobs.length > 0 || !this.#loaded;
     const running = jobs.filter((job) => job.state === "running").length;
@@ -62,11 +62,11 @@ export class ActiveView {
       : "Generation";
   }
 
-  #put(node, place) {
-    if (this.#list.children[place] === node) return;
+  #insertAt(node, index) {
+    if (this.#list.children[index] === node) return;
     const focused = node.contains(document.activeElement) ? document.activeElement : null;
-    this.#list.insertBefore(node, this.#list.children[place] ?? null);
-    focused?.focus(); // an element that is moved loses the focus
+    this.#list.insertBefore(node, this.#list.children[index] ?? null);
+    focused?.focus(); // an element loses the focus when it moves
   }
 
   #remove(id, row) {
@@ -78,10 +78,10 @@ export class ActiveView {
 
   #announce(job, before) {
     if (job.state === before) return;
-    const title = shortened(job.title, 60);
+    const title = truncate(job.title, 60);
     if (job.state === "running") announce(`Started: ${title}.`);
     if (job.state === "succeeded")
-      announce(job.answer ? `Answer: ${shortened(job.answer, 300)}` : `Done: ${title}.`);
+      announce(job.answer ? `Answer: ${truncate(job.answer, 300)}` : `Done: ${title}.`);
     if (job.state === "failed") announce(`Failed: ${title}. ${job.problem}`);
     if (job.state === "cancelled") announce(`Cancelled: ${title}.`);
   }
@@ -90,7 +90,7 @@ export class ActiveView {
 class Row {
   #job;
   #preview = element("img", { alt: "", hidden: true });
-  #picture = element("div", { class: "job-picture" }, icon("image"), this.#preview);
+  #image = element("div", { class: "job-image" }, icon("image"), this.#preview);
   #title = element("h3", { class: "job-title" });
   #status = element("p", { class: "job-status" });
   #bar = element("progress", { hidden: true });
@@ -104,15 +104,15 @@ class Row {
   constructor(job) {
     this.#job = job;
     if (job.task === "image_to_text") {
-      const [thumbnail] = job.asked.thumbnails;
+      const [thumbnail] = job.input.thumbnails;
       if (thumbnail) this.#preview.src = thumbnail;
       this.#preview.hidden = !thumbnail;
-      this.#picture.querySelector("use").setAttribute("href", "#icon-ask");
+      this.#image.querySelector("use").setAttribute("href", "#icon-ask");
     }
     this.node = element(
       "li",
       { class: "job" },
-      this.#picture,
+      this.#image,
       element("div", { class: "job-body" }, this.#title, this.#status, this.#bar, this.#text),
       element("div", { class: "job-actions" }, this.#cancel),
     );
@@ -122,13 +122,13 @@ class Row {
     const job = this.#job;
     this.node.dataset.state = job.state;
     this.node.dataset.task = job.task;
-    setText(this.#title, shortened(job.title, 240));
+    setText(this.#title, truncate(job.title, 240));
     setText(this.#status, job.cancelling ? "Cancelling…" : statusText(job));
     setText(this.#text, (job.textBroken ? "… " : "") + job.text);
     this.#text.hidden = !job.text;
     this.#drawBar();
     this.#drawPreview();
-    const label = `Cancel ${shortened(job.title, 60)}`;
+    const label = `Cancel ${truncate(job.title, 60)}`;
     if (this.#cancel.getAttribute("aria-label") !== label)
       this.#cancel.setAttribute("aria-label", label);
     this.#cancel.setAttribute("aria-disabled", String(job.cancelling));
@@ -137,8 +137,8 @@ class Row {
   #drawBar() {
     const { state, progress, task, title } = this.#job;
     this.#bar.hidden = state !== "running";
-    this.#bar.setAttribute("aria-label", `Progress of ${shortened(title, 60)}`);
-    // A text mostly ends before its longest length: that would be no measure of progress.
+    this.#bar.setAttribute("aria-label", `Progress of ${truncate(title, 60)}`);
+    // A text usually ends before the token limit, so the limit does not measure progress.
     if (progress && task === "text_to_image") {
       this.#bar.max = progress.of;
       this.#bar.value = progress.step;
@@ -153,7 +153,7 @@ class Row {
     if (preview && BASE64.test(preview)) {
       const url = `data:image/jpeg;base64,${preview}`;
       if (this.#preview.src !== url) this.#preview.src = url;
-      this.#preview.alt = `Preview of ${shortened(title, 60)}`;
+      this.#preview.alt = `Preview of ${truncate(title, 60)}`;
     }
     this.#preview.hidden = !preview;
   }
@@ -173,7 +173,7 @@ class Row {
       if (error.status !== 409)
         showNotice("cancel", `The request was not cancelled. ${error.message}`);
     }
-    this.node.dispatchEvent(new Event("cancelled", { bubbles: true })); // the list is looked at again
+    this.node.dispatchEvent(new Event("cancelled", { bubbles: true })); // triggers a new poll
   }
 }
 
@@ -184,11 +184,11 @@ function statusText({ state, task, position, estimatedStart, progress }) {
       ? "Waiting"
       : position === 0
         ? "Next in the queue"
-        : `${counted(position, "request")} ahead`,
+        : `${pluralize(position, "request")} ahead`,
   ];
   if (estimatedStart) {
     const seconds = (Date.parse(estimatedStart) - Date.now()) / 1_000;
-    parts.push(seconds > 0 ? `starts in ${roughly(seconds)}` : "starts any moment");
+    parts.push(seconds > 0 ? `starts in ${approximateDuration(seconds)}` : "starts soon");
   }
   return parts.join(", ");
 }
@@ -196,16 +196,16 @@ function statusText({ state, task, position, estimatedStart, progress }) {
 function runningText(task, progress) {
   if (!progress) return "Running";
   const { step, of, eta } = progress;
-  if (task === "image_to_text") return `Writing, ${counted(step, "token")}`;
+  if (task === "image_to_text") return `Writing, ${pluralize(step, "token")}`;
   if (step >= of) return "Saving the image";
-  return `Step ${step} of ${of}${eta ? `, ${roughly(eta)} left` : ""}`;
+  return `Step ${step} of ${of}${eta ? `, ${approximateDuration(eta)} left` : ""}`;
 }
 
 const TASKS = { text_to_image: "Drawing", image_to_text: "Questions" };
 
 function queueText({ task, waiting, running, pace_seconds: pace }) {
   if (!waiting && !running) return "";
-  const each = pace ? `, ${duration(pace)} each` : "";
+  const each = pace ? `, ${formatDuration(pace)} each` : "";
   return sentence(`${TASKS[task] ?? task}: ${running} running, ${waiting} waiting${each}`).slice(
     0,
     -1,

@@ -1,20 +1,20 @@
-/** Changes of state for screen readers: short sentences, gathered so that they do not flood. */
+/** Announces changes of state to screen readers, in batches of short sentences. */
 
 import { byId } from "./dom.js";
 
-const GATHERED = 700; // milliseconds
-const SPOKEN = 5; // sentences at a time; of more, the latest
+const BATCH_INTERVAL = 700; // milliseconds
+const MAX_SENTENCES = 5; // per announcement; earlier ones are dropped
 
-const waiting = [];
+const pending = [];
 let timer = null;
 
-/** @param {string} text One sentence. */
+/** Announce a sentence. @param {string} text */
 export function announce(text) {
-  waiting.push(text);
-  timer ??= setTimeout(speak, GATHERED);
+  pending.push(text);
+  timer ??= setTimeout(flush, BATCH_INTERVAL);
 }
 
-function speak() {
+function flush() {
   timer = null;
-  byId("announcer").textContent = waiting.splice(0).slice(-SPOKEN).join(" ");
+  byId("announcer").textContent = pending.splice(0).slice(-MAX_SENTENCES).join(" ");
 }

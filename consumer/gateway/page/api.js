@@ -1,19 +1,19 @@
-/** The gateway's jobs API. */
+/** Client of the gateway's jobs API. */
 
 import { apiKey } from "./session.js";
-import { sentence } from "./words.js";
+import { sentence } from "./format.js";
 
 const TIMEOUT = 30_000; // milliseconds
 
-// Relative to the page, which a proxy may serve under a prefix.
+// Relative to the page, because a proxy may serve the page under a prefix.
 const base = new URL(".", document.baseURI);
 
-/** An answer that is an error, or no answer. Its message is a sentence that can be shown. */
+/** An error response, or a missing response. The message is a sentence for the user. */
 export class ApiError extends Error {
   /**
    * @param {string} message
    * @param {{status?: number, code?: string, param?: string|null, retryAfter?: number|null}} details
-   *   A status of 0: there was no answer.
+   *   A status of 0 means that there was no response.
    */
   constructor(message, { status = 0, code = "", param = null, retryAfter = null } = {}) {
     super(message);
@@ -30,8 +30,8 @@ export class ApiError extends Error {
  *
  * @param {string} path Relative to the page.
  * @param {{method?: string, body?: string, headers?: Object, signal?: AbortSignal, timeout?: number}}
- *   options A timeout of 0: none.
- * @returns {Promise<Response>} With a status of success.
+ *   options A timeout of 0 means no timeout.
+ * @returns {Promise<Response>} A response with a success status.
  * @throws {ApiError}
  */
 export async function send(path, options = {}) {
@@ -53,21 +53,21 @@ export async function send(path, options = {}) {
     if (signal?.aborted) throw error;
     throw new ApiError("The gateway cannot be reached.", { code: "unreachable" });
   }
-  if (!response.ok) throw await refusal(response);
+  if (!response.ok) throw await errorOf(response);
   return response;
 }
 
-async function refusal(response) {
+async function errorOf(response) {
   const seconds = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
   const details = { status: response.status, retryAfter: Number.isNaN(seconds) ? null : seconds };
   let error = null;
   try {
     error = (await response.json()).error;
   } catch {
-    // Not this gateway's answer but that of a proxy.
+    // A proxy sent this response, not the gateway.
   }
   if (!error?.message) {
-    return new ApiError(`The server answered with status ${response.status}.`, details);
+    return new ApiError(`The server returned status ${response.status}.`, details);
   }
   const { code = "", param = null } = error;
   return new ApiError(sentence(error.message, param), { ...details, code, param });
@@ -78,7 +78,7 @@ async function json(path, options) {
   try {
     return await response.json();
   } catch {
-    throw new ApiError("The answer was cut off.", { code: "unreachable" });
+    throw new ApiError("The response was cut off.", { code: "unreachable" });
   }
 }
 
@@ -89,8 +89,8 @@ function jobPath(id) {
 /**
  * Submit a job.
  *
- * @param {Object} request Of the contract, with its task.
- * @param {string} idempotencyKey The same one gives the same job, however often it is sent.
+ * @param {Object} request A request of the contract, with its task.
+ * @param {string} idempotencyKey A repeated key returns the existing job.
  */
 export function submitJob(request, idempotencyKey) {
   const headers = { "Idempotency-Key": idempotencyKey };
@@ -108,31 +108,31 @@ export function listJobs({ states = [], ...query }) {
   return json(`v1/jobs?${parameters}`);
 }
 
-/** @param {string} id */
+/** Fetch a job document. @param {string} id */
 export function getJob(id) {
   return json(jobPath(id));
 }
 
-/** @param {string} id */
+/** Cancel a job. @param {string} id */
 export function cancelJob(id) {
   return json(jobPath(id), { method: "DELETE" });
 }
 
-/** How much waits and runs for each task. */
+/** Fetch the number of waiting and running jobs of each task. */
 export function getQueue() {
   return json("v1/queue");
 }
 
-/** @param {string} id */
+/** Return the path of a job's event stream. @param {string} id */
 export function eventsPath(id) {
   return `${jobPath(id)}/events`;
 }
 
 /**
- * Fetch the file of an output.
+ * Fetch the file of a job's output.
  *
  * @param {string} id
- * @param {number} number Of the output.
+ * @param {number} number Number of the output.
  * @returns {Promise<Blob>}
  */
 export async function fetchOutput(id, number) {

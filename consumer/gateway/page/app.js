@@ -1,4 +1,4 @@
-/** The live page: puts its parts together. */
+/** Entry point of the live page: creates and connects the views. */
 
 import { ActiveView } from "./active_view.js";
 import { announce } from "./announce.js";
@@ -9,17 +9,17 @@ import { Feed } from "./feed.js";
 import { ActiveJobs } from "./jobs.js";
 import { bindKeyDialog } from "./key_dialog.js";
 import { hideNotice, showNotice } from "./notices.js";
-import { forgetOutputs } from "./outputs.js";
+import { clearOutputs } from "./outputs.js";
 import { Results } from "./results.js";
 import { apiKey } from "./session.js";
 import { bindThemeButton } from "./theme.js";
-import { shortened } from "./words.js";
+import { truncate } from "./format.js";
 
 const OFFLINE =
-  "The gateway cannot be reached. Jobs that were submitted go on; the page connects again by itself.";
+  "The gateway cannot be reached. Submitted jobs continue, and the page reconnects automatically.";
 const CONNECTION = {
   connected: "Connected",
-  offline: "Connecting again",
+  offline: "Reconnecting",
   refused: "API key needed",
 };
 
@@ -37,12 +37,12 @@ const feed = new Feed(active, {
   onConnection: showConnection,
   onEnded,
   onQueue: (queue) => view.showQueue(queue),
-  onStarted: (event) => composer.learnDefaults(event),
+  onStarted: (event) => composer.showDefaults(event),
 });
 const openKeyDialog = bindKeyDialog((replaced) => {
   active.clear();
-  forgetOutputs();
-  if (replaced) composer.forget();
+  clearOutputs();
+  if (replaced) composer.clear();
   begin();
 });
 
@@ -53,8 +53,8 @@ function begin() {
 }
 
 function onSubmitted(doc) {
-  const job = active.update(doc); // null where it has ended already: the list has it
-  if (job) announce(`Submitted: ${shortened(job.title, 60)}.`);
+  const job = active.update(doc); // null if it has already ended: the list shows it
+  if (job) announce(`Submitted: ${truncate(job.title, 60)}.`);
   feed.assign();
   feed.wake();
 }
@@ -62,8 +62,8 @@ function onSubmitted(doc) {
 function onEnded(job) {
   const previewsRefused =
     job.state === "failed" && job.result?.failure?.details?.parameter === "preview";
-  if (previewsRefused && job.asked.request?.preview) {
-    composer.withoutPreviews(job).catch((error) => showNotice("previews", error.message));
+  if (previewsRefused && job.input.request?.preview) {
+    composer.disablePreviews(job).catch((error) => showNotice("previews", error.message));
   }
   results.add(job);
 }
@@ -73,10 +73,10 @@ function showConnection(state, error) {
   byId("connection").dataset.state = state;
   setText(byId("connection-text"), CONNECTION[state]);
   if (state === "connected") {
-    view.loaded();
+    view.setLoaded();
     hideNotice("offline");
     if (before === "offline") {
-      announce("Connected again.");
+      announce("Reconnected.");
       results.loadMissing();
     }
   } else if (state === "offline") {
@@ -86,12 +86,12 @@ function showConnection(state, error) {
       ? "The gateway does not accept this API key."
       : "This gateway needs an API key.";
     showNotice("key", text, { label: "Enter a key", onClick: () => openKeyDialog() });
-    view.loaded();
+    view.setLoaded();
   }
 }
 
 document.addEventListener("problem", ({ detail: text }) =>
-  showNotice("download", `The file cannot be fetched. ${text}`),
+  showNotice("download", `The file cannot be downloaded. ${text}`),
 );
 document.addEventListener("cancelled", () => feed.wake());
 bindThemeButton(byId("theme-button"));

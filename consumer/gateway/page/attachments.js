@@ -1,10 +1,10 @@
-/** The images of a question: files of the user, and outputs of earlier jobs. */
+/** The images of a question: uploaded files and outputs of earlier jobs. */
 
 import { byId, element, iconButton } from "./dom.js";
 import { outputImage } from "./outputs.js";
 import { encodeImages, readImage } from "./uploads.js";
 
-const MOST = 16; // images of a request
+const MAX_IMAGES = 16; // per request
 
 export class Attachments extends EventTarget {
   #items = [];
@@ -14,8 +14,8 @@ export class Attachments extends EventTarget {
     super();
     const input = byId("files");
     input.addEventListener("change", () => {
-      this.addFiles([...input.files]); // a copy: the next line empties the list
-      input.value = ""; // the same file can be chosen again
+      this.addFiles([...input.files]); // a copy, because the next line empties the list
+      input.value = ""; // so that the user can choose the same file again
     });
   }
 
@@ -23,22 +23,23 @@ export class Attachments extends EventTarget {
     return this.#items.length;
   }
 
-  /** Small data URLs of those that are files. */
+  /** Thumbnails of the files, as data URLs. */
   get thumbnails() {
     return this.#items.flatMap((item) => (item.kind === "file" ? [item.thumbnail] : []));
   }
 
-  /** Those that are outputs of earlier jobs, as `{id, number}`. */
+  /** References to the outputs of earlier jobs, as `{id, number}`. */
   get outputs() {
     return this.#items.flatMap((item) =>
       item.kind === "output" ? [{ id: item.id, number: item.output.number }] : [],
     );
   }
 
-  /** Add files. Those that are no image are reported. */
+  /** Add files. A file that is no image leads to a `problem` event. */
   async addFiles(files) {
     for (const file of files) {
-      if (this.size >= MOST) return this.#problem(`A request takes at most ${MOST} images.`);
+      if (this.size >= MAX_IMAGES)
+        return this.#problem(`A request takes at most ${MAX_IMAGES} images.`);
       try {
         this.#items.push(await readImage(file));
         this.#changed();
@@ -59,7 +60,7 @@ export class Attachments extends EventTarget {
     this.#changed();
   }
 
-  /** Make the `images` field of a request. */
+  /** Return the `images` field of a request. */
   async encoded() {
     const files = this.#items.filter((item) => item.kind === "file").map((item) => item.file);
     const inline = await encodeImages(files);
@@ -85,10 +86,10 @@ export class Attachments extends EventTarget {
         ? element("img", { src: item.thumbnail, alt })
         : outputImage(item.id, item.output, alt);
     const remove = iconButton("close", `Remove ${item.name}`, () => {
-      const place = this.#items.indexOf(item);
-      this.#items.splice(place, 1);
+      const index = this.#items.indexOf(item);
+      this.#items.splice(index, 1);
       this.#changed();
-      const next = this.#list.querySelectorAll("button")[Math.min(place, this.size - 1)];
+      const next = this.#list.querySelectorAll("button")[Math.min(index, this.size - 1)];
       (next ?? byId("files")).focus();
     });
     return element("li", {}, image, remove);
@@ -96,14 +97,14 @@ export class Attachments extends EventTarget {
 }
 
 /**
- * Take images that are dropped on or pasted into the page.
+ * Receive images that the user drops on the page or pastes into it.
  *
  * @param {(files: File[]) => void} onFiles
  */
 export function bindDropAndPaste(onFiles) {
   const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
   const mark = (on) => document.body.classList.toggle("dragging", on);
-  let depth = 0; // of the elements entered: leaving a child is not leaving the page
+  let depth = 0; // nested elements entered; leaving a child element is not leaving the page
   addEventListener("dragenter", (event) => {
     if (!hasFiles(event)) return;
     depth += 1;

@@ -1,23 +1,23 @@
-/** The form: what to draw, or what to ask. */
+/** The form for drawings and questions. */
 
 import { submitJob } from "./api.js";
 import { Attachments, bindDropAndPaste } from "./attachments.js";
 import { byId, setText } from "./dom.js";
 import { FormErrors } from "./form_errors.js";
-import { keepSent } from "./jobs.js";
+import { storeSent } from "./jobs.js";
 import { writeMetadata } from "./metadata.js";
-import { recall, remember } from "./session.js";
-import { counted } from "./words.js";
+import { loadValue, storeValue } from "./session.js";
+import { pluralize } from "./format.js";
 
 const DRAFT = "draft";
-const NO_PREVIEWS = "no-previews"; // the model has refused them
+const NO_PREVIEWS = "no-previews"; // set after the model has refused previews
 const FIRST_QUESTION = "Describe this picture.";
 
 const NUMBERS = {
   text_to_image: ["width", "height", "num_inference_steps", "guidance_scale", "num_images", "seed"],
   image_to_text: ["max_new_tokens", "temperature", "seed"],
 };
-const OF_EACH_TASK = ["prompt", "seed"]; // one field that has a value for each task
+const SEPARATE_FIELDS = ["prompt", "seed"]; // fields with a separate value for each task
 const TASKS = {
   text_to_image: {
     verb: "Draw",
@@ -33,15 +33,15 @@ export class Composer {
   #errors = new FormErrors(this.#form);
   #attachments = new Attachments();
   #onSubmitted;
-  #unanswered = { body: "", key: "" }; // a request whose answer was lost; it may have arrived
+  #unconfirmed = { body: "", key: "" }; // a request without a response; the gateway may have it
   #sending = false;
-  #task = "text_to_image"; // the one that the fields show
-  #others = { prompt: "", seed: "" }; // of the task that is not shown
+  #task = "text_to_image"; // the task that the fields show
+  #others = { prompt: "", seed: "" }; // values of the task that is not shown
 
   /** @param {(doc: Object) => void} onSubmitted Called with the document of the new job. */
   constructor(onSubmitted) {
     this.#onSubmitted = onSubmitted;
-    this.#restore();
+    this.#restoreDraft();
     this.#bind();
     this.#show();
   }
@@ -57,10 +57,10 @@ export class Composer {
       this.submit();
     });
     this.#form.addEventListener("input", (event) => {
-      if (event.target.name === "task") return this.#choose(this.#fields.task.value);
+      if (event.target.name === "task") return this.#selectTask(this.#fields.task.value);
       if (event.target.name) this.#errors.clear(event.target.name);
       this.#show();
-      this.#keep();
+      this.#saveDraft();
     });
     byId("seed-button").addEventListener("click", () => this.#set("seed", newSeed()));
     if (/Mac|iPhone|iPad/.test(navigator.platform)) setText(byId("submit-key"), "⌘");
@@ -70,12 +70,12 @@ export class Composer {
       this.#errors.show("images", detail),
     );
     bindDropAndPaste((files) => {
-      this.#choose("image_to_text");
+      this.#selectTask("image_to_text");
       this.#attachments.addFiles(files);
     });
   }
 
-  /** Send what the form says. */
+  /** Submit the form. */
   async submit() {
     this.#errors.clearAll();
     if (this.#sending || !this.#check()) return;
@@ -83,21 +83,21 @@ export class Composer {
     try {
       const request = await this.#request();
       const doc = await submitJob(request, this.#idempotencyKey(request));
-      this.#unanswered = { body: "", key: "" };
-      keepSent(doc.id, withoutImages(request), this.#attachments.thumbnails);
+      this.#unconfirmed = { body: "", key: "" };
+      storeSent(doc.id, withoutImages(request), this.#attachments.thumbnails);
       this.#onSubmitted(doc);
     } catch (error) {
-      this.#refused(error);
+      this.#showError(error);
     } finally {
       this.#setSending(false);
     }
   }
 
-  /** Use the parameters of a job again; the seed too, so that the same image comes out. */
+  /** Fill the form with the parameters and the seed of a job, to reproduce its image. */
   use(job) {
     this.#errors.clearAll();
-    this.#choose(job.task);
-    const { prompt = "", negativePrompt = "", request = {} } = job.asked;
+    this.#selectTask(job.task);
+    const { prompt = "", negativePrompt = "", request = {} } = job.input;
     const format = { "image/webp": "webp", "image/jpeg": "jpeg" }[job.imageOutputs[0]?.media_type];
     const parameters = { ...request, ...job.result?.parameters };
     this.#set("prompt", prompt);
@@ -109,37 +109,37 @@ export class Composer {
     this.#focusPrompt();
   }
 
-  /** Ask about an image of a result. */
+  /** Prepare a question about an image of a result. */
   askAbout(job, output) {
     this.#errors.clearAll();
-    this.#choose("image_to_text");
+    this.#selectTask("image_to_text");
     this.#attachments.setOutput(job, output);
     if (!this.#fields.prompt.value.trim()) this.#set("prompt", FIRST_QUESTION);
     this.#focusPrompt();
     this.#fields.prompt.select();
   }
 
-  /** Show what the model uses where a request says nothing. @param {Object} event Of its start. */
-  learnDefaults({ defaults = {} }) {
+  /** Show the defaults of the model as placeholders. @param {Object} event A started event. */
+  showDefaults({ defaults = {} }) {
     for (const [name, value] of Object.entries(defaults)) {
       if (this.#fields[name]?.type === "number") this.#fields[name].placeholder = String(value);
     }
   }
 
-  /** Draw without previews from now on; send a request again that failed for them. */
-  async withoutPreviews(job) {
-    remember(NO_PREVIEWS, true);
-    const { request } = job.asked;
+  /** Send no preview option from now on, and resend a request that failed because of it. */
+  async disablePreviews(job) {
+    storeValue(NO_PREVIEWS, true);
+    const { request } = job.input;
     if (!request?.preview) return;
     const { preview, ...rest } = request;
-    keepSent(job.id, rest, []); // the list names the failed job again and again
-    const doc = await submitJob(rest, newKey());
-    keepSent(doc.id, rest, []);
+    storeSent(job.id, rest, []); // every poll reports the failed job again
+    const doc = await submitJob(rest, newIdempotencyKey());
+    storeSent(doc.id, rest, []);
     this.#onSubmitted(doc);
   }
 
-  /** Forget everything that was entered: it was entered by the holder of another key. */
-  forget() {
+  /** Clear all input: it belongs to another API key. */
+  clear() {
     this.#attachments.clear();
     this.#others = { prompt: "", seed: "" };
     this.#reset();
@@ -161,7 +161,7 @@ export class Composer {
       if (negativePrompt) request.negative_prompt = negativePrompt;
       if (this.#fields.output_format.value !== "png")
         request.output_format = this.#fields.output_format.value;
-      if (!recall(NO_PREVIEWS)) request.preview = true;
+      if (!loadValue(NO_PREVIEWS)) request.preview = true;
     } else {
       request.images = await this.#attachments.encoded();
       request.stream = true;
@@ -173,14 +173,14 @@ export class Composer {
 
   #idempotencyKey(request) {
     const body = JSON.stringify(request);
-    if (this.#unanswered.body !== body) this.#unanswered = { body, key: newKey() };
-    return this.#unanswered.key;
+    if (this.#unconfirmed.body !== body) this.#unconfirmed = { body, key: newIdempotencyKey() };
+    return this.#unconfirmed.key;
   }
 
-  #refused(error) {
-    if (error.status && !error.unreachable) this.#unanswered = { body: "", key: "" };
+  #showError(error) {
+    if (error.status && !error.unreachable) this.#unconfirmed = { body: "", key: "" };
     const later = error.retryAfter
-      ? ` You can try again in ${counted(error.retryAfter, "second")}.`
+      ? ` You can try again in ${pluralize(error.retryAfter, "second")}.`
       : "";
     const name = error.param?.split(".")[0];
     if (name && this.#errors.has(name)) this.#errors.show(name, error.message, true);
@@ -192,12 +192,12 @@ export class Composer {
   #check() {
     const names = ["prompt", ...NUMBERS[this.#task]];
     const wrong = names
-      .map((name) => [name, problemOf(this.#fields[name])])
+      .map((name) => [name, validationError(this.#fields[name])])
       .filter(([, problem]) => problem);
     if (this.#task === "image_to_text" && !this.#attachments.size) {
       wrong.unshift(["images", "Choose at least one image to ask about."]);
     }
-    wrong.forEach(([name, problem], place) => this.#errors.show(name, problem, place === 0));
+    wrong.forEach(([name, problem], index) => this.#errors.show(name, problem, index === 0));
     return wrong.length === 0;
   }
 
@@ -219,11 +219,11 @@ export class Composer {
     setText(byId("options-summary"), set ? `${set} set` : "");
   }
 
-  #choose(task) {
+  #selectTask(task) {
     this.#fields.task.value = task;
     if (task !== this.#task) {
       this.#errors.clearAll();
-      for (const name of OF_EACH_TASK) {
+      for (const name of SEPARATE_FIELDS) {
         [this.#fields[name].value, this.#others[name]] = [
           this.#others[name],
           this.#fields[name].value,
@@ -232,13 +232,13 @@ export class Composer {
     }
     this.#task = task;
     this.#show();
-    this.#keep();
+    this.#saveDraft();
   }
 
   #set(name, value) {
     this.#fields[name].value = value;
     this.#show();
-    this.#keep();
+    this.#saveDraft();
   }
 
   #reset() {
@@ -247,7 +247,7 @@ export class Composer {
     this.#fields.output_format.value = "png";
     this.#errors.clearAll();
     this.#show();
-    this.#keep();
+    this.#saveDraft();
   }
 
   #focusPrompt() {
@@ -261,17 +261,17 @@ export class Composer {
     setText(byId("submit"), sending ? "Sending…" : TASKS[this.#task].verb);
   }
 
-  // -- a draft that survives a reload -----------------------------------------------------------
+  // -- the draft, which survives a reload -------------------------------------------------------
 
-  #keep() {
+  #saveDraft() {
     const named = [...this.#fields].filter((field) => field.name && field.type !== "radio");
     const values = Object.fromEntries(named.map((field) => [field.name, field.value]));
-    values.task = this.#task; // FormData would leave out the disabled fields of the other task
-    remember(DRAFT, { values, others: this.#others });
+    values.task = this.#task; // FormData omits the disabled fields of the other task
+    storeValue(DRAFT, { values, others: this.#others });
   }
 
-  #restore() {
-    const draft = recall(DRAFT);
+  #restoreDraft() {
+    const draft = loadValue(DRAFT);
     if (!draft) return;
     for (const [name, value] of Object.entries(draft.values)) {
       if (name in this.#fields) this.#fields[name].value = value;
@@ -281,14 +281,14 @@ export class Composer {
   }
 }
 
-function problemOf(field) {
+function validationError(field) {
   const { validity, min, max, step } = field;
-  if (field.value.trim() === "" && field.required) return "Write something first.";
+  if (field.value.trim() === "" && field.required) return "This field is required.";
   if (validity.badInput) return "This must be a number.";
   if (validity.rangeUnderflow || validity.rangeOverflow)
     return `This must be between ${min} and ${max}.`;
   if (validity.stepMismatch)
-    return step === "1" ? "This must be a whole number." : "This number does not fit.";
+    return step === "1" ? "This must be a whole number." : "This number is not valid.";
   return null;
 }
 
@@ -301,7 +301,7 @@ function newSeed() {
   return String(number);
 }
 
-function newKey() {
+function newIdempotencyKey() {
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

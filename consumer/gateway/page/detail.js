@@ -1,10 +1,10 @@
-/** The dialog with everything about one result. */
+/** The dialog with the details of one result. */
 
 import { byId, element, icon, iconButton } from "./dom.js";
 import { downloadLink, outputImage } from "./outputs.js";
 import { copyButton, details } from "./result_text.js";
 import { sources } from "./results.js";
-import { shortened } from "./words.js";
+import { truncate } from "./format.js";
 
 export class Detail {
   #dialog = byId("detail");
@@ -15,14 +15,14 @@ export class Detail {
 
   /**
    * @param {import("./results.js").Results} results
-   * @param {Object} actions As those of the results: `ask` and `use`.
+   * @param {Object} actions The `ask` and `use` callbacks of the results.
    */
   constructor(results, actions) {
     this.#results = results;
     this.#actions = actions;
     this.#dialog.addEventListener("keydown", (event) => this.#onKey(event));
     this.#dialog.addEventListener("click", (event) => {
-      if (event.target === this.#dialog) this.#dialog.close(); // outside its content
+      if (event.target === this.#dialog) this.#dialog.close(); // a click outside the content
     });
     this.#dialog.addEventListener("close", () => {
       this.#job = null;
@@ -31,7 +31,12 @@ export class Detail {
     });
   }
 
-  /** @param {import("./jobs.js").Job} job @param {number} number Of the output. */
+  /**
+   * Open the dialog.
+   *
+   * @param {import("./jobs.js").Job} job
+   * @param {number} number Number of the output.
+   */
   open(job, number) {
     this.#job = job;
     this.#number = number;
@@ -51,8 +56,8 @@ export class Detail {
 
   #neighbour(step) {
     const jobs = this.#results.all;
-    const place = jobs.findIndex((job) => job.id === this.#job.id);
-    return place < 0 ? undefined : jobs[place + step];
+    const index = jobs.findIndex((job) => job.id === this.#job.id);
+    return index < 0 ? undefined : jobs[index + step];
   }
 
   #go(step) {
@@ -68,7 +73,7 @@ export class Detail {
   }
 
   #draw() {
-    const title = element("h2", { id: "detail-title" }, shortened(this.#job.title, 400));
+    const title = element("h2", { id: "detail-title" }, truncate(this.#job.title, 400));
     const stage = this.#output ? this.#stage() : null;
     const side = element(
       "div",
@@ -104,15 +109,15 @@ export class Detail {
   #stage() {
     const job = this.#job;
     const outputs = job.imageOutputs;
-    const alt = `${shortened(job.title, 200)}${outputs.length > 1 ? `, image ${outputs.indexOf(this.#output) + 1}` : ""}`;
+    const alt = `${truncate(job.title, 200)}${outputs.length > 1 ? `, image ${outputs.indexOf(this.#output) + 1}` : ""}`;
     const large = outputImage(job.id, this.#output, alt);
     const show = this.#output.flagged ? showButton(large) : null;
     if (outputs.length === 1) return element("div", { class: "stage" }, large, show);
-    const strip = outputs.map((output, place) => {
+    const strip = outputs.map((output, index) => {
       const current = output.number === this.#number;
       const attributes = {
         type: "button",
-        "aria-label": `Image ${place + 1}`,
+        "aria-label": `Image ${index + 1}`,
         "aria-current": current ? "true" : null,
       };
       const choose = () => {
@@ -152,7 +157,7 @@ export class Detail {
             "p",
             { class: "warning" },
             icon("alert"),
-            "The safety checker has flagged this image.",
+            "The safety checker flagged this image.",
           )
         : null,
       ...warnings,
@@ -180,7 +185,7 @@ export class Detail {
         ? downloadLink(job, output, { class: "button primary" }, icon("download"), "Download")
         : null,
       output ? button("ask", "Ask about this image", () => this.#actions.ask(job, output)) : null,
-      job.asked.prompt
+      job.input.prompt
         ? button("reuse", "Use these parameters again", () => this.#actions.use(job))
         : null,
       job.answer ? copyButton(job.answer) : null,

@@ -1,16 +1,16 @@
-/** The API reference: /openapi.json as a page. */
+/** The API reference: renders /openapi.json. */
 
 import { byId, element } from "./dom.js";
 import { bindThemeButton } from "./theme.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete"];
-// Where the gateway is, also behind a proxy that serves it under a prefix.
+// Base URL of the gateway. A proxy may serve the gateway under a prefix.
 const origin = new URL(".", document.baseURI).href.replace(/\/$/, "");
-const DEEPEST = 4; // levels of objects within objects that are shown
+const MAX_DEPTH = 4; // nested object levels that are shown
 
 bindThemeButton(byId("theme-button"));
 show().catch(() => {
-  byId("state").textContent = "The reference cannot be loaded. Reload the page to try again.";
+  byId("state").textContent = "The reference cannot be loaded. Reload the page to retry.";
 });
 
 async function show() {
@@ -62,14 +62,14 @@ function section(api, operation) {
     summary && description !== summary ? element("p", {}, element("strong", {}, summary)) : null,
     prose(description),
     ...parameterTable(api, parameters),
-    ...bodies(api, requestBody),
-    ...answers(api, responses),
+    ...bodyTables(api, requestBody),
+    ...responseTable(api, responses),
     element("h3", {}, "Example"),
     element("pre", { tabindex: "0" }, example(api, operation)),
   );
 }
 
-/** A description, with `code` between back quotes. */
+/** Render a description, with `code` between back quotes. */
 function prose(text) {
   if (!text) return null;
   const parts = text.trim().split("`");
@@ -84,33 +84,33 @@ function parameterTable(api, parameters) {
   if (!parameters.length) return [];
   const rows = parameters.map((each) => {
     const parameter = resolved(api, each);
-    const place = parameter.in === "query" ? "" : ` in the ${parameter.in}`;
+    const location = parameter.in === "query" ? "" : ` in the ${parameter.in}`;
     return row(
       api,
       parameter.name,
       parameter.schema ?? {},
       parameter.required,
       parameter.description,
-      place,
+      location,
     );
   });
   return [element("h3", {}, "Parameters"), table(rows)];
 }
 
-function bodies(api, requestBody) {
+function bodyTables(api, requestBody) {
   return Object.entries(resolved(api, requestBody ?? {}).content ?? {}).flatMap(
     ([type, { schema }]) => [
       element("h3", {}, "Body, ", element("code", {}, type)),
-      ...shape(api, schema, 0),
+      ...fieldTables(api, schema, 0),
     ],
   );
 }
 
-function answers(api, responses = {}) {
+function responseTable(api, responses = {}) {
   const rows = Object.entries(responses).map(([status, each]) => {
     const { description, content = {} } = resolved(api, each);
     const types = Object.entries(content).map(([type, { schema }]) => {
-      const inner = schema ? shape(api, schema, 1) : [];
+      const inner = schema ? fieldTables(api, schema, 1) : [];
       if (!inner.length) return element("code", {}, type);
       return element("details", {}, element("summary", {}, element("code", {}, type)), ...inner);
     });
@@ -121,7 +121,7 @@ function answers(api, responses = {}) {
       element("td", {}, prose(description), ...types),
     );
   });
-  return rows.length ? [element("h3", {}, "Answers"), table(rows)] : [];
+  return rows.length ? [element("h3", {}, "Responses"), table(rows)] : [];
 }
 
 function table(rows) {
@@ -138,7 +138,7 @@ function resolved(api, value) {
   );
 }
 
-/** The alternatives of a schema, `null` left out: a single one is no choice. */
+/** Return the alternatives of a schema without `null`. */
 function alternatives(api, schema) {
   const options = schema.anyOf ?? schema.oneOf;
   return options
@@ -146,9 +146,9 @@ function alternatives(api, schema) {
     : [schema];
 }
 
-/** The fields of an object, or of each of several. */
-function shape(api, schema, depth) {
-  if (depth > DEEPEST) return [];
+/** Render the fields of an object schema, or of each of its alternatives. */
+function fieldTables(api, schema, depth) {
+  if (depth > MAX_DEPTH) return [];
   const options = alternatives(api, resolved(api, schema)).map((each) =>
     each.type === "array" ? resolved(api, each.items) : each,
   );
@@ -160,13 +160,13 @@ function shape(api, schema, depth) {
     const fields = Object.entries(object.properties);
     const ordered = fields.sort((a, b) => isRequired(b) - isRequired(a));
     const rows = ordered.map(([name, each]) => {
-      const own = resolved(api, each);
+      const target = resolved(api, each);
       return row(
         api,
         name,
-        own,
+        target,
         object.required?.includes(name),
-        each.description ?? own.description,
+        each.description ?? target.description,
         "",
         depth,
       );
@@ -177,8 +177,8 @@ function shape(api, schema, depth) {
   });
 }
 
-function row(api, name, schema, required, description, place, depth = 0) {
-  const inner = shape(api, schema, depth + 1);
+function row(api, name, schema, required, description, location, depth = 0) {
+  const inner = fieldTables(api, schema, depth + 1);
   return element(
     "tr",
     {},
@@ -188,7 +188,7 @@ function row(api, name, schema, required, description, place, depth = 0) {
       element("code", {}, name),
       required ? element("span", { class: "required" }, " required") : null,
     ),
-    element("td", { class: "type" }, typeText(api, schema) + place),
+    element("td", { class: "type" }, typeText(api, schema) + location),
     element(
       "td",
       {},
@@ -215,13 +215,13 @@ function typeText(api, schema) {
 }
 
 function bounds(schema) {
-  const least =
+  const lower =
     schema.minimum ??
     (schema.exclusiveMinimum === undefined ? undefined : `more than ${schema.exclusiveMinimum}`);
-  const most = schema.maximum ?? schema.exclusiveMaximum;
-  if (least !== undefined && most !== undefined) return `, ${least} to ${most}`;
-  if (least !== undefined) return `, from ${least}`;
-  return schema.maxLength ? `, at most ${schema.maxLength} characters` : "";
+  const upper = schema.maximum ?? schema.exclusiveMaximum;
+  if (lower !== undefined && upper !== undefined) return `, ${lower} to ${upper}`;
+  if (lower !== undefined) return `, from ${lower}`;
+  return schema.maxLength ? `, at upper ${schema.maxLength} characters` : "";
 }
 
 function example(api, { method, path, requestBody, parameters = [] }) {
@@ -242,18 +242,21 @@ function example(api, { method, path, requestBody, parameters = [] }) {
   return lines.join(" \\\n  ");
 }
 
-/** A small value of a schema: its required fields only. */
+/** Return an example value of a schema, with the required fields only. */
 function sample(api, schema, depth) {
-  const own = alternatives(api, resolved(api, schema))[0] ?? {};
-  const given = own.examples?.[0] ?? own.example ?? own.const ?? own.enum?.[0] ?? own.default;
-  if (given !== undefined && given !== null) return given;
-  if (own.anyOf ?? own.oneOf) return depth < DEEPEST ? sample(api, own, depth + 1) : null;
-  if (own.properties && depth < DEEPEST) {
-    const names = (own.required ?? []).filter((name) => own.properties[name]);
+  const target = alternatives(api, resolved(api, schema))[0] ?? {};
+  const { examples, example, const: constant, enum: values } = target;
+  const value = examples?.[0] ?? example ?? constant ?? values?.[0] ?? target.default;
+  if (value !== undefined && value !== null) return value;
+  if (target.anyOf ?? target.oneOf)
+    return depth < MAX_DEPTH ? sample(api, target, depth + 1) : null;
+  if (target.properties && depth < MAX_DEPTH) {
+    const names = (target.required ?? []).filter((name) => target.properties[name]);
     return Object.fromEntries(
-      names.map((name) => [name, sample(api, own.properties[name], depth + 1)]),
+      names.map((name) => [name, sample(api, target.properties[name], depth + 1)]),
     );
   }
-  if (own.type === "array") return depth < DEEPEST ? [sample(api, own.items ?? {}, depth + 1)] : [];
-  return { string: "…", integer: 1, number: 1, boolean: true }[own.type] ?? {};
+  if (target.type === "array")
+    return depth < MAX_DEPTH ? [sample(api, target.items ?? {}, depth + 1)] : [];
+  return { string: "…", integer: 1, number: 1, boolean: true }[target.type] ?? {};
 }

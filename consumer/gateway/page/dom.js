@@ -1,4 +1,4 @@
-/** Elements from data. Data only ever becomes text nodes and attributes, never markup. */
+/** Creates elements from data. Data becomes text nodes and attributes, never markup. */
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -12,22 +12,22 @@ const SVG = "http://www.w3.org/2000/svg";
  * @returns {HTMLElement}
  */
 export function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name === "on") {
-      for (const [event, listener] of Object.entries(value)) made.addEventListener(event, listener);
+      for (const [event, listener] of Object.entries(value)) node.addEventListener(event, listener);
     } else if (value === true) {
-      made.setAttribute(name, "");
+      node.setAttribute(name, "");
     } else if (value !== false && value !== null && value !== undefined) {
-      made.setAttribute(name, value);
+      node.setAttribute(name, value);
     }
   }
-  made.append(...children.filter((child) => child !== null && child !== undefined));
-  return made;
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
 }
 
 /**
- * Create an icon of the sprite in index.html. It has no name: the control around it has one.
+ * Create an icon of the sprite in index.html. It has no accessible name; its control has one.
  *
  * @param {string} name
  */
@@ -44,7 +44,7 @@ export function icon(name) {
 /**
  * Create a button that shows an icon only.
  *
- * @param {string} name Of the icon.
+ * @param {string} name Name of the icon.
  * @param {string} label For screen readers and the tooltip.
  * @param {() => void} onClick
  */
@@ -53,14 +53,14 @@ export function iconButton(name, label, onClick) {
   return element("button", { ...attributes, on: { click: onClick } }, icon(name));
 }
 
-/** @param {string} id */
+/** Return the element with an id; throw an error if the page has none. @param {string} id */
 export function byId(id) {
   const found = document.getElementById(id);
   if (!found) throw new Error(`index.html has no #${id}`);
   return found;
 }
 
-/** Set the text of an element only when it differs, so that nothing is laid out anew in vain. */
+/** Set the text of an element if it differs, to avoid a needless layout. */
 export function setText(target, text) {
   if (target.textContent !== text) target.textContent = text;
 }

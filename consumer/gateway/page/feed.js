@@ -1,35 +1,35 @@
 /**
- * Keeps the active jobs in step with the server.
+ * Keeps the active jobs in sync with the server.
  *
- * Two jobs at most are followed by their event streams: a browser opens six connections to one server
- * over HTTP/1.1, and all tabs share them. The others are looked at in lists, every few seconds.
+ * The page follows the event streams of at most two jobs: a browser opens six connections to one
+ * server over HTTP/1.1, and all tabs share them. The page polls the other jobs in lists.
  */
 
 import { ApiError, eventsPath, getJob, getQueue, listJobs } from "./api.js";
 import { Job } from "./jobs.js";
 import { backoff, follow, pause } from "./sse.js";
 
-const STREAMS = 2;
-const BUSY = 2_500; // milliseconds between two looks while jobs are active
-const IDLE = 10_000; // milliseconds; jobs may be submitted elsewhere
-const HIDDEN = 30_000; // milliseconds, for a tab in the background
-const NEWEST = 20; // jobs of the list that each look reads
-const MOST = 100; // jobs of one list
-const MOST_SINGLE = 5; // jobs that one look reads one by one
+const MAX_STREAMS = 2;
+const ACTIVE_INTERVAL = 2_500; // milliseconds between two polls while jobs are active
+const IDLE_INTERVAL = 10_000; // milliseconds; other clients may submit jobs
+const HIDDEN_INTERVAL = 30_000; // milliseconds, for a tab in the background
+const NEWEST_LIMIT = 20; // jobs in the list that each poll reads
+const LIST_LIMIT = 100; // jobs in one list of active jobs
+const SINGLE_LIMIT = 5; // jobs that one poll reads individually
 
 export class Feed {
   #active;
-  #streams = new Map(); // job id to AbortController
+  #streams = new Map(); // AbortController by job id
   #running = new AbortController();
   #sleep = new AbortController();
   #callbacks;
-  #settled = false; // whether jobs beyond the newest ones have been looked for
+  #complete = false; // whether the page has read the list of all active jobs
 
   /**
    * @param {import("./jobs.js").ActiveJobs} active
    * @param {Object} callbacks
    * @param {(state: "connected"|"offline"|"refused", error?: ApiError) => void} callbacks.onConnection
-   * @param {(job: Job) => void} callbacks.onEnded Called with jobs that have ended, each several times.
+   * @param {(job: Job) => void} callbacks.onEnded Called with ended jobs, repeatedly for one job.
    * @param {(queue: Object) => void} callbacks.onQueue
    * @param {(event: Object) => void} callbacks.onStarted Called with each started event.
    */
@@ -39,51 +39,51 @@ export class Feed {
     document.addEventListener("visibilitychange", () => this.#onVisibility());
   }
 
-  /** Begin, or begin anew: with another API key, or after a refusal. */
+  /** Start, or restart with another API key or after a refusal. */
   start() {
     this.stop();
     this.#running = new AbortController();
-    this.#look(this.#running.signal);
+    this.#poll(this.#running.signal);
   }
 
-  /** End all streams and lists. */
+  /** Stop all streams and polls. */
   stop() {
     this.#running.abort();
-    this.#release();
-    this.#settled = false;
+    this.#closeStreams();
+    this.#complete = false;
   }
 
-  /** Look now. */
+  /** Poll now. */
   wake() {
     this.#sleep.abort();
   }
 
-  /** Follow those jobs that are next. */
+  /** Open the event streams of the first jobs, and close all others. */
   assign() {
     if (this.#running.signal.aborted || document.hidden) return;
-    const wanted = this.#active.all.slice(0, STREAMS).map((job) => job.id);
+    const ids = this.#active.all.slice(0, MAX_STREAMS).map((job) => job.id);
     for (const [id, stream] of this.#streams) {
-      if (!wanted.includes(id)) {
+      if (!ids.includes(id)) {
         stream.abort();
         this.#streams.delete(id);
       }
     }
-    for (const id of wanted) if (!this.#streams.has(id)) this.#follow(id);
+    for (const id of ids) if (!this.#streams.has(id)) this.#follow(id);
   }
 
   #onVisibility() {
-    if (document.hidden) this.#release();
+    if (document.hidden) this.#closeStreams();
     else this.wake();
     this.assign();
   }
 
-  // Tabs in the background leave their connections to the one in front.
-  #release() {
+  // Tabs in the background leave the connections to the tab in the foreground.
+  #closeStreams() {
     for (const stream of this.#streams.values()) stream.abort();
     this.#streams.clear();
   }
 
-  async #look(signal) {
+  async #poll(signal) {
     let failures = 0;
     while (!signal.aborted) {
       let wait = 0;
@@ -105,8 +105,8 @@ export class Feed {
   }
 
   get #interval() {
-    if (this.#active.size) return document.hidden ? IDLE : BUSY;
-    return document.hidden ? HIDDEN : IDLE;
+    if (this.#active.size) return document.hidden ? IDLE_INTERVAL : ACTIVE_INTERVAL;
+    return document.hidden ? HIDDEN_INTERVAL : IDLE_INTERVAL;
   }
 
   #refused(error) {
@@ -115,47 +115,47 @@ export class Feed {
   }
 
   async #refresh(signal) {
-    const seen = new Set();
+    const listed = new Set();
     const missing = () =>
-      this.#active.all.filter((job) => !seen.has(job.id) && !this.#streams.has(job.id));
-    const look = async (ask) => {
-      const asOf = performance.now();
-      const answer = await ask();
+      this.#active.all.filter((job) => !listed.has(job.id) && !this.#streams.has(job.id));
+    const query = async (send) => {
+      const requestedAt = performance.now();
+      const response = await send();
       if (signal.aborted) throw new ApiError("", { code: "stopped" });
-      return [answer, asOf];
+      return [response, requestedAt];
     };
-    const [newest, asOf] = await look(() => listJobs({ limit: NEWEST }));
+    const [newest, requestedAt] = await query(() => listJobs({ limit: NEWEST_LIMIT }));
     this.#callbacks.onConnection("connected");
-    this.#take(newest.data, asOf, seen);
-    if (newest.has_more && (missing().length || !this.#settled)) {
-      const [list, asOf] = await look(() =>
-        listJobs({ states: ["queued", "running"], limit: MOST }),
+    this.#update(newest.data, requestedAt, listed);
+    if (newest.has_more && (missing().length || !this.#complete)) {
+      const [list, requestedAt] = await query(() =>
+        listJobs({ states: ["queued", "running"], limit: LIST_LIMIT }),
       );
-      this.#take(list.data, asOf, seen);
+      this.#update(list.data, requestedAt, listed);
     }
-    this.#settled = true;
-    for (const { id } of missing().slice(0, MOST_SINGLE)) {
-      const [doc, asOf] = await look(() => this.#single(id));
-      if (doc) this.#take([doc], asOf, seen);
+    this.#complete = true;
+    for (const { id } of missing().slice(0, SINGLE_LIMIT)) {
+      const [doc, requestedAt] = await query(() => this.#findJob(id));
+      if (doc) this.#update([doc], requestedAt, listed);
     }
-    const [queue] = await look(getQueue);
+    const [queue] = await query(getQueue);
     this.#callbacks.onQueue(queue);
   }
 
-  async #single(id) {
+  async #findJob(id) {
     try {
       return await getJob(id);
     } catch (error) {
       if (error.status !== 404) throw error;
-      this.#active.forget(id); // its result has expired
+      this.#active.remove(id); // its result has expired
       return null;
     }
   }
 
-  #take(docs, asOf, seen) {
+  #update(docs, requestedAt, listed) {
     for (const doc of docs) {
-      seen.add(doc.id);
-      const job = this.#active.update(doc, asOf);
+      listed.add(doc.id);
+      const job = this.#active.update(doc, requestedAt);
       if (job === null || job.ended) this.#callbacks.onEnded(job ?? new Job(doc));
     }
     this.assign();
@@ -175,7 +175,7 @@ export class Feed {
       if (error.status === 401 || error.status === 403) this.#refused(error);
     }
     if (this.#streams.get(id) === stream) this.#streams.delete(id);
-    if (!stream.signal.aborted) this.wake(); // the list knows more, or the next job is to be followed
+    if (!stream.signal.aborted) this.wake(); // to read the final state and to follow the next job
   }
 
   #onEvent(id, { event, data }) {

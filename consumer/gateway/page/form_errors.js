@@ -1,16 +1,16 @@
-/** Error messages in the form: each at its field, the others above the button. */
+/** Error messages in the form, at their fields or above the button. */
 
 import { byId, setText } from "./dom.js";
 
 export class FormErrors {
   #form;
 
-  /** @param {HTMLFormElement} form Field `x` has its message in `#x-error`, by its id. */
+  /** @param {HTMLFormElement} form The message of a field with the id `x` is in `#x-error`. */
   constructor(form) {
     this.#form = form;
   }
 
-  /** Whether a field has a place for messages. @param {string} name */
+  /** Return whether a field has an element for messages. @param {string} name */
   has(name) {
     return this.#find(name) !== null;
   }
@@ -20,7 +20,7 @@ export class FormErrors {
    *
    * @param {string} name
    * @param {string} message
-   * @param {boolean} focus Whether the field gets the focus.
+   * @param {boolean} focus Whether to focus the field.
    */
   show(name, message, focus = false) {
     const { field, text } = this.#find(name);
@@ -38,7 +38,7 @@ export class FormErrors {
     byId("form-error").hidden = false;
   }
 
-  /** @param {string} name */
+  /** Hide the message of a field. @param {string} name */
   clear(name) {
     const found = this.#find(name);
     if (!found) return;
@@ -53,7 +53,7 @@ export class FormErrors {
   }
 
   #find(name) {
-    // The images are no field of the form with a value, but those of the file picker.
+    // The images have no form field with a value. The file picker stands for them.
     const field = name === "images" ? byId("files") : this.#form.elements[name];
     if (!(field instanceof HTMLElement)) return null;
     const text = document.getElementById(`${name === "images" ? name : field.id}-error`);

@@ -1,13 +1,13 @@
-/** The jobs that the page knows, and what their events change. */
+/** The state of jobs, and how their events change it. */
 
 import { readMetadata } from "./metadata.js";
-import { recall, remember } from "./session.js";
-import { sentence } from "./words.js";
+import { loadValue, storeValue } from "./session.js";
+import { sentence } from "./format.js";
 
 const SENT = "sent";
-const SENT_KEPT = 40; // requests of this tab whose content is kept for a reload
+const SENT_LIMIT = 40; // requests that the tab stores for a reload
 
-/** One job; its fields are those of the API's job document, with what its events have added. */
+/** One job: the fields of the API's job document, and the state from its events. */
 export class Job {
   /** @param {Object} doc The API's job document. */
   constructor(doc) {
@@ -15,7 +15,7 @@ export class Job {
     Object.assign(this, { position: null, estimatedStart: null, progress: null });
     Object.assign(this, { attempt: 0, sequence: -1, text: "", textBroken: false, preview: null });
     Object.assign(this, { result: null, error: null, metadata: {}, cancelling: false });
-    this.heardAt = -Infinity; // when the last event came
+    this.lastEventAt = -Infinity; // time of the last event, on the clock of `performance.now`
     this.update(doc, 0);
   }
 
@@ -23,8 +23,8 @@ export class Job {
     return this.state !== "queued" && this.state !== "running";
   }
 
-  /** What was asked, as far as this tab or the job's metadata says. */
-  get asked() {
+  /** The input of the job, from the storage of this tab or from the job's metadata. */
+  get input() {
     const sent = sentContent(this.id);
     const { prompt, negativePrompt, images } = readMetadata(this.metadata);
     return {
@@ -36,10 +36,10 @@ export class Job {
     };
   }
 
-  /** What to call the job. */
+  /** Title of the job. */
   get title() {
     const kind = this.task === "image_to_text" ? "Question" : "Drawing";
-    return this.asked.prompt ?? `${kind} (request …${this.id.slice(-8)})`;
+    return this.input.prompt ?? `${kind} (request …${this.id.slice(-8)})`;
   }
 
   get outputs() {
@@ -52,32 +52,32 @@ export class Job {
     );
   }
 
-  /** The generated text; undefined where there is none. */
+  /** The generated text, or undefined. */
   get answer() {
     return this.outputs.find((output) => output.kind === "text")?.text;
   }
 
-  /** When it was submitted, else when it ended; RFC 3339. */
+  /** Time of the submission, otherwise of the end; RFC 3339. */
   get time() {
     return this.created ?? this.result?.time ?? null;
   }
 
-  /** Why it failed, as a sentence. */
+  /** The reason of the failure, as a sentence. */
   get problem() {
     const failure = this.result?.failure;
     const message = this.error?.message ?? failure?.message;
     const param = this.error?.param ?? failure?.details?.parameter ?? null;
-    return message ? sentence(message, param) : "The request has failed.";
+    return message ? sentence(message, param) : "The request failed.";
   }
 
   /**
-   * Take over a job document, unless an event has come since the server was asked for it.
+   * Apply a job document, unless an event arrived after the page requested the document.
    *
    * @param {Object} doc
-   * @param {number} asOf When the server was asked, on the clock of `performance.now`.
+   * @param {number} requestedAt Time of the request, on the clock of `performance.now`.
    */
-  update(doc, asOf) {
-    if (this.heardAt > asOf && ["queued", "running"].includes(doc.state)) return;
+  update(doc, requestedAt) {
+    if (this.lastEventAt > requestedAt && ["queued", "running"].includes(doc.state)) return;
     this.state = doc.state;
     this.created = doc.created ?? this.created;
     this.position = doc.position ?? null;
@@ -89,14 +89,14 @@ export class Job {
   }
 
   /**
-   * Take over an event of the job's stream.
+   * Apply an event of the job's stream.
    *
    * @param {string} type
    * @param {Object} data
-   * @returns {boolean} Whether it is the last.
+   * @returns {boolean} Whether the event is the last.
    */
   apply(type, data) {
-    this.heardAt = performance.now();
+    this.lastEventAt = performance.now();
     if (type === "queued") {
       if (this.state === "queued") {
         this.position = data.position ?? null;
@@ -119,7 +119,7 @@ export class Job {
       Object.assign(this, { attempt: data.attempt, sequence: -1, preview: null });
       Object.assign(this, { text: "", textBroken: false, progress: null });
     }
-    if (data.sequence <= this.sequence) return; // seen before the stream broke off
+    if (data.sequence <= this.sequence) return; // a repeated event after a reconnect
     const missed = data.sequence > this.sequence + 1;
     this.sequence = data.sequence;
     Object.assign(this, { state: "running", position: null, estimatedStart: null });
@@ -135,27 +135,28 @@ export class Job {
 }
 
 function sentContent(id) {
-  return (recall(SENT) ?? {})[id];
+  return (loadValue(SENT) ?? {})[id];
 }
 
 /**
- * Keep what this tab has sent: the history shows it, and it can be used again after a reload.
+ * Store a request of this tab, so that the history can show and reuse it after a reload.
  *
  * @param {string} id
- * @param {Object} request Without the content of its images.
- * @param {string[]} thumbnails Of its images, small data URLs.
+ * @param {Object} request The request without the content of its images.
+ * @param {string[]} thumbnails Thumbnails of its images, as data URLs.
  */
-export function keepSent(id, request, thumbnails) {
-  const kept = Object.entries(recall(SENT) ?? {}).filter(([other]) => other !== id);
-  remember(SENT, Object.fromEntries([...kept.slice(1 - SENT_KEPT), [id, { request, thumbnails }]]));
+export function storeSent(id, request, thumbnails) {
+  const stored = Object.entries(loadValue(SENT) ?? {}).filter(([other]) => other !== id);
+  const latest = stored.slice(1 - SENT_LIMIT);
+  storeValue(SENT, Object.fromEntries([...latest, [id, { request, thumbnails }]]));
 }
 
-/** Jobs that wait or run. Views listen to its `change` events. */
+/** The waiting and running jobs. Dispatches `change` events for the views. */
 export class ActiveJobs extends EventTarget {
   #jobs = new Map();
-  #ended = new Set(); // ids; an answer that was under way for long must not revive them
+  #ended = new Set(); // ids; a delayed response must not add these jobs again
 
-  /** Those that run first, then those that wait, the next one first. */
+  /** Running jobs first, then waiting jobs in queue order. */
   get all() {
     const rank = (job) =>
       job.state === "running" ? -1 : (job.position ?? Number.MAX_SAFE_INTEGER);
@@ -171,25 +172,25 @@ export class ActiveJobs extends EventTarget {
   }
 
   /**
-   * Take over a job document.
+   * Apply a job document.
    *
    * @param {Object} doc
-   * @param {number} asOf When the server was asked, on the clock of `performance.now`.
-   * @returns {Job|null} The job, if it waits or runs or has just ended.
+   * @param {number} requestedAt Time of the request, on the clock of `performance.now`.
+   * @returns {Job|null} The job if it waits, runs or has just ended.
    */
-  update(doc, asOf = performance.now()) {
+  update(doc, requestedAt = performance.now()) {
     const known = this.#jobs.get(doc.id);
     if (!known && (this.#ended.has(doc.id) || !["queued", "running"].includes(doc.state)))
       return null;
     const job = known ?? new Job(doc);
     const before = job.state;
-    job.update(doc, asOf);
+    job.update(doc, requestedAt);
     this.#jobs.set(job.id, job);
     this.changed(job, known ? before : null);
     return job;
   }
 
-  /** Report that a job has changed; those that have ended leave. @param {string|null} before State. */
+  /** Report a change of a job, and remove an ended job. @param {string|null} before Earlier state. */
   changed(job, before) {
     if (job.ended) {
       this.#jobs.delete(job.id);
@@ -198,8 +199,8 @@ export class ActiveJobs extends EventTarget {
     this.dispatchEvent(new CustomEvent("change", { detail: { job, before } }));
   }
 
-  /** Drop a job that the server no longer knows. */
-  forget(id) {
+  /** Remove a job that the server no longer stores. */
+  remove(id) {
     this.#jobs.delete(id);
     this.dispatchEvent(new CustomEvent("change", { detail: { job: null, before: null } }));
   }
@@ -211,7 +212,7 @@ export class ActiveJobs extends EventTarget {
   }
 }
 
-/** Older first; those without a time last. */
+/** Compare two jobs: older ones first, those without a time last. */
 export function compareTimes(a, b) {
   const [left, right] = [a, b].map((job) =>
     job.time ? Date.parse(job.time) : Number.MAX_SAFE_INTEGER,

@@ -1,16 +1,16 @@
-/** The dialog in which the API key is entered. */
+/** The dialog for the API key. */
 
 import { byId } from "./dom.js";
 import { apiKey, setApiKey } from "./session.js";
 
-const HEADER_VALUE = /^[\x21-\x7e]+$/; // what can be sent in a header
+const HEADER_VALUE = /^[\x21-\x7e]+$/; // printable ASCII
 
 /**
- * Make the dialog work.
+ * Bind the dialog to its button.
  *
- * @param {(replaced: boolean) => void} onChange Called after a key was entered or removed, with
- *   whether there was one before.
- * @returns {(problem?: string) => void} Opens the dialog.
+ * @param {(replaced: boolean) => void} onChange Called after the user entered or removed a key, with
+ *   whether there was a key before.
+ * @returns {(problem?: string) => void} A function that opens the dialog.
  */
 export function bindKeyDialog(onChange) {
   const dialog = byId("key-dialog");
@@ -29,7 +29,7 @@ export function bindKeyDialog(onChange) {
     event.preventDefault();
     const key = input.value.trim();
     if (HEADER_VALUE.test(key)) use(key);
-    else showProblem(key ? "A key has letters, digits and signs only." : "Enter a key.");
+    else showProblem(key ? "A key has letters, digits and ASCII symbols only." : "Enter a key.");
   });
   byId("key-remove").addEventListener("click", () => use(""));
   byId("key-cancel").addEventListener("click", () => dialog.close());

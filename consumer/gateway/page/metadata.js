@@ -1,26 +1,25 @@
 /**
- * What a request says of itself in its metadata, which every event repeats.
+ * Stores the prompt in the metadata of a request, which every event repeats.
  *
- * A result holds numbers only: its parameters, no text. So the page puts the prompt into the metadata,
- * and the history can show it. A value holds 512 characters and a request 16 values, so a long prompt
- * takes several.
+ * A result has the numeric parameters but no prompt. The history shows the prompt from the metadata.
+ * A value holds 512 characters and a request holds 16 values, so a long prompt takes several values.
  */
 
-const PIECE = 512; // characters of a value
-const PROMPT_PIECES = 12;
-const NEGATIVE_PIECES = 3;
+const VALUE_LENGTH = 512; // characters
+const PROMPT_VALUES = 12;
+const NEGATIVE_VALUES = 3;
 
-function pieces(name, text, most) {
-  const characters = Array.from(text); // code points: a pair of surrogates is never split
+function split(name, text, limit) {
+  const characters = Array.from(text); // code points, so that no surrogate pair is split
   const entries = [];
-  for (let i = 0; i * PIECE < characters.length && i < most; i += 1) {
-    const piece = characters.slice(i * PIECE, (i + 1) * PIECE).join("");
-    entries.push([i === 0 ? name : `${name}.${i}`, piece]);
+  for (let i = 0; i * VALUE_LENGTH < characters.length && i < limit; i += 1) {
+    const value = characters.slice(i * VALUE_LENGTH, (i + 1) * VALUE_LENGTH).join("");
+    entries.push([i === 0 ? name : `${name}.${i}`, value]);
   }
   return entries;
 }
 
-function joined(metadata, name) {
+function join(metadata, name) {
   let text = metadata[name];
   for (let i = 1; text !== undefined && metadata[`${name}.${i}`] !== undefined; i += 1) {
     text += metadata[`${name}.${i}`];
@@ -32,21 +31,21 @@ function joined(metadata, name) {
  * Write the metadata of a request.
  *
  * @param {{prompt: string, negativePrompt?: string, images?: {id: string, number: number}[]}} content
- *   The images are outputs of earlier jobs.
+ *   The images refer to outputs of earlier jobs.
  */
 export function writeMetadata({ prompt, negativePrompt = "", images = [] }) {
   const entries = [
-    ...pieces("prompt", prompt, PROMPT_PIECES),
-    ...pieces("negative_prompt", negativePrompt, NEGATIVE_PIECES),
+    ...split("prompt", prompt, PROMPT_VALUES),
+    ...split("negative_prompt", negativePrompt, NEGATIVE_VALUES),
   ];
-  // Ids have at most 64 characters: six of them fit one value.
-  const named = images.slice(0, 6).map(({ id, number }) => `${id}/${number}`);
-  if (named.length) entries.push(["images", named.join(" ")]);
+  // An id has at most 64 characters, so six references fit one value.
+  const references = images.slice(0, 6).map(({ id, number }) => `${id}/${number}`);
+  if (references.length) entries.push(["images", references.join(" ")]);
   return Object.fromEntries(entries);
 }
 
 /**
- * Read the metadata of a job that this page or another client has written.
+ * Read the metadata that this page or another client wrote.
  *
  * @param {Object|undefined} metadata
  * @returns {{prompt?: string, negativePrompt?: string, images: {id: string, number: number}[]}}
@@ -58,8 +57,8 @@ export function readMetadata(metadata = {}) {
     if (match) images.push({ id: match[1], number: Number(match[2]) });
   }
   return {
-    prompt: joined(metadata, "prompt"),
-    negativePrompt: joined(metadata, "negative_prompt"),
+    prompt: join(metadata, "prompt"),
+    negativePrompt: join(metadata, "negative_prompt"),
     images,
   };
 }

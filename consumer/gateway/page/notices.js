@@ -1,15 +1,15 @@
-/** Messages at the top of the page: what went wrong, and what is going on. */
+/** Messages at the top of the page. */
 
 import { byId, element, iconButton, icon } from "./dom.js";
 
 const shown = new Map();
 
 /**
- * Show a message until it is closed or taken back.
+ * Show a message until the user closes it or `hideNotice` removes it.
  *
- * @param {string} name A second message of one name replaces the first.
+ * @param {string} name A second message with the same name replaces the first.
  * @param {string} text
- * @param {{label: string, onClick: () => void}|null} action A button of the message.
+ * @param {{label: string, onClick: () => void}|null} action Button in the message.
  */
 export function showNotice(name, text, action = null) {
   if (shown.get(name)?.dataset.text === text) return;
@@ -31,7 +31,7 @@ export function showNotice(name, text, action = null) {
   byId("notices").append(notice);
 }
 
-/** @param {string} name */
+/** Remove a message. @param {string} name */
 export function hideNotice(name) {
   shown.get(name)?.remove();
   shown.delete(name);

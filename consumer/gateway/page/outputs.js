@@ -1,16 +1,16 @@
-/** The images of results: fetched with the API key, so they are shown from object URLs. */
+/** The images of results. The page fetches them with the API key and shows object URLs. */
 
 import { fetchOutput } from "./api.js";
 import { element } from "./dom.js";
-import { sentence } from "./words.js";
+import { sentence } from "./format.js";
 
-const KEPT = 150; // files; the browser holds them until their URLs are revoked
-const AHEAD = "400px"; // of scrolling, in which images are fetched before they are seen
+const CACHE_LIMIT = 150; // files; the browser stores each file until its URL is revoked
+const PRELOAD_MARGIN = "400px"; // distance from the visible area at which the page fetches an image
 
-const urls = new Map(); // "<job id>/<number>" to a promise of an object URL, least recently used first
+const urls = new Map(); // promises of object URLs by "<job id>/<number>", least recently used first
 
 /**
- * Fetch an output, or give what was fetched before.
+ * Fetch an output, or return the cached one.
  *
  * @param {string} id
  * @param {number} number
@@ -31,14 +31,14 @@ export function outputUrl(id, number) {
 
 function dropOldest() {
   for (const [name, url] of urls) {
-    if (urls.size <= KEPT) return;
+    if (urls.size <= CACHE_LIMIT) return;
     urls.delete(name);
     url.then(URL.revokeObjectURL, () => {});
   }
 }
 
-/** Forget all files: they are those of another key. */
-export function forgetOutputs() {
+/** Remove all files from the cache: they belong to another key. */
+export function clearOutputs() {
   for (const url of urls.values()) url.then(URL.revokeObjectURL, () => {});
   urls.clear();
 }
@@ -51,16 +51,16 @@ const observer = new IntersectionObserver(
       target.dispatchEvent(new Event("near"));
     }
   },
-  { rootMargin: AHEAD },
+  { rootMargin: PRELOAD_MARGIN },
 );
 
 /**
- * Create an image that is fetched when it is about to be seen.
+ * Create an image that the page fetches when it comes near the visible area.
  *
  * @param {string} id
  * @param {{number: number, width: number, height: number, flagged?: boolean}} output
  * @param {string} alt
- * @returns {HTMLElement} A frame with the image, or with what went wrong.
+ * @returns {HTMLElement} A frame with the image, or with an error message.
  */
 export function outputImage(id, output, alt) {
   const { width, height } = output;
@@ -80,10 +80,10 @@ async function load(frame, image, id, number) {
     frame.dataset.state = "done";
   } catch (error) {
     frame.dataset.state = "failed";
-    const gone = error.status === 404;
-    const text = gone
+    const missing = error.status === 404;
+    const text = missing
       ? "This image is no longer stored."
-      : sentence(error.message ?? "It cannot be shown");
+      : sentence(error.message ?? "The image cannot be shown");
     frame.replaceChildren(element("span", { class: "frame-text" }, text));
   }
 }
@@ -91,9 +91,9 @@ async function load(frame, image, id, number) {
 const SUFFIXES = { "image/png": "png", "image/webp": "webp", "image/jpeg": "jpg" };
 
 /**
- * Name the file of an output.
+ * Return a file name for an output.
  *
- * @param {string} title Of its job.
+ * @param {string} title Title of its job.
  * @param {{media_type: string, seed: number}} output
  */
 export function fileName(title, output) {
@@ -106,7 +106,7 @@ export function fileName(title, output) {
 }
 
 /**
- * Create a link that saves an output.
+ * Create a download link for an output.
  *
  * @param {import("./jobs.js").Job} job
  * @param {Object} output
@@ -117,7 +117,7 @@ export function downloadLink(job, output, attributes, ...children) {
   const name = fileName(job.title, output);
   const href = `v1/jobs/${encodeURIComponent(job.id)}/outputs/${output.number}`;
   const save = async (event) => {
-    event.preventDefault(); // the browser would ask without the API key
+    event.preventDefault(); // the browser would send the request without the API key
     try {
       const url = await outputUrl(job.id, output.number);
       element("a", { href: url, download: name }).click();

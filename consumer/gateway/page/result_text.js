@@ -1,23 +1,23 @@
-/** What a result says of itself: in few words for a card, in all its values for the details. */
+/** Texts about a result: a summary for cards, and all values for the details. */
 
 import { announce } from "./announce.js";
 import { iconButton } from "./dom.js";
-import { counted, duration, size, when } from "./words.js";
+import { formatBytes, formatDuration, formatTime, pluralize } from "./format.js";
 
 const PARAMETERS = {
   num_inference_steps: "Steps",
   guidance_scale: "Guidance",
-  max_new_tokens: "Longest answer",
+  max_new_tokens: "Maximum tokens",
   temperature: "Temperature",
   top_p: "Top-p",
   top_k: "Top-k",
   repetition_penalty: "Repetition penalty",
 };
 const FORMATS = { "image/png": "PNG", "image/webp": "WebP", "image/jpeg": "JPEG" };
-const FINISHED = { stop: "The model ended the text", length: "The longest length was reached" };
+const FINISH_REASONS = { stop: "End of the answer", length: "Token limit" };
 
 /**
- * The facts of a card.
+ * Return the summary of a job for its card.
  *
  * @param {import("./jobs.js").Job} job
  * @returns {string[]}
@@ -25,26 +25,26 @@ const FINISHED = { stop: "The model ended the text", length: "The longest length
 export function facts(job) {
   if (job.state !== "succeeded") return [];
   const [image] = job.imageOutputs;
-  const took = duration(job.result.timings.inference);
+  const took = formatDuration(job.result.timings.inference);
   if (!image) return [took];
   return [`${image.width} × ${image.height}`, `seed ${image.seed}`, took];
 }
 
 /**
- * All values of a job, by their names.
+ * Return all values of a job with their labels.
  *
  * @param {import("./jobs.js").Job} job
- * @param {Object|undefined} output The image that is shown.
+ * @param {Object|undefined} output The image in the dialog.
  * @returns {[string, string][]}
  */
 export function details(job, output) {
-  const { result, asked } = job;
-  const rows = [["Negative prompt", asked.negativePrompt]];
+  const { result, input } = job;
+  const rows = [["Negative prompt", input.negativePrompt]];
   if (output) {
     rows.push(
       ["Size", `${output.width} × ${output.height}`],
       ["Seed", String(output.seed)],
-      ["File", `${FORMATS[output.media_type] ?? output.media_type}, ${size(output.size)}`],
+      ["File", `${FORMATS[output.media_type] ?? output.media_type}, ${formatBytes(output.size)}`],
     );
   }
   const text = job.outputs.find(({ kind }) => kind === "text");
@@ -52,9 +52,9 @@ export function details(job, output) {
     rows.push(
       [
         "Length",
-        `${counted(text.completion_tokens, "token")}, after ${counted(text.prompt_tokens, "token")} of input`,
+        `${pluralize(text.completion_tokens, "token")}, ${pluralize(text.prompt_tokens, "token")} of input`,
       ],
-      ["End", FINISHED[text.finish_reason]],
+      ["Finish reason", FINISH_REASONS[text.finish_reason]],
       ["Seed", text.seed === undefined || text.seed === null ? undefined : String(text.seed)],
     );
   }
@@ -80,19 +80,19 @@ function runRows({ id, created, result }) {
     : [];
   return [
     ["Model", model ? `${model.id} (${parts.join(", ")})` : ""],
-    ["Submitted", when(created)],
-    ["Time in the queue", timings ? duration(timings.queued) : ""],
-    ["Time to generate", timings ? duration(timings.inference) : ""],
-    ["Time to store", timings?.upload ? duration((timings.encode ?? 0) + timings.upload) : ""],
+    ["Submitted", formatTime(created)],
+    ["Time in the queue", timings ? formatDuration(timings.queued) : ""],
+    ["Time to generate", timings ? formatDuration(timings.inference) : ""],
+    ["Time to store", timings?.upload ? formatDuration((timings.encode ?? 0) + timings.upload) : ""],
     ["Worker", result?.worker ?? ""],
     ["Attempts", result?.attempt > 1 ? String(result.attempt) : ""],
     ["Request", id],
   ];
 }
 
-/** A button that copies a text; null where the browser does not allow it. @param {string} text */
+/** Create a button that copies a text; null without a clipboard. @param {string} text */
 export function copyButton(text) {
-  if (!navigator.clipboard) return null; // not over plain HTTP from another machine
+  if (!navigator.clipboard) return null; // browsers have none for remote pages over plain HTTP
   return iconButton("copy", "Copy the answer", async () => {
     await navigator.clipboard.writeText(text);
     announce("Copied.");

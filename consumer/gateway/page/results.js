@@ -1,4 +1,4 @@
-/** The gallery: jobs that have ended, newest first, in pages. */
+/** The gallery: ended jobs, newest first, in pages. */
 
 import { listJobs } from "./api.js";
 import { byId, element, icon, iconButton } from "./dom.js";
@@ -6,7 +6,7 @@ import { Job, compareTimes } from "./jobs.js";
 import { hideNotice, showNotice } from "./notices.js";
 import { downloadLink, outputImage } from "./outputs.js";
 import { copyButton, facts } from "./result_text.js";
-import { shortened, when } from "./words.js";
+import { formatTime, truncate } from "./format.js";
 
 const PAGE = 24;
 const SKELETONS = 6;
@@ -18,11 +18,11 @@ const FILTERS = {
   cancelled: { states: ["cancelled"] },
 };
 const EMPTY = {
-  "": "No results yet. What you draw or ask appears here.",
+  "": "No results yet. Your images and answers appear here.",
   images: "No images yet.",
   answers: "No answers yet.",
-  failed: "Nothing has failed.",
-  cancelled: "Nothing was cancelled.",
+  failed: "No failed requests.",
+  cancelled: "No cancelled requests.",
 };
 
 export class Results {
@@ -30,54 +30,54 @@ export class Results {
   #cards = new Map();
   #list = byId("gallery");
   #cursor = null;
-  #loaded = false; // whether the first page has come
-  #round = 0; // counts the filters chosen; an answer for an earlier one is dropped
+  #loaded = false; // whether the first page has arrived
+  #loadNumber = 0; // number of loads; the response for an earlier load is dropped
   #actions;
 
   /**
    * @param {Object} actions
-   * @param {(job: Job, number: number) => void} actions.open Called with a job and an output's number.
+   * @param {(job: Job, number: number) => void} actions.open Called with an output number.
    * @param {(job: Job, output: Object) => void} actions.ask
    * @param {(job: Job) => void} actions.use
    */
   constructor(actions) {
     this.#actions = actions;
     byId("filter").addEventListener("change", () => this.load());
-    byId("more").addEventListener("click", () => this.#page());
+    byId("more").addEventListener("click", () => this.#loadPage());
   }
 
-  /** All jobs shown, in their order. */
+  /** All jobs of the gallery, in order. */
   get all() {
     return [...this.#jobs.values()].sort((a, b) => compareTimes(b, a) || (a.id < b.id ? 1 : -1));
   }
 
-  /** Load the first page, if it could not be loaded before. */
+  /** Load the first page if an earlier load failed. */
   loadMissing() {
     if (!this.#loaded) this.load();
   }
 
-  /** Load the first page anew. */
+  /** Reload the first page. */
   async load() {
-    this.#round += 1;
+    this.#loadNumber += 1;
     this.#loaded = false;
     this.#jobs.clear();
     this.#cards.clear();
     this.#cursor = null;
     this.#list.replaceChildren(...Array.from({ length: SKELETONS }, skeleton));
     byId("gallery-empty").hidden = true;
-    await this.#page();
+    await this.#loadPage();
   }
 
-  /** Show a job that has just ended, where the filter lets it through. */
+  /** Add a job that has just ended, if the filter accepts it. */
   add(job) {
-    if (this.#jobs.has(job.id) || !passes(job, byId("filter").value)) return;
-    if (this.#list.getAttribute("aria-busy") === "true") return; // the page to come has it
+    if (this.#jobs.has(job.id) || !matchesFilter(job, byId("filter").value)) return;
+    if (this.#list.getAttribute("aria-busy") === "true") return; // the pending page contains it
     this.#insert(job);
     this.#showEnd();
   }
 
-  async #page() {
-    const round = this.#round;
+  async #loadPage() {
+    const loadNumber = this.#loadNumber;
     const query = { limit: PAGE, ...FILTERS[byId("filter").value] };
     if (this.#cursor) query.after = this.#cursor;
     this.#list.setAttribute("aria-busy", "true");
@@ -86,14 +86,14 @@ export class Results {
     try {
       page = await listJobs(query);
     } catch (error) {
-      if (round === this.#round) this.#failed(error);
+      if (loadNumber === this.#loadNumber) this.#failed(error);
       return;
     }
-    if (round !== this.#round) return;
-    this.#take(page);
+    if (loadNumber !== this.#loadNumber) return;
+    this.#showPage(page);
   }
 
-  #take(page) {
+  #showPage(page) {
     this.#loaded = true;
     hideNotice("results");
     this.#list.querySelectorAll(".skeleton").forEach((card) => card.remove());
@@ -102,7 +102,7 @@ export class Results {
     const ended = page.data.map((doc) => new Job(doc)).filter((job) => job.ended);
     const first = ended.filter((job) => !this.#jobs.has(job.id)).map((job) => this.#insert(job))[0];
     if (document.activeElement === byId("more")) first?.querySelector("button")?.focus();
-    if (!first && this.#cursor) return this.#page(); // a page may be empty and not the last one
+    if (!first && this.#cursor) return this.#loadPage(); // an empty page may not be the last one
     this.#showEnd();
   }
 
@@ -110,11 +110,12 @@ export class Results {
     this.#list.setAttribute("aria-busy", "false");
     this.#list.querySelectorAll(".skeleton").forEach((card) => card.remove());
     byId("more").removeAttribute("aria-disabled");
-    if (!this.#jobs.size) this.#showEmpty("Results are shown once they can be loaded.");
-    if (error.status === 401 || error.status === 403 || error.unreachable) return; // the feed says it
+    if (!this.#jobs.size) this.#showEmpty("The results cannot be loaded at the moment.");
+    // The feed reports these errors.
+    if (error.status === 401 || error.status === 403 || error.unreachable) return;
     const retry = {
       label: "Try again",
-      onClick: () => (this.#jobs.size ? this.#page() : this.load()),
+      onClick: () => (this.#jobs.size ? this.#loadPage() : this.load()),
     };
     showNotice("results", `The results cannot be loaded. ${error.message}`, retry);
   }
@@ -158,7 +159,7 @@ export class Results {
     const outputs = job.imageOutputs;
     const images = outputs.slice(0, 4).map((output) => outputImage(job.id, output, ""));
     const badges = badgesOf(outputs);
-    const label = `Details: ${[shortened(job.title, 120), ...badges].join(", ")}`;
+    const label = `Details: ${[truncate(job.title, 120), ...badges].join(", ")}`;
     const tile = element(
       "button",
       { type: "button", class: "tile", "data-count": images.length, "aria-label": label },
@@ -172,7 +173,7 @@ export class Results {
     tile.addEventListener("click", () => this.#actions.open(job, outputs[0].number));
     return [
       tile,
-      this.#words(job),
+      this.#caption(job),
       element(
         "div",
         { class: "card-actions" },
@@ -194,7 +195,7 @@ export class Results {
         "div",
         { class: "card-text" },
         sources(job),
-        this.#words(job),
+        this.#caption(job),
         element("p", { class: "answer" }, job.answer ?? ""),
       ),
       element(
@@ -219,34 +220,34 @@ export class Results {
           icon(failed ? "alert" : "stop"),
           failed ? "Failed" : "Cancelled",
         ),
-        this.#words(job),
+        this.#caption(job),
         failed ? element("p", { class: "problem" }, job.problem) : null,
       ),
       element(
         "div",
         { class: "card-actions" },
         iconButton("info", "Details", () => this.#actions.open(job, 0)),
-        job.asked.prompt
+        job.input.prompt
           ? iconButton("reuse", "Use these parameters again", () => this.#actions.use(job))
           : null,
       ),
     ];
   }
 
-  #words(job) {
-    const time = element("time", { datetime: job.time }, when(job.time));
+  #caption(job) {
+    const time = element("time", { datetime: job.time }, formatTime(job.time));
     return element(
       "div",
-      { class: "card-words" },
-      element("h3", { class: "card-title" }, shortened(job.title, 160)),
+      { class: "card-caption" },
+      element("h3", { class: "card-title" }, truncate(job.title, 160)),
       element("p", { class: "hint" }, time, ...facts(job).map((fact) => element("span", {}, fact))),
     );
   }
 }
 
-/** The images that a question was about, as far as they are known. */
+/** Create the images of a question, as far as the page knows them; null without any. */
 export function sources(job) {
-  const { thumbnails, images } = job.asked;
+  const { thumbnails, images } = job.input;
   const known = [
     ...thumbnails.map((src) => element("img", { src, alt: "" })),
     ...images.map(({ id, number }) => outputImage(id, { number, width: 64, height: 64 }, "")),
@@ -263,7 +264,7 @@ function skeleton() {
   return element("li", { class: "card skeleton", "aria-hidden": "true" });
 }
 
-function passes(job, filter) {
+function matchesFilter(job, filter) {
   const { task, states } = FILTERS[filter];
   return (!task || job.task === task) && states.includes(job.state);
 }

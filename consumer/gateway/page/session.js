@@ -1,4 +1,4 @@
-/** What the page keeps for as long as its tab is open. Nothing of it outlives the tab. */
+/** Values that the page stores until its tab is closed. */
 
 const KEY = "api-key";
 
@@ -6,7 +6,7 @@ function read(name) {
   try {
     return sessionStorage.getItem(name);
   } catch {
-    return null; // storage is switched off
+    return null; // storage is disabled
   }
 }
 
@@ -15,21 +15,21 @@ function write(name, value) {
     if (value === null) sessionStorage.removeItem(name);
     else sessionStorage.setItem(name, value);
   } catch {
-    // Switched off or full: the page goes on without what it would have kept.
+    // Storage is disabled or full. The page works without stored values.
   }
 }
 
 let key = read(KEY) ?? "";
 
-/** The API key; empty where none was entered. */
+/** Return the API key, or an empty string. */
 export function apiKey() {
   return key;
 }
 
 /**
- * Keep an API key, and forget everything that was kept for the one before.
+ * Store an API key, and delete all values that were stored for the previous key.
  *
- * @returns {boolean} Whether there was one before.
+ * @returns {boolean} Whether there was a key before.
  */
 export function setApiKey(value) {
   const before = key;
@@ -43,12 +43,12 @@ function clear() {
   try {
     sessionStorage.clear();
   } catch {
-    // Nothing was kept.
+    // Storage is disabled, so there are no values.
   }
 }
 
-/** Read a value that `remember` has kept; null where there is none. */
-export function recall(name) {
+/** Read a stored value; null if there is none. */
+export function loadValue(name) {
   const text = read(name);
   try {
     return text === null ? null : JSON.parse(text);
@@ -57,7 +57,7 @@ export function recall(name) {
   }
 }
 
-/** Keep a value that JSON can hold. */
-export function remember(name, value) {
+/** Store a value as JSON. */
+export function storeValue(name, value) {
   write(name, JSON.stringify(value));
 }

@@ -1,17 +1,17 @@
 /**
- * Server-sent events by fetch: EventSource cannot send the API key.
+ * Server-sent events with fetch, because EventSource cannot send the API key.
  *
- * A stream that breaks off is opened again after a pause, from the last event on that was seen.
+ * After a broken stream the page waits and resumes the stream after the last received event.
  */
 
 import { ApiError, send } from "./api.js";
 
-const NO_MORE = 204; // the answer to the id of the last event
-const SILENCE = 45_000; // milliseconds; the server sends a comment each 15 seconds
-const FIRST_PAUSE = 500; // milliseconds
-const LONGEST_PAUSE = 15_000; // milliseconds
+const NO_CONTENT = 204; // the response to the id of the last event
+const STALL_TIMEOUT = 45_000; // milliseconds; the server sends a comment every 15 seconds
+const MIN_PAUSE = 500; // milliseconds
+const MAX_PAUSE = 15_000; // milliseconds
 
-/** Makes events of the text of a stream, which may arrive cut at any character. */
+/** Parses events from the text of a stream, in chunks of any size. */
 export class EventParser {
   #rest = "";
   #data = [];
@@ -20,7 +20,7 @@ export class EventParser {
 
   /**
    * @param {string} text
-   * @returns {{event: string, data: string, id: string|null}[]} Those that are complete.
+   * @returns {{event: string, data: string, id: string|null}[]} The complete events.
    */
   push(text) {
     this.#rest += text;
@@ -53,7 +53,7 @@ export class EventParser {
 }
 
 /**
- * Wait, at most until the browser is online again or the signal aborts.
+ * Wait until the time is over, the browser is online again or the signal aborts.
  *
  * @param {number} milliseconds
  * @param {AbortSignal} signal
@@ -73,10 +73,10 @@ export function pause(milliseconds, signal) {
   });
 }
 
-/** @param {number} failures In a row. */
+/** Return a random pause in milliseconds. @param {number} failures Consecutive failures. */
 export function backoff(failures) {
-  const longest = Math.min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** failures);
-  return longest / 2 + (Math.random() * longest) / 2;
+  const upper = Math.min(MAX_PAUSE, MIN_PAUSE * 2 ** failures);
+  return upper / 2 + (Math.random() * upper) / 2;
 }
 
 /**
@@ -87,19 +87,19 @@ export function backoff(failures) {
  * @param {(event: {event: string, data: string, id: string|null}) => boolean} options.onEvent
  *   Returns whether the event was the last.
  * @param {(broken: boolean) => void} options.onBroken Called when the stream breaks off or works again.
- * @param {AbortSignal} options.signal Ends it.
- * @throws {ApiError} A refusal, for example of the API key or of an unknown job.
+ * @param {AbortSignal} options.signal Stops the reading.
+ * @throws {ApiError} An error that no retry fixes, for example an unknown job or API key.
  */
 export async function follow(path, { onEvent, onBroken, signal }) {
   let lastId = null;
   let failures = 0;
   while (!signal.aborted) {
     try {
-      const onAny = () => {
+      const onData = () => {
         failures = 0;
         onBroken(false);
       };
-      for await (const event of connection(path, lastId, signal, onAny)) {
+      for await (const event of connection(path, lastId, signal, onData)) {
         lastId = event.id ?? lastId;
         if (onEvent(event)) return;
       }
@@ -108,34 +108,34 @@ export async function follow(path, { onEvent, onBroken, signal }) {
       if (error instanceof ApiError && !error.unreachable && error.status !== 429) throw error;
     }
     failures += 1;
-    if (failures > 1) onBroken(true); // a server that ends a stream in peace is no outage
+    if (failures > 1) onBroken(true); // a single regular end of a stream is no outage
     await pause(backoff(failures), signal);
   }
 }
 
-async function* connection(path, lastId, signal, onAny) {
-  const silence = new AbortController();
-  let timer = setTimeout(() => silence.abort(), SILENCE);
+async function* connection(path, lastId, signal, onData) {
+  const stall = new AbortController();
+  let timer = setTimeout(() => stall.abort(), STALL_TIMEOUT);
   try {
     const headers = { Accept: "text/event-stream" };
     if (lastId !== null) headers["Last-Event-ID"] = lastId;
-    const both = AbortSignal.any([signal, silence.signal]);
+    const both = AbortSignal.any([signal, stall.signal]);
     const response = await send(path, { headers, signal: both, timeout: 0 });
-    if (response.status === NO_MORE)
-      throw new ApiError("The events have ended.", { status: NO_MORE });
+    if (response.status === NO_CONTENT)
+      throw new ApiError("The events have ended.", { status: NO_CONTENT });
     const reader = response.body.getReader();
     const decoder = new TextDecoder();
     const parser = new EventParser();
     for (;;) {
       const { done, value } = await reader.read();
       if (done) return;
-      onAny();
+      onData();
       clearTimeout(timer);
-      timer = setTimeout(() => silence.abort(), SILENCE);
+      timer = setTimeout(() => stall.abort(), STALL_TIMEOUT);
       yield* parser.push(decoder.decode(value, { stream: true }));
     }
   } finally {
     clearTimeout(timer);
-    silence.abort(); // ends the connection when the reader stops in the middle
+    stall.abort(); // closes the connection if the caller stops early
   }
 }

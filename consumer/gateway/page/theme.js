@@ -11,12 +11,12 @@ function choose(theme) {
   try {
     localStorage.setItem("theme", theme);
   } catch {
-    // The choice then lasts as long as the page.
+    // Without storage, the choice applies until the page is closed.
   }
 }
 
 /**
- * Make a button switch the theme.
+ * Bind the button that switches the theme.
  *
  * @param {HTMLButtonElement} button
  */

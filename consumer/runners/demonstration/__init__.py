@@ -1,8 +1,8 @@
 """The demonstration models: small trained models that are part of the package.
 
-They are loaded when MODEL_ID is empty: a StableDiffusion3Pipeline that draws coloured shapes, and a
-Qwen2.5-VL that describes them, 10 MB together. README.md in this folder is their model card. The
-folder `training` contains the code that trained them.
+The daemon loads them when MODEL_ID is empty: a StableDiffusion3Pipeline that draws coloured shapes,
+and a Qwen2.5-VL that describes them, 10 MB together. README.md in this folder is their model card.
+The folder `training` contains the code that trained them.
 """
 
 from collections.abc import Mapping

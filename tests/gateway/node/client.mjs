@@ -1,4 +1,4 @@
-// What the stock openai-node reads from a gateway, as one JSON document on standard output.
+// Calls a gateway with openai-node and prints the results as one JSON document.
 // Arguments: the base URL, and a data: URL of an image.
 import OpenAI from "openai";
 
@@ -80,11 +80,11 @@ found.chatError = await failing(() =>
   openai.chat.completions.create({ model: "demonstration", messages, n: 2 }),
 );
 
-// A client that leaves: the test looks at what becomes of the request.
+// A client that disconnects: the test checks that the gateway cancels the job.
 const { data: stream, response } = await openai.images
   .generate({ prompt, stream: true, partial_images: 3, num_inference_steps: 200 })
   .withResponse();
 for await (const _ of stream) break;
-found.left = response.headers.get("x-request-id");
+found.disconnected = response.headers.get("x-request-id");
 
 console.log(JSON.stringify(found));

@@ -1,4 +1,4 @@
-// What the stock openai-node sends again by itself, as one JSON document on standard output.
+// Records the automatic retries of openai-node and prints them as one JSON document.
 // Arguments: the base URL, a key without bounds, a key with one request a minute, and the base URL
 // of a gateway that cannot read the outputs.
 import OpenAI from "openai";

@@ -1,1 +1,1 @@
-"""The training of the demonstration models."""
+"""Training of the demonstration models."""

@@ -1,7 +1,7 @@
 """Train the demonstration models: `python -m consumer.runners.demonstration.training`.
 
-Everything is made here: the images are drawn and the sentences put together by this package. The
-weights are written as the runners load them, in half precision.
+This package generates all training data: it draws the images and composes the sentences. It saves
+the weights in half precision, in the layout that the runners load.
 """
 
 # mypy: allow-untyped-calls
@@ -30,32 +30,38 @@ STEPS = {"autoencoder": 5_400, "pictures": 11_000, "captions": 5_200}
 @click.option(
     "--to", type=click.Path(path_type=Path), default=HERE.parent, help="default: in the package"
 )
-@click.option("--keep", type=click.Path(path_type=Path), help="a folder, to go on after a break")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path),
+    help="folder of checkpoints, to resume an interrupted training",
+)
 @click.option("--seed", default=SEED, show_default=True)
-@click.option("--share", default=1.0, show_default=True, help="of the steps, to try it out")
+@click.option(
+    "--share", default=1.0, show_default=True, help="share of the steps, for a short trial"
+)
 def main(parts: tuple[str, ...], to: Path, keep: Path | None, seed: int, share: float) -> None:
-    """Train PARTS, or all of them in their order; a part takes those before it from the folder."""
+    """Train PARTS, or all of them. A part loads the results of earlier parts from the folder."""
     began = time.monotonic()
     parts = parts or tuple(STEPS)
     steps = {part: max(1, round(share * number)) for part, number in STEPS.items()}
-    drawing, telling = (to / str(task) for task in Task)
+    image_folder, text_folder = (to / str(task) for task in Task)
     if "autoencoder" in parts:
-        _save(autoencoder.train(steps["autoencoder"], seed), drawing / "vae")
-    # Loaded for each: it is in the pipeline, and what is saved is made half as precise.
+        _save(autoencoder.train(steps["autoencoder"], seed), image_folder / "vae")
+    # Each part loads its own copy, because `_save` converts the weights to half precision.
     if "pictures" in parts:
-        vae = _autoencoder(drawing / "vae")
-        _save(images.train(vae, steps["pictures"], seed, keep), drawing)
+        vae = _autoencoder(image_folder / "vae")
+        _save(images.train(vae, steps["pictures"], seed, keep), image_folder)
     if "captions" in parts:
-        vae = _autoencoder(drawing / "vae")
+        vae = _autoencoder(image_folder / "vae")
         model, processor = captions.train(vae, steps["captions"], seed, keep)
-        _save(model, telling)
-        processor.save_pretrained(telling)
+        _save(model, text_folder)
+        processor.save_pretrained(text_folder)
     log.info("trained", parts=parts, minutes=round((time.monotonic() - began) / 60, 1))
 
 
 def _autoencoder(folder: Path) -> Any:
     vae: Any = AutoencoderKL.from_pretrained(folder).eval()
-    vae.register_to_config(_name_or_path="")  # else it is saved with the name of this folder
+    vae.register_to_config(_name_or_path="")  # otherwise the saved config contains this path
     return vae
 
 

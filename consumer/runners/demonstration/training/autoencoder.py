@@ -1,7 +1,7 @@
 """The autoencoder between images of 64x64 pixels and latents of 16x16.
 
-It is trained with noise on its latents: its decoder must make clean shapes of latents that are a
-little off, as those that the transformer makes always are.
+The training adds noise to the latents. The decoder learns to decode inexact latents into clean
+shapes, because the latents from the transformer are never exact.
 """
 
 # mypy: allow-untyped-calls
@@ -23,16 +23,16 @@ log = structlog.get_logger()
 DOWNSCALE = 4
 CHANNELS = 8  # of the latents
 _WIDTHS = (16, 48, 64)
-_IMAGES = 16_384  # drawn once, and turned over and around
+_IMAGES = 16_384  # drawn once, and flipped at random
 _BATCH = 16
-_OF_TWO = 0.5  # of the images show two things
-_NOISE = 0.3  # standard deviations of the latents: the most noise that is put on them
+_OF_TWO = 0.5  # share of the images with two things
+_NOISE = 0.3  # maximum noise, in standard deviations of the latents
 _KL = 1e-5
-_TINT = 0.3  # of its range: the most that a channel of an image is narrowed by
+_TINT = 0.3  # maximum by which the range of a channel shrinks
 
 
 def autoencoder() -> Any:
-    """The autoencoder with fresh weights."""
+    """Create the autoencoder with initial weights."""
     return AutoencoderKL(
         sample_size=SIDE,
         block_out_channels=_WIDTHS,
@@ -50,7 +50,7 @@ def autoencoder() -> Any:
 
 
 def train(steps: int, seed: int) -> Any:
-    """An autoencoder whose latents have a mean of 0 and a deviation of 1."""
+    """Train an autoencoder whose latents have a mean of 0 and a standard deviation of 1."""
     torch.manual_seed(seed)
     choice = random.Random(seed)
     number = min(_IMAGES, _BATCH * steps)
@@ -74,15 +74,15 @@ def train(steps: int, seed: int) -> Any:
 
 
 def _sharpen(model: Any, images: torch.Tensor, steps: int, seed: int) -> None:
-    """Train the decoder on, for latents that stay as they are.
+    """Train the decoder alone, with fixed latents.
 
-    Both together first find the latents, and leave edges a little soft and ringed.
+    The joint training of encoder and decoder leaves soft edges with ringing.
 
     Args:
-        model: The autoencoder, with latents of a deviation of 1.
+        model: The autoencoder, with latents of a standard deviation of 1.
         images: uint8, (number, 3, SIDE, SIDE).
-        steps: How many.
-        seed: Of the noise and of the order of the images.
+        steps: Number of training steps.
+        seed: Seed of the noise and of the order of the images.
     """
     torch.manual_seed(seed)
     choice = random.Random(seed)
@@ -108,10 +108,10 @@ def _batch(images: torch.Tensor, choice: random.Random) -> torch.Tensor:
 
 
 def _tinted(images: torch.Tensor) -> torch.Tensor:
-    """Half of the images in colours a little off their own, each channel by itself.
+    """Shift the colours of half of the images slightly, each channel independently.
 
-    Of ten colours alone it learns the colours by heart, with what stands beside them, and gives
-    what it has never seen together a neighbouring colour: red on gray comes out orange.
+    Trained with ten colours alone, the model memorizes combinations of colours. It then decodes
+    a new combination with a similar colour, for example red on gray as orange.
     """
     number = len(images)
     gain = 1 - _TINT * torch.rand(number, 3, 1, 1)
@@ -120,20 +120,20 @@ def _tinted(images: torch.Tensor) -> torch.Tensor:
     return torch.where(as_drawn, images, images * gain + shift)
 
 
-def _distance(decoded: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    # Edges are few of the pixels and all of the shape: their differences count again.
-    across = functional.l1_loss(decoded.diff(dim=3), wanted.diff(dim=3))
-    down = functional.l1_loss(decoded.diff(dim=2), wanted.diff(dim=2))
+def _distance(decoded: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    # Edges are few pixels but define the shape, so the loss counts their differences again.
+    across = functional.l1_loss(decoded.diff(dim=3), target.diff(dim=3))
+    down = functional.l1_loss(decoded.diff(dim=2), target.diff(dim=2))
     return (
-        functional.l1_loss(decoded, wanted) + functional.mse_loss(decoded, wanted) + across + down
+        functional.l1_loss(decoded, target) + functional.mse_loss(decoded, target) + across + down
     )
 
 
 @torch.inference_mode()
 def _normalize(model: Any, images: torch.Tensor) -> None:
-    """Scale each channel of the latents within the weights, and write down the rest.
+    """Scale each channel of the latents with the weights, and store the offset in the config.
 
-    The transformer learns latents of equal deviations best, and the pipeline has one factor only.
+    The transformer learns latents of equal deviations best, and the pipeline has a single factor.
     """
     latents = encoded(model, images)
     deviations = latents.std(dim=(0, 2, 3))
@@ -150,12 +150,12 @@ def _normalize(model: Any, images: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def encoded(model: Any, images: torch.Tensor, *, batch: int = 64) -> torch.Tensor:
-    """Latents of images, unscaled: float32, (number, CHANNELS, 16, 16).
+    """Encode images into unscaled latents, float32, (number, CHANNELS, 16, 16).
 
     Args:
         model: The autoencoder.
         images: uint8, (number, 3, SIDE, SIDE).
-        batch: How many at once.
+        batch: Number of images in one pass.
     """
     parts = []
     for part in images.split(batch):

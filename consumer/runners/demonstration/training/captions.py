@@ -1,7 +1,7 @@
 """The image-to-text model: a small Qwen2.5-VL that describes scenes and answers questions on them.
 
-The vision tower is trained alone first, to tell of each part of an image what is there; trained
-from the sentences alone it does not learn the shapes.
+The vision tower first trains alone: it learns to recognize the content of each part of an image.
+Trained with the sentences alone, it does not learn the shapes.
 """
 
 # mypy: allow-untyped-calls
@@ -54,22 +54,22 @@ from consumer.runners.demonstration.training.words import BYTES, every_word, mer
 
 log = structlog.get_logger()
 
-_TOKEN = 28  # pixels, each side of what is one token
-_ACROSS = 4  # tokens, each side of an image
-_NEW_TOKENS = 64  # the most that a text has, unless the request says more
+_TOKEN = 28  # pixels, side of the square that is one token
+_ACROSS = 4  # tokens, side of an image
+_NEW_TOKENS = 64  # default limit of a text
 _CONTEXT = 4_096  # tokens
 _WIDTH = 128
 _VISION_WIDTH = 96
-_IGNORED = -100  # a label that torch does not count
+_IGNORED = -100  # label that torch leaves out of the loss
 
 _SCENES = 12_288
 _OF_TWO = 0.4
 _BATCH = 64
-_LOOK_STEPS = 1_400  # the vision tower alone; at most a third of the steps
+_TOWER_STEPS = 1_400  # for the vision tower alone; at most a third of the steps
 
 
 def processor() -> Any:
-    """The processor: every image becomes about 112x112 pixels, whatever its size."""
+    """Create the processor. It resizes every image to about 112x112 pixels."""
     budget = {"shortest_edge": (_ACROSS * _TOKEN) ** 2, "longest_edge": (_ACROSS * _TOKEN) ** 2}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=budget),
@@ -80,9 +80,9 @@ def processor() -> Any:
 
 
 def model(tokenizer: Any) -> Any:
-    """The model with fresh weights."""
+    """Create the model with initial weights."""
     number = tokenizer.convert_tokens_to_ids
-    made = Qwen2_5_VLForConditionalGeneration(
+    network = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             text_config={
                 "hidden_size": _WIDTH,
@@ -117,16 +117,16 @@ def model(tokenizer: Any) -> Any:
             video_token_id=number("<|video_pad|>"),
         )
     )
-    made.generation_config = GenerationConfig(
+    network.generation_config = GenerationConfig(
         max_new_tokens=_NEW_TOKENS,
         do_sample=False,
         eos_token_id=[number("<|im_end|>"), number("<|endoftext|>")],
         pad_token_id=number("<|endoftext|>"),
     )
-    return made
+    return network
 
 
-def _tokenizer(said: list[str]) -> Qwen2Tokenizer:
+def _tokenizer(texts: list[str]) -> Qwen2Tokenizer:
     split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(
@@ -139,7 +139,7 @@ def _tokenizer(said: list[str]) -> Qwen2Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    joined = merges([*said, "system user assistant You are a helpful assistant ."], split)
+    joined = merges([*texts, "system user assistant You are a helpful assistant ."], split)
     return Qwen2Tokenizer(
         vocab=vocabulary(joined, BYTES),
         merges=joined,
@@ -151,32 +151,32 @@ def _tokenizer(said: list[str]) -> Qwen2Tokenizer:
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """Scenes and their images, as patches that the vision tower reads."""
+class _TrainingImages:
+    """Scenes and their images, as the patches that are the input of the vision tower."""
 
     scenes: Sequence[Scene]
     patches: torch.Tensor  # bfloat16, (scenes, patches, values)
-    grid: torch.Tensor  # of one image: 1, rows, columns
+    grid: torch.Tensor  # grid of one image: 1, rows, columns
 
     @classmethod
     def of(
         cls, scenes: Sequence[Scene], image_processor: Any, choice: random.Random, vae: Any
-    ) -> "_Drawn":
+    ) -> "_TrainingImages":
         parts = []
         for first in range(0, len(scenes), 256):
             images = tensors([draw(scene, choice) for scene in scenes[first : first + 256]])
-            seen = image_processor(
+            features = image_processor(
                 images=list(_as_generated(vae, images)),
                 return_tensors="pt",
                 input_data_format="channels_first",
             )
-            parts.append(seen.pixel_values.bfloat16().unflatten(0, (len(images), -1)))
-        return cls(scenes, torch.cat(parts), seen.image_grid_thw[:1])
+            parts.append(features.pixel_values.bfloat16().unflatten(0, (len(images), -1)))
+        return cls(scenes, torch.cat(parts), features.image_grid_thw[:1])
 
 
 @torch.inference_mode()
 def _as_generated(vae: Any, images: torch.Tensor) -> torch.Tensor:
-    """Every second image as the text-to-image model would have decoded it, a little unsharp."""
+    """Replace every second image with a slightly blurred one, as the autoencoder decodes it."""
     latents = encoded(vae, images[::2])
     latents += torch.rand(len(latents), 1, 1, 1) * 0.3 * torch.randn_like(latents) * latents.std()
     with autocast():
@@ -187,33 +187,33 @@ def _as_generated(vae: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 def train(vae: Any, steps: int, seed: int, keep: Path | None = None) -> tuple[Any, Any]:
-    """A model that describes scenes, and its processor.
+    """Train a model that describes scenes; return it with its processor.
 
     Args:
-        vae: What images go through that the text-to-image model makes.
-        steps: How often it learns from a batch, with and without the sentences.
-        seed: For the weights, the scenes and their order.
-        keep: A folder in which a broken training is kept, and gone on with.
+        vae: The autoencoder of the text-to-image model.
+        steps: Number of training steps, including those of the vision tower alone.
+        seed: Seed of the weights, the scenes and their order.
+        keep: Folder of checkpoints, to resume an interrupted training.
     """
     torch.manual_seed(seed)
     choice = random.Random(seed)
-    reads = processor()
-    learns = model(reads.tokenizer)
+    reader = processor()
+    network = model(reader.tokenizer)
     scenes = [some_scene(choice, of_two=_OF_TWO) for _ in range(min(_SCENES, _BATCH * steps))]
-    drawn = _Drawn.of(scenes, reads.image_processor, choice, vae)
+    data = _TrainingImages.of(scenes, reader.image_processor, choice, vae)
     log.info("drawn", scenes=len(scenes))
-    learns.set_attn_implementation("eager")  # on a CPU, five times as fast on the way back
-    look = min(_LOOK_STEPS, steps // 3)
-    _learn_to_look(learns.model.visual, drawn, look, choice, keep)
-    _learn_to_tell(learns, reads.tokenizer, drawn, steps - look, choice, keep=keep)
-    return learns.eval(), reads
+    network.set_attn_implementation("eager")  # its backward pass is five times as fast on a CPU
+    tower_steps = min(_TOWER_STEPS, steps // 3)
+    _train_vision_tower(network.model.visual, data, tower_steps, choice, keep)
+    _train_captioner(network, reader.tokenizer, data, steps - tower_steps, choice, keep=keep)
+    return network.eval(), reader
 
 
-def _learn_to_look(
-    tower: Any, drawn: _Drawn, steps: int, choice: random.Random, keep: Path | None
+def _train_vision_tower(
+    tower: Any, data: _TrainingImages, steps: int, choice: random.Random, keep: Path | None
 ) -> None:
-    """Train the vision tower to tell of each token which shape, size and colours are there."""
-    labels = torch.tensor([covered(scene, _ACROSS) for scene in drawn.scenes])
+    """Train the vision tower to recognize the shape, size and colours at each token."""
+    labels = torch.tensor([covered(scene, _ACROSS) for scene in data.scenes])
     heads = torch.nn.ModuleList(
         torch.nn.Linear(_WIDTH, classes)
         for classes in (len(SHAPES) + 1, len(COLOURS) + 1, 4, len(COLOURS))
@@ -226,70 +226,74 @@ def _learn_to_look(
     for step in range(checkpoint.resume(), steps):
         batch = torch.randint(len(labels), (_BATCH,))
         with autocast():
-            seen = _look(tower, drawn, batch)
-            loss = attribute_loss(heads, seen, labels[batch].flatten(0, 1))
+            features = _vision_features(tower, data, batch)
+            loss = attribute_loss(heads, features, labels[batch].flatten(0, 1))
         schedule.step(loss)
         progress.add(step, loss)
-        checkpoint.keep(step + 1)
+        checkpoint.save(step + 1)
 
 
-def _look(tower: Any, drawn: _Drawn, batch: torch.Tensor) -> torch.Tensor:
-    seen = tower(drawn.patches[batch].flatten(0, 1), grid_thw=drawn.grid.repeat(len(batch), 1))
-    tokens: torch.Tensor = getattr(seen, "pooler_output", seen)
+def _vision_features(tower: Any, data: _TrainingImages, batch: torch.Tensor) -> torch.Tensor:
+    features = tower(data.patches[batch].flatten(0, 1), grid_thw=data.grid.repeat(len(batch), 1))
+    tokens: torch.Tensor = getattr(features, "pooler_output", features)
     return tokens
 
 
-def _learn_to_tell(
-    learns: Any,
+def _train_captioner(
+    network: Any,
     tokenizer: Any,
-    drawn: _Drawn,
+    data: _TrainingImages,
     steps: int,
     choice: random.Random,
     *,
     keep: Path | None,
 ) -> None:
-    tower = list(learns.model.visual.parameters())
-    inner, others = split([learns.model.language_model])
+    tower = list(network.model.visual.parameters())
+    inner, others = split([network.model.language_model])
     groups: list[dict[str, object]] = [{"params": tower, "lr": 4e-4}, {"params": others}]
     schedule = Schedule(groups, matrices=inner, rate=1.5e-3, steps=steps)
-    parts = {"learns": learns, "schedule": schedule}
+    parts = {"learns": network, "schedule": schedule}
     checkpoint = Checkpoint(keep and keep / "telling.pt", choice, parts)
     progress = ProgressLog("captions, telling", steps)
     for step in range(checkpoint.resume(), steps):
-        inputs = _inputs(tokenizer, drawn, choice)
+        inputs = _inputs(tokenizer, data, choice)
         with autocast():
-            loss = learns(**inputs, use_cache=False).loss
+            loss = network(**inputs, use_cache=False).loss
         schedule.step(loss)
         progress.add(step, loss)
-        checkpoint.keep(step + 1)
+        checkpoint.save(step + 1)
 
 
-def _inputs(tokenizer: Any, drawn: _Drawn, choice: random.Random) -> dict[str, torch.Tensor]:
+def _inputs(
+    tokenizer: Any, data: _TrainingImages, choice: random.Random
+) -> dict[str, torch.Tensor]:
     shown: list[int] = []
-    talks: list[tuple[str, str]] = []
+    chats: list[tuple[str, str]] = []
     for _ in range(_BATCH):
         chance = choice.random()
-        one = choice.randrange(len(drawn.scenes))
-        scene = drawn.scenes[one]
+        one = choice.randrange(len(data.scenes))
+        scene = data.scenes[one]
         if chance < 0.45:
             images, question = [one], ask_for_description(scene, choice)
         elif chance < 0.75:
             images, question = [one], ask_about(scene, choice)
         else:
-            other = choice.randrange(len(drawn.scenes))
+            other = choice.randrange(len(data.scenes))
             images = [one, other]
-            question = ask_about_two([scene, drawn.scenes[other]], choice)
+            question = ask_about_two([scene, data.scenes[other]], choice)
         shown += images
-        talks.append(_talk(question, len(images), choice))
+        chats.append(_chat(question, len(images), choice))
     tokens = tokenizer(
-        [asked + answer for asked, answer in talks],
+        [prompt + answer for prompt, answer in chats],
         padding=True,
         padding_side="right",
         return_tensors="pt",
     )
     ids = tokens.input_ids
     labels = ids.masked_fill(tokens.attention_mask == 0, _IGNORED)
-    for row, length in zip(labels, _lengths(tokenizer, [asked for asked, _ in talks]), strict=True):
+    for row, length in zip(
+        labels, _lengths(tokenizer, [prompt for prompt, _ in chats]), strict=True
+    ):
         row[:length] = _IGNORED
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     return {
@@ -297,8 +301,8 @@ def _inputs(tokenizer: Any, drawn: _Drawn, choice: random.Random) -> dict[str, t
         "attention_mask": tokens.attention_mask,
         "labels": labels,
         "mm_token_type_ids": (ids == pad).int(),
-        "pixel_values": drawn.patches[shown].flatten(0, 1),
-        "image_grid_thw": drawn.grid.repeat(len(shown), 1),
+        "pixel_values": data.patches[shown].flatten(0, 1),
+        "image_grid_thw": data.grid.repeat(len(shown), 1),
     }
 
 
@@ -306,13 +310,13 @@ def _lengths(tokenizer: Any, texts: list[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(texts).input_ids]
 
 
-def _talk(question: Question, images: int, choice: random.Random) -> tuple[str, str]:
-    asked = question.question
+def _chat(question: Question, images: int, choice: random.Random) -> tuple[str, str]:
+    text = question.question
     if choice.random() < 0.15:
-        asked = asked.rstrip("?.")
+        text = text.rstrip("?.")
     if choice.random() < 0.15:
-        asked = asked.lower()
-    seen = f"<|vision_start|>{'<|image_pad|>' * _ACROSS**2}<|vision_end|>" * images
+        text = text.lower()
+    image_tokens = f"<|vision_start|>{'<|image_pad|>' * _ACROSS**2}<|vision_end|>" * images
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    user = f"<|im_start|>user\n{seen}{asked}<|im_end|>\n<|im_start|>assistant\n"
+    user = f"<|im_start|>user\n{image_tokens}{text}<|im_end|>\n<|im_start|>assistant\n"
     return system + user, f"{question.answer}<|im_end|>"

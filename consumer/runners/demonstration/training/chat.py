@@ -17,7 +17,7 @@ CONTROL_TOKENS = (
     "<|video_pad|>",
 )
 
-# ChatML with the places of the images, as Qwen2.5-VL wants it.
+# ChatML with the image tokens of Qwen2.5-VL.
 CHAT_TEMPLATE = r"""
 {%- if messages[0].role != 'system' -%}
     {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' -}}

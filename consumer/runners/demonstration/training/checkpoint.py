@@ -16,8 +16,8 @@ class Checkpoint:
     """The state of a training in a file, which is replaced atomically.
 
     Args:
-        file: None: no checkpoint is saved.
-        choice: The random generator of the scenes; its state is saved, and that of torch.
+        file: File of the checkpoint; None saves no checkpoints.
+        choice: Random generator of the scenes. A checkpoint contains its state and that of torch.
         parts: Objects with a `state_dict`: models and optimizers.
     """
 
@@ -35,15 +35,15 @@ class Checkpoint:
         if self._file is None or not self._file.is_file():
             return 0
         # A trusted file, written by this class. It also contains the states of optimizers.
-        kept = torch.load(self._file, weights_only=False)
+        state = torch.load(self._file, weights_only=False)
         for name, part in self._parts.items():
-            part.load_state_dict(kept[name])
-        torch.set_rng_state(kept["torch"])
-        self._choice.setstate(kept["choice"])
-        log.info("resumed", step=kept["step"])
-        return int(kept["step"])
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["torch"])
+        self._choice.setstate(state["choice"])
+        log.info("resumed", step=state["step"])
+        return int(state["step"])
 
-    def keep(self, step: int) -> None:
+    def save(self, step: int) -> None:
         """Save the state, if the step is a multiple of `EVERY`."""
         if self._file is None or step % EVERY:
             return

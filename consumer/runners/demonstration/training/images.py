@@ -43,9 +43,9 @@ from consumer.runners.demonstration.training.text_encoders import (
     TEXT_WIDTH,
     TOKENS,
     clip_tokenizer,
-    silent_t5,
     t5_tokenizer,
     text_encoder,
+    zero_t5,
 )
 from consumer.runners.demonstration.training.words import every_word
 
@@ -54,21 +54,21 @@ log = structlog.get_logger()
 _WIDTH = 128
 _LAYERS = 4
 _PATCH = 2
-_LARGEST = 128  # pixels, each side of the largest image; it is trained at SIDE only
-_T5_TOKENS = 256  # what the pipeline appends to them, always
+_LARGEST = 128  # pixels, side of the largest image; the training uses SIDE only
+_T5_TOKENS = 256  # number of T5 tokens that the pipeline appends to every prompt
 
 _SCENES = 20_480
 _OF_TWO = 0.4
-_PLAIN = 0.1  # of the scenes: by chance alone too few are what the shortest prompts mean
+_PLAIN = 0.1  # share of the scenes; at random, too few scenes match the shortest prompts
 _BATCH = 64
 _READING_STEPS = 1_250
-_EMPTY = 0.1  # of the prompts: what guidance compares with
+_EMPTY = 0.1  # share of empty prompts, for guidance
 _VAGUE = 0.06
 _EMA = 0.999
 
 
 def pipeline(vae: Any) -> Any:
-    """The pipeline with fresh weights around an autoencoder."""
+    """Create the pipeline with an autoencoder and otherwise initial weights."""
     words = every_word()
     tokenizer = clip_tokenizer(words)
     return StableDiffusion3Pipeline(
@@ -79,14 +79,14 @@ def pipeline(vae: Any) -> Any:
         tokenizer=tokenizer,
         text_encoder_2=text_encoder(tokenizer),
         tokenizer_2=tokenizer,
-        text_encoder_3=silent_t5(),
+        text_encoder_3=zero_t5(),
         tokenizer_3=t5_tokenizer(),
     )
 
 
 def transformer() -> Any:
-    """The transformer with fresh weights; each layer leaves what goes through it as it is."""
-    made: Any = SD3Transformer2DModel(
+    """Create the transformer with initial weights; each layer is the identity function."""
+    network: Any = SD3Transformer2DModel(
         sample_size=SIDE // DOWNSCALE,
         patch_size=_PATCH,
         in_channels=CHANNELS,
@@ -100,20 +100,20 @@ def transformer() -> Any:
         pos_embed_max_size=_LARGEST // DOWNSCALE // _PATCH,
         qk_norm="rms_norm",
     )
-    for name, parameter in made.named_parameters():
+    for name, parameter in network.named_parameters():
         if name.startswith(("norm_out.linear", "proj_out")) or ".norm1" in name:
             torch.nn.init.zeros_(parameter)
-    return made
+    return network
 
 
 def train(vae: Any, steps: int, seed: int, keep: Path | None = None) -> Any:
-    """A pipeline with this autoencoder that draws scenes.
+    """Train a pipeline that draws scenes.
 
     Args:
-        vae: Trained.
-        steps: How often the transformer learns from a batch.
-        seed: For the weights, the scenes and their order.
-        keep: A folder in which a broken training is kept, and gone on with.
+        vae: The trained autoencoder.
+        steps: Number of training steps of the transformer.
+        seed: Seed of the weights, the scenes and their order.
+        keep: Folder of checkpoints, to resume an interrupted training.
     """
     torch.manual_seed(seed)
     choice = random.Random(seed)
@@ -123,7 +123,7 @@ def train(vae: Any, steps: int, seed: int, keep: Path | None = None) -> Any:
     log.info("drawn", scenes=number, deviation=latents.std().item())
     trained = Trained(pipe := pipeline(vae))
     trained.use_short_attention()
-    _learn_to_read(trained, pipe, min(_READING_STEPS, steps), choice, keep)
+    _train_text_encoders(trained, pipe, min(_READING_STEPS, steps), choice, keep)
     average = copy.deepcopy(trained.transformer).requires_grad_(requires_grad=False)
     inner, others = split([trained.transformer])
     schedule = Schedule(others, matrices=inner, rate=1.5e-3, steps=steps)
@@ -135,16 +135,16 @@ def train(vae: Any, steps: int, seed: int, keep: Path | None = None) -> Any:
         prompts = [_prompt(scenes[n], choice) for n in batch.tolist()]
         loss = trained.loss(latents[batch], tokens(pipe, prompts))
         schedule.step(loss)
-        _follow(average, trained.transformer, min(_EMA, (1 + step) / (10 + step)))
+        _update_average(average, trained.transformer, min(_EMA, (1 + step) / (10 + step)))
         progress.add(step, loss)
-        checkpoint.keep(step + 1)
+        checkpoint.save(step + 1)
     trained.transformer = average
     trained.put_into(pipe)
     return pipe
 
 
 def _latents(vae: Any, scenes: Sequence[Scene], choice: random.Random) -> torch.Tensor:
-    """Images of the scenes as the transformer is to make them."""
+    """Draw the scenes and encode them into the latents that the transformer learns."""
     parts = [
         encoded(vae, tensors([draw(scene, choice) for scene in scenes[first : first + 512]]))
         for first in range(0, len(scenes), 512)
@@ -154,7 +154,7 @@ def _latents(vae: Any, scenes: Sequence[Scene], choice: random.Random) -> torch.
 
 
 class Trained(torch.nn.Module):
-    """The parts of the pipeline that are trained together."""
+    """The parts of the pipeline that need training."""
 
     def __init__(self, pipe: Any) -> None:
         super().__init__()
@@ -163,30 +163,30 @@ class Trained(torch.nn.Module):
         self.encoder_2 = pipe.text_encoder_2
 
     def use_short_attention(self) -> None:
-        """Compute the same thing as the pipeline, in less time."""
+        """Use a faster attention that computes the same result as the pipeline."""
         self.transformer.set_attn_processor(_AttentionWithTail())
         for encoder in (self.encoder, self.encoder_2):
             encoder.set_attn_implementation("eager")
 
     def loss(self, latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """How far the transformer is off the straight way from noise to the latents."""
+        """Return the flow matching loss of the transformer for a batch."""
         noise = torch.randn_like(latents)
         sigma = (0.3 + 1.1 * torch.randn(len(latents))).sigmoid()[:, None, None, None]
         noisy = (1 - sigma) * latents + sigma * noise
         with autocast():
-            with torch.no_grad():  # what the prompts mean was learned before
+            with torch.no_grad():  # the text encoders are already trained
                 words, pooled = self.read(tokens)
-            way = self.transformer(
+            velocity = self.transformer(
                 hidden_states=noisy,
                 timestep=sigma.flatten() * 1000,
                 encoder_hidden_states=words,
                 pooled_projections=pooled,
                 return_dict=False,
             )[0]
-        return functional.mse_loss(way.float(), noise - latents)
+        return functional.mse_loss(velocity.float(), noise - latents)
 
     def put_into(self, pipe: Any) -> None:
-        """Make these the parts of the pipeline."""
+        """Register the trained parts in the pipeline."""
         self.transformer.set_attn_processor(JointAttnProcessor2_0())
         pipe.register_modules(
             transformer=self.transformer.eval(),
@@ -195,19 +195,21 @@ class Trained(torch.nn.Module):
         )
 
     def read(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the transformer gets of a text: its tokens' vectors, and one for all of it."""
-        # As the pipeline does: the last layer but one, side by side, then what stands for the T5.
-        read = [e(tokens, output_hidden_states=True) for e in (self.encoder, self.encoder_2)]
-        words = torch.cat([r.hidden_states[-2] for r in read], dim=-1)
+        """Encode prompts into one vector per token and one pooled vector."""
+        # As in the pipeline: the second-to-last layers, concatenated, then one token for the T5.
+        encoders = (self.encoder, self.encoder_2)
+        encoded = [encoder(tokens, output_hidden_states=True) for encoder in encoders]
+        words = torch.cat([each.hidden_states[-2] for each in encoded], dim=-1)
         tail = torch.zeros_like(words[:, :1])
-        return torch.cat([words, tail], dim=1), torch.cat([r.text_embeds for r in read], dim=-1)
+        pooled = torch.cat([each.text_embeds for each in encoded], dim=-1)
+        return torch.cat([words, tail], dim=1), pooled
 
 
 class _AttentionWithTail:
-    """Attention in which the last token of the text counts as often as the pipeline repeats it.
+    """Attention that counts the last text token as often as the pipeline repeats it.
 
-    The pipeline appends 256 tokens that are all the same; one with the logarithm of their number
-    added to its score is the same thing, at a quarter of the price.
+    The pipeline appends 256 identical tokens. A single token with the logarithm of 256 added to
+    its score gives the same result at a quarter of the cost.
     """
 
     def __call__(
@@ -215,38 +217,42 @@ class _AttentionWithTail:
         attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        attention_mask: None = None,  # noqa: ARG002 - always given
+        attention_mask: None = None,  # noqa: ARG002 - diffusers always passes it
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        seen, read = hidden_states, encoder_hidden_states
-        query = _heads(attn, attn.to_q(seen), attn.norm_q, attn.add_q_proj(read), attn.norm_added_q)
-        key = _heads(attn, attn.to_k(seen), attn.norm_k, attn.add_k_proj(read), attn.norm_added_k)
-        value = _heads(attn, attn.to_v(seen), None, attn.add_v_proj(read), None)
+        patches, words = hidden_states, encoder_hidden_states
+        query = _heads(
+            attn, attn.to_q(patches), attn.norm_q, attn.add_q_proj(words), attn.norm_added_q
+        )
+        key = _heads(
+            attn, attn.to_k(patches), attn.norm_k, attn.add_k_proj(words), attn.norm_added_k
+        )
+        value = _heads(attn, attn.to_v(patches), None, attn.add_v_proj(words), None)
         bias = torch.zeros(key.shape[2], dtype=query.dtype)
         bias[-1] = math.log(_T5_TOKENS)
-        # By hand: torch's own takes five times as long on the way back, on a CPU.
+        # Written out: the backward pass of torch's attention is five times slower on a CPU.
         scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1]) + bias
         mixed = (scores.softmax(dim=-1).to(value.dtype) @ value).transpose(1, 2).flatten(2)
-        seen, read = mixed[:, : seen.shape[1]], mixed[:, seen.shape[1] :]
-        return attn.to_out[0](seen), read if attn.context_pre_only else attn.to_add_out(read)
+        patches, words = mixed[:, : patches.shape[1]], mixed[:, patches.shape[1] :]
+        return attn.to_out[0](patches), words if attn.context_pre_only else attn.to_add_out(words)
 
 
 def _heads(
-    attn: Any, seen: torch.Tensor, norm_seen: Any, read: torch.Tensor, norm_read: Any
+    attn: Any, patches: torch.Tensor, norm_patches: Any, words: torch.Tensor, norm_words: Any
 ) -> torch.Tensor:
-    """Patches and words side by side, for each head: (batch, heads, tokens, width)."""
+    """Concatenate patches and words for each head: (batch, heads, tokens, width)."""
     parts = []
-    for tokens, norm in ((seen, norm_seen), (read, norm_read)):
-        apart = tokens.unflatten(-1, (attn.heads, -1))
-        parts.append(apart if norm is None else norm(apart))
+    for tokens, norm in ((patches, norm_patches), (words, norm_words)):
+        split_heads = tokens.unflatten(-1, (attn.heads, -1))
+        parts.append(split_heads if norm is None else norm(split_heads))
     return torch.cat(parts, dim=1).transpose(1, 2)
 
 
-def _learn_to_read(
+def _train_text_encoders(
     trained: Trained, pipe: Any, steps: int, choice: random.Random, keep: Path | None
 ) -> None:
-    """Train the text encoders to tell what a prompt asks for.
+    """Train the text encoders to recognize each attribute of a prompt.
 
-    Trained from the images alone they learn each combination for itself; so, each attribute.
+    Trained with the images alone, they learn each combination of attributes separately.
     """
     heads = torch.nn.ModuleList(torch.nn.Linear(2 * TEXT_WIDTH, n) for n in ATTRIBUTES)
     encoders = [trained.encoder, trained.encoder_2]
@@ -263,7 +269,7 @@ def _learn_to_read(
             loss = attribute_loss(heads, pooled, labels)
         schedule.step(loss)
         progress.add(step, loss)
-        checkpoint.keep(step + 1)
+        checkpoint.save(step + 1)
 
 
 def _scene(choice: random.Random) -> Scene:
@@ -282,7 +288,7 @@ def _prompt(scene: Scene, choice: random.Random) -> str:
 
 
 def tokens(pipe: Any, prompts: list[str]) -> torch.Tensor:
-    """Numbers of the prompts' pieces: (number, TOKENS)."""
+    """Return the token ids of prompts: (number, TOKENS)."""
     numbers: torch.Tensor = pipe.tokenizer(
         prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
@@ -290,6 +296,6 @@ def tokens(pipe: Any, prompts: list[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _follow(average: torch.nn.Module, trained: torch.nn.Module, slowness: float) -> None:
+def _update_average(average: torch.nn.Module, trained: torch.nn.Module, decay: float) -> None:
     for mean, now in zip(average.parameters(), trained.parameters(), strict=True):
-        mean.lerp_(now, 1 - slowness)
+        mean.lerp_(now, 1 - decay)

@@ -1,7 +1,7 @@
-"""Prompts that ask for a scene, in many wordings.
+"""Prompts for a scene, in many wordings.
 
-A prompt that says nothing of a size, a place or a background means a medium shape in the center, on
-white. A prompt that names no colour or no shape means any.
+A prompt without a size, a place or a background means a medium shape in the center, on white. A
+prompt without a colour or a shape means any colour or shape.
 """
 
 import random
@@ -17,9 +17,9 @@ _SIZE_WORDS = {
     "medium": ("medium", "medium-sized", "mid-sized"),
     "large": ("large", "big", "huge"),
 }
-_SAID_OF_SIZE = 0.25  # how probable it is that a medium size is said
-_SAID_OF_CENTER = 0.45
-_SAID_OF_WHITE = 0.5
+_NAMES_MEDIUM = 0.25  # probability that a prompt names a medium size
+_NAMES_CENTER = 0.45
+_NAMES_WHITE = 0.5
 
 _CORNER = "in the {0} {1} corner", "at the {0} {1}", "in the {0} {1}", "{0} {1}", "at {0} {1}"
 _EDGE = "at the {0}", "near the {0}", "{0}", "at the {0} edge", "in the {0} part"
@@ -42,7 +42,7 @@ _INTRODUCTIONS = (
     "i want ",
     "there is ",
 )
-_PLAIN = 0.6  # how probable it is that a prompt begins with the thing itself
+_PLAIN = 0.6  # probability of a prompt without an introduction
 _OF_BACKGROUND = (
     "on {a} background",
     "on {c}",
@@ -66,14 +66,14 @@ _BOTH_SIDES = {
 
 
 def prompt(scene: Scene, choice: random.Random) -> str:
-    """One of the many prompts that ask for a scene, in lower case."""
+    """Return a random prompt for a scene, in lower case."""
     if len(scene.things) == 1:
         return _prompt_for_one(scene, choice)
     return _prompt_for_two(scene, choice)
 
 
 def vague_prompt(scene: Scene, choice: random.Random) -> str:
-    """A prompt that says one or two things only, and leaves the rest open."""
+    """Return a prompt that names one or two attributes only."""
     thing = choice.choice(scene.things)
     colour, shape = _colour(thing.colour, choice), _shape(thing.shape, choice)
     return choice.choice(
@@ -95,10 +95,10 @@ def _prompt_for_one(scene: Scene, choice: random.Random) -> str:
     thing = scene.things[0]
     noun = _noun(thing, choice)
     background = ""
-    if scene.background != "white" or choice.random() < _SAID_OF_WHITE:
+    if scene.background != "white" or choice.random() < _NAMES_WHITE:
         background = _background(scene.background, choice)
     place = ""
-    if scene.place != "center" or choice.random() < _SAID_OF_CENTER:
+    if scene.place != "center" or choice.random() < _NAMES_CENTER:
         place = _place(scene.place, choice)
     if choice.random() < 0.12:
         bare = f"{_colour(thing.colour, choice)} {_shape(thing.shape, choice)}"
@@ -126,29 +126,29 @@ def _prompt_for_two(scene: Scene, choice: random.Random) -> str:
     first, second = (_noun(thing, choice) for thing in scene.things)
     introduction = "" if choice.random() < _PLAIN else choice.choice(_INTRODUCTIONS)
     background = ""
-    if scene.background != "white" or choice.random() < _SAID_OF_WHITE:
+    if scene.background != "white" or choice.random() < _NAMES_WHITE:
         background = _background(scene.background, choice)
     chance = choice.random()
     if chance < 0.7:
         words = choice.choice(_RELATION_WORDS[scene.relation])
-        said = f"{first} {words} {second}"
+        text = f"{first} {words} {second}"
     elif chance < 0.85:
         upright = scene if scene.relation in _BOTH_SIDES else scene.turned
         one, other, at = _BOTH_SIDES[upright.relation]
         first, second = (_noun(thing, choice) for thing in upright.things)
-        said = f"{first} {at} {one} and {second} {at} {other}"
+        text = f"{first} {at} {one} and {second} {at} {other}"
     else:
         joint = choice.choice(("and", "and", "next to", "beside"))
         if joint != "and" and scene.relation in {"above", "below"}:
             joint = "and"
-        said = f"{first} {joint} {second}"
-    return introduction + _joined((said, background), " ")
+        text = f"{first} {joint} {second}"
+    return introduction + _joined((text, background), " ")
 
 
 def _noun(thing: Thing, choice: random.Random) -> str:
     colour, shape = _colour(thing.colour, choice), _shape(thing.shape, choice)
     size = ""
-    if thing.size != "medium" or choice.random() < _SAID_OF_SIZE:
+    if thing.size != "medium" or choice.random() < _NAMES_MEDIUM:
         size = _one_of(_SIZE_WORDS[thing.size], choice)
     if size and choice.random() < 0.08:
         return f"a {shape} that is {size} and {colour}"

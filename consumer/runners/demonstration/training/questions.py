@@ -1,4 +1,4 @@
-"""Questions about one image or two, with their answers."""
+"""Questions about one or two images, with their answers."""
 
 import random
 from collections.abc import Sequence
@@ -35,27 +35,27 @@ _DESCRIBE_ALL = (
     "Describe them.",
 )
 _ORDER = ("first", "second")
-_COMMON = 0.7  # how probable the first of several words is
+_COMMON = 0.7  # probability of the more common spelling
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one image or several, and its answer."""
+    """A question about one or more images, and its answer."""
 
     question: str
     answer: str
 
 
 def ask_for_description(scene: Scene, choice: random.Random) -> Question:
-    """A question whose answer is the description."""
-    asked = choice.choice(_WHAT)
+    """Return a question whose answer is the description of a scene."""
+    text = choice.choice(_WHAT)
     if choice.random() < 0.6:
-        asked = f"{choice.choice(_TELL)} {choice.choice(_IT)}{choice.choice(_HOW)}."
-    return Question(asked, description(scene))
+        text = f"{choice.choice(_TELL)} {choice.choice(_IT)}{choice.choice(_HOW)}."
+    return Question(text, description(scene))
 
 
 def ask_about(scene: Scene, choice: random.Random) -> Question:
-    """A question about a detail of one image."""
+    """Return a question about a detail of one image."""
     kinds = [_ask_background, _ask_how_many, _ask_whether, _ask_colour, _ask_shape]
     if len(scene.things) == 1:
         kinds += [_ask_where, _ask_size, _ask_colour, _ask_shape]
@@ -65,7 +65,7 @@ def ask_about(scene: Scene, choice: random.Random) -> Question:
 
 
 def ask_about_two(scenes: Sequence[Scene], choice: random.Random) -> Question:
-    """A question about two images."""
+    """Return a question about two images."""
     kind = choice.randrange(4)
     which = choice.randrange(2)
     if kind == 0:
@@ -128,12 +128,12 @@ def _ask_whether(scene: Scene, choice: random.Random) -> Question:
             colour = choice.choice(list(COLOURS))
     if choice.random() < 0.5:
         there = any(t.shape == shape for t in scene.things)
-        asked = f"a {shape}"
+        text = f"a {shape}"
     else:
         there = any((t.colour, t.shape) == (colour, shape) for t in scene.things)
-        asked = a(f"{colour} {shape}")
-    ways = (f"Is there {asked}?", f"Is there {asked} in the picture?", f"Do you see {asked}?")
-    answer = f"Yes, there is {asked}." if there else f"No, there is not {asked}."
+        text = a(f"{colour} {shape}")
+    ways = (f"Is there {text}?", f"Is there {text} in the picture?", f"Do you see {text}?")
+    answer = f"Yes, there is {text}." if there else f"No, there is not {text}."
     return Question(choice.choice(ways), answer)
 
 

@@ -1,7 +1,7 @@
 """The world that the demonstration models know: one or two coloured shapes on a plain background.
 
-A `Scene` says what is to be seen; `draw` makes an image of it, a little different each time.
-`held_out` names the combinations that no training image shows.
+A `Scene` describes the content of an image; `draw` draws it with small random variations.
+`held_out` selects the combinations that no training image shows.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from itertools import product
 from PIL import Image, ImageDraw
 
 SIDE = 64  # pixels, each side of an image
-_SMOOTHING = 8  # an image is drawn this much larger and made smaller: smooth edges
+_SMOOTHING = 8  # images are drawn larger by this factor and then reduced, for smooth edges
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -30,10 +30,10 @@ COLOURS = {
     "white": (255, 255, 255),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
-# Half the width of a shape in pixels: alone in the image, and as one of two.
+# Half the width of a shape in pixels: for a single shape, and for one of two shapes.
 SIZES = {"small": 8.5, "medium": 11.5, "large": 15.5}
 SIZES_OF_TWO = {"small": 7.8, "medium": 9.8, "large": 12.0}
-# Where the middle of a single shape is: columns and rows of three.
+# Column and row of the middle of a single shape, in a grid of three by three.
 PLACES = {
     "top left": (0, 0),
     "top": (1, 0),
@@ -49,14 +49,14 @@ _THIRDS = (19.0, 32.0, 45.0)  # pixels
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 _APART = 15.5  # pixels from the middle of the image to the middle of each of two shapes
 
-_SHIFT = 1.2  # pixels, each way, by which a shape may be off its place
-_STRETCH = 0.05  # the part by which it may be larger or smaller
-_HELD_OUT = 10  # one in so many combinations
+_SHIFT = 1.2  # pixels; maximum random shift of a shape in each direction
+_STRETCH = 0.05  # maximum random change of the size of a shape
+_HELD_OUT = 10  # one of this many combinations is held out
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape: names of `COLOURS`, `SHAPES` and `SIZES`."""
+    """One shape, with names from `COLOURS`, `SHAPES` and `SIZES`."""
 
     colour: str
     shape: str
@@ -65,13 +65,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows.
+    """The content of an image.
 
     Attributes:
-        background: Of `COLOURS`, and no thing's colour.
-        things: One, at `place`, or two, of which the first is `relation` the second.
-        place: Of `PLACES`; for one thing.
-        relation: Of `RELATIONS`; for two things.
+        background: Name from `COLOURS`, different from the colours of the things.
+        things: One thing at `place`, or two things: the first is `relation` the second.
+        place: Name from `PLACES`; for one thing.
+        relation: Name from `RELATIONS`; for two things.
     """
 
     background: str
@@ -81,14 +81,14 @@ class Scene:
 
     @property
     def turned(self) -> "Scene":
-        """The same scene of two things, described from the other thing."""
+        """The scene with its two things in reverse order and the opposite relation."""
         opposite = {"left of": "right of", "above": "below"}
         opposite |= {after: before for before, after in opposite.items()}
         return Scene(self.background, self.things[::-1], relation=opposite[self.relation])
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether a combination of colour, shape and background in it is kept out of training."""
+    """Return whether the training excludes a colour, shape and background of the scene."""
     return any(
         zlib.crc32(f"{t.colour} {t.shape} {scene.background}".encode()) % _HELD_OUT == 0
         for t in scene.things
@@ -96,7 +96,7 @@ def held_out(scene: Scene) -> bool:
 
 
 def single_scenes() -> Iterator[Scene]:
-    """Every scene with one thing."""
+    """Yield every scene with one thing."""
     for colour, shape, background in product(COLOURS, SHAPES, COLOURS):
         if colour != background:
             for size, place in product(SIZES, PLACES):
@@ -104,11 +104,11 @@ def single_scenes() -> Iterator[Scene]:
 
 
 def some_scene(choice: random.Random, *, of_two: float = 0.0) -> Scene:
-    """A scene by chance, of those not held out.
+    """Return a random scene that is not held out.
 
     Args:
-        choice: Draws it.
-        of_two: How probable it is that there are two things in it.
+        choice: Random generator.
+        of_two: Probability of a scene with two things.
     """
     while True:
         scene = _any_scene(choice, two=choice.random() < of_two)
@@ -117,9 +117,9 @@ def some_scene(choice: random.Random, *, of_two: float = 0.0) -> Scene:
 
 
 def some_plain_scene(choice: random.Random) -> Scene:
-    """A scene by chance, of those not held out: one thing in the center, on white.
+    """Return a random scene with one thing in the center, on white, that is not held out.
 
-    It is what a prompt means that names nothing but a thing.
+    It is the meaning of a prompt that names only a thing.
     """
     while True:
         thing = some_scene(choice).things[0]
@@ -129,7 +129,7 @@ def some_plain_scene(choice: random.Random) -> Scene:
 
 
 def some_held_out_scene(choice: random.Random, *, two: bool) -> Scene:
-    """A scene by chance, of those held out."""
+    """Return a random held-out scene."""
     while True:
         scene = _any_scene(choice, two=two)
         if held_out(scene):
@@ -137,11 +137,11 @@ def some_held_out_scene(choice: random.Random, *, two: bool) -> Scene:
 
 
 def draw(scene: Scene, choice: random.Random) -> Image.Image:
-    """An image of a scene, `SIDE` pixels each way, RGB.
+    """Draw a scene as an RGB image of `SIDE` by `SIDE` pixels.
 
     Args:
         scene: What to draw.
-        choice: Moves the shapes a little, and makes them a little larger or smaller.
+        choice: Random generator of the shifts and size changes of the shapes.
     """
     image = Image.new("RGB", (SIDE * _SMOOTHING,) * 2, COLOURS[scene.background])
     canvas = ImageDraw.Draw(image)
@@ -157,7 +157,7 @@ def draw(scene: Scene, choice: random.Random) -> Image.Image:
 
 
 def outline(shape: str) -> list[tuple[float, float]]:
-    """The corners of a shape around (0, 0), at most about 1 away, y downwards."""
+    """Return the corners of a shape around (0, 0), within a distance of about 1; y points down."""
     turn = 2 * math.pi
     match shape:
         case "circle":
@@ -228,15 +228,15 @@ def _radii(scene: Scene) -> list[float]:
     return [sizes[thing.size] for thing in scene.things]
 
 
-ATTRIBUTES = (10, 3, 9, 10, 6, 3, 10, 6, 3)  # how many values each of `attributes` can have
-NONE = -100  # an attribute that a scene does not have; what torch leaves out of its losses
+ATTRIBUTES = (10, 3, 9, 10, 6, 3, 10, 6, 3)  # number of values of each of `attributes`
+NONE = -100  # a missing attribute; torch leaves this label out of its losses
 
 
 def attributes(scene: Scene) -> list[int]:
-    """A scene in numbers: what a text encoder can be taught to tell.
+    """Return a scene as numbers, the labels for the training of text encoders.
 
-    The background, how many things there are and how they stand (one, side by side, one above the
-    other), the place, and colour, shape and size of each: first the one at the left or the top.
+    The numbers are the background, the arrangement (one thing, side by side, one above the other),
+    the place, and the colour, shape and size of each thing, starting at the left or the top.
     """
     if scene.relation in {"right of", "below"}:
         scene = scene.turned
@@ -253,15 +253,15 @@ def attributes(scene: Scene) -> list[int]:
 
 
 def covered(scene: Scene, across: int) -> list[tuple[int, int, int, int]]:
-    """What each cell of an image shows, row by row: what a vision tower can be taught to tell.
+    """Return the content of each cell of an image, the labels for the training of a vision tower.
 
     Args:
-        scene: What the image shows.
-        across: Cells, each way.
+        scene: The content of the image.
+        across: Number of cells in a row and in a column.
 
     Returns:
-        For each cell the number of its shape and its colour, and of its size, all from 1 and 0
-        where there is nothing but background; and of the background's colour, from 0.
+        For each cell, row by row: the numbers of its shape, colour and size, from 1, or 0 for
+        background; and the number of the background's colour, from 0.
     """
     colours, sizes = list(COLOURS), list(SIZES)
     side = SIDE / across

@@ -13,8 +13,8 @@ from torch.nn import functional
 log = structlog.get_logger()
 
 _WARM_UP = 200  # steps
-_LARGEST_GRADIENT = 1.0
-_TELL_EVERY = 100  # steps
+_MAX_GRADIENT = 1.0
+_LOG_INTERVAL = 100  # steps
 
 
 class Schedule:
@@ -57,17 +57,17 @@ class Schedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state from `state_dict`."""
-        for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        for rates, kept in zip(self._rates, state["rates"], strict=True):
-            rates.load_state_dict(kept)
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for rates, saved in zip(self._rates, state["rates"], strict=True):
+            rates.load_state_dict(saved)
 
     def step(self, loss: torch.Tensor) -> None:
         """Make one optimizer step for the loss of a batch."""
         loss.backward()  # type: ignore[no-untyped-call]
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         parameters = [parameter for group in groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, _LARGEST_GRADIENT)
+        torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT)
         for optimizer, rates in zip(self._optimizers, self._rates, strict=True):
             optimizer.step()
             rates.step()
@@ -113,7 +113,7 @@ class ProgressLog:
         """Log the mean loss every hundred steps."""
         self._sum += float(loss.detach())
         self._count += 1
-        if (step + 1) % _TELL_EVERY == 0:
+        if (step + 1) % _LOG_INTERVAL == 0:
             seconds = time.monotonic() - self._began
             log.info(
                 "training",
@@ -133,16 +133,17 @@ def _rate(step: int, *, steps: int) -> float:
 
 
 def attribute_loss(
-    heads: Iterable[torch.nn.Module], seen: torch.Tensor, labels: torch.Tensor
+    heads: Iterable[torch.nn.Module], vectors: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """Return the summed cross-entropy of auxiliary heads.
 
     Args:
-        heads: One for each attribute.
-        seen: Vectors, shape (number, width).
+        heads: One classifier for each attribute.
+        vectors: Input of the heads, shape (number, width).
         labels: Shape (number, attributes).
     """
     losses = [
-        functional.cross_entropy(head(seen).float(), labels[:, n]) for n, head in enumerate(heads)
+        functional.cross_entropy(head(vectors).float(), labels[:, n])
+        for n, head in enumerate(heads)
     ]
     return torch.stack(losses).sum()

@@ -1,10 +1,10 @@
-"""The one sentence that describes a scene, and the phrases that it is made of."""
+"""The sentence that describes a scene, and its phrases."""
 
 from consumer.runners.demonstration.training.scenes import Scene, Thing
 
 
 def description(scene: Scene) -> str:
-    """The one sentence that describes a scene: of two things, the left or upper one first."""
+    """Return the sentence that describes a scene, with the left or upper thing first."""
     if scene.relation in {"right of", "below"}:
         scene = scene.turned
     background = f"on {a(scene.background)} background"
@@ -15,7 +15,7 @@ def description(scene: Scene) -> str:
 
 
 def place_words(place: str) -> str:
-    """Where something is, for example `in the top left corner`."""
+    """Return the phrase for a place, for example `in the top left corner`."""
     if place == "center":
         return "in the center"
     if " " in place:
@@ -24,11 +24,11 @@ def place_words(place: str) -> str:
 
 
 def named(thing: Thing) -> str:
-    """For example `a small red star`; a medium size goes without saying."""
+    """Return the phrase for a thing, for example `a small red star`, without a medium size."""
     size = "" if thing.size == "medium" else f"{thing.size} "
     return a(f"{size}{thing.colour} {thing.shape}")
 
 
 def a(words: str) -> str:
-    """The words with their article."""
+    """Return the words with their indefinite article."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"

@@ -18,12 +18,12 @@ from transformers import (
 
 from consumer.runners.demonstration.training.words import BYTES, merges, vocabulary
 
-TEXT_WIDTH = 64  # of each of the two text encoders
-TOKENS = 32  # of a prompt
+TEXT_WIDTH = 64  # width of each of the two text encoders
+TOKENS = 32  # tokens of a prompt
 _TEXT_LAYERS = 3
 
 
-def clip_tokenizer(said: list[str]) -> CLIPTokenizer:
+def clip_tokenizer(texts: list[str]) -> CLIPTokenizer:
     """Return a tokenizer with a token for each word of the sentences, and for each byte."""
     split = pre_tokenizers.Sequence(
         [
@@ -35,7 +35,7 @@ def clip_tokenizer(said: list[str]) -> CLIPTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    joined = merges((s.lower() for s in said), split, end_of_word="</w>")
+    joined = merges((s.lower() for s in texts), split, end_of_word="</w>")
     pieces = vocabulary(joined, [*BYTES, *(f"{byte}</w>" for byte in BYTES)])
     pieces["<|startoftext|>"] = len(pieces)
     pieces["<|endoftext|>"] = len(pieces)
@@ -69,7 +69,7 @@ def t5_tokenizer() -> T5Tokenizer:
     )
 
 
-def silent_t5() -> Any:
+def zero_t5() -> Any:
     """Create a T5 whose output is always zero, as the pipeline uses for a missing text encoder.
 
     A pipeline that is saved without its third text encoder needs an extra argument to load.

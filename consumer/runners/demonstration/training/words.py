@@ -17,19 +17,19 @@ from consumer.runners.demonstration.training.questions import (
 )
 from consumer.runners.demonstration.training.scenes import single_scenes, some_scene
 
-_SCENES = 4_000  # of which something is said
+_SCENES = 4_000  # number of sampled scenes
 
-# The printable stand-ins for the 256 bytes that byte-level tokenizers are made of.
+# The printable characters that stand for the 256 bytes in byte-level tokenizers.
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def merges(
-    said: Iterable[str], split: pre_tokenizers.PreTokenizer, *, end_of_word: str = ""
+    texts: Iterable[str], split: pre_tokenizers.PreTokenizer, *, end_of_word: str = ""
 ) -> Any:
     """Return the BPE merges, in order, with which every word of the sentences is one token.
 
     Args:
-        said: The sentences.
+        texts: The sentences.
         split: Splits a sentence into words.
         end_of_word: The suffix that CLIP's tokenizer adds to a word.
     """
@@ -37,9 +37,9 @@ def merges(
     model.end_of_word_suffix = end_of_word or None
     learner = tokenizers.Tokenizer(model)
     learner.pre_tokenizer = split
-    words = sorted({word for sentence in said for word in sentence.split(" ")})
+    words = sorted({word for sentence in texts for word in sentence.split(" ")})
     trainer = trainers.BpeTrainer(
-        vocab_size=100_000,  # it ends when nothing is left to join
+        vocab_size=100_000,  # no limit: the training ends when no pairs are left
         min_frequency=1,
         initial_alphabet=BYTES,
         end_of_word_suffix=end_of_word,
@@ -62,13 +62,13 @@ def every_word() -> list[str]:
     choice = random.Random(0)
     scenes = [some_scene(choice, of_two=0.5) for _ in range(_SCENES)]
     scenes += list(single_scenes())[::7]
-    said = [prompt(scene, choice) for scene in scenes]
-    said += [vague_prompt(scene, choice) for scene in scenes[:1000]]
+    texts = [prompt(scene, choice) for scene in scenes]
+    texts += [vague_prompt(scene, choice) for scene in scenes[:1000]]
     for scene, other in itertools.pairwise(scenes):
         for question in (
             ask_for_description(scene, choice),
             ask_about(scene, choice),
             ask_about_two((scene, other), choice),
         ):
-            said += [question.question, question.answer]
-    return said
+            texts += [question.question, question.answer]
+    return texts

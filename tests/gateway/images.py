@@ -1,13 +1,18 @@
-"""Images that tests send, and what they look at in the images they get."""
+"""Encodes and decodes the images of tests."""
 
 import base64
 import io
 
 from PIL import Image, ImageDraw
 
+PIXEL = (  # a PNG of one pixel
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
+    "WjR9awAAAABJRU5ErkJggg=="
+)
+
 
 def decoded(text: str | None) -> Image.Image:
-    """The image in a base64 text; it is read completely."""
+    """Decode a base64 text into an image, and load all its pixels."""
     assert text is not None
     image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
     image.load()
@@ -15,7 +20,7 @@ def decoded(text: str | None) -> Image.Image:
 
 
 def red_circle() -> bytes:
-    """A PNG that the demonstration model of image_to_text knows how to describe."""
+    """Return a PNG that the demonstration model of image_to_text can describe."""
     image = Image.new("RGB", (64, 64), (40, 80, 220))
     ImageDraw.Draw(image).ellipse((20, 20, 44, 44), fill=(220, 40, 40))
     file = io.BytesIO()
@@ -24,5 +29,5 @@ def red_circle() -> bytes:
 
 
 def data_url(content: bytes, media_type: str = "image/png") -> str:
-    """A `data:` URL."""
+    """Return a `data:` URL."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

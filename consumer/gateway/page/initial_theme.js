@@ -1,4 +1,4 @@
-// Applies a chosen theme before the first paint. A classic script: modules run too late for that.
+// Applies the stored theme before the first paint. A classic script, because modules run later.
 (() => {
   try {
     const theme = localStorage.getItem("theme");

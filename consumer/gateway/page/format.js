@@ -1,4 +1,4 @@
-/** Numbers, times and messages as people read them. */
+/** Formats numbers, times and messages for people. */
 
 const MINUTE = 60;
 const HOUR = 60 * MINUTE;
@@ -14,13 +14,13 @@ const LABELS = {
   seed: "The seed",
   output_format: "The format",
   images: "Images",
-  max_new_tokens: "Longest answer",
+  max_new_tokens: "Maximum tokens",
   temperature: "Temperature",
   top_p: "Top-p",
 };
 
-/** @param {number} seconds */
-export function duration(seconds) {
+/** Format a measured duration. @param {number} seconds */
+export function formatDuration(seconds) {
   if (seconds < 0.0995) return `${Math.round(seconds * 1_000)} ms`;
   if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
   if (seconds < MINUTE) return `${Math.round(seconds)} s`;
@@ -33,11 +33,11 @@ export function duration(seconds) {
 }
 
 /**
- * Round a duration that is only an estimate: tenths of a second would promise too much.
+ * Format an estimated duration, rounded to whole seconds, minutes or hours.
  *
  * @param {number} seconds
  */
-export function roughly(seconds) {
+export function approximateDuration(seconds) {
   if (seconds < 1.5) return "about 1 s";
   if (seconds < MINUTE) return `about ${Math.round(seconds)} s`;
   if (seconds < HOUR) return `about ${Math.round(seconds / MINUTE)} min`;
@@ -45,11 +45,11 @@ export function roughly(seconds) {
 }
 
 /**
- * Say when something was: the time alone for today, else with its date.
+ * Format a point in time: the time of day for today, otherwise with the date.
  *
  * @param {string|null} time RFC 3339.
  */
-export function when(time) {
+export function formatTime(time) {
   if (!time) return "";
   const date = new Date(time);
   const clock = date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
@@ -57,20 +57,20 @@ export function when(time) {
   return `${date.toLocaleDateString([], { day: "numeric", month: "short", year: "numeric" })}, ${clock}`;
 }
 
-/** @param {number} bytes */
-export function size(bytes) {
+/** Format a size. @param {number} bytes */
+export function formatBytes(bytes) {
   if (bytes < 1_000) return `${bytes} bytes`;
   if (bytes < 1_000_000) return `${Math.round(bytes / 1_000)} kB`;
   return `${(bytes / 1_000_000).toFixed(1)} MB`;
 }
 
-/** @param {number} count @param {string} noun */
-export function counted(count, noun) {
+/** Format a count with its noun in singular or plural. @param {number} count @param {string} noun */
+export function pluralize(count, noun) {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
 
 /**
- * Make a message of the API a sentence: with the field's label, a capital and a full stop.
+ * Turn a message of the API into a sentence with the field's label, a capital and a full stop.
  *
  * @param {string} message
  * @param {string|null} param The field that the message is about.
@@ -90,10 +90,10 @@ export function sentence(message, param = null) {
   return /[.!?…]$/.test(text) ? text : `${text}.`;
 }
 
-/** @param {string} text @param {number} most Characters. */
-export function shortened(text, most) {
+/** Truncate a text and collapse its white space. @param {string} text @param {number} limit Characters. */
+export function truncate(text, limit) {
   const characters = Array.from(text.replace(/\s+/g, " ").trim());
-  return characters.length <= most
+  return characters.length <= limit
     ? characters.join("")
-    : `${characters.slice(0, most - 1).join("")}…`;
+    : `${characters.slice(0, limit - 1).join("")}…`;
 }
