@@ -23,7 +23,7 @@ async def test_a_bus_that_is_closed_for_good_ends_the_daemon_while_a_job_runs(
     # One job at a time: nothing is pulled meanwhile.
     worker = await scene.start("bus_closed", CONSUMER_JOBS_IN_FLIGHT="1")
     request_id = await scene.submit()
-    assert await scene.ended(worker, within=AT_ONCE) == EXIT_UNAVAILABLE
+    assert await scene.exit_code(worker, within=AT_ONCE) == EXIT_UNAVAILABLE
     assert "the client has closed the connection permanently" in worker.log_since_start()
     await scene.start()
     assert (await scene.event(request_id))["type"] == "generation.v1.succeeded"
@@ -33,7 +33,7 @@ async def test_a_bus_that_is_closed_for_good_ends_the_daemon_while_the_model_is_
     scene: Scene,
 ) -> None:
     worker = scene.launch("bus_closed_while_loading")
-    assert await scene.ended(worker) == EXIT_UNAVAILABLE
+    assert await scene.exit_code(worker) == EXIT_UNAVAILABLE
 
 
 async def test_calls_without_an_answer_are_repeated_at_the_start(scene: Scene) -> None:

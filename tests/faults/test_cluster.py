@@ -19,9 +19,9 @@ from generation_contracts import CancelledEvent
 from generation_contracts.examples import EVENTS
 from tests.faults.cluster import Cluster, ClusterScene, cluster
 from tests.integration.bus_installation import bus_settings
-from tests.support.quick_runner import BEGUN
+from tests.support.observations import assert_all_ready, succeeded
+from tests.support.quick_runner import STARTED
 from tests.support.scene import Scene
-from tests.support.seen import all_well, done
 
 REQUESTS = 90
 BEFORE = 20  # runs that have begun when the server is killed
@@ -78,7 +78,7 @@ async def submitted(scene: Scene, request_id: str) -> None:
 
 def longest_gap(scene: Scene) -> float:
     """Seconds between two beginnings of runs that lie farthest apart."""
-    times = sorted(float(line.split()[1]) for line in scene.notes(BEGUN))
+    times = sorted(float(line.split()[1]) for line in scene.notes(STARTED))
     return max(later - sooner for sooner, later in pairwise(times))
 
 
@@ -108,9 +108,9 @@ async def test_a_server_is_killed_in_mid_load_and_nothing_is_lost(
 
     await submitting
     for request_id in ids:
-        assert (await done(scene, request_id))["type"] == "generation.v1.succeeded"
+        assert (await succeeded(scene, request_id))["type"] == "generation.v1.succeeded"
     await scene.until(lambda: all_acknowledged(scene), "acknowledgement of everything", WITHIN)
-    await all_well(scene, *workers)
+    await assert_all_ready(scene, *workers)
     again = sum(times - 1 for times in Counter(scene.runs()).values())
     print(f"longest gap {longest_gap(scene):.1f} s, run twice {again}")  # noqa: T201
     assert set(scene.runs()) == set(ids)

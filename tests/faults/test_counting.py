@@ -30,14 +30,14 @@ async def test_request_that_is_given_back_by_a_draining_worker_is_not_counted(sc
     request_id = await scene.submit(steps=200)
     for run in (1, 2):
         draining = await scene.start(**settings)
-        await scene.noted("runs", run)
+        await scene.until_noted("runs", run)
         draining.signal(signal.SIGTERM)
-        assert await scene.ended(draining) == 0
+        assert await scene.exit_code(draining) == 0
     await scene.start(**settings)
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 3)
     assert await scene.dead_letters() == []
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_request_whose_model_raised_is_counted(scene: Scene) -> None:
@@ -55,7 +55,7 @@ async def test_what_reaches_max_deliver_without_a_word_is_put_aside(scene: Scene
     answers = await scene.sender.subscribe(inbox)
     request_id = await scene.submit(prompt="poison", reply_to=inbox, metadata={"customer": "42"})
     next_id = await scene.submit()
-    assert await scene.ended(dying) == -signal.SIGKILL
+    assert await scene.exit_code(dying) == -signal.SIGKILL
     await scene.start()
 
     event = await scene.event(request_id)
@@ -63,7 +63,7 @@ async def test_what_reaches_max_deliver_without_a_word_is_put_aside(scene: Scene
     assert event["metadata"] == {"customer": "42"}
     assert json.loads((await answers.next_msg(timeout=5)).data) == event
     assert (await scene.event(next_id))["type"] == "generation.v1.succeeded"
-    await scene.emptied()
+    await scene.until_empty()
     (letter,) = await scene.dead_letters()
     assert letter["Dead-Letter-Code"] == "worker_lost"
     assert letter["Dead-Letter-Request-Id"] == request_id
@@ -107,11 +107,11 @@ async def test_drains_alone_never_end_a_request(scene: Scene) -> None:
     request_id = await scene.submit(steps=200)
     for run in (1, 2):
         draining = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
-        await scene.noted("runs", run)
+        await scene.until_noted("runs", run)
         draining.signal(signal.SIGTERM)
-        assert await scene.ended(draining) == 0
+        assert await scene.exit_code(draining) == 0
     await scene.start()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 3)
     assert await scene.dead_letters() == []
-    await scene.emptied()
+    await scene.until_empty()

@@ -16,7 +16,7 @@ from generation_contracts.headers import (
     DEAD_LETTER_REQUEST_ID,
     DEAD_LETTER_TRUNCATED,
 )
-from tests.support.holding import MENDED
+from tests.support.holding import FIXED
 from tests.support.scene import Scene
 
 
@@ -77,19 +77,19 @@ async def letters(scene: Scene) -> int:
 
 
 async def test_a_request_is_replayed_once_its_model_is_mended(scene: Scene) -> None:
-    await scene.start("raises_until_mended")
+    await scene.start("raises_until_fixed")
     request_id = await scene.submit()
     failed = await scene.event(request_id)
     assert (failed["type"], failed["attempt"]) == ("generation.v1.failed", 3)
-    await scene.emptied()
+    await scene.until_empty()
     assert await letters(scene) == 1
 
-    (scene.folder / MENDED).touch()
+    (scene.folder / FIXED).touch()
     done = await dead_letters(scene, "replay", request_id)
 
     assert (done.code, done.stderr) == (0, "")
     assert done.lines == [f"1 {request_id}: replayed"]
-    await scene.emptied()
+    await scene.until_empty()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert event["request_digest"] == failed["request_digest"]
@@ -101,13 +101,13 @@ async def test_a_request_is_replayed_once_its_model_is_mended(scene: Scene) -> N
 
 
 async def test_a_replay_that_fails_again_has_a_new_event_and_a_new_letter(scene: Scene) -> None:
-    await scene.start("raises_until_mended")
+    await scene.start("raises_until_fixed")
     derived = f"{scene.subjects.requests_stream(scene.task)}-1-"
     await scene.publish({"prompt": "a"})
-    await scene.emptied()
+    await scene.until_empty()
     done = await dead_letters(scene, "replay", "--all")
     assert done.code == 0
-    await scene.emptied()
+    await scene.until_empty()
     (letter,) = [json.loads(line) for line in (await dead_letters(scene, "list", "--json")).lines]
     assert letter["sequence"] == 2
     assert letter["request_id"].startswith(derived)
@@ -131,7 +131,7 @@ async def test_all_goes_on_where_one_is_refused(scene: Scene) -> None:
         "2 r-2: not replayed: it is truncated: the rest of the request is lost",
         "4 r-4: replayed",
     ]
-    assert (await scene.left(), await letters(scene)) == (2, 2)
+    assert (await scene.pending(), await letters(scene)) == (2, 2)
 
 
 async def test_letters_are_named_by_sequence_or_by_id_and_digits_are_a_sequence(

@@ -3,8 +3,8 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 
+from tests.support.observations import published_digests, stored_digests
 from tests.support.scene import Event, Scene
-from tests.support.seen import promised, stored
 
 
 def _in(seconds: float) -> datetime:
@@ -29,15 +29,15 @@ async def test_a_deadline_that_is_past_already_is_not_run(scene: Scene) -> None:
     await scene.start()
     assert _expired(await scene.event(late))
     assert (await scene.event(later))["type"] == "generation.v1.succeeded"
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [later]
     assert len(await scene.dead_letters()) == 0
 
 
 async def test_a_deadline_that_passes_in_the_queue_is_not_run(scene: Scene) -> None:
-    await scene.start("held_until_let_go", LET_GO="go")
+    await scene.start("held_until_released", RELEASE_MARK="go")
     long = await scene.submit()
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     deadline = _in(1)
     waiting = await scene.submit(deadline=deadline.isoformat())
     later = await scene.submit(deadline=_in(60).isoformat())
@@ -47,7 +47,7 @@ async def test_a_deadline_that_passes_in_the_queue_is_not_run(scene: Scene) -> N
     assert _expired(await scene.event(waiting))
     for request_id in (long, later):
         assert (await scene.event(request_id))["type"] == "generation.v1.succeeded"
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [long, later]
 
 
@@ -65,6 +65,6 @@ async def test_a_deadline_that_passes_in_the_run_stops_it_within_one_step(scene:
     assert begun[0] < deadline.timestamp()
     later = await scene.submit()
     done = await scene.event(later)
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [long, later]
-    assert await stored(scene) == promised(done)
+    assert await stored_digests(scene) == published_digests(done)

@@ -7,9 +7,9 @@ from pathlib import Path
 from nats.aio.subscription import Subscription
 
 from consumer.devstack import Daemon
-from tests.support.holding import GO
+from tests.support.holding import RESUME
+from tests.support.observations import until_pulls_wait
 from tests.support.scene import ACK_WAIT, WITHIN, Scene
-from tests.support.seen import until_pulls_stand
 
 
 def guard_of(worker: Daemon) -> int:
@@ -29,14 +29,14 @@ def exists(pid: int) -> bool:
 
 async def test_lease_survives_a_lock_held_for_twice_as_long(scene: Scene) -> None:
     worker = await scene.start("holding_the_lock", FAULTS_SECONDS=str(2 * ACK_WAIT + 0.5))
-    await scene.logged(worker, "lease_guard_connected")
+    await scene.until_logged(worker, "lease_guard_connected")
     request_id = await scene.submit()
-    await scene.noted("holding")
+    await scene.until_noted("holding")
     await scene.start()  # it would get the request as soon as the lease ran out
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert scene.runs() == [request_id]
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_lock_that_is_held_too_long_costs_the_lease_and_the_process(scene: Scene) -> None:
@@ -44,9 +44,9 @@ async def test_lock_that_is_held_too_long_costs_the_lease_and_the_process(scene:
         "holding_the_lock", FAULTS_SECONDS="600", CONSUMER_STALL_TIMEOUT="1"
     )
     request_id = await scene.submit()
-    await scene.noted("holding")
+    await scene.until_noted("holding")
     await scene.start()
-    assert await scene.ended(hanging) == -signal.SIGKILL
+    assert await scene.exit_code(hanging) == -signal.SIGKILL
     log = hanging.log_since_start()
     assert "worker_stalled" in log
     assert "holding_the_lock.py" in log, "it says where the thread is"
@@ -71,8 +71,8 @@ async def test_killed_lease_guard_is_replaced_and_knows_the_leases(scene: Scene)
         "holding_the_lock", FAULTS_SECONDS=str(2 * ACK_WAIT), FAULTS_WAIT="1"
     )
     request_id = await scene.submit()
-    await scene.noted("runs")
-    await scene.logged(worker, "lease_guard_connected")
+    await scene.until_noted("runs")
+    await scene.until_logged(worker, "lease_guard_connected")
     os.kill(guard_of(worker), signal.SIGKILL)
 
     async def replaced() -> bool:
@@ -80,7 +80,7 @@ async def test_killed_lease_guard_is_replaced_and_knows_the_leases(scene: Scene)
 
     await scene.until(replaced, "new lease_guard")
     (scene.folder / "hold").touch()
-    await scene.noted("holding")
+    await scene.until_noted("holding")
     await scene.start()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
@@ -90,7 +90,7 @@ async def test_killed_lease_guard_is_replaced_and_knows_the_leases(scene: Scene)
 
 async def test_worker_that_is_done_with_a_lease_is_left_alone(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_STALL_TIMEOUT="1")
-    await scene.logged(worker, "lease_guard_connected")
+    await scene.until_logged(worker, "lease_guard_connected")
     # Each takes longer than the patience for a lease that nobody speaks of any more.
     for request_id in [await scene.submit(steps=200) for _ in range(2)]:
         assert (await scene.event(request_id))["attempt"] == 1
@@ -112,9 +112,9 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     worker = await scene.start(
         "holding_the_lock", CONSUMER_STALL_TIMEOUT="1", FAULTS_SECONDS="0", FAULTS_WAIT="1"
     )
-    await scene.logged(worker, "lease_guard_connected")
+    await scene.until_logged(worker, "lease_guard_connected")
     request_id = await scene.submit()
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     lease_guard = guard_of(worker)
     taken = await pulled(scene)
     for pid in (worker.pid, lease_guard):
@@ -130,21 +130,21 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     assert event["type"] == "generation.v1.succeeded"
     assert worker.alive
     assert guard_of(worker) == lease_guard
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_lease_guard_ends_although_a_fork_keeps_its_input_open(scene: Scene) -> None:
     # A pull stands for half of it, and a beat that is late on a busy machine is a fifth.
     await scene.apply(CONSUMER_ACK_WAIT=str(3 * ACK_WAIT))
     dying = await scene.start("survived_by_a_fork")
-    await scene.logged(dying, "lease_guard_connected")
+    await scene.until_logged(dying, "lease_guard_connected")
     lease_guard = guard_of(dying)
     request_id = await scene.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     # The server takes the dead worker's connection, which the fork has too, to be there still.
-    await until_pulls_stand(scene, 1, in_hand=1)
-    (scene.folder / f"run{GO}").touch()
-    assert await scene.ended(dying) == -signal.SIGKILL
+    await until_pulls_wait(scene, 1, in_flight=1)
+    (scene.folder / f"run{RESUME}").touch()
+    assert await scene.exit_code(dying) == -signal.SIGKILL
     await scene.start()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)

@@ -9,9 +9,9 @@ import signal
 import time
 from dataclasses import dataclass
 
-from tests.support.holding import PLACE
+from tests.support.holding import HELD
+from tests.support.observations import ReplyInbox, published_digests, stored_digests
 from tests.support.scene import ACK_WAIT, Event, Scene
-from tests.support.seen import Answers, promised, stored
 
 # The promise is ack_wait and a second. The rest is for a machine whose cores are all at work, and
 # well below what a pull that has gone blind (20 s) or a forgotten lease would take.
@@ -32,23 +32,23 @@ class Recovery:
 async def _killed(scene: Scene, cause: str, body: bytes | None = None) -> Recovery:
     """Have a worker die at the place of its cause, with another one waiting."""
     dying = await scene.start(cause)
-    answers = await Answers.listen(scene)
+    answers = await ReplyInbox.listen(scene)
     request_id = f"killed-{cause}"
     if body is None:
         await scene.submit(request_id=request_id, reply_to=answers.subject)
     else:
         await scene.publish(body, {"Nats-Msg-Id": request_id, "Reply-To": answers.subject})
-    await scene.noted(PLACE)
+    await scene.until_noted(HELD)
     await scene.start()
     events, keys = await scene.events(request_id), await scene.keys()
-    assert await scene.left() == 1
+    assert await scene.pending() == 1
     (scene.folder / "die").touch()
-    assert await scene.ended(dying) == -signal.SIGKILL
+    assert await scene.exit_code(dying) == -signal.SIGKILL
     reply = await answers.next()
     took = time.time() - float(scene.notes("died")[0])
     print(f"{cause}: recovered {took:.2f} s after the death")  # noqa: T201 - for the closing note
     assert took < RECOVERED_WITHIN
-    await scene.emptied()
+    await scene.until_empty()
     assert await scene.event(request_id) == reply
     return Recovery(request_id, reply, events, keys)
 
@@ -58,7 +58,7 @@ async def test_killed_before_the_run(scene: Scene) -> None:
     assert (recovery.events_before, recovery.keys_before) == ([], set())
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 2)
     assert scene.runs() == [recovery.request_id]
-    assert await stored(scene) == promised(recovery.reply)
+    assert await stored_digests(scene) == published_digests(recovery.reply)
 
 
 async def test_killed_in_the_run(scene: Scene) -> None:
@@ -66,7 +66,7 @@ async def test_killed_in_the_run(scene: Scene) -> None:
     assert (recovery.events_before, recovery.keys_before) == ([], set())
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 2)
     assert scene.runs() == [recovery.request_id] * 2
-    assert await stored(scene) == promised(recovery.reply)
+    assert await stored_digests(scene) == published_digests(recovery.reply)
 
 
 async def test_killed_after_the_upload_stores_the_same_objects_again(scene: Scene) -> None:
@@ -74,7 +74,7 @@ async def test_killed_after_the_upload_stores_the_same_objects_again(scene: Scen
     assert (recovery.events_before, len(recovery.keys_before)) == ([], 1)
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 2)
     assert scene.runs() == [recovery.request_id] * 2
-    assert await stored(scene) == promised(recovery.reply)
+    assert await stored_digests(scene) == published_digests(recovery.reply)
 
 
 async def test_killed_after_the_result_does_not_run_the_model_again(scene: Scene) -> None:
@@ -82,7 +82,7 @@ async def test_killed_after_the_result_does_not_run_the_model_again(scene: Scene
     assert recovery.events_before == [recovery.reply]
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 1)
     assert scene.runs() == [recovery.request_id]
-    assert await stored(scene) == promised(recovery.reply)
+    assert await stored_digests(scene) == published_digests(recovery.reply)
 
 
 async def test_killed_after_the_dead_letter_puts_it_aside_once(scene: Scene) -> None:
@@ -99,17 +99,17 @@ async def test_sigterm_gives_the_job_to_the_next_worker_at_once(scene: Scene) ->
     await scene.apply(**lease)
     ending = await scene.start("slow_steps", CONSUMER_DRAIN_GRACE="0.1", **lease)
     request_id = await scene.submit(steps=40)
-    await scene.noted("steps")
+    await scene.until_noted("steps")
     await scene.start(**lease)
     asked = time.time()
     await asyncio.to_thread(ending.signal, signal.SIGTERM)
-    await scene.noted("runs", 2)
+    await scene.until_noted("runs", 2)
     took = time.time() - asked
     print(f"SIGTERM: taken over {took:.2f} s after the signal")  # noqa: T201 - as above
     assert took < 10
-    assert await scene.ended(ending) == 0
+    assert await scene.exit_code(ending) == 0
     event = await scene.event(request_id)
     assert event["type"] == SUCCEEDED
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [request_id] * 2
-    assert await stored(scene) == promised(event)
+    assert await stored_digests(scene) == published_digests(event)

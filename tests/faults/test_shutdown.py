@@ -51,7 +51,7 @@ def group(pid: int) -> list[int]:
 
 async def gone(scene: Scene, worker: Daemon) -> int:
     """The exit code of a worker that has been told to end, and of which nothing is left."""
-    code = await scene.ended(worker)
+    code = await scene.exit_code(worker)
 
     async def nothing_left() -> bool:
         return not group(worker.pid) and not await asyncio.to_thread(connections, scene)
@@ -67,7 +67,7 @@ async def done_by_another(scene: Scene, request_id: str) -> Event:
     await scene.start()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
-    await scene.emptied()
+    await scene.until_empty()
     assert len(await scene.keys()) == 1
     return event
 
@@ -83,23 +83,23 @@ async def test_idle(scene: Scene, number: signal.Signals) -> None:
 
 async def test_running_job_is_finished_and_the_next_one_not_begun(scene: Scene) -> None:
     worker = await scene.start()
-    await scene.logged(worker, "lease_guard_connected")
+    await scene.until_logged(worker, "lease_guard_connected")
     request_id = await scene.submit(steps=LONG)
     waiting = await scene.submit()
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     os.killpg(worker.pid, signal.SIGTERM)  # as systemd does, and a terminal with Ctrl-C
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert await gone(scene, worker) == 0
     assert "lease_guard_ended" not in worker.log_since_start(), "the lease needs it until the end"
     assert scene.runs() == [request_id]
-    assert (await scene.left(), await scene.events(waiting)) == (1, [])
+    assert (await scene.pending(), await scene.events(waiting)) == (1, [])
 
 
 async def test_running_job_that_outlasts_the_grace_is_given_back(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
     request_id = await scene.submit(steps=LONG)
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     worker.signal(signal.SIGTERM)
     assert await gone(scene, worker) == 0
     await done_by_another(scene, request_id)
@@ -109,9 +109,9 @@ async def test_running_job_that_outlasts_the_grace_is_given_back(scene: Scene) -
 async def test_second_signal_gives_back_at_once(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="600")
     request_id = await scene.submit(steps=LONG)
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     worker.signal(signal.SIGTERM)
-    await scene.logged(worker, '"times": 1')
+    await scene.until_logged(worker, '"times": 1')
     worker.signal(signal.SIGTERM)
     assert await gone(scene, worker) == 0
     await done_by_another(scene, request_id)
@@ -121,10 +121,10 @@ async def test_second_signal_gives_back_at_once(scene: Scene) -> None:
 async def test_model_that_heeds_nothing_is_left_behind(scene: Scene, signals: int) -> None:
     worker = await scene.start("deaf", CONSUMER_DRAIN_GRACE="0.1" if signals == 1 else "600")
     request_id = await scene.submit()
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     for number in range(1, signals + 1):
         worker.signal(signal.SIGTERM)
-        await scene.logged(worker, f'"times": {number}')  # two at once are one to the kernel
+        await scene.until_logged(worker, f'"times": {number}')  # two at once are one to the kernel
     assert await gone(scene, worker) == 0
     await done_by_another(scene, request_id)
 
@@ -133,22 +133,22 @@ async def test_upload_that_ends_within_the_grace_is_the_end_of_the_job(scene: Sc
     worker = await scene.start()
     await asyncio.to_thread(scene.stack.store.kill)
     request_id = await scene.submit()
-    await scene.logged(worker, "store_unreachable")
+    await scene.until_logged(worker, "store_unreachable")
     worker.signal(signal.SIGTERM)
-    await scene.logged(worker, '"times": 1')
+    await scene.until_logged(worker, '"times": 1')
     await asyncio.to_thread(scene.stack.store.start)
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert await gone(scene, worker) == 0
     assert scene.runs() == [request_id]
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_upload_that_outlasts_the_grace_is_given_back(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
     await asyncio.to_thread(scene.stack.store.kill)
     request_id = await scene.submit()
-    await scene.logged(worker, "store_unreachable")
+    await scene.until_logged(worker, "store_unreachable")
     worker.signal(signal.SIGTERM)
     assert await gone(scene, worker) == 0
     await asyncio.to_thread(scene.stack.store.start)
@@ -159,10 +159,10 @@ async def test_upload_that_outlasts_the_grace_is_given_back(scene: Scene) -> Non
 async def test_nats_away_does_not_keep_a_draining_worker(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
     request_id = await scene.submit(steps=LONG)
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     await asyncio.to_thread(scene.stack.nats.kill)
     worker.signal(signal.SIGTERM)
-    assert await scene.ended(worker) == 0
+    assert await scene.exit_code(worker) == 0
     assert group(worker.pid) == []
     await asyncio.to_thread(scene.stack.nats.start)
     await asyncio.to_thread(scene.stack.nats.wait_ready)
@@ -172,9 +172,9 @@ async def test_nats_away_does_not_keep_a_draining_worker(scene: Scene) -> None:
 async def test_signal_while_the_servers_are_waited_for(scene: Scene) -> None:
     await asyncio.to_thread(scene.stack.nats.kill)
     worker = scene.launch()
-    await scene.logged(worker, "daemon_starting")
+    await scene.until_logged(worker, "daemon_starting")
     worker.signal(signal.SIGTERM)
-    assert await scene.ended(worker) == 0
+    assert await scene.exit_code(worker) == 0
     assert group(worker.pid) == []
     await asyncio.to_thread(scene.stack.nats.start)
     await asyncio.to_thread(scene.stack.nats.wait_ready)

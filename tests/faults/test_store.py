@@ -25,8 +25,14 @@ from tests.integration.fault_proxy import (
     refuses,
     says,
 )
+from tests.support.observations import (
+    assert_all_ready,
+    assert_queue_empty,
+    readiness,
+    succeeded,
+    until_not_ready,
+)
 from tests.support.scene import ACK_WAIT, WITHIN, Scene
-from tests.support.seen import all_well, done, nothing_left, readiness, until_readiness
 
 LASTS = ACK_WAIT * 1.25  # seconds that a fault lasts: a lease that is not renewed is over by then
 UNAVAILABLE = 69  # the exit code for a service that cannot be used
@@ -86,14 +92,14 @@ async def outlasts_the_lease(scene: Scene, worker: Daemon, request_id: str) -> N
 
 async def is_over(scene: Scene, worker: Daemon, request_id: str) -> None:
     """See that the output is stored, that nothing came twice, and that the next request is done."""
-    first = await done(scene, request_id)
+    first = await succeeded(scene, request_id)
     assert first["attempt"] == 1
     next_id = await scene.submit()
-    second = await done(scene, next_id)
+    second = await succeeded(scene, next_id)
     assert (second["worker"], second["attempt"]) == (first["worker"], 1)
-    await nothing_left(scene, request_id, next_id)
+    await assert_queue_empty(scene, request_id, next_id)
     assert scene.runs() == [request_id, next_id]
-    await all_well(scene, worker)
+    await assert_all_ready(scene, worker)
     log = worker.log.read_text()
     for secret in (scene.stack.store.secret_key, scene.stack.store.access_key, "X-Amz"):
         assert secret not in log
@@ -110,7 +116,7 @@ async def survives(
     worker = await start(scene, proxy, cause)
     proxy.otherwise = fault
     request_id = await scene.submit(**asked)
-    await until_readiness(scene, worker, store=reason)
+    await until_not_ready(scene, worker, store=reason)
     await outlasts_the_lease(scene, worker, request_id)
     assert await scene.keys() == set()
     proxy.heal()
@@ -136,7 +142,7 @@ async def test_store_that_refuses_connections(scene: Scene, proxy: FaultProxy) -
     worker = await start(scene, proxy, "impatient")
     proxy.refuse()
     request_id = await scene.submit()
-    await until_readiness(scene, worker, store="S3: no connection")
+    await until_not_ready(scene, worker, store="S3: no connection")
     await outlasts_the_lease(scene, worker, request_id)
     await proxy.listen()
     await is_over(scene, worker, request_id)
@@ -152,7 +158,7 @@ async def test_store_that_is_killed_in_the_middle_of_an_upload(
     await asyncio.wait_for(held.reached.wait(), timeout=WITHIN)
     store = scene.stack.store
     await asyncio.to_thread(store.kill)
-    await until_readiness(scene, worker, store="S3: the connection broke")
+    await until_not_ready(scene, worker, store="S3: the connection broke")
     await outlasts_the_lease(scene, worker, request_id)
     await asyncio.to_thread(store.start)
     await asyncio.to_thread(store.wait_ready)
@@ -179,8 +185,8 @@ async def test_a_look_at_the_store_does_not_hide_that_an_output_waits(
     await scene.until(tried_several_times, "tries of the output that waits")
     assert set(said) == {HTTPStatus.SERVICE_UNAVAILABLE}
     proxy.heal()
-    await done(scene, request_id)
-    await all_well(scene, worker)
+    await succeeded(scene, request_id)
+    await assert_all_ready(scene, worker)
 
 
 # -- a store without checksums --------------------------------------------------------------------
@@ -191,8 +197,8 @@ async def test_outputs_go_to_a_store_that_knows_no_checksums(
 ) -> None:
     proxy.otherwise = for_checksums(refuses("501 Not Implemented", "NotImplemented"))
     worker = await start(scene, proxy, "impatient")
-    await done(scene, await scene.submit())
-    await all_well(scene, worker)
+    await succeeded(scene, await scene.submit())
+    await assert_all_ready(scene, worker)
     lines = [json.loads(line) for line in worker.log.read_text().splitlines()]
     (said,) = (line for line in lines if line["event"] == "store_without_checksums")
     assert said["code"] == "NotImplemented"
@@ -219,7 +225,7 @@ async def test_store_that_will_never_do_ends_the_start_with_one_line(
 ) -> None:
     await scene.submit()
     worker = scene.launch(**settings)
-    assert await scene.ended(worker) == UNAVAILABLE
+    assert await scene.exit_code(worker) == UNAVAILABLE
     log = worker.log.read_text()
     lines = [json.loads(line) for line in log.splitlines()]
     (said,) = (line for line in lines if line["level"] == "error")
@@ -240,11 +246,11 @@ async def test_request_of_a_worker_that_has_lost_its_store_is_done_by_another_on
     lost = await start(scene, proxy, "without_store_patience")
     proxy.otherwise = refuses("503 Service Unavailable", "SlowDown")
     request_id = await scene.submit()
-    await scene.logged(lost, "store_unavailable")
+    await scene.until_logged(lost, "store_unavailable")
     other = await scene.start(CONSUMER_WORKER="other")
     event = await scene.event(request_id)
     assert (event["type"], event["worker"]) == ("generation.v1.succeeded", "other")
     second = await scene.submit()
     assert (await scene.event(second))["worker"] == "other"
     assert await scene.dead_letters() == []
-    await all_well(scene, other)
+    await assert_all_ready(scene, other)

@@ -30,7 +30,7 @@ from generation_contracts import (
 )
 from tests.gateway.open_jobs import ALICE, BOB, OpenJobs, open_jobs, opened
 from tests.gateway.test_pace import succeeded as measured
-from tests.support.outage import let_go, outage
+from tests.support.outage import outage, resume
 from tests.support.scene import WITHIN, Scene
 
 __all__ = ["opened"]
@@ -260,7 +260,7 @@ async def test_a_copy_of_another_message_id_is_not_run(scene: Scene, opened: Ope
         await scene.start()
         results = await asyncio.gather(opened.jobs.result(one), second.jobs.result(other))
     assert results[0] == results[1]
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [one.id]
 
 
@@ -287,8 +287,8 @@ async def test_a_key_for_two_requests_at_once(scene: Scene, opened: OpenJobs) ->
             second.submit(key="k", prompt="b"),
             return_exceptions=True,
         )
-        await scene.noted("run")
-        await let_go(scene, "run")
+        await scene.until_noted("run")
+        await resume(scene, "run")
         outcomes = [
             job
             if isinstance(job, BaseException)
@@ -298,7 +298,7 @@ async def test_a_key_for_two_requests_at_once(scene: Scene, opened: OpenJobs) ->
     assert sorted(type(outcome).__name__ for outcome in outcomes) == ["ApiError", "SucceededEvent"]
     (error,) = (outcome for outcome in outcomes if isinstance(outcome, ApiError))
     assert error.code == "idempotency_key_reused"
-    await scene.emptied()
+    await scene.until_empty()
     assert len(scene.runs()) == 1
 
 
@@ -318,11 +318,11 @@ async def test_the_job_outlives_its_gateway(scene: Scene) -> None:
     await scene.start("held_in_run")
     async with open_jobs(scene) as first:
         job = await first.submit(key="k", wait=True)
-        await scene.noted("run")
+        await scene.until_noted("run")
     async with open_jobs(scene) as second:
         again = await second.submit(key="k", wait=True)
         waiting = asyncio.ensure_future(second.jobs.result(again))
-        await let_go(scene, "run")
+        await resume(scene, "run")
         result = await waiting
     assert result.request_id == job.id == again.id
     assert scene.runs() == [job.id]
@@ -376,9 +376,9 @@ async def test_an_announcement_that_was_lost(scene: Scene) -> None:
 async def test_many_who_wait_for_one_job(scene: Scene, opened: OpenJobs) -> None:
     await scene.start("held_in_run")
     job = await opened.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     waiting = [asyncio.ensure_future(events_of(opened, job)) for _ in range(200)]
-    await let_go(scene, "run")
+    await resume(scene, "run")
     found = await asyncio.gather(*waiting)
     ends = [[entry.id for entry in entries] for entries in found]
     assert all(sum(i.is_terminal for i in one) == 1 and one[-1].is_terminal for one in ends)
@@ -416,9 +416,9 @@ async def test_who_waits_survives_a_restart_of_the_broker(
     worker = await scene.start("held_in_run")
     jobs = [await opened.submit() for _ in range(20)]
     waiting = [asyncio.ensure_future(opened.jobs.result(job)) for job in jobs]
-    await scene.noted("run")
+    await scene.until_noted("run")
     async with outage(scene, how, worker):
-        await let_go(scene, "run")
+        await resume(scene, "run")
     results = await asyncio.wait_for(asyncio.gather(*waiting), WITHIN)
     assert [result.request_id for result in results] == [job.id for job in jobs]
 
@@ -500,7 +500,7 @@ async def test_an_outage_counts_from_its_first_failed_lookup(
 async def test_cancelling_a_job_that_waits(scene: Scene, opened: OpenJobs) -> None:
     await scene.start("held_in_run")
     first = await opened.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     second = await opened.submit()
     waiting = asyncio.ensure_future(opened.jobs.result(second))
     view = await opened.jobs.cancel(ALICE, second.id)
@@ -509,7 +509,7 @@ async def test_cancelling_a_job_that_waits(scene: Scene, opened: OpenJobs) -> No
         await waiting
     assert refused(error) == (409, "cancelled")
     assert (await opened.jobs.cancel(ALICE, second.id)).state == "cancelled"
-    await let_go(scene, "run")
+    await resume(scene, "run")
     await opened.jobs.result(first)
     with pytest.raises(ApiError) as error:
         await opened.jobs.cancel(ALICE, first.id)
@@ -520,7 +520,7 @@ async def test_cancelling_a_job_that_waits(scene: Scene, opened: OpenJobs) -> No
 async def test_cancelling_a_job_that_runs(scene: Scene, opened: OpenJobs) -> None:
     await scene.start()
     job = await opened.submit(num_inference_steps=200)
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     view = await opened.jobs.cancel(ALICE, job.id)
     assert view.state in {"running", "cancelled"}
     assert (await events_of(opened, job))[-1].event.type == "generation.v1.cancelled"
@@ -546,7 +546,7 @@ async def test_abandoning_a_job(scene: Scene, opened: OpenJobs) -> None:
             await opened.jobs.abandon(job)
 
     serving = asyncio.ensure_future(request())
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     serving.cancel()
     await asyncio.wait({serving})
     await until_state(scene, opened, job, "cancelled")
@@ -624,7 +624,7 @@ async def test_only_so_many_jobs_are_abandoned_at_a_time(
 async def test_tenants_see_nothing_of_each_other(scene: Scene, opened: OpenJobs) -> None:
     await scene.start("held_in_run")
     running = await opened.submit(ALICE)
-    await scene.noted("run")
+    await scene.until_noted("run")
     waiting = await opened.submit(ALICE)
     for job in (running, waiting):
         for looking in (opened.jobs.find(BOB, job.id), opened.jobs.cancel(BOB, job.id)):
@@ -637,7 +637,7 @@ async def test_tenants_see_nothing_of_each_other(scene: Scene, opened: OpenJobs)
     assert all((n.waiting, n.running) == (0, 0) for n in counted.values())
     own = (await opened.jobs.numbers(ALICE))[scene.task]
     assert (own.waiting, own.running) == (1, 1)
-    await let_go(scene, "run")
+    await resume(scene, "run")
     await opened.jobs.result(waiting)
     assert (await opened.jobs.page(BOB)).jobs == []
     with pytest.raises(ApiError):
@@ -685,13 +685,13 @@ async def test_without_keys_all_is_counted(scene: Scene, opened: OpenJobs) -> No
 async def test_positions_and_estimates(scene: Scene, opened: OpenJobs) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     first, *others = [await opened.submit() for _ in range(4)]
-    await scene.noted("run")
+    await scene.until_noted("run")
     views = [await view_of(opened, job) for job in others]
     assert [view.state for view in views] == ["queued"] * 3
     assert [view.position for view in views] == [0, 1, 2]
     assert [view.estimated_start for view in views] == [None] * 3, "nothing was measured yet"
     assert (await view_of(opened, first)).state == "running"
-    await let_go(scene, "run")
+    await resume(scene, "run")
     await opened.jobs.result(others[-1])
     pace = opened.jobs._pace.seconds(scene.task)
     assert pace is not None
@@ -707,7 +707,7 @@ async def test_positions_count_what_a_worker_has_received_in_advance(
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="3")
     opened.jobs._pace.add(measured(10.0))
     running = await opened.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     await until_state(scene, opened, running, "running")
     others = [await opened.submit() for _ in range(4)]
 
@@ -732,7 +732,7 @@ async def test_positions_count_what_a_worker_has_received_in_advance(
     own = (await opened.jobs.numbers(ALICE))[scene.task]
     assert (own.waiting, own.running) == (4, 1)
     await in_advance.nak()
-    await let_go(scene, "run")
+    await resume(scene, "run")
     await asyncio.gather(*(opened.jobs.result(job) for job in others))
 
 
@@ -741,7 +741,7 @@ async def test_runs_of_senders_without_a_gateway_are_counted(
 ) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     await scene.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
 
     async def runs() -> bool:
         return opened.jobs._runs.count(scene.task) == 1
@@ -749,7 +749,7 @@ async def test_runs_of_senders_without_a_gateway_are_counted(
     await scene.until(runs, "a run")
     job = await opened.submit()
     assert (await view_of(opened, job)).position == 0
-    await let_go(scene, "run")
+    await resume(scene, "run")
     await opened.jobs.result(job)
 
 

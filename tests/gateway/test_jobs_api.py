@@ -19,7 +19,7 @@ from consumer.gateway.tenants import Bounds
 from tests.gateway.open_jobs import settings_of
 from tests.gateway.serving import serving
 from tests.support.forked import ForkedGateway
-from tests.support.outage import let_go, outage
+from tests.support.outage import outage, resume
 from tests.support.scene import WITHIN, Scene
 
 Json = dict[str, Any]
@@ -294,7 +294,7 @@ async def test_the_idempotency_key(scene: Scene, api: Api) -> None:
 async def test_the_place_in_the_queue_is_streamed(scene: Scene, api: Api) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     first = await api.alice.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     second, third = [await api.alice.submit() for _ in range(2)]
     messages = api.alice.messages(third)
     message = await anext(messages)
@@ -309,7 +309,7 @@ async def test_the_place_in_the_queue_is_streamed(scene: Scene, api: Api) -> Non
     assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
     message = await anext(messages)
     assert (message.event, message.data["position"]) == ("queued", 0)
-    await let_go(scene, "run")
+    await resume(scene, "run")
     events = [message.event async for message in messages]
     assert events[0] in {"started", "queued"}
     assert events[-1] == "succeeded"
@@ -319,7 +319,7 @@ async def test_the_place_in_the_queue_is_streamed(scene: Scene, api: Api) -> Non
 async def test_the_start_is_estimated_once_a_result_was_measured(scene: Scene, api: Api) -> None:
     worker = await scene.start("slow_steps")
     await api.alice.end(await api.alice.submit(num_inference_steps=1))
-    await scene.emptied()
+    await scene.until_empty()
     await asyncio.to_thread(worker.kill)
     jobs = [await api.alice.submit() for _ in range(3)]
     now = datetime.now(UTC)
@@ -367,12 +367,12 @@ async def test_a_client_that_waits_finds_its_job_by_key_when_its_gateway_is_kill
     options: Json = {"json": {"prompt": "a"}, "headers": {"idempotency-key": "k"}}
     path = "/v1/images/generations"
     waiting = asyncio.ensure_future(api.alice.ask("POST", path, at=2, **options))
-    await scene.noted("run")
+    await scene.until_noted("run")
     await asyncio.to_thread(doomed.kill)
     with pytest.raises(httpx2.RemoteProtocolError):
         await waiting
     again = asyncio.ensure_future(api.alice.ask("POST", path, at=1, **options))
-    await let_go(scene, "run")
+    await resume(scene, "run")
     answer = await again
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["data"]) == 1
@@ -396,11 +396,11 @@ async def test_resuming_after_the_end(scene: Scene, api: Api) -> None:
 async def test_a_stream_survives_a_restart_of_the_broker(scene: Scene, api: Api) -> None:
     worker = await scene.start("held_in_run")
     job = await api.alice.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     watching = asyncio.ensure_future(_all(api.alice.messages(job)))
     await asyncio.sleep(0.1)
     async with outage(scene, "kill", worker):
-        await let_go(scene, "run")
+        await resume(scene, "run")
     messages = await asyncio.wait_for(watching, WITHIN)
     assert messages[-1].event == "succeeded"
     assert [m.event for m in messages].count("succeeded") == 1
@@ -424,7 +424,7 @@ async def test_cancelling(scene: Scene, api: Api) -> None:
 async def test_the_list(scene: Scene, api: Api) -> None:
     await scene.start("held_in_run")
     jobs = [await api.alice.submit() for _ in range(3)]
-    await scene.noted("run")
+    await scene.until_noted("run")
     await api.bob.submit()
     listed = (await api.alice.ask("GET", "/v1/jobs")).json()
     assert listed["object"] == "list"
@@ -434,7 +434,7 @@ async def test_the_list(scene: Scene, api: Api) -> None:
     second = (await api.alice.ask("GET", f"/v1/jobs?limit=2&after={first['next']}")).json()
     assert [job["id"] for job in second["data"]] == [jobs[0]["id"]]
     assert (second["has_more"], second["next"]) == (False, None)
-    await let_go(scene, "run")
+    await resume(scene, "run")
     for job in jobs:
         await api.alice.end(job)
     ended = (await api.alice.ask("GET", "/v1/jobs?state=succeeded&state=failed")).json()
@@ -452,7 +452,7 @@ async def test_the_list(scene: Scene, api: Api) -> None:
 async def test_the_queue(scene: Scene, api: Api) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     await api.alice.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     await api.alice.submit()
     queue = (await api.alice.ask("GET", "/v1/queue")).json()
     assert queue == {

@@ -35,8 +35,8 @@ from consumer.runners.text_to_image.memory_guard import min_decode_bytes
 from consumer.runners.text_to_image.safety import load_checker
 from generation_contracts import ArtifactReference, ImageToTextRequest, Request, Task
 from tests.support.family_table import FAMILIES
-from tests.support.image_runs import asked, made_of, model, pipeline, pixels
-from tests.support.model_runs import run_of
+from tests.support.image_runs import model, pipeline, pixels, run_checked, small_request
+from tests.support.model_runs import run_request
 from tests.support.tiny_adapters import save_adapter
 from tests.support.tiny_models import Folder, Load
 
@@ -72,7 +72,7 @@ class Asking:
     steps: list[tuple[int, int]] = field(default_factory=list)
 
     def run(self) -> RunRequest:
-        return run_of(
+        return run_request(
             self.request,
             self.images,
             on_step=lambda *step: self.steps.append(step),
@@ -118,7 +118,7 @@ def same_as_alone(runner: ModelRunner, *asking: Asking) -> list[RunnerOutput]:
         The outputs of the runs alone.
     """
     outputs = all_of(together(runner, *asking))
-    alone = [made_of(runner, one.request) for one in asking]
+    alone = [run_checked(runner, one.request) for one in asking]
     for output, single in zip(outputs, alone, strict=True):
         same_but_for_rounding(output, single)
     return alone
@@ -129,7 +129,7 @@ def test_each_request_gets_the_images_that_it_would_get_alone(
     name: str, options: dict[str, Any], shared_runner: Shared
 ) -> None:
     asking = [
-        Asking(asked(prompt=prompt, seed=seed))
+        Asking(small_request(prompt=prompt, seed=seed))
         for prompt, seed in (("a cat", 7), (LONG, 90), ("sea", 7))
     ]
     alone = same_as_alone(shared_runner(name, **options), *asking)
@@ -149,7 +149,7 @@ def test_images_prompts_and_cuts_stay_with_their_request(
         negative = ["dark", "ugly, blurred, with many more words than the others have", TOO_LONG]
         fields = [{"guidance_scale": 4.0, "negative_prompt": text} for text in negative]
     asking = [
-        Asking(asked(prompt=prompt, seed=seed, num_images=2, **more))
+        Asking(small_request(prompt=prompt, seed=seed, num_images=2, **more))
         for prompt, seed, more in zip(
             ("a cat", TOO_LONG, "the sea"), (7, 2**32 - 1, 9), fields, strict=True
         )
@@ -161,10 +161,10 @@ def test_images_prompts_and_cuts_stay_with_their_request(
 def test_words_in_quotes_go_with_words_in_quotes(shared_runner: Shared) -> None:
     # HunyuanImage guides all images of a call otherwise where one of them has such words.
     runner = shared_runner("hunyuan_image")
-    quoted, plain = asked(prompt='a sign: "open"'), asked(prompt="a sign")
-    negated = asked(prompt="a sign", negative_prompt='"shut"')
+    quoted, plain = small_request(prompt='a sign: "open"'), small_request(prompt="a sign")
+    negated = small_request(prompt="a sign", negative_prompt='"shut"')
     assert len({runner.batch_key(r) for r in (quoted, plain, negated)}) == 3
-    asking = [Asking(quoted), Asking(asked(prompt="'a' and “b”: " + TOO_LONG, seed=9))]
+    asking = [Asking(quoted), Asking(small_request(prompt="'a' and “b”: " + TOO_LONG, seed=9))]
     same_as_alone(runner, *asking)
 
 
@@ -173,7 +173,7 @@ def test_the_demonstration_model_draws_the_same_in_batches() -> None:
     runner.load()
     prompts = ["a red circle", "a large blue heart on a yellow background", "a star", "a cross"]
     asking = [
-        Asking(asked(prompt=prompt, seed=seed, num_inference_steps=None))
+        Asking(small_request(prompt=prompt, seed=seed, num_inference_steps=None))
         for seed, prompt in enumerate(prompts)
     ]
     same_as_alone(runner, *asking)
@@ -186,7 +186,7 @@ def test_flags_and_what_is_told_of_them_are_each_requests_own(
     runner = shared_runner("hunyuan_dit")
     flags = [False, False, True, False]
     monkeypatch.setattr(pipeline(runner), "run_safety_checker", lambda image, *_: (image, flags))
-    asking = [Asking(asked(num_images=2)), Asking(asked(num_images=2, seed=9))]
+    asking = [Asking(small_request(num_images=2)), Asking(small_request(num_images=2, seed=9))]
     first, second = all_of(together(runner, *asking))
     assert [image.flagged for image in (*first.images, *second.images)] == flags
     assert first.warnings == ()
@@ -199,7 +199,7 @@ def test_the_operators_checker_judges_each_request_by_itself(
     runner = shared_runner("stable_diffusion_3")
     checker = load_checker("tests.support.checkers:flags_the_second")
     monkeypatch.setattr(runner._model, "_checker", checker)
-    asking = [Asking(asked(num_images=2)), Asking(asked(num_images=2, seed=9))]
+    asking = [Asking(small_request(num_images=2)), Asking(small_request(num_images=2, seed=9))]
     for output in all_of(together(runner, *asking)):
         assert [image.flagged for image in output.images] == [False, True]
 
@@ -210,9 +210,11 @@ def test_adapters_are_in_use_for_the_whole_batch_and_not_afterwards(
     plain = shared_runner("stable_diffusion_3")
     file = save_adapter(pipeline(plain), tmp_path)
     runner = load(model_folder("stable_diffusion_3"), adapters={"ink": str(file)})
-    asking = [Asking(asked(prompt=p, adapters={"ink": 0.5})) for p in ("a cat", "a dog")]
+    asking = [Asking(small_request(prompt=p, adapters={"ink": 0.5})) for p in ("a cat", "a dog")]
     same_as_alone(runner, *asking)
-    assert pixels(made_of(runner, asked())) == pixels(made_of(plain, asked()))
+    assert pixels(run_checked(runner, small_request())) == pixels(
+        run_checked(plain, small_request())
+    )
 
 
 # -- images: what goes together -----------------------------------------------------------------
@@ -237,28 +239,30 @@ def test_requests_go_together_if_what_a_call_has_in_common_is_the_same(
     fields: dict[str, Any], goes_along: bool, shared_runner: Shared
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
-    assert (runner.batch_key(asked(**fields)) == runner.batch_key(asked())) is goes_along
+    assert (
+        runner.batch_key(small_request(**fields)) == runner.batch_key(small_request())
+    ) is goes_along
 
 
 def test_guiders_are_compared_too(shared_runner: Shared) -> None:
     # The scale of a guider is no argument of the call.
     runner = shared_runner("hunyuan_image")
-    assert runner.batch_key(asked()) == runner.batch_key(asked(guidance_scale=3.5))
-    assert runner.batch_key(asked()) != runner.batch_key(asked(guidance_scale=4.0))
+    assert runner.batch_key(small_request()) == runner.batch_key(small_request(guidance_scale=3.5))
+    assert runner.batch_key(small_request()) != runner.batch_key(small_request(guidance_scale=4.0))
 
 
 def test_weights_of_adapters_are_compared_in_any_order(shared_runner: Shared) -> None:
     runner = shared_runner("stable_diffusion_3")
     keys = {
-        runner.batch_key(asked(adapters=adapters))
+        runner.batch_key(small_request(adapters=adapters))
         for adapters in ({"a": 1, "b": 0.5}, {"b": 0.5, "a": 1.0}, {"b": 0.5, "a": 1, "c": 0})
     }
     assert len(keys) == 1
-    assert runner.batch_key(asked(adapters={"a": 1, "b": 0.4})) not in keys
+    assert runner.batch_key(small_request(adapters={"a": 1, "b": 0.4})) not in keys
 
 
 def test_who_wants_previews_runs_alone(shared_runner: Shared) -> None:
-    assert shared_runner("stable_diffusion_3").batch_key(asked(preview=True)) is None
+    assert shared_runner("stable_diffusion_3").batch_key(small_request(preview=True)) is None
 
 
 def test_a_family_that_was_not_measured_runs_alone(
@@ -273,8 +277,8 @@ def test_a_family_that_was_not_measured_runs_alone(
     (other / "model_index.json").unlink()
     index["_class_name"] = "PixArtAlphaPipeline"
     (other / "model_index.json").write_text(json.dumps(index))
-    assert load(other).batch_key(asked()) is None
-    assert shared_runner("pixart").batch_key(asked()) is not None
+    assert load(other).batch_key(small_request()) is None
+    assert shared_runner("pixart").batch_key(small_request()) is not None
 
 
 def test_every_measured_family_is_measured_here(shared_runner: Shared) -> None:
@@ -299,12 +303,12 @@ def test_options_by_which_neighbours_would_change_an_image_make_each_run_alone(
 ) -> None:
     runner = shared_runner(name)
     keys = image_batch.BatchKeys(pipeline(runner), model(runner)._parameters, ModelConfig(**config))
-    assert (keys.key(asked()) is None) is alone
+    assert (keys.key(small_request()) is None) is alone
 
 
 def test_with_a_step_cache_each_runs_alone(model_folder: Folder, load: Load) -> None:
     runner = load(model_folder("flux", blocks=2), step_cache=0.1)
-    assert runner.batch_key(asked()) is None
+    assert runner.batch_key(small_request()) is None
 
 
 # -- images: who leaves, and what fails ---------------------------------------------------------
@@ -313,8 +317,10 @@ def test_with_a_step_cache_each_runs_alone(model_folder: Folder, load: Load) -> 
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "pixart"])  # both kinds of callbacks
 def test_who_is_cancelled_leaves_and_the_others_go_on(name: str, shared_runner: Shared) -> None:
     runner = shared_runner(name)
-    undisturbed = all_of(together(runner, *(Asking(asked(seed=seed)) for seed in (1, 2, 3))))
-    asking = [Asking(asked(seed=seed)) for seed in (1, 2, 3)]
+    undisturbed = all_of(
+        together(runner, *(Asking(small_request(seed=seed)) for seed in (1, 2, 3)))
+    )
+    asking = [Asking(small_request(seed=seed)) for seed in (1, 2, 3)]
     asking[1].leaves_at = 2
     first, second, third = together(runner, *asking)
     assert second is None
@@ -331,12 +337,15 @@ def test_who_is_cancelled_leaves_and_the_others_go_on(name: str, shared_runner: 
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "pixart"])
 def test_when_all_have_left_the_run_stops_at_that_step(name: str, shared_runner: Shared) -> None:
     runner = shared_runner(name)
-    undisturbed = pixels(made_of(runner, asked()))
-    asking = [Asking(asked(seed=1), leaves_at=2), Asking(asked(seed=2), leaves_at=1)]
+    undisturbed = pixels(run_checked(runner, small_request()))
+    asking = [
+        Asking(small_request(seed=1), leaves_at=2),
+        Asking(small_request(seed=2), leaves_at=1),
+    ]
     with pytest.raises(Interrupted):
         together(runner, *asking)
     assert [len(one.steps) for one in asking] == [2, 1]
-    assert pixels(made_of(runner, asked())) == undisturbed
+    assert pixels(run_checked(runner, small_request())) == undisturbed
 
 
 def test_who_was_cancelled_before_is_not_made(shared_runner: Shared) -> None:
@@ -345,7 +354,7 @@ def test_who_was_cancelled_before_is_not_made(shared_runner: Shared) -> None:
     hook = pipeline(runner).vae.decoder.register_forward_pre_hook(
         lambda _, inputs: decoded.append(len(inputs[0]))
     )
-    asking = [Asking(asked(seed=seed)) for seed in (1, 2, 3)]
+    asking = [Asking(small_request(seed=seed)) for seed in (1, 2, 3)]
     asking[0].leaves_at = asking[2].leaves_at = 0
     outputs = together(runner, *asking)
     with pytest.raises(Interrupted):
@@ -354,7 +363,7 @@ def test_who_was_cancelled_before_is_not_made(shared_runner: Shared) -> None:
     assert decoded == [1]
     assert outputs[0] is outputs[2] is None
     assert outputs[1] is not None
-    assert pixels(outputs[1]) == pixels(made_of(runner, asked(seed=2)))
+    assert pixels(outputs[1]) == pixels(run_checked(runner, small_request(seed=2)))
     assert (asking[0].steps, asking[2].steps) == ([], [])
 
 
@@ -364,7 +373,7 @@ def test_more_images_than_can_be_decoded_at_once_are_not_begun(
     runner = shared_runner("stable_diffusion_3")
     least = min_decode_bytes(pipeline(runner), images=4, width=64, height=64)
     assert least is not None
-    asking = [Asking(asked(num_images=2)), Asking(asked(num_images=2, seed=9))]
+    asking = [Asking(small_request(num_images=2)), Asking(small_request(num_images=2, seed=9))]
     monkeypatch.setattr(runner._model, "_free_bytes", lambda _: least - 1)
     with pytest.raises(OutOfMemory) as full:
         together(runner, *asking)
@@ -378,7 +387,7 @@ def test_a_batch_that_fails_keeps_nothing_and_leaves_the_model_as_it_was(
     shared_runner: Shared,
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
-    before = pixels(made_of(runner, asked()))
+    before = pixels(run_checked(runner, small_request()))
     seen: list[weakref.ref[torch.Tensor]] = []
 
     def fail(_: Any, latents: tuple[torch.Tensor, ...]) -> None:
@@ -389,13 +398,13 @@ def test_a_batch_that_fails_keeps_nothing_and_leaves_the_model_as_it_was(
     gc.disable()
     try:
         with pytest.raises(OutOfMemory) as failed:
-            together(runner, Asking(asked()), Asking(asked(seed=9)))
+            together(runner, Asking(small_request()), Asking(small_request(seed=9)))
         assert seen[0]() is None
     finally:
         gc.enable()
         hook.remove()
     assert failed.value.__context__ is None
-    assert pixels(made_of(runner, asked())) == before
+    assert pixels(run_checked(runner, small_request())) == before
 
 
 # -- texts: what each request gets ----------------------------------------------------------------

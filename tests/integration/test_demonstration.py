@@ -17,7 +17,7 @@ from consumer.runners.demonstration.training.sentences import description
 from generation_contracts import Task
 from tests.bench.models import Bench, measure, measure_autoencoder
 from tests.contracts.test_wheel import uv
-from tests.support.pixel_checker import seen
+from tests.support.pixel_checker import read_scene
 
 MOST_BYTES = 10_000_000  # of both models' weights
 
@@ -63,7 +63,7 @@ def test_the_prompt_of_the_demonstration_is_drawn_and_described(bench: Bench) ->
     pictures = [bench.picture(wanted, seed) for seed in range(6)]
     told = [bench.text([picture], "Describe this picture.") for picture in pictures]
     # The checker wants more of a star of twelve pixels than the eye does.
-    assert sum(seen(picture) == scene for picture in pictures) >= 5
+    assert sum(read_scene(picture) == scene for picture in pictures) >= 5
     assert sum(text == description(scene) for text in told) >= 5
 
 
@@ -71,21 +71,23 @@ def test_a_thing_alone_means_it_in_the_center_on_white(bench: Bench) -> None:
     things = [Thing(colour, shape) for colour in ("red", "black") for shape in SHAPES]
     pictures = [bench.picture(f"a {t.colour} {t.shape}", n) for n, t in enumerate(things)]
     meant = [Scene("white", (thing,)) for thing in things]
-    right = sum(seen(p) == scene for p, scene in zip(pictures, meant, strict=True))
+    right = sum(read_scene(p) == scene for p, scene in zip(pictures, meant, strict=True))
     assert right >= len(things) - 2
 
 
 def test_another_seed_is_another_picture_of_the_same(bench: Bench) -> None:
     first, second = (bench.picture("a blue square", seed) for seed in (1, 2))
     assert first.tobytes() != second.tobytes()
-    assert seen(first) == seen(second) == Scene("white", (Thing("blue", "square"),))
+    assert read_scene(first) == read_scene(second) == Scene("white", (Thing("blue", "square"),))
 
 
 def test_a_negative_prompt_keeps_away_what_it_names(bench: Bench) -> None:
     """Without a colour in the prompt any may come; named in the negative prompt it does not."""
     colours = {}
     for negative in ("", "red"):
-        shown = [seen(bench.picture("a circle", n, negative_prompt=negative)) for n in range(8)]
+        shown = [
+            read_scene(bench.picture("a circle", n, negative_prompt=negative)) for n in range(8)
+        ]
         colours[negative] = {scene.things[0].colour for scene in shown if scene is not None}
     assert len(colours[""]) > 2
     assert "red" not in colours["red"]
@@ -95,7 +97,7 @@ def test_guidance_makes_a_picture_follow_its_prompt(bench: Bench) -> None:
     scene = Scene("green", (Thing("pink", "heart", "large"),), "left")
     wanted = "a large pink heart on a green background on the left"
     pictures = {scale: bench.picture(wanted, 5, guidance_scale=scale) for scale in (0.0, 4.0)}
-    assert seen(pictures[4.0]) == scene
+    assert read_scene(pictures[4.0]) == scene
     assert pictures[0.0].tobytes() != pictures[4.0].tobytes()
 
 

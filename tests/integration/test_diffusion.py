@@ -28,7 +28,7 @@ from consumer.runners.device import Placement
 from consumer.runners.text_to_image import diffusion
 from consumer.runners.text_to_image.memory import save
 from generation_contracts import Task, TextToImageRequest
-from tests.support.image_runs import StopAt, asked, made, model, pipeline, pixels
+from tests.support.image_runs import StopAt, model, pipeline, pixels, run_small, small_request
 from tests.support.model_runs import run_model
 from tests.support.tiny_models import Folder, Load
 
@@ -71,8 +71,8 @@ def test_the_demonstration_model_makes_64_by_64_pixels_where_nothing_is_said() -
 
 
 def test_the_side_that_is_not_asked_for_is_the_default(sd3: ModelRunner) -> None:
-    assert made(sd3, width=96, height=None).images[0].image.size == (96, 64)
-    assert made(sd3, width=None, height=32).images[0].image.size == (64, 32)
+    assert run_small(sd3, width=96, height=None).images[0].image.size == (96, 64)
+    assert run_small(sd3, width=None, height=32).images[0].image.size == (64, 32)
 
 
 def test_a_second_order_scheduler_counts_its_own_steps(model_folder: Folder, load: Load) -> None:
@@ -80,7 +80,7 @@ def test_a_second_order_scheduler_counts_its_own_steps(model_folder: Folder, loa
     shared = pipeline(runner)
     shared.scheduler = HeunDiscreteScheduler.from_config(shared.scheduler.config)
     steps: list[tuple[int, int]] = []
-    run_model(runner, asked(), [], on_step=lambda *step: steps.append(step))
+    run_model(runner, small_request(), [], on_step=lambda *step: steps.append(step))
     assert steps == [(n, 5) for n in range(1, 6)]
 
 
@@ -89,7 +89,7 @@ def test_a_blanked_image_is_told(shared_runner: Shared, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         pipeline(runner), "run_safety_checker", lambda image, *_: (image, [False, True])
     )
-    output = made(runner, num_images=2)
+    output = run_small(runner, num_images=2)
     assert output.warnings == ("the model's safety checker blanked images: 1",)
 
 
@@ -97,12 +97,12 @@ def test_a_blanked_image_is_told(shared_runner: Shared, monkeypatch: pytest.Monk
 
 
 def test_one_seed_makes_one_image(sd3: ModelRunner) -> None:
-    assert pixels(made(sd3)) == pixels(made(sd3))
-    assert pixels(made(sd3)) != pixels(made(sd3, seed=8))
+    assert pixels(run_small(sd3)) == pixels(run_small(sd3))
+    assert pixels(run_small(sd3)) != pixels(run_small(sd3, seed=8))
 
 
 def test_seeds_go_up_by_one_and_start_again_after_the_largest(sd3: ModelRunner) -> None:
-    output = made(sd3, seed=2**32 - 1, num_images=3)
+    output = run_small(sd3, seed=2**32 - 1, num_images=3)
     assert [image.seed for image in output.images] == [2**32 - 1, 0, 1]
     assert len(set(pixels(output))) == 3
 
@@ -114,8 +114,8 @@ def test_an_image_of_several_is_the_image_of_its_own_seed(
     family: str, shared_runner: Shared
 ) -> None:
     runner = shared_runner(family)
-    several = made(runner, num_images=3).images
-    alone = [made(runner, seed=7 + n).images[0] for n in range(3)]
+    several = run_small(runner, num_images=3).images
+    alone = [run_small(runner, seed=7 + n).images[0] for n in range(3)]
     for one, other in zip(several, alone, strict=True):
         assert largest_difference(one.image, other.image) <= 3  # of 255; batches round otherwise
 
@@ -131,7 +131,7 @@ def test_a_run_does_not_cast_the_shared_weights(
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     wanted = {part: getattr(torch, dtype) for part in parts}
     assert {part: getattr(pipeline(runner), part).dtype for part in parts} == wanted
-    made(runner)
+    run_small(runner)
     assert {part: getattr(pipeline(runner), part).dtype for part in parts} == wanted
     description = runner._model.description if runner._model else None
     assert description is not None
@@ -142,7 +142,7 @@ def test_vae_types_are_given_back_when_decoding_fails(model_folder: Folder, load
     # SDXL in float16 decodes in float32; a failure there left the autoencoder so for good.
     runner = load(model_folder("stable_diffusion_xl"), dtype="float16")
     vae = pipeline(runner).vae
-    undisturbed = pixels(made(runner))
+    undisturbed = pixels(run_small(runner))
 
     def fail(*_: Any) -> None:
         assert vae.dtype == torch.float32
@@ -150,10 +150,10 @@ def test_vae_types_are_given_back_when_decoding_fails(model_folder: Folder, load
 
     hook = vae.decoder.register_forward_pre_hook(fail)
     with pytest.raises(OutOfMemory):
-        made(runner)
+        run_small(runner)
     hook.remove()
     assert vae.dtype == torch.float16
-    assert pixels(made(runner)) == undisturbed
+    assert pixels(run_small(runner)) == undisturbed
 
 
 def test_a_step_cache_of_a_cancelled_run_is_not_used_by_the_next(
@@ -161,10 +161,10 @@ def test_a_step_cache_of_a_cancelled_run_is_not_used_by_the_next(
 ) -> None:
     runner = load(model_folder("flux", blocks=2))
     pipeline(runner).transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
-    undisturbed = pixels(made(runner))
+    undisturbed = pixels(run_small(runner))
     with pytest.raises(Interrupted):
-        run_model(runner, asked(prompt="another"), [], cancelled=StopAt(2).is_reached)
-    assert pixels(made(runner)) == undisturbed
+        run_model(runner, small_request(prompt="another"), [], cancelled=StopAt(2).is_reached)
+    assert pixels(run_small(runner)) == undisturbed
 
 
 # The CPU stands for an accelerator: parts are moved by the same hooks, only not far. Sequential
@@ -180,12 +180,12 @@ def test_an_offloaded_pipeline_makes_the_same_images(
     cpu = Placement(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(diffusion, "place", lambda _: cpu)
     runner = load(model_folder("stable_diffusion_3"), offload=offload)
-    undisturbed = pixels(made(sd3))
-    assert pixels(made(runner)) == undisturbed
+    undisturbed = pixels(run_small(sd3))
+    assert pixels(run_small(runner)) == undisturbed
     with pytest.raises(Interrupted):
-        run_model(runner, asked(), [], cancelled=StopAt(2).is_reached)
-    assert pixels(made(runner)) == undisturbed
-    assert pixels(made(runner, save_memory=True)) == undisturbed
+        run_model(runner, small_request(), [], cancelled=StopAt(2).is_reached)
+    assert pixels(run_small(runner)) == undisturbed
+    assert pixels(run_small(runner, save_memory=True)) == undisturbed
 
 
 # -- what the model lacks ------------------------------------------------------------------------
@@ -226,10 +226,10 @@ def test_check_refuses_by_name_what_the_model_cannot_do(
 ) -> None:
     runner = shared_runner(family)
     if field is None:
-        runner.check(asked(**fields))
+        runner.check(small_request(**fields))
         return
     with pytest.raises(UnsupportedParameter, match=message) as refused:
-        runner.check(asked(**fields))
+        runner.check(small_request(**fields))
     assert refused.value.parameter == field
     assert str(refused.value).startswith(f"{field}: ")
 
@@ -238,12 +238,15 @@ def test_flux_without_a_distilled_scale_is_guided_against_a_negative_prompt(
     shared_runner: Shared,
 ) -> None:
     schnell = shared_runner("flux", reads_guidance=False)
-    plain = pixels(made(schnell))
-    guided = pixels(made(schnell, guidance_scale=4.0))
+    plain = pixels(run_small(schnell))
+    guided = pixels(run_small(schnell, guidance_scale=4.0))
     assert guided != plain
-    assert pixels(made(schnell, guidance_scale=4.0, negative_prompt="a dog")) not in (guided, plain)
+    assert pixels(run_small(schnell, guidance_scale=4.0, negative_prompt="a dog")) not in (
+        guided,
+        plain,
+    )
     with pytest.raises(UnsupportedParameter, match="only with guidance_scale above 1"):
-        made(schnell, negative_prompt="a dog")
+        run_small(schnell, negative_prompt="a dog")
 
 
 # -- a prompt that is too long --------------------------------------------------------------------
@@ -265,7 +268,7 @@ def test_a_cut_prompt_is_told_without_its_words(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with caplog.at_level(logging.DEBUG), capture_logs() as logs:
-        output = made(shared_runner(family), prompt=f"{SECRET} " * 100)
+        output = run_small(shared_runner(family), prompt=f"{SECRET} " * 100)
     assert output.warnings == tuple(
         f"the prompt was truncated: {name} read only its first {tokens} tokens"
         for name, tokens in encoders.items()
@@ -276,7 +279,7 @@ def test_a_cut_prompt_is_told_without_its_words(
 
 
 def test_a_prompt_that_fits_one_encoder_only_is_told_of_the_other(sd3: ModelRunner) -> None:
-    warnings = made(sd3, prompt="x" * 100).warnings
+    warnings = run_small(sd3, prompt="x" * 100).warnings
     assert [w.split(": ")[1].split()[0] for w in warnings] == ["tokenizer", "tokenizer_2"]
 
 
@@ -325,18 +328,18 @@ def test_an_exception_is_translated_and_its_tensors_are_freed(
     text: str,
     sd3: ModelRunner,
 ) -> None:
-    undisturbed = pixels(made(sd3))
+    undisturbed = pixels(run_small(sd3))
     inside = Inside(pipeline(sd3).transformer, error(message))
     gc.disable()
     try:
         with capture_logs() as logs, pytest.raises(translated, match=text) as raised:
-            made(sd3, prompt=SECRET)
+            run_small(sd3, prompt=SECRET)
         assert inside.freed()
     finally:
         gc.enable()
     assert raised.value.__context__ is None
     assert SECRET not in f"{raised.value} {logs}"
-    assert pixels(made(sd3)) == undisturbed
+    assert pixels(run_small(sd3)) == undisturbed
 
 
 def test_a_device_error_is_a_lost_device_and_the_device_is_not_used_again(
@@ -346,7 +349,7 @@ def test_a_device_error_is_a_lost_device_and_the_device_is_not_used_again(
     monkeypatch.setattr(diffusion, "release", released.append)
     inside = Inside(pipeline(sd3).transformer, torch.AcceleratorError(f"CUDA error: {SECRET}"))
     with capture_logs() as logs, pytest.raises(DeviceLost) as raised:
-        made(sd3)
+        run_small(sd3)
     inside.hook.remove()
     assert released == []
     assert SECRET not in f"{raised.value} {logs}"
@@ -361,14 +364,14 @@ def test_a_device_error_while_memory_is_given_back_is_a_lost_device(
     monkeypatch.setattr(diffusion, "release", fail)
     inside = Inside(pipeline(sd3).transformer, torch.OutOfMemoryError("no more"))
     with pytest.raises(DeviceLost):
-        made(sd3)
+        run_small(sd3)
     inside.hook.remove()
 
 
 def test_a_raised_exception_is_logged_with_its_class_and_place(sd3: ModelRunner) -> None:
     inside = Inside(pipeline(sd3).vae.decoder, ValueError(SECRET))
     with capture_logs() as logs, pytest.raises(ModelError):
-        made(sd3)
+        run_small(sd3)
     inside.hook.remove()
     (entry,) = logs
     assert (entry["event"], entry["error"]) == ("model_raised", "ValueError")
@@ -382,7 +385,7 @@ def test_pixels_that_are_not_numbers_are_an_error_and_no_black_image(
     with torch.no_grad():
         pipeline(runner).vae.decoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(ModelError, match="pixels that are not numbers"):
-        made(runner)
+        run_small(runner)
 
 
 def test_images_of_another_shape_are_an_error(
@@ -392,13 +395,13 @@ def test_images_of_another_shape_are_an_error(
     whole = processor.postprocess
     monkeypatch.setattr(processor, "postprocess", lambda *a, **k: whole(*a, **k)[:, :-8])
     with pytest.raises(ModelError, match="another shape"):
-        made(sd3)
+        run_small(sd3)
 
 
 def test_a_request_that_is_cancelled_already_does_not_start(sd3: ModelRunner) -> None:
     inside = Inside(pipeline(sd3).text_encoder, AssertionError("the text was read"))
     with pytest.raises(Interrupted):
-        run_model(sd3, asked(), [], cancelled=lambda: True)
+        run_model(sd3, small_request(), [], cancelled=lambda: True)
     inside.hook.remove()
 
 
@@ -414,7 +417,7 @@ def test_saving_memory_makes_one_image_at_a_time_and_is_off_afterwards(sd3: Mode
     steps: list[tuple[int, int]] = []
     output = run_model(
         sd3,
-        asked(num_images=2),
+        small_request(num_images=2),
         [],
         on_step=lambda *step: steps.append(step),
         save_memory=True,
@@ -425,26 +428,26 @@ def test_saving_memory_makes_one_image_at_a_time_and_is_off_afterwards(sd3: Mode
     assert [image.seed for image in output.images] == [7, 8]
     assert "memory was short" in output.warnings[0]
     assert (vae.use_slicing, vae.use_tiling) == (False, False)
-    assert pixels(output)[0] == pixels(made(sd3))[0]
+    assert pixels(output)[0] == pixels(run_small(sd3))[0]
 
 
 def test_saving_memory_is_off_after_a_failure_too(sd3: ModelRunner) -> None:
     inside = Inside(pipeline(sd3).transformer, torch.OutOfMemoryError("no more"))
     with pytest.raises(OutOfMemory):
-        made(sd3, save_memory=True)
+        run_small(sd3, save_memory=True)
     inside.hook.remove()
     assert (pipeline(sd3).vae.use_slicing, pipeline(sd3).vae.use_tiling) == (False, False)
 
 
 def test_parts_moved_for_one_run_are_brought_back(sd3: ModelRunner) -> None:
     shared = pipeline(sd3)
-    undisturbed = pixels(made(sd3))
+    undisturbed = pixels(run_small(sd3))
     with ExitStack() as undo:
         save(undo, shared, torch.device("cpu"), offload=True)
         assert shared.transformer._hf_hook is not None
-        assert pixels(made(sd3)) == undisturbed
+        assert pixels(run_small(sd3)) == undisturbed
     assert not hasattr(shared.transformer, "_hf_hook")
-    assert pixels(made(sd3)) == undisturbed
+    assert pixels(run_small(sd3)) == undisturbed
 
 
 def test_parts_that_do_not_fit_any_more_stay_in_main_memory(
@@ -452,7 +455,7 @@ def test_parts_that_do_not_fit_any_more_stay_in_main_memory(
 ) -> None:
     runner = load(model_folder("stable_diffusion_3"))
     shared = pipeline(runner)
-    undisturbed = pixels(made(runner))
+    undisturbed = pixels(run_small(runner))
     undo = ExitStack()
     save(undo, shared, torch.device("cpu"), offload=True)
     there_is_room = shared.to
@@ -466,4 +469,4 @@ def test_parts_that_do_not_fit_any_more_stay_in_main_memory(
         undo.close()
     assert [entry["event"] for entry in logs] == ["weights_stay_in_main_memory"]
     assert shared.transformer._hf_hook is not None
-    assert pixels(made(runner)) == undisturbed
+    assert pixels(run_small(runner)) == undisturbed

@@ -22,7 +22,7 @@ from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.faults import StoppedAtStep
 from generation_contracts import Task, TextToImageRequest
 from tests.support.family_table import FAMILIES, LARGEST_AREA, Family
-from tests.support.image_runs import asked, made, made_of, model, pipeline, pixels
+from tests.support.image_runs import model, pipeline, pixels, run_checked, run_small, small_request
 from tests.support.model_runs import run_model
 from tests.support.tiny_models import Folder
 
@@ -40,7 +40,7 @@ def runner(family: Family, shared_runner: Callable[..., ModelRunner]) -> ModelRu
 
 def refused(runner: ModelRunner, **fields: Any) -> str:
     with pytest.raises(UnsupportedParameter) as refusal:
-        runner.check(asked(**fields))
+        runner.check(small_request(**fields))
     assert str(refusal.value).startswith(f"{refusal.value.parameter}: ")
     return str(refusal.value)
 
@@ -69,7 +69,7 @@ def test_a_family_is_described_as_the_table_has_it(family: Family, runner: Model
 @each_family
 def test_a_family_makes_the_image_asked_for(family: Family, runner: ModelRunner) -> None:
     steps: list[tuple[int, int]] = []
-    request = asked(width=96, num_inference_steps=2)
+    request = small_request(width=96, num_inference_steps=2)
     output = run_model(runner, request, [], on_step=lambda *step: steps.append(step))
     (image,) = output.images
     assert (image.image.size, image.image.mode, image.seed) == ((96, 64), "RGB", 7)
@@ -101,7 +101,7 @@ def test_a_request_that_says_nothing_is_made_with_the_described_defaults(
 
     monkeypatch.setattr(type(pipeline(runner)), "__call__", note)
     with pytest.raises(Interrupted):
-        made_of(runner, TextToImageRequest(prompt="a cat"))
+        run_checked(runner, TextToImageRequest(prompt="a cat"))
     assert (given["width"], given["height"]) == (family.side, family.side)
     assert given["num_inference_steps"] == family.steps
     if family.guidance == "guider":
@@ -119,7 +119,7 @@ def test_a_request_that_says_nothing_is_made_with_the_described_defaults(
 def test_to_ask_for_the_default_guidance_is_the_same_as_to_say_nothing(
     family: Family, runner: ModelRunner
 ) -> None:
-    assert pixels(made(runner, guidance_scale=family.scale)) == pixels(made(runner))
+    assert pixels(run_small(runner, guidance_scale=family.scale)) == pixels(run_small(runner))
 
 
 # -- what it takes and refuses --------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_guidance_acts_or_is_refused(family: Family, runner: ModelRunner) -> Non
         line = refused(runner, guidance_scale=4.0)
         assert line == f"guidance_scale: {model(runner).description.info.family} does not have it"
         return
-    weak, strong = made(runner, guidance_scale=1.5), made(runner, guidance_scale=30.0)
+    weak, strong = run_small(runner, guidance_scale=1.5), run_small(runner, guidance_scale=30.0)
     assert pixels(weak) != pixels(strong)
 
 
@@ -141,8 +141,8 @@ def test_a_negative_prompt_acts_or_is_refused(family: Family, runner: ModelRunne
         line = refused(runner, negative_prompt="a dog")
         assert line == f"negative_prompt: {model(runner).description.info.family} does not have it"
         return
-    guided = pixels(made(runner, guidance_scale=6.0))
-    assert pixels(made(runner, guidance_scale=6.0, negative_prompt="a dog")) != guided
+    guided = pixels(run_small(runner, guidance_scale=6.0))
+    assert pixels(run_small(runner, guidance_scale=6.0, negative_prompt="a dog")) != guided
 
 
 @each_family
@@ -153,9 +153,9 @@ def test_sizes_that_the_family_cannot_make_are_refused(family: Family, runner: M
         sides = {"width": 2048, "height": 2048, name: 2048 + family.multiple}
         too_large = refused(runner, **sides)
         assert f"at most {LARGEST_AREA} pixels" in too_large
-    runner.check(asked(width=2048, height=2048))
+    runner.check(small_request(width=2048, height=2048))
     longest = family.largest or 4096
-    runner.check(asked(width=longest, height=64))
+    runner.check(small_request(width=longest, height=64))
     if family.largest is not None:
         line = refused(runner, height=family.largest + family.multiple)
         assert line == f"height: must be at most {family.largest}"
@@ -165,7 +165,7 @@ def test_sizes_that_the_family_cannot_make_are_refused(family: Family, runner: M
 def test_the_fewest_steps_make_an_image_and_fewer_are_refused(
     family: Family, runner: ModelRunner
 ) -> None:
-    made(runner, num_inference_steps=family.least)
+    run_small(runner, num_inference_steps=family.least)
     if family.least > 1:
         line = refused(runner, num_inference_steps=family.least - 1)
         assert line == f"num_inference_steps: must be at least {family.least}"
@@ -181,7 +181,7 @@ def test_previews_are_small_images_that_change_nothing_or_are_refused(
         return
     monkeypatch.setattr("consumer.runners.text_to_image.preview.MIN_INTERVAL", 0.0)
     monkeypatch.setattr("consumer.runners.text_to_image.preview.MAX_SHARE", 1e9)
-    request = asked(preview=True, num_inference_steps=6, num_images=2)
+    request = small_request(preview=True, num_inference_steps=6, num_images=2)
     runner.check(request)
     previews: list[bytes] = []
     output = run_model(
@@ -195,7 +195,7 @@ def test_previews_are_small_images_that_change_nothing_or_are_refused(
         with Image.open(io.BytesIO(preview)) as image:
             assert image.format == "JPEG"
             assert max(image.size) <= 256
-    assert pixels(output) == pixels(made(runner, num_inference_steps=6, num_images=2))
+    assert pixels(output) == pixels(run_small(runner, num_inference_steps=6, num_images=2))
 
 
 @each_family

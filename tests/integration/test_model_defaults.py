@@ -14,7 +14,7 @@ from consumer.runners.defaults import Default, checked_defaults
 from consumer.runners.text_to_image.parameters import Parameters
 from generation_contracts import TextToImageRequest
 from generation_contracts.requests import ImageToTextParameters, TextToImageParameters
-from tests.support.image_runs import asked, made_of, model, pipeline, pixels
+from tests.support.image_runs import model, pipeline, pixels, run_checked, small_request
 from tests.support.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
@@ -81,7 +81,7 @@ def test_defaults_are_described_and_go_before_those_of_the_model(
     described = parameters.description.defaults
     assert (described["num_inference_steps"], described["guidance_scale"]) == (4, 0)
     assert (described["width"], described["height"]) == (512, 64)
-    silent = asked(width=None, height=None, num_inference_steps=None)
+    silent = small_request(width=None, height=None, num_inference_steps=None)
     assert parameters.arguments(silent).items() >= {
         ("num_inference_steps", 4),
         ("guidance_scale", 0),
@@ -96,7 +96,7 @@ def test_defaults_are_described_and_go_before_those_of_the_model(
         "num_images": 2,
         "seed": 7,
     }
-    assert parameters.arguments(asked(guidance_scale=3.0))["guidance_scale"] == 3.0
+    assert parameters.arguments(small_request(guidance_scale=3.0))["guidance_scale"] == 3.0
 
 
 def test_a_model_refuses_to_load_with_defaults_that_it_cannot_honour(
@@ -111,11 +111,13 @@ def test_a_request_that_says_nothing_is_made_with_the_configured_defaults(
 ) -> None:
     small = {"width": 96, "num_inference_steps": 2, "guidance_scale": 4.0}
     runner = load(model_folder("flux", reads_guidance=False), defaults={**small, "height": 64})
-    silent = made_of(runner, TextToImageRequest(prompt="a cat", seed=7))
+    silent = run_checked(runner, TextToImageRequest(prompt="a cat", seed=7))
     assert silent.images[0].image.size == (96, 64)
     assert silent.parameters.items() >= small.items()
-    assert pixels(made_of(runner, asked(**small))) == pixels(silent)
-    assert pixels(made_of(runner, asked(**{**small, "guidance_scale": 1.0}))) != pixels(silent)
+    assert pixels(run_checked(runner, small_request(**small))) == pixels(silent)
+    assert pixels(run_checked(runner, small_request(**{**small, "guidance_scale": 1.0}))) != pixels(
+        silent
+    )
 
 
 def test_a_default_negative_prompt_acts_until_a_request_has_its_own(
@@ -125,7 +127,7 @@ def test_a_default_negative_prompt_acts_until_a_request_has_its_own(
     runner = load(model_folder("stable_diffusion_3"), defaults={"negative_prompt": "a dog"})
 
     def image(runner: ModelRunner, **fields: Any) -> list[bytes]:
-        return pixels(made_of(runner, asked(**fields)))
+        return pixels(run_checked(runner, small_request(**fields)))
 
     assert image(runner) == image(plain, negative_prompt="a dog")
     assert image(runner, negative_prompt="a fox") == image(plain, negative_prompt="a fox")
@@ -154,9 +156,9 @@ def test_adapters_are_asked_for_by_the_names_that_the_settings_give_them(
 ) -> None:
     parameters = parameters_of("flux", {}, ("ink", "clay"))
     assert "adapters" in parameters.description.parameters
-    mixed = asked(adapters={"clay": 0.5, "ink": 1.0})
+    mixed = small_request(adapters={"clay": 0.5, "ink": 1.0})
     parameters.check(mixed)
     assert parameters.resolved(mixed, [7])["adapters"] == {"clay": 0.5, "ink": 1.0}
     with pytest.raises(UnsupportedParameter, match=r"^adapters: there is no adapter wax$") as no:
-        parameters.check(asked(adapters={"ink": 1.0, "wax": 1.0}))
+        parameters.check(small_request(adapters={"ink": 1.0, "wax": 1.0}))
     assert no.value.parameter == "adapters"

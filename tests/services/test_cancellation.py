@@ -30,12 +30,12 @@ async def test_a_queued_request_is_gone_and_the_others_are_done(
 ) -> None:
     await scene.start("held_in_run")
     await queue(scene, "first", "unwanted", "last")
-    await scene.noted("run")
+    await scene.until_noted("run")
     assert await caller.cancel("unwanted") == told("unwanted", "cancelled", CANCELLED)
-    assert await scene.left() == 2
+    assert await scene.pending() == 2
     assert (await scene.event("unwanted"))["type"] == CANCELLED
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == ["", ""]  # ids in subjects only
     assert (await scene.event("last"))["type"] == SUCCEEDED
 
@@ -46,17 +46,17 @@ async def test_the_caller_of_a_queued_request_is_answered(
     await scene.start("held_in_run")
     first, second, third = [await new_caller() for _ in range(3)]
     running = first.asking(first.call(request_id="running"))
-    await scene.noted("run")
+    await scene.until_noted("run")
     waiting = [one.asking(one.call(request_id="unwanted")) for one in (second, third)]
 
     async def stored() -> bool:
-        return await scene.left() == 3
+        return await scene.pending() == 3
 
     await scene.until(stored, "three requests")
     assert (await first.cancel("unwanted"))["status"] == "cancelled"
     answered, waiting_on = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     assert [(await one)["type"] for one in answered] == [CANCELLED]
-    assert await scene.left() == 2
+    assert await scene.pending() == 2
     (scene.folder / "run.go").touch()
     # The copy finds the stored event when it is delivered.
     assert [(await one)["type"] for one in waiting_on] == [CANCELLED]
@@ -68,7 +68,7 @@ async def test_a_running_request_stops_at_its_next_step_and_the_next_one_is_done
 ) -> None:
     await scene.start("slow_steps")
     running = caller.asking(caller.call(request_id="long", num_inference_steps=200))
-    await scene.noted("steps", 2)
+    await scene.until_noted("steps", 2)
     assert await caller.cancel("long") == told("long", "stopping")
     event = await running
     assert event["type"] == CANCELLED
@@ -76,7 +76,7 @@ async def test_a_running_request_stops_at_its_next_step_and_the_next_one_is_done
     assert steps < 20
     assert (await caller.call(num_inference_steps=1))["type"] == SUCCEEDED
     assert len(scene.notes("steps")) == steps + 1  # the device was free: no step of it came after
-    await scene.emptied()
+    await scene.until_empty()
     assert await scene.keys() != set()
     assert not any("/long/" in key for key in await scene.keys())
 
@@ -86,7 +86,7 @@ async def test_a_request_without_its_id_in_the_subject_is_cancelled_while_it_run
 ) -> None:
     await scene.start("slow_steps")
     request_id = await scene.submit(num_inference_steps=200)
-    await scene.noted("steps", 1)
+    await scene.until_noted("steps", 1)
     assert (await caller.cancel(request_id))["status"] == "stopping"
     assert (await scene.event(request_id))["type"] == CANCELLED
 
@@ -107,33 +107,33 @@ async def test_a_body_that_names_another_id_is_cancelled_by_that_of_its_subject_
 ) -> None:
     await scene.start("held_in_run")
     await queue(scene, "first")
-    await scene.noted("run")
+    await scene.until_noted("run")
     subject = scene.subjects.request(scene.task, "mine")
     await scene.sender.jetstream().publish(subject, b'{"prompt":"a","request_id":"yours"}')
     assert await caller.cancel("mine") == told("mine", "cancelled", "generation.v1.cancelled")
     assert await scene.events("yours") == []
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_twice_is_once(scene: Scene, caller: Caller) -> None:
     await scene.start("held_in_run")
     await queue(scene, "first", "unwanted")
-    await scene.noted("run")
+    await scene.until_noted("run")
     replies = await asyncio.gather(*(caller.cancel("unwanted") for _ in range(5)))
     assert {reply["status"] for reply in replies} == {"cancelled"}
     assert len(await scene.events("unwanted")) == 1
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_a_cancelled_id_stays_cancelled(scene: Scene, caller: Caller) -> None:
     await scene.start("held_in_run")
     await queue(scene, "first", "unwanted")
-    await scene.noted("run")
+    await scene.until_noted("run")
     cancelled = await caller.cancel("unwanted")
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
     again = await caller.call(b'{"prompt":"a","num_inference_steps":2,"request_id":"unwanted"}')
     assert (again["type"], cancelled["status"]) == (CANCELLED, "cancelled")
     other = await caller.call(request_id="unwanted", seed=3)
@@ -144,7 +144,7 @@ async def test_a_cancelled_id_stays_cancelled(scene: Scene, caller: Caller) -> N
 async def test_during_the_upload_it_stops_and_leaves_nothing(scene: Scene, caller: Caller) -> None:
     await scene.start("held_in_upload")
     running = caller.asking(caller.call(request_id="late"))
-    await scene.noted("upload")
+    await scene.until_noted("upload")
     assert (await caller.cancel("late"))["status"] == "stopping"
     assert (await running)["type"] == CANCELLED
     assert await scene.keys() == set()
@@ -153,7 +153,7 @@ async def test_during_the_upload_it_stops_and_leaves_nothing(scene: Scene, calle
 async def test_at_its_end_it_is_too_late(scene: Scene, caller: Caller) -> None:
     await scene.start("held_before_result")
     running = caller.asking(caller.call(request_id="late"))
-    await scene.noted("result")
+    await scene.until_noted("result")
     cancelling = caller.asking(caller.cancel("late"))
     (scene.folder / "result.go").touch()
     assert await cancelling == told("late", "finished", SUCCEEDED)
@@ -166,15 +166,15 @@ async def test_what_is_fetched_in_the_same_moment_has_one_end(scene: Scene, call
     await scene.start("held_before_result", MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
     await queue(scene, "unwanted", steps=200)
     cancelling = caller.asking(caller.cancel("unwanted"))
-    await scene.noted("result")
+    await scene.until_noted("result")
     await scene.start("slow_steps")
-    await scene.noted("steps", 1)
+    await scene.until_noted("steps", 1)
     (scene.folder / "result.go").touch()
     assert await cancelling == told("unwanted", "cancelled", CANCELLED)
-    await scene.logged(scene.workers[1], "job_finished")
+    await scene.until_logged(scene.workers[1], "job_finished")
     assert (await scene.event("unwanted"))["worker"] != scene.workers[1].name
     assert len(scene.notes("steps")) < 20  # it did not go on for nothing
-    assert await scene.left() == 0
+    assert await scene.pending() == 0
 
 
 async def test_a_worker_that_dies_before_it_has_stopped_has_a_successor_that_knows(
@@ -182,13 +182,13 @@ async def test_a_worker_that_dies_before_it_has_stopped_has_a_successor_that_kno
 ) -> None:
     deaf = await scene.start("held_in_run")  # it does not look whether it is to stop
     request_id = await scene.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     assert (await caller.cancel(request_id))["status"] == "stopping"
     deaf.kill()
     await scene.start()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == (CANCELLED, 2)
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [request_id]
 
 
@@ -200,14 +200,14 @@ async def test_dead_workers_request_is_ended_by_the_worker_that_gets_it_next(
     await scene.start(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))  # answers cancellations of both tasks
     dead = await scene.start("held_in_run")
     await queue(scene, "orphan")
-    await scene.noted("run")
+    await scene.until_noted("run")
     dead.kill()
     assert await caller.cancel("orphan") == told("orphan", "stopping")
     assert await scene.events("orphan") == []
     await scene.start()
     event = await scene.event("orphan")
     assert (event["type"], event["attempt"]) == (CANCELLED, 2)
-    await scene.emptied()
+    await scene.until_empty()
     assert len(scene.runs()) == 1
 
 
@@ -217,7 +217,7 @@ async def test_storm_of_cancels_of_large_requests_cancels_all_of_them(
     """The bodies together are more than the server keeps for a connection that reads slowly."""
     worker = await scene.start("held_in_run")
     await queue(scene, "first")
-    await scene.noted("run")
+    await scene.until_noted("run")
     ids = [f"large-{number}" for number in range(120)]
     body = b'{"prompt":"a"}' + b" " * 1_000_000
     jetstream = scene.sender.jetstream()
@@ -225,10 +225,10 @@ async def test_storm_of_cancels_of_large_requests_cancels_all_of_them(
         await jetstream.publish(scene.subjects.request(scene.task, one), body)
     replies = await asyncio.gather(*(caller.cancel(one) for one in ids))
     assert replies == [told(one, "cancelled", CANCELLED) for one in ids]
-    assert await scene.left() == 1
+    assert await scene.pending() == 1
     assert "bus_disconnected" not in worker.log_since_start()
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_cancel_behind_a_storm_of_unknown_ids_does_not_wait_for_it(
@@ -237,7 +237,7 @@ async def test_cancel_behind_a_storm_of_unknown_ids_does_not_wait_for_it(
     """Each unknown id is waited for, which holds no place that another cancellation needs."""
     await scene.start("held_in_run")
     await queue(scene, "first", "unwanted")
-    await scene.noted("run")
+    await scene.until_noted("run")
     inbox = caller.client.new_inbox()
     for number in range(2_000):
         await caller.client.publish(scene.subjects.cancel(f"unknown-{number}"), reply=inbox)
@@ -245,7 +245,7 @@ async def test_cancel_behind_a_storm_of_unknown_ids_does_not_wait_for_it(
     assert (await caller.cancel("unwanted"))["status"] == "cancelled"
     assert time.monotonic() - began < 5.0  # one took 12 s when 64 were looked at in turn
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(
@@ -257,12 +257,12 @@ async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(
     answer = caller.asking(caller.call(request_id="tour", num_images=2, then=steps))
 
     async def queued() -> bool:
-        return await scene.left() == 2
+        return await scene.pending() == 2
 
     await scene.until(queued, "two branches in the queue")
     assert await caller.cancel("tour") == told("tour", "cancelled", CANCELLED)
     assert (await answer)["type"] == CANCELLED
-    assert await scene.left() == 0
+    assert await scene.pending() == 0
     assert await caller.cancel("tour") == told("tour", "cancelled", CANCELLED)
 
 
@@ -274,12 +274,12 @@ async def test_running_step_of_a_chain_stops_by_the_chains_id(scene: Scene, call
     answer = caller.asking(
         caller.call(request_id="tour", then=[step, {"task": "text_to_image", "prompt": "c"}])
     )
-    await scene.noted("steps", 1)
+    await scene.until_noted("steps", 1)
     assert await caller.cancel("tour") == told("tour", "stopping")
     event = await answer
     assert (event["request_id"], event["type"]) == ("tour-2", CANCELLED)
     assert await caller.cancel("tour") == told("tour", "cancelled", CANCELLED)
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_chain_that_has_ended_is_finished(scene: Scene, caller: Caller) -> None:
@@ -299,7 +299,7 @@ async def test_requests_of_a_task_without_workers_are_cancelled_by_the_others(
     subject = scene.subjects.request(Task.IMAGE_TO_TEXT, orphan)
     await scene.sender.jetstream().publish(subject, b'{"prompt":"a","images":["s3://bbb/k"]}')
     assert (await caller.cancel(orphan))["status"] == "cancelled"
-    assert await scene.left() == 0
+    assert await scene.pending() == 0
 
 
 async def test_cancel_that_comes_before_its_request_is_honoured(

@@ -6,8 +6,8 @@ from typing import Any
 
 from generation_contracts import Task
 from tests.services.conftest import Caller
+from tests.support.observations import failure_counts
 from tests.support.scene import Event, Scene
-from tests.support.seen import counted
 
 SUCCEEDED = "generation.v1.succeeded"
 DRAW = {"task": "text_to_image", "prompt": "as a woodcut: $text"}
@@ -53,7 +53,7 @@ async def test_the_caller_gets_the_last_steps_result_and_nothing_else(
     described = await stored(scene, Task.IMAGE_TO_TEXT, "c-2")
     assert described["outputs"][0]["text"] == "3 pictures"
     assert (await scene.event("c"))["chain"] == {"id": "c", "step": 1, "of": 3}
-    await scene.emptied()
+    await scene.until_empty()
     await caller.client.flush()
     assert answers.pending_msgs == 0
 
@@ -82,11 +82,11 @@ async def test_a_worker_killed_between_two_steps_loses_none_and_repeats_none(
     asked = caller.asking(caller.call(request_id="k", then=[TELL]))
     assert (await scene.event("k"))["type"] == SUCCEEDED
     (scene.folder / "die").touch()
-    await scene.ended(scene.workers[0])
+    await scene.exit_code(scene.workers[0])
     await scene.start()
     event = await asked
     assert (event["request_id"], event["type"]) == ("k-2", SUCCEEDED)
-    await scene.emptied()
+    await scene.until_empty()
     assert sorted(scene.runs()) == ["k", "k-2"]
 
 
@@ -97,7 +97,7 @@ async def test_a_failed_step_ends_the_chain_and_is_named(scene: Scene, caller: C
     event = await caller.call(request_id="f", then=[TELL, DRAW])
     assert (event["request_id"], event["failure"]["code"]) == ("f-2", "model_error")
     assert event["chain"] == {"id": "f", "step": 2, "of": 3}
-    await scene.emptied()
+    await scene.until_empty()
     assert await scene.events("f-3") == []
 
 
@@ -118,7 +118,7 @@ async def test_a_chain_that_finds_no_place_in_the_queue_is_told(
 ) -> None:
     worker = await scene.start("held_in_run")
     asked = caller.asking(caller.call(request_id="q", then=[TELL]))
-    await scene.noted("run")
+    await scene.until_noted("run")
     jetstream = scene.sender.jetstream()
     next_queue = scene.subjects.requests_stream(Task.IMAGE_TO_TEXT)
     config = (await jetstream.stream_info(next_queue)).config
@@ -129,7 +129,7 @@ async def test_a_chain_that_finds_no_place_in_the_queue_is_told(
     assert (event["request_id"], event["failure"]["code"]) == ("q-2", "queue_full")
     assert (await stored(scene, Task.IMAGE_TO_TEXT, "q-2")) == event
     assert (await scene.event("q"))["type"] == SUCCEEDED
-    broken = await counted(worker, "generation_broken_chains_total")
+    broken = await failure_counts(worker, "generation_broken_chains_total")
     assert broken == {"queue_full": 1, "invalid_request": 0, "internal": 0}
 
 
@@ -140,5 +140,5 @@ async def test_a_second_caller_of_a_chain_gets_its_end_too(scene: Scene, caller:
     )
     assert first == second
     assert first["request_id"] == "twice-2"
-    await scene.emptied()
+    await scene.until_empty()
     assert sorted(scene.runs()) == ["twice", "twice-2"]

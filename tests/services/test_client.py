@@ -109,7 +109,7 @@ async def test_what_is_cancelled_raises_where_it_is_waited_for(scene: Scene) -> 
     async with client_of(scene) as client:
         request = TextToImageRequest(prompt="a", num_inference_steps=200, request_id="long")
         running = asyncio.ensure_future(client.run(request))
-        await scene.noted("steps", 1)
+        await scene.until_noted("steps", 1)
         assert (await client.cancel("long")).status == "stopping"
         with pytest.raises(RequestCancelled) as cancelled:
             await running
@@ -173,7 +173,7 @@ async def test_a_result_comes_although_the_server_is_killed_meanwhile(scene: Sce
     await scene.start("held_in_run")
     async with client_of(scene) as client:
         running = asyncio.ensure_future(client.text_to_image("a"))
-        await scene.noted("run")
+        await scene.until_noted("run")
         scene.stack.nats.kill()
         scene.stack.nats.start()
         await asyncio.to_thread(scene.stack.nats.wait_ready)
@@ -243,7 +243,7 @@ async def queued(scene: Scene, count: int) -> None:
     """Return once so many requests are stored."""
 
     async def there() -> bool:
-        return await scene.left() == count
+        return await scene.pending() == count
 
     await scene.until(there, f"{count} requests")
 
@@ -298,13 +298,13 @@ async def test_a_message_id_cannot_be_occupied(scene: Scene) -> None:
         for guess in ("a", "text_to_image.a", "text_to_image.a.", "image_to_text.a"):
             await scene.sender.jetstream().publish(subject, b"{}", headers={"Nats-Msg-Id": guess})
         request = TextToImageRequest(prompt="a", request_id="a")
-        before = await scene.left()
+        before = await scene.pending()
         for _ in range(2):
             await client.submit(request)
-        assert await scene.left() == before + 1, "its own second submit is a duplicate"
+        assert await scene.pending() == before + 1, "its own second submit is a duplicate"
         await other.submit(request)
         await client.submit(TextToImageRequest(prompt="b", request_id="a"))
-        assert await scene.left() == before + 3, "another client's is not, nor another request"
+        assert await scene.pending() == before + 3, "another client's is not, nor another request"
 
 
 # -- what the connection may not, or has lost -----------------------------------------------------

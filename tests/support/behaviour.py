@@ -96,7 +96,7 @@ class World(Protocol):
     async def work(self) -> int | None:
         """Handle the next delivery as the daemon does; return the exit code, if any."""
 
-    async def left(self) -> int:
+    async def pending(self) -> int:
         """Return the number of requests in the streams."""
 
     async def result(self, request_id: str) -> ResultEvent | None:
@@ -105,7 +105,7 @@ class World(Protocol):
     async def replies(self) -> list[tuple[str, ResultEvent]]:
         """All replies so far, with their subjects."""
 
-    async def news(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
+    async def transient_events(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
         """Return the transient events of a request so far."""
 
     async def dead_letters(self) -> list[tuple[DeadLetter, bytes]]:
@@ -123,14 +123,14 @@ class World(Protocol):
     async def objects(self) -> set[str]:
         """The keys of all objects."""
 
-    async def store_is_missed(self) -> None:
+    async def until_store_call_fails(self) -> None:
         """Return once the worker has called the store without success."""
 
 
 MakeWorld = Callable[..., Awaitable[World]]
 
 
-def asking(request_id: str | None = "a", **fields: Any) -> bytes:
+def request_body(request_id: str | None = "a", **fields: Any) -> bytes:
     """Return a request for an image."""
     own = {} if request_id is None else {"request_id": request_id}
     return json.dumps({"prompt": "a red circle", **own, **fields}).encode()
@@ -149,7 +149,7 @@ async def soon(value: Awaitable[T]) -> T:
 async def while_running(world: World, hold: Hold, act: Callable[[], object]) -> int | None:
     """Handle the next delivery, and do something once its run has begun."""
     working = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     act()
     return await soon(working)
 
@@ -213,7 +213,7 @@ class Behaviour:
     # -- success ----------------------------------------------------------------------------------
 
     async def test_request_is_run_stored_published_and_replied_to(self, world: World) -> None:
-        sent = asking(num_images=2, seed=7, metadata={"customer": "42"}, reply_to=INBOX)
+        sent = request_body(num_images=2, seed=7, metadata={"customer": "42"}, reply_to=INBOX)
         await world.send(sent)
         assert await soon(world.work()) is None
         done = await world.result("a")
@@ -229,14 +229,14 @@ class Behaviour:
             data = await world.object(output.bucket, output.key)
             assert (len(data), hashlib.sha256(data).hexdigest()) == (output.size, output.sha256)
         assert await world.replies() == [(INBOX, done)]
-        assert await world.left() == 0
+        assert await world.pending() == 0
         assert await world.dead_letters() == []
         assert world.observer.outcomes == ["succeeded"]
 
     async def test_events_of_a_request_are_numbered_in_order(self, world: World) -> None:
-        await world.send(asking())
+        await world.send(request_body())
         await soon(world.work())
-        started, progress = await world.news("a")
+        started, progress = await world.transient_events("a")
         done = await world.result("a")
         assert isinstance(started, StartedEvent)
         assert isinstance(progress, ProgressEvent)
@@ -249,7 +249,7 @@ class Behaviour:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
         image = world.source("one")
-        await world.send(asking(images=[image, image]))
+        await world.send(request_body(images=[image, image]))
         await soon(world.work())
         done = await world.result("a")
         assert isinstance(done, SucceededEvent)
@@ -258,12 +258,12 @@ class Behaviour:
         )
         assert done.outputs == (text,)
         assert [picture.size for picture in world.runner.runs[0].images] == [(4, 4), (4, 4)]
-        assert await world.left() == 0
+        assert await world.pending() == 0
 
     async def test_started_event_has_the_defaults_of_the_model(self, world: World) -> None:
-        await world.send(asking())
+        await world.send(request_body())
         await soon(world.work())
-        started, *_ = await world.news("a")
+        started, *_ = await world.transient_events("a")
         assert isinstance(started, StartedEvent)
         assert started.defaults == {"num_inference_steps": 1}  # and no width, which is None
 
@@ -277,8 +277,8 @@ class Behaviour:
             images = tuple(replace(made, flagged=flagged) for made, flagged in flags)
             return RunnerOutput(images=images, parameters=used)
 
-        world.runner.will(flag)
-        await world.send(asking(num_images=3))
+        world.runner.script_runs(flag)
+        await world.send(request_body(num_images=3))
         await soon(world.work())
         done = await world.result("a")
         assert isinstance(done, SucceededEvent)
@@ -290,8 +290,8 @@ class Behaviour:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
         drawn = GeneratedText("a circle", "stop", prompt_tokens=3, completion_tokens=2, seed=9)
-        world.runner.will(lambda _: RunnerOutput(text=drawn))
-        await world.send(asking(images=[world.source("one")]))
+        world.runner.script_runs(lambda _: RunnerOutput(text=drawn))
+        await world.send(request_body(images=[world.source("one")]))
         await soon(world.work())
         done = await world.result("a")
         assert isinstance(done, SucceededEvent)
@@ -306,17 +306,17 @@ class Behaviour:
     ) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
-        hold = world.runner.will_hold(
+        hold = world.runner.hold_next_run(
             before=writing("  A lighthouse", " at"), then=ending(" dusk.\n")
         )
-        await world.send(asking(images=[world.source("one")], stream=True))
+        await world.send(request_body(images=[world.source("one")], stream=True))
         working = asyncio.create_task(world.work())
-        while not text_of(await world.news("a")) and not working.done():
+        while not text_of(await world.transient_events("a")) and not working.done():
             await asyncio.wait({working}, timeout=POLL)
         assert await world.result("a") is None  # while it is being written
         hold.release()
         await soon(working)
-        done, news = await world.result("a"), await world.news("a")
+        done, news = await world.result("a"), await world.transient_events("a")
         assert isinstance(done, SucceededEvent)
         (output,) = done.outputs
         assert isinstance(output, TextOutput)
@@ -328,26 +328,30 @@ class Behaviour:
     ) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
-        world.runner.will(ending("a text"))
-        await world.send(asking(images=[world.source("one")]))
+        world.runner.script_runs(ending("a text"))
+        await world.send(request_body(images=[world.source("one")]))
         await soon(world.work())
         assert isinstance(await world.result("a"), SucceededEvent)
-        assert text_of(await world.news("a")) == ""
+        assert text_of(await world.transient_events("a")) == ""
 
     async def test_second_run_restarts_the_text_at_step_0(self, make_world: MakeWorld) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
-        hold = world.runner.will_hold(
+        hold = world.runner.hold_next_run(
             before=writing("first", "words", "lost"), then=raising(out_of_memory)
         )
-        world.runner.will(lambda one: [writing("A", " lighthouse")(one), ending(".")(one)][1])
-        await world.send(asking(images=[world.source("one")], stream=True))
+        world.runner.script_runs(
+            lambda one: [writing("A", " lighthouse")(one), ending(".")(one)][1]
+        )
+        await world.send(request_body(images=[world.source("one")], stream=True))
         working = asyncio.create_task(world.work())
-        while text_of(await world.news("a")) != "firstwordslost" and not working.done():
+        while text_of(await world.transient_events("a")) != "firstwordslost" and not working.done():
             await asyncio.wait({working}, timeout=POLL)
         hold.release()
         await soon(working)
-        news = [event for event in await world.news("a") if isinstance(event, ProgressEvent)]
+        news = [
+            event for event in await world.transient_events("a") if isinstance(event, ProgressEvent)
+        ]
         begins = [number for number, event in enumerate(news) if event.step == 0]
         (again,) = begins
         assert (news[again].text, news[again].of) == (None, 3)
@@ -357,8 +361,8 @@ class Behaviour:
     async def test_request_without_an_id_gets_the_same_one_at_every_delivery(
         self, world: World
     ) -> None:
-        world.runner.will(raising(lambda: ModelError("E")))
-        await world.send(asking(None, reply_to=INBOX))
+        world.runner.script_runs(raising(lambda: ModelError("E")))
+        await world.send(request_body(None, reply_to=INBOX))
         for _ in range(2):
             await soon(world.work())
         ((_, event),) = await world.replies()
@@ -369,19 +373,19 @@ class Behaviour:
 
     async def test_second_copy_gets_the_stored_event_and_is_not_run(self, world: World) -> None:
         for reply_to in (INBOX, OTHER_INBOX):  # where the answer goes makes no other request
-            await world.send(asking(reply_to=reply_to))
+            await world.send(request_body(reply_to=reply_to))
             await soon(world.work())
         done = await world.result("a")
         assert await world.replies() == [(INBOX, done), (OTHER_INBOX, done)]
         assert len(world.runner.runs) == 1
-        assert await world.left() == 0
+        assert await world.pending() == 0
         assert world.observer.outcomes == ["succeeded", "already_done"]
 
     async def test_conflict_goes_to_the_sender_of_the_other_content_only(
         self, world: World
     ) -> None:
-        await world.send(asking())
-        await world.send(asking(width=32, reply_to=INBOX))
+        await world.send(request_body())
+        await world.send(request_body(width=32, reply_to=INBOX))
         await soon(world.work())
         first = await world.result("a")
         await soon(world.work())
@@ -389,7 +393,7 @@ class Behaviour:
         assert (subject, failure(conflict)) == (INBOX, "request_id_conflict")
         assert await world.result("a") == first
         assert len(world.runner.runs) == 1
-        assert await world.left() == 0
+        assert await world.pending() == 0
         assert world.observer.outcomes == ["succeeded", "request_id_conflict"]
 
     # -- refusals ---------------------------------------------------------------------------------
@@ -420,17 +424,17 @@ class Behaviour:
         ((letter, original),) = await world.dead_letters()
         assert (letter.code, letter.request_id, original) == ("invalid_request", "a", body)
         assert world.runner.runs == []
-        assert await world.left() == 0
+        assert await world.pending() == 0
 
     async def test_parameter_that_the_model_lacks_fails_the_request(self, world: World) -> None:
-        await world.send(asking(negative_prompt="text"))
+        await world.send(request_body(negative_prompt="text"))
         await soon(world.work())
         event = await world.result("a")
         assert failure(event) == "unsupported_parameter"
         assert isinstance(event, FailedEvent)
         assert event.failure.details == {"parameter": "negative_prompt"}
         assert world.runner.runs == []
-        assert (await world.left(), await world.dead_letters()) == (0, [])
+        assert (await world.pending(), await world.dead_letters()) == (0, [])
 
     async def test_images_with_too_many_pixels_together_are_refused(
         self, make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
@@ -439,11 +443,11 @@ class Behaviour:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
         image = world.source("one")
-        await world.send(asking("a", images=[image] * 3))
+        await world.send(request_body("a", images=[image] * 3))
         await soon(world.work())
         assert failure(await world.result("a")) == "input_unavailable"
         assert world.runner.runs == []
-        await world.send(asking("b", images=[image] * 2))
+        await world.send(request_body("b", images=[image] * 2))
         await soon(world.work())
         assert isinstance(await world.result("b"), SucceededEvent)
 
@@ -455,14 +459,14 @@ class Behaviour:
         await world.put_object("good", world.picture)
         await world.put_object("broken", b"no picture")
         images = [world.source(name) for name in ("good", second)]
-        await world.send(asking(images=images))
+        await world.send(request_body(images=images))
         await soon(world.work())
         event = await world.result("a")
         assert failure(event) == "input_unavailable"
         assert isinstance(event, FailedEvent)
         assert event.failure.message.startswith("images.1: ")
         assert world.runner.runs == []
-        assert (await world.left(), await world.dead_letters()) == (0, [])
+        assert (await world.pending(), await world.dead_letters()) == (0, [])
 
     # -- stops ------------------------------------------------------------------------------------
 
@@ -470,33 +474,33 @@ class Behaviour:
     async def test_request_after_its_deadline_fails_and_never_runs(
         self, world: World, deadline: str
     ) -> None:
-        await world.send(asking(deadline=deadline))
+        await world.send(request_body(deadline=deadline))
         await soon(world.work())
         assert failure(await world.result("a")) == "deadline_exceeded"
         assert world.runner.runs == []
-        assert (await world.left(), await world.dead_letters()) == (0, [])
+        assert (await world.pending(), await world.dead_letters()) == (0, [])
 
     @pytest.mark.parametrize("deadline", ["9999-12-31T23:59:59Z", None])
     async def test_request_before_its_deadline_succeeds(
         self, world: World, deadline: str | None
     ) -> None:
-        await world.send(asking(deadline=deadline or from_now(hours=1)))
+        await world.send(request_body(deadline=deadline or from_now(hours=1)))
         await soon(world.work())
         assert isinstance(await world.result("a"), SucceededEvent)
 
     async def test_deadline_stops_the_run(self, world: World) -> None:
-        world.runner.will_hold()
-        await world.send(asking(deadline=from_now(seconds=0.2)))
+        world.runner.hold_next_run()
+        await world.send(request_body(deadline=from_now(seconds=0.2)))
         await soon(world.work())
         assert failure(await world.result("a")) == "deadline_exceeded"
         assert await world.objects() == set()
-        assert await world.left() == 0
+        assert await world.pending() == 0
 
     async def test_cancelled_event_is_published_once_the_device_has_stopped(
         self, world: World
     ) -> None:
-        hold = world.runner.will_hold()
-        await world.send(asking(reply_to=INBOX))
+        hold = world.runner.hold_next_run()
+        await world.send(request_body(reply_to=INBOX))
         assert not world.executor.interrupt(StopReason.CANCEL, "a")
         asked: list[bool] = []
 
@@ -508,17 +512,17 @@ class Behaviour:
         event = await world.result("a")
         assert isinstance(event, CancelledEvent)
         assert await world.replies() == [(INBOX, event)]
-        assert await world.left() == 0
+        assert await world.pending() == 0
         assert not world.executor.interrupt(StopReason.CANCEL, "a")
         assert world.observer.outcomes == ["cancelled"]
 
     async def test_drained_run_is_requeued_for_another_worker(self, world: World) -> None:
-        hold = world.runner.will_hold()
-        await world.send(asking())
+        hold = world.runner.hold_next_run()
+        await world.send(request_body())
         code = await while_running(world, hold, lambda: world.executor.interrupt(StopReason.DRAIN))
         assert code is None
         assert await world.result("a") is None
-        assert await world.left() == 1
+        assert await world.pending() == 1
         await soon(world.work())
         done = await world.result("a")
         assert isinstance(done, SucceededEvent)
@@ -526,13 +530,13 @@ class Behaviour:
         assert world.observer.outcomes == ["given_back", "succeeded"]
 
     async def test_requeued_delivery_does_not_count_as_an_attempt(self, world: World) -> None:
-        await world.send(asking())
+        await world.send(request_body())
         for _ in range(3):
-            hold = world.runner.will_hold()
+            hold = world.runner.hold_next_run()
             await while_running(world, hold, lambda: world.executor.interrupt(StopReason.DRAIN))
-        world.runner.will(raising(lambda: ModelError("ValueError")))
+        world.runner.script_runs(raising(lambda: ModelError("ValueError")))
         await soon(world.work())
-        assert (await world.result("a"), await world.left()) == (None, 1)
+        assert (await world.result("a"), await world.pending()) == (None, 1)
         await soon(world.work())
         done = await world.result("a")
         assert isinstance(done, SucceededEvent)
@@ -540,14 +544,14 @@ class Behaviour:
         assert await world.dead_letters() == []
 
     async def test_cancelled_job_task_requeues_the_request(self, world: World) -> None:
-        hold = world.runner.will_hold(heeds=False)
-        await world.send(asking())
+        hold = world.runner.hold_next_run(polls_cancel=False)
+        await world.send(request_body())
         working = asyncio.create_task(world.work())
-        await soon(hold.begun())
+        await soon(hold.started())
         working.cancel()
         with pytest.raises(asyncio.CancelledError):
             await soon(working)
-        assert (await world.result("a"), await world.left()) == (None, 1)
+        assert (await world.result("a"), await world.pending()) == (None, 1)
         hold.release()
         await soon(world.work())
         assert isinstance(await world.result("a"), SucceededEvent)
@@ -556,11 +560,11 @@ class Behaviour:
     # -- the model fails --------------------------------------------------------------------------
 
     async def test_model_that_raises_is_attempted_three_times(self, world: World) -> None:
-        world.runner.will(*[raising(lambda: ModelError("ValueError"))] * 3)
-        await world.send(sent := asking(reply_to=INBOX))
+        world.runner.script_runs(*[raising(lambda: ModelError("ValueError"))] * 3)
+        await world.send(sent := request_body(reply_to=INBOX))
         for _ in range(2):
             await soon(world.work())
-            assert (await world.result("a"), await world.left()) == (None, 1)
+            assert (await world.result("a"), await world.pending()) == (None, 1)
         await soon(world.work())
         event = await world.result("a")
         assert failure(event) == "model_error"
@@ -569,62 +573,62 @@ class Behaviour:
         assert await world.replies() == [(INBOX, event)]
         ((letter, original),) = await world.dead_letters()
         assert (letter.code, original) == ("model_error", sent)
-        assert await world.left() == 0
+        assert await world.pending() == 0
         assert world.observer.outcomes == ["given_back", "given_back", "model_error"]
 
     async def test_second_attempt_succeeds_after_the_model_raised_once(self, world: World) -> None:
-        world.runner.will(raising(lambda: ModelError("ValueError")))
-        await world.send(asking())
+        world.runner.script_runs(raising(lambda: ModelError("ValueError")))
+        await world.send(request_body())
         for _ in range(2):
             await soon(world.work())
         assert isinstance(await world.result("a"), SucceededEvent)
-        assert (await world.left(), await world.dead_letters()) == (0, [])
+        assert (await world.pending(), await world.dead_letters()) == (0, [])
 
     async def test_run_without_an_output_is_a_model_error(self, world: World) -> None:
-        world.runner.will(*[lambda _: RunnerOutput()] * 3)
-        await world.send(asking())
+        world.runner.script_runs(*[lambda _: RunnerOutput()] * 3)
+        await world.send(request_body())
         for _ in range(3):
             await soon(world.work())
         assert failure(await world.result("a")) == "model_error"
 
     async def test_run_out_of_memory_is_repeated_with_memory_saving(self, world: World) -> None:
-        world.runner.will(raising(out_of_memory))
-        await world.send(asking())
+        world.runner.script_runs(raising(out_of_memory))
+        await world.send(request_body())
         await soon(world.work())
         assert [one.save_memory for one in world.runner.runs] == [False, True]
         done = await world.result("a")
         assert isinstance(done, SucceededEvent)
         assert done.attempt == 1
-        assert await world.left() == 0
+        assert await world.pending() == 0
 
     async def test_run_out_of_memory_twice_fails_the_request(self, world: World) -> None:
-        world.runner.will(
+        world.runner.script_runs(
             raising(lambda: out_of_memory("offload", "slices")),
             raising(lambda: out_of_memory("offload", "tiles")),
         )
-        await world.send(asking())
+        await world.send(request_body())
         await soon(world.work())
         assert [one.save_memory for one in world.runner.runs] == [False, True]
         event = await world.result("a")
         assert failure(event) == "out_of_memory"
         assert isinstance(event, FailedEvent)
         assert event.failure.details == {"tried": ["offload", "slices", "tiles"]}
-        assert (await world.left(), await world.dead_letters()) == (0, [])
+        assert (await world.pending(), await world.dead_letters()) == (0, [])
 
     async def test_lost_device_ends_the_worker_and_requeues_the_request(self, world: World) -> None:
-        world.runner.will(raising(DeviceLost))
-        await world.send(asking())
+        world.runner.script_runs(raising(DeviceLost))
+        await world.send(request_body())
         assert await soon(world.work()) == EXIT_DEVICE_LOST == 70
         assert await world.result("a") is None
-        assert await world.left() == 1
+        assert await world.pending() == 1
         assert await soon(world.work()) is None
         assert isinstance(await world.result("a"), SucceededEvent)
 
     async def test_request_that_loses_every_worker_is_dead_lettered_without_a_run(
         self, world: World
     ) -> None:
-        world.runner.will(*[raising(DeviceLost)] * 3)
-        await world.send(sent := asking(reply_to=INBOX))
+        world.runner.script_runs(*[raising(DeviceLost)] * 3)
+        await world.send(sent := request_body(reply_to=INBOX))
         for _ in range(3):
             assert await soon(world.work()) == 70
         assert await soon(world.work()) is None
@@ -635,42 +639,42 @@ class Behaviour:
         assert len(world.runner.runs) == 3
         ((letter, original),) = await world.dead_letters()
         assert (letter.code, original) == ("worker_lost", sent)
-        assert await world.left() == 0
+        assert await world.pending() == 0
 
     async def test_stalled_run_ends_the_worker_and_settles_nothing(
         self, make_world: MakeWorld
     ) -> None:
         world = await make_world(stall_timeout=0.02)
-        world.runner.will_hold(heeds=False)
-        await world.send(asking())
+        world.runner.hold_next_run(polls_cancel=False)
+        await world.send(request_body())
         assert await soon(world.work()) == EXIT_DEVICE_LOST
         assert await world.result("a") is None
-        assert await world.left() == 1
+        assert await world.pending() == 1
         assert world.observer.outcomes == ["abandoned"]
 
     async def test_internal_error_is_retried_and_then_published(self, world: World) -> None:
-        world.runner.will(*[raising(lambda: KeyError("secret"))] * 3)
-        await world.send(asking())
+        world.runner.script_runs(*[raising(lambda: KeyError("secret"))] * 3)
+        await world.send(request_body())
         for _ in range(2):
             await soon(world.work())
-            assert (await world.result("a"), await world.left()) == (None, 1)
+            assert (await world.result("a"), await world.pending()) == (None, 1)
         await soon(world.work())
         event = await world.result("a")
         assert failure(event) == "internal"
         assert isinstance(event, FailedEvent)
         assert event.failure.details == {"exception": "KeyError"}
         assert "secret" not in event.model_dump_json()
-        assert await world.left() == 0
+        assert await world.pending() == 0
 
     @pytest.mark.parametrize("position", [(3, 2), (1, 0)])
     async def test_odd_step_does_not_fail_the_request(
         self, world: World, position: tuple[int, int]
     ) -> None:
         # Some schedulers take more steps than they were asked for.
-        hold = world.runner.will_hold(before=lambda one: one.on_step(*position))
-        await world.send(asking())
+        hold = world.runner.hold_next_run(before=lambda one: one.on_step(*position))
+        await world.send(request_body())
         working = asyncio.create_task(world.work())
-        while len(await world.news("a")) < 2 and not working.done():
+        while len(await world.transient_events("a")) < 2 and not working.done():
             await asyncio.wait({working}, timeout=POLL)
         hold.release()
         await soon(working)
@@ -680,25 +684,25 @@ class Behaviour:
 
     async def test_output_waits_for_the_store_without_a_second_run(self, world: World) -> None:
         world.store.begin()
-        await world.send(asking(num_images=2))
+        await world.send(request_body(num_images=2))
         working = asyncio.create_task(world.work())
-        await soon(world.store_is_missed())
-        assert (await world.result("a"), await world.left()) == (None, 1)
+        await soon(world.until_store_call_fails())
+        assert (await world.result("a"), await world.pending()) == (None, 1)
         world.store.end()
         await soon(working)
         done = await world.result("a")
         assert isinstance(done, SucceededEvent)
         assert len(done.outputs) == 2
         assert len(world.runner.runs) == 1
-        assert await world.left() == 0
+        assert await world.pending() == 0
 
     async def test_input_waits_for_the_store(self, make_world: MakeWorld) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         await world.put_object("one", world.picture)
         world.store.begin()
-        await world.send(asking(images=[world.source("one")]))
+        await world.send(request_body(images=[world.source("one")]))
         working = asyncio.create_task(world.work())
-        await soon(world.store_is_missed())
+        await soon(world.until_store_call_fails())
         world.store.end()
         await soon(working)
         assert isinstance(await world.result("a"), SucceededEvent)
@@ -711,12 +715,12 @@ class Behaviour:
         self, world: World, reason: StopReason, left: int
     ) -> None:
         world.store.begin()
-        await world.send(asking())
+        await world.send(request_body())
         working = asyncio.create_task(world.work())
-        await soon(world.store_is_missed())
+        await soon(world.until_store_call_fails())
         world.executor.interrupt(reason)
         await soon(working)
-        assert await world.left() == left
+        assert await world.pending() == left
         event = await world.result("a")
         if reason is StopReason.DRAIN:
             assert event is None
@@ -728,15 +732,15 @@ class Behaviour:
     # -- the bus is away --------------------------------------------------------------------------
 
     async def test_result_waits_for_the_bus_without_a_second_run(self, world: World) -> None:
-        hold = world.runner.will_hold()
-        await world.send(asking(reply_to=INBOX))
+        hold = world.runner.hold_next_run()
+        await world.send(request_body(reply_to=INBOX))
         working = asyncio.create_task(world.work())
-        await soon(hold.begun())
+        await soon(hold.started())
         world.bus.begin()
         hold.release()
         while not await world.objects():
             await asyncio.wait({working}, timeout=POLL)
-        assert (await world.result("a"), await world.left()) == (None, 1)
+        assert (await world.result("a"), await world.pending()) == (None, 1)
         world.bus.end()
         assert await soon(working) is None
         done = await world.result("a")
@@ -744,7 +748,7 @@ class Behaviour:
         assert done.attempt == 1
         assert await world.replies() == [(INBOX, done)]
         assert len(world.runner.runs) == 1
-        assert await world.left() == 0
+        assert await world.pending() == 0
 
     # -- too large --------------------------------------------------------------------------------
 
@@ -753,26 +757,26 @@ class Behaviour:
     ) -> None:
         world = await make_world(task=Task.IMAGE_TO_TEXT)
         text = GeneratedText("x" * 2**21, "length", prompt_tokens=1, completion_tokens=1)
-        world.runner.will(lambda _: RunnerOutput(text=text))
+        world.runner.script_runs(lambda _: RunnerOutput(text=text))
         await world.put_object("one", world.picture)
-        await world.send(asking(images=[world.source("one")], reply_to=INBOX))
+        await world.send(request_body(images=[world.source("one")], reply_to=INBOX))
         await soon(world.work())
         event = await world.result("a")
         assert failure(event) == "internal"
         assert isinstance(event, FailedEvent)
         assert "too large" in event.failure.message
         assert await world.replies() == [(INBOX, event)]
-        assert (await world.left(), await world.dead_letters()) == (0, [])
+        assert (await world.pending(), await world.dead_letters()) == (0, [])
         assert world.observer.outcomes == ["internal"]
 
     async def test_next_request_succeeds_after_every_failure(self, world: World) -> None:
-        world.runner.will(
+        world.runner.script_runs(
             raising(lambda: ModelError("E")), raising(out_of_memory), raising(out_of_memory)
         )
-        bodies = [b"no json", asking("b", deadline="2020-01-01T00:00:00Z"), asking("c")]
-        for body in [*bodies, asking("d"), asking("e")]:
+        bodies = [b"no json", request_body("b", deadline="2020-01-01T00:00:00Z"), request_body("c")]
+        for body in [*bodies, request_body("d"), request_body("e")]:
             await world.send(body)
-        while await world.left():
+        while await world.pending():
             await soon(world.work())
         assert failure(await world.result("d")) == "out_of_memory"
         for retried_or_next in "ce":

@@ -157,7 +157,7 @@ class Crew:
     def ask(self, worker: SteppedWorker, reason: StopReason) -> None:
         """Ask a job to stop; a job that uses the store, or waits for it, stops at once."""
         story = self.stories[worker]
-        waits = not (worker.place or worker.run or self.world.bus.away)
+        waits = not (worker.place or worker.run or self.world.bus.unavailable)
         at_the_store = waits or worker.place in AT_THE_STORE
         one = story.sent.request_id if reason is StopReason.CANCEL else None
         found = worker.executor.interrupt(reason, one)
@@ -190,11 +190,11 @@ class Crew:
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass; every worker with a job renews its lease."""
-        before = {story: story.delivery.beats.count for story in self.stories.values()}
+        before = {story: story.delivery.renewals.count for story in self.stories.values()}
         self.world.loop.pass_time(seconds)
         self._check_ended()
         for story in self.stories.values():
-            beats = story.delivery.beats.count - before[story]
+            beats = story.delivery.renewals.count - before[story]
             # With fewer renewals the lease expires. An exhausted delivery has no lease.
             least = 0 if story.exhausted else int(seconds / ACK_WAIT * 3)
             self._claim(beats >= least, f"{beats} renewals of a lease in {seconds} s")
@@ -242,7 +242,7 @@ class Crew:
                 self.go_on(worker, ENOUGH, "made")
             self.world.loop.pass_time(2 * STORE_PAUSE_MOST)  # some jobs wait for the store
         for _ in range(ROUNDS):
-            self.world.queue.run_out_leases()
+            self.world.queue.expire_leases()
             for _ in range(len(self.sent) * MAX_DELIVER):
                 if self.world.queue.waiting:
                     self.go_on(self.take(), ENOUGH, "made")
@@ -260,7 +260,7 @@ class Crew:
         assert len(self.world.queue) == 0
         self.world.loop.pass_time(2 * ACK_WAIT)
         for story, beats in self._ended:
-            assert story.delivery.beats.count == beats, "a lease is renewed after its job's end"
+            assert story.delivery.renewals.count == beats, "a lease is renewed after its job's end"
         self.close()
         assert not asyncio.all_tasks(self.world.loop)
 
@@ -296,12 +296,12 @@ class Crew:
         if not killed:
             reports = len(worker.observer.reports)
             self._claim(reports == worker.observer.started, f"{reports} reports")
-            lapsed = story.delivery.lapsed or story.exhausted  # it may have had no job
+            lapsed = story.delivery.renewal_stopped or story.exhausted  # it may have had no job
             self._claim(lapsed, "a lease may still be renewed after its job's end")
         if killed or worker in self._leaving:
             worker.die()
             self.workers[self.workers.index(worker)] = self.world.new_worker()
-        self._ended.append((story, story.delivery.beats.count))
+        self._ended.append((story, story.delivery.renewals.count))
 
     def _claim(self, true: bool, otherwise: str) -> None:
         if not true:

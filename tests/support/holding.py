@@ -10,18 +10,20 @@ from typing import Any
 
 from tests.support.quick_runner import FOLDER, first_time, note
 
-LET_GO = "LET_GO"  # environment: the mark for which a worker waits, where there are several
+RELEASE_MARK = (
+    "RELEASE_MARK"  # environment: the mark for which a worker waits, where there are several
+)
 SERVER = "SERVER_PID"  # environment: process id of nats-server
-MENDED = "mended"  # the mark after which a model that raised does so no more
-PLACE = "at_the_place"  # noted when a worker begins to wait
-GO = ".go"  # ends the name of the mark that lets a moment go on
-ON = ".on"  # ends the name under which it is noted that the process has gone on
+FIXED = "mended"  # the mark after which a model that raised does so no more
+HELD = "worker_waits"  # noted when a worker begins to wait
+RESUME = ".go"  # ends the name of the mark that lets a moment go on
+RESUMED = ".on"  # ends the name under which it is noted that the process has gone on
 POLL = 0.005  # seconds; a file announces nothing
 
 
 def hold(mark: str) -> None:
     """Wait until the test makes a mark. Blocks: not in the event loop's thread."""
-    note(PLACE, mark)
+    note(HELD, mark)
     _until_marked(mark)
 
 
@@ -32,15 +34,15 @@ def hold_once(moment: str) -> None:
     """
     if first_time(f"{moment}.held"):
         note(moment, "here")
-        _until_marked(f"{moment}{GO}")
-        note(f"{moment}{ON}", "going on")
+        _until_marked(f"{moment}{RESUME}")
+        note(f"{moment}{RESUMED}", "going on")
 
 
 async def hold_once_without_blocking(moment: str) -> None:
     """The same in the event loop's thread: it ends where it is broken off."""
     if first_time(f"{moment}.held"):
         note(moment, "here")
-        while not (Path(os.environ[FOLDER]) / f"{moment}{GO}").exists():  # noqa: ASYNC110
+        while not (Path(os.environ[FOLDER]) / f"{moment}{RESUME}").exists():  # noqa: ASYNC110
             await asyncio.sleep(POLL)
 
 

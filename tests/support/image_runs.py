@@ -8,18 +8,18 @@ from generation_contracts import TextToImageRequest
 from tests.support.model_runs import run_model
 
 
-def asked(**fields: Any) -> TextToImageRequest:
+def small_request(**fields: Any) -> TextToImageRequest:
     """A request for one image of 64x64 pixels in three steps, but for these fields."""
     small = {"prompt": "a cat", "width": 64, "height": 64, "num_inference_steps": 3, "seed": 7}
     return TextToImageRequest(**{**small, **fields})
 
 
-def made(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> RunnerOutput:
+def run_small(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> RunnerOutput:
     """What the model makes of such a request, once it has passed the check."""
-    return made_of(runner, asked(**fields), save_memory=save_memory)
+    return run_checked(runner, small_request(**fields), save_memory=save_memory)
 
 
-def made_of(
+def run_checked(
     runner: ModelRunner, request: TextToImageRequest, *, save_memory: bool = False
 ) -> RunnerOutput:
     """What the model makes of a request, once it has passed the check."""

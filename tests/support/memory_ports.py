@@ -130,7 +130,7 @@ class MemoryDelivery:
     beats: Tally = field(default_factory=Tally)
     settling: Tally = field(default_factory=Tally)
     refusal: Exception | None = None  # what every settlement raises
-    beat_refusal: Exception | None = None  # what the next renewal raises
+    renewal_error: Exception | None = None  # what the next renewal raises
     lapsed: bool = False  # whether the worker has stopped renewing it
 
     @property
@@ -144,30 +144,30 @@ class MemoryDelivery:
         await self._settle("nak")
 
     async def requeue(self) -> None:
-        if not self.queue.outage.away:  # the real one stores the mark soon or never
-            self.queue.released[self.stream_sequence].add(self.deliveries)
+        if not self.queue.outage.unavailable:  # the real one stores the mark soon or never
+            self.queue.requeued[self.stream_sequence].add(self.deliveries)
         await self._settle("requeue")
 
     async def mark_uncounted(self) -> None:
-        if not self.queue.outage.away:
-            self.queue.discounted[self.stream_sequence].add(self.deliveries)
+        if not self.queue.outage.unavailable:
+            self.queue.marked_uncounted[self.stream_sequence].add(self.deliveries)
 
     async def mark_counted(self) -> None:
-        if not self.queue.outage.away:
-            self.queue.discounted[self.stream_sequence].discard(self.deliveries)
+        if not self.queue.outage.unavailable:
+            self.queue.marked_uncounted[self.stream_sequence].discard(self.deliveries)
 
     async def marked_uncounted(self) -> int:
         await self.queue.outage.over()
         number = self.stream_sequence
-        return len(self.queue.released[number] | self.queue.discounted[number])
+        return len(self.queue.requeued[number] | self.queue.marked_uncounted[number])
 
     async def mark_cancelled(self) -> None:
-        if not self.queue.outage.away:  # as with a release
-            self.queue.withdrawn.add(self.stream_sequence)
+        if not self.queue.outage.unavailable:  # as with a release
+            self.queue.cancelled.add(self.stream_sequence)
 
     async def was_cancelled(self) -> bool:
         await self.queue.outage.over()
-        return self.stream_sequence in self.queue.withdrawn or (
+        return self.stream_sequence in self.queue.cancelled or (
             bool(self.carried) and self.subject.rpartition(".")[2] in self.queue.cancelled_retries
         )
 
@@ -176,7 +176,7 @@ class MemoryDelivery:
 
     async def extend(self) -> None:
         self.beats.add()
-        refusal, self.beat_refusal = self.beat_refusal, None
+        refusal, self.renewal_error = self.renewal_error, None
         if refusal is not None:
             raise refusal
 
@@ -349,7 +349,7 @@ class MemoryQueue:
             # although another worker has it by then. Queued and settled messages are not affected.
             for held in self.in_flight:
                 if held.stream_sequence == number:
-                    self.run_out(held)
+                    self.expire_lease(held)
                     return
         else:
             # The server accepts a late settlement too, and removes every delivery of the message.
@@ -357,11 +357,11 @@ class MemoryQueue:
             self.in_flight = [d for d in self.in_flight if d.stream_sequence != number]
             self.exhausted = [d for d in self.exhausted if d.stream_sequence != number]
 
-    def in_flight_only(self, delivery: MemoryDelivery) -> None:
+    def drop_other_deliveries(self, delivery: MemoryDelivery) -> None:
         """Remove all other deliveries, as if they waited in the stream of retries."""
         self.in_flight = [delivery]
 
-    def run_out(self, delivery: MemoryDelivery) -> None:
+    def expire_lease(self, delivery: MemoryDelivery) -> None:
         """Expire the lease on a delivery: the message is delivered again up to `max_deliver`."""
         self.in_flight.remove(delivery)
         if delivery.deliveries == self.max_deliver:
@@ -369,10 +369,10 @@ class MemoryQueue:
         else:
             self._again.append(delivery.again(delivery.deliveries + 1))
 
-    def run_out_leases(self) -> None:
+    def expire_leases(self) -> None:
         """Expire all leases."""
         for delivery in list(self.in_flight):
-            self.run_out(delivery)
+            self.expire_lease(delivery)
 
     def __len__(self) -> int:
         """Number of requests in the streams."""
@@ -428,7 +428,7 @@ class MemoryEvents:
         return list(self._letters.values())
 
     @property
-    def put_aside(self) -> set[int]:
+    def dead_lettered(self) -> set[int]:
         """The requests that have a letter, by their place in their stream."""
         return {sequence for _, _, sequence in self._letters}
 
@@ -464,7 +464,7 @@ class MemoryEvents:
     async def publish_progress(
         self, event: StartedEvent | ProgressEvent, *, trace_parent: str | None
     ) -> None:
-        if not self._outage.away:
+        if not self._outage.unavailable:
             passed = decode_event(encode(event))
             assert isinstance(passed, StartedEvent | ProgressEvent)
             self.subjects.add(Subjects().progress(event.task, event.request_id))
@@ -473,7 +473,7 @@ class MemoryEvents:
             self.told.add()
 
     async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
-        if not self._outage.away:
+        if not self._outage.unavailable:
             self.subjects.add(subject)
             self.replies.append((subject, decode_result(encode(event))))
             self.trace_parents.append(trace_parent)
@@ -558,7 +558,7 @@ class MemoryArtifacts:
         )
 
     async def discard(self, artifact: ImageArtifact) -> None:
-        if not self.outage.away:
+        if not self.outage.unavailable:
             self.objects.pop(artifact.key, None)
             self._journal.append("discard")
 
@@ -576,11 +576,11 @@ class MemoryArtifacts:
         return data
 
     async def reachable(self) -> bool:
-        return not self.outage.away
+        return not self.outage.unavailable
 
     def _answer(self) -> None:
         self.calls.add()
-        if self.outage.away:
+        if self.outage.unavailable:
             raise StoreUnavailable("the store does not answer")
 
 
@@ -694,8 +694,8 @@ def out_of_memory(*tried: str) -> OutOfMemory:
 class Hold:
     """A run that lasts until it is released or, if it polls the token, asked to stop."""
 
-    def __init__(self, *, heeds: bool, before: Callable[[Run], None], then: Script) -> None:
-        self._heeds = heeds
+    def __init__(self, *, polls_cancel: bool, before: Callable[[Run], None], then: Script) -> None:
+        self._polls_cancel = polls_cancel
         self._before = before
         self._then = then
         self._loop = asyncio.get_running_loop()
@@ -706,11 +706,11 @@ class Hold:
         self._before(run)
         self._loop.call_soon_threadsafe(self._begun.set)
         while not self._released.wait(POLL):
-            if self._heeds and run.cancelled():
+            if self._polls_cancel and run.cancelled():
                 raise Interrupted
         return self._then(run)
 
-    async def begun(self) -> None:
+    async def started(self) -> None:
         """Return once the model runs."""
         await self._begun.wait()
 
@@ -732,21 +732,21 @@ class ScriptedRunner:
         self._scripts: deque[Script] = deque()
         self._holds: list[Hold] = []
 
-    def will(self, *scripts: Script) -> None:
+    def script_runs(self, *scripts: Script) -> None:
         """Set the scripts of the next runs."""
         self._scripts.extend(scripts)
 
-    def will_hold(
+    def hold_next_run(
         self,
         *,
-        heeds: bool = True,
+        polls_cancel: bool = True,
         before: Callable[[Run], None] = lambda _: None,
         then: Script = make,
     ) -> Hold:
         """Make the next run last until it is released."""
-        hold = Hold(heeds=heeds, before=before, then=then)
+        hold = Hold(polls_cancel=polls_cancel, before=before, then=then)
         self._holds.append(hold)
-        self.will(hold)
+        self.script_runs(hold)
         return hold
 
     def load(self) -> ModelDescription:

@@ -110,7 +110,7 @@ class MemoryWorld:
             self.executor = self._start()
         return code
 
-    async def left(self) -> int:
+    async def pending(self) -> int:
         return len(self.queue)
 
     async def result(self, request_id: str) -> ResultEvent | None:
@@ -119,7 +119,7 @@ class MemoryWorld:
     async def replies(self) -> list[tuple[str, ResultEvent]]:
         return self.events.replies
 
-    async def news(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
+    async def transient_events(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
         return [event for event in self.events.progress if event.request_id == request_id]
 
     async def dead_letters(self) -> list[tuple[DeadLetter, bytes]]:
@@ -138,7 +138,7 @@ class MemoryWorld:
     async def objects(self) -> set[str]:
         return set(self.artifacts.objects)
 
-    async def store_is_missed(self) -> None:
+    async def until_store_call_fails(self) -> None:
         await self.artifacts.calls.more(2)
 
     def close(self) -> None:

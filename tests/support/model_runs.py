@@ -17,7 +17,7 @@ class RunsModels(Protocol):
     ) -> Sequence[RunnerOutput | None]: ...
 
 
-class Heard:
+class RunCallbacks:
     """A `consumer.ports.model.RunProgress` that calls functions."""
 
     def __init__(
@@ -31,7 +31,7 @@ class Heard:
         self.preview = on_preview
 
 
-def run_of(
+def run_request(
     request: Request,
     images: Sequence[Image.Image] = (),
     *,
@@ -41,7 +41,7 @@ def run_of(
     on_preview: Callable[[bytes], Any] = lambda _: None,
 ) -> RunRequest:
     """What a runner is given for one request."""
-    return RunRequest(request, images, Heard(on_step, on_text, on_preview), cancelled)
+    return RunRequest(request, images, RunCallbacks(on_step, on_text, on_preview), cancelled)
 
 
 def run_model(
@@ -52,7 +52,7 @@ def run_model(
     save_memory: bool = False,
     **heard: Any,
 ) -> RunnerOutput:
-    """Run one request; see `run_of` for what can be heard of it."""
-    (output,) = runner.run([run_of(request, images, **heard)], save_memory=save_memory)
+    """Run one request; see `run_request` for what can be heard of it."""
+    (output,) = runner.run([run_request(request, images, **heard)], save_memory=save_memory)
     assert output is not None
     return output

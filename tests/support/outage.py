@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from nats.js.errors import NotFoundError
 
 from consumer.devstack import Daemon
-from tests.support.holding import GO, ON
-from tests.support.quick_runner import BEGUN
+from tests.support.holding import RESUME, RESUMED
+from tests.support.observations import until_not_ready
+from tests.support.quick_runner import STARTED
 from tests.support.scene import Event, Scene
-from tests.support.seen import until_readiness
 
 SLACK = 4.0  # seconds; one is the promise, and the machine may be loaded
 HOW = ("kill", "stop")  # methods of `NatsServer`: SIGKILL and SIGTERM
@@ -37,7 +37,7 @@ async def outage(scene: Scene, how: str, *workers: Daemon) -> AsyncIterator[Outa
     await asyncio.to_thread(getattr(server, how))
     try:
         for worker in workers:
-            await until_readiness(scene, worker, bus="not connected")
+            await until_not_ready(scene, worker, bus="not connected")
         await until_sender(scene, connected=False)
         yield this
     finally:
@@ -64,19 +64,19 @@ async def two_workers(scene: Scene, cause: str, **settings: str) -> list[Daemon]
     return workers
 
 
-async def let_go(scene: Scene, moment: str) -> None:
+async def resume(scene: Scene, moment: str) -> None:
     """Let a held process go on, and return once it does."""
-    (scene.folder / f"{moment}{GO}").touch()
-    await scene.noted(f"{moment}{ON}")
+    (scene.folder / f"{moment}{RESUME}").touch()
+    await scene.until_noted(f"{moment}{RESUMED}")
 
 
-def begun(scene: Scene, request_id: str) -> float:
+def run_start(scene: Scene, request_id: str) -> float:
     """`time.monotonic()` of the first run's beginning."""
-    times = dict(reversed([line.split() for line in scene.notes(BEGUN)]))
+    times = dict(reversed([line.split() for line in scene.notes(STARTED)]))
     return float(times[request_id])
 
 
-def measured(what: str, seconds: float) -> None:
+def check_duration(what: str, seconds: float) -> None:
     """Show a measurement (`pytest -s`), and bound it."""
     print(f"{what}: {seconds:.3f} s")  # noqa: T201 - for people
     assert seconds < SLACK

@@ -55,7 +55,7 @@ class Seen:
     middle: tuple[float, float]
 
 
-def seen(picture: Image.Image) -> Scene | None:
+def read_scene(picture: Image.Image) -> Scene | None:
     """The scene that a picture shows; None if it is none."""
     pixels = np.asarray(
         picture.convert("RGB").resize((LARGE, LARGE), Image.Resampling.BICUBIC), dtype=np.float32
@@ -187,6 +187,6 @@ def _scene_of_two(background: str, first: Seen, second: Seen) -> Scene:
     return Scene(background, things, relation=relation)
 
 
-def same(one: Scene, other: Scene) -> bool:
-    """Whether two scenes are the same, from whichever of two things they are told."""
+def same_scene(one: Scene, other: Scene) -> bool:
+    """Whether two scenes are the same_scene, from whichever of two things they are told."""
     return one == other or (len(other.things) == 2 and one == other.turned)

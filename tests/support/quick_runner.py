@@ -19,7 +19,7 @@ from consumer.ports.model import (
 from generation_contracts import ModelInfo, Request, TextToImageRequest
 
 FOLDER = "FAULTS_FOLDER"  # environment: where the processes of one test leave their marks
-BEGUN = "begun"  # request id and `time.monotonic()`, common to all processes, of every run
+STARTED = "begun"  # request id and `time.monotonic()`, common to all processes, of every run
 STEP = 0.01  # seconds
 STEPS = 2  # where a request does not say
 
@@ -73,7 +73,7 @@ class QuickRunner:
         (run,) = runs
         request = run.request
         note("runs", request.request_id or "")
-        note(BEGUN, f"{request.request_id} {time.monotonic()}")
+        note(STARTED, f"{request.request_id} {time.monotonic()}")
         self.begin(request, save_memory=save_memory)
         steps = _steps(request)
         for step in range(1, steps + 1):

@@ -140,7 +140,7 @@ class Scene:
             letters.append(message.headers or {})
         return letters
 
-    async def left(self) -> int:
+    async def pending(self) -> int:
         """How many requests are in the streams of both tasks, and wait for another attempt."""
         jetstream = self.sender.jetstream()
         before = await self._retries()
@@ -148,7 +148,9 @@ class Scene:
         waiting = sum((before.subjects or {}).values())
         left = waiting + sum(info.state.messages for info in infos)
         if left == 0 and (await self._retries()).last_seq != before.last_seq:
-            return await self.left()  # one went from the one stream to the other between the looks
+            return (
+                await self.pending()
+            )  # one went from the one stream to the other between the looks
         return left
 
     async def _retries(self) -> StreamState:
@@ -159,7 +161,7 @@ class Scene:
         )
         return info.state
 
-    async def what_is_left(self) -> str:
+    async def describe_pending(self) -> str:
         """The subjects of what `left` counts, and where each durable stands; for people."""
         jetstream, lines = self.sender.jetstream(), []
         for stream in (*map(self.subjects.requests_stream, Task), self.subjects.retries_stream):
@@ -173,11 +175,11 @@ class Scene:
                 lines.append(f"  {durable.name}: {durable.delivered}, {counts}")
         return "\n".join(lines)
 
-    async def emptied(self, within: float = WITHIN) -> None:
+    async def until_empty(self, within: float = WITHIN) -> None:
         """Return once no request is left."""
 
         async def empty() -> bool:
-            return await self.left() == 0
+            return await self.pending() == 0
 
         await self.until(empty, "an empty queue", within)
 

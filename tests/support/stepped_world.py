@@ -165,7 +165,7 @@ class SteppedInference(RunQueue):
         self._worker.run = held
         self._worker.watcher.run_begins(held)
         try:
-            self._runner.will(await held.ends)
+            self._runner.script_runs(await held.ends)
             (output,) = self._runner.run([ticket.run], save_memory=save_memory)
         except Exception as error:  # noqa: BLE001 - it is for the job
             return error

@@ -459,7 +459,7 @@ class Story:
             )
 
     def _settles(self, how: str) -> None:
-        if how == "requeue" and not self.world.bus.away and not self.cut_off:
+        if how == "requeue" and not self.world.bus.unavailable and not self.cut_off:
             self._requeued.add(self.delivery.deliveries)
         self._claim(self.forced or not self._settlements, f"{how} after {self._settlements}")
         self._settlements.append(how)
@@ -493,7 +493,7 @@ class Story:
         return self.world.events.stored(self.world.task, self.sent.request_id)
 
     def _is_dead_lettered(self) -> bool:
-        return self.delivery.stream_sequence in self.world.events.put_aside
+        return self.delivery.stream_sequence in self.world.events.dead_lettered
 
     def _stored(self, output: object) -> bool:
         if not isinstance(output, ImageArtifact):

@@ -16,7 +16,7 @@ from consumer.ports.model import (
     UnsupportedParameter,
 )
 from generation_contracts import Subjects, Task, decode_request, request_digest
-from tests.support.behaviour import INBOX, asking
+from tests.support.behaviour import INBOX, request_body
 from tests.support.memory_ports import BUCKET, Script, make, out_of_memory, raising
 
 MAX_PAYLOAD = 6_000  # bytes: more than any event without the sender's metadata
@@ -115,7 +115,7 @@ class Wish:
             fields["deadline"] = deadline.isoformat()
         name = f"r{number if self.again is None else self.again % number + 1}"
         answered = self.reply == "inbox"
-        body = asking(name, **fields)
+        body = request_body(name, **fields)
         if kind == "malformed":
             digest, deadline = f"sha256:{hashlib.sha256(body).hexdigest()}", None
         else:

@@ -219,7 +219,7 @@ async def test_delivered_request_is_marked_and_gets_no_event_from_the_canceller(
     if answer is not None:
         setup.workers.answers["a"] = answer
     assert await setup.cancel("a") == reply
-    assert setup.world.queue.withdrawn == {1}
+    assert setup.world.queue.cancelled == {1}
     assert await setup.kind("a") is None
     assert len(setup.world.queue) == 1
 
@@ -228,10 +228,10 @@ async def test_no_event_is_stored_while_a_hanging_worker_runs_the_request(
     setup: Setup,
 ) -> None:
     world = setup.world
-    hold: Hold = world.runner.will_hold(heeds=False)
+    hold: Hold = world.runner.hold_next_run(polls_cancel=False)
     await world.send(b'{"prompt":"a"}', request_id="a")
     working = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     assert world.delivery is not None
     setup.queue.stored[T2I, "a"] = [(world.delivery, False)]
     assert await setup.cancel("a") == ("stopping", None)
@@ -290,7 +290,7 @@ async def test_ended_requests_are_finished_or_cancelled_without_a_wait(setup: Se
     setup.workers.answering.clear()
     assert await setup.cancel("done") == ("finished", "succeeded")
     assert await setup.cancel("gone") == ("cancelled", "cancelled")
-    assert setup.world.queue.withdrawn == set()
+    assert setup.world.queue.cancelled == set()
 
 
 async def test_running_request_that_ends_at_once_is_reported_as_stopping(
@@ -400,7 +400,7 @@ async def test_every_branch_of_a_chain_is_cancelled(setup: Setup) -> None:
     assert await setup.cancel("tour") == ("stopping", None)
     ended = [await setup.kind(f"tour-2-{n}", I2T) for n in range(4)]
     assert ended == [SucceededEvent, None, CancelledEvent, CancelledEvent]
-    assert setup.world.queue.withdrawn == {1}
+    assert setup.world.queue.cancelled == {1}
     assert "tour-2-1" in setup.workers.told
 
 

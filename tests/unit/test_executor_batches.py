@@ -30,7 +30,7 @@ from generation_contracts import (
     SucceededEvent,
     Task,
 )
-from tests.support.behaviour import asking, failure, soon
+from tests.support.behaviour import failure, request_body, soon
 from tests.support.memory_ports import POLL, Hold, Run, ScriptedRunner, make, raising
 from tests.support.memory_world import MemoryWorld, Worlds
 
@@ -110,7 +110,7 @@ def model(world: MemoryWorld) -> BatchingRunner:
 async def begin(world: MemoryWorld, *ids: str, **fields: Any) -> list["asyncio.Task[int | None]"]:
     """Send requests of one size, and begin to handle them."""
     for request_id in ids:
-        await world.send(asking(request_id, width=64, **fields), request_id=request_id)
+        await world.send(request_body(request_id, width=64, **fields), request_id=request_id)
     return [asyncio.create_task(world.work()) for _ in ids]
 
 
@@ -126,12 +126,12 @@ async def test_each_member_has_its_own_events_and_output(world: MemoryWorld) -> 
     for request_id in ("a", "b", "c"):
         event = await world.result(request_id)
         assert isinstance(event, SucceededEvent)
-        told = [one.sequence for one in await world.news(request_id)]
+        told = [one.sequence for one in await world.transient_events(request_id)]
         assert [*told, event.sequence] == [*range(len(told) + 1)]
         outputs.add(event.outputs[0].sha256)  # type: ignore[union-attr]
         assert event.timings.inference > 0
     assert len(outputs) == 3, "each has the picture of its own seed"
-    assert await world.left() == 0
+    assert await world.pending() == 0
 
 
 async def test_device_is_busy_once_for_all(world: MemoryWorld) -> None:
@@ -141,8 +141,8 @@ async def test_device_is_busy_once_for_all(world: MemoryWorld) -> None:
 
 async def test_another_size_and_what_runs_alone_are_not_in_it(world: MemoryWorld) -> None:
     handling = await begin(world, "a", "b")
-    await world.send(asking("other", width=128))
-    await world.send(asking("alone", width=64, metadata={"alone": "yes"}))
+    await world.send(request_body("other", width=128))
+    await world.send(request_body("alone", width=64, metadata={"alone": "yes"}))
     handling += [asyncio.create_task(world.work()) for _ in range(2)]
     await soon(asyncio.gather(*handling))
     assert model(world).batches == [["a", "b"]]
@@ -153,15 +153,15 @@ async def test_failed_batch_is_run_one_by_one_so_that_the_bad_one_fails_alone(
     world: MemoryWorld,
 ) -> None:
     model(world).refusal = lambda: ModelError("PoisonError")
-    await world.send(asking("a", width=64))
-    await world.send(asking("bad", width=64).replace(b"a red circle", b"poison"))
-    await world.send(asking("c", width=64))
+    await world.send(request_body("a", width=64))
+    await world.send(request_body("bad", width=64).replace(b"a red circle", b"poison"))
+    await world.send(request_body("c", width=64))
     await soon(asyncio.gather(*(asyncio.create_task(world.work()) for _ in range(3))))
     assert model(world).batches == [["a", "bad", "c"]]
     assert isinstance(await world.result("a"), SucceededEvent)
     assert isinstance(await world.result("c"), SucceededEvent)
     assert await world.result("bad") is None, "it is tried again"
-    assert await world.left() == 1
+    assert await world.pending() == 1
     for _ in range(2):
         await soon(world.work())
     assert failure(await world.result("bad")) == "model_error"
@@ -171,9 +171,9 @@ async def test_cancelled_member_of_a_failed_batch_waits_for_no_other_members_run
     world: MemoryWorld,
 ) -> None:
     model(world).refusal = lambda: ModelError("BatchError")
-    holds = [model(world).will_hold() for _ in range(3)]
+    holds = [model(world).hold_next_run() for _ in range(3)]
     working = dict(zip("abc", await begin(world, "a", "b", "c"), strict=True))
-    await soon(holds[0].begun())  # the batch has failed, and one of its members runs alone
+    await soon(holds[0].started())  # the batch has failed, and one of its members runs alone
     running = model(world).runs[0].request.request_id
     waiting = next(one for one in working if one != running)
     await world.executor.request_stop(waiting)
@@ -203,12 +203,12 @@ async def test_progress_of_a_batch_is_told_to_each(
     model(world).let_go.clear()
     handling = await begin(world, "a", "b", "c")
     for request_id in ("a", "b", "c"):
-        while len(await world.news(request_id)) < 2:
+        while len(await world.transient_events(request_id)) < 2:
             await asyncio.wait(handling, timeout=POLL)
     model(world).let_go.set()
     await soon(asyncio.gather(*handling))
     for request_id in ("a", "b", "c"):
-        progress = (await world.news(request_id))[1]
+        progress = (await world.transient_events(request_id))[1]
         assert isinstance(progress, ProgressEvent)
 
 
@@ -235,7 +235,7 @@ async def test_batch_of_which_all_are_cancelled_frees_the_device(world: MemoryWo
     for request_id in ("a", "b", "c"):
         await world.executor.request_stop(request_id)
     await soon(asyncio.gather(*handling))
-    await world.send(asking("after"))
+    await world.send(request_body("after"))
     await soon(world.work())
     assert isinstance(await world.result("after"), SucceededEvent)
 
@@ -255,10 +255,10 @@ async def test_deadline_of_one_member_ends_that_one(world: MemoryWorld) -> None:
 
 
 async def test_member_cancelled_while_it_waits_is_in_no_batch(world: MemoryWorld) -> None:
-    hold = world.runner.will_hold()
-    await world.send(asking("first"))
+    hold = world.runner.hold_next_run()
+    await world.send(request_body("first"))
     first = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     handling = await begin(world, "a", "b", "c")
     while [job.state for job in world.executor._jobs[1:]] != [State.ADMITTED] * 3:
         await asyncio.wait(handling, timeout=POLL)
@@ -273,7 +273,7 @@ async def test_lost_device_gives_all_members_back(world: MemoryWorld) -> None:
     model(world).refusal = lambda: DeviceLost("gone")
     codes = await soon(asyncio.gather(*await begin(world, "a", "b", "c")))
     assert codes == [EXIT_DEVICE_LOST] * 3
-    assert await world.left() == 3
+    assert await world.pending() == 3
     assert model(world).runs == []
 
 
@@ -283,7 +283,7 @@ async def test_drain_gives_all_members_back(world: MemoryWorld) -> None:
     await until_begun(world)
     world.executor.interrupt(StopReason.DRAIN)
     await soon(asyncio.gather(*handling))
-    assert await world.left() == 3
+    assert await world.pending() == 3
     assert world.observer.outcomes == ["given_back"] * 3
 
 
@@ -298,7 +298,7 @@ async def test_texts_go_together_too() -> None:
     model(world).batch_key = lambda _: "text"  # type: ignore[method-assign]
     await world.put_object("in", world.picture)
     for request_id in ("a", "b"):
-        await world.send(asking(request_id, images=[world.source("in")]))
+        await world.send(request_body(request_id, images=[world.source("in")]))
     await soon(asyncio.gather(*(asyncio.create_task(world.work()) for _ in range(2))))
     world.close()
     assert model(world).batches == [["a", "b"]]
@@ -307,18 +307,18 @@ async def test_texts_go_together_too() -> None:
 
 async def test_second_copy_in_the_same_hands_waits_for_the_first_and_is_not_run() -> None:
     world = MemoryWorld(most_in_flight=3)
-    hold = world.runner.will_hold()
+    hold = world.runner.hold_next_run()
     handling = []
     for _ in range(2):
-        await world.send(asking("a"))
+        await world.send(request_body("a"))
         handling.append(asyncio.create_task(world.work()))
-    await soon(hold.begun())
+    await soon(hold.started())
     hold.release()
     await soon(asyncio.gather(*handling))
     world.close()
     assert len(world.runner.runs) == 1
     assert world.observer.outcomes == ["succeeded", "already_done"]
-    assert await world.left() == 0
+    assert await world.pending() == 0
 
 
 async def serve(world: MemoryWorld, wanted: Callable[[], Awaitable[bool]]) -> None:
@@ -338,17 +338,17 @@ async def test_three_copies_of_a_request_that_fails_at_first_do_not_wait_for_eac
     make_world: Worlds,
 ) -> None:
     world = await make_world(runner=BatchingRunner(), most_in_flight=10, max_batch=2)
-    hold = world.runner.will_hold(then=raising(lambda: ModelError("Once")))
+    hold = world.runner.hold_next_run(then=raising(lambda: ModelError("Once")))
     for _ in range(3):
-        await world.send(asking("a", width=64))
+        await world.send(request_body("a", width=64))
     first = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     others = [asyncio.create_task(world.work()) for _ in range(2)]
     await asyncio.sleep(0)  # they take their places
     hold.release()
 
     async def all_done() -> bool:
-        return await world.left() == 0
+        return await world.pending() == 0
 
     await soon(serve(world, all_done))
     await soon(asyncio.gather(first, *others))
@@ -363,14 +363,14 @@ async def test_one_that_raises_beside_an_output_that_waits_has_three_tries(
     make_world: Worlds,
 ) -> None:
     world = await make_world(most_in_flight=3)
-    world.runner.will(make, *[raising(lambda: ModelError("Always"))] * 30)
+    world.runner.script_runs(make, *[raising(lambda: ModelError("Always"))] * 30)
     world.store.begin()
     for request_id in ("good", "bad"):
-        await world.send(asking(request_id))
+        await world.send(request_body(request_id))
     waiting = world.artifacts.calls
 
     async def ended() -> bool:
-        return await world.left() == 0
+        return await world.pending() == 0
 
     good, bad = (asyncio.create_task(world.work()) for _ in range(2))
     await soon(waiting.until(1))
@@ -385,22 +385,22 @@ async def test_one_that_raises_beside_an_output_that_waits_has_three_tries(
 
 async def test_death_counts_once_a_suspect_is_alone_and_not_before(make_world: Worlds) -> None:
     world = await make_world(most_in_flight=3)
-    hold = world.runner.will_hold()
+    hold = world.runner.hold_next_run()
     for request_id in ("other", "suspect"):
-        await world.send(asking(request_id))
+        await world.send(request_body(request_id))
     other = asyncio.create_task(world.work())
-    await soon(hold.begun())
-    world.queue.run_out(world.queue.take())  # its first worker has died
+    await soon(hold.started())
+    world.queue.expire_lease(world.queue.take())  # its first worker has died
     suspect = world.queue.take()
     handling = asyncio.create_task(world.executor.handle(suspect))
-    await soon(world.events.asked.until(2))
+    await soon(world.events.lookups.until(2))
     assert await suspect.marked_uncounted() == 1, (
         "should this worker die now, it may be of the other"
     )
-    second = world.runner.will_hold()
+    second = world.runner.hold_next_run()
     hold.release()
     await soon(other)
-    await soon(second.begun())
+    await soon(second.started())
     assert await suspect.marked_uncounted() == 0
     second.release()
     await soon(handling)
@@ -414,12 +414,12 @@ async def test_suspect_that_waits_for_others_can_be_cancelled_and_given_back(
         world = await make_world(most_in_flight=3)
         world.store.begin()
         for request_id in ("other", "suspect"):
-            await world.send(asking(request_id))
+            await world.send(request_body(request_id))
         other = asyncio.create_task(world.work())
         await soon(world.artifacts.calls.until(1))  # it has left the device
-        world.queue.run_out(world.queue.take())
+        world.queue.expire_lease(world.queue.take())
         handling = asyncio.create_task(world.work())
-        await soon(world.events.asked.until(2))
+        await soon(world.events.lookups.until(2))
         if stop is StopReason.DRAIN:
             world.executor.requeue_waiting()
         else:
@@ -433,9 +433,9 @@ async def test_suspect_that_waits_for_others_can_be_cancelled_and_given_back(
 async def one_behind_another(world: MemoryWorld, first: Hold) -> list["asyncio.Task[int | None]"]:
     """Request `a` runs, and `b` is what the inference thread goes on with."""
     for request_id in ("a", "b"):
-        await world.send(asking(request_id))
+        await world.send(request_body(request_id))
     handling = [asyncio.create_task(world.work()) for _ in range(2)]
-    await soon(first.begun())
+    await soon(first.started())
     while [ticket.run is not None for ticket in world.run_queue._tickets] != [True]:
         await asyncio.wait(handling, timeout=POLL)
     return handling
@@ -443,8 +443,8 @@ async def one_behind_another(world: MemoryWorld, first: Hold) -> list["asyncio.T
 
 async def test_next_run_begins_while_the_event_loop_does_something_else() -> None:
     world = MemoryWorld(most_in_flight=3)
-    first, begun = world.runner.will_hold(), threading.Event()
-    second = world.runner.will_hold(before=lambda _: begun.set())
+    first, begun = world.runner.hold_next_run(), threading.Event()
+    second = world.runner.hold_next_run(before=lambda _: begun.set())
     handling = await one_behind_another(world, first)
     first.release()
     assert begun.wait(LONG), "the event loop stands here"
@@ -462,8 +462,8 @@ async def test_next_run_begins_while_the_event_loop_does_something_else() -> Non
 @pytest.mark.parametrize("cancelled", ["at its first step", "in time"])
 async def test_cancellation_of_who_is_next(cancelled: str) -> None:
     world = MemoryWorld(most_in_flight=3)
-    first, begun = world.runner.will_hold(), threading.Event()
-    world.runner.will_hold(before=lambda _: begun.set())
+    first, begun = world.runner.hold_next_run(), threading.Event()
+    world.runner.hold_next_run(before=lambda _: begun.set())
     handling = await one_behind_another(world, first)
     if cancelled != "in time":
         first.release()
@@ -483,7 +483,7 @@ async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
 ) -> None:
     """The device gets free, and others get ready, while the bus takes its time with the event."""
     world = MemoryWorld(most_in_flight=3)
-    first, told, stored = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
+    first, told, stored = world.runner.hold_next_run(), asyncio.Event(), asyncio.Event()
     publish = world.events.publish_result
 
     async def slowly(*arguments: Any, **named: Any) -> bool:
@@ -496,7 +496,7 @@ async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
     handling = await one_behind_another(world, first)
     await world.executor.request_stop("b")
     await soon(told.wait())
-    await world.send(asking("c"))
+    await world.send(request_body("c"))
     handling.append(asyncio.create_task(world.work()))
     first.release()
     await soon(asyncio.wait({handling[0], handling[2]}))
@@ -509,7 +509,7 @@ async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
 
 async def test_forced_end_begins_nothing() -> None:
     world = MemoryWorld(most_in_flight=3)
-    first, giving_back, given_back = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
+    first, giving_back, given_back = world.runner.hold_next_run(), asyncio.Event(), asyncio.Event()
     handling = await one_behind_another(world, first)
     requeue = world.executor._jobs[1].delivery.requeue
 
@@ -532,13 +532,13 @@ async def test_forced_end_begins_nothing() -> None:
 async def test_seconds_of_a_run_are_those_of_its_thread() -> None:
     """The event loop is held up while the second run begins and ends."""
     world = MemoryWorld(most_in_flight=3)
-    first, ended = world.runner.will_hold(), threading.Event()
+    first, ended = world.runner.hold_next_run(), threading.Event()
 
     def make_and_tell(run: Run) -> RunnerOutput:
         ended.set()
         return make(run)
 
-    world.runner.will(make_and_tell)
+    world.runner.script_runs(make_and_tell)
     handling = await one_behind_another(world, first)
     first.release()
     assert ended.wait(LONG)
@@ -564,7 +564,7 @@ async def test_pictures_of_a_request_are_stored_at_the_same_time() -> None:
         return await store(*arguments)
 
     world.artifacts.store = together  # type: ignore[method-assign]
-    await world.send(asking("a", num_images=TOGETHER))
+    await world.send(request_body("a", num_images=TOGETHER))
     await soon(world.work())
     world.close()
     event = await world.result("a")
@@ -579,10 +579,10 @@ async def test_cancellation_before_the_event_loop_is_notified_of_the_run(
     begin = Ticket.begin
     monkeypatch.setattr(Ticket, "begin", lambda ticket: tickets.append(ticket))  # noqa: PLW0108
     world = await make_world()
-    hold = world.runner.will_hold()
-    await world.send(asking("a"))
+    hold = world.runner.hold_next_run()
+    await world.send(request_body("a"))
     working = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     await world.executor.request_stop("a")
     await asyncio.wait({working}, timeout=POLL)
     assert not working.done()

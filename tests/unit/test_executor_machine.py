@@ -146,13 +146,13 @@ class Workers(RuleBasedStateMachine):
                 self.crew.go_on(worker, calls, None)
                 if worker in self.crew.stories:
                     self.crew.kill(worker)
-                self.crew.world.queue.run_out_leases()
+                self.crew.world.queue.expire_leases()
 
     @precondition(lambda self: self.crew.can_work)
     @rule(place=PLACES)
     def lease_runs_out(self, place: Place) -> None:
         self.crew.bring(place)
-        self.crew.world.queue.run_out_leases()
+        self.crew.world.queue.expire_leases()
 
     @rule(away=st.booleans())
     def bus(self, *, away: bool) -> None:

@@ -21,7 +21,7 @@ from consumer.ports.model import (
     UnsupportedParameter,
 )
 from generation_contracts import CancelledEvent, Task
-from tests.support.behaviour import asking, from_now, soon, while_running
+from tests.support.behaviour import from_now, request_body, soon, while_running
 from tests.support.daemon_logging import daemon_logging
 from tests.support.memory_ports import POLL, Hold, MemoryImages, Run, make, out_of_memory
 from tests.support.memory_world import MemoryWorld, Worlds
@@ -125,8 +125,8 @@ async def test_error_and_tensors_of_a_failed_run_are_gone_with_the_job(
     world: MemoryWorld, make_error: Callable[[], Exception]
 ) -> None:
     traced = Traced()
-    world.runner.will(traced.raising(make_error))
-    await world.send(asking())
+    world.runner.script_runs(traced.raising(make_error))
+    await world.send(request_body())
     await soon(world.work())
     assert await traced.are_gone(), traced.alive
 
@@ -141,8 +141,8 @@ async def test_tensors_of_a_run_out_of_memory_are_gone_before_the_second_try(
         left.extend(traced.alive)
         return make(run)
 
-    world.runner.will(traced.raising(out_of_memory), look)
-    await world.send(asking())
+    world.runner.script_runs(traced.raising(out_of_memory), look)
+    await world.send(request_body())
     await soon(world.work())
     assert len(world.runner.runs) == 2
     assert left == []
@@ -152,8 +152,8 @@ async def test_both_errors_and_tensors_of_a_run_always_out_of_memory_are_gone_wi
     world: MemoryWorld,
 ) -> None:
     traced = Traced()
-    world.runner.will(traced.raising(out_of_memory), traced.raising(out_of_memory))
-    await world.send(asking())
+    world.runner.script_runs(traced.raising(out_of_memory), traced.raising(out_of_memory))
+    await world.send(request_body())
     await soon(world.work())
     assert world.observer.outcomes == ["out_of_memory"]
     assert await traced.are_gone(), traced.alive
@@ -168,8 +168,8 @@ async def test_pictures_of_a_request_are_gone_with_the_job(make_world: Worlds) -
         traced.watch(*run.images)
         raise ModelError("E")
 
-    world.runner.will(look)
-    await world.send(asking(images=[world.source("one")]))
+    world.runner.script_runs(look)
+    await world.send(request_body(images=[world.source("one")]))
     await soon(world.work())
     world.runner.runs.clear()
     assert await traced.are_gone(), traced.alive
@@ -189,8 +189,8 @@ async def test_error_and_tensors_of_a_stopped_run_are_gone_with_the_job(
     world: MemoryWorld, reason: StopReason
 ) -> None:
     traced = Traced()
-    hold = world.runner.will_hold(heeds=False, then=traced.raising(Interrupted))
-    await world.send(asking())
+    hold = world.runner.hold_next_run(polls_cancel=False, then=traced.raising(Interrupted))
+    await world.send(request_body())
 
     def stop() -> None:
         world.executor.interrupt(reason)
@@ -206,8 +206,8 @@ async def test_output_of_a_run_that_was_done_before_it_could_stop_is_gone_with_t
     world: MemoryWorld, reason: StopReason
 ) -> None:
     traced = Traced()
-    hold = world.runner.will_hold(heeds=False, then=traced.giving)
-    await world.send(asking())
+    hold = world.runner.hold_next_run(polls_cancel=False, then=traced.giving)
+    await world.send(request_body())
 
     def stop() -> None:
         world.executor.interrupt(reason)
@@ -236,8 +236,10 @@ async def test_error_of_a_stalled_run_is_not_logged_and_gone(make_world: Worlds)
     complaints = Complaints()
     world = await make_world(stall_timeout=0.02)
     traced = Traced()
-    hold = world.runner.will_hold(heeds=False, then=traced.raising(lambda: ModelError("late")))
-    await world.send(asking())
+    hold = world.runner.hold_next_run(
+        polls_cancel=False, then=traced.raising(lambda: ModelError("late"))
+    )
+    await world.send(request_body())
     assert await soon(world.work()) == 70
     assert await late_run_is_gone(hold, traced), traced.alive
     assert complaints.heard == []
@@ -249,8 +251,10 @@ async def test_error_of_a_run_that_a_draining_process_left_is_not_logged_and_gon
     monkeypatch.setattr("consumer.inference.monitor.DRAIN_STEP_TIMEOUT", 0.01)
     complaints = Complaints()
     traced = Traced()
-    hold = world.runner.will_hold(heeds=False, then=traced.raising(lambda: ModelError("late")))
-    await world.send(asking())
+    hold = world.runner.hold_next_run(
+        polls_cancel=False, then=traced.raising(lambda: ModelError("late"))
+    )
+    await world.send(request_body())
     await while_running(world, hold, lambda: world.executor.interrupt(StopReason.DRAIN))
     assert world.observer.outcomes == ["given_back"]
     assert await late_run_is_gone(hold, traced), traced.alive
@@ -264,10 +268,10 @@ async def test_run_of_a_cancelled_task_is_not_logged_and_gone(
     complaints = Complaints()
     traced = Traced()
     then = traced.giving if late == "gives" else traced.raising(lambda: ModelError("late"))
-    hold = world.runner.will_hold(heeds=False, then=then)
-    await world.send(asking())
+    hold = world.runner.hold_next_run(polls_cancel=False, then=then)
+    await world.send(request_body())
     working = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     await cancel(working)
     del working
     assert world.observer.outcomes == ["given_back"]
@@ -286,8 +290,8 @@ async def cancel(working: "asyncio.Task[int | None]") -> None:
 
 async def test_output_of_a_done_run_is_gone_with_the_job(world: MemoryWorld) -> None:
     traced = Traced()
-    world.runner.will(traced.giving)
-    await world.send(asking())
+    world.runner.script_runs(traced.giving)
+    await world.send(request_body())
     await soon(world.work())
     assert world.observer.outcomes == ["succeeded"]
     assert await traced.are_gone(), traced.alive
@@ -296,8 +300,8 @@ async def test_output_of_a_done_run_is_gone_with_the_job(world: MemoryWorld) -> 
 async def test_output_that_cannot_be_encoded_is_gone_with_the_job(world: MemoryWorld) -> None:
     traced = Traced()
     world.images.broken = Fault()
-    world.runner.will(traced.giving)
-    await world.send(asking())
+    world.runner.script_runs(traced.giving)
+    await world.send(request_body())
     await soon(world.work())
     assert world.observer.outcomes == ["given_back"]
     world.images.broken = None  # it carries the traceback
@@ -311,10 +315,10 @@ async def test_output_that_waited_for_the_store_is_gone_with_the_job(
     traced = Traced()
     traced.files_of(world.images)
     world.store.begin()
-    world.runner.will(traced.giving)
-    await world.send(asking())
+    world.runner.script_runs(traced.giving)
+    await world.send(request_body())
     working = asyncio.create_task(world.work())
-    await soon(world.store_is_missed())
+    await soon(world.until_store_call_fails())
     match then:
         case StopReason():
             world.executor.interrupt(then)
@@ -336,8 +340,8 @@ async def test_output_without_a_picture_is_gone_with_the_job(world: MemoryWorld)
         traced.watch(output)
         return output
 
-    world.runner.will(nothing)
-    await world.send(asking())
+    world.runner.script_runs(nothing)
+    await world.send(request_body())
     await soon(world.work())
     assert world.observer.outcomes == ["given_back"]
     assert await traced.are_gone(), traced.alive
@@ -348,8 +352,8 @@ async def test_output_whose_result_cannot_be_published_is_gone_with_the_job(
 ) -> None:
     traced = Traced()
     world.events.broken = Fault()
-    world.runner.will(traced.giving)
-    await world.send(asking())
+    world.runner.script_runs(traced.giving)
+    await world.send(request_body())
     await soon(world.work())
     assert world.observer.outcomes == ["abandoned"]
     world.events.broken = None  # it carries the traceback
@@ -359,8 +363,8 @@ async def test_output_whose_result_cannot_be_published_is_gone_with_the_job(
 async def test_output_whose_result_is_too_large_is_gone_with_the_job(world: MemoryWorld) -> None:
     traced = Traced()
     world.events.max_payload = 900  # bytes; a failure fits
-    world.runner.will(traced.giving)
-    await world.send(asking(num_images=4))
+    world.runner.script_runs(traced.giving)
+    await world.send(request_body(num_images=4))
     await soon(world.work())
     assert world.observer.outcomes == ["internal"]
     assert await traced.are_gone(), traced.alive
@@ -370,8 +374,8 @@ async def test_output_that_another_worker_was_quicker_with_is_gone_with_the_job(
     world: MemoryWorld,
 ) -> None:
     traced = Traced()
-    hold = world.runner.will_hold(then=traced.giving)
-    await world.send(asking())
+    hold = world.runner.hold_next_run(then=traced.giving)
+    await world.send(request_body())
 
     def store_and_go_on() -> None:
         assert world.events.put(quicker)
@@ -398,8 +402,8 @@ async def test_timer_of_a_deadline_does_not_outlive_the_job(world: MemoryWorld) 
         traced.watch(run.cancelled.__self__)  # type: ignore[attr-defined] # a method
         return make(run)
 
-    world.runner.will(look)
-    await world.send(asking(deadline=from_now(hours=1)))
+    world.runner.script_runs(look)
+    await world.send(request_body(deadline=from_now(hours=1)))
     await soon(world.work())
     world.runner.runs.clear()
     assert await traced.are_gone(), traced.alive

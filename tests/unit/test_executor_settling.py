@@ -22,7 +22,7 @@ from generation_contracts import (
     encode,
     request_digest,
 )
-from tests.support.behaviour import INBOX, asking, failure, soon, while_running
+from tests.support.behaviour import INBOX, failure, request_body, soon, while_running
 from tests.support.memory_ports import Script, out_of_memory, raising
 from tests.support.memory_world import MemoryWorld, Worlds
 
@@ -88,8 +88,8 @@ ORDERS: list[tuple[str, list[Script], int, list[str]]] = [
     ("out of memory", [raising(out_of_memory)] * 2, 1, ["publish failed", "reply failed", "ack"]),
 ]
 BODIES = {
-    "expired": asking(reply_to=INBOX, deadline="2020-01-01T00:00:00Z"),
-    "invalid": asking(reply_to=INBOX, width=1),
+    "expired": request_body(reply_to=INBOX, deadline="2020-01-01T00:00:00Z"),
+    "invalid": request_body(reply_to=INBOX, width=1),
 }
 
 
@@ -99,8 +99,8 @@ BODIES = {
 async def test_settlement_comes_after_everything_else_and_once(
     world: MemoryWorld, what: str, scripts: list[Script], deliveries: int, journal: list[str]
 ) -> None:
-    world.runner.will(*scripts)
-    await world.send(BODIES.get(what, asking(reply_to=INBOX)))
+    world.runner.script_runs(*scripts)
+    await world.send(BODIES.get(what, request_body(reply_to=INBOX)))
     for _ in range(deliveries):
         await soon(world.work())
         assert len(world.settlements) == 1
@@ -110,39 +110,39 @@ async def test_settlement_comes_after_everything_else_and_once(
 
 async def test_second_copy_gets_a_reply_and_is_settled(world: MemoryWorld) -> None:
     for _ in range(2):
-        await world.send(asking(reply_to=INBOX))
+        await world.send(request_body(reply_to=INBOX))
         await soon(world.work())
     assert world.journal[4:] == ["reply succeeded", "ack"]
 
 
 async def test_conflict_gets_a_reply_and_is_settled(world: MemoryWorld) -> None:
     for width in (16, 32):
-        await world.send(asking(reply_to=INBOX, width=width))
+        await world.send(request_body(reply_to=INBOX, width=width))
         await soon(world.work())
     assert world.journal[4:] == ["reply failed", "ack"]
 
 
 async def test_request_without_reply_subject_gets_no_reply(world: MemoryWorld) -> None:
-    await world.send(asking())
+    await world.send(request_body())
     await soon(world.work())
     assert world.journal == ["store", "publish succeeded", "ack"]
 
 
 async def test_report_says_whether_a_request_was_dead_lettered(world: MemoryWorld) -> None:
-    for body in (b"no request", asking("good")):
+    for body in (b"no request", request_body("good")):
         await world.send(body)
         await soon(world.work())
     assert [one.dead_letter for one in world.observer.reports] == [True, False]
 
 
 async def test_trace_goes_into_every_message(world: MemoryWorld) -> None:
-    await world.send(asking(reply_to=INBOX), headers={"traceparent": TRACE})
+    await world.send(request_body(reply_to=INBOX), headers={"traceparent": TRACE})
     await soon(world.work())
     assert world.events.trace_parents == [TRACE] * 4  # started, progress, stored, replied
 
 
 async def test_message_id_of_the_sender_becomes_the_request_id(world: MemoryWorld) -> None:
-    await world.send(asking(None), headers={"Nats-Msg-Id": "a"})
+    await world.send(request_body(None), headers={"Nats-Msg-Id": "a"})
     await soon(world.work())
     assert isinstance(await world.result("a"), SucceededEvent)
 
@@ -153,10 +153,10 @@ async def test_message_id_of_the_sender_becomes_the_request_id(world: MemoryWorl
 async def test_every_run_of_a_request_has_the_same_seed_and_other_requests_another(
     world: MemoryWorld,
 ) -> None:
-    world.runner.will(ERROR, ERROR)
-    for body in (asking("a"), asking("b"), asking("c", seed=7)):
+    world.runner.script_runs(ERROR, ERROR)
+    for body in (request_body("a"), request_body("b"), request_body("c", seed=7)):
         await world.send(body)
-    while await world.left():
+    while await world.pending():
         await soon(world.work())
     seeds: dict[str, list[int | None]] = {}
     for run in world.runner.runs:
@@ -172,7 +172,9 @@ async def test_every_run_of_a_request_has_the_same_seed_and_other_requests_anoth
     assert seeds["c"] == [7]
     done = await world.result("a")
     assert done is not None
-    assert done.request_digest == digest_of(asking("a")), "the seed is not part of what was asked"
+    assert done.request_digest == digest_of(request_body("a")), (
+        "the seed is not part of what was asked"
+    )
 
 
 # -- another worker stored its event first --------------------------------------------------------
@@ -181,8 +183,8 @@ async def test_every_run_of_a_request_has_the_same_seed_and_other_requests_anoth
 async def test_event_that_another_worker_stored_first_is_the_reply(
     world: MemoryWorld,
 ) -> None:
-    hold = world.runner.will_hold()
-    await world.send(body := asking(reply_to=INBOX))
+    hold = world.runner.hold_next_run()
+    await world.send(body := request_body(reply_to=INBOX))
     theirs = another_workers_event(digest_of(body))
 
     def store_and_go_on() -> None:
@@ -199,9 +201,9 @@ async def test_event_that_another_worker_stored_first_is_the_reply(
 async def test_event_of_another_request_is_never_the_reply_to_a_succeeded_request(
     world: MemoryWorld,
 ) -> None:
-    hold = world.runner.will_hold()
-    await world.send(asking(reply_to=INBOX))
-    theirs = another_workers_event(digest_of(asking(width=32)))
+    hold = world.runner.hold_next_run()
+    await world.send(request_body(reply_to=INBOX))
+    theirs = another_workers_event(digest_of(request_body(width=32)))
 
     def store_and_go_on() -> None:
         assert world.events.put(theirs)
@@ -217,8 +219,8 @@ async def test_event_of_another_request_is_never_the_reply_to_a_succeeded_reques
 async def test_event_of_another_request_is_never_the_reply_to_an_invalid_request(
     world: MemoryWorld,
 ) -> None:
-    await world.send(asking(reply_to="_INBOX.first"))
-    await world.send(asking(reply_to=INBOX, width=1))
+    await world.send(request_body(reply_to="_INBOX.first"))
+    await world.send(request_body(reply_to=INBOX, width=1))
     for _ in range(2):
         await soon(world.work())
     first = await world.result("a")
@@ -229,7 +231,7 @@ async def test_event_of_another_request_is_never_the_reply_to_an_invalid_request
 
 
 async def test_redelivered_invalid_request_gets_the_stored_event(world: MemoryWorld) -> None:
-    await world.send(asking(reply_to=INBOX, width=1))
+    await world.send(request_body(reply_to=INBOX, width=1))
     replies = world.events.replies
     first = world.queue.take()
     await soon(world.executor.handle(first))
@@ -250,13 +252,13 @@ async def test_request_whose_event_cannot_be_stored_is_left_unsettled(
     world: MemoryWorld, error: Exception
 ) -> None:
     world.events.broken = error
-    await world.send(asking())
+    await world.send(request_body())
     assert await soon(world.work()) is None
     assert world.settlements == []
     assert world.observer.outcomes == ["abandoned"]
     assert not beating()
     world.events.broken = None
-    world.queue.run_out_leases()
+    world.queue.expire_leases()
     await soon(world.work())
     assert isinstance(await world.result("a"), SucceededEvent)
 
@@ -266,10 +268,10 @@ async def test_request_whose_finalization_always_fails_is_dead_lettered(
 ) -> None:
     """Otherwise it would block the requests behind it until `max_deliver`."""
     monkeypatch.setattr(world.events, "reply", AsyncMock(side_effect=RuntimeError("odd")))
-    await world.send(asking(reply_to=INBOX))
+    await world.send(request_body(reply_to=INBOX))
     for _ in range(4):
         await soon(world.work())
-        world.queue.run_out_leases()
+        world.queue.expire_leases()
     assert world.observer.outcomes == ["abandoned"] * 3 + ["internal"]
     assert world.settlements == ["term internal"]
     ((letter, _),) = await world.dead_letters()
@@ -283,10 +285,10 @@ async def test_chain_ends_at_the_step_that_cannot_be_queued(
 ) -> None:
     monkeypatch.setattr(world.events, "publish_request", AsyncMock(side_effect=KeyError("odd")))
     slip = [{"task": "text_to_image", "prompt": "as a woodcut"}]
-    await world.send(asking(reply_to=INBOX, then=slip))
+    await world.send(request_body(reply_to=INBOX, then=slip))
     for _ in range(4):
         await soon(world.work())
-        world.queue.run_out_leases()
+        world.queue.expire_leases()
     ((_, reply),) = world.events.replies
     assert (reply.request_id, failure(reply)) == ("a-2", "internal")
     assert await world.result("a-2") == reply
@@ -298,16 +300,16 @@ async def test_failed_finalization_next_to_other_jobs_counts_as_an_attempt(
 ) -> None:
     world = await make_world(most_in_flight=3)
     world.store.begin()
-    await world.send(asking("other"))
+    await world.send(request_body("other"))
     other = asyncio.create_task(world.work())
     await soon(world.artifacts.calls.until(1))
-    await world.send(asking(reply_to=INBOX, prompt=""))  # it fails before it is isolated
+    await world.send(request_body(reply_to=INBOX, prompt=""))  # it fails before it is isolated
     monkeypatch.setattr(world.events, "reply", AsyncMock(side_effect=RuntimeError("odd")))
     for _ in range(4):
         delivery = world.queue.take()
         await soon(world.executor.handle(delivery))
         if delivery in world.queue.in_flight:
-            world.queue.run_out(delivery)
+            world.queue.expire_lease(delivery)
     assert world.observer.outcomes == ["abandoned"] * 3 + ["internal"]
     world.store.end()
     await soon(other)
@@ -319,10 +321,10 @@ async def test_request_that_cannot_be_dead_lettered_is_left_to_its_lease(
     broken = AsyncMock(side_effect=RuntimeError("odd"))
     monkeypatch.setattr(world.events, "reply", broken)
     monkeypatch.setattr(world.events, "dead_letter", broken)
-    await world.send(asking(reply_to=INBOX))
+    await world.send(request_body(reply_to=INBOX))
     for _ in range(5):
         await soon(world.work())
-        world.queue.run_out_leases()
+        world.queue.expire_leases()
     assert world.observer.outcomes == ["abandoned"] * 5
     assert len(world.queue) == 1
 
@@ -330,12 +332,12 @@ async def test_request_that_cannot_be_dead_lettered_is_left_to_its_lease(
 async def test_redelivery_after_a_failed_settlement_gets_the_stored_event(
     world: MemoryWorld,
 ) -> None:
-    await world.send(asking(reply_to=INBOX))
+    await world.send(request_body(reply_to=INBOX))
     delivery = world.queue.take()
-    delivery.refusal = ConnectionError("closed")
+    delivery.settle_error = ConnectionError("closed")
     assert await soon(world.executor.handle(delivery)) is None
     assert world.observer.outcomes == ["abandoned"]
-    world.queue.run_out_leases()
+    world.queue.expire_leases()
     await soon(world.work())
     assert len(world.runner.runs) == 1
     assert [event for _, event in world.events.replies] == [await world.result("a")] * 2
@@ -345,25 +347,25 @@ async def test_redelivery_after_a_failed_settlement_gets_the_stored_event(
 async def test_lost_device_ends_the_worker_even_if_the_request_cannot_be_requeued(
     world: MemoryWorld,
 ) -> None:
-    world.runner.will(raising(DeviceLost))
-    await world.send(asking())
+    world.runner.script_runs(raising(DeviceLost))
+    await world.send(request_body())
     delivery = world.queue.take()
-    delivery.refusal = ConnectionError("closed")
+    delivery.settle_error = ConnectionError("closed")
     assert await soon(world.executor.handle(delivery)) == 70
     assert world.observer.outcomes == ["abandoned"]
 
 
 async def test_output_waits_for_the_bus_with_its_lease_renewed(make_world: Worlds) -> None:
     world = await make_world(ack_wait=BEAT_SOON)
-    hold = world.runner.will_hold()
-    await world.send(asking())
+    hold = world.runner.hold_next_run()
+    await world.send(request_body())
     working = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     world.bus.begin()
     hold.release()
     await soon(world.artifacts.calls.until(1))
     assert world.delivery is not None
-    await soon(world.delivery.beats.more(3))
+    await soon(world.delivery.renewals.more(3))
     assert world.settlements == []
     world.bus.end()
     await soon(working)
@@ -379,16 +381,16 @@ async def test_lease_is_renewed_until_the_job_ends_also_while_the_store_is_away(
     make_world: Worlds,
 ) -> None:
     world = await make_world(ack_wait=BEAT_SOON)
-    hold = world.runner.will_hold()
-    await world.send(asking())
+    hold = world.runner.hold_next_run()
+    await world.send(request_body())
     working = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     assert world.delivery is not None
-    await soon(world.delivery.beats.more(3))
+    await soon(world.delivery.renewals.more(3))
     world.store.begin()
     hold.release()
-    await soon(world.store_is_missed())
-    await soon(world.delivery.beats.more(3))
+    await soon(world.until_store_call_fails())
+    await soon(world.delivery.renewals.more(3))
     world.store.end()
     await soon(working)
     assert not beating()
@@ -397,8 +399,8 @@ async def test_lease_is_renewed_until_the_job_ends_also_while_the_store_is_away(
 
 async def test_lease_of_a_stalled_run_expires(make_world: Worlds) -> None:
     world = await make_world(stall_timeout=0.02, ack_wait=BEAT_SOON)
-    world.runner.will_hold(heeds=False)
-    await world.send(asking())
+    world.runner.hold_next_run(polls_cancel=False)
+    await world.send(request_body())
     assert await soon(world.work()) == 70
     assert world.settlements == []
     assert not beating()
@@ -414,10 +416,10 @@ async def cancel(working: "asyncio.Task[int | None]") -> None:
 
 
 async def test_cancelled_task_requeues_the_request(world: MemoryWorld) -> None:
-    hold = world.runner.will_hold(heeds=False)
-    await world.send(asking())
+    hold = world.runner.hold_next_run(polls_cancel=False)
+    await world.send(request_body())
     working = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     await cancel(working)
     assert world.settlements == ["requeue"]
     assert not beating()
@@ -432,12 +434,12 @@ async def test_cancellation_goes_on_if_the_request_cannot_be_requeued(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch, refusal: Exception | None
 ) -> None:
     monkeypatch.setattr(executor, "RELEASE_TIMEOUT", 0.001)
-    hold = world.runner.will_hold(heeds=False)
-    await world.send(asking())
+    hold = world.runner.hold_next_run(polls_cancel=False)
+    await world.send(request_body())
     working = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     assert world.delivery is not None
-    world.delivery.refusal = refusal
+    world.delivery.settle_error = refusal
     if refusal is None:
         world.bus.begin()
     await cancel(working)
@@ -451,8 +453,8 @@ async def test_cancellation_after_the_end_of_a_job_settles_nothing_again(
 ) -> None:
     world = await make_world(stall_timeout=0.02 if script else 60.0)
     if script:
-        world.runner.will_hold(heeds=False)
-    await world.send(asking())
+        world.runner.hold_next_run(polls_cancel=False)
+    await world.send(request_body())
     working = asyncio.create_task(world.work())
     at_end: Callable[[], None] = working.cancel  # type: ignore[assignment]
     world.executor._finalizer = CancelAfterFinalize(world, at_end)  # type: ignore[assignment]
@@ -483,7 +485,7 @@ async def test_failure_that_is_too_large_is_stored_without_the_senders_metadata(
     world: MemoryWorld,
 ) -> None:
     world.events.max_payload = 4_096
-    await world.send(asking(metadata={str(n): "x" * 512 for n in range(16)}))
+    await world.send(request_body(metadata={str(n): "x" * 512 for n in range(16)}))
     await soon(world.work())
     event = await world.result("a")
     assert isinstance(event, FailedEvent)
@@ -495,14 +497,14 @@ async def test_request_whose_failure_cannot_be_stored_is_acknowledged(
     world: MemoryWorld,
 ) -> None:
     world.events.max_payload = 10
-    await world.send(asking())
+    await world.send(request_body())
     await soon(world.work())
     assert world.settlements == ["ack"]
     assert world.journal == ["store", "ack"]
 
 
 async def test_second_attempt_at_a_failed_request_gets_the_failure(world: MemoryWorld) -> None:
-    await world.send(body := asking(reply_to=INBOX))
+    await world.send(body := request_body(reply_to=INBOX))
     event = FailedEvent(
         **another_workers_event(digest_of(body)).model_dump(exclude={"type"}),
         failure=Failure.of(FailureCode.MODEL_ERROR, "the model failed on this request"),
@@ -519,10 +521,10 @@ async def test_failed_step_of_a_full_queue_keeps_its_result_when_it_is_queued_la
     slip = [{"task": "text_to_image", "prompt": "as a woodcut"}]
     with monkeypatch.context() as full:
         full.setattr(world.events, "publish_request", AsyncMock(side_effect=QueueFull))
-        await world.send(asking(reply_to=INBOX, then=slip))
+        await world.send(request_body(reply_to=INBOX, then=slip))
         await soon(world.work())
     await world.send(
-        asking(reply_to=INBOX, then=slip)
+        request_body(reply_to=INBOX, then=slip)
     )  # the same request again: now the queue has room
     await soon(world.work())
     ((_, following, _),) = world.events.requests
@@ -540,7 +542,7 @@ async def test_step_that_cannot_be_queued_twice_gets_its_stored_event_twice(
     monkeypatch.setattr(world.events, "publish_request", AsyncMock(side_effect=QueueFull))
     slip = [{"task": "text_to_image", "prompt": "as a woodcut"}]
     for _ in range(2):
-        await world.send(asking(reply_to=INBOX, then=slip))
+        await world.send(request_body(reply_to=INBOX, then=slip))
         await soon(world.work())
     assert [event for _, event in world.events.replies] == [await world.result("a-2")] * 2
     assert world.observer.broken_chains == ["queue_full"]

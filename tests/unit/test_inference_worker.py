@@ -16,7 +16,7 @@ from consumer.inference.worker import InferenceWorker
 from consumer.ports.model import DeviceLost, Interrupted, ModelUnavailable, RunnerOutput, RunRequest
 from generation_contracts import TextToImageRequest
 from tests.support.memory_ports import ScriptedRunner
-from tests.support.model_runs import run_of
+from tests.support.model_runs import run_request
 
 REQUEST = contextvars.ContextVar("REQUEST", default="none")
 WITHIN = 30.0  # seconds; only bounds a wait for something that must happen
@@ -68,7 +68,7 @@ class Worker:
         if work is not None:
             self.model.does.append(work)
         ticket = self.queue.put()
-        run = run_of(TextToImageRequest(prompt="a"))
+        run = run_request(TextToImageRequest(prompt="a"))
         self.queue.mark_ready(ticket, run, "key" if self.queue.max_batch > 1 else None)
         return ticket
 

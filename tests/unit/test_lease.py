@@ -34,7 +34,7 @@ def beating() -> bool:
 async def hold(delivery: MemoryDelivery, *, error: Exception | None = None) -> None:
     """Keep a lease for three renewals, then raise the error or end."""
     async with asyncio.timeout(SOON), Lease(delivery, ack_wait=ACK_WAIT):
-        await delivery.beats.until(3)
+        await delivery.renewals.until(3)
         if error is not None:
             raise error
 
@@ -43,7 +43,7 @@ async def test_lease_is_renewed_while_the_block_runs_and_not_after_it() -> None:
     delivery = make_delivery()
     async with Lease(delivery, ack_wait=ACK_WAIT):
         assert beating()
-        await asyncio.wait_for(delivery.beats.until(3), SOON)
+        await asyncio.wait_for(delivery.renewals.until(3), SOON)
     assert not beating()
     assert delivery.settlements == []
 
@@ -57,7 +57,7 @@ async def test_lease_ends_with_the_block_that_raises() -> None:
 async def test_lease_ends_with_the_block_that_is_cancelled() -> None:
     delivery = make_delivery()
     holding = asyncio.create_task(hold(delivery))
-    await asyncio.wait_for(delivery.beats.until(1), SOON)
+    await asyncio.wait_for(delivery.renewals.until(1), SOON)
     holding.cancel()
     with pytest.raises(asyncio.CancelledError):
         await holding
@@ -71,7 +71,7 @@ async def test_fourth_renewal_is_in_time_after_three_lost_ones() -> None:
 @pytest.mark.parametrize("error", [OSError("gone"), TypeError("lost"), RuntimeError("odd")])
 async def test_renewal_that_raises_does_not_end_the_lease(error: Exception) -> None:
     delivery = make_delivery()
-    delivery.beat_refusal = error
+    delivery.renewal_error = error
     await hold(delivery)
 
 
@@ -106,13 +106,13 @@ async def test_heartbeat_that_swallows_a_cancellation_ends_with_the_block(
         async with Lease(delivery, ack_wait=60.0):  # type: ignore[arg-type] # what is used of it
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            assert delivery.beats == 1
-    assert delivery.lapsed
+            assert delivery.renewals == 1
+    assert delivery.renewal_stopped
     assert not beating()
 
 
 async def test_renewal_that_hangs_does_not_delay_the_next_one() -> None:
     delivery = Swallowing(times=0)
     async with asyncio.timeout(SOON), Lease(delivery, ack_wait=ACK_WAIT):  # type: ignore[arg-type]
-        while delivery.beats < 3:  # noqa: ASYNC110 - the beats are what is waited for
+        while delivery.renewals < 3:  # noqa: ASYNC110 - the beats are what is waited for
             await asyncio.sleep(ACK_WAIT)

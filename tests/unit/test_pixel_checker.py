@@ -18,7 +18,7 @@ from consumer.runners.demonstration.training.scenes import (
     draw,
     some_scene,
 )
-from tests.support.pixel_checker import same, seen
+from tests.support.pixel_checker import read_scene, same_scene
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -27,7 +27,7 @@ def test_every_shape_and_size_is_read_at_every_place(shape: str, size: str) -> N
     choice = random.Random(0)
     for place in PLACES:
         scene = Scene("white", (Thing("red", shape, size),), place)
-        assert seen(draw(scene, choice)) == scene
+        assert read_scene(draw(scene, choice)) == scene
 
 
 def test_every_colour_is_read_on_every_other() -> None:
@@ -35,24 +35,24 @@ def test_every_colour_is_read_on_every_other() -> None:
     for colour, background in product(COLOURS, COLOURS):
         if colour != background:
             scene = Scene(background, (Thing(colour, "heart", "medium"),))
-            assert seen(draw(scene, choice)) == scene
+            assert read_scene(draw(scene, choice)) == scene
 
 
 def test_two_things_are_read_from_either_one() -> None:
     choice = random.Random(2)
     for _ in range(150):
         scene = some_scene(choice, of_two=1.0)
-        found = seen(draw(scene, choice))
+        found = read_scene(draw(scene, choice))
         assert found is not None
         # Of two small things the size can be read wrong: it is the middle of three that are near.
-        assert same(_without_sizes(found), _without_sizes(scene))
+        assert same_scene(_without_sizes(found), _without_sizes(scene))
 
 
 def test_soft_edges_as_a_model_makes_them_are_no_fault() -> None:
     choice = random.Random(3)
     for _ in range(60):
         scene = some_scene(choice)
-        assert seen(draw(scene, choice).filter(ImageFilter.GaussianBlur(0.7))) == scene
+        assert read_scene(draw(scene, choice).filter(ImageFilter.GaussianBlur(0.7))) == scene
 
 
 def _half(canvas: ImageDraw.ImageDraw) -> None:
@@ -85,7 +85,7 @@ def _nothing(_: ImageDraw.ImageDraw) -> None:
 def test_what_is_no_scene_is_none(fault: Callable[[ImageDraw.ImageDraw], None]) -> None:
     picture = Image.new("RGB", (SIDE, SIDE), "white")
     fault(ImageDraw.Draw(picture))
-    assert seen(picture) is None
+    assert read_scene(picture) is None
 
 
 def _small_half(canvas: ImageDraw.ImageDraw) -> None:
@@ -109,8 +109,8 @@ def _small_corner(canvas: ImageDraw.ImageDraw) -> None:
 def test_what_is_small_and_no_shape_is_none(fault: Callable[[ImageDraw.ImageDraw], None]) -> None:
     picture = Image.new("RGB", (SIDE, SIDE), "white")
     fault(ImageDraw.Draw(picture))
-    assert seen(picture.filter(ImageFilter.GaussianBlur(0.7))) is None
-    assert seen(picture) is None
+    assert read_scene(picture.filter(ImageFilter.GaussianBlur(0.7))) is None
+    assert read_scene(picture) is None
 
 
 def test_small_shapes_with_softer_edges_are_still_read() -> None:
@@ -118,19 +118,19 @@ def test_small_shapes_with_softer_edges_are_still_read() -> None:
     for shape in SHAPES:
         for place in PLACES:
             scene = Scene("blue", (Thing("yellow", shape, "small"),), place)
-            found = seen(draw(scene, choice).filter(ImageFilter.GaussianBlur(0.9)))
+            found = read_scene(draw(scene, choice).filter(ImageFilter.GaussianBlur(0.9)))
             assert found is not None
             assert found.things[0].shape == shape
 
 
 def test_noise_is_none() -> None:
     noise = Image.frombytes("RGB", (SIDE, SIDE), random.Random(4).randbytes(SIDE * SIDE * 3))
-    assert seen(noise) is None
+    assert read_scene(noise) is None
 
 
 def test_a_shape_that_a_blur_has_made_another_is_not_the_first() -> None:
     star = draw(Scene("white", (Thing("red", "star", "small"),)), random.Random(5))
-    found = seen(star.filter(ImageFilter.GaussianBlur(4)))
+    found = read_scene(star.filter(ImageFilter.GaussianBlur(4)))
     assert found is None or found.things[0].shape != "star"
 
 
@@ -142,6 +142,6 @@ def _without_sizes(scene: Scene) -> Scene:
 def test_two_things_are_never_the_same_as_one() -> None:
     red, blue = Thing("red", "star"), Thing("blue", "heart")
     one, two = Scene("white", (red,)), Scene("white", (red, blue), relation="above")
-    assert not same(one, two)
-    assert not same(two, one)
-    assert same(two, two.turned)
+    assert not same_scene(one, two)
+    assert not same_scene(two, one)
+    assert same_scene(two, two.turned)

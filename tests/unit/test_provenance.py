@@ -14,7 +14,7 @@ from consumer.ports.model import GeneratedImage, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue
-from tests.support.behaviour import asking, soon
+from tests.support.behaviour import request_body, soon
 from tests.support.memory_ports import Run, raising
 from tests.support.memory_world import MemoryWorld, Worlds
 
@@ -74,8 +74,8 @@ def two_pictures(_: Run) -> RunnerOutput:
 async def test_each_picture_of_a_job_says_its_own_seed_and_what_it_was_made_with(
     world: MemoryWorld,
 ) -> None:
-    world.runner.will(two_pictures)
-    await world.send(asking(num_images=2, seed=3))
+    world.runner.script_runs(two_pictures)
+    await world.send(request_body(num_images=2, seed=3))
     await soon(world.work())
     one, other = world.images.provenance
     assert (one["seed"], other["seed"]) == ("3", "4")
@@ -87,7 +87,7 @@ async def test_each_picture_of_a_job_says_its_own_seed_and_what_it_was_made_with
 
 async def test_prompt_is_in_pictures_where_the_worker_puts_it_there(make_world: Worlds) -> None:
     world = await make_world(prompt_in_images=True)
-    await world.send(asking())
+    await world.send(request_body())
     await soon(world.work())
     assert [one["prompt"] for one in world.images.provenance] == ["a red circle"]
 
@@ -98,8 +98,8 @@ async def test_picture_says_the_same_whichever_attempt_and_worker_makes_it(
     every: list[Any] = []
     for failures in (0, 2):
         world = await make_world()
-        world.runner.will(*[raising(lambda: KeyError("x"))] * failures)
-        await world.send(asking())
+        world.runner.script_runs(*[raising(lambda: KeyError("x"))] * failures)
+        await world.send(request_body())
         for _ in range(failures + 1):
             await soon(world.work())
         every += world.images.provenance

@@ -7,13 +7,13 @@ import pytest
 
 from consumer.inference.run_queue import RunQueue, Ticket
 from generation_contracts import TextToImageRequest
-from tests.support.model_runs import run_of
+from tests.support.model_runs import run_request
 
 LONG = 3_600.0  # seconds
 
 
 def ready(queue: RunQueue, ticket: Ticket, key: object = None) -> Ticket:
-    queue.mark_ready(ticket, run_of(TextToImageRequest(prompt="a")), key)
+    queue.mark_ready(ticket, run_request(TextToImageRequest(prompt="a")), key)
     return ticket
 
 

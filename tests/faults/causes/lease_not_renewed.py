@@ -2,7 +2,7 @@
 
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.jobs.lease import Lease
-from tests.faults.causes.held_until_let_go import make_runner
+from tests.faults.causes.held_until_released import make_runner
 
 __all__ = ["make_runner"]
 

@@ -11,13 +11,13 @@ from PIL import Image
 from consumer.ports.model import GeneratedImage, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.support.holding import LET_GO, hold
+from tests.support.holding import RELEASE_MARK, hold
 from tests.support.quick_runner import QuickRunner
 
 
 class HeldUntilLetGo(QuickRunner):
     def begin(self, request: Request, *, save_memory: bool) -> None:
-        hold(os.environ[LET_GO])
+        hold(os.environ[RELEASE_MARK])
 
     def output(self, request: Request, images: Sequence[Image.Image]) -> RunnerOutput:
         drawn = os.getpid()

@@ -14,7 +14,7 @@ from consumer.devstack import Daemon
 from tests.support.scene import WITHIN, Event, Scene
 
 
-class Answers:
+class ReplyInbox:
     """What comes to a sender's inbox.
 
     Attributes:
@@ -35,20 +35,20 @@ class Answers:
         event: Event = json.loads((await self._subscription.next_msg(WITHIN)).data)
         return event
 
-    async def are_all_read(self) -> bool:
+    async def has_no_more(self) -> bool:
         """Whether nothing more has come by the time at which every request is settled."""
-        await self._scene.emptied()
+        await self._scene.until_empty()
         # What the workers have published before is here before this.
         await self._scene.sender.publish(self.subject, b"{}")
         return await self.next() == {}
 
 
-def promised(event: Event) -> dict[str, str]:
+def published_digests(event: Event) -> dict[str, str]:
     """The sha256 of each output of an event, hex, by its key."""
     return {output["key"]: output["sha256"] for output in event["outputs"]}
 
 
-async def stored(scene: Scene) -> dict[str, str]:
+async def stored_digests(scene: Scene) -> dict[str, str]:
     """The sha256 of each object of this installation, hex, by its key."""
     bucket = scene.stack.store.bucket
     return {
@@ -67,7 +67,7 @@ async def readiness(worker: Daemon) -> tuple[int, dict[str, str]]:
         return response.status, conditions
 
 
-async def counted(worker: Daemon, name: str) -> dict[str, float]:
+async def failure_counts(worker: Daemon, name: str) -> dict[str, float]:
     """What a counter of /metrics has of each failure code."""
     async with (
         aiohttp.ClientSession() as session,
@@ -82,7 +82,7 @@ async def counted(worker: Daemon, name: str) -> dict[str, float]:
     }
 
 
-async def until_in_hand(scene: Scene, worker: Daemon, count: int) -> None:
+async def until_in_flight(scene: Scene, worker: Daemon, count: int) -> None:
     """Return once a worker has so many deliveries: the server knows of them a moment before."""
     wanted = f'generation_jobs_in_flight{{task="{scene.task}"}} {float(count)}'
 
@@ -96,7 +96,7 @@ async def until_in_hand(scene: Scene, worker: Daemon, count: int) -> None:
     await scene.until(so_many, f"{count} deliveries in the hands of {worker.name}")
 
 
-async def until_readiness(scene: Scene, worker: Daemon, **conditions: str) -> None:
+async def until_not_ready(scene: Scene, worker: Daemon, **conditions: str) -> None:
     """Return once a worker is not ready, for these reasons and no others."""
 
     async def says_so() -> bool:
@@ -107,7 +107,7 @@ async def until_readiness(scene: Scene, worker: Daemon, **conditions: str) -> No
     await scene.until(says_so, f"readiness of {worker.name} without {conditions}")
 
 
-async def all_well(scene: Scene, *workers: Daemon) -> None:
+async def assert_all_ready(scene: Scene, *workers: Daemon) -> None:
     """Every worker is the process that it was, and is ready again."""
     for worker in workers:
 
@@ -118,7 +118,7 @@ async def all_well(scene: Scene, *workers: Daemon) -> None:
         assert worker.alive
 
 
-async def done(scene: Scene, request_id: str) -> Event:
+async def succeeded(scene: Scene, request_id: str) -> Event:
     """The one terminal event: succeeded, and the object is what it says."""
     event = await scene.event(request_id)
     assert event["type"] == "generation.v1.succeeded", event
@@ -127,9 +127,9 @@ async def done(scene: Scene, request_id: str) -> Event:
     return event
 
 
-async def nothing_left(scene: Scene, *request_ids: str) -> None:
+async def assert_queue_empty(scene: Scene, *request_ids: str) -> None:
     """The queue is empty; of each request there is one event and one object, and no dead letter."""
-    await scene.emptied()
+    await scene.until_empty()
     for request_id in request_ids:
         assert len(await scene.events(request_id)) == 1
     assert len(await scene.keys()) == len(request_ids)
@@ -144,12 +144,12 @@ async def deliveries(scene: Scene) -> int:
     return int(delivered.consumer_seq)
 
 
-async def until_pulls_stand(scene: Scene, count: int, *, in_hand: int = 0) -> None:
+async def until_pulls_wait(scene: Scene, count: int, *, in_flight: int = 0) -> None:
     """Return once so many requests are in hand, and so many workers wait for more."""
 
     async def waiting() -> bool:
         durable = await _durable(scene)
-        return (durable.num_waiting, durable.num_ack_pending) == (count, in_hand)
+        return (durable.num_waiting, durable.num_ack_pending) == (count, in_flight)
 
     await scene.until(waiting, f"{count} workers that wait")
 
