@@ -255,7 +255,7 @@ class RealWorld:
         bus: The relay before the nats-server.
     """
 
-    picture = _picture()
+    image_file = _picture()
 
     def __init__(self, servers: DevStack, task: Task, store: Relay, bus: Relay) -> None:
         root = f"t{uuid4().hex[:8]}"

@@ -51,7 +51,7 @@ async def test_the_caller_gets_the_last_steps_result_and_nothing_else(
     assert event["metadata"] == {"order": "7"}
     assert (answer.headers or {})["traceparent"] == trace
     described = await stored(scene, Task.IMAGE_TO_TEXT, "c-2")
-    assert described["outputs"][0]["text"] == "3 pictures"
+    assert described["outputs"][0]["text"] == "3 images"
     assert (await scene.event("c"))["chain"] == {"id": "c", "step": 1, "of": 3}
     await scene.until_empty()
     await caller.client.flush()
@@ -70,7 +70,7 @@ async def test_each_picture_has_a_request_and_an_answer_of_its_own(
     )
     events = [json.loads((await answers.next_msg(timeout=30)).data) for _ in range(3)]
     assert {event["request_id"] for event in events} == {"e-2-0", "e-2-1", "e-2-2"}
-    assert {event["outputs"][0]["text"] for event in events} == {"1 pictures"}
+    assert {event["outputs"][0]["text"] for event in events} == {"1 images"}
 
 
 async def test_a_worker_killed_between_two_steps_loses_none_and_repeats_none(

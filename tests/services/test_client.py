@@ -85,7 +85,7 @@ async def test_a_text_is_asked_for(scene: Scene) -> None:
         result = await client.image_to_text("What is it?", [InlineImage(base64=picture())])
     (output,) = result.outputs
     assert isinstance(output, TextOutput)
-    assert output.text == "1 pictures"
+    assert output.text == "1 images"
 
 
 async def test_another_client_collects_what_was_submitted(scene: Scene) -> None:

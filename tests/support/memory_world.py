@@ -1,4 +1,4 @@
-"""One worker on in-memory ports that a test can read and break."""
+"""One worker on in-memory ports, which a test can read and make fail."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,11 +29,11 @@ class MemoryWorld:
     """Implements `tests.support.behaviour.World`.
 
     Attributes:
-        journal: The calls of the ports with an effect, in order.
-        delivery: The last delivery that was taken.
+        journal: The port calls that had an effect, in order.
+        delivery: The last delivery that the worker took.
     """
 
-    picture = b"picture 4 4\n" + bytes(3 * 4 * 4)
+    image_file = b"image 4 4\n" + bytes(3 * 4 * 4)
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class MemoryWorld:
         self.executor = self._start()
 
     def _start(self) -> Executor:
-        """Start a worker process: its inference thread, and what hands requests to it."""
+        """Start a worker: the inference thread and the executor."""
         self.run_queue = RunQueue(**self._room)
         InferenceWorker(self.runner, self.run_queue, on_busy=self.observer.device_busy).start()
         return Executor(
@@ -106,7 +106,7 @@ class MemoryWorld:
     async def work(self) -> int | None:
         delivery = self.delivery = self.queue.take()
         code = await self.executor.handle(delivery)
-        if code is not None:  # the process ends, and its supervisor starts a new one
+        if code is not None:  # the process exits, and the supervisor starts a new process
             self.executor = self._start()
         return code
 
@@ -154,16 +154,16 @@ class MemoryWorld:
 
 
 class Worlds:
-    """Makes worlds, and closes all of them at the end of a test."""
+    """Creates worlds, and closes them at the end of a test."""
 
     def __init__(self) -> None:
-        self._made: list[MemoryWorld] = []
+        self._worlds: list[MemoryWorld] = []
 
     async def __call__(self, **options: Any) -> MemoryWorld:
         world = MemoryWorld(**options)
-        self._made.append(world)
+        self._worlds.append(world)
         return world
 
     def close(self) -> None:
-        for world in self._made:
+        for world in self._worlds:
             world.close()

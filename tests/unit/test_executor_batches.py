@@ -296,7 +296,7 @@ async def test_texts_go_together_too() -> None:
         window=2.0,
     )
     model(world).batch_key = lambda _: "text"  # type: ignore[method-assign]
-    await world.put_object("in", world.picture)
+    await world.put_object("in", world.image_file)
     for request_id in ("a", "b"):
         await world.send(request_body(request_id, images=[world.source("in")]))
     await soon(asyncio.gather(*(asyncio.create_task(world.work()) for _ in range(2))))

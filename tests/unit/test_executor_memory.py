@@ -161,7 +161,7 @@ async def test_both_errors_and_tensors_of_a_run_always_out_of_memory_are_gone_wi
 
 async def test_pictures_of_a_request_are_gone_with_the_job(make_world: Worlds) -> None:
     world = await make_world(task=Task.IMAGE_TO_TEXT)
-    await world.put_object("one", world.picture)
+    await world.put_object("one", world.image_file)
     traced = Traced()
 
     def look(run: Run) -> RunnerOutput:
@@ -299,12 +299,12 @@ async def test_output_of_a_done_run_is_gone_with_the_job(world: MemoryWorld) -> 
 
 async def test_output_that_cannot_be_encoded_is_gone_with_the_job(world: MemoryWorld) -> None:
     traced = Traced()
-    world.images.broken = Fault()
+    world.images.encode_error = Fault()
     world.runner.script_runs(traced.giving)
     await world.send(request_body())
     await soon(world.work())
     assert world.observer.outcomes == ["given_back"]
-    world.images.broken = None  # it carries the traceback
+    world.images.encode_error = None  # it carries the traceback
     assert await traced.are_gone(), traced.alive
 
 
@@ -351,12 +351,12 @@ async def test_output_whose_result_cannot_be_published_is_gone_with_the_job(
     world: MemoryWorld,
 ) -> None:
     traced = Traced()
-    world.events.broken = Fault()
+    world.events.publish_error = Fault()
     world.runner.script_runs(traced.giving)
     await world.send(request_body())
     await soon(world.work())
     assert world.observer.outcomes == ["abandoned"]
-    world.events.broken = None  # it carries the traceback
+    world.events.publish_error = None  # it carries the traceback
     assert await traced.are_gone(), traced.alive
 
 

@@ -251,13 +251,13 @@ async def test_redelivered_invalid_request_gets_the_stored_event(world: MemoryWo
 async def test_request_whose_event_cannot_be_stored_is_left_unsettled(
     world: MemoryWorld, error: Exception
 ) -> None:
-    world.events.broken = error
+    world.events.publish_error = error
     await world.send(request_body())
     assert await soon(world.work()) is None
     assert world.settlements == []
     assert world.observer.outcomes == ["abandoned"]
     assert not beating()
-    world.events.broken = None
+    world.events.publish_error = None
     world.queue.expire_leases()
     await soon(world.work())
     assert isinstance(await world.result("a"), SucceededEvent)

@@ -59,10 +59,10 @@ def refusal(data: bytes, codec: ImageCodec = CODEC) -> str:
 def test_an_odd_file_shows_its_pixels_or_is_refused_in_words(name: str) -> None:
     odd = ODD_IMAGES[name]
     data = odd.make()
-    if isinstance(odd.sees, str):
-        assert refusal(data) == odd.sees
+    if isinstance(odd.expected, str):
+        assert refusal(data) == odd.expected
         return
-    decoded, expected = CODEC.decode(data), odd.sees()
+    decoded, expected = CODEC.decode(data), odd.expected()
     assert (decoded.mode, decoded.size, decoded.info) == ("RGB", expected.size, {})
     differences = ImageChops.difference(decoded, expected).getextrema()
     assert max(most for _, most in differences) <= odd.tolerance
@@ -72,7 +72,7 @@ def test_the_page_has_the_words_of_each_refusal() -> None:
     page = (Path(__file__).parents[2] / "docs/reference/inputs.md").read_text("utf-8")
     table, names = page.partition("## Refusals")[2].split("FORMAT: ")
     named = {name.strip(" .\n") for name in names.replace("\n", " ").split(", ")}
-    said = {odd.sees for odd in ODD_IMAGES.values() if isinstance(odd.sees, str)}
+    said = {odd.expected for odd in ODD_IMAGES.values() if isinstance(odd.expected, str)}
     said |= {refusal(data, ImageCodec(max_bytes=20_000, max_pixels=100)) for data in over_limits()}
     said |= {refusal(data) for data in over_limits()[1:]}
     templates, formats = set(), set()

@@ -295,7 +295,7 @@ async def test_input_that_an_answering_store_does_not_give_fails_at_once(
 ) -> None:
     world = await make_world(task="image_to_text", most_in_flight=3)
     world.artifacts.unreadable.add("broken")
-    await world.put_object("good", world.picture)
+    await world.put_object("good", world.image_file)
     for name in ("broken", "good"):
         await world.send(request_body(name, images=[world.source(name)]))
     await soon(asyncio.gather(world.work(), world.work()))

@@ -1,4 +1,4 @@
-"""What senders can ask for, what a run can come to, and where a job can be: of every kind."""
+"""Hypothesis strategies: requests of senders, ends of runs, and positions in jobs."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,70 +19,78 @@ from generation_contracts import Subjects, Task, decode_request, request_digest
 from tests.support.behaviour import INBOX, request_body
 from tests.support.memory_ports import BUCKET, Script, make, out_of_memory, raising
 
-MAX_PAYLOAD = 6_000  # bytes: more than any event without the sender's metadata
-BULKY = {str(number): "x" * 512 for number in range(16)}  # what makes an event larger
+MAX_PAYLOAD = 6_000  # bytes; larger than any event without the sender's metadata
+BULKY = {str(number): "x" * 512 for number in range(16)}  # metadata that exceeds MAX_PAYLOAD
 
-# What a reply must never go to: the result of the first request.
+# No worker may publish a reply on this subject, which is the result subject of a request.
 FORBIDDEN = {task: Subjects().result(task, "r1") for task in Task}
 
 Kind = Literal["valid", "malformed", "unsupported", "missing"]
 Ending = Literal[
-    "made", "varied", "nothing", "odd", "raised", "broken", "memory", "lost", "refused"
+    "success",
+    "varied",
+    "no output",
+    "invalid output",
+    "raised",
+    "internal error",
+    "out of memory",
+    "device lost",
+    "unsupported",
 ]
 
 SCRIPTS: dict[Ending, Script] = {
-    "made": make,
-    "nothing": lambda _: RunnerOutput(),
-    "odd": lambda _: RunnerOutput(images=(GeneratedImage(None, seed=0),)),  # type: ignore[arg-type]
+    "success": make,
+    "no output": lambda _: RunnerOutput(),
+    "invalid output": lambda _: RunnerOutput(images=(GeneratedImage(None, seed=0),)),  # type: ignore[arg-type]
     "raised": raising(lambda: ModelError("ValueError")),
-    "broken": raising(lambda: KeyError("secret")),
-    "memory": raising(out_of_memory),
-    "lost": raising(DeviceLost),
-    "refused": raising(lambda: UnsupportedParameter("width", "width: not this one")),
+    "internal error": raising(lambda: KeyError("secret")),
+    "out of memory": raising(out_of_memory),
+    "device lost": raising(DeviceLost),
+    "unsupported": raising(lambda: UnsupportedParameter("width", "width: not this one")),
 }
-ENDINGS = st.sampled_from(["made", "made", "made", "varied", *SCRIPTS])
+ENDINGS = st.sampled_from(["success", "success", "success", "varied", *SCRIPTS])
 
 
-def within(ending: Ending, task: Task) -> Ending:
-    """The end that a task's model can come to: texts are made one way only, and never odd."""
-    only_pictures: dict[Ending, Ending] = {"varied": "made", "odd": "nothing"}
-    return ending if task is Task.TEXT_TO_IMAGE else only_pictures.get(ending, ending)
+def possible_ending(ending: Ending, task: Task) -> Ending:
+    """Return an ending that the model of a task can have: some endings exist only for images."""
+    of_texts: dict[Ending, Ending] = {"varied": "success", "invalid output": "no output"}
+    return ending if task is Task.TEXT_TO_IMAGE else of_texts.get(ending, ending)
 
 
 def script(ending: Ending, number: int) -> Script:
-    """What a run does.
+    """Return the script of a run.
 
     Args:
-        ending: What it comes to.
-        number: Of the run; no two give the same output where it varies.
+        ending: The ending of the run.
+        number: Number of the run. The output of a "varied" run depends on it.
     """
     if ending != "varied":
         return SCRIPTS[ending]
-    picture = Image.new("RGB", (4, 4), (number & 255, number >> 8 & 255, 255))
-    return lambda _: RunnerOutput(images=(GeneratedImage(picture, seed=0),))
+    image = Image.new("RGB", (4, 4), (number & 255, number >> 8 & 255, 255))
+    return lambda _: RunnerOutput(images=(GeneratedImage(image, seed=0),))
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A request as it was published."""
+    """A published request."""
 
     request_id: str
     digest: str
     kind: Kind
     deadline: datetime | None
-    reply: bool  # whether the sender waits for an answer
+    reply: bool  # whether the sender expects a reply
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a sender asks for.
+class RequestDraft:
+    """A request that a sender publishes.
 
     Attributes:
-        again: Which request before this one has the same id; None for another id.
-        kind: "refused" is what cannot be done for a reason that the task has.
-        seconds: Until the deadline.
-        bulky: Whether events that say its metadata are too large for the bus.
-        reply: Where the answer is to go.
+        again: Number of an earlier request whose id this request repeats, or None for a new id.
+        kind: "refused" is an unsupported parameter or a missing input, depending on the task.
+        seconds: Seconds until the deadline.
+        bulky: Whether its metadata makes the events too large for the bus.
+        reply: The kind of reply subject.
     """
 
     again: int | None
@@ -93,15 +101,15 @@ class Wish:
     reply: Literal["nowhere", "inbox", "forbidden"]
 
     def sent(self, task: Task, now: datetime, number: int) -> tuple[bytes, Sent]:
-        """The request's bytes, and what to remember of it.
+        """Return the body of the request, and its properties.
 
         Args:
-            task: Of the workers.
-            now: What the deadline is counted from.
-            number: Of the request; from 1.
+            task: The task of the workers.
+            now: The current time.
+            number: Number of the request, from 1.
         """
         fields: dict[str, Any] = {"prompt": self.prompt}
-        kind = self._unlike_others(task, fields)
+        kind = self._set_kind(task, fields)
         if self.bulky:
             fields["metadata"] = BULKY
         match self.reply:
@@ -114,15 +122,15 @@ class Wish:
         if deadline is not None:
             fields["deadline"] = deadline.isoformat()
         name = f"r{number if self.again is None else self.again % number + 1}"
-        answered = self.reply == "inbox"
+        replied = self.reply == "inbox"
         body = request_body(name, **fields)
         if kind == "malformed":
             digest, deadline = f"sha256:{hashlib.sha256(body).hexdigest()}", None
         else:
             digest = request_digest(decode_request(task, body))
-        return body, Sent(name, digest, kind, deadline, answered)
+        return body, Sent(name, digest, kind, deadline, replied)
 
-    def _unlike_others(self, task: Task, fields: dict[str, Any]) -> Kind:
+    def _set_kind(self, task: Task, fields: dict[str, Any]) -> Kind:
         if task is Task.IMAGE_TO_TEXT:
             key = "gone" if self.kind == "refused" else "one"
             fields["images"] = [{"bucket": BUCKET, "key": key}]
@@ -137,13 +145,13 @@ class Wish:
         return "unsupported"
 
 
-class Place(NamedTuple):
-    """Some point in some job.
+class JobPosition(NamedTuple):
+    """A position in a job.
 
     Attributes:
-        which: Of the workers that have a job or can take one.
-        calls: How many calls it makes until then; the end of a run is one.
-        ending: What a run on the way comes to; None: it goes no further than to the run.
+        which: Index of a worker that has a job or can take a job.
+        calls: Number of calls until the position. The end of a run counts as a call.
+        ending: The ending of a run before the position. With None, the position is at the run.
     """
 
     which: int
@@ -152,10 +160,10 @@ class Place(NamedTuple):
 
 
 WHICH = st.integers(0, 5)
-CALLS = st.integers(0, 24)  # a job makes some 10, with a stop before and after each
-PLACES = st.builds(Place, WHICH, CALLS, ENDINGS)
-WISHES = st.builds(
-    Wish,
+CALLS = st.integers(0, 24)  # a job makes about 10 calls, with a stop before and after each
+JOB_POSITIONS = st.builds(JobPosition, WHICH, CALLS, ENDINGS)
+DRAFTS = st.builds(
+    RequestDraft,
     again=st.one_of(st.none(), st.none(), st.none(), st.integers(0, 11)),
     prompt=st.sampled_from(["a circle", "a circle", "a square"]),
     kind=st.sampled_from(["valid", "valid", "valid", "valid", "malformed", "refused"]),
