@@ -1,4 +1,4 @@
-"""A stop request for a job of this worker: the answer is what happens."""
+"""Stop requests for a job of a worker: the acknowledgement matches the outcome."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 async def while_running_do(
     world: MemoryWorld, hold: Hold, act: Callable[[], Awaitable[None]]
 ) -> None:
-    """Handle the next delivery, and do something while its run goes on."""
+    """Handle the next delivery, and await `act` during its run."""
     working = asyncio.create_task(world.work())
     await soon(hold.started())
     await act()
@@ -27,7 +27,7 @@ async def while_running_do(
     await soon(working)
 
 
-async def test_worker_without_the_request_answers_none(make_world: Worlds) -> None:
+async def test_worker_without_the_request_returns_none(make_world: Worlds) -> None:
     assert await (await make_world()).executor.request_stop("a") is None
 
 
@@ -47,7 +47,7 @@ async def test_running_request_stops_and_is_marked_as_cancelled(make_world: Worl
 
 
 @pytest.mark.parametrize("when", ["during the last upload", "while the result is published"])
-async def test_answer_to_a_late_stop_request_is_true(
+async def test_late_stop_request_gets_a_correct_acknowledgement(
     when: str, make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = await make_world()
@@ -78,7 +78,7 @@ async def test_next_worker_reads_the_mark_even_after_the_last_attempt(
 ) -> None:
     world = await make_world(max_attempts=1)
     await world.send(request_body())
-    lost = world.queue.take()  # by a worker that was asked to stop it, and died
+    lost = world.queue.take()  # by a worker that got a stop request and died
     await lost.mark_cancelled()
     world.queue.expire_leases()
     await world.work()

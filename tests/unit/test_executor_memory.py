@@ -108,8 +108,6 @@ class Traced:
         def watched(
             image: Image.Image, output_format: OutputFormat, **options: Any
         ) -> EncodedImage:
-            image: Image.Image, output_format: OutputFormat, **options: Any
-        ) -> EncodedImage:
             encoded = encode(image, output_format, **options)
             self.watch(encoded)
             return encoded

@@ -1,4 +1,4 @@
-"""The end of a job: the order of its steps, one settlement, and a lease until then."""
+"""The end of a job: the order of its steps, exactly one settlement, and lease renewals."""
 
 import asyncio
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from generation_contracts import (
     request_digest,
 )
 from tests.support.behaviour import INBOX, failure, request_body, soon, while_running
-from tests.support.memory_ports import Script, out_of_memory, raising
+from tests.support.memory_ports import Hold, Script, out_of_memory, raising
 from tests.support.memory_world import MemoryWorld, Worlds
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def beating() -> bool:
-    """Whether something still renews a lease."""
+    """Return whether a task still renews a lease."""
     return any(task.get_name() == "heartbeat" for task in asyncio.all_tasks())
 
 
@@ -67,14 +67,14 @@ ORDERS: list[tuple[str, list[Script], int, list[str]]] = [
         ["dead_letter", "publish failed", "reply failed", "term invalid_request"],
     ),
     (
-        "model raised",
+        "model error",
         [ERROR] * 3,
         3,
         ["retry", "ack"] * 2
         + ["dead_letter", "publish failed", "reply failed", "term model_error"],
     ),
     (
-        "fault",
+        "internal error",
         [FAULT] * 3,
         3,
         ["retry", "ack"] * 2 + ["dead_letter", "publish failed", "reply failed", "term internal"],
@@ -96,7 +96,7 @@ BODIES = {
 @pytest.mark.parametrize(
     ("what", "scripts", "deliveries", "journal"), ORDERS, ids=[row[0] for row in ORDERS]
 )
-async def test_settlement_comes_after_everything_else_and_once(
+async def test_settlement_is_the_last_step_and_happens_once(
     world: MemoryWorld, what: str, scripts: list[Script], deliveries: int, journal: list[str]
 ) -> None:
     world.runner.script_runs(*scripts)
@@ -128,14 +128,16 @@ async def test_request_without_reply_subject_gets_no_reply(world: MemoryWorld) -
     assert world.journal == ["store", "publish succeeded", "ack"]
 
 
-async def test_report_says_whether_a_request_was_dead_lettered(world: MemoryWorld) -> None:
+async def test_job_report_contains_whether_the_request_was_dead_lettered(
+    world: MemoryWorld,
+) -> None:
     for body in (b"no request", request_body("good")):
         await world.send(body)
         await soon(world.work())
     assert [one.dead_letter for one in world.observer.reports] == [True, False]
 
 
-async def test_trace_goes_into_every_message(world: MemoryWorld) -> None:
+async def test_every_message_has_the_trace_parent(world: MemoryWorld) -> None:
     await world.send(request_body(reply_to=INBOX), headers={"traceparent": TRACE})
     await soon(world.work())
     assert world.events.trace_parents == [TRACE] * 4  # started, progress, stored, replied
@@ -147,10 +149,10 @@ async def test_message_id_of_the_sender_becomes_the_request_id(world: MemoryWorl
     assert isinstance(await world.result("a"), SucceededEvent)
 
 
-# -- run twice ------------------------------------------------------------------------------------
+# -- seeds ----------------------------------------------------------------------------------------
 
 
-async def test_every_run_of_a_request_has_the_same_seed_and_other_requests_another(
+async def test_seed_is_constant_over_attempts_and_differs_between_requests(
     world: MemoryWorld,
 ) -> None:
     world.runner.script_runs(ERROR, ERROR)
@@ -162,7 +164,7 @@ async def test_every_run_of_a_request_has_the_same_seed_and_other_requests_anoth
     for run in world.runner.runs:
         seeds.setdefault(run.request.request_id or "", []).append(run.request.seed)
     assert len(world.runner.runs) == 5
-    assert {request_id: len(set(drawn)) for request_id, drawn in seeds.items()} == {
+    assert {request_id: len(set(used)) for request_id, used in seeds.items()} == {
         "a": 1,
         "b": 1,
         "c": 1,
@@ -173,11 +175,19 @@ async def test_every_run_of_a_request_has_the_same_seed_and_other_requests_anoth
     done = await world.result("a")
     assert done is not None
     assert done.request_digest == digest_of(request_body("a")), (
-        "the seed is not part of what was asked"
+        "the random seed is not part of the digest"
     )
 
 
-# -- another worker stored its event first --------------------------------------------------------
+# -- results of other workers ---------------------------------------------------------------------
+
+
+def store_and_release(world: MemoryWorld, hold: Hold, event: CancelledEvent) -> Callable[[], None]:
+    def act() -> None:
+        assert world.events.put(event)
+        hold.release()
+
+    return act
 
 
 async def test_event_that_another_worker_stored_first_is_the_reply(
@@ -185,17 +195,12 @@ async def test_event_that_another_worker_stored_first_is_the_reply(
 ) -> None:
     hold = world.runner.hold_next_run()
     await world.send(body := request_body(reply_to=INBOX))
-    theirs = another_workers_event(digest_of(body))
-
-    def store_and_go_on() -> None:
-        assert world.events.put(theirs)
-        hold.release()
-
-    await while_running(world, hold, store_and_go_on)
-    assert await world.result("a") == theirs
-    assert world.events.replies == [(INBOX, theirs)]
+    other = another_workers_event(digest_of(body))
+    await while_running(world, hold, store_and_release(world, hold, other))
+    assert await world.result("a") == other
+    assert world.events.replies == [(INBOX, other)]
     assert world.journal == ["store", "fenced", "reply cancelled", "ack", "discard"]
-    assert await world.objects() == set(), "no event mentions them"
+    assert await world.objects() == set(), "no event mentions the objects"
 
 
 async def test_event_of_another_request_is_never_the_reply_to_a_succeeded_request(
@@ -203,16 +208,11 @@ async def test_event_of_another_request_is_never_the_reply_to_a_succeeded_reques
 ) -> None:
     hold = world.runner.hold_next_run()
     await world.send(request_body(reply_to=INBOX))
-    theirs = another_workers_event(digest_of(request_body(width=32)))
-
-    def store_and_go_on() -> None:
-        assert world.events.put(theirs)
-        hold.release()
-
-    await while_running(world, hold, store_and_go_on)
-    assert await world.result("a") == theirs
-    ((_, answer),) = world.events.replies
-    assert failure(answer) == "request_id_conflict"
+    other = another_workers_event(digest_of(request_body(width=32)))
+    await while_running(world, hold, store_and_release(world, hold, other))
+    assert await world.result("a") == other
+    ((_, reply),) = world.events.replies
+    assert failure(reply) == "request_id_conflict"
     assert world.settlements == ["ack"]
 
 
@@ -225,8 +225,8 @@ async def test_event_of_another_request_is_never_the_reply_to_an_invalid_request
         await soon(world.work())
     first = await world.result("a")
     assert isinstance(first, SucceededEvent)
-    (_, (subject, answer)) = world.events.replies
-    assert (subject, failure(answer)) == (INBOX, "invalid_request")
+    (_, (subject, reply)) = world.events.replies
+    assert (subject, failure(reply)) == (INBOX, "invalid_request")
     assert [letter.code for letter, _ in world.events.letters] == ["invalid_request"]
 
 
@@ -240,7 +240,7 @@ async def test_redelivered_invalid_request_gets_the_stored_event(world: MemoryWo
     assert [event for _, event in replies] == [await world.result("a")] * 2
 
 
-# -- worker and bus die between two steps ---------------------------------------------------------
+# -- failures between two steps -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ async def test_request_whose_event_cannot_be_stored_is_left_unsettled(
 async def test_request_whose_finalization_always_fails_is_dead_lettered(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise it would block the requests behind it until `max_deliver`."""
+    """Otherwise the request would block later requests until `max_deliver`."""
     monkeypatch.setattr(world.events, "reply", AsyncMock(side_effect=RuntimeError("odd")))
     await world.send(request_body(reply_to=INBOX))
     for _ in range(4):
@@ -280,7 +280,7 @@ async def test_request_whose_finalization_always_fails_is_dead_lettered(
     assert len(world.queue) == 0
 
 
-async def test_chain_ends_at_the_step_that_cannot_be_queued(
+async def test_chain_ends_if_its_next_step_cannot_be_queued(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(world.events, "publish_request", AsyncMock(side_effect=KeyError("odd")))
@@ -303,7 +303,7 @@ async def test_failed_finalization_next_to_other_jobs_counts_as_an_attempt(
     await world.send(request_body("other"))
     other = asyncio.create_task(world.work())
     await soon(world.artifacts.calls.until(1))
-    await world.send(request_body(reply_to=INBOX, prompt=""))  # it fails before it is isolated
+    await world.send(request_body(reply_to=INBOX, prompt=""))  # fails before the job is isolated
     monkeypatch.setattr(world.events, "reply", AsyncMock(side_effect=RuntimeError("odd")))
     for _ in range(4):
         delivery = world.queue.take()
@@ -315,7 +315,7 @@ async def test_failed_finalization_next_to_other_jobs_counts_as_an_attempt(
     await soon(other)
 
 
-async def test_request_that_cannot_be_dead_lettered_is_left_to_its_lease(
+async def test_request_that_cannot_be_dead_lettered_is_not_settled(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = AsyncMock(side_effect=RuntimeError("odd"))
@@ -355,7 +355,7 @@ async def test_lost_device_ends_the_worker_even_if_the_request_cannot_be_requeue
     assert world.observer.outcomes == ["abandoned"]
 
 
-async def test_output_waits_for_the_bus_with_its_lease_renewed(make_world: Worlds) -> None:
+async def test_lease_is_renewed_during_a_bus_outage(make_world: Worlds) -> None:
     world = await make_world(ack_wait=BEAT_SOON)
     hold = world.runner.hold_next_run()
     await world.send(request_body())
@@ -377,7 +377,7 @@ async def test_output_waits_for_the_bus_with_its_lease_renewed(make_world: World
 # -- the lease ------------------------------------------------------------------------------------
 
 
-async def test_lease_is_renewed_until_the_job_ends_also_while_the_store_is_away(
+async def test_lease_is_renewed_during_a_run_and_a_store_outage(
     make_world: Worlds,
 ) -> None:
     world = await make_world(ack_wait=BEAT_SOON)
@@ -406,7 +406,7 @@ async def test_lease_of_a_stalled_run_expires(make_world: Worlds) -> None:
     assert not beating()
 
 
-# -- the process ends -----------------------------------------------------------------------------
+# -- cancelled tasks ------------------------------------------------------------------------------
 
 
 async def cancel(working: "asyncio.Task[int | None]") -> None:
@@ -428,10 +428,10 @@ async def test_cancelled_task_requeues_the_request(world: MemoryWorld) -> None:
 
 
 @pytest.mark.parametrize(
-    "refusal", [None, ConnectionError("closed")], ids=["bus away", "bus closed"]
+    "error", [None, ConnectionError("closed")], ids=["bus outage", "bus closed"]
 )
-async def test_cancellation_goes_on_if_the_request_cannot_be_requeued(
-    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch, refusal: Exception | None
+async def test_cancelled_task_ends_if_the_request_cannot_be_requeued(
+    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch, error: Exception | None
 ) -> None:
     monkeypatch.setattr(executor, "RELEASE_TIMEOUT", 0.001)
     hold = world.runner.hold_next_run(polls_cancel=False)
@@ -439,8 +439,8 @@ async def test_cancellation_goes_on_if_the_request_cannot_be_requeued(
     working = asyncio.create_task(world.work())
     await soon(hold.started())
     assert world.delivery is not None
-    world.delivery.settle_error = refusal
-    if refusal is None:
+    world.delivery.settle_error = error
+    if error is None:
         world.bus.begin()
     await cancel(working)
     assert world.settlements == []
@@ -448,7 +448,7 @@ async def test_cancellation_goes_on_if_the_request_cannot_be_requeued(
 
 
 @pytest.mark.parametrize("script", [None, "hangs"])
-async def test_cancellation_after_the_end_of_a_job_settles_nothing_again(
+async def test_cancellation_after_the_end_of_a_job_does_not_settle_again(
     make_world: Worlds, script: str | None
 ) -> None:
     world = await make_world(stall_timeout=0.02 if script else 60.0)
@@ -465,7 +465,7 @@ async def test_cancellation_after_the_end_of_a_job_settles_nothing_again(
 
 
 class CancelAfterFinalize:
-    """Cancels the task when the job is settled and the lease is about to end."""
+    """Cancels the task after the settlement of the job and before the end of the lease."""
 
     def __init__(self, world: MemoryWorld, cancel_task: Callable[[], None]) -> None:
         self._real = world.executor._finalizer
@@ -478,7 +478,7 @@ class CancelAfterFinalize:
         return decision
 
 
-# -- too large ------------------------------------------------------------------------------------
+# -- large events and full queues -----------------------------------------------------------------
 
 
 async def test_failure_that_is_too_large_is_stored_without_the_senders_metadata(
@@ -525,7 +525,7 @@ async def test_failed_step_of_a_full_queue_keeps_its_result_when_it_is_queued_la
         await soon(world.work())
     await world.send(
         request_body(reply_to=INBOX, then=slip)
-    )  # the same request again: now the queue has room
+    )  # an identical request; the queue has room now
     await soon(world.work())
     ((_, following, _),) = world.events.requests
     await world.send(encode(following), headers={"Reply-To": INBOX})

@@ -27,9 +27,9 @@ from tests.support.memory_world import MemoryWorld, Worlds
 @pytest.fixture
 async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MemoryWorld]:
     shorten_pauses(monkeypatch)
-    made = MemoryWorld(most_in_flight=3)
-    yield made
-    made.close()
+    world = MemoryWorld(most_in_flight=3)
+    yield world
+    world.close()
 
 
 def other_bytes(**fields: Any) -> bytes:
@@ -56,7 +56,7 @@ COPIES: dict[str, tuple[Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("subject_id", ["a", None], ids=["id in the subject", "id in the body"])
 @pytest.mark.parametrize("name", COPIES)
-async def test_copy_of_a_running_request_gets_a_reply_at_most(
+async def test_copy_of_a_running_request_gets_only_a_reply(
     world: MemoryWorld, name: str, subject_id: str | None
 ) -> None:
     make_body, code = COPIES[name]
@@ -78,7 +78,7 @@ async def test_copy_of_a_running_request_gets_a_reply_at_most(
     assert await world.pending() == 0
 
 
-async def test_same_request_waits_for_the_running_one_and_gets_its_result(
+async def test_identical_request_waits_for_the_running_request_and_gets_its_result(
     world: MemoryWorld,
 ) -> None:
     hold = world.runner.hold_next_run()
@@ -98,7 +98,7 @@ async def test_same_request_waits_for_the_running_one_and_gets_its_result(
     assert [run.request.request_id for run in world.runner.runs] == ["a", "next"]
 
 
-async def test_subject_and_body_that_differ_end_no_other_id(world: MemoryWorld) -> None:
+async def test_conflicting_ids_do_not_end_the_id_of_the_body(world: MemoryWorld) -> None:
     await world.send(request_body("victim"), request_id="attacker")
     await soon(world.work())
     assert await world.result("victim") is None
@@ -142,7 +142,7 @@ async def test_requeues_do_not_end_a_max_deliver_exhausted_request(
     assert isinstance(await world.result("a"), ends)
 
 
-async def test_exhausted_request_stays_in_its_stream_if_the_retry_stream_is_full(
+async def test_exhausted_request_stays_in_its_stream_if_the_retries_stream_is_full(
     world: MemoryWorld,
 ) -> None:
     world.queue.max_deliver = 1
@@ -164,7 +164,7 @@ async def test_exhausted_request_stays_in_its_stream_if_the_retry_stream_is_full
         (request_body(width=32, reply_to=OTHER_INBOX), "request_id_conflict"),
     ],
 )
-async def test_copy_ends_nothing_while_the_older_message_is_in_the_stream(
+async def test_copy_stores_no_event_while_the_older_message_is_in_the_stream(
     world: MemoryWorld, copy: bytes, code: str
 ) -> None:
     await world.send(request_body(), request_id="a")
@@ -178,7 +178,7 @@ async def test_copy_ends_nothing_while_the_older_message_is_in_the_stream(
     assert isinstance(await world.result("a"), SucceededEvent)
 
 
-async def test_copy_is_queued_again_while_another_worker_has_the_older_message(
+async def test_copy_is_retried_while_another_worker_handles_the_older_message(
     world: MemoryWorld,
 ) -> None:
     await world.send(request_body(), request_id="a")
@@ -206,10 +206,10 @@ async def test_copy_is_queued_again_while_another_worker_has_the_older_message(
     ],
     ids=["invalid bytes", "another content", "another deadline"],
 )
-async def test_request_that_waits_for_its_next_attempt_keeps_its_id(
+async def test_request_that_waits_for_a_retry_keeps_its_id(
     world: MemoryWorld, copy: bytes, code: str
 ) -> None:
-    """Also against a copy that is queued before it comes back."""
+    """A copy that is queued before the retry does not take the id."""
     world.runner.script_runs(raising(lambda: ModelError("E")))
     await world.send(request_body(), request_id="a")
     await soon(world.work())
@@ -225,7 +225,7 @@ async def test_request_that_waits_for_its_next_attempt_keeps_its_id(
     assert isinstance(await world.result("a"), SucceededEvent)
 
 
-async def test_retried_request_and_its_copy_that_fail_before_the_run_end_the_id(
+async def test_retried_request_and_its_copy_end_if_both_fail_before_the_run(
     world: MemoryWorld,
 ) -> None:
     """Two copies must not wait for each other forever."""
@@ -244,7 +244,7 @@ async def test_retried_request_and_its_copy_that_fail_before_the_run_end_the_id(
 
 
 async def test_requeued_request_is_not_isolated(world: MemoryWorld) -> None:
-    """After a rollout requests run next to others and in batches again."""
+    """After a rollout requests run in parallel and in batches again."""
     await world.send(request_body())
     await world.queue.take().requeue()
     hold = world.runner.hold_next_run()
@@ -265,8 +265,8 @@ async def test_cancellation_that_arrives_before_its_request_takes_effect(
     assert world.runner.runs == []
 
 
-async def test_request_that_waits_for_its_next_attempt_can_be_cancelled(world: MemoryWorld) -> None:
-    """Also if all workers were restarted meanwhile and none has stored the id."""
+async def test_request_that_waits_for_a_retry_can_be_cancelled(world: MemoryWorld) -> None:
+    """The cancellation also works if all workers were restarted meanwhile."""
     world.runner.script_runs(raising(lambda: ModelError("E")))
     await world.send(request_body(), request_id="a")
     await soon(world.work())
@@ -276,7 +276,7 @@ async def test_request_that_waits_for_its_next_attempt_can_be_cancelled(world: M
     assert len(world.runner.runs) == 1
 
 
-async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(world: MemoryWorld) -> None:
+async def test_chain_id_cancels_a_later_step(world: MemoryWorld) -> None:
     step = request_body("tour-2", chain={"id": "tour", "step": 2})
     hold = world.runner.hold_next_run()
     await world.send(step)
@@ -290,7 +290,7 @@ async def test_chain_is_cancelled_by_its_own_id_after_its_first_step(world: Memo
 # -- the store ------------------------------------------------------------------------------------
 
 
-async def test_input_that_an_answering_store_does_not_give_fails_at_once(
+async def test_unreadable_input_of_an_available_store_fails_at_once(
     make_world: Worlds,
 ) -> None:
     world = await make_world(task="image_to_text", most_in_flight=3)
@@ -320,7 +320,7 @@ async def test_output_that_cannot_be_stored_is_requeued_if_another_worker_is_idl
     assert isinstance(await world.result("a"), type(None) if idle else SucceededEvent)
 
 
-async def test_delivery_that_cannot_be_opened_takes_no_place(
+async def test_delivery_that_cannot_be_opened_occupies_no_slot(
     make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
