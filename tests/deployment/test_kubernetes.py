@@ -204,13 +204,13 @@ def validate(manifest: Manifest) -> None:
         jsonschema.Draft202012Validator(triggers).validate(trigger["metadata"])
 
 
-def test_every_manifest_is_valid_as_it_is_written() -> None:
+def test_written_manifest_is_valid() -> None:
     assert {each["kind"] for each in written()} >= {"Deployment", "ScaledObject", "PodMonitor"}
     for manifest in written():
         validate(manifest)
 
 
-def test_every_manifest_is_valid_as_it_is_built(build: list[Manifest]) -> None:
+def test_built_manifest_is_valid(build: list[Manifest]) -> None:
     for manifest in build:
         validate(manifest)
         if manifest["kind"] != "Namespace":
@@ -230,7 +230,7 @@ def test_every_manifest_is_valid_as_it_is_built(build: list[Manifest]) -> None:
         ("ScaledObject", lambda spec: spec["triggers"][0]["metadata"].update(lagThreshold=1)),
     ],
 )
-def test_a_wrong_field_is_not_valid(kind: str, spoil: Callable[[Manifest], None]) -> None:
+def test_invalid_field_is_detected(kind: str, spoil: Callable[[Manifest], None]) -> None:
     manifest = of_kind(written(), kind)[0]
     spoil(manifest["spec"])
     with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
@@ -240,7 +240,7 @@ def test_a_wrong_field_is_not_valid(kind: str, spoil: Callable[[Manifest], None]
 # -- what belongs together ------------------------------------------------------------------------
 
 
-def test_every_name_that_is_referred_to_is_there(build: list[Manifest]) -> None:
+def test_referenced_names_exist(build: list[Manifest]) -> None:
     def names(kind: str) -> set[str]:
         return {each["metadata"]["name"] for each in of_kind(build, kind)}
 
@@ -257,7 +257,7 @@ def test_every_name_that_is_referred_to_is_there(build: list[Manifest]) -> None:
         assert scaled["spec"]["scaleTargetRef"]["name"] in names("Deployment")
 
 
-def test_selectors_select_what_they_are_for(build: list[Manifest]) -> None:
+def test_selectors_match_their_pods(build: list[Manifest]) -> None:
     assert len(workers(build)) == len(Task)
     budgets = of_kind(build, "PodDisruptionBudget")
     for deployment in of_kind(build, "Deployment"):
@@ -302,7 +302,7 @@ def test_every_setting_exists() -> None:
     assert names - OF_LIBRARIES <= {name.upper() for name in Settings.model_fields}
 
 
-def test_the_daemon_can_read_its_settings(
+def test_daemon_settings_are_valid(
     build: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tasks = set()
@@ -329,7 +329,7 @@ def test_apply_serves_both_tasks(
     assert container(job)["args"] == ["apply", "--config", "/etc/generation/s3/s3.toml"]
 
 
-def test_room_for_all_workers(build: list[Manifest]) -> None:
+def test_max_ack_pending_covers_all_workers(build: list[Manifest]) -> None:
     """CONSUMER_MAX_ACK_PENDING is the most workers times what each has in hand."""
     most = 1
     for scaled in of_kind(build, "ScaledObject"):
@@ -341,7 +341,7 @@ def test_room_for_all_workers(build: list[Manifest]) -> None:
     assert int(settings["CONSUMER_MAX_ACK_PENDING"]) == most * each
 
 
-def test_a_reply_prefix_is_one_that_a_worker_may_publish_to() -> None:
+def test_workers_may_publish_to_the_reply_prefixes() -> None:
     users = (NATS / "users.conf").read_text()
     settings = base_settings()
     inboxes = {
@@ -377,7 +377,7 @@ def secret_mounts(manifest: Manifest) -> dict[str, str]:
     return {mounts[name]["mountPath"]: secret["secretName"] for name, secret in secrets.items()}
 
 
-def test_secrets_are_files_and_not_here() -> None:
+def test_secrets_are_mounted_files() -> None:
     assert not of_kind(written(), "Secret")
     assert "S3_SECRET_KEY" not in base_settings()
     seed, endpoints = (
@@ -410,7 +410,7 @@ def patience(probe: Manifest) -> int:
     return probe["periodSeconds"] * probe["failureThreshold"]
 
 
-def test_the_probes_are_there_to_answer() -> None:
+def test_probes_use_the_port_and_paths_of_the_daemon() -> None:
     probes = Probes(Telemetry(Metrics("task")), host="127.0.0.1", port=0)
     paths = {route.resource.canonical for route in probes._runner.app.router.routes()}
     assert paths == {"/livez", "/readyz", "/metrics"}
@@ -430,7 +430,7 @@ def test_the_probes_are_there_to_answer() -> None:
     assert endpoint["port"] == port["name"]
 
 
-def test_a_model_has_time_to_load_and_a_hanging_one_is_left_to_the_daemon() -> None:
+def test_probe_timeouts_allow_loading_and_stalls() -> None:
     worker = container(the_worker())
     assert patience(worker["startupProbe"]) >= 1800
     assert the_worker()["spec"]["progressDeadlineSeconds"] > patience(worker["startupProbe"])
@@ -438,7 +438,7 @@ def test_a_model_has_time_to_load_and_a_hanging_one_is_left_to_the_daemon() -> N
     assert patience(worker["livenessProbe"]) > stall
 
 
-def test_a_pod_has_time_to_drain() -> None:
+def test_pod_has_time_to_drain() -> None:
     closing = DRAIN_TIMEOUT + 2 * CLOSE_TIMEOUT + FLUSH_TIMEOUT_MS / 1000 + SHUTDOWN_TIMEOUT
     grace = float(base_settings()["CONSUMER_DRAIN_GRACE"])
     for overlay in ("overlays/cpu", "overlays/production"):
@@ -454,14 +454,14 @@ def test_a_pod_has_time_to_drain() -> None:
     assert "lifecycle" not in container(the_worker())  # its time would be taken off
 
 
-def test_a_rollout_needs_no_second_gpu() -> None:
+def test_rollout_needs_no_second_gpu() -> None:
     assert the_worker()["spec"]["strategy"] == {
         "type": "RollingUpdate",
         "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1},
     }
 
 
-def test_nothing_but_the_scaler_sets_the_number_of_workers(production: list[Manifest]) -> None:
+def test_only_the_scaler_sets_the_number_of_workers(production: list[Manifest]) -> None:
     """Else each `kubectl apply` would take its workers away in the middle of their work."""
     deployments = of_kind(production, "Deployment")
     assert all("replicas" not in each["spec"] for each in deployments)
@@ -475,7 +475,7 @@ def test_nothing_but_the_scaler_sets_the_number_of_workers(production: list[Mani
     }
 
 
-def test_gpus_are_asked_for_where_there_are_some() -> None:
+def test_gpu_overlays_request_gpus() -> None:
     for overlay, gpus in (("base", 1), ("overlays/cpu", None), ("overlays/production", 1)):
         for deployment in workers(list(yaml.safe_load_all(built(overlay)))):
             limits = container(deployment)["resources"]["limits"]
@@ -508,7 +508,7 @@ def see_that_it_is_restricted(manifest: Manifest) -> None:
     assert home in mounts
 
 
-def test_containers_are_restricted_as_they_are_written() -> None:
+def test_written_containers_are_restricted() -> None:
     for manifest in with_pods(written()):
         see_that_it_is_restricted(manifest)
     (account,) = of_kind(written(), "ServiceAccount")
@@ -518,12 +518,12 @@ def test_containers_are_restricted_as_they_are_written() -> None:
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
 
 
-def test_containers_are_restricted_as_they_are_built(build: list[Manifest]) -> None:
+def test_built_containers_are_restricted(build: list[Manifest]) -> None:
     for manifest in with_pods(build):
         see_that_it_is_restricted(manifest)
 
 
-def test_models_are_where_the_image_looks_for_them() -> None:
+def test_model_volume_is_at_the_path_of_the_image() -> None:
     (folder,) = re.findall(r"HF_HOME=(\S+)", (ROOT / "Dockerfile").read_text())
     for manifest in with_pods(written()):
         mounts = {m["name"]: m["mountPath"] for m in container(manifest)["volumeMounts"]}
@@ -589,11 +589,11 @@ def see_that_only_what_is_used_is_open(manifests: list[Manifest], settings: dict
             assert not ingress
 
 
-def test_only_what_is_used_is_open_as_it_is_written() -> None:
+def test_written_network_policies_allow_only_used_connections() -> None:
     see_that_only_what_is_used_is_open(written(), base_settings())
 
 
-def test_only_what_is_used_is_open_as_it_is_built(build: list[Manifest]) -> None:
+def test_built_network_policies_allow_only_used_connections(build: list[Manifest]) -> None:
     see_that_only_what_is_used_is_open(build, config_map(build))
 
 
@@ -609,7 +609,7 @@ def triggers() -> Iterator[tuple[Task, Manifest]]:
         yield task, trigger["metadata"]
 
 
-def test_the_scaler_watches_the_streams_and_durables_that_are_applied() -> None:
+def test_scaler_watches_the_streams_and_durables() -> None:
     users = (NATS / "users.conf").read_text()
     (account,) = re.findall(r"^accounts \{\s+(\w+) \{", users, re.MULTILINE)
     for task, watched in triggers():
@@ -623,7 +623,7 @@ def test_the_scaler_watches_the_streams_and_durables_that_are_applied() -> None:
         assert int(watched["lagThreshold"]) >= int(base_settings()["CONSUMER_JOBS_IN_FLIGHT"])
 
 
-async def test_the_scaler_sees_what_waits_and_what_is_in_hand(
+async def test_scaler_counts_waiting_and_in_flight_requests(
     start_nats: Callable[..., Any],
 ) -> None:
     """The number that KEDA computes from /jsz, from a real server with that account."""
@@ -681,7 +681,7 @@ def gateway_settings(
     return settings_of(gateway, production, monkeypatch, tmp_path)
 
 
-def test_the_gateway_can_read_its_settings(
+def test_gateway_settings_are_valid(
     production: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings = gateway_settings(production, monkeypatch, tmp_path)
@@ -698,7 +698,7 @@ def test_the_gateway_can_read_its_settings(
     assert f"{settings.nats_inbox_prefix}." in prefixes
 
 
-def test_the_gateways_probes_are_there_to_answer() -> None:
+def test_gateway_probes_use_its_port_and_paths() -> None:
     paths = {route.path for route in health.router.routes if isinstance(route, APIRoute)}
     gateway = container(the_gateway())
     asked = {name: gateway[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
@@ -719,7 +719,7 @@ def test_the_gateways_probes_are_there_to_answer() -> None:
     assert endpoint["path"] in paths
 
 
-def test_the_gateway_has_time_to_drain(
+def test_gateway_has_time_to_drain(
     production: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings = gateway_settings(production, monkeypatch, tmp_path)
@@ -730,7 +730,7 @@ def test_the_gateway_has_time_to_drain(
     assert pod(the_gateway())["terminationGracePeriodSeconds"] >= needed + 10
 
 
-def test_the_service_and_the_ingress_lead_to_the_gateway() -> None:
+def test_service_and_ingress_route_to_the_gateway() -> None:
     (service,) = of_kind(written(), "Service")
     (port,) = service["spec"]["ports"]
     assert selects({"matchLabels": service["spec"]["selector"]}, pod_labels(the_gateway()))
@@ -761,7 +761,7 @@ def test_the_service_and_the_ingress_lead_to_the_gateway() -> None:
 # -- models ---------------------------------------------------------------------------------------
 
 
-def test_what_is_fetched_is_what_is_loaded(production: list[Manifest]) -> None:
+def test_fetched_models_are_the_loaded_models(production: list[Manifest]) -> None:
     ids: dict[str, set[str]] = {}
     for manifest in with_pods(production):
         component = pod_labels(manifest).get("app.kubernetes.io/component")
@@ -774,7 +774,7 @@ def test_what_is_fetched_is_what_is_loaded(production: list[Manifest]) -> None:
     }
 
 
-def test_models_are_fetched_by_the_daemons_own_functions() -> None:
+def test_fetch_job_uses_functions_of_the_daemon() -> None:
     jobs = [each for each in of_kind(written(), "Job") if "command" in container(each)]
     assert len(jobs) == len(Task)
     for job in jobs:
@@ -792,7 +792,7 @@ def test_models_are_fetched_by_the_daemons_own_functions() -> None:
 # -- the page -------------------------------------------------------------------------------------
 
 
-def test_the_page_names_what_there_is() -> None:
+def test_documentation_refers_to_existing_files() -> None:
     page = (ROOT / "docs/kubernetes.md").read_text()
     lines = page.replace("\\\n", " ").splitlines()
     applied = [line for line in lines if "kubectl apply -k" in line]

@@ -195,7 +195,7 @@ def recorded() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("where", "expr"), expressions())
-def test_an_expression_uses_names_and_labels_that_exist(where: str, expr: str) -> None:
+def test_expression_uses_existing_names_and_labels(where: str, expr: str) -> None:
     known = shown() | EXPORTER | PROMETHEUS_OWN | recorded()
     metrics, others = names_in(expr)
     assert metrics, f"{where}: no metric in it"
@@ -209,7 +209,7 @@ def test_an_expression_uses_names_and_labels_that_exist(where: str, expr: str) -
 
 
 @pytest.mark.parametrize(("where", "expr"), expressions())
-def test_only_the_group_for_it_needs_the_exporter(where: str, expr: str) -> None:
+def test_only_one_group_needs_the_nats_exporter(where: str, expr: str) -> None:
     loaded = yaml.safe_load((OBSERVABILITY / "alerts.yaml").read_text())
     its_own = next(one for one in loaded["groups"] if one["name"] == "generation-nats-exporter")
     (closed,) = [panel for panel in DASHBOARD["panels"] if panel.get("collapsed")]
@@ -220,7 +220,7 @@ def test_only_the_group_for_it_needs_the_exporter(where: str, expr: str) -> None
     assert where in allowed or not used & of_exporter
 
 
-def test_a_recording_rule_is_used_more_than_once() -> None:
+def test_recording_rule_is_used_more_than_once() -> None:
     used = [name for rule in rules() for name in names_in(rule["expr"])[0]]
     assert {name: used.count(name) >= 2 for name in recorded()} == dict.fromkeys(recorded(), True)
 
@@ -235,7 +235,7 @@ def anchors() -> set[str]:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=[alert["alert"] for alert in ALERTS])
-def test_an_alert_says_what_it_means_and_where_to_read_on(alert: dict[str, Any]) -> None:
+def test_alert_has_a_description_and_a_runbook_link(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in {"critical", "warning", "info"}
     assert alert["for"]
     assert all(alert["annotations"][name] for name in ("summary", "description"))
@@ -245,7 +245,7 @@ def test_an_alert_says_what_it_means_and_where_to_read_on(alert: dict[str, Any])
     assert alert["alert"] in PAGE.read_text()
 
 
-def test_names_of_alerts_are_used_once_and_each_is_tested() -> None:
+def test_alert_names_are_unique_and_tested() -> None:
     names = [alert["alert"] for alert in ALERTS]
     assert len(names) == len(set(names))
     loaded = yaml.safe_load((OBSERVABILITY / "alerts_test.yaml").read_text())
@@ -254,7 +254,7 @@ def test_names_of_alerts_are_used_once_and_each_is_tested() -> None:
     assert {one["alertname"] for one in loaded["tests"][0]["alert_rule_test"]} == set(names)
 
 
-def test_a_queue_is_nearly_full_at_eighty_of_a_hundred() -> None:
+def test_queue_alert_fires_at_80_percent() -> None:
     (alert,) = [alert for alert in ALERTS if alert["alert"] == "GenerationQueueNearlyFull"]
     bounds = re.findall(r"/ (\d+) > 0\.8", alert["expr"])
     for task in Task:
@@ -263,7 +263,7 @@ def test_a_queue_is_nearly_full_at_eighty_of_a_hundred() -> None:
         assert bounds == [str(of["max_msgs"]), str(of["max_bytes"])]
 
 
-def test_results_are_nearly_full_at_seventy_of_a_hundred() -> None:
+def test_results_alert_fires_at_70_percent() -> None:
     (alert,) = [alert for alert in ALERTS if alert["alert"] == "GenerationResultsNearlyFull"]
     (bound,) = re.findall(r"/ (\d+) > 0\.7", alert["expr"])
     stream = json.loads((ROOT / "infra/nats/streams/GENERATION_RESULTS.json").read_text())
@@ -271,7 +271,7 @@ def test_results_are_nearly_full_at_seventy_of_a_hundred() -> None:
 
 
 @pytest.mark.parametrize("condition", Health().conditions())
-def test_a_condition_that_does_not_hold_is_alerted(condition: str) -> None:
+def test_failed_readiness_condition_has_an_alert(condition: str) -> None:
     """By an alert of its own, or by the one for all others."""
     text = " ".join(alert["expr"] for alert in ALERTS)
     (others,) = re.findall(r'condition!~"([^"]+)"', text)
@@ -283,7 +283,7 @@ def test_a_condition_that_does_not_hold_is_alerted(condition: str) -> None:
 # -- the dashboard --------------------------------------------------------------------------------
 
 
-def test_panels_have_an_id_and_a_place_of_their_own() -> None:
+def test_panels_have_unique_ids_and_positions() -> None:
     ids = [panel["id"] for panel in panels()]
     assert len(ids) == len(set(ids))
     taken: dict[tuple[int, int], str] = {}
@@ -296,7 +296,7 @@ def test_panels_have_an_id_and_a_place_of_their_own() -> None:
                 taken[x, y] = panel["title"]
 
 
-def test_every_panel_shows_something() -> None:
+def test_every_panel_has_targets_and_a_description() -> None:
     for panel in panels():
         if panel["type"] == "row":
             continue
@@ -305,7 +305,7 @@ def test_every_panel_shows_something() -> None:
         assert all(target["expr"] for target in panel["targets"]), panel["title"]
 
 
-def test_variables_that_are_used_exist_and_are_used() -> None:
+def test_dashboard_variables_exist_and_are_used() -> None:
     made = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
     used = set(re.findall(r"\$\{?(\w+)\}?", json.dumps(DASHBOARD)))
     assert used - {"__rate_interval", "__all"} == made
@@ -322,7 +322,7 @@ def sources_in(value: Any) -> Iterator[Any]:
             yield from sources_in(one)
 
 
-def test_no_data_source_is_named() -> None:
+def test_dashboard_names_no_data_source() -> None:
     by_variable = {"type": "prometheus", "uid": "${datasource}"}
     sources = list(sources_in(DASHBOARD))
     assert sources == [by_variable] * len(sources)
@@ -336,7 +336,7 @@ def test_no_data_source_is_named() -> None:
     assert all("uid" not in source for source in provisioned["datasources"])
 
 
-def test_the_dashboard_refreshes_itself() -> None:
+def test_dashboard_refreshes_automatically() -> None:
     assert DASHBOARD["refresh"]
     assert DASHBOARD["schemaVersion"] >= 42
     assert DASHBOARD["uid"]
@@ -346,7 +346,7 @@ def test_the_dashboard_refreshes_itself() -> None:
 # -- the configuration ----------------------------------------------------------------------------
 
 
-def test_workers_and_the_gateway_are_scraped_and_the_rules_are_loaded() -> None:
+def test_prometheus_scrapes_workers_and_gateway_and_loads_the_rules() -> None:
     config = yaml.safe_load((OBSERVABILITY / "prometheus.yml").read_text())
     jobs = {
         job["job_name"]: [target for one in job["static_configs"] for target in one["targets"]]
@@ -364,7 +364,7 @@ def test_workers_and_the_gateway_are_scraped_and_the_rules_are_loaded() -> None:
 # -- the documentation ----------------------------------------------------------------------------
 
 
-def test_the_page_has_every_metric_with_its_type_and_labels() -> None:
+def test_documentation_has_every_metric_with_type_and_labels() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", PAGE.read_text(), re.MULTILINE)
     said = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     really = {}
@@ -395,7 +395,7 @@ def test_the_page_has_every_metric_with_its_type_and_labels() -> None:
     ],
     ids=" ".join,
 )
-def test_promtool_takes_the_rules(arguments: tuple[str, ...]) -> None:
+def test_promtool_accepts_the_rules(arguments: tuple[str, ...]) -> None:
     run = subprocess.run(
         [str(PROMTOOL), *arguments], cwd=OBSERVABILITY, capture_output=True, text=True, check=False
     )

@@ -17,7 +17,7 @@ EXIT_UNAVAILABLE = 69
 AT_ONCE = 15.0  # seconds; the run that goes on meanwhile takes a minute
 
 
-async def test_a_bus_that_is_closed_for_good_ends_the_daemon_while_a_job_runs(
+async def test_permanently_closed_connection_ends_the_daemon_during_a_job(
     scene: Scene,
 ) -> None:
     # One job at a time: nothing is pulled meanwhile.
@@ -29,14 +29,14 @@ async def test_a_bus_that_is_closed_for_good_ends_the_daemon_while_a_job_runs(
     assert (await scene.event(request_id))["type"] == "generation.v1.succeeded"
 
 
-async def test_a_bus_that_is_closed_for_good_ends_the_daemon_while_the_model_is_loaded(
+async def test_permanently_closed_connection_ends_the_daemon_during_loading(
     scene: Scene,
 ) -> None:
     worker = scene.launch("bus_closed_while_loading")
     assert await scene.exit_code(worker) == EXIT_UNAVAILABLE
 
 
-async def test_calls_without_an_answer_are_repeated_at_the_start(scene: Scene) -> None:
+async def test_unanswered_calls_are_retried_at_the_start(scene: Scene) -> None:
     worker = await scene.start("unanswered_calls")
     log = worker.log_since_start()
     for call in (
@@ -50,7 +50,7 @@ async def test_calls_without_an_answer_are_repeated_at_the_start(scene: Scene) -
 
 
 @pytest.mark.parametrize("command", ["apply", "check"])
-async def test_a_command_repeats_a_call_without_an_answer(
+async def test_command_retries_an_unanswered_call(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     values: dict[str, Any] = {name.lower(): value for name, value in scene.settings().items()}

@@ -83,9 +83,7 @@ def longest_gap(scene: Scene) -> float:
 
 
 @pytest.mark.parametrize("victim", ["leader of the queue", "leader of the cluster"])
-async def test_a_server_is_killed_in_mid_load_and_nothing_is_lost(
-    scene: ClusterScene, victim: str
-) -> None:
+async def test_killed_server_under_load_loses_no_request(scene: ClusterScene, victim: str) -> None:
     servers: Cluster = scene.stack  # type: ignore[assignment]
     queue = scene.subjects.requests_stream(scene.task)
     await scene.apply(consumer_max_ack_pending=str(WORKERS))
@@ -117,7 +115,7 @@ async def test_a_server_is_killed_in_mid_load_and_nothing_is_lost(
     assert again <= WORKERS, "only what was in hand may be run again"
 
 
-async def test_many_workers_at_once_store_one_result_and_return_it(scene: ClusterScene) -> None:
+async def test_concurrent_workers_store_one_result(scene: ClusterScene) -> None:
     """Of a stream on three servers, where an event may be refused for one that is being stored."""
     bus = await connect(bus_settings(scene.stack.nats.url), name="test", within=WITHIN)
     said: list[bool] = []

@@ -24,7 +24,7 @@ async def change_durable(scene: Scene, **values: Any) -> None:
     assert (await jetstream.consumer_info(stream, name)).config.max_deliver == values["max_deliver"]
 
 
-async def test_request_that_is_given_back_by_a_draining_worker_is_not_counted(scene: Scene) -> None:
+async def test_requeue_of_a_draining_worker_is_not_an_attempt(scene: Scene) -> None:
     settings = {"CONSUMER_MAX_ATTEMPTS": "1", "CONSUMER_DRAIN_GRACE": "0.1"}
     await scene.apply(CONSUMER_MAX_ATTEMPTS="1")
     request_id = await scene.submit(steps=200)
@@ -40,7 +40,7 @@ async def test_request_that_is_given_back_by_a_draining_worker_is_not_counted(sc
     await scene.until_empty()
 
 
-async def test_request_whose_model_raised_is_counted(scene: Scene) -> None:
+async def test_model_error_counts_as_an_attempt(scene: Scene) -> None:
     await scene.apply(CONSUMER_MAX_ATTEMPTS="2")  # the durable's number counts for all workers
     await scene.start("raising", CONSUMER_MAX_ATTEMPTS="5")
     request_id = await scene.submit()
@@ -48,7 +48,7 @@ async def test_request_whose_model_raised_is_counted(scene: Scene) -> None:
     assert (event["failure"]["code"], event["attempt"]) == ("model_error", 2)
 
 
-async def test_what_reaches_max_deliver_without_a_word_is_put_aside(scene: Scene) -> None:
+async def test_max_deliver_exhausted_request_is_dead_lettered(scene: Scene) -> None:
     await change_durable(scene, max_deliver=1)
     dying = await scene.start("poison")
     inbox = scene.sender.new_inbox()
@@ -81,7 +81,7 @@ async def test_what_reaches_max_deliver_without_a_word_is_put_aside(scene: Scene
     [b"no json", b"{}", b'{"stream":"%s","stream_seq":1,"deliveries":9}'],
     ids=["not json", "empty", "another stream"],
 )
-async def test_advisory_that_is_none_does_no_harm(scene: Scene, forged: bytes) -> None:
+async def test_forged_advisory_has_no_effect(scene: Scene, forged: bytes) -> None:
     await scene.start()
     request_id = await scene.submit()
     event = await scene.event(request_id)
@@ -101,7 +101,7 @@ async def test_advisory_that_is_none_does_no_harm(scene: Scene, forged: bytes) -
     assert (await scene.event(await scene.submit()))["type"] == "generation.v1.succeeded"
 
 
-async def test_drains_alone_never_end_a_request(scene: Scene) -> None:
+async def test_requeues_never_end_a_request(scene: Scene) -> None:
     """Also where they have used up the server's deliveries: it is published again."""
     await change_durable(scene, max_deliver=2)
     request_id = await scene.submit(steps=200)

@@ -23,7 +23,7 @@ def _expired(event: Event) -> bool:
     )
 
 
-async def test_a_deadline_that_is_past_already_is_not_run(scene: Scene) -> None:
+async def test_expired_request_is_not_run(scene: Scene) -> None:
     late = await scene.submit(deadline=_in(-1).isoformat())
     later = await scene.submit()
     await scene.start()
@@ -34,7 +34,7 @@ async def test_a_deadline_that_is_past_already_is_not_run(scene: Scene) -> None:
     assert len(await scene.dead_letters()) == 0
 
 
-async def test_a_deadline_that_passes_in_the_queue_is_not_run(scene: Scene) -> None:
+async def test_request_that_expires_in_the_queue_is_not_run(scene: Scene) -> None:
     await scene.start("held_until_released", RELEASE_MARK="go")
     long = await scene.submit()
     await scene.until_noted("runs")
@@ -51,7 +51,7 @@ async def test_a_deadline_that_passes_in_the_queue_is_not_run(scene: Scene) -> N
     assert scene.runs() == [long, later]
 
 
-async def test_a_deadline_that_passes_in_the_run_stops_it_within_one_step(scene: Scene) -> None:
+async def test_deadline_stops_a_run_within_one_step(scene: Scene) -> None:
     await scene.start("slow_steps")
     deadline = _in(1.5)
     long = await scene.submit(deadline=deadline.isoformat(), steps=100)

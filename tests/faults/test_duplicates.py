@@ -15,7 +15,7 @@ from tests.support.scene import Event, Scene
 ONE = {"CONSUMER_JOBS_IN_FLIGHT": "1"}
 
 
-async def test_a_second_copy_gets_the_first_result_again(scene: Scene) -> None:
+async def test_second_copy_gets_the_stored_result(scene: Scene) -> None:
     answers = await ReplyInbox.listen(scene)
     request = {"request_id": "twice", "prompt": "a", "reply_to": answers.subject}
     assert await scene.publish(request) != await scene.publish(request)
@@ -28,7 +28,7 @@ async def test_a_second_copy_gets_the_first_result_again(scene: Scene) -> None:
     assert await stored_digests(scene) == published_digests(event)
 
 
-async def test_a_second_copy_with_the_same_message_id_is_not_queued(scene: Scene) -> None:
+async def test_second_copy_with_the_same_message_id_is_not_queued(scene: Scene) -> None:
     answers = await ReplyInbox.listen(scene)
     request = {"request_id": "twice", "prompt": "a", "reply_to": answers.subject}
     sequence = await scene.publish(request, {"Nats-Msg-Id": "sent-1"})
@@ -41,7 +41,7 @@ async def test_a_second_copy_with_the_same_message_id_is_not_queued(scene: Scene
     assert scene.runs() == ["twice"]
 
 
-async def test_the_same_id_for_another_content_is_told_to_its_sender_only(scene: Scene) -> None:
+async def test_only_the_sender_of_the_conflicting_content_gets_the_conflict(scene: Scene) -> None:
     first_answers = await ReplyInbox.listen(scene)
     other_answers = await ReplyInbox.listen(scene)
     await scene.submit(request_id="mine", prompt="a", reply_to=first_answers.subject)
@@ -59,7 +59,7 @@ async def test_the_same_id_for_another_content_is_told_to_its_sender_only(scene:
     assert await stored_digests(scene) == published_digests(event)
 
 
-async def test_the_result_of_another_worker_is_sent_again(scene: Scene) -> None:
+async def test_stored_result_of_another_worker_is_the_reply(scene: Scene) -> None:
     first = await scene.start()
     await scene.submit(request_id="known")
     event = await scene.event("known")
@@ -114,9 +114,7 @@ async def _shared(scene: Scene, causes: tuple[str, str], quicker: str) -> Event:
 
 
 @pytest.mark.parametrize("quicker", ["first", "second"])
-async def test_two_workers_that_run_the_same_delivery_give_one_result(
-    scene: Scene, quicker: str
-) -> None:
+async def test_two_workers_with_one_delivery_store_one_result(scene: Scene, quicker: str) -> None:
     event = await _shared(scene, ("lease_not_renewed", "held_until_released"), quicker)
     # The pictures of the two differ. What the later one has made must not take the place of what
     # the event tells.
@@ -124,14 +122,14 @@ async def test_two_workers_that_run_the_same_delivery_give_one_result(
 
 
 @pytest.mark.parametrize("quicker", ["first", "second"])
-async def test_two_workers_that_publish_the_same_result_store_one(
+async def test_two_workers_with_an_equal_result_store_one_result(
     scene: Scene, quicker: str
 ) -> None:
     event = await _shared(scene, ("lease_not_renewed_at_result", "held_at_result"), quicker)
     assert await stored_digests(scene) == published_digests(event)  # the pictures are the same here
 
 
-async def test_the_same_id_for_another_content_at_the_same_time(scene: Scene) -> None:
+async def test_concurrent_requests_with_one_id_and_different_content(scene: Scene) -> None:
     await scene.apply(CONSUMER_MAX_ACK_PENDING="2")
     first_answers = await ReplyInbox.listen(scene)
     other_answers = await ReplyInbox.listen(scene)

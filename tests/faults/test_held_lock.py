@@ -39,7 +39,7 @@ async def test_lease_survives_a_lock_held_for_twice_as_long(scene: Scene) -> Non
     await scene.until_empty()
 
 
-async def test_lock_that_is_held_too_long_costs_the_lease_and_the_process(scene: Scene) -> None:
+async def test_lock_held_too_long_ends_the_lease_and_the_process(scene: Scene) -> None:
     hanging = await scene.start(
         "holding_the_lock", FAULTS_SECONDS="600", CONSUMER_STALL_TIMEOUT="1"
     )
@@ -66,7 +66,7 @@ async def test_lease_guard_ends_with_its_worker(scene: Scene) -> None:
     await scene.until(gone, "end of the lease_guard")
 
 
-async def test_killed_lease_guard_is_replaced_and_knows_the_leases(scene: Scene) -> None:
+async def test_new_lease_guard_gets_the_leases_of_a_killed_one(scene: Scene) -> None:
     worker = await scene.start(
         "holding_the_lock", FAULTS_SECONDS=str(2 * ACK_WAIT), FAULTS_WAIT="1"
     )
@@ -88,7 +88,7 @@ async def test_killed_lease_guard_is_replaced_and_knows_the_leases(scene: Scene)
     assert worker.alive
 
 
-async def test_worker_that_is_done_with_a_lease_is_left_alone(scene: Scene) -> None:
+async def test_worker_without_a_lease_is_not_killed(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_STALL_TIMEOUT="1")
     await scene.until_logged(worker, "lease_guard_connected")
     # Each takes longer than the patience for a lease that nobody speaks of any more.
@@ -108,7 +108,7 @@ async def pulled(scene: Scene) -> Subscription:
     return subscription
 
 
-async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None:
+async def test_frozen_worker_does_not_count_as_stalled(scene: Scene) -> None:
     worker = await scene.start(
         "holding_the_lock", CONSUMER_STALL_TIMEOUT="1", FAULTS_SECONDS="0", FAULTS_WAIT="1"
     )
@@ -133,7 +133,7 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     await scene.until_empty()
 
 
-async def test_lease_guard_ends_although_a_fork_keeps_its_input_open(scene: Scene) -> None:
+async def test_lease_guard_ends_if_a_fork_keeps_its_input_open(scene: Scene) -> None:
     # A pull stands for half of it, and a beat that is late on a busy machine is a fifth.
     await scene.apply(CONSUMER_ACK_WAIT=str(3 * ACK_WAIT))
     dying = await scene.start("survived_by_a_fork")

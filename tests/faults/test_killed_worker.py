@@ -85,7 +85,7 @@ async def test_killed_after_the_result_does_not_run_the_model_again(scene: Scene
     assert await stored_digests(scene) == published_digests(recovery.reply)
 
 
-async def test_killed_after_the_dead_letter_puts_it_aside_once(scene: Scene) -> None:
+async def test_killed_after_the_dead_letter_stores_one_dead_letter(scene: Scene) -> None:
     recovery = await _killed(scene, "killed_after_dead_letter", b"not JSON")
     assert recovery.events_before == []
     assert recovery.reply["failure"]["code"] == "invalid_request"
@@ -94,7 +94,7 @@ async def test_killed_after_the_dead_letter_puts_it_aside_once(scene: Scene) -> 
     assert scene.runs() == []
 
 
-async def test_sigterm_gives_the_job_to_the_next_worker_at_once(scene: Scene) -> None:
+async def test_sigterm_requeues_the_job_at_once(scene: Scene) -> None:
     lease = {"CONSUMER_ACK_WAIT": "30"}  # only a give-back can explain a recovery before it is over
     await scene.apply(**lease)
     ending = await scene.start("slow_steps", CONSUMER_DRAIN_GRACE="0.1", **lease)

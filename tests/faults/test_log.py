@@ -12,7 +12,7 @@ from tests.support.quick_runner import FOLDER
 from tests.support.scene import ROOT, WITHIN, Scene
 
 
-async def test_requests_are_done_and_lost_lines_counted_after_the_reader_has_gone(
+async def test_requests_succeed_and_lost_log_lines_are_counted_without_a_reader(
     scene: Scene, tmp_path: Path
 ) -> None:
     (port,) = free_ports(1)

@@ -47,7 +47,7 @@ async def is_done_next(scene: Scene, worker: Daemon, failed: Event) -> None:
     ("prompt", "code", "exception"),
     [("raises", "model_error", "ValueError"), ("breaks", "internal", "KeyError")],
 )
-async def test_model_that_raises_is_tried_three_times_and_the_request_put_aside(
+async def test_model_error_is_retried_three_times_and_dead_lettered(
     scene: Scene, prompt: str, code: str, exception: str
 ) -> None:
     worker = await scene.start("raises_on_demand")

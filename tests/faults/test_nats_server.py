@@ -35,7 +35,7 @@ ends = pytest.mark.parametrize("how", HOW)
 
 
 @ends
-async def test_idle(scene: Scene, how: str) -> None:
+async def test_idle_worker(scene: Scene, how: str) -> None:
     worker = await scene.start()
     first = await scene.submit()
     await succeeded(scene, first)
@@ -53,7 +53,7 @@ async def test_idle(scene: Scene, how: str) -> None:
 
 @ends
 @pytest.mark.parametrize("lasting", [0.0, LONG], ids=["short", "longer than ack_wait"])
-async def test_run_goes_on_through_an_outage(scene: Scene, how: str, lasting: float) -> None:
+async def test_run_continues_during_an_outage(scene: Scene, how: str, lasting: float) -> None:
     """There is one worker: even where the lease is over, nobody else begins another run."""
     worker = await scene.start("held_in_run")
     heard: asyncio.Queue[Event] = asyncio.Queue()
@@ -79,7 +79,7 @@ async def test_run_goes_on_through_an_outage(scene: Scene, how: str, lasting: fl
     assert scene.runs() == [request_id, waiting]
 
 
-async def test_lease_outlives_a_short_outage(scene: Scene) -> None:
+async def test_lease_survives_a_short_outage(scene: Scene) -> None:
     """The other worker would get the request as soon as the lease ran out."""
     workers = await two_workers(scene, "held_in_run")
     request_id = await scene.submit()
@@ -98,7 +98,7 @@ async def test_lease_outlives_a_short_outage(scene: Scene) -> None:
     assert scene.runs() == [request_id]
 
 
-async def test_second_run_after_a_long_outage_changes_nothing(scene: Scene) -> None:
+async def test_second_run_after_a_long_outage_does_not_replace_the_result(scene: Scene) -> None:
     """The lease is over when the server returns, before it can be renewed: a second run is right.
 
     The server may not know whether the first worker is still there. That one asks for nothing more
@@ -134,7 +134,9 @@ async def test_second_run_after_a_long_outage_changes_nothing(scene: Scene) -> N
         ("ack", "answer_to_ack_lost", "kill"),
     ],
 )
-async def test_end_of_a_job_is_made_up_for(scene: Scene, moment: str, cause: str, how: str) -> None:
+async def test_job_ends_after_an_outage_at_its_end(
+    scene: Scene, moment: str, cause: str, how: str
+) -> None:
     worker = await scene.start(cause)
     replies = Replies(scene)
     await replies.open()
@@ -157,7 +159,7 @@ async def test_end_of_a_job_is_made_up_for(scene: Scene, moment: str, cause: str
     check_duration(f"{how}, {cause}: return to next run", run_start(scene, waiting) - this.returned)
 
 
-async def test_delivery_that_the_server_has_forgotten_is_not_run_again(scene: Scene) -> None:
+async def test_delivery_that_a_killed_server_repeats_is_not_run_again(scene: Scene) -> None:
     """A killed server hands out again, as new, what it had no time to write down."""
     pid = scene.stack.nats.pid
     worker = await scene.start("server_killed_at_delivery", **{SERVER: str(pid)})

@@ -27,7 +27,7 @@ def go_on(scene: Scene, moment: str) -> None:
     (scene.folder / f"{moment}{RESUME}").touch()
 
 
-async def test_next_one_runs_while_an_output_is_stored(scene: Scene) -> None:
+async def test_next_request_runs_during_an_upload(scene: Scene) -> None:
     await scene.start("held_in_upload")
     first = await scene.submit()
     await scene.until_noted("upload")
@@ -44,7 +44,7 @@ async def test_next_one_runs_while_an_output_is_stored(scene: Scene) -> None:
     assert scene.runs() == [first, *others], "the order of start is the order of the queue"
 
 
-async def test_one_at_a_time_where_the_queue_gives_one(scene: Scene) -> None:
+async def test_max_ack_pending_1_runs_one_request_at_a_time(scene: Scene) -> None:
     await scene.apply(CONSUMER_MAX_ACK_PENDING="1")
     worker = await scene.start("held_in_upload")
     first = await scene.submit()
@@ -57,7 +57,7 @@ async def test_one_at_a_time_where_the_queue_gives_one(scene: Scene) -> None:
     assert scene.runs() == [first, second]
 
 
-async def test_no_more_than_the_workers_own_bound(scene: Scene) -> None:
+async def test_worker_limits_its_requests_in_flight(scene: Scene) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     sent = [await scene.submit() for _ in range(3)]
     await scene.until_noted("run")
@@ -69,7 +69,7 @@ async def test_no_more_than_the_workers_own_bound(scene: Scene) -> None:
     await scene.event(sent[0])
 
 
-async def test_each_delivery_in_flight_has_its_heartbeat(scene: Scene) -> None:
+async def test_each_delivery_in_flight_is_renewed(scene: Scene) -> None:
     await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="1")
     worker = await scene.start("held_in_run")
     sent = [await scene.submit() for _ in range(2)]
@@ -85,7 +85,7 @@ async def test_each_delivery_in_flight_has_its_heartbeat(scene: Scene) -> None:
     assert sorted(scene.runs()) == sorted([*sent, third])
 
 
-async def test_killed_worker_gives_all_of_them_to_another(scene: Scene) -> None:
+async def test_requests_of_a_killed_worker_run_in_another_worker(scene: Scene) -> None:
     await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="2")
     worker = await scene.start("held_in_run")
     sent = [await scene.submit() for _ in range(2)]
@@ -99,7 +99,7 @@ async def test_killed_worker_gives_all_of_them_to_another(scene: Scene) -> None:
     assert sorted(scene.runs()) == sorted([sent[0], *sent]), "only what ran is run again"
 
 
-async def test_draining_worker_gives_back_what_has_not_begun(scene: Scene) -> None:
+async def test_draining_worker_requeues_waiting_requests(scene: Scene) -> None:
     worker = await scene.start("held_in_run")
     running = await scene.submit()
     waiting = await scene.submit()
@@ -117,7 +117,7 @@ async def test_draining_worker_gives_back_what_has_not_begun(scene: Scene) -> No
     assert scene.runs() == [running, waiting]
 
 
-async def test_draining_worker_finishes_what_it_is_storing(scene: Scene) -> None:
+async def test_draining_worker_finishes_its_upload(scene: Scene) -> None:
     worker = await scene.start("held_in_upload")
     storing = await scene.submit()
     await scene.until_noted("upload")
@@ -131,7 +131,7 @@ async def test_draining_worker_finishes_what_it_is_storing(scene: Scene) -> None
     assert await scene.exit_code(worker) == 0
 
 
-async def test_grace_that_is_over_ends_all_of_them(scene: Scene) -> None:
+async def test_end_of_the_grace_period_requeues_all_requests(scene: Scene) -> None:
     worker = await scene.start("held_in_upload", CONSUMER_DRAIN_GRACE="0.1")
     storing = await scene.submit()
     await scene.until_noted("upload")
@@ -145,7 +145,7 @@ async def test_grace_that_is_over_ends_all_of_them(scene: Scene) -> None:
         assert (await scene.event(one))["type"] == "generation.v1.succeeded"
 
 
-async def test_lost_device_is_given_to_no_other(scene: Scene) -> None:
+async def test_no_request_runs_on_a_lost_device(scene: Scene) -> None:
     worker = await scene.start("device_lost")
     lost = await scene.submit()
     await scene.until_noted("worker_waits")
@@ -161,7 +161,7 @@ async def test_lost_device_is_given_to_no_other(scene: Scene) -> None:
         assert (await scene.event(one))["type"] == "generation.v1.succeeded"
 
 
-async def test_lost_device_is_told_by_the_exit_code_however_the_end_comes(scene: Scene) -> None:
+async def test_lost_device_sets_the_exit_code_of_any_shutdown(scene: Scene) -> None:
     worker = await scene.start("device_lost", CONSUMER_DRAIN_GRACE="0.1")
     (scene.folder / "lose").touch()
     await scene.submit(prompt="harmless", steps=LONG)
@@ -178,7 +178,7 @@ async def test_lost_device_is_told_by_the_exit_code_however_the_end_comes(scene:
         await asyncio.to_thread(scene.stack.nats.wait_ready)
 
 
-async def test_waiting_one_is_cancelled_without_a_run(scene: Scene) -> None:
+async def test_waiting_request_is_cancelled_without_a_run(scene: Scene) -> None:
     worker = await scene.start("held_in_run")
     running = await scene.submit()
     waiting = await scene.submit()
@@ -194,7 +194,7 @@ async def test_waiting_one_is_cancelled_without_a_run(scene: Scene) -> None:
 
 
 @pytest.mark.timeout(300)  # seconds; a dozen workers are started
-async def test_what_waits_behind_a_poison_is_not_put_aside_with_it(scene: Scene) -> None:
+async def test_requests_behind_a_poison_request_are_not_dead_lettered(scene: Scene) -> None:
     await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="1")
     poisons = [await scene.submit(prompt="poison", steps=POISON_STEPS) for _ in range(3)]
     harmless = [await scene.submit() for _ in range(2)]
@@ -217,7 +217,7 @@ async def test_what_waits_behind_a_poison_is_not_put_aside_with_it(scene: Scene)
 
 
 @pytest.mark.timeout(300)  # seconds; the same
-async def test_poison_among_many_has_no_more_tries_than_alone(scene: Scene) -> None:
+async def test_poison_request_among_many_has_no_additional_attempts(scene: Scene) -> None:
     """Whoever gets it from a worker that died has others in hand, which it may not hide behind."""
     await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="1")
     poison = await scene.submit(prompt="poison", steps=POISON_STEPS)

@@ -73,7 +73,7 @@ async def done_by_another(scene: Scene, request_id: str) -> Event:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_idle(scene: Scene, number: signal.Signals) -> None:
+async def test_idle_worker(scene: Scene, number: signal.Signals) -> None:
     worker = await scene.start()
     assert len(group(worker.pid)) == 2, "the worker and its lease_guard"
     worker.signal(number)
@@ -81,7 +81,7 @@ async def test_idle(scene: Scene, number: signal.Signals) -> None:
     assert scene.runs() == []
 
 
-async def test_running_job_is_finished_and_the_next_one_not_begun(scene: Scene) -> None:
+async def test_sigterm_finishes_the_run_and_starts_no_other(scene: Scene) -> None:
     worker = await scene.start()
     await scene.until_logged(worker, "lease_guard_connected")
     request_id = await scene.submit(steps=LONG)
@@ -96,7 +96,7 @@ async def test_running_job_is_finished_and_the_next_one_not_begun(scene: Scene) 
     assert (await scene.pending(), await scene.events(waiting)) == (1, [])
 
 
-async def test_running_job_that_outlasts_the_grace_is_given_back(scene: Scene) -> None:
+async def test_run_beyond_the_grace_period_is_requeued(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
     request_id = await scene.submit(steps=LONG)
     await scene.until_noted("runs")
@@ -106,7 +106,7 @@ async def test_running_job_that_outlasts_the_grace_is_given_back(scene: Scene) -
     assert scene.runs() == [request_id] * 2
 
 
-async def test_second_signal_gives_back_at_once(scene: Scene) -> None:
+async def test_second_signal_requeues_at_once(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="600")
     request_id = await scene.submit(steps=LONG)
     await scene.until_noted("runs")
@@ -118,7 +118,7 @@ async def test_second_signal_gives_back_at_once(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-async def test_model_that_heeds_nothing_is_left_behind(scene: Scene, signals: int) -> None:
+async def test_run_that_ignores_its_cancel_token_is_abandoned(scene: Scene, signals: int) -> None:
     worker = await scene.start("deaf", CONSUMER_DRAIN_GRACE="0.1" if signals == 1 else "600")
     request_id = await scene.submit()
     await scene.until_noted("runs")
@@ -129,7 +129,7 @@ async def test_model_that_heeds_nothing_is_left_behind(scene: Scene, signals: in
     await done_by_another(scene, request_id)
 
 
-async def test_upload_that_ends_within_the_grace_is_the_end_of_the_job(scene: Scene) -> None:
+async def test_upload_within_the_grace_period_finishes_the_job(scene: Scene) -> None:
     worker = await scene.start()
     await asyncio.to_thread(scene.stack.store.kill)
     request_id = await scene.submit()
@@ -144,7 +144,7 @@ async def test_upload_that_ends_within_the_grace_is_the_end_of_the_job(scene: Sc
     await scene.until_empty()
 
 
-async def test_upload_that_outlasts_the_grace_is_given_back(scene: Scene) -> None:
+async def test_upload_beyond_the_grace_period_is_requeued(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
     await asyncio.to_thread(scene.stack.store.kill)
     request_id = await scene.submit()
@@ -156,7 +156,7 @@ async def test_upload_that_outlasts_the_grace_is_given_back(scene: Scene) -> Non
     await done_by_another(scene, request_id)
 
 
-async def test_nats_away_does_not_keep_a_draining_worker(scene: Scene) -> None:
+async def test_draining_worker_exits_during_a_nats_outage(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
     request_id = await scene.submit(steps=LONG)
     await scene.until_noted("runs")
@@ -169,7 +169,7 @@ async def test_nats_away_does_not_keep_a_draining_worker(scene: Scene) -> None:
     assert scene.runs() == [request_id]
 
 
-async def test_signal_while_the_servers_are_waited_for(scene: Scene) -> None:
+async def test_sigterm_while_waiting_for_the_servers(scene: Scene) -> None:
     await asyncio.to_thread(scene.stack.nats.kill)
     worker = scene.launch()
     await scene.until_logged(worker, "daemon_starting")

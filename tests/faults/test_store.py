@@ -124,21 +124,23 @@ async def survives(
 
 
 @pytest.mark.parametrize("name", FAILS)
-async def test_store_that_fails_delays_the_result_and_no_more(
+async def test_failing_store_only_delays_the_result(
     scene: Scene, proxy: FaultProxy, name: str
 ) -> None:
     await survives(scene, proxy, *FAILS[name])
 
 
-async def test_store_that_denies_access_for_a_while(scene: Scene, proxy: FaultProxy) -> None:
+async def test_temporary_access_denial_only_delays_the_result(
+    scene: Scene, proxy: FaultProxy
+) -> None:
     await survives(scene, proxy, DENIES, denied(scene))
 
 
-async def test_store_that_cuts_each_upload_in_the_middle(scene: Scene, proxy: FaultProxy) -> None:
+async def test_interrupted_uploads_only_delay_the_result(scene: Scene, proxy: FaultProxy) -> None:
     await survives(scene, proxy, cuts_halfway, "S3: the connection broke", "noise", **LARGE)
 
 
-async def test_store_that_refuses_connections(scene: Scene, proxy: FaultProxy) -> None:
+async def test_refused_connections_only_delay_the_result(scene: Scene, proxy: FaultProxy) -> None:
     worker = await start(scene, proxy, "impatient")
     proxy.refuse()
     request_id = await scene.submit()
@@ -148,7 +150,7 @@ async def test_store_that_refuses_connections(scene: Scene, proxy: FaultProxy) -
     await is_over(scene, worker, request_id)
 
 
-async def test_store_that_is_killed_in_the_middle_of_an_upload(
+async def test_store_killed_during_an_upload_only_delays_the_result(
     scene: Scene, proxy: FaultProxy
 ) -> None:
     worker = await start(scene, proxy, "noise")
@@ -166,7 +168,7 @@ async def test_store_that_is_killed_in_the_middle_of_an_upload(
 
 
 @pytest.mark.parametrize("fault", [FULL["507 XMinioStorageFull"][0], DENIES], ids=["full", "403"])
-async def test_a_look_at_the_store_does_not_hide_that_an_output_waits(
+async def test_readable_store_does_not_hide_a_waiting_upload(
     scene: Scene, proxy: FaultProxy, fault: Fault
 ) -> None:
     """A store that takes no more still answers those who read."""
@@ -192,9 +194,7 @@ async def test_a_look_at_the_store_does_not_hide_that_an_output_waits(
 # -- a store without checksums --------------------------------------------------------------------
 
 
-async def test_outputs_go_to_a_store_that_knows_no_checksums(
-    scene: Scene, proxy: FaultProxy
-) -> None:
+async def test_store_without_checksums_gets_outputs(scene: Scene, proxy: FaultProxy) -> None:
     proxy.otherwise = for_checksums(refuses("501 Not Implemented", "NotImplemented"))
     worker = await start(scene, proxy, "impatient")
     await succeeded(scene, await scene.submit())
@@ -220,7 +220,7 @@ async def test_outputs_go_to_a_store_that_knows_no_checksums(
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-async def test_store_that_will_never_do_ends_the_start_with_one_line(
+async def test_unusable_store_ends_the_start_with_one_line(
     scene: Scene, settings: dict[str, str], reason: str
 ) -> None:
     await scene.submit()
@@ -239,7 +239,7 @@ async def test_store_that_will_never_do_ends_the_start_with_one_line(
     assert (durable.delivered.consumer_seq, durable.num_pending) == (0, 1)
 
 
-async def test_request_of_a_worker_that_has_lost_its_store_is_done_by_another_one(
+async def test_request_moves_to_another_worker_if_the_store_is_lost(
     scene: Scene, proxy: FaultProxy
 ) -> None:
     """It counts as no attempt, and the worker takes no new request until its store answers."""

@@ -38,7 +38,7 @@ what_goes = pytest.mark.parametrize(
 
 
 @what_goes
-async def test_deleted_while_idle(scene: Scene, what: str) -> None:
+async def test_stream_deleted_while_workers_are_idle(scene: Scene, what: str) -> None:
     """Two workers make it again at the same time, as it was."""
     workers = await two_workers(scene, "none")
     first = await scene.submit()
@@ -59,7 +59,7 @@ async def test_deleted_while_idle(scene: Scene, what: str) -> None:
 
 
 @what_goes
-async def test_deleted_while_a_job_runs(scene: Scene, what: str) -> None:
+async def test_stream_deleted_during_a_job(scene: Scene, what: str) -> None:
     """The job ends as it would have; where it is delivered again, it is not run again."""
     worker = await scene.start("held_in_run")
     first = await scene.submit()
@@ -83,7 +83,7 @@ async def test_deleted_while_a_job_runs(scene: Scene, what: str) -> None:
     )
 
 
-async def test_dead_letters_deleted_while_a_job_fails(scene: Scene) -> None:
+async def test_dead_letters_stream_deleted_during_a_failing_job(scene: Scene) -> None:
     await scene.apply(CONSUMER_MAX_ATTEMPTS="1")
     worker = await scene.start("held_then_raises")
     request_id = await scene.submit()
@@ -125,7 +125,7 @@ async def test_paused_durable_delivers_nothing_until_it_is_resumed(scene: Scene)
     check_duration("resumed to next run", run_start(scene, second) - resumed)
 
 
-async def test_pause_that_ends_by_itself_is_waited_for(scene: Scene) -> None:
+async def test_worker_waits_for_the_end_of_a_pause(scene: Scene) -> None:
     worker = await scene.start()
     await until_pulls_wait(scene, 1)
     ends, end = time.monotonic() + PAUSE, datetime.now(UTC) + timedelta(seconds=PAUSE)
@@ -139,7 +139,7 @@ async def test_pause_that_ends_by_itself_is_waited_for(scene: Scene) -> None:
     check_duration("end of a pause to next run", run_start(scene, request_id) - ends)
 
 
-async def test_full_request_stream_refuses_and_takes_again(scene: Scene, tmp_path: Path) -> None:
+async def test_full_request_stream_refuses_and_accepts_again(scene: Scene, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     worker = await scene.start("held_in_run")
@@ -167,7 +167,7 @@ async def test_full_request_stream_refuses_and_takes_again(scene: Scene, tmp_pat
     assert scene.runs() == [first, second, "taken"]
 
 
-async def test_full_result_stream_is_waited_for_and_readiness_says_so(scene: Scene) -> None:
+async def test_full_results_stream_delays_the_result_and_readiness_reports_it(scene: Scene) -> None:
     worker = await scene.start("held_in_run")
     before = await config(scene, "results")
     name = place(scene, "results")[1]
