@@ -1,4 +1,4 @@
-"""The daemon's own connection: lost for good, late at the start."""
+"""The NATS connection of the daemon: permanent loss, and unanswered calls at the start."""
 
 import asyncio
 from typing import Any
@@ -14,7 +14,7 @@ from consumer.settings import Settings
 from tests.support.scene import Scene
 
 EXIT_UNAVAILABLE = 69
-AT_ONCE = 15.0  # seconds; the run that goes on meanwhile takes a minute
+AT_ONCE = 15.0  # seconds; the run takes a minute
 
 
 async def test_permanently_closed_connection_ends_the_daemon_during_a_job(
@@ -61,7 +61,7 @@ async def test_command_retries_an_unanswered_call(
     async def request_or_hang(self: RobustClient, subject: str, *args: Any, **options: Any) -> Any:
         if unanswered and subject.startswith(unanswered[0]):
             unanswered.clear()
-            await asyncio.Event().wait()  # until the caller's own limit
+            await asyncio.Event().wait()  # until the timeout of the caller
         return await request(self, subject, *args, **options)
 
     monkeypatch.setattr(RobustClient, "request", request_or_hang)

@@ -1,4 +1,4 @@
-"""A NATS cluster of three, streams on all of them, three workers: a server is killed under load."""
+"""Three workers on a NATS cluster of three servers, of which one is killed under load."""
 
 import asyncio
 import time
@@ -24,8 +24,8 @@ from tests.support.quick_runner import STARTED
 from tests.support.scene import Scene
 
 REQUESTS = 90
-BEFORE = 20  # runs that have begun when the server is killed
-AFTER = 20  # runs that begin without it, before it comes back
+BEFORE = 20  # started runs before the server is killed
+AFTER = 20  # runs that start before the server returns
 WORKERS = 3
 WITHIN = 60.0  # seconds; an election takes up to ten
 
@@ -42,7 +42,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[ClusterScene]:
 
 
 async def scene_is_open(scene: ClusterScene, servers: Cluster) -> None:
-    """Make the streams once the cluster can."""
+    """Create the streams when the cluster is ready."""
 
     async def has_leader() -> bool:
         return bool(await asyncio.to_thread(servers.meta_leader))
@@ -50,7 +50,7 @@ async def scene_is_open(scene: ClusterScene, servers: Cluster) -> None:
     async def applied() -> bool:
         try:
             await scene.apply()
-        except Unavailable:  # its servers do not know of each other yet
+        except Unavailable:  # the servers have not found each other yet
             return False
         return True
 
@@ -64,7 +64,7 @@ def runs(scene: Scene) -> int:
 
 
 async def submitted(scene: Scene, request_id: str) -> None:
-    """Publish until it is stored: the server may be killed in the middle of it."""
+    """Publish until the request is stored: the server may be killed meanwhile."""
 
     async def stored() -> bool:
         try:
@@ -77,7 +77,7 @@ async def submitted(scene: Scene, request_id: str) -> None:
 
 
 def longest_gap(scene: Scene) -> float:
-    """Seconds between two beginnings of runs that lie farthest apart."""
+    """Return the longest time between two starts of runs, in seconds."""
     times = sorted(float(line.split()[1]) for line in scene.notes(STARTED))
     return max(later - sooner for sooner, later in pairwise(times))
 
@@ -112,11 +112,11 @@ async def test_killed_server_under_load_loses_no_request(scene: ClusterScene, vi
     again = sum(times - 1 for times in Counter(scene.runs()).values())
     print(f"longest gap {longest_gap(scene):.1f} s, run twice {again}")  # noqa: T201
     assert set(scene.runs()) == set(ids)
-    assert again <= WORKERS, "only what was in hand may be run again"
+    assert again <= WORKERS, "only requests in flight may run again"
 
 
 async def test_concurrent_workers_store_one_result(scene: ClusterScene) -> None:
-    """Of a stream on three servers, where an event may be refused for one that is being stored."""
+    """A replicated stream may refuse an event while it stores another event."""
     bus = await connect(bus_settings(scene.stack.nats.url), name="test", within=WITHIN)
     said: list[bool] = []
 
@@ -144,11 +144,11 @@ async def test_concurrent_workers_store_one_result(scene: ClusterScene) -> None:
             assert len(await scene.events(request_id)) == 1 or made.task != scene.task
     finally:
         await bus.close()
-    assert said == [], "a refusal for another event is no sign of a full stream"
+    assert said == [], "such a refusal does not mean that the stream is full"
 
 
 async def all_acknowledged(scene: Scene) -> bool:
-    """Whether the durable has nothing more to deliver and nothing in hand.
+    """Return whether the durable has no pending and no unacknowledged messages.
 
     The stream is not asked. A server whose leader was killed can keep a message that the durable
     has acknowledged (its floor is past it): nobody gets it again, and the server removes it later.

@@ -1,4 +1,4 @@
-"""What counts as a try, and what becomes of requests that nobody counted."""
+"""Which deliveries count as attempts, and the handling of max-deliver-exhausted requests."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ from tests.support.scene import Scene
 
 
 async def change_durable(scene: Scene, **values: Any) -> None:
-    """Change the durable as an operator would, behind the workers' backs."""
+    """Change the durable as an operator can, without the workers."""
     jetstream = scene.sender.jetstream()
     stream, name = scene.subjects.requests_stream(scene.task), str(scene.task)
     found = await scene.sender.request(f"$JS.API.CONSUMER.INFO.{stream}.{name}")
@@ -41,7 +41,7 @@ async def test_requeue_of_a_draining_worker_is_not_an_attempt(scene: Scene) -> N
 
 
 async def test_model_error_counts_as_an_attempt(scene: Scene) -> None:
-    await scene.apply(CONSUMER_MAX_ATTEMPTS="2")  # the durable's number counts for all workers
+    await scene.apply(CONSUMER_MAX_ATTEMPTS="2")  # the durable stores the limit for all workers
     await scene.start("raising", CONSUMER_MAX_ATTEMPTS="5")
     request_id = await scene.submit()
     event = await scene.event(request_id)
@@ -102,7 +102,7 @@ async def test_forged_advisory_has_no_effect(scene: Scene, forged: bytes) -> Non
 
 
 async def test_requeues_never_end_a_request(scene: Scene) -> None:
-    """Also where they have used up the server's deliveries: it is published again."""
+    """A request whose deliveries are used up is published again."""
     await change_durable(scene, max_deliver=2)
     request_id = await scene.submit(steps=200)
     for run in (1, 2):

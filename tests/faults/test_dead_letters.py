@@ -1,4 +1,4 @@
-"""What no worker could handle, in the hands of the people who operate it: the real commands."""
+"""The `consumer dead-letters` commands on real servers."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ class Done:
 
 
 def environment(scene: Scene, **settings: str) -> dict[str, str]:
-    """What an operator has: no MODEL_TYPE, nothing of a store."""
+    """Return the environment of an operator: no MODEL_TYPE and no store settings."""
     own = {
         name: value
         for name, value in scene.settings().items()
@@ -61,7 +61,7 @@ async def dead_letter(
     request_id: str = "r-1",
     headers: dict[str, str] | None = None,
 ) -> None:
-    """A letter as a worker writes it."""
+    """Store a dead letter as a worker does."""
     own = {DEAD_LETTER_REQUEST_ID: request_id, DEAD_LETTER_CODE: "model_error"}
     await scene.sender.jetstream().publish(
         scene.subjects.dead_letter(scene.task), body, headers={**own, **(headers or {})}

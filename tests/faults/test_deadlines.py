@@ -1,4 +1,4 @@
-"""Deadlines that pass: before the request is taken, in the queue, in the run."""
+"""Deadlines that pass before the delivery, in the queue, and during the run."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -59,8 +59,8 @@ async def test_deadline_stops_a_run_within_one_step(scene: Scene) -> None:
     assert _expired(event)
     assert datetime.fromisoformat(event["time"]) >= deadline
     begun = [float(moment) for moment in scene.notes("steps")]
-    # The one that runs at that moment has begun before. Another one can have begun only between
-    # the deadline and the flag.
+    # The current step started before the deadline. At most one more step can start between the
+    # deadline and the cancellation.
     assert sum(moment > deadline.timestamp() for moment in begun) <= 1
     assert begun[0] < deadline.timestamp()
     later = await scene.submit()

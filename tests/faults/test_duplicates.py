@@ -1,4 +1,4 @@
-"""The same request twice, the same id for two requests, and one delivery in two workers' hands."""
+"""Repeated requests, two requests with one id, and one delivery in two workers."""
 
 import asyncio
 
@@ -9,9 +9,9 @@ from tests.support.holding import HELD
 from tests.support.observations import ReplyInbox, published_digests, stored_digests
 from tests.support.scene import Event, Scene
 
-# -- one after the other --------------------------------------------------------------------------
+# -- in sequence ----------------------------------------------------------------------------------
 
-# So that a lease that runs out gives the request to the other worker.
+# With one request per worker an expired lease moves the request to the other worker.
 ONE = {"CONSUMER_JOBS_IN_FLIGHT": "1"}
 
 
@@ -76,7 +76,7 @@ async def test_stored_result_of_another_worker_is_the_reply(scene: Scene) -> Non
     assert await stored_digests(scene) == published_digests(event)
 
 
-# -- at the same time -----------------------------------------------------------------------------
+# -- concurrently ---------------------------------------------------------------------------------
 
 
 async def _settled(scene: Scene, *workers: Daemon) -> None:
@@ -89,7 +89,7 @@ async def _settled(scene: Scene, *workers: Daemon) -> None:
 
 
 async def _shared(scene: Scene, causes: tuple[str, str], quicker: str) -> Event:
-    """Have one delivery in the hands of two workers, and let one after the other go on."""
+    """Give one delivery to two workers, and release the workers one after the other."""
     await scene.apply(CONSUMER_MAX_ACK_PENDING="2")
     answers = await ReplyInbox.listen(scene)
     first = await scene.start(causes[0], RELEASE_MARK="first", **ONE)
@@ -116,8 +116,7 @@ async def _shared(scene: Scene, causes: tuple[str, str], quicker: str) -> Event:
 @pytest.mark.parametrize("quicker", ["first", "second"])
 async def test_two_workers_with_one_delivery_store_one_result(scene: Scene, quicker: str) -> None:
     event = await _shared(scene, ("lease_not_renewed", "held_until_released"), quicker)
-    # The pictures of the two differ. What the later one has made must not take the place of what
-    # the event tells.
+    # The images of the workers differ. The later image must not replace the image in the event.
     assert await stored_digests(scene) == published_digests(event)
 
 

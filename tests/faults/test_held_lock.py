@@ -1,4 +1,4 @@
-"""The interpreter's lock held in C for longer than a lease: it is kept, but not for ever."""
+"""C code holds the interpreter lock for longer than a lease: the lease guard renews the lease."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ def guard_of(worker: Daemon) -> int:
 
 
 def exists(pid: int) -> bool:
-    """Whether a process that is no child of this one goes on."""
+    """Return whether a process that is not a child of this process is running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -32,7 +32,7 @@ async def test_lease_survives_a_lock_held_for_twice_as_long(scene: Scene) -> Non
     await scene.until_logged(worker, "lease_guard_connected")
     request_id = await scene.submit()
     await scene.until_noted("holding")
-    await scene.start()  # it would get the request as soon as the lease ran out
+    await scene.start()  # this worker would get the request after the end of the lease
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert scene.runs() == [request_id]
@@ -49,7 +49,7 @@ async def test_lock_held_too_long_ends_the_lease_and_the_process(scene: Scene) -
     assert await scene.exit_code(hanging) == -signal.SIGKILL
     log = hanging.log_since_start()
     assert "worker_stalled" in log
-    assert "holding_the_lock.py" in log, "it says where the thread is"
+    assert "holding_the_lock.py" in log, "the log has the position of the thread"
     event = await scene.event(request_id, within=ACK_WAIT + 1 + 5)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
     assert scene.runs() == [request_id] * 2
@@ -91,14 +91,14 @@ async def test_new_lease_guard_gets_the_leases_of_a_killed_one(scene: Scene) -> 
 async def test_worker_without_a_lease_is_not_killed(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_STALL_TIMEOUT="1")
     await scene.until_logged(worker, "lease_guard_connected")
-    # Each takes longer than the patience for a lease that nobody speaks of any more.
+    # Each run takes longer than the timeout of the guard for a lease without messages.
     for request_id in [await scene.submit(steps=200) for _ in range(2)]:
         assert (await scene.event(request_id))["attempt"] == 1
     assert worker.alive
 
 
 async def pulled(scene: Scene) -> Subscription:
-    """Ask the durable for the request: it comes when the lease of whoever has it runs out."""
+    """Pull the request. The durable delivers it when its current lease expires."""
     inbox = scene.sender.new_inbox()
     subscription = await scene.sender.subscribe(inbox)
     durable = f"{scene.subjects.requests_stream(scene.task)}.{scene.task}"
@@ -119,7 +119,7 @@ async def test_frozen_worker_does_not_count_as_stalled(scene: Scene) -> None:
     taken = await pulled(scene)
     for pid in (worker.pid, lease_guard):
         os.kill(pid, signal.SIGSTOP)
-    await taken.next_msg(timeout=WITHIN)  # the lease has run out
+    await taken.next_msg(timeout=WITHIN)  # the lease has expired
     beats = await scene.sender.subscribe(f"$JS.ACK.{scene.subjects.requests_stream(scene.task)}.>")
     await scene.sender.flush()
     os.kill(lease_guard, signal.SIGCONT)
@@ -141,7 +141,7 @@ async def test_lease_guard_ends_if_a_fork_keeps_its_input_open(scene: Scene) -> 
     lease_guard = guard_of(dying)
     request_id = await scene.submit()
     await scene.until_noted("run")
-    # The server takes the dead worker's connection, which the fork has too, to be there still.
+    # The fork keeps the connection of the dead worker open for the server.
     await until_pulls_wait(scene, 1, in_flight=1)
     (scene.folder / f"run{RESUME}").touch()
     assert await scene.exit_code(dying) == -signal.SIGKILL
@@ -154,5 +154,5 @@ async def test_lease_guard_ends_if_a_fork_keeps_its_input_open(scene: Scene) -> 
 
     await scene.until(gone, "end of the lease_guard")
     (fork,) = scene.notes("forks")
-    assert exists(int(fork)), "else this shows nothing"
+    assert exists(int(fork)), "the test needs a running fork"
     (scene.folder / "end").touch()

@@ -1,7 +1,7 @@
-"""kill -9 of a worker at every stage: one terminal event, one set of objects.
+"""SIGKILL of a worker at every stage: one terminal event, and one set of objects.
 
-Each time a second worker is ready and waits before the first one dies, so what is measured is the
-time that the server and the second worker need, not a start.
+In each test a second worker is ready before the first worker dies. So the measured time does not
+include the start of a worker.
 """
 
 import asyncio
@@ -13,24 +13,24 @@ from tests.support.holding import HELD
 from tests.support.observations import ReplyInbox, published_digests, stored_digests
 from tests.support.scene import ACK_WAIT, Event, Scene
 
-# The promise is ack_wait and a second. The rest is for a machine whose cores are all at work, and
-# well below what a pull that has gone blind (20 s) or a forgotten lease would take.
+# The documented limit is ack_wait plus 1 s. The other 5 s are for a loaded computer. A lost pull
+# request would take 20 s.
 RECOVERED_WITHIN = ACK_WAIT + 1 + 5  # seconds
 SUCCEEDED = "generation.v1.succeeded"
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What came of a request whose first worker was killed."""
+    """The results of a request whose first worker was killed."""
 
     request_id: str
-    reply: Event  # by the second worker, to the sender
-    events_before: list[Event]  # what was stored at the moment of the death
+    reply: Event  # from the second worker to the sender
+    events_before: list[Event]  # the stored events at the time of the death
     keys_before: set[str]
 
 
 async def _killed(scene: Scene, cause: str, body: bytes | None = None) -> Recovery:
-    """Have a worker die at the place of its cause, with another one waiting."""
+    """Kill a worker at the position of its cause while another worker waits."""
     dying = await scene.start(cause)
     answers = await ReplyInbox.listen(scene)
     request_id = f"killed-{cause}"
@@ -95,7 +95,7 @@ async def test_killed_after_the_dead_letter_stores_one_dead_letter(scene: Scene)
 
 
 async def test_sigterm_requeues_the_job_at_once(scene: Scene) -> None:
-    lease = {"CONSUMER_ACK_WAIT": "30"}  # only a give-back can explain a recovery before it is over
+    lease = {"CONSUMER_ACK_WAIT": "30"}  # only a requeue explains an earlier recovery
     await scene.apply(**lease)
     ending = await scene.start("slow_steps", CONSUMER_DRAIN_GRACE="0.1", **lease)
     request_id = await scene.submit(steps=40)

@@ -1,4 +1,4 @@
-"""A daemon whose log is no longer read."""
+"""A daemon whose log has no reader."""
 
 import asyncio
 import os

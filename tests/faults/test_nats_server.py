@@ -1,6 +1,6 @@
-"""nats-server ends, by kill -9 and by SIGTERM, at every stage of a job: nothing is lost or doubled.
+"""SIGKILL and SIGTERM of nats-server at every stage of a job: no request is lost or duplicated.
 
-In every test the worker's process is the same at the end as at the beginning.
+No worker restarts in these tests.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from tests.support.outage import (
 )
 from tests.support.scene import ACK_WAIT, Event, Scene
 
-LONG = ACK_WAIT * 1.25  # seconds; a lease that nobody renews is over by then
+LONG = ACK_WAIT * 1.25  # seconds; a lease without renewals has expired by then
 
 ends = pytest.mark.parametrize("how", HOW)
 
@@ -54,7 +54,7 @@ async def test_idle_worker(scene: Scene, how: str) -> None:
 @ends
 @pytest.mark.parametrize("lasting", [0.0, LONG], ids=["short", "longer than ack_wait"])
 async def test_run_continues_during_an_outage(scene: Scene, how: str, lasting: float) -> None:
-    """There is one worker: even where the lease is over, nobody else begins another run."""
+    """There is one worker, so an expired lease causes no second run."""
     worker = await scene.start("held_in_run")
     heard: asyncio.Queue[Event] = asyncio.Queue()
     inbox = scene.sender.new_inbox()
@@ -80,7 +80,7 @@ async def test_run_continues_during_an_outage(scene: Scene, how: str, lasting: f
 
 
 async def test_lease_survives_a_short_outage(scene: Scene) -> None:
-    """The other worker would get the request as soon as the lease ran out."""
+    """The other worker would get the request after the end of the lease."""
     workers = await two_workers(scene, "held_in_run")
     request_id = await scene.submit()
     await scene.until_noted("run")
@@ -115,7 +115,7 @@ async def test_second_run_after_a_long_outage_does_not_replace_the_result(scene:
     event = await succeeded(scene, request_id)
     await resume(scene, "run")
     await assert_queue_empty(scene, request_id)
-    assert await scene.event(request_id) == event, "the second end has not taken its place"
+    assert await scene.event(request_id) == event, "the second result must not replace the first"
     assert await replies.first(2) == [event, event]
     await assert_all_ready(scene, *workers)
     assert scene.runs() == [request_id] * 2
@@ -160,7 +160,7 @@ async def test_job_ends_after_an_outage_at_its_end(
 
 
 async def test_delivery_that_a_killed_server_repeats_is_not_run_again(scene: Scene) -> None:
-    """A killed server hands out again, as new, what it had no time to write down."""
+    """A killed server repeats a delivery that it has not stored, as a new delivery."""
     pid = scene.stack.nats.pid
     worker = await scene.start("server_killed_at_delivery", **{SERVER: str(pid)})
     ids = [await scene.submit() for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Several deliveries in one worker's hands: what runs beside what, and what becomes of them."""
+"""Several deliveries in flight in one worker."""
 
 import asyncio
 import signal
@@ -12,13 +12,13 @@ from tests.support.observations import until_in_flight
 from tests.support.scene import Scene
 
 ATTEMPTS = 3  # CONSUMER_MAX_ATTEMPTS
-POISON_STEPS = 30  # its worker dies with the last one
+POISON_STEPS = 30  # the worker dies at the last step
 LONG = 200  # steps; two seconds of the quick model
 
 
 @pytest.fixture
 async def scene(scene: Scene) -> Scene:
-    """The installation, with three deliveries in flight, whose leases last."""
+    """An installation with three deliveries in flight and long leases."""
     await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="60")
     return scene
 
@@ -96,7 +96,7 @@ async def test_requests_of_a_killed_worker_run_in_another_worker(scene: Scene) -
     for one in sent:
         assert (await scene.event(one))["type"] == "generation.v1.succeeded"
     await scene.until_empty()
-    assert sorted(scene.runs()) == sorted([sent[0], *sent]), "only what ran is run again"
+    assert sorted(scene.runs()) == sorted([sent[0], *sent]), "only the started run is repeated"
 
 
 async def test_draining_worker_requeues_waiting_requests(scene: Scene) -> None:
@@ -155,7 +155,7 @@ async def test_no_request_runs_on_a_lost_device(scene: Scene) -> None:
     assert await scene.exit_code(worker) == EXIT_DEVICE_LOST
     assert worker.log_since_start().count("given_back") == 2
     assert "daemon_failed" not in worker.log_since_start()
-    assert scene.runs() == [lost], "nothing more is begun on a lost device"
+    assert scene.runs() == [lost], "no run starts on a lost device"
     await scene.start()
     for one in (lost, waiting):
         assert (await scene.event(one))["type"] == "generation.v1.succeeded"
@@ -218,7 +218,7 @@ async def test_requests_behind_a_poison_request_are_not_dead_lettered(scene: Sce
 
 @pytest.mark.timeout(300)  # seconds; the same
 async def test_poison_request_among_many_has_no_additional_attempts(scene: Scene) -> None:
-    """Whoever gets it from a worker that died has others in hand, which it may not hide behind."""
+    """The next worker has other requests in flight; the attempts must still count."""
     await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="1")
     poison = await scene.submit(prompt="poison", steps=POISON_STEPS)
     for _ in range(60):

@@ -1,4 +1,4 @@
-"""A request that kills every process that runs it is put aside, and the queue goes on."""
+"""A request that kills every worker is dead-lettered, and later requests succeed."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""SIGTERM in every state: nothing is lost, nothing stays behind, the exit code is the design's."""
+"""SIGTERM in every state: no request is lost, no process remains, and the exit code is right."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ LONG = 200  # steps; two seconds of the quick model
 
 @pytest.fixture
 async def scene(scene: Scene) -> Scene:
-    """The installation, with leases that do not run out in any test."""
+    """An installation with leases that outlast every test."""
     jetstream = scene.sender.jetstream()
     stream, name = scene.subjects.requests_stream(scene.task), str(scene.task)
     config = (await jetstream.consumer_info(stream, name)).config
@@ -28,7 +28,7 @@ async def scene(scene: Scene) -> Scene:
 
 
 def connections(scene: Scene) -> list[str]:
-    """The names of the connections that the server has from workers and their lease guards."""
+    """Return the names of the NATS connections of workers and lease guards."""
     with urllib.request.urlopen(f"{scene.stack.nats.monitoring_url}/connz") as answer:  # noqa: S310 - loopback
         found: dict[str, Any] = json.load(answer)
     return [
@@ -37,7 +37,7 @@ def connections(scene: Scene) -> list[str]:
 
 
 def group(pid: int) -> list[int]:
-    """Every process of the group that a worker leads, the worker included."""
+    """Return every process of a worker's process group, including the worker."""
     members = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -50,7 +50,7 @@ def group(pid: int) -> list[int]:
 
 
 async def gone(scene: Scene, worker: Daemon) -> int:
-    """The exit code of a worker that has been told to end, and of which nothing is left."""
+    """Wait until a worker's processes and connections are gone, and return its exit code."""
     code = await scene.exit_code(worker)
 
     async def nothing_left() -> bool:
@@ -62,7 +62,7 @@ async def gone(scene: Scene, worker: Daemon) -> int:
 
 
 async def done_by_another(scene: Scene, request_id: str) -> Event:
-    """The result of a request that has been given back."""
+    """Start another worker, and return the result of a requeued request."""
     assert await scene.events(request_id) == []
     await scene.start()
     event = await scene.event(request_id)
@@ -91,7 +91,7 @@ async def test_sigterm_finishes_the_run_and_starts_no_other(scene: Scene) -> Non
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert await gone(scene, worker) == 0
-    assert "lease_guard_ended" not in worker.log_since_start(), "the lease needs it until the end"
+    assert "lease_guard_ended" not in worker.log_since_start(), "the lease needs the guard"
     assert scene.runs() == [request_id]
     assert (await scene.pending(), await scene.events(waiting)) == (1, [])
 

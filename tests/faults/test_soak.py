@@ -1,4 +1,4 @@
-"""A short soak, with chaos of every kind; and that its verdict sees each promise that is broken."""
+"""A short soak with all kinds of chaos, and tests of the verdict of a soak."""
 
 import secrets
 from dataclasses import replace
@@ -39,7 +39,7 @@ async def test_short_soak_has_no_violations(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)  # seconds; 20 on idle cores
 async def test_attacks_do_not_affect_other_requests(tmp_path: Path) -> None:
-    """Every attack of tests/hostile once, among a few honest requests."""
+    """Run every attack of tests/hostile once, together with a few ordinary requests."""
     seed = secrets.randbelow(2**32)
     options = Options(
         requests=15, workers=2, seconds=5, seed=seed, hostile=True, chaos=False, patience=45
@@ -51,7 +51,7 @@ async def test_attacks_do_not_affect_other_requests(tmp_path: Path) -> None:
         assert soaked.problems() == [], f"seed {seed}"
 
 
-# -- its parts ------------------------------------------------------------------------------------
+# -- parts of the soak ----------------------------------------------------------------------------
 
 
 def sending(request_id: str, *ends: str, kind: str = "plain") -> Sending:

@@ -1,7 +1,8 @@
-"""The object store fails in every known way, for longer than a lease lasts.
+"""The object store fails in every known way, for longer than a lease.
 
-Each time the worker keeps the finished output and the lease, says why it is not ready, and stores
-the output when the store is back: the model runs once, and there is one terminal event.
+In each test the worker keeps the output and the lease, and /readyz reports the reason. The worker
+uploads the output when the store is available again. The model runs once, and there is one
+terminal event.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ from tests.support.observations import (
 )
 from tests.support.scene import ACK_WAIT, WITHIN, Scene
 
-LASTS = ACK_WAIT * 1.25  # seconds that a fault lasts: a lease that is not renewed is over by then
+LASTS = ACK_WAIT * 1.25  # seconds of a fault; a lease without renewals has expired by then
 UNAVAILABLE = 69  # the exit code for a service that cannot be used
 
 LARGE = {"width": 1_700, "height": 1_700}  # 8.7 MB: half of it is more than one piece in the store
@@ -67,7 +68,7 @@ async def proxy(scene: Scene) -> AsyncIterator[FaultProxy]:
 
 
 async def start(scene: Scene, proxy: FaultProxy, cause: str) -> Daemon:
-    """A worker with the proxy between it and its store."""
+    """Start a worker with the proxy between the worker and the store."""
     return await scene.start(cause, S3_ENDPOINT=proxy.endpoint)
 
 
@@ -77,10 +78,10 @@ def denied(scene: Scene) -> str:
 
 
 async def outlasts_the_lease(scene: Scene, worker: Daemon, request_id: str) -> None:
-    """Let the fault last, and see that it costs neither the lease nor the output."""
+    """Wait during the fault, and check that the worker keeps the lease and the output."""
     durable, stream = str(scene.task), scene.subjects.requests_stream(scene.task)
     other = await scene.sender.jetstream().pull_subscribe_bind(durable=durable, stream=stream)
-    with pytest.raises(BusTimeout):  # another worker asks for the request all that time
+    with pytest.raises(BusTimeout):  # another consumer pulls during the whole time
         await other.fetch(1, timeout=LASTS)
     await other.unsubscribe()
     status, conditions = await readiness(worker)
@@ -91,7 +92,7 @@ async def outlasts_the_lease(scene: Scene, worker: Daemon, request_id: str) -> N
 
 
 async def is_over(scene: Scene, worker: Daemon, request_id: str) -> None:
-    """See that the output is stored, that nothing came twice, and that the next request is done."""
+    """Check that the output is stored once, and that the next request succeeds."""
     first = await succeeded(scene, request_id)
     assert first["attempt"] == 1
     next_id = await scene.submit()
@@ -171,7 +172,7 @@ async def test_store_killed_during_an_upload_only_delays_the_result(
 async def test_readable_store_does_not_hide_a_waiting_upload(
     scene: Scene, proxy: FaultProxy, fault: Fault
 ) -> None:
-    """A store that takes no more still answers those who read."""
+    """A full store still answers read requests."""
     worker = await start(scene, proxy, "watchful")
     proxy.otherwise = fault
     request_id = await scene.submit()
@@ -242,7 +243,7 @@ async def test_unusable_store_ends_the_start_with_one_line(
 async def test_request_moves_to_another_worker_if_the_store_is_lost(
     scene: Scene, proxy: FaultProxy
 ) -> None:
-    """It counts as no attempt, and the worker takes no new request until its store answers."""
+    """The requeue is not an attempt, and the worker takes no request until the store answers."""
     lost = await start(scene, proxy, "without_store_patience")
     proxy.otherwise = refuses("503 Service Unavailable", "SlowDown")
     request_id = await scene.submit()

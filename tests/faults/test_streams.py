@@ -1,6 +1,6 @@
-"""What the bus keeps is deleted, paused or full while daemons work: they go on by themselves.
+"""Streams and durables are deleted, paused or full while daemons work: the daemons recover.
 
-What a deleted stream held is lost with it; everything else keeps its promise.
+The messages of a deleted stream are lost. All other guarantees hold.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from tests.support.outage import check_duration, resume, run_start, two_workers
 from tests.support.scene import ACK_WAIT, ROOT, Scene
 
 PAUSE = 2.0  # seconds
-MOST_WORDS = 5  # messages of a worker's that has nothing to do, in PAUSE; one that spins sends 20
+MOST_MESSAGES = 5  # of an idle worker in PAUSE; a busy loop would send 20
 QUEUE_FULL = 10077  # err_code: maximum messages, with discard=new
 WORKER = "watched"
 PATH = f"{ROOT}{os.pathsep}{ROOT / 'contracts'}"
@@ -39,7 +39,7 @@ what_goes = pytest.mark.parametrize(
 
 @what_goes
 async def test_stream_deleted_while_workers_are_idle(scene: Scene, what: str) -> None:
-    """Two workers make it again at the same time, as it was."""
+    """Two workers concurrently recreate the stream or durable with its configuration."""
     workers = await two_workers(scene, "none")
     first = await scene.submit()
     await succeeded(scene, first)
@@ -60,7 +60,7 @@ async def test_stream_deleted_while_workers_are_idle(scene: Scene, what: str) ->
 
 @what_goes
 async def test_stream_deleted_during_a_job(scene: Scene, what: str) -> None:
-    """The job ends as it would have; where it is delivered again, it is not run again."""
+    """The job succeeds. A redelivered request does not run again."""
     worker = await scene.start("held_in_run")
     first = await scene.submit()
     await scene.until_noted("run")
@@ -111,10 +111,10 @@ async def test_paused_durable_delivers_nothing_until_it_is_resumed(scene: Scene)
         return await scene.pending() == 1
 
     await scene.until(settled, "settlement of the first")
-    before = await words(scene)
+    before = await messages_sent(scene)
     await asyncio.sleep(PAUSE)
     assert scene.runs() == [first]
-    assert await words(scene) - before <= MOST_WORDS
+    assert await messages_sent(scene) - before <= MOST_MESSAGES
     await assert_all_ready(scene, worker)
     await pause(scene, None)
     resumed = time.monotonic()
@@ -146,7 +146,7 @@ async def test_full_request_stream_refuses_and_accepts_again(scene: Scene, tmp_p
     full = {**await config(scene, "requests"), "max_msgs": 1}
     await api(scene, f"STREAM.UPDATE.{scene.subjects.requests_stream(scene.task)}", full)
     first = await scene.submit()
-    await scene.until_noted("run")  # what is being handled is in the stream until it is settled
+    await scene.until_noted("run")  # a request stays in the stream until it is settled
     with pytest.raises(APIError) as refused:
         await scene.submit()
     assert refused.value.err_code == QUEUE_FULL
@@ -182,7 +182,7 @@ async def test_full_results_stream_delays_the_result_and_readiness_reports_it(sc
     await scene.until(said, "readiness that names the stream")
     assert await scene.events(request_id) == []
     await asyncio.sleep(2 * ACK_WAIT)
-    assert scene.runs() == [request_id], "its lease is renewed meanwhile"
+    assert scene.runs() == [request_id], "the worker renews the lease meanwhile"
     await api(scene, f"STREAM.UPDATE.{name}", before)
     assert (await succeeded(scene, request_id))["attempt"] == 1
     assert (await readiness(worker))["streams"] == "ok"
@@ -190,11 +190,11 @@ async def test_full_results_stream_delays_the_result_and_readiness_reports_it(sc
     await assert_all_ready(scene, worker)
 
 
-# -- what the tests do to the bus -----------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------
 
 
 def place(scene: Scene, what: str) -> tuple[str, str]:
-    """The JetStream API's word for it, and its name there."""
+    """Return the JetStream API type and the name of a stream or durable."""
     subjects = scene.subjects
     if what == "durable":
         return "CONSUMER", f"{subjects.requests_stream(scene.task)}.{scene.task}"
@@ -208,7 +208,7 @@ def place(scene: Scene, what: str) -> tuple[str, str]:
 
 
 async def api(scene: Scene, subject: str, body: object = None) -> dict[str, Any]:
-    """Call the JetStream API as it is; it must not refuse."""
+    """Call the JetStream API, and check that it returns no error."""
     payload = b"" if body is None else json.dumps(body).encode()
     answer = await scene.sender.request(f"$JS.API.{subject}", payload, timeout=5)
     value: dict[str, Any] = json.loads(answer.data)
@@ -217,7 +217,7 @@ async def api(scene: Scene, subject: str, body: object = None) -> dict[str, Any]
 
 
 async def config(scene: Scene, what: str) -> dict[str, Any]:
-    """The configuration as the server has it."""
+    """Return the configuration on the server."""
     kind, name = place(scene, what)
     found: dict[str, Any] = (await api(scene, f"{kind}.INFO.{name}"))["config"]
     return found
@@ -232,7 +232,7 @@ async def pause(scene: Scene, until: datetime | None) -> None:
 
 
 async def submit_once_there_is_a_stream(scene: Scene) -> str:
-    """Publish a request, again and again until it is stored."""
+    """Publish a request repeatedly until it is stored."""
     taken: list[str] = []
 
     async def stored() -> bool:
@@ -247,20 +247,20 @@ async def submit_once_there_is_a_stream(scene: Scene) -> str:
 
 
 async def letters(scene: Scene) -> int:
-    """How many dead letters are stored."""
+    """Return the number of stored dead letters."""
     info = await scene.sender.jetstream().stream_info(scene.subjects.dead_letters_stream)
     return int(info.state.messages)
 
 
 async def dead_letter(scene: Scene) -> None:
-    """See that what is no request becomes a dead letter, and that the queue is empty then."""
+    """Send an invalid request, and check that it is dead-lettered and the queue is empty."""
     await scene.publish(b"no request")
     await scene.until_empty()
     assert await letters(scene) == 1
 
 
 async def readiness(worker: Daemon) -> dict[str, str]:
-    """The conditions of /readyz."""
+    """Return the conditions of /readyz."""
     async with (
         aiohttp.ClientSession() as session,
         session.get(f"{worker.probes_url}/readyz") as response,
@@ -269,8 +269,8 @@ async def readiness(worker: Daemon) -> dict[str, str]:
         return conditions
 
 
-async def words(scene: Scene) -> int:
-    """How many messages the worker has sent over its connection."""
+async def messages_sent(scene: Scene) -> int:
+    """Return the number of messages that the worker has sent over its connection."""
     async with (
         aiohttp.ClientSession() as session,
         session.get(f"{scene.stack.nats.monitoring_url}/connz") as response,
@@ -285,12 +285,12 @@ async def words(scene: Scene) -> int:
 
 
 def files(folder: Path) -> list[str]:
-    """The names of what a command has saved."""
+    """Return the names of the files that a command has saved."""
     return [file.name for file in folder.iterdir()]
 
 
 async def command(scene: Scene, folder: Path, request_id: str) -> tuple[int, str]:
-    """Run `consumer request`; its exit code and what it says on standard error."""
+    """Run `consumer request`, and return its exit code and its standard error."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "consumer", "request", "text-to-image", "a"),
         *("--id", request_id, "--output", str(folder)),

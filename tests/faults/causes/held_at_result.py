@@ -1,4 +1,4 @@
-"""A result is in hand, with its outputs stored, and published when the test lets it go."""
+"""A worker with stored outputs publishes its result when the test releases it."""
 
 import asyncio
 import os

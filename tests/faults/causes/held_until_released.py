@@ -1,6 +1,6 @@
-"""A run that lasts until the test lets it end, by the mark that the environment names.
+"""A run waits until the test creates the mark in the environment variable RELEASE_MARK.
 
-Its picture is another one in each process, as it is on devices that do not round alike.
+Each process makes a different image, as devices with different rounding do.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The model raises at every run until the test leaves a mark."""
+"""The model raises in every run until the test creates a mark."""
 
 import os
 from pathlib import Path

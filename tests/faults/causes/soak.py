@@ -1,4 +1,4 @@
-"""A model whose faults are drawn from the request's seed, so that a soak can be repeated."""
+"""A model whose faults depend on the seed of the request, so that a soak is repeatable."""
 
 import ctypes
 import os
