@@ -1,7 +1,7 @@
 """The image and the installation on one machine: Dockerfile and infra/compose.yaml.
 
-There is no container engine in the tests. hadolint reads the Dockerfile, the reference loader of
-the Compose specification reads compose.yaml, and what both say of the daemon is compared with it.
+The tests need no container engine. hadolint checks the Dockerfile, and the reference loader of the
+Compose specification checks compose.yaml. The tests compare both files with the daemon.
 """
 
 import ast
@@ -26,6 +26,7 @@ from consumer.gateway.serve import require_keys_if_reachable
 from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
 from generation_contracts import Task
+from tests.support.yaml_files import load_yaml
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -49,7 +50,7 @@ Service = dict[str, Any]
 
 
 def with_defaults(text: str) -> str:
-    """What Compose makes of `${NAME:-default}` where nothing is set."""
+    """Replace `${NAME:-default}` with the default, as Compose does without variables."""
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
@@ -71,7 +72,7 @@ def daemons() -> dict[str, Service]:
 
 
 def initial() -> set[str]:
-    """The services that somebody waits for to be done."""
+    """Return the services whose completion other services wait for."""
     return {
         name
         for found in services().values()
@@ -81,7 +82,7 @@ def initial() -> set[str]:
 
 
 def mounts(service: Service) -> list[str]:
-    """The paths of this repository that a service sees, relative to infra."""
+    """Return the mounted paths of this repository, relative to infra."""
     return [mount.split(":")[0] for mount in service.get("volumes", []) if isinstance(mount, str)]
 
 
@@ -92,7 +93,7 @@ def seconds(duration: str) -> int:
 
 @cache
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """The instructions of the Dockerfile and their arguments, by the name of their stage."""
+    """Return the instructions of the Dockerfile and their arguments, by stage."""
     text = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE))
     found: dict[str, list[tuple[str, str]]] = {}
     stage = "arguments"
@@ -110,7 +111,7 @@ def arguments(instruction: str, stage: str = "final") -> list[str]:
 
 @cache
 def locked() -> dict[str, str]:
-    """The versions in uv.lock."""
+    """Return the package versions in uv.lock."""
     packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
     return {package["name"]: package["version"] for package in packages}
 
@@ -121,7 +122,7 @@ def probe_paths() -> set[str]:
 
 
 def probed(test: list[str]) -> tuple[int, str]:
-    """Port and path of the check of a daemon's health, which is a line of Python."""
+    """Return the port and path of a health check, which is a line of Python."""
     ast.parse(test[-1])
     port, path = re.search(r"http://127\.0\.0\.1:(\d+)(/\w+)", test[-1]).groups()  # type: ignore[union-attr]
     return int(port), path
@@ -185,7 +186,7 @@ def test_service_dependencies_can_be_satisfied() -> None:
             assert other in services(), name
             completes = how["condition"] == "service_completed_successfully"
             assert completes or how["condition"] == "service_healthy", name
-            # A service of a profile is not there otherwise.
+            # A service with a profile may not exist.
             optional = "profiles" in services()[other] and "profiles" not in service
             assert how.get("required", True) is not optional, (name, other)
 
@@ -210,7 +211,7 @@ def test_only_repository_files_are_mounted_read_only() -> None:
             if isinstance(mount, dict):
                 assert mount["type"] == "volume", name
                 assert mount["source"] in compose()["volumes"], name
-                # Else the engine gives the volume the owner that the image's folder has.
+                # Otherwise the engine gives the volume the owner of the image's folder.
                 assert mount["volume"] == {"nocopy": True}, name
             else:
                 assert mount.endswith(":ro"), name
@@ -233,7 +234,7 @@ def test_each_task_has_one_daemon() -> None:
 
 
 def test_compose_settings_are_valid() -> None:
-    """Names and values: what the daemon would refuse is refused here."""
+    """The settings classes accept the names and values."""
     own = [
         s for s in services().values() if s["image"].startswith(OWN_IMAGE) and "environment" in s
     ]
@@ -268,7 +269,7 @@ def test_daemons_are_healthy_when_they_are_ready() -> None:
 
 
 def test_prometheus_targets_are_services() -> None:
-    scrapes = yaml.safe_load((INFRA / "observability/prometheus.yml").read_text())["scrape_configs"]
+    scrapes = load_yaml(INFRA / "observability/prometheus.yml")["scrape_configs"]
     targets = [t for job in scrapes for static in job["static_configs"] for t in static["targets"]]
     names: set[str] = set()
     for name, service in services().items():
@@ -283,7 +284,7 @@ def test_prometheus_targets_are_services() -> None:
 
 def test_grafana_finds_its_dashboards() -> None:
     provider = INFRA / "observability/grafana/provisioning/dashboards/generation.yaml"
-    path = yaml.safe_load(provider.read_text())["providers"][0]["options"]["path"]
+    path = load_yaml(provider)["providers"][0]["options"]["path"]
     targets = [m.split(":")[1] for m in services()["grafana"]["volumes"] if isinstance(m, str)]
     assert path in targets
 
@@ -299,7 +300,7 @@ def test_gateway_has_keys_and_time_to_drain() -> None:
     assert settings.gateway_keys is not None
     (mount,) = gateway["volumes"]
     assert mount.split(":")[1] == str(settings.gateway_keys.parent)
-    # The worker signs URLs for the public address; the gateway reads them at the inner one.
+    # The worker signs URLs for the public address. The gateway uses the internal address.
     for daemon in daemons().values():
         for name in ("S3_ENDPOINT", "S3_PUBLIC_ENDPOINT"):
             assert daemon["environment"][name] == gateway["environment"][name]
@@ -309,7 +310,7 @@ def test_gateway_has_keys_and_time_to_drain() -> None:
 
 
 def test_overrides_refer_to_existing_services() -> None:
-    gpu = yaml.safe_load((INFRA / "compose/gpu.yaml").read_text())["services"]
+    gpu = load_yaml(INFRA / "compose/gpu.yaml")["services"]
     assert gpu.keys() == daemons().keys()
     for line in (INFRA / "compose/minio.env").read_text().splitlines():
         if not line.startswith(("#", "COMPOSE_")):
@@ -332,7 +333,7 @@ def make_secrets(infra: Path, **variables: str) -> None:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A copy of infra in which the secrets have been made."""
+    """A copy of infra with generated secrets."""
     for file in ("compose/make_secrets.py", "s3/identities.json"):
         (tmp_path / file).parent.mkdir()
         shutil.copy(INFRA / file, tmp_path / file)
@@ -347,7 +348,7 @@ def test_make_secrets_creates_every_secret(made: Path) -> None:
     for file in files:
         assert file.startswith(SECRETS)
         assert (made / file).read_text() or file.endswith("hub_token"), file
-        # Mounted as it is, and read by a user that is not its owner; the folder keeps others out.
+        # Another user than the owner reads the mounted file. The folder protects it on the host.
         assert (made / file).stat().st_mode & 0o777 == 0o444, file
     assert (made / SECRETS).stat().st_mode & 0o777 == 0o700
 
@@ -425,21 +426,21 @@ def test_inbox_prefixes_match_the_users() -> None:
 
 
 def users_permissions(role: str) -> str:
-    """The block of users.conf with what a user may publish."""
+    """Return the block of users.conf with the publish permissions of a user."""
     users = (INFRA / "nats/users.conf").read_text()
     return users.split(f"nkey: $GENERATION_{role}_NKEY")[1].split("subscribe {")[0]
 
 
 def test_secrets_are_ignored_by_git_and_docker() -> None:
     assert "secrets/" in (INFRA / "compose/.gitignore").read_text().splitlines()
-    assert not let_through("infra/compose/secrets/worker.nk")
+    assert not in_build_context("infra/compose/secrets/worker.nk")
 
 
 # -- Dockerfile -----------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, str]:
-    """What the image sets."""
+    """Return the environment variables of the image."""
     return dict(pair.split("=", 1) for text in arguments("ENV") for pair in text.split())
 
 
@@ -454,8 +455,8 @@ def patterns() -> list[tuple[bool, re.Pattern[str]]]:
     return found
 
 
-def let_through(path: str) -> bool:
-    """Whether .dockerignore lets a path into the build: the last pattern that fits it decides."""
+def in_build_context(path: str) -> bool:
+    """Return whether a path is in the build context: the last matching pattern decides."""
     return [goes for goes, pattern in patterns() if pattern.fullmatch(path)][-1]
 
 
@@ -498,7 +499,7 @@ def test_lease_guard_times_out_before_the_engine() -> None:
 
 
 def test_daemon_is_not_process_1() -> None:
-    # Of which the kernel takes no SIGKILL from the helper process in the same container.
+    # The kernel ignores a SIGKILL to process 1 from the lease guard in the same container.
     assert arguments("ENTRYPOINT") == ['["/usr/bin/tini", "--", "consumer"]']
     assert arguments("STOPSIGNAL") == ["SIGTERM"]
 
@@ -524,10 +525,10 @@ def test_copied_files_are_in_the_build_context() -> None:
     assert len(own) >= 6
     for source in own:
         assert (ROOT / source).exists(), source
-        assert let_through(source), source
-    assert let_through("infra/nats/streams/GENERATION_RESULTS.json")
+        assert in_build_context(source), source
+    assert in_build_context("infra/nats/streams/GENERATION_RESULTS.json")
     for path in ("tests", ".git", ".venv", "consumer/__pycache__/x.pyc", "infra/k8s", "docs"):
-        assert not let_through(path), path
+        assert not in_build_context(path), path
 
 
 def test_cpu_image_has_the_locked_torch_version() -> None:
@@ -552,9 +553,9 @@ def test_cpu_image_has_the_locked_torch_version() -> None:
 
 def test_s3_policy_is_for_the_default_bucket() -> None:
     bucket = Settings.model_fields["s3_bucket"].default
-    (statement,) = yaml.safe_load((INFRA / "s3/policy.json").read_text())["Statement"]
+    (statement,) = load_yaml(INFRA / "s3/policy.json")["Statement"]
     assert statement["Resource"] == [f"arn:aws:s3:::{bucket}/*"]
-    identities = yaml.safe_load((INFRA / "s3/identities.json").read_text())["identities"]
+    identities = load_yaml(INFRA / "s3/identities.json")["identities"]
     actions = {identity["name"]: identity["actions"] for identity in identities}
     assert actions == {"admin": ["Admin"], "worker": [f"Read:{bucket}/*", f"Write:{bucket}/*"]}
     assert all(identity["credentials"] == [] for identity in identities)

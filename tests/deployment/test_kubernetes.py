@@ -1,8 +1,8 @@
-"""The manifests under infra/k8s: as they are written, and as kustomize builds them.
+"""The manifests under infra/k8s, as written and as built by kustomize.
 
-What a cluster would say of them is asked of the schemas: Kubernetes' own, by kubernetes-validate,
-and those in `schemas/` for the resources of KEDA and of the Prometheus Operator. What they say of
-the daemon is compared with the daemon.
+kubernetes-validate checks the manifests against the schemas of Kubernetes. The schemas in
+`schemas/` are for the resources of KEDA and the Prometheus Operator. The tests compare the settings
+with the daemon.
 """
 
 import ast
@@ -40,6 +40,7 @@ from consumer.gateway.serve import require_keys_if_reachable
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.settings import Settings
 from generation_contracts import Task
+from tests.support.yaml_files import load_yaml, load_yaml_documents
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "infra/k8s"
@@ -58,17 +59,17 @@ Manifest = dict[str, Any]
 
 
 def written() -> list[Manifest]:
-    """Every manifest as it is in its file."""
+    """Return every manifest as written."""
     found = []
     for file in sorted(K8S.rglob("*.yaml")):
         if file.name != "kustomization.yaml":
-            found += list(yaml.safe_load_all(file.read_text()))
+            found += load_yaml_documents(file)
     return found
 
 
 @cache
 def built(overlay: str) -> str:
-    """What `kubectl apply -k` would send."""
+    """Return the output of kustomize for an overlay."""
     if shutil.which("kustomize"):
         command = ["kustomize", "build"]
     elif shutil.which("kubectl"):
@@ -147,7 +148,7 @@ def config_map(manifests: list[Manifest]) -> dict[str, str]:
 
 
 def environment(manifest: Manifest, manifests: list[Manifest]) -> dict[str, str]:
-    """What a container's process finds."""
+    """Return the environment of a container."""
     found: dict[str, str] = {}
     for source in container(manifest).get("envFrom", []):
         (settings,) = of_kind(manifests, "ConfigMap")
@@ -157,8 +158,8 @@ def environment(manifest: Manifest, manifests: list[Manifest]) -> dict[str, str]
 
 
 def literals(overlay: str) -> dict[str, str]:
-    """The settings that an overlay changes, as its file says."""
-    kustomization = yaml.safe_load((K8S / overlay / "kustomization.yaml").read_text())
+    """Return the settings that an overlay changes."""
+    kustomization = load_yaml(K8S / overlay / "kustomization.yaml")
     (generator,) = kustomization["configMapGenerator"]
     return dict(each.split("=", 1) for each in generator["literals"])
 
@@ -174,7 +175,7 @@ def settings_of(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> Settings:
-    """The settings as the daemon itself would read them in that container."""
+    """Return the settings that the daemon reads in a container."""
     for name in list(os.environ):
         if name.lower() in Settings.model_fields:
             monkeypatch.delenv(name)
@@ -190,7 +191,7 @@ def settings_of(
 
 
 def validate(manifest: Manifest) -> None:
-    """Raise where an API server would refuse, or drop a field."""
+    """Raise if an API server would refuse the manifest or drop a field."""
     own = {"ScaledObject": "scaledobject.json", "PodMonitor": "podmonitor.json"}
     if manifest["kind"] not in own:
         for version in KUBERNETES:
@@ -237,7 +238,7 @@ def test_invalid_field_is_detected(kind: str, spoil: Callable[[Manifest], None])
         validate(manifest)
 
 
-# -- what belongs together ------------------------------------------------------------------------
+# -- references -----------------------------------------------------------------------------------
 
 
 def test_referenced_names_exist(build: list[Manifest]) -> None:
@@ -272,7 +273,7 @@ def test_selectors_match_their_pods(build: list[Manifest]) -> None:
         ]
         assert len(own) == 4
         for selector in own:
-            # Its own pods, and nobody else's: two Deployments would fight over them.
+            # Each selector must match only the pods of its Deployment.
             chosen = [each for each in with_pods(build) if selects(selector, pod_labels(each))]
             assert chosen == [deployment]
     for monitor in of_kind(build, "PodMonitor"):
@@ -280,10 +281,10 @@ def test_selectors_match_their_pods(build: list[Manifest]) -> None:
             d for d in with_pods(build) if selects(monitor["spec"]["selector"], pod_labels(d))
         ]
         assert chosen in (workers(build), gateways(build))
-        prometheus = yaml.safe_load((ROOT / "infra/observability/prometheus.yml").read_text())
+        prometheus = load_yaml(ROOT / "infra/observability/prometheus.yml")
         jobs = {pod_labels(each)[monitor["spec"]["jobLabel"]] for each in chosen}
         number = 0 if chosen == workers(build) else 1
-        # What the alerts go by.
+        # The labels that the alerts use.
         assert jobs == {prometheus["scrape_configs"][number]["job_name"]}
 
 
@@ -296,7 +297,7 @@ def test_every_setting_exists() -> None:
     for manifest in with_pods(written()):
         names |= {each["name"] for each in container(manifest).get("env", [])}
     for file in K8S.rglob("kustomization.yaml"):
-        for patch in yaml.safe_load(file.read_text()).get("patches", []):
+        for patch in load_yaml(file).get("patches", []):
             names |= set(re.findall(r"^\s*name: ([A-Z][A-Z0-9_]+)$", patch["patch"], re.MULTILINE))
     assert {"MODEL_TYPE", "MODEL_ID", "NATS_URL"} <= names
     assert names - OF_LIBRARIES <= {name.upper() for name in Settings.model_fields}
@@ -330,7 +331,7 @@ def test_apply_serves_both_tasks(
 
 
 def test_max_ack_pending_covers_all_workers(build: list[Manifest]) -> None:
-    """CONSUMER_MAX_ACK_PENDING is the most workers times what each has in hand."""
+    """CONSUMER_MAX_ACK_PENDING is the largest number of workers times their requests in flight."""
     most = 1
     for scaled in of_kind(build, "ScaledObject"):
         most = max(most, scaled["spec"]["maxReplicaCount"])
@@ -356,7 +357,7 @@ def test_workers_may_publish_to_the_reply_prefixes() -> None:
 
 
 def permissions(users: str, role: str) -> tuple[str, str]:
-    """What a user of users.conf may publish, and subscribe to."""
+    """Return the publish and subscribe permissions of a user in users.conf."""
     user = users.split(f"nkey: $GENERATION_{role}_NKEY")[1].split("nkey: $", maxsplit=1)[0]
     publish, subscribe = user.split("subscribe {")
     return publish, subscribe
@@ -366,7 +367,7 @@ def permissions(users: str, role: str) -> tuple[str, str]:
 
 
 def secret_mounts(manifest: Manifest) -> dict[str, str]:
-    """Folders in the container and the Secrets behind them."""
+    """Return the mount paths of the container and their Secrets."""
     secrets = {v["name"]: v["secret"] for v in pod(manifest)["volumes"] if "secret" in v}
     mounts = {m["name"]: m for m in container(manifest)["volumeMounts"]}
     for name, secret in secrets.items():
@@ -401,12 +402,12 @@ def test_secrets_are_mounted_files() -> None:
 # -- probes, draining, rollouts -------------------------------------------------------------------
 
 
-def the_worker() -> Manifest:
+def worker_deployment() -> Manifest:
     (worker,) = workers(written())
     return worker
 
 
-def patience(probe: Manifest) -> int:
+def probe_timeout(probe: Manifest) -> int:
     return probe["periodSeconds"] * probe["failureThreshold"]
 
 
@@ -414,7 +415,7 @@ def test_probes_use_the_port_and_paths_of_the_daemon() -> None:
     probes = Probes(Telemetry(Metrics("task")), host="127.0.0.1", port=0)
     paths = {route.resource.canonical for route in probes._runner.app.router.routes()}
     assert paths == {"/livez", "/readyz", "/metrics"}
-    worker = container(the_worker())
+    worker = container(worker_deployment())
     names = ("startup", "liveness", "readiness")
     asked = {name: worker[f"{name}Probe"]["httpGet"] for name in names}
     assert {name: each["path"] for name, each in asked.items()} == {
@@ -431,11 +432,13 @@ def test_probes_use_the_port_and_paths_of_the_daemon() -> None:
 
 
 def test_probe_timeouts_allow_loading_and_stalls() -> None:
-    worker = container(the_worker())
-    assert patience(worker["startupProbe"]) >= 1800
-    assert the_worker()["spec"]["progressDeadlineSeconds"] > patience(worker["startupProbe"])
+    worker = container(worker_deployment())
+    assert probe_timeout(worker["startupProbe"]) >= 1800
+    assert worker_deployment()["spec"]["progressDeadlineSeconds"] > probe_timeout(
+        worker["startupProbe"]
+    )
     stall = float(base_settings().get("CONSUMER_STALL_TIMEOUT", Settings().consumer_stall_timeout))
-    assert patience(worker["livenessProbe"]) > stall
+    assert probe_timeout(worker["livenessProbe"]) > stall
 
 
 def test_pod_has_time_to_drain() -> None:
@@ -450,19 +453,19 @@ def test_pod_has_time_to_drain() -> None:
         + closing
     )
     margin = 10  # seconds, for a busy node
-    assert pod(the_worker())["terminationGracePeriodSeconds"] >= needed + margin
-    assert "lifecycle" not in container(the_worker())  # its time would be taken off
+    assert pod(worker_deployment())["terminationGracePeriodSeconds"] >= needed + margin
+    assert "lifecycle" not in container(worker_deployment())  # its time would be taken off
 
 
 def test_rollout_needs_no_second_gpu() -> None:
-    assert the_worker()["spec"]["strategy"] == {
+    assert worker_deployment()["spec"]["strategy"] == {
         "type": "RollingUpdate",
         "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1},
     }
 
 
 def test_only_the_scaler_sets_the_number_of_workers(production: list[Manifest]) -> None:
-    """Else each `kubectl apply` would take its workers away in the middle of their work."""
+    """Otherwise each `kubectl apply` would stop busy workers."""
     deployments = of_kind(production, "Deployment")
     assert all("replicas" not in each["spec"] for each in deployments)
 
@@ -487,7 +490,7 @@ def test_gpu_overlays_request_gpus() -> None:
 # -- security -------------------------------------------------------------------------------------
 
 
-def see_that_it_is_restricted(manifest: Manifest) -> None:
+def require_restricted(manifest: Manifest) -> None:
     assert pod(manifest)["automountServiceAccountToken"] is False
     assert pod(manifest)["enableServiceLinks"] is False
     of_pod = pod(manifest)["securityContext"]
@@ -510,7 +513,7 @@ def see_that_it_is_restricted(manifest: Manifest) -> None:
 
 def test_written_containers_are_restricted() -> None:
     for manifest in with_pods(written()):
-        see_that_it_is_restricted(manifest)
+        require_restricted(manifest)
     (account,) = of_kind(written(), "ServiceAccount")
     assert account["automountServiceAccountToken"] is False
     (namespace,) = of_kind(written(), "Namespace")
@@ -520,7 +523,7 @@ def test_written_containers_are_restricted() -> None:
 
 def test_built_containers_are_restricted(build: list[Manifest]) -> None:
     for manifest in with_pods(build):
-        see_that_it_is_restricted(manifest)
+        require_restricted(manifest)
 
 
 def test_model_volume_is_at_the_path_of_the_image() -> None:
@@ -539,7 +542,7 @@ def policies(manifests: list[Manifest], labels: dict[str, str]) -> list[Manifest
 
 
 def ways_out(manifests: list[Manifest], labels: dict[str, str]) -> set[tuple[str, str, int]]:
-    """Namespace (`*` for anywhere), protocol and port of whatever a pod may reach."""
+    """Return the namespace (`*` for any), protocol and port of each allowed egress connection."""
     found = set()
     for policy in policies(manifests, labels):
         for rule in policy.get("egress", []):
@@ -553,7 +556,7 @@ def ways_out(manifests: list[Manifest], labels: dict[str, str]) -> set[tuple[str
 
 
 def used(settings: dict[str, str]) -> set[tuple[str, str, int]]:
-    """What a worker does reach: NATS, the store, and whoever knows their addresses."""
+    """Return the connections of a worker: NATS, the store and DNS."""
     found = {("kube-system", "UDP", 53), ("kube-system", "TCP", 53)}
     for url in (settings["NATS_URL"], settings["S3_ENDPOINT"]):
         parts = urlsplit(url)
@@ -563,7 +566,7 @@ def used(settings: dict[str, str]) -> set[tuple[str, str, int]]:
     return found
 
 
-def see_that_only_what_is_used_is_open(manifests: list[Manifest], settings: dict[str, str]) -> None:
+def require_minimal_egress(manifests: list[Manifest], settings: dict[str, str]) -> None:
     everything = [each["spec"] for each in of_kind(manifests, "NetworkPolicy")]
     denied = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert denied in everything
@@ -590,18 +593,18 @@ def see_that_only_what_is_used_is_open(manifests: list[Manifest], settings: dict
 
 
 def test_written_network_policies_allow_only_used_connections() -> None:
-    see_that_only_what_is_used_is_open(written(), base_settings())
+    require_minimal_egress(written(), base_settings())
 
 
 def test_built_network_policies_allow_only_used_connections(build: list[Manifest]) -> None:
-    see_that_only_what_is_used_is_open(build, config_map(build))
+    require_minimal_egress(build, config_map(build))
 
 
 # -- scaling --------------------------------------------------------------------------------------
 
 
 def triggers() -> Iterator[tuple[Task, Manifest]]:
-    """Each task and what its ScaledObject watches, as it is written."""
+    """Yield each task with the trigger of its ScaledObject."""
     scaled = {each["metadata"]["name"]: each for each in of_kind(written(), "ScaledObject")}
     assert len(scaled) == len(Task)
     for task in Task:
@@ -619,14 +622,14 @@ def test_scaler_watches_the_streams_and_durables() -> None:
         assert watched["consumer"] == durable["durable_name"]
         assert watched["account"] == account
         assert watched["activationLagThreshold"] == "0"
-        # Else a second worker would come before the first has its hands full.
+        # Otherwise a second worker would start before the first worker is fully used.
         assert int(watched["lagThreshold"]) >= int(base_settings()["CONSUMER_JOBS_IN_FLIGHT"])
 
 
 async def test_scaler_counts_waiting_and_in_flight_requests(
     start_nats: Callable[..., Any],
 ) -> None:
-    """The number that KEDA computes from /jsz, from a real server with that account."""
+    """Compute the number that KEDA reads from /jsz of a real server."""
     watched = dict(triggers())
     (account,) = {each["account"] for each in watched.values()}
     server = start_nats(
@@ -659,7 +662,9 @@ async def test_scaler_counts_waiting_and_in_flight_requests(
                 watched[task]["consumer"], watched[task]["stream"]
             )
             (delivery,) = await taken.fetch(1)
-            assert lag(task) == 3  # one of them in hand: its worker is not taken away as idle
+            assert (
+                lag(task) == 3
+            )  # includes the request in flight, so its worker is not scaled down
             await delivery.ack_sync()
             assert lag(task) == 2
     finally:
@@ -669,7 +674,7 @@ async def test_scaler_counts_waiting_and_in_flight_requests(
 # -- the gateway ----------------------------------------------------------------------------------
 
 
-def the_gateway() -> Manifest:
+def gateway_deployment() -> Manifest:
     (gateway,) = gateways(written())
     return gateway
 
@@ -686,12 +691,12 @@ def test_gateway_settings_are_valid(
 ) -> None:
     settings = gateway_settings(production, monkeypatch, tmp_path)
     require_keys_if_reachable(settings)
-    gateway = container(the_gateway())
+    gateway = container(gateway_deployment())
     assert gateway["args"] == ["gateway"]
     (port,) = gateway["ports"]
     assert port["containerPort"] == settings.gateway_port
     assert settings.gateway_keys is not None
-    assert str(settings.gateway_keys.parent) in secret_mounts(the_gateway())
+    assert str(settings.gateway_keys.parent) in secret_mounts(gateway_deployment())
     _, subscribe = permissions((NATS / "users.conf").read_text(), "GATEWAY")
     assert f'"{settings.nats_inbox_prefix}.>"' in subscribe
     prefixes = base_settings()["CONSUMER_REPLY_PREFIXES"].split(",")
@@ -700,19 +705,21 @@ def test_gateway_settings_are_valid(
 
 def test_gateway_probes_use_its_port_and_paths() -> None:
     paths = {route.path for route in health.router.routes if isinstance(route, APIRoute)}
-    gateway = container(the_gateway())
+    gateway = container(gateway_deployment())
     asked = {name: gateway[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
     assert {name: probe["httpGet"]["path"] for name, probe in asked.items()} == {
         "startup": "/healthz",
         "liveness": "/healthz",
         "readiness": "/readyz",
     }
-    assert patience(asked["startup"]) > CONNECT_WITHIN
+    assert probe_timeout(asked["startup"]) > CONNECT_WITHIN
     (port,) = gateway["ports"]
     assert {probe["httpGet"]["port"] for probe in asked.values()} == {port["name"]}
     monitors = of_kind(written(), "PodMonitor")
     (monitor,) = (
-        each for each in monitors if selects(each["spec"]["selector"], pod_labels(the_gateway()))
+        each
+        for each in monitors
+        if selects(each["spec"]["selector"], pod_labels(gateway_deployment()))
     )
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert (endpoint["port"], endpoint["path"]) == (port["name"], "/metrics")
@@ -723,18 +730,18 @@ def test_gateway_has_time_to_drain(
     production: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings = gateway_settings(production, monkeypatch, tmp_path)
-    program, wait = container(the_gateway())["lifecycle"]["preStop"]["exec"]["command"]
+    program, wait = container(gateway_deployment())["lifecycle"]["preStop"]["exec"]["command"]
     assert program == "sleep"
     ending = (END_WITHIN + 1) + CLOSE_WITHIN + CLOSE_TIMEOUT
     needed = float(wait) + settings.gateway_drain_grace + ending
-    assert pod(the_gateway())["terminationGracePeriodSeconds"] >= needed + 10
+    assert pod(gateway_deployment())["terminationGracePeriodSeconds"] >= needed + 10
 
 
 def test_service_and_ingress_route_to_the_gateway() -> None:
     (service,) = of_kind(written(), "Service")
     (port,) = service["spec"]["ports"]
-    assert selects({"matchLabels": service["spec"]["selector"]}, pod_labels(the_gateway()))
-    assert port["targetPort"] == container(the_gateway())["ports"][0]["name"]
+    assert selects({"matchLabels": service["spec"]["selector"]}, pod_labels(gateway_deployment()))
+    assert port["targetPort"] == container(gateway_deployment())["ports"][0]["name"]
     (ingress,) = of_kind(written(), "Ingress")
     (rule,) = ingress["spec"]["rules"]
     shown = [(path["path"], path["pathType"]) for path in rule["http"]["paths"]]

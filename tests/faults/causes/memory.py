@@ -38,9 +38,9 @@ class LargeOutOfMemory(OutOfMemory):
 
 class MemoryRunner(QuickRunner):
     def begin(self, request: Request, *, save_memory: bool) -> None:
-        # Megabytes of holes, which the imports leave in the heap, would hide what is kept.
+        # Free space that imports leave in the heap would hide leaked objects.
         _LIBC.malloc_trim(0)
-        # Other bytes than zero: pages that were never written take no memory.
+        # The bytes are not zero, because unwritten pages use no memory.
         tensors = b"\1" * LARGE
         match request.prompt.split()[0]:
             case mishaps.RAISES:

@@ -18,7 +18,7 @@ from tests.support.quick_runner import STEPS, QuickRunner, first_time, note
 
 LONG = 3.0  # seconds; longer than the soak's ack_wait
 
-# Calls through it keep the GIL; those through ctypes.CDLL let it go.
+# Calls through PyDLL keep the GIL; calls through ctypes.CDLL release it.
 _HOLDING_THE_GIL = ctypes.PyDLL(None)
 
 
