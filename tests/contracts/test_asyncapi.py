@@ -1,4 +1,4 @@
-"""The AsyncAPI document: complete, without loose ends, and true to subjects and headers."""
+"""The AsyncAPI document is complete and matches the subjects and headers of the code."""
 
 import copy
 import json
@@ -153,7 +153,7 @@ def test_replies_are_terminal_events() -> None:
 
 
 def test_services_share_a_queue_group() -> None:
-    """One worker sees to each call and cancellation; a request comes by a pull."""
+    """One worker handles each call and cancellation. Requests are pulled."""
     bound = {n: o["bindings"]["nats"]["queue"] for n, o in OPERATIONS.items() if "bindings" in o}
     assert bound == {"cancel": "q", "image_to_text_call": "q", "text_to_image_call": "q"}
 

@@ -1,4 +1,4 @@
-"""Routing slips: which can be followed, and what the next requests are."""
+"""Routing slips: validation, and the next requests of a chain."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""The digest says what a request asks for: equal for copies, different for anything else."""
+"""The request digest is equal for copies and different for other content."""
 
 import json
 from typing import Any
@@ -103,7 +103,7 @@ def test_equal_values_in_other_notation_have_equal_digests() -> None:
 
 
 def test_digest_is_a_stable_lower_case_sha256() -> None:
-    """Stored events carry it: a changed algorithm would make every redelivery a conflict."""
+    """With another algorithm every redelivery would conflict with its stored event."""
     minimal = request_digest(REQUESTS["text_to_image_minimal"])
     assert minimal == "sha256:d04643d364889a39364b4ba5049043fc36ed5f89d966ad8d60d7928c9643acf8"
     assert minimal == digest(TEXT_TO_IMAGE, {"prompt": "a red circle on a blue background"})

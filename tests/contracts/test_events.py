@@ -1,4 +1,4 @@
-"""Events tolerate what a newer daemon adds, and cannot be changed once they are made."""
+"""Events ignore unknown fields of newer daemons, and are immutable."""
 
 import json
 from typing import Any

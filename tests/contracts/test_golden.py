@@ -1,4 +1,4 @@
-"""The golden files pin the wire format: each message as it is sent, byte for byte."""
+"""The golden files fix the wire format of each message, byte for byte."""
 
 import json
 from typing import Any, get_args

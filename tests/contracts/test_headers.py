@@ -1,4 +1,4 @@
-"""Headers: CloudEvents in binary mode, and a size that counts as NATS counts."""
+"""Headers: CloudEvents in binary mode, and the message size as NATS computes it."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The pictures of a request: five forms are taken, and nothing that could reach elsewhere."""
+"""Image sources of a request: five accepted forms, and refused values."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Properties that hold for whatever a sender may write."""
+"""Properties of requests with arbitrary content."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""The examples of the contracts' README run as they stand there."""
+"""The examples in the README of the contracts run unchanged."""
 
 import os
 import re

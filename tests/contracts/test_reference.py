@@ -1,4 +1,4 @@
-"""The page of subjects and messages is what the code says, and names everything."""
+"""The reference page of subjects and messages is complete and matches the code."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "messages.md"
 
 
 def test_messages_page_is_up_to_date() -> None:
-    """Make it again with `uv run consumer schema --markdown > docs/reference/messages.md`."""
+    """Update the page with `uv run consumer schema --markdown > docs/reference/messages.md`."""
     assert PAGE.read_text("utf-8") == markdown(asyncapi())
 
 

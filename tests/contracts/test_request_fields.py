@@ -1,4 +1,4 @@
-"""Every field of a request: values of a wrong type, at their limits, and past them."""
+"""Every field of a request: values of a wrong type, at the limits, and beyond the limits."""
 
 from datetime import datetime
 from typing import Any

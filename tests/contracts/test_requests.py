@@ -1,4 +1,4 @@
-"""Requests are strict: what is not in the contract is refused, in words that a sender can use."""
+"""Requests are strict: unknown content is refused with a useful error message."""
 
 import json
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""JSON Schemas: each stands alone, and agrees with the code about what a message is."""
+"""JSON Schemas: each schema is self-contained and agrees with the code."""
 
 import json
 import os

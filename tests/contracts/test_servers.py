@@ -1,4 +1,4 @@
-"""Addresses of NATS servers: what their URLs mean."""
+"""URLs of NATS servers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Subjects: one place says where everything goes, and no name in them can reach elsewhere."""
+"""Subjects and streams: their names, and the validation of ids, roots and reply subjects."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The contracts install alone: their wheel needs pydantic, and none of the daemon's libraries."""
+"""The contracts wheel needs only pydantic and no library of the daemon."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Blocking calls that are broken off: what is closed, and what is left alone."""
+"""Aborted blocking calls: the connections that are closed, and those that are not."""
 
 import asyncio
 import socket

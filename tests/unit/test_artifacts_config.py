@@ -1,4 +1,4 @@
-"""What the store's configuration allows and refuses, without a store."""
+"""The configuration of the object store: allowed locations and refused values."""
 
 from typing import Any
 

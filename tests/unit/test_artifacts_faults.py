@@ -1,4 +1,4 @@
-"""What each failed try means: may it pass, and what is said about it."""
+"""The classification of store errors: retryable or not, and the message."""
 
 import socket
 import ssl

@@ -1,4 +1,4 @@
-"""What a refused input is: the object's fault, this worker's, or one that passes."""
+"""Refused inputs: errors of the object, errors of the worker, and temporary errors."""
 
 from collections.abc import Awaitable, Callable
 

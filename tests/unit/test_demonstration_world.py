@@ -1,4 +1,4 @@
-"""The world that the demonstration models are trained in: what is shown fits what is said."""
+"""The training data of the demonstration models: images match their texts."""
 
 import random
 from itertools import product

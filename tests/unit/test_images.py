@@ -1,4 +1,4 @@
-"""The images' codec: what senders may hand in, and what the outputs are made of."""
+"""The image codec: accepted and refused inputs, and encoded outputs."""
 
 import hashlib
 import json
@@ -86,7 +86,7 @@ def test_documentation_lists_every_error_message() -> None:
 
 
 def over_limits() -> list[bytes]:
-    """A file over each limit: bytes, pixels, both sides, their ratio, and the counts of parts."""
+    """Return a file beyond each limit: bytes, pixels, sides, aspect ratio, and number of parts."""
     return [
         bytes(20_001),
         png_file(60_000, 60_000, bytes(100)),

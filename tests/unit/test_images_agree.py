@@ -1,6 +1,6 @@
-"""The codec's pixels are those of a second decoder: OpenCV, upright and over white.
+"""The pixels of the codec match those of OpenCV, upright and composited over white.
 
-OpenCV has builds of libpng, libjpeg-turbo and libwebp of its own and shares no code with Pillow.
+OpenCV has separate builds of libpng, libjpeg-turbo and libwebp, and shares no code with Pillow.
 """
 
 import struct

@@ -1,4 +1,4 @@
-"""What importing costs: a module has only what it needs, and a command what it does."""
+"""Modules and commands import only what they need."""
 
 import os
 import subprocess

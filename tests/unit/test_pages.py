@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, settings and log lines are those of the code."""
+"""The documentation: links have targets, and settings and log lines match the code."""
 
 import ast
 import dataclasses
@@ -23,7 +23,7 @@ PAGES = sorted(
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link into a page may name, as GitHub makes it of the headings."""
+    """Return the anchors of a page, as GitHub generates them from headings."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

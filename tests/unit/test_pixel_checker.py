@@ -1,4 +1,4 @@
-"""The checker of pictures says what is there, and says no to what is not."""
+"""The pixel checker reads valid scenes and returns None for other images."""
 
 import random
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""PNG files: read back by Pillow and by libpng through torchvision, which share no code here."""
+"""PNG files are read back by Pillow and by libpng through torchvision, which share no code."""
 
 import struct
 import threading

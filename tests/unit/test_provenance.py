@@ -1,4 +1,4 @@
-"""What a picture's file is to say of how it was made."""
+"""The provenance metadata of an image file."""
 
 import json
 from importlib.metadata import version

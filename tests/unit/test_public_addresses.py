@@ -1,4 +1,4 @@
-"""Which addresses an input from the web may come from."""
+"""The addresses from which inputs may be fetched."""
 
 import ipaddress
 

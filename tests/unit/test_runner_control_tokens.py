@@ -1,4 +1,4 @@
-"""Control tokens are taken out of a text until none is left, and nothing else is."""
+"""Only control tokens are removed from a text, including nested control tokens."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What a request and a model's own defaults make of the sampling parameters."""
+"""Sampling parameters from the request, the worker defaults and the model defaults."""
 
 from types import SimpleNamespace
 from typing import Any

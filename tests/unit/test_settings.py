@@ -1,4 +1,4 @@
-"""Settings: the documented names, where their values come from, and what a wrong one says."""
+"""Settings: documented names, sources of values, and error messages."""
 
 import json
 import re
@@ -78,7 +78,7 @@ COMBINATIONS = [
 
 @pytest.fixture(autouse=True)
 def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting from outside reaches a test."""
+    """Remove all settings from the environment."""
     for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
         monkeypatch.delenv(name, raising=False)
