@@ -194,7 +194,7 @@ class Scene:
         file = self.folder / name
         return file.read_text().splitlines() if file.exists() else []
 
-    async def noted(self, name: str, lines: int = 1) -> None:
+    async def until_noted(self, name: str, lines: int = 1) -> None:
         """Return once a number of lines has been noted under a name."""
 
         async def noted() -> bool:
@@ -202,7 +202,7 @@ class Scene:
 
         await self.until(noted, f"{lines} lines in {name}")
 
-    async def logged(self, worker: Daemon, text: str) -> None:
+    async def until_logged(self, worker: Daemon, text: str) -> None:
         """Return once a worker has logged a text."""
 
         async def logged() -> bool:
@@ -210,7 +210,7 @@ class Scene:
 
         await self.until(logged, f"{text} in the log of {worker.name}")
 
-    async def ended(self, worker: Daemon, within: float = WITHIN) -> int:
+    async def exit_code(self, worker: Daemon, within: float = WITHIN) -> int:
         """Wait until a worker exits, and return its exit code."""
 
         async def exited() -> bool:

@@ -15,7 +15,7 @@ from tests.support.holding import RELEASE_MARK, hold
 from tests.support.quick_runner import QuickRunner
 
 
-class HeldUntilLetGo(QuickRunner):
+class HeldUntilReleased(QuickRunner):
     def begin(self, request: Request, *, save_memory: bool) -> None:
         hold(os.environ[RELEASE_MARK])
 
@@ -25,5 +25,5 @@ class HeldUntilLetGo(QuickRunner):
         return RunnerOutput(images=(GeneratedImage(Image.new("RGB", (16, 16), colour), drawn),))
 
 
-def make_runner(_: Settings) -> HeldUntilLetGo:
-    return HeldUntilLetGo()
+def make_runner(_: Settings) -> HeldUntilReleased:
+    return HeldUntilReleased()
