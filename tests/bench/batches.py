@@ -21,7 +21,7 @@ from consumer.runners import ModelConfig, ModelRunner, create_runner
 from consumer.runners.demonstration.training.prompts import prompt
 from consumer.runners.demonstration.training.scenes import draw, some_held_out_scene
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
-from tests.support.model_runs import run_of
+from tests.support.model_runs import run_request
 from tests.support.tiny_families import stable_diffusion_3
 
 SEED = 2_026  # of the scenes
@@ -85,13 +85,13 @@ def _loaded(model: str) -> ModelRunner:
 def _picture(choice: random.Random, number: int) -> RunRequest:
     scene = some_held_out_scene(choice, two=False)
     request = TextToImageRequest(prompt=prompt(scene, choice), seed=number)
-    return run_of(request)
+    return run_request(request)
 
 
 def _text(choice: random.Random) -> RunRequest:
     drawn = draw(some_held_out_scene(choice, two=False), choice)
     request = ImageToTextRequest(prompt="Describe this picture.", images=("s3://bucket/key",))
-    return run_of(request, [drawn])
+    return run_request(request, [drawn])
 
 
 def table(model: str, threads: int, rounds: Sequence[dict[int, Took]]) -> list[str]:

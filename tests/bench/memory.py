@@ -56,7 +56,7 @@ async def measure(scene: Scene, jobs: int) -> list[Look]:
         for body in group:
             await scene.publish(body)
         sent += len(group)
-        await scene.emptied(WITHIN)
+        await scene.until_empty(WITHIN)
         looks.append(look(worker, sent))
     return looks
 

@@ -31,7 +31,7 @@ from consumer.runners.demonstration.training.scenes import (
 from consumer.runners.demonstration.training.sentences import description
 from generation_contracts import ImageToTextRequest, Task, TextToImageRequest
 from tests.support.model_runs import run_model
-from tests.support.pixel_checker import same, seen
+from tests.support.pixel_checker import read_scene, same_scene
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,7 +137,7 @@ def measure(bench: Bench, number: int, **parameters: float) -> list[Bar]:
         bench.picture(_in_other_words(s, choice), n, **parameters)
         for n, s in enumerate(alone[: number // 2])
     ]
-    shown = [seen(picture) for picture in drawn]
+    shown = [read_scene(picture) for picture in drawn]
     told = [bench.text([picture], choice.choice(QUESTIONS)) for picture in drawn]
     told_of_two = [bench.text([picture], choice.choice(QUESTIONS)) for picture in of_two]
     own = [(scene, draw(scene, choice)) for scene in alone + pairs]
@@ -191,7 +191,7 @@ def measure_unsaid(bench: Bench) -> list[Bar]:
         for colour, shape in product(COLOURS, SHAPES)
         if colour != "white"
     ]
-    shown = [(seen(bench.picture(text, n)), thing) for n, (text, thing) in enumerate(wanted)]
+    shown = [(read_scene(bench.picture(text, n)), thing) for n, (text, thing) in enumerate(wanted)]
     found = [(scene, thing) for scene, thing in shown if scene is not None]
     of_the_kind = [
         (scene, thing)
@@ -230,8 +230,8 @@ def _without_size(scene: Scene) -> object:
 
 
 def _right(pictures: "Sequence[Image]", scenes: Sequence[Scene]) -> int:
-    shown = [seen(picture) for picture in pictures]
-    return sum(s is not None and same(s, w) for s, w in zip(shown, scenes, strict=False))
+    shown = [read_scene(picture) for picture in pictures]
+    return sum(s is not None and same_scene(s, w) for s, w in zip(shown, scenes, strict=False))
 
 
 def _says(text: str, scene: Scene) -> bool:

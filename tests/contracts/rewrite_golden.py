@@ -1,4 +1,4 @@
-"""The golden files: every example message as it stands on the wire, with its subject and headers.
+"""Writes the golden files: every example message in wire format, with subject and headers.
 
 Rewrite them, after a change of the contract that is meant, with
 

@@ -1,4 +1,4 @@
-"""What a sender may write, and what comes of it: shared by the tests of requests."""
+"""Helpers of the request tests: decode a request, or get its refusal."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: valid requests of every shape, and JSON of no shape at all."""
+"""Hypothesis strategies: valid requests, and arbitrary JSON."""
 
 import base64
 from datetime import datetime, timedelta, timezone

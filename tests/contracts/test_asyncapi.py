@@ -1,4 +1,4 @@
-"""The AsyncAPI document: complete, without loose ends, and true to subjects and headers."""
+"""The AsyncAPI document is complete and matches the subjects and headers of the code."""
 
 import copy
 import json
@@ -72,7 +72,7 @@ def validator(schema: dict[str, Any]) -> Draft202012Validator:
     return Draft202012Validator(whole)
 
 
-def test_document_says_what_it_is() -> None:
+def test_document_has_its_title_and_version() -> None:
     assert DOCUMENT["asyncapi"] == "3.0.0"
     assert DOCUMENT["info"]["version"] == VERSION.removeprefix("generation.")
     server = DOCUMENT["servers"]["nats"]
@@ -86,13 +86,13 @@ def test_every_subject_has_a_channel() -> None:
 
 
 @pytest.mark.parametrize("root", ["team-a.images", "request", "task.result", "x"])
-def test_another_root_moves_every_address_and_nothing_else(root: str) -> None:
+def test_root_changes_only_the_addresses(root: str) -> None:
     moved = {name: c["address"] for name, c in asyncapi(Subjects(root))["channels"].items()}
     tails = {n: a and a.removeprefix("generation.") for n, a in ADDRESSES.items()}
     assert moved == {name: tail and f"{root}.{tail}" for name, tail in tails.items()}
 
 
-def test_stored_channels_name_their_streams() -> None:
+def test_stored_channels_have_their_streams() -> None:
     streams = {n: c["x-stream"] for n, c in CHANNELS.items() if "x-stream" in c}
     assert streams == {
         "text_to_image_request": "GENERATION_REQUESTS_TEXT_TO_IMAGE",
@@ -113,7 +113,7 @@ def test_parameters_of_an_address_are_described(name: str) -> None:
         assert channel["parameters"]["task"]["enum"] == [str(task) for task in Task]
 
 
-def test_every_reference_leads_somewhere() -> None:
+def test_every_reference_has_a_target() -> None:
     for reference in references(DOCUMENT):
         assert at(reference), reference
 
@@ -124,7 +124,7 @@ def test_every_message_and_schema_is_used() -> None:
     assert {f"#/components/schemas/{name}" for name in SCHEMAS} <= used
 
 
-def test_operations_are_the_daemons_own() -> None:
+def test_operations_are_those_of_the_daemon() -> None:
     for action, expected in (("receive", RECEIVES), ("send", SENDS)):
         channels = {
             name: operation["channel"]["$ref"].removeprefix("#/channels/")
@@ -141,7 +141,7 @@ def test_messages_of_an_operation_belong_to_its_channels(name: str) -> None:
             assert message["$ref"].startswith(f"{part['channel']['$ref']}/messages/")
 
 
-def test_requests_and_calls_are_answered_with_the_terminal_event() -> None:
+def test_replies_are_terminal_events() -> None:
     ends = [f"#/channels/reply/messages/{name}" for name in ("succeeded", "failed", "cancelled")]
     for name in RECEIVES:
         reply = OPERATIONS[name]["reply"]
@@ -153,13 +153,13 @@ def test_requests_and_calls_are_answered_with_the_terminal_event() -> None:
 
 
 def test_services_share_a_queue_group() -> None:
-    """One worker sees to each call and cancellation; a request comes by a pull."""
+    """One worker handles each call and cancellation. Requests are pulled."""
     bound = {n: o["bindings"]["nats"]["queue"] for n, o in OPERATIONS.items() if "bindings" in o}
     assert bound == {"cancel": "q", "image_to_text_call": "q", "text_to_image_call": "q"}
 
 
 @pytest.mark.parametrize("name", [n for n in MESSAGES if "examples" in MESSAGES[n]])
-def test_examples_of_a_message_fit_its_schemas(name: str) -> None:
+def test_message_examples_match_their_schemas(name: str) -> None:
     message = MESSAGES[name]
     assert message["contentType"] == "application/json"
     assert message["examples"]
@@ -169,7 +169,7 @@ def test_examples_of_a_message_fit_its_schemas(name: str) -> None:
             validator(message["headers"]).validate(example["headers"])
 
 
-def test_only_what_has_no_body_of_its_own_has_no_examples() -> None:
+def test_only_messages_without_a_body_have_no_examples() -> None:
     assert {name for name in MESSAGES if not MESSAGES[name].get("examples")} == {
         "cancel",
         "dead_letter",
@@ -209,7 +209,7 @@ def test_headers_of_a_request_are_described() -> None:
     assert not check.is_valid({headers.REPLY_TO: "$JS.API.STREAM.DELETE.X"})
 
 
-def test_caller_may_change_what_it_gets() -> None:
+def test_returned_document_is_a_copy() -> None:
     before = copy.deepcopy(DOCUMENT)
     mine = asyncapi()
     mine["channels"]["result"]["parameters"]["task"]["enum"].clear()

@@ -1,4 +1,4 @@
-"""Routing slips: which can be followed, and what the next requests are."""
+"""Routing slips: validation, and the next requests of a chain."""
 
 import json
 from typing import Any
@@ -61,7 +61,7 @@ def text(said: str) -> SucceededEvent:
     return event.model_copy(update={"outputs": (first.model_copy(update={"text": said}),)})
 
 
-def test_a_text_step_takes_all_pictures_of_the_step_before() -> None:
+def test_text_step_gets_all_images_of_the_previous_step() -> None:
     request = drawing(TELL, metadata={"order": "7"}, deadline="2030-01-02T03:04:05Z")
     ((task, following),) = next_requests(request, "first", pictures(3))
     assert task is Task.IMAGE_TO_TEXT
@@ -74,7 +74,7 @@ def test_a_text_step_takes_all_pictures_of_the_step_before() -> None:
     assert (following.metadata, following.deadline) == (request.metadata, request.deadline)
 
 
-def test_a_picture_step_takes_the_text_into_its_prompt() -> None:
+def test_image_step_gets_the_text_in_its_prompt() -> None:
     ((task, following),) = next_requests(telling(DRAW), "first", text("a $text cat"))
     assert task is Task.TEXT_TO_IMAGE
     assert isinstance(following, TextToImageRequest)
@@ -82,7 +82,7 @@ def test_a_picture_step_takes_the_text_into_its_prompt() -> None:
     assert following.num_inference_steps == 4
 
 
-def test_one_request_for_each_picture_with_an_id_of_its_own() -> None:
+def test_fan_out_makes_one_request_per_image() -> None:
     request = drawing({**TELL, "each": True}, {**DRAW, "num_images": 2}, TELL, num_images=3)
     branches = next_requests(request, "first", pictures(3))
     assert [one.request_id for _, one in branches] == ["first-2-0", "first-2-1", "first-2-2"]
@@ -97,7 +97,7 @@ def test_one_request_for_each_picture_with_an_id_of_its_own() -> None:
     assert third.chain.id == "first"
 
 
-def test_a_step_may_have_its_own_pictures_and_a_prompt_without_the_text() -> None:
+def test_step_may_set_its_images_and_prompt() -> None:
     own = {**TELL, "images": ["s3://bucket/other"], "each": True}
     request = telling(own, {"task": "text_to_image", "prompt": "a house"})
     ((_, second),) = next_requests(request, "first", text("x"))
@@ -107,11 +107,11 @@ def test_a_step_may_have_its_own_pictures_and_a_prompt_without_the_text() -> Non
     assert third.prompt == "a house"
 
 
-def test_the_end_of_a_slip_leads_nowhere() -> None:
+def test_last_step_has_no_next_request() -> None:
     assert next_requests(drawing(), "first", pictures(1)) == ()
 
 
-def test_the_next_request_is_on_the_wire_what_it_was_made_as_and_always_the_same() -> None:
+def test_next_request_is_deterministic_and_survives_encoding() -> None:
     request = drawing({**TELL, "each": True}, DRAW, num_images=2)
     once, again = (next_requests(request, "first", pictures(2)) for _ in range(2))
     assert once == again
@@ -120,7 +120,7 @@ def test_the_next_request_is_on_the_wire_what_it_was_made_as_and_always_the_same
         check_routing_slip(following)
 
 
-def test_ids_stay_ids_however_long_the_first_one_is() -> None:
+def test_ids_of_later_steps_stay_valid() -> None:
     request = drawing({**TELL, "each": True}, num_images=8)
     ids = {one.request_id for _, one in next_requests(request, "x" * 64, pictures(8))}
     assert len(ids) == 8
@@ -129,12 +129,12 @@ def test_ids_stay_ids_however_long_the_first_one_is() -> None:
     assert not ids & others
 
 
-def test_the_place_in_the_chain_is_no_part_of_what_is_asked_for() -> None:
+def test_chain_position_is_not_part_of_the_digest() -> None:
     ((_, following),) = next_requests(drawing(TELL), "first", pictures(1))
     assert request_digest(following) == request_digest(following.model_copy(update={"chain": None}))
 
 
-def test_places() -> None:
+def test_chain_positions() -> None:
     request = drawing(TELL, DRAW)
     first = place_of(request, "first")
     ((_, following),) = next_requests(request, "first", pictures(1))
@@ -146,12 +146,12 @@ def test_places() -> None:
     assert place_of(drawing(), "alone") is None
 
 
-def test_a_long_text_is_cut_to_the_contracts_prompt() -> None:
+def test_long_text_is_truncated_to_the_prompt_limit() -> None:
     ((_, following),) = next_requests(telling(DRAW), "first", text("x" * 2 * MAX_PROMPT))
     assert len(following.prompt) == MAX_PROMPT
 
 
-def test_an_empty_text_makes_no_prompt() -> None:
+def test_empty_text_makes_no_prompt() -> None:
     only = {"task": "text_to_image", "prompt": "$text"}
     with pytest.raises(InvalidRequest, match="empty text"):
         next_requests(telling(only), "first", text(" \n"))
@@ -183,18 +183,18 @@ def test_an_empty_text_makes_no_prompt() -> None:
         ),
     ],
 )
-def test_a_slip_that_cannot_be_followed_is_refused(request_: Request, place: str) -> None:
+def test_invalid_routing_slip_is_refused(request_: Request, place: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         check_routing_slip(request_)
     assert refused.value.problems[0]["field"] == place
 
 
-def test_a_slip_that_fans_out_to_the_limit_is_taken() -> None:
+def test_routing_slip_with_the_largest_fan_out_is_accepted() -> None:
     each = {**TELL, "each": True}
     check_routing_slip(drawing(each, {**DRAW, "num_images": 8}, each, num_images=MAX_BRANCHES // 8))
 
 
-def test_a_slip_that_goes_to_the_end_of_its_chain_is_taken() -> None:
+def test_routing_slip_with_the_largest_length_is_accepted() -> None:
     check_routing_slip(drawing(TELL, chain={"id": "a", "step": 8}))
     check_routing_slip(drawing({**TELL, "each": True}, num_images=1, chain=SPLIT))
 
@@ -211,7 +211,7 @@ def test_a_slip_that_goes_to_the_end_of_its_chain_is_taken() -> None:
         {"id": st.just("a"), "step": st.integers(1, 9), "branch": st.sampled_from(["", "0", LONG])}
     ),
 )
-def test_a_slip_that_is_taken_can_be_followed_to_its_end(
+def test_accepted_routing_slip_can_be_completed(
     number: int, steps: list[dict[str, Any]], chain: dict[str, Any] | None
 ) -> None:
     request_ = drawing(*steps, num_images=number, chain=chain)

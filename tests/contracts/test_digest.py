@@ -1,4 +1,4 @@
-"""The digest says what a request asks for: equal for copies, different for anything else."""
+"""The request digest is equal for copies and different for other content."""
 
 import json
 from typing import Any
@@ -50,12 +50,12 @@ def digest(task: Task, fields: dict[str, Any]) -> str:
         {"chain": {"id": "first", "step": 2}},
     ],
 )
-def test_who_asks_and_until_when_does_not_count(task: Task, addressing: dict[str, Any]) -> None:
+def test_addressing_is_not_part_of_the_digest(task: Task, addressing: dict[str, Any]) -> None:
     assert digest(task, addressing) == digest(task, {})
 
 
 @pytest.mark.parametrize(("task", "fields"), FIELDS, ids=str)
-def test_every_field_of_what_is_asked_counts(task: Task, fields: dict[str, Any]) -> None:
+def test_every_content_field_is_part_of_the_digest(task: Task, fields: dict[str, Any]) -> None:
     assert digest(task, fields) != digest(task, {})
 
 
@@ -81,13 +81,13 @@ def test_order_of_keys_does_not_matter() -> None:
     assert digest(TEXT_TO_IMAGE, fields) == digest(TEXT_TO_IMAGE, turned)
 
 
-def test_order_of_pictures_matters() -> None:
+def test_order_of_images_matters() -> None:
     images = ["s3://generation/inputs/0.png", "s3://generation/inputs/1.png"]
     forth, back = ({"images": order} for order in (images, images[::-1]))
     assert digest(IMAGE_TO_TEXT, forth) != digest(IMAGE_TO_TEXT, back)
 
 
-def test_same_value_written_differently_is_the_same() -> None:
+def test_equal_values_in_other_notation_have_equal_digests() -> None:
     """Escapes, white space, whole floats, the alias, and one instant in two time zones."""
     one = {"prompt": "\u00e5", "guidance_scale": 7, "steps": 5, "deadline": "2030-01-01T00:00:00Z"}
     other = {
@@ -102,8 +102,8 @@ def test_same_value_written_differently_is_the_same() -> None:
     assert request_digest(first) == request_digest(second)
 
 
-def test_digest_is_a_lower_case_sha256_that_stays_the_same_over_versions() -> None:
-    """Stored events carry it: a changed algorithm would make every redelivery a conflict."""
+def test_digest_is_a_stable_lower_case_sha256() -> None:
+    """With another algorithm every redelivery would conflict with its stored event."""
     minimal = request_digest(REQUESTS["text_to_image_minimal"])
     assert minimal == "sha256:d04643d364889a39364b4ba5049043fc36ed5f89d966ad8d60d7928c9643acf8"
     assert minimal == digest(TEXT_TO_IMAGE, {"prompt": "a red circle on a blue background"})

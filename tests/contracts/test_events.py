@@ -1,4 +1,4 @@
-"""Events tolerate what a newer daemon adds, and cannot be changed once they are made."""
+"""Events ignore unknown fields of newer daemons, and are immutable."""
 
 import json
 from typing import Any
@@ -99,18 +99,18 @@ def test_event_outside_the_contract_is_refused(name: str, change: dict[str, Any]
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_number_that_is_not_finite_cannot_be_told(number: float) -> None:
+def test_number_that_is_not_finite_is_refused_in_events(number: float) -> None:
     body = {**json.loads(encode(EVENTS["started"])), "queued": number}
     with pytest.raises(ValidationError):
         decode_event(json.dumps(body).encode())
 
 
 @pytest.mark.parametrize("code", FailureCode)
-def test_failure_knows_whether_to_try_again(code: FailureCode) -> None:
+def test_failure_has_its_retryable_flag(code: FailureCode) -> None:
     assert Failure.of(code, "why").retryable is (code in RETRYABLE)
 
 
-def test_what_the_sender_has_to_change_is_not_retryable() -> None:
+def test_errors_of_the_sender_are_not_retryable() -> None:
     for_the_sender = {
         FailureCode.INVALID_REQUEST,
         FailureCode.UNSUPPORTED_PARAMETER,
@@ -120,7 +120,7 @@ def test_what_the_sender_has_to_change_is_not_retryable() -> None:
     assert set(FailureCode) - RETRYABLE == for_the_sender
 
 
-def test_long_failure_message_is_cut_to_what_the_contract_takes() -> None:
+def test_long_failure_message_is_truncated() -> None:
     assert len(Failure.of(FailureCode.INTERNAL, "x" * 10_000).message) == MAX_MESSAGE
 
 

@@ -1,4 +1,4 @@
-"""The golden files pin the wire format: each message as it is sent, byte for byte."""
+"""The golden files fix the wire format of each message, byte for byte."""
 
 import json
 from typing import Any, get_args
@@ -47,12 +47,12 @@ def models_in(value: Any) -> list[Any]:
 
 
 @by_name
-def test_encoded_message_is_the_golden_one_byte_for_byte(name: str) -> None:
+def test_encoded_message_equals_the_golden_file(name: str) -> None:
     assert encode(MESSAGES[name]) == as_bytes(read(name)["body"])
 
 
 @by_name
-def test_subject_and_headers_are_the_golden_ones(name: str) -> None:
+def test_subject_and_headers_equal_the_golden_file(name: str) -> None:
     assert (GOLDEN / f"{name}.json").read_text(encoding="utf-8") == render(golden(MESSAGES[name]))
 
 
@@ -76,7 +76,7 @@ def test_golden_message_fits_its_schema(name: str) -> None:
     Draft202012Validator(schema).validate(read(name)["body"])
 
 
-def test_golden_files_and_messages_are_the_same_set() -> None:
+def test_every_golden_file_has_a_message() -> None:
     assert sorted(MESSAGES) == FILES
 
 
@@ -90,7 +90,7 @@ def test_every_failure_code_has_a_golden_file() -> None:
     assert codes == set(FailureCode)
 
 
-def test_every_field_of_every_message_is_written_in_some_golden_file() -> None:
+def test_golden_files_contain_every_field() -> None:
     written: dict[type[Any], set[str]] = {}
     for message in MESSAGES.values():
         for model in models_in(message):

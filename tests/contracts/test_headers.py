@@ -1,4 +1,4 @@
-"""Headers: CloudEvents in binary mode, and a size that counts as NATS counts."""
+"""Headers: CloudEvents in binary mode, and the message size as NATS computes it."""
 
 import asyncio
 from pathlib import Path
@@ -42,7 +42,7 @@ async def hpub(body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
 
 
 @by_name
-async def test_size_of_an_event_is_what_the_client_announces(name: str) -> None:
+async def test_size_of_an_event_equals_the_hpub_size(name: str) -> None:
     headers = event_headers(EVENTS[name], trace_parent=TRACE_PARENT)
     announced, sent = await hpub(b"x" * 1000, headers)
     assert wire_size(b"x" * 1000, headers) == announced == len(sent)
@@ -55,16 +55,14 @@ async def test_size_without_headers_is_the_body_alone() -> None:
 
 @settings(deadline=None)
 @given(st.binary(max_size=50), st.dictionaries(header_names, header_values, min_size=1, max_size=5))
-def test_size_is_never_less_than_what_the_client_announces(
-    body: bytes, headers: dict[str, str]
-) -> None:
+def test_size_is_at_least_the_hpub_size(body: bytes, headers: dict[str, str]) -> None:
     """The client strips values, so that it may be less by the white space at their ends."""
     announced, _ = asyncio.run(hpub(body, headers))
     stripped = sum(len(v.encode()) - len(v.strip().encode()) for v in headers.values())
     assert wire_size(body, headers) == announced + stripped
 
 
-async def test_server_takes_a_message_of_exactly_the_largest_size_and_drops_one_byte_more(
+async def test_server_accepts_the_largest_size_and_refuses_one_more_byte(
     tmp_path: Path,
 ) -> None:
     headers = event_headers(EVENTS["cancelled"], trace_parent=TRACE_PARENT)
@@ -89,7 +87,7 @@ async def test_server_takes_a_message_of_exactly_the_largest_size_and_drops_one_
 
 
 @by_name
-def test_headers_are_a_cloud_event_in_binary_mode(name: str) -> None:
+def test_headers_are_cloudevents_in_binary_mode(name: str) -> None:
     event = EVENTS[name]
     headers = event_headers(event)
     assert headers["ce-specversion"] == "1.0"
@@ -103,7 +101,7 @@ def test_headers_are_a_cloud_event_in_binary_mode(name: str) -> None:
 
 
 @by_name
-def test_no_event_has_a_message_id_that_a_sender_could_occupy(name: str) -> None:
+def test_no_event_has_a_message_id_that_a_sender_can_use(name: str) -> None:
     assert "Nats-Msg-Id" not in event_headers(EVENTS[name])
 
 
@@ -121,7 +119,7 @@ def test_no_event_has_a_message_id_that_a_sender_could_occupy(name: str) -> None
         ("\u0663", 0),
     ],
 )
-def test_attempts_that_no_worker_writes_count_as_none(said: str, attempts: int) -> None:
+def test_invalid_attempts_header_counts_as_0(said: str, attempts: int) -> None:
     assert earlier_attempts({"Generation-Attempts": said}) == attempts
     assert earlier_attempts({}) == earlier_deliveries({}) == 0
     deliveries = earlier_deliveries({"Generation-Attempts": said, "Generation-Deliveries": "1"})
@@ -138,18 +136,18 @@ def test_ids_of_all_events_of_a_request_differ() -> None:
     assert len({event_id(event) for event in [*events, EVENTS["cancelled"]]}) == len(events) + 1
 
 
-def test_second_terminal_event_of_a_request_has_the_id_of_the_first() -> None:
+def test_terminal_events_of_a_request_have_one_id() -> None:
     first, second = EVENTS["cancelled"], EVENTS["failed_internal"]
     assert event_id(first.model_copy(update={"attempt": 2})) == event_id(second)
 
 
-def test_trace_is_passed_on_only_where_there_is_one() -> None:
+def test_trace_parent_is_optional() -> None:
     event = EVENTS["started"]
     assert event_headers(event, trace_parent=TRACE_PARENT)["traceparent"] == TRACE_PARENT
     assert "traceparent" not in event_headers(event)
 
 
-def test_name_of_a_worker_is_percent_encoded_as_cloud_events_ask() -> None:
+def test_worker_name_is_percent_encoded() -> None:
     worker = 'Büro 7 "b"\r\nNats-Msg-Id: x'
     source = event_headers(EVENTS["started"].model_copy(update={"worker": worker}))["ce-source"]
     assert source.isascii()

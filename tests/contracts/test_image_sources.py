@@ -1,4 +1,4 @@
-"""The pictures of a request: five forms are taken, and nothing that could reach elsewhere."""
+"""Image sources of a request: five accepted forms, and refused values."""
 
 import json
 from typing import Any
@@ -99,18 +99,18 @@ DOT_SEGMENTS = ["..", ".", "../a", "a/../b", "a/./b", "a/..", "./a", "inputs/../
 
 
 @pytest.mark.parametrize("image", GOOD_IMAGES, ids=lambda image: str(image)[:32])
-def test_every_form_of_a_picture_is_taken_and_comes_back(image: Any) -> None:
+def test_every_form_of_an_image_is_accepted(image: Any) -> None:
     request = decode(IMAGE_TO_TEXT, {"images": [image]})
     assert json.loads(encode(request))["images"] == [image]
 
 
 @pytest.mark.parametrize("image", BAD_IMAGES, ids=lambda image: ascii(str(image)[:32]))
-def test_what_is_no_picture_is_refused_by_its_index(image: Any) -> None:
+def test_invalid_image_is_refused_by_its_index(image: Any) -> None:
     problems = refusal(IMAGE_TO_TEXT, {"images": [IMAGE, image]}).problems
     assert {p["field"].rpartition("images.1")[1] for p in problems} == {"images.1"}
 
 
-def test_a_key_is_bounded_in_bytes() -> None:
+def test_key_length_is_limited_in_bytes() -> None:
     """A schema counts characters."""
     key = "é" * 513
     for image in (f"s3://generation/{key}", {"bucket": "generation", "key": key}):

@@ -1,4 +1,4 @@
-"""Properties that hold for whatever a sender may write."""
+"""Properties of requests with arbitrary content."""
 
 import json
 from typing import Any
@@ -72,7 +72,7 @@ def test_any_json_is_decoded_or_refused(task: Task, value: Any) -> None:
 
 @thorough
 @given(st.sampled_from(PLACES), strategies.json_values)
-def test_request_with_any_value_in_any_place_is_decoded_or_refused_in_a_few_words(
+def test_mutated_request_is_decoded_or_refused_briefly(
     place: tuple[str, tuple[str | int, ...]], value: Any
 ) -> None:
     name, path = place
@@ -86,7 +86,7 @@ def test_request_with_any_value_in_any_place_is_decoded_or_refused_in_a_few_word
 
 @thorough
 @given(strategies.requests)
-def test_every_valid_request_comes_back_equal(request: Request) -> None:
+def test_valid_request_survives_encoding(request: Request) -> None:
     again = decode_request(task_of(request), encode(request))
     assert again == request
     assert request_digest(again) == request_digest(request)
@@ -94,7 +94,7 @@ def test_every_valid_request_comes_back_equal(request: Request) -> None:
 
 @thorough
 @given(strategies.requests)
-def test_every_valid_request_fits_its_schema(request: Request) -> None:
+def test_valid_request_matches_its_schema(request: Request) -> None:
     VALIDATORS[type(request).__name__].validate(json.loads(encode(request)))
 
 
@@ -120,7 +120,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_refusal_does_not_repeat_the_value_whatever_its_place(shape: str) -> None:
+def test_refusal_does_not_repeat_the_value(shape: str) -> None:
     leaks, refused = [], 0
     for name, path in PLACES:
         body = json.dumps(replaced(FULL[name], path, SHAPES[shape])).encode()

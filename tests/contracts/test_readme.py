@@ -1,4 +1,4 @@
-"""The examples of the contracts' README run as they stand there."""
+"""The examples in the README of the contracts run unchanged."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def run(code: str, **environment: str) -> str:
     ).stdout
 
 
-async def test_published_request_is_stored_once_where_the_daemon_pulls_it(tmp_path: Path) -> None:
+async def test_readme_example_publishes_a_request_once(tmp_path: Path) -> None:
     subjects = Subjects()
     with NatsServer(tmp_path) as server:
         client = await nats.connect(server.url)
@@ -46,9 +46,9 @@ async def test_published_request_is_stored_once_where_the_daemon_pulls_it(tmp_pa
     assert (request.request_id, request.width) == ("poster-0001", 64)
 
 
-def test_result_is_read() -> None:
+def test_readme_example_reads_a_result() -> None:
     assert run(READ) == "out_of_memory True\n"
 
 
-def test_schema_finds_the_wrong_picture() -> None:
+def test_readme_example_validates_with_the_schema() -> None:
     assert run(CHECK) == "$.images[0]\n"

@@ -1,4 +1,4 @@
-"""The page of subjects and messages is what the code says, and names everything."""
+"""The reference page of subjects and messages is complete and matches the code."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,12 @@ from generation_contracts.schema import asyncapi
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "messages.md"
 
 
-def test_the_page_in_the_docs_is_the_one_that_the_command_prints() -> None:
-    """Make it again with `uv run consumer schema --markdown > docs/reference/messages.md`."""
+def test_messages_page_is_up_to_date() -> None:
+    """Update the page with `uv run consumer schema --markdown > docs/reference/messages.md`."""
     assert PAGE.read_text("utf-8") == markdown(asyncapi())
 
 
-def test_the_page_has_every_subject_message_and_field() -> None:
+def test_messages_page_has_every_subject_message_and_field() -> None:
     document = asyncapi()
     page = markdown(document)
     for channel in document["channels"].values():
@@ -28,7 +28,7 @@ def test_the_page_has_every_subject_message_and_field() -> None:
             assert f"| `{field}`" in section
 
 
-def test_every_part_that_is_named_has_a_section() -> None:
+def test_every_named_part_has_a_section() -> None:
     page = markdown(asyncapi())
     sections = {line.strip("# ").lower() for line in page.splitlines() if line.startswith("#")}
     assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= sections
@@ -51,7 +51,7 @@ def test_every_header_is_explained() -> None:
                 assert f"| `{header}`" in section
 
 
-def test_a_bound_that_is_none_is_said_to_be_none() -> None:
+def test_exclusive_limit_is_documented_as_exclusive() -> None:
     """`top_p` is above 0: a request with 0 is refused."""
     page = markdown(asyncapi())
     assert "| `top_p` (optional) | number, above 0, up to 1 |" in page

@@ -1,4 +1,4 @@
-"""Every field of a request: values of a wrong type, at their limits, and past them."""
+"""Every field of a request: values of a wrong type, at the limits, and beyond the limits."""
 
 from datetime import datetime
 from typing import Any
@@ -171,7 +171,7 @@ def test_value_past_its_limit_is_refused_at_its_field(task: Task, field: str, va
 @pytest.mark.parametrize(
     ("task", "field", "value"), flat([(task, field, good) for task, field, good, _ in LIMITS])
 )
-def test_value_at_its_limit_is_taken(task: Task, field: str, value: Any) -> None:
+def test_value_at_its_limit_is_accepted(task: Task, field: str, value: Any) -> None:
     name = "num_inference_steps" if field == "steps" else field
     told = decode(task, {field: value}).model_dump(mode="json")[name]
     if field == "deadline":
@@ -182,7 +182,7 @@ def test_value_at_its_limit_is_taken(task: Task, field: str, value: Any) -> None
         assert told == value
 
 
-def test_the_tables_above_leave_no_field_out() -> None:
+def test_tables_cover_every_field() -> None:
     tested = {(task, field) for task, field, _ in TYPES}
     bounded = {(task, field) for task, field, _, _ in LIMITS}
     for task, model in ((TEXT_TO_IMAGE, TextToImageRequest), (IMAGE_TO_TEXT, ImageToTextRequest)):

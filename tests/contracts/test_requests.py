@@ -1,4 +1,4 @@
-"""Requests are strict: what is not in the contract is refused, in words that a sender can use."""
+"""Requests are strict: unknown content is refused with a useful error message."""
 
 import json
 from datetime import UTC, datetime
@@ -30,14 +30,14 @@ from tests.contracts.senders import BASES, IMAGE_TO_TEXT, TEXT_TO_IMAGE, decode,
     ids=lambda body: ascii(body[:24]),
 )
 @pytest.mark.parametrize("task", Task)
-def test_body_that_is_not_json_is_refused_in_one_clear_sentence(task: Task, body: bytes) -> None:
+def test_body_that_is_not_json_is_refused(task: Task, body: bytes) -> None:
     error = refusal(task, body)
     assert error.problems == ({"field": "", "problem": "the body is not JSON"},)
     assert str(error) == "the body is not JSON"
 
 
 @pytest.mark.parametrize("body", [b"null", b"[]", b'"prompt"', b"5", b"true"])
-def test_json_that_is_no_object_is_refused(body: bytes) -> None:
+def test_json_that_is_not_an_object_is_refused(body: bytes) -> None:
     assert str(refusal(TEXT_TO_IMAGE, body)) == "input should be an object"
 
 
@@ -59,24 +59,24 @@ def test_number_that_is_not_finite_is_refused(task: Task, field: str, number: st
     )
 
 
-def test_last_of_two_equal_keys_counts() -> None:
+def test_last_of_two_equal_keys_is_used() -> None:
     # As json.loads, jq and JavaScript have it.
     request = decode_request(TEXT_TO_IMAGE, b'{"prompt": "first", "prompt": "last"}')
     assert request.prompt == "last"
 
 
 @pytest.mark.parametrize("task", Task)
-def test_missing_fields_are_named_all_at_once(task: Task) -> None:
+def test_error_names_all_missing_fields(task: Task) -> None:
     fields = {p["field"] for p in refusal(task, b"{}").problems}
     assert fields == {"prompt"} | ({"images"} if task is IMAGE_TO_TEXT else set())
 
 
-def test_empty_list_is_told_beside_other_problems() -> None:
+def test_empty_list_is_reported_with_other_problems() -> None:
     problems = refusal(IMAGE_TO_TEXT, b'{"images": []}').problems
     assert {p["field"] for p in problems} == {"prompt", "images"}
 
 
-def test_list_that_is_short_of_its_wrong_items_is_told_once() -> None:
+def test_list_with_invalid_items_is_reported_once() -> None:
     problems = refusal(IMAGE_TO_TEXT, {"images": [5]}).problems
     assert [p["field"] for p in problems] == ["images.0"]
 
@@ -104,32 +104,30 @@ def test_unknown_field_is_refused_by_its_name(task: Task, field: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_problem_names_its_place_in_the_senders_own_words(
-    fields: dict[str, Any], place: str
-) -> None:
+def test_problem_has_the_path_of_the_field(fields: dict[str, Any], place: str) -> None:
     assert [p["field"] for p in refusal(TEXT_TO_IMAGE, fields).problems] == [place]
 
 
 @pytest.mark.parametrize("task", Task)
-def test_many_problems_are_told_in_few(task: Task) -> None:
+def test_only_some_of_many_problems_are_reported(task: Task) -> None:
     error = refusal(task, {f"unknown_{n}": n for n in range(1000)})
     assert len(error.problems) == 8
     assert str(error).endswith("(and 7 more)")
 
 
-def test_name_of_an_unknown_field_is_shown_short_and_printable() -> None:
+def test_name_of_an_unknown_field_is_truncated_and_printable() -> None:
     problem = refusal(TEXT_TO_IMAGE, {"\x1b[31m\u202e\n" + "x" * 1000: 1}).problems[0]
     assert problem["field"].isprintable()
     assert len(problem["field"]) == 100
 
 
-def test_unknown_task_of_a_step_is_told_in_a_few_words() -> None:
+def test_unknown_task_of_a_step_is_reported_briefly() -> None:
     error = refusal(TEXT_TO_IMAGE, {"then": [{"task": "A" * 100_000, "prompt": "x"}]})
     assert len(str(error)) < 500
     assert len(str(error.problems)) < 500
 
 
-def test_steps_is_another_name_of_num_inference_steps() -> None:
+def test_steps_is_an_alias_of_num_inference_steps() -> None:
     request = decode(TEXT_TO_IMAGE, {"steps": 30})
     assert request == decode(TEXT_TO_IMAGE, {"num_inference_steps": 30})
     assert json.loads(encode(request))["num_inference_steps"] == 30
@@ -141,14 +139,14 @@ def test_steps_under_both_names_is_refused() -> None:
     assert [p["field"] for p in error.problems] == ["steps"]
 
 
-def test_steps_is_taken_in_a_routing_slip_too() -> None:
+def test_steps_is_accepted_in_a_routing_slip() -> None:
     step = {"task": "text_to_image", "prompt": "$text", "steps": 5}
     request = decode(IMAGE_TO_TEXT, {"then": [step]})
     assert json.loads(encode(request))["then"][0]["num_inference_steps"] == 5
 
 
 @pytest.mark.parametrize("task", Task)
-def test_null_is_absent_for_what_has_no_default(task: Task) -> None:
+def test_null_equals_absent_without_a_default(task: Task) -> None:
     names = ["request_id", "reply_to", "deadline", "seed"]
     assert decode(task, dict.fromkeys(names)) == decode(task, {})
 
@@ -166,12 +164,12 @@ def test_request_is_frozen(name: str) -> None:
             setattr(request, field, getattr(request, field))
 
 
-def test_request_of_one_task_is_no_request_of_the_other() -> None:
+def test_request_of_another_task_is_refused() -> None:
     refusal(TEXT_TO_IMAGE, encode(REQUESTS["image_to_text_full"]))
     refusal(IMAGE_TO_TEXT, encode(REQUESTS["text_to_image_full"]))
 
 
-def test_a_megabyte_of_unknown_fields_is_refused_without_listing_them() -> None:
+def test_many_unknown_fields_are_refused_briefly() -> None:
     body = json.dumps({"prompt": "a", **{f"k{n}": 1 for n in range(2_000)}}).encode()
     with pytest.raises(InvalidRequest, match="more than 1000 fields are wrong") as refused:
         decode_request(Task.TEXT_TO_IMAGE, body)

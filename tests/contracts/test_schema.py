@@ -1,4 +1,4 @@
-"""JSON Schemas: each stands alone, and agrees with the code about what a message is."""
+"""JSON Schemas: each schema is self-contained and agrees with the code."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_every_request_and_event_has_a_schema() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_schema_is_valid_and_named_and_stands_alone(name: str) -> None:
+def test_schema_is_valid_named_and_self_contained(name: str) -> None:
     schema = SCHEMAS[name]
     Draft202012Validator.check_schema(schema)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -58,7 +58,7 @@ def test_schema_is_valid_and_named_and_stands_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", {**REQUESTS, **EVENTS})
-def test_every_example_is_in_its_schema_and_fits_it(name: str) -> None:
+def test_schema_examples_match_the_schema(name: str) -> None:
     message = REQUESTS[name] if name in REQUESTS else EVENTS[name]
     schema, body = SCHEMAS[type(message).__name__], json.loads(encode(message))
     assert body in schema["examples"]
@@ -99,7 +99,7 @@ def test_output_without_its_kind_is_refused() -> None:
     assert not VALIDATORS["SucceededEvent"].is_valid(body)
 
 
-def test_schema_takes_steps_as_the_code_does() -> None:
+def test_schema_accepts_steps() -> None:
     assert taken_by_schema(TEXT_TO_IMAGE, {"steps": 200})
     assert not taken_by_schema(TEXT_TO_IMAGE, {"steps": 201})
     assert not taken_by_schema(TEXT_TO_IMAGE, {"steps": 5, "num_inference_steps": 5})
@@ -109,14 +109,14 @@ def test_schema_takes_steps_as_the_code_does() -> None:
     assert not taken_by_schema(IMAGE_TO_TEXT, {"then": [step | {"num_inference_steps": 5}]})
 
 
-def test_schema_and_code_take_the_same_values() -> None:
+def test_schema_and_code_accept_equal_values() -> None:
     for task, field, good, _ in LIMITS:
         for value in good:
             decode(task, {field: value})
             assert taken_by_schema(task, {field: value}), (task, field, value)
 
 
-def test_schema_and_code_refuse_the_same_values() -> None:
+def test_schema_and_code_refuse_equal_values() -> None:
     rows = [(task, field, bad) for task, field, _, bad in LIMITS]
     rows += [(task, field, wrong) for task, field, (_, wrong) in TYPES]
     taken = []
@@ -128,7 +128,7 @@ def test_schema_and_code_refuse_the_same_values() -> None:
     assert set(taken) == set(map(repr, BEYOND_THE_SCHEMA))
 
 
-def test_schema_and_code_agree_about_pictures() -> None:
+def test_schema_and_code_agree_about_images() -> None:
     assert all(taken_by_schema(IMAGE_TO_TEXT, {"images": [image]}) for image in GOOD_IMAGES)
     for image in BAD_IMAGES:
         text = next(iter(image.values())) if isinstance(image, dict) and image else image
@@ -136,7 +136,7 @@ def test_schema_and_code_agree_about_pictures() -> None:
         assert taken_by_schema(IMAGE_TO_TEXT, {"images": [image]}) is ends_in_break, image
 
 
-def test_schemas_and_document_are_the_same_in_every_process() -> None:
+def test_schemas_and_document_are_deterministic() -> None:
     code = (
         "import json; from generation_contracts.schema import asyncapi, json_schemas;"
         "print(json.dumps([asyncapi(), json_schemas()]))"
@@ -153,7 +153,7 @@ def test_schemas_and_document_are_the_same_in_every_process() -> None:
     assert len(printed) == 1
 
 
-def test_caller_may_change_what_it_gets() -> None:
+def test_returned_document_is_a_copy() -> None:
     json_schemas()["TextToImageRequest"].clear()
     assert json_schemas() == SCHEMAS
     assert {task_of(request) for request in REQUESTS.values()} == set(REQUEST_SCHEMAS)

@@ -1,4 +1,4 @@
-"""Addresses of NATS servers: what their URLs mean."""
+"""URLs of NATS servers."""
 
 from typing import Any
 
@@ -49,19 +49,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("text", "servers"), READ, ids=[text for text, _ in READ])
-def test_user_information_is_decoded_and_kept_apart(text: str, servers: Servers) -> None:
+def test_user_information_is_decoded_and_separated(text: str, servers: Servers) -> None:
     assert parse_servers(text) == servers
     assert servers.password is None or servers.password not in repr(servers) or not servers.password
 
 
 @pytest.mark.parametrize(("text", "words"), REFUSED.items())
-def test_what_is_no_list_of_servers_is_refused_without_its_secret(text: str, words: str) -> None:
+def test_invalid_server_list_is_refused_without_its_secret(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words) as refused:
         parse_servers(text)
     assert "s3cret" not in str(refused.value)
 
 
-def test_only_what_is_named_is_an_option() -> None:
+def test_only_named_values_are_options() -> None:
     options: dict[str, Any] = parse_servers("nats://app:p%40ss@bus").credentials
     assert options == {"user": "app", "password": "p@ss"}
     assert parse_servers("nats://bus").credentials == {}

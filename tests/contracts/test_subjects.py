@@ -1,4 +1,4 @@
-"""Subjects: one place says where everything goes, and no name in them can reach elsewhere."""
+"""Subjects and streams: their names, and the validation of ids, roots and reply subjects."""
 
 import pytest
 
@@ -24,7 +24,7 @@ BAD_IDS = [
 ]
 
 
-def test_subjects_are_those_of_the_design() -> None:
+def test_subjects_have_their_documented_names() -> None:
     subjects = Subjects()
     assert subjects.request(TEXT_TO_IMAGE) == "generation.request.text_to_image"
     assert subjects.request(TEXT_TO_IMAGE, "a-1") == "generation.request.text_to_image.a-1"
@@ -42,7 +42,7 @@ def test_subjects_are_those_of_the_design() -> None:
     assert subjects.cancel("a-1") == "generation.cancel.a-1"
 
 
-def test_streams_are_those_of_the_design() -> None:
+def test_streams_have_their_documented_names() -> None:
     subjects = Subjects()
     assert subjects.requests_stream(TEXT_TO_IMAGE) == "GENERATION_REQUESTS_TEXT_TO_IMAGE"
     assert subjects.requests_stream(IMAGE_TO_TEXT) == "GENERATION_REQUESTS_IMAGE_TO_TEXT"
@@ -53,14 +53,14 @@ def test_streams_are_those_of_the_design() -> None:
     assert subjects.advisories_stream == "GENERATION_ADVISORIES"
 
 
-def test_another_root_moves_every_subject_and_stream() -> None:
+def test_root_is_in_every_subject_and_stream() -> None:
     subjects = Subjects("team-a.images")
     assert subjects.result(TEXT_TO_IMAGE, "a") == "team-a.images.result.text_to_image.a"
     assert subjects.requests_stream(TEXT_TO_IMAGE) == "TEAM-A_IMAGES_REQUESTS_TEXT_TO_IMAGE"
 
 
 @pytest.mark.parametrize("root", ["g", "x" * 24, "team-a.generation", "a.b.c-d"])
-def test_root_of_plain_tokens_is_taken(root: str) -> None:
+def test_valid_root_is_accepted(root: str) -> None:
     assert Subjects(root).call(TEXT_TO_IMAGE) == f"{root}.call.text_to_image"
 
 
@@ -85,13 +85,13 @@ def test_root_of_plain_tokens_is_taken(root: str) -> None:
         "x" * 25,
     ],
 )
-def test_root_that_is_no_subject_is_refused(root: str) -> None:
+def test_invalid_root_is_refused(root: str) -> None:
     with pytest.raises(ValueError, match="subject root"):
         Subjects(root)
 
 
 @pytest.mark.parametrize("bad", BAD_IDS)
-def test_unsafe_id_is_never_built_into_a_subject(bad: str) -> None:
+def test_invalid_id_is_refused_in_a_subject(bad: str) -> None:
     subjects = Subjects()
     assert not is_request_id(bad)
     for build in (
@@ -105,7 +105,7 @@ def test_unsafe_id_is_never_built_into_a_subject(bad: str) -> None:
 
 
 @pytest.mark.parametrize("good", ["a", "A-z_09", "x" * 64, "-", "_"])
-def test_safe_id_is_found_in_the_subject_built_from_it(good: str) -> None:
+def test_id_is_read_from_its_subject(good: str) -> None:
     subjects = Subjects()
     assert is_request_id(good)
     assert subjects.id_in(subjects.request(TEXT_TO_IMAGE, good), TEXT_TO_IMAGE) == good
@@ -122,14 +122,14 @@ def test_safe_id_is_found_in_the_subject_built_from_it(good: str) -> None:
         "",
     ],
 )
-def test_there_is_no_id_in_any_other_subject(subject: str) -> None:
+def test_other_subjects_have_no_id(subject: str) -> None:
     assert Subjects().id_in(subject, TEXT_TO_IMAGE) is None
 
 
 @pytest.mark.parametrize(
     "reply", ["_INBOX.a", "_INBOX.a.b-c_1", "generation.reply.x", "generation.reply.x.y"]
 )
-def test_reply_under_an_allowed_prefix_is_taken(reply: str) -> None:
+def test_reply_subject_with_an_allowed_prefix_is_accepted(reply: str) -> None:
     Subjects().check_reply(reply, PREFIXES)
 
 
@@ -161,18 +161,18 @@ def test_reply_under_an_allowed_prefix_is_taken(reply: str) -> None:
     ],
     ids=lambda reply: ascii(reply[:30]),
 )
-def test_unsafe_reply_is_refused_without_repeating_it(reply: str) -> None:
+def test_unsafe_reply_subject_is_refused_without_repeating_it(reply: str) -> None:
     with pytest.raises(UnsafeReplySubject) as caught:
         Subjects().check_reply(reply, PREFIXES)
     assert len(reply) < 8 or reply not in str(caught.value)
 
 
-def test_longest_reply_is_taken() -> None:
+def test_longest_reply_subject_is_accepted() -> None:
     Subjects().check_reply("_INBOX." + "a" * 193, PREFIXES)
 
 
 @pytest.mark.parametrize("root", ["generation", "team-a.images"])
-def test_subject_of_the_daemon_is_no_reply_whatever_is_allowed(root: str) -> None:
+def test_subject_of_the_daemon_is_never_a_reply_subject(root: str) -> None:
     subjects = Subjects(root)
     for reply in (
         root,
@@ -191,6 +191,6 @@ def test_subject_of_the_daemon_is_no_reply_whatever_is_allowed(root: str) -> Non
     subjects.check_reply(f"{root}_2.a", (f"{root}_2.",))
 
 
-def test_nothing_is_taken_where_no_prefix_is_allowed() -> None:
+def test_no_reply_subject_is_accepted_without_prefixes() -> None:
     with pytest.raises(UnsafeReplySubject):
         Subjects().check_reply("_INBOX.a", ())

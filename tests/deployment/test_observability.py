@@ -1,6 +1,6 @@
-"""Rules, dashboard and documentation name what a worker really shows.
+"""Rules, dashboard and documentation use the metrics that a worker and a gateway export.
 
-Where promtool is on the PATH it reads the rules too; what it would say of names, nobody else does.
+If promtool is on the PATH, it also checks the rules.
 """
 
 import functools
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -24,15 +23,16 @@ from consumer.gateway.metrics import GatewayMetrics
 from consumer.settings import Settings
 from consumer.telemetry import JobReport
 from generation_contracts import FailureCode, ModelInfo, Task
+from tests.support.yaml_files import load_yaml
 
 ROOT = Path(__file__).parents[2]
 OBSERVABILITY = ROOT / "infra/observability"
 PAGE = ROOT / "docs/reference/observability.md"
 PROMTOOL = shutil.which("promtool")
 
-# What Prometheus adds to each series, and `le` of buckets.
+# The labels that Prometheus adds to each series.
 ADDED = {"job", "instance"}
-# Of prometheus-nats-exporter; a subset of the labels that it gives.
+# Metrics of prometheus-nats-exporter, with some of their labels.
 EXPORTER = {
     "jetstream_consumer_num_pending": {"stream_name", "consumer_name", "is_consumer_leader"},
     "jetstream_consumer_num_ack_pending": {"stream_name", "consumer_name", "is_consumer_leader"},
@@ -43,11 +43,11 @@ PROMETHEUS_OWN: dict[str, set[str]] = {"up": set()}
 GATEWAY_CONDITIONS = ("bus", "keys", "gateway")
 
 
-# -- what a worker shows --------------------------------------------------------------------------
+# -- exported metrics -----------------------------------------------------------------------------
 
 
 def families() -> Iterator[Any]:
-    """Everything that one worker can show, as Prometheus reads it."""
+    """Yield all metric families of a worker."""
     metrics = Metrics(str(Task.TEXT_TO_IMAGE))
     for attempt, outcome in enumerate(("succeeded", *FailureCode), start=1):
         metrics.job_started()
@@ -67,18 +67,18 @@ def families() -> Iterator[Any]:
 
 
 def gateway_families() -> Iterator[Any]:
-    """Everything that a gateway can show."""
+    """Yield all metric families of a gateway."""
     metrics = GatewayMetrics()
     metrics.request_ended("POST", "/v1/jobs", 202, 0.1)
     metrics.refused("queue_full")
-    held = dict.fromkeys(GATEWAY_CONDITIONS, "ok")
-    text = metrics.exposition(requests=1, streams=1, event_bytes=1, conditions=held)
+    conditions = dict.fromkeys(GATEWAY_CONDITIONS, "ok")
+    text = metrics.exposition(requests=1, streams=1, event_bytes=1, conditions=conditions)
     yield from text_string_to_metric_families(text.decode())
 
 
 @functools.cache
 def shown() -> dict[str, set[str]]:
-    """The names of the samples, with their labels."""
+    """Return the names of all samples, with their labels."""
     found: dict[str, set[str]] = {}
     for family in (*families(), *gateway_families()):
         for sample in family.samples:
@@ -86,7 +86,7 @@ def shown() -> dict[str, set[str]]:
     return found
 
 
-# -- PromQL, as far as names go -------------------------------------------------------------------
+# -- names in PromQL ------------------------------------------------------------------------------
 
 TOKEN = re.compile(
     r"""(?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
@@ -101,7 +101,7 @@ WORDS = {"and", "or", "unless", "bool", "offset"}
 
 
 def names_in(expr: str) -> tuple[dict[str, set[str]], set[str]]:
-    """The metrics of an expression with the labels that they are selected by; the other labels."""
+    """Return the metrics of an expression with their selector labels, and all other labels."""
     tokens = [(match.lastgroup, match.group()) for match in TOKEN.finditer(expr)]
     metrics: dict[str, set[str]] = {}
     others: set[str] = set()
@@ -160,8 +160,8 @@ def test_names_are_found_in_an_expression(
 
 
 def rules() -> list[dict[str, Any]]:
-    """The rules of all groups."""
-    loaded = yaml.safe_load((OBSERVABILITY / "alerts.yaml").read_text())
+    """Return the rules of all groups."""
+    loaded = load_yaml(OBSERVABILITY / "alerts.yaml")
     return [rule for group in loaded["groups"] for rule in group["rules"]]
 
 
@@ -170,32 +170,32 @@ DASHBOARD = json.loads((OBSERVABILITY / "grafana/dashboards/generation.json").re
 
 
 def panels() -> Iterator[dict[str, Any]]:
-    """Those in rows that are closed included."""
+    """Yield all panels, including panels in collapsed rows."""
     for panel in DASHBOARD["panels"]:
         yield panel
         yield from panel.get("panels", ())
 
 
 def targets() -> Iterator[tuple[str, str]]:
-    """Titles and expressions of the dashboard."""
+    """Yield the titles and expressions of the dashboard."""
     for panel in panels():
         for target in panel.get("targets", ()):
             yield panel["title"], target["expr"]
 
 
 def expressions() -> list[tuple[str, str]]:
-    """Every expression, and where it is."""
+    """Return every expression with its rule name or panel title."""
     of_rules = [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()]
     return of_rules + list(targets())
 
 
 def recorded() -> dict[str, set[str]]:
-    """What the recording rules make, with the labels that they leave."""
+    """Return the series of the recording rules, with their remaining labels."""
     return {rule["record"]: names_in(rule["expr"])[1] for rule in rules() if "record" in rule}
 
 
 @pytest.mark.parametrize(("where", "expr"), expressions())
-def test_an_expression_uses_names_and_labels_that_exist(where: str, expr: str) -> None:
+def test_expression_uses_existing_names_and_labels(where: str, expr: str) -> None:
     known = shown() | EXPORTER | PROMETHEUS_OWN | recorded()
     metrics, others = names_in(expr)
     assert metrics, f"{where}: no metric in it"
@@ -209,8 +209,8 @@ def test_an_expression_uses_names_and_labels_that_exist(where: str, expr: str) -
 
 
 @pytest.mark.parametrize(("where", "expr"), expressions())
-def test_only_the_group_for_it_needs_the_exporter(where: str, expr: str) -> None:
-    loaded = yaml.safe_load((OBSERVABILITY / "alerts.yaml").read_text())
+def test_only_one_group_needs_the_nats_exporter(where: str, expr: str) -> None:
+    loaded = load_yaml(OBSERVABILITY / "alerts.yaml")
     its_own = next(one for one in loaded["groups"] if one["name"] == "generation-nats-exporter")
     (closed,) = [panel for panel in DASHBOARD["panels"] if panel.get("collapsed")]
     allowed = {rule.get("alert") or rule["record"] for rule in its_own["rules"]}
@@ -220,7 +220,7 @@ def test_only_the_group_for_it_needs_the_exporter(where: str, expr: str) -> None
     assert where in allowed or not used & of_exporter
 
 
-def test_a_recording_rule_is_used_more_than_once() -> None:
+def test_recording_rule_is_used_more_than_once() -> None:
     used = [name for rule in rules() for name in names_in(rule["expr"])[0]]
     assert {name: used.count(name) >= 2 for name in recorded()} == dict.fromkeys(recorded(), True)
 
@@ -229,13 +229,13 @@ def test_a_recording_rule_is_used_more_than_once() -> None:
 
 
 def anchors() -> set[str]:
-    """Where links into the page may lead, as GitHub makes them of headings."""
+    """Return the anchors of the page, as GitHub generates them from headings."""
     headings = re.findall(r"^#+ (.+)$", PAGE.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=[alert["alert"] for alert in ALERTS])
-def test_an_alert_says_what_it_means_and_where_to_read_on(alert: dict[str, Any]) -> None:
+def test_alert_has_a_description_and_a_runbook_link(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in {"critical", "warning", "info"}
     assert alert["for"]
     assert all(alert["annotations"][name] for name in ("summary", "description"))
@@ -245,16 +245,16 @@ def test_an_alert_says_what_it_means_and_where_to_read_on(alert: dict[str, Any])
     assert alert["alert"] in PAGE.read_text()
 
 
-def test_names_of_alerts_are_used_once_and_each_is_tested() -> None:
+def test_alert_names_are_unique_and_tested() -> None:
     names = [alert["alert"] for alert in ALERTS]
     assert len(names) == len(set(names))
-    loaded = yaml.safe_load((OBSERVABILITY / "alerts_test.yaml").read_text())
+    loaded = load_yaml(OBSERVABILITY / "alerts_test.yaml")
     tried = [one for test in loaded["tests"] for one in test["alert_rule_test"]]
     assert {one["alertname"] for one in tried if one["exp_alerts"]} == set(names)
     assert {one["alertname"] for one in loaded["tests"][0]["alert_rule_test"]} == set(names)
 
 
-def test_a_queue_is_nearly_full_at_eighty_of_a_hundred() -> None:
+def test_queue_alert_fires_at_80_percent() -> None:
     (alert,) = [alert for alert in ALERTS if alert["alert"] == "GenerationQueueNearlyFull"]
     bounds = re.findall(r"/ (\d+) > 0\.8", alert["expr"])
     for task in Task:
@@ -263,7 +263,7 @@ def test_a_queue_is_nearly_full_at_eighty_of_a_hundred() -> None:
         assert bounds == [str(of["max_msgs"]), str(of["max_bytes"])]
 
 
-def test_results_are_nearly_full_at_seventy_of_a_hundred() -> None:
+def test_results_alert_fires_at_70_percent() -> None:
     (alert,) = [alert for alert in ALERTS if alert["alert"] == "GenerationResultsNearlyFull"]
     (bound,) = re.findall(r"/ (\d+) > 0\.7", alert["expr"])
     stream = json.loads((ROOT / "infra/nats/streams/GENERATION_RESULTS.json").read_text())
@@ -271,8 +271,8 @@ def test_results_are_nearly_full_at_seventy_of_a_hundred() -> None:
 
 
 @pytest.mark.parametrize("condition", Health().conditions())
-def test_a_condition_that_does_not_hold_is_alerted(condition: str) -> None:
-    """By an alert of its own, or by the one for all others."""
+def test_failed_readiness_condition_has_an_alert(condition: str) -> None:
+    """A separate alert or the general alert covers the condition."""
     text = " ".join(alert["expr"] for alert in ALERTS)
     (others,) = re.findall(r'condition!~"([^"]+)"', text)
     its_own = {"store": "generation_store_reachable == 0", "streams": 'condition="streams"} == 0'}
@@ -283,7 +283,7 @@ def test_a_condition_that_does_not_hold_is_alerted(condition: str) -> None:
 # -- the dashboard --------------------------------------------------------------------------------
 
 
-def test_panels_have_an_id_and_a_place_of_their_own() -> None:
+def test_panels_have_unique_ids_and_positions() -> None:
     ids = [panel["id"] for panel in panels()]
     assert len(ids) == len(set(ids))
     taken: dict[tuple[int, int], str] = {}
@@ -296,7 +296,7 @@ def test_panels_have_an_id_and_a_place_of_their_own() -> None:
                 taken[x, y] = panel["title"]
 
 
-def test_every_panel_shows_something() -> None:
+def test_every_panel_has_targets_and_a_description() -> None:
     for panel in panels():
         if panel["type"] == "row":
             continue
@@ -305,14 +305,14 @@ def test_every_panel_shows_something() -> None:
         assert all(target["expr"] for target in panel["targets"]), panel["title"]
 
 
-def test_variables_that_are_used_exist_and_are_used() -> None:
+def test_dashboard_variables_exist_and_are_used() -> None:
     made = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
     used = set(re.findall(r"\$\{?(\w+)\}?", json.dumps(DASHBOARD)))
     assert used - {"__rate_interval", "__all"} == made
 
 
 def sources_in(value: Any) -> Iterator[Any]:
-    """Every data source that is named anywhere inside."""
+    """Yield every data source in a nested value."""
     if isinstance(value, dict):
         if "datasource" in value:
             yield value["datasource"]
@@ -322,7 +322,7 @@ def sources_in(value: Any) -> Iterator[Any]:
             yield from sources_in(one)
 
 
-def test_no_data_source_is_named() -> None:
+def test_dashboard_names_no_data_source() -> None:
     by_variable = {"type": "prometheus", "uid": "${datasource}"}
     sources = list(sources_in(DASHBOARD))
     assert sources == [by_variable] * len(sources)
@@ -330,24 +330,22 @@ def test_no_data_source_is_named() -> None:
         part for panel in panels() if panel["type"] != "row" for part in (panel, *panel["targets"])
     ]
     assert all(part["datasource"] == by_variable for part in asking)
-    provisioned = yaml.safe_load(
-        (OBSERVABILITY / "grafana/provisioning/datasources/prometheus.yaml").read_text()
-    )
+    provisioned = load_yaml(OBSERVABILITY / "grafana/provisioning/datasources/prometheus.yaml")
     assert all("uid" not in source for source in provisioned["datasources"])
 
 
-def test_the_dashboard_refreshes_itself() -> None:
+def test_dashboard_refreshes_automatically() -> None:
     assert DASHBOARD["refresh"]
     assert DASHBOARD["schemaVersion"] >= 42
     assert DASHBOARD["uid"]
-    assert DASHBOARD["id"] is None  # Grafana gives it
+    assert DASHBOARD["id"] is None  # Grafana assigns the id
 
 
 # -- the configuration ----------------------------------------------------------------------------
 
 
-def test_workers_and_the_gateway_are_scraped_and_the_rules_are_loaded() -> None:
-    config = yaml.safe_load((OBSERVABILITY / "prometheus.yml").read_text())
+def test_prometheus_scrapes_workers_and_gateway_and_loads_the_rules() -> None:
+    config = load_yaml(OBSERVABILITY / "prometheus.yml")
     jobs = {
         job["job_name"]: [target for one in job["static_configs"] for target in one["targets"]]
         for job in config["scrape_configs"]
@@ -364,17 +362,17 @@ def test_workers_and_the_gateway_are_scraped_and_the_rules_are_loaded() -> None:
 # -- the documentation ----------------------------------------------------------------------------
 
 
-def test_the_page_has_every_metric_with_its_type_and_labels() -> None:
+def test_documentation_has_every_metric_with_type_and_labels() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", PAGE.read_text(), re.MULTILINE)
     said = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     really = {}
     for family in (*families(), *gateway_families()):
-        if family.name.endswith("_created"):  # the client's own, beside each counter
+        if family.name.endswith("_created"):  # prometheus_client adds it to each counter
             continue
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         really[name] = (family.type, labels)
-    if not Path("/proc/self/stat").exists():  # then the client tells nothing of the process
+    if not Path("/proc/self/stat").exists():  # then the client exports no process metrics
         said = {name: what for name, what in said.items() if not name.startswith("process_")}
     assert said == really
 
@@ -395,7 +393,7 @@ def test_the_page_has_every_metric_with_its_type_and_labels() -> None:
     ],
     ids=" ".join,
 )
-def test_promtool_takes_the_rules(arguments: tuple[str, ...]) -> None:
+def test_promtool_accepts_the_rules(arguments: tuple[str, ...]) -> None:
     run = subprocess.run(
         [str(PROMTOOL), *arguments], cwd=OBSERVABILITY, capture_output=True, text=True, check=False
     )

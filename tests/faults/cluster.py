@@ -1,4 +1,4 @@
-"""Three nats-servers as one cluster on loopback, with the S3 server beside them."""
+"""A cluster of three nats-servers on loopback, and an S3 server."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ NODES = 3
 
 
 class Cluster:
-    """What a `Scene` needs of a stack, with three servers where that has one.
+    """Replaces the `DevStack` of a `Scene`, with three NATS servers.
 
     Attributes:
         nodes: The servers, by their names.
@@ -31,11 +31,11 @@ class Cluster:
 
     @property
     def nats(self) -> NatsServer:
-        """One of the servers; a client learns of the others from it."""
+        """One of the servers. A client discovers the other servers from it."""
         return next(iter(self.nodes.values()))
 
     def environment(self) -> dict[str, str]:
-        """The settings of a worker that knows them all."""
+        """Return the settings of a worker with the URLs of all servers."""
         return {
             "NATS_URL": ",".join(node.url for node in self.nodes.values()),
             "S3_ENDPOINT": self.store.endpoint,
@@ -60,15 +60,15 @@ class Cluster:
 
 
 class ClusterScene(Scene):
-    """An installation whose streams are on every server."""
+    """An installation with a replica of every stream on every server."""
 
     async def apply(self, **settings: str) -> None:
-        """`consumer apply` with three copies of each stream."""
+        """Run `consumer apply` with three replicas of each stream."""
         values: dict[str, Any] = {**self.settings(), "NATS_REPLICAS": str(NODES), **settings}
         await apply(Settings(**{name.lower(): value for name, value in values.items()}))
 
     async def leader(self, stream: str) -> str:
-        """The server that leads a stream."""
+        """Return the name of the leader of a stream."""
         info = await self.sender.jetstream().stream_info(stream)
         assert info.cluster is not None
         return str(info.cluster.leader)
@@ -76,7 +76,7 @@ class ClusterScene(Scene):
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """Start everything; return when the cluster has a leader."""
+    """Start all servers, and wait until the cluster has a leader."""
     names = [f"n{number}" for number in range(1, NODES + 1)]
     ports = dict(zip(names, free_ports(NODES), strict=True))
     routes = [f"nats://{HOST}:{port}" for port in ports.values()]

@@ -1,4 +1,4 @@
-"""Shorter times for a process and its store: what takes seconds to minutes takes less than one."""
+"""Shorter timeouts for the object store of a process."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,7 +10,7 @@ from consumer.settings import Settings
 
 
 def shorten(**times: Any) -> None:
-    """Change the times of the `StoreConfig` that this process will use, and pause less."""
+    """Change the timeouts of the `StoreConfig` of this process, and shorten its retry pauses."""
 
     def shortened(settings: Settings) -> StoreConfig:
         return replace(store_config(settings), first_pause=0.05, longest_pause=0.2, **times)

@@ -1,4 +1,4 @@
-"""The daemon's own connection: lost for good, late at the start."""
+"""The NATS connection of the daemon: permanent loss, and unanswered calls at the start."""
 
 import asyncio
 from typing import Any
@@ -14,29 +14,29 @@ from consumer.settings import Settings
 from tests.support.scene import Scene
 
 EXIT_UNAVAILABLE = 69
-AT_ONCE = 15.0  # seconds; the run that goes on meanwhile takes a minute
+AT_ONCE = 15.0  # seconds; the run takes a minute
 
 
-async def test_a_bus_that_is_closed_for_good_ends_the_daemon_while_a_job_runs(
+async def test_permanently_closed_connection_ends_the_daemon_during_a_job(
     scene: Scene,
 ) -> None:
     # One job at a time: nothing is pulled meanwhile.
     worker = await scene.start("bus_closed", CONSUMER_JOBS_IN_FLIGHT="1")
     request_id = await scene.submit()
-    assert await scene.ended(worker, within=AT_ONCE) == EXIT_UNAVAILABLE
+    assert await scene.exit_code(worker, within=AT_ONCE) == EXIT_UNAVAILABLE
     assert "the client has closed the connection permanently" in worker.log_since_start()
     await scene.start()
     assert (await scene.event(request_id))["type"] == "generation.v1.succeeded"
 
 
-async def test_a_bus_that_is_closed_for_good_ends_the_daemon_while_the_model_is_loaded(
+async def test_permanently_closed_connection_ends_the_daemon_during_loading(
     scene: Scene,
 ) -> None:
     worker = scene.launch("bus_closed_while_loading")
-    assert await scene.ended(worker) == EXIT_UNAVAILABLE
+    assert await scene.exit_code(worker) == EXIT_UNAVAILABLE
 
 
-async def test_calls_without_an_answer_are_repeated_at_the_start(scene: Scene) -> None:
+async def test_unanswered_calls_are_retried_at_the_start(scene: Scene) -> None:
     worker = await scene.start("unanswered_calls")
     log = worker.log_since_start()
     for call in (
@@ -50,7 +50,7 @@ async def test_calls_without_an_answer_are_repeated_at_the_start(scene: Scene) -
 
 
 @pytest.mark.parametrize("command", ["apply", "check"])
-async def test_a_command_repeats_a_call_without_an_answer(
+async def test_command_retries_an_unanswered_call(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     values: dict[str, Any] = {name.lower(): value for name, value in scene.settings().items()}
@@ -61,7 +61,7 @@ async def test_a_command_repeats_a_call_without_an_answer(
     async def request_or_hang(self: RobustClient, subject: str, *args: Any, **options: Any) -> Any:
         if unanswered and subject.startswith(unanswered[0]):
             unanswered.clear()
-            await asyncio.Event().wait()  # until the caller's own limit
+            await asyncio.Event().wait()  # until the timeout of the caller
         return await request(self, subject, *args, **options)
 
     monkeypatch.setattr(RobustClient, "request", request_or_hang)

@@ -1,4 +1,4 @@
-"""A NATS cluster of three, streams on all of them, three workers: a server is killed under load."""
+"""Three workers on a NATS cluster of three servers, of which one is killed under load."""
 
 import asyncio
 import time
@@ -19,13 +19,13 @@ from generation_contracts import CancelledEvent
 from generation_contracts.examples import EVENTS
 from tests.faults.cluster import Cluster, ClusterScene, cluster
 from tests.integration.bus_installation import bus_settings
-from tests.support.quick_runner import BEGUN
+from tests.support.observations import assert_all_ready, succeeded
+from tests.support.quick_runner import STARTED
 from tests.support.scene import Scene
-from tests.support.seen import all_well, done
 
 REQUESTS = 90
-BEFORE = 20  # runs that have begun when the server is killed
-AFTER = 20  # runs that begin without it, before it comes back
+BEFORE = 20  # started runs before the server is killed
+AFTER = 20  # runs that start before the server returns
 WORKERS = 3
 WITHIN = 60.0  # seconds; an election takes up to ten
 
@@ -42,7 +42,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[ClusterScene]:
 
 
 async def scene_is_open(scene: ClusterScene, servers: Cluster) -> None:
-    """Make the streams once the cluster can."""
+    """Create the streams when the cluster is ready."""
 
     async def has_leader() -> bool:
         return bool(await asyncio.to_thread(servers.meta_leader))
@@ -50,7 +50,7 @@ async def scene_is_open(scene: ClusterScene, servers: Cluster) -> None:
     async def applied() -> bool:
         try:
             await scene.apply()
-        except Unavailable:  # its servers do not know of each other yet
+        except Unavailable:  # the servers have not found each other yet
             return False
         return True
 
@@ -64,7 +64,7 @@ def runs(scene: Scene) -> int:
 
 
 async def submitted(scene: Scene, request_id: str) -> None:
-    """Publish until it is stored: the server may be killed in the middle of it."""
+    """Publish until the request is stored: the server may be killed meanwhile."""
 
     async def stored() -> bool:
         try:
@@ -77,15 +77,13 @@ async def submitted(scene: Scene, request_id: str) -> None:
 
 
 def longest_gap(scene: Scene) -> float:
-    """Seconds between two beginnings of runs that lie farthest apart."""
-    times = sorted(float(line.split()[1]) for line in scene.notes(BEGUN))
+    """Return the longest time between two starts of runs, in seconds."""
+    times = sorted(float(line.split()[1]) for line in scene.notes(STARTED))
     return max(later - sooner for sooner, later in pairwise(times))
 
 
 @pytest.mark.parametrize("victim", ["leader of the queue", "leader of the cluster"])
-async def test_a_server_is_killed_in_mid_load_and_nothing_is_lost(
-    scene: ClusterScene, victim: str
-) -> None:
+async def test_killed_server_under_load_loses_no_request(scene: ClusterScene, victim: str) -> None:
     servers: Cluster = scene.stack  # type: ignore[assignment]
     queue = scene.subjects.requests_stream(scene.task)
     await scene.apply(consumer_max_ack_pending=str(WORKERS))
@@ -108,17 +106,17 @@ async def test_a_server_is_killed_in_mid_load_and_nothing_is_lost(
 
     await submitting
     for request_id in ids:
-        assert (await done(scene, request_id))["type"] == "generation.v1.succeeded"
+        assert (await succeeded(scene, request_id))["type"] == "generation.v1.succeeded"
     await scene.until(lambda: all_acknowledged(scene), "acknowledgement of everything", WITHIN)
-    await all_well(scene, *workers)
+    await assert_all_ready(scene, *workers)
     again = sum(times - 1 for times in Counter(scene.runs()).values())
     print(f"longest gap {longest_gap(scene):.1f} s, run twice {again}")  # noqa: T201
     assert set(scene.runs()) == set(ids)
-    assert again <= WORKERS, "only what was in hand may be run again"
+    assert again <= WORKERS, "only requests in flight may run again"
 
 
-async def test_many_workers_at_once_store_one_result_and_return_it(scene: ClusterScene) -> None:
-    """Of a stream on three servers, where an event may be refused for one that is being stored."""
+async def test_concurrent_workers_store_one_result(scene: ClusterScene) -> None:
+    """A replicated stream may refuse an event while it stores another event."""
     bus = await connect(bus_settings(scene.stack.nats.url), name="test", within=WITHIN)
     said: list[bool] = []
 
@@ -146,11 +144,11 @@ async def test_many_workers_at_once_store_one_result_and_return_it(scene: Cluste
             assert len(await scene.events(request_id)) == 1 or made.task != scene.task
     finally:
         await bus.close()
-    assert said == [], "a refusal for another event is no sign of a full stream"
+    assert said == [], "such a refusal does not mean that the stream is full"
 
 
 async def all_acknowledged(scene: Scene) -> bool:
-    """Whether the durable has nothing more to deliver and nothing in hand.
+    """Return whether the durable has no pending and no unacknowledged messages.
 
     The stream is not asked. A server whose leader was killed can keep a message that the durable
     has acknowledged (its floor is past it): nobody gets it again, and the server removes it later.

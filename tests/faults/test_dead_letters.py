@@ -1,4 +1,4 @@
-"""What no worker could handle, in the hands of the people who operate it: the real commands."""
+"""The `consumer dead-letters` commands on real servers."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from generation_contracts.headers import (
     DEAD_LETTER_REQUEST_ID,
     DEAD_LETTER_TRUNCATED,
 )
-from tests.support.holding import MENDED
+from tests.support.holding import FIXED
 from tests.support.scene import Scene
 
 
@@ -32,7 +32,7 @@ class Done:
 
 
 def environment(scene: Scene, **settings: str) -> dict[str, str]:
-    """What an operator has: no MODEL_TYPE, nothing of a store."""
+    """Return the environment of an operator: no MODEL_TYPE and no store settings."""
     own = {
         name: value
         for name, value in scene.settings().items()
@@ -61,7 +61,7 @@ async def dead_letter(
     request_id: str = "r-1",
     headers: dict[str, str] | None = None,
 ) -> None:
-    """A letter as a worker writes it."""
+    """Store a dead letter as a worker does."""
     own = {DEAD_LETTER_REQUEST_ID: request_id, DEAD_LETTER_CODE: "model_error"}
     await scene.sender.jetstream().publish(
         scene.subjects.dead_letter(scene.task), body, headers={**own, **(headers or {})}
@@ -76,20 +76,20 @@ async def letters(scene: Scene) -> int:
 # -- with a worker --------------------------------------------------------------------------------
 
 
-async def test_a_request_is_replayed_once_its_model_is_mended(scene: Scene) -> None:
-    await scene.start("raises_until_mended")
+async def test_request_is_replayed_after_the_model_is_fixed(scene: Scene) -> None:
+    await scene.start("raises_until_fixed")
     request_id = await scene.submit()
     failed = await scene.event(request_id)
     assert (failed["type"], failed["attempt"]) == ("generation.v1.failed", 3)
-    await scene.emptied()
+    await scene.until_empty()
     assert await letters(scene) == 1
 
-    (scene.folder / MENDED).touch()
+    (scene.folder / FIXED).touch()
     done = await dead_letters(scene, "replay", request_id)
 
     assert (done.code, done.stderr) == (0, "")
     assert done.lines == [f"1 {request_id}: replayed"]
-    await scene.emptied()
+    await scene.until_empty()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert event["request_digest"] == failed["request_digest"]
@@ -100,14 +100,14 @@ async def test_a_request_is_replayed_once_its_model_is_mended(scene: Scene) -> N
     assert (again.code, again.lines) == (1, [f"{request_id}: no such dead letter"])
 
 
-async def test_a_replay_that_fails_again_has_a_new_event_and_a_new_letter(scene: Scene) -> None:
-    await scene.start("raises_until_mended")
+async def test_failed_replay_has_a_new_event_and_a_new_dead_letter(scene: Scene) -> None:
+    await scene.start("raises_until_fixed")
     derived = f"{scene.subjects.requests_stream(scene.task)}-1-"
     await scene.publish({"prompt": "a"})
-    await scene.emptied()
+    await scene.until_empty()
     done = await dead_letters(scene, "replay", "--all")
     assert done.code == 0
-    await scene.emptied()
+    await scene.until_empty()
     (letter,) = [json.loads(line) for line in (await dead_letters(scene, "list", "--json")).lines]
     assert letter["sequence"] == 2
     assert letter["request_id"].startswith(derived)
@@ -119,7 +119,7 @@ async def test_a_replay_that_fails_again_has_a_new_event_and_a_new_letter(scene:
 # -- replay ---------------------------------------------------------------------------------------
 
 
-async def test_all_goes_on_where_one_is_refused(scene: Scene) -> None:
+async def test_replay_continues_after_a_refused_request(scene: Scene) -> None:
     await dead_letter(scene, request_id="r-1")
     await dead_letter(scene, request_id="r-2", headers={DEAD_LETTER_TRUNCATED: "2000000"})
     await dead_letter(scene, request_id="r-3", headers={DEAD_LETTER_CODE: "invalid_request"})
@@ -131,10 +131,10 @@ async def test_all_goes_on_where_one_is_refused(scene: Scene) -> None:
         "2 r-2: not replayed: it is truncated: the rest of the request is lost",
         "4 r-4: replayed",
     ]
-    assert (await scene.left(), await letters(scene)) == (2, 2)
+    assert (await scene.pending(), await letters(scene)) == (2, 2)
 
 
-async def test_letters_are_named_by_sequence_or_by_id_and_digits_are_a_sequence(
+async def test_dead_letter_is_selected_by_sequence_or_request_id(
     scene: Scene,
 ) -> None:
     for request_id in ("r-1", "3", "r-1", "r-2"):
@@ -151,7 +151,7 @@ async def test_letters_are_named_by_sequence_or_by_id_and_digits_are_a_sequence(
     assert await letters(scene) == 1
 
 
-async def test_a_full_queue_ends_it_with_69_and_keeps_the_rest(scene: Scene) -> None:
+async def test_full_queue_ends_the_replay_with_exit_code_69(scene: Scene) -> None:
     jetstream = scene.sender.jetstream()
     for request_id in ("r-1", "r-2", "r-3"):
         await dead_letter(scene, request_id=request_id)
@@ -167,13 +167,13 @@ async def test_a_full_queue_ends_it_with_69_and_keeps_the_rest(scene: Scene) -> 
 # -- list and show --------------------------------------------------------------------------------
 
 
-async def test_no_letters_are_said_on_standard_error(scene: Scene) -> None:
+async def test_empty_list_is_reported_on_standard_error(scene: Scene) -> None:
     for arguments in (["list"], ["replay", "--all"]):
         done = await dead_letters(scene, *arguments)
         assert (done.code, done.stdout, done.stderr) == (0, b"", "no dead letters\n")
 
 
-async def test_the_table_is_plain_text_in_which_nothing_steers_the_terminal(scene: Scene) -> None:
+async def test_table_has_no_terminal_control_characters(scene: Scene) -> None:
     reason = "[red]x[/red]\x1b[2J" + "y" * 300
     await dead_letter(scene, request_id="r-1", headers={DEAD_LETTER_REASON: reason})
     await dead_letter(scene, request_id="r-2", headers={DEAD_LETTER_CODE: "internal"})
@@ -188,7 +188,7 @@ async def test_the_table_is_plain_text_in_which_nothing_steers_the_terminal(scen
     assert (await dead_letters(scene, "list", "--code", "internal")).lines[1].split()[0] == "2"
 
 
-async def test_a_listing_that_nobody_reads_on_ends_quietly(scene: Scene) -> None:
+async def test_closed_output_ends_the_list_without_an_error(scene: Scene) -> None:
     await dead_letter(scene)
     read, write = os.pipe()
     os.close(read)
@@ -203,7 +203,7 @@ async def test_a_listing_that_nobody_reads_on_ends_quietly(scene: Scene) -> None
     assert (command.returncode, stderr) == (1, b"")
 
 
-async def test_show_gives_the_bytes_alone_on_standard_output(scene: Scene) -> None:
+async def test_show_writes_only_the_bytes_to_standard_output(scene: Scene) -> None:
     body = bytes(range(256))
     await dead_letter(scene, body, headers={"Original-Title": "Grüße\x1b"})
     done = await dead_letters(scene, "show", "r-1")
@@ -216,7 +216,7 @@ async def test_show_gives_the_bytes_alone_on_standard_output(scene: Scene) -> No
     ("body", "shown"),
     [("ü{".encode(), {"body": "ü{"}), (b"\xff\x00", {"body_base64": "/wA="})],
 )
-async def test_show_as_json_is_one_object_with_everything(
+async def test_show_as_json_writes_one_complete_object(
     scene: Scene, body: bytes, shown: dict[str, str]
 ) -> None:
     await dead_letter(scene, body, headers={"Original-Title": "Grüße", DEAD_LETTER_REASON: "why"})
@@ -228,7 +228,7 @@ async def test_show_as_json_is_one_object_with_everything(
     assert {key: text for key, text in letter.items() if key.startswith("body")} == shown
 
 
-async def test_show_on_a_terminal_leaves_the_prompt_on_a_line_of_its_own(scene: Scene) -> None:
+async def test_show_on_a_terminal_ends_with_a_line_break(scene: Scene) -> None:
     await dead_letter(scene, b"{}")
     terminal, side = pty.openpty()
     command = await asyncio.create_subprocess_exec(
@@ -244,7 +244,7 @@ async def test_show_on_a_terminal_leaves_the_prompt_on_a_line_of_its_own(scene: 
 
 
 @pytest.mark.parametrize("name", ["r-1", "1", "id:1", "no\x1bthing"])
-async def test_a_letter_that_is_not_there_is_one_line_with_1(scene: Scene, name: str) -> None:
+async def test_missing_dead_letter_is_one_line_with_exit_code_1(scene: Scene, name: str) -> None:
     done = await dead_letters(scene, "show", name)
     assert (done.code, done.stdout) == (1, b"")
     assert done.stderr == f"consumer: {name.replace(chr(27), '?')}: no such dead letter\n"
@@ -264,14 +264,14 @@ async def test_a_letter_that_is_not_there_is_one_line_with_1(scene: Scene, name:
         ["list", "--config", "no-such-file.toml"],
     ],
 )
-async def test_wrong_usage_is_one_line_with_2(scene: Scene, arguments: list[str]) -> None:
+async def test_wrong_usage_is_one_line_with_exit_code_2(scene: Scene, arguments: list[str]) -> None:
     done = await dead_letters(scene, *arguments)
     assert (done.code, done.stdout) == (2, b"")
     assert done.stderr.startswith("consumer: ")
     assert done.stderr.count("\n") == 1
 
 
-async def test_no_streams_and_no_server_are_one_line_with_69(scene: Scene) -> None:
+async def test_missing_streams_or_server_is_one_line_with_exit_code_69(scene: Scene) -> None:
     other = await dead_letters(scene, "list", CONSUMER_SUBJECT_ROOT="nobody")
     assert other.code == 69
     assert other.stderr == (

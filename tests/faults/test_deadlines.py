@@ -1,10 +1,10 @@
-"""Deadlines that pass: before the request is taken, in the queue, in the run."""
+"""Deadlines that pass before the delivery, in the queue, and during the run."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
 
+from tests.support.observations import published_digests, stored_digests
 from tests.support.scene import Event, Scene
-from tests.support.seen import promised, stored
 
 
 def _in(seconds: float) -> datetime:
@@ -23,21 +23,21 @@ def _expired(event: Event) -> bool:
     )
 
 
-async def test_a_deadline_that_is_past_already_is_not_run(scene: Scene) -> None:
+async def test_expired_request_is_not_run(scene: Scene) -> None:
     late = await scene.submit(deadline=_in(-1).isoformat())
     later = await scene.submit()
     await scene.start()
     assert _expired(await scene.event(late))
     assert (await scene.event(later))["type"] == "generation.v1.succeeded"
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [later]
     assert len(await scene.dead_letters()) == 0
 
 
-async def test_a_deadline_that_passes_in_the_queue_is_not_run(scene: Scene) -> None:
-    await scene.start("held_until_let_go", LET_GO="go")
+async def test_request_that_expires_in_the_queue_is_not_run(scene: Scene) -> None:
+    await scene.start("held_until_released", RELEASE_MARK="go")
     long = await scene.submit()
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     deadline = _in(1)
     waiting = await scene.submit(deadline=deadline.isoformat())
     later = await scene.submit(deadline=_in(60).isoformat())
@@ -47,11 +47,11 @@ async def test_a_deadline_that_passes_in_the_queue_is_not_run(scene: Scene) -> N
     assert _expired(await scene.event(waiting))
     for request_id in (long, later):
         assert (await scene.event(request_id))["type"] == "generation.v1.succeeded"
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [long, later]
 
 
-async def test_a_deadline_that_passes_in_the_run_stops_it_within_one_step(scene: Scene) -> None:
+async def test_deadline_stops_a_run_within_one_step(scene: Scene) -> None:
     await scene.start("slow_steps")
     deadline = _in(1.5)
     long = await scene.submit(deadline=deadline.isoformat(), steps=100)
@@ -59,12 +59,12 @@ async def test_a_deadline_that_passes_in_the_run_stops_it_within_one_step(scene:
     assert _expired(event)
     assert datetime.fromisoformat(event["time"]) >= deadline
     begun = [float(moment) for moment in scene.notes("steps")]
-    # The one that runs at that moment has begun before. Another one can have begun only between
-    # the deadline and the flag.
+    # The current step started before the deadline. At most one more step can start between the
+    # deadline and the cancellation.
     assert sum(moment > deadline.timestamp() for moment in begun) <= 1
     assert begun[0] < deadline.timestamp()
     later = await scene.submit()
     done = await scene.event(later)
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [long, later]
-    assert await stored(scene) == promised(done)
+    assert await stored_digests(scene) == published_digests(done)

@@ -1,4 +1,4 @@
-"""The interpreter's lock held in C for longer than a lease: it is kept, but not for ever."""
+"""C code holds the interpreter lock for longer than a lease: the lease guard renews the lease."""
 
 import os
 import signal
@@ -7,9 +7,9 @@ from pathlib import Path
 from nats.aio.subscription import Subscription
 
 from consumer.devstack import Daemon
-from tests.support.holding import GO
+from tests.support.holding import RESUME
+from tests.support.observations import until_pulls_wait
 from tests.support.scene import ACK_WAIT, WITHIN, Scene
-from tests.support.seen import until_pulls_stand
 
 
 def guard_of(worker: Daemon) -> int:
@@ -19,7 +19,7 @@ def guard_of(worker: Daemon) -> int:
 
 
 def exists(pid: int) -> bool:
-    """Whether a process that is no child of this one goes on."""
+    """Return whether a process that is not a child of this process is running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -29,27 +29,27 @@ def exists(pid: int) -> bool:
 
 async def test_lease_survives_a_lock_held_for_twice_as_long(scene: Scene) -> None:
     worker = await scene.start("holding_the_lock", FAULTS_SECONDS=str(2 * ACK_WAIT + 0.5))
-    await scene.logged(worker, "lease_guard_connected")
+    await scene.until_logged(worker, "lease_guard_connected")
     request_id = await scene.submit()
-    await scene.noted("holding")
-    await scene.start()  # it would get the request as soon as the lease ran out
+    await scene.until_noted("holding")
+    await scene.start()  # this worker would get the request after the end of the lease
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert scene.runs() == [request_id]
-    await scene.emptied()
+    await scene.until_empty()
 
 
-async def test_lock_that_is_held_too_long_costs_the_lease_and_the_process(scene: Scene) -> None:
+async def test_lock_held_too_long_ends_the_lease_and_the_process(scene: Scene) -> None:
     hanging = await scene.start(
         "holding_the_lock", FAULTS_SECONDS="600", CONSUMER_STALL_TIMEOUT="1"
     )
     request_id = await scene.submit()
-    await scene.noted("holding")
+    await scene.until_noted("holding")
     await scene.start()
-    assert await scene.ended(hanging) == -signal.SIGKILL
+    assert await scene.exit_code(hanging) == -signal.SIGKILL
     log = hanging.log_since_start()
     assert "worker_stalled" in log
-    assert "holding_the_lock.py" in log, "it says where the thread is"
+    assert "holding_the_lock.py" in log, "the log has the position of the thread"
     event = await scene.event(request_id, within=ACK_WAIT + 1 + 5)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
     assert scene.runs() == [request_id] * 2
@@ -66,13 +66,13 @@ async def test_lease_guard_ends_with_its_worker(scene: Scene) -> None:
     await scene.until(gone, "end of the lease_guard")
 
 
-async def test_killed_lease_guard_is_replaced_and_knows_the_leases(scene: Scene) -> None:
+async def test_new_lease_guard_gets_the_leases_of_a_killed_one(scene: Scene) -> None:
     worker = await scene.start(
         "holding_the_lock", FAULTS_SECONDS=str(2 * ACK_WAIT), FAULTS_WAIT="1"
     )
     request_id = await scene.submit()
-    await scene.noted("runs")
-    await scene.logged(worker, "lease_guard_connected")
+    await scene.until_noted("runs")
+    await scene.until_logged(worker, "lease_guard_connected")
     os.kill(guard_of(worker), signal.SIGKILL)
 
     async def replaced() -> bool:
@@ -80,7 +80,7 @@ async def test_killed_lease_guard_is_replaced_and_knows_the_leases(scene: Scene)
 
     await scene.until(replaced, "new lease_guard")
     (scene.folder / "hold").touch()
-    await scene.noted("holding")
+    await scene.until_noted("holding")
     await scene.start()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
@@ -88,17 +88,17 @@ async def test_killed_lease_guard_is_replaced_and_knows_the_leases(scene: Scene)
     assert worker.alive
 
 
-async def test_worker_that_is_done_with_a_lease_is_left_alone(scene: Scene) -> None:
+async def test_worker_without_a_lease_is_not_killed(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_STALL_TIMEOUT="1")
-    await scene.logged(worker, "lease_guard_connected")
-    # Each takes longer than the patience for a lease that nobody speaks of any more.
+    await scene.until_logged(worker, "lease_guard_connected")
+    # Each run takes longer than the timeout of the guard for a lease without messages.
     for request_id in [await scene.submit(steps=200) for _ in range(2)]:
         assert (await scene.event(request_id))["attempt"] == 1
     assert worker.alive
 
 
 async def pulled(scene: Scene) -> Subscription:
-    """Ask the durable for the request: it comes when the lease of whoever has it runs out."""
+    """Pull the request. The durable delivers it when its current lease expires."""
     inbox = scene.sender.new_inbox()
     subscription = await scene.sender.subscribe(inbox)
     durable = f"{scene.subjects.requests_stream(scene.task)}.{scene.task}"
@@ -108,18 +108,18 @@ async def pulled(scene: Scene) -> Subscription:
     return subscription
 
 
-async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None:
+async def test_frozen_worker_does_not_count_as_stalled(scene: Scene) -> None:
     worker = await scene.start(
         "holding_the_lock", CONSUMER_STALL_TIMEOUT="1", FAULTS_SECONDS="0", FAULTS_WAIT="1"
     )
-    await scene.logged(worker, "lease_guard_connected")
+    await scene.until_logged(worker, "lease_guard_connected")
     request_id = await scene.submit()
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     lease_guard = guard_of(worker)
     taken = await pulled(scene)
     for pid in (worker.pid, lease_guard):
         os.kill(pid, signal.SIGSTOP)
-    await taken.next_msg(timeout=WITHIN)  # the lease has run out
+    await taken.next_msg(timeout=WITHIN)  # the lease has expired
     beats = await scene.sender.subscribe(f"$JS.ACK.{scene.subjects.requests_stream(scene.task)}.>")
     await scene.sender.flush()
     os.kill(lease_guard, signal.SIGCONT)
@@ -130,21 +130,21 @@ async def test_worker_that_was_frozen_is_not_taken_to_hang(scene: Scene) -> None
     assert event["type"] == "generation.v1.succeeded"
     assert worker.alive
     assert guard_of(worker) == lease_guard
-    await scene.emptied()
+    await scene.until_empty()
 
 
-async def test_lease_guard_ends_although_a_fork_keeps_its_input_open(scene: Scene) -> None:
+async def test_lease_guard_ends_if_a_fork_keeps_its_input_open(scene: Scene) -> None:
     # A pull stands for half of it, and a beat that is late on a busy machine is a fifth.
     await scene.apply(CONSUMER_ACK_WAIT=str(3 * ACK_WAIT))
     dying = await scene.start("survived_by_a_fork")
-    await scene.logged(dying, "lease_guard_connected")
+    await scene.until_logged(dying, "lease_guard_connected")
     lease_guard = guard_of(dying)
     request_id = await scene.submit()
-    await scene.noted("run")
-    # The server takes the dead worker's connection, which the fork has too, to be there still.
-    await until_pulls_stand(scene, 1, in_hand=1)
-    (scene.folder / f"run{GO}").touch()
-    assert await scene.ended(dying) == -signal.SIGKILL
+    await scene.until_noted("run")
+    # The fork keeps the connection of the dead worker open for the server.
+    await until_pulls_wait(scene, 1, in_flight=1)
+    (scene.folder / f"run{RESUME}").touch()
+    assert await scene.exit_code(dying) == -signal.SIGKILL
     await scene.start()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
@@ -154,5 +154,5 @@ async def test_lease_guard_ends_although_a_fork_keeps_its_input_open(scene: Scen
 
     await scene.until(gone, "end of the lease_guard")
     (fork,) = scene.notes("forks")
-    assert exists(int(fork)), "else this shows nothing"
+    assert exists(int(fork)), "the test needs a running fork"
     (scene.folder / "end").touch()

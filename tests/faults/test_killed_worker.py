@@ -1,7 +1,7 @@
-"""kill -9 of a worker at every stage: one terminal event, one set of objects.
+"""SIGKILL of a worker at every stage: one terminal event, and one set of objects.
 
-Each time a second worker is ready and waits before the first one dies, so what is measured is the
-time that the server and the second worker need, not a start.
+In each test a second worker is ready before the first worker dies. So the measured time does not
+include the start of a worker.
 """
 
 import asyncio
@@ -9,46 +9,46 @@ import signal
 import time
 from dataclasses import dataclass
 
-from tests.support.holding import PLACE
+from tests.support.holding import HELD
+from tests.support.observations import ReplyInbox, published_digests, stored_digests
 from tests.support.scene import ACK_WAIT, Event, Scene
-from tests.support.seen import Answers, promised, stored
 
-# The promise is ack_wait and a second. The rest is for a machine whose cores are all at work, and
-# well below what a pull that has gone blind (20 s) or a forgotten lease would take.
+# The documented limit is ack_wait plus 1 s. The other 5 s are for a loaded computer. A lost pull
+# request would take 20 s.
 RECOVERED_WITHIN = ACK_WAIT + 1 + 5  # seconds
 SUCCEEDED = "generation.v1.succeeded"
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What came of a request whose first worker was killed."""
+    """The results of a request whose first worker was killed."""
 
     request_id: str
-    reply: Event  # by the second worker, to the sender
-    events_before: list[Event]  # what was stored at the moment of the death
+    reply: Event  # from the second worker to the sender
+    events_before: list[Event]  # the stored events at the time of the death
     keys_before: set[str]
 
 
 async def _killed(scene: Scene, cause: str, body: bytes | None = None) -> Recovery:
-    """Have a worker die at the place of its cause, with another one waiting."""
+    """Kill a worker at the position of its cause while another worker waits."""
     dying = await scene.start(cause)
-    answers = await Answers.listen(scene)
+    answers = await ReplyInbox.listen(scene)
     request_id = f"killed-{cause}"
     if body is None:
         await scene.submit(request_id=request_id, reply_to=answers.subject)
     else:
         await scene.publish(body, {"Nats-Msg-Id": request_id, "Reply-To": answers.subject})
-    await scene.noted(PLACE)
+    await scene.until_noted(HELD)
     await scene.start()
     events, keys = await scene.events(request_id), await scene.keys()
-    assert await scene.left() == 1
+    assert await scene.pending() == 1
     (scene.folder / "die").touch()
-    assert await scene.ended(dying) == -signal.SIGKILL
+    assert await scene.exit_code(dying) == -signal.SIGKILL
     reply = await answers.next()
     took = time.time() - float(scene.notes("died")[0])
     print(f"{cause}: recovered {took:.2f} s after the death")  # noqa: T201 - for the closing note
     assert took < RECOVERED_WITHIN
-    await scene.emptied()
+    await scene.until_empty()
     assert await scene.event(request_id) == reply
     return Recovery(request_id, reply, events, keys)
 
@@ -58,7 +58,7 @@ async def test_killed_before_the_run(scene: Scene) -> None:
     assert (recovery.events_before, recovery.keys_before) == ([], set())
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 2)
     assert scene.runs() == [recovery.request_id]
-    assert await stored(scene) == promised(recovery.reply)
+    assert await stored_digests(scene) == published_digests(recovery.reply)
 
 
 async def test_killed_in_the_run(scene: Scene) -> None:
@@ -66,7 +66,7 @@ async def test_killed_in_the_run(scene: Scene) -> None:
     assert (recovery.events_before, recovery.keys_before) == ([], set())
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 2)
     assert scene.runs() == [recovery.request_id] * 2
-    assert await stored(scene) == promised(recovery.reply)
+    assert await stored_digests(scene) == published_digests(recovery.reply)
 
 
 async def test_killed_after_the_upload_stores_the_same_objects_again(scene: Scene) -> None:
@@ -74,7 +74,7 @@ async def test_killed_after_the_upload_stores_the_same_objects_again(scene: Scen
     assert (recovery.events_before, len(recovery.keys_before)) == ([], 1)
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 2)
     assert scene.runs() == [recovery.request_id] * 2
-    assert await stored(scene) == promised(recovery.reply)
+    assert await stored_digests(scene) == published_digests(recovery.reply)
 
 
 async def test_killed_after_the_result_does_not_run_the_model_again(scene: Scene) -> None:
@@ -82,10 +82,10 @@ async def test_killed_after_the_result_does_not_run_the_model_again(scene: Scene
     assert recovery.events_before == [recovery.reply]
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 1)
     assert scene.runs() == [recovery.request_id]
-    assert await stored(scene) == promised(recovery.reply)
+    assert await stored_digests(scene) == published_digests(recovery.reply)
 
 
-async def test_killed_after_the_dead_letter_puts_it_aside_once(scene: Scene) -> None:
+async def test_killed_after_the_dead_letter_stores_one_dead_letter(scene: Scene) -> None:
     recovery = await _killed(scene, "killed_after_dead_letter", b"not JSON")
     assert recovery.events_before == []
     assert recovery.reply["failure"]["code"] == "invalid_request"
@@ -94,22 +94,22 @@ async def test_killed_after_the_dead_letter_puts_it_aside_once(scene: Scene) -> 
     assert scene.runs() == []
 
 
-async def test_sigterm_gives_the_job_to_the_next_worker_at_once(scene: Scene) -> None:
-    lease = {"CONSUMER_ACK_WAIT": "30"}  # only a give-back can explain a recovery before it is over
+async def test_sigterm_requeues_the_job_at_once(scene: Scene) -> None:
+    lease = {"CONSUMER_ACK_WAIT": "30"}  # only a requeue explains an earlier recovery
     await scene.apply(**lease)
     ending = await scene.start("slow_steps", CONSUMER_DRAIN_GRACE="0.1", **lease)
     request_id = await scene.submit(steps=40)
-    await scene.noted("steps")
+    await scene.until_noted("steps")
     await scene.start(**lease)
     asked = time.time()
     await asyncio.to_thread(ending.signal, signal.SIGTERM)
-    await scene.noted("runs", 2)
+    await scene.until_noted("runs", 2)
     took = time.time() - asked
     print(f"SIGTERM: taken over {took:.2f} s after the signal")  # noqa: T201 - as above
     assert took < 10
-    assert await scene.ended(ending) == 0
+    assert await scene.exit_code(ending) == 0
     event = await scene.event(request_id)
     assert event["type"] == SUCCEEDED
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [request_id] * 2
-    assert await stored(scene) == promised(event)
+    assert await stored_digests(scene) == published_digests(event)

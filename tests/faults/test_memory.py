@@ -1,12 +1,12 @@
-"""A worker does not grow with the jobs that it has done, however they ended."""
+"""The memory of a worker does not grow with the number of jobs, for any outcome."""
 
 import pytest
 
 from tests.bench.memory import measure, slope
 from tests.support.scene import Scene
 
-JOBS = 1_200  # so many that one arena of 1 MB, which comes at any time, is no growth
-WARM_UP = 150  # jobs; by then every pool and cache has its size
+JOBS = 1_200  # enough that a single arena of 1 MB does not count as growth
+WARM_UP = 150  # jobs until every pool and cache has its final size
 
 # KB a job. Measured: 0.0 to 0.3, a part of it the JSON parser's cache of short strings, which is
 # bounded. A kept exception of this model is 8 MB and a request 65 KB: if those of one of the ten

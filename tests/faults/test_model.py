@@ -10,9 +10,16 @@ import time
 import pytest
 
 from consumer.devstack import Daemon
-from tests.support.quick_runner import BEGUN
+from tests.support.observations import (
+    assert_all_ready,
+    assert_queue_empty,
+    deliveries,
+    published_digests,
+    stored_digests,
+    succeeded,
+)
+from tests.support.quick_runner import STARTED
 from tests.support.scene import ACK_WAIT, Event, Scene
-from tests.support.seen import all_well, deliveries, done, nothing_left, promised, stored
 
 MODEL_LOST = 70  # the exit code for a model that cannot be loaded, or a device that is lost
 STALL = 1.0  # seconds
@@ -26,11 +33,11 @@ async def is_done_next(scene: Scene, worker: Daemon, failed: Event) -> None:
     """See that the process that met the fault does the next request, and that nothing is left."""
     before = len(scene.runs())
     next_id = await scene.submit()
-    event = await done(scene, next_id)
+    event = await succeeded(scene, next_id)
     assert (event["worker"], event["attempt"]) == (failed["worker"], 1)
     assert scene.runs()[before:] == [next_id]
-    await scene.emptied()
-    await all_well(scene, worker)
+    await scene.until_empty()
+    await assert_all_ready(scene, worker)
 
 
 # -- it raises ------------------------------------------------------------------------------------
@@ -40,7 +47,7 @@ async def is_done_next(scene: Scene, worker: Daemon, failed: Event) -> None:
     ("prompt", "code", "exception"),
     [("raises", "model_error", "ValueError"), ("breaks", "internal", "KeyError")],
 )
-async def test_model_that_raises_is_tried_three_times_and_the_request_put_aside(
+async def test_model_error_is_retried_three_times_and_dead_lettered(
     scene: Scene, prompt: str, code: str, exception: str
 ) -> None:
     worker = await scene.start("raises_on_demand")
@@ -69,10 +76,10 @@ async def test_model_that_raises_is_tried_three_times_and_the_request_put_aside(
 async def test_model_that_raises_only_once_is_tried_again(scene: Scene) -> None:
     worker = await scene.start("raises_on_demand")
     request_id = await scene.submit(prompt="raises once")
-    event = await done(scene, request_id)
+    event = await succeeded(scene, request_id)
     assert event["attempt"] == 2
     assert scene.runs() == [request_id] * 2
-    await nothing_left(scene, request_id)
+    await assert_queue_empty(scene, request_id)
     await is_done_next(scene, worker, event)
 
 
@@ -82,10 +89,10 @@ async def test_model_that_raises_only_once_is_tried_again(scene: Scene) -> None:
 async def test_out_of_memory_once_is_run_again_at_once_and_saves_memory(scene: Scene) -> None:
     worker = await scene.start("out_of_memory")
     request_id = await scene.submit(prompt="large")
-    event = await done(scene, request_id)
+    event = await succeeded(scene, request_id)
     assert event["attempt"] == 1
     assert scene.runs() == [request_id] * 2
-    await nothing_left(scene, request_id)
+    await assert_queue_empty(scene, request_id)
     await is_done_next(scene, worker, event)
     assert scene.notes("saving") == ["False", "True", "False"]
     assert await deliveries(scene) == 2
@@ -115,12 +122,12 @@ async def test_lost_device_ends_the_process_and_the_next_worker_has_the_request_
     await scene.apply(**lease)
     losing = await scene.start("device_lost", **lease)
     request_id = await scene.submit()
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     await scene.start(**lease)
     (scene.folder / "lose").touch()
-    assert await scene.ended(losing) == MODEL_LOST
+    assert await scene.exit_code(losing) == MODEL_LOST
     ended = time.monotonic()
-    event = await done(scene, request_id)
+    event = await succeeded(scene, request_id)
     took = time.monotonic() - ended
     print(f"lost device: done by the next worker {took:.2f} s after the end")  # noqa: T201
     assert took < 10
@@ -130,19 +137,19 @@ async def test_lost_device_ends_the_process_and_the_next_worker_has_the_request_
     assert event["attempt"] == 2
     assert scene.runs() == [request_id] * 2
     assert scene.notes("freed") == [], "nothing is asked of a lost device"
-    await nothing_left(scene, request_id)
+    await assert_queue_empty(scene, request_id)
 
 
 async def test_thread_that_hangs_ends_the_process_and_its_lease(scene: Scene) -> None:
     stall = {"CONSUMER_STALL_TIMEOUT": str(STALL)}
     workers = await asyncio.gather(scene.start("hangs", **stall), scene.start("hangs", **stall))
     request_id = await scene.submit()
-    await scene.noted("hanging")
+    await scene.until_noted("hanging")
     (hanging,) = (worker for worker in workers if scene.notes("hanging") == [str(worker.pid)])
-    assert await scene.ended(hanging) == MODEL_LOST
+    assert await scene.exit_code(hanging) == MODEL_LOST
     ended = time.monotonic()
     event = await scene.event(request_id)
-    hung, again = (float(line.split()[1]) for line in scene.notes(BEGUN))
+    hung, again = (float(line.split()[1]) for line in scene.notes(STARTED))
     print(  # noqa: T201 - for people
         f"hanging thread: ended {ended - hung:.2f} s after its start with a stall timeout of "
         f"{STALL:g} s; begun again {again - ended:.2f} s after that"
@@ -150,8 +157,8 @@ async def test_thread_that_hangs_ends_the_process_and_its_lease(scene: Scene) ->
     assert again - ended < AGAIN_WITHIN
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
     assert scene.runs() == [request_id] * 2
-    assert await stored(scene) == promised(event)
-    await nothing_left(scene, request_id)
+    assert await stored_digests(scene) == published_digests(event)
+    await assert_queue_empty(scene, request_id)
     (other,) = (worker for worker in workers if worker is not hanging)
     await is_done_next(scene, other, event)
 
@@ -162,7 +169,7 @@ async def test_thread_that_hangs_ends_the_process_and_its_lease(scene: Scene) ->
 async def test_model_that_cannot_be_loaded_takes_no_request(scene: Scene) -> None:
     request_id = await scene.submit()
     failing = scene.launch("load_fails")
-    assert await scene.ended(failing) == MODEL_LOST
+    assert await scene.exit_code(failing) == MODEL_LOST
     lines = [json.loads(line) for line in failing.log.read_text().splitlines()]
     (said,) = (line for line in lines if line["event"] == "model_unavailable")
     assert said["level"] == "error"
@@ -172,7 +179,7 @@ async def test_model_that_cannot_be_loaded_takes_no_request(scene: Scene) -> Non
     )
     assert not any("exception" in line for line in lines)
     assert await deliveries(scene) == 0
-    assert await scene.left() == 1
+    assert await scene.pending() == 1
     await scene.start()
-    assert (await done(scene, request_id))["attempt"] == 1
+    assert (await succeeded(scene, request_id))["attempt"] == 1
     assert scene.runs() == [request_id]

@@ -124,7 +124,7 @@ def too_small(pipe: Any) -> Iterator[None]:
         (too_small, "the model made images of another shape than requested"),
     ],
 )
-async def test_output_that_is_no_picture_is_a_model_error_and_the_next_one_is_unharmed(
+async def test_invalid_output_is_a_model_error_and_the_next_request_succeeds(
     worker: Worker, fault: Any, reason: str
 ) -> None:
     before = await worker.pixels("before")

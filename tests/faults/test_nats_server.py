@@ -1,6 +1,6 @@
-"""nats-server ends, by kill -9 and by SIGTERM, at every stage of a job: nothing is lost or doubled.
+"""SIGKILL and SIGTERM of nats-server at every stage of a job: no request is lost or duplicated.
 
-In every test the worker's process is the same at the end as at the beginning.
+No worker restarts in these tests.
 """
 
 import asyncio
@@ -10,36 +10,51 @@ import pytest
 from nats.aio.msg import Msg
 
 from tests.support.holding import SERVER
-from tests.support.outage import HOW, SLACK, Replies, begun, let_go, measured, outage, two_workers
+from tests.support.observations import (
+    assert_all_ready,
+    assert_queue_empty,
+    deliveries,
+    succeeded,
+    until_pulls_wait,
+)
+from tests.support.outage import (
+    HOW,
+    SLACK,
+    Replies,
+    check_duration,
+    outage,
+    resume,
+    run_start,
+    two_workers,
+)
 from tests.support.scene import ACK_WAIT, Event, Scene
-from tests.support.seen import all_well, deliveries, done, nothing_left, until_pulls_stand
 
-LONG = ACK_WAIT * 1.25  # seconds; a lease that nobody renews is over by then
+LONG = ACK_WAIT * 1.25  # seconds; a lease without renewals has expired by then
 
 ends = pytest.mark.parametrize("how", HOW)
 
 
 @ends
-async def test_idle(scene: Scene, how: str) -> None:
+async def test_idle_worker(scene: Scene, how: str) -> None:
     worker = await scene.start()
     first = await scene.submit()
-    await done(scene, first)
-    await until_pulls_stand(scene, 1)
+    await succeeded(scene, first)
+    await until_pulls_wait(scene, 1)
     async with outage(scene, how, worker) as this:
         pass
     second = await scene.submit()
-    event = await done(scene, second)
+    event = await succeeded(scene, second)
     assert event["attempt"] == 1
-    await nothing_left(scene, first, second)
-    await all_well(scene, worker)
+    await assert_queue_empty(scene, first, second)
+    await assert_all_ready(scene, worker)
     assert scene.runs() == [first, second]
-    measured(f"{how}, idle: return to next run", begun(scene, second) - this.returned)
+    check_duration(f"{how}, idle: return to next run", run_start(scene, second) - this.returned)
 
 
 @ends
 @pytest.mark.parametrize("lasting", [0.0, LONG], ids=["short", "longer than ack_wait"])
-async def test_run_goes_on_through_an_outage(scene: Scene, how: str, lasting: float) -> None:
-    """There is one worker: even where the lease is over, nobody else begins another run."""
+async def test_run_continues_during_an_outage(scene: Scene, how: str, lasting: float) -> None:
+    """There is one worker, so an expired lease causes no second run."""
     worker = await scene.start("held_in_run")
     heard: asyncio.Queue[Event] = asyncio.Queue()
     inbox = scene.sender.new_inbox()
@@ -50,25 +65,25 @@ async def test_run_goes_on_through_an_outage(scene: Scene, how: str, lasting: fl
     await scene.sender.subscribe(inbox, cb=hear)
     request_id = await scene.submit(reply_to=inbox)
     waiting = await scene.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     async with outage(scene, how, worker):
         await asyncio.sleep(lasting)
-    await all_well(scene, worker)
-    await let_go(scene, "run")
-    event = await done(scene, request_id)
+    await assert_all_ready(scene, worker)
+    await resume(scene, "run")
+    event = await succeeded(scene, request_id)
     assert event["attempt"] == 1
     assert await asyncio.wait_for(heard.get(), SLACK) == event
-    await done(scene, waiting)
-    await nothing_left(scene, request_id, waiting)
-    await all_well(scene, worker)
+    await succeeded(scene, waiting)
+    await assert_queue_empty(scene, request_id, waiting)
+    await assert_all_ready(scene, worker)
     assert scene.runs() == [request_id, waiting]
 
 
-async def test_lease_outlives_a_short_outage(scene: Scene) -> None:
-    """The other worker would get the request as soon as the lease ran out."""
+async def test_lease_survives_a_short_outage(scene: Scene) -> None:
+    """The other worker would get the request after the end of the lease."""
     workers = await two_workers(scene, "held_in_run")
     request_id = await scene.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     # The server writes down within 0.25 s who has what. What one that is killed does not know of
     # any more is another test.
     await asyncio.sleep(0.5)
@@ -76,14 +91,14 @@ async def test_lease_outlives_a_short_outage(scene: Scene) -> None:
         pass
     await asyncio.sleep(LONG)
     assert scene.runs() == [request_id]
-    await let_go(scene, "run")
-    assert (await done(scene, request_id))["attempt"] == 1
-    await nothing_left(scene, request_id)
-    await all_well(scene, *workers)
+    await resume(scene, "run")
+    assert (await succeeded(scene, request_id))["attempt"] == 1
+    await assert_queue_empty(scene, request_id)
+    await assert_all_ready(scene, *workers)
     assert scene.runs() == [request_id]
 
 
-async def test_second_run_after_a_long_outage_changes_nothing(scene: Scene) -> None:
+async def test_second_run_after_a_long_outage_does_not_replace_the_result(scene: Scene) -> None:
     """The lease is over when the server returns, before it can be renewed: a second run is right.
 
     The server may not know whether the first worker is still there. That one asks for nothing more
@@ -93,16 +108,16 @@ async def test_second_run_after_a_long_outage_changes_nothing(scene: Scene) -> N
     replies = Replies(scene)
     await replies.open()
     request_id = await scene.submit(reply_to=replies.subject)
-    await scene.noted("run")
+    await scene.until_noted("run")
     async with outage(scene, "kill"):
         await asyncio.sleep(LONG)
-    await scene.noted("runs", 2)
-    event = await done(scene, request_id)
-    await let_go(scene, "run")
-    await nothing_left(scene, request_id)
-    assert await scene.event(request_id) == event, "the second end has not taken its place"
-    assert await replies.these(2) == [event, event]
-    await all_well(scene, *workers)
+    await scene.until_noted("runs", 2)
+    event = await succeeded(scene, request_id)
+    await resume(scene, "run")
+    await assert_queue_empty(scene, request_id)
+    assert await scene.event(request_id) == event, "the second result must not replace the first"
+    assert await replies.first(2) == [event, event]
+    await assert_all_ready(scene, *workers)
     assert scene.runs() == [request_id] * 2
 
 
@@ -119,43 +134,45 @@ async def test_second_run_after_a_long_outage_changes_nothing(scene: Scene) -> N
         ("ack", "answer_to_ack_lost", "kill"),
     ],
 )
-async def test_end_of_a_job_is_made_up_for(scene: Scene, moment: str, cause: str, how: str) -> None:
+async def test_job_ends_after_an_outage_at_its_end(
+    scene: Scene, moment: str, cause: str, how: str
+) -> None:
     worker = await scene.start(cause)
     replies = Replies(scene)
     await replies.open()
     request_id = await scene.submit(reply_to=replies.subject)
     waiting = await scene.submit()
-    await scene.noted(moment)
+    await scene.until_noted(moment)
     if moment == "ack":
-        await replies.these(1)  # it is on its way by then; the worker may not have written it yet
+        await replies.first(1)  # it is on its way by then; the worker may not have written it yet
     async with outage(scene, how, worker) as this:
-        await let_go(scene, moment)
-    event = await done(scene, request_id)
+        await resume(scene, moment)
+    event = await succeeded(scene, request_id)
     assert event["attempt"] == 1
-    assert await replies.these(1) == [event]
-    await done(scene, waiting)
-    await nothing_left(scene, request_id, waiting)
-    await all_well(scene, worker)
+    assert await replies.first(1) == [event]
+    await succeeded(scene, waiting)
+    await assert_queue_empty(scene, request_id, waiting)
+    await assert_all_ready(scene, worker)
     assert scene.runs() == [request_id, waiting]
     # One that is killed may have lost what it was told last, and deliver once more.
     assert await deliveries(scene) in ({2} if how == "stop" else {2, 3})
-    measured(f"{how}, {cause}: return to next run", begun(scene, waiting) - this.returned)
+    check_duration(f"{how}, {cause}: return to next run", run_start(scene, waiting) - this.returned)
 
 
-async def test_delivery_that_the_server_has_forgotten_is_not_run_again(scene: Scene) -> None:
-    """A killed server hands out again, as new, what it had no time to write down."""
+async def test_delivery_that_a_killed_server_repeats_is_not_run_again(scene: Scene) -> None:
+    """A killed server repeats a delivery that it has not stored, as a new delivery."""
     pid = scene.stack.nats.pid
     worker = await scene.start("server_killed_at_delivery", **{SERVER: str(pid)})
     ids = [await scene.submit() for _ in range(3)]
-    await scene.noted("killed")
+    await scene.until_noted("killed")
     async with outage(scene, "kill", worker) as this:
         pass
     for request_id in ids:
-        assert (await done(scene, request_id))["attempt"] == 1
-    await nothing_left(scene, *ids)
-    await all_well(scene, worker)
+        assert (await succeeded(scene, request_id))["attempt"] == 1
+    await assert_queue_empty(scene, *ids)
+    await assert_all_ready(scene, worker)
     assert scene.runs() == ids
     again = worker.log_since_start().count('"outcome": "already_done"')
     print(f"the killed server delivered {again} request again")  # noqa: T201 - nearly always one
-    measured("kill, delivery: return to the run", begun(scene, ids[1]) - this.returned)
-    measured("kill, delivery: return to next run", begun(scene, ids[2]) - this.returned)
+    check_duration("kill, delivery: return to the run", run_start(scene, ids[1]) - this.returned)
+    check_duration("kill, delivery: return to next run", run_start(scene, ids[2]) - this.returned)

@@ -1,10 +1,10 @@
-"""A request that kills every process that runs it is put aside, and the queue goes on."""
+"""A request that kills every worker is dead-lettered, and later requests succeed."""
 
 import json
 import signal
 
+from tests.support.observations import published_digests, stored_digests
 from tests.support.scene import Scene
-from tests.support.seen import promised, stored
 
 POISON = json.dumps({"request_id": "poison-1", "prompt": "poison", "metadata": {"a": "b"}}).encode()
 HEADERS = {"X-Sender": "somebody", "Nats-Msg-Id": "sent-1"}
@@ -17,7 +17,7 @@ async def test_poison_is_dead_lettered_unrun_after_three_deaths(scene: Scene) ->
     harmless = await scene.submit()
     for _ in range(DEATHS):
         dying = scene.launch("poison")
-        assert await scene.ended(dying) == -signal.SIGKILL
+        assert await scene.exit_code(dying) == -signal.SIGKILL
     assert await scene.events("poison-1") == []
     last = await scene.start("poison")
 
@@ -27,10 +27,10 @@ async def test_poison_is_dead_lettered_unrun_after_three_deaths(scene: Scene) ->
     done = await scene.event(harmless)
     assert done["type"] == "generation.v1.succeeded"
     assert done["worker"] == event["worker"]
-    await scene.emptied()
+    await scene.until_empty()
     assert last.alive
     assert scene.runs() == ["poison-1"] * DEATHS + [harmless]
-    assert await stored(scene) == promised(done)
+    assert await stored_digests(scene) == published_digests(done)
     await _is_put_aside(scene, event["worker"])
 
 

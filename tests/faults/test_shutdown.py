@@ -1,4 +1,4 @@
-"""SIGTERM in every state: nothing is lost, nothing stays behind, the exit code is the design's."""
+"""SIGTERM in every state: no request is lost, no process remains, and the exit code is right."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ LONG = 200  # steps; two seconds of the quick model
 
 @pytest.fixture
 async def scene(scene: Scene) -> Scene:
-    """The installation, with leases that do not run out in any test."""
+    """An installation with leases that outlast every test."""
     jetstream = scene.sender.jetstream()
     stream, name = scene.subjects.requests_stream(scene.task), str(scene.task)
     config = (await jetstream.consumer_info(stream, name)).config
@@ -28,7 +28,7 @@ async def scene(scene: Scene) -> Scene:
 
 
 def connections(scene: Scene) -> list[str]:
-    """The names of the connections that the server has from workers and their lease guards."""
+    """Return the names of the NATS connections of workers and lease guards."""
     with urllib.request.urlopen(f"{scene.stack.nats.monitoring_url}/connz") as answer:  # noqa: S310 - loopback
         found: dict[str, Any] = json.load(answer)
     return [
@@ -37,7 +37,7 @@ def connections(scene: Scene) -> list[str]:
 
 
 def group(pid: int) -> list[int]:
-    """Every process of the group that a worker leads, the worker included."""
+    """Return every process of a worker's process group, including the worker."""
     members = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -50,8 +50,8 @@ def group(pid: int) -> list[int]:
 
 
 async def gone(scene: Scene, worker: Daemon) -> int:
-    """The exit code of a worker that has been told to end, and of which nothing is left."""
-    code = await scene.ended(worker)
+    """Wait until a worker's processes and connections are gone, and return its exit code."""
+    code = await scene.exit_code(worker)
 
     async def nothing_left() -> bool:
         return not group(worker.pid) and not await asyncio.to_thread(connections, scene)
@@ -62,18 +62,18 @@ async def gone(scene: Scene, worker: Daemon) -> int:
 
 
 async def done_by_another(scene: Scene, request_id: str) -> Event:
-    """The result of a request that has been given back."""
+    """Start another worker, and return the result of a requeued request."""
     assert await scene.events(request_id) == []
     await scene.start()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 2)
-    await scene.emptied()
+    await scene.until_empty()
     assert len(await scene.keys()) == 1
     return event
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_idle(scene: Scene, number: signal.Signals) -> None:
+async def test_idle_worker(scene: Scene, number: signal.Signals) -> None:
     worker = await scene.start()
     assert len(group(worker.pid)) == 2, "the worker and its lease_guard"
     worker.signal(number)
@@ -81,74 +81,74 @@ async def test_idle(scene: Scene, number: signal.Signals) -> None:
     assert scene.runs() == []
 
 
-async def test_running_job_is_finished_and_the_next_one_not_begun(scene: Scene) -> None:
+async def test_sigterm_finishes_the_run_and_starts_no_other(scene: Scene) -> None:
     worker = await scene.start()
-    await scene.logged(worker, "lease_guard_connected")
+    await scene.until_logged(worker, "lease_guard_connected")
     request_id = await scene.submit(steps=LONG)
     waiting = await scene.submit()
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     os.killpg(worker.pid, signal.SIGTERM)  # as systemd does, and a terminal with Ctrl-C
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert await gone(scene, worker) == 0
-    assert "lease_guard_ended" not in worker.log_since_start(), "the lease needs it until the end"
+    assert "lease_guard_ended" not in worker.log_since_start(), "the lease needs the guard"
     assert scene.runs() == [request_id]
-    assert (await scene.left(), await scene.events(waiting)) == (1, [])
+    assert (await scene.pending(), await scene.events(waiting)) == (1, [])
 
 
-async def test_running_job_that_outlasts_the_grace_is_given_back(scene: Scene) -> None:
+async def test_run_beyond_the_grace_period_is_requeued(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
     request_id = await scene.submit(steps=LONG)
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     worker.signal(signal.SIGTERM)
     assert await gone(scene, worker) == 0
     await done_by_another(scene, request_id)
     assert scene.runs() == [request_id] * 2
 
 
-async def test_second_signal_gives_back_at_once(scene: Scene) -> None:
+async def test_second_signal_requeues_at_once(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="600")
     request_id = await scene.submit(steps=LONG)
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     worker.signal(signal.SIGTERM)
-    await scene.logged(worker, '"times": 1')
+    await scene.until_logged(worker, '"times": 1')
     worker.signal(signal.SIGTERM)
     assert await gone(scene, worker) == 0
     await done_by_another(scene, request_id)
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-async def test_model_that_heeds_nothing_is_left_behind(scene: Scene, signals: int) -> None:
+async def test_run_that_ignores_its_cancel_token_is_abandoned(scene: Scene, signals: int) -> None:
     worker = await scene.start("deaf", CONSUMER_DRAIN_GRACE="0.1" if signals == 1 else "600")
     request_id = await scene.submit()
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     for number in range(1, signals + 1):
         worker.signal(signal.SIGTERM)
-        await scene.logged(worker, f'"times": {number}')  # two at once are one to the kernel
+        await scene.until_logged(worker, f'"times": {number}')  # two at once are one to the kernel
     assert await gone(scene, worker) == 0
     await done_by_another(scene, request_id)
 
 
-async def test_upload_that_ends_within_the_grace_is_the_end_of_the_job(scene: Scene) -> None:
+async def test_upload_within_the_grace_period_finishes_the_job(scene: Scene) -> None:
     worker = await scene.start()
     await asyncio.to_thread(scene.stack.store.kill)
     request_id = await scene.submit()
-    await scene.logged(worker, "store_unreachable")
+    await scene.until_logged(worker, "store_unreachable")
     worker.signal(signal.SIGTERM)
-    await scene.logged(worker, '"times": 1')
+    await scene.until_logged(worker, '"times": 1')
     await asyncio.to_thread(scene.stack.store.start)
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
     assert await gone(scene, worker) == 0
     assert scene.runs() == [request_id]
-    await scene.emptied()
+    await scene.until_empty()
 
 
-async def test_upload_that_outlasts_the_grace_is_given_back(scene: Scene) -> None:
+async def test_upload_beyond_the_grace_period_is_requeued(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
     await asyncio.to_thread(scene.stack.store.kill)
     request_id = await scene.submit()
-    await scene.logged(worker, "store_unreachable")
+    await scene.until_logged(worker, "store_unreachable")
     worker.signal(signal.SIGTERM)
     assert await gone(scene, worker) == 0
     await asyncio.to_thread(scene.stack.store.start)
@@ -156,25 +156,25 @@ async def test_upload_that_outlasts_the_grace_is_given_back(scene: Scene) -> Non
     await done_by_another(scene, request_id)
 
 
-async def test_nats_away_does_not_keep_a_draining_worker(scene: Scene) -> None:
+async def test_draining_worker_exits_during_a_nats_outage(scene: Scene) -> None:
     worker = await scene.start(CONSUMER_DRAIN_GRACE="0.1")
     request_id = await scene.submit(steps=LONG)
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     await asyncio.to_thread(scene.stack.nats.kill)
     worker.signal(signal.SIGTERM)
-    assert await scene.ended(worker) == 0
+    assert await scene.exit_code(worker) == 0
     assert group(worker.pid) == []
     await asyncio.to_thread(scene.stack.nats.start)
     await asyncio.to_thread(scene.stack.nats.wait_ready)
     assert scene.runs() == [request_id]
 
 
-async def test_signal_while_the_servers_are_waited_for(scene: Scene) -> None:
+async def test_sigterm_while_waiting_for_the_servers(scene: Scene) -> None:
     await asyncio.to_thread(scene.stack.nats.kill)
     worker = scene.launch()
-    await scene.logged(worker, "daemon_starting")
+    await scene.until_logged(worker, "daemon_starting")
     worker.signal(signal.SIGTERM)
-    assert await scene.ended(worker) == 0
+    assert await scene.exit_code(worker) == 0
     assert group(worker.pid) == []
     await asyncio.to_thread(scene.stack.nats.start)
     await asyncio.to_thread(scene.stack.nats.wait_ready)

@@ -1,4 +1,4 @@
-"""A short soak, with chaos of every kind; and that its verdict sees each promise that is broken."""
+"""A short soak with all kinds of chaos, and tests of the verdict of a soak."""
 
 import secrets
 from dataclasses import replace
@@ -26,7 +26,7 @@ COMMON: dict[str, Any] = {"request_digest": digest_of_bytes(b"")}
 
 
 @pytest.mark.timeout(400)  # seconds; 25 on idle cores
-async def test_short_soak_is_clean(tmp_path: Path) -> None:
+async def test_short_soak_has_no_violations(tmp_path: Path) -> None:
     seed = secrets.randbelow(2**32)
     async with soak(Options(requests=40, workers=2, seconds=15, seed=seed), tmp_path) as soaked:
         print("\n".join(soaked.figures()))  # noqa: T201 - for people
@@ -38,8 +38,8 @@ async def test_short_soak_is_clean(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)  # seconds; 20 on idle cores
-async def test_no_sender_touches_the_requests_of_others(tmp_path: Path) -> None:
-    """Every attack of tests/hostile once, among a few honest requests."""
+async def test_attacks_do_not_affect_other_requests(tmp_path: Path) -> None:
+    """Run every attack of tests/hostile once, together with a few ordinary requests."""
     seed = secrets.randbelow(2**32)
     options = Options(
         requests=15, workers=2, seconds=5, seed=seed, hostile=True, chaos=False, patience=45
@@ -51,7 +51,7 @@ async def test_no_sender_touches_the_requests_of_others(tmp_path: Path) -> None:
         assert soaked.problems() == [], f"seed {seed}"
 
 
-# -- its parts ------------------------------------------------------------------------------------
+# -- parts of the soak ----------------------------------------------------------------------------
 
 
 def sending(request_id: str, *ends: str, kind: str = "plain") -> Sending:
@@ -91,7 +91,7 @@ FORGED = Stored("done", 1.0, {**succeeded("done").event, "request_digest": "sha2
 JUNK = Stored("done", 1.0, {"type": "junk"})
 
 
-def test_verdict_has_nothing_against_what_is_promised() -> None:
+def test_verdict_accepts_correct_results() -> None:
     assert problems(SENDINGS, GOOD) == []
 
 
@@ -137,11 +137,11 @@ def test_verdict_has_nothing_against_what_is_promised() -> None:
         ({"orphans": [17]}, "left behind by killed workers: [17]"),
     ],
 )
-def test_verdict_sees_what_is_broken(broken: dict[str, Any], said: str) -> None:
+def test_verdict_reports_each_violation(broken: dict[str, Any], said: str) -> None:
     assert any(said in one for one in problems(SENDINGS, replace(GOOD, **broken)))
 
 
-def test_worker_lost_is_an_end_of_any_valid_request() -> None:
+def test_verdict_accepts_worker_lost_for_any_request() -> None:
     records = replace(
         GOOD,
         results=[failed("done", "worker_lost"), *GOOD.results[1:]],
@@ -151,7 +151,7 @@ def test_worker_lost_is_an_end_of_any_valid_request() -> None:
     assert problems(SENDINGS, records) == []  # its object was uploaded before
 
 
-def test_conflict_may_be_told_where_two_contents_have_one_id() -> None:
+def test_verdict_accepts_a_conflict_of_two_contents() -> None:
     twice = [sending("done", "succeeded", kind="other content"), *SENDINGS[1:]]
     conflict = failed("done", "request_id_conflict").event
     assert problems(twice, replace(GOOD, replies={"done": [conflict]})) == []
@@ -166,7 +166,7 @@ def test_conflict_may_be_told_where_two_contents_have_one_id() -> None:
         ("worker_lost", "sha256:other", False),
     ],
 )
-def test_copies_of_an_attacker_may_be_answered_in_their_own_name(
+def test_verdict_accepts_replies_to_copies_of_an_attacker(
     code: str, digest: str, held: bool
 ) -> None:
     reply = {**failed("done", code).event, "request_digest": digest}
@@ -174,7 +174,7 @@ def test_copies_of_an_attacker_may_be_answered_in_their_own_name(
     assert (problems(SENDINGS, records, hostile=True) == []) is held
 
 
-def test_later_steps_of_chains_are_promised_too() -> None:
+def test_verdict_checks_later_steps_of_chains() -> None:
     body = b'{"prompt": "a", "then": [{"task": "text_to_image", "prompt": "b"}]}'
     chain = Sending(0.0, "chain", "tour", "tour", body, {}, frozenset({"succeeded"}))
     ended = failed("tour", "worker_lost")
@@ -183,7 +183,7 @@ def test_later_steps_of_chains_are_promised_too() -> None:
     assert set(expected([chain], [Stored("tour", 1.0, event)])) == {"tour", "tour-2"}
 
 
-def test_same_seed_sends_the_same() -> None:
+def test_equal_seed_sends_equal_requests() -> None:
     def drawn(seed: int) -> list[bytes]:
         workload = Workload(Subjects(), seed, seconds=60.0, costly=True)
         return [one.body for one in workload.sendings(100) if one.kind != "deadline short"]

@@ -1,7 +1,8 @@
-"""The object store fails in every known way, for longer than a lease lasts.
+"""The object store fails in every known way, for longer than a lease.
 
-Each time the worker keeps the finished output and the lease, says why it is not ready, and stores
-the output when the store is back: the model runs once, and there is one terminal event.
+In each test the worker keeps the output and the lease, and /readyz reports the reason. The worker
+uploads the output when the store is available again. The model runs once, and there is one
+terminal event.
 """
 
 import asyncio
@@ -25,10 +26,16 @@ from tests.integration.fault_proxy import (
     refuses,
     says,
 )
+from tests.support.observations import (
+    assert_all_ready,
+    assert_queue_empty,
+    readiness,
+    succeeded,
+    until_not_ready,
+)
 from tests.support.scene import ACK_WAIT, WITHIN, Scene
-from tests.support.seen import all_well, done, nothing_left, readiness, until_readiness
 
-LASTS = ACK_WAIT * 1.25  # seconds that a fault lasts: a lease that is not renewed is over by then
+LASTS = ACK_WAIT * 1.25  # seconds of a fault; a lease without renewals has expired by then
 UNAVAILABLE = 69  # the exit code for a service that cannot be used
 
 LARGE = {"width": 1_700, "height": 1_700}  # 8.7 MB: half of it is more than one piece in the store
@@ -61,7 +68,7 @@ async def proxy(scene: Scene) -> AsyncIterator[FaultProxy]:
 
 
 async def start(scene: Scene, proxy: FaultProxy, cause: str) -> Daemon:
-    """A worker with the proxy between it and its store."""
+    """Start a worker with the proxy between the worker and the store."""
     return await scene.start(cause, S3_ENDPOINT=proxy.endpoint)
 
 
@@ -71,10 +78,10 @@ def denied(scene: Scene) -> str:
 
 
 async def outlasts_the_lease(scene: Scene, worker: Daemon, request_id: str) -> None:
-    """Let the fault last, and see that it costs neither the lease nor the output."""
+    """Wait during the fault, and check that the worker keeps the lease and the output."""
     durable, stream = str(scene.task), scene.subjects.requests_stream(scene.task)
     other = await scene.sender.jetstream().pull_subscribe_bind(durable=durable, stream=stream)
-    with pytest.raises(BusTimeout):  # another worker asks for the request all that time
+    with pytest.raises(BusTimeout):  # another consumer pulls during the whole time
         await other.fetch(1, timeout=LASTS)
     await other.unsubscribe()
     status, conditions = await readiness(worker)
@@ -85,15 +92,15 @@ async def outlasts_the_lease(scene: Scene, worker: Daemon, request_id: str) -> N
 
 
 async def is_over(scene: Scene, worker: Daemon, request_id: str) -> None:
-    """See that the output is stored, that nothing came twice, and that the next request is done."""
-    first = await done(scene, request_id)
+    """Check that the output is stored once, and that the next request succeeds."""
+    first = await succeeded(scene, request_id)
     assert first["attempt"] == 1
     next_id = await scene.submit()
-    second = await done(scene, next_id)
+    second = await succeeded(scene, next_id)
     assert (second["worker"], second["attempt"]) == (first["worker"], 1)
-    await nothing_left(scene, request_id, next_id)
+    await assert_queue_empty(scene, request_id, next_id)
     assert scene.runs() == [request_id, next_id]
-    await all_well(scene, worker)
+    await assert_all_ready(scene, worker)
     log = worker.log.read_text()
     for secret in (scene.stack.store.secret_key, scene.stack.store.access_key, "X-Amz"):
         assert secret not in log
@@ -110,7 +117,7 @@ async def survives(
     worker = await start(scene, proxy, cause)
     proxy.otherwise = fault
     request_id = await scene.submit(**asked)
-    await until_readiness(scene, worker, store=reason)
+    await until_not_ready(scene, worker, store=reason)
     await outlasts_the_lease(scene, worker, request_id)
     assert await scene.keys() == set()
     proxy.heal()
@@ -118,31 +125,33 @@ async def survives(
 
 
 @pytest.mark.parametrize("name", FAILS)
-async def test_store_that_fails_delays_the_result_and_no_more(
+async def test_failing_store_only_delays_the_result(
     scene: Scene, proxy: FaultProxy, name: str
 ) -> None:
     await survives(scene, proxy, *FAILS[name])
 
 
-async def test_store_that_denies_access_for_a_while(scene: Scene, proxy: FaultProxy) -> None:
+async def test_temporary_access_denial_only_delays_the_result(
+    scene: Scene, proxy: FaultProxy
+) -> None:
     await survives(scene, proxy, DENIES, denied(scene))
 
 
-async def test_store_that_cuts_each_upload_in_the_middle(scene: Scene, proxy: FaultProxy) -> None:
+async def test_interrupted_uploads_only_delay_the_result(scene: Scene, proxy: FaultProxy) -> None:
     await survives(scene, proxy, cuts_halfway, "S3: the connection broke", "noise", **LARGE)
 
 
-async def test_store_that_refuses_connections(scene: Scene, proxy: FaultProxy) -> None:
+async def test_refused_connections_only_delay_the_result(scene: Scene, proxy: FaultProxy) -> None:
     worker = await start(scene, proxy, "impatient")
     proxy.refuse()
     request_id = await scene.submit()
-    await until_readiness(scene, worker, store="S3: no connection")
+    await until_not_ready(scene, worker, store="S3: no connection")
     await outlasts_the_lease(scene, worker, request_id)
     await proxy.listen()
     await is_over(scene, worker, request_id)
 
 
-async def test_store_that_is_killed_in_the_middle_of_an_upload(
+async def test_store_killed_during_an_upload_only_delays_the_result(
     scene: Scene, proxy: FaultProxy
 ) -> None:
     worker = await start(scene, proxy, "noise")
@@ -152,7 +161,7 @@ async def test_store_that_is_killed_in_the_middle_of_an_upload(
     await asyncio.wait_for(held.reached.wait(), timeout=WITHIN)
     store = scene.stack.store
     await asyncio.to_thread(store.kill)
-    await until_readiness(scene, worker, store="S3: the connection broke")
+    await until_not_ready(scene, worker, store="S3: the connection broke")
     await outlasts_the_lease(scene, worker, request_id)
     await asyncio.to_thread(store.start)
     await asyncio.to_thread(store.wait_ready)
@@ -160,10 +169,10 @@ async def test_store_that_is_killed_in_the_middle_of_an_upload(
 
 
 @pytest.mark.parametrize("fault", [FULL["507 XMinioStorageFull"][0], DENIES], ids=["full", "403"])
-async def test_a_look_at_the_store_does_not_hide_that_an_output_waits(
+async def test_readable_store_does_not_hide_a_waiting_upload(
     scene: Scene, proxy: FaultProxy, fault: Fault
 ) -> None:
-    """A store that takes no more still answers those who read."""
+    """A full store still answers read requests."""
     worker = await start(scene, proxy, "watchful")
     proxy.otherwise = fault
     request_id = await scene.submit()
@@ -179,20 +188,18 @@ async def test_a_look_at_the_store_does_not_hide_that_an_output_waits(
     await scene.until(tried_several_times, "tries of the output that waits")
     assert set(said) == {HTTPStatus.SERVICE_UNAVAILABLE}
     proxy.heal()
-    await done(scene, request_id)
-    await all_well(scene, worker)
+    await succeeded(scene, request_id)
+    await assert_all_ready(scene, worker)
 
 
 # -- a store without checksums --------------------------------------------------------------------
 
 
-async def test_outputs_go_to_a_store_that_knows_no_checksums(
-    scene: Scene, proxy: FaultProxy
-) -> None:
+async def test_store_without_checksums_gets_outputs(scene: Scene, proxy: FaultProxy) -> None:
     proxy.otherwise = for_checksums(refuses("501 Not Implemented", "NotImplemented"))
     worker = await start(scene, proxy, "impatient")
-    await done(scene, await scene.submit())
-    await all_well(scene, worker)
+    await succeeded(scene, await scene.submit())
+    await assert_all_ready(scene, worker)
     lines = [json.loads(line) for line in worker.log.read_text().splitlines()]
     (said,) = (line for line in lines if line["event"] == "store_without_checksums")
     assert said["code"] == "NotImplemented"
@@ -214,12 +221,12 @@ async def test_outputs_go_to_a_store_that_knows_no_checksums(
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-async def test_store_that_will_never_do_ends_the_start_with_one_line(
+async def test_unusable_store_ends_the_start_with_one_line(
     scene: Scene, settings: dict[str, str], reason: str
 ) -> None:
     await scene.submit()
     worker = scene.launch(**settings)
-    assert await scene.ended(worker) == UNAVAILABLE
+    assert await scene.exit_code(worker) == UNAVAILABLE
     log = worker.log.read_text()
     lines = [json.loads(line) for line in log.splitlines()]
     (said,) = (line for line in lines if line["level"] == "error")
@@ -233,18 +240,18 @@ async def test_store_that_will_never_do_ends_the_start_with_one_line(
     assert (durable.delivered.consumer_seq, durable.num_pending) == (0, 1)
 
 
-async def test_request_of_a_worker_that_has_lost_its_store_is_done_by_another_one(
+async def test_request_moves_to_another_worker_if_the_store_is_lost(
     scene: Scene, proxy: FaultProxy
 ) -> None:
-    """It counts as no attempt, and the worker takes no new request until its store answers."""
+    """The requeue is not an attempt, and the worker takes no request until the store answers."""
     lost = await start(scene, proxy, "without_store_patience")
     proxy.otherwise = refuses("503 Service Unavailable", "SlowDown")
     request_id = await scene.submit()
-    await scene.logged(lost, "store_unavailable")
+    await scene.until_logged(lost, "store_unavailable")
     other = await scene.start(CONSUMER_WORKER="other")
     event = await scene.event(request_id)
     assert (event["type"], event["worker"]) == ("generation.v1.succeeded", "other")
     second = await scene.submit()
     assert (await scene.event(second))["worker"] == "other"
     assert await scene.dead_letters() == []
-    await all_well(scene, other)
+    await assert_all_ready(scene, other)

@@ -1,6 +1,6 @@
-"""What the bus keeps is deleted, paused or full while daemons work: they go on by themselves.
+"""Streams and durables are deleted, paused or full while daemons work: the daemons recover.
 
-What a deleted stream held is lost with it; everything else keeps its promise.
+The messages of a deleted stream are lost. All other guarantees hold.
 """
 
 import asyncio
@@ -17,12 +17,17 @@ import pytest
 from nats.js.errors import APIError, NoStreamResponseError
 
 from consumer.devstack import Daemon
-from tests.support.outage import begun, let_go, measured, two_workers
+from tests.support.observations import (
+    assert_all_ready,
+    assert_queue_empty,
+    succeeded,
+    until_pulls_wait,
+)
+from tests.support.outage import check_duration, resume, run_start, two_workers
 from tests.support.scene import ACK_WAIT, ROOT, Scene
-from tests.support.seen import all_well, done, nothing_left, until_pulls_stand
 
 PAUSE = 2.0  # seconds
-MOST_WORDS = 5  # messages of a worker's that has nothing to do, in PAUSE; one that spins sends 20
+MOST_MESSAGES = 5  # of an idle worker in PAUSE; a busy loop would send 20
 QUEUE_FULL = 10077  # err_code: maximum messages, with discard=new
 WORKER = "watched"
 PATH = f"{ROOT}{os.pathsep}{ROOT / 'contracts'}"
@@ -33,141 +38,143 @@ what_goes = pytest.mark.parametrize(
 
 
 @what_goes
-async def test_deleted_while_idle(scene: Scene, what: str) -> None:
-    """Two workers make it again at the same time, as it was."""
+async def test_stream_deleted_while_workers_are_idle(scene: Scene, what: str) -> None:
+    """Two workers concurrently recreate the stream or durable with its configuration."""
     workers = await two_workers(scene, "none")
     first = await scene.submit()
-    await done(scene, first)
-    await until_pulls_stand(scene, len(workers))
+    await succeeded(scene, first)
+    await until_pulls_wait(scene, len(workers))
     before = await config(scene, what)
     await api(scene, f"{place(scene, what)[0]}.DELETE.{place(scene, what)[1]}")
     deleted = time.monotonic()
     second = await submit_once_there_is_a_stream(scene)
-    await done(scene, second)
-    await scene.emptied()
+    await succeeded(scene, second)
+    await scene.until_empty()
     await dead_letter(scene)
     assert await config(scene, what) == before
     assert len(await scene.events(second)) == 1
-    await all_well(scene, *workers)
+    await assert_all_ready(scene, *workers)
     assert scene.runs() == [first, second]
-    measured(f"{what} deleted: to next run", begun(scene, second) - deleted)
+    check_duration(f"{what} deleted: to next run", run_start(scene, second) - deleted)
 
 
 @what_goes
-async def test_deleted_while_a_job_runs(scene: Scene, what: str) -> None:
-    """The job ends as it would have; where it is delivered again, it is not run again."""
+async def test_stream_deleted_during_a_job(scene: Scene, what: str) -> None:
+    """The job succeeds. A redelivered request does not run again."""
     worker = await scene.start("held_in_run")
     first = await scene.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     before = await config(scene, what)
     await api(scene, f"{place(scene, what)[0]}.DELETE.{place(scene, what)[1]}")
-    await let_go(scene, "run")
+    await resume(scene, "run")
     ended = time.monotonic()
-    assert (await done(scene, first))["attempt"] == 1
+    assert (await succeeded(scene, first))["attempt"] == 1
     second = await submit_once_there_is_a_stream(scene)
-    await done(scene, second)
-    await scene.emptied()
+    await succeeded(scene, second)
+    await scene.until_empty()
     await dead_letter(scene)
     assert await config(scene, what) == before
     assert [len(await scene.events(one)) for one in (first, second)] == [1, 1]
     assert len(await scene.keys()) == 2
-    await all_well(scene, worker)
+    await assert_all_ready(scene, worker)
     assert scene.runs() == [first, second]
-    measured(f"{what} deleted in a run: its end to next run", begun(scene, second) - ended)
+    check_duration(
+        f"{what} deleted in a run: its end to next run", run_start(scene, second) - ended
+    )
 
 
-async def test_dead_letters_deleted_while_a_job_fails(scene: Scene) -> None:
+async def test_dead_letters_stream_deleted_during_a_failing_job(scene: Scene) -> None:
     await scene.apply(CONSUMER_MAX_ATTEMPTS="1")
     worker = await scene.start("held_then_raises")
     request_id = await scene.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     await scene.sender.jetstream().delete_stream(scene.subjects.dead_letters_stream)
-    await let_go(scene, "run")
+    await resume(scene, "run")
     event = await scene.event(request_id)
     assert event["failure"]["code"] == "model_error"
-    await scene.emptied()
+    await scene.until_empty()
     assert await letters(scene) == 1
     assert len(await scene.events(request_id)) == 1
-    await all_well(scene, worker)
+    await assert_all_ready(scene, worker)
     assert scene.runs() == [request_id]
 
 
 async def test_paused_durable_delivers_nothing_until_it_is_resumed(scene: Scene) -> None:
     worker = await scene.start("held_in_run", CONSUMER_WORKER=WORKER)
     first, second = await scene.submit(), await scene.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     await pause(scene, datetime.now(UTC) + timedelta(days=1))
-    await let_go(scene, "run")
-    await done(scene, first)
+    await resume(scene, "run")
+    await succeeded(scene, first)
 
     async def settled() -> bool:
-        return await scene.left() == 1
+        return await scene.pending() == 1
 
     await scene.until(settled, "settlement of the first")
-    before = await words(scene)
+    before = await messages_sent(scene)
     await asyncio.sleep(PAUSE)
     assert scene.runs() == [first]
-    assert await words(scene) - before <= MOST_WORDS
-    await all_well(scene, worker)
+    assert await messages_sent(scene) - before <= MOST_MESSAGES
+    await assert_all_ready(scene, worker)
     await pause(scene, None)
     resumed = time.monotonic()
-    assert (await done(scene, second))["attempt"] == 1
-    await nothing_left(scene, first, second)
-    await all_well(scene, worker)
+    assert (await succeeded(scene, second))["attempt"] == 1
+    await assert_queue_empty(scene, first, second)
+    await assert_all_ready(scene, worker)
     assert scene.runs() == [first, second]
-    measured("resumed to next run", begun(scene, second) - resumed)
+    check_duration("resumed to next run", run_start(scene, second) - resumed)
 
 
-async def test_pause_that_ends_by_itself_is_waited_for(scene: Scene) -> None:
+async def test_worker_waits_for_the_end_of_a_pause(scene: Scene) -> None:
     worker = await scene.start()
-    await until_pulls_stand(scene, 1)
+    await until_pulls_wait(scene, 1)
     ends, end = time.monotonic() + PAUSE, datetime.now(UTC) + timedelta(seconds=PAUSE)
     await pause(scene, end)
     request_id = await scene.submit()
-    await done(scene, request_id)
-    await nothing_left(scene, request_id)
-    await all_well(scene, worker)
+    await succeeded(scene, request_id)
+    await assert_queue_empty(scene, request_id)
+    await assert_all_ready(scene, worker)
     assert scene.runs() == [request_id]
-    assert begun(scene, request_id) > ends - 0.05, "the server's clock is the same one"
-    measured("end of a pause to next run", begun(scene, request_id) - ends)
+    assert run_start(scene, request_id) > ends - 0.05, "the server's clock is the same one"
+    check_duration("end of a pause to next run", run_start(scene, request_id) - ends)
 
 
-async def test_full_request_stream_refuses_and_takes_again(scene: Scene, tmp_path: Path) -> None:
+async def test_full_request_stream_refuses_and_accepts_again(scene: Scene, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     worker = await scene.start("held_in_run")
     full = {**await config(scene, "requests"), "max_msgs": 1}
     await api(scene, f"STREAM.UPDATE.{scene.subjects.requests_stream(scene.task)}", full)
     first = await scene.submit()
-    await scene.noted("run")  # what is being handled is in the stream until it is settled
+    await scene.until_noted("run")  # a request stays in the stream until it is settled
     with pytest.raises(APIError) as refused:
         await scene.submit()
     assert refused.value.err_code == QUEUE_FULL
     code, said = await command(scene, pictures, "refused")
     assert (code, said) == (69, "consumer: the queue is full: try again later\n")
-    await let_go(scene, "run")
-    await done(scene, first)
-    await scene.emptied()
+    await resume(scene, "run")
+    await succeeded(scene, first)
+    await scene.until_empty()
 
     second = await scene.submit()
-    await done(scene, second)
-    await scene.emptied()
+    await succeeded(scene, second)
+    await scene.until_empty()
     code, said = await command(scene, pictures, "taken")
     assert code == 0, said
     assert files(pictures) == ["taken.png"]
-    await nothing_left(scene, first, second, "taken")
-    await all_well(scene, worker)
+    await assert_queue_empty(scene, first, second, "taken")
+    await assert_all_ready(scene, worker)
     assert scene.runs() == [first, second, "taken"]
 
 
-async def test_full_result_stream_is_waited_for_and_readiness_says_so(scene: Scene) -> None:
+async def test_full_results_stream_delays_the_result_and_readiness_reports_it(scene: Scene) -> None:
     worker = await scene.start("held_in_run")
     before = await config(scene, "results")
     name = place(scene, "results")[1]
     request_id = await scene.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     await api(scene, f"STREAM.UPDATE.{name}", {**before, "max_bytes": 100})
-    await let_go(scene, "run")
+    await resume(scene, "run")
 
     async def said() -> bool:
         return "maximum bytes exceeded" in (await readiness(worker)).get("streams", "")
@@ -175,19 +182,19 @@ async def test_full_result_stream_is_waited_for_and_readiness_says_so(scene: Sce
     await scene.until(said, "readiness that names the stream")
     assert await scene.events(request_id) == []
     await asyncio.sleep(2 * ACK_WAIT)
-    assert scene.runs() == [request_id], "its lease is renewed meanwhile"
+    assert scene.runs() == [request_id], "the worker renews the lease meanwhile"
     await api(scene, f"STREAM.UPDATE.{name}", before)
-    assert (await done(scene, request_id))["attempt"] == 1
+    assert (await succeeded(scene, request_id))["attempt"] == 1
     assert (await readiness(worker))["streams"] == "ok"
-    await nothing_left(scene, request_id)
-    await all_well(scene, worker)
+    await assert_queue_empty(scene, request_id)
+    await assert_all_ready(scene, worker)
 
 
-# -- what the tests do to the bus -----------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------
 
 
 def place(scene: Scene, what: str) -> tuple[str, str]:
-    """The JetStream API's word for it, and its name there."""
+    """Return the JetStream API type and the name of a stream or durable."""
     subjects = scene.subjects
     if what == "durable":
         return "CONSUMER", f"{subjects.requests_stream(scene.task)}.{scene.task}"
@@ -201,7 +208,7 @@ def place(scene: Scene, what: str) -> tuple[str, str]:
 
 
 async def api(scene: Scene, subject: str, body: object = None) -> dict[str, Any]:
-    """Call the JetStream API as it is; it must not refuse."""
+    """Call the JetStream API, and check that it returns no error."""
     payload = b"" if body is None else json.dumps(body).encode()
     answer = await scene.sender.request(f"$JS.API.{subject}", payload, timeout=5)
     value: dict[str, Any] = json.loads(answer.data)
@@ -210,7 +217,7 @@ async def api(scene: Scene, subject: str, body: object = None) -> dict[str, Any]
 
 
 async def config(scene: Scene, what: str) -> dict[str, Any]:
-    """The configuration as the server has it."""
+    """Return the configuration on the server."""
     kind, name = place(scene, what)
     found: dict[str, Any] = (await api(scene, f"{kind}.INFO.{name}"))["config"]
     return found
@@ -225,7 +232,7 @@ async def pause(scene: Scene, until: datetime | None) -> None:
 
 
 async def submit_once_there_is_a_stream(scene: Scene) -> str:
-    """Publish a request, again and again until it is stored."""
+    """Publish a request repeatedly until it is stored."""
     taken: list[str] = []
 
     async def stored() -> bool:
@@ -240,20 +247,20 @@ async def submit_once_there_is_a_stream(scene: Scene) -> str:
 
 
 async def letters(scene: Scene) -> int:
-    """How many dead letters are stored."""
+    """Return the number of stored dead letters."""
     info = await scene.sender.jetstream().stream_info(scene.subjects.dead_letters_stream)
     return int(info.state.messages)
 
 
 async def dead_letter(scene: Scene) -> None:
-    """See that what is no request becomes a dead letter, and that the queue is empty then."""
+    """Send an invalid request, and check that it is dead-lettered and the queue is empty."""
     await scene.publish(b"no request")
-    await scene.emptied()
+    await scene.until_empty()
     assert await letters(scene) == 1
 
 
 async def readiness(worker: Daemon) -> dict[str, str]:
-    """The conditions of /readyz."""
+    """Return the conditions of /readyz."""
     async with (
         aiohttp.ClientSession() as session,
         session.get(f"{worker.probes_url}/readyz") as response,
@@ -262,8 +269,8 @@ async def readiness(worker: Daemon) -> dict[str, str]:
         return conditions
 
 
-async def words(scene: Scene) -> int:
-    """How many messages the worker has sent over its connection."""
+async def messages_sent(scene: Scene) -> int:
+    """Return the number of messages that the worker has sent over its connection."""
     async with (
         aiohttp.ClientSession() as session,
         session.get(f"{scene.stack.nats.monitoring_url}/connz") as response,
@@ -278,12 +285,12 @@ async def words(scene: Scene) -> int:
 
 
 def files(folder: Path) -> list[str]:
-    """The names of what a command has saved."""
+    """Return the names of the files that a command has saved."""
     return [file.name for file in folder.iterdir()]
 
 
 async def command(scene: Scene, folder: Path, request_id: str) -> tuple[int, str]:
-    """Run `consumer request`; its exit code and what it says on standard error."""
+    """Run `consumer request`, and return its exit code and its standard error."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "consumer", "request", "text-to-image", "a"),
         *("--id", request_id, "--output", str(folder)),

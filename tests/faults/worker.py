@@ -1,7 +1,7 @@
 """A daemon with a fault: `python -m tests.faults.worker CAUSE`.
 
-It is `consumer run` in everything but the model, which the file `causes/CAUSE.py` makes. A cause
-may also break another part of its process, when it is imported: so no test imports one.
+The process is `consumer run` with the model of the file `causes/CAUSE.py`. A cause may patch other
+parts of its process at import, so no test imports a cause.
 """
 
 import importlib

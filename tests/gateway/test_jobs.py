@@ -31,7 +31,7 @@ from generation_contracts import (
 from tests.gateway.images import PIXEL
 from tests.gateway.open_jobs import ALICE, BOB, OpenJobs, open_jobs, opened
 from tests.gateway.test_pace import succeeded as measured
-from tests.support.outage import let_go, outage
+from tests.support.outage import outage, resume
 from tests.support.scene import WITHIN, Scene
 
 __all__ = ["opened"]
@@ -258,7 +258,7 @@ async def test_a_copy_with_another_message_id_does_not_run(scene: Scene, opened:
         await scene.start()
         results = await asyncio.gather(opened.jobs.result(one), second.jobs.result(other))
     assert results[0] == results[1]
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [one.id]
 
 
@@ -289,8 +289,8 @@ async def test_concurrent_requests_with_one_key_and_different_content_run_one(
             second.submit(key="k", prompt="b"),
             return_exceptions=True,
         )
-        await scene.noted("run")
-        await let_go(scene, "run")
+        await scene.until_noted("run")
+        await resume(scene, "run")
         outcomes = [
             job
             if isinstance(job, BaseException)
@@ -300,7 +300,7 @@ async def test_concurrent_requests_with_one_key_and_different_content_run_one(
     assert sorted(type(outcome).__name__ for outcome in outcomes) == ["ApiError", "SucceededEvent"]
     (error,) = (outcome for outcome in outcomes if isinstance(outcome, ApiError))
     assert error.code == "idempotency_key_reused"
-    await scene.emptied()
+    await scene.until_empty()
     assert len(scene.runs()) == 1
 
 
@@ -320,11 +320,11 @@ async def test_a_job_continues_after_its_gateway_stops(scene: Scene) -> None:
     await scene.start("held_in_run")
     async with open_jobs(scene) as first:
         job = await first.submit(key="k", wait=True)
-        await scene.noted("run")
+        await scene.until_noted("run")
     async with open_jobs(scene) as second:
         again = await second.submit(key="k", wait=True)
         waiting = asyncio.ensure_future(second.jobs.result(again))
-        await let_go(scene, "run")
+        await resume(scene, "run")
         result = await waiting
     assert result.request_id == job.id == again.id
     assert scene.runs() == [job.id]
@@ -380,9 +380,9 @@ async def test_two_hundred_readers_of_one_job_get_one_terminal_event(
 ) -> None:
     await scene.start("held_in_run")
     job = await opened.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     waiting = [asyncio.ensure_future(events_of(opened, job)) for _ in range(200)]
-    await let_go(scene, "run")
+    await resume(scene, "run")
     found = await asyncio.gather(*waiting)
     ends = [[entry.id for entry in entries] for entries in found]
     assert all(sum(i.is_terminal for i in one) == 1 and one[-1].is_terminal for one in ends)
@@ -422,9 +422,9 @@ async def test_waiting_requests_survive_a_restart_of_the_broker(
     worker = await scene.start("held_in_run")
     jobs = [await opened.submit() for _ in range(20)]
     waiting = [asyncio.ensure_future(opened.jobs.result(job)) for job in jobs]
-    await scene.noted("run")
+    await scene.until_noted("run")
     async with outage(scene, how, worker):
-        await let_go(scene, "run")
+        await resume(scene, "run")
     results = await asyncio.wait_for(asyncio.gather(*waiting), WITHIN)
     assert [result.request_id for result in results] == [job.id for job in jobs]
 
@@ -508,7 +508,7 @@ async def test_an_outage_counts_from_its_first_failed_lookup(
 async def test_a_waiting_job_can_be_cancelled(scene: Scene, opened: OpenJobs) -> None:
     await scene.start("held_in_run")
     first = await opened.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     second = await opened.submit()
     waiting = asyncio.ensure_future(opened.jobs.result(second))
     view = await opened.jobs.cancel(ALICE, second.id)
@@ -517,7 +517,7 @@ async def test_a_waiting_job_can_be_cancelled(scene: Scene, opened: OpenJobs) ->
         await waiting
     assert refused(error) == (409, "cancelled")
     assert (await opened.jobs.cancel(ALICE, second.id)).state == "cancelled"
-    await let_go(scene, "run")
+    await resume(scene, "run")
     await opened.jobs.result(first)
     with pytest.raises(ApiError) as error:
         await opened.jobs.cancel(ALICE, first.id)
@@ -528,7 +528,7 @@ async def test_a_waiting_job_can_be_cancelled(scene: Scene, opened: OpenJobs) ->
 async def test_a_running_job_can_be_cancelled(scene: Scene, opened: OpenJobs) -> None:
     await scene.start()
     job = await opened.submit(num_inference_steps=200)
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     view = await opened.jobs.cancel(ALICE, job.id)
     assert view.state in {"running", "cancelled"}
     assert (await events_of(opened, job))[-1].event.type == "generation.v1.cancelled"
@@ -554,7 +554,7 @@ async def test_an_abandoned_job_is_cancelled(scene: Scene, opened: OpenJobs) -> 
             await opened.jobs.abandon(job)
 
     serving = asyncio.ensure_future(request())
-    await scene.noted("runs")
+    await scene.until_noted("runs")
     serving.cancel()
     await asyncio.wait({serving})
     await until_state(scene, opened, job, "cancelled")
@@ -636,7 +636,7 @@ async def test_a_tenant_cannot_access_jobs_of_another_tenant(
 ) -> None:
     await scene.start("held_in_run")
     running = await opened.submit(ALICE)
-    await scene.noted("run")
+    await scene.until_noted("run")
     waiting = await opened.submit(ALICE)
     for job in (running, waiting):
         for operation in (opened.jobs.find(BOB, job.id), opened.jobs.cancel(BOB, job.id)):
@@ -649,7 +649,7 @@ async def test_a_tenant_cannot_access_jobs_of_another_tenant(
     assert all((n.waiting, n.running) == (0, 0) for n in numbers.values())
     of_alice = (await opened.jobs.numbers(ALICE))[scene.task]
     assert (of_alice.waiting, of_alice.running) == (1, 1)
-    await let_go(scene, "run")
+    await resume(scene, "run")
     await opened.jobs.result(waiting)
     assert (await opened.jobs.page(BOB)).jobs == []
     with pytest.raises(ApiError):
@@ -699,13 +699,13 @@ async def test_waiting_jobs_have_positions_and_estimated_starts(
 ) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     first, *others = [await opened.submit() for _ in range(4)]
-    await scene.noted("run")
+    await scene.until_noted("run")
     views = [await view_of(opened, job) for job in others]
     assert [view.state for view in views] == ["queued"] * 3
     assert [view.position for view in views] == [0, 1, 2]
     assert [view.estimated_start for view in views] == [None] * 3, "there is no measured run yet"
     assert (await view_of(opened, first)).state == "running"
-    await let_go(scene, "run")
+    await resume(scene, "run")
     await opened.jobs.result(others[-1])
     pace = opened.jobs._pace.seconds(scene.task)
     assert pace is not None
@@ -719,7 +719,7 @@ async def test_positions_include_prefetched_requests(scene: Scene, opened: OpenJ
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="3")
     opened.jobs._pace.add(measured(10.0))
     running = await opened.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     await until_state(scene, opened, running, "running")
     others = [await opened.submit() for _ in range(4)]
 
@@ -744,7 +744,7 @@ async def test_positions_include_prefetched_requests(scene: Scene, opened: OpenJ
     of_alice = (await opened.jobs.numbers(ALICE))[scene.task]
     assert (of_alice.waiting, of_alice.running) == (4, 1)
     await prefetched.nak()
-    await let_go(scene, "run")
+    await resume(scene, "run")
     await asyncio.gather(*(opened.jobs.result(job) for job in others))
 
 
@@ -753,7 +753,7 @@ async def test_positions_include_runs_of_senders_without_a_gateway(
 ) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     await scene.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
 
     async def runs() -> bool:
         return opened.jobs._runs.count(scene.task) == 1
@@ -761,7 +761,7 @@ async def test_positions_include_runs_of_senders_without_a_gateway(
     await scene.until(runs, "a run")
     job = await opened.submit()
     assert (await view_of(opened, job)).position == 0
-    await let_go(scene, "run")
+    await resume(scene, "run")
     await opened.jobs.result(job)
 
 

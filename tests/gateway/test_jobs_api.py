@@ -20,7 +20,7 @@ from tests.gateway.images import PIXEL
 from tests.gateway.open_jobs import settings_of
 from tests.gateway.serving import serving
 from tests.support.forked import ForkedGateway
-from tests.support.outage import let_go, outage
+from tests.support.outage import outage, resume
 from tests.support.scene import WITHIN, Scene
 
 Json = dict[str, Any]
@@ -291,7 +291,7 @@ async def test_requests_with_one_idempotency_key_return_one_job(scene: Scene, ap
 async def test_the_queue_position_is_streamed(scene: Scene, api: Api) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     first = await api.alice.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     second, third = [await api.alice.submit() for _ in range(2)]
     messages = api.alice.messages(third)
     message = await anext(messages)
@@ -306,7 +306,7 @@ async def test_the_queue_position_is_streamed(scene: Scene, api: Api) -> None:
     assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
     message = await anext(messages)
     assert (message.event, message.data["position"]) == ("queued", 0)
-    await let_go(scene, "run")
+    await resume(scene, "run")
     events = [message.event async for message in messages]
     assert events[0] in {"started", "queued"}
     assert events[-1] == "succeeded"
@@ -316,7 +316,7 @@ async def test_the_queue_position_is_streamed(scene: Scene, api: Api) -> None:
 async def test_the_start_is_estimated_after_the_first_result(scene: Scene, api: Api) -> None:
     worker = await scene.start("slow_steps")
     await api.alice.end(await api.alice.submit(num_inference_steps=1))
-    await scene.emptied()
+    await scene.until_empty()
     await asyncio.to_thread(worker.kill)
     jobs = [await api.alice.submit() for _ in range(3)]
     now = datetime.now(UTC)
@@ -364,12 +364,12 @@ async def test_a_waiting_client_finds_its_job_by_key_after_its_gateway_is_killed
     options: Json = {"json": {"prompt": "a"}, "headers": {"idempotency-key": "k"}}
     path = "/v1/images/generations"
     waiting = asyncio.ensure_future(api.alice.send("POST", path, at=2, **options))
-    await scene.noted("run")
+    await scene.until_noted("run")
     await asyncio.to_thread(killable.kill)
     with pytest.raises(httpx2.RemoteProtocolError):
         await waiting
     again = asyncio.ensure_future(api.alice.send("POST", path, at=1, **options))
-    await let_go(scene, "run")
+    await resume(scene, "run")
     answer = await again
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["data"]) == 1
@@ -393,11 +393,11 @@ async def test_a_stream_resumed_after_the_terminal_event_is_empty(scene: Scene, 
 async def test_a_stream_survives_a_restart_of_the_broker(scene: Scene, api: Api) -> None:
     worker = await scene.start("held_in_run")
     job = await api.alice.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     watching = asyncio.ensure_future(_all(api.alice.messages(job)))
     await asyncio.sleep(0.1)
     async with outage(scene, "kill", worker):
-        await let_go(scene, "run")
+        await resume(scene, "run")
     messages = await asyncio.wait_for(watching, WITHIN)
     assert messages[-1].event == "succeeded"
     assert [m.event for m in messages].count("succeeded") == 1
@@ -424,7 +424,7 @@ async def test_jobs_can_be_cancelled(scene: Scene, api: Api) -> None:
 async def test_jobs_are_listed_in_pages_with_filters(scene: Scene, api: Api) -> None:
     await scene.start("held_in_run")
     jobs = [await api.alice.submit() for _ in range(3)]
-    await scene.noted("run")
+    await scene.until_noted("run")
     await api.bob.submit()
     listed = (await api.alice.send("GET", "/v1/jobs")).json()
     assert listed["object"] == "list"
@@ -434,7 +434,7 @@ async def test_jobs_are_listed_in_pages_with_filters(scene: Scene, api: Api) -> 
     second = (await api.alice.send("GET", f"/v1/jobs?limit=2&after={first['next']}")).json()
     assert [job["id"] for job in second["data"]] == [jobs[0]["id"]]
     assert (second["has_more"], second["next"]) == (False, None)
-    await let_go(scene, "run")
+    await resume(scene, "run")
     for job in jobs:
         await api.alice.end(job)
     ended = (await api.alice.send("GET", "/v1/jobs?state=succeeded&state=failed")).json()
@@ -452,7 +452,7 @@ async def test_jobs_are_listed_in_pages_with_filters(scene: Scene, api: Api) -> 
 async def test_the_queue_shows_the_requests_of_the_tenant(scene: Scene, api: Api) -> None:
     await scene.start("held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     await api.alice.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     await api.alice.submit()
     queue = (await api.alice.send("GET", "/v1/queue")).json()
     assert queue == {

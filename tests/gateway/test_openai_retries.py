@@ -20,7 +20,7 @@ from consumer.gateway.keys import KeyFile
 from consumer.gateway.tenants import Bounds
 from tests.gateway.open_jobs import settings_of
 from tests.gateway.serving import serving
-from tests.support.outage import let_go, outage
+from tests.support.outage import outage, resume
 from tests.support.scene import Scene
 
 PROMPT = "a red circle"
@@ -82,16 +82,16 @@ async def test_a_queued_request_is_not_retried_in_an_outage(
     worker = await scene.start("held_in_run")
     async with openai_for(scene, responses) as openai:
         request = asyncio.ensure_future(openai.images.generate(prompt=PROMPT, stream=stream))
-        await scene.noted("run")
+        await scene.until_noted("run")
         async with outage(scene, "kill", worker):
             await responses.error()
-        await let_go(scene, "run")
+        await resume(scene, "run")
         with pytest.raises(InternalServerError) as raised:
             await request
         headers = raised.value.response.headers
         assert (raised.value.code, headers["x-should-retry"]) == ("unavailable", "false")
         assert "retry-after" not in headers
-        await scene.emptied()
+        await scene.until_empty()
         assert scene.runs() == [headers["x-request-id"]]
 
 
@@ -149,7 +149,7 @@ async def test_a_queued_job_with_a_failed_lookup_is_not_retried(
             answer = await http.post(url + path, json=fields, headers=headers)
             assert (answer.status_code, answer.headers["x-should-retry"]) == (503, retry)
             assert answer.headers["x-request-id"].startswith("open0000-")
-    assert await scene.left() == 2
+    assert await scene.pending() == 2
 
 
 async def test_a_model_error_is_not_retried(scene: Scene, responses: Responses) -> None:

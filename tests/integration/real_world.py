@@ -376,7 +376,7 @@ class RealWorld:
             self.executor = self._start()
         return code
 
-    async def left(self) -> int:
+    async def pending(self) -> int:
         requests = await self._sender.count(self._subjects.requests_stream(self._task))
         return requests + await self._sender.count(self._subjects.retries_stream)
 
@@ -389,7 +389,7 @@ class RealWorld:
         messages = await self._sender.received("replies")
         return [(message.subject, decode_result(message.data)) for message in messages]
 
-    async def news(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
+    async def transient_events(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
         events = [decode_event(message.data) for message in await self._sender.received("news")]
         return [
             event
@@ -414,7 +414,7 @@ class RealWorld:
             self._sender.keys, self._settings.s3_bucket, f"{self._subjects.root}/"
         )
 
-    async def store_is_missed(self) -> None:
+    async def until_store_call_fails(self) -> None:
         await self._artifacts.misses.more(2)
 
 

@@ -36,8 +36,8 @@ from consumer.runners.text_to_image.memory_guard import min_decode_bytes
 from consumer.runners.text_to_image.safety import load_checker
 from generation_contracts import ArtifactReference, ImageToTextRequest, Request, Task
 from tests.support.family_table import FAMILIES
-from tests.support.image_runs import asked, made_of, model, pipeline, pixels
-from tests.support.model_runs import run_of
+from tests.support.image_runs import model, pipeline, pixels, run_checked, small_request
+from tests.support.model_runs import run_request
 from tests.support.tiny_adapters import save_adapter
 from tests.support.tiny_models import Folder, Load
 
@@ -73,7 +73,7 @@ class Member:
     steps: list[tuple[int, int]] = field(default_factory=list)
 
     def run(self) -> RunRequest:
-        return run_of(
+        return run_request(
             self.request,
             self.images,
             on_step=lambda *step: self.steps.append(step),
@@ -119,7 +119,7 @@ def assert_same_as_alone(runner: ModelRunner, *members: Member) -> list[RunnerOu
         The outputs of the runs alone.
     """
     outputs = require_all(run_batch(runner, *members))
-    alone = [made_of(runner, one.request) for one in members]
+    alone = [run_checked(runner, one.request) for one in members]
     for output, single in zip(outputs, alone, strict=True):
         assert_equal_but_for_rounding(output, single)
     return alone
@@ -130,7 +130,7 @@ def test_a_batch_gives_each_request_its_images(
     name: str, options: dict[str, Any], shared_runner: Shared
 ) -> None:
     members = [
-        Member(asked(prompt=prompt, seed=seed))
+        Member(small_request(prompt=prompt, seed=seed))
         for prompt, seed in (("a cat", 7), (LONG, 90), ("sea", 7))
     ]
     alone = assert_same_as_alone(shared_runner(name, **options), *members)
@@ -150,7 +150,7 @@ def test_a_batch_keeps_prompts_and_warnings_with_their_requests(
         negative = ["dark", "ugly, blurred, with many more words than the others have", TOO_LONG]
         fields = [{"guidance_scale": 4.0, "negative_prompt": text} for text in negative]
     members = [
-        Member(asked(prompt=prompt, seed=seed, num_images=2, **more))
+        Member(small_request(prompt=prompt, seed=seed, num_images=2, **more))
         for prompt, seed, more in zip(
             ("a cat", TOO_LONG, "the sea"), (7, 2**32 - 1, 9), fields, strict=True
         )
@@ -164,10 +164,10 @@ def test_prompts_with_quotes_share_a_batch_only_with_prompts_with_quotes(
 ) -> None:
     # In HunyuanImage, quotes in one prompt change the guidance of all images of a call.
     runner = shared_runner("hunyuan_image")
-    quoted, plain = asked(prompt='a sign: "open"'), asked(prompt="a sign")
-    negated = asked(prompt="a sign", negative_prompt='"shut"')
+    quoted, plain = small_request(prompt='a sign: "open"'), small_request(prompt="a sign")
+    negated = small_request(prompt="a sign", negative_prompt='"shut"')
     assert len({runner.batch_key(r) for r in (quoted, plain, negated)}) == 3
-    members = [Member(quoted), Member(asked(prompt="'a' and “b”: " + TOO_LONG, seed=9))]
+    members = [Member(quoted), Member(small_request(prompt="'a' and “b”: " + TOO_LONG, seed=9))]
     assert_same_as_alone(runner, *members)
 
 
@@ -176,7 +176,7 @@ def test_the_demonstration_model_generates_the_same_images_in_batches() -> None:
     runner.load()
     prompts = ["a red circle", "a large blue heart on a yellow background", "a star", "a cross"]
     members = [
-        Member(asked(prompt=prompt, seed=seed, num_inference_steps=None))
+        Member(small_request(prompt=prompt, seed=seed, num_inference_steps=None))
         for seed, prompt in enumerate(prompts)
     ]
     assert_same_as_alone(runner, *members)
@@ -189,7 +189,7 @@ def test_each_request_gets_its_own_flags_and_warnings(
     runner = shared_runner("hunyuan_dit")
     flags = [False, False, True, False]
     monkeypatch.setattr(pipeline(runner), "run_safety_checker", lambda image, *_: (image, flags))
-    members = [Member(asked(num_images=2)), Member(asked(num_images=2, seed=9))]
+    members = [Member(small_request(num_images=2)), Member(small_request(num_images=2, seed=9))]
     first, second = require_all(run_batch(runner, *members))
     assert [image.flagged for image in (*first.images, *second.images)] == flags
     assert first.warnings == ()
@@ -202,7 +202,7 @@ def test_the_safety_checker_is_called_for_each_request(
     runner = shared_runner("stable_diffusion_3")
     checker = load_checker("tests.support.checkers:flags_the_second")
     monkeypatch.setattr(runner._model, "_checker", checker)
-    members = [Member(asked(num_images=2)), Member(asked(num_images=2, seed=9))]
+    members = [Member(small_request(num_images=2)), Member(small_request(num_images=2, seed=9))]
     for output in require_all(run_batch(runner, *members)):
         assert [image.flagged for image in output.images] == [False, True]
 
@@ -213,9 +213,11 @@ def test_adapters_are_active_for_the_whole_batch_and_not_afterwards(
     plain = shared_runner("stable_diffusion_3")
     file = save_adapter(pipeline(plain), tmp_path)
     runner = load(model_folder("stable_diffusion_3"), adapters={"ink": str(file)})
-    members = [Member(asked(prompt=p, adapters={"ink": 0.5})) for p in ("a cat", "a dog")]
+    members = [Member(small_request(prompt=p, adapters={"ink": 0.5})) for p in ("a cat", "a dog")]
     assert_same_as_alone(runner, *members)
-    assert pixels(made_of(runner, asked())) == pixels(made_of(plain, asked()))
+    assert pixels(run_checked(runner, small_request())) == pixels(
+        run_checked(plain, small_request())
+    )
 
 
 # -- images: batch keys ---------------------------------------------------------------------------
@@ -240,28 +242,30 @@ def test_requests_with_the_same_common_arguments_share_a_batch(
     fields: dict[str, Any], same_batch: bool, shared_runner: Shared
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
-    assert (runner.batch_key(asked(**fields)) == runner.batch_key(asked())) is same_batch
+    assert (
+        runner.batch_key(small_request(**fields)) == runner.batch_key(small_request())
+    ) is same_batch
 
 
 def test_the_scale_of_a_guider_is_part_of_the_batch_key(shared_runner: Shared) -> None:
     # The scale of a guider is not an argument of the call.
     runner = shared_runner("hunyuan_image")
-    assert runner.batch_key(asked()) == runner.batch_key(asked(guidance_scale=3.5))
-    assert runner.batch_key(asked()) != runner.batch_key(asked(guidance_scale=4.0))
+    assert runner.batch_key(small_request()) == runner.batch_key(small_request(guidance_scale=3.5))
+    assert runner.batch_key(small_request()) != runner.batch_key(small_request(guidance_scale=4.0))
 
 
 def test_the_order_of_adapters_does_not_change_the_batch_key(shared_runner: Shared) -> None:
     runner = shared_runner("stable_diffusion_3")
     keys = {
-        runner.batch_key(asked(adapters=adapters))
+        runner.batch_key(small_request(adapters=adapters))
         for adapters in ({"a": 1, "b": 0.5}, {"b": 0.5, "a": 1.0}, {"b": 0.5, "a": 1, "c": 0})
     }
     assert len(keys) == 1
-    assert runner.batch_key(asked(adapters={"a": 1, "b": 0.4})) not in keys
+    assert runner.batch_key(small_request(adapters={"a": 1, "b": 0.4})) not in keys
 
 
 def test_a_request_with_previews_runs_alone(shared_runner: Shared) -> None:
-    assert shared_runner("stable_diffusion_3").batch_key(asked(preview=True)) is None
+    assert shared_runner("stable_diffusion_3").batch_key(small_request(preview=True)) is None
 
 
 def test_a_family_that_was_not_measured_runs_alone(
@@ -276,8 +280,8 @@ def test_a_family_that_was_not_measured_runs_alone(
     (other / "model_index.json").unlink()
     index["_class_name"] = "PixArtAlphaPipeline"
     (other / "model_index.json").write_text(json.dumps(index))
-    assert load(other).batch_key(asked()) is None
-    assert shared_runner("pixart").batch_key(asked()) is not None
+    assert load(other).batch_key(small_request()) is None
+    assert shared_runner("pixart").batch_key(small_request()) is not None
 
 
 def test_these_tests_cover_every_family_with_batches(shared_runner: Shared) -> None:
@@ -302,12 +306,12 @@ def test_options_that_make_images_depend_on_the_batch_disable_batches(
 ) -> None:
     runner = shared_runner(name)
     keys = image_batch.BatchKeys(pipeline(runner), model(runner)._parameters, ModelConfig(**config))
-    assert (keys.key(asked()) is None) is alone
+    assert (keys.key(small_request()) is None) is alone
 
 
 def test_a_step_cache_disables_batches(model_folder: Folder, load: Load) -> None:
     runner = load(model_folder("flux", blocks=2), step_cache=0.1)
-    assert runner.batch_key(asked()) is None
+    assert runner.batch_key(small_request()) is None
 
 
 # -- images: cancellation and errors --------------------------------------------------------------
@@ -318,8 +322,10 @@ def test_a_cancelled_request_leaves_the_batch_and_the_others_continue(
     name: str, shared_runner: Shared
 ) -> None:
     runner = shared_runner(name)
-    expected = require_all(run_batch(runner, *(Member(asked(seed=seed)) for seed in (1, 2, 3))))
-    members = [Member(asked(seed=seed)) for seed in (1, 2, 3)]
+    expected = require_all(
+        run_batch(runner, *(Member(small_request(seed=seed)) for seed in (1, 2, 3)))
+    )
+    members = [Member(small_request(seed=seed)) for seed in (1, 2, 3)]
     members[1].cancelled_at = 2
     first, second, third = run_batch(runner, *members)
     assert second is None
@@ -336,12 +342,15 @@ def test_a_cancelled_request_leaves_the_batch_and_the_others_continue(
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "pixart"])
 def test_a_run_stops_when_all_its_requests_are_cancelled(name: str, shared_runner: Shared) -> None:
     runner = shared_runner(name)
-    expected = pixels(made_of(runner, asked()))
-    members = [Member(asked(seed=1), cancelled_at=2), Member(asked(seed=2), cancelled_at=1)]
+    expected = pixels(run_checked(runner, small_request()))
+    members = [
+        Member(small_request(seed=1), cancelled_at=2),
+        Member(small_request(seed=2), cancelled_at=1),
+    ]
     with pytest.raises(Interrupted):
         run_batch(runner, *members)
     assert [len(one.steps) for one in members] == [2, 1]
-    assert pixels(made_of(runner, asked())) == expected
+    assert pixels(run_checked(runner, small_request())) == expected
 
 
 def test_requests_that_are_cancelled_before_the_run_are_not_generated(
@@ -352,7 +361,7 @@ def test_requests_that_are_cancelled_before_the_run_are_not_generated(
     hook = pipeline(runner).vae.decoder.register_forward_pre_hook(
         lambda _, inputs: decoded.append(len(inputs[0]))
     )
-    members = [Member(asked(seed=seed)) for seed in (1, 2, 3)]
+    members = [Member(small_request(seed=seed)) for seed in (1, 2, 3)]
     members[0].cancelled_at = members[2].cancelled_at = 0
     outputs = run_batch(runner, *members)
     with pytest.raises(Interrupted):
@@ -361,7 +370,7 @@ def test_requests_that_are_cancelled_before_the_run_are_not_generated(
     assert decoded == [1]
     assert outputs[0] is outputs[2] is None
     assert outputs[1] is not None
-    assert pixels(outputs[1]) == pixels(made_of(runner, asked(seed=2)))
+    assert pixels(outputs[1]) == pixels(run_checked(runner, small_request(seed=2)))
     assert (members[0].steps, members[2].steps) == ([], [])
 
 
@@ -371,7 +380,7 @@ def test_a_batch_that_cannot_be_decoded_does_not_start(
     runner = shared_runner("stable_diffusion_3")
     least = min_decode_bytes(pipeline(runner), images=4, width=64, height=64)
     assert least is not None
-    members = [Member(asked(num_images=2)), Member(asked(num_images=2, seed=9))]
+    members = [Member(small_request(num_images=2)), Member(small_request(num_images=2, seed=9))]
     monkeypatch.setattr(runner._model, "_free_bytes", lambda _: least - 1)
     with pytest.raises(OutOfMemory) as full:
         run_batch(runner, *members)
@@ -385,7 +394,7 @@ def test_a_failed_batch_frees_its_tensors_and_does_not_change_the_model(
     shared_runner: Shared,
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
-    before = pixels(made_of(runner, asked()))
+    before = pixels(run_checked(runner, small_request()))
     seen: list[weakref.ref[torch.Tensor]] = []
 
     def fail(_: Any, latents: tuple[torch.Tensor, ...]) -> None:
@@ -396,13 +405,13 @@ def test_a_failed_batch_frees_its_tensors_and_does_not_change_the_model(
     gc.disable()
     try:
         with pytest.raises(OutOfMemory) as failed:
-            run_batch(runner, Member(asked()), Member(asked(seed=9)))
+            run_batch(runner, Member(small_request()), Member(small_request(seed=9)))
         assert seen[0]() is None
     finally:
         gc.enable()
         hook.remove()
     assert failed.value.__context__ is None
-    assert pixels(made_of(runner, asked())) == before
+    assert pixels(run_checked(runner, small_request())) == before
 
 
 # -- texts: outputs -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from consumer.ports.model import Interrupted, ModelError
 from consumer.runners import ModelRunner
 from tests.support.family_table import FAMILIES, Family
-from tests.support.image_runs import asked, made, pipeline, pixels
+from tests.support.image_runs import pipeline, pixels, run_small, small_request
 from tests.support.model_runs import run_model
 from tests.support.tiny_models import Folder, Load
 
@@ -49,7 +49,7 @@ def cancel(runner: ModelRunner, *, at_step: int, **fields: Any) -> None:
     with pytest.raises(Interrupted):
         run_model(
             runner,
-            asked(**fields),
+            small_request(**fields),
             [],
             on_step=lambda step, _: steps.append(step),
             cancelled=lambda: len(steps) == at_step,
@@ -63,7 +63,7 @@ def fail(runner: ModelRunner) -> None:
 
     hook = pipeline(runner).vae.decoder.register_forward_pre_hook(refuse)
     with pytest.raises(ModelError):
-        made(runner, seed=9, num_inference_steps=2)
+        run_small(runner, seed=9, num_inference_steps=2)
     hook.remove()
 
 
@@ -71,28 +71,28 @@ def fail(runner: ModelRunner) -> None:
 def test_an_image_is_the_same_alone_and_after_other_jobs(
     family: Family, fresh: ModelRunner, used: ModelRunner
 ) -> None:
-    alone = pixels(made(fresh))
-    made(fresh, seed=8, num_inference_steps=5, height=96, prompt="another, longer prompt")
-    assert pixels(made(fresh)) == alone  # three steps after five
+    alone = pixels(run_small(fresh))
+    run_small(fresh, seed=8, num_inference_steps=5, height=96, prompt="another, longer prompt")
+    assert pixels(run_small(fresh)) == alone  # three steps after five
     cancel(fresh, at_step=2, seed=8, num_inference_steps=5)
-    assert pixels(made(fresh)) == alone
+    assert pixels(run_small(fresh)) == alone
     fail(fresh)
-    assert pixels(made(fresh)) == alone
-    assert pixels(made(used)) == alone
+    assert pixels(run_small(fresh)) == alone
+    assert pixels(run_small(used)) == alone
 
 
 @each_family
 def test_a_job_within_another_job_changes_neither_image(family: Family, used: ModelRunner) -> None:
     # A scheduler that jobs share would raise an IndexError or change the images.
-    inner_alone = pixels(made(used, seed=8, num_inference_steps=2))
-    outer_alone = pixels(made(used))
+    inner_alone = pixels(run_small(used, seed=8, num_inference_steps=2))
+    outer_alone = pixels(run_small(used))
     inner: list[list[bytes]] = []
 
     def between(step: int, _: int) -> None:
         if step == 1:
-            inner.append(pixels(made(used, seed=8, num_inference_steps=2)))
+            inner.append(pixels(run_small(used, seed=8, num_inference_steps=2)))
 
-    outer = run_model(used, asked(), [], on_step=between)
+    outer = run_model(used, small_request(), [], on_step=between)
     assert inner == [inner_alone]
     assert pixels(outer) == outer_alone
 
@@ -108,7 +108,7 @@ def test_a_run_does_not_change_the_state_of_the_shared_pipeline(
 
     before = state()
     scale = {} if family.guidance is None else {"guidance_scale": 2.0}
-    made(used, num_inference_steps=4, **scale)
+    run_small(used, num_inference_steps=4, **scale)
     cancel(used, at_step=1)
     assert state() == before
 
@@ -117,8 +117,8 @@ def test_a_run_does_not_change_the_state_of_the_shared_pipeline(
 def test_a_random_seed_is_reported_and_reproduces_the_image(
     family: Family, used: ModelRunner
 ) -> None:
-    output = made(used, seed=None, num_inference_steps=2)
+    output = run_small(used, seed=None, num_inference_steps=2)
     (image,) = output.images
     assert output.parameters["seed"] == image.seed
-    assert made(used, seed=None, num_inference_steps=2).images[0].seed != image.seed
-    assert pixels(made(used, seed=image.seed, num_inference_steps=2)) == pixels(output)
+    assert run_small(used, seed=None, num_inference_steps=2).images[0].seed != image.seed
+    assert pixels(run_small(used, seed=image.seed, num_inference_steps=2)) == pixels(output)

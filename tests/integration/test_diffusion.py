@@ -28,7 +28,7 @@ from consumer.runners.text_to_image import diffusion
 from consumer.runners.text_to_image.memory import save
 from generation_contracts import Task, TextToImageRequest
 from tests.integration.small_runs import largest_difference
-from tests.support.image_runs import StopAt, asked, made, model, pipeline, pixels
+from tests.support.image_runs import StopAt, model, pipeline, pixels, run_small, small_request
 from tests.support.model_runs import run_model
 from tests.support.tiny_models import Folder, Load
 
@@ -66,8 +66,8 @@ def test_the_default_size_of_the_demonstration_model_is_64_by_64_pixels() -> Non
 
 
 def test_a_missing_side_has_its_default(sd3: ModelRunner) -> None:
-    assert made(sd3, width=96, height=None).images[0].image.size == (96, 64)
-    assert made(sd3, width=None, height=32).images[0].image.size == (64, 32)
+    assert run_small(sd3, width=96, height=None).images[0].image.size == (96, 64)
+    assert run_small(sd3, width=None, height=32).images[0].image.size == (64, 32)
 
 
 def test_a_second_order_scheduler_counts_its_own_steps(model_folder: Folder, load: Load) -> None:
@@ -75,7 +75,7 @@ def test_a_second_order_scheduler_counts_its_own_steps(model_folder: Folder, loa
     shared = pipeline(runner)
     shared.scheduler = HeunDiscreteScheduler.from_config(shared.scheduler.config)
     steps: list[tuple[int, int]] = []
-    run_model(runner, asked(), [], on_step=lambda *step: steps.append(step))
+    run_model(runner, small_request(), [], on_step=lambda *step: steps.append(step))
     assert steps == [(n, 5) for n in range(1, 6)]
 
 
@@ -86,7 +86,7 @@ def test_a_blanked_image_is_reported(
     monkeypatch.setattr(
         pipeline(runner), "run_safety_checker", lambda image, *_: (image, [False, True])
     )
-    output = made(runner, num_images=2)
+    output = run_small(runner, num_images=2)
     assert output.warnings == ("the model's safety checker blanked images: 1",)
 
 
@@ -94,12 +94,12 @@ def test_a_blanked_image_is_reported(
 
 
 def test_a_seed_determines_the_image(sd3: ModelRunner) -> None:
-    assert pixels(made(sd3)) == pixels(made(sd3))
-    assert pixels(made(sd3)) != pixels(made(sd3, seed=8))
+    assert pixels(run_small(sd3)) == pixels(run_small(sd3))
+    assert pixels(run_small(sd3)) != pixels(run_small(sd3, seed=8))
 
 
 def test_seeds_increase_by_one_and_wrap_after_the_largest(sd3: ModelRunner) -> None:
-    output = made(sd3, seed=2**32 - 1, num_images=3)
+    output = run_small(sd3, seed=2**32 - 1, num_images=3)
     assert [image.seed for image in output.images] == [2**32 - 1, 0, 1]
     assert len(set(pixels(output))) == 3
 
@@ -111,8 +111,8 @@ def test_each_image_of_a_request_is_the_image_of_its_seed(
     family: str, shared_runner: Shared
 ) -> None:
     runner = shared_runner(family)
-    several = made(runner, num_images=3).images
-    alone = [made(runner, seed=7 + n).images[0] for n in range(3)]
+    several = run_small(runner, num_images=3).images
+    alone = [run_small(runner, seed=7 + n).images[0] for n in range(3)]
     for one, other in zip(several, alone, strict=True):
         assert largest_difference(one.image, other.image) <= 3  # of 255; batches round differently
 
@@ -128,7 +128,7 @@ def test_a_run_does_not_cast_the_shared_weights(
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     expected = {part: getattr(torch, dtype) for part in parts}
     assert {part: getattr(pipeline(runner), part).dtype for part in parts} == expected
-    made(runner)
+    run_small(runner)
     assert {part: getattr(pipeline(runner), part).dtype for part in parts} == expected
     description = runner._model.description if runner._model else None
     assert description is not None
@@ -141,7 +141,7 @@ def test_the_dtype_of_the_vae_is_restored_when_decoding_fails(
     # SDXL in float16 decodes in float32; a failure must restore float16.
     runner = load(model_folder("stable_diffusion_xl"), dtype="float16")
     vae = pipeline(runner).vae
-    images_before = pixels(made(runner))
+    images_before = pixels(run_small(runner))
 
     def fail(*_: Any) -> None:
         assert vae.dtype == torch.float32
@@ -149,10 +149,10 @@ def test_the_dtype_of_the_vae_is_restored_when_decoding_fails(
 
     hook = vae.decoder.register_forward_pre_hook(fail)
     with pytest.raises(OutOfMemory):
-        made(runner)
+        run_small(runner)
     hook.remove()
     assert vae.dtype == torch.float16
-    assert pixels(made(runner)) == images_before
+    assert pixels(run_small(runner)) == images_before
 
 
 def test_the_step_cache_of_a_cancelled_run_is_not_used_by_the_next_run(
@@ -160,10 +160,10 @@ def test_the_step_cache_of_a_cancelled_run_is_not_used_by_the_next_run(
 ) -> None:
     runner = load(model_folder("flux", blocks=2))
     pipeline(runner).transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
-    images_before = pixels(made(runner))
+    images_before = pixels(run_small(runner))
     with pytest.raises(Interrupted):
-        run_model(runner, asked(prompt="another"), [], cancelled=StopAt(2).is_reached)
-    assert pixels(made(runner)) == images_before
+        run_model(runner, small_request(prompt="another"), [], cancelled=StopAt(2).is_reached)
+    assert pixels(run_small(runner)) == images_before
 
 
 # The CPU stands for an accelerator: the same hooks move the parts. Sequential offload cannot be
@@ -179,12 +179,12 @@ def test_an_offloaded_pipeline_generates_the_same_images(
     cpu = Placement(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(diffusion, "place", lambda _: cpu)
     runner = load(model_folder("stable_diffusion_3"), offload=offload)
-    images_before = pixels(made(sd3))
-    assert pixels(made(runner)) == images_before
+    images_before = pixels(run_small(sd3))
+    assert pixels(run_small(runner)) == images_before
     with pytest.raises(Interrupted):
-        run_model(runner, asked(), [], cancelled=StopAt(2).is_reached)
-    assert pixels(made(runner)) == images_before
-    assert pixels(made(runner, save_memory=True)) == images_before
+        run_model(runner, small_request(), [], cancelled=StopAt(2).is_reached)
+    assert pixels(run_small(runner)) == images_before
+    assert pixels(run_small(runner, save_memory=True)) == images_before
 
 
 # -- unsupported parameters -----------------------------------------------------------------------
@@ -225,10 +225,10 @@ def test_check_refuses_unsupported_parameters_by_name(
 ) -> None:
     runner = shared_runner(family)
     if field is None:
-        runner.check(asked(**fields))
+        runner.check(small_request(**fields))
         return
     with pytest.raises(UnsupportedParameter, match=message) as refused:
-        runner.check(asked(**fields))
+        runner.check(small_request(**fields))
     assert refused.value.parameter == field
     assert str(refused.value).startswith(f"{field}: ")
 
@@ -237,12 +237,15 @@ def test_flux_without_a_distilled_scale_is_guided_against_a_negative_prompt(
     shared_runner: Shared,
 ) -> None:
     schnell = shared_runner("flux", reads_guidance=False)
-    plain = pixels(made(schnell))
-    guided = pixels(made(schnell, guidance_scale=4.0))
+    plain = pixels(run_small(schnell))
+    guided = pixels(run_small(schnell, guidance_scale=4.0))
     assert guided != plain
-    assert pixels(made(schnell, guidance_scale=4.0, negative_prompt="a dog")) not in (guided, plain)
+    assert pixels(run_small(schnell, guidance_scale=4.0, negative_prompt="a dog")) not in (
+        guided,
+        plain,
+    )
     with pytest.raises(UnsupportedParameter, match="only with guidance_scale above 1"):
-        made(schnell, negative_prompt="a dog")
+        run_small(schnell, negative_prompt="a dog")
 
 
 # -- prompts that are too long --------------------------------------------------------------------
@@ -264,7 +267,7 @@ def test_a_truncated_prompt_is_reported_without_its_words(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with caplog.at_level(logging.DEBUG), capture_logs() as logs:
-        output = made(shared_runner(family), prompt=f"{SECRET} " * 100)
+        output = run_small(shared_runner(family), prompt=f"{SECRET} " * 100)
     assert output.warnings == tuple(
         f"the prompt was truncated: {name} read only its first {tokens} tokens"
         for name, tokens in encoders.items()
@@ -275,7 +278,7 @@ def test_a_truncated_prompt_is_reported_without_its_words(
 
 
 def test_only_encoders_that_truncate_the_prompt_are_reported(sd3: ModelRunner) -> None:
-    warnings = made(sd3, prompt="x" * 100).warnings
+    warnings = run_small(sd3, prompt="x" * 100).warnings
     assert [w.split(": ")[1].split()[0] for w in warnings] == ["tokenizer", "tokenizer_2"]
 
 
@@ -324,18 +327,18 @@ def test_an_exception_is_translated_and_its_tensors_are_freed(
     text: str,
     sd3: ModelRunner,
 ) -> None:
-    images_before = pixels(made(sd3))
+    images_before = pixels(run_small(sd3))
     failing = FailingPart(pipeline(sd3).transformer, error(message))
     gc.disable()
     try:
         with capture_logs() as logs, pytest.raises(translated, match=text) as raised:
-            made(sd3, prompt=SECRET)
+            run_small(sd3, prompt=SECRET)
         assert failing.freed()
     finally:
         gc.enable()
     assert raised.value.__context__ is None
     assert SECRET not in f"{raised.value} {logs}"
-    assert pixels(made(sd3)) == images_before
+    assert pixels(run_small(sd3)) == images_before
 
 
 def test_a_device_error_is_a_lost_device_and_releases_no_memory(
@@ -347,7 +350,7 @@ def test_a_device_error_is_a_lost_device_and_releases_no_memory(
         pipeline(sd3).transformer, torch.AcceleratorError(f"CUDA error: {SECRET}")
     )
     with capture_logs() as logs, pytest.raises(DeviceLost) as raised:
-        made(sd3)
+        run_small(sd3)
     failing.hook.remove()
     assert released == []
     assert SECRET not in f"{raised.value} {logs}"
@@ -362,14 +365,14 @@ def test_a_device_error_during_the_release_of_memory_is_a_lost_device(
     monkeypatch.setattr(diffusion, "release", fail)
     failing = FailingPart(pipeline(sd3).transformer, torch.OutOfMemoryError("no more"))
     with pytest.raises(DeviceLost):
-        made(sd3)
+        run_small(sd3)
     failing.hook.remove()
 
 
 def test_an_exception_is_logged_with_its_class_and_location(sd3: ModelRunner) -> None:
     failing = FailingPart(pipeline(sd3).vae.decoder, ValueError(SECRET))
     with capture_logs() as logs, pytest.raises(ModelError):
-        made(sd3)
+        run_small(sd3)
     failing.hook.remove()
     (entry,) = logs
     assert (entry["event"], entry["error"]) == ("model_raised", "ValueError")
@@ -381,7 +384,7 @@ def test_pixels_that_are_not_numbers_are_an_error(model_folder: Folder, load: Lo
     with torch.no_grad():
         pipeline(runner).vae.decoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(ModelError, match="pixels that are not numbers"):
-        made(runner)
+        run_small(runner)
 
 
 def test_images_of_a_wrong_shape_are_an_error(
@@ -391,13 +394,13 @@ def test_images_of_a_wrong_shape_are_an_error(
     whole = processor.postprocess
     monkeypatch.setattr(processor, "postprocess", lambda *a, **k: whole(*a, **k)[:, :-8])
     with pytest.raises(ModelError, match="another shape"):
-        made(sd3)
+        run_small(sd3)
 
 
 def test_a_cancelled_request_does_not_start(sd3: ModelRunner) -> None:
     failing = FailingPart(pipeline(sd3).text_encoder, AssertionError("the text was read"))
     with pytest.raises(Interrupted):
-        run_model(sd3, asked(), [], cancelled=lambda: True)
+        run_model(sd3, small_request(), [], cancelled=lambda: True)
     failing.hook.remove()
 
 
@@ -415,7 +418,7 @@ def test_saving_memory_generates_one_image_at_a_time_and_ends_with_the_run(
     steps: list[tuple[int, int]] = []
     output = run_model(
         sd3,
-        asked(num_images=2),
+        small_request(num_images=2),
         [],
         on_step=lambda *step: steps.append(step),
         save_memory=True,
@@ -426,26 +429,26 @@ def test_saving_memory_generates_one_image_at_a_time_and_ends_with_the_run(
     assert [image.seed for image in output.images] == [7, 8]
     assert "memory was short" in output.warnings[0]
     assert (vae.use_slicing, vae.use_tiling) == (False, False)
-    assert pixels(output)[0] == pixels(made(sd3))[0]
+    assert pixels(output)[0] == pixels(run_small(sd3))[0]
 
 
 def test_saving_memory_ends_with_a_failed_run(sd3: ModelRunner) -> None:
     failing = FailingPart(pipeline(sd3).transformer, torch.OutOfMemoryError("no more"))
     with pytest.raises(OutOfMemory):
-        made(sd3, save_memory=True)
+        run_small(sd3, save_memory=True)
     failing.hook.remove()
     assert (pipeline(sd3).vae.use_slicing, pipeline(sd3).vae.use_tiling) == (False, False)
 
 
 def test_parts_that_were_moved_for_one_run_are_moved_back(sd3: ModelRunner) -> None:
     shared = pipeline(sd3)
-    images_before = pixels(made(sd3))
+    images_before = pixels(run_small(sd3))
     with ExitStack() as undo:
         save(undo, shared, torch.device("cpu"), offload=True)
         assert shared.transformer._hf_hook is not None
-        assert pixels(made(sd3)) == images_before
+        assert pixels(run_small(sd3)) == images_before
     assert not hasattr(shared.transformer, "_hf_hook")
-    assert pixels(made(sd3)) == images_before
+    assert pixels(run_small(sd3)) == images_before
 
 
 def test_parts_that_no_longer_fit_stay_in_main_memory(
@@ -453,7 +456,7 @@ def test_parts_that_no_longer_fit_stay_in_main_memory(
 ) -> None:
     runner = load(model_folder("stable_diffusion_3"))
     shared = pipeline(runner)
-    images_before = pixels(made(runner))
+    images_before = pixels(run_small(runner))
     undo = ExitStack()
     save(undo, shared, torch.device("cpu"), offload=True)
     move_to = shared.to
@@ -467,4 +470,4 @@ def test_parts_that_no_longer_fit_stay_in_main_memory(
         undo.close()
     assert [entry["event"] for entry in logs] == ["weights_stay_in_main_memory"]
     assert shared.transformer._hf_hook is not None
-    assert pixels(made(runner)) == images_before
+    assert pixels(run_small(runner)) == images_before

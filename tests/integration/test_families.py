@@ -20,7 +20,7 @@ from consumer.runners import ModelRunner
 from consumer.runners.faults import StoppedAtStep
 from generation_contracts import TextToImageRequest
 from tests.support.family_table import FAMILIES, LARGEST_AREA, Family
-from tests.support.image_runs import asked, made, made_of, model, pipeline, pixels
+from tests.support.image_runs import model, pipeline, pixels, run_checked, run_small, small_request
 from tests.support.model_runs import run_model
 
 ALWAYS = {"width", "height", "num_inference_steps", "num_images", "seed", "output_format"}
@@ -38,7 +38,7 @@ def runner(family: Family, shared_runner: Callable[..., ModelRunner]) -> ModelRu
 def refusal_of(runner: ModelRunner, **fields: Any) -> str:
     """Check a request, which must be refused; return the error."""
     with pytest.raises(UnsupportedParameter) as refusal:
-        runner.check(asked(**fields))
+        runner.check(small_request(**fields))
     assert str(refusal.value).startswith(f"{refusal.value.parameter}: ")
     return str(refusal.value)
 
@@ -67,7 +67,7 @@ def test_the_description_of_a_family_matches_the_table(family: Family, runner: M
 @each_family
 def test_a_family_generates_the_requested_image(family: Family, runner: ModelRunner) -> None:
     steps: list[tuple[int, int]] = []
-    request = asked(width=96, num_inference_steps=2)
+    request = small_request(width=96, num_inference_steps=2)
     output = run_model(runner, request, [], on_step=lambda *step: steps.append(step))
     (image,) = output.images
     assert (image.image.size, image.image.mode, image.seed) == ((96, 64), "RGB", 7)
@@ -99,7 +99,7 @@ def test_a_request_without_parameters_uses_the_described_defaults(
 
     monkeypatch.setattr(type(pipeline(runner)), "__call__", record)
     with pytest.raises(Interrupted):
-        made_of(runner, TextToImageRequest(prompt="a cat"))
+        run_checked(runner, TextToImageRequest(prompt="a cat"))
     assert (arguments["width"], arguments["height"]) == (family.side, family.side)
     assert arguments["num_inference_steps"] == family.steps
     if family.guidance == "guider":
@@ -117,7 +117,7 @@ def test_a_request_without_parameters_uses_the_described_defaults(
 def test_the_default_guidance_gives_the_image_of_a_request_without_guidance(
     family: Family, runner: ModelRunner
 ) -> None:
-    assert pixels(made(runner, guidance_scale=family.scale)) == pixels(made(runner))
+    assert pixels(run_small(runner, guidance_scale=family.scale)) == pixels(run_small(runner))
 
 
 # -- accepted and refused parameters --------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_guidance_changes_the_image_or_is_refused(family: Family, runner: ModelR
         line = refusal_of(runner, guidance_scale=4.0)
         assert line == f"guidance_scale: {model(runner).description.info.family} does not have it"
         return
-    weak, strong = made(runner, guidance_scale=1.5), made(runner, guidance_scale=30.0)
+    weak, strong = run_small(runner, guidance_scale=1.5), run_small(runner, guidance_scale=30.0)
     assert pixels(weak) != pixels(strong)
 
 
@@ -141,8 +141,8 @@ def test_a_negative_prompt_changes_the_image_or_is_refused(
         line = refusal_of(runner, negative_prompt="a dog")
         assert line == f"negative_prompt: {model(runner).description.info.family} does not have it"
         return
-    guided = pixels(made(runner, guidance_scale=6.0))
-    assert pixels(made(runner, guidance_scale=6.0, negative_prompt="a dog")) != guided
+    guided = pixels(run_small(runner, guidance_scale=6.0))
+    assert pixels(run_small(runner, guidance_scale=6.0, negative_prompt="a dog")) != guided
 
 
 @each_family
@@ -153,9 +153,9 @@ def test_unsupported_sizes_are_refused(family: Family, runner: ModelRunner) -> N
         sides = {"width": 2048, "height": 2048, name: 2048 + family.multiple}
         too_large = refusal_of(runner, **sides)
         assert f"at most {LARGEST_AREA} pixels" in too_large
-    runner.check(asked(width=2048, height=2048))
+    runner.check(small_request(width=2048, height=2048))
     longest = family.largest or 4096
-    runner.check(asked(width=longest, height=64))
+    runner.check(small_request(width=longest, height=64))
     if family.largest is not None:
         line = refusal_of(runner, height=family.largest + family.multiple)
         assert line == f"height: must be at most {family.largest}"
@@ -163,7 +163,7 @@ def test_unsupported_sizes_are_refused(family: Family, runner: ModelRunner) -> N
 
 @each_family
 def test_fewer_steps_than_the_minimum_are_refused(family: Family, runner: ModelRunner) -> None:
-    made(runner, num_inference_steps=family.least)
+    run_small(runner, num_inference_steps=family.least)
     if family.least > 1:
         line = refusal_of(runner, num_inference_steps=family.least - 1)
         assert line == f"num_inference_steps: must be at least {family.least}"
@@ -179,7 +179,7 @@ def test_previews_are_small_images_and_do_not_change_the_output_or_are_refused(
         return
     monkeypatch.setattr("consumer.runners.text_to_image.preview.MIN_INTERVAL", 0.0)
     monkeypatch.setattr("consumer.runners.text_to_image.preview.MAX_SHARE", 1e9)
-    request = asked(preview=True, num_inference_steps=6, num_images=2)
+    request = small_request(preview=True, num_inference_steps=6, num_images=2)
     runner.check(request)
     previews: list[bytes] = []
     output = run_model(
@@ -193,7 +193,7 @@ def test_previews_are_small_images_and_do_not_change_the_output_or_are_refused(
         with Image.open(io.BytesIO(preview)) as image:
             assert image.format == "JPEG"
             assert max(image.size) <= 256
-    assert pixels(output) == pixels(made(runner, num_inference_steps=6, num_images=2))
+    assert pixels(output) == pixels(run_small(runner, num_inference_steps=6, num_images=2))
 
 
 @each_family

@@ -14,7 +14,7 @@ from consumer.runners.defaults import Default, checked_defaults
 from consumer.runners.text_to_image.parameters import Parameters
 from generation_contracts import TextToImageRequest
 from generation_contracts.requests import ImageToTextParameters, TextToImageParameters
-from tests.support.image_runs import asked, made_of, model, pipeline, pixels
+from tests.support.image_runs import model, pipeline, pixels, run_checked, small_request
 from tests.support.tiny_models import Folder, Load
 
 Shared = Callable[..., ModelRunner]
@@ -81,7 +81,7 @@ def test_configured_defaults_replace_the_defaults_of_the_model(
     described = parameters.description.defaults
     assert (described["num_inference_steps"], described["guidance_scale"]) == (4, 0)
     assert (described["width"], described["height"]) == (512, 64)
-    request = asked(width=None, height=None, num_inference_steps=None)
+    request = small_request(width=None, height=None, num_inference_steps=None)
     assert parameters.arguments(request).items() >= {
         ("num_inference_steps", 4),
         ("guidance_scale", 0),
@@ -96,7 +96,7 @@ def test_configured_defaults_replace_the_defaults_of_the_model(
         "num_images": 2,
         "seed": 7,
     }
-    assert parameters.arguments(asked(guidance_scale=3.0))["guidance_scale"] == 3.0
+    assert parameters.arguments(small_request(guidance_scale=3.0))["guidance_scale"] == 3.0
 
 
 def test_a_model_with_unsupported_defaults_does_not_load(model_folder: Folder, load: Load) -> None:
@@ -109,11 +109,13 @@ def test_a_request_without_parameters_uses_the_configured_defaults(
 ) -> None:
     small = {"width": 96, "num_inference_steps": 2, "guidance_scale": 4.0}
     runner = load(model_folder("flux", reads_guidance=False), defaults={**small, "height": 64})
-    output = made_of(runner, TextToImageRequest(prompt="a cat", seed=7))
+    output = run_checked(runner, TextToImageRequest(prompt="a cat", seed=7))
     assert output.images[0].image.size == (96, 64)
     assert output.parameters.items() >= small.items()
-    assert pixels(made_of(runner, asked(**small))) == pixels(output)
-    assert pixels(made_of(runner, asked(**{**small, "guidance_scale": 1.0}))) != pixels(output)
+    assert pixels(run_checked(runner, small_request(**small))) == pixels(output)
+    assert pixels(run_checked(runner, small_request(**{**small, "guidance_scale": 1.0}))) != pixels(
+        output
+    )
 
 
 def test_a_negative_prompt_of_a_request_replaces_the_default_one(
@@ -123,7 +125,7 @@ def test_a_negative_prompt_of_a_request_replaces_the_default_one(
     runner = load(model_folder("stable_diffusion_3"), defaults={"negative_prompt": "a dog"})
 
     def image(runner: ModelRunner, **fields: Any) -> list[bytes]:
-        return pixels(made_of(runner, asked(**fields)))
+        return pixels(run_checked(runner, small_request(**fields)))
 
     assert image(runner) == image(plain, negative_prompt="a dog")
     assert image(runner, negative_prompt="a fox") == image(plain, negative_prompt="a fox")
@@ -152,9 +154,9 @@ def test_a_request_selects_adapters_by_their_names_in_the_settings(
 ) -> None:
     parameters = parameters_of("flux", {}, ("ink", "clay"))
     assert "adapters" in parameters.description.parameters
-    mixed = asked(adapters={"clay": 0.5, "ink": 1.0})
+    mixed = small_request(adapters={"clay": 0.5, "ink": 1.0})
     parameters.check(mixed)
     assert parameters.resolved(mixed, [7])["adapters"] == {"clay": 0.5, "ink": 1.0}
     with pytest.raises(UnsupportedParameter, match=r"^adapters: there is no adapter wax$") as no:
-        parameters.check(asked(adapters={"ink": 1.0, "wax": 1.0}))
+        parameters.check(small_request(adapters={"ink": 1.0, "wax": 1.0}))
     assert no.value.parameter == "adapters"

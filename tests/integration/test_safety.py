@@ -88,10 +88,10 @@ def test_a_checker_does_not_change_the_images(sd3: ModelRunner, use: Callable[..
     [
         ("raises", "the safety checker raised ValueError"),
         ("takes_no_images", "the safety checker raised TypeError"),
-        ("answers_too_little", "did not return one flag for each image"),
-        ("answers_once", "did not return one flag for each image"),
-        ("answers_numbers", "neither true nor false"),
-        ("answers_nothing", "neither true nor false"),
+        ("returns_too_few", "did not return one flag for each image"),
+        ("returns_one_bool", "did not return one flag for each image"),
+        ("returns_numbers", "neither true nor false"),
+        ("returns_nones", "neither true nor false"),
     ],
 )
 def test_a_failed_check_raises_instead_of_returning_images(

@@ -26,7 +26,7 @@ from consumer.runners.text_to_image.schedulers import (
 )
 from generation_contracts import Task
 from tests.integration.small_runs import load_error
-from tests.support.image_runs import made, pipeline, pixels
+from tests.support.image_runs import pipeline, pixels, run_small
 from tests.support.tiny_models import Folder, Load
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
@@ -77,18 +77,18 @@ def test_each_scheduler_that_loads_takes_its_noise_from_the_seed(runner: ModelRu
         pipe.scheduler = scheduler
         try:
             require_kind(pipe, "a model")
-            first = made(runner, num_images=2, **STEPS)
+            first = run_small(runner, num_images=2, **STEPS)
         except (ModelUnavailable, ModelError):
             continue  # a model error would stop the first run of a worker
         working.add(name.removesuffix("Scheduler"))
         torch.manual_seed(1)
         state = torch.get_rng_state()
-        assert pixels(made(runner, num_images=2, **STEPS)) == pixels(first), (
+        assert pixels(run_small(runner, num_images=2, **STEPS)) == pixels(first), (
             name,
             scheduler.config,
         )
         assert torch.equal(torch.get_rng_state(), state), name
-        alone = np.asarray(made(runner, seed=8, **STEPS).images[0].image, dtype=int)
+        alone = np.asarray(run_small(runner, seed=8, **STEPS).images[0].image, dtype=int)
         difference = np.abs(alone - np.asarray(first.images[1].image, dtype=int))
         # Batches round differently; another seed changes nearly every value by more than 1.
         assert np.median(difference) <= 1, (name, scheduler.config)
@@ -173,7 +173,7 @@ def test_an_unusual_scheduler_that_works_is_loaded(
     *, family: str, scheduler: str, config: dict[str, Any], own_folder: Folder, load: Load
 ) -> None:
     runner = load(with_scheduler(own_folder(family), scheduler, **config))
-    assert pixels(made(runner)) == pixels(made(runner))
+    assert pixels(run_small(runner)) == pixels(run_small(runner))
 
 
 def test_a_scheduler_of_a_run_is_freed_without_the_garbage_collector(
@@ -195,8 +195,8 @@ def test_fewer_steps_than_the_minimum_of_the_scheduler_are_refused(
 ) -> None:
     runner = load(with_scheduler(own_folder(XL), "PNDMScheduler"), warm_up=True)
     with pytest.raises(UnsupportedParameter, match="num_inference_steps: must be at least 4"):
-        made(runner, num_inference_steps=3)
-    made(runner, num_inference_steps=4)
+        run_small(runner, num_inference_steps=3)
+    run_small(runner, num_inference_steps=4)
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,12 @@ async def test_a_cancelled_queued_request_is_removed_and_the_others_run(
 ) -> None:
     await scene.start("held_in_run")
     await queue(scene, "first", "second", "last")
-    await scene.noted("run")
+    await scene.until_noted("run")
     assert await caller.cancel("second") == reply_of("second", "cancelled", CANCELLED)
-    assert await scene.left() == 2
+    assert await scene.pending() == 2
     assert (await scene.event("second"))["type"] == CANCELLED
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == ["", ""]  # the ids are in the subjects only
     assert (await scene.event("last"))["type"] == SUCCEEDED
 
@@ -46,17 +46,17 @@ async def test_the_caller_of_a_cancelled_queued_request_gets_its_event(
     await scene.start("held_in_run")
     first, second, third = [await new_caller() for _ in range(3)]
     running = first.start(first.call(request_id="running"))
-    await scene.noted("run")
+    await scene.until_noted("run")
     waiting = [one.start(one.call(request_id="second")) for one in (second, third)]
 
     async def stored() -> bool:
-        return await scene.left() == 3
+        return await scene.pending() == 3
 
     await scene.until(stored, "three requests")
     assert (await first.cancel("second"))["status"] == "cancelled"
     done, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     assert [(await one)["type"] for one in done] == [CANCELLED]
-    assert await scene.left() == 2
+    assert await scene.pending() == 2
     (scene.folder / "run.go").touch()
     # The copy finds the stored event when it is delivered.
     assert [(await one)["type"] for one in pending] == [CANCELLED]
@@ -68,7 +68,7 @@ async def test_a_cancelled_running_request_stops_at_its_next_step(
 ) -> None:
     await scene.start("slow_steps")
     running = caller.start(caller.call(request_id="long", num_inference_steps=200))
-    await scene.noted("steps", 2)
+    await scene.until_noted("steps", 2)
     assert await caller.cancel("long") == reply_of("long", "stopping")
     event = await running
     assert event["type"] == CANCELLED
@@ -76,7 +76,7 @@ async def test_a_cancelled_running_request_stops_at_its_next_step(
     assert steps < 20
     assert (await caller.call(num_inference_steps=1))["type"] == SUCCEEDED
     assert len(scene.notes("steps")) == steps + 1  # the cancelled run made no further step
-    await scene.emptied()
+    await scene.until_empty()
     assert await scene.keys() != set()
     assert not any("/long/" in key for key in await scene.keys())
 
@@ -86,7 +86,7 @@ async def test_a_running_request_without_its_id_in_the_subject_can_be_cancelled(
 ) -> None:
     await scene.start("slow_steps")
     request_id = await scene.submit(num_inference_steps=200)
-    await scene.noted("steps", 1)
+    await scene.until_noted("steps", 1)
     assert (await caller.cancel(request_id))["status"] == "stopping"
     assert (await scene.event(request_id))["type"] == CANCELLED
 
@@ -107,33 +107,33 @@ async def test_a_request_with_two_ids_is_cancelled_by_the_id_in_its_subject(
 ) -> None:
     await scene.start("held_in_run")
     await queue(scene, "first")
-    await scene.noted("run")
+    await scene.until_noted("run")
     subject = scene.subjects.request(scene.task, "mine")
     await scene.sender.jetstream().publish(subject, b'{"prompt":"a","request_id":"yours"}')
     assert await caller.cancel("mine") == reply_of("mine", "cancelled", "generation.v1.cancelled")
     assert await scene.events("yours") == []
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_concurrent_cancellations_store_one_event(scene: Scene, caller: Caller) -> None:
     await scene.start("held_in_run")
     await queue(scene, "first", "second")
-    await scene.noted("run")
+    await scene.until_noted("run")
     replies = await asyncio.gather(*(caller.cancel("second") for _ in range(5)))
     assert {reply["status"] for reply in replies} == {"cancelled"}
     assert len(await scene.events("second")) == 1
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_a_cancelled_id_remains_cancelled(scene: Scene, caller: Caller) -> None:
     await scene.start("held_in_run")
     await queue(scene, "first", "second")
-    await scene.noted("run")
+    await scene.until_noted("run")
     cancelled = await caller.cancel("second")
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
     again = await caller.call(b'{"prompt":"a","num_inference_steps":2,"request_id":"second"}')
     assert (again["type"], cancelled["status"]) == (CANCELLED, "cancelled")
     other = await caller.call(request_id="second", seed=3)
@@ -146,7 +146,7 @@ async def test_a_cancellation_during_the_upload_leaves_no_objects(
 ) -> None:
     await scene.start("held_in_upload")
     running = caller.start(caller.call(request_id="late"))
-    await scene.noted("upload")
+    await scene.until_noted("upload")
     assert (await caller.cancel("late"))["status"] == "stopping"
     assert (await running)["type"] == CANCELLED
     assert await scene.keys() == set()
@@ -155,7 +155,7 @@ async def test_a_cancellation_during_the_upload_leaves_no_objects(
 async def test_a_cancellation_during_publication_is_too_late(scene: Scene, caller: Caller) -> None:
     await scene.start("held_before_result")
     running = caller.start(caller.call(request_id="late"))
-    await scene.noted("result")
+    await scene.until_noted("result")
     cancelling = caller.start(caller.cancel("late"))
     (scene.folder / "result.go").touch()
     assert await cancelling == reply_of("late", "finished", SUCCEEDED)
@@ -170,15 +170,15 @@ async def test_a_request_fetched_during_its_cancellation_has_one_terminal_event(
     await scene.start("held_before_result", MODEL_TYPE=str(Task.IMAGE_TO_TEXT))
     await queue(scene, "second", steps=200)
     cancelling = caller.start(caller.cancel("second"))
-    await scene.noted("result")
+    await scene.until_noted("result")
     await scene.start("slow_steps")
-    await scene.noted("steps", 1)
+    await scene.until_noted("steps", 1)
     (scene.folder / "result.go").touch()
     assert await cancelling == reply_of("second", "cancelled", CANCELLED)
-    await scene.logged(scene.workers[1], "job_finished")
+    await scene.until_logged(scene.workers[1], "job_finished")
     assert (await scene.event("second"))["worker"] != scene.workers[1].name
     assert len(scene.notes("steps")) < 20  # the run stopped early
-    assert await scene.left() == 0
+    assert await scene.pending() == 0
 
 
 async def test_the_cancellation_of_a_killed_worker_applies_to_the_next_attempt(
@@ -186,13 +186,13 @@ async def test_the_cancellation_of_a_killed_worker_applies_to_the_next_attempt(
 ) -> None:
     unresponsive = await scene.start("held_in_run")  # it does not poll the cancel token
     request_id = await scene.submit()
-    await scene.noted("run")
+    await scene.until_noted("run")
     assert (await caller.cancel(request_id))["status"] == "stopping"
     unresponsive.kill()
     await scene.start()
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == (CANCELLED, 2)
-    await scene.emptied()
+    await scene.until_empty()
     assert scene.runs() == [request_id]
 
 
@@ -204,14 +204,14 @@ async def test_the_request_of_a_dead_worker_is_cancelled_by_the_next_worker(
     await scene.start(MODEL_TYPE=str(Task.IMAGE_TO_TEXT))  # handles cancellations of both tasks
     dead = await scene.start("held_in_run")
     await queue(scene, "orphan")
-    await scene.noted("run")
+    await scene.until_noted("run")
     dead.kill()
     assert await caller.cancel("orphan") == reply_of("orphan", "stopping")
     assert await scene.events("orphan") == []
     await scene.start()
     event = await scene.event("orphan")
     assert (event["type"], event["attempt"]) == (CANCELLED, 2)
-    await scene.emptied()
+    await scene.until_empty()
     assert len(scene.runs()) == 1
 
 
@@ -219,7 +219,7 @@ async def test_many_cancellations_of_large_requests_succeed(scene: Scene, caller
     """The total size of the bodies exceeds the server's buffer for a slow connection."""
     worker = await scene.start("held_in_run")
     await queue(scene, "first")
-    await scene.noted("run")
+    await scene.until_noted("run")
     ids = [f"large-{number}" for number in range(120)]
     body = b'{"prompt":"a"}' + b" " * 1_000_000
     jetstream = scene.sender.jetstream()
@@ -227,10 +227,10 @@ async def test_many_cancellations_of_large_requests_succeed(scene: Scene, caller
         await jetstream.publish(scene.subjects.request(scene.task, one), body)
     replies = await asyncio.gather(*(caller.cancel(one) for one in ids))
     assert replies == [reply_of(one, "cancelled", CANCELLED) for one in ids]
-    assert await scene.left() == 1
+    assert await scene.pending() == 1
     assert "bus_disconnected" not in worker.log_since_start()
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_a_cancellation_does_not_wait_behind_many_unknown_ids(
@@ -239,7 +239,7 @@ async def test_a_cancellation_does_not_wait_behind_many_unknown_ids(
     """The worker waits for each unknown id, without blocking other cancellations."""
     await scene.start("held_in_run")
     await queue(scene, "first", "second")
-    await scene.noted("run")
+    await scene.until_noted("run")
     inbox = caller.client.new_inbox()
     for number in range(2_000):
         await caller.client.publish(scene.subjects.cancel(f"unknown-{number}"), reply=inbox)
@@ -247,7 +247,7 @@ async def test_a_cancellation_does_not_wait_behind_many_unknown_ids(
     assert (await caller.cancel("second"))["status"] == "cancelled"
     assert time.monotonic() - began < 5.0  # sequential handling would take 12 s
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_a_chain_is_cancelled_by_its_id_after_its_first_step(
@@ -259,12 +259,12 @@ async def test_a_chain_is_cancelled_by_its_id_after_its_first_step(
     answer = caller.start(caller.call(request_id="tour", num_images=2, then=steps))
 
     async def queued() -> bool:
-        return await scene.left() == 2
+        return await scene.pending() == 2
 
     await scene.until(queued, "two branches in the queue")
     assert await caller.cancel("tour") == reply_of("tour", "cancelled", CANCELLED)
     assert (await answer)["type"] == CANCELLED
-    assert await scene.left() == 0
+    assert await scene.pending() == 0
     assert await caller.cancel("tour") == reply_of("tour", "cancelled", CANCELLED)
 
 
@@ -278,12 +278,12 @@ async def test_a_running_step_of_a_chain_is_cancelled_by_the_chain_id(
     answer = caller.start(
         caller.call(request_id="tour", then=[step, {"task": "text_to_image", "prompt": "c"}])
     )
-    await scene.noted("steps", 1)
+    await scene.until_noted("steps", 1)
     assert await caller.cancel("tour") == reply_of("tour", "stopping")
     event = await answer
     assert (event["request_id"], event["type"]) == ("tour-2", CANCELLED)
     assert await caller.cancel("tour") == reply_of("tour", "cancelled", CANCELLED)
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_the_cancellation_of_an_ended_chain_returns_finished(
@@ -305,7 +305,7 @@ async def test_workers_cancel_requests_of_a_task_without_workers(
     subject = scene.subjects.request(Task.IMAGE_TO_TEXT, orphan)
     await scene.sender.jetstream().publish(subject, b'{"prompt":"a","images":["s3://bbb/k"]}')
     assert (await caller.cancel(orphan))["status"] == "cancelled"
-    assert await scene.left() == 0
+    assert await scene.pending() == 0
 
 
 async def test_a_cancellation_before_the_submission_is_applied(

@@ -6,8 +6,8 @@ from typing import Any
 
 from generation_contracts import Task
 from tests.services.conftest import Caller
+from tests.support.observations import failure_counts
 from tests.support.scene import Event, Scene
-from tests.support.seen import counted
 
 SUCCEEDED = "generation.v1.succeeded"
 DRAW = {"task": "text_to_image", "prompt": "as a woodcut: $text"}
@@ -53,7 +53,7 @@ async def test_the_caller_gets_only_the_result_of_the_last_step(
     described = await stored(scene, Task.IMAGE_TO_TEXT, "c-2")
     assert described["outputs"][0]["text"] == "3 pictures"
     assert (await scene.event("c"))["chain"] == {"id": "c", "step": 1, "of": 3}
-    await scene.emptied()
+    await scene.until_empty()
     await caller.client.flush()
     assert answers.pending_msgs == 0
 
@@ -80,11 +80,11 @@ async def test_a_worker_killed_between_two_steps_neither_loses_nor_repeats_a_ste
     answer = caller.start(caller.call(request_id="k", then=[DESCRIBE]))
     assert (await scene.event("k"))["type"] == SUCCEEDED
     (scene.folder / "die").touch()
-    await scene.ended(scene.workers[0])
+    await scene.exit_code(scene.workers[0])
     await scene.start()
     event = await answer
     assert (event["request_id"], event["type"]) == ("k-2", SUCCEEDED)
-    await scene.emptied()
+    await scene.until_empty()
     assert sorted(scene.runs()) == ["k", "k-2"]
 
 
@@ -95,7 +95,7 @@ async def test_a_failed_step_ends_the_chain(scene: Scene, caller: Caller) -> Non
     event = await caller.call(request_id="f", then=[DESCRIBE, DRAW])
     assert (event["request_id"], event["failure"]["code"]) == ("f-2", "model_error")
     assert event["chain"] == {"id": "f", "step": 2, "of": 3}
-    await scene.emptied()
+    await scene.until_empty()
     assert await scene.events("f-3") == []
 
 
@@ -112,7 +112,7 @@ async def test_an_invalid_routing_slip_is_refused(scene: Scene, caller: Caller) 
 async def test_a_full_queue_of_the_next_step_fails_the_chain(scene: Scene, caller: Caller) -> None:
     worker = await scene.start("held_in_run")
     answer = caller.start(caller.call(request_id="q", then=[DESCRIBE]))
-    await scene.noted("run")
+    await scene.until_noted("run")
     jetstream = scene.sender.jetstream()
     next_queue = scene.subjects.requests_stream(Task.IMAGE_TO_TEXT)
     config = (await jetstream.stream_info(next_queue)).config
@@ -123,7 +123,7 @@ async def test_a_full_queue_of_the_next_step_fails_the_chain(scene: Scene, calle
     assert (event["request_id"], event["failure"]["code"]) == ("q-2", "queue_full")
     assert (await stored(scene, Task.IMAGE_TO_TEXT, "q-2")) == event
     assert (await scene.event("q"))["type"] == SUCCEEDED
-    broken = await counted(worker, "generation_broken_chains_total")
+    broken = await failure_counts(worker, "generation_broken_chains_total")
     assert broken == {"queue_full": 1, "invalid_request": 0, "internal": 0}
 
 
@@ -134,5 +134,5 @@ async def test_a_second_caller_of_a_chain_gets_the_result(scene: Scene, caller: 
     )
     assert first == second
     assert first["request_id"] == "twice-2"
-    await scene.emptied()
+    await scene.until_empty()
     assert sorted(scene.runs()) == ["twice", "twice-2"]

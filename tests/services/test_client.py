@@ -109,7 +109,7 @@ async def test_waiting_for_a_cancelled_request_raises_an_error(scene: Scene) -> 
     async with client_of(scene) as client:
         request = TextToImageRequest(prompt="a", num_inference_steps=200, request_id="long")
         running = asyncio.ensure_future(client.run(request))
-        await scene.noted("steps", 1)
+        await scene.until_noted("steps", 1)
         assert (await client.cancel("long")).status == "stopping"
         with pytest.raises(RequestCancelled) as cancelled:
             await running
@@ -173,7 +173,7 @@ async def test_a_result_arrives_after_a_restart_of_the_server(scene: Scene) -> N
     await scene.start("held_in_run")
     async with client_of(scene) as client:
         running = asyncio.ensure_future(client.text_to_image("a"))
-        await scene.noted("run")
+        await scene.until_noted("run")
         scene.stack.nats.kill()
         scene.stack.nats.start()
         await asyncio.to_thread(scene.stack.nats.wait_ready)
@@ -243,7 +243,7 @@ async def queued(scene: Scene, count: int) -> None:
     """Wait until the queue stores a number of requests."""
 
     async def there() -> bool:
-        return await scene.left() == count
+        return await scene.pending() == count
 
     await scene.until(there, f"{count} requests")
 
@@ -298,15 +298,15 @@ async def test_the_message_id_of_a_request_cannot_be_guessed(scene: Scene) -> No
         for guess in ("a", "text_to_image.a", "text_to_image.a.", "image_to_text.a"):
             await scene.sender.jetstream().publish(subject, b"{}", headers={"Nats-Msg-Id": guess})
         request = TextToImageRequest(prompt="a", request_id="a")
-        before = await scene.left()
+        before = await scene.pending()
         for _ in range(2):
             await client.submit(request)
-        assert await scene.left() == before + 1, (
+        assert await scene.pending() == before + 1, (
             "the second submission of one client is a duplicate"
         )
         await other.submit(request)
         await client.submit(TextToImageRequest(prompt="b", request_id="a"))
-        assert await scene.left() == before + 3, (
+        assert await scene.pending() == before + 3, (
             "other clients and other requests are no duplicates"
         )
 

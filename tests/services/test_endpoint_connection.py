@@ -5,8 +5,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from consumer.devstack import DevStack
+from tests.support.observations import readiness
 from tests.support.scene import Scene
-from tests.support.seen import readiness
 
 SUCCEEDED = "generation.v1.succeeded"
 
@@ -22,17 +22,17 @@ async def test_a_worker_with_closed_endpoints_finishes_its_request_and_stops(
         await scene.open()
         worker = await scene.start("held_in_run")
         request_id = await scene.submit()
-        await scene.noted("run")
+        await scene.until_noted("run")
         stack.nats.kill()
         stack.nats._config = "max_subscriptions: 8"
         stack.nats.start()
         await asyncio.to_thread(stack.nats.wait_ready)
-        await scene.logged(worker, "endpoints_lost")
-        await scene.logged(worker, "bus_reconnected")
+        await scene.until_logged(worker, "endpoints_lost")
+        await scene.until_logged(worker, "bus_reconnected")
         status, conditions = await readiness(worker)
         assert status == 503
         assert (conditions["bus"], conditions["daemon"]) == ("not connected", "draining")
         (tmp_path / "run.go").touch()
-        assert await scene.ended(worker) == 69
+        assert await scene.exit_code(worker) == 69
         event = await scene.event(request_id)
         assert (event["type"], event["attempt"]) == (SUCCEEDED, 1)

@@ -11,8 +11,8 @@ from nats.aio.msg import Msg
 
 from generation_contracts import Task
 from tests.services.conftest import Caller, NewCaller
+from tests.support.observations import failure_counts
 from tests.support.scene import WITHIN, Scene
-from tests.support.seen import counted
 
 SUCCEEDED = "generation.v1.succeeded"
 
@@ -26,7 +26,7 @@ async def test_the_only_reply_to_a_call_is_the_stored_event(scene: Scene, caller
     event = json.loads((await answers.next_msg(timeout=30)).data)
     assert event["type"] == SUCCEEDED
     assert event == await scene.event(event["request_id"])
-    await scene.emptied()
+    await scene.until_empty()
     await caller.client.flush()
     assert answers.pending_msgs == 0
     assert await scene.object(event["outputs"][0])
@@ -35,9 +35,9 @@ async def test_the_only_reply_to_a_call_is_the_stored_event(scene: Scene, caller
 async def test_an_invalid_call_fails_at_once_and_is_not_queued(
     scene: Scene, caller: Caller
 ) -> None:
-    await scene.start("held_until_let_go", LET_GO="go")
+    await scene.start("held_until_released", RELEASE_MARK="go")
     await scene.submit()
-    await scene.noted("at_the_place")  # the only worker is busy until the test continues
+    await scene.until_noted("worker_waits")  # the only worker is busy until the test continues
     past = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
     refused = {
         "invalid_request": [
@@ -54,9 +54,9 @@ async def test_an_invalid_call_fails_at_once_and_is_not_queued(
             assert (event["type"], event["failure"]["code"]) == ("generation.v1.failed", code)
             assert await scene.events(event["request_id"]) == []
     assert (await caller.call(b'{"prompt":"","request_id":"mine"}'))["request_id"] == "mine"
-    assert await scene.left() == 1
+    assert await scene.pending() == 1
     (scene.folder / "go").touch()
-    await scene.emptied()
+    await scene.until_empty()
 
 
 async def test_refused_calls_are_counted_by_code(scene: Scene, caller: Caller) -> None:
@@ -65,7 +65,7 @@ async def test_refused_calls_are_counted_by_code(scene: Scene, caller: Caller) -
     for body in (b"{", b'{"prompt":""}', json.dumps({"prompt": "a", "deadline": past}).encode()):
         assert (await caller.call(body, within=10))["type"] == "generation.v1.failed"
     assert (await caller.call(b'{"prompt":"a","width":16}'))["type"] == SUCCEEDED
-    assert await counted(worker, "generation_refused_calls_total") == {
+    assert await failure_counts(worker, "generation_refused_calls_total") == {
         "invalid_request": 2,
         "deadline_exceeded": 1,
         "unsupported_parameter": 0,
@@ -80,7 +80,7 @@ async def test_a_message_with_a_forbidden_reply_subject_has_no_effect(
     """Calls, cancellations, interrupts and $SRV, on a server without users."""
     worker = await scene.start("held_in_run")
     await scene.submit(request_id="running")
-    await scene.noted("run")
+    await scene.until_noted("run")
     root = scene.subjects.root
     waiting = scene.subjects.request(scene.task, "waiting")
     await scene.sender.jetstream().publish(waiting, b'{"prompt":"a"}')
@@ -132,12 +132,12 @@ async def test_a_message_with_a_forbidden_reply_subject_has_no_effect(
         await caller.client.request(f"$SRV.{verb}.generation", timeout=WITHIN)
     await caller.client.flush()
     assert arrived == []
-    assert await scene.left() == 2
-    refused = await counted(worker, "generation_refused_calls_total")
+    assert await scene.pending() == 2
+    refused = await failure_counts(worker, "generation_refused_calls_total")
     assert refused["invalid_request"] == len(forbidden) * len(messages) + 1
     assert 0 < worker.log_since_start().count("reply_subject_refused") < len(forbidden)
     (scene.folder / "run.go").touch()
-    await scene.emptied()
+    await scene.until_empty()
     for request_id in ("running", "waiting"):
         assert (await scene.event(request_id))["type"] == SUCCEEDED
 
@@ -156,12 +156,12 @@ async def test_concurrent_callers_get_their_results(scene: Scene, new_caller: Ne
 async def test_two_callers_with_one_request_get_one_result(
     scene: Scene, new_caller: NewCaller
 ) -> None:
-    await scene.start("held_until_let_go", LET_GO="go")
+    await scene.start("held_until_released", RELEASE_MARK="go")
     first, second = await new_caller(), await new_caller()
     replies = [one.start(one.call(request_id="same", seed=7)) for one in (first, second)]
 
     async def both_are_stored() -> bool:
-        return await scene.left() == 2
+        return await scene.pending() == 2
 
     await scene.until(both_are_stored, "two requests")
     (scene.folder / "go").touch()
@@ -178,7 +178,7 @@ async def test_a_caller_gets_the_result_after_its_worker_is_killed(
 ) -> None:
     first = await scene.start("held_in_run")
     reply = caller.start(caller.call(request_id="survivor"))
-    await scene.noted("run")
+    await scene.until_noted("run")
     first.kill()
     await scene.start()
     event = await reply
@@ -191,7 +191,7 @@ async def test_a_caller_gets_the_result_after_the_server_is_killed(
 ) -> None:
     await scene.start("held_in_run")
     reply = caller.start(caller.call(request_id="survivor"))
-    await scene.noted("run")
+    await scene.until_noted("run")
     scene.stack.nats.kill()
     scene.stack.nats.start()
     await asyncio.to_thread(scene.stack.nats.wait_ready)
@@ -202,7 +202,7 @@ async def test_a_caller_gets_the_result_after_the_server_is_killed(
 async def test_the_result_for_a_disconnected_caller_is_stored(scene: Scene, caller: Caller) -> None:
     await scene.start("held_in_run")
     reply = caller.start(caller.call(request_id="left"))
-    await scene.noted("run")
+    await scene.until_noted("run")
     reply.cancel()
     await caller.client.close()
     (scene.folder / "run.go").touch()
@@ -223,7 +223,7 @@ async def test_unprocessed_calls_of_a_stopping_worker_are_stored(
     await caller.client.flush()
     worker.signal(signal.SIGTERM)
     os.kill(worker.pid, signal.SIGCONT)
-    assert await scene.ended(worker) == 0
+    assert await scene.exit_code(worker) == 0
     await scene.start()
     answered = [json.loads((await answers.next_msg(WITHIN)).data) for _ in calls]
     assert {event["request_id"] for event in answered} == calls
@@ -236,7 +236,7 @@ async def test_a_full_queue_fails_a_call_at_once(scene: Scene, caller: Caller) -
     config = (await jetstream.stream_info(scene.subjects.requests_stream(scene.task))).config
     await jetstream.update_stream(config.evolve(max_msgs=1))
     waiting = caller.start(caller.call(request_id="the-one"))
-    await scene.noted("run")
+    await scene.until_noted("run")
     refused = await caller.call(within=10)
     assert (refused["failure"]["code"], refused["failure"]["retryable"]) == ("queue_full", True)
     (scene.folder / "run.go").touch()

@@ -125,7 +125,7 @@ async def read(
         },
         begun=[_begun(line) for line in scene.notes(RUNS) if ours(line.split()[0])],
         replies=replies,
-        left=await scene.left(),
+        left=await scene.pending(),
         unsettled=await _unsettled(scene),
         ends=ends,
         cries=await asyncio.to_thread(_cries, scene),

@@ -166,17 +166,17 @@ async def _supervision(workers: list[Supervised]) -> AsyncIterator[None]:
 
 async def _drained(scene: Scene, patience: float) -> str:
     try:
-        left = await scene.left()
+        left = await scene.pending()
         while left:
 
             async def fewer(than: int = left) -> bool:
-                return await scene.left() < than
+                return await scene.pending() < than
 
             try:
                 await scene.until(fewer, "progress", patience)
             except AssertionError:
-                return f"stuck with {left} requests in the queue\n{await scene.what_is_left()}"
-            left = await scene.left()
+                return f"stuck with {left} requests in the queue\n{await scene.describe_pending()}"
+            left = await scene.pending()
     except NotFoundError:
         return "a stream of requests is gone"
     return ""

@@ -185,14 +185,14 @@ def _may_have_left_objects(
 def _dead_letters(sendings: Sequence[Sending], records: Records, *, hostile: bool) -> Iterator[str]:
     messages = Counter(sending.request_id for sending in sendings)
     letters = Counter(headers.get(DEAD_LETTER_REQUEST_ID, "") for headers in records.letters)
-    put_aside = {stored.request_id for stored in records.results if stored.outcome in PUT_ASIDE}
-    for request_id in put_aside - set(letters):
+    dead_lettered = {stored.request_id for stored in records.results if stored.outcome in PUT_ASIDE}
+    for request_id in dead_lettered - set(letters):
         yield f"{request_id}: no dead letter"
     if "" in letters:
         yield f"{letters['']} dead letters that no worker has written"
     if hostile:
         return  # copies of others are put aside under the same ids
-    for request_id in set(letters) - put_aside:
+    for request_id in set(letters) - dead_lettered:
         yield f"{request_id}: a dead letter, and another end"
     for request_id, count in letters.items():
         if count > messages[request_id]:

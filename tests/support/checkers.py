@@ -1,4 +1,4 @@
-"""Safety checkers as an operator could write them, good and bad, for MODEL_SAFETY_CHECKER."""
+"""Valid and faulty safety checkers for MODEL_SAFETY_CHECKER."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-SECRET = "zanzibar"  # a word that must not get out
+SECRET = "zanzibar"  # a word that must not appear in logs and messages
 
 NOT_CALLABLE = "a checker"
 
@@ -37,17 +37,17 @@ def runs_out_of_memory(_: list[Image]) -> list[bool]:
     raise torch.OutOfMemoryError("no more")
 
 
-def answers_too_little(images: list[Image]) -> list[bool]:
+def returns_too_few(images: list[Image]) -> list[bool]:
     return [False for _ in images[1:]]
 
 
-def answers_once(_: list[Image]) -> bool:
+def returns_one_bool(_: list[Image]) -> bool:
     return False
 
 
-def answers_numbers(images: list[Image]) -> list[Any]:
+def returns_numbers(images: list[Image]) -> list[Any]:
     return [0.1 for _ in images]
 
 
-def answers_nothing(images: list[Image]) -> list[Any]:
+def returns_nones(images: list[Image]) -> list[Any]:
     return [None for _ in images]

@@ -1,4 +1,4 @@
-"""The daemon's logging for the length of a test, into a string."""
+"""The logging configuration of the daemon for the duration of a test, with a string as output."""
 
 import io
 import logging
@@ -15,7 +15,7 @@ from consumer.telemetry import configure_logging
 
 @contextmanager
 def daemon_logging(log_format: Literal["json", "console"] = "json") -> Iterator[io.StringIO]:
-    """Log as the daemon does, into a string."""
+    """Log as the daemon does, to a string."""
     written = io.StringIO()
     with logging_to(written, log_format):
         yield written
@@ -25,13 +25,13 @@ def daemon_logging(log_format: Literal["json", "console"] = "json") -> Iterator[
 def logging_to(
     stream: TextIO | None, log_format: Literal["json", "console"] = "json"
 ) -> Iterator[None]:
-    """Log as the daemon does to this standard error, and put everything back afterwards."""
+    """Log as the daemon does to a stream, and restore the logging configuration afterwards."""
     root = logging.getLogger()
     handlers, level, before = root.handlers[:], root.level, structlog.get_config()
-    root.handlers.clear()  # setting up closes what it finds
+    root.handlers.clear()  # `configure_logging` closes existing handlers
     with mock.patch.object(sys, "stderr", stream):
         configure_logging(log_format, "INFO")
-        # A logger that is kept would go on writing to this string.
+        # A cached logger would continue to write to this string after the test.
         structlog.configure(cache_logger_on_first_use=False)
         try:
             yield

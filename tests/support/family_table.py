@@ -1,6 +1,6 @@
-"""What each family takes and does: the literal table that the tests hold the runners to.
+"""The expected parameters and defaults of each model family.
 
-`docs/reference/families.md` shows the same table to people; a test compares the two.
+`docs/reference/families.md` contains the same table. A test compares the two.
 """
 
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ PREVIEWS = {"stable_diffusion_3", "stable_diffusion_35", "flux", "z_image"}
 
 @dataclass(frozen=True)
 class Family:
-    """One row.
+    """One row of the table.
 
     Attributes:
-        title: In the documentation.
-        name: Of a function of `tests.support.tiny_families`, with its `options`.
-        pipeline: The `_class_name` of its model_index.json.
-        steps: Denoising steps of a request that does not say.
-        guidance: What the pipeline calls the request's guidance_scale; None: it has none.
-        scale: Its default.
-        negative: Whether it reads a negative prompt.
-        side: Of its default image, which is square, in pixels.
-        multiple: Both sides of an image must be multiples of it, in pixels.
-        largest: Side, in pixels; None: only the area is limited.
-        adapters: Whether LoRA adapters can be loaded into it.
-        least: Denoising steps that a request may ask for.
+        title: Title in the documentation.
+        name: Name of a function in `tests.support.tiny_families`, called with `options`.
+        pipeline: The `_class_name` in model_index.json.
+        steps: Default number of denoising steps.
+        guidance: The pipeline argument that gets the guidance_scale of a request, if any.
+        scale: Default guidance scale.
+        negative: Whether the pipeline supports a negative prompt.
+        side: Side of the default image, which is square, in pixels.
+        multiple: Both sides of an image must be multiples of this number of pixels.
+        largest: Largest side in pixels, or None if only the area is limited.
+        adapters: Whether the pipeline supports LoRA adapters.
+        least: Smallest number of denoising steps of a request.
     """
 
     title: str
@@ -46,14 +46,14 @@ class Family:
 
     @property
     def takes(self) -> set[str]:
-        """The parameters that not every family has."""
+        """The supported parameters that some families do not support."""
         guided = {"guidance_scale"} if self.guidance else set()
         negative = {"negative_prompt"} if self.negative else set()
         return guided | negative | ({"preview"} if self.previews else set())
 
     @property
     def previews(self) -> bool:
-        """Whether a request may ask for previews."""
+        """Whether the family supports previews."""
         return self.name in PREVIEWS
 
 

@@ -1,14 +1,13 @@
-"""Child processes forked from one that has imported their libraries.
+"""Child processes that are forked from a template process with imported libraries.
 
-A worker takes two seconds of a core to import what it needs, ten with the libraries of the models,
-and a gateway two. The tests start hundreds of them. A forked process runs the same code, with a
-separate environment, output, session and process id, and is ready in 0.2 s. A forked worker forks
-its lease guard too, which takes another second of a core where it is started. `DevStack` starts
-its children the ordinary way, `ForkedStack` forks them.
+A worker or a gateway needs two seconds of CPU time for imports, a worker with a real model ten, and
+the tests start hundreds of them. A forked process is ready in 0.2 s. It runs the same code with a
+separate environment, output, session and process id. A forked worker also forks its lease guard,
+which saves another second of CPU time. `DevStack` does not fork its processes.
 
-`ForkedStack`, `ForkedWorker` and `ForkedGateway` are the side of the tests. The template is
-`python -m tests.support.forked IMPORT…`. It ends with the process of the tests, and what it has
-forked ends with it.
+The tests use `ForkedStack`, `ForkedWorker` and `ForkedGateway`. The template process is
+`python -m tests.support.forked IMPORT…`. It exits with the test process, and the forked processes
+exit with the template process.
 """
 
 import asyncio
@@ -38,17 +37,17 @@ ROOT = Path(__file__).parents[2]
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'contracts'}"
 GUARD = "consumer.bus.lease_guard.process"
 _create_subprocess_exec = asyncio.create_subprocess_exec
-_LARGEST = 2**20  # bytes of one order
+_LARGEST = 2**20  # bytes; largest size of an order
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 class _Forked(ChildProcess):
-    """A `python -P -m MODULE` or `python -P -c CODE` that is forked and not started."""
+    """A forked `python -P -m MODULE` or `python -P -c CODE`."""
 
     _imports: ClassVar[tuple[str, ...]]  # what the template imports
 
     def _spawn(self) -> Any:
-        if sys.platform != "linux":  # elsewhere nothing would end the forks of a killed test run
+        if sys.platform != "linux":  # only Linux kills the forked processes after a killed test run
             return super()._spawn()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
@@ -58,7 +57,7 @@ class _Forked(ChildProcess):
 
 
 class ForkedWorker(_Forked, Daemon):
-    """A `Daemon` with a fault: `tests/faults/causes/CAUSE.py`.
+    """A `Daemon` with a fault from `tests/faults/causes/CAUSE.py`.
 
     Args:
         name: As of a `Daemon`.
@@ -88,13 +87,13 @@ class ForkedDaemon(_Forked, Daemon):
 
 
 class ForkedGateway(_Forked, GatewayServer):
-    """A `GatewayServer`, with some constants changed.
+    """A `GatewayServer` with changed constants.
 
     Args:
         name: As of a `GatewayServer`.
         settings: As of a `GatewayServer`.
         log: As of a `GatewayServer`.
-        patch: Statements on the modules `app`, `in_flight` and `serve` of `consumer.gateway`.
+        patch: Statements that use the modules `app`, `in_flight` and `serve` of `consumer.gateway`.
     """
 
     _imports = ("consumer.app.cli", "consumer.gateway.serve")
@@ -130,10 +129,10 @@ class ForkedStack(DevStack):
 
 
 class _Process:
-    """What `ChildProcess` uses of a `subprocess.Popen`, for a process whose parent is the template.
+    """The subset of `subprocess.Popen` that `ChildProcess` uses, for a child of the template.
 
     Args:
-        reports: Where the template reports the process id, and then the exit code.
+        reports: A socket on which the template reports the process id, and then the exit code.
     """
 
     def __init__(self, argv: tuple[str, ...], reports: socket.socket) -> None:
@@ -143,7 +142,7 @@ class _Process:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Return the exit code, or None while it runs."""
+        """Return the exit code, or None while the process runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(0)
         return self.returncode
@@ -152,7 +151,7 @@ class _Process:
         """Return the exit code.
 
         Raises:
-            subprocess.TimeoutExpired: It still runs after `timeout` seconds.
+            subprocess.TimeoutExpired: The process still runs after `timeout` seconds.
         """
         if self.returncode is None:
             readable, _, _ = select.select([self._reports], [], [], timeout)
@@ -179,10 +178,10 @@ class _Process:
 
 
 class _Template:
-    """The process that forks; started by its first use.
+    """The template process.
 
     Args:
-        imports: The modules that it imports.
+        imports: The modules that the template imports.
     """
 
     def __init__(self, imports: tuple[str, ...]) -> None:
@@ -200,8 +199,8 @@ class _Template:
 
         Args:
             argv: The interpreter and its arguments.
-            env: Its whole environment.
-            output: A file descriptor for its output.
+            env: The complete environment.
+            output: A file descriptor for the output.
         """
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -212,7 +211,7 @@ class _Template:
 
 @functools.cache
 def _template(_pid: int, imports: tuple[str, ...]) -> _Template:
-    """Return a template of this process; a forked process would need another one."""
+    """Return the template of this process. A forked process needs a separate template."""
     return _Template(imports)
 
 
@@ -230,7 +229,7 @@ class _Order:
 
 
 def _become(order: _Order) -> None:
-    """Make a forked process what a started one would be."""
+    """Give a forked process the state of a newly started process."""
     template = os.getppid()
     os.setsid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -248,28 +247,28 @@ def _become(order: _Order) -> None:
 
 
 async def _fork_guard(*argv: str, **options: Any) -> asyncio.subprocess.Process:
-    """Start the lease guard, as `asyncio.create_subprocess_exec` does, but without a new Python."""
+    """Replace `asyncio.create_subprocess_exec` for the lease guard, without a new interpreter."""
     assert argv[-1] == GUARD, argv
     return await _create_subprocess_exec(*argv, preexec_fn=_become_guard, **options)
 
 
 def _become_guard() -> None:
-    """Run the lease guard in a process that `subprocess` has forked, in place of its program."""
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # with the pipe that `subprocess` waits for
+    """Run the lease guard in a process that `subprocess` has forked, instead of a program."""
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # this also closes the error pipe of `subprocess`
     signal.set_wakeup_fd(-1)
     asyncio._set_running_loop(None)
     code = 1
     try:
         runpy.run_module(GUARD, run_name="__main__")
         code = 0
-    except Exception:  # noqa: BLE001 - as the interpreter does
+    except Exception:  # noqa: BLE001 - the interpreter also prints every exception
         traceback.print_exc()
     finally:
         os._exit(code)
 
 
 def _receive(orders: socket.socket) -> _Order | None:
-    """Receive an order; None at the end."""
+    """Receive an order, or None after the socket is closed."""
     data, descriptors, _, _ = socket.recv_fds(orders, _LARGEST, 2)
     if not data:
         return None
@@ -282,10 +281,8 @@ def _report_ended(running: dict[int, socket.socket]) -> None:
     for pid in list(running):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            with (
-                running.pop(pid) as reports,
-                contextlib.suppress(OSError),
-            ):  # the reader may have closed the pipe
+            # The reader may have closed the socket.
+            with running.pop(pid) as reports, contextlib.suppress(OSError):
                 reports.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
@@ -293,7 +290,7 @@ def _serve() -> list[str]:
     """Fork a process for each order.
 
     Returns:
-        The arguments of the interpreter, in each of these processes; nothing at the end.
+        The interpreter arguments in each forked process. In the template: an empty list.
     """
     orders = socket.socket(fileno=os.dup(0))
     running: dict[int, socket.socket] = {}
@@ -318,14 +315,14 @@ def _serve() -> list[str]:
 
 
 def _run(argv: list[str]) -> None:
-    """Do what an interpreter with these arguments does."""
+    """Run a module or code, as an interpreter with these arguments does."""
     match argv:
         case ["-P", "-m", module, *arguments]:
             sys.argv = [module, *arguments]
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         case ["-P", "-c", code, *arguments]:
             sys.argv = ["-c", *arguments]
-            exec(code, {"__name__": "__main__"})  # noqa: S102 - a test's own code
+            exec(code, {"__name__": "__main__"})  # noqa: S102 - the code comes from a test
         case _:
             raise ValueError(argv)
 
@@ -334,6 +331,6 @@ if __name__ == "__main__":
     for name in sys.argv[1:]:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # a collector does not copy the template's pages
+    gc.freeze()  # so garbage collection does not copy memory pages of the template
     if arguments := _serve():
         _run(arguments)

@@ -1,4 +1,4 @@
-"""Where a worker waits for the test, and how it dies: for causes whose moment the test chooses."""
+"""Helpers for causes of faults: a worker waits for the test, or dies at a chosen moment."""
 
 import asyncio
 import os
@@ -10,37 +10,37 @@ from typing import Any
 
 from tests.support.quick_runner import FOLDER, first_time, note
 
-LET_GO = "LET_GO"  # environment: the mark for which a worker waits, where there are several
+RELEASE_MARK = "RELEASE_MARK"  # environment: the mark that a worker waits for
 SERVER = "SERVER_PID"  # environment: process id of nats-server
-MENDED = "mended"  # the mark after which a model that raised does so no more
-PLACE = "at_the_place"  # noted when a worker begins to wait
-GO = ".go"  # ends the name of the mark that lets a moment go on
-ON = ".on"  # ends the name under which it is noted that the process has gone on
-POLL = 0.005  # seconds; a file announces nothing
+FIXED = "fixed"  # the mark after which a failing model stops failing
+HELD = "worker_waits"  # the note of a worker that starts to wait
+RESUME = ".go"  # suffix of the mark that resumes a process
+RESUMED = ".on"  # suffix of the note of a resumed process
+POLL = 0.005  # seconds; files send no notification
 
 
 def hold(mark: str) -> None:
-    """Wait until the test makes a mark. Blocks: not in the event loop's thread."""
-    note(PLACE, mark)
+    """Wait until the test creates a mark. Blocks, so not for the event loop's thread."""
+    note(HELD, mark)
     _until_marked(mark)
 
 
 def hold_once(moment: str) -> None:
-    """Note that a moment has come, and wait for the test. Blocks, as `hold`.
+    """Note that a moment is reached, and wait for the test. Blocks, as `hold`.
 
-    Only the first process that comes to it is held, and only once.
+    Only the first process that reaches the moment waits, and only once.
     """
     if first_time(f"{moment}.held"):
         note(moment, "here")
-        _until_marked(f"{moment}{GO}")
-        note(f"{moment}{ON}", "going on")
+        _until_marked(f"{moment}{RESUME}")
+        note(f"{moment}{RESUMED}", "resumed")
 
 
 async def hold_once_without_blocking(moment: str) -> None:
-    """The same in the event loop's thread: it ends where it is broken off."""
+    """Wait as `hold_once`, for the event loop's thread. A cancellation ends the wait."""
     if first_time(f"{moment}.held"):
         note(moment, "here")
-        while not (Path(os.environ[FOLDER]) / f"{moment}{GO}").exists():  # noqa: ASYNC110
+        while not (Path(os.environ[FOLDER]) / f"{moment}{RESUME}").exists():  # noqa: ASYNC110
             await asyncio.sleep(POLL)
 
 
@@ -50,19 +50,19 @@ def _until_marked(mark: str) -> None:
 
 
 async def die_once_marked() -> None:
-    """Wait until the test makes the mark `die`, with the heartbeat going on, and die."""
+    """Wait until the test creates the mark `die`, and die. The heartbeat continues meanwhile."""
     await asyncio.to_thread(hold, "die")
     die()
 
 
 def die() -> None:
-    """kill -9 of this process; its moment goes to `died`."""
+    """Kill this process with SIGKILL, and note the time under `died`."""
     note("died", repr(time.time()))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def before(owner: type, method: str, first: Callable[[], Awaitable[None]]) -> None:
-    """Let something come before each call of an asynchronous method."""
+    """Patch an asynchronous method: await `first` before each call."""
     original = getattr(owner, method)
 
     async def preceded(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def before(owner: type, method: str, first: Callable[[], Awaitable[None]]) -> No
 
 
 def after(owner: type, method: str, then: Callable[[], Awaitable[None]]) -> None:
-    """Let something follow each call of an asynchronous method, before its caller goes on."""
+    """Patch an asynchronous method: await `then` after each call, before the caller continues."""
     original = getattr(owner, method)
 
     async def followed(*args: Any, **kwargs: Any) -> Any:

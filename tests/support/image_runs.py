@@ -1,4 +1,4 @@
-"""Small requests for images, run on a loaded model in the thread of the test."""
+"""Small text-to-image requests, run on a loaded model in the thread of the test."""
 
 from typing import Any
 
@@ -8,46 +8,46 @@ from generation_contracts import TextToImageRequest
 from tests.support.model_runs import run_model
 
 
-def asked(**fields: Any) -> TextToImageRequest:
-    """A request for one image of 64x64 pixels in three steps, but for these fields."""
-    small = {"prompt": "a cat", "width": 64, "height": 64, "num_inference_steps": 3, "seed": 7}
-    return TextToImageRequest(**{**small, **fields})
+def small_request(**fields: Any) -> TextToImageRequest:
+    """Return a request for one image of 64x64 pixels in three steps, with changed fields."""
+    defaults = {"prompt": "a cat", "width": 64, "height": 64, "num_inference_steps": 3, "seed": 7}
+    return TextToImageRequest(**{**defaults, **fields})
 
 
-def made(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> RunnerOutput:
-    """What the model makes of such a request, once it has passed the check."""
-    return made_of(runner, asked(**fields), save_memory=save_memory)
+def run_small(runner: ModelRunner, *, save_memory: bool = False, **fields: Any) -> RunnerOutput:
+    """Check and run a small request."""
+    return run_checked(runner, small_request(**fields), save_memory=save_memory)
 
 
-def made_of(
+def run_checked(
     runner: ModelRunner, request: TextToImageRequest, *, save_memory: bool = False
 ) -> RunnerOutput:
-    """What the model makes of a request, once it has passed the check."""
+    """Check and run a request."""
     runner.check(request)
     return run_model(runner, request, [], save_memory=save_memory)
 
 
 def pixels(output: RunnerOutput) -> list[bytes]:
-    """The images' pixels."""
+    """Return the pixels of each image."""
     return [image.image.tobytes() for image in output.images]
 
 
 def model(runner: ModelRunner) -> Any:
-    """The loaded model of a runner."""
+    """Return the loaded model of a runner."""
     return runner._model
 
 
 def pipeline(runner: ModelRunner) -> Any:
-    """The pipeline that all runs of a runner share."""
+    """Return the pipeline that all runs of a runner share."""
     return model(runner)._pipe
 
 
 class StopAt:
-    """Says yes at a step, counted by how often it was asked; the first time is before the run."""
+    """A cancel token that is set after `step` calls. The first call is before the run."""
 
     def __init__(self, step: int) -> None:
-        self.left = step
+        self._remaining = step
 
     def is_reached(self) -> bool:
-        self.left -= 1
-        return self.left < 0
+        self._remaining -= 1
+        return self._remaining < 0

@@ -1,8 +1,8 @@
-"""In-memory implementations of every port in `consumer.ports`, to drive a job without a server.
+"""In-memory implementations of every port in `consumer.ports`, to run a job without a server.
 
-They behave as the real ones do: messages pass through their wire format, a request has at most one
-stored terminal event, a requeued message is delivered again with a higher number, and the model
-runs in a separate thread. All of them write what they do into one journal, in order.
+They behave like the real ports. Messages are encoded and decoded, and a request has at most one
+stored terminal event. A requeued message is delivered again with a higher delivery number. The
+model runs in a separate thread. All ports append their effects to one journal, in order.
 """
 
 import asyncio
@@ -61,12 +61,12 @@ T = TypeVar("T")
 
 BUCKET = "generation"
 MAX_PAYLOAD = 2**20  # bytes, the default of nats-server
-POLL = 0.001  # seconds; how often a held run looks whether it is to stop
+POLL = 0.001  # seconds between two checks of the cancel token in a blocked run
 URL_ENDS = datetime(2100, 1, 1, tzinfo=UTC)
 
 
 class Tally:
-    """A counter that a test can wait for."""
+    """A counter whose changes a test can await."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -83,7 +83,7 @@ class Tally:
             await self._changed.wait()
 
     async def more(self, count: int) -> None:
-        """Return once the count has grown by a number."""
+        """Return once the count has increased by a number."""
         await self.until(self.count + count)
 
 
@@ -95,7 +95,7 @@ class Outage:
         self._over.set()
 
     @property
-    def away(self) -> bool:
+    def unavailable(self) -> bool:
         return not self._over.is_set()
 
     def begin(self) -> None:
@@ -123,15 +123,15 @@ class MemoryDelivery:
     stream_sequence: int
     deliveries: int
     stored_at: datetime
-    carried: int = 0  # deliveries before it was queued again after a delay
-    uncounted: int = 0  # of these, those that were no attempts
-    origin: int = 0  # the sequence of the message that the sender has published
+    carried: int = 0  # deliveries before the delayed retry
+    uncounted: int = 0  # of the carried deliveries: how many did not count as an attempt
+    origin: int = 0  # sequence of the message that the sender published
     settlements: list[str] = field(default_factory=list)
-    beats: Tally = field(default_factory=Tally)
+    renewals: Tally = field(default_factory=Tally)
     settling: Tally = field(default_factory=Tally)
-    refusal: Exception | None = None  # what every settlement raises
-    beat_refusal: Exception | None = None  # what the next renewal raises
-    lapsed: bool = False  # whether the worker has stopped renewing it
+    settle_error: Exception | None = None  # raised by every settlement
+    renewal_error: Exception | None = None  # raised by the next renewal
+    renewal_stopped: bool = False  # whether the worker has stopped renewing the lease
 
     @property
     def attempt(self) -> int:
@@ -144,30 +144,31 @@ class MemoryDelivery:
         await self._settle("nak")
 
     async def requeue(self) -> None:
-        if not self.queue.outage.away:  # the real one stores the mark soon or never
-            self.queue.released[self.stream_sequence].add(self.deliveries)
+        # The real port does not wait for the bus either when it stores a mark.
+        if not self.queue.outage.unavailable:
+            self.queue.requeued[self.stream_sequence].add(self.deliveries)
         await self._settle("requeue")
 
     async def mark_uncounted(self) -> None:
-        if not self.queue.outage.away:
-            self.queue.discounted[self.stream_sequence].add(self.deliveries)
+        if not self.queue.outage.unavailable:
+            self.queue.marked_uncounted[self.stream_sequence].add(self.deliveries)
 
     async def mark_counted(self) -> None:
-        if not self.queue.outage.away:
-            self.queue.discounted[self.stream_sequence].discard(self.deliveries)
+        if not self.queue.outage.unavailable:
+            self.queue.marked_uncounted[self.stream_sequence].discard(self.deliveries)
 
     async def marked_uncounted(self) -> int:
         await self.queue.outage.over()
         number = self.stream_sequence
-        return len(self.queue.released[number] | self.queue.discounted[number])
+        return len(self.queue.requeued[number] | self.queue.marked_uncounted[number])
 
     async def mark_cancelled(self) -> None:
-        if not self.queue.outage.away:  # as with a release
-            self.queue.withdrawn.add(self.stream_sequence)
+        if not self.queue.outage.unavailable:
+            self.queue.cancelled.add(self.stream_sequence)
 
     async def was_cancelled(self) -> bool:
         await self.queue.outage.over()
-        return self.stream_sequence in self.queue.withdrawn or (
+        return self.stream_sequence in self.queue.cancelled or (
             bool(self.carried) and self.subject.rpartition(".")[2] in self.queue.cancelled_retries
         )
 
@@ -175,15 +176,15 @@ class MemoryDelivery:
         await self._settle(f"term {reason}")
 
     async def extend(self) -> None:
-        self.beats.add()
-        refusal, self.beat_refusal = self.beat_refusal, None
-        if refusal is not None:
-            raise refusal
+        self.renewals.add()
+        error, self.renewal_error = self.renewal_error, None
+        if error is not None:
+            raise error
 
     def stop_renewing(self) -> None:
-        self.lapsed = True
+        self.renewal_stopped = True
 
-    def again(self, deliveries: int) -> "MemoryDelivery":
+    def redelivery(self, deliveries: int) -> "MemoryDelivery":
         """Return another delivery of the same message."""
         return MemoryDelivery(
             queue=self.queue,
@@ -202,8 +203,8 @@ class MemoryDelivery:
     async def _settle(self, how: str) -> None:
         self.settling.add()
         await self.queue.outage.over()
-        if self.refusal is not None:
-            raise self.refusal
+        if self.settle_error is not None:
+            raise self.settle_error
         self.settlements.append(how)
         self.queue.settled(self, how)
 
@@ -212,15 +213,15 @@ class MemoryQueue:
     """A work queue stream with its durable consumer.
 
     Attributes:
-        max_deliver: How often a message is delivered.
+        max_deliver: Largest number of deliveries of a message.
         in_flight: The deliveries whose leases have not expired; at most one of each message.
         exhausted: The last deliveries of max-deliver-exhausted messages, which stay in the stream.
-        released: Numbers of the requeued deliveries, by sequence.
-        discounted: Numbers of the deliveries that count as no attempt, by sequence.
-        withdrawn: Sequences of the requests that were cancelled while in progress.
-        retries: The requests that are queued again after a delay, with their ids.
-        owners: Digests that ids are marked with.
-        cancelled_retries: Ids of requests that were cancelled while they waited for an attempt.
+        requeued: Numbers of the requeued deliveries, by sequence.
+        marked_uncounted: Numbers of the deliveries that do not count as an attempt, by sequence.
+        cancelled: Sequences of the requests that were cancelled while in progress.
+        retries: The requests that wait for a delayed retry, with their ids.
+        owners: The request digest that each id is marked with.
+        cancelled_retries: Ids of requests that were cancelled while they waited for a retry.
     """
 
     def __init__(
@@ -237,16 +238,16 @@ class MemoryQueue:
         self.outage = outage
         self.in_flight: list[MemoryDelivery] = []
         self.exhausted: list[MemoryDelivery] = []
-        self.released: defaultdict[int, set[int]] = defaultdict(set)
-        self.discounted: defaultdict[int, set[int]] = defaultdict(set)
-        self.withdrawn: set[int] = set()
+        self.requeued: defaultdict[int, set[int]] = defaultdict(set)
+        self.marked_uncounted: defaultdict[int, set[int]] = defaultdict(set)
+        self.cancelled: set[int] = set()
         self.retries: list[tuple[str, MemoryDelivery]] = []
         self.owners: dict[str, str] = {}
         self.cancelled_retries: set[str] = set()
         self._journal = journal
         self._last = 0
         self._new: deque[MemoryDelivery] = deque()
-        self._again: deque[MemoryDelivery] = deque()  # these come before all new ones
+        self._redeliveries: deque[MemoryDelivery] = deque()  # delivered before all new messages
 
     def publish(
         self,
@@ -258,7 +259,7 @@ class MemoryQueue:
         uncounted: int = 0,
         origin: int | None = None,
     ) -> int:
-        """Store a message; its sequence."""
+        """Store a message, and return its sequence."""
         self._last += 1
         delivery = MemoryDelivery(
             queue=self,
@@ -277,13 +278,13 @@ class MemoryQueue:
         return self._last
 
     def retry(self, delivery: MemoryDelivery, request_id: str, attempts: int, delay: float) -> None:
-        """Keep a copy, and queue it again after a delay in seconds."""
+        """Store a copy, and queue the copy after a delay in seconds."""
         before = delivery.attempt
-        kept = request_id, replace(delivery, carried=before, uncounted=before - attempts)
-        self.retries.append(kept)
+        waiting = request_id, replace(delivery, carried=before, uncounted=before - attempts)
+        self.retries.append(waiting)
 
         def queue_again() -> None:
-            self.retries.remove(kept)
+            self.retries.remove(waiting)
             self.publish(
                 Subjects().request(self.task, request_id),
                 delivery.body,
@@ -301,7 +302,7 @@ class MemoryQueue:
     async def older(self, task: Task, request_id: str, than: Delivery) -> MemoryDelivery | None:
         await self.outage.over()
         subject = Subjects().request(task, request_id)
-        stored = [*self._new, *self._again, *self.in_flight, *self.exhausted]
+        stored = [*self._new, *self._redeliveries, *self.in_flight, *self.exhausted]
         same = [one for one in stored if one.subject == subject]
         oldest = min(same, key=lambda one: one.stream_sequence, default=None)
         if oldest is None or oldest.stream_sequence >= than.stream_sequence:
@@ -328,16 +329,16 @@ class MemoryQueue:
 
     @property
     def waiting(self) -> int:
-        """How many deliveries can be taken."""
-        return len(self._again) + len(self._new)
+        """Number of deliveries that a worker can take."""
+        return len(self._redeliveries) + len(self._new)
 
     def take(self) -> MemoryDelivery:
-        """The next delivery.
+        """Return the next delivery.
 
         Raises:
-            IndexError: None waits.
+            IndexError: No delivery is waiting.
         """
-        delivery = (self._again or self._new).popleft()
+        delivery = (self._redeliveries or self._new).popleft()
         self.in_flight.append(delivery)
         return delivery
 
@@ -345,34 +346,34 @@ class MemoryQueue:
         self._journal.append(how)
         number = delivery.stream_sequence
         if how in {"nak", "requeue"}:
-            # The server accepts it also from an earlier delivery, and delivers the message again
-            # although another worker has it by then. Queued and settled messages are not affected.
-            for held in self.in_flight:
-                if held.stream_sequence == number:
-                    self.run_out(held)
+            # The server also accepts a NAK of an earlier delivery. It then redelivers the message
+            # while another worker handles it. Queued and settled messages are not affected.
+            for current in self.in_flight:
+                if current.stream_sequence == number:
+                    self.expire_lease(current)
                     return
         else:
-            # The server accepts a late settlement too, and removes every delivery of the message.
-            self._again = deque(d for d in self._again if d.stream_sequence != number)
+            # The server accepts a late settlement, and removes every delivery of the message.
+            self._redeliveries = deque(d for d in self._redeliveries if d.stream_sequence != number)
             self.in_flight = [d for d in self.in_flight if d.stream_sequence != number]
             self.exhausted = [d for d in self.exhausted if d.stream_sequence != number]
 
-    def in_flight_only(self, delivery: MemoryDelivery) -> None:
-        """Remove all other deliveries, as if they waited in the stream of retries."""
+    def drop_other_deliveries(self, delivery: MemoryDelivery) -> None:
+        """Remove all other deliveries, as if they waited in the retries stream."""
         self.in_flight = [delivery]
 
-    def run_out(self, delivery: MemoryDelivery) -> None:
-        """Expire the lease on a delivery: the message is delivered again up to `max_deliver`."""
+    def expire_lease(self, delivery: MemoryDelivery) -> None:
+        """Expire the lease of a delivery: the message is redelivered up to `max_deliver` times."""
         self.in_flight.remove(delivery)
         if delivery.deliveries == self.max_deliver:
             self.exhausted.append(delivery)
         else:
-            self._again.append(delivery.again(delivery.deliveries + 1))
+            self._redeliveries.append(delivery.redelivery(delivery.deliveries + 1))
 
-    def run_out_leases(self) -> None:
+    def expire_leases(self) -> None:
         """Expire all leases."""
         for delivery in list(self.in_flight):
-            self.run_out(delivery)
+            self.expire_lease(delivery)
 
     def __len__(self) -> int:
         """Number of requests in the streams."""
@@ -380,16 +381,16 @@ class MemoryQueue:
 
 
 class MemoryWorkers:
-    """All workers of an installation, asked directly.
+    """All workers of an installation, called without a message bus.
 
     Attributes:
         idle: Whether another worker waits for requests.
-        asked: The executions of the workers.
+        executors: The executors of the workers.
     """
 
     def __init__(self) -> None:
         self.idle = False
-        self.asked: list[Executor] = []
+        self.executors: list[Executor] = []
 
     async def request_stop(self, request_id: str) -> asyncio.Future[StopAck | None]:
         raise AssertionError(f"a job cancels no other requests: {request_id}")
@@ -398,26 +399,26 @@ class MemoryWorkers:
         raise AssertionError(f"a job cancels no other requests: {request_id}")
 
     async def is_in_progress(self, request_id: str) -> bool:
-        return any(one.has_started(request_id) for one in self.asked)
+        return any(one.has_started(request_id) for one in self.executors)
 
     async def others_idle(self) -> bool:
         return self.idle
 
 
 class MemoryEvents:
-    """Results with one event per subject, dead letters without duplicates, and all other events."""
+    """Stores one result per subject, dead letters without duplicates, and all other events."""
 
     def __init__(self, journal: list[str], outage: Outage) -> None:
         self.max_payload = MAX_PAYLOAD
-        self.broken: Exception | None = None  # what storing a result raises
-        self.retries_full: Exception | None = None  # what storing a copy for later raises
+        self.publish_error: Exception | None = None  # raised when a result is stored
+        self.retries_full: Exception | None = None  # raised when a delayed retry is stored
         self.progress: list[StartedEvent | ProgressEvent] = []
         self.replies: list[tuple[str, ResultEvent]] = []
         self.trace_parents: list[str | None] = []
-        self.told = Tally()
-        self.asked = Tally()
-        self.requests: list[tuple[Task, Request, str | None]] = []  # of chains
-        self.subjects: set[str] = set()  # that something was published to
+        self.published = Tally()
+        self.lookups = Tally()
+        self.requests: list[tuple[Task, Request, str | None]] = []  # the next steps of chains
+        self.subjects: set[str] = set()  # all subjects of published messages
         self._results: dict[tuple[Task, str], bytes] = {}
         self._letters: dict[tuple[Task, str, int], tuple[DeadLetter, bytes]] = {}
         self._journal = journal
@@ -428,22 +429,22 @@ class MemoryEvents:
         return list(self._letters.values())
 
     @property
-    def put_aside(self) -> set[int]:
-        """The requests that have a letter, by their place in their stream."""
+    def dead_lettered(self) -> set[int]:
+        """Stream sequences of the requests with a dead letter."""
         return {sequence for _, _, sequence in self._letters}
 
     def stored(self, task: Task, request_id: str) -> ResultEvent | None:
-        """The terminal event as whoever reads the stream sees it."""
+        """Return the terminal event as a reader of the stream gets it."""
         body = self._results.get((task, request_id))
         return None if body is None else decode_result(body)
 
     def put(self, event: ResultEvent) -> bool:
-        """Store as another worker would; whether it is the first of its request."""
+        """Store an event as another worker would; return whether it is the first of its request."""
         key = event.task, event.request_id
         return self._results.setdefault(key, body := encode(event)) is body
 
     async def find_result(self, task: Task, request_id: str) -> ResultEvent | None:
-        self.asked.add()
+        self.lookups.add()
         await self._outage.over()
         return self.stored(task, request_id)
 
@@ -451,8 +452,8 @@ class MemoryEvents:
         if wire_size(encode(event), event_headers(event)) > self.max_payload:
             raise MessageTooLarge
         await self._outage.over()
-        if self.broken is not None:
-            raise self.broken
+        if self.publish_error is not None:
+            raise self.publish_error
         self.trace_parents.append(trace_parent)
         self.subjects.add(Subjects().result(event.task, event.request_id))
         first = self.put(event)
@@ -464,16 +465,16 @@ class MemoryEvents:
     async def publish_progress(
         self, event: StartedEvent | ProgressEvent, *, trace_parent: str | None
     ) -> None:
-        if not self._outage.away:
-            passed = decode_event(encode(event))
-            assert isinstance(passed, StartedEvent | ProgressEvent)
+        if not self._outage.unavailable:
+            decoded = decode_event(encode(event))
+            assert isinstance(decoded, StartedEvent | ProgressEvent)
             self.subjects.add(Subjects().progress(event.task, event.request_id))
-            self.progress.append(passed)
+            self.progress.append(decoded)
             self.trace_parents.append(trace_parent)
-            self.told.add()
+            self.published.add()
 
     async def reply(self, subject: str, event: ResultEvent, *, trace_parent: str | None) -> None:
-        if not self._outage.away:
+        if not self._outage.unavailable:
             self.subjects.add(subject)
             self.replies.append((subject, decode_result(encode(event))))
             self.trace_parents.append(trace_parent)
@@ -502,20 +503,19 @@ class MemoryEvents:
         await self._outage.over()
         if self.retries_full is not None:
             raise self.retries_full
-        # Behind the stepped port, where there is one, the delivery is the queue's own.
-        held = getattr(delivery, "port", delivery)
-        assert isinstance(held, MemoryDelivery)
-        assert task is held.queue.task
+        stored = getattr(delivery, "port", delivery)  # `stepped_world` wraps the delivery
+        assert isinstance(stored, MemoryDelivery)
+        assert task is stored.queue.task
         self._journal.append("retry")
-        held.queue.retry(held, request_id, attempts, delay)
+        stored.queue.retry(stored, request_id, attempts, delay)
         if owner is not None:
-            held.queue.owners.setdefault(request_id, owner)
+            stored.queue.owners.setdefault(request_id, owner)
 
     async def dead_letter(self, task: Task, delivery: Delivery, letter: DeadLetter) -> None:
         await self._outage.over()
-        place = task, delivery.stream, delivery.stream_sequence
+        position = task, delivery.stream, delivery.stream_sequence
         self.subjects.add(Subjects().dead_letter(task))
-        self._letters.setdefault(place, (letter, delivery.body))
+        self._letters.setdefault(position, (letter, delivery.body))
         self._journal.append("dead_letter")
 
 
@@ -531,7 +531,7 @@ class MemoryArtifacts:
 
     def __init__(self, journal: list[str]) -> None:
         self.outage = Outage()
-        self.unreadable: set[str] = set()  # keys that the store answers with another error
+        self.unreadable: set[str] = set()  # keys whose reading fails with an internal error
         self.objects: dict[str, bytes] = {}
         self.calls = Tally()
         self._journal = journal
@@ -558,14 +558,14 @@ class MemoryArtifacts:
         )
 
     async def discard(self, artifact: ImageArtifact) -> None:
-        if not self.outage.away:
+        if not self.outage.unavailable:
             self.objects.pop(artifact.key, None)
             self._journal.append("discard")
 
     async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:
         self._answer()
         if not isinstance(source, ArtifactReference) or source.bucket != BUCKET:
-            raise InputUnavailable("not a place that this worker may read")
+            raise InputUnavailable("the worker may not read this object")
         if source.key in self.unreadable:
             raise StoreUnavailable("the store cannot do it now (InternalError)")
         data = self.objects.get(source.key)
@@ -576,11 +576,11 @@ class MemoryArtifacts:
         return data
 
     async def reachable(self) -> bool:
-        return not self.outage.away
+        return not self.outage.unavailable
 
     def _answer(self) -> None:
         self.calls.add()
-        if self.outage.away:
+        if self.outage.unavailable:
             raise StoreUnavailable("the store does not answer")
 
 
@@ -591,20 +591,20 @@ class MemoryImages:
     """A codec whose files are a line of text and the raw pixels, without the provenance.
 
     Attributes:
-        broken: What encoding raises.
+        encode_error: Raised by `encode`.
         provenance: The provenance of each encoded image.
     """
 
     max_bytes = 2**20
 
     def __init__(self) -> None:
-        self.broken: Exception | None = None
+        self.encode_error: Exception | None = None
         self.provenance: list[Mapping[str, str]] = []
 
     def decode(self, data: bytes) -> Image.Image:
         head, _, pixels = data.partition(b"\n")
-        if not head.startswith(b"picture "):
-            raise InputUnavailable("not a picture")
+        if not head.startswith(b"image "):
+            raise InputUnavailable("not an image")
         width, height = (int(side) for side in head.split()[1:])
         return Image.frombytes("RGB", (width, height), pixels)
 
@@ -616,10 +616,10 @@ class MemoryImages:
         seed: int,
         provenance: Mapping[str, str] | None = None,
     ) -> EncodedImage:
-        if self.broken is not None:
-            raise self.broken
+        if self.encode_error is not None:
+            raise self.encode_error
         self.provenance.append(provenance or {})
-        data = b"picture %d %d\n%s" % (image.width, image.height, image.tobytes())
+        data = b"image %d %d\n%s" % (image.width, image.height, image.tobytes())
         return EncodedImage(
             data=data,
             media_type=f"image/{output_format}",  # type: ignore[arg-type] # one of the three
@@ -636,7 +636,7 @@ class MemoryImages:
 
 @dataclass(frozen=True)
 class Run:
-    """The arguments of one run of the model, and the text that its script has added so far."""
+    """The arguments of one run of the model, and the text that the script has added so far."""
 
     request: Request
     images: tuple[Image.Image, ...]
@@ -644,16 +644,16 @@ class Run:
     cancelled: Callable[[], bool]
     on_text: Callable[[str], None]
     save_memory: bool
-    written: list[str] = field(default_factory=list)  # by the scripts
+    written: list[str] = field(default_factory=list)  # texts of `tests.support.behaviour.writing`
 
     @classmethod
-    def of(cls, asked: RunRequest, *, save_memory: bool = False) -> "Run":
+    def of(cls, run: RunRequest, *, save_memory: bool = False) -> "Run":
         return cls(
-            asked.request,
-            tuple(asked.images),
-            asked.progress.step,
-            asked.cancelled,
-            asked.progress.text,
+            run.request,
+            tuple(run.images),
+            run.progress.step,
+            run.cancelled,
+            run.progress.text,
             save_memory,
         )
 
@@ -662,23 +662,23 @@ Script = Callable[[Run], RunnerOutput]
 
 
 def make(run: Run) -> RunnerOutput:
-    """A run that returns what the request asks for, in one step."""
+    """Return the requested output, in one step."""
     run.on_step(1, 1)
     request = run.request
     if not isinstance(request, TextToImageRequest):
-        text = f"{len(run.images)} pictures"
+        text = f"{len(run.images)} images"
         return RunnerOutput(text=GeneratedText(text, "stop", prompt_tokens=3, completion_tokens=2))
     seed = request.seed or 0
     size = request.width or 4, request.height or 4
-    pictures = (
+    images = (
         GeneratedImage(Image.new("RGB", size, (n, seed & 255, seed >> 8 & 255)), seed + n)
         for n in range(request.num_images)
     )
-    return RunnerOutput(images=tuple(pictures))
+    return RunnerOutput(images=tuple(images))
 
 
 def raising(error: Callable[[], Exception]) -> Script:
-    """A run that raises; a function makes the error, so that nothing else refers to it."""
+    """Return a run that raises. `error` makes the exception, so that no test refers to it."""
 
     def run(_: Run) -> RunnerOutput:
         raise error()
@@ -687,15 +687,15 @@ def raising(error: Callable[[], Exception]) -> Script:
 
 
 def out_of_memory(*tried: str) -> OutOfMemory:
-    """Return what a run raises that exceeds the memory of the device."""
+    """Return the exception of a run that exceeds the device memory."""
     return OutOfMemory("the device's memory did not suffice", tried)
 
 
 class Hold:
-    """A run that lasts until it is released or, if it polls the token, asked to stop."""
+    """A run that blocks until it is released or, if it polls the cancel token, cancelled."""
 
-    def __init__(self, *, heeds: bool, before: Callable[[Run], None], then: Script) -> None:
-        self._heeds = heeds
+    def __init__(self, *, polls_cancel: bool, before: Callable[[Run], None], then: Script) -> None:
+        self._polls_cancel = polls_cancel
         self._before = before
         self._then = then
         self._loop = asyncio.get_running_loop()
@@ -706,12 +706,12 @@ class Hold:
         self._before(run)
         self._loop.call_soon_threadsafe(self._begun.set)
         while not self._released.wait(POLL):
-            if self._heeds and run.cancelled():
+            if self._polls_cancel and run.cancelled():
                 raise Interrupted
         return self._then(run)
 
-    async def begun(self) -> None:
-        """Return once the model runs."""
+    async def started(self) -> None:
+        """Return once the run has started."""
         await self._begun.wait()
 
     def release(self) -> None:
@@ -732,21 +732,21 @@ class ScriptedRunner:
         self._scripts: deque[Script] = deque()
         self._holds: list[Hold] = []
 
-    def will(self, *scripts: Script) -> None:
+    def script_runs(self, *scripts: Script) -> None:
         """Set the scripts of the next runs."""
         self._scripts.extend(scripts)
 
-    def will_hold(
+    def hold_next_run(
         self,
         *,
-        heeds: bool = True,
+        polls_cancel: bool = True,
         before: Callable[[Run], None] = lambda _: None,
         then: Script = make,
     ) -> Hold:
-        """Make the next run last until it is released."""
-        hold = Hold(heeds=heeds, before=before, then=then)
+        """Make the next run block until it is released."""
+        hold = Hold(polls_cancel=polls_cancel, before=before, then=then)
         self._holds.append(hold)
-        self.will(hold)
+        self.script_runs(hold)
         return hold
 
     def load(self) -> ModelDescription:
@@ -759,17 +759,17 @@ class ScriptedRunner:
     def run(
         self, runs: Sequence[RunRequest], *, save_memory: bool = False
     ) -> list[RunnerOutput | None]:
-        (asked,) = runs
-        run = Run.of(asked, save_memory=save_memory)
+        (request,) = runs
+        run = Run.of(request, save_memory=save_memory)
         self.runs.append(run)
         script = self._scripts.popleft() if self._scripts else make
         return [script(run)]
 
     def batch_key(self, _: Request) -> Hashable | None:
-        """Each runs alone."""
+        """Return None: each request runs alone."""
 
     def close(self) -> None:
-        """End every held run: the interpreter waits for its thread."""
+        """Release every blocked run: the interpreter waits for the thread."""
         for hold in self._holds:
             hold.release()
 
@@ -778,7 +778,7 @@ class ScriptedRunner:
 
 
 class MemoryObserver:
-    """Stores what it is notified of."""
+    """Records all notifications."""
 
     def __init__(self) -> None:
         self.started = 0
@@ -802,7 +802,7 @@ class MemoryObserver:
         self.broken_chains.append(code)
 
     def call_refused(self, code: FailureCode) -> None:
-        raise AssertionError("a job is no call")
+        raise AssertionError("a job does not use the request-reply endpoint")
 
     def device_stepped(self) -> None:
         self.steps += 1
@@ -814,4 +814,4 @@ class MemoryObserver:
         self.store.append((reachable, reason))
 
     def bus_writable(self, writable: bool, reason: str = "") -> None:
-        raise AssertionError(f"the memory bus takes everything: {writable} {reason}")
+        raise AssertionError(f"the memory bus accepts all messages: {writable} {reason}")

@@ -1,4 +1,4 @@
-"""One worker on in-memory ports that a test can read and break."""
+"""One worker on in-memory ports, which a test can read and make fail."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,11 +29,11 @@ class MemoryWorld:
     """Implements `tests.support.behaviour.World`.
 
     Attributes:
-        journal: The calls of the ports with an effect, in order.
-        delivery: The last delivery that was taken.
+        journal: The port calls that had an effect, in order.
+        delivery: The last delivery that the worker took.
     """
 
-    picture = b"picture 4 4\n" + bytes(3 * 4 * 4)
+    image_file = b"image 4 4\n" + bytes(3 * 4 * 4)
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class MemoryWorld:
         self.executor = self._start()
 
     def _start(self) -> Executor:
-        """Start a worker process: its inference thread, and what hands requests to it."""
+        """Start a worker: the inference thread and the executor."""
         self.run_queue = RunQueue(**self._room)
         InferenceWorker(self.runner, self.run_queue, on_busy=self.observer.device_busy).start()
         return Executor(
@@ -106,11 +106,11 @@ class MemoryWorld:
     async def work(self) -> int | None:
         delivery = self.delivery = self.queue.take()
         code = await self.executor.handle(delivery)
-        if code is not None:  # the process ends, and its supervisor starts a new one
+        if code is not None:  # the process exits, and the supervisor starts a new process
             self.executor = self._start()
         return code
 
-    async def left(self) -> int:
+    async def pending(self) -> int:
         return len(self.queue)
 
     async def result(self, request_id: str) -> ResultEvent | None:
@@ -119,7 +119,7 @@ class MemoryWorld:
     async def replies(self) -> list[tuple[str, ResultEvent]]:
         return self.events.replies
 
-    async def news(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
+    async def transient_events(self, request_id: str) -> list[StartedEvent | ProgressEvent]:
         return [event for event in self.events.progress if event.request_id == request_id]
 
     async def dead_letters(self) -> list[tuple[DeadLetter, bytes]]:
@@ -138,7 +138,7 @@ class MemoryWorld:
     async def objects(self) -> set[str]:
         return set(self.artifacts.objects)
 
-    async def store_is_missed(self) -> None:
+    async def until_store_call_fails(self) -> None:
         await self.artifacts.calls.more(2)
 
     def close(self) -> None:
@@ -154,16 +154,16 @@ class MemoryWorld:
 
 
 class Worlds:
-    """Makes worlds, and closes all of them at the end of a test."""
+    """Creates worlds, and closes them at the end of a test."""
 
     def __init__(self) -> None:
-        self._made: list[MemoryWorld] = []
+        self._worlds: list[MemoryWorld] = []
 
     async def __call__(self, **options: Any) -> MemoryWorld:
         world = MemoryWorld(**options)
-        self._made.append(world)
+        self._worlds.append(world)
         return world
 
     def close(self) -> None:
-        for world in self._made:
+        for world in self._worlds:
             world.close()

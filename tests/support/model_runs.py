@@ -1,4 +1,4 @@
-"""One run of a model without a daemon: `run_model(runner, request, images)`."""
+"""Runs of a model without a daemon: `run_model(runner, request, images)`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ class RunsModels(Protocol):
     ) -> Sequence[RunnerOutput | None]: ...
 
 
-class Heard:
+class RunCallbacks:
     """A `consumer.ports.model.RunProgress` that calls functions."""
 
     def __init__(
@@ -31,7 +31,7 @@ class Heard:
         self.preview = on_preview
 
 
-def run_of(
+def run_request(
     request: Request,
     images: Sequence[Image.Image] = (),
     *,
@@ -40,8 +40,8 @@ def run_of(
     on_text: Callable[[str], Any] = lambda _: None,
     on_preview: Callable[[bytes], Any] = lambda _: None,
 ) -> RunRequest:
-    """What a runner is given for one request."""
-    return RunRequest(request, images, Heard(on_step, on_text, on_preview), cancelled)
+    """Return the argument of a runner for one request."""
+    return RunRequest(request, images, RunCallbacks(on_step, on_text, on_preview), cancelled)
 
 
 def run_model(
@@ -50,9 +50,9 @@ def run_model(
     images: Sequence[Image.Image] = (),
     *,
     save_memory: bool = False,
-    **heard: Any,
+    **options: Any,
 ) -> RunnerOutput:
-    """Run one request; see `run_of` for what can be heard of it."""
-    (output,) = runner.run([run_of(request, images, **heard)], save_memory=save_memory)
+    """Run one request. `options` are the keyword arguments of `run_request`."""
+    (output,) = runner.run([run_request(request, images, **options)], save_memory=save_memory)
     assert output is not None
     return output

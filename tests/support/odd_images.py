@@ -1,6 +1,6 @@
-"""Odd and hostile image files, made here, and what the codec makes of each: pixels or words.
+"""Unusual and hostile image files, with the expected pixels or error message of the codec.
 
-Each file shows the same photograph, so that every turn, mirroring and missing part is seen.
+Every file shows one photograph, in which each rotation, flip and missing part is visible.
 """
 
 import base64
@@ -21,7 +21,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def photograph(width: int = 40, height: int = 24) -> Image.Image:
-    """Red above, blue below, with one corner of another colour: every rotation and flip differs."""
+    """Return an image, red above and blue below, with a white corner: every rotation differs."""
     image = Image.new("RGB", (width, height), BLUE)
     image.paste(RED, (0, 0, width, height // 2))
     image.paste(WHITE, (0, 0, width // 4, height // 4))
@@ -52,7 +52,7 @@ def png_file(
     interlaced: bool = False,
     before: Sequence[tuple[bytes, bytes]] = (),
 ) -> bytes:
-    """A file of rows that begin with their filter; chunks may come before the pixels."""
+    """Return a file of rows that start with their filter byte, with chunks before the pixels."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
     chunks = [(b"IHDR", header), *before, (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b"")]
     return PNG_SIGNATURE + b"".join(png_chunk(*chunk) for chunk in chunks)
@@ -71,7 +71,7 @@ def rows() -> bytes:
 
 
 def png_of(stream: bytes, *, checksum: bool = True, size: int = 10**6) -> bytes:
-    """The photograph with its pixels in chunks of a size."""
+    """Return the photograph with its compressed pixels in chunks of `size` bytes."""
     empty = as_file(photograph())[:33]
     for at in range(0, len(stream), size):
         chunk = png_chunk(b"IDAT", stream[at : at + size])
@@ -84,14 +84,14 @@ def bad_checksum(chunk: bytes) -> bytes:
 
 
 def compressed_text(kind: bytes, size: int) -> bytes:
-    """A workflow, as ComfyUI writes it: it inflates to more than Pillow's limit."""
+    """Return a text chunk as ComfyUI writes it. Its inflated size exceeds Pillow's limit."""
     text = zlib.compress(b'{"node": 1}, ' * (size // 13))
     flags = b"\0\1\0\0\0" if kind == b"iTXt" else b"\0\0"
     return png_chunk(kind, b"workflow" + flags + text)
 
 
 def grey_with_key(depth: int, *, interlaced: bool = False) -> bytes:
-    """Four columns of grey: black, the transparent one, one beside it, and white."""
+    """Return four grey columns: black, the transparent level, the next level, and white."""
     top = 2**depth - 1
     values = (0, 1, 1, 1) if depth == 1 else (0, 1, 2, top)
     if depth == 16:
@@ -111,14 +111,14 @@ def four_greys(*levels: int) -> Image.Image:
 
 
 def rgb16_with_key() -> bytes:
-    """Columns that differ from the transparent colour in no byte, the low one, and the high one."""
+    """Return columns that differ from the transparent colour in no, the low, and the high byte."""
     key = (0x1234, 0x0102, 0x0003)
     columns = (key, (0x1235, 0x0102, 0x0003), (0x1334, 0x0102, 0x0003), key)
     row = b"\0" + b"".join(struct.pack(">3H", *column) for column in columns)
     return png_file(4, 4, row * 4, depth=16, colour=2, before=[(b"tRNS", struct.pack(">3H", *key))])
 
 
-def seen_of_rgb16() -> Image.Image:
+def decoded_rgb16() -> Image.Image:
     image = Image.new("RGB", (4, 4), WHITE)
     image.paste((0x12, 0x01, 0), (1, 0, 2, 4))
     image.paste((0x13, 0x01, 0), (2, 0, 3, 4))
@@ -126,7 +126,7 @@ def seen_of_rgb16() -> Image.Image:
 
 
 def rgba16(colour: int) -> bytes:
-    """16 bits with alpha: an opaque column, a half transparent one, and two transparent ones."""
+    """Return 16-bit columns with alpha: one opaque, one half transparent, two transparent."""
     samples = (0x8080,) if colour == 4 else (0x8080, 0x8080, 0x8080)
     row = b"".join(
         struct.pack(f">{len(samples) + 1}H", *samples, alpha) for alpha in (0xFFFF, 0x8080, 0, 0)
@@ -135,7 +135,7 @@ def rgba16(colour: int) -> bytes:
 
 
 def palette_with_key(depth: int) -> bytes:
-    """Two colours, of which the first is transparent."""
+    """Return an image with a palette of two colours. The first colour is transparent."""
     row = {1: b"\x50", 2: b"\x11", 4: b"\x01\x01", 8: b"\0\1\0\1"}[depth]
     before = [(b"PLTE", bytes((*RED, *BLUE))), (b"tRNS", b"\0")]
     return png_file(4, 4, (b"\0" + row) * 4, depth=depth, colour=3, before=before)
@@ -149,7 +149,7 @@ def white_and_blue() -> Image.Image:
 
 
 def animated_png(frames: int, *, image_is_frame: bool = True) -> bytes:
-    """An animation that claims frames; its image is the first one, or is for other readers only."""
+    """Return an animation header for `frames` frames; the image may or may not be a frame."""
     control = struct.pack(">IIIIIHHBB", 0, 40, 24, 0, 0, 1, 10, 0, 0)
     chunks = [png_chunk(b"acTL", struct.pack(">II", frames, 0))]
     if image_is_frame:
@@ -172,7 +172,7 @@ def xmp_of(orientation: int) -> bytes:
 
 
 def turned() -> Image.Image:
-    """As a telephone stores it that was held upright: its EXIF says 6."""
+    """Return the photograph as a phone in portrait mode stores it, with EXIF orientation 6."""
     return photograph().transpose(Image.Transpose.ROTATE_90)
 
 
@@ -207,7 +207,7 @@ def without_last_scan() -> bytes:
 
 
 def repeated_first_scan() -> bytes:
-    """Each scan costs the time of a pass over the image; these come before the image is whole."""
+    """Return a progressive JPEG with 200 copies of its first scan. Each scan costs a full pass."""
     data = jpeg(progressive=True)
     first = data.index(b"\xff\xda")
     second = data.index(b"\xff\xda", first + 1)
@@ -219,14 +219,14 @@ def grain(count: int) -> bytes:
 
 
 def video() -> bytes:
-    """What a telephone appends: a container with a stream that looks like markers."""
+    """Return a video as a phone appends it. The video contains bytes that look like markers."""
     return (
         b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + b"\xff\xda\xff\xe1\xff\xfe" * 3_000 + grain(2**20)
     )
 
 
 def cmyk(*, ycck: bool = False) -> bytes:
-    """As Adobe's programs write it: inverted, and with YCC for CMY if asked for."""
+    """Return a CMYK file as Adobe programs write it: inverted, optionally as YCCK."""
     image = photograph().convert("CMYK")
     if not ycck:
         return jpeg(image)
@@ -263,7 +263,7 @@ def two_colours(width: int, height: int) -> Image.Image:
 
 
 def standard_tables_left_out() -> bytes:
-    """A frame of a webcam's video: Motion JPEG leaves the Huffman tables out."""
+    """Return a frame of a Motion JPEG video, which has no Huffman tables."""
     data = as_file(photograph(), "JPEG", quality=95, subsampling=0, optimize=False)
     segments, at = [data[:2]], 2
     while data[at + 1] != 0xDA:
@@ -292,7 +292,7 @@ def over_white_below() -> Image.Image:
 
 
 def one_frame_webp() -> bytes:
-    """An animation of one frame, as some editors save it."""
+    """Return an animation of one frame, as some editors save it."""
     simple = webp()
     frame = simple[12:] if len(simple) % 2 == 0 else simple[12:] + b"\0"
     size = (39).to_bytes(3, "little") + (23).to_bytes(3, "little")
@@ -303,11 +303,11 @@ def one_frame_webp() -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def damaged(instead: bytes) -> bytes:
-    """A complete JPEG file with other bytes in the middle of its scan."""
+def damaged(replacement: bytes) -> bytes:
+    """Return a complete JPEG file with replaced bytes in the middle of its scan."""
     file = jpeg()
     at = (file.index(b"\xff\xda") + len(file)) // 2
-    return file[:at] + instead + file[at + len(instead) :]
+    return file[:at] + replacement + file[at + len(replacement) :]
 
 
 def opened(file: bytes) -> Image.Image:
@@ -322,7 +322,7 @@ def srgb_profile() -> bytes:
 
 
 def swapped_profile() -> bytes:
-    """A profile whose red is sRGB's blue: an image that ignores it shows the wrong colours."""
+    """Return a profile with exchanged red and blue."""
     profile = srgb_profile()
     tags = profile.index(b"rXYZ"), profile.index(b"bXYZ")
     swapped = bytearray(profile)
@@ -346,13 +346,13 @@ def profile_in_pieces(profile: bytes, *order: int) -> bytes:
 
 
 def profile_of_elements(repeated: int = 3) -> bytes:
-    """A profile whose only conversion is one matrix, repeated; the matrix swaps red and blue."""
+    """Return a profile that applies one matrix repeatedly. The matrix exchanges red and blue."""
     swap = b"matf\0\0\0\0" + struct.pack(">HH12f", 3, 3, 0, 0, 1, 0, 1, 0, 1, *[0] * 5)
-    place = struct.pack(">II", 16 + 8 * repeated, len(swap))
-    tag = b"mpet\0\0\0\0" + struct.pack(">HHI", 3, 3, repeated) + place * repeated + swap
+    entry = struct.pack(">II", 16 + 8 * repeated, len(swap))
+    tag = b"mpet\0\0\0\0" + struct.pack(">HHI", 3, 3, repeated) + entry * repeated + swap
     header = bytearray(srgb_profile()[:128])
     header[:4] = struct.pack(">I", 144 + len(tag))
-    header[8:12] = b"\x04\x30\0\0"  # the version of the standard that has such tags
+    header[8:12] = b"\x04\x30\0\0"  # the ICC version that introduced multiprocess elements
     return bytes(header) + struct.pack(">I4sII", 1, b"D2B1", 144, len(tag)) + tag
 
 
@@ -360,23 +360,23 @@ def profile_of_elements(repeated: int = 3) -> bytes:
 
 
 class Odd(NamedTuple):
-    """One file, and what is seen or said.
+    """One file, with the expected result.
 
     Attributes:
         make: Makes the file.
-        sees: The pixels, or the words of the refusal.
-        tolerance: Levels of 255 by which a pixel may differ, for what JPEG rounds.
+        expected: The pixels, or the error message.
+        tolerance: Allowed difference of a pixel, in levels of 255, because of JPEG rounding.
     """
 
     make: Callable[[], bytes]
-    sees: Callable[[], Image.Image] | str = photograph
+    expected: Callable[[], Image.Image] | str = photograph
     tolerance: int = 0
 
 
-JPEG_ROUNDING = 14  # at quality 95 beside an edge of colours
+JPEG_ROUNDING = 14  # at quality 95 next to a colour edge
 
 ODD_IMAGES: dict[str, Odd] = {
-    # Behind the end of the image.
+    # Data after the end of the image.
     "jpeg-and-a-video": Odd(lambda: jpeg() + video(), tolerance=JPEG_ROUNDING),
     "jpeg-and-a-second-one": Odd(
         lambda: as_file(
@@ -394,10 +394,10 @@ ODD_IMAGES: dict[str, Odd] = {
     "png-and-a-video": Odd(lambda: as_file(photograph()) + video()),
     "png-and-profiles": Odd(lambda: as_file(photograph()) + b"iCCP" * 100),
     "webp-and-a-video": Odd(lambda: webp() + video()),
-    # Before the beginning.
+    # Data before the start of the image.
     "line-end-before-png": Odd(lambda: b"\r\n" + as_file(photograph()), UNKNOWN),
     "byte-order-mark-before-jpeg": Odd(lambda: b"\xef\xbb\xbf" + jpeg(), UNKNOWN),
-    # Cut off: read where all pixels are there.
+    # Truncated files: the codec accepts a file with all pixels.
     "png-without-iend": Odd(lambda: as_file(photograph())[:-12]),
     "png-without-the-last-checksum": Odd(lambda: as_file(photograph())[:-16]),
     "half-a-png": Odd(lambda: as_file(photograph())[:80], BROKEN),
@@ -409,7 +409,7 @@ ODD_IMAGES: dict[str, Odd] = {
     "jpeg-without-its-end-and-a-second-one": Odd(
         lambda: jpeg()[:-2] + jpeg(), tolerance=JPEG_ROUNDING
     ),
-    # As the panoramas of some telephones.
+    # Some phones save panoramas in this form.
     "jpeg-without-its-end-and-a-video": Odd(
         lambda: jpeg()[:-2] + b"\0\0\1\n\x0e\0\0\0Image_UTC_Data" + video(),
         tolerance=JPEG_ROUNDING,
@@ -546,7 +546,7 @@ ODD_IMAGES: dict[str, Odd] = {
     "grey-4-with-key": Odd(lambda: grey_with_key(4), lambda: four_greys(0, 255, 34, 255)),
     "grey-8-with-key": Odd(lambda: grey_with_key(8), lambda: four_greys(0, 255, 2, 255)),
     "grey-16-with-key": Odd(lambda: grey_with_key(16), lambda: four_greys(0, 255, 0, 255)),
-    "rgb-16-with-key": Odd(rgb16_with_key, seen_of_rgb16),
+    "rgb-16-with-key": Odd(rgb16_with_key, decoded_rgb16),
     "rgb-8-with-key": Odd(
         lambda: as_file(photograph(), transparency=BLUE),
         over_white_below,

@@ -1,4 +1,4 @@
-"""The test's side of an outage of nats-server, and what must hold when it is over."""
+"""Outages of nats-server, and the checks after an outage."""
 
 import asyncio
 import json
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from nats.js.errors import NotFoundError
 
 from consumer.devstack import Daemon
-from tests.support.holding import GO, ON
-from tests.support.quick_runner import BEGUN
+from tests.support.holding import RESUME, RESUMED
+from tests.support.observations import until_not_ready
+from tests.support.quick_runner import STARTED
 from tests.support.scene import Event, Scene
-from tests.support.seen import until_readiness
 
-SLACK = 4.0  # seconds; one is the promise, and the machine may be loaded
+SLACK = 4.0  # seconds; the documented limit is 1 s, and the machine may be loaded
 HOW = ("kill", "stop")  # methods of `NatsServer`: SIGKILL and SIGTERM
 
 
 @dataclass
 class Outage:
-    """One time without the server.
+    """One outage of the server.
 
     Attributes:
-        returned: `time.monotonic()` when the server was ready again.
+        returned: `time.monotonic()` at which the server was ready again.
     """
 
     returned: float = 0.0
@@ -32,66 +32,67 @@ class Outage:
 
 @asynccontextmanager
 async def outage(scene: Scene, how: str, *workers: Daemon) -> AsyncIterator[Outage]:
-    """nats-server is away while the block lasts, and every worker says so."""
-    server, this = scene.stack.nats, Outage()
+    """Stop nats-server for the duration of the block, and wait until every worker is not ready."""
+    server, current = scene.stack.nats, Outage()
     await asyncio.to_thread(getattr(server, how))
     try:
         for worker in workers:
-            await until_readiness(scene, worker, bus="not connected")
+            await until_not_ready(scene, worker, bus="not connected")
         await until_sender(scene, connected=False)
-        yield this
+        yield current
     finally:
         await asyncio.to_thread(server.start)
         await asyncio.to_thread(server.wait_ready)
-        this.returned = time.monotonic()
+        current.returned = time.monotonic()
         await until_sender(scene, connected=True)
 
 
 async def until_sender(scene: Scene, *, connected: bool) -> None:
-    """Return once the sender knows of its connection: what it asked before would be lost."""
+    """Return once the sender has noticed that its connection is lost, or restored."""
 
-    async def knows() -> bool:
+    async def noticed() -> bool:
         return bool(scene.sender.is_connected) is connected
 
-    await scene.until(knows, f"sender with connected={connected}")
+    await scene.until(noticed, f"sender with connected={connected}")
 
 
 async def two_workers(scene: Scene, cause: str, **settings: str) -> list[Daemon]:
-    """Two workers with the same fault, ready."""
+    """Start two workers with the same fault, and return them when they are ready."""
     workers = [scene.launch(cause, **settings) for _ in range(2)]
     for worker in workers:
         await asyncio.to_thread(worker.wait_ready)
     return workers
 
 
-async def let_go(scene: Scene, moment: str) -> None:
-    """Let a held process go on, and return once it does."""
-    (scene.folder / f"{moment}{GO}").touch()
-    await scene.noted(f"{moment}{ON}")
+async def resume(scene: Scene, moment: str) -> None:
+    """Resume a process that waits at a moment, and return once it has resumed."""
+    (scene.folder / f"{moment}{RESUME}").touch()
+    await scene.until_noted(f"{moment}{RESUMED}")
 
 
-def begun(scene: Scene, request_id: str) -> float:
-    """`time.monotonic()` of the first run's beginning."""
-    times = dict(reversed([line.split() for line in scene.notes(BEGUN)]))
+def run_start(scene: Scene, request_id: str) -> float:
+    """Return `time.monotonic()` at the start of the first run of a request."""
+    times = dict(reversed([line.split() for line in scene.notes(STARTED)]))
     return float(times[request_id])
 
 
-def measured(what: str, seconds: float) -> None:
-    """Show a measurement (`pytest -s`), and bound it."""
-    print(f"{what}: {seconds:.3f} s")  # noqa: T201 - for people
+def check_duration(what: str, seconds: float) -> None:
+    """Print a duration (`pytest -s`), and check that it is below `SLACK`."""
+    print(f"{what}: {seconds:.3f} s")  # noqa: T201 - output for the reader of a test run
     assert seconds < SLACK
 
 
 class Replies:
-    """Where a sender listens that misses nothing: a stream on the reply subjects.
+    """A stream on the reply subject, which stores every reply.
 
-    A plain subscription is deaf until its own connection is back, and the worker's may be quicker.
+    A plain subscription loses replies until the sender has reconnected. The worker may reconnect
+    before the sender.
     """
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self._stream = f"{scene.subjects.root.upper()}_REPLIES"
-        self.subject = f"{scene.subjects.root}.reply.mine"
+        self.subject = f"{scene.subjects.root}.reply.sender"
 
     async def open(self) -> None:
         await self._scene.sender.jetstream().add_stream(
@@ -99,10 +100,10 @@ class Replies:
         )
 
     async def these(self, count: int) -> list[Event]:
-        """The first replies, waited for; there may be more, for a request that comes again."""
+        """Wait for the first replies, and return them. A repeated request may get more replies."""
         found: list[Event] = []
 
-        async def there() -> bool:
+        async def arrived() -> bool:
             try:
                 message = await self._scene.sender.jetstream().get_msg(self._stream, len(found) + 1)
             except NotFoundError:
@@ -110,5 +111,5 @@ class Replies:
             found.append(json.loads(message.data or b""))
             return len(found) == count
 
-        await self._scene.until(there, f"{count} replies")
+        await self._scene.until(arrived, f"{count} replies")
         return found

@@ -1,7 +1,7 @@
-"""What a picture of the demonstration model's world shows, read off its pixels alone.
+"""Reads the scene that an image of the demonstration model shows from the pixels alone.
 
-It knows the palette and the outlines of the shapes, and nothing of models or prompts: regions of
-one colour, their places and sizes, and how well each fills the outline of a shape.
+The checker uses the palette and the outlines of the shapes, and no model or prompt. It finds
+regions of one colour with their positions and sizes. It compares each region with every outline.
 """
 
 import math
@@ -26,28 +26,28 @@ from consumer.runners.demonstration.training.scenes import (
     outline,
 )
 
-LARGE = 128  # pixels, each side of the enlarged picture that is looked at
+LARGE = 128  # pixels; each side of the enlarged image that is analysed
 SCALE = LARGE / SIDE
 MOST_OFF = 70.0  # distance in RGB; two colours of the palette are at least 75 apart
-LEAST_INSIDE = 20  # pixels that have the colour of a thing and nothing of its edge
-LEAST_PIXELS = 90  # of a thing; the smallest cross has some 240
-LEAST_LIKE = 0.78  # intersection over union with the outline that is most like it
-# Half the pixels of a small star are edge, so a soft one is less like its outline; then it has to
-# be clearly more like that than like any other.
+LEAST_INSIDE = 20  # pixels of a thing that have no part in its edge
+LEAST_PIXELS = 90  # pixels of a thing; the smallest cross has about 240
+LEAST_LIKE = 0.78  # intersection over union with the most similar outline
+# Half the pixels of a small star are edge pixels, so a blurred small star matches its outline less.
+# Its similarity to that outline must then clearly exceed the similarity to every other outline.
 SMALL = 650  # pixels
 LEAST_LIKE_SMALL = 0.70
 LEAST_AHEAD = 0.10
-LEAST_PLAIN = 0.80  # the part of the background that has its colour
+LEAST_PLAIN = 0.80  # fraction of the background pixels that have the background colour
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One region of a picture.
+class Region:
+    """One region of an image.
 
     Attributes:
-        thing: What it looks like; its size as of a single thing.
-        radius: Half the width that the shape would have been drawn with, in pixels.
-        middle: Where it was drawn around, in pixels of the enlarged picture: x and y.
+        thing: The shape, its colour, and its size as of a single thing.
+        radius: Half the width with which the shape would be drawn, in pixels.
+        middle: The centre of the drawn shape in pixels of the enlarged image: x and y.
     """
 
     thing: Thing
@@ -55,10 +55,10 @@ class Seen:
     middle: tuple[float, float]
 
 
-def seen(picture: Image.Image) -> Scene | None:
-    """The scene that a picture shows; None if it is none."""
+def read_scene(image: Image.Image) -> Scene | None:
+    """Return the scene that an image shows, or None if the image shows no scene."""
     pixels = np.asarray(
-        picture.convert("RGB").resize((LARGE, LARGE), Image.Resampling.BICUBIC), dtype=np.float32
+        image.convert("RGB").resize((LARGE, LARGE), Image.Resampling.BICUBIC), dtype=np.float32
     )
     background = _background(pixels)
     if background is None:
@@ -88,14 +88,13 @@ def _colour(value: NDArray[np.float32]) -> str | None:
     return name if distances[name] <= MOST_OFF else None
 
 
-def _regions(pixels: NDArray[np.float32], background: str) -> Iterator[Seen | None]:
-    """The things in a picture; None for a region that is no thing."""
+def _regions(pixels: NDArray[np.float32], background: str) -> Iterator[Region | None]:
+    """Yield the things in an image, and None for a region that is not a thing."""
     names = list(COLOURS)
     palette = np.array([COLOURS[name] for name in names], dtype=np.float32)
     distances = np.linalg.norm(pixels[:, :, None] - palette, axis=3)
-    mine = names.index(background)
-    off = distances[:, :, mine]
-    # Half way to whatever colour is there: the soft edge of a thing is cut in its middle.
+    off = distances[:, :, names.index(background)]
+    # The threshold is half the distance to the strongest nearby colour: the middle of a soft edge.
     strongest = ndimage.maximum_filter(off, size=5)
     mask = (off > np.maximum(strongest / 2, 30.0)) & (strongest > 45.0)
     labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
@@ -103,16 +102,16 @@ def _regions(pixels: NDArray[np.float32], background: str) -> Iterator[Seen | No
         region = labels == number
         if region.sum() >= LEAST_PIXELS:
             yield _thing(pixels, region)
-    left_over = (off > MOST_OFF) & ~ndimage.binary_dilation(mask, iterations=4)
-    if left_over.mean() > 1 - LEAST_PLAIN:
+    outside = (off > MOST_OFF) & ~ndimage.binary_dilation(mask, iterations=4)
+    if outside.mean() > 1 - LEAST_PLAIN:
         yield None
 
 
-def _thing(pixels: NDArray[np.float32], region: NDArray[np.bool_]) -> Seen | None:
+def _thing(pixels: NDArray[np.float32], region: NDArray[np.bool_]) -> Region | None:
     inside = ndimage.binary_erosion(region, iterations=2)
     colour = _colour(np.median(pixels[inside if inside.sum() > LEAST_INSIDE else region], axis=0))
     down, across = ndimage.center_of_mass(region)
-    # By its area: the tips of a star are too fine to be measured by.
+    # The radius follows from the area: the tips of a star are too thin to measure.
     radii = {shape: math.sqrt(float(region.sum()) / _area(shape)) for shape in SHAPES}
     likeness = {
         shape: _likeness(region, shape, radius, (across, down)) for shape, radius in radii.items()
@@ -126,24 +125,24 @@ def _thing(pixels: NDArray[np.float32], region: NDArray[np.bool_]) -> Seen | Non
     radius = radii[shape] / SCALE
     size = min(SIZES, key=lambda name: abs(SIZES[name] - radius))
     x, y = (across, down) - np.array(_centroid(shape)) * radii[shape]
-    return Seen(Thing(colour, shape, size), radius, (float(x), float(y)))
+    return Region(Thing(colour, shape, size), radius, (float(x), float(y)))
 
 
 def _likeness(
     region: NDArray[np.bool_], shape: str, radius: float, middle: tuple[float, float]
 ) -> float:
-    """Intersection over union with the outline of the same area and middle."""
+    """Return the intersection over union with the outline of equal area and centre."""
     origin = np.array(middle) - np.array(_centroid(shape)) * radius
     points = np.array(outline(shape)) * radius + origin
     canvas = Image.new("1", (region.shape[1], region.shape[0]))
     ImageDraw.Draw(canvas).polygon([tuple(point) for point in points.tolist()], fill=1)
-    wanted = np.asarray(canvas)
-    return float((region & wanted).sum() / (region | wanted).sum())
+    expected = np.asarray(canvas)
+    return float((region & expected).sum() / (region | expected).sum())
 
 
 @cache
 def _centroid(shape: str) -> tuple[float, float]:
-    """The middle of mass of a shape whose radius is 1."""
+    """Return the centre of mass of a shape of radius 1."""
     points = outline(shape)
     x_sum = y_sum = twice = 0.0
     for (x, y), (next_x, next_y) in zip(points, [*points[1:], points[0]], strict=True):
@@ -156,7 +155,7 @@ def _centroid(shape: str) -> tuple[float, float]:
 
 @cache
 def _area(shape: str) -> float:
-    """Of a shape whose radius is 1."""
+    """Return the area of a shape of radius 1."""
     points = outline(shape)
     pairs = zip(points, [*points[1:], points[0]], strict=True)
     return abs(sum(x * next_y - next_x * y for (x, y), (next_x, next_y) in pairs)) / 2
@@ -169,7 +168,7 @@ def _place(middle: tuple[float, float]) -> str:
     return next(name for name, place in PLACES.items() if place == thirds)
 
 
-def _scene_of_two(background: str, first: Seen, second: Seen) -> Scene:
+def _scene_of_two(background: str, first: Region, second: Region) -> Scene:
     across = first.middle[0] - second.middle[0]
     down = first.middle[1] - second.middle[1]
     if abs(across) > abs(down):
@@ -187,6 +186,6 @@ def _scene_of_two(background: str, first: Seen, second: Seen) -> Scene:
     return Scene(background, things, relation=relation)
 
 
-def same(one: Scene, other: Scene) -> bool:
-    """Whether two scenes are the same, from whichever of two things they are told."""
+def same_scene(one: Scene, other: Scene) -> bool:
+    """Return whether two scenes are equal. The order of two things does not matter."""
     return one == other or (len(other.things) == 2 and one == other.turned)

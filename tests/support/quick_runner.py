@@ -1,4 +1,4 @@
-"""A model that takes no time to load: the faults are made with it, in real daemon processes."""
+"""A model that loads at once, for faults in real daemon processes."""
 
 import os
 import time
@@ -18,14 +18,14 @@ from consumer.ports.model import (
 )
 from generation_contracts import ModelInfo, Request, TextToImageRequest
 
-FOLDER = "FAULTS_FOLDER"  # environment: where the processes of one test leave their marks
-BEGUN = "begun"  # request id and `time.monotonic()`, common to all processes, of every run
+FOLDER = "FAULTS_FOLDER"  # environment: the folder for the notes and marks of one test
+STARTED = "started"  # note: request id and `time.monotonic()` of every run, of all processes
 STEP = 0.01  # seconds
-STEPS = 2  # where a request does not say
+STEPS = 2  # default number of steps
 
 
 def first_time(mark: str) -> bool:
-    """Whether no process of this test has asked this before."""
+    """Return whether this is the first call with a mark in all processes of the test."""
     try:
         os.close(os.open(Path(os.environ[FOLDER]) / mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
@@ -34,7 +34,7 @@ def first_time(mark: str) -> bool:
 
 
 def note(name: str, line: str) -> None:
-    """Add a line to a file that the test reads; whole, whoever writes at the same time."""
+    """Append a line to a file that the test reads. The write is atomic."""
     handle = os.open(Path(os.environ[FOLDER]) / name, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     try:
         os.write(handle, f"{line}\n".encode())
@@ -43,10 +43,10 @@ def note(name: str, line: str) -> None:
 
 
 class QuickRunner:
-    """A `consumer.ports.model.Runner` for both tasks; it notes every run that begins.
+    """A `consumer.ports.model.Runner` for both tasks, which notes the start of every run.
 
-    A run takes `num_inference_steps` (or `max_new_tokens`) times `STEP`. A cause overrides `step`,
-    `begin` or `output`.
+    A run takes `num_inference_steps` (or `max_new_tokens`) times `STEP`. A cause of a fault
+    overrides `step`, `begin` or `output`.
     """
 
     _closed = False
@@ -63,7 +63,7 @@ class QuickRunner:
         )
 
     def check(self, request: Request) -> None:
-        """Everything is taken, as long as it is loaded."""
+        """Accept every request while the model is loaded."""
         if self._closed:
             raise ModelUnavailable("no model is loaded")
 
@@ -73,7 +73,7 @@ class QuickRunner:
         (run,) = runs
         request = run.request
         note("runs", request.request_id or "")
-        note(BEGUN, f"{request.request_id} {time.monotonic()}")
+        note(STARTED, f"{request.request_id} {time.monotonic()}")
         self.begin(request, save_memory=save_memory)
         steps = _steps(request)
         for step in range(1, steps + 1):
@@ -84,17 +84,17 @@ class QuickRunner:
         return [self.output(request, run.images)]
 
     def batch_key(self, _: Request) -> Hashable | None:
-        """Each runs alone."""
+        """Return None: each request runs alone."""
 
     def begin(self, request: Request, *, save_memory: bool) -> None:
-        """Before the first step."""
+        """Run before the first step."""
 
     def step(self, request: Request, number: int) -> None:
         time.sleep(STEP)
 
     def output(self, request: Request, images: Sequence[Image.Image]) -> RunnerOutput:
         if not isinstance(request, TextToImageRequest):
-            text = f"{len(images)} pictures"
+            text = f"{len(images)} images"
             return RunnerOutput(
                 text=GeneratedText(text, "stop", prompt_tokens=3, completion_tokens=2)
             )
@@ -108,14 +108,14 @@ class QuickRunner:
         )
 
     def close(self) -> None:
-        """Take nothing any more."""
+        """Unload the model: `check` refuses all requests from now on."""
         self._closed = True
 
 
 def _steps(request: Request) -> int:
-    wanted = (
+    requested = (
         request.num_inference_steps
         if isinstance(request, TextToImageRequest)
         else request.max_new_tokens
     )
-    return wanted or STEPS
+    return requested or STEPS

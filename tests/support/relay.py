@@ -1,4 +1,4 @@
-"""A TCP relay on loopback that breaks connections, refuses them, or lets them go dead."""
+"""A TCP relay on loopback that can break, refuse or silence connections."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,14 +14,14 @@ class Relay:
     """Relays connections to a port of 127.0.0.1; an asynchronous context manager.
 
     Args:
-        port: Where connections are relayed to.
+        port: The port that connections are relayed to.
     """
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._connections: set[asyncio.Task[None]] = set()
         self._cut = False
-        self._dead = 0  # how many of the connections so far have gone dead
+        self._dead = 0  # connections up to this number lose all bytes
         self._accepted = 0
 
     async def __aenter__(self) -> Self:
@@ -40,7 +40,7 @@ class Relay:
 
     @property
     def address(self) -> str:
-        """Where clients connect: host and port."""
+        """The host and port that clients connect to."""
         return f"{HOST}:{self._server.sockets[0].getsockname()[1]}"
 
     def cut(self) -> None:
@@ -53,12 +53,12 @@ class Relay:
         self._cut = False
 
     def break_all(self) -> None:
-        """Break the present connections; new ones are relayed."""
+        """Break the present connections. New connections are relayed."""
         for connection in self._connections:
             connection.cancel()
 
     def swallow(self) -> None:
-        """Lose every byte of the present connections from now on; new ones are relayed."""
+        """Drop every byte of the present connections from now on. New connections are relayed."""
         self._dead = self._accepted
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

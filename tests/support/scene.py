@@ -1,4 +1,4 @@
-"""What a fault is made on: real servers, real daemon processes, and a bare sender."""
+"""The installation of a fault test: real servers, real daemon processes, and a plain sender."""
 
 import asyncio
 import json
@@ -30,13 +30,13 @@ Event = dict[str, Any]
 
 
 class Scene:
-    """One installation under a separate root, on servers that other tests use too.
+    """One installation with a separate subject root, on servers that other tests share.
 
     Attributes:
-        stack: The servers; a test may kill them and start them again.
-        folder: Where the workers leave their marks.
-        sender: A bare nats-py connection.
-        subjects: Of this installation.
+        stack: The servers. A test may kill and restart them.
+        folder: The folder in which the workers write their notes.
+        sender: A plain nats-py connection.
+        subjects: The subjects of this installation.
     """
 
     def __init__(self, stack: DevStack, folder: Path, parts: AsyncExitStack) -> None:
@@ -49,27 +49,27 @@ class Scene:
         self._parts = parts
 
     async def open(self) -> None:
-        """Connect the sender, make the streams, the durable and the bucket."""
+        """Connect the sender, and create the streams, the durable and the bucket."""
 
-        async def quiet(_: Exception) -> None:
-            """What the servers do here is not the sender's concern."""
+        async def ignore(_: Exception) -> None:
+            """Ignore connection errors: the tests stop the servers on purpose."""
 
         self.sender = await nats.connect(
             self.stack.nats.url,
             max_reconnect_attempts=-1,
             reconnect_time_wait=0.05,
-            error_cb=quiet,
+            error_cb=ignore,
         )
         self._parts.push_async_callback(self._close)
         await self.apply()
 
     async def apply(self, **settings: str) -> None:
-        """`consumer apply`, with settings on top of this installation's."""
+        """Run `consumer apply` with the settings of the installation and additional settings."""
         values: dict[str, Any] = {**self.settings(), **settings}
         await apply(Settings(**{name.lower(): value for name, value in values.items()}))
 
     def settings(self) -> dict[str, str]:
-        """The environment of a worker."""
+        """Return the environment of a worker."""
         return {
             **self.stack.environment(),
             "MODEL_TYPE": str(self.task),
@@ -80,13 +80,13 @@ class Scene:
         }
 
     async def start(self, cause: str = "none", **settings: str) -> Daemon:
-        """A worker with a fault, ready."""
+        """Start a worker with a fault, and return it when it is ready."""
         worker = self.launch(cause, **settings)
         await asyncio.to_thread(worker.wait_ready)
         return worker
 
     def launch(self, cause: str = "none", **settings: str) -> Daemon:
-        """A worker with a fault, starting."""
+        """Start a worker with a fault, and return without waiting."""
         number = len(self.workers)
         worker = ForkedWorker(
             f"worker-{number}-{cause}",
@@ -102,36 +102,36 @@ class Scene:
     # -- the sender -------------------------------------------------------------------------------
 
     async def submit(self, **fields: Any) -> str:
-        """Publish a request; its id."""
+        """Publish a request, and return its id."""
         request_id = str(fields.pop("request_id", None) or uuid.uuid4().hex)
         await self.publish({"prompt": "a", "request_id": request_id, **fields})
         return request_id
 
     async def publish(self, body: object, headers: dict[str, str] | None = None) -> int:
-        """Publish anything on the request subject; its sequence in the stream."""
+        """Publish any body on the request subject, and return its sequence in the stream."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         subject = self.subjects.request(self.task)
         return (await self.sender.jetstream().publish(subject, data, headers=headers)).seq
 
     async def events(self, request_id: str) -> list[Event]:
-        """Every stored terminal event of a request; more than one is a broken promise."""
+        """Return every stored terminal event of a request. More than one is an error."""
         subject = self.subjects.result(self.task, request_id)
         return await self._stored(self.subjects.results_stream, subject)
 
     async def event(self, request_id: str, within: float = WITHIN) -> Event:
-        """The terminal event of a request, waited for."""
+        """Wait for the terminal event of a request, and return it."""
         found: list[Event] = []
 
-        async def there() -> bool:
+        async def stored() -> bool:
             found[:] = await self.events(request_id)
             return bool(found)
 
-        await self.until(there, f"event of {request_id}", within)
+        await self.until(stored, f"event of {request_id}", within)
         assert len(found) == 1
         return found[0]
 
     async def dead_letters(self) -> list[dict[str, str]]:
-        """The headers of every dead letter."""
+        """Return the headers of every dead letter."""
         jetstream = self.sender.jetstream()
         info = await jetstream.stream_info(self.subjects.dead_letters_stream)
         letters = []
@@ -140,27 +140,29 @@ class Scene:
             letters.append(message.headers or {})
         return letters
 
-    async def left(self) -> int:
-        """How many requests are in the streams of both tasks, and wait for another attempt."""
+    async def pending(self) -> int:
+        """Return the number of requests in the streams of both tasks and in the retries stream."""
         jetstream = self.sender.jetstream()
         before = await self._retries()
         infos = [await jetstream.stream_info(self.subjects.requests_stream(task)) for task in Task]
         waiting = sum((before.subjects or {}).values())
         left = waiting + sum(info.state.messages for info in infos)
         if left == 0 and (await self._retries()).last_seq != before.last_seq:
-            return await self.left()  # one went from the one stream to the other between the looks
+            return (
+                await self.pending()
+            )  # one went from the one stream to the other between the looks
         return left
 
     async def _retries(self) -> StreamState:
-        """What waits for another attempt at the own task."""
+        """Return the state of the retries stream for the task of this installation."""
         info = await self.sender.jetstream().stream_info(
             self.subjects.retries_stream,
             subjects_filter=self.subjects.retry(self.task, "x")[:-1] + "*",
         )
         return info.state
 
-    async def what_is_left(self) -> str:
-        """The subjects of what `left` counts, and where each durable stands; for people."""
+    async def describe_pending(self) -> str:
+        """Describe the pending requests and the state of each durable, for messages."""
         jetstream, lines = self.sender.jetstream(), []
         for stream in (*map(self.subjects.requests_stream, Task), self.subjects.retries_stream):
             info = await jetstream.stream_info(stream, subjects_filter=">")
@@ -173,66 +175,66 @@ class Scene:
                 lines.append(f"  {durable.name}: {durable.delivered}, {counts}")
         return "\n".join(lines)
 
-    async def emptied(self, within: float = WITHIN) -> None:
-        """Return once no request is left."""
+    async def until_empty(self, within: float = WITHIN) -> None:
+        """Return once no request is pending."""
 
         async def empty() -> bool:
-            return await self.left() == 0
+            return await self.pending() == 0
 
         await self.until(empty, "an empty queue", within)
 
     # -- the workers ------------------------------------------------------------------------------
 
     def runs(self) -> list[str]:
-        """The request ids of every run that has begun, in order."""
+        """Return the request id of every started run, in order."""
         return self.notes("runs")
 
     def notes(self, name: str) -> list[str]:
-        """The lines that the workers have noted under a name."""
+        """Return the lines that the workers have noted under a name."""
         file = self.folder / name
         return file.read_text().splitlines() if file.exists() else []
 
-    async def noted(self, name: str, lines: int = 1) -> None:
-        """Return once there are so many lines."""
+    async def until_noted(self, name: str, lines: int = 1) -> None:
+        """Return once a number of lines has been noted under a name."""
 
-        async def there() -> bool:
+        async def noted() -> bool:
             return len(self.notes(name)) >= lines
 
-        await self.until(there, f"{lines} lines in {name}")
+        await self.until(noted, f"{lines} lines in {name}")
 
-    async def logged(self, worker: Daemon, text: str) -> None:
+    async def until_logged(self, worker: Daemon, text: str) -> None:
         """Return once a worker has logged a text."""
 
-        async def there() -> bool:
+        async def logged() -> bool:
             return text in worker.log_since_start()
 
-        await self.until(there, f"{text} in the log of {worker.name}")
+        await self.until(logged, f"{text} in the log of {worker.name}")
 
-    async def ended(self, worker: Daemon, within: float = WITHIN) -> int:
-        """The exit code of a worker that ends by itself."""
+    async def exit_code(self, worker: Daemon, within: float = WITHIN) -> int:
+        """Wait until a worker exits, and return its exit code."""
 
-        async def dead() -> bool:
+        async def exited() -> bool:
             return not worker.alive
 
-        await self.until(dead, f"the end of {worker.name}", within)
+        await self.until(exited, f"the end of {worker.name}", within)
         assert worker.returncode is not None
         return worker.returncode
 
     async def object(self, output: Event) -> bytes:
-        """What the store has for an output."""
+        """Return the bytes of an output in the store."""
         return await asyncio.to_thread(self._object, output["bucket"], output["key"])
 
     async def keys(self) -> set[str]:
-        """The keys of every object of this installation."""
+        """Return the keys of every object of this installation."""
         return await asyncio.to_thread(self._keys)
 
     async def until(
-        self, true: Callable[[], Awaitable[bool]], what: str, within: float = WITHIN
+        self, condition: Callable[[], Awaitable[bool]], what: str, within: float = WITHIN
     ) -> None:
-        """Ask until the answer is yes: other processes announce nothing to this one."""
+        """Poll a condition until it holds: other processes send no notification."""
         try:
             async with asyncio.timeout(within):
-                while not await true():  # noqa: ASYNC110 - there is no event to wait for
+                while not await condition():  # noqa: ASYNC110 - there is no event to wait for
                     await asyncio.sleep(POLL)
         except TimeoutError:
             logs = "\n".join(worker.log_since_start()[-3000:] for worker in self.workers)
@@ -276,7 +278,7 @@ class Scene:
         return {one.object_name or "" for one in found}
 
     async def _close(self) -> None:
-        # The streams reserve gigabytes; the server has only so many.
+        # The streams reserve gigabytes of the server's storage limit.
         for worker in self.workers:
             await asyncio.to_thread(worker.kill)
         jetstream = self.sender.jetstream()

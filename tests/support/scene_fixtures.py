@@ -1,4 +1,4 @@
-"""Fixtures: servers for the whole process, a separate installation for each test."""
+"""Fixtures: servers that all tests of a process share, and a separate installation per test."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
@@ -18,9 +18,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
 
 @pytest.fixture
 async def scene(servers: DevStack, tmp_path: Path) -> AsyncIterator[Scene]:
-    """An installation on servers that run."""
+    """An installation on running servers."""
     for server in (servers.nats, servers.store):
-        if not server.alive:  # a test that failed has left it so
+        if not server.alive:  # a failed test may not have restarted the server
             server.start()
         server.wait_ready()
     async with AsyncExitStack() as parts:

@@ -62,4 +62,4 @@ def _row(kind: type[Outcome]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")  # noqa: T201 - its output
+    print(markdown(), end="")  # noqa: T201 - the output of the script

@@ -1,8 +1,8 @@
-"""Several workers on one in-memory bus and store, each driven step by step by a test.
+"""Several workers on one in-memory bus and store, which a test drives step by step.
 
-Every worker stops before and after each call of a port. A run of its model ends when the test ends
-it, and the clock moves when the test moves it. So a test can kill workers, expire leases and stop
-services between any two calls, and the same choices always give the same course.
+Every worker stops before and after each port call. The test ends the runs of the model and moves
+the clock. So a test can kill workers, expire leases and stop services between any two calls.
+Equal choices always give an equal course of events.
 """
 
 import asyncio
@@ -43,11 +43,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-START = datetime(2030, 1, 1, tzinfo=UTC)  # when every clock here shows 0
+START = datetime(2030, 1, 1, tzinfo=UTC)  # the time at which every clock shows 0
 
 
 class StillLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock a test moves, and which runs executor calls itself."""
+    """An event loop with a clock that a test moves. It runs executor calls in its own thread."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -60,7 +60,7 @@ class StillLoop(asyncio.SelectorEventLoop):
         return self._now
 
     def rest(self) -> None:
-        """Run until nothing is left to do at this time."""
+        """Run until no callback is due at the current time."""
         self._called = True
         while self._called:
             self._called = False
@@ -68,7 +68,7 @@ class StillLoop(asyncio.SelectorEventLoop):
             self.run_forever()
 
     def pass_time(self, seconds: float) -> None:
-        """Move the clock, from alarm to alarm."""
+        """Move the clock from alarm to alarm."""
         end = self._now + seconds
         while self._alarms and self._alarms[0] <= end:
             self._now = max(self._now, heapq.heappop(self._alarms))
@@ -104,25 +104,25 @@ class StillLoop(asyncio.SelectorEventLoop):
 
 
 class Watcher(Protocol):
-    """Notified of every call of one worker when it happens."""
+    """Receives every port call of one worker."""
 
     def reaches(self, call: str, arguments: tuple[Any, ...]) -> None:
-        """The worker is about to make the call."""
+        """The worker reaches the call, before its first stop."""
 
     def before(self, call: str, arguments: tuple[Any, ...]) -> None:
-        """The call is made."""
+        """The worker makes the call."""
 
     def after(self, call: str, arguments: tuple[Any, ...], answer: object) -> None:
-        """It has been answered."""
+        """The port has returned from the call."""
 
     def returns(self, call: str, answer: object) -> None:
-        """The worker has the answer."""
+        """The worker has received the return value, after its second stop."""
 
     def refused(self, call: str, error: Exception) -> None:
-        """It has raised."""
+        """The call has raised."""
 
     def run_begins(self, run: "SteppedRun") -> None:
-        """The model is started."""
+        """A run of the model starts."""
 
 
 class SteppedRun:
@@ -136,7 +136,7 @@ class SteppedRun:
 
 
 class SteppedInference(RunQueue):
-    """A run queue whose "inference thread" is a task that waits for its run's end to be told."""
+    """A run queue whose inference thread is a task. The task waits until the test ends the run."""
 
     def __init__(self, runner: ScriptedRunner, worker: "SteppedWorker") -> None:
         super().__init__()
@@ -161,13 +161,13 @@ class SteppedInference(RunQueue):
         assert ticket.run is not None
         ticket.progress.begin()
         ticket.begin()
-        held = SteppedRun(ticket.run, save_memory=save_memory)
-        self._worker.run = held
-        self._worker.watcher.run_begins(held)
+        run = SteppedRun(ticket.run, save_memory=save_memory)
+        self._worker.run = run
+        self._worker.watcher.run_begins(run)
         try:
-            self._runner.will(await held.ends)
+            self._runner.script_runs(await run.ends)
             (output,) = self._runner.run([ticket.run], save_memory=save_memory)
-        except Exception as error:  # noqa: BLE001 - it is for the job
+        except Exception as error:  # noqa: BLE001 - the job handles it
             return error
         finally:
             self._worker.run = None
@@ -176,7 +176,7 @@ class SteppedInference(RunQueue):
         return output
 
 
-# The methods that never raise, whatever happens to the connection.
+# The methods that never raise, in any state of the connection.
 NEVER_RAISE = frozenset(
     {"publish_progress", "reply", "nak", "requeue", "is_in_progress", "others_idle"}
 )
@@ -184,22 +184,22 @@ WITHOUT_THE_BUS = frozenset({"store", "fetch", "discard", "reachable"})
 
 
 class CutOff(ConnectionError):  # noqa: N818 - a state of the connection
-    """What the calls of a worker raise whose client has given up on the bus."""
+    """Raised by the calls of a worker whose client has closed its connection to the bus."""
 
 
 class WorkerIsDead(ConnectionError):  # noqa: N818 - a state of the worker
-    """What a dead worker's calls raise: no call of it has an effect."""
+    """Raised by the calls of a dead worker. Its calls have no effect."""
 
 
 class SteppedWorker:
     """One worker process.
 
     Attributes:
-        place: Where it has stopped, for example `before ack`; "" where it has not. Of several
-            calls at the same time the first one goes on first.
-        run: The run of its model that has not ended.
-        job: The task that handles its delivery, if any.
-        cut_off: Whether its client has given up on the bus.
+        position: The call at which the worker has stopped, for example `before ack`, or "". Of
+            several simultaneous calls the first call continues first.
+        run: The unfinished run of the model, if any.
+        job: The task that handles the delivery, if any.
+        cut_off: Whether the client has closed its connection to the bus.
     """
 
     def __init__(self, world: "SteppedWorld", name: str) -> None:
@@ -229,11 +229,11 @@ class SteppedWorker:
         )
 
     @property
-    def place(self) -> str:
+    def position(self) -> str:
         return self._stops[0][0] if self._stops else ""
 
     def take(self, delivery: MemoryDelivery, watcher: Watcher, *, exhausted: bool = False) -> None:
-        """Start to handle a delivery, or an exhausted one, up to the first call."""
+        """Handle a delivery, or an exhausted delivery, up to the first call."""
         self.watcher = watcher
         stepped = cast("Delivery", self._stepped(delivery))
         handle = self.executor.handle_exhausted if exhausted else self.executor.handle
@@ -241,7 +241,7 @@ class SteppedWorker:
         self._loop.rest()
 
     def go(self) -> None:
-        """Go on to the next stop."""
+        """Continue to the next stop."""
         if self._stops:
             _, stop = self._stops.pop(0)
             if not stop.done():
@@ -255,13 +255,13 @@ class SteppedWorker:
             self._loop.rest()
 
     def force(self) -> None:
-        """Cancel the job, as the daemon does when it must end at once."""
+        """Cancel the job, as the daemon does when it must exit at once."""
         if self.job is not None:
             self.job.cancel()
             self._loop.rest()
 
     def die(self) -> None:
-        """Stop for good, as after a SIGKILL."""
+        """Stop the worker permanently, as after a SIGKILL."""
         self._dead = True
         self.force()
         if self.run is not None:
@@ -297,10 +297,10 @@ class SteppedWorker:
             return None
         raise CutOff
 
-    async def _stop(self, place: str) -> None:
+    async def _stop(self, position: str) -> None:
         if self._dead:
             raise WorkerIsDead
-        stop: tuple[str, asyncio.Future[None]] = (place, self._loop.create_future())
+        stop: tuple[str, asyncio.Future[None]] = (position, self._loop.create_future())
         self._stops.append(stop)
         try:
             await stop[1]
@@ -310,7 +310,7 @@ class SteppedWorker:
 
 
 class _Stepped:
-    """A port at whose calls the worker stops, except at the renewal of a lease."""
+    """A port that stops the worker at every call, except at the renewal of a lease."""
 
     def __init__(self, port: object, worker: SteppedWorker) -> None:
         self.port = port
@@ -327,10 +327,10 @@ class SteppedWorld:
     """The bus, the store and the clock that the workers share.
 
     Args:
-        task: Of all workers.
-        limits: Of each of them.
-        max_deliver: How often the bus delivers a request.
-        max_payload: Bytes of an event.
+        task: The task of all workers.
+        limits: The limits of each worker.
+        max_deliver: Largest number of deliveries of a request.
+        max_payload: Largest size of an event, in bytes.
     """
 
     def __init__(self, task: Task, limits: Limits, *, max_deliver: int, max_payload: int) -> None:
@@ -357,19 +357,19 @@ class SteppedWorld:
             self._patches.setattr(module, "datetime", _clock_of(self.loop))
 
     def close(self) -> None:
-        """Put the real clocks back."""
+        """Restore the real clocks."""
         self._patches.undo()
         self.loop.close()
 
     def now(self) -> datetime:
-        """The time in this world."""
+        """Return the time in this world."""
         return START + timedelta(seconds=self.loop.time())
 
     def new_worker(self) -> SteppedWorker:
-        """Start a process."""
+        """Start a worker."""
         self._workers += 1
         worker = SteppedWorker(self, f"worker-{self._workers}")
-        self.workers.asked.append(worker.executor)
+        self.workers.executors.append(worker.executor)
         return worker
 
 

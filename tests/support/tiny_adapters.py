@@ -1,6 +1,6 @@
-"""LoRA adapters of random matrices for the tiny models, saved by the library itself.
+"""LoRA adapters with random matrices for the tiny models, saved by diffusers.
 
-Importing this file costs the import of torch.
+This module imports torch.
 """
 
 # mypy: allow-untyped-calls
@@ -18,7 +18,7 @@ from consumer.runners import ModelRunner
 
 FILE = "pytorch_lora_weights.safetensors"
 RANK = 2
-STRENGTH = 0.5  # of the random numbers; a tiny model's picture then differs at once
+STRENGTH = 0.5  # standard deviation of the matrices; large enough to change every image
 
 
 def pipeline(runner: ModelRunner) -> Any:
@@ -39,18 +39,15 @@ def save_adapter(
     layers: Collection[str] = ("to_q", "to_v", "to_out.0"),
     wider: int = 1,
 ) -> Path:
-    """Save an adapter for the layers of these names.
+    """Save an adapter for the layers with these names, and return its file.
 
     Args:
-        pipe: A pipeline; it is not changed.
-        folder: Where to.
-        seed: Of the matrices.
-        part: The pipeline's part that is adapted; empty: its denoiser.
-        layers: How the names of the layers end.
-        wider: How many times as many inputs the layers are to have as they have.
-
-    Returns:
-        The file.
+        pipe: A pipeline. It is not changed.
+        folder: The target folder.
+        seed: Seed of the random matrices.
+        part: The adapted component of the pipeline. By default the denoiser.
+        layers: Suffixes of the layer names.
+        wider: Factor on the number of inputs of each layer.
     """
     part = part or denoiser(pipe)
     chance = torch.Generator().manual_seed(seed)
@@ -68,7 +65,7 @@ def save_adapter(
 
 
 def add_weights(file: Path, **weights: torch.Tensor) -> None:
-    """Add to a file what is no matrix of the adapter; `__` in a name stands for a dot."""
+    """Add other tensors to an adapter file; `__` in a name stands for a dot."""
     named = {name.replace("__", "."): weight for name, weight in weights.items()}
     save_file({**load_file(file), **named}, file)
 
@@ -76,7 +73,7 @@ def add_weights(file: Path, **weights: torch.Tensor) -> None:
 def change_weights(
     file: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor] | None]
 ) -> None:
-    """Give each weight of a file another name or value, or drop it."""
+    """Rename, replace or drop each weight of a file."""
     changed = [change(name, weight) for name, weight in load_file(file).items()]
     save_file(dict(pair for pair in changed if pair is not None), file)
 
@@ -84,14 +81,14 @@ def change_weights(
 def save_as_peft_does(file: Path, folder: Path, part: str, **config: Any) -> Path:
     """Save the adapter of a file in the layout of `PeftModel.save_pretrained`.
 
-    The matrices are divided by the scale that the configuration asks for, so that the adapter has
-    the same effect as the one in the file.
+    The matrices are divided by the scale of the configuration, so both adapters have an equal
+    effect.
 
     Args:
-        file: As `save_adapter` saves it.
-        folder: Where to.
-        part: The pipeline's part that is adapted.
-        config: Of adapter_config.json: `lora_alpha`, `alpha_pattern` and `use_rslora` as well.
+        file: A file of `save_adapter`.
+        folder: The target folder.
+        part: The adapted component of the pipeline.
+        config: Fields of adapter_config.json, for example `lora_alpha` and `alpha_pattern`.
     """
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, **config}
     weights = {}

@@ -1,8 +1,8 @@
-"""Tiny pipelines of the families with random weights, small enough for a CPU.
+"""Tiny pipelines of every family with random weights, small enough for a CPU.
 
-Each function makes one family, by whose name the fixtures of `tests/support/tiny_models.py` know
-it; its options make the variants. `full_size` gives a pipeline the default and largest image of
-the published weights, where these come from a configuration and not from the pipeline's code.
+Each function makes one family. The fixtures of `tests/support/tiny_models.py` find a function by
+its name, and its options make the variants. `full_size` sets the default and largest image sizes of
+the published weights, if these sizes come from a configuration and not from the pipeline's code.
 """
 
 # mypy: allow-untyped-calls
@@ -39,7 +39,7 @@ _SMALL = 8  # latents, each side: 64 pixels
 def stable_diffusion_3(
     *, t5: bool = True, full_size: bool = False, **of_the_transformer: Any
 ) -> Any:
-    """64x64 pixels by default, at most 512x512; `full_size`: 1024x1024 and 3072x3072."""
+    """Make images of 64x64 to 512x512 pixels, or with `full_size` 1024x1024 to 3072x3072."""
     patch = 2
     return diffusers.StableDiffusion3Pipeline(
         transformer=diffusers.SD3Transformer2DModel(
@@ -68,7 +68,7 @@ def stable_diffusion_3(
 
 
 def stable_diffusion_35(*, full_size: bool = False) -> Any:
-    """As the 3.5 weights are: normalised attention, and a second one in some layers."""
+    """Use normalised attention, and dual attention in some layers, as the 3.5 weights do."""
     return stable_diffusion_3(full_size=full_size, qk_norm="rms_norm", dual_attention_layers=(0,))
 
 
@@ -106,7 +106,7 @@ def stable_diffusion_xl(*, full_size: bool = False) -> Any:
 
 
 def flux(*, reads_guidance: bool = True, blocks: int = 1) -> Any:
-    """FLUX.1-dev, whose weights read the guidance scale, or FLUX.1-schnell, whose do not."""
+    """Make FLUX.1-dev, whose transformer reads the guidance scale, or FLUX.1-schnell."""
     return diffusers.FluxPipeline(
         transformer=diffusers.FluxTransformer2DModel(
             patch_size=1,
@@ -130,8 +130,8 @@ def flux(*, reads_guidance: bool = True, blocks: int = 1) -> Any:
 
 
 def flux_2() -> Any:
-    """FLUX.2-dev, whose text encoder is a Mistral that reads images as well."""
-    layers = 30  # the last of the three whose states are read
+    """Make FLUX.2-dev. Its text encoder is a multimodal Mistral."""
+    layers = 30  # the pipeline reads the states of layers 10, 20 and 30
     processor = mistral_processor()
     return diffusers.Flux2Pipeline(
         transformer=_flux_2_transformer(reads_guidance=True),
@@ -143,7 +143,7 @@ def flux_2() -> Any:
 
 
 def flux_2_klein(*, is_distilled: bool = False) -> Any:
-    layers = 27  # the last of the three whose states are read
+    layers = 27  # the pipeline reads the states of layers 9, 18 and 27
     tokenizer = templated_tokenizer()
     return diffusers.Flux2KleinPipeline(
         transformer=_flux_2_transformer(reads_guidance=False),
@@ -200,7 +200,7 @@ def hunyuan_dit(*, full_size: bool = False) -> Any:
 
 
 def hunyuan_image(*, is_distilled: bool = False) -> Any:
-    """HunyuanImage 2.1 with its guiders, or distilled, whose weights read the scale instead."""
+    """Make HunyuanImage 2.1 with guiders, or distilled: its transformer reads the scale."""
     tokenizer, glyphs = chat_tokenizer(), ByT5Tokenizer()
     guider = diffusers.AdaptiveProjectedMixGuidance
     return diffusers.HunyuanImagePipeline(
@@ -298,7 +298,7 @@ def z_image() -> Any:
 
 
 def pixart() -> Any:
-    """A family with the old callback, which is called after each step and returns nothing."""
+    """Make a family with the older callback, which diffusers calls without a return value."""
     return diffusers.PixArtSigmaPipeline(
         transformer=diffusers.PixArtTransformer2DModel(
             sample_size=_SMALL,

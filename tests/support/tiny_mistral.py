@@ -1,4 +1,4 @@
-"""The text encoder of FLUX.2-dev with random weights: a Mistral that reads pictures as well."""
+"""The text encoder of FLUX.2-dev with random weights: a multimodal Mistral."""
 
 # mypy: allow-untyped-calls
 
@@ -20,7 +20,7 @@ _PATCH = 14  # pixels
 
 
 def mistral_processor() -> PixtralProcessor:
-    """Reads any text byte by byte."""
+    """Return a processor with a byte-level tokenizer."""
     return PixtralProcessor(
         image_processor=PixtralImageProcessor(patch_size=_PATCH, size={"longest_edge": 56}),
         tokenizer=chat_tokenizer(*_IMAGE_TOKENS),
@@ -30,7 +30,7 @@ def mistral_processor() -> PixtralProcessor:
 
 
 def mistral_encoder(tokenizer: PreTrainedTokenizerBase, *, layers: int) -> Any:
-    """A model for the processor's tokenizer."""
+    """Return a model for the processor's tokenizer."""
     config = Mistral3Config(
         text_config={
             "model_type": "mistral",

@@ -1,6 +1,6 @@
-"""Fixtures: folders with tiny models of random weights, and runners that have loaded them.
+"""Fixtures: folders with tiny models of random weights, and runners with a loaded model.
 
-Nothing heavy is imported before a test asks for a model.
+The fixtures import torch, diffusers and transformers when a test first needs a model.
 """
 
 import functools
@@ -24,15 +24,15 @@ Load = Callable[..., ModelRunner]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
-    """Folder of a family of `tests.support.tiny_families`, or of `vision_language`; read-only."""
-    made: dict[str, Path] = {}
+    """Return the read-only folder of a family of `tiny_families`, or of `vision_language`."""
+    folders: dict[str, Path] = {}
 
     def folder(family: str, **options: Any) -> Path:
         name = "-".join([family, *(f"{key}-{value}" for key, value in options.items())])
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("models") / name
-            _build(family, made[name], **options)
-        return made[name]
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("models") / name
+            _build(family, folders[name], **options)
+        return folders[name]
 
     yield folder
     gc.unfreeze()  # see `_torch`
@@ -40,7 +40,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
 
 @pytest.fixture
 def own_folder(model_folder: Folder, tmp_path: Path) -> Folder:
-    """A copy of such a folder that the test may break."""
+    """Copy a model folder for a test that changes its files."""
 
     def folder(family: str) -> Path:
         return Path(shutil.copytree(model_folder(family), tmp_path / family))
@@ -50,7 +50,7 @@ def own_folder(model_folder: Folder, tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def load() -> Iterator[Load]:
-    """Load a model from a folder; closed when the test ends."""
+    """Load a model from a folder, and close the runner at the end of the test."""
     loaded: list[ModelRunner] = []
 
     def runner(folder: Path | str, task: Task = Task.TEXT_TO_IMAGE, **options: Any) -> ModelRunner:
@@ -66,7 +66,7 @@ def load() -> Iterator[Load]:
 
 @pytest.fixture(scope="session")
 def shared_runner(model_folder: Folder) -> Iterator[Callable[[str], ModelRunner]]:
-    """A loaded runner of a family, one for all tests that leave it as it is."""
+    """Return the loaded runner of a family that all tests share. Tests must not change it."""
     loaded: dict[str, ModelRunner] = {}
 
     def runner(family: str, **options: Any) -> ModelRunner:
@@ -96,10 +96,10 @@ def _build(family: str, folder: Path, **options: Any) -> None:
 @functools.cache
 def _torch() -> Any:
     torch = importlib.import_module("torch")
-    # Such small tensors are slower in two threads, and far slower on a busy machine.
+    # Small tensors are slower in two threads, and much slower on a busy computer.
     torch.set_num_threads(1)
-    # A runner collects garbage after each run that ends early, and would go through all objects of
-    # the libraries each time.
+    # A runner collects garbage after each run that ends early. `gc.freeze` excludes the objects of
+    # the libraries from these collections.
     importlib.import_module("tests.support.tiny_families")
     importlib.import_module("consumer.runners.text_to_image.diffusion")
     gc.collect()

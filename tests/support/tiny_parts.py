@@ -1,7 +1,7 @@
-"""Parts of tiny models with random weights: tokenizers made in code, text encoders, autoencoders.
+"""Components of tiny models with random weights: tokenizers, text encoders and autoencoders.
 
-Real classes of diffusers and transformers, small enough for a CPU. Importing this file costs the
-import of both: `tests/support/tiny_models.py` does it in its fixtures.
+They are classes of diffusers and transformers, small enough for a CPU. This module imports both
+libraries, so the fixtures of `tests/support/tiny_models.py` import it late.
 """
 
 # mypy: allow-untyped-calls
@@ -32,10 +32,10 @@ from transformers import (
 from consumer.runners.demonstration.training.chat import CHAT_TEMPLATE, CONTROL_TOKENS
 
 LATENTS = 4
-WIDTHS = (4, 8, 8, 8)  # of the autoencoders: images become smaller by eight, as in the large ones
-MODEL = 32  # width of most encoders
+WIDTHS = (4, 8, 8, 8)  # channels of the autoencoders; the compression is 8, as in published ones
+MODEL = 32  # hidden size of most encoders
 
-# The printable stand-ins for the 256 bytes that byte-level tokenizers are made of.
+# The printable characters that byte-level tokenizers use for the 256 bytes.
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -47,7 +47,7 @@ def autoencoder(
     quantized: bool = False,
     **options: Any,
 ) -> Any:
-    """An autoencoder that makes images smaller by two for each width but the first."""
+    """Return an autoencoder that halves the image size for each width except the first."""
     return kind(
         sample_size=64,
         block_out_channels=widths,
@@ -66,7 +66,7 @@ def autoencoder(
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Reads any text byte by byte, 77 tokens long."""
+    """Return a byte-level tokenizer with at most 77 tokens."""
     words = [*BYTES, *(f"{byte}</w>" for byte in BYTES), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77
@@ -74,7 +74,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def clip_config() -> CLIPTextConfig:
-    """The configuration of a CLIP text encoder for `clip_tokenizer`."""
+    """Return the configuration of a CLIP text encoder for `clip_tokenizer`."""
     start = 2 * len(BYTES)
     return CLIPTextConfig(
         vocab_size=start + 2,
@@ -90,13 +90,13 @@ def clip_config() -> CLIPTextConfig:
 
 
 def clip_encoder(*, projection: bool = True) -> Any:
-    """A CLIP text encoder, with or without its projection."""
+    """Return a CLIP text encoder, with or without its projection."""
     kind = CLIPTextModelWithProjection if projection else CLIPTextModel
     return kind(clip_config()).eval()
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """Reads printable ASCII letter by letter, 512 tokens long."""
+    """Return a character-level tokenizer of printable ASCII with at most 512 tokens."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     letters = string.ascii_letters + string.digits + string.punctuation
     return T5Tokenizer(
@@ -105,7 +105,7 @@ def t5_tokenizer() -> T5Tokenizer:
 
 
 def t5_encoder(*, width: int = MODEL, words: int | None = None) -> Any:
-    """A T5 encoder for `t5_tokenizer`, or for another tokenizer of so many words."""
+    """Return a T5 encoder for `t5_tokenizer`, or for a tokenizer with `words` tokens."""
     return T5EncoderModel(
         T5Config(
             vocab_size=words or len(t5_tokenizer()),
@@ -121,14 +121,14 @@ def t5_encoder(*, width: int = MODEL, words: int | None = None) -> Any:
 
 
 def bert_tokenizer() -> BertTokenizer:
-    """Reads lower-case ASCII letter by letter, 77 tokens long."""
+    """Return a character-level tokenizer of lower-case ASCII with at most 77 tokens."""
     letters = string.ascii_lowercase + string.digits + string.punctuation
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
     return BertTokenizer(vocab={p: n for n, p in enumerate(pieces)}, model_max_length=77)
 
 
 def bert_encoder() -> Any:
-    """A BERT for `bert_tokenizer`."""
+    """Return a BERT for `bert_tokenizer`."""
     return BertModel(
         BertConfig(
             vocab_size=len(bert_tokenizer()),
@@ -144,7 +144,7 @@ def bert_encoder() -> Any:
 
 
 def chat_tokenizer(*more: str, template: str | None = None) -> Qwen2Tokenizer:
-    """Reads any text byte by byte, with the control tokens of Qwen2.5-VL and more of them."""
+    """Return a byte-level tokenizer with the control tokens of Qwen2.5-VL and additional tokens."""
     tokenizer = Qwen2Tokenizer(
         vocab={byte: number for number, byte in enumerate(BYTES)},
         merges=[],
@@ -158,12 +158,12 @@ def chat_tokenizer(*more: str, template: str | None = None) -> Qwen2Tokenizer:
 
 
 def templated_tokenizer() -> Qwen2Tokenizer:
-    """A chat tokenizer that has the chat template itself, as those of Qwen3 do."""
+    """Return a chat tokenizer with the chat template, as in Qwen3."""
     return chat_tokenizer(template=CHAT_TEMPLATE)
 
 
 def qwen3_config(tokenizer: PreTrainedTokenizerBase, *, layers: int = 2) -> Qwen3Config:
-    """The configuration of a Qwen3 for a chat tokenizer."""
+    """Return the configuration of a Qwen3 for a chat tokenizer."""
     return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=MODEL,
@@ -178,9 +178,9 @@ def qwen3_config(tokenizer: PreTrainedTokenizerBase, *, layers: int = 2) -> Qwen
 def vision_language_model(
     tokenizer: PreTrainedTokenizerBase, *, width: int = 64, context: int = 32_768
 ) -> Any:
-    """A Qwen2.5-VL of two layers each for text and vision; `width` is 64 or 32."""
+    """Return a Qwen2.5-VL with two layers each for text and vision; `width` is 64 or 32."""
     token: Any = tokenizer.convert_tokens_to_ids
-    half = width // 4 // 2  # of a head
+    half = width // 4 // 2  # half the dimension of an attention head
     config = Qwen2_5_VLConfig(
         text_config={
             "hidden_size": width,

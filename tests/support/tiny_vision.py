@@ -1,8 +1,7 @@
-"""Tiny vision-language models of several families with random weights, each saved in a folder.
+"""Saves tiny vision-language models of several families with random weights.
 
-Real classes of transformers. They write any bytes, broken UTF-8 among them, but no control token:
-so their texts are as long as they may be. Importing this file costs the import of transformers: the
-tests do it in their fixtures.
+The models generate any bytes, including broken UTF-8, but no control token, so their texts always
+have the maximum length. This module imports transformers, so the tests import it in fixtures.
 """
 
 # mypy: allow-untyped-calls
@@ -39,7 +38,7 @@ WIDTH = 64
 _QUARTER = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 _ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 
-# As the large LLaVA has it, but with the first token, which some families' templates write.
+# The template of the published LLaVA, with an additional first token as in other families.
 _LLAVA_TEMPLATE = r"""
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -76,7 +75,7 @@ def qwen2_vl(folder: Path) -> None:
 
 
 def qwen3_vl(folder: Path) -> None:
-    """Its patches are larger than those of the two before it."""
+    """Save a Qwen3-VL. Its patches are larger than those of Qwen2-VL."""
     tokenizer = chat_tokenizer()
     vision = {
         "depth": 2,
@@ -105,7 +104,7 @@ def qwen3_vl(folder: Path) -> None:
 
 
 def llava(folder: Path) -> None:
-    """A family of another kind: images of one size, and a tokenizer of pieces of words."""
+    """Save a LLaVA: a family with one image size and a tokenizer of word pieces."""
     tokenizer = _pieces()
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -134,7 +133,7 @@ def llava(folder: Path) -> None:
 
 
 def _pieces() -> Any:
-    """Some pieces of words, which begin with a blank or do not, and a token for every byte."""
+    """Return a tokenizer of word pieces with and without a leading blank, and of all bytes."""
     letters = [*"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *".:?"]
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁▁"]
     words += [*letters, *(f"▁{letter}" for letter in letters)]
@@ -173,7 +172,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def _budget(tile: int) -> dict[str, int]:
-    """Of pixels, for images of 4 to 256 tokens, each `tile` pixels wide and high."""
+    """Return the pixel budget for images of 4 to 256 tokens with `tile` pixels per side."""
     return {"shortest_edge": 4 * tile**2, "longest_edge": 256 * tile**2}
 
 

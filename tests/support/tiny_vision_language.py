@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL of random weights, with its processor, in a folder."""
+"""Saves a tiny Qwen2.5-VL with random weights and its processor."""
 
 # mypy: allow-untyped-calls
 
@@ -16,11 +16,11 @@ from transformers import (
 from consumer.runners.demonstration.training.chat import CHAT_TEMPLATE
 from tests.support.tiny_parts import chat_tokenizer, vision_language_model
 
-NEW_TOKENS = 48  # of a text, unless the request says otherwise
+NEW_TOKENS = 48  # default number of tokens of a text
 
 
 def save(folder: Path) -> None:
-    """Save a model whose texts are printable ASCII and as long as they may be."""
+    """Save a model whose texts are printable ASCII and always have the maximum length."""
     tokenizer = chat_tokenizer()
     model = vision_language_model(tokenizer)
     model.generation_config = _generation(tokenizer)
@@ -34,8 +34,8 @@ def save(folder: Path) -> None:
 
 
 def _generation(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    # Random weights would write control characters and broken UTF-8 as readily as letters, and
-    # end at any token.
+    # Without suppressed tokens random weights would generate control characters and broken UTF-8,
+    # and end at any token.
     plain = set(string.ascii_letters + string.digits + string.punctuation + "Ġ")  # Ġ: the blank
     end, padding = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     return GenerationConfig(

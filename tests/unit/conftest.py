@@ -10,7 +10,7 @@ from tests.support.memory_world import MemoryWorld, Worlds
 
 @pytest.fixture
 def make_world() -> Iterator[Worlds]:
-    """Makes workers on in-memory ports, and ends their threads."""
+    """Create workers on in-memory ports, and end their threads after the test."""
     worlds = Worlds()
     yield worlds
     worlds.close()
@@ -18,11 +18,11 @@ def make_world() -> Iterator[Worlds]:
 
 @pytest.fixture
 async def world(make_world: Worlds) -> MemoryWorld:
-    """A worker that makes pictures."""
+    """A text-to-image worker."""
     return await make_world()
 
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look often and try again soon."""
+    """Shorten the polling and retry intervals."""
     shorten_pauses(monkeypatch)

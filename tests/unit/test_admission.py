@@ -1,4 +1,4 @@
-"""Reading a delivery: the request id, the reply subject, the trace context, the request."""
+"""Admission of a delivery: the request id, the reply subject, the trace context, the request."""
 
 import json
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ def refusal(**arrival: Any) -> InvalidRequest:
 
 # -- the id ---------------------------------------------------------------------------------------
 
-PLACES: dict[str, dict[str, Any]] = {
+ID_SOURCES: dict[str, dict[str, Any]] = {
     "body": {"body": body(request_id="body-1")},
     "subject": {"subject": f"{SUBJECT}.subject-1"},
     "header": {"headers": {"Nats-Msg-Id": "header-1"}},
@@ -73,15 +73,15 @@ PLACES: dict[str, dict[str, Any]] = {
         (("body",), "body-1"),
     ],
 )
-def test_id_is_the_subjects_then_the_bodys_then_the_headers(
+def test_request_id_comes_from_subject_then_body_then_header(
     present: tuple[str, ...], expected: str
 ) -> None:
-    """A request whose subject and body differ is refused, and must not end the body's id."""
-    arrival = {name: value for place in present for name, value in PLACES[place].items()}
+    """A request with different ids in subject and body is refused under the id of the subject."""
+    arrival = {name: value for source in present for name, value in ID_SOURCES[source].items()}
     assert read_id(**arrival) == expected
 
 
-def test_derived_id_is_the_same_at_every_delivery_of_a_request() -> None:
+def test_derived_id_is_equal_at_every_delivery_of_a_request() -> None:
     first, second = read_id(deliveries=1), read_id(deliveries=2)
     assert first == second
     assert first.startswith("GENERATION_REQUESTS_TEXT_TO_IMAGE-7-")
@@ -94,10 +94,10 @@ def test_derived_id_is_the_same_at_every_delivery_of_a_request() -> None:
         {"stream_sequence": 8},
         {"stream": "GENERATION_REQUESTS_IMAGE_TO_TEXT"},
         {"stream": "OTHER_REQUESTS_TEXT_TO_IMAGE"},
-        {"stored_at": STORED_AT + timedelta(seconds=1)},  # the stream was deleted and created again
+        {"stored_at": STORED_AT + timedelta(seconds=1)},  # the stream was deleted and recreated
     ],
 )
-def test_derived_id_of_another_request_is_another(other: dict[str, Any]) -> None:
+def test_derived_ids_of_two_requests_differ(other: dict[str, Any]) -> None:
     assert read_id() != read_id(**other)
 
 
@@ -106,7 +106,7 @@ def test_derived_id_of_another_request_is_another(other: dict[str, Any]) -> None
     st.integers(1, 2**64 - 1),
     st.datetimes(datetime(2020, 1, 1), datetime(9999, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001
 )
-def test_derived_id_is_legal_and_names_its_message_under_every_root(
+def test_derived_id_is_valid_and_contains_the_sequence_under_every_root(
     root: str, sequence: int, at: datetime
 ) -> None:
     for task in Task:
@@ -121,24 +121,24 @@ ILLEGAL_IDS = ["a.b", "*", ">", "", "a b", "ä", "x" * 65, "a\n", "$JS", 7, None
 
 
 @pytest.mark.parametrize("bad", ILLEGAL_IDS, ids=repr)
-def test_illegal_id_in_the_body_gives_way_to_the_next_place(bad: object) -> None:
+def test_invalid_id_in_the_body_is_replaced_by_the_header(bad: object) -> None:
     assert read_id(body=body(request_id=bad), headers={"Nats-Msg-Id": "header-1"}) == "header-1"
 
 
 @pytest.mark.parametrize("bad", [bad for bad in ILLEGAL_IDS if bad is not None], ids=repr)
-def test_illegal_id_in_the_body_is_an_invalid_request(bad: object) -> None:
+def test_invalid_id_in_the_body_is_an_invalid_request(bad: object) -> None:
     assert "request_id" in str(refusal(body=body(request_id=bad)))
 
 
 @pytest.mark.parametrize("bad", [bad for bad in ILLEGAL_IDS if isinstance(bad, str)], ids=repr)
-def test_illegal_id_in_the_headers_is_passed_over(bad: str) -> None:
-    # Any sender may set Nats-Msg-Id to whatever it likes: it is no request id then, and no error.
+def test_invalid_id_in_the_headers_is_ignored(bad: str) -> None:
+    # A sender may set Nats-Msg-Id to any value. An invalid request id there is not an error.
     assert read_id(headers={"Nats-Msg-Id": bad}) == read_id()
     ADMISSION.request(Arrival(headers={"Nats-Msg-Id": bad}).delivery())
 
 
 @pytest.mark.parametrize("bad", ["a.b", "*", "x" * 65])
-def test_illegal_id_in_the_subject_is_an_invalid_request(bad: str) -> None:
+def test_invalid_id_in_the_subject_is_an_invalid_request(bad: str) -> None:
     subject = f"{SUBJECT}.{bad}"
     assert "the subject's last token" in str(refusal(subject=subject))
     assert read_id(subject=subject) == read_id()
@@ -207,7 +207,7 @@ def test_unsafe_reply_in_the_headers_is_refused_and_never_used(reply: str) -> No
         (None, None, None),
     ],
 )
-def test_reply_is_the_bodys_then_the_headers(
+def test_reply_subject_comes_from_body_then_header(
     in_body: str | None, in_header: str | None, expected: str | None
 ) -> None:
     headers = {} if in_header is None else {"Reply-To": in_header}
@@ -216,7 +216,7 @@ def test_reply_is_the_bodys_then_the_headers(
     ADMISSION.request(delivery)
 
 
-def test_invalid_request_is_answered_where_one_of_its_replies_is_legal() -> None:
+def test_invalid_request_uses_its_valid_reply_subject() -> None:
     delivery = Arrival(body=body(reply_to="$SYS.x"), headers={"Reply-To": "_INBOX.a"}).delivery()
     assert ADMISSION.open(delivery).envelope.reply_to == "_INBOX.a"
 
@@ -250,7 +250,7 @@ def test_job_refuses_a_state_that_cannot_follow() -> None:
     assert job.state is State.RECEIVED
 
 
-# -- what no sender can do ------------------------------------------------------------------------
+# -- arbitrary bytes ------------------------------------------------------------------------------
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -287,7 +287,7 @@ _subjects = (
 
 
 @given(_bodies, _headers, _subjects)
-def test_any_bytes_open_a_job_with_a_legal_id_and_a_safe_reply(
+def test_arbitrary_bytes_open_a_job_with_a_valid_id_and_a_safe_reply(
     body: bytes, headers: dict[str, str], subject: str
 ) -> None:
     delivery = Arrival(body=body, headers=headers, subject=subject).delivery()
@@ -298,7 +298,7 @@ def test_any_bytes_open_a_job_with_a_legal_id_and_a_safe_reply(
     try:
         request = ADMISSION.request(delivery)
     except InvalidRequest as error:
-        assert len(str(error)) < 500  # noqa: PT017 - either way is right
+        assert len(str(error)) < 500  # noqa: PT017 - both outcomes are correct
     else:
         assert isinstance(request, TextToImageRequest)
         assert request.request_id in {None, job.request_id}

@@ -1,4 +1,4 @@
-"""Blocking calls that are broken off: what is closed, and what is left alone."""
+"""Aborted blocking calls: the connections that are closed, and those that are not."""
 
 import asyncio
 import socket
@@ -52,7 +52,7 @@ async def test_calls_after_close_are_refused(calls: Calls) -> None:
         await calls.run(lambda: 7)
 
 
-def test_a_blocked_read_ends_when_its_call_is_aborted(
+def test_abort_ends_a_blocked_read(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = ends
@@ -71,7 +71,7 @@ def test_a_blocked_read_ends_when_its_call_is_aborted(
     assert not is_open(far)
 
 
-def test_a_connection_after_the_abort_is_shut_down_at_once(
+def test_connection_opened_after_the_abort_is_shut_down(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = ends
@@ -81,7 +81,7 @@ def test_a_connection_after_the_abort_is_shut_down_at_once(
     assert not is_open(far)
 
 
-def test_a_released_connection_is_not_shut_down(
+def test_released_connection_is_not_shut_down(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = ends
@@ -92,7 +92,7 @@ def test_a_released_connection_is_not_shut_down(
     assert _Call.in_thread.call is None
 
 
-def test_a_connection_that_is_closed_already_is_no_error(
+def test_abort_ignores_a_closed_connection(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, _ = ends
@@ -102,7 +102,7 @@ def test_a_connection_that_is_closed_already_is_no_error(
     call.abort()
 
 
-async def test_a_call_on_a_connection_kept_alive_can_be_aborted(calls: Calls) -> None:
+async def test_call_on_a_kept_alive_connection_can_be_aborted(calls: Calls) -> None:
     requests: asyncio.Queue[int] = asyncio.Queue()  # the number of its connection, for each
     gone = asyncio.Event()
     connections = 0

@@ -1,4 +1,4 @@
-"""What the store's configuration allows and refuses, without a store."""
+"""The configuration of the object store: allowed locations and refused values."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def config(**changes: Any) -> StoreConfig:
     return StoreConfig(**(values | changes))
 
 
-def test_keys_lie_under_the_prefix() -> None:
+def test_keys_start_with_the_prefix() -> None:
     assert config().key("text_to_image", "a", "0.png") == "outputs/text_to_image/a/0.png"
     assert config(prefix="a/b").key("c") == "a/b/c"
     assert config(prefix="").key("text_to_image", "a") == "text_to_image/a"
@@ -39,11 +39,11 @@ def test_keys_lie_under_the_prefix() -> None:
         ("other", "outputs/0.png", False),
     ],
 )
-def test_the_own_prefix_may_be_read_and_nothing_else(bucket: str, key: str, allowed: bool) -> None:
+def test_only_the_prefix_of_the_worker_is_readable(bucket: str, key: str, allowed: bool) -> None:
     assert config().may_read(bucket, key) is allowed
 
 
-def test_listed_places_may_be_read_instead() -> None:
+def test_configured_read_locations_replace_the_prefix() -> None:
     listed = config(input_prefixes=("uploads/photos", "archive", "generation/outputs/"))
     assert listed.may_read("uploads", "photos/1.png")
     assert not listed.may_read("uploads", "photos2/1.png")
@@ -53,7 +53,7 @@ def test_listed_places_may_be_read_instead() -> None:
     assert not config(input_prefixes=("archive",)).may_read("generation", "outputs/1.png")
 
 
-def test_without_a_prefix_the_own_bucket_may_be_read() -> None:
+def test_without_a_prefix_the_bucket_is_readable() -> None:
     assert config(prefix="").may_read("generation", "anything.png")
     assert not config(prefix="").may_read("other", "anything.png")
 
@@ -76,21 +76,21 @@ def test_without_a_prefix_the_own_bucket_may_be_read() -> None:
         ({"prefix": "a/../b"}, "S3: the prefix must be names between slashes"),
     ],
 )
-def test_a_wrong_setting_is_one_clear_line(changes: dict[str, Any], line: str) -> None:
+def test_invalid_setting_is_reported_in_one_line(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(StoreMisconfigured) as raised:
         config(**changes)
     assert str(raised.value) == line
 
 
-def test_whoever_handles_an_absent_store_handles_a_misconfigured_one() -> None:
+def test_configuration_error_is_a_store_error() -> None:
     assert issubclass(StoreMisconfigured, StoreUnavailable)
 
 
-def test_the_keys_are_not_shown() -> None:
+def test_repr_has_no_keys() -> None:
     assert "the-" not in repr(config())
 
 
-def test_the_settings_become_the_configuration() -> None:
+def test_settings_become_the_configuration() -> None:
     settings = Settings(
         s3_endpoint="http://127.0.0.1:9333",
         s3_access_key="the-access-key",

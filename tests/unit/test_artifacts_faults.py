@@ -1,4 +1,4 @@
-"""What each failed try means: may it pass, and what is said about it."""
+"""The classification of store errors: retryable or not, and the message."""
 
 import socket
 import ssl
@@ -113,27 +113,27 @@ LASTING = [
 
 
 @pytest.mark.parametrize(("error", "words"), PASSING, ids=[words for _, words in PASSING])
-def test_what_may_pass(error: Exception, words: str) -> None:
+def test_temporary_error_is_retryable(error: Exception, words: str) -> None:
     fault = classify_error(error, CONFIG)
     assert type(fault) is StoreUnavailable
     assert str(fault) == words
 
 
 @pytest.mark.parametrize(("error", "words"), LASTING, ids=[words for _, words in LASTING])
-def test_what_somebody_has_to_change(error: Exception, words: str) -> None:
+def test_permanent_error_is_not_retryable(error: Exception, words: str) -> None:
     fault = classify_error(error, CONFIG)
     assert type(fault) is StoreMisconfigured
     assert str(fault) == words
 
 
 @pytest.mark.parametrize("error", [error for error, _ in PASSING + LASTING])
-def test_the_words_are_safe_to_show(error: Exception) -> None:
+def test_error_message_has_no_secret(error: Exception) -> None:
     assert isinstance(error, FAILURES)
     shown = str(classify_error(error, CONFIG))
     for hidden in ("the-", "store.example", "9000", "outputs/x", "\n"):
         assert hidden not in shown
 
 
-def test_a_fault_of_the_program_is_not_taken_for_the_stores() -> None:
+def test_programming_error_is_not_a_store_error() -> None:
     for error in (TypeError(), KeyError(), AttributeError(), AssertionError()):
         assert not isinstance(error, FAILURES)

@@ -1,4 +1,4 @@
-"""What a refused input is: the object's fault, this worker's, or one that passes."""
+"""Refused inputs: errors of the object, errors of the worker, and temporary errors."""
 
 from collections.abc import Awaitable, Callable
 
@@ -50,7 +50,7 @@ def fetch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Awaitable[byt
     ("code", "status"),
     [("InvalidObjectState", 403), ("MethodNotAllowed", 405), ("InvalidRequest", 400)],
 )
-async def test_an_object_that_waiting_does_not_mend_is_an_input_error(
+async def test_permanently_unavailable_object_is_an_input_error(
     fetch: Callable[[str, int], Awaitable[bytes]], code: str, status: int
 ) -> None:
     with pytest.raises(InputUnavailable, match="the store refuses the object"):
@@ -67,7 +67,7 @@ async def test_an_object_that_waiting_does_not_mend_is_an_input_error(
         ("InternalError", 500, StoreUnavailable),
     ],
 )
-async def test_a_refusal_of_this_worker_or_for_now_is_not_the_senders_fault(
+async def test_temporary_or_worker_refusal_is_not_an_input_error(
     fetch: Callable[[str, int], Awaitable[bytes]], code: str, status: int, fault: type[Exception]
 ) -> None:
     with pytest.raises(fault):

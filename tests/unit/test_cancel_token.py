@@ -1,4 +1,4 @@
-"""The flag that asks a job to stop: the first reason, and work that it cancels."""
+"""The cancel token of a job: the stop reason, and the cancellation of asynchronous work."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ SOON = 5.0  # seconds; only bounds a wait for something that must happen
 REASONS = pytest.mark.parametrize("reason", StopReason)
 
 
-async def test_first_reason_stands() -> None:
+async def test_first_reason_is_kept() -> None:
     token = CancelToken()
     assert not token.poll()
     token.check()
@@ -34,21 +34,21 @@ async def test_token_ends_a_sleep(reason: StopReason) -> None:
     assert stopped.value.reason is reason
 
 
-async def test_sleep_after_a_token_does_not_begin() -> None:
+async def test_sleep_with_a_set_token_ends_at_once() -> None:
     token = CancelToken()
     token.set(StopReason.DRAIN)
     with pytest.raises(Stopped):
         await asyncio.wait_for(token.sleep(3_600), SOON)
 
 
-async def test_sleep_without_a_token_ends_by_itself() -> None:
+async def test_sleep_ends_after_its_time() -> None:
     await asyncio.wait_for(CancelToken().sleep(0.001), SOON)
 
 
 # -- work that may be cancelled ------------------------------------------------------------------
 
 
-async def test_work_gives_what_it_gives() -> None:
+async def test_race_returns_the_value_of_the_work() -> None:
     async def work() -> int:
         await asyncio.sleep(0)
         return 7
@@ -56,7 +56,7 @@ async def test_work_gives_what_it_gives() -> None:
     assert await asyncio.wait_for(CancelToken().race(work()), SOON) == 7
 
 
-async def test_work_raises_what_it_raises() -> None:
+async def test_race_raises_the_error_of_the_work() -> None:
     async def work() -> None:
         raise OutOfMemory("E")
 
@@ -88,10 +88,10 @@ async def test_token_cancels_work_and_waits_for_its_end(
     with pytest.raises(Stopped) as stopped:
         await asyncio.wait_for(doing, SOON)
     assert stopped.value.reason is reason
-    assert ended or before  # what has not begun has nothing to end
+    assert ended or before  # with a set token the work does not start
 
 
-async def test_work_that_is_done_when_the_token_comes_is_kept() -> None:
+async def test_result_of_finished_work_is_returned_despite_a_set_token() -> None:
     token = CancelToken()
 
     async def work() -> int:

@@ -1,4 +1,4 @@
-"""Cancellation of a request, by its place and by the answers of the workers."""
+"""Cancellation of a request, depending on its state and on the replies of the workers."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ Stored = dict[tuple[Task, str], list[tuple[MemoryDelivery, bool]]]
 
 
 class Queue:
-    """Both request streams: deliveries with whether they are never_delivered, oldest first."""
+    """Both request streams: deliveries and whether they were never delivered, oldest first."""
 
     def __init__(self, world: MemoryWorld) -> None:
         self.retries: dict[tuple[Task, str], str] = {}
@@ -39,15 +39,15 @@ class Queue:
         self.stored: Stored = {}
         self.loaded = 0
         self.most_loaded = 0
-        self.looking = 0
-        self.most_looking = 0
+        self.lookups = 0
+        self.most_lookups = 0
         self._world = world
 
     async def find(self, request_id: str) -> IdLookup:
-        self.looking += 1
-        self.most_looking = max(self.most_looking, self.looking)
+        self.lookups += 1
+        self.most_lookups = max(self.most_lookups, self.lookups)
         await asyncio.sleep(0)
-        self.looking -= 1
+        self.lookups -= 1
         requests = frozenset(task for task in Task if self.stored.get((task, request_id)))
         return IdLookup(requests, await self.find_results(request_id))
 
@@ -73,17 +73,17 @@ class Queue:
 
 
 class Workers:
-    """All workers, with their answers by request id."""
+    """All workers, with their replies by request id."""
 
     def __init__(self) -> None:
         self.answers: dict[str, StopAck] = {}
-        self.asked: list[str] = []
-        self.told: list[str] = []
+        self.stop_requests: list[str] = []
+        self.stop_notices: list[str] = []
         self.waiting = Tally()
-        self.answering = asyncio.Event()  # not set: they answer no request without an answer
+        self.answering = asyncio.Event()  # cleared: no reply without an answer
 
     async def request_stop(self, request_id: str) -> "asyncio.Future[StopAck | None]":
-        self.asked.append(request_id)
+        self.stop_requests.append(request_id)
         return asyncio.ensure_future(self._answer(request_id))
 
     async def _answer(self, request_id: str) -> StopAck | None:
@@ -93,7 +93,7 @@ class Workers:
         return self.answers.get(request_id)
 
     async def notify_stop(self, request_id: str) -> None:
-        self.told.append(request_id)
+        self.stop_notices.append(request_id)
 
     async def is_in_progress(self, request_id: str) -> bool:
         raise AssertionError("the canceller does not call this")
@@ -132,7 +132,7 @@ class Setup:
     def store(
         self, stored_as: str, *, task: Task = T2I, never_delivered: bool = True, **fields: Any
     ) -> MemoryDelivery:
-        """Put a request into its stream."""
+        """Store a request in its stream."""
         body = {"prompt": "a", **({} if task is T2I else {"images": ["s3://b/k"]}), **fields}
         subject = self.world.subjects.request(task, stored_as)
         self.world.queue.publish(subject, json.dumps(body).encode(), {})
@@ -141,11 +141,11 @@ class Setup:
         return delivery
 
     def succeeded(self, request_id: str, *, task: Task = T2I, **fields: Any) -> None:
-        """Store a request's success."""
+        """Store a succeeded event."""
         self.world.events.put(succeeded(request_id, task, **fields))
 
     async def cancel(self, request_id: str) -> tuple[str, str | None]:
-        """Cancel; status and result of the reply."""
+        """Cancel a request, and return the status and the result of the reply."""
         reply = await soon(self.canceller.cancel(request_id))
         assert reply.request_id == request_id
         result = reply.result
@@ -207,7 +207,7 @@ async def setup(make_world: Worlds, monkeypatch: pytest.MonkeyPatch) -> Setup:
 @pytest.mark.parametrize(
     ("answer", "reply"),
     [
-        (None, ("stopping", None)),  # the worker hangs or is dead: the mark is for the next worker
+        (None, ("stopping", None)),  # the worker hangs or is dead: the next worker reads the mark
         (StopAck.STOPPING, ("stopping", None)),
         (StopAck.ENDING, ("stopping", None)),  # the attempt has failed, and the request is marked
     ],
@@ -219,7 +219,7 @@ async def test_delivered_request_is_marked_and_gets_no_event_from_the_canceller(
     if answer is not None:
         setup.workers.answers["a"] = answer
     assert await setup.cancel("a") == reply
-    assert setup.world.queue.withdrawn == {1}
+    assert setup.world.queue.cancelled == {1}
     assert await setup.kind("a") is None
     assert len(setup.world.queue) == 1
 
@@ -228,10 +228,10 @@ async def test_no_event_is_stored_while_a_hanging_worker_runs_the_request(
     setup: Setup,
 ) -> None:
     world = setup.world
-    hold: Hold = world.runner.will_hold(heeds=False)
+    hold: Hold = world.runner.hold_next_run(polls_cancel=False)
     await world.send(b'{"prompt":"a"}', request_id="a")
     working = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     assert world.delivery is not None
     setup.queue.stored[T2I, "a"] = [(world.delivery, False)]
     assert await setup.cancel("a") == ("stopping", None)
@@ -241,22 +241,22 @@ async def test_no_event_is_stored_while_a_hanging_worker_runs_the_request(
     assert await world.result("a") is not None
 
 
-async def test_untouched_request_is_cancelled_after_all_workers_were_asked(
+async def test_undelivered_request_is_cancelled_after_a_stop_request_to_all_workers(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delivery = setup.store("a")
-    oldest, asked_before = setup.queue.oldest, []
+    oldest, requested_before = setup.queue.oldest, []
 
-    async def look(task: Task, request_id: str) -> StoredRequest | None:
-        asked_before.extend(setup.workers.asked)
+    async def load(task: Task, request_id: str) -> StoredRequest | None:
+        requested_before.extend(setup.workers.stop_requests)
         return await oldest(task, request_id)
 
-    monkeypatch.setattr(setup.queue, "oldest", look)
-    setup.workers.answering.clear()  # the canceller waits for no answer
+    monkeypatch.setattr(setup.queue, "oldest", load)
+    setup.workers.answering.clear()  # the canceller does not wait for a reply
     assert await setup.cancel("a") == ("cancelled", "cancelled")
-    assert asked_before == ["a"]
+    assert requested_before == ["a"]
     assert delivery.settlements == ["ack"]
-    assert setup.workers.told == ["a"]  # a worker may have started meanwhile
+    assert setup.workers.stop_notices == ["a"]  # a worker may have started meanwhile
 
 
 async def test_only_the_oldest_of_many_copies_is_loaded_and_settled(setup: Setup) -> None:
@@ -265,12 +265,12 @@ async def test_only_the_oldest_of_many_copies_is_loaded_and_settled(setup: Setup
     assert [len(one.settlements) for one in deliveries] == [1] + [0] * 19
 
 
-async def test_untouched_request_that_is_invalid_is_cancelled_too(setup: Setup) -> None:
+async def test_undelivered_invalid_request_is_cancelled(setup: Setup) -> None:
     setup.store("a", width="wide")
     assert await setup.cancel("a") == ("cancelled", "cancelled")
 
 
-async def test_request_whose_body_has_another_id_ends_only_the_id_of_its_subject(
+async def test_cancellation_of_conflicting_ids_ends_only_the_id_of_the_subject(
     setup: Setup,
 ) -> None:
     setup.store("mine", request_id="yours")
@@ -278,25 +278,25 @@ async def test_request_whose_body_has_another_id_ends_only_the_id_of_its_subject
     assert (await setup.kind("mine"), await setup.kind("yours")) == (CancelledEvent, None)
 
 
-async def test_request_that_waits_for_its_next_attempt_is_marked(setup: Setup) -> None:
+async def test_request_that_waits_for_a_retry_is_marked(setup: Setup) -> None:
     setup.queue.retries[T2I, "a"] = "sha256:0"
     assert await setup.cancel("a") == ("stopping", None)
     assert setup.queue.cancelled_retries == [(T2I, "a")]
 
 
-async def test_ended_requests_are_finished_or_cancelled_without_a_wait(setup: Setup) -> None:
+async def test_ended_requests_get_an_immediate_reply(setup: Setup) -> None:
     setup.succeeded("done")
     setup.world.events.put(CancelledEvent(**common("gone", T2I)))
     setup.workers.answering.clear()
     assert await setup.cancel("done") == ("finished", "succeeded")
     assert await setup.cancel("gone") == ("cancelled", "cancelled")
-    assert setup.world.queue.withdrawn == set()
+    assert setup.world.queue.cancelled == set()
 
 
 async def test_running_request_that_ends_at_once_is_reported_as_stopping(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reply does not depend on which one is faster, the worker or the lookup."""
+    """The reply does not depend on whether the worker or the lookup is faster."""
     find = setup.queue.find
 
     async def found_after_the_end(request_id: str) -> IdLookup:
@@ -310,25 +310,25 @@ async def test_running_request_that_ends_at_once_is_reported_as_stopping(
 
 async def test_ended_request_that_is_still_in_its_stream_is_finished(setup: Setup) -> None:
     setup.succeeded("a")
-    setup.store("a", never_delivered=False)  # its worker died before the ack
+    setup.store("a", never_delivered=False)  # the worker died before the ack
     assert await setup.cancel("a") == ("finished", "succeeded")
     setup.succeeded("b")
     setup.store("b")  # a copy that was sent later
     assert await setup.cancel("b") == ("finished", "succeeded")
 
 
-async def test_branch_that_has_ended_and_is_still_in_its_stream_is_followed(
+async def test_next_step_of_an_ended_branch_in_its_stream_is_cancelled(
     setup: Setup,
 ) -> None:
     setup.succeeded("tour", step=1, of=3)
     setup.succeeded("tour-2", task=I2T, step=2, of=3)
-    setup.store("tour-2", task=I2T, never_delivered=False)  # its worker died before the ack
+    setup.store("tour-2", task=I2T, never_delivered=False)  # the worker died before the ack
     setup.store("tour-3")
     assert await setup.cancel("tour") == ("cancelled", "cancelled")
     assert await setup.kind("tour-3") is CancelledEvent
 
 
-async def test_request_that_ends_while_a_worker_is_asked_is_finished(setup: Setup) -> None:
+async def test_request_that_ends_during_the_stop_request_is_finished(setup: Setup) -> None:
     setup.workers.answering.clear()
     cancelling = asyncio.create_task(setup.cancel("a"))
     await soon(setup.workers.waiting.until(1))
@@ -337,14 +337,14 @@ async def test_request_that_ends_while_a_worker_is_asked_is_finished(setup: Setu
     assert await soon(cancelling) == ("finished", "succeeded")
 
 
-async def test_waiting_for_an_answer_does_not_count_against_the_limit(setup: Setup) -> None:
+async def test_waiting_for_a_reply_does_not_count_against_the_limit(setup: Setup) -> None:
     setup.workers.answering.clear()
     unknown = [asyncio.create_task(setup.cancel(f"u{number}")) for number in range(500)]
     await soon(setup.workers.waiting.until(500))
     setup.store("a")
     assert await setup.cancel("a") == ("cancelled", "cancelled")
     assert not any(one.done() for one in unknown)
-    assert setup.queue.most_looking <= LOOKUPS
+    assert setup.queue.most_lookups <= LOOKUPS
     setup.workers.answering.set()
     assert {await soon(one) for one in unknown} == {("unknown", None)}
 
@@ -352,12 +352,12 @@ async def test_waiting_for_an_answer_does_not_count_against_the_limit(setup: Set
 async def test_new_cancellation_is_looked_up_before_older_ones(
     setup: Setup,
 ) -> None:
-    """The oldest one is next: no cancellation waits forever."""
+    """The oldest waiting cancellation is next, so no cancellation waits forever."""
     setup.workers.answering.set()
     ids = [f"u{number}" for number in range(1000)]
     tasks = [asyncio.create_task(setup.cancel(one)) for one in ids]
     await asyncio.gather(*tasks)
-    order = setup.workers.asked
+    order = setup.workers.stop_requests
     assert sorted(order) == sorted(ids)
     assert order[:LOOKUPS] == ids[:LOOKUPS]
     assert order.index(ids[-1]) <= LOOKUPS + 1
@@ -372,11 +372,11 @@ async def test_number_of_loaded_requests_is_limited(setup: Setup) -> None:
     assert setup.queue.most_loaded <= LOADS
 
 
-async def test_concurrent_cancellations_of_one_id_ask_the_workers_once(setup: Setup) -> None:
+async def test_concurrent_cancellations_of_one_id_send_one_stop_request(setup: Setup) -> None:
     setup.store("a")
     replies = await asyncio.gather(*(setup.cancel("a") for _ in range(10)))
     assert set(replies) == {("cancelled", "cancelled")}
-    assert setup.workers.asked == ["a"]
+    assert setup.workers.stop_requests == ["a"]
 
 
 # -- chains ---------------------------------------------------------------------------------------
@@ -400,8 +400,8 @@ async def test_every_branch_of_a_chain_is_cancelled(setup: Setup) -> None:
     assert await setup.cancel("tour") == ("stopping", None)
     ended = [await setup.kind(f"tour-2-{n}", I2T) for n in range(4)]
     assert ended == [SucceededEvent, None, CancelledEvent, CancelledEvent]
-    assert setup.world.queue.withdrawn == {1}
-    assert "tour-2-1" in setup.workers.told
+    assert setup.world.queue.cancelled == {1}
+    assert "tour-2-1" in setup.workers.stop_notices
 
 
 async def test_chain_whose_next_step_is_not_queued_yet_is_stopping(setup: Setup) -> None:

@@ -1,4 +1,4 @@
-"""The world that the demonstration models are trained in: what is shown fits what is said."""
+"""The training data of the demonstration models: images match their texts."""
 
 import random
 from itertools import product
@@ -32,7 +32,7 @@ STAR = Scene("white", (Thing("red", "star", "small"),), "top")
 PAIR = Scene("gray", (Thing("red", "circle"), Thing("blue", "square", "large")), relation="left of")
 
 
-def test_the_sentence_of_a_scene_is_like_its_prompt() -> None:
+def test_description_of_a_scene_matches_its_prompt() -> None:
     assert description(STAR) == "A small red star on a white background at the top."
     assert description(PAIR) == "A red circle left of a large blue square on a gray background."
     assert description(PAIR.turned) == description(PAIR)
@@ -44,7 +44,7 @@ def test_no_two_scenes_have_the_same_description() -> None:
         assert told.setdefault(description(scene), scene) == scene
 
 
-def test_training_never_shows_a_combination_that_is_held_out() -> None:
+def test_training_has_no_held_out_combination() -> None:
     choice = random.Random(0)
     kept_out = {
         (thing.colour, thing.shape, scene.background)
@@ -61,7 +61,7 @@ def test_training_never_shows_a_combination_that_is_held_out() -> None:
         assert held_out(some_held_out_scene(choice, two=two))
 
 
-def test_every_colour_shape_and_background_is_shown_with_every_other() -> None:
+def test_training_has_every_pair_of_attributes() -> None:
     """What is held out is three together: each two of them are to be learned."""
     shown = [scene for scene in single_scenes() if not held_out(scene)]
     pairs = {(s.things[0].colour, s.things[0].shape) for s in shown}
@@ -70,7 +70,7 @@ def test_every_colour_shape_and_background_is_shown_with_every_other() -> None:
     assert pairs == set(product(SHAPES, COLOURS))
 
 
-def test_a_prompt_says_everything_that_is_not_the_default() -> None:
+def test_prompt_contains_every_non_default_attribute() -> None:
     choice = random.Random(1)
     words = {"disc": "circle", "plus": "cross", "grey": "gray", "violet": "purple"}
     for _ in range(2_000):
@@ -83,7 +83,7 @@ def test_a_prompt_says_everything_that_is_not_the_default() -> None:
             assert scene.background in named
 
 
-def test_the_shortest_prompts_are_of_what_they_mean() -> None:
+def test_shortest_prompts_match_their_scenes() -> None:
     choice = random.Random(6)
     said = {
         prompts.prompt(scene, choice): scene
@@ -93,13 +93,13 @@ def test_the_shortest_prompts_are_of_what_they_mean() -> None:
     assert said["a small blue star"] == Scene("white", (Thing("blue", "star", "small"),))
 
 
-def test_the_same_chance_gives_the_same_prompt_and_picture() -> None:
+def test_equal_seed_gives_equal_prompt_and_image() -> None:
     assert prompts.prompt(PAIR, random.Random(2)) == prompts.prompt(PAIR, random.Random(2))
     assert draw(PAIR, random.Random(2)).tobytes() == draw(PAIR, random.Random(2)).tobytes()
     assert draw(PAIR, random.Random(2)).tobytes() != draw(PAIR, random.Random(3)).tobytes()
 
 
-def test_every_outline_lies_within_its_picture_at_every_place() -> None:
+def test_every_outline_is_inside_the_image() -> None:
     choice = random.Random(4)
     for scene in single_scenes():
         if (scene.things[0].size, scene.background) == ("large", "white"):
@@ -111,7 +111,7 @@ def test_every_outline_lies_within_its_picture_at_every_place() -> None:
         outline("hexagon")
 
 
-def test_attributes_are_the_same_from_either_thing() -> None:
+def test_attributes_do_not_depend_on_the_order_of_things() -> None:
     assert attributes(PAIR) == attributes(PAIR.turned)
     assert attributes(PAIR)[2] == NONE  # two things have no place
     assert attributes(STAR)[6:] == [NONE] * 3
@@ -120,7 +120,7 @@ def test_attributes_are_the_same_from_either_thing() -> None:
         assert all(n == NONE or n < most for n, most in zip(numbers, ATTRIBUTES, strict=True))
 
 
-def test_the_cells_of_a_thing_tell_it_and_the_others_the_background() -> None:
+def test_cells_contain_the_thing_or_the_background() -> None:
     cells = covered(STAR, 4)
     white = list(COLOURS).index("white")
     assert {cell[3] for cell in cells} == {white}
@@ -129,7 +129,7 @@ def test_the_cells_of_a_thing_tell_it_and_the_others_the_background() -> None:
     assert covered(Scene("white", STAR.things, "bottom"), 4) != cells
 
 
-def test_answers_are_true_of_their_scene() -> None:
+def test_answers_match_their_scene() -> None:
     choice = random.Random(5)
     asked = {
         "What colour is the background?": "The background is white.",
@@ -149,7 +149,7 @@ def test_answers_are_true_of_their_scene() -> None:
     assert found == asked
 
 
-def test_a_question_about_two_pictures_names_the_right_one() -> None:
+def test_question_about_two_images_has_the_right_answer() -> None:
     choice = random.Random(6)
     circle = Scene("blue", (Thing("pink", "circle"),), "left")
     answers = {
@@ -165,10 +165,10 @@ def test_a_question_about_two_pictures_names_the_right_one() -> None:
     )
 
 
-def test_an_article_fits_its_word() -> None:
+def test_article_matches_its_word() -> None:
     assert a("orange star") == "an orange star"
     assert a("red star") == "a red star"
 
 
-def test_all_places_differ() -> None:
+def test_all_positions_differ() -> None:
     assert len(set(PLACES.values())) == len(PLACES) == 9

@@ -1,4 +1,4 @@
-"""The set of cancelled ids: bounded in time and size."""
+"""The set of cancelled ids is limited in time and size."""
 
 from consumer.jobs.early_cancellations import EarlyCancellations
 
@@ -10,7 +10,7 @@ class Clock:
         return self.now
 
 
-def test_id_expires_after_its_time_since_it_was_added_last() -> None:
+def test_id_expires_after_the_time_since_its_last_addition() -> None:
     clock = Clock()
     early = EarlyCancellations(keep=600.0, clock=clock)
     early.add("a")

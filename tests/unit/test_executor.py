@@ -1,7 +1,7 @@
-"""What every worker does, on in-memory ports."""
+"""The behaviour of a worker on in-memory ports."""
 
 from tests.support.behaviour import Behaviour
 
 
 class TestExecution(Behaviour):
-    """`make_world` comes from the fixtures of this folder."""
+    """Runs the common tests with the `make_world` fixture of this folder."""

@@ -1,4 +1,4 @@
-"""Several requests in one run of the model: each keeps its event, failure, cancel and deadline."""
+"""Several requests in one run: each has separate events, failures, cancellations and deadlines."""
 
 import asyncio
 import threading
@@ -30,33 +30,34 @@ from generation_contracts import (
     SucceededEvent,
     Task,
 )
-from tests.support.behaviour import asking, failure, soon
+from tests.support.behaviour import failure, request_body, soon
 from tests.support.memory_ports import POLL, Hold, Run, ScriptedRunner, make, raising
 from tests.support.memory_world import MemoryWorld, Worlds
 
 TOGETHER = 3
-HELD_UP = 0.3  # seconds
+BLOCKED = 0.3  # seconds
 LONG = 30.0  # seconds; only bounds a wait for something that must happen
 
 
 class BatchingRunner(ScriptedRunner):
-    """A model for which all requests of one width go together.
+    """A model that batches all requests of one width.
 
     Attributes:
-        batches: The request ids of every run of several.
-        refusal: Makes what a run of several raises.
-        poisoned: The prompt of a request whose own run raises.
-        held: Whether a run of several waits until it is let go.
+        batches: The request ids of every batch.
+        batch_error: Makes the exception of a batch, if any.
+        poisoned: The prompt of a request whose single run raises.
+        begun: Set when a batch starts.
+        release: A batch waits while this event is cleared.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.batches: list[list[str | None]] = []
-        self.refusal: Callable[[], Exception] | None = None
+        self.batch_error: Callable[[], Exception] | None = None
         self.poisoned = "poison"
         self.begun = threading.Event()
-        self.let_go = threading.Event()
-        self.let_go.set()
+        self.release = threading.Event()
+        self.release.set()
 
     def batch_key(self, request: Request) -> Hashable | None:
         return None if request.metadata.get("alone") else getattr(request, "width", None)
@@ -72,34 +73,34 @@ class BatchingRunner(ScriptedRunner):
 
     def _run_batch(self, members: Sequence[RunRequest]) -> list[RunnerOutput | None]:
         self.batches.append([member.request.request_id for member in members])
-        going_on = dict.fromkeys(range(len(members)), True)
+        active = dict.fromkeys(range(len(members)), True)
         self.begun.set()
         step = 0
-        while going_on and (step == 0 or not self.let_go.wait(POLL)):
+        while active and (step == 0 or not self.release.wait(POLL)):
             step += 1
-            for number in [*going_on]:
+            for number in [*active]:
                 members[number].progress.step(min(step, 9), 9)
                 if members[number].cancelled():
-                    del going_on[number]
-        if not going_on:
+                    del active[number]
+        if not active:
             raise Interrupted
-        if self.refusal is not None:
-            raise self.refusal()
+        if self.batch_error is not None:
+            raise self.batch_error()
         return [
-            make(Run.of(member)) if number in going_on else None
+            make(Run.of(member)) if number in active else None
             for number, member in enumerate(members)
         ]
 
     def close(self) -> None:
-        self.let_go.set()
+        self.release.set()
         super().close()
 
 
 @pytest.fixture
 async def world() -> AsyncIterator[MemoryWorld]:
-    made = MemoryWorld(runner=BatchingRunner(), most_in_flight=10, max_batch=TOGETHER, window=2.0)
-    yield made
-    made.close()
+    world = MemoryWorld(runner=BatchingRunner(), most_in_flight=10, max_batch=TOGETHER, window=2.0)
+    yield world
+    world.close()
 
 
 def model(world: MemoryWorld) -> BatchingRunner:
@@ -108,9 +109,9 @@ def model(world: MemoryWorld) -> BatchingRunner:
 
 
 async def begin(world: MemoryWorld, *ids: str, **fields: Any) -> list["asyncio.Task[int | None]"]:
-    """Send requests of one size, and begin to handle them."""
+    """Send requests of one size, and start to handle them."""
     for request_id in ids:
-        await world.send(asking(request_id, width=64, **fields), request_id=request_id)
+        await world.send(request_body(request_id, width=64, **fields), request_id=request_id)
     return [asyncio.create_task(world.work()) for _ in ids]
 
 
@@ -118,7 +119,7 @@ async def until_begun(world: MemoryWorld) -> None:
     await soon(asyncio.to_thread(model(world).begun.wait))
 
 
-async def test_each_member_has_its_own_events_and_output(world: MemoryWorld) -> None:
+async def test_each_member_has_separate_events_and_outputs(world: MemoryWorld) -> None:
     await soon(asyncio.gather(*await begin(world, "a", "b", "c")))
     assert model(world).batches == [["a", "b", "c"]]
     assert model(world).runs == []
@@ -126,54 +127,54 @@ async def test_each_member_has_its_own_events_and_output(world: MemoryWorld) -> 
     for request_id in ("a", "b", "c"):
         event = await world.result(request_id)
         assert isinstance(event, SucceededEvent)
-        told = [one.sequence for one in await world.news(request_id)]
-        assert [*told, event.sequence] == [*range(len(told) + 1)]
+        sequences = [one.sequence for one in await world.transient_events(request_id)]
+        assert [*sequences, event.sequence] == [*range(len(sequences) + 1)]
         outputs.add(event.outputs[0].sha256)  # type: ignore[union-attr]
         assert event.timings.inference > 0
-    assert len(outputs) == 3, "each has the picture of its own seed"
-    assert await world.left() == 0
+    assert len(outputs) == 3, "each request has a different seed"
+    assert await world.pending() == 0
 
 
-async def test_device_is_busy_once_for_all(world: MemoryWorld) -> None:
+async def test_busy_time_of_a_batch_is_reported_once(world: MemoryWorld) -> None:
     await soon(asyncio.gather(*await begin(world, "a", "b", "c")))
     assert len(world.observer.busy) == 1
 
 
-async def test_another_size_and_what_runs_alone_are_not_in_it(world: MemoryWorld) -> None:
+async def test_other_sizes_and_single_requests_are_not_in_the_batch(world: MemoryWorld) -> None:
     handling = await begin(world, "a", "b")
-    await world.send(asking("other", width=128))
-    await world.send(asking("alone", width=64, metadata={"alone": "yes"}))
+    await world.send(request_body("other", width=128))
+    await world.send(request_body("alone", width=64, metadata={"alone": "yes"}))
     handling += [asyncio.create_task(world.work()) for _ in range(2)]
     await soon(asyncio.gather(*handling))
     assert model(world).batches == [["a", "b"]]
     assert [run.request.request_id for run in model(world).runs] == ["other", "alone"]
 
 
-async def test_failed_batch_is_run_one_by_one_so_that_the_bad_one_fails_alone(
+async def test_members_of_a_failed_batch_run_one_by_one(
     world: MemoryWorld,
 ) -> None:
-    model(world).refusal = lambda: ModelError("PoisonError")
-    await world.send(asking("a", width=64))
-    await world.send(asking("bad", width=64).replace(b"a red circle", b"poison"))
-    await world.send(asking("c", width=64))
+    model(world).batch_error = lambda: ModelError("PoisonError")
+    await world.send(request_body("a", width=64))
+    await world.send(request_body("bad", width=64).replace(b"a red circle", b"poison"))
+    await world.send(request_body("c", width=64))
     await soon(asyncio.gather(*(asyncio.create_task(world.work()) for _ in range(3))))
     assert model(world).batches == [["a", "bad", "c"]]
     assert isinstance(await world.result("a"), SucceededEvent)
     assert isinstance(await world.result("c"), SucceededEvent)
-    assert await world.result("bad") is None, "it is tried again"
-    assert await world.left() == 1
+    assert await world.result("bad") is None, "the request is retried"
+    assert await world.pending() == 1
     for _ in range(2):
         await soon(world.work())
     assert failure(await world.result("bad")) == "model_error"
 
 
-async def test_cancelled_member_of_a_failed_batch_waits_for_no_other_members_run(
+async def test_cancelled_member_of_a_failed_batch_ends_during_another_members_run(
     world: MemoryWorld,
 ) -> None:
-    model(world).refusal = lambda: ModelError("BatchError")
-    holds = [model(world).will_hold() for _ in range(3)]
+    model(world).batch_error = lambda: ModelError("BatchError")
+    holds = [model(world).hold_next_run() for _ in range(3)]
     working = dict(zip("abc", await begin(world, "a", "b", "c"), strict=True))
-    await soon(holds[0].begun())  # the batch has failed, and one of its members runs alone
+    await soon(holds[0].started())  # the batch has failed, and one member runs alone
     running = model(world).runs[0].request.request_id
     waiting = next(one for one in working if one != running)
     await world.executor.request_stop(waiting)
@@ -186,62 +187,60 @@ async def test_cancelled_member_of_a_failed_batch_waits_for_no_other_members_run
 
 
 @pytest.mark.parametrize("error", [OutOfMemory("the batch"), KeyError("key")])
-async def test_batch_that_cannot_be_run_is_no_failure_of_its_members(
-    world: MemoryWorld, error: Exception
-) -> None:
-    model(world).refusal = lambda: error
+async def test_members_of_a_failed_batch_can_succeed(world: MemoryWorld, error: Exception) -> None:
+    model(world).batch_error = lambda: error
     await soon(asyncio.gather(*await begin(world, "a", "b", "c")))
     for request_id in ("a", "b", "c"):
         assert isinstance(await world.result(request_id), SucceededEvent)
     assert [run.save_memory for run in model(world).runs] == [False] * 3
 
 
-async def test_progress_of_a_batch_is_told_to_each(
+async def test_each_member_of_a_batch_gets_progress_events(
     world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor, "PROGRESS_INTERVAL", POLL)
-    model(world).let_go.clear()
+    model(world).release.clear()
     handling = await begin(world, "a", "b", "c")
     for request_id in ("a", "b", "c"):
-        while len(await world.news(request_id)) < 2:
+        while len(await world.transient_events(request_id)) < 2:
             await asyncio.wait(handling, timeout=POLL)
-    model(world).let_go.set()
+    model(world).release.set()
     await soon(asyncio.gather(*handling))
     for request_id in ("a", "b", "c"):
-        progress = (await world.news(request_id))[1]
+        progress = (await world.transient_events(request_id))[1]
         assert isinstance(progress, ProgressEvent)
 
 
-async def test_cancelled_member_ends_at_its_next_step_and_the_others_go_on(
+async def test_cancelled_member_ends_at_its_next_step_and_the_others_continue(
     world: MemoryWorld,
 ) -> None:
-    model(world).let_go.clear()
+    model(world).release.clear()
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
     assert await world.executor.request_stop("b")
     await soon(handling[1])
     assert (await world.result("b")).type == "generation.v1.cancelled"  # type: ignore[union-attr]
     assert (await world.result("a"), await world.result("c")) == (None, None)
-    model(world).let_go.set()
+    model(world).release.set()
     await soon(asyncio.gather(*handling))
     assert isinstance(await world.result("a"), SucceededEvent)
     assert isinstance(await world.result("c"), SucceededEvent)
 
 
-async def test_batch_of_which_all_are_cancelled_frees_the_device(world: MemoryWorld) -> None:
-    model(world).let_go.clear()
+async def test_batch_with_only_cancelled_members_frees_the_device(world: MemoryWorld) -> None:
+    model(world).release.clear()
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
     for request_id in ("a", "b", "c"):
         await world.executor.request_stop(request_id)
     await soon(asyncio.gather(*handling))
-    await world.send(asking("after"))
+    await world.send(request_body("after"))
     await soon(world.work())
     assert isinstance(await world.result("after"), SucceededEvent)
 
 
-async def test_deadline_of_one_member_ends_that_one(world: MemoryWorld) -> None:
-    model(world).let_go.clear()
+async def test_deadline_of_one_member_ends_only_that_member(world: MemoryWorld) -> None:
+    model(world).release.clear()
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
     world.executor.interrupt(StopReason.DEADLINE, "a")
@@ -249,16 +248,16 @@ async def test_deadline_of_one_member_ends_that_one(world: MemoryWorld) -> None:
     event = await world.result("a")
     assert isinstance(event, FailedEvent)
     assert failure(event) == "deadline_exceeded"
-    model(world).let_go.set()
+    model(world).release.set()
     await soon(asyncio.gather(*handling))
     assert isinstance(await world.result("b"), SucceededEvent)
 
 
-async def test_member_cancelled_while_it_waits_is_in_no_batch(world: MemoryWorld) -> None:
-    hold = world.runner.will_hold()
-    await world.send(asking("first"))
+async def test_request_cancelled_while_it_waits_is_in_no_batch(world: MemoryWorld) -> None:
+    hold = world.runner.hold_next_run()
+    await world.send(request_body("first"))
     first = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     handling = await begin(world, "a", "b", "c")
     while [job.state for job in world.executor._jobs[1:]] != [State.ADMITTED] * 3:
         await asyncio.wait(handling, timeout=POLL)
@@ -269,25 +268,25 @@ async def test_member_cancelled_while_it_waits_is_in_no_batch(world: MemoryWorld
     assert model(world).batches == [["a", "c"]]
 
 
-async def test_lost_device_gives_all_members_back(world: MemoryWorld) -> None:
-    model(world).refusal = lambda: DeviceLost("gone")
+async def test_lost_device_requeues_all_members(world: MemoryWorld) -> None:
+    model(world).batch_error = lambda: DeviceLost("gone")
     codes = await soon(asyncio.gather(*await begin(world, "a", "b", "c")))
     assert codes == [EXIT_DEVICE_LOST] * 3
-    assert await world.left() == 3
+    assert await world.pending() == 3
     assert model(world).runs == []
 
 
-async def test_drain_gives_all_members_back(world: MemoryWorld) -> None:
-    model(world).let_go.clear()
+async def test_drain_requeues_all_members(world: MemoryWorld) -> None:
+    model(world).release.clear()
     handling = await begin(world, "a", "b", "c")
     await until_begun(world)
     world.executor.interrupt(StopReason.DRAIN)
     await soon(asyncio.gather(*handling))
-    assert await world.left() == 3
+    assert await world.pending() == 3
     assert world.observer.outcomes == ["given_back"] * 3
 
 
-async def test_texts_go_together_too() -> None:
+async def test_image_to_text_requests_run_in_batches() -> None:
     world = MemoryWorld(
         task=Task.IMAGE_TO_TEXT,
         runner=BatchingRunner(),
@@ -296,59 +295,59 @@ async def test_texts_go_together_too() -> None:
         window=2.0,
     )
     model(world).batch_key = lambda _: "text"  # type: ignore[method-assign]
-    await world.put_object("in", world.picture)
+    await world.put_object("in", world.image_file)
     for request_id in ("a", "b"):
-        await world.send(asking(request_id, images=[world.source("in")]))
+        await world.send(request_body(request_id, images=[world.source("in")]))
     await soon(asyncio.gather(*(asyncio.create_task(world.work()) for _ in range(2))))
     world.close()
     assert model(world).batches == [["a", "b"]]
     assert isinstance(await world.result("b"), SucceededEvent)
 
 
-async def test_second_copy_in_the_same_hands_waits_for_the_first_and_is_not_run() -> None:
+async def test_second_copy_in_one_worker_waits_for_the_first_and_is_not_run() -> None:
     world = MemoryWorld(most_in_flight=3)
-    hold = world.runner.will_hold()
+    hold = world.runner.hold_next_run()
     handling = []
     for _ in range(2):
-        await world.send(asking("a"))
+        await world.send(request_body("a"))
         handling.append(asyncio.create_task(world.work()))
-    await soon(hold.begun())
+    await soon(hold.started())
     hold.release()
     await soon(asyncio.gather(*handling))
     world.close()
     assert len(world.runner.runs) == 1
     assert world.observer.outcomes == ["succeeded", "already_done"]
-    assert await world.left() == 0
+    assert await world.pending() == 0
 
 
-async def serve(world: MemoryWorld, wanted: Callable[[], Awaitable[bool]]) -> None:
-    """Take deliveries as the daemon does, as long as it is not as wanted."""
+async def serve(world: MemoryWorld, done: Callable[[], Awaitable[bool]]) -> None:
+    """Take deliveries as the daemon does, until a condition holds."""
     handling: set[asyncio.Task[int | None]] = set()
-    while not await wanted():
+    while not await done():
         room = asyncio.ensure_future(world.executor.room())
         await asyncio.wait({room, *handling}, timeout=POLL, return_when=asyncio.FIRST_COMPLETED)
         if room.done() and world.queue.waiting:
             handling.add(asyncio.create_task(world.work()))
-            await asyncio.sleep(0)  # it takes its place
+            await asyncio.sleep(0)  # the task adds its job to the executor
         room.cancel()
     await soon(asyncio.gather(*handling))
 
 
-async def test_three_copies_of_a_request_that_fails_at_first_do_not_wait_for_each_other(
+async def test_copies_of_a_retried_request_do_not_wait_for_each_other(
     make_world: Worlds,
 ) -> None:
     world = await make_world(runner=BatchingRunner(), most_in_flight=10, max_batch=2)
-    hold = world.runner.will_hold(then=raising(lambda: ModelError("Once")))
+    hold = world.runner.hold_next_run(then=raising(lambda: ModelError("Once")))
     for _ in range(3):
-        await world.send(asking("a", width=64))
+        await world.send(request_body("a", width=64))
     first = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     others = [asyncio.create_task(world.work()) for _ in range(2)]
-    await asyncio.sleep(0)  # they take their places
+    await asyncio.sleep(0)  # the tasks add their jobs to the executor
     hold.release()
 
     async def all_done() -> bool:
-        return await world.left() == 0
+        return await world.pending() == 0
 
     await soon(serve(world, all_done))
     await soon(asyncio.gather(first, *others))
@@ -356,21 +355,21 @@ async def test_three_copies_of_a_request_that_fails_at_first_do_not_wait_for_eac
     assert sorted(world.observer.outcomes) == ["already_done"] * 2 + ["given_back", "succeeded"]
 
 
-# -- those whose workers may have died of them ----------------------------------------------------
+# -- redelivered requests: their first worker may have died because of them -----------------------
 
 
-async def test_one_that_raises_beside_an_output_that_waits_has_three_tries(
+async def test_failing_request_next_to_a_waiting_upload_has_three_attempts(
     make_world: Worlds,
 ) -> None:
     world = await make_world(most_in_flight=3)
-    world.runner.will(make, *[raising(lambda: ModelError("Always"))] * 30)
+    world.runner.script_runs(make, *[raising(lambda: ModelError("Always"))] * 30)
     world.store.begin()
     for request_id in ("good", "bad"):
-        await world.send(asking(request_id))
+        await world.send(request_body(request_id))
     waiting = world.artifacts.calls
 
     async def ended() -> bool:
-        return await world.left() == 0
+        return await world.pending() == 0
 
     good, bad = (asyncio.create_task(world.work()) for _ in range(2))
     await soon(waiting.until(1))
@@ -383,71 +382,73 @@ async def test_one_that_raises_beside_an_output_that_waits_has_three_tries(
     assert failure(await world.result("bad")) == "model_error"
 
 
-async def test_death_counts_once_a_suspect_is_alone_and_not_before(make_world: Worlds) -> None:
+async def test_redelivered_request_counts_an_attempt_only_while_it_is_isolated(
+    make_world: Worlds,
+) -> None:
     world = await make_world(most_in_flight=3)
-    hold = world.runner.will_hold()
-    for request_id in ("other", "suspect"):
-        await world.send(asking(request_id))
+    hold = world.runner.hold_next_run()
+    for request_id in ("other", "redelivered"):
+        await world.send(request_body(request_id))
     other = asyncio.create_task(world.work())
-    await soon(hold.begun())
-    world.queue.run_out(world.queue.take())  # its first worker has died
-    suspect = world.queue.take()
-    handling = asyncio.create_task(world.executor.handle(suspect))
-    await soon(world.events.asked.until(2))
-    assert await suspect.marked_uncounted() == 1, (
-        "should this worker die now, it may be of the other"
+    await soon(hold.started())
+    world.queue.expire_lease(world.queue.take())  # the first worker has died
+    redelivered = world.queue.take()
+    handling = asyncio.create_task(world.executor.handle(redelivered))
+    await soon(world.events.lookups.until(2))
+    assert await redelivered.marked_uncounted() == 1, (
+        "the other request could be the cause if this worker died now"
     )
-    second = world.runner.will_hold()
+    second = world.runner.hold_next_run()
     hold.release()
     await soon(other)
-    await soon(second.begun())
-    assert await suspect.marked_uncounted() == 0
+    await soon(second.started())
+    assert await redelivered.marked_uncounted() == 0
     second.release()
     await soon(handling)
     assert world.observer.outcomes == ["succeeded", "succeeded"]
 
 
-async def test_suspect_that_waits_for_others_can_be_cancelled_and_given_back(
+async def test_redelivered_request_that_waits_can_be_cancelled_and_requeued(
     make_world: Worlds,
 ) -> None:
     for stop, outcome in ((StopReason.CANCEL, "cancelled"), (StopReason.DRAIN, "given_back")):
         world = await make_world(most_in_flight=3)
         world.store.begin()
-        for request_id in ("other", "suspect"):
-            await world.send(asking(request_id))
+        for request_id in ("other", "redelivered"):
+            await world.send(request_body(request_id))
         other = asyncio.create_task(world.work())
-        await soon(world.artifacts.calls.until(1))  # it has left the device
-        world.queue.run_out(world.queue.take())
+        await soon(world.artifacts.calls.until(1))  # the run has ended
+        world.queue.expire_lease(world.queue.take())
         handling = asyncio.create_task(world.work())
-        await soon(world.events.asked.until(2))
+        await soon(world.events.lookups.until(2))
         if stop is StopReason.DRAIN:
             world.executor.requeue_waiting()
         else:
-            await world.executor.request_stop("suspect")
+            await world.executor.request_stop("redelivered")
         await soon(handling)
         world.store.end()
         await soon(other)
         assert world.observer.outcomes == [outcome, "succeeded"]
 
 
-async def one_behind_another(world: MemoryWorld, first: Hold) -> list["asyncio.Task[int | None]"]:
-    """Request `a` runs, and `b` is what the inference thread goes on with."""
+async def run_and_queue(world: MemoryWorld, first: Hold) -> list["asyncio.Task[int | None]"]:
+    """Start to run request `a`, and put `b` into the run queue."""
     for request_id in ("a", "b"):
-        await world.send(asking(request_id))
+        await world.send(request_body(request_id))
     handling = [asyncio.create_task(world.work()) for _ in range(2)]
-    await soon(first.begun())
+    await soon(first.started())
     while [ticket.run is not None for ticket in world.run_queue._tickets] != [True]:
         await asyncio.wait(handling, timeout=POLL)
     return handling
 
 
-async def test_next_run_begins_while_the_event_loop_does_something_else() -> None:
+async def test_next_run_starts_while_the_event_loop_is_blocked() -> None:
     world = MemoryWorld(most_in_flight=3)
-    first, begun = world.runner.will_hold(), threading.Event()
-    second = world.runner.will_hold(before=lambda _: begun.set())
-    handling = await one_behind_another(world, first)
+    first, begun = world.runner.hold_next_run(), threading.Event()
+    second = world.runner.hold_next_run(before=lambda _: begun.set())
+    handling = await run_and_queue(world, first)
     first.release()
-    assert begun.wait(LONG), "the event loop stands here"
+    assert begun.wait(LONG), "this call blocks the event loop"
     second.release()
     await soon(asyncio.gather(*handling))
     world.close()
@@ -459,13 +460,13 @@ async def test_next_run_begins_while_the_event_loop_does_something_else() -> Non
     assert event.timings.queued > 0
 
 
-@pytest.mark.parametrize("cancelled", ["at its first step", "in time"])
-async def test_cancellation_of_who_is_next(cancelled: str) -> None:
+@pytest.mark.parametrize("cancelled", ["at the first step", "before the run"])
+async def test_cancellation_of_the_next_request(cancelled: str) -> None:
     world = MemoryWorld(most_in_flight=3)
-    first, begun = world.runner.will_hold(), threading.Event()
-    world.runner.will_hold(before=lambda _: begun.set())
-    handling = await one_behind_another(world, first)
-    if cancelled != "in time":
+    first, begun = world.runner.hold_next_run(), threading.Event()
+    world.runner.hold_next_run(before=lambda _: begun.set())
+    handling = await run_and_queue(world, first)
+    if cancelled == "at the first step":
         first.release()
         assert begun.wait(LONG)
     await world.executor.request_stop("b")
@@ -473,30 +474,30 @@ async def test_cancellation_of_who_is_next(cancelled: str) -> None:
     first.release()
     await soon(handling[0])
     world.close()
-    assert begun.is_set() == (cancelled != "in time")
+    assert begun.is_set() == (cancelled == "at the first step")
     assert world.observer.outcomes[-2:].count("cancelled") == 1
     assert isinstance(await world.result("a"), SucceededEvent)
 
 
-async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
+async def test_cancelled_request_does_not_start_while_its_event_is_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The device gets free, and others get ready, while the bus takes its time with the event."""
+    """The device becomes free and other requests become ready while the bus is slow."""
     world = MemoryWorld(most_in_flight=3)
-    first, told, stored = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
+    first, publishing, stored = world.runner.hold_next_run(), asyncio.Event(), asyncio.Event()
     publish = world.events.publish_result
 
-    async def slowly(*arguments: Any, **named: Any) -> bool:
+    async def publish_slowly(*arguments: Any, **named: Any) -> bool:
         if arguments[0].request_id == "b":
-            told.set()
+            publishing.set()
             await soon(stored.wait())
         return await publish(*arguments, **named)
 
-    monkeypatch.setattr(world.events, "publish_result", slowly)
-    handling = await one_behind_another(world, first)
+    monkeypatch.setattr(world.events, "publish_result", publish_slowly)
+    handling = await run_and_queue(world, first)
     await world.executor.request_stop("b")
-    await soon(told.wait())
-    await world.send(asking("c"))
+    await soon(publishing.wait())
+    await world.send(request_body("c"))
     handling.append(asyncio.create_task(world.work()))
     first.release()
     await soon(asyncio.wait({handling[0], handling[2]}))
@@ -507,64 +508,64 @@ async def test_cancelled_one_that_waits_is_not_begun_while_its_end_is_told(
     assert [run.request.request_id for run in world.runner.runs] == ["a", "c"]
 
 
-async def test_forced_end_begins_nothing() -> None:
+async def test_job_with_a_cancelled_task_does_not_start_its_run() -> None:
     world = MemoryWorld(most_in_flight=3)
-    first, giving_back, given_back = world.runner.will_hold(), asyncio.Event(), asyncio.Event()
-    handling = await one_behind_another(world, first)
+    first, requeueing, may_requeue = world.runner.hold_next_run(), asyncio.Event(), asyncio.Event()
+    handling = await run_and_queue(world, first)
     requeue = world.executor._jobs[1].delivery.requeue
 
     async def slowly() -> None:
-        giving_back.set()
-        await given_back.wait()
+        requeueing.set()
+        await may_requeue.wait()
         await requeue()
 
     world.executor._jobs[1].delivery.requeue = slowly  # type: ignore[method-assign]
     handling[1].cancel()
-    await soon(giving_back.wait())
+    await soon(requeueing.wait())
     first.release()
     await soon(handling[0])
-    given_back.set()
+    may_requeue.set()
     await asyncio.wait({handling[1]})
     world.close()
     assert [run.request.request_id for run in world.runner.runs] == ["a"]
 
 
-async def test_seconds_of_a_run_are_those_of_its_thread() -> None:
-    """The event loop is held up while the second run begins and ends."""
+async def test_inference_time_is_measured_in_the_inference_thread() -> None:
+    """The event loop is blocked while the second run starts and ends."""
     world = MemoryWorld(most_in_flight=3)
-    first, ended = world.runner.will_hold(), threading.Event()
+    first, ended = world.runner.hold_next_run(), threading.Event()
 
-    def make_and_tell(run: Run) -> RunnerOutput:
+    def make_and_signal(run: Run) -> RunnerOutput:
         ended.set()
         return make(run)
 
-    world.runner.will(make_and_tell)
-    handling = await one_behind_another(world, first)
+    world.runner.script_runs(make_and_signal)
+    handling = await run_and_queue(world, first)
     first.release()
     assert ended.wait(LONG)
-    time.sleep(HELD_UP)  # noqa: ASYNC251 - that is what happens here
+    time.sleep(BLOCKED)  # noqa: ASYNC251 - the test blocks the event loop on purpose
     await soon(asyncio.gather(*handling))
     world.close()
     event = await world.result("b")
     assert isinstance(event, SucceededEvent)
-    assert event.timings.inference < HELD_UP
+    assert event.timings.inference < BLOCKED
 
 
-async def test_pictures_of_a_request_are_stored_at_the_same_time() -> None:
+async def test_images_of_a_request_are_stored_concurrently() -> None:
     world = MemoryWorld()
-    store, all_there = world.artifacts.store, asyncio.Event()
-    under_way = 0
+    store, all_running = world.artifacts.store, asyncio.Event()
+    running = 0
 
-    async def together(*arguments: Any) -> ImageArtifact:
-        nonlocal under_way
-        under_way += 1
-        if under_way == TOGETHER:
-            all_there.set()
-        await soon(all_there.wait())
+    async def store_together(*arguments: Any) -> ImageArtifact:
+        nonlocal running
+        running += 1
+        if running == TOGETHER:
+            all_running.set()
+        await soon(all_running.wait())
         return await store(*arguments)
 
-    world.artifacts.store = together  # type: ignore[method-assign]
-    await world.send(asking("a", num_images=TOGETHER))
+    world.artifacts.store = store_together  # type: ignore[method-assign]
+    await world.send(request_body("a", num_images=TOGETHER))
     await soon(world.work())
     world.close()
     event = await world.result("a")
@@ -579,10 +580,10 @@ async def test_cancellation_before_the_event_loop_is_notified_of_the_run(
     begin = Ticket.begin
     monkeypatch.setattr(Ticket, "begin", lambda ticket: tickets.append(ticket))  # noqa: PLW0108
     world = await make_world()
-    hold = world.runner.will_hold()
-    await world.send(asking("a"))
+    hold = world.runner.hold_next_run()
+    await world.send(request_body("a"))
     working = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     await world.executor.request_stop("a")
     await asyncio.wait({working}, timeout=POLL)
     assert not working.done()

@@ -1,4 +1,4 @@
-"""A stop request for a job of this worker: the answer is what happens."""
+"""Stop requests for a job of a worker: the acknowledgement matches the outcome."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,7 +9,7 @@ import pytest
 from consumer.inference.cancel_token import StopReason
 from consumer.ports.bus import StopAck
 from generation_contracts import CancelledEvent, SucceededEvent
-from tests.support.behaviour import asking, soon
+from tests.support.behaviour import request_body, soon
 from tests.support.memory_ports import Hold
 from tests.support.memory_world import MemoryWorld, Worlds
 
@@ -19,35 +19,35 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 async def while_running_do(
     world: MemoryWorld, hold: Hold, act: Callable[[], Awaitable[None]]
 ) -> None:
-    """Handle the next delivery, and do something while its run goes on."""
+    """Handle the next delivery, and await `act` during its run."""
     working = asyncio.create_task(world.work())
-    await soon(hold.begun())
+    await soon(hold.started())
     await act()
     hold.release()
     await soon(working)
 
 
-async def test_worker_without_the_request_answers_none(make_world: Worlds) -> None:
+async def test_worker_without_the_request_returns_none(make_world: Worlds) -> None:
     assert await (await make_world()).executor.request_stop("a") is None
 
 
 async def test_running_request_stops_and_is_marked_as_cancelled(make_world: Worlds) -> None:
     world = await make_world()
-    hold = world.runner.will_hold()
+    hold = world.runner.hold_next_run()
     answers: list[StopAck | None] = []
 
     async def request_stop() -> None:
         answers.append(await world.executor.request_stop("a"))
 
-    await world.send(asking())
+    await world.send(request_body())
     await while_running_do(world, hold, request_stop)
     assert answers == [StopAck.STOPPING]
-    assert world.queue.withdrawn == {1}
+    assert world.queue.cancelled == {1}
     assert isinstance(await world.result("a"), CancelledEvent)
 
 
 @pytest.mark.parametrize("when", ["during the last upload", "while the result is published"])
-async def test_answer_to_a_late_stop_request_is_true(
+async def test_late_stop_request_gets_a_correct_acknowledgement(
     when: str, make_world: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = await make_world()
@@ -63,7 +63,7 @@ async def test_answer_to_a_late_stop_request_is_true(
         return value
 
     monkeypatch.setattr(owner, method, and_then_stop)
-    await world.send(asking())
+    await world.send(request_body())
     await world.work()
     event = await world.result("a")
     if when.endswith("upload"):
@@ -77,10 +77,10 @@ async def test_next_worker_reads_the_mark_even_after_the_last_attempt(
     make_world: Worlds,
 ) -> None:
     world = await make_world(max_attempts=1)
-    await world.send(asking())
-    lost = world.queue.take()  # by a worker that was asked to stop it, and died
+    await world.send(request_body())
+    lost = world.queue.take()  # by a worker that got a stop request and died
     await lost.mark_cancelled()
-    world.queue.run_out_leases()
+    world.queue.expire_leases()
     await world.work()
     assert isinstance(await world.result("a"), CancelledEvent)
     assert world.runner.runs == []
@@ -98,6 +98,6 @@ async def test_deadline_or_drain_after_the_last_upload_changes_nothing(
         return value
 
     monkeypatch.setattr(world.artifacts, "store", and_then_drain)
-    await world.send(asking())
+    await world.send(request_body())
     await world.work()
     assert isinstance(await world.result("a"), SucceededEvent)

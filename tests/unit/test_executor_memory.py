@@ -1,4 +1,4 @@
-"""Nothing of a job outlives it: a traceback that is kept can pin the device's memory."""
+"""A finished job keeps no references: a stored traceback could hold device memory."""
 
 import asyncio
 import gc
@@ -21,9 +21,9 @@ from consumer.ports.model import (
     UnsupportedParameter,
 )
 from generation_contracts import CancelledEvent, Task
-from tests.support.behaviour import asking, from_now, soon, while_running
+from tests.support.behaviour import from_now, request_body, soon, while_running
 from tests.support.daemon_logging import daemon_logging
-from tests.support.memory_ports import POLL, Hold, MemoryImages, Run, make, out_of_memory
+from tests.support.memory_ports import POLL, MemoryImages, Run, Script, make, out_of_memory
 from tests.support.memory_world import MemoryWorld, Worlds
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -31,54 +31,55 @@ pytestmark = pytest.mark.usefixtures("short_pauses")
 
 @pytest.fixture(autouse=True, params=["json", "console"])
 def _logging(request: pytest.FixtureRequest) -> Iterator[None]:
-    # Some renderers of tracebacks keep what they have shown.
+    # Some renderers of tracebacks keep a reference to the last traceback.
     with daemon_logging(request.param):
         yield
 
 
 @pytest.fixture(autouse=True)
-def _no_collector() -> Iterator[None]:
-    # With it, a reference cycle would be freed by luck before a test could see it.
+def _no_garbage_collection() -> Iterator[None]:
+    # The garbage collector could free a reference cycle before a test checks it.
     gc.collect()
     gc.disable()
     yield
     gc.enable()
 
 
-LOOKS = 1_000  # at what a thread may still hold; a cycle is never freed
+CHECKS = 1_000  # number of checks for a thread to drop its last references
 
 
-class Fault(Exception):  # noqa: N818 - one that a weak reference can be had of
-    """Stands for a fault of the worker itself."""
+class Fault(Exception):  # noqa: N818 - an exception that supports weak references
+    """A fault of the worker."""
 
 
 class Tensor:
-    """Stands for what a run has on the device."""
+    """Stands for a tensor on the device."""
 
 
 class Traced:
-    """Runs that have tensors in their frames and raise, or give an output, watched by weakrefs."""
+    """Scripts of runs whose tensors, errors and outputs are traced with weak references."""
 
     def __init__(self) -> None:
-        self._watched: list[weakref.ref[Any]] = []
+        self._references: list[weakref.ref[Any]] = []
 
     def watch(self, *things: object) -> None:
-        self._watched += [weakref.ref(thing) for thing in things]
+        self._references += [weakref.ref(thing) for thing in things]
 
     @property
     def alive(self) -> list[str]:
-        found = [reference() for reference in self._watched]
+        """The type names of the traced objects that still exist."""
+        found = [reference() for reference in self._references]
         return [type(one).__name__ for one in found if one is not None]
 
-    async def are_gone(self) -> bool:
-        """Whether nothing is kept, once the threads have let go of their last call."""
-        for _ in range(LOOKS):
+    async def are_freed(self) -> bool:
+        """Return whether all traced objects are freed, once the threads have finished."""
+        for _ in range(CHECKS):
             if not self.alive:
                 return True
             await asyncio.sleep(POLL)
         return False
 
-    def raising(self, make_error: Callable[[], Exception]) -> Callable[[Run], RunnerOutput]:
+    def raising(self, make_error: Callable[[], Exception]) -> Script:
         def run(_: Run) -> RunnerOutput:
             tensor = Tensor()
             error = make_error()
@@ -86,96 +87,139 @@ class Traced:
             try:
                 raise error
             finally:
-                del error  # the test's own frame is not to be the one that keeps it
+                del error  # otherwise the frame of this test would hold the error
 
         return run
 
-    def giving(self, run: Run) -> RunnerOutput:
+    def success(self, run: Run) -> RunnerOutput:
         output = make(run)
         self.watch(output, output.images[0].image)
         return output
 
-    def files_of(self, images: MemoryImages) -> None:
-        """Watch every picture's file from now on."""
+    def no_output(self, _: Run) -> RunnerOutput:
+        output = RunnerOutput()
+        self.watch(output)
+        return output
+
+    def watch_files(self, images: MemoryImages) -> None:
+        """Trace the file of every image that is encoded from now on."""
         encode = images.encode
 
-        def watched(image: Image.Image, output_format: OutputFormat, **said: Any) -> EncodedImage:
-            made = encode(image, output_format, **said)
-            self.watch(made)
-            return made
+        def watched(
+            image: Image.Image, output_format: OutputFormat, **options: Any
+        ) -> EncodedImage:
+            encoded = encode(image, output_format, **options)
+            self.watch(encoded)
+            return encoded
 
         images.encode = watched  # type: ignore[method-assign] # of this object only
 
 
-# -- the run raises -------------------------------------------------------------------------------
+# -- runs that end --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "make_error",
-    [
-        lambda: ModelError("E"),
-        lambda: UnsupportedParameter("width", "width: not this one"),
-        DeviceLost,
-        Interrupted,
-        Fault,
-    ],
-    ids=["model", "parameter", "device", "stopped unasked", "fault"],
-)
-async def test_error_and_tensors_of_a_failed_run_are_gone_with_the_job(
-    world: MemoryWorld, make_error: Callable[[], Exception]
+def nothing(_: MemoryWorld) -> None:
+    """Change nothing."""
+
+
+def fail_encoding(world: MemoryWorld) -> None:
+    world.images.encode_error = Fault()
+
+
+def fail_publishing(world: MemoryWorld) -> None:
+    world.events.publish_error = Fault()
+
+
+def limit_payload(world: MemoryWorld) -> None:
+    world.events.max_payload = 900  # bytes; enough for a failed event
+
+
+def errors(*makers: Callable[[], Exception]) -> Callable[[Traced], list[Script]]:
+    return lambda traced: [traced.raising(maker) for maker in makers]
+
+
+# The scripts of the runs, a preparation of the world, and the outcome of the job.
+ENDS: dict[str, tuple[Callable[[Traced], list[Script]], Callable[[MemoryWorld], None], str]] = {
+    "model error": (errors(lambda: ModelError("E")), nothing, "given_back"),
+    "unsupported parameter": (
+        errors(lambda: UnsupportedParameter("width", "width: not this one")),
+        nothing,
+        "unsupported_parameter",
+    ),
+    "lost device": (errors(DeviceLost), nothing, "given_back"),
+    "interrupted without a stop request": (errors(Interrupted), nothing, "given_back"),
+    "internal error": (errors(Fault), nothing, "given_back"),
+    "out of memory twice": (errors(out_of_memory, out_of_memory), nothing, "out_of_memory"),
+    "success": (lambda traced: [traced.success], nothing, "succeeded"),
+    "no output": (lambda traced: [traced.no_output], nothing, "given_back"),
+    "failed encoding": (lambda traced: [traced.success], fail_encoding, "given_back"),
+    "failed publishing": (lambda traced: [traced.success], fail_publishing, "abandoned"),
+    "result too large": (lambda traced: [traced.success], limit_payload, "internal"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+async def test_errors_tensors_and_outputs_are_freed_after_the_job(
+    world: MemoryWorld, name: str
 ) -> None:
+    make_scripts, prepare, outcome = ENDS[name]
     traced = Traced()
-    world.runner.will(traced.raising(make_error))
-    await world.send(asking())
+    prepare(world)
+    world.runner.script_runs(*make_scripts(traced))
+    await world.send(request_body(num_images=4))
     await soon(world.work())
-    assert await traced.are_gone(), traced.alive
+    assert world.observer.outcomes == [outcome]
+    # These exceptions refer to their tracebacks.
+    world.images.encode_error = world.events.publish_error = None
+    assert await traced.are_freed(), traced.alive
 
 
-async def test_tensors_of_a_run_out_of_memory_are_gone_before_the_second_try(
-    world: MemoryWorld,
-) -> None:
+async def test_tensors_are_freed_before_the_memory_saving_run(world: MemoryWorld) -> None:
     traced = Traced()
-    left: list[str] = []
+    alive: list[str] = []
 
-    def look(run: Run) -> RunnerOutput:
-        left.extend(traced.alive)
+    def check(run: Run) -> RunnerOutput:
+        alive.extend(traced.alive)
         return make(run)
 
-    world.runner.will(traced.raising(out_of_memory), look)
-    await world.send(asking())
+    world.runner.script_runs(traced.raising(out_of_memory), check)
+    await world.send(request_body())
     await soon(world.work())
     assert len(world.runner.runs) == 2
-    assert left == []
+    assert alive == []
 
 
-async def test_both_errors_and_tensors_of_a_run_always_out_of_memory_are_gone_with_the_job(
-    world: MemoryWorld,
-) -> None:
-    traced = Traced()
-    world.runner.will(traced.raising(out_of_memory), traced.raising(out_of_memory))
-    await world.send(asking())
-    await soon(world.work())
-    assert world.observer.outcomes == ["out_of_memory"]
-    assert await traced.are_gone(), traced.alive
-
-
-async def test_pictures_of_a_request_are_gone_with_the_job(make_world: Worlds) -> None:
+async def test_input_images_are_freed_after_the_job(make_world: Worlds) -> None:
     world = await make_world(task=Task.IMAGE_TO_TEXT)
-    await world.put_object("one", world.picture)
+    await world.put_object("one", world.image_file)
     traced = Traced()
 
-    def look(run: Run) -> RunnerOutput:
+    def fail(run: Run) -> RunnerOutput:
         traced.watch(*run.images)
         raise ModelError("E")
 
-    world.runner.will(look)
-    await world.send(asking(images=[world.source("one")]))
+    world.runner.script_runs(fail)
+    await world.send(request_body(images=[world.source("one")]))
     await soon(world.work())
     world.runner.runs.clear()
-    assert await traced.are_gone(), traced.alive
+    assert await traced.are_freed(), traced.alive
 
 
-# -- the run is stopped ---------------------------------------------------------------------------
+async def test_deadline_timer_is_freed_after_the_job(world: MemoryWorld) -> None:
+    traced = Traced()
+
+    def watch_token(run: Run) -> RunnerOutput:
+        traced.watch(run.cancelled.__self__)  # type: ignore[attr-defined] # a method
+        return make(run)
+
+    world.runner.script_runs(watch_token)
+    await world.send(request_body(deadline=from_now(hours=1)))
+    await soon(world.work())
+    world.runner.runs.clear()
+    assert await traced.are_freed(), traced.alive
+
+
+# -- runs that are stopped ------------------------------------------------------------------------
 
 REASONS = {
     StopReason.CANCEL: "cancelled",
@@ -184,13 +228,15 @@ REASONS = {
 }
 
 
+@pytest.mark.parametrize("end", ["interrupted", "complete"])
 @pytest.mark.parametrize("reason", REASONS)
-async def test_error_and_tensors_of_a_stopped_run_are_gone_with_the_job(
-    world: MemoryWorld, reason: StopReason
+async def test_stopped_run_is_freed_after_the_job(
+    world: MemoryWorld, reason: StopReason, end: str
 ) -> None:
     traced = Traced()
-    hold = world.runner.will_hold(heeds=False, then=traced.raising(Interrupted))
-    await world.send(asking())
+    then = traced.success if end == "complete" else traced.raising(Interrupted)
+    hold = world.runner.hold_next_run(polls_cancel=False, then=then)
+    await world.send(request_body())
 
     def stop() -> None:
         world.executor.interrupt(reason)
@@ -198,81 +244,7 @@ async def test_error_and_tensors_of_a_stopped_run_are_gone_with_the_job(
 
     await while_running(world, hold, stop)
     assert world.observer.outcomes == [REASONS[reason]]
-    assert await traced.are_gone(), traced.alive
-
-
-@pytest.mark.parametrize("reason", REASONS)
-async def test_output_of_a_run_that_was_done_before_it_could_stop_is_gone_with_the_job(
-    world: MemoryWorld, reason: StopReason
-) -> None:
-    traced = Traced()
-    hold = world.runner.will_hold(heeds=False, then=traced.giving)
-    await world.send(asking())
-
-    def stop() -> None:
-        world.executor.interrupt(reason)
-        hold.release()
-
-    await while_running(world, hold, stop)
-    assert world.observer.outcomes == [REASONS[reason]]
-    assert await traced.are_gone(), traced.alive
-
-
-class Complaints:
-    """What asyncio would log of an exception that was never retrieved."""
-
-    def __init__(self) -> None:
-        self.heard: list[dict[str, Any]] = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, what: self.heard.append(what))
-
-
-async def late_run_is_gone(hold: Hold, traced: Traced) -> bool:
-    """Whether nothing is kept of a run that ends when its job is over."""
-    hold.release()
-    return await traced.are_gone()
-
-
-async def test_error_of_a_stalled_run_is_not_logged_and_gone(make_world: Worlds) -> None:
-    complaints = Complaints()
-    world = await make_world(stall_timeout=0.02)
-    traced = Traced()
-    hold = world.runner.will_hold(heeds=False, then=traced.raising(lambda: ModelError("late")))
-    await world.send(asking())
-    assert await soon(world.work()) == 70
-    assert await late_run_is_gone(hold, traced), traced.alive
-    assert complaints.heard == []
-
-
-async def test_error_of_a_run_that_a_draining_process_left_is_not_logged_and_gone(
-    world: MemoryWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("consumer.inference.monitor.DRAIN_STEP_TIMEOUT", 0.01)
-    complaints = Complaints()
-    traced = Traced()
-    hold = world.runner.will_hold(heeds=False, then=traced.raising(lambda: ModelError("late")))
-    await world.send(asking())
-    await while_running(world, hold, lambda: world.executor.interrupt(StopReason.DRAIN))
-    assert world.observer.outcomes == ["given_back"]
-    assert await late_run_is_gone(hold, traced), traced.alive
-    assert complaints.heard == []
-
-
-@pytest.mark.parametrize("late", ["raises", "gives"])
-async def test_run_of_a_cancelled_task_is_not_logged_and_gone(
-    world: MemoryWorld, late: str
-) -> None:
-    complaints = Complaints()
-    traced = Traced()
-    then = traced.giving if late == "gives" else traced.raising(lambda: ModelError("late"))
-    hold = world.runner.will_hold(heeds=False, then=then)
-    await world.send(asking())
-    working = asyncio.create_task(world.work())
-    await soon(hold.begun())
-    await cancel(working)
-    del working
-    assert world.observer.outcomes == ["given_back"]
-    assert await late_run_is_gone(hold, traced), traced.alive
-    assert complaints.heard == []
+    assert await traced.are_freed(), traced.alive
 
 
 async def cancel(working: "asyncio.Task[int | None]") -> None:
@@ -281,103 +253,79 @@ async def cancel(working: "asyncio.Task[int | None]") -> None:
         await soon(working)
 
 
-# -- the run is done ------------------------------------------------------------------------------
+# How the job ends while its run continues, and the outcome of the job.
+ABANDONED = {"stall": "abandoned", "drain": "given_back", "cancelled task": "given_back"}
 
 
-async def test_output_of_a_done_run_is_gone_with_the_job(world: MemoryWorld) -> None:
+@pytest.mark.parametrize("run_end", ["error", "output"])
+@pytest.mark.parametrize("job_end", ABANDONED)
+async def test_run_that_ends_after_its_job_is_freed_and_not_logged(
+    make_world: Worlds, monkeypatch: pytest.MonkeyPatch, job_end: str, run_end: str
+) -> None:
+    monkeypatch.setattr("consumer.inference.monitor.DRAIN_STEP_TIMEOUT", 0.01)
+    asyncio_errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, context: asyncio_errors.append(context)
+    )
+    world = await make_world(**({"stall_timeout": 0.02} if job_end == "stall" else {}))
     traced = Traced()
-    world.runner.will(traced.giving)
-    await world.send(asking())
-    await soon(world.work())
-    assert world.observer.outcomes == ["succeeded"]
-    assert await traced.are_gone(), traced.alive
+    late = traced.success if run_end == "output" else traced.raising(lambda: ModelError("late"))
+    hold = world.runner.hold_next_run(polls_cancel=False, then=late)
+    await world.send(request_body())
+    working = asyncio.create_task(world.work())
+    await soon(hold.started())
+    match job_end:
+        case "stall":
+            assert await soon(working) == 70
+        case "drain":
+            world.executor.interrupt(StopReason.DRAIN)
+            await soon(working)
+        case _:
+            await cancel(working)
+    del working
+    assert world.observer.outcomes == [ABANDONED[job_end]]
+    hold.release()
+    assert await traced.are_freed(), traced.alive
+    assert asyncio_errors == []
 
 
-async def test_output_that_cannot_be_encoded_is_gone_with_the_job(world: MemoryWorld) -> None:
-    traced = Traced()
-    world.images.broken = Fault()
-    world.runner.will(traced.giving)
-    await world.send(asking())
-    await soon(world.work())
-    assert world.observer.outcomes == ["given_back"]
-    world.images.broken = None  # it carries the traceback
-    assert await traced.are_gone(), traced.alive
+# -- outputs that wait ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("then", ["comes back", *REASONS, "task cancelled"], ids=str)
-async def test_output_that_waited_for_the_store_is_gone_with_the_job(
+@pytest.mark.parametrize("then", ["store available", *REASONS, "task cancelled"], ids=str)
+async def test_output_that_waited_for_the_store_is_freed_after_the_job(
     world: MemoryWorld, then: str | StopReason
 ) -> None:
     traced = Traced()
-    traced.files_of(world.images)
+    traced.watch_files(world.images)
     world.store.begin()
-    world.runner.will(traced.giving)
-    await world.send(asking())
+    world.runner.script_runs(traced.success)
+    await world.send(request_body())
     working = asyncio.create_task(world.work())
-    await soon(world.store_is_missed())
+    await soon(world.until_store_call_fails())
     match then:
         case StopReason():
             world.executor.interrupt(then)
             await soon(working)
-        case "comes back":
+        case "store available":
             world.store.end()
             await soon(working)
         case _:
             await cancel(working)
     del working
-    assert await traced.are_gone(), traced.alive
+    assert await traced.are_freed(), traced.alive
 
 
-async def test_output_without_a_picture_is_gone_with_the_job(world: MemoryWorld) -> None:
+async def test_output_is_freed_if_another_worker_stored_a_result(world: MemoryWorld) -> None:
     traced = Traced()
+    hold = world.runner.hold_next_run(then=traced.success)
+    await world.send(request_body())
 
-    def nothing(_: Run) -> RunnerOutput:
-        output = RunnerOutput()
-        traced.watch(output)
-        return output
-
-    world.runner.will(nothing)
-    await world.send(asking())
-    await soon(world.work())
-    assert world.observer.outcomes == ["given_back"]
-    assert await traced.are_gone(), traced.alive
-
-
-async def test_output_whose_result_cannot_be_published_is_gone_with_the_job(
-    world: MemoryWorld,
-) -> None:
-    traced = Traced()
-    world.events.broken = Fault()
-    world.runner.will(traced.giving)
-    await world.send(asking())
-    await soon(world.work())
-    assert world.observer.outcomes == ["abandoned"]
-    world.events.broken = None  # it carries the traceback
-    assert await traced.are_gone(), traced.alive
-
-
-async def test_output_whose_result_is_too_large_is_gone_with_the_job(world: MemoryWorld) -> None:
-    traced = Traced()
-    world.events.max_payload = 900  # bytes; a failure fits
-    world.runner.will(traced.giving)
-    await world.send(asking(num_images=4))
-    await soon(world.work())
-    assert world.observer.outcomes == ["internal"]
-    assert await traced.are_gone(), traced.alive
-
-
-async def test_output_that_another_worker_was_quicker_with_is_gone_with_the_job(
-    world: MemoryWorld,
-) -> None:
-    traced = Traced()
-    hold = world.runner.will_hold(then=traced.giving)
-    await world.send(asking())
-
-    def store_and_go_on() -> None:
-        assert world.events.put(quicker)
+    def store_and_release() -> None:
+        assert world.events.put(other)
         hold.release()
 
-    quicker = CancelledEvent(
+    other = CancelledEvent(
         request_id="a",
         task=Task.TEXT_TO_IMAGE,
         sequence=1,
@@ -386,33 +334,19 @@ async def test_output_that_another_worker_was_quicker_with_is_gone_with_the_job(
         attempt=1,
         request_digest=f"sha256:{'0' * 64}",
     )
-    await while_running(world, hold, store_and_go_on)
-    assert await world.result("a") == quicker
-    assert await traced.are_gone(), traced.alive
+    await while_running(world, hold, store_and_release)
+    assert await world.result("a") == other
+    assert await traced.are_freed(), traced.alive
 
 
-async def test_timer_of_a_deadline_does_not_outlive_the_job(world: MemoryWorld) -> None:
+def test_traced_detects_a_remaining_reference() -> None:
     traced = Traced()
-
-    def look(run: Run) -> RunnerOutput:
-        traced.watch(run.cancelled.__self__)  # type: ignore[attr-defined] # a method
-        return make(run)
-
-    world.runner.will(look)
-    await world.send(asking(deadline=from_now(hours=1)))
-    await soon(world.work())
-    world.runner.runs.clear()
-    assert await traced.are_gone(), traced.alive
-
-
-def test_trace_sees_what_is_kept() -> None:
-    traced = Traced()
-    kept = GeneratedImage(image=None, seed=0)  # type: ignore[arg-type] # only to be kept
+    reference = GeneratedImage(image=None, seed=0)  # type: ignore[arg-type] # never used
     run = traced.raising(lambda: ModelError("E"))
     try:
-        run(None)  # type: ignore[arg-type] # it looks at nothing
+        run(None)  # type: ignore[arg-type] # the script does not use its run
     except ModelError as error:
-        kept = error  # type: ignore[assignment]
+        reference = error  # type: ignore[assignment]
     assert traced.alive == ["Tensor", "ModelError"]
-    del kept
+    del reference
     assert traced.alive == []

@@ -1,4 +1,4 @@
-"""The images' codec: what senders may hand in, and what the outputs are made of."""
+"""The image codec: accepted and refused inputs, and encoded outputs."""
 
 import hashlib
 import json
@@ -56,23 +56,23 @@ def refusal(data: bytes, codec: ImageCodec = CODEC) -> str:
 
 @pytest.mark.filterwarnings("error")  # no warning of Pillow comes from a file's metadata
 @pytest.mark.parametrize("name", ODD_IMAGES)
-def test_an_odd_file_shows_its_pixels_or_is_refused_in_words(name: str) -> None:
+def test_unusual_file_is_decoded_or_refused_with_a_message(name: str) -> None:
     odd = ODD_IMAGES[name]
     data = odd.make()
-    if isinstance(odd.sees, str):
-        assert refusal(data) == odd.sees
+    if isinstance(odd.expected, str):
+        assert refusal(data) == odd.expected
         return
-    decoded, expected = CODEC.decode(data), odd.sees()
+    decoded, expected = CODEC.decode(data), odd.expected()
     assert (decoded.mode, decoded.size, decoded.info) == ("RGB", expected.size, {})
     differences = ImageChops.difference(decoded, expected).getextrema()
     assert max(most for _, most in differences) <= odd.tolerance
 
 
-def test_the_page_has_the_words_of_each_refusal() -> None:
+def test_documentation_lists_every_error_message() -> None:
     page = (Path(__file__).parents[2] / "docs/reference/inputs.md").read_text("utf-8")
     table, names = page.partition("## Refusals")[2].split("FORMAT: ")
     named = {name.strip(" .\n") for name in names.replace("\n", " ").split(", ")}
-    said = {odd.sees for odd in ODD_IMAGES.values() if isinstance(odd.sees, str)}
+    said = {odd.expected for odd in ODD_IMAGES.values() if isinstance(odd.expected, str)}
     said |= {refusal(data, ImageCodec(max_bytes=20_000, max_pixels=100)) for data in over_limits()}
     said |= {refusal(data) for data in over_limits()[1:]}
     templates, formats = set(), set()
@@ -86,7 +86,7 @@ def test_the_page_has_the_words_of_each_refusal() -> None:
 
 
 def over_limits() -> list[bytes]:
-    """A file over each limit: bytes, pixels, both sides, their ratio, and the counts of parts."""
+    """Return a file beyond each limit: bytes, pixels, sides, aspect ratio, and number of parts."""
     return [
         bytes(20_001),
         png_file(60_000, 60_000, bytes(100)),
@@ -98,7 +98,7 @@ def over_limits() -> list[bytes]:
     ]
 
 
-def test_pillow_gets_nothing_but_what_decoding_needs() -> None:
+def test_pillow_gets_only_the_parts_needed_for_decoding() -> None:
     secret = b"a secret in the metadata"
     exif, xmp = exif_of(6) + secret, xmp_of(6) + secret
     files = (
@@ -143,7 +143,7 @@ def test_the_three_formats_decode_to_rgb(file_format: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_every_exif_orientation_comes_out_upright(file_format: str, orientation: int) -> None:
+def test_every_exif_orientation_is_applied(file_format: str, orientation: int) -> None:
     turn_back = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -166,7 +166,7 @@ def test_every_exif_orientation_comes_out_upright(file_format: str, orientation:
     assert near(decoded.getpixel((37, 21)), BLUE, 12)
 
 
-def test_transparency_comes_out_over_white() -> None:
+def test_transparent_image_is_composited_over_white() -> None:
     image = Image.new("RGBA", (10, 10), (*RED, 255))
     image.putpixel((0, 0), (0, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 0, 51))
@@ -177,7 +177,7 @@ def test_transparency_comes_out_over_white() -> None:
     assert decoded.getpixel((9, 9)) == RED
 
 
-def test_a_transparent_webp_comes_out_over_white() -> None:
+def test_transparent_webp_is_composited_over_white() -> None:
     image = Image.new("RGBA", (10, 10), (0, 0, 0, 0))
     image.paste((*RED, 255), (5, 0, 10, 10))
     decoded = CODEC.decode(as_file(image, "WEBP", lossless=True, exact=True))
@@ -185,14 +185,14 @@ def test_a_transparent_webp_comes_out_over_white() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P"])
-def test_other_png_modes_come_out_as_they_look(mode: str) -> None:
+def test_other_png_modes_are_converted_to_rgb(mode: str) -> None:
     image = photograph().convert(mode)
     decoded = CODEC.decode(as_file(image))
     assert decoded.mode == "RGB"
     assert decoded.tobytes() == image.convert("RGB").tobytes()
 
 
-def test_the_image_carries_no_metadata() -> None:
+def test_decoded_image_has_no_metadata() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("parameters", "a prompt")
     decoded = CODEC.decode(as_file(photograph(), pnginfo=text, dpi=(72, 72)))
@@ -203,7 +203,7 @@ def test_the_image_carries_no_metadata() -> None:
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_a_truncated_file_is_refused_at_every_length(file_format: str) -> None:
+def test_truncated_file_is_refused_at_every_length(file_format: str) -> None:
     """A file without its last bytes, which hold no pixels, may pass, but only with all pixels."""
     data = as_file(photograph(), file_format)
     whole = CODEC.decode(data).tobytes()
@@ -220,12 +220,12 @@ def test_a_truncated_file_is_refused_at_every_length(file_format: str) -> None:
     }
 
 
-def test_the_process_wide_switch_for_truncated_files_stays_off() -> None:
+def test_pillow_setting_for_truncated_files_stays_off() -> None:
     refusal(as_file(photograph())[:80])
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
-def test_a_png_that_claims_60000_pixels_a_side_is_refused() -> None:
+def test_png_header_with_60000_pixels_per_side_is_refused() -> None:
     data = png_file(60_000, 60_000, b"\0" * 100)
     assert len(data) < 100
     assert refusal(data) == "the image has more than 16000000 pixels"
@@ -233,7 +233,7 @@ def test_a_png_that_claims_60000_pixels_a_side_is_refused() -> None:
 
 @pytest.mark.parametrize("side", [6_000, 10_000])
 @pytest.mark.parametrize("action", ["ignore", "error"])
-def test_a_bomb_that_decodes_is_refused_from_its_header(side: int, action: Any) -> None:
+def test_decompression_bomb_is_refused_by_its_header(side: int, action: Any) -> None:
     """Whatever the process does with Pillow's warning, which begins at 89 million pixels."""
     data = png_file(side, side, b"\0" * (side // 8 + 1) * side)
     assert len(data) < 15_000
@@ -245,7 +245,7 @@ def test_a_bomb_that_decodes_is_refused_from_its_header(side: int, action: Any) 
             bomb.load()  # it is one: this takes a byte a pixel
 
 
-def test_no_pixel_of_an_image_over_the_limit_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_over_the_pixel_limit_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[int, int]] = []
     load = ImageFile.ImageFile.load
 
@@ -261,7 +261,7 @@ def test_no_pixel_of_an_image_over_the_limit_is_decoded(monkeypatch: pytest.Monk
     assert set(loaded) == {(10, 10)}
 
 
-def test_a_webp_that_claims_a_huge_canvas_is_refused() -> None:
+def test_webp_header_with_a_huge_canvas_is_refused() -> None:
     frame = as_file(photograph(), "WEBP")[12:]
     side = (16_382).to_bytes(3, "little")
     canvas = b"VP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + side + side
@@ -270,13 +270,13 @@ def test_a_webp_that_claims_a_huge_canvas_is_refused() -> None:
     assert refusal(data) == "the image has more than 16000000 pixels"
 
 
-def test_the_limit_of_pixels_is_exact() -> None:
+def test_pixel_limit_is_exact() -> None:
     codec = ImageCodec(max_pixels=40 * 24)
     assert codec.decode(as_file(photograph())).size == (40, 24)
     assert refusal(as_file(photograph(41, 24)), codec) == "the image has more than 960 pixels"
 
 
-def test_the_limit_of_bytes_is_exact() -> None:
+def test_byte_limit_is_exact() -> None:
     data = as_file(photograph())
     codec = ImageCodec(len(data))
     assert codec.max_bytes == len(data)
@@ -284,7 +284,7 @@ def test_the_limit_of_bytes_is_exact() -> None:
     assert refusal(data + b"\0", codec) == f"the image has more than {len(data)} bytes"
 
 
-def test_a_long_side_is_refused() -> None:
+def test_image_with_a_long_side_is_refused() -> None:
     codec = ImageCodec(max_side=50)
     assert codec.decode(as_file(photograph(50, 8))).size == (50, 8)
     assert (
@@ -292,14 +292,14 @@ def test_a_long_side_is_refused() -> None:
     )
 
 
-def test_a_tiny_side_is_refused() -> None:
+def test_image_with_a_short_side_is_refused() -> None:
     assert CODEC.decode(as_file(Image.new("RGB", (4, 4)))).size == (4, 4)
     assert refusal(as_file(Image.new("RGB", (4, 3)))) == (
         "the image has a side of less than 4 pixels"
     )
 
 
-def test_a_strip_that_no_model_takes_is_refused() -> None:
+def test_image_with_an_extreme_aspect_ratio_is_refused() -> None:
     assert CODEC.decode(as_file(Image.new("RGB", (4, 800)))).size == (4, 800)
     assert refusal(as_file(Image.new("RGB", (801, 4)))) == (
         "the image has sides of more than 1 to 200"
@@ -320,29 +320,29 @@ def test_a_strip_that_no_model_takes_is_refused() -> None:
     ],
     ids=["svg", "html", "eps", "png", "jpeg", "webp", "gif-before-png", "byte-before-png"],
 )
-def test_what_only_pretends_is_refused(data: bytes) -> None:
+def test_file_with_only_a_valid_signature_is_refused(data: bytes) -> None:
     assert refusal(data).startswith("the image is ")
 
 
-def test_a_damaged_png_is_refused() -> None:
+def test_damaged_png_is_refused() -> None:
     data = bytearray(as_file(photograph()))
     data[data.index(b"IDAT") + 12] ^= 0xFF
     assert refusal(bytes(data)) == "the image is broken or incomplete"
 
 
-def test_a_jpeg_with_endless_segments_is_refused() -> None:
+def test_jpeg_with_too_many_segments_is_refused() -> None:
     few, many = (in_jpeg(*[(0xE9, b"Exif\0\0ab")] * count) for count in (4_900, 5_010))
     assert CODEC.decode(few).size == (40, 24)
     assert refusal(many) == "the image has too many JPEG segments"
 
 
-def test_a_png_with_endless_chunks_is_refused() -> None:
+def test_png_with_too_many_chunks_is_refused() -> None:
     few, many = (in_png(png_chunk(b"teXt", b"") * count) for count in (19_900, 20_010))
     assert CODEC.decode(few).size == (40, 24)
     assert refusal(many) == "the image has too many PNG chunks"
 
 
-def test_a_webp_with_endless_chunks_is_refused() -> None:
+def test_webp_with_too_many_chunks_is_refused() -> None:
     data = webp()
     few, many = (
         data[:4] + bytes(4) + data[8:12] + b"junk\0\0\0\0" * count + data[12:]
@@ -353,9 +353,7 @@ def test_a_webp_with_endless_chunks_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["iCCP", "zTXt", "iTXt"])
-def test_metadata_of_a_png_is_inflated_once_at_most(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_png_metadata_is_inflated_at_most_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousandth of what they become; the texts are broken, which Pillow does not count."""
     inflated: list[int] = []
     inflate = zlib.decompressobj
@@ -371,7 +369,7 @@ def test_metadata_of_a_png_is_inflated_once_at_most(
     assert len(inflated) <= 1
 
 
-def test_a_refusal_says_nothing_of_the_machine(tmp_path: Path) -> None:
+def test_error_message_contains_no_local_path(tmp_path: Path) -> None:
     for data in (b"x", as_file(photograph())[:60], as_file(photograph(), "GIF")):
         assert "/" not in refusal(data)
         assert "object at" not in refusal(data)
@@ -379,7 +377,7 @@ def test_a_refusal_says_nothing_of_the_machine(tmp_path: Path) -> None:
 
 @unhurried
 @given(st.binary(max_size=200))
-def test_random_bytes_are_only_ever_refused(data: bytes) -> None:
+def test_random_bytes_are_refused(data: bytes) -> None:
     refusal(data)
 
 
@@ -418,7 +416,7 @@ def test_png_is_lossless() -> None:
 
 @unhurried
 @given(st.binary(min_size=48, max_size=48), st.integers(0, 2**63 - 1))
-def test_any_pixels_survive_a_round_trip(pixels: bytes, seed: int) -> None:
+def test_pixels_survive_a_round_trip(pixels: bytes, seed: int) -> None:
     image = Image.frombytes("RGB", (4, 4), pixels)
     encoded = CODEC.encode(image, "png", seed=seed)
     assert CODEC.decode(encoded.data).tobytes() == pixels
@@ -433,7 +431,7 @@ def test_any_pixels_survive_a_round_trip(pixels: bytes, seed: int) -> None:
         ("jpeg", "image/jpeg", "jpg", "JPEG"),
     ],
 )
-def test_an_encoded_image_describes_itself(
+def test_encoded_image_has_its_properties(
     output_format: OutputFormat, media_type: str, extension: str, pillow_format: str
 ) -> None:
     encoded = CODEC.encode(photograph(), output_format, seed=7)
@@ -456,7 +454,7 @@ def test_jpeg_keeps_the_edges_of_colours() -> None:
 
 
 @pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
-def test_the_same_pixels_give_the_same_bytes_without_metadata(output_format: OutputFormat) -> None:
+def test_equal_pixels_give_equal_bytes_without_metadata(output_format: OutputFormat) -> None:
     marked = photograph()
     profile = b"a colour profile"
     marked.info = {"comment": b"a prompt", "icc_profile": profile, "dpi": (72, 72)}
@@ -512,7 +510,7 @@ def read_back(data: bytes) -> dict[str, str]:
         "two\nlines and a\ttab",
     ],
 )
-def test_what_a_file_says_comes_back_in_any_script(output_format: OutputFormat, value: str) -> None:
+def test_provenance_is_read_back_in_any_script(output_format: OutputFormat, value: str) -> None:
     said = {"seed": "7", "prompt": value}
     assert (
         read_back(CODEC.encode(photograph(), output_format, seed=7, provenance=said).data) == said
@@ -522,7 +520,7 @@ def test_what_a_file_says_comes_back_in_any_script(output_format: OutputFormat, 
 @EVERY_FORMAT
 @unhurried
 @given(st.text(max_size=50))
-def test_any_text_can_be_said_without_its_control_characters(
+def test_provenance_text_is_stored_without_control_characters(
     output_format: OutputFormat, value: str
 ) -> None:
     encoded = CODEC.encode(Image.new("RGB", (4, 4)), output_format, seed=0, provenance={"a": value})
@@ -531,14 +529,14 @@ def test_any_text_can_be_said_without_its_control_characters(
 
 
 @EVERY_FORMAT
-def test_half_a_character_is_not_said(output_format: OutputFormat) -> None:
+def test_lone_surrogate_is_not_stored_in_the_provenance(output_format: OutputFormat) -> None:
     said = {"prompt": "a\ud800b\x1b[31mc\0d"}
     encoded = CODEC.encode(photograph(), output_format, seed=0, provenance=said)
     assert read_back(encoded.data) == {"prompt": "ab[31mcd"}
 
 
 @EVERY_FORMAT
-def test_long_values_are_cut_so_that_every_format_can_hold_them(
+def test_long_provenance_values_are_truncated(
     output_format: OutputFormat,
 ) -> None:
     told = read_back(CODEC.encode(photograph(), output_format, seed=0, provenance=LONGEST).data)
@@ -548,7 +546,7 @@ def test_long_values_are_cut_so_that_every_format_can_hold_them(
 
 
 @EVERY_FORMAT
-def test_what_a_file_says_changes_no_pixel(output_format: OutputFormat) -> None:
+def test_provenance_does_not_change_pixels(output_format: OutputFormat) -> None:
     silent = CODEC.encode(photograph(), output_format, seed=0).data
     saying = CODEC.encode(photograph(), output_format, seed=0, provenance=LONGEST).data
     assert saying != silent
@@ -558,7 +556,7 @@ def test_what_a_file_says_changes_no_pixel(output_format: OutputFormat) -> None:
 
 
 @EVERY_FORMAT
-def test_metadata_that_an_image_brings_does_not_get_into_what_its_file_says(
+def test_existing_metadata_is_not_written_to_the_file(
     output_format: OutputFormat,
 ) -> None:
     text = PngImagePlugin.PngInfo()
@@ -575,7 +573,7 @@ def test_metadata_that_an_image_brings_does_not_get_into_what_its_file_says(
         assert b"somebody" not in encoded.data
 
 
-def test_page_says_how_to_read_it(tmp_path: Path) -> None:
+def test_documented_commands_read_the_provenance(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     files = []
     for output_format in ("png", "webp", "jpeg"):
@@ -593,5 +591,5 @@ def test_page_says_how_to_read_it(tmp_path: Path) -> None:
         assert told == "request_id: poster-0001\nprompt: маяк\n"
 
 
-def test_an_encoded_image_does_not_show_its_bytes() -> None:
+def test_repr_of_an_encoded_image_has_no_bytes() -> None:
     assert "PNG" not in repr(CODEC.encode(photograph(), "png", seed=0))

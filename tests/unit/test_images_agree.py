@@ -1,6 +1,6 @@
-"""The codec's pixels are those of a second decoder: OpenCV, upright and over white.
+"""The pixels of the codec match those of OpenCV, upright and composited over white.
 
-OpenCV has builds of libpng, libjpeg-turbo and libwebp of its own and shares no code with Pillow.
+OpenCV has separate builds of libpng, libjpeg-turbo and libwebp, and shares no code with Pillow.
 """
 
 import struct
@@ -212,24 +212,24 @@ def assert_agree(made: Made, tolerance: int) -> None:
 
 @unhurried
 @given(png_files())
-def test_pngs_show_the_same_pixels(made: Made) -> None:
+def test_png_pixels_match_opencv(made: Made) -> None:
     assert_agree(made, ROUNDING)
 
 
 @unhurried
 @given(jpeg_files())
-def test_jpegs_show_the_same_pixels(made: Made) -> None:
+def test_jpeg_pixels_match_opencv(made: Made) -> None:
     assert_agree(made, LOSSY_ROUNDING)
 
 
 @unhurried
 @given(webp_files())
-def test_webps_show_the_same_pixels(made: Made) -> None:
+def test_webp_pixels_match_opencv(made: Made) -> None:
     assert_agree(made, LOSSY_ROUNDING)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_second_decoder_turns_the_same_way(orientation: int) -> None:
+def test_orientations_match_opencv(orientation: int) -> None:
     """The turns above are those of OpenCV, which reads the orientation of a JPEG itself."""
     image = Image.frombytes("RGB", (9, 5), np.random.default_rng(1).bytes(135)).resize((36, 20))
     data = in_jpeg((0xE1, b"Exif\0\0" + exif_of(orientation)), file=as_file(image, "JPEG"))

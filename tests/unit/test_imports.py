@@ -1,4 +1,4 @@
-"""What importing costs: a module has only what it needs, and a command what it does."""
+"""Modules and commands import only what they need."""
 
 import os
 import subprocess
@@ -67,24 +67,24 @@ def imported_by_command(*arguments: str, **environment: str) -> set[str]:
     return modules_after(code, **environment)
 
 
-def test_life_of_a_job_is_imported_without_model_bus_and_store() -> None:
+def test_job_package_imports_no_model_bus_or_store() -> None:
     imported = imported_with(*LIGHT)
     assert "consumer" in imported
     assert imported & HEAVY == set()
 
 
-def test_what_is_heavy_would_be_seen() -> None:
+def test_heavy_imports_are_detected() -> None:
     assert {"nats", "minio"} <= imported_with("nats", "minio")
 
 
-def test_help_waits_for_nothing() -> None:
+def test_help_imports_no_heavy_module() -> None:
     imported = imported_by_command("--help")
     assert "click" in imported
     assert imported & {"nats", "pydantic", "rich", "structlog"} == set()
 
 
 @pytest.mark.parametrize("arguments", [["text-to-image", "a star"], ["image-to-text", "{}", "?"]])
-def test_a_request_imports_what_sends_it_alone(arguments: list[str], tmp_path: Path) -> None:
+def test_sender_command_imports_only_the_client(arguments: list[str], tmp_path: Path) -> None:
     picture = tmp_path / "star.png"
     picture.write_bytes(b"star")
     imported = imported_by_command(
@@ -100,14 +100,14 @@ def test_a_request_imports_what_sends_it_alone(arguments: list[str], tmp_path: P
     assert imported & (OF_A_DAEMON | OF_A_STACK | {"consumer.endpoints.worker_service"}) == set()
 
 
-def test_a_daemon_begins_without_the_libraries_of_models() -> None:
+def test_daemon_start_imports_no_model_library() -> None:
     imported = imported_with("consumer.app.daemon")
     assert "consumer.jobs.executor" in imported
     unused = LIBRARIES_OF_MODELS | OF_A_STACK | {"opentelemetry", "consumer.app.sender_commands"}
     assert imported & unused == set()
 
 
-def test_the_lease_guard_imports_no_model_and_no_store() -> None:
+def test_lease_guard_imports_no_model_and_no_store() -> None:
     imported = imported_with("consumer.bus.lease_guard.process")
     assert "nats.aio.client" in imported
     assert imported & OF_A_DAEMON == set()

@@ -1,4 +1,4 @@
-"""How many requests are in flight, and which are kept apart: without a model, a bus or a store."""
+"""The limit of requests in flight, and the isolation of redelivered requests."""
 
 import asyncio
 
@@ -13,17 +13,17 @@ def in_flight(most: int, max_batch: int = 1) -> InFlight:
 
 
 async def is_done(waiting: "asyncio.Future[None]") -> bool:
-    """Whether it is done, once everything that can go on has gone on."""
+    """Return whether a future is done after all ready tasks have run."""
     for _ in range(10):
         await asyncio.sleep(0)
     return waiting.done()
 
 
-async def test_room_is_for_so_many_in_flight() -> None:
+async def test_room_waits_at_the_limit_of_requests_in_flight() -> None:
     requests = in_flight(2)
     first = requests.join()
     first.occupy_device()
-    first.release_device()  # it is being stored
+    first.release_device()  # the upload is in progress
     second = requests.join()
     second.occupy_device()
     room = asyncio.ensure_future(requests.room())
@@ -33,7 +33,7 @@ async def test_room_is_for_so_many_in_flight() -> None:
 
 
 @pytest.mark.parametrize("max_batch", [1, 3])
-async def test_no_more_than_one_run_waits_for_the_device(max_batch: int) -> None:
+async def test_only_one_batch_waits_for_the_device(max_batch: int) -> None:
     requests = in_flight(10, max_batch)
     requests.join().occupy_device()
     waiting = [requests.join() for _ in range(max_batch)]
@@ -44,7 +44,7 @@ async def test_no_more_than_one_run_waits_for_the_device(max_batch: int) -> None
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-async def test_never_more_than_the_bound(most: int) -> None:
+async def test_requests_in_flight_never_exceed_the_limit(most: int) -> None:
     requests = in_flight(most)
     highest = now = 0
 
@@ -67,7 +67,7 @@ async def test_never_more_than_the_bound(most: int) -> None:
     assert highest == most
 
 
-async def test_waits_behind_another() -> None:
+async def test_request_waits_behind_another_until_the_device_is_free() -> None:
     requests = in_flight(3)
     first, second = requests.join(), requests.join()
     assert not requests.waits_behind_another(first)
@@ -79,11 +79,11 @@ async def test_waits_behind_another() -> None:
     assert not requests.waits_behind_another(second)
 
 
-async def test_all_wait_behind_a_lost_device() -> None:
+async def test_all_requests_wait_behind_a_lost_device() -> None:
     queue = RunQueue()
     slot = InFlight(queue).join()
     queue.close()
-    assert InFlight(queue).waits_behind_another(slot) is False, "it is not one of these"
+    assert InFlight(queue).waits_behind_another(slot) is False, "the slot is of another set"
     requests = InFlight(queue)
     assert requests.waits_behind_another(requests.join())
 
@@ -100,7 +100,7 @@ async def test_no_room_next_to_a_redelivered_request() -> None:
     assert requests.join(redelivered=True).co_resident
 
 
-async def test_room_next_to_a_redelivered_request_whose_worker_did_not_die_of_it() -> None:
+async def test_room_next_to_a_redelivered_request_that_did_not_kill_its_worker() -> None:
     requests = in_flight(3)
     redelivered = requests.join(redelivered=True)
     redelivered.occupy_device()
@@ -109,7 +109,7 @@ async def test_room_next_to_a_redelivered_request_whose_worker_did_not_die_of_it
     assert await is_done(room)
 
 
-async def test_redelivered_request_is_isolated_from_those_before_it() -> None:
+async def test_redelivered_request_is_isolated_from_earlier_requests() -> None:
     requests = in_flight(3)
     first, second = requests.join(), requests.join()
     redelivered = requests.join(redelivered=True)
@@ -126,7 +126,7 @@ async def test_redelivered_request_is_isolated_from_those_before_it() -> None:
     assert await is_done(room)
 
 
-async def test_request_that_steps_aside_holds_up_no_other() -> None:
+async def test_duplicate_that_steps_aside_does_not_block_other_requests() -> None:
     requests = in_flight(3)
     duplicate = requests.join()
     duplicate.step_aside()
@@ -142,7 +142,7 @@ async def test_request_that_steps_aside_holds_up_no_other() -> None:
     assert not requests.waits_behind_another(duplicate)
 
 
-async def test_request_that_needs_the_device_no_more_has_no_ticket() -> None:
+async def test_request_that_released_the_device_has_no_ticket() -> None:
     slot = in_flight(1).join()
     slot.release_device()
     slot.release_device()

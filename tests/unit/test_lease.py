@@ -1,4 +1,4 @@
-"""The lease: renewed while the block runs, never after it."""
+"""The lease: it is renewed while its block runs, and never afterwards."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -27,51 +27,51 @@ def make_delivery() -> MemoryDelivery:
 
 
 def beating() -> bool:
-    """Whether something still renews a lease."""
+    """Return whether a task still renews a lease."""
     return any(task.get_name() == "heartbeat" for task in asyncio.all_tasks())
 
 
 async def hold(delivery: MemoryDelivery, *, error: Exception | None = None) -> None:
-    """Keep a lease for three renewals, then raise the error or end."""
+    """Keep a lease for three renewals, then raise an error or return."""
     async with asyncio.timeout(SOON), Lease(delivery, ack_wait=ACK_WAIT):
-        await delivery.beats.until(3)
+        await delivery.renewals.until(3)
         if error is not None:
             raise error
 
 
-async def test_lease_is_renewed_while_the_block_runs_and_not_after_it() -> None:
+async def test_lease_is_renewed_only_while_the_block_runs() -> None:
     delivery = make_delivery()
     async with Lease(delivery, ack_wait=ACK_WAIT):
         assert beating()
-        await asyncio.wait_for(delivery.beats.until(3), SOON)
+        await asyncio.wait_for(delivery.renewals.until(3), SOON)
     assert not beating()
     assert delivery.settlements == []
 
 
-async def test_lease_ends_with_the_block_that_raises() -> None:
+async def test_lease_ends_if_the_block_raises() -> None:
     with pytest.raises(KeyError):
         await hold(make_delivery(), error=KeyError())
     assert not beating()
 
 
-async def test_lease_ends_with_the_block_that_is_cancelled() -> None:
+async def test_lease_ends_if_the_block_is_cancelled() -> None:
     delivery = make_delivery()
     holding = asyncio.create_task(hold(delivery))
-    await asyncio.wait_for(delivery.beats.until(1), SOON)
+    await asyncio.wait_for(delivery.renewals.until(1), SOON)
     holding.cancel()
     with pytest.raises(asyncio.CancelledError):
         await holding
     assert not beating()
 
 
-async def test_fourth_renewal_is_in_time_after_three_lost_ones() -> None:
+async def test_fourth_renewal_is_in_time_after_three_lost_renewals() -> None:
     assert Lease(make_delivery(), ack_wait=60.0).interval * 4 < 60.0
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), TypeError("lost"), RuntimeError("odd")])
 async def test_renewal_that_raises_does_not_end_the_lease(error: Exception) -> None:
     delivery = make_delivery()
-    delivery.beat_refusal = error
+    delivery.renewal_error = error
     await hold(delivery)
 
 
@@ -80,11 +80,11 @@ class Swallowing:
 
     def __init__(self, *, times: int) -> None:
         self.times = times
-        self.beats = 0
-        self.lapsed = False
+        self.renewals = 0
+        self.renewal_stopped = False
 
     async def extend(self) -> None:
-        self.beats += 1
+        self.renewals += 1
         while True:
             try:
                 await asyncio.Event().wait()
@@ -94,7 +94,7 @@ class Swallowing:
                     raise
 
     def stop_renewing(self) -> None:
-        self.lapsed = True
+        self.renewal_stopped = True
 
 
 async def test_heartbeat_that_swallows_a_cancellation_ends_with_the_block(
@@ -106,13 +106,13 @@ async def test_heartbeat_that_swallows_a_cancellation_ends_with_the_block(
         async with Lease(delivery, ack_wait=60.0):  # type: ignore[arg-type] # what is used of it
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-            assert delivery.beats == 1
-    assert delivery.lapsed
+            assert delivery.renewals == 1
+    assert delivery.renewal_stopped
     assert not beating()
 
 
 async def test_renewal_that_hangs_does_not_delay_the_next_one() -> None:
     delivery = Swallowing(times=0)
     async with asyncio.timeout(SOON), Lease(delivery, ack_wait=ACK_WAIT):  # type: ignore[arg-type]
-        while delivery.beats < 3:  # noqa: ASYNC110 - the beats are what is waited for
+        while delivery.renewals < 3:  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(ACK_WAIT)

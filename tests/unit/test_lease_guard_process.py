@@ -1,4 +1,4 @@
-"""The lease guard's own loop, without a server."""
+"""The loop of the lease guard, without a server."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from consumer.bus.lease_guard import process as lease_guard_process
 from consumer.bus.lease_guard.guard import GuardConfig
 from consumer.bus.lease_guard.process import LeaseGuardProcess
 
-TURNS = 20  # of the event loop
+LOOP_CYCLES = 20  # cycles of the event loop
 SOON = 5.0  # seconds; only bounds a wait for something that must happen
 ACK_WAIT = 0.2  # seconds
 STALL_TIMEOUT = 0.3  # seconds
@@ -34,7 +34,7 @@ class RecordingBus:
 
 
 class Guard:
-    """A guard whose worker is this test; it notes instead of killing."""
+    """A guard whose worker is the test. It counts kills instead of killing."""
 
     def __init__(self, stall_timeout: float = 60.0, **nats: Any) -> None:
         self.messages = asyncio.StreamReader()
@@ -46,14 +46,14 @@ class Guard:
     async def _note_kill(self) -> None:
         self.kills += 1
 
-    def say(self, **message: Any) -> None:
-        """A line of the worker."""
+    def send(self, **message: Any) -> None:
+        """Send a message of the worker."""
         self.messages.feed_data(json.dumps(message).encode() + b"\n")
 
 
 @asynccontextmanager
 async def watching(guard: Guard) -> AsyncIterator[RecordingBus]:
-    """The guard receives and watches, on a connection that is there."""
+    """Run the receive and watch loops of the guard on a connection."""
     bus = RecordingBus()
     guard.process._bus = bus  # type: ignore[assignment]
     tasks = [
@@ -69,36 +69,36 @@ async def watching(guard: Guard) -> AsyncIterator[RecordingBus]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_a_lease_may_end_at_once() -> None:
+async def test_lease_may_end_immediately() -> None:
     guard = Guard()
     async with watching(guard):
-        for _ in range(TURNS):
+        for _ in range(LOOP_CYCLES):
             await asyncio.sleep(0)
-        guard.say(alive="a", ack_wait=60.0)
-        guard.say(over="a")
-        for _ in range(TURNS):
+        guard.send(alive="a", ack_wait=60.0)
+        guard.send(over="a")
+        for _ in range(LOOP_CYCLES):
             await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize(
     ("reports", "renews", "kills"),
     [
-        pytest.param(("alive", "renewed"), False, False, id="a worker that renews is left alone"),
-        pytest.param(("alive",), True, False, id="a worker without its bus is renewed for"),
-        pytest.param((), True, True, id="a silent worker is renewed for and then killed"),
-        pytest.param(("renewed",), False, True, id="a renewal is no sign of life"),
+        pytest.param(("alive", "renewed"), False, False, id="worker renews its lease"),
+        pytest.param(("alive",), True, False, id="worker without its bus"),
+        pytest.param((), True, True, id="worker without messages is killed"),
+        pytest.param(("renewed",), False, True, id="worker that renews but is not alive"),
     ],
 )
-async def test_alive_and_renewed_are_separate_facts(
+async def test_guard_handles_alive_and_renewed_messages_separately(
     reports: tuple[str, ...], renews: bool, kills: bool
 ) -> None:
     guard = Guard(STALL_TIMEOUT)
     async with watching(guard) as bus:
-        guard.say(alive=LEASE, ack_wait=ACK_WAIT)
+        guard.send(alive=LEASE, ack_wait=ACK_WAIT)
         beats = 30
         for _ in range(beats):  # twice the stall_timeout
             for report in reports:
-                guard.say(
+                guard.send(
                     **{report: LEASE}, **({"ack_wait": ACK_WAIT} if report == "alive" else {})
                 )
             await asyncio.sleep(2 * STALL_TIMEOUT / beats)
@@ -110,18 +110,18 @@ async def test_late_renewal_is_sent_after_the_connection() -> None:
     guard = Guard()
     async with watching(guard) as bus:
         bus.connected = False
-        guard.say(alive=LEASE, ack_wait=ACK_WAIT)
+        guard.send(alive=LEASE, ack_wait=ACK_WAIT)
         await asyncio.sleep(2 * ACK_WAIT)
         assert not bus.published
         bus.connected = True
         async with asyncio.timeout(SOON):
-            while not bus.published:  # noqa: ASYNC110 - the loop's tick is what is waited for
+            while not bus.published:  # noqa: ASYNC110 - there is no event to wait for
                 await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"-----BEGIN NATS USER JWT-----\nabc\n"])
 @pytest.mark.parametrize("setting", ["nats_creds", "nats_nkey_seed"])
-async def test_credentials_that_cannot_be_used_leave_the_event_loop_free(
+async def test_unusable_credentials_do_not_block_the_event_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, content: bytes | None
 ) -> None:
     monkeypatch.setattr(lease_guard_process, "FIRST_RECONNECT_PAUSE", 0.01)
@@ -130,9 +130,9 @@ async def test_credentials_that_cannot_be_used_leave_the_event_loop_free(
         file.write_bytes(content)
     guard = Guard(**{"nats_url": "nats://127.0.0.1:1", setting: str(file)})
     running = asyncio.create_task(guard.process.run())
-    # Turns that a loop without a pause would never give back.
-    for _ in range(TURNS):
+    # A connect loop without a pause would never let these cycles run.
+    for _ in range(LOOP_CYCLES):
         await asyncio.sleep(0)
-    guard.messages.feed_eof()  # the worker has gone
+    guard.messages.feed_eof()  # the worker has exited
     async with asyncio.timeout(SOON):
         await running

@@ -1,7 +1,7 @@
-"""What the daemon needs of the private side of nats-py, minio and urllib3, and where it needs it.
+"""The private members of nats-py, minio and urllib3 that the daemon uses, by module.
 
-A digest here is of a function's source. When one differs after an update: read what has changed in
-the function, correct the module that the table names, then write the new digest.
+Each digest is of the source of a function. If a digest differs after an update, read the change,
+adapt the module that the table names, and then write the new digest.
 """
 
 import ast
@@ -67,15 +67,15 @@ DIGESTS: dict[Callable[..., Any], str] = {
 
 
 @pytest.mark.parametrize("function", DIGESTS, ids=lambda function: function.__qualname__)
-def test_the_library_is_as_its_corrections_need_it(function: Callable[..., Any]) -> None:
+def test_patched_library_function_is_unchanged(function: Callable[..., Any]) -> None:
     source = inspect.getsource(function)
     assert hashlib.sha256(source.encode()).hexdigest()[:12] == DIGESTS[function]
 
 
-# -- attributes, which have no source of their own ------------------------------------------------
+# -- private attributes ---------------------------------------------------------------------------
 
 
-def test_nats_py_keeps_what_is_read_of_it_under_these_names() -> None:
+def test_nats_py_has_the_private_attributes() -> None:
     plain, own = Client(), RobustClient()
     assert isinstance(plain._ps, Parser)
     assert plain._pongs == []
@@ -94,7 +94,7 @@ def test_nats_py_keeps_what_is_read_of_it_under_these_names() -> None:
 async def _ignore(_: Request) -> None: ...
 
 
-def test_minio_signs_what_the_url_says() -> None:
+def test_minio_has_the_private_attributes() -> None:
     assert [Minio("host", secure=tls)._base_url.is_https for tls in (False, True)] == [False, True]
     assert {"sha256_hash", "md5sum_hash"} <= vars(minio.api).keys()
 
@@ -106,7 +106,7 @@ def test_minio_signs_what_the_url_says() -> None:
         ("https", HTTPSConnectionPool, HTTPSConnection),
     ],
 )
-def test_urllib3_makes_connections_that_calls_can_break_off(
+def test_urllib3_pools_make_connections_of_the_daemon(
     scheme: str, pool_class: type, connection_class: type
 ) -> None:
     pools = connection_pools(connect_timeout=1, read_timeout=1)
@@ -122,7 +122,7 @@ def test_urllib3_makes_connections_that_calls_can_break_off(
     assert type(PoolManager().connection_from_url(f"{scheme}://host")) is pool_class
 
 
-# -- in one module each ---------------------------------------------------------------------------
+# -- modules with private names -------------------------------------------------------------------
 
 
 def is_private(name: str) -> bool:
@@ -130,7 +130,7 @@ def is_private(name: str) -> bool:
 
 
 def private_names_used(tree: ast.Module) -> Iterator[str]:
-    """Private names of other objects and modules, where a module imports one of the libraries."""
+    """Yield the private names of other objects, in a module that imports one of the libraries."""
     imported: set[str] = set()
     used: set[str] = set()
     for node in ast.walk(tree):
@@ -148,7 +148,7 @@ def private_names_used(tree: ast.Module) -> Iterator[str]:
         yield from filter(is_private, used)
 
 
-def test_private_names_of_the_libraries_are_used_in_one_module_each() -> None:
+def test_one_module_uses_the_private_names_of_each_library() -> None:
     users = {
         file.name: set(private_names_used(ast.parse(file.read_text())))
         for package in PACKAGES
@@ -160,7 +160,7 @@ def test_private_names_of_the_libraries_are_used_in_one_module_each() -> None:
 
 
 def names_bound_by(kind: type) -> set[str]:
-    """Names of a class's methods and attributes, those that the methods set included."""
+    """Return the names of all methods and attributes of a class, including set attributes."""
     source = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     return {
         node.name if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else node.attr
@@ -170,17 +170,17 @@ def names_bound_by(kind: type) -> set[str]:
     }
 
 
-def a_connection(url: str) -> type:
+def connection_class_of(url: str) -> type:
     pools = connection_pools(connect_timeout=1, read_timeout=1)
     return type(pools.connection_from_url(url)._new_conn())
 
 
 @pytest.mark.parametrize(
     "kind",
-    [EndpointClient, a_connection("http://host"), a_connection("https://host")],
+    [EndpointClient, connection_class_of("http://host"), connection_class_of("https://host")],
     ids=lambda kind: kind.__name__,
 )
-def test_a_subclass_elsewhere_has_no_private_name_of_its_base(kind: type) -> None:
+def test_other_subclasses_override_no_private_name_of_the_library(kind: type) -> None:
     ours = {each for each in kind.__mro__ if each.__module__.startswith("consumer.")}
     own = ours - {RobustClient}
     theirs = [each for each in kind.__mro__ if each.__module__.partition(".")[0] in LIBRARIES]

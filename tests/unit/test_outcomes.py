@@ -1,4 +1,4 @@
-"""The settlement table, row by row, and what depends on the attempt and on copies."""
+"""The settlement table, row by row, and its dependence on the attempt and on copies."""
 
 import inspect
 from pathlib import Path
@@ -37,7 +37,7 @@ EARLY = range(1, ATTEMPTS)
 LATE = range(ATTEMPTS, ATTEMPTS + 3)
 KINDS = pytest.mark.parametrize("kind", every_outcome(), ids=lambda kind: kind.__name__)
 
-# The table a second time, apart from the classes:
+# The expected table, written without the classes:
 # outcome | attempts | event | code | settlement | dead letter, exit code, attempts | label
 TABLE: list[tuple[str, range, str, str | None, str, str, str]] = [
     ("Succeeded", ANY, "succeeded", None, "ack", "", "succeeded"),
@@ -81,7 +81,7 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def made(name: str) -> Outcome:
+def outcome_example(name: str) -> Outcome:
     return example(getattr(outcomes, name))
 
 
@@ -106,7 +106,7 @@ def test_decision_is_the_row_of_the_outcome(
     extra: str,
     label: str,
 ) -> None:
-    decision = decide(made(name), attempt=attempt, max_attempts=ATTEMPTS)
+    decision = decide(outcome_example(name), attempt=attempt, max_attempts=ATTEMPTS)
     assert decision.publish is Publish[event.upper()]
     assert decision.settle is Settlement[settlement.upper()]
     assert (decision.failure and decision.failure.code) == code
@@ -125,7 +125,7 @@ def test_copy_stores_no_event_and_keeps_the_rest_of_the_row(
     extra: str,
     label: str,
 ) -> None:
-    decision = decide(made(name), attempt=attempt, max_attempts=ATTEMPTS, is_copy=True)
+    decision = decide(outcome_example(name), attempt=attempt, max_attempts=ATTEMPTS, is_copy=True)
     if event == "cancelled":  # the owner of the id stores that event
         assert decision == Decision(Settlement.RETRY, counts=False)
         return
@@ -152,7 +152,7 @@ def test_row_is_complete_and_consistent(kind: type[Outcome]) -> None:
     assert fails or not (kind.dead_letter or kind.retryable)
     assert kind.counts or kind.settle is Settlement.RETRY
     ends = kind.settle in {Settlement.ACK, Settlement.TERM}
-    assert ends == (kind.publish is not Publish.NONE), "an event is published, or it comes again"
+    assert ends == (kind.publish is not Publish.NONE), "a settled request needs an event"
     assert (kind.settle is Settlement.TERM) == kind.dead_letter
     if kind.exit_code is not None:
         assert kind.settle in {Settlement.NAK, Settlement.ABANDON}
@@ -185,7 +185,7 @@ def test_docs_have_the_table_that_the_classes_print() -> None:
     assert f"\n{markdown()}\n" in page.read_text("utf-8")
 
 
-def test_failures_carry_what_the_sender_can_act_on() -> None:
+def test_failures_have_a_message_details_and_a_retryable_flag() -> None:
     def failure(kind: type[Outcome], **values: Any) -> tuple[str, dict[str, object], bool]:
         found = example(kind, **values).failure
         assert found is not None
@@ -244,10 +244,10 @@ def test_exception_of_a_stage_becomes_an_outcome(
     assert type(outcome).__name__ == name
     assert (outcome.failure and outcome.failure.details) == details
     if type(error) in {UnsupportedParameter, InputUnavailable, InvalidRequest}:
-        assert str(outcome) == "no", "these texts are for the sender"
+        assert str(outcome) == "no", "the sender gets this text"
 
 
-def test_outcome_is_kept_without_the_frames_that_raised_it() -> None:
+def test_classified_outcome_has_no_traceback() -> None:
     with pytest.raises(WorkerLost) as raised:
         raise WorkerLost
     assert classify_exception(raised.value).__traceback__ is None

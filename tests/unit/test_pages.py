@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, settings and log lines are those of the code."""
+"""The documentation: links have targets, and settings and log lines match the code."""
 
 import ast
 import dataclasses
@@ -23,14 +23,14 @@ PAGES = sorted(
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link into a page may name, as GitHub makes it of the headings."""
+    """Return the anchors of a page, as GitHub generates them from headings."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_documentation_link_has_a_target(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text("utf-8"))
     for link in links:
         if re.match(r"[a-z]+:", link):
@@ -42,7 +42,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), link
 
 
-def test_every_setting_is_on_its_page() -> None:
+def test_every_setting_is_documented() -> None:
     page = (ROOT / "docs/reference/settings.md").read_text("utf-8")
     named = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", page))
     settings = {name.upper() for name in Settings.model_fields}
@@ -97,7 +97,7 @@ LOGGED = list(logged())
 
 
 @pytest.mark.parametrize("line", quoted_lines(), ids=lambda line: line["event"])
-def test_each_quoted_log_line_is_one_of_the_code(line: dict[str, Any]) -> None:
+def test_quoted_log_line_exists_in_the_code(line: dict[str, Any]) -> None:
     assert any(
         (line["event"], line["level"]) == (event, level)
         and line.keys() - ALWAYS <= fields | (REPORTED if event == "job_finished" else set())
@@ -105,7 +105,7 @@ def test_each_quoted_log_line_is_one_of_the_code(line: dict[str, Any]) -> None:
     )
 
 
-def test_each_event_that_the_page_names_is_logged() -> None:
+def test_named_log_events_exist_in_the_code() -> None:
     """Also in its tables and sentences: an event is a name with an underscore, in backticks."""
     events = {event for event, _, _ in LOGGED}
     prose = re.sub(r"^```.*?^```", "", TROUBLESHOOTING, flags=re.DOTALL | re.MULTILINE)

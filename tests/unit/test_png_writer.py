@@ -1,4 +1,4 @@
-"""PNG files: read back by Pillow and by libpng through torchvision, which share no code here."""
+"""PNG files are read back by Pillow and by libpng through torchvision, which share no code."""
 
 import struct
 import threading
@@ -56,7 +56,7 @@ def by_libpng(data: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", COLOUR_TYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_two_other_decoders_read_the_same_pixels(
+def test_pillow_and_libpng_read_equal_pixels(
     mode: str, size: tuple[int, int], compressor: str
 ) -> None:
     image = noise(mode, size)
@@ -68,14 +68,14 @@ def test_two_other_decoders_read_the_same_pixels(
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_an_image_of_one_colour(value: int, compressor: str) -> None:
+def test_single_colour_image_is_read_back(value: int, compressor: str) -> None:
     image = Image.new("RGB", (640, 480), (value, value, 255 - value))
     written = write_png(image, {})
     assert by_pillow(written).tobytes() == image.tobytes()
     assert len(written) < 10_000
 
 
-def test_the_same_image_gives_the_same_bytes(compressor: str) -> None:
+def test_equal_images_give_equal_bytes(compressor: str) -> None:
     image = noise("RGB", (200, 100))
     assert write_png(image, {"a": "b"}) == write_png(image.copy(), {"a": "b"})
 
@@ -94,7 +94,7 @@ def test_every_chunk_has_its_checksum(compressor: str) -> None:
     assert kinds == ["IHDR", "tEXt", "iTXt", "IDAT", "IDAT", "IEND"]
 
 
-def test_texts_are_read_back(compressor: str) -> None:
+def test_text_chunks_are_read_back(compressor: str) -> None:
     texts = {"Software": "generation", "Prompt": "ein Bär, 一只猫 🐻", "empty": ""}
     opened = by_pillow(write_png(noise("RGB", (8, 8)), texts))
     assert isinstance(opened, Image.Image)
@@ -102,7 +102,7 @@ def test_texts_are_read_back(compressor: str) -> None:
 
 
 @pytest.mark.parametrize("mode", COLOUR_TYPES)
-def test_the_codec_keeps_grey_and_alpha(mode: str) -> None:
+def test_codec_keeps_grey_and_alpha(mode: str) -> None:
     image = noise(mode, (33, 21))
     encoded = ImageCodec().encode(image, "png", seed=0)
     opened = by_pillow(encoded.data)
@@ -124,7 +124,7 @@ def test_other_threads_run_while_an_image_is_compressed(compressor: str) -> None
     assert lets_go(lambda _: png._compressed(filtered, last=True), image)
 
 
-def test_strips_are_made_at_the_same_time_and_give_the_same_bytes(compressor: str) -> None:
+def test_strips_are_compressed_concurrently_with_equal_bytes(compressor: str) -> None:
     image = noise("RGB", (1024, 1024))
     strips = len(png._strips(image))
     all_there = threading.Barrier(strips, timeout=30)
@@ -141,7 +141,7 @@ def test_strips_are_made_at_the_same_time_and_give_the_same_bytes(compressor: st
     assert write_png(image, {}, each=together) == write_png(image, {})
 
 
-def test_checksum_of_the_strips_is_that_of_the_whole() -> None:
+def test_combined_checksum_of_strips_matches_the_whole_image() -> None:
     data = np.random.default_rng(3).integers(0, 256, 200_000, dtype=np.uint8).tobytes()
     for cut in (0, 1, 65_520, 65_521, 65_522, 131_042, len(data)):
         first, second = data[:cut], data[cut:]

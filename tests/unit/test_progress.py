@@ -1,26 +1,26 @@
-"""The progress of a run, written by one thread and read by another."""
+"""The progress of a run: one thread writes, another thread reads."""
 
 import threading
 
 from consumer.inference.progress import Progress, Update
 
 
-def begun() -> Progress:
+def begun_progress() -> Progress:
     progress = Progress()
     progress.begin()
     return progress
 
 
-def test_nothing_new_is_no_update() -> None:
-    progress = begun()
+def test_unchanged_progress_gives_no_update() -> None:
+    progress = begun_progress()
     assert progress.take() == []
     progress.step(1, 9)
     assert [(update.step, update.of) for update in progress.take()] == [(1, 9)]
     assert progress.take() == []
 
 
-def test_latest_step_and_preview_win_and_no_text_is_lost() -> None:
-    progress = begun()
+def test_update_has_the_latest_step_and_preview_and_the_complete_text() -> None:
+    progress = begun_progress()
     for step in (1, 2, 3):
         progress.step(step, 9)
         progress.text(f"{step} ")
@@ -29,14 +29,14 @@ def test_latest_step_and_preview_win_and_no_text_is_lost() -> None:
     assert (update.step, update.text, update.preview) == (3, "1 2 3 ", b"3")
 
 
-def test_run_that_makes_more_steps_than_it_said_has_them_all_done() -> None:
-    progress = begun()
+def test_total_grows_if_the_run_takes_more_steps() -> None:
+    progress = begun_progress()
     progress.step(12, 10)
     assert progress.take()[0].of == 12
 
 
 def test_mean_time_of_a_step_is_known_after_the_first() -> None:
-    progress = begun()
+    progress = begun_progress()
     progress.text("no step yet")
     assert progress.take()[0].seconds_per_step is None
     progress.step(4, 10)
@@ -45,12 +45,12 @@ def test_mean_time_of_a_step_is_known_after_the_first() -> None:
     assert seconds == (progress.last_step - progress.first_began) / 4
 
 
-def test_run_that_begins_again_voids_what_was_taken_before() -> None:
-    progress = begun()
+def test_restarted_run_publishes_step_0_first() -> None:
+    progress = begun_progress()
     progress.step(7, 9)
     progress.text("the first attempt")
     progress.take()
-    progress.text("of which nothing is left")
+    progress.text("discarded text")
     progress.end()
     progress.begin()
     assert progress.take() == [Update(step=0, of=9)]
@@ -58,27 +58,27 @@ def test_run_that_begins_again_voids_what_was_taken_before() -> None:
     assert [(update.step, update.text) for update in progress.take()] == [(1, "")]
 
 
-def test_run_that_begins_again_before_anything_was_taken_voids_nothing() -> None:
-    progress = begun()
+def test_restarted_run_without_an_update_publishes_no_step_0() -> None:
+    progress = begun_progress()
     progress.step(7, 9)
     progress.begin()
     progress.step(2, 9)
     assert [update.step for update in progress.take()] == [2]
 
 
-def test_reader_that_is_late_gets_the_void_before_the_new_step() -> None:
-    progress = begun()
+def test_late_reader_gets_step_0_before_the_new_step() -> None:
+    progress = begun_progress()
     progress.step(7, 9)
     progress.take()
     progress.begin()
     progress.step(2, 5)
     progress.text("new")
-    void, update = progress.take()
-    assert (void, update.step, update.of, update.text) == (Update(step=0, of=9), 2, 5, "new")
+    restart, update = progress.take()
+    assert (restart, update.step, update.of, update.text) == (Update(step=0, of=9), 2, 5, "new")
 
 
-def test_seconds_are_those_of_all_runs_without_the_time_between_them() -> None:
-    progress = begun()
+def test_seconds_include_all_runs_and_no_pauses() -> None:
+    progress = begun_progress()
     progress.end()
     first = progress.seconds
     progress.begin()
@@ -89,8 +89,8 @@ def test_seconds_are_those_of_all_runs_without_the_time_between_them() -> None:
     assert first <= progress.seconds <= progress.ended - progress.first_began
 
 
-def test_nothing_that_a_thread_adds_is_lost_or_taken_twice() -> None:
-    progress = begun()
+def test_concurrent_text_is_neither_lost_nor_duplicated() -> None:
+    progress = begun_progress()
     pieces = [f"{number} " for number in range(20_000)]
     writing = threading.Thread(target=lambda: [progress.text(piece) for piece in pieces])
     writing.start()

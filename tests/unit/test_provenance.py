@@ -1,4 +1,4 @@
-"""What a picture's file is to say of how it was made."""
+"""The provenance metadata of an image file."""
 
 import json
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from consumer.ports.model import GeneratedImage, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue
-from tests.support.behaviour import asking, soon
+from tests.support.behaviour import request_body, soon
 from tests.support.memory_ports import Run, raising
 from tests.support.memory_world import MemoryWorld, Worlds
 
@@ -37,7 +37,7 @@ def said(
     )
 
 
-def test_file_says_what_made_the_picture_and_not_what_was_asked_for() -> None:
+def test_provenance_has_the_model_and_no_prompt() -> None:
     assert said() == {
         "software": f"generation-consumer {version('generation-consumer')}",
         "request_id": "poster-0001",
@@ -48,14 +48,14 @@ def test_file_says_what_made_the_picture_and_not_what_was_asked_for() -> None:
     }
 
 
-def test_prompts_are_said_where_they_may_be() -> None:
+def test_provenance_has_the_prompt_if_enabled() -> None:
     more = said(with_prompt=True)
     assert (more.pop("prompt"), more.pop("negative_prompt")) == ("a lighthouse", "frame")
     assert more == said()
 
 
 @pytest.mark.parametrize(("flagged", "value"), [(True, "true"), (False, "false")])
-def test_word_of_the_safety_checker_is_said(flagged: bool, value: str) -> None:
+def test_provenance_has_the_safety_flag(flagged: bool, value: str) -> None:
     assert said(flagged=flagged) == {**said(), "flagged": value}
 
 
@@ -71,11 +71,11 @@ def two_pictures(_: Run) -> RunnerOutput:
     return RunnerOutput(images=tuple(images), parameters=PARAMETERS)
 
 
-async def test_each_picture_of_a_job_says_its_own_seed_and_what_it_was_made_with(
+async def test_each_image_has_its_seed_and_the_used_parameters(
     world: MemoryWorld,
 ) -> None:
-    world.runner.will(two_pictures)
-    await world.send(asking(num_images=2, seed=3))
+    world.runner.script_runs(two_pictures)
+    await world.send(request_body(num_images=2, seed=3))
     await soon(world.work())
     one, other = world.images.provenance
     assert (one["seed"], other["seed"]) == ("3", "4")
@@ -85,21 +85,21 @@ async def test_each_picture_of_a_job_says_its_own_seed_and_what_it_was_made_with
     assert one.keys().isdisjoint({"prompt", "negative_prompt"})
 
 
-async def test_prompt_is_in_pictures_where_the_worker_puts_it_there(make_world: Worlds) -> None:
+async def test_prompt_is_in_images_if_the_worker_enables_it(make_world: Worlds) -> None:
     world = await make_world(prompt_in_images=True)
-    await world.send(asking())
+    await world.send(request_body())
     await soon(world.work())
     assert [one["prompt"] for one in world.images.provenance] == ["a red circle"]
 
 
-async def test_picture_says_the_same_whichever_attempt_and_worker_makes_it(
+async def test_provenance_does_not_depend_on_attempt_and_worker(
     make_world: Worlds,
 ) -> None:
     every: list[Any] = []
     for failures in (0, 2):
         world = await make_world()
-        world.runner.will(*[raising(lambda: KeyError("x"))] * failures)
-        await world.send(asking())
+        world.runner.script_runs(*[raising(lambda: KeyError("x"))] * failures)
+        await world.send(request_body())
         for _ in range(failures + 1):
             await soon(world.work())
         every += world.images.provenance
@@ -107,7 +107,7 @@ async def test_picture_says_the_same_whichever_attempt_and_worker_makes_it(
 
 
 @pytest.mark.parametrize("setting", [True, False])
-async def test_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> None:
+async def test_prompt_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> None:
     settings = Settings(model_type="text_to_image", consumer_prompt_in_pictures=setting)
     daemon = Daemon(settings, lambda _: world.runner)
     durable = SimpleNamespace(ack_wait=1.0, max_ack_pending=1, max_attempts=3)

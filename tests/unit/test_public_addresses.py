@@ -1,4 +1,4 @@
-"""Which addresses an input from the web may come from."""
+"""The addresses from which inputs may be fetched."""
 
 import ipaddress
 
@@ -112,10 +112,10 @@ PUBLIC = [
 
 
 @pytest.mark.parametrize("address", NOT_PUBLIC)
-def test_an_address_that_is_not_a_public_host(address: str) -> None:
+def test_non_public_address_is_refused(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_an_address_of_a_public_host(address: str) -> None:
+def test_public_address_is_accepted(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))

@@ -1,4 +1,4 @@
-"""Following one run: its progress, its cancellation, and a thread that stalls."""
+"""`follow_run`: progress, cancellation, and stalled threads."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ REASONS = pytest.mark.parametrize("reason", StopReason)
 
 
 class Followed:
-    """A run without a thread: the test itself takes its steps and ends it."""
+    """A run without a thread: the test takes the steps and ends the run."""
 
     def __init__(self) -> None:
         self.ticket = Ticket()
@@ -53,15 +53,15 @@ class Followed:
         self.ticket.finish(result)
 
 
-Turn = Callable[[], None]
+Action = Callable[[], None]
 
 
-class Clockwork:
-    """Stands in for the watcher's waits and its clock: each wait is one turn."""
+class FakeClock:
+    """Replaces the waits and the clock of the monitor: each wait executes one action."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.waits: list[float] = []  # seconds
-        self.turns: list[Turn] = []
+        self.actions: list[Action] = []
         self.now = time.monotonic()
         clock = SimpleNamespace(monotonic=lambda: self.now)
         monkeypatch.setattr(monitor, "asyncio", SimpleNamespace(wait=self._wait))
@@ -70,31 +70,31 @@ class Clockwork:
 
     async def _wait(self, _: object, **limit: float) -> None:
         self.waits.append(limit["timeout"])
-        self.turns.pop(0)()
+        self.actions.pop(0)()
 
-    def passing(self, seconds: float) -> Turn:
-        """A turn in which nothing happens but time."""
+    def advance(self, seconds: float) -> Action:
+        """Return an action that only advances the time."""
 
-        def turn() -> None:
+        def action() -> None:
             self.now += seconds
 
-        return turn
+        return action
 
 
 @pytest.fixture
-def clockwork(monkeypatch: pytest.MonkeyPatch) -> Clockwork:
-    return Clockwork(monkeypatch)
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    return FakeClock(monkeypatch)
 
 
 # -- progress -------------------------------------------------------------------------------------
 
 
-async def test_many_steps_between_two_looks_are_told_once_and_the_latest_wins(
-    clockwork: Clockwork,
+async def test_only_the_latest_step_between_two_polls_is_published(
+    fake_clock: FakeClock,
 ) -> None:
     followed = Followed()
 
-    def steps_up_to(first: int, last: int) -> Turn:
+    def steps_up_to(first: int, last: int) -> Action:
         def take() -> None:
             for step in range(first, last + 1):
                 followed.progress.step(step, 100)
@@ -105,55 +105,55 @@ async def test_many_steps_between_two_looks_are_told_once_and_the_latest_wins(
         followed.progress.step(100, 100)
         followed.end()
 
-    nothing = clockwork.passing(monitor.PROGRESS_INTERVAL)
-    clockwork.turns = [steps_up_to(1, 30), nothing, steps_up_to(31, 99), nothing, end]
+    nothing = fake_clock.advance(monitor.PROGRESS_INTERVAL)
+    fake_clock.actions = [steps_up_to(1, 30), nothing, steps_up_to(31, 99), nothing, end]
     assert await followed.follow() is OUTPUT
     assert followed.steps == [(30, 100), (99, 100), (100, 100)]
-    assert set(clockwork.waits) == {monitor.PROGRESS_INTERVAL}
+    assert set(fake_clock.waits) == {monitor.PROGRESS_INTERVAL}
     assert monitor.PROGRESS_INTERVAL >= 1 / 5
 
 
-async def test_run_that_tells_no_step_is_not_told_of(clockwork: Clockwork) -> None:
+async def test_run_without_a_step_publishes_no_progress(fake_clock: FakeClock) -> None:
     followed = Followed()
-    clockwork.turns = [clockwork.passing(1.0), followed.end]
+    fake_clock.actions = [fake_clock.advance(1.0), followed.end]
     assert await followed.follow() is OUTPUT
     assert followed.steps == []
 
 
-async def test_what_is_added_to_a_text_is_told_in_one_piece_for_each_look(
-    clockwork: Clockwork,
+async def test_text_between_two_polls_is_published_in_one_piece(
+    fake_clock: FakeClock,
 ) -> None:
     followed = Followed()
 
-    def write(*texts: str) -> Turn:
-        def turn() -> None:
+    def write(*texts: str) -> Action:
+        def action() -> None:
             for number, text in enumerate(texts):
                 followed.progress.step(len(followed.texts) * 10 + number, 100)
                 followed.progress.text(text)
 
-        return turn
+        return action
 
-    nothing = clockwork.passing(monitor.PROGRESS_INTERVAL)
+    nothing = fake_clock.advance(monitor.PROGRESS_INTERVAL)
     end = followed.end
-    clockwork.turns = [write("a", " b"), nothing, write("", " c"), end]
+    fake_clock.actions = [write("a", " b"), nothing, write("", " c"), end]
     assert await followed.follow() is OUTPUT
     assert followed.texts == ["a b", " c"]
 
 
-async def test_text_without_a_new_step_is_told_at_the_next_look(clockwork: Clockwork) -> None:
+async def test_text_without_a_new_step_is_published_at_the_next_poll(fake_clock: FakeClock) -> None:
     followed = Followed()
 
     def end() -> None:
         assert followed.texts == ["late"]
         followed.end()
 
-    clockwork.turns = [lambda: followed.progress.text("late"), end]
+    fake_clock.actions = [lambda: followed.progress.text("late"), end]
     assert await followed.follow() is OUTPUT
     assert followed.texts == ["late"]
 
 
-async def test_last_of_a_text_is_told_though_the_run_ends_while_the_text_before_is_told(
-    clockwork: Clockwork,
+async def test_last_text_is_published_if_the_run_ends_during_a_publish(
+    fake_clock: FakeClock,
 ) -> None:
     followed = Followed()
 
@@ -163,12 +163,12 @@ async def test_last_of_a_text_is_told_though_the_run_ends_while_the_text_before_
             followed.end()
 
     followed.while_publishing = add_and_end
-    clockwork.turns = [lambda: followed.progress.step(1, 9)]
+    fake_clock.actions = [lambda: followed.progress.step(1, 9)]
     assert await followed.follow() is OUTPUT
     assert followed.texts == ["", "the end"]
 
 
-async def test_text_of_a_run_that_stopped_is_not_waited_for(clockwork: Clockwork) -> None:
+async def test_text_of_a_stopped_run_is_not_published(fake_clock: FakeClock) -> None:
     followed = Followed()
     followed.token.set(StopReason.CANCEL)
     followed.progress.text("half a sen")
@@ -182,7 +182,7 @@ async def test_text_of_a_run_that_stopped_is_not_waited_for(clockwork: Clockwork
 
 
 @pytest.mark.parametrize("error", [ModelError("E"), OutOfMemory("E"), ValueError("v")])
-async def test_what_the_run_raises_comes_out(error: Exception) -> None:
+async def test_error_of_the_run_is_raised(error: Exception) -> None:
     followed = Followed()
     followed.end(error)
     with pytest.raises(type(error)):
@@ -190,7 +190,7 @@ async def test_what_the_run_raises_comes_out(error: Exception) -> None:
 
 
 @REASONS
-async def test_run_that_stops_when_asked_gives_the_reason(reason: StopReason) -> None:
+async def test_stopped_run_raises_the_stop_reason(reason: StopReason) -> None:
     followed = Followed()
     followed.token.set(reason)
     followed.end(Interrupted())
@@ -200,7 +200,7 @@ async def test_run_that_stops_when_asked_gives_the_reason(reason: StopReason) ->
 
 
 @REASONS
-async def test_run_that_was_done_before_it_heard_has_stopped_all_the_same(
+async def test_run_that_completes_after_a_stop_request_counts_as_stopped(
     reason: StopReason,
 ) -> None:
     followed = Followed()
@@ -211,7 +211,7 @@ async def test_run_that_was_done_before_it_heard_has_stopped_all_the_same(
     assert stopped.value.reason is reason
 
 
-async def test_run_that_stops_unasked_is_not_passed_off_as_stopped() -> None:
+async def test_interruption_without_a_stop_request_is_raised() -> None:
     followed = Followed()
     followed.end(Interrupted())
     with pytest.raises(Interrupted):
@@ -219,92 +219,92 @@ async def test_run_that_stops_unasked_is_not_passed_off_as_stopped() -> None:
 
 
 @pytest.mark.parametrize("reason", [StopReason.CANCEL, StopReason.DEADLINE])
-async def test_cancelled_or_late_run_is_waited_for_until_the_device_has_stopped(
-    reason: StopReason, clockwork: Clockwork
+async def test_monitor_waits_for_the_end_of_a_cancelled_or_late_run(
+    reason: StopReason, fake_clock: FakeClock
 ) -> None:
     followed = Followed()
     followed.token.set(reason)
-    looks = [clockwork.passing(monitor.DRAIN_STEP_TIMEOUT)] * 5
-    clockwork.turns = [*looks, lambda: followed.end(Interrupted())]
+    polls = [fake_clock.advance(monitor.DRAIN_STEP_TIMEOUT)] * 5
+    fake_clock.actions = [*polls, lambda: followed.end(Interrupted())]
     with pytest.raises(Stopped):
         await followed.follow()
-    assert clockwork.turns == []
+    assert fake_clock.actions == []
 
 
-async def test_thread_that_does_not_stop_on_drain_is_left_behind(clockwork: Clockwork) -> None:
+async def test_run_that_does_not_stop_on_drain_is_abandoned(fake_clock: FakeClock) -> None:
     followed = Followed()
     followed.token.set(StopReason.DRAIN)
-    # The patience begins when the drain is noticed; until its end the thread may still stop.
-    clockwork.turns = [clockwork.passing(s) for s in (3.0, monitor.DRAIN_STEP_TIMEOUT, 0.1)]
+    # The timeout starts when the monitor notices the drain.
+    fake_clock.actions = [fake_clock.advance(s) for s in (3.0, monitor.DRAIN_STEP_TIMEOUT, 0.1)]
     with pytest.raises(Stopped) as stopped:
         await followed.follow()
     assert stopped.value.reason is StopReason.DRAIN
-    assert clockwork.turns == []
+    assert fake_clock.actions == []
     assert not followed.ticket.ended.done()
 
 
-async def test_thread_without_a_step_hangs(clockwork: Clockwork) -> None:
+async def test_run_without_a_step_stalls(fake_clock: FakeClock) -> None:
     followed = Followed()
-    clockwork.turns = [clockwork.passing(s) for s in (15.0, 15.0, 15.0, 15.0, 0.1)]
+    fake_clock.actions = [fake_clock.advance(s) for s in (15.0, 15.0, 15.0, 15.0, 0.1)]
     with pytest.raises(ThreadStalled):
         await followed.follow(stall_timeout=60.0)
-    assert clockwork.turns == []
+    assert fake_clock.actions == []
     assert not followed.ticket.ended.done()
 
 
-async def test_process_that_was_frozen_does_not_take_its_thread_to_hang(
-    clockwork: Clockwork,
+async def test_frozen_process_does_not_count_as_a_stalled_run(
+    fake_clock: FakeClock,
 ) -> None:
     followed = Followed()
-    clockwork.turns = [clockwork.passing(s) for s in (3_600.0, 15.0, 15.0, 14.9)]
-    clockwork.turns.append(followed.end)
+    fake_clock.actions = [fake_clock.advance(s) for s in (3_600.0, 15.0, 15.0, 14.9)]
+    fake_clock.actions.append(followed.end)
     assert await followed.follow(stall_timeout=60.0) is OUTPUT
 
 
-async def test_run_that_ends_at_the_last_moment_does_not_hang(clockwork: Clockwork) -> None:
+async def test_run_that_ends_at_the_timeout_does_not_stall(fake_clock: FakeClock) -> None:
     followed = Followed()
 
     def late() -> None:
-        clockwork.now += 61.0
+        fake_clock.now += 61.0
         followed.end()
 
-    clockwork.turns = [late]
+    fake_clock.actions = [late]
     assert await followed.follow(stall_timeout=60.0) is OUTPUT
 
 
-async def test_member_whose_part_is_over_does_not_stall_while_another_makes_steps(
-    clockwork: Clockwork,
+async def test_finished_member_does_not_stall_while_another_takes_steps(
+    fake_clock: FakeClock,
 ) -> None:
     other = Progress()
     followed = Followed()
     followed.ticket.batch = (followed.progress, other)
 
     def step_of_the_other() -> None:
-        clockwork.now += 9.0
+        fake_clock.now += 9.0
         other.step(1, 100)
 
-    clockwork.turns = [step_of_the_other] * 9 + [followed.end]
+    fake_clock.actions = [step_of_the_other] * 9 + [followed.end]
     assert await followed.follow(stall_timeout=10.0) is OUTPUT
-    assert clockwork.turns == []
+    assert fake_clock.actions == []
 
 
-async def test_batch_of_which_no_member_makes_a_step_stalls(clockwork: Clockwork) -> None:
+async def test_batch_without_a_step_stalls(fake_clock: FakeClock) -> None:
     followed = Followed()
     followed.ticket.batch = (followed.progress, Progress())
-    clockwork.turns = [clockwork.passing(s) for s in (15.0, 15.0, 15.0, 15.0, 0.1)]
+    fake_clock.actions = [fake_clock.advance(s) for s in (15.0, 15.0, 15.0, 15.0, 0.1)]
     with pytest.raises(ThreadStalled):
         await followed.follow(stall_timeout=60.0)
 
 
-async def test_each_step_starts_the_stall_timeout_anew(clockwork: Clockwork) -> None:
+async def test_each_step_restarts_the_stall_timeout(fake_clock: FakeClock) -> None:
     followed = Followed()
 
     def step() -> None:
-        clockwork.now += 9.0
+        fake_clock.now += 9.0
         followed.progress.step(len(followed.steps) + 1, 100)
 
-    clockwork.turns = [step] * 5 + [clockwork.passing(s) for s in (2.5, 2.5, 2.5, 2.5, 0.1)]
+    fake_clock.actions = [step] * 5 + [fake_clock.advance(s) for s in (2.5, 2.5, 2.5, 2.5, 0.1)]
     with pytest.raises(ThreadStalled):
         await followed.follow(stall_timeout=10.0)
-    assert clockwork.turns == []
+    assert fake_clock.actions == []
     assert len(followed.steps) == 5

@@ -1,4 +1,4 @@
-"""Control tokens are taken out of a text until none is left, and nothing else is."""
+"""Only control tokens are removed from a text, including nested control tokens."""
 
 from types import SimpleNamespace
 
@@ -38,7 +38,7 @@ CONTROL = ControlTokens(
         ("", ""),
     ],
 )
-def test_a_text_is_stripped(text: str, stripped: str) -> None:
+def test_control_tokens_are_removed(text: str, stripped: str) -> None:
     assert CONTROL.strip(text) == stripped
 
 
@@ -46,18 +46,18 @@ pieces = st.sampled_from([*TOKENS, *(t[:4] for t in TOKENS), *(t[4:] for t in TO
 
 
 @given(st.lists(pieces, max_size=12).map("".join))
-def test_none_is_left_however_they_are_nested(text: str) -> None:
+def test_nested_control_tokens_are_removed(text: str) -> None:
     stripped = CONTROL.strip(text)
     assert not any(token in stripped for token in TOKENS)
     assert CONTROL.strip(stripped) == stripped
 
 
 @given(st.text())
-def test_a_text_without_any_is_left_alone(text: str) -> None:
+def test_text_without_control_tokens_is_unchanged(text: str) -> None:
     if not any(token in text for token in TOKENS):
         assert CONTROL.strip(text) == text
 
 
-def test_a_tokenizer_without_control_tokens_strips_nothing() -> None:
+def test_tokenizer_without_control_tokens_removes_nothing() -> None:
     tokenizer = SimpleNamespace(all_special_tokens=[], added_tokens_decoder={})
     assert ControlTokens(SimpleNamespace(tokenizer=tokenizer)).strip("a b") == "a b"

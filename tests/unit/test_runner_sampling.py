@@ -1,4 +1,4 @@
-"""What a request and a model's own defaults make of the sampling parameters."""
+"""Sampling parameters from the request, the worker defaults and the model defaults."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ def sampled(defaults: Any, **fields: Any) -> Sampling:
     return Sampling.of(ImageToTextRequest(prompt="x", images=(SOURCE,), **fields), defaults)
 
 
-def test_a_model_that_says_nothing_is_greedy_and_writes_512_tokens() -> None:
+def test_model_without_defaults_is_greedy_with_512_tokens() -> None:
     assert GREEDY == {
         "max_new_tokens": 512,
         "temperature": 0.0,
@@ -41,7 +41,7 @@ def test_a_model_that_says_nothing_is_greedy_and_writes_512_tokens() -> None:
     }
 
 
-def test_a_models_own_defaults_are_told() -> None:
+def test_model_defaults_are_reported() -> None:
     assert SAMPLING == {
         "max_new_tokens": 100,
         "temperature": 0.01,
@@ -68,32 +68,32 @@ def test_greedy_has_no_temperature_and_no_seed(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 9e-7])
-def test_a_temperature_of_nothing_makes_a_sampling_model_greedy(temperature: float) -> None:
+def test_temperature_0_makes_a_sampling_model_greedy(temperature: float) -> None:
     made = sampled(SAMPLING, temperature=temperature)
     assert made.options["do_sample"] is False
     assert made.parameters["temperature"] == 0
 
 
-def test_the_least_temperature_that_models_have_is_sampled() -> None:
+def test_smallest_temperature_is_sampled() -> None:
     assert sampled(SAMPLING, temperature=1e-6).options["do_sample"] is True
 
 
 @pytest.mark.parametrize("fields", [{"top_p": 0.9}, {"top_k": 5}])
-def test_a_choice_among_tokens_makes_a_greedy_model_sample(fields: dict[str, Any]) -> None:
+def test_sampling_parameter_makes_a_greedy_model_sample(fields: dict[str, Any]) -> None:
     options = sampled(GREEDY, **fields).options
     assert options["do_sample"] is True
     assert options["temperature"] == 1.0
     assert options.items() >= fields.items()
 
 
-def test_the_request_comes_before_the_model() -> None:
+def test_request_overrides_the_model_defaults() -> None:
     asked = {"temperature": 2.0, "top_p": 0.5, "top_k": 7, "repetition_penalty": 1.5}
     chosen = sampled(SAMPLING, seed=3, **asked)
     assert chosen == Sampling({**asked, "do_sample": True, "num_beams": 1}, asked, 3)
     assert sampled(SAMPLING, temperature=2.0, seed=3).options["top_k"] == 1
 
 
-def test_a_seed_is_drawn_for_sampling_without_one() -> None:
+def test_sampling_without_a_seed_draws_a_seed() -> None:
     seeds = {sampled(SAMPLING).seed for _ in range(3)}
     assert None not in seeds
     assert len(seeds) == 3
@@ -102,7 +102,7 @@ def test_a_seed_is_drawn_for_sampling_without_one() -> None:
 # -- MODEL_DEFAULTS -------------------------------------------------------------------------------
 
 
-def test_defaults_of_the_worker_come_before_the_models_own() -> None:
+def test_worker_defaults_override_the_model_defaults() -> None:
     assert defaults_of(SILENT, {"max_new_tokens": 7, "temperature": 0.5}) == {
         **GREEDY,
         "max_new_tokens": 7,
@@ -120,7 +120,7 @@ def test_defaults_of_the_worker_come_before_the_models_own() -> None:
         ({"repetition_penalty": 1.1}, 0.0),
     ],
 )
-def test_a_default_that_chooses_among_tokens_makes_a_greedy_model_sample(
+def test_sampling_default_makes_a_greedy_model_sample(
     defaults: dict[str, Any], temperature: float
 ) -> None:
     assert defaults_of(SILENT, defaults)["temperature"] == temperature
@@ -139,9 +139,7 @@ def test_a_default_that_chooses_among_tokens_makes_a_greedy_model_sample(
         ("system", "Be brief."),
     ],
 )
-def test_a_default_that_no_request_could_have_stops_the_start(
-    name: str, value: float | str
-) -> None:
+def test_invalid_default_fails_the_start(name: str, value: float | str) -> None:
     with pytest.raises(ModelUnavailable, match=f"^MODEL_DEFAULTS: {name}: ") as refused:
         defaults_of(SILENT, {name: value})
     assert "\n" not in str(refused.value)

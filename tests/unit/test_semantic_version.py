@@ -1,4 +1,4 @@
-"""Versions of this package as NATS micro services take them."""
+"""Conversion of Python package versions to the semantic versions of NATS micro services."""
 
 import pytest
 from nats.micro.service import ServiceConfig
@@ -24,12 +24,12 @@ from consumer.bus.semantic_version import semantic_version
         ("1!2.0", "2.0.0+epoch.1"),
     ],
 )
-def test_every_kind_of_version_becomes_one_that_a_service_takes(python: str, semantic: str) -> None:
+def test_python_version_becomes_a_semantic_version(python: str, semantic: str) -> None:
     assert semantic_version(python) == semantic
     assert ServiceConfig(name="generation", version=semantic).version == semantic
 
 
 @pytest.mark.parametrize("text", ["", "latest", "1.0-SNAPSHOT", "v1.0", "1.0\n"])
-def test_a_version_in_another_form_is_refused(text: str) -> None:
+def test_invalid_python_version_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="PEP 440"):
         semantic_version(text)

@@ -1,4 +1,4 @@
-"""What the commands show while a request is being done."""
+"""The progress bar of the sender commands."""
 
 import io
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ def added(step: int, text: str | None) -> ProgressEvent:
 
 
 def shown(*events: ProgressEvent) -> str:
-    """The description of the bar after some events, as the terminal has it."""
+    """Return the terminal output of the progress bar after some events."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=120, color_system=None)
     with ProgressBar(console) as bar:
@@ -34,25 +34,25 @@ def shown(*events: ProgressEvent) -> str:
     return file.getvalue()
 
 
-def test_a_text_is_shown_as_it_grows() -> None:
+def test_bar_shows_the_text_so_far() -> None:
     assert "A light" in shown(added(1, "A"), added(2, None), added(3, " light"))
 
 
-def test_the_end_of_a_long_text_is_shown_in_one_line() -> None:
+def test_bar_shows_the_end_of_a_long_text_in_one_line() -> None:
     last = shown(added(1, "one\n" * 50), added(2, "the end"))
     assert "one one the end" in last
     assert "one " * 11 not in last
 
 
-def test_a_text_that_is_begun_anew_is_shown_anew() -> None:
-    begun = shown(added(3, "lost words"), added(0, None), added(1, "A lighthouse"))
-    assert "wordsA" not in begun
-    assert "A lighthouse" in begun
+def test_bar_shows_only_the_text_after_a_restart() -> None:
+    output = shown(added(3, "lost words"), added(0, None), added(1, "A lighthouse"))
+    assert "wordsA" not in output
+    assert "A lighthouse" in output
 
 
-def test_what_a_model_writes_is_no_markup() -> None:
+def test_bar_does_not_interpret_text_as_markup() -> None:
     assert "[bold]x[/bold]" in shown(added(1, "[bold]x[/bold]"))
 
 
-def test_a_picture_is_shown_by_its_task() -> None:
+def test_bar_shows_the_task_if_there_is_no_text() -> None:
     assert "image to text" in shown(added(1, None))

@@ -1,4 +1,4 @@
-"""Settings: the documented names, where their values come from, and what a wrong one says."""
+"""Settings: documented names, sources of values, and error messages."""
 
 import json
 import re
@@ -78,7 +78,7 @@ COMBINATIONS = [
 
 @pytest.fixture(autouse=True)
 def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting from outside reaches a test."""
+    """Remove all settings from the environment."""
     for name in Settings.model_fields:
         monkeypatch.delenv(name.upper(), raising=False)
         monkeypatch.delenv(name, raising=False)
@@ -102,7 +102,7 @@ def toml(directory: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("values", COMBINATIONS, ids=["key files", "user"])
-def test_every_documented_setting_is_read_from_the_environment_by_its_name(
+def test_documented_setting_is_read_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, values: dict[str, tuple[str, str]]
 ) -> None:
     defaults = Settings.load().shown()
@@ -113,7 +113,7 @@ def test_every_documented_setting_is_read_from_the_environment_by_its_name(
     assert [name for name in values if shown[name] == defaults[name]] == []
 
 
-def test_defaults_are_the_documented_ones() -> None:
+def test_defaults_match_the_documentation() -> None:
     settings = Settings.load()
     assert settings.model_type is None
     assert (settings.model_device, settings.model_dtype) == ("auto", "auto")
@@ -130,7 +130,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert settings.consumer_prompt_in_pictures is False
 
 
-def test_empty_variable_is_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_TYPE", "")
     monkeypatch.setenv("CONSUMER_ACK_WAIT", "")
     assert Settings.load().model_type is None
@@ -148,14 +148,14 @@ def test_empty_variable_is_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
         ("image-to-text", Task.IMAGE_TO_TEXT),
     ],
 )
-def test_task_is_known_by_its_old_spellings_too(
+def test_task_accepts_its_old_spellings(
     monkeypatch: pytest.MonkeyPatch, spelling: str, task: Task
 ) -> None:
     monkeypatch.setenv("MODEL_TYPE", spelling)
     assert Settings.load().task is task
 
 
-def test_daemon_without_a_task_is_told_which_setting_it_lacks() -> None:
+def test_missing_task_is_reported_by_its_setting_name() -> None:
     settings = Settings.load()
     with pytest.raises(SettingsError, match=r"^MODEL_TYPE: "):
         _ = settings.task
@@ -177,7 +177,7 @@ def test_reply_prefixes_follow_the_subject_root(monkeypatch: pytest.MonkeyPatch)
         ({"NATS_ENDPOINTS_CREDS": "e.creds"}, ("e.creds", "None", "_INBOX_w")),
     ],
 )
-def test_endpoints_connect_as_the_worker_unless_they_have_a_user_of_their_own(
+def test_endpoints_use_the_user_of_the_worker_by_default(
     monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], credentials: tuple[str, str, str]
 ) -> None:
     worker = {"NATS_CREDS": "w.creds", "NATS_NKEY_SEED": "w.seed", "NATS_INBOX_PREFIX": "_INBOX_w"}
@@ -188,7 +188,9 @@ def test_endpoints_connect_as_the_worker_unless_they_have_a_user_of_their_own(
     assert tuple(map(str, used)) == credentials
 
 
-def test_inputs_may_be_read_below_the_own_prefix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_are_readable_only_below_the_prefix_of_the_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("S3_PREFIX", "team/a")
     assert Settings.load().input_prefixes == ("generation/team/a",)
     monkeypatch.setenv(
@@ -207,7 +209,7 @@ def test_inputs_may_be_read_below_the_own_prefix_alone(monkeypatch: pytest.Monke
         ("http://minio.default.svc.cluster.local.:9000", None),
     ],
 )
-def test_endpoints_are_written_as_clients_write_the_host(
+def test_endpoints_are_normalised_to_the_form_of_the_clients(
     monkeypatch: pytest.MonkeyPatch, value: str, endpoint: str | None
 ) -> None:
     monkeypatch.setenv("S3_ENDPOINT", value)
@@ -220,7 +222,7 @@ AROUND = ["{}\n", "{}\r\n", " {} ", "\ufeff{}\r\n", "\t{}\n\n"]
 
 @pytest.mark.parametrize("around", AROUND, ids=ascii)
 @pytest.mark.parametrize("values", COMBINATIONS, ids=["key files", "user"])
-def test_white_space_around_any_value_is_not_part_of_it(
+def test_white_space_around_a_value_is_stripped(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     values: dict[str, tuple[str, str]],
@@ -238,7 +240,7 @@ def test_white_space_around_any_value_is_not_part_of_it(
     assert Settings.load(file).s3_region == "here"
 
 
-def test_names_are_known_in_any_case_and_secrets_are_left_as_they_are(
+def test_setting_names_are_case_insensitive_and_secrets_keep_their_case(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values = {
@@ -259,13 +261,13 @@ def test_names_are_known_in_any_case_and_secrets_are_left_as_they_are(
     assert settings.s3_secret_key.get_secret_value() == '"in quotes"'
 
 
-def test_user_and_password_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_and_password_require_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NATS_USER", "worker")
     assert refusal() == "NATS_USER and NATS_PASSWORD go together"
 
 
 @pytest.mark.parametrize("name", KEY_FILES)
-def test_credentials_of_nats_are_given_in_one_way(
+def test_only_one_form_of_nats_credentials_is_allowed(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for user in USER:
@@ -276,7 +278,7 @@ def test_credentials_of_nats_are_given_in_one_way(
 
 @pytest.mark.parametrize("name", KEY_FILES)
 @pytest.mark.parametrize("user", ["user:password", "token"])
-def test_a_file_of_credentials_replaces_the_user_of_the_address(
+def test_credentials_file_replaces_the_user_in_the_url(
     monkeypatch: pytest.MonkeyPatch, name: str, user: str
 ) -> None:
     monkeypatch.setenv("NATS_URL", f"nats://{user}@bus")
@@ -286,7 +288,7 @@ def test_a_file_of_credentials_replaces_the_user_of_the_address(
 
 
 @pytest.mark.parametrize("name", ["NATS_ENDPOINTS_CREDS", "NATS_ENDPOINTS_NKEY_SEED"])
-def test_the_endpoints_do_not_get_the_workers_user_with_a_file_of_their_own(
+def test_endpoints_with_a_credentials_file_do_not_use_the_user_of_the_worker(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for user in USER:
@@ -337,7 +339,7 @@ def test_file_may_be_flat_or_in_sections(tmp_path: Path, text: str) -> None:
     assert settings.model_adapters == {"pencil": "/models/pencil"}
 
 
-def test_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = toml(tmp_path, 's3_bucket = "from-file"\n[nats]\nurl = "nats://file:1"')
     monkeypatch.setenv("NATS_URL", "nats://environment:1")
     settings = Settings.load(config)
@@ -347,7 +349,7 @@ def test_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert Settings.load(config).nats_url == "nats://file:1"
 
 
-def test_environment_wins_whatever_its_case(
+def test_environment_overrides_the_file_in_any_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("nats_url", "nats://environment:1")
@@ -356,7 +358,7 @@ def test_environment_wins_whatever_its_case(
     )
 
 
-def test_wrong_value_in_the_file_does_not_matter_where_the_environment_has_one(
+def test_invalid_value_in_the_file_is_ignored_if_the_environment_sets_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOG_LEVEL", "INFO")
@@ -375,13 +377,13 @@ def test_wrong_value_in_the_file_does_not_matter_where_the_environment_has_one(
         ('consumer_ack_wait = "soon"', "CONSUMER_ACK_WAIT: "),
     ],
 )
-def test_unusable_file_is_told_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+def test_unusable_file_is_reported_in_one_line(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "consumer.toml"
     path.write_bytes(text.encode("latin-1"))
     assert says in refusal(path)
 
 
-def test_missing_file_is_told_in_one_line(tmp_path: Path) -> None:
+def test_missing_file_is_reported_in_one_line(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.toml").endswith("none.toml: No such file or directory")
 
 
@@ -451,7 +453,7 @@ def test_missing_file_is_told_in_one_line(tmp_path: Path) -> None:
         ("LOG_LEVEL", "LOUD"),
     ],
 )
-def test_wrong_value_is_told_in_one_line_that_names_the_setting(
+def test_invalid_value_is_reported_in_one_line_with_the_setting(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -461,17 +463,19 @@ def test_wrong_value_is_told_in_one_line_that_names_the_setting(
     assert "pattern" not in text
 
 
-def test_certificate_and_key_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certificate_and_key_require_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NATS_CERT", "/run/cert.pem")
     assert refusal() == "NATS_CERT and NATS_KEY go together"
 
 
-def test_one_body_fits_the_bound_of_all_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_body_limit_must_not_exceed_the_limit_of_all_bodies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("GATEWAY_BODIES_BYTES", "1024")
     assert refusal() == "GATEWAY_BODIES_BYTES must be at least GATEWAY_MAX_BODY"
 
 
-def test_value_of_a_secret_is_never_told(tmp_path: Path) -> None:
+def test_secret_value_is_never_reported(tmp_path: Path) -> None:
     text = refusal(toml(tmp_path, f's3_secret_key = ["{SECRET}"]'))
     assert text.startswith("S3_SECRET_KEY: ")
     assert SECRET not in text
@@ -483,7 +487,7 @@ def test_value_of_a_secret_is_never_told(tmp_path: Path) -> None:
 # -- what is shown --------------------------------------------------------------------------------
 
 
-def test_secret_key_is_hidden_wherever_settings_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secret_key_is_hidden_in_all_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S3_SECRET_KEY", SECRET)
     settings = Settings.load()
     assert settings.s3_secret_key == SecretStr(SECRET)
@@ -506,18 +510,18 @@ def test_secret_key_is_hidden_wherever_settings_are_shown(monkeypatch: pytest.Mo
         ("nats://b1:4222,nats://b2:4222", "nats://b1:4222,nats://b2:4222"),
     ],
 )
-def test_credentials_in_the_address_of_the_bus_are_hidden(
+def test_credentials_in_the_nats_url_are_hidden(
     monkeypatch: pytest.MonkeyPatch, url: str, shown: str
 ) -> None:
     monkeypatch.setenv("NATS_URL", url)
     assert Settings.load().shown()["NATS_URL"] == shown
 
 
-def test_worker_has_a_name_that_is_safe_in_events() -> None:
+def test_default_worker_name_is_valid_in_events() -> None:
     assert re.fullmatch(r"[A-Za-z0-9_-]{1,64}", Settings.load().consumer_worker)
 
 
-def test_tables_and_text_are_the_same_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_and_text_give_equal_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = toml(
         tmp_path, 'model_defaults = {num_inference_steps = 4}\nmodel_adapters = {ink = "/m/ink"}'
     )
@@ -541,7 +545,7 @@ def test_tables_and_text_are_the_same_maps(tmp_path: Path, monkeypatch: pytest.M
         ("MODEL_STEP_CACHE", "1", "less than 1"),
     ],
 )
-def test_a_setting_of_a_model_that_is_wrong_is_told(
+def test_invalid_model_setting_is_reported(
     name: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)

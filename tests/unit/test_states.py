@@ -1,4 +1,4 @@
-"""The states that a job can go through."""
+"""The states of a job, and their transitions."""
 
 from itertools import product
 
@@ -34,9 +34,9 @@ def test_only_the_listed_transitions_are_legal(state: State, to: State) -> None:
 
 
 @given(st.lists(st.sampled_from(State), max_size=30))
-def test_no_state_follows_a_final_state(wanted: list[State]) -> None:
+def test_no_state_follows_a_final_state(targets: list[State]) -> None:
     state, taken = State.RECEIVED, [State.RECEIVED]
-    for to in wanted:
+    for to in targets:
         try:
             state = advance(state, to)
         except IllegalTransition:

@@ -1,4 +1,4 @@
-"""What is counted of jobs, and what is written in a log line and what never is."""
+"""Metrics of jobs, and the content of log lines."""
 
 import gc
 import json
@@ -25,11 +25,11 @@ from tests.support.daemon_logging import daemon_logging, logging_to
 from tests.support.settlement_table import every_outcome, example
 
 FORMATS = pytest.mark.parametrize("log_format", ["json", "console"])
-PROMPT = "a prompt that is nobody's business"
+PROMPT = "a confidential prompt"
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
-    """What has been counted, as Prometheus would show it: what is not 0, and not of the process."""
+    """Return all samples that are not 0, without the metrics of the process."""
     return {
         sample.name + str(sample.labels or ""): sample.value
         for family in metrics.registry.collect()
@@ -41,7 +41,7 @@ def samples(metrics: Metrics) -> dict[str, float]:
 
 
 def series(metrics: Metrics, name: str) -> dict[str, float]:
-    """The samples of that name, by the value of the label that is not the task."""
+    """Return the samples of a metric by the value of the label other than the task."""
     return {
         next(value for label, value in sample.labels.items() if label != "task"): sample.value
         for family in metrics.registry.collect()
@@ -53,7 +53,7 @@ def series(metrics: Metrics, name: str) -> dict[str, float]:
 # -- metrics --------------------------------------------------------------------------------------
 
 
-def test_jobs_are_counted_by_outcome_with_the_time_of_each_stage() -> None:
+def test_metrics_count_jobs_by_outcome_and_the_time_of_each_stage() -> None:
     metrics = Metrics("text_to_image")
     for _ in range(4):
         metrics.job_started()
@@ -81,9 +81,9 @@ def test_jobs_are_counted_by_outcome_with_the_time_of_each_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    "goes_on", [lambda told: told.device_stepped(), lambda told: told.device_busy(1)]
+    "notify", [lambda metrics: metrics.device_stepped(), lambda metrics: metrics.device_busy(1)]
 )
-def test_last_step_is_when_a_run_last_went_on(goes_on: Callable[[Metrics], None]) -> None:
+def test_last_step_is_the_time_of_the_last_progress(notify: Callable[[Metrics], None]) -> None:
     metrics = Metrics("text_to_image")
 
     def last_step() -> float | None:
@@ -93,46 +93,46 @@ def test_last_step_is_when_a_run_last_went_on(goes_on: Callable[[Metrics], None]
 
     assert last_step() == 0
     began = time.time()
-    goes_on(metrics)
+    notify(metrics)
     assert began <= (last_step() or 0) <= time.time()
 
 
 def test_refused_calls_are_counted_by_code() -> None:
     metrics = Metrics("text_to_image")
     metrics.call_refused(FailureCode.QUEUE_FULL)
-    metrics.call_refused(FailureCode.WORKER_LOST)  # one that the front door has no reason to say
+    metrics.call_refused(FailureCode.WORKER_LOST)  # a code that the endpoint does not use
     counted = series(metrics, "generation_refused_calls_total")
     assert {code for code, number in counted.items() if number} == {"queue_full", "worker_lost"}
-    assert counted["invalid_request"] == 0  # shown from the start
+    assert counted["invalid_request"] == 0  # exported from the start
 
 
-def test_store_is_shown_as_it_last_answered() -> None:
+def test_store_metric_has_the_last_state_of_the_store() -> None:
     metrics = Metrics("text_to_image")
     up = "generation_store_reachable{'task': 'text_to_image'}"
     failures = "generation_store_failures_total{'task': 'text_to_image'}"
-    metrics.store_reachable(True)  # noqa: FBT003 - the observer's own
+    metrics.store_reachable(True)  # noqa: FBT003 - the signature of the observer
     assert samples(metrics) == {up: 1}
-    metrics.store_reachable(False, "503")  # noqa: FBT003 - the same
-    metrics.store_reachable(False, "503")  # noqa: FBT003 - the same
+    metrics.store_reachable(False, "503")  # noqa: FBT003 - the signature of the observer
+    metrics.store_reachable(False, "503")  # noqa: FBT003 - the signature of the observer
     assert samples(metrics) == {failures: 2}
-    metrics.store_reachable(True)  # noqa: FBT003 - the same
+    metrics.store_reachable(True)  # noqa: FBT003 - the signature of the observer
     assert samples(metrics) == {up: 1, failures: 2}
 
 
-def test_daemons_in_one_process_count_apart() -> None:
+def test_metrics_of_two_daemons_in_one_process_are_separate() -> None:
     first, second = Metrics("text_to_image"), Metrics("image_to_text")
     first.device_busy(1)
     assert samples(second) == {}
 
 
 def decisions() -> Iterator[Decision]:
-    """Return the decisions on every outcome, at the first attempt and at the last."""
+    """Yield the decision for every outcome, at the first and at the last attempt."""
     for kind in every_outcome():
         for attempt in (1, 3):
             yield decide(example(kind), attempt=attempt, max_attempts=3)
 
 
-def test_every_outcome_is_shown_from_the_start() -> None:
+def test_every_outcome_is_exported_from_the_start() -> None:
     metrics = Metrics("text_to_image")
     ended = list(decisions())
     names = {outcome_label(None), *map(outcome_label, ended)}
@@ -150,28 +150,28 @@ def test_failures_and_dead_letters_are_counted_by_code() -> None:
         JobReport("given_back", 1),
         JobReport("out_of_memory", 1),
         JobReport("model_error", 3, dead_letter=True),
-        JobReport("internal", 1),  # a result that is too large: the request is not put aside
+        JobReport("internal", 1),  # a result that is too large is not dead-lettered
         JobReport("a_later_code", 1, dead_letter=True),
     ):
         metrics.job_finished(report)
     counted = {k: v for k, v in series(metrics, "generation_failures_total").items() if v}
     assert counted == {"out_of_memory": 1, "model_error": 1, "internal": 1, "a_later_code": 1}
-    aside = {k: v for k, v in series(metrics, "generation_dead_letters_total").items() if v}
-    assert aside == {"model_error": 1, "a_later_code": 1}
+    dead = {k: v for k, v in series(metrics, "generation_dead_letters_total").items() if v}
+    assert dead == {"model_error": 1, "a_later_code": 1}
 
 
-def test_the_model_and_the_version_are_told() -> None:
+def test_info_metrics_have_the_model_and_the_version() -> None:
     metrics = Metrics("text_to_image")
     metrics.model_loaded(
         ModelInfo(id="some/model", family="FluxPipeline", dtype="bfloat16", device="cuda")
     )
-    told = {
+    info = {
         sample.name: sample.labels
         for family in metrics.registry.collect()
         for sample in family.samples
         if sample.name.endswith("_info")
     }
-    assert told == {
+    assert info == {
         "generation_build_info": {"task": "text_to_image", "version": version(SOFTWARE)},
         "generation_model_info": {
             "task": "text_to_image",
@@ -186,13 +186,13 @@ def test_the_model_and_the_version_are_told() -> None:
 # -- logs -----------------------------------------------------------------------------------------
 
 
-def test_log_line_is_json_with_what_is_bound_to_the_job() -> None:
+def test_log_line_is_json_with_the_bound_fields_of_the_job() -> None:
     with daemon_logging() as written:
         log = structlog.get_logger()
         with structlog.contextvars.bound_contextvars(request_id="a", task="text_to_image"):
             log.info("job_started", queued=0.5)
         log.info("idle")
-        log.debug("not told at this level")
+        log.debug("below the log level")
     started, idle = (json.loads(line) for line in written.getvalue().splitlines())
     assert started.pop("timestamp").endswith("Z")
     assert started == {
@@ -205,11 +205,11 @@ def test_log_line_is_json_with_what_is_bound_to_the_job() -> None:
     assert "request_id" not in idle
 
 
-def test_warnings_of_the_libraries_are_lines_of_the_same_form() -> None:
+def test_library_warnings_are_json_log_lines() -> None:
     with daemon_logging() as written, structlog.contextvars.bound_contextvars(request_id="a"):
         library = logging.getLogger("library")
         library.warning("slow %s", "disk")
-        library.info("not told")
+        library.info("below the log level")
         try:
             fail(PROMPT)
         except ValueError:
@@ -221,11 +221,11 @@ def test_warnings_of_the_libraries_are_lines_of_the_same_form() -> None:
 
 
 def fail(prompt: str) -> None:
-    """Raise with a prompt in the frame, from an error that has one in its frame too."""
+    """Raise an error with a cause; both frames have a variable with the prompt."""
 
     def cause() -> None:
-        asked = {"prompt": prompt, "size": len(prompt)}
-        raise KeyError(len(asked))
+        request = {"prompt": prompt, "size": len(prompt)}
+        raise KeyError(len(request))
 
     try:
         cause()
@@ -234,7 +234,7 @@ def fail(prompt: str) -> None:
 
 
 @FORMATS
-def test_traceback_in_the_log_has_the_places_and_none_of_the_values(
+def test_logged_traceback_has_lines_and_no_variable_values(
     log_format: Literal["json", "console"],
 ) -> None:
     with daemon_logging(log_format) as written:
@@ -247,13 +247,13 @@ def test_traceback_in_the_log_has_the_places_and_none_of_the_values(
     assert "ValueError" in text
     assert "KeyError" in text
     assert "test_telemetry.py" in text
-    assert "nobody's business" not in text
+    assert "confidential" not in text
     if log_format == "json":
         assert text.count("\n") == 1
         json.loads(text)
 
 
-class Fault(Exception):  # noqa: N818 - one that a weak reference can be had of
+class Fault(Exception):  # noqa: N818 - an exception that supports weak references
     """Stands for any error."""
 
 
@@ -262,11 +262,11 @@ def raise_fault() -> None:
 
 
 @FORMATS
-def test_logged_exception_is_not_kept(
+def test_logger_keeps_no_reference_to_an_exception(
     log_format: Literal["json", "console"],
 ) -> None:
     watched: list[weakref.ref[Fault]] = []
-    gc.disable()  # it would free a reference cycle by luck
+    gc.disable()  # the garbage collector could free a reference cycle
     with daemon_logging(log_format):
         try:
             raise_fault()
@@ -278,12 +278,12 @@ def test_logged_exception_is_not_kept(
     assert alive == [None]
 
 
-# -- a log that cannot be written -----------------------------------------------------------------
+# -- unwritable logs ------------------------------------------------------------------------------
 
 
 @contextmanager
 def no_reader() -> Iterator[TextIO]:
-    """A pipe whose reader has gone."""
+    """Open a pipe without a reader."""
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as stream:
@@ -292,13 +292,13 @@ def no_reader() -> Iterator[TextIO]:
 
 @contextmanager
 def full_disk() -> Iterator[TextIO]:
-    with open("/dev/full", "w") as stream:  # noqa: PTH123 - no file of this test
+    with open("/dev/full", "w") as stream:  # noqa: PTH123 - a device file
         yield stream
 
 
 @contextmanager
 def closed() -> Iterator[TextIO]:
-    with open(os.devnull, "w") as stream:  # noqa: PTH123 - the same
+    with open(os.devnull, "w") as stream:  # noqa: PTH123 - a device file
         pass
     yield stream
 
@@ -319,7 +319,7 @@ def none() -> Iterator[None]:
 
 @FORMATS
 @pytest.mark.parametrize("broken", [no_reader, full_disk, closed, descriptor_closed, none])
-def test_what_cannot_be_logged_is_counted_and_raises_nothing(
+def test_lost_log_lines_are_counted_without_an_error(
     broken: Callable[[], Iterator[TextIO]], log_format: Literal["json", "console"]
 ) -> None:
     metrics = Metrics("text_to_image")
@@ -332,11 +332,11 @@ def test_what_cannot_be_logged_is_counted_and_raises_nothing(
     with broken() as stream, logging_to(stream, log_format):  # type: ignore[attr-defined]
         structlog.get_logger().info("one")
         logging.getLogger("library").warning("two")
-        print("three", file=sys.stderr)  # noqa: T201 - as libraries do
+        print("three", file=sys.stderr)  # noqa: T201 - libraries also print
     assert lost() - before >= 3
 
 
-def test_reader_that_hangs_holds_nothing_up_and_learns_how_many_lines_are_missing() -> None:
+def test_slow_log_reader_does_not_block_and_gets_the_number_of_lost_lines() -> None:
     read, write = os.pipe()
     lines = 3000
     with os.fdopen(write, "w") as stream, os.fdopen(read, "rb") as reader, logging_to(stream):
@@ -354,7 +354,7 @@ def test_reader_that_hangs_holds_nothing_up_and_learns_how_many_lines_are_missin
     assert missing == {**missing, "event": "log_lines_lost", "level": "warning", "lines": lost}
     assert again["event"] == "again"
     cut = [line for line in whole if not line]
-    assert len(cut) <= 1, "one line was begun and could not be finished"
+    assert len(cut) <= 1, "at most one line is incomplete"
     assert len(whole) - len(cut) == lines - lost
 
 
@@ -366,7 +366,7 @@ def _parsed(line: bytes) -> dict[str, object]:
     return parsed
 
 
-def test_line_that_is_longer_than_a_pipe_takes_at_once_is_whole() -> None:
+def test_line_longer_than_pipe_buf_is_complete() -> None:
     read, write = os.pipe()
     with os.fdopen(write, "w") as stream, os.fdopen(read, "rb") as reader, logging_to(stream):
         structlog.get_logger().info("long", text="ü" * select.PIPE_BUF)

@@ -1,4 +1,4 @@
-"""The first acknowledgement gets lost on its way to the server."""
+"""The first acknowledgement is lost on its way to the server."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""The first acknowledgement is taken, and the worker never hears so."""
+"""The server accepts the first acknowledgement, and its confirmation is lost."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""The first result is stored, and the worker never hears so."""
+"""The server stores the first result, and its confirmation is lost."""
 
 import asyncio
 from typing import Any

@@ -1,6 +1,6 @@
-"""The NATS client gives up for good while the first run goes on; its run would take a minute.
+"""The NATS client closes permanently during the first run, which would take a minute.
 
-As after a message that nats-py lets pass and the server does not: it closes the connection.
+The server closes the connection after a message that nats-py accepts and the server refuses.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class Runner(QuickRunner):
 
 
 def close_all() -> None:
-    """Send the server what makes it close the connection."""
+    """Send a message that makes the server close the connection."""
     for loop, bus in opened:
         too_much = bus.client.publish(
             "anything", bytes(bus.client.max_payload), headers={"one": "more"}

@@ -1,4 +1,4 @@
-"""The NATS client gives up for good while the model is loaded, which would take a minute."""
+"""The NATS client closes permanently during loading, which would take a minute."""
 
 import time
 from typing import Any
@@ -24,7 +24,7 @@ Topology.ensure = ensure_and_note  # type: ignore[method-assign]
 
 class Runner(QuickRunner):
     def load(self) -> ModelDescription:
-        while not ensured:  # else the start fails with the next call of the JetStream API
+        while not ensured:  # otherwise the start fails at the next call of the JetStream API
             time.sleep(0.01)
         bus_closed.close_all()
         time.sleep(60)

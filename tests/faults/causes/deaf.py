@@ -1,4 +1,4 @@
-"""The model does not heed an interruption, and takes minutes; it holds no lock."""
+"""The model ignores the cancel token and takes minutes, without holding the interpreter lock."""
 
 import time
 from collections.abc import Sequence

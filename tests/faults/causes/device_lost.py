@@ -1,4 +1,4 @@
-"""The device fails in the first run that is not harmless, once the test has made the mark `lose`.
+"""The device fails in the first run that is not harmless, after the test creates the mark `lose`.
 
 The exception is the one that torch raises for a sticky error.
 """

@@ -1,4 +1,4 @@
-"""The first run hangs in C for ever, with the interpreter's lock given back."""
+"""The first run hangs in C forever, without holding the interpreter lock."""
 
 import ctypes
 import os

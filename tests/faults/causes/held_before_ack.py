@@ -1,4 +1,4 @@
-"""The first job waits with everything done but its acknowledgement."""
+"""The first job waits before its acknowledgement."""
 
 import asyncio
 

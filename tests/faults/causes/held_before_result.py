@@ -1,4 +1,4 @@
-"""The first result waits with everything done but its publishing."""
+"""The first job waits before it publishes its result."""
 
 import asyncio
 

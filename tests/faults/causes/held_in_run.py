@@ -1,4 +1,4 @@
-"""The first run lasts until the test lets it go on."""
+"""The first run waits until the test resumes it."""
 
 from consumer.settings import Settings
 from generation_contracts import Request

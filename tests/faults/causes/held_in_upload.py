@@ -1,4 +1,4 @@
-"""The first upload waits until the test lets it go on; it is broken off where the job is."""
+"""The first upload waits until the test resumes it. The end of the job aborts the upload."""
 
 from consumer.artifacts import ObjectStoreArtifacts
 from tests.faults.causes.none import make_runner

@@ -1,4 +1,4 @@
-"""The first run lasts until the test lets it go on, and every run raises in the end."""
+"""The first run waits until the test resumes it, and every run raises at its end."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
-"""The model holds the interpreter's lock in C in its first run, for `FAULTS_SECONDS`.
+"""The model holds the interpreter lock in C in its first run, for `FAULTS_SECONDS`.
 
-It does so at once, or where `FAULTS_WAIT` is set, when the test has made the mark `hold`.
+With `FAULTS_WAIT` it waits until the test creates the mark `hold`.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ class HoldingTheLock(QuickRunner):
         while "FAULTS_WAIT" in os.environ and not (Path(os.environ[FOLDER]) / "hold").exists():
             time.sleep(STEP)
         note("holding", str(os.getpid()))
-        # PyDLL keeps the lock while it calls, as a badly written extension does.
+        # PyDLL keeps the interpreter lock during a call, as a faulty extension does.
         ctypes.PyDLL(None).usleep(int(float(os.environ["FAULTS_SECONDS"]) * MICROSECONDS))
 
 

@@ -1,7 +1,6 @@
-"""The model is well, and the process waits less long for its store than it does otherwise.
+"""The model works, and the process has shorter timeouts for its store.
 
-A silent store would hold a try for 20 s, and its operation may try for a minute before the job
-hears of it.
+Without them an attempt at a silent store takes 20 s, and an operation retries for a minute.
 """
 
 from tests.faults.causes.none import make_runner

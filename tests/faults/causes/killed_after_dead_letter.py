@@ -1,4 +1,4 @@
-"""The process is killed when a request is put aside, before its failed event is published."""
+"""The process is killed after it stores a dead letter, and before the failed event."""
 
 from consumer.bus.publishing import JetStreamEvents
 from tests.faults.causes.none import make_runner

@@ -1,4 +1,4 @@
-"""The process is killed when its result is stored, before it replies and acknowledges."""
+"""The process is killed after it stores a result, and before the reply and the acknowledgement."""
 
 from consumer.bus.publishing import JetStreamEvents
 from tests.faults.causes.none import make_runner

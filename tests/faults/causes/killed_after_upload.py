@@ -1,4 +1,4 @@
-"""The process is killed when the store has its output, and nobody else knows."""
+"""The process is killed after the upload of its output, and before the result."""
 
 from consumer.artifacts import ObjectStoreArtifacts
 from tests.faults.causes.none import make_runner

@@ -1,4 +1,4 @@
-"""The process is killed with a request in its hand that it has not begun to run."""
+"""The process is killed with a request in flight, before the run."""
 
 from consumer.bus.publishing import JetStreamEvents
 from tests.faults.causes.none import make_runner

@@ -1,4 +1,4 @@
-"""The process is killed in the middle of a run."""
+"""The process is killed during a run."""
 
 from consumer.settings import Settings
 from generation_contracts import Request

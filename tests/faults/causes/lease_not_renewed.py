@@ -1,8 +1,8 @@
-"""A process that holds a delivery without renewing its lease, in a run that is held."""
+"""A process does not renew the lease of its delivery, and its run waits."""
 
 from consumer.bus.delivery import JetStreamDelivery
 from consumer.jobs.lease import Lease
-from tests.faults.causes.held_until_let_go import make_runner
+from tests.faults.causes.held_until_released import make_runner
 
 __all__ = ["make_runner"]
 
@@ -15,6 +15,6 @@ async def _say_nothing(_: JetStreamDelivery) -> None:
     pass
 
 
-# Whatever renews a lease is told here that it shall not.
+# These patches disable all renewals of leases.
 Lease.__aenter__ = _hold_without_a_beat  # type: ignore[assignment, method-assign]
 JetStreamDelivery.extend = _say_nothing  # type: ignore[assignment, method-assign]

@@ -1,4 +1,4 @@
-"""A process that does not renew the lease of its delivery, held as in `held_at_result`."""
+"""A process does not renew the lease of its delivery, and waits as in `held_at_result`."""
 
 from tests.faults.causes import held_at_result, lease_not_renewed
 

@@ -1,4 +1,4 @@
-"""The model cannot be loaded: a library of the real runners raises an error that names a file."""
+"""The model cannot be loaded: a library raises an error with a file name."""
 
 from pathlib import Path
 

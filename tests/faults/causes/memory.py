@@ -1,7 +1,7 @@
-"""A model that has something large in its hands whenever it raises.
+"""A model with large objects in the frames of its exceptions.
 
-What keeps an exception, or a frame of its traceback, keeps megabytes, and the worker's size shows
-it. The prompt's first word says what happens.
+A leaked exception or frame keeps megabytes, which the memory size of the worker shows. The first
+word of the prompt selects the fault.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ LARGE = 8 * 2**20  # bytes
 
 
 class LargeError(ModelError):
-    """Carries what the run had, as the exceptions of some libraries do."""
+    """An exception that refers to data of the run, as in some libraries."""
 
     def __init__(self, tensors: bytes) -> None:
         super().__init__("LargeError")
@@ -29,7 +29,7 @@ class LargeError(ModelError):
 
 
 class LargeOutOfMemory(OutOfMemory):
-    """The same."""
+    """An exception that refers to data of the run."""
 
     def __init__(self, tensors: bytes) -> None:
         super().__init__("LargeOutOfMemory")
@@ -38,9 +38,9 @@ class LargeOutOfMemory(OutOfMemory):
 
 class MemoryRunner(QuickRunner):
     def begin(self, request: Request, *, save_memory: bool) -> None:
-        # Megabytes of holes, which the imports leave in the heap, would hide what is kept.
+        # Free space that imports leave in the heap would hide leaked objects.
         _LIBC.malloc_trim(0)
-        # Other bytes than zero: pages that were never written take no memory.
+        # The bytes are not zero, because unwritten pages use no memory.
         tensors = b"\1" * LARGE
         match request.prompt.split()[0]:
             case mishaps.RAISES:

@@ -1,4 +1,4 @@
-"""No fault: a worker that takes no time, however many steps a request asks for."""
+"""No fault: a worker whose steps take no time."""
 
 from consumer.settings import Settings
 from generation_contracts import Request

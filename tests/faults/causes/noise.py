@@ -1,4 +1,4 @@
-"""The model is well and makes noise, which no encoder makes smaller: uploads can be cut in two."""
+"""The model makes noise, which cannot be compressed, so uploads are large enough to interrupt."""
 
 import random
 from collections.abc import Sequence

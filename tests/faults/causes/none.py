@@ -1,4 +1,4 @@
-"""No fault: the worker that takes over."""
+"""No fault."""
 
 from consumer.settings import Settings
 from tests.support.quick_runner import QuickRunner

@@ -1,4 +1,4 @@
-"""A `large` picture fits into the device's memory only where it is saved, a `huge` one never."""
+"""A `large` image fits into device memory only with memory saving, a `huge` image never."""
 
 from consumer.ports.model import OutOfMemory
 from consumer.settings import Settings

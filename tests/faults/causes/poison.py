@@ -1,4 +1,4 @@
-"""A request that kills each process that runs it: native code that crashes, for one."""
+"""A request kills each process that runs it, for example by a crash in native code."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A request that kills its process with its last step, when others wait behind it."""
+"""A request kills its process at its last step, while other requests wait."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The model raises where the prompt says so, and the runner itself where it says `breaks`."""
+"""The model raises if the prompt requests it, and the runner raises for the prompt `breaks`."""
 
 from consumer.ports.model import ModelError
 from consumer.settings import Settings

@@ -1,4 +1,4 @@
-"""The first result gets lost on its way to the server."""
+"""The first result is lost on its way to the server."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""nats-server is killed in the moment in which it has handed the second request out."""
+"""nats-server is killed immediately after the delivery of the second request."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A model that takes its time: a quarter of a second for each step. It notes when each begins."""
+"""A model with steps of 0.25 s, which notes the start of each step."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""A model whose faults are drawn from the request's seed, so that a soak can be repeated."""
+"""A model whose faults depend on the seed of the request, so that a soak is repeatable."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ from tests.support.quick_runner import STEPS, QuickRunner, first_time, note
 
 LONG = 3.0  # seconds; longer than the soak's ack_wait
 
-# Calls through it keep the GIL; those through ctypes.CDLL let it go.
+# Calls through PyDLL keep the GIL; calls through ctypes.CDLL release it.
 _HOLDING_THE_GIL = ctypes.PyDLL(None)
 
 

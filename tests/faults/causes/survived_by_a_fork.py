@@ -1,4 +1,4 @@
-"""The process is killed in its first run, on the test's word, and its fork lives on.
+"""The process is killed in its first run when the test requests it, and its fork survives.
 
 The fork has inherited every pipe and every connection, as the workers of a data loader do.
 """

@@ -1,4 +1,4 @@
-"""The first calls of each kind get no answer, as on a machine under load."""
+"""The first calls of each kind get no reply, as on a loaded computer."""
 
 import asyncio
 from typing import Any
@@ -17,7 +17,7 @@ async def request_or_hang(self: RobustClient, subject: str, *args: Any, **option
     for kind in unanswered:
         if subject.startswith(kind):
             unanswered.remove(kind)
-            await asyncio.Event().wait()  # until the caller's own limit
+            await asyncio.Event().wait()  # until the timeout of the caller
     return await request(self, subject, *args, **options)
 
 

@@ -1,4 +1,4 @@
-"""The model is well, and the process looks at its store all the time, not every few seconds."""
+"""The model works, and the process checks its store continuously."""
 
 from consumer.app import daemon
 from tests.faults.causes.impatient import make_runner

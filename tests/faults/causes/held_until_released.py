@@ -1,6 +1,6 @@
-"""A run that lasts until the test lets it end, by the mark that the environment names.
+"""A run waits until the test creates the mark in the environment variable RELEASE_MARK.
 
-Its picture is another one in each process, as it is on devices that do not round alike.
+Each process makes a different image, as devices with different rounding do.
 """
 
 import os
@@ -11,13 +11,13 @@ from PIL import Image
 from consumer.ports.model import GeneratedImage, RunnerOutput
 from consumer.settings import Settings
 from generation_contracts import Request
-from tests.support.holding import LET_GO, hold
+from tests.support.holding import RELEASE_MARK, hold
 from tests.support.quick_runner import QuickRunner
 
 
-class HeldUntilLetGo(QuickRunner):
+class HeldUntilReleased(QuickRunner):
     def begin(self, request: Request, *, save_memory: bool) -> None:
-        hold(os.environ[LET_GO])
+        hold(os.environ[RELEASE_MARK])
 
     def output(self, request: Request, images: Sequence[Image.Image]) -> RunnerOutput:
         drawn = os.getpid()
@@ -25,5 +25,5 @@ class HeldUntilLetGo(QuickRunner):
         return RunnerOutput(images=(GeneratedImage(Image.new("RGB", (16, 16), colour), drawn),))
 
 
-def make_runner(_: Settings) -> HeldUntilLetGo:
-    return HeldUntilLetGo()
+def make_runner(_: Settings) -> HeldUntilReleased:
+    return HeldUntilReleased()

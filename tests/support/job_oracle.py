@@ -1,7 +1,7 @@
-"""One delivery in one worker, observed from outside and compared with the settlement table.
+"""A test oracle: it compares one job of one worker with the settlement table.
 
-The table is written here a second time, without any code of the daemon: `outcomes` returns what can
-have come of a job after everything that happened to it, and `ROWS` what the worker must do then.
+The oracle implements the table a second time, without code of the daemon. `outcomes` returns the
+possible outcomes of a job after all events so far. `ROWS` lists what the worker must do for each.
 """
 
 import hashlib
@@ -21,23 +21,23 @@ from generation_contracts import (
     SucceededEvent,
 )
 from tests.support.memory_ports import MemoryDelivery
+from tests.support.simulated_requests import Ending, Sent
 from tests.support.stepped_world import SteppedRun, SteppedWorker, SteppedWorld
-from tests.support.wishes import Ending, Sent
 
-ATTEMPTS = 3  # that the model gets
+ATTEMPTS = 3  # largest number of attempts
 STALL = 30.0  # seconds without a step
-EXIT = 70  # of a worker whose device is lost
+EXIT = 70  # exit code after a lost device
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the worker must do: its terminal event, the settlement, and what goes with them."""
+    """What the worker must do: the terminal event, the settlement, and their side effects."""
 
-    event: str | None  # succeeded, cancelled, or the code of a failure
+    event: str | None  # succeeded, cancelled, or a failure code
     settlement: str | None
     letter: str = ""  # code of the dead letter
     exit_code: int | None = None
-    retried: bool = False  # whether a copy is queued again after a delay
+    retried: bool = False  # whether the worker stores a delayed retry
 
 
 def _dead_lettered(code: str, *, event: bool = True) -> Row:
@@ -60,9 +60,9 @@ ROWS = {
     "expired": Row("deadline_exceeded", "ack"),
     "cancelled": Row("cancelled", "ack"),
     "raised": Row(None, "ack", retried=True),
-    "raised for the last time": _dead_lettered("model_error"),
-    "broken": Row(None, "ack", retried=True),
-    "broken for the last time": _dead_lettered("internal"),
+    "raised at the last attempt": _dead_lettered("model_error"),
+    "internal error": Row(None, "ack", retried=True),
+    "internal error at the last attempt": _dead_lettered("internal"),
     "out of memory": Row("out_of_memory", "ack"),
     "device lost": Row(None, "nak", exit_code=EXIT),
     "stalled": Row(None, None, exit_code=EXIT),
@@ -79,7 +79,7 @@ STOPPED = {
 FINALIZING = frozenset(
     {"dead_letter", "publish_result", "reply", "retry_later", "ack", "nak", "term", "requeue"}
 )
-# The calls that the worker needs to know the state of a request.
+# The calls that read the state of a request.
 UNREAD = frozenset({"marked_uncounted", "was_cancelled", "find_result", "older", "owner"})
 # The outcomes with a reply and without a stored event.
 REPLIED_ONLY = frozenset({"conflict", *(outcome for outcome in ROWS if outcome.endswith(" copy"))})
@@ -87,26 +87,26 @@ REPLIED_ONLY -= {"earlier copy"}
 
 
 @dataclass(eq=False)
-class Ran:
+class RunRecord:
     """One run of the model."""
 
     save_memory: bool
-    last_step: float  # when, on the world's clock
+    last_step: float  # seconds on the world's clock
     ending: Ending | Literal["interrupted"] | None = None
-    asked_before: bool = False  # whether the job was asked to stop before the run ended
+    stop_requested_before: bool = False  # whether a stop was requested before the run ended
 
 
-class Story:
-    """Implements `stepped_world.Watcher`; collects broken promises in `broken`.
+class JobOracle:
+    """Implements `stepped_world.Watcher`, and collects all violations in `violations`.
 
     Args:
         world: The world of the worker.
         worker: The worker.
         delivery: The delivery.
         sent: All requests, by the sequence at which they were published.
-        requeued: Numbers of the deliveries that workers requeued without an attempt; shared.
+        requeued: Numbers of the deliveries that workers requeued without an attempt. Shared.
         exhausted: Whether the delivery is max-deliver exhausted.
-        others: Returns the stories of the other deliveries in progress.
+        others: Returns the oracles of the other jobs in progress.
     """
 
     def __init__(
@@ -118,36 +118,36 @@ class Story:
         requeued: set[int],
         *,
         exhausted: bool,
-        others: Callable[[], Sequence["Story"]],
+        others: Callable[[], Sequence["JobOracle"]],
     ) -> None:
         self.world = world
         self.worker = worker
         self.delivery = delivery
         self.sent = sent[delivery.origin]
-        self.broken: list[str] = []
-        self.runs: list[Ran] = []
-        self.cut_off = False  # the worker's client has given up on the bus
-        self._forced: float | None = None  # when it was cancelled from outside
+        self.violations: list[str] = []
+        self.runs: list[RunRecord] = []
+        self.cut_off = False  # whether the worker's client has closed its connection to the bus
+        self._forced: float | None = None  # when the task was cancelled, on the world's clock
         self._requeued = requeued
         self._releases = delivery.uncounted + (0 if exhausted else len(requeued))
         self._exhausted = exhausted
         self._others = others
         self._published_by_all = sent
-        self._older: MemoryDelivery | None = None  # with the same id
+        self._older: MemoryDelivery | None = None  # an older delivery with the same id
         self._owner: str | None = None  # the digest that the id is marked with
-        self._held = False  # whether another worker answers that it runs the request
+        self._in_progress_elsewhere = False  # whether another worker runs the request
         self._retried = False
-        self._asked: list[tuple[float, StopReason]] = []
-        self._admission: list[ResultEvent | None] = []  # the answers of `find_result`
+        self._stop_requests: list[tuple[float, StopReason]] = []
+        self._admission: list[ResultEvent | None] = []  # the return values of `find_result`
         self._reached: set[str] = set()  # the calls so far, and the next one
-        self._decided: set[str] | None = None  # the outcomes when it began to finalize
-        self._unread = False  # the state of the request could not be read
+        self._decided: set[str] | None = None  # the outcomes at the start of the finalization
+        self._unread = False  # whether a read of the request state failed
         self._event: str | None = None
         self._fenced = False
         self._letter = ""
         self._too_large = False
-        self._outputs: list[ImageArtifact] = []  # whose storing has returned
-        self._discarded: set[str] = set()  # keys
+        self._outputs: list[ImageArtifact] = []  # the stored outputs
+        self._discarded: set[str] = set()  # keys of deleted outputs
         self._replies_sent = 0
         self._settlements: list[str] = []
 
@@ -156,15 +156,15 @@ class Story:
         """Number of the attempt; requeued deliveries do not count."""
         return self.delivery.attempt - self._releases
 
-    # -- what is done to it -----------------------------------------------------------------------
+    # -- actions of the test ----------------------------------------------------------------------
 
     def force(self) -> None:
-        """Record that the task is cancelled: it has time to requeue the delivery, no more."""
+        """Record that the task is cancelled. It may only requeue the delivery."""
         self._forced = self.world.loop.time()
 
-    def ask(self, reason: StopReason) -> None:
-        """Record that the job is asked to stop."""
-        self._asked.append((self.world.loop.time(), reason))
+    def request_stop(self, reason: StopReason) -> None:
+        """Record a request to stop the job."""
+        self._stop_requests.append((self.world.loop.time(), reason))
 
     @property
     def exhausted(self) -> bool:
@@ -174,16 +174,16 @@ class Story:
     @property
     def in_progress(self) -> bool:
         """Whether the id of an exhausted delivery is in progress elsewhere."""
-        return self._exhausted and (self._older is not None or self._held)
+        return self._exhausted and (self._older is not None or self._in_progress_elsewhere)
 
     @property
     def finalizing(self) -> bool:
-        """Whether the worker has begun to finalize the job."""
+        """Whether the worker has started to finalize the job."""
         return self._decided is not None
 
     @property
     def forced(self) -> bool:
-        """Whether the job has been cancelled."""
+        """Whether the task of the job has been cancelled."""
         return self._forced is not None
 
     @property
@@ -192,23 +192,24 @@ class Story:
         return self.sent.deadline is not None and self.sent.deadline <= self.world.now()
 
     @property
-    def asked(self) -> StopReason | None:
-        """Why the job is to stop; the first reason stands."""
-        asked = list(self._asked)
+    def stop_reason(self) -> StopReason | None:
+        """The reason of the first request to stop the job, if any."""
+        requests = list(self._stop_requests)
         if self.sent.deadline is not None and self.late:
             ago = (self.world.now() - self.sent.deadline).total_seconds()
-            asked.insert(0, (self.world.loop.time() - ago, StopReason.DEADLINE))
-        return min(asked, key=lambda one: one[0])[1] if asked else None
+            requests.insert(0, (self.world.loop.time() - ago, StopReason.DEADLINE))
+        return min(requests, key=lambda one: one[0])[1] if requests else None
 
     # -- the expected outcome ---------------------------------------------------------------------
 
-    def outcomes(self) -> set[str]:  # noqa: C901, PLR0911, PLR0912 - one row of the table each
-        """Return every outcome that the job can have; none while it goes on."""
+    def outcomes(self) -> set[str]:  # noqa: C901, PLR0911, PLR0912 - one branch for each row
+        """Return every possible outcome of the job, or none while the job continues."""
         if self._decided is not None:
             return self._decided
-        stopped = {STOPPED[self.asked]} if self.asked else set()
+        stopped = {STOPPED[self.stop_reason]} if self.stop_reason else set()
         if self._unread:
-            return {"broken for the last time" if self.attempt >= ATTEMPTS else "broken"}
+            last = self.attempt >= ATTEMPTS
+            return {"internal error at the last attempt" if last else "internal error"}
         if self.in_progress:
             return {"in progress"}
         if self.sent.kind == "malformed":
@@ -231,7 +232,7 @@ class Story:
             return self._of_the_run(self.runs[-1], stopped)
         if self.late:
             stopped.add("expired")
-        if self.sent.kind == "missing":  # the store may have been away for a while
+        if self.sent.kind == "missing":  # a stop can end the wait for an unavailable store
             return self._before_the_run({"input missing"} | stopped)
         if self.sent.kind == "unsupported":
             return self._before_the_run({"expired"} if self.late else {"unsupported"})
@@ -250,58 +251,59 @@ class Story:
             return self._older is not None
         if self._owner != self.sent.digest or not self.delivery.carried:
             return True
-        return bool(self._older and self._asks_the_same(self._older))
+        return bool(self._older and self._has_same_digest(self._older))
 
-    def _of_the_run(  # noqa: C901, PLR0911 - the same
-        self, ran: Ran, stopped: set[str]
+    def _of_the_run(  # noqa: C901, PLR0911 - one branch for each row
+        self, ran: RunRecord, stopped: set[str]
     ) -> set[str]:
         last = self.attempt >= ATTEMPTS
-        raised = {"raised for the last time" if last else "raised"}
-        broken = {"broken for the last time" if last else "broken"}
+        raised = {"raised at the last attempt" if last else "raised"}
+        broken = {"internal error at the last attempt" if last else "internal error"}
         match ran.ending:
             case None:
                 return self._of_a_run_without_end(ran)
             case "interrupted":
                 return stopped
-            case "made" | "varied" | "nothing" | "odd" if ran.asked_before:
+            case "success" | "varied" | "no output" | "invalid output" if ran.stop_requested_before:
                 return stopped
-            case "made" | "varied":
-                return {"succeeded"} | stopped  # asked in time, or while the store did not answer
-            case "nothing":
+            case "success" | "varied":
+                return {"succeeded"} | stopped  # a stop can end the wait for an unavailable store
+            case "no output":
                 return raised | stopped
-            case "odd":
+            case "invalid output":
                 return broken | stopped
             case "raised":
                 return raised
-            case "broken":
+            case "internal error":
                 return broken
-            case "memory":
+            case "out of memory":
                 return {"out of memory"} if len(self.runs) > 1 else set()
-            case "lost":
+            case "device lost":
                 return {"device lost"}
-            case "refused":
+            case "unsupported":
                 return {"unsupported"}
 
-    def _of_a_run_without_end(self, ran: Ran) -> set[str]:
+    def _of_a_run_without_end(self, ran: RunRecord) -> set[str]:
         now = self.world.loop.time()
         outcomes = {"stalled"} if now - ran.last_step > STALL else set()
-        if self.asked is StopReason.DRAIN and now - self._asked[0][0] > DRAIN_STEP_TIMEOUT:
+        waited = now - self._stop_requests[0][0] if self._stop_requests else 0.0
+        if self.stop_reason is StopReason.DRAIN and waited > DRAIN_STEP_TIMEOUT:
             outcomes.add("drained")
         return outcomes
 
     def rows(self) -> list[Row]:
-        """Return every row that the worker may carry out."""
+        """Return every row of the table that the worker may follow."""
         rows = [ROWS[outcome] for outcome in self.outcomes()]
         if self._too_large:
             return [replace(row, event="internal", settlement="ack") for row in rows if row.event]
         return rows
 
-    # -- what the worker does ---------------------------------------------------------------------
+    # -- calls of the worker ----------------------------------------------------------------------
 
     def reaches(self, call: str, arguments: tuple[Any, ...]) -> None:
         self._reached.add(call)
         if call == "publish_progress" and isinstance(arguments[0], StartedEvent):
-            self._claim(
+            self._check(
                 not self.outcomes(), f"a run is reported as started after {self.outcomes()}"
             )
         if call in FINALIZING and self._decided is None:
@@ -310,8 +312,8 @@ class Story:
     def before(self, call: str, arguments: tuple[Any, ...]) -> None:
         match call, *arguments:
             case "publish_result", event:
-                announced = "publish_progress" in self._reached
-                self._claim(announced or not self.runs, "no started event of a run that has ended")
+                reported = "publish_progress" in self._reached
+                self._check(reported or not self.runs, "no started event of a run that has ended")
                 self._publishes(event)
             case "dead_letter", _, _, letter:
                 self._dead_letters(letter)
@@ -320,7 +322,7 @@ class Story:
             case "discard", artifact:
                 self._discarded.add(artifact.key)
                 published = artifact.key in keys_of(self._stored_event())
-                self._claim(not published, f"{artifact.key} is deleted, but an event mentions it")
+                self._check(not published, f"{artifact.key} is deleted, but an event mentions it")
             case "retry_later", *_:
                 self._retried = True
                 self._may("a retry", lambda row: row.retried)
@@ -338,7 +340,7 @@ class Story:
             case "owner", str() | None:
                 self._owner = answer
             case "is_in_progress", True:
-                self._held = True
+                self._in_progress_elsewhere = True
             case "marked_uncounted", _:
                 self._releases = self.delivery.uncounted + len(self._requeued)
             case "publish_result", _:
@@ -355,116 +357,117 @@ class Story:
         if call in UNREAD and not self.finalizing:
             self._unread = True
         if call == "marked_uncounted":
-            self._releases = (
-                self.delivery.uncounted
-            )  # if the marks cannot be read, every delivery counts
+            # If the marks cannot be read, every delivery counts.
+            self._releases = self.delivery.uncounted
 
     def run_begins(self, run: SteppedRun) -> None:
-        self._claim(self.attempt <= ATTEMPTS, f"the model runs in attempt {self.attempt}")
-        self._claim(not self._exhausted, "the model runs for an exhausted delivery")
-        self._claim(self._admission[:1] == [None], "the model runs where a result exists")
+        self._check(self.attempt <= ATTEMPTS, f"the model runs in attempt {self.attempt}")
+        self._check(not self._exhausted, "the model runs for an exhausted delivery")
+        self._check(self._admission[:1] == [None], "the model runs although a result exists")
         rivals = [one for one in self._others() if one.runs and self._is_rival(one)]
         same = all(one.sent.digest == self.sent.digest for one in rivals)
-        self._claim(same, "the model runs for two contents under one id")
+        self._check(same, "the model runs for two contents under one id")
         endings = [ran.ending for ran in self.runs]
-        self._claim(endings in ([], ["memory"]), f"the model runs after {endings}")
-        self._claim(run.save_memory == bool(self.runs), "the second run saves memory, no other")
-        self.runs.append(Ran(run.save_memory, self.world.loop.time()))
+        self._check(endings in ([], ["out of memory"]), f"the model runs after {endings}")
+        self._check(run.save_memory == bool(self.runs), "only the second run must save memory")
+        self.runs.append(RunRecord(run.save_memory, self.world.loop.time()))
 
     def ended(self, exit_code: int | None) -> None:
-        """Check that the job ended by itself as it must."""
-        self._claim(len(self._settlements) <= 1, f"settled as {self._settlements}")
+        """Check the end of a job that was not cancelled."""
+        self._check(len(self._settlements) <= 1, f"settled as {self._settlements}")
         if self.cut_off:
             return
         settlement = self._settlements[0] if self._settlements else None
         did = Row(self._event, settlement, self._letter, exit_code, self._retried)
         rows = self.rows()
-        if self.exhausted:  # it stays in its stream: there is no delivery to return
+        if self.exhausted:  # the message stays in its stream: there is no delivery to requeue
             rows = [
                 replace(row, settlement=None) if row.settlement in {"nak", "requeue"} else row
                 for row in rows
             ]
-        self._claim(did in rows, f"{did} after {self.outcomes()}")
+        self._check(did in rows, f"{did} after {self.outcomes()}")
         if self.in_progress:
             return
         reported = self.worker.observer.outcomes[-1]
         abandoned = (reported == "abandoned") == (settlement is None)
-        self._claim(abandoned or self.exhausted, f"reported as {reported}")
+        self._check(abandoned or self.exhausted, f"reported as {reported}")
         ends = settlement not in {None, "nak", "requeue"} and not self._retried
-        self._claim(self._replies_sent == int(self.sent.reply and ends), "wrong number of replies")
+        self._check(self._replies_sent == int(self.sent.reply and ends), "wrong number of replies")
         left = {one.key for one in self._outputs} - keys_of(self._stored_event()) if ends else set()
-        self._claim(self._discarded == left, f"{self._discarded} removed instead of {left}")
+        self._check(self._discarded == left, f"{self._discarded} removed instead of {left}")
 
     def was_cancelled(self) -> None:
         """Check that a cancelled task requeued its delivery."""
         if self._forced is None:
-            self._claim(False, "cancelled by itself")  # noqa: FBT003
+            self._check(False, "cancelled without a request")  # noqa: FBT003
             return
         waited = self.world.loop.time() - self._forced
         requeued = bool(self._settlements) or waited >= RELEASE_TIMEOUT or self._exhausted
-        self._claim(requeued, "not requeued")
+        self._check(requeued, "not requeued")
 
-    # -- the promises -----------------------------------------------------------------------------
+    # -- checks -----------------------------------------------------------------------------------
 
-    def _claim(self, true: bool, otherwise: str) -> None:
-        if not true:
-            self.broken.append(f"{self.worker.name}, {self.sent}: {otherwise}")
+    def _check(self, condition: bool, message: str) -> None:
+        if not condition:
+            self.violations.append(f"{self.worker.name}, {self.sent}: {message}")
 
     def _may(self, what: str, allowed: Callable[[Row], bool]) -> None:
-        if not self.forced and not self.cut_off:  # no call of a worker that is cut off takes effect
+        if not self.forced and not self.cut_off:  # calls of a cut-off worker have no effect
             rows = self.rows()
-            self._claim(any(map(allowed, rows)), f"{what} after {self.outcomes()}")
+            self._check(any(map(allowed, rows)), f"{what} after {self.outcomes()}")
 
     def _publishes(self, event: ResultEvent) -> None:
         kind = kind_of(event)
         self._event = kind
         self._may(f"{kind} is published", lambda row: row.event == kind)
-        # Once a run has started, only that run or a cancellation may end the id.
+        # Once a run has started, only that run or a cancellation may publish the terminal event.
         running = [one for one in self._others() if one.runs and self._is_rival(one)]
         may_end = (
             not running or isinstance(event, CancelledEvent) or self._stored_event() is not None
         )
-        self._claim(may_end, f"{kind} ends an id whose model runs for {running}")
-        self._claim(event.request_digest == self.sent.digest, f"{kind} for another request")
+        self._check(may_end, f"{kind} is published while the model runs for {running}")
+        self._check(event.request_digest == self.sent.digest, f"{kind} for another request")
         if isinstance(event, SucceededEvent):
             for output in event.outputs:
-                # If an event is stored, this one is refused, and its outputs may be deleted.
-                there = self._stored(output) or self._stored_event() is not None
-                self._claim(there, f"{output} is not in the store")
+                # If an event is stored, the bus refuses this event. Its outputs may be deleted.
+                stored = self._stored(output) or self._stored_event() is not None
+                self._check(stored, f"{output} is not in the store")
         needs = any(row.event == kind and row.letter for row in self.rows())
         if needs and not self.forced:
-            self._claim(self._is_dead_lettered(), f"{kind} is published before the dead letter")
+            self._check(self._is_dead_lettered(), f"{kind} is published before the dead letter")
 
     def _dead_letters(self, letter: DeadLetter) -> None:
         self._letter = letter.code
         self._may(f"a dead letter {letter.code}", lambda row: row.letter == letter.code)
         late = self._event is not None and not self.cut_off
-        self._claim(not late, "the dead letter comes after the event")
-        self._claim(letter.request_id == self.sent.request_id, f"a letter of {letter.request_id}")
+        self._check(not late, "the dead letter comes after the event")
+        self._check(
+            letter.request_id == self.sent.request_id, f"a dead letter of {letter.request_id}"
+        )
 
     def _replies(self, event: ResultEvent) -> None:
         self._replies_sent += 1
         stored = self._stored_event()
         if self.outcomes() & REPLIED_ONLY:
-            own = isinstance(event, FailedEvent) and event.request_digest == self.sent.digest
-            self._claim(own, f"the reply is the event of another request: {event}")
+            matches = isinstance(event, FailedEvent) and event.request_digest == self.sent.digest
+            self._check(matches, f"the reply is the event of another request: {event}")
         elif stored is None:
-            self._claim(False, "a reply before a terminal event is stored")  # noqa: FBT003
+            self._check(False, "a reply before a terminal event is stored")  # noqa: FBT003
         elif stored.request_digest == self.sent.digest:
-            self._claim(event == stored, f"a reply other than the stored event: {event}")
+            self._check(event == stored, f"a reply other than the stored event: {event}")
         else:
-            self._claim(
+            self._check(
                 isinstance(event, FailedEvent) and event.request_digest == self.sent.digest,
                 f"the reply is the event of another request: {event}",
             )
 
     def _settles(self, how: str) -> None:
-        if how == "requeue" and not self.world.bus.away and not self.cut_off:
+        if how == "requeue" and not self.world.bus.unavailable and not self.cut_off:
             self._requeued.add(self.delivery.deliveries)
-        self._claim(self.forced or not self._settlements, f"{how} after {self._settlements}")
+        self._check(self.forced or not self._settlements, f"{how} after {self._settlements}")
         self._settlements.append(how)
         if self.forced:
-            self._claim(how == "requeue", f"{how} of a cancelled task")
+            self._check(how == "requeue", f"{how} of a cancelled task")
             return
         self._may(f"settled by {how}", lambda row: row.settlement == how)
         if how.startswith(("ack", "term")):
@@ -473,34 +476,34 @@ class Story:
                 stored.request_digest == self.sent.digest or self._fenced
             )
             replied_only = bool(self.outcomes() & REPLIED_ONLY)
-            self._claim(
+            self._check(
                 known or self._retried or replied_only, f"{how} before the terminal event is stored"
             )
         if how.startswith("term"):
-            self._claim(self._is_dead_lettered(), f"{how} without a dead letter")
+            self._check(self._is_dead_lettered(), f"{how} without a dead letter")
 
-    def _is_rival(self, other: "Story") -> bool:
+    def _is_rival(self, other: "JobOracle") -> bool:
         """Whether another delivery has the same id and is of another message."""
         return (
             other.sent.request_id == self.sent.request_id
             and other.delivery.origin != self.delivery.origin
         )
 
-    def _asks_the_same(self, other: MemoryDelivery) -> bool:
+    def _has_same_digest(self, other: MemoryDelivery) -> bool:
         return self._published_by_all[other.origin].digest == self.sent.digest
 
     def _stored_event(self) -> ResultEvent | None:
         return self.world.events.stored(self.world.task, self.sent.request_id)
 
     def _is_dead_lettered(self) -> bool:
-        return self.delivery.stream_sequence in self.world.events.put_aside
+        return self.delivery.stream_sequence in self.world.events.dead_lettered
 
     def _stored(self, output: object) -> bool:
         if not isinstance(output, ImageArtifact):
             return True
         data = self.world.artifacts.objects.get(output.key, b"")
-        own = f"/{self.sent.request_id}/" in output.key
-        return own and hashlib.sha256(data).hexdigest() == output.sha256
+        right_key = f"/{self.sent.request_id}/" in output.key
+        return right_key and hashlib.sha256(data).hexdigest() == output.sha256
 
 
 def keys_of(event: ResultEvent | None) -> set[str]:

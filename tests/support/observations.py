@@ -1,4 +1,4 @@
-"""What is seen of an installation beside `Scene`'s own: answers, objects, dead letters, leases."""
+"""Observations of an installation: replies, objects, readiness, metrics and the durable."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ from consumer.devstack import Daemon
 from tests.support.scene import WITHIN, Event, Scene
 
 
-class Answers:
-    """What comes to a sender's inbox.
+class ReplyInbox:
+    """The replies in a sender's inbox.
 
     Attributes:
-        subject: For `reply_to`.
+        subject: The value of `reply_to`.
     """
 
     def __init__(self, scene: Scene, subscription: Subscription) -> None:
@@ -28,28 +28,29 @@ class Answers:
 
     @classmethod
     async def listen(cls, scene: Scene) -> Self:
+        """Subscribe to a new inbox of the sender."""
         return cls(scene, await scene.sender.subscribe(scene.sender.new_inbox()))
 
     async def next(self) -> Event:
-        """The next answer, waited for."""
+        """Wait for the next reply, and return it."""
         event: Event = json.loads((await self._subscription.next_msg(WITHIN)).data)
         return event
 
-    async def are_all_read(self) -> bool:
-        """Whether nothing more has come by the time at which every request is settled."""
-        await self._scene.emptied()
-        # What the workers have published before is here before this.
+    async def has_no_more(self) -> bool:
+        """Return whether no more replies arrive until every request is settled."""
+        await self._scene.until_empty()
+        # NATS delivers everything that the workers published earlier before this message.
         await self._scene.sender.publish(self.subject, b"{}")
         return await self.next() == {}
 
 
-def promised(event: Event) -> dict[str, str]:
-    """The sha256 of each output of an event, hex, by its key."""
+def published_digests(event: Event) -> dict[str, str]:
+    """Return the sha256 of each output of an event, in hex, by its key."""
     return {output["key"]: output["sha256"] for output in event["outputs"]}
 
 
-async def stored(scene: Scene) -> dict[str, str]:
-    """The sha256 of each object of this installation, hex, by its key."""
+async def stored_digests(scene: Scene) -> dict[str, str]:
+    """Return the sha256 of each object of this installation, in hex, by its key."""
     bucket = scene.stack.store.bucket
     return {
         key: hashlib.sha256(await scene.object({"bucket": bucket, "key": key})).hexdigest()
@@ -58,7 +59,7 @@ async def stored(scene: Scene) -> dict[str, str]:
 
 
 async def readiness(worker: Daemon) -> tuple[int, dict[str, str]]:
-    """What /readyz says: its status and its conditions."""
+    """Return the HTTP status and the conditions of /readyz."""
     async with (
         aiohttp.ClientSession() as session,
         session.get(f"{worker.probes_url}/readyz") as response,
@@ -67,8 +68,8 @@ async def readiness(worker: Daemon) -> tuple[int, dict[str, str]]:
         return response.status, conditions
 
 
-async def counted(worker: Daemon, name: str) -> dict[str, float]:
-    """What a counter of /metrics has of each failure code."""
+async def failure_counts(worker: Daemon, name: str) -> dict[str, float]:
+    """Return the values of a counter of /metrics by failure code."""
     async with (
         aiohttp.ClientSession() as session,
         session.get(f"{worker.probes_url}/metrics") as response,
@@ -82,33 +83,33 @@ async def counted(worker: Daemon, name: str) -> dict[str, float]:
     }
 
 
-async def until_in_hand(scene: Scene, worker: Daemon, count: int) -> None:
-    """Return once a worker has so many deliveries: the server knows of them a moment before."""
-    wanted = f'generation_jobs_in_flight{{task="{scene.task}"}} {float(count)}'
+async def until_in_flight(scene: Scene, worker: Daemon, count: int) -> None:
+    """Return once the metrics of a worker report a number of deliveries in flight."""
+    line = f'generation_jobs_in_flight{{task="{scene.task}"}} {float(count)}'
 
-    async def so_many() -> bool:
+    async def in_flight() -> bool:
         async with (
             aiohttp.ClientSession() as session,
             session.get(f"{worker.probes_url}/metrics") as response,
         ):
-            return wanted in await response.text()
+            return line in await response.text()
 
-    await scene.until(so_many, f"{count} deliveries in the hands of {worker.name}")
+    await scene.until(in_flight, f"{count} deliveries in flight at {worker.name}")
 
 
-async def until_readiness(scene: Scene, worker: Daemon, **conditions: str) -> None:
+async def until_not_ready(scene: Scene, worker: Daemon, **conditions: str) -> None:
     """Return once a worker is not ready, for these reasons and no others."""
 
-    async def says_so() -> bool:
+    async def not_ready() -> bool:
         status, found = await readiness(worker)
-        wrong = {name: said for name, said in found.items() if said != "ok"}
-        return status == HTTPStatus.SERVICE_UNAVAILABLE and wrong == conditions
+        failing = {name: value for name, value in found.items() if value != "ok"}
+        return status == HTTPStatus.SERVICE_UNAVAILABLE and failing == conditions
 
-    await scene.until(says_so, f"readiness of {worker.name} without {conditions}")
+    await scene.until(not_ready, f"{worker.name} not ready because of {conditions}")
 
 
-async def all_well(scene: Scene, *workers: Daemon) -> None:
-    """Every worker is the process that it was, and is ready again."""
+async def assert_all_ready(scene: Scene, *workers: Daemon) -> None:
+    """Check that no worker has restarted, and wait until every worker is ready again."""
     for worker in workers:
 
         async def ready(worker: Daemon = worker) -> bool:
@@ -118,8 +119,8 @@ async def all_well(scene: Scene, *workers: Daemon) -> None:
         assert worker.alive
 
 
-async def done(scene: Scene, request_id: str) -> Event:
-    """The one terminal event: succeeded, and the object is what it says."""
+async def succeeded(scene: Scene, request_id: str) -> Event:
+    """Return the terminal event; check that the request succeeded and its object is intact."""
     event = await scene.event(request_id)
     assert event["type"] == "generation.v1.succeeded", event
     (output,) = event["outputs"]
@@ -127,9 +128,9 @@ async def done(scene: Scene, request_id: str) -> Event:
     return event
 
 
-async def nothing_left(scene: Scene, *request_ids: str) -> None:
-    """The queue is empty; of each request there is one event and one object, and no dead letter."""
-    await scene.emptied()
+async def assert_queue_empty(scene: Scene, *request_ids: str) -> None:
+    """Check that the queue is empty, and each request has one event, one object, no dead letter."""
+    await scene.until_empty()
     for request_id in request_ids:
         assert len(await scene.events(request_id)) == 1
     assert len(await scene.keys()) == len(request_ids)
@@ -138,20 +139,20 @@ async def nothing_left(scene: Scene, *request_ids: str) -> None:
 
 
 async def deliveries(scene: Scene) -> int:
-    """How many deliveries the durable has made."""
+    """Return the number of deliveries that the durable has made."""
     delivered = (await _durable(scene)).delivered
     assert delivered is not None
     return int(delivered.consumer_seq)
 
 
-async def until_pulls_stand(scene: Scene, count: int, *, in_hand: int = 0) -> None:
-    """Return once so many requests are in hand, and so many workers wait for more."""
+async def until_pulls_wait(scene: Scene, count: int, *, in_flight: int = 0) -> None:
+    """Return once `count` workers wait for requests and `in_flight` requests are in progress."""
 
     async def waiting() -> bool:
         durable = await _durable(scene)
-        return (durable.num_waiting, durable.num_ack_pending) == (count, in_hand)
+        return (durable.num_waiting, durable.num_ack_pending) == (count, in_flight)
 
-    await scene.until(waiting, f"{count} workers that wait")
+    await scene.until(waiting, f"{count} waiting workers")
 
 
 async def _durable(scene: Scene) -> ConsumerInfo:
