@@ -1,6 +1,7 @@
 """Fixtures for all tests: real servers, each test with its own."""
 
 import os
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from functools import partial
@@ -44,6 +45,10 @@ LOTS = {
     ),
 }
 
+# Where no bytecode is stored, as some container images ask for, each of the hundreds of processes
+# that the tests start would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Three processes share the cores, with the daemons that they start: threads of torch that wait for
 # each other would take the time of those that work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
