@@ -481,9 +481,14 @@ class Settings(BaseSettings):
         """Return the name of the durable consumer of a task."""
         return self.consumer_name or str(task)
 
-    def shown(self) -> dict[str, str]:
-        """Return all settings by environment name, with secrets masked, for `consumer check`."""
-        return {name.upper(): _shown(name, value) for name, value in self}
+    def shown(self, *, only_set: bool = False) -> dict[str, str]:
+        """Return the settings by environment name, with secrets masked, for `consumer check`.
+
+        Args:
+            only_set: Leave out the settings that have their default because nothing sets them.
+        """
+        names = self.model_fields_set if only_set else type(self).model_fields.keys()
+        return {name.upper(): _shown(name, value) for name, value in self if name in names}
 
 
 def _read(config: Path) -> dict[str, Any]:

@@ -219,15 +219,18 @@ def apply(config: Path | None, replicas: int | None) -> None:
 @cli.command()
 @config_option
 @click.option("--model", is_flag=True, help="Also load the model.")
-def check(config: Path | None, model: bool) -> None:
+@click.option("--verbose", "-v", is_flag=True, help="Also print the settings that are not set.")
+def check(config: Path | None, *, model: bool, verbose: bool) -> None:
     """Test what a worker needs: settings, NATS, streams and S3."""
     settings = _settings(config)
     _require_task(settings)
     from consumer.app.check import Finding
     from consumer.app.check import check as run_check
 
-    for name, value in settings.shown().items():
+    for name, value in settings.shown(only_set=not verbose).items():
         click.echo(f"{name}={value}")
+    for name in settings.unknown_variables():
+        click.echo(f"{name}: not a setting, not read")
 
     def report(finding: Finding) -> None:
         click.echo(f"{'FAIL' if finding.exit_code else 'ok  '} {finding.name}: {finding.text}")
@@ -469,7 +472,8 @@ def _start_logging(settings: "Settings") -> None:
 
     configure_logging(settings.log_format, settings.log_level)
     if unknown := settings.unknown_variables():
-        structlog.get_logger().warning("unknown_variables", names=unknown)
+        log = structlog.get_logger()
+        log.warning("unknown_variables", names=unknown)
 
 
 def _gateway_part(name: str) -> Any:
