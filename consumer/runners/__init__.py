@@ -10,6 +10,7 @@ from dataclasses import replace
 from consumer.runners import demonstration
 from consumer.runners.config import ModelConfig
 from consumer.runners.runner import ModelRunner
+from consumer.runners.setting_errors import find_setting_errors
 from generation_contracts import Task
 
 # The libraries read these when they are imported, so they must be set before. The first overrides
@@ -20,7 +21,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-__all__ = ["ModelConfig", "ModelRunner", "create_runner"]
+__all__ = ["ModelConfig", "ModelRunner", "create_runner", "find_setting_errors"]
 
 
 def create_runner(task: Task, config: ModelConfig) -> ModelRunner:
