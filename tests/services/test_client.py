@@ -347,7 +347,7 @@ async def test_a_missing_permission_is_named_in_the_error(
 ) -> None:
     monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.5)
     monkeypatch.setattr(submitting, "PUBLISH_TIMEOUT", 0.5)
-    monkeypatch.setattr(client_module, "CANCEL_TIMEOUT", 0.5)
+    monkeypatch.setattr(client_module, "ENDPOINT_TIMEOUT", 0.5)
     server = start_nats(restricted(publish, subscribe))
     await make_streams(server.url, "GENERATION_RESULTS", "GENERATION_REQUESTS_TEXT_TO_IMAGE")
     options = {"user": "sender", "password": "x", "inbox_prefix": INBOX}
