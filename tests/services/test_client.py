@@ -85,7 +85,7 @@ async def test_a_text_request_returns_a_text(scene: Scene) -> None:
         result = await client.image_to_text("What is it?", [InlineImage(base64=png_base64())])
     (output,) = result.outputs
     assert isinstance(output, TextOutput)
-    assert output.text == "1 pictures"
+    assert output.text == "1 images"
 
 
 async def test_another_client_can_fetch_the_result_of_a_submitted_request(scene: Scene) -> None:
