@@ -261,10 +261,16 @@ class GenerationClient:
                     on_event(event)
         return _succeeded(event)
 
-    async def events(self, request: Request) -> AsyncGenerator[AnyEvent, None]:
+    async def events(
+        self, request: Request, *, on_stored: Callable[[], None] | None = None
+    ) -> AsyncGenerator[AnyEvent, None]:
         """Send a request and yield its events, the terminal event last.
 
         `started` and `progress` events may be lost.
+
+        Args:
+            request: The request; without an id it gets a new one.
+            on_stored: Called when the request is stored in the queue.
 
         Raises:
             QueueFull, RequestTooLarge, ServiceUnavailable: See `submit`.
@@ -276,6 +282,8 @@ class GenerationClient:
         task, request_id = task_of(request), str(request.request_id)
         async with self._subscribed(task, request_id, progress=True) as events:
             await self.submit(request)
+            if on_stored is not None:
+                on_stored()
             async for event in events:
                 if isinstance(event, TerminalEvent) and event.request_digest not in _digests(
                     request
