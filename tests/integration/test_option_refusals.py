@@ -96,7 +96,7 @@ ONLY_IMAGES = "only for MODEL_TYPE=text_to_image"
             IMAGES,
             2,
             {"device_map": "balanced", "quantization": "bitsandbytes-4bit"},
-            "MODEL_DEVICE_MAP, MODEL_QUANTIZATION: not together for a pipeline; set one of them",
+            "MODEL_DEVICE_MAP, MODEL_QUANTIZATION: not compatible for a pipeline; set one of them",
         ),
         *(
             (task, 0, {"quantization": kind}, f"MODEL_QUANTIZATION: {kind} needs the device cuda")

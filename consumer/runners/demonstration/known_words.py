@@ -47,8 +47,10 @@ def warnings(request: Request) -> tuple[str, ...]:
     if not unknown:
         return ()
     return (
-        f"the demonstration model does not know {unknown} of the {words} words of the prompt; "
-        f"{_WORLD[task]}",
+        (
+            f"the demonstration model does not know {unknown} of the {words} words of the prompt; "
+            f"{_WORLD[task]}"
+        ),
     )
 
 
