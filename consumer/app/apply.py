@@ -5,6 +5,7 @@ from functools import partial
 
 from consumer.app.composition import make_artifacts, make_topology
 from consumer.app.probes import NullObserver
+from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
 from consumer.bus.connection import connect, wait_until_available
 from consumer.bus.topology import PartlyApplied
 from consumer.settings import Settings, SettingsError
@@ -27,6 +28,8 @@ def for_workers(settings: Settings, number: int) -> Settings:
 
 async def apply(settings: Settings) -> dict[str, str]:
     """Create or update the streams, the durables and the bucket.
+
+    The rule that lets the store delete uploads is optional: a store may refuse it.
 
     If MODEL_TYPE is set, only the durable of that task is applied, otherwise all durables.
 
@@ -56,9 +59,19 @@ async def apply(settings: Settings) -> dict[str, str]:
     artifacts = make_artifacts(settings, NullObserver())
     try:
         created = await artifacts.ensure_bucket()
+        expiry = await _expire_uploads(artifacts)
     finally:
         await artifacts.close()
     if left is not None:
         raise left
     done[f"bucket {settings.s3_bucket}"] = "created" if created else "unchanged"
+    done["expiry of uploads"] = expiry
     return done
+
+
+async def _expire_uploads(artifacts: ObjectStoreArtifacts) -> str:
+    # Optional: many stores, and most policies, do not let this user set lifecycle rules.
+    try:
+        return "created" if await artifacts.expire_uploads() else "unchanged"
+    except StoreMisconfigured as error:
+        return f"not set, uploads stay in the bucket: {error}"

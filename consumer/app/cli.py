@@ -22,6 +22,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from consumer.bus.connection import Bus
     from consumer.gateway.keys import KeyFile
     from consumer.settings import Settings
     from generation_client import GenerationClient
@@ -69,9 +70,8 @@ def run(config: Path | None) -> None:
     _require_task(settings)
     from consumer.app.daemon import run as run_daemon
     from consumer.settings import SettingsError
-    from consumer.telemetry import configure_logging
 
-    configure_logging(settings.log_format, settings.log_level)
+    _start_logging(settings)
     gc.enable()
     try:
         code = run_daemon(settings)
@@ -91,9 +91,8 @@ def gateway(context: click.Context, config: Path | None) -> None:
     settings = _settings(config)
     serve = _gateway_part("serve").serve
     from consumer.settings import SettingsError
-    from consumer.telemetry import configure_logging
 
-    configure_logging(settings.log_format, settings.log_level)
+    _start_logging(settings)
     gc.enable()
     try:
         code = serve(settings)
@@ -221,15 +220,18 @@ def apply(config: Path | None, replicas: int | None) -> None:
 @cli.command()
 @config_option
 @click.option("--model", is_flag=True, help="Also load the model.")
-def check(config: Path | None, model: bool) -> None:
+@click.option("--verbose", "-v", is_flag=True, help="Also print the settings that are not set.")
+def check(config: Path | None, *, model: bool, verbose: bool) -> None:
     """Test what a worker needs: settings, NATS, streams and S3."""
     settings = _settings(config)
     _require_task(settings)
     from consumer.app.check import Finding
     from consumer.app.check import check as run_check
 
-    for name, value in settings.shown().items():
+    for name, value in settings.shown(only_set=not verbose).items():
         click.echo(f"{name}={value}")
+    for name in settings.unknown_variables():
+        click.echo(f"{name}: not a setting, not read")
 
     def report(finding: Finding) -> None:
         click.echo(f"{'FAIL' if finding.exit_code else 'ok  '} {finding.name}: {finding.text}")
@@ -317,20 +319,47 @@ def request_text_to_image(
 @click.option("--top-k", type=int)
 @click.option("--repetition-penalty", type=float)
 @click.option("--stream", is_flag=True, help="Show the text as it appears.")
+@click.option("--upload", is_flag=True, help="Upload the files unchanged, also those that fit.")
 @common_options
 def request_image_to_text(
-    config: Path | None, as_json: bool, images: tuple[str, ...], **parameters: Any
+    config: Path | None, as_json: bool, images: tuple[str, ...], *, upload: bool, **parameters: Any
 ) -> None:
-    """Send PROMPT with each IMAGE: a file, or s3://bucket/key."""
+    """Send PROMPT with each IMAGE: a file of any size, or s3://bucket/key.
+
+    Files that do not fit into the request are scaled to the pixels that the worker uses, or
+    uploaded.
+    """
     settings = _settings(config)
-    from consumer.app.sender_commands import image_source, image_to_text
+    from consumer.app.sender_commands import PLACEHOLDER, image_source, image_to_text
 
     try:
         sources = tuple(image_source(image) for image in images)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}", EXIT_USAGE)
-    built = _build_request(image_to_text, {**parameters, "images": sources})
-    _send_and_wait(settings, built, as_json=as_json, folder=Path())
+    built = _build_request(image_to_text, {**parameters, "images": (PLACEHOLDER,)})
+
+    async def with_images(client: "GenerationClient") -> "Request":
+        return await client.with_images(built, sources, upload=upload)
+
+    _send_and_wait(settings, built, as_json=as_json, folder=Path(), prepare=with_images)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@config_option
+def upload(config: Path | None, file: Path) -> None:
+    """Upload FILE, an image, without S3 credentials, and print its s3:// address.
+
+    A worker must be running. The store deletes the file after a day.
+    """
+    settings = _settings(config)
+
+    async def upload_file(client: "GenerationClient", _: "Bus") -> int:
+        reference = await client.upload(file)
+        click.echo(f"s3://{reference.bucket}/{reference.key}")
+        return 0
+
+    sys.exit(_with_client(settings, upload_file))
 
 
 @cli.command()
@@ -344,13 +373,14 @@ def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
     is available to cancel it.
     """
     settings = _settings(config)
+    from consumer.app.sender_commands import cancelled_line
     from generation_contracts import encode
     from generation_contracts.subjects import is_request_id
 
     if not is_request_id(request_id):
         _fail("ID: 1-64 characters of A-Z a-z 0-9 _ -", EXIT_USAGE)
 
-    async def cancel_and_wait(client: "GenerationClient") -> int:
+    async def cancel_and_wait(client: "GenerationClient", _: "Bus") -> int:
         reply = await client.cancel(request_id)
         if as_json:
             click.echo(encode(reply).decode())
@@ -359,9 +389,9 @@ def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
         if reply.status == "stopping":
             click.echo("stopping …", err=True)
             ended = await client.ended(request_id)
-        kind = "no such request" if ended is None else ended.rpartition(".")[2]
-        click.echo(kind)
-        return 0 if kind == "cancelled" else EXIT_FAILED
+        line = cancelled_line(request_id, ended)
+        click.echo(line, err=line != "cancelled")
+        return 0 if line == "cancelled" else EXIT_FAILED
 
     sys.exit(_with_client(settings, cancel_and_wait))
 
@@ -463,6 +493,18 @@ def _settings(config: Path | None) -> "Settings":
         _fail(str(error), EXIT_USAGE)
 
 
+def _start_logging(settings: "Settings") -> None:
+    """Set up the log of a process, and log a warning about variables that nothing reads."""
+    import structlog
+
+    from consumer.telemetry import configure_logging
+
+    configure_logging(settings.log_format, settings.log_level)
+    if unknown := settings.unknown_variables():
+        log = structlog.get_logger()
+        log.warning("unknown_variables", names=unknown)
+
+
 def _gateway_part(name: str) -> Any:
     """Import a module of the gateway, whose libraries are an extra."""
     try:
@@ -497,7 +539,7 @@ def _require_known(code: str | None) -> None:
         _fail(f"--code: must be one of {', '.join(FailureCode)}", EXIT_USAGE)
 
 
-def _build_request(make: Callable[..., "Request"], parameters: dict[str, Any]) -> "Request":
+def _build_request(make: Callable[..., T], parameters: dict[str, Any]) -> T:
     from datetime import UTC, datetime, timedelta
 
     from pydantic import ValidationError
@@ -514,7 +556,12 @@ def _build_request(make: Callable[..., "Request"], parameters: dict[str, Any]) -
 
 
 def _send_and_wait(
-    settings: "Settings", request: "Request", *, as_json: bool, folder: Path
+    settings: "Settings",
+    request: "Request",
+    *,
+    as_json: bool,
+    folder: Path,
+    prepare: Callable[["GenerationClient"], Coroutine[Any, Any, "Request"]] | None = None,
 ) -> None:
     from contextlib import nullcontext
 
@@ -527,21 +574,42 @@ def _send_and_wait(
     )
     from generation_contracts import SucceededEvent, encode
 
-    async def send_and_save(client: "GenerationClient") -> int:
+    async def send_and_save(client: "GenerationClient", bus: "Bus") -> int:
+        prepared = request if prepare is None else await prepare(client)
         with nullcontext(NoDisplay()) if as_json else ProgressBar(_console()) as display:
             async with asyncio.timeout(_result_timeout(request)):
-                event = await send_request(client, request, display)
-        saved = []
-        if isinstance(event, SucceededEvent) and not as_json:
-            saved = await save_images(client, event, folder, event.request_id)
-        click.echo(encode(event).decode() if as_json else summary(event, saved))
-        return 0 if isinstance(event, SucceededEvent) else EXIT_FAILED
+                event = await send_request(client, prepared, display, bus=None if as_json else bus)
+        succeeded = isinstance(event, SucceededEvent)
+        if as_json:
+            click.echo(encode(event).decode())
+            return 0 if succeeded else EXIT_FAILED
+        saved = (
+            await save_images(client, event, folder, event.request_id)
+            if isinstance(event, SucceededEvent)
+            else []
+        )
+        # A streamed text is on the terminal already, unless the result goes elsewhere.
+        shown = display.text if sys.stdout.isatty() else ""
+        if text := summary(event, saved, shown=shown):
+            click.echo(text, err=not succeeded)
+        return 0 if succeeded else EXIT_FAILED
 
-    sys.exit(_with_client(settings, send_and_save))
+    def on_interrupt() -> None:
+        click.echo(
+            f"consumer: interrupted; if request {request.request_id} is stored, it goes on. "
+            f"Cancel it: consumer cancel {request.request_id}. "
+            f"Get its result: the same command with --id {request.request_id}",
+            err=True,
+        )
+
+    sys.exit(_with_client(settings, send_and_save, on_interrupt=on_interrupt))
 
 
 def _with_client(
-    settings: "Settings", work: Callable[["GenerationClient"], Coroutine[Any, Any, int]]
+    settings: "Settings",
+    work: Callable[["GenerationClient", "Bus"], Coroutine[Any, Any, int]],
+    *,
+    on_interrupt: Callable[[], None] | None = None,
 ) -> int:
     """Connect a client to the configured NATS server, run `work` with it, report errors."""
     from consumer.bus.connection import connect
@@ -551,11 +619,11 @@ def _with_client(
         bus = await connect(settings, name="generation request", within=5.0)
         try:
             async with GenerationClient(bus.client, root=settings.subjects.root) as client:
-                return await work(client)
+                return await work(client, bus)
         finally:
             await bus.close()
 
-    return _guarded(lambda: asyncio.run(connected()))
+    return _guarded(lambda: asyncio.run(connected()), on_interrupt=on_interrupt)
 
 
 def _result_timeout(request: "Request") -> float | None:
@@ -594,17 +662,28 @@ def _sigterm_unwinds() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -> T:
+def _guarded(
+    command: Callable[[], T],
+    *,
+    interrupted: int = EXIT_INTERRUPTED,
+    on_interrupt: Callable[[], None] | None = None,
+) -> T:
     """Call a command and turn its errors into one line and an exit code, without a traceback.
 
     Args:
         command: Must stop what it has started when an exception is raised.
         interrupted: The exit code after Ctrl-C or SIGTERM.
+        on_interrupt: Called before the exit after Ctrl-C or SIGTERM.
     """
     from consumer.ports.unavailable import Unavailable
     from consumer.settings import SettingsError
     from consumer.telemetry import configure_logging
-    from generation_client import GenerationError, RequestTooLarge, ServiceUnavailable
+    from generation_client import (
+        GenerationError,
+        RequestInvalid,
+        RequestTooLarge,
+        ServiceUnavailable,
+    )
 
     configure_logging("console", "ERROR")
     gc.enable()  # most modules have been imported
@@ -613,8 +692,8 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
             return command()
     except (Unavailable, ServiceUnavailable) as error:
         _fail(str(error), EXIT_UNAVAILABLE)
-    except RequestTooLarge:
-        _fail("the request is too large for NATS: refer to its images by s3://", EXIT_USAGE)
+    except (RequestInvalid, RequestTooLarge) as error:
+        _fail(str(error), EXIT_USAGE)
     except GenerationError as error:  # for example: the id is in use, a download failed
         _fail(str(error), EXIT_FAILED)
     except SettingsError as error:
@@ -626,11 +705,14 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
     except OSError as error:  # for example: the folder is not writable, the disk is full
         _fail(f"{error.filename or 'system'}: {error.strerror}", EXIT_FAILED)
     except KeyboardInterrupt:
+        if on_interrupt is not None:
+            on_interrupt()
         sys.exit(interrupted)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"consumer: {message}", err=True)
+    for line in message.splitlines():
+        click.echo(f"consumer: {line}", err=True)
     try:
         sys.stdout.flush()
     except OSError:  # the disk is full; the interpreter would flush again at exit and fail

@@ -173,7 +173,8 @@ async def test_a_call_with_an_unsupported_parameter_is_refused(sender: Client) -
 
 async def test_the_cancel_command_prints_the_status(system: DevStack, sender: Client) -> None:
     unknown = await asyncio.to_thread(consumer, system, "cancel", "unknown")
-    assert (unknown.returncode, unknown.stdout) == (1, "no such request\n")
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    assert unknown.stderr == "unknown: no request with this id is queued, running or finished\n"
     request_id = new_id()
     events = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
     await sender.flush()
@@ -187,5 +188,6 @@ async def test_the_cancel_command_prints_the_status(system: DevStack, sender: Cl
     assert json.loads(again.stdout)["status"] == "cancelled"
     done = await run_request(sender, "text_to_image", prompt="a", steps=1)
     late = await asyncio.to_thread(consumer, system, "cancel", done["request_id"])
-    assert (late.returncode, late.stdout) == (1, "succeeded\n")
+    assert (late.returncode, late.stdout) == (1, "")
+    assert late.stderr.endswith(": too late to cancel, the request has ended: succeeded\n")
     assert (await asyncio.to_thread(consumer, system, "cancel", "a.b")).returncode == 2

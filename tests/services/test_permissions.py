@@ -157,6 +157,10 @@ async def test_senders_and_workers_have_the_permissions_that_they_need(
         image = f"s3://{event.outputs[0].bucket}/{event.outputs[0].key}"  # type: ignore[union-attr]
         text = await client.image_to_text("What is it?", [image])
         assert isinstance(text.outputs[0], TextOutput)
+        uploaded = await client.upload(await client.download(event.outputs[0]))  # type: ignore[arg-type]
+        assert uploaded.key.startswith("uploads/")
+        again = await client.image_to_text("What is it?", uploaded)
+        assert again.outputs == text.outputs
         await client.text_to_image(
             "a",
             request_id="chain",
@@ -356,11 +360,13 @@ FORBIDDEN_PUBLICATIONS = [
     ),
     ("worker", "generation.call.text_to_image"),
     ("worker", "generation.cancel.x"),
+    ("worker", "generation.upload"),
     ("worker", "$SRV.PING.generation"),
     ("worker", "_INBOX_worker.x"),
     ("worker", "_INBOX_endpoints.x"),
     ("endpoints", "generation.call.text_to_image"),
     ("endpoints", "generation.cancel.x"),
+    ("endpoints", "generation.upload"),
     ("endpoints", "generation.request.text_to_image"),
     ("endpoints", "generation.request.other.x"),
     ("endpoints", "$JS.API.STREAM.MSG.GET.GENERATION_RESULTS"),
@@ -372,6 +378,7 @@ FORBIDDEN_PUBLICATIONS = [
     ("gateway", "generation.request.text_to_image"),
     ("gateway", "generation.request.other.x"),
     ("gateway", "generation.call.text_to_image"),
+    ("gateway", "generation.upload"),
     ("gateway", "generation.reply.x"),
     ("gateway", "_INBOX_worker.x"),
     ("gateway", "_INBOX_endpoints.x"),
@@ -389,6 +396,7 @@ FORBIDDEN_PUBLICATIONS = [
     ("observer", "generation.request.text_to_image"),
     ("observer", "generation.call.text_to_image"),
     ("observer", "generation.cancel.x"),
+    ("observer", "generation.upload"),
     ("observer", f"$JS.API.STREAM.MSG.GET.{REQUESTS}"),
 ]
 
@@ -404,6 +412,7 @@ FORBIDDEN_SUBSCRIPTIONS = [
         for subject in (
             "generation.call.*",
             "generation.cancel.*",
+            "generation.upload",
             "generation.interrupt.*",
             "$SRV.>",
             "_INBOX_endpoints.>",

@@ -64,7 +64,7 @@ TROUBLESHOOTING = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
 # Bound to the context for each job, and added to each line.
 ALWAYS = {"event", "level", "timestamp", "request_id", "task", "attempt"}
 REPORTED = {field.name for field in dataclasses.fields(JobReport)}  # of `job_finished`
-OUTCOMES = {"given_back", "already_done"}  # of `job_finished`, besides the failure codes
+OUTCOMES = {"requeued", "already_done"}  # of `job_finished`, besides the failure codes
 # Names of NATS, of HTTP errors and of tasks.
 OTHER_NAMES = {
     "internal_error",
