@@ -3,16 +3,17 @@
 import time
 from functools import partial
 
-from consumer.app.composition import make_artifacts, make_topology
+from consumer.app.composition import make_artifacts, make_topology, store_fault
 from consumer.app.probes import NullObserver
 from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
-from consumer.bus.connection import connect, wait_until_available
+from consumer.bus.connection import connect, require_server_version, wait_until_available
 from consumer.bus.topology import PartlyApplied
+from consumer.ports.store import StoreUnavailable
 from consumer.settings import Settings, SettingsError
 from generation_contracts import Task
 
 CONNECT_WITHIN = 5.0  # seconds; a person waits
-API_WITHIN = 10.0  # seconds; JetStream may start later than its server, or reply late
+API_WITHIN = 10.0  # seconds; JetStream and the store may start later, or reply late
 
 
 def for_workers(settings: Settings, number: int) -> Settings:
@@ -49,6 +50,7 @@ async def apply(settings: Settings) -> dict[str, str]:
     left: PartlyApplied | None = None
     done: dict[str, str] = {}
     try:
+        require_server_version(bus)
         applying = partial(make_topology(settings, bus).apply, tasks)
         deadline = time.monotonic() + API_WITHIN
         done.update(await wait_until_available(applying, deadline=deadline))
@@ -58,8 +60,10 @@ async def apply(settings: Settings) -> dict[str, str]:
         await bus.close()
     artifacts = make_artifacts(settings, NullObserver())
     try:
-        created = await artifacts.ensure_bucket()
+        created = await artifacts.ensure_bucket(within=API_WITHIN)
         expiry = await _expire_uploads(artifacts)
+    except StoreUnavailable as error:
+        raise StoreUnavailable(store_fault(settings, error)) from None
     finally:
         await artifacts.close()
     if left is not None:

@@ -17,6 +17,7 @@ from consumer.jobs.finalizer import Finalizer
 from consumer.jobs.in_flight import STAGES
 from consumer.ports.bus import StopAck
 from consumer.ports.model import ModelDescription, Runner
+from consumer.ports.store import StoreUnavailable
 from consumer.ports.telemetry import Observer
 from consumer.runners import ModelConfig, create_runner, find_setting_errors
 from consumer.settings import Settings, SettingsError
@@ -37,6 +38,11 @@ def make_topology(settings: Settings, bus: Bus) -> Topology:
         replicas=settings.nats_replicas,
         sizes=settings.nats_stream_sizes,
     )
+
+
+def store_fault(settings: Settings, error: StoreUnavailable) -> str:
+    """Return the text of an error of the store with the store's address, for the operator."""
+    return str(error).replace("S3: ", f"S3 at {settings.s3_endpoint}: ", 1)
 
 
 def make_artifacts(settings: Settings, observer: Observer) -> ObjectStoreArtifacts:

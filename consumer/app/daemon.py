@@ -26,6 +26,7 @@ from consumer.app.composition import (
     make_topology,
     make_worker_service,
     most_in_flight,
+    store_fault,
     warn_of_short_batches,
 )
 from consumer.app.metrics import Metrics
@@ -38,6 +39,7 @@ from consumer.bus.connection import (
     Bus,
     ConnectionClosed,
     connect,
+    require_server_version,
     wait_until_available,
 )
 from consumer.bus.dead_letters.exhausted import find_exhausted
@@ -223,6 +225,7 @@ class Daemon:
         """Connect to NATS and S3, and wait until the durable exists."""
         deadline = time.monotonic() + CONNECT_WITHIN
         bus, endpoints = await self._connect(stack)
+        require_server_version(bus)
         artifacts = make_artifacts(self._settings, self._telemetry)
         stack.push_async_callback(artifacts.close)
         topology = make_topology(self._settings, bus)
@@ -324,10 +327,10 @@ class Daemon:
         # worker is not ready, and the first output waits for the store.
         try:
             await artifacts.probe()
-        except StoreMisconfigured:
-            raise
+        except StoreMisconfigured as error:
+            raise StoreMisconfigured(store_fault(self._settings, error)) from None
         except StoreUnavailable as error:
-            log.warning("store_unavailable", reason=str(error))
+            log.warning("started_without_store", reason=store_fault(self._settings, error))
 
     async def _watch_store(
         self, artifacts: ObjectStoreArtifacts, executor: Executor, pull: PullLoop

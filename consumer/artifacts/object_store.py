@@ -227,8 +227,11 @@ class ObjectStoreArtifacts:
 
     # -- checks for the start, the readiness and the commands -------------------------------------
 
-    async def ensure_bucket(self) -> bool:
+    async def ensure_bucket(self, *, within: float | None = None) -> bool:
         """Create the bucket if it is missing; for `consumer apply` and development only.
+
+        Args:
+            within: Seconds for all attempts; None: the deadline of the configuration.
 
         Returns:
             Whether it was created.
@@ -237,7 +240,7 @@ class ObjectStoreArtifacts:
             StoreUnavailable: The store does not answer.
             StoreMisconfigured: One clear line about what is wrong.
         """
-        return await self._run(self._make_bucket)
+        return await self._run(self._make_bucket, within=within)
 
     async def expire_uploads(self) -> bool:
         """Let the store delete uploads after a day; for `consumer apply` and development only.

@@ -9,8 +9,13 @@ from typing import Protocol
 
 import structlog
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from consumer.ports.model import ModelMisconfigured, ModelUnavailable
 from consumer.runners import demonstration
@@ -25,6 +30,7 @@ log = structlog.get_logger()
 DEMONSTRATION = "demonstration"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_REASON = 200  # the most characters of an error of the hub's client in a message
 HUB_TIMEOUT = 10.0  # seconds to resolve a revision on the hub; the hub's client has no timeout
 
 
@@ -99,9 +105,28 @@ def _from_hub(model_id: str, revision: str | None, download: Download) -> Source
     except ModelUnavailable:
         raise
     except Exception as error:  # noqa: BLE001 - the hub's client raises a dozen kinds
-        raise load_failure(error, name=model_id) from None
+        refusal = _hub_refusal(error, model_id, revision)
+        raise refusal or load_failure(error, name=model_id) from None
     # The cache names its folders after commits: …/snapshots/<commit>.
     return Source(folder, model_id, revision=folder.name)
+
+
+def _hub_refusal(error: Exception, model_id: str, revision: str | None) -> ModelUnavailable | None:
+    """Return what a refusal of the hub means for the settings, or None for another error."""
+    match error:
+        case GatedRepoError():
+            return ModelUnavailable(
+                f"MODEL_ID: {model_id} is gated: accept its terms at "
+                f"{constants.ENDPOINT}/{model_id}, and set HF_TOKEN to a token of that account"
+            )
+        case RepositoryNotFoundError():
+            return ModelMisconfigured(
+                f"MODEL_ID: {constants.ENDPOINT} has no model {model_id}, or it is private: check "
+                "the name, and HF_TOKEN for a private model"
+            )
+        case RevisionNotFoundError():
+            return ModelMisconfigured(f"MODEL_REVISION: {model_id} has no revision {revision}")
+    return None
 
 
 def _cached(model_id: str, revision: str | None, download: Download) -> Path | None:
@@ -132,7 +157,13 @@ def _cached_without_hub(model_id: str, revision: str | None, download: Download)
         if isinstance(error, HfHubHTTPError):
             raise
         raise ModelUnavailable(
-            f"{model_id}: cannot be loaded: the hub cannot be reached ({reason}), "
-            "and its cache has no complete copy"
+            f"MODEL_ID: {model_id} cannot be loaded: the hub cannot be reached "
+            f"({_short(error)}), and its cache has no complete copy"
         ) from None
     return None
+
+
+def _short(error: Exception) -> str:
+    """Return the hub's address with the class and the first line of an error."""
+    line = next(iter(str(error).splitlines()), "")[:_REASON]
+    return f"{constants.ENDPOINT}: {type(error).__name__}" + (f": {line}" if line else "")

@@ -4,15 +4,22 @@ import asyncio
 import json
 import os
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nats
 import pytest
 from PIL import Image
 
+from consumer.app.apply import apply
 from consumer.devstack import DevStack, StartFailedError, free_ports
+from consumer.ports.store import StoreUnavailable
+from consumer.settings import Settings
 
 
 def consumer(
@@ -144,9 +151,70 @@ def test_a_missing_server_exits_with_69_and_one_line(arguments: tuple[str, ...])
     (port,) = free_ports(1)
     done = consumer(*arguments, NATS_URL=f"nats://someone:secret@127.0.0.1:{port}")
     assert done.returncode == 69
-    assert done.stderr.startswith("consumer: NATS: cannot connect: ")
+    address = f"nats://127.0.0.1:{port}"
+    assert done.stderr == f"consumer: NATS: cannot connect to {address}: Connection refused\n"
     assert done.stderr.count("\n") == 1
     assert "secret" not in done.stderr
+
+
+def test_apply_names_the_store_that_does_not_answer(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consumer.app.apply.API_WITHIN", 1.0)
+    (port,) = free_ports(1)
+    environment = {**settings, "CONSUMER_ACK_WAIT": "5", "S3_ENDPOINT": f"http://127.0.0.1:{port}"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StoreUnavailable) as refused:
+        asyncio.run(apply(Settings.load()))
+    assert str(refused.value) == f"S3 at http://127.0.0.1:{port}: no connection"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("apply",), "consumer: NATS: nats://{server} has version 2.11.9; 2.12 or newer is needed"),
+        (("check",), "FAIL nats: nats://{server} has version 2.11.9; 2.12 or newer is needed"),
+        (("run",), '"NATS: nats://{server} has version 2.11.9; 2.12 or newer is needed"'),
+    ],
+    ids=["apply", "check", "run"],
+)
+def test_a_server_that_is_too_old_exits_with_69(command: tuple[str, ...], said: str) -> None:
+    (port,) = free_ports(1)
+    with old_server("2.11.9") as server:
+        done = consumer(
+            *command,
+            NATS_URL=f"nats://{server}",
+            MODEL_TYPE="text_to_image",
+            # Not the setting of a store: the command ends at the first service.
+            S3_ENDPOINT=f"http://127.0.0.1:{port}",
+        )
+    assert done.returncode == 69, done.stderr
+    assert said.format(server=server) in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@contextmanager
+def old_server(version: str) -> Iterator[str]:
+    """Run the first lines of a NATS server of a version; yield its host and port."""
+
+    class Greets(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            greeting = {"server_id": "old", "version": version, "max_payload": 2**20}
+            self.wfile.write(f"INFO {json.dumps({**greeting, 'headers': True})}\r\n".encode())
+            for line in self.rfile:
+                if line.startswith(b"PING"):
+                    self.wfile.write(b"PONG\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Greets) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_check_tests_all_services_and_hides_the_secret(settings: dict[str, str]) -> None:

@@ -125,3 +125,5 @@ async def test_the_model_is_checked_only_on_request_although_no_service_is_up(
     )
     assert await check(settings, reported.append, model=model) == 69
     assert [finding.name for finding in reported] == ["nats", "s3", *(["model"] if model else [])]
+    assert reported[0].text == (f"cannot connect to nats://127.0.0.1:{bus}: Connection refused")
+    assert reported[1].text == f"http://127.0.0.1:{store}: no connection"
