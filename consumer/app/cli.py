@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -35,6 +35,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as in shells; also used for SIGTERM
 DEADLINE_MARGIN = 5.0  # seconds after the deadline in which the worker's failed event may arrive
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Request")
 
 
 class _Range(click.FloatRange):
@@ -64,7 +65,7 @@ def cli() -> None:
 @cli.command()
 @config_option
 def run(config: Path | None) -> None:
-    """Run the worker: load one model and serve one task until SIGTERM."""
+    """Run a worker: load one model, serve one task until SIGTERM."""
     settings = _settings(config)
     _require_task(settings)
     from consumer.app.daemon import run as run_daemon
@@ -72,8 +73,8 @@ def run(config: Path | None) -> None:
     from consumer.telemetry import configure_logging
 
     configure_logging(settings.log_format, settings.log_level)
-    gc.enable()
     try:
+        _imported()
         code = run_daemon(settings)
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
@@ -84,7 +85,10 @@ def run(config: Path | None) -> None:
 @config_option
 @click.pass_context
 def gateway(context: click.Context, config: Path | None) -> None:
-    """Run the HTTP gateway until SIGTERM: OpenAI's API, jobs, events and a web page."""
+    """Run the HTTP gateway until SIGTERM, or manage its keys.
+
+    The gateway serves OpenAI's API, jobs, events and a web page.
+    """
     context.obj = config
     if context.invoked_subcommand is not None:
         return
@@ -94,8 +98,8 @@ def gateway(context: click.Context, config: Path | None) -> None:
     from consumer.telemetry import configure_logging
 
     configure_logging(settings.log_format, settings.log_level)
-    gc.enable()
     try:
+        _imported()
         code = serve(settings)
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
@@ -125,10 +129,10 @@ def _bound(name: str, text: str) -> Callable[[Callable[..., None]], Callable[...
 def gateway_keys_add(
     of_group: Path | None, /, config: Path | None, tenant: str, **bounds: int | None
 ) -> None:
-    """Create a key for TENANT and print it. The key itself is not stored.
+    """Create a key for TENANT and print it.
 
-    All keys of a tenant see the same jobs. To replace a key, add a new one, distribute it, then
-    revoke the old one. A running gateway applies changes at once.
+    The key itself is not stored. All keys of a tenant see the same jobs. To replace a key, add a
+    new one, distribute it, then revoke the old one. A running gateway applies changes at once.
     """
     file = _key_file(config or of_group)
     from consumer.gateway.tenants import Bounds
@@ -143,7 +147,10 @@ def gateway_keys_add(
 @config_option
 @click.pass_obj
 def gateway_keys_list(of_group: Path | None, /, config: Path | None, *, as_json: bool) -> None:
-    """List all keys: id, tenant, creation time and bounds. The file has only their hashes."""
+    """List all keys: id, tenant, creation time and bounds.
+
+    The file has only the hashes of the keys.
+    """
     file = _key_file(config or of_group)
     document = _guarded(file.read)
     for key_id, entry in document.keys.items():
@@ -162,7 +169,10 @@ def gateway_keys_list(of_group: Path | None, /, config: Path | None, *, as_json:
 @config_option
 @click.pass_obj
 def gateway_keys_revoke(of_group: Path | None, /, config: Path | None, key: str) -> None:
-    """Remove a key. The tenant's jobs remain available to its other keys."""
+    """Remove a key.
+
+    The tenant's jobs remain available to its other keys.
+    """
     file = _key_file(config or of_group)
     key_id = _guarded(lambda: file.revoke(key))
     click.echo(f"{key_id}: revoked")
@@ -177,7 +187,10 @@ def gateway_keys_revoke(of_group: Path | None, /, config: Path | None, key: str)
     help="Directory for data, ports and credentials.",
 )
 def up(directory: Path) -> None:
-    """Run NATS, an S3 server, one worker of each task and a gateway, for development."""
+    """Run the whole system for development, until Ctrl-C.
+
+    The system is NATS, an S3 server, one worker of each task and a gateway, all on loopback.
+    """
     from consumer.app.development import up as run_up
 
     sys.exit(_guarded(lambda: run_up(directory, _console()), interrupted=0))
@@ -191,11 +204,34 @@ def up(directory: Path) -> None:
     show_default=True,
     help="Prompt about the generated image.",
 )
-def demo(prompt: str, question: str) -> None:
-    """Start everything, generate an image of PROMPT, save it, describe it, and stop."""
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the result events; default if standard output is no terminal.",
+)
+@click.option("--open", "opens", is_flag=True, help="Open the image with the system's viewer.")
+def demo(prompt: str, question: str, *, as_json: bool, opens: bool) -> None:
+    """Try it: start everything, draw PROMPT, describe it, stop.
+
+    The image is saved in the working directory. Terminals that can display images show it.
+    """
+    from consumer.app.sender_commands import image_to_text, text_to_image
+    from generation_contracts import ArtifactReference
+
+    request = _build_request(text_to_image, {"prompt": prompt, "deadline": None})
+    image = ArtifactReference(bucket="generation", key="the image, whose key is not known yet")
+    about = {"prompt": question, "images": (image,), "deadline": None}
+    _build_request(image_to_text, about, names={"prompt": "--question"})
     from consumer.app.development import demo as run_demo
 
-    sys.exit(_guarded(lambda: run_demo(prompt, question, Path.cwd(), _console())))
+    as_json = as_json or not sys.stdout.isatty()
+    console = _console()
+    sys.exit(
+        _guarded(
+            lambda: run_demo(request, question, Path.cwd(), console, as_json=as_json, opens=opens)
+        )
+    )
 
 
 @cli.command()
@@ -242,7 +278,7 @@ def check(config: Path | None, model: bool) -> None:
 @click.option("--markdown", is_flag=True, help="Print a Markdown page instead.")
 @config_option
 def schema(config: Path | None, *, json_schema: bool, markdown: bool) -> None:
-    """Print the AsyncAPI 3 document of all subjects and messages, as JSON."""
+    """Print the AsyncAPI 3 document of all messages, as JSON."""
     from generation_contracts.reference import markdown as page_of
     from generation_contracts.schema import asyncapi, json_schemas
 
@@ -338,10 +374,10 @@ def request_image_to_text(
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print the reply as JSON; do not wait.")
 def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
-    """Cancel the request ID, queued or running, and wait until it has stopped.
+    """Cancel the request ID and wait until it has stopped.
 
-    Exit codes: 0 the request is cancelled, 1 it has already ended or does not exist, 69 no worker
-    is available to cancel it.
+    The request may be queued or running. Exit codes: 0 the request is cancelled, 1 it has already
+    ended or does not exist, 69 no worker is available to cancel it.
     """
     settings = _settings(config)
     from generation_contracts import encode
@@ -368,7 +404,7 @@ def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
 
 @cli.group("dead-letters")
 def dead_letters() -> None:
-    """List, show and replay dead letters: requests that no worker could handle."""
+    """List, show and replay requests that no worker could handle."""
 
 
 only_code_option = click.option(
@@ -394,7 +430,9 @@ def dead_letters_list(config: Path | None, code: str | None, *, as_json: bool) -
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def dead_letters_show(config: Path | None, letter: str, *, as_json: bool) -> None:
-    """Show one dead letter: headers on standard error, request body on standard output.
+    """Show one dead letter.
+
+    The headers are written to standard error, the request body to standard output.
 
     A number is the sequence of a dead letter. Anything else is a request id; its newest dead
     letter is shown. Write a request id of digits only as id:123.
@@ -448,7 +486,8 @@ def main() -> None:
     """Run the `consumer` command."""
     # Imports allocate many objects and no garbage: collection would cost a tenth of a command.
     gc.disable()
-    cli()
+    with _sigint_ends():
+        cli()
 
 
 # -- shared by the commands -----------------------------------------------------------------------
@@ -497,7 +536,9 @@ def _require_known(code: str | None) -> None:
         _fail(f"--code: must be one of {', '.join(FailureCode)}", EXIT_USAGE)
 
 
-def _build_request(make: Callable[..., "Request"], parameters: dict[str, Any]) -> "Request":
+def _build_request(
+    make: Callable[..., R], parameters: dict[str, Any], *, names: Mapping[str, str] | None = None
+) -> R:
     from datetime import UTC, datetime, timedelta
 
     from pydantic import ValidationError
@@ -510,6 +551,7 @@ def _build_request(make: Callable[..., "Request"], parameters: dict[str, Any]) -
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
+        field = (names or {}).get(field, field)
         _fail(f"{field}: {first['msg']}", EXIT_USAGE)
 
 
@@ -570,7 +612,31 @@ def _result_timeout(request: "Request") -> float | None:
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console(stderr=True)
+    # Soft wrap: only a terminal wraps long lines. Plain text: a prompt can look like markup.
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def _sigint_ends() -> Iterator[None]:
+    """End the process on Ctrl-C without a message, until `_imported` is called.
+
+    Python would raise KeyboardInterrupt in the middle of an import. The shell reports 130, as for
+    every program that SIGINT ends. A parent that ignores SIGINT is obeyed.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _imported() -> None:
+    """Restore what `main` has turned off for the time of the imports: collection and Ctrl-C."""
+    gc.enable()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -607,8 +673,8 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
     from generation_client import GenerationError, RequestTooLarge, ServiceUnavailable
 
     configure_logging("console", "ERROR")
-    gc.enable()  # most modules have been imported
     try:
+        _imported()  # most modules
         with _sigterm_unwinds():
             return command()
     except (Unavailable, ServiceUnavailable) as error:
