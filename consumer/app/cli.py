@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -65,15 +65,15 @@ def cli() -> None:
 @cli.command()
 @config_option
 def run(config: Path | None) -> None:
-    """Run the worker: load one model and serve one task until SIGTERM."""
+    """Run a worker: load one model, serve one task until SIGTERM."""
     settings = _settings(config)
     _require_task(settings)
     from consumer.app.daemon import run as run_daemon
     from consumer.settings import SettingsError
 
     _start_logging(settings)
-    gc.enable()
     try:
+        _imported()
         code = run_daemon(settings)
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
@@ -84,7 +84,10 @@ def run(config: Path | None) -> None:
 @config_option
 @click.pass_context
 def gateway(context: click.Context, config: Path | None) -> None:
-    """Run the HTTP gateway until SIGTERM: OpenAI's API, jobs, events and a web page."""
+    """Run the HTTP gateway until SIGTERM, or manage its keys.
+
+    The gateway serves OpenAI's API, jobs, events and a web page.
+    """
     context.obj = config
     if context.invoked_subcommand is not None:
         return
@@ -93,8 +96,8 @@ def gateway(context: click.Context, config: Path | None) -> None:
     from consumer.settings import SettingsError
 
     _start_logging(settings)
-    gc.enable()
     try:
+        _imported()
         code = serve(settings)
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
@@ -124,10 +127,10 @@ def _bound(name: str, text: str) -> Callable[[Callable[..., None]], Callable[...
 def gateway_keys_add(
     of_group: Path | None, /, config: Path | None, tenant: str, **bounds: int | None
 ) -> None:
-    """Create a key for TENANT and print it. The key itself is not stored.
+    """Create a key for TENANT and print it.
 
-    All keys of a tenant see the same jobs. To replace a key, add a new one, distribute it, then
-    revoke the old one. A running gateway applies changes at once.
+    The key itself is not stored. All keys of a tenant see the same jobs. To replace a key, add a
+    new one, distribute it, then revoke the old one. A running gateway applies changes at once.
     """
     file = _key_file(config or of_group)
     from consumer.gateway.tenants import Bounds
@@ -142,7 +145,10 @@ def gateway_keys_add(
 @config_option
 @click.pass_obj
 def gateway_keys_list(of_group: Path | None, /, config: Path | None, *, as_json: bool) -> None:
-    """List all keys: id, tenant, creation time and bounds. The file has only their hashes."""
+    """List all keys: id, tenant, creation time and bounds.
+
+    The file has only the hashes of the keys.
+    """
     file = _key_file(config or of_group)
     document = _guarded(file.read)
     for key_id, entry in document.keys.items():
@@ -161,7 +167,10 @@ def gateway_keys_list(of_group: Path | None, /, config: Path | None, *, as_json:
 @config_option
 @click.pass_obj
 def gateway_keys_revoke(of_group: Path | None, /, config: Path | None, key: str) -> None:
-    """Remove a key. The tenant's jobs remain available to its other keys."""
+    """Remove a key.
+
+    The tenant's jobs remain available to its other keys.
+    """
     file = _key_file(config or of_group)
     key_id = _guarded(lambda: file.revoke(key))
     click.echo(f"{key_id}: revoked")
@@ -176,7 +185,10 @@ def gateway_keys_revoke(of_group: Path | None, /, config: Path | None, key: str)
     help="Directory for data, ports and credentials.",
 )
 def up(directory: Path) -> None:
-    """Run NATS, an S3 server, one worker of each task and a gateway, for development."""
+    """Run the whole system for development, until Ctrl-C.
+
+    The system is NATS, an S3 server, one worker of each task and a gateway, all on loopback.
+    """
     from consumer.app.development import up as run_up
 
     sys.exit(_guarded(lambda: run_up(directory, _console()), interrupted=0))
@@ -190,11 +202,34 @@ def up(directory: Path) -> None:
     show_default=True,
     help="Prompt about the generated image.",
 )
-def demo(prompt: str, question: str) -> None:
-    """Start everything, generate an image of PROMPT, save it, describe it, and stop."""
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the result events; default if standard output is no terminal.",
+)
+@click.option("--open", "opens", is_flag=True, help="Open the image with the system's viewer.")
+def demo(prompt: str, question: str, *, as_json: bool, opens: bool) -> None:
+    """Try it: start everything, draw PROMPT, describe it, stop.
+
+    The image is saved in the working directory. Terminals that can display images show it.
+    """
+    from consumer.app.sender_commands import image_to_text, text_to_image
+    from generation_contracts import ArtifactReference
+
+    request = _build_request(text_to_image, {"prompt": prompt, "deadline": None})
+    image = ArtifactReference(bucket="generation", key="the image, whose key is not known yet")
+    about = {"prompt": question, "images": (image,), "deadline": None}
+    _build_request(image_to_text, about, names={"prompt": "--question"})
     from consumer.app.development import demo as run_demo
 
-    sys.exit(_guarded(lambda: run_demo(prompt, question, Path.cwd(), _console())))
+    as_json = as_json or not sys.stdout.isatty()
+    console = _console()
+    sys.exit(
+        _guarded(
+            lambda: run_demo(request, question, Path.cwd(), console, as_json=as_json, opens=opens)
+        )
+    )
 
 
 @cli.command()
@@ -244,7 +279,7 @@ def check(config: Path | None, *, model: bool, verbose: bool) -> None:
 @click.option("--markdown", is_flag=True, help="Print a Markdown page instead.")
 @config_option
 def schema(config: Path | None, *, json_schema: bool, markdown: bool) -> None:
-    """Print the AsyncAPI 3 document of all subjects and messages, as JSON."""
+    """Print the AsyncAPI 3 document of all messages, as JSON."""
     from generation_contracts.reference import markdown as page_of
     from generation_contracts.schema import asyncapi, json_schemas
 
@@ -367,10 +402,10 @@ def upload(config: Path | None, file: Path) -> None:
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print the reply as JSON; do not wait.")
 def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
-    """Cancel the request ID, queued or running, and wait until it has stopped.
+    """Cancel the request ID and wait until it has stopped.
 
-    Exit codes: 0 the request is cancelled, 1 it has already ended or does not exist, 69 no worker
-    is available to cancel it.
+    The request may be queued or running. Exit codes: 0 the request is cancelled, 1 it has already
+    ended or does not exist, 69 no worker is available to cancel it.
     """
     settings = _settings(config)
     from consumer.app.sender_commands import cancelled_line
@@ -398,7 +433,7 @@ def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
 
 @cli.group("dead-letters")
 def dead_letters() -> None:
-    """List, show and replay dead letters: requests that no worker could handle."""
+    """List, show and replay requests that no worker could handle."""
 
 
 only_code_option = click.option(
@@ -424,7 +459,9 @@ def dead_letters_list(config: Path | None, code: str | None, *, as_json: bool) -
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def dead_letters_show(config: Path | None, letter: str, *, as_json: bool) -> None:
-    """Show one dead letter: headers on standard error, request body on standard output.
+    """Show one dead letter.
+
+    The headers are written to standard error, the request body to standard output.
 
     A number is the sequence of a dead letter. Anything else is a request id; its newest dead
     letter is shown. Write a request id of digits only as id:123.
@@ -478,7 +515,8 @@ def main() -> None:
     """Run the `consumer` command."""
     # Imports allocate many objects and no garbage: collection would cost a tenth of a command.
     gc.disable()
-    cli()
+    with _sigint_ends():
+        cli()
 
 
 # -- shared by the commands -----------------------------------------------------------------------
@@ -539,7 +577,9 @@ def _require_known(code: str | None) -> None:
         _fail(f"--code: must be one of {', '.join(FailureCode)}", EXIT_USAGE)
 
 
-def _build_request(make: Callable[..., T], parameters: dict[str, Any]) -> T:
+def _build_request(
+    make: Callable[..., T], parameters: dict[str, Any], *, names: Mapping[str, str] | None = None
+) -> T:
     from datetime import UTC, datetime, timedelta
 
     from pydantic import ValidationError
@@ -552,6 +592,7 @@ def _build_request(make: Callable[..., T], parameters: dict[str, Any]) -> T:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
+        field = (names or {}).get(field, field)
         _fail(f"{field}: {first['msg']}", EXIT_USAGE)
 
 
@@ -638,7 +679,31 @@ def _result_timeout(request: "Request") -> float | None:
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console(stderr=True)
+    # Soft wrap: only a terminal wraps long lines. Plain text: a prompt can look like markup.
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def _sigint_ends() -> Iterator[None]:
+    """End the process on Ctrl-C without a message, until `_imported` is called.
+
+    Python would raise KeyboardInterrupt in the middle of an import. The shell reports 130, as for
+    every program that SIGINT ends. A parent that ignores SIGINT is obeyed.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _imported() -> None:
+    """Restore what `main` has turned off for the time of the imports: collection and Ctrl-C."""
+    gc.enable()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -686,8 +751,8 @@ def _guarded(
     )
 
     configure_logging("console", "ERROR")
-    gc.enable()  # most modules have been imported
     try:
+        _imported()  # most modules
         with _sigterm_unwinds():
             return command()
     except (Unavailable, ServiceUnavailable) as error:

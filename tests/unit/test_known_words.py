@@ -37,11 +37,10 @@ def test_every_word_of_the_training_is_known(task: Task) -> None:
 
 def test_a_warning_counts_the_unknown_words_and_quotes_none() -> None:
     assert warnings(TextToImageRequest(prompt="a red circle")) == ()
-    assert warnings(TextToImageRequest(prompt="a secret")) == (
-        (
-            "the demonstration model does not know 1 of the 2 words of the prompt; "
-            'it draws coloured shapes, for example "a red circle on a blue background"'
-        ),
+    (warning,) = warnings(TextToImageRequest(prompt="a secret"))
+    assert warning == (
+        "the demonstration model does not know 1 of the 2 words of the prompt; it draws coloured "
+        'shapes, for example "a red circle on a blue background"'
     )
 
 

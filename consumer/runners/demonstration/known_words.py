@@ -46,12 +46,8 @@ def warnings(request: Request) -> tuple[str, ...]:
     unknown, words = count_unknown_words(task, request.prompt)
     if not unknown:
         return ()
-    return (
-        (
-            f"the demonstration model does not know {unknown} of the {words} words of the prompt; "
-            f"{_WORLD[task]}"
-        ),
-    )
+    counts = f"{unknown} of the {words} words of the prompt"
+    return (f"the demonstration model does not know {counts}; {_WORLD[task]}",)
 
 
 def count_unknown_words(task: Task, prompt: str) -> tuple[int, int]:
