@@ -46,25 +46,27 @@ async def test_the_chain_of_the_page_runs(sender: Client) -> None:
 
 
 async def run_example(text: str, system: DevStack, folder: Path) -> str:
-    """Run the example of the page that contains a text; return its output."""
+    """Run the example of the page that contains a text, twice; return the last output."""
     examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (example,) = [code for code in examples if text in code]
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-c", example.replace("nats://127.0.0.1:4222", system.nats.url)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=WITHIN,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    for prompt in ("a blue heart", "a red circle"):
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", example.replace("a red circle", prompt)],
+            cwd=folder,
+            env={**os.environ, "NATS_URL": system.nats.url},
+            capture_output=True,
+            text=True,
+            timeout=WITHIN,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 async def test_the_example_without_the_client_runs(system: DevStack, tmp_path: Path) -> None:
     event = json.loads(await run_example("nats.connect", system, tmp_path))
-    assert (event["type"], event["request_id"]) == (SUCCEEDED, "my-2")
+    assert event["type"] == SUCCEEDED
 
 
 async def test_the_example_with_the_client_runs(system: DevStack, tmp_path: Path) -> None:
