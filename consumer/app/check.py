@@ -19,6 +19,7 @@ from consumer.ports.model import (
     DeviceLost,
     ModelDescription,
     ModelError,
+    ModelMisconfigured,
     ModelUnavailable,
     OutOfMemory,
     Runner,
@@ -33,6 +34,7 @@ from generation_contracts import ImageToTextRequest, Request, Task, TextToImageR
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 69
 EXIT_MODEL_LOST = 70
 
@@ -67,20 +69,27 @@ async def check(settings: Settings, report: Callable[[Finding], None], *, model:
 
     Returns:
         The first exit code that is not 0, else 0.
+
+    Raises:
+        SettingsError: Settings of the model are wrong; nothing has been checked.
     """
+    runner = make_runner(settings) if model else None
     findings = [*await _bus(settings), await _store(settings)]
     for finding in findings:
         report(finding)
-    if model:
-        findings += await check_model(settings, report)
+    if runner is not None:
+        findings += await check_model(runner, settings.task, report)
     return next((finding.exit_code for finding in findings if finding.exit_code), 0)
 
 
-async def check_model(settings: Settings, report: Callable[[Finding], None]) -> list[Finding]:
+async def check_model(
+    runner: Runner, task: Task, report: Callable[[Finding], None]
+) -> list[Finding]:
     """Load the model, generate one output with its defaults, and report the time of both.
 
     Args:
-        settings: The model and its options.
+        runner: The runner, whose model is not loaded yet.
+        task: The task of the model.
         report: Called with each finding.
 
     Returns:
@@ -95,10 +104,9 @@ async def check_model(settings: Settings, report: Callable[[Finding], None]) -> 
         return not findings[-1].exit_code
 
     try:
-        runner = make_runner(settings)
         inference = InferenceWorker(runner, queue)
         if await run_check("model", lambda: _load(inference)):
-            await run_check("output", lambda: _generate(runner, queue, settings.task))
+            await run_check("output", lambda: _generate(runner, queue, task))
             await run_check("memory", _memory)
             await inference.stop()
     finally:
@@ -219,5 +227,7 @@ async def _finding(name: str, work: Callable[[], Awaitable[str]]) -> Finding:
         return Finding(name, await work())
     except Unavailable as error:
         return Finding(name, str(error), EXIT_UNAVAILABLE)
+    except ModelMisconfigured as error:
+        return Finding(name, str(error), EXIT_USAGE)
     except (ModelUnavailable, UnsupportedParameter, OutOfMemory, DeviceLost, ModelError) as error:
         return Finding(name, str(error), EXIT_MODEL_LOST)

@@ -70,9 +70,8 @@ def run(config: Path | None) -> None:
     _require_task(settings)
     from consumer.app.daemon import run as run_daemon
     from consumer.settings import SettingsError
-    from consumer.telemetry import configure_logging
 
-    configure_logging(settings.log_format, settings.log_level)
+    _start_logging(settings)
     gc.enable()
     try:
         code = run_daemon(settings)
@@ -92,9 +91,8 @@ def gateway(context: click.Context, config: Path | None) -> None:
     settings = _settings(config)
     serve = _gateway_part("serve").serve
     from consumer.settings import SettingsError
-    from consumer.telemetry import configure_logging
 
-    configure_logging(settings.log_format, settings.log_level)
+    _start_logging(settings)
     gc.enable()
     try:
         code = serve(settings)
@@ -222,15 +220,18 @@ def apply(config: Path | None, replicas: int | None) -> None:
 @cli.command()
 @config_option
 @click.option("--model", is_flag=True, help="Also load the model.")
-def check(config: Path | None, model: bool) -> None:
+@click.option("--verbose", "-v", is_flag=True, help="Also print the settings that are not set.")
+def check(config: Path | None, *, model: bool, verbose: bool) -> None:
     """Test what a worker needs: settings, NATS, streams and S3."""
     settings = _settings(config)
     _require_task(settings)
     from consumer.app.check import Finding
     from consumer.app.check import check as run_check
 
-    for name, value in settings.shown().items():
+    for name, value in settings.shown(only_set=not verbose).items():
         click.echo(f"{name}={value}")
+    for name in settings.unknown_variables():
+        click.echo(f"{name}: not a setting, not read")
 
     def report(finding: Finding) -> None:
         click.echo(f"{'FAIL' if finding.exit_code else 'ok  '} {finding.name}: {finding.text}")
@@ -492,6 +493,18 @@ def _settings(config: Path | None) -> "Settings":
         _fail(str(error), EXIT_USAGE)
 
 
+def _start_logging(settings: "Settings") -> None:
+    """Set up the log of a process, and log a warning about variables that nothing reads."""
+    import structlog
+
+    from consumer.telemetry import configure_logging
+
+    configure_logging(settings.log_format, settings.log_level)
+    if unknown := settings.unknown_variables():
+        log = structlog.get_logger()
+        log.warning("unknown_variables", names=unknown)
+
+
 def _gateway_part(name: str) -> Any:
     """Import a module of the gateway, whose libraries are an extra."""
     try:
@@ -698,7 +711,8 @@ def _guarded(
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"consumer: {message}", err=True)
+    for line in message.splitlines():
+        click.echo(f"consumer: {line}", err=True)
     try:
         sys.stdout.flush()
     except OSError:  # the disk is full; the interpreter would flush again at exit and fail

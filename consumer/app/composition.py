@@ -18,8 +18,8 @@ from consumer.jobs.in_flight import STAGES
 from consumer.ports.bus import StopAck
 from consumer.ports.model import ModelDescription, Runner
 from consumer.ports.telemetry import Observer
-from consumer.runners import ModelConfig, create_runner
-from consumer.settings import Settings
+from consumer.runners import ModelConfig, create_runner, find_setting_errors
+from consumer.settings import Settings, SettingsError
 from generation_contracts import Request, Task
 
 log = structlog.get_logger()
@@ -146,7 +146,7 @@ def make_runner(settings: Settings) -> Runner:
     """Return the runner of the configured model; the model is not loaded yet.
 
     Raises:
-        SettingsError: MODEL_TYPE is not set.
+        SettingsError: MODEL_TYPE is not set, or settings of the model are wrong: one line for each.
     """
     config = ModelConfig(
         model_id=settings.model_id,
@@ -168,4 +168,6 @@ def make_runner(settings: Settings) -> Runner:
         safety_checker=settings.model_safety_checker,
         max_image_pixels=settings.model_max_image_pixels,
     )
+    if errors := find_setting_errors(settings.task, config):
+        raise SettingsError("\n".join(errors))
     return create_runner(settings.task, config)

@@ -12,18 +12,17 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-from consumer.ports.model import ModelUnavailable
+from consumer.ports.model import ModelMisconfigured, ModelUnavailable
 from consumer.runners import demonstration
 from consumer.runners.config import ModelConfig
 from consumer.runners.faults import load_failure
 from consumer.runners.libraries import reported_warnings
+from consumer.runners.setting_errors import model_id_errors
 from generation_contracts import Task
 
 log = structlog.get_logger()
 
 DEMONSTRATION = "demonstration"
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_TIMEOUT = 10.0  # seconds to resolve a revision on the hub; the hub's client has no timeout
@@ -65,29 +64,23 @@ def locate_model(task: Task, config: ModelConfig, download: Download) -> Iterato
         download: Downloads a model from the hub, or looks it up in the hub's cache.
 
     Raises:
-        ModelUnavailable: There is no such folder, or the model cannot be downloaded.
+        ModelMisconfigured: MODEL_ID or MODEL_REVISION is wrong.
+        ModelUnavailable: The model cannot be downloaded.
     """
     with reported_warnings():
-        folder_or_id = Path(config.model_id).expanduser()
-        if folder_or_id.is_file():
-            raise ModelUnavailable(
-                f"MODEL_ID: {folder_or_id.name} is a file: a model is a folder with its "
-                "configuration and weights, or an id on the hub"
-            )
-        if config.revision is not None and folder_or_id.is_dir():
-            raise ModelUnavailable("MODEL_REVISION: only a model of the hub has revisions")
+        if error := next(model_id_errors(config), None):
+            raise ModelMisconfigured(error)
         if not config.model_id:
             # The tensors are too small for several threads: an image takes 0.2 s in one thread,
             # and up to 6 s in two threads on two busy cores.
             torch.set_num_threads(1)
             yield Source(demonstration.folder_of(task), DEMONSTRATION)
             return
-        if folder_or_id.is_dir():
-            yield Source(folder_or_id.resolve(), folder_or_id.resolve().name)
-        elif _HUB_ID.fullmatch(config.model_id):
-            yield _from_hub(config.model_id, config.revision, download)
+        folder = Path(config.model_id).expanduser()
+        if folder.is_dir():
+            yield Source(folder.resolve(), folder.resolve().name)
         else:
-            raise ModelUnavailable(f"MODEL_ID: there is no folder {folder_or_id.name}")
+            yield _from_hub(config.model_id, config.revision, download)
 
 
 def _from_hub(model_id: str, revision: str | None, download: Download) -> Source:

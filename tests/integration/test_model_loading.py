@@ -82,7 +82,9 @@ def test_a_model_imports_only_its_libraries_and_freezes_their_objects() -> None:
 
 
 def test_a_missing_folder_is_refused_by_its_name(tmp_path: Path) -> None:
-    assert load_error(tmp_path / "no-such-model") == "MODEL_ID: there is no folder no-such-model"
+    assert load_error(tmp_path / "no-such-model") == (
+        f"MODEL_ID: there is no folder {tmp_path / 'no-such-model'}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,8 +117,8 @@ def test_weights_that_exist_only_as_a_variant_are_loaded(
 def test_a_single_file_is_refused(model_folder: Folder) -> None:
     file = model_folder(SD3) / "vae" / "diffusion_pytorch_model.safetensors"
     assert load_error(file) == (
-        "MODEL_ID: diffusion_pytorch_model.safetensors is a file: a model is a folder with its "
-        "configuration and weights, or an id on the hub"
+        f"MODEL_ID: {file} is a file: a model is a folder with its configuration and weights, "
+        "or an id on the hub"
     )
 
 

@@ -17,7 +17,7 @@ from torchvision.io import ImageReadMode, decode_png
 from consumer.media import png_writer as png
 from consumer.media.codec import ImageCodec
 from consumer.media.png_writer import COLOUR_TYPES, write_png
-from tests.bench.encoders import lets_go
+from tests.bench.encoders import releases_gil
 
 # torchvision gives its decoders away to another package.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -121,7 +121,7 @@ def test_other_threads_run_while_an_image_is_compressed(compressor: str) -> None
     image = noise("RGB", (2000, 1500))
     rows = np.asarray(image).reshape(image.height, -1)  # one strip, and long enough to be seen
     filtered = png._filtered(png._Pixels(rows, None, last=True))
-    assert lets_go(lambda _: png._compressed(filtered, last=True), image)
+    assert releases_gil(lambda _: png._compressed(filtered, last=True), image)
 
 
 def test_strips_are_compressed_concurrently_with_equal_bytes(compressor: str) -> None:
