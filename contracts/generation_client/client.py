@@ -288,7 +288,9 @@ class GenerationClient:
                 if isinstance(event, TerminalEvent) and event.request_digest not in _digests(
                     request
                 ):
-                    raise RequestIdTaken("the id belongs to another request")
+                    raise RequestIdTaken(
+                        f"the id {request_id} belongs to another request; this one needs a new id"
+                    )
                 yield event
 
     # -- submit now, read the result later --------------------------------------------------------

@@ -285,7 +285,9 @@ def test_an_id_of_another_request_is_an_error(settings: dict[str, str]) -> None:
     assert consumer(*command, "one", **settings).returncode == 0
     other = consumer(*command, "another", **settings)
     assert (other.returncode, other.stdout) == (1, "")
-    assert other.stderr == "consumer: the id belongs to another request\n"
+    assert other.stderr == (
+        "consumer: the id shell-3 belongs to another request; this one needs a new id\n"
+    )
 
 
 def test_a_request_without_a_worker_ends_at_its_deadline(settings: dict[str, str]) -> None:

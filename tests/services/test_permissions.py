@@ -22,7 +22,7 @@ from consumer.app.dead_letter_commands import replay
 from consumer.bus.connection import BusUnavailable, connect
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
-from generation_client import GenerationClient, RequestCancelled
+from generation_client import GenerationClient, RequestCancelled, ServiceUnavailable, submitting
 from generation_contracts import ImageToTextStep, Task, TextOutput
 from tests.support.forked import ForkedGateway, ForkedWorker
 from tests.support.quick_runner import FOLDER
@@ -624,6 +624,22 @@ async def test_headers_of_a_publisher_do_not_affect_other_messages(
                 error = await refused.get()
                 assert error == f'nats: permissions violation for publish to "{target.lower()}"'
         assert (await observer.jetstream().stream_info(REQUESTS)).state.last_seq == before
+
+
+async def test_a_wrong_inbox_prefix_is_named_with_its_setting(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submitting, "PUBLISH_TIMEOUT", 0.5)
+    client = GenerationClient(
+        installation.stack.nats.url,
+        nkeys_seed=str(installation.folder / "publisher"),
+        inbox_prefix="_INBOX",
+    )
+    async with client:
+        with pytest.raises(
+            ServiceUnavailable, match=r"may not subscribe to _INBOX\.>; set NATS_INBOX_PREFIX"
+        ):
+            await client.text_to_image("a")
 
 
 async def test_an_observer_can_read_the_state_of_streams(installation: Installation) -> None:
