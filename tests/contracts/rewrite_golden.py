@@ -36,7 +36,7 @@ def task_of(message: Any) -> Task:
 def golden(message: Any) -> dict[str, Any]:
     """Subject, headers (the daemon writes them for events only) and body of a message."""
     if isinstance(message, CancelReply):
-        return {"body": json.loads(encode(message))}  # on the inbox of whoever cancels
+        return {"body": json.loads(encode(message))}  # on the inbox of the caller
     task, body = task_of(message), json.loads(encode(message))
     if not isinstance(message, EventBase):
         return {"subject": Subjects().request(task, message.request_id), "body": body}

@@ -23,7 +23,7 @@ def added(step: int, text: str | None) -> ProgressEvent:
     )
 
 
-def shown(*events: ProgressEvent) -> str:
+def rendered(*events: ProgressEvent) -> str:
     """Return the terminal output of the progress bar after some events."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=120, color_system=None)
@@ -35,24 +35,24 @@ def shown(*events: ProgressEvent) -> str:
 
 
 def test_bar_shows_the_text_so_far() -> None:
-    assert "A light" in shown(added(1, "A"), added(2, None), added(3, " light"))
+    assert "A light" in rendered(added(1, "A"), added(2, None), added(3, " light"))
 
 
 def test_bar_shows_the_end_of_a_long_text_in_one_line() -> None:
-    last = shown(added(1, "one\n" * 50), added(2, "the end"))
+    last = rendered(added(1, "one\n" * 50), added(2, "the end"))
     assert "one one the end" in last
     assert "one " * 11 not in last
 
 
 def test_bar_shows_only_the_text_after_a_restart() -> None:
-    output = shown(added(3, "lost words"), added(0, None), added(1, "A lighthouse"))
+    output = rendered(added(3, "lost words"), added(0, None), added(1, "A lighthouse"))
     assert "wordsA" not in output
     assert "A lighthouse" in output
 
 
 def test_bar_does_not_interpret_text_as_markup() -> None:
-    assert "[bold]x[/bold]" in shown(added(1, "[bold]x[/bold]"))
+    assert "[bold]x[/bold]" in rendered(added(1, "[bold]x[/bold]"))
 
 
 def test_bar_shows_the_task_if_there_is_no_text() -> None:
-    assert "image to text" in shown(added(1, None))
+    assert "image to text" in rendered(added(1, None))
