@@ -204,8 +204,8 @@ def test_headers_of_a_dead_letter_are_described() -> None:
 
 def test_headers_of_a_request_are_described() -> None:
     schema = SCHEMAS["RequestHeaders"]
-    own = {headers.EARLIER_ATTEMPTS, headers.EARLIER_DELIVERIES}
-    names = {headers.MESSAGE_ID, headers.REPLY_TO, headers.TRACE_PARENT, *own}
+    attempt_headers = {headers.EARLIER_ATTEMPTS, headers.EARLIER_DELIVERIES}
+    names = {headers.MESSAGE_ID, headers.REPLY_TO, headers.TRACE_PARENT, *attempt_headers}
     assert set(schema["properties"]) == names
     assert "required" not in schema
     check = validator(schema)

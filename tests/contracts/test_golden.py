@@ -102,6 +102,6 @@ def test_golden_files_contain_every_field() -> None:
     written: dict[type[Any], set[str]] = {}
     for message in MESSAGES.values():
         for model in models_in(message):
-            told = {n for n in type(model).model_fields if getattr(model, n) not in (None, (), {})}
-            written.setdefault(type(model), set()).update(told)
+            names = {n for n in type(model).model_fields if getattr(model, n) not in (None, (), {})}
+            written.setdefault(type(model), set()).update(names)
     assert written == {model: set(model.model_fields) for model in written}

@@ -98,7 +98,7 @@ def test_unknown_field_is_refused_by_its_name(task: Task, field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "place"),
+    ("fields", "field"),
     [
         ({"metadata": {"text_to_image": 5}}, "metadata.text_to_image"),
         ({"metadata": {"InlineUri": 5}}, "metadata.InlineUri"),
@@ -110,8 +110,8 @@ def test_unknown_field_is_refused_by_its_name(task: Task, field: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_problem_has_the_path_of_the_field(fields: dict[str, Any], place: str) -> None:
-    assert [p["field"] for p in refusal(TEXT_TO_IMAGE, fields).problems] == [place]
+def test_problem_has_the_path_of_the_field(fields: dict[str, Any], field: str) -> None:
+    assert [p["field"] for p in refusal(TEXT_TO_IMAGE, fields).problems] == [field]
 
 
 @pytest.mark.parametrize("task", Task)

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 
-# What the daemon is made of: importing any of it in a sender's process is what must not happen.
+# The daemon and its libraries, which a sender's process must not import.
 NOT_NEEDED = ["consumer", "torch", "nats", "minio", "diffusers", "transformers", "PIL", "structlog"]
 
 IN_THE_SENDERS_PROGRAM = f"""
@@ -102,7 +102,7 @@ def test_contracts_wheel_installs_and_works_alone(wheels: Path, tmp_path: Path) 
     python = tmp_path / "alone" / "bin" / "python"
     uv("pip", "install", "--python", python, contracts_wheel(wheels))
 
-    told = json.loads(
+    output = json.loads(
         subprocess.run(
             [python, "-I", "-c", IN_THE_SENDERS_PROGRAM],
             cwd=tmp_path,
@@ -110,14 +110,14 @@ def test_contracts_wheel_installs_and_works_alone(wheels: Path, tmp_path: Path) 
             stdout=subprocess.PIPE,
         ).stdout
     )
-    assert told["steps"] == 5
-    assert "TextToImageRequest" in told["schemas"]
-    assert told["asyncapi"] == "3.0.0"
-    assert told["importable"] == []
-    always = [need for need in told["needs"] if "extra ==" not in need]
+    assert output["steps"] == 5
+    assert "TextToImageRequest" in output["schemas"]
+    assert output["asyncapi"] == "3.0.0"
+    assert output["importable"] == []
+    always = [need for need in output["needs"] if "extra ==" not in need]
     assert [need.partition(">")[0] for need in always] == ["pydantic"]
-    assert Path(told["typed"]).with_name("py.typed").is_file()
-    assert Path(told["typed"]).is_relative_to(tmp_path / "alone")
+    assert Path(output["typed"]).with_name("py.typed").is_file()
+    assert Path(output["typed"]).is_relative_to(tmp_path / "alone")
 
 
 def test_daemon_wheel_has_the_trained_models_without_the_training(wheels: Path) -> None:

@@ -1,6 +1,6 @@
-"""The model fails in every known way: what the sender is told, and that the queue goes on.
+"""The model fails in every known way. The sender gets an event, and the queue continues.
 
-A thread that hangs with the interpreter's lock held is in `test_held_lock.py`.
+`test_held_lock.py` has the threads that hang and hold the GIL.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ FAILED = "generation.v1.failed"
 
 
 async def is_done_next(scene: Scene, worker: Daemon, failed: Event) -> None:
-    """See that the process that met the fault does the next request, and that nothing is left."""
+    """Check that the same process runs the next request, and that the queue is empty."""
     before = len(scene.runs())
     next_id = await scene.submit()
     event = await succeeded(scene, next_id)
@@ -136,7 +136,7 @@ async def test_lost_device_ends_the_process_and_the_next_worker_has_the_request_
     assert "illegal memory access" not in log
     assert event["attempt"] == 2
     assert scene.runs() == [request_id] * 2
-    assert scene.notes("freed") == [], "nothing is asked of a lost device"
+    assert scene.notes("freed") == [], "no call goes to a lost device"
     await assert_queue_empty(scene, request_id)
 
 
@@ -171,9 +171,9 @@ async def test_model_that_cannot_be_loaded_takes_no_request(scene: Scene) -> Non
     failing = scene.launch("load_fails")
     assert await scene.exit_code(failing) == MODEL_LOST
     lines = [json.loads(line) for line in failing.log.read_text().splitlines()]
-    (said,) = (line for line in lines if line["event"] == "model_unavailable")
-    assert said["level"] == "error"
-    assert said["reason"] == (
+    (line_of_error,) = (line for line in lines if line["event"] == "model_unavailable")
+    assert line_of_error["level"] == "error"
+    assert line_of_error["reason"] == (
         "portraits: cannot be loaded: Error while reading portraits/vae/weights.safetensors and "
         "… cut"
     )

@@ -216,7 +216,7 @@ async def test_requests_behind_a_poison_request_are_not_dead_lettered(scene: Sce
     assert max(runs) <= ATTEMPTS
 
 
-@pytest.mark.timeout(300)  # seconds; the same
+@pytest.mark.timeout(300)  # seconds; as above
 async def test_poison_request_among_many_has_no_additional_attempts(scene: Scene) -> None:
     """The next worker has other requests in flight; the attempts must still count."""
     await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="1")

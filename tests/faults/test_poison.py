@@ -39,9 +39,11 @@ async def _is_put_aside(scene: Scene, worker: str) -> None:
     stream, subject = scene.subjects.dead_letters_stream, scene.subjects.dead_letter(scene.task)
     letter = await scene.sender.jetstream().get_last_msg(stream, subject)
     assert letter.data == POISON
-    own = {name: text for name, text in headers.items() if name.startswith("Dead-Letter-")}
-    del own["Dead-Letter-Time"]
-    assert own == {
+    dead_letter_headers = {
+        name: text for name, text in headers.items() if name.startswith("Dead-Letter-")
+    }
+    del dead_letter_headers["Dead-Letter-Time"]
+    assert dead_letter_headers == {
         "Dead-Letter-Code": "worker_lost",
         "Dead-Letter-Reason": "the workers that took this request were lost",
         "Dead-Letter-Request-Id": "poison-1",

@@ -30,9 +30,11 @@ async def scene(scene: Scene) -> Scene:
 def connections(scene: Scene) -> list[str]:
     """Return the names of the NATS connections of workers and lease guards."""
     with urllib.request.urlopen(f"{scene.stack.nats.monitoring_url}/connz") as answer:  # noqa: S310 - loopback
-        found: dict[str, Any] = json.load(answer)
+        response: dict[str, Any] = json.load(answer)
     return [
-        one.get("name", "") for one in found["connections"] if "generation" in one.get("name", "")
+        one.get("name", "")
+        for one in response["connections"]
+        if "generation" in one.get("name", "")
     ]
 
 

@@ -112,11 +112,11 @@ async def survives(
     fault: Fault,
     reason: str,
     cause: str = "impatient",
-    **asked: int,
+    **fields: int,
 ) -> None:
     worker = await start(scene, proxy, cause)
     proxy.otherwise = fault
-    request_id = await scene.submit(**asked)
+    request_id = await scene.submit(**fields)
     await until_not_ready(scene, worker, store=reason)
     await outlasts_the_lease(scene, worker, request_id)
     assert await scene.keys() == set()
@@ -155,10 +155,10 @@ async def test_store_killed_during_an_upload_only_delays_the_result(
     scene: Scene, proxy: FaultProxy
 ) -> None:
     worker = await start(scene, proxy, "noise")
-    held = HoldsHalfway()
-    proxy.faults.append(held)
+    upload = HoldsHalfway()
+    proxy.faults.append(upload)
     request_id = await scene.submit(**LARGE)
-    await asyncio.wait_for(held.reached.wait(), timeout=WITHIN)
+    await asyncio.wait_for(upload.reached.wait(), timeout=WITHIN)
     store = scene.stack.store
     await asyncio.to_thread(store.kill)
     await until_not_ready(scene, worker, store="S3: the connection broke")
@@ -172,21 +172,21 @@ async def test_store_killed_during_an_upload_only_delays_the_result(
 async def test_readable_store_does_not_hide_a_waiting_upload(
     scene: Scene, proxy: FaultProxy, fault: Fault
 ) -> None:
-    """A full store still answers read requests."""
+    """A full store still serves read requests."""
     worker = await start(scene, proxy, "watchful")
     proxy.otherwise = fault
     request_id = await scene.submit()
-    said: list[int] = []
+    statuses: list[int] = []
     uploads = f"PUT /{scene.stack.store.bucket}/{scene.subjects.root}/{scene.task}/".encode()
 
     async def tried_several_times() -> bool:
-        tries = sum(head.startswith(uploads) for head in proxy.heads)
-        if tries > 1:  # by then no look is under way that began before the first
-            said.append((await readiness(worker))[0])
-        return tries > 8
+        attempts = sum(head.startswith(uploads) for head in proxy.heads)
+        if attempts > 1:  # no readiness check from before the first attempt is still in progress
+            statuses.append((await readiness(worker))[0])
+        return attempts > 8
 
-    await scene.until(tried_several_times, "tries of the output that waits")
-    assert set(said) == {HTTPStatus.SERVICE_UNAVAILABLE}
+    await scene.until(tried_several_times, "retries of the upload")
+    assert set(statuses) == {HTTPStatus.SERVICE_UNAVAILABLE}
     proxy.heal()
     await succeeded(scene, request_id)
     await assert_all_ready(scene, worker)
@@ -201,8 +201,8 @@ async def test_store_without_checksums_gets_outputs(scene: Scene, proxy: FaultPr
     await succeeded(scene, await scene.submit())
     await assert_all_ready(scene, worker)
     lines = [json.loads(line) for line in worker.log.read_text().splitlines()]
-    (said,) = (line for line in lines if line["event"] == "store_without_checksums")
-    assert said["code"] == "NotImplemented"
+    (line,) = (line for line in lines if line["event"] == "store_without_checksums")
+    assert line["code"] == "NotImplemented"
 
 
 # -- at the start ---------------------------------------------------------------------------------
@@ -229,9 +229,9 @@ async def test_unusable_store_ends_the_start_with_one_line(
     assert await scene.exit_code(worker) == UNAVAILABLE
     log = worker.log.read_text()
     lines = [json.loads(line) for line in log.splitlines()]
-    (said,) = (line for line in lines if line["level"] == "error")
-    said["reason"] = said["reason"].replace(f" at {scene.stack.store.endpoint}", "")
-    assert (said["event"], said["reason"]) == ("service_unavailable", reason)
+    (line,) = (line for line in lines if line["level"] == "error")
+    reported = line["reason"].replace(f" at {scene.stack.store.endpoint}", "")
+    assert (line["event"], reported) == ("service_unavailable", reason)
     for secret in (scene.stack.store.secret_key, scene.stack.store.access_key, *settings.values()):
         assert not secret or secret in reason or secret not in log
     durable = await scene.sender.jetstream().consumer_info(

@@ -111,8 +111,8 @@ def test_settings_become_the_configuration() -> None:
         s3_url_ttl=60,
         s3_input_prefixes=("uploads/photos",),
     )
-    made = store_config(settings)
-    assert made == config(
+    actual = store_config(settings)
+    assert actual == config(
         endpoint="http://127.0.0.1:9333",
         bucket="pictures",
         prefix="a/b",

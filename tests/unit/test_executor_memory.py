@@ -68,8 +68,8 @@ class Traced:
     @property
     def alive(self) -> list[str]:
         """The type names of the traced objects that still exist."""
-        found = [reference() for reference in self._references]
-        return [type(one).__name__ for one in found if one is not None]
+        alive = [reference() for reference in self._references]
+        return [type(one).__name__ for one in alive if one is not None]
 
     async def are_freed(self) -> bool:
         """Return whether all traced objects are freed, once the threads have finished."""
@@ -87,7 +87,7 @@ class Traced:
             try:
                 raise error
             finally:
-                del error  # otherwise the frame of this test would hold the error
+                del error  # otherwise the frame of this test would reference the error
 
         return run
 

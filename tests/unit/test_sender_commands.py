@@ -27,7 +27,7 @@ def added(step: int, text: str | None) -> ProgressEvent:
     )
 
 
-def shown(*events: ProgressEvent) -> str:
+def rendered(*events: ProgressEvent) -> str:
     """Return the terminal output of the progress bar after some events."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=120, color_system=None)
@@ -39,26 +39,26 @@ def shown(*events: ProgressEvent) -> str:
 
 
 def test_a_streamed_text_is_printed_as_it_comes() -> None:
-    output = shown(added(1, "A"), added(2, None), added(3, " light\nhouse"))
+    output = rendered(added(1, "A"), added(2, None), added(3, " light\nhouse"))
     assert output.endswith("A light\nhouse\n")
 
 
 def test_a_streamed_text_is_not_cut_or_wrapped() -> None:
     words = "one " * 100
-    assert words in shown(added(1, words))
+    assert words in rendered(added(1, words))
 
 
 def test_a_new_attempt_starts_the_text_on_a_new_line() -> None:
-    output = shown(added(3, "lost words"), added(0, None), added(1, "A lighthouse"))
+    output = rendered(added(3, "lost words"), added(0, None), added(1, "A lighthouse"))
     assert "lost words\nA lighthouse\n" in output
 
 
 def test_a_streamed_text_is_not_interpreted_as_markup() -> None:
-    assert "[bold]x[/bold]" in shown(added(1, "[bold]x[/bold]"))
+    assert "[bold]x[/bold]" in rendered(added(1, "[bold]x[/bold]"))
 
 
 def test_bar_counts_the_tokens_of_a_text_without_a_total() -> None:
-    output = shown(added(13, None))
+    output = rendered(added(13, None))
     assert "image to text" in output
     assert "13 tokens" in output
     assert "13/9" not in output
@@ -66,7 +66,7 @@ def test_bar_counts_the_tokens_of_a_text_without_a_total() -> None:
 
 
 def test_bar_shows_the_steps_of_an_image() -> None:
-    output = shown(added(3, None).model_copy(update={"task": Task.TEXT_TO_IMAGE}))
+    output = rendered(added(3, None).model_copy(update={"task": Task.TEXT_TO_IMAGE}))
     assert "3/9 steps" in output
 
 
