@@ -223,7 +223,7 @@ class ObjectStoreArtifacts:
     def _bucket_url(self, key: str) -> str:
         # The SDK alone knows where the bucket is in an address: in the path, or in the host of AWS.
         url = urlsplit(self._presigner.get_presigned_url("GET", self._config.bucket, key))
-        return url._replace(path=url.path.removesuffix(key), query="").geturl()
+        return f"{url.scheme}://{url.netloc}{url.path.removesuffix(key)}"
 
     # -- checks for the start, the readiness and the commands -------------------------------------
 
