@@ -1,6 +1,6 @@
 """The settings of all commands, from the environment or a TOML file.
 
-A wrong value raises `SettingsError` with one line that names the setting.
+Wrong values raise `SettingsError` with one line for each of them, which names the setting.
 """
 
 import json
@@ -19,12 +19,14 @@ from pydantic import (
     HttpUrl,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from consumer.setting_names import is_service_address, suggestion, unknown_variables
 from generation_contracts import ArtifactReference, Subjects, Task
 from generation_contracts.base import pattern_message
 from generation_contracts.servers import Servers, parse_servers
@@ -39,22 +41,26 @@ _SECRETS = ("nats_password", "s3_secret_key")  # may hold any printable characte
 
 
 class SettingsError(Exception):
-    """A setting is wrong or missing; the text is one line that does not contain the value."""
+    """Settings are wrong or missing; the text has one line for each, without a secret."""
 
 
 def _clean(name: str, value: str, field: FieldInfo) -> str:
     """Return a value without surrounding white space, and a choice in its documented spelling.
 
     Raises:
-        ValueError: The value is malformed; the text names the setting and not the value.
+        ValueError: The value is malformed; the text does not contain it.
     """
     value = value.strip(_AROUND)
     one_line = NoDecode not in field.metadata  # lists and maps may have several
     if one_line and _CONTROL.search(value):
-        raise ValueError(f"{name.upper()}: contains a line end or another control character")
+        raise ValueError("contains a line end or another control character")
+    if is_service_address(name, value):
+        raise ValueError(
+            "is the address of a Kubernetes Service: set it, or enableServiceLinks: false"
+        )
     if name not in _SECRETS and len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         # `docker run --env-file` keeps the quotes that a shell would remove.
-        raise ValueError(f"{name.upper()}: is in quotes; write it without them")
+        raise ValueError("is in quotes; write it without them")
     if get_origin(field.annotation) is Literal:
         choices: dict[str, str] = {choice.lower(): choice for choice in get_args(field.annotation)}
         return choices.get(value.lower(), value)
@@ -336,16 +342,21 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _cleaned(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Clean every text value; white space alone counts as unset."""
-        cleaned: dict[str, Any] = {}
-        for name, value in values.items():
-            field = cls.model_fields.get(name)
-            if not isinstance(value, str) or not value or field is None:
-                cleaned[name] = value
-            elif value.strip(_AROUND):
-                cleaned[name] = _clean(name, value, field)
-        return cleaned
+    def _without_blanks(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Drop each text of white space alone, which counts as unset."""
+        return {
+            name: value
+            for name, value in values.items()
+            if not isinstance(value, str) or not value or value.strip(_AROUND)
+        }
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _cleaned(cls, value: object, info: ValidationInfo) -> object:
+        name = info.field_name
+        if not isinstance(value, str) or not value or name is None:
+            return value
+        return _clean(name, value, cls.model_fields[name])
 
     @field_validator("nats_url")
     @classmethod
@@ -361,16 +372,19 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _whole_pairs(self) -> Self:
+        wrong = []
         if bool(self.nats_user) != bool(self.nats_password.get_secret_value()):
-            raise ValueError("NATS_USER and NATS_PASSWORD go together")
+            wrong.append("NATS_USER and NATS_PASSWORD go together")
         if self.nats_user and self._nats_key_file:
-            raise ValueError("NATS_USER cannot be combined with NATS_CREDS or NATS_NKEY_SEED")
+            wrong.append("NATS_USER cannot be combined with NATS_CREDS or NATS_NKEY_SEED")
         if (self.nats_cert is None) != (self.nats_key is None):
-            raise ValueError("NATS_CERT and NATS_KEY go together")
+            wrong.append("NATS_CERT and NATS_KEY go together")
         if (self.gateway_tls_cert is None) != (self.gateway_tls_key is None):
-            raise ValueError("GATEWAY_TLS_CERT and GATEWAY_TLS_KEY go together")
+            wrong.append("GATEWAY_TLS_CERT and GATEWAY_TLS_KEY go together")
         if self.gateway_bodies_bytes < self.gateway_max_body:
-            raise ValueError("GATEWAY_BODIES_BYTES must be at least GATEWAY_MAX_BODY")
+            wrong.append("GATEWAY_BODIES_BYTES must be at least GATEWAY_MAX_BODY")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
     @classmethod
@@ -381,15 +395,30 @@ class Settings(BaseSettings):
             config: TOML file; `nats_url = …` and `[nats] url = …` are equivalent.
 
         Raises:
-            SettingsError: A setting is wrong; the text is one line that names the setting.
+            SettingsError: Settings are wrong, or a variable is a misspelt setting; the text has
+                one line for each.
         """
         values = {} if config is None else _read(config)
+        wrong = [
+            _unknown(name) for name in cls.unknown_variables() if suggestion(name.upper(), _names())
+        ]
         present = {name.lower() for name, value in os.environ.items() if value.strip(_AROUND)}
         from_file = {name: value for name, value in values.items() if name not in present}
         try:
-            return cls(**from_file)
+            settings = cls(**from_file)
         except ValidationError as error:
-            raise SettingsError(_line(error)) from None
+            wrong += _lines(error)
+        if wrong:
+            raise SettingsError("\n".join(wrong))
+        return settings
+
+    @classmethod
+    def unknown_variables(cls) -> list[str]:
+        """Return the environment's variables with a prefix of the settings that are not settings.
+
+        Variables that are known to belong to other programs are left out.
+        """
+        return unknown_variables(os.environ, _names())
 
     @property
     def task(self) -> Task:
@@ -452,9 +481,14 @@ class Settings(BaseSettings):
         """Return the name of the durable consumer of a task."""
         return self.consumer_name or str(task)
 
-    def shown(self) -> dict[str, str]:
-        """Return all settings by environment name, with secrets masked, for `consumer check`."""
-        return {name.upper(): _shown(name, value) for name, value in self}
+    def shown(self, *, only_set: bool = False) -> dict[str, str]:
+        """Return the settings by environment name, with secrets masked, for `consumer check`.
+
+        Args:
+            only_set: Leave out the settings that have their default because nothing sets them.
+        """
+        names = self.model_fields_set if only_set else type(self).model_fields.keys()
+        return {name.upper(): _shown(name, value) for name, value in self if name in names}
 
 
 def _read(config: Path) -> dict[str, Any]:
@@ -473,13 +507,28 @@ def _read(config: Path) -> dict[str, Any]:
     return flat
 
 
-def _line(error: ValidationError) -> str:
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    place = ".".join(str(part) for part in first["loc"]).upper()
-    if first["type"] == "extra_forbidden":
-        message = "there is no such setting"
-    return f"{place}: {message}" if place else message
+def _names() -> list[str]:
+    return [name.upper() for name in Settings.model_fields]
+
+
+def _unknown(name: str) -> str:
+    close = suggestion(name.upper(), _names())
+    return f"{name}: there is no such setting" + (f"; did you mean {close}?" if close else "")
+
+
+def _lines(error: ValidationError) -> list[str]:
+    """Return one line for each wrong setting."""
+    lines: dict[str, list[str]] = {}  # of the first error of each setting: a union has several
+    for each in error.errors(include_input=False, include_url=False, include_context=False):
+        message = each["msg"].removeprefix("Value error, ")
+        place = ".".join(str(part) for part in each["loc"]).upper()
+        if each["type"] == "extra_forbidden":
+            message = _unknown(place)
+        elif place:
+            message = f"{place}: {message}"
+        # Without a place: combinations of settings, one line each.
+        lines.setdefault(place.partition(".")[0], message.splitlines())
+    return [line for of_setting in lines.values() for line in of_setting]
 
 
 def _shown(name: str, value: object) -> str:

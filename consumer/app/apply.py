@@ -3,15 +3,17 @@
 import time
 from functools import partial
 
-from consumer.app.composition import make_artifacts, make_topology
+from consumer.app.composition import make_artifacts, make_topology, store_fault
 from consumer.app.probes import NullObserver
-from consumer.bus.connection import connect, wait_until_available
+from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
+from consumer.bus.connection import connect, require_server_version, wait_until_available
 from consumer.bus.topology import PartlyApplied
+from consumer.ports.store import StoreUnavailable
 from consumer.settings import Settings, SettingsError
 from generation_contracts import Task
 
 CONNECT_WITHIN = 5.0  # seconds; a person waits
-API_WITHIN = 10.0  # seconds; JetStream may start later than its server, or reply late
+API_WITHIN = 10.0  # seconds; JetStream and the store may start later, or reply late
 
 
 def for_workers(settings: Settings, number: int) -> Settings:
@@ -27,6 +29,8 @@ def for_workers(settings: Settings, number: int) -> Settings:
 
 async def apply(settings: Settings) -> dict[str, str]:
     """Create or update the streams, the durables and the bucket.
+
+    The rule that lets the store delete uploads is optional: a store may refuse it.
 
     If MODEL_TYPE is set, only the durable of that task is applied, otherwise all durables.
 
@@ -46,6 +50,7 @@ async def apply(settings: Settings) -> dict[str, str]:
     left: PartlyApplied | None = None
     done: dict[str, str] = {}
     try:
+        require_server_version(bus)
         applying = partial(make_topology(settings, bus).apply, tasks)
         deadline = time.monotonic() + API_WITHIN
         done.update(await wait_until_available(applying, deadline=deadline))
@@ -55,10 +60,22 @@ async def apply(settings: Settings) -> dict[str, str]:
         await bus.close()
     artifacts = make_artifacts(settings, NullObserver())
     try:
-        created = await artifacts.ensure_bucket()
+        created = await artifacts.ensure_bucket(within=API_WITHIN)
+        expiry = await _expire_uploads(artifacts)
+    except StoreUnavailable as error:
+        raise StoreUnavailable(store_fault(settings, error)) from None
     finally:
         await artifacts.close()
     if left is not None:
         raise left
     done[f"bucket {settings.s3_bucket}"] = "created" if created else "unchanged"
+    done["expiry of uploads"] = expiry
     return done
+
+
+async def _expire_uploads(artifacts: ObjectStoreArtifacts) -> str:
+    # Optional: many stores, and most policies, do not let this user set lifecycle rules.
+    try:
+        return "created" if await artifacts.expire_uploads() else "unchanged"
+    except StoreMisconfigured as error:
+        return f"not set, uploads stay in the bucket: {error}"

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -9,9 +10,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from consumer.app.apply import API_WITHIN, CONNECT_WITHIN
-from consumer.app.composition import make_artifacts, make_runner, make_topology
+from consumer.app.composition import make_artifacts, make_runner, make_topology, store_fault
 from consumer.app.probes import NullObserver
-from consumer.bus.connection import Bus, connect, wait_until_available
+from consumer.bus.connection import (
+    Bus,
+    connect,
+    require_server_version,
+    wait_until_available,
+)
 from consumer.bus.endpoint_connection import connect_endpoints
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
@@ -19,6 +25,7 @@ from consumer.ports.model import (
     DeviceLost,
     ModelDescription,
     ModelError,
+    ModelMisconfigured,
     ModelUnavailable,
     OutOfMemory,
     Runner,
@@ -26,6 +33,7 @@ from consumer.ports.model import (
     RunRequest,
     UnsupportedParameter,
 )
+from consumer.ports.store import StoreUnavailable
 from consumer.ports.unavailable import Unavailable
 from consumer.settings import Settings
 from generation_contracts import ImageToTextRequest, Request, Task, TextToImageRequest
@@ -33,6 +41,7 @@ from generation_contracts import ImageToTextRequest, Request, Task, TextToImageR
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 69
 EXIT_MODEL_LOST = 70
 
@@ -67,20 +76,29 @@ async def check(settings: Settings, report: Callable[[Finding], None], *, model:
 
     Returns:
         The first exit code that is not 0, else 0.
+
+    Raises:
+        SettingsError: Settings of the model are wrong; nothing has been checked.
     """
-    findings = [*await _bus(settings), await _store(settings)]
-    for finding in findings:
-        report(finding)
-    if model:
-        findings += await check_model(settings, report)
+    runner = make_runner(settings) if model else None
+    findings: list[Finding] = []
+    for service in (_bus, _store):
+        for finding in await service(settings):
+            findings.append(finding)
+            report(finding)
+    if runner is not None:
+        findings += await check_model(runner, settings.task, report)
     return next((finding.exit_code for finding in findings if finding.exit_code), 0)
 
 
-async def check_model(settings: Settings, report: Callable[[Finding], None]) -> list[Finding]:
+async def check_model(
+    runner: Runner, task: Task, report: Callable[[Finding], None]
+) -> list[Finding]:
     """Load the model, generate one output with its defaults, and report the time of both.
 
     Args:
-        settings: The model and its options.
+        runner: The runner, whose model is not loaded yet.
+        task: The task of the model.
         report: Called with each finding.
 
     Returns:
@@ -95,10 +113,9 @@ async def check_model(settings: Settings, report: Callable[[Finding], None]) -> 
         return not findings[-1].exit_code
 
     try:
-        runner = make_runner(settings)
         inference = InferenceWorker(runner, queue)
         if await run_check("model", lambda: _load(inference)):
-            await run_check("output", lambda: _generate(runner, queue, settings.task))
+            await run_check("output", lambda: _generate(runner, queue, task))
             await run_check("memory", _memory)
             await inference.stop()
     finally:
@@ -110,13 +127,22 @@ async def _bus(settings: Settings) -> list[Finding]:
     try:
         bus = await connect(settings, name="generation check", within=CONNECT_WITHIN)
     except Unavailable as error:
-        return [Finding("nats", str(error), EXIT_UNAVAILABLE)]
+        return [Finding("nats", _without_service(str(error)), EXIT_UNAVAILABLE)]
     try:
-        version = bus.client.connected_server_version
-        connected = Finding("nats", f"connected, server {version}")
+        connected = await _finding("nats", partial(_server, bus))
         return [connected, await _endpoints(settings), await _streams(settings, bus)]
     finally:
         await bus.close()
+
+
+async def _server(bus: Bus) -> str:
+    require_server_version(bus)
+    return f"connected to {bus.server}, version {bus.server_version}"
+
+
+def _without_service(text: str) -> str:
+    """Return a text without the name of the service, which is the name of the finding."""
+    return re.sub(r"^NATS: |^S3 at ", "", text)
 
 
 async def _endpoints(settings: Settings) -> Finding:
@@ -140,19 +166,22 @@ async def _streams(settings: Settings, bus: Bus) -> Finding:
     return await _finding("streams", read_durable)
 
 
-async def _store(settings: Settings) -> Finding:
+async def _store(settings: Settings) -> list[Finding]:
     async def probe() -> str:
         artifacts = make_artifacts(settings, NullObserver())
         try:
             await artifacts.probe()
+        except StoreUnavailable as error:
+            raise StoreUnavailable(store_fault(settings, error)) from None
         finally:
             await artifacts.close()
-        text = f"bucket {settings.s3_bucket}: wrote, read and deleted an object"
+        place = f"{settings.s3_endpoint}, bucket {settings.s3_bucket}"
+        text = f"{place}: wrote, read and deleted an object"
         if code := artifacts.refused_checksum:
             text += f"; the store refuses SHA-256 checksums ({code}): uploads are checked by MD5"
         return text
 
-    return await _finding("s3", probe)
+    return [await _finding("s3", probe)]
 
 
 async def _load(inference: InferenceWorker) -> str:
@@ -218,6 +247,8 @@ async def _finding(name: str, work: Callable[[], Awaitable[str]]) -> Finding:
     try:
         return Finding(name, await work())
     except Unavailable as error:
-        return Finding(name, str(error), EXIT_UNAVAILABLE)
+        return Finding(name, _without_service(str(error)), EXIT_UNAVAILABLE)
+    except ModelMisconfigured as error:
+        return Finding(name, str(error), EXIT_USAGE)
     except (ModelUnavailable, UnsupportedParameter, OutOfMemory, DeviceLost, ModelError) as error:
         return Finding(name, str(error), EXIT_MODEL_LOST)

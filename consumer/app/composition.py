@@ -17,9 +17,10 @@ from consumer.jobs.finalizer import Finalizer
 from consumer.jobs.in_flight import STAGES
 from consumer.ports.bus import StopAck
 from consumer.ports.model import ModelDescription, Runner
+from consumer.ports.store import StoreUnavailable
 from consumer.ports.telemetry import Observer
-from consumer.runners import ModelConfig, create_runner
-from consumer.settings import Settings
+from consumer.runners import ModelConfig, create_runner, find_setting_errors
+from consumer.settings import Settings, SettingsError
 from generation_contracts import Request, Task
 
 log = structlog.get_logger()
@@ -37,6 +38,11 @@ def make_topology(settings: Settings, bus: Bus) -> Topology:
         replicas=settings.nats_replicas,
         sizes=settings.nats_stream_sizes,
     )
+
+
+def store_fault(settings: Settings, error: StoreUnavailable) -> str:
+    """Return the text of an error of the store with the store's address, for the operator."""
+    return str(error).replace("S3: ", f"S3 at {settings.s3_endpoint}: ", 1)
 
 
 def make_artifacts(settings: Settings, observer: Observer) -> ObjectStoreArtifacts:
@@ -92,7 +98,7 @@ def make_worker_service(
     is_running: Callable[[str], bool],
     observer: Observer,
 ) -> WorkerService:
-    """Return the request-reply endpoints: calls of this worker's task, cancellation of every task.
+    """Return the request-reply endpoints: calls of this worker's task, cancellations and uploads.
 
     Cancellation covers every task because the other task may have no worker.
 
@@ -135,6 +141,7 @@ def make_worker_service(
         cancel=cancellation.cancel,
         request_stop=request_stop,
         is_running=is_running,
+        sign_upload=artifacts.sign_upload,
         observer=observer,
         worker_inboxes=f"{settings.nats_inbox_prefix}.",
     )
@@ -145,7 +152,7 @@ def make_runner(settings: Settings) -> Runner:
     """Return the runner of the configured model; the model is not loaded yet.
 
     Raises:
-        SettingsError: MODEL_TYPE is not set.
+        SettingsError: MODEL_TYPE is not set, or settings of the model are wrong: one line for each.
     """
     config = ModelConfig(
         model_id=settings.model_id,
@@ -167,4 +174,6 @@ def make_runner(settings: Settings) -> Runner:
         safety_checker=settings.model_safety_checker,
         max_image_pixels=settings.model_max_image_pixels,
     )
+    if errors := find_setting_errors(settings.task, config):
+        raise SettingsError("\n".join(errors))
     return create_runner(settings.task, config)

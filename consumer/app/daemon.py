@@ -26,6 +26,7 @@ from consumer.app.composition import (
     make_topology,
     make_worker_service,
     most_in_flight,
+    store_fault,
     warn_of_short_batches,
 )
 from consumer.app.metrics import Metrics
@@ -38,6 +39,7 @@ from consumer.bus.connection import (
     Bus,
     ConnectionClosed,
     connect,
+    require_server_version,
     wait_until_available,
 )
 from consumer.bus.dead_letters.exhausted import find_exhausted
@@ -54,7 +56,7 @@ from consumer.inference.monitor import DRAIN_STEP_TIMEOUT
 from consumer.inference.worker import InferenceWorker
 from consumer.jobs.executor import Executor, Limits
 from consumer.media.codec import ImageCodec
-from consumer.ports.model import ModelDescription, ModelUnavailable, Runner
+from consumer.ports.model import ModelDescription, ModelMisconfigured, ModelUnavailable, Runner
 from consumer.ports.store import StoreUnavailable
 from consumer.ports.telemetry import NoTracer, Tracer
 from consumer.ports.unavailable import Unavailable
@@ -65,6 +67,7 @@ log = structlog.get_logger()
 
 MakeRunner = Callable[[Settings], Runner]
 
+EXIT_USAGE = 2  # wrong settings; a restart does not help
 EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h: a service cannot be reached or used
 EXIT_MODEL_LOST = 70  # EX_SOFTWARE: the model cannot be loaded, or the device is lost
 
@@ -84,7 +87,7 @@ def run(settings: Settings, *, make_runner: MakeRunner = make_runner) -> int:
         make_runner: Makes the runner; it loads the model later.
 
     Returns:
-        The exit code: 0, 69 or 70.
+        The exit code: 0, 2, 69 or 70.
 
     Raises:
         SettingsError: A setting is unusable; nothing has been started.
@@ -123,7 +126,7 @@ class Daemon:
 
     def __init__(self, settings: Settings, make_runner: MakeRunner) -> None:
         self._settings = settings
-        self._make_runner = make_runner
+        self._runner = make_runner(settings)
         self._task = settings.task
         self._telemetry = Telemetry(Metrics(str(self._task)))
         self._health = self._telemetry.health
@@ -168,7 +171,7 @@ class Daemon:
             await self._start_probes(stack)
             if isinstance(self._tracer, OpenTelemetry):
                 stack.push_async_callback(asyncio.to_thread, self._tracer.close)
-            runner = self._make_runner(self._settings)
+            runner = self._runner
             # The model loads while the connections are made.
             inference = self._inference = InferenceWorker(
                 runner, self._run_queue, on_busy=self._telemetry.device_busy
@@ -222,6 +225,7 @@ class Daemon:
         """Connect to NATS and S3, and wait until the durable exists."""
         deadline = time.monotonic() + CONNECT_WITHIN
         bus, endpoints = await self._connect(stack)
+        require_server_version(bus)
         artifacts = make_artifacts(self._settings, self._telemetry)
         stack.push_async_callback(artifacts.close)
         topology = make_topology(self._settings, bus)
@@ -323,10 +327,10 @@ class Daemon:
         # worker is not ready, and the first output waits for the store.
         try:
             await artifacts.probe()
-        except StoreMisconfigured:
-            raise
+        except StoreMisconfigured as error:
+            raise StoreMisconfigured(store_fault(self._settings, error)) from None
         except StoreUnavailable as error:
-            log.warning("store_unavailable", reason=str(error))
+            log.warning("started_without_store", reason=store_fault(self._settings, error))
 
     async def _watch_store(
         self, artifacts: ObjectStoreArtifacts, executor: Executor, pull: PullLoop
@@ -540,6 +544,9 @@ def _has_descriptor(stream: TextIO | None) -> bool:
 
 def _exit_code_of(error: BaseException) -> int:
     match error:
+        case ModelMisconfigured():
+            log.error("model_unavailable", reason=str(error))
+            return EXIT_USAGE
         case ModelUnavailable():
             log.error("model_unavailable", reason=str(error))
             return EXIT_MODEL_LOST

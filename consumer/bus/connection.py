@@ -1,8 +1,11 @@
 """The connection of a process to NATS, which survives restarts of the server."""
 
 import asyncio
+import os
+import re
 import ssl
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
@@ -28,6 +31,9 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 START_PAUSE = 0.5  # seconds between two attempts while the bus is not available yet
+# Strict mode, which refuses malformed API requests, is the default since this version. The streams
+# are protected by it (docs/reference/security.md), and no older version is tested.
+SERVER_VERSION = (2, 12)
 PING_INTERVAL = 5  # seconds; two unanswered pings reveal a dead read loop
 API_TIMEOUT = 5.0  # seconds for one call of the JetStream API
 CLOSE_TIMEOUT = 2.0  # seconds for flushing buffered data, and for closing
@@ -52,6 +58,10 @@ class BusMisconfigured(BusUnavailable):
     """A setting is wrong or a permission is missing: a retry would not help."""
 
 
+class ServerTooOld(BusMisconfigured):
+    """The NATS server is older than `SERVER_VERSION`."""
+
+
 class Bus:
     """A connection with its state.
 
@@ -71,6 +81,9 @@ class Bus:
         self.jetstream: JetStreamContext = self.client.jetstream(timeout=API_TIMEOUT)
         self.closed = asyncio.Event()
         self.last_error = ""
+        self.server = ""  # addresses of the configured servers, without credentials
+        # Errors since the connection was lost, and how many of them are in the log.
+        self._outage_reasons: Counter[str] = Counter()
         self._refused = False  # whether the server has ever refused the credentials
         self._up = asyncio.Event()  # set while connected, and after the permanent close
         self._limits: set[asyncio.Timeout] = set()  # timeouts of the API calls in progress
@@ -90,6 +103,11 @@ class Bus:
     def clustered(self) -> bool:
         """Whether the server belongs to a cluster."""
         return self.client.is_clustered
+
+    @property
+    def server_version(self) -> str:
+        """The version of the connected server, such as `2.12.1`, or an empty text."""
+        return self.client.server_version
 
     async def wait_connected(self) -> None:
         """Wait until the client is connected to the server.
@@ -156,10 +174,20 @@ class Bus:
             await self.client.flush()
 
     async def _on_error(self, error: Exception) -> None:
-        self.last_error = str(error) or type(error).__name__
+        self.last_error = _reason(error)
         # In about one of a hundred attempts, the only later error is a connection reset.
         self._refused = self._refused or is_credentials_error(self.last_error)
-        log.warning("bus_error", error=type(error).__name__, reason=self.last_error[:200])
+        if not self.client.is_connected:
+            # The client retries four times a second. Each reason is logged once per outage.
+            self._outage_reasons[self.last_error] += 1
+            if self._outage_reasons[self.last_error] > 1:
+                return
+        log.warning(
+            "bus_error",
+            error=type(error).__name__,
+            reason=self.last_error[:200],
+            servers=self.server,
+        )
 
     async def _on_disconnect(self) -> None:
         if not self.client.is_draining and not self.client.is_closed:
@@ -170,7 +198,8 @@ class Bus:
                 limit.reschedule(0.0)
 
     async def _on_reconnect(self) -> None:
-        log.info("bus_reconnected")
+        log.info("bus_reconnected", errors=self._outage_reasons.total())
+        self._outage_reasons.clear()
         self._up.set()
         for listener in self._listeners:
             listener()
@@ -190,6 +219,7 @@ class Bus:
             options = _options(settings)
         except FileUnusable as error:
             raise BusMisconfigured(f"NATS: the credentials cannot be read: {error}") from None
+        self.server = ",".join(options["servers"])
         connecting = asyncio.ensure_future(
             self.client.connect(
                 name=name,
@@ -212,19 +242,48 @@ class Bus:
         except Exception as error:  # noqa: BLE001 - nats-py raises many kinds here
             await cancel_and_wait(connecting)
             await self.close()
+            if self._outage_reasons.total() > 1:
+                log.warning("bus_not_connected", attempts=self._outage_reasons.total())
             raise self._refusal(error) from None
         finally:
             await cancel_and_wait(connecting)
+        self._outage_reasons.clear()
         self._up.set()
 
     def _refusal(self, error: Exception) -> BusUnavailable:
-        reason = self.last_error or str(error) or type(error).__name__
+        reason = self.last_error or _reason(error)
         if self._refused:
-            return BusUnavailable("NATS: the credentials are refused")
+            return BusUnavailable(f"NATS: the credentials are refused by {self.server}")
         # nats-py retries after its own errors once it has begun to connect, so an error of nats-py
         # that arrives here is about a setting.
         kind = BusMisconfigured if isinstance(error, Error) else BusUnavailable
-        return kind(f"NATS: cannot connect: {reason}")
+        return kind(f"NATS: cannot connect to {self.server}: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    """Return the text of an error, without its number and address if it is one of the system."""
+    if isinstance(error, OSError) and error.errno is not None:
+        # asyncio replaces the text by "Connect call failed" and the resolved address.
+        known = error.errno > 0 and "Connect call failed" in str(error)
+        return os.strerror(error.errno) if known else error.strerror or str(error)
+    return str(error) or type(error).__name__
+
+
+def require_server_version(bus: Bus) -> None:
+    """Refuse a server that is older than `SERVER_VERSION`.
+
+    Previews and release candidates of that version are accepted. So is a version of another form:
+    someone has built the server.
+
+    Raises:
+        ServerTooOld: Names the version.
+    """
+    found = re.match(r"v?([0-9]+)\.([0-9]+)", bus.server_version)
+    if found and (int(found[1]), int(found[2])) < SERVER_VERSION:
+        needed = ".".join(map(str, SERVER_VERSION))
+        raise ServerTooOld(
+            f"NATS: {bus.server} has version {bus.server_version}; {needed} or newer is needed"
+        )
 
 
 async def connect(settings: Settings, *, name: str, within: float) -> Bus:
@@ -261,8 +320,9 @@ async def wait_until_available(attempt: Callable[[], Awaitable[T]], *, deadline:
 
     Raises:
         BusMisconfigured: An attempt raised it; no further attempt is made.
-        BusUnavailable: The last attempt raised it.
+        BusUnavailable: The last attempt raised it. Each reason is logged once in succession.
     """
+    reason = ""  # of the last logged line
     while True:
         try:
             return await attempt()
@@ -271,7 +331,9 @@ async def wait_until_available(attempt: Callable[[], Awaitable[T]], *, deadline:
         except BusUnavailable as error:
             if time.monotonic() + START_PAUSE >= deadline:
                 raise
-            log.warning("bus_not_available_yet", reason=str(error))
+            if str(error) != reason:
+                reason = str(error)
+                log.warning("bus_not_available_yet", reason=reason)
         await asyncio.sleep(START_PAUSE)
 
 

@@ -202,6 +202,11 @@ class RobustClient(Client):
         return bool(self._server_info.get("cluster"))
 
     @property
+    def server_version(self) -> str:
+        """The version of the server of the last connection, such as `2.12.1`; empty: unknown."""
+        return str(self._server_info.get("version", ""))
+
+    @property
     def is_connected(self) -> bool:
         """Whether the client is connected to the server."""
         return not self._closed_permanently and super().is_connected

@@ -157,6 +157,10 @@ class ModelUnavailable(Exception):  # noqa: N818 - a state of the model
     """The model cannot be loaded."""
 
 
+class ModelMisconfigured(ModelUnavailable):
+    """A setting of the model is wrong: a restart does not help. The text begins with its name."""
+
+
 class UnsupportedParameter(Exception):  # noqa: N818 - the contract's word: unsupported_parameter
     """The model does not support a parameter, or not this value; the text is safe to show."""
 

@@ -9,7 +9,9 @@ from dataclasses import replace
 
 from consumer.runners import demonstration
 from consumer.runners.config import ModelConfig
+from consumer.runners.demonstration.known_words import DemonstrationRunner
 from consumer.runners.runner import ModelRunner
+from consumer.runners.setting_errors import find_setting_errors
 from generation_contracts import Task
 
 # The libraries read these when they are imported, so they must be set before. The first overrides
@@ -20,12 +22,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-__all__ = ["ModelConfig", "ModelRunner", "create_runner"]
+__all__ = ["ModelConfig", "ModelRunner", "create_runner", "find_setting_errors"]
 
 
 def create_runner(task: Task, config: ModelConfig) -> ModelRunner:
     """Create a runner for a task; `load` loads the model."""
     if not config.model_id:  # the demonstration model has defaults that MODEL_DEFAULTS overrides
         defaults = {**demonstration.DEFAULTS[task], **config.defaults}
-        config = replace(config, defaults=defaults)
+        return DemonstrationRunner(task, replace(config, defaults=defaults))
     return ModelRunner(task, config)

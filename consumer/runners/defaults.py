@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from consumer.ports.model import ModelUnavailable
+from consumer.ports.model import ModelMisconfigured
 from generation_contracts.requests import ImageToTextParameters, TextToImageParameters
 
 SETTING = "MODEL_DEFAULTS"
@@ -35,9 +35,9 @@ def checked_defaults(
         field = ".".join(str(part) for part in detail["loc"])
         unknown = detail["type"] == "extra_forbidden"
         problem = "a request has no such parameter" if unknown else detail["msg"]
-        raise ModelUnavailable(f"{SETTING}: {field}: {problem}") from None
+        raise ModelMisconfigured(f"{SETTING}: {field}: {problem}") from None
     fields = parameters.model_fields
     for name in sorted(validated.model_fields_set):
         if fields[name].default is not None or name == "seed":
-            raise ModelUnavailable(f"{SETTING}: {name}: cannot have a default")
+            raise ModelMisconfigured(f"{SETTING}: {name}: cannot have a default")
     return validated.model_dump(include=validated.model_fields_set, exclude_none=True)

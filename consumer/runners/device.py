@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from consumer.ports.model import ModelUnavailable
+from consumer.ports.model import ModelMisconfigured, ModelUnavailable
 from consumer.runners.config import ModelConfig
 
 _DTYPES = {
@@ -37,11 +37,14 @@ def place(config: ModelConfig) -> Placement:
     lacks some operations in it.
 
     Raises:
-        ModelUnavailable: The device is not available, or offloading is set for a CPU.
+        ModelMisconfigured: Offloading is set for a CPU.
+        ModelUnavailable: The device is not available; it may have failed.
     """
     device = torch.device(_device(config.device))
     if config.offload != "none" and device.type == "cpu":
-        raise ModelUnavailable("MODEL_OFFLOAD: the device is cpu, there is nothing to offload from")
+        raise ModelMisconfigured(
+            "MODEL_OFFLOAD: the device is cpu, there is nothing to offload from"
+        )
     if config.dtype == "auto":
         return Placement(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return Placement(device, _DTYPES[config.dtype])

@@ -25,11 +25,20 @@ import structlog
 
 log = structlog.get_logger()
 
-_LIBRARIES = ("diffusers", "transformers", "peft", "accelerate", "torch", "safetensors")
+_LIBRARIES = (
+    *("diffusers", "transformers", "peft", "accelerate", "torch", "safetensors"),
+    "huggingface_hub",
+)
+# Libraries whose warnings during the import are about optional packages and their own code.
+_IMPORTED = (*_LIBRARIES, "torchao", "bitsandbytes")
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+")  # the folders of an absolute path
-# diffusers gives this warning for each text encoder for which an adapter has no weights. The module
-# `adapters` checks whether all layers of the file were loaded.
-_HARMLESS = "No LoRA keys associated to"
+_HARMLESS = (
+    # diffusers gives this warning for each text encoder for which an adapter has no weights. The
+    # module `adapters` checks whether all layers of the file were loaded.
+    "No LoRA keys associated to",
+    # diffusers calls the hub's client with this argument at each download.
+    "The `local_dir_use_symlinks` argument is deprecated",
+)
 _LINE = 500  # the most characters of a logged warning
 
 # The logger of torch's structured trace, which writes to files if TORCH_TRACE names a folder.
@@ -46,8 +55,9 @@ def import_frozen(name: str) -> ModuleType:
     new, collecting = name not in sys.modules, gc.isenabled()
     gc.disable()
     try:
-        _propagate_torch_logs()
-        module = importlib.import_module(name)
+        with _quiet_import():
+            _propagate_torch_logs()
+            module = importlib.import_module(name)
         if new:
             gc.freeze()
             # Collected at exit, because extension modules would otherwise report leaks.
@@ -56,6 +66,31 @@ def import_frozen(name: str) -> ModuleType:
         if collecting:
             gc.enable()
     return module
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Log the libraries' warnings inside the context as `library_import_warning`, level DEBUG."""
+    reported: set[str] = set()  # each handler filters the record
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        library = record.name.partition(".")[0]
+        if library not in _IMPORTED or record.levelno >= logging.ERROR:
+            return True
+        detail = record.getMessage()[:_LINE]
+        if detail not in reported:
+            reported.add(detail)
+            log.debug("library_import_warning", library=library, detail=detail)
+        return False
+
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_of_others)
 
 
 def _propagate_torch_logs() -> None:
@@ -83,6 +118,10 @@ def quiet() -> None:
         logs.disable_default_handler()
         logs.enable_propagation()
         logs.disable_progress_bar()
+    # The hub's client has no function for this. Its handler writes lines that are not JSON.
+    hub = logging.getLogger("huggingface_hub")
+    hub.handlers.clear()
+    hub.propagate = True
     disable_progress_bars()
 
 

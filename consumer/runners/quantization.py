@@ -14,17 +14,11 @@ from typing import Any
 import torch
 import transformers
 
-from consumer.ports.model import ModelUnavailable
+from consumer.ports.model import ModelMisconfigured
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
+from consumer.runners.setting_errors import QUANTIZATION_PACKAGES
 
-_PACKAGES = {
-    "bitsandbytes-4bit": "bitsandbytes",
-    "bitsandbytes-8bit": "bitsandbytes",
-    "torchao-int8": "torchao",
-    "torchao-int4": "torchao",
-    "gguf": "gguf",
-}
 _ON_CUDA = {"bitsandbytes-4bit", "bitsandbytes-8bit", "torchao-int4"}
 
 _MIN_BYTES = 2**30  # of weights; a CLIP text encoder would lose precision and save little memory
@@ -41,16 +35,16 @@ def require_quantization(config: ModelConfig, placement: Placement) -> None:
     kind = config.quantization
     if kind == "none":
         return
-    if find_spec(_PACKAGES[kind]) is None:
-        raise ModelUnavailable(
-            f"MODEL_QUANTIZATION: the package {_PACKAGES[kind]} is not installed"
+    if find_spec(QUANTIZATION_PACKAGES[kind]) is None:
+        raise ModelMisconfigured(
+            f"MODEL_QUANTIZATION: the package {QUANTIZATION_PACKAGES[kind]} is not installed"
         )
     if kind in _ON_CUDA and placement.device.type != "cuda":
-        raise ModelUnavailable(f"MODEL_QUANTIZATION: {kind} needs the device cuda")
+        raise ModelMisconfigured(f"MODEL_QUANTIZATION: {kind} needs the device cuda")
     if kind == "torchao-int4" and placement.dtype != torch.bfloat16:
-        raise ModelUnavailable("MODEL_QUANTIZATION, MODEL_DTYPE: torchao-int4 needs bfloat16")
+        raise ModelMisconfigured("MODEL_QUANTIZATION, MODEL_DTYPE: torchao-int4 needs bfloat16")
     if kind == "gguf" and not Path(config.model_id or "?").expanduser().is_dir():
-        raise ModelUnavailable("MODEL_QUANTIZATION, MODEL_ID: gguf needs a folder with the model")
+        raise ModelMisconfigured("MODEL_QUANTIZATION, MODEL_ID: gguf needs a folder with the model")
 
 
 def for_transformers(
@@ -129,10 +123,10 @@ def denoiser_from_gguf(
     class_name = index.get(name, (None, None))[-1]
     read_from = getattr(getattr(diffusers, str(class_name), None), "from_single_file", None)
     if read_from is None:
-        raise ModelUnavailable(f"MODEL_QUANTIZATION: gguf is not for {name} of {class_name}")
+        raise ModelMisconfigured(f"MODEL_QUANTIZATION: gguf is not for {name} of {class_name}")
     files = sorted((folder / name).glob("*.gguf"))
     if len(files) != 1:
-        raise ModelUnavailable(
+        raise ModelMisconfigured(
             f"MODEL_QUANTIZATION: gguf needs one .gguf file in {name}, there are {len(files)}"
         )
     try:
@@ -145,7 +139,7 @@ def denoiser_from_gguf(
             local_files_only=True,
         )
     except (IndexError, KeyError):  # raised when diffusers renames weights and one is missing
-        raise ModelUnavailable(
+        raise ModelMisconfigured(
             f"MODEL_QUANTIZATION: the weights in the .gguf file are not those of {class_name}"
         ) from None
     return {name: model}

@@ -9,23 +9,28 @@ from typing import Protocol
 
 import structlog
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from consumer.ports.model import ModelUnavailable
+from consumer.ports.model import ModelMisconfigured, ModelUnavailable
 from consumer.runners import demonstration
 from consumer.runners.config import ModelConfig
 from consumer.runners.faults import load_failure
 from consumer.runners.libraries import reported_warnings
+from consumer.runners.setting_errors import model_id_errors
 from generation_contracts import Task
 
 log = structlog.get_logger()
 
 DEMONSTRATION = "demonstration"
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_REASON = 200  # the most characters of an error of the hub's client in a message
 HUB_TIMEOUT = 10.0  # seconds to resolve a revision on the hub; the hub's client has no timeout
 
 
@@ -65,29 +70,23 @@ def locate_model(task: Task, config: ModelConfig, download: Download) -> Iterato
         download: Downloads a model from the hub, or looks it up in the hub's cache.
 
     Raises:
-        ModelUnavailable: There is no such folder, or the model cannot be downloaded.
+        ModelMisconfigured: MODEL_ID or MODEL_REVISION is wrong.
+        ModelUnavailable: The model cannot be downloaded.
     """
     with reported_warnings():
-        folder_or_id = Path(config.model_id).expanduser()
-        if folder_or_id.is_file():
-            raise ModelUnavailable(
-                f"MODEL_ID: {folder_or_id.name} is a file: a model is a folder with its "
-                "configuration and weights, or an id on the hub"
-            )
-        if config.revision is not None and folder_or_id.is_dir():
-            raise ModelUnavailable("MODEL_REVISION: only a model of the hub has revisions")
+        if error := next(model_id_errors(config), None):
+            raise ModelMisconfigured(error)
         if not config.model_id:
             # The tensors are too small for several threads: an image takes 0.2 s in one thread,
             # and up to 6 s in two threads on two busy cores.
             torch.set_num_threads(1)
             yield Source(demonstration.folder_of(task), DEMONSTRATION)
             return
-        if folder_or_id.is_dir():
-            yield Source(folder_or_id.resolve(), folder_or_id.resolve().name)
-        elif _HUB_ID.fullmatch(config.model_id):
-            yield _from_hub(config.model_id, config.revision, download)
+        folder = Path(config.model_id).expanduser()
+        if folder.is_dir():
+            yield Source(folder.resolve(), folder.resolve().name)
         else:
-            raise ModelUnavailable(f"MODEL_ID: there is no folder {folder_or_id.name}")
+            yield _from_hub(config.model_id, config.revision, download)
 
 
 def _from_hub(model_id: str, revision: str | None, download: Download) -> Source:
@@ -106,9 +105,28 @@ def _from_hub(model_id: str, revision: str | None, download: Download) -> Source
     except ModelUnavailable:
         raise
     except Exception as error:  # noqa: BLE001 - the hub's client raises a dozen kinds
-        raise load_failure(error, name=model_id) from None
+        refusal = _hub_refusal(error, model_id, revision)
+        raise refusal or load_failure(error, name=model_id) from None
     # The cache names its folders after commits: …/snapshots/<commit>.
     return Source(folder, model_id, revision=folder.name)
+
+
+def _hub_refusal(error: Exception, model_id: str, revision: str | None) -> ModelUnavailable | None:
+    """Return what a refusal of the hub means for the settings, or None for another error."""
+    match error:
+        case GatedRepoError():
+            return ModelUnavailable(
+                f"MODEL_ID: {model_id} is gated: accept its terms at "
+                f"{constants.ENDPOINT}/{model_id}, and set HF_TOKEN to a token of that account"
+            )
+        case RepositoryNotFoundError():
+            return ModelMisconfigured(
+                f"MODEL_ID: {constants.ENDPOINT} has no model {model_id}, or it is private: check "
+                "the name, and HF_TOKEN for a private model"
+            )
+        case RevisionNotFoundError():
+            return ModelMisconfigured(f"MODEL_REVISION: {model_id} has no revision {revision}")
+    return None
 
 
 def _cached(model_id: str, revision: str | None, download: Download) -> Path | None:
@@ -139,7 +157,13 @@ def _cached_without_hub(model_id: str, revision: str | None, download: Download)
         if isinstance(error, HfHubHTTPError):
             raise
         raise ModelUnavailable(
-            f"{model_id}: cannot be loaded: the hub cannot be reached ({reason}), "
-            "and its cache has no complete copy"
+            f"MODEL_ID: {model_id} cannot be loaded: the hub cannot be reached "
+            f"({_short(error)}), and its cache has no complete copy"
         ) from None
     return None
+
+
+def _short(error: Exception) -> str:
+    """Return the hub's address with the class and the first line of an error."""
+    line = next(iter(str(error).splitlines()), "")[:_REASON]
+    return f"{constants.ENDPOINT}: {type(error).__name__}" + (f": {line}" if line else "")

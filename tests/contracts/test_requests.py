@@ -71,6 +71,12 @@ def test_error_names_all_missing_fields(task: Task) -> None:
     assert fields == {"prompt"} | ({"images"} if task is IMAGE_TO_TEXT else set())
 
 
+def test_an_unknown_field_is_named_before_the_missing_field() -> None:
+    error = refusal(TEXT_TO_IMAGE, b'{"promt": "a red circle"}')
+    assert str(error) == "promt: there is no such field (and 1 more)"
+    assert [problem["field"] for problem in error.problems] == ["promt", "prompt"]
+
+
 def test_empty_list_is_reported_with_other_problems() -> None:
     problems = refusal(IMAGE_TO_TEXT, b'{"images": []}').problems
     assert {p["field"] for p in problems} == {"prompt", "images"}

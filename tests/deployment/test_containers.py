@@ -408,6 +408,17 @@ def test_nats_configuration_has_the_users(secrets_folder: Path) -> None:
     assert "users.conf" in (INFRA / "compose/nats.conf").read_text()
 
 
+def test_nats_stores_its_streams_in_the_volume() -> None:
+    """The server's configuration has a relative path, so the working folder must be the volume."""
+    (place,) = re.findall(r'store_dir: "(.+)"', (INFRA / "nats/server.conf").read_text())
+    assert not Path(place).is_absolute()
+    service = services()["nats"]
+    volumes = {
+        volume["source"]: volume["target"] for volume in service["volumes"] if "source" in volume
+    }
+    assert service["working_dir"] == volumes["nats"]
+
+
 def test_inbox_prefixes_match_the_users() -> None:
     for name, service in services().items():
         variables = service.get("environment", {})

@@ -282,5 +282,5 @@ async def test_missing_streams_or_server_is_one_line_with_exit_code_69(scene: Sc
     (port,) = free_ports(1)
     gone = await dead_letters(scene, "list", NATS_URL=f"nats://a:secret@127.0.0.1:{port}")
     assert gone.code == 69
-    assert gone.stderr.startswith("consumer: NATS: cannot connect: ")
+    assert gone.stderr.startswith("consumer: NATS: cannot connect to ")
     assert "secret" not in gone.stderr

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+import re
 import signal
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ from structlog.testing import capture_logs
 from consumer.bus import connection
 from consumer.bus import topology as topology_module
 from consumer.bus.connection import (
+    Bus,
     BusMisconfigured,
     BusUnavailable,
+    ServerTooOld,
     connect,
+    require_server_version,
     wait_until_available,
 )
 from consumer.bus.topology import Topology, TopologyError
@@ -57,8 +61,57 @@ async def connect_error(url: str) -> str:
 async def test_the_error_of_a_refused_connection_contains_no_credentials() -> None:
     (port,) = free_ports(1)
     text = await connect_error(f"nats://user:{SECRET}@127.0.0.1:{port}")
-    assert "cannot connect" in text
-    assert "Connect call failed" in text
+    assert text == f"NATS: cannot connect to nats://127.0.0.1:{port}: Connection refused"
+
+
+async def test_an_outage_is_one_line_with_a_count() -> None:
+    (port,) = free_ports(1)
+    with capture_logs() as logs, pytest.raises(BusUnavailable):
+        await soon(connect(bus_settings(f"nats://127.0.0.1:{port}"), name="test", within=WITHIN))
+    assert [line["event"] for line in logs] == ["bus_error", "bus_not_connected"]
+    assert logs[0]["servers"] == f"nats://127.0.0.1:{port}"
+    assert logs[1]["attempts"] > 1
+
+
+async def test_a_reason_is_logged_once_while_the_bus_is_not_available(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection, "START_PAUSE", 0.0)
+    reasons = iter(["one", "one", "one", "two"])
+
+    async def attempt() -> str:
+        for reason in reasons:
+            raise BusUnavailable(reason)
+        return "available"
+
+    with capture_logs() as logs:
+        deadline = time.monotonic() + 60
+        assert await soon(wait_until_available(attempt, deadline=deadline)) == "available"
+    assert [line["reason"] for line in logs] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"),
+    [
+        ("2.10.22", False),
+        ("2.11.9", False),
+        ("2.9.0-beta.1", False),
+        ("1.4.1", False),
+        ("2.12.0-preview.1", True),
+        ("2.12.0-RC.3", True),
+        ("2.12.0", True),
+        ("2.15.1", True),
+        ("v2.12.1", True),
+        ("3.0.0", True),
+        ("my-build", True),
+        ("", True),
+    ],
+)
+def test_a_server_older_than_the_requirement_is_refused(version: str, accepted: bool) -> None:
+    bus = Bus()
+    bus.client._server_info = {"version": version}
+    with nullcontext() if accepted else pytest.raises(ServerTooOld, match=re.escape(version)):
+        require_server_version(bus)
 
 
 async def test_the_error_of_a_silent_server_contains_no_credentials() -> None:
@@ -77,7 +130,7 @@ async def test_the_error_of_a_silent_server_contains_no_credentials() -> None:
 async def test_wrong_credentials_are_reported_as_refused(start_nats: StartNats, user: str) -> None:
     server = start_nats('authorization { user: "user", password: "right" }')
     text = await connect_error(server.url.replace("//", f"//{user}@"))
-    assert text == "NATS: the credentials are refused"
+    assert text == f"NATS: the credentials are refused by {server.url}"
 
 
 async def require_connection(settings: Settings) -> None:

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from consumer.app.check import Finding, check, check_model
+from consumer.app.composition import make_runner
 from consumer.devstack import free_ports
 from consumer.ports.model import OutOfMemory, RunnerOutput, RunRequest
 from consumer.runners.text_to_image.diffusion import DiffusionModel
@@ -29,7 +30,7 @@ async def test_the_check_of_a_pipeline_describes_it_and_generates_an_image(
     settings = settings_of(
         model_folder("stable_diffusion_3"), model_defaults='{"num_inference_steps": 2}'
     )
-    findings = await check_model(settings, reported.append)
+    findings = await check_model(make_runner(settings), settings.task, reported.append)
     assert findings == reported
     assert [(finding.name, finding.exit_code) for finding in reported] == [
         ("model", 0),
@@ -65,7 +66,7 @@ async def test_the_check_reports_how_the_run_saved_memory(
     settings = settings_of(
         model_folder("stable_diffusion_3"), model_defaults='{"num_inference_steps": 2}'
     )
-    await check_model(settings, reported.append)
+    await check_model(make_runner(settings), settings.task, reported.append)
     assert re.fullmatch(
         rf"an image of 64x64 pixels in {SECONDS}; memory was short: .+", reported[1].text
     )
@@ -76,7 +77,7 @@ async def test_the_check_of_a_vision_language_model_generates_a_text(model_folde
     settings = settings_of(
         model_folder("vision_language"), "image_to_text", model_defaults='{"max_new_tokens": 3}'
     )
-    await check_model(settings, reported.append)
+    await check_model(make_runner(settings), settings.task, reported.append)
     model, output, _ = reported
     assert "parameters" in model.text
     assert "pixels" not in model.text
@@ -85,7 +86,8 @@ async def test_the_check_of_a_vision_language_model_generates_a_text(model_folde
 
 async def test_a_model_that_cannot_be_loaded_is_reported_with_exit_code_70(tmp_path: Path) -> None:
     reported: list[Finding] = []
-    await check_model(settings_of(tmp_path), reported.append)
+    settings = settings_of(tmp_path)
+    await check_model(make_runner(settings), settings.task, reported.append)
     assert reported == [
         Finding("model", f"{tmp_path.name}: there is no model_index.json in it", 70)
     ]
@@ -99,7 +101,7 @@ async def test_unusable_output_is_reported_with_exit_code_70(own_folder: Folder)
     save_file(weights, file, metadata={"format": "pt"})
     reported: list[Finding] = []
     settings = settings_of(folder, model_defaults='{"num_inference_steps": 1}')
-    await check_model(settings, reported.append)
+    await check_model(make_runner(settings), settings.task, reported.append)
     assert [(finding.name, finding.exit_code) for finding in reported] == [
         ("model", 0),
         ("output", 70),
@@ -123,3 +125,5 @@ async def test_the_model_is_checked_only_on_request_although_no_service_is_up(
     )
     assert await check(settings, reported.append, model=model) == 69
     assert [finding.name for finding in reported] == ["nats", "s3", *(["model"] if model else [])]
+    assert reported[0].text == (f"cannot connect to nats://127.0.0.1:{bus}: Connection refused")
+    assert reported[1].text == f"http://127.0.0.1:{store}: no connection"

@@ -12,7 +12,9 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import diffusers.utils.constants
@@ -23,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
-from consumer.ports.model import ModelUnavailable
-from consumer.runners import ModelConfig, ModelRunner, weights
+from consumer.ports.model import ModelMisconfigured, ModelUnavailable
+from consumer.runners import ModelConfig, ModelRunner, libraries, weights
 from consumer.runners.device import Placement, place
 from consumer.runners.image_to_text import vision_loading
 from consumer.runners.libraries import reported_warnings
@@ -82,7 +84,9 @@ def test_a_model_imports_only_its_libraries_and_freezes_their_objects() -> None:
 
 
 def test_a_missing_folder_is_refused_by_its_name(tmp_path: Path) -> None:
-    assert load_error(tmp_path / "no-such-model") == "MODEL_ID: there is no folder no-such-model"
+    assert load_error(tmp_path / "no-such-model") == (
+        f"MODEL_ID: there is no folder {tmp_path / 'no-such-model'}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,8 +119,8 @@ def test_weights_that_exist_only_as_a_variant_are_loaded(
 def test_a_single_file_is_refused(model_folder: Folder) -> None:
     file = model_folder(SD3) / "vae" / "diffusion_pytorch_model.safetensors"
     assert load_error(file) == (
-        "MODEL_ID: diffusion_pytorch_model.safetensors is a file: a model is a folder with its "
-        "configuration and weights, or an id on the hub"
+        f"MODEL_ID: {file} is a file: a model is a folder with its configuration and weights, "
+        "or an id on the hub"
     )
 
 
@@ -520,7 +524,84 @@ def test_a_revision_of_a_folder_is_refused(model_folder: Folder) -> None:
 
 @pytest.mark.parametrize("task", list(Task))
 def test_a_model_that_is_not_in_the_cache_is_refused(task: Task, hub_cache: Path) -> None:
-    assert load_error("tiny/unknown", task).startswith("tiny/unknown: cannot be loaded: ")
+    line = load_error("tiny/unknown", task)
+    assert line.startswith("MODEL_ID: tiny/unknown cannot be loaded: the hub cannot be reached (")
+
+
+class Refuses(BaseHTTPRequestHandler):
+    """A hub that refuses each request with a status and its error code."""
+
+    answer: tuple[int, str]
+
+    def do_GET(self) -> None:
+        status, code = self.answer
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815 - the name that the server calls
+
+    def log_message(self, *_: object) -> None:
+        """Write nothing to standard error."""
+
+
+@pytest.fixture
+def refusing_hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a hub that refuses each request as `Refuses.answer` says; yield its URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        hub = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub)
+        yield hub
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "line"),
+    [
+        (401, "RepoNotFound", "MODEL_ID: {hub} has no model tiny/unknown, or it is private: "),
+        (403, "GatedRepo", "MODEL_ID: tiny/unknown is gated: accept its terms at {hub}/tiny/"),
+        (404, "RevisionNotFound", "MODEL_REVISION: tiny/unknown has no revision gone"),
+    ],
+    ids=["not found", "gated", "no revision"],
+)
+def test_a_refusal_of_the_hub_names_the_setting(
+    status: int, code: str, line: str, refusing_hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Refuses, "answer", (status, code), raising=False)
+    config = ModelConfig(model_id="tiny/unknown", revision="gone")
+    task = Task.IMAGE_TO_TEXT
+    with pytest.raises(ModelUnavailable) as refused, locate_model(task, config, DOWNLOADS[task]):
+        pass
+    assert str(refused.value).startswith(line.format(hub=refusing_hub))
+    assert isinstance(refused.value, ModelMisconfigured) is (code != "GatedRepo")
+
+
+def test_warnings_of_an_import_are_logged_at_debug_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "noisy_at_import.py").write_text(
+        "import logging\n"
+        "logging.getLogger('bitsandbytes.cpu').warning('pip install kernels')\n"
+        "logging.getLogger('torchao.enum').error('a failure')\n"
+        "logging.getLogger('checks').warning('of another module')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with capture_logs() as logs:
+        libraries.import_frozen("noisy_at_import")
+    assert logs == [
+        {
+            "event": "library_import_warning",
+            "log_level": "debug",
+            "library": "bitsandbytes",
+            "detail": "pip install kernels",
+        }
+    ]
+    assert caplog.messages == ["a failure", "of another module"]
 
 
 # -- devices and options --------------------------------------------------------------------------

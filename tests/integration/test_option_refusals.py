@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from consumer.runners import ModelConfig, options
 from consumer.runners.device import Placement
+from consumer.runners.image_to_text import vision_loading
+from consumer.runners.setting_errors import ATTENTION
 from generation_contracts import Task
 from tests.integration.small_runs import load_error
 from tests.support.tiny_models import Folder
@@ -93,7 +96,7 @@ ONLY_IMAGES = "only for MODEL_TYPE=text_to_image"
             IMAGES,
             2,
             {"device_map": "balanced", "quantization": "bitsandbytes-4bit"},
-            "MODEL_DEVICE_MAP, MODEL_QUANTIZATION: not together for a pipeline; set one of them",
+            "MODEL_DEVICE_MAP, MODEL_QUANTIZATION: not compatible for a pipeline; set one of them",
         ),
         *(
             (task, 0, {"quantization": kind}, f"MODEL_QUANTIZATION: {kind} needs the device cuda")
@@ -249,6 +252,12 @@ def test_an_option_that_the_pipeline_does_not_support_is_refused(
 ) -> None:
     folder = own_folder(family)
     assert load_error(without(folder, absent) if absent else folder, **values) == line
+
+
+def test_the_known_attention_backends_are_those_of_the_libraries() -> None:
+    backends = {b.value for b in AttentionBackendName if not b.value.endswith("_hub")}
+    assert set(ATTENTION[IMAGES]) == backends
+    assert set(ATTENTION[TEXTS]) == set(vision_loading.ATTENTION)
 
 
 @pytest.mark.parametrize("name", ["flash_hub", "sage_hub", "no such", "FLEX"])

@@ -17,7 +17,14 @@ from generation_contracts import FailureCode
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     page.relative_to(ROOT)
-    for folder in (".", "docs", "docs/reference", "contracts", "consumer/runners/demonstration")
+    for folder in (
+        ".",
+        "docs",
+        "docs/paths",
+        "docs/reference",
+        "contracts",
+        "consumer/runners/demonstration",
+    )
     for page in (ROOT / folder).glob("*.md")
 )
 

@@ -369,6 +369,7 @@ def test_invalid_value_in_the_file_is_ignored_if_the_environment_sets_it(
     ("text", "message"),
     [
         ('nats_uri = "x"', "NATS_URI: there is no such setting"),
+        ('model_typ = "x"', "MODEL_TYP: there is no such setting; did you mean MODEL_TYPE?"),
         ('[nats]\nuri = "x"', "NATS_URI: there is no such setting"),
         ("[consumer.reply]\nprefixes = []", "CONSUMER_REPLY: there is no such setting"),
         ("nats_url = ", "consumer.toml: "),
@@ -482,6 +483,91 @@ def test_secret_value_is_never_reported(tmp_path: Path) -> None:
     with pytest.raises(ValidationError) as raised:
         Settings(s3_secret_key=[SECRET])
     assert SECRET not in str(raised.value)
+
+
+def test_each_wrong_setting_has_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {
+        "CONSUMER_MAX_BACTH": "4",
+        "MODEL_DEVICE": "tpu",
+        "MODEL_DEFAULTS": '{"width": [64]}',
+        "S3_BUCKET": "'quoted'",
+    }
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as refused:
+        Settings.load()
+    lines = str(refused.value).splitlines()
+    assert [re.split(r"[:.]", line)[0] for line in lines] == sorted(wrong, key=list(wrong).index)
+
+
+def test_each_wrong_combination_has_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NATS_CERT", "/run/cert.pem")
+    monkeypatch.setenv("GATEWAY_TLS_KEY", "/run/key.pem")
+    with pytest.raises(SettingsError) as refused:
+        Settings.load()
+    assert str(refused.value).splitlines() == [
+        "NATS_CERT and NATS_KEY go together",
+        "GATEWAY_TLS_CERT and GATEWAY_TLS_KEY go together",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("CONSUMER_MAX_BACTH", "CONSUMER_MAX_BATCH"),
+        ("MODEL_TYP", "MODEL_TYPE"),
+        ("model_idd", "MODEL_ID"),
+        ("S3_BUKET", "S3_BUCKET"),
+        ("S3_ENDPOINT_URL", "S3_ENDPOINT"),
+        ("NATS_CRED", "NATS_CREDS"),
+        ("GATEWAY_PROT", "GATEWAY_PORT"),
+        ("GATEWAY_TLS_CRT", "GATEWAY_TLS_CERT"),
+        ("MODEL_PATH", None),
+        ("CONSUMER_GROUP", None),
+        ("S3_BUCKET_NAME", None),
+    ],
+)
+def test_misspelt_variable_is_refused_with_a_suggestion(
+    monkeypatch: pytest.MonkeyPatch, name: str, meant: str | None
+) -> None:
+    monkeypatch.setenv(name, SECRET)
+    assert Settings.unknown_variables() == [name]
+    if meant is None:
+        Settings.load()
+    else:
+        assert refusal() == f"{name}: there is no such setting; did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NATS_NKEY", "seed"),  # near NATS_KEY
+        ("NATS_CONTEXT", "local"),
+        ("GATEWAY_KEY", "none"),  # near GATEWAY_KEYS
+        ("S3_ACCESS_KEY_ID", "key"),  # near S3_ACCESS_KEY
+        ("NATS_PORT", "tcp://10.0.0.1:4222"),
+        ("NATS_SERVICE_HOST", "10.0.0.1"),
+        ("NATS_SERVICE_PORT", "4222"),
+        ("NATS_SERVICE_PORT_CLIENT", "4222"),
+        ("NATS_PORT_4222_TCP", "tcp://10.0.0.1:4222"),
+        ("NATS_PORT_4222_TCP_ADDR", "10.0.0.1"),
+        ("CONSUMER_PROBE_PORT", "tcp://10.0.0.1:80"),  # near CONSUMER_PROBES_PORT
+    ],
+)
+def test_variables_of_other_programs_are_ignored(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    Settings.load()
+    assert Settings.unknown_variables() == []
+
+
+@pytest.mark.parametrize("name", ["GATEWAY_PORT", "CONSUMER_PROBES_PORT"])
+def test_a_kubernetes_service_address_is_named_as_such(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "tcp://10.0.0.1:8080")
+    assert refusal().startswith(f"{name}: is the address of a Kubernetes Service")
 
 
 # -- display of settings --------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from consumer.ports.model import ModelUnavailable
+from consumer.ports.model import ModelMisconfigured, ModelUnavailable
 from consumer.runners.defaults import SETTING, checked_defaults
 from generation_contracts import ImageToTextRequest
 from generation_contracts.requests import ImageToTextParameters
@@ -50,7 +50,7 @@ def defaults_of(
     overrides = checked_defaults(ImageToTextParameters, configured)
     for name, value in overrides.items():
         if name not in defaults or isinstance(value, str):
-            raise ModelUnavailable(f"{SETTING}: {name}: cannot have a default")
+            raise ModelMisconfigured(f"{SETTING}: {name}: cannot have a default")
         defaults[name] = value
     if "temperature" not in overrides and not overrides.keys().isdisjoint(_SAMPLING_ONLY):
         defaults["temperature"] = defaults["temperature"] or _LIBRARY["temperature"]

@@ -31,7 +31,7 @@ from consumer.runners.weights import direct_load_kwargs, require_no_new_weights
 _LOCALLY = {"local_files_only": True, "trust_remote_code": False}
 
 # Attention implementations that need at most one package, and the model attribute for support.
-_ATTENTION = {
+ATTENTION = {
     "eager": None,
     "sdpa": "_supports_sdpa",
     "flex_attention": "_supports_flex_attn",
@@ -221,9 +221,9 @@ def _require_attention(config: ModelConfig, model_class: type[Any], source: Sour
 
 def _require_one_attention(setting: str, name: str, model_class: type[Any]) -> None:
     # transformers would download any other name from the hub and run it.
-    if name not in _ATTENTION:
-        raise ModelUnavailable(f"{setting}: must be one of {', '.join(_ATTENTION)}")
-    if (flag := _ATTENTION[name]) and not getattr(model_class, flag):
+    if name not in ATTENTION:
+        raise ModelUnavailable(f"{setting}: must be one of {', '.join(ATTENTION)}")
+    if (flag := ATTENTION[name]) and not getattr(model_class, flag):
         raise ModelUnavailable(f"{setting}: {model_class.__name__} has no {name}")
     # Without its package, but with `kernels`, transformers would download it from the hub too.
     if name == "flash_attention_2" and not is_flash_attn_2_available():

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 
-from consumer.ports.model import ModelUnavailable
+from consumer.ports.model import ModelMisconfigured, ModelUnavailable
 from consumer.runners.config import ModelConfig
 from generation_contracts.requests import AdapterName
 
@@ -45,16 +45,16 @@ def find_adapters(config: ModelConfig) -> dict[str, Path]:
     """Return the files of the configured adapters by name, without loading them.
 
     Raises:
-        ModelUnavailable: A file is missing, or adapters cannot be combined with another setting.
+        ModelMisconfigured: A file is missing, or adapters cannot be combined with another setting.
     """
     if not config.adapters:
         return {}
     if config.device_map != "none":
-        raise ModelUnavailable(
+        raise ModelMisconfigured(
             f"{SETTING}, MODEL_DEVICE_MAP: the combination is not tested; set one of the two"
         )
     if config.quantization == "torchao-int4":
-        raise ModelUnavailable(f"{SETTING}, MODEL_QUANTIZATION: peft cannot add to torchao-int4")
+        raise ModelMisconfigured(f"{SETTING}, MODEL_QUANTIZATION: peft cannot add to torchao-int4")
     return {name: _file(name, path) for name, path in config.adapters.items()}
 
 
@@ -92,7 +92,7 @@ def _file(name: str, path: str) -> Path:
     try:
         _NAME.validate_python(name)
     except ValidationError:
-        raise ModelUnavailable(
+        raise ModelMisconfigured(
             f"{SETTING}: {name!r} is no name: up to 64 letters, digits, - and _"
         ) from None
     # Not resolved: in the hub's cache the file is a link to a file without a suffix.
@@ -100,15 +100,18 @@ def _file(name: str, path: str) -> Path:
     if file.is_dir():
         files = sorted(file.glob("*.safetensors"))
         if len(files) != 1:
-            raise ModelUnavailable(
-                f"{SETTING}: {name}: its folder has {len(files)} .safetensors files instead of one"
+            raise ModelMisconfigured(
+                f"{SETTING}: {name}: its folder has {len(files)} .safetensors files instead of "
+                f"one: {file}"
             )
         return files[0]
     if file.is_file() and file.suffix in _PICKLES:
-        raise ModelUnavailable(
+        raise ModelMisconfigured(
             f"{SETTING}: {name}: {file.suffix} files hold code and are not read: convert it to "
-            ".safetensors"
+            f".safetensors: {file}"
         )
     if file.suffix != ".safetensors" or not file.is_file():
-        raise ModelUnavailable(f"{SETTING}: {name}: there is no such folder or .safetensors file")
+        raise ModelMisconfigured(
+            f"{SETTING}: {name}: there is no such folder or .safetensors file: {file}"
+        )
     return file

@@ -18,7 +18,7 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from consumer.ports.model import ModelUnavailable
+from consumer.ports.model import ModelMisconfigured, ModelUnavailable
 from consumer.runners.faults import load_failure
 from consumer.runners.text_to_image.adapter_conversion import counted_conversion
 from consumer.runners.text_to_image.adapter_files import SETTING, keys_of, require_loadable
@@ -45,7 +45,7 @@ class Adapters:
             return
         if not isinstance(pipe, LoraBaseMixin):
             family = type(pipe).__name__.removesuffix("Pipeline")
-            raise ModelUnavailable(f"{SETTING}: {family} takes no LoRA adapters")
+            raise ModelMisconfigured(f"{SETTING}: {family} takes no LoRA adapters")
         for name, file in files.items():
             layers, in_file = _load(pipe, name, file)
             pipe.disable_lora()
@@ -120,7 +120,7 @@ def _load(pipe: Any, name: str, file: Path) -> tuple[int, int]:
     if not reason and _changed(before, _weights(pipe)):
         reason = "it would change the model for all requests"
     if reason:
-        raise ModelUnavailable(f"{SETTING}: {name}: {reason}")
+        raise ModelMisconfigured(f"{SETTING}: {name}: {reason}")
     if layers < in_file:
         log.warning("adapter_loaded_in_part", adapter=name, layers=layers, of=in_file)
     else:

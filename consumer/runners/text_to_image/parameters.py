@@ -11,7 +11,11 @@ from typing import Any
 
 from diffusers.models.embeddings import PatchEmbed
 
-from consumer.ports.model import ModelDescription, ModelUnavailable, UnsupportedParameter
+from consumer.ports.model import (
+    ModelDescription,
+    ModelMisconfigured,
+    UnsupportedParameter,
+)
 from consumer.runners.defaults import SETTING, Default, checked_defaults
 from consumer.runners.text_to_image.distilled import distilled
 from consumer.runners.text_to_image.guidance import Guidance, has_cfg
@@ -167,7 +171,7 @@ class Parameters:
         try:
             self.check(TextToImageRequest.model_validate({**self._defaults, "prompt": "any"}))
         except UnsupportedParameter as refused:
-            raise ModelUnavailable(f"{SETTING}: {refused}") from None
+            raise ModelMisconfigured(f"{SETTING}: {refused}") from None
 
     def _check_adapters(self, weights: Mapping[str, float]) -> None:
         for name in weights:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
-from consumer.ports.model import ModelUnavailable
+from consumer.ports.model import ModelMisconfigured, ModelUnavailable
 from consumer.runners import quantization, vocabulary
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
@@ -264,7 +264,7 @@ def _distribute(pipe: Any, parts: Mapping[str, Any]) -> None:
     for name, _ in modules(pipe):
         device = device_map.get(name, "cpu")
         if device == "cpu":
-            raise ModelUnavailable(f"MODEL_DEVICE_MAP: {name} does not fit on a GPU")
+            raise ModelMisconfigured(f"MODEL_DEVICE_MAP: {name} does not fit on a GPU")
         if name in parts:
             # With hooks, because the inputs are on other devices.
             accelerate.dispatch_model(parts[name], {"": device}, force_hooks=True)

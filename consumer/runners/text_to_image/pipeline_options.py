@@ -11,31 +11,31 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
-from consumer.ports.model import ModelUnavailable
+from consumer.ports.model import ModelMisconfigured
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement
+from consumer.runners.setting_errors import attention_errors
+from generation_contracts import Task
 
 GRAPHS = 64  # the most graphs of one compiled block
-_FROM_THE_HUB = "_hub"  # suffix of the backends whose code diffusers fetches from the hub
 
 
 def require_attention_backend(config: ModelConfig) -> None:
     """Refuse an attention backend that diffusers lacks, or whose package is missing.
 
     Raises:
-        ModelUnavailable: Names the available backends, or the missing package.
+        ModelMisconfigured: Names the available backends, or the missing package.
     """
     name = config.attention
     if not name:
         return
-    known = sorted(b.value for b in AttentionBackendName if not b.value.endswith(_FROM_THE_HUB))
-    if name not in known:
-        raise ModelUnavailable(f"MODEL_ATTENTION: must be one of {', '.join(known)}")
+    if error := next(attention_errors(Task.TEXT_TO_IMAGE, name), None):
+        raise ModelMisconfigured(error)
     try:
         with attention_backend(AttentionBackendName(name)):
             pass
     except RuntimeError as error:  # what diffusers raises for a missing package
-        raise ModelUnavailable(f"MODEL_ATTENTION: {error}") from None
+        raise ModelMisconfigured(f"MODEL_ATTENTION: {error}") from None
 
 
 def apply(pipe: Any, denoiser: Any, placement: Placement, config: ModelConfig) -> None:
@@ -48,7 +48,7 @@ def apply(pipe: Any, denoiser: Any, placement: Placement, config: ModelConfig) -
         config: The options.
 
     Raises:
-        ModelUnavailable: The pipeline does not support an option.
+        ModelMisconfigured: The pipeline does not support an option.
     """
     family = type(pipe).__name__.removesuffix("Pipeline")
     if config.attention:
@@ -73,13 +73,13 @@ def _set_attention(denoiser: Any, name: str, family: str) -> None:
     processors = [getattr(module, "processor", None) for module in denoiser.modules()]
     # Older processors call torch directly, and diffusers silently skips them.
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
-        raise ModelUnavailable(f"MODEL_ATTENTION: {family} has no selectable attention backend")
+        raise ModelMisconfigured(f"MODEL_ATTENTION: {family} has no selectable attention backend")
     denoiser.set_attention_backend(name)
 
 
 def _enable_vae_mode(vae: Any, setting: str, mode: str, family: str) -> None:
     if not hasattr(vae, f"use_{mode}"):
-        raise ModelUnavailable(f"{setting}: {family} has no vae with {mode}")
+        raise ModelMisconfigured(f"{setting}: {family} has no vae with {mode}")
     getattr(vae, f"enable_{mode}")()
 
 
@@ -90,7 +90,9 @@ def _set_channels_last(parts: list[Any], family: str) -> None:
         if part is not None and any(isinstance(m, torch.nn.Conv2d) for m in part.modules())
     ]
     if not with_convolutions:
-        raise ModelUnavailable(f"MODEL_CHANNELS_LAST: {family} has no two-dimensional convolutions")
+        raise ModelMisconfigured(
+            f"MODEL_CHANNELS_LAST: {family} has no two-dimensional convolutions"
+        )
     for part in with_convolutions:
         part.to(memory_format=torch.channels_last)
 
@@ -114,11 +116,11 @@ def _cache_steps(denoiser: Any, threshold: float, family: str) -> None:
     `maybe_free_model_hooks` clears the cached state after each run.
     """
     if not hasattr(denoiser, "enable_cache"):
-        raise ModelUnavailable(f"MODEL_STEP_CACHE: {family} has no step cache")
+        raise ModelMisconfigured(f"MODEL_STEP_CACHE: {family} has no step cache")
     try:
         denoiser.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     except (ValueError, IndexError):  # diffusers does not know its blocks, or there is only one
-        raise ModelUnavailable(
+        raise ModelMisconfigured(
             f"MODEL_STEP_CACHE: the first-block cache does not know the blocks of {family}"
         ) from None
 

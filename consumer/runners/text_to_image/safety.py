@@ -8,8 +8,9 @@ import numpy as np
 import structlog
 import torch
 
-from consumer.ports.model import ModelUnavailable
+from consumer.ports.model import ModelMisconfigured
 from consumer.runners.faults import BadOutput
+from consumer.runners.setting_errors import checker_errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,15 +60,17 @@ def load_checker(setting: str) -> SafetyChecker | None:
         setting: `package.module:callable`; empty for none.
 
     Raises:
-        ModelUnavailable: The setting does not name a callable.
+        ModelMisconfigured: The setting does not name a callable.
     """
     log.info("safety_checker", checker=setting or "off")
     if not setting:
         return None
-    if ":" not in setting:
-        raise ModelUnavailable(f"{SETTING}: must be package.module:callable")
+    if error := next(checker_errors(setting), None):
+        raise ModelMisconfigured(error)
     try:
         found = pkgutil.resolve_name(setting)
+    except (ModuleNotFoundError, AttributeError) as missing:
+        reason = str(missing)
     except Exception as error:  # the import runs the operator's code
         log.exception("safety_checker_not_imported")
         reason = type(error).__name__
@@ -75,4 +78,4 @@ def load_checker(setting: str) -> SafetyChecker | None:
         if callable(found):
             return SafetyChecker(found)
         reason = "it is not callable"
-    raise ModelUnavailable(f"{SETTING}: {setting} cannot be used: {reason}")
+    raise ModelMisconfigured(f"{SETTING}: {setting} cannot be used: {reason}")
