@@ -63,7 +63,7 @@ def runs(scene: Scene) -> int:
     return len(scene.notes("runs"))
 
 
-async def submitted(scene: Scene, request_id: str) -> None:
+async def submit_with_retries(scene: Scene, request_id: str) -> None:
     """Publish until the request is stored: the server may be killed meanwhile."""
 
     async def stored() -> bool:
@@ -93,13 +93,13 @@ async def test_killed_server_under_load_loses_no_request(scene: ClusterScene, vi
     ids = [f"r{number}" for number in range(REQUESTS)]
     submitting = asyncio.create_task(submit_all(scene, ids))
 
-    await scene.until(lambda: so_many(scene, BEFORE), "the first runs", WITHIN)
+    await scene.until(lambda: has_runs(scene, BEFORE), "the first runs", WITHIN)
     name = await scene.leader(queue) if "queue" in victim else servers.meta_leader()
     killed: NatsServer = servers.nodes[name]
     at = time.monotonic()
     await asyncio.to_thread(killed.kill)
     then = runs(scene)
-    await scene.until(lambda: so_many(scene, then + AFTER), "runs without it", WITHIN)
+    await scene.until(lambda: has_runs(scene, then + AFTER), "runs without it", WITHIN)
     print(f"{victim}: {AFTER} runs began within {time.monotonic() - at:.1f} s of its death")  # noqa: T201
     await asyncio.to_thread(killed.start)
     await asyncio.to_thread(killed.wait_ready)
@@ -162,8 +162,8 @@ async def all_acknowledged(scene: Scene) -> bool:
 
 async def submit_all(scene: Scene, ids: list[str]) -> None:
     for request_id in ids:
-        await submitted(scene, request_id)
+        await submit_with_retries(scene, request_id)
 
 
-async def so_many(scene: Scene, number: int) -> bool:
+async def has_runs(scene: Scene, number: int) -> bool:
     return runs(scene) >= number

@@ -31,10 +31,10 @@ async def test_poison_is_dead_lettered_unrun_after_three_deaths(scene: Scene) ->
     assert last.alive
     assert scene.runs() == ["poison-1"] * DEATHS + [harmless]
     assert await stored_digests(scene) == published_digests(done)
-    await _is_put_aside(scene, event["worker"])
+    await _assert_dead_lettered(scene, event["worker"])
 
 
-async def _is_put_aside(scene: Scene, worker: str) -> None:
+async def _assert_dead_lettered(scene: Scene, worker: str) -> None:
     (headers,) = await scene.dead_letters()
     stream, subject = scene.subjects.dead_letters_stream, scene.subjects.dead_letter(scene.task)
     letter = await scene.sender.jetstream().get_last_msg(stream, subject)
