@@ -212,7 +212,11 @@ def apply(config: Path | None, replicas: int | None) -> None:
 
     if replicas is not None:
         settings = for_workers(settings, replicas)
-    for name, change in _guarded(lambda: asyncio.run(run_apply(settings))).items():
+
+    def report(line: str) -> None:
+        click.echo(line, err=True)
+
+    for name, change in _guarded(lambda: asyncio.run(run_apply(settings, report))).items():
         click.echo(f"{name}: {change}")
 
 
