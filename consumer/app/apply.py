@@ -1,6 +1,8 @@
 """`consumer apply`: create or update what a daemon needs: streams, durables and the bucket."""
 
+import asyncio
 import time
+from collections.abc import Callable
 from functools import partial
 
 from consumer.app.composition import make_artifacts, make_topology, store_fault
@@ -14,6 +16,7 @@ from generation_contracts import Task
 
 CONNECT_WITHIN = 5.0  # seconds; a person waits
 API_WITHIN = 10.0  # seconds; JetStream and the store may start later, or reply late
+SILENT_FOR = 2.0  # seconds until a person is told what the command waits for
 
 
 def for_workers(settings: Settings, number: int) -> Settings:
@@ -27,12 +30,18 @@ def for_workers(settings: Settings, number: int) -> Settings:
     return settings.model_copy(update={"consumer_max_ack_pending": number * each})
 
 
-async def apply(settings: Settings) -> dict[str, str]:
+async def apply(
+    settings: Settings, report: Callable[[str], None] = lambda _: None
+) -> dict[str, str]:
     """Create or update the streams, the durables and the bucket.
 
     The rule that lets the store delete uploads is optional: a store may refuse it.
 
     If MODEL_TYPE is set, only the durable of that task is applied, otherwise all durables.
+
+    Args:
+        settings: All settings.
+        report: Called with one line if the store does not answer soon.
 
     Returns:
         The change of each resource, by name: created, updated or unchanged.
@@ -60,7 +69,10 @@ async def apply(settings: Settings) -> dict[str, str]:
         await bus.close()
     artifacts = make_artifacts(settings, NullObserver())
     try:
-        created = await artifacts.ensure_bucket(within=API_WITHIN)
+        creating = asyncio.ensure_future(artifacts.ensure_bucket(within=API_WITHIN))
+        if not (await asyncio.wait({creating}, timeout=SILENT_FOR))[0]:
+            report(f"waiting for S3 at {settings.s3_endpoint}")
+        created = await creating
         expiry = await _expire_uploads(artifacts)
     except StoreUnavailable as error:
         raise StoreUnavailable(store_fault(settings, error)) from None

@@ -248,7 +248,11 @@ def apply(config: Path | None, replicas: int | None) -> None:
 
     if replicas is not None:
         settings = for_workers(settings, replicas)
-    for name, change in _guarded(lambda: asyncio.run(run_apply(settings))).items():
+
+    def report(line: str) -> None:
+        click.echo(line, err=True)
+
+    for name, change in _guarded(lambda: asyncio.run(run_apply(settings, report))).items():
         click.echo(f"{name}: {change}")
 
 
@@ -359,7 +363,9 @@ def request_text_to_image(
 def request_image_to_text(
     config: Path | None, as_json: bool, images: tuple[str, ...], *, upload: bool, **parameters: Any
 ) -> None:
-    """Send PROMPT with each IMAGE: a file of any size, or s3://bucket/key.
+    """Ask PROMPT about each IMAGE and print the text.
+
+    An IMAGE is a file of any size, or s3://bucket/key.
 
     Files that do not fit into the request are scaled to the pixels that the worker uses, or
     uploaded.
@@ -383,9 +389,10 @@ def request_image_to_text(
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @config_option
 def upload(config: Path | None, file: Path) -> None:
-    """Upload FILE, an image, without S3 credentials, and print its s3:// address.
+    """Upload the image FILE and print its s3:// address.
 
-    A worker must be running. The store deletes the file after a day.
+    S3 credentials are not needed, but a worker must be running. The store deletes the file after a
+    day.
     """
     settings = _settings(config)
 

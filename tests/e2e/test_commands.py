@@ -161,12 +161,15 @@ def test_apply_names_the_store_that_does_not_answer(
     settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("consumer.app.apply.API_WITHIN", 1.0)
+    monkeypatch.setattr("consumer.app.apply.SILENT_FOR", 0.1)
     (port,) = free_ports(1)
     environment = {**settings, "CONSUMER_ACK_WAIT": "5", "S3_ENDPOINT": f"http://127.0.0.1:{port}"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    reported: list[str] = []
     with pytest.raises(StoreUnavailable) as refused:
-        asyncio.run(apply(Settings.load()))
+        asyncio.run(apply(Settings.load(), reported.append))
+    assert reported == [f"waiting for S3 at http://127.0.0.1:{port}"]
     assert str(refused.value) == f"S3 at http://127.0.0.1:{port}: no connection"
 
 
