@@ -523,7 +523,10 @@ def main() -> None:
     # Imports allocate many objects and no garbage: collection would cost a tenth of a command.
     gc.disable()
     with _sigint_ends():
-        cli()
+        try:
+            cli()
+        except OSError as error:  # standard output cannot be written, for example --help
+            _fail(_os_reason(error), EXIT_FAILED)
 
 
 # -- shared by the commands -----------------------------------------------------------------------
@@ -775,11 +778,15 @@ def _guarded(
     except BrokenPipeError:  # click exits without a message when the pipe is closed
         raise
     except OSError as error:  # for example: the folder is not writable, the disk is full
-        _fail(f"{error.filename or 'system'}: {error.strerror}", EXIT_FAILED)
+        _fail(_os_reason(error), EXIT_FAILED)
     except KeyboardInterrupt:
         if on_interrupt is not None:
             on_interrupt()
         sys.exit(interrupted)
+
+
+def _os_reason(error: OSError) -> str:
+    return f"{error.filename or 'system'}: {error.strerror}"
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -93,7 +93,9 @@ def up(directory: Path, console: Console) -> int:
     """
 
     def report_drain() -> None:
-        console.print("the workers finish their runs; press Ctrl-C to stop at once")
+        console.print(
+            "waiting until the workers have finished their runs; press Ctrl-C to stop at once"
+        )
 
     with DevStack(directory, persist=True, on_drain=report_drain) as stack:
         try:

@@ -18,7 +18,7 @@ def show_image(file: Path) -> bool:
     """
     if os.environ.get("TERM", "dumb") in _NO_GRAPHICS:
         return False
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or 0 in os.get_terminal_size():
         return False
     # Imported here, because the import asks the terminal what it can display.
     from textual_image.renderable import Image, SixelImage, TGPImage  # noqa: PLC0415

@@ -69,7 +69,9 @@ class Addresses:
             return cls(
                 nats={name: _port(nats[name]) for name in NatsServer.port_names},
                 store={name: _port(store[name]) for name in ObjectStore.port_names},
-                credentials=Credentials(**saved["credentials"]),
+                credentials=Credentials(
+                    **{name: _text(value) for name, value in saved["credentials"].items()}
+                ),
                 children={str(name): _port(port) for name, port in children.items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -93,6 +95,17 @@ def _port(value: Any) -> int:
     if not 0 < port <= _HIGHEST_PORT:
         raise ValueError(f"{port} is no port")
     return port
+
+
+def _text(value: Any) -> str:
+    """Return a stored text.
+
+    Raises:
+        TypeError: It is no text, or empty.
+    """
+    if not isinstance(value, str) or not value:
+        raise TypeError("no text")
+    return value
 
 
 class DevStack:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -845,18 +845,37 @@ def test_a_persistent_stack_stops_gateways_when_its_daemons_have_finished(
     assert (daemon.returncode, gateway.returncode) == (0, 0)
 
 
+def damaged(path: Path, **changes: object) -> str:
+    """Return the text of a state file with some values replaced."""
+    Addresses.choose().write(path)
+    return json.dumps({**json.loads(path.read_text()), **changes})
+
+
 @pytest.mark.parametrize(
-    "text",
+    "change",
     [
-        "",
-        "null",
-        "[]",
-        '{"nats": {"client": 1, "monitoring": 99999}}',
-        '{"nats": 1, "store": 2, "children": 3}',
+        lambda _: "",
+        lambda _: "null",
+        lambda _: "[]",
+        lambda path: damaged(path, nats={"client": 1, "monitoring": 99_999}),
+        lambda path: damaged(path, store=2),
+        lambda path: damaged(path, children=[3]),
+        lambda path: damaged(path, credentials={"access_key": "a", "secret_key": None}),
+        lambda path: damaged(path, credentials={"other": "a"}),
     ],
-    ids=["empty", "null", "list", "impossible port", "numbers"],
+    ids=[
+        "empty",
+        "null",
+        "list",
+        "impossible port",
+        "number instead of ports",
+        "list of children",
+        "no secret",
+        "other credentials",
+    ],
 )
-def test_a_damaged_state_file_is_reported(tmp_path: Path, text: str) -> None:
-    (tmp_path / "devstack.json").write_text(text)
+def test_a_damaged_state_file_is_reported(tmp_path: Path, change: Callable[[Path], str]) -> None:
+    state = tmp_path / "devstack.json"
+    state.write_text(change(state))
     with pytest.raises(DevStackError, match=r"devstack\.json is damaged"):
         DevStack(tmp_path, persist=True).start()
