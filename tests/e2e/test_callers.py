@@ -69,30 +69,37 @@ def page_commands() -> list[str]:
 
 @pytest.mark.skipif(shutil.which("nats") is None, reason="the nats command line is not installed")
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
-async def test_the_commands_of_the_page_run_twice(system: DevStack, tmp_path: Path) -> None:
-    """All commands run in one shell, because they share variables; then `nats` with another prompt.
+@pytest.mark.parametrize(
+    ("prompt", "with_consumer"),
+    [("a red circle", True), ("a blue square", False)],
+    ids=["as written", "nats again with another prompt"],
+)
+async def test_the_commands_of_the_page_run(
+    system: DevStack, tmp_path: Path, prompt: str, *, with_consumer: bool
+) -> None:
+    """All commands run in one shell, because they share variables.
 
     The second round has no `consumer` commands, which take seconds to start.
     """
     commands = page_commands()
     assert len(commands) > 10
     # The request is finished when it is cancelled: the command ends with 1.
-    checked = [f"! {code}" if code.startswith("consumer cancel") else code for code in commands]
-    plain = [code for code in commands if "consumer " not in code]
-    rounds = (("a red circle", checked, "finished"), ("a blue square", plain, "unknown"))
-    for prompt, lines, cancelled in rounds:
-        script = "".join(["set -euo pipefail\n", *lines]).replace("a red circle", prompt)
-        done = await run_in_folder(system, tmp_path, "bash", "-s", text=script)
-        assert done.returncode == 0, done.stderr[-2000:]
-        events = [json.loads(line) for line in done.stdout.splitlines() if '"type"' in line]
-        kinds = [event["type"] for event in events if "request_id" in event]
-        assert len(kinds) >= 4
-        assert set(kinds) == {SUCCEEDED}, kinds
-        assert f'"status":"{cancelled}"' in done.stdout.replace(" ", "")
-        described = [
-            out["text"] for event in events for out in event.get("outputs", []) if "text" in out
-        ]
-        assert any(prompt.split()[-1] in text for text in described), described
+    lines = [f"! {code}" if code.startswith("consumer cancel") else code for code in commands]
+    if not with_consumer:
+        lines = [code for code in commands if "consumer " not in code]
+    script = "".join(["set -euo pipefail\n", *lines]).replace("a red circle", prompt)
+    done = await run_in_folder(system, tmp_path, "bash", "-s", text=script)
+    assert done.returncode == 0, done.stderr[-2000:]
+    events = [json.loads(line) for line in done.stdout.splitlines() if '"type"' in line]
+    kinds = [event["type"] for event in events if "request_id" in event]
+    assert len(kinds) >= 4
+    assert set(kinds) == {SUCCEEDED}, kinds
+    cancelled = "finished" if with_consumer else "unknown"
+    assert f'"status":"{cancelled}"' in done.stdout.replace(" ", "")
+    outputs = [output for event in events for output in event.get("outputs", [])]
+    described = [output["text"] for output in outputs if "text" in output]
+    noun = prompt.rpartition(" ")[2]
+    assert any(noun in text for text in described), described
 
 
 async def run_example(text: str, system: DevStack, folder: Path) -> list[str]:

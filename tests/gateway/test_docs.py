@@ -105,8 +105,8 @@ def node(examples: Examples) -> Examples:
     return examples
 
 
-def test_the_commands_run(examples: Examples) -> None:
-    """All commands run in one shell, because they share variables."""
+def test_the_commands_run_twice(examples: Examples) -> None:
+    """All commands run in one shell, because they share variables; then with another prompt."""
     shown = []
     script = ["set -euo pipefail"]
     for command in commands():
@@ -115,18 +115,19 @@ def test_the_commands_run(examples: Examples) -> None:
             script.append(code)
             shown += output
     assert len(script) > 10
-    printed = examples.run(
-        "bash",
-        "-s",
-        text="\n".join(script),
-        GATEWAY=examples.gateway.url,
-        GATEWAY_KEY=examples.gateway.alice,
-    )
-    assert [line for line in shown if line not in printed.splitlines()] == []
-    assert "event: succeeded" in printed
-    assert "circle" in printed
-    for name in ("circle.png", "green.png"):
-        assert (examples.folder / name).read_bytes().startswith(b"\x89PNG")
+    for prompt in ("a red circle", "a red square"):
+        printed = examples.run(
+            "bash",
+            "-s",
+            text="\n".join(script).replace("a red circle", prompt),
+            GATEWAY=examples.gateway.url,
+            GATEWAY_KEY=examples.gateway.alice,
+        )
+        assert [line for line in shown if line not in printed.splitlines()] == []
+        assert "event: succeeded" in printed
+        assert prompt.split()[-1] in printed
+        for name in ("circle.png", "green.png"):
+            assert (examples.folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_python_examples_run(examples: Examples) -> None:
@@ -154,9 +155,14 @@ def test_the_readme_examples_run(gateway: GatewayServer, tmp_path: Path) -> None
     assert README_ADDRESS in README
     script = ["set -euo pipefail", *(parts(command)[0] for command in commands(README))]
     code = "\n".join(script).replace(README_ADDRESS, gateway.url)
-    job = json.loads(run_example(tmp_path, "bash", "-s", text=code))
-    assert job["task"] == "text_to_image"
-    assert job["state"] in {"queued", "running"}
+    ids = set()
+    for prompt in ("a red circle", "a blue heart"):
+        text = code.replace("a red circle", prompt)
+        job = json.loads(run_example(tmp_path, "bash", "-s", text=text))
+        assert job["task"] == "text_to_image"
+        assert job["state"] in {"queued", "running"}
+        ids.add(job["id"])
+    assert len(ids) == 2
     assert (tmp_path / "circle.png").read_bytes().startswith(b"\x89PNG")
     (python,) = blocks("python", README)
     script = f"{python.replace(README_ADDRESS, gateway.url)}\nprint(made.data[0].b64_json)"

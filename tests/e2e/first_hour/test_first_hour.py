@@ -108,7 +108,7 @@ async def test_a_misspelt_field_is_named_in_the_answer(sender: Client) -> None:
         pytest.param(["request", "image-to-text", "no.png", "a"], 2, "no.png", id="no such file"),
         pytest.param(["request", "image-to-text", "s3://x", "a"], 2, "s3://", id="wrong reference"),
         pytest.param(["cancel", "a.b"], 2, "ID", id="wrong id"),
-        pytest.param(["cancel", "never-sent"], 1, "no such request", id="unknown id"),
+        pytest.param(["cancel", "never-sent"], 1, "no request with this id", id="unknown id"),
         pytest.param(["dead-letters", "show", "999999"], 1, "999999", id="unknown dead letter"),
         pytest.param(["upp"], 2, "upp", id="misspelt command"),
     ],
