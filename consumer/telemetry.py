@@ -26,7 +26,7 @@ class JobReport:
     """One finished job, for metrics and the log.
 
     Attributes:
-        outcome: `succeeded`, a failure code, `cancelled`, `already_done`, `given_back` (requeued)
+        outcome: `succeeded`, a failure code, `cancelled`, `already_done`, `requeued`
             or `abandoned`.
         attempt: How many times the request has been delivered.
         dead_letter: Whether a dead letter was stored for the request.

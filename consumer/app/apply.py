@@ -7,6 +7,7 @@ from functools import partial
 
 from consumer.app.composition import make_artifacts, make_topology, store_fault
 from consumer.app.probes import NullObserver
+from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
 from consumer.bus.connection import connect, require_server_version, wait_until_available
 from consumer.bus.topology import PartlyApplied
 from consumer.ports.store import StoreUnavailable
@@ -33,6 +34,8 @@ async def apply(
     settings: Settings, report: Callable[[str], None] = lambda _: None
 ) -> dict[str, str]:
     """Create or update the streams, the durables and the bucket.
+
+    The rule that lets the store delete uploads is optional: a store may refuse it.
 
     If MODEL_TYPE is set, only the durable of that task is applied, otherwise all durables.
 
@@ -70,6 +73,7 @@ async def apply(
         if not (await asyncio.wait({creating}, timeout=SILENT_FOR))[0]:
             report(f"waiting for S3 at {settings.s3_endpoint}")
         created = await creating
+        expiry = await _expire_uploads(artifacts)
     except StoreUnavailable as error:
         raise StoreUnavailable(store_fault(settings, error)) from None
     finally:
@@ -77,4 +81,13 @@ async def apply(
     if left is not None:
         raise left
     done[f"bucket {settings.s3_bucket}"] = "created" if created else "unchanged"
+    done["expiry of uploads"] = expiry
     return done
+
+
+async def _expire_uploads(artifacts: ObjectStoreArtifacts) -> str:
+    # Optional: many stores, and most policies, do not let this user set lifecycle rules.
+    try:
+        return "created" if await artifacts.expire_uploads() else "unchanged"
+    except StoreMisconfigured as error:
+        return f"not set, uploads stay in the bucket: {error}"

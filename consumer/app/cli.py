@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +22,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from consumer.bus.connection import Bus
     from consumer.gateway.keys import KeyFile
     from consumer.settings import Settings
     from generation_client import GenerationClient
@@ -64,15 +65,15 @@ def cli() -> None:
 @cli.command()
 @config_option
 def run(config: Path | None) -> None:
-    """Run the worker: load one model and serve one task until SIGTERM."""
+    """Run a worker: load one model, serve one task until SIGTERM."""
     settings = _settings(config)
     _require_task(settings)
     from consumer.app.daemon import run as run_daemon
     from consumer.settings import SettingsError
 
     _start_logging(settings)
-    gc.enable()
     try:
+        _imported()
         code = run_daemon(settings)
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
@@ -83,7 +84,10 @@ def run(config: Path | None) -> None:
 @config_option
 @click.pass_context
 def gateway(context: click.Context, config: Path | None) -> None:
-    """Run the HTTP gateway until SIGTERM: OpenAI's API, jobs, events and a web page."""
+    """Run the HTTP gateway until SIGTERM, or manage its keys.
+
+    The gateway serves OpenAI's API, jobs, events and a web page.
+    """
     context.obj = config
     if context.invoked_subcommand is not None:
         return
@@ -92,8 +96,8 @@ def gateway(context: click.Context, config: Path | None) -> None:
     from consumer.settings import SettingsError
 
     _start_logging(settings)
-    gc.enable()
     try:
+        _imported()
         code = serve(settings)
     except SettingsError as error:
         _fail(str(error), EXIT_USAGE)
@@ -123,10 +127,10 @@ def _bound(name: str, text: str) -> Callable[[Callable[..., None]], Callable[...
 def gateway_keys_add(
     of_group: Path | None, /, config: Path | None, tenant: str, **bounds: int | None
 ) -> None:
-    """Create a key for TENANT and print it. The key itself is not stored.
+    """Create a key for TENANT and print it.
 
-    All keys of a tenant see the same jobs. To replace a key, add a new one, distribute it, then
-    revoke the old one. A running gateway applies changes at once.
+    The key itself is not stored. All keys of a tenant see the same jobs. To replace a key, add a
+    new one, distribute it, then revoke the old one. A running gateway applies changes at once.
     """
     file = _key_file(config or of_group)
     from consumer.gateway.tenants import Bounds
@@ -141,7 +145,10 @@ def gateway_keys_add(
 @config_option
 @click.pass_obj
 def gateway_keys_list(of_group: Path | None, /, config: Path | None, *, as_json: bool) -> None:
-    """List all keys: id, tenant, creation time and bounds. The file has only their hashes."""
+    """List all keys: id, tenant, creation time and bounds.
+
+    The file has only the hashes of the keys.
+    """
     file = _key_file(config or of_group)
     document = _guarded(file.read)
     for key_id, entry in document.keys.items():
@@ -160,7 +167,10 @@ def gateway_keys_list(of_group: Path | None, /, config: Path | None, *, as_json:
 @config_option
 @click.pass_obj
 def gateway_keys_revoke(of_group: Path | None, /, config: Path | None, key: str) -> None:
-    """Remove a key. The tenant's jobs remain available to its other keys."""
+    """Remove a key.
+
+    The tenant's jobs remain available to its other keys.
+    """
     file = _key_file(config or of_group)
     key_id = _guarded(lambda: file.revoke(key))
     click.echo(f"{key_id}: revoked")
@@ -175,7 +185,10 @@ def gateway_keys_revoke(of_group: Path | None, /, config: Path | None, key: str)
     help="Directory for data, ports and credentials.",
 )
 def up(directory: Path) -> None:
-    """Run NATS, an S3 server, one worker of each task and a gateway, for development."""
+    """Run the whole system for development, until Ctrl-C.
+
+    The system is NATS, an S3 server, one worker of each task and a gateway, all on loopback.
+    """
     from consumer.app.development import up as run_up
 
     sys.exit(_guarded(lambda: run_up(directory, _console()), interrupted=0))
@@ -189,11 +202,34 @@ def up(directory: Path) -> None:
     show_default=True,
     help="Prompt about the generated image.",
 )
-def demo(prompt: str, question: str) -> None:
-    """Start everything, generate an image of PROMPT, save it, describe it, and stop."""
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the result events; default if standard output is no terminal.",
+)
+@click.option("--open", "opens", is_flag=True, help="Open the image with the system's viewer.")
+def demo(prompt: str, question: str, *, as_json: bool, opens: bool) -> None:
+    """Try it: start everything, draw PROMPT, describe it, stop.
+
+    The image is saved in the working directory. Terminals that can display images show it.
+    """
+    from consumer.app.sender_commands import image_to_text, text_to_image
+    from generation_contracts import ArtifactReference
+
+    request = _build_request(text_to_image, {"prompt": prompt, "deadline": None})
+    image = ArtifactReference(bucket="generation", key="the image, whose key is not known yet")
+    about = {"prompt": question, "images": (image,), "deadline": None}
+    _build_request(image_to_text, about, names={"prompt": "--question"})
     from consumer.app.development import demo as run_demo
 
-    sys.exit(_guarded(lambda: run_demo(prompt, question, Path.cwd(), _console())))
+    as_json = as_json or not sys.stdout.isatty()
+    console = _console()
+    sys.exit(
+        _guarded(
+            lambda: run_demo(request, question, Path.cwd(), console, as_json=as_json, opens=opens)
+        )
+    )
 
 
 @cli.command()
@@ -247,7 +283,7 @@ def check(config: Path | None, *, model: bool, verbose: bool) -> None:
 @click.option("--markdown", is_flag=True, help="Print a Markdown page instead.")
 @config_option
 def schema(config: Path | None, *, json_schema: bool, markdown: bool) -> None:
-    """Print the AsyncAPI 3 document of all subjects and messages, as JSON."""
+    """Print the AsyncAPI 3 document of all messages, as JSON."""
     from generation_contracts.reference import markdown as page_of
     from generation_contracts.schema import asyncapi, json_schemas
 
@@ -322,20 +358,47 @@ def request_text_to_image(
 @click.option("--top-k", type=int)
 @click.option("--repetition-penalty", type=float)
 @click.option("--stream", is_flag=True, help="Show the text as it appears.")
+@click.option("--upload", is_flag=True, help="Upload the files unchanged, also those that fit.")
 @common_options
 def request_image_to_text(
-    config: Path | None, as_json: bool, images: tuple[str, ...], **parameters: Any
+    config: Path | None, as_json: bool, images: tuple[str, ...], *, upload: bool, **parameters: Any
 ) -> None:
-    """Send PROMPT with each IMAGE: a file, or s3://bucket/key."""
+    """Send PROMPT with each IMAGE: a file of any size, or s3://bucket/key.
+
+    Files that do not fit into the request are scaled to the pixels that the worker uses, or
+    uploaded.
+    """
     settings = _settings(config)
-    from consumer.app.sender_commands import image_source, image_to_text
+    from consumer.app.sender_commands import PLACEHOLDER, image_source, image_to_text
 
     try:
         sources = tuple(image_source(image) for image in images)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}", EXIT_USAGE)
-    built = _build_request(image_to_text, {**parameters, "images": sources})
-    _send_and_wait(settings, built, as_json=as_json, folder=Path())
+    built = _build_request(image_to_text, {**parameters, "images": (PLACEHOLDER,)})
+
+    async def with_images(client: "GenerationClient") -> "Request":
+        return await client.with_images(built, sources, upload=upload)
+
+    _send_and_wait(settings, built, as_json=as_json, folder=Path(), prepare=with_images)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@config_option
+def upload(config: Path | None, file: Path) -> None:
+    """Upload FILE, an image, without S3 credentials, and print its s3:// address.
+
+    A worker must be running. The store deletes the file after a day.
+    """
+    settings = _settings(config)
+
+    async def upload_file(client: "GenerationClient", _: "Bus") -> int:
+        reference = await client.upload(file)
+        click.echo(f"s3://{reference.bucket}/{reference.key}")
+        return 0
+
+    sys.exit(_with_client(settings, upload_file))
 
 
 @cli.command()
@@ -343,19 +406,20 @@ def request_image_to_text(
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print the reply as JSON; do not wait.")
 def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
-    """Cancel the request ID, queued or running, and wait until it has stopped.
+    """Cancel the request ID and wait until it has stopped.
 
-    Exit codes: 0 the request is cancelled, 1 it has already ended or does not exist, 69 no worker
-    is available to cancel it.
+    The request may be queued or running. Exit codes: 0 the request is cancelled, 1 it has already
+    ended or does not exist, 69 no worker is available to cancel it.
     """
     settings = _settings(config)
+    from consumer.app.sender_commands import cancelled_line
     from generation_contracts import encode
     from generation_contracts.subjects import is_request_id
 
     if not is_request_id(request_id):
         _fail("ID: 1-64 characters of A-Z a-z 0-9 _ -", EXIT_USAGE)
 
-    async def cancel_and_wait(client: "GenerationClient") -> int:
+    async def cancel_and_wait(client: "GenerationClient", _: "Bus") -> int:
         reply = await client.cancel(request_id)
         if as_json:
             click.echo(encode(reply).decode())
@@ -364,16 +428,16 @@ def cancel(config: Path | None, request_id: str, *, as_json: bool) -> None:
         if reply.status == "stopping":
             click.echo("stopping …", err=True)
             ended = await client.ended(request_id)
-        kind = "no such request" if ended is None else ended.rpartition(".")[2]
-        click.echo(kind)
-        return 0 if kind == "cancelled" else EXIT_FAILED
+        line = cancelled_line(request_id, ended)
+        click.echo(line, err=line != "cancelled")
+        return 0 if line == "cancelled" else EXIT_FAILED
 
     sys.exit(_with_client(settings, cancel_and_wait))
 
 
 @cli.group("dead-letters")
 def dead_letters() -> None:
-    """List, show and replay dead letters: requests that no worker could handle."""
+    """List, show and replay requests that no worker could handle."""
 
 
 only_code_option = click.option(
@@ -399,7 +463,9 @@ def dead_letters_list(config: Path | None, code: str | None, *, as_json: bool) -
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def dead_letters_show(config: Path | None, letter: str, *, as_json: bool) -> None:
-    """Show one dead letter: headers on standard error, request body on standard output.
+    """Show one dead letter.
+
+    The headers are written to standard error, the request body to standard output.
 
     A number is the sequence of a dead letter. Anything else is a request id; its newest dead
     letter is shown. Write a request id of digits only as id:123.
@@ -453,7 +519,8 @@ def main() -> None:
     """Run the `consumer` command."""
     # Imports allocate many objects and no garbage: collection would cost a tenth of a command.
     gc.disable()
-    cli()
+    with _sigint_ends():
+        cli()
 
 
 # -- shared by the commands -----------------------------------------------------------------------
@@ -514,7 +581,9 @@ def _require_known(code: str | None) -> None:
         _fail(f"--code: must be one of {', '.join(FailureCode)}", EXIT_USAGE)
 
 
-def _build_request(make: Callable[..., "Request"], parameters: dict[str, Any]) -> "Request":
+def _build_request(
+    make: Callable[..., T], parameters: dict[str, Any], *, names: Mapping[str, str] | None = None
+) -> T:
     from datetime import UTC, datetime, timedelta
 
     from pydantic import ValidationError
@@ -527,11 +596,17 @@ def _build_request(make: Callable[..., "Request"], parameters: dict[str, Any]) -
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
+        field = (names or {}).get(field, field)
         _fail(f"{field}: {first['msg']}", EXIT_USAGE)
 
 
 def _send_and_wait(
-    settings: "Settings", request: "Request", *, as_json: bool, folder: Path
+    settings: "Settings",
+    request: "Request",
+    *,
+    as_json: bool,
+    folder: Path,
+    prepare: Callable[["GenerationClient"], Coroutine[Any, Any, "Request"]] | None = None,
 ) -> None:
     from contextlib import nullcontext
 
@@ -544,21 +619,42 @@ def _send_and_wait(
     )
     from generation_contracts import SucceededEvent, encode
 
-    async def send_and_save(client: "GenerationClient") -> int:
+    async def send_and_save(client: "GenerationClient", bus: "Bus") -> int:
+        prepared = request if prepare is None else await prepare(client)
         with nullcontext(NoDisplay()) if as_json else ProgressBar(_console()) as display:
             async with asyncio.timeout(_result_timeout(request)):
-                event = await send_request(client, request, display)
-        saved = []
-        if isinstance(event, SucceededEvent) and not as_json:
-            saved = await save_images(client, event, folder, event.request_id)
-        click.echo(encode(event).decode() if as_json else summary(event, saved))
-        return 0 if isinstance(event, SucceededEvent) else EXIT_FAILED
+                event = await send_request(client, prepared, display, bus=None if as_json else bus)
+        succeeded = isinstance(event, SucceededEvent)
+        if as_json:
+            click.echo(encode(event).decode())
+            return 0 if succeeded else EXIT_FAILED
+        saved = (
+            await save_images(client, event, folder, event.request_id)
+            if isinstance(event, SucceededEvent)
+            else []
+        )
+        # A streamed text is on the terminal already, unless the result goes elsewhere.
+        shown = display.text if sys.stdout.isatty() else ""
+        if text := summary(event, saved, shown=shown):
+            click.echo(text, err=not succeeded)
+        return 0 if succeeded else EXIT_FAILED
 
-    sys.exit(_with_client(settings, send_and_save))
+    def on_interrupt() -> None:
+        click.echo(
+            f"consumer: interrupted; if request {request.request_id} is stored, it goes on. "
+            f"Cancel it: consumer cancel {request.request_id}. "
+            f"Get its result: the same command with --id {request.request_id}",
+            err=True,
+        )
+
+    sys.exit(_with_client(settings, send_and_save, on_interrupt=on_interrupt))
 
 
 def _with_client(
-    settings: "Settings", work: Callable[["GenerationClient"], Coroutine[Any, Any, int]]
+    settings: "Settings",
+    work: Callable[["GenerationClient", "Bus"], Coroutine[Any, Any, int]],
+    *,
+    on_interrupt: Callable[[], None] | None = None,
 ) -> int:
     """Connect a client to the configured NATS server, run `work` with it, report errors."""
     from consumer.bus.connection import connect
@@ -568,11 +664,11 @@ def _with_client(
         bus = await connect(settings, name="generation request", within=5.0)
         try:
             async with GenerationClient(bus.client, root=settings.subjects.root) as client:
-                return await work(client)
+                return await work(client, bus)
         finally:
             await bus.close()
 
-    return _guarded(lambda: asyncio.run(connected()))
+    return _guarded(lambda: asyncio.run(connected()), on_interrupt=on_interrupt)
 
 
 def _result_timeout(request: "Request") -> float | None:
@@ -587,7 +683,31 @@ def _result_timeout(request: "Request") -> float | None:
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console(stderr=True)
+    # Soft wrap: only a terminal wraps long lines. Plain text: a prompt can look like markup.
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def _sigint_ends() -> Iterator[None]:
+    """End the process on Ctrl-C without a message, until `_imported` is called.
+
+    Python would raise KeyboardInterrupt in the middle of an import. The shell reports 130, as for
+    every program that SIGINT ends. A parent that ignores SIGINT is obeyed.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _imported() -> None:
+    """Restore what `main` has turned off for the time of the imports: collection and Ctrl-C."""
+    gc.enable()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -611,27 +731,38 @@ def _sigterm_unwinds() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -> T:
+def _guarded(
+    command: Callable[[], T],
+    *,
+    interrupted: int = EXIT_INTERRUPTED,
+    on_interrupt: Callable[[], None] | None = None,
+) -> T:
     """Call a command and turn its errors into one line and an exit code, without a traceback.
 
     Args:
         command: Must stop what it has started when an exception is raised.
         interrupted: The exit code after Ctrl-C or SIGTERM.
+        on_interrupt: Called before the exit after Ctrl-C or SIGTERM.
     """
     from consumer.ports.unavailable import Unavailable
     from consumer.settings import SettingsError
     from consumer.telemetry import configure_logging
-    from generation_client import GenerationError, RequestTooLarge, ServiceUnavailable
+    from generation_client import (
+        GenerationError,
+        RequestInvalid,
+        RequestTooLarge,
+        ServiceUnavailable,
+    )
 
     configure_logging("console", "ERROR")
-    gc.enable()  # most modules have been imported
     try:
+        _imported()  # most modules
         with _sigterm_unwinds():
             return command()
     except (Unavailable, ServiceUnavailable) as error:
         _fail(str(error), EXIT_UNAVAILABLE)
-    except RequestTooLarge:
-        _fail("the request is too large for NATS: refer to its images by s3://", EXIT_USAGE)
+    except (RequestInvalid, RequestTooLarge) as error:
+        _fail(str(error), EXIT_USAGE)
     except GenerationError as error:  # for example: the id is in use, a download failed
         _fail(str(error), EXIT_FAILED)
     except SettingsError as error:
@@ -643,6 +774,8 @@ def _guarded(command: Callable[[], T], *, interrupted: int = EXIT_INTERRUPTED) -
     except OSError as error:  # for example: the folder is not writable, the disk is full
         _fail(f"{error.filename or 'system'}: {error.strerror}", EXIT_FAILED)
     except KeyboardInterrupt:
+        if on_interrupt is not None:
+            on_interrupt()
         sys.exit(interrupted)
 
 

@@ -98,7 +98,7 @@ def make_worker_service(
     is_running: Callable[[str], bool],
     observer: Observer,
 ) -> WorkerService:
-    """Return the request-reply endpoints: calls of this worker's task, cancellation of every task.
+    """Return the request-reply endpoints: calls of this worker's task, cancellations and uploads.
 
     Cancellation covers every task because the other task may have no worker.
 
@@ -141,6 +141,7 @@ def make_worker_service(
         cancel=cancellation.cancel,
         request_stop=request_stop,
         is_running=is_running,
+        sign_upload=artifacts.sign_upload,
         observer=observer,
         worker_inboxes=f"{settings.nats_inbox_prefix}.",
     )

@@ -4,85 +4,111 @@ import asyncio
 import importlib.util
 import os
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
+import click
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from consumer.app.apply import CONNECT_WITHIN, apply
-from consumer.app.sender_commands import (
-    ProgressBar,
-    image_to_text,
-    save_images,
-    send_request,
-    summary,
-    text_to_image,
-)
-from consumer.bus.connection import connect
-from consumer.devstack import Daemon, DevStack, GatewayServer
+from consumer.app.sender_commands import ProgressBar, image_to_text, save_images, send_request
+from consumer.app.supervision import supervised
+from consumer.app.terminal_image import show_image
+from consumer.bus.connection import ConnectionClosed, connect
+from consumer.bus.event_feed import EventFeed
+from consumer.devstack import ChildEndedError, Daemon, DevStack, GatewayServer
 from consumer.ports.bus import ResultEvent
 from consumer.settings import Settings
-from generation_client import GenerationClient
+from generation_client import AnyEvent, GenerationClient
 from generation_contracts import (
     ArtifactReference,
+    CancelledEvent,
+    FailedEvent,
     ImageArtifact,
     Request,
+    StartedEvent,
     SucceededEvent,
     Task,
+    TextOutput,
+    TextToImageRequest,
     encode,
 )
 
-CHECK_INTERVAL = 0.5  # seconds between two checks of the child processes of `up`
+EXIT_CHILD_ENDED = 70  # EX_SOFTWARE of sysexits.h
+SHOWN_PROMPT_LENGTH = 200  # characters
 
 
-def demo(prompt: str, question: str, folder: Path, console: Console) -> int:
-    """Start everything, generate an image, describe it, print both results, and stop.
+def demo(
+    request: TextToImageRequest,
+    question: str,
+    folder: Path,
+    console: Console,
+    *,
+    as_json: bool,
+    opens: bool,
+) -> int:
+    """Start everything, generate an image, describe it, and stop.
 
     Args:
-        prompt: The prompt of the image.
+        request: The request of the image.
         question: The prompt about the generated image.
         folder: The folder in which the image is saved.
-        console: Writes to standard error; the result events are printed on standard output.
+        console: Writes to standard error.
+        as_json: Whether to print the result events on standard output, instead of text for people.
+        opens: Whether to open the image with the viewer of the system.
 
     Returns:
-        0, or 1 if a job failed.
+        0, 1 if a job failed, or 70 if a server, a worker or the gateway exited unexpectedly.
     """
-    started = time.monotonic()
+    demonstration = _Demonstration(console, folder, as_json=as_json, opens=opens)
     with (
         tempfile.TemporaryDirectory(prefix="generation-demo-") as directory,
         DevStack(Path(directory), persist=False) as stack,
     ):
-        console.print(_addresses(stack))
-        _, gateway = _start_processes(stack, console)
-        if gateway is not None:
-            console.print(f"HTTP on {gateway.url}", highlight=False)
-        with _environment(stack):
-            settings = Settings.load()
-        return asyncio.run(
-            _demo(settings, prompt, question, folder=folder, console=console, started=started)
-        )
+        try:
+            console.print(_addresses(stack))
+            _, gateway = _start_processes(stack, console)
+            if gateway is not None:
+                console.print(f"HTTP on {gateway.url}")
+            with _environment(stack):
+                settings = Settings.load()
+            return asyncio.run(supervised(stack, demonstration.run(settings, request, question)))
+        except ChildEndedError as error:
+            console.print(str(error))
+            return EXIT_CHILD_ENDED
 
 
 def up(directory: Path, console: Console) -> int:
-    """Run the development stack until Ctrl-C or SIGTERM.
+    """Run the development stack until Ctrl-C or SIGTERM, and print one line for each job.
+
+    Ctrl-C and SIGTERM raise KeyboardInterrupt.
 
     Returns:
-        0, or 70 if a worker or the gateway exited unexpectedly.
+        70: a server, a worker or the gateway exited unexpectedly.
     """
-    with DevStack(directory, persist=True) as stack:
-        console.print(_addresses(stack))
-        daemons, gateway = _start_processes(stack, console)
-        instructions = _instructions(stack, daemons, gateway)
-        console.print(instructions, highlight=False, soft_wrap=True, markup=False)
-        children = [*daemons, *([] if gateway is None else [gateway])]
-        while True:
-            for child in children:
-                if not child.alive:
-                    console.print(f"{child.name} exited unexpectedly with code {child.returncode}")
-                    return 70
-            time.sleep(CHECK_INTERVAL)
+
+    def report_drain() -> None:
+        console.print("the workers finish their runs; press Ctrl-C to stop at once")
+
+    with DevStack(directory, persist=True, on_drain=report_drain) as stack:
+        try:
+            console.print(_addresses(stack))
+            daemons, gateway = _start_processes(stack, console)
+            console.print(_instructions(stack, daemons, gateway))
+            with _environment(stack):
+                settings = Settings.load()
+            asyncio.run(supervised(stack, _print_jobs(settings, console)))
+        except ChildEndedError as error:
+            console.print(str(error))
+            return EXIT_CHILD_ENDED
+        except KeyboardInterrupt:
+            console.print("stopping …")
+            raise
 
 
 def _start_processes(
@@ -110,12 +136,22 @@ def _start_processes(
     gateway = None
     if all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
         gateway = stack.start_gateway("gateway", {})
-    console.print("loading the models …")
-    for daemon in daemons:
-        daemon.wait_ready()
-    if gateway is not None:
-        gateway.wait_ready()
+    with _elapsed_time(console, "loading the models"):
+        stack.wait_ready()
     return daemons, gateway
+
+
+@contextmanager
+def _elapsed_time(console: Console, text: str) -> Iterator[None]:
+    """Print a text; in a terminal, show it with the elapsed time until the block ends."""
+    if not console.is_interactive:
+        console.print(f"{text} …")
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(text, total=None)
+        yield
 
 
 @contextmanager
@@ -137,42 +173,128 @@ def _environment(stack: DevStack) -> Iterator[None]:
         os.environ.update(before)
 
 
-async def _demo(
-    settings: Settings,
-    prompt: str,
-    question: str,
-    *,
-    folder: Path,
-    console: Console,
-    started: float,
-) -> int:
-    bus = await connect(settings, name="generation demo", within=CONNECT_WITHIN)
-    client = GenerationClient(bus.client, root=settings.subjects.root)
+class _Demonstration:
+    """The two jobs of `consumer demo` and what is printed about them.
+
+    Args:
+        console: Writes to standard error.
+        folder: The folder in which the image is saved.
+        as_json: See `demo`.
+        opens: See `demo`.
+    """
+
+    def __init__(self, console: Console, folder: Path, *, as_json: bool, opens: bool) -> None:
+        self._console = console
+        self._folder = folder
+        self._as_json = as_json
+        self._opens = opens
+        self._started = time.monotonic()
+
+    async def run(self, settings: Settings, request: TextToImageRequest, question: str) -> int:
+        """Send both requests; return the exit code."""
+        bus = await connect(settings, name="generation demo", within=CONNECT_WITHIN)
+        client = GenerationClient(bus.client, root=settings.subjects.root)
+        try:
+            drawn = await self._send(client, request, f"text to image: {request.prompt}")
+            if not isinstance(drawn, SucceededEvent):
+                return 1
+            image = next(o for o in drawn.outputs if isinstance(o, ImageArtifact))
+            name = f"demo-{drawn.request_id[:8]}"
+            (file,) = await save_images(client, drawn, self._folder, name)
+            self._show_image(drawn, image, file)
+            reference = ArtifactReference(bucket=image.bucket, key=image.key)
+            described = await self._send(
+                client, image_to_text(question, (reference,)), f"image to text: {question}"
+            )
+            if not isinstance(described, SucceededEvent):
+                return 1
+            self._show_text(described)
+            return 0
+        finally:
+            await bus.close()
+
+    async def _send(self, client: GenerationClient, request: Request, title: str) -> ResultEvent:
+        self._console.print(textwrap.shorten(title, SHOWN_PROMPT_LENGTH, placeholder=" …"))
+        with ProgressBar(self._console) as bar:
+            event = await send_request(client, request, bar)
+        if self._as_json:
+            click.echo(encode(event))
+        if isinstance(event, FailedEvent):
+            self._console.print(f"failed: {event.failure.code}: {event.failure.message}")
+        return event
+
+    def _show_image(self, event: SucceededEvent, image: ImageArtifact, file: Path) -> None:
+        total = time.monotonic() - self._started
+        self._console.print(
+            f"saved {file} ({image.width}x{image.height}, {_duration(event):.1f} s, "
+            f"{total:.1f} s after the start)"
+        )
+        self._show_warnings(event)
+        if not self._as_json:
+            show_image(file)
+        if self._opens and click.launch(str(file)) != 0:
+            self._console.print(f"no program was found that opens {file}")
+
+    def _show_text(self, event: SucceededEvent) -> None:
+        for output in event.outputs:
+            if isinstance(output, TextOutput):
+                self._console.print(f"{output.text} ({_duration(event):.1f} s)")
+        self._show_warnings(event)
+
+    def _show_warnings(self, event: SucceededEvent) -> None:
+        for warning in event.warnings:
+            self._console.print(f"note: {warning}")
+
+
+def _duration(event: SucceededEvent) -> float:
+    """Return the seconds between the start of a run and its stored result."""
+    timings = event.timings
+    return timings.inference + timings.encode + timings.upload
+
+
+async def _print_jobs(settings: Settings, console: Console) -> NoReturn:
+    """Print one line for each job that ends, until the task is cancelled.
+
+    Raises:
+        BusUnavailable: NATS cannot be reached.
+    """
+    starts: dict[str, StartedEvent] = {}  # of running jobs, by request id
+
+    def show(event: AnyEvent, _size: int) -> None:
+        if isinstance(event, StartedEvent):
+            starts[event.request_id] = event
+        elif isinstance(event, SucceededEvent | FailedEvent | CancelledEvent):
+            console.print(job_line(event, starts.pop(event.request_id, None)))
+
+    bus = await connect(settings, name="generation up", within=CONNECT_WITHIN)
     try:
-        console.print(f"text to image: {prompt}", markup=False)
-        image_event = await _run(client, text_to_image(prompt), console)
-        if not isinstance(image_event, SucceededEvent):
-            return 1
-        name = f"demo-{image_event.request_id[:8]}"
-        files = await save_images(client, image_event, folder, name)
-        seconds = time.monotonic() - started
-        text = f"{summary(image_event, files)} ({seconds:.1f} s after the start)"
-        console.print(text, soft_wrap=True)
-        image = next(o for o in image_event.outputs if isinstance(o, ImageArtifact))
-        console.print(f"image to text: {question}", markup=False)
-        reference = ArtifactReference(bucket=image.bucket, key=image.key)
-        text_event = await _run(client, image_to_text(question, (reference,)), console)
-        console.print(summary(text_event, []), markup=False, soft_wrap=True)
-        return 0 if isinstance(text_event, SucceededEvent) else 1
+        feed = EventFeed(
+            bus,
+            settings.subjects,
+            is_watched=lambda _: True,
+            on_progress=lambda *_: None,
+            on_event=show,
+        )
+        await feed.open()
+        await bus.closed.wait()
+        raise ConnectionClosed
     finally:
         await bus.close()
 
 
-async def _run(client: GenerationClient, request: Request, console: Console) -> ResultEvent:
-    with ProgressBar(console) as bar:
-        event = await send_request(client, request, bar)
-    print(encode(event).decode(), flush=True)  # noqa: T201 - the result is this command's output
-    return event
+def job_line(event: ResultEvent, started: StartedEvent | None) -> str:
+    """Return the line of `up` about a job: end, state, seconds, task, worker and id.
+
+    Args:
+        event: The terminal event.
+        started: The event of its start; None if it was lost, or if the job has not started.
+    """
+    state = event.type.rpartition(".")[2]
+    seconds = "" if started is None else f"{(event.time - started.time).total_seconds():.1f} s"
+    end = f"{event.time.astimezone():%H:%M:%S}"
+    code = f"  {event.failure.code}" if isinstance(event, FailedEvent) else ""
+    where = f"{event.task:<13}  {event.worker}  {event.request_id}"
+    return f"{end}  {state:<9}  {seconds:>8}  {where}{code}"
 
 
 def _addresses(stack: DevStack) -> str:
@@ -181,14 +303,18 @@ def _addresses(stack: DevStack) -> str:
 
 def _instructions(stack: DevStack, daemons: list[Daemon], gateway: GatewayServer | None) -> str:
     nats = f"nats --server {stack.nats.url}"
-    probes = "\n".join(f"  {daemon.name:<14} {daemon.probes_url}/readyz" for daemon in daemons)
+    probes = "\n".join(
+        f"  {daemon.name:<14} {daemon.probes_url}/readyz, {daemon.probes_url}/metrics"
+        for daemon in daemons
+    )
     return f"""
 Running until Ctrl-C. Data, ports and credentials are stored in {stack.directory}.
 
-  NATS           {stack.nats.url}
+  NATS           {stack.nats.url}, monitoring: {stack.nats.monitoring_url}
   S3             {stack.store.endpoint} (bucket {stack.store.bucket})
 {probes}
   HTTP           {_gateway_line(gateway)}
+  logs           {stack.logs}
 {"" if gateway is None else _http_example(gateway)}
 Generate an image:
 
@@ -198,6 +324,8 @@ With the nats command line tool, results in one terminal and requests in another
 
   {nats} subscribe 'generation.result.>'
   {nats} publish --jetstream generation.request.text_to_image '{{"prompt":"a red circle"}}'
+
+Jobs, one line each when they end:
 """
 
 

@@ -26,7 +26,7 @@ from generation_contracts import FailureCode, ModelInfo
 _BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400)
 
 # The outcomes of `JobReport` that are not failure codes.
-_NO_FAILURES = ("succeeded", "cancelled", "already_done", "given_back", "abandoned")
+_NO_FAILURES = ("succeeded", "cancelled", "already_done", "requeued", "abandoned")
 
 # The failure codes of refused calls; see `consumer.endpoints.worker_service`.
 _REFUSED = (

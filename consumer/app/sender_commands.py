@@ -1,66 +1,109 @@
 """`consumer request`: send a request, show its progress, save its outputs."""
 
 import asyncio
-import base64
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Task as ProgressTask
+from rich.text import Text
 
+from consumer.background_tasks import cancel_and_wait
+from consumer.bus.connection import Bus, BusUnavailable
+from consumer.bus.services import worker_metadata
 from consumer.ports.bus import ResultEvent
-from generation_client import GenerationClient, new_request_id
+from generation_client import GenerationClient, new_request_id, task_of
 from generation_contracts import (
     FailedEvent,
     ImageArtifact,
     ImageToTextRequest,
-    InlineImage,
     ProgressEvent,
     Request,
     StartedEvent,
     SucceededEvent,
+    Task,
     TextOutput,
     TextToImageRequest,
 )
 from generation_contracts.artifacts import ImageSource
 
-SHOWN_TEXT_LENGTH = 40  # characters: the end of a streamed text, next to the progress bar
+PLACEHOLDER = "s3://not-yet/known"  # an image, while the other fields of a request are checked
+WORKERS_ASKED_AFTER = 5.0  # seconds in which an idle worker would have started the request
 
 
 class Display(Protocol):
     """Shows the events of a request as they arrive."""
 
+    def note(self, line: str) -> None:
+        """Show a line about the request."""
+
     def show(self, event: StartedEvent | ProgressEvent) -> None:
         """Show one event."""
 
 
-def image_source(argument: str) -> ImageSource:
-    """Return the image source of a command's IMAGE argument.
-
-    A local file is embedded in the request. An argument with a URL scheme is passed on unchanged.
+def image_source(argument: str) -> ImageSource | bytes:
+    """Return the image of a command's IMAGE argument: the bytes of a local file, or a URI.
 
     Raises:
         OSError: The file cannot be read.
     """
     if "://" in argument or argument.startswith("data:"):
         return argument
-    return InlineImage(base64=base64.b64encode(Path(argument).read_bytes()).decode())
+    return Path(argument).read_bytes()
 
 
-async def send_request(client: GenerationClient, request: Request, display: Display) -> ResultEvent:
+async def send_request(
+    client: GenerationClient, request: Request, display: Display, *, bus: Bus | None = None
+) -> ResultEvent:
     """Send a request and wait for its terminal event.
+
+    Args:
+        client: Connected.
+        request: A request with an id.
+        display: Shows that the request is stored, and its events.
+        bus: The connection on which the workers are counted if the request does not start soon;
+            None: they are not counted.
 
     Raises:
         GenerationError: See `GenerationClient.events`.
     """
-    async with aclosing(client.events(request)) as events:
-        async for event in events:
-            if not isinstance(event, StartedEvent | ProgressEvent):
-                return event
-            display.show(event)
+    started = asyncio.Event()
+
+    def on_stored() -> None:
+        display.note(f"request {request.request_id}: stored in the queue, waiting for a worker")
+
+    asking = asyncio.ensure_future(_ask_workers(bus, task_of(request), started, display))
+    try:
+        async with aclosing(client.events(request, on_stored=on_stored)) as events:
+            async for event in events:
+                started.set()
+                if not isinstance(event, StartedEvent | ProgressEvent):
+                    return event
+                display.show(event)
+    finally:
+        await cancel_and_wait(asking)
     raise AssertionError("the events end with a terminal event")
+
+
+async def _ask_workers(
+    bus: Bus | None, task: Task, started: asyncio.Event, display: Display
+) -> None:
+    """Report how many workers the task has, if its request has not started after some seconds."""
+    if bus is None:
+        return
+    try:
+        await asyncio.wait_for(started.wait(), WORKERS_ASKED_AFTER)
+    except TimeoutError:
+        try:
+            workers = [each for each in await worker_metadata(bus) if each.get("task") == task]
+        except BusUnavailable:
+            return  # no permission, or no connection: the request waits in any case
+        if workers:
+            display.note(f"{len(workers)} of {task} running: the queue is not empty, or they start")
+        else:
+            display.note(f"no worker of {task} is running: the request waits until one starts")
 
 
 async def save_images(
@@ -85,71 +128,128 @@ async def save_images(
     return saved
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """The estimated time; nothing for a text, whose length is not known in advance."""
+
+    def render(self, task: ProgressTask) -> Text:
+        """Return the time as text."""
+        return Text() if task.total is None else super().render(task)
+
+
 class ProgressBar:
-    """Shows the progress of a request and the end of its text on a terminal; a context manager.
+    """Shows the progress of a request on a terminal; a context manager.
+
+    A streamed text is printed as it comes. Without streaming, a text has a count of its tokens.
 
     Args:
         console: Writes to standard error, so that results can be piped.
+
+    Attributes:
+        text: The streamed text that is on the terminal.
     """
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[count]}"),
+            _TimeLeft(),
             console=console,
             disable=not console.is_interactive,  # without redrawing, rich prints an empty line
         )
-        self._bar = self._progress.add_task("waiting", total=1, visible=False)
+        self._bar = self._progress.add_task("waiting", total=None, visible=False, count="")
         self._console = console
-        self._text = ""
+        self.text = ""
 
     def __enter__(self) -> Self:
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_text()
         self._progress.stop()
+
+    def note(self, line: str) -> None:
+        """Print a line about the request."""
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def show(self, event: StartedEvent | ProgressEvent) -> None:
         """Draw one event."""
         if isinstance(event, StartedEvent):
-            self._console.print(
+            self.note(
                 f"started by {event.worker} after {event.queued:.2f} s in the queue, "
-                f"model {event.model.id} ({event.model.family})",
-                soft_wrap=True,
+                f"model {event.model.id} ({event.model.family})"
             )
             return
-        # Step 0 means a new attempt, which generates the text again from the start.
-        self._text = ("" if event.step == 0 else self._text) + (event.text or "")
-        end = " ".join(self._text.split())[-SHOWN_TEXT_LENGTH:]
+        if event.step == 0:  # a new attempt, which generates the text again from the start
+            self._end_text()
+            self.text = ""
+        if event.text is not None and self._console.is_interactive:
+            self._progress.update(self._bar, visible=False)
+            self._progress.stop()  # the text would be redrawn with the bar
+            self._console.out(event.text, end="", highlight=False)
+            self.text += event.text
+            return
+        is_text = event.task is Task.IMAGE_TO_TEXT
         self._progress.update(
             self._bar,
-            description=escape(end) or str(event.task).replace("_", " "),
+            description=str(event.task).replace("_", " "),
             completed=event.step,
-            total=event.of,
-            visible=True,
+            total=None if is_text else event.of,
+            count=f"{event.step} tokens" if is_text else f"{event.step}/{event.of} steps",
+            visible=not self.text,
         )
+
+    def _end_text(self) -> None:
+        if self.text and not self.text.endswith("\n"):
+            self._console.out("")
 
 
 class NoDisplay:
     """Shows nothing, for output that programs read."""
 
+    text = ""
+
+    def note(self, line: str) -> None:
+        """Ignore the line."""
+
     def show(self, event: StartedEvent | ProgressEvent) -> None:
         """Ignore the event."""
 
 
-def summary(event: ResultEvent, saved: list[Path]) -> str:
-    """Return a result as text for people."""
+def summary(event: ResultEvent, saved: list[Path], *, shown: str = "") -> str:
+    """Return a result as text for people.
+
+    Args:
+        event: The terminal event.
+        saved: Files of its images.
+        shown: A text that the reader has seen already, and that is not repeated.
+    """
     if isinstance(event, FailedEvent):
         return f"failed: {event.failure.code}: {event.failure.message}"
     if not isinstance(event, SucceededEvent):
         return "cancelled"
-    lines = [output.text for output in event.outputs if isinstance(output, TextOutput)]
+    texts = [output.text for output in event.outputs if isinstance(output, TextOutput)]
+    lines = [text for text in texts if text != shown]
     lines += [f"saved {file}" for file in saved]
     lines += [f"note: {warning}" for warning in event.warnings]
     return "\n".join(lines)
+
+
+def cancelled_line(request_id: str, ended: str | None) -> str:
+    """Return a sentence about a cancellation.
+
+    Args:
+        request_id: The cancelled id.
+        ended: Type of the terminal event; None: there is no such request.
+    """
+    match ended and ended.rpartition(".")[2]:
+        case None:
+            return f"{request_id}: no request with this id is queued, running or finished"
+        case "cancelled":
+            return "cancelled"
+        case kind:
+            return f"{request_id}: too late to cancel, the request has ended: {kind}"
 
 
 def text_to_image(prompt: str, **parameters: Any) -> TextToImageRequest:

@@ -53,7 +53,7 @@ class JobTrace:
 
 
 # Outcomes that do not set the span's status to error.
-_NOT_ERRORS = frozenset({"succeeded", "cancelled", "already_done", "given_back"})
+_NOT_ERRORS = frozenset({"succeeded", "cancelled", "already_done", "requeued"})
 
 
 class OpenTelemetry:

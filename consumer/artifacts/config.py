@@ -7,6 +7,7 @@ from minio.helpers import BaseURL, check_bucket_name
 from consumer.ports.store import StoreUnavailable
 from consumer.settings import Settings, is_plain, without_last_dot
 
+UPLOADS = "uploads"  # last part of the prefix of all files that senders upload
 _MAX_URL_TTL = 7 * 86_400  # seconds; S3's limit for presigned URLs
 
 
@@ -25,6 +26,7 @@ class StoreConfig:
         public_endpoint: Endpoint in presigned URLs, if readers use another address than the worker.
         input_prefixes: `bucket/prefix` or `bucket` that requests may use for inputs. Empty allows
             the configured bucket and prefix.
+        max_upload_bytes: Largest file that a sender may upload.
         input_hosts: `host` or `host:port` that requests may use for https inputs. Empty: none.
         url_ttl: Lifetime of a presigned URL in seconds, up to 7 days.
         connect_timeout: Seconds.
@@ -48,6 +50,7 @@ class StoreConfig:
     public_endpoint: str | None = None
     input_prefixes: tuple[str, ...] = ()
     input_hosts: tuple[str, ...] = ()
+    max_upload_bytes: int = 20 * 2**20
     url_ttl: int = 86_400
     connect_timeout: float = 2.0
     read_timeout: float = 20.0
@@ -81,8 +84,12 @@ class StoreConfig:
         return "/".join((self.prefix, *parts) if self.prefix else parts)
 
     def may_read(self, bucket: str, key: str) -> bool:
-        """Return whether requests may use this object as an input."""
-        for allowed in self.input_prefixes or (f"{self.bucket}/{self.prefix}",):
+        """Return whether requests may use this object as an input.
+
+        Uploads are always allowed: their keys are random, and each is known to its sender only.
+        """
+        uploads = f"{self.bucket}/{self.key(UPLOADS)}"
+        for allowed in (*(self.input_prefixes or (f"{self.bucket}/{self.prefix}",)), uploads):
             allowed_bucket, _, prefix = allowed.rstrip("/").partition("/")
             # With the slash: the prefix `outputs` must not allow `outputs-of-others`.
             if bucket == allowed_bucket and (not prefix or key.startswith(f"{prefix}/")):
@@ -106,5 +113,6 @@ def store_config(settings: Settings) -> StoreConfig:
         public_endpoint=settings.s3_public_endpoint,
         input_prefixes=settings.input_prefixes,
         input_hosts=settings.consumer_input_hosts,
+        max_upload_bytes=settings.consumer_max_input_bytes,
         url_ttl=settings.s3_url_ttl,
     )

@@ -20,15 +20,17 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from io import BytesIO
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import structlog
+from minio.datatypes import PostPolicy
 from minio.error import MinioException, S3Error
 from minio.helpers import DictType
 from pydantic import ValidationError
 from urllib3.response import BaseHTTPResponse
 
 from consumer.artifacts.calls import Calls, connection_pools
-from consumer.artifacts.config import StoreConfig, StoreMisconfigured
+from consumer.artifacts.config import UPLOADS, StoreConfig, StoreMisconfigured
 from consumer.artifacts.faults import (
     AMBIGUOUS_REFUSALS,
     FAILURES,
@@ -36,13 +38,21 @@ from consumer.artifacts.faults import (
     checksum_refusal,
     classify_error,
 )
+from consumer.artifacts.lifecycle import expire_uploads
 from consumer.artifacts.minio_internals import CHECKSUM, store_client
 from consumer.artifacts.web_inputs import WebInputs
 from consumer.ports.media import EncodedImage, InputUnavailable
-from consumer.ports.store import StoreUnavailable
+from consumer.ports.store import StoreUnavailable, UploadTooLarge
 from consumer.ports.telemetry import Observer
 from consumer.settings import is_plain
-from generation_contracts import ArtifactReference, ImageArtifact, InlineImage, Task
+from generation_contracts import (
+    ArtifactReference,
+    ImageArtifact,
+    InlineImage,
+    Task,
+    UploadReply,
+    UploadRequest,
+)
 from generation_contracts.artifacts import ImageSource
 from generation_contracts.subjects import is_request_id
 
@@ -53,6 +63,8 @@ T = TypeVar("T")
 # Bytes; smaller objects are stored with one PUT, and their ETag is the MD5. SDK default: 5 MiB.
 _PART_SIZE = 64 * 2**20
 DIGITS = 8  # of the SHA-256 in a key, to distinguish outputs of different runs of one request
+_UPLOAD_TTL = timedelta(minutes=10)  # a slow link needs minutes for 20 MiB
+_EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 _CHECK_TIMEOUT = 5.0  # seconds for one small operation
 _INPUT_TIMEOUT = 15.0  # seconds for all attempts at one input, because the device may wait for it
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
@@ -181,6 +193,38 @@ class ObjectStoreArtifacts:
             # optional, so the failure does not count as one of the store.
             log.warning("output_not_discarded", key=artifact.key, error=type(error).__name__)
 
+    def sign_upload(self, upload: UploadRequest) -> UploadReply:
+        """Sign an HTTP POST form for one file under `<prefix>/uploads/`; opens no connection.
+
+        The signed policy allows one random key, the declared size and media type, and ten minutes.
+
+        Raises:
+            UploadTooLarge: The file exceeds `max_upload_bytes`.
+        """
+        config = self._config
+        if upload.size > config.max_upload_bytes:
+            raise UploadTooLarge(f"size: the image has more than {config.max_upload_bytes} bytes")
+        name = f"{secrets.token_hex(16)}.{_EXTENSIONS[upload.media_type]}"
+        key = config.key(UPLOADS, name)
+        expires_at = datetime.now(UTC).replace(microsecond=0) + _UPLOAD_TTL
+        policy = PostPolicy(config.bucket, expires_at)
+        policy.add_equals_condition("key", key)
+        policy.add_equals_condition("Content-Type", upload.media_type)
+        policy.add_content_length_range_condition(upload.size, upload.size)
+        signed = self._presigner.presigned_post_policy(policy)
+        return UploadReply(
+            url=self._bucket_url(key),
+            fields={"key": key, "Content-Type": upload.media_type, **signed},
+            expires_at=expires_at,
+            bucket=config.bucket,
+            key=key,
+        )
+
+    def _bucket_url(self, key: str) -> str:
+        # The SDK alone knows where the bucket is in an address: in the path, or in the host of AWS.
+        url = urlsplit(self._presigner.get_presigned_url("GET", self._config.bucket, key))
+        return f"{url.scheme}://{url.netloc}{url.path.removesuffix(key)}"
+
     # -- checks for the start, the readiness and the commands -------------------------------------
 
     async def ensure_bucket(self, *, within: float | None = None) -> bool:
@@ -197,6 +241,21 @@ class ObjectStoreArtifacts:
             StoreMisconfigured: One clear line about what is wrong.
         """
         return await self._run(self._make_bucket, within=within)
+
+    async def expire_uploads(self) -> bool:
+        """Let the store delete uploads after a day; for `consumer apply` and development only.
+
+        Other rules of the bucket stay.
+
+        Returns:
+            Whether a rule was added or changed.
+
+        Raises:
+            StoreUnavailable: The store does not answer.
+            StoreMisconfigured: The store has no lifecycle rules, or refuses them to this user.
+        """
+        bucket, prefix = self._config.bucket, f"{self._config.key(UPLOADS)}/"
+        return await self._run(partial(expire_uploads, self._client, bucket, prefix))
 
     async def probe(self, *, within: float = 10.0) -> None:
         """Write, read and delete one small object under the prefix.

@@ -8,8 +8,10 @@ stack is for development: its internal gRPC ports trust every local user.
 
 from consumer.devstack.daemon import Daemon
 from consumer.devstack.errors import (
+    ChildEndedError,
     DevStackError,
     DirectoryInUseError,
+    NoSpaceError,
     PortTakenError,
     ServerMissingError,
     StartFailedError,
@@ -22,6 +24,7 @@ from consumer.devstack.process import ChildProcess
 from consumer.devstack.stack import DevStack
 
 __all__ = [
+    "ChildEndedError",
     "ChildProcess",
     "Daemon",
     "DevStack",
@@ -29,6 +32,7 @@ __all__ = [
     "DirectoryInUseError",
     "GatewayServer",
     "NatsServer",
+    "NoSpaceError",
     "ObjectStore",
     "PortTakenError",
     "ServerMissingError",

@@ -23,5 +23,13 @@ class StartFailedError(DevStackError):
     """A child ended before it was ready, or was not ready in time; the message shows its log."""
 
 
+class ChildEndedError(DevStackError):
+    """A child that was ready ended by itself; the message shows its log."""
+
+
+class NoSpaceError(DevStackError):
+    """The disk has too little free space; the message names the need."""
+
+
 class PortTakenError(StartFailedError):
     """The port of a child is in use by another program."""

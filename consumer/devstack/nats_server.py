@@ -10,6 +10,10 @@ from consumer.devstack.process import ChildProcess, find_program, server_environ
 
 _CONFIG = "nats.conf"
 _PRIVATE_FILE = 0o600
+# What all streams together may reserve; a reservation takes no space on the disk. The default is
+# 75% of the free space of the disk, which is less than the streams of `consumer apply` reserve
+# (7.4 GiB) where the folder is on a small disk or in memory.
+_MAX_FILE_STORE = "16GB"
 
 
 class NatsServer(ChildProcess):
@@ -70,7 +74,8 @@ class NatsServer(ChildProcess):
         path.write_text(
             f'listen: "{HOST}:{client}"\n'
             f'http: "{HOST}:{monitoring}"\n'
-            'jetstream { store_dir: "jetstream" }\n'  # relative to the working directory
+            # store_dir is relative to the working directory.
+            f'jetstream {{ store_dir: "jetstream", max_file_store: {_MAX_FILE_STORE} }}\n'
             f"{self._config}\n"
         )
 

@@ -22,13 +22,20 @@ from types import TracebackType
 from typing import Self
 
 from consumer.devstack import orphan_guard
-from consumer.devstack.errors import PortTakenError, ServerMissingError, StartFailedError
+from consumer.devstack.errors import (
+    ChildEndedError,
+    DevStackError,
+    PortTakenError,
+    ServerMissingError,
+    StartFailedError,
+)
 from consumer.devstack.loopback import require_free, reserve
 
 _PRIVATE_FILE = 0o600
 _READY_POLL = 0.02  # seconds between two probes; the programs do not announce readiness
 _REAP_WAIT = 10.0  # seconds for the kernel to end a process after SIGKILL
 _TAIL_LINES = 15
+_TAIL_BYTES = 64 * 2**10
 
 
 # Settings with these prefixes name other servers and credentials, or a public gateway.
@@ -93,6 +100,7 @@ class ChildProcess:
         self._secrets = tuple(secrets)
         self._umask = umask
         self._log_start = 0  # bytes that the log held before this start
+        self._was_ready = False  # since this start
         self._spawned: Future[subprocess.Popen[bytes]] | None = None
 
     def __enter__(self) -> Self:
@@ -144,6 +152,7 @@ class ChildProcess:
         self._prepare()
         for purpose, port in self.ports.items():
             require_free(port, f"{self.name}, {purpose}")
+        self._was_ready = False
         spawned: Future[subprocess.Popen[bytes]] = Future()
         # Set before the child exists, so that an interrupt cannot lose the child.
         self._spawned = spawned
@@ -154,8 +163,14 @@ class ChildProcess:
             self._spawned = None
             raise StartFailedError(f"{self.name} cannot be started: {error}") from error
 
-    def wait_ready(self, timeout: float | None = None) -> None:
-        """Wait until the child is ready; `timeout` is in seconds.
+    def wait_ready(
+        self, timeout: float | None = None, *, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Wait until the child is ready.
+
+        Args:
+            timeout: In seconds; None means `ready_timeout`.
+            check: Called between two probes; an exception ends the wait.
 
         Raises:
             PortTakenError: it ended because one of its ports is in use.
@@ -169,11 +184,28 @@ class ChildProcess:
         while not self._is_ready():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_READY_POLL)  # returns at once when the child ends
-                raise self._start_failed(f"ended with exit code {process.returncode}")
+                raise self.ended_error()
             if time.monotonic() > deadline:
                 raise self._start_failed(f"was not ready after {limit:g} s")
+            check()
         if not self.alive:  # another program responded on the port
-            raise self._start_failed(f"ended with exit code {process.returncode}")
+            raise self.ended_error()
+        self._was_ready = True
+
+    def ended_error(self) -> DevStackError:
+        """Return the exception that reports the end of this child, with the end of its log.
+
+        Returns:
+            StartFailedError or PortTakenError, or ChildEndedError for a child that was ready.
+        """
+        code = self.returncode
+        if not self._was_ready:
+            return self._start_failed(f"ended with exit code {code}")
+        name = ""
+        if code is not None and code < 0:
+            with contextlib.suppress(ValueError):  # a real-time signal has no name
+                name = f" ({signal.Signals(-code).name})"
+        return ChildEndedError(self._with_log(f"ended by itself with code {code}{name}"))
 
     def stop(self, grace: float | None = None) -> None:
         """Send SIGTERM, wait up to `grace` seconds, then kill. Does nothing to a child that ended.
@@ -211,10 +243,16 @@ class ChildProcess:
             self._spawned.result().send_signal(number)
 
     def log_since_start(self) -> str:
-        """Return the output since the latest start, with secrets masked."""
-        with self.log.open("rb") as log:
-            log.seek(self._log_start)
-            text = log.read().decode(errors="replace")
+        """Return the output since the latest start, with secrets masked; empty without a log."""
+        return self._read_log(self._log_start)
+
+    def _read_log(self, start: int) -> str:
+        try:
+            with self.log.open("rb") as log:
+                log.seek(start)
+                text = log.read().decode(errors="replace")
+        except FileNotFoundError:  # deleted by the user
+            return ""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
@@ -259,10 +297,16 @@ class ChildProcess:
         about_ports = [line for line in lines if self.port_taken_text in line]
         if about_ports:
             return PortTakenError("\n".join([f"{self.name} {what}:", *about_ports]))
-        tail = lines[-_TAIL_LINES:]
-        return StartFailedError(
-            "\n".join([f"{self.name} {what}; the end of its log {self.log}:", *tail])
-        )
+        return StartFailedError(self._with_log(what))
+
+    def _with_log(self, what: str) -> str:
+        """Return a message about the child with the last lines of its log since the start."""
+        size = self.log.stat().st_size if self.log.exists() else 0
+        start = max(self._log_start, size - _TAIL_BYTES)
+        lines = self._read_log(start).splitlines()[-_TAIL_LINES:]
+        if not lines:
+            return f"{self.name} {what}; there is nothing in its log {self.log}"
+        return "\n".join([f"{self.name} {what}; the end of its log {self.log}:", *lines])
 
 
 def find_program(name: str) -> str:

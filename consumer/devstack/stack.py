@@ -8,24 +8,37 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from consumer.devstack.daemon import Daemon
-from consumer.devstack.errors import DevStackError, DirectoryInUseError, PortTakenError
+from consumer.devstack.errors import (
+    DevStackError,
+    DirectoryInUseError,
+    NoSpaceError,
+    PortTakenError,
+)
 from consumer.devstack.gateway import GatewayServer
-from consumer.devstack.loopback import FreePorts
+from consumer.devstack.loopback import FreePorts, free_ports
 from consumer.devstack.nats_server import NatsServer
 from consumer.devstack.object_store import Credentials, ObjectStore
+from consumer.devstack.process import ChildProcess
 
 _STATE = "devstack.json"
 _LOCK = "devstack.lock"
 _ATTEMPTS = 3  # starts of a temporary stack, each with new ports
+_IDLE_STOP = 1.5  # seconds; daemons without a run end sooner
+_STOP_POLL = 0.05  # seconds
+_HIGHEST_PORT = 65_535
+_MEGABYTE = 10**6
+_NEEDED_SPACE = 20 * _MEGABYTE  # bytes; a demonstration writes 0.6 MB
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Addresses:
     nats: Mapping[str, int]
     store: Mapping[str, int]
     credentials: Credentials = field(default_factory=Credentials)
+    children: Mapping[str, int] = field(default_factory=dict)  # daemons and gateways, by name
 
     @classmethod
     def choose(cls) -> Self:
@@ -51,12 +65,14 @@ class Addresses:
         """
         try:
             saved: dict[str, Any] = json.loads(path.read_text())
+            nats, store, children = saved["nats"], saved["store"], saved.get("children", {})
             return cls(
-                nats={name: int(saved["nats"][name]) for name in NatsServer.port_names},
-                store={name: int(saved["store"][name]) for name in ObjectStore.port_names},
+                nats={name: _port(nats[name]) for name in NatsServer.port_names},
+                store={name: _port(store[name]) for name in ObjectStore.port_names},
                 credentials=Credentials(**saved["credentials"]),
+                children={str(name): _port(port) for name, port in children.items()},
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DevStackError(f"{path} is damaged: use another directory") from error
 
     def write(self, path: Path) -> None:
@@ -65,6 +81,18 @@ class Addresses:
         with os.fdopen(handle, "w") as file:
             json.dump(asdict(self), file, indent=2)
         Path(draft).replace(path)
+
+
+def _port(value: Any) -> int:
+    """Return a stored port.
+
+    Raises:
+        ValueError, TypeError: It is no port.
+    """
+    port = int(value)
+    if not 0 < port <= _HIGHEST_PORT:
+        raise ValueError(f"{port} is no port")
+    return port
 
 
 class DevStack:
@@ -77,6 +105,7 @@ class DevStack:
             instead of stopped, which saves 1.3 s.
         bucket: the value of `S3_BUCKET`; `consumer apply` creates the bucket.
         nats_config: more configuration for nats-server.
+        on_drain: called when `stop` of a persistent stack waits for runs to finish.
 
     Measured: both ready after 0.8 s; both stopped in 1.3 s, or 0.01 s where not persisted.
     """
@@ -88,6 +117,7 @@ class DevStack:
         *,
         bucket: str = "generation",
         nats_config: str = "",
+        on_drain: Callable[[], None] = lambda: None,
     ) -> None:
         self.directory = directory.absolute()
         self.persist = persist
@@ -95,6 +125,8 @@ class DevStack:
         self._gateways: list[GatewayServer] = []
         self._bucket = bucket
         self._nats_config = nats_config
+        self._on_drain = on_drain
+        self._addresses: Addresses | None = None  # stored ones, of a persistent stack
         self._servers: tuple[NatsServer, ObjectStore] | None = None
         self._started = contextlib.ExitStack()
 
@@ -132,11 +164,13 @@ class DevStack:
             PortTakenError: a stored port is in use by another program.
             StartFailedError: a server did not start.
             ServerMissingError: a server is not installed.
+            NoSpaceError: the disk has less than 20 MB of free space.
         """
         if self._servers is not None:
             raise RuntimeError("the stack runs already")
         self.directory.mkdir(parents=True, exist_ok=True)
         self.directory.chmod(0o700)
+        _require_space(self.directory)
         with contextlib.ExitStack() as started:
             started.enter_context(_only_stack_on(self.directory))
             servers = self._start_servers(started)
@@ -153,6 +187,37 @@ class DevStack:
             "S3_BUCKET": self.store.bucket,
         }
 
+    @property
+    def logs(self) -> Path:
+        """The folder of all logs."""
+        return self.directory / "logs"
+
+    @property
+    def children(self) -> list[ChildProcess]:
+        """The servers, daemons and gateways of the running stack."""
+        return [*self._running(), *self.daemons, *self._gateways]
+
+    def require_alive(self) -> None:
+        """Require that no child has ended.
+
+        Raises:
+            StartFailedError: a child ended before it was ready.
+            ChildEndedError: a child ended after it was ready.
+        """
+        for child in self.children:
+            if not child.alive:
+                raise child.ended_error()
+
+    def wait_ready(self) -> None:
+        """Wait until all daemons and gateways are ready.
+
+        Raises:
+            StartFailedError: one ended, or was not ready in time.
+            ChildEndedError: a server ended.
+        """
+        for child in (*self.daemons, *self._gateways):
+            child.wait_ready(check=self.require_alive)
+
     def start_daemon(self, name: str, settings: Mapping[str, str]) -> Daemon:
         """Start `consumer run` on this stack and return at once; `stop` stops it too.
 
@@ -161,7 +226,8 @@ class DevStack:
         daemon = Daemon(
             name,
             {**self.environment(), **settings},
-            log=self.directory / "logs" / f"{name}.log",
+            log=self.logs / f"{name}.log",
+            probes_port=self._port_of(name),
         )
         self._started.callback(daemon.stop)  # before the start, so that an interrupt stops it too
         self.daemons.append(daemon)
@@ -176,7 +242,8 @@ class DevStack:
         gateway = GatewayServer(
             name,
             {**self.environment(), **settings},
-            log=self.directory / "logs" / f"{name}.log",
+            log=self.logs / f"{name}.log",
+            port=self._port_of(name),
         )
         self._started.callback(gateway.stop)
         self._gateways.append(gateway)
@@ -186,14 +253,44 @@ class DevStack:
     def stop(self) -> None:
         """Stop gateways and daemons, then the servers, even if one of them cannot be stopped.
 
-        Safe to call twice, and on a stack that never started.
+        The daemons of a persistent stack finish their runs first, for up to their grace, unless a
+        child has ended. An interrupt ends the wait. Safe to call twice, and on a stack that never
+        started.
         """
-        children = [*self._gateways, *self.daemons]
-        self._gateways, self.daemons = [], []
+        healthy = self._servers is not None and all(child.alive for child in self.children)
+        daemons, gateways = self.daemons, self._gateways
+        self.daemons, self._gateways = [], []
         self._servers = None
         with self._started:  # last in, first out: gateways and daemons, store, NATS, the lock
-            for child in children:
+            for child in (*gateways, *daemons):
                 child.signal(signal.SIGTERM)  # all drain at the same time
+            if self.persist and daemons and healthy:
+                # Each child takes the second SIGTERM, of its `stop`, as a request to end at once.
+                # The gateways get it when the daemons have ended: no other request can finish.
+                self._wait_for_runs(daemons)
+
+    def _wait_for_runs(self, daemons: list[Daemon]) -> None:
+        deadline = time.monotonic() + max(daemon.grace for daemon in daemons)
+        report_at = time.monotonic() + _IDLE_STOP
+        while any(daemon.alive for daemon in daemons) and time.monotonic() < deadline:
+            if time.monotonic() > report_at:
+                self._on_drain()
+                report_at = deadline
+            time.sleep(_STOP_POLL)
+
+    def _port_of(self, name: str) -> int | None:
+        """Return the stored port of a daemon or gateway; a new port is stored.
+
+        None means a free port, of a temporary stack.
+        """
+        if self._addresses is None:
+            return None
+        if name not in self._addresses.children:
+            (port,) = free_ports(1)
+            children = {**self._addresses.children, name: port}
+            self._addresses = replace(self._addresses, children=children)
+            self._addresses.write(self.directory / _STATE)
+        return self._addresses.children[name]
 
     def _running(self) -> tuple[NatsServer, ObjectStore]:
         if self._servers is None:
@@ -222,7 +319,7 @@ class DevStack:
         return nats, store
 
     def _make_servers(self) -> tuple[NatsServer, ObjectStore]:
-        state, logs = self.directory / _STATE, self.directory / "logs"
+        state, logs = self.directory / _STATE, self.logs
         if not self.persist:
             # A new folder for every attempt: the store's data belong to the ports of its first
             # start.
@@ -235,6 +332,7 @@ class DevStack:
         else:
             home, addresses = self.directory, Addresses.choose()
             addresses.write(state)  # before the store writes data that belong to these ports
+        self._addresses = addresses if self.persist else None
         nats = NatsServer(
             home / "nats", ports=addresses.nats, config=self._nats_config, log=logs / "nats.log"
         )
@@ -246,6 +344,20 @@ class DevStack:
             log=logs / "store.log",
         )
         return nats, store
+
+
+def _require_space(directory: Path) -> None:
+    """Require free space for the data of the servers.
+
+    Raises:
+        NoSpaceError: the disk has less.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < _NEEDED_SPACE:
+        raise NoSpaceError(
+            f"{directory} has {free // _MEGABYTE} MB of free space; the servers need "
+            f"{_NEEDED_SPACE // _MEGABYTE} MB: free some space, or use another directory"
+        )
 
 
 @contextlib.contextmanager

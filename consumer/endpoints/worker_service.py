@@ -35,6 +35,7 @@ from consumer.bus.endpoint_connection import SERVICE, RefusedReplies, is_reply_s
 from consumer.bus.nats_internals import drain_endpoints, reply_subject
 from consumer.bus.queue import PROCESS
 from consumer.bus.semantic_version import semantic_version
+from consumer.endpoints.uploads import SignUpload, handle_upload, refuse
 from consumer.jobs import outcomes
 from consumer.ports.bus import StopAck
 from consumer.ports.model import UnsupportedParameter
@@ -81,11 +82,12 @@ class WorkerBackend:
         task: Task of the calls.
         worker: Name of this process in the events that it publishes.
         model: Shown by `nats micro info`.
-        reply_prefixes: Allowed prefixes for the inbox of a call or a cancellation.
+        reply_prefixes: Allowed prefixes for the inbox of a call, a cancellation or an upload.
         check: Validates a request against the model; raises UnsupportedParameter.
         cancel: Cancels a request by its id.
         request_stop: Stops a request in progress at this worker; returns None if there is none.
         is_running: Returns whether this worker has a request in progress.
+        sign_upload: Signs the form of one upload; raises UploadTooLarge.
         observer: Notified of each refused call, with the code.
         worker_inboxes: Prefix of the inbox of a stop request, which only workers send.
     """
@@ -98,6 +100,7 @@ class WorkerBackend:
     cancel: Callable[[str], Awaitable[CancelReply]]
     request_stop: Callable[[str], Awaitable[StopAck | None]]
     is_running: Callable[[str], bool]
+    sign_upload: SignUpload
     observer: Observer
     worker_inboxes: str = "_INBOX."
 
@@ -105,7 +108,8 @@ class WorkerBackend:
 class WorkerService:
     """The service of one worker.
 
-    The workers of a task share the calls of the task; all workers share the cancellations.
+    The workers of a task share the calls of the task; all workers share the cancellations and the
+    upload requests.
 
     Args:
         bus: A connection that only the endpoints use; see `connect_endpoints`.
@@ -152,6 +156,12 @@ class WorkerService:
             )
             await self._service.add_endpoint(
                 name="cancel", subject=self._subjects.cancels, handler=self._cancel_if_allowed
+            )
+            await self._service.add_endpoint(
+                name="upload",
+                subject=self._subjects.upload,
+                handler=self._upload,
+                metadata={"request": json.dumps(json_schemas()["UploadRequest"])},
             )
         except (Error, OSError) as error:
             raise BusUnavailable(f"NATS: no service: {type(error).__name__}") from None
@@ -255,6 +265,13 @@ class WorkerService:
             await self._bus.client.publish(inbox, encode(event), headers=headers)
         except (Error, OSError) as error:
             log.warning("call_not_answered", error=type(error).__name__)
+
+    # -- uploads ----------------------------------------------------------------------------------
+
+    async def _upload(self, call: Call) -> None:
+        inbox = reply_subject(call)
+        if inbox and self._may_reply(inbox, self._backend.reply_prefixes, kind="upload"):
+            await handle_upload(call, self._backend.sign_upload)
 
     # -- cancellation -----------------------------------------------------------------------------
 
@@ -360,5 +377,4 @@ def _texts(**values: Any) -> dict[str, str]:
 
 async def _refuse(call: Call, inbox: str, code: str, description: str) -> None:
     if inbox:
-        body = json.dumps({"error": {"code": code, "description": description}}).encode()
-        await call.respond_error(code, description, data=body)
+        await refuse(call, code, description)

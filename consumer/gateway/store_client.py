@@ -26,8 +26,8 @@ class StoreClient(GenerationClient):
         self._endpoint = settings.s3_endpoint
         self._public = settings.s3_public_endpoint
 
-    def _address(self, picture: ImageArtifact) -> tuple[str, dict[str, str]]:
-        if self._public is None or not picture.url.startswith(f"{self._public}/"):
-            return super()._address(picture)
-        url = self._endpoint + picture.url.removeprefix(self._public)
+    def _address(self, artifact: ImageArtifact) -> tuple[str, dict[str, str]]:
+        if self._public is None or not artifact.url.startswith(f"{self._public}/"):
+            return super()._address(artifact)
+        url = self._endpoint + artifact.url.removeprefix(self._public)
         return url, {"Host": urlsplit(self._public).netloc}

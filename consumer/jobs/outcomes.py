@@ -366,7 +366,7 @@ def outcome_label(decision: Decision | None) -> str:
     if decision is None or decision.settle is Settlement.ABANDON:
         return "abandoned"
     if decision.settle in {Settlement.NAK, Settlement.RETRY, Settlement.REQUEUE}:
-        return "given_back"
+        return "requeued"
     if decision.failure is not None:
         return str(decision.failure.code)
     if decision.publish is Publish.REPLY_STORED:

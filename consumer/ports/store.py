@@ -35,5 +35,9 @@ class Artifacts(Protocol):
         """Return whether the store answers this worker. Never raises."""
 
 
+class UploadTooLarge(Exception):  # noqa: N818 - it describes the upload
+    """A sender asks to upload more bytes than an input may have; the text is safe to show."""
+
+
 class StoreUnavailable(Unavailable):
     """The store does not answer, or has a transient failure; the text is safe to show."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from consumer.runners import demonstration
 from consumer.runners.config import ModelConfig
+from consumer.runners.demonstration.known_words import DemonstrationRunner
 from consumer.runners.runner import ModelRunner
 from consumer.runners.setting_errors import find_setting_errors
 from generation_contracts import Task
@@ -28,5 +29,5 @@ def create_runner(task: Task, config: ModelConfig) -> ModelRunner:
     """Create a runner for a task; `load` loads the model."""
     if not config.model_id:  # the demonstration model has defaults that MODEL_DEFAULTS overrides
         defaults = {**demonstration.DEFAULTS[task], **config.defaults}
-        config = replace(config, defaults=defaults)
+        return DemonstrationRunner(task, replace(config, defaults=defaults))
     return ModelRunner(task, config)

@@ -14,10 +14,13 @@ from generation_client.errors import (
     RequestCancelled,
     RequestFailed,
     RequestIdTaken,
+    RequestInvalid,
     RequestTooLarge,
     ServiceUnavailable,
     UnsupportedMessage,
+    UploadFailed,
 )
+from generation_client.images import ImageLike, Images
 from generation_client.lookup import AnyEvent
 from generation_client.submitting import submit
 
@@ -26,14 +29,18 @@ __all__ = [
     "DownloadFailed",
     "GenerationClient",
     "GenerationError",
+    "ImageLike",
+    "Images",
     "NoWorker",
     "QueueFull",
     "RequestCancelled",
     "RequestFailed",
     "RequestIdTaken",
+    "RequestInvalid",
     "RequestTooLarge",
     "ServiceUnavailable",
     "UnsupportedMessage",
+    "UploadFailed",
     "new_request_id",
     "submit",
     "task_of",

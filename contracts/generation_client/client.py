@@ -3,11 +3,12 @@
 import asyncio
 import hashlib
 import json
+import os
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import aiohttp
 import nats
@@ -23,9 +24,12 @@ from generation_client.errors import (
     RequestCancelled,
     RequestFailed,
     RequestIdTaken,
+    RequestInvalid,
     ServiceUnavailable,
     UnsupportedMessage,
+    UploadFailed,
 )
+from generation_client.images import Images, each_image, fitted, inline, media_type, read_file
 from generation_client.lookup import (
     AnyEvent,
     ResultEvent,
@@ -34,21 +38,26 @@ from generation_client.lookup import (
     refusal,
     stored_result,
 )
-from generation_client.submitting import submit
+from generation_client.submitting import MAX_REQUEST, submit
+from generation_client.uploading import post_form
 from generation_contracts import (
+    ArtifactReference,
     CancelledEvent,
     CancelReply,
     FailedEvent,
     ImageArtifact,
     ImageToTextRequest,
+    InvalidRequest,
     Request,
     Subjects,
     SucceededEvent,
     Task,
     TerminalEvent,
     TextToImageRequest,
+    UploadRequest,
     check_routing_slip,
     decode_cancel_reply,
+    decode_upload_reply,
     encode,
     request_digest,
 )
@@ -56,11 +65,16 @@ from generation_contracts.artifacts import ImageSource
 from generation_contracts.requests import digest_of_bytes
 from generation_contracts.servers import parse_servers
 
-CONNECT_TIMEOUT = 30.0  # seconds; nats-py repeats a failing TLS handshake without limit
+CONNECT_TIMEOUT = 5.0  # seconds; nats-py repeats a failing attempt without limit
 LOOKUP_INTERVAL = 2.0  # seconds; a result whose message was missed is found in the stream
 MAX_OUTAGE = 120.0  # seconds
-CANCEL_TIMEOUT = 10.0  # seconds for the reply to a cancellation
+ENDPOINT_TIMEOUT = 10.0  # seconds for the reply to a cancellation or an upload request
+HEADERS_SIZE = 512  # bytes; more than the headers of a request
 DOWNLOAD_TIMEOUT = 60.0  # seconds for one output
+
+
+R = TypeVar("R", TextToImageRequest, ImageToTextRequest)
+_UPLOADED = "s3://uploads/not-yet"  # in a request: the place of a file that is not uploaded yet
 
 
 def new_request_id() -> str:
@@ -131,17 +145,18 @@ class GenerationClient:
             parameters: Fields of `TextToImageRequest`. None means the default of the model.
 
         Raises:
-            pydantic.ValidationError: The request is invalid; it was not sent.
+            RequestInvalid: The request is invalid; it was not sent.
             GenerationError: See `run` for its subclasses.
         """
-        request = TextToImageRequest(prompt=prompt, **_with_id(parameters))
+        request = _checked(TextToImageRequest, prompt=prompt, **_with_id(parameters))
         return await self.run(request, on_event=on_event)
 
     async def image_to_text(
         self,
         prompt: str,
-        images: Sequence[ImageSource],
+        images: Images,
         *,
+        upload: bool = False,
         on_event: Callable[[AnyEvent], None] | None = None,
         **parameters: Any,
     ) -> SucceededEvent:
@@ -149,16 +164,83 @@ class GenerationClient:
 
         Args:
             prompt: The question or instruction.
-            images: References, `s3://bucket/key` URIs, or images inside the request.
+            images: One image or a sequence: bytes or the path of a PNG, JPEG or WebP file, an image
+                of Pillow, a result or one of its outputs, a reference, or an `s3://bucket/key` URI.
+            upload: Upload the files with all their pixels; see `with_images`.
             on_event: Called with each event, including the terminal event.
             parameters: Fields of `ImageToTextRequest`. None means the default of the model.
 
         Raises:
-            pydantic.ValidationError: The request is invalid; it was not sent.
+            RequestInvalid: The request is invalid, or a file cannot be read; it was not sent.
+            UploadFailed, NoWorker: A file was too large for the request and not uploaded.
             GenerationError: See `run` for its subclasses.
         """
-        request = ImageToTextRequest(prompt=prompt, images=tuple(images), **_with_id(parameters))
-        return await self.run(request, on_event=on_event)
+        request = _checked(
+            ImageToTextRequest, prompt=prompt, images=(_UPLOADED,), **_with_id(parameters)
+        )
+        return await self.run(
+            await self.with_images(request, images, upload=upload), on_event=on_event
+        )
+
+    async def with_images(
+        self, request: ImageToTextRequest, images: Images, *, upload: bool = False
+    ) -> ImageToTextRequest:
+        """Return a copy of a request with other images, which fits the limits of NATS.
+
+        Files that fit are sent inside the request, unchanged. If they do not fit, the largest ones
+        are scaled to the number of pixels that workers use (this needs the extra `images`). Files
+        that still do not fit are uploaded.
+
+        Args:
+            request: Its images are replaced.
+            images: See `image_to_text`.
+            upload: Upload all files unchanged instead.
+
+        Raises:
+            RequestInvalid: A file cannot be read, or an image is against the contract.
+            UploadFailed, NoWorker, ServiceUnavailable: See `upload`.
+        """
+        given = await asyncio.to_thread(lambda: list(each_image(images)))
+        sources = [_UPLOADED if isinstance(image, bytes) else image for image in given]
+        fields = {**dict(request), "images": tuple(sources)}
+        checked = _checked(ImageToTextRequest, **fields)
+        files = {number: image for number, image in enumerate(given) if isinstance(image, bytes)}
+        limit = min(self._connected.max_payload, MAX_REQUEST) - HEADERS_SIZE
+        room = -1 if upload else limit - len(encode(checked))
+        final: list[ImageSource] = list(checked.images)
+        for number, file in (await asyncio.to_thread(fitted, files, room)).items():
+            if file is not None:
+                final[number] = inline(file)
+        for number, image in enumerate(final):
+            if number in files and image == _UPLOADED:
+                final[number] = await self.upload(files[number])
+        return checked.model_copy(update={"images": tuple(final)})
+
+    async def upload(self, file: bytes | os.PathLike[str]) -> ArtifactReference:
+        """Upload an image file to the object store, without credentials of the store.
+
+        A worker signs a form that accepts this one file for ten minutes. The store deletes the file
+        after a day, if `consumer apply` could set that rule.
+
+        Returns:
+            The reference to use as an input image.
+
+        Raises:
+            RequestInvalid: The file cannot be read, or is not a PNG, JPEG or WebP file.
+            UploadFailed: The worker or the store refuses the file, or the store is away.
+            NoWorker: No worker is running.
+            ServiceUnavailable: NATS or the worker cannot process the upload now.
+        """
+        data = file if isinstance(file, bytes) else await asyncio.to_thread(read_file, file)
+        wanted = UploadRequest(size=max(1, len(data)), media_type=media_type(data))
+        subject = self._subjects.upload
+        reply = await self._request(subject, encode(wanted), what="sign the upload")
+        try:
+            form = decode_upload_reply(reply)
+        except ValidationError:
+            raise _upload_error(reply) from None
+        await post_form(form, data, wanted.media_type)
+        return ArtifactReference(bucket=form.bucket, key=form.key)
 
     async def run(
         self, request: Request, *, on_event: Callable[[AnyEvent], None] | None = None
@@ -179,10 +261,16 @@ class GenerationClient:
                     on_event(event)
         return _succeeded(event)
 
-    async def events(self, request: Request) -> AsyncGenerator[AnyEvent, None]:
+    async def events(
+        self, request: Request, *, on_stored: Callable[[], None] | None = None
+    ) -> AsyncGenerator[AnyEvent, None]:
         """Send a request and yield its events, the terminal event last.
 
         `started` and `progress` events may be lost.
+
+        Args:
+            request: The request; without an id it gets a new one.
+            on_stored: Called when the request is stored in the queue.
 
         Raises:
             QueueFull, RequestTooLarge, ServiceUnavailable: See `submit`.
@@ -194,11 +282,15 @@ class GenerationClient:
         task, request_id = task_of(request), str(request.request_id)
         async with self._subscribed(task, request_id, progress=True) as events:
             await self.submit(request)
+            if on_stored is not None:
+                on_stored()
             async for event in events:
                 if isinstance(event, TerminalEvent) and event.request_digest not in _digests(
                     request
                 ):
-                    raise RequestIdTaken("the id belongs to another request")
+                    raise RequestIdTaken(
+                        f"the id {request_id} belongs to another request; this one needs a new id"
+                    )
                 yield event
 
     # -- submit now, read the result later --------------------------------------------------------
@@ -216,10 +308,13 @@ class GenerationClient:
         Raises:
             QueueFull: The stream is full.
             RequestTooLarge: The request exceeds a limit of the server or the stream.
-            InvalidRequest: A step of the routing slip cannot follow the previous step.
+            RequestInvalid: A step of the routing slip cannot follow the previous step.
             ServiceUnavailable: No server, or no request stream.
         """
-        check_routing_slip(request)
+        try:
+            check_routing_slip(request)
+        except InvalidRequest as error:
+            raise RequestInvalid.of(error) from None
         request = _identified(request)
         client, task = self._connected, task_of(request)
         await submit(client, self._subjects, task, request, secret=self._secret)
@@ -264,17 +359,11 @@ class GenerationClient:
             UnsupportedMessage: The reply has a later version of the contract.
         """
         subject = self._subjects.cancel(request_id)
+        reply = await self._request(subject, b"", what="cancel the request")
         try:
-            reply = await self._connected.request(subject, b"", timeout=CANCEL_TIMEOUT)
-        except NoRespondersError:
-            raise NoWorker("no worker is running that could cancel the request") from None
-        except (Error, OSError) as error:
-            reason = refusal(self._connected, subject) or f"NATS: no answer: {type(error).__name__}"
-            raise ServiceUnavailable(reason) from None
-        try:
-            return decode_cancel_reply(reply.data)
+            return decode_cancel_reply(reply)
         except ValidationError:
-            raise _cancel_error(reply.data) from None
+            raise _cancel_error(reply) from None
 
     async def ended(self, request_id: str, *, within: float | None = None) -> str:
         """Wait for the end of a request of unknown task.
@@ -333,6 +422,17 @@ class GenerationClient:
         if self._client is None:
             raise ServiceUnavailable("not connected: use `async with GenerationClient(…)`")
         return self._client
+
+    async def _request(self, subject: str, body: bytes, *, what: str) -> bytes:
+        """Send a message to an endpoint of the workers, and return the body of the reply."""
+        try:
+            reply = await self._connected.request(subject, body, timeout=ENDPOINT_TIMEOUT)
+        except NoRespondersError:
+            raise NoWorker(f"no worker is running that could {what}") from None
+        except (Error, OSError) as error:
+            reason = refusal(self._connected, subject) or f"NATS: no answer: {type(error).__name__}"
+            raise ServiceUnavailable(reason) from None
+        return reply.data
 
     async def _stored_now(self, task: Task, request_id: str) -> ResultEvent:
         try:
@@ -424,29 +524,33 @@ async def _connect(servers: str, options: dict[str, Any]) -> Client:
         named = parse_servers(servers)
     except ValueError as error:
         raise ServiceUnavailable(f"NATS: cannot connect: {error}") from None
+    last: list[Exception] = []  # the newest error; nats-py repeats without a limit, and forgets it
+
+    async def note(error: Exception) -> None:
+        last[:] = [error]
+
     settings: dict[str, Any] = {
         **named.credentials,
         "max_reconnect_attempts": -1,
         "reconnect_time_wait": 0.25,
         "ping_interval": 5,
         "max_outstanding_pings": 2,
-        "error_cb": _ignore,
+        "error_cb": note,
         **options,
     }
     try:
         return await asyncio.wait_for(nats.connect(list(named.urls), **settings), CONNECT_TIMEOUT)
     except (Error, OSError, TimeoutError) as error:
-        reason = str(error) or type(error).__name__
-        raise ServiceUnavailable(f"NATS: cannot connect: {reason}") from None
+        cause = last[0] if last and isinstance(error, TimeoutError) else error
+        reason = str(cause) or type(cause).__name__
+        raise ServiceUnavailable(
+            f"NATS: cannot connect to {', '.join(named.urls)}: {reason}"
+        ) from None
 
 
 async def _close(client: Client) -> None:
     with suppress(OSError):  # nats-py flushes its buffer, even if the connection is lost
         await client.close()
-
-
-async def _ignore(_: Exception) -> None:
-    """Ignore an error of the connection: the next call on it reports the error."""
 
 
 def _with_id(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -460,15 +564,38 @@ def _identified(request: Request) -> Request:
     return request.model_copy(update={"request_id": new_request_id()})
 
 
-def _cancel_error(body: bytes) -> GenerationError:
-    """Return the exception for a reply that is not a `CancelReply` of this version."""
+def _checked(model: type[R], **fields: Any) -> R:
+    try:
+        return model(**fields)
+    except ValidationError as error:
+        raise RequestInvalid.of(error) from None
+
+
+def _service_error(body: bytes) -> tuple[Any, str | None]:
+    """Return the JSON of a reply, and its description if it is a service error."""
     try:
         value: Any = json.loads(body)
     except ValueError:
-        value = None
+        return None, None
     error = value.get("error") if isinstance(value, dict) else None
-    if isinstance(error, dict):
-        return ServiceUnavailable(f"the cancellation was refused: {error.get('description')}")
+    return value, str(error.get("description")) if isinstance(error, dict) else None
+
+
+def _upload_error(body: bytes) -> GenerationError:
+    """Return the exception for a reply that is not an `UploadReply` of this version."""
+    value, description = _service_error(body)
+    if description is not None:
+        return UploadFailed(f"the upload was refused: {description}")
+    if isinstance(value, dict) and "url" in value:
+        return UnsupportedMessage("UploadReply", body)
+    return ServiceUnavailable("the reply to the upload request is not from a worker")
+
+
+def _cancel_error(body: bytes) -> GenerationError:
+    """Return the exception for a reply that is not a `CancelReply` of this version."""
+    value, description = _service_error(body)
+    if description is not None:
+        return ServiceUnavailable(f"the cancellation was refused: {description}")
     if isinstance(value, dict) and "status" in value:
         return UnsupportedMessage("CancelReply", body, "status")
     return ServiceUnavailable("the reply to the cancellation is not from a worker")

@@ -1,10 +1,29 @@
 """The exceptions of the client. Their texts may be shown to a user."""
 
-from generation_contracts import CancelledEvent, FailedEvent
+from typing import Self
+
+from pydantic import ValidationError
+
+from generation_contracts import CancelledEvent, FailedEvent, InvalidRequest
+from generation_contracts.requests import invalid_request
 
 
 class GenerationError(Exception):
     """Base of the exceptions of this package."""
+
+
+class RequestInvalid(GenerationError, InvalidRequest):
+    """The request or one of its images is against the contract. Nothing was sent.
+
+    Attributes:
+        problems: One `{"field": …, "problem": …}` for each error, without the values.
+    """
+
+    @classmethod
+    def of(cls, error: ValidationError | InvalidRequest) -> Self:
+        """Return the exception for an error of `generation_contracts`."""
+        found = invalid_request(error) if isinstance(error, ValidationError) else error
+        return cls(str(found), found.problems)
 
 
 class ServiceUnavailable(GenerationError):
@@ -19,11 +38,20 @@ class QueueFull(ServiceUnavailable):
 
 
 class NoWorker(ServiceUnavailable):
-    """No worker is running that could process a cancellation."""
+    """No worker is running that could process a cancellation or an upload."""
 
 
 class RequestTooLarge(GenerationError):
-    """The request exceeds a limit of the server or the stream. Pass its images as s3:// URIs."""
+    """The request exceeds a limit of the server or the stream."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the request is too large for NATS: upload its images and refer to them by s3://"
+        )
+
+
+class UploadFailed(GenerationError):
+    """An image cannot be uploaded: a worker or the store has refused it, or the store is away."""
 
 
 class DownloadFailed(GenerationError):

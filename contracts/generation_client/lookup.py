@@ -105,7 +105,10 @@ def refusal(client: Client, *subjects: str) -> str | None:
     action = "publish" if refused[1] == "publish" else "subscribe"
     inbox = client.new_inbox().rpartition(".")[0]
     if refused[2].startswith(f"{inbox.lower()}."):
-        return f"NATS: permissions violation: this user may not {action} to {inbox}.>"
+        return (
+            f"NATS: permissions violation: this user may not {action} to {inbox}.>; "
+            "set NATS_INBOX_PREFIX (`inbox_prefix` of nats.connect) to the user's own prefix"
+        )
     for subject in subjects:
         if refused[2] == subject.lower():  # nats-py reports it in lower case
             return f"NATS: permissions violation: this user may not {action} to {subject}"

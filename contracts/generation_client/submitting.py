@@ -16,6 +16,7 @@ from generation_contracts import Request, Subjects, Task, encode
 from generation_contracts.headers import MESSAGE_ID, wire_size
 
 PUBLISH_TIMEOUT = 5.0  # seconds
+MAX_REQUEST = 1_040_384  # bytes with headers: max_msg_size of the request streams
 # js.publish raises these when the connection is lost meanwhile, and when another subscriber of the
 # subject replies instead of the stream.
 NO_PUB_ACK = (TypeError, AttributeError, ValueError, KeyError)

@@ -31,6 +31,12 @@ from generation_contracts.requests import (
     request_digest,
 )
 from generation_contracts.subjects import Subjects, UnsafeReplySubject
+from generation_contracts.uploads import (
+    UploadReply,
+    UploadRequest,
+    decode_upload_reply,
+    decode_upload_request,
+)
 
 __all__ = [
     "ArtifactReference",
@@ -59,11 +65,15 @@ __all__ = [
     "TextToImageStep",
     "Timings",
     "UnsafeReplySubject",
+    "UploadReply",
+    "UploadRequest",
     "check_routing_slip",
     "decode_cancel_reply",
     "decode_event",
     "decode_request",
     "decode_result",
+    "decode_upload_reply",
+    "decode_upload_request",
     "encode",
     "next_requests",
     "request_digest",

@@ -135,7 +135,7 @@ class ImageArtifact(EventPart):
         ge=0, description="seed of this image: the request's seed plus the image's index"
     )
     flagged: bool | None = Field(
-        default=None, description="verdict of the safety checker; absent if the worker has none"
+        default=None, description="result of the safety checker; absent if the worker has none"
     )
 
 

@@ -5,7 +5,7 @@ files pin them, so the documentation and the wire format stay equal.
 """
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from generation_contracts.artifacts import (
@@ -36,6 +36,7 @@ from generation_contracts.requests import (
     TextToImageStep,
     request_digest,
 )
+from generation_contracts.uploads import UploadReply, UploadRequest
 
 Event = StartedEvent | ProgressEvent | SucceededEvent | FailedEvent | CancelledEvent
 
@@ -43,6 +44,7 @@ TRACE_PARENT: Final = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 _PICTURE_ID = "poster-0001"
 _TEXT_ID = "caption-0001"
+_UPLOAD_KEY = "uploads/6f1d3c0b5e7a4f0e9a2b8c7d6e5f4a3b.jpg"
 _TIME = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 _LATER = datetime(2026, 1, 3, 3, 4, 5, tzinfo=UTC)
 _PNG = (
@@ -418,4 +420,23 @@ REPLIES: Final[Mapping[str, CancelReply]] = {
         request_id=_PICTURE_ID, status="cancelled", result="generation.v1.cancelled"
     ),
     "cancel_reply_stopping": CancelReply(request_id=_PICTURE_ID, status="stopping"),
+}
+
+UPLOADS: Final[Mapping[str, UploadRequest | UploadReply]] = {
+    "upload": UploadRequest(size=4_812_331, media_type="image/jpeg"),
+    "upload_reply": UploadReply(
+        url="https://s3.example.com/generation",
+        fields={
+            "key": _UPLOAD_KEY,
+            "Content-Type": "image/jpeg",
+            "policy": "eyJleHBpcmF0aW9uIjoi…",
+            "x-amz-algorithm": "AWS4-HMAC-SHA256",
+            "x-amz-credential": "generation/20260102/us-east-1/s3/aws4_request",
+            "x-amz-date": "20260102T030405Z",
+            "x-amz-signature": "0" * 64,
+        },
+        expires_at=_TIME + timedelta(minutes=10),
+        bucket="generation",
+        key=_UPLOAD_KEY,
+    ),
 }

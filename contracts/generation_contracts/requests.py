@@ -281,13 +281,22 @@ def decode_request(task: Task, body: bytes) -> Request:
     try:
         return REQUEST_TYPES[task].model_validate_json(body, strict=True)
     except ValidationError as error:
-        if error.error_count() > MAX_LISTED:
-            # A megabyte of unknown fields would take half a second to list.
-            problem = f"more than {MAX_LISTED} fields are wrong"
-            raise InvalidRequest(problem, ({"field": "", "problem": problem},)) from None
-        details = error.errors(include_input=False, include_url=False, include_context=False)
-        problems = tuple(_problem(detail) for detail in _causes(details)[:MAX_PROBLEMS])
-        raise InvalidRequest(_sentence(problems), problems) from None
+        raise invalid_request(error) from None
+
+
+def invalid_request(error: ValidationError) -> InvalidRequest:
+    """Return the exception for a message of a sender that is against the contract.
+
+    An unknown field is listed first, because a misspelt name is the cause of a missing field.
+    """
+    if error.error_count() > MAX_LISTED:
+        # A megabyte of unknown fields would take half a second to list.
+        problem = f"more than {MAX_LISTED} fields are wrong"
+        return InvalidRequest(problem, ({"field": "", "problem": problem},))
+    details = error.errors(include_input=False, include_url=False, include_context=False)
+    causes = sorted(_causes(details), key=lambda detail: detail["type"] != "extra_forbidden")
+    problems = tuple(_problem(detail) for detail in causes[:MAX_PROBLEMS])
+    return InvalidRequest(_sentence(problems), problems)
 
 
 def encode(message: BaseModel) -> bytes:

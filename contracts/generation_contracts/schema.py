@@ -17,10 +17,11 @@ from generation_contracts import events, headers
 from generation_contracts.base import Task
 from generation_contracts.cancellation import CancelReply
 from generation_contracts.events import VERSION, EventBase
-from generation_contracts.examples import EVENTS, REPLIES, REQUESTS, TRACE_PARENT
+from generation_contracts.examples import EVENTS, REPLIES, REQUESTS, TRACE_PARENT, UPLOADS
 from generation_contracts.failures import FailureCode
 from generation_contracts.requests import REQUEST_TYPES, encode
 from generation_contracts.subjects import MAX_SUBJECT, SUBJECT_PATTERN, Subjects
+from generation_contracts.uploads import UploadReply, UploadRequest
 
 Document = dict[str, Any]
 
@@ -40,6 +41,8 @@ _MODELS: Final[tuple[tuple[type[BaseModel], JsonSchemaMode], ...]] = (
     *((model, "validation") for model in REQUEST_TYPES.values()),
     *((model, "serialization") for model in (*_TRANSIENT.values(), *_TERMINAL.values())),
     (CancelReply, "serialization"),
+    (UploadRequest, "validation"),
+    (UploadReply, "serialization"),
 )
 
 # The default queue group of NATS micro services.
@@ -139,7 +142,7 @@ def asyncapi(subjects: Subjects | None = None) -> Document:
 
 
 def _examples_of(model: type[BaseModel]) -> dict[str, BaseModel]:
-    every: dict[str, BaseModel] = {**REQUESTS, **EVENTS, **REPLIES}
+    every: dict[str, BaseModel] = {**REQUESTS, **EVENTS, **REPLIES, **UPLOADS}
     return {name: example for name, example in every.items() if type(example) is model}
 
 
@@ -187,6 +190,12 @@ def _channels(subjects: Subjects) -> Document:
         ),
         "cancel_reply": _channel(
             None, "The inbox of the caller of a cancellation.", ["cancel_reply"]
+        ),
+        "upload": _channel(
+            subjects.upload, "Asks for an address to upload an input image.", ["upload"]
+        ),
+        "upload_reply": _channel(
+            None, "The inbox of the caller of an upload request.", ["upload_reply"]
         ),
     }
     for task in Task:
@@ -263,6 +272,16 @@ def _operations() -> Document:
             },
             "bindings": _QUEUE_GROUP,
         },
+        "upload": _operation(
+            "receive", "upload", ["upload"], "One worker of the queue group signs the form."
+        )
+        | {
+            "reply": {
+                "channel": _ref("channels", "upload_reply"),
+                "messages": _messages_of("upload_reply", ["upload_reply"]),
+            },
+            "bindings": _QUEUE_GROUP,
+        },
         "send_dead_letter": _operation(
             "send", "dead_letter", ["dead_letter"], "Dead-letter a request."
         ),
@@ -323,17 +342,9 @@ def _messages() -> Document:
             "title": "Cancellation",
             "summary": "The subject contains the request id; the body is empty.",
         },
-        "cancel_reply": {
-            "name": "cancel_reply",
-            "title": CancelReply.__name__,
-            "summary": (CancelReply.__doc__ or "").partition("\n")[0],
-            "contentType": _JSON,
-            "payload": _ref("components/schemas", CancelReply.__name__),
-            "examples": [
-                {"name": name, "payload": json.loads(encode(example))}
-                for name, example in REPLIES.items()
-            ],
-        },
+        "cancel_reply": _exchanged("cancel_reply", CancelReply),
+        "upload": _exchanged("upload", UploadRequest),
+        "upload_reply": _exchanged("upload_reply", UploadReply),
         "dead_letter": {
             "name": "dead_letter",
             "title": "Dead letter",
@@ -350,6 +361,21 @@ def _messages() -> Document:
         kind = "ResultHeaders" if name in _TERMINAL else "EventHeaders"
         messages[name] = _message(f"{VERSION}.{name}", event, kind, "$message.header#/ce-subject")
     return dict(sorted(messages.items()))
+
+
+def _exchanged(name: str, model: type[BaseModel]) -> Document:
+    """Return a message of request-reply, which has no headers."""
+    return {
+        "name": name,
+        "title": model.__name__,
+        "summary": (model.__doc__ or "").partition("\n")[0],
+        "contentType": _JSON,
+        "payload": _ref("components/schemas", model.__name__),
+        "examples": [
+            {"name": example_name, "payload": json.loads(encode(example))}
+            for example_name, example in _examples_of(model).items()
+        ],
+    }
 
 
 def _message(name: str, model: type[BaseModel], header_schema: str, correlation: str) -> Document:

@@ -119,6 +119,11 @@ class Subjects:
         """Return the subject on which a sender cancels a request."""
         return f"{self.root}.cancel.{_checked(request_id)}"
 
+    @property
+    def upload(self) -> str:
+        """The subject on which a sender asks for an address to upload an input image."""
+        return f"{self.root}.upload"
+
     def requests_stream(self, task: Task) -> str:
         """Return the name of the work queue stream of a task.
 

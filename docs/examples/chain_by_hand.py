@@ -1,20 +1,24 @@
-"""Request a description of every stored image: a subscriber in plain nats-py.
+"""Request a description of every new image: a subscriber in plain nats-py.
 
-    python docs/examples/chain_by_hand.py nats://127.0.0.1:4222
+    python docs/examples/chain_by_hand.py
 
-It does what `then` does inside the workers. It reads the results stream with its own durable
-consumer, so it misses no result while it is stopped. A request that is published twice after a
-crash has the same id, and the second copy is not run. It has no `Nats-Msg-Id`: a sender that
-guesses that header and publishes first makes the server drop this request as a duplicate.
+The server is `NATS_URL`, by default nats://127.0.0.1:4222. The program does what `then` does inside
+the workers. It reads the results stream with its own durable consumer. The first start creates the
+durable, for results from then on; later starts miss no result that was stored meanwhile.
+
+A request that is published twice after a crash has the same id, and the second copy is not run. It
+has no `Nats-Msg-Id`: a sender that guesses that header and publishes first makes the server drop
+this request as a duplicate.
 """
 
 import asyncio
 import json
-import sys
+import os
 from typing import Any
 
 import nats
 from nats.errors import TimeoutError as NothingNew
+from nats.js.api import ConsumerConfig, DeliverPolicy
 
 ROOT = "generation"
 
@@ -24,8 +28,12 @@ async def main(server: str, question: str = "Describe this image.") -> None:
     client = await nats.connect(server)
     jetstream = client.jetstream()
     results = await jetstream.pull_subscribe(
-        f"{ROOT}.result.text_to_image.*", durable="describer", stream=f"{ROOT.upper()}_RESULTS"
+        f"{ROOT}.result.text_to_image.*",
+        durable="describer",
+        stream=f"{ROOT.upper()}_RESULTS",
+        config=ConsumerConfig(deliver_policy=DeliverPolicy.NEW),
     )
+    print("waiting for results", flush=True)
     while True:
         try:
             (message,) = await results.fetch(1, timeout=5)
@@ -54,4 +62,4 @@ def succeeded(body: bytes, request_id: str) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    asyncio.run(main(os.environ.get("NATS_URL", "nats://127.0.0.1:4222")))

@@ -1,8 +1,8 @@
-"""What running requests together saves: `python -m tests.bench.batches`.
+"""Throughput of batched requests: `python -m tests.bench.batches`.
 
-The shipped demonstration models, and a Stable Diffusion 3 of two tiny layers, do the same requests
-one by one and in batches of several sizes, in turns, so that whatever else the machine does falls
-on all of them. Each row is the median of the rounds, and each ratio that of a round's own numbers.
+The shipped demonstration models and a tiny Stable Diffusion 3 with two layers run equal requests
+one by one and in batches of several sizes. The sizes take turns, so that other load of the machine
+affects all of them. Each row is the median of the rounds; ratios are computed within a round.
 """
 
 import random
@@ -25,15 +25,15 @@ from tests.support.model_runs import run_request
 from tests.support.tiny_families import stable_diffusion_3
 
 SEED = 2_026  # of the scenes
-SIZES = (1, 2, 4, 8)  # requests in one run; 1 is the ordinary run
-JOBS = 8  # of each size in a round: a multiple of all sizes
+SIZES = (1, 2, 4, 8)  # requests in one run; 1 is a run without batching
+JOBS = 8  # of each size in a round; a multiple of all sizes
 TINY = "tiny_sd3"
 MODELS = (Task.TEXT_TO_IMAGE, TINY, Task.IMAGE_TO_TEXT)
 
 
 @dataclass(frozen=True)
-class Took:
-    """How long a round's jobs took."""
+class Duration:
+    """Duration of the jobs of a round."""
 
     wall: float  # seconds
     cpu: float  # seconds, of all threads
@@ -41,32 +41,32 @@ class Took:
 
 @dataclass(frozen=True)
 class Bench:
-    """One model and what it is asked."""
+    """One model and its requests."""
 
     runner: ModelRunner
     members: Sequence[RunRequest]
 
     @classmethod
     def of(cls, model: str) -> "Bench":
-        """A loaded model that has run once."""
+        """Load a model and run it once."""
         choice = random.Random(SEED)
         if model == Task.IMAGE_TO_TEXT:
-            members = [_text(choice) for _ in range(JOBS)]
+            members = [_image_to_text(choice) for _ in range(JOBS)]
         else:
-            members = [_picture(choice, number) for number in range(JOBS)]
+            members = [_text_to_image(choice, number) for number in range(JOBS)]
         runner = _loaded(model)
         if len({runner.batch_key(member.request) for member in members}) != 1:
-            raise click.ClickException(f"{model}: not all of the requests go together")
+            raise click.ClickException(f"{model}: the requests do not have one batch key")
         bench = cls(runner, members)
-        bench.takes(max(SIZES))
+        bench.measure(max(SIZES))
         return bench
 
-    def takes(self, size: int) -> Took:
-        """Make all of it, so many at a time."""
+    def measure(self, size: int) -> Duration:
+        """Run all requests in batches of this size."""
         wall, cpu = time.perf_counter(), time.process_time()
         for first in range(0, JOBS, size):
             self.runner.run(self.members[first : first + size])
-        return Took(time.perf_counter() - wall, time.process_time() - cpu)
+        return Duration(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def _loaded(model: str) -> ModelRunner:
@@ -82,25 +82,25 @@ def _loaded(model: str) -> ModelRunner:
     return runner
 
 
-def _picture(choice: random.Random, number: int) -> RunRequest:
+def _text_to_image(choice: random.Random, number: int) -> RunRequest:
     scene = some_held_out_scene(choice, two=False)
     request = TextToImageRequest(prompt=prompt(scene, choice), seed=number)
     return run_request(request)
 
 
-def _text(choice: random.Random) -> RunRequest:
+def _image_to_text(choice: random.Random) -> RunRequest:
     drawn = draw(some_held_out_scene(choice, two=False), choice)
     request = ImageToTextRequest(prompt="Describe this picture.", images=("s3://bucket/key",))
     return run_request(request, [drawn])
 
 
-def table(model: str, threads: int, rounds: Sequence[dict[int, Took]]) -> list[str]:
-    """The lines of one model on so many threads."""
+def table(model: str, threads: int, rounds: Sequence[dict[int, Duration]]) -> list[str]:
+    """Return the lines of one model with this number of threads."""
     lines = []
     for size in SIZES:
-        wall = [took[size].wall / JOBS for took in rounds]
-        faster = [took[1].wall / took[size].wall for took in rounds]
-        cheaper = [took[1].cpu / took[size].cpu for took in rounds]
+        wall = [durations[size].wall / JOBS for durations in rounds]
+        faster = [durations[1].wall / durations[size].wall for durations in rounds]
+        cheaper = [durations[1].cpu / durations[size].cpu for durations in rounds]
         lines.append(
             f"{model:<14} {threads:>7} {size:>6} {statistics.median(wall) * 1000:>11.1f}"
             f" {1 / statistics.median(wall):>10.2f} {statistics.median(faster):>8.2f}x"
@@ -113,14 +113,14 @@ def table(model: str, threads: int, rounds: Sequence[dict[int, Took]]) -> list[s
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--threads", default=(1, 2), multiple=True, show_default=True)
 def main(rounds: int, threads: tuple[int, ...]) -> None:
-    """Print how many jobs a second the models make at each size of batches."""
+    """Print the throughput of the models at each batch size."""
     benches = {model: Bench.of(model) for model in MODELS}
     click.echo("model          threads  batch  ms of a job  jobs in s   faster  range     CPU less")
     for number in threads:
         torch.set_num_threads(number)
         for model, bench in benches.items():
-            took = [{size: bench.takes(size) for size in SIZES} for _ in range(rounds)]
-            click.echo("\n".join(table(model, number, took)))
+            durations = [{size: bench.measure(size) for size in SIZES} for _ in range(rounds)]
+            click.echo("\n".join(table(model, number, durations)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the front door, progress and cancellation cost: `python -m tests.bench.callers`.
+"""Latency of request-reply, progress and cancellation: `python -m tests.bench.callers`.
 
-Real servers, one real daemon process, a model that takes no time (or 10 ms a step for what is
-cancelled). Ways are compared in turn within one run, because a machine's speed drifts.
+Uses real servers, one daemon process and a model that takes no time, or 10 ms a step for
+cancellations. Alternatives are measured in turn, because the speed of a machine drifts.
 """
 
 import asyncio
@@ -25,55 +25,55 @@ from consumer.ports.model import RunnerOutput
 from tests.support.scene import Scene
 
 WITHIN = 30.0  # seconds
-STEP = 0.0005  # seconds of a step that computes
+STEP = 0.0005  # seconds of each step
 
 
-async def called(scene: Scene, **fields: Any) -> float:
-    """Seconds from a call of the front door to its answer."""
+async def call_seconds(scene: Scene, **fields: Any) -> float:
+    """Return the seconds from a call of the request-reply endpoint to its reply."""
     began = time.perf_counter()
     body = json.dumps({"prompt": "a", **fields}).encode()
-    answer = await scene.sender.request(scene.subjects.call(scene.task), body, timeout=WITHIN)
+    reply = await scene.sender.request(scene.subjects.call(scene.task), body, timeout=WITHIN)
     seconds = time.perf_counter() - began
-    assert json.loads(answer.data)["type"] == "generation.v1.succeeded"
+    assert json.loads(reply.data)["type"] == "generation.v1.succeeded"
     return seconds
 
 
-async def published(scene: Scene, **fields: Any) -> float:
-    """Seconds from a publish by hand to the same answer."""
+async def publish_seconds(scene: Scene, **fields: Any) -> float:
+    """Return the seconds from a publish to the reply with the result."""
     inbox = scene.sender.new_inbox()
-    answers = await scene.sender.subscribe(inbox)
+    replies = await scene.sender.subscribe(inbox)
     began = time.perf_counter()
     body = json.dumps({"prompt": "a", "reply_to": inbox, **fields}).encode()
     subject = scene.subjects.request(scene.task, uuid4().hex)
     await scene.sender.jetstream().publish(subject, body)
-    await answers.next_msg(timeout=WITHIN)
+    await replies.next_msg(timeout=WITHIN)
     seconds = time.perf_counter() - began
-    await answers.unsubscribe()
+    await replies.unsubscribe()
     return seconds
 
 
 async def cancelled(scene: Scene) -> tuple[float, float]:
-    """Seconds from a cancellation to its reply, and to the event that says the device is free."""
+    """Return the seconds from a cancellation to its reply and to the terminal event."""
     request_id = uuid4().hex
     results = await scene.sender.subscribe(scene.subjects.result(scene.task, request_id))
-    news = await scene.sender.subscribe(scene.subjects.progress(scene.task, request_id))
+    progress_events = await scene.sender.subscribe(scene.subjects.progress(scene.task, request_id))
     body = json.dumps({"prompt": "a", "num_inference_steps": 200}).encode()
     await scene.sender.jetstream().publish(scene.subjects.request(scene.task, request_id), body)
-    await news.next_msg(timeout=WITHIN)  # started
-    await news.next_msg(timeout=WITHIN)  # a step
+    await progress_events.next_msg(timeout=WITHIN)  # started
+    await progress_events.next_msg(timeout=WITHIN)  # a step
     began = time.perf_counter()
-    answer = await scene.sender.request(scene.subjects.cancel(request_id), b"", timeout=WITHIN)
+    reply = await scene.sender.request(scene.subjects.cancel(request_id), b"", timeout=WITHIN)
     replied = time.perf_counter() - began
-    assert json.loads(answer.data)["status"] == "stopping"
+    assert json.loads(reply.data)["status"] == "stopping"
     await results.next_msg(timeout=WITHIN)
     freed = time.perf_counter() - began
     await results.unsubscribe()
-    await news.unsubscribe()
+    await progress_events.unsubscribe()
     return replied, freed
 
 
 async def cancelled_in_the_queue(scene: Scene, waiting: int) -> float:
-    """Seconds from a cancellation to its reply, with so many other requests in the queue."""
+    """Return the seconds from a cancellation to its reply with this number of queued requests."""
     jetstream = scene.sender.jetstream()
     body = b'{"prompt":"a"}'
     ids = [uuid4().hex for _ in range(waiting)]
@@ -85,16 +85,16 @@ async def cancelled_in_the_queue(scene: Scene, waiting: int) -> float:
             )
         )
     began = time.perf_counter()
-    answer = await scene.sender.request(
+    reply = await scene.sender.request(
         scene.subjects.cancel(ids[waiting // 2]), b"", timeout=WITHIN
     )
     seconds = time.perf_counter() - began
-    assert json.loads(answer.data)["status"] == "cancelled"
+    assert json.loads(reply.data)["status"] == "cancelled"
     return seconds
 
 
 def stepping(steps: int, on_step: Any) -> float:
-    """Seconds of a run in a thread whose steps compute and hold the interpreter's lock."""
+    """Return the seconds of a run whose steps hold the GIL."""
     began = time.perf_counter()
     for step in range(1, steps + 1):
         until = time.perf_counter() + STEP
@@ -104,8 +104,8 @@ def stepping(steps: int, on_step: Any) -> float:
     return time.perf_counter() - began
 
 
-async def watched(steps: int) -> float:
-    """The same, watched as the daemon does, with an event made and encoded each time."""
+async def monitored(steps: int) -> float:
+    """Return the seconds of the same run with the daemon's monitor, which encodes an event."""
     ticket = Ticket()
     ticket.progress.begin()
 
@@ -118,8 +118,8 @@ async def watched(steps: int) -> float:
     return await run
 
 
-def told(name: str, values: list[float]) -> None:
-    """One line: median and the slowest of twenty, in milliseconds."""
+def report(name: str, values: list[float]) -> None:
+    """Print the median and the 95th percentile in milliseconds."""
     ordered = sorted(values)
     slow = ordered[int(len(ordered) * 0.95)]
     click.echo(
@@ -128,26 +128,29 @@ def told(name: str, values: list[float]) -> None:
 
 
 async def measure(folder: Path, number: int, waiting: int) -> None:
-    """Everything, one line each."""
+    """Measure everything and print one line each."""
     with DevStack(folder / "stack", persist=False) as stack:
         async with AsyncExitStack() as parts:
             scene = Scene(stack, folder, parts)
             await scene.open()
             await scene.start()
-            await called(scene)
+            await call_seconds(scene)
             pairs = [
-                (await called(scene, width=64), await published(scene, width=64))
+                (await call_seconds(scene, width=64), await publish_seconds(scene, width=64))
                 for _ in range(number)
             ]
-            told("call of the front door to its answer", [one for one, _ in pairs])
-            told("publish by hand to the same answer", [other for _, other in pairs])
+            report("request-reply call to its reply", [one for one, _ in pairs])
+            report("publish to its reply", [other for _, other in pairs])
             added = statistics.median(one - other for one, other in pairs)
-            click.echo(f"{'the front door adds':<58} p50 {added * 1000:7.2f} ms")
-            stopped = [await cancelled(scene) for _ in range(number // 4)]
-            told(
-                "cancel of a running request (steps of 10 ms) to the reply", [a for a, _ in stopped]
+            click.echo(f"{'the request-reply endpoint adds':<58} p50 {added * 1000:7.2f} ms")
+            cancellations = [await cancelled(scene) for _ in range(number // 4)]
+            report(
+                "cancel of a running request (steps of 10 ms) to the reply",
+                [a for a, _ in cancellations],
             )
-            told("the same to the event: the device is free", [b for _, b in stopped])
+            report(
+                "cancel of a running request to its terminal event", [b for _, b in cancellations]
+            )
         async with AsyncExitStack() as parts:
             scene = Scene(stack, folder / "queue", parts)
             scene.folder.mkdir()
@@ -160,9 +163,9 @@ async def measure(folder: Path, number: int, waiting: int) -> None:
     ratios = []
     for _ in range(5):
         alone = await asyncio.to_thread(stepping, 2_000, lambda *_: None)
-        ratios.append((await watched(2_000)) / alone)
+        ratios.append((await monitored(2_000)) / alone)
     click.echo(
-        f"{'2,000 steps of 0.5 ms, watched over alone (5 pairs)':<58} "
+        f"{'2,000 steps of 0.5 ms, with the monitor over without (5 pairs)':<58} "
         f"{min(ratios):.3f} to {max(ratios):.3f}"
     )
     progress = Progress()
@@ -176,7 +179,7 @@ async def measure(folder: Path, number: int, waiting: int) -> None:
 @click.option("--number", default=200, show_default=True, help="of calls")
 @click.option("--waiting", default=20_000, show_default=True, help="requests in the queue")
 def main(number: int, waiting: int) -> None:
-    """Print what callers wait for."""
+    """Print the latencies of callers."""
     with tempfile.TemporaryDirectory(prefix="callers-") as folder:
         asyncio.run(measure(Path(folder), number, waiting))
 

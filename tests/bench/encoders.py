@@ -1,8 +1,7 @@
-"""What writing a picture costs: `python -m tests.bench.encoders`.
+"""Cost of encoding an image: `python -m tests.bench.encoders`.
 
-CPU milliseconds, the file's size, and whether the interpreter's lock is let go for
-other threads. One picture with a little grain (as models make them), one without (as they seldom
-do).
+Prints the CPU time, the file size, and whether the encoder releases the GIL. One image has a little
+noise, like the images of models; the other has none.
 """
 
 import sys
@@ -23,8 +22,8 @@ FOREVER = 3_600.0  # seconds
 Encode = Callable[[Image.Image], bytes]
 
 
-def picture(side: int, grain: float) -> Image.Image:
-    """Soft colours, and noise of so many levels."""
+def test_image(side: int, grain: float) -> Image.Image:
+    """Return smooth colours with noise of this standard deviation."""
     y, x = np.mgrid[0:side, 0:side]
     soft = np.stack([np.sin(x / 160), np.sin(y / 160), np.sin((x + y) / 320)], -1)
     noise = np.random.default_rng(1).normal(0, grain, soft.shape) if grain else 0.0
@@ -40,15 +39,15 @@ def pillow(image_format: str, **options: object) -> Encode:
     return encode
 
 
-def own(*, fast: bool) -> Encode:
+def png_writer(*, fast: bool) -> Encode:
     def encode(image: Image.Image) -> bytes:
-        kept = png.fast
+        fast_encoder = png.fast
         try:
             if not fast:
                 png.fast = None
             return png.write_png(image, {})
         finally:
-            png.fast = kept
+            png.fast = fast_encoder
 
     return encode
 
@@ -56,27 +55,27 @@ def own(*, fast: bool) -> Encode:
 CODEC = ImageCodec()
 
 
-def by_codec(output_format: str) -> Encode:
+def with_codec(output_format: str) -> Encode:
     return lambda image: CODEC.encode(image, output_format, seed=0).data  # type: ignore[arg-type]
 
 
-WAYS: dict[str, Encode] = {
+ENCODERS: dict[str, Encode] = {
     "PNG, Pillow, level 6 (its default)": pillow("PNG"),
     "PNG, Pillow, level 1": pillow("PNG", compress_level=1),
-    "PNG, one filter and ISA-L": own(fast=True),
-    "PNG, one filter and zlib's run lengths": own(fast=False),
+    "PNG, one filter and ISA-L": png_writer(fast=True),
+    "PNG, one filter and zlib's run lengths": png_writer(fast=False),
     "WebP without loss, quality 0, method 0": pillow("WEBP", lossless=True, quality=0, method=0),
     "WebP 90, method 2": pillow("WEBP", quality=90, method=2),
     "WebP 90, method 0": pillow("WEBP", quality=90, method=0),
     "JPEG 95, 4:4:4": pillow("JPEG", quality=95, subsampling=0),
-    "the codec, png, with hashes": by_codec("png"),
-    "the codec, webp, with hashes": by_codec("webp"),
-    "the codec, jpeg, with hashes": by_codec("jpeg"),
+    "the codec, png, with hashes": with_codec("png"),
+    "the codec, webp, with hashes": with_codec("webp"),
+    "the codec, jpeg, with hashes": with_codec("jpeg"),
 }
 
 
 def cpu_milliseconds(encode: Encode, image: Image.Image, times: int) -> float:
-    """The least of several times."""
+    """Return the minimum of several runs."""
     spent = []
     for _ in range(times):
         began = time.process_time()
@@ -85,27 +84,27 @@ def cpu_milliseconds(encode: Encode, image: Image.Image, times: int) -> float:
     return min(spent) * 1000
 
 
-def lets_go(encode: Encode, image: Image.Image) -> bool:
-    """Whether other threads run while it encodes."""
-    turns, over = 0, threading.Event()
+def releases_gil(encode: Encode, image: Image.Image) -> bool:
+    """Return whether other threads run while the encoder works."""
+    count, stop = 0, threading.Event()
 
-    def wait_in_turns() -> None:
-        nonlocal turns
-        while not over.is_set():
-            turns += 1
-            time.sleep(0)  # gives the lock away, and needs it to go on
+    def count_acquisitions() -> None:
+        nonlocal count
+        while not stop.is_set():
+            count += 1
+            time.sleep(0)  # releases the GIL and acquires it again
 
-    usual = sys.getswitchinterval()
-    thread = threading.Thread(target=wait_in_turns)
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=count_acquisitions)
     thread.start()
     try:
-        sys.setswitchinterval(FOREVER)  # nobody has to give the lock away
-        before = turns
+        sys.setswitchinterval(FOREVER)  # no thread is forced to release the GIL
+        before = count
         encode(image)
-        return turns > before
+        return count > before
     finally:
-        sys.setswitchinterval(usual)
-        over.set()
+        sys.setswitchinterval(interval)
+        stop.set()
         thread.join()
 
 
@@ -114,10 +113,10 @@ def lets_go(encode: Encode, image: Image.Image) -> bool:
 @click.option("--times", default=7, show_default=True)
 def main(side: int, times: int) -> None:
     """Print a table."""
-    grainy, smooth = picture(side, 4.0), picture(side, 0.0)
+    grainy, smooth = test_image(side, 4.0), test_image(side, 0.0)
     click.echo(f"| {side}x{side} | ms | KB | ms, no grain | KB, no grain | lock let go |")
     click.echo("|---|---|---|---|---|---|")
-    for name, encode in WAYS.items():
+    for name, encode in ENCODERS.items():
         cells = [
             cell
             for image in (grainy, smooth)
@@ -126,7 +125,7 @@ def main(side: int, times: int) -> None:
                 f"{len(encode(image)) / 1024:.0f}",
             )
         ]
-        released = "yes" if lets_go(encode, grainy) else "no"
+        released = "yes" if releases_gil(encode, grainy) else "no"
         click.echo(f"| {name} | {' | '.join(cells)} | {released} |")
 
 

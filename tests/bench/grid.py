@@ -1,7 +1,7 @@
-"""The README's grid of pictures: `python -m tests.bench.grid docs/demonstration.png`.
+"""The image grid of the README: `python -m tests.bench.grid docs/demonstration.png`.
 
-Each cell has the prompt, the picture that the demonstration model made of it at its defaults, and
-what the other one says of that picture. Nothing is chosen: the seed of each is its number.
+Each cell has a prompt, the image that the demonstration model generates with its defaults, and the
+description of that image by the other model. The seed of each image is its number.
 """
 
 import textwrap
@@ -27,7 +27,7 @@ PROMPTS = (
     "a white square at the top and a red circle at the bottom on a gray background",
 )
 COLUMNS = 4
-PICTURE = 192  # pixels, each side of an enlarged picture
+IMAGE_SIDE = 192  # pixels of an enlarged image
 CELL = (248, 318)  # pixels
 QUESTION = "Describe this picture."
 
@@ -36,31 +36,31 @@ QUESTION = "Describe this picture."
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--models", type=click.Path(path_type=Path), help="default: the shipped ones")
 def main(file: Path, models: Path | None) -> None:
-    """Draw and describe, and save everything as one PNG."""
+    """Generate and describe the images, and save the grid as one PNG."""
     bench = Bench(models)
     rows = -(-len(PROMPTS) // COLUMNS)
     sheet = Image.new("RGB", (CELL[0] * COLUMNS, CELL[1] * rows), "white")
     for number, prompt in enumerate(PROMPTS):
-        picture = bench.picture(prompt, seed=number)
-        text = bench.text([picture], QUESTION)
+        image = bench.image(prompt, seed=number)
+        text = bench.text([image], QUESTION)
         corner = (number % COLUMNS * CELL[0], number // COLUMNS * CELL[1])
-        sheet.paste(cell(prompt, picture, text), corner)
+        sheet.paste(cell(prompt, image, text), corner)
     sheet.save(file, optimize=True)
 
 
-def cell(prompt: str, picture: Image.Image, text: str) -> Image.Image:
-    """One picture between its prompt and its description."""
-    made = Image.new("RGB", CELL, "white")
-    canvas = ImageDraw.Draw(made)
+def cell(prompt: str, image: Image.Image, text: str) -> Image.Image:
+    """Return an image between its prompt and its description."""
+    output = Image.new("RGB", CELL, "white")
+    canvas = ImageDraw.Draw(output)
     font = ImageFont.load_default(size=14)
-    left = (CELL[0] - PICTURE) // 2
+    left = (CELL[0] - IMAGE_SIDE) // 2
     canvas.multiline_text((left, 8), textwrap.fill(prompt, 28), "black", font, spacing=3)
-    enlarged = picture.resize((PICTURE, PICTURE), Image.Resampling.BICUBIC)
-    made.paste(enlarged, (left, 66))
-    canvas.rectangle((left - 1, 65, left + PICTURE, 66 + PICTURE), outline="lightgray")
+    enlarged = image.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC)
+    output.paste(enlarged, (left, 66))
+    canvas.rectangle((left - 1, 65, left + IMAGE_SIDE, 66 + IMAGE_SIDE), outline="lightgray")
     below = textwrap.fill(text, 30)
-    canvas.multiline_text((left, 70 + PICTURE), below, "dimgray", font, spacing=3)
-    return made
+    canvas.multiline_text((left, 70 + IMAGE_SIDE), below, "dimgray", font, spacing=3)
+    return output
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""`python -m tests.bench.memory`: whether a worker grows with the jobs that it has done.
+"""Memory growth of a worker with the number of its jobs: `python -m tests.bench.memory`.
 
-One real worker process gets jobs of which half go wrong, ten at a time. After each ten it is idle,
-and looked at from outside; the slope over all looks is what a job leaves behind.
+One worker process gets jobs in groups of ten, half of which fail. After each group the worker is
+idle and its memory is measured. The slope over all samples is the growth for each job.
 """
 
 import asyncio
@@ -30,12 +30,12 @@ LONG_AGO = "2020-01-01T00:00:00Z"
 
 
 @dataclass(frozen=True)
-class Look:
-    """A worker from outside, with the processes that it has started.
+class Sample:
+    """A measurement of a worker and its child processes.
 
     Attributes:
-        jobs: How many it has had so far.
-        resident: KB that are not of files: the kernel takes and gives those as it likes.
+        jobs: Number of jobs so far.
+        resident: KB of anonymous memory. The kernel frees file pages at any time.
     """
 
     jobs: int
@@ -44,10 +44,10 @@ class Look:
     threads: int
 
 
-async def measure(scene: Scene, jobs: int) -> list[Look]:
-    """Give a new worker so many jobs, or a few more; a look after each group of them."""
+async def measure(scene: Scene, jobs: int) -> list[Sample]:
+    """Send jobs to a new worker; return a sample after each group."""
     worker = await scene.start(CAUSE)
-    looks: list[Look] = []
+    samples: list[Sample] = []
     done = uuid.uuid4().hex
     await scene.submit(request_id=done)
     sent = 1
@@ -57,15 +57,15 @@ async def measure(scene: Scene, jobs: int) -> list[Look]:
             await scene.publish(body)
         sent += len(group)
         await scene.until_empty(WITHIN)
-        looks.append(look(worker, sent))
-    return looks
+        samples.append(sample(worker, sent))
+    return samples
 
 
-def look(worker: Daemon, jobs: int) -> Look:
-    """What the kernel says of a worker now; Linux only."""
+def sample(worker: Daemon, jobs: int) -> Sample:
+    """Measure a worker with /proc; Linux only."""
     processes = [Path(f"/proc/{pid}") for pid in (worker.pid, *_children(worker.pid))]
     status = [_status(process) for process in processes]
-    return Look(
+    return Sample(
         jobs=jobs,
         resident=sum(int(one["RssAnon"].removesuffix("kB")) for one in status),
         open_files=sum(len(list((process / "fd").iterdir())) for process in processes),
@@ -73,15 +73,15 @@ def look(worker: Daemon, jobs: int) -> Look:
     )
 
 
-def slope(looks: list[Look]) -> float:
-    """KB that a job leaves behind, by least squares."""
-    return linear_regression([look.jobs for look in looks], [look.resident for look in looks]).slope
+def slope(samples: list[Sample]) -> float:
+    """Return the growth in KB for each job, by least squares."""
+    return linear_regression([one.jobs for one in samples], [one.resident for one in samples]).slope
 
 
 def _group(done: str) -> Iterator[bytes]:
-    """Jobs that go well and jobs that go wrong.
+    """Yield jobs that succeed and jobs that fail.
 
-    All are as large as they may be, so that a request or an event that is kept shows too.
+    All have the maximum size, so that a leaked request or event is visible.
     """
 
     def body(prompt: str, **fields: Any) -> bytes:
@@ -122,16 +122,16 @@ def _status(process: Path) -> dict[str, str]:
 @click.option("--jobs", default=2000, show_default=True, help="The more, the surer the slope.")
 @click.option("--warm-up", default=300, show_default=True, help="Jobs that do not count.")
 def main(jobs: int, warm_up: int) -> None:
-    """Measure and print."""
-    looks = asyncio.run(_measure(jobs))
-    counted = [look for look in looks if look.jobs > warm_up]
+    """Measure and print the samples."""
+    samples = asyncio.run(_measure(jobs))
+    counted = [one for one in samples if one.jobs > warm_up]
     click.echo(f"{'jobs':>6} {'resident KB':>12} {'open files':>11} {'threads':>8}")
-    for one in looks[:: max(1, len(looks) // 20)]:
+    for one in samples[:: max(1, len(samples) // 20)]:
         click.echo(f"{one.jobs:>6} {one.resident:>12} {one.open_files:>11} {one.threads:>8}")
     click.echo(f"{slope(counted):.3f} KB a job after the first {warm_up}")
 
 
-async def _measure(jobs: int) -> list[Look]:
+async def _measure(jobs: int) -> list[Sample]:
     with (
         tempfile.TemporaryDirectory() as name,
         DevStack(Path(name) / "servers", persist=False) as stack,

@@ -1,4 +1,4 @@
-"""The words with which a prompt begins that goes wrong in the model of `tests.bench.memory`."""
+"""First words of the prompts that fail in the model of `tests.bench.memory`."""
 
 RAISES = "raises"
 OUT_OF_MEMORY_ONCE = "out-of-memory-once"

@@ -36,14 +36,14 @@ from tests.support.pixel_checker import read_scene, same_scene
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SEED = 2_026  # of the scenes, the prompts and the pictures
-# Words that no training sentence has, around the ones that it knows.
+SEED = 2_026  # of the scenes, the prompts and the images
+# Sentences with words that are not in the training data.
 OTHER_WORDS = (
     "could you sketch {thing} {background} {place} for my website?",
     "we'd love to see {thing}, {place}, {background}",
     "{thing} located {place} and placed {background}, high quality",
 )
-TIMED = 10  # pictures
+TIMED = 10  # images
 _LIBRARIES = {
     Task.TEXT_TO_IMAGE: "consumer.runners.text_to_image.diffusion",
     Task.IMAGE_TO_TEXT: "consumer.runners.image_to_text.vision_language",
@@ -58,7 +58,7 @@ class Bar:
     name: str
     right: int
     of: int
-    least: float | None = None  # the part of them that must be right
+    least: float | None = None  # the required share
 
     @property
     def passed(self) -> bool:
@@ -82,30 +82,30 @@ class Bench:
     """
 
     def __init__(self, models: Path | None) -> None:
-        self.seconds: dict[str, float] = {}  # that loading took, once the libraries were imported
-        self._draws = self._loaded(Task.TEXT_TO_IMAGE, models)
-        self._tells = self._loaded(Task.IMAGE_TO_TEXT, models)
+        self.seconds: dict[str, float] = {}  # of loading, without the import of libraries
+        self._generates = self._loaded(Task.TEXT_TO_IMAGE, models)
+        self._describes = self._loaded(Task.IMAGE_TO_TEXT, models)
 
-    def picture(self, wanted: str, seed: int, **parameters: float) -> "Image":
+    def image(self, prompt_text: str, seed: int, **parameters: float) -> "Image":
         """Generate an image for a prompt."""
-        request = TextToImageRequest(prompt=wanted, seed=seed, **parameters)
-        output = run_model(self._draws, request, (), on_step=_ignore, cancelled=_never)
+        request = TextToImageRequest(prompt=prompt_text, seed=seed, **parameters)
+        output = run_model(self._generates, request, (), on_step=_ignore, cancelled=_never)
         return output.images[0].image
 
-    def text(self, pictures: Sequence["Image"], question: str) -> str:
+    def text(self, images: Sequence["Image"], question: str) -> str:
         """Generate the text for a question about images."""
-        request = ImageToTextRequest(prompt=question, images=("s3://bucket/key",) * len(pictures))
-        output = run_model(self._tells, request, pictures, on_step=_ignore, cancelled=_never)
+        request = ImageToTextRequest(prompt=question, images=("s3://bucket/key",) * len(images))
+        output = run_model(self._describes, request, images, on_step=_ignore, cancelled=_never)
         return "" if output.text is None else output.text.text
 
     def close(self) -> None:
         """Close both models."""
-        self._draws.close()
-        self._tells.close()
+        self._generates.close()
+        self._describes.close()
 
     def _loaded(self, task: Task, models: Path | None) -> ModelRunner:
         importlib.import_module(_LIBRARIES[task])
-        # With the defaults that the shipped models have: a folder alone would get its family's.
+        # Use the defaults of the shipped models; a folder alone would get those of its family.
         config = (
             ModelConfig()
             if models is None
@@ -131,23 +131,25 @@ def measure(bench: Bench, number: int, **parameters: float) -> list[Bar]:
     choice = random.Random(SEED)
     alone = [some_held_out_scene(choice, two=False) for _ in range(number)]
     pairs = [some_held_out_scene(choice, two=True) for _ in range(number // 2)]
-    drawn = [bench.picture(prompt(s, choice), n, **parameters) for n, s in enumerate(alone)]
-    of_two = [bench.picture(prompt(s, choice), n, **parameters) for n, s in enumerate(pairs)]
+    generated = [bench.image(prompt(s, choice), n, **parameters) for n, s in enumerate(alone)]
+    of_two = [bench.image(prompt(s, choice), n, **parameters) for n, s in enumerate(pairs)]
     other = [
-        bench.picture(_in_other_words(s, choice), n, **parameters)
+        bench.image(_in_other_words(s, choice), n, **parameters)
         for n, s in enumerate(alone[: number // 2])
     ]
-    shown = [read_scene(picture) for picture in drawn]
-    told = [bench.text([picture], choice.choice(QUESTIONS)) for picture in drawn]
-    told_of_two = [bench.text([picture], choice.choice(QUESTIONS)) for picture in of_two]
-    own = [(scene, draw(scene, choice)) for scene in alone + pairs]
-    told_of_own = [bench.text([picture], choice.choice(QUESTIONS)) for _, picture in own]
+    shown = [read_scene(image) for image in generated]
+    descriptions = [bench.text([image], choice.choice(QUESTIONS)) for image in generated]
+    descriptions_of_pairs = [bench.text([image], choice.choice(QUESTIONS)) for image in of_two]
+    drawn_scenes = [(scene, draw(scene, choice)) for scene in alone + pairs]
+    descriptions_of_drawn = [
+        bench.text([image], choice.choice(QUESTIONS)) for _, image in drawn_scenes
+    ]
 
     def right(get: Callable[[Scene], object]) -> int:
         return sum(s is not None and get(s) == get(w) for s, w in zip(shown, alone, strict=True))
 
-    everything = _right(drawn, alone)
-    readable = [(s, t) for s, t in zip(shown, told, strict=True) if s is not None]
+    everything_right = _right(generated, alone)
+    readable = [(s, t) for s, t in zip(shown, descriptions, strict=True) if s is not None]
     return [
         Bar("images: background", right(lambda s: s.background), number),
         Bar("images: colour", right(lambda s: s.things[0].colour), number),
@@ -155,13 +157,13 @@ def measure(bench: Bench, number: int, **parameters: float) -> list[Bar]:
         Bar("images: position", right(lambda s: s.place), number),
         Bar("images: size", right(lambda s: s.things[0].size), number),
         Bar("images: colours, shape and position together", right(_without_size), number, 0.95),
-        Bar("images: colours, shape, position and size together", everything, number),
+        Bar("images: colours, shape, position and size together", everything_right, number),
         Bar("images: two shapes and their relation", _right(of_two, pairs), len(pairs)),
         Bar("images: prompts with words not in the training", _right(other, alone), len(other)),
         Bar(
             "descriptions: drawn images, word for word",
-            sum(_says(t, s) for t, (s, _) in zip(told_of_own, own, strict=True)),
-            len(own),
+            sum(_says(t, s) for t, (s, _) in zip(descriptions_of_drawn, drawn_scenes, strict=True)),
+            len(drawn_scenes),
             0.95,
         ),
         Bar(
@@ -172,13 +174,15 @@ def measure(bench: Bench, number: int, **parameters: float) -> list[Bar]:
         ),
         Bar(
             "round trip: prompt to image to description",
-            sum(_says(text, scene) for text, scene in zip(told, alone, strict=True)),
+            sum(_says(text, scene) for text, scene in zip(descriptions, alone, strict=True)),
             number,
             0.90,
         ),
         Bar(
             "round trip: two shapes",
-            sum(_says(text, scene) for text, scene in zip(told_of_two, pairs, strict=True)),
+            sum(
+                _says(text, scene) for text, scene in zip(descriptions_of_pairs, pairs, strict=True)
+            ),
             len(pairs),
         ),
     ]
@@ -186,12 +190,12 @@ def measure(bench: Bench, number: int, **parameters: float) -> list[Bar]:
 
 def measure_unsaid(bench: Bench) -> list[Bar]:
     """Measure prompts of a colour and a shape, which mean medium size, centered on white."""
-    wanted = [
+    prompts = [
         (f"{'an' if colour == 'orange' else 'a'} {colour} {shape}", Thing(colour, shape))
         for colour, shape in product(COLOURS, SHAPES)
         if colour != "white"
     ]
-    shown = [(read_scene(bench.picture(text, n)), thing) for n, (text, thing) in enumerate(wanted)]
+    shown = [(read_scene(bench.image(text, n)), thing) for n, (text, thing) in enumerate(prompts)]
     found = [(scene, thing) for scene, thing in shown if scene is not None]
     of_the_kind = [
         (scene, thing)
@@ -200,8 +204,8 @@ def measure_unsaid(bench: Bench) -> list[Bar]:
     ]
     as_meant = sum(scene == Scene("white", (thing,)) for scene, thing in of_the_kind)
     return [
-        Bar("images: only a colour and a shape in the prompt", len(of_the_kind), len(wanted)),
-        Bar("images: of these, centered on white", as_meant, len(wanted)),
+        Bar("images: only a colour and a shape in the prompt", len(of_the_kind), len(prompts)),
+        Bar("images: of these, centered on white", as_meant, len(prompts)),
     ]
 
 
@@ -229,8 +233,8 @@ def _without_size(scene: Scene) -> object:
     return scene.background, scene.place, [(t.colour, t.shape) for t in scene.things]
 
 
-def _right(pictures: "Sequence[Image]", scenes: Sequence[Scene]) -> int:
-    shown = [read_scene(picture) for picture in pictures]
+def _right(images: "Sequence[Image]", scenes: Sequence[Scene]) -> int:
+    shown = [read_scene(image) for image in images]
     return sum(s is not None and same_scene(s, w) for s, w in zip(shown, scenes, strict=False))
 
 
@@ -256,17 +260,17 @@ def _in_other_words(scene: Scene, choice: random.Random) -> str:
 @click.option("--guidance", type=float)
 def main(models: Path | None, number: int, steps: int | None, guidance: float | None) -> None:
     """Print the accuracy of the demonstration models; exit with 1 when a bar is missed."""
-    asked = {"num_inference_steps": steps, "guidance_scale": guidance}
+    parameters = {"num_inference_steps": steps, "guidance_scale": guidance}
     bench = Bench(models)
     bars = [measure_autoencoder(models, number)]
-    bars += measure(bench, number, **{k: v for k, v in asked.items() if v is not None})
+    bars += measure(bench, number, **{k: v for k, v in parameters.items() if v is not None})
     bars += measure_unsaid(bench)
     for bar in bars:
         click.echo(bar)
     quick = [_quick(f"loading {task}", seconds, 2.0) for task, seconds in bench.seconds.items()]
     began = time.monotonic()
     for number_of in range(TIMED):
-        bench.picture("a red circle", number_of)
+        bench.image("a red circle", number_of)
     quick.append(_quick("one image, on one core", (time.monotonic() - began) / TIMED, 1.0))
     sys.exit(0 if all(quick) and all(bar.passed for bar in bars) else 1)
 

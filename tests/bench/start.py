@@ -1,9 +1,9 @@
-"""What a start costs: `python -m tests.bench.start`.
+"""Start time of the commands and the daemons: `python -m tests.bench.start`.
 
-A command is told in seconds of CPU, a daemon with a demonstration model in seconds from its process
-to a line of its log. Byte code goes to a folder of its own. So the first round is that of an
-installation whose modules have never been compiled, and the others, of which the least is told,
-those of one that has been used. How fast the machine is just now, `import pydantic` tells.
+Commands are measured in CPU seconds. Daemons with a demonstration model are measured in seconds
+from the start of the process to a log event. Byte code goes to a new folder, so the first round is
+the first start of an installation. The other rounds have compiled modules; their minimum is
+printed. `import pydantic` shows the current speed of the machine.
 """
 
 import asyncio
@@ -25,29 +25,29 @@ from generation_contracts import Task
 from tests.support.scene import Scene
 
 YARDSTICK = "import pydantic"
-LINES = ("daemon_starting", "model_loaded", "daemon_ready")  # of a daemon's log
-NOBODY = "nats://127.0.0.1:1"
+LINES = ("daemon_starting", "model_loaded", "daemon_ready")  # log events of a daemon
+NO_SERVER = "nats://127.0.0.1:1"
 
-Seconds = dict[str, float]  # by what is told
+Seconds = dict[str, float]  # by name of the measurement
 
 
 async def commands(environment: Mapping[str, str], folder: Path) -> Seconds:
-    """CPU seconds of each command; pictures go to the folder."""
+    """Return the CPU seconds of each command; images go to the folder."""
     consumer = ("-P", "-m", "consumer")
-    asking = (*consumer, "request", "text-to-image", "a star", "--output", str(folder))
-    unheard = {**environment, "NATS_URL": NOBODY}
+    request = (*consumer, "request", "text-to-image", "a star", "--output", str(folder))
+    without_server = {**environment, "NATS_URL": NO_SERVER}
     return {
         YARDSTICK: await cpu(("-c", "from pydantic import BaseModel"), environment),
         "consumer --help": await cpu((*consumer, "--help"), environment),
-        "consumer request, a wrong width": await cpu((*asking, "--width", "1"), environment, 2),
-        "consumer request, no server": await cpu(asking, unheard, 69),
-        "consumer request --json": await cpu((*asking, "--json"), environment),
-        "consumer request": await cpu(asking, environment),
+        "consumer request, a wrong width": await cpu((*request, "--width", "1"), environment, 2),
+        "consumer request, no server": await cpu(request, without_server, 69),
+        "consumer request --json": await cpu((*request, "--json"), environment),
+        "consumer request": await cpu(request, environment),
     }
 
 
 async def cpu(arguments: tuple[str, ...], environment: Mapping[str, str], code: int = 0) -> float:
-    """CPU seconds of an interpreter that must end with a code."""
+    """Return the CPU seconds of an interpreter that must exit with this code."""
     return await asyncio.to_thread(_cpu, arguments, environment, code)
 
 
@@ -67,7 +67,7 @@ def _cpu(arguments: tuple[str, ...], environment: Mapping[str, str], code: int) 
 
 
 async def daemon(task: Task, environment: Mapping[str, str], folder: Path) -> Seconds:
-    """Seconds from the process of a daemon to each of `LINES`."""
+    """Return the seconds from the start of a daemon to each of `LINES`."""
     started = Daemon(
         str(task),
         {**environment, "MODEL_TYPE": str(task), "LOG_FORMAT": "json"},
@@ -89,7 +89,7 @@ def _times(log: str) -> list[tuple[str, float]]:
 
 
 async def measure(folder: Path, rounds: int) -> list[Seconds]:
-    """What there is to tell, for each round."""
+    """Return the measurements of each round."""
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder / "compiled")}
     with DevStack(folder / "stack", persist=False) as stack:
         async with AsyncExitStack() as parts:
@@ -101,7 +101,7 @@ async def measure(folder: Path, rounds: int) -> list[Seconds]:
 
 
 async def measure_once(environment: Mapping[str, str], folder: Path) -> Seconds:
-    """One round."""
+    """Measure one round."""
     seconds = await commands(environment, folder)
     for task in Task:
         seconds |= await daemon(task, environment, folder)
@@ -111,7 +111,7 @@ async def measure_once(environment: Mapping[str, str], folder: Path) -> Seconds:
 @click.command()
 @click.option("--rounds", default=4, show_default=True, type=click.IntRange(2))
 def main(rounds: int) -> None:
-    """Print a line for each command and each line of a daemon's log."""
+    """Print a line for each command and each log event of a daemon."""
     with tempfile.TemporaryDirectory(prefix="bench-start-") as folder:
         first, *later = asyncio.run(measure(Path(folder), rounds))
     yardstick = min(seconds[YARDSTICK] for seconds in later)

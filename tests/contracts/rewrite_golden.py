@@ -17,14 +17,16 @@ from generation_contracts import (
     Task,
     TerminalEvent,
     TextToImageRequest,
+    UploadReply,
+    UploadRequest,
     encode,
 )
 from generation_contracts.events import EventBase
-from generation_contracts.examples import EVENTS, REPLIES, REQUESTS, TRACE_PARENT
+from generation_contracts.examples import EVENTS, REPLIES, REQUESTS, TRACE_PARENT, UPLOADS
 from generation_contracts.headers import event_headers
 
 GOLDEN = Path(__file__).parent / "golden"
-MESSAGES = {**REQUESTS, **EVENTS, **REPLIES}
+MESSAGES = {**REQUESTS, **EVENTS, **REPLIES, **UPLOADS}
 
 
 def task_of(message: Any) -> Task:
@@ -35,8 +37,10 @@ def task_of(message: Any) -> Task:
 
 def golden(message: Any) -> dict[str, Any]:
     """Subject, headers (the daemon writes them for events only) and body of a message."""
-    if isinstance(message, CancelReply):
-        return {"body": json.loads(encode(message))}  # on the inbox of whoever cancels
+    if isinstance(message, CancelReply | UploadReply):
+        return {"body": json.loads(encode(message))}  # on the inbox of the caller
+    if isinstance(message, UploadRequest):
+        return {"subject": Subjects().upload, "body": json.loads(encode(message))}
     task, body = task_of(message), json.loads(encode(message))
     if not isinstance(message, EventBase):
         return {"subject": Subjects().request(task, message.request_id), "body": body}

@@ -26,5 +26,5 @@ def refusal(task: Task, body: bytes | dict[str, Any]) -> InvalidRequest:
         body = json.dumps({**BASES[task], **body}).encode()
     with pytest.raises(InvalidRequest) as caught:
         decode_request(task, body)
-    assert "pattern" not in str(caught.value)  # what is wrong is said in words
+    assert "pattern" not in str(caught.value)  # the message is in words
     return caught.value

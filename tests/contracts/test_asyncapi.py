@@ -21,6 +21,8 @@ MESSAGES, SCHEMAS = DOCUMENT["components"]["messages"], DOCUMENT["components"]["
 ADDRESSES = {
     "cancel": "generation.cancel.{request_id}",
     "cancel_reply": None,
+    "upload": "generation.upload",
+    "upload_reply": None,
     "dead_letter": "generation.dead.{task}",
     "image_to_text_call": "generation.call.image_to_text",
     "image_to_text_request": "generation.request.image_to_text",
@@ -34,6 +36,7 @@ ADDRESSES = {
 }
 RECEIVES = {
     "cancel": "cancel",
+    "upload": "upload",
     "image_to_text_call": "image_to_text_call",
     "receive_image_to_text_request": "image_to_text_request",
     "receive_image_to_text_request_by_id": "image_to_text_request_by_id",
@@ -145,8 +148,8 @@ def test_replies_are_terminal_events() -> None:
     ends = [f"#/channels/reply/messages/{name}" for name in ("succeeded", "failed", "cancelled")]
     for name in RECEIVES:
         reply = OPERATIONS[name]["reply"]
-        if name == "cancel":
-            assert reply["channel"]["$ref"] == "#/channels/cancel_reply"
+        if name in {"cancel", "upload"}:
+            assert reply["channel"]["$ref"] == f"#/channels/{name}_reply"
         else:
             assert [message["$ref"] for message in reply["messages"]] == ends
     assert not [name for name in SENDS if "reply" in OPERATIONS[name]]
@@ -155,7 +158,8 @@ def test_replies_are_terminal_events() -> None:
 def test_services_share_a_queue_group() -> None:
     """One worker handles each call and cancellation. Requests are pulled."""
     bound = {n: o["bindings"]["nats"]["queue"] for n, o in OPERATIONS.items() if "bindings" in o}
-    assert bound == {"cancel": "q", "image_to_text_call": "q", "text_to_image_call": "q"}
+    names = ("cancel", "image_to_text_call", "text_to_image_call", "upload")
+    assert bound == dict.fromkeys(names, "q")
 
 
 @pytest.mark.parametrize("name", [n for n in MESSAGES if "examples" in MESSAGES[n]])
@@ -200,8 +204,8 @@ def test_headers_of_a_dead_letter_are_described() -> None:
 
 def test_headers_of_a_request_are_described() -> None:
     schema = SCHEMAS["RequestHeaders"]
-    own = {headers.EARLIER_ATTEMPTS, headers.EARLIER_DELIVERIES}
-    names = {headers.MESSAGE_ID, headers.REPLY_TO, headers.TRACE_PARENT, *own}
+    attempt_headers = {headers.EARLIER_ATTEMPTS, headers.EARLIER_DELIVERIES}
+    names = {headers.MESSAGE_ID, headers.REPLY_TO, headers.TRACE_PARENT, *attempt_headers}
     assert set(schema["properties"]) == names
     assert "required" not in schema
     check = validator(schema)

@@ -11,9 +11,13 @@ from generation_contracts import (
     FailedEvent,
     FailureCode,
     Request,
+    UploadReply,
+    UploadRequest,
     decode_cancel_reply,
     decode_event,
     decode_request,
+    decode_upload_reply,
+    decode_upload_request,
     encode,
 )
 from generation_contracts.events import EventBase
@@ -62,6 +66,10 @@ def test_golden_message_decodes_to_the_same_object(name: str) -> None:
     decoded: Any
     if isinstance(message, CancelReply):
         decoded = decode_cancel_reply(body)
+    elif isinstance(message, UploadReply):
+        decoded = decode_upload_reply(body)
+    elif isinstance(message, UploadRequest):
+        decoded = decode_upload_request(body)
     elif isinstance(message, EventBase):
         decoded = decode_event(body)
     else:
@@ -81,7 +89,7 @@ def test_every_golden_file_has_a_message() -> None:
 
 
 def test_every_kind_of_message_has_a_golden_file() -> None:
-    kinds = {*get_args(Request), *get_args(Event), CancelReply}
+    kinds = {*get_args(Request), *get_args(Event), CancelReply, UploadReply, UploadRequest}
     assert {type(message) for message in MESSAGES.values()} == kinds
 
 
@@ -94,6 +102,6 @@ def test_golden_files_contain_every_field() -> None:
     written: dict[type[Any], set[str]] = {}
     for message in MESSAGES.values():
         for model in models_in(message):
-            told = {n for n in type(model).model_fields if getattr(model, n) not in (None, (), {})}
-            written.setdefault(type(model), set()).update(told)
+            names = {n for n in type(model).model_fields if getattr(model, n) not in (None, (), {})}
+            written.setdefault(type(model), set()).update(names)
     assert written == {model: set(model.model_fields) for model in written}

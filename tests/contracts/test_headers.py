@@ -72,16 +72,16 @@ async def test_server_accepts_the_largest_size_and_refuses_one_more_byte(
         closed.set()
 
     async def on_error(_: Exception) -> None:
-        """What the server says is seen in the closed connection."""
+        """Ignore errors: the test checks the closed connection."""
 
     with NatsServer(tmp_path, config="max_payload: 2048") as server:
         client = await nats.connect(
             server.url, closed_cb=on_close, error_cb=on_error, allow_reconnect=False
         )
-        heard = await client.subscribe("s")
+        messages = await client.subscribe("s")
         largest = b"x" * (client.max_payload - wire_size(b"", headers))
         await client.publish("s", largest, headers=headers)
-        assert (await heard.next_msg(timeout=10)).data == largest
+        assert (await messages.next_msg(timeout=10)).data == largest
         await client.publish("s", largest + b"x", headers=headers)
         await asyncio.wait_for(closed.wait(), 10)
 
@@ -106,7 +106,7 @@ def test_no_event_has_a_message_id_that_a_sender_can_use(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "attempts"),
+    ("header", "attempts"),
     [
         ("0", 0),
         ("2", 2),
@@ -119,10 +119,10 @@ def test_no_event_has_a_message_id_that_a_sender_can_use(name: str) -> None:
         ("\u0663", 0),
     ],
 )
-def test_invalid_attempts_header_counts_as_0(said: str, attempts: int) -> None:
-    assert earlier_attempts({"Generation-Attempts": said}) == attempts
+def test_invalid_attempts_header_counts_as_0(header: str, attempts: int) -> None:
+    assert earlier_attempts({"Generation-Attempts": header}) == attempts
     assert earlier_attempts({}) == earlier_deliveries({}) == 0
-    deliveries = earlier_deliveries({"Generation-Attempts": said, "Generation-Deliveries": "1"})
+    deliveries = earlier_deliveries({"Generation-Attempts": header, "Generation-Deliveries": "1"})
     assert deliveries == max(attempts, 1)
 
 

@@ -37,7 +37,7 @@ def refusal(task: Task, body: bytes) -> InvalidRequest | None:
 
 
 def paths(value: Any, at: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """The place of every value in a JSON document."""
+    """Return the path of every value in a JSON document."""
     items: list[tuple[str | int, Any]] = []
     if isinstance(value, dict):
         items = list(value.items())
@@ -101,10 +101,10 @@ def test_valid_request_matches_its_schema(request: Request) -> None:
 @thorough
 @given(strategies.requests, strategies.requests)
 def test_different_requests_have_different_digests(one: Request, other: Request) -> None:
-    who_asks = {"request_id": None, "reply_to": None, "deadline": None, "metadata": {}}
-    who_asks["chain"] = None  # where in a chain it stands is no part of what is asked for
-    asked = [request.model_copy(update=who_asks) for request in (one, other)]
-    assert (asked[0] == asked[1]) == (request_digest(one) == request_digest(other))
+    sender_fields = {"request_id": None, "reply_to": None, "deadline": None, "metadata": {}}
+    sender_fields["chain"] = None  # the position in a chain is not part of the digest
+    contents = [request.model_copy(update=sender_fields) for request in (one, other)]
+    assert (contents[0] == contents[1]) == (request_digest(one) == request_digest(other))
 
 
 SECRET = "hunter2-correct-horse"

@@ -34,8 +34,8 @@ async def test_readme_example_publishes_a_request_once(tmp_path: Path) -> None:
         name = subjects.requests_stream(Task.TEXT_TO_IMAGE)
         stored_there = list(subjects.request_subjects(Task.TEXT_TO_IMAGE))
         await stream.add_stream(StreamConfig(name=name, subjects=stored_there))
-        told = run(PUBLISH, NATS_URL=server.url).splitlines()
-        assert told == [f"GENERATION_REQUESTS_TEXT_TO_IMAGE 1 {twice}" for twice in (False, True)]
+        output = run(PUBLISH, NATS_URL=server.url).splitlines()
+        assert output == [f"GENERATION_REQUESTS_TEXT_TO_IMAGE 1 {twice}" for twice in (False, True)]
         assert (await stream.stream_info(name)).state.messages == 1
         stored = await stream.get_msg(name, 1)
         await client.close()

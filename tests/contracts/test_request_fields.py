@@ -173,13 +173,13 @@ def test_value_past_its_limit_is_refused_at_its_field(task: Task, field: str, va
 )
 def test_value_at_its_limit_is_accepted(task: Task, field: str, value: Any) -> None:
     name = "num_inference_steps" if field == "steps" else field
-    told = decode(task, {field: value}).model_dump(mode="json")[name]
+    actual = decode(task, {field: value}).model_dump(mode="json")[name]
     if field == "deadline":
-        assert datetime.fromisoformat(told) == datetime.fromisoformat(value)
+        assert datetime.fromisoformat(actual) == datetime.fromisoformat(value)
     elif field == "then":
-        assert len(told) == len(value)
+        assert len(actual) == len(value)
     else:
-        assert told == value
+        assert actual == value
 
 
 def test_tables_cover_every_field() -> None:

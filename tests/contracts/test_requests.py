@@ -71,6 +71,12 @@ def test_error_names_all_missing_fields(task: Task) -> None:
     assert fields == {"prompt"} | ({"images"} if task is IMAGE_TO_TEXT else set())
 
 
+def test_an_unknown_field_is_named_before_the_missing_field() -> None:
+    error = refusal(TEXT_TO_IMAGE, b'{"promt": "a red circle"}')
+    assert str(error) == "promt: there is no such field (and 1 more)"
+    assert [problem["field"] for problem in error.problems] == ["promt", "prompt"]
+
+
 def test_empty_list_is_reported_with_other_problems() -> None:
     problems = refusal(IMAGE_TO_TEXT, b'{"images": []}').problems
     assert {p["field"] for p in problems} == {"prompt", "images"}
@@ -92,7 +98,7 @@ def test_unknown_field_is_refused_by_its_name(task: Task, field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "place"),
+    ("fields", "field"),
     [
         ({"metadata": {"text_to_image": 5}}, "metadata.text_to_image"),
         ({"metadata": {"InlineUri": 5}}, "metadata.InlineUri"),
@@ -104,8 +110,8 @@ def test_unknown_field_is_refused_by_its_name(task: Task, field: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_problem_has_the_path_of_the_field(fields: dict[str, Any], place: str) -> None:
-    assert [p["field"] for p in refusal(TEXT_TO_IMAGE, fields).problems] == [place]
+def test_problem_has_the_path_of_the_field(fields: dict[str, Any], field: str) -> None:
+    assert [p["field"] for p in refusal(TEXT_TO_IMAGE, fields).problems] == [field]
 
 
 @pytest.mark.parametrize("task", Task)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 from jsonschema import Draft202012Validator
 
-from generation_contracts import CancelReply, Request, encode
+from generation_contracts import CancelReply, Request, UploadReply, UploadRequest, encode
 from generation_contracts.examples import EVENTS, REQUESTS, Event
 from generation_contracts.schema import json_schemas
 from tests.contracts.rewrite_golden import task_of
@@ -21,13 +21,13 @@ SCHEMAS = json_schemas()
 VALIDATORS = {name: Draft202012Validator(schema) for name, schema in SCHEMAS.items()}
 REQUEST_SCHEMAS = {TEXT_TO_IMAGE: "TextToImageRequest", IMAGE_TO_TEXT: "ImageToTextRequest"}
 
-# What JSON Schema cannot say, or this validator says otherwise: it takes 512.0 for a whole number,
-# does not look at formats, and its `$` allows a line break at the end.
+# Values that JSON Schema cannot exclude, or that this validator accepts: it accepts 512.0 as an
+# integer, does not check formats, and its `$` allows a line break at the end.
 BEYOND_THE_SCHEMA = [512.0, " \t\n", "a\n", "soon", "2026-01-02", "2030-01-02T03:04:05"]
 BEYOND_THE_SCHEMA += ["2030-13-02T03:04:05Z", "1767323045", "", {"a\n": 1}]
 
 
-def taken_by_schema(task: Any, fields: dict[str, Any]) -> bool:
+def accepted_by_schema(task: Any, fields: dict[str, Any]) -> bool:
     return bool(VALIDATORS[REQUEST_SCHEMAS[task]].is_valid({**BASES[task], **fields}))
 
 
@@ -42,7 +42,11 @@ def references(node: Any) -> list[str]:
 
 def test_every_request_and_event_has_a_schema() -> None:
     assert set(SCHEMAS) == {
-        model.__name__ for model in (*get_args(Request), *get_args(Event), CancelReply)
+        model.__name__
+        for model in (
+            *(*get_args(Request), *get_args(Event)),
+            *(CancelReply, UploadReply, UploadRequest),
+        )
     }
 
 
@@ -100,40 +104,40 @@ def test_output_without_its_kind_is_refused() -> None:
 
 
 def test_schema_accepts_steps() -> None:
-    assert taken_by_schema(TEXT_TO_IMAGE, {"steps": 200})
-    assert not taken_by_schema(TEXT_TO_IMAGE, {"steps": 201})
-    assert not taken_by_schema(TEXT_TO_IMAGE, {"steps": 5, "num_inference_steps": 5})
-    assert not taken_by_schema(IMAGE_TO_TEXT, {"steps": 5})
+    assert accepted_by_schema(TEXT_TO_IMAGE, {"steps": 200})
+    assert not accepted_by_schema(TEXT_TO_IMAGE, {"steps": 201})
+    assert not accepted_by_schema(TEXT_TO_IMAGE, {"steps": 5, "num_inference_steps": 5})
+    assert not accepted_by_schema(IMAGE_TO_TEXT, {"steps": 5})
     step = {"task": "text_to_image", "prompt": "$text", "steps": 5}
-    assert taken_by_schema(IMAGE_TO_TEXT, {"then": [step]})
-    assert not taken_by_schema(IMAGE_TO_TEXT, {"then": [step | {"num_inference_steps": 5}]})
+    assert accepted_by_schema(IMAGE_TO_TEXT, {"then": [step]})
+    assert not accepted_by_schema(IMAGE_TO_TEXT, {"then": [step | {"num_inference_steps": 5}]})
 
 
 def test_schema_and_code_accept_equal_values() -> None:
     for task, field, good, _ in LIMITS:
         for value in good:
             decode(task, {field: value})
-            assert taken_by_schema(task, {field: value}), (task, field, value)
+            assert accepted_by_schema(task, {field: value}), (task, field, value)
 
 
 def test_schema_and_code_refuse_equal_values() -> None:
     rows = [(task, field, bad) for task, field, _, bad in LIMITS]
     rows += [(task, field, wrong) for task, field, (_, wrong) in TYPES]
-    taken = []
+    accepted = []
     for task, field, values in rows:
         for value in values:
             refusal(task, {field: value})
-            if taken_by_schema(task, {field: value}):
-                taken.append(repr(value))
-    assert set(taken) == set(map(repr, BEYOND_THE_SCHEMA))
+            if accepted_by_schema(task, {field: value}):
+                accepted.append(repr(value))
+    assert set(accepted) == set(map(repr, BEYOND_THE_SCHEMA))
 
 
 def test_schema_and_code_agree_about_images() -> None:
-    assert all(taken_by_schema(IMAGE_TO_TEXT, {"images": [image]}) for image in GOOD_IMAGES)
+    assert all(accepted_by_schema(IMAGE_TO_TEXT, {"images": [image]}) for image in GOOD_IMAGES)
     for image in BAD_IMAGES:
         text = next(iter(image.values())) if isinstance(image, dict) and image else image
         ends_in_break = str(text).endswith("\n")
-        assert taken_by_schema(IMAGE_TO_TEXT, {"images": [image]}) is ends_in_break, image
+        assert accepted_by_schema(IMAGE_TO_TEXT, {"images": [image]}) is ends_in_break, image
 
 
 def test_schemas_and_document_are_deterministic() -> None:

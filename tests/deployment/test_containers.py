@@ -32,11 +32,11 @@ ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 COMPOSE = INFRA / "compose.yaml"
 DOCKERFILE = ROOT / "Dockerfile"
-SECRETS = "compose/secrets/"  # made on each machine, by make_secrets.py
+SECRETS = "compose/secrets/"  # created on each machine by make_secrets.py
 
 OWN_IMAGE = "generation-consumer:"
-CHOWNS = "volumes"  # the one service that is root, to give the others their volumes
-# What the image sets for Python's libraries, beside the daemon's settings.
+CHOWNS = "volumes"  # the only root service; it sets the owner of the volumes
+# Environment variables of the image for libraries, in addition to the daemon's settings.
 OF_LIBRARIES = {"PATH", "HOME", "HF_HOME"}
 LOADER = shutil.which(
     "compose-spec"
@@ -205,7 +205,7 @@ def test_services_have_minimal_privileges() -> None:
 
 
 def test_only_repository_files_are_mounted_read_only() -> None:
-    seen = 0
+    checked = 0
     for name, service in services().items():
         for mount in service.get("volumes", []):
             if isinstance(mount, dict):
@@ -216,10 +216,10 @@ def test_only_repository_files_are_mounted_read_only() -> None:
             else:
                 assert mount.endswith(":ro"), name
         for path in mounts(service):
-            made = path.startswith(f"./{SECRETS}")  # on each machine
-            assert made or (INFRA / path).exists(), f"{name}: {path}"
-            seen += 1
-    assert seen >= 8
+            is_secret = path.startswith(f"./{SECRETS}")  # on each machine
+            assert is_secret or (INFRA / path).exists(), f"{name}: {path}"
+            checked += 1
+    assert checked >= 8
 
 
 def test_volumes_get_the_owner_of_their_service() -> None:
@@ -332,7 +332,7 @@ def make_secrets(infra: Path, **variables: str) -> None:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
+def secrets_folder(tmp_path: Path) -> Path:
     """A copy of infra with generated secrets."""
     for file in ("compose/make_secrets.py", "s3/identities.json"):
         (tmp_path / file).parent.mkdir()
@@ -341,16 +341,16 @@ def made(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_make_secrets_creates_every_secret(made: Path) -> None:
+def test_make_secrets_creates_every_secret(secrets_folder: Path) -> None:
     files = [secret["file"] for secret in compose()["secrets"].values()]
     files += [file for service in services().values() for file in service.get("env_file", [])]
     assert len(files) >= 9
     for file in files:
         assert file.startswith(SECRETS)
-        assert (made / file).read_text() or file.endswith("hub_token"), file
+        assert (secrets_folder / file).read_text() or file.endswith("hub_token"), file
         # Another user than the owner reads the mounted file. The folder protects it on the host.
-        assert (made / file).stat().st_mode & 0o777 == 0o444, file
-    assert (made / SECRETS).stat().st_mode & 0o777 == 0o700
+        assert (secrets_folder / file).stat().st_mode & 0o777 == 0o444, file
+    assert (secrets_folder / SECRETS).stat().st_mode & 0o777 == 0o700
 
 
 def test_every_secret_is_used() -> None:
@@ -362,50 +362,61 @@ def test_every_secret_is_used() -> None:
             assert secret in service["secrets"], name
 
 
-def test_make_secrets_creates_a_gateway_key(made: Path) -> None:
-    folder = made / SECRETS / "gateway"
-    key = (made / SECRETS / "gateway_key").read_text()
-    assert (made / SECRETS / "gateway_key").stat().st_mode & 0o777 == 0o600
+def test_make_secrets_creates_a_gateway_key(secrets_folder: Path) -> None:
+    folder = secrets_folder / SECRETS / "gateway"
+    key = (secrets_folder / SECRETS / "gateway_key").read_text()
+    assert (secrets_folder / SECRETS / "gateway_key").stat().st_mode & 0o777 == 0o600
     assert (folder / "keys.json").stat().st_mode & 0o777 == 0o444
     assert Keys(folder / "keys.json").caller(f"Bearer {key}").tenant.name == "default"
     KeyFile(folder / "keys.json").add("another", Bounds())
     assert (folder / "keys.json").stat().st_mode & 0o777 == 0o444
 
 
-def test_make_secrets_keeps_existing_secrets(made: Path) -> None:
-    files = [file for file in (made / SECRETS).rglob("*") if file.is_file()]
+def test_make_secrets_keeps_existing_secrets(secrets_folder: Path) -> None:
+    files = [file for file in (secrets_folder / SECRETS).rglob("*") if file.is_file()]
     before = {file: file.read_text() for file in files}
-    (made / SECRETS / "s3.json").unlink()
-    make_secrets(made)
+    (secrets_folder / SECRETS / "s3.json").unlink()
+    make_secrets(secrets_folder)
     assert {file: file.read_text() for file in files} == before
 
 
 def test_make_secrets_stores_and_keeps_the_hub_token(
-    made: Path, monkeypatch: pytest.MonkeyPatch
+    secrets_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = made / SECRETS / "hub_token"
+    file = secrets_folder / SECRETS / "hub_token"
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(file))
     assert get_token() is None
-    make_secrets(made, HF_TOKEN="hf_of_the_owner")
-    make_secrets(made)
+    make_secrets(secrets_folder, HF_TOKEN="hf_of_the_owner")
+    make_secrets(secrets_folder)
     assert get_token() == "hf_of_the_owner"
 
 
-def test_secret_settings_are_valid(made: Path) -> None:
+def test_secret_settings_are_valid(secrets_folder: Path) -> None:
     for role in ("admin", "worker"):
-        settings = Settings.load(made / SECRETS / f"{role}.toml")
+        settings = Settings.load(secrets_folder / SECRETS / f"{role}.toml")
         assert settings.s3_access_key.startswith(role)
         assert settings.s3_secret_key.get_secret_value()
 
 
-def test_nats_configuration_has_the_users(made: Path) -> None:
+def test_nats_configuration_has_the_users(secrets_folder: Path) -> None:
     users = (INFRA / "nats/users.conf").read_text()
-    told = re.findall(
-        r"^(\w+)=U[A-Z2-7]{55}$", (made / SECRETS / "nkeys.env").read_text(), re.MULTILINE
+    names = re.findall(
+        r"^(\w+)=U[A-Z2-7]{55}$", (secrets_folder / SECRETS / "nkeys.env").read_text(), re.MULTILINE
     )
-    assert sorted(told) == sorted(re.findall(r"nkey: \$(\w+)", users))
+    assert sorted(names) == sorted(re.findall(r"nkey: \$(\w+)", users))
     assert "users.conf" in (INFRA / "compose/nats.conf").read_text()
+
+
+def test_nats_stores_its_streams_in_the_volume() -> None:
+    """The server's configuration has a relative path, so the working folder must be the volume."""
+    (place,) = re.findall(r'store_dir: "(.+)"', (INFRA / "nats/server.conf").read_text())
+    assert not Path(place).is_absolute()
+    service = services()["nats"]
+    volumes = {
+        volume["source"]: volume["target"] for volume in service["volumes"] if "source" in volume
+    }
+    assert service["working_dir"] == volumes["nats"]
 
 
 def test_inbox_prefixes_match_the_users() -> None:
@@ -457,7 +468,7 @@ def patterns() -> list[tuple[bool, re.Pattern[str]]]:
 
 def in_build_context(path: str) -> bool:
     """Return whether a path is in the build context: the last matching pattern decides."""
-    return [goes for goes, pattern in patterns() if pattern.fullmatch(path)][-1]
+    return [included for included, pattern in patterns() if pattern.fullmatch(path)][-1]
 
 
 def test_hadolint_reports_nothing() -> None:
@@ -512,9 +523,9 @@ def test_image_variables_are_valid_settings() -> None:
 
 
 def test_build_tools_are_not_in_the_final_stage() -> None:
-    said = " ".join(rest for _, rest in stages()["final"])
-    assert not re.search(r"apt-get|\buv\b|gcc", said)
-    assert "pip uninstall" in said
+    commands = " ".join(rest for _, rest in stages()["final"])
+    assert not re.search(r"apt-get|\buv\b|gcc", commands)
+    assert "pip uninstall" in commands
 
 
 def test_copied_files_are_in_the_build_context() -> None:

@@ -49,7 +49,7 @@ SCHEMAS = Path(__file__).parent / "schemas"
 BUILDS = ("base", "overlays/cpu", "overlays/production")
 KUBERNETES = ("1.29", "1.37")  # the oldest that has every field, and the newest known
 
-# What the libraries read, beside the daemon's settings.
+# Environment variables of libraries, in addition to the daemon's settings.
 OF_LIBRARIES = {"HOME", "HF_HUB_OFFLINE", "HF_TOKEN_PATH"}
 
 Manifest = dict[str, Any]
@@ -192,12 +192,12 @@ def settings_of(
 
 def validate(manifest: Manifest) -> None:
     """Raise if an API server would refuse the manifest or drop a field."""
-    own = {"ScaledObject": "scaledobject.json", "PodMonitor": "podmonitor.json"}
-    if manifest["kind"] not in own:
+    schemas = {"ScaledObject": "scaledobject.json", "PodMonitor": "podmonitor.json"}
+    if manifest["kind"] not in schemas:
         for version in KUBERNETES:
             kubernetes_validate.validate(manifest, version, strict=True)
         return
-    schema = json.loads((SCHEMAS / own[manifest["kind"]]).read_text())
+    schema = json.loads((SCHEMAS / schemas[manifest["kind"]]).read_text())
     jsonschema.Draft202012Validator(schema).validate(manifest)
     triggers = json.loads((SCHEMAS / "nats-jetstream.json").read_text())
     for trigger in manifest["spec"].get("triggers", []):
@@ -262,17 +262,17 @@ def test_selectors_match_their_pods(build: list[Manifest]) -> None:
     assert len(workers(build)) == len(Task)
     budgets = of_kind(build, "PodDisruptionBudget")
     for deployment in of_kind(build, "Deployment"):
-        own = [
+        selectors = [
             deployment["spec"]["selector"],
             *(each["labelSelector"] for each in pod(deployment)["topologySpreadConstraints"]),
         ]
-        own += [
+        selectors += [
             each["spec"]["selector"]
             for each in budgets
             if each["metadata"]["name"] == deployment["metadata"]["name"]
         ]
-        assert len(own) == 4
-        for selector in own:
+        assert len(selectors) == 4
+        for selector in selectors:
             # Each selector must match only the pods of its Deployment.
             chosen = [each for each in with_pods(build) if selects(selector, pod_labels(each))]
             assert chosen == [deployment]
@@ -314,7 +314,7 @@ def test_daemon_settings_are_valid(
         assert label == str(settings.task).replace("_", "-")
         (port,) = container(deployment)["ports"]
         assert port["containerPort"] == settings.consumer_probes_port
-        assert settings.consumer_probes_host == "0.0.0.0"  # noqa: S104 - the kubelet comes from outside
+        assert settings.consumer_probes_host == "0.0.0.0"  # noqa: S104 - the kubelet connects from outside
         assert "command" not in container(deployment)  # the image's, with tini as process 1
         assert container(deployment)["args"] == ["run", "--config", "/etc/generation/s3/s3.toml"]
     assert tasks == set(Task)
@@ -417,14 +417,14 @@ def test_probes_use_the_port_and_paths_of_the_daemon() -> None:
     assert paths == {"/livez", "/readyz", "/metrics"}
     worker = container(worker_deployment())
     names = ("startup", "liveness", "readiness")
-    asked = {name: worker[f"{name}Probe"]["httpGet"] for name in names}
-    assert {name: each["path"] for name, each in asked.items()} == {
+    probes = {name: worker[f"{name}Probe"]["httpGet"] for name in names}
+    assert {name: each["path"] for name, each in probes.items()} == {
         "startup": "/readyz",
         "liveness": "/livez",
         "readiness": "/readyz",
     }
     (port,) = worker["ports"]
-    assert {each["port"] for each in asked.values()} == {port["name"]}
+    assert {each["port"] for each in probes.values()} == {port["name"]}
     monitor = of_kind(written(), "PodMonitor")[0]
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["path"] in paths
@@ -454,7 +454,8 @@ def test_pod_has_time_to_drain() -> None:
     )
     margin = 10  # seconds, for a busy node
     assert pod(worker_deployment())["terminationGracePeriodSeconds"] >= needed + margin
-    assert "lifecycle" not in container(worker_deployment())  # its time would be taken off
+    # A preStop hook would use up the grace period.
+    assert "lifecycle" not in container(worker_deployment())
 
 
 def test_rollout_needs_no_second_gpu() -> None:
@@ -658,10 +659,10 @@ async def test_scaler_counts_waiting_and_in_flight_requests(
             for number in range(3):
                 subject = settings.subjects.request(task, f"{number}")
                 await bus.jetstream.publish(subject, b"{}")
-            taken = await bus.jetstream.pull_subscribe_bind(
+            subscription = await bus.jetstream.pull_subscribe_bind(
                 watched[task]["consumer"], watched[task]["stream"]
             )
-            (delivery,) = await taken.fetch(1)
+            (delivery,) = await subscription.fetch(1)
             assert (
                 lag(task) == 3
             )  # includes the request in flight, so its worker is not scaled down
@@ -706,15 +707,15 @@ def test_gateway_settings_are_valid(
 def test_gateway_probes_use_its_port_and_paths() -> None:
     paths = {route.path for route in health.router.routes if isinstance(route, APIRoute)}
     gateway = container(gateway_deployment())
-    asked = {name: gateway[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
-    assert {name: probe["httpGet"]["path"] for name, probe in asked.items()} == {
+    probes = {name: gateway[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
+    assert {name: probe["httpGet"]["path"] for name, probe in probes.items()} == {
         "startup": "/healthz",
         "liveness": "/healthz",
         "readiness": "/readyz",
     }
-    assert probe_timeout(asked["startup"]) > CONNECT_WITHIN
+    assert probe_timeout(probes["startup"]) > CONNECT_WITHIN
     (port,) = gateway["ports"]
-    assert {probe["httpGet"]["port"] for probe in asked.values()} == {port["name"]}
+    assert {probe["httpGet"]["port"] for probe in probes.values()} == {port["name"]}
     monitors = of_kind(written(), "PodMonitor")
     (monitor,) = (
         each
@@ -808,8 +809,8 @@ def test_documentation_refers_to_existing_files() -> None:
         words = shlex.split(line.strip("`$ "), comments=True)
         assert (ROOT / words[words.index("-k") + 1] / "kustomization.yaml").is_file()
     secrets = {name for m in with_pods(written()) for name in secret_mounts(m).values()}
-    made = set(re.findall(r"create secret generic (\S+)", page))
-    assert made == secrets
+    created = set(re.findall(r"create secret generic (\S+)", page))
+    assert created == secrets
     jobs = {each["metadata"]["name"] for each in of_kind(written(), "Job")}
     deleted = re.findall(r"delete job (.+?) --ignore-not-found", page)
     assert {name for each in deleted for name in each.split()} == jobs

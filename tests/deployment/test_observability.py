@@ -77,7 +77,7 @@ def gateway_families() -> Iterator[Any]:
 
 
 @functools.cache
-def shown() -> dict[str, set[str]]:
+def exposed() -> dict[str, set[str]]:
     """Return the names of all samples, with their labels."""
     found: dict[str, set[str]] = {}
     for family in (*families(), *gateway_families()):
@@ -196,7 +196,7 @@ def recorded() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize(("where", "expr"), expressions())
 def test_expression_uses_existing_names_and_labels(where: str, expr: str) -> None:
-    known = shown() | EXPORTER | PROMETHEUS_OWN | recorded()
+    known = exposed() | EXPORTER | PROMETHEUS_OWN | recorded()
     metrics, others = names_in(expr)
     assert metrics, f"{where}: no metric in it"
     assert metrics.keys() <= known.keys(), where
@@ -286,14 +286,14 @@ def test_failed_readiness_condition_has_an_alert(condition: str) -> None:
 def test_panels_have_unique_ids_and_positions() -> None:
     ids = [panel["id"] for panel in panels()]
     assert len(ids) == len(set(ids))
-    taken: dict[tuple[int, int], str] = {}
+    occupied: dict[tuple[int, int], str] = {}
     for panel in panels():
-        place = panel["gridPos"]
-        assert place["x"] + place["w"] <= 24
-        for x in range(place["x"], place["x"] + place["w"]):
-            for y in range(place["y"], place["y"] + place["h"]):
-                assert (x, y) not in taken, f"{panel['title']} on {taken[x, y]}"
-                taken[x, y] = panel["title"]
+        position = panel["gridPos"]
+        assert position["x"] + position["w"] <= 24
+        for x in range(position["x"], position["x"] + position["w"]):
+            for y in range(position["y"], position["y"] + position["h"]):
+                assert (x, y) not in occupied, f"{panel['title']} on {occupied[x, y]}"
+                occupied[x, y] = panel["title"]
 
 
 def test_every_panel_has_targets_and_a_description() -> None:
@@ -306,9 +306,9 @@ def test_every_panel_has_targets_and_a_description() -> None:
 
 
 def test_dashboard_variables_exist_and_are_used() -> None:
-    made = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
     used = set(re.findall(r"\$\{?(\w+)\}?", json.dumps(DASHBOARD)))
-    assert used - {"__rate_interval", "__all"} == made
+    assert used - {"__rate_interval", "__all"} == variables
 
 
 def sources_in(value: Any) -> Iterator[Any]:
@@ -364,7 +364,7 @@ def test_prometheus_scrapes_workers_and_gateway_and_loads_the_rules() -> None:
 
 def test_documentation_has_every_metric_with_type_and_labels() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", PAGE.read_text(), re.MULTILINE)
-    said = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+    documented = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
     really = {}
     for family in (*families(), *gateway_families()):
         if family.name.endswith("_created"):  # prometheus_client adds it to each counter
@@ -373,8 +373,10 @@ def test_documentation_has_every_metric_with_type_and_labels() -> None:
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         really[name] = (family.type, labels)
     if not Path("/proc/self/stat").exists():  # then the client exports no process metrics
-        said = {name: what for name, what in said.items() if not name.startswith("process_")}
-    assert said == really
+        documented = {
+            name: what for name, what in documented.items() if not name.startswith("process_")
+        }
+    assert documented == really
 
 
 # -- promtool -------------------------------------------------------------------------------------

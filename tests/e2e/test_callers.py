@@ -6,10 +6,12 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from nats.aio.client import Client
 from PIL import Image
 
@@ -18,6 +20,7 @@ from tests.e2e.senders import WITHIN, new_id, run_request
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/sending.md").read_text("utf-8")
+ALL_WITHIN = 150.0  # seconds for all commands of the page; only a hang takes this long
 SUCCEEDED = "generation.v1.succeeded"
 
 
@@ -38,49 +41,101 @@ async def call(sender: Client, task: str, body: str) -> dict[str, object]:
     return event
 
 
-async def test_the_chain_of_the_page_runs(sender: Client) -> None:
-    (slip,) = re.findall(r"call\.text_to_image '(\{[^']*\"then\"[^']*\})'", PAGE)
-    event = await call(sender, "text_to_image", slip)
-    assert (event["type"], event["request_id"]) == (SUCCEEDED, "tour-3"), event
-    assert event["chain"] == {"id": "tour", "step": 3, "of": 3}
-
-
-async def run_example(text: str, system: DevStack, folder: Path) -> str:
-    """Run the example of the page that contains a text; return its output."""
-    examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    (example,) = [code for code in examples if text in code]
-    done = await asyncio.to_thread(
+async def run_in_folder(
+    system: DevStack, folder: Path, *command: str, text: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder with the variables that the page sets."""
+    scripts = str(Path(sys.executable).parent)
+    environment = {**system.environment(), "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    return await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-c", example.replace("nats://127.0.0.1:4222", system.nats.url)],
+        command,
         cwd=folder,
+        input=text,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=WITHIN,
+        timeout=ALL_WITHIN,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
-async def test_the_example_without_the_client_runs(system: DevStack, tmp_path: Path) -> None:
-    event = json.loads(await run_example("nats.connect", system, tmp_path))
-    assert (event["type"], event["request_id"]) == (SUCCEEDED, "my-2")
+def page_commands() -> list[str]:
+    """Return the shell commands of the page that need the running system, in their order."""
+    blocks = re.findall(r"^```console\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    found = [one for block in blocks for one in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
+    return [one for one in found if not one.startswith(("uv run consumer up", "export", ". "))]
 
 
-async def test_the_example_with_the_client_runs(system: DevStack, tmp_path: Path) -> None:
-    assert (await run_example("GenerationClient", system, tmp_path)).strip()
+@pytest.mark.skipif(shutil.which("nats") is None, reason="the nats command line is not installed")
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+async def test_the_commands_of_the_page_run_twice(system: DevStack, tmp_path: Path) -> None:
+    """All commands run in one shell, because they share variables; then `nats` with another prompt.
+
+    The second round has no `consumer` commands, which take seconds to start.
+    """
+    commands = page_commands()
+    assert len(commands) > 10
+    # The request is finished when it is cancelled: the command ends with 1.
+    checked = [f"! {code}" if code.startswith("consumer cancel") else code for code in commands]
+    plain = [code for code in commands if "consumer " not in code]
+    rounds = (("a red circle", checked, "finished"), ("a blue square", plain, "unknown"))
+    for prompt, lines, cancelled in rounds:
+        script = "".join(["set -euo pipefail\n", *lines]).replace("a red circle", prompt)
+        done = await run_in_folder(system, tmp_path, "bash", "-s", text=script)
+        assert done.returncode == 0, done.stderr[-2000:]
+        events = [json.loads(line) for line in done.stdout.splitlines() if '"type"' in line]
+        kinds = [event["type"] for event in events if "request_id" in event]
+        assert len(kinds) >= 4
+        assert set(kinds) == {SUCCEEDED}, kinds
+        assert f'"status":"{cancelled}"' in done.stdout.replace(" ", "")
+        described = [
+            out["text"] for event in events for out in event.get("outputs", []) if "text" in out
+        ]
+        assert any(prompt.split()[-1] in text for text in described), described
+
+
+async def run_example(text: str, system: DevStack, folder: Path) -> list[str]:
+    """Run the example of the page that contains a text with two prompts; return both outputs."""
+    examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (example,) = [code for code in examples if text in code]
+    outputs = []
+    for prompt in ("a red circle", "a blue square"):
+        code = example.replace("a red circle", prompt)
+        done = await run_in_folder(system, folder, sys.executable, "-c", code)
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append(done.stdout)
+    return outputs
+
+
+async def test_the_example_without_the_client_runs_twice(system: DevStack, tmp_path: Path) -> None:
+    events = [json.loads(text) for text in await run_example("nats.connect", system, tmp_path)]
+    assert [event["type"] for event in events] == [SUCCEEDED, SUCCEEDED]
+    assert events[0]["request_id"] != events[1]["request_id"]
+
+
+async def test_the_example_with_the_client_runs_twice(system: DevStack, tmp_path: Path) -> None:
+    answers = await run_example("GenerationClient", system, tmp_path)
+    assert "circle" in answers[0]
+    assert "square" in answers[1]
     assert (tmp_path / "circle.png").read_bytes().startswith(b"\x89PNG")
 
 
-async def test_the_manual_chain_describes_every_image(system: DevStack, sender: Client) -> None:
+async def test_the_manual_chain_describes_every_new_image(system: DevStack, sender: Client) -> None:
+    """An image from before the first start is not described."""
+    await run_request(sender, "text_to_image", prompt="a red circle", steps=1)
     describer = await asyncio.create_subprocess_exec(
-        sys.executable, str(ROOT / "docs" / "examples" / "chain_by_hand.py"), system.nats.url
+        sys.executable,
+        str(ROOT / "docs" / "examples" / "chain_by_hand.py"),
+        env={**os.environ, "NATS_URL": system.nats.url},
+        stdout=asyncio.subprocess.PIPE,
     )
     try:
-        request_id = new_id()
-        subject = f"generation.result.image_to_text.{request_id}-described"
-        answers = await sender.subscribe(subject)
+        assert describer.stdout is not None
+        assert await describer.stdout.readline() == b"waiting for results\n"
+        answers = await sender.subscribe("generation.result.image_to_text.*")
         await sender.flush()
+        request_id = new_id()
         await run_request(
             sender, "text_to_image", request_id=request_id, prompt="a red circle", steps=1
         )
@@ -88,7 +143,7 @@ async def test_the_manual_chain_describes_every_image(system: DevStack, sender: 
     finally:
         describer.terminate()
         await describer.wait()
-    assert event["type"] == SUCCEEDED
+    assert (event["type"], event["request_id"]) == (SUCCEEDED, f"{request_id}-described")
     await sender.jetstream().delete_consumer("GENERATION_RESULTS", "describer")
 
 
@@ -118,7 +173,8 @@ async def test_a_call_with_an_unsupported_parameter_is_refused(sender: Client) -
 
 async def test_the_cancel_command_prints_the_status(system: DevStack, sender: Client) -> None:
     unknown = await asyncio.to_thread(consumer, system, "cancel", "unknown")
-    assert (unknown.returncode, unknown.stdout) == (1, "no such request\n")
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    assert unknown.stderr == "unknown: no request with this id is queued, running or finished\n"
     request_id = new_id()
     events = await sender.subscribe(f"generation.progress.text_to_image.{request_id}")
     await sender.flush()
@@ -132,5 +188,6 @@ async def test_the_cancel_command_prints_the_status(system: DevStack, sender: Cl
     assert json.loads(again.stdout)["status"] == "cancelled"
     done = await run_request(sender, "text_to_image", prompt="a", steps=1)
     late = await asyncio.to_thread(consumer, system, "cancel", done["request_id"])
-    assert (late.returncode, late.stdout) == (1, "succeeded\n")
+    assert (late.returncode, late.stdout) == (1, "")
+    assert late.stderr.endswith(": too late to cancel, the request has ended: succeeded\n")
     assert (await asyncio.to_thread(consumer, system, "cancel", "a.b")).returncode == 2

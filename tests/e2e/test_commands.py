@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import socketserver
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import nats
 import pytest
+from PIL import Image
 
 from consumer.app.apply import apply
 from consumer.devstack import DevStack, StartFailedError, free_ports
@@ -68,8 +70,61 @@ def test_request_accepts_a_file_and_prints_json(settings: dict[str, str], tmp_pa
 
 def test_a_failed_request_exits_with_1_and_the_reason(settings: dict[str, str]) -> None:
     done = consumer("request", "text-to-image", "a", "--width", "65", **settings)
-    assert done.returncode == 1
-    assert done.stdout.startswith("failed: unsupported_parameter: width: ")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith("failed: unsupported_parameter: width: ")
+
+
+def test_a_photo_of_12_megapixels_is_described(settings: dict[str, str], tmp_path: Path) -> None:
+    noise = os.urandom(4000 * 3000)
+    Image.frombytes("L", (4000, 3000), noise).save(tmp_path / "photo.jpg", quality=70)
+    assert (tmp_path / "photo.jpg").stat().st_size > 4_000_000
+    for how in ((), ("--upload",)):
+        done = consumer(
+            *("request", "image-to-text", "photo.jpg", "What?", "--max-new-tokens", "3", *how),
+            folder=tmp_path,
+            **settings,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_an_uploaded_file_can_be_described(settings: dict[str, str], tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    done = consumer("upload", "red.png", folder=tmp_path, **settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("s3://generation/uploads/")
+    described = consumer(
+        *("request", "image-to-text", done.stdout.strip(), "What?", "--max-new-tokens", "3"),
+        folder=tmp_path,
+        **settings,
+    )
+    assert described.returncode == 0, described.stderr
+    (tmp_path / "notes.txt").write_text("no image")
+    refused = consumer("upload", "notes.txt", folder=tmp_path, **settings)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "consumer: images: not a PNG, JPEG or WebP file\n"
+
+
+def test_a_request_reports_its_id_and_the_missing_worker(settings: dict[str, str]) -> None:
+    """Ctrl-C prints how to cancel the request and how to get its result."""
+    root = {"CONSUMER_SUBJECT_ROOT": "nobody-works-here"}
+    assert consumer("apply", **settings, **root).returncode == 0
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "consumer", "request", "text-to-image", "a", "--id", "lonely"],
+        env={**os.environ, **settings, **root},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stderr is not None
+    assert waiting.stderr.readline() == (
+        "request lonely: stored in the queue, waiting for a worker\n"
+    )
+    waiting.send_signal(signal.SIGINT)
+    _, rest = waiting.communicate(timeout=60)
+    assert waiting.returncode == 130
+    assert "consumer cancel lonely" in rest
+    assert "--id lonely" in rest
+    assert rest.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -233,7 +288,9 @@ def test_an_id_of_another_request_is_an_error(settings: dict[str, str]) -> None:
     assert consumer(*command, "one", **settings).returncode == 0
     other = consumer(*command, "another", **settings)
     assert (other.returncode, other.stdout) == (1, "")
-    assert other.stderr == "consumer: the id belongs to another request\n"
+    assert other.stderr == (
+        "consumer: the id shell-3 belongs to another request; this one needs a new id\n"
+    )
 
 
 def test_a_request_without_a_worker_ends_at_its_deadline(settings: dict[str, str]) -> None:

@@ -120,6 +120,83 @@ def test_a_failed_demo_logs_the_reason_and_cleans_up(
     assert_nothing_left(temporary)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([""], "prompt: String should have at least 1 character"),
+        (["   "], "prompt: "),
+        (["x" * 8_001], "prompt: String should have at most 8000 characters"),
+        (["a red circle", "--question", ""], "--question: String should have at least 1 character"),
+    ],
+    ids=["empty prompt", "blanks", "long prompt", "empty question"],
+)
+def test_a_wrong_prompt_is_refused_in_one_line_before_anything_starts(
+    folders: tuple[Path, Path], arguments: list[str], reason: str
+) -> None:
+    work, temporary = folders
+    done = subprocess.run(
+        [*DEMO[:-1], *arguments],
+        cwd=work,
+        env=environment(temporary),
+        capture_output=True,
+        text=True,
+        timeout=WITHIN,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"consumer: {reason}")
+    assert len(line) < 200
+
+
+def test_ctrl_c_during_the_imports_ends_the_command_without_a_message(
+    folders: tuple[Path, Path],
+) -> None:
+    # The file is read during the imports of `check`; a pipe without a writer makes them wait.
+    work, temporary = folders
+    settings = work / "settings.toml"
+    os.mkfifo(settings)
+    command = [sys.executable, "-m", "consumer", "check", "--config", str(settings)]
+    with started(command, work, temporary) as process:
+        with settings.open("w"):  # returns when the command reads the file
+            process.send_signal(signal.SIGINT)
+            process.wait(WITHIN)
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.returncode == -signal.SIGINT  # a shell reports 130
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_the_end_of_a_server_ends_the_command_with_the_name_the_code_and_the_log(
+    folders: tuple[Path, Path], command: str
+) -> None:
+    work, temporary = folders
+    with started([sys.executable, "-m", "consumer", command], work, temporary) as process:
+        read_until(process, "loading the models")
+        (server,) = children_of(process.pid, "nats-server")
+        os.kill(server, signal.SIGKILL)
+        (*_, message) = read_until(process, "nats-server ended by itself")
+        assert "nats-server ended by itself with code -9 (SIGKILL); the end of its log " in message
+        assert "nats.log" in message
+        assert process.stderr is not None
+        rest = process.stderr.read()
+        assert process.wait(WITHIN) == 70
+    assert "Server is ready" in rest
+    assert "Traceback" not in rest
+    assert not processes_of(temporary)
+
+
+def children_of(parent: int, program: str) -> list[int]:
+    """Return the process ids of the children of a process that run a program."""
+    found = []
+    for child in Path(f"/proc/{parent}/task").glob("*/children"):
+        for pid in child.read_text().split():
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if Path(line[0].decode()).name == program:
+                found.append(int(pid))
+    return found
+
+
 def test_up_reuses_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) -> None:
     work, temporary = folders
     addresses = []

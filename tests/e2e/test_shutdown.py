@@ -62,7 +62,7 @@ async def test_a_job_longer_than_the_drain_grace_is_requeued_at_once(
     await running(sender, request_id)
     first.signal(signal.SIGTERM)
     assert await ended(first) == 0, first.log_since_start()
-    assert "given_back" in first.log_since_start()
+    assert "requeued" in first.log_since_start()
 
     second = await start(servers, "second")
     # ack_wait is 60 s, so only a requeued message is delivered again within this time.

@@ -45,9 +45,9 @@ class Cluster:
         }
 
     def meta_leader(self) -> str:
-        """The server that decides where streams are, as one that lives sees it; "" while none is.
+        """Return the name of the meta leader, or "" without one.
 
-        A server says so on its monitoring port.
+        A running server reports the name on its monitoring port.
         """
         for node in self.nodes.values():
             with contextlib.suppress(OSError):

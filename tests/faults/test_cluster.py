@@ -36,9 +36,9 @@ async def scene(tmp_path: Path) -> AsyncIterator[ClusterScene]:
         async with AsyncExitStack() as parts:
             folder = tmp_path / "marks"
             folder.mkdir()
-            made = ClusterScene(servers, folder, parts)  # type: ignore[arg-type] # as a stack
-            await scene_is_open(made, servers)
-            yield made
+            cluster_scene = ClusterScene(servers, folder, parts)  # type: ignore[arg-type] # as a stack
+            await scene_is_open(cluster_scene, servers)
+            yield cluster_scene
 
 
 async def scene_is_open(scene: ClusterScene, servers: Cluster) -> None:
@@ -50,7 +50,7 @@ async def scene_is_open(scene: ClusterScene, servers: Cluster) -> None:
     async def applied() -> bool:
         try:
             await scene.apply()
-        except Unavailable:  # the servers have not found each other yet
+        except Unavailable:  # the cluster has no leader yet
             return False
         return True
 
@@ -63,7 +63,7 @@ def runs(scene: Scene) -> int:
     return len(scene.notes("runs"))
 
 
-async def submitted(scene: Scene, request_id: str) -> None:
+async def submit_with_retries(scene: Scene, request_id: str) -> None:
     """Publish until the request is stored: the server may be killed meanwhile."""
 
     async def stored() -> bool:
@@ -93,13 +93,13 @@ async def test_killed_server_under_load_loses_no_request(scene: ClusterScene, vi
     ids = [f"r{number}" for number in range(REQUESTS)]
     submitting = asyncio.create_task(submit_all(scene, ids))
 
-    await scene.until(lambda: so_many(scene, BEFORE), "the first runs", WITHIN)
+    await scene.until(lambda: has_runs(scene, BEFORE), "the first runs", WITHIN)
     name = await scene.leader(queue) if "queue" in victim else servers.meta_leader()
     killed: NatsServer = servers.nodes[name]
     at = time.monotonic()
     await asyncio.to_thread(killed.kill)
     then = runs(scene)
-    await scene.until(lambda: so_many(scene, then + AFTER), "runs without it", WITHIN)
+    await scene.until(lambda: has_runs(scene, then + AFTER), "runs without it", WITHIN)
     print(f"{victim}: {AFTER} runs began within {time.monotonic() - at:.1f} s of its death")  # noqa: T201
     await asyncio.to_thread(killed.start)
     await asyncio.to_thread(killed.wait_ready)
@@ -118,40 +118,40 @@ async def test_killed_server_under_load_loses_no_request(scene: ClusterScene, vi
 async def test_concurrent_workers_store_one_result(scene: ClusterScene) -> None:
     """A replicated stream may refuse an event while it stores another event."""
     bus = await connect(bus_settings(scene.stack.nats.url), name="test", within=WITHIN)
-    said: list[bool] = []
+    writable_states: list[bool] = []
 
     class Watching(NullObserver):
         def bus_writable(self, writable: bool, reason: str = "") -> None:
-            said.append(writable)
+            writable_states.append(writable)
 
     async def ensure() -> None:
         """Everything is there."""
 
     events = JetStreamEvents(bus, scene.subjects, ensure=ensure, observer=Watching())
-    made = EVENTS["cancelled"]
-    assert isinstance(made, CancelledEvent)
+    event_template = EVENTS["cancelled"]
+    assert isinstance(event_template, CancelledEvent)
     try:
         for request_id in ("r-1", "r-2"):
-            told = [
-                made.model_copy(update={"worker": f"w-{n}", "request_id": request_id})
+            copies = [
+                event_template.model_copy(update={"worker": f"w-{n}", "request_id": request_id})
                 for n in range(30)
             ]
             stored = await asyncio.gather(
-                *(events.publish_result(event, trace_parent=None) for event in told)
+                *(events.publish_result(event, trace_parent=None) for event in copies)
             )
             assert all(event == stored[0] for event in stored)
-            assert await events.find_result(made.task, request_id) == stored[0]
-            assert len(await scene.events(request_id)) == 1 or made.task != scene.task
+            assert await events.find_result(event_template.task, request_id) == stored[0]
+            assert len(await scene.events(request_id)) == 1 or event_template.task != scene.task
     finally:
         await bus.close()
-    assert said == [], "such a refusal does not mean that the stream is full"
+    assert writable_states == [], "this error does not mean that the stream is full"
 
 
 async def all_acknowledged(scene: Scene) -> bool:
     """Return whether the durable has no pending and no unacknowledged messages.
 
-    The stream is not asked. A server whose leader was killed can keep a message that the durable
-    has acknowledged (its floor is past it): nobody gets it again, and the server removes it later.
+    The stream's count is not used. After its leader was killed, a server can keep a message below
+    the durable's acknowledgement floor. The server removes it later without a redelivery.
     """
     stream = scene.subjects.requests_stream(scene.task)
     info = await scene.sender.jetstream().consumer_info(stream, str(scene.task))
@@ -162,8 +162,8 @@ async def all_acknowledged(scene: Scene) -> bool:
 
 async def submit_all(scene: Scene, ids: list[str]) -> None:
     for request_id in ids:
-        await submitted(scene, request_id)
+        await submit_with_retries(scene, request_id)
 
 
-async def so_many(scene: Scene, number: int) -> bool:
+async def has_runs(scene: Scene, number: int) -> bool:
     return runs(scene) >= number

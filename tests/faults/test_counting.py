@@ -14,13 +14,13 @@ async def change_durable(scene: Scene, **values: Any) -> None:
     """Change the durable as an operator can, without the workers."""
     jetstream = scene.sender.jetstream()
     stream, name = scene.subjects.requests_stream(scene.task), str(scene.task)
-    found = await scene.sender.request(f"$JS.API.CONSUMER.INFO.{stream}.{name}")
-    config = {**json.loads(found.data)["config"], **values}
-    made = await scene.sender.request(
+    info = await scene.sender.request(f"$JS.API.CONSUMER.INFO.{stream}.{name}")
+    config = {**json.loads(info.data)["config"], **values}
+    response = await scene.sender.request(
         f"$JS.API.CONSUMER.CREATE.{stream}.{name}",
         json.dumps({"stream_name": stream, "config": config}).encode(),
     )
-    assert "error" not in json.loads(made.data), made.data
+    assert "error" not in json.loads(response.data), response.data
     assert (await jetstream.consumer_info(stream, name)).config.max_deliver == values["max_deliver"]
 
 

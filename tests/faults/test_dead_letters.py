@@ -33,12 +33,12 @@ class Done:
 
 def environment(scene: Scene, **settings: str) -> dict[str, str]:
     """Return the environment of an operator: no MODEL_TYPE and no store settings."""
-    own = {
+    environment = {
         name: value
         for name, value in scene.settings().items()
         if name.startswith(("NATS_", "CONSUMER_SUBJECT_ROOT"))
     }
-    return {**os.environ, **own, **settings}
+    return {**os.environ, **environment, **settings}
 
 
 async def dead_letters(scene: Scene, *arguments: str, **settings: str) -> Done:
@@ -62,9 +62,11 @@ async def dead_letter(
     headers: dict[str, str] | None = None,
 ) -> None:
     """Store a dead letter as a worker does."""
-    own = {DEAD_LETTER_REQUEST_ID: request_id, DEAD_LETTER_CODE: "model_error"}
+    dead_letter_headers = {DEAD_LETTER_REQUEST_ID: request_id, DEAD_LETTER_CODE: "model_error"}
     await scene.sender.jetstream().publish(
-        scene.subjects.dead_letter(scene.task), body, headers={**own, **(headers or {})}
+        scene.subjects.dead_letter(scene.task),
+        body,
+        headers={**dead_letter_headers, **(headers or {})},
     )
 
 
@@ -213,11 +215,11 @@ async def test_show_writes_only_the_bytes_to_standard_output(scene: Scene) -> No
 
 
 @pytest.mark.parametrize(
-    ("body", "shown"),
+    ("body", "listed"),
     [("ü{".encode(), {"body": "ü{"}), (b"\xff\x00", {"body_base64": "/wA="})],
 )
 async def test_show_as_json_writes_one_complete_object(
-    scene: Scene, body: bytes, shown: dict[str, str]
+    scene: Scene, body: bytes, listed: dict[str, str]
 ) -> None:
     await dead_letter(scene, body, headers={"Original-Title": "Grüße", DEAD_LETTER_REASON: "why"})
     done = await dead_letters(scene, "show", "1", "--json")
@@ -225,7 +227,7 @@ async def test_show_as_json_writes_one_complete_object(
     letter = json.loads(line)
     assert (letter["request_id"], letter["code"], letter["reason"]) == ("r-1", "model_error", "why")
     assert letter["headers"] == {"Title": "Grüße"}
-    assert {key: text for key, text in letter.items() if key.startswith("body")} == shown
+    assert {key: text for key, text in letter.items() if key.startswith("body")} == listed
 
 
 async def test_show_on_a_terminal_ends_with_a_line_break(scene: Scene) -> None:
@@ -272,7 +274,7 @@ async def test_wrong_usage_is_one_line_with_exit_code_2(scene: Scene, arguments:
 
 
 async def test_missing_streams_or_server_is_one_line_with_exit_code_69(scene: Scene) -> None:
-    other = await dead_letters(scene, "list", CONSUMER_SUBJECT_ROOT="nobody")
+    other = await dead_letters(scene, "list", CONSUMER_SUBJECT_ROOT="other")
     assert other.code == 69
     assert other.stderr == (
         "consumer: NATS: there is no stream NOBODY_DEAD_LETTERS; run `consumer apply`\n"

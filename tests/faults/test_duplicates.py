@@ -125,7 +125,7 @@ async def test_two_workers_with_an_equal_result_store_one_result(
     scene: Scene, quicker: str
 ) -> None:
     event = await _shared(scene, ("lease_not_renewed_at_result", "held_at_result"), quicker)
-    assert await stored_digests(scene) == published_digests(event)  # the pictures are the same here
+    assert await stored_digests(scene) == published_digests(event)  # the two images are equal
 
 
 async def test_concurrent_requests_with_one_id_and_different_content(scene: Scene) -> None:

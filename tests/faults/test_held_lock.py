@@ -116,14 +116,16 @@ async def test_frozen_worker_does_not_count_as_stalled(scene: Scene) -> None:
     request_id = await scene.submit()
     await scene.until_noted("runs")
     lease_guard = guard_of(worker)
-    taken = await pulled(scene)
+    deliveries_of_lease = await pulled(scene)
     for pid in (worker.pid, lease_guard):
         os.kill(pid, signal.SIGSTOP)
-    await taken.next_msg(timeout=WITHIN)  # the lease has expired
+    await deliveries_of_lease.next_msg(timeout=WITHIN)  # the lease has expired
     beats = await scene.sender.subscribe(f"$JS.ACK.{scene.subjects.requests_stream(scene.task)}.>")
     await scene.sender.flush()
     os.kill(lease_guard, signal.SIGCONT)
-    assert (await beats.next_msg(timeout=WITHIN)).data == b"+WPI", "it stands in, and kills nobody"
+    assert (await beats.next_msg(timeout=WITHIN)).data == b"+WPI", (
+        "the lease guard renews the lease and kills no process"
+    )
     os.kill(worker.pid, signal.SIGCONT)
     (scene.folder / "hold").touch()
     event = await scene.event(request_id)

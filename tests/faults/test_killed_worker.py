@@ -101,10 +101,10 @@ async def test_sigterm_requeues_the_job_at_once(scene: Scene) -> None:
     request_id = await scene.submit(steps=40)
     await scene.until_noted("steps")
     await scene.start(**lease)
-    asked = time.time()
+    signalled_at = time.time()
     await asyncio.to_thread(ending.signal, signal.SIGTERM)
     await scene.until_noted("runs", 2)
-    took = time.time() - asked
+    took = time.time() - signalled_at
     print(f"SIGTERM: taken over {took:.2f} s after the signal")  # noqa: T201 - as above
     assert took < 10
     assert await scene.exit_code(ending) == 0

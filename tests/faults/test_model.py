@@ -1,6 +1,6 @@
-"""The model fails in every known way: what the sender is told, and that the queue goes on.
+"""The model fails in every known way. The sender gets an event, and the queue continues.
 
-A thread that hangs with the interpreter's lock held is in `test_held_lock.py`.
+`test_held_lock.py` has the threads that hang and hold the GIL.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ SECRET = "secret words"
 FAILED = "generation.v1.failed"
 
 
-async def is_done_next(scene: Scene, worker: Daemon, failed: Event) -> None:
-    """See that the process that met the fault does the next request, and that nothing is left."""
+async def assert_next_request_succeeds(scene: Scene, worker: Daemon, failed: Event) -> None:
+    """Check that the same process runs the next request, and that the queue is empty."""
     before = len(scene.runs())
     next_id = await scene.submit()
     event = await succeeded(scene, next_id)
@@ -70,7 +70,7 @@ async def test_model_error_is_retried_three_times_and_dead_lettered(
     )
     assert stored_letter.data == body
     assert await scene.keys() == set()
-    await is_done_next(scene, worker, event)
+    await assert_next_request_succeeds(scene, worker, event)
 
 
 async def test_model_that_raises_only_once_is_tried_again(scene: Scene) -> None:
@@ -80,7 +80,7 @@ async def test_model_that_raises_only_once_is_tried_again(scene: Scene) -> None:
     assert event["attempt"] == 2
     assert scene.runs() == [request_id] * 2
     await assert_queue_empty(scene, request_id)
-    await is_done_next(scene, worker, event)
+    await assert_next_request_succeeds(scene, worker, event)
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ async def test_out_of_memory_once_is_run_again_at_once_and_saves_memory(scene: S
     assert event["attempt"] == 1
     assert scene.runs() == [request_id] * 2
     await assert_queue_empty(scene, request_id)
-    await is_done_next(scene, worker, event)
+    await assert_next_request_succeeds(scene, worker, event)
     assert scene.notes("saving") == ["False", "True", "False"]
     assert await deliveries(scene) == 2
 
@@ -107,7 +107,7 @@ async def test_out_of_memory_for_good_is_a_failure_and_no_dead_letter(scene: Sce
     assert event["failure"]["details"] == {"tried": ["saving"]}
     assert scene.runs() == [request_id] * 2
     assert await scene.dead_letters() == []
-    await is_done_next(scene, worker, event)
+    await assert_next_request_succeeds(scene, worker, event)
     assert scene.notes("saving") == ["False", "True", "False"]
     assert await deliveries(scene) == 2
 
@@ -136,7 +136,7 @@ async def test_lost_device_ends_the_process_and_the_next_worker_has_the_request_
     assert "illegal memory access" not in log
     assert event["attempt"] == 2
     assert scene.runs() == [request_id] * 2
-    assert scene.notes("freed") == [], "nothing is asked of a lost device"
+    assert scene.notes("freed") == [], "no call goes to a lost device"
     await assert_queue_empty(scene, request_id)
 
 
@@ -160,7 +160,7 @@ async def test_thread_that_hangs_ends_the_process_and_its_lease(scene: Scene) ->
     assert await stored_digests(scene) == published_digests(event)
     await assert_queue_empty(scene, request_id)
     (other,) = (worker for worker in workers if worker is not hanging)
-    await is_done_next(scene, other, event)
+    await assert_next_request_succeeds(scene, other, event)
 
 
 # -- it cannot be loaded --------------------------------------------------------------------------
@@ -171,9 +171,9 @@ async def test_model_that_cannot_be_loaded_takes_no_request(scene: Scene) -> Non
     failing = scene.launch("load_fails")
     assert await scene.exit_code(failing) == MODEL_LOST
     lines = [json.loads(line) for line in failing.log.read_text().splitlines()]
-    (said,) = (line for line in lines if line["event"] == "model_unavailable")
-    assert said["level"] == "error"
-    assert said["reason"] == (
+    (line,) = (line for line in lines if line["event"] == "model_unavailable")
+    assert line["level"] == "error"
+    assert line["reason"] == (
         "portraits: cannot be loaded: Error while reading portraits/vae/weights.safetensors and "
         "… cut"
     )

@@ -1,7 +1,7 @@
-"""What a real model makes and is no picture never leaves the worker, and the next one is unharmed.
+"""Invalid output of a real model is not published, and does not affect the next request.
 
-That the runner refuses such outputs is shown in `tests/integration`, for both tasks; here is what
-becomes of the request, with the real runner and codec, and ports in memory.
+`tests/integration` tests that the runners reject such outputs, for both tasks. These tests check
+the outcome of the request, with the real runner and codec, and ports in memory.
 """
 
 import json
@@ -67,8 +67,8 @@ class Worker:
         await self._inference.stop()
         self.world.close()
 
-    async def takes(self, request_id: str) -> MemoryDelivery:
-        """Have a request delivered, the same one each time, until it is settled for good."""
+    async def deliver(self, request_id: str) -> MemoryDelivery:
+        """Deliver one request repeatedly until it has a terminal event."""
         size = {"width": SIDE, "height": SIDE, "num_inference_steps": 1, "seed": 7}
         body = {"request_id": request_id, "prompt": "a circle", **size}
         await self.world.send(json.dumps(body).encode())
@@ -78,8 +78,8 @@ class Worker:
         return delivery
 
     async def pixels(self, request_id: str) -> bytes:
-        """The picture of a request that succeeds at its first try, without what its file says."""
-        assert (await self.takes(request_id)).attempt == 1
+        """Return the pixels of a request that succeeds in its first attempt."""
+        assert (await self.deliver(request_id)).attempt == 1
         event = await self.world.result(request_id)
         assert isinstance(event, SucceededEvent)
         (output,) = event.outputs
@@ -91,26 +91,26 @@ class Worker:
 @pytest.fixture
 async def worker(model_folder: Folder) -> AsyncIterator[Worker]:
     config = ModelConfig(model_id=str(model_folder("stable_diffusion_3")))
-    made = Worker(create_runner(TASK, config))
-    await made.open()
-    yield made
-    await made.close()
+    opened = Worker(create_runner(TASK, config))
+    await opened.open()
+    yield opened
+    await opened.close()
 
 
 @contextmanager
 def not_numbers(pipe: Any) -> Iterator[None]:
     """A weight of the autoencoder is not a number."""
     bias = pipe.vae.decoder.conv_out.bias
-    kept = bias.detach().clone()
+    original = bias.detach().clone()
     with torch.no_grad():
         bias.fill_(float("nan"))
         yield
-        bias.copy_(kept)
+        bias.copy_(original)
 
 
 @contextmanager
 def too_small(pipe: Any) -> Iterator[None]:
-    """The pipeline takes its autoencoder to enlarge twice as much as it does."""
+    """Make the pipeline assume twice the real scale factor of its autoencoder."""
     factor = pipe.vae_scale_factor
     pipe.vae_scale_factor = 2 * factor
     yield
@@ -129,7 +129,7 @@ async def test_invalid_output_is_a_model_error_and_the_next_request_succeeds(
 ) -> None:
     before = await worker.pixels("before")
     with fault(worker.pipe):
-        last = await worker.takes("bad")
+        last = await worker.deliver("bad")
     assert last.attempt == 3
     event = await worker.world.result("bad")
     assert isinstance(event, FailedEvent)

@@ -56,13 +56,13 @@ async def test_idle_worker(scene: Scene, how: str) -> None:
 async def test_run_continues_during_an_outage(scene: Scene, how: str, lasting: float) -> None:
     """There is one worker, so an expired lease causes no second run."""
     worker = await scene.start("held_in_run")
-    heard: asyncio.Queue[Event] = asyncio.Queue()
+    events: asyncio.Queue[Event] = asyncio.Queue()
     inbox = scene.sender.new_inbox()
 
-    async def hear(message: Msg) -> None:
-        heard.put_nowait(json.loads(message.data))
+    async def on_message(message: Msg) -> None:
+        events.put_nowait(json.loads(message.data))
 
-    await scene.sender.subscribe(inbox, cb=hear)
+    await scene.sender.subscribe(inbox, cb=on_message)
     request_id = await scene.submit(reply_to=inbox)
     waiting = await scene.submit()
     await scene.until_noted("run")
@@ -72,7 +72,7 @@ async def test_run_continues_during_an_outage(scene: Scene, how: str, lasting: f
     await resume(scene, "run")
     event = await succeeded(scene, request_id)
     assert event["attempt"] == 1
-    assert await asyncio.wait_for(heard.get(), SLACK) == event
+    assert await asyncio.wait_for(events.get(), SLACK) == event
     await succeeded(scene, waiting)
     await assert_queue_empty(scene, request_id, waiting)
     await assert_all_ready(scene, worker)
@@ -99,10 +99,10 @@ async def test_lease_survives_a_short_outage(scene: Scene) -> None:
 
 
 async def test_second_run_after_a_long_outage_does_not_replace_the_result(scene: Scene) -> None:
-    """The lease is over when the server returns, before it can be renewed: a second run is right.
+    """The lease expires before the server returns, so a second run is correct.
 
-    The server may not know whether the first worker is still there. That one asks for nothing more
-    while it runs: a copy that came to itself would wait for its own run.
+    The server may not know whether the first worker is still connected. The first worker requests
+    no delivery during its run, because a redelivery to this worker would wait for the run.
     """
     workers = await two_workers(scene, "held_in_run", CONSUMER_JOBS_IN_FLIGHT="1")
     replies = Replies(scene)
@@ -154,7 +154,7 @@ async def test_job_ends_after_an_outage_at_its_end(
     await assert_queue_empty(scene, request_id, waiting)
     await assert_all_ready(scene, worker)
     assert scene.runs() == [request_id, waiting]
-    # One that is killed may have lost what it was told last, and deliver once more.
+    # A killed server may have lost the last acknowledgement, and then delivers the message again.
     assert await deliveries(scene) in ({2} if how == "stop" else {2, 3})
     check_duration(f"{how}, {cause}: return to next run", run_start(scene, waiting) - this.returned)
 

@@ -106,7 +106,7 @@ async def test_draining_worker_requeues_waiting_requests(scene: Scene) -> None:
     await scene.until_noted("run")
     await until_in_flight(scene, worker, 2)
     worker.signal(signal.SIGTERM)
-    await scene.until_logged(worker, "given_back")
+    await scene.until_logged(worker, "requeued")
     await scene.start()
     event = await scene.event(waiting)
     assert event["type"] == "generation.v1.succeeded"
@@ -153,7 +153,7 @@ async def test_no_request_runs_on_a_lost_device(scene: Scene) -> None:
     await until_in_flight(scene, worker, 2)
     (scene.folder / "lose").touch()
     assert await scene.exit_code(worker) == EXIT_DEVICE_LOST
-    assert worker.log_since_start().count("given_back") == 2
+    assert worker.log_since_start().count("requeued") == 2
     assert "daemon_failed" not in worker.log_since_start()
     assert scene.runs() == [lost], "no run starts on a lost device"
     await scene.start()
@@ -216,7 +216,7 @@ async def test_requests_behind_a_poison_request_are_not_dead_lettered(scene: Sce
     assert max(runs) <= ATTEMPTS
 
 
-@pytest.mark.timeout(300)  # seconds; the same
+@pytest.mark.timeout(300)  # seconds; as above
 async def test_poison_request_among_many_has_no_additional_attempts(scene: Scene) -> None:
     """The next worker has other requests in flight; the attempts must still count."""
     await scene.apply(CONSUMER_MAX_ACK_PENDING="3", CONSUMER_ACK_WAIT="1")

@@ -31,17 +31,19 @@ async def test_poison_is_dead_lettered_unrun_after_three_deaths(scene: Scene) ->
     assert last.alive
     assert scene.runs() == ["poison-1"] * DEATHS + [harmless]
     assert await stored_digests(scene) == published_digests(done)
-    await _is_put_aside(scene, event["worker"])
+    await _assert_dead_lettered(scene, event["worker"])
 
 
-async def _is_put_aside(scene: Scene, worker: str) -> None:
+async def _assert_dead_lettered(scene: Scene, worker: str) -> None:
     (headers,) = await scene.dead_letters()
     stream, subject = scene.subjects.dead_letters_stream, scene.subjects.dead_letter(scene.task)
     letter = await scene.sender.jetstream().get_last_msg(stream, subject)
     assert letter.data == POISON
-    own = {name: text for name, text in headers.items() if name.startswith("Dead-Letter-")}
-    del own["Dead-Letter-Time"]
-    assert own == {
+    dead_letter_headers = {
+        name: text for name, text in headers.items() if name.startswith("Dead-Letter-")
+    }
+    del dead_letter_headers["Dead-Letter-Time"]
+    assert dead_letter_headers == {
         "Dead-Letter-Code": "worker_lost",
         "Dead-Letter-Reason": "the workers that took this request were lost",
         "Dead-Letter-Request-Id": "poison-1",

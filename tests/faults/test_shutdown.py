@@ -30,9 +30,11 @@ async def scene(scene: Scene) -> Scene:
 def connections(scene: Scene) -> list[str]:
     """Return the names of the NATS connections of workers and lease guards."""
     with urllib.request.urlopen(f"{scene.stack.nats.monitoring_url}/connz") as answer:  # noqa: S310 - loopback
-        found: dict[str, Any] = json.load(answer)
+        response: dict[str, Any] = json.load(answer)
     return [
-        one.get("name", "") for one in found["connections"] if "generation" in one.get("name", "")
+        one.get("name", "")
+        for one in response["connections"]
+        if "generation" in one.get("name", "")
     ]
 
 
@@ -49,8 +51,8 @@ def group(pid: int) -> list[int]:
     return members
 
 
-async def gone(scene: Scene, worker: Daemon) -> int:
-    """Wait until a worker's processes and connections are gone, and return its exit code."""
+async def processes_ended(scene: Scene, worker: Daemon) -> int:
+    """Wait until a worker's processes and connections have ended, and return its exit code."""
     code = await scene.exit_code(worker)
 
     async def nothing_left() -> bool:
@@ -61,7 +63,7 @@ async def gone(scene: Scene, worker: Daemon) -> int:
     return code
 
 
-async def done_by_another(scene: Scene, request_id: str) -> Event:
+async def finished_by_another_worker(scene: Scene, request_id: str) -> Event:
     """Start another worker, and return the result of a requeued request."""
     assert await scene.events(request_id) == []
     await scene.start()
@@ -77,7 +79,7 @@ async def test_idle_worker(scene: Scene, number: signal.Signals) -> None:
     worker = await scene.start()
     assert len(group(worker.pid)) == 2, "the worker and its lease_guard"
     worker.signal(number)
-    assert await gone(scene, worker) == 0
+    assert await processes_ended(scene, worker) == 0
     assert scene.runs() == []
 
 
@@ -90,7 +92,7 @@ async def test_sigterm_finishes_the_run_and_starts_no_other(scene: Scene) -> Non
     os.killpg(worker.pid, signal.SIGTERM)  # as systemd does, and a terminal with Ctrl-C
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
-    assert await gone(scene, worker) == 0
+    assert await processes_ended(scene, worker) == 0
     assert "lease_guard_ended" not in worker.log_since_start(), "the lease needs the guard"
     assert scene.runs() == [request_id]
     assert (await scene.pending(), await scene.events(waiting)) == (1, [])
@@ -101,8 +103,8 @@ async def test_run_beyond_the_grace_period_is_requeued(scene: Scene) -> None:
     request_id = await scene.submit(steps=LONG)
     await scene.until_noted("runs")
     worker.signal(signal.SIGTERM)
-    assert await gone(scene, worker) == 0
-    await done_by_another(scene, request_id)
+    assert await processes_ended(scene, worker) == 0
+    await finished_by_another_worker(scene, request_id)
     assert scene.runs() == [request_id] * 2
 
 
@@ -113,20 +115,22 @@ async def test_second_signal_requeues_at_once(scene: Scene) -> None:
     worker.signal(signal.SIGTERM)
     await scene.until_logged(worker, '"times": 1')
     worker.signal(signal.SIGTERM)
-    assert await gone(scene, worker) == 0
-    await done_by_another(scene, request_id)
+    assert await processes_ended(scene, worker) == 0
+    await finished_by_another_worker(scene, request_id)
 
 
 @pytest.mark.parametrize("signals", [1, 2])
 async def test_run_that_ignores_its_cancel_token_is_abandoned(scene: Scene, signals: int) -> None:
-    worker = await scene.start("deaf", CONSUMER_DRAIN_GRACE="0.1" if signals == 1 else "600")
+    worker = await scene.start(
+        "ignores_cancellation", CONSUMER_DRAIN_GRACE="0.1" if signals == 1 else "600"
+    )
     request_id = await scene.submit()
     await scene.until_noted("runs")
     for number in range(1, signals + 1):
         worker.signal(signal.SIGTERM)
         await scene.until_logged(worker, f'"times": {number}')  # two at once are one to the kernel
-    assert await gone(scene, worker) == 0
-    await done_by_another(scene, request_id)
+    assert await processes_ended(scene, worker) == 0
+    await finished_by_another_worker(scene, request_id)
 
 
 async def test_upload_within_the_grace_period_finishes_the_job(scene: Scene) -> None:
@@ -139,7 +143,7 @@ async def test_upload_within_the_grace_period_finishes_the_job(scene: Scene) -> 
     await asyncio.to_thread(scene.stack.store.start)
     event = await scene.event(request_id)
     assert (event["type"], event["attempt"]) == ("generation.v1.succeeded", 1)
-    assert await gone(scene, worker) == 0
+    assert await processes_ended(scene, worker) == 0
     assert scene.runs() == [request_id]
     await scene.until_empty()
 
@@ -150,10 +154,10 @@ async def test_upload_beyond_the_grace_period_is_requeued(scene: Scene) -> None:
     request_id = await scene.submit()
     await scene.until_logged(worker, "store_unreachable")
     worker.signal(signal.SIGTERM)
-    assert await gone(scene, worker) == 0
+    assert await processes_ended(scene, worker) == 0
     await asyncio.to_thread(scene.stack.store.start)
     await asyncio.to_thread(scene.stack.store.wait_ready)
-    await done_by_another(scene, request_id)
+    await finished_by_another_worker(scene, request_id)
 
 
 async def test_draining_worker_exits_during_a_nats_outage(scene: Scene) -> None:

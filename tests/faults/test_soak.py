@@ -1,4 +1,4 @@
-"""A short soak with all kinds of chaos, and tests of the verdict of a soak."""
+"""A short soak with all kinds of faults, and tests of the checks after a soak."""
 
 import secrets
 from dataclasses import replace
@@ -29,12 +29,12 @@ COMMON: dict[str, Any] = {"request_digest": digest_of_bytes(b"")}
 async def test_short_soak_has_no_violations(tmp_path: Path) -> None:
     seed = secrets.randbelow(2**32)
     async with soak(Options(requests=40, workers=2, seconds=15, seed=seed), tmp_path) as soaked:
-        print("\n".join(soaked.figures()))  # noqa: T201 - for people
+        print("\n".join(soaked.figures()))  # noqa: T201 - for the reader of the log
         assert soaked.problems() == [], f"seed {seed}"
-        kinds = [blow.kind for blow in soaked.blows]
+        kinds = [fault.kind for fault in soaked.faults]
         assert all(kinds.count(kind) >= AT_LEAST for kind in Kind)
         assert len(soaked.records.results) == 40
-        assert -9 in soaked.records.ends
+        assert -9 in soaked.records.exit_codes
 
 
 @pytest.mark.timeout(120)  # seconds; 20 on idle cores
@@ -42,10 +42,10 @@ async def test_attacks_do_not_affect_other_requests(tmp_path: Path) -> None:
     """Run every attack of tests/hostile once, together with a few ordinary requests."""
     seed = secrets.randbelow(2**32)
     options = Options(
-        requests=15, workers=2, seconds=5, seed=seed, hostile=True, chaos=False, patience=45
+        requests=15, workers=2, seconds=5, seed=seed, hostile=True, chaos=False, progress_timeout=45
     )
     async with soak(options, tmp_path) as soaked:
-        print("\n".join(soaked.figures()))  # noqa: T201 - for people
+        print("\n".join(soaked.figures()))  # noqa: T201 - for the reader of the log
         assert soaked.attacker is not None
         assert set(soaked.attacker.counts) == set(ATTACKS)
         assert soaked.problems() == [], f"seed {seed}"
@@ -54,9 +54,9 @@ async def test_attacks_do_not_affect_other_requests(tmp_path: Path) -> None:
 # -- parts of the soak ----------------------------------------------------------------------------
 
 
-def sending(request_id: str, *ends: str, kind: str = "plain") -> Sending:
+def sending(request_id: str, *outcomes: str, kind: str = "plain") -> Sending:
     headers = {MESSAGE_ID: f"{request_id}.1"}
-    return Sending(0.0, kind, request_id, None, b"", headers, frozenset(ends))
+    return Sending(0.0, kind, request_id, None, b"", headers, frozenset(outcomes))
 
 
 def succeeded(request_id: str, key: str = KEY) -> Stored:
@@ -83,7 +83,7 @@ GOOD = Records(
     letters=[{DEAD_LETTER_REQUEST_ID: "bad"}, {DEAD_LETTER_REQUEST_ID: "raises"}],
     objects={KEY: SHA256},
     replies={"done": [succeeded("done").event]},
-    ends=[0, -9, 70],
+    exit_codes=[0, -9, 70],
 )
 
 
@@ -91,16 +91,16 @@ FORGED = Stored("done", 1.0, {**succeeded("done").event, "request_digest": "sha2
 JUNK = Stored("done", 1.0, {"type": "junk"})
 
 
-def test_verdict_accepts_correct_results() -> None:
+def test_correct_results_have_no_violations() -> None:
     assert problems(SENDINGS, GOOD) == []
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "violation"),
     [
         ({"results": GOOD.results[1:]}, "done (plain): 0 terminal events"),
         ({"results": [*GOOD.results, succeeded("done")]}, "done (plain): 2 terminal events"),
-        ({"counts": {**GOOD.counts, "text_to_image.done": 2}}, "counts other terminal events"),
+        ({"counts": {**GOOD.counts, "text_to_image.done": 2}}, "differs from its messages"),
         ({"results": [*GOOD.results, failed("new", "internal")]}, "never sent"),
         (
             {"results": [failed("done", "internal"), *GOOD.results[1:]]},
@@ -110,10 +110,10 @@ def test_verdict_accepts_correct_results() -> None:
             {"results": [GOOD.results[0], failed("bad", "worker_lost"), GOOD.results[2]]},
             "bad (plain): ended as worker_lost",
         ),
-        ({"left": 1}, "1 requests left in the queue"),
+        ({"remaining": 1}, "1 requests left in the queue"),
         ({"unsettled": 1}, "1 unsettled"),
         ({"objects": {}}, f"{KEY} does not exist"),
-        ({"objects": {KEY: "1" * 64}}, "has other content than its event says"),
+        ({"objects": {KEY: "1" * 64}}, "has another SHA-256 than in its event"),
         (
             {"objects": {**GOOD.objects, "root/text_to_image/raises/0.png": SHA256}},
             "raises/0.png belongs to no succeeded request",
@@ -123,42 +123,42 @@ def test_verdict_accepts_correct_results() -> None:
         ({"letters": [*GOOD.letters, GOOD.letters[0]]}, "bad: 2 dead letters of 1 messages"),
         (
             {"letters": [*GOOD.letters, {DEAD_LETTER_REQUEST_ID: "done"}]},
-            "done: a dead letter, and another end",
+            "done: a dead letter, but another outcome",
         ),
         ({"replies": {"done": [succeeded("done", "other").event]}}, "not the stored event"),
         ({"replies": {"done": [succeeded("bad").event]}}, "not the stored event"),
         ({"results": [FORGED, *GOOD.results[1:]]}, "done (plain): ended with the event of another"),
         ({"results": [JUNK, *GOOD.results[1:]]}, "done (plain): ended as junk"),
-        ({"given_up": ["done"]}, "done: could not be sent"),
-        ({"cancellations": {"done": "cancelled"}}, "is said to be cancelled, and ended as succ"),
+        ({"unsent": ["done"]}, "done: could not be sent"),
+        ({"cancellations": {"done": "cancelled"}}, "but the outcome is succ"),
         ({"replies": {"done": [failed("done", "request_id_conflict").event]}}, "not the stored"),
-        ({"ends": [1]}, "a worker ended with 1"),
-        ({"cries": ["worker-0: daemon_failed"]}, "daemon_failed"),
+        ({"exit_codes": [1]}, "a worker exited with 1"),
+        ({"forbidden_lines": ["worker-0: daemon_failed"]}, "daemon_failed"),
         ({"orphans": [17]}, "left behind by killed workers: [17]"),
     ],
 )
-def test_verdict_reports_each_violation(broken: dict[str, Any], said: str) -> None:
-    assert any(said in one for one in problems(SENDINGS, replace(GOOD, **broken)))
+def test_each_violation_is_reported(broken: dict[str, Any], violation: str) -> None:
+    assert any(violation in one for one in problems(SENDINGS, replace(GOOD, **broken)))
 
 
-def test_verdict_accepts_worker_lost_for_any_request() -> None:
+def test_every_request_may_fail_with_worker_lost() -> None:
     records = replace(
         GOOD,
         results=[failed("done", "worker_lost"), *GOOD.results[1:]],
         letters=[*GOOD.letters, {DEAD_LETTER_REQUEST_ID: "done"}],
         replies={},
     )
-    assert problems(SENDINGS, records) == []  # its object was uploaded before
+    assert problems(SENDINGS, records) == []  # its object may have been uploaded
 
 
-def test_verdict_accepts_a_conflict_of_two_contents() -> None:
+def test_a_conflict_of_two_contents_is_accepted() -> None:
     twice = [sending("done", "succeeded", kind="other content"), *SENDINGS[1:]]
     conflict = failed("done", "request_id_conflict").event
     assert problems(twice, replace(GOOD, replies={"done": [conflict]})) == []
 
 
 @pytest.mark.parametrize(
-    ("code", "digest", "held"),
+    ("code", "digest", "accepted"),
     [
         ("request_id_conflict", "sha256:other", True),
         ("invalid_request", "sha256:other", True),
@@ -166,15 +166,15 @@ def test_verdict_accepts_a_conflict_of_two_contents() -> None:
         ("worker_lost", "sha256:other", False),
     ],
 )
-def test_verdict_accepts_replies_to_copies_of_an_attacker(
-    code: str, digest: str, held: bool
+def test_replies_to_an_attackers_copies_are_accepted(
+    code: str, digest: str, accepted: bool
 ) -> None:
     reply = {**failed("done", code).event, "request_digest": digest}
     records = replace(GOOD, replies={"done": [reply, failed("other", code).event]})
-    assert (problems(SENDINGS, records, hostile=True) == []) is held
+    assert (problems(SENDINGS, records, hostile=True) == []) is accepted
 
 
-def test_verdict_checks_later_steps_of_chains() -> None:
+def test_later_steps_of_chains_are_checked() -> None:
     body = b'{"prompt": "a", "then": [{"task": "text_to_image", "prompt": "b"}]}'
     chain = Sending(0.0, "chain", "tour", "tour", body, {}, frozenset({"succeeded"}))
     ended = failed("tour", "worker_lost")
@@ -183,7 +183,7 @@ def test_verdict_checks_later_steps_of_chains() -> None:
     assert set(expected([chain], [Stored("tour", 1.0, event)])) == {"tour", "tour-2"}
 
 
-def test_equal_seed_sends_equal_requests() -> None:
+def test_equal_seeds_draw_equal_requests() -> None:
     def drawn(seed: int) -> list[bytes]:
         workload = Workload(Subjects(), seed, seconds=60.0, costly=True)
         return [one.body for one in workload.sendings(100) if one.kind != "deadline short"]
@@ -196,12 +196,12 @@ def test_equal_seed_sends_equal_requests() -> None:
     ("waiting", "seconds"),
     [
         ([], 0.0),
-        ([(0.0, 1.0), (5.0, 7.0)], 2.0),  # nothing waits between the two
+        ([(0.0, 1.0), (5.0, 7.0)], 2.0),  # no request waits between the two
         ([(0.0, 1.0), (0.5, 7.0)], 6.0),
         ([(0.0, 7.0), (6.0, 8.0)], 7.0),
     ],
 )
-def test_longest_stall_counts_while_something_waits(
+def test_the_longest_stall_counts_only_while_a_request_waits(
     waiting: list[tuple[float, float]], seconds: float
 ) -> None:
     assert longest_stall(waiting) == seconds

@@ -77,7 +77,7 @@ def denied(scene: Scene) -> str:
     return f'S3: access is denied; reading and writing "{place}" is needed'
 
 
-async def outlasts_the_lease(scene: Scene, worker: Daemon, request_id: str) -> None:
+async def assert_lease_is_kept(scene: Scene, worker: Daemon, request_id: str) -> None:
     """Wait during the fault, and check that the worker keeps the lease and the output."""
     durable, stream = str(scene.task), scene.subjects.requests_stream(scene.task)
     other = await scene.sender.jetstream().pull_subscribe_bind(durable=durable, stream=stream)
@@ -91,7 +91,7 @@ async def outlasts_the_lease(scene: Scene, worker: Daemon, request_id: str) -> N
     assert scene.runs() == [request_id]
 
 
-async def is_over(scene: Scene, worker: Daemon, request_id: str) -> None:
+async def assert_recovered(scene: Scene, worker: Daemon, request_id: str) -> None:
     """Check that the output is stored once, and that the next request succeeds."""
     first = await succeeded(scene, request_id)
     assert first["attempt"] == 1
@@ -106,87 +106,87 @@ async def is_over(scene: Scene, worker: Daemon, request_id: str) -> None:
         assert secret not in log
 
 
-async def survives(
+async def assert_survives(
     scene: Scene,
     proxy: FaultProxy,
     fault: Fault,
     reason: str,
-    cause: str = "impatient",
-    **asked: int,
+    cause: str = "short_store_timeouts",
+    **fields: int,
 ) -> None:
     worker = await start(scene, proxy, cause)
     proxy.otherwise = fault
-    request_id = await scene.submit(**asked)
+    request_id = await scene.submit(**fields)
     await until_not_ready(scene, worker, store=reason)
-    await outlasts_the_lease(scene, worker, request_id)
+    await assert_lease_is_kept(scene, worker, request_id)
     assert await scene.keys() == set()
     proxy.heal()
-    await is_over(scene, worker, request_id)
+    await assert_recovered(scene, worker, request_id)
 
 
 @pytest.mark.parametrize("name", FAILS)
 async def test_failing_store_only_delays_the_result(
     scene: Scene, proxy: FaultProxy, name: str
 ) -> None:
-    await survives(scene, proxy, *FAILS[name])
+    await assert_survives(scene, proxy, *FAILS[name])
 
 
 async def test_temporary_access_denial_only_delays_the_result(
     scene: Scene, proxy: FaultProxy
 ) -> None:
-    await survives(scene, proxy, DENIES, denied(scene))
+    await assert_survives(scene, proxy, DENIES, denied(scene))
 
 
 async def test_interrupted_uploads_only_delay_the_result(scene: Scene, proxy: FaultProxy) -> None:
-    await survives(scene, proxy, cuts_halfway, "S3: the connection broke", "noise", **LARGE)
+    await assert_survives(scene, proxy, cuts_halfway, "S3: the connection broke", "noise", **LARGE)
 
 
 async def test_refused_connections_only_delay_the_result(scene: Scene, proxy: FaultProxy) -> None:
-    worker = await start(scene, proxy, "impatient")
+    worker = await start(scene, proxy, "short_store_timeouts")
     proxy.refuse()
     request_id = await scene.submit()
     await until_not_ready(scene, worker, store="S3: no connection")
-    await outlasts_the_lease(scene, worker, request_id)
+    await assert_lease_is_kept(scene, worker, request_id)
     await proxy.listen()
-    await is_over(scene, worker, request_id)
+    await assert_recovered(scene, worker, request_id)
 
 
 async def test_store_killed_during_an_upload_only_delays_the_result(
     scene: Scene, proxy: FaultProxy
 ) -> None:
     worker = await start(scene, proxy, "noise")
-    held = HoldsHalfway()
-    proxy.faults.append(held)
+    upload = HoldsHalfway()
+    proxy.faults.append(upload)
     request_id = await scene.submit(**LARGE)
-    await asyncio.wait_for(held.reached.wait(), timeout=WITHIN)
+    await asyncio.wait_for(upload.reached.wait(), timeout=WITHIN)
     store = scene.stack.store
     await asyncio.to_thread(store.kill)
     await until_not_ready(scene, worker, store="S3: the connection broke")
-    await outlasts_the_lease(scene, worker, request_id)
+    await assert_lease_is_kept(scene, worker, request_id)
     await asyncio.to_thread(store.start)
     await asyncio.to_thread(store.wait_ready)
-    await is_over(scene, worker, request_id)
+    await assert_recovered(scene, worker, request_id)
 
 
 @pytest.mark.parametrize("fault", [FULL["507 XMinioStorageFull"][0], DENIES], ids=["full", "403"])
 async def test_readable_store_does_not_hide_a_waiting_upload(
     scene: Scene, proxy: FaultProxy, fault: Fault
 ) -> None:
-    """A full store still answers read requests."""
-    worker = await start(scene, proxy, "watchful")
+    """A full store still serves read requests."""
+    worker = await start(scene, proxy, "frequent_store_checks")
     proxy.otherwise = fault
     request_id = await scene.submit()
-    said: list[int] = []
+    statuses: list[int] = []
     uploads = f"PUT /{scene.stack.store.bucket}/{scene.subjects.root}/{scene.task}/".encode()
 
     async def tried_several_times() -> bool:
-        tries = sum(head.startswith(uploads) for head in proxy.heads)
-        if tries > 1:  # by then no look is under way that began before the first
-            said.append((await readiness(worker))[0])
-        return tries > 8
+        attempts = sum(head.startswith(uploads) for head in proxy.heads)
+        if attempts > 1:  # no readiness check from before the first attempt is still in progress
+            statuses.append((await readiness(worker))[0])
+        return attempts > 8
 
-    await scene.until(tried_several_times, "tries of the output that waits")
-    assert set(said) == {HTTPStatus.SERVICE_UNAVAILABLE}
+    await scene.until(tried_several_times, "retries of the upload")
+    assert set(statuses) == {HTTPStatus.SERVICE_UNAVAILABLE}
     proxy.heal()
     await succeeded(scene, request_id)
     await assert_all_ready(scene, worker)
@@ -197,12 +197,12 @@ async def test_readable_store_does_not_hide_a_waiting_upload(
 
 async def test_store_without_checksums_gets_outputs(scene: Scene, proxy: FaultProxy) -> None:
     proxy.otherwise = for_checksums(refuses("501 Not Implemented", "NotImplemented"))
-    worker = await start(scene, proxy, "impatient")
+    worker = await start(scene, proxy, "short_store_timeouts")
     await succeeded(scene, await scene.submit())
     await assert_all_ready(scene, worker)
     lines = [json.loads(line) for line in worker.log.read_text().splitlines()]
-    (said,) = (line for line in lines if line["event"] == "store_without_checksums")
-    assert said["code"] == "NotImplemented"
+    (line,) = (line for line in lines if line["event"] == "store_without_checksums")
+    assert line["code"] == "NotImplemented"
 
 
 # -- at the start ---------------------------------------------------------------------------------
@@ -229,9 +229,9 @@ async def test_unusable_store_ends_the_start_with_one_line(
     assert await scene.exit_code(worker) == UNAVAILABLE
     log = worker.log.read_text()
     lines = [json.loads(line) for line in log.splitlines()]
-    (said,) = (line for line in lines if line["level"] == "error")
-    said["reason"] = said["reason"].replace(f" at {scene.stack.store.endpoint}", "")
-    assert (said["event"], said["reason"]) == ("service_unavailable", reason)
+    (line,) = (line for line in lines if line["level"] == "error")
+    reported = line["reason"].replace(f" at {scene.stack.store.endpoint}", "")
+    assert (line["event"], reported) == ("service_unavailable", reason)
     for secret in (scene.stack.store.secret_key, scene.stack.store.access_key, *settings.values()):
         assert not secret or secret in reason or secret not in log
     durable = await scene.sender.jetstream().consumer_info(
@@ -245,7 +245,7 @@ async def test_request_moves_to_another_worker_if_the_store_is_lost(
     scene: Scene, proxy: FaultProxy
 ) -> None:
     """The requeue is not an attempt, and the worker takes no request until the store answers."""
-    lost = await start(scene, proxy, "without_store_patience")
+    lost = await start(scene, proxy, "short_handover_delay")
     proxy.otherwise = refuses("503 Service Unavailable", "SlowDown")
     request_id = await scene.submit()
     await scene.until_logged(lost, "store_unavailable")

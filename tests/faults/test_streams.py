@@ -45,7 +45,7 @@ async def test_stream_deleted_while_workers_are_idle(scene: Scene, what: str) ->
     await succeeded(scene, first)
     await until_pulls_wait(scene, len(workers))
     before = await config(scene, what)
-    await api(scene, f"{place(scene, what)[0]}.DELETE.{place(scene, what)[1]}")
+    await api(scene, f"{api_name(scene, what)[0]}.DELETE.{api_name(scene, what)[1]}")
     deleted = time.monotonic()
     second = await submit_once_there_is_a_stream(scene)
     await succeeded(scene, second)
@@ -65,7 +65,7 @@ async def test_stream_deleted_during_a_job(scene: Scene, what: str) -> None:
     first = await scene.submit()
     await scene.until_noted("run")
     before = await config(scene, what)
-    await api(scene, f"{place(scene, what)[0]}.DELETE.{place(scene, what)[1]}")
+    await api(scene, f"{api_name(scene, what)[0]}.DELETE.{api_name(scene, what)[1]}")
     await resume(scene, "run")
     ended = time.monotonic()
     assert (await succeeded(scene, first))["attempt"] == 1
@@ -135,13 +135,13 @@ async def test_worker_waits_for_the_end_of_a_pause(scene: Scene) -> None:
     await assert_queue_empty(scene, request_id)
     await assert_all_ready(scene, worker)
     assert scene.runs() == [request_id]
-    assert run_start(scene, request_id) > ends - 0.05, "the server's clock is the same one"
+    assert run_start(scene, request_id) > ends - 0.05, "the server and the test use one clock"
     check_duration("end of a pause to next run", run_start(scene, request_id) - ends)
 
 
 async def test_full_request_stream_refuses_and_accepts_again(scene: Scene, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    folder = tmp_path / "images"
+    folder.mkdir()
     worker = await scene.start("held_in_run")
     full = {**await config(scene, "requests"), "max_msgs": 1}
     await api(scene, f"STREAM.UPDATE.{scene.subjects.requests_stream(scene.task)}", full)
@@ -150,8 +150,8 @@ async def test_full_request_stream_refuses_and_accepts_again(scene: Scene, tmp_p
     with pytest.raises(APIError) as refused:
         await scene.submit()
     assert refused.value.err_code == QUEUE_FULL
-    code, said = await command(scene, pictures, "refused")
-    assert (code, said) == (69, "consumer: the queue is full: try again later\n")
+    code, output = await command(scene, folder, "refused")
+    assert (code, output) == (69, "consumer: the queue is full: try again later\n")
     await resume(scene, "run")
     await succeeded(scene, first)
     await scene.until_empty()
@@ -159,9 +159,9 @@ async def test_full_request_stream_refuses_and_accepts_again(scene: Scene, tmp_p
     second = await scene.submit()
     await succeeded(scene, second)
     await scene.until_empty()
-    code, said = await command(scene, pictures, "taken")
-    assert code == 0, said
-    assert files(pictures) == ["taken.png"]
+    code, output = await command(scene, folder, "taken")
+    assert code == 0, output
+    assert files(folder) == ["taken.png"]
     await assert_queue_empty(scene, first, second, "taken")
     await assert_all_ready(scene, worker)
     assert scene.runs() == [first, second, "taken"]
@@ -170,19 +170,19 @@ async def test_full_request_stream_refuses_and_accepts_again(scene: Scene, tmp_p
 async def test_full_results_stream_delays_the_result_and_readiness_reports_it(scene: Scene) -> None:
     worker = await scene.start("held_in_run")
     before = await config(scene, "results")
-    name = place(scene, "results")[1]
+    name = api_name(scene, "results")[1]
     request_id = await scene.submit()
     await scene.until_noted("run")
     await api(scene, f"STREAM.UPDATE.{name}", {**before, "max_bytes": 100})
     await resume(scene, "run")
 
-    async def said() -> bool:
+    async def stream_is_reported() -> bool:
         return "maximum bytes exceeded" in (await readiness(worker)).get("streams", "")
 
-    await scene.until(said, "readiness that names the stream")
+    await scene.until(stream_is_reported, "readiness that names the stream")
     assert await scene.events(request_id) == []
     await asyncio.sleep(2 * ACK_WAIT)
-    assert scene.runs() == [request_id], "the worker renews the lease meanwhile"
+    assert scene.runs() == [request_id], "the worker renews the lease"
     await api(scene, f"STREAM.UPDATE.{name}", before)
     assert (await succeeded(scene, request_id))["attempt"] == 1
     assert (await readiness(worker))["streams"] == "ok"
@@ -193,7 +193,7 @@ async def test_full_results_stream_delays_the_result_and_readiness_reports_it(sc
 # -- helpers --------------------------------------------------------------------------------------
 
 
-def place(scene: Scene, what: str) -> tuple[str, str]:
+def api_name(scene: Scene, what: str) -> tuple[str, str]:
     """Return the JetStream API type and the name of a stream or durable."""
     subjects = scene.subjects
     if what == "durable":
@@ -218,7 +218,7 @@ async def api(scene: Scene, subject: str, body: object = None) -> dict[str, Any]
 
 async def config(scene: Scene, what: str) -> dict[str, Any]:
     """Return the configuration on the server."""
-    kind, name = place(scene, what)
+    kind, name = api_name(scene, what)
     found: dict[str, Any] = (await api(scene, f"{kind}.INFO.{name}"))["config"]
     return found
 
@@ -233,17 +233,17 @@ async def pause(scene: Scene, until: datetime | None) -> None:
 
 async def submit_once_there_is_a_stream(scene: Scene) -> str:
     """Publish a request repeatedly until it is stored."""
-    taken: list[str] = []
+    accepted: list[str] = []
 
     async def stored() -> bool:
         try:
-            taken.append(await scene.submit())
+            accepted.append(await scene.submit())
         except NoStreamResponseError:
             return False
         return True
 
     await scene.until(stored, "request stream")
-    return taken[0]
+    return accepted[0]
 
 
 async def letters(scene: Scene) -> int:
@@ -302,6 +302,6 @@ async def command(scene: Scene, folder: Path, request_id: str) -> tuple[int, str
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )
-    _, said = await process.communicate()
+    _, output = await process.communicate()
     assert process.returncode is not None
-    return process.returncode, said.decode()
+    return process.returncode, output.decode()

@@ -1,9 +1,9 @@
-"""Fuzz what reads bytes of strangers: `uv run --group fuzz python -m tests.fuzz TARGET`.
+"""Fuzz the parsers of untrusted bytes: `uv run --group fuzz python -m tests.fuzz TARGET`.
 
-TARGET is `requests`, `results`, `images` or `protocol`; what follows are options of libFuzzer, for
-example `-max_total_time=60`. A target may raise what the daemon makes an answer of, and nothing
-else: any other exception is a finding, and so is a hang. Coverage guides it through this project's
-modules, nats-py and the Python part of Pillow.
+TARGET is `requests`, `results`, `images` or `protocol`, followed by options of libFuzzer, for
+example `-max_total_time=60`. A target may raise only the exceptions that the daemon handles. Any
+other exception and any hang is a finding. Coverage includes this project's modules, nats-py and the
+Python part of Pillow.
 """
 
 import asyncio
@@ -31,11 +31,15 @@ with atheris.instrument_imports(include=["consumer", "generation_contracts", "PI
 SUBJECTS = Subjects()
 ADMISSION = Admission(Task.IMAGE_TO_TEXT, SUBJECTS, ("_INBOX.",))
 CODEC = ImageCodec(max_bytes=2**20, max_pixels=1_000_000)
-SEEDS = (JpegImagePlugin, PngImagePlugin, WebPImagePlugin)  # instrumented by being imported
+SEEDS = (
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+)  # imported here so that atheris instruments them
 
 
 class Delivery:
-    """What admission reads of a delivery."""
+    """The part of a delivery that admission reads."""
 
     stream = "GENERATION_REQUESTS_IMAGE_TO_TEXT"
     stream_sequence = 1
@@ -49,11 +53,13 @@ class Delivery:
 
 
 def requests(data: bytes) -> None:
-    """A message of the request stream: body, last token of the subject, reply header."""
-    given = atheris.FuzzedDataProvider(data)
-    subject = SUBJECTS.request(Task.IMAGE_TO_TEXT) + given.ConsumeUnicodeNoSurrogates(8)
-    reply_to = given.ConsumeUnicodeNoSurrogates(24)
-    delivery = Delivery(given.ConsumeBytes(given.remaining_bytes()), subject, reply_to)
+    """Fuzz a message of the request stream: body, last token of the subject, reply header."""
+    data_provider = atheris.FuzzedDataProvider(data)
+    subject = SUBJECTS.request(Task.IMAGE_TO_TEXT) + data_provider.ConsumeUnicodeNoSurrogates(8)
+    reply_to = data_provider.ConsumeUnicodeNoSurrogates(24)
+    delivery = Delivery(
+        data_provider.ConsumeBytes(data_provider.remaining_bytes()), subject, reply_to
+    )
     job = ADMISSION.open(delivery)  # type: ignore[arg-type] # never raises
     assert 1 <= len(job.request_id) <= 64
     try:
@@ -63,7 +69,7 @@ def requests(data: bytes) -> None:
 
 
 def results(data: bytes) -> None:
-    """What stands in the stream of results."""
+    """Fuzz a message of the results stream."""
     try:
         decode_result(data)
     except ValidationError:
@@ -71,17 +77,17 @@ def results(data: bytes) -> None:
 
 
 def images(data: bytes) -> None:
-    """An input picture."""
+    """Fuzz an input image."""
     try:
-        picture = CODEC.decode(data)
+        image = CODEC.decode(data)
     except InputUnavailable:
         return
-    assert picture.mode == "RGB"
-    assert picture.width * picture.height <= 1_000_000
+    assert image.mode == "RGB"
+    assert image.width * image.height <= 1_000_000
 
 
 class OfflineClient(RobustClient):
-    """A client without a server: what is not a message is parsed and dropped."""
+    """A client without a server. It parses and ignores everything except messages."""
 
     async def _nothing(self, *_: Any) -> None:
         pass
@@ -90,11 +96,11 @@ class OfflineClient(RobustClient):
 
 
 def protocol(data: bytes) -> None:
-    """What a server sends: a message of any subject, reply subject and headers; then any bytes."""
+    """Fuzz the input from a server: a message with any subject and headers, then any bytes."""
     asyncio.run(_receive(atheris.FuzzedDataProvider(data)))
 
 
-async def _receive(given: Any) -> None:
+async def _receive(data_provider: Any) -> None:
     client = OfflineClient()
     received: list[Msg] = []
 
@@ -104,22 +110,22 @@ async def _receive(given: Any) -> None:
     client._process_disconnect()
     client._flush_queue = asyncio.Queue()
     await client.subscribe("a", cb=on_message)
-    subject, reply = (_without_separators(given.ConsumeBytes(16)) or b"a" for _ in range(2))
-    headers = b"NATS/1.0" + given.ConsumeBytes(24)
-    body = given.ConsumeBytes(8)
+    subject, reply = (_without_separators(data_provider.ConsumeBytes(16)) or b"a" for _ in range(2))
+    headers = b"NATS/1.0" + data_provider.ConsumeBytes(24)
+    body = data_provider.ConsumeBytes(8)
     sizes = len(headers), len(headers) + len(body)
     stream = b"HMSG %s 1 %s %d %d\r\n" % (subject, reply, *sizes) + headers + body + b"\r\n"
     stream += b"MSG b 1 2\r\nhi\r\n"
-    cut = given.ConsumeIntInRange(0, len(stream))
+    cut = data_provider.ConsumeIntInRange(0, len(stream))
     for part in (stream[:cut], stream[cut:]):
         await client._ps.parse(part)
     for _ in range(4):
         await asyncio.sleep(0)
     assert [message.data for message in received] == [body, b"hi"]
     try:
-        await client._ps.parse(given.ConsumeBytes(given.remaining_bytes()))
+        await client._ps.parse(data_provider.ConsumeBytes(data_provider.remaining_bytes()))
     except ProtocolError:
-        return  # the connection is made anew
+        return  # the client reconnects
 
 
 def _without_separators(text: bytes) -> bytes:
@@ -134,8 +140,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 }
 
 
-def beginnings(target: str) -> list[bytes]:
-    """Something to begin with: without it, chance does not come past the first byte of a file."""
+def seed_inputs(target: str) -> list[bytes]:
+    """Return seed inputs: random bytes would not get past the first byte of an image file."""
     if target == "protocol":
         return [b"generation.\x0b.\xff", b"a" * 40 + b" 100\r\n\r\nMSG a 1 b 1\r\na\r\n"]
     if target != "images":
@@ -150,11 +156,11 @@ def beginnings(target: str) -> list[bytes]:
 
 def main() -> None:
     target = sys.argv.pop(1)
-    for seed in beginnings(target):
+    for seed in seed_inputs(target):
         TARGETS[target](seed)
-    # From the beginning as long as a small file is.
+    # Start with the length of a small file.
     options = [*sys.argv, "-len_control=0", *([] if _has("-max_len") else ["-max_len=4096"])]
-    atheris.Setup(options, TARGETS[target], custom_mutator=_mutator(beginnings(target)))
+    atheris.Setup(options, TARGETS[target], custom_mutator=_mutator(seed_inputs(target)))
     atheris.Fuzz()
 
 
@@ -164,8 +170,8 @@ def _has(option: str) -> bool:
 
 def _mutator(seeds: list[bytes]) -> Callable[[bytes, int, int], bytes]:
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
-        begin = data if len(data) > 1 else seeds[seed % len(seeds)]
-        return bytes(atheris.Mutate(begin[:max_size], max_size))
+        base = data if len(data) > 1 else seeds[seed % len(seeds)]
+        return bytes(atheris.Mutate(base[:max_size], max_size))
 
     return mutate
 

@@ -255,7 +255,7 @@ class RealWorld:
         bus: The relay in front of the nats-server.
     """
 
-    picture = _image_file()
+    image_file = _image_file()
 
     def __init__(self, servers: DevStack, task: Task, store: Relay, bus: Relay) -> None:
         root = f"t{uuid4().hex[:8]}"

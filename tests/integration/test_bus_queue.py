@@ -12,7 +12,7 @@ from consumer.bus.queue import BroadcastWorkers, JetStreamQueue
 from consumer.endpoints import worker_service as worker_service_module
 from consumer.endpoints.worker_service import WorkerBackend, WorkerService
 from consumer.ports.bus import IdLookup, StopAck
-from generation_contracts import ModelInfo, Subjects, Task
+from generation_contracts import ModelInfo, Subjects, Task, UploadReply, UploadRequest
 from tests.integration.bus_installation import TASK, Installation, soon, take
 from tests.support.memory_ports import MemoryObserver
 
@@ -162,6 +162,9 @@ class RemoteWorker:
         async def cancel(_: str) -> Any:
             raise AssertionError("this test sends no cancellation")
 
+        def sign_upload(_: UploadRequest) -> UploadReply:
+            raise AssertionError("this test sends no upload request")
+
         backend = WorkerBackend(
             task=TASK,
             worker="w",
@@ -171,6 +174,7 @@ class RemoteWorker:
             cancel=cancel,
             request_stop=self.request_stop,
             is_running=self.ids.__contains__,
+            sign_upload=sign_upload,
             observer=MemoryObserver(),
         )
         service = WorkerService(installation.bus, installation.subjects, backend)

@@ -1,9 +1,11 @@
 """Streams and durables on a real server: creation, updates, and refusals."""
 
 import json
+import shutil
 import subprocess
 import zipfile
 from contextlib import AsyncExitStack
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from structlog.testing import capture_logs
 
 from consumer.bus.connection import Bus, BusUnavailable
 from consumer.bus.topology import Durable, PartlyApplied, Topology, TopologyError
-from consumer.devstack import NatsServer
+from consumer.devstack import NatsServer, free_ports
+from consumer.devstack.loopback import HOST
 from consumer.devstack.process import find_program
 from generation_contracts import Subjects, Task, encode
 from generation_contracts.examples import EVENTS
@@ -635,6 +638,26 @@ def test_the_server_accepts_its_configuration_file() -> None:
         capture_output=True,
         timeout=10,
     )
+
+
+def test_the_configuration_file_stores_streams_in_the_working_folder(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "infra/nats/server.conf", tmp_path)
+    client, monitoring = free_ports(2)
+    (tmp_path / "test.conf").write_text(
+        f'include "server.conf"\nhost: {HOST}\nport: {client}\nhttp: "{HOST}:{monitoring}"\n'
+    )
+    with subprocess.Popen(
+        [find_program("nats-server"), "-c", "test.conf"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stderr is not None
+        log = list(takewhile(lambda line: "Server is ready" not in line, server.stderr))
+        server.terminate()
+    (stored,) = [line for line in log if "Store Directory" in line]
+    assert '"jetstream/jetstream"' in stored, stored
+    assert (tmp_path / "jetstream" / "jetstream").is_dir()
 
 
 def test_the_wheel_contains_the_files(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_the_autoencoder_reproduces_unknown_colours() -> None:
 def test_the_prompt_of_the_demonstration_gives_its_image_and_description(bench: Bench) -> None:
     prompt = "a small red star on a white background at the top"
     scene = Scene("white", (Thing("red", "star", "small"),), "top")
-    images = [bench.picture(prompt, seed) for seed in range(3)]
+    images = [bench.image(prompt, seed) for seed in range(3)]
     texts = [bench.text([image], "Describe this picture.") for image in images]
     # The checker is stricter than the eye with a star of twelve pixels.
     assert sum(read_scene(image) == scene for image in images) >= 2
@@ -72,14 +72,14 @@ def test_the_prompt_of_the_demonstration_gives_its_image_and_description(bench: 
 
 def test_a_shape_without_a_place_is_in_the_center_on_white(bench: Bench) -> None:
     things = [Thing(colour, shape) for colour, shape in zip(cycle(("red", "black")), SHAPES)]
-    images = [bench.picture(f"a {t.colour} {t.shape}", n) for n, t in enumerate(things)]
+    images = [bench.image(f"a {t.colour} {t.shape}", n) for n, t in enumerate(things)]
     expected = [Scene("white", (thing,)) for thing in things]
     right = sum(read_scene(p) == scene for p, scene in zip(images, expected, strict=True))
     assert right >= len(things) - 1
 
 
 def test_another_seed_gives_another_image_of_the_same_scene(bench: Bench) -> None:
-    first, second = (bench.picture("a blue square", seed) for seed in (1, 2))
+    first, second = (bench.image("a blue square", seed) for seed in (1, 2))
     assert first.tobytes() != second.tobytes()
     assert read_scene(first) == read_scene(second) == Scene("white", (Thing("blue", "square"),))
 
@@ -89,7 +89,7 @@ def test_a_negative_prompt_excludes_a_colour(bench: Bench) -> None:
     colours = {}
     for negative in ("", "red"):
         scenes = [
-            read_scene(bench.picture("a circle", n, negative_prompt=negative)) for n in range(5)
+            read_scene(bench.image("a circle", n, negative_prompt=negative)) for n in range(5)
         ]
         colours[negative] = {scene.things[0].colour for scene in scenes if scene is not None}
     assert len(colours[""]) > 1
@@ -99,7 +99,7 @@ def test_a_negative_prompt_excludes_a_colour(bench: Bench) -> None:
 def test_guidance_makes_an_image_follow_its_prompt(bench: Bench) -> None:
     scene = Scene("green", (Thing("pink", "heart", "large"),), "left")
     prompt = "a large pink heart on a green background on the left"
-    images = {scale: bench.picture(prompt, 5, guidance_scale=scale) for scale in (0.0, 4.0)}
+    images = {scale: bench.image(prompt, 5, guidance_scale=scale) for scale in (0.0, 4.0)}
     assert read_scene(images[4.0]) == scene
     assert images[0.0].tobytes() != images[4.0].tobytes()
 

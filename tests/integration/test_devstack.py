@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -16,20 +17,24 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Self
 
+import httpx2 as httpx
 import nats
 import pytest
 from minio import Minio
 from minio.error import S3Error
 
 from consumer.devstack import (
+    ChildEndedError,
     ChildProcess,
     Daemon,
     DevStack,
     DevStackError,
     DirectoryInUseError,
     NatsServer,
+    NoSpaceError,
     ObjectStore,
     PortTakenError,
     ServerMissingError,
@@ -39,6 +44,7 @@ from consumer.devstack import (
     orphan_guard,
     process,
 )
+from consumer.devstack import stack as stack_module
 from consumer.devstack.loopback import FreePorts, http_status, require_free
 from consumer.devstack.stack import Addresses
 
@@ -716,3 +722,141 @@ def test_a_folder_named_consumer_does_not_shadow_the_daemon(tmp_path: Path) -> N
     daemon = Daemon("a daemon", {}, log=tmp_path / "daemon.log")
     interpreter = daemon.argv[: daemon.argv.index("-m")]
     subprocess.run([*interpreter, "-c", "import consumer"], cwd=tmp_path, check=True)
+
+
+def test_all_streams_fit_whatever_the_free_space_of_the_disk_is(stack: DevStack) -> None:
+    # By default, streams may reserve 75% of the free space.
+    limits = httpx.get(f"{stack.nats.monitoring_url}/jsz").json()["config"]
+    assert limits["max_storage"] == 16 * 2**30
+
+
+def test_a_start_without_space_names_the_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=19_000_000))
+    with pytest.raises(NoSpaceError, match="has 19 MB of free space; the servers need 20 MB: free"):
+        DevStack(tmp_path / "stack", persist=False).start()
+
+
+def test_a_server_that_ends_is_reported_with_its_code_and_the_end_of_its_log(
+    tmp_path: Path,
+) -> None:
+    with DevStack(tmp_path / "stack", persist=False) as stack:
+        stack.require_alive()
+        with Watched(stack.nats.pid) as server:
+            os.kill(stack.nats.pid, signal.SIGKILL)
+            server.wait_until_ended()
+        with pytest.raises(ChildEndedError) as caught:
+            stack.require_alive()
+    first, *lines = str(caught.value).splitlines()
+    assert first == (
+        "nats-server ended by itself with code -9 (SIGKILL); "
+        f"the end of its log {stack.logs / 'nats.log'}:"
+    )
+    assert 0 < len(lines) <= 15
+    assert "Server is ready" in "".join(lines)
+
+
+def test_a_server_that_ends_stops_the_wait_for_a_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DevStack(tmp_path / "stack", persist=False) as stack:
+        stack.daemons.append(python_child(tmp_path, "import time; time.sleep(60)"))  # type: ignore[arg-type]
+        stack.daemons[0].start()
+
+        def never_ready(_: ChildProcess) -> bool:
+            stack.store.kill()
+            return False
+
+        monkeypatch.setattr(ChildProcess, "_is_ready", never_ready)
+        try:
+            with pytest.raises(ChildEndedError, match="weed ended by itself with code -9"):
+                stack.wait_ready()
+        finally:
+            stack.daemons[0].kill()
+
+
+def test_the_message_about_a_child_whose_log_was_deleted_has_no_lines(tmp_path: Path) -> None:
+    child = python_child(tmp_path, "print('a line')")
+    child.start()
+    with Watched(child.pid) as process:
+        process.wait_until_ended()
+    child.log.unlink()
+    assert str(child.ended_error()) == (
+        f"a program ended with exit code 0; there is nothing in its log {child.log}"
+    )
+
+
+def test_daemons_and_gateways_keep_their_ports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChildProcess, "start", lambda _: None)  # only the ports matter here
+    monkeypatch.setattr(ChildProcess, "wait_ready", lambda *_, **__: None)
+    ports = []
+    for _ in range(2):
+        with DevStack(tmp_path / "stack", persist=True) as stack:
+            daemon = stack.start_daemon("text_to_image", {})
+            gateway = stack.start_gateway("gateway", {})
+            ports.append((daemon.ports, gateway.ports))
+            del daemon, gateway, stack
+    assert ports[0] == ports[1]
+    assert Addresses.read(tmp_path / "stack" / "devstack.json").children == {
+        "text_to_image": ports[0][0]["probes"],
+        "gateway": ports[0][1]["http"],
+    }
+
+
+DRAINS = """
+import signal, sys
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
+print("ready", flush=True)
+while len(signals) < {after}:
+    signal.pause()
+"""
+
+
+def test_a_persistent_stack_stops_gateways_when_its_daemons_have_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The daemon drains after one signal. The gateway would wait for requests that no worker runs.
+    monkeypatch.setattr(stack_module, "_IDLE_STOP", 0.0)
+    told: list[bool] = []
+    release = tmp_path / "release"
+    code = DRAINS.format(after=1) + f"open({str(release)!r}, 'rb').read()"
+    os.mkfifo(release)
+
+    def finish_the_run() -> None:
+        told.append(gateway.alive)
+        release.write_bytes(b"")
+
+    stack = DevStack(tmp_path / "stack", persist=True, on_drain=finish_the_run)
+    with stack:
+        daemon = python_child(tmp_path / "daemon", code)
+        gateway = python_child(tmp_path / "gateway", DRAINS.format(after=2))
+        for child, among in ((daemon, stack.daemons), (gateway, stack._gateways)):
+            among.append(child)  # type: ignore[arg-type]
+            stack._started.callback(child.stop)
+            child.start()
+            while "ready" not in child.log_since_start():
+                assert child.alive
+                time.sleep(0.01)  # no event reports a change of the file
+    assert told == [True]
+    assert (daemon.returncode, gateway.returncode) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        '{"nats": {"client": 1, "monitoring": 99999}}',
+        '{"nats": 1, "store": 2, "children": 3}',
+    ],
+    ids=["empty", "null", "list", "impossible port", "numbers"],
+)
+def test_a_damaged_state_file_is_reported(tmp_path: Path, text: str) -> None:
+    (tmp_path / "devstack.json").write_text(text)
+    with pytest.raises(DevStackError, match=r"devstack\.json is damaged"):
+        DevStack(tmp_path, persist=True).start()

@@ -23,7 +23,7 @@ from tests.support.tiny_models import Folder, Load
 
 CPU = torch.device("cpu")
 ONE_AT_A_TIME, IN_TILES, MOVED = (
-    "generate one image at a time",
+    "made one image at a time",
     "decoded in tiles",
     "kept only the active part on the device",
 )

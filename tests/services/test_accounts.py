@@ -148,6 +148,8 @@ async def test_each_tenant_can_use_the_client_library(installation: Installation
             running = asyncio.ensure_future(client.ended("long", within=WITHIN))
             assert (await client.cancel("long")).status in {"cancelled", "stopping"}
             assert await running == "generation.v1.cancelled"
+            image = await client.download(events[-1].outputs[0])  # type: ignore[union-attr,arg-type]
+            assert (await client.upload(image)).key.startswith("uploads/")
 
     async with asyncio.timeout(WITHIN):
         await asyncio.gather(work(A), work(B))
@@ -215,6 +217,8 @@ ATTACKS = {
     # direct messages: use the id, cancel, interrupt, forge events and marks, call, reply
     "occupy": Attack(f"{A}.request.{TASK}.{SECRET}", b"{}", headers={"Nats-Msg-Id": SECRET}),
     "cancel": Attack(f"{A}.cancel.{SECRET}"),
+    "upload": Attack(f"{A}.upload", b'{"size":9,"media_type":"image/png"}'),
+    "upload_reply_as_cancel": Attack(f"{B}.upload", b"{", reply=f"{A}.cancel.{SECRET}"),
     "interrupt": Attack(f"{A}.interrupt.{SECRET}"),
     "forge": Attack(RESULT, FORGED),
     "dead_letter": Attack(f"{A}.dead.{TASK}", b"{}"),

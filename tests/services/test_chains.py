@@ -51,7 +51,7 @@ async def test_the_caller_gets_only_the_result_of_the_last_step(
     assert event["metadata"] == {"order": "7"}
     assert (answer.headers or {})["traceparent"] == trace
     described = await stored(scene, Task.IMAGE_TO_TEXT, "c-2")
-    assert described["outputs"][0]["text"] == "3 pictures"
+    assert described["outputs"][0]["text"] == "3 images"
     assert (await scene.event("c"))["chain"] == {"id": "c", "step": 1, "of": 3}
     await scene.until_empty()
     await caller.client.flush()
@@ -68,7 +68,7 @@ async def test_each_image_has_a_separate_request_and_reply(scene: Scene, caller:
     )
     events = [json.loads((await answers.next_msg(timeout=30)).data) for _ in range(3)]
     assert {event["request_id"] for event in events} == {"e-2-0", "e-2-1", "e-2-2"}
-    assert {event["outputs"][0]["text"] for event in events} == {"1 pictures"}
+    assert {event["outputs"][0]["text"] for event in events} == {"1 images"}
 
 
 async def test_a_worker_killed_between_two_steps_neither_loses_nor_repeats_a_step(

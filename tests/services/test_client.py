@@ -15,17 +15,18 @@ import nats
 import pytest
 from nats.aio.msg import Msg
 from PIL import Image
-from pydantic import ValidationError
 
-from consumer.devstack import NatsServer
+from consumer.devstack import NatsServer, free_ports
 from generation_client import (
     DownloadFailed,
     GenerationClient,
+    GenerationError,
     NoWorker,
     QueueFull,
     RequestCancelled,
     RequestFailed,
     RequestIdTaken,
+    RequestInvalid,
     RequestTooLarge,
     ServiceUnavailable,
     UnsupportedMessage,
@@ -43,6 +44,7 @@ from generation_contracts import (
     Task,
     TextOutput,
     TextToImageRequest,
+    TextToImageStep,
 )
 from tests.conftest import StartNats
 from tests.support.scene import WITHIN, Scene
@@ -85,7 +87,7 @@ async def test_a_text_request_returns_a_text(scene: Scene) -> None:
         result = await client.image_to_text("What is it?", [InlineImage(base64=png_base64())])
     (output,) = result.outputs
     assert isinstance(output, TextOutput)
-    assert output.text == "1 pictures"
+    assert output.text == "1 images"
 
 
 async def test_another_client_can_fetch_the_result_of_a_submitted_request(scene: Scene) -> None:
@@ -128,9 +130,20 @@ async def test_a_failed_request_raises_an_error_with_its_event(scene: Scene) -> 
 
 async def test_each_failed_submission_raises_its_error(scene: Scene) -> None:
     async with client_of(scene) as client:
-        with pytest.raises(ValidationError):
-            await client.text_to_image("")
-        with pytest.raises(RequestTooLarge):
+        for invalid in (
+            client.text_to_image(""),
+            client.text_to_image("a", seed=-3),
+            client.text_to_image("a", widht=64),
+            client.image_to_text("a", "no-uri"),
+            client.image_to_text("a", []),
+            client.text_to_image("a", then=[TextToImageStep(task="text_to_image", prompt="$text")]),
+        ):
+            with pytest.raises(RequestInvalid) as caught:
+                await invalid
+            assert isinstance(caught.value, GenerationError)
+            assert isinstance(caught.value, ValueError)
+            assert caught.value.problems
+        with pytest.raises(RequestTooLarge, match="too large for NATS: upload its images"):
             await client.image_to_text("a", [InlineImage(base64="A" * 2**20)])
         with pytest.raises(NoWorker):
             await client.cancel("unknown")
@@ -145,6 +158,17 @@ async def test_each_failed_submission_raises_its_error(scene: Scene) -> None:
     with pytest.raises(ServiceUnavailable):
         async with GenerationClient(scene.stack.nats.url, root="nowhere") as client:
             await client.submit(TextToImageRequest(prompt="a"))
+
+
+async def test_a_refused_connection_is_reported_with_its_address() -> None:
+    (port,) = free_ports(1)
+    async with asyncio.timeout(WITHIN):
+        with pytest.raises(ServiceUnavailable) as caught:
+            async with GenerationClient(f"nats://me:secret@127.0.0.1:{port}"):
+                raise AssertionError("it must not connect")
+    assert f"NATS: cannot connect to nats://127.0.0.1:{port}: " in str(caught.value)
+    assert "Connect call failed" in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 async def test_an_id_of_another_request_raises_an_error(scene: Scene) -> None:
@@ -260,7 +284,7 @@ async def test_the_request_command_reports_a_result_of_a_later_version(scene: Sc
     await scene.sender.jetstream().publish(scene.subjects.result(scene.task, "a"), body)
     _, errors = await asyncio.wait_for(process.communicate(), WITHIN)
     assert process.returncode == 1
-    (line,) = errors.decode().splitlines()
+    line = errors.decode().splitlines()[-1]
     assert "cannot read generation.v2.failed" in line
 
 
@@ -347,7 +371,7 @@ async def test_a_missing_permission_is_named_in_the_error(
 ) -> None:
     monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.5)
     monkeypatch.setattr(submitting, "PUBLISH_TIMEOUT", 0.5)
-    monkeypatch.setattr(client_module, "CANCEL_TIMEOUT", 0.5)
+    monkeypatch.setattr(client_module, "ENDPOINT_TIMEOUT", 0.5)
     server = start_nats(restricted(publish, subscribe))
     await make_streams(server.url, "GENERATION_RESULTS", "GENERATION_REQUESTS_TEXT_TO_IMAGE")
     options = {"user": "sender", "password": "x", "inbox_prefix": INBOX}

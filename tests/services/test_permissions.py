@@ -22,7 +22,7 @@ from consumer.app.dead_letter_commands import replay
 from consumer.bus.connection import BusUnavailable, connect
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
-from generation_client import GenerationClient, RequestCancelled
+from generation_client import GenerationClient, RequestCancelled, ServiceUnavailable, submitting
 from generation_contracts import ImageToTextStep, Task, TextOutput
 from tests.support.forked import ForkedGateway, ForkedWorker
 from tests.support.quick_runner import FOLDER
@@ -157,6 +157,10 @@ async def test_senders_and_workers_have_the_permissions_that_they_need(
         image = f"s3://{event.outputs[0].bucket}/{event.outputs[0].key}"  # type: ignore[union-attr]
         text = await client.image_to_text("What is it?", [image])
         assert isinstance(text.outputs[0], TextOutput)
+        uploaded = await client.upload(await client.download(event.outputs[0]))  # type: ignore[arg-type]
+        assert uploaded.key.startswith("uploads/")
+        again = await client.image_to_text("What is it?", uploaded)
+        assert again.outputs == text.outputs
         await client.text_to_image(
             "a",
             request_id="chain",
@@ -356,11 +360,13 @@ FORBIDDEN_PUBLICATIONS = [
     ),
     ("worker", "generation.call.text_to_image"),
     ("worker", "generation.cancel.x"),
+    ("worker", "generation.upload"),
     ("worker", "$SRV.PING.generation"),
     ("worker", "_INBOX_worker.x"),
     ("worker", "_INBOX_endpoints.x"),
     ("endpoints", "generation.call.text_to_image"),
     ("endpoints", "generation.cancel.x"),
+    ("endpoints", "generation.upload"),
     ("endpoints", "generation.request.text_to_image"),
     ("endpoints", "generation.request.other.x"),
     ("endpoints", "$JS.API.STREAM.MSG.GET.GENERATION_RESULTS"),
@@ -372,6 +378,7 @@ FORBIDDEN_PUBLICATIONS = [
     ("gateway", "generation.request.text_to_image"),
     ("gateway", "generation.request.other.x"),
     ("gateway", "generation.call.text_to_image"),
+    ("gateway", "generation.upload"),
     ("gateway", "generation.reply.x"),
     ("gateway", "_INBOX_worker.x"),
     ("gateway", "_INBOX_endpoints.x"),
@@ -389,6 +396,7 @@ FORBIDDEN_PUBLICATIONS = [
     ("observer", "generation.request.text_to_image"),
     ("observer", "generation.call.text_to_image"),
     ("observer", "generation.cancel.x"),
+    ("observer", "generation.upload"),
     ("observer", f"$JS.API.STREAM.MSG.GET.{REQUESTS}"),
 ]
 
@@ -404,6 +412,7 @@ FORBIDDEN_SUBSCRIPTIONS = [
         for subject in (
             "generation.call.*",
             "generation.cancel.*",
+            "generation.upload",
             "generation.interrupt.*",
             "$SRV.>",
             "_INBOX_endpoints.>",
@@ -615,6 +624,22 @@ async def test_headers_of_a_publisher_do_not_affect_other_messages(
                 error = await refused.get()
                 assert error == f'nats: permissions violation for publish to "{target.lower()}"'
         assert (await observer.jetstream().stream_info(REQUESTS)).state.last_seq == before
+
+
+async def test_a_wrong_inbox_prefix_is_named_with_its_setting(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submitting, "PUBLISH_TIMEOUT", 0.5)
+    client = GenerationClient(
+        installation.stack.nats.url,
+        nkeys_seed=str(installation.folder / "publisher"),
+        inbox_prefix="_INBOX",
+    )
+    async with client:
+        with pytest.raises(
+            ServiceUnavailable, match=r"may not subscribe to _INBOX\.>; set NATS_INBOX_PREFIX"
+        ):
+            await client.text_to_image("a")
 
 
 async def test_an_observer_can_read_the_state_of_streams(installation: Installation) -> None:

@@ -110,6 +110,8 @@ async def test_a_message_with_a_forbidden_reply_subject_has_no_effect(
         (call, b"{"),
         (f"{root}.cancel.waiting", b""),
         (f"{root}.cancel.not~an~id", b""),
+        (f"{root}.upload", b'{"size":9,"media_type":"image/png"}'),
+        (f"{root}.upload", b"{"),
         (f"{root}.interrupt.running", b""),
         ("$SRV.PING", b""),
         ("$SRV.INFO.generation", b""),

@@ -1,4 +1,4 @@
-"""`python -m tests.soak`: random kills and random input for some minutes, then the verdict."""
+"""`python -m tests.soak`: kill processes and send requests at random, then check the results."""
 
 import asyncio
 import secrets
@@ -33,7 +33,7 @@ def main(
     chaos: bool,
     keep: bool,
 ) -> None:
-    """Kill at random, then see whether anything was lost or done twice. Exit code 0 or 1."""
+    """Kill processes at random, then check every guarantee. Exit with 1 after a violation."""
     seed = secrets.randbelow(2**32) if seed is None else seed
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     click.echo(f"seed {seed}, logs in {folder}")
@@ -46,10 +46,10 @@ def main(
         attacks=attacks or ("*",),
         chaos=chaos,
     )
-    found = asyncio.run(_soak(options, folder, keep=keep))
-    if found:
-        click.echo(f"{len(found)} problems (seed {seed}, everything is kept in {folder}):")
-        click.echo("\n".join(found))
+    violations = asyncio.run(_soak(options, folder, keep=keep))
+    if violations:
+        click.echo(f"{len(violations)} problems (seed {seed}, everything is kept in {folder}):")
+        click.echo("\n".join(violations))
         sys.exit(1)
     if not keep:
         shutil.rmtree(folder)
@@ -59,10 +59,10 @@ def main(
 async def _soak(options: Options, folder: Path, *, keep: bool) -> list[str]:
     async with soak(options, folder) as soaked:
         click.echo("\n".join(soaked.figures()))
-        found = soaked.problems()
-        if found or keep:
-            soaked.keep()
-        return found
+        violations = soaked.problems()
+        if violations or keep:
+            soaked.save()
+        return violations
 
 
 if __name__ == "__main__":

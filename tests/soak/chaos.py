@@ -1,4 +1,4 @@
-"""What happens to the processes of a soak: killed at random, each started again."""
+"""Faults of a soak: processes are killed at random and restarted."""
 
 import asyncio
 import os
@@ -10,12 +10,12 @@ from enum import StrEnum
 
 from consumer.devstack import Daemon, NatsServer, ObjectStore
 
-LOOK_EVERY = 0.05  # seconds; how soon a supervisor sees that its worker has ended
-AWAY = (0.2, 3.0)  # seconds until a server is started again
+POLL_INTERVAL = 0.05  # seconds between two checks of a worker's process
+DOWNTIME = (0.2, 3.0)  # seconds until a server is restarted
 
 
 class Kind(StrEnum):
-    """What is done, and to whom."""
+    """A kind of fault: the signal and the process."""
 
     KILL_WORKER = "kill -9 worker"
     TERM_WORKER = "SIGTERM worker"
@@ -31,55 +31,55 @@ PER_MINUTE: dict[Kind, float] = {
     Kind.TERM_NATS: 1,
     Kind.KILL_STORE: 2,
 }
-AT_LEAST = 2  # of each kind, however short the soak
+AT_LEAST = 2  # faults of each kind, also in a short soak
 
 
 @dataclass(frozen=True)
-class Blow:
-    """One thing that was done.
+class Fault:
+    """One injected fault.
 
     Attributes:
-        at: `time.time()` when the process was hit.
-        back: `time.time()` when a server was ready again; for a worker, when it was hit.
+        at: `time.time()` of the signal.
+        recovered_at: `time.time()` when the server was ready again; for a worker, `at`.
     """
 
     kind: Kind
     at: float
-    back: float
+    recovered_at: float
 
 
 @dataclass(frozen=True, order=True)
-class _Drawn:
-    moment: float  # seconds after the beginning
+class _PlannedFault:
+    offset: float  # seconds after the start of the soak
     kind: Kind
-    away: float  # seconds; of a server
+    downtime: float  # seconds; for servers
     worker: int
 
 
 class Supervised:
-    """A worker that is started again whenever it ends, as a supervisor does.
+    """A worker process that is restarted whenever it exits, as a supervisor does.
 
     Attributes:
-        ends: Its exit codes, in order.
-        pids: Of all its processes, in order. Each leads a session of its own.
+        exit_codes: Exit codes of its processes, in order.
+        pids: Process ids of its processes, in order. Each process leads a new session.
     """
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
-        self.ends: list[int] = []
+        self.exit_codes: list[int] = []
         self.pids = [daemon.pid]
 
     async def run(self) -> None:
-        """Keep it running until cancelled."""
+        """Restart the worker whenever it exits, until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(POLL_INTERVAL)
             if (code := self.daemon.returncode) is not None:
-                self.ends.append(code)
-                self.daemon.start()  # takes milliseconds; nobody can signal it meanwhile
+                self.exit_codes.append(code)
+                self.daemon.start()  # takes milliseconds without a signal in between
                 self.pids.append(self.daemon.pid)
 
-    def hit(self, number: signal.Signals) -> bool:
-        """Send a signal to the process alone, not to what it has started; whether there is one."""
+    def send_signal(self, number: signal.Signals) -> bool:
+        """Send a signal to the process, not to its children; return False if it has exited."""
         if self.daemon.alive:
             os.kill(self.daemon.pid, number)
             return True
@@ -87,17 +87,17 @@ class Supervised:
 
 
 class Chaos:
-    """Draws blows and deals them.
+    """Draws faults and injects them.
 
     Args:
-        nats: What is killed and started again; all blows to one process come one after another.
-        store: The same.
-        workers: What is killed; their supervisors start them again.
-        seed: Decides the moments and the victims.
-        seconds: Over which they are spread.
+        nats: Killed and restarted. The faults of one process follow one another.
+        store: Killed and restarted.
+        workers: Killed; their supervisors restart them.
+        seed: Determines the times and the processes.
+        seconds: Duration over which the faults are spread.
 
     Attributes:
-        blows: Those that have been dealt.
+        faults: The injected faults.
     """
 
     def __init__(
@@ -114,54 +114,56 @@ class Chaos:
         self._workers = workers
         self._draw = random.Random(f"{seed} chaos")
         self._seconds = seconds
-        self.blows: list[Blow] = []
+        self.faults: list[Fault] = []
 
     async def run(self) -> None:
-        """Deal all blows; every server is ready again afterwards."""
-        drawn = sorted(blow for kind in Kind for blow in self._draw_blows(kind))
+        """Inject all faults; every server is ready when this returns."""
+        drawn = sorted(fault for kind in Kind for fault in self._draw_faults(kind))
         await asyncio.gather(
             *(
-                self._deal([blow for blow in drawn if victim in blow.kind])
-                for victim in ("worker", "nats-server", "store")
+                self._inject([fault for fault in drawn if process in fault.kind])
+                for process in ("worker", "nats-server", "store")
             )
         )
 
-    def _draw_blows(self, kind: Kind) -> list[_Drawn]:
+    def _draw_faults(self, kind: Kind) -> list[_PlannedFault]:
         count = max(AT_LEAST, round(PER_MINUTE[kind] * self._seconds / 60))
         return [
-            _Drawn(
-                moment=self._draw.uniform(0.0, self._seconds),
+            _PlannedFault(
+                offset=self._draw.uniform(0.0, self._seconds),
                 kind=kind,
-                away=self._draw.uniform(*AWAY),
+                downtime=self._draw.uniform(*DOWNTIME),
                 worker=self._draw.randrange(len(self._workers)),
             )
             for _ in range(count)
         ]
 
-    async def _deal(self, blows: list[_Drawn]) -> None:
+    async def _inject(self, faults: list[_PlannedFault]) -> None:
         began = time.monotonic()
-        for blow in blows:
-            await asyncio.sleep(max(0.0, began + blow.moment - time.monotonic()))
-            at = back = time.time()
-            match blow.kind:
+        for fault in faults:
+            await asyncio.sleep(max(0.0, began + fault.offset - time.monotonic()))
+            at = recovered_at = time.time()
+            match fault.kind:
                 case Kind.KILL_WORKER:
-                    await self._hit(blow.worker, signal.SIGKILL)
+                    await self._signal_worker(fault.worker, signal.SIGKILL)
                 case Kind.TERM_WORKER:
-                    await self._hit(blow.worker, signal.SIGTERM)
+                    await self._signal_worker(fault.worker, signal.SIGTERM)
                 case Kind.KILL_NATS | Kind.TERM_NATS:
-                    kill = blow.kind is Kind.KILL_NATS
-                    back = await self._restart(self._nats, blow.away, kill=kill)
+                    kill = fault.kind is Kind.KILL_NATS
+                    recovered_at = await self._restart(self._nats, fault.downtime, kill=kill)
                 case Kind.KILL_STORE:
-                    back = await self._restart(self._store, blow.away, kill=True)
-            self.blows.append(Blow(blow.kind, at, back))
+                    recovered_at = await self._restart(self._store, fault.downtime, kill=True)
+            self.faults.append(Fault(fault.kind, at, recovered_at))
 
-    async def _hit(self, worker: int, number: signal.Signals) -> None:
-        while not self._workers[worker].hit(number):  # noqa: ASYNC110 - its supervisor is at it
-            await asyncio.sleep(LOOK_EVERY)
+    async def _signal_worker(self, worker: int, number: signal.Signals) -> None:
+        while not self._workers[worker].send_signal(number):  # noqa: ASYNC110 - until its restart
+            await asyncio.sleep(POLL_INTERVAL)
 
-    async def _restart(self, server: NatsServer | ObjectStore, away: float, *, kill: bool) -> float:
+    async def _restart(
+        self, server: NatsServer | ObjectStore, downtime: float, *, kill: bool
+    ) -> float:
         await asyncio.to_thread(server.kill if kill else server.stop)
-        await asyncio.sleep(away)
+        await asyncio.sleep(downtime)
         await asyncio.to_thread(server.start)
         await asyncio.to_thread(server.wait_ready)
         return time.time()

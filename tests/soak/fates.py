@@ -1,18 +1,18 @@
-"""What happens to a request of a soak inside the model: drawn from its seed.
+"""The behaviour of the model for a request of a soak, drawn from the seed of the request.
 
-The workload and the model's side (`tests/faults/causes/soak.py`) both read it here.
+The workload and the model (`tests/faults/causes/soak.py`) both use this module.
 """
 
 import random
 from enum import StrEnum
 
-RUNS = "soak-runs"  # `<request id> <time.time()>` of every run, without second tries for memory
+RUNS = "soak-runs"  # `<request id> <time.time()>` of each run, without retries after out of memory
 SEEDS = 2**32
-UNFATED = "unfated"  # in a prompt: to succeed, whatever its seed is
+UNFATED = "unfated"  # in a prompt: the run succeeds with every seed
 
 
 class Fate(StrEnum):
-    """What the model does with a request; `_ONCE` is the first time that it comes so far."""
+    """What the model does with a request; `_ONCE` applies to the first run that gets there."""
 
     PLAIN = "plain"
     SLOW = "slow"
@@ -28,12 +28,12 @@ class Fate(StrEnum):
 
 
 def fate(seed: int) -> Fate:
-    """The fate of a request that has this seed."""
+    """Return the fate of a request with this seed."""
     return random.Random(seed).choice(list(Fate))
 
 
-def seed_with(wanted: Fate, draw: random.Random) -> int:
-    """A seed for a fate."""
-    while fate(seed := draw.randrange(SEEDS)) is not wanted:
+def seed_with(expected: Fate, draw: random.Random) -> int:
+    """Draw a seed that leads to a fate."""
+    while fate(seed := draw.randrange(SEEDS)) is not expected:
         pass
     return seed

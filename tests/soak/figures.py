@@ -1,11 +1,11 @@
-"""What a soak tells about itself: counts, stalls and recovery times; pure."""
+"""Statistics of a soak: counts, stalls and recovery times. No I/O."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from tests.soak.chaos import Blow
+from tests.soak.chaos import Fault
 from tests.soak.fates import Fate
 from tests.soak.records import Records
 from tests.soak.workload import LOST, Sending
@@ -13,7 +13,7 @@ from tests.soak.workload import LOST, Sending
 
 @dataclass(frozen=True)
 class Times:
-    """Durations in seconds, of one kind."""
+    """Durations of one kind, in seconds."""
 
     seconds: Sequence[float]
 
@@ -29,14 +29,14 @@ class Figures:
     """The figures of one soak.
 
     Attributes:
-        outcomes: How the requests ended.
-        executed_twice: Requests whose run was begun more than once, and had no fault of their own.
-        after_result: Runs begun when the request's result was stored already.
-        recovered: Requests whose terminal event is of a later attempt than the first.
-        lost: Requests that ended as `worker_lost` because of the chaos.
-        stall: Longest time without any terminal event while a request waited, in seconds.
-        recovery: From a worker's blow, or a server's return, to the next terminal event.
-        ends: Exit codes of the workers.
+        outcomes: Number of requests by outcome.
+        executed_twice: Requests without an injected model fault that ran more than once.
+        after_result: Runs that started after the result of the request was stored.
+        recovered: Requests whose terminal event has an attempt above 1.
+        lost: Requests that failed with `worker_lost` because of killed processes.
+        stall: Longest time in seconds without a terminal event while a request waited.
+        recovery: Time from a worker's fault or a server's recovery to the next terminal event.
+        exit_codes: Exit codes of the workers, with their counts.
     """
 
     requests: int
@@ -48,12 +48,12 @@ class Figures:
     lost: int
     stall: float
     recovery: Mapping[str, Times]
-    ends: Mapping[int, int]
+    exit_codes: Mapping[int, int]
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the lines of the report."""
         outcomes = ", ".join(f"{count} {name}" for name, count in self.outcomes.items())
-        ends = ", ".join(f"{count} x {code}" for code, count in sorted(self.ends.items()))
+        codes = ", ".join(f"{count} x {code}" for code, count in sorted(self.exit_codes.items()))
         return [
             f"requests          {self.requests}, in {self.messages} messages",
             f"ended             {outcomes}",
@@ -62,35 +62,35 @@ class Figures:
             f"lost to the chaos {self.lost}",
             f"longest stall     {self.stall:.2f} s",
             *(f"{kind:<19} next result after: {times}" for kind, times in self.recovery.items()),
-            f"workers ended     {ends}",
+            f"workers ended     {codes}",
         ]
 
 
 def figures(
     sendings: Sequence[Sending],
     records: Records,
-    blows: Sequence[Blow],
-    taken: Mapping[str, float],
+    faults: Sequence[Fault],
+    confirmed_at: Mapping[str, float],
 ) -> Figures:
-    """Sum up a soak.
+    """Compute the statistics of a soak.
 
     Args:
-        sendings: What was sent.
-        records: What is left.
-        blows: What was done to it.
-        taken: When the stream confirmed each message, by message id; seconds since the epoch.
+        sendings: The sent messages.
+        records: The state after the soak.
+        faults: The injected faults.
+        confirmed_at: Time of each publish acknowledgement by message id; seconds since the epoch.
     """
     kinds = {sending.request_id: sending.kind for sending in sendings}
     done = {stored.request_id: stored.at for stored in records.results}
-    waiting = _waiting(sendings, taken, done)
-    runs = Counter(request_id for request_id, _ in records.begun)
+    waiting = _waiting(sendings, confirmed_at, done)
+    runs = Counter(request_id for request_id, _ in records.run_starts)
     faultless = {request_id for request_id, kind in kinds.items() if _faultless(kind)}
     return Figures(
         requests=len(kinds),
         messages=len(sendings),
         outcomes=Counter(stored.outcome for stored in records.results),
         executed_twice=sum(1 for one, count in runs.items() if count > 1 and one in faultless),
-        after_result=sum(1 for one, at in records.begun if at > done.get(one, at)),
+        after_result=sum(1 for one, at in records.run_starts if at > done.get(one, at)),
         recovered=sum(1 for stored in records.results if stored.event.get("attempt", 1) > 1),
         lost=sum(
             1
@@ -100,20 +100,22 @@ def figures(
         stall=longest_stall(waiting),
         recovery={
             kind: Times(
-                [after for blow in blows if blow.kind == kind for after in _next(blow, waiting)]
+                [after for fault in faults if fault.kind == kind for after in _next(fault, waiting)]
             )
-            for kind in dict.fromkeys(blow.kind for blow in blows)
+            for kind in dict.fromkeys(fault.kind for fault in faults)
         },
-        ends=Counter(records.ends),
+        exit_codes=Counter(records.exit_codes),
     )
 
 
-Waiting = Sequence[tuple[float, float]]  # when a request was taken, and when it was done; seconds
+Waiting = Sequence[tuple[float, float]]  # of each request: confirmed at, done at; seconds
 
 
 def longest_stall(waiting: Waiting) -> float:
-    """The longest time in which something waited and nothing was done, in seconds."""
-    moments = sorted([(taken, 1) for taken, _ in waiting] + [(done, -1) for _, done in waiting])
+    """Return the longest time in seconds in which a request waited and none ended."""
+    moments = sorted(
+        [(confirmed, 1) for confirmed, _ in waiting] + [(done, -1) for _, done in waiting]
+    )
     longest, count, since = 0.0, 0, 0.0
     for at, change in moments:
         if count and change < 0:
@@ -125,21 +127,21 @@ def longest_stall(waiting: Waiting) -> float:
 
 
 def _waiting(
-    sendings: Sequence[Sending], taken: Mapping[str, float], done: Mapping[str, float]
+    sendings: Sequence[Sending], confirmed_at: Mapping[str, float], done: Mapping[str, float]
 ) -> Waiting:
     first: dict[str, float] = {}
     for sending in sendings:
-        at = taken.get(sending.message_id)
+        at = confirmed_at.get(sending.message_id)
         if at is not None and sending.request_id in done:
-            # A confirmation that was lost comes later, if need be after the result.
-            known = first.get(sending.request_id, done[sending.request_id])
-            first[sending.request_id] = min(known, at)
+            # After a lost acknowledgement, a retry may be confirmed later than the result.
+            earliest = first.get(sending.request_id, done[sending.request_id])
+            first[sending.request_id] = min(earliest, at)
     return [(at, done[request_id]) for request_id, at in first.items()]
 
 
-def _next(blow: Blow, waiting: Waiting) -> list[float]:
-    afterwards = [done for taken, done in waiting if taken <= blow.back < done]
-    return [min(afterwards) - blow.back] if afterwards else []
+def _next(fault: Fault, waiting: Waiting) -> list[float]:
+    afterwards = [done for confirmed, done in waiting if confirmed <= fault.recovered_at < done]
+    return [min(afterwards) - fault.recovered_at] if afterwards else []
 
 
 def _faultless(kind: str) -> bool:

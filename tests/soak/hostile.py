@@ -1,4 +1,4 @@
-"""What the attacker of a soak does, and what is said of it."""
+"""The attacks of a soak and their report."""
 
 import asyncio
 import math
@@ -15,19 +15,19 @@ PAUSE = 0.5  # seconds between two attacks, at most
 
 
 def planned(sendings: Iterable[Sending]) -> list[Id]:
-    """The ids of honest requests in the order in which they are sent."""
+    """Return the ids of the honest requests in the order of sending."""
     ids = [one.request_id for one in sendings]
     return [Id(Task.TEXT_TO_IMAGE, request_id) for request_id in dict.fromkeys(ids)]
 
 
 async def attack(attacker: Attacker, seconds: float, patterns: Sequence[str] = ("*",)) -> None:
-    """Make all attacks in turn until the time is over; each at least once."""
+    """Run all attacks in turn until the time is over, each at least once."""
     names = [name for name in ATTACKS if any(fnmatch(name, pattern) for pattern in patterns)]
     attacker.draw.shuffle(names)
     pause = min(PAUSE, seconds / len(names))
     until = time.monotonic() + seconds
     missed = await _round(attacker, names, pause)
-    # Nothing was running when their turn came, or the server was killed: once more, a little later.
+    # These attacks had no target, or the server was killed: repeat them once.
     await _round(attacker, missed, pause)
     while time.monotonic() < until:
         await _round(attacker, names, pause, until=until)
@@ -36,7 +36,7 @@ async def attack(attacker: Attacker, seconds: float, patterns: Sequence[str] = (
 async def _round(
     attacker: Attacker, names: Sequence[str], pause: float, *, until: float = math.inf
 ) -> list[str]:
-    """Make attacks one after another; those that came to nothing."""
+    """Run attacks one after another; return the ones without effect."""
     missed = []
     for name in names:
         if time.monotonic() < until:
@@ -47,13 +47,13 @@ async def _round(
 
 
 def report(attacker: Attacker) -> list[str]:
-    """One line for each attack."""
+    """Return one line for each attack."""
     lines = ["attack                                             made  sent  refused  answered"]
     for name, count in sorted(attacker.counts.items()):
         notes = {"without target": count.without_target, "connection lost": count.cut}
-        said = ", ".join(f"{what} {often} x" for what, often in notes.items() if often)
+        remarks = ", ".join(f"{what} {often} x" for what, often in notes.items() if often)
         lines.append(
             f"{name:<50} {count.made:>4} {count.messages:>5} {count.refused:>8} "
-            f"{count.answered:>9}  {said}".rstrip()
+            f"{count.answered:>9}  {remarks}".rstrip()
         )
     return lines

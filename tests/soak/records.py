@@ -1,4 +1,4 @@
-"""What a soak has left behind, read from the servers and the workers' files."""
+"""The state after a soak, read from the servers and the files of the workers."""
 
 import asyncio
 import hashlib
@@ -20,11 +20,11 @@ from tests.support.quick_runner import FOLDER
 from tests.support.scene import Scene
 
 Event = dict[str, Any]
-Ours = Callable[[str], bool]
+IsHonest = Callable[[str], bool]
 
-JUNK = "junk"  # outcome of what is no terminal event of the request under whose id it is stored
-# What no worker may ever log, whatever is killed around it.
-CRIES = (
+JUNK = "junk"  # outcome of a message that is no terminal event of the request in its subject
+# Words that no worker may log, even when processes are killed.
+FORBIDDEN_WORDS = (
     "daemon_failed",
     "job_abandoned",
     "worker_failed",
@@ -50,13 +50,13 @@ class Stored:
     task: str = Task.TEXT_TO_IMAGE
 
     @property
-    def place(self) -> str:
-        """The last two tokens of its subject."""
+    def subject_tail(self) -> str:
+        """Return the last two tokens of the subject."""
         return f"{self.task}.{self.request_id}"
 
     @property
     def outcome(self) -> str:
-        """`succeeded`, `cancelled`, the failure's code, or `junk`."""
+        """Return `succeeded`, `cancelled`, the failure code, or `junk`."""
         kind: str = self.event["type"].rpartition(".")[2]
         code: str = self.event["failure"]["code"] if kind == "failed" else kind
         return code
@@ -64,86 +64,85 @@ class Stored:
 
 @dataclass(frozen=True)
 class Records:
-    """Everything that the verdict is made of.
+    """The input of the checks.
 
     Attributes:
         results: Every message of the results stream, in order.
-        counts: How many messages each result subject has, as the server counts them, by its last
-            two tokens.
+        counts: The server's number of messages of each result subject, by its last two tokens.
         letters: The headers of every dead letter.
         objects: SHA-256 in hex of every object, by key.
-        begun: Request id and moment of every run of the model, in seconds since the epoch.
-        replies: Every reply that was heard, by request id.
-        left: Messages in the requests stream.
-        unsettled: Deliveries that the durable still waits for.
-        ends: Exit codes of the workers, in no order.
-        cries: Lines of the workers' logs that must not be there.
-        orphans: Process ids that a worker has left behind.
-        cancellations: What was said of each request that was cancelled, by its id.
-        given_up: Requests that could not be sent.
+        run_starts: Request id and time of every run of the model, in seconds since the epoch.
+        replies: The received replies, by request id.
+        remaining: Number of messages in the requests stream.
+        unsettled: Number of deliveries without an acknowledgement.
+        exit_codes: Exit codes of the workers, in no order.
+        forbidden_lines: Lines of the workers' logs with a forbidden word.
+        orphans: Ids of child processes that outlived their worker.
+        cancellations: Status in the reply to each cancellation, by request id.
+        unsent: Ids of requests that could not be sent.
     """
 
     results: Sequence[Stored] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     letters: Sequence[Mapping[str, str]] = ()
     objects: Mapping[str, str] = field(default_factory=dict)
-    begun: Sequence[tuple[str, float]] = ()
+    run_starts: Sequence[tuple[str, float]] = ()
     replies: Mapping[str, Sequence[Event]] = field(default_factory=dict)
-    left: int = 0
+    remaining: int = 0
     unsettled: int = 0
-    ends: Sequence[int] = ()
-    cries: Sequence[str] = ()
+    exit_codes: Sequence[int] = ()
+    forbidden_lines: Sequence[str] = ()
     orphans: Sequence[int] = ()
     cancellations: Mapping[str, str] = field(default_factory=dict)
-    given_up: Sequence[str] = ()
+    unsent: Sequence[str] = ()
 
 
 async def read(
     scene: Scene,
     *,
-    ends: Sequence[int],
+    exit_codes: Sequence[int],
     replies: Mapping[str, Sequence[Event]],
-    ours: Ours = lambda _: True,
+    is_honest: IsHonest = lambda _: True,
 ) -> Records:
-    """Read everything; the workers have been stopped.
+    """Read the state after the workers have been stopped.
 
     Args:
         scene: The installation.
-        ends: Exit codes of the workers.
-        replies: What was heard.
-        ours: Whether a request is of an honest sender; what belongs to others is left out.
+        exit_codes: Exit codes of the workers.
+        replies: The received replies, by request id.
+        is_honest: Whether a request id belongs to an honest sender; others are ignored.
     """
-    keys = [key for key in sorted(await scene.keys()) if _is_ours(key, ours)]
+    keys = [key for key in sorted(await scene.keys()) if _is_honest_key(key, is_honest)]
     bucket = scene.stack.store.bucket
     return Records(
-        results=await _results(scene, ours),
-        counts=await _counts(scene, ours),
-        letters=[one for one in await scene.dead_letters() if _is_letter_of(one, ours)],
+        results=await _results(scene, is_honest),
+        counts=await _counts(scene, is_honest),
+        letters=[one for one in await scene.dead_letters() if _is_letter_of(one, is_honest)],
         objects={
             key: hashlib.sha256(await scene.object({"bucket": bucket, "key": key})).hexdigest()
             for key in keys
         },
-        begun=[_begun(line) for line in scene.notes(RUNS) if ours(line.split()[0])],
+        run_starts=[_run_start(line) for line in scene.notes(RUNS) if is_honest(line.split()[0])],
         replies=replies,
-        left=await scene.pending(),
+        remaining=await scene.pending(),
         unsettled=await _unsettled(scene),
-        ends=ends,
-        cries=await asyncio.to_thread(_cries, scene),
+        exit_codes=exit_codes,
+        forbidden_lines=await asyncio.to_thread(_forbidden_lines, scene),
         orphans=processes_of(scene.folder),
     )
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Every process of a soak's workers, by the environment that they have inherited.
+    """Return the ids of all worker processes of a soak, found by their inherited environment.
 
-    Where the system has no /proc it finds none.
+    Returns an empty list on a system without /proc.
     """
     mark = f"{FOLDER}={folder}".encode()
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             environment = (process / "environ").read_bytes()
-        except OSError:  # it has ended, or is not ours
+        except OSError:  # the process has exited, or belongs to another user
             continue
         if mark in environment.split(b"\0"):
             found.append(int(process.name))
@@ -157,16 +156,16 @@ async def _unsettled(scene: Scene) -> int:
     return sum(durable.num_ack_pending or 0 for durable in durables)
 
 
-def _is_ours(key: str, ours: Ours) -> bool:
-    return ours(key.split("/")[-2])
+def _is_honest_key(key: str, is_honest: IsHonest) -> bool:
+    return is_honest(key.split("/")[-2])
 
 
-def _is_letter_of(headers: Mapping[str, str], ours: Ours) -> bool:
-    # An answer of the server has no code, and `consumer dead-letters` does not show it.
-    return DEAD_LETTER_CODE in headers and ours(headers.get(DEAD_LETTER_REQUEST_ID, ""))
+def _is_letter_of(headers: Mapping[str, str], is_honest: IsHonest) -> bool:
+    # A response of the server has no code, and `consumer dead-letters` does not show it.
+    return DEAD_LETTER_CODE in headers and is_honest(headers.get(DEAD_LETTER_REQUEST_ID, ""))
 
 
-async def _results(scene: Scene, ours: Ours) -> list[Stored]:
+async def _results(scene: Scene, is_honest: IsHonest) -> list[Stored]:
     jetstream, stream = scene.sender.jetstream(), scene.subjects.results_stream
     info = await jetstream.stream_info(stream)
     found = []
@@ -178,7 +177,7 @@ async def _results(scene: Scene, ours: Ours) -> list[Stored]:
         assert message.time is not None
         at: datetime = message.time
         *_, task, request_id = str(message.subject).split(".")
-        if ours(request_id):
+        if is_honest(request_id):
             event = _event(request_id, message.data or b"")
             found.append(Stored(request_id, at.timestamp(), event, task))
     return found
@@ -194,40 +193,40 @@ def _event(request_id: str, body: bytes) -> Event:
     return event
 
 
-async def _counts(scene: Scene, ours: Ours) -> dict[str, int]:
-    # The server answers with a part at a time; nats-py asks for the first one only.
+async def _counts(scene: Scene, is_honest: IsHonest) -> dict[str, int]:
+    # The server responds in pages, and nats-py requests the first page only.
     counts: dict[str, int] = {}
     offset = 0
     while True:
-        question = {"subjects_filter": f"{scene.subjects.root}.result.>", "offset": offset}
-        answer = await scene.sender.request(
+        api_call = {"subjects_filter": f"{scene.subjects.root}.result.>", "offset": offset}
+        response = await scene.sender.request(
             f"$JS.API.STREAM.INFO.{scene.subjects.results_stream}",
-            json.dumps(question).encode(),
+            json.dumps(api_call).encode(),
             timeout=_API_WITHIN,
         )
-        page = json.loads(answer.data)
+        page = json.loads(response.data)
         more: dict[str, int] = page["state"].get("subjects") or {}
         offset += len(more)
         for subject, count in more.items():
             *_, task, request_id = subject.split(".")
-            if ours(request_id):
+            if is_honest(request_id):
                 counts[f"{task}.{request_id}"] = count
         if not more or offset >= page.get("total", 0):
             return counts
 
 
-def _begun(line: str) -> tuple[str, float]:
+def _run_start(line: str) -> tuple[str, float]:
     request_id, at = line.split()
     return request_id, float(at)
 
 
-def _cries(scene: Scene) -> list[str]:
+def _forbidden_lines(scene: Scene) -> list[str]:
     found = []
     for worker in scene.workers:
         lines = ["", *worker.log.read_text(errors="replace").splitlines()]
-        for before, line in pairwise(lines):
-            # Of nats-py's tasks, when a process ends in the moment of a reconnect.
-            ignored = before.startswith("Exception ignored in")
-            if any(cry in line for cry in CRIES) and not ignored:
+        for previous, line in pairwise(lines):
+            # From tasks of nats-py, when a process exits during a reconnect.
+            ignored = previous.startswith("Exception ignored in")
+            if any(word in line for word in FORBIDDEN_WORDS) and not ignored:
                 found.append(f"{worker.name}: {line}")
     return found

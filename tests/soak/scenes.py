@@ -1,4 +1,4 @@
-"""What a soak runs on: an installation for several workers, with or without users."""
+"""The installation of a soak: several workers, with or without NATS users."""
 
 import random
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ from tests.hostile.users import Users
 from tests.support.scene import Scene
 
 CAUSE = "soak"
-MAX_ATTEMPTS = 5  # so many that the chaos hardly ever makes a request `worker_lost`
+MAX_ATTEMPTS = 5  # enough that killed processes seldom cause `worker_lost`
 DRAIN_GRACE = 2.0  # seconds; shorter than a slow run
-STALL_TIMEOUT = 6.0  # seconds; longer than the GIL is held
+STALL_TIMEOUT = 6.0  # seconds; longer than the model holds the GIL
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a soak is made of.
+    """The options of a soak.
 
     Attributes:
-        requests: Distinct request ids, good and bad.
-        workers: Daemon processes.
-        seconds: Over which requests are sent and processes killed.
-        seed: Decides both.
+        requests: Number of distinct request ids, of valid and invalid requests.
+        workers: Number of daemon processes.
+        seconds: Duration of sending and of killing processes.
+        seed: Seed of both.
         hostile: Whether one of the senders is an attacker.
-        attacks: Patterns of the names of its attacks.
+        attacks: Patterns of the names of the attacks.
         chaos: Whether processes are killed.
-        patience: Seconds without any progress after which a soak, or a sender, gives up.
+        progress_timeout: Seconds without progress after which a soak, or a sender, gives up.
     """
 
     requests: int
@@ -44,14 +44,14 @@ class Options:
     hostile: bool = False
     attacks: tuple[str, ...] = ("*",)
     chaos: bool = True
-    patience: float = 120.0
+    progress_timeout: float = 120.0
 
 
 class SoakScene(Scene):
     """An installation for several workers.
 
     Args:
-        options: Of the soak.
+        options: Options of the soak.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class SoakScene(Scene):
         self._options = options
 
     def settings(self) -> dict[str, str]:
-        """The environment of a worker."""
+        """Return the environment of a worker."""
         return {
             **super().settings(),
             "CONSUMER_MAX_ACK_PENDING": str(STAGES * self._options.workers),
@@ -72,10 +72,10 @@ class SoakScene(Scene):
 
 
 class HostileScene(SoakScene):
-    """An installation under the root that users.conf is written for; `sender` is the admin.
+    """An installation with the subject root of users.conf; `sender` is the admin.
 
     Args:
-        users: Whose keys the server knows.
+        users: Users with keys on the server.
     """
 
     def __init__(
@@ -91,16 +91,16 @@ class HostileScene(SoakScene):
         self._users = users
 
     async def open(self) -> None:
-        """Connect the admin, make the streams, the durables and the bucket."""
+        """Connect the admin; create the streams, the durables and the bucket."""
         self.sender = await self.connect("admin")
         self._parts.push_async_callback(self._close)
         await self.apply()
 
     async def connect(self, role: str) -> Client:
-        """A plain connection of a user."""
+        """Open a plain connection of a user."""
 
-        async def quiet(_: Exception) -> None:
-            """What the servers do here is not the sender's concern."""
+        async def ignore(_: Exception) -> None:
+            """Ignore errors: servers are killed on purpose."""
 
         return await nats.connect(
             self.stack.nats.url,
@@ -108,20 +108,20 @@ class HostileScene(SoakScene):
             inbox_prefix=self._users.inbox(role).encode(),
             max_reconnect_attempts=-1,
             reconnect_time_wait=0.05,
-            error_cb=quiet,
+            error_cb=ignore,
         )
 
     async def apply(self, **settings: str) -> None:
-        """`consumer apply` by the admin, for both tasks."""
+        """Run `consumer apply` as the admin, for both tasks."""
         for task in Task:
             await super().apply(model_type=str(task), **self._users.settings("admin"), **settings)
 
     def settings(self) -> dict[str, str]:
-        """The environment of a worker."""
+        """Return the environment of a worker."""
         return {**super().settings(), **self._users.worker_settings()}
 
     def attacker(self, seed: int, planned: Sequence[Id]) -> Attacker:
-        """An attacker with the publisher's key."""
+        """Return an attacker with the publisher's key."""
         draw = random.Random(f"{seed} attacker")
         key = self._users.seed("publisher")
         return Attacker(self.stack.nats.url, key, self.subjects, draw, planned)

@@ -1,4 +1,4 @@
-"""One soak: servers and workers of its own, a sender, the chaos, and what is left afterwards."""
+"""One soak: start servers and workers, send requests, inject faults, read the state afterwards."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from consumer.devstack import DevStack
 from generation_contracts import Task
 from tests.hostile.attacker import Attacker, is_attackers
 from tests.hostile.users import Users
-from tests.soak.chaos import Blow, Chaos, Supervised
+from tests.soak.chaos import Chaos, Fault, Supervised
 from tests.soak.figures import Figures, figures
 from tests.soak.hostile import attack, planned, report
 from tests.soak.records import Records, processes_of, read
@@ -25,60 +25,60 @@ from tests.soak.verdict import problems
 from tests.soak.workload import Sending, Workload
 from tests.support.scene import POLL, Scene
 
-STOPPED_FOR = 90.0  # seconds; the injected kills stop a queue for a few, on a busy machine for 35
-ENDED_WITHIN = 10.0  # seconds for what a worker has started to end after it
-COSTLY_FROM = 60.0  # seconds; a shorter soak has no time for what takes a worker for long
+MAX_STALL = 90.0  # seconds; injected faults stop a queue for a few, on a busy machine for 35
+CHILDREN_TIMEOUT = 10.0  # seconds for the children of a stopped worker to exit
+COSTLY_FROM = 60.0  # seconds; a shorter soak has no time for requests that occupy a worker for long
 
 
 @dataclass(frozen=True)
 class Soaked:
-    """A soak that is over.
+    """A finished soak.
 
     Attributes:
-        taken: When the stream confirmed each message, by message id; seconds since the epoch.
-        tries_again: Publishes that had no answer.
-        unfinished: Why it was not waited for any longer; empty where it has come to its end.
-        attacker: The one among the senders, if there was one.
+        confirmed_at: Time of each publish acknowledgement by message id; seconds since the epoch.
+        retries: Number of publishes without an acknowledgement.
+        unfinished: Why the soak stopped early; empty when it finished.
+        attacker: The attacker, if there was one.
     """
 
     scene: Scene
     sendings: list[Sending]
     records: Records
-    blows: list[Blow]
-    taken: dict[str, float]
-    tries_again: int
+    faults: list[Fault]
+    confirmed_at: dict[str, float]
+    retries: int
     unfinished: str
     attacker: Attacker | None = None
 
     def problems(self) -> list[str]:
-        """Every promise that was not kept, one line each."""
+        """Return every violated guarantee, one line each."""
         found = problems(self.sendings, self.records, hostile=self.attacker is not None)
-        if self.attacker is not None and self._figures.stall > STOPPED_FOR:
+        if self.attacker is not None and self._figures.stall > MAX_STALL:
             found.append(f"the queue stopped for {self._figures.stall:.0f} s")
         return [self.unfinished, *found] if self.unfinished else found
 
     def figures(self) -> list[str]:
-        """For people."""
+        """Return the lines of the report."""
         attacks = [] if self.attacker is None else report(self.attacker)
-        return [*self._figures.lines(), f"published again   {self.tries_again}", *attacks]
+        return [*self._figures.lines(), f"published again   {self.retries}", *attacks]
 
     @property
     def _figures(self) -> Figures:
-        return figures(self.sendings, self.records, self.blows, self.taken)
+        return figures(self.sendings, self.records, self.faults, self.confirmed_at)
 
-    def keep(self) -> None:
-        """Write what was sent, done and found beside the logs."""
+    def save(self) -> None:
+        """Write the sendings, the faults and the records to the folder of the logs."""
         with (self.scene.folder / "soaked.json").open("w") as file:
-            json.dump([self.sendings, self.blows, self.records], file, indent=1, default=_plain)
+            json.dump([self.sendings, self.faults, self.records], file, indent=1, default=_plain)
 
 
 @asynccontextmanager
 async def soak(options: Options, folder: Path) -> AsyncIterator[Soaked]:
-    """Run a soak; its servers are there as long as the block lasts.
+    """Run a soak; its servers run until the block ends.
 
     Args:
-        options: What it is made of.
-        folder: Where its data and logs go.
+        options: Options of the soak.
+        folder: Folder for data and logs.
     """
     users = Users(folder) if options.hostile else None
     config = users.config if users else ""
@@ -121,38 +121,42 @@ async def _run(options: Options, scene: SoakScene) -> Soaked:
             parts.push_async_callback(client.close)
             attacker = scene.attacker(options.seed, planned(sendings))
             parts.push_async_callback(attacker.close)
-        sender = Sender(client, scene.subjects, scene.task, patience=options.patience)
+        sender = Sender(client, scene.subjects, scene.task, send_timeout=options.progress_timeout)
         await sender.listen()
         async with _supervision(workers):
-            doing = [sender.send_all(sendings)]
+            activities = [sender.send_all(sendings)]
             if options.chaos:
-                doing.append(chaos.run())
+                activities.append(chaos.run())
             if attacker is not None:
-                doing.append(attack(attacker, options.seconds, options.attacks))
-            await asyncio.gather(*doing)
-            unfinished = await _drained(scene, options.patience)
-        ends = await _stop(workers, scene.folder)
+                activities.append(attack(attacker, options.seconds, options.attacks))
+            await asyncio.gather(*activities)
+            unfinished = await _drained(scene, options.progress_timeout)
+        exit_codes = await _stop(workers, scene.folder)
     return Soaked(
         scene=scene,
         sendings=sendings,
-        records=await _read(scene, sender, ends, hostile=options.hostile),
-        blows=chaos.blows,
-        taken=sender.taken,
-        tries_again=sender.tries_again,
+        records=await _read(scene, sender, exit_codes, hostile=options.hostile),
+        faults=chaos.faults,
+        confirmed_at=sender.confirmed_at,
+        retries=sender.retries,
         unfinished=unfinished,
         attacker=attacker,
     )
 
 
-async def _read(scene: SoakScene, sender: Sender, ends: list[int], *, hostile: bool) -> Records:
-    def ours(request_id: str) -> bool:
+async def _read(
+    scene: SoakScene, sender: Sender, exit_codes: list[int], *, hostile: bool
+) -> Records:
+    def is_honest(request_id: str) -> bool:
         return not (hostile and is_attackers(request_id, scene.subjects))
 
     try:
-        records = await read(scene, ends=ends, replies=sender.replies, ours=ours)
+        records = await read(
+            scene, exit_codes=exit_codes, replies=sender.replies, is_honest=is_honest
+        )
     except NotFoundError:
-        return Records(ends=ends, cries=["a stream, or a durable, is gone"])
-    return replace(records, cancellations=sender.cancellations, given_up=sender.given_up)
+        return Records(exit_codes=exit_codes, forbidden_lines=["a stream or a durable is missing"])
+    return replace(records, cancellations=sender.cancellations, unsent=sender.unsent)
 
 
 @asynccontextmanager
@@ -164,34 +168,36 @@ async def _supervision(workers: list[Supervised]) -> AsyncIterator[None]:
             task.cancel()
 
 
-async def _drained(scene: Scene, patience: float) -> str:
+async def _drained(scene: Scene, progress_timeout: float) -> str:
     try:
-        left = await scene.pending()
-        while left:
+        pending = await scene.pending()
+        while pending:
 
-            async def fewer(than: int = left) -> bool:
-                return await scene.pending() < than
+            async def decreased(previous: int = pending) -> bool:
+                return await scene.pending() < previous
 
             try:
-                await scene.until(fewer, "progress", patience)
+                await scene.until(decreased, "progress", progress_timeout)
             except AssertionError:
-                return f"stuck with {left} requests in the queue\n{await scene.describe_pending()}"
-            left = await scene.pending()
+                return (
+                    f"stuck with {pending} requests in the queue\n{await scene.describe_pending()}"
+                )
+            pending = await scene.pending()
     except NotFoundError:
-        return "a stream of requests is gone"
+        return "a stream of requests is missing"
     return ""
 
 
 async def _stop(workers: list[Supervised], folder: Path) -> list[int]:
-    """Stop all workers as one does; every exit code that there has been."""
+    """Stop all workers with SIGTERM; return all exit codes."""
     for worker in workers:
         await asyncio.to_thread(worker.daemon.stop)
-    # What a killed worker leaves behind has to end by itself.
+    # The children of a killed worker must exit by themselves.
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(ENDED_WITHIN):
+        async with asyncio.timeout(CHILDREN_TIMEOUT):
             while processes_of(folder):  # noqa: ASYNC110 - there is no event to wait for
                 await asyncio.sleep(POLL)
-    codes = [code for worker in workers for code in worker.ends]
+    codes = [code for worker in workers for code in worker.exit_codes]
     return codes + [code for worker in workers if (code := worker.daemon.returncode) is not None]
 
 

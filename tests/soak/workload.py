@@ -1,6 +1,6 @@
-"""What a soak sends: every kind of request, good and bad, drawn from its seed.
+"""The requests of a soak: every kind of valid and invalid request, drawn from a seed.
 
-Each sending says beforehand how it may end, so that the end can be checked.
+Each sending lists its allowed outcomes, which are checked after the soak.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from tests.soak.fates import UNFATED, Fate, seed_with
 
 SUCCEEDED = "succeeded"
 CANCELLED = "cancelled"
-LOST = str(FailureCode.WORKER_LOST)  # how any request may end whose workers were killed too often
+LOST = str(FailureCode.WORKER_LOST)  # allowed for every request: its workers may all be killed
 FORMATS = ("png", "webp", "jpeg")
 SIDES = (16, 32, 64)  # pixels
-OTHER_WIDTH = 48  # pixels; of the same id with other content
+OTHER_WIDTH = 48  # pixels; in the second request with one id
 SLOW_STEPS = 60
-TWICE_STEPS = 60
+LONG_RUN_STEPS = 60
 SHORT_DEADLINE = 1.5  # seconds
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
@@ -39,15 +39,15 @@ LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 _DRAW = {"task": "text_to_image", "prompt": f"a chain {UNFATED}", "num_inference_steps": 2}
 _READ = {"task": "image_to_text", "prompt": f"a chain {UNFATED}", "max_new_tokens": 2}
 
-# How each fate ends when nothing else happens. Whose first run raises may be at its last attempt
-# by then.
-_ENDS: dict[Fate, frozenset[str]] = {
+# The outcomes of each fate without other faults. A request that raises once may already be at its
+# last attempt.
+_OUTCOMES: dict[Fate, frozenset[str]] = {
     Fate.RAISES: frozenset({FailureCode.MODEL_ERROR}),
     Fate.RAISES_ONCE: frozenset({SUCCEEDED, FailureCode.MODEL_ERROR}),
     Fate.OUT_OF_MEMORY: frozenset({FailureCode.OUT_OF_MEMORY}),
     Fate.KILLED: frozenset({LOST}),
 }
-# Of a hundred requests.
+# Number in a hundred requests.
 _FATES: dict[str, int] = {
     Fate.SLOW: 4,
     Fate.HOLDS_THE_GIL: 2,
@@ -58,8 +58,8 @@ _FATES: dict[str, int] = {
     Fate.DEVICE_LOST_ONCE: 2,
     Fate.KILLED_ONCE: 2,
 }
-_COSTLY: dict[str, int] = {Fate.KILLED: 1, Fate.HANGS_ONCE: 1}  # each takes a worker for long
-_OTHERS: dict[str, int] = {
+_COSTLY: dict[str, int] = {Fate.KILLED: 1, Fate.HANGS_ONCE: 1}  # each occupies a worker for long
+_OTHER_KINDS: dict[str, int] = {
     "without a seed": 10,
     "deadline past": 3,
     "deadline short": 4,
@@ -72,7 +72,7 @@ _OTHERS: dict[str, int] = {
     "no request id": 2,
     "id of another subject": 2,
 }
-# On top of them, where there is an attacker: every way in which a request can be sent.
+# Additional kinds with an attacker: every way to send a request.
 _WITH_ATTACKER: dict[str, int] = {
     "call": 6,
     "submitted": 6,
@@ -86,21 +86,21 @@ class Way(StrEnum):
     """How a request is sent."""
 
     PUBLISH = "publish"
-    SUBMIT = "submit"  # by the client of this project
+    SUBMIT = "submit"  # with this project's client
     CALL = "call"
 
 
 @dataclass(frozen=True)
 class Sending:
-    """One message to be published.
+    """One message to publish.
 
     Attributes:
-        at: Seconds after the beginning.
-        kind: What people call it.
-        request_id: Under which its one terminal event is stored.
-        in_subject: What the subject's last token is; None sends it to the bare subject.
-        ends: Every way it may end, `worker_lost` apart.
-        cancel_after: Seconds from the stream's confirmation to its cancellation; None: never.
+        at: Seconds after the start of the soak.
+        kind: Name of the kind in the report.
+        request_id: Id of the terminal event.
+        in_subject: Last token of the subject; None: the subject without an id.
+        outcomes: All allowed outcomes except `worker_lost`.
+        cancel_after: Seconds from the publish acknowledgement to the cancellation; None: never.
     """
 
     at: float
@@ -109,34 +109,34 @@ class Sending:
     in_subject: str | None
     body: bytes
     headers: dict[str, str]
-    ends: frozenset[str]
+    outcomes: frozenset[str]
     way: Way = Way.PUBLISH
     cancel_after: float | None = None
 
     @property
     def message_id(self) -> str:
-        """What makes a second try to publish it harmless."""
+        """Return the id by which the stream discards a duplicate publish."""
         return self.headers[MESSAGE_ID]
 
     @property
     def digests(self) -> frozenset[str]:
-        """What its terminal event may say that it asks for: its content, or its bytes."""
-        found = {digest_of_bytes(self.body)}
+        """Return the allowed digests of the terminal event: of the content and of the bytes."""
+        digests = {digest_of_bytes(self.body)}
         with contextlib.suppress(InvalidRequest):
-            found.add(request_digest(decode_request(Task.TEXT_TO_IMAGE, self.body)))
-        return frozenset(found)
+            digests.add(request_digest(decode_request(Task.TEXT_TO_IMAGE, self.body)))
+        return frozenset(digests)
 
 
 class Workload:
     """Draws sendings.
 
     Args:
-        subjects: Of the installation.
-        seed: Decides everything but the moments of the deadlines.
-        seconds: Over which they are spread.
-        costly: Whether there are some that take a worker for long.
-        hostile: Whether there is an attacker: then each id is in its request's subject, where
-            workers can see which of two requests was there first.
+        subjects: Subjects of the installation.
+        seed: Determines everything except the deadlines.
+        seconds: Duration over which the sendings are spread.
+        costly: Whether to include requests that occupy a worker for long.
+        hostile: Whether there is an attacker. Then each request has its id in the subject, so that
+            workers can find the first of two requests with one id.
     """
 
     def __init__(
@@ -155,45 +155,45 @@ class Workload:
         self._shares: dict[str, int] = {
             **_FATES,
             **(_COSTLY if costly else {}),
-            **_OTHERS,
+            **_OTHER_KINDS,
             **(_WITH_ATTACKER if hostile else {}),
         }
 
     def sendings(self, requests: int) -> list[Sending]:
-        """So many requests, in the order of their moments; some of them are sent twice."""
+        """Draw this number of requests, sorted by time; some are sent twice."""
         counts = Counter(
             {kind: max(1, round(requests * each / 100)) for kind, each in self._shares.items()}
         )
         counts[Fate.PLAIN] = max(0, requests - counts.total())
         kinds = list(counts.elements())
         self._draw.shuffle(kinds)
-        made = [sending for kind in kinds[:requests] for sending in self._make(kind)]
-        return sorted(made, key=lambda sending: sending.at)
+        drawn = [sending for kind in kinds[:requests] for sending in self._draw_kind(kind)]
+        return sorted(drawn, key=lambda sending: sending.at)
 
-    def _make(self, kind: str) -> list[Sending]:
+    def _draw_kind(self, kind: str) -> list[Sending]:
         match kind:
             case "sent twice":
                 return self._twice(kind, other_content=False)
             case "other content":
                 return self._twice(kind, other_content=True)
             case Fate():
-                made = self._valid(kind, seed=seed_with(kind, self._draw))
+                sending = self._valid(kind, seed=seed_with(kind, self._draw))
             case "without a seed":
-                made = self._valid(kind)
+                sending = self._valid(kind)
             case "deadline past":
-                ends = FailureCode.DEADLINE_EXCEEDED
-                made = self._valid(kind, ends, deadline=LONG_AGO.isoformat())
+                outcomes = FailureCode.DEADLINE_EXCEEDED
+                sending = self._valid(kind, outcomes, deadline=LONG_AGO.isoformat())
             case "deadline short":
-                made = self._with_short_deadline(kind)
+                sending = self._with_short_deadline(kind)
             case kind if kind in _WITH_ATTACKER:
-                made = self._otherwise(kind)
+                sending = self._with_attacker(kind)
             case _:
-                made = self._invalid(kind)
-        return [made]
+                sending = self._invalid(kind)
+        return [sending]
 
-    # -- good ones --------------------------------------------------------------------------------
+    # -- valid requests ---------------------------------------------------------------------------
 
-    def _valid(self, kind: str, *ends: str, at: float | None = None, **fields: Any) -> Sending:
+    def _valid(self, kind: str, *outcomes: str, at: float | None = None, **fields: Any) -> Sending:
         request_id = self._new_id()
         in_subject, in_body = self._draw.choice([(True, False), (False, True), (True, True)])
         in_subject = in_subject or self._hostile
@@ -201,9 +201,9 @@ class Workload:
         body = {"prompt": prompt, **self._content(kind), **fields}
         if in_body:
             body["request_id"] = request_id
-        as_fated = _ENDS.get(kind) if isinstance(kind, Fate) else None
+        outcomes_of_fate = _OUTCOMES.get(kind) if isinstance(kind, Fate) else None
         return Sending(
-            at=self._moment() if at is None else at,
+            at=self._random_time() if at is None else at,
             kind=kind,
             request_id=request_id,
             in_subject=request_id if in_subject else None,
@@ -212,7 +212,7 @@ class Workload:
                 MESSAGE_ID: f"{request_id}.1",
                 REPLY_TO: f"{self._subjects.root}.reply.{request_id}",
             },
-            ends=frozenset(ends) or as_fated or frozenset({SUCCEEDED}),
+            outcomes=frozenset(outcomes) or outcomes_of_fate or frozenset({SUCCEEDED}),
         )
 
     def _content(self, kind: str) -> dict[str, Any]:
@@ -225,18 +225,18 @@ class Workload:
         }
 
     def _with_short_deadline(self, kind: str) -> Sending:
-        # The one thing that cannot be drawn: when the sending's moment will be.
-        at = self._moment()
+        # The only value that the seed does not determine: it depends on the current time.
+        at = self._random_time()
         deadline = datetime.now(UTC) + timedelta(seconds=at + SHORT_DEADLINE)
-        ends = SUCCEEDED, FailureCode.DEADLINE_EXCEEDED
-        return self._valid(kind, *ends, at=at, deadline=deadline.isoformat())
+        outcomes = SUCCEEDED, FailureCode.DEADLINE_EXCEEDED
+        return self._valid(kind, *outcomes, at=at, deadline=deadline.isoformat())
 
-    def _otherwise(self, kind: str) -> Sending:
+    def _with_attacker(self, kind: str) -> Sending:
         match kind:
             case "call":
-                made = self._valid(kind)
-                body = {**json.loads(made.body), "request_id": made.request_id}
-                return replace(made, body=json.dumps(body).encode(), way=Way.CALL)
+                sending = self._valid(kind)
+                body = {**json.loads(sending.body), "request_id": sending.request_id}
+                return replace(sending, body=json.dumps(body).encode(), way=Way.CALL)
             case "submitted":
                 return replace(self._valid(kind), way=Way.SUBMIT)
             case "chain":
@@ -244,12 +244,14 @@ class Workload:
             case "chain of both tasks":
                 return self._valid(kind, then=[_READ, {**_DRAW, "prompt": f"$text {UNFATED}"}])
             case _:
-                made = self._valid(kind, SUCCEEDED, CANCELLED, num_inference_steps=TWICE_STEPS)
-                return replace(made, cancel_after=self._draw.uniform(0.0, 1.0))
+                sending = self._valid(
+                    kind, SUCCEEDED, CANCELLED, num_inference_steps=LONG_RUN_STEPS
+                )
+                return replace(sending, cancel_after=self._draw.uniform(0.0, 1.0))
 
     def _twice(self, kind: str, *, other_content: bool) -> list[Sending]:
-        # Long enough for two workers to have one each.
-        first = self._valid(kind, num_inference_steps=TWICE_STEPS)
+        # Long enough that two workers run the two requests at the same time.
+        first = self._valid(kind, num_inference_steps=LONG_RUN_STEPS)
         body = json.loads(first.body)
         if other_content:
             body["width"] = OTHER_WIDTH
@@ -260,11 +262,11 @@ class Workload:
             in_subject=first.in_subject,
             body=json.dumps(body).encode(),
             headers={**first.headers, MESSAGE_ID: f"{first.request_id}.2"},
-            ends=first.ends,
+            outcomes=first.outcomes,
         )
         return [first, second]
 
-    # -- bad ones ---------------------------------------------------------------------------------
+    # -- invalid requests -------------------------------------------------------------------------
 
     def _invalid(self, kind: str) -> Sending:
         request_id = self._new_id()
@@ -280,19 +282,19 @@ class Workload:
             case "no request id":
                 body["request_id"] = "../*/>"
             case "id of another subject":
-                body["request_id"] = self._new_id()  # it must not end that one
+                body["request_id"] = self._new_id()  # must not affect the request with that id
         return Sending(
-            at=self._moment(),
+            at=self._random_time(),
             kind=kind,
             request_id=request_id,
             in_subject=in_subject,
             body=b'{"prompt": "soak"' if kind == "not JSON" else json.dumps(body).encode(),
             headers={MESSAGE_ID: f"{request_id}.1"},
-            ends=frozenset({FailureCode.INVALID_REQUEST}),
+            outcomes=frozenset({FailureCode.INVALID_REQUEST}),
         )
 
     def _new_id(self) -> str:
         return f"{self._draw.getrandbits(64):016x}"
 
-    def _moment(self) -> float:
+    def _random_time(self) -> float:
         return self._draw.uniform(0.0, self._seconds)

@@ -526,7 +526,7 @@ class Behaviour:
         done = await world.result("a")
         assert isinstance(done, SucceededEvent)
         assert done.attempt == 2
-        assert world.observer.outcomes == ["given_back", "succeeded"]
+        assert world.observer.outcomes == ["requeued", "succeeded"]
 
     async def test_requeued_delivery_does_not_count_as_an_attempt(self, world: World) -> None:
         await world.send(request_body())
@@ -554,7 +554,7 @@ class Behaviour:
         hold.release()
         await soon(world.work())
         assert isinstance(await world.result("a"), SucceededEvent)
-        assert world.observer.outcomes == ["given_back", "succeeded"]
+        assert world.observer.outcomes == ["requeued", "succeeded"]
 
     # -- model failures ---------------------------------------------------------------------------
 
@@ -573,7 +573,7 @@ class Behaviour:
         ((letter, original),) = await world.dead_letters()
         assert (letter.code, original) == ("model_error", sent)
         assert await world.pending() == 0
-        assert world.observer.outcomes == ["given_back", "given_back", "model_error"]
+        assert world.observer.outcomes == ["requeued", "requeued", "model_error"]
 
     async def test_second_attempt_succeeds_after_the_model_raised_once(self, world: World) -> None:
         world.runner.script_runs(raising(lambda: ModelError("ValueError")))

@@ -99,7 +99,7 @@ class Replies:
             name=self._stream, subjects=[self.subject], max_bytes=2**20
         )
 
-    async def these(self, count: int) -> list[Event]:
+    async def first(self, count: int) -> list[Event]:
         """Wait for the first replies, and return them. A repeated request may get more replies."""
         found: list[Event] = []
 

@@ -1,4 +1,4 @@
-"""Aborted blocking calls: the connections that are closed, and those that are not."""
+"""Aborted blocking calls: which connections are closed."""
 
 import asyncio
 import socket
@@ -15,9 +15,9 @@ SOON = 30.0  # seconds; only bounds a wait for something that must happen
 
 @pytest.fixture
 def calls() -> Iterator[Calls]:
-    made = Calls()
-    yield made
-    made.close()
+    calls = Calls()
+    yield calls
+    calls.close()
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ async def test_results_and_errors_are_returned(calls: Calls) -> None:
     assert await calls.run(lambda: 7) == 7
     with pytest.raises(KeyError):
         await calls.run(fails)
-    assert calls._in_progress == []  # nothing is kept
+    assert calls._in_progress == []  # no call is left
 
 
 async def test_calls_after_close_are_refused(calls: Calls) -> None:
@@ -115,7 +115,7 @@ async def test_call_on_a_kept_alive_connection_can_be_aborted(calls: Calls) -> N
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         await reader.readuntil(b"\r\n\r\n")
         requests.put_nowait(connections)
-        await reader.read()  # silent, until the client goes
+        await reader.read()  # no response until the client disconnects
         gone.set()
         writer.close()
 

@@ -49,8 +49,17 @@ def test_configured_read_locations_replace_the_prefix() -> None:
     assert not listed.may_read("uploads", "photos2/1.png")
     assert not listed.may_read("uploads", "1.png")
     assert listed.may_read("archive", "1.png")
+
     assert listed.may_read("generation", "outputs/1.png")
     assert not config(input_prefixes=("archive",)).may_read("generation", "outputs/1.png")
+
+
+def test_uploads_are_always_allowed() -> None:
+    listed = config(input_prefixes=("archive",))
+    assert listed.may_read("generation", "outputs/uploads/1.png")
+    assert not listed.may_read("generation", "outputs/text_to_image/1.png")
+    assert not listed.may_read("other", "outputs/uploads/1.png")
+    assert config(prefix="", input_prefixes=("archive",)).may_read("generation", "uploads/1.png")
 
 
 def test_without_a_prefix_the_bucket_is_readable() -> None:
@@ -102,8 +111,8 @@ def test_settings_become_the_configuration() -> None:
         s3_url_ttl=60,
         s3_input_prefixes=("uploads/photos",),
     )
-    made = store_config(settings)
-    assert made == config(
+    actual = store_config(settings)
+    assert actual == config(
         endpoint="http://127.0.0.1:9333",
         bucket="pictures",
         prefix="a/b",

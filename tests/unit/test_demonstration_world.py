@@ -39,34 +39,36 @@ def test_description_of_a_scene_matches_its_prompt() -> None:
 
 
 def test_no_two_scenes_have_the_same_description() -> None:
-    told: dict[str, Scene] = {}
+    by_description: dict[str, Scene] = {}
     for scene in single_scenes():
-        assert told.setdefault(description(scene), scene) == scene
+        assert by_description.setdefault(description(scene), scene) == scene
 
 
 def test_training_has_no_held_out_combination() -> None:
     choice = random.Random(0)
-    kept_out = {
+    held_out_combinations = {
         (thing.colour, thing.shape, scene.background)
         for scene in single_scenes()
         for thing in scene.things
         if held_out(scene)
     }
     of_all = len(COLOURS) * (len(COLOURS) - 1) * len(SHAPES)
-    assert 0.07 < len(kept_out) / of_all < 0.13
+    assert 0.07 < len(held_out_combinations) / of_all < 0.13
     for _ in range(3_000):
         scene = choice.choice((some_scene(choice, of_two=0.5), some_plain_scene(choice)))
-        assert kept_out.isdisjoint((t.colour, t.shape, scene.background) for t in scene.things)
+        assert held_out_combinations.isdisjoint(
+            (t.colour, t.shape, scene.background) for t in scene.things
+        )
     for two in (False, True):
         assert held_out(some_held_out_scene(choice, two=two))
 
 
 def test_training_has_every_pair_of_attributes() -> None:
-    """What is held out is three together: each two of them are to be learned."""
-    shown = [scene for scene in single_scenes() if not held_out(scene)]
-    pairs = {(s.things[0].colour, s.things[0].shape) for s in shown}
+    """Only combinations of three attributes are held out; training has each pair of attributes."""
+    training = [scene for scene in single_scenes() if not held_out(scene)]
+    pairs = {(s.things[0].colour, s.things[0].shape) for s in training}
     assert pairs == set(product(COLOURS, SHAPES))
-    pairs = {(s.things[0].shape, s.background) for s in shown}
+    pairs = {(s.things[0].shape, s.background) for s in training}
     assert pairs == set(product(SHAPES, COLOURS))
 
 
@@ -75,8 +77,8 @@ def test_prompt_contains_every_non_default_attribute() -> None:
     words = {"disc": "circle", "plus": "cross", "grey": "gray", "violet": "purple"}
     for _ in range(2_000):
         scene = some_scene(choice, of_two=0.4)
-        said = prompts.prompt(scene, choice)
-        named = {words.get(word.strip(",").lower(), word.strip(",")) for word in said.split()}
+        text = prompts.prompt(scene, choice)
+        named = {words.get(word.strip(",").lower(), word.strip(",")) for word in text.split()}
         for thing in scene.things:
             assert {thing.colour, thing.shape} <= named
         if scene.background != "white":
@@ -85,12 +87,12 @@ def test_prompt_contains_every_non_default_attribute() -> None:
 
 def test_shortest_prompts_match_their_scenes() -> None:
     choice = random.Random(6)
-    said = {
+    scenes = {
         prompts.prompt(scene, choice): scene
         for scene in (some_plain_scene(choice) for _ in range(5_000))
     }
-    assert said["a blue star"] == Scene("white", (Thing("blue", "star"),))
-    assert said["a small blue star"] == Scene("white", (Thing("blue", "star", "small"),))
+    assert scenes["a blue star"] == Scene("white", (Thing("blue", "star"),))
+    assert scenes["a small blue star"] == Scene("white", (Thing("blue", "star", "small"),))
 
 
 def test_equal_seed_gives_equal_prompt_and_image() -> None:
@@ -103,17 +105,17 @@ def test_every_outline_is_inside_the_image() -> None:
     choice = random.Random(4)
     for scene in single_scenes():
         if (scene.things[0].size, scene.background) == ("large", "white"):
-            picture = draw(scene, choice)
-            assert picture.size == (SIDE, SIDE)
+            image = draw(scene, choice)
+            assert image.size == (SIDE, SIDE)
             corners = [(0, 0), (0, SIDE - 1), (SIDE - 1, 0), (SIDE - 1, SIDE - 1)]
-            assert {picture.getpixel(corner) for corner in corners} == {COLOURS["white"]}
+            assert {image.getpixel(corner) for corner in corners} == {COLOURS["white"]}
     with pytest.raises(ValueError, match="no shape"):
         outline("hexagon")
 
 
 def test_attributes_do_not_depend_on_the_order_of_things() -> None:
     assert attributes(PAIR) == attributes(PAIR.turned)
-    assert attributes(PAIR)[2] == NONE  # two things have no place
+    assert attributes(PAIR)[2] == NONE  # two objects have no position
     assert attributes(STAR)[6:] == [NONE] * 3
     for relation in RELATIONS:
         numbers = attributes(Scene("gray", PAIR.things, relation=relation))
@@ -124,14 +126,14 @@ def test_cells_contain_the_thing_or_the_background() -> None:
     cells = covered(STAR, 4)
     white = list(COLOURS).index("white")
     assert {cell[3] for cell in cells} == {white}
-    told = {cell[:3] for cell in cells} - {(0, 0, 0)}
-    assert told == {(SHAPES.index("star") + 1, list(COLOURS).index("red") + 1, 1)}
+    actual = {cell[:3] for cell in cells} - {(0, 0, 0)}
+    assert actual == {(SHAPES.index("star") + 1, list(COLOURS).index("red") + 1, 1)}
     assert covered(Scene("white", STAR.things, "bottom"), 4) != cells
 
 
 def test_answers_match_their_scene() -> None:
     choice = random.Random(5)
-    asked = {
+    expected = {
         "What colour is the background?": "The background is white.",
         "What shape is it?": "The shape is a star.",
         "Where is the star?": "The star is at the top.",
@@ -141,12 +143,12 @@ def test_answers_match_their_scene() -> None:
         "Is there a star?": "Yes, there is a star.",
         "Is there a circle?": "No, there is not a circle.",
     }
-    found: dict[str, str] = {}
+    actual: dict[str, str] = {}
     for _ in range(4_000):
         question = questions.ask_about(STAR, choice)
-        if question.question in asked:
-            found[question.question] = question.answer
-    assert found == asked
+        if question.question in expected:
+            actual[question.question] = question.answer
+    assert actual == expected
 
 
 def test_question_about_two_images_has_the_right_answer() -> None:

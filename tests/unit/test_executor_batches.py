@@ -283,7 +283,7 @@ async def test_drain_requeues_all_members(world: MemoryWorld) -> None:
     world.executor.interrupt(StopReason.DRAIN)
     await soon(asyncio.gather(*handling))
     assert await world.pending() == 3
-    assert world.observer.outcomes == ["given_back"] * 3
+    assert world.observer.outcomes == ["requeued"] * 3
 
 
 async def test_image_to_text_requests_run_in_batches() -> None:
@@ -352,7 +352,7 @@ async def test_copies_of_a_retried_request_do_not_wait_for_each_other(
     await soon(serve(world, all_done))
     await soon(asyncio.gather(first, *others))
     assert isinstance(await world.result("a"), SucceededEvent)
-    assert sorted(world.observer.outcomes) == ["already_done"] * 2 + ["given_back", "succeeded"]
+    assert sorted(world.observer.outcomes) == ["already_done"] * 2 + ["requeued", "succeeded"]
 
 
 # -- redelivered requests: their first worker may have died because of them -----------------------
@@ -411,7 +411,7 @@ async def test_redelivered_request_counts_an_attempt_only_while_it_is_isolated(
 async def test_redelivered_request_that_waits_can_be_cancelled_and_requeued(
     make_world: Worlds,
 ) -> None:
-    for stop, outcome in ((StopReason.CANCEL, "cancelled"), (StopReason.DRAIN, "given_back")):
+    for stop, outcome in ((StopReason.CANCEL, "cancelled"), (StopReason.DRAIN, "requeued")):
         world = await make_world(most_in_flight=3)
         world.store.begin()
         for request_id in ("other", "redelivered"):

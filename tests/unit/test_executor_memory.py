@@ -68,8 +68,8 @@ class Traced:
     @property
     def alive(self) -> list[str]:
         """The type names of the traced objects that still exist."""
-        found = [reference() for reference in self._references]
-        return [type(one).__name__ for one in found if one is not None]
+        alive = [reference() for reference in self._references]
+        return [type(one).__name__ for one in alive if one is not None]
 
     async def are_freed(self) -> bool:
         """Return whether all traced objects are freed, once the threads have finished."""
@@ -87,7 +87,7 @@ class Traced:
             try:
                 raise error
             finally:
-                del error  # otherwise the frame of this test would hold the error
+                del error  # otherwise the frame of this test would reference the error
 
         return run
 
@@ -140,19 +140,19 @@ def errors(*makers: Callable[[], Exception]) -> Callable[[Traced], list[Script]]
 
 # The scripts of the runs, a preparation of the world, and the outcome of the job.
 ENDS: dict[str, tuple[Callable[[Traced], list[Script]], Callable[[MemoryWorld], None], str]] = {
-    "model error": (errors(lambda: ModelError("E")), nothing, "given_back"),
+    "model error": (errors(lambda: ModelError("E")), nothing, "requeued"),
     "unsupported parameter": (
         errors(lambda: UnsupportedParameter("width", "width: not this one")),
         nothing,
         "unsupported_parameter",
     ),
-    "lost device": (errors(DeviceLost), nothing, "given_back"),
-    "interrupted without a stop request": (errors(Interrupted), nothing, "given_back"),
-    "internal error": (errors(Fault), nothing, "given_back"),
+    "lost device": (errors(DeviceLost), nothing, "requeued"),
+    "interrupted without a stop request": (errors(Interrupted), nothing, "requeued"),
+    "internal error": (errors(Fault), nothing, "requeued"),
     "out of memory twice": (errors(out_of_memory, out_of_memory), nothing, "out_of_memory"),
     "success": (lambda traced: [traced.success], nothing, "succeeded"),
-    "no output": (lambda traced: [traced.no_output], nothing, "given_back"),
-    "failed encoding": (lambda traced: [traced.success], fail_encoding, "given_back"),
+    "no output": (lambda traced: [traced.no_output], nothing, "requeued"),
+    "failed encoding": (lambda traced: [traced.success], fail_encoding, "requeued"),
     "failed publishing": (lambda traced: [traced.success], fail_publishing, "abandoned"),
     "result too large": (lambda traced: [traced.success], limit_payload, "internal"),
 }
@@ -224,7 +224,7 @@ async def test_deadline_timer_is_freed_after_the_job(world: MemoryWorld) -> None
 REASONS = {
     StopReason.CANCEL: "cancelled",
     StopReason.DEADLINE: "deadline_exceeded",
-    StopReason.DRAIN: "given_back",
+    StopReason.DRAIN: "requeued",
 }
 
 
@@ -254,7 +254,7 @@ async def cancel(working: "asyncio.Task[int | None]") -> None:
 
 
 # How the job ends while its run continues, and the outcome of the job.
-ABANDONED = {"stall": "abandoned", "drain": "given_back", "cancelled task": "given_back"}
+ABANDONED = {"stall": "abandoned", "drain": "requeued", "cancelled task": "requeued"}
 
 
 @pytest.mark.parametrize("run_end", ["error", "output"])

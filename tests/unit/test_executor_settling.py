@@ -424,7 +424,7 @@ async def test_cancelled_task_requeues_the_request(world: MemoryWorld) -> None:
     assert world.settlements == ["requeue"]
     assert not beating()
     assert not world.executor.interrupt(StopReason.CANCEL)
-    assert world.observer.outcomes == ["given_back"]
+    assert world.observer.outcomes == ["requeued"]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def refusal(data: bytes, codec: ImageCodec = CODEC) -> str:
 # -- odd files ------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("error")  # no warning of Pillow comes from a file's metadata
+@pytest.mark.filterwarnings("error")  # metadata of a file causes no warning of Pillow
 @pytest.mark.parametrize("name", ODD_IMAGES)
 def test_unusual_file_is_decoded_or_refused_with_a_message(name: str) -> None:
     odd = ODD_IMAGES[name]
@@ -72,11 +72,13 @@ def test_documentation_lists_every_error_message() -> None:
     page = (Path(__file__).parents[2] / "docs/reference/inputs.md").read_text("utf-8")
     table, names = page.partition("## Refusals")[2].split("FORMAT: ")
     named = {name.strip(" .\n") for name in names.replace("\n", " ").split(", ")}
-    said = {odd.expected for odd in ODD_IMAGES.values() if isinstance(odd.expected, str)}
-    said |= {refusal(data, ImageCodec(max_bytes=20_000, max_pixels=100)) for data in over_limits()}
-    said |= {refusal(data) for data in over_limits()[1:]}
+    messages = {odd.expected for odd in ODD_IMAGES.values() if isinstance(odd.expected, str)}
+    messages |= {
+        refusal(data, ImageCodec(max_bytes=20_000, max_pixels=100)) for data in over_limits()
+    }
+    messages |= {refusal(data) for data in over_limits()[1:]}
     templates, formats = set(), set()
-    for words in said:
+    for words in messages:
         if other := re.fullmatch(r"the image is (.+); PNG, JPEG and WebP are read", words):
             formats.add(other[1])
             words = words.replace(other[1], "FORMAT")  # noqa: PLW2901 - the template of the words
@@ -130,7 +132,7 @@ def test_pillow_gets_only_the_parts_needed_for_decoding() -> None:
             assert not opened.info.keys() & {"exif", "xmp", "icc_profile", "comment"}
 
 
-# -- what is taken --------------------------------------------------------------------------------
+# -- accepted files -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -149,7 +151,7 @@ def test_every_exif_orientation_is_applied(file_format: str, orientation: int) -
         3: Image.Transpose.ROTATE_180,
         4: Image.Transpose.FLIP_TOP_BOTTOM,
         5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,  # the file is turned left; its EXIF says: turn it right
+        6: Image.Transpose.ROTATE_90,  # stored rotated left; the EXIF orientation rotates it right
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }.get(orientation)
@@ -199,12 +201,12 @@ def test_decoded_image_has_no_metadata() -> None:
     assert decoded.info == {}
 
 
-# -- what is refused ------------------------------------------------------------------------------
+# -- rejected files -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_truncated_file_is_refused_at_every_length(file_format: str) -> None:
-    """A file without its last bytes, which hold no pixels, may pass, but only with all pixels."""
+    """A file without its last bytes may be accepted only if it decodes to all pixels."""
     data = as_file(photograph(), file_format)
     whole = CODEC.decode(data).tobytes()
     refused = 0
@@ -397,8 +399,8 @@ SEEDS = (
 )
 def test_damaged_files_decode_or_are_refused(seed: bytes, damage: list[tuple[int, int]]) -> None:
     data = bytearray(seed)
-    for place, value in damage:
-        data[place % len(data)] = value
+    for position, value in damage:
+        data[position % len(data)] = value
     try:
         decoded = CODEC.decode(bytes(data))
     except InputUnavailable:
@@ -463,7 +465,7 @@ def test_equal_pixels_give_equal_bytes_without_metadata(output_format: OutputFor
     encoded = CODEC.encode(marked, output_format, seed=2)
     assert encoded.data == plain.data
     assert b"a prompt" not in encoded.data
-    assert marked.info["icc_profile"] == profile  # the caller's image is left alone
+    assert marked.info["icc_profile"] == profile  # the caller's image is not changed
 
 
 @pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
@@ -473,7 +475,7 @@ def test_any_mode_can_be_written(output_format: OutputFormat) -> None:
         assert CODEC.decode(encoded.data).mode == "RGB"
 
 
-# -- what a file says -----------------------------------------------------------------------------
+# -- provenance -----------------------------------------------------------------------------------
 
 EVERY_FORMAT = pytest.mark.parametrize("output_format", ["png", "webp", "jpeg"])
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "provenance.md"
@@ -495,8 +497,8 @@ def read_back(data: bytes) -> dict[str, str]:
     with Image.open(BytesIO(data)) as opened:
         if isinstance(opened, PngImagePlugin.PngImageFile):
             return {name: str(value) for name, value in opened.text.items()}
-        told: dict[str, str] = json.loads(opened.getexif()[ExifTags.Base.ImageDescription])
-        return told
+        written: dict[str, str] = json.loads(opened.getexif()[ExifTags.Base.ImageDescription])
+        return written
 
 
 @EVERY_FORMAT
@@ -511,9 +513,10 @@ def read_back(data: bytes) -> dict[str, str]:
     ],
 )
 def test_provenance_is_read_back_in_any_script(output_format: OutputFormat, value: str) -> None:
-    said = {"seed": "7", "prompt": value}
+    provenance = {"seed": "7", "prompt": value}
     assert (
-        read_back(CODEC.encode(photograph(), output_format, seed=7, provenance=said).data) == said
+        read_back(CODEC.encode(photograph(), output_format, seed=7, provenance=provenance).data)
+        == provenance
     )
 
 
@@ -524,14 +527,16 @@ def test_provenance_text_is_stored_without_control_characters(
     output_format: OutputFormat, value: str
 ) -> None:
     encoded = CODEC.encode(Image.new("RGB", (4, 4)), output_format, seed=0, provenance={"a": value})
-    kept = "".join(c for c in value if c in "\t\n" or not ("\0" <= c < " " or "\x7f" <= c < "\xa0"))
-    assert read_back(encoded.data) == {"a": kept}
+    printable = "".join(
+        c for c in value if c in "\t\n" or not ("\0" <= c < " " or "\x7f" <= c < "\xa0")
+    )
+    assert read_back(encoded.data) == {"a": printable}
 
 
 @EVERY_FORMAT
 def test_lone_surrogate_is_not_stored_in_the_provenance(output_format: OutputFormat) -> None:
-    said = {"prompt": "a\ud800b\x1b[31mc\0d"}
-    encoded = CODEC.encode(photograph(), output_format, seed=0, provenance=said)
+    provenance = {"prompt": "a\ud800b\x1b[31mc\0d"}
+    encoded = CODEC.encode(photograph(), output_format, seed=0, provenance=provenance)
     assert read_back(encoded.data) == {"prompt": "ab[31mcd"}
 
 
@@ -539,10 +544,10 @@ def test_lone_surrogate_is_not_stored_in_the_provenance(output_format: OutputFor
 def test_long_provenance_values_are_truncated(
     output_format: OutputFormat,
 ) -> None:
-    told = read_back(CODEC.encode(photograph(), output_format, seed=0, provenance=LONGEST).data)
-    assert told.keys() == LONGEST.keys()
-    assert told["prompt"] == "\U0001f4a1" * (MAX_VALUE_LENGTH - 1) + "…"
-    assert told["parameters"] == LONGEST["parameters"]
+    written = read_back(CODEC.encode(photograph(), output_format, seed=0, provenance=LONGEST).data)
+    assert written.keys() == LONGEST.keys()
+    assert written["prompt"] == "\U0001f4a1" * (MAX_VALUE_LENGTH - 1) + "…"
+    assert written["parameters"] == LONGEST["parameters"]
 
 
 @EVERY_FORMAT
@@ -577,18 +582,18 @@ def test_documented_commands_read_the_provenance(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     files = []
     for output_format in ("png", "webp", "jpeg"):
-        said = {"request_id": "poster-0001", "prompt": "маяк"}
-        encoded = CODEC.encode(photograph(), output_format, seed=0, provenance=said)
+        provenance = {"request_id": "poster-0001", "prompt": "маяк"}
+        encoded = CODEC.encode(photograph(), output_format, seed=0, provenance=provenance)
         files.append(tmp_path / f"image.{encoded.extension}")
         files[-1].write_bytes(encoded.data)
     for file in files:
-        told = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-X", "utf8", "-c", code, str(file)],
             check=True,
             capture_output=True,
             encoding="utf-8",
         ).stdout
-        assert told == "request_id: poster-0001\nprompt: маяк\n"
+        assert output == "request_id: poster-0001\nprompt: маяк\n"
 
 
 def test_repr_of_an_encoded_image_has_no_bytes() -> None:

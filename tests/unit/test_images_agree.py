@@ -37,13 +37,13 @@ DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 1
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
 GREY, RGB, PALETTE = 0, 2, 3  # colour types
-ROUNDING = 1  # of what is over white
-# Of what is lossy: libraries round colours and the halves of coarse ones in their own ways.
+ROUNDING = 1  # of images composited over white
+# For lossy formats: libraries round colours and subsampled colours in different ways.
 LOSSY_ROUNDING = 4
 
 
-class Made(NamedTuple):
-    """A file; what the second decoder gets of it; and the pixels before turning, where known."""
+class ImageFile(NamedTuple):
+    """A file, its version for the second decoder, and the pixels before rotation, if known."""
 
     data: bytes
     orientation: int
@@ -55,8 +55,8 @@ class Made(NamedTuple):
 
 
 @st.composite
-def png_files(draw: st.DrawFn) -> Made:
-    """Any colour type and depth, interlaced or not, transparent in each of the ways."""
+def png_files(draw: st.DrawFn) -> ImageFile:
+    """Draw any colour type and depth, interlaced or not, with every kind of transparency."""
     colour = draw(st.sampled_from(sorted(DEPTHS)))
     depth = draw(st.sampled_from(DEPTHS[colour]))
     width, height, chance = draw(SIDES), draw(SIDES), np.random.default_rng(draw(SEEDS))
@@ -81,7 +81,7 @@ def png_files(draw: st.DrawFn) -> Made:
     data = PNG_SIGNATURE + b"".join(png_chunk(*chunk) for chunk in chunks)
     pixels = drawn(samples, depth, palette, transparent)
     # OpenCV does not read the transparent colour of a grey image.
-    return Made(data, orientation, b"" if colour == GREY and transparent else data, pixels)
+    return ImageFile(data, orientation, b"" if colour == GREY and transparent else data, pixels)
 
 
 def drawn(samples: Pixels, depth: int, palette: Pixels | None, transparent: bytes) -> Pixels:
@@ -135,7 +135,7 @@ def packed_row(row: Pixels, depth: int) -> bytes:
 
 
 @st.composite
-def jpeg_files(draw: st.DrawFn) -> Made:
+def jpeg_files(draw: st.DrawFn) -> ImageFile:
     """Grey, colour or print colours, in each order of scans; with or without its end marker."""
     image = smooth(draw, draw(st.sampled_from(["L", "RGB", "CMYK"])))
     data = as_file(
@@ -151,18 +151,18 @@ def jpeg_files(draw: st.DrawFn) -> Made:
     marked = in_jpeg((0xE1, b"Exif\0\0" + exif_of(orientation)), (0xFE, b"\xff\xda"), file=data)
     behind = draw(st.sampled_from([b"", b"\xff\xda" * 200, as_file(image, "JPEG")]))
     odd = (marked if draw(st.booleans()) else marked[:-2]) + behind
-    return Made(odd, orientation, data)
+    return ImageFile(odd, orientation, data)
 
 
 @st.composite
-def webp_files(draw: st.DrawFn) -> Made:
+def webp_files(draw: st.DrawFn) -> ImageFile:
     image = smooth(draw, draw(st.sampled_from(["RGB", "RGBA"])))
     lossless, orientation = draw(st.booleans()), draw(ORIENTATIONS)
     quality = draw(st.integers(30, 100))
     exif, xmp = draw(st.sampled_from([(exif_of(orientation), b""), (b"", xmp_of(orientation))]))
     options = {"lossless": lossless, "quality": quality, "exif": exif, "xmp": xmp, "exact": True}
     data = as_file(image, "WEBP", **options)
-    return Made(data, orientation, data)
+    return ImageFile(data, orientation, data)
 
 
 def smooth(draw: st.DrawFn, mode: str) -> Image.Image:
@@ -176,10 +176,10 @@ def smooth(draw: st.DrawFn, mode: str) -> Image.Image:
 # -- the second decoder ---------------------------------------------------------------------------
 
 
-def seen(made: Made) -> Pixels:
-    """What OpenCV decodes: 8 bits, over white, upright; RGB in height x width x 3."""
+def decoded_by_opencv(file: ImageFile) -> Pixels:
+    """Decode with OpenCV: upright, over white, RGB of shape (height, width, 3), 0 to 255."""
     flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
-    decoded = cv2.imdecode(np.frombuffer(made.plain, "u1"), flags)
+    decoded = cv2.imdecode(np.frombuffer(file.plain, "u1"), flags)
     assert decoded is not None
     if decoded.dtype == np.uint16:
         decoded = decoded >> 8
@@ -189,11 +189,11 @@ def seen(made: Made) -> Pixels:
     if values.shape[2] == 4:
         alpha = values[:, :, 3:] / 255
         values = values[:, :, :3] * alpha + 255 * (1 - alpha)
-    return upright(values[:, :, ::-1], made.orientation)
+    return upright(values[:, :, ::-1], file.orientation)
 
 
 def upright(pixels: Pixels, orientation: int) -> Pixels:
-    """By the EXIF standard: where the row and the column of number 0 are."""
+    """Rotate by the EXIF standard: the orientation gives the position of row 0 and column 0."""
     if orientation in {5, 6, 7, 8}:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in {3, 4, 7, 8}:
@@ -201,10 +201,10 @@ def upright(pixels: Pixels, orientation: int) -> Pixels:
     return pixels[:, ::-1] if orientation in {2, 3, 6, 7} else pixels
 
 
-def assert_agree(made: Made, tolerance: int) -> None:
-    decoded = np.asarray(CODEC.decode(made.data), float)
-    expected = [] if made.pixels is None else [upright(made.pixels, made.orientation)]
-    expected += [seen(made)] if made.plain else []
+def assert_agree(file: ImageFile, tolerance: int) -> None:
+    decoded = np.asarray(CODEC.decode(file.data), float)
+    expected = [] if file.pixels is None else [upright(file.pixels, file.orientation)]
+    expected += [decoded_by_opencv(file)] if file.plain else []
     for pixels in expected:
         assert decoded.shape == pixels.shape
         assert np.abs(decoded - pixels).max() <= tolerance
@@ -212,27 +212,27 @@ def assert_agree(made: Made, tolerance: int) -> None:
 
 @unhurried
 @given(png_files())
-def test_png_pixels_match_opencv(made: Made) -> None:
-    assert_agree(made, ROUNDING)
+def test_png_pixels_match_opencv(file: ImageFile) -> None:
+    assert_agree(file, ROUNDING)
 
 
 @unhurried
 @given(jpeg_files())
-def test_jpeg_pixels_match_opencv(made: Made) -> None:
-    assert_agree(made, LOSSY_ROUNDING)
+def test_jpeg_pixels_match_opencv(file: ImageFile) -> None:
+    assert_agree(file, LOSSY_ROUNDING)
 
 
 @unhurried
 @given(webp_files())
-def test_webp_pixels_match_opencv(made: Made) -> None:
-    assert_agree(made, LOSSY_ROUNDING)
+def test_webp_pixels_match_opencv(file: ImageFile) -> None:
+    assert_agree(file, LOSSY_ROUNDING)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientations_match_opencv(orientation: int) -> None:
-    """The turns above are those of OpenCV, which reads the orientation of a JPEG itself."""
+    """`upright` rotates like OpenCV, which reads the orientation of a JPEG itself."""
     image = Image.frombytes("RGB", (9, 5), np.random.default_rng(1).bytes(135)).resize((36, 20))
     data = in_jpeg((0xE1, b"Exif\0\0" + exif_of(orientation)), file=as_file(image, "JPEG"))
     turned = cv2.imdecode(np.frombuffer(data, "u1"), cv2.IMREAD_COLOR)
     assert turned is not None
-    assert np.array_equal(turned[:, :, ::-1], seen(Made(data, orientation, data)))
+    assert np.array_equal(turned[:, :, ::-1], decoded_by_opencv(ImageFile(data, orientation, data)))

@@ -26,7 +26,7 @@ LIGHT = (
 LIBRARIES_OF_MODELS = frozenset({"torch", "torchvision", "diffusers", "transformers", "accelerate"})
 HEAVY = LIBRARIES_OF_MODELS | {"nats", "minio", "PIL"}
 
-# What only a daemon needs, and what each of them brings is a tenth of a second or more.
+# Modules of the daemon only; the import of each takes a tenth of a second or more.
 OF_A_DAEMON = LIBRARIES_OF_MODELS | {
     "consumer.artifacts",
     "consumer.app.daemon",
@@ -43,10 +43,10 @@ OF_A_STACK = {"consumer.devstack", "consumer.app.development"}
 
 
 def modules_after(code: str, **environment: str) -> set[str]:
-    """The modules that an interpreter of its own has at its end, whatever its exit code."""
-    told = "import atexit, sys; atexit.register(lambda: print(*sorted(sys.modules)))"
+    """Run code in a new interpreter and return its modules at exit, for any exit code."""
+    print_modules = "import atexit, sys; atexit.register(lambda: print(*sorted(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", f"{told}\n{code}"],
+        [sys.executable, "-c", f"{print_modules}\n{code}"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -85,11 +85,11 @@ def test_help_imports_no_heavy_module() -> None:
 
 @pytest.mark.parametrize("arguments", [["text-to-image", "a star"], ["image-to-text", "{}", "?"]])
 def test_sender_command_imports_only_the_client(arguments: list[str], tmp_path: Path) -> None:
-    picture = tmp_path / "star.png"
-    picture.write_bytes(b"star")
+    image = tmp_path / "star.png"
+    image.write_bytes(b"star")
     imported = imported_by_command(
         "request",
-        *(argument.format(picture) for argument in arguments),
+        *(argument.format(image) for argument in arguments),
         NATS_CREDS=str(tmp_path / "missing"),  # it ends where it would connect
     )
     assert {

@@ -135,23 +135,23 @@ async def test_model_that_cannot_be_loaded_ends_the_thread() -> None:
 
 
 async def test_runs_do_not_overlap_and_keep_their_order(worker: Worker) -> None:
-    gate, seen = Gate(), []
+    gate, calls = Gate(), []
     first = worker.submit(gate)
-    second = worker.submit(lambda _: seen.append("second") or [RunnerOutput()])
+    second = worker.submit(lambda _: calls.append("second") or [RunnerOutput()])
     await gate.until_begun()
-    assert seen == []
+    assert calls == []
     gate.resume.set()
     await asyncio.gather(output(first), output(second))
-    assert seen == ["second"]
+    assert calls == ["second"]
     assert len(worker.busy) == 2
 
 
 async def test_run_has_the_context_variables_of_the_caller(worker: Worker) -> None:
-    seen: list[str] = []
+    calls: list[str] = []
     for value in ("one", "two"):
         REQUEST.set(value)
-        await worker.output(lambda _: seen.append(REQUEST.get()) or [RunnerOutput()])
-    assert seen == ["one", "two"]
+        await worker.output(lambda _: calls.append(REQUEST.get()) or [RunnerOutput()])
+    assert calls == ["one", "two"]
 
 
 async def test_next_run_starts_while_the_event_loop_is_blocked(worker: Worker) -> None:
@@ -277,8 +277,8 @@ async def results(tickets: Sequence[Ticket]) -> list[Any]:
 async def test_each_member_of_a_batch_gets_its_output(batching: Worker) -> None:
     one, three = RunnerOutput(warnings=("1",)), RunnerOutput(warnings=("3",))
     batching.model.work = [returning(one, None, three)]
-    found = await results(await batch(batching, 3))
-    assert [found[0], type(found[1]), found[2]] == [one, Interrupted, three]
+    actual = await results(await batch(batching, 3))
+    assert [actual[0], type(actual[1]), actual[2]] == [one, Interrupted, three]
 
 
 async def test_lost_device_ends_every_member_and_closes_the_queue(batching: Worker) -> None:
@@ -286,8 +286,8 @@ async def test_lost_device_ends_every_member_and_closes_the_queue(batching: Work
         raise DeviceLost("gone")
 
     batching.model.work = [lose]
-    found = await results(await batch(batching, 2))
-    assert [type(one) for one in found] == [DeviceLost] * 2
+    actual = await results(await batch(batching, 2))
+    assert [type(one) for one in actual] == [DeviceLost] * 2
     assert batching.queue.closed
 
 
@@ -301,6 +301,6 @@ async def test_device_lost_in_a_single_run_ends_the_later_members(
         raise DeviceLost("gone")
 
     batching.model.work = [fail, returning(), lose]
-    found = await results(await batch(batching, 3))
-    assert [type(one) for one in found] == [RunnerOutput, DeviceLost, DeviceLost]
+    actual = await results(await batch(batching, 3))
+    assert [type(one) for one in actual] == [RunnerOutput, DeviceLost, DeviceLost]
     assert batching.model.work == []

@@ -31,7 +31,7 @@ def beating() -> bool:
     return any(task.get_name() == "heartbeat" for task in asyncio.all_tasks())
 
 
-async def hold(delivery: MemoryDelivery, *, error: Exception | None = None) -> None:
+async def use_lease(delivery: MemoryDelivery, *, error: Exception | None = None) -> None:
     """Keep a lease for three renewals, then raise an error or return."""
     async with asyncio.timeout(SOON), Lease(delivery, ack_wait=ACK_WAIT):
         await delivery.renewals.until(3)
@@ -50,17 +50,17 @@ async def test_lease_is_renewed_only_while_the_block_runs() -> None:
 
 async def test_lease_ends_if_the_block_raises() -> None:
     with pytest.raises(KeyError):
-        await hold(make_delivery(), error=KeyError())
+        await use_lease(make_delivery(), error=KeyError())
     assert not beating()
 
 
 async def test_lease_ends_if_the_block_is_cancelled() -> None:
     delivery = make_delivery()
-    holding = asyncio.create_task(hold(delivery))
+    task = asyncio.create_task(use_lease(delivery))
     await asyncio.wait_for(delivery.renewals.until(1), SOON)
-    holding.cancel()
+    task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await holding
+        await task
     assert not beating()
 
 
@@ -72,7 +72,7 @@ async def test_fourth_renewal_is_in_time_after_three_lost_renewals() -> None:
 async def test_renewal_that_raises_does_not_end_the_lease(error: Exception) -> None:
     delivery = make_delivery()
     delivery.renewal_error = error
-    await hold(delivery)
+    await use_lease(delivery)
 
 
 class Swallowing:

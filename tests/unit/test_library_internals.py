@@ -76,19 +76,20 @@ def test_patched_library_function_is_unchanged(function: Callable[..., Any]) -> 
 
 
 def test_nats_py_has_the_private_attributes() -> None:
-    plain, own = Client(), RobustClient()
+    plain, robust = Client(), RobustClient()
     assert isinstance(plain._ps, Parser)
     assert plain._pongs == []
     assert plain._status == Client.DISCONNECTED
-    assert not own.is_clustered
-    plain._server_info = own._server_info = {"cluster": "three"}  # as `Client._process_info` does
-    assert own.is_clustered
+    assert not robust.is_clustered
+    # As `Client._process_info` does.
+    plain._server_info = robust._server_info = {"cluster": "three"}
+    assert robust.is_clustered
 
-    service = Service(own, ServiceConfig(name="a", version="1.0.0"))
+    service = Service(robust, ServiceConfig(name="a", version="1.0.0"))
     assert service._endpoints == []
     endpoint = Endpoint(service, EndpointConfig(name="a", handler=_ignore))
     assert endpoint._subscription is None
-    assert reply_subject(Request(Msg(own, "a", reply="inbox"))) == "inbox"
+    assert reply_subject(Request(Msg(robust, "a", reply="inbox"))) == "inbox"
 
 
 async def _ignore(_: Request) -> None: ...
@@ -182,9 +183,9 @@ def connection_class_of(url: str) -> type:
 )
 def test_other_subclasses_override_no_private_name_of_the_library(kind: type) -> None:
     ours = {each for each in kind.__mro__ if each.__module__.startswith("consumer.")}
-    own = ours - {RobustClient}
+    subclasses = ours - {RobustClient}
     theirs = [each for each in kind.__mro__ if each.__module__.partition(".")[0] in LIBRARIES]
-    assert own
+    assert subclasses
     assert theirs
-    bound = set().union(*map(names_bound_by, own))
+    bound = set().union(*map(names_bound_by, subclasses))
     assert set(filter(is_private, bound)) & set().union(*map(names_bound_by, theirs)) == set()

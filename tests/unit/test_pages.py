@@ -17,7 +17,14 @@ from generation_contracts import FailureCode
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     page.relative_to(ROOT)
-    for folder in (".", "docs", "docs/reference", "contracts", "consumer/runners/demonstration")
+    for folder in (
+        ".",
+        "docs",
+        "docs/paths",
+        "docs/reference",
+        "contracts",
+        "consumer/runners/demonstration",
+    )
     for page in (ROOT / folder).glob("*.md")
 )
 
@@ -57,7 +64,7 @@ TROUBLESHOOTING = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
 # Bound to the context for each job, and added to each line.
 ALWAYS = {"event", "level", "timestamp", "request_id", "task", "attempt"}
 REPORTED = {field.name for field in dataclasses.fields(JobReport)}  # of `job_finished`
-OUTCOMES = {"given_back", "already_done"}  # of `job_finished`, besides the failure codes
+OUTCOMES = {"requeued", "already_done"}  # of `job_finished`, besides the failure codes
 # Names of NATS, of HTTP errors and of tasks.
 OTHER_NAMES = {
     "internal_error",

@@ -42,10 +42,10 @@ def test_checker_reads_two_things_in_any_order() -> None:
     choice = random.Random(2)
     for _ in range(150):
         scene = some_scene(choice, of_two=1.0)
-        found = read_scene(draw(scene, choice))
-        assert found is not None
+        actual = read_scene(draw(scene, choice))
+        assert actual is not None
         # Of two small things the size can be read wrong: it is the middle of three that are near.
-        assert same_scene(_without_sizes(found), _without_sizes(scene))
+        assert same_scene(_without_sizes(actual), _without_sizes(scene))
 
 
 def test_checker_accepts_blurred_edges() -> None:
@@ -83,9 +83,9 @@ def _nothing(_: ImageDraw.ImageDraw) -> None:
 
 @pytest.mark.parametrize("fault", [_half, _ring, _three, _long, _two_colours, _nothing])
 def test_checker_returns_none_without_a_scene(fault: Callable[[ImageDraw.ImageDraw], None]) -> None:
-    picture = Image.new("RGB", (SIDE, SIDE), "white")
-    fault(ImageDraw.Draw(picture))
-    assert read_scene(picture) is None
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    fault(ImageDraw.Draw(image))
+    assert read_scene(image) is None
 
 
 def _small_half(canvas: ImageDraw.ImageDraw) -> None:
@@ -109,10 +109,10 @@ def _small_corner(canvas: ImageDraw.ImageDraw) -> None:
 def test_checker_returns_none_for_small_unknown_shapes(
     fault: Callable[[ImageDraw.ImageDraw], None],
 ) -> None:
-    picture = Image.new("RGB", (SIDE, SIDE), "white")
-    fault(ImageDraw.Draw(picture))
-    assert read_scene(picture.filter(ImageFilter.GaussianBlur(0.7))) is None
-    assert read_scene(picture) is None
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    fault(ImageDraw.Draw(image))
+    assert read_scene(image.filter(ImageFilter.GaussianBlur(0.7))) is None
+    assert read_scene(image) is None
 
 
 def test_checker_reads_blurred_small_shapes() -> None:
@@ -120,9 +120,9 @@ def test_checker_reads_blurred_small_shapes() -> None:
     for shape in SHAPES:
         for place in PLACES:
             scene = Scene("blue", (Thing("yellow", shape, "small"),), place)
-            found = read_scene(draw(scene, choice).filter(ImageFilter.GaussianBlur(0.9)))
-            assert found is not None
-            assert found.things[0].shape == shape
+            actual = read_scene(draw(scene, choice).filter(ImageFilter.GaussianBlur(0.9)))
+            assert actual is not None
+            assert actual.things[0].shape == shape
 
 
 def test_checker_returns_none_for_noise() -> None:
@@ -132,8 +132,8 @@ def test_checker_returns_none_for_noise() -> None:
 
 def test_checker_does_not_guess_a_strongly_blurred_shape() -> None:
     star = draw(Scene("white", (Thing("red", "star", "small"),)), random.Random(5))
-    found = read_scene(star.filter(ImageFilter.GaussianBlur(4)))
-    assert found is None or found.things[0].shape != "star"
+    actual = read_scene(star.filter(ImageFilter.GaussianBlur(4)))
+    assert actual is None or actual.things[0].shape != "star"
 
 
 def _without_sizes(scene: Scene) -> Scene:

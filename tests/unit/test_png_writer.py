@@ -17,7 +17,7 @@ from torchvision.io import ImageReadMode, decode_png
 from consumer.media import png_writer as png
 from consumer.media.codec import ImageCodec
 from consumer.media.png_writer import COLOUR_TYPES, write_png
-from tests.bench.encoders import lets_go
+from tests.bench.encoders import releases_gil
 
 # torchvision gives its decoders away to another package.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
@@ -83,14 +83,14 @@ def test_equal_images_give_equal_bytes(compressor: str) -> None:
 def test_every_chunk_has_its_checksum(compressor: str) -> None:
     data = write_png(noise("RGB", (30, 20)), {"Software": "x", "Prompt": "ein Bär 🐻"})
     kinds = []
-    place = 8
-    while place < len(data):
-        (length,) = struct.unpack_from(">I", data, place)
-        body = data[place + 4 : place + 8 + length]
-        (checksum,) = struct.unpack_from(">I", data, place + 8 + length)
+    position = 8
+    while position < len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        body = data[position + 4 : position + 8 + length]
+        (checksum,) = struct.unpack_from(">I", data, position + 8 + length)
         assert zlib.crc32(body) == checksum
         kinds.append(body[:4].decode())
-        place += 12 + length
+        position += 12 + length
     assert kinds == ["IHDR", "tEXt", "iTXt", "IDAT", "IDAT", "IEND"]
 
 
@@ -119,9 +119,9 @@ def test_one_transparent_colour_is_written_over_white() -> None:
 
 def test_other_threads_run_while_an_image_is_compressed(compressor: str) -> None:
     image = noise("RGB", (2000, 1500))
-    rows = np.asarray(image).reshape(image.height, -1)  # one strip, and long enough to be seen
+    rows = np.asarray(image).reshape(image.height, -1)  # one strip, long enough to be measured
     filtered = png._filtered(png._Pixels(rows, None, last=True))
-    assert lets_go(lambda _: png._compressed(filtered, last=True), image)
+    assert releases_gil(lambda _: png._compressed(filtered, last=True), image)
 
 
 def test_strips_are_compressed_concurrently_with_equal_bytes(compressor: str) -> None:

@@ -94,8 +94,8 @@ def test_concurrent_text_is_neither_lost_nor_duplicated() -> None:
     pieces = [f"{number} " for number in range(20_000)]
     writing = threading.Thread(target=lambda: [progress.text(piece) for piece in pieces])
     writing.start()
-    taken = []
+    texts = []
     while writing.is_alive():
-        taken += [update.text for update in progress.take()]
-    taken += [update.text for update in progress.take()]
-    assert "".join(taken) == "".join(pieces)
+        texts += [update.text for update in progress.take()]
+    texts += [update.text for update in progress.take()]
+    assert "".join(texts) == "".join(pieces)

@@ -24,7 +24,7 @@ MODEL = ModelInfo(
 PARAMETERS: dict[str, ParameterValue] = {"width": 64, "adapters": {"b": 0.5, "a": 1.0}}
 
 
-def said(
+def written(
     *, model: ModelInfo = MODEL, flagged: bool | None = None, with_prompt: bool = False
 ) -> dict[str, str]:
     return provenance_of(
@@ -38,7 +38,7 @@ def said(
 
 
 def test_provenance_has_the_model_and_no_prompt() -> None:
-    assert said() == {
+    assert written() == {
         "software": f"generation-consumer {version('generation-consumer')}",
         "request_id": "poster-0001",
         "seed": "8",
@@ -49,18 +49,18 @@ def test_provenance_has_the_model_and_no_prompt() -> None:
 
 
 def test_provenance_has_the_prompt_if_enabled() -> None:
-    more = said(with_prompt=True)
-    assert (more.pop("prompt"), more.pop("negative_prompt")) == ("a lighthouse", "frame")
-    assert more == said()
+    with_text = written(with_prompt=True)
+    assert (with_text.pop("prompt"), with_text.pop("negative_prompt")) == ("a lighthouse", "frame")
+    assert with_text == written()
 
 
 @pytest.mark.parametrize(("flagged", "value"), [(True, "true"), (False, "false")])
 def test_provenance_has_the_safety_flag(flagged: bool, value: str) -> None:
-    assert said(flagged=flagged) == {**said(), "flagged": value}
+    assert written(flagged=flagged) == {**written(), "flagged": value}
 
 
 def test_model_without_a_revision_has_none() -> None:
-    assert "revision" not in said(model=MODEL.model_copy(update={"revision": None}))
+    assert "revision" not in written(model=MODEL.model_copy(update={"revision": None}))
 
 
 # -- in the life of a job -------------------------------------------------------------------------

@@ -136,11 +136,11 @@ async def test_closed_queue_returns_no_batch() -> None:
 
 async def test_every_ticket_is_either_taken_or_removed() -> None:
     queue = RunQueue(max_batch=3)
-    taken: list[Ticket] = []
+    received: list[Ticket] = []
 
     def take() -> None:
         while batch := queue.next_batch():
-            taken.extend(batch)
+            received.extend(batch)
 
     thread = threading.Thread(target=take)
     thread.start()
@@ -149,9 +149,9 @@ async def test_every_ticket_is_either_taken_or_removed() -> None:
         tickets.append(ready(queue, queue.put(), number % 2))
         if number % 3 == 0 and queue.remove(tickets[-1]):
             removed.append(tickets[-1])
-    while len(taken) + len(removed) < len(tickets):  # noqa: ASYNC110 - a thread has no event
+    while len(received) + len(removed) < len(tickets):  # noqa: ASYNC110 - a thread has no event
         await asyncio.sleep(0)
     queue.close()
     thread.join()
     removed_set = set(removed)
-    assert taken == [ticket for ticket in tickets if ticket not in removed_set]
+    assert received == [ticket for ticket in tickets if ticket not in removed_set]

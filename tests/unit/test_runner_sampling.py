@@ -56,10 +56,10 @@ def test_model_defaults_are_reported() -> None:
     [{}, {"temperature": 0.0}, {"temperature": 0.0, "top_p": 0.5, "seed": 1}, {"seed": 1}],
 )
 def test_greedy_has_no_temperature_and_no_seed(fields: dict[str, Any]) -> None:
-    made = sampled(GREEDY, **fields)
-    assert made.options == {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
-    assert made.seed is None
-    assert made.parameters == {
+    actual = sampled(GREEDY, **fields)
+    assert actual.options == {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
+    assert actual.seed is None
+    assert actual.parameters == {
         "temperature": 0.0,
         "top_p": fields.get("top_p", 1.0),
         "top_k": 50,
@@ -69,9 +69,9 @@ def test_greedy_has_no_temperature_and_no_seed(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 9e-7])
 def test_temperature_0_makes_a_sampling_model_greedy(temperature: float) -> None:
-    made = sampled(SAMPLING, temperature=temperature)
-    assert made.options["do_sample"] is False
-    assert made.parameters["temperature"] == 0
+    actual = sampled(SAMPLING, temperature=temperature)
+    assert actual.options["do_sample"] is False
+    assert actual.parameters["temperature"] == 0
 
 
 def test_smallest_temperature_is_sampled() -> None:
@@ -87,9 +87,9 @@ def test_sampling_parameter_makes_a_greedy_model_sample(fields: dict[str, Any]) 
 
 
 def test_request_overrides_the_model_defaults() -> None:
-    asked = {"temperature": 2.0, "top_p": 0.5, "top_k": 7, "repetition_penalty": 1.5}
-    chosen = sampled(SAMPLING, seed=3, **asked)
-    assert chosen == Sampling({**asked, "do_sample": True, "num_beams": 1}, asked, 3)
+    options = {"temperature": 2.0, "top_p": 0.5, "top_k": 7, "repetition_penalty": 1.5}
+    chosen = sampled(SAMPLING, seed=3, **options)
+    assert chosen == Sampling({**options, "do_sample": True, "num_beams": 1}, options, 3)
     assert sampled(SAMPLING, temperature=2.0, seed=3).options["top_k"] == 1
 
 

@@ -1,12 +1,16 @@
-"""The progress bar of the sender commands."""
+"""The output of the sender commands."""
 
+import asyncio
 import io
 from datetime import UTC, datetime
 
+import pytest
 from rich.console import Console
 
-from consumer.app.sender_commands import ProgressBar
-from generation_contracts import ProgressEvent, Task
+from consumer.app import sender_commands
+from consumer.app.sender_commands import ProgressBar, summary
+from generation_contracts import ProgressEvent, StartedEvent, SucceededEvent, Task, TextOutput
+from generation_contracts.examples import EVENTS
 
 
 def added(step: int, text: str | None) -> ProgressEvent:
@@ -23,7 +27,7 @@ def added(step: int, text: str | None) -> ProgressEvent:
     )
 
 
-def shown(*events: ProgressEvent) -> str:
+def rendered(*events: ProgressEvent) -> str:
     """Return the terminal output of the progress bar after some events."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=120, color_system=None)
@@ -34,25 +38,76 @@ def shown(*events: ProgressEvent) -> str:
     return file.getvalue()
 
 
-def test_bar_shows_the_text_so_far() -> None:
-    assert "A light" in shown(added(1, "A"), added(2, None), added(3, " light"))
+def test_a_streamed_text_is_printed_as_it_comes() -> None:
+    output = rendered(added(1, "A"), added(2, None), added(3, " light\nhouse"))
+    assert output.endswith("A light\nhouse\n")
 
 
-def test_bar_shows_the_end_of_a_long_text_in_one_line() -> None:
-    last = shown(added(1, "one\n" * 50), added(2, "the end"))
-    assert "one one the end" in last
-    assert "one " * 11 not in last
+def test_a_streamed_text_is_not_cut_or_wrapped() -> None:
+    words = "one " * 100
+    assert words in rendered(added(1, words))
 
 
-def test_bar_shows_only_the_text_after_a_restart() -> None:
-    output = shown(added(3, "lost words"), added(0, None), added(1, "A lighthouse"))
-    assert "wordsA" not in output
-    assert "A lighthouse" in output
+def test_a_new_attempt_starts_the_text_on_a_new_line() -> None:
+    output = rendered(added(3, "lost words"), added(0, None), added(1, "A lighthouse"))
+    assert "lost words\nA lighthouse\n" in output
 
 
-def test_bar_does_not_interpret_text_as_markup() -> None:
-    assert "[bold]x[/bold]" in shown(added(1, "[bold]x[/bold]"))
+def test_a_streamed_text_is_not_interpreted_as_markup() -> None:
+    assert "[bold]x[/bold]" in rendered(added(1, "[bold]x[/bold]"))
 
 
-def test_bar_shows_the_task_if_there_is_no_text() -> None:
-    assert "image to text" in shown(added(1, None))
+def test_bar_counts_the_tokens_of_a_text_without_a_total() -> None:
+    output = rendered(added(13, None))
+    assert "image to text" in output
+    assert "13 tokens" in output
+    assert "13/9" not in output
+    assert "-:--" not in output
+
+
+def test_bar_shows_the_steps_of_an_image() -> None:
+    output = rendered(added(3, None).model_copy(update={"task": Task.TEXT_TO_IMAGE}))
+    assert "3/9 steps" in output
+
+
+def test_a_shown_text_is_not_repeated() -> None:
+    event = EVENTS["succeeded_text"]
+    assert isinstance(event, SucceededEvent)
+    (text,) = (output.text for output in event.outputs if isinstance(output, TextOutput))
+    assert text in summary(event, [])
+    assert text not in summary(event, [], shown=text)
+
+
+class Lines:
+    """A display that records the notes."""
+
+    def __init__(self) -> None:
+        self.notes: asyncio.Queue[str] = asyncio.Queue()
+
+    def note(self, line: str) -> None:
+        self.notes.put_nowait(line)
+
+    def show(self, event: StartedEvent | ProgressEvent) -> None:
+        raise AssertionError("no event is expected")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "line"),
+    [
+        ([], "no worker of text_to_image is running: the request waits until one starts"),
+        (["image_to_text"], "no worker of text_to_image is running"),
+        (["text_to_image"] * 2, "2 of text_to_image running"),
+    ],
+    ids=["no worker", "a worker of the other task", "busy workers"],
+)
+async def test_a_request_that_does_not_start_reports_its_workers(
+    monkeypatch: pytest.MonkeyPatch, tasks: list[str], line: str
+) -> None:
+    async def metadata(_: object) -> list[dict[str, str]]:
+        return [{"task": task} for task in tasks]
+
+    monkeypatch.setattr(sender_commands, "WORKERS_ASKED_AFTER", 0.0)
+    monkeypatch.setattr(sender_commands, "worker_metadata", metadata)
+    lines, bus = Lines(), object()
+    await sender_commands._ask_workers(bus, Task.TEXT_TO_IMAGE, asyncio.Event(), lines)  # type: ignore[arg-type]
+    assert lines.notes.get_nowait().startswith(line)

@@ -11,8 +11,8 @@ from consumer.settings import Settings, SettingsError
 from generation_contracts import Task
 from generation_contracts.servers import Servers
 
-SECRET = "k3y-that-nobody-may-see"
-# Every documented setting, with a value other than its default and how that is shown.
+SECRET = "k3y-that-is-never-shown"
+# Every documented setting, with a value other than its default and its display.
 VALUES = {
     "NATS_URL": ("nats://bus:4333", "nats://bus:4333"),
     "NATS_USER": ("worker", "worker"),
@@ -183,8 +183,8 @@ def test_endpoints_use_the_user_of_the_worker_by_default(
     worker = {"NATS_CREDS": "w.creds", "NATS_NKEY_SEED": "w.seed", "NATS_INBOX_PREFIX": "_INBOX_w"}
     for name, value in {**worker, **changed}.items():
         monkeypatch.setenv(name, value)
-    found = Settings.load().endpoints
-    used = (found.nats_creds, found.nats_nkey_seed, found.nats_inbox_prefix)
+    endpoints = Settings.load().endpoints
+    used = (endpoints.nats_creds, endpoints.nats_nkey_seed, endpoints.nats_inbox_prefix)
     assert tuple(map(str, used)) == credentials
 
 
@@ -366,7 +366,7 @@ def test_invalid_value_in_the_file_is_ignored_if_the_environment_sets_it(
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ('nats_uri = "x"', "NATS_URI: there is no such setting"),
         ('model_typ = "x"', "MODEL_TYP: there is no such setting; did you mean MODEL_TYPE?"),
@@ -378,10 +378,10 @@ def test_invalid_value_in_the_file_is_ignored_if_the_environment_sets_it(
         ('consumer_ack_wait = "soon"', "CONSUMER_ACK_WAIT: "),
     ],
 )
-def test_unusable_file_is_reported_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+def test_unusable_file_is_reported_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "consumer.toml"
     path.write_bytes(text.encode("latin-1"))
-    assert says in refusal(path)
+    assert message in refusal(path)
 
 
 def test_missing_file_is_reported_in_one_line(tmp_path: Path) -> None:
@@ -570,7 +570,7 @@ def test_a_kubernetes_service_address_is_named_as_such(
     assert refusal().startswith(f"{name}: is the address of a Kubernetes Service")
 
 
-# -- what is shown --------------------------------------------------------------------------------
+# -- display of settings --------------------------------------------------------------------------
 
 
 def test_secret_key_is_hidden_in_all_output(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,7 +622,7 @@ def test_tables_and_text_give_equal_maps(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("MODEL_DEFAULTS", "steps=4", "must be JSON"),
         ("MODEL_ADAPTERS", "ink", "must be name=folder"),
@@ -632,8 +632,8 @@ def test_tables_and_text_give_equal_maps(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_invalid_model_setting_is_reported(
-    name: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError, match=f"^{name}: .*{told}"):
+    with pytest.raises(SettingsError, match=f"^{name}: .*{message}"):
         Settings.load()

@@ -35,14 +35,14 @@ def test_only_the_listed_transitions_are_legal(state: State, to: State) -> None:
 
 @given(st.lists(st.sampled_from(State), max_size=30))
 def test_no_state_follows_a_final_state(targets: list[State]) -> None:
-    state, taken = State.RECEIVED, [State.RECEIVED]
+    state, path = State.RECEIVED, [State.RECEIVED]
     for to in targets:
         try:
             state = advance(state, to)
         except IllegalTransition:
             continue
-        taken.append(state)
-    ends = [n for n, state in enumerate(taken) if state in FINAL]
-    assert ends in ([], [len(taken) - 1])
-    order = [state.value for state in taken[: len(taken) - len(ends)]]
+        path.append(state)
+    ends = [n for n, state in enumerate(path) if state in FINAL]
+    assert ends in ([], [len(path) - 1])
+    order = [state.value for state in path[: len(path) - len(ends)]]
     assert order == sorted(order)

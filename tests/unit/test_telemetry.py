@@ -147,7 +147,7 @@ def test_failures_and_dead_letters_are_counted_by_code() -> None:
     metrics = Metrics("text_to_image")
     for report in (
         JobReport("succeeded", 1),
-        JobReport("given_back", 1),
+        JobReport("requeued", 1),
         JobReport("out_of_memory", 1),
         JobReport("model_error", 3, dead_letter=True),
         JobReport("internal", 1),  # a result that is too large is not dead-lettered

@@ -1,6 +1,6 @@
-"""`uv run --group bench python -m tests.bench.gateway`: what HTTP costs, and what it stands.
+"""Cost and capacity of the HTTP gateway: `uv run --group bench python -m tests.bench.gateway`.
 
-Real servers, real gateways, a stand-in for the model. Linux only.
+Uses real servers, real gateways and a stand-in for the model. Linux only.
 """
 
 import click
@@ -19,12 +19,12 @@ PARTS = ("compare", "rates", "crowd")
 @click.option("--parts", type=Commas(str, PARTS), default=PARTS, help=", ".join(PARTS))
 @click.option("--seconds", default=4.0, show_default=True, help="Of load, for each number.")
 @click.option("--requests", default=2_000, show_default=True, help="Of each kind, for `rates`.")
-@click.option("--small", is_flag=True, help="A tenth of the crowd, and one row: to see it work.")
+@click.option("--small", is_flag=True, help="A tenth of the crowd and one row, as a check.")
 @write
 def main(
     parts: tuple[str, ...], seconds: float, requests: int, *, small: bool, files: Files | None
 ) -> None:
-    """Measure, print, and write where that is wanted."""
+    """Measure, print, and write files with `--write`."""
     head = begin()
     for part in parts:
         if part == "compare":

@@ -1,4 +1,4 @@
-"""What HTTP costs: the gateway compared with the bus alone, FastAPI and LitServe."""
+"""Cost of HTTP: the gateway compared with the bus alone, FastAPI and LitServe."""
 
 import asyncio
 import importlib.util
@@ -38,14 +38,14 @@ _MODULES = {
 
 @dataclass(frozen=True)
 class Figures:
-    """What a row of the table says.
+    """The values of one row of the table.
 
     Attributes:
         jobs_per_second: Under load.
-        busy: The part of the time in which the device worked, under load.
+        busy: Share of the time in which the device worked, under load.
         p50: Milliseconds from a request to an idle system to its result.
-        p99: The same, of the slow ones.
-        added: Milliseconds of `p50` without the device's.
+        p99: The 99th percentile of the same time.
+        added: `p50` minus the milliseconds of the device.
         cpu: Milliseconds of CPU for each job, of all processes of the system.
         resident: MB of the process that clients connect to.
     """
@@ -60,7 +60,7 @@ class Figures:
 
 
 def installed() -> Sequence[str]:
-    """Return the systems that can be measured here."""
+    """Return the installed systems."""
     return [name for name in SYSTEMS if name != LITSERVE or importlib.util.find_spec("litserve")]
 
 
@@ -68,7 +68,7 @@ async def measure(name: str, row: Row, plan: Plan) -> Figures:
     """Measure one system, with nothing else running.
 
     Raises:
-        WentWrongError: An answer is not what it has to be.
+        WentWrongError: A response is wrong.
     """
     with new_trial(row) as trial:
         async with AsyncExitStack() as parts:
@@ -84,7 +84,7 @@ async def measure(name: str, row: Row, plan: Plan) -> Figures:
 async def _start(
     name: str, trial: Trial, parts: AsyncExitStack
 ) -> tuple[System, Sequence[ChildProcess]]:
-    """Start a system; also return its processes, besides the servers."""
+    """Start a system; also return its processes, without the servers."""
     if name in _MODULES:
         (port,) = free_ports(1)
         peer = trial.start_peer(name, [_MODULES[name], str(port)], port=port)

@@ -1,4 +1,4 @@
-"""A crowd at two gateways: clients that wait, watch, read slowly and leave; one gateway is killed.
+"""Many clients of two gateways: they wait, stream, read slowly or leave. One gateway is killed.
 
 All requests are queued before the daemon starts, so all clients wait at the same time. Afterwards
 every job must have one result, and each client that stayed must have received it once.
@@ -21,7 +21,7 @@ from generation_contracts import ProgressEvent, encode
 from tests.bench.gateway.serving import (
     DAEMON,
     MAX_ACK_PENDING,
-    PATIENCE,
+    TIMEOUT,
     client,
     make_streams,
     start_daemon,
@@ -39,20 +39,20 @@ KEPT_BYTES = 16 * 2**20  # GATEWAY_EVENTS_BYTES
 CLIENT_MB = 0.05  # what a client that waits or watches may add to the gateway's RSS
 PREVIEW = "A" * 20_000  # characters of an event that the slow reader does not read
 AFTER_RESULTS = 10  # results after which clients leave and a gateway is killed
-LOOK_EVERY = 0.2  # seconds
+POLL_INTERVAL = 0.2  # seconds
 FIELDS = {"size": f"{ROW.side}x{ROW.side}", "response_format": "url"}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many come.
+    """The numbers of clients.
 
     Attributes:
-        waiting: Clients that wait for images, of which
-        leaving: disconnect before their result.
+        waiting: Clients that wait for images.
+        leaving: Waiting clients that disconnect before their result.
         watching: Streams of events.
         kept: Clients with an idempotency key at the gateway that is killed.
-        unread: Events that the slow reader is sent.
+        unread: Events that are sent to the slow reader.
     """
 
     waiting: int = 500
@@ -63,36 +63,36 @@ class Size:
 
     @property
     def jobs(self) -> int:
-        """All jobs, with the slow reader's."""
+        """Return the number of all jobs, with the slow reader's."""
         return self.waiting + self.watching + self.kept + 1
 
     @property
     def cancelled(self) -> int:
-        """The fewest jobs that are cancelled: a worker may have received some before."""
+        """Return the minimum of cancelled jobs: a worker may have received some before."""
         return self.leaving - MAX_ACK_PENDING
 
     @property
     def growth(self) -> float:
-        """The most MB that the gateway's RSS may grow: twice the events, and the clients."""
+        """Return the maximum growth of the RSS in MB: twice the events, plus the clients."""
         return 2 * KEPT_BYTES / 1e6 + CLIENT_MB * (self.waiting + self.watching)
 
 
 @dataclass
 class Crowd:
-    """What has come of it.
+    """The results of the clients.
 
     Attributes:
-        answered: Clients that waited and got their images.
+        answered: Waiting clients that received their images.
         watched: Streams that ended with the terminal event.
         found: Clients that found their job at the other gateway.
         slow: Whether the slow reader's stream ended with the terminal event.
-        read: Events that the slow reader got, the terminal one included.
-        delays: Seconds from the time in a result to its client's having it.
+        read: Events that the slow reader received, with the terminal event.
+        delays: Seconds from the time in a result to its arrival at the client.
         seconds: From the start of the daemon to the last result.
         results: Terminal events, by type.
-        runs: Of the device.
-        busy: Part of the time in which the device worked.
-        memory: MB of the gateway at each moment.
+        runs: Runs of the device.
+        busy: Share of the time in which the device worked.
+        memory: RSS of the gateway in MB, by moment.
     """
 
     size: Size
@@ -110,11 +110,11 @@ class Crowd:
 
     @property
     def growth(self) -> float:
-        """MB by which the gateway's RSS grew."""
+        """Return the growth of the gateway's RSS in MB."""
         return self.memory["at most"] - self.memory["alone"]
 
     def check(self) -> None:
-        """Check that nothing was lost or done twice, and what leaving and staying clients cost.
+        """Check that no job was lost or run twice, the cancellations, and the growth of the RSS.
 
         Raises:
             WentWrongError: With the numbers.
@@ -139,7 +139,7 @@ class Crowd:
 
 
 async def measure(size: Size) -> Crowd:
-    """Let the crowd come."""
+    """Run all clients and check their results."""
     with new_trial(ROW) as trial:
         async with AsyncExitStack() as parts:
             await make_streams(trial)
@@ -159,12 +159,12 @@ async def measure(size: Size) -> Crowd:
 
 
 class _Scene:
-    """The two gateways and everyone who comes.
+    """The two gateways and all clients.
 
     Args:
         trial: The servers.
         gateways: The second one is killed.
-        size: How many come.
+        size: The numbers of clients.
     """
 
     def __init__(self, trial: Trial, gateways: Sequence[GatewayServer], size: Size) -> None:
@@ -178,7 +178,7 @@ class _Scene:
         self._nats: Any
 
     async def open(self, parts: AsyncExitStack) -> None:
-        """Connect."""
+        """Connect to the gateway and to NATS."""
         self._http = await parts.enter_async_context(client(self._staying.url))
         self._nats = await nats.connect(self._trial.stack.nats.url)
         parts.push_async_callback(self._nats.close)
@@ -192,21 +192,21 @@ class _Scene:
         await self._nats.subscribe(f"{self._trial.subjects.root}.result.>", cb=ended)
 
     async def play(self) -> None:
-        """Let everyone come, the daemon work, and everyone have their results."""
+        """Start all clients, then the daemon, and wait until all clients have their results."""
         size, crowd = self._size, self.crowd
         self._note_memory("alone")
-        async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as everyone:
-            looking = asyncio.create_task(self._watch_memory())
+        async with asyncio.timeout(TIMEOUT), asyncio.TaskGroup() as clients:
+            memory_watcher = asyncio.create_task(self._watch_memory())
             for _ in range(size.waiting - size.leaving):
-                everyone.create_task(self._wait())
+                clients.create_task(self._wait())
             for _ in range(size.watching):
-                everyone.create_task(self._telemetry())
+                clients.create_task(self._telemetry())
             for number in range(size.kept):
-                everyone.create_task(self._come_back(str(number)))
-            everyone.create_task(self._read_slowly())
+                clients.create_task(self._reconnect(str(number)))
+            clients.create_task(self._read_slowly())
             await self._queued(size.jobs - size.leaving)
-            # Last in the queue: their jobs must be cancelled before the device comes to them.
-            leaving = [everyone.create_task(self._leave()) for _ in range(size.leaving)]
+            # Last in the queue: their jobs must be cancelled before the device runs them.
+            leaving = [clients.create_task(self._leave()) for _ in range(size.leaving)]
             await self._queued(size.jobs)
             self._note_memory("all clients wait")
             daemon = await start_daemon(self._trial)
@@ -217,7 +217,7 @@ class _Scene:
             await asyncio.to_thread(self._doomed.kill)
             await self._all_ended()
             crowd.seconds = time.monotonic() - began
-        looking.cancel()
+        memory_watcher.cancel()
         await at_rest(self._staying.pid, daemon.pid)
         self._note_memory("afterwards")
         for kind in self._ended.values():
@@ -225,7 +225,7 @@ class _Scene:
         runs = self._trial.runs(DAEMON)
         crowd.runs, crowd.busy = len(runs), Pace.of(runs).busy
 
-    # -- who comes --------------------------------------------------------------------------------
+    # -- clients ----------------------------------------------------------------------------------
 
     async def _wait(self) -> None:
         await self._images(self._http)
@@ -235,8 +235,8 @@ class _Scene:
         with suppress(asyncio.CancelledError):
             await self._images(self._http)
 
-    async def _come_back(self, key: str) -> None:
-        """Wait at the gateway that is killed, then ask the other one with the same key."""
+    async def _reconnect(self, key: str) -> None:
+        """Wait at the gateway that is killed, then repeat the request at the other gateway."""
         with suppress(aiohttp.ClientError):
             async with client(self._doomed.url) as http:
                 await self._images(http, key)
@@ -262,14 +262,14 @@ class _Scene:
                 if text.startswith("data:"):
                     last = json.loads(text.removeprefix("data:"))
         if len(set(ids)) < len(ids):
-            raise WentWrongError(f"an event came twice: {ids}")
+            raise WentWrongError(f"a duplicate event: {ids}")
         if last.get("type") == "generation.v1.succeeded":
             ended = datetime.fromisoformat(last["time"])
             self.crowd.delays.append((datetime.now(UTC) - ended).total_seconds())
             self.crowd.watched += 1
 
     async def _read_slowly(self) -> None:
-        """Read nothing while megabytes of events come, and everything when the job has ended."""
+        """Do not read while megabytes of events arrive; read everything when the job has ended."""
         job = await self._job()
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", self._staying.ports["http"], limit=2**16
@@ -278,15 +278,15 @@ class _Scene:
         lines = (f"GET {address} HTTP/1.1", f"host: {host}", "connection: close", "", "")
         writer.write("\r\n".join(lines).encode())
         await self._send_unread(job["id"])
-        while job["id"] not in self._ended:  # noqa: ASYNC110 - nothing else announces it
-            await asyncio.sleep(LOOK_EVERY)
+        while job["id"] not in self._ended:  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(POLL_INTERVAL)
         ids = []
         while line := await _line(reader):
             if line.startswith("id:"):
                 ids.append(line.removeprefix("id:").strip())
         writer.close()
         self.crowd.read = len(ids)
-        # It may have been disconnected: then it comes back with the last id that it has.
+        # The gateway may have disconnected it, so reconnect with the last received id.
         headers = {"last-event-id": ids[-1]}
         async with self._http.get(address, headers=headers) as answer:
             self.crowd.slow = answer.status == 204 or "succeeded" in await answer.text()
@@ -316,23 +316,23 @@ class _Scene:
                 raise WentWrongError(f"{answer.status}: {str(job)[:300]}")
             return job
 
-    # -- what is seen -----------------------------------------------------------------------------
+    # -- observations -----------------------------------------------------------------------------
 
     async def _queued(self, jobs: int) -> None:
         stream = self._trial.subjects.requests_stream(TASK)
         jetstream = self._nats.jetstream()
-        # Nothing announces it.
+        # There is no event to wait for.
         while (await jetstream.stream_info(stream)).state.messages < jobs:  # noqa: ASYNC110
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(POLL_INTERVAL)
 
     async def _all_ended(self) -> None:
-        while len(self._ended) < self._size.jobs:  # noqa: ASYNC110 - nothing else announces it
-            await asyncio.sleep(LOOK_EVERY)
+        while len(self._ended) < self._size.jobs:  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(POLL_INTERVAL)
 
     async def _watch_memory(self) -> None:
         while True:
             self._note_memory("at most")
-            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.sleep(POLL_INTERVAL)
 
     def _note_memory(self, moment: str) -> None:
         now = resident(self._staying.pid)

@@ -1,4 +1,4 @@
-"""How many requests a gateway answers, where no worker and no device is in the way."""
+"""Throughput of a gateway without a worker and without a device."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ from tests.bench.speed.trial import TASK, new_trial
 CALLERS = 32
 ROW = Row("sleeps", 0, 64, "png")
 
-Ask = Callable[[int], Awaitable[None]]
+Call = Callable[[int], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Rate:
     """One kind of request.
 
     Attributes:
-        per_second: Answers.
+        per_second: Responses in each second.
         p50: Milliseconds of one request under this load.
-        p99: The same, of the slow ones.
-        cpu: Milliseconds of CPU of the gateway for each.
+        p99: The 99th percentile of the same time.
+        cpu: Milliseconds of CPU of the gateway for each request.
     """
 
     per_second: float
@@ -40,7 +40,7 @@ class Rate:
 
 
 async def measure(requests: int) -> Mapping[str, Rate]:
-    """Ask a gateway for so many of each kind."""
+    """Send this number of requests of each kind to a gateway."""
     with new_trial(ROW) as trial:
         async with AsyncExitStack() as parts:
             await make_streams(trial)
@@ -54,7 +54,7 @@ async def measure(requests: int) -> Mapping[str, Rate]:
                 async with session.post("/v1/jobs", json=body) as answer:
                     jobs.append((await _document(answer))["status_url"])
 
-            async def look(number: int) -> None:
+            async def get_job(number: int) -> None:
                 async with session.get(jobs[number % len(jobs)]) as answer:
                     await _document(answer)
 
@@ -62,12 +62,12 @@ async def measure(requests: int) -> Mapping[str, Rate]:
                 async with session.get("/v1/jobs") as answer:
                     await _document(answer)
 
-            asked: dict[str, Ask] = {
+            calls: dict[str, Call] = {
                 "`POST /v1/jobs`": submit,
-                "`GET /v1/jobs/{id}`": look,
+                "`GET /v1/jobs/{id}`": get_job,
                 "`GET /v1/jobs`, 20 of them": list_jobs,
             }
-            return {name: await _rate(ask, requests, gateway.pid) for name, ask in asked.items()}
+            return {name: await _rate(send, requests, gateway.pid) for name, send in calls.items()}
 
 
 async def _document(answer: aiohttp.ClientResponse) -> dict[str, str]:
@@ -77,14 +77,14 @@ async def _document(answer: aiohttp.ClientResponse) -> dict[str, str]:
     return body
 
 
-async def _rate(ask: Ask, requests: int, pid: int) -> Rate:
+async def _rate(send: Call, requests: int, pid: int) -> Rate:
     left = iter(range(requests))
     seconds: list[float] = []
 
     async def call() -> None:
         for number in left:
             began = time.perf_counter()
-            await ask(number)
+            await send(number)
             seconds.append(time.perf_counter() - began)
 
     cpu, began = cpu_seconds(pid), time.perf_counter()

@@ -1,7 +1,7 @@
-"""The README's picture of the page: `python -m tests.bench.gateway.screenshot docs/gateway.png`.
+"""The README's screenshot of the page: `python -m tests.bench.gateway.screenshot docs/gateway.png`.
 
-The real page in Chromium, on a gateway in front of both demonstration models: a desktop with a
-running job, two that wait and a gallery, and a phone with the details of one result.
+Chromium shows the page of a gateway with both demonstration models. The desktop has a running job,
+two queued jobs and a gallery. The phone shows the details of one result.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ LAYOUT = """\
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def main(file: Path) -> None:
-    """Start the system, fill the page, and save the picture as a PNG."""
+    """Start the system, fill the page, and save the screenshot as a PNG."""
     with (
         tempfile.TemporaryDirectory(prefix="generation-page-") as folder,
         DevStack(Path(folder), persist=False) as stack,
@@ -61,13 +61,13 @@ def main(file: Path) -> None:
         ]
         for process in processes:
             process.wait_ready()
-        file.write_bytes(asyncio.run(_picture(processes[-1].url)))
+        file.write_bytes(asyncio.run(_screenshot(processes[-1].url)))
 
 
-async def _picture(url: str) -> bytes:
+async def _screenshot(url: str) -> bytes:
     expect.set_options(timeout=WITHIN)
     async with async_playwright() as playwright:
-        # Its sandbox does not work for root, as in many containers.
+        # Chromium's sandbox does not work for root, as in many containers.
         browser = await playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
@@ -81,9 +81,9 @@ async def _picture(url: str) -> bytes:
                 desktop=base64.b64encode(desktop).decode(), phone=base64.b64encode(phone).decode()
             )
         )
-        made = await whole.screenshot()
+        combined = await whole.screenshot()
         await browser.close()
-        return made
+        return combined
 
 
 async def _open(browser: Browser, url: str, **options: object) -> Page:
@@ -93,7 +93,7 @@ async def _open(browser: Browser, url: str, **options: object) -> Page:
 
 
 async def _fill_gallery(page: Page) -> None:
-    """Draw an image, ask about it, and draw four more."""
+    """Generate an image, ask a question about it, and generate four more."""
     await draw(page, HEART, **FEW)
     heart = card(page, HEART)
     await expect(heart).to_have_attribute("data-state", "succeeded")
@@ -108,7 +108,7 @@ async def _fill_gallery(page: Page) -> None:
 
 
 async def _details(browser: Browser, url: str) -> bytes:
-    """A result on a phone in the dark."""
+    """Return a screenshot of a result on a phone with the dark theme."""
     page = await _open(
         browser, url, viewport=PHONE, color_scheme="dark", is_mobile=True, device_scale_factor=1.5
     )
@@ -119,7 +119,7 @@ async def _details(browser: Browser, url: str) -> bytes:
 
 
 async def _busy(page: Page) -> bytes:
-    """A job that runs, and two that wait."""
+    """Return a screenshot with a running job and two queued jobs."""
     await draw(page, RUNNING, **{**FEW, **LONG})
     await expect(job(page, RUNNING)).to_have_attribute("data-state", "running")
     for title in WAITING:

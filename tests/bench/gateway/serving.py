@@ -1,4 +1,4 @@
-"""A daemon and gateways on the servers of a trial, and HTTP clients that ask them."""
+"""A daemon, gateways and HTTP clients on the servers of a trial."""
 
 import asyncio
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from tests.bench.speed.sender import PROMPT, WentWrongError
 from tests.bench.speed.systems import OverHttp
 from tests.bench.speed.trial import TASK, Trial
 
-PATIENCE = 300.0  # seconds; only bounds a wait for something that must happen
+TIMEOUT = 300.0  # seconds; upper bound of a wait for a required event
 DAEMON = "daemon"
-MAX_ACK_PENDING = 3  # the daemon takes it from the durable
+MAX_ACK_PENDING = 3  # the daemon reads it from the durable
 
 
 async def make_streams(trial: Trial) -> None:
-    """`consumer apply`: a gateway may come before the first daemon."""
+    """Run `consumer apply`: a gateway may start before the first daemon."""
     values: dict[str, Any] = {
         **trial.stack.environment(),
         "MODEL_TYPE": str(TASK),
@@ -31,7 +31,7 @@ async def make_streams(trial: Trial) -> None:
 
 
 async def start_gateway(trial: Trial, name: str, **settings: str) -> GatewayServer:
-    """Start a gateway; it is ready."""
+    """Start a gateway and wait until it is ready."""
     environment = {
         **trial.stack.environment(),
         "CONSUMER_SUBJECT_ROOT": trial.subjects.root,
@@ -46,28 +46,28 @@ async def start_gateway(trial: Trial, name: str, **settings: str) -> GatewayServ
 
 
 async def start_daemon(trial: Trial) -> Daemon:
-    """Start a daemon with the stand-in; it is ready."""
+    """Start a daemon with the stand-in and wait until it is ready."""
     daemon = trial.start_daemon(DAEMON, MAX_ACK_PENDING)
     await asyncio.to_thread(daemon.wait_ready)
     return daemon
 
 
 def client(url: str) -> aiohttp.ClientSession:
-    """Open a client with as many connections as it likes."""
+    """Open a client without a limit of connections."""
     return aiohttp.ClientSession(
         url,
         connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=PATIENCE),
+        timeout=aiohttp.ClientTimeout(total=TIMEOUT),
     )
 
 
 class OverGateway(OverHttp):
-    """A gateway, asked as OpenAI's clients ask.
+    """A gateway with requests of the OpenAI API.
 
     Args:
         process: The gateway.
-        session: Of the gateway.
-        fields: Of every request.
+        session: A session with the URL of the gateway.
+        fields: Fields of every request.
         callers: Requests in flight under load.
     """
 
@@ -92,7 +92,7 @@ class OverGateway(OverHttp):
 async def over_gateway(
     trial: Trial, parts: AsyncExitStack, *, response_format: str, callers: int
 ) -> OverGateway:
-    """Start a gateway in front of the daemon that runs."""
+    """Start a gateway for the running daemon."""
     gateway = await start_gateway(trial, "gateway")
     session = await parts.enter_async_context(client(gateway.url))
     row = trial.row

@@ -1,4 +1,4 @@
-"""The bars that the daemon is held to, looked for among what was measured."""
+"""The required numbers of the daemon, compared with the measurements."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ _CPU = 1.2  # times the serial loop's
 
 @dataclass(frozen=True)
 class Bar:
-    """One number that has to be reached.
+    """One required number.
 
     Attributes:
-        what: Is measured.
-        row: Where.
-        found: The number.
-        limit: The bar.
-        at_least: Whether more is better.
+        what: Name of the measurement.
+        row: The row of the measurement.
+        found: The measured number.
+        limit: The required number.
+        at_least: Whether `limit` is a minimum.
     """
 
     what: str
@@ -39,18 +39,18 @@ class Bar:
 
     @property
     def met(self) -> bool:
-        """Whether it is enough."""
+        """Whether the measured number is within the limit."""
         return self.found >= self.limit if self.at_least else self.found <= self.limit
 
     def cells(self) -> tuple[object, ...]:
-        """A line of a table."""
+        """Return the cells of a table row."""
         sign = ">=" if self.at_least else "<="
         verdict = "met" if self.met else "MISSED"
         return (f"{self.what}: {self.row}", self.found, f"{sign} {self.limit:.3g}", verdict)
 
 
 def bars(results: Mapping[Row, Found]) -> list[Bar]:
-    """Every bar for which something was measured."""
+    """Return every bar with a measurement."""
     return [bar for row, found in results.items() for bar in _of(row, found)]
 
 

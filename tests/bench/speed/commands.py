@@ -1,7 +1,8 @@
 """The commands of the speed bench: the daemon compared with other systems.
 
-Real servers, a stand-in for the model, one system at a time. `compare`, the default, is the table
-of systems; `scaling`, `depth` and `progress` are about the daemon alone. Linux only.
+Uses real servers and a stand-in for the model, and measures one system at a time. `compare`, the
+default, is the table of systems; `scaling`, `depth` and `progress` measure only the daemon. Linux
+only.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ INTERRUPTED = 130  # exit code
 
 @click.group(cls=WithDefault, help=__doc__)
 def main() -> None:
-    """Nothing is common to the commands."""
+    """Run a command; the commands have no common options."""
 
 
 @main.command()
@@ -92,8 +93,8 @@ def compare(
     run(comparison.run(rows, [SYSTEMS[slug] for slug in systems or usual]))
     if files:
         drawn = plot.draw(comparison.results, files.plot)
-        picture = files.plot.name if drawn else None
-        files.write(comparing.section(comparison, picture=picture), head)
+        plot_name = files.plot.name if drawn else None
+        files.write(comparing.section(comparison, plot_name=plot_name), head)
     sys.exit(1 if comparison.failed else 0)
 
 
@@ -113,7 +114,7 @@ def scale(
     *,
     files: Files | None,
 ) -> None:
-    """More daemons on one queue."""
+    """Measure several daemons on one queue."""
     row, head = Row("sleeps", milliseconds, size, "png"), begin()
     found = {
         number: run(scaling.measure(number, row, each=each, seconds=seconds)) for number in daemons
@@ -132,7 +133,7 @@ def scale(
 @click.option("--at-once", default=1, show_default=True, help="CONSUMER_MAX_ACK_PENDING.")
 @write
 def deepen(depths: tuple[int, ...], jobs: int, at_once: int, files: Files | None) -> None:
-    """A longer queue."""
+    """Measure queues of several lengths."""
     head = begin()
     found = {number: run(depth.measure(number, jobs, at_once)) for number in depths}
     finish(depth.section(jobs, at_once, found), files, head)
@@ -143,36 +144,36 @@ def deepen(depths: tuple[int, ...], jobs: int, at_once: int, files: Files | None
 @click.option("--milliseconds", default=2_000, show_default=True, help="Of a run.")
 @write
 def listen(steps: tuple[int, ...], milliseconds: int, files: Files | None) -> None:
-    """How often a sender hears how far a request is."""
+    """Measure the rate of progress events."""
     head = begin()
     found = run(progress.measure(steps, milliseconds))
     finish(progress.section(milliseconds, found), files, head)
 
 
 def begin() -> str:
-    """Say what the numbers will belong to."""
+    """Print the machine, the date and the versions."""
     head = header()
     click.echo(head)
     return head
 
 
 def finish(section: Section, files: Files | None, head: str) -> None:
-    """Print what was found, and write it where that is wanted."""
+    """Print the results, and write them with `--write`."""
     click.echo(f"\n{section.text}")
     if files:
         files.write(section, head)
 
 
 def run(measuring: Coroutine[Any, Any, T]) -> T:
-    """Run to the end, or to a signal: then everything that was started is ended all the same."""
+    """Run until the end or a signal; both stop all started processes."""
 
-    async def until_told() -> T:
+    async def until_signal() -> T:
         task = asyncio.ensure_future(measuring)
-        # Of SIGINT asyncio takes care itself.
+        # asyncio handles SIGINT.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         return await task
 
     try:
-        return asyncio.run(until_told())
+        return asyncio.run(until_signal())
     except asyncio.CancelledError:
         sys.exit(INTERRUPTED)

@@ -39,13 +39,13 @@ class Comparison:
     """Rows times systems.
 
     Args:
-        plan: How long each is measured.
-        rounds: How often. All systems take their turns in each round, because a machine's speed
-            drifts; the median counts.
+        plan: Duration of each measurement.
+        rounds: Number of measurements of each system; the median counts. All systems are measured
+            in each round, because the speed of a machine drifts.
 
     Attributes:
-        results: What has been measured.
-        failed: What could not be.
+        results: The measured figures.
+        failed: The failed measurements.
     """
 
     def __init__(self, plan: Plan, rounds: int) -> None:
@@ -55,24 +55,24 @@ class Comparison:
         self._rounds = rounds
 
     async def run(self, rows: Sequence[Row], systems: Sequence[Which]) -> None:
-        """Measure everything, and print each row's table when it is there."""
+        """Measure everything, and print the table of each row when it is complete."""
         for row in rows:
-            turns: dict[Which, list[Figures]] = {which: [] for which in systems}
+            rounds_of: dict[Which, list[Figures]] = {which: [] for which in systems}
             for which in list(systems) * self._rounds:
-                figures = await self._turn(which, row)
+                figures = await self._measure_once(which, row)
                 if figures is not None:
-                    turns[which].append(figures)
+                    rounds_of[which].append(figures)
             self.results[row] = {
-                which: Figures.median(several) for which, several in turns.items() if several
+                which: Figures.median(several) for which, several in rounds_of.items() if several
             }
             click.echo(f"\n{text(row, self.results[row])}\n")
         if bars(self.results):
             click.echo(text_of_bars(self.results))
 
-    async def _turn(self, which: Which, row: Row) -> Figures | None:
+    async def _measure_once(self, which: Which, row: Row) -> Figures | None:
         try:
             figures = await measure(which, row, self._plan)
-        except Exception:  # noqa: BLE001 - what one system does is no reason to lose the others
+        except Exception:  # noqa: BLE001 - the other systems are still measured
             click.echo(f"{which}, {row}:\n{traceback.format_exc()}", err=True)
             self.failed.append((row, which))
             return None
@@ -83,12 +83,12 @@ class Comparison:
         return figures
 
 
-def section(comparison: Comparison, *, picture: str | None) -> Section:
-    """All rows, for a file; the picture's name where there is one."""
+def section(comparison: Comparison, *, plot_name: str | None) -> Section:
+    """Return all rows for a file; `plot_name` is the file name of the plot, if there is one."""
     results = comparison.results
     parts = [_EXPLAINED]
-    if picture is not None:
-        parts.append(f"![How busy each system keeps the device]({picture})")
+    if plot_name is not None:
+        parts.append(f"![How busy each system keeps the device]({plot_name})")
     parts += [text(row, found) for row, found in results.items()]
     parts += [f"Went wrong, so not measured: {which}, {row}." for row, which in comparison.failed]
     parts.append(f"### Bars\n\n{text_of_bars(results)}")
@@ -100,12 +100,12 @@ def section(comparison: Comparison, *, picture: str | None) -> Section:
 
 
 def text_of_bars(results: Mapping[Row, Mapping[Which, Figures]]) -> str:
-    """What the daemon has to reach, as far as it was measured."""
+    """Return the table of bars."""
     return table(_BARS, [bar.cells() for bar in bars(results)])
 
 
 def text(row: Row, found: Mapping[Which, Figures]) -> str:
-    """One row's table."""
+    """Return the table of one row."""
     lines = [_line(row, which, figures) for which, figures in found.items()]
     return f"### {row}\n\n{table(_COLUMNS, lines)}"
 
@@ -114,7 +114,7 @@ def _line(row: Row, which: Which, figures: Figures) -> tuple[object, ...]:
     return (
         str(which),
         figures.jobs_per_second,
-        figures.busy if row.milliseconds else None,  # of nothing there is no part
+        figures.busy if row.milliseconds else None,  # undefined for a device that takes no time
         figures.over,
         figures.p50,
         figures.p99,

@@ -1,4 +1,4 @@
-"""A longer queue: whether a job costs more because many wait behind it."""
+"""The cost of a job for several queue lengths."""
 
 import time
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ from tests.bench.speed.sender import Sender
 from tests.bench.speed.systems import wire_of_daemon
 from tests.bench.speed.trial import TASK, Trial, new_trial
 
-ROW = Row("sleeps", 0, 64, "png")  # nothing hides what the queue costs
+ROW = Row("sleeps", 0, 64, "png")  # no device time that hides the cost of the queue
 _WARM_UP = 20  # jobs, or more
-_SHALLOW = 20  # a queue shorter than so many times the jobs is kept at its length
+_SHALLOW = 20  # a queue shorter than this multiple of the jobs is refilled
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a job costs at one depth.
+    """The cost of a job at one depth.
 
     Attributes:
-        ready: Seconds from the daemon's start to its being ready.
+        ready: Seconds from the daemon's start until it is ready.
         period: Milliseconds from one result to the next.
         cpu: Milliseconds of CPU for each job, of the daemon.
-        nats: The same, of nats-server.
+        nats: Milliseconds of CPU for each job, of nats-server.
         resident: MB of nats-server.
     """
 
@@ -40,7 +40,7 @@ class Cost:
 
 
 async def measure(depth: int, jobs: int, max_ack_pending: int) -> Cost:
-    """Fill a queue, start a daemon on it, and look at so many jobs."""
+    """Fill a queue, start a daemon on it, and measure this number of jobs."""
     with new_trial(ROW) as trial:
         async with AsyncExitStack() as parts:
             await _make_streams(trial)
@@ -51,11 +51,11 @@ async def measure(depth: int, jobs: int, max_ack_pending: int) -> Cost:
             daemon = trial.start_daemon("daemon", max_ack_pending)
             daemon.wait_ready()
             ready = time.perf_counter() - began
-            kept = depth < _SHALLOW * (_WARM_UP + jobs)
-            await _warm_up(sender, daemon.pid, kept=kept)
+            refill = depth < _SHALLOW * (_WARM_UP + jobs)
+            await _warm_up(sender, daemon.pid, refill=refill)
             pids = daemon.pid, trial.stack.nats.pid
             before = time.perf_counter(), *map(cpu_seconds, pids)
-            await _let_pass(sender, jobs, kept=kept)
+            await _await_results(sender, jobs, refill=refill)
             after = time.perf_counter(), *map(cpu_seconds, pids)
             period, cpu, nats = (
                 (late - early) / jobs * MILLI for early, late in zip(before, after, strict=True)
@@ -64,7 +64,7 @@ async def measure(depth: int, jobs: int, max_ack_pending: int) -> Cost:
 
 
 def section(jobs: int, max_ack_pending: int, found: Mapping[int, Cost]) -> Section:
-    """The table, by depth."""
+    """Return the table by depth."""
     lines = [
         (f"{depth:,}", cost.period, cost.cpu, cost.nats, cost.resident, cost.ready)
         for depth, cost in found.items()
@@ -95,18 +95,18 @@ async def _make_streams(trial: Trial) -> None:
     )
 
 
-async def _warm_up(sender: Sender, daemon: int, *, kept: bool) -> None:
-    """Until the helper process, which starts while the daemon works, does nothing any more."""
+async def _warm_up(sender: Sender, daemon: int, *, refill: bool) -> None:
+    """Run jobs until the helper process has started and is idle."""
     while True:
         before = time.monotonic(), cpu_seconds(*children(daemon))
-        await _let_pass(sender, _WARM_UP, kept=kept)
+        await _await_results(sender, _WARM_UP, refill=refill)
         after = time.monotonic(), cpu_seconds(*children(daemon))
         if after[1] - before[1] <= REST * (after[0] - before[0]):
             return
 
 
-async def _let_pass(sender: Sender, jobs: int, *, kept: bool) -> None:
+async def _await_results(sender: Sender, jobs: int, *, refill: bool) -> None:
     for _ in range(jobs):
         await sender.result()
-        if kept:
+        if refill:
             await sender.publish(1)

@@ -1,4 +1,4 @@
-"""The numbers of one system in one row, and how they come out of what was seen."""
+"""The figures of one system in one row, computed from its runs."""
 
 import math
 import statistics
@@ -13,18 +13,18 @@ MILLI = 1000
 
 @dataclass(frozen=True)
 class Figures:
-    """What a row of the table says.
+    """The values of one row of the table.
 
     Attributes:
-        jobs: How many the load was.
+        jobs: Number of jobs under load.
         jobs_per_second: Under load.
-        busy: The part of the time in which the device worked, under load.
-        over: Milliseconds of each job in which it did not.
+        busy: Share of the time in which the device worked, under load.
+        over: Milliseconds of each job in which the device was idle.
         p50: Milliseconds from a request to an idle system to its result.
-        p99: The same, of the slow ones.
-        samples: How many were asked for.
+        p99: The 99th percentile of the same time.
+        samples: Number of single jobs.
         cpu: Milliseconds of CPU for each job: the system's process with its descendants.
-        servers: The same of nats-server and the store.
+        servers: Milliseconds of CPU for each job: nats-server and the store.
         resident: MB, under load.
     """
 
@@ -41,13 +41,13 @@ class Figures:
 
     @classmethod
     def median(cls, rounds: Sequence[Self]) -> Self:
-        """Each number's median: a machine that was busy for a moment does not count."""
+        """Return the median of each number, to ignore short load of the machine."""
         return cls(
             *(statistics.median(values) for values in zip(*map(astuple, rounds), strict=True))
         )
 
     def small(self) -> dict[str, float]:
-        """What a regression would show in."""
+        """Return the numbers of the baseline."""
         return {
             "jobs_per_second": self.jobs_per_second,
             "busy": self.busy,
@@ -60,14 +60,14 @@ class Figures:
 
 @dataclass(frozen=True)
 class Pace:
-    """How the device worked under load.
+    """The pace of the device under load.
 
-    From the beginning of the first run to that of the last one: each job then counts with all that
-    it kept the device from, and neither a start nor an end comes in.
+    Covers the time from the start of the first run to the start of the last run. So each job counts
+    with its idle time of the device, and neither start-up nor shutdown is included.
 
     Attributes:
-        period: Seconds from one beginning to the next.
-        device: Seconds that the device worked of these.
+        period: Seconds from the start of a run to the start of the next run.
+        device: Seconds of this period in which the device worked.
     """
 
     period: float
@@ -75,7 +75,7 @@ class Pace:
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Self:
-        """Of two or more runs of one device."""
+        """Compute the pace of two or more runs of one device."""
         gaps = len(runs) - 1
         return cls(
             period=(runs[-1].began - runs[0].began) / gaps,
@@ -88,11 +88,11 @@ class Pace:
 
     @property
     def over(self) -> float:
-        """Milliseconds."""
+        """Milliseconds of each job in which the device was idle."""
         return (self.period - self.device) * MILLI
 
 
 def percentile(values: Sequence[float], part: float) -> float:
-    """The smallest value that so great a part of the values does not exceed."""
+    """Return the smallest value that this share of the values does not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(part * len(ordered)) - 1)]

@@ -1,4 +1,4 @@
-"""One system in one row: started, warmed up, kept busy, asked one at a time, looked after."""
+"""The measurement of one system in one row: warm-up, load, then single jobs."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -14,7 +14,7 @@ from tests.bench.speed.systems import System, Which
 from tests.bench.speed.trial import Trial, new_trial
 
 WARM_UP = 5  # jobs: connections, the store's first volumes, the threads of pools
-IDLE = 0.02  # seconds before each single job: after its answer a system still settles the last one
+IDLE = 0.02  # seconds before each single job; a system acknowledges the last job after its result
 _FEWEST, _MOST = 8, 5_000  # jobs under load
 _SAMPLES = (5, 200)  # single jobs
 _ALONE = 0.6  # of the load's time goes to single jobs
@@ -22,7 +22,7 @@ _ALONE = 0.6  # of the load's time goes to single jobs
 
 @dataclass(frozen=True)
 class Plan:
-    """How long is measured.
+    """The duration of a measurement.
 
     Attributes:
         seconds: Of load, about.
@@ -35,25 +35,25 @@ class Plan:
     profile: Path | None = None
 
     def load(self, each: float) -> int:
-        """How many jobs that take so many seconds each."""
+        """Return the number of jobs under load if each takes this number of seconds."""
         return self.jobs or within(round(self.seconds / each), _FEWEST, _MOST)
 
     def profile_of(self, which: Which, row: Row) -> Path | None:
-        """Where the stacks of one measurement go."""
+        """Return the file for the stacks of one measurement."""
         if self.profile is None or which.kind != "consumer":
             return None
         return self.profile / f"{which.slug}-{row.slug}.txt"
 
     def samples(self, each: float) -> int:
-        """How many single jobs that take so many seconds each."""
+        """Return the number of single jobs if each takes this number of seconds."""
         return within(round(self.seconds * _ALONE / (each + IDLE)), *_SAMPLES)
 
 
 async def measure(which: Which, row: Row, plan: Plan) -> Figures:
-    """The numbers of one system, with nothing else running.
+    """Measure one system, with nothing else running.
 
     Raises:
-        WentWrongError: An answer or an artifact is not what it has to be.
+        WentWrongError: A response or an artifact is wrong.
     """
     with new_trial(row, plan.profile_of(which, row)) as trial:
         async with AsyncExitStack() as parts:
@@ -74,9 +74,9 @@ async def _measure(system: System, which: Which, trial: Trial, plan: Plan) -> Fi
     each = Pace.of(trial.runs(which.slug)).period
     jobs = plan.load(each)
     servers = trial.stack.nats.pid, trial.stack.store.pid
-    own_before, servers_before = cpu_seconds(system.process.pid), cpu_seconds(*servers)
+    process_before, servers_before = cpu_seconds(system.process.pid), cpu_seconds(*servers)
     await system.do(jobs)
-    own, theirs = cpu_seconds(system.process.pid), cpu_seconds(*servers)
+    process_after, servers_after = cpu_seconds(system.process.pid), cpu_seconds(*servers)
     memory = resident(system.process.pid)
     pace = Pace.of(trial.runs(which.slug)[WARM_UP:])
     single = await one_at_a_time(system, plan)
@@ -89,8 +89,8 @@ async def _measure(system: System, which: Which, trial: Trial, plan: Plan) -> Fi
         p50=percentile(single, 0.5) * MILLI,
         p99=percentile(single, 0.99) * MILLI,
         samples=len(single),
-        cpu=(own - own_before) / jobs * MILLI,
-        servers=(theirs - servers_before) / jobs * MILLI,
+        cpu=(process_after - process_before) / jobs * MILLI,
+        servers=(servers_after - servers_before) / jobs * MILLI,
         resident=memory,
     )
 
@@ -98,7 +98,7 @@ async def _measure(system: System, which: Which, trial: Trial, plan: Plan) -> Fi
 async def one_at_a_time(system: System, plan: Plan) -> list[float]:
     """Return the seconds of single jobs, with a pause before each."""
     await asyncio.sleep(IDLE)
-    await system.one()  # what the load has left behind
+    await system.one()  # the first job after the load is not measured
     seconds: list[float] = []
     while not seconds or len(seconds) < plan.samples(seconds[0]):
         await asyncio.sleep(IDLE)
@@ -107,13 +107,13 @@ async def one_at_a_time(system: System, plan: Plan) -> list[float]:
 
 
 def _check(trial: Trial, which: Which, jobs: int) -> None:
-    """Every job has run once and left its artifact, in the format and size of the row."""
+    """Check that every job ran once and stored an artifact in the format and size of the row."""
     runs, row = len(trial.runs(which.slug)), trial.row
     if runs != jobs:
         raise WentWrongError(f"{runs} runs for {jobs} jobs")
     if which.kind == "device":
         return
-    stored = trial.store.look()
+    stored = trial.store.inspect()
     if stored.objects != jobs:
         raise WentWrongError(f"{stored.objects} objects of {jobs} jobs are in the store")
     if (stored.file_format, stored.size) != (row.file_format, (row.side, row.side)):
@@ -121,5 +121,5 @@ def _check(trial: Trial, which: Which, jobs: int) -> None:
 
 
 def within(value: int, least: int, most: int) -> int:
-    """The value, or the nearest one that is allowed."""
+    """Return the nearest value within the limits."""
     return max(least, min(most, value))

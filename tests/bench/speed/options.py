@@ -15,7 +15,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class WithDefault(click.Group):
-    """A group that takes a command line without a command for the default one's."""
+    """A group that runs the default command for a command line without a command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] != "--help"):
@@ -24,11 +24,11 @@ class WithDefault(click.Group):
 
 
 class Commas(click.ParamType):
-    """Several values, between commas.
+    """Several values separated by commas.
 
     Args:
-        kind: Makes one of a text.
-        allowed: What there is; None: anything.
+        kind: Converts the text of one value.
+        allowed: The allowed values; None: all values.
     """
 
     name = "a,b,…"
@@ -55,7 +55,7 @@ class Commas(click.ParamType):
 
 
 def write(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say where results go; the command gets them as `files`, or None."""
+    """Add the options for the files of results; the command receives `files`, or None."""
 
     @functools.wraps(command)
     def with_files(*, stem: Path | None, baseline: Path, **others: Any) -> None:

@@ -1,4 +1,4 @@
-"""How busy each system keeps the device, as a picture."""
+"""Plot of the device utilization of each system."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ _DAEMON, _PEERS = "Greens", "Greys"  # colour maps
 
 
 def draw(results: Results, file: Path) -> bool:
-    """Draw the rows of the largest PNG with a sleeping device; False where there are none."""
-    # Only here: it takes a second, and only `--write` needs it.
+    """Plot the rows of the largest PNG with a sleeping device; return False without such rows."""
+    # Imported here because the import takes a second and only `--write` needs it.
     from matplotlib import colormaps  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -30,10 +30,10 @@ def draw(results: Results, file: Path) -> bool:
     axes = figure.subplots()
     width = _GROUP / len(systems)
     for number, which in enumerate(systems):
-        places = [group - _GROUP / 2 + (number + 0.5) * width for group in range(len(rows))]
+        positions = [group - _GROUP / 2 + (number + 0.5) * width for group in range(len(rows))]
         busy = [results[row][which].busy if which in results[row] else 0.0 for row in rows]
         colours = colormaps[_DAEMON if which.kind == "consumer" else _PEERS]
-        bars = axes.bar(places, busy, width, label=str(which), color=colours(_shade(which)))
+        bars = axes.bar(positions, busy, width, label=str(which), color=colours(_shade(which)))
         axes.bar_label(bars, fmt="%.2f", fontsize=6)
     axes.axhline(1.0, color="lightgrey", linewidth=0.8, zorder=0)  # the device alone
     axes.set_xticks(range(len(rows)), [f"{row.milliseconds} ms" for row in rows])
@@ -47,17 +47,17 @@ def draw(results: Results, file: Path) -> bool:
 
 def _rows(results: Results) -> Sequence[Row]:
     side = max(row.side for row in results)
-    wanted = [
+    candidates = [
         row
         for row in results
-        # Without a device's time there is nothing that could be busy.
+        # A device that takes no time has no utilization.
         if row.device == "sleeps" and row.file_format == "png" and row.milliseconds
     ]
-    return sorted((row for row in wanted if row.side == side), key=lambda row: row.milliseconds)
+    return sorted((row for row in candidates if row.side == side), key=lambda row: row.milliseconds)
 
 
 def _shade(which: Which) -> float:
-    """Darker for more."""
+    """Return a shade; more deliveries in flight are darker."""
     if which.kind == "consumer":
         return 0.3 + 0.2 * which.at_once
     return {"serial": 0.3, "fastapi": 0.5, "faststream": 0.7}[which.kind] + 0.1 * which.fair

@@ -1,4 +1,4 @@
-"""What a process and those that it has started cost, by the kernel's own account; Linux only."""
+"""CPU time and memory of a process and its descendants, from /proc; Linux only."""
 
 import asyncio
 import contextlib
@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds
-_USER_TIME = 11  # place in /proc/PID/stat behind the name: user, system, then those of the reaped
+_USER_TIME = (
+    11  # field of /proc/PID/stat after the name: user, system, then both of reaped children
+)
 _TIMES = 4
 REST = 0.05  # of a core
-_LOOK = 0.4  # seconds
+_INTERVAL = 0.4  # seconds
 _RESTS_WITHIN = 60.0  # seconds
 
 
 def cpu_seconds(*pids: int) -> float:
-    """CPU time so far, with all descendants, also those that have ended."""
+    """Return the CPU time with all descendants, including exited ones."""
     ticks = 0
     for pid in _with_descendants(*pids):
         # The name of the program may have spaces, and ends with the last parenthesis.
@@ -25,25 +27,25 @@ def cpu_seconds(*pids: int) -> float:
 
 
 async def at_rest(*pids: int) -> None:
-    """Return once they do next to nothing: a process may go on starting after it is ready.
+    """Wait until the processes are idle: a process may continue to start after it is ready.
 
-    The daemon's helper process, for one, takes a second of CPU to start, which nobody waits for.
+    For example, the daemon does not wait for the start of its helper process.
 
     Raises:
-        TimeoutError: They never do.
+        TimeoutError: The processes do not become idle.
     """
     async with asyncio.timeout(_RESTS_WITHIN):
         before = cpu_seconds(*pids)
         while True:
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_INTERVAL)
             now = cpu_seconds(*pids)
-            if now - before <= REST * _LOOK:
+            if now - before <= REST * _INTERVAL:
                 return
             before = now
 
 
 def resident(*pids: int) -> float:
-    """Resident memory in MB, with all descendants; pages that they share count in each."""
+    """Return the resident memory in MB with all descendants; shared pages count for each."""
     kilobytes = 0
     for pid in _with_descendants(*pids):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -53,10 +55,10 @@ def resident(*pids: int) -> float:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that this one has started."""
+    """Return the ids of the child processes."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a thread may end while it is looked at
+        with contextlib.suppress(FileNotFoundError):  # a thread may end during the read
             found += [int(child) for child in (task / "children").read_text().split()]
     return found
 

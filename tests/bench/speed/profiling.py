@@ -1,7 +1,7 @@
-"""Where the daemon's time goes under load: the stacks that py-spy sees from outside.
+"""Profile of the daemon under load with py-spy.
 
-py-spy is the parent of what it looks at, so it needs no privilege. It sees every thread, but stops
-the process for each look: the numbers of a profiled run are not for the table.
+py-spy is the parent process of the daemon, so it needs no privilege. It samples every thread, but
+stops the process for each sample. So the figures of a profiled run are not for the table.
 """
 
 import asyncio
@@ -15,10 +15,10 @@ from pathlib import Path
 from consumer.devstack import ChildProcess
 from tests.bench.speed.processes import children
 
-_RATE = 100  # looks a second
-_START = "importlib._bootstrap"  # in the stacks of imports, which are not the load
-_OWN = " (consumer/"  # where the daemon's own functions are
-# Functions at the top of a stack in which a thread only waits: py-spy cannot always tell.
+_RATE = 100  # samples a second
+_START = "importlib._bootstrap"  # in the stacks of imports, which are ignored
+_OWN = " (consumer/"  # path of the daemon's functions
+# Functions at the top of the stack of a waiting thread; py-spy does not detect all of them.
 _WAITING = (
     "select (selectors.py)",
     "_worker (concurrent/futures/thread.py)",
@@ -32,14 +32,14 @@ _MOST = 15  # lines
 
 
 def sampled(argv: Sequence[str], file: Path) -> tuple[str, ...]:
-    """A command under py-spy, which writes the file when the command ends."""
+    """Return the command line of py-spy, which writes the file when the command ends."""
     program = str(Path(sys.executable).with_name("py-spy"))
     options = ("--rate", str(_RATE), "--threads", "--format", "raw", "--output", str(file))
     return (program, "record", *options, "--", *argv)
 
 
 async def end(process: ChildProcess) -> None:
-    """End what py-spy looks at, and return when it has written its file."""
+    """Stop the profiled process and wait until py-spy has written its file."""
     for child in children(process.pid):
         os.kill(child, signal.SIGTERM)
     async with asyncio.timeout(_ENDS_WITHIN):
@@ -48,7 +48,7 @@ async def end(process: ChildProcess) -> None:
 
 
 def summary(file: Path) -> str:
-    """The functions that were met most often: at the top of the stack, and anywhere in it."""
+    """Return the most frequent functions: at the top of the stack, and anywhere in the stack."""
     own: Counter[str] = Counter()
     within: Counter[str] = Counter()
     threads: Counter[str] = Counter()
@@ -57,8 +57,8 @@ def summary(file: Path) -> str:
         if _START in stack:
             continue
         thread, *frames = stack.split(";")
-        # Without the line in parentheses: the function is what counts.
-        names = [f"{name} {where.rpartition(':')[0]})" for name, where in map(_parted, frames)]
+        # Remove the line number: samples are counted for each function.
+        names = [f"{name} {where.rpartition(':')[0]})" for name, where in map(_split, frames)]
         if not names or names[-1].endswith(_WAITING):
             continue
         threads[thread.partition(": ")[2] or "main"] += int(count)
@@ -73,7 +73,7 @@ def summary(file: Path) -> str:
     return "\n\n".join(f"{title}:\n{_lines(counter)}" for title, counter in parts.items())
 
 
-def _parted(frame: str) -> tuple[str, str]:
+def _split(frame: str) -> tuple[str, str]:
     name, _, where = frame.rpartition(" (")
     return name, f"({where}"
 

@@ -1,4 +1,4 @@
-"""How often a sender hears how far a request is, whatever the number of steps."""
+"""The rate of progress events for several numbers of steps."""
 
 import itertools
 import json
@@ -19,14 +19,14 @@ from tests.bench.speed.trial import new_trial
 
 @dataclass(frozen=True)
 class Rate:
-    """What was heard of one request.
+    """The progress events of one request.
 
     Attributes:
-        steps: Of the run, in each second, as asked for.
-        events: Of kind progress, in all.
-        per_second: Events over the time of the run.
-        shortest: Milliseconds between two events.
-        longest: The same.
+        steps: Requested steps of the run in each second.
+        events: Number of progress events.
+        per_second: Events divided by the duration of the run.
+        shortest: Shortest time between two events, in milliseconds.
+        longest: Longest time between two events, in milliseconds.
     """
 
     steps: int
@@ -37,45 +37,45 @@ class Rate:
 
 
 async def measure(steps_per_second: Sequence[int], milliseconds: int) -> list[Rate]:
-    """Ask one daemon for runs of one length and different numbers of steps."""
+    """Measure runs of one duration with different numbers of steps."""
     row = Row("sleeps", milliseconds, 64, "png")
     with new_trial(row) as trial:
         async with AsyncExitStack() as parts:
             trial.start_daemon("daemon", 1).wait_ready()
             sender = Sender(wire_of_daemon(trial))
             await sender.open(trial.stack.nats.url, parts)
-            heard: list[float] = []
+            times: list[float] = []
 
-            async def hear(message: Msg) -> None:
+            async def on_event(message: Msg) -> None:
                 if json.loads(message.data)["type"].endswith("progress"):
-                    heard.append(time.monotonic())
+                    times.append(time.monotonic())
 
-            await sender.client.subscribe(f"{trial.subjects.root}.progress.>", cb=hear)
+            await sender.client.subscribe(f"{trial.subjects.root}.progress.>", cb=on_event)
             rates = []
             for each_second in steps_per_second:
                 steps = max(1, round(each_second * row.seconds))
                 await sender.one(num_inference_steps=steps)
-                await sender.client.flush()  # what came before the result is here
+                await sender.client.flush()  # all events before the result have arrived
                 run = trial.runs("daemon")[-1]
-                rates.append(rate(heard, each_second, run.ended - run.began))
-                heard.clear()
+                rates.append(rate(times, each_second, run.ended - run.began))
+                times.clear()
             return rates
 
 
-def rate(heard: Sequence[float], steps: int, seconds: float) -> Rate:
-    """The numbers of one run."""
-    gaps = [(late - early) * MILLI for early, late in itertools.pairwise(heard)]
+def rate(times: Sequence[float], steps: int, seconds: float) -> Rate:
+    """Compute the rate of one run."""
+    gaps = [(late - early) * MILLI for early, late in itertools.pairwise(times)]
     return Rate(
         steps=steps,
-        events=len(heard),
-        per_second=len(heard) / seconds,
+        events=len(times),
+        per_second=len(times) / seconds,
         shortest=min(gaps, default=0.0),
         longest=max(gaps, default=0.0),
     )
 
 
 def section(milliseconds: int, found: Sequence[Rate]) -> Section:
-    """The table, by steps a second."""
+    """Return the table by steps a second."""
     lines = [
         (str(rate.steps), rate.events, rate.per_second, rate.shortest, rate.longest)
         for rate in found

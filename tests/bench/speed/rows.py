@@ -1,4 +1,4 @@
-"""What is measured: the rows of the table, and how a row reaches the processes that do it."""
+"""The rows of the table, and their transfer to other processes by environment variable."""
 
 import itertools
 import json
@@ -19,14 +19,14 @@ _VARIABLE = "SPEED_ROW"  # environment
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of job, which every system is given.
+    """One kind of job for all systems.
 
     Attributes:
         device: What the stand-in does with its time: it sleeps as the host does while a GPU works,
             or it computes as a CPU model does, in parallel with the rest of the system.
-        milliseconds: How long the stand-in takes.
-        side: Pixels of each side of the picture.
-        file_format: Of the artifact.
+        milliseconds: Duration of a run of the stand-in.
+        side: Pixels of each side of the image.
+        file_format: Format of the artifact.
     """
 
     device: Device
@@ -40,21 +40,21 @@ class Row:
 
     @property
     def slug(self) -> str:
-        """A name for files."""
+        """Return a name for files."""
         return f"{self.device}-{self.milliseconds}-ms-{self.side}-{self.file_format}"
 
     @property
     def seconds(self) -> float:
-        """How long the stand-in takes."""
+        """Return the duration of a run of the stand-in in seconds."""
         return self.milliseconds / 1000
 
     def environment(self) -> dict[str, str]:
-        """What `from_environment` reads in another process."""
+        """Return the environment that `from_environment` reads in another process."""
         return {_VARIABLE: json.dumps(asdict(self))}
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
-        """The row of this process."""
+        """Return the row of this process."""
         return cls(**json.loads(environment[_VARIABLE]))
 
 
@@ -64,7 +64,7 @@ def product(
     sides: Iterable[int],
     formats: Iterable[OutputFormat],
 ) -> tuple[Row, ...]:
-    """Every combination."""
+    """Return every combination."""
     return tuple(
         Row(device, time, side, file_format)
         for device, side, file_format, time in itertools.product(
@@ -73,15 +73,15 @@ def product(
     )
 
 
-# Some fifteen minutes with every system: all times and sizes as PNG, one row for each other format,
-# and one in which the device takes a core of its own.
+# About fifteen minutes with every system: all times and sizes as PNG, one row for other formats,
+# and one row in which the device uses one core.
 STANDARD = (
     *product(["sleeps"], MILLISECONDS, SIDES, ["png"]),
     *product(["sleeps"], [50], [1024], ["webp", "jpeg"]),
     *product(["computes"], [50], [1024], ["png"]),
 )
 
-# Everything; the computing device only where it can make a difference to the others.
+# Everything; the computing device only in rows where it can affect the other processes.
 ALL = (
     *product(["sleeps"], MILLISECONDS, SIDES, FORMATS),
     *product(["computes"], (20, 50, 200), (1024,), ("png",)),

@@ -1,6 +1,6 @@
 """The daemon of the bench: `python -m tests.bench.speed.runner`.
 
-It is `consumer run` in everything but the model, which is the stand-in.
+Runs `consumer run` with the stand-in as the model.
 """
 
 import os
@@ -24,7 +24,7 @@ from tests.bench.speed.stand_in import NOTES, StandIn
 
 
 class StandInRunner:
-    """The stand-in as a `consumer.ports.model.Runner`; it takes as many steps as a request says."""
+    """The stand-in as a `consumer.ports.model.Runner`, with the steps of the request."""
 
     def __init__(self) -> None:
         self._device: StandIn
@@ -40,7 +40,7 @@ class StandInRunner:
         )
 
     def check(self, request: Request) -> None:
-        """Everything is taken."""
+        """Accept every request."""
 
     def run(
         self, runs: Sequence[RunRequest], *, save_memory: bool = False
@@ -49,19 +49,19 @@ class StandInRunner:
         request = run.request
         assert isinstance(request, TextToImageRequest)
 
-        def stepped(step: int, of: int) -> None:
+        def on_step(step: int, of: int) -> None:
             run.progress.step(step, of)
             if run.cancelled():
                 raise Interrupted
 
-        picture = self._device.run(stepped, request.num_inference_steps or 1)
-        return [RunnerOutput(images=(GeneratedImage(picture, request.seed or 0),))]
+        image = self._device.run(on_step, request.num_inference_steps or 1)
+        return [RunnerOutput(images=(GeneratedImage(image, request.seed or 0),))]
 
     def batch_key(self, request: Request) -> Hashable | None:
-        """Each runs alone: a stand-in would win whatever it pretended to win by more."""
+        """Return None: a speed-up by batches would be an invention of the stand-in."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the stand-in has no resources."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""More daemons on one queue: whether throughput grows with them, and whether each gets its part."""
+"""Throughput and fairness of several daemons on one queue."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -16,11 +16,11 @@ _WARM_UP = 5  # jobs for each daemon
 
 @dataclass(frozen=True)
 class Shares:
-    """What so many daemons did.
+    """The jobs of several daemons.
 
     Attributes:
-        jobs_per_second: Of all together.
-        jobs: Of each.
+        jobs_per_second: Throughput of all daemons together.
+        jobs: Number of jobs of each daemon.
     """
 
     jobs_per_second: float
@@ -33,13 +33,13 @@ class Shares:
 
 
 async def measure(daemons: int, row: Row, *, each: int, seconds: float) -> Shares:
-    """Give so many daemons one queue.
+    """Measure this number of daemons on one queue.
 
     Args:
-        daemons: How many.
+        daemons: Number of daemons.
         row: The kind of job.
         each: Deliveries in flight for each daemon; the durable's limit is for all together.
-        seconds: Of load, if each daemon does nothing but its device's work.
+        seconds: Duration of the load if the daemons have no overhead.
     """
     names = [f"daemon-{number}" for number in range(daemons)]
     with new_trial(row) as trial:
@@ -57,7 +57,7 @@ async def measure(daemons: int, row: Row, *, each: int, seconds: float) -> Share
 
 
 def section(row: Row, each: int, found: Mapping[int, Shares]) -> Section:
-    """The table, by number of daemons."""
+    """Return the table by number of daemons."""
     fewest = min(found)
     one = found[fewest].jobs_per_second / fewest
     lines = [

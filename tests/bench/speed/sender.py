@@ -1,4 +1,4 @@
-"""Whoever publishes requests and waits for results: for all that takes its work from a stream."""
+"""A sender for the systems that receive requests from a stream."""
 
 import asyncio
 import json
@@ -12,21 +12,21 @@ import nats
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 
-PATIENCE = 60.0  # seconds for the next result; only bounds a wait for something that must happen
+RESULT_TIMEOUT = 60.0  # seconds for the next result; upper bound of a wait for a required event
 PROMPT = "a lighthouse on a cliff, at dusk, oil on canvas"
 
 
 class WentWrongError(Exception):
-    """A system did not do what it was asked: its numbers would be worth nothing."""
+    """A system gave a wrong result, so its figures are invalid."""
 
 
 @dataclass(frozen=True)
 class Wire:
-    """How requests and results look.
+    """The subjects and fields of a system's messages.
 
     Attributes:
-        request: The subject of a request, by its id.
-        results: Where every result is seen.
+        request: Returns the subject of a request for an id.
+        results: The subject of all results, with wildcards.
         fields: Fields of every request except the id.
     """
 
@@ -35,16 +35,16 @@ class Wire:
     fields: Mapping[str, object] = field(default_factory=dict)
 
     def body(self, request_id: str, **fields: object) -> bytes:
-        """One request."""
-        asked = {"request_id": request_id, "prompt": PROMPT, **self.fields, **fields}
-        return json.dumps(asked).encode()
+        """Return the body of one request."""
+        content = {"request_id": request_id, "prompt": PROMPT, **self.fields, **fields}
+        return json.dumps(content).encode()
 
 
 class Sender:
     """One connection of a sender.
 
     Args:
-        wire: What is spoken.
+        wire: Subjects and fields of the messages.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -53,15 +53,15 @@ class Sender:
         self._results: Subscription
 
     async def open(self, url: str, parts: AsyncExitStack) -> None:
-        """Connect, and listen for results."""
+        """Connect, and subscribe to results."""
         self.client = await nats.connect(url)
         parts.push_async_callback(self.client.close)
         self._results = await self.client.subscribe(self.wire.results)
 
     async def publish(self, jobs: int) -> set[str]:
-        """Publish so many requests, all stored; returns their ids.
+        """Publish this number of requests and wait until all are stored; return their ids.
 
-        Not one after the other: a queue that fills more slowly than it empties would be measured.
+        The publishes overlap, so that the queue fills faster than the workers empty it.
         """
         jetstream = self.client.jetstream()
         ids = {uuid4().hex for _ in range(jobs)}
@@ -73,25 +73,25 @@ class Sender:
         return ids
 
     async def result(self) -> str:
-        """The id of the next request that is done.
+        """Return the id of the next succeeded request.
 
         Raises:
-            WentWrongError: It is not done but failed.
+            WentWrongError: The request failed or was cancelled.
         """
-        message = await self._results.next_msg(timeout=PATIENCE)
+        message = await self._results.next_msg(timeout=RESULT_TIMEOUT)
         result = json.loads(message.data)
         if "failure" in result or str(result.get("type", "")).endswith("cancelled"):
-            raise WentWrongError(f"a request came to nothing: {result}")
+            raise WentWrongError(f"a request did not succeed: {result}")
         return str(result["request_id"])
 
     async def do(self, jobs: int) -> None:
-        """Publish so many requests; return when each has its result."""
+        """Publish this number of requests and wait for all results."""
         ids = await self.publish(jobs)
         while ids:
             ids.remove(await self.result())
 
     async def one(self, **fields: object) -> float:
-        """Seconds from a publish to its result."""
+        """Return the seconds from a publish to its result."""
         request_id = uuid4().hex
         subject, body = self.wire.request(request_id), self.wire.body(request_id, **fields)
         began = time.perf_counter()

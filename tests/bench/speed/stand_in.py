@@ -1,7 +1,7 @@
-"""The device that every system is given: it takes its milliseconds, and returns a picture.
+"""The stand-in for the device of every system: it takes a fixed time and returns an image.
 
-Each run is noted with its beginning and end, so that how busy the device was is read from the same
-notes, whichever process it worked in. The clock is common to all processes of a machine.
+Each run writes its start and end to a file. The utilization of the device is computed from this
+file, in whichever process it ran. All processes of a machine share the clock.
 """
 
 import os
@@ -15,13 +15,13 @@ from PIL import Image
 
 from tests.bench.speed.rows import Row
 
-NOTES = "SPEED_NOTES"  # environment: the file that a process notes its runs in
+NOTES = "SPEED_NOTES"  # environment variable: the file for the runs of a process
 _GRAIN = 4.0  # standard deviation, of 255: a PNG then compresses like a photograph's
 _NUMBERS = 2**20  # 0.3 ms for each pass, all but some microseconds without the interpreter's lock
 
 
 class Run(NamedTuple):
-    """When the device worked; seconds of `time.monotonic()`."""
+    """Start and end of one run; seconds of `time.monotonic()`."""
 
     began: float
     ended: float
@@ -31,27 +31,27 @@ class StandIn:
     """One device.
 
     Args:
-        row: How long it takes, and the size of its picture.
-        notes: Where its runs are noted.
+        row: Duration and image size.
+        notes: File for the runs.
     """
 
     def __init__(self, row: Row, notes: Path) -> None:
         self._seconds = row.seconds
-        self._picture = grainy(row.side)
+        self._image = grainy(row.side)
         self._work = compute if row.device == "computes" else sleep
         self._notes = os.open(notes, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
 
     def run(
         self, on_step: Callable[[int, int], None] = lambda *_: None, steps: int = 1
     ) -> Image.Image:
-        """Take the time, in so many steps of equal length, and give the picture."""
+        """Work for the time of the row, in this number of equal steps, and return the image."""
         began = time.monotonic()
         for step in range(1, steps + 1):
-            # From the beginning and not from the step before: what a step is late does not add up.
+            # Relative to the start of the run, so that the delays of steps do not add up.
             self._work(began + self._seconds * step / steps)
             on_step(step, steps)
         os.write(self._notes, f"{began!r} {time.monotonic()!r}\n".encode())
-        return self._picture
+        return self._image
 
 
 def sleep(until: float) -> None:
@@ -69,7 +69,7 @@ def compute(until: float) -> None:
 
 
 def grainy(side: int) -> Image.Image:
-    """A picture with slow changes of colour and the grain of a photograph; always the same."""
+    """Return an image with smooth colours and noise like a photograph; deterministic."""
     across = np.linspace(0, 255, side, dtype=np.float32)
     channels = np.broadcast_arrays(across[None, :], across[:, None], 255 - across[None, :])
     grain = np.random.default_rng(0).normal(0, _GRAIN, (side, side, 3))
@@ -78,7 +78,7 @@ def grainy(side: int) -> Image.Image:
 
 
 def read_runs(notes: Path) -> Sequence[Run]:
-    """Every run noted so far, in the order of their ends."""
+    """Return all runs so far, in the order of their ends."""
     if not notes.exists():
         return []
     lines = notes.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The object store as the peers and the bench see it: the SDK with its defaults."""
+"""The object store of the peers and the bench: the SDK with its defaults."""
 
 from collections.abc import Mapping
 from io import BytesIO
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class Stored(NamedTuple):
-    """What is there after a measurement."""
+    """The content of the bucket after a measurement."""
 
     objects: int
     file_format: str
@@ -34,7 +34,7 @@ class Store:
         )
 
     def make_bucket(self) -> None:
-        """Nobody else does: the daemon's is made by `consumer apply`."""
+        """Create the bucket; `consumer apply` creates it only for the daemon."""
         self._client.make_bucket(self._bucket)
 
     def put(self, key: str, data: bytes, media_type: str) -> None:
@@ -43,16 +43,16 @@ class Store:
             self._bucket, key, BytesIO(data), len(data), content_type=media_type
         )
 
-    def look(self) -> Stored:
+    def inspect(self) -> Stored:
         """Count the objects, and open one of them."""
         keys = [
             one.object_name or "" for one in self._client.list_objects(self._bucket, recursive=True)
         ]
         response = self._client.get_object(self._bucket, keys[-1])
         try:
-            picture = Image.open(BytesIO(response.read()))
+            image = Image.open(BytesIO(response.read()))
         finally:
             response.close()
             response.release_conn()
-        picture.load()
-        return Stored(len(keys), (picture.format or "").lower(), picture.size)
+        image.load()
+        return Stored(len(keys), (image.format or "").lower(), image.size)

@@ -1,6 +1,6 @@
-"""The systems side by side: how each is started, kept busy, and asked for one job.
+"""The compared systems: how to start each, put it under load, and send one job.
 
-Each is a separate process. All other parts of a measurement are common, in other modules.
+Each system is a separate process. All other parts of a measurement are in common modules.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class Which:
 
     @property
     def slug(self) -> str:
-        """As it is written on the command line, and in names of files."""
+        """Return the name for the command line and for files."""
         if self.kind == "consumer":
             return f"consumer-{self.at_once}"
         return f"{self.kind}-fair" if self.fair else self.kind
@@ -69,19 +69,19 @@ SYSTEMS = {
 
 
 class System(Protocol):
-    """A system that runs.
+    """A running system.
 
     Attributes:
-        process: What its costs are read of.
+        process: The process whose CPU time and memory are measured.
     """
 
     process: ChildProcess
 
     async def do(self, jobs: int) -> None:
-        """Keep it busy with so many jobs; return when every result is here."""
+        """Run this number of jobs under load; return when all results have arrived."""
 
     async def one(self) -> float:
-        """Seconds from asking for one job to its result."""
+        """Return the seconds from a request for one job to its result."""
 
 
 async def start(which: Which, trial: Trial, parts: AsyncExitStack) -> System:
@@ -98,7 +98,7 @@ async def start(which: Which, trial: Trial, parts: AsyncExitStack) -> System:
 
 
 class Alone:
-    """A loop without a server, which is told a number of jobs."""
+    """A loop without a server; it receives the number of jobs over a socket."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Alone:
 
 
 class OverHttp:
-    """A server that answers when the job is done, asked by a few callers at a time."""
+    """An HTTP server that responds when the job is done, with a few callers in parallel."""
 
     def __init__(
         self, process: ChildProcess, session: aiohttp.ClientSession, callers: int = _CALLERS
@@ -153,7 +153,7 @@ class OverHttp:
 
 
 class OverNats:
-    """A process that takes its requests from a stream."""
+    """A process that receives requests from a stream."""
 
     def __init__(self, process: ChildProcess, sender: Sender) -> None:
         self.process = process
@@ -167,7 +167,7 @@ class OverNats:
 
 
 def wire_of_daemon(trial: Trial) -> Wire:
-    """The daemon's messages, for the pictures of a row."""
+    """Return the daemon's subjects, and the fields for the images of a row."""
     row, root = trial.row, trial.subjects
     return Wire(
         request=lambda request_id: root.request(TASK, request_id),

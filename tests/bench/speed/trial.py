@@ -1,4 +1,4 @@
-"""Where one thing is measured: new servers, a folder, and the processes that are started in it."""
+"""The environment of one measurement: new servers, a folder, and the started processes."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ _PATHS = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'contracts'}"}
 
 
 class Peer(ChildProcess):
-    """A process of a peer: ready when it makes a file, or answers on its port."""
+    """A process of a peer; ready when it creates a file or responds on its port."""
 
     def __init__(
         self,
@@ -34,32 +34,32 @@ class Peer(ChildProcess):
         folder: Path,
         port: int | None,
     ) -> None:
-        self._made = folder / f"{name}.ready"
+        self._ready_file = folder / f"{name}.ready"
         self._port = port
         super().__init__(
             name,
             [sys.executable, "-P", "-m", *argv],
             log=folder / f"{name}.log",
-            env={**os.environ, **env, **_PATHS, READY: str(self._made)},
+            env={**os.environ, **env, **_PATHS, READY: str(self._ready_file)},
         )
 
     def _is_ready(self) -> bool:
         if self._port is not None:
             return http_status(self._port, "/ready") == HTTPStatus.OK
-        return self._made.exists()
+        return self._ready_file.exists()
 
 
 @dataclass
 class Trial:
-    """One measurement's surroundings.
+    """The environment of one measurement.
 
     Attributes:
         row: The kind of job.
-        folder: Gone afterwards, with the artifacts.
-        stack: Servers that nobody has used yet: the last system's load is not this one's.
-        store: The bucket, which is there.
-        parts: What is started here ends with it.
-        profile: File for the stacks of the daemon; None: nobody looks at them.
+        folder: Deleted afterwards, with the artifacts.
+        stack: New servers, without data of other measurements.
+        store: The created bucket.
+        parts: Stops everything that is started here.
+        profile: File for the stacks of the daemon; None: no profile.
     """
 
     row: Row
@@ -71,25 +71,25 @@ class Trial:
     subjects: Subjects = field(default_factory=lambda: Subjects("speed-daemon"))
 
     def environment(self, name: str) -> dict[str, str]:
-        """What every process that holds a device is told."""
+        """Return the environment of every process with a device."""
         notes = {NOTES: str(self._notes(name))}
         return {**self.stack.environment(), **self.row.environment(), **notes}
 
     def runs(self, name: str) -> Sequence[Run]:
-        """When the device of a process has worked."""
+        """Return the runs of the device of a process."""
         return read_runs(self._notes(name))
 
     def start_peer(
         self, name: str, argv: Sequence[str], port: int | None = None, **environment: str
     ) -> Peer:
-        """A process of a peer, starting."""
+        """Start a process of a peer, without waiting for it."""
         peer = Peer(name, argv, {**self.environment(name), **environment}, self.folder, port)
         self.parts.callback(peer.kill)
         peer.start()
         return peer
 
     def start_daemon(self, name: str, max_ack_pending: int) -> Daemon:
-        """A daemon with the stand-in for its model, starting; it makes its streams and durable."""
+        """Start a daemon with the stand-in as model; it creates its streams and durable."""
         environment = {
             **self.environment(name),
             "MODEL_TYPE": str(TASK),
@@ -111,7 +111,7 @@ class Trial:
 
 @contextmanager
 def new_trial(row: Row, profile: Path | None = None) -> Iterator[Trial]:
-    """New servers, an empty bucket; everything that was started is ended on the way out."""
+    """Start new servers with an empty bucket; stop everything at the end of the block."""
     with (
         tempfile.TemporaryDirectory(prefix="speed-") as folder,
         DevStack(Path(folder) / "stack", persist=False) as stack,

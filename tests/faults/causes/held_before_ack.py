@@ -10,12 +10,12 @@ from tests.support.quick_runner import QuickRunner
 ack = JetStreamDelivery.ack
 
 
-async def held(self: JetStreamDelivery) -> None:
+async def hold_before_ack(self: JetStreamDelivery) -> None:
     await asyncio.to_thread(hold_once, "ack")
     await ack(self)
 
 
-JetStreamDelivery.ack = held  # type: ignore[method-assign] # that is the fault
+JetStreamDelivery.ack = hold_before_ack  # type: ignore[method-assign] # that is the fault
 
 
 def make_runner(_: Settings) -> QuickRunner:

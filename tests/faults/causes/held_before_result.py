@@ -11,12 +11,14 @@ from tests.support.quick_runner import QuickRunner
 publish_result = JetStreamEvents.publish_result
 
 
-async def held(self: JetStreamEvents, event: ResultEvent, *, trace_parent: str | None) -> bool:
+async def hold_before_result(
+    self: JetStreamEvents, event: ResultEvent, *, trace_parent: str | None
+) -> bool:
     await asyncio.to_thread(hold_once, "result")
     return await publish_result(self, event, trace_parent=trace_parent)
 
 
-JetStreamEvents.publish_result = held  # type: ignore[method-assign] # that is the fault
+JetStreamEvents.publish_result = hold_before_result  # type: ignore[method-assign] # that is the fault
 
 
 def make_runner(_: Settings) -> QuickRunner:

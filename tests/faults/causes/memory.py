@@ -53,10 +53,10 @@ class MemoryRunner(QuickRunner):
                 pass
 
     def output(self, request: Request, images: Sequence[Image.Image]) -> RunnerOutput:
-        made = super().output(request, images)
-        for one in made.images:
+        output = super().output(request, images)
+        for one in output.images:
             one.image.info["tensors"] = b"\1" * LARGE
-        return made
+        return output
 
 
 def make_runner(_: Settings) -> MemoryRunner:

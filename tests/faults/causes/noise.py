@@ -20,8 +20,8 @@ class Noise(QuickRunner):
         assert isinstance(request, TextToImageRequest)
         size = request.width or SMALL, request.height or SMALL
         noise = random.Random(SEED).randbytes(3 * size[0] * size[1])
-        picture = Image.frombytes("RGB", size, noise)
-        return RunnerOutput(images=(GeneratedImage(picture, SEED),))
+        image = Image.frombytes("RGB", size, noise)
+        return RunnerOutput(images=(GeneratedImage(image, SEED),))
 
 
 shorten()

@@ -10,17 +10,19 @@ from consumer.settings import Settings
 from tests.support.holding import SERVER
 from tests.support.quick_runner import QuickRunner, first_time, note
 
-take = JetStreamDelivery.__init__
+original_init = JetStreamDelivery.__init__
 
 
-def taken(self: JetStreamDelivery, message: Msg, context: DeliveryContext) -> None:
+def kill_server_at_second_delivery(
+    self: JetStreamDelivery, message: Msg, context: DeliveryContext
+) -> None:
     if not first_time("first") and first_time("second"):
         os.kill(int(os.environ[SERVER]), signal.SIGKILL)
         note("killed", "the server")
-    take(self, message, context)
+    original_init(self, message, context)
 
 
-JetStreamDelivery.__init__ = taken  # type: ignore[method-assign] # that is the fault
+JetStreamDelivery.__init__ = kill_server_at_second_delivery  # type: ignore[method-assign] # that is the fault
 
 
 def make_runner(_: Settings) -> QuickRunner:

@@ -28,9 +28,9 @@ class SoakRunner(QuickRunner):
             note(RUNS, f"{_id(request)} {time.time()}")
         match _fate(request):
             case Fate.OUT_OF_MEMORY:
-                raise OutOfMemory("as it was fated")
+                raise OutOfMemory("injected")
             case Fate.OUT_OF_MEMORY_ONCE if not save_memory:
-                raise OutOfMemory("as it was fated")
+                raise OutOfMemory("injected")
             case _:
                 pass
 
@@ -42,22 +42,22 @@ class SoakRunner(QuickRunner):
             case Fate.HOLDS_THE_GIL if number == 1:
                 _HOLDING_THE_GIL.usleep(round(LONG * 1_000_000))
             case Fate.RAISES:
-                raise ModelError("Soaked")
-            case Fate.RAISES_ONCE if _not_yet(request):
-                raise ModelError("Soaked")
-            case Fate.DEVICE_LOST_ONCE if _not_yet(request):
+                raise ModelError("injected")
+            case Fate.RAISES_ONCE if _first_run(request):
+                raise ModelError("injected")
+            case Fate.DEVICE_LOST_ONCE if _first_run(request):
                 raise DeviceLost
             case Fate.KILLED:
                 _die()
-            case Fate.KILLED_ONCE if _not_yet(request):
+            case Fate.KILLED_ONCE if _first_run(request):
                 _die()
-            case Fate.HANGS_ONCE if _not_yet(request):
+            case Fate.HANGS_ONCE if _first_run(request):
                 threading.Event().wait()
             case _:
                 pass
 
     def output(self, request: Request, images: Sequence[Image.Image]) -> RunnerOutput:
-        if request.seed is None:  # as the real one: another picture in every run
+        if request.seed is None:  # like real models: another image in every run
             request = request.model_copy(update={"seed": secrets.randbelow(SEEDS)})
         return super().output(request, images)
 
@@ -67,11 +67,11 @@ def _fate(request: Request) -> Fate:
 
 
 def _id(request: Request) -> str:
-    # The body need not have it: the sender says it in the prompt too.
+    # The id is not always in the body, so the sender also puts it into the prompt.
     return request.prompt.split()[0]
 
 
-def _not_yet(request: Request) -> bool:
+def _first_run(request: Request) -> bool:
     return first_time(f"once-{_id(request)}")
 
 

@@ -1,8 +1,8 @@
 """No queue and no server: `python -m tests.bench.speed.peers.alone device|serial SOCKET`.
 
-`device` is the physical limit, the stand-in called in a loop; `serial` the loop of a script: the
-device, encode, upload. How many jobs are wanted is told through a socket, a number in a line, so
-that these two are started, warmed up and looked at as all others are.
+`device` is the physical limit: the stand-in in a loop. `serial` is the loop of a script: device,
+encode, upload. The number of jobs arrives through a socket, one number a line, so that these
+systems are started, warmed up and measured like the others.
 """
 
 import os
@@ -18,7 +18,7 @@ from tests.bench.speed.stand_in import NOTES, StandIn
 
 
 def serve(work: Callable[[], object], address: str) -> None:
-    """Do what is asked for until whoever asks hangs up."""
+    """Run the requested number of jobs until the client disconnects."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen()

@@ -1,4 +1,4 @@
-"""The job as the peers do it: the device, Pillow, the SDK; one after the other, and blocking."""
+"""The job of the peers: the device, Pillow and the SDK, one after another and blocking."""
 
 import os
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from tests.bench.speed.rows import Row
 from tests.bench.speed.stand_in import NOTES, StandIn
 from tests.bench.speed.store import Store
 
-FAIR = "SPEED_FAIR"  # environment: set where the peers use the daemon's encoder
-READY = "SPEED_READY"  # environment: the file that a peer makes when it is ready
+FAIR = "SPEED_FAIR"  # environment variable: set if the peers use the daemon's encoder
+READY = "SPEED_READY"  # environment variable: the file that a ready peer creates
 
-# PNG is as Pillow writes it by itself. The other two have the daemon's quality: Pillow's own would
-# make other pictures, and less work.
+# PNG has Pillow's defaults. The other two have the daemon's quality, because Pillow's defaults
+# would be less work for a lower quality.
 _OPTIONS: dict[str, dict[str, int]] = {
     "png": {},
     "webp": {"quality": 90, "method": 2},
@@ -26,15 +26,15 @@ _OPTIONS: dict[str, dict[str, int]] = {
 }
 
 
-class Asked(BaseModel):
-    """What a peer is sent."""
+class JobRequest(BaseModel):
+    """The request of a peer."""
 
     request_id: str
     prompt: str
 
 
-class Done(BaseModel):
-    """What it answers."""
+class JobResult(BaseModel):
+    """The response of a peer."""
 
     request_id: str
     key: str
@@ -42,7 +42,7 @@ class Done(BaseModel):
 
 
 class PeerJob:
-    """Everything that a peer does for one request, in one call."""
+    """The work of a peer for one request, in one call."""
 
     def __init__(self) -> None:
         row = Row.from_environment(os.environ)
@@ -51,26 +51,26 @@ class PeerJob:
         self._encode = quick_encoder() if FAIR in os.environ else encode
         self._store = Store(os.environ)
 
-    def __call__(self, request_id: str) -> Done:
+    def __call__(self, request_id: str) -> JobResult:
         data = self._encode(self._device.run(), self._format)
         key = f"{request_id}.{self._format}"
         self._store.put(key, data, f"image/{self._format}")
-        return Done(request_id=request_id, key=key, size=len(data))
+        return JobResult(request_id=request_id, key=key, size=len(data))
 
 
-def encode(picture: Image.Image, file_format: OutputFormat) -> bytes:
-    """A file, by Pillow."""
+def encode(image: Image.Image, file_format: OutputFormat) -> bytes:
+    """Encode an image with Pillow."""
     file = BytesIO()
-    picture.save(file, file_format.upper(), **_OPTIONS[file_format])
+    image.save(file, file_format.upper(), **_OPTIONS[file_format])
     return file.getvalue()
 
 
 def quick_encoder() -> Callable[[Image.Image, OutputFormat], bytes]:
-    """The daemon's encoder, so that what is left of the difference is not the encoder's."""
+    """Return the daemon's encoder, to exclude the encoder from the comparison."""
     codec = ImageCodec()
-    return lambda picture, file_format: codec.encode(picture, file_format, seed=0).data
+    return lambda image, file_format: codec.encode(image, file_format, seed=0).data
 
 
 def say_ready() -> None:
-    """Tell the bench that requests can come."""
+    """Notify the bench that the peer is ready."""
     Path(os.environ[READY]).touch()

@@ -1,7 +1,7 @@
 """The job behind FastAPI: `python -m tests.bench.speed.peers.over_http PORT`.
 
-The shape that this daemon replaces: a queue of one in memory, one loop that takes from it, and the
-whole job in one call of a thread.
+A common design: a queue of length one in memory, one loop that reads from it, and the whole job in
+one call in a thread.
 """
 
 import asyncio
@@ -12,19 +12,19 @@ from contextlib import asynccontextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from tests.bench.speed.peers.job import Asked, Done, PeerJob
+from tests.bench.speed.peers.job import JobRequest, JobResult, PeerJob
 
 
 def make_app(job: PeerJob) -> FastAPI:
-    """The server, with its loop in the background."""
-    waiting: asyncio.Queue[tuple[Asked, asyncio.Future[Done]]] = asyncio.Queue(maxsize=1)
+    """Return the server with its background loop."""
+    waiting: asyncio.Queue[tuple[JobRequest, asyncio.Future[JobResult]]] = asyncio.Queue(maxsize=1)
 
     async def work() -> None:
         while True:
-            asked, answer = await waiting.get()
+            request, answer = await waiting.get()
             try:
-                answer.set_result(await asyncio.to_thread(job, asked.request_id))
-            except Exception as error:  # noqa: BLE001 - whoever waits gets it
+                answer.set_result(await asyncio.to_thread(job, request.request_id))
+            except Exception as error:  # noqa: BLE001 - the waiting request raises it
                 answer.set_exception(error)
 
     @asynccontextmanager
@@ -36,14 +36,14 @@ def make_app(job: PeerJob) -> FastAPI:
     app = FastAPI(lifespan=lifespan)
 
     @app.post("/infer")
-    async def infer(asked: Asked) -> Done:
+    async def infer(request: JobRequest) -> JobResult:
         answer = asyncio.get_running_loop().create_future()
-        await waiting.put((asked, answer))
+        await waiting.put((request, answer))
         return await answer
 
     @app.get("/ready")
     async def ready() -> None:
-        """The model is loaded before the port is listened on."""
+        """Respond with 200: the model is loaded before the port is open."""
 
     return app
 

@@ -1,13 +1,13 @@
 """The job behind LitServe: `python -m tests.bench.speed.peers.over_litserve PORT`.
 
-As its documentation starts one: a class with `setup` and `predict`, and one worker process.
+As in its documentation: a class with `setup` and `predict`, and one worker process.
 """
 
 import sys
 
 import litserve  # type: ignore[import-not-found] # of the group `bench`
 
-from tests.bench.speed.peers.job import Asked, PeerJob
+from tests.bench.speed.peers.job import JobRequest, PeerJob
 
 
 class Peer(litserve.LitAPI):  # type: ignore[misc] # as above
@@ -17,8 +17,8 @@ class Peer(litserve.LitAPI):  # type: ignore[misc] # as above
         """Load the model."""
         self._job = PeerJob()
 
-    def decode_request(self, request: Asked) -> str:
-        """Take what the job needs from the body."""
+    def decode_request(self, request: JobRequest) -> str:
+        """Return the request id from the body."""
         return request.request_id
 
     def predict(self, request_id: str) -> dict[str, object]:

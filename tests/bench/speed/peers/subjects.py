@@ -1,4 +1,4 @@
-"""Where the FastStream peer takes its requests from, and where it publishes its results."""
+"""The streams and subjects of the FastStream peer."""
 
 REQUESTS_STREAM = "SPEED_REQUESTS"
 REQUEST = "speed.request"
@@ -7,5 +7,5 @@ RESULTS = "speed.result.*"
 
 
 def result(request_id: str) -> str:
-    """The subject of one result."""
+    """Return the subject of one result."""
     return f"speed.result.{request_id}"

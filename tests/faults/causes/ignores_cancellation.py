@@ -10,7 +10,7 @@ from tests.support.quick_runner import QuickRunner, note
 MINUTES = 600.0  # seconds
 
 
-class Deaf(QuickRunner):
+class IgnoresCancellation(QuickRunner):
     def run(
         self, runs: Sequence[RunRequest], *, save_memory: bool = False
     ) -> list[RunnerOutput | None]:
@@ -19,5 +19,5 @@ class Deaf(QuickRunner):
         return super().run(runs, save_memory=save_memory)
 
 
-def make_runner(_: Settings) -> Deaf:
-    return Deaf()
+def make_runner(_: Settings) -> IgnoresCancellation:
+    return IgnoresCancellation()

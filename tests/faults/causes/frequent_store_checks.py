@@ -1,7 +1,7 @@
 """The model works, and the process checks its store continuously."""
 
 from consumer.app import daemon
-from tests.faults.causes.impatient import make_runner
+from tests.faults.causes.short_store_timeouts import make_runner
 
 __all__ = ["make_runner"]
 

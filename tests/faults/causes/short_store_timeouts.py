@@ -1,6 +1,6 @@
 """The model works, and the process has shorter timeouts for its store.
 
-Without them an attempt at a silent store takes 20 s, and an operation retries for a minute.
+With the normal timeouts, an attempt without a response takes 20 s, and retries take a minute.
 """
 
 from tests.faults.causes.none import make_runner

@@ -1,4 +1,4 @@
-"""A worker hands over a request soon if its outputs cannot be stored."""
+"""A worker soon hands over a request whose outputs cannot be stored."""
 
 from consumer.jobs import image_stages
 from tests.faults.causes.none import make_runner

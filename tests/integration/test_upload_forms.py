@@ -1,0 +1,134 @@
+"""Upload forms and the lifecycle of uploads, on a real S3 server."""
+
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx2
+import pytest
+from minio import Minio
+from minio.commonconfig import ENABLED, Filter
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
+
+from consumer.app.probes import NullObserver
+from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, StoreMisconfigured, object_store
+from consumer.devstack import ObjectStore
+from consumer.ports.store import UploadTooLarge
+from generation_contracts import UploadReply, UploadRequest
+
+PNG = UploadRequest(size=10, media_type="image/png")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    with ObjectStore(tmp_path_factory.mktemp("store")) as server:
+        server.wait_ready()
+        yield server
+
+
+def config(store: ObjectStore, **changes: Any) -> StoreConfig:
+    values: dict[str, Any] = {
+        "endpoint": store.endpoint,
+        "access_key": store.access_key,
+        "secret_key": store.secret_key,
+        "bucket": store.bucket,
+        "prefix": "team/outputs",
+    }
+    return StoreConfig(**(values | changes))
+
+
+@pytest.fixture
+async def artifacts(store: ObjectStore) -> AsyncIterator[ObjectStoreArtifacts]:
+    opened = ObjectStoreArtifacts(config(store), observer=NullObserver())
+    await opened.ensure_bucket()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def admin(store: ObjectStore, artifacts: ObjectStoreArtifacts) -> Minio:
+    return Minio(
+        store.endpoint.removeprefix("http://"),
+        access_key=store.access_key,
+        secret_key=store.secret_key,
+        secure=False,
+        region="us-east-1",
+    )
+
+
+def post(form: UploadReply, data: bytes) -> int:
+    answer = httpx2.post(form.url, data=form.fields, files={"file": ("x", data)})
+    return answer.status_code
+
+
+def test_a_form_stores_the_file_under_the_prefix(
+    artifacts: ObjectStoreArtifacts, admin: Minio
+) -> None:
+    form = artifacts.sign_upload(PNG)
+    assert form.key.startswith("team/outputs/uploads/")
+    assert post(form, b"0123456789") in {200, 204}
+    stored = admin.get_object(form.bucket, form.key)
+    assert stored.read() == b"0123456789"
+    assert stored.headers["Content-Type"] == "image/png"
+
+
+def test_an_expired_form_is_refused(
+    artifacts: ObjectStoreArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "_UPLOAD_TTL", timedelta(seconds=-1))
+    form = artifacts.sign_upload(PNG)
+    assert form.expires_at < datetime.now(UTC)
+    assert post(form, b"0123456789") == 403
+
+
+def test_a_form_expires_within_minutes(artifacts: ObjectStoreArtifacts) -> None:
+    left = artifacts.sign_upload(PNG).expires_at - datetime.now(UTC)
+    assert timedelta(minutes=9) < left <= timedelta(minutes=10)
+
+
+async def test_the_form_has_the_public_address(store: ObjectStore) -> None:
+    addresses = {
+        "https://s3.example.com": "https://s3.example.com/generation/",
+        "https://s3.us-east-1.amazonaws.com": "https://generation.s3.us-east-1.amazonaws.com/",
+    }
+    for public, url in addresses.items():
+        signing = ObjectStoreArtifacts(
+            config(store, public_endpoint=public), observer=NullObserver()
+        )
+        assert signing.sign_upload(PNG).url == url
+        await signing.close()
+
+
+def test_a_file_over_the_limit_is_not_signed(artifacts: ObjectStoreArtifacts) -> None:
+    limit = 20 * 2**20
+    artifacts.sign_upload(UploadRequest(size=limit, media_type="image/jpeg"))
+    with pytest.raises(UploadTooLarge, match=f"more than {limit} bytes"):
+        artifacts.sign_upload(UploadRequest(size=limit + 1, media_type="image/jpeg"))
+
+
+async def test_the_lifecycle_rule_is_added_once_and_other_rules_stay(
+    artifacts: ObjectStoreArtifacts, admin: Minio, store: ObjectStore
+) -> None:
+    other = Rule(
+        ENABLED, rule_filter=Filter(prefix="logs/"), rule_id="logs", expiration=Expiration(days=9)
+    )
+    admin.set_bucket_lifecycle(store.bucket, LifecycleConfig([other]))
+    assert await artifacts.expire_uploads()
+    assert not await artifacts.expire_uploads()
+    found = admin.get_bucket_lifecycle(store.bucket)
+    assert found is not None
+    rules = {
+        rule.rule_filter.prefix: rule.expiration.days
+        for rule in found.rules
+        if rule.rule_filter is not None and rule.expiration is not None
+    }
+    assert rules == {"logs/": 9, "team/outputs/uploads/": 1}
+
+
+async def test_a_store_that_refuses_the_rule_is_reported(store: ObjectStore) -> None:
+    refused = ObjectStoreArtifacts(config(store, bucket="absent"), observer=NullObserver())
+    try:
+        with pytest.raises(StoreMisconfigured):
+            await refused.expire_uploads()
+    finally:
+        await refused.close()
