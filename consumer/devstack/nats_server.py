@@ -12,8 +12,8 @@ _CONFIG = "nats.conf"
 _PRIVATE_FILE = 0o600
 # What all streams together may reserve; a reservation takes no space on the disk. The default is
 # 75% of the free space of the disk, which is less than the streams of `consumer apply` reserve
-# (7.4 GiB) where the folder is on a small disk or in memory.
-_MAX_FILE_STORE = "16GB"
+# (7.4 GiB) where the folder is on a small disk or in memory, and for a second subject root.
+_MAX_FILE_STORE = "1TB"
 
 
 class NatsServer(ChildProcess):

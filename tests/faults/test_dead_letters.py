@@ -277,7 +277,7 @@ async def test_missing_streams_or_server_is_one_line_with_exit_code_69(scene: Sc
     other = await dead_letters(scene, "list", CONSUMER_SUBJECT_ROOT="other")
     assert other.code == 69
     assert other.stderr == (
-        "consumer: NATS: there is no stream NOBODY_DEAD_LETTERS; run `consumer apply`\n"
+        "consumer: NATS: there is no stream OTHER_DEAD_LETTERS; run `consumer apply`\n"
     )
     (port,) = free_ports(1)
     gone = await dead_letters(scene, "list", NATS_URL=f"nats://a:secret@127.0.0.1:{port}")

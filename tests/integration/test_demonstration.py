@@ -49,7 +49,7 @@ def test_images_and_descriptions_reach_the_bounds(bench: Bench) -> None:
 
 def test_the_bench_can_load_the_models_from_a_folder(bench: Bench) -> None:
     folder = Bench(folder_of(Task.TEXT_TO_IMAGE).parent)
-    images = [models.picture("a red circle", 1).tobytes() for models in (bench, folder)]
+    images = [models.image("a red circle", 1).tobytes() for models in (bench, folder)]
     folder.close()
     assert images[0] == images[1]
 

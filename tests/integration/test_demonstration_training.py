@@ -75,7 +75,7 @@ def test_the_training_saves_both_models_where_the_runners_load_them(tmp_path: Pa
     assert done.returncode == 0, done.stderr[-2_000:]
     assert not any(str(tmp_path) in file.read_text() for file in tmp_path.rglob("*.json"))
     loaded = Bench(tmp_path)
-    image = loaded.picture("a red circle", 1)
+    image = loaded.image("a red circle", 1)
     assert image.size == (64, 64)
     assert isinstance(loaded.text([image], "What is this?"), str)
     loaded.close()

@@ -261,7 +261,7 @@ async def test_the_service_info_contains_model_and_schema(scene: Scene, caller: 
     await caller.client.request("$SRV.INFO.generation", timeout=10, headers=headers)
     stats = json.loads((await caller.client.request("$SRV.STATS.generation", timeout=10)).data)
     calls = {one["name"]: one["num_requests"] for one in stats["endpoints"]}
-    assert calls == {str(Task.TEXT_TO_IMAGE): 1, "cancel": 0}
+    assert calls == {str(Task.TEXT_TO_IMAGE): 1, "cancel": 0, "upload": 0}
 
 
 async def test_several_workers_share_the_calls(scene: Scene, caller: Caller) -> None:
