@@ -498,6 +498,7 @@ class GenerationClient:
         last_reply = now()
         while not client.is_closed:
             event: AnyEvent | UnsupportedMessage | None = None
+            cancellations = _cancellations()
             try:
                 event = await asyncio.wait_for(received.get(), wait)
             except TimeoutError:
@@ -507,6 +508,10 @@ class GenerationClient:
                 except ResultsUnreadable as error:
                     if self._max_outage is not None and now() - last_reply > self._max_outage:
                         raise ServiceUnavailable(f"NATS: {error}") from None
+            if _cancellations() > cancellations:
+                # Until Python 3.12, asyncio.wait_for drops a cancellation that arrives at the same
+                # time as its result (python/cpython#86296). nats-py uses it for each request.
+                raise asyncio.CancelledError
             if isinstance(event, UnsupportedMessage):
                 raise event
             if event is not None:
@@ -517,6 +522,12 @@ class GenerationClient:
                 raise ServiceUnavailable(reason)
             wait = LOOKUP_INTERVAL
         raise ServiceUnavailable("NATS: the connection is closed")
+
+
+def _cancellations() -> int:
+    """Return how many cancellations of the current task were requested and not withdrawn."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
 
 
 async def _connect(servers: str, options: dict[str, Any]) -> Client:

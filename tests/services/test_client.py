@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import nats
@@ -452,3 +453,26 @@ async def test_the_message_id_of_a_call_cannot_be_guessed(scene: Scene) -> None:
     await scene.sender.publish(subject, json.dumps(request).encode(), reply=inbox)
     answer = json.loads((await answers.next_msg(WITHIN)).data)
     assert (answer["type"], answer["request_id"]) == ("generation.v1.succeeded", "known")
+
+
+async def test_a_cancellation_that_a_library_drops_ends_the_wait(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11's asyncio.wait_for does so if its result arrives at the same time."""
+    reading = asyncio.Event()
+
+    async def drops_the_cancellation(*_: object) -> None:
+        reading.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(client_module, "stored_result", drops_the_cancellation)
+    async with GenerationClient(nats_server.url) as client:
+        waiting = asyncio.ensure_future(client.result(Task.TEXT_TO_IMAGE, "one"))
+        await reading.wait()
+        waiting.cancel()
+        await asyncio.wait({waiting}, timeout=WITHIN)
+        assert waiting.cancelled()
+        reading.clear()
+        with pytest.raises(TimeoutError):
+            await client.result(Task.TEXT_TO_IMAGE, "one", within=0.05)
