@@ -16,7 +16,7 @@ from generation_contracts import Task
 
 CONNECT_WITHIN = 5.0  # seconds; a person waits
 API_WITHIN = 10.0  # seconds; JetStream and the store may start later, or reply late
-SILENT_FOR = 2.0  # seconds until a person is told what the command waits for
+SILENT_FOR = 2.0  # seconds until the command reports what it waits for
 
 
 def for_workers(settings: Settings, number: int) -> Settings:
@@ -67,22 +67,27 @@ async def apply(
         left = error
     finally:
         await bus.close()
+    done.update(await _apply_store(settings, report))
+    if left is not None:
+        raise left
+    return done
+
+
+async def _apply_store(settings: Settings, report: Callable[[str], None]) -> dict[str, str]:
     artifacts = make_artifacts(settings, NullObserver())
     try:
         creating = asyncio.ensure_future(artifacts.ensure_bucket(within=API_WITHIN))
         if not (await asyncio.wait({creating}, timeout=SILENT_FOR))[0]:
             report(f"waiting for S3 at {settings.s3_endpoint}")
         created = await creating
-        expiry = await _expire_uploads(artifacts)
+        return {
+            f"bucket {settings.s3_bucket}": "created" if created else "unchanged",
+            "expiry of uploads": await _expire_uploads(artifacts),
+        }
     except StoreUnavailable as error:
         raise StoreUnavailable(store_fault(settings, error)) from None
     finally:
         await artifacts.close()
-    if left is not None:
-        raise left
-    done[f"bucket {settings.s3_bucket}"] = "created" if created else "unchanged"
-    done["expiry of uploads"] = expiry
-    return done
 
 
 async def _expire_uploads(artifacts: ObjectStoreArtifacts) -> str:

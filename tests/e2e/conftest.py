@@ -17,6 +17,7 @@ from consumer.devstack import DevStack
 from consumer.settings import Settings
 from generation_contracts import Task
 from tests.support.forked import ForkedStack
+from tests.support.plain_s3 import plain_s3_client
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +50,7 @@ async def sender(system: DevStack) -> AsyncIterator[Client]:
 @pytest.fixture
 def plain_s3(system: DevStack) -> Minio:
     """A plain S3 client."""
-    return Minio(
-        system.store.endpoint.removeprefix("http://"),
-        access_key=system.store.access_key,
-        secret_key=system.store.secret_key,
-        secure=False,
-        region="us-east-1",
-    )
+    return plain_s3_client(system.store)
 
 
 @pytest.fixture

@@ -1,14 +1,43 @@
-"""The actions of a sender, with nats-py and without code of this project."""
+"""The actions of a sender: with nats-py, without code of this project, and on the command line."""
 
 import asyncio
 import json
+import os
+import shutil
+import subprocess
+import sys
 import uuid
+from pathlib import Path
 from typing import Any
 
+import pytest
 from nats.aio.client import Client
 
 WITHIN = 60.0  # seconds; only a hang takes this long
 QUEUES = ("GENERATION_REQUESTS_TEXT_TO_IMAGE", "GENERATION_REQUESTS_IMAGE_TO_TEXT")
+
+
+# With NATS_CLI_REQUIRED the tests run, and fail without these programs.
+needs_nats_and_jq = pytest.mark.skipif(
+    not os.environ.get("NATS_CLI_REQUIRED")
+    and (shutil.which("nats") is None or shutil.which("jq") is None),
+    reason="nats or jq is not installed",
+)
+
+
+def run_consumer(
+    *arguments: str, folder: Path | None = None, **settings: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run a `consumer` command in a folder, with settings in the environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "consumer", *arguments],
+        cwd=folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=2 * WITHIN,
+        check=False,
+    )
 
 
 def new_id() -> str:

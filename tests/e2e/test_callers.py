@@ -6,9 +6,9 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,23 +16,12 @@ from nats.aio.client import Client
 from PIL import Image
 
 from consumer.devstack import DevStack
-from tests.e2e.senders import WITHIN, new_id, run_request
+from tests.e2e.senders import WITHIN, needs_nats_and_jq, new_id, run_consumer, run_request
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/sending.md").read_text("utf-8")
 ALL_WITHIN = 150.0  # seconds for all commands of the page; only a hang takes this long
 SUCCEEDED = "generation.v1.succeeded"
-
-
-def consumer(system: DevStack, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "consumer", *arguments],
-        env={**os.environ, **system.environment()},
-        capture_output=True,
-        text=True,
-        timeout=WITHIN,
-        check=False,
-    )
 
 
 async def call(sender: Client, task: str, body: str) -> dict[str, object]:
@@ -67,8 +56,7 @@ def page_commands() -> list[str]:
     return [one for one in found if not one.startswith(("uv run consumer up", "export", ". "))]
 
 
-@pytest.mark.skipif(shutil.which("nats") is None, reason="the nats command line is not installed")
-@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+@needs_nats_and_jq
 @pytest.mark.parametrize(
     ("prompt", "with_consumer"),
     [("a red circle", True), ("a blue square", False)],
@@ -179,7 +167,8 @@ async def test_a_call_with_an_unsupported_parameter_is_refused(sender: Client) -
 
 
 async def test_the_cancel_command_prints_the_status(system: DevStack, sender: Client) -> None:
-    unknown = await asyncio.to_thread(consumer, system, "cancel", "unknown")
+    consumer = partial(run_consumer, **system.environment())
+    unknown = await asyncio.to_thread(consumer, "cancel", "unknown")
     assert (unknown.returncode, unknown.stdout) == (1, "")
     assert unknown.stderr == "unknown: no request with this id is queued, running or finished\n"
     request_id = new_id()
@@ -189,12 +178,12 @@ async def test_the_cancel_command_prints_the_status(system: DevStack, sender: Cl
     subject = f"generation.request.text_to_image.{request_id}"
     await sender.jetstream().publish(subject, body.encode())
     await events.next_msg(timeout=WITHIN)
-    stopped = await asyncio.to_thread(consumer, system, "cancel", request_id)
+    stopped = await asyncio.to_thread(consumer, "cancel", request_id)
     assert (stopped.returncode, stopped.stdout) == (0, "cancelled\n")
-    again = await asyncio.to_thread(consumer, system, "cancel", request_id, "--json")
+    again = await asyncio.to_thread(consumer, "cancel", request_id, "--json")
     assert json.loads(again.stdout)["status"] == "cancelled"
     done = await run_request(sender, "text_to_image", prompt="a", steps=1)
-    late = await asyncio.to_thread(consumer, system, "cancel", done["request_id"])
+    late = await asyncio.to_thread(consumer, "cancel", done["request_id"])
     assert (late.returncode, late.stdout) == (1, "")
     assert late.stderr.endswith(": too late to cancel, the request has ended: succeeded\n")
-    assert (await asyncio.to_thread(consumer, system, "cancel", "a.b")).returncode == 2
+    assert (await asyncio.to_thread(consumer, "cancel", "a.b")).returncode == 2

@@ -20,20 +20,7 @@ from consumer.app.apply import apply
 from consumer.devstack import DevStack, StartFailedError, free_ports
 from consumer.ports.store import StoreUnavailable
 from consumer.settings import Settings
-
-
-def consumer(
-    *arguments: str, folder: Path | None = None, **settings: str
-) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "consumer", *arguments],
-        cwd=folder,
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+from tests.e2e.senders import run_consumer
 
 
 @pytest.fixture
@@ -42,7 +29,7 @@ def settings(system: DevStack) -> dict[str, str]:
 
 
 def test_request_saves_the_image(settings: dict[str, str], tmp_path: Path) -> None:
-    done = consumer(
+    done = run_consumer(
         *("request", "text-to-image", "a circle", "--steps", "2", "--id", "shell-1"),
         folder=tmp_path,
         **settings,
@@ -53,12 +40,12 @@ def test_request_saves_the_image(settings: dict[str, str], tmp_path: Path) -> No
 
 
 def test_request_accepts_a_file_and_prints_json(settings: dict[str, str], tmp_path: Path) -> None:
-    consumer(
+    run_consumer(
         *("request", "text-to-image", "a", "--steps", "1", "--id", "shell-2"),
         folder=tmp_path,
         **settings,
     )
-    done = consumer(
+    done = run_consumer(
         *("request", "image-to-text", "shell-2.png", "What?", "--max-new-tokens", "3", "--json"),
         folder=tmp_path,
         **settings,
@@ -69,7 +56,7 @@ def test_request_accepts_a_file_and_prints_json(settings: dict[str, str], tmp_pa
 
 
 def test_a_failed_request_exits_with_1_and_the_reason(settings: dict[str, str]) -> None:
-    done = consumer("request", "text-to-image", "a", "--width", "65", **settings)
+    done = run_consumer("request", "text-to-image", "a", "--width", "65", **settings)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("failed: unsupported_parameter: width: ")
 
@@ -79,7 +66,7 @@ def test_a_photo_of_12_megapixels_is_described(settings: dict[str, str], tmp_pat
     Image.frombytes("L", (4000, 3000), noise).save(tmp_path / "photo.jpg", quality=70)
     assert (tmp_path / "photo.jpg").stat().st_size > 4_000_000
     for how in ((), ("--upload",)):
-        done = consumer(
+        done = run_consumer(
             *("request", "image-to-text", "photo.jpg", "What?", "--max-new-tokens", "3", *how),
             folder=tmp_path,
             **settings,
@@ -90,25 +77,25 @@ def test_a_photo_of_12_megapixels_is_described(settings: dict[str, str], tmp_pat
 
 def test_an_uploaded_file_can_be_described(settings: dict[str, str], tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    done = consumer("upload", "red.png", folder=tmp_path, **settings)
+    done = run_consumer("upload", "red.png", folder=tmp_path, **settings)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("s3://generation/uploads/")
-    described = consumer(
+    described = run_consumer(
         *("request", "image-to-text", done.stdout.strip(), "What?", "--max-new-tokens", "3"),
         folder=tmp_path,
         **settings,
     )
     assert described.returncode == 0, described.stderr
     (tmp_path / "notes.txt").write_text("no image")
-    refused = consumer("upload", "notes.txt", folder=tmp_path, **settings)
+    refused = run_consumer("upload", "notes.txt", folder=tmp_path, **settings)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "consumer: images: not a PNG, JPEG or WebP file\n"
 
 
 def test_a_request_reports_its_id_and_the_missing_worker(settings: dict[str, str]) -> None:
     """Ctrl-C prints how to cancel the request and how to get its result."""
-    root = {"CONSUMER_SUBJECT_ROOT": "nobody-works-here"}
-    assert consumer("apply", **settings, **root).returncode == 0
+    root = {"CONSUMER_SUBJECT_ROOT": "without-workers"}
+    assert run_consumer("apply", **settings, **root).returncode == 0
     waiting = subprocess.Popen(
         [sys.executable, "-m", "consumer", "request", "text-to-image", "a", "--id", "lonely"],
         env={**os.environ, **settings, **root},
@@ -138,7 +125,7 @@ def test_a_request_reports_its_id_and_the_missing_worker(settings: dict[str, str
     ],
 )
 def test_wrong_usage_exits_with_2_and_one_line(arguments: tuple[str, ...], message: str) -> None:
-    done = consumer(*arguments)
+    done = run_consumer(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(f"consumer: {message}")
     assert done.stderr.count("\n") == 1
@@ -149,7 +136,7 @@ def test_wrong_usage_exits_with_2_and_one_line(arguments: tuple[str, ...], messa
 )
 def test_a_missing_server_exits_with_69_and_one_line(arguments: tuple[str, ...]) -> None:
     (port,) = free_ports(1)
-    done = consumer(*arguments, NATS_URL=f"nats://someone:secret@127.0.0.1:{port}")
+    done = run_consumer(*arguments, NATS_URL=f"nats://someone:secret@127.0.0.1:{port}")
     assert done.returncode == 69
     address = f"nats://127.0.0.1:{port}"
     assert done.stderr == f"consumer: NATS: cannot connect to {address}: Connection refused\n"
@@ -185,7 +172,7 @@ def test_apply_names_the_store_that_does_not_answer(
 def test_a_server_that_is_too_old_exits_with_69(command: tuple[str, ...], said: str) -> None:
     (port,) = free_ports(1)
     with old_server("2.11.9") as server:
-        done = consumer(
+        done = run_consumer(
             *command,
             NATS_URL=f"nats://{server}",
             MODEL_TYPE="text_to_image",
@@ -221,7 +208,7 @@ def old_server(version: str) -> Iterator[str]:
 
 
 def test_check_tests_all_services_and_hides_the_secret(settings: dict[str, str]) -> None:
-    done = consumer("check", MODEL_TYPE="text_to_image", CONSUMER_ACK_WAIT="5", **settings)
+    done = run_consumer("check", MODEL_TYPE="text_to_image", CONSUMER_ACK_WAIT="5", **settings)
     assert done.returncode == 0, done.stdout
     assert [line[:4] for line in done.stdout.splitlines()[-3:]] == ["ok  "] * 3
     assert "S3_SECRET_KEY=" in done.stdout
@@ -229,7 +216,7 @@ def test_check_tests_all_services_and_hides_the_secret(settings: dict[str, str])
 
 
 def test_check_with_a_wrong_secret_exits_with_69(settings: dict[str, str]) -> None:
-    done = consumer(
+    done = run_consumer(
         "check", **{**settings, "MODEL_TYPE": "text_to_image", "S3_SECRET_KEY": "wrong-one"}
     )
     assert done.returncode == 69
@@ -238,7 +225,7 @@ def test_check_with_a_wrong_secret_exits_with_69(settings: dict[str, str]) -> No
 
 
 def test_a_second_apply_changes_nothing(settings: dict[str, str]) -> None:
-    done = consumer("apply", CONSUMER_ACK_WAIT="5", **settings)
+    done = run_consumer("apply", CONSUMER_ACK_WAIT="5", **settings)
     assert done.returncode == 0, done.stderr
     assert {line.rsplit(": ", 1)[1] for line in done.stdout.splitlines()} == {"unchanged"}
 
@@ -250,7 +237,7 @@ def test_apply_sets_max_ack_pending_for_the_replicas(settings: dict[str, str]) -
         (("--replicas", "4"), {"CONSUMER_JOBS_IN_FLIGHT": "3"}, 12),
         ((), {}, 1),
     ):
-        assert consumer("apply", *arguments, **base, **more).returncode == 0
+        assert run_consumer("apply", *arguments, **base, **more).returncode == 0
         assert max_ack_pending(settings["NATS_URL"]) == expected
 
 
@@ -270,23 +257,23 @@ def max_ack_pending(url: str) -> int | None:
 
 
 def test_apply_with_one_durable_for_two_tasks_is_refused(settings: dict[str, str]) -> None:
-    done = consumer("apply", **{**settings, "CONSUMER_NAME": "mine"})
+    done = run_consumer("apply", **{**settings, "CONSUMER_NAME": "mine"})
     assert done.returncode == 2
     assert done.stderr.startswith("consumer: CONSUMER_NAME: ")
 
 
 def test_request_with_json_output_saves_no_file(settings: dict[str, str], tmp_path: Path) -> None:
     command = ("request", "text-to-image", "a", "--steps", "1", "--json")
-    done = consumer(*command, folder=tmp_path, **settings)
+    done = run_consumer(*command, folder=tmp_path, **settings)
     assert json.loads(done.stdout)["type"] == "generation.v1.succeeded"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_id_of_another_request_is_an_error(settings: dict[str, str]) -> None:
     command = ("request", "text-to-image", "--steps", "1", "--id", "shell-3", "--json")
-    assert consumer(*command, "one", **settings).returncode == 0
-    assert consumer(*command, "one", **settings).returncode == 0
-    other = consumer(*command, "another", **settings)
+    assert run_consumer(*command, "one", **settings).returncode == 0
+    assert run_consumer(*command, "one", **settings).returncode == 0
+    other = run_consumer(*command, "another", **settings)
     assert (other.returncode, other.stdout) == (1, "")
     assert other.stderr == (
         "consumer: the id shell-3 belongs to another request; this one needs a new id\n"
@@ -295,8 +282,8 @@ def test_an_id_of_another_request_is_an_error(settings: dict[str, str]) -> None:
 
 def test_a_request_without_a_worker_ends_at_its_deadline(settings: dict[str, str]) -> None:
     environment = {**settings, "CONSUMER_SUBJECT_ROOT": "alone"}
-    assert consumer("apply", **environment).returncode == 0
-    done = consumer("request", "text-to-image", "a", "--deadline", "0.1", **environment)
+    assert run_consumer("apply", **environment).returncode == 0
+    done = run_consumer("request", "text-to-image", "a", "--deadline", "0.1", **environment)
     assert done.returncode == 69
     assert done.stderr.endswith("consumer: no result by the deadline\n")
 
@@ -306,7 +293,7 @@ def test_a_daemon_without_a_usable_store_does_not_start(
     settings: dict[str, str], setting: str
 ) -> None:
     name, _, value = setting.partition("=")
-    done = consumer("run", **{**settings, "MODEL_TYPE": "text_to_image", name: value})
+    done = run_consumer("run", **{**settings, "MODEL_TYPE": "text_to_image", name: value})
     assert done.returncode == 69
     last = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert "service_unavailable" in {line["event"] for line in last}
@@ -342,14 +329,14 @@ def test_a_failed_write_of_the_output_is_one_line() -> None:
 
 @pytest.mark.parametrize("seconds", ["nan", "0", "-1", "inf"])
 def test_an_invalid_deadline_is_refused(seconds: str) -> None:
-    done = consumer("request", "text-to-image", "a", "--deadline", seconds)
+    done = run_consumer("request", "text-to-image", "a", "--deadline", seconds)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
 def test_schema_prints_json() -> None:
-    assert json.loads(consumer("schema").stdout)["asyncapi"] == "3.0.0"
-    assert "TextToImageRequest" in json.loads(consumer("schema", "--json-schema").stdout)
+    assert json.loads(run_consumer("schema").stdout)["asyncapi"] == "3.0.0"
+    assert "TextToImageRequest" in json.loads(run_consumer("schema", "--json-schema").stdout)
 
 
 @pytest.mark.parametrize(

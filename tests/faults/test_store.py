@@ -212,7 +212,7 @@ async def test_store_without_checksums_gets_outputs(scene: Scene, proxy: FaultPr
     ("settings", "reason"),
     [
         ({"S3_SECRET_KEY": "not-the-secret-at-all"}, "S3: the secret key is wrong"),
-        ({"S3_ACCESS_KEY": "nobody-we-know"}, "S3: the access key is not known"),
+        ({"S3_ACCESS_KEY": "unknown-key"}, "S3: the access key is not known"),
         ({"S3_SECRET_KEY": ""}, "S3: set S3_ACCESS_KEY and S3_SECRET_KEY"),
         (
             {"S3_BUCKET": "no-such-bucket"},

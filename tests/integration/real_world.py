@@ -14,7 +14,6 @@ from typing import Any, Self
 from uuid import uuid4
 
 import nats
-from minio import Minio
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
@@ -60,6 +59,7 @@ from generation_contracts.headers import (
     DEAD_LETTER_WORKER,
 )
 from tests.support.memory_ports import MemoryObserver, ScriptedRunner, Tally
+from tests.support.plain_s3 import plain_s3_client
 
 CHUNK = 65_536  # bytes
 CONNECT_WITHIN = 10.0  # seconds; only bounds a wait for something that must happen
@@ -146,18 +146,6 @@ class CountingArtifacts(ObjectStoreArtifacts):
             raise
 
 
-def plain_store(servers: DevStack) -> Minio:
-    """Return a client of the S3 server that shares no code with the product."""
-    store = servers.store
-    return Minio(
-        store.endpoint.removeprefix("http://"),
-        access_key=store.access_key,
-        secret_key=store.secret_key,
-        secure=False,
-        region="us-east-1",
-    )
-
-
 class Sender:
     """A sender of requests, with plain nats-py and MinIO clients."""
 
@@ -220,10 +208,10 @@ class Sender:
         return found
 
     def put_object(self, bucket: str, key: str, data: bytes) -> None:
-        plain_store(self._servers).put_object(bucket, key, BytesIO(data), len(data))
+        plain_s3_client(self._servers.store).put_object(bucket, key, BytesIO(data), len(data))
 
     def get_object(self, bucket: str, key: str) -> bytes:
-        response = plain_store(self._servers).get_object(bucket, key)
+        response = plain_s3_client(self._servers.store).get_object(bucket, key)
         try:
             return response.read()
         finally:
@@ -231,7 +219,9 @@ class Sender:
             response.release_conn()
 
     def keys(self, bucket: str, prefix: str) -> set[str]:
-        objects = plain_store(self._servers).list_objects(bucket, prefix=prefix, recursive=True)
+        objects = plain_s3_client(self._servers.store).list_objects(
+            bucket, prefix=prefix, recursive=True
+        )
         return {found.object_name or "" for found in objects}
 
     async def _delete_streams(self) -> None:

@@ -55,6 +55,7 @@ from tests.integration.fault_proxy import (
     says,
 )
 from tests.integration.minio_server import MinioServer
+from tests.support.plain_s3 import plain_s3_client
 
 BUCKET = "generation"
 PREFIX = "outputs"
@@ -118,25 +119,15 @@ def store(
     with kind(tmp_path_factory.mktemp("store")) as running:
         if isinstance(running, MinioServer):
             running.add_scoped_user(f"{BUCKET}/{PREFIX}/*")
-        plain_client(running).make_bucket(BUCKET)
-        plain_client(running).make_bucket("private")
+        plain_s3_client(running).make_bucket(BUCKET)
+        plain_s3_client(running).make_bucket("private")
         yield running
-
-
-def plain_client(store: ObjectStore | MinioServer) -> Minio:
-    return Minio(
-        urlsplit(store.endpoint).netloc,
-        access_key=store.access_key,
-        secret_key=store.secret_key,
-        secure=False,
-        region="us-east-1",
-    )
 
 
 @pytest.fixture
 def plain(store: ObjectStore | MinioServer) -> Minio:
     """Return a client of the store that shares no code with the product."""
-    return plain_client(store)
+    return plain_s3_client(store)
 
 
 @pytest.fixture
@@ -955,7 +946,7 @@ async def test_the_next_upload_after_an_outage_is_reported_as_recovery(
             await asyncio.to_thread(store.restart)
             stored = await storing
             assert await artifacts.reachable() is True
-            assert got(plain_client(store), stored.key) == encoded_image().data
+            assert got(plain_s3_client(store), stored.key) == encoded_image().data
         finally:
             await artifacts.close()
     assert seen.reports[:2] == ["", ""]

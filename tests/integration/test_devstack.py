@@ -47,6 +47,7 @@ from consumer.devstack import (
 from consumer.devstack import stack as stack_module
 from consumer.devstack.loopback import FreePorts, http_status, require_free
 from consumer.devstack.stack import Addresses
+from tests.support.plain_s3 import plain_s3_client
 
 _LISTEN = "0A"  # a socket's state in /proc/net/tcp
 _SOON = 20.0  # seconds; only bounds a wait for something that must happen
@@ -110,16 +111,6 @@ class Watched:
         assert poll.poll(_SOON * 1_000), f"process {self.pid} is still running"
 
 
-def s3_client(store: ObjectStore, **keys: str) -> Minio:
-    """Return a client of a store, with the store's keys unless others are given."""
-    return Minio(
-        store.endpoint.removeprefix("http://"),
-        **{"access_key": store.access_key, "secret_key": store.secret_key, **keys},
-        secure=False,
-        region="us-east-1",
-    )
-
-
 def socket_files() -> set[Path]:
     """Return the socket files of weed; a killed store leaves its files."""
     return set(Path("/tmp").glob("seaweedfs-*-grpc-*.sock"))  # noqa: S108 - weed's folder
@@ -180,7 +171,7 @@ def test_the_maintenance_worker_of_the_store_connects_to_its_server(stack: DevSt
 
 
 def test_the_store_refuses_anonymous_and_wrongly_signed_writes(stack: DevStack) -> None:
-    client = s3_client(stack.store)
+    client = plain_s3_client(stack.store)
     client.make_bucket("anonymous")
     with socket.create_connection(("127.0.0.1", stack.store.ports["s3.port"])) as anonymous:
         anonymous.sendall(
@@ -188,14 +179,14 @@ def test_the_store_refuses_anonymous_and_wrongly_signed_writes(stack: DevStack) 
             b"Content-Length: 1\r\nConnection: close\r\n\r\nx"
         )
         assert anonymous.makefile("rb").readline().startswith(b"HTTP/1.1 403")
-    client_with_wrong_key = s3_client(stack.store, secret_key="another secret")
+    client_with_wrong_key = plain_s3_client(stack.store, secret_key="another secret")
     with pytest.raises(S3Error, match="SignatureDoesNotMatch"):
         client_with_wrong_key.put_object("anonymous", "a", io.BytesIO(b"x"), 1)
     assert list(client.list_objects("anonymous")) == []
 
 
 def test_the_filer_refuses_reads_without_credentials(stack: DevStack) -> None:
-    client = s3_client(stack.store)
+    client = plain_s3_client(stack.store)
     client.make_bucket("filer")
     client.put_object("filer", "a", io.BytesIO(b"x"), 1)
     assert http_status(stack.store.ports["filer.port"], "/buckets/filer/a") != 200
@@ -208,7 +199,9 @@ def test_aws_credentials_in_the_environment_are_refused(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secretofenvironment")
     monkeypatch.setenv("S3_BUCKET", "unwanted")
     with ObjectStore(tmp_path / "store") as store:
-        client = s3_client(store, access_key="fromenvironment", secret_key="secretofenvironment")
+        client = plain_s3_client(
+            store, access_key="fromenvironment", secret_key="secretofenvironment"
+        )
         with pytest.raises(S3Error, match="InvalidAccessKeyId"):
             client.make_bucket("generation")
 
@@ -251,13 +244,13 @@ def test_a_persistent_stack_keeps_ports_credentials_and_objects(tmp_path: Path) 
     with DevStack(tmp_path / "stack", persist=True) as stack:
         first = stack.environment()
         ports = {**stack.nats.ports, **stack.store.ports}
-        client = s3_client(stack.store)
+        client = plain_s3_client(stack.store)
         client.make_bucket("generation")
         client.put_object("generation", "a/b", io.BytesIO(b"image"), 5)
     with DevStack(tmp_path / "stack", persist=True) as stack:
         assert stack.environment() == first
         assert {**stack.nats.ports, **stack.store.ports} == ports
-        client = s3_client(stack.store)
+        client = plain_s3_client(stack.store)
         assert client.get_object("generation", "a/b").read() == b"image"
 
 
@@ -283,8 +276,8 @@ def test_a_temporary_stack_starts_empty(tmp_path: Path) -> None:
     for _ in range(2):
         with stack:
             keys.add(stack.store.secret_key)
-            assert s3_client(stack.store).list_buckets() == []
-            s3_client(stack.store).make_bucket("generation")
+            assert plain_s3_client(stack.store).list_buckets() == []
+            plain_s3_client(stack.store).make_bucket("generation")
     assert len(keys) == 2
     assert not (tmp_path / "stack" / "devstack.json").exists()
 

@@ -7,15 +7,16 @@ from functools import partial
 import pytest
 
 from consumer.devstack import DevStack
-from tests.integration.real_world import RealWorld, plain_store
+from tests.integration.real_world import RealWorld
 from tests.support.behaviour import Behaviour, MakeWorld
+from tests.support.plain_s3 import plain_s3_client
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevStack]:
     """Start servers for all tests of this module; each worker has a separate subject root."""
     with DevStack(tmp_path_factory.mktemp("servers"), persist=False) as stack:
-        plain_store(stack).make_bucket(stack.store.bucket)
+        plain_s3_client(stack.store).make_bucket(stack.store.bucket)
         yield stack
 
 

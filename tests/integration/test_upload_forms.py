@@ -15,6 +15,7 @@ from consumer.artifacts import ObjectStoreArtifacts, StoreConfig, StoreMisconfig
 from consumer.devstack import ObjectStore
 from consumer.ports.store import UploadTooLarge
 from generation_contracts import UploadReply, UploadRequest
+from tests.support.plain_s3 import plain_s3_client
 
 PNG = UploadRequest(size=10, media_type="image/png")
 
@@ -47,13 +48,7 @@ async def artifacts(store: ObjectStore) -> AsyncIterator[ObjectStoreArtifacts]:
 
 @pytest.fixture
 def admin(store: ObjectStore, artifacts: ObjectStoreArtifacts) -> Minio:
-    return Minio(
-        store.endpoint.removeprefix("http://"),
-        access_key=store.access_key,
-        secret_key=store.secret_key,
-        secure=False,
-        region="us-east-1",
-    )
+    return plain_s3_client(store)
 
 
 def post(form: UploadReply, data: bytes) -> int:

@@ -19,6 +19,7 @@ from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from generation_contracts import Subjects, Task
 from tests.support.forked import ForkedWorker
+from tests.support.plain_s3 import plain_s3_client
 from tests.support.quick_runner import FOLDER
 
 ROOT = Path(__file__).parents[2]
@@ -254,13 +255,7 @@ class Scene:
         return [event] * count
 
     def _store(self) -> Minio:
-        return Minio(
-            self.stack.store.endpoint.removeprefix("http://"),
-            access_key=self.stack.store.access_key,
-            secret_key=self.stack.store.secret_key,
-            secure=False,
-            region="us-east-1",
-        )
+        return plain_s3_client(self.stack.store)
 
     def _object(self, bucket: str, key: str) -> bytes:
         response = self._store().get_object(bucket_name=bucket, object_name=key)

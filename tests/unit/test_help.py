@@ -14,7 +14,7 @@ from consumer.app.cli import cli
 
 
 def groups(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the words of each command that has commands of its own."""
+    """Yield the words of each command that has subcommands."""
     yield path
     for name, command in group.commands.items():
         if isinstance(command, click.Group):

@@ -2,11 +2,7 @@
 
 import asyncio
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +10,12 @@ import pytest
 from nats.aio.client import Client
 
 from consumer.devstack import DevStack
-from tests.e2e.senders import WITHIN, new_id
+from tests.e2e.senders import WITHIN, needs_nats_and_jq, new_id, run_consumer
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text("utf-8")
 PAGE = (ROOT / "docs/sending.md").read_text("utf-8")
 SUCCEEDED, FAILED = "generation.v1.succeeded", "generation.v1.failed"
-
-has_nats = pytest.mark.skipif(
-    shutil.which("nats") is None or shutil.which("jq") is None, reason="needs nats and jq"
-)
 
 
 async def shell(system: DevStack, script: str) -> tuple[int | None, str, str]:
@@ -40,7 +32,7 @@ async def shell(system: DevStack, script: str) -> tuple[int | None, str, str]:
 # -- examples, repeated and changed ---------------------------------------------------------------
 
 
-@has_nats
+@needs_nats_and_jq
 async def test_the_command_of_the_readme_prints_only_the_event(system: DevStack) -> None:
     (command,) = re.findall(r"^\$ (nats request .*)$", README, re.MULTILINE)
     ids = set()
@@ -53,7 +45,7 @@ async def test_the_command_of_the_readme_prints_only_the_event(system: DevStack)
     assert len(ids) == 3
 
 
-@has_nats
+@needs_nats_and_jq
 async def test_a_result_that_does_not_exist_sends_no_next_request(system: DevStack) -> None:
     (command,) = re.findall(r"^\$ (body=.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     code, output, _ = await shell(system, f"tour={new_id()}\n{command}")
@@ -117,14 +109,7 @@ async def test_a_misspelt_field_is_named_in_the_answer(sender: Client) -> None:
 def test_a_wrong_command_ends_with_one_message(
     system: DevStack, arguments: list[str], code: int, text: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "consumer", *arguments],
-        env={**os.environ, **system.environment()},
-        capture_output=True,
-        text=True,
-        timeout=WITHIN,
-        check=False,
-    )
+    done = run_consumer(*arguments, **system.environment())
     output = done.stdout + done.stderr
     assert done.returncode == code, output
     assert text in output

@@ -13,7 +13,7 @@ import pytest
 from nats.aio.client import Client
 
 from consumer.devstack import DevStack
-from tests.e2e.senders import WITHIN, new_id
+from tests.e2e.senders import WITHIN, needs_nats_and_jq, new_id
 
 PATHS = Path(__file__).parents[3] / "docs/paths"
 COLLECTOR = (PATHS / "collect-results.md").read_text("utf-8")
@@ -21,10 +21,6 @@ BUILD_WITHIN = 150.0  # seconds to fetch and to build what a program needs
 NPM = "npm install --no-fund --no-audit --ignore-scripts --no-package-lock --silent"
 PACKAGES = {"@nats-io/transport-node": "^3.4.0"}
 GO_MODULE = "github.com/nats-io/nats.go@v1.55.0"
-
-has_nats = pytest.mark.skipif(
-    shutil.which("nats") is None or shutil.which("jq") is None, reason="needs nats and jq"
-)
 
 
 def example(language: str, page: str = "senders.md") -> str:
@@ -69,7 +65,7 @@ def assert_sends(system: DevStack, folder: Path, *command: str) -> None:
     assert not (folder / "image.png").exists()
 
 
-@has_nats
+@needs_nats_and_jq
 def test_the_sender_in_bash_runs(system: DevStack, tmp_path: Path) -> None:
     (tmp_path / "send.sh").write_text(example("bash"))
     assert_sends(system, tmp_path, "bash", "send.sh")
@@ -98,7 +94,7 @@ def test_the_sender_in_go_runs(system: DevStack, tmp_path: Path) -> None:
     assert_sends(system, tmp_path, "./send")
 
 
-@has_nats
+@needs_nats_and_jq
 async def test_the_collector_receives_every_result(
     system: DevStack, sender: Client, tmp_path: Path
 ) -> None:
