@@ -17,9 +17,9 @@ WITHIN = 60.0  # seconds; only a hang takes this long
 QUEUES = ("GENERATION_REQUESTS_TEXT_TO_IMAGE", "GENERATION_REQUESTS_IMAGE_TO_TEXT")
 
 
-# With NATS_CLI_REQUIRED the tests run, and fail without these programs.
+# With NATSCLI_REQUIRED the tests run, and fail without these programs.
 needs_nats_and_jq = pytest.mark.skipif(
-    not os.environ.get("NATS_CLI_REQUIRED")
+    not os.environ.get("NATSCLI_REQUIRED")
     and (shutil.which("nats") is None or shutil.which("jq") is None),
     reason="nats or jq is not installed",
 )
