@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, TextIO
 
 import structlog
-import uvloop
 
 from consumer.app.composition import (
     make_admission,
@@ -98,7 +97,7 @@ def run(settings: Settings, *, make_runner: MakeRunner = make_runner) -> int:
     if _has_descriptor(sys.stderr):
         faulthandler.register(signal.SIGUSR1, all_threads=True)
     daemon = Daemon(settings, make_runner)
-    code = uvloop.run(daemon.run())
+    code = asyncio.run(daemon.run())
     if daemon.inference_busy:
         # Python cannot end a thread that loads or hangs, and a normal exit would wait for it.
         with suppress(OSError, ValueError):  # the pipe may be closed
