@@ -5,9 +5,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from consumer.app.composition import make_artifacts, make_topology, store_fault
+from consumer.app.composition import make_artifacts, make_topology
 from consumer.app.probes import NullObserver
-from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
+from consumer.artifacts import (
+    ObjectStoreArtifacts,
+    StoreMisconfigured,
+    store_config,
+    with_address,
+)
 from consumer.bus.connection import connect, require_server_version, wait_until_available
 from consumer.bus.topology import PartlyApplied
 from consumer.ports.store import StoreUnavailable
@@ -47,7 +52,8 @@ async def apply(
         The change of each resource, by name: created, updated or unchanged.
 
     Raises:
-        SettingsError: CONSUMER_NAME is set and MODEL_TYPE is not.
+        SettingsError: Settings of the store are wrong, or CONSUMER_NAME is set and MODEL_TYPE is
+            not; nothing has been changed.
         BusUnavailable, TopologyError, StoreUnavailable: The text is one line. After PartlyApplied,
             everything was applied except the resource that the line names.
     """
@@ -55,6 +61,7 @@ async def apply(
     if settings.consumer_name is not None and len(tasks) > 1:
         # The second task would overwrite the first task's durable of the same name.
         raise SettingsError("CONSUMER_NAME: set MODEL_TYPE too, it names the task of the durable")
+    store_config(settings)  # wrong settings are found before anything is changed
     bus = await connect(settings, name="generation apply", within=CONNECT_WITHIN)
     left: PartlyApplied | None = None
     done: dict[str, str] = {}
@@ -85,7 +92,7 @@ async def _apply_store(settings: Settings, report: Callable[[str], None]) -> dic
             "expiry of uploads": await _expire_uploads(artifacts),
         }
     except StoreUnavailable as error:
-        raise StoreUnavailable(store_fault(settings, error)) from None
+        raise StoreUnavailable(with_address(error, settings.s3_endpoint)) from None
     finally:
         await artifacts.close()
 

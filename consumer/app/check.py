@@ -10,8 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from consumer.app.apply import API_WITHIN, CONNECT_WITHIN
-from consumer.app.composition import make_artifacts, make_runner, make_topology, store_fault
+from consumer.app.composition import make_artifacts, make_runner, make_topology
 from consumer.app.probes import NullObserver
+from consumer.artifacts import store_config, with_address
 from consumer.bus.connection import (
     Bus,
     connect,
@@ -78,8 +79,9 @@ async def check(settings: Settings, report: Callable[[Finding], None], *, model:
         The first exit code that is not 0, else 0.
 
     Raises:
-        SettingsError: Settings of the model are wrong; nothing has been checked.
+        SettingsError: Settings of the store or the model are wrong; nothing has been checked.
     """
+    store_config(settings)
     runner = make_runner(settings) if model else None
     findings: list[Finding] = []
     for service in (_bus, _store):
@@ -172,7 +174,7 @@ async def _store(settings: Settings) -> list[Finding]:
         try:
             await artifacts.probe()
         except StoreUnavailable as error:
-            raise StoreUnavailable(store_fault(settings, error)) from None
+            raise StoreUnavailable(with_address(error, settings.s3_endpoint)) from None
         finally:
             await artifacts.close()
         place = f"{settings.s3_endpoint}, bucket {settings.s3_bucket}"

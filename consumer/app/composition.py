@@ -17,7 +17,6 @@ from consumer.jobs.finalizer import Finalizer
 from consumer.jobs.in_flight import STAGES
 from consumer.ports.bus import StopAck
 from consumer.ports.model import ModelDescription, Runner
-from consumer.ports.store import StoreUnavailable
 from consumer.ports.telemetry import Observer
 from consumer.runners import ModelConfig, create_runner, find_setting_errors
 from consumer.settings import Settings, SettingsError
@@ -40,13 +39,12 @@ def make_topology(settings: Settings, bus: Bus) -> Topology:
     )
 
 
-def store_fault(settings: Settings, error: StoreUnavailable) -> str:
-    """Return the text of an error of the store with the store's address, for the operator."""
-    return str(error).replace("S3: ", f"S3 at {settings.s3_endpoint}: ", 1)
-
-
 def make_artifacts(settings: Settings, observer: Observer) -> ObjectStoreArtifacts:
-    """Return the object store with the configured credentials."""
+    """Return the object store with the configured credentials.
+
+    Raises:
+        SettingsError: Settings of the store are wrong: one line for each.
+    """
     return ObjectStoreArtifacts(store_config(settings), observer=observer)
 
 

@@ -26,13 +26,17 @@ from consumer.app.composition import (
     make_topology,
     make_worker_service,
     most_in_flight,
-    store_fault,
     warn_of_short_batches,
 )
 from consumer.app.metrics import Metrics
 from consumer.app.probes import Probes, Telemetry
 from consumer.app.tracing import OpenTelemetry, open_telemetry
-from consumer.artifacts import ObjectStoreArtifacts, StoreMisconfigured
+from consumer.artifacts import (
+    ObjectStoreArtifacts,
+    StoreMisconfigured,
+    store_config,
+    with_address,
+)
 from consumer.background_tasks import cancel_and_wait
 from consumer.bus.attempt_marks import AttemptMarks
 from consumer.bus.connection import (
@@ -125,6 +129,7 @@ class Daemon:
     """One process, one loaded model, one queue."""
 
     def __init__(self, settings: Settings, make_runner: MakeRunner) -> None:
+        store_config(settings)  # wrong settings are found before anything starts
         self._settings = settings
         self._runner = make_runner(settings)
         self._task = settings.task
@@ -327,10 +332,11 @@ class Daemon:
         # worker is not ready, and the first output waits for the store.
         try:
             await artifacts.probe()
-        except StoreMisconfigured as error:
-            raise StoreMisconfigured(store_fault(self._settings, error)) from None
         except StoreUnavailable as error:
-            log.warning("started_without_store", reason=store_fault(self._settings, error))
+            reason = with_address(error, self._settings.s3_endpoint)
+            if isinstance(error, StoreMisconfigured):
+                raise StoreMisconfigured(reason) from None
+            log.warning("started_without_store", reason=reason)
 
     async def _watch_store(
         self, artifacts: ObjectStoreArtifacts, executor: Executor, pull: PullLoop

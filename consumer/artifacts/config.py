@@ -1,18 +1,19 @@
 """Configuration of the object store: address, credentials, allowed inputs and timeouts."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from minio.helpers import BaseURL, check_bucket_name
 
 from consumer.ports.store import StoreUnavailable
-from consumer.settings import Settings, is_plain, without_last_dot
+from consumer.settings import Settings, SettingsError, is_plain, without_last_dot
 
 UPLOADS = "uploads"  # last part of the prefix of all files that senders upload
 _MAX_URL_TTL = 7 * 86_400  # seconds; S3's limit for presigned URLs
 
 
 class StoreMisconfigured(StoreUnavailable):
-    """A permanent failure: the settings, the store or its policy must be changed first."""
+    """A permanent failure: a credential, the store or its policy must be changed first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class StoreConfig:
         longest_pause: Seconds.
 
     Raises:
-        StoreMisconfigured: A setting is wrong; the text is one line with its name.
+        SettingsError: Settings are wrong; the text has one line for each, with its name.
     """
 
     endpoint: str
@@ -60,19 +61,31 @@ class StoreConfig:
     longest_pause: float = 5.0
 
     def __post_init__(self) -> None:
-        if not self.access_key or not self.secret_key:
-            # The SDK would send anonymous requests.
-            raise StoreMisconfigured("S3: set S3_ACCESS_KEY and S3_SECRET_KEY")
+        if wrong := list(self._wrong_settings()):
+            raise SettingsError("\n".join(wrong))
+
+    def _wrong_settings(self) -> Iterator[str]:
+        for name, key in (("ACCESS", self.access_key), ("SECRET", self.secret_key)):
+            if not key:  # the SDK would send anonymous requests
+                yield f"S3_{name}_KEY: set it to the {name.lower()} key of the store"
         try:
             check_bucket_name(self.bucket, strict=True)
-            for endpoint in (self.endpoint, self.public_endpoint or self.endpoint):
-                BaseURL(endpoint, self.region)
         except ValueError as error:
-            raise StoreMisconfigured(f"S3: {error}") from None
+            yield f"S3_BUCKET: {error}"
+        localhost = "http://localhost"  # any valid address
+        for name, endpoint, region in (
+            ("S3_ENDPOINT", self.endpoint, ""),
+            ("S3_PUBLIC_ENDPOINT", self.public_endpoint, ""),
+            ("S3_REGION", localhost, self.region),
+        ):
+            try:
+                BaseURL(localhost if endpoint is None else endpoint, region)
+            except ValueError as error:
+                yield f"{name}: {error}"
         if not 1 <= self.url_ttl <= _MAX_URL_TTL:
-            raise StoreMisconfigured(f"S3: URLs can be good for 1 to {_MAX_URL_TTL} seconds")
+            yield f"S3_URL_TTL: must be 1 to {_MAX_URL_TTL} seconds"
         if self.prefix and not is_plain(self.prefix):
-            raise StoreMisconfigured("S3: the prefix must be names between slashes")
+            yield "S3_PREFIX: must be names between slashes"
 
     @property
     def url_endpoint(self) -> str:
@@ -101,7 +114,7 @@ def store_config(settings: Settings) -> StoreConfig:
     """Create the configuration from the settings.
 
     Raises:
-        StoreMisconfigured: A setting is wrong; the text is one line with its name.
+        SettingsError: Settings are wrong; the text has one line for each, with its name.
     """
     return StoreConfig(
         endpoint=settings.s3_endpoint,

@@ -1,7 +1,7 @@
 """Classifies failed store operations as transient or permanent, with texts that are safe to show.
 
-The texts contain S3 codes and the configured bucket, but no address, no credentials and no signed
-query.
+The texts contain S3 codes and the configured bucket, but no credentials and no signed query. They
+contain no address either, because senders may receive them; `with_address` adds it for operators.
 """
 
 import re
@@ -107,6 +107,16 @@ def classify_error(error: Exception, config: StoreConfig) -> StoreUnavailable:
         return StoreMisconfigured(f"S3: TLS fails ({reason.lower().replace('_', ' ')})")
     text = next(text for kind, text in _CONNECTION_FAULTS if isinstance(error, kind))
     return StoreUnavailable(f"S3: {text}")
+
+
+def with_address(error: StoreUnavailable, endpoint: str) -> str:
+    """Return the text of an error with the address of the store, for the operator.
+
+    Args:
+        error: Of `classify_error`, or raised by the store.
+        endpoint: `http(s)://host[:port]`.
+    """
+    return str(error).replace("S3: ", f"S3 at {endpoint}: ", 1)
 
 
 def _status(error: InvalidResponseError) -> int | None:

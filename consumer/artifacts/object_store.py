@@ -37,6 +37,7 @@ from consumer.artifacts.faults import (
     UnexpectedResponse,
     checksum_refusal,
     classify_error,
+    with_address,
 )
 from consumer.artifacts.lifecycle import expire_uploads
 from consumer.artifacts.minio_internals import CHECKSUM, store_client
@@ -307,7 +308,8 @@ class ObjectStoreArtifacts:
             else:
                 self._observer.store_reachable(reachable=True)
                 return result
-            self._observer.store_reachable(reachable=False, reason=str(fault))
+            reason = with_address(fault, config.endpoint)
+            self._observer.store_reachable(reachable=False, reason=reason)
             pause = random.uniform(0, longest)  # noqa: S311 - jitter
             permanent = isinstance(fault, StoreMisconfigured)
             if permanent or not retry or now() + pause >= deadline:

@@ -5,6 +5,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import threading
 import traceback
 import urllib.error
@@ -105,8 +106,10 @@ class Recorder:
     def store_reachable(self, reachable: bool, reason: str = "") -> None:
         assert reachable == (not reason)
         assert threading.current_thread() is threading.main_thread()
-        self.reports.append(reason)
-        self.queue.put_nowait(reason)
+        text, addresses = re.subn(r"^S3 at https?://127\.0\.0\.1:\d+: ", "S3: ", reason)
+        assert addresses == (not reachable)
+        self.reports.append(text)
+        self.queue.put_nowait(text)
 
 
 @pytest.fixture(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from pydantic import SecretStr
 
 from consumer.app.daemon import Daemon
 from consumer.media.provenance import provenance_of
@@ -108,7 +109,12 @@ async def test_provenance_does_not_depend_on_attempt_and_worker(
 
 @pytest.mark.parametrize("setting", [True, False])
 async def test_prompt_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> None:
-    settings = Settings(model_type="text_to_image", consumer_prompt_in_pictures=setting)
+    settings = Settings(
+        model_type="text_to_image",
+        consumer_prompt_in_pictures=setting,
+        s3_access_key="a",
+        s3_secret_key=SecretStr("b"),
+    )
     daemon = Daemon(settings, lambda _: world.runner)
     durable = SimpleNamespace(ack_wait=1.0, max_ack_pending=1, max_attempts=3)
     services: Any = SimpleNamespace(
