@@ -16,22 +16,22 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from consumer.app.apply import CONNECT_WITHIN, apply
+from consumer.app.job_lines import JobLines
 from consumer.app.sender_commands import ProgressBar, image_to_text, save_images, send_request
 from consumer.app.supervision import supervised
 from consumer.app.terminal_image import show_image
+from consumer.app.viewer import open_file
 from consumer.bus.connection import ConnectionClosed, connect
 from consumer.bus.event_feed import EventFeed
 from consumer.devstack import ChildEndedError, Daemon, DevStack, GatewayServer
 from consumer.ports.bus import ResultEvent
 from consumer.settings import Settings
-from generation_client import AnyEvent, GenerationClient
+from generation_client import GenerationClient
 from generation_contracts import (
     ArtifactReference,
-    CancelledEvent,
     FailedEvent,
     ImageArtifact,
     Request,
-    StartedEvent,
     SucceededEvent,
     Task,
     TextOutput,
@@ -63,7 +63,8 @@ def demo(
         opens: Whether to open the image with the viewer of the system.
 
     Returns:
-        0, 1 if a job failed, or 70 if a server, a worker or the gateway exited unexpectedly.
+        0, 1 if a job failed or the image cannot be opened, or 70 if a server, a worker or the
+        gateway exited unexpectedly.
     """
     demonstration = _Demonstration(console, folder, as_json=as_json, opens=opens)
     with (
@@ -204,6 +205,7 @@ class _Demonstration:
             name = f"demo-{drawn.request_id[:8]}"
             (file,) = await save_images(client, drawn, self._folder, name)
             self._show_image(drawn, image, file)
+            opened = not self._opens or await self._open(file)
             reference = ArtifactReference(bucket=image.bucket, key=image.key)
             described = await self._send(
                 client, image_to_text(question, (reference,)), f"image to text: {question}"
@@ -211,7 +213,7 @@ class _Demonstration:
             if not isinstance(described, SucceededEvent):
                 return 1
             self._show_text(described)
-            return 0
+            return 0 if opened else 1
         finally:
             await bus.close()
 
@@ -234,8 +236,13 @@ class _Demonstration:
         self._show_warnings(event)
         if not self._as_json:
             show_image(file)
-        if self._opens and click.launch(str(file)) != 0:
-            self._console.print(f"no program was found that opens {file}")
+
+    async def _open(self, file: Path) -> bool:
+        """Open the image with the viewer of the system; return whether it is open."""
+        fault = await asyncio.to_thread(open_file, file)
+        if fault is not None:
+            self._console.print(f"{file} cannot be opened: {fault}")
+        return fault is None
 
     def _show_text(self, event: SucceededEvent) -> None:
         for output in event.outputs:
@@ -255,48 +262,26 @@ def _duration(event: SucceededEvent) -> float:
 
 
 async def _print_jobs(settings: Settings, console: Console) -> NoReturn:
-    """Print one line for each job that ends, until the task is cancelled.
+    """Print one line for each job, until the task is cancelled.
 
     Raises:
         BusUnavailable: NATS cannot be reached.
     """
-    starts: dict[str, StartedEvent] = {}  # of running jobs, by request id
-
-    def show(event: AnyEvent, _size: int) -> None:
-        if isinstance(event, StartedEvent):
-            starts[event.request_id] = event
-        elif isinstance(event, SucceededEvent | FailedEvent | CancelledEvent):
-            console.print(job_line(event, starts.pop(event.request_id, None)))
-
     bus = await connect(settings, name="generation up", within=CONNECT_WITHIN)
     try:
-        feed = EventFeed(
-            bus,
-            settings.subjects,
-            is_watched=lambda _: True,
-            on_progress=lambda *_: None,
-            on_event=show,
-        )
-        await feed.open()
-        await bus.closed.wait()
+        with JobLines(console) as lines:
+            feed = EventFeed(
+                bus,
+                settings.subjects,
+                is_watched=lambda _: True,
+                on_progress=lambda *_: None,
+                on_event=lambda event, _size: lines.show(event),
+            )
+            await feed.open()
+            await bus.closed.wait()
         raise ConnectionClosed
     finally:
         await bus.close()
-
-
-def job_line(event: ResultEvent, started: StartedEvent | None) -> str:
-    """Return the line of `up` about a job: end, state, seconds, task, worker and id.
-
-    Args:
-        event: The terminal event.
-        started: The event of its start; None if it was lost, or if the job has not started.
-    """
-    state = event.type.rpartition(".")[2]
-    seconds = "" if started is None else f"{(event.time - started.time).total_seconds():.1f} s"
-    end = f"{event.time.astimezone():%H:%M:%S}"
-    code = f"  {event.failure.code}" if isinstance(event, FailedEvent) else ""
-    where = f"{event.task:<13}  {event.worker}  {event.request_id}"
-    return f"{end}  {state:<9}  {seconds:>8}  {where}{code}"
 
 
 def _addresses(stack: DevStack) -> str:
@@ -327,7 +312,7 @@ With the nats command line tool, results in one terminal and requests in another
   {nats} subscribe 'generation.result.>'
   {nats} publish --jetstream generation.request.text_to_image '{{"prompt":"a red circle"}}'
 
-Jobs, one line each when they end:
+Jobs:
 """
 
 
