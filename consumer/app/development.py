@@ -40,6 +40,7 @@ from generation_contracts import (
 )
 
 EXIT_CHILD_ENDED = 70  # EX_SOFTWARE of sysexits.h
+GATEWAY_GRACE = "1"  # seconds; the gateway is stopped when the workers have ended
 SHOWN_PROMPT_LENGTH = 200  # characters
 
 
@@ -93,10 +94,9 @@ def up(directory: Path, console: Console) -> int:
         70: a server, a worker or the gateway exited unexpectedly.
     """
 
-    def report_drain() -> None:
-        console.print(
-            "waiting until the workers have finished their runs; press Ctrl-C to stop at once"
-        )
+    def report_drain(workers: list[str]) -> None:
+        names = " and ".join(workers)
+        console.print(f"waiting until {names} has finished its run; press Ctrl-C to stop at once")
 
     with DevStack(directory, persist=True, on_drain=report_drain) as stack:
         try:
@@ -138,7 +138,7 @@ def _start_processes(
     ]
     gateway = None
     if all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
-        gateway = stack.start_gateway("gateway", {})
+        gateway = stack.start_gateway("gateway", {"GATEWAY_DRAIN_GRACE": GATEWAY_GRACE})
     with _elapsed_time(console, "loading the models"):
         stack.wait_ready()
     return daemons, gateway

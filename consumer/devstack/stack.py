@@ -118,7 +118,8 @@ class DevStack:
             instead of stopped, which saves 1.3 s.
         bucket: the value of `S3_BUCKET`; `consumer apply` creates the bucket.
         nats_config: more configuration for nats-server.
-        on_drain: called when `stop` of a persistent stack waits for runs to finish.
+        on_drain: called with the names of the daemons for whose runs `stop` of a persistent stack
+            waits.
 
     Measured: both ready after 0.8 s; both stopped in 1.3 s, or 0.01 s where not persisted.
     """
@@ -130,7 +131,7 @@ class DevStack:
         *,
         bucket: str = "generation",
         nats_config: str = "",
-        on_drain: Callable[[], None] = lambda: None,
+        on_drain: Callable[[list[str]], None] = lambda _: None,
     ) -> None:
         self.directory = directory.absolute()
         self.persist = persist
@@ -267,27 +268,28 @@ class DevStack:
         """Stop gateways and daemons, then the servers, even if one of them cannot be stopped.
 
         The daemons of a persistent stack finish their runs first, for up to their grace, unless a
-        child has ended. An interrupt ends the wait. Safe to call twice, and on a stack that never
-        started.
+        child has ended. Its gateways answer during that time, and end afterwards, because no other
+        request can finish. An interrupt ends the wait. Safe to call twice, and on a stack that
+        never started.
         """
         healthy = self._servers is not None and all(child.alive for child in self.children)
         daemons, gateways = self.daemons, self._gateways
         self.daemons, self._gateways = [], []
         self._servers = None
         with self._started:  # last in, first out: gateways and daemons, store, NATS, the lock
-            for child in (*gateways, *daemons):
+            waits = self.persist and daemons and healthy
+            # A child takes the second SIGTERM, of its `stop`, as a request to end at once.
+            for child in daemons if waits else (*gateways, *daemons):
                 child.signal(signal.SIGTERM)  # all drain at the same time
-            if self.persist and daemons and healthy:
-                # Each child takes the second SIGTERM, of its `stop`, as a request to end at once.
-                # The gateways get it when the daemons have ended: no other request can finish.
+            if waits:
                 self._wait_for_runs(daemons)
 
     def _wait_for_runs(self, daemons: list[Daemon]) -> None:
         deadline = time.monotonic() + max(daemon.grace for daemon in daemons)
         report_at = time.monotonic() + _IDLE_STOP
-        while any(daemon.alive for daemon in daemons) and time.monotonic() < deadline:
+        while (alive := [d.name for d in daemons if d.alive]) and time.monotonic() < deadline:
             if time.monotonic() > report_at:
-                self._on_drain()
+                self._on_drain(alive)
                 report_at = deadline
             time.sleep(_STOP_POLL)
 

@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -197,20 +199,28 @@ def children_of(parent: int, program: str) -> list[int]:
     return found
 
 
-def test_up_reuses_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) -> None:
+def test_up_reuses_its_ports_and_stops_at_sigterm(
+    folders: tuple[Path, Path], threads: ThreadPoolExecutor
+) -> None:
     work, temporary = folders
     addresses = []
+    waiting: Future[httpx.Response] | None = None
     # The second start need not wait for the models.
     for last_text in ("publish --jetstream", "nats-server on"):
         with started([sys.executable, "-m", "consumer", "up"], work, temporary) as process:
             lines = read_until(process, last_text)
             first = lines[0]
             if len(lines) > 1:
-                start_job_over_http("".join(lines))
+                waiting = start_jobs_over_http("".join(lines), threads)
             address = first.removeprefix("nats-server on ").partition(",")[0]
             addresses.append(address)
             process.send_signal(signal.SIGTERM)
             assert process.wait(WITHIN) == 0
+        if waiting is not None:  # an answer, also of a job that no worker has run
+            answer = waiting.result(WITHIN)
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "gateway_stopping"
+            waiting = None
         host, port = address.removeprefix("nats://").split(":")
         with pytest.raises(ConnectionRefusedError), socket.create_connection((host, int(port))):
             pass
@@ -219,8 +229,18 @@ def test_up_reuses_its_ports_and_stops_at_sigterm(folders: tuple[Path, Path]) ->
     assert not processes_of(temporary)
 
 
-def start_job_over_http(output: str) -> None:
-    """Start a long job at the gateway address in the output of `up`; return while it runs."""
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as pool:
+        yield pool
+
+
+def start_jobs_over_http(output: str, threads: ThreadPoolExecutor) -> Future[httpx.Response]:
+    """Start two jobs at the gateway address in the output of `up`, of which the first is long.
+
+    Returns:
+        The response to the second one, which is queued.
+    """
     (page,) = re.findall(r"HTTP +(http://127\.0\.0\.1:\d+) ", output)
     with httpx.Client(base_url=page) as http:
         models = http.get("/v1/models").json()["data"]
@@ -229,6 +249,12 @@ def start_job_over_http(output: str) -> None:
         job = http.post("/v1/jobs", json=request).raise_for_status().json()["id"]
         with http.stream("GET", f"/v1/jobs/{job}/events", timeout=WITHIN) as events:
             assert any("generation.v1.progress" in line for line in events.iter_lines())
+        path, body = "/v1/images/generations", {"prompt": "a red circle"}
+        waiting = threads.submit(httpx.post, f"{page}{path}", json=body, timeout=2 * WITHIN)
+        while len(http.get("/v1/jobs").json()["data"]) < 2:
+            assert not waiting.done()
+            time.sleep(0.05)  # no event reports a queued job
+        return waiting
 
 
 @contextmanager
