@@ -95,8 +95,8 @@ def up(directory: Path, console: Console) -> int:
     """
 
     def report_drain(workers: list[str]) -> None:
-        names = " and ".join(workers)
-        console.print(f"waiting until {names} has finished its run; press Ctrl-C to stop at once")
+        names = ", ".join(workers)
+        console.print(f"waiting for {names}: they finish their runs; press Ctrl-C to stop at once")
 
     with DevStack(directory, persist=True, on_drain=report_drain) as stack:
         try:

@@ -34,7 +34,7 @@ from consumer.devstack.process import ChildProcess
 _STATE = "devstack.json"
 _LOCK = "devstack.lock"
 _ATTEMPTS = 3  # starts of a temporary stack, each with new ports
-_IDLE_STOP = 1.5  # seconds; daemons without a run end sooner
+_IDLE_STOP = 3.0  # seconds; daemons without a run end sooner
 _STOP_POLL = 0.05  # seconds
 _HIGHEST_PORT = 65_535
 _MEGABYTE = 10**6

@@ -62,7 +62,7 @@ class MinioServer(ChildProcess):
         )
 
     def _is_ready(self) -> bool:
-        return http_status(self.ports["s3.port"], "/minio/health/ready") == HTTPStatus.OK
+        return http_status(self.ports["s3.port"], "/minio/health/cluster") == HTTPStatus.OK
 
     def admin(self) -> MinioAdmin:
         """Return a client of the admin API."""

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from minio import Minio
 from minio.error import S3Error
@@ -22,7 +23,7 @@ from consumer.devstack.object_store import Credentials
 from consumer.devstack.process import find_program, server_environment
 from consumer.media.codec import ImageCodec
 from consumer.settings import Settings
-from generation_contracts import ArtifactReference, Task
+from generation_contracts import ArtifactReference, Task, UploadRequest
 from tests.integration import minio_server
 from tests.integration.minio_server import MinioServer
 from tests.support.scene import ROOT
@@ -197,6 +198,18 @@ async def test_the_worker_can_do_its_work(store: Users) -> None:
         await artifacts.close()
     with pytest.raises(S3Error, match="NoSuchKey"):
         store.client("admin").stat_object(BUCKET, stored.key)
+
+
+async def test_a_sender_can_upload_with_a_form_of_the_worker(store: Users) -> None:
+    artifacts = store.artifacts("worker")
+    try:
+        form = artifacts.sign_upload(UploadRequest(size=3, media_type="image/png"))
+        answer = httpx2.post(form.url, data=form.fields, files={"file": ("x", b"abc")})
+        assert answer.status_code in {200, 204}
+        reference = ArtifactReference(bucket=form.bucket, key=form.key)
+        assert await artifacts.fetch(reference, max_bytes=10) == b"abc"
+    finally:
+        await artifacts.close()
 
 
 FORBIDDEN = {

@@ -28,7 +28,10 @@ from generation_contracts import (
     TextOutput,
     decode_upload_reply,
 )
+from tests.integration import minio_server
+from tests.integration.minio_server import MinioServer
 from tests.services.conftest import Caller
+from tests.support.plain_s3 import plain_s3_client
 from tests.support.scene import WITHIN, Scene
 
 
@@ -70,6 +73,25 @@ async def test_an_uploaded_file_is_stored_and_can_be_described(describer: Scene)
         assert "/uploads/" in f"/{reference.key}"
         assert text_of(await client.image_to_text("What?", reference)) == "1 images"
     assert await describer.object(reference.model_dump()) == data
+
+
+@pytest.mark.skipif(not minio_server.is_installed(), reason="minio is not installed")
+async def test_an_upload_to_minio_can_be_described(scene: Scene, tmp_path: Path) -> None:
+    scene.task = Task.IMAGE_TO_TEXT
+    await scene.apply()
+    with MinioServer(tmp_path) as store:
+        plain_s3_client(store).make_bucket(scene.stack.store.bucket)
+        await scene.start(
+            S3_ENDPOINT=store.endpoint,
+            S3_ACCESS_KEY=store.access_key,
+            S3_SECRET_KEY=store.secret_key,
+        )
+        data = encoded((2000, 1000))
+        async with client_of(scene) as client:
+            reference = await client.upload(data)
+            assert text_of(await client.image_to_text("What?", reference)) == "1 images"
+        stored = plain_s3_client(store).get_object(reference.bucket, reference.key)
+        assert stored.read() == data
 
 
 async def form(scene: Scene, caller: Caller, size: int = 10) -> tuple[str, dict[str, str]]:
