@@ -623,13 +623,18 @@ def _send_and_wait(
         send_request,
         summary,
     )
+    from consumer.bus.queue_length import QueueLength
+    from generation_client import task_of
     from generation_contracts import SucceededEvent, encode
 
     async def send_and_save(client: "GenerationClient", bus: "Bus") -> int:
         prepared = request if prepare is None else await prepare(client)
+        task = task_of(request)
+        stream, durable = settings.subjects.requests_stream(task), settings.consumer_name or task
+        queue = None if as_json else QueueLength(bus, stream, durable)
         with nullcontext(NoDisplay()) if as_json else ProgressBar(_console()) as display:
             async with asyncio.timeout(_result_timeout(request)):
-                event = await send_request(client, prepared, display, bus=None if as_json else bus)
+                event = await send_request(client, prepared, display, queue=queue)
         succeeded = isinstance(event, SucceededEvent)
         if as_json:
             click.echo(encode(event).decode())

@@ -11,7 +11,8 @@ from rich.progress import Task as ProgressTask
 from rich.text import Text
 
 from consumer.background_tasks import cancel_and_wait
-from consumer.bus.connection import Bus, BusUnavailable
+from consumer.bus.connection import BusUnavailable
+from consumer.bus.queue_length import QueueLength
 from consumer.bus.services import worker_metadata
 from consumer.ports.bus import ResultEvent
 from generation_client import GenerationClient, new_request_id, task_of
@@ -55,7 +56,11 @@ def image_source(argument: str) -> ImageSource | bytes:
 
 
 async def send_request(
-    client: GenerationClient, request: Request, display: Display, *, bus: Bus | None = None
+    client: GenerationClient,
+    request: Request,
+    display: Display,
+    *,
+    queue: QueueLength | None = None,
 ) -> ResultEvent:
     """Send a request and wait for its terminal event.
 
@@ -63,18 +68,19 @@ async def send_request(
         client: Connected.
         request: A request with an id.
         display: Shows that the request is stored, and its events.
-        bus: The connection on which the workers are counted if the request does not start soon;
-            None: they are not counted.
+        queue: The queue of the task; its length is shown, and the workers are counted if the
+            request does not start soon. None: neither.
 
     Raises:
         GenerationError: See `GenerationClient.events`.
     """
-    started = asyncio.Event()
+    stored, started = asyncio.Event(), asyncio.Event()
 
     def on_stored() -> None:
         display.note(f"request {request.request_id}: stored in the queue, waiting for a worker")
+        stored.set()
 
-    asking = asyncio.ensure_future(_ask_workers(bus, task_of(request), started, display))
+    asking = asyncio.ensure_future(_watch_queue(queue, task_of(request), stored, started, display))
     try:
         async with aclosing(client.events(request, on_stored=on_stored)) as events:
             async for event in events:
@@ -87,23 +93,42 @@ async def send_request(
     raise AssertionError("the events end with a terminal event")
 
 
-async def _ask_workers(
-    bus: Bus | None, task: Task, started: asyncio.Event, display: Display
+async def _watch_queue(
+    queue: QueueLength | None,
+    task: Task,
+    stored: asyncio.Event,
+    started: asyncio.Event,
+    display: Display,
 ) -> None:
-    """Report how many workers the task has, if its request has not started after some seconds."""
-    if bus is None:
+    """Report the position of a stored request; after some seconds without a start, the workers."""
+    if queue is None:
         return
+    await stored.wait()
+    await _show_position(queue, started, display)
     try:
         await asyncio.wait_for(started.wait(), WORKERS_ASKED_AFTER)
     except TimeoutError:
-        try:
-            workers = [each for each in await worker_metadata(bus) if each.get("task") == task]
-        except BusUnavailable:
-            return  # no permission, or no connection: the request waits in any case
-        if workers:
-            display.note(f"{len(workers)} of {task} running: the queue is not empty, or they start")
-        else:
-            display.note(f"no worker of {task} is running: the request waits until one starts")
+        await _show_workers(queue, task, display)
+
+
+async def _show_position(queue: QueueLength, started: asyncio.Event, display: Display) -> None:
+    try:
+        before = await queue.before()
+    except BusUnavailable:
+        return  # no permission, or no connection: the request waits in any case
+    if before and not started.is_set():
+        display.note(f"requests before it: {before} at most")
+
+
+async def _show_workers(queue: QueueLength, task: Task, display: Display) -> None:
+    try:
+        workers = [each for each in await worker_metadata(queue.bus) if each.get("task") == task]
+    except BusUnavailable:
+        return
+    if workers:
+        display.note(f"{len(workers)} of {task} running: the queue is not empty, or they start")
+    else:
+        display.note(f"no worker of {task} is running: the request waits until one starts")
 
 
 async def save_images(

@@ -20,6 +20,7 @@ from consumer.app.apply import apply
 from consumer.app.check import check
 from consumer.app.dead_letter_commands import replay
 from consumer.bus.connection import BusUnavailable, connect
+from consumer.bus.queue_length import QueueLength
 from consumer.devstack import Daemon, DevStack
 from consumer.settings import Settings
 from generation_client import GenerationClient, RequestCancelled, ServiceUnavailable, submitting
@@ -205,6 +206,33 @@ async def test_calls_and_dead_letters_need_no_further_permissions(
     assert await replay(installation.settings("admin"), ("id:bad",)) == 0
     for worker in workers.values():
         assert "ermissions violation" not in worker.log_since_start()
+
+
+async def test_a_publisher_can_read_the_length_of_a_queue_but_no_ids(
+    installation: Installation,
+) -> None:
+    bus = await connect(installation.settings("publisher"), name="sender", within=WITHIN)
+    try:
+        queue = QueueLength(bus, REQUESTS, "text_to_image")
+        ids = [f"secret-{number}" for number in range(3)]
+        for request_id in ids:
+            await bus.jetstream.publish(f"generation.request.text_to_image.{request_id}", b"{}")
+        assert await queue.before() == len(ids) - 1
+        subject = f"$JS.API.CONSUMER.INFO.{REQUESTS}.text_to_image"
+        assert b"secret" not in await bus.request(subject, b"", within=WITHIN)
+    finally:
+        await bus.close()
+    async with installation.client("admin") as (admin, _):
+        await admin.jetstream().purge_stream(REQUESTS)
+
+
+async def test_the_length_of_a_queue_needs_the_permission(installation: Installation) -> None:
+    bus = await connect(installation.settings("observer"), name="observer", within=WITHIN)
+    try:
+        with pytest.raises(BusUnavailable, match="length of the queue is unknown: TimeoutError"):
+            await QueueLength(bus, "OTHER", "text_to_image").before()
+    finally:
+        await bus.close()
 
 
 async def test_a_gateway_has_the_permissions_that_it_needs(
@@ -477,7 +505,12 @@ def reply_subjects(*, api: bool) -> list[str]:
         stream_subjects = [
             f"$JS.API.STREAM.{verb}.{stream}" for verb in verbs for stream in streams
         ]
-        return [*stream_subjects, f"$JS.API.CONSUMER.DELETE.{REQUESTS}.text_to_image"]
+        consumer_verbs = ("DELETE", "PAUSE", "CREATE", "RESET", "UNPIN")
+        durable = f"{REQUESTS}.text_to_image"
+        return [
+            *stream_subjects,
+            *(f"$JS.API.CONSUMER.{verb}.{durable}" for verb in consumer_verbs),
+        ]
     return [
         f"generation.{rest}"
         for rest in (
@@ -548,6 +581,7 @@ async def test_replies_of_the_server_do_not_purge_or_delete(
             b'{"last_by_subj":"generation.result.text_to_image.kept"}',
             b"",
         ],
+        f"$JS.API.CONSUMER.INFO.{REQUESTS}.text_to_image": [b""],
         "generation.request.text_to_image.kept": [b"{}"],
         "generation.request.image_to_text": [b"{}"],
     }
@@ -565,6 +599,7 @@ async def test_replies_of_the_server_do_not_purge_or_delete(
 
         await jetstream.publish("generation.result.text_to_image.kept", b"{}")
         before = await message_counts()
+        durable = await jetstream.consumer_info(REQUESTS, "text_to_image")
         for reply in reply_subjects(api=True):
             for subject, bodies in messages.items():
                 for body in bodies:
@@ -581,7 +616,8 @@ async def test_replies_of_the_server_do_not_purge_or_delete(
         assert {n: after[n] for n in before if n not in requests} == {
             n: before[n] for n in before if n not in requests
         }
-        assert (await jetstream.consumer_info(REQUESTS, "text_to_image")).name == "text_to_image"
+        found = await jetstream.consumer_info(REQUESTS, "text_to_image")
+        assert (found.config, found.created) == (durable.config, durable.created)
         for name in requests:
             await jetstream.purge_stream(name)
 

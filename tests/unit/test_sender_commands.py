@@ -3,12 +3,14 @@
 import asyncio
 import io
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from consumer.app import sender_commands
 from consumer.app.sender_commands import ProgressBar, summary
+from consumer.bus.connection import BusUnavailable
 from generation_contracts import ProgressEvent, StartedEvent, SucceededEvent, Task, TextOutput
 from generation_contracts.examples import EVENTS
 
@@ -91,6 +93,27 @@ class Lines:
         raise AssertionError("no event is expected")
 
 
+class FakeQueue:
+    """A queue of a known length; None: the user may not read it."""
+
+    bus = None
+
+    def __init__(self, length: int | None) -> None:
+        self._length = length
+
+    async def before(self) -> int:
+        if self._length is None:
+            raise BusUnavailable("no permission")
+        return self._length
+
+
+async def watch(queue: Any, lines: Lines) -> None:
+    """Watch the queue of a request that is stored and does not start."""
+    stored = asyncio.Event()
+    stored.set()
+    await sender_commands._watch_queue(queue, Task.TEXT_TO_IMAGE, stored, asyncio.Event(), lines)
+
+
 @pytest.mark.parametrize(
     ("tasks", "line"),
     [
@@ -108,6 +131,22 @@ async def test_a_request_that_does_not_start_reports_its_workers(
 
     monkeypatch.setattr(sender_commands, "WORKERS_ASKED_AFTER", 0.0)
     monkeypatch.setattr(sender_commands, "worker_metadata", metadata)
-    lines, bus = Lines(), object()
-    await sender_commands._ask_workers(bus, Task.TEXT_TO_IMAGE, asyncio.Event(), lines)  # type: ignore[arg-type]
+    lines = Lines()
+    await watch(FakeQueue(None), lines)
     assert lines.notes.get_nowait().startswith(line)
+    assert lines.notes.empty()
+
+
+@pytest.mark.parametrize(
+    ("before", "notes"), [(0, []), (3, ["requests before it: 3 at most"])], ids=["none", "three"]
+)
+async def test_the_requests_before_a_stored_request_are_shown(
+    monkeypatch: pytest.MonkeyPatch, before: int, notes: list[str]
+) -> None:
+    async def no_workers(*_: object) -> None: ...
+
+    monkeypatch.setattr(sender_commands, "WORKERS_ASKED_AFTER", 0.0)
+    monkeypatch.setattr(sender_commands, "_show_workers", no_workers)
+    lines = Lines()
+    await watch(FakeQueue(before), lines)
+    assert [lines.notes.get_nowait() for _ in range(lines.notes.qsize())] == notes
