@@ -227,10 +227,10 @@ async def test_a_publisher_can_read_the_length_of_a_queue_but_no_ids(
 
 
 async def test_the_length_of_a_queue_needs_the_permission(installation: Installation) -> None:
-    bus = await connect(installation.settings("observer"), name="observer", within=WITHIN)
+    bus = await connect(installation.settings("endpoints"), name="endpoints", within=WITHIN)
     try:
         with pytest.raises(BusUnavailable, match="length of the queue is unknown: TimeoutError"):
-            await QueueLength(bus, "OTHER", "text_to_image").before()
+            await QueueLength(bus, REQUESTS, "text_to_image").before()
     finally:
         await bus.close()
 
