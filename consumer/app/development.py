@@ -6,7 +6,7 @@ import os
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from consumer.app.apply import CONNECT_WITHIN, apply
+from consumer.app.composition import make_runner
 from consumer.app.job_lines import JobLines
 from consumer.app.sender_commands import ProgressBar, image_to_text, save_images, send_request
 from consumer.app.supervision import supervised
@@ -24,6 +25,7 @@ from consumer.app.viewer import open_file
 from consumer.bus.connection import ConnectionClosed, connect
 from consumer.bus.event_feed import EventFeed
 from consumer.devstack import ChildEndedError, Daemon, DevStack, GatewayServer
+from consumer.devstack.process import inherited_environment
 from consumer.ports.bus import ResultEvent
 from consumer.settings import Settings
 from generation_client import GenerationClient
@@ -66,7 +68,11 @@ def demo(
     Returns:
         0, 1 if a job failed or the image cannot be opened, or 70 if a server, a worker or the
         gateway exited unexpectedly.
+
+    Raises:
+        SettingsError: Settings of the workers are wrong; nothing has been started.
     """
+    _require_settings()
     demonstration = _Demonstration(console, folder, as_json=as_json, opens=opens)
     with (
         tempfile.TemporaryDirectory(prefix="generation-demo-") as directory,
@@ -92,12 +98,16 @@ def up(directory: Path, console: Console) -> int:
 
     Returns:
         70: a server, a worker or the gateway exited unexpectedly.
+
+    Raises:
+        SettingsError: Settings of the workers are wrong; nothing has been started.
     """
 
     def report_drain(workers: list[str]) -> None:
         names = ", ".join(workers)
         console.print(f"waiting for {names}: they finish their runs; press Ctrl-C to stop at once")
 
+    _require_settings()
     with DevStack(directory, persist=True, on_drain=report_drain) as stack:
         try:
             console.print(_addresses(stack))
@@ -114,6 +124,24 @@ def up(directory: Path, console: Console) -> int:
             raise
 
 
+def _task_settings(task: Task) -> dict[str, str]:
+    """Return the settings of a worker that are not inherited from the environment."""
+    # The other variables of a model may be meant for only one of the two workers.
+    own = ("MODEL_ID", "MODEL_DEFAULTS", "MODEL_ADAPTERS", "MODEL_SAFETY_CHECKER", "CONSUMER_NAME")
+    return {**dict.fromkeys(own, ""), "MODEL_TYPE": str(task)}
+
+
+def _require_settings() -> None:
+    """Find wrong settings of the workers before anything starts.
+
+    Raises:
+        SettingsError: One line for each.
+    """
+    for task in Task:
+        with _replaced_environment({**inherited_environment(), **_task_settings(task)}):
+            make_runner(Settings.load())
+
+
 def _start_processes(
     stack: DevStack, console: Console
 ) -> tuple[list[Daemon], GatewayServer | None]:
@@ -124,18 +152,10 @@ def _start_processes(
     with _environment(stack):
         asyncio.run(apply(Settings.load()))
     settings = {
-        # Override variables that could be meant for only one of the two workers.
-        "MODEL_ID": "",
-        "MODEL_DEFAULTS": "",
-        "MODEL_ADAPTERS": "",
-        "MODEL_SAFETY_CHECKER": "",
-        "CONSUMER_NAME": "",
         # torch creates this folder on import, by default in the temporary folder of the system.
         "TORCHINDUCTOR_CACHE_DIR": str(stack.directory / "torchinductor"),
     }
-    daemons = [
-        stack.start_daemon(str(task), {**settings, "MODEL_TYPE": str(task)}) for task in Task
-    ]
+    daemons = [stack.start_daemon(str(task), {**settings, **_task_settings(task)}) for task in Task]
     gateway = None
     if all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
         gateway = stack.start_gateway("gateway", {"GATEWAY_DRAIN_GRACE": GATEWAY_GRACE})
@@ -163,12 +183,21 @@ def _environment(stack: DevStack) -> Iterator[None]:
 
     Variables that name other servers, their credentials or one worker are removed in the block.
     """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith(("NATS_", "S3_", "MODEL_", "GATEWAY_"))
+        and name.upper() != "CONSUMER_NAME"
+    }
+    with _replaced_environment({**kept, **stack.environment()}):
+        yield
+
+
+@contextmanager
+def _replaced_environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
-    for name in before:
-        foreign = name.upper().startswith(("NATS_", "S3_", "MODEL_", "GATEWAY_"))
-        if foreign or name.upper() == "CONSUMER_NAME":
-            del os.environ[name]
-    os.environ.update(stack.environment())
+    os.environ.clear()
+    os.environ.update(variables)
     try:
         yield
     finally:
