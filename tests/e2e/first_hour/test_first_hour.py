@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +117,76 @@ def test_a_wrong_command_ends_with_one_message(
     assert text in output
     assert "Traceback" not in output
     assert len(output) < 1000
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "text"),
+    [
+        pytest.param(
+            ["check"],
+            {"CONSUMER_MAX_BACTH": "4", "MODEL_TYP": "x"},
+            "CONSUMER_MAX_BACTH: there is no such setting; did you mean CONSUMER_MAX_BATCH?",
+            id="misspelt variable",
+        ),
+        pytest.param(["apply"], {"S3_ACCESS_KEY": ""}, "S3_ACCESS_KEY: ", id="no key"),
+        pytest.param(["run"], {"S3_SECRET_KEY": ""}, "S3_SECRET_KEY: ", id="no secret"),
+        pytest.param(
+            ["check", "--model"],
+            {"MODEL_ID": "/models/none"},
+            "MODEL_ID: there is no folder /models/none",
+            id="no such folder",
+        ),
+        pytest.param(
+            ["run"],
+            {"MODEL_SAFETY_CHECKER": "foo:bar"},
+            "MODEL_SAFETY_CHECKER: there is no module foo",
+            id="no such module",
+        ),
+        pytest.param(
+            ["run"], {"MODEL_ADAPTERS": "a=/nope"}, "MODEL_ADAPTERS: a: ", id="no such adapter"
+        ),
+    ],
+)
+def test_a_wrong_setting_exits_with_2_and_its_name(
+    system: DevStack, arguments: list[str], settings: dict[str, str], text: str
+) -> None:
+    environment = {**system.environment(), "MODEL_TYPE": "text_to_image", **settings}
+    done = run_consumer(*arguments, **environment)
+    assert done.returncode == 2, done.stderr
+    assert f"consumer: {text}" in done.stderr
+    assert all(line.startswith("consumer: ") for line in done.stderr.splitlines())
+
+
+# -- a busy queue ---------------------------------------------------------------------------------
+
+
+async def test_a_request_shows_its_id_and_the_requests_before_it(
+    system: DevStack, sender: Client, tmp_path: Path
+) -> None:
+    long, mine = new_id(), new_id()
+    progress = await sender.subscribe(f"generation.progress.text_to_image.{long}")
+    await sender.flush()
+    await sender.jetstream().publish(
+        f"generation.request.text_to_image.{long}", b'{"prompt": "a", "steps": 200}'
+    )
+    await progress.next_msg(timeout=WITHIN)  # it runs
+    command = ("request", "text-to-image", "a red circle", "--id", mine, "--steps", "1")
+    asking = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "consumer", *command),
+        cwd=tmp_path,
+        env={**os.environ, **system.environment()},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert asking.stderr is not None
+    lines = [await asyncio.wait_for(asking.stderr.readline(), WITHIN) for _ in range(2)]
+    await sender.request(f"generation.cancel.{long}", b"", timeout=WITHIN)
+    output, _ = await asyncio.wait_for(asking.communicate(), WITHIN)
+    assert [line.decode().strip() for line in lines] == [
+        f"request {mine}: stored in the queue, waiting for a worker",
+        "requests before it: 1 at most",
+    ]
+    assert output.decode() == f"saved {mine}.png\n"
