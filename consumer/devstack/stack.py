@@ -36,6 +36,9 @@ _LOCK = "devstack.lock"
 _ATTEMPTS = 3  # starts of a temporary stack, each with new ports
 _IDLE_STOP = 3.0  # seconds; daemons without a run end sooner
 _STOP_POLL = 0.05  # seconds
+# Seconds for gateways to refuse the remaining requests. They would also retry to cancel the jobs of
+# these requests, but no worker is left that could.
+_GATEWAY_GRACE = 4.0
 _HIGHEST_PORT = 65_535
 _MEGABYTE = 10**6
 _NEEDED_SPACE = 20 * _MEGABYTE  # bytes; a demonstration writes 0.6 MB
@@ -283,6 +286,8 @@ class DevStack:
                 child.signal(signal.SIGTERM)  # all drain at the same time
             if waits:
                 self._wait_for_runs(daemons)
+                for gateway in gateways:
+                    gateway.stop(_GATEWAY_GRACE)
 
     def _wait_for_runs(self, daemons: list[Daemon]) -> None:
         deadline = time.monotonic() + max(daemon.grace for daemon in daemons)

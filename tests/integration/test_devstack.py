@@ -809,11 +809,13 @@ while len(signals) < {after}:
 """
 
 
+@pytest.mark.parametrize("hangs", [False, True], ids=["ends", "hangs"])
 def test_a_persistent_stack_stops_gateways_when_its_daemons_have_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
 ) -> None:
     # The gateway drains at the first signal: it would refuse requests while the daemon still runs.
     monkeypatch.setattr(stack_module, "_IDLE_STOP", 0.0)
+    monkeypatch.setattr(stack_module, "_GATEWAY_GRACE", 0.1 if hangs else 60.0)
     told: list[tuple[list[str], bool]] = []
     release = tmp_path / "release"
     code = DRAINS.format(after=1) + f"open({str(release)!r}, 'rb').read()"
@@ -826,7 +828,7 @@ def test_a_persistent_stack_stops_gateways_when_its_daemons_have_finished(
     stack = DevStack(tmp_path / "stack", persist=True, on_drain=finish_the_run)
     with stack:
         daemon = python_child(tmp_path / "daemon", code)
-        gateway = python_child(tmp_path / "gateway", DRAINS.format(after=1))
+        gateway = python_child(tmp_path / "gateway", DRAINS.format(after=hangs + 1))
         for child, among in ((daemon, stack.daemons), (gateway, stack._gateways)):
             among.append(child)  # type: ignore[arg-type]
             stack._started.callback(child.stop)
@@ -837,7 +839,7 @@ def test_a_persistent_stack_stops_gateways_when_its_daemons_have_finished(
         # `stop` of a child sends its signal in another way.
         monkeypatch.setattr(gateway, "signal", lambda _: pytest.fail("drained too early"))
     assert told == [([daemon.name], True)]
-    assert (daemon.returncode, gateway.returncode) == (0, 0)
+    assert (daemon.returncode, gateway.returncode) == (0, -signal.SIGKILL if hangs else 0)
 
 
 def damaged(path: Path, **changes: object) -> str:
