@@ -131,12 +131,15 @@ def test_wrong_usage_exits_with_2_and_one_line(arguments: tuple[str, ...], messa
     assert done.stderr.count("\n") == 1
 
 
+KEYS = {"S3_ACCESS_KEY": "a-key", "S3_SECRET_KEY": "a-key"}
+
+
 @pytest.mark.parametrize(
     "arguments", [("request", "text-to-image", "a"), ("apply",)], ids=["request", "apply"]
 )
 def test_a_missing_server_exits_with_69_and_one_line(arguments: tuple[str, ...]) -> None:
     (port,) = free_ports(1)
-    done = run_consumer(*arguments, NATS_URL=f"nats://someone:secret@127.0.0.1:{port}")
+    done = run_consumer(*arguments, NATS_URL=f"nats://someone:secret@127.0.0.1:{port}", **KEYS)
     assert done.returncode == 69
     address = f"nats://127.0.0.1:{port}"
     assert done.stderr == f"consumer: NATS: cannot connect to {address}: Connection refused\n"
@@ -178,6 +181,7 @@ def test_a_server_that_is_too_old_exits_with_69(command: tuple[str, ...], said: 
             MODEL_TYPE="text_to_image",
             # Not the setting of a store: the command ends at the first service.
             S3_ENDPOINT=f"http://127.0.0.1:{port}",
+            **KEYS,
         )
     assert done.returncode == 69, done.stderr
     assert said.format(server=server) in done.stdout + done.stderr
