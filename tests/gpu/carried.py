@@ -9,6 +9,7 @@ into one archive of at most 60 MB. On the GPU machine, in the checkout:
 """
 
 import re
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -61,11 +62,14 @@ def _requirements() -> list[str]:
 
 def _install(requirements: Iterable[str], folder: Path, python: str, platform: str) -> None:
     file = folder.with_suffix(".txt")
-    file.write_text("\n".join(requirements))
+    # The daemon reads its version from the metadata of its package.
+    file.write_text("\n".join([*requirements, str(ROOT), str(ROOT / "contracts")]))
     command = ["uv", "pip", "install", "--quiet", "--no-deps", "--link-mode", "copy"]
     command += ["--target", str(folder), "--requirements", str(file)]
     command += ["--python-version", python, "--python-platform", platform]
     subprocess.run(command, cwd=ROOT, check=True)
+    for package in ("consumer", "generation_contracts", "generation_client"):
+        shutil.rmtree(folder / package)  # the checkout has the code
 
 
 def _pack(folder: Path, archive: Path) -> float:
