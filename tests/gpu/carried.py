@@ -35,12 +35,15 @@ _NAME = re.compile(r"^([A-Za-z0-9._-]+)==")
 _VENDORED = ("nvidia-", "cuda-")
 
 
-def needed(requirements: Iterable[str], included: Iterable[str]) -> Iterator[str]:
+def needed(
+    requirements: Iterable[str], included: Iterable[str] = (), left_out: Iterable[str] = ()
+) -> Iterator[str]:
     """Yield the requirements that the GPU machine lacks.
 
     Args:
         requirements: Lines of `uv export`, each with an exact version.
         included: Names of packages that are needed in spite of `THERE` and `LEFT_OUT`.
+        left_out: Names of further packages that it has.
     """
     for line in requirements:
         found = _NAME.match(line)
@@ -48,7 +51,7 @@ def needed(requirements: Iterable[str], included: Iterable[str]) -> Iterator[str
             continue
         name = found[1].lower()
         missing = name not in THERE | LEFT_OUT and not name.startswith(_VENDORED)
-        if missing or name in included:
+        if (missing or name in included) and name not in left_out:
             yield line
 
 
@@ -85,9 +88,16 @@ def _pack(folder: Path, archive: Path) -> float:
 @click.option("--python", default="3.12", show_default=True, help="Python of the GPU machine.")
 @click.option("--platform", default="x86_64-manylinux_2_28", show_default=True)
 @click.option("--with", "included", multiple=True, help="A package that is otherwise left out.")
+@click.option("--without", multiple=True, help="A further package that the GPU machine has.")
 @click.option("--limit", default=LIMIT, show_default=True, help="MB.")
 def main(
-    archive: Path, python: str, platform: str, included: tuple[str, ...], limit: float
+    archive: Path,
+    *,
+    python: str,
+    platform: str,
+    included: tuple[str, ...],
+    without: tuple[str, ...],
+    limit: float,
 ) -> None:
     """Pack what the GPU machine lacks into ARCHIVE.
 
@@ -95,7 +105,7 @@ def main(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "site"
-        chosen = list(needed(_requirements(), included))
+        chosen = list(needed(_requirements(), included, without))
         _install(chosen, folder, python, platform)
         click.echo("\n".join(chosen))
         size = _pack(folder, archive)
