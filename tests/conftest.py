@@ -1,5 +1,6 @@
 """Fixtures for all tests: real servers, each test with its own."""
 
+import importlib
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -72,6 +73,12 @@ class OneProcessForModels(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessForModels:
     """A hook of pytest-xdist, whose own groups do not work with pytest 9."""
     return OneProcessForModels(config, log)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test with the marker `gpu` where there is no CUDA device."""
+    if item.get_closest_marker("gpu") and not importlib.import_module("torch").cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
 
 
 StartNats = Callable[..., NatsServer]

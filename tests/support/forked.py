@@ -34,7 +34,9 @@ from consumer.devstack import Daemon, DevStack, GatewayServer
 from consumer.devstack.process import ChildProcess
 
 ROOT = Path(__file__).parents[2]
-PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'contracts'}"
+PYTHONPATH = os.pathsep.join(
+    [str(ROOT), str(ROOT / "contracts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 GUARD = "consumer.bus.lease_guard.process"
 _create_subprocess_exec = asyncio.create_subprocess_exec
 _LARGEST = 2**20  # bytes; largest size of an order
