@@ -118,7 +118,7 @@ def test_without_a_terminal_each_job_is_one_line() -> None:
     started, step, ended = running_job()
     output = io.StringIO()
     with JobLines(Console(file=output, soft_wrap=True, width=200)) as lines:
-        for event in (started, step, ended):
+        for event in (started, step, ended, started.model_copy(update={"request_id": "runs"})):
             lines.show(event)
     (line,) = output.getvalue().splitlines()
     assert line == job_line(ended, started)
