@@ -62,8 +62,7 @@ class JobLines:
         )
 
     def __enter__(self) -> Self:
-        if self._console.is_interactive:
-            self._live.start()
+        self._live.start()  # shows nothing without a terminal
         return self
 
     def __exit__(self, *_: object) -> None:
