@@ -303,6 +303,9 @@ class Settings(BaseSettings):
     consumer_prompt_in_pictures: bool = Field(
         default=False, description="write the prompt into the metadata of images"
     )
+    consumer_ai_mark: bool = Field(
+        default=True, description="write IPTC's digital source type into images"
+    )
     consumer_max_input_bytes: Annotated[int, Field(gt=0)] = 20 * 2**20
     consumer_max_input_pixels: Annotated[int, Field(gt=0)] = 16_000_000
 

@@ -319,6 +319,7 @@ class Daemon:
             images=ImageCodec(
                 max_bytes=settings.consumer_max_input_bytes,
                 max_pixels=settings.consumer_max_input_pixels,
+                ai_mark=settings.consumer_ai_mark,
             ),
             observer=self._telemetry,
             prompt_in_images=settings.consumer_prompt_in_pictures,

@@ -17,7 +17,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from consumer.media.provenance import SOFTWARE
+from consumer.media.ai_mark import SOFTWARE
 from consumer.telemetry import JobReport, LogStream
 from generation_contracts import FailureCode, ModelInfo
 

@@ -51,6 +51,9 @@ class ImageData(BaseModel):
     url: str | None = Field(default=None, description="with `response_format: url`")
     seed: int
     flagged: bool | None = Field(default=None, description="result of the safety checker")
+    marks: tuple[str, ...] | None = Field(
+        default=None, description="marks in the file that say that a model made it"
+    )
 
 
 class ImagesAnswer(BaseModel):
@@ -117,6 +120,7 @@ async def answer(
                     url=require_address(output) if by_url else None,
                     seed=output.seed,
                     flagged=output.flagged,
+                    marks=output.marks,
                 )
                 for number, output in enumerate(outputs)
             ],
@@ -198,6 +202,7 @@ async def _completed(call: Call, event: SucceededEvent, number: int, kind: str) 
         "output_format": _format(output),
         "usage": ImageUsage().model_dump(),
         "seed": output.seed,
+        "marks": output.marks,
     }
     return sse_message(data, event=name)
 

@@ -1,15 +1,12 @@
 """Provenance: the metadata in an image's file about the generation of the image."""
 
-import functools
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 
+from consumer.media.ai_mark import software
 from consumer.ports.model import GeneratedImage
 from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue
-
-SOFTWARE = "generation-consumer"  # the distribution
 
 
 def provenance_of(
@@ -35,7 +32,7 @@ def provenance_of(
         with_prompt: Whether the file contains the prompts, which every recipient can read.
     """
     values = {
-        "software": _software(),
+        "software": software(),
         "request_id": request_id,
         "seed": str(made.seed),
         "model": model.id,
@@ -46,8 +43,3 @@ def provenance_of(
     if with_prompt:
         values |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
     return {name: value for name, value in values.items() if value is not None}
-
-
-@functools.cache  # `version` reads files
-def _software() -> str:
-    return f"{SOFTWARE} {version(SOFTWARE)}"

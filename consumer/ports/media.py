@@ -17,6 +17,7 @@ class EncodedImage:
 
     Attributes:
         sha256: Hexadecimal digest of `data`.
+        marks: Names of the marks in the file that say that it was generated.
     """
 
     data: bytes = field(repr=False)
@@ -26,6 +27,7 @@ class EncodedImage:
     height: int  # pixels
     seed: int
     sha256: str
+    marks: tuple[str, ...] = ()
 
 
 class InputUnavailable(Exception):  # noqa: N818 - the contract's word for it is input_unavailable

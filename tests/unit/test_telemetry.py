@@ -18,7 +18,7 @@ import structlog
 
 from consumer.app.metrics import Metrics
 from consumer.jobs.outcomes import Decision, decide, outcome_label
-from consumer.media.provenance import SOFTWARE
+from consumer.media.ai_mark import SOFTWARE
 from consumer.telemetry import JobReport, LogStream
 from generation_contracts import FailureCode, ModelInfo
 from tests.support.daemon_logging import daemon_logging, logging_to
