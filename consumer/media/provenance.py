@@ -21,7 +21,8 @@ def provenance_of(
     """Return names and values for the file of one image.
 
     They are equal in all runs of a request and contain no time, worker or attempt. An object's key
-    contains the hash of its bytes, and a redelivered request must produce the same key.
+    contains the hash of its bytes, so a redelivered request produces the same key if its file is
+    not signed.
 
     Args:
         made: The generated image.
