@@ -8,7 +8,7 @@ from typing import Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from consumer.gateway.answers import described, json_answer
+from consumer.gateway.answers import GENERATED, described, json_answer
 from consumer.gateway.contract import with_request_names
 from consumer.gateway.errors import ApiError
 from consumer.gateway.openai_parameters import AUTO, ImageParameters
@@ -105,7 +105,11 @@ async def answer(
         if sender.preferences.respond_async:
             return await call.accepted()
         if parameters.stream:
-            return EventStream(_stream(call, parameters, kind), on_disconnect=call.abandon)
+            return EventStream(
+                _stream(call, parameters, kind),
+                headers=GENERATED,
+                on_disconnect=call.abandon,
+            )
         event = await call.result()
     except ApiError as error:
         raise with_request_names(error, parameters.names) from None

@@ -125,6 +125,13 @@ class SucceededEvent(TerminalEvent):
     warnings: tuple[str, ...] = Field(
         default=(), description="deviations from the request, for example a truncated prompt"
     )
+    ai_generated: bool | None = Field(
+        default=None,
+        description=(
+            "a model generated the outputs: pass it on with them, texts have no other mark; absent "
+            "in events of older workers"
+        ),
+    )
 
 
 class FailedEvent(TerminalEvent):

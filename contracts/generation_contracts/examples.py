@@ -427,6 +427,24 @@ _MARKED: Mapping[str, Event] = {
         ),
         model=_PICTURE_MODEL,
         timings=Timings(queued=0.25, inference=3.5, encode=0.125, upload=0.0625),
+        ai_generated=True,
+    ),
+    "succeeded_text_marked": SucceededEvent(
+        request_id="caption-0002",
+        task=Task.IMAGE_TO_TEXT,
+        sequence=12,
+        time=_TIME,
+        worker="image_to_text-1",
+        attempt=1,
+        request_digest=request_digest(REQUESTS["image_to_text_minimal"]),
+        outputs=(
+            TextOutput(
+                text="A red circle.", finish_reason="stop", prompt_tokens=911, completion_tokens=5
+            ),
+        ),
+        model=_TEXT_MODEL,
+        timings=Timings(queued=0.5, inference=1.5),
+        ai_generated=True,
     ),
 }
 
