@@ -203,6 +203,7 @@ def _description(model: ModelDescription) -> str:
     defaults = ", ".join(f"{k} {v}" for k, v in model.defaults.items() if v is not None)
     text = (
         f"{model.info.id}: {model.info.family}, {model.info.dtype} on {model.info.device}; "
+        f"{_libraries(model)}"
         f"parameters {', '.join(sorted(model.parameters))}; defaults {defaults}"
     )
     if model.size_multiple is not None:
@@ -210,6 +211,11 @@ def _description(model: ModelDescription) -> str:
     if model.max_pixels is not None:
         text += f", at most {model.max_pixels} pixels per image"
     return text
+
+
+def _libraries(model: ModelDescription) -> str:
+    versions = (model.info.libraries or {}).items()
+    return ", ".join(f"{name} {version}" for name, version in versions) + "; " if versions else ""
 
 
 async def _generate(runner: Runner, queue: RunQueue, task: Task) -> str:

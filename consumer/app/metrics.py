@@ -185,8 +185,7 @@ class Metrics:
 
     def model_loaded(self, model: ModelInfo) -> None:
         """Set the labels of the loaded model."""
-        labels = model.model_dump(exclude_none=True)
-        self._model.labels(self._task).info({name: str(value) for name, value in labels.items()})
+        self._model.labels(self._task).info(model.labels())
 
     def readiness(self, conditions: Mapping[str, str | None]) -> None:
         """Set the readiness conditions: None, or the reason why a condition is not met."""

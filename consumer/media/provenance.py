@@ -21,8 +21,8 @@ def provenance_of(
     """Return names and values for the file of one image.
 
     They are equal in all runs of a request and contain no time, worker or attempt. An object's key
-    contains the hash of its bytes, so a redelivered request produces the same key if its file is
-    not signed.
+    contains the hash of its bytes, so a redelivered request produces the same key with the same
+    versions of the software, if its file is not signed.
 
     Args:
         made: The generated image.
@@ -38,9 +38,14 @@ def provenance_of(
         "seed": str(made.seed),
         "model": model.id,
         "revision": model.revision,
-        "parameters": json.dumps(dict(parameters), sort_keys=True, separators=(",", ":")),
+        "libraries": None if model.libraries is None else _compact(model.libraries),
+        "parameters": _compact(parameters),
         "flagged": None if made.flagged is None else json.dumps(made.flagged),
     }
     if with_prompt:
         values |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _compact(values: Mapping[str, object]) -> str:
+    return json.dumps(dict(values), sort_keys=True, separators=(",", ":"))

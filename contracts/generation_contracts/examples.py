@@ -399,7 +399,8 @@ _ALONE: Mapping[str, Event] = {
     ),
 }
 
-# From a worker that marks its outputs.
+# From a worker that marks its outputs, and reports the versions of its libraries.
+_LIBRARIES = {"diffusers": "0.42.0", "torch": "2.15.0+cu128", "transformers": "5.23.0"}
 _MARKED: Mapping[str, Event] = {
     "succeeded_image_marked": SucceededEvent(
         request_id="sketch-0002",
@@ -425,7 +426,7 @@ _MARKED: Mapping[str, Event] = {
                 marks=("iptc", "c2pa"),
             ),
         ),
-        model=_PICTURE_MODEL,
+        model=_PICTURE_MODEL.model_copy(update={"libraries": _LIBRARIES}),
         timings=Timings(queued=0.25, inference=3.5, encode=0.125, upload=0.0625),
         ai_generated=True,
     ),

@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 
 from generation_contracts import Subjects, Task, TerminalEvent, headers
 from generation_contracts.events import VERSION
-from generation_contracts.examples import EVENTS, TRACE_PARENT
+from generation_contracts.examples import EVENTS
 from generation_contracts.headers import event_headers
 from generation_contracts.schema import asyncapi
 

@@ -21,7 +21,12 @@ from tests.support.memory_ports import Run, raising
 from tests.support.memory_world import MemoryWorld, Worlds
 
 MODEL = ModelInfo(
-    id="someone/model", revision="7f3c", family="flux", dtype="float32", device="cuda"
+    id="someone/model",
+    revision="7f3c",
+    family="flux",
+    dtype="float32",
+    device="cuda",
+    libraries={"torch": "2.15.0+cpu", "diffusers": "0.42.0"},
 )
 PARAMETERS: dict[str, ParameterValue] = {"width": 64, "adapters": {"b": 0.5, "a": 1.0}}
 
@@ -46,6 +51,7 @@ def test_provenance_has_the_model_and_no_prompt() -> None:
         "seed": "8",
         "model": "someone/model",
         "revision": "7f3c",
+        "libraries": '{"diffusers":"0.42.0","torch":"2.15.0+cpu"}',
         "parameters": '{"adapters":{"a":1.0,"b":0.5},"width":64}',
     }
 
@@ -61,8 +67,9 @@ def test_provenance_has_the_safety_flag(flagged: bool, value: str) -> None:
     assert written(flagged=flagged) == {**written(), "flagged": value}
 
 
-def test_model_without_a_revision_has_none() -> None:
-    assert "revision" not in written(model=MODEL.model_copy(update={"revision": None}))
+@pytest.mark.parametrize("name", ["revision", "libraries"])
+def test_model_without_a_value_has_none(name: str) -> None:
+    assert name not in written(model=MODEL.model_copy(update={name: None}))
 
 
 # -- in the life of a job -------------------------------------------------------------------------

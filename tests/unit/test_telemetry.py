@@ -163,7 +163,13 @@ def test_failures_and_dead_letters_are_counted_by_code() -> None:
 def test_info_metrics_have_the_model_and_the_version() -> None:
     metrics = Metrics("text_to_image")
     metrics.model_loaded(
-        ModelInfo(id="some/model", family="FluxPipeline", dtype="bfloat16", device="cuda")
+        ModelInfo(
+            id="some/model",
+            family="FluxPipeline",
+            dtype="bfloat16",
+            device="cuda",
+            libraries={"diffusers": "0.42.0", "torch": "2.15.0+cu128"},
+        )
     )
     info = {
         sample.name: sample.labels
@@ -179,6 +185,8 @@ def test_info_metrics_have_the_model_and_the_version() -> None:
             "family": "FluxPipeline",
             "dtype": "bfloat16",
             "device": "cuda",
+            "diffusers": "0.42.0",
+            "torch": "2.15.0+cu128",
         },
     }
 
