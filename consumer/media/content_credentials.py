@@ -72,6 +72,7 @@ class ContentCredentials:
 
     def __init__(self, config: SigningConfig) -> None:
         self._signer = _Signer(config)
+        self._generator = {"name": SOFTWARE, "version": version(SOFTWARE)}  # reads files
         self._context = c2pa.Context.from_dict(_OPTIONS)
         # A thread of the loop's own pool would delay the exit as long as a callback hangs.
         self._threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="signing")
@@ -131,7 +132,7 @@ class ContentCredentials:
         }
         values = {name: provenance[name] for name in _VALUES if name in provenance}
         manifest = {
-            "claim_generator_info": [{"name": SOFTWARE, "version": version(SOFTWARE)}],
+            "claim_generator_info": [self._generator],
             "assertions": [
                 {"label": "c2pa.actions.v2", "data": {"actions": [action]}},
                 {"label": GENERATION, "data": values},

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from PIL import Image
 
 from consumer.app import signing
+from consumer.app.check import Finding, _finding
 from consumer.app.signing import make_credentials, try_signature
 from consumer.media.codec import ImageCodec
 from consumer.media.content_credentials import ContentCredentials, SigningConfig
@@ -173,9 +175,11 @@ def test_hanging_callback_counts_as_busy(certificate: Certificate) -> None:
     credentials = credentials_of(certificate, hang)
     assert not credentials.busy
     future = credentials.submit(encoded(), PROVENANCE)
-    assert called.wait(30)
-    assert credentials.busy
-    release.set()
+    try:
+        assert called.wait(30)
+        assert credentials.busy
+    finally:
+        release.set()  # a hanging thread would hold up the end of the test run
     assert isinstance(future.exception(30), SigningFailed)
     assert not credentials.busy
 
@@ -370,6 +374,16 @@ async def test_trial_names_the_signer(certificate: Certificate) -> None:
     assert credentials is not None
     text = await try_signature(credentials)
     assert text.startswith("Es256 by Example signer, Example, without a time stamp; signed and ")
+
+
+async def test_check_reports_a_failing_signer_with_69(certificate: Certificate) -> None:
+    name = certificate.with_callback("refuse")["CONSUMER_C2PA_SIGNER"]
+    credentials = make_credentials(
+        settings_of(certificate, consumer_c2pa_key=None, consumer_c2pa_signer=name)
+    )
+    assert credentials is not None
+    finding = await _finding("c2pa", partial(try_signature, credentials))
+    assert finding == Finding("c2pa", "the callback failed: ConnectionError", 69)
 
 
 def test_daemon_with_a_wrong_key_exits_with_2_before_it_imports_torch(
