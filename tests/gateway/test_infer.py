@@ -24,6 +24,7 @@ async def test_a_prompt_returns_images(http: httpx2.AsyncClient) -> None:
     assert decoded(value["image"]).size == (value["width"], value["height"]) == (64, 32)
     assert value["media_type"] == "image/png"
     assert value["seeds"] == [4, 5]
+    assert value["marks"] == [["iptc"], ["iptc"]]
     assert value["request_id"] == answer.headers["x-request-id"]
 
 
