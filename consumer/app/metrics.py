@@ -108,6 +108,9 @@ class Metrics:
         self._redelivered = counter(
             "generation_redelivered_jobs", "Redeliveries: deliveries after the first of a request"
         )
+        self._unsigned = counter(
+            "generation_unsigned_images", "Images that should be signed and could not be signed"
+        )
         self._stages = {
             "queued": histogram(
                 "generation_queue_wait_seconds", "Time from stored in the stream to started"
@@ -155,6 +158,7 @@ class Metrics:
             self._dead_letters.count(report.outcome)
         if report.attempt > 1:
             self._redelivered.inc()
+        self._unsigned.inc(report.unsigned)
         for stage, metric in self._stages.items():
             seconds = getattr(report, stage)
             if seconds > 0:

@@ -452,6 +452,7 @@ class Executor:
             encode=job.encode,
             upload=job.upload,
             dead_letter=decision is not None and decision.dead_letter,
+            unsigned=job.unsigned,
         )
         self._observer.job_finished(report)
         log.info(

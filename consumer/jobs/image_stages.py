@@ -180,6 +180,7 @@ class ImageStages:
                 except (SigningFailed, TimeoutError) as error:
                     reason = str(error) or f"no signature after {SIGN_TIMEOUT:g} s"
                     log.warning("image_not_signed", index=index, reason=reason)
+                    job.unsigned += 1
                     if self.credentials_required:
                         raise NotSigned from None
                     unsigned.append(index)

@@ -80,6 +80,7 @@ async def test_best_effort_stores_the_unsigned_file_with_a_warning(make_world: W
     assert [output.marks for output in outputs_of(event)] == [("c2pa",), ()]
     assert isinstance(event, SucceededEvent)
     assert event.warnings == ("image 1 has no Content Credentials: it could not be signed",)
+    assert [report.unsigned for report in world.observer.reports] == [1]
     (line,) = [line for line in logs if line["event"] == "image_not_signed"]
     assert (line["index"], line["reason"]) == (1, REASON)
 
