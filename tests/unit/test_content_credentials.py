@@ -399,6 +399,8 @@ def test_daemon_with_a_wrong_key_exits_with_2_before_it_imports_torch(
             **certificate.settings,
             "CONSUMER_C2PA_KEY": str(other_key),
             "MODEL_TYPE": "text_to_image",
+            "S3_ACCESS_KEY": "a",
+            "S3_SECRET_KEY": "b",
         },
         capture_output=True,
         text=True,
