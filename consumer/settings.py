@@ -111,6 +111,13 @@ def _http_url(value: str) -> str:
     return str(url).rstrip("/")
 
 
+def _time_stamp_url(value: str) -> str:
+    url = HttpUrl(value)
+    if url.username or url.password or url.query or url.fragment:
+        raise ValueError("must be http(s)://host[:port][/path], without anything else")
+    return str(url)
+
+
 def without_last_dot(endpoint: str) -> str:
     """Return the URL of an endpoint without a dot at the end of the host name.
 
@@ -158,6 +165,7 @@ def _worker_name() -> str:
 List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_separated)]
 Places = Annotated[List, AfterValidator(_places)]
 Url = Annotated[str, AfterValidator(_http_url)]
+TimeStampUrl = Annotated[str, AfterValidator(_time_stamp_url)]
 PublicUrl = Annotated[Url, AfterValidator(without_last_dot)]
 Seconds = Annotated[float, Field(gt=0)]
 Defaults = Annotated[dict[str, int | float | str], NoDecode, BeforeValidator(_json)]
@@ -303,6 +311,25 @@ class Settings(BaseSettings):
     consumer_prompt_in_pictures: bool = Field(
         default=False, description="write the prompt into the metadata of images"
     )
+    consumer_ai_mark: bool = Field(
+        default=True, description="write IPTC's digital source type into images"
+    )
+    consumer_c2pa: Literal["off", "best-effort", "required"] = Field(
+        default="off", description="sign images with Content Credentials; needs the extra c2pa"
+    )
+    consumer_c2pa_chain: Path | None = Field(
+        default=None, description="PEM: the signer's certificate and those that issued it"
+    )
+    consumer_c2pa_key: Path | None = Field(default=None, description="PEM, PKCS #8: its key")
+    consumer_c2pa_signer: str = Field(
+        default="", description="package.module:callable that signs, in place of a key"
+    )
+    consumer_c2pa_algorithm: Literal[
+        "es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"
+    ] = "es256"
+    consumer_c2pa_tsa: TimeStampUrl | None = Field(
+        default=None, description="URL of a time stamp authority (RFC 3161); unset: none"
+    )
     consumer_max_input_bytes: Annotated[int, Field(gt=0)] = 20 * 2**20
     consumer_max_input_pixels: Annotated[int, Field(gt=0)] = 16_000_000
 
@@ -381,6 +408,13 @@ class Settings(BaseSettings):
             wrong.append("NATS_CERT and NATS_KEY go together")
         if (self.gateway_tls_cert is None) != (self.gateway_tls_key is None):
             wrong.append("GATEWAY_TLS_CERT and GATEWAY_TLS_KEY go together")
+        if self.consumer_c2pa != "off":
+            if self.consumer_c2pa_chain is None:
+                wrong.append("CONSUMER_C2PA needs CONSUMER_C2PA_CHAIN")
+            if (self.consumer_c2pa_key is None) != bool(self.consumer_c2pa_signer):
+                wrong.append(
+                    "CONSUMER_C2PA needs one of CONSUMER_C2PA_KEY and CONSUMER_C2PA_SIGNER"
+                )
         if self.gateway_bodies_bytes < self.gateway_max_body:
             wrong.append("GATEWAY_BODIES_BYTES must be at least GATEWAY_MAX_BODY")
         if wrong:

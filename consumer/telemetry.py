@@ -30,6 +30,7 @@ class JobReport:
             or `abandoned`.
         attempt: How many times the request has been delivered.
         dead_letter: Whether a dead letter was stored for the request.
+        unsigned: Number of images that should have been signed and could not be signed.
     """
 
     outcome: str
@@ -39,6 +40,7 @@ class JobReport:
     encode: float = 0.0  # seconds
     upload: float = 0.0  # seconds
     dead_letter: bool = False
+    unsigned: int = 0
 
 
 class LogStream(io.TextIOBase):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from consumer.app.apply import API_WITHIN, CONNECT_WITHIN
 from consumer.app.composition import make_artifacts, make_runner, make_topology
 from consumer.app.probes import NullObserver
+from consumer.app.signing import make_credentials, try_signature
 from consumer.artifacts import store_config, with_address
 from consumer.bus.connection import (
     Bus,
@@ -22,6 +23,7 @@ from consumer.bus.connection import (
 from consumer.bus.endpoint_connection import connect_endpoints
 from consumer.inference.run_queue import RunQueue
 from consumer.inference.worker import InferenceWorker
+from consumer.ports.media import SigningFailed
 from consumer.ports.model import (
     DeviceLost,
     ModelDescription,
@@ -79,15 +81,20 @@ async def check(settings: Settings, report: Callable[[Finding], None], *, model:
         The first exit code that is not 0, else 0.
 
     Raises:
-        SettingsError: Settings of the store or the model are wrong; nothing has been checked.
+        SettingsError: Settings of the store, the model or Content Credentials are wrong; nothing
+            has been checked.
     """
     store_config(settings)
     runner = make_runner(settings) if model else None
+    credentials = make_credentials(settings)
     findings: list[Finding] = []
     for service in (_bus, _store):
         for finding in await service(settings):
             findings.append(finding)
             report(finding)
+    if credentials is not None:
+        findings.append(await _finding("c2pa", partial(try_signature, credentials)))
+        report(findings[-1])
     if runner is not None:
         findings += await check_model(runner, settings.task, report)
     return next((finding.exit_code for finding in findings if finding.exit_code), 0)
@@ -196,6 +203,7 @@ def _description(model: ModelDescription) -> str:
     defaults = ", ".join(f"{k} {v}" for k, v in model.defaults.items() if v is not None)
     text = (
         f"{model.info.id}: {model.info.family}, {model.info.dtype} on {model.info.device}; "
+        f"{_libraries(model)}"
         f"parameters {', '.join(sorted(model.parameters))}; defaults {defaults}"
     )
     if model.size_multiple is not None:
@@ -203,6 +211,11 @@ def _description(model: ModelDescription) -> str:
     if model.max_pixels is not None:
         text += f", at most {model.max_pixels} pixels per image"
     return text
+
+
+def _libraries(model: ModelDescription) -> str:
+    versions = (model.info.libraries or {}).items()
+    return ", ".join(f"{name} {version}" for name, version in versions) + "; " if versions else ""
 
 
 async def _generate(runner: Runner, queue: RunQueue, task: Task) -> str:
@@ -250,6 +263,8 @@ async def _finding(name: str, work: Callable[[], Awaitable[str]]) -> Finding:
         return Finding(name, await work())
     except Unavailable as error:
         return Finding(name, _without_service(str(error)), EXIT_UNAVAILABLE)
+    except SigningFailed as error:
+        return Finding(name, str(error), EXIT_UNAVAILABLE)
     except ModelMisconfigured as error:
         return Finding(name, str(error), EXIT_USAGE)
     except (ModelUnavailable, UnsupportedParameter, OutOfMemory, DeviceLost, ModelError) as error:

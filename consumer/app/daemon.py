@@ -30,6 +30,7 @@ from consumer.app.composition import (
 )
 from consumer.app.metrics import Metrics
 from consumer.app.probes import Probes, Telemetry
+from consumer.app.signing import make_credentials
 from consumer.app.tracing import OpenTelemetry, open_telemetry
 from consumer.artifacts import (
     ObjectStoreArtifacts,
@@ -102,7 +103,7 @@ def run(settings: Settings, *, make_runner: MakeRunner = make_runner) -> int:
         faulthandler.register(signal.SIGUSR1, all_threads=True)
     daemon = Daemon(settings, make_runner)
     code = asyncio.run(daemon.run())
-    if daemon.inference_busy:
+    if daemon.busy:
         # Python cannot end a thread that loads or hangs, and a normal exit would wait for it.
         with suppress(OSError, ValueError):  # the pipe may be closed
             sys.stdout.flush()
@@ -132,6 +133,7 @@ class Daemon:
         store_config(settings)  # wrong settings are found before anything starts
         self._settings = settings
         self._runner = make_runner(settings)
+        self._credentials = make_credentials(settings)
         self._task = settings.task
         self._telemetry = Telemetry(Metrics(str(self._task)))
         self._health = self._telemetry.health
@@ -147,9 +149,10 @@ class Daemon:
         self._failure: BaseException | None = None  # what a background task raised
 
     @property
-    def inference_busy(self) -> bool:
-        """Whether the inference thread is running code, which cannot be interrupted."""
-        return self._inference is not None and self._inference.busy
+    def busy(self) -> bool:
+        """Whether a thread is running code of the model or of a signer, which has no end."""
+        inferring = self._inference is not None and self._inference.busy
+        return inferring or (self._credentials is not None and self._credentials.busy)
 
     async def run(self) -> int:
         """Start, serve until a stop is requested, drain and stop; return the exit code."""
@@ -319,9 +322,12 @@ class Daemon:
             images=ImageCodec(
                 max_bytes=settings.consumer_max_input_bytes,
                 max_pixels=settings.consumer_max_input_pixels,
+                ai_mark=settings.consumer_ai_mark,
             ),
             observer=self._telemetry,
             prompt_in_images=settings.consumer_prompt_in_pictures,
+            credentials=self._credentials,
+            credentials_required=settings.consumer_c2pa == "required",
             tracer=self._tracer,
             most_in_flight=most_in_flight(settings),
             before_exit=self._stop_pulling,

@@ -17,7 +17,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from consumer.media.provenance import SOFTWARE
+from consumer.media.ai_mark import SOFTWARE
 from consumer.telemetry import JobReport, LogStream
 from generation_contracts import FailureCode, ModelInfo
 
@@ -108,6 +108,9 @@ class Metrics:
         self._redelivered = counter(
             "generation_redelivered_jobs", "Redeliveries: deliveries after the first of a request"
         )
+        self._unsigned = counter(
+            "generation_unsigned_images", "Images that should be signed and could not be signed"
+        )
         self._stages = {
             "queued": histogram(
                 "generation_queue_wait_seconds", "Time from stored in the stream to started"
@@ -155,6 +158,7 @@ class Metrics:
             self._dead_letters.count(report.outcome)
         if report.attempt > 1:
             self._redelivered.inc()
+        self._unsigned.inc(report.unsigned)
         for stage, metric in self._stages.items():
             seconds = getattr(report, stage)
             if seconds > 0:
@@ -185,8 +189,7 @@ class Metrics:
 
     def model_loaded(self, model: ModelInfo) -> None:
         """Set the labels of the loaded model."""
-        labels = model.model_dump(exclude_none=True)
-        self._model.labels(self._task).info({name: str(value) for name, value in labels.items()})
+        self._model.labels(self._task).info(model.labels())
 
     def readiness(self, conditions: Mapping[str, str | None]) -> None:
         """Set the readiness conditions: None, or the reason why a condition is not met."""

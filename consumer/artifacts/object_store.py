@@ -159,6 +159,7 @@ class ObjectStoreArtifacts:
             width=image.width,
             height=image.height,
             seed=image.seed,
+            marks=image.marks,
         )
 
     async def fetch(self, source: ImageSource, *, max_bytes: int) -> bytes:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 from uuid import uuid4
 
 import structlog
@@ -145,7 +144,7 @@ class WorkerService:
                     name=SERVICE,
                     version=semantic_version(version("generation-consumer")),
                     description="Images from texts, texts about images",
-                    metadata=_texts(worker=self._backend.worker, task=task, **model.model_dump()),
+                    metadata={"worker": self._backend.worker, "task": str(task), **model.labels()},
                 ),
             )
             await self._service.add_endpoint(
@@ -369,10 +368,6 @@ def _id_of(body: bytes, headers: Mapping[str, str]) -> str:
         if isinstance(candidate, str) and is_request_id(candidate):
             return candidate
     return uuid4().hex
-
-
-def _texts(**values: Any) -> dict[str, str]:
-    return {name: str(value) for name, value in values.items() if value is not None}
 
 
 async def _refuse(call: Call, inbox: str, code: str, description: str) -> None:

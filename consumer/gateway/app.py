@@ -50,7 +50,10 @@ from generation_contracts import Task
 __all__ = ["Gateway", "create_app", "open_gateway"]
 
 CONNECT_WITHIN = 30.0  # seconds; a gateway and its NATS server may start at the same time
-EXPOSED = ["location", "preference-applied", "retry-after", "x-request-id", "x-should-retry"]
+EXPOSED = [
+    *("generation-ai-generated", "location", "preference-applied", "retry-after"),
+    *("x-request-id", "x-should-retry"),
+]
 
 # Each module of endpoints has one `router`; the application includes them in this order.
 ROUTERS: list[APIRouter] = [

@@ -90,6 +90,9 @@ class ImageAnswer(_Answer):
     width: int = Field(description="pixels")
     height: int = Field(description="pixels")
     seeds: list[int] = Field(description="of each image")
+    marks: list[tuple[str, ...]] = Field(
+        description="of each image: marks in the file that say that a model made it"
+    )
 
 
 class TextAnswer(_Answer):
@@ -157,6 +160,7 @@ async def _document(call: Call, event: SucceededEvent) -> ImageAnswer | TextAnsw
             completion_tokens=first.completion_tokens,
             **shared,
         )
+    artifacts = [output for output in event.outputs if isinstance(output, ImageArtifact)]
     images = [
         base64.b64encode(await call.content(event, number)).decode()
         for number in range(len(event.outputs))
@@ -167,6 +171,7 @@ async def _document(call: Call, event: SucceededEvent) -> ImageAnswer | TextAnsw
         media_type=first.media_type,
         width=first.width,
         height=first.height,
-        seeds=[output.seed for output in event.outputs if isinstance(output, ImageArtifact)],
+        seeds=[artifact.seed for artifact in artifacts],
+        marks=[artifact.marks or () for artifact in artifacts],
         **shared,
     )

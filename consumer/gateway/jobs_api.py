@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from pydantic import BaseModel, Field, StringConstraints
 
+from consumer.gateway.answers import GENERATED, GENERATED_DESCRIBED
 from consumer.gateway.context import GatewayPart, note_job
 from consumer.gateway.contract import contract_request
 from consumer.gateway.errors import not_found
@@ -46,6 +47,7 @@ MAX_PAGE = 100  # jobs
 
 OUTPUT_TYPES = ("image/png", "image/webp", "image/jpeg", "text/plain")
 OUTPUT_HEADERS = {
+    **GENERATED,
     "cache-control": "private, max-age=31536000, immutable",
     "x-content-type-options": "nosniff",
 }
@@ -225,7 +227,12 @@ async def watch_job(
 @router.get(
     "/v1/jobs/{job_id}/outputs/{number}",
     response_class=Response,
-    responses={HTTPStatus.OK: {"content": {media: {} for media in OUTPUT_TYPES}}},
+    responses={
+        HTTPStatus.OK: {
+            "content": {media: {} for media in OUTPUT_TYPES},
+            "headers": GENERATED_DESCRIBED,
+        }
+    },
     summary="Read an output",
 )
 async def read_output(

@@ -19,7 +19,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from consumer.media.provenance import SOFTWARE
+from consumer.media.ai_mark import SOFTWARE
 from consumer.telemetry import LogStream
 
 # Seconds. A page takes 1 ms; an image in a long queue takes hours.

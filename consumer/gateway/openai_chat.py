@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from consumer.gateway.answers import described, json_answer
+from consumer.gateway.answers import GENERATED, described, json_answer
 from consumer.gateway.chat_parameters import NAMES, ChatParameters
 from consumer.gateway.contract import with_request_names
 from consumer.gateway.errors import ApiError
@@ -79,7 +79,11 @@ async def complete_chat(sender: SenderPart, parameters: ChatParameters) -> Respo
         if sender.preferences.respond_async:
             return await call.accepted()
         if parameters.stream:
-            return EventStream(_stream(call, parameters, model), on_disconnect=call.abandon)
+            return EventStream(
+                _stream(call, parameters, model),
+                headers=GENERATED,
+                on_disconnect=call.abandon,
+            )
         event = await call.result()
     except ApiError as error:
         raise with_request_names(error, NAMES) from None

@@ -8,7 +8,7 @@ from typing import Literal
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
-from consumer.gateway.answers import described, json_answer
+from consumer.gateway.answers import GENERATED, described, json_answer
 from consumer.gateway.contract import with_request_names
 from consumer.gateway.errors import ApiError
 from consumer.gateway.openai_parameters import AUTO, ImageParameters
@@ -51,6 +51,9 @@ class ImageData(BaseModel):
     url: str | None = Field(default=None, description="with `response_format: url`")
     seed: int
     flagged: bool | None = Field(default=None, description="result of the safety checker")
+    marks: tuple[str, ...] | None = Field(
+        default=None, description="marks in the file that say that a model made it"
+    )
 
 
 class ImagesAnswer(BaseModel):
@@ -102,7 +105,11 @@ async def answer(
         if sender.preferences.respond_async:
             return await call.accepted()
         if parameters.stream:
-            return EventStream(_stream(call, parameters, kind), on_disconnect=call.abandon)
+            return EventStream(
+                _stream(call, parameters, kind),
+                headers=GENERATED,
+                on_disconnect=call.abandon,
+            )
         event = await call.result()
     except ApiError as error:
         raise with_request_names(error, parameters.names) from None
@@ -117,6 +124,7 @@ async def answer(
                     url=require_address(output) if by_url else None,
                     seed=output.seed,
                     flagged=output.flagged,
+                    marks=output.marks,
                 )
                 for number, output in enumerate(outputs)
             ],
@@ -198,6 +206,7 @@ async def _completed(call: Call, event: SucceededEvent, number: int, kind: str) 
         "output_format": _format(output),
         "usage": ImageUsage().model_dump(),
         "seed": output.seed,
+        "marks": output.marks,
     }
     return sse_message(data, event=name)
 

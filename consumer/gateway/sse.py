@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -49,6 +49,7 @@ class EventStream(Response):
 
     Args:
         messages: Encoded messages. One task iterates and closes the generator.
+        headers: Further headers of the response.
         on_disconnect: Called if the client disconnects or stops reading before the last message
             was sent, and if the server ends the request.
     """
@@ -59,9 +60,10 @@ class EventStream(Response):
         self,
         messages: AsyncGenerator[bytes, None],
         *,
+        headers: Mapping[str, str] | None = None,
         on_disconnect: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        super().__init__(headers=HEADERS)
+        super().__init__(headers={**HEADERS, **(headers or {})})
         del self.headers["content-length"]
         self._messages = messages
         self._on_disconnect = on_disconnect

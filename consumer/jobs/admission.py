@@ -83,6 +83,7 @@ class Job:
         inference: Seconds of model runs.
         encode: Seconds of encoding.
         upload: Seconds of storing.
+        unsigned: Number of images that could not be signed.
     """
 
     delivery: QueuedRequest
@@ -110,6 +111,7 @@ class Job:
     inference: float = 0.0
     encode: float = 0.0
     upload: float = 0.0
+    unsigned: int = 0
 
     @property
     def request_id(self) -> str:

@@ -35,7 +35,7 @@ from consumer.jobs.outcomes import (
 from consumer.jobs.request_ids import RequestIds
 from consumer.jobs.states import FINAL, State
 from consumer.ports.bus import Delivery, Events, Queue, QueuedRequest, StopAck, Workers
-from consumer.ports.media import Images
+from consumer.ports.media import Credentials, Images
 from consumer.ports.model import ModelDescription, ModelError, Runner, RunnerOutput
 from consumer.ports.store import Artifacts
 from consumer.ports.telemetry import JobTrace, NoTracer, Observer, Tracer
@@ -92,6 +92,8 @@ class Executor:
         images: The image codec.
         observer: Notified of what happens.
         prompt_in_images: Whether the output files contain their prompts.
+        credentials: Signs the output files; None: they are not signed.
+        credentials_required: Whether a file that cannot be signed fails its request.
         tracer: Records traces; None: no traces.
         most_in_flight: Requests in flight at most.
         before_exit: Called when this process must end, before any delivery is requeued.
@@ -113,6 +115,8 @@ class Executor:
         images: Images,
         observer: Observer,
         prompt_in_images: bool = False,
+        credentials: Credentials | None = None,
+        credentials_required: bool = False,
         tracer: Tracer | None = None,
         most_in_flight: int = 1,
         before_exit: Callable[[], Awaitable[None]] | None = None,
@@ -133,6 +137,8 @@ class Executor:
             model=model.info,
             prompt_in_files=prompt_in_images,
             others_idle=workers.others_idle,
+            credentials=credentials,
+            credentials_required=credentials_required,
         )
         self._observer = observer
         self._tracer = tracer or NoTracer()
@@ -446,6 +452,7 @@ class Executor:
             encode=job.encode,
             upload=job.upload,
             dead_letter=decision is not None and decision.dead_letter,
+            unsigned=job.unsigned,
         )
         self._observer.job_finished(report)
         log.info(

@@ -229,6 +229,7 @@ class Finalizer:
                     upload=job.upload,
                 ),
                 warnings=job.warnings,
+                ai_generated=True,
             )
         if decision.publish is Publish.CANCELLED:
             return CancelledEvent(**fields)

@@ -9,7 +9,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -17,10 +17,16 @@ from typing import TYPE_CHECKING, TypeVar
 import structlog
 
 from consumer.jobs.admission import Job
-from consumer.jobs.outcomes import HandedOver
+from consumer.jobs.outcomes import HandedOver, NotSigned
 from consumer.jobs.states import State
 from consumer.media.provenance import provenance_of
-from consumer.ports.media import EncodedImage, Images, InputUnavailable
+from consumer.ports.media import (
+    Credentials,
+    EncodedImage,
+    Images,
+    InputUnavailable,
+    SigningFailed,
+)
 from consumer.ports.model import GeneratedImage, RunnerOutput
 from consumer.ports.store import Artifacts, StoreUnavailable
 from generation_contracts import ImageArtifact, ModelInfo, Task, TextToImageRequest
@@ -36,6 +42,7 @@ T = TypeVar("T")
 MAX_INPUT_PIXELS = 64_000_000  # of all input images of one request; 192 MB as RGB
 STORE_PAUSE_FIRST = 0.5  # seconds
 STORE_PAUSE_MOST = 15.0  # seconds; the longest delay of an output after an outage
+SIGN_TIMEOUT = 60.0  # seconds; c2pa waits 30 s for a time stamp, a callback may take any time
 HANDOVER_DELAY = 60.0  # seconds; longer than a pull request, see `Workers.others_idle`
 
 
@@ -50,6 +57,8 @@ class ImageStages:
         model: Written into the provenance of the output files.
         prompt_in_files: Whether the output files contain their prompts.
         others_idle: Returns whether another worker is idle.
+        credentials: Signs the output files; None: they are not signed.
+        credentials_required: Whether a file that cannot be signed fails the job.
         waiting: The jobs that wait for the store.
     """
 
@@ -59,6 +68,8 @@ class ImageStages:
     model: ModelInfo
     prompt_in_files: bool
     others_idle: Callable[[], Awaitable[bool]]
+    credentials: Credentials | None = None
+    credentials_required: bool = False
     waiting: set[Job] = field(default_factory=set)
     # Encoding is CPU work: more threads than cores would only keep more images in memory.
     _encoders: asyncio.Semaphore = field(
@@ -86,9 +97,10 @@ class ImageStages:
     async def encode_and_store(
         self, job: Job, request: TextToImageRequest, output: RunnerOutput
     ) -> tuple[ImageArtifact, ...]:
-        """Encode and store the images of a run.
+        """Encode, sign and store the images of a run.
 
         Raises:
+            NotSigned: A file cannot be signed, and signatures are required.
             Stopped: The job was asked to stop before every image was stored.
             HandedOver: The store does not answer, and another worker is idle.
         """
@@ -123,9 +135,8 @@ class ImageStages:
     ) -> list[EncodedImage]:
         job.advance(State.ENCODING)
         started = time.monotonic()
-
-        async def encode(image: GeneratedImage) -> EncodedImage:
-            provenance = provenance_of(
+        provenances = [
+            provenance_of(
                 image,
                 request_id=job.request_id,
                 request=request,
@@ -133,14 +144,57 @@ class ImageStages:
                 parameters=output.parameters,
                 with_prompt=self.prompt_in_files,
             )
+            for image in output.images
+        ]
+
+        async def encode(image: GeneratedImage, provenance: Mapping[str, str]) -> EncodedImage:
             write = partial(self.images.encode, image.image, request.output_format)
             async with self._encoders:
                 return await asyncio.to_thread(write, seed=image.seed, provenance=provenance)
 
-        encoded = await asyncio.gather(*map(encode, output.images))
+        encoded = await asyncio.gather(*map(encode, output.images, provenances))
+        job.spent("encode", time.monotonic() - started)
+        if self.credentials is not None:
+            encoded = await self._sign(job, self.credentials, encoded, provenances)
         job.encode = time.monotonic() - started
-        job.spent("encode", job.encode)
         return encoded
+
+    async def _sign(
+        self,
+        job: Job,
+        credentials: Credentials,
+        files: list[EncodedImage],
+        provenances: list[dict[str, str]],
+    ) -> list[EncodedImage]:
+        started = time.monotonic()
+        signing = [
+            asyncio.wrap_future(credentials.submit(*each))
+            for each in zip(files, provenances, strict=True)
+        ]
+        unsigned: list[int] = []
+        try:
+            for index, future in enumerate(signing):
+                left = SIGN_TIMEOUT - (time.monotonic() - started)
+                try:
+                    files[index] = await job.cancel_token.race(asyncio.wait_for(future, left))
+                except (SigningFailed, TimeoutError) as error:
+                    reason = str(error) or f"no signature after {SIGN_TIMEOUT:g} s"
+                    log.warning("image_not_signed", index=index, reason=reason)
+                    job.unsigned += 1
+                    if self.credentials_required:
+                        raise NotSigned from None
+                    unsigned.append(index)
+        finally:
+            for future in signing:
+                future.cancel()
+            await asyncio.gather(*signing, return_exceptions=True)
+            del signing, future  # tracebacks of their exceptions refer to this frame
+        job.warnings += tuple(
+            f"image {index} has no Content Credentials: it could not be signed"
+            for index in unsigned
+        )
+        job.spent("sign", time.monotonic() - started)
+        return files
 
     async def _store(self, job: Job, encoded: list[EncodedImage]) -> tuple[ImageArtifact, ...]:
         job.advance(State.STORING)

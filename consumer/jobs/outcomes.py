@@ -217,6 +217,19 @@ class ResultTooLarge(FailedOutcome):
     message = "the result is too large for the bus"
 
 
+class NotSigned(FailedOutcome):
+    """An output file cannot be signed, and `CONSUMER_C2PA` is `required`."""
+
+    settle = Settlement.TERM
+    code = FailureCode.INTERNAL
+    dead_letter = True
+    retryable = True
+    message = "the output could not be signed"
+
+    def __init__(self) -> None:
+        super().__init__(cause="not_signed")
+
+
 class StreamFull(FailedOutcome):
     """The request stream does not take the next request of a chain."""
 

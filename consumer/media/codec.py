@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import ExifTags, Image, ImageFile
 
 from consumer.media import jpeg_parts, png_parts, webp_parts
+from consumer.media.ai_mark import IPTC, xmp_packet
 from consumer.media.colours import paint_transparent_colour, to_rgb
 from consumer.media.orientation import orientation, upright
 from consumer.media.other_formats import format_name
@@ -54,6 +55,7 @@ class ImageCodec:
         max_bytes: The largest input file.
         max_pixels: Width times height of the largest input; decoding takes up to 26 bytes each.
         max_side: The longest side of an input, in pixels.
+        ai_mark: Whether the written files have the AI mark.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class ImageCodec:
         *,
         max_pixels: int = 16_000_000,
         max_side: int = 16_384,
+        ai_mark: bool = True,
     ) -> None:
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._max_side = max_side
+        self._xmp = xmp_packet() if ai_mark else b""
         # Sized for one large image; images that are encoded in parallel share the threads.
         self._threads = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="encoding")
 
@@ -119,8 +123,9 @@ class ImageCodec:
     ) -> EncodedImage:
         """Encode an image as a file with its hash; PNG is lossless, WebP and JPEG are not.
 
-        The file contains the pixels and the provenance, and no metadata of the image. Equal pixels
-        and provenance give equal bytes with the same libraries. The provenance changes no pixel.
+        The file contains the pixels, the provenance and the AI mark, and no metadata of the image.
+        Equal pixels and provenance give equal bytes with the same libraries. The provenance and the
+        mark change no pixel.
 
         Args:
             image: RGB, or any other mode. PNG preserves 8-bit grey and alpha. Other modes, and all
@@ -142,6 +147,7 @@ class ImageCodec:
             height=image.height,
             seed=seed,
             sha256=hashlib.sha256(data).hexdigest(),
+            marks=(IPTC,) if self._xmp else (),
         )
 
     def _file(
@@ -149,10 +155,13 @@ class ImageCodec:
     ) -> bytes:
         if output_format == "png":
             writable = image.mode in COLOUR_TYPES and "transparency" not in image.info
-            return write_png(image if writable else to_rgb(image), metadata, each=self._threads.map)
+            pixels = image if writable else to_rgb(image)
+            return write_png(pixels, metadata, xmp=self._xmp, each=self._threads.map)
         pixels = to_rgb(image)
         pixels.info = {}  # Pillow would write a comment or a colour profile from here
         options: dict[str, Any] = dict(_WEBP if output_format == "webp" else _JPEG)
+        if self._xmp:
+            options["xmp"] = self._xmp
         if metadata:
             options["exif"] = exif = Image.Exif()
             exif[ExifTags.Base.ImageDescription] = json.dumps(metadata)  # EXIF 2 requires ASCII

@@ -37,6 +37,8 @@ _LEVEL = 1  # of ISA-L; 2 and 3 take longer and give larger files for images wit
 # machine, because equal images must give equal bytes everywhere.
 _STRIP = 3 * 2**18
 _ZLIB_HEADER = b"\x78\x01"  # RFC 1950: deflate, a window of 32 KiB, the fastest level
+# The keyword, then: not compressed, no language, no translated keyword (XMP specification, part 3).
+_XMP_KEYWORD = b"XML:com.adobe.xmp\0\0\0\0\0"
 _ADLER_BASE = 65_521  # RFC 1950: the largest prime below 2^16
 
 
@@ -47,21 +49,27 @@ class Each(Protocol):
         """Behave as the built-in `map`, or as `map` of an executor."""
 
 
-def write_png(image: Image.Image, texts: Mapping[str, str], *, each: Each = map) -> bytes:
+def write_png(
+    image: Image.Image, texts: Mapping[str, str], *, xmp: bytes = b"", each: Each = map
+) -> bytes:
     """Encode an image as a PNG file with text chunks.
 
     Args:
         image: The mode is a key of `COLOUR_TYPES`; the pixels are preserved exactly.
         texts: The text chunks: values by name.
+        xmp: An XMP packet in UTF-8; empty: none.
         each: Encodes the strips, one after the other or in parallel.
 
     Returns:
-        The file's bytes, which depend only on the image, the texts and the version of ISA-L.
+        The file's bytes, which depend only on the image, the texts, the packet and the version of
+        ISA-L.
     """
     header = struct.pack(
         ">IIBBBBB", image.width, image.height, _BITS, COLOUR_TYPES[image.mode], 0, 0, 0
     )
     before = [(b"IHDR", header), *_text_chunks(texts)]
+    if xmp:
+        before.append((b"iTXt", _XMP_KEYWORD + xmp))
     parts = [part for chunk in before for part in _framed(*chunk)]
     adler = 1
     strips = _strips(image)

@@ -1,15 +1,12 @@
 """Provenance: the metadata in an image's file about the generation of the image."""
 
-import functools
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 
+from consumer.media.ai_mark import software
 from consumer.ports.model import GeneratedImage
 from generation_contracts import ModelInfo, TextToImageRequest
 from generation_contracts.events import ParameterValue
-
-SOFTWARE = "generation-consumer"  # the distribution
 
 
 def provenance_of(
@@ -24,7 +21,8 @@ def provenance_of(
     """Return names and values for the file of one image.
 
     They are equal in all runs of a request and contain no time, worker or attempt. An object's key
-    contains the hash of its bytes, and a redelivered request must produce the same key.
+    contains the hash of its bytes, so a redelivered request produces the same key with the same
+    versions of the software, if its file is not signed.
 
     Args:
         made: The generated image.
@@ -35,12 +33,13 @@ def provenance_of(
         with_prompt: Whether the file contains the prompts, which every recipient can read.
     """
     values = {
-        "software": _software(),
+        "software": software(),
         "request_id": request_id,
         "seed": str(made.seed),
         "model": model.id,
         "revision": model.revision,
-        "parameters": json.dumps(dict(parameters), sort_keys=True, separators=(",", ":")),
+        "libraries": None if model.libraries is None else _compact(model.libraries),
+        "parameters": _compact(parameters),
         "flagged": None if made.flagged is None else json.dumps(made.flagged),
     }
     if with_prompt:
@@ -48,6 +47,5 @@ def provenance_of(
     return {name: value for name, value in values.items() if value is not None}
 
 
-@functools.cache  # `version` reads files
-def _software() -> str:
-    return f"{SOFTWARE} {version(SOFTWARE)}"
+def _compact(values: Mapping[str, object]) -> str:
+    return json.dumps(dict(values), sort_keys=True, separators=(",", ":"))

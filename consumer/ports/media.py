@@ -1,6 +1,7 @@
 """Port of the image codec."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -17,6 +18,7 @@ class EncodedImage:
 
     Attributes:
         sha256: Hexadecimal digest of `data`.
+        marks: Names of the marks in the file that say that it was generated.
     """
 
     data: bytes = field(repr=False)
@@ -26,10 +28,32 @@ class EncodedImage:
     height: int  # pixels
     seed: int
     sha256: str
+    marks: tuple[str, ...] = ()
 
 
 class InputUnavailable(Exception):  # noqa: N818 - the contract's word for it is input_unavailable
     """An input image cannot be fetched or read. The text is safe to show to the sender."""
+
+
+class SigningFailed(Exception):  # noqa: N818 - what has happened to the file
+    """A file cannot be signed. The text is for the log: it may name hosts of the operator."""
+
+
+class Credentials(Protocol):
+    """Signs image files."""
+
+    def submit(self, image: EncodedImage, provenance: Mapping[str, str]) -> "Future[EncodedImage]":
+        """Sign a file in another thread, and check the signature.
+
+        The signed bytes, and so their hash, differ in each call.
+
+        Args:
+            image: The file, with all its other metadata.
+            provenance: How the image was made; the signature covers some of these values.
+
+        Returns:
+            The signed file. The future raises SigningFailed if there is no valid signature.
+        """
 
 
 class Images(Protocol):

@@ -1,4 +1,4 @@
-"""Import of the model libraries, and redirection of their output to the process's log.
+"""Import of the model libraries, their versions, and redirection of their output to the log.
 
 diffusers logs the words that it truncates from a prompt. Therefore diffusers and transformers log
 only errors while a model runs. The libraries' handlers, which write to standard error between the
@@ -66,6 +66,14 @@ def import_frozen(name: str) -> ModuleType:
         if collecting:
             gc.enable()
     return module
+
+
+def versions_of(*names: str) -> dict[str, str]:
+    """Return the versions of imported libraries by name.
+
+    The version of torch names its build, for example `2.15.0+cpu`; its distribution may not.
+    """
+    return {name: str(sys.modules[name].__version__) for name in sorted(names)}
 
 
 @contextmanager

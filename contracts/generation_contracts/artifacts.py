@@ -137,6 +137,13 @@ class ImageArtifact(EventPart):
     flagged: bool | None = Field(
         default=None, description="result of the safety checker; absent if the worker has none"
     )
+    marks: tuple[str, ...] | None = Field(
+        default=None,
+        description=(
+            "marks in the file that say that a model made it: `iptc` (digital source type in XMP), "
+            "`c2pa` (signed Content Credentials); absent in events of workers without marks"
+        ),
+    )
 
 
 class TextOutput(EventPart):

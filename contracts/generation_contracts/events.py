@@ -30,6 +30,20 @@ class ModelInfo(EventPart):
     family: str = Field(description="pipeline or model family, for example `Flux` or `qwen2_5_vl`")
     dtype: str = Field(description="dtype of the weights, for example `bfloat16`")
     device: str = Field(description="`cuda`, `mps`, `cpu`, …")
+    libraries: dict[str, str] | None = Field(
+        default=None,
+        description=(
+            "versions of the libraries that run the model, by name: the same weights draw other "
+            "images with other versions; absent in events of older workers"
+        ),
+    )
+
+    def labels(self) -> dict[str, str]:
+        """Return the values that are set, with the version of each library under its name."""
+        return {
+            **self.model_dump(exclude_none=True, exclude={"libraries"}),
+            **(self.libraries or {}),
+        }
 
 
 class Timings(EventPart):
@@ -124,6 +138,13 @@ class SucceededEvent(TerminalEvent):
     timings: Timings
     warnings: tuple[str, ...] = Field(
         default=(), description="deviations from the request, for example a truncated prompt"
+    )
+    ai_generated: bool | None = Field(
+        default=None,
+        description=(
+            "a model generated the outputs: pass it on with them, texts have no other mark; absent "
+            "in events of older workers"
+        ),
     )
 
 

@@ -399,8 +399,59 @@ _ALONE: Mapping[str, Event] = {
     ),
 }
 
+# From a worker that marks its outputs, and reports the versions of its libraries.
+_LIBRARIES = {"diffusers": "0.42.0", "torch": "2.15.0+cu128", "transformers": "5.23.0"}
+_MARKED: Mapping[str, Event] = {
+    "succeeded_image_marked": SucceededEvent(
+        request_id="sketch-0002",
+        task=Task.TEXT_TO_IMAGE,
+        sequence=9,
+        time=_TIME,
+        worker=_WORKER,
+        attempt=1,
+        request_digest=request_digest(REQUESTS["text_to_image_minimal"]),
+        outputs=(
+            ImageArtifact(
+                bucket="generation",
+                key="text_to_image/sketch-0002/0-ba7816bf.png",
+                url="https://pictures.example/generation/text_to_image/sketch-0002/0-ba7816bf.png?X-Amz-Signature=0",
+                url_expires_at=_LATER,
+                etag="9a0364b9e99bb480dd25e1f0284c8555",
+                sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+                size=1_432_100,
+                media_type="image/png",
+                width=1024,
+                height=1024,
+                seed=4_019_283_746,
+                marks=("iptc", "c2pa"),
+            ),
+        ),
+        model=_PICTURE_MODEL.model_copy(update={"libraries": _LIBRARIES}),
+        timings=Timings(queued=0.25, inference=3.5, encode=0.125, upload=0.0625),
+        ai_generated=True,
+    ),
+    "succeeded_text_marked": SucceededEvent(
+        request_id="caption-0002",
+        task=Task.IMAGE_TO_TEXT,
+        sequence=12,
+        time=_TIME,
+        worker="image_to_text-1",
+        attempt=1,
+        request_digest=request_digest(REQUESTS["image_to_text_minimal"]),
+        outputs=(
+            TextOutput(
+                text="A red circle.", finish_reason="stop", prompt_tokens=911, completion_tokens=5
+            ),
+        ),
+        model=_TEXT_MODEL,
+        timings=Timings(queued=0.5, inference=1.5),
+        ai_generated=True,
+    ),
+}
+
 EVENTS: Final[Mapping[str, Event]] = {
     **_ALONE,
+    **_MARKED,
     **{
         f"{kind}_in_a_chain": _ALONE[name].model_copy(
             update={"chain": ChainPlace(id=_PICTURE_ID, step=1, of=3)}

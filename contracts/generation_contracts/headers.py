@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from typing import Final
 from urllib.parse import quote
 
-from generation_contracts.events import EventBase, TerminalEvent
+from generation_contracts.events import EventBase, SucceededEvent, TerminalEvent
 
 REPLY_TO: Final = "Reply-To"
 MESSAGE_ID: Final = (
     "Nats-Msg-Id"  # case-sensitive; JetStream drops a second message with the same value
 )
 TRACE_PARENT: Final = "traceparent"  # W3C trace context, passed from a request to its events
+AI_GENERATED: Final = "Generation-AI-Generated"  # `true` on results, and on HTTP responses
 EXPECTED_LAST_SUBJECT_SEQUENCE: Final = "Nats-Expected-Last-Subject-Sequence"
 
 # Written by workers. A sender that sets `Generation-Attempts` gets fewer attempts.
@@ -68,6 +69,8 @@ def event_headers(event: EventBase, *, trace_parent: str | None = None) -> dict[
         "ce-time": event.time.isoformat().replace("+00:00", "Z"),
         "ce-datacontenttype": "application/json",
     }
+    if isinstance(event, SucceededEvent) and event.ai_generated:
+        headers[AI_GENERATED] = "true"
     if trace_parent is not None:
         headers[TRACE_PARENT] = trace_parent
     return headers

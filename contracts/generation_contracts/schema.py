@@ -420,12 +420,13 @@ def _schemas() -> Document:
         "ce-datacontenttype": f"`{_JSON}`",
     }
     trace = {headers.TRACE_PARENT: "W3C trace context, from the request"}
+    marks = {headers.AI_GENERATED: "`true` on a succeeded event: a model generated the outputs"}
     schemas = {
         **bodies["$defs"],
         "DeadLetterHeaders": _dead_letter_headers(),
         "EventHeaders": _headers({**event, **trace}, required=event),
         "RequestHeaders": _request_headers(trace),
-        "ResultHeaders": _headers({**event, **trace}, required=event),
+        "ResultHeaders": _headers({**event, **marks, **trace}, required=event),
     }
     return dict(sorted(schemas.items()))
 

@@ -53,10 +53,11 @@ def png_writer(*, fast: bool) -> Encode:
 
 
 CODEC = ImageCodec()
+WITHOUT_MARK = ImageCodec(ai_mark=False)
 
 
-def with_codec(output_format: str) -> Encode:
-    return lambda image: CODEC.encode(image, output_format, seed=0).data  # type: ignore[arg-type]
+def with_codec(output_format: str, codec: ImageCodec = CODEC) -> Encode:
+    return lambda image: codec.encode(image, output_format, seed=0).data  # type: ignore[arg-type]
 
 
 ENCODERS: dict[str, Encode] = {
@@ -71,6 +72,12 @@ ENCODERS: dict[str, Encode] = {
     "the codec, png, with hashes": with_codec("png"),
     "the codec, webp, with hashes": with_codec("webp"),
     "the codec, jpeg, with hashes": with_codec("jpeg"),
+    **{
+        f"the codec, {output_format}, with hashes, without the AI mark": with_codec(
+            output_format, WITHOUT_MARK
+        )
+        for output_format in ("png", "webp", "jpeg")
+    },
 }
 
 

@@ -101,6 +101,14 @@ def test_headers_are_cloudevents_in_binary_mode(name: str) -> None:
 
 
 @by_name
+def test_results_of_a_model_are_marked_in_the_headers(name: str) -> None:
+    generated = getattr(EVENTS[name], "ai_generated", None)
+    assert (generated is True) == name.endswith("_marked")
+    header = event_headers(EVENTS[name]).get("Generation-AI-Generated")
+    assert header == ("true" if generated else None)
+
+
+@by_name
 def test_no_event_has_a_message_id_that_a_sender_can_use(name: str) -> None:
     assert "Nats-Msg-Id" not in event_headers(EVENTS[name])
 

@@ -61,7 +61,14 @@ def families() -> Iterator[Any]:
     metrics.store_reachable(reachable=False)
     metrics.readiness(Health().conditions())
     metrics.model_loaded(
-        ModelInfo(id="model", revision="main", family="F", dtype="float32", device="cpu")
+        ModelInfo(
+            id="model",
+            revision="main",
+            family="F",
+            dtype="float32",
+            device="cpu",
+            libraries=dict.fromkeys(("diffusers", "torch", "transformers"), "1"),
+        )
     )
     yield from text_string_to_metric_families(generate_latest(metrics.registry).decode())
 

@@ -29,7 +29,7 @@ class Recovery:
     keys_before: set[str]
 
 
-async def _killed(scene: Scene, cause: str, body: bytes | None = None) -> Recovery:
+async def killed(scene: Scene, cause: str, body: bytes | None = None) -> Recovery:
     """Kill a worker at the position of its cause while another worker waits."""
     dying = await scene.start(cause)
     answers = await ReplyInbox.listen(scene)
@@ -54,7 +54,7 @@ async def _killed(scene: Scene, cause: str, body: bytes | None = None) -> Recove
 
 
 async def test_killed_before_the_run(scene: Scene) -> None:
-    recovery = await _killed(scene, "killed_before_run")
+    recovery = await killed(scene, "killed_before_run")
     assert (recovery.events_before, recovery.keys_before) == ([], set())
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 2)
     assert scene.runs() == [recovery.request_id]
@@ -62,7 +62,7 @@ async def test_killed_before_the_run(scene: Scene) -> None:
 
 
 async def test_killed_in_the_run(scene: Scene) -> None:
-    recovery = await _killed(scene, "killed_in_run")
+    recovery = await killed(scene, "killed_in_run")
     assert (recovery.events_before, recovery.keys_before) == ([], set())
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 2)
     assert scene.runs() == [recovery.request_id] * 2
@@ -70,7 +70,7 @@ async def test_killed_in_the_run(scene: Scene) -> None:
 
 
 async def test_killed_after_the_upload_stores_the_same_objects_again(scene: Scene) -> None:
-    recovery = await _killed(scene, "killed_after_upload")
+    recovery = await killed(scene, "killed_after_upload")
     assert (recovery.events_before, len(recovery.keys_before)) == ([], 1)
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 2)
     assert scene.runs() == [recovery.request_id] * 2
@@ -78,7 +78,7 @@ async def test_killed_after_the_upload_stores_the_same_objects_again(scene: Scen
 
 
 async def test_killed_after_the_result_does_not_run_the_model_again(scene: Scene) -> None:
-    recovery = await _killed(scene, "killed_after_result")
+    recovery = await killed(scene, "killed_after_result")
     assert recovery.events_before == [recovery.reply]
     assert (recovery.reply["type"], recovery.reply["attempt"]) == (SUCCEEDED, 1)
     assert scene.runs() == [recovery.request_id]
@@ -86,7 +86,7 @@ async def test_killed_after_the_result_does_not_run_the_model_again(scene: Scene
 
 
 async def test_killed_after_the_dead_letter_stores_one_dead_letter(scene: Scene) -> None:
-    recovery = await _killed(scene, "killed_after_dead_letter", b"not JSON")
+    recovery = await killed(scene, "killed_after_dead_letter", b"not JSON")
     assert recovery.events_before == []
     assert recovery.reply["failure"]["code"] == "invalid_request"
     (letter,) = await scene.dead_letters()

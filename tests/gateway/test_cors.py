@@ -52,7 +52,9 @@ async def test_configured_origins_are_allowed(
     answer = await http.post(f"{urls[1]}/infer", json={}, headers={"origin": FRONT})
     assert answer.status_code == 400
     assert answer.headers["access-control-allow-origin"] == FRONT
-    assert "x-request-id" in answer.headers["access-control-expose-headers"]
+    exposed = answer.headers["access-control-expose-headers"]
+    assert "x-request-id" in exposed
+    assert "generation-ai-generated" in exposed
 
 
 async def test_other_origins_are_refused(http: httpx2.AsyncClient, urls: tuple[str, str]) -> None:

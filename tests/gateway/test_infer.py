@@ -24,6 +24,7 @@ async def test_a_prompt_returns_images(http: httpx2.AsyncClient) -> None:
     assert decoded(value["image"]).size == (value["width"], value["height"]) == (64, 32)
     assert value["media_type"] == "image/png"
     assert value["seeds"] == [4, 5]
+    assert value["marks"] == [["iptc"], ["iptc"]]
     assert value["request_id"] == answer.headers["x-request-id"]
 
 
@@ -47,6 +48,43 @@ async def test_a_prompt_and_an_image_return_a_text(
     assert value["text"] == "A red circle on a blue background in the center."
     assert value["finish_reason"] == "stop"
     assert value["completion_tokens"] > 5
+
+
+IMAGE = {"prompt": "a red circle", "num_inference_steps": 1}
+QUESTION = {
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Describe the image."},
+                {"type": "image_url", "image_url": {"url": data_url(red_circle())}},
+            ],
+        }
+    ],
+    "max_tokens": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/infer", IMAGE),
+        ("/v1/images/generations", IMAGE),
+        ("/v1/images/generations", {**IMAGE, "stream": True}),
+        ("/v1/chat/completions", QUESTION),
+        ("/v1/chat/completions", {**QUESTION, "stream": True}),
+    ],
+    ids=["infer", "images", "stream of images", "chat", "stream of chat"],
+)
+async def test_each_response_with_an_output_has_the_header_of_generated_outputs(
+    path: str, body: dict[str, Any], http: httpx2.AsyncClient
+) -> None:
+    answer = await http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["generation-ai-generated"] == "true"
+    refused = await http.post(path, json={**body, "prompt": "", "messages": []})
+    assert refused.status_code == 400
+    assert "generation-ai-generated" not in refused.headers
 
 
 async def test_an_asynchronous_request_returns_a_job(

@@ -188,6 +188,7 @@ async def test_a_job_returns_its_result_and_its_output_file(scene: Scene, api: A
     assert hashlib.sha256(file.content).hexdigest() == output["sha256"]
     assert file.headers["content-type"] == "image/png"
     assert file.headers["x-content-type-options"] == "nosniff"
+    assert file.headers["generation-ai-generated"] == "true"
     again = await api.alice.send(
         "GET", output["content_url"], headers={"if-none-match": file.headers["etag"]}
     )

@@ -54,7 +54,10 @@ async def test_an_edit_returns_images(openai: AsyncOpenAI, inputs: list[ImageInp
         extra_body={"seed": 5},
     )
     assert answer.data is not None
-    assert [image.model_extra for image in answer.data] == [{"seed": 5}, {"seed": 6}]
+    assert [image.model_extra for image in answer.data] == [
+        {"seed": 5, "marks": ["iptc"]},
+        {"seed": 6, "marks": ["iptc"]},
+    ]
     assert [decoded(image.b64_json).size for image in answer.data] == [(64, 32)] * 2
     assert answer.size == "64x32"
     assert answer.usage is not None

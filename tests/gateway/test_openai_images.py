@@ -61,7 +61,11 @@ async def test_parameters_of_openai_and_of_the_contract_reach_the_model(
         extra_body={"seed": 7, "steps": 5, "guidance_scale": 1.5},
     )
     assert answer.data is not None
-    assert [image.model_extra for image in answer.data] == [{"seed": 7}, {"seed": 8}]
+    marks = ["iptc"]
+    assert [image.model_extra for image in answer.data] == [
+        {"seed": 7, "marks": marks},
+        {"seed": 8, "marks": marks},
+    ]
     for image in answer.data:
         pixels = decoded(image.b64_json)
         assert (pixels.format, pixels.size) == ("WEBP", (64, 32))

@@ -314,6 +314,7 @@ async def test_a_stored_image_is_readable_by_any_client(
     assert found.content_type == stored.media_type == "image/png"
     assert hashlib.sha256(got(plain, stored.key)).hexdigest() == stored.sha256
     assert (stored.width, stored.height, stored.seed) == (48, 32, 7)
+    assert stored.marks == image.marks == ("iptc",)
     assert seen.reports == [""]
 
 

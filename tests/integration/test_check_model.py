@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
+import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from consumer.app.check import Finding, check, check_model
@@ -38,7 +41,12 @@ async def test_the_check_of_a_pipeline_describes_it_and_generates_an_image(
         ("memory", 0),
     ]
     model, output, memory = (finding.text for finding in reported)
-    assert model.startswith("stable_diffusion_3: StableDiffusion3, float32 on cpu; parameters ")
+    libraries = ", ".join(
+        f"{library.__name__} {library.__version__}" for library in (diffusers, torch, transformers)
+    )
+    assert model.startswith(
+        f"stable_diffusion_3: StableDiffusion3, float32 on cpu; {libraries}; parameters "
+    )
     assert "defaults width 64, height 64, num_inference_steps 2, " in model
     assert re.search(
         r"; width and height are multiples of 16 pixels, at most \d+ pixels per image; "

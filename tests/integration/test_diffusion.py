@@ -9,8 +9,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import FirstBlockCacheConfig, HeunDiscreteScheduler
 from structlog.testing import capture_logs
 
@@ -52,6 +54,11 @@ def test_the_description_identifies_the_model(sd3: ModelRunner) -> None:
         "family": "StableDiffusion3",
         "dtype": "float32",
         "device": "cpu",
+        "libraries": {
+            "diffusers": diffusers.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
 
 

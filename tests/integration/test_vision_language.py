@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from structlog.testing import capture_logs
 
@@ -84,6 +85,7 @@ def test_the_description_has_the_parameters_of_the_model(qwen: ModelRunner) -> N
         "family": "qwen2_5_vl",
         "dtype": "float32",
         "device": "cpu",
+        "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     assert description.parameters == {
         "system",

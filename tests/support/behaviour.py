@@ -259,6 +259,7 @@ class Behaviour:
             text="2 images", finish_reason="stop", prompt_tokens=3, completion_tokens=2, seed=None
         )
         assert done.outputs == (text,)
+        assert done.ai_generated is True
         assert [image.size for image in world.runner.runs[0].images] == [(4, 4), (4, 4)]
         assert await world.pending() == 0
 
@@ -283,6 +284,7 @@ class Behaviour:
         done = await world.result("a")
         assert isinstance(done, SucceededEvent)
         assert done.parameters == parameters
+        assert done.ai_generated is True
         flags = [one.flagged for one in done.outputs if isinstance(one, ImageArtifact)]
         assert flags == [True, False, None]
 

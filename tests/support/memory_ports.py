@@ -555,6 +555,7 @@ class MemoryArtifacts:
             width=image.width,
             height=image.height,
             seed=image.seed,
+            marks=image.marks,
         )
 
     async def discard(self, artifact: ImageArtifact) -> None:

@@ -8,6 +8,7 @@ from consumer.inference.worker import InferenceWorker
 from consumer.jobs.admission import Admission
 from consumer.jobs.executor import Executor, Limits
 from consumer.ports.bus import DeadLetter, ResultEvent
+from consumer.ports.media import Credentials
 from generation_contracts import ProgressEvent, StartedEvent, Subjects, Task
 from tests.support.memory_ports import (
     BUCKET,
@@ -43,6 +44,8 @@ class MemoryWorld:
         max_attempts: int = 3,
         stall_timeout: float = LONG,
         prompt_in_images: bool = False,
+        credentials: Credentials | None = None,
+        credentials_required: bool = False,
         most_in_flight: int = 1,
         max_batch: int = 1,
         window: float = 0.0,
@@ -68,7 +71,11 @@ class MemoryWorld:
             stall_timeout=stall_timeout,
             retry_delay=0.0,
         )
-        self._prompt_in_images = prompt_in_images
+        self._images: dict[str, Any] = {
+            "prompt_in_images": prompt_in_images,
+            "credentials": credentials,
+            "credentials_required": credentials_required,
+        }
         self._room = {"max_batch": max_batch, "window": window}
         self._most_in_flight = most_in_flight
         self.executor = self._start()
@@ -90,7 +97,7 @@ class MemoryWorld:
             artifacts=self.artifacts,
             images=self.images,
             observer=self.observer,
-            prompt_in_images=self._prompt_in_images,
+            **self._images,
             most_in_flight=self._most_in_flight,
         )
 

@@ -496,7 +496,9 @@ LONGEST = {
 def read_back(data: bytes) -> dict[str, str]:
     with Image.open(BytesIO(data)) as opened:
         if isinstance(opened, PngImagePlugin.PngImageFile):
-            return {name: str(value) for name, value in opened.text.items()}
+            texts = {name: str(value) for name, value in opened.text.items()}
+            del texts["XML:com.adobe.xmp"]  # the AI mark
+            return texts
         written: dict[str, str] = json.loads(opened.getexif()[ExifTags.Base.ImageDescription])
         return written
 

@@ -103,7 +103,9 @@ def test_sender_command_imports_only_the_client(arguments: list[str], tmp_path: 
 def test_daemon_start_imports_no_model_library() -> None:
     imported = imported_with("consumer.app.daemon")
     assert "consumer.jobs.executor" in imported
-    unused = LIBRARIES_OF_MODELS | OF_A_STACK | {"opentelemetry", "consumer.app.sender_commands"}
+    unused = (
+        LIBRARIES_OF_MODELS | OF_A_STACK | {"opentelemetry", "c2pa", "consumer.app.sender_commands"}
+    )
     assert imported & unused == set()
 
 

@@ -58,6 +58,8 @@ TABLE: list[tuple[str, range, str, str | None, str, str, str]] = [
     ("DeadlineExceeded", ANY, "failed", "deadline_exceeded", "ack", "", "deadline_exceeded"),
     ("MemoryExhausted", ANY, "failed", "out_of_memory", "ack", "", "out_of_memory"),
     ("ResultTooLarge", ANY, "failed", "internal", "ack", "", "internal"),
+    ("NotSigned", EARLY, "none", None, "retry", "", "requeued"),
+    ("NotSigned", LATE, "failed", "internal", "term", "letter", "internal"),
     ("StreamFull", ANY, "failed", "queue_full", "ack", "", "queue_full"),
     ("ModelFailed", EARLY, "none", None, "retry", "", "requeued"),
     ("ModelFailed", LATE, "failed", "model_error", "term", "letter", "model_error"),
@@ -212,6 +214,7 @@ def test_failures_have_a_message_details_and_a_retryable_flag() -> None:
         {"tried": ["decoding in tiles", "offload"]},
         True,
     )
+    assert failure(outcomes.NotSigned)[1:] == ({"cause": "not_signed"}, True)
     assert failure(IdConflict)[1:] == ({}, False)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from pydantic import SecretStr
 
 from consumer.app.daemon import Daemon
+from consumer.jobs.image_stages import ImageStages
 from consumer.media.provenance import provenance_of
 from consumer.ports.model import GeneratedImage, RunnerOutput
 from consumer.settings import Settings
@@ -20,7 +21,12 @@ from tests.support.memory_ports import Run, raising
 from tests.support.memory_world import MemoryWorld, Worlds
 
 MODEL = ModelInfo(
-    id="someone/model", revision="7f3c", family="flux", dtype="float32", device="cuda"
+    id="someone/model",
+    revision="7f3c",
+    family="flux",
+    dtype="float32",
+    device="cuda",
+    libraries={"torch": "2.15.0+cpu", "diffusers": "0.42.0"},
 )
 PARAMETERS: dict[str, ParameterValue] = {"width": 64, "adapters": {"b": 0.5, "a": 1.0}}
 
@@ -45,6 +51,7 @@ def test_provenance_has_the_model_and_no_prompt() -> None:
         "seed": "8",
         "model": "someone/model",
         "revision": "7f3c",
+        "libraries": '{"diffusers":"0.42.0","torch":"2.15.0+cpu"}',
         "parameters": '{"adapters":{"a":1.0,"b":0.5},"width":64}',
     }
 
@@ -60,8 +67,9 @@ def test_provenance_has_the_safety_flag(flagged: bool, value: str) -> None:
     assert written(flagged=flagged) == {**written(), "flagged": value}
 
 
-def test_model_without_a_revision_has_none() -> None:
-    assert "revision" not in written(model=MODEL.model_copy(update={"revision": None}))
+@pytest.mark.parametrize("name", ["revision", "libraries"])
+def test_model_without_a_value_has_none(name: str) -> None:
+    assert name not in written(model=MODEL.model_copy(update={name: None}))
 
 
 # -- in the life of a job -------------------------------------------------------------------------
@@ -107,13 +115,12 @@ async def test_provenance_does_not_depend_on_attempt_and_worker(
     assert every == [every[0]] * 2
 
 
-@pytest.mark.parametrize("setting", [True, False])
-async def test_prompt_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> None:
+def stages_of(world: MemoryWorld, **settings_of_images: bool) -> ImageStages:
     settings = Settings(
         model_type="text_to_image",
-        consumer_prompt_in_pictures=setting,
         s3_access_key="a",
         s3_secret_key=SecretStr("b"),
+        **settings_of_images,
     )
     daemon = Daemon(settings, lambda _: world.runner)
     durable = SimpleNamespace(ack_wait=1.0, max_ack_pending=1, max_attempts=3)
@@ -129,4 +136,17 @@ async def test_prompt_setting_reaches_the_worker(setting: bool, world: MemoryWor
         model=world.runner.description,
         runner=world.runner,
     )
-    assert executor._image_stages.prompt_in_files is setting
+    return executor._image_stages
+
+
+@pytest.mark.parametrize("setting", [True, False])
+async def test_prompt_setting_reaches_the_worker(setting: bool, world: MemoryWorld) -> None:
+    assert stages_of(world, consumer_prompt_in_pictures=setting).prompt_in_files is setting
+
+
+@pytest.mark.parametrize(("setting", "marks"), [(True, ("iptc",)), (False, ())])
+async def test_mark_setting_reaches_the_worker(
+    setting: bool, marks: tuple[str, ...], world: MemoryWorld
+) -> None:
+    images = stages_of(world, consumer_ai_mark=setting).images
+    assert images.encode(Image.new("RGB", (4, 4)), "png", seed=0).marks == marks

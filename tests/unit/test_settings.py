@@ -469,6 +469,52 @@ def test_certificate_and_key_require_each_other(monkeypatch: pytest.MonkeyPatch)
     assert refusal() == "NATS_CERT and NATS_KEY go together"
 
 
+@pytest.mark.parametrize("mode", ["best-effort", "required"])
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        (
+            {},
+            [
+                "CONSUMER_C2PA needs CONSUMER_C2PA_CHAIN",
+                "CONSUMER_C2PA needs one of CONSUMER_C2PA_KEY and CONSUMER_C2PA_SIGNER",
+            ],
+        ),
+        ({"KEY": "/run/key.pem"}, ["CONSUMER_C2PA needs CONSUMER_C2PA_CHAIN"]),
+        (
+            {"CHAIN": "/run/chain.pem", "KEY": "/run/key.pem", "SIGNER": "a:b"},
+            ["CONSUMER_C2PA needs one of CONSUMER_C2PA_KEY and CONSUMER_C2PA_SIGNER"],
+        ),
+    ],
+    ids=["nothing", "no chain", "a key and a callback"],
+)
+def test_signatures_need_a_chain_and_one_key(
+    mode: str, given: dict[str, str], lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(f"CONSUMER_C2PA_{name}", value)
+    Settings.load()  # without signatures, the files are not needed
+    monkeypatch.setenv("CONSUMER_C2PA", mode)
+    with pytest.raises(SettingsError) as refused:
+        Settings.load()
+    assert str(refused.value).splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["ftp://tsa", "tsa", "http://user:secret@tsa", "http://tsa/?key=secret", "http://tsa/#a"],
+)
+def test_address_of_time_stamps_has_no_secret(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONSUMER_C2PA_TSA", "http://tsa.example/rfc3161")
+    assert Settings.load().consumer_c2pa_tsa == "http://tsa.example/rfc3161"
+    monkeypatch.setenv("CONSUMER_C2PA_TSA", address)
+    text = refusal()
+    assert text.startswith("CONSUMER_C2PA_TSA: ")
+    assert "secret" not in text
+
+
 def test_body_limit_must_not_exceed_the_limit_of_all_bodies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

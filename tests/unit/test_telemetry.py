@@ -18,7 +18,7 @@ import structlog
 
 from consumer.app.metrics import Metrics
 from consumer.jobs.outcomes import Decision, decide, outcome_label
-from consumer.media.provenance import SOFTWARE
+from consumer.media.ai_mark import SOFTWARE
 from consumer.telemetry import JobReport, LogStream
 from generation_contracts import FailureCode, ModelInfo
 from tests.support.daemon_logging import daemon_logging, logging_to
@@ -55,17 +55,20 @@ def series(metrics: Metrics, name: str) -> dict[str, float]:
 
 def test_metrics_count_jobs_by_outcome_and_the_time_of_each_stage() -> None:
     metrics = Metrics("text_to_image")
-    for _ in range(4):
+    for _ in range(5):
         metrics.job_started()
     metrics.job_finished(JobReport("succeeded", 1, queued=0.5, inference=2, encode=0.25, upload=1))
     metrics.job_finished(JobReport("succeeded", 2, queued=1.5, inference=4, encode=0.25, upload=2))
     metrics.job_finished(JobReport("deadline_exceeded", 1, queued=8))
+    metrics.job_finished(JobReport("requeued", 1, unsigned=2))
     metrics.device_busy(6.5)
     task = "{'task': 'text_to_image'}"
     assert samples(metrics) == {
         "generation_jobs_total{'task': 'text_to_image', 'outcome': 'succeeded'}": 2,
         "generation_jobs_total{'task': 'text_to_image', 'outcome': 'deadline_exceeded'}": 1,
         "generation_failures_total{'task': 'text_to_image', 'code': 'deadline_exceeded'}": 1,
+        "generation_jobs_total{'task': 'text_to_image', 'outcome': 'requeued'}": 1,
+        f"generation_unsigned_images_total{task}": 2,
         f"generation_redelivered_jobs_total{task}": 1,
         f"generation_jobs_in_flight{task}": 1,
         f"generation_queue_wait_seconds_count{task}": 3,
@@ -163,7 +166,13 @@ def test_failures_and_dead_letters_are_counted_by_code() -> None:
 def test_info_metrics_have_the_model_and_the_version() -> None:
     metrics = Metrics("text_to_image")
     metrics.model_loaded(
-        ModelInfo(id="some/model", family="FluxPipeline", dtype="bfloat16", device="cuda")
+        ModelInfo(
+            id="some/model",
+            family="FluxPipeline",
+            dtype="bfloat16",
+            device="cuda",
+            libraries={"diffusers": "0.42.0", "torch": "2.15.0+cu128"},
+        )
     )
     info = {
         sample.name: sample.labels
@@ -179,6 +188,8 @@ def test_info_metrics_have_the_model_and_the_version() -> None:
             "family": "FluxPipeline",
             "dtype": "bfloat16",
             "device": "cuda",
+            "diffusers": "0.42.0",
+            "torch": "2.15.0+cu128",
         },
     }
 

@@ -31,6 +31,7 @@ from consumer.runners.image_to_text.image_budget import ImageBudget
 from consumer.runners.image_to_text.rows import Row, RowStopping, ValidScores
 from consumer.runners.image_to_text.sampling import Sampling, defaults_of
 from consumer.runners.image_to_text.vision_loading import download, load_vision_language
+from consumer.runners.libraries import versions_of
 from consumer.runners.options import options_needing_probe, validate_options
 from consumer.runners.source import locate_model
 from generation_contracts import ImageToTextRequest, ModelInfo, Request, Task
@@ -64,6 +65,7 @@ def load(config: ModelConfig) -> "VisionLanguageModel":
         family=model.config.model_type,
         dtype=placement.dtype_name,
         device=placement.device.type,
+        libraries=versions_of("torch", "transformers"),
     )
     try:
         loaded = VisionLanguageModel(model, processor, placement, info, config)

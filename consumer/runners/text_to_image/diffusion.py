@@ -22,6 +22,7 @@ from consumer.runners import first_run, options
 from consumer.runners.config import ModelConfig
 from consumer.runners.device import Placement, place, release
 from consumer.runners.faults import BadOutput, translate_failures
+from consumer.runners.libraries import versions_of
 from consumer.runners.source import locate_model
 from consumer.runners.text_to_image import memory
 from consumer.runners.text_to_image.adapter_files import find_adapters
@@ -65,6 +66,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
         family=type(pipe).__name__.removesuffix("Pipeline"),
         dtype=placement.dtype_name,
         device=placement.device.type,
+        libraries=versions_of("diffusers", "torch", "transformers"),
     )
     parameters = Parameters(pipe, info, config.defaults, adapters=files)
     # Parts that are quantized or distributed over several devices cannot be moved.

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from nats.aio.client import Client
 
 from consumer.devstack import DevStack
 from tests.e2e.senders import WITHIN, needs_nats_and_jq, new_id
+from tests.support.content_credentials import PAGE, commands_of_the_page
 
 PATHS = Path(__file__).parents[3] / "docs/paths"
 COLLECTOR = (PATHS / "collect-results.md").read_text("utf-8")
@@ -24,7 +26,7 @@ GO_MODULE = "github.com/nats-io/nats.go@v1.55.0"
 
 
 def example(language: str, page: str = "senders.md") -> str:
-    (code,) = re.findall(
+    code, *_ = re.findall(
         rf"^```{language}\n(.*?)^```", (PATHS / page).read_text("utf-8"), re.MULTILINE | re.DOTALL
     )
     return code
@@ -140,3 +142,26 @@ def test_the_fastapi_service_runs(
         assert client.delete(f"/images/{job}").json() == {"status": "finished"}
         assert client.post("/images", json={"prompt": " "}).status_code == 422
         assert client.get("/images/a.b").status_code == 404
+
+
+def test_the_tutorial_of_content_credentials_runs(system: DevStack, tmp_path: Path) -> None:
+    install, activate, *commands = commands_of_the_page()
+    assert (install.split()[:2], activate.split()[0]) == (["uv", "sync"], ".")
+    (tmp_path / "verify.py").write_text(example("python", PAGE.name))
+    bin_folder = Path(sys.executable).parent
+    script = ["set -e", f"PATH={shlex.quote(str(bin_folder))}:$PATH", *commands]
+    done = run(system, tmp_path, "bash", "-c", "\n".join(script), within=BUILD_WITHIN)
+    assert done.returncode == 0, done.stderr
+    checked = (
+        "ok   c2pa: Es256 by Example signer, Example, without a time stamp; signed and verified"
+    )
+    assert checked in done.stdout
+    assert checked in PAGE.read_text("utf-8")
+    verified = done.stdout.splitlines()
+    at = verified.index("Trusted")
+    signature, *assertions = json.loads("\n".join(verified[at + 1 :]))
+    assert signature["common_name"] == "Example signer"
+    assert [one["label"] for one in assertions] == [
+        "c2pa.actions.v2",
+        "generation_consumer.generation",
+    ]
