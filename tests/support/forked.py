@@ -166,7 +166,8 @@ class _Process:
     def send_signal(self, number: int) -> None:
         """Send a signal to a process that has not ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """Send SIGTERM."""
