@@ -259,8 +259,13 @@ class Settings(BaseSettings):
         default={}, description="LoRA adapters: name=folder, comma-separated"
     )
     model_safety_checker: str = Field(
-        default="", description="package.module:callable; empty: no check"
+        default="", description="package.module:callable, folder or hub id; empty: no check"
     )
+    model_safety_labels: List = Field(
+        default=("nsfw",), description="a classifier's labels that flag an image"
+    )
+    model_safety_threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
+    model_safety_policy: Literal["flag", "blank", "fail"] = "flag"
     model_max_image_pixels: Annotated[int, Field(ge=28 * 28)] = 1_200_000
 
     s3_endpoint: Url = "http://127.0.0.1:9000"

@@ -170,6 +170,9 @@ def make_runner(settings: Settings) -> Runner:
         defaults=settings.model_defaults,
         adapters=settings.model_adapters,
         safety_checker=settings.model_safety_checker,
+        safety_labels=settings.model_safety_labels,
+        safety_threshold=settings.model_safety_threshold,
+        safety_policy=settings.model_safety_policy,
         max_image_pixels=settings.model_max_image_pixels,
     )
     if errors := find_setting_errors(settings.task, config):

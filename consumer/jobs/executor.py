@@ -403,6 +403,8 @@ class Executor:
 
     async def _store_output(self, job: Job, request: Request, output: RunnerOutput) -> None:
         job.warnings, job.parameters = output.warnings, output.parameters
+        if output.refused:
+            raise outcomes.OutputRefused
         if output.text is not None:
             job.outputs = (TextOutput(**asdict(output.text)),)
         elif isinstance(request, TextToImageRequest) and output.images:

@@ -250,6 +250,16 @@ class ModelFailed(FailedOutcome):
         super().__init__(exception=exception)
 
 
+class OutputRefused(FailedOutcome):
+    """The safety checker flagged an image, and `MODEL_SAFETY_POLICY` is `fail`."""
+
+    code = FailureCode.MODEL_ERROR
+    message = "the safety checker refused the output"
+
+    def __init__(self) -> None:
+        super().__init__(cause="safety_checker")
+
+
 class InternalError(FailedOutcome):
     """The daemon raised an exception that no stage expects."""
 

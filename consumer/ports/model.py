@@ -55,10 +55,16 @@ class GeneratedText:
 
 @dataclass(frozen=True)
 class RunnerOutput:
-    """Output of one run: images for text-to-image, one text for image-to-text."""
+    """Output of one run: images for text-to-image, one text for image-to-text.
+
+    Attributes:
+        refused: Whether the safety checker flagged an image and the policy is to fail; then there
+            are no images.
+    """
 
     images: tuple[GeneratedImage, ...] = ()
     text: GeneratedText | None = None
+    refused: bool = False
     warnings: tuple[str, ...] = ()
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)  # defaults included
 

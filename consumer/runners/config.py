@@ -11,6 +11,10 @@ Quantization = Literal[
     "none", "bitsandbytes-4bit", "bitsandbytes-8bit", "torchao-int8", "torchao-int4", "gguf"
 ]
 
+SafetyPolicy = Literal["flag", "blank", "fail"]
+
+SAFETY_LABELS = ("nsfw",)  # the label of the most used classifiers
+SAFETY_THRESHOLD = 0.5
 MAX_IMAGE_PIXELS = 1_200_000  # pixels; about 1,530 tokens of Qwen2.5-VL, whose own limit is 16,384
 
 
@@ -37,7 +41,12 @@ class ModelConfig:
         defaults: Values by request field, for requests that omit the field; they override the
             model's defaults.
         adapters: Folders of LoRA adapters by the names that requests use.
-        safety_checker: `package.module:callable`; empty for none.
+        safety_checker: `package.module:callable`, or a classifier: a folder, or an id on the hub;
+            empty for none.
+        safety_labels: The classifier's labels that flag an image.
+        safety_threshold: Probability of these labels from which an image is flagged.
+        safety_policy: What happens to a flagged image: published with its flag, published in
+            black, or its request fails.
         max_image_pixels: Larger input images are scaled down to this number of pixels.
     """
 
@@ -58,4 +67,7 @@ class ModelConfig:
     defaults: Mapping[str, int | float | str] = field(default_factory=dict)
     adapters: Mapping[str, str] = field(default_factory=dict)
     safety_checker: str = ""
+    safety_labels: tuple[str, ...] = SAFETY_LABELS
+    safety_threshold: float = SAFETY_THRESHOLD
+    safety_policy: SafetyPolicy = "flag"
     max_image_pixels: int = MAX_IMAGE_PIXELS

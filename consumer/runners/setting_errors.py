@@ -46,13 +46,18 @@ _FOR_IMAGES = (
     "step_cache",
     "adapters",
     "safety_checker",
+    "safety_labels",
+    "safety_threshold",
+    "safety_policy",
 )
+_FOR_CLASSIFIERS = ("safety_labels", "safety_threshold")
 _FOR_TEXTS = ("max_image_pixels",)
 _PARAMETERS: dict[Task, type[TextToImageParameters | ImageToTextParameters]] = {
     Task.TEXT_TO_IMAGE: TextToImageParameters,
     Task.IMAGE_TO_TEXT: ImageToTextParameters,
 }
 _BY_LAYERS = {"sequential", "group"}  # offload modes that move single layers
+_CHECKERS = "package.module:callable, a folder, or an id on the hub"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # Builds of torch for CUDA, and for the CPU: `2.9.0+cu128`, `2.9.0` of the registry, `2.9.0+cpu`.
 _CUDA_OR_CPU_BUILD = re.compile(r"[\d.]+(\+(cu\d+|cpu))?")
@@ -71,7 +76,7 @@ def find_setting_errors(task: Task, config: ModelConfig) -> list[str]:
         *attention_errors(task, config.attention),
         *_refusals_of_defaults(task, config),
         *_adapter_errors(config),
-        *checker_errors(config.safety_checker),
+        *checker_errors(config),
     ]
 
 
@@ -137,16 +142,34 @@ def attention_errors(task: Task, name: str) -> Iterator[str]:
         yield f"MODEL_ATTENTION: must be one of {', '.join(ATTENTION[task])}"
 
 
-def checker_errors(setting: str) -> Iterator[str]:
-    """Yield what is wrong with MODEL_SAFETY_CHECKER, without running code of its package."""
+def checker_errors(config: ModelConfig) -> Iterator[str]:
+    """Yield what is wrong with the safety checker, without running code of its package."""
+    setting = config.safety_checker
+    if setting and ":" not in setting:
+        yield from _classifier_errors(setting)
+        if not config.safety_labels:
+            yield "MODEL_SAFETY_LABELS: without a label the classifier would flag nothing"
+        return
+    if unused := in_use(config, _FOR_CLASSIFIERS):
+        yield f"{', '.join(unused)}: only for a classifier as MODEL_SAFETY_CHECKER"
     if not setting:
         return
-    module, colon, name = setting.partition(":")
+    module, _, name = setting.partition(":")
     parts = [*module.split("."), *name.split(".")]
-    if not colon or not all(part.isidentifier() for part in parts):
-        yield "MODEL_SAFETY_CHECKER: must be package.module:callable"
+    if not all(part.isidentifier() for part in parts):
+        yield f"MODEL_SAFETY_CHECKER: must be {_CHECKERS}"
     elif find_spec(parts[0]) is None:
         yield f"MODEL_SAFETY_CHECKER: there is no module {parts[0]}"
+
+
+def _classifier_errors(setting: str) -> Iterator[str]:
+    path = Path(setting).expanduser()
+    if path.is_file():
+        yield f"MODEL_SAFETY_CHECKER: {path} is a file: must be {_CHECKERS}"
+    elif path.is_absolute() and not path.is_dir():
+        yield f"MODEL_SAFETY_CHECKER: there is no folder {path}"
+    elif not path.is_dir() and ("/" not in setting or not _HUB_ID.fullmatch(setting)):
+        yield f"MODEL_SAFETY_CHECKER: must be {_CHECKERS}"
 
 
 def _task_errors(task: Task, config: ModelConfig) -> Iterator[str]:

@@ -82,14 +82,29 @@ def locate_model(task: Task, config: ModelConfig, download: Download) -> Iterato
             torch.set_num_threads(1)
             yield Source(demonstration.folder_of(task), DEMONSTRATION)
             return
-        folder = Path(config.model_id).expanduser()
-        if folder.is_dir():
-            yield Source(folder.resolve(), folder.resolve().name)
-        else:
-            yield _from_hub(config.model_id, config.revision, download)
+        yield find_model(config.model_id, config.revision, download, setting="MODEL_ID")
 
 
-def _from_hub(model_id: str, revision: str | None, download: Download) -> Source:
+def find_model(model_id: str, revision: str | None, download: Download, *, setting: str) -> Source:
+    """Find the folder of a model, or download the model.
+
+    Args:
+        model_id: A folder if a folder of that name exists, else an id on the hub.
+        revision: Commit, tag or branch on the hub.
+        download: Downloads a model from the hub, or looks it up in the hub's cache.
+        setting: The setting that names the model, for messages.
+
+    Raises:
+        ModelMisconfigured: The hub has no such model or revision.
+        ModelUnavailable: The model cannot be downloaded.
+    """
+    folder = Path(model_id).expanduser()
+    if folder.is_dir():
+        return Source(folder.resolve(), folder.resolve().name)
+    return _from_hub(model_id, revision, download, setting)
+
+
+def _from_hub(model_id: str, revision: str | None, download: Download, setting: str) -> Source:
     """Look a model up in the hub's cache, or download it.
 
     A commit never changes, so a cached commit needs no request to the hub. For any other revision,
@@ -99,29 +114,31 @@ def _from_hub(model_id: str, revision: str | None, download: Download) -> Source
     try:
         folder = _cached(model_id, revision, download) if is_commit else None
         if folder is None:
-            folder = _cached_without_hub(model_id, revision, download)
+            folder = _cached_without_hub(model_id, revision, download, setting)
         if folder is None:
             folder = Path(download(model_id, revision, cached_only=False))
     except ModelUnavailable:
         raise
     except Exception as error:  # noqa: BLE001 - the hub's client raises a dozen kinds
-        refusal = _hub_refusal(error, model_id, revision)
+        refusal = _hub_refusal(error, model_id, revision, setting)
         raise refusal or load_failure(error, name=model_id) from None
     # The cache names its folders after commits: …/snapshots/<commit>.
     return Source(folder, model_id, revision=folder.name)
 
 
-def _hub_refusal(error: Exception, model_id: str, revision: str | None) -> ModelUnavailable | None:
+def _hub_refusal(
+    error: Exception, model_id: str, revision: str | None, setting: str
+) -> ModelUnavailable | None:
     """Return what a refusal of the hub means for the settings, or None for another error."""
     match error:
         case GatedRepoError():
             return ModelUnavailable(
-                f"MODEL_ID: {model_id} is gated: accept its terms at "
+                f"{setting}: {model_id} is gated: accept its terms at "
                 f"{constants.ENDPOINT}/{model_id}, and set HF_TOKEN to a token of that account"
             )
         case RepositoryNotFoundError():
             return ModelMisconfigured(
-                f"MODEL_ID: {constants.ENDPOINT} has no model {model_id}, or it is private: check "
+                f"{setting}: {constants.ENDPOINT} has no model {model_id}, or it is private: check "
                 "the name, and HF_TOKEN for a private model"
             )
         case RevisionNotFoundError():
@@ -136,7 +153,9 @@ def _cached(model_id: str, revision: str | None, download: Download) -> Path | N
         return None
 
 
-def _cached_without_hub(model_id: str, revision: str | None, download: Download) -> Path | None:
+def _cached_without_hub(
+    model_id: str, revision: str | None, download: Download, setting: str
+) -> Path | None:
     """Return the cached model if the hub cannot be used; None if it can.
 
     Raises:
@@ -157,7 +176,7 @@ def _cached_without_hub(model_id: str, revision: str | None, download: Download)
         if isinstance(error, HfHubHTTPError):
             raise
         raise ModelUnavailable(
-            f"MODEL_ID: {model_id} cannot be loaded: the hub cannot be reached "
+            f"{setting}: {model_id} cannot be loaded: the hub cannot be reached "
             f"({_short(error)}), and its cache has no complete copy"
         ) from None
     return None

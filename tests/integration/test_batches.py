@@ -200,7 +200,9 @@ def test_the_safety_checker_is_called_for_each_request(
     shared_runner: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = shared_runner("stable_diffusion_3")
-    checker = load_checker("tests.support.checkers:flags_the_second")
+    checker = load_checker(
+        ModelConfig(safety_checker="tests.support.checkers:flags_the_second"), torch.device("cpu")
+    )
     monkeypatch.setattr(runner._model, "_checker", checker)
     members = [Member(small_request(num_images=2)), Member(small_request(num_images=2, seed=9))]
     for output in require_all(run_batch(runner, *members)):

@@ -63,6 +63,7 @@ TABLE: list[tuple[str, range, str, str | None, str, str, str]] = [
     ("StreamFull", ANY, "failed", "queue_full", "ack", "", "queue_full"),
     ("ModelFailed", EARLY, "none", None, "retry", "", "requeued"),
     ("ModelFailed", LATE, "failed", "model_error", "term", "letter", "model_error"),
+    ("OutputRefused", ANY, "failed", "model_error", "ack", "", "model_error"),
     ("InternalError", EARLY, "none", None, "retry", "", "requeued"),
     ("InternalError", LATE, "failed", "internal", "term", "letter", "internal"),
     ("WorkerLost", ANY, "failed", "worker_lost", "term", "letter", "worker_lost"),
@@ -214,6 +215,7 @@ def test_failures_have_a_message_details_and_a_retryable_flag() -> None:
         {"tried": ["decoding in tiles", "offload"]},
         True,
     )
+    assert failure(outcomes.OutputRefused)[1:] == ({"cause": "safety_checker"}, True)
     assert failure(outcomes.NotSigned)[1:] == ({"cause": "not_signed"}, True)
     assert failure(IdConflict)[1:] == ({}, False)
 

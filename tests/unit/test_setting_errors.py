@@ -32,6 +32,23 @@ IMAGES, TEXTS = Task.TEXT_TO_IMAGE, Task.IMAGE_TO_TEXT
             {"safety_checker": "foo"},
             "MODEL_SAFETY_CHECKER: must be package.module:callable",
         ),
+        (
+            IMAGES,
+            {"safety_checker": "/models/none"},
+            "MODEL_SAFETY_CHECKER: there is no folder /models/none",
+        ),
+        (
+            IMAGES,
+            {"safety_checker": str(Path(__file__).parent), "safety_labels": ()},
+            "MODEL_SAFETY_LABELS: without a label the classifier would flag nothing",
+        ),
+        (IMAGES, {"safety_checker": __file__}, f"MODEL_SAFETY_CHECKER: {__file__} is a file: "),
+        (
+            IMAGES,
+            {"safety_checker": "os:path", "safety_threshold": 0.9},
+            "MODEL_SAFETY_THRESHOLD: only for a classifier as MODEL_SAFETY_CHECKER",
+        ),
+        (TEXTS, {"safety_policy": "fail"}, "MODEL_SAFETY_POLICY: only for MODEL_TYPE="),
         (IMAGES, {"safety_checker": "..:x"}, "MODEL_SAFETY_CHECKER: must be package.module"),
         (
             IMAGES,

@@ -5,6 +5,7 @@
 import secrets
 from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from consumer.ports.model import (
     RunRequest,
 )
 from consumer.runners import first_run, options
-from consumer.runners.config import ModelConfig
+from consumer.runners.config import ModelConfig, SafetyPolicy
 from consumer.runners.device import Placement, place, release
 from consumer.runners.faults import BadOutput, translate_failures
 from consumer.runners.libraries import versions_of
@@ -56,7 +57,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
     placement = place(config)
     options.validate_options(Task.TEXT_TO_IMAGE, config, placement)
     files = find_adapters(config)
-    checker = load_checker(config.safety_checker)
+    checker = load_checker(config, placement.device)
     with locate_model(Task.TEXT_TO_IMAGE, config, download) as source:
         pipe = load_pipeline(source, placement, config)
         adapters = Adapters(pipe, files)
@@ -79,6 +80,7 @@ def load(config: ModelConfig) -> "DiffusionModel":
         checker,
         keys=BatchKeys(pipe, parameters, config),
         movable=placement.device.type != "cpu" and config.offload == "none" and not fixed,
+        policy=config.safety_policy,
     )
     if reasons := probe_reasons(pipe):
         first_run.probe_once(model, Task.TEXT_TO_IMAGE, (f"{source.id}: {', '.join(reasons)}",))
@@ -96,6 +98,7 @@ class DiffusionModel:
         checker: Flags images; None: images are not checked.
         keys: Computes the batch key of a request.
         movable: Whether parts can be moved to main memory for a run that needs the memory.
+        policy: What happens to a flagged image.
         free: Returns the device memory that is available to a run, in bytes.
     """
 
@@ -109,6 +112,7 @@ class DiffusionModel:
         *,
         keys: BatchKeys,
         movable: bool,
+        policy: SafetyPolicy = "flag",
         free: FreeBytes = free_bytes,
     ) -> None:
         self._pipe = pipe
@@ -120,6 +124,7 @@ class DiffusionModel:
         self._dtypes = memory.dtypes_of(pipe)
         self._undo = ExitStack()  # restores what a run changed to save memory
         self._movable = movable
+        self._policy = policy
         self._free_bytes = free
 
     @property
@@ -203,15 +208,23 @@ class DiffusionModel:
             warnings += (f"the model's safety checker blanked images: {blanked}",)
         if run.saved:
             warnings += (f"memory was short: {', '.join(run.saved)}",)
+        checked = self._checked(images)
+        if self._policy == "blank":
+            if more := sum(image.flagged is True for image in checked) - blanked:
+                warnings += (f"the worker's safety checker blanked images: {more}",)
+            checked = [_blanked(image) for image in checked]
+        refused = self._policy == "fail" and any(image.flagged for image in checked)
         return RunnerOutput(
-            images=tuple(self._checked(images)),
+            images=() if refused else tuple(checked),
+            refused=refused,
             warnings=warnings,
             parameters=self._parameters.resolved(run.requests[position], run.seeds(position)),
         )
 
     def _preview(self, run: ImageRun, number: int) -> Preview | None:
-        # Previews show the first image only, and they need additional memory.
-        if not run.request.preview or number or run.saved:
+        # Previews show the first image only, need additional memory, and are not checked.
+        unchecked = self._policy != "flag"
+        if not run.request.preview or number or run.saved or unchecked:
             return None
         return Preview(run.members.preview, *self._parameters.size(run.request))
 
@@ -301,6 +314,13 @@ def _pipeline_flags(output: Any, images: int) -> list[bool | None]:
     if len(flags) != images:
         raise BadOutput("the model's safety checker did not return one flag for each image")
     return [bool(flag) for flag in flags]
+
+
+def _blanked(generated: GeneratedImage) -> GeneratedImage:
+    """Return the image in black if it is flagged."""
+    if not generated.flagged:
+        return generated
+    return replace(generated, image=Pillow.new("RGB", generated.image.size))
 
 
 def _image(array: Any) -> "Image":

@@ -1,4 +1,4 @@
-"""The operator's safety checker: a callable that flags images."""
+"""The operator's safety checker: a callable or a classifier that flags images."""
 
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -9,8 +9,10 @@ import structlog
 import torch
 
 from consumer.ports.model import ModelMisconfigured
+from consumer.runners.config import ModelConfig
 from consumer.runners.faults import BadOutput
 from consumer.runners.setting_errors import checker_errors
+from consumer.runners.text_to_image.image_classifier import load_classifier
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,20 +55,29 @@ class SafetyChecker:
         return [bool(flag) for flag in flags]
 
 
-def load_checker(setting: str) -> SafetyChecker | None:
-    """Import the callable, and log whether there is one.
+def load_checker(config: ModelConfig, device: torch.device) -> SafetyChecker | None:
+    """Import the callable or load the classifier, and log whether there is one.
 
     Args:
-        setting: `package.module:callable`; empty for none.
+        config: Names the checker and the policy.
+        device: Of a classifier.
 
     Raises:
-        ModelMisconfigured: The setting does not name a callable.
+        ModelMisconfigured: The setting does not name a callable or a classifier.
+        ModelUnavailable: The classifier cannot be loaded.
     """
-    log.info("safety_checker", checker=setting or "off")
+    setting = config.safety_checker
+    log.info("safety_checker", checker=setting or "off", policy=config.safety_policy)
+    if error := next(checker_errors(config), None):
+        raise ModelMisconfigured(error)
     if not setting:
         return None
-    if error := next(checker_errors(setting), None):
-        raise ModelMisconfigured(error)
+    if ":" not in setting:
+        return SafetyChecker(load_classifier(config, device))
+    return _imported(setting)
+
+
+def _imported(setting: str) -> SafetyChecker:
     try:
         found = pkgutil.resolve_name(setting)
     except (ModuleNotFoundError, AttributeError) as missing:
