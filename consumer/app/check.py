@@ -246,6 +246,8 @@ def _summary(output: RunnerOutput) -> str:
     if output.text is not None:
         text = " ".join(output.text.text.split())
         return f'"{text[:_SHOWN]}", {output.text.completion_tokens} tokens'
+    if output.refused:
+        return "an output that the safety checker refused"
     sizes = [
         f"{generated.image.width}x{generated.image.height} pixels" for generated in output.images
     ]

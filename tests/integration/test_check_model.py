@@ -17,6 +17,7 @@ from consumer.devstack import free_ports
 from consumer.ports.model import OutOfMemory, RunnerOutput, RunRequest
 from consumer.runners.text_to_image.diffusion import DiffusionModel
 from consumer.settings import Settings
+from tests.support import tiny_classifier
 from tests.support.tiny_models import Folder
 
 SECONDS = r"\d+\.\d s"
@@ -78,6 +79,24 @@ async def test_the_check_reports_how_the_run_saved_memory(
     assert re.fullmatch(
         rf"an image of 64x64 pixels in {SECONDS}; memory was short: .+", reported[1].text
     )
+
+
+async def test_the_check_reports_an_output_that_the_safety_checker_refuses(
+    model_folder: Folder, tmp_path: Path
+) -> None:
+    tiny_classifier.save(tmp_path)
+    reported: list[Finding] = []
+    settings = settings_of(
+        model_folder("stable_diffusion_3"),
+        model_defaults='{"num_inference_steps": 2}',
+        model_safety_checker=str(tmp_path),
+        model_safety_labels=("normal", "nsfw"),
+        model_safety_policy="fail",
+    )
+    await check_model(make_runner(settings), settings.task, reported.append)
+    assert reported[1].exit_code == 0
+    refused = rf"an output that the safety checker refused in {SECONDS}"
+    assert re.fullmatch(refused, reported[1].text)
 
 
 async def test_the_check_of_a_vision_language_model_generates_a_text(model_folder: Folder) -> None:
