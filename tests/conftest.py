@@ -50,7 +50,7 @@ LOTS = {
 # that the tests start would compile all that it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-# Four processes share the cores, with the daemons that they start: threads of torch that wait for
+# Three processes share the cores, with the daemons that they start: threads of torch that wait for
 # each other would take the time of those that work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # structlog's own default shows every variable of every frame, which takes seconds for each line.

@@ -122,9 +122,11 @@ async def test_an_unreachable_endpoint_does_not_delay_jobs(scene: Scene, caller:
 def test_traces_without_the_extra_stop_the_start() -> None:
     without = "import sys; sys.modules['opentelemetry.sdk.trace'] = None"
     run = "from consumer.app.cli import main; sys.argv[1:] = ['run']; main()"
+    settings = {"MODEL_TYPE": "text_to_image", "CONSUMER_TRACES": "true"}
+    keys = {"S3_ACCESS_KEY": "worker", "S3_SECRET_KEY": "a secret key"}
     done = subprocess.run(
         [sys.executable, "-c", f"{without}; {run}"],
-        env={**os.environ, "MODEL_TYPE": "text_to_image", "CONSUMER_TRACES": "true"},
+        env={**os.environ, **settings, **keys},
         capture_output=True,
         text=True,
         check=False,
