@@ -15,7 +15,6 @@ from tests.gateway.images import data_url, decoded, red_circle
 
 SCRIPT_WITHIN = 180.0  # seconds; the first import of LiteLLM compiles all of it
 INSTALL_WITHIN = 300.0  # seconds
-WITHIN = 60.0  # seconds
 
 pytestmark = pytest.mark.timeout(400)  # seconds; the installation may be slow
 DESCRIPTION = "A red circle on a blue background in the center."
