@@ -79,9 +79,7 @@ def jpeg_parts(data: bytes) -> FileParts:
     if not ended:
         if not complete:  # without all scans an image has coarse pixels
             raise broken()
-        # An interrupted download into a file of full size ends in zeros. No scan ends in a zero
-        # byte, because its last byte is padded with ones.
-        files = [kept.rstrip(b"\0\xff") + filler + _END for filler in _FILLERS]
+        files = [_without_padding(kept) + filler + _END for filler in _FILLERS]
     return FileParts(
         format="JPEG",
         file=files[0],
@@ -127,6 +125,18 @@ def _segments(data: bytes) -> tuple[list[_Segment], bool, bool]:
         segments.append(_Segment(marker, body, scan))
         coverage.add(segments[-1])
     raise _too_many()
+
+
+def _without_padding(data: bytes) -> bytes:
+    """Return the segments of a file without an end marker up to the end of its last scan.
+
+    An interrupted download into a file of full size ends in zeros. The last byte of a scan is
+    padded with ones, so it is not zero; but a byte of 0xFF is followed by a zero.
+    """
+    scan = data.rstrip(b"\0")
+    if scan == data:
+        return data.rstrip(b"\xff")  # the first byte of the end marker
+    return scan + b"\0" if scan.endswith(b"\xff") else scan
 
 
 def _too_many() -> InputUnavailable:

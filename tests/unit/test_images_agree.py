@@ -5,7 +5,7 @@ OpenCV has separate builds of libpng, libjpeg-turbo and libwebp, and shares no c
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import cv2
@@ -236,3 +236,18 @@ def test_orientations_match_opencv(orientation: int) -> None:
     turned = cv2.imdecode(np.frombuffer(data, "u1"), cv2.IMREAD_COLOR)
     assert turned is not None
     assert np.array_equal(turned[:, :, ::-1], decoded_by_opencv(ImageFile(data, orientation, data)))
+
+
+@pytest.mark.parametrize(
+    "behind", [b"", b"\xff", b"\0", b"\0" * 9], ids=["nothing", "half a marker", "a zero", "zeros"]
+)
+def test_a_jpeg_without_its_end_marker_may_end_in_a_stuffed_byte(behind: bytes) -> None:
+    """A last byte of 0xFF is followed by a zero, which belongs to the scan."""
+    files = (as_file(Image.frombytes("L", (8, 8), chance(64)), "JPEG") for chance in _sources())
+    complete = next(data for data in files if data.endswith(b"\xff\0\xff\xd9"))
+    found = CODEC.decode(complete[:-2] + behind)
+    assert found.tobytes() == CODEC.decode(complete).tobytes()
+
+
+def _sources() -> Iterator[Callable[[int], bytes]]:
+    return (np.random.default_rng(seed).bytes for seed in range(100_000))
