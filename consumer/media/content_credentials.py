@@ -61,7 +61,7 @@ class SigningConfig:
 
 
 class ContentCredentials:
-    """Signs image files in threads of its own.
+    """Signs image files in a separate thread pool.
 
     Args:
         config: How files are signed.

@@ -164,7 +164,6 @@ def _weights_on(placement: Placement) -> Iterator[None]:
 
 
 def _flux(size: FluxSize) -> Any:
-    clip_words, clip_start = len(clip_tokenizer()), len(clip_tokenizer()) - 2
     return diffusers.FluxPipeline(
         transformer=diffusers.FluxTransformer2DModel(
             patch_size=1,
@@ -191,35 +190,42 @@ def _flux(size: FluxSize) -> Any:
             use_quant_conv=False,
             use_post_quant_conv=False,
         ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=clip_words,
-                bos_token_id=clip_start,
-                eos_token_id=clip_start + 1,
-                pad_token_id=clip_start + 1,
-                hidden_size=768,
-                intermediate_size=3072,
-                num_attention_heads=12,
-                num_hidden_layers=12,
-                projection_dim=768,
-            )
-        ).eval(),
+        text_encoder=_clip_large(),
         tokenizer=clip_tokenizer(),
-        text_encoder_2=T5EncoderModel(
-            T5Config(
-                vocab_size=_VOCABULARY,
-                d_model=4096,
-                d_kv=64,
-                d_ff=10_240,
-                num_layers=size.t5_layers,
-                num_heads=64,
-                feed_forward_proj="gated-gelu",
-                pad_token_id=0,
-                eos_token_id=1,
-            )
-        ).eval(),
+        text_encoder_2=_t5_xxl(size.t5_layers),
         tokenizer_2=t5_tokenizer(),
     )
+
+
+def _clip_large() -> Any:
+    words = len(clip_tokenizer())  # the last two are the start and the end
+    config = CLIPTextConfig(
+        vocab_size=words,
+        bos_token_id=words - 2,
+        eos_token_id=words - 1,
+        pad_token_id=words - 1,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_attention_heads=12,
+        num_hidden_layers=12,
+        projection_dim=768,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def _t5_xxl(layers: int) -> Any:
+    config = T5Config(
+        vocab_size=_VOCABULARY,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10_240,
+        num_layers=layers,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return T5EncoderModel(config).eval()
 
 
 def _qwen(size: QwenSize, tokenizer: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Runs each section in a process of its own, with a time limit.
+"""Runs each section in a separate process, with a time limit.
 
 A section can crash, hang or lose the device without an effect on the others, and its rows up to
 then are kept. On a CPU the processes are forked from one that has imported the libraries. A process

@@ -39,7 +39,7 @@ def test_a_section_that_fails_keeps_its_rows_and_the_next_one_runs(tmp_path: Pat
         Section(name, name, limit, "tests.gpu.faulty_section")
         for name, limit in (("crashes", 30), ("hangs", 1), ("raises", 30), ("ends", 30))
     ]
-    # Its process has ended before it is told to begin.
+    # Its process ends before the check starts the section.
     sections.insert(1, Section("missing", "missing", 30, "tests.gpu.no_such_section"))
     report = Report("cpu", "2026-01-01", sections)
     for section, ended in run_sections(

@@ -194,7 +194,7 @@ def test_an_image_is_flagged_from_the_threshold(classifier: Path) -> None:
 def test_a_classifier_of_several_labels_flags_by_the_most_probable_one(tmp_path: Path) -> None:
     tiny_classifier.save(tmp_path, problem_type="multi_label_classification")
     assert classify(tmp_path, 255, 0) == [True, False]
-    # Each label has a probability of its own: that of `normal` is a half for every image.
+    # The probabilities are independent: that of `normal` is a half for every image.
     assert classify(tmp_path, 255, 0, safety_labels=("normal",)) == [True, True]
     assert classify(tmp_path, 255, 0, safety_labels=("normal",), safety_threshold=0.6) == [
         False,

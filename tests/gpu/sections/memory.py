@@ -1,7 +1,7 @@
 """Memory that is short for real: the guard, the repetition, the baseline; and a lost device.
 
 On a GPU a tensor occupies all memory but a few gigabytes. On a CPU the address space of the process
-is limited, and the guard is told how much memory is left.
+is limited, and the section gives the guard the amount of free memory.
 """
 
 # mypy: allow-untyped-calls
@@ -51,7 +51,7 @@ class _Memory:
 
     def __init__(self, check: Check) -> None:
         self._check = check
-        self._left: int | None = None  # bytes that the guard is told on a CPU
+        self._left: int | None = None  # free bytes for the guard on a CPU
         self._placement = models.placement_of(check.device)
         pipe = models.flux(models.FLUX_SHORT if check.full else None, self._placement)
         if check.device == "cuda":
