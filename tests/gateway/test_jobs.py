@@ -545,15 +545,18 @@ async def test_an_abandoned_job_is_cancelled(scene: Scene, opened: OpenJobs) -> 
     """The calling task is cancelled, as a server cancels the task of a disconnected client."""
     await scene.start("slow_steps")
     job = await opened.submit(num_inference_steps=200)
+    begun = asyncio.Event()
 
     async def request() -> None:
         try:
+            begun.set()
             await opened.jobs.result(job)
         finally:
             asyncio.current_task().cancel()  # type: ignore[union-attr] # the test runs in a task
             await opened.jobs.abandon(job)
 
     serving = asyncio.ensure_future(request())
+    await begun.wait()  # a task that is cancelled before it begins does not run at all
     await scene.until_noted("runs")
     serving.cancel()
     await asyncio.wait({serving})

@@ -363,6 +363,8 @@ def test_the_access_log_contains_no_prompts_queries_or_keys(start: Start, keys: 
     )
     assert answer.status_code == 202
     httpx2.get(f"{gateway.url}/secret-path", headers=headers)
+    # A line is written after the response has been sent.
+    wait_for(lambda: events_of(gateway).count("http_request") == 2, "the access log is not whole")
     log = gateway.log.read_text()
     assert "secret-" not in log
     assert new.text not in log
@@ -494,6 +496,7 @@ def test_no_body_is_read_without_a_key(start: Start, keys: KeyFile, content: byt
         )
         assert answer.status_code == 401, path
         assert answer.json()["error"]["code"] == "invalid_api_key"
+    wait_for(lambda: events_of(gateway).count("http_request") == 4, "the access log is not whole")
     lines = [line for line in lines_of(gateway) if line["event"] == "http_request"]
     assert [line["received"] for line in lines] == [0, 0, 0, 0]
 
